@@ -1,0 +1,12 @@
+_base_ = './iters_160k.py'
+optim_wrapper = dict(
+    type='AmpOptimWrapper',
+    dtype='float16',
+    loss_scale='dynamic',
+    optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    # one learning rate a stage; the constructor takes weight decay from biases, norms and layer scales by itself
+    constructor='LearningRateDecayOptimizerConstructor',
+    paramwise_cfg=dict(decay_rate=0.9, decay_type='stage_wise', num_layers=12),
+    clip_grad=None)
+# lr belongs to this many images an iteration, all GPUs together
+auto_scale_lr = dict(enable=True, base_batch_size=16)

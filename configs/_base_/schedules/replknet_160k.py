@@ -1,0 +1,8 @@
+_base_ = './iters_160k.py'
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0),
+    clip_grad=None)
+# lr belongs to this many images an iteration, all GPUs together
+auto_scale_lr = dict(enable=True, base_batch_size=32)

@@ -1,0 +1,23 @@
+# Small UperNet with ConvNeXt-nano, from scratch, ADE20K layout at 256x256: trains on a CPU.
+#
+# Train:     python tools/train.py configs/upernet_convnext-nano_ade20k.py
+# Recipe:    1 CPU x 4 images (global batch 4), 2000 iterations
+# Published: none; a model of this project, for first steps and for checks of the whole chain
+_base_ = [
+    './_base_/models/upernet_nano.py',
+    './_base_/datasets/ade20k_256.py',
+    './_base_/schedules/nano_2k.py',
+    'mmseg::_base_/default_runtime.py',
+]
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(
+        type='replk_mm.ConvNeXt',
+        arch='nano',
+        # 1e-6, the default, is for long pretraining: blocks should contribute from the first iteration here
+        layer_scale_init_value=1.0,
+        gap_before_final_norm=False,
+        out_indices=[0, 1, 2, 3]),
+    decode_head=dict(in_channels=[80, 160, 320, 640]),
+    auxiliary_head=dict(in_channels=320))
+train_dataloader = dict(batch_size=4)

@@ -1,0 +1,129 @@
+"""The table of configs: what each trains, what was published for it, and the parameters that it really builds."""
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from replk_mm.bench import published
+from replk_mm.errors import UserError
+
+BEGIN, END = '<!-- configs:begin -->', '<!-- configs:end -->'
+COMMAND = 'python tools/list_configs.py --write docs/configs.md --readme README.md'
+
+#: Task of a config's scope, and the two metrics its table shows.
+TASKS = {
+    'mmseg': ('Segmentation', 'mIoU ss / ms', ('miou_ss', 'miou_ms')),
+    'mmdet': ('Detection', 'AP box / mask', ('ap_box', 'ap_mask')),
+}
+
+NOTES = """\
+- mIoU (single-scale / multi-scale with flips) and AP are **quoted** from the papers and their repositories; nobody
+  reproduced them with this project.
+- "Params" counts the model that the config builds for training, in millions: with the parallel small kernels and the
+  auxiliary head. The RepLKNet authors count the deployed model without the auxiliary head, the ConvNeXt authors count
+  it in.
+- Batch is the images of one iteration on all GPUs together, which the learning rate belongs to.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table says of one config."""
+
+    path: Path
+    scope: str
+    backbone: str
+    pretraining: str
+    crop: str
+    schedule: str
+    result: published.Result | None
+    params_m: float
+
+
+def count_params_m(cfg: Config) -> float:
+    """Parameters, in millions, of the model of a config; nothing is allocated or initialised."""
+    with warnings.catch_warnings(), MODELS.switch_scope_and_registry(cfg.default_scope) as registry, \
+            torch.device('meta'):
+        warnings.simplefilter('ignore')
+        model = registry.build(cfg.model)
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def read_config(path: Path) -> Row:
+    """The row of one config file."""
+    cfg = Config.fromfile(path)
+    result = published.for_config(path)
+    backbone = cfg.model.backbone
+    length = cfg.train_cfg.get('max_iters')
+    schedule = f'{length / 1000:g}k iterations' if length else f'{cfg.train_cfg.max_epochs} epochs'
+    return Row(
+        path=path,
+        scope=cfg.default_scope,
+        backbone=result.backbone if result else f'{backbone.type.rpartition(".")[2]}-{backbone.arch}',
+        pretraining=result.pretraining if result else 'none',
+        crop=str(cfg.crop_size[0]) if 'crop_size' in cfg else '–',
+        schedule=f'{schedule}, batch {cfg.auto_scale_lr.base_batch_size}',
+        result=result,
+        params_m=count_params_m(cfg))
+
+
+def read_configs(folder: Path) -> list[Row]:
+    """The rows of all configs directly in ``folder``: those with published results first, in the papers' order.
+
+    Raises:
+        UserError: if there are none.
+    """
+    paths = sorted(folder.glob('*.py'))
+    if not paths:
+        raise UserError(f'no configs in {folder}\nRun this at the root of the repository, or name their folder.')
+    order = {result.config: i for i, result in enumerate(published.results())}
+    return [read_config(path) for path in sorted(paths, key=lambda p: order.get(p.name, len(order)))]
+
+
+def to_markdown(rows: Iterable[Row], link_to: str = 'configs') -> str:
+    """Markdown tables of ``rows``, one a task.
+
+    Args:
+        rows: what :func:`read_configs` returned.
+        link_to: folder of the configs, relative to the page that the text goes to.
+    """
+    rows, parts = list(rows), []
+    for scope, (task, metric_names, metrics) in TASKS.items():
+        chosen = [row for row in rows if row.scope == scope]
+        if not chosen:
+            continue
+        lines = [f'**{task}**', '',
+                 f'| Config | Backbone | Pretraining | Crop | Schedule | {metric_names} (quoted) | Params, M (quoted) '
+                 '| Params, M |',
+                 '| --- | --- | --- | --- | --- | --- | --- | --- |']
+        for row in chosen:
+            stated = row.result.metrics if row.result else {}
+            figures = ' / '.join(f'{stated[m]:.1f}' if m in stated else '–' for m in metrics)
+            quoted = f'{row.result.params_m:g}' if row.result else '–'
+            cells = (f'[{row.path.stem}]({link_to}/{row.path.name})', row.backbone, row.pretraining, row.crop,
+                     row.schedule, figures, quoted, f'{row.params_m:.1f}')
+            lines.append(f'| {" | ".join(cells)} |')
+        parts.append('\n'.join(lines) + '\n')
+    return '\n'.join(parts)
+
+
+def page(rows: Iterable[Row]) -> str:
+    """The text of ``docs/configs.md``."""
+    return (f'<!-- Do not edit: written by `{COMMAND}` -->\n# Configs\n\n{to_markdown(rows, "../configs")}\n{NOTES}')
+
+
+def update_readme(text: str, rows: Iterable[Row], name: str = 'README.md') -> str:
+    """``text`` with the tables between its two marks renewed.
+
+    Raises:
+        UserError: if the marks are not there once each, in order.
+    """
+    head, found_begin, rest = text.partition(BEGIN)
+    _, found_end, tail = rest.partition(END)
+    if not (found_begin and found_end) or BEGIN in rest or END in tail:
+        raise UserError(f'{name}: expected one block from {BEGIN} to {END}\nAdd both lines where the table belongs.')
+    return f'{head}{BEGIN}\n<!-- Do not edit: written by `{COMMAND}` -->\n{to_markdown(rows)}{END}{tail}'

@@ -1,0 +1,332 @@
+"""Checkpoints: read without running a stranger's code, in any known format, with a strict account of what matched."""
+import hashlib
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from zipfile import BadZipFile
+
+import torch
+import torch.nn as nn
+from mmengine.logging import print_log
+from torch import Tensor
+
+from replk_mm import compat
+from replk_mm.errors import UserError
+from replk_mm.key_formats import Converted, convert, unwrap
+
+#: Top-level modules that a segmentor or detector has for training only.
+TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
+# Weights a backbone may lack in a pretrained file: the norms of dense prediction features start as the identity.
+_OUTPUT_NORM = re.compile(r'(norm\d|stages\.\d+\.norm)\.')
+_SHOWN = 8
+
+
+class DownloadError(UserError):
+    """A checkpoint's address could not be reached."""
+
+
+def fetch(checkpoint: str | Path) -> Path:
+    """The local path of a checkpoint, downloaded to torch's cache if it is an address.
+
+    Raises:
+        DownloadError: If the address cannot be reached.
+        UserError: If the file does not exist.
+    """
+    name = str(checkpoint)
+    if not name.startswith(('http://', 'https://')):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f'{path}: no such checkpoint' + (' (it is a folder)' if path.is_dir() else ''))
+        return path
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / name.rsplit('/', 1)[-1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print_log(f'downloading {name}', logger='current')
+        try:
+            torch.hub.download_url_to_file(name, str(path), progress=True)
+        except OSError as error:
+            raise DownloadError(f'{name}: the checkpoint could not be downloaded ({error})\n'
+                                f'Put the file at {path} by hand, or name a local one with '
+                                f'--pretrained FILE; --pretrained none starts from random weights.') from error
+    return path
+
+
+def read(checkpoint: str | Path, trust: bool = False) -> dict:
+    """Read a checkpoint onto the CPU without running what is in it.
+
+    Args:
+        checkpoint: Path or address.
+        trust: Unpickle anything, which lets the file run any program. Defaults to False.
+
+    Raises:
+        UserError: If the file does not exist, is damaged, or needs ``trust``.
+    """
+    path = fetch(checkpoint)
+    compat.allow_harmless_pickles()
+    try:
+        loaded = torch.load(path, map_location='cpu', weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        reason = _unsafe_global(str(error))
+        if reason is None:
+            raise _damaged(path, error) from error
+        raise UserError(f'{path}: refused: to load it, {reason} would have to run\n'
+                        f'A checkpoint of plain weights needs no code. If you know who made this file and trust them, '
+                        f'pass --trust-checkpoint.') from error
+    except (RuntimeError, EOFError, BadZipFile, ValueError, KeyError, IndexError, AttributeError, TypeError,
+            UnicodeDecodeError, OSError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(loaded, Mapping):
+        raise UserError(f'{path}: not a checkpoint but a {type(loaded).__name__}; a dict of tensors is needed')
+    return dict(loaded)
+
+
+def _unsafe_global(message: str) -> str | None:
+    for marker in ('GLOBAL ', 'Unsupported class ', 'asks for attribute', 'blocklisted module '):
+        if marker in message:
+            return message[message.index(marker) + len(marker):].split(' was not')[0].split('\n')[0].strip()
+    return 'an unlisted function' if 'Trying to' in message else None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    size = path.stat().st_size
+    return UserError(f'{path}: not a readable checkpoint: damaged, cut off or no checkpoint at all ({size:,} bytes)\n'
+                     f'torch says: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}\n'
+                     f'Copy or download it again, and compare its size and hash with the source.')
+
+
+def sha256(path: str | Path) -> str:
+    """Hash of a file, in hexadecimal."""
+    with Path(path).open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _sha256(file)
+
+
+def _sha256(file) -> str:  # Python 3.10
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def save(checkpoint: dict, path: str | Path) -> None:
+    """Write a checkpoint so that ``path`` is either the whole new file or what was there before.
+
+    Raises:
+        UserError: If the folder cannot be written to or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix='.part')
+        with os.fdopen(descriptor, 'wb') as file:
+            torch.save(checkpoint, file)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise UserError(f'{path}: cannot be written ({error})\nChoose another place, or make room there.') from error
+
+
+@dataclass
+class LoadReport:
+    """What became of every weight of a model and of a checkpoint.
+
+    Attributes:
+        total: Weights of each top-level part of the model.
+        matched: Of those, how many the checkpoint set.
+        missing: The model's weights that the checkpoint lacks.
+        unexpected: The checkpoint's weights that the model lacks.
+        mismatched: Key, the model's shape, the checkpoint's shape.
+    """
+
+    total: dict[str, int] = field(default_factory=dict)
+    matched: dict[str, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """``'backbone 1164/1164, decode_head 46/46'``."""
+        return ', '.join(f'{part} {self.matched.get(part, 0)}/{total}' for part, total in self.total.items())
+
+    def details(self) -> str:
+        """The keys that did not match, a few of each kind."""
+        lines = [*_some('missing', self.missing), *_some('unexpected', self.unexpected),
+                 *_some('shape differs', [f'{key}: model {ours}, checkpoint {theirs}'
+                                          for key, ours, theirs in self.mismatched])]
+        return '\n'.join(lines)
+
+
+def _some(title: str, items: list[str]) -> list[str]:
+    if not items:
+        return []
+    more = [f'    ... and {len(items) - _SHOWN} more'] if len(items) > _SHOWN else []
+    return [f'  {title}: {len(items)}', *(f'    {item}' for item in items[:_SHOWN]), *more]
+
+
+def _copy(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -> LoadReport:
+    """Copy every weight whose name and shape fit; a linear layer's fits a 1x1 convolution's."""
+    report = LoadReport()
+    own = model.state_dict()
+    with torch.no_grad():
+        for key, target in own.items():
+            part = key.split('.')[0] if parts else 'backbone'
+            report.total[part] = report.total.get(part, 0) + 1
+            source = weights.get(key)
+            if source is None:
+                report.missing.append(key)
+            elif source.shape != target.shape and not (
+                    source.numel() == target.numel() and source.squeeze().shape == target.squeeze().shape):
+                report.mismatched.append((key, tuple(target.shape), tuple(source.shape)))
+            else:
+                target.copy_(source.reshape(target.shape))
+                report.matched[part] = report.matched.get(part, 0) + 1
+    report.unexpected = [key for key in weights if key not in own]
+    return report
+
+
+def load_pretrained(backbone: nn.Module, checkpoint: str | Path, prefix: str | None = None, strict: bool = True,
+                    map_location: str = 'cpu') -> LoadReport:
+    """Set a backbone's weights from a file of any known format (``init_cfg=dict(type='Pretrained', ...)``).
+
+    Args:
+        backbone: A backbone of this package.
+        checkpoint: Path or address.
+        prefix: What precedes the backbone's keys in the file. Defaults to finding out.
+        strict: Raise unless every weight is set, output norms apart. Defaults to True.
+        map_location: Accepted for mmengine's configs; must be ``'cpu'``, from where weights are copied to the model.
+
+    Raises:
+        UserError: If the file cannot be read, or does not fit and ``strict``.
+    """
+    if map_location != 'cpu':
+        raise UserError(f"init_cfg.map_location={map_location!r}: weights are read on the CPU and copied; use 'cpu'")
+    found = convert(unwrap(read(checkpoint), str(checkpoint)), prefix)
+    weights = found.backbone
+    if found.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
+        weights = _unmerge(weights, backbone.state_dict())
+    report = _copy(backbone, weights, parts=False)
+    report.missing = [key for key in report.missing if not _starts_as_identity(key)]
+    print_log(f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}', logger='current')
+    misfits = report.missing or report.mismatched or report.unexpected
+    if misfits and (strict or not report.matched):
+        raise UserError(f'{checkpoint}: does not fit {type(backbone).__name__}: {report.summary()}\n{report.details()}\n'
+                        f'{guess_cause(report, found, whole=False)}')
+    return report
+
+
+def _starts_as_identity(key: str) -> bool:
+    return key.endswith('num_batches_tracked') or _OUTPUT_NORM.match(key) is not None
+
+
+def _unmerge(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give a merged RepLKNet its training form back: the large branch takes all, the small one starts at zero."""
+    out = {}
+    for key, value in weights.items():
+        at = key.find('.lkb_reparam.')
+        if at < 0:
+            out[key] = value
+            continue
+        base = key[:at]
+        if key.endswith('.weight'):
+            out[f'{base}.lkb_origin.conv.weight'] = value
+            ones = torch.ones(value.shape[0])
+            # The norm divides by sqrt(1 + eps); the scale undoes it.
+            out[f'{base}.lkb_origin.bn.weight'] = ones * (1 + 1e-5) ** 0.5
+            out[f'{base}.lkb_origin.bn.running_mean'] = ones * 0
+            out[f'{base}.lkb_origin.bn.running_var'] = ones
+            for name in ('weight', 'bias', 'running_mean'):
+                out[f'{base}.small_conv.bn.{name}'] = ones * 0
+            out[f'{base}.small_conv.bn.running_var'] = ones
+            small = own.get(f'{base}.small_conv.conv.weight')
+            if small is not None:
+                out[f'{base}.small_conv.conv.weight'] = small
+        else:
+            out[f'{base}.lkb_origin.bn.bias'] = value
+    return {key: value for key, value in out.items() if '.small_conv.' not in key or key in own}
+
+
+def reparameterization_of(checkpoint: Mapping, weights: Iterable[str]) -> dict | None:
+    """How a checkpoint's network was merged, by its own record or, in the authors' merged form, by its key names.
+
+    Returns:
+        ``{'merge': bool, 'fold': bool}``, or None for a network in training form.
+    """
+    meta = checkpoint.get('meta')
+    record = meta.get('replk_mm', {}).get('reparameterized') if isinstance(meta, Mapping) else None
+    if record:
+        return {'merge': bool(record['merge']), 'fold': bool(record['fold'])}
+    return {'merge': True, 'fold': False} if any('.lkb_reparam.' in key for key in weights) else None
+
+
+def load_model(model: nn.Module, checkpoint: str | Path, trust: bool = False) -> tuple[LoadReport, dict]:
+    """Set all weights that inference needs, of a whole segmentor or detector (or a bare backbone).
+
+    A merged checkpoint brings ``model`` to its own structure first.
+
+    Args:
+        model: Built from the config; changed in place.
+        checkpoint: Path or address.
+        trust: See :func:`read`.
+
+    Returns:
+        The report, and the checkpoint's ``meta``.
+
+    Raises:
+        UserError: If the file cannot be read, or leaves a weight that inference uses unset.
+    """
+    from replk_mm.reparam import reparameterize  # it saves checkpoints
+    loaded = read(checkpoint, trust)
+    found = convert(unwrap(loaded, str(checkpoint)))
+    whole = hasattr(model, 'backbone')
+    weights = {f'backbone.{key}': value for key, value in found.backbone.items()} if whole else found.backbone
+    weights = {**weights, **found.rest}
+    how = reparameterization_of(loaded, weights)
+    if how:
+        reparameterize(model, **how, inplace=True)
+    report = _copy(model, weights, parts=whole)
+    report.missing = [key for key in report.missing
+                      if not key.startswith(TRAINING_ONLY) and not key.endswith('num_batches_tracked')]
+    # Heads that only train, and statistics of a classifier, may be more than the model has.
+    surplus = [key for key in report.unexpected if not key.startswith(TRAINING_ONLY)]
+    mismatched = [key for key, *_ in report.mismatched if not key.startswith(TRAINING_ONLY)]
+    if report.missing or mismatched or surplus:
+        raise UserError(f'{checkpoint}: does not fit this config: {report.summary()}\n{report.details()}\n'
+                        f'{guess_cause(report, found, whole)}')
+    print_log(f'weights {checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; '
+              f'{report.summary()}', logger='current')
+    meta = loaded.get('meta')
+    return report, dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def guess_cause(report: LoadReport, found: Converted, whole: bool) -> str:
+    """The likeliest reason why a checkpoint does not fit, as a sentence with a remedy."""
+    keys = [key for key, *_ in report.mismatched]
+    classes = [(ours, theirs) for key, ours, theirs in report.mismatched
+               if key.endswith(('conv_seg.weight', 'fc_cls.weight', 'fc_cls.bias', 'conv_seg.bias'))]
+    if not any(report.matched.values()):
+        return (f'Likely cause: another architecture ({found.describe()}). Check that config and checkpoint belong '
+                f'together.')
+    if whole and not found.rest:
+        return ('Likely cause: the file holds a backbone only (ImageNet weights, say), no trained head. Train with it as '
+                'init_cfg first; test the checkpoint that training writes.')
+    if classes and len(keys) <= 2 * len(classes):
+        ours, theirs = classes[0]
+        return (f'Likely cause: number of classes: the config has {ours[0]}, the checkpoint {theirs[0]}. Set num_classes of '
+                f'every head to the checkpoint\'s.')
+    if any('.lkb_origin.' in key for key in report.missing) and any('.lkb_reparam.' in key for key in report.unexpected):
+        return ('Likely cause: the checkpoint is merged and the network is not. Set small_kernel_merged=True, or use the '
+                'checkpoint in training form.')
+    if any('.lkb_reparam.' in key for key in report.missing):
+        return ('Likely cause: the network is built merged and the checkpoint is not. Remove small_kernel_merged=True; '
+                'tools/test.py --reparam merges after loading.')
+    if keys:
+        return ('Likely cause: another size of the same family (shapes differ). Check backbone.arch and kernel sizes '
+                'against the checkpoint\'s config.')
+    return ('Likely cause: another depth or other options of the same family (norm_intermediate_features, arch). Check the '
+            'backbone\'s arguments against the checkpoint\'s config.')

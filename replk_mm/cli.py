@@ -1,0 +1,48 @@
+"""Arguments that several commands share."""
+import argparse
+import os
+import warnings
+
+from replk_mm.engine.runner import Options
+
+
+def parser(doc: str, example: str) -> argparse.ArgumentParser:
+    """A parser whose help shows ``doc`` and an example."""
+    return argparse.ArgumentParser(description=doc, epilog=f'example:\n  {example}',
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_run_arguments(p: argparse.ArgumentParser) -> None:
+    """What training and testing have in common."""
+    from mmengine.config import DictAction
+    p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the config)')
+    p.add_argument('--work-dir', metavar='DIR', help='where logs and checkpoints go (default: work_dirs/CONFIG)')
+    p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
+    p.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+                   help='how the processes of a distributed run were started (torchrun: pytorch)')
+    p.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override config fields')
+    p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{value} is not at least 1')
+    return value
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """The run options among parsed arguments."""
+    known = {key: value for key, value in vars(args).items() if key in Options.__dataclass_fields__}
+    if args.local_rank is not None:
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return Options(**known)
+
+
+def quiet_libraries() -> None:
+    """Silence warnings about the libraries' own future, which a user can do nothing about."""
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings('ignore', category=category)
+    for message in ('pkg_resources is deprecated', '.*align_corners=.*', 'Fail to import.*MultiScaleDeformableAttention'):
+        warnings.filterwarnings('ignore', message=message, category=UserWarning)

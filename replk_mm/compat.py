@@ -1,0 +1,68 @@
+"""Where the installed versions of mmengine, mmcv, mmseg, mmdet and torch need help. Nothing else in the package knows.
+
+Each function mends one thing, may be called any number of times, and says which versions it is for.
+"""
+import functools
+import sys
+from collections.abc import Callable
+from pickle import UnpicklingError
+
+
+def register_configs() -> None:
+    """Let mmengine find our configs as ``replk_mm::NAME.py``.
+
+    mmengine (seen in 0.10.7) keeps a fixed table of the packages whose configs can be inherited, and asks for a slash in
+    the name, which flat config folders do not have. Does nothing where mmengine is not installed.
+    """
+    try:
+        from mmengine.config import config, utils
+    except ImportError:
+        return
+    utils.MODULE2PACKAGE.setdefault('replk_mm', 'replk_mm')
+    original = utils._get_package_and_cfg_path
+    if getattr(original, 'knows_replk_mm', False):
+        return
+
+    @functools.wraps(original)
+    def package_and_path(cfg_path: str) -> tuple[str, str]:
+        scope, _, name = cfg_path.partition('::')
+        return ('replk_mm', name) if scope == 'replk_mm' and name else original(cfg_path)
+
+    package_and_path.knows_replk_mm = True  # type: ignore[attr-defined]
+    hub = sys.modules.get('mmengine.hub.hub')  # imported after us, it takes the name from `utils`
+    for module in filter(None, (utils, config, hub)):
+        module._get_package_and_cfg_path = package_and_path  # type: ignore[attr-defined]
+
+
+def _history_method(owner: type, name: str) -> Callable:
+    """What ``getattr`` may do in a checkpoint: name one of the statistics of a log buffer."""
+    from mmengine.logging import HistoryBuffer
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
+        raise UnpicklingError(f'the checkpoint asks for attribute {name!r} of {owner!r}')
+    return getattr(owner, name)
+
+
+def harmless_pickles() -> list:
+    """Classes and functions that mmengine's checkpoints name and that can do nothing but hold data."""
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+    try:
+        from numpy._core import multiarray
+    except ImportError:  # numpy < 2
+        from numpy.core import multiarray  # type: ignore[no-redef]
+    # A buffer is pickled with references to its own methods, as calls of `getattr`. The real one would open every object
+    # that the list allows, so our restricted one takes its name.
+    _history_method.__module__, _history_method.__qualname__ = 'builtins', 'getattr'
+    dtypes = {type(np.dtype(kind)) for kind in ('bool', 'int32', 'int64', 'float16', 'float32', 'float64', 'U1')}
+    return [HistoryBuffer, _history_method, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *dtypes]
+
+
+def allow_harmless_pickles() -> None:
+    """Let ``torch.load(weights_only=True)``, torch's default from 2.6 on, read mmengine's own checkpoints.
+
+    mmengine 0.10.7 stores its log buffers in every checkpoint and loads them with torch's defaults, so that it cannot
+    resume what it has written. torch before 2.5 has no list to add to; there its default reads everything.
+    """
+    import torch
+    if hasattr(torch.serialization, 'add_safe_globals'):
+        torch.serialization.add_safe_globals(harmless_pickles())

@@ -1,0 +1,59 @@
+"""Checks inside the data pipeline: a bad file is named when it is read, not by a crash three layers up."""
+from pathlib import Path
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+
+from replk_mm.data.files import damage
+from replk_mm.errors import UserError
+from replk_mm.registry import TRANSFORMS
+
+IGNORED = 255
+
+
+@TRANSFORMS.register_module()
+class CheckedLoad(BaseTransform):
+    """Run a loading transform; name the file if it cannot be read or holds labels that no class has.
+
+    Args:
+        load: Config of the transform, such as ``dict(type='LoadAnnotations')``.
+        num_classes: Classes of the model; None checks no labels. Defaults to None.
+    """
+
+    def __init__(self, load: dict, num_classes: int | None = None) -> None:
+        self.load = TRANSFORMS.build(load)
+        self.num_classes = num_classes
+
+    def transform(self, results: dict) -> dict | None:
+        loads_labels = 'img' in results
+        path = Path(str(results.get('seg_map_path' if loads_labels else 'img_path', '')))
+        try:
+            problem = damage(path) if path.is_file() else None
+            if problem:
+                raise UserError(f'{path}: {problem}\nReplace the file, or remove it and its partner from the data set.')
+            out = self.load(results)
+        except UserError:
+            raise
+        except Exception as error:
+            # Decoders raise anything from OSError to cv2.error; all of them mean this file.
+            raise UserError(f'{path}: cannot be read ({type(error).__name__}: {error})\n'
+                            f'Replace the file, or remove it and its partner from the data set.') from error
+        if loads_labels and self.num_classes is not None and out is not None and 'gt_seg_map' in out:
+            self._check_ids(out, path)
+        return out
+
+    def _check_ids(self, results: dict, path: Path) -> None:
+        ids = np.unique(results['gt_seg_map'])
+        wrong = ids[(ids >= self.num_classes) & (ids != IGNORED)]
+        if len(wrong):
+            shift = 1 if results.get('reduce_zero_label') else 0
+            raise UserError(label_range_message(path, (wrong + shift).tolist(), self.num_classes, bool(shift)))
+
+
+def label_range_message(path: Path, found: list[int], num_classes: int, reduce_zero_label: bool) -> str:
+    """What to say of label ids, as they stand in the file, that no class has."""
+    shown = ', '.join(map(str, found[:6])) + (' ...' if len(found) > 6 else '')
+    valid = f'1..{num_classes} (0 and 255 are ignored)' if reduce_zero_label else f'0..{num_classes - 1} (255 is ignored)'
+    return (f'{path}: label ids {shown} are beyond the {num_classes} classes; valid are {valid} with '
+            f'reduce_zero_label={reduce_zero_label}\n'
+            f'Set num_classes of every head (and the data set\'s classes) to the labels, or mend the label maps.')

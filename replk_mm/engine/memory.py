@@ -1,0 +1,132 @@
+"""How much memory a training step needs, known before the first one."""
+import os
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from mmengine.config import Config
+
+from replk_mm.errors import UserError
+from replk_mm.reparam import network_outputs
+
+#: Weights, gradients and Adam's two moments, in float32.
+_BYTES_PER_PARAMETER = 16
+#: What the interpreter, the libraries and the data workers take, bytes.
+_OVERHEAD = 1.5e9
+#: Share of the free memory that a run may plan with.
+_SHARE = 0.85
+
+
+def available_bytes() -> int:
+    """Memory this process may still take: what the system has free, within a container's limit."""
+    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    meminfo = Path('/proc/meminfo')
+    if meminfo.exists():
+        lines = dict(line.split(':', 1) for line in meminfo.read_text().splitlines() if ':' in line)
+        free = int(lines['MemAvailable'].split()[0]) * 1024
+    for limit, used in (('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current'),
+                        ('/sys/fs/cgroup/memory/memory.limit_in_bytes', '/sys/fs/cgroup/memory/memory.usage_in_bytes')):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def training_bytes(model: nn.Module, batch: int, crop: tuple[int, int], num_classes: int) -> int:
+    """Estimate of the memory of one training step in float32.
+
+    Runs the forward pass on the meta device, where tensors have shapes and no data, and adds up what autograd keeps.
+
+    Args:
+        model: Built on the meta device.
+        batch: Images of a step.
+        crop: Height and width of an image in pixels.
+        num_classes: Channels of the logits, which are brought to full resolution for the loss.
+    """
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = network_outputs(model, torch.empty(batch, 3, *crop, device='meta', requires_grad=True))
+    parameters = sum(p.numel() for p in model.parameters())
+    # Logits at full resolution, their log-softmax, and a gradient of each.
+    loss = 4 * 4 * batch * crop[0] * crop[1] * num_classes
+    del outputs
+    return int(sum(kept.values()) + parameters * (_BYTES_PER_PARAMETER - 4) + loss + _OVERHEAD)
+
+
+def fit_batch(cfg: Config, model: nn.Module, world_size: int) -> list[str]:
+    """Lower the batch of a process until a training step fits this machine's memory.
+
+    Args:
+        cfg: Changed in place.
+        model: The config's model, built on the meta device.
+        world_size: Processes on this machine, which share its memory.
+
+    Returns:
+        A line if the batch was changed.
+
+    Raises:
+        UserError: If not even the smallest possible batch fits.
+    """
+    crop = crop_of(cfg)
+    if crop is None or not hasattr(model, 'decode_head'):
+        return []
+    wanted = cfg.train_dataloader.batch_size
+    heads = model.decode_head if isinstance(model.decode_head, nn.ModuleList) else [model.decode_head]
+    classes = max(head.num_classes for head in heads)
+    smallest = min(wanted, smallest_batch(cfg))
+    free = int(available_bytes() * _SHARE / world_size)
+    batch = wanted
+    while (need := training_bytes(model, batch, crop, classes)) > free and batch > smallest:
+        batch -= 1
+    if need > free:
+        raise UserError(
+            f'crop size {crop[0]}x{crop[1]}: a training step with {batch} images needs about {need / 2**30:.1f} GiB of memory; '
+            f'{free / 2**30:.1f} GiB are free for it\n'
+            f'Use a smaller crop (crop_size in the config), a smaller backbone, backbone.with_cp=True '
+            f'(--cfg-options model.backbone.with_cp=True), or close other programs; --no-memory-check trains regardless.')
+    cfg.train_dataloader.batch_size = batch
+    return [f'batch: {batch} images a process instead of {wanted}: {need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free memory'
+            ] if batch != wanted else []
+
+
+def crop_of(cfg: Config) -> tuple[int, int] | None:
+    """Training crop in pixels (height, width), if the config has one."""
+    size = cfg.model.get('data_preprocessor', {}).get('size') or cfg.get('crop_size')
+    return None if size is None else (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def pools_to_one_pixel(cfg: Config) -> bool:
+    """Whether a head trains BatchNorm on a map pooled to 1x1, where one image gives one value and no variance."""
+    heads = cfg.model.get('decode_head')
+    for head in heads if isinstance(heads, (list, tuple)) else [heads]:
+        if head and 1 in head.get('pool_scales', ()) and head.get('norm_cfg', {}).get('type') in ('BN', 'BN2d'):
+            return True
+    return False
+
+
+def smallest_batch(cfg: Config) -> int:
+    """Images a process needs at least."""
+    return 2 if pools_to_one_pixel(cfg) else 1
+
+
+def check_batch(cfg: Config) -> None:
+    """Refuse a batch that BatchNorm cannot train on.
+
+    Raises:
+        UserError: If the batch is smaller than the model needs.
+    """
+    batch, needed = cfg.train_dataloader.batch_size, smallest_batch(cfg)
+    if batch < needed:
+        raise UserError(
+            f'train_dataloader.batch_size={batch}: model.decode_head pools to 1x1 (pool_scales) and BatchNorm has no '
+            f'variance over one value; at least {needed} images a process are needed\n'
+            f"Raise the batch size, or use a norm without batch statistics: "
+            f"--cfg-options model.decode_head.norm_cfg.type=GN model.decode_head.norm_cfg.num_groups=32")

@@ -1,0 +1,84 @@
+"""What a test run is kept as: one JSON file that says under which protocol its figures were measured."""
+import json
+import math
+import os
+import platform
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+
+from replk_mm import __version__, checkpoints
+from replk_mm.engine.runner import TestResult
+from replk_mm.errors import UserError
+
+
+def protocol(cfg: Config, tta: bool) -> dict:
+    """How images were tested: whole or sliding window, scales, flips."""
+    model = cfg.model.get('module', cfg.model)  # wrapped for test-time augmentation
+    found = dict(model.get('test_cfg') or {})
+    pipeline = cfg.test_dataloader.dataset.get('pipeline', [])
+    found['pipeline'] = [dict(step) if 'load' not in step else dict(step['load']) for step in pipeline]
+    found['tta'] = tta
+    return found
+
+
+def environment() -> dict:
+    """Versions and hardware that a figure depends on."""
+    import mmcv
+    import mmengine
+    import numpy
+    found = dict(python=platform.python_version(), torch=torch.__version__, mmengine=mmengine.__version__,
+                 mmcv=mmcv.__version__, numpy=numpy.__version__, replk_mm=__version__, system=platform.platform(),
+                 cpu=_cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads())
+    if torch.cuda.is_available():
+        found['gpu'] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':', 1)[1].strip() for line in info.read_text().splitlines()
+             if line.startswith('model name')] if info.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def record(cfg: Config, checkpoint: str, result: TestResult, tta: bool) -> dict:
+    """A test's figures with everything that they depend on; finite numbers and None only."""
+    path = checkpoints.fetch(checkpoint)
+    merged = result.meta.get('replk_mm', {}).get('reparameterized')
+    return _finite(dict(
+        metrics=result.metrics, per_class=result.per_class, config=str(cfg.filename),
+        checkpoint=dict(path=str(path), sha256=checkpoints.sha256(path), iteration=result.meta.get('iter'),
+                        loaded=result.load),
+        reparameterized=str(result.changes) if result.changes else ('in the checkpoint' if merged else None),
+        protocol=protocol(cfg, tta),
+        data=dict(root=str(cfg.test_dataloader.dataset.get('data_root')), images=result.images),
+        seconds=round(result.seconds, 3), environment=environment()))
+
+
+def _finite(node):
+    if isinstance(node, dict):
+        return {str(key): _finite(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_finite(value) for value in node]
+    if isinstance(node, bool) or node is None or isinstance(node, (str, int)):
+        return node
+    try:
+        number = float(node)
+    except (TypeError, ValueError):
+        return str(node)
+    return number if math.isfinite(number) else None
+
+
+def write(found: dict, path: Path) -> None:
+    """Write a record as JSON.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=2, allow_nan=False) + '\n')
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({error.strerror})\nChoose another place with --out DIR.') from error

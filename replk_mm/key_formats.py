@@ -1,0 +1,156 @@
+"""State-dict key names that are in circulation for RepLKNet and ConvNeXt, and how they map to ours.
+
+Ours are mmpretrain's, which for RepLKNet are the authors'. RepLKNet exists in no timm release, so it has no third form.
+"""
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from replk_mm.errors import UserError
+
+#: Keys under which training programs put the weights. The first that is there is taken, at each level.
+NESTS = ('state_dict', 'model', 'module', 'model_state_dict', 'model_state', 'net', 'network', 'params')
+#: Prefixes that wrappers add to every key.
+WRAPPERS = ('module.', '_orig_mod.', 'model.', 'state_dict.')
+
+# Classifier weights of an ImageNet checkpoint: known, and of no use to a backbone.
+_CLASSIFIER = re.compile(r'(head(\.fc|\.l\d|\.layers)?|fc|classifier)\.(weight|bias)$')
+_CONVNEXT = {
+    'official': [
+        (re.compile(r'\.dwconv\.'), '.depthwise_conv.'),
+        (re.compile(r'\.pwconv([12])\.'), r'.pointwise_conv\1.'),
+    ],
+    'timm': [
+        (re.compile(r'^stem\.(\d)\.'), r'downsample_layers.0.\1.'),
+        (re.compile(r'^stages\.(\d+)\.downsample\.'), r'downsample_layers.\1.'),
+        (re.compile(r'^(stages\.\d+)\.blocks\.'), r'\1.'),
+        (re.compile(r'\.conv_dw\.'), '.depthwise_conv.'),
+        (re.compile(r'\.mlp\.fc([12])\.'), r'.pointwise_conv\1.'),
+        (re.compile(r'\.mlp\.grn\.weight$'), '.grn.gamma'),
+        (re.compile(r'\.mlp\.grn\.bias$'), '.grn.beta'),
+        (re.compile(r'^head\.norm\.'), 'norm.'),
+    ],
+}
+
+
+@dataclass
+class Converted:
+    """A checkpoint's weights under our names.
+
+    Attributes:
+        backbone: Weights of the backbone, without prefix.
+        rest: Everything else of a whole model, such as ``decode_head.*``, under its own names.
+        family: ``'RepLKNet'``, ``'ConvNeXt'``, or ``''`` if it is neither.
+        format: ``'official'``, ``'mmpretrain'``, ``'timm'``, or ``''`` if the family is unknown.
+        merged: Whether the parallel kernels of a RepLKNet are merged.
+        set_aside: Keys of an ImageNet classifier, which a backbone does not have.
+        whole_model: Whether the file named its backbone's weights ``backbone.*``.
+    """
+
+    backbone: dict[str, Tensor]
+    rest: dict[str, Tensor]
+    family: str = ''
+    format: str = ''
+    merged: bool = False
+    set_aside: list[str] = field(default_factory=list)
+    whole_model: bool = False
+
+    def describe(self) -> str:
+        """One phrase for logs."""
+        if not self.family:
+            return 'weights of an unknown family'
+        form = f"{'merged ' if self.merged else ''}{self.format} key names"
+        return f'{self.family}, {form}' + (f', {len(self.set_aside)} classifier keys set aside' if self.set_aside else '')
+
+
+def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
+    """The flat state dict inside whatever a training program saved.
+
+    Args:
+        checkpoint: The loaded file.
+        where: Name of the file, for messages.
+
+    Raises:
+        UserError: If there are no tensors in it.
+    """
+    node = checkpoint
+    while isinstance(node, Mapping) and not any(isinstance(value, Tensor) for value in node.values()):
+        nest = next((key for key in NESTS if isinstance(node.get(key), Mapping)), None)
+        if nest is None:
+            found = ', '.join(map(str, list(node)[:6])) or 'nothing'
+            raise UserError(f'{where}: no weights in it; found the keys: {found}\n'
+                            f'A checkpoint holds tensors at its top level or under one of: {", ".join(NESTS)}.')
+        node = node[nest]
+    if not isinstance(node, Mapping):
+        raise UserError(f'{where}: not a checkpoint but a {type(node).__name__}; a dict of tensors is needed')
+    weights = {str(key): value for key, value in node.items() if isinstance(value, Tensor)}
+    wrapped = True
+    while wrapped:
+        wrapped = False
+        for wrapper in WRAPPERS:
+            if all(key.startswith(wrapper) for key in weights):
+                weights = {key[len(wrapper):]: value for key, value in weights.items()}
+                wrapped = True
+    return weights
+
+
+def convert(weights: Mapping[str, Tensor], prefix: str | None = None) -> Converted:
+    """Bring a flat state dict to our key names.
+
+    Args:
+        weights: As :func:`unwrap` returns them.
+        prefix: What precedes the backbone's keys. Defaults to ``backbone.`` if any key has it, else nothing.
+    """
+    if prefix is None or not any(key.startswith(prefix) for key in weights):
+        prefix = 'backbone.' if any(key.startswith('backbone.') for key in weights) else ''
+    prefix = prefix if not prefix or prefix.endswith('.') else prefix + '.'
+    backbone = {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
+    rest = {key: value for key, value in weights.items() if not key.startswith(prefix)}
+    out = Converted(backbone, rest, whole_model=bool(prefix))
+    # With a prefix the classifier stands outside of it; a dense prediction head has other names.
+    out.set_aside = [key for key in (rest if prefix else backbone) if _CLASSIFIER.match(key)]
+    for key in out.set_aside:
+        (rest if prefix else backbone).pop(key)
+
+    if any('.large_kernel.' in key for key in backbone):
+        out.family, out.format = 'RepLKNet', 'mmpretrain' if prefix else 'official'
+        out.merged = any('.lkb_reparam.' in key for key in backbone)
+        # The classification network's last norm follows pooling-free features and has no place in a feature pyramid.
+        for key in [key for key in backbone if re.match(r'norm\.', key)]:
+            out.set_aside.append(key)
+            del backbone[key]
+    elif any(re.match(r'stages\.\d+\.\d+\.(depthwise_conv|dwconv)\.', key) for key in backbone):
+        out.family = 'ConvNeXt'
+        out.format = 'official' if any('.dwconv.' in key for key in backbone) else 'mmpretrain'
+    elif any('.conv_dw.' in key for key in backbone):
+        out.family, out.format = 'ConvNeXt', 'timm'
+    if out.family == 'ConvNeXt':
+        out.backbone = _convnext_keys(backbone, out.format)
+    return out
+
+
+def _convnext_keys(weights: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    last = max(int(key.split('.')[1]) for key in weights if key.startswith('stages.'))
+    out = {}
+    for key, value in weights.items():
+        for pattern, replacement in _CONVNEXT.get(form, ()):
+            key = pattern.sub(replacement, key)
+        # The classification network's only norm is that of the last stage (mmpretrain's converter does the same).
+        key = re.sub(r'^norm\.', f'norm{last}.', key)
+        if '.grn.' in key:  # the authors keep (1, 1, 1, C)
+            value = value.flatten()
+        out[key] = value
+    return out
+
+
+def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """ConvNeXt weights under our names, renamed to those of the authors' downstream code; RepLKNet's stay the same."""
+    names = (('.depthwise_conv.', '.dwconv.'), ('.pointwise_conv1.', '.pwconv1.'), ('.pointwise_conv2.', '.pwconv2.'))
+    out = {}
+    for key, value in weights.items():
+        for ours, theirs in names:
+            key = key.replace(ours, theirs)
+        out[key] = value
+    return out

@@ -1,0 +1,130 @@
+"""Parts that more than one family uses."""
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch.nn as nn
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmengine.model import BaseModule
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from replk_mm.checkpoints import load_pretrained
+from replk_mm.registry import MODELS
+
+
+@MODELS.register_module(name=['LayerNorm2d', 'LN2d'])
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalization over the channels of ``(N, C, H, W)``, at every pixel by itself.
+
+    In channels-last memory both permutations are free: the layer then runs on contiguous rows of channels.
+
+    Args:
+        num_channels: Channels of the input.
+        eps: Added to the variance. Defaults to 1e-6.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+        super().__init__(num_channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+def build_norm(cfg: dict, num_features: int) -> nn.Module:
+    """The normalization layer that ``cfg`` (as in ``norm_cfg=dict(type='BN')``) describes, for ``num_features`` channels.
+
+    ``LN2d`` is ours in every scope, so that configs written for mmpretrain's ConvNeXt need no other name.
+    """
+    if cfg['type'] in ('LN2d', 'LayerNorm2d'):
+        cfg = {**cfg, 'type': f"replk_mm.{cfg['type']}"}
+    return build_norm_layer(cfg, num_features)[1]
+
+
+def run_checkpointed(module: nn.Module, x: Tensor, enabled: bool) -> Tensor:
+    """``module(x)``, recomputed in the backward pass instead of kept in memory if ``enabled``."""
+    if enabled and x.requires_grad:
+        return checkpoint(module, x, use_reentrant=False)
+    return module(x)
+
+
+def resolve_arch(arch: str | dict, table: dict[str, dict], family: str) -> dict:
+    """The settings of a named or given variant.
+
+    Args:
+        arch: A name in ``table``, or a dict with the keys of its rows.
+        table: The family's variants.
+        family: For messages.
+
+    Raises:
+        ValueError: If the name is unknown, or the dict has missing or unknown keys.
+    """
+    if isinstance(arch, str):
+        if arch not in table:
+            raise ValueError(f'{family}: arch={arch!r} is unknown; choose one of {", ".join(table)}, or give a dict')
+        return dict(table[arch])
+    optional = {'ffn_ratio'}
+    known = set(next(iter(table.values()))) | optional
+    missing, unknown = known - optional - set(arch), set(arch) - known
+    if missing or unknown:
+        raise ValueError(f'{family}: arch dict has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
+                         f'it takes {sorted(known)}')
+    return dict(arch)
+
+
+class Backbone(BaseModule):
+    """What every backbone here shares: weights from any known checkpoint format, frozen stages, frozen statistics.
+
+    Args:
+        out_indices: Stages whose features are returned; negative numbers count from the last stage.
+        num_stages: Stages the network has.
+        norm_eval: Keep BatchNorm layers in evaluation mode while training.
+        init_cfg: Initialization as in mmengine; ``dict(type='Pretrained', checkpoint=...)`` takes every format that
+            :mod:`replk_mm.checkpoints` knows, with or without ``prefix``.
+
+    Raises:
+        ValueError: If ``out_indices`` is empty, repeats or names a stage that does not exist.
+    """
+
+    def __init__(self, out_indices: int | Sequence[int], num_stages: int, norm_eval: bool,
+                 init_cfg: dict | list[dict] | None) -> None:
+        super().__init__(init_cfg)
+        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        self.out_indices = tuple(i + num_stages if i < 0 else i for i in given)
+        if not given or len(set(self.out_indices)) < len(given) or not set(self.out_indices) <= set(range(num_stages)):
+            raise ValueError(f'{type(self).__name__}: out_indices={out_indices} must name different stages out of '
+                             f'0..{num_stages - 1}')
+        self.norm_eval = norm_eval
+
+    def init_weights(self) -> None:
+        """Initialize at random, then overwrite with the ``Pretrained`` checkpoint if ``init_cfg`` names one."""
+        cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg] if self.init_cfg else []
+        pretrained = [cfg for cfg in cfgs if cfg['type'] == 'Pretrained']
+        if self.is_init:
+            return
+        self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
+        super().init_weights()
+        self.init_cfg = cfgs
+        for cfg in pretrained:
+            load_pretrained(self, **{key: value for key, value in cfg.items() if key != 'type'})
+
+    @abstractmethod
+    def _frozen_modules(self) -> list[nn.Module]:
+        """Modules that ``frozen_stages`` fixes; each family knows its own."""
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.eval()
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'Backbone':
+        """Switch modes, leaving frozen stages (and with ``norm_eval`` every BatchNorm) in evaluation mode."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self

@@ -1,0 +1,318 @@
+"""RepLKNet: 31x31 depthwise convolutions, with a parallel small kernel that is merged after training.
+
+"Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs", Ding, Zhang, Zhou, Han, Ding, Sun, CVPR 2022,
+arXiv:2203.06717. Written anew from the paper; the names of parameters are those of the authors' code (MIT licence), so
+that their checkpoints load, and mmpretrain's, which are the same.
+"""
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from mmcv.cnn import build_activation_layer
+from mmcv.cnn.bricks import DropPath
+from torch import Tensor
+
+from replk_mm.models.layers import Backbone, build_norm, resolve_arch, run_checkpointed
+from replk_mm.ops import DepthwiseConv2d
+from replk_mm.registry import MODELS
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias, normalization, and an activation if one is given. Padding keeps the map's size.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Side of the kernel in pixels.
+        stride: Step in pixels.
+        depthwise: Convolve each channel by itself; needs ``in_channels == out_channels``.
+        norm_cfg: Normalization layer.
+        act_cfg: Activation layer, None for none.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, depthwise: bool = False,
+                 *, norm_cfg: dict, act_cfg: dict | None = None) -> None:
+        super().__init__()
+        if depthwise:
+            self.conv: nn.Conv2d = DepthwiseConv2d(out_channels, kernel_size, stride, bias=False)
+        else:
+            self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+        self.bn = build_norm(norm_cfg, out_channels)
+        if act_cfg is not None:
+            self.nonlinear = build_activation_layer(act_cfg)
+
+
+class ReparamLargeKernelConv(nn.Module):
+    """Large depthwise convolution beside a small one, each with its normalization; their sum. Section 3, guideline 3.
+
+    Args:
+        channels: Channels of input and output.
+        kernel_size: Side of the large kernel in pixels.
+        small_kernel: Side of the parallel small kernel, None for no branch.
+        merged: Build the deployed form at once: a single convolution with bias.
+        norm_cfg: Normalization layer of both branches.
+
+    Raises:
+        ValueError: If the small kernel is larger than the large one, or one side is even.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, small_kernel: int | None, merged: bool, norm_cfg: dict) -> None:
+        super().__init__()
+        if small_kernel is not None and small_kernel > kernel_size:
+            raise ValueError(f'RepLKNet: small_kernel={small_kernel} is larger than the large kernel of {kernel_size}')
+        if kernel_size % 2 == 0 or (small_kernel is not None and small_kernel % 2 == 0):
+            raise ValueError(f'RepLKNet: kernel sizes must be odd to keep the map centred; found {kernel_size} and '
+                             f'{small_kernel}')
+        if merged:
+            self.lkb_reparam = DepthwiseConv2d(channels, kernel_size)
+            return
+        self.lkb_origin = ConvNorm(channels, channels, kernel_size, depthwise=True, norm_cfg=norm_cfg)
+        if small_kernel is not None:
+            self.small_conv = ConvNorm(channels, channels, small_kernel, depthwise=True, norm_cfg=norm_cfg)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the branches are one convolution."""
+        return hasattr(self, 'lkb_reparam')
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.lkb_reparam(x)
+        out = self.lkb_origin(x)
+        return out + self.small_conv(x) if hasattr(self, 'small_conv') else out
+
+
+class RepLKBlock(nn.Module):
+    """Pre-norm, 1x1 convolution, large depthwise convolution, 1x1 convolution, identity shortcut. Section 4.1.
+
+    Args:
+        channels: Channels of input and output.
+        kernel_size: Side of the large kernel in pixels.
+        small_kernel: Side of the parallel small kernel, None for no branch.
+        dw_ratio: Channels of the large convolution relative to ``channels``.
+        drop_path: Probability of dropping the branch for a sample.
+        merged: See :class:`ReparamLargeKernelConv`.
+        norm_cfg: Normalization layer.
+        act_cfg: Activation after the first 1x1 and the large convolution.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, small_kernel: int | None, dw_ratio: float, drop_path: float,
+                 merged: bool, norm_cfg: dict, act_cfg: dict) -> None:
+        super().__init__()
+        width = int(channels * dw_ratio)
+        self.prelkb_bn = build_norm(norm_cfg, channels)
+        self.pw1 = ConvNorm(channels, width, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        self.large_kernel = ReparamLargeKernelConv(width, kernel_size, small_kernel, merged, norm_cfg)
+        self.lk_nonlinear = build_activation_layer(act_cfg)
+        self.pw2 = ConvNorm(width, channels, norm_cfg=norm_cfg)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.pw1(self.prelkb_bn(x))
+        out = self.lk_nonlinear(self.large_kernel(out))
+        return x + self.drop_path(self.pw2(out))
+
+
+class ConvFFN(nn.Module):
+    """Pre-norm, two 1x1 convolutions with a GELU between them, identity shortcut. Section 4.1.
+
+    Args:
+        channels: Channels of input and output.
+        ffn_ratio: Inner channels relative to ``channels``.
+        drop_path: Probability of dropping the branch for a sample.
+        norm_cfg: Normalization layer.
+    """
+
+    def __init__(self, channels: int, ffn_ratio: float, drop_path: float, norm_cfg: dict) -> None:
+        super().__init__()
+        width = int(channels * ffn_ratio)
+        self.preffn_bn = build_norm(norm_cfg, channels)
+        self.pw1 = ConvNorm(channels, width, norm_cfg=norm_cfg)
+        self.nonlinear = nn.GELU()
+        self.pw2 = ConvNorm(width, channels, norm_cfg=norm_cfg)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.pw2(self.nonlinear(self.pw1(self.preffn_bn(x))))
+        return x + self.drop_path(out)
+
+
+class RepLKNetStage(nn.Module):
+    """Alternating :class:`RepLKBlock` and :class:`ConvFFN` on maps of one size.
+
+    Args:
+        channels: Channels of input and output.
+        drop_path: One probability for each pair of blocks; its length is the number of pairs.
+        kernel_size: Side of the large kernels in pixels.
+        small_kernel: Side of the parallel small kernels, None for no branch.
+        dw_ratio: See :class:`RepLKBlock`.
+        ffn_ratio: See :class:`ConvFFN`.
+        merged: See :class:`ReparamLargeKernelConv`.
+        with_cp: Recompute each block in the backward pass instead of keeping its activations.
+        norm_output: Add a normalization that :class:`RepLKNet` applies to the features it returns.
+        norm_cfg: Normalization layer.
+        act_cfg: Activation around the large kernels.
+    """
+
+    def __init__(self, channels: int, drop_path: Sequence[float], kernel_size: int, small_kernel: int | None,
+                 dw_ratio: float, ffn_ratio: float, merged: bool, with_cp: bool, norm_output: bool, norm_cfg: dict,
+                 act_cfg: dict) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.blocks = nn.ModuleList()
+        for p in drop_path:
+            self.blocks.append(
+                RepLKBlock(channels, kernel_size, small_kernel, dw_ratio, p, merged, norm_cfg, act_cfg))
+            self.blocks.append(ConvFFN(channels, ffn_ratio, p, norm_cfg))
+        self.norm = build_norm(norm_cfg, channels) if norm_output else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = run_checkpointed(block, x, self.with_cp)
+        return x
+
+
+@MODELS.register_module()
+class RepLKNet(Backbone):
+    """RepLKNet backbone.
+
+    Args:
+        arch: A row of :attr:`arch_settings` by its name, or a dict with the keys of a row. Defaults to ``'31B'``.
+        in_channels: Channels of the image. Defaults to 3.
+        drop_path_rate: Stochastic depth of the last block; block ``i`` of ``n`` has ``i / (n - 1)`` of it, and an FFN
+            that of the large-kernel block before it. Defaults to 0.
+        small_kernel_merged: Build the deployed form, the parallel kernels merged into the large ones. Defaults to False.
+        norm_cfg: Normalization layer everywhere. Defaults to ``dict(type='BN')``.
+        act_cfg: Activation of the stem, the transitions and around the large kernels; the feed-forward blocks have the
+            GELU of the paper. Defaults to ``dict(type='ReLU')``.
+        out_indices: Stages whose features are returned, strides ``[1/4, 1/8, 1/16, 1/32]``. Defaults to all four.
+        frozen_stages: -1 freezes nothing, 0 the stem, ``n`` the stem, the first ``n`` stages and the transitions between
+            them. Defaults to -1.
+        norm_eval: Keep BatchNorm layers in evaluation mode while training. Defaults to False.
+        with_cp: Recompute each block in the backward pass: less memory, about a third more time. Defaults to False.
+        norm_intermediate_features: Normalize the returned features, as the authors do for XL. Defaults to False.
+        init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's and our checkpoints, merged or not.
+            Defaults to He initialization of the convolutions.
+
+    Raises:
+        ValueError: If a value is out of its range, or ``arch`` is unknown or incomplete.
+    """
+
+    arch_settings = {
+        # name:  kernels of the stages, small kernel, pairs of blocks, channels,     dw_ratio
+        '31B':  dict(large_kernel_sizes=[31, 29, 27, 13], small_kernel=5, layers=[2, 2, 18, 2],
+                     channels=[128, 256, 512, 1024], dw_ratio=1),
+        '31L':  dict(large_kernel_sizes=[31, 29, 27, 13], small_kernel=5, layers=[2, 2, 18, 2],
+                     channels=[192, 384, 768, 1536], dw_ratio=1),
+        'XL':   dict(large_kernel_sizes=[27, 27, 27, 13], small_kernel=None, layers=[2, 2, 18, 2],
+                     channels=[256, 512, 1024, 2048], dw_ratio=1.5),
+        # The kernel size study, table 5 of the paper; 31B is its last row.
+        '3':    dict(large_kernel_sizes=[3, 3, 3, 3], small_kernel=None, layers=[2, 2, 18, 2],
+                     channels=[128, 256, 512, 1024], dw_ratio=1),
+        '7':    dict(large_kernel_sizes=[7, 7, 7, 7], small_kernel=5, layers=[2, 2, 18, 2],
+                     channels=[128, 256, 512, 1024], dw_ratio=1),
+        '13':   dict(large_kernel_sizes=[13, 13, 13, 13], small_kernel=5, layers=[2, 2, 18, 2],
+                     channels=[128, 256, 512, 1024], dw_ratio=1),
+        '25':   dict(large_kernel_sizes=[25, 25, 25, 13], small_kernel=5, layers=[2, 2, 18, 2],
+                     channels=[128, 256, 512, 1024], dw_ratio=1),
+        # Ours, for work on a CPU: the same design, small. Not from the paper.
+        'nano': dict(large_kernel_sizes=[31, 29, 27, 13], small_kernel=5, layers=[2, 2, 4, 2],
+                     channels=[32, 64, 128, 256], dw_ratio=1),
+    }
+
+    def __init__(self,
+                 arch: str | dict = '31B',
+                 in_channels: int = 3,
+                 drop_path_rate: float = 0.,
+                 small_kernel_merged: bool = False,
+                 norm_cfg: dict = dict(type='BN'),  # noqa: B006 (configs never mutate it; the house form of OpenMMLab)
+                 act_cfg: dict = dict(type='ReLU'),  # noqa: B006
+                 out_indices: int | Sequence[int] = (0, 1, 2, 3),
+                 frozen_stages: int = -1,
+                 norm_eval: bool = False,
+                 with_cp: bool = False,
+                 norm_intermediate_features: bool = False,
+                 init_cfg: dict | list[dict] | None = None) -> None:
+        settings = resolve_arch(arch, self.arch_settings, 'RepLKNet')
+        kernels, layers, channels = (settings[k] for k in ('large_kernel_sizes', 'layers', 'channels'))
+        if not len(kernels) == len(layers) == len(channels):
+            raise ValueError(f'RepLKNet: large_kernel_sizes={kernels}, layers={layers} and channels={channels} must have '
+                             f'one entry a stage')
+        if not -1 <= frozen_stages <= len(layers):
+            raise ValueError(f'RepLKNet: frozen_stages={frozen_stages} must be in -1..{len(layers)}')
+        super().__init__(out_indices, len(layers), norm_eval,
+                         init_cfg or dict(type='Kaiming', layer='Conv2d', mode='fan_out'))
+        self.frozen_stages = frozen_stages
+
+        width = channels[0]
+        self.stem = nn.ModuleList([
+            ConvNorm(in_channels, width, 3, 2, norm_cfg=norm_cfg, act_cfg=act_cfg),
+            ConvNorm(width, width, 3, depthwise=True, norm_cfg=norm_cfg, act_cfg=act_cfg),
+            ConvNorm(width, width, norm_cfg=norm_cfg, act_cfg=act_cfg),
+            ConvNorm(width, width, 3, 2, depthwise=True, norm_cfg=norm_cfg, act_cfg=act_cfg),
+        ])
+        drop_path = iter(torch.linspace(0, drop_path_rate, sum(layers), device='cpu').tolist())
+        self.stages = nn.ModuleList()
+        self.transitions = nn.ModuleList()
+        for i, width in enumerate(channels):
+            self.stages.append(
+                RepLKNetStage(width, [next(drop_path) for _ in range(layers[i])], kernels[i], settings['small_kernel'],
+                              settings['dw_ratio'], settings.get('ffn_ratio', 4), small_kernel_merged, with_cp,
+                              norm_intermediate_features and i in self.out_indices, norm_cfg, act_cfg))
+            if i + 1 < len(channels):
+                self.transitions.append(nn.Sequential(
+                    ConvNorm(width, channels[i + 1], norm_cfg=norm_cfg, act_cfg=act_cfg),
+                    ConvNorm(channels[i + 1], channels[i + 1], 3, 2, depthwise=True, norm_cfg=norm_cfg, act_cfg=act_cfg)))
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Features of an image batch.
+
+        Args:
+            x: ``(N, in_channels, H, W)``; any height and width, multiples of 32 lose nothing at the borders.
+
+        Returns:
+            One ``(N, C_i, H / s_i, W / s_i)`` for each of ``out_indices``, ``s = 4, 8, 16, 32``, rounded up.
+        """
+        for layer in self.stem:
+            x = layer(x)
+        outs = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                outs.append(stage.norm(x))
+            if i < len(self.transitions):
+                x = self.transitions[i](x)
+        return tuple(outs)
+
+    def get_layer_depth(self, name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter, for layer-wise learning rate decay.
+
+        Args:
+            name: Full name of the parameter.
+            prefix: What precedes the backbone's own names, such as ``'backbone.'``.
+
+        Returns:
+            The layer id of the parameter and the number of layers. Id 0 is the stem; every pair of blocks is a layer, a
+            transition belongs to the first layer of the stage it leads to, output norms to the last layer of theirs. What
+            lies outside the backbone has the largest id.
+        """
+        pairs = [len(stage.blocks) // 2 for stage in self.stages]
+        num_layers = sum(pairs) + 2
+        if not name.startswith(prefix):
+            return num_layers - 1, num_layers
+        part, *rest = name[len(prefix):].split('.')
+        if part == 'stem':
+            return 0, num_layers
+        if part not in ('stages', 'transitions'):
+            return num_layers - 1, num_layers
+        stage = int(rest[0])
+        if part == 'transitions':
+            return sum(pairs[:stage + 1]) + 1, num_layers
+        pair = int(rest[2]) // 2 if rest[1] == 'blocks' else pairs[stage] - 1
+        return sum(pairs[:stage]) + pair + 1, num_layers
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.stem, *self.stages[:self.frozen_stages], *self.transitions[:max(self.frozen_stages - 1, 0)]]

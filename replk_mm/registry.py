@@ -1,0 +1,31 @@
+"""Registries of the scope ``replk_mm``, children of mmengine's.
+
+mmengine imports this module by itself when it meets a type such as ``replk_mm.RepLKNet``, and the ``locations`` when it
+builds one, so a config of any OpenMMLab project can name our modules without ``custom_imports``.
+"""
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+from mmengine.registry import Registry
+
+from replk_mm import compat
+
+compat.allow_harmless_pickles()
+
+SCOPE = 'replk_mm'
+
+#: Backbones and their layers. Building from it imports neither mmseg nor mmdet.
+MODELS = Registry('model', scope=SCOPE, parent=MMENGINE_MODELS, locations=['replk_mm.models'])
+
+#: Checks that run inside a data pipeline.
+TRANSFORMS = Registry('transform', scope=SCOPE, parent=MMENGINE_TRANSFORMS, locations=['replk_mm.data.transforms'])
+
+#: Training on CPUs in bfloat16.
+OPTIM_WRAPPERS = Registry('optim_wrapper', scope=SCOPE, parent=MMENGINE_OPTIM_WRAPPERS,
+                          locations=['replk_mm.engine.optim'])
+
+#: Metrics that keep the figures of every class. Building from it imports mmseg.
+METRICS = Registry('metric', scope=SCOPE, parent=MMENGINE_METRICS, locations=['replk_mm.engine.metrics'])

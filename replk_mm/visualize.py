@@ -1,0 +1,75 @@
+"""Pictures of label maps: overlays with a legend, and sheets of pictures side by side."""
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+def _text(picture: np.ndarray, text: str, at: tuple[int, int], scale: float = 0.45) -> None:
+    cv2.putText(picture, text, at, _FONT, scale, (30, 30, 30), 1, cv2.LINE_AA)
+
+
+def colorize(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
+    """Colours of a label map.
+
+    Args:
+        labels: ``(H, W)`` class indices; values beyond the palette (ignored pixels) become black.
+        palette: RGB of each class.
+
+    Returns:
+        ``(H, W, 3)`` uint8, BGR as OpenCV has it.
+    """
+    table = np.zeros((256, 3), np.uint8)
+    table[:len(palette)] = np.asarray(palette, np.uint8)[:256, ::-1]
+    return table[labels.astype(np.uint8)]
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.55) -> np.ndarray:
+    """A label map over its image, both ``(H, W)``; ignored pixels show the image alone."""
+    mixed = cv2.addWeighted(image, 1 - opacity, colorize(labels, palette), opacity, 0)
+    return np.where((labels < len(palette))[..., None], mixed, image)
+
+
+def legend(labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequence[int]], height: int) -> np.ndarray:
+    """A panel that names the classes in ``labels`` with their share of the pixels, largest first.
+
+    Args:
+        labels: ``(H, W)`` class indices.
+        classes: Names.
+        palette: RGB of each class.
+        height: Of the panel in pixels; classes that do not fit are counted in its last line.
+    """
+    ids, counts = np.unique(labels[labels < len(classes)], return_counts=True)
+    order = np.argsort(-counts)
+    rows = max(1, (height - 10) // 20)
+    panel = np.full((height, 210, 3), 255, np.uint8)
+    for row, i in enumerate(order[:rows]):
+        y = 8 + 20 * row
+        if row == rows - 1 and len(order) > rows:
+            _text(panel, f'and {len(order) - row} more', (10, y + 12))
+            break
+        cv2.rectangle(panel, (10, y), (24, y + 14), [int(c) for c in palette[ids[i]][::-1]], -1)
+        _text(panel, f'{classes[ids[i]]} {100 * counts[i] / labels.size:.0f}%', (32, y + 12))
+    return panel
+
+
+def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], gap: int = 6) -> np.ndarray:
+    """Pictures of one size in a grid, a title over each column.
+
+    Args:
+        rows: Rows of ``(H, W, 3)`` BGR pictures.
+        titles: One for each column.
+        gap: White space between pictures in pixels.
+    """
+    height, width = rows[0][0].shape[:2]
+    top = 26
+    canvas = np.full((top + len(rows) * (height + gap), len(titles) * (width + gap) + gap, 3), 255, np.uint8)
+    for column, title in enumerate(titles):
+        _text(canvas, title, (gap + column * (width + gap), 17), 0.5)
+    for r, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            y, x = top + r * (height + gap), gap + column * (width + gap)
+            canvas[y:y + height, x:x + width] = picture
+    return canvas

@@ -1,0 +1,112 @@
+"""The built wheel: what it holds, what it asks for, and that mmengine finds configs in it."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from replk_mm.environment import REQUIREMENTS
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+
+
+def run(*command, **kwargs) -> str:
+    """The output of a command that has to succeed."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory) -> Path:
+    """A wheel of this tree, built in a copy: setuptools leaves files behind."""
+    folder = tmp_path_factory.mktemp('packaging')
+    names = ('replk_mm', 'configs', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE')
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / 'tree' / name, symlinks=True,
+                            ignore=shutil.ignore_patterns('__pycache__'))
+        else:
+            (folder / 'tree').mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, folder / 'tree' / name)
+    run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', folder / 'dist', folder / 'tree')
+    return next((folder / 'dist').glob('*.whl'))
+
+
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder with the installed wheel, far from this tree."""
+    folder = tmp_path_factory.mktemp('installed')
+    run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', folder, wheel)
+    return folder
+
+
+def run_installed(code: str, installed: Path, tmp_path: Path) -> dict:
+    """Run code that sees the installed wheel and not this tree; the answer is the JSON on its last line."""
+    environment = {**os.environ, 'PYTHONPATH': str(installed)}
+    return json.loads(run(sys.executable, '-c', code, cwd=tmp_path, env=environment).splitlines()[-1])
+
+
+def test_wheel_holds_every_source_and_config(wheel):
+    """Everything git would ship from the package and the configs is in the wheel as a file, and no more than that."""
+    with zipfile.ZipFile(wheel) as archive:
+        entries = [entry for entry in archive.infolist() if '.dist-info/' not in entry.filename]
+    held = {entry.filename for entry in entries}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / 'replk_mm').rglob('*')
+               if path.is_file() and path.suffix in ('.py', '.yaml', '.yml', '.typed') and '.mim' not in path.parts}
+    sources.add('replk_mm/py.typed')
+    configs = {f'replk_mm/.mim/{path.relative_to(ROOT)}' for path in (ROOT / 'configs').rglob('*')
+               if path.suffix in ('.py', '.yaml')}
+    assert len(configs) > 10
+    assert held == sources | configs | {'replk_mm/.mim/model-index.yml'}
+    links = [entry.filename for entry in entries if (entry.external_attr >> 16) & 0o170000 == 0o120000]
+    assert not links
+
+
+def test_metadata_never_touches_torch_or_mmcv(wheel):
+    """Requirements are those of the environment report, without torch and mmcv."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith('.dist-info/METADATA'))
+        message = Parser().parsestr(archive.read(name).decode())
+    asked = {}
+    for line in message.get_all('Requires-Dist'):
+        distribution, bounds, extra = re.fullmatch(r'([\w-]+)\s*([^;]*?)(?:;\s*extra == [\'"](\w+)[\'"])?', line).groups()
+        asked[distribution.lower()] = (set(filter(None, bounds.split(','))), extra)
+    assert not {'torch', 'mmcv'} & set(asked)
+    assert {extra for _, extra in asked.values()} == {None, 'seg', 'det'}
+    ranges = {requirement.name.lower(): set(filter(None, requirement.range.split(','))) for requirement in REQUIREMENTS}
+    for distribution, (bounds, _) in asked.items():
+        assert bounds <= ranges[distribution], f'{distribution}: setup.py and replk_mm.environment differ'
+    assert message['Version'] == re.search(r"__version__ = '(.+)'", (ROOT / 'replk_mm' / '__init__.py').read_text())[1]
+
+
+def test_installed_configs_are_inherited_by_name(installed, tmp_path):
+    """`_base_ = 'replk_mm::...'` in a stranger's config takes the installed file and everything it inherits."""
+    (tmp_path / 'mine.py').write_text("_base_ = 'replk_mm::upernet_replk31b_ade20k.py'\nwork_dir = 'mine'\n")
+    answer = run_installed(
+        'import json, replk_mm\n'
+        'from mmengine.config import Config\n'
+        'cfg = Config.fromfile("mine.py")\n'
+        'print(json.dumps([replk_mm.__file__, cfg.work_dir, cfg.model.backbone.type, cfg.model.type]))',
+        installed, tmp_path)
+    assert Path(answer[0]).is_relative_to(installed)
+    assert answer[1:3] == ['mine', 'replk_mm.RepLKNet']
+
+
+def test_installed_config_by_hub_is_the_file_of_this_tree(installed, tmp_path):
+    """`mmengine.hub.get_config` reads from the wheel what `Config.fromfile` reads from the tree."""
+    answer = run_installed(
+        'import json, replk_mm\n'
+        'from mmengine.hub import get_config\n'
+        'cfg = get_config("replk_mm::upernet_replk31b_ade20k.py")\n'
+        'print(json.dumps([cfg.filename, cfg.pretty_text]))', installed, tmp_path)
+    from mmengine.config import Config
+    assert Path(answer[0]) == installed / 'replk_mm' / '.mim' / 'configs' / 'upernet_replk31b_ade20k.py'
+    assert answer[1] == Config.fromfile(ROOT / 'configs' / 'upernet_replk31b_ade20k.py').pretty_text

@@ -1,0 +1,35 @@
+"""Convert a checkpoint of RepLKNet or ConvNeXt (the authors', mmpretrain's, timm's) to one set of key names.
+
+The configs load every one of these formats as they are; converting is for other programs, and to strip a file to weights.
+"""
+import sys
+
+from replk_mm import checkpoints, cli
+from replk_mm.errors import UserError, command
+from replk_mm.key_formats import convert, to_official, unwrap
+
+
+@command
+def main() -> None:
+    p = cli.parser(__doc__, 'python tools/convert_checkpoint.py convnext_tiny_1k_224.pth convnext_tiny.pth')
+    p.add_argument('checkpoint', help='file or address')
+    p.add_argument('out', help='file to write')
+    p.add_argument('--to', choices=['mmpretrain', 'official'], default='mmpretrain',
+                   help="key names to write: mmpretrain's (ours), or the authors' downstream code's (default: mmpretrain)")
+    p.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code; only if you know its maker')
+    args = p.parse_args()
+    found = convert(unwrap(checkpoints.read(args.checkpoint, args.trust_checkpoint), args.checkpoint))
+    if not found.family:
+        raise UserError(f'{args.checkpoint}: neither RepLKNet nor ConvNeXt; its keys begin with '
+                        f'{", ".join(list(found.backbone)[:3])}\nOnly these two families can be converted.')
+    backbone = to_official(found.backbone) if args.to == 'official' else found.backbone
+    prefix = 'backbone.' if found.whole_model else ''
+    weights = {**{prefix + key: value for key, value in backbone.items()}, **found.rest}
+    checkpoints.save({'meta': {'source': args.checkpoint, 'source_format': found.format}, 'state_dict': weights}, args.out)
+    print(f'{args.checkpoint}: {found.describe()}')
+    print(f'written: {args.out}, {len(backbone)} backbone weights, {len(found.rest)} others, {args.to} key names')
+
+
+if __name__ == '__main__':
+    cli.quiet_libraries()
+    sys.exit(main())

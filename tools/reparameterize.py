@@ -1,0 +1,31 @@
+"""Merge parallel kernels and fold BatchNorm of a trained checkpoint, after proving that the outputs stay the same."""
+import sys
+
+from replk_mm import cli
+from replk_mm.engine.config import load_config
+from replk_mm.engine.runner import reparameterize_checkpoint
+from replk_mm.errors import command
+
+
+@command
+def main() -> None:
+    p = cli.parser(__doc__, 'python tools/reparameterize.py configs/upernet_replk-nano_ade20k.py iter_2000.pth merged.pth')
+    p.add_argument('config', help='config the checkpoint was trained with')
+    p.add_argument('checkpoint', help='trained checkpoint')
+    p.add_argument('out', help='file to write; loads in tools/test.py with the same config')
+    p.add_argument('--shape', type=int, nargs=2, default=(64, 64), metavar=('H', 'W'),
+                   help='size of the random image of the proof, in pixels (default: 64 64)')
+    p.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code; only if you know its maker')
+    args = p.parse_args()
+    cfg = load_config(args.config)
+    changes, differences = reparameterize_checkpoint(cfg, args.checkpoint, args.out, args.trust_checkpoint,
+                                                     tuple(args.shape))
+    print(changes)
+    for difference in differences:
+        print(difference)
+    print(f'written: {args.out}')
+
+
+if __name__ == '__main__':
+    cli.quiet_libraries()
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Train the model of a config on this machine: one CPU, one GPU, or many processes under torchrun or Slurm."""
+import sys
+
+from replk_mm import cli
+from replk_mm.engine.config import load_config
+from replk_mm.engine.runner import prepare_training, train
+from replk_mm.errors import command
+
+
+@command
+def main() -> None:
+    p = cli.parser(__doc__, 'python tools/train.py configs/upernet_replk-nano_ade20k.py --data-root demo/data')
+    p.add_argument('config', help='config file, or replk_mm::NAME.py')
+    cli.add_run_arguments(p)
+    p.add_argument('--max-iters', type=cli.positive, metavar='N', help='train N iterations, the schedule in proportion')
+    p.add_argument('--resume', nargs='?', const='auto', metavar='CKPT',
+                   help='go on from a checkpoint (default: the last one of the work dir)')
+    p.add_argument('--pretrained', metavar='FILE', help="weights of the backbone, or 'none' for random ones")
+    p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
+    p.add_argument('--seed', type=int, metavar='N', help='of all randomness (default: drawn and recorded)')
+    p.add_argument('--no-memory-check', dest='memory_check', action='store_false',
+                   help='keep the configured batch even if it seems too large for the memory')
+    args = p.parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    notes = prepare_training(cfg, cli.options_of(args))
+    last = train(cfg, notes)
+    print(f'trained: {last}')
+
+
+if __name__ == '__main__':
+    cli.quiet_libraries()
+    sys.exit(main())
