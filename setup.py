@@ -6,8 +6,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
-# torch and mmcv are left out on purpose: pip would replace the torch chosen for this machine's GPU, or compile mmcv for
-# many minutes (it has no wheel for current torch) without this project's cache. `replk_mm.environment` checks both.
+# torch and mmcv are left out on purpose: pip would replace the torch chosen for this machine's GPU, or compile mmcv
+# (it has no wheel for current torch) for many minutes, past this project's cache. `replk_mm.environment` checks both.
 INSTALL_REQUIRES = [
     'mmengine>=0.10.4,<1',
     'numpy',
@@ -46,7 +46,8 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['replk_mm', 'replk_mm.*']),
     # mmengine looks for `replk_mm::NAME.py` in replk_mm/.mim/configs, a link to configs/; the wheel gets its files.
-    package_data={'replk_mm': ['py.typed', '**/*.yaml', '.mim/model-index.yml', '.mim/configs/**/*.py', '.mim/configs/**/*.yaml']},
+    package_data={'replk_mm': ['py.typed', '**/*.yaml', '.mim/model-index.yml', '.mim/configs/**/*.py',
+                               '.mim/configs/**/*.yaml']},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     zip_safe=False,

@@ -16,47 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from replk_mm.install.probes import run_probe
+from replk_mm.install.requirements import (
+    REQUIREMENTS,
+    Requirement,
+    build_mmcv,
+    fix_for,
+    in_range,
+    make_setup,
+    reinstall,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """A distribution, the module by which it is known to be there, and the versions known to work."""
-
-    name: str
-    module: str
-    at_least: str = ''
-    below: str = ''
-    needed_for: str = 'everything'
-    #: Distributions that bring the same module.
-    instead: tuple[str, ...] = ()
-
-    @property
-    def range(self) -> str:
-        """Such as ``>=1.2,<2``; empty when any version does."""
-        return ','.join(sign + bound for sign, bound in (('>=', self.at_least), ('<', self.below)) if bound)
-
-
-#: The ranges of setup.py, and those of what setup.py leaves to the user.
-REQUIREMENTS = (
-    Requirement('torch', 'torch', '2.1', '3'),
-    Requirement('numpy', 'numpy', '1.22', '3'),
-    Requirement('mmengine', 'mmengine', '0.10.4', '1'),
-    Requirement('mmcv', 'mmcv', '2.0.1', '2.2'),
-    Requirement('setuptools', 'pkg_resources', '', '81'),
-    Requirement('opencv-python', 'cv2', '3', '', instead=('opencv-python-headless', 'opencv-contrib-python')),
-    Requirement('PyYAML', 'yaml'),
-    Requirement('mmsegmentation', 'mmseg', '1.2', '2', 'segmentation'),
-    Requirement('ftfy', 'ftfy', needed_for='segmentation'),
-    Requirement('regex', 'regex', needed_for='segmentation'),
-    Requirement('mmdet', 'mmdet', '3.3', '4', 'detection'),
-    Requirement('pycocotools', 'pycocotools', needed_for='detection'),
-    Requirement('matplotlib', 'matplotlib', needed_for='plots'),
-    Requirement('onnx', 'onnx', needed_for='export'),
-    Requirement('onnxruntime', 'onnxruntime', needed_for='export'),
-)
 Machine = dict[str, Any]
 
 INSTRUCTION_SETS = ('avx2', 'avx512f', 'avx512_bf16', 'amx_tile', 'amx_bf16')
@@ -94,35 +66,6 @@ class Report:
         return {**asdict(self), 'healthy': self.healthy}
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: ``2.13.0+cpu`` is (2, 13, 0)."""
-    found = re.match(r'\d+(\.\d+)*', version)
-    return tuple(map(int, found.group(0).split('.'))) if found else ()
-
-
-def in_range(version: str, at_least: str, below: str) -> bool:
-    """Whether ``at_least <= version < below``; empty bounds hold always."""
-    width = 8
-    number, low, high = ((*release(text), *(0,) * width)[:width] for text in (version, at_least, below))
-    return number >= low and (not below or number < high)
-
-
-def fix_command(requirement: Requirement | None = None) -> str:
-    """The command that brings a requirement, or by default a working mmcv, into this environment.
-
-    That is ``make setup`` for the project's own environment, and for a system's Python, which nobody should fill.
-    """
-    own = Path(sys.prefix) == ROOT / '.venv'
-    isolated = sys.prefix != sys.base_prefix or 'CONDA_PREFIX' in os.environ
-    if requirement and requirement.needed_for == 'export':
-        return ''  # optional: `check_export` names one command for all of it
-    if own or not isolated:
-        return 'make setup' if Path.cwd() == ROOT else f'make -C {ROOT} setup'
-    if requirement is None or requirement.name == 'mmcv':
-        return f'{sys.executable} {ROOT / "tools" / "build_mmcv.py"}'
-    return f"{sys.executable} -m pip install '{requirement.name}{requirement.range}'"
-
-
 def check_dependency(requirement: Requirement) -> Finding:
     """Look for a distribution without importing it."""
     versions = []
@@ -136,11 +79,11 @@ def check_dependency(requirement: Requirement) -> Finding:
     else:
         status = 'ok'
     return Finding(requirement.name, status, versions[0] if versions and status != 'missing' else '-',
-                   requirement.range or 'any', '' if status == 'ok' else fix_command(requirement))
+                   requirement.range or 'any', '' if status == 'ok' else fix_for(requirement))
 
 
 def examine() -> Report:
-    """Look at everything. Takes some seconds: the packages are really imported and run, each in a process of its own."""
+    """Look at everything. Takes some seconds: the packages are imported and run, each in a process of its own."""
     names = ('torch', 'ops', 'segmentation', 'detection')
     with ThreadPoolExecutor(max_workers=2) as pool:
         answers = dict(zip(names, pool.map(run_probe, names), strict=True))
@@ -148,17 +91,18 @@ def examine() -> Report:
     operators = check_operators(answers['ops'], answers['torch'])
     abilities = [check_ability(name, answers[name], dependencies, operators) for name in ('segmentation', 'detection')]
     abilities += [check_gpu(answers['torch'], operators), check_export(dependencies)]
-    return Report(platform.python_version(), sys.executable, dependencies, operators, describe_machine(answers['torch']),
-                  abilities)
+    machine = describe_machine(answers['torch'])
+    return Report(platform.python_version(), sys.executable, dependencies, operators, machine, abilities)
 
 
 def check_operators(ops: dict, torch: dict) -> list[Finding]:
     """One finding a device: whether mmcv's compiled operator ran there."""
     if not ops['ok']:
-        return [Finding('cpu', 'no', ops['error'], fix=fix_command())]
+        installed = find_spec('torch') and find_spec('mmcv')
+        return [Finding('cpu', 'no', ops['error'], fix=build_mmcv() if installed else make_setup())]
     models = {device['name']: device['model'] for device in torch.get('devices', ())}
     return [Finding(device, 'ok', models.get(device, '')) if answer == 'ok' else
-            Finding(device, 'no', answer, fix=f'{sys.executable} {ROOT / "tools" / "build_mmcv.py"} --rebuild')
+            Finding(device, 'no', answer, fix=build_mmcv())
             for device, answer in ops['devices'].items()]
 
 
@@ -169,7 +113,8 @@ def check_ability(name: str, answer: dict, dependencies: list[Finding], operator
     needed = {requirement.name for requirement in REQUIREMENTS if requirement.needed_for in ('everything', name)}
     broken = [finding for finding in dependencies if finding.name in needed and finding.status != 'ok']
     broken += [finding for finding in operators if finding.name == 'cpu' and finding.status != 'ok']
-    return Finding(name, 'no', answer['error'], fix=broken[0].fix if broken else fix_command())
+    package = next(requirement.name for requirement in REQUIREMENTS if requirement.needed_for == name)
+    return Finding(name, 'no', answer['error'], fix=broken[0].fix if broken else reinstall(package))
 
 
 def check_gpu(torch: dict, operators: list[Finding]) -> Finding:
@@ -177,8 +122,8 @@ def check_gpu(torch: dict, operators: list[Finding]) -> Finding:
     if not torch['ok']:
         return Finding('gpu', 'no', torch['error'])
     if not torch['devices']:
-        built = f'torch is built for CUDA {torch["cuda"]}, but sees no device' if torch['cuda'] else 'torch is a CPU build'
-        return Finding('gpu', 'no', built)
+        blind = f'torch is built for CUDA {torch["cuda"]}, but sees no device'
+        return Finding('gpu', 'no', blind if torch['cuda'] else 'torch is a CPU build')
     failing = [finding for finding in operators if finding.name != 'cpu' and finding.status != 'ok']
     if failing:
         return Finding('gpu', 'no', f"mmcv's operators fail on {failing[0].name}", fix=failing[0].fix)
@@ -199,7 +144,8 @@ def describe_machine(torch: dict) -> Machine:
     """Processors, instruction sets, memory and disk. Values that this system does not tell are None or empty."""
     cpuinfo, meminfo = (_read(f'/proc/{name}') for name in ('cpuinfo', 'meminfo'))
     flags = set((re.search(r'^flags\s*:(.*)$', cpuinfo, re.MULTILINE) or [''] * 2)[1].split())
-    memory = {name: int(kib) / 2**20 for name, kib in re.findall(r'^(MemTotal|MemAvailable):\s+(\d+)', meminfo, re.MULTILINE)}
+    amounts = re.findall(r'^(MemTotal|MemAvailable):\s+(\d+) kB', meminfo, re.MULTILINE)
+    memory = {name: int(amount) / 2**20 for name, amount in amounts}
     disk = shutil.disk_usage('.')
     return {
         'system': platform.platform(),
@@ -226,24 +172,24 @@ def format_report(report: Report) -> str:
     """The report as aligned text, ending in the commands that mend what does not work."""
     machine = report.machine
     instructions = ' '.join(machine['instruction_sets']) or 'unknown'
-    tables = [
-        [('Dependency', 'Status', 'Found', 'Required')] +
-        [(f.name, f.status, f.found, f.required) for f in report.dependencies],
-        [("mmcv's operators", 'Status', '')] + [(f.name, f.status, f.found) for f in report.operators],
+    tables: list[list[tuple[str, ...]]] = [
+        [('Dependency', 'Status', 'Found', 'Required'),
+         *((f.name, f.status, f.found, f.required) for f in report.dependencies)],
+        [("mmcv's operators", 'Status', ''), *((f.name, f.status, f.found) for f in report.operators)],
         [('Machine', machine['system']),
          ('processors', f'{machine["logical_cpus"]} logical, {machine["usable_cpus"]} usable, '
                         f'{machine["torch_threads"] or "unknown"} torch threads'),
          ('instructions', f'{instructions}; torch uses {machine["torch_capability"] or "unknown"}'),
          ('memory', f'{_gib(machine["memory_available_gib"])} free of {_gib(machine["memory_gib"])}'),
          ('disk', f'{_gib(machine["disk_free_gib"])} free at {machine["disk_path"]}')],
-        [('What works', 'Status', '')] + [(f.name, f.status, f.found) for f in report.abilities],
+        [('What works', 'Status', ''), *((f.name, f.status, f.found) for f in report.abilities)],
     ]
     mends: dict[str, list[str]] = {}
     for finding in (*report.dependencies, *report.operators, *report.abilities):
         if finding.fix:
             mends.setdefault(finding.fix, []).append(finding.name)
     if mends:
-        tables.append([('Run', 'to mend')] + [(fix, ', '.join(dict.fromkeys(names))) for fix, names in mends.items()])
+        tables.append([('Run', 'to mend'), *((fix, ', '.join(dict.fromkeys(names))) for fix, names in mends.items())])
     return '\n\n'.join([f'Python {report.python} ({report.executable})', *map(_table, tables)])
 
 

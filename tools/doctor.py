@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs a doctor may run it with anything
-    sys.exit('error: Python 3.10 or newer is needed, this is %s\nmake setup PYTHON=python3.11' % sys.version.split()[0])
+    sys.exit(f'error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}\nmake setup PYTHON=python3.11')
 
 # Works in a Python where the package is not installed: that is one of the things to find out.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -152,11 +152,11 @@ def _draw_object(rng: np.random.Generator, spec: SceneSpec, item: ObjectSpec, im
 
 def _outline(item: ObjectSpec) -> list[tuple[int, int]]:
     """The corners of a square, star or triangle about the origin, in sub-pixels."""
-    corners = {'square': 4, 'star': 10, 'triangle': 3}[item.shape]
+    corners, upright = {'square': (4, 45), 'star': (10, -90), 'triangle': (3, -90)}[item.shape]
     radius = item.side * CIRCUMRADIUS[item.shape] * SUBPIXEL
     points = []
     for k in range(corners):
-        turn = math.radians(item.angle + 360 * k / corners)
+        turn = math.radians(upright + item.angle + 360 * k / corners)
         reach = radius / 2 if item.shape == 'star' and k % 2 else radius
         points.append((round(reach * math.cos(turn)), round(reach * math.sin(turn))))
     return points

@@ -46,7 +46,7 @@ CIRCUMRADIUS = {
 
 @dataclass(frozen=True)
 class ObjectSpec:
-    """One object: its shape about (``x``, ``y``), of area ``side`` squared, turned by ``angle`` degrees.
+    """One object: its shape about (``x``, ``y``), of area ``side`` squared, ``angle`` degrees from upright.
 
     ``texture`` is one of :data:`TEXTURES`, ``amplitude`` its depth in grey levels.
     """
@@ -201,8 +201,8 @@ def _place(rng: np.random.Generator, size: tuple[int, int], shape: str, top: int
            backdrop: Backdrop) -> ObjectSpec | None:
     """An object wholly inside the scene, below ``top``, clear of the circles ``taken``; None if there is no room."""
     height, width = size
-    side = _between(rng, scaled(38, size), scaled(52, size))
-    angle = _between(rng, 0, 359)
+    side = _between(rng, scaled(42, size), scaled(54, size))
+    angle = _between(rng, -15, 15)
     texture = TEXTURES[_between(rng, 0, len(TEXTURES) - 1)]
     amplitude = _between(rng, 10, 24)
     colour = _draw_colour(rng, backdrop.colours, 70)

@@ -77,11 +77,12 @@ def shorten(cfg: Config, iterations: int) -> str:
         for key in ('begin', 'end', 'T_max'):
             if key in scheduler:
                 scheduler[key] = round(scheduler[key] * factor)
-        if 'end' in scheduler:
-            scheduler['end'] = max(scheduler['end'], scheduler.get('begin', 0) + 1)
         if 'milestones' in scheduler:
             scheduler['milestones'] = [max(1, round(m * factor)) for m in scheduler['milestones']]
         scheduler['by_epoch'] = False
+    # mmengine's warm-ups need two steps to come back from their first factor.
+    cfg.param_scheduler = [s for s in as_list(cfg.get('param_scheduler'))
+                           if s.get('end', iterations) - s.get('begin', 0) >= 2 or 'Poly' in s['type']]
     interval = iterations if by_epoch else min(iterations, loop.get('val_interval', iterations))
     cfg.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=interval)
     checkpoint = cfg.default_hooks.get('checkpoint', {})

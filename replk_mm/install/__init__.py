@@ -1,1 +1,1 @@
-"""Getting an environment to work: probes of what runs, and mmcv compiled for the torch at hand. Standard library only."""
+"""Getting an environment to work: probes of what runs, mmcv compiled for the torch at hand. Standard library only."""

@@ -23,7 +23,7 @@ GIB_PER_JOB = 2
 CAUSES = (
     (r'Killed signal terminated program|internal compiler error: Killed|fatal error: Killed|virtual memory exhausted'
      r'|Cannot allocate memory|std::bad_alloc',
-     'the compiler ran out of memory', 'compile one file at a time: MAX_JOBS=1 make setup (it goes on where it stopped)'),
+     'the compiler ran out of memory', 'compile one file at a time, from where it stopped: MAX_JOBS=1 make setup'),
     (r'No space left on device', 'the disk is full', 'free about 1 GB and run the same command again'),
     (r'Python\.h: No such file|\'Python\.h\' file not found', "Python's header files are missing (Python.h)",
      'apt-get install python3-dev (Fedora: dnf install python3-devel)'),
@@ -38,7 +38,7 @@ CAUSES = (
     (r'unrecognized command[- ]line option .-std=|You need C\+\+(17|20)',
      'the C++ compiler is too old', 'install g++ 9 or newer and name it: CXX=g++-12 CC=gcc-12 make setup'),
     (r'\.cuh?[(:].*error|nvcc (fatal|error)|CUDA_HOME environment variable is not set|The detected CUDA version',
-     'the CUDA operators do not compile with this CUDA toolkit', 'build the CPU operators only: MMCV_CUDA=0 make setup'),
+     'the CUDA operators do not compile with this CUDA toolkit', 'leave them out: MMCV_CUDA=0 make setup'),
 )
 
 
@@ -67,8 +67,8 @@ def usable_jobs() -> int:
 def compile_wheel(project: str, folder: Path, cuda: bool) -> Path:
     """Compile ``project`` (such as ``mmcv==2.1.0``) in ``folder`` and return its wheel.
 
-    Sources and objects stay in ``folder``, so that an interrupted build goes on where it stopped; the compiler's output
-    goes to ``folder/build.log``.
+    Sources and objects stay in ``folder``, so that an interrupted build goes on where it stopped; the compiler's
+    output goes to ``folder/build.log``.
 
     Raises:
         UserError: If a tool is missing, the sources cannot be fetched, or the build fails.
@@ -146,14 +146,15 @@ def _environment(cuda: bool) -> dict[str, str]:
     return environment
 
 
-def _run_with_progress(command: list[str], source: Path, environment: dict[str, str], log_path: Path, lock: int) -> None:
+def _run_with_progress(command: list[str], source: Path, environment: dict[str, str], log_path: Path,
+                       lock: int) -> None:
     """Run a ninja build, its output in ``log_path``, its progress on one line of the terminal."""
     start = shown = time.monotonic()
     with log_path.open('w', encoding='utf-8') as log:
-        # A session of its own, so that an interruption reaches setup.py, ninja and the compilers alike, and only from here.
-        process = subprocess.Popen(command, cwd=source, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   stdin=subprocess.DEVNULL, text=True, errors='replace', pass_fds=(lock,),
-                                   start_new_session=True)
+        # A session of its own, so that an interruption reaches setup.py, ninja and the compilers alike, from here.
+        process = subprocess.Popen(command, cwd=source, env=environment, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace',
+                                   pass_fds=(lock,), start_new_session=True)
         assert process.stdout is not None
         try:
             for line in process.stdout:

@@ -77,11 +77,11 @@ def ensure_mmcv(build_root: Path, rebuild: bool = False) -> str:
     key = build_key(torch['version'], cuda)
     if remark:
         print(remark, flush=True)
-    if not rebuild and _installed_for() in (key, '') and not _what_fails():
+    if not rebuild and _installed_for() in (key, '') and not _what_fails(cuda):
         return f'mmcv {MMCV_VERSION} is installed, and its operators run'
     cache = cache_dir()
     for wheel in (cache / key).glob('*.whl') if cache and not rebuild else ():
-        if not _install(wheel, key):
+        if not _install(wheel, key, cuda):
             return f'mmcv {MMCV_VERSION} installed from {wheel}, and its operators run'
         print(f'the operators in {wheel} do not run: building again', flush=True)
         wheel.unlink()
@@ -89,7 +89,7 @@ def ensure_mmcv(build_root: Path, rebuild: bool = False) -> str:
     if rebuild:
         shutil.rmtree(folder, ignore_errors=True)
     wheel = compile_wheel(f'mmcv=={MMCV_VERSION}', folder, cuda)
-    failure = _install(wheel, key)
+    failure = _install(wheel, key, cuda)
     if failure:
         wheel.unlink()
         raise UserError(f'mmcv is compiled, but its operators do not run: {failure}\n'
@@ -114,21 +114,22 @@ def _installed_for() -> str | None:
     return (distribution.read_text(KEY_FILE) or '').strip() if distribution.version == MMCV_VERSION else None
 
 
-def _what_fails() -> str:
-    """Why mmcv's operators do not run on some device; '' when they do."""
+def _what_fails(cuda: bool) -> str:
+    """Why mmcv's operators do not run on the CPU or, with ``cuda``, on some device; '' when they do."""
     answer = run_probe('ops')
     if not answer['ok']:
         return answer['error']
-    # A CPU-only build beside a GPU is a choice, announced by `choose_cuda`.
-    return '' if answer['devices']['cpu'] == 'ok' else answer['devices']['cpu']
+    failures = [f'{device}: {found}' for device, found in answer['devices'].items()
+                if found != 'ok' and (cuda or device == 'cpu')]
+    return '; '.join(failures)
 
 
-def _install(wheel: Path, key: str) -> str:
+def _install(wheel: Path, key: str, cuda: bool) -> str:
     """Install ``wheel`` and note its key. Where its operators do not run, take it out again and say why."""
     pip = [sys.executable, '-m', 'pip']
     done = subprocess.run([*pip, 'install', '-q', '--no-deps', '--force-reinstall', str(wheel)],
                           capture_output=True, text=True)
-    failure = done.stderr.strip() or 'pip failed' if done.returncode else _what_fails()
+    failure = done.stderr.strip() or 'pip failed' if done.returncode else _what_fails(cuda)
     if failure:
         subprocess.run([*pip, 'uninstall', '-q', '-y', 'mmcv'], capture_output=True)
         return failure

@@ -7,8 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 
 def probe_torch() -> dict[str, Any]:
@@ -16,8 +17,8 @@ def probe_torch() -> dict[str, Any]:
     import torch
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        devices.append({'name': f'cuda:{index}', 'model': properties.name, 'memory_gib': properties.total_memory / 2**30})
+        device = torch.cuda.get_device_properties(index)
+        devices.append({'name': f'cuda:{index}', 'model': device.name, 'memory_gib': device.total_memory / 2**30})
     return {'version': torch.__version__, 'cuda': torch.version.cuda, 'threads': torch.get_num_threads(),
             'capability': torch.backends.cpu.get_cpu_capability(), 'devices': devices}
 

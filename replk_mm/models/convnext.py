@@ -13,7 +13,7 @@ from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.models.layers import Backbone, build_norm, resolve_arch, run_checkpointed
+from replk_mm.models.layers import Backbone, build_norm, fast_layout, resolve_arch, run_checkpointed
 from replk_mm.ops import DepthwiseConv2d
 from replk_mm.registry import MODELS
 
@@ -185,6 +185,7 @@ class ConvNeXt(Backbone):
             One ``(N, C_i, H / s_i, W / s_i)`` for each of ``out_indices``, ``s = 4, 8, 16, 32``, rounded down; with
             ``gap_before_final_norm`` one ``(N, C_i)`` each.
         """
+        x = fast_layout(x)
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = downsample(x)

@@ -12,7 +12,7 @@ from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.models.layers import Backbone, build_norm, resolve_arch, run_checkpointed
+from replk_mm.models.layers import Backbone, build_norm, fast_layout, resolve_arch, run_checkpointed
 from replk_mm.ops import DepthwiseConv2d
 from replk_mm.registry import MODELS
 
@@ -274,6 +274,7 @@ class RepLKNet(Backbone):
         Returns:
             One ``(N, C_i, H / s_i, W / s_i)`` for each of ``out_indices``, ``s = 4, 8, 16, 32``, rounded up.
         """
+        x = fast_layout(x)
         for layer in self.stem:
             x = layer(x)
         outs = []

@@ -1,0 +1,52 @@
+"""Fixtures that several test files use."""
+import os
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '2')
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session')
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def reference() -> Path:
+    """Folder of reference outputs, published key lists and photographs, which stands beside some checkouts."""
+    folder = Path(os.environ.get('REPLK_MM_REFERENCE', ROOT.parent / 'shared'))
+    if not (folder / 'golden').is_dir():
+        pytest.skip(f'no reference data at {folder} (REPLK_MM_REFERENCE names the folder)')
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if 'gpu' in item.keywords:
+                item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+def randomize_norms(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every BatchNorm statistics and affine parameters far from the identity, which would hide a wrong fold."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+            with torch.no_grad():
+                layer.running_mean.copy_(0.3 * torch.randn(layer.running_mean.shape, generator=generator))
+                layer.running_var.copy_(0.5 + torch.rand(layer.running_var.shape, generator=generator))
+                if layer.affine:
+                    layer.weight.copy_(1 + 0.3 * torch.randn(layer.weight.shape, generator=generator))
+                    layer.bias.copy_(0.3 * torch.randn(layer.bias.shape, generator=generator))
+    return module
