@@ -32,7 +32,7 @@ lint: setup ## Style and types
 	$(VENV_PYTHON) -m mypy
 
 clean: ## Remove caches and build leftovers; .venv stays
-	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .setup
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .setup
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## Remove .venv too; the cache of compiled mmcv wheels stays

@@ -32,7 +32,8 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[in
     return np.where((labels < len(palette))[..., None], mixed, image)
 
 
-def legend(labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequence[int]], height: int) -> np.ndarray:
+def legend(labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequence[int]], height: int,
+           shares: bool = True) -> np.ndarray:
     """A panel that names the classes in ``labels`` with their share of the pixels, largest first.
 
     Args:
@@ -40,9 +41,10 @@ def legend(labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequenc
         classes: Names.
         palette: RGB of each class.
         height: Of the panel in pixels; classes that do not fit are counted in its last line.
+        shares: Whether to give each class's share. Defaults to True.
     """
     ids, counts = np.unique(labels[labels < len(classes)], return_counts=True)
-    order = np.argsort(-counts)
+    order = np.argsort(-counts, kind='stable')
     rows = max(1, (height - 10) // 20)
     panel = np.full((height, 210, 3), 255, np.uint8)
     for row, i in enumerate(order[:rows]):
@@ -51,7 +53,8 @@ def legend(labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequenc
             _text(panel, f'and {len(order) - row} more', (10, y + 12))
             break
         cv2.rectangle(panel, (10, y), (24, y + 14), [int(c) for c in palette[ids[i]][::-1]], -1)
-        _text(panel, f'{classes[ids[i]]} {100 * counts[i] / labels.size:.0f}%', (32, y + 12))
+        share = f' {100 * counts[i] / labels.size:.0f}%' if shares else ''
+        _text(panel, f'{classes[ids[i]]}{share}', (32, y + 12))
     return panel
 
 

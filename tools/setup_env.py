@@ -16,7 +16,7 @@ PYTHON = VENV / 'bin' / 'python'
 STAMP = VENV / 'setup.json'
 LOG = ROOT / '.setup' / 'pip.log'
 TORCH = 'torch==2.13.0'
-REQUIREMENTS = [f'-rrequirements/{name}.txt' for name in ('build', 'runtime', 'dev')] + ['-crequirements/constraints.txt']
+OPTIONS = [*(f'-rrequirements/{name}.txt' for name in ('build', 'runtime', 'dev')), '-crequirements/constraints.txt']
 # Name and version of everything installed, one a line.
 LIST = 'from importlib.metadata import distributions as d; [print(x.name, x.version) for x in d()]'
 
@@ -63,12 +63,13 @@ def run(command: list, name: str, remedy: str) -> None:
     if sys.stdout.isatty():
         print(' ' * 102, end='\r')
     if process.returncode:
-        sys.exit(f'error: {name} failed\n{"".join(lines[-12:])}{remedy}\nthe whole log: {LOG}')
+        errors = [line for line in lines if line.startswith('ERROR')] or lines[-12:]
+        sys.exit(f'error: {name} failed\n{"".join(errors)}{remedy}\nthe whole log: {LOG}')
 
 
 def fingerprint(torch: str) -> str:
     """Changes with anything that the finished environment depends on."""
-    parts = [(ROOT / name).read_text() for name in ('setup.py', *(option[2:] for option in REQUIREMENTS))]
+    parts = [(ROOT / name).read_text() for name in ('setup.py', *(option[2:] for option in OPTIONS))]
     return hashlib.sha256('\0'.join([*parts, torch, str(ROOT), version(PYTHON)]).encode()).hexdigest()
 
 
@@ -96,7 +97,7 @@ def main() -> None:
     pip = [PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check']
     network = 'is there a network connection, and does pip know your mirror (PIP_INDEX_URL)?'
     # One command: on its own, torch would replace setuptools by one without pkg_resources.
-    run([*pip, *torch.split(), *REQUIREMENTS], 'installing the dependencies', network)
+    run([*pip, *torch.split(), *OPTIONS], 'installing the dependencies', network)
     if not answer([PYTHON, '-c', 'import cv2; print(cv2.__version__)']):
         found = answer([PYTHON, '-c', 'from importlib.metadata import version; print(version("opencv-python"))'])
         print('OpenCV lacks a system library for its windows here: taking the build without windows', flush=True)

@@ -1,5 +1,6 @@
 """Segmentation metrics that keep the figures of every class."""
 import numpy as np
+from mmengine.logging import print_log
 from mmseg.evaluation.metrics import IoUMetric as MMSegIoUMetric
 
 from replk_mm.registry import METRICS
@@ -7,7 +8,7 @@ from replk_mm.registry import METRICS
 
 @METRICS.register_module()
 class IoUMetric(MMSegIoUMetric):
-    """mmseg's IoU metric, which also reports ``mIoU_present`` and leaves every class's figures in :attr:`per_class`.
+    """mmseg's IoU metric, which also reports ``mIoU_present`` and lists the classes in the labels only.
 
     ``mIoU`` averages over the classes that occur in the labels or in the predictions; ``mIoU_present`` over those in the
     labels, which is what compares on a data set that holds a few of the classes only.
@@ -21,12 +22,21 @@ class IoUMetric(MMSegIoUMetric):
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Metrics in percent from the histograms of all images."""
-        metrics = super().compute_metrics(results)
-        intersect, union, _, label = (np.sum([np.asarray(r[i], dtype=np.float64) for r in results], axis=0) for i in range(4))
+        if self.format_only:
+            return super().compute_metrics(results)
+        totals = [sum(histograms) for histograms in zip(*results, strict=True)]
+        found = self.total_area_to_metrics(*totals, self.metrics, self.nan_to_num, self.beta)
+        metrics = {name if name == 'aAcc' else f'm{name}': float(np.round(np.nanmean(values) * 100, 2))
+                   for name, values in found.items()}
+
+        intersect, union, _, label = (np.asarray(total, dtype=np.float64) for total in totals)
         present = np.flatnonzero(label)
-        self.per_class = {
-            self.dataset_meta['classes'][i]: dict(IoU=100 * intersect[i] / union[i], Acc=100 * intersect[i] / label[i],
-                                                  pixels=int(label[i])) for i in present}
+        names = self.dataset_meta['classes']
+        self.per_class = {names[i]: dict(IoU=100 * intersect[i] / union[i], Acc=100 * intersect[i] / label[i],
+                                         pixels=int(label[i])) for i in present}
         if len(present):
-            metrics['mIoU_present'] = round(float(np.mean([c['IoU'] for c in self.per_class.values()])), 4)
+            metrics['mIoU_present'] = float(np.round(np.mean([c['IoU'] for c in self.per_class.values()]), 2))
+        print_log('\n'.join([f'{len(present)} of {len(names)} classes are in the labels:', *(
+            f'  {name:20} IoU {c["IoU"]:6.2f}  Acc {c["Acc"]:6.2f}  {100 * c["pixels"] / label.sum():5.1f} % of the pixels'
+            for name, c in self.per_class.items())]), logger='current')
         return metrics

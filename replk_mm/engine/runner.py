@@ -158,6 +158,7 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     prepare_work_dir(cfg.work_dir, needed=2 * 12 * parameters)
     notes += check_data(cfg, ('train', 'val'), num_classes_of(model))
     _check_while_loading(cfg, num_classes_of(model))
+    _metrics_per_class(cfg)
     if options.memory_check and device == 'cpu':
         notes += memory.fit_batch(cfg, model, world_size)
     notes += _scale_learning_rate(cfg, world_size)
@@ -172,6 +173,15 @@ def _check_while_loading(cfg: Config, num_classes: int | None) -> None:
         dataset['pipeline'] = [
             dict(type='replk_mm.CheckedLoad', load=step, num_classes=num_classes)
             if step.get('type') in ('LoadImageFromFile', 'LoadAnnotations') else step for step in dataset['pipeline']]
+
+
+def _metrics_per_class(cfg: Config) -> list[ConfigDict]:
+    """Let segmentation metrics be ours, which keep the figures of every class; returns their configs."""
+    found = [metric for key in ('val_evaluator', 'test_evaluator') for metric in as_list(cfg.get(key))
+             if metric.get('type') in ('IoUMetric', 'mmseg.IoUMetric', 'replk_mm.IoUMetric')]
+    for metric in found:
+        metric['type'] = 'replk_mm.IoUMetric'
+    return found
 
 
 def _scale_learning_rate(cfg: Config, world_size: int) -> list[str]:
@@ -335,11 +345,9 @@ def test(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = Fals
     _check_while_loading(cfg, num_classes_of(model))
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
-    for metric in as_list(cfg.get('test_evaluator')):
-        if metric.get('type') in ('IoUMetric', 'mmseg.IoUMetric'):
-            metric['type'] = 'replk_mm.IoUMetric'
-            if predictions:
-                metric['output_dir'] = str(predictions)
+    for metric in _metrics_per_class(cfg):
+        if predictions:
+            metric['output_dir'] = str(predictions)
     if tta:
         if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
             raise UserError(f'--tta: {cfg.filename} has no tta_model and tta_pipeline')

@@ -13,7 +13,7 @@ from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.models.layers import Backbone, build_norm, fast_layout, resolve_arch, run_checkpointed
+from replk_mm.models.layers import Backbone, build_norm, drop_path_rates, fast_layout, resolve_arch, run_checkpointed
 from replk_mm.ops import DepthwiseConv2d
 from replk_mm.registry import MODELS
 
@@ -154,6 +154,8 @@ class ConvNeXt(Backbone):
             raise ValueError(f'ConvNeXt: kernel_size={kernel_size} must be odd, one number or one for each stage')
         if not 0 <= frozen_stages <= len(depths):
             raise ValueError(f'ConvNeXt: frozen_stages={frozen_stages} must be in 0..{len(depths)}')
+        if layer_scale_init_value < 0:
+            raise ValueError(f'ConvNeXt: layer_scale_init_value={layer_scale_init_value} must not be negative; 0 is for none')
         super().__init__(out_indices, len(depths), norm_eval,
                          init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=.02, bias=0.))
         self.frozen_stages = frozen_stages
@@ -165,7 +167,7 @@ class ConvNeXt(Backbone):
         for width, following in zip(channels, channels[1:], strict=False):
             self.downsample_layers.append(nn.Sequential(
                 build_norm(norm_cfg, width), nn.Conv2d(width, following, 2, 2)))
-        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
+        drop_path = iter(drop_path_rates(drop_path_rate, sum(depths), 'ConvNeXt'))
         self.stages = nn.ModuleList(
             nn.Sequential(*(
                 ConvNeXtBlock(width, kernel, settings.get('ffn_ratio', 4), norm_cfg, act_cfg, linear_pw_conv, use_grn,

@@ -1,6 +1,7 @@
 """Parts that more than one family uses."""
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
@@ -52,10 +53,24 @@ def fast_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
 
 
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Let no BatchNorm in ``module`` update its running statistics; what it computes while training stays the same."""
+    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
+
+
 def run_checkpointed(module: nn.Module, x: Tensor, enabled: bool) -> Tensor:
     """``module(x)``, recomputed in the backward pass instead of kept in memory if ``enabled``."""
     if enabled and x.requires_grad:
-        return checkpoint(module, x, use_reentrant=False)
+        # The second run sees the same batch, which must not count twice in the running statistics.
+        return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(module)))
     return module(x)
 
 
@@ -74,6 +89,8 @@ def resolve_arch(arch: str | dict, table: dict[str, dict], family: str) -> dict:
         if arch not in table:
             raise ValueError(f'{family}: arch={arch!r} is unknown; choose one of {", ".join(table)}, or give a dict')
         return dict(table[arch])
+    if not isinstance(arch, dict):
+        raise ValueError(f'{family}: arch={arch!r} must be one of {", ".join(table)}, or a dict')
     optional = {'ffn_ratio'}
     known = set(next(iter(table.values()))) | optional
     missing, unknown = known - optional - set(arch), set(arch) - known
@@ -81,6 +98,17 @@ def resolve_arch(arch: str | dict, table: dict[str, dict], family: str) -> dict:
         raise ValueError(f'{family}: arch dict has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
                          f'it takes {sorted(known)}')
     return dict(arch)
+
+
+def drop_path_rates(last: float, blocks: int, family: str) -> list[float]:
+    """Stochastic depth of each block, from 0 in even steps to ``last``.
+
+    Raises:
+        ValueError: If ``last`` is no probability below 1.
+    """
+    if not 0 <= last < 1:
+        raise ValueError(f'{family}: drop_path_rate={last} must be in 0 <= rate < 1')
+    return torch.linspace(0, last, blocks, device='cpu').tolist()
 
 
 class Backbone(BaseModule):

@@ -6,13 +6,12 @@ that their checkpoints load, and mmpretrain's, which are the same.
 """
 from collections.abc import Sequence
 
-import torch
 import torch.nn as nn
 from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.models.layers import Backbone, build_norm, fast_layout, resolve_arch, run_checkpointed
+from replk_mm.models.layers import Backbone, build_norm, drop_path_rates, fast_layout, resolve_arch, run_checkpointed
 from replk_mm.ops import DepthwiseConv2d
 from replk_mm.registry import MODELS
 
@@ -251,7 +250,7 @@ class RepLKNet(Backbone):
             ConvNorm(width, width, norm_cfg=norm_cfg, act_cfg=act_cfg),
             ConvNorm(width, width, 3, 2, depthwise=True, norm_cfg=norm_cfg, act_cfg=act_cfg),
         ])
-        drop_path = iter(torch.linspace(0, drop_path_rate, sum(layers), device='cpu').tolist())
+        drop_path = iter(drop_path_rates(drop_path_rate, sum(layers), 'RepLKNet'))
         self.stages = nn.ModuleList()
         self.transitions = nn.ModuleList()
         for i, width in enumerate(channels):

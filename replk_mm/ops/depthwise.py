@@ -104,7 +104,7 @@ class DepthwiseConv2d(nn.Conv2d):
         if not self._fft_pays(x):
             return super().forward(x)
         weight = self.weight
-        if torch.is_autocast_enabled('cpu'):
+        if torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:  # which autocast leaves alone
             dtype = torch.get_autocast_dtype('cpu')
             x, weight = x.to(dtype), weight.to(dtype)
         out = _FFTWeightGrad.apply(x, weight, self.padding)
@@ -113,5 +113,5 @@ class DepthwiseConv2d(nn.Conv2d):
     def _fft_pays(self, x: Tensor) -> bool:
         # Only training on a CPU has the slow gradient; everything else (and every exporter) sees a plain convolution.
         return (torch.is_grad_enabled() and self.weight.requires_grad and x.device.type == 'cpu'
-                and min(self.kernel_size) >= FFT_MIN_KERNEL and self.stride == (1, 1) and x.numel() > 0
+                and min(self.kernel_size) >= FFT_MIN_KERNEL and self.stride == (1, 1) and x.numel() > 0 and x.dim() == 4
                 and not torch.compiler.is_compiling() and not torch.jit.is_tracing())

@@ -1,0 +1,46 @@
+# Small UperNet with RepLKNet-nano on the procedural scenes of tools/make_demo_data.py: what `make demo` trains.
+#
+# Train:     python tools/make_demo_data.py demo/data && python tools/train.py configs/upernet_replk-nano_demo.py
+# Recipe:    1 CPU x 8 images (global batch 8), 500 iterations, from scratch
+# Published: none; `make demo` prints what it measures
+_base_ = ['./_base_/models/upernet_nano.py', './_base_/schedules/nano_2k.py', 'mmseg::_base_/default_runtime.py']
+crop_size = (160, 160)
+num_classes = 8
+load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True)]
+# Whole scenes: a cue at the top names objects far below it, so that nothing may be cropped or turned.
+resize = dict(type='Resize', scale=crop_size, keep_ratio=False)
+train_pipeline = [*load, resize, dict(type='RandomFlip', prob=0.5), dict(type='PhotoMetricDistortion'),
+                  dict(type='PackSegInputs')]
+test_pipeline = [load[0], resize, load[1], dict(type='PackSegInputs')]
+metainfo = dict(
+    classes=('sky', 'ground', 'water', 'disc', 'square', 'star', 'triangle_h', 'triangle_v'),
+    palette=[[135, 190, 235], [125, 150, 75], [40, 85, 165], [230, 80, 60], [245, 190, 50], [170, 75, 190],
+             [30, 170, 150], [250, 130, 190]])
+dataset = dict(
+    type='BaseSegDataset',
+    data_root='demo/data',
+    metainfo=metainfo,
+    reduce_zero_label=True)
+train_dataloader = dict(
+    batch_size=8, num_workers=2, persistent_workers=True, sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(**dataset, pipeline=train_pipeline,
+                 data_prefix=dict(img_path='images/training', seg_map_path='annotations/training')))
+val_dataloader = dict(
+    batch_size=1, num_workers=2, persistent_workers=True, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(**dataset, pipeline=test_pipeline,
+                 data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation')))
+test_dataloader = val_dataloader
+val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+test_evaluator = val_evaluator
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(type='replk_mm.RepLKNet', arch='nano', norm_cfg=_base_.norm_cfg),
+    decode_head=dict(in_channels=[32, 64, 128, 256], num_classes=num_classes),
+    auxiliary_head=dict(in_channels=128, num_classes=num_classes))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=500),
+]
+train_cfg = dict(max_iters=500, val_interval=250)
+default_hooks = dict(checkpoint=dict(interval=250))
+auto_scale_lr = dict(base_batch_size=8)
