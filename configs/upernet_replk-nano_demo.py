@@ -9,8 +9,7 @@ num_classes = 8
 load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True)]
 # Whole scenes: a cue at the top names objects far below it, so that nothing may be cropped or turned.
 resize = dict(type='Resize', scale=crop_size, keep_ratio=False)
-train_pipeline = [*load, resize, dict(type='RandomFlip', prob=0.5), dict(type='PhotoMetricDistortion'),
-                  dict(type='PackSegInputs')]
+train_pipeline = [*load, resize, dict(type='RandomFlip', prob=0.5), dict(type='PackSegInputs')]
 test_pipeline = [load[0], resize, load[1], dict(type='PackSegInputs')]
 metainfo = dict(
     classes=('sky', 'ground', 'water', 'disc', 'square', 'star', 'triangle_h', 'triangle_v'),

@@ -5,6 +5,7 @@ Each function mends one thing, may be called any number of times, and says which
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from pickle import UnpicklingError
 
 
@@ -15,11 +16,12 @@ def register_configs() -> None:
     the name, which flat config folders do not have. Does nothing where mmengine is not installed.
     """
     try:
+        import mmengine.utils
         from mmengine.config import config, utils
     except ImportError:
         return
     utils.MODULE2PACKAGE.setdefault('replk_mm', 'replk_mm')
-    original = utils._get_package_and_cfg_path
+    original, original_path = utils._get_package_and_cfg_path, mmengine.utils.get_installed_path
     if getattr(original, 'knows_replk_mm', False):
         return
 
@@ -28,10 +30,16 @@ def register_configs() -> None:
         scope, _, name = cfg_path.partition('::')
         return ('replk_mm', name) if scope == 'replk_mm' and name else original(cfg_path)
 
+    def installed_path(package: str) -> str:
+        # mmengine looks beside the metadata, which `pip install -e` puts where the package is not.
+        return str(Path(__file__).resolve().parent) if package == 'replk_mm' else original_path(package)
+
     package_and_path.knows_replk_mm = True  # type: ignore[attr-defined]
-    hub = sys.modules.get('mmengine.hub.hub')  # imported after us, it takes the name from `utils`
+    hub = sys.modules.get('mmengine.hub.hub')  # imported after us, it takes the names from `utils` and `mmengine.utils`
     for module in filter(None, (utils, config, hub)):
         module._get_package_and_cfg_path = package_and_path  # type: ignore[attr-defined]
+    for module in filter(None, (mmengine.utils, config, hub)):
+        module.get_installed_path = installed_path  # type: ignore[attr-defined]
 
 
 def _history_method(owner: type, name: str) -> Callable:
@@ -40,6 +48,18 @@ def _history_method(owner: type, name: str) -> Callable:
     if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
         raise UnpicklingError(f'the checkpoint asks for attribute {name!r} of {owner!r}')
     return getattr(owner, name)
+
+
+@functools.cache
+def _renamed(function: Callable, name: str) -> Callable:
+    """``function`` under the full name that a pickle calls it by."""
+
+    def call(*args):
+        return function(*args)
+
+    call.__module__, _, call.__name__ = name.rpartition('.')
+    call.__qualname__ = call.__name__
+    return call
 
 
 def harmless_pickles() -> list:
@@ -52,9 +72,12 @@ def harmless_pickles() -> list:
         from numpy.core import multiarray  # type: ignore[no-redef]
     # A buffer is pickled with references to its own methods, as calls of `getattr`. The real one would open every object
     # that the list allows, so our restricted one takes its name.
-    _history_method.__module__, _history_method.__qualname__ = 'builtins', 'getattr'
+    takes_name = _renamed(_history_method, 'builtins.getattr')
+    # numpy 2 moved what unpickles its arrays; files name the place of the numpy that wrote them.
+    moved = [_renamed(function, f'numpy.{core}.multiarray.{function.__name__}')
+             for function in (multiarray._reconstruct, multiarray.scalar) for core in ('core', '_core')]
     dtypes = {type(np.dtype(kind)) for kind in ('bool', 'int32', 'int64', 'float16', 'float32', 'float64', 'U1')}
-    return [HistoryBuffer, _history_method, np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *dtypes]
+    return [HistoryBuffer, takes_name, np.ndarray, np.dtype, *moved, *dtypes]
 
 
 def allow_harmless_pickles() -> None:

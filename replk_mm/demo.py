@@ -1,10 +1,13 @@
 """The whole chain on procedural scenes: write data, train, test, reparameterize, test again, compare, draw."""
+import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from replk_mm import checkpoints
 from replk_mm.analysis import complexity
@@ -60,7 +63,8 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
     Returns:
         The two rows of the table, and the sheet of predictions.
     """
-    options = Options(data_root=str(prepare_data(out, seed)), work_dir=str(out / 'train'), seed=seed, device='cpu',
+    data = prepare_data(out, seed)
+    options = Options(data_root=str(data), work_dir=str(out / 'train'), seed=seed, device='cpu',
                       max_iters=max_iters, resume='auto' if resume else None)
     cfg = load_config(CONFIG)
     trained = train(cfg, prepare_training(cfg, options))
@@ -71,12 +75,12 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
     rows, records = [], []
     models = {'trained': load_segmentor(load_config(CONFIG), str(trained), 'cpu'),
               'reparameterized': load_segmentor(load_config(CONFIG), str(merged), 'cpu')}
-    size = models['trained'].cfg.crop_size
+    size = load_config(CONFIG).crop_size
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    times = interleaved({name: lambda m=model: m(image) for name, model in models.items()})
+    times = interleaved({name: functools.partial(model, image) for name, model in models.items()})
     for (form, model), checkpoint in zip(models.items(), (trained, merged), strict=True):
         cfg = load_config(CONFIG)
-        found = test(cfg, str(checkpoint), Options(data_root=options.data_root, work_dir=str(out / f'test_{form}'),
+        found = test(cfg, str(checkpoint), Options(data_root=str(data), work_dir=str(out / f'test_{form}'),
                                                    device='cpu'))
         records.append(results.record(cfg, str(checkpoint), found, tta=False))
         # From the per-class figures, which are not rounded.
@@ -84,17 +88,17 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
         rows.append(Row(form, miou, complexity.inference_parameters(model), complexity.macs(model, size), times[form]))
     results.write(dict(rows=[vars(r) | dict(milliseconds=vars(r.milliseconds)) for r in rows], size=list(size), seed=seed,
                        iterations=checkpoints.read(trained)['meta']['iter'], tests=records), out / 'demo.json')
-    return rows, draw(models['reparameterized'], Path(options.data_root), out / 'predictions.png')
+    return rows, draw(models['reparameterized'], data, out / 'predictions.png')
 
 
-def draw(model: torch.nn.Module, data: Path, out: Path) -> Path:
+def draw(model: Any, data: Path, out: Path) -> Path:
     """A sheet of validation scenes, their labels and the predictions, with a legend."""
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
     images = sorted((data / 'images' / 'validation').glob('*.jpg'))[:_SHOWN]
     rows = []
     for path, image, labels in predict(model, [str(p) for p in images]):
-        truth = cv2.imread(str(data / 'annotations' / 'validation' / f'{path.stem}.png'), cv2.IMREAD_UNCHANGED)
-        truth = truth.astype(np.int16) - 1  # 0 is not scored
+        written = Image.open(data / 'annotations' / 'validation' / f'{path.stem}.png')
+        truth = np.asarray(written, dtype=np.int16) - 1  # 0 is not scored
         wrong = (truth >= 0) & (truth != labels)
         rows.append([image, colorize(np.where(truth < 0, 255, truth), palette), colorize(labels, palette),
                      np.where(wrong[..., None], np.array([40, 40, 220], np.uint8), image // 2 + 100)])
@@ -110,8 +114,9 @@ def table(rows: list[Row]) -> str:
     before, after = rows
     lines = ['', f'{"":16} {"mIoU":>7} {"parameters":>12} {"MACs":>9} {"ms per scene, median (quartiles)":>34}']
     lines += [f'{r.form:16} {r.miou:7.2f} {r.parameters:12,} {r.macs / 1e9:7.2f} G {str(r.milliseconds):>34}' for r in rows]
-    lines.append(f'{"":16} {after.miou - before.miou:+7.2f} {after.parameters - before.parameters:+12,} '
-                 f'{(after.macs - before.macs) / 1e9:+7.2f} G {before.milliseconds.median / after.milliseconds.median:31.2f} x')
+    faster = before.milliseconds.median / after.milliseconds.median
+    lines.append(f'{"difference":16} {after.miou - before.miou:+7.2f} {after.parameters - before.parameters:+12,} '
+                 f'{(after.macs - before.macs) / 1e9:+7.2f} G {f"{faster:.2f} times as fast":>34}')
     return '\n'.join(lines)
 
 

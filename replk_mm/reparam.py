@@ -9,6 +9,8 @@ RepLKNet paper (arXiv:2203.06717, guideline 3). In evaluation mode BatchNorm is 
 * two parallel convolutions of one input are one, with the small kernel in the centre of the large one.
 """
 import copy
+import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ from replk_mm.ops import DepthwiseConv2d
 _PLAIN_CONVOLUTIONS = {'torch.nn.modules.conv.Conv1d', 'torch.nn.modules.conv.Conv2d', 'torch.nn.modules.conv.Conv3d',
                        'mmcv.cnn.bricks.wrappers.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv3d',
                        'replk_mm.ops.depthwise.DepthwiseConv2d'}
+# What a BatchNorm layer must run to be the affine map that is folded; a subclass may run something else.
+_PLAIN_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 @dataclass
@@ -78,9 +82,11 @@ def reparameterize(model: nn.Module, merge: bool = True, fold: bool = True,
             if uses[id(norm)] > 1 or uses[id(conv)] > 1 or not _foldable(norm, conv, norm_first):
                 continue
             conv_owner._modules[conv_name] = _fold(norm, conv, norm_first)
-            norm_owner._modules[norm_name] = nn.Identity()
+            norm_owner._modules[norm_name] = nn.Identity().eval()
+            if isinstance(norm_owner, ConvModule):
+                norm_owner.turn_on_efficient_conv_bn_eval(False)  # mmcv's own folding at run time expects the norm
             changes.folded.append(f'{name}.{norm_name}'.lstrip('.'))
-    changes.left = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    changes.left = [name for name, _ in _norms(model)]
     return model, changes
 
 
@@ -105,7 +111,9 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module, s
 
 
 def _foldable(norm: nn.Module | None, conv: nn.Module | None, norm_first: bool) -> bool:
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or conv is None:
+    if not isinstance(norm, _BatchNorm) or type(norm).forward not in _PLAIN_NORMS:
+        return False
+    if norm.running_mean is None or conv is None:
         return False
     kind = type(conv)
     if f'{kind.__module__}.{kind.__qualname__}' not in _PLAIN_CONVOLUTIONS or parametrize.is_parametrized(conv):
@@ -174,7 +182,7 @@ def _merge_branches(block: ReparamLargeKernelConv) -> bool:
     with torch.no_grad():
         merged.weight.copy_(weight)
         merged.bias.copy_(sum(biases))
-    merged.train(block.training)
+    merged.requires_grad_(large.weight.requires_grad).train(block.training)
     block.lkb_reparam = merged
     for name in ('lkb_origin', 'small_conv'):
         if hasattr(block, name):
@@ -196,12 +204,14 @@ class Difference:
         absolute: Largest absolute difference.
         relative: Largest over all outputs of (largest difference / largest magnitude of that output).
         tolerance: What ``relative`` may be.
+        unproven: BatchNorm layers that no output depended on, because the comparison cannot run their part of the network.
     """
 
     dtype: torch.dtype
     absolute: float
     relative: float
     tolerance: float
+    unproven: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -209,8 +219,10 @@ class Difference:
         return self.relative <= self.tolerance  # false for NaN
 
     def __str__(self) -> str:
+        unproven = (f'; not compared, because these layers did not run: {len(self.unproven)} BatchNorm '
+                    f'({", ".join(self.unproven[:4])})' if self.unproven else '')
         return (f'{str(self.dtype).removeprefix("torch.")}: max absolute difference {self.absolute:.3e}, relative '
-                f'{self.relative:.3e} (tolerance {self.tolerance:.0e}) {"equal" if self.ok else "DIFFERENT"}')
+                f'{self.relative:.3e} (tolerance {self.tolerance:.0e}) {"equal" if self.ok else "DIFFERENT"}{unproven}')
 
 
 #: Relative tolerance of each precision. A wrong fold is off by 1e-2 and more. In float64 what is left is the rounding of
@@ -232,25 +244,38 @@ def compare(before: nn.Module, after: nn.Module, shape: tuple[int, ...] = (1, 3,
 
     Returns:
         A difference for each precision.
+
+    Raises:
+        ValueError: If the networks have no outputs that could be compared.
     """
     outputs = outputs or network_outputs
     image = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     found = []
     for dtype, tolerance in TOLERANCES.items():
-        results = []
+        results, ran = [], set()
         for model in (before, after):
             model = copy.deepcopy(model).cpu().eval().to(dtype)
+            if not results:
+                for name, norm in _norms(model):
+                    norm.register_forward_hook(lambda *_, name=name: ran.add(name))
             with torch.no_grad():
                 results.append(list(_tensors(outputs(model, image.to(dtype)))))
             del model
-        absolute = relative = 0.
-        for a, b in zip(*results, strict=True):
+        if not results[0]:
+            raise ValueError(f'{type(before).__name__}: no output tensors that could be compared')
+        absolute = relative = 0. if [a.shape for a in results[0]] == [b.shape for b in results[1]] else math.inf
+        for a, b in zip(*results, strict=False) if not absolute else ():
             gap = (a.double() - b.double()).abs().max().item() if a.numel() else 0.
             scale = a.double().abs().max().item() if a.numel() else 1.
             absolute = _worse(absolute, gap)
             relative = _worse(relative, gap / scale if scale else gap)
-        found.append(Difference(dtype, absolute, relative, tolerance))
+        unproven = [name for name, _ in _norms(before) if name not in ran]
+        found.append(Difference(dtype, absolute, relative, tolerance, unproven))
     return found
+
+
+def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm))
 
 
 def _worse(a: float, b: float) -> float:
@@ -266,21 +291,29 @@ def network_outputs(model: nn.Module, image: Tensor) -> list:
         return [model(image)]
     features = model.extract_feat(image)
     found = [features]
-    for name in ('decode_head', 'auxiliary_head', 'rpn_head', 'bbox_head'):
+    for name in ('decode_head', 'auxiliary_head', 'rpn_head', 'bbox_head', 'mask_head'):
         head = getattr(model, name, None)
         heads = list(head) if isinstance(head, nn.ModuleList) else [head] if isinstance(head, nn.Module) else []
         for i, part in enumerate(heads):
-            # The later heads of a cascade take the former one's output too.
-            found.append(part(features, found[-1]) if name == 'decode_head' and i else part(features))
+            if name == 'decode_head' and i:  # the later heads of a cascade take the former one's output too
+                found.append(part(features, found[-1]))
+            elif _takes_one(part):
+                found.append(part(features))
     roi_head = getattr(model, 'roi_head', None)
     if isinstance(roi_head, nn.Module):
         for part in roi_head.modules():
             kind = type(part).__name__
-            if hasattr(part, 'roi_feat_size') and ('BBoxHead' in kind or 'MaskHead' in kind):
+            if hasattr(part, 'roi_feat_size') and ('BBoxHead' in kind or 'MaskHead' in kind) and _takes_one(part):
                 size = part.roi_feat_size if isinstance(part.roi_feat_size, tuple) else (part.roi_feat_size,) * 2
                 generator = torch.Generator().manual_seed(1)
                 found.append(part(torch.randn(4, part.in_channels, *size, generator=generator).to(image)))
     return found
+
+
+def _takes_one(head: nn.Module) -> bool:
+    """Whether features are all that a head's forward pass needs."""
+    parameters = inspect.signature(head.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 1
 
 
 def _tensors(nest: object) -> Iterator[Tensor]:

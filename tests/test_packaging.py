@@ -27,8 +27,8 @@ def run(*command, **kwargs) -> str:
 
 
 @pytest.fixture(scope='module')
-def wheel(tmp_path_factory) -> Path:
-    """A wheel of this tree, built in a copy: setuptools leaves files behind."""
+def tree(tmp_path_factory) -> Path:
+    """A copy of this tree to build in: setuptools leaves files behind."""
     folder = tmp_path_factory.mktemp('packaging')
     names = ('replk_mm', 'configs', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE')
     for name in names:
@@ -38,9 +38,15 @@ def wheel(tmp_path_factory) -> Path:
         else:
             (folder / 'tree').mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / 'tree' / name)
-    pip_wheel = [sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation']
-    run(*pip_wheel, '-w', folder / 'dist', folder / 'tree')
-    return next((folder / 'dist').glob('*.whl'))
+    return folder / 'tree'
+
+
+@pytest.fixture(scope='module')
+def wheel(tree) -> Path:
+    """A wheel of the tree."""
+    dist = tree.parent / 'dist'
+    run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', dist, tree)
+    return next(dist.glob('*.whl'))
 
 
 @pytest.fixture(scope='module')
@@ -112,3 +118,22 @@ def test_installed_config_by_hub_is_the_file_of_this_tree(installed, tmp_path):
     from mmengine.config import Config
     assert Path(answer[0]) == installed / 'replk_mm' / '.mim' / 'configs' / 'upernet_replk31b_ade20k.py'
     assert answer[1] == Config.fromfile(ROOT / 'configs' / 'upernet_replk31b_ade20k.py').pretty_text
+
+
+def test_editable_install_finds_its_configs_from_anywhere(tree, tmp_path):
+    """With `pip install -e`, mmengine would look beside the metadata, in site-packages, where no package is."""
+    site = tmp_path / 'site'
+    pip_install = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation']
+    run(*pip_install, '--target', site, '-e', tree)
+    (tmp_path / 'mine.py').write_text("_base_ = 'replk_mm::upernet_replk31b_ade20k.py'\n")
+    answer = run_installed(
+        f'import json, site; site.addsitedir({str(site)!r})\n'
+        'import replk_mm\n'
+        'from mmengine.config import Config\n'
+        'from mmengine.hub import get_config\n'
+        'inherited = Config.fromfile("mine.py").model.backbone.type\n'
+        'cfg = get_config("replk_mm::upernet_replk31b_ade20k.py")\n'
+        'print(json.dumps([replk_mm.__file__, cfg.filename, inherited]))', tmp_path / 'nothing', tmp_path)
+    package = Path(answer[0]).resolve().parent
+    assert Path(answer[1]).resolve() == (package / '.mim' / 'configs' / 'upernet_replk31b_ade20k.py').resolve()
+    assert answer[2] == 'replk_mm.RepLKNet'

@@ -16,7 +16,8 @@ def main() -> None:
     p.add_argument('out', help='file to write')
     p.add_argument('--to', choices=['mmpretrain', 'official'], default='mmpretrain',
                    help="key names to write: mmpretrain's (ours), or the authors' downstream code's (default: mmpretrain)")
-    p.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code; only if you know its maker')
+    p.add_argument('--trust-checkpoint', action='store_true',
+                   help='let the checkpoint run code; only if you know its maker')
     args = p.parse_args()
     found = convert(unwrap(checkpoints.read(args.checkpoint, args.trust_checkpoint), args.checkpoint))
     if not found.family:

@@ -19,9 +19,8 @@ def main() -> None:
     start = time.monotonic()
     rows, picture = demo.run(prepare_work_dir(args.out), args.seed, args.max_iters, args.resume)
     print(demo.table(rows))
-    print(f'\nmIoU over {len(demo.load_config(demo.CONFIG).metainfo.classes)} classes of {demo.VAL_SCENES} scenes never trained '
-          f'on; {(time.monotonic() - start) / 60:.1f} minutes\npredictions: {picture}\n'
-          f'figures with their protocol: {Path(args.out) / "demo.json"}')
+    print(f'\nmIoU over {demo.VAL_SCENES} scenes never trained on; {(time.monotonic() - start) / 60:.1f} minutes\n'
+          f'predictions: {picture}\nfigures with their protocol: {Path(args.out) / "demo.json"}')
     if not demo.equal(rows):
         raise UserError('the mIoU before and after reparameterization differ by more than 0.01: see the table')
 

@@ -1,13 +1,12 @@
 """Draw what a trained segmentor sees in images: an overlay with a legend, and the label map."""
+import itertools
 import sys
-from pathlib import Path
 
-import cv2
 import numpy as np
 
 from replk_mm import cli
 from replk_mm.engine.config import load_config
-from replk_mm.engine.predict import load_segmentor, predict
+from replk_mm.engine.predict import load_segmentor, predict, write_picture
 from replk_mm.engine.runner import prepare_work_dir
 from replk_mm.errors import command
 from replk_mm.visualize import legend, overlay
@@ -15,26 +14,29 @@ from replk_mm.visualize import legend, overlay
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 'python tools/predict.py configs/upernet_replk-nano_ade20k.py iter_2000.pth street.jpg --out out')
+    p = cli.parser(__doc__, 
+                   'python tools/predict.py configs/upernet_replk-nano_ade20k.py iter_2000.pth street.jpg --out out')
     p.add_argument('config', help='config the checkpoint was trained with')
     p.add_argument('checkpoint', help='trained checkpoint, merged or not')
     p.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
-    p.add_argument('--out', required=True, metavar='DIR', help='folder for NAME_overlay.png and NAME_labels.png')
+    p.add_argument('--out', required=True, metavar='DIR', 
+                   help='folder for NAME_overlay.png and NAME_labels.png (class indices from 0)')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
-    p.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code; only if you know its maker')
+    p.add_argument('--trust-checkpoint', action='store_true',
+                   help='let the checkpoint run code; only if you know its maker')
     args = p.parse_args()
     out = prepare_work_dir(args.out)
     model = load_segmentor(load_config(args.config), args.checkpoint, args.device, args.reparam, args.trust_checkpoint)
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
-    names: dict[str, int] = {}
+    used: set[str] = set()
     for i, (path, image, labels) in enumerate(predict(model, args.images), 1):
         # Images of one name from different folders must not overwrite each other.
-        names[path.stem] = names.get(path.stem, 0) + 1
-        stem = path.stem if names[path.stem] == 1 else f'{path.stem}_{names[path.stem]}'
+        stem = next(s for s in itertools.chain([path.stem], (f'{path.stem}_{n}' for n in itertools.count(2))) if s not in used)
+        used.add(stem)
         picture = np.hstack([overlay(image, labels, palette), legend(labels, classes, palette, image.shape[0])])
-        cv2.imwrite(str(out / f'{stem}_overlay.png'), picture)
-        cv2.imwrite(str(out / f'{stem}_labels.png'), labels)
+        write_picture(out / f'{stem}_overlay.png', picture)
+        write_picture(out / f'{stem}_labels.png', labels)
         print(f'{i}/{len(args.images)} {out / stem}_overlay.png')
 
 

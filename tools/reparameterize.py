@@ -13,9 +13,10 @@ def main() -> None:
     p.add_argument('config', help='config the checkpoint was trained with')
     p.add_argument('checkpoint', help='trained checkpoint')
     p.add_argument('out', help='file to write; loads in tools/test.py with the same config')
-    p.add_argument('--shape', type=int, nargs=2, default=(64, 64), metavar=('H', 'W'),
+    p.add_argument('--shape', type=cli.positive, nargs=2, default=(64, 64), metavar=('H', 'W'),
                    help='size of the random image of the proof, in pixels (default: 64 64)')
-    p.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code; only if you know its maker')
+    p.add_argument('--trust-checkpoint', action='store_true',
+                   help='let the checkpoint run code; only if you know its maker')
     args = p.parse_args()
     cfg = load_config(args.config)
     changes, differences = reparameterize_checkpoint(cfg, args.checkpoint, args.out, args.trust_checkpoint,

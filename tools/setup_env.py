@@ -13,8 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / '.venv'
 PYTHON = VENV / 'bin' / 'python'
-STAMP = VENV / 'setup.json'
-LOG = ROOT / '.setup' / 'pip.log'
+STAMP, LOG = VENV / 'setup.json', ROOT / '.setup' / 'pip.log'
 TORCH = 'torch==2.13.0'
 OPTIONS = [*(f'-rrequirements/{name}.txt' for name in ('build', 'runtime', 'dev')), '-crequirements/constraints.txt']
 # Name and version of everything installed, one a line.
@@ -37,9 +36,9 @@ def version(python) -> str:
 
 @contextlib.contextmanager
 def stage(command: list, **options) -> Iterator[subprocess.Popen]:
-    """A process in a session of its own: an interruption reaches it once, from here, and it has time to clean up."""
-    command = [str(part) for part in command]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=ROOT, start_new_session=True, **options)
+    """A process in a group of its own: an interruption reaches it once, from here, and it has time to clean up."""
+    process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL, cwd=ROOT,
+                               start_new_session=True, **options)
     try:
         yield process
         process.wait()
@@ -53,8 +52,8 @@ def run(command: list, name: str, remedy: str) -> None:
     """Run a stage with its output in the log, showing pip's steps on one line; stop everything if it fails."""
     LOG.parent.mkdir(exist_ok=True)
     lines: list[str] = []
-    with LOG.open('a', encoding='utf-8') as log, \
-            stage(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace') as process:
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True, 'errors': 'replace'}
+    with LOG.open('a', encoding='utf-8') as log, stage(command, **pipes) as process:
         for line in process.stdout:
             log.write(line)
             lines.append(line)

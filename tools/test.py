@@ -20,7 +20,8 @@ def main() -> None:
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm before evaluating')
     p.add_argument('--tta', action='store_true', help="the config's test-time augmentation (scales and flips)")
     p.add_argument('--out', metavar='DIR', help='write metrics.json and the predicted label maps (PNG) there')
-    p.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code; only if you know its maker')
+    p.add_argument('--trust-checkpoint', action='store_true',
+                   help='let the checkpoint run code; only if you know its maker')
     args = p.parse_args()
     out = Path(args.out) if args.out else None
     if out:

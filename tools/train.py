@@ -1,10 +1,19 @@
 """Train the model of a config on this machine: one CPU, one GPU, or many processes under torchrun or Slurm."""
+import argparse
 import sys
 
 from replk_mm import cli
 from replk_mm.engine.config import load_config
 from replk_mm.engine.runner import prepare_training, train
 from replk_mm.errors import command
+
+
+def seed(text: str) -> int:
+    """A seed that numpy takes too, for argparse."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f'{value} is not in 0..{2**32 - 1}')
+    return value
 
 
 @command
@@ -17,7 +26,7 @@ def main() -> None:
                    help='go on from a checkpoint (default: the last one of the work dir)')
     p.add_argument('--pretrained', metavar='FILE', help="weights of the backbone, or 'none' for random ones")
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
-    p.add_argument('--seed', type=int, metavar='N', help='of all randomness (default: drawn and recorded)')
+    p.add_argument('--seed', type=seed, metavar='N', help='of all randomness (default: drawn and recorded)')
     p.add_argument('--no-memory-check', dest='memory_check', action='store_false',
                    help='keep the configured batch even if it seems too large for the memory')
     args = p.parse_args()

@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 from replk_mm.data.files import damage
-from replk_mm.data.transforms import IGNORED, label_range_message
+from replk_mm.data.transforms import IGNORED, label_range_message, not_a_label_map
 from replk_mm.errors import UserError
 
 #: Files of a split whose content is looked at before training; the pipeline checks every file when it reads it.
@@ -44,12 +44,13 @@ def check_dataset(dataset: dict, scope: str, num_classes: int | None) -> str:
         return f'data {root}: folders not checked, the data set names none'
     images_dir = root / prefix[image_key]
     if not images_dir.is_dir():
-        nested = next((p.parent for p in root.glob(f'*/{prefix[image_key]}')), None)
-        hint = f'Did you mean --data-root {nested}?' if nested else _expected(dataset)
+        depth = len(Path(prefix[image_key]).parts)
+        found = [*(p.parents[depth - 1] for p in sorted(root.glob(f'*/{prefix[image_key]}'))),
+                 *(p for p in root.resolve().parents[:2] if (p / prefix[image_key]).is_dir())]
+        hint = f'Did you mean --data-root {found[0]}?' if found else _expected(dataset)
         raise UserError(f'{images_dir}: no such folder (data root {root} holds: {_listing(root)})\n{hint}')
-    init_default_scope(scope)
-    builder = DATASETS.get(dataset['type'])
-    defaults = {p.name: p.default for p in inspect.signature(builder.__init__).parameters.values()} if builder else {}
+    builder = dataset_class(dataset, scope)
+    defaults = {p.name: p.default for p in inspect.signature(builder.__init__).parameters.values()}
 
     def option(key, fallback):
         value = dataset.get(key, defaults.get(key, fallback))
@@ -57,16 +58,60 @@ def check_dataset(dataset: dict, scope: str, num_classes: int | None) -> str:
 
     if 'seg_map_path' not in prefix:
         return f'data {root}: annotation file and image folder are there'
-    return _check_pairs(root, images_dir, root / prefix['seg_map_path'], option('img_suffix', '.jpg'),
-                        option('seg_map_suffix', '.png'), bool(_reduces_zero(dataset, option)), num_classes)
+    reduce_zero = bool(option('reduce_zero_label', False))
+    _check_reduction(dataset, reduce_zero)
+    if _picks_classes(dataset, builder) and num_classes is not None:
+        num_classes = len(builder.METAINFO['classes'])  # as they stand in the files; the data set maps the picked ones
+    image_suffix, label_suffix = option('img_suffix', '.jpg'), option('seg_map_suffix', '.png')
+    # mmseg takes the names from an annotation file, if there is one, and from the folder otherwise.
+    if dataset.get('ann_file'):
+        listed = {line.strip() for line in (root / dataset['ann_file']).read_text().splitlines() if line.strip()}
+        absent = sorted(listed - _names(images_dir, image_suffix))
+        if absent:
+            raise UserError(f'{root / dataset["ann_file"]}: {len(absent)} of {len(listed)} images are not in '
+                            f'{images_dir} (NAME{image_suffix}): {_some(absent)}\nAdd the images, or remove their lines.')
+    else:
+        listed = _names(images_dir, image_suffix)
+    return _check_pairs(root, images_dir, root / prefix['seg_map_path'], image_suffix, label_suffix, listed,
+                        reduce_zero, num_classes)
 
 
-def _reduces_zero(dataset: dict, option) -> bool:
+def dataset_class(dataset: dict, scope: str) -> type:
+    """The class that a data set's ``type`` names.
+
+    Raises:
+        UserError: If there is none.
+    """
+    init_default_scope(scope)
+    # Not `DATASETS.get`: it does not look into the default scope, whose data sets may not be imported yet.
+    with DATASETS.switch_scope_and_registry(dataset.get('_scope_', scope)) as registry:
+        found = registry.get(dataset['type'])
+    if found is None:
+        raise UserError(f'data set type {dataset["type"]!r}: there is no such data set in {scope} (data root '
+                        f'{dataset.get("data_root")})\nCheck its spelling, and that its package is installed.')
+    return found
+
+
+def _check_reduction(dataset: dict, reduce_zero: bool) -> None:
     for step in dataset.get('pipeline', ()):
         step = step.get('load', step)  # as the pipeline's own checks wrap it
-        if 'reduce_zero_label' in step and step['reduce_zero_label'] is not None:
-            return step['reduce_zero_label']
-    return option('reduce_zero_label', False)
+        if step.get('reduce_zero_label') not in (None, reduce_zero):
+            raise UserError(f'reduce_zero_label={step["reduce_zero_label"]} in the pipeline\'s {step["type"]}, and '
+                            f'{reduce_zero} in {dataset["type"]} (data root {dataset.get("data_root")})\n'
+                            f'Set it at the data set only; the pipeline takes it from there.')
+
+
+def _picks_classes(dataset: dict, builder: type) -> bool:
+    """Whether the data set is told to use some of its type's classes only."""
+    known = getattr(builder, 'METAINFO', {}).get('classes')
+    picked = (dataset.get('metainfo') or {}).get('classes')
+    if not known or not picked or list(picked) == list(known):
+        return False
+    strange = [name for name in picked if name not in known]
+    if strange:
+        raise UserError(f'metainfo.classes of {dataset["type"]}: {_some(strange)} of {len(picked)} are none of its '
+                        f'classes\nPick from those the type has, or use type BaseSegDataset, which has none of its own.')
+    return True
 
 
 def _expected(dataset: dict) -> str:
@@ -80,9 +125,12 @@ def _listing(folder: Path) -> str:
     return ', '.join(names[:6]) + (' ...' if len(names) > 6 else '') if names else 'nothing'
 
 
-def _check_pairs(root: Path, images_dir: Path, labels_dir: Path, image_suffix: str, label_suffix: str, reduce_zero: bool,
-                 num_classes: int | None) -> str:
-    images = _names(images_dir, image_suffix)
+def _some(names: list[str]) -> str:
+    return ', '.join(names[:_SHOWN]) + (' ...' if len(names) > _SHOWN else '')
+
+
+def _check_pairs(root: Path, images_dir: Path, labels_dir: Path, image_suffix: str, label_suffix: str,
+                 images: set[str], reduce_zero: bool, num_classes: int | None) -> str:
     if not images:
         raise UserError(f'{images_dir}: no image ends with {image_suffix}; found: {_listing(images_dir)}\n'
                         f'Check the data root, or set img_suffix of the data set.')
@@ -92,8 +140,8 @@ def _check_pairs(root: Path, images_dir: Path, labels_dir: Path, image_suffix: s
     labels = _names(labels_dir, label_suffix)
     missing = sorted(images - labels)
     if missing:
-        shown = ', '.join(missing[:_SHOWN]) + (' ...' if len(missing) > _SHOWN else '')
-        raise UserError(f'{labels_dir}: {len(missing)} of {len(images)} images have no label map (NAME{label_suffix}): {shown}\n'
+        raise UserError(f'{labels_dir}: {len(missing)} of {len(images)} images have no label map '
+                        f'(NAME{label_suffix}): {_some(missing)}\n'
                         f'Add the label maps, or remove the images from {images_dir}.')
     names = sorted(images)
     sample = [names[i] for i in sorted({round(i) for i in np.linspace(0, len(names) - 1, min(SAMPLE, len(names)))})]
@@ -106,11 +154,18 @@ def _check_pairs(root: Path, images_dir: Path, labels_dir: Path, image_suffix: s
                 problems.append(f'{path}: {problem}')
         if problems:
             continue
+        path = image
         try:
-            size, ids, label_size = _open(image).size, _ids(label), _open(label).size
-        except OSError as error:
-            problems.append(f'{image} or {label}: cannot be decoded ({error})')
+            size = Image.open(image).size
+            path = label
+            pixels = np.asarray(Image.open(label))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow's decoders raise
+            problems.append(f'{path}: cannot be decoded ({error})')
             continue
+        if pixels.ndim != 2:
+            problems.append(f'{label}: {not_a_label_map(pixels)}')
+            continue
+        ids, label_size = np.unique(pixels), pixels.shape[::-1]
         if size != label_size:
             problems.append(f'{label}: {label_size[0]}x{label_size[1]} pixels, its image {size[0]}x{size[1]}')
         if num_classes is not None:
@@ -129,14 +184,6 @@ def _check_pairs(root: Path, images_dir: Path, labels_dir: Path, image_suffix: s
 
 def _names(folder: Path, suffix: str) -> set[str]:
     return {str(p.relative_to(folder))[:-len(suffix)] for p in folder.rglob(f'*{suffix}')}
-
-
-def _open(path: Path) -> Image.Image:
-    return Image.open(path)
-
-
-def _ids(path: Path) -> np.ndarray:
-    return np.unique(np.asarray(_open(path)))
 
 
 def check_data(cfg: Config, splits: tuple[str, ...], num_classes: int | None) -> list[str]:

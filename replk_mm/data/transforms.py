@@ -9,6 +9,7 @@ from replk_mm.errors import UserError
 from replk_mm.registry import TRANSFORMS
 
 IGNORED = 255
+_REMEDY = 'Replace the file, or remove it and its partner from the data set.'
 
 
 @TRANSFORMS.register_module()
@@ -30,16 +31,18 @@ class CheckedLoad(BaseTransform):
         try:
             problem = damage(path) if path.is_file() else None
             if problem:
-                raise UserError(f'{path}: {problem}\nReplace the file, or remove it and its partner from the data set.')
+                raise UserError(f'{path}: {problem}\n{_REMEDY}')
             out = self.load(results)
         except UserError:
             raise
         except Exception as error:
             # Decoders raise anything from OSError to cv2.error; all of them mean this file.
-            raise UserError(f'{path}: cannot be read ({type(error).__name__}: {error})\n'
-                            f'Replace the file, or remove it and its partner from the data set.') from error
-        if loads_labels and self.num_classes is not None and out is not None and 'gt_seg_map' in out:
-            self._check_ids(out, path)
+            raise UserError(f'{path}: cannot be read ({type(error).__name__}: {error})\n{_REMEDY}') from error
+        if loads_labels and out is not None and 'gt_seg_map' in out:
+            if out['gt_seg_map'].ndim != 2:
+                raise UserError(f'{path}: {not_a_label_map(out["gt_seg_map"])}\n{_REMEDY}')
+            if self.num_classes is not None:
+                self._check_ids(out, path)
         return out
 
     def _check_ids(self, results: dict, path: Path) -> None:
@@ -50,10 +53,16 @@ class CheckedLoad(BaseTransform):
             raise UserError(label_range_message(path, (wrong + shift).tolist(), self.num_classes, bool(shift)))
 
 
+def not_a_label_map(pixels: np.ndarray) -> str:
+    """What to say of a label file with colour channels."""
+    return f'{pixels.shape[-1]} channels; a label map has one, the class index of each pixel'
+
+
 def label_range_message(path: Path, found: list[int], num_classes: int, reduce_zero_label: bool) -> str:
     """What to say of label ids, as they stand in the file, that no class has."""
     shown = ', '.join(map(str, found[:6])) + (' ...' if len(found) > 6 else '')
-    valid = f'1..{num_classes} (0 and 255 are ignored)' if reduce_zero_label else f'0..{num_classes - 1} (255 is ignored)'
+    valid = (f'1..{num_classes} (0 and 255 are ignored)' if reduce_zero_label else
+             f'0..{num_classes - 1} (255 is ignored)')
     return (f'{path}: label ids {shown} are beyond the {num_classes} classes; valid are {valid} with '
             f'reduce_zero_label={reduce_zero_label}\n'
             f'Set num_classes of every head (and the data set\'s classes) to the labels, or mend the label maps.')

@@ -1,16 +1,16 @@
-"""Read a config, apply what the command line says, and fit it to this machine: every change is one line that is said."""
+"""Read a config, apply what the command line says, and fit it to this machine: every change is a line that is said."""
 import difflib
 import inspect
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
 
 from replk_mm.data.checks import as_list, datasets_of
+from replk_mm.engine.explain import explaining
 from replk_mm.errors import UserError
 
 
@@ -35,31 +35,47 @@ def load_config(path: str, options: dict | None = None) -> Config:
         raise UserError(f'{path}: no such config\n{hint}')
     try:
         cfg = Config.fromfile(str(found))
-    except (SyntaxError, NameError, KeyError, TypeError, ValueError, AttributeError, ImportError, OSError,
-            AssertionError) as error:
+    except Exception as error:  # a config is a program, which may raise anything
         raise UserError(f'{path}: the config cannot be read: {type(error).__name__}: {error}\n'
                         f'Check the file and the files its _base_ names.') from error
     if options:
-        try:
-            cfg.merge_from_dict(options)
-        except (KeyError, TypeError, ValueError, IndexError, AssertionError) as error:
-            raise UserError(f'--cfg-options {options}: does not fit {path}: {error}') from error
+        _merge(cfg, options, path)
     for key in ('model', 'test_dataloader'):
         if key not in cfg:
-            raise UserError(f'{path}: the config has no {key!r}; it is no training config (files in _base_ are parts of one)')
+            raise UserError(f'{path}: the config has no {key!r}; it is no training config\nFiles in _base_ are parts of one.')
     return cfg
+
+
+def _merge(cfg: Config, options: dict, path: str) -> None:
+    known = [*cfg.keys(), *inspect.signature(Runner.__init__).parameters]
+    for option in options:
+        top = option.partition('.')[0]
+        close = difflib.get_close_matches(top, known, n=1, cutoff=0.8)
+        # A new name may be for the user's own code; one that is almost an old name would have no effect, unnoticed.
+        if close and top not in known:
+            raise UserError(f'--cfg-options {option}: {path} has no {top!r}\nDid you mean {close[0]}?')
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        raise UserError(f'--cfg-options {options}: does not fit {path}: {error}') from error
+    for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'optim_wrapper'):
+        if cfg.get(key) is not None and not isinstance(cfg[key], dict):
+            raise UserError(f'--cfg-options {key}={cfg[key]!r}: {key} of {path} is a dict\n'
+                            f'Name the field below it: --cfg-options {key}.FIELD=VALUE.')
 
 
 def set_data_root(cfg: Config, root: str) -> None:
     """Point every dataset of the config to ``root``."""
+    former = {str(d['data_root']).rstrip('/') for d in [cfg, *datasets_of(cfg)] if d.get('data_root')}
     for dataset in datasets_of(cfg):
         dataset['data_root'] = root
     for key in ('val_evaluator', 'test_evaluator'):
         for metric in as_list(cfg.get(key)):
             # COCO's evaluator names its annotation file by full path.
-            if metric.get('ann_file') and cfg.get('data_root'):
-                metric['ann_file'] = re.sub(f'^{re.escape(cfg.data_root.rstrip("/"))}/', f'{root.rstrip("/")}/',
-                                            metric['ann_file'])
+            for old in former:
+                if str(metric.get('ann_file') or '').startswith(f'{old}/'):
+                    metric['ann_file'] = f'{root.rstrip("/")}{metric["ann_file"][len(old):]}'
+                    break
     cfg.data_root = root
 
 
@@ -77,16 +93,23 @@ def shorten(cfg: Config, iterations: int) -> str:
         for key in ('begin', 'end', 'T_max'):
             if key in scheduler:
                 scheduler[key] = round(scheduler[key] * factor)
+        for key in ('step_size', 'total_steps'):
+            if key in scheduler:
+                scheduler[key] = max(1, round(scheduler[key] * factor))
         if 'milestones' in scheduler:
             scheduler['milestones'] = [max(1, round(m * factor)) for m in scheduler['milestones']]
         scheduler['by_epoch'] = False
+        scheduler.pop('convert_to_iter_based', None)  # it is counted in iterations now
     # mmengine's warm-ups need two steps to come back from their first factor.
     cfg.param_scheduler = [s for s in as_list(cfg.get('param_scheduler'))
                            if s.get('end', iterations) - s.get('begin', 0) >= 2 or 'Poly' in s['type']]
     interval = iterations if by_epoch else min(iterations, loop.get('val_interval', iterations))
     cfg.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=interval)
-    checkpoint = cfg.default_hooks.get('checkpoint', {})
-    checkpoint.update(by_epoch=False, interval=interval if by_epoch else min(iterations, checkpoint.get('interval', iterations)))
+    hooks = cfg.get('default_hooks') or {}
+    checkpoint = hooks.get('checkpoint') or dict(type='CheckpointHook')
+    checkpoint.update(by_epoch=False, interval=interval if by_epoch else
+                      min(iterations, checkpoint.get('interval', iterations)))
+    cfg.default_hooks = {**hooks, 'checkpoint': checkpoint}
     cfg.log_processor = {**cfg.get('log_processor', {}), 'by_epoch': False}
     unit = 'epochs' if by_epoch else 'iterations'
     return f'schedule: {iterations} iterations instead of {total} {unit}, warm-up and decay in proportion'
@@ -99,7 +122,7 @@ def fit_to_machine(cfg: Config, amp: str | None, device: str, world_size: int) -
         cfg: Changed in place.
         amp: ``'bf16'`` or ``'fp16'`` to force mixed precision, None for what the config says.
         device: ``'cpu'`` or ``'cuda'``.
-        world_size: Processes that train together.
+        world_size: Processes that share this machine.
 
     Returns:
         A line for every change.
@@ -108,13 +131,17 @@ def fit_to_machine(cfg: Config, amp: str | None, device: str, world_size: int) -
         UserError: If ``amp`` asks for what the device has not.
     """
     notes = []
-    if device == 'cpu':
+    alone = cfg.get('launcher', 'none') == 'none'
+    if device == 'cpu' or alone:
         layers = replace_type(cfg.model, {'SyncBN': 'BN', 'MMSyncBN': 'BN'})
         if layers:
-            notes.append(f'norm: SyncBN runs on GPUs only; BN instead ({layers} places in the config)'
-                         + (', each process with the statistics of its own batch' if world_size > 1 else ''))
-        if cfg.get('env_cfg', {}).get('dist_cfg', {}).get('backend') == 'nccl':
-            cfg.env_cfg.dist_cfg.backend = 'gloo'
+            notes.append(f'norm: SyncBN runs on {"GPUs only" if device == "cpu" else "several GPUs only"}; BN instead '
+                         f'({layers} places in the config)'
+                         + ('' if alone else ', each process with the statistics of its own batch'))
+    if device == 'cpu' and cfg.get('env_cfg', {}).get('dist_cfg', {}).get('backend') == 'nccl':
+        cfg.env_cfg.dist_cfg.backend = 'gloo'
+        if not alone:
+            notes.append('processes: joined by gloo; nccl needs GPUs')
     notes += _precision(cfg, amp, device)
     share = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
                 // world_size)
@@ -123,10 +150,12 @@ def fit_to_machine(cfg: Config, amp: str | None, device: str, world_size: int) -
         # The main process needs a core too when it computes on the CPU.
         workers = max(1, share // 2) if device == 'cpu' else share
         if loader and loader.get('num_workers', 0) > workers:
-            notes.append(f'{split} data workers: {workers} instead of {loader["num_workers"]} ({share} cores a process)')
+            notes.append(f'{split} data workers: {workers} instead of {loader["num_workers"]} '
+                         f'({share} cores a process)')
             loader['num_workers'] = workers
         if loader and not loader.get('num_workers', 0):
             loader['persistent_workers'] = False
+            loader.pop('prefetch_factor', None)  # torch refuses it without workers
     return notes
 
 
@@ -134,22 +163,29 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
     wrapper = cfg.get('optim_wrapper')
     if not wrapper:
         return []
-    configured = wrapper.get('type') == 'AmpOptimWrapper'
     if amp == 'fp16' and device == 'cpu':
-        raise UserError('--amp fp16: CPUs train in float32 or bfloat16; found device cpu\nUse --amp bf16, or leave it out.')
-    if device == 'cpu':
-        for key in ('loss_scale', 'dtype'):
-            wrapper.pop(key, None)
-        wrapper['type'] = 'replk_mm.BFloat16OptimWrapper' if amp == 'bf16' else 'OptimWrapper'
-        if amp == 'bf16':
-            return ['precision: bfloat16 autocast']
-        return ['precision: float32 instead of float16 autocast, which needs a GPU (--amp bf16 is possible)'] if configured else []
-    if amp:
-        wrapper['type'] = 'AmpOptimWrapper'
-        wrapper['dtype'] = {'bf16': 'bfloat16', 'fp16': 'float16'}[amp]
-        wrapper['loss_scale'] = 'dynamic' if amp == 'fp16' else 1.0
-        return [f'precision: {wrapper["dtype"]} autocast']
-    return []
+        raise UserError('--amp fp16: CPUs train in float32 or bfloat16; found device cpu\n'
+                        'Use --amp bf16, or leave it out.')
+    configured = None
+    if wrapper.get('type') == 'AmpOptimWrapper':
+        configured = 'bf16' if wrapper.get('dtype') == 'bfloat16' else 'fp16'
+    elif wrapper.get('type') == 'replk_mm.BFloat16OptimWrapper':
+        configured = 'bf16'
+    wanted = amp or configured
+    if wanted is None:
+        return []  # a wrapper of the user's own stays as it is
+    if device != 'cpu':
+        if amp or wrapper['type'] != 'AmpOptimWrapper':
+            wrapper.update(type='AmpOptimWrapper', dtype={'bf16': 'bfloat16', 'fp16': 'float16'}[wanted],
+                           loss_scale='dynamic' if wanted == 'fp16' else 1.0)
+        return [f'precision: {wrapper["dtype"]} autocast'] if amp else []
+    for key in ('loss_scale', 'dtype', 'use_fsdp'):
+        wrapper.pop(key, None)
+    if wanted == 'bf16':
+        wrapper['type'] = 'replk_mm.BFloat16OptimWrapper'
+        return ['precision: bfloat16 autocast']
+    wrapper['type'] = 'OptimWrapper'
+    return ['precision: float32 instead of float16 autocast, which needs a GPU (--amp bf16 is possible)']
 
 
 def replace_type(node, names: dict[str, str]) -> int:
@@ -178,36 +214,5 @@ def build_model(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
         UserError: If an argument is unknown or refused.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    try:
-        with torch.device(device):
-            return MODELS.build(cfg.model)
-    except (TypeError, ValueError, KeyError, AssertionError, ImportError) as error:
-        raise UserError(f'{cfg.filename}: the model cannot be built: {_explain(cfg, error)}') from error
-
-
-def _explain(cfg: Config, error: Exception) -> str:
-    text = str(error).strip('\'"')
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
-    if not unknown:
-        return f'{text}\nCheck the fields of cfg.model.'
-    for field, part in _typed(cfg.model, 'model'):
-        if unknown[1] in part:
-            builder = MODELS.get(part['type']) if isinstance(part['type'], str) else part['type']
-            known = [p for c in builder.__mro__[:1] for p in inspect.signature(c).parameters if p != 'kwargs']
-            if unknown[1] in known:
-                continue
-            close = difflib.get_close_matches(unknown[1], known, n=1)
-            return (f'{field}.{unknown[1]}: {part["type"]} has no such argument\n'
-                    + (f'Did you mean {close[0]}? ' if close else '') + f'It takes: {", ".join(known)}')
-    return text
-
-
-def _typed(node, path: str) -> Iterator[tuple[str, dict]]:
-    if isinstance(node, dict):
-        if 'type' in node:
-            yield path, node
-        for key, value in node.items():
-            yield from _typed(value, f'{path}.{key}')
-    elif isinstance(node, (list, tuple)):
-        for i, value in enumerate(node):
-            yield from _typed(value, f'{path}[{i}]')
+    with explaining(cfg, 'model'), torch.device(device):
+        return MODELS.build(cfg.model)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from mmengine.config import Config
+from mmengine.dist import all_reduce
 
 from replk_mm.errors import UserError
 from replk_mm.reparam import network_outputs
@@ -19,18 +20,28 @@ _SHARE = 0.85
 
 def available_bytes() -> int:
     """Memory this process may still take: what the system has free, within a container's limit."""
-    free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     meminfo = Path('/proc/meminfo')
     if meminfo.exists():
         lines = dict(line.split(':', 1) for line in meminfo.read_text().splitlines() if ':' in line)
         free = int(lines['MemAvailable'].split()[0]) * 1024
-    for limit, used in (('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current'),
-                        ('/sys/fs/cgroup/memory/memory.limit_in_bytes', '/sys/fs/cgroup/memory/memory.usage_in_bytes')):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):
-            continue
+    else:
+        # macOS names no free pages: what its caches hold is given back on demand, so that all of the memory counts.
+        pages = 'SC_AVPHYS_PAGES' if 'SC_AVPHYS_PAGES' in os.sysconf_names else 'SC_PHYS_PAGES'
+        free = os.sysconf(pages) * os.sysconf('SC_PAGE_SIZE')
+    for folder, limit, used in (('/sys/fs/cgroup', 'memory.max', 'memory.current'),
+                                ('/sys/fs/cgroup/memory', 'memory.limit_in_bytes', 'memory.usage_in_bytes')):
+        free = min(free, _left_in_group(Path(folder), limit, used, free))
     return free
+
+
+def _left_in_group(folder: Path, limit: str, used: str, otherwise: int) -> int:
+    try:
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+        # Files in the cache count as used; the kernel drops them when a program asks for memory.
+        stat = dict(line.split() for line in (folder / 'memory.stat').read_text().splitlines())
+        return left + int(stat.get('inactive_file', 0))
+    except (OSError, ValueError):
+        return otherwise
 
 
 def training_bytes(model: nn.Module, batch: int, crop: tuple[int, int], num_classes: int) -> int:
@@ -82,19 +93,22 @@ def fit_batch(cfg: Config, model: nn.Module, world_size: int) -> list[str]:
     heads = model.decode_head if isinstance(model.decode_head, nn.ModuleList) else [model.decode_head]
     classes = max(head.num_classes for head in heads)
     smallest = min(wanted, smallest_batch(cfg))
-    free = int(available_bytes() * _SHARE / world_size)
+    # One figure for all processes: they must come to the same batch.
+    found = torch.tensor(available_bytes(), dtype=torch.int64)
+    all_reduce(found, 'min')
+    free = int(found.item() * _SHARE / world_size)
     batch = wanted
     while (need := training_bytes(model, batch, crop, classes)) > free and batch > smallest:
         batch -= 1
     if need > free:
         raise UserError(
-            f'crop size {crop[0]}x{crop[1]}: a training step with {batch} images needs about {need / 2**30:.1f} GiB of memory; '
-            f'{free / 2**30:.1f} GiB are free for it\n'
+            f'crop size {crop[0]}x{crop[1]}: a training step with {batch} images needs about {need / 2**30:.1f} GiB of '
+            f'memory; {free / 2**30:.1f} GiB are free for it\n'
             f'Use a smaller crop (crop_size in the config), a smaller backbone, backbone.with_cp=True '
             f'(--cfg-options model.backbone.with_cp=True), or close other programs; --no-memory-check trains regardless.')
     cfg.train_dataloader.batch_size = batch
-    return [f'batch: {batch} images a process instead of {wanted}: {need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free memory'
-            ] if batch != wanted else []
+    return [] if batch == wanted else [
+        f'batch: {batch} images a process instead of {wanted}: {need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free memory']
 
 
 def crop_of(cfg: Config) -> tuple[int, int] | None:
@@ -107,7 +121,7 @@ def pools_to_one_pixel(cfg: Config) -> bool:
     """Whether a head trains BatchNorm on a map pooled to 1x1, where one image gives one value and no variance."""
     heads = cfg.model.get('decode_head')
     for head in heads if isinstance(heads, (list, tuple)) else [heads]:
-        if head and 1 in head.get('pool_scales', ()) and head.get('norm_cfg', {}).get('type') in ('BN', 'BN2d'):
+        if head and 1 in head.get('pool_scales', ()) and (head.get('norm_cfg') or {}).get('type') in ('BN', 'BN2d'):
             return True
     return False
 

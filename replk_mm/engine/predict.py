@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import torch.nn as nn
 from mmengine.config import Config
-from mmengine.registry import DATASETS
 
 from replk_mm import checkpoints
+from replk_mm.data.checks import dataset_class
 from replk_mm.data.files import damage
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.runner import select_device
@@ -32,7 +32,8 @@ def load_segmentor(cfg: Config, checkpoint: str, device: str | None = None, repa
     """
     where = select_device(device)
     fit_to_machine(cfg, None, where, 1)
-    cfg.model.backbone.pop('init_cfg', None)
+    if 'backbone' in cfg.model:
+        cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
     model = build_model(cfg)
     if not hasattr(model, 'decode_head'):
         raise UserError(f'{cfg.filename}: {cfg.model.type} is no segmentor; this predicts label maps only')
@@ -40,11 +41,27 @@ def load_segmentor(cfg: Config, checkpoint: str, device: str | None = None, repa
     if reparam:
         reparameterize(model, inplace=True)
     model.cfg = cfg
-    known = DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
-    given = cfg.test_dataloader.dataset.get('metainfo') or {}
+    dataset = cfg.test_dataloader.dataset
+    known = dataset_class(dataset, cfg.get('default_scope', 'mmengine')).METAINFO
     stored = meta.get('dataset_meta') or {}
-    model.dataset_meta = {**known, **{k.lower(): v for k, v in stored.items() if v}, **given}
+    found = {**known, **{k.lower(): v for k, v in stored.items() if v}, **(dataset.get('metainfo') or {})}
+    heads = model.decode_head if isinstance(model.decode_head, nn.ModuleList) else [model.decode_head]
+    classes = list(found.get('classes') or [])
+    classes += [f'class {i}' for i in range(len(classes), heads[-1].num_classes)]
+    if len(found.get('palette') or []) < len(classes):
+        found['palette'] = np.random.default_rng(0).integers(0, 255, (len(classes), 3)).tolist()
+    model.dataset_meta = {**found, 'classes': classes}
     return model.to(where).eval()
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write a picture, ``(H, W, 3)`` BGR or ``(H, W)``, in the format of the path's suffix.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    if not cv2.imwrite(str(path), picture):
+        raise UserError(f'{path}: cannot be written\nMake room or mend the permissions there, or choose another folder.')
 
 
 def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:

@@ -81,4 +81,5 @@ def write(found: dict, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2, allow_nan=False) + '\n')
     except OSError as error:
-        raise UserError(f'{path}: cannot be written ({error.strerror})\nChoose another place with --out DIR.') from error
+        raise UserError(f'{path}: cannot be written ({error.strerror})\n'
+                        f'Choose another place with --out DIR.') from error

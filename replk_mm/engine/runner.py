@@ -86,8 +86,22 @@ def select_device(name: str | None) -> str:
     return 'cuda' if kind != 'cpu' and torch.cuda.is_available() else 'cpu'
 
 
-def _world_size(launcher: str) -> int:
-    return int(os.environ.get('WORLD_SIZE', os.environ.get('SLURM_NTASKS', '1'))) if launcher != 'none' else 1
+def _processes(launcher: str) -> tuple[int, int]:
+    """Processes of the whole run, and of this machine, as torchrun or Slurm announce them."""
+    def announced(*names: str) -> int:
+        return next((int(os.environ[name]) for name in names if os.environ.get(name, '').isdigit()), 1)
+
+    if launcher == 'none':
+        return 1, 1
+    total = announced('WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
+    return total, min(total, announced('LOCAL_WORLD_SIZE', 'SLURM_NTASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE'))
+
+
+def last_checkpoint(work_dir: str | Path) -> str | None:
+    """The checkpoint that training in ``work_dir`` wrote last, also if the folder has been moved since."""
+    named = find_latest_checkpoint(str(work_dir))
+    moved = Path(work_dir) / Path(named).name if named else None
+    return str(moved) if moved and moved.is_file() else named
 
 
 def _init_gloo(launcher: str, device: str) -> None:
@@ -142,7 +156,7 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
         UserError: If something stands in the way of training.
     """
     device = select_device(options.device)
-    world_size = _world_size(options.launcher)
+    processes, local_processes = _processes(options.launcher)
     cfg.launcher = options.launcher
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     if options.data_root:
@@ -150,7 +164,7 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     notes = []
     if options.max_iters is not None:
         notes.append(shorten(cfg, options.max_iters))
-    notes += fit_to_machine(cfg, options.amp, device, world_size)
+    notes += fit_to_machine(cfg, options.amp, device, local_processes)
     model = build_model(cfg, 'meta')
     memory.check_batch(cfg)
     parameters = sum(p.numel() for p in model.parameters())
@@ -160,8 +174,8 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     _check_while_loading(cfg, num_classes_of(model))
     _metrics_per_class(cfg)
     if options.memory_check and device == 'cpu':
-        notes += memory.fit_batch(cfg, model, world_size)
-    notes += _scale_learning_rate(cfg, world_size)
+        notes += memory.fit_batch(cfg, model, local_processes)
+    notes += _scale_learning_rate(cfg, processes)
     notes += _weights_to_start_from(cfg, options)
     notes += _seed(cfg, options)
     _init_gloo(options.launcher, device)
@@ -184,9 +198,9 @@ def _metrics_per_class(cfg: Config) -> list[ConfigDict]:
     return found
 
 
-def _scale_learning_rate(cfg: Config, world_size: int) -> list[str]:
+def _scale_learning_rate(cfg: Config, processes: int) -> list[str]:
     scaling = cfg.get('auto_scale_lr')
-    actual = cfg.train_dataloader.batch_size * world_size
+    actual = cfg.train_dataloader.batch_size * processes
     if not scaling or scaling.base_batch_size == actual:
         return []
     rate = cfg.optim_wrapper.optimizer.lr
@@ -222,31 +236,25 @@ def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
 
 
 def _seed(cfg: Config, options: Options) -> list[str]:
-    """Fix the seed: given, else that of the checkpoint to resume (its data order depends on it), else drawn."""
-    if options.resume:
-        last = options.resume if options.resume != 'auto' else find_latest_checkpoint(cfg.work_dir)
-        if last is None:
-            note = [f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
-        else:
-            loaded = checkpoints.read(last)
-            if 'optimizer' not in loaded:
-                merged = checkpoints.reparameterization_of(loaded, ())
-                raise UserError(f'{last}: cannot be resumed: it has no optimizer state'
-                                + (' (reparameterized checkpoints are for inference)' if merged else '') +
-                                '\nResume from a checkpoint that training wrote.')
-            cfg.load_from, cfg.resume = str(last), True
-            seed = loaded['meta'].get('seed')
-            cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
-            return [f'resume: {last}, iteration {loaded["meta"]["iter"]}']
-    else:
-        note = []
-    seed = options.seed if options.seed is not None else cfg.get('randomness', {}).get('seed')
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4), 'little') >> 1
-        if options.launcher != 'none':
-            seed = int(os.environ.get('MASTER_PORT', '0'))  # the same in all processes
-    cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
-    return [*note, f'seed: {seed}']
+    """Fix the seed: given, else that of the checkpoint to resume (its data order depends on it), else mmengine draws."""
+    notes = []
+    if options.seed is not None:
+        cfg.randomness = {**cfg.get('randomness', {}), 'seed': options.seed}
+        notes.append(f'seed: {options.seed}')
+    if not options.resume:
+        return notes
+    last = options.resume if options.resume != 'auto' else last_checkpoint(cfg.work_dir)
+    if last is None:
+        return [*notes, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
+    loaded = checkpoints.read(last)
+    if 'optimizer' not in loaded:
+        merged = checkpoints.reparameterization_of(loaded, ())
+        raise UserError(f'{last}: cannot be resumed: it has no optimizer state'
+                        + (' (reparameterized checkpoints are for inference)' if merged else '')
+                        + '\nResume from a checkpoint that training wrote.')
+    cfg.load_from, cfg.resume = str(last), True
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': loaded['meta'].get('seed')}
+    return [*notes, f'resume: {last}, iteration {loaded["meta"]["iter"]}, seed {loaded["meta"].get("seed")}']
 
 
 def train(cfg: Config, notes: list[str]) -> Path:
@@ -265,14 +273,14 @@ def train(cfg: Config, notes: list[str]) -> Path:
     try:
         runner.train()
     except KeyboardInterrupt:
-        last = find_latest_checkpoint(cfg.work_dir)
+        last = last_checkpoint(cfg.work_dir)
         if get_rank() == 0:
             print(f'\nstopped at iteration {runner.iter}; '
                   + (f'--resume goes on from {last}' if last else 'no checkpoint was written yet'), file=sys.stderr)
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            last = find_latest_checkpoint(cfg.work_dir)
+            last = last_checkpoint(cfg.work_dir)
             raise UserError(f'{cfg.work_dir}: writing failed at iteration {runner.iter} ({error.strerror})\n'
                             f'Make room or mend the permissions, then go on with --resume'
                             + (f' {last}.' if last else '.')) from error
@@ -284,7 +292,7 @@ def train(cfg: Config, notes: list[str]) -> Path:
                 f'{cfg.train_dataloader.batch_size} images a process: {str(error).splitlines()[0]}\n'
                 f'Lower train_dataloader.batch_size or the crop size, or set model.backbone.with_cp=True.') from error
         raise
-    last = find_latest_checkpoint(cfg.work_dir)
+    last = last_checkpoint(cfg.work_dir)
     return Path(last) if last else Path(cfg.work_dir)
 
 
@@ -338,7 +346,7 @@ def test(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = Fals
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'auto_scale_lr'):
         cfg.pop(key, None)
-    notes = fit_to_machine(cfg, None, device, _world_size(options.launcher))
+    notes = fit_to_machine(cfg, None, device, _processes(options.launcher)[1])
     model = build_model(cfg, 'meta')
     prepare_work_dir(cfg.work_dir)
     notes += check_data(cfg, ('test',), num_classes_of(model))

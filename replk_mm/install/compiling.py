@@ -151,7 +151,7 @@ def _run_with_progress(command: list[str], source: Path, environment: dict[str, 
     """Run a ninja build, its output in ``log_path``, its progress on one line of the terminal."""
     start = shown = time.monotonic()
     with log_path.open('w', encoding='utf-8') as log:
-        # A session of its own, so that an interruption reaches setup.py, ninja and the compilers alike, from here.
+        # A group of its own, so that an interruption reaches setup.py, ninja and the compilers alike, from here.
         process = subprocess.Popen(command, cwd=source, env=environment, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace',
                                    pass_fds=(lock,), start_new_session=True)

@@ -155,7 +155,7 @@ class ConvNeXt(Backbone):
         if not 0 <= frozen_stages <= len(depths):
             raise ValueError(f'ConvNeXt: frozen_stages={frozen_stages} must be in 0..{len(depths)}')
         if layer_scale_init_value < 0:
-            raise ValueError(f'ConvNeXt: layer_scale_init_value={layer_scale_init_value} must not be negative; 0 is for none')
+            raise ValueError(f'ConvNeXt: layer_scale_init_value={layer_scale_init_value} must not be negative')
         super().__init__(out_indices, len(depths), norm_eval,
                          init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=.02, bias=0.))
         self.frozen_stages = frozen_stages

@@ -56,14 +56,16 @@ def fast_layout(x: Tensor) -> Tensor:
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """Let no BatchNorm in ``module`` update its running statistics; what it computes while training stays the same."""
-    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    for norm in tracking:
-        norm.track_running_stats = False
+    tracking = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules()
+                if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for norm, *_ in tracking:
+        norm.momentum = 0.
     try:
         yield
     finally:
-        for norm in tracking:
-            norm.track_running_stats = True
+        for norm, momentum, batches in tracking:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
 
 
 def run_checkpointed(module: nn.Module, x: Tensor, enabled: bool) -> Tensor:

@@ -191,7 +191,7 @@ class RepLKNet(Backbone):
         with_cp: Recompute each block in the backward pass: less memory, about a third more time. Defaults to False.
         norm_intermediate_features: Normalize the returned features, as the authors do for XL. Defaults to False.
         init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's and our checkpoints, merged or not.
-            Defaults to He initialization of the convolutions.
+            Defaults to torch's own initialization, as in the authors' code.
 
     Raises:
         ValueError: If a value is out of its range, or ``arch`` is unknown or incomplete.
@@ -239,8 +239,7 @@ class RepLKNet(Backbone):
                              f'one entry a stage')
         if not -1 <= frozen_stages <= len(layers):
             raise ValueError(f'RepLKNet: frozen_stages={frozen_stages} must be in -1..{len(layers)}')
-        super().__init__(out_indices, len(layers), norm_eval,
-                         init_cfg or dict(type='Kaiming', layer='Conv2d', mode='fan_out'))
+        super().__init__(out_indices, len(layers), norm_eval, init_cfg)
         self.frozen_stages = frozen_stages
 
         width = channels[0]

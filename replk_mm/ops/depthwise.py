@@ -112,6 +112,6 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _fft_pays(self, x: Tensor) -> bool:
         # Only training on a CPU has the slow gradient; everything else (and every exporter) sees a plain convolution.
-        return (torch.is_grad_enabled() and self.weight.requires_grad and x.device.type == 'cpu'
-                and min(self.kernel_size) >= FFT_MIN_KERNEL and self.stride == (1, 1) and x.numel() > 0 and x.dim() == 4
-                and not torch.compiler.is_compiling() and not torch.jit.is_tracing())
+        return (torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+                and self.weight.requires_grad and x.device.type == 'cpu' and x.dim() == 4 and x.numel() > 0
+                and min(self.kernel_size) >= FFT_MIN_KERNEL and self.stride == (1, 1))

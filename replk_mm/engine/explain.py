@@ -1,0 +1,97 @@
+"""Say which field of a config is wrong when the libraries refuse to build something of it."""
+import difflib
+import inspect
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mmengine.registry
+from mmengine.config import Config
+from mmengine.registry import Registry
+
+from replk_mm.errors import UserError
+
+#: What constructors raise when a value is wrong.
+_REFUSALS = (TypeError, ValueError, KeyError, AssertionError, ImportError, AttributeError, RuntimeError, LookupError,
+             ArithmeticError)
+
+
+@contextmanager
+def explaining(cfg: Config, what: str) -> Iterator[None]:
+    """Turn errors of building into a message that names the field.
+
+    Args:
+        cfg: The whole config.
+        what: What is built; a top-level key of the config, such as ``'model'``.
+
+    Raises:
+        UserError: Instead of what a constructor raises.
+    """
+    try:
+        yield
+    except _REFUSALS as error:
+        raise UserError(f'{cfg.filename}: the {what} cannot be built: {_explain(cfg, error, what)}') from error
+
+
+def _explain(cfg: Config, error: Exception, what: str) -> str:
+    text = str(error.args[0]) if error.args else ''
+    fields = list(_typed(cfg.get(what), what)) if what in cfg else list(_typed(cfg._cfg_dict, ''))
+    missing = re.match(r'(\S+) is not in the (?:\S+::)?(.+) registry', text)
+    if missing:
+        field = next((path for path, part in fields if part['type'] == missing[1]), what)
+        close = difflib.get_close_matches(missing[1], _registered(missing[2]), n=2)
+        return (f'{field}.type={missing[1]!r}: there is no such {missing[2]}\n'
+                + (f'Did you mean {" or ".join(close)}?' if close else
+                   'Check its spelling, and that its package is installed.'))
+    unknown = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    for path, part in fields if unknown else ():
+        known = _arguments(part['type'])
+        if unknown[2] in part and known and unknown[2] not in known:
+            close = difflib.get_close_matches(unknown[2], known, n=1)
+            return (f'{path}.{unknown[2]}: {part["type"]} has no such argument\n'
+                    + (f'Did you mean {close[0]}? ' if close else '') + f'It takes: {", ".join(known)}')
+    if not text:  # an assertion without words: its line of code is all there is to quote
+        text = f'{type(error).__name__} at: {traceback.extract_tb(error.__traceback__)[-1].line}'
+    return f'{text}\nCheck ' + (f'the fields of cfg.{what}.' if what in cfg else 'the config and --cfg-options.')
+
+
+def _registries() -> Iterator[Registry]:
+    for value in vars(mmengine.registry).values():
+        if isinstance(value, Registry):
+            yield value
+            yield from value.children.values()
+
+
+def _registered(kind: str) -> list[str]:
+    return [name if registry.parent is None else f'{prefix}{name}'
+            for registry in _registries() if registry.name == kind
+            for name in registry.module_dict for prefix in ('', f'{registry.scope}.')]
+
+
+def _arguments(kind: object) -> list[str]:
+    """Arguments of the class that a ``type`` names; empty if it takes any."""
+    if isinstance(kind, str):
+        name = kind.rpartition('.')[2]
+        kind = next((r.module_dict[name] for r in _registries() if name in r.module_dict), None)
+    if not inspect.isclass(kind):
+        return []
+    names: list[str] = []
+    for owner in kind.__mro__:
+        if '__init__' in vars(owner):
+            given = inspect.signature(owner.__init__).parameters.values()
+            names += [p.name for p in list(given)[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            if all(p.kind != p.VAR_KEYWORD for p in given):
+                return list(dict.fromkeys(names))
+    return []
+
+
+def _typed(node: object, path: str) -> Iterator[tuple[str, dict]]:
+    if isinstance(node, dict):
+        if 'type' in node:
+            yield path, node
+        for key, value in node.items():
+            yield from _typed(value, f'{path}.{key}' if path else key)
+    elif isinstance(node, (list, tuple)):
+        for i, value in enumerate(node):
+            yield from _typed(value, f'{path}[{i}]')

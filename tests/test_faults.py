@@ -1,0 +1,273 @@
+"""What breaks while it runs: checkpoints, disks, memory. The user learns what and where, and loses nothing."""
+import errno
+import os
+import pickle
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny, trained  # noqa: F401
+
+from replk_mm.engine import runner
+from replk_mm.engine.runner import prepare_work_dir, reparameterize_checkpoint, select_device, train
+from replk_mm.errors import USER_ERROR_STATUS, UserError, command, message_of
+
+# ruff: noqa: F811 (fixtures that come from another file)
+Usage = namedtuple('Usage', 'total used free')
+
+
+def first_line(info) -> str:
+    return str(info.value).splitlines()[0]
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ('/tmp/replk_mm_was_here',)
+
+
+def spoil(kind: str, good: Path, path: Path) -> None:
+    if kind == 'missing':
+        return
+    loaded = torch.load(good, weights_only=False)
+    weights = loaded['state_dict']
+    if kind == 'noise':
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'truncated':
+        path.write_bytes(good.read_bytes()[:good.stat().st_size // 2])
+    elif kind == 'folder':
+        path.mkdir()
+    elif kind == 'malicious':
+        torch.save(dict(loaded, extra=Malicious()), path)
+    elif kind == 'pickle':
+        path.write_bytes(pickle.dumps(dict(state_dict={})))
+    elif kind == 'backbone only':
+        torch.save({k.removeprefix('backbone.'): v for k, v in weights.items() if k.startswith('backbone.')}, path)
+    elif kind == 'other classes':
+        torch.save(dict(state_dict={k: v[:5] if '.conv_seg.' in k else v for k, v in weights.items()}), path)
+    elif kind == 'wider':
+        torch.save(dict(state_dict={k: torch.cat([v, v]) if v.dim() else v for k, v in weights.items()}), path)
+    elif kind == 'other network':
+        torch.save(dict(state_dict={'conv1.weight': torch.zeros(3, 3), 'layer1.0.bn1.bias': torch.zeros(3)}), path)
+    elif kind == 'list':
+        torch.save([1, 2], path)
+
+
+KINDS = {'missing': 'no such checkpoint', 'noise': 'not a readable checkpoint', 'empty': 'not a readable checkpoint',
+         'truncated': 'not a readable checkpoint', 'folder': 'folder', 'malicious': 'refused', 'pickle': 'x.pth',
+         'backbone only': 'backbone only', 'other classes': 'number of classes', 'wider': 'another size',
+         'other network': 'another architecture', 'list': 'not a checkpoint but a list'}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_bad_checkpoint_is_named_and_not_run(kind, tiny, trained, tmp_path):
+    path = tmp_path / 'x.pth'
+    spoil(kind, trained, path)
+    cfg = tiny.cfg()
+    options = tiny.options(tmp_path / 'work')
+    with pytest.raises(UserError) as info:
+        # The fold needs what the test needs, without a data set.
+        reparameterize_checkpoint(cfg, str(path), tmp_path / 'out.pth') if kind != 'missing' else runner.test(
+            cfg, str(path), options)
+    assert str(path) in first_line(info)
+    assert KINDS[kind] in str(info.value)
+    assert not Path('/tmp/replk_mm_was_here').exists()
+    assert not (tmp_path / 'out.pth').exists()
+
+
+@pytest.mark.parametrize('kind', ['truncated', 'backbone only', 'wider'])
+def test_bad_checkpoint_is_named_by_a_test_run(kind, tiny, trained, tmp_path):
+    path = tmp_path / 'x.pth'
+    spoil(kind, trained, path)
+    with pytest.raises(UserError, match=KINDS[kind]) as info:
+        runner.test(tiny.cfg(), str(path), tiny.options(tmp_path / 'work'))
+    assert str(path) in first_line(info)
+
+
+@pytest.mark.parametrize('kind', ['truncated', 'noise', 'malicious'])
+def test_bad_checkpoint_is_named_by_resuming(kind, tiny, trained, tmp_path):
+    spoil(kind, trained, tmp_path / 'iter_2.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+    with pytest.raises(UserError) as info:
+        tiny.prepare(tmp_path, 4, resume='auto')
+    assert str(tmp_path / 'iter_2.pth') in first_line(info)
+
+
+def test_checkpoint_of_another_network_cannot_be_resumed(tiny, trained, tmp_path):
+    with pytest.raises(UserError) as info:
+        tiny.train(tmp_path, 40, {'model.decode_head.channels': 16}, resume=str(trained))
+    assert str(trained) in first_line(info)
+
+
+def test_work_dir_that_was_moved_can_be_resumed(tiny, trained, tmp_path):
+    moved = tmp_path / 'moved'
+    shutil.copytree(trained.parent, moved)
+    (moved / 'last_checkpoint').write_text('/somewhere/else/' + trained.name)
+    _, notes = tiny.prepare(moved, 40, resume='auto')
+    assert any(str(moved / trained.name) in n for n in notes)
+
+
+# -- disks ------------------------------------------------------------------------------------------------------------
+def test_work_dir_under_a_file(tiny, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError) as info:
+        tiny.prepare(tmp_path / 'file' / 'work')
+    assert str(tmp_path / 'file' / 'work') in first_line(info)
+    with pytest.raises(UserError) as info:
+        tiny.prepare(tmp_path / 'file')
+    assert str(tmp_path / 'file') in first_line(info)
+
+
+def test_work_dir_that_refuses_writing(tmp_path, monkeypatch):
+    def refuse(self, data):
+        raise PermissionError(errno.EACCES, 'Permission denied', str(self))
+
+    monkeypatch.setattr(Path, 'write_bytes', refuse)
+    with pytest.raises(UserError, match='cannot be written to.*Permission denied') as info:
+        prepare_work_dir(tmp_path)
+    assert str(tmp_path) in first_line(info)
+
+
+def test_disk_too_full_for_two_checkpoints(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match='GiB free') as info:
+        tiny.prepare(tmp_path / 'work')
+    assert str(tmp_path / 'work') in first_line(info)
+
+
+def test_disk_full_on_the_way_keeps_the_former_checkpoint(tiny, tmp_path, monkeypatch):
+    from mmengine.fileio import LocalBackend
+    put = LocalBackend.put
+
+    def full(self, content, path):
+        if 'iter_4' in str(path):
+            Path(path).write_bytes(content[:1000])  # what fits
+            raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+        put(self, content, path)
+
+    monkeypatch.setattr(LocalBackend, 'put', full)
+    cfg, notes = tiny.prepare(tmp_path, 6, {'default_hooks.checkpoint.max_keep_ckpts': 1,
+                                            'default_hooks.checkpoint.interval': 2})
+    with pytest.raises(UserError, match='No space left') as info:
+        train(cfg, notes)
+    assert str(tmp_path) in first_line(info)
+    assert '--resume' in str(info.value)
+    monkeypatch.undo()
+    left = torch.load(tmp_path / 'iter_2.pth', weights_only=False)
+    assert left['meta']['iter'] == 2
+    assert not (tmp_path / 'iter_4.pth').exists(), 'half a checkpoint was left'
+    _, notes = tiny.prepare(tmp_path, 6, resume='auto')
+    assert any('iter_2.pth' in n for n in notes)
+
+
+def test_old_checkpoints_are_removed_after_the_new_one_is_written(tiny, tmp_path):
+    tiny.train(tmp_path, 6, {'default_hooks.checkpoint.max_keep_ckpts': 2, 'default_hooks.checkpoint.interval': 2})
+    assert sorted(p.name for p in tmp_path.glob('iter_*')) == ['iter_4.pth', 'iter_6.pth']
+
+
+# -- while training ---------------------------------------------------------------------------------------------------
+def failing(monkeypatch, error: Exception) -> None:
+    from mmseg.models import EncoderDecoder
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(EncoderDecoder, 'loss', fail)
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')])
+def test_out_of_memory_names_batch_and_crop(tiny, tmp_path, monkeypatch, error):
+    failing(monkeypatch, error)
+    with pytest.raises(UserError, match='out of memory at iteration 0') as info:
+        tiny.train(tmp_path)
+    assert '64' in first_line(info)
+    assert '2 images' in first_line(info)
+    assert 'batch_size' in str(info.value)
+
+
+def test_other_errors_keep_their_traceback(tiny, tmp_path, monkeypatch):
+    failing(monkeypatch, RuntimeError('a mistake in the program'))
+    with pytest.raises(RuntimeError, match='a mistake in the program'):
+        tiny.train(tmp_path)
+
+
+def test_bad_file_beyond_the_sample_stops_training_by_name(tiny, tmp_path, monkeypatch):
+    data = Path(shutil.copytree(tiny.data, tmp_path / 'data'))
+    monkeypatch.setattr('replk_mm.data.checks.SAMPLE', 2)
+    label = data / 'annotations/training/demo_train_000001.png'
+    Image.fromarray(np.full((64, 64), 99, np.uint8)).save(label)
+    with pytest.raises(UserError, match='label ids 99') as info:
+        tiny.train(tmp_path / 'work', 4, data_root=str(data))
+    assert message_of(info.value).startswith(str(label))
+
+
+def test_bad_file_stops_augmented_testing_by_name(tiny, trained, tmp_path, monkeypatch):
+    data = Path(shutil.copytree(tiny.data, tmp_path / 'data'))
+    image = data / 'images/validation/demo_val_000001.jpg'
+    image.write_bytes(image.read_bytes()[:2000])
+    monkeypatch.setattr('replk_mm.data.checks.SAMPLE', 1)
+    with pytest.raises(UserError, match='cut off') as info:
+        runner.test(tiny.cfg(), str(trained), tiny.options(tmp_path / 'work', data_root=str(data)), tta=True)
+    assert message_of(info.value).startswith(str(image))
+
+
+@pytest.mark.parametrize(('options', 'named'), [
+    ({'optim_wrapper.optimizer.lrr': 1}, 'lrr'), ({'default_hooks.checkpoint.type': 'CheckpintHook'}, 'CheckpintHook'),
+    ({'train_dataloader.dataset.pipeline.2.type': 'RandomCropp'}, 'train_dataloader.dataset.pipeline[2]'),
+    ({'train_dataloader.dataset.img_sufix': '.jpg'}, 'img_sufix'), ({'train_dataloader.workers': 2}, 'workers'),
+    ({'param_scheduler.0.type': 'PolLR'}, 'param_scheduler[0]'), ({'optim_wrapper.optimizer.type': 'AdamWW'}, 'optimizer'),
+    ({'train_dataloader.dataset.type': 'BaseSegDatset'}, 'BaseSegDatset')])
+def test_config_that_cannot_be_built_is_named(tiny, tmp_path, options, named):
+    with pytest.raises(UserError) as info:
+        tiny.train(tmp_path, None, options)
+    assert named in first_line(info)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+def test_command_reports_a_user_error_without_a_traceback(capsys, monkeypatch):
+    monkeypatch.delenv('REPLK_MM_TRACEBACK', raising=False)
+
+    @command
+    def main():
+        raise UserError('x.py: is bad\nMend it.')
+
+    assert main() == USER_ERROR_STATUS == 2
+    assert capsys.readouterr().err == 'error: x.py: is bad\nMend it.\n'
+    monkeypatch.setenv('REPLK_MM_TRACEBACK', '1')
+    with pytest.raises(UserError):
+        main()
+
+
+def test_command_passes_status_and_interruption(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert command(lambda: None)() == 0
+    assert command(lambda: 3)() == 3
+    assert command(interrupted)() == 130
+    with pytest.raises(ZeroDivisionError):
+        command(lambda: 1 / 0)()
+
+
+def test_message_of_a_worker_is_freed_of_its_traceback():
+    wrapped = UserError('Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n'
+                        '  File "x", line 1\nreplk_mm.errors.UserError: a.png: is bad\nReplace it.\n')
+    assert message_of(wrapped) == 'a.png: is bad\nReplace it.'
+    assert message_of(UserError('plain')) == 'plain'
+
+
+@pytest.mark.parametrize('name', ['tpu', 'cuda:99', 'gpu:0'])
+def test_device_that_is_not_there(name, monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(UserError, match=f'--device {name}'):
+        select_device(name)
+    assert select_device('cpu') == select_device(None) == 'cpu'
