@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile
 
 import torch
 import torch.nn as nn
@@ -21,7 +20,9 @@ from replk_mm.key_formats import Converted, convert, unwrap
 #: Top-level modules that a segmentor or detector has for training only.
 TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
 # Weights a backbone may lack in a pretrained file: the norms of dense prediction features start as the identity.
-_OUTPUT_NORM = re.compile(r'(norm\d|stages\.\d+\.norm)\.')
+_OUTPUT_NORM = re.compile(r'(?:norm(\d)|stages\.(\d+)\.norm)\.')
+# Last layers of mmseg's and mmdet's heads, with outputs for each class.
+_CLASS_LAYER = re.compile(r'\.(conv_seg|fc_cls|retina_cls|conv_cls|conv_logits|atss_cls|gfl_cls)\.(weight|bias)$')
 _SHOWN = 8
 
 
@@ -76,8 +77,7 @@ def read(checkpoint: str | Path, trust: bool = False) -> dict:
         raise UserError(f'{path}: refused: to load it, {reason} would have to run\n'
                         f'A checkpoint of plain weights needs no code. If you know who made this file and trust them, '
                         f'pass --trust-checkpoint.') from error
-    except (RuntimeError, EOFError, BadZipFile, ValueError, KeyError, IndexError, AttributeError, TypeError,
-            UnicodeDecodeError, OSError) as error:
+    except Exception as error:  # a few changed bytes make torch raise errors of a dozen kinds
         raise _damaged(path, error) from error
     if not isinstance(loaded, Mapping):
         raise UserError(f'{path}: not a checkpoint but a {type(loaded).__name__}; a dict of tensors is needed')
@@ -127,9 +127,10 @@ def save(checkpoint: dict, path: str | Path) -> None:
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise UserError(f'{path}: cannot be written ({error})\nChoose another place, or make room there.') from error
+    finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        raise UserError(f'{path}: cannot be written ({error})\nChoose another place, or make room there.') from error
 
 
 @dataclass
@@ -209,9 +210,10 @@ def load_pretrained(backbone: nn.Module, checkpoint: str | Path, prefix: str | N
     found = convert(unwrap(read(checkpoint), str(checkpoint)), prefix)
     weights = found.backbone
     if found.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
-        weights = _unmerge(weights, backbone.state_dict())
+        weights = _unmerge(weights, backbone)
     report = _copy(backbone, weights, parts=False)
     report.missing = [key for key in report.missing if not _starts_as_identity(key)]
+    report.unexpected = [key for key in report.unexpected if not _of_unused_stage(key, backbone)]
     print_log(f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}', logger='current')
     misfits = report.missing or report.mismatched or report.unexpected
     if misfits and (strict or not report.matched):
@@ -224,20 +226,25 @@ def _starts_as_identity(key: str) -> bool:
     return key.endswith('num_batches_tracked') or _OUTPUT_NORM.match(key) is not None
 
 
-def _unmerge(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _of_unused_stage(key: str, backbone: nn.Module) -> bool:
+    """Whether a weight is that of an output norm of a stage that the backbone does not return."""
+    match = _OUTPUT_NORM.match(key)
+    return match is not None and int(match[1] or match[2]) not in backbone.out_indices
+
+
+def _unmerge(weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
     """Give a merged RepLKNet its training form back: the large branch takes all, the small one starts at zero."""
-    out = {}
+    own, out = backbone.state_dict(), {}
     for key, value in weights.items():
         at = key.find('.lkb_reparam.')
-        if at < 0:
-            out[key] = value
-            continue
         base = key[:at]
-        if key.endswith('.weight'):
+        if at < 0 or f'{base}.lkb_origin.bn.weight' not in own:
+            out[key] = value
+        elif key.endswith('.weight'):
             out[f'{base}.lkb_origin.conv.weight'] = value
             ones = torch.ones(value.shape[0])
             # The norm divides by sqrt(1 + eps); the scale undoes it.
-            out[f'{base}.lkb_origin.bn.weight'] = ones * (1 + 1e-5) ** 0.5
+            out[f'{base}.lkb_origin.bn.weight'] = ones * (1 + backbone.get_submodule(f'{base}.lkb_origin.bn').eps) ** 0.5
             out[f'{base}.lkb_origin.bn.running_mean'] = ones * 0
             out[f'{base}.lkb_origin.bn.running_var'] = ones
             for name in ('weight', 'bias', 'running_mean'):
@@ -306,26 +313,26 @@ def load_model(model: nn.Module, checkpoint: str | Path, trust: bool = False) ->
 
 def guess_cause(report: LoadReport, found: Converted, whole: bool) -> str:
     """The likeliest reason why a checkpoint does not fit, as a sentence with a remedy."""
-    keys = [key for key, *_ in report.mismatched]
-    classes = [(ours, theirs) for key, ours, theirs in report.mismatched
-               if key.endswith(('conv_seg.weight', 'fc_cls.weight', 'fc_cls.bias', 'conv_seg.bias'))]
-    if not any(report.matched.values()):
+    mismatched = [item for item in report.mismatched if not item[0].startswith(TRAINING_ONLY)]
+    in_backbone = [key for key, *_ in mismatched if not whole or key.startswith('backbone.')]
+    if not report.matched.get('backbone') and not in_backbone:
         return (f'Likely cause: another architecture ({found.describe()}). Check that config and checkpoint belong '
                 f'together.')
     if whole and not found.rest:
         return ('Likely cause: the file holds a backbone only (ImageNet weights, say), no trained head. Train with it as '
                 'init_cfg first; test the checkpoint that training writes.')
-    if classes and len(keys) <= 2 * len(classes):
-        ours, theirs = classes[0]
-        return (f'Likely cause: number of classes: the config has {ours[0]}, the checkpoint {theirs[0]}. Set num_classes of '
-                f'every head to the checkpoint\'s.')
+    classes = next((item for item in mismatched if _CLASS_LAYER.search(item[0])), None)
+    if classes and not in_backbone:
+        key, ours, theirs = classes
+        return (f'Likely cause: number of classes: {key} has {ours[0]} outputs in the config, {theirs[0]} in the checkpoint. '
+                f"Set num_classes of every head to the checkpoint's.")
     if any('.lkb_origin.' in key for key in report.missing) and any('.lkb_reparam.' in key for key in report.unexpected):
         return ('Likely cause: the checkpoint is merged and the network is not. Set small_kernel_merged=True, or use the '
                 'checkpoint in training form.')
     if any('.lkb_reparam.' in key for key in report.missing):
         return ('Likely cause: the network is built merged and the checkpoint is not. Remove small_kernel_merged=True; '
                 'tools/test.py --reparam merges after loading.')
-    if keys:
+    if mismatched:
         return ('Likely cause: another size of the same family (shapes differ). Check backbone.arch and kernel sizes '
                 'against the checkpoint\'s config.')
     return ('Likely cause: another depth or other options of the same family (norm_intermediate_features, arch). Check the '

@@ -11,9 +11,13 @@ from torch import Tensor
 from replk_mm.errors import UserError
 
 #: Keys under which training programs put the weights. The first that is there is taken, at each level.
-NESTS = ('state_dict', 'model', 'module', 'model_state_dict', 'model_state', 'net', 'network', 'params')
+NESTS = ('state_dict', 'model', 'module', 'model_state_dict', 'model_state', 'net', 'network', 'params', 'model_ema',
+         'ema_state_dict', 'state_dict_ema')
 #: Prefixes that wrappers add to every key.
 WRAPPERS = ('module.', '_orig_mod.', 'model.', 'state_dict.')
+
+#: Counters that averaging wrappers keep beside the weights they prefix.
+COUNTERS = ('n_averaged', 'steps')
 
 # Classifier weights of an ImageNet checkpoint: known, and of no use to a backbone.
 _CLASSIFIER = re.compile(r'(head(\.fc|\.l\d|\.layers)?|fc|classifier)\.(weight|bias)$')
@@ -76,8 +80,11 @@ def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
         UserError: If there are no tensors in it.
     """
     node = checkpoint
-    while isinstance(node, Mapping) and not any(isinstance(value, Tensor) for value in node.values()):
+    # Weights may stand beside tensors that are none, such as the best accuracy so far: nests go first.
+    while isinstance(node, Mapping):
         nest = next((key for key in NESTS if isinstance(node.get(key), Mapping)), None)
+        if nest is None and any(isinstance(value, Tensor) for value in node.values()):
+            break
         if nest is None:
             found = ', '.join(map(str, list(node)[:6])) or 'nothing'
             raise UserError(f'{where}: no weights in it; found the keys: {found}\n'
@@ -85,12 +92,12 @@ def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
         node = node[nest]
     if not isinstance(node, Mapping):
         raise UserError(f'{where}: not a checkpoint but a {type(node).__name__}; a dict of tensors is needed')
-    weights = {str(key): value for key, value in node.items() if isinstance(value, Tensor)}
+    weights = {str(key): value for key, value in node.items() if isinstance(value, Tensor) and key not in COUNTERS}
     wrapped = True
     while wrapped:
         wrapped = False
         for wrapper in WRAPPERS:
-            if all(key.startswith(wrapper) for key in weights):
+            if weights and all(key.startswith(wrapper) for key in weights):
                 weights = {key[len(wrapper):]: value for key, value in weights.items()}
                 wrapped = True
     return weights

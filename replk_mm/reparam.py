@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from replk_mm.models.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.ops import DepthwiseConv2d
 
-# Subclasses may compute something else with their weight (weight standardization, deformable sampling).
+# Subclasses may compute something else with their weight (weight standardization, deformable sampling); torch gives a
+# convolution with a parametrized weight a class of its own, too.
 _PLAIN_CONVOLUTIONS = {'torch.nn.modules.conv.Conv1d', 'torch.nn.modules.conv.Conv2d', 'torch.nn.modules.conv.Conv3d',
                        'mmcv.cnn.bricks.wrappers.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv3d',
                        'replk_mm.ops.depthwise.DepthwiseConv2d'}
@@ -116,7 +116,7 @@ def _foldable(norm: nn.Module | None, conv: nn.Module | None, norm_first: bool) 
     if norm.running_mean is None or conv is None:
         return False
     kind = type(conv)
-    if f'{kind.__module__}.{kind.__qualname__}' not in _PLAIN_CONVOLUTIONS or parametrize.is_parametrized(conv):
+    if f'{kind.__module__}.{kind.__qualname__}' not in _PLAIN_CONVOLUTIONS:
         return False
     if conv._forward_hooks or conv._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks:
         return False
@@ -257,7 +257,7 @@ def compare(before: nn.Module, after: nn.Module, shape: tuple[int, ...] = (1, 3,
             model = copy.deepcopy(model).cpu().eval().to(dtype)
             if not results:
                 for name, norm in _norms(model):
-                    norm.register_forward_hook(lambda *_, name=name: ran.add(name))
+                    norm.register_forward_hook(lambda *_, name=name, ran=ran: ran.add(name))
             with torch.no_grad():
                 results.append(list(_tensors(outputs(model, image.to(dtype)))))
             del model

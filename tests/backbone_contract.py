@@ -316,9 +316,8 @@ class BackboneContract:
                  if next(m.parameters(recurse=False), None) is not None]
         model(self.image())
         [hook.remove() for hook in hooks]
-        inner = [n for n in order if n.startswith(('stem', 'stages', 'transitions', 'downsample')) and '.norm.' not in f'{n}.'
-                 or '.norm' in n and n.count('.') > 2]
-        walk = [depths[next(p for p in depths if p.startswith(n + '.') and p.count('.') == n.count('.') + 1)] for n in inner]
+        inner = [n for n in order if not n.startswith('norm')]  # output norms stand beside the stages
+        walk = [depths[next(p for p in depths if p.rpartition('.')[0] == n)] for n in inner]
         assert len(walk) > 10 and walk == sorted(walk)
         for name in ('decode_head.conv_seg.weight', 'neck.x', 'rpn_head.y'):
             assert model.get_layer_depth(name, 'backbone.') == (self.num_layers - 1, self.num_layers)

@@ -53,7 +53,8 @@ def test_log_buffer_round_trip():
     assert twin.mean() == buffer.mean() == 9 / 4 and twin.max() == 6 and twin.current() == 6
     twin.update(3.)
     assert twin.statistics('current') == 3
-    assert loaded['scalar'] == 1.5 and loaded['n'] == 7 and loaded['flag'] and loaded['grid'].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert loaded['scalar'] == 1.5 and loaded['n'] == 7 and loaded['flag']
+    assert loaded['grid'].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 @pytest.mark.parametrize('module', ['numpy.core.multiarray', 'numpy._core.multiarray'])
@@ -79,6 +80,7 @@ EXPLOITS = {
     'getattr for __globals__': b'\x80\x02cbuiltins\ngetattr\n(cbuiltins\ngetattr\n(' + BUFFER + text('mean') + b'tR'
                                + text('__globals__') + b'tR.',
     'getattr of the class of a class': b'\x80\x02cbuiltins\ngetattr\n(' + BUFFER + text('__class__') + b'tR.',
+    'getattr of numpy for an allowed name': b'\x80\x02cbuiltins\ngetattr\n(cnumpy\nndarray\n' + text('max') + b'tR.',
     'getattr of numpy': b'\x80\x02cbuiltins\ngetattr\n(cnumpy\nndarray\n' + text('tofile') + b'tR.',
     'a method of the allowed class': b'\x80\x02cmmengine.logging.history_buffer\nHistoryBuffer.register_statistics\n('
                                      + text('x') + b'tR.',

@@ -270,11 +270,14 @@ def test_photographs_are_whole(reference):
         assert damage(path) is None, path
 
 
-@pytest.mark.parametrize(('layout', 'kind'), [('ade20k', 'ADE20KDataset')])
-def test_photographs_pass(reference, layout, kind):
-    root = reference / 'data' / layout
-    assert 'images with labels' in check_dataset(dict(type=kind, data_root=str(root), data_prefix=dict(PREFIX), pipeline=[]),
-                                                 'mmseg', 150)
+@pytest.mark.parametrize(('layout', 'kind', 'prefix', 'classes'), [
+    ('ade', 'ADE20KDataset', PREFIX, 150),
+    ('cityscapes', 'CityscapesDataset', dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train'), 19)])
+def test_photographs_pass(reference, layout, kind, prefix, classes):
+    dataset = dict(type=kind, data_root=str(reference / 'data/camvid' / layout), data_prefix=dict(prefix), pipeline=[])
+    assert '32 images with labels, 32 of them' in check_dataset(dataset, 'mmseg', classes)
+    with pytest.raises(UserError, match='beyond the 3 classes'):
+        check_dataset(dataset, 'mmseg', 3)
 
 
 # -- while loading ----------------------------------------------------------------------------------------------------
@@ -344,7 +347,8 @@ def test_damage_beyond_the_sample_is_named_from_a_data_worker_too(data, monkeypa
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(('suffix', 'options'), [('jpg', {}), ('jpg', {'progressive': True}), ('png', {}), ('png', {'bits': 4})])
+@pytest.mark.parametrize(('suffix', 'options'), [('jpg', {}), ('jpg', {'progressive': True}), ('png', {}),
+                                                 ('png', {'bits': 4})])
 def test_whole_files_are_whole_and_any_cut_is_seen(tmp_path, suffix, options):
     path = tmp_path / f'x.{suffix}'
     noise = np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8)

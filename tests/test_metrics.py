@@ -10,9 +10,9 @@ from replk_mm.engine.metrics import IoUMetric
 CLASSES = tuple('abcdef')
 
 
-def by_hand(labels, predictions, count=len(CLASSES)):
+def by_hand(labels, predictions):
     """``{class: (intersection, union, labelled)}``, pixel by pixel in Python."""
-    intersection, union, labelled, predicted = ([0] * count for _ in range(4))
+    intersection, union, labelled, predicted = ([0] * len(CLASSES) for _ in range(4))
     for label, prediction in zip(labels, predictions, strict=True):
         for a, b in zip(label.ravel().tolist(), prediction.ravel().tolist(), strict=True):
             if a == 255:

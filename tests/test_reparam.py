@@ -63,7 +63,8 @@ def test_fold_by_hand():
     ffn = ConvFFN(2, .5, 0., BN).double().eval()
     with torch.no_grad():
         ffn.pw1.conv.weight.copy_(torch.tensor([[[[3.]], [[5.]]]]))
-        for bn, mean, var, weight, bias in ((ffn.preffn_bn, (1, 2), (4, 1), (2, 3), (0, 1)), (ffn.pw1.bn, (6,), (16,), (2,), (9,))):
+        for bn, mean, var, weight, bias in ((ffn.preffn_bn, (1, 2), (4, 1), (2, 3), (0, 1)),
+                                            (ffn.pw1.bn, (6,), (16,), (2,), (9,))):
             bn.eps = 0.
             for tensor, value in ((bn.running_mean, mean), (bn.running_var, var), (bn.weight, weight), (bn.bias, bias)):
                 tensor.copy_(torch.tensor(value))
@@ -77,7 +78,8 @@ def test_fold_by_hand():
 
 # whole backbones
 
-@pytest.mark.parametrize('kwargs', [{}, dict(arch=dict(TINY, small_kernel=None, dw_ratio=1.5)), dict(act_cfg=dict(type='SiLU')),
+@pytest.mark.parametrize('kwargs', [{}, dict(arch=dict(TINY, small_kernel=None, dw_ratio=1.5)),
+                                    dict(act_cfg=dict(type='SiLU')),
                                     dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(norm_cfg=dict(type='SyncBN'))], ids=str)
 def test_backbone_in_float64(kwargs):
     model = randomize_norms(RepLKNet(**{'arch': TINY, **kwargs})).double().eval()
@@ -274,6 +276,17 @@ def test_group_norm_stays():
     assert after.state_dict().keys() == model.state_dict().keys()
 
 
+def test_norm_in_front_of_a_padded_convolution():
+    """Behind the norm the border is zero; folded, it would be something else."""
+    ffn = ConvFFN(4, 1, 0., BN)
+    ffn.pw1.conv = conv(bias=False)
+    randomize_norms(ffn).double().eval()
+    after, changes = reparameterize(ffn)
+    assert sorted(changes.folded) == ['pw1.bn', 'pw2.bn'] and changes.left == ['preffn_bn']
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    assert torch.allclose(after(x), ffn(x), rtol=0, atol=1e-12)
+
+
 def test_shared_convolution_serves_all_its_norms():
     """As in heads that share convolutions between pyramid levels and keep a norm for each."""
     shared = conv()
@@ -348,7 +361,7 @@ DETECTORS = {
         type='CascadeRoIHead', num_stages=3, stage_loss_weights=[1, .5, .25], bbox_roi_extractor=EXTRACTOR,
         bbox_head=[BOX] * 3, mask_roi_extractor=EXTRACTOR, mask_head=[MASK] * 3)),
     'RetinaNet': dict(type='RetinaNet', backbone=REPLK, neck=NECK, bbox_head=dict(
-        type='RetinaHead', norm_cfg=BN, anchor_generator=dict(ANCHORS, strides=[4, 8, 16, 32, 64]), bbox_coder=CODER, **DENSE)),
+        type='RetinaHead', norm_cfg=BN, anchor_generator=ANCHORS, bbox_coder=CODER, **DENSE)),
     'FCOS': dict(type='FCOS', backbone=REPLK, neck=NECK, bbox_head=dict(
         type='FCOSHead', norm_cfg=BN, strides=[4, 8, 16, 32, 64], **DENSE)),
 }
@@ -356,8 +369,9 @@ DETECTORS = {
 ENDS = {
     'Mask R-CNN': ['rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg',
                    'roi_head.mask_head.conv_logits'],
-    'Cascade Mask R-CNN': ['rpn_head.rpn_cls', 'rpn_head.rpn_reg', *(f'roi_head.{head}.{i}.{end}' for i in range(3) for head, end in (
-        ('bbox_head', 'fc_cls'), ('bbox_head', 'fc_reg'), ('mask_head', 'conv_logits')))],
+    'Cascade Mask R-CNN': ['rpn_head.rpn_cls', 'rpn_head.rpn_reg', *(
+        f'roi_head.{head}.{i}.{end}' for i in range(3)
+        for head, end in (('bbox_head', 'fc_cls'), ('bbox_head', 'fc_reg'), ('mask_head', 'conv_logits')))],
     'RetinaNet': ['bbox_head.retina_cls', 'bbox_head.retina_reg'],
     'FCOS': ['bbox_head.conv_cls', 'bbox_head.conv_reg', 'bbox_head.conv_centerness'],
 }

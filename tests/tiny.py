@@ -1,4 +1,5 @@
 """A network of seconds: a tiny UperNet with RepLKNet on a few demo scenes, for tests that train, test and merge."""
+import copy
 import itertools
 import os
 import subprocess
@@ -6,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import mmengine.config.config
 import pytest
 from mmengine.config import Config
 
@@ -46,6 +48,7 @@ optim_wrapper = dict(optimizer=dict(lr=1e-2))
 default_hooks = dict(logger=dict(interval=1))
 """
 _count = itertools.count()
+_read: dict[str, Config] = {}
 
 
 @dataclass
@@ -56,7 +59,11 @@ class Tiny:
     config: Path
 
     def cfg(self, options: dict | None = None) -> Config:
-        cfg = load_config(str(self.config), options)
+        # Reading the files takes longer than training does.
+        if str(self.config) not in _read:
+            _read[str(self.config)] = load_config(str(self.config))
+        cfg = copy.deepcopy(_read[str(self.config)])
+        cfg.merge_from_dict(options or {})
         # mmengine keeps what runs of one name logged in one place, and names them by the second.
         cfg.experiment_name = f'tiny{os.getpid()}_{next(_count)}'
         return cfg
@@ -85,6 +92,8 @@ def tiny(tmp_path_factory) -> Tiny:
     """The data set and the config; shared by all files that import this fixture."""
     if 'tiny' not in _made:
         folder = tmp_path_factory.mktemp('tiny')
+        # mmengine lays out the whole config anew, nicely and slowly, for its log and for each checkpoint.
+        mmengine.config.config.FormatCode = lambda text, **options: (text, True)
         (folder / 'tiny.py').write_text(CONFIG)
         _made['tiny'] = Tiny(make_data(folder / 'data'), folder / 'tiny.py')
     return _made['tiny']

@@ -14,12 +14,12 @@ from replk_mm.visualize import legend, overlay
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 
+    p = cli.parser(__doc__,
                    'python tools/predict.py configs/upernet_replk-nano_ade20k.py iter_2000.pth street.jpg --out out')
     p.add_argument('config', help='config the checkpoint was trained with')
     p.add_argument('checkpoint', help='trained checkpoint, merged or not')
     p.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
-    p.add_argument('--out', required=True, metavar='DIR', 
+    p.add_argument('--out', required=True, metavar='DIR',
                    help='folder for NAME_overlay.png and NAME_labels.png (class indices from 0)')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
@@ -32,7 +32,8 @@ def main() -> None:
     used: set[str] = set()
     for i, (path, image, labels) in enumerate(predict(model, args.images), 1):
         # Images of one name from different folders must not overwrite each other.
-        stem = next(s for s in itertools.chain([path.stem], (f'{path.stem}_{n}' for n in itertools.count(2))) if s not in used)
+        names = itertools.chain([path.stem], (f'{path.stem}_{n}' for n in itertools.count(2)))
+        stem = next(name for name in names if name not in used)
         used.add(stem)
         picture = np.hstack([overlay(image, labels, palette), legend(labels, classes, palette, image.shape[0])])
         write_picture(out / f'{stem}_overlay.png', picture)

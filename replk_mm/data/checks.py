@@ -50,7 +50,7 @@ def check_dataset(dataset: dict, scope: str, num_classes: int | None) -> str:
         hint = f'Did you mean --data-root {found[0]}?' if found else _expected(dataset)
         raise UserError(f'{images_dir}: no such folder (data root {root} holds: {_listing(root)})\n{hint}')
     builder = dataset_class(dataset, scope)
-    defaults = {p.name: p.default for p in inspect.signature(builder.__init__).parameters.values()}
+    defaults = {p.name: p.default for p in inspect.signature(builder).parameters.values()}
 
     def option(key, fallback):
         value = dataset.get(key, defaults.get(key, fallback))
@@ -60,8 +60,9 @@ def check_dataset(dataset: dict, scope: str, num_classes: int | None) -> str:
         return f'data {root}: annotation file and image folder are there'
     reduce_zero = bool(option('reduce_zero_label', False))
     _check_reduction(dataset, reduce_zero)
-    if _picks_classes(dataset, builder) and num_classes is not None:
-        num_classes = len(builder.METAINFO['classes'])  # as they stand in the files; the data set maps the picked ones
+    in_files = _classes_picked_from(dataset, builder)
+    if in_files and num_classes is not None:
+        num_classes = in_files  # the data set maps those that were picked
     image_suffix, label_suffix = option('img_suffix', '.jpg'), option('seg_map_suffix', '.png')
     # mmseg takes the names from an annotation file, if there is one, and from the folder otherwise.
     if dataset.get('ann_file'):
@@ -101,17 +102,17 @@ def _check_reduction(dataset: dict, reduce_zero: bool) -> None:
                             f'Set it at the data set only; the pipeline takes it from there.')
 
 
-def _picks_classes(dataset: dict, builder: type) -> bool:
-    """Whether the data set is told to use some of its type's classes only."""
+def _classes_picked_from(dataset: dict, builder: type) -> int:
+    """Classes of the data set's type, whose ids its files hold, if it is told to use some of them only; 0 otherwise."""
     known = getattr(builder, 'METAINFO', {}).get('classes')
     picked = (dataset.get('metainfo') or {}).get('classes')
     if not known or not picked or list(picked) == list(known):
-        return False
+        return 0
     strange = [name for name in picked if name not in known]
     if strange:
         raise UserError(f'metainfo.classes of {dataset["type"]}: {_some(strange)} of {len(picked)} are none of its '
                         f'classes\nPick from those the type has, or use type BaseSegDataset, which has none of its own.')
-    return True
+    return len(known)
 
 
 def _expected(dataset: dict) -> str:

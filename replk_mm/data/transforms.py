@@ -42,15 +42,15 @@ class CheckedLoad(BaseTransform):
             if out['gt_seg_map'].ndim != 2:
                 raise UserError(f'{path}: {not_a_label_map(out["gt_seg_map"])}\n{_REMEDY}')
             if self.num_classes is not None:
-                self._check_ids(out, path)
+                self._check_ids(out, path, self.num_classes)
         return out
 
-    def _check_ids(self, results: dict, path: Path) -> None:
+    def _check_ids(self, results: dict, path: Path, num_classes: int) -> None:
         ids = np.unique(results['gt_seg_map'])
-        wrong = ids[(ids >= self.num_classes) & (ids != IGNORED)]
+        wrong = ids[(ids >= num_classes) & (ids != IGNORED)]
         if len(wrong):
             shift = 1 if results.get('reduce_zero_label') else 0
-            raise UserError(label_range_message(path, (wrong + shift).tolist(), self.num_classes, bool(shift)))
+            raise UserError(label_range_message(path, (wrong + shift).tolist(), num_classes, bool(shift)))
 
 
 def not_a_label_map(pixels: np.ndarray) -> str:

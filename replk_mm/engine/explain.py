@@ -45,12 +45,16 @@ def _explain(cfg: Config, error: Exception, what: str) -> str:
                 + (f'Did you mean {" or ".join(close)}?' if close else
                    'Check its spelling, and that its package is installed.'))
     unknown = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-    for path, part in fields if unknown else ():
-        known = _arguments(part['type'])
-        if unknown[2] in part and known and unknown[2] not in known:
+    for path, part in fields:
+        known = _arguments(part['type']) if unknown else []
+        if unknown and unknown[2] in part and known and unknown[2] not in known:
             close = difflib.get_close_matches(unknown[2], known, n=1)
             return (f'{path}.{unknown[2]}: {part["type"]} has no such argument\n'
                     + (f'Did you mean {close[0]}? ' if close else '') + f'It takes: {", ".join(known)}')
+    strange = [(path, part['type']) for path, part in fields
+               if isinstance(part['type'], str) and not _known(part['type'])]
+    if isinstance(error, TypeError) and strange:  # as optimizers of unknown names end
+        return f'{strange[0][0]}.type={strange[0][1]!r}: there is no such type\nCheck its spelling.'
     if not text:  # an assertion without words: its line of code is all there is to quote
         text = f'{type(error).__name__} at: {traceback.extract_tb(error.__traceback__)[-1].line}'
     return f'{text}\nCheck ' + (f'the fields of cfg.{what}.' if what in cfg else 'the config and --cfg-options.')
@@ -61,6 +65,10 @@ def _registries() -> Iterator[Registry]:
         if isinstance(value, Registry):
             yield value
             yield from value.children.values()
+
+
+def _known(name: str) -> bool:
+    return any(name.rpartition('.')[2] in registry.module_dict for registry in _registries())
 
 
 def _registered(kind: str) -> list[str]:
@@ -79,7 +87,7 @@ def _arguments(kind: object) -> list[str]:
     names: list[str] = []
     for owner in kind.__mro__:
         if '__init__' in vars(owner):
-            given = inspect.signature(owner.__init__).parameters.values()
+            given = inspect.signature(vars(owner)['__init__']).parameters.values()
             names += [p.name for p in list(given)[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
             if all(p.kind != p.VAR_KEYWORD for p in given):
                 return list(dict.fromkeys(names))

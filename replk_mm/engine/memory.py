@@ -90,8 +90,9 @@ def fit_batch(cfg: Config, model: nn.Module, world_size: int) -> list[str]:
     if crop is None or not hasattr(model, 'decode_head'):
         return []
     wanted = cfg.train_dataloader.batch_size
-    heads = model.decode_head if isinstance(model.decode_head, nn.ModuleList) else [model.decode_head]
-    classes = max(head.num_classes for head in heads)
+    head = model.decode_head
+    heads = list(head) if isinstance(head, nn.ModuleList) else [head]
+    classes = max(int(getattr(head, 'num_classes', 0)) for head in heads)
     smallest = min(wanted, smallest_batch(cfg))
     # One figure for all processes: they must come to the same batch.
     found = torch.tensor(available_bytes(), dtype=torch.int64)

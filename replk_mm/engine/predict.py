@@ -11,7 +11,7 @@ from replk_mm import checkpoints
 from replk_mm.data.checks import dataset_class
 from replk_mm.data.files import damage
 from replk_mm.engine.config import build_model, fit_to_machine
-from replk_mm.engine.runner import select_device
+from replk_mm.engine.runner import num_classes_of, select_device
 from replk_mm.errors import UserError
 from replk_mm.reparam import reparameterize
 
@@ -42,15 +42,14 @@ def load_segmentor(cfg: Config, checkpoint: str, device: str | None = None, repa
         reparameterize(model, inplace=True)
     model.cfg = cfg
     dataset = cfg.test_dataloader.dataset
-    known = dataset_class(dataset, cfg.get('default_scope', 'mmengine')).METAINFO
+    known = getattr(dataset_class(dataset, cfg.get('default_scope', 'mmengine')), 'METAINFO', {})
     stored = meta.get('dataset_meta') or {}
     found = {**known, **{k.lower(): v for k, v in stored.items() if v}, **(dataset.get('metainfo') or {})}
-    heads = model.decode_head if isinstance(model.decode_head, nn.ModuleList) else [model.decode_head]
     classes = list(found.get('classes') or [])
-    classes += [f'class {i}' for i in range(len(classes), heads[-1].num_classes)]
+    classes += [f'class {i}' for i in range(len(classes), num_classes_of(model) or 0)]
     if len(found.get('palette') or []) < len(classes):
         found['palette'] = np.random.default_rng(0).integers(0, 255, (len(classes), 3)).tolist()
-    model.dataset_meta = {**found, 'classes': classes}
+    setattr(model, 'dataset_meta', {**found, 'classes': classes})  # noqa: B010 (a module's plain attribute)
     return model.to(where).eval()
 
 

@@ -18,9 +18,16 @@ def protocol(cfg: Config, tta: bool) -> dict:
     model = cfg.model.get('module', cfg.model)  # wrapped for test-time augmentation
     found = dict(model.get('test_cfg') or {})
     pipeline = cfg.test_dataloader.dataset.get('pipeline', [])
-    found['pipeline'] = [dict(step) if 'load' not in step else dict(step['load']) for step in pipeline]
+    found['pipeline'] = [_unchecked(step) for step in pipeline]
     found['tta'] = tta
     return found
+
+
+def _unchecked(node):
+    """A pipeline as its config has it, without our checks around its loading steps."""
+    if isinstance(node, dict):
+        return _unchecked(node['load']) if 'load' in node else {key: _unchecked(value) for key, value in node.items()}
+    return [_unchecked(part) for part in node] if isinstance(node, (list, tuple)) else node
 
 
 def environment() -> dict:
