@@ -3,7 +3,19 @@ import argparse
 import os
 import warnings
 
+from mmengine.config import DictAction
+
 from replk_mm.engine.runner import Options
+
+
+class KeyValue(DictAction):
+    """mmengine's action; what has no ``=`` is refused as argparse refuses, not with a traceback."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        for text in values or ():
+            if '=' not in text:
+                parser.error(f'argument {option_string}: {text!r} is not KEY=VALUE')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def parser(doc: str, example: str) -> argparse.ArgumentParser:
@@ -14,13 +26,12 @@ def parser(doc: str, example: str) -> argparse.ArgumentParser:
 
 def add_run_arguments(p: argparse.ArgumentParser) -> None:
     """What training and testing have in common."""
-    from mmengine.config import DictAction
     p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the config)')
     p.add_argument('--work-dir', metavar='DIR', help='where logs and checkpoints go (default: work_dirs/CONFIG)')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
                    help='how the processes of a distributed run were started (torchrun: pytorch)')
-    p.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override config fields')
+    p.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE', help='override config fields')
     p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
 
 

@@ -3,7 +3,6 @@
 mmengine imports this module by itself when it meets a type such as ``replk_mm.RepLKNet``, and the ``locations`` when it
 builds one, so a config of any OpenMMLab project can name our modules without ``custom_imports``.
 """
-from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -26,6 +25,9 @@ TRANSFORMS = Registry('transform', scope=SCOPE, parent=MMENGINE_TRANSFORMS, loca
 #: Training on CPUs in bfloat16.
 OPTIM_WRAPPERS = Registry('optim_wrapper', scope=SCOPE, parent=MMENGINE_OPTIM_WRAPPERS,
                           locations=['replk_mm.engine.optim'])
+
+#: What runs beside training. Building from it imports the engine.
+HOOKS = Registry('hook', scope=SCOPE, parent=MMENGINE_HOOKS, locations=['replk_mm.engine.loop'])
 
 #: Metrics that keep the figures of every class. Building from it imports mmseg.
 METRICS = Registry('metric', scope=SCOPE, parent=MMENGINE_METRICS, locations=['replk_mm.engine.metrics'])

@@ -11,27 +11,16 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import get_rank
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper
-from mmengine.runner import Runner as MMEngineRunner
+from mmengine.model import is_model_wrapper
 from mmengine.runner import find_latest_checkpoint
 
 from replk_mm import checkpoints
 from replk_mm.data.checks import check_data, datasets_of
 from replk_mm.engine import memory
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
+from replk_mm.engine.loop import Runner
 from replk_mm.errors import UserError
 from replk_mm.reparam import Changes, compare, reparameterize
-
-
-class Runner(MMEngineRunner):
-    """mmengine's runner, able to train with several processes on CPUs."""
-
-    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Wrap the model for distributed training; on CPUs without device ids, which mmengine 0.10.7 always passes."""
-        if self.distributed and not torch.cuda.is_available() and not is_model_wrapper(model) and not model_wrapper_cfg:
-            return MMDistributedDataParallel(model, broadcast_buffers=False,
-                                             find_unused_parameters=self.cfg.get('find_unused_parameters', False))
-        return super().wrap_model(model_wrapper_cfg, model)
 
 
 @dataclass
@@ -157,6 +146,7 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     """
     device = select_device(options.device)
     processes, local_processes = _processes(options.launcher)
+    _init_gloo(options.launcher, device)  # first, for the processes agree on the batch
     cfg.launcher = options.launcher
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     if options.data_root:
@@ -177,16 +167,23 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
         notes += memory.fit_batch(cfg, model, local_processes)
     notes += _scale_learning_rate(cfg, processes)
     notes += _weights_to_start_from(cfg, options)
-    notes += _seed(cfg, options)
-    _init_gloo(options.launcher, device)
+    notes += _seed(cfg, options, model)
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
+    if hook and hook.get('type') == 'CheckpointHook':
+        hook['type'] = 'replk_mm.CheckpointHook'
     return notes
 
 
 def _check_while_loading(cfg: Config, num_classes: int | None) -> None:
+    def checked(step):
+        if isinstance(step, (list, tuple)):
+            return [checked(part) for part in step]
+        if step.get('type') in ('LoadImageFromFile', 'LoadAnnotations'):
+            return ConfigDict(type='replk_mm.CheckedLoad', load=step, num_classes=num_classes)
+        return ConfigDict({**step, 'transforms': checked(step['transforms'])}) if 'transforms' in step else step
+
     for dataset in datasets_of(cfg):
-        dataset['pipeline'] = [
-            dict(type='replk_mm.CheckedLoad', load=step, num_classes=num_classes)
-            if step.get('type') in ('LoadImageFromFile', 'LoadAnnotations') else step for step in dataset['pipeline']]
+        dataset['pipeline'] = checked(dataset['pipeline'])
 
 
 def _metrics_per_class(cfg: Config) -> list[ConfigDict]:
@@ -235,7 +232,7 @@ def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
     return []
 
 
-def _seed(cfg: Config, options: Options) -> list[str]:
+def _seed(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     """Fix the seed: given, else that of the checkpoint to resume (its data order depends on it), else mmengine draws."""
     notes = []
     if options.seed is not None:
@@ -252,6 +249,12 @@ def _seed(cfg: Config, options: Options) -> list[str]:
         raise UserError(f'{last}: cannot be resumed: it has no optimizer state'
                         + (' (reparameterized checkpoints are for inference)' if merged else '')
                         + '\nResume from a checkpoint that training wrote.')
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, str(last)).items()}
+    differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
+    if differing:
+        raise UserError(f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} weights '
+                        f'differ, {differing[0]} first\nResume with the config it was trained with.')
     cfg.load_from, cfg.resume = str(last), True
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': loaded['meta'].get('seed')}
     return [*notes, f'resume: {last}, iteration {loaded["meta"]["iter"]}, seed {loaded["meta"].get("seed")}']
@@ -289,7 +292,7 @@ def train(cfg: Config, notes: list[str]) -> Path:
         if isinstance(error, MemoryError) or 'alloc' in str(error) or 'out of memory' in str(error):
             raise UserError(
                 f'out of memory at iteration {runner.iter}, crop size {memory.crop_of(cfg)}, '
-                f'{cfg.train_dataloader.batch_size} images a process: {str(error).splitlines()[0]}\n'
+                f'{cfg.train_dataloader.batch_size} images a process: {(str(error) or "no memory").splitlines()[0]}\n'
                 f'Lower train_dataloader.batch_size or the crop size, or set model.backbone.with_cp=True.') from error
         raise
     last = last_checkpoint(cfg.work_dir)
@@ -350,7 +353,6 @@ def test(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = Fals
     model = build_model(cfg, 'meta')
     prepare_work_dir(cfg.work_dir)
     notes += check_data(cfg, ('test',), num_classes_of(model))
-    _check_while_loading(cfg, num_classes_of(model))
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
     for metric in _metrics_per_class(cfg):
@@ -361,6 +363,7 @@ def test(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = Fals
             raise UserError(f'--tta: {cfg.filename} has no tta_model and tta_pipeline')
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    _check_while_loading(cfg, num_classes_of(model))
     cfg.visualizer = {**cfg.get('visualizer', {}), 'vis_backends': []}
     _init_gloo(options.launcher, device)
     runner = Runner.from_cfg(cfg)
