@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -170,7 +171,7 @@ def _some(title: str, items: list[str]) -> list[str]:
     return [f'  {title}: {len(items)}', *(f'    {item}' for item in items[:_SHOWN]), *more]
 
 
-def _copy(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -> LoadReport:
+def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -> LoadReport:
     """Copy every weight whose name and shape fit; a linear layer's fits a 1x1 convolution's."""
     report = LoadReport()
     own = model.state_dict()
@@ -211,7 +212,7 @@ def load_pretrained(backbone: nn.Module, checkpoint: str | Path, prefix: str | N
     weights = found.backbone
     if found.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
         weights = _unmerge(weights, backbone)
-    report = _copy(backbone, weights, parts=False)
+    report = copy_weights(backbone, weights, parts=False)
     report.missing = [key for key in report.missing if not _starts_as_identity(key)]
     report.unexpected = [key for key in report.unexpected if not _of_unused_stage(key, backbone)]
     print_log(f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}', logger='current')
@@ -226,13 +227,13 @@ def _starts_as_identity(key: str) -> bool:
     return key.endswith('num_batches_tracked') or _OUTPUT_NORM.match(key) is not None
 
 
-def _of_unused_stage(key: str, backbone: nn.Module) -> bool:
+def _of_unused_stage(key: str, backbone: Any) -> bool:
     """Whether a weight is that of an output norm of a stage that the backbone does not return."""
     match = _OUTPUT_NORM.match(key)
     return match is not None and int(match[1] or match[2]) not in backbone.out_indices
 
 
-def _unmerge(weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+def _unmerge(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
     """Give a merged RepLKNet its training form back: the large branch takes all, the small one starts at zero."""
     own, out = backbone.state_dict(), {}
     for key, value in weights.items():
@@ -269,46 +270,6 @@ def reparameterization_of(checkpoint: Mapping, weights: Iterable[str]) -> dict |
     if record:
         return {'merge': bool(record['merge']), 'fold': bool(record['fold'])}
     return {'merge': True, 'fold': False} if any('.lkb_reparam.' in key for key in weights) else None
-
-
-def load_model(model: nn.Module, checkpoint: str | Path, trust: bool = False) -> tuple[LoadReport, dict]:
-    """Set all weights that inference needs, of a whole segmentor or detector (or a bare backbone).
-
-    A merged checkpoint brings ``model`` to its own structure first.
-
-    Args:
-        model: Built from the config; changed in place.
-        checkpoint: Path or address.
-        trust: See :func:`read`.
-
-    Returns:
-        The report, and the checkpoint's ``meta``.
-
-    Raises:
-        UserError: If the file cannot be read, or leaves a weight that inference uses unset.
-    """
-    from replk_mm.reparam import reparameterize  # it saves checkpoints
-    loaded = read(checkpoint, trust)
-    found = convert(unwrap(loaded, str(checkpoint)))
-    whole = hasattr(model, 'backbone')
-    weights = {f'backbone.{key}': value for key, value in found.backbone.items()} if whole else found.backbone
-    weights = {**weights, **found.rest}
-    how = reparameterization_of(loaded, weights)
-    if how:
-        reparameterize(model, **how, inplace=True)
-    report = _copy(model, weights, parts=whole)
-    report.missing = [key for key in report.missing
-                      if not key.startswith(TRAINING_ONLY) and not key.endswith('num_batches_tracked')]
-    # Heads that only train, and statistics of a classifier, may be more than the model has.
-    surplus = [key for key in report.unexpected if not key.startswith(TRAINING_ONLY)]
-    mismatched = [key for key, *_ in report.mismatched if not key.startswith(TRAINING_ONLY)]
-    if report.missing or mismatched or surplus:
-        raise UserError(f'{checkpoint}: does not fit this config: {report.summary()}\n{report.details()}\n'
-                        f'{guess_cause(report, found, whole)}')
-    print_log(f'weights {checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; '
-              f'{report.summary()}', logger='current')
-    meta = loaded.get('meta')
-    return report, dict(meta) if isinstance(meta, Mapping) else {}
 
 
 def guess_cause(report: LoadReport, found: Converted, whole: bool) -> str:

@@ -5,7 +5,7 @@ import warnings
 
 from mmengine.config import DictAction
 
-from replk_mm.engine.runner import Options
+from replk_mm.engine.machine import Options
 
 
 class KeyValue(DictAction):

@@ -37,9 +37,9 @@ def register_configs() -> None:
     package_and_path.knows_replk_mm = True  # type: ignore[attr-defined]
     hub = sys.modules.get('mmengine.hub.hub')  # imported after us, it takes the names from `utils` and `mmengine.utils`
     for module in filter(None, (utils, config, hub)):
-        module._get_package_and_cfg_path = package_and_path  # type: ignore[attr-defined]
+        module._get_package_and_cfg_path = package_and_path
     for module in filter(None, (mmengine.utils, config, hub)):
-        module.get_installed_path = installed_path  # type: ignore[attr-defined]
+        module.get_installed_path = installed_path
 
 
 def _history_method(owner: type, name: str) -> Callable:

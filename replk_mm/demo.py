@@ -15,8 +15,12 @@ from replk_mm.analysis.speed import Timing, interleaved
 from replk_mm.data.demo_writer import META, write_demo_data
 from replk_mm.engine import results
 from replk_mm.engine.config import load_config
+from replk_mm.engine.evaluate import evaluate
+from replk_mm.engine.machine import Options
+from replk_mm.engine.merge import reparameterize_checkpoint
 from replk_mm.engine.predict import load_segmentor, predict
-from replk_mm.engine.runner import Options, prepare_training, reparameterize_checkpoint, test, train
+from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.train import train
 from replk_mm.visualize import colorize, legend, sheet
 
 CONFIG = 'replk_mm::upernet_replk-nano_demo.py'
@@ -80,7 +84,7 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
     times = interleaved({name: functools.partial(model, image) for name, model in models.items()})
     for (form, model), checkpoint in zip(models.items(), (trained, merged), strict=True):
         cfg = load_config(CONFIG)
-        found = test(cfg, str(checkpoint), Options(data_root=str(data), work_dir=str(out / f'test_{form}'),
+        found = evaluate(cfg, str(checkpoint), Options(data_root=str(data), work_dir=str(out / f'test_{form}'),
                                                    device='cpu'))
         records.append(results.record(cfg, str(checkpoint), found, tta=False))
         # From the per-class figures, which are not rounded.

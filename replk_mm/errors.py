@@ -2,7 +2,7 @@
 import functools
 import os
 import sys
-from typing import Callable
+from collections.abc import Callable
 
 #: Exit status of a command that was given something it cannot use.
 USER_ERROR_STATUS = 2

@@ -27,7 +27,7 @@ OPTIM_WRAPPERS = Registry('optim_wrapper', scope=SCOPE, parent=MMENGINE_OPTIM_WR
                           locations=['replk_mm.engine.optim'])
 
 #: What runs beside training. Building from it imports the engine.
-HOOKS = Registry('hook', scope=SCOPE, parent=MMENGINE_HOOKS, locations=['replk_mm.engine.loop'])
+HOOKS = Registry('hook', scope=SCOPE, parent=MMENGINE_HOOKS, locations=['replk_mm.engine.runner'])
 
 #: Metrics that keep the figures of every class. Building from it imports mmseg.
 METRICS = Registry('metric', scope=SCOPE, parent=MMENGINE_METRICS, locations=['replk_mm.engine.metrics'])

@@ -1,4 +1,4 @@
-"""Structural reparameterization: merge parallel kernels, fold BatchNorm, prove that nothing changed.
+"""Structural reparameterization: merge parallel kernels and fold BatchNorm.
 
 "RepVGG: Making VGG-style ConvNets Great Again", Ding et al., CVPR 2021, arXiv:2101.03697, section 3.3, applied as in the
 RepLKNet paper (arXiv:2203.06717, guideline 3). In evaluation mode BatchNorm is an affine map of each channel, so
@@ -9,11 +9,10 @@ RepLKNet paper (arXiv:2203.06717, guideline 3). In evaluation mode BatchNorm is 
 * two parallel convolutions of one input are one, with the small kernel in the centre of the large one.
 """
 import copy
-import inspect
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,6 +21,7 @@ from mmcv.cnn import ConvModule
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
 
+from replk_mm.equivalence import batch_norms
 from replk_mm.models.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.ops import DepthwiseConv2d
 
@@ -86,7 +86,7 @@ def reparameterize(model: nn.Module, merge: bool = True, fold: bool = True,
             if isinstance(norm_owner, ConvModule):
                 norm_owner.turn_on_efficient_conv_bn_eval(False)  # mmcv's own folding at run time expects the norm
             changes.folded.append(f'{name}.{norm_name}'.lstrip('.'))
-    changes.left = [name for name, _ in _norms(model)]
+    changes.left = [name for name, _ in batch_norms(model)]
     return model, changes
 
 
@@ -110,7 +110,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module, s
             yield name, module, 'preffn_bn', module.pw1, 'conv', True
 
 
-def _foldable(norm: nn.Module | None, conv: nn.Module | None, norm_first: bool) -> bool:
+def _foldable(norm: Any, conv: Any, norm_first: bool) -> bool:
     if not isinstance(norm, _BatchNorm) or type(norm).forward not in _PLAIN_NORMS:
         return False
     if norm.running_mean is None or conv is None:
@@ -125,7 +125,7 @@ def _foldable(norm: nn.Module | None, conv: nn.Module | None, norm_first: bool) 
     return conv.out_channels == norm.num_features
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift of a BatchNorm layer in evaluation mode, ``(C,)`` each, in float64."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.affine:
@@ -134,7 +134,7 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift + norm.bias.detach().double() if norm.affine else shift
 
 
-def _fold(norm: nn.Module, conv: nn.Module, norm_first: bool) -> nn.Module:
+def _fold(norm: Any, conv: Any, norm_first: bool) -> Any:
     scale, shift = _affine(norm)
     weight = conv.weight.detach().double()  # (out, in / groups, ...); products in float64 are rounded once
     bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.detach().double()
@@ -153,7 +153,7 @@ def _fold(norm: nn.Module, conv: nn.Module, norm_first: bool) -> nn.Module:
     return _with_weights(conv, weight, bias)
 
 
-def _with_weights(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+def _with_weights(conv: Any, weight: Tensor, bias: Tensor) -> Any:
     new = copy.copy(conv)
     new._parameters = dict(conv._parameters)
     trainable = conv.weight.requires_grad
@@ -162,7 +162,7 @@ def _with_weights(conv: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     return new
 
 
-def _merge_branches(block: ReparamLargeKernelConv) -> bool:
+def _merge_branches(block: Any) -> bool:
     """Make one convolution with bias of a block's branches. Only BatchNorm and the identity can go into a kernel."""
     if block.merged:
         return False
@@ -176,12 +176,12 @@ def _merge_branches(block: ReparamLargeKernelConv) -> bool:
         biases.append(conv.bias.detach().double() if conv.bias is not None else conv.weight.new_zeros(
             conv.out_channels, dtype=torch.float64))
     side = weights[0].shape[-1]
-    weight = sum(F.pad(w, [(side - w.shape[-1]) // 2] * 4) for w in weights)
+    weight = torch.stack([F.pad(w, [(side - w.shape[-1]) // 2] * 4) for w in weights]).sum(0)
     large = block.lkb_origin.conv
-    merged = DepthwiseConv2d(large.in_channels, side).to(large.weight)
+    merged: Any = DepthwiseConv2d(large.in_channels, side).to(large.weight)
     with torch.no_grad():
         merged.weight.copy_(weight)
-        merged.bias.copy_(sum(biases))
+        merged.bias.copy_(torch.stack(biases).sum(0))
     merged.requires_grad_(large.weight.requires_grad).train(block.training)
     block.lkb_reparam = merged
     for name in ('lkb_origin', 'small_conv'):
@@ -190,138 +190,6 @@ def _merge_branches(block: ReparamLargeKernelConv) -> bool:
     return True
 
 
-def _fold_double(branch: ConvNorm) -> nn.Module:
+def _fold_double(branch: Any) -> Any:
     """A branch's convolution with its norm folded in float64, so that the sum of branches is rounded once."""
     return _fold(branch.bn, copy.deepcopy(branch.conv).double(), False)
-
-
-@dataclass
-class Difference:
-    """Largest difference between two networks' outputs.
-
-    Attributes:
-        dtype: Precision both ran in.
-        absolute: Largest absolute difference.
-        relative: Largest over all outputs of (largest difference / largest magnitude of that output).
-        tolerance: What ``relative`` may be.
-        unproven: BatchNorm layers that no output depended on, because the comparison cannot run their part of the network.
-    """
-
-    dtype: torch.dtype
-    absolute: float
-    relative: float
-    tolerance: float
-    unproven: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Whether the outputs are finite and equal within the tolerance."""
-        return self.relative <= self.tolerance  # false for NaN
-
-    def __str__(self) -> str:
-        unproven = (f'; not compared, because these layers did not run: {len(self.unproven)} BatchNorm '
-                    f'({", ".join(self.unproven[:4])})' if self.unproven else '')
-        return (f'{str(self.dtype).removeprefix("torch.")}: max absolute difference {self.absolute:.3e}, relative '
-                f'{self.relative:.3e} (tolerance {self.tolerance:.0e}) {"equal" if self.ok else "DIFFERENT"}{unproven}')
-
-
-#: Relative tolerance of each precision. A wrong fold is off by 1e-2 and more. In float64 what is left is the rounding of
-#: the merged weights to float32, in which they are stored; in float32 also that of every layer.
-TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
-
-
-def compare(before: nn.Module, after: nn.Module, shape: tuple[int, ...] = (1, 3, 64, 64), seed: int = 0,
-            outputs: Callable[[nn.Module, Tensor], object] | None = None) -> list[Difference]:
-    """Run two networks on one random input in float64 and float32, in evaluation mode.
-
-    Args:
-        before: The reference. Both networks are copied, not changed.
-        after: What is held against it.
-        shape: Of the input, ``(N, C, H, W)``.
-        seed: Of the standard normal input.
-        outputs: What to compare; a network and an input to any nest of tensors. Defaults to
-            :func:`network_outputs`.
-
-    Returns:
-        A difference for each precision.
-
-    Raises:
-        ValueError: If the networks have no outputs that could be compared.
-    """
-    outputs = outputs or network_outputs
-    image = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = []
-    for dtype, tolerance in TOLERANCES.items():
-        results, ran = [], set()
-        for model in (before, after):
-            model = copy.deepcopy(model).cpu().eval().to(dtype)
-            if not results:
-                for name, norm in _norms(model):
-                    norm.register_forward_hook(lambda *_, name=name, ran=ran: ran.add(name))
-            with torch.no_grad():
-                results.append(list(_tensors(outputs(model, image.to(dtype)))))
-            del model
-        if not results[0]:
-            raise ValueError(f'{type(before).__name__}: no output tensors that could be compared')
-        absolute = relative = 0. if [a.shape for a in results[0]] == [b.shape for b in results[1]] else math.inf
-        for a, b in zip(*results, strict=False) if not absolute else ():
-            gap = (a.double() - b.double()).abs().max().item() if a.numel() else 0.
-            scale = a.double().abs().max().item() if a.numel() else 1.
-            absolute = _worse(absolute, gap)
-            relative = _worse(relative, gap / scale if scale else gap)
-        unproven = [name for name, _ in _norms(before) if name not in ran]
-        found.append(Difference(dtype, absolute, relative, tolerance, unproven))
-    return found
-
-
-def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm))
-
-
-def _worse(a: float, b: float) -> float:
-    return a if a != a or a >= b else b  # NaN is worst
-
-
-def network_outputs(model: nn.Module, image: Tensor) -> list:
-    """Everything a network computes from an image without choosing boxes: features, dense head outputs, RoI heads.
-
-    Which boxes a detector proposes flips with the last bit, so RoI heads get random features of their own shape.
-    """
-    if not hasattr(model, 'extract_feat'):
-        return [model(image)]
-    features = model.extract_feat(image)
-    found = [features]
-    for name in ('decode_head', 'auxiliary_head', 'rpn_head', 'bbox_head', 'mask_head'):
-        head = getattr(model, name, None)
-        heads = list(head) if isinstance(head, nn.ModuleList) else [head] if isinstance(head, nn.Module) else []
-        for i, part in enumerate(heads):
-            if name == 'decode_head' and i:  # the later heads of a cascade take the former one's output too
-                found.append(part(features, found[-1]))
-            elif _takes_one(part):
-                found.append(part(features))
-    roi_head = getattr(model, 'roi_head', None)
-    if isinstance(roi_head, nn.Module):
-        for part in roi_head.modules():
-            kind = type(part).__name__
-            if hasattr(part, 'roi_feat_size') and ('BBoxHead' in kind or 'MaskHead' in kind) and _takes_one(part):
-                size = part.roi_feat_size if isinstance(part.roi_feat_size, tuple) else (part.roi_feat_size,) * 2
-                generator = torch.Generator().manual_seed(1)
-                found.append(part(torch.randn(4, part.in_channels, *size, generator=generator).to(image)))
-    return found
-
-
-def _takes_one(head: nn.Module) -> bool:
-    """Whether features are all that a head's forward pass needs."""
-    parameters = inspect.signature(head.forward).parameters.values()
-    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 1
-
-
-def _tensors(nest: object) -> Iterator[Tensor]:
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, dict):
-        for value in nest.values():
-            yield from _tensors(value)
-    elif isinstance(nest, (list, tuple)):
-        for value in nest:
-            yield from _tensors(value)

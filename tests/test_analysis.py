@@ -12,7 +12,8 @@ from replk_mm.reparam import reparameterize
 
 
 def test_macs_of_a_convolution_and_a_linear_layer() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 5, padding=2, groups=8),
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                        nn.Conv2d(8, 8, 5, padding=2, groups=8),
                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
     assert complexity.macs(net, (32, 48)) == 16 * 24 * (8 * 3 * 9 + 8 * 25) + 8 * 10
     assert complexity.parameters(net) == (3 * 8 * 9 + 8) + 2 * 8 + (8 * 25 + 8) + (8 * 10 + 10)

@@ -13,9 +13,10 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from replk_mm import checkpoints
-from replk_mm.checkpoints import load_model, load_pretrained, read, save
+from replk_mm.checkpoints import load_pretrained, read, save
 from replk_mm.errors import UserError
 from replk_mm.key_formats import convert, to_official, unwrap
+from replk_mm.loading import load_model
 from replk_mm.models import ConvNeXt, RepLKNet
 from replk_mm.reparam import reparameterize
 

@@ -9,7 +9,8 @@ from mmengine.registry import PARAM_SCHEDULERS
 from tiny import ROOT, tiny  # noqa: F401
 
 from replk_mm.engine.config import build_model, fit_to_machine, load_config, replace_type, set_data_root, shorten
-from replk_mm.engine.runner import Options, prepare_training
+from replk_mm.engine.machine import Options
+from replk_mm.engine.prepare import prepare_training
 from replk_mm.errors import UserError
 
 SMALL = '''

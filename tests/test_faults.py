@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from tiny import tiny, trained  # noqa: F401
 
-from replk_mm.engine import runner
-from replk_mm.engine.runner import prepare_work_dir, reparameterize_checkpoint, select_device, train
+from replk_mm.engine.evaluate import evaluate
+from replk_mm.engine.machine import prepare_work_dir, select_device
+from replk_mm.engine.merge import reparameterize_checkpoint
+from replk_mm.engine.train import train
 from replk_mm.errors import USER_ERROR_STATUS, UserError, command, message_of
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -76,7 +78,7 @@ def test_bad_checkpoint_is_named_and_not_run(kind, tiny, trained, tmp_path):
     options = tiny.options(tmp_path / 'work')
     with pytest.raises(UserError) as info:
         # The fold needs what the test needs, without a data set.
-        reparameterize_checkpoint(cfg, str(path), tmp_path / 'out.pth') if kind != 'missing' else runner.test(
+        reparameterize_checkpoint(cfg, str(path), tmp_path / 'out.pth') if kind != 'missing' else evaluate(
             cfg, str(path), options)
     assert str(path) in first_line(info)
     assert KINDS[kind] in str(info.value)
@@ -89,7 +91,7 @@ def test_bad_checkpoint_is_named_by_a_test_run(kind, tiny, trained, tmp_path):
     path = tmp_path / 'x.pth'
     spoil(kind, trained, path)
     with pytest.raises(UserError, match=KINDS[kind]) as info:
-        runner.test(tiny.cfg(), str(path), tiny.options(tmp_path / 'work'))
+        evaluate(tiny.cfg(), str(path), tiny.options(tmp_path / 'work'))
     assert str(path) in first_line(info)
 
 
@@ -217,7 +219,7 @@ def test_bad_file_stops_augmented_testing_by_name(tiny, trained, tmp_path, monke
     image.write_bytes(image.read_bytes()[:2000])
     monkeypatch.setattr('replk_mm.data.checks.SAMPLE', 1)
     with pytest.raises(UserError, match='cut off') as info:
-        runner.test(tiny.cfg(), str(trained), tiny.options(tmp_path / 'work', data_root=str(data)), tta=True)
+        evaluate(tiny.cfg(), str(trained), tiny.options(tmp_path / 'work', data_root=str(data)), tta=True)
     assert message_of(info.value).startswith(str(image))
 
 

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from replk_mm.equivalence import compare, network_outputs
 from replk_mm.models import ConvNeXt, RepLKNet
 from replk_mm.models.replknet import ConvFFN, ReparamLargeKernelConv
 from replk_mm.ops import DepthwiseConv2d
-from replk_mm.reparam import compare, network_outputs, reparameterize
+from replk_mm.reparam import reparameterize
 
 TINY = dict(large_kernel_sizes=[13, 11, 9, 7], small_kernel=5, layers=[1, 1, 2, 1], channels=[8, 12, 16, 24], dw_ratio=1)
 CHANNELS = TINY['channels']

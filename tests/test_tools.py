@@ -17,14 +17,16 @@ from PIL import Image
 from tiny import ROOT, run_tool, tiny, tool_environment, trained  # noqa: F401
 
 from replk_mm import checkpoints
-from replk_mm.engine import results, runner
+from replk_mm.engine import merge, results, runner
+from replk_mm.engine.evaluate import evaluate
+from replk_mm.engine.merge import reparameterize_checkpoint
 from replk_mm.engine.predict import load_segmentor, predict
-from replk_mm.engine.runner import prepare_training, reparameterize_checkpoint, test, train
+from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.train import train
+from replk_mm.equivalence import Difference
 from replk_mm.errors import UserError
-from replk_mm.reparam import Difference
 
 # ruff: noqa: F811 (fixtures that come from another file)
-runner.test.__test__ = False  # a command, which pytest would take for a test
 TOOLS = ['train', 'test', 'predict', 'reparameterize', 'convert_checkpoint']
 
 
@@ -42,7 +44,7 @@ def plain(tiny, trained, tmp_path_factory):
     """The trained checkpoint's test, with label maps."""
     out = tmp_path_factory.mktemp('plain')
     cfg = tiny.cfg()
-    return cfg, test(cfg, str(trained), tiny.options(out), predictions=out / 'predictions'), out / 'predictions'
+    return cfg, evaluate(cfg, str(trained), tiny.options(out), predictions=out / 'predictions'), out / 'predictions'
 
 
 def read(path) -> dict:
@@ -74,7 +76,7 @@ def test_metric_equals_a_count_over_the_written_label_maps(tiny, plain):
 
 
 def test_merged_checkpoint_tests_the_same(tiny, plain, merged, tmp_path):
-    again = test(tiny.cfg(), str(merged), tiny.options(tmp_path))
+    again = evaluate(tiny.cfg(), str(merged), tiny.options(tmp_path))
     assert again.metrics['mIoU'] == pytest.approx(plain[1].metrics['mIoU'], abs=0.01)
     assert again.per_class.keys() == plain[1].per_class.keys()
     for name, figures in plain[1].per_class.items():
@@ -83,7 +85,7 @@ def test_merged_checkpoint_tests_the_same(tiny, plain, merged, tmp_path):
 
 
 def test_merging_on_the_fly_tests_the_same(tiny, trained, plain, tmp_path):
-    again = test(tiny.cfg(), str(trained), tiny.options(tmp_path), reparam=True)
+    again = evaluate(tiny.cfg(), str(trained), tiny.options(tmp_path), reparam=True)
     assert again.metrics['mIoU'] == pytest.approx(plain[1].metrics['mIoU'], abs=0.01)
     assert len(again.changes.merged) == 4
     assert len(again.changes.folded) > 20
@@ -123,7 +125,7 @@ def test_merging_onto_the_input_is_refused(tiny, trained):
 
 def test_failing_proof_writes_nothing(tiny, trained, tmp_path, monkeypatch):
     bad = [Difference(torch.float32, 1., 1., 1e-4)]
-    monkeypatch.setattr(runner, 'compare', lambda *args: bad)
+    monkeypatch.setattr(merge, 'compare', lambda *args: bad)
     with pytest.raises(UserError, match='nothing was written') as info:
         reparameterize_checkpoint(tiny.cfg(), str(trained), tmp_path / 'x' / 'out.pth')
     assert str(trained) in str(info.value).splitlines()[0]
@@ -137,7 +139,7 @@ def test_proof_that_is_no_number_fails():
 
 def test_test_time_augmentation_runs_and_changes_the_result(tiny, trained, plain, tmp_path):
     cfg = tiny.cfg()
-    found = test(cfg, str(trained), tiny.options(tmp_path), tta=True)
+    found = evaluate(cfg, str(trained), tiny.options(tmp_path), tta=True)
     assert found.metrics['mIoU'] > 5
     assert found.metrics != plain[1].metrics
     protocol = results.protocol(cfg, True)
@@ -149,7 +151,7 @@ def test_augmentation_that_the_config_does_not_have(tiny, trained, tmp_path):
     cfg = tiny.cfg()
     cfg.pop('tta_model')
     with pytest.raises(UserError, match='--tta'):
-        test(cfg, str(trained), tiny.options(tmp_path), tta=True)
+        evaluate(cfg, str(trained), tiny.options(tmp_path), tta=True)
 
 
 def test_record_is_strict_json_with_all_that_figures_depend_on(tiny, trained, plain, tmp_path):

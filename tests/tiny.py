@@ -14,7 +14,9 @@ from mmengine.config import Config
 from replk_mm.data.demo_scenes import DEMO_CLASSES, DEMO_PALETTE
 from replk_mm.data.demo_writer import write_demo_data
 from replk_mm.engine.config import load_config
-from replk_mm.engine.runner import Options, prepare_training, train
+from replk_mm.engine.machine import Options
+from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = f"""

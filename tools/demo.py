@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from replk_mm import cli, demo
-from replk_mm.engine.runner import prepare_work_dir
+from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import UserError, command
 
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from replk_mm import cli
 from replk_mm.engine.config import load_config
+from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.engine.predict import load_segmentor, predict, write_picture
-from replk_mm.engine.runner import prepare_work_dir
 from replk_mm.errors import command
 from replk_mm.visualize import legend, overlay
 

@@ -3,7 +3,7 @@ import sys
 
 from replk_mm import cli
 from replk_mm.engine.config import load_config
-from replk_mm.engine.runner import reparameterize_checkpoint
+from replk_mm.engine.merge import reparameterize_checkpoint
 from replk_mm.errors import command
 
 

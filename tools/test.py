@@ -7,7 +7,8 @@ from mmengine.dist import get_rank
 from replk_mm import cli
 from replk_mm.engine import results
 from replk_mm.engine.config import load_config
-from replk_mm.engine.runner import prepare_work_dir, test
+from replk_mm.engine.evaluate import evaluate
+from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import command
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     if out:
         prepare_work_dir(out)
     cfg = load_config(args.config, args.cfg_options)
-    result = test(cfg, args.checkpoint, cli.options_of(args), reparam=args.reparam, tta=args.tta,
+    result = evaluate(cfg, args.checkpoint, cli.options_of(args), reparam=args.reparam, tta=args.tta,
                   trust=args.trust_checkpoint, predictions=out / 'predictions' if out else None)
     if get_rank() != 0:
         return

@@ -4,7 +4,8 @@ import sys
 
 from replk_mm import cli
 from replk_mm.engine.config import load_config
-from replk_mm.engine.runner import prepare_training, train
+from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.train import train
 from replk_mm.errors import command
 
 

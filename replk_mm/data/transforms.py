@@ -66,3 +66,33 @@ def label_range_message(path: Path, found: list[int], num_classes: int, reduce_z
     return (f'{path}: label ids {shown} are beyond the {num_classes} classes; valid are {valid} with '
             f'reduce_zero_label={reduce_zero_label}\n'
             f'Set num_classes of every head (and the data set\'s classes) to the labels, or mend the label maps.')
+
+
+@TRANSFORMS.register_module()
+class ShrinkLabels(BaseTransform):
+    """Keep one label of every ``factor`` x ``factor`` block, so that the loss is taken at the logits' own resolution.
+
+    With 150 classes, logits brought to full resolution and their log-softmax are most of a small model's training step on a
+    CPU. Images keep their size. Put it after every transform that moves pixels, and see that no image is smaller than the
+    crop: padding is counted in image pixels.
+
+    Args:
+        factor: Side of a block in pixels; the stride of the logits, 4 for UperNet.
+
+    Raises:
+        UserError: If an image's sides are no multiples of ``factor``.
+    """
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def transform(self, results: dict) -> dict:
+        labels = results['gt_seg_map']
+        if labels.shape[0] % self.factor or labels.shape[1] % self.factor:
+            raise UserError(f'{results.get("seg_map_path")}: ShrinkLabels(factor={self.factor}) met a map of {labels.shape[0]}x'
+                            f'{labels.shape[1]} after cropping\nMake the crop size a multiple of the factor, and resize images '
+                            f'to at least the crop before it.')
+        # The label nearest to the block's centre, where the logit of the block is.
+        centre = self.factor // 2
+        results['gt_seg_map'] = np.ascontiguousarray(labels[centre::self.factor, centre::self.factor])
+        return results

@@ -7,8 +7,8 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.dist import all_reduce
 
+from replk_mm.equivalence import network_outputs
 from replk_mm.errors import UserError
-from replk_mm.reparam import network_outputs
 
 #: Weights, gradients and Adam's two moments, in float32.
 _BYTES_PER_PARAMETER = 16

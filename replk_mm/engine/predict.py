@@ -7,12 +7,13 @@ import numpy as np
 import torch.nn as nn
 from mmengine.config import Config
 
-from replk_mm import checkpoints
 from replk_mm.data.checks import dataset_class
 from replk_mm.data.files import damage
 from replk_mm.engine.config import build_model, fit_to_machine
-from replk_mm.engine.runner import num_classes_of, select_device
+from replk_mm.engine.machine import select_device
+from replk_mm.engine.prepare import num_classes_of
 from replk_mm.errors import UserError
+from replk_mm.loading import load_model
 from replk_mm.reparam import reparameterize
 
 
@@ -37,7 +38,7 @@ def load_segmentor(cfg: Config, checkpoint: str, device: str | None = None, repa
     model = build_model(cfg)
     if not hasattr(model, 'decode_head'):
         raise UserError(f'{cfg.filename}: {cfg.model.type} is no segmentor; this predicts label maps only')
-    _, meta = checkpoints.load_model(model, checkpoint, trust)
+    _, meta = load_model(model, checkpoint, trust)
     if reparam:
         reparameterize(model, inplace=True)
     model.cfg = cfg

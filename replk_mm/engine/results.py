@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 
 from replk_mm import __version__, checkpoints
-from replk_mm.engine.runner import TestResult
+from replk_mm.engine.evaluate import Evaluation
 from replk_mm.errors import UserError
 
 
@@ -50,7 +50,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def record(cfg: Config, checkpoint: str, result: TestResult, tta: bool) -> dict:
+def record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
     """A test's figures with everything that they depend on; finite numbers and None only."""
     path = checkpoints.fetch(checkpoint)
     merged = result.meta.get('replk_mm', {}).get('reparameterized')

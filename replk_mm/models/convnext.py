@@ -6,6 +6,7 @@ of parameters are mmpretrain's (Apache-2.0), so that its configs and checkpoints
 checkpoints are converted as they load.
 """
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -168,7 +169,7 @@ class ConvNeXt(Backbone):
             self.downsample_layers.append(nn.Sequential(
                 build_norm(norm_cfg, width), nn.Conv2d(width, following, 2, 2)))
         drop_path = iter(drop_path_rates(drop_path_rate, sum(depths), 'ConvNeXt'))
-        self.stages = nn.ModuleList(
+        self.stages: Any = nn.ModuleList(
             nn.Sequential(*(
                 ConvNeXtBlock(width, kernel, settings.get('ffn_ratio', 4), norm_cfg, act_cfg, linear_pw_conv, use_grn,
                               next(drop_path), layer_scale_init_value) for _ in range(depth)))

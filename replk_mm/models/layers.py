@@ -2,6 +2,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -127,6 +128,8 @@ class Backbone(BaseModule):
         ValueError: If ``out_indices`` is empty, repeats or names a stage that does not exist.
     """
 
+    init_cfg: Any
+
     def __init__(self, out_indices: int | Sequence[int], num_stages: int, norm_eval: bool,
                  init_cfg: dict | list[dict] | None) -> None:
         super().__init__(init_cfg)
@@ -139,7 +142,8 @@ class Backbone(BaseModule):
 
     def init_weights(self) -> None:
         """Initialize at random, then overwrite with the ``Pretrained`` checkpoint if ``init_cfg`` names one."""
-        cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg] if self.init_cfg else []
+        given = self.init_cfg
+        cfgs = given if isinstance(given, list) else [given] if given else []
         pretrained = [cfg for cfg in cfgs if cfg['type'] == 'Pretrained']
         if self.is_init:
             return

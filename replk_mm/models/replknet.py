@@ -5,6 +5,7 @@ arXiv:2203.06717. Written anew from the paper; the names of parameters are those
 that their checkpoints load, and mmpretrain's, which are the same.
 """
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn as nn
 from mmcv.cnn import build_activation_layer
@@ -197,7 +198,7 @@ class RepLKNet(Backbone):
         ValueError: If a value is out of its range, or ``arch`` is unknown or incomplete.
     """
 
-    arch_settings = {
+    arch_settings: dict[str, dict] = {
         # name:  kernels of the stages, small kernel, pairs of blocks, channels,     dw_ratio
         '31B':  dict(large_kernel_sizes=[31, 29, 27, 13], small_kernel=5, layers=[2, 2, 18, 2],
                      channels=[128, 256, 512, 1024], dw_ratio=1),
@@ -250,7 +251,7 @@ class RepLKNet(Backbone):
             ConvNorm(width, width, 3, 2, depthwise=True, norm_cfg=norm_cfg, act_cfg=act_cfg),
         ])
         drop_path = iter(drop_path_rates(drop_path_rate, sum(layers), 'RepLKNet'))
-        self.stages = nn.ModuleList()
+        self.stages: Any = nn.ModuleList()
         self.transitions = nn.ModuleList()
         for i, width in enumerate(channels):
             self.stages.append(

@@ -1,0 +1,100 @@
+"""Evaluate a checkpoint."""
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+from mmengine.model import is_model_wrapper
+
+from replk_mm import checkpoints
+from replk_mm.data.checks import check_data
+from replk_mm.engine.config import build_model, fit_to_machine, set_data_root
+from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
+from replk_mm.engine.prepare import check_while_loading, count_per_class, num_classes_of
+from replk_mm.engine.runner import Runner
+from replk_mm.errors import UserError
+from replk_mm.loading import load_model
+from replk_mm.reparam import Changes, reparameterize
+
+
+@dataclass
+class Evaluation:
+    """What a test measured.
+
+    Attributes:
+        metrics: As the config's evaluators name them.
+        per_class: Figures of every class in the labels, of segmentation metrics.
+        changes: What ``--reparam`` did, None if it was not asked for.
+        meta: The checkpoint's own record.
+        load: How many weights the checkpoint set, of each part.
+        images: Images evaluated.
+        seconds: Of the evaluation, data loading included.
+        notes: What was changed for this machine.
+    """
+
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    changes: Changes | None
+    meta: dict
+    load: str
+    images: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = False, tta: bool = False, trust: bool = False,
+         predictions: Path | None = None) -> Evaluation:
+    """Evaluate a checkpoint with the config's test loader and evaluators.
+
+    Args:
+        cfg: Changed in place.
+        checkpoint: Path or address; a merged one brings the model to its structure.
+        options: Device, data root, launcher and work dir are used.
+        reparam: Merge and fold before evaluating.
+        tta: Evaluate with the config's test-time augmentation.
+        trust: See :func:`replk_mm.checkpoints.read`.
+        predictions: Folder for label maps as PNG, None for none.
+
+    Raises:
+        UserError: If data or checkpoint do not fit.
+    """
+    device = select_device(options.device)
+    checkpoints.fetch(checkpoint)
+    cfg.launcher = options.launcher
+    cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
+    if options.data_root:
+        set_data_root(cfg, options.data_root)
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
+                'val_evaluator', 'auto_scale_lr'):
+        cfg.pop(key, None)
+    notes = fit_to_machine(cfg, None, device, processes_of(options.launcher)[1])
+    model = build_model(cfg, 'meta')
+    prepare_work_dir(cfg.work_dir)
+    notes += check_data(cfg, ('test',), num_classes_of(model))
+    if 'backbone' in cfg.model:
+        cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
+    for metric in count_per_class(cfg):
+        if predictions:
+            metric['output_dir'] = str(predictions)
+    if tta:
+        if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+            raise UserError(f'--tta: {cfg.filename} has no tta_model and tta_pipeline')
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    check_while_loading(cfg, num_classes_of(model))
+    cfg.visualizer = {**cfg.get('visualizer', {}), 'vis_backends': []}
+    init_gloo(options.launcher, device)
+    runner = Runner.from_cfg(cfg)
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = model.module if tta else model
+    report, meta = load_model(model, checkpoint, trust)
+    changes = None
+    if reparam:
+        changes = reparameterize(model, inplace=True)[1]
+    start = time.perf_counter()
+    metrics = runner.test()
+    seconds = time.perf_counter() - start
+    per_class = {name: figures for metric in runner.test_evaluator.metrics
+                 for name, figures in getattr(metric, 'per_class', {}).items()}
+    images = len(runner.test_dataloader.dataset)
+    return Evaluation(metrics, per_class, changes, meta, report.summary(), images, seconds, notes)

@@ -1,0 +1,111 @@
+"""The machine a run is on: its device, its processes, its disk."""
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mmengine.runner import find_latest_checkpoint
+
+from replk_mm.errors import UserError
+
+
+@dataclass
+class Options:
+    """What a command line may say of a run.
+
+    Attributes:
+        data_root: Folder of the data set; None for the config's.
+        work_dir: Where logs and checkpoints go; None for ``work_dirs/CONFIG``.
+        max_iters: Train for so many iterations; None for the config's schedule.
+        resume: ``'auto'`` for the last checkpoint of the work dir, or a checkpoint; None starts anew.
+        pretrained: Checkpoint for the backbone, ``'none'`` for random weights, None for the config's.
+        amp: ``'bf16'``, ``'fp16'`` or None.
+        device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for what is there.
+        seed: Of all randomness; None draws one and records it.
+        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+        memory_check: Lower the batch to what fits the memory.
+    """
+
+    data_root: str | None = None
+    work_dir: str | None = None
+    max_iters: int | None = None
+    resume: str | None = None
+    pretrained: str | None = None
+    amp: str | None = None
+    device: str | None = None
+    seed: int | None = None
+    launcher: str = 'none'
+    memory_check: bool = True
+
+
+def select_device(name: str | None) -> str:
+    """Make ``name`` the device that everything after uses. Call before anything touches CUDA.
+
+    Returns:
+        ``'cpu'`` or ``'cuda'``.
+
+    Raises:
+        UserError: If the device does not exist.
+    """
+    kind, _, index = (name or '').partition(':')
+    if kind == 'cpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    elif kind == 'cuda':
+        if index:
+            os.environ['CUDA_VISIBLE_DEVICES'] = index
+        if not torch.cuda.is_available():
+            raise UserError(f'--device {name}: torch {torch.__version__} finds no such GPU\n'
+                            f'Use --device cpu; python tools/doctor.py says what is there.')
+    elif kind:
+        raise UserError(f'--device {name}: unknown; use cpu, cuda or cuda:N')
+    return 'cuda' if kind != 'cpu' and torch.cuda.is_available() else 'cpu'
+
+
+def processes_of(launcher: str) -> tuple[int, int]:
+    """Processes of the whole run, and of this machine, as torchrun or Slurm announce them."""
+    def announced(*names: str) -> int:
+        return next((int(os.environ[name]) for name in names if os.environ.get(name, '').isdigit()), 1)
+
+    if launcher == 'none':
+        return 1, 1
+    total = announced('WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
+    return total, min(total, announced('LOCAL_WORLD_SIZE', 'SLURM_NTASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE'))
+
+
+def last_checkpoint(work_dir: str | Path) -> str | None:
+    """The checkpoint that training in ``work_dir`` wrote last, also if the folder has been moved since."""
+    named = find_latest_checkpoint(str(work_dir))
+    moved = Path(work_dir) / Path(named).name if named else None
+    return str(moved) if moved and moved.is_file() else named
+
+
+def init_gloo(launcher: str, device: str) -> None:
+    # mmengine 0.10.7 selects a CUDA device whatever the backend; a process group that exists is left alone.
+    if launcher == 'pytorch' and device == 'cpu' and not torch.distributed.is_initialized():
+        if 'RANK' not in os.environ:
+            raise UserError('--launcher pytorch: no RANK in the environment\n'
+                            'Start with: torchrun --nproc-per-node N tools/train.py CONFIG --launcher pytorch')
+        torch.distributed.init_process_group('gloo')
+
+
+def prepare_work_dir(path: str | Path, needed: int = 0) -> Path:
+    """Create a folder and see that it can be written to and that ``needed`` bytes fit.
+
+    Raises:
+        UserError: If not.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f'.write-test-{os.getpid()}'
+        probe.write_bytes(b'0')
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f'work dir {folder}: cannot be written to ({error.strerror})\nChoose another with --work-dir DIR.'
+                        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f'work dir {folder}: {free / 2**30:.2f} GiB free; a checkpoint takes {needed / 2**30:.2f} GiB\n'
+                        f'Make room, or choose another place with --work-dir DIR.')
+    return folder

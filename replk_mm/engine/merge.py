@@ -1,0 +1,49 @@
+"""Merge a trained checkpoint, with proof."""
+from pathlib import Path
+
+from mmengine.config import Config
+
+from replk_mm import checkpoints
+from replk_mm.engine.config import build_model, fit_to_machine
+from replk_mm.equivalence import compare
+from replk_mm.errors import UserError
+from replk_mm.loading import load_model
+from replk_mm.reparam import Changes, reparameterize
+
+
+def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path, trust: bool = False,
+                              shape: tuple[int, int] = (64, 64)) -> tuple[Changes, list]:
+    """Merge and fold a trained checkpoint, prove that it computes the same, and write it.
+
+    Args:
+        cfg: The config it was trained with.
+        checkpoint: Path or address, in training form (or merged already: then it is written again as it is).
+        out: File to write. Nothing is written if the proof fails.
+        trust: See :func:`replk_mm.checkpoints.read`.
+        shape: Height and width of the random image of the proof, in pixels.
+
+    Returns:
+        What was changed, and the differences found.
+
+    Raises:
+        UserError: If the checkpoint does not fit, the outputs differ beyond the tolerance, or ``out`` cannot be written.
+    """
+    if Path(out).resolve() == Path(checkpoint).resolve():
+        raise UserError(f'{out}: is the input itself; the merged network gets a file of its own')
+    fit_to_machine(cfg, None, 'cpu', 1)
+    if 'backbone' in cfg.model:
+        cfg.model.backbone.pop('init_cfg', None)
+    model = build_model(cfg)
+    _, meta = load_model(model, checkpoint, trust)
+    merged, changes = reparameterize(model)
+    differences = compare(model.eval(), merged, (1, 3, *shape))
+    if not all(d.ok for d in differences):
+        raise UserError(f'{checkpoint}: the merged network computes something else, nothing was written\n'
+                        + '\n'.join(map(str, differences)))
+    former = checkpoints.reparameterization_of({'meta': meta}, merged.state_dict()) or {}
+    record = dict(merge=bool(changes.merged) or former.get('merge', True), fold=True,
+                  source=str(checkpoint), source_sha256=checkpoints.sha256(checkpoints.fetch(checkpoint)),
+                  differences=[dict(dtype=str(d.dtype), absolute=d.absolute, relative=d.relative) for d in differences])
+    plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float, bool, dict, list, tuple))}
+    checkpoints.save({'meta': {**plain, 'replk_mm': {'reparameterized': record}}, 'state_dict': merged.state_dict()}, out)
+    return changes, differences

@@ -1,0 +1,148 @@
+"""Everything between a config and its run: options applied, data and memory checked, the machine's limits kept."""
+from pathlib import Path
+
+import torch.nn as nn
+from mmengine.config import Config, ConfigDict
+
+from replk_mm import checkpoints
+from replk_mm.data.checks import check_data, datasets_of
+from replk_mm.engine import memory
+from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
+from replk_mm.engine.machine import Options, init_gloo, last_checkpoint, prepare_work_dir, processes_of, select_device
+from replk_mm.errors import UserError
+
+
+def prepare_training(cfg: Config, options: Options) -> list[str]:
+    """Apply the options, check data and memory, fit the config to this machine.
+
+    Args:
+        cfg: Changed in place until :class:`Runner` can take it.
+        options: What the user said.
+
+    Returns:
+        What was changed or checked, a line each.
+
+    Raises:
+        UserError: If something stands in the way of training.
+    """
+    device = select_device(options.device)
+    processes, local_processes = processes_of(options.launcher)
+    init_gloo(options.launcher, device)  # first, for the processes agree on the batch
+    cfg.launcher = options.launcher
+    cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
+    if options.data_root:
+        set_data_root(cfg, options.data_root)
+    notes = []
+    if options.max_iters is not None:
+        notes.append(shorten(cfg, options.max_iters))
+    notes += fit_to_machine(cfg, options.amp, device, local_processes)
+    model = build_model(cfg, 'meta')
+    memory.check_batch(cfg)
+    parameters = sum(p.numel() for p in model.parameters())
+    # Weights and Adam's moments; the old checkpoint goes only when the new one is written.
+    prepare_work_dir(cfg.work_dir, needed=2 * 12 * parameters)
+    notes += check_data(cfg, ('train', 'val'), num_classes_of(model))
+    check_while_loading(cfg, num_classes_of(model))
+    count_per_class(cfg)
+    if options.memory_check and device == 'cpu':
+        notes += memory.fit_batch(cfg, model, local_processes)
+    notes += _scale_learning_rate(cfg, processes)
+    notes += _weights_to_start_from(cfg, options)
+    notes += _seed(cfg, options, model)
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
+    if hook and hook.get('type') == 'CheckpointHook':
+        hook['type'] = 'replk_mm.CheckpointHook'
+    return notes
+
+
+def check_while_loading(cfg: Config, num_classes: int | None) -> None:
+    def checked(step):
+        if isinstance(step, (list, tuple)):
+            return [checked(part) for part in step]
+        if step.get('type') in ('LoadImageFromFile', 'LoadAnnotations'):
+            return ConfigDict(type='replk_mm.CheckedLoad', load=step, num_classes=num_classes)
+        return ConfigDict({**step, 'transforms': checked(step['transforms'])}) if 'transforms' in step else step
+
+    for dataset in datasets_of(cfg):
+        dataset['pipeline'] = checked(dataset['pipeline'])
+
+
+def count_per_class(cfg: Config) -> list[ConfigDict]:
+    """Let segmentation metrics be ours, which keep the figures of every class; returns their configs."""
+    found = [metric for key in ('val_evaluator', 'test_evaluator') for metric in as_list(cfg.get(key))
+             if metric.get('type') in ('IoUMetric', 'mmseg.IoUMetric', 'replk_mm.IoUMetric')]
+    for metric in found:
+        metric['type'] = 'replk_mm.IoUMetric'
+    return found
+
+
+def num_classes_of(model: nn.Module) -> int | None:
+    """Classes of a segmentor's main head, None for other models."""
+    head = getattr(model, 'decode_head', None)
+    head = head[-1] if isinstance(head, nn.ModuleList) else head
+    return getattr(head, 'num_classes', None)
+
+
+def _scale_learning_rate(cfg: Config, processes: int) -> list[str]:
+    scaling = cfg.get('auto_scale_lr')
+    actual = cfg.train_dataloader.batch_size * processes
+    if not scaling or scaling.base_batch_size == actual:
+        return []
+    rate = cfg.optim_wrapper.optimizer.lr
+    if not scaling.get('enable'):
+        return [f'learning rate: {rate} as configured for {scaling.base_batch_size} images a step; this run has {actual} '
+                f'(auto_scale_lr.enable=True scales)']
+    ratio = actual / scaling.base_batch_size
+    return [f'learning rate: {rate} x {actual}/{scaling.base_batch_size} = {rate * ratio:.3g}, for {actual} images a step '
+            f'instead of {scaling.base_batch_size} (auto_scale_lr.enable=False keeps it)']
+
+
+def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
+    backbone = cfg.model.get('backbone', {})
+    if options.pretrained == 'none':
+        backbone.pop('init_cfg', None)
+        return ['weights: random (--pretrained none)']
+    if options.pretrained:
+        backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained)
+    source = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
+    if source is None or options.resume:
+        return []
+    try:
+        if not options.pretrained and not str(backbone.get('type')).startswith('replk_mm.'):
+            return []  # another package's backbone loads with mmengine, which knows more kinds of address
+        checkpoints.fetch(source['checkpoint'])
+    except checkpoints.DownloadError as error:
+        # A shortened run is not the published recipe anyway; a full one must not start from the wrong weights.
+        if options.max_iters is None:
+            raise
+        backbone.pop('init_cfg')
+        return [f'WEIGHTS: RANDOM. {str(error).splitlines()[0]}; going on because --max-iters makes this a trial run']
+    return []
+
+
+def _seed(cfg: Config, options: Options, model: nn.Module) -> list[str]:
+    """Fix the seed: given, else that of the checkpoint to resume (its data order depends on it), else mmengine draws."""
+    notes = []
+    if options.seed is not None:
+        cfg.randomness = {**cfg.get('randomness', {}), 'seed': options.seed}
+        notes.append(f'seed: {options.seed}')
+    if not options.resume:
+        return notes
+    last = options.resume if options.resume != 'auto' else last_checkpoint(cfg.work_dir)
+    if last is None:
+        return [*notes, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
+    loaded = checkpoints.read(last)
+    if 'optimizer' not in loaded:
+        merged = checkpoints.reparameterization_of(loaded, ())
+        raise UserError(f'{last}: cannot be resumed: it has no optimizer state'
+                        + (' (reparameterized checkpoints are for inference)' if merged else '')
+                        + '\nResume from a checkpoint that training wrote.')
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, str(last)).items()}
+    differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
+    if differing:
+        raise UserError(f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} weights '
+                        f'differ, {differing[0]} first\nResume with the config it was trained with.')
+    cfg.load_from, cfg.resume = str(last), True
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': loaded['meta'].get('seed')}
+    return [*notes, f'resume: {last}, iteration {loaded["meta"]["iter"]}, seed {loaded["meta"].get("seed")}']
