@@ -1,12 +1,12 @@
 # Small UperNet with ConvNeXt-nano, from scratch, ADE20K layout at 256x256: trains on a CPU.
 #
 # Train:     python tools/train.py configs/upernet_convnext-nano_ade20k.py
-# Recipe:    1 CPU x 4 images (global batch 4), 2000 iterations
+# Recipe:    1 CPU x 4 images (global batch 4), 1300 iterations
 # Published: none; a model of this project, for first steps and for checks of the whole chain
 _base_ = [
     './_base_/models/upernet_nano.py',
     './_base_/datasets/ade20k_256.py',
-    './_base_/schedules/nano_2k.py',
+    './_base_/schedules/nano.py',
     'mmseg::_base_/default_runtime.py',
 ]
 model = dict(

@@ -24,6 +24,11 @@ def parser(doc: str, example: str) -> argparse.ArgumentParser:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def add_config_options(p: argparse.ArgumentParser) -> None:
+    """Overrides of config fields; a checkpoint trained with some needs the same ones later."""
+    p.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE', help='override config fields')
+
+
 def add_run_arguments(p: argparse.ArgumentParser) -> None:
     """What training and testing have in common."""
     p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the config)')
@@ -31,7 +36,7 @@ def add_run_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
                    help='how the processes of a distributed run were started (torchrun: pytorch)')
-    p.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE', help='override config fields')
+    add_config_options(p)
     p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from replk_mm.data import checks
 from replk_mm.data.checks import as_list, check_data, check_dataset, datasets_of
 from replk_mm.data.files import damage
+from replk_mm.data.transforms import ShrinkLabels
 from replk_mm.errors import UserError, message_of
 from replk_mm.registry import TRANSFORMS
 
@@ -365,3 +366,15 @@ def test_whole_files_are_whole_and_any_cut_is_seen(tmp_path, suffix, options):
 def test_other_formats_are_left_to_their_decoder(tmp_path):
     Image.new('RGB', (8, 8)).save(tmp_path / 'x.bmp')
     assert damage(tmp_path / 'x.bmp') is None
+
+
+def test_shrunk_labels_are_those_at_the_centres_of_the_blocks():
+    labels = np.arange(8 * 12, dtype=np.uint8).reshape(8, 12)
+    out = ShrinkLabels(4).transform({'gt_seg_map': labels, 'img': np.zeros((8, 12, 3), np.uint8)})
+    assert out['gt_seg_map'].tolist() == [[2 * 12 + 2, 2 * 12 + 6, 2 * 12 + 10], [6 * 12 + 2, 6 * 12 + 6, 6 * 12 + 10]]
+    assert out['img'].shape == (8, 12, 3)
+
+
+def test_shrinking_names_a_map_that_does_not_divide():
+    with pytest.raises(UserError, match=r'^a\.png: ShrinkLabels\(factor=4\) met a map of 9x8'):
+        ShrinkLabels(4).transform({'gt_seg_map': np.zeros((9, 8), np.uint8), 'seg_map_path': 'a.png'})

@@ -85,7 +85,7 @@ def test_config_that_inherits_by_the_installed_name(tmp_path):
 
 
 def test_parts_of_a_config_are_no_config():
-    part = str(ROOT / 'configs/_base_/schedules/nano_2k.py')
+    part = str(ROOT / 'configs/_base_/schedules/nano.py')
     with pytest.raises(UserError, match="no 'model'"):
         load_config(part)
 

@@ -17,7 +17,7 @@ def main() -> None:
     p.add_argument('--resume', action='store_true', help='go on where an interrupted demo stopped')
     args = p.parse_args()
     start = time.monotonic()
-    rows, picture = demo.run(prepare_work_dir(args.out), args.seed, args.max_iters, args.resume)
+    rows, picture = demo.run(prepare_work_dir(args.out, option='--out'), args.seed, args.max_iters, args.resume)
     print(demo.table(rows))
     print(f'\nmIoU over {demo.VAL_SCENES} scenes never trained on; {(time.monotonic() - start) / 60:.1f} minutes\n'
           f'predictions: {picture}\nfigures with their protocol: {Path(args.out) / "demo.json"}')

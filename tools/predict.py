@@ -15,7 +15,7 @@ from replk_mm.visualize import legend, overlay
 @command
 def main() -> None:
     p = cli.parser(__doc__,
-                   'python tools/predict.py configs/upernet_replk-nano_ade20k.py iter_2000.pth street.jpg --out out')
+                   'python tools/predict.py configs/upernet_replk-nano_ade20k.py iter_1300.pth street.jpg --out out')
     p.add_argument('config', help='config the checkpoint was trained with')
     p.add_argument('checkpoint', help='trained checkpoint, merged or not')
     p.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
@@ -25,9 +25,11 @@ def main() -> None:
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
     p.add_argument('--trust-checkpoint', action='store_true',
                    help='let the checkpoint run code; only if you know its maker')
+    cli.add_config_options(p)
     args = p.parse_args()
-    out = prepare_work_dir(args.out)
-    model = load_segmentor(load_config(args.config), args.checkpoint, args.device, args.reparam, args.trust_checkpoint)
+    out = prepare_work_dir(args.out, option='--out')
+    cfg = load_config(args.config, args.cfg_options)
+    model = load_segmentor(cfg, args.checkpoint, args.device, args.reparam, args.trust_checkpoint)
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
     used: set[str] = set()
     for i, (path, image, labels) in enumerate(predict(model, args.images), 1):

@@ -9,7 +9,7 @@ from replk_mm.errors import command
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 'python tools/reparameterize.py configs/upernet_replk-nano_ade20k.py iter_2000.pth merged.pth')
+    p = cli.parser(__doc__, 'python tools/reparameterize.py configs/upernet_replk-nano_ade20k.py iter_1300.pth merged.pth')
     p.add_argument('config', help='config the checkpoint was trained with')
     p.add_argument('checkpoint', help='trained checkpoint')
     p.add_argument('out', help='file to write; loads in tools/test.py with the same config')
@@ -17,8 +17,9 @@ def main() -> None:
                    help='size of the random image of the proof, in pixels (default: 64 64)')
     p.add_argument('--trust-checkpoint', action='store_true',
                    help='let the checkpoint run code; only if you know its maker')
+    cli.add_config_options(p)
     args = p.parse_args()
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, args.cfg_options)
     changes, differences = reparameterize_checkpoint(cfg, args.checkpoint, args.out, args.trust_checkpoint,
                                                      tuple(args.shape))
     print(changes)

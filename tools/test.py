@@ -14,7 +14,7 @@ from replk_mm.errors import command
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 'python tools/test.py configs/upernet_replk-nano_ade20k.py work_dirs/x/iter_2000.pth --out out')
+    p = cli.parser(__doc__, 'python tools/test.py configs/upernet_replk-nano_ade20k.py work_dirs/x/iter_1300.pth --out out')
     p.add_argument('config', help='config file, or replk_mm::NAME.py')
     p.add_argument('checkpoint', help='trained checkpoint, merged or not: file or address')
     cli.add_run_arguments(p)
@@ -26,7 +26,7 @@ def main() -> None:
     args = p.parse_args()
     out = Path(args.out) if args.out else None
     if out:
-        prepare_work_dir(out)
+        prepare_work_dir(out, option='--out')
     cfg = load_config(args.config, args.cfg_options)
     result = evaluate(cfg, args.checkpoint, cli.options_of(args), reparam=args.reparam, tta=args.tta,
                   trust=args.trust_checkpoint, predictions=out / 'predictions' if out else None)

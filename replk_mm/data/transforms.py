@@ -89,9 +89,9 @@ class ShrinkLabels(BaseTransform):
     def transform(self, results: dict) -> dict:
         labels = results['gt_seg_map']
         if labels.shape[0] % self.factor or labels.shape[1] % self.factor:
-            raise UserError(f'{results.get("seg_map_path")}: ShrinkLabels(factor={self.factor}) met a map of {labels.shape[0]}x'
-                            f'{labels.shape[1]} after cropping\nMake the crop size a multiple of the factor, and resize images '
-                            f'to at least the crop before it.')
+            raise UserError(f'{results.get("seg_map_path")}: ShrinkLabels(factor={self.factor}) met a map of '
+                            f'{labels.shape[0]}x{labels.shape[1]} after cropping\n'
+                            f'Make the crop size a multiple of the factor, and resize images to at least the crop before it.')
         # The label nearest to the block's centre, where the logit of the block is.
         centre = self.factor // 2
         results['gt_seg_map'] = np.ascontiguousarray(labels[centre::self.factor, centre::self.factor])

@@ -81,6 +81,11 @@ def last_checkpoint(work_dir: str | Path) -> str | None:
 
 
 def init_gloo(launcher: str, device: str) -> None:
+    """Start the process group of a run that torchrun started on CPUs.
+
+    Raises:
+        UserError: If torchrun did not start this process.
+    """
     # mmengine 0.10.7 selects a CUDA device whatever the backend; a process group that exists is left alone.
     if launcher == 'pytorch' and device == 'cpu' and not torch.distributed.is_initialized():
         if 'RANK' not in os.environ:
@@ -89,23 +94,29 @@ def init_gloo(launcher: str, device: str) -> None:
         torch.distributed.init_process_group('gloo')
 
 
-def prepare_work_dir(path: str | Path, needed: int = 0) -> Path:
+def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-dir') -> Path:
     """Create a folder and see that it can be written to and that ``needed`` bytes fit.
+
+    Args:
+        path: The folder.
+        needed: Bytes that must be free.
+        option: What named it on the command line.
 
     Raises:
         UserError: If not.
     """
     folder = Path(path)
+    what = f'{option[2:].replace("-", " ")} {folder}'
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f'.write-test-{os.getpid()}'
         probe.write_bytes(b'0')
         probe.unlink()
     except OSError as error:
-        raise UserError(f'work dir {folder}: cannot be written to ({error.strerror})\nChoose another with --work-dir DIR.'
-                        ) from error
+        raise UserError(f'{what}: cannot be written to ({error.strerror})\n'
+                        f'Choose another with {option} DIR.') from error
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f'work dir {folder}: {free / 2**30:.2f} GiB free; a checkpoint takes {needed / 2**30:.2f} GiB\n'
-                        f'Make room, or choose another place with --work-dir DIR.')
+        raise UserError(f'{what}: {free / 2**30:.2f} GiB free; a checkpoint takes {needed / 2**30:.2f} GiB\n'
+                        f'Make room, or choose another place with {option} DIR.')
     return folder

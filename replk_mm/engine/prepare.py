@@ -56,6 +56,7 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
 
 
 def check_while_loading(cfg: Config, num_classes: int | None) -> None:
+    """Wrap the loading steps of every pipeline, so that a bad file is named when it is read."""
     def checked(step):
         if isinstance(step, (list, tuple)):
             return [checked(part) for part in step]
@@ -144,5 +145,7 @@ def _seed(cfg: Config, options: Options, model: nn.Module) -> list[str]:
         raise UserError(f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} weights '
                         f'differ, {differing[0]} first\nResume with the config it was trained with.')
     cfg.load_from, cfg.resume = str(last), True
-    cfg.randomness = {**cfg.get('randomness', {}), 'seed': loaded['meta'].get('seed')}
-    return [*notes, f'resume: {last}, iteration {loaded["meta"]["iter"]}, seed {loaded["meta"].get("seed")}']
+    seed = loaded['meta'].get('seed')
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
+    note = f'resume: {last}, iteration {loaded["meta"]["iter"]}, seed {seed}'
+    return [note + (f' (its own; --seed {options.seed} is for a new run)' if options.seed not in (None, seed) else '')]
