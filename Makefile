@@ -24,7 +24,7 @@ demo: setup ## Train, reparameterize, evaluate and compare on generated images, 
 test: setup ## All tests
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
-test-fast: setup ## The tests that take seconds
+test-fast: setup ## The fast tests, two to three minutes
 	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 lint: setup ## Style and types

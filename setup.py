@@ -12,7 +12,7 @@ INSTALL_REQUIRES = [
     'mmengine>=0.10.4,<1',
     'numpy',
     'pyyaml',
-    'setuptools<81',  # mmengine imports pkg_resources without asking for it
+    'setuptools<80',  # mmengine imports pkg_resources without asking for it
 ]
 EXTRAS = {
     'seg': ['mmsegmentation>=1.2,<2', 'ftfy', 'regex'],  # mmsegmentation imports the last two without declaring them

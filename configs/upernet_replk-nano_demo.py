@@ -8,7 +8,7 @@ crop_size = (160, 160)
 num_classes = 8
 # Objects cover a sixth of the pixels; the Dice loss counts every class alike, so that their shapes are not learned last.
 loss = [dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0), dict(type='DiceLoss', loss_weight=1.0)]
-load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True)]
+load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
 # Whole scenes: a cue at the top names objects far below it, so that nothing may be cropped or turned.
 resize = dict(type='Resize', scale=crop_size, keep_ratio=False)
 train_pipeline = [*load, resize, dict(type='RandomFlip', prob=0.5), dict(type='PackSegInputs')]

@@ -1,5 +1,6 @@
 """Checkpoints: read without running a stranger's code, in any known format, with a strict account of what matched."""
 import hashlib
+import logging
 import os
 import pickle
 import re
@@ -46,14 +47,13 @@ def fetch(checkpoint: str | Path) -> Path:
         return path
     path = Path(torch.hub.get_dir()) / 'checkpoints' / name.rsplit('/', 1)[-1]
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         print_log(f'downloading {name}', logger='current')
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(name, str(path), progress=True)
         except OSError as error:
             raise DownloadError(f'{name}: the checkpoint could not be downloaded ({error})\n'
-                                f'Put the file at {path} by hand, or name a local one with '
-                                f'--pretrained FILE; --pretrained none starts from random weights.') from error
+                                f'Put the file at {path} by hand.') from error
     return path
 
 
@@ -208,10 +208,17 @@ def load_pretrained(backbone: nn.Module, checkpoint: str | Path, prefix: str | N
     """
     if map_location != 'cpu':
         raise UserError(f"init_cfg.map_location={map_location!r}: weights are read on the CPU and copied; use 'cpu'")
-    found = convert(unwrap(read(checkpoint), str(checkpoint)), prefix)
+    loaded = read(checkpoint)
+    found = convert(unwrap(loaded, str(checkpoint)), prefix)
     weights = found.backbone
+    if (reparameterization_of(loaded, ()) or {}).get('fold'):
+        raise UserError(f'{checkpoint}: its BatchNorm is folded, which is for inference; training cannot start from it\n'
+                        f'Start from the checkpoint it was made of.')
     if found.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
         weights = _unmerge(weights, backbone)
+        print_log(f'{checkpoint}: merged weights in a network with parallel kernels: the same in evaluation, but in training '
+                  f'batch statistics replace the folded ones; norm_eval=True or small_kernel_merged=True keeps them',
+                  logger='current', level=logging.WARNING)
     report = copy_weights(backbone, weights, parts=False)
     report.missing = [key for key in report.missing if not _starts_as_identity(key)]
     report.unexpected = [key for key in report.unexpected if not _of_unused_stage(key, backbone)]

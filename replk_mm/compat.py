@@ -1,4 +1,4 @@
-"""Where the installed versions of mmengine, mmcv, mmseg, mmdet and torch need help. Nothing else in the package knows.
+"""What installed versions of mmengine, numpy and torch need before anything else of this package works.
 
 Each function mends one thing, may be called any number of times, and says which versions it is for.
 """

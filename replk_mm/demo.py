@@ -1,5 +1,6 @@
 """The whole chain on procedural scenes: write data, train, test, reparameterize, test again, compare, draw."""
 import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ class Row:
 def prepare_data(out: Path, seed: int) -> Path:
     """Write the scenes, unless an earlier run has."""
     data = out / 'data'
-    if not (data / META).exists():
-        write_demo_data(data, train=TRAIN_SCENES, val=VAL_SCENES, seed=seed, progress=True)
+    written = json.loads((data / META).read_text()) if (data / META).is_file() else {}
+    if [written.get('seed'), written.get('scenes')] != [seed, {'train': TRAIN_SCENES, 'val': VAL_SCENES}]:
+        write_demo_data(data, train=TRAIN_SCENES, val=VAL_SCENES, seed=seed, overwrite=True, progress=True)
     return data
 
 

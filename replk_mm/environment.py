@@ -98,6 +98,8 @@ def examine() -> Report:
 def check_operators(ops: dict, torch: dict) -> list[Finding]:
     """One finding a device: whether mmcv's compiled operator ran there."""
     if not ops['ok']:
+        if not torch['ok'] and find_spec('torch'):
+            return [Finding('cpu', 'no', torch['error'], fix=reinstall('torch'))]
         installed = find_spec('torch') and find_spec('mmcv')
         return [Finding('cpu', 'no', ops['error'], fix=build_mmcv() if installed else make_setup())]
     models = {device['name']: device['model'] for device in torch.get('devices', ())}
@@ -123,7 +125,12 @@ def check_gpu(torch: dict, operators: list[Finding]) -> Finding:
         return Finding('gpu', 'no', torch['error'])
     if not torch['devices']:
         blind = f'torch is built for CUDA {torch["cuda"]}, but sees no device'
-        return Finding('gpu', 'no', blind if torch['cuda'] else 'torch is a CPU build')
+        if torch['cuda']:
+            return Finding('gpu', 'no', blind)
+        # Only where there is a GPU: a build for CUDA is several gigabytes.
+        release = torch['version'].split('+')[0]
+        return Finding('gpu', 'no', 'torch is a CPU build',
+                       fix=f'if this machine has a GPU: make setup TORCH="torch=={release}"')
     failing = [finding for finding in operators if finding.name != 'cpu' and finding.status != 'ok']
     if failing:
         return Finding('gpu', 'no', f"mmcv's operators fail on {failing[0].name}", fix=failing[0].fix)

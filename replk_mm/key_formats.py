@@ -159,5 +159,5 @@ def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in weights.items():
         for ours, theirs in names:
             key = key.replace(ours, theirs)
-        out[key] = value
+        out[key] = value.view(1, 1, 1, -1) if '.grn.' in key else value
     return out

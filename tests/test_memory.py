@@ -114,7 +114,7 @@ def test_crop_of_a_config(size, crop):
 def test_one_image_cannot_train_batch_norm_on_one_pixel(cfg):
     cfg.train_dataloader.batch_size = 1
     with pytest.raises(UserError, match='batch_size=1.*model.decode_head.*at least 2'):
-        memory.check_batch(cfg)
+        memory.check_batch(cfg, build_model(cfg, 'meta'))
     # torch agrees
     model = build_model(cfg).train()
     with pytest.raises(ValueError, match='more than 1 value per channel'):
@@ -126,7 +126,7 @@ def test_one_image_cannot_train_batch_norm_on_one_pixel(cfg):
 def test_one_image_trains_with_other_norms(cfg, options):
     cfg.train_dataloader.batch_size = 1
     cfg.model.decode_head.norm_cfg = options
-    memory.check_batch(cfg)
+    memory.check_batch(cfg, build_model(cfg, 'meta'))
     if options['type'] == 'GN':
         model = build_model(cfg).train()
         model.decode_head(model.extract_feat(torch.zeros(1, 3, 64, 64)))
@@ -136,7 +136,7 @@ def test_one_image_trains_with_other_norms(cfg, options):
 def test_one_image_trains_without_norm_or_without_pooling_to_a_pixel(cfg, change):
     cfg.train_dataloader.batch_size = 1
     cfg.model.decode_head.update(change)
-    memory.check_batch(cfg)
+    memory.check_batch(cfg, build_model(cfg, 'meta'))
 
 
 def test_available_memory_is_what_the_system_says():

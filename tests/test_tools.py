@@ -434,6 +434,13 @@ def test_picture_that_cannot_be_written_is_an_error(tiny, trained, tmp_path, mon
     assert 'demo_val_000000_overlay.png' in capfd.readouterr().err
 
 
+def test_converted_file_is_still_known_as_merged(tiny, merged, plain, tmp_path, monkeypatch):
+    out = tmp_path / 'converted.pth'
+    assert tool_main('convert_checkpoint', merged, out, monkeypatch=monkeypatch) == 0
+    again = evaluate(tiny.cfg(), str(out), tiny.options(tmp_path))
+    assert again.metrics['mIoU'] == pytest.approx(plain[1].metrics['mIoU'], abs=0.01)
+
+
 def test_converting_to_the_authors_names_and_back(trained, tmp_path, monkeypatch, capsys):
     there, back = tmp_path / 'official.pth', tmp_path / 'back.pth'
     assert tool_main('convert_checkpoint', trained, there, '--to', 'official', monkeypatch=monkeypatch) == 0

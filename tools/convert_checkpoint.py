@@ -19,14 +19,19 @@ def main() -> None:
     p.add_argument('--trust-checkpoint', action='store_true',
                    help='let the checkpoint run code; only if you know its maker')
     args = p.parse_args()
-    found = convert(unwrap(checkpoints.read(args.checkpoint, args.trust_checkpoint), args.checkpoint))
+    loaded = checkpoints.read(args.checkpoint, args.trust_checkpoint)
+    found = convert(unwrap(loaded, args.checkpoint))
     if not found.family:
         raise UserError(f'{args.checkpoint}: neither RepLKNet nor ConvNeXt; its keys begin with '
                         f'{", ".join(list(found.backbone)[:3])}\nOnly these two families can be converted.')
     backbone = to_official(found.backbone) if args.to == 'official' else found.backbone
     prefix = 'backbone.' if found.whole_model else ''
     weights = {**{prefix + key: value for key, value in backbone.items()}, **found.rest}
-    checkpoints.save({'meta': {'source': args.checkpoint, 'source_format': found.format}, 'state_dict': weights}, args.out)
+    # What the weights mean stays with them: how they were merged, the classes.
+    meta = loaded.get('meta') if isinstance(loaded.get('meta'), dict) else {}
+    meta = {key: meta[key] for key in ('replk_mm', 'dataset_meta', 'iter', 'seed') if key in meta}
+    checkpoints.save({'meta': {**meta, 'source': args.checkpoint, 'source_format': found.format}, 'state_dict': weights},
+                     args.out)
     print(f'{args.checkpoint}: {found.describe()}')
     print(f'written: {args.out}, {len(backbone)} backbone weights, {len(found.rest)} others, {args.to} key names')
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import hashlib
-import json
 import signal
 import subprocess
 import sys
@@ -11,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from replk_mm.install.state import alone, read_json, write_json  # noqa: E402 (not installed yet)
+
 VENV = ROOT / '.venv'
 PYTHON = VENV / 'bin' / 'python'
 STAMP, LOG = VENV / 'setup.json', ROOT / '.setup' / 'pip.log'
@@ -80,7 +82,8 @@ def main() -> None:
     parser.add_argument('--python', help='interpreter for .venv. Defaults to that of .venv, or else the running one')
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    stamp = json.loads(STAMP.read_text()) if STAMP.is_file() else {}
+    lock = alone(LOG.parent)  # noqa: F841 (held until this process ends)
+    stamp = read_json(STAMP)
     chosen = args.torch or stamp.get('torch')
     torch, kept = chosen or TORCH, version(PYTHON)
     replaced = args.python and version(args.python) != kept
@@ -106,7 +109,7 @@ def main() -> None:
             sys.exit(1)
     run([*pip, '--no-deps', '--no-build-isolation', '-e', ROOT], 'installing replk_mm', 'see the log')
     installed = answer([PYTHON, '-c', LIST]).splitlines()
-    STAMP.write_text(json.dumps({'fingerprint': fingerprint(torch), 'torch': chosen, 'installed': installed}))
+    write_json(STAMP, {'fingerprint': fingerprint(torch), 'torch': chosen, 'installed': installed})
     print('.venv is ready. Check it: .venv/bin/python tools/doctor.py')
 
 

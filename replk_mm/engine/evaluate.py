@@ -9,6 +9,7 @@ from mmengine.model import is_model_wrapper
 from replk_mm import checkpoints
 from replk_mm.data.checks import check_data
 from replk_mm.engine.config import build_model, fit_to_machine, set_data_root
+from replk_mm.engine.failures import naming_failures
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.prepare import check_while_loading, count_per_class, num_classes_of
 from replk_mm.engine.runner import Runner
@@ -76,10 +77,14 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     for metric in count_per_class(cfg):
         if predictions:
             metric['output_dir'] = str(predictions)
+    # A config may name weights to start training from; mmengine would load them over the checkpoint's.
+    cfg.load_from, cfg.resume = None, False
     if tta:
         if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
             raise UserError(f'--tta: {cfg.filename} has no tta_model and tta_pipeline')
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        if 'tta_test_cfg' in cfg:
+            cfg.model.test_cfg = cfg.tta_test_cfg
         cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     check_while_loading(cfg, num_classes_of(model))
     cfg.visualizer = {**cfg.get('visualizer', {}), 'vis_backends': []}
@@ -92,7 +97,8 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     if reparam:
         changes = reparameterize(model, inplace=True)[1]
     start = time.perf_counter()
-    metrics = runner.test()
+    with naming_failures(cfg, runner):
+        metrics = runner.test()
     seconds = time.perf_counter() - start
     per_class = {name: figures for metric in runner.test_evaluator.metrics
                  for name, figures in getattr(metric, 'per_class', {}).items()}

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import mmengine.device.utils as devices
 import torch
 from mmengine.runner import find_latest_checkpoint
 
@@ -40,7 +41,7 @@ class Options:
 
 
 def select_device(name: str | None) -> str:
-    """Make ``name`` the device that everything after uses. Call before anything touches CUDA.
+    """Make ``name`` the device that everything after uses.
 
     Returns:
         ``'cpu'`` or ``'cuda'``.
@@ -48,18 +49,19 @@ def select_device(name: str | None) -> str:
     Raises:
         UserError: If the device does not exist.
     """
-    kind, _, index = (name or '').partition(':')
-    if kind == 'cpu':
-        os.environ['CUDA_VISIBLE_DEVICES'] = ''
-    elif kind == 'cuda':
-        if index:
-            os.environ['CUDA_VISIBLE_DEVICES'] = index
-        if not torch.cuda.is_available():
-            raise UserError(f'--device {name}: torch {torch.__version__} finds no such GPU\n'
-                            f'Use --device cpu; python tools/doctor.py says what is there.')
-    elif kind:
+    kind, colon, index = (name or '').partition(':')
+    if kind not in ('', 'cpu', 'cuda') or (colon and not (kind == 'cuda' and index.isdigit())):
         raise UserError(f'--device {name}: unknown; use cpu, cuda or cuda:N')
-    return 'cuda' if kind != 'cpu' and torch.cuda.is_available() else 'cpu'
+    if kind == 'cuda':
+        count = torch.cuda.device_count()
+        if int(index or 0) >= count:
+            raise UserError(f'--device {name}: torch {torch.__version__} finds {count} GPUs\n'
+                            f'Use --device cpu; python tools/doctor.py says what is there.')
+        if index:
+            torch.cuda.set_device(int(index))
+    chosen = kind or ('cuda' if torch.cuda.is_available() else 'cpu')
+    devices.DEVICE = chosen  # mmengine has looked for a GPU when it was imported, and asks nobody afterwards
+    return chosen
 
 
 def processes_of(launcher: str) -> tuple[int, int]:

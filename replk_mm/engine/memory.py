@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.dist import all_reduce
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 
 from replk_mm.equivalence import network_outputs
 from replk_mm.errors import UserError
@@ -93,7 +94,7 @@ def fit_batch(cfg: Config, model: nn.Module, world_size: int) -> list[str]:
     head = model.decode_head
     heads = list(head) if isinstance(head, nn.ModuleList) else [head]
     classes = max(int(getattr(head, 'num_classes', 0)) for head in heads)
-    smallest = min(wanted, smallest_batch(cfg))
+    smallest = min(wanted, 2 if pooled_norm(model) else 1)
     # One figure for all processes: they must come to the same batch.
     found = torch.tensor(available_bytes(), dtype=torch.int64)
     all_reduce(found, 'min')
@@ -118,30 +119,28 @@ def crop_of(cfg: Config) -> tuple[int, int] | None:
     return None if size is None else (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def pools_to_one_pixel(cfg: Config) -> bool:
-    """Whether a head trains BatchNorm on a map pooled to 1x1, where one image gives one value and no variance."""
-    heads = cfg.model.get('decode_head')
-    for head in heads if isinstance(heads, (list, tuple)) else [heads]:
-        if head and 1 in head.get('pool_scales', ()) and (head.get('norm_cfg') or {}).get('type') in ('BN', 'BN2d'):
-            return True
-    return False
+def pooled_norm(model: nn.Module) -> str | None:
+    """Path of a part that trains BatchNorm on a map pooled to 1x1, where one image gives one value and no variance."""
+    for name, module in model.named_modules():
+        children = list(module.children())
+        if (isinstance(module, nn.Sequential) and children and isinstance(children[0], nn.AdaptiveAvgPool2d)
+                and children[0].output_size in (1, (1, 1))
+                and any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in module.modules())):
+            return name
+    return None
 
 
-def smallest_batch(cfg: Config) -> int:
-    """Images a process needs at least."""
-    return 2 if pools_to_one_pixel(cfg) else 1
-
-
-def check_batch(cfg: Config) -> None:
+def check_batch(cfg: Config, model: nn.Module) -> None:
     """Refuse a batch that BatchNorm cannot train on.
 
     Raises:
         UserError: If the batch is smaller than the model needs.
     """
-    batch, needed = cfg.train_dataloader.batch_size, smallest_batch(cfg)
-    if batch < needed:
+    name = pooled_norm(model)
+    if name and cfg.train_dataloader.batch_size < 2:
+        head = name.split('.')[0]
         raise UserError(
-            f'train_dataloader.batch_size={batch}: model.decode_head pools to 1x1 (pool_scales) and BatchNorm has no '
-            f'variance over one value; at least {needed} images a process are needed\n'
-            f"Raise the batch size, or use a norm without batch statistics: "
-            f"--cfg-options model.decode_head.norm_cfg.type=GN model.decode_head.norm_cfg.num_groups=32")
+            f'train_dataloader.batch_size={cfg.train_dataloader.batch_size}: model.{name} pools to 1x1, and BatchNorm has no '
+            f'variance over one value; at least 2 images a process are needed\n'
+            f'Raise the batch size, or use a norm without batch statistics: '
+            f'--cfg-options model.{head}.norm_cfg.type=GN model.{head}.norm_cfg.num_groups=32')

@@ -25,6 +25,10 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     Raises:
         UserError: If something stands in the way of training.
     """
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
+        if not cfg.get(key):
+            raise UserError(f'{cfg.filename}: the config has no {key!r}, so that there is nothing to train\n'
+                            f'Inherit a schedule and a data set from configs/_base_/ or from mmseg.')
     device = select_device(options.device)
     processes, local_processes = processes_of(options.launcher)
     init_gloo(options.launcher, device)  # first, for the processes agree on the batch
@@ -37,7 +41,8 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
         notes.append(shorten(cfg, options.max_iters))
     notes += fit_to_machine(cfg, options.amp, device, local_processes)
     model = build_model(cfg, 'meta')
-    memory.check_batch(cfg)
+    memory.check_batch(cfg, model)
+    _check_heads(cfg, model)
     parameters = sum(p.numel() for p in model.parameters())
     # Weights and Adam's moments; the old checkpoint goes only when the new one is written.
     prepare_work_dir(cfg.work_dir, needed=2 * 12 * parameters)
@@ -47,8 +52,8 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     if options.memory_check and device == 'cpu':
         notes += memory.fit_batch(cfg, model, local_processes)
     notes += _scale_learning_rate(cfg, processes)
+    notes += _resume(cfg, options, model)
     notes += _weights_to_start_from(cfg, options)
-    notes += _seed(cfg, options, model)
     hook = (cfg.get('default_hooks') or {}).get('checkpoint')
     if hook and hook.get('type') == 'CheckpointHook':
         hook['type'] = 'replk_mm.CheckpointHook'
@@ -65,7 +70,8 @@ def check_while_loading(cfg: Config, num_classes: int | None) -> None:
         return ConfigDict({**step, 'transforms': checked(step['transforms'])}) if 'transforms' in step else step
 
     for dataset in datasets_of(cfg):
-        dataset['pipeline'] = checked(dataset['pipeline'])
+        if 'pipeline' in dataset:
+            dataset['pipeline'] = checked(dataset['pipeline'])
 
 
 def count_per_class(cfg: Config) -> list[ConfigDict]:
@@ -79,9 +85,20 @@ def count_per_class(cfg: Config) -> list[ConfigDict]:
 
 def num_classes_of(model: nn.Module) -> int | None:
     """Classes of a segmentor's main head, None for other models."""
-    head = getattr(model, 'decode_head', None)
-    head = head[-1] if isinstance(head, nn.ModuleList) else head
-    return getattr(head, 'num_classes', None)
+    return _classes_of(getattr(model, 'decode_head', None))
+
+
+def _classes_of(head: nn.Module | None) -> int | None:
+    return getattr(head[-1] if isinstance(head, nn.ModuleList) else head, 'num_classes', None)
+
+
+def _check_heads(cfg: Config, model: nn.Module) -> None:
+    """Refuse heads that disagree on the number of classes: the labels are the same for all of them."""
+    counts = {name: count for name in ('decode_head', 'auxiliary_head') for count in [_classes_of(getattr(model, name, None))]
+              if count is not None}
+    if len(set(counts.values())) > 1:
+        found = ', '.join(f'model.{name}.num_classes={count}' for name, count in counts.items())
+        raise UserError(f'{cfg.filename}: the heads have different numbers of classes: {found}\nSet them to the same number.')
 
 
 def _scale_learning_rate(cfg: Config, processes: int) -> list[str]:
@@ -89,7 +106,9 @@ def _scale_learning_rate(cfg: Config, processes: int) -> list[str]:
     actual = cfg.train_dataloader.batch_size * processes
     if not scaling or scaling.base_batch_size == actual:
         return []
-    rate = cfg.optim_wrapper.optimizer.lr
+    rate = cfg.optim_wrapper.get('optimizer', {}).get('lr')
+    if rate is None:
+        return []
     if not scaling.get('enable'):
         return [f'learning rate: {rate} as configured for {scaling.base_batch_size} images a step; this run has {actual} '
                 f'(auto_scale_lr.enable=True scales)']
@@ -100,29 +119,34 @@ def _scale_learning_rate(cfg: Config, processes: int) -> list[str]:
 
 def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
     backbone = cfg.model.get('backbone', {})
+    if cfg.get('resume') and cfg.get('load_from'):
+        backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
+        return []
+    if cfg.get('load_from'):
+        checkpoints.read(cfg.load_from)  # mmengine's own errors would be tracebacks
     if options.pretrained == 'none':
         backbone.pop('init_cfg', None)
         return ['weights: random (--pretrained none)']
     if options.pretrained:
         backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained)
     source = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
-    if source is None or options.resume:
-        return []
+    if source is None or not (options.pretrained or str(backbone.get('type')).startswith('replk_mm.')):
+        return []  # another package's backbone loads with mmengine, which knows more kinds of address
     try:
-        if not options.pretrained and not str(backbone.get('type')).startswith('replk_mm.'):
-            return []  # another package's backbone loads with mmengine, which knows more kinds of address
         checkpoints.fetch(source['checkpoint'])
     except checkpoints.DownloadError as error:
         # A shortened run is not the published recipe anyway; a full one must not start from the wrong weights.
         if options.max_iters is None:
-            raise
+            raise UserError(f'{error}\nOr name a local file with --pretrained FILE; --pretrained none starts from random '
+                            f'weights.') from error
         backbone.pop('init_cfg')
         return [f'WEIGHTS: RANDOM. {str(error).splitlines()[0]}; going on because --max-iters makes this a trial run']
     return []
 
 
-def _seed(cfg: Config, options: Options, model: nn.Module) -> list[str]:
-    """Fix the seed: given, else that of the checkpoint to resume (its data order depends on it), else mmengine draws."""
+def _resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
+    """Name the checkpoint to go on from, and fix the seed: the checkpoint's own, which its data order depends on, or the
+    given one."""
     notes = []
     if options.seed is not None:
         cfg.randomness = {**cfg.get('randomness', {}), 'seed': options.seed}

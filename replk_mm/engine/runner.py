@@ -2,9 +2,9 @@
 from collections import deque
 from pathlib import Path
 
-import torch
 import torch.nn as nn
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
@@ -52,7 +52,7 @@ class Runner(MMEngineRunner):
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for distributed training; on CPUs without device ids, which mmengine 0.10.7 always passes."""
-        if self.distributed and not torch.cuda.is_available() and not is_model_wrapper(model) and not model_wrapper_cfg:
+        if self.distributed and get_device() == 'cpu' and not is_model_wrapper(model) and not model_wrapper_cfg:
             return MMDistributedDataParallel(model, broadcast_buffers=False,
                                              find_unused_parameters=self.cfg.get('find_unused_parameters', False))
         return super().wrap_model(model_wrapper_cfg, model)

@@ -94,7 +94,7 @@ def ensure_mmcv(build_root: Path, rebuild: bool = False) -> str:
         wheel.unlink()
         raise UserError(f'mmcv is compiled, but its operators do not run: {failure}\n'
                         f'remove {folder} to start from nothing; the log there says how it was built')
-    kept = f', kept in {_store(wheel, cache / key)}' if cache else ''
+    kept = f', {_store(wheel, cache / key)}' if cache else ''
     return f'mmcv {MMCV_VERSION} compiled and installed, its operators run{kept}'
 
 
@@ -138,8 +138,12 @@ def _install(wheel: Path, key: str, cuda: bool) -> str:
     return ''
 
 
-def _store(wheel: Path, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f'{os.getpid()}.partial'
-    shutil.copyfile(wheel, partial)
-    return partial.replace(folder / wheel.name)  # at once: another clone may be looking
+def _store(wheel: Path, folder: Path) -> str:
+    """Keep a wheel for the next clone; returns where, or why not, for it is installed already."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f'{os.getpid()}.partial'
+        shutil.copyfile(wheel, partial)
+        return f'kept in {partial.replace(folder / wheel.name)}'  # at once: another clone may be looking
+    except OSError as error:
+        return f'not kept for other clones: {error}'

@@ -28,11 +28,11 @@ class Requirement:
 
 #: The ranges of setup.py, and those of what setup.py leaves to the user.
 REQUIREMENTS = (
-    Requirement('torch', 'torch', '2.1', '3'),
+    Requirement('torch', 'torch', '2.4', '3'),
     Requirement('numpy', 'numpy', '1.22', '3'),
     Requirement('mmengine', 'mmengine', '0.10.4', '1'),
     Requirement('mmcv', 'mmcv', '2.0.1', '2.2'),
-    Requirement('setuptools', 'pkg_resources', '', '81'),
+    Requirement('setuptools', 'pkg_resources', '', '80'),
     Requirement('opencv-python', 'cv2', '3', '', instead=('opencv-python-headless', 'opencv-contrib-python')),
     Requirement('PyYAML', 'yaml'),
     Requirement('mmsegmentation', 'mmseg', '1.2', '2', 'segmentation'),

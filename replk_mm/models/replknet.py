@@ -191,8 +191,8 @@ class RepLKNet(Backbone):
         norm_eval: Keep BatchNorm layers in evaluation mode while training. Defaults to False.
         with_cp: Recompute each block in the backward pass: less memory, about a third more time. Defaults to False.
         norm_intermediate_features: Normalize the returned features, as the authors do for XL. Defaults to False.
-        init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's and our checkpoints, merged or not.
-            Defaults to torch's own initialization, as in the authors' code.
+        init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's and our checkpoints, merged or not, but
+            not folded ones. Defaults to torch's own initialization, as in the authors' code.
 
     Raises:
         ValueError: If a value is out of its range, or ``arch`` is unknown or incomplete.

@@ -7,3 +7,5 @@ model = dict(
         # dense prediction wants feature maps, not pooled vectors
         gap_before_final_norm=False,
         out_indices=[0, 1, 2, 3]))
+# The authors' multi-scale figures are of whole images; their single-scale ones of the windows that each config sets.
+tta_test_cfg = dict(mode='whole')
