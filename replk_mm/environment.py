@@ -125,12 +125,10 @@ def check_gpu(torch: dict, operators: list[Finding]) -> Finding:
         return Finding('gpu', 'no', torch['error'])
     if not torch['devices']:
         blind = f'torch is built for CUDA {torch["cuda"]}, but sees no device'
-        if torch['cuda']:
-            return Finding('gpu', 'no', blind)
-        # Only where there is a GPU: a build for CUDA is several gigabytes.
+        # No fix to run: a build for CUDA is several gigabytes, and of use only where there is a GPU.
         release = torch['version'].split('+')[0]
-        return Finding('gpu', 'no', 'torch is a CPU build',
-                       fix=f'if this machine has a GPU: make setup TORCH="torch=={release}"')
+        plain = f'torch {torch["version"]} is a CPU build; for a GPU, make setup TORCH="torch=={release}"'
+        return Finding('gpu', 'no', blind if torch['cuda'] else plain)
     failing = [finding for finding in operators if finding.name != 'cpu' and finding.status != 'ok']
     if failing:
         return Finding('gpu', 'no', f"mmcv's operators fail on {failing[0].name}", fix=failing[0].fix)

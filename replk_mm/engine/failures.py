@@ -33,6 +33,7 @@ def naming_failures(cfg: Config, runner: Runner) -> Iterator[None]:
             loader = cfg.get('train_dataloader') or cfg.test_dataloader
             raise UserError(
                 f'out of memory at iteration {runner.iter}, crop size {memory.crop_of(cfg)}, {loader.batch_size} images a '
-                f'process: {text}\nLower the batch size or the crop size; in training model.backbone.with_cp=True helps too.'
+                f'process: {text}\n'
+                f'Lower batch_size of the data loader or the crop size; in training model.backbone.with_cp=True helps too.'
             ) from error
         raise
