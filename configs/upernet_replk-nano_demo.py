@@ -1,7 +1,7 @@
 # Small UperNet with RepLKNet-nano on the procedural scenes of tools/make_demo_data.py: what `make demo` trains.
 #
 # Train:     python tools/make_demo_data.py demo/data && python tools/train.py configs/upernet_replk-nano_demo.py
-# Recipe:    1 CPU x 8 images (global batch 8), 700 iterations, from scratch
+# Recipe:    1 CPU x 8 images (global batch 8), 600 iterations, from scratch
 # Published: none; `make demo` prints what it measures
 _base_ = ['./_base_/models/upernet_nano.py', './_base_/schedules/nano.py', 'mmseg::_base_/default_runtime.py']
 crop_size = (160, 160)
@@ -40,9 +40,9 @@ model = dict(
     auxiliary_head=dict(in_channels=128, num_classes=num_classes))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=700),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=600),
 ]
-train_cfg = dict(max_iters=700, val_interval=350)
+train_cfg = dict(max_iters=600, val_interval=300)
 default_hooks = dict(checkpoint=dict(interval=200))
 optim_wrapper = dict(optimizer=dict(lr=4e-3))
 auto_scale_lr = dict(base_batch_size=8)
