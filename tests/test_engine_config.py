@@ -173,6 +173,9 @@ def expected(iterations: int, warm_up: int, start: float = 1e-3) -> list[float]:
 @pytest.mark.parametrize(('iterations', 'warm_up'), [(4, 0), (20, 0), (200, 10), (2000, 100)])
 def test_shortened_schedule_gives_the_table_by_hand(iterations, warm_up):
     cfg = nano()
+    cfg.train_cfg.max_iters = 2000
+    cfg.param_scheduler = [dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
+                           dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=2000)]
     line = shorten(cfg, iterations)
     assert str(iterations) in line
     assert '2000' in line
