@@ -201,6 +201,14 @@ def test_shortened_run_validates_and_saves_at_its_end():
     assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval, cfg.default_hooks.checkpoint.interval) == (30, 30, 30)
 
 
+@pytest.mark.parametrize(('iterations', 'interval'), [(4, 1), (60, 3), (1000, 20)])
+def test_shortened_run_logs_on_its_way(iterations, interval):
+    cfg = nano()
+    assert cfg.default_hooks.logger.interval == 20
+    shorten(cfg, iterations)
+    assert cfg.default_hooks.logger.interval == interval
+
+
 def epoch_config(**scheduler) -> Config:
     return Config(dict(
         train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1),

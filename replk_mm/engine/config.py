@@ -109,7 +109,10 @@ def shorten(cfg: Config, iterations: int) -> str:
     checkpoint = hooks.get('checkpoint') or dict(type='CheckpointHook')
     checkpoint.update(by_epoch=False, interval=interval if by_epoch else
                       min(iterations, checkpoint.get('interval', iterations)))
-    cfg.default_hooks = {**hooks, 'checkpoint': checkpoint}
+    logger = {'type': 'LoggerHook', **(hooks.get('logger') or {})}
+    # The configured interval may be longer than the whole run, which would then say nothing.
+    logger['interval'] = min(logger.get('interval', 10), max(1, iterations // 20))
+    cfg.default_hooks = {**hooks, 'checkpoint': checkpoint, 'logger': logger}
     cfg.log_processor = {**cfg.get('log_processor', {}), 'by_epoch': False}
     unit = 'epochs' if by_epoch else 'iterations'
     return f'schedule: {iterations} iterations instead of {total} {unit}, warm-up and decay in proportion'
