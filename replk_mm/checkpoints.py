@@ -112,6 +112,16 @@ def _sha256(file) -> str:  # Python 3.10
     return digest.hexdigest()
 
 
+def keep_apart(source: str | Path, out: str | Path) -> None:
+    """Refuse to write a checkpoint over the one it is made of.
+
+    Raises:
+        UserError: If both are one file.
+    """
+    if Path(out).resolve() == Path(source).resolve():
+        raise UserError(f'{out}: is the input itself; what is made of it gets a file of its own')
+
+
 def save(checkpoint: dict, path: str | Path) -> None:
     """Write a checkpoint so that ``path`` is either the whole new file or what was there before.
 

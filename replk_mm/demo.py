@@ -86,8 +86,8 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
     times = interleaved({name: functools.partial(model, image) for name, model in models.items()})
     for (form, model), checkpoint in zip(models.items(), (trained, merged), strict=True):
         cfg = load_config(CONFIG)
-        found = evaluate(cfg, str(checkpoint), Options(data_root=str(data), work_dir=str(out / f'test_{form}'),
-                                                   device='cpu'))
+        where = Options(data_root=str(data), work_dir=str(out / f'test_{form}'), device='cpu')
+        found = evaluate(cfg, str(checkpoint), where)
         records.append(results.record(cfg, str(checkpoint), found, tta=False))
         # From the per-class figures, which are not rounded.
         miou = float(np.mean([figures['IoU'] for figures in found.per_class.values()]))

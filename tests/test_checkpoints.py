@@ -425,6 +425,14 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def fail_halfway(monkeypatch, error) -> None:
+    def fails(content, file):
+        file.write(b'half of it')
+        raise error
+
+    monkeypatch.setattr(torch, 'save', fails)
+
+
 def test_save_round_trip(tmp_path):
     path = tmp_path / 'deep' / 'er' / 'a.pth'
     save({'state_dict': {'w': torch.arange(3.)}}, path)
@@ -437,11 +445,7 @@ def test_failed_save_leaves_the_old_file(error, tmp_path, monkeypatch):
     path = tmp_path / 'a.pth'
     save({'state_dict': {'w': torch.ones(1)}}, path)
 
-    def fails(content, file):
-        file.write(b'half of it')
-        raise error
-
-    monkeypatch.setattr(torch, 'save', fails)
+    fail_halfway(monkeypatch, error)
     with pytest.raises(UserError) as caught:
         save({'state_dict': {'w': torch.zeros(1)}}, path)
     assert first_line(caught).startswith(f'{path}: cannot be written') and str(error) in first_line(caught)
@@ -455,11 +459,7 @@ def test_interrupted_save_cleans_up(error, tmp_path, monkeypatch):
     path = tmp_path / 'a.pth'
     save({'state_dict': {'w': torch.ones(1)}}, path)
 
-    def fails(content, file):
-        file.write(b'half of it')
-        raise error
-
-    monkeypatch.setattr(torch, 'save', fails)
+    fail_halfway(monkeypatch, error)
     with pytest.raises(error):
         save({}, path)
     assert names(tmp_path) == ['a.pth']

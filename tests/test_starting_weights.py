@@ -1,4 +1,6 @@
 """Which weights a run starts from and which it tests: the config's, the command line's, or a checkpoint's."""
+import shutil
+
 import mmengine.device.utils as devices
 import pytest
 import torch
@@ -61,6 +63,15 @@ def test_random_weights_on_demand(tiny, tmp_path, offline):
 def test_weights_to_start_from_are_checked_before_training(tiny, tmp_path):
     with pytest.raises(UserError, match='nowhere.pth: no such checkpoint'):
         tiny.prepare(tmp_path, 2, {'load_from': 'nowhere.pth'})
+
+
+def test_downloaded_weights_to_start_from_run_no_code(tiny, trained, tmp_path, monkeypatch):
+    """The file is fetched and read by us; mmengine gets a local path."""
+    hub = tmp_path / 'hub'
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(hub))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, to, **_: shutil.copy(trained, to))
+    cfg, _ = tiny.prepare(tmp_path / 'run', 2, {'load_from': ADDRESS})
+    assert cfg.load_from == str(hub / 'checkpoints' / 'backbone.pth')
 
 
 def test_folded_weights_cannot_start_a_training(merged, tiny):

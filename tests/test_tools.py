@@ -434,6 +434,12 @@ def test_picture_that_cannot_be_written_is_an_error(tiny, trained, tmp_path, mon
     assert 'demo_val_000000_overlay.png' in capfd.readouterr().err
 
 
+def test_converting_onto_the_input_is_refused(trained, monkeypatch, capsys):
+    before = trained.stat().st_mtime_ns
+    assert tool_main('convert_checkpoint', trained, trained, monkeypatch=monkeypatch) == 2
+    assert 'is the input itself' in capsys.readouterr().err and trained.stat().st_mtime_ns == before
+
+
 def test_converted_file_is_still_known_as_merged(tiny, merged, plain, tmp_path, monkeypatch):
     out = tmp_path / 'converted.pth'
     assert tool_main('convert_checkpoint', merged, out, monkeypatch=monkeypatch) == 0

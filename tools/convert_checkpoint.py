@@ -19,6 +19,7 @@ def main() -> None:
     p.add_argument('--trust-checkpoint', action='store_true',
                    help='let the checkpoint run code; only if you know its maker')
     args = p.parse_args()
+    checkpoints.keep_apart(args.checkpoint, args.out)
     loaded = checkpoints.read(args.checkpoint, args.trust_checkpoint)
     found = convert(unwrap(loaded, args.checkpoint))
     if not found.family:

@@ -28,8 +28,7 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path, tru
     Raises:
         UserError: If the checkpoint does not fit, the outputs differ beyond the tolerance, or ``out`` cannot be written.
     """
-    if Path(out).resolve() == Path(checkpoint).resolve():
-        raise UserError(f'{out}: is the input itself; the merged network gets a file of its own')
+    checkpoints.keep_apart(checkpoint, out)
     fit_to_machine(cfg, None, 'cpu', 1)
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)

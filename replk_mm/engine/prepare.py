@@ -122,18 +122,21 @@ def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
     if cfg.get('resume') and cfg.get('load_from'):
         backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
         return []
-    if cfg.get('load_from'):
-        checkpoints.read(cfg.load_from)  # mmengine's own errors would be tracebacks
+    source = str(cfg.get('load_from') or '')
+    if source and ('://' not in source or source.startswith('http')):
+        # mmengine would run what a downloaded file holds, and its errors are tracebacks. Other kinds of address are its own.
+        checkpoints.read(source)
+        cfg.load_from = str(checkpoints.fetch(source))
     if options.pretrained == 'none':
         backbone.pop('init_cfg', None)
         return ['weights: random (--pretrained none)']
     if options.pretrained:
         backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained)
-    source = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
-    if source is None or not (options.pretrained or str(backbone.get('type')).startswith('replk_mm.')):
+    initial = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
+    if initial is None or not (options.pretrained or str(backbone.get('type')).startswith('replk_mm.')):
         return []  # another package's backbone loads with mmengine, which knows more kinds of address
     try:
-        checkpoints.fetch(source['checkpoint'])
+        checkpoints.fetch(initial['checkpoint'])
     except checkpoints.DownloadError as error:
         # A shortened run is not the published recipe anyway; a full one must not start from the wrong weights.
         if options.max_iters is None:
