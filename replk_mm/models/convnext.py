@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.models.layers import Backbone, build_norm, drop_path_rates, fast_layout, resolve_arch, run_checkpointed
+from replk_mm.models.layers import Backbone, build_activation, build_norm, drop_path_rates, resolve_arch, run_checkpointed
 from replk_mm.ops import DepthwiseConv2d
 from replk_mm.registry import MODELS
 
@@ -65,7 +64,7 @@ class ConvNeXtBlock(nn.Module):
         self.depthwise_conv = DepthwiseConv2d(channels, kernel_size)
         self.norm = build_norm(norm_cfg, channels)
         self.pointwise_conv1 = nn.Linear(channels, width) if linear_pw_conv else nn.Conv2d(channels, width, 1)
-        self.act = build_activation_layer(act_cfg)
+        self.act = build_activation(act_cfg)
         self.grn = GlobalResponseNorm(width, -1 if linear_pw_conv else 1) if use_grn else None
         self.pointwise_conv2 = nn.Linear(width, channels) if linear_pw_conv else nn.Conv2d(width, channels, 1)
         self.gamma = (nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
@@ -188,7 +187,7 @@ class ConvNeXt(Backbone):
             One ``(N, C_i, H / s_i, W / s_i)`` for each of ``out_indices``, ``s = 4, 8, 16, 32``, rounded down; with
             ``gap_before_final_norm`` one ``(N, C_i)`` each.
         """
-        x = fast_layout(x)
+        x = self._enter(x)
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = downsample(x)

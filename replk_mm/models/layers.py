@@ -1,4 +1,5 @@
 """Parts that more than one family uses."""
+import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from mmcv.cnn import build_norm_layer
+from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmengine.model import BaseModule
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
@@ -46,12 +47,12 @@ def build_norm(cfg: dict, num_features: int) -> nn.Module:
     return build_norm_layer(cfg, num_features)[1]
 
 
-def fast_layout(x: Tensor) -> Tensor:
-    """``x`` in channels-last memory on CPUs, where depthwise convolutions of it run up to 40 times faster.
-
-    Done once, at a backbone's entrance: every layer hands the layout on. Values and shapes stay the same.
-    """
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
+def build_activation(cfg: dict) -> nn.Module:
+    """The activation that ``cfg`` describes, in place where it can be: its input, the output of a normalization or of a
+    convolution, serves nobody else, and fresh memory costs a CPU more than the activation."""
+    kind = MODELS.get(cfg['type'])
+    takes = inspect.signature(kind.__init__).parameters if isinstance(kind, type) else ()
+    return build_activation_layer({'inplace': True, **cfg} if 'inplace' in takes else cfg)
 
 
 @contextmanager
@@ -124,11 +125,16 @@ class Backbone(BaseModule):
         init_cfg: Initialization as in mmengine; ``dict(type='Pretrained', checkpoint=...)`` takes every format that
             :mod:`replk_mm.checkpoints` knows, with or without ``prefix``.
 
+    Attributes:
+        channels_last: Bring the image to channels-last memory on CPUs, where 1x1, small depthwise and head convolutions of it
+            run fastest. Done once, at the entrance: every layer hands the layout on. Values and shapes stay the same.
+
     Raises:
         ValueError: If ``out_indices`` is empty, repeats or names a stage that does not exist.
     """
 
     init_cfg: Any
+    channels_last: bool = True
 
     def __init__(self, out_indices: int | Sequence[int], num_stages: int, norm_eval: bool,
                  init_cfg: dict | list[dict] | None) -> None:
@@ -139,6 +145,10 @@ class Backbone(BaseModule):
             raise ValueError(f'{type(self).__name__}: out_indices={out_indices} must name different stages out of '
                              f'0..{num_stages - 1}')
         self.norm_eval = norm_eval
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """``x`` in the layout that the backbone works in."""
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.device.type == 'cpu' else x
 
     def init_weights(self) -> None:
         """Initialize at random, then overwrite with the ``Pretrained`` checkpoint if ``init_cfg`` names one."""

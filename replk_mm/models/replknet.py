@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn as nn
-from mmcv.cnn import build_activation_layer
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.models.layers import Backbone, build_norm, drop_path_rates, fast_layout, resolve_arch, run_checkpointed
+from replk_mm.models.layers import Backbone, build_activation, build_norm, drop_path_rates, resolve_arch, run_checkpointed
 from replk_mm.ops import DepthwiseConv2d
 from replk_mm.registry import MODELS
 
@@ -39,7 +38,7 @@ class ConvNorm(nn.Sequential):
             self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
         self.bn = build_norm(norm_cfg, out_channels)
         if act_cfg is not None:
-            self.nonlinear = build_activation_layer(act_cfg)
+            self.nonlinear = build_activation(act_cfg)
 
 
 class ReparamLargeKernelConv(nn.Module):
@@ -103,7 +102,7 @@ class RepLKBlock(nn.Module):
         self.prelkb_bn = build_norm(norm_cfg, channels)
         self.pw1 = ConvNorm(channels, width, norm_cfg=norm_cfg, act_cfg=act_cfg)
         self.large_kernel = ReparamLargeKernelConv(width, kernel_size, small_kernel, merged, norm_cfg)
-        self.lk_nonlinear = build_activation_layer(act_cfg)
+        self.lk_nonlinear = build_activation(act_cfg)
         self.pw2 = ConvNorm(width, channels, norm_cfg=norm_cfg)
         self.drop_path = DropPath(drop_path)
 
@@ -273,7 +272,7 @@ class RepLKNet(Backbone):
         Returns:
             One ``(N, C_i, H / s_i, W / s_i)`` for each of ``out_indices``, ``s = 4, 8, 16, 32``, rounded up.
         """
-        x = fast_layout(x)
+        x = self._enter(x)
         for layer in self.stem:
             x = layer(x)
         outs = []

@@ -1,4 +1,6 @@
 """Operators."""
-from replk_mm.ops.depthwise import DepthwiseConv2d
+from replk_mm.ops.choice import IMPLEMENTATIONS, explain, implementation
+from replk_mm.ops.depthwise import DepthwiseConv2d, depthwise_conv2d
+from replk_mm.ops.problem import Problem
 
-__all__ = ['DepthwiseConv2d']
+__all__ = ['IMPLEMENTATIONS', 'DepthwiseConv2d', 'Problem', 'depthwise_conv2d', 'explain', 'implementation']

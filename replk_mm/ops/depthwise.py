@@ -1,117 +1,164 @@
-"""Depthwise convolution whose weight gradient does not take minutes.
+"""The depthwise convolution: one function and one module in front of several implementations.
 
-On a CPU torch computes a large depthwise convolution and its input gradient at a useful fraction of the machine's peak,
-but the gradient of a 31x31 kernel at 2-3 GFLOP/s: two orders of magnitude below a matrix product. That gradient is the
-cross-correlation of the input with the output's gradient, which the convolution theorem turns into an element-wise
-product (Mathieu, Henaff and LeCun, "Fast Training of Convolutional Networks through FFTs", arXiv:1312.5851).
+Each of its three computations (output, gradient of the input, gradient of the weight) goes to torch's own kernels in the form
+that is fast for the shape (:mod:`replk_mm.ops.spatial`), or to spectra (:mod:`replk_mm.ops.spectral`), whichever
+:mod:`replk_mm.ops.choice` expects to win. Whatever looks at the operation rather than runs it (compilers, exporters, counters)
+sees torch's plain convolution, and so does every device but the CPU, whose libraries choose among such algorithms themselves.
 """
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-#: Kernel side from which the gradient of the weight is computed by FFT (stride 1, CPU). Below it torch's own is as fast.
-FFT_MIN_KERNEL = 9
-#: Bytes of spectra held at a time; channels are processed in blocks to stay below it.
-FFT_BLOCK_BYTES = 256 * 1024 * 1024
+from replk_mm.ops import choice, spatial, spectral
+from replk_mm.ops.problem import Pair, Problem
 
-
-def _good_size(n: int) -> int:
-    """The smallest product of 2, 3 and 5 that is at least ``n``: sizes that FFT libraries transform fast."""
-    while True:
-        rest = n
-        for factor in (2, 3, 5):
-            while rest % factor == 0:
-                rest //= factor
-        if rest == 1:
-            return n
-        n += 1
+_FORWARD = {'native': spatial.native, 'channels_last': spatial.channels_last, 'padded': spatial.padded,
+            'fft': spectral.forward}
 
 
-def weight_grad_fft(x: Tensor, grad: Tensor, kernel: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """Gradient of a stride-1 depthwise convolution with respect to its weight.
+class _Depthwise(torch.autograd.Function):
+    """The implementations of a plan, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, plan: choice.Plan) -> Tensor:
+        ctx.problem, ctx.plan = problem, plan
+        spectra: list[Tensor] = []
+        if plan.forward == plan.grad_weight == 'fft' and ctx.needs_input_grad[1]:
+            out = spectral.forward(x, weight, bias, problem, keep=spectra)
+        else:
+            out = _FORWARD[plan.forward](x, weight, bias, problem)
+        ctx.save_for_backward(x, weight, *spectra)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, *spectra = ctx.saved_tensors
+        problem, plan = ctx.problem, ctx.plan
+        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+        grad = grad.contiguous(memory_format=problem.memory_format)
+        if torch.is_grad_enabled():
+            # Gradients of gradients are rare, and torch's own operator has them.
+            grad_x, grad_weight = spatial.native_gradients(grad, x, weight, problem, of_input, of_weight)
+        else:
+            grad_x, grad_weight = _gradients(grad, x, weight, problem, plan, of_input, of_weight, spectra)
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if of_bias else None, None, None
+
+
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, plan: choice.Plan, of_input: bool, of_weight: bool,
+               spectra: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    grad_x = grad_weight = None
+    by_fft = of_input and plan.grad_input == 'fft', of_weight and plan.grad_weight == 'fft'
+    if any(by_fft):
+        grad_x, grad_weight = spectral.gradients(grad, x, weight, problem, *by_fft, spectra)
+    if of_input and not by_fft[0]:
+        turned = spatial.input_gradient_problem(problem)
+        if plan.grad_input == 'native' or turned is None:
+            grad_x = spatial.native_gradients(grad, x, weight, problem, True, False)[0]
+        else:
+            grad_x = _FORWARD[plan.grad_input](grad, weight.flip(2, 3), None, turned)
+    if of_weight and not by_fft[1]:
+        grad_weight = (spatial.native_gradients(grad, x, weight, problem, False, True)[1] if plan.grad_weight == 'native' else
+                       spatial.grad_kernel(grad, x, problem))
+    return grad_x, grad_weight
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | Pair = 1,
+                     padding: int | Pair | None = None, dilation: int | Pair = 1,
+                     implementation: str | None = None) -> Tensor:
+    """Convolve every channel with its own kernel: ``torch.nn.functional.conv2d(..., groups=channels)``, fast.
 
     Args:
-        x: Input of the convolution, ``(N, C, H, W)``.
-        grad: Gradient of its output, ``(N, C, H', W')`` with ``H' = H + 2 * padding[0] - kernel[0] + 1``.
-        kernel: Kernel height and width in pixels.
-        padding: Zero padding in pixels, of both sides of each axis.
+        x: Input, ``(N, C, H, W)`` or ``(C, H, W)``, in any layout; the output has the layout of the input.
+        weight: Kernels, ``(C, 1, kh, kw)``.
+        bias: Added to each channel, ``(C,)``. Defaults to None.
+        stride: Step in pixels. Defaults to 1.
+        padding: Zeros on both sides of each axis in pixels. Defaults to ``dilation * (kernel // 2)``.
+        dilation: Distance of the kernel's taps in pixels. Defaults to 1.
+        implementation: Forces an implementation, see :func:`replk_mm.ops.implementation`. Defaults to None: the
+            environment variable ``REPLK_MM_DEPTHWISE``, or the one expected to be fastest.
 
     Returns:
-        ``(C, 1, kernel[0], kernel[1])`` in ``x``'s dtype; the transforms run in float32, or float64 for float64 input.
+        ``(N, C, H', W')`` with ``H' = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1``.
+
+    Raises:
+        ValueError: If the shapes do not fit each other, the output would be empty, or ``implementation`` names nothing.
     """
-    n, channels, height, width = x.shape
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    # dw[k] = sum_i x[i + k - padding] * grad[i]. The transform is circular: lags that differ by its size fall together, and
-    # height + padding is the smallest size at which no wanted lag (-padding .. kernel - 1 - padding) meets another.
-    size = (_good_size(max(height + padding[0], grad.shape[2])), _good_size(max(width + padding[1], grad.shape[3])))
-    rows = torch.arange(kernel[0], device=x.device).sub_(padding[0]).remainder_(size[0])
-    cols = torch.arange(kernel[1], device=x.device).sub_(padding[1]).remainder_(size[1])
-    per_channel = 2 * n * size[0] * (size[1] // 2 + 1) * (16 if dtype == torch.float64 else 8)
-    block = max(1, min(channels, FFT_BLOCK_BYTES // per_channel))
-    out = x.new_empty(channels, 1, *kernel)
-    for start in range(0, channels, block):
-        part = slice(start, start + block)
-        spectrum = torch.fft.rfft2(x[:, part].to(dtype), s=size)
-        spectrum.mul_(torch.fft.rfft2(grad[:, part].to(dtype), s=size).conj_physical_())
-        lags = torch.fft.irfft2(spectrum.sum(0), s=size)
-        out[part, 0] = lags[:, rows[:, None], cols].to(out.dtype)
-    return out
+    stride, dilation = _pair(stride), _pair(dilation)
+    if weight.dim() != 4 or weight.shape[1] != 1:
+        raise ValueError(f'depthwise_conv2d: weight must be (C, 1, kh, kw); found {tuple(weight.shape)}')
+    padding = _same(weight.shape[2:], dilation) if padding is None else _pair(padding)
+    if x.dim() == 3:
+        return depthwise_conv2d(x[None], weight, bias, stride, padding, dilation, implementation)[0]
+    _check(x, weight, bias, stride, padding, dilation)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if device != 'cpu' or x.shape[0] == 0 or _observed():
+        return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
+    problem = Problem.of(x, weight, stride, padding, dilation)
+    chosen = choice.plan(problem, implementation)
+    x = x.contiguous(memory_format=problem.memory_format)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Depthwise.apply(x, weight, bias, problem, chosen)
+    return _FORWARD[chosen.forward](x, weight, bias, problem)
 
 
-class _FFTWeightGrad(torch.autograd.Function):
-    """Torch's convolution forwards and towards the input; :func:`weight_grad_fft` towards the weight."""
+def _observed() -> bool:
+    """Whether something looks at the operators themselves: a compiler, an exporter, a counter, a transform."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.maybe_current_level() is not None)
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.padding = padding
-        return F.conv2d(x, weight, None, 1, padding, 1, weight.shape[0])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.ops.aten.convolution_backward(
-                grad, x, weight, None, [1, 1], list(ctx.padding), [1, 1], False, [0, 0], weight.shape[0],
-                [True, False, False])[0]
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_grad_fft(x, grad, weight.shape[2:], ctx.padding)
-        return grad_x, grad_weight, None
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _same(kernel: Sequence[int], dilation: Pair) -> Pair:
+    """Padding with which odd kernels keep the size of the map."""
+    return kernel[0] // 2 * dilation[0], kernel[1] // 2 * dilation[1]
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> None:
+    found = f'input {tuple(x.shape)}, weight {tuple(weight.shape)}'
+    if x.dim() != 4:
+        raise ValueError(f'depthwise_conv2d: the input must be (N, C, H, W) or (C, H, W); found {found}')
+    if weight.shape[0] != x.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(f'depthwise_conv2d: input, weight and bias differ in channels; found {found}, bias '
+                         f'{None if bias is None else tuple(bias.shape)}')
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(f'depthwise_conv2d: stride={stride} and dilation={dilation} must be at least 1, padding={padding} at '
+                         f'least 0')
+    reach = [s + 2 * p - d * (k - 1) for s, p, d, k in zip(x.shape[2:], padding, dilation, weight.shape[2:], strict=True)]
+    if min(x.shape[2:]) < 1 or min(reach) < 1:
+        raise ValueError(f'depthwise_conv2d: the map is empty or smaller than the kernel: {found}, padding={padding}, '
+                         f'dilation={dilation}')
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """``nn.Conv2d(channels, channels, kernel_size, groups=channels)`` with the same parameters and state dict.
+    """``nn.Conv2d(channels, channels, kernel_size, groups=channels)`` by :func:`depthwise_conv2d`: same parameters, same
+    state dict.
 
     Args:
         channels: Channels of the input and of the output.
-        kernel_size: Side of the kernel in pixels.
+        kernel_size: Side of the kernel in pixels, or height and width.
         stride: Step in pixels. Defaults to 1.
         padding: Zeros added on each side in pixels. Defaults to ``kernel_size // 2``.
+        dilation: Distance of the kernel's taps in pixels. Defaults to 1.
         bias: Whether to add a bias for each channel. Defaults to True.
+        implementation: See :func:`depthwise_conv2d`. Defaults to None.
     """
 
-    def __init__(self, channels: int, kernel_size: int, stride: int = 1, padding: int | None = None,
-                 bias: bool = True) -> None:
-        padding = kernel_size // 2 if padding is None else padding
-        super().__init__(channels, channels, kernel_size, stride, padding, groups=channels, bias=bias)
+    def __init__(self, channels: int, kernel_size: int | Pair, stride: int | Pair = 1, padding: int | Pair | None = None,
+                 dilation: int | Pair = 1, bias: bool = True, implementation: str | None = None) -> None:
+        if padding is None:
+            padding = _same(_pair(kernel_size), _pair(dilation))
+        super().__init__(channels, channels, kernel_size, stride, padding, dilation, channels, bias)
+        self.implementation = implementation
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(N, C, H, W)`` to ``(N, C, H', W')``."""
-        if not self._fft_pays(x):
-            return super().forward(x)
-        weight = self.weight
-        if torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:  # which autocast leaves alone
-            dtype = torch.get_autocast_dtype('cpu')
-            x, weight = x.to(dtype), weight.to(dtype)
-        out = _FFTWeightGrad.apply(x, weight, self.padding)
-        return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
-
-    def _fft_pays(self, x: Tensor) -> bool:
-        # Only training on a CPU has the slow gradient; everything else (and every exporter) sees a plain convolution.
-        return (torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-                and self.weight.requires_grad and x.device.type == 'cpu' and x.dim() == 4 and x.numel() > 0
-                and min(self.kernel_size) >= FFT_MIN_KERNEL and self.stride == (1, 1))
+        return depthwise_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.implementation)

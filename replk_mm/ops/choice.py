@@ -1,0 +1,212 @@
+"""Which implementation computes what: forced by name, or the one that a small measured model expects to be fastest.
+
+The model holds rates measured on one machine (two cores with AVX-512, torch 2.13); only their ratios matter, which differ
+little between machines with AVX-512. A formula rather than a trial at run time, because the same shapes then always take the
+same path: two runs, or a run and its resumption, agree bit by bit.
+"""
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from mmengine.logging import print_log
+
+from replk_mm.ops import spatial, spectral
+from replk_mm.ops.problem import Problem
+
+#: Names of the implementations of each computation.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    'forward': ('native', 'channels_last', 'padded', 'fft'),
+    'grad_input': ('native', 'channels_last', 'padded', 'fft'),
+    'grad_weight': ('native', 'grad_kernel', 'fft'),
+}
+#: Environment variable that forces implementations: one name, or ``forward=fft,grad_weight=native``.
+VARIABLE = 'REPLK_MM_DEPTHWISE'
+
+_forced: ContextVar[str | None] = ContextVar('replk_mm_depthwise', default=None)
+
+
+class Plan(NamedTuple):
+    """An implementation for each computation.
+
+    Attributes:
+        forward: Of the output.
+        grad_input: Of the gradient of the input.
+        grad_weight: Of the gradient of the weight.
+    """
+
+    forward: str
+    grad_input: str
+    grad_weight: str
+
+    def __str__(self) -> str:
+        return f'forward {self.forward}, input gradient {self.grad_input}, weight gradient {self.grad_weight}'
+
+
+@contextmanager
+def implementation(spec: str | None) -> Iterator[None]:
+    """Force implementations within this thread and context.
+
+    Args:
+        spec: A name of :data:`IMPLEMENTATIONS` for every computation that has it, ``'forward=fft,grad_weight=native'`` for
+            some, ``'auto'`` for the model's choice, or None for what the environment says.
+
+    Raises:
+        ValueError: If it names what does not exist.
+    """
+    _parse(spec or '')
+    token = _forced.set(spec)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def plan(problem: Problem, spec: str | None = None) -> Plan:
+    """The implementations for ``problem``: forced by ``spec``, :func:`implementation` or the environment, or chosen.
+
+    A forced one that does not apply to the problem (a spectrum with a stride) leaves the choice to the model.
+
+    Raises:
+        ValueError: If one of them names what does not exist.
+    """
+    return _plan(problem, spec or _forced.get() or os.environ.get(VARIABLE, ''))
+
+
+@cache
+def _plan(problem: Problem, spec: str) -> Plan:
+    forced, expected = _parse(spec), milliseconds(problem)
+    chosen: dict[str, str] = {}
+    for computation in ('forward', 'grad_weight', 'grad_input'):
+        times = dict(expected[computation])
+        if computation == 'grad_input' and chosen['grad_weight'] == 'fft' and 'fft' in times:
+            times['fft'] -= _transform(problem, problem.out)  # the spectrum of the output's gradient is there already
+        chosen[computation] = forced[computation] if forced.get(computation) in times else min(times, key=times.__getitem__)
+    found = Plan(**chosen)
+    _announce(problem.kernel, problem.dtype, problem.channels_last, found, f'{problem}: {found} '
+              + (f'({spec})' if forced else f'(expected ms forward {_table(expected["forward"])}; input gradient '
+                                            f'{_table(expected["grad_input"])}; weight gradient '
+                                            f'{_table(expected["grad_weight"])})'))
+    return found
+
+
+@cache
+def _announce(kernel: tuple[int, int], dtype: torch.dtype, layout: bool, found: Plan, text: str) -> None:
+    """One line for each decision: other sizes with the same outcome say nothing new."""
+    if (kernel, dtype, layout, found) not in _announced:
+        _announced.add((kernel, dtype, layout, found))
+        print_log(f'depthwise convolution {text}', 'current', logging.INFO)
+
+
+_announced: set[tuple] = set()
+
+
+def explain(problem: Problem) -> str:
+    """What is chosen for ``problem``, with the expected milliseconds of every implementation."""
+    expected = milliseconds(problem)
+    return f'{plan(problem)}; expected ms: ' + '; '.join(f'{name} {_table(times)}' for name, times in expected.items())
+
+
+def _table(times: dict[str, float]) -> str:
+    return ', '.join(f'{name} {ms:.2f}' for name, ms in sorted(times.items(), key=lambda item: item[1]))
+
+
+def _parse(spec: str) -> dict[str, str]:
+    if spec in ('', 'auto'):
+        return {}
+    forced: dict[str, str] = {}
+    for part in spec.split(','):
+        computation, equals, name = (text.strip() for text in part.partition('='))
+        if not equals:
+            name = computation
+        concerned = [c for c in IMPLEMENTATIONS if (not equals or c == computation) and name in IMPLEMENTATIONS[c]]
+        if not concerned:
+            raise ValueError(
+                f'{VARIABLE} (or implementation=): {spec!r} names nothing that exists; use auto, a name, or '
+                f'COMPUTATION=NAME,... of ' + '; '.join(f'{c}: {", ".join(n)}' for c, n in IMPLEMENTATIONS.items()))
+        forced.update(dict.fromkeys(concerned, name))
+    return forced
+
+
+# --- The model. Rates in multiply-adds (two operations each) a nanosecond times two, GFLOP/s, of two threads; copies in
+# --- gigabytes of the tensor a second; transforms in picoseconds times S^2 log2 S^2.
+
+_RATES: dict[str, dict[int, float]] = {  # by kernel side, the last one holds for all beyond
+    'channels_last':       {1: 15, 3: 45, 5: 110, 7: 130, 9: 110, 11: 75, 13: 44, 15: 140, 21: 150},
+    'padded':              {1: 10, 3: 22, 5: 66, 7: 88, 9: 106, 11: 130, 13: 136, 15: 118},
+    'grad_kernel':         {1: 10, 3: 30, 5: 55, 7: 60, 9: 70, 13: 85, 15: 97},
+    'native grad_input':   {1: 10, 3: 40, 5: 60, 7: 70, 13: 50, 27: 75, 31: 110},
+    'native grad_weight':  {1: 3, 5: 4, 9: 2.5},
+    'native grad_weight channels_last': {1: 3, 3: 6, 5: 6, 7: 9, 9: 3, 13: 2.5},
+}
+_TRANSPOSE, _COPY = 3.5, 20.
+_FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 115., 160.
+#: Milliseconds of a call of one of torch's operators, which a block of spectra needs a dozen of.
+_CALL = 0.006
+
+
+def _rate(table: str, side: int) -> float:
+    known = _RATES[table]
+    below = max((k for k in known if k <= side), default=min(known))
+    above = min((k for k in known if k >= side), default=below)
+    if below == above:
+        return known[below]
+    share = (side - below) / (above - below)
+    return known[below] * (1 - share) + known[above] * share
+
+
+def _bytes(problem: Problem, size: tuple[int, int]) -> int:
+    return problem.batch * problem.channels * size[0] * size[1] * problem.dtype.itemsize
+
+
+def _transposed(problem: Problem, size: tuple[int, int]) -> float:
+    return _bytes(problem, size) / _TRANSPOSE * 1e-6
+
+
+def _transform(problem: Problem, area: tuple[int, int], picoseconds: float = _FORWARD_TRANSFORM) -> float:
+    """Milliseconds of all maps' transforms, with the copy of their ``area`` in or out."""
+    pixels = math.prod(spectral.transform_size(problem))
+    maps = problem.batch * problem.channels
+    blocks = 4 * maps * pixels / spectral.BLOCK_BYTES
+    copied = _bytes(problem, area) / (_TRANSPOSE if problem.channels_last else _COPY) * 1e-6
+    return maps * pixels * math.log2(pixels) * picoseconds * 1e-9 + copied + blocks * 4 * _CALL
+
+
+def milliseconds(problem: Problem) -> dict[str, dict[str, float]]:
+    """What each implementation of each computation is expected to take on two cores with AVX-512."""
+    side = round(math.sqrt(math.prod(problem.kernel)))
+    work = 2e-6 * problem.macs
+    last = problem.channels_last
+    to_padded = (_transposed(problem, problem.size) + _transposed(problem, problem.out)) if last else 0.
+    to_last = 0. if last else _transposed(problem, problem.size) + _transposed(problem, problem.out)
+    filled = _bytes(problem, problem.size) / _COPY * 1e-6 if max(problem.padding) > 6 else 0.
+
+    grown = (15 / side) ** 2 if spatial.widened(problem) else 1
+    forward = {
+        'channels_last': work * grown / _rate('channels_last', 15 if grown > 1 else side) + to_last,
+        'padded': work / _rate('padded', side) + to_padded + filled,
+    }
+    # As it is, torch's convolution is the first or the second; in the default layout only with little padding.
+    slow = not last and max(problem.padding) > 6
+    forward['native'] = (work / _rate('channels_last', side) if last else work / 4 if slow else forward['padded']) + 1e-3
+    gradient = spatial.input_gradient_problem(problem)
+    grad_input = dict(native=work / (4 if slow else _rate('native grad_input', side)))
+    if gradient is not None:
+        grad_input.update(channels_last=forward['channels_last'], padded=forward['padded'])
+    grad_weight = dict(
+        native=work / _rate('native grad_weight' + (' channels_last' if last else ''), side),
+        grad_kernel=work / _rate('grad_kernel', side) + to_padded + filled)
+    if spectral.supports(problem):
+        kernels = math.prod(spectral.transform_size(problem)) * problem.channels
+        kernels_ms = kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9
+        back, there = _transform(problem, problem.out, _INVERSE_TRANSFORM), _transform(problem, problem.size)
+        forward['fft'] = there + back + kernels_ms
+        grad_input['fft'] = forward['fft']
+        grad_weight['fft'] = there + _transform(problem, problem.out) + kernels_ms
+    return {'forward': forward, 'grad_input': grad_input, 'grad_weight': grad_weight}
+

@@ -1,0 +1,74 @@
+"""The shapes of one depthwise convolution: what an implementation is chosen for."""
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes, dtype, layout and threads of a depthwise convolution.
+
+    Attributes:
+        batch: Images.
+        channels: Channels of input and output.
+        size: Height and width of the input in pixels.
+        kernel: Height and width of the kernels in pixels.
+        stride: Steps in pixels.
+        padding: Zeros on both sides of each axis in pixels.
+        dilation: Distance of the kernel's taps in pixels.
+        dtype: Of input and weight.
+        channels_last: Whether the input is in channels-last memory.
+        threads: Threads of torch.
+    """
+
+    batch: int
+    channels: int
+    size: Pair
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    dtype: torch.dtype
+    channels_last: bool
+    threads: int
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> 'Problem':
+        """The problem that ``x`` and ``weight`` pose."""
+        # Memory that is both (one channel, maps of one pixel) counts as the default layout.
+        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        n, c, h, w = x.shape
+        return cls(n, c, (h, w), (weight.shape[2], weight.shape[3]), stride, padding, dilation, x.dtype, channels_last,
+                   torch.get_num_threads())
+
+    @cached_property
+    def out(self) -> Pair:
+        """Height and width of the output in pixels."""
+        rows, cols = ((s + 2 * p - d * (k - 1) - 1) // step + 1 for s, p, d, k, step in zip(
+            self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True))
+        return rows, cols
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of each of the three computations."""
+        return self.batch * self.channels * self.out[0] * self.out[1] * self.kernel[0] * self.kernel[1]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Layout of the input, which every implementation gives its output too."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def empty(self, like: Tensor, size: Pair) -> Tensor:
+        """An uninitialized ``(N, C, *size)`` in the problem's layout."""
+        return torch.empty(self.batch, self.channels, *size, dtype=like.dtype, device=like.device,
+                           memory_format=self.memory_format)
+
+    def __str__(self) -> str:
+        step = '' if self.stride == (1, 1) else f' stride {self.stride[0]}x{self.stride[1]}'
+        layout = 'channels-last' if self.channels_last else 'default layout'
+        return (f'{self.kernel[0]}x{self.kernel[1]}{step} on {self.batch}x{self.channels}x{self.size[0]}x{self.size[1]} '
+                f'{str(self.dtype)[6:]} {layout}, {self.threads} threads')

@@ -1,0 +1,104 @@
+"""Depthwise convolution and its gradients by torch's own convolutions, called in the form that its CPU kernels run fast.
+
+torch hands depthwise convolutions to oneDNN, which has a fast kernel for the default layout and two for channels-last memory.
+The first gives way to a reference loop, 25 times slower, where the padding exceeds six pixels (a 15x15 kernel), and the
+gradient of the weight is such a loop for every size. Both are arranged here as convolutions that have fast kernels.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from replk_mm.ops.problem import Pair, Problem
+
+#: Padding in pixels up to which oneDNN's kernel for the default layout applies, and beyond which its better one for
+#: channels-last memory does.
+_PADDING_LIMIT = 6
+#: Kernel sides between which that better kernel on a kernel widened by zeros beats the other one.
+_WIDENED = range(12, 15)
+#: Channels up to which that better kernel may never return in bfloat16 (oneDNN 3.12); the default layout serves instead.
+_HANGS_BELOW = 16
+
+
+def native(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """torch's convolution as it is."""
+    if _never_returns(problem):
+        return padded(x, weight, bias, problem)
+    return F.conv2d(x, weight, bias, problem.stride, problem.padding, problem.dilation, problem.channels)
+
+
+def native_gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_input: bool,
+                     of_weight: bool) -> tuple[Tensor | None, Tensor | None]:
+    """torch's gradients as they are; None for the one not asked."""
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, list(problem.stride), list(problem.padding), list(problem.dilation), False, [0, 0],
+        problem.channels, [of_input, of_weight, False])
+    return grad_x, grad_weight
+
+
+def channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """torch's convolution of channels-last memory."""
+    if _never_returns(problem):
+        return padded(x, weight, bias, problem)
+    padding = problem.padding
+    if widened(problem):
+        # One more ring of zeros around the kernel and the map changes no value.
+        ring = _PADDING_LIMIT + 1 - min(padding)
+        weight, padding = F.pad(weight, (ring,) * 4), (padding[0] + ring, padding[1] + ring)
+    y = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, problem.stride, padding, problem.dilation,
+                 problem.channels)
+    return y.contiguous(memory_format=problem.memory_format)
+
+
+def widened(problem: Problem) -> bool:
+    """Whether :func:`channels_last` surrounds the kernel with zeros."""
+    return (problem.stride == problem.dilation == (1, 1) and all(k in _WIDENED for k in problem.kernel)
+            and _PADDING_LIMIT - 2 <= min(problem.padding) <= _PADDING_LIMIT)
+
+
+def padded(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+    """torch's convolution of the default layout, with large paddings written out as zeros in memory."""
+    y = _conv_padded(x.contiguous(), weight, bias, problem.padding, problem.stride, problem.dilation)
+    return y.contiguous(memory_format=problem.memory_format)
+
+
+def _conv_padded(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, stride: Pair, dilation: Pair) -> Tensor:
+    if max(padding) > _PADDING_LIMIT:
+        x, padding = _write_out(x, padding), (0, 0)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, weight.shape[0])
+
+
+def _write_out(x: Tensor, padding: Pair) -> Tensor:
+    return F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+
+
+def _never_returns(problem: Problem) -> bool:
+    return problem.dtype == torch.bfloat16 and problem.channels <= _HANGS_BELOW and max(problem.padding) > _PADDING_LIMIT
+
+
+def input_gradient_problem(problem: Problem) -> Problem | None:
+    """The forward convolution that is the gradient of the input: of the output's gradient, with turned kernels.
+
+    None where there is none: with a stride, or with padding beyond the kernel.
+    """
+    padding = tuple(d * (k - 1) - p for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True))
+    if problem.stride != (1, 1) or min(padding) < 0:
+        return None
+    return Problem(problem.batch, problem.channels, problem.out, problem.kernel, (1, 1), (padding[0], padding[1]),
+                   problem.dilation, problem.dtype, problem.channels_last, problem.threads)
+
+
+def grad_kernel(grad: Tensor, x: Tensor, problem: Problem) -> Tensor:
+    """Gradient of the weight as a convolution of the input with the output's gradient as its kernel.
+
+    ``dw[k] = sum_i g[i] x[i * stride + k * dilation - padding]``: stride and dilation change places, and every channel of
+    every image is a channel of its own.
+
+    Returns:
+        ``(C, 1, kh, kw)`` in ``x``'s dtype.
+    """
+    maps = problem.batch * problem.channels
+    lags = _conv_padded(x.contiguous().view(1, maps, *problem.size), grad.contiguous().view(maps, 1, *problem.out), None,
+                        problem.padding, problem.dilation, problem.stride)
+    # Rows that the stride never reached leave lags behind the last tap.
+    lags = lags[..., :problem.kernel[0], :problem.kernel[1]]
+    return lags.reshape(problem.batch, problem.channels, 1, *problem.kernel).sum(0)
