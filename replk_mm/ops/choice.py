@@ -137,15 +137,15 @@ def _parse(spec: str) -> dict[str, str]:
 # --- gigabytes of the tensor a second; transforms in picoseconds times S^2 log2 S^2.
 
 _RATES: dict[str, dict[int, float]] = {  # by kernel side, the last one holds for all beyond
-    'channels_last':       {1: 15, 3: 45, 5: 110, 7: 130, 9: 110, 11: 75, 13: 44, 15: 140, 21: 150},
+    'channels_last':       {1: 15, 3: 45, 5: 85, 7: 110, 9: 110, 11: 85, 13: 44, 15: 140, 21: 155},
     'padded':              {1: 10, 3: 22, 5: 66, 7: 88, 9: 106, 11: 130, 13: 136, 15: 118},
     'grad_kernel':         {1: 10, 3: 30, 5: 55, 7: 60, 9: 70, 13: 85, 15: 97},
     'native grad_input':   {1: 10, 3: 40, 5: 60, 7: 70, 13: 50, 27: 75, 31: 110},
-    'native grad_weight':  {1: 3, 5: 4, 9: 2.5},
-    'native grad_weight channels_last': {1: 3, 3: 6, 5: 6, 7: 9, 9: 3, 13: 2.5},
+    'native grad_weight':  {1: 10, 3: 35, 4: 3, 9: 2.5},
+    'native grad_weight channels_last': {1: 20, 3: 50, 4: 5, 5: 5.5, 7: 9, 9: 12, 13: 3, 15: 2.5},
 }
 _TRANSPOSE, _COPY = 3.5, 20.
-_FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 115., 160.
+_FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 135., 185.
 #: Milliseconds of a call of one of torch's operators, which a block of spectra needs a dozen of.
 _CALL = 0.006
 
@@ -174,7 +174,18 @@ def _transform(problem: Problem, area: tuple[int, int], picoseconds: float = _FO
     maps = problem.batch * problem.channels
     blocks = 4 * maps * pixels / spectral.BLOCK_BYTES
     copied = _bytes(problem, area) / (_TRANSPOSE if problem.channels_last else _COPY) * 1e-6
-    return maps * pixels * math.log2(pixels) * picoseconds * 1e-9 + copied + blocks * 4 * _CALL
+    return maps * pixels * math.log2(pixels) * picoseconds * 1e-9 + copied + (1 + blocks) * 4 * _CALL
+
+
+def _rows_inside(problem: Problem) -> float:
+    """Share of the kernel's rows that lie on the map rather than on the padding, which oneDNN's channels-last kernels skip."""
+    (height, _), (kernel, _), (stride, _), (padding, _), (dilation, _) = (
+        problem.size, problem.kernel, problem.stride, problem.padding, problem.dilation)
+    rows = problem.out[0]
+    # Without a loop over every pair: a tap k meets the map for the outputs i with 0 <= i * stride + k * dilation - padding.
+    met = sum(max(0, min(rows - 1, (height - 1 - k * dilation + padding) // stride)
+                  - max(0, -((k * dilation - padding) // stride)) + 1) for k in range(kernel))
+    return met / (rows * kernel)
 
 
 def milliseconds(problem: Problem) -> dict[str, dict[str, float]]:
@@ -187,13 +198,14 @@ def milliseconds(problem: Problem) -> dict[str, dict[str, float]]:
     filled = _bytes(problem, problem.size) / _COPY * 1e-6 if max(problem.padding) > 6 else 0.
 
     grown = (15 / side) ** 2 if spatial.widened(problem) else 1
+    inside = _rows_inside(problem)
     forward = {
-        'channels_last': work * grown / _rate('channels_last', 15 if grown > 1 else side) + to_last,
+        'channels_last': work * grown * inside / _rate('channels_last', 15 if grown > 1 else side) + to_last,
         'padded': work / _rate('padded', side) + to_padded + filled,
     }
     # As it is, torch's convolution is the first or the second; in the default layout only with little padding.
     slow = not last and max(problem.padding) > 6
-    forward['native'] = (work / _rate('channels_last', side) if last else work / 4 if slow else forward['padded']) + 1e-3
+    forward['native'] = (work * inside / _rate('channels_last', side) if last else work / 4 if slow else forward['padded']) + 1e-3
     gradient = spatial.input_gradient_problem(problem)
     grad_input = dict(native=work / (4 if slow else _rate('native grad_input', side)))
     if gradient is not None:

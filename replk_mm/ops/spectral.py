@@ -12,6 +12,7 @@ zeros, gradient and kernel at offset 0, and then
 * ``dx[j] = sum_i g[i] w[j - i]``: convolution, rows and columns ``padding .. padding + size``;
 * ``dw[k] = sum_i g[i] x[i + k]``: correlation, rows and columns ``0 .. kernel``.
 """
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -21,8 +22,11 @@ from torch import Tensor
 from replk_mm.ops import workers
 from replk_mm.ops.problem import Pair, Problem
 
-#: Bytes of one real buffer of a block; with its spectrum and the product about four times this are in use in each thread.
-BLOCK_BYTES = 640 * 1024
+#: Bytes of one real buffer of a block, where all threads work on one block and where each thread works on its own. With the
+#: spectrum and the product about four times this are in use for each block.
+BLOCK_BYTES, THREAD_BLOCK_BYTES = 2 * 1024 * 1024, 640 * 1024
+#: Pixels of all transforms from which threads of our own pay: torch's wait for more work for some milliseconds, in the way.
+THREADS_PAY = 4_000_000
 
 
 @cache
@@ -84,7 +88,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem,
             y = _inverse(spectrum, size, slice(0, rows), slice(0, cols))
             out[part, channels] = y if shift is None else y.add_(shift)
 
-    workers.run(work, len(blocks))
+    workers.run(work, len(blocks), _own_threads(problem))
     if keep is not None:
         keep.extend(spectrum for block in kept for spectrum in block)
     return out
@@ -129,16 +133,21 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_inpu
         if grad_weight is not None:
             grad_weight[channels, 0] = _inverse(lags, size, slice(0, problem.kernel[0]), slice(0, problem.kernel[1]))
 
-    workers.run(work, len(blocks))
+    workers.run(work, len(blocks), _own_threads(problem))
     return grad_x, grad_weight
+
+
+def _own_threads(problem: Problem) -> bool:
+    return problem.batch * problem.channels * math.prod(transform_size(problem)) >= THREADS_PAY
 
 
 @cache
 def _blocks(problem: Problem) -> list[tuple[slice, list[slice]]]:
     """Channels of each block, and the parts of the batch to go through with them."""
-    size = transform_size(problem)
-    maps = max(1, BLOCK_BYTES // (4 * size[0] * size[1]))
-    channels = max(1, min(-(-problem.channels // problem.threads), maps // problem.batch))
+    threads, limit = (problem.threads, THREAD_BLOCK_BYTES) if _own_threads(problem) else (1, BLOCK_BYTES)
+    # Channels lie side by side in channels-last memory: fewer than eight would fetch every cache line several times.
+    maps = max(8 if problem.channels_last else 1, limit // (4 * math.prod(transform_size(problem))))
+    channels = min(-(-problem.channels // threads), maps)
     images = max(1, maps // channels)
     parts = [slice(i, i + images) for i in range(0, problem.batch, images)]
     return [(slice(start, start + channels), parts) for start in range(0, problem.channels, channels)]

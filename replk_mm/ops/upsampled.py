@@ -231,33 +231,43 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int], padding: Sequence[int]
     Returns:
         ``(H, W)``, the first class with the largest logit.
     """
+    if flip not in (None, 'horizontal', 'vertical'):
+        raise ValueError(f"flip={flip!r} must be None, 'horizontal' or 'vertical'")
     classes, small_height, small_width = logits.shape
     like = _pixels_first(logits[:, :0])
     left, right, top, bottom = padding
     height, width = size[0] - top - bottom, size[1] - left - right
     out_height, out_width = out_size or (height, width)
-    turned_rows, turned_columns = flip == 'vertical', flip == 'horizontal'
     to_input = Interpolation(small_height, size[0], align_corners, like)
-    to_output = Interpolation(height, out_height, align_corners, like).read_from(top, height, turned_rows)
+    to_output = Interpolation(height, out_height, align_corners, like).read_from(top, height, flip == 'vertical')
+
+    def with_columns(first: int, last: int) -> Tensor:
+        """Some rows of the logits with the columns of the result, ``(rows, K, out_width)``."""
+        rows = logits[:, first:last]
+        if (small_height, small_width) != tuple(size):
+            x = _resize_columns(_pixels_first(rows), size[1], align_corners)[:, left:left + width]
+            return _resize_columns(x.flip(1) if flip == 'horizontal' else x, out_width, align_corners).transpose(1, 2)
+        # Already large, as sliding windows leave them: classes far apart in memory are better left so.
+        x = rows[..., left:left + width].transpose(0, 1).to(like.dtype)
+        x = x.flip(2) if flip == 'horizontal' else x
+        return x if width == out_width else F.interpolate(x, out_width, mode='linear', align_corners=align_corners)
+
+    parts = [(part, to_input.part(part.first, part.last))
+             for part in to_output.parts(_rows_at_a_time(out_width, classes, like))]
+    # Buffers that all chunks use stay in the caches. Classes come before columns: reductions then run along columns.
+    small, large, out = (like.new_empty(rows, classes * out_width) for rows in (
+        max(before.last - before.first for _, before in parts), max(part.last - part.first for part, _ in parts),
+        parts[0][0].stop))
     order = -torch.arange(classes, device=like.device, dtype=like.dtype).view(1, -1, 1)
     result = torch.empty(out_height, out_width, dtype=torch.long, device=like.device)
-    with torch.autocast(like.device.type, enabled=False):
-        for part in to_output.parts(_rows_at_a_time(out_width, classes, like)):
-            if (small_height, small_width) == (size[0], size[1]):
-                x = logits[:, part.first:part.last, left:left + width].transpose(0, 1).to(like.dtype)
-                x = x.flip(2) if turned_columns else x
-                x = F.interpolate(x, out_width, mode='linear', align_corners=align_corners) if width != out_width else x
-                x = x.reshape(len(x), -1)
-            else:
-                before = to_input.part(part.first, part.last)
-                wide = _pixels_first(logits[:, before.first:before.last])
-                wide = _resize_columns(wide, size[1], align_corners)[:, left:left + width]
-                wide = _resize_columns(wide.flip(1) if turned_columns else wide, out_width, align_corners)
-                wide = wide.transpose(1, 2).reshape(len(wide), -1)  # classes before columns: reductions run along columns
-                x = before.apply(wide, wide.new_empty(part.last - part.first, wide.shape[1]))
-            x = part.apply(x, x.new_empty(part.stop - part.start, x.shape[1])).view(-1, classes, out_width)
-            # An argmax that runs at the speed of memory: 0 - class where the logit is the largest, far below elsewhere.
-            x -= x.amax(1, keepdim=True)
-            torch.add(order, x, alpha=1e38, out=x)
-            result[part.start:part.stop] = x.amax(1).neg_().nan_to_num_(0)
+    for part, before in parts:
+        x = small[:before.last - before.first]
+        x.view(-1, classes, out_width).copy_(with_columns(before.first, before.last))
+        if small_height != size[0]:
+            x = before.apply(x, large[:part.last - part.first])
+        x = part.apply(x, out[:part.stop - part.start]).view(-1, classes, out_width)
+        # An argmax at the speed of memory: minus the class where the logit is the largest, far below that elsewhere.
+        x -= x.amax(1, keepdim=True)
+        torch.add(order, x, alpha=1e38, out=x)
+        result[part.start:part.stop] = x.amax(1).neg_().nan_to_num_(0)
     return result

@@ -14,14 +14,15 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 
 
-def run(work: Callable[[int], None], count: int) -> None:
-    """Call ``work(0) .. work(count - 1)``, in as many threads as torch has; gradients are not recorded.
+def run(work: Callable[[int], None], count: int, spread: bool) -> None:
+    """Call ``work(0) .. work(count - 1)``; gradients are not recorded.
 
     Args:
         work: Must write to places that no other call touches: results then do not depend on the number of threads.
         count: Number of calls.
+        spread: Make the calls in as many threads as torch has, rather than here.
     """
-    threads = min(torch.get_num_threads(), count)
+    threads = min(torch.get_num_threads(), count) if spread else 1
     inference = torch.is_inference_mode_enabled()
 
     def share(numbers: Iterable[int]) -> None:
