@@ -12,7 +12,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from replk_mm.models.layers import Backbone, build_activation, build_norm, drop_path_rates, resolve_arch, run_checkpointed
-from replk_mm.ops import DepthwiseConv2d
+from replk_mm.ops import DepthwiseConv2d, convolve
 from replk_mm.registry import MODELS
 
 
@@ -39,6 +39,15 @@ class ConvNorm(nn.Sequential):
         self.bn = build_norm(norm_cfg, out_channels)
         if act_cfg is not None:
             self.nonlinear = build_activation(act_cfg)
+
+    def forward(self, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
+        """The layers one after the other, then ``activation``, or the sum with ``shortcut``."""
+        activation = activation or self._modules.get('nonlinear')
+        if isinstance(self.bn, nn.Identity):
+            return convolve(self.conv, x, activation, shortcut)
+        x = self.bn(self.conv(x))
+        x = x if activation is None else activation(x)
+        return x if shortcut is None else shortcut + x
 
 
 class ReparamLargeKernelConv(nn.Module):
@@ -81,6 +90,12 @@ class ReparamLargeKernelConv(nn.Module):
         return out + self.small_conv(x) if hasattr(self, 'small_conv') else out
 
 
+def _with_shortcut(layer: ConvNorm, x: Tensor, shortcut: Tensor, drop_path: DropPath) -> Tensor:
+    if drop_path.training and drop_path.drop_prob > 0:
+        return shortcut + drop_path(layer(x))
+    return layer(x, shortcut=shortcut)
+
+
 class RepLKBlock(nn.Module):
     """Pre-norm, 1x1 convolution, large depthwise convolution, 1x1 convolution, identity shortcut. Section 4.1.
 
@@ -109,7 +124,7 @@ class RepLKBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.pw1(self.prelkb_bn(x))
         out = self.lk_nonlinear(self.large_kernel(out))
-        return x + self.drop_path(self.pw2(out))
+        return _with_shortcut(self.pw2, out, x, self.drop_path)
 
 
 class ConvFFN(nn.Module):
@@ -132,8 +147,8 @@ class ConvFFN(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.pw2(self.nonlinear(self.pw1(self.preffn_bn(x))))
-        return x + self.drop_path(out)
+        out = self.pw1(self.preffn_bn(x), self.nonlinear)
+        return _with_shortcut(self.pw2, out, x, self.drop_path)
 
 
 class RepLKNetStage(nn.Module):

@@ -9,15 +9,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from mmcv.cnn import ConvModule
 from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder as MMSegEncoderDecoder
 from mmseg.models.decode_heads import FCNHead as MMSegFCNHead
 from mmseg.models.decode_heads import UPerHead as MMSegUPerHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.losses import CrossEntropyLoss
+from mmseg.models.utils import resize
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from replk_mm.ops.pyramid import conv_of_resized
 from replk_mm.ops.upsampled import upsampled_argmax, upsampled_cross_entropy
 from replk_mm.registry import MODELS
 
@@ -32,13 +35,13 @@ class UpsampledLoss(BaseDecodeHead):
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: list[SegDataSample]) -> dict[str, Tensor]:
         """Losses of logits ``(N, K, h, w)`` under the names that mmseg gives them, and ``acc_seg`` in percent."""
         loss = self._plain_cross_entropy()
-        labels = self._stack_batch_gt(batch_data_samples).squeeze(1)
-        if loss is None or labels.numel() == 0:
+        if loss is None:
             return super().loss_by_feat(seg_logits, batch_data_samples)
+        labels = self._stack_batch_gt(batch_data_samples).squeeze(1)
         total, correct, counted = upsampled_cross_entropy(seg_logits, labels, self.ignore_index, self.align_corners)
         # mmseg's own constants, which decide what a batch without labels gives.
         eps = torch.finfo(torch.float32).eps
-        mean = total / ((counted if loss.avg_non_ignore else labels.numel()) + eps)
+        mean = total / ((counted.to(total.dtype) if loss.avg_non_ignore else labels.numel()) + eps)
         return {loss.loss_name: loss.loss_weight * mean,
                 'acc_seg': ((correct + eps) * 100 / (counted + eps)).float().view(1)}
 
@@ -57,16 +60,56 @@ class FCNHead(UpsampledLoss, MMSegFCNHead):
 
 @MODELS.register_module()
 class UPerHead(UpsampledLoss, MMSegUPerHead):
-    """mmseg's ``UPerHead`` with the loss of :class:`UpsampledLoss`, in the memory layout of the backbone's features."""
+    """mmseg's ``UPerHead`` with the loss of :class:`UpsampledLoss`, in the memory layout of the backbone's features.
+
+    On CPUs the two convolutions over concatenated maps run at the maps' own resolutions (:mod:`replk_mm.ops.pyramid`): with
+    512 channels that is half of the head's arithmetic. Everywhere else, in reduced precision, and where a program is recorded
+    or its arithmetic counted, they run as in mmseg.
+    """
 
     def psp_forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """The pyramid pooling module on the last of ``inputs``, ``(N, C, H, W)`` to ``(N, channels, H, W)``."""
         x = inputs[-1]
-        outs = torch.cat([x, *self.psp_modules(x)], dim=1)
-        # Maps of 1x1 have no layout to hand on, so that the pyramid loses it there, and every layer behind it.
-        if x.is_contiguous(memory_format=torch.channels_last):
-            outs = outs.contiguous(memory_format=torch.channels_last)
-        return self.bottleneck(outs)
+        return self._join(self.bottleneck, [x, *(pool(x) for pool in self.psp_modules)])
+
+    def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Features ``(N, channels, h, w)`` before the classifier, at the size of the first of ``inputs``."""
+        inputs = self._transform_inputs(inputs)
+        levels = [lateral(x) for lateral, x in zip(self.lateral_convs, inputs, strict=False)]
+        levels.append(self.psp_forward(inputs))
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] = levels[i - 1] + self._resize(levels[i], levels[i - 1])
+        outs = [conv(x) for conv, x in zip(self.fpn_convs, levels, strict=False)]
+        return self._join(self.fpn_bottleneck, [*outs, levels[-1]])
+
+    def _join(self, module: ConvModule, maps: list[Tensor]) -> Tensor:
+        """``module`` on all maps, brought to the size of the first and concatenated."""
+        if _computes_plainly(module, maps):
+            out = conv_of_resized(maps, module.conv.weight, module.conv.bias, self.align_corners)
+            out = module.norm(out) if module.with_norm else out
+            return module.activate(out) if module.with_activation else out
+        joined = torch.cat([maps[0], *(self._resize(x, maps[0]) for x in maps[1:])], dim=1)
+        # Maps of 1x1 have no layout to hand on: the concatenation loses it there, and every layer behind it.
+        if maps[0].is_contiguous(memory_format=torch.channels_last):
+            joined = joined.contiguous(memory_format=torch.channels_last)
+        return module(joined)
+
+    def _resize(self, x: Tensor, like: Tensor) -> Tensor:
+        return resize(x, size=like.shape[2:], mode='bilinear', align_corners=self.align_corners)
+
+
+def _computes_plainly(module: ConvModule, maps: list[Tensor]) -> bool:
+    """Whether ``module`` is a 3x3 convolution, a norm and an activation, in full precision on a CPU, with nobody watching."""
+    conv = module.conv
+    watched = any(hooks for m in (module, conv) for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks,
+                                                              m._backward_pre_hooks))
+    return (maps[0].device.type == 'cpu' and maps[0].dtype in (torch.float32, torch.float64)
+            and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            and not watched and type(conv) is nn.Conv2d
+            and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.stride == conv.dilation == (1, 1)
+            and conv.groups == 1 and conv.padding_mode == 'zeros' and not module.with_explicit_padding
+            and not module.with_spectral_norm and module.order == ('conv', 'norm', 'act')
+            and module.efficient_conv_bn_eval_forward is None)
 
 
 def _pixel_data(data: Tensor) -> PixelData:
@@ -82,6 +125,8 @@ class DeferredLogits(PixelData):
     Args:
         compute: Returns the logits, ``(K, H, W)``.
     """
+
+    _compute: Callable[[], Tensor]
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
         super().__init__()
@@ -130,17 +175,16 @@ class EncoderDecoder(MMSegEncoderDecoder):
         metas = [sample.metainfo for sample in data_samples or []]
         metas = metas or [dict(ori_shape=shape, img_shape=shape, pad_shape=shape)] * len(inputs)
         if self.test_cfg.mode == 'whole':
-            logits = self.decode_head(self.extract_feat(inputs))
-            resized = partial(self.decode_head.predict_by_feat, batch_img_metas=metas)
+            logits = self.decode_head.forward(self.extract_feat(inputs))
+            size = _input_size(metas[0])
         else:
             logits = self.inference(inputs, metas)
-            resized = nn.Identity()
-        size = resized(logits[:1, :1].to('meta')).shape[2:]  # a tensor without data: the head says to which size it brings it
+            size = tuple(logits.shape[2:])
         samples = data_samples or [SegDataSample() for _ in metas]
         for small, sample in zip(logits, samples, strict=True):
             meta = sample.metainfo if data_samples else None
             sample.set_data(dict(
-                seg_logits=DeferredLogits(partial(self._large_logits, small, resized, meta)),
+                seg_logits=DeferredLogits(partial(self._large_logits, small, size, meta)),
                 pred_sem_seg=PixelData(data=self._class_map(small, size, meta).unsqueeze(0))))
         return samples
 
@@ -150,6 +194,12 @@ class EncoderDecoder(MMSegEncoderDecoder):
         return upsampled_argmax(small, size, meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0))),
                                 meta['flip_direction'] if meta.get('flip') else None, meta['ori_shape'], self.align_corners)
 
-    def _large_logits(self, small: Tensor, resized: Callable[[Tensor], Tensor], meta: dict | None) -> Tensor:
-        samples = None if meta is None else [SegDataSample(metainfo=meta)]
-        return self.postprocess_result(resized(small.unsqueeze(0)), samples)[0].seg_logits.data
+    def _large_logits(self, small: Tensor, size: Sequence[int], meta: dict | None) -> Tensor:
+        large = resize(small.unsqueeze(0), size=size, mode='bilinear', align_corners=self.align_corners)
+        return self.postprocess_result(large, None if meta is None else [SegDataSample(metainfo=meta)])[0].seg_logits.data
+
+
+def _input_size(meta: dict) -> tuple[int, int]:
+    """Height and width to which ``BaseDecodeHead.predict_by_feat`` brings the logits."""
+    size = meta['img_shape'] if isinstance(meta['img_shape'], torch.Size) else meta.get('pad_shape', meta['img_shape'])
+    return int(size[0]), int(size[1])

@@ -94,10 +94,10 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
         return depthwise_conv2d(x[None], weight, bias, stride, padding, dilation, implementation)[0]
     _check(x, weight, bias, stride, padding, dilation)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
+    if device in ('cpu', 'cuda') and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if device != 'cpu' or x.shape[0] == 0 or _observed():
+    if device != 'cpu' or x.shape[0] == 0 or observed():
         return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
     problem = Problem.of(x, weight, stride, padding, dilation)
     chosen = choice.plan(problem, implementation)
@@ -107,7 +107,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
     return _FORWARD[chosen.forward](x, weight, bias, problem)
 
 
-def _observed() -> bool:
+def observed() -> bool:
     """Whether something looks at the operators themselves: a compiler, an exporter, a counter, a transform."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._functorch.maybe_current_level() is not None)

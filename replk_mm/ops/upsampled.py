@@ -9,8 +9,6 @@ Bilinear interpolation is separable. The columns of the few small rows behind a 
 interpolation in channels-last memory; then the rows, two taps each, into a buffer that all chunks use.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from replk_mm.errors import UserError
+from replk_mm.ops.interpolation import Interpolation
 
 #: Bytes of interpolated logits at a time: on CPUs what their caches hold, elsewhere what keeps the device busy.
 CPU_CHUNK_BYTES = 4 * 1024 * 1024
@@ -26,80 +25,6 @@ DEVICE_CHUNK_BYTES = 128 * 1024 * 1024
 _BAND = 64
 #: Probability below which its logarithm is computed from the logits: float32 has few digits left there, or none.
 _TINY = 1e-30
-
-
-@dataclass
-class Part:
-    """Some samples of an interpolation, and what they are made of.
-
-    Attributes:
-        start, stop: The samples.
-        first, last: The range of input samples that they read.
-        runs: ``(start, stop, low, high)``: samples between the same two inputs, counted from ``start`` and ``first``.
-        weight: Share of the upper input in each sample, ``(stop - start, 1)``.
-    """
-
-    start: int
-    stop: int
-    first: int
-    last: int
-    runs: list[tuple[int, int, int, int]]
-    weight: Tensor
-
-    def apply(self, x: Tensor, out: Tensor) -> Tensor:
-        """Interpolate along the first axis: ``x`` holds the inputs ``first`` to ``last``, ``out`` takes the samples."""
-        for start, stop, low, high in self.runs:
-            torch.lerp(x[low], x[high], self.weight[start:stop], out=out[start:stop])
-        return out
-
-    def transposed(self) -> Tensor:
-        """The transpose of the interpolation as a matrix, ``(last - first, stop - start)``."""
-        matrix = self.weight.new_zeros(self.last - self.first, self.stop - self.start)
-        for start, stop, low, high in self.runs:
-            matrix[low, start:stop] += 1 - self.weight[start:stop, 0]
-            matrix[high, start:stop] += self.weight[start:stop, 0]
-        return matrix
-
-
-class Interpolation:
-    """Linear interpolation along one axis with the sampling points of ``F.interpolate``.
-
-    Args:
-        size: Samples of the input.
-        out_size: Samples of the output.
-        align_corners: As in ``F.interpolate``.
-        like: Tensor with the dtype and device of what will be interpolated.
-    """
-
-    def __init__(self, size: int, out_size: int, align_corners: bool, like: Tensor) -> None:
-        at = torch.arange(out_size, dtype=like.dtype)
-        if align_corners:
-            at *= (size - 1) / (out_size - 1) if out_size > 1 else 0.
-        else:
-            at = ((at + 0.5) * (size / out_size) - 0.5).clamp_(min=0)
-        low = at.long().clamp_(max=size - 1)
-        self.low, self.high = low.tolist(), (low + 1).clamp_(max=size - 1).tolist()
-        self.weight = (at - low).unsqueeze(1).to(like.device)
-
-    def read_from(self, offset: int, size: int, flipped: bool) -> 'Interpolation':
-        """Let the input be the ``size`` samples behind ``offset`` of a longer one, back to front if ``flipped``."""
-        self.low, self.high = ([offset + (size - 1 - i if flipped else i) for i in taps] for taps in (self.low, self.high))
-        return self
-
-    def part(self, start: int, stop: int) -> Part:
-        """The samples from ``start`` to ``stop``."""
-        taps = list(zip(self.low[start:stop], self.high[start:stop], strict=True))
-        first, last = min(map(min, taps)), max(map(max, taps)) + 1
-        runs, begin = [], 0
-        for (low, high), group in groupby(taps):
-            end = begin + len(list(group))
-            runs.append((begin, end, low - first, high - first))
-            begin = end
-        return Part(start, stop, first, last, runs, self.weight[start:stop])
-
-    def parts(self, step: int) -> list[Part]:
-        """All samples in parts of ``step``."""
-        return [self.part(i, min(i + step, len(self.low))) for i in range(0, len(self.low), step)]
 
 
 def _rows_at_a_time(width: int, classes: int, like: Tensor) -> int:
@@ -191,12 +116,13 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 
         Scalars.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If shapes do not fit or the labels are no integers.
         UserError: If a label is no class.
     """
-    if logits.dim() != 4 or labels.dim() != 3 or len(logits) != len(labels):
-        raise ValueError(f'logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}; '
-                         f'(N, K, h, w) and (N, H, W) are needed')
+    if (logits.dim() != 4 or labels.dim() != 3 or len(logits) != len(labels) or labels.is_floating_point()
+            or not all((*logits.shape[1:], *labels.shape[1:]))):
+        raise ValueError(f'logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, {labels.dtype}; '
+                         f'(N, K, h, w) and integers (N, H, W) are needed')
     ignored = labels == ignore_index
     ids = labels.masked_fill(ignored, 0).long()
     if ids.numel():
@@ -230,6 +156,9 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int], padding: Sequence[int]
 
     Returns:
         ``(H, W)``, the first class with the largest logit.
+
+    Raises:
+        ValueError: If ``flip`` is none of these.
     """
     if flip not in (None, 'horizontal', 'vertical'):
         raise ValueError(f"flip={flip!r} must be None, 'horizontal' or 'vertical'")

@@ -2,7 +2,8 @@
 # the heads come from the files that inherit this one. (mmseg's own upernet_convnext.py needs mmpretrain installed.)
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(
-    type='EncoderDecoder',
+    # mmseg's own, but for logits that are never held at the image's size: same parameters, losses and predictions
+    type='replk_mm.EncoderDecoder',
     data_preprocessor=dict(
         type='SegDataPreProcessor',
         mean=[123.675, 116.28, 103.53],
@@ -11,7 +12,7 @@ model = dict(
         pad_val=0,
         seg_pad_val=255),
     decode_head=dict(
-        type='UPerHead',
+        type='replk_mm.UPerHead',
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
         channels=512,
@@ -21,7 +22,7 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
     auxiliary_head=dict(
-        type='FCNHead',
+        type='replk_mm.FCNHead',
         in_index=2,
         channels=256,
         num_convs=1,

@@ -1,0 +1,284 @@
+"""How fast backbones and whole models run beside the same networks in plain torch."""
+import copy
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from replk_mm.analysis import compare_engines, complexity
+from replk_mm.analysis.compare_engines import EngineError
+from replk_mm.analysis.differences import TOLERANCES, Gap, gap_of_gradients, gap_of_results
+from replk_mm.analysis.job import (
+    Job,
+    check_memory,
+    explaining_failures,
+    first_line,
+    fitted_config,
+    memory_of,
+    set_shape,
+    smallest_batch,
+)
+from replk_mm.analysis.plain import OURS, PLAIN, networks
+from replk_mm.analysis.speed import MIN_ROUNDS, Call, measure, say
+from replk_mm.analysis.workload import CLASS_MAP, Workload, convert, kind_of
+from replk_mm.errors import UserError
+
+#: Rest before each call while other engines take part: their threads and torch's wait busily for some milliseconds.
+_PAUSE = 0.01
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        dtypes: Of our network, of ``'float32'`` and ``'bfloat16'``; plain torch is in float32 always.
+        repeats: Rounds at most.
+        warmup: Rounds before that do not count, at most.
+        seconds: Budget of a measurement, see :func:`replk_mm.analysis.speed.measure`.
+        memory: Measure memory too, each network in a process of its own.
+        engines: Names in :data:`replk_mm.analysis.compare_engines.ENGINES`.
+    """
+
+    dtypes: Sequence[str] = ('float32',)
+    repeats: int = 15
+    warmup: int = 2
+    seconds: float = 60.
+    memory: bool = True
+    engines: Sequence[str] = ()
+
+
+@dataclass
+class Row:
+    """A line of the table before it is timed.
+
+    Attributes:
+        name: Of the line.
+        call: What is timed.
+        gap: From the results of plain torch; None for plain torch itself.
+        network: Its name among :func:`replk_mm.analysis.plain.networks`; empty for other engines.
+        how: Precision, see :class:`Workload`; of an engine its dtype.
+    """
+
+    name: str
+    call: Call
+    gap: Gap | None = None
+    network: str = ''
+    how: str = 'float32'
+
+    @property
+    def dtype(self) -> str:
+        """Precision of the layers."""
+        return 'float32' if self.how == 'float32' else 'bfloat16'
+
+
+class Bench:
+    """The networks of one mode, to be measured at one shape after the other.
+
+    Args:
+        job: What to measure; its batch and shape come later.
+        settings: How.
+
+    Raises:
+        UserError: If config or checkpoint do not fit.
+    """
+
+    def __init__(self, job: Job, settings: Settings) -> None:
+        torch.set_num_threads(job.threads)
+        self.job, self.settings = job, settings
+        self.cfg, self.notes = fitted_config(job)
+        self.networks, changes = networks(self.cfg, job.whole, job.form, job.checkpoint)
+        # Training steps at one shape change the statistics of BatchNorm, and those of each network on their own.
+        self._buffers = {name: {key: value.clone() for key, value in net.to(job.device).named_buffers()}
+                         for name, net in self.networks.items()}
+        backbone = self.cfg.model.backbone
+        if job.mode == 'train':
+            step = 'forwards, loss, backwards, optimizer (learning rate 0)' if job.whole else \
+                'forwards, mean squares of the features as a loss, backwards; no optimizer'
+            self.note(f'train: {step}; as the config says: with_cp={backbone.get("with_cp", False)} (activations computed '
+                      f'again), drop_path_rate={backbone.get("drop_path_rate", 0.)}')
+        elif changes is not None:
+            self.note(f'inference: {changes}' if len(self.networks) == 3 else
+                      'inference: there is nothing to merge or fold, the training form is the same network')
+        if kind_of(self.networks[OURS]) == 'detector' and not job.checkpoint:
+            self.note('random weights find hardly an object: behind the proposals a trained detector has more to do')
+
+    def note(self, line: str) -> None:
+        """Keep a line for the report, once."""
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def run(self, batch: int, shape: tuple[int, int]) -> dict:
+        """Measure the networks at one shape.
+
+        Args:
+            batch: Images; 0 for as few as the mode allows.
+            shape: Height and width in pixels.
+
+        Returns:
+            Plain data: the point that was measured, with a row for each network.
+
+        Raises:
+            UserError: If the networks cannot run there, or the memory would not do.
+        """
+        least = smallest_batch(self.networks[OURS], self.job.mode)
+        job = replace(self.job, shape=shape, batch=batch or least)
+        say(f'{job.mode} {job.batch}x3x{shape[0]}x{shape[1]}')
+        if job.batch < least:
+            raise UserError(f'{job.config}: --batch {job.batch}: training pools maps to 1x1, where BatchNorm has no variance '
+                            f'over one value\nUse --batch {least} or more, or --mode inference.')
+        for name, net in self.networks.items():
+            net.load_state_dict(self._buffers[name], strict=False)
+        set_shape(self.networks.values(), shape)
+        with explaining_failures(job), tempfile.TemporaryDirectory() as folder:
+            check_memory(self.cfg, self.networks, job)
+            work = Workload(self.cfg, self.networks[OURS], job.batch, shape, job.device)
+            rows = self._inference(work, Path(folder)) if job.mode == 'inference' else self._training(work)
+            found = measure({row.name: row.call for row in rows}, self.settings.repeats, self.settings.warmup,
+                            self.settings.seconds, _PAUSE if self.settings.engines else 0.)
+        done = []
+        for row in rows:
+            gap = row.gap or Gap()
+            done.append(dict(
+                name=row.name, dtype=row.dtype, how=row.how, milliseconds=asdict(found.timing(row.name)),
+                times_as_fast=asdict(found.times_as_fast(row.name, PLAIN)), samples=found.milliseconds[row.name],
+                memory_bytes=self._memory(job, row), difference=gap.relative, differing_pixels=gap.pixels,
+                equal=None if row.gap is None else gap.within(TOLERANCES[job.mode, row.dtype])))
+        return dict(mode=job.mode, form=job.form, batch=job.batch, height=shape[0], width=shape[1], rounds=found.rounds,
+                    warmup=found.warmup, rows=done)
+
+    def _inference(self, work: Workload, folder: Path) -> list[Row]:
+        reference = work.results(self.networks[PLAIN])
+        rows = []
+        for name, net in self.networks.items():
+            if name != OURS or 'float32' in self.settings.dtypes:
+                gap = None if name == PLAIN else _gap(work, reference, net, 'float32')
+                rows.append(Row(name, work.inference(net), gap, name))
+        if 'bfloat16' in self.settings.dtypes:
+            rows += self._fastest_bfloat16(work, reference)
+        return rows + self._engines(work, reference, folder)
+
+    def _training(self, work: Workload) -> list[Row]:
+        reference = work.gradients(self.networks[PLAIN])
+        rows = [Row(PLAIN, work.training(self.networks[PLAIN]), network=PLAIN)]
+        net = self.networks[OURS]
+        if 'float32' in self.settings.dtypes:
+            rows.append(Row(OURS, work.training(net), gap_of_gradients(reference, work.gradients(net)), OURS))
+        if 'bfloat16' in self.settings.dtypes:
+            row = Row(f'{OURS}, bfloat16', work.training(net, 'autocast'), None, OURS, 'autocast')
+            if self._possible(row, lambda: gap_of_gradients(reference, work.gradients(net, 'autocast'), True)):
+                rows.append(row)
+        return rows
+
+    def _fastest_bfloat16(self, work: Workload, reference: dict[str, Tensor]) -> list[Row]:
+        """Our network in bfloat16, by autocast or converted, whichever is faster here; none if neither runs."""
+        converted = copy.deepcopy(self.networks[OURS])
+        convert(converted)
+        candidates = []
+        for how, net in (('autocast', self.networks[OURS]), ('converted', converted)):
+            row = Row(f'{OURS}, bfloat16', work.inference(net, how), None, OURS, how)
+            if self._possible(row, functools.partial(_gap, work, reference, net, how)):
+                candidates.append(row)
+        if len(candidates) < 2:
+            return candidates
+        trial = measure({row.how: row.call for row in candidates}, MIN_ROUNDS, 1)
+        times = {row.how: trial.timing(row.how).median for row in candidates}
+        self.note(f'bfloat16, {len(work.image)}x3x{work.shape[0]}x{work.shape[1]}: '
+                  + ', '.join(f'{how} {ms:.1f} ms' for how, ms in times.items()) + ' in a trial; the faster is in the table')
+        return [min(candidates, key=lambda row: times[row.how])]
+
+    def _possible(self, row: Row, compare: Callable[[], Gap]) -> bool:
+        """Whether a network runs in this precision at all; if so, compare it."""
+        try:
+            row.gap = compare()
+            row.call()
+        except (RuntimeError, TypeError) as error:  # an operator without this precision
+            self.note(f'{self.job.mode}, {row.name} {row.how}: not possible: {first_line(error)}')
+            return False
+        return True
+
+    def _engines(self, work: Workload, reference: dict[str, Tensor], folder: Path) -> list[Row]:
+        engines = []
+        for engine in self.settings.engines:
+            line = compare_engines.missing(engine)
+            if self.job.device != 'cpu':
+                line = f'{engine}: compared on CPUs only'
+            if line:
+                self.note(line)
+            else:
+                engines.append(engine)
+        plain, path, rows = self.networks[PLAIN], folder / 'network.onnx', list[Row]()
+        if not engines:
+            return rows
+        say(f'  exporting for {" and ".join(engines)}')
+        try:
+            compare_engines.export(plain, work.normalized(plain), path)
+        except EngineError as error:
+            self.note(f'{", ".join(engines)}: {error}')
+            return rows
+        for engine in engines:
+            for dtype in ('float32', *(d for d in self.settings.dtypes if d != 'float32')):
+                try:
+                    rows.append(self._engine(engine, dtype, work, reference, path))
+                except EngineError as error:
+                    self.note(f'{engine}, {dtype}: {error}')
+        return rows
+
+    def _engine(self, engine: str, dtype: str, work: Workload, reference: dict[str, Tensor], path: Path) -> Row:
+        plain = self.networks[PLAIN]
+        run = compare_engines.load(engine, path, self.job.threads, dtype)
+        outputs = [torch.from_numpy(array) for array in run(work.normalized(plain))]
+        names = [CLASS_MAP] if kind_of(plain) == 'segmentor' else list(reference)
+        gap = gap_of_results({name: reference[name] for name in names}, dict(zip(names, outputs, strict=True)))
+        # As in the other rows, from image to result.
+        return Row(engine if dtype == 'float32' else f'{engine}, {dtype}', lambda: run(work.normalized(plain)), gap,
+                      how=dtype)
+
+    def _memory(self, job: Job, row: Row) -> int | None:
+        if not self.settings.memory or not row.network:
+            return None
+        say(f'  memory of {row.name}')
+        found = memory_of(job, row.network, row.how)
+        if isinstance(found, str):
+            self.note(f'memory of {row.name}: not measured: {found}')
+            return None
+        return found
+
+
+def _gap(work: Workload, reference: dict[str, Tensor], net: torch.nn.Module, how: str) -> Gap:
+    return gap_of_results(reference, work.results(net, how))
+
+
+def run(job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tuple[int, int]], batches: Sequence[int]) -> dict:
+    """Measure a backbone or a whole model in every mode, shape and batch.
+
+    Args:
+        job: What to measure; its form is that of inference, training is in the training form.
+        settings: How.
+        modes: Of ``'inference'`` and ``'train'``.
+        shapes: Heights and widths in pixels.
+        batches: Images; 0 for as few as the mode allows.
+
+    Returns:
+        Plain data: what was measured, notes, and a point for each combination.
+
+    Raises:
+        UserError: If something given does not fit.
+    """
+    notes = [f'weights: {job.checkpoint or "random, statistics of BatchNorm and layer scales too"}',
+             "plain torch: the same network and weights in float32, with torch's own depthwise convolutions, torch's default "
+             "memory layout and the libraries' own heads"]
+    points = []
+    for mode in modes:
+        bench = Bench(replace(job, mode=mode, form=job.form if mode == 'inference' else 'training'), settings)
+        points += [bench.run(batch, shape) for shape in shapes for batch in batches]
+        notes += [note for note in bench.notes if note not in notes]
+    backbone = bench.cfg.model.backbone
+    arch = backbone.get('arch', '')
+    return dict(what='model' if job.whole else 'backbone', config=job.config, cfg_options=job.options or {},
+                checkpoint=job.checkpoint, backbone=f'{backbone.type} {arch if isinstance(arch, str) else ""}'.strip(),
+                parameters=complexity.parameters(bench.networks[OURS]), settings=asdict(settings), notes=notes, points=points)

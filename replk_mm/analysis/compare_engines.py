@@ -1,0 +1,149 @@
+"""Other inference engines on the same network: exported to ONNX once, the same threads, the same images."""
+import contextlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from replk_mm.analysis.job import first_line
+from replk_mm.analysis.workload import kind_of
+
+#: What can be compared, with the distributions that it needs.
+ENGINES = {'openvino': ('openvino', 'onnx', 'onnxscript'), 'onnxruntime': ('onnxruntime', 'onnx', 'onnxscript')}
+
+Run = Callable[[Tensor], list[np.ndarray]]
+
+
+class EngineError(Exception):
+    """An engine that cannot be compared, and why. It ends the comparison with this engine, not the measurement."""
+
+
+def missing(engine: str) -> str | None:
+    """The line to say if an engine cannot run here because of what is not installed."""
+    lacking = [name for name in ENGINES[engine] if importlib.util.find_spec(name) is None]
+    if not lacking:
+        return None
+    if engine in lacking:
+        return f'{engine}: not installed (pip install {" ".join(lacking)})'
+    return f'{engine}: the export needs {" and ".join(lacking)} (pip install {" ".join(lacking)})'
+
+
+class Deployed(nn.Module):
+    """What is exported: a backbone to its features, or a segmentor from the normalized image to its class map.
+
+    Args:
+        net: A backbone or a segmentor.
+    """
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+        self.segments = kind_of(net) == 'segmentor'
+
+    def forward(self, image: Tensor) -> Any:
+        """``(N, 3, H, W)`` to features ``(N, C_i, H_i, W_i)``, or to classes ``(N, H, W)``."""
+        if not self.segments:
+            return self.net(image)
+        logits = self.net(image, mode='tensor')
+        logits = F.interpolate(logits, image.shape[2:], mode='bilinear', align_corners=self.net.align_corners)
+        if logits.shape[1] == 1:
+            return (logits[:, 0].sigmoid() > self.net.decode_head.threshold).long()
+        return logits.argmax(1)
+
+
+def export(net: Any, image: Tensor, path: Path) -> None:
+    """Write a network as ONNX.
+
+    Args:
+        net: With plain convolutions, reparameterized.
+        image: An input of the shape to export for.
+        path: File to write; large weights go into another one beside it.
+
+    Raises:
+        EngineError: If the network cannot be exported.
+    """
+    kind = kind_of(net)
+    if kind not in ('backbone', 'segmentor'):
+        raise EngineError('a whole detector has no plain ONNX form; compare its backbone: benchmark.py backbone')
+    test = {} if kind == 'backbone' else net.test_cfg or {}
+    if test.get('mode') == 'slide' and any(a > b for a, b in zip(image.shape[2:], test['crop_size'], strict=True)):
+        raise EngineError('the config tests with sliding windows, which are no network; for a comparison '
+                          '--cfg-options model.test_cfg.mode=whole')
+    try:
+        with _silence():
+            torch.onnx.export(Deployed(net).eval(), (image,), str(path), dynamo=True, input_names=['image'], verbose=False)
+    except Exception as error:  # whatever an exporter of the day raises
+        raise EngineError(f'the network cannot be exported: {type(error).__name__}: {first_line(error)}') from error
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporter from telling of its progress and of libraries that are not there."""
+    logger = logging.getLogger('torch.onnx')
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+def load(engine: str, path: Path, threads: int, dtype: str = 'float32') -> Run:
+    """A function that runs an exported network.
+
+    Args:
+        engine: A name in :data:`ENGINES`.
+        path: The exported network.
+        threads: That the engine may use.
+        dtype: That it computes in, ``'float32'`` or ``'bfloat16'``.
+
+    Raises:
+        EngineError: If the engine has no such precision, or refuses the network.
+    """
+    if engine == 'onnxruntime' and dtype != 'float32':
+        raise EngineError(f'no {dtype} on CPUs')
+    try:
+        return _onnxruntime(path, threads) if engine == 'onnxruntime' else _openvino(path, threads, dtype)
+    except EngineError:
+        raise
+    except Exception as error:
+        raise EngineError(f'refuses the network: {first_line(error)}') from error
+
+
+def _openvino(path: Path, threads: int, dtype: str) -> Run:
+    import openvino
+    core = openvino.Core()
+    if dtype == 'bfloat16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
+        raise EngineError('this CPU has no bfloat16 for it')
+    # Its own default precision is bfloat16 on CPUs that have it.
+    network = core.compile_model(str(path), 'CPU', {
+        'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype], 'INFERENCE_NUM_THREADS': threads,
+        'PERFORMANCE_HINT': 'LATENCY'})
+    request = network.create_infer_request()
+
+    def run(image: Tensor) -> list[np.ndarray]:
+        found = request.infer([image.contiguous().numpy()], share_inputs=True)
+        return [found[output] for output in network.outputs]
+    return run
+
+
+def _onnxruntime(path: Path, threads: int) -> Run:
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    # Threads that wait busily after a run would take the processors from whatever is timed next.
+    options.add_session_config_entry('session.force_spinning_stop', '1')
+    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    return lambda image: session.run(None, {'image': image.contiguous().numpy()})

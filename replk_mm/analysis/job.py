@@ -1,0 +1,204 @@
+"""A network to measure and what it does, as plain data: for this process, and for one of its own where memory is measured."""
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmengine.config import Config
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import replk_mm
+from replk_mm.analysis.plain import networks
+from replk_mm.analysis.speed import memory_growth
+from replk_mm.analysis.workload import Workload, convert
+from replk_mm.engine.config import fit_to_machine, load_config
+from replk_mm.engine.machine import keep_freed_memory
+from replk_mm.engine.memory import available_bytes, crop_of, pooled_norm, training_bytes
+from replk_mm.engine.prepare import num_classes_of
+from replk_mm.equivalence import network_outputs
+from replk_mm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network and what it does; plain data, so that another process can do the same.
+
+    Attributes:
+        config: Config file.
+        whole: The segmentor or detector, rather than its backbone.
+        mode: ``'inference'`` or ``'train'``.
+        form: ``'training'`` or ``'reparameterized'``.
+        batch: Images; 0 for the smallest that the mode allows.
+        shape: Height and width in pixels.
+        options: Overrides of config fields.
+        checkpoint: Weights, None for random ones.
+        device: ``'cpu'`` or ``'cuda'``.
+        threads: Of torch and of other engines.
+    """
+
+    config: str
+    whole: bool
+    mode: str = 'inference'
+    form: str = 'reparameterized'
+    batch: int = 0
+    shape: tuple[int, int] = (0, 0)
+    options: dict | None = None
+    checkpoint: str | None = None
+    device: str = 'cpu'
+    threads: int = 1
+
+
+def fitted_config(job: Job) -> tuple[Config, list[str]]:
+    """The job's config for this machine, and what was changed."""
+    cfg = load_config(job.config, job.options)
+    for split in ('train', 'val', 'test'):
+        cfg.pop(f'{split}_dataloader', None)  # no data is read, and nothing need be said of its loading
+    return cfg, fit_to_machine(cfg, None, job.device, 1)
+
+
+def default_shape(config: str, options: dict | None) -> tuple[int, int]:
+    """The crop that a config trains on, or the size that its test pipeline resizes to, in pixels (height, width).
+
+    Raises:
+        UserError: If it has neither.
+    """
+    cfg = load_config(config, options)
+    crop = crop_of(cfg)
+    if crop:
+        return crop
+    for step in cfg.test_dataloader.get('dataset', {}).get('pipeline', []):
+        scale = step.get('scale')
+        if 'Resize' in str(step.get('type')) and isinstance(scale, (tuple, list)) and len(scale) == 2:
+            short, long = (-(-side // 32) * 32 for side in sorted(scale))
+            return short, long
+    raise UserError(f'{config}: the config has neither crop_size nor a Resize with a scale\nName a size with --shape H W.')
+
+
+def set_shape(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:
+    """Let data preprocessors pad to ``shape`` rather than to the crop that the config was written for."""
+    for net in nets:
+        preprocessor = getattr(net, 'data_preprocessor', None)
+        if getattr(preprocessor, 'size', None) is not None:
+            setattr(preprocessor, 'size', shape)  # noqa: B010 (a module's plain attribute)
+
+
+def smallest_batch(net: nn.Module, mode: str) -> int:
+    """Images that a batch needs at least: two where BatchNorm trains on maps of one pixel."""
+    return 2 if mode == 'train' and pooled_norm(net) else 1
+
+
+def check_memory(cfg: Config, nets: dict[str, nn.Module], job: Job) -> None:
+    """Refuse what would not fit the memory, before the system ends the process.
+
+    Raises:
+        UserError: If the networks together with one batch need more than is free.
+    """
+    net, mode, batch, shape = next(iter(nets.values())), job.mode, job.batch, job.shape
+    if job.device != 'cpu':
+        return
+    with torch.device('meta'):
+        sketch = copy.deepcopy(net).to('meta')
+    classes = num_classes_of(net) or 0
+    if mode == 'train':
+        need = training_bytes(sketch, batch, shape, classes)
+    else:
+        need = _inference_bytes(sketch, batch, shape, classes)
+    # The other networks' weights; in training with gradients and moments each, which stay.
+    parameters = sum(p.numel() for p in net.parameters())
+    need += (len(nets) - 1) * parameters * (16 if mode == 'train' else 4)
+    free = available_bytes()
+    if need > free:
+        raise UserError(f'{cfg.filename}: {mode} of {batch}x3x{shape[0]}x{shape[1]} needs about {need / 2**30:.1f} GiB of '
+                        f'memory; {free / 2**30:.1f} GiB are free\nUse a smaller --shape or --batch.')
+
+
+def _inference_bytes(net: Any, batch: int, shape: tuple[int, int], classes: int) -> int:
+    """Estimate: the largest input and output of a layer twice, and logits at full resolution with a copy."""
+    largest = 0
+
+    def look(module: nn.Module, args: tuple, output: Any) -> None:
+        nonlocal largest
+        largest = max(largest, sum(t.numel() * t.element_size() for t in tree_leaves((args, output)) if isinstance(t, Tensor)))
+
+    for module in net.modules():
+        module.register_forward_hook(look)
+    net.eval()
+    with torch.no_grad():
+        network_outputs(net, torch.empty(batch, 3, *shape, device='meta'))
+    return 2 * largest + 2 * 4 * batch * classes * shape[0] * shape[1]
+
+
+@contextmanager
+def explaining_failures(job: Job) -> Iterator[None]:
+    """Turn what a network raises when it runs at a shape it cannot take into a message."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, AssertionError, ZeroDivisionError) as error:
+        memory = 'allocate memory' in str(error) or 'out of memory' in str(error)
+        raise UserError(
+            f'{job.config}: {job.mode} of {job.batch}x3x{job.shape[0]}x{job.shape[1]} fails: {first_line(error)}\n'
+            + ('Use a smaller --shape or --batch.' if memory else
+               'Try another --shape; REPLK_MM_TRACEBACK=1 shows where it fails.')) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def memory_of(job: Job, network: str, how: str) -> int | None | str:
+    """Bytes that a network's first three calls need at their peak beyond what the loaded network takes.
+
+    In a process of its own: what one network has used and given back, another one would use again, unseen.
+
+    Args:
+        job: With batch and shape.
+        network: A name among :func:`replk_mm.analysis.plain.networks`.
+        how: Precision, see :class:`Workload`.
+
+    Returns:
+        None where the system does not tell; a text if the process failed.
+    """
+    given = json.dumps(dict(job=asdict(job), network=network, how=how))
+    path = os.pathsep.join([str(Path(replk_mm.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
+    environment = {**os.environ, 'PYTHONPATH': path}
+    if job.device != 'cpu':  # the GPU that this process has chosen
+        index, visible = torch.cuda.current_device(), os.environ.get('CUDA_VISIBLE_DEVICES')
+        environment['CUDA_VISIBLE_DEVICES'] = visible.split(',')[index] if visible else str(index)
+    ran = subprocess.run([sys.executable, '-c', f'from {__name__} import child; child()'], text=True, input=given,
+                         capture_output=True, check=False, env=environment)
+    if ran.returncode:
+        return (ran.stderr.strip() or f'its process ended with status {ran.returncode}').splitlines()[-1]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def child() -> None:
+    """Measure the memory of the network that standard input describes; the last line of standard output is the answer."""
+    given = json.loads(sys.stdin.read())
+    job = Job(**{**given['job'], 'shape': tuple(given['job']['shape'])})
+    keep_freed_memory()  # as the command does
+    torch.set_num_threads(job.threads)
+    cfg, _ = fitted_config(job)
+    net = networks(cfg, job.whole, job.form, job.checkpoint)[0][given['network']].to(job.device)
+    set_shape([net], job.shape)
+    work = Workload(cfg, net, job.batch, job.shape, job.device)
+    if given['how'] == 'converted':
+        convert(net)
+    call = work.inference(net, given['how']) if job.mode == 'inference' else work.training(net, given['how'])
+
+    def three_times() -> None:
+        for _ in range(3):
+            call()
+    growth = memory_growth(three_times, job.device)
+    print(f'\n{json.dumps(growth)}')
+
+

@@ -1,0 +1,91 @@
+"""Inference of a convolution together with what follows it: an activation, or the sum with a shortcut.
+
+torch's CPU backend (oneDNN) applies both while a tile of the output is still in the cache. It is used where a network does not
+train, on CPUs; everywhere else, and for every other kind of layer, the parts run one after the other. The results are the same.
+"""
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from replk_mm.ops.depthwise import observed
+
+_UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
+_packed: WeakKeyDictionary[nn.Module, tuple[tuple | None, Tensor | None]] = WeakKeyDictionary()
+
+
+def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
+    """``activation(conv(x))`` or ``shortcut + conv(x)``.
+
+    Args:
+        conv: A convolution.
+        x: Its input, ``(N, C, H, W)``.
+        activation: What follows, None for nothing.
+        shortcut: What is added, in the shape of the output; None for nothing.
+
+    Raises:
+        ValueError: If both an activation and a shortcut are given.
+    """
+    if activation is not None and shortcut is not None:
+        raise ValueError('convolve: give an activation or a shortcut, not both')
+    if not _fuses(conv, activation, x):
+        y = conv(x)
+        y = y if activation is None else activation(y)
+        return y if shortcut is None else shortcut + y
+    assert isinstance(conv, nn.Conv2d)
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    x, bias = x.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
+    weight, layout = _weight(conv, x), (conv.padding, conv.stride, conv.dilation, conv.groups)
+    if shortcut is not None:
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut.to(dtype), weight, bias, *layout, 'add', 1., None, [],
+                                                              None)
+    name = _UNARY[type(activation)] if activation is not None else 'none'
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *layout, name, [],
+                                                   getattr(activation, 'approximate', ''))
+
+
+def pack(model: nn.Module) -> int:
+    """Let a network's plain convolutions keep their weights in the arrangement that the CPU backend computes with.
+
+    Otherwise they are rearranged at every call, a tenth of an inference of single images. Costs the memory of the weights once
+    more. A weight that changes through torch's own functions (an optimizer, ``load_state_dict``, ``to``) is seen to have
+    changed; changes behind torch's back (``weight.data.copy_``) are not: pack again after them.
+
+    Args:
+        model: A network on a CPU, in evaluation mode.
+
+    Returns:
+        The number of convolutions that will keep theirs, from their first inference on.
+    """
+    convolutions = [conv for conv in model.modules() if type(conv) is nn.Conv2d and _usable(conv)]
+    _packed.update(dict.fromkeys(convolutions, (None, None)))
+    return len(convolutions)
+
+
+def _weight(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    weight = conv.weight.to(x.dtype)
+    if conv not in _packed:
+        return weight
+    key = conv.weight.data_ptr(), conv.weight._version, conv.weight.dtype, x.dtype
+    known, packed = _packed[conv]
+    if packed is None or known != key:
+        with torch.no_grad():
+            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), conv.padding, conv.stride, conv.dilation,
+                                                               conv.groups, x.shape)
+        _packed[conv] = key, packed
+    return packed
+
+
+def _usable(conv: nn.Conv2d) -> bool:
+    return (conv.weight.device.type == 'cpu' and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+            and not isinstance(conv.padding, str) and conv.padding_mode == 'zeros')
+
+
+def _fuses(conv: nn.Module, activation: nn.Module | None, x: Tensor) -> bool:
+    if type(conv) is not nn.Conv2d or not (activation is None or type(activation) in _UNARY) or not _usable(conv):
+        return False
+    training = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, activation) if m is not None)
+    return not (training or hooked or conv.weight.is_inference() or observed() or x.shape[0] == 0 or x.dim() != 4
+                or x.dtype not in (torch.float32, torch.bfloat16))

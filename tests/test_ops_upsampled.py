@@ -1,0 +1,278 @@
+"""Loss and class map of interpolated logits against torch's own chain, in float64."""
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from replk_mm.errors import UserError
+from replk_mm.ops import upsampled
+from replk_mm.ops.interpolation import Interpolation
+from replk_mm.ops.upsampled import upsampled_argmax, upsampled_cross_entropy
+
+# (N, K, h, w), (H, W)
+SHAPES = {
+    'stride 4': ((2, 7, 5, 6), (20, 24)),
+    'odd sizes': ((2, 7, 5, 6), (23, 17)),
+    'same size': ((2, 4, 6, 5), (6, 5)),
+    'smaller': ((2, 5, 13, 9), (4, 6)),
+    'one pixel in': ((2, 3, 1, 1), (5, 4)),
+    'one pixel out': ((2, 3, 4, 5), (1, 1)),
+    'one row': ((1, 3, 1, 9), (1, 80)),
+    'two classes': ((1, 2, 3, 4), (12, 16)),
+}
+# One chunk, chunks of a few rows, and a row at a time with bands of a few columns.
+CHUNKS = {'one chunk': (2 ** 22, 64), 'some rows': (3000, 7), 'a row': (1, 2)}
+
+
+@pytest.fixture(params=CHUNKS)
+def chunks(request, monkeypatch) -> None:
+    """Chunks of different sizes, which must not show in a result."""
+    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', CHUNKS[request.param][0])
+    monkeypatch.setattr(upsampled, '_BAND', CHUNKS[request.param][1])
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def labels_of(shape, size, ignored=0.2, ignore_index=255) -> torch.Tensor:
+    labels = torch.randint(0, shape[1], (shape[0], *size))
+    return torch.where(torch.rand(labels.shape) < ignored, ignore_index, labels)
+
+
+def reference(logits, labels, ignore_index=255, align_corners=False):
+    """Loss, gradient, correct pixels and counted pixels with the large logits, in float64."""
+    logits = logits.detach().double().requires_grad_()
+    large = F.interpolate(logits, labels.shape[1:], mode='bilinear', align_corners=align_corners)
+    loss = F.cross_entropy(large, labels, ignore_index=ignore_index, reduction='sum')
+    grad, = torch.autograd.grad(loss, logits)
+    counts = labels != ignore_index
+    return loss.detach(), grad, ((large.argmax(1) == labels) & counts).sum(), counts.sum()
+
+
+def found(logits, labels, *args, **kwargs):
+    logits = logits.detach().clone().requires_grad_()
+    loss, correct, counted = upsampled_cross_entropy(logits, labels, *args, **kwargs)
+    grad, = torch.autograd.grad(loss, logits)
+    return loss.detach(), grad, correct, counted
+
+
+def assert_same(ours, theirs, relative=1e-12):
+    for name, a, b in zip(('loss', 'gradient', 'correct', 'counted'), ours, theirs, strict=True):
+        assert a.shape == b.shape, name
+        error, scale = (a.double() - b.double()).abs().max().item(), b.double().abs().max().item()
+        assert error <= relative * max(scale, 1e-6), f'{name}: off by {error} of {scale}'
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('size, out_size', [*itertools.product((1, 2, 5, 16), (1, 2, 7, 16, 64)), (64, 37)])
+def test_interpolation_is_torchs(size, out_size, align_corners):
+    expected = F.interpolate(torch.eye(size, dtype=torch.float64)[None], out_size, mode='linear',
+                             align_corners=align_corners)[0].t()
+    x = torch.randn(size, 3, dtype=torch.float64)
+    for step in (1, 5, out_size):
+        for part in Interpolation(size, out_size, align_corners, x).parts(step):
+            matrix = torch.zeros(part.stop - part.start, size, dtype=torch.float64)
+            matrix[:, part.first:part.last] = part.transposed().t()
+            torch.testing.assert_close(matrix, expected[part.start:part.stop], rtol=0, atol=1e-14)
+            out = part.apply(x[part.first:part.last], x.new_empty(part.stop - part.start, 3))
+            torch.testing.assert_close(out, expected[part.start:part.stop] @ x, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_cross_entropy_is_torchs(shape, align_corners, chunks):
+    shape, size = SHAPES[shape]
+    logits, labels = 3 * torch.randn(shape, dtype=torch.float64), labels_of(shape, size)
+    assert_same(found(logits, labels, align_corners=align_corners), reference(logits, labels, align_corners=align_corners))
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_cross_entropy_in_float32(layout):
+    shape, size = (2, 150, 16, 12), (64, 48)
+    logits, labels = 3 * torch.randn(shape).contiguous(memory_format=layout), labels_of(shape, size)
+    assert_same(found(logits, labels), reference(logits, labels), 2e-6)
+
+
+def test_random_sizes():
+    for seed in range(40):
+        torch.manual_seed(seed)
+        n, k, h, w, height, width = torch.randint(1, 12, (6,)).tolist()
+        logits, labels = torch.randn(n, k, h, w, dtype=torch.float64), labels_of((n, k), (height, width))
+        assert_same(found(logits, labels, align_corners=bool(seed % 2)), reference(logits, labels, align_corners=bool(seed % 2)))
+        mine = upsampled_argmax(logits[0], (height, width))
+        assert torch.equal(mine, F.interpolate(logits[:1], (height, width), mode='bilinear')[0].argmax(0)), seed
+
+
+@pytest.mark.parametrize('ignore_index', [0, 2, 255, -100])
+def test_ignored_labels(ignore_index):
+    logits = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    labels = labels_of(logits.shape, (12, 20), 0.5, ignore_index)
+    assert_same(found(logits, labels, ignore_index), reference(logits, labels, ignore_index))
+    nothing = torch.full_like(labels, ignore_index)
+    loss, grad, correct, counted = found(logits, nothing, ignore_index)
+    assert loss == 0 and not grad.any() and correct == counted == 0
+
+
+def test_ignored_pixels_may_hold_anything():
+    logits = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    logits[..., 0] = torch.nan
+    labels = labels_of(logits.shape, (4, 4), 0)
+    labels[..., 0] = 255
+    assert_same(found(logits, labels), (*reference(logits[..., 1:], labels[..., 1:])[:1],
+                                        F.pad(reference(logits[..., 1:], labels[..., 1:])[1], (1, 0)),
+                                        *reference(logits[..., 1:], labels[..., 1:])[2:]))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_labels_of_no_probability(dtype):
+    """Probabilities that no float holds: their logarithms are finite all the same."""
+    logits = (1000 * torch.randn(2, 5, 4, 4)).to(dtype)
+    labels = labels_of(logits.shape, (16, 16))
+    ours, theirs = found(logits, labels), reference(logits, labels)
+    assert theirs[0] > 1e4
+    assert_same(ours, theirs, 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_reduced_precision_is_computed_in_float32():
+    logits, labels = 3 * torch.randn(2, 20, 8, 8).bfloat16(), labels_of((2, 20), (32, 32))
+    with torch.autocast('cpu', torch.bfloat16):
+        loss, grad, correct, counted = found(logits, labels)
+    assert loss.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    expected = reference(logits, labels)
+    assert_same((loss, correct, correct, counted), (expected[0], expected[2], expected[2], expected[3]), 1e-6)
+    assert_same((loss, grad, correct, counted), expected, 2 ** -8)
+
+
+def test_gradient_follows_what_comes_after():
+    logits, labels = torch.randn(1, 3, 4, 4, dtype=torch.float64), labels_of((1, 3), (8, 8))
+    expected = reference(logits, labels)[1]
+    logits.requires_grad_()
+    total, _, counted = upsampled_cross_entropy(logits, labels)
+    (0.4 * total / counted).backward(retain_graph=True)
+    torch.testing.assert_close(logits.grad, 0.4 * expected / counted)
+    (0.6 * total / counted).backward()
+    torch.testing.assert_close(logits.grad, expected / counted)
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+def test_gradcheck(align_corners, chunks):
+    logits, labels = torch.randn(1, 3, 3, 4, dtype=torch.float64, requires_grad=True), labels_of((1, 3), (7, 9))
+    assert torch.autograd.gradcheck(lambda z: upsampled_cross_entropy(z, labels, align_corners=align_corners)[0], logits)
+
+
+def test_empty_batch_is_torchs():
+    loss, grad, correct, counted = found(torch.randn(0, 3, 4, 4), torch.zeros(0, 8, 8, dtype=torch.long))
+    assert loss == 0 and grad.shape == (0, 3, 4, 4) and correct == counted == 0
+
+
+@pytest.mark.parametrize('label', [4, 254, -1])
+def test_labels_of_no_class_are_refused(label):
+    labels = torch.zeros(1, 8, 8, dtype=torch.long)
+    labels[0, 3, 3] = label
+    with pytest.raises(UserError, match=rf'class {label} among the labels of a batch; the head has 4 classes'):
+        upsampled_cross_entropy(torch.randn(1, 4, 2, 2), labels)
+    with pytest.raises(IndexError):
+        F.cross_entropy(torch.randn(1, 4, 8, 8), labels, ignore_index=255)
+
+
+@pytest.mark.parametrize('logits, labels', [
+    (torch.zeros(2, 3, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long)),
+    (torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 8, 8, dtype=torch.long)),
+    (torch.zeros(1, 3, 4, 4), torch.zeros(1, 8, 0, dtype=torch.long)),
+    (torch.zeros(1, 3, 0, 4), torch.zeros(1, 8, 8, dtype=torch.long)),
+    (torch.zeros(1, 3, 4, 4), torch.zeros(1, 8, 8)),
+], ids=['batch', 'dimensions', 'no columns', 'no rows', 'no integers'])
+def test_what_does_not_fit_is_refused(logits, labels):
+    with pytest.raises(ValueError, match='are needed'):
+        upsampled_cross_entropy(logits, labels)
+
+
+def test_memory_does_not_grow_with_the_labels(monkeypatch):
+    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2 ** 16)
+    shape = (2, 32, 16, 16)
+    largest = {}
+    for factor in (4, 8, 16):
+        labels = labels_of(shape, (16 * factor, 16 * factor))
+        with LargestTensor() as mine:
+            found(torch.randn(shape), labels)
+            upsampled_argmax(torch.randn(shape[1:]), labels.shape[1:], out_size=(15 * factor, 17 * factor))
+        largest[factor] = mine.numel
+        with LargestTensor() as torchs:
+            reference(torch.randn(shape), labels)
+        assert torchs.numel >= 2 * 32 * (16 * factor) ** 2
+    # Logits of the small size, two buffers of a chunk, or the labels.
+    assert largest[4] <= 2 * 2 ** 16 / 4 and largest[16] <= 2 * (16 * 16) ** 2
+
+
+def test_no_gradient_is_computed_that_nobody_wants():
+    logits, labels = torch.randn(1, 3, 4, 4), labels_of((1, 3), (8, 8))
+    expected = reference(logits, labels)[0].float()
+    torch.testing.assert_close(upsampled_cross_entropy(logits, labels)[0], expected)
+    logits.requires_grad_()
+    with torch.no_grad():
+        loss = upsampled_cross_entropy(logits, labels)[0]
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected)
+
+
+def chain(logits, size, padding=(0, 0, 0, 0), flip=None, out_size=None, align_corners=False):
+    """Every step by torch, in float64."""
+    left, right, top, bottom = padding
+    x = F.interpolate(logits[None].double(), tuple(size), mode='bilinear', align_corners=align_corners)
+    x = x[..., top:size[0] - bottom, left:size[1] - right]
+    x = x.flip({'horizontal': 3, 'vertical': 2}[flip]) if flip else x
+    out_size = out_size or x.shape[2:]
+    return F.interpolate(x, tuple(out_size), mode='bilinear', align_corners=align_corners)[0].argmax(0)
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('flip', [None, 'horizontal', 'vertical'])
+@pytest.mark.parametrize('size, padding, out_size', [
+    ((36, 44), (0, 0, 0, 0), None), ((36, 44), (1, 5, 2, 7), None), ((36, 44), (0, 6, 0, 3), (50, 31)),
+    ((40, 44), (3, 0, 5, 0), (13, 90)), ((9, 11), (0, 0, 0, 0), None), ((9, 11), (1, 2, 3, 1), (30, 20)),
+    ((9, 30), (0, 0, 0, 0), (9, 12)), ((5, 4), (0, 0, 0, 0), (1, 1))])
+def test_argmax_is_that_of_the_chain(size, padding, out_size, flip, align_corners, chunks):
+    logits = torch.randn(13, 9, 11, dtype=torch.float64)
+    expected = chain(logits, size, padding, flip, out_size, align_corners)
+    for layout in (logits, logits.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
+        found = upsampled_argmax(layout, size, padding, flip, out_size, align_corners)
+        assert found.dtype == torch.long and torch.equal(found, expected)
+
+
+def test_argmax_takes_the_first_of_equals():
+    assert not upsampled_argmax(torch.full((5, 3, 4), -7.25), (12, 16)).any()
+    logits = torch.zeros(5, 3, 4)
+    logits[[2, 4]] = 1e-20
+    assert (upsampled_argmax(logits, (12, 16)) == 2).all()
+
+
+def test_argmax_of_what_is_no_number_is_a_class():
+    logits = torch.randn(5, 3, 4)
+    logits[:, 1] = torch.nan
+    found = upsampled_argmax(logits, (12, 16))
+    assert 0 <= found.min() and found.max() < 5
+
+
+def test_argmax_in_reduced_precision():
+    logits = torch.randn(150, 12, 10).bfloat16()
+    expected = copy.deepcopy(logits)
+    found = upsampled_argmax(logits, (48, 40), out_size=(33, 41))
+    assert (found == chain(expected, (48, 40), out_size=(33, 41))).float().mean() > 0.999
+
+
+def test_unknown_flip_is_refused():
+    with pytest.raises(ValueError, match="flip='diagonal'"):
+        upsampled_argmax(torch.randn(3, 4, 4), (8, 8), flip='diagonal')
