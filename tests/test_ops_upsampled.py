@@ -111,7 +111,7 @@ def test_random_sizes():
         torch.manual_seed(seed)
         n, k, h, w, height, width = torch.randint(1, 12, (6,)).tolist()
         logits, labels = torch.randn(n, k, h, w, dtype=torch.float64), labels_of((n, k), (height, width))
-        assert_same(found(logits, labels, align_corners=bool(seed % 2)), reference(logits, labels, align_corners=bool(seed % 2)))
+        assert_same(found(logits, labels), reference(logits, labels))
         mine = upsampled_argmax(logits[0], (height, width))
         assert torch.equal(mine, F.interpolate(logits[:1], (height, width), mode='bilinear')[0].argmax(0)), seed
 
@@ -263,7 +263,7 @@ def test_argmax_of_what_is_no_number_is_a_class():
     logits = torch.randn(5, 3, 4)
     logits[:, 1] = torch.nan
     found = upsampled_argmax(logits, (12, 16))
-    assert 0 <= found.min() and found.max() < 5
+    assert found.min() >= 0 and found.max() < 5
 
 
 def test_argmax_in_reduced_precision():

@@ -132,15 +132,27 @@ class DeferredLogits(PixelData):
         super().__init__()
         object.__setattr__(self, '_compute', compute)  # PixelData's own takes maps only
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
         if name != 'data':
             raise AttributeError(f'{type(self).__name__} has no attribute {name!r}')
-        self.data = self._compute()
+        self.set_field(self._compute(), 'data')
         return self.data
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.data.shape[-2], self.data.shape[-1]
+
     def new(self, **kwargs: Any) -> PixelData:
-        """A plain copy, with ``data`` computed; arguments as for ``PixelData``."""
+        """A plain copy; arguments as for ``PixelData``."""
         return _pixel_data(self.data).new(**kwargs)
+
+    def clone(self) -> PixelData:
+        """A plain copy."""
+        return _pixel_data(self.data)
+
+    def __getitem__(self, item: tuple) -> PixelData:
+        return _pixel_data(self.data)[item]
 
     def __reduce__(self) -> tuple:
         return _pixel_data, (self.data,)

@@ -92,13 +92,14 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
     padding = _same(weight.shape[2:], dilation) if padding is None else _pair(padding)
     if x.dim() == 3:
         return depthwise_conv2d(x[None], weight, bias, stride, padding, dilation, implementation)[0]
-    _check(x, weight, bias, stride, padding, dilation)
-    device = x.device.type
-    if device in ('cpu', 'cuda') and torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which autocast leaves alone
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if device != 'cpu' or x.shape[0] == 0 or observed():
+    plain = observed()  # whose shapes may be symbols
+    if not plain:
+        _check(x, weight, bias, stride, padding, dilation)
+    if plain or x.device.type != 'cpu' or x.shape[0] == 0:
         return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
+    if torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype('cpu')
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     problem = Problem.of(x, weight, stride, padding, dilation)
     chosen = choice.plan(problem, implementation)
     x = x.contiguous(memory_format=problem.memory_format)
