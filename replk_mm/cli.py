@@ -5,7 +5,7 @@ import warnings
 
 from mmengine.config import DictAction
 
-from replk_mm.engine.machine import Options
+from replk_mm.engine.machine import Options, keep_freed_memory
 
 
 class KeyValue(DictAction):
@@ -56,8 +56,10 @@ def options_of(args: argparse.Namespace) -> Options:
     return Options(**known)
 
 
-def quiet_libraries() -> None:
-    """Silence warnings about the libraries' own future, which a user can do nothing about."""
+def start_process() -> None:
+    """What a command settles for its whole process: memory that is freed is kept, and warnings about the libraries' own
+    future, which a user can do nothing about, are silent."""
+    keep_freed_memory()
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings('ignore', category=category)
     for message in ('pkg_resources is deprecated', '.*align_corners=.*', 'Fail to import.*MultiScaleDeformableAttention'):

@@ -156,6 +156,12 @@ def test_reduced_precision_is_computed_in_float32():
     assert_same((loss, grad, correct, counted), expected, 2 ** -8)
 
 
+def test_autocast_changes_nothing():
+    logits, labels = 3 * torch.randn(2, 20, 8, 8), labels_of((2, 20), (32, 32))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert_same(found(logits, labels), reference(logits, labels), 2e-6)
+
+
 def test_gradient_follows_what_comes_after():
     logits, labels = torch.randn(1, 3, 4, 4, dtype=torch.float64), labels_of((1, 3), (8, 8))
     expected = reference(logits, labels)[1]

@@ -114,5 +114,5 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    cli.quiet_libraries()
+    cli.start_process()
     sys.exit(main())

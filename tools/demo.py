@@ -26,5 +26,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    cli.quiet_libraries()
+    cli.start_process()
     sys.exit(main())

@@ -15,6 +15,7 @@ from replk_mm.engine.prepare import check_while_loading, count_per_class, num_cl
 from replk_mm.engine.runner import Runner
 from replk_mm.errors import UserError
 from replk_mm.loading import load_model
+from replk_mm.ops import pack
 from replk_mm.reparam import Changes, reparameterize
 
 
@@ -96,6 +97,7 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     changes = None
     if reparam:
         changes = reparameterize(model, inplace=True)[1]
+    pack(model)
     start = time.perf_counter()
     with naming_failures(cfg, runner):
         metrics = runner.test()

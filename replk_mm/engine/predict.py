@@ -14,6 +14,7 @@ from replk_mm.engine.machine import select_device
 from replk_mm.engine.prepare import num_classes_of
 from replk_mm.errors import UserError
 from replk_mm.loading import load_model
+from replk_mm.ops import pack
 from replk_mm.reparam import reparameterize
 
 
@@ -51,7 +52,9 @@ def load_segmentor(cfg: Config, checkpoint: str, device: str | None = None, repa
     if len(found.get('palette') or []) < len(classes):
         found['palette'] = np.random.default_rng(0).integers(0, 255, (len(classes), 3)).tolist()
     setattr(model, 'dataset_meta', {**found, 'classes': classes})  # noqa: B010 (a module's plain attribute)
-    return model.to(where).eval()
+    model = model.to(where).eval()
+    pack(model)
+    return model
 
 
 def write_picture(path: Path, picture: np.ndarray) -> None:

@@ -51,7 +51,7 @@ def build_activation(cfg: dict) -> nn.Module:
     """The activation that ``cfg`` describes, in place where it can be: its input, the output of a normalization or of a
     convolution, serves nobody else, and fresh memory costs a CPU more than the activation."""
     kind = MODELS.get(cfg['type'])
-    takes = inspect.signature(kind.__init__).parameters if isinstance(kind, type) else ()
+    takes = inspect.signature(kind).parameters if kind is not None else ()
     return build_activation_layer({'inplace': True, **cfg} if 'inplace' in takes else cfg)
 
 

@@ -4,4 +4,5 @@ from replk_mm.ops.depthwise import DepthwiseConv2d, depthwise_conv2d
 from replk_mm.ops.fused import convolve, pack
 from replk_mm.ops.problem import Problem
 
-__all__ = ['IMPLEMENTATIONS', 'DepthwiseConv2d', 'Problem', 'convolve', 'depthwise_conv2d', 'explain', 'implementation', 'pack']
+__all__ = ['IMPLEMENTATIONS', 'DepthwiseConv2d', 'Problem', 'convolve', 'depthwise_conv2d', 'explain', 'implementation',
+           'pack']

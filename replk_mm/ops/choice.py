@@ -133,8 +133,8 @@ def _parse(spec: str) -> dict[str, str]:
     return forced
 
 
-# --- The model. Rates in multiply-adds (two operations each) a nanosecond times two, GFLOP/s, of two threads; copies in
-# --- gigabytes of the tensor a second; transforms in picoseconds times S^2 log2 S^2.
+# The model: rates in GFLOP/s (a multiply-add is two operations), copies in gigabytes of the tensor a second, transforms in
+# picoseconds times S^2 log2 S^2; all of two threads.
 
 _RATES: dict[str, dict[int, float]] = {  # by kernel side, the last one holds for all beyond
     'channels_last':       {1: 15, 3: 45, 5: 85, 7: 110, 9: 110, 11: 85, 13: 44, 15: 140, 21: 155},
@@ -205,7 +205,8 @@ def milliseconds(problem: Problem) -> dict[str, dict[str, float]]:
     }
     # As it is, torch's convolution is the first or the second; in the default layout only with little padding.
     slow = not last and max(problem.padding) > 6
-    forward['native'] = (work * inside / _rate('channels_last', side) if last else work / 4 if slow else forward['padded']) + 1e-3
+    forward['native'] = 1e-3 + (work * inside / _rate('channels_last', side) if last else
+                                work / 4 if slow else forward['padded'])
     gradient = spatial.input_gradient_problem(problem)
     grad_input = dict(native=work / (4 if slow else _rate('native grad_input', side)))
     if gradient is not None:

@@ -6,6 +6,7 @@ that is fast for the shape (:mod:`replk_mm.ops.spatial`), or to spectra (:mod:`r
 sees torch's plain convolution, and so does every device but the CPU, whose libraries choose among such algorithms themselves.
 """
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -114,7 +115,7 @@ def observed() -> bool:
             or torch._C._functorch.maybe_current_level() is not None)
 
 
-def _pair(value: int | Pair) -> Pair:
+def _pair(value: Any) -> Pair:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
@@ -162,4 +163,5 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(N, C, H, W)`` to ``(N, C, H', W')``."""
-        return depthwise_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.implementation)
+        stride, padding, dilation = (_pair(value) for value in (self.stride, self.padding, self.dilation))
+        return depthwise_conv2d(x, self.weight, self.bias, stride, padding, dilation, self.implementation)

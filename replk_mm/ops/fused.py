@@ -1,7 +1,8 @@
 """Inference of a convolution together with what follows it: an activation, or the sum with a shortcut.
 
-torch's CPU backend (oneDNN) applies both while a tile of the output is still in the cache. It is used where a network does not
-train, on CPUs; everywhere else, and for every other kind of layer, the parts run one after the other. The results are the same.
+torch's CPU backend (oneDNN) applies both while a tile of the output is still in the cache. It is used where a network does
+not train, on CPUs; everywhere else, and for every other kind of layer, the parts run one after the other. The results are the
+same up to rounding.
 """
 from weakref import WeakKeyDictionary
 
@@ -38,8 +39,8 @@ def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, sh
     x, bias = x.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
     weight, layout = _weight(conv, x), (conv.padding, conv.stride, conv.dilation, conv.groups)
     if shortcut is not None:
-        return torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut.to(dtype), weight, bias, *layout, 'add', 1., None, [],
-                                                              None)
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut.to(dtype), weight, bias, *layout, 'add', 1.0, None,
+                                                              [], None)
     name = _UNARY[type(activation)] if activation is not None else 'none'
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *layout, name, [],
                                                    getattr(activation, 'approximate', ''))
@@ -71,15 +72,15 @@ def _weight(conv: nn.Conv2d, x: Tensor) -> Tensor:
     known, packed = _packed[conv]
     if packed is None or known != key:
         with torch.no_grad():
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), conv.padding, conv.stride, conv.dilation,
-                                                               conv.groups, x.shape)
+            packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), conv.padding, conv.stride, conv.dilation,
+                                                                 conv.groups, x.shape)
         _packed[conv] = key, packed
     return packed
 
 
 def _usable(conv: nn.Conv2d) -> bool:
-    return (conv.weight.device.type == 'cpu' and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-            and not isinstance(conv.padding, str) and conv.padding_mode == 'zeros')
+    return bool(conv.weight.device.type == 'cpu' and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+                and not isinstance(conv.padding, str) and conv.padding_mode == 'zeros')
 
 
 def _fuses(conv: nn.Module, activation: nn.Module | None, x: Tensor) -> bool:

@@ -2,11 +2,11 @@
 
 A stride-1 convolution is an element-wise product of spectra ("Fast Training of Convolutional Networks through FFTs", Mathieu,
 Henaff and LeCun, arXiv:1312.5851): its cost hardly depends on the size of the kernel. Transforms run over blocks of channels
-and images that fit a CPU's cache, so that the spectra of the whole tensor never exist; the two gradients share the spectrum
-of the output's gradient.
+and images that fit a CPU's cache, so that the spectra of the whole tensor exist only where a backward pass will need them; the
+two gradients share the spectrum of the output's gradient.
 
-With ``S >= size + padding`` on each axis nothing that is kept wraps around: the input lies at offset ``padding`` of a buffer of
-zeros, gradient and kernel at offset 0, and then
+With ``S >= size + padding`` on each axis nothing that is kept wraps around: the input lies at offset ``padding`` of a buffer
+of zeros, gradient and kernel at offset 0, and then
 
 * ``y[i] = sum_k w[k] x[i + k]``: correlation, rows and columns ``0 .. out``;
 * ``dx[j] = sum_i g[i] w[j - i]``: convolution, rows and columns ``padding .. padding + size``;
@@ -117,9 +117,8 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_inpu
         channels, parts = blocks[i]
         spectra = list(kept[i * per_block:(i + 1) * per_block])
         grads, inputs = _Buffer(size, (0, 0), problem.out), _Buffer(size, problem.padding, problem.size)
-        kernel = lags = None
-        if grad_x is not None:
-            kernel = spectra[0] if spectra else _kernel_spectrum(weight[channels], size, grad.dtype)
+        kernel = spectra[0] if spectra else _kernel_spectrum(weight[channels], size, grad.dtype) if of_input else None
+        lags: Tensor | None = None
         for j, part in enumerate(parts):
             spectrum = grads.transform(grad[part, channels])
             if grad_weight is not None:
@@ -127,10 +126,10 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_inpu
                 products = turned.mul_(spectra[1 + j] if spectra else inputs.transform(x[part, channels])).sum(0)
                 # Sums over images are taken of spectra: one inverse transform a channel, however large the batch.
                 lags = products if lags is None else lags.add_(products)
-            if grad_x is not None:
+            if grad_x is not None and kernel is not None:
                 grad_x[part, channels] = _inverse(spectrum.mul_(kernel), size, slice(top, top + height),
                                                   slice(left, left + width))
-        if grad_weight is not None:
+        if grad_weight is not None and lags is not None:
             grad_weight[channels, 0] = _inverse(lags, size, slice(0, problem.kernel[0]), slice(0, problem.kernel[1]))
 
     workers.run(work, len(blocks), _own_threads(problem))
