@@ -15,7 +15,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from test_ops_upsampled import LargestTensor
+from test_ops_upsampled import LargestTensor, one_thread  # noqa: F401 (a fixture)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -340,6 +340,7 @@ def test_time_augmentation(mode):
     assert torch.equal(*found) and len(found[0].unique()) > 1
 
 
+@pytest.mark.usefixtures('one_thread')
 def test_prediction_and_loss_hold_no_large_logits(monkeypatch):
     monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2 ** 16)
     theirs, ours = (model.float() for model in pair())

@@ -13,7 +13,7 @@ from replk_mm.engine.explain import explaining
 from replk_mm.errors import UserError
 from replk_mm.loading import load_model
 from replk_mm.models.layers import Backbone, LayerNorm2d
-from replk_mm.ops import DepthwiseConv2d
+from replk_mm.ops import DepthwiseConv2d, pack
 from replk_mm.registry import SCOPE
 from replk_mm.reparam import Changes, reparameterize
 
@@ -59,6 +59,7 @@ def networks(cfg: Config, whole: bool, form: str, checkpoint: str | None = None,
         if changes.merged or changes.folded:
             found = {PLAIN: plain, PLAIN_TRAINING: default_layout(before), OURS: ours}
     default_layout(plain)
+    pack(ours)  # as the commands do that evaluate
     return found, changes
 
 
@@ -99,7 +100,9 @@ def default_layout(net: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, DepthwiseConv2d):
                 module._modules[name] = swapped.setdefault(id(child), _plain_convolution(child))
-        if isinstance(module, Backbone):
+        if type(module) is nn.Conv2d:
+            module.__class__ = PlainConv2d
+        elif isinstance(module, Backbone):
             module.channels_last = False
         elif isinstance(module, LayerNorm2d):
             module.register_forward_hook(_contiguous)
@@ -108,13 +111,17 @@ def default_layout(net: nn.Module) -> nn.Module:
     return net
 
 
+class PlainConv2d(nn.Conv2d):
+    """torch's convolution, which our blocks do not compute together with what follows it."""
+
+
 def _contiguous(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return output.contiguous()
 
 
 def _plain_convolution(conv: Any) -> nn.Conv2d:
-    new: Any = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                         conv.groups, conv.bias is not None, device='meta')
+    new: Any = PlainConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+                           conv.groups, conv.bias is not None, device='meta')
     new.weight, new.bias = conv.weight, conv.bias
     return new.train(conv.training)
 

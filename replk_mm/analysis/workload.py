@@ -21,6 +21,7 @@ from replk_mm.engine.explain import explaining
 from replk_mm.engine.prepare import num_classes_of
 from replk_mm.equivalence import network_outputs
 from replk_mm.errors import UserError
+from replk_mm.ops import pack
 
 #: Objects of a synthetic image for detectors.
 _OBJECTS = 8
@@ -208,6 +209,7 @@ def convert(net: Any) -> None:
         if name != 'data_preprocessor':  # mean and deviation of images need all of their digits
             part.to(torch.bfloat16)
     (net.backbone if whole else net).register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16),))
+    pack(net)
 
 
 def _outputs(net: nn.Module, image: Tensor) -> list[Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from replk_mm.ops.depthwise import observed
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
-_packed: WeakKeyDictionary[nn.Module, tuple[tuple | None, Tensor | None]] = WeakKeyDictionary()
+#: For each convolution that keeps its weight, by precision: what the weight was, and how the backend wants it.
+_packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[tuple, Tensor]]] = WeakKeyDictionary()
 
 
 def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
@@ -60,22 +61,21 @@ def pack(model: nn.Module) -> int:
         The number of convolutions that will keep theirs, from their first inference on.
     """
     convolutions = [conv for conv in model.modules() if type(conv) is nn.Conv2d and _usable(conv)]
-    _packed.update(dict.fromkeys(convolutions, (None, None)))
+    _packed.update((conv, {}) for conv in convolutions)
     return len(convolutions)
 
 
 def _weight(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    weight = conv.weight.to(x.dtype)
-    if conv not in _packed:
-        return weight
-    key = conv.weight.data_ptr(), conv.weight._version, conv.weight.dtype, x.dtype
-    known, packed = _packed[conv]
-    if packed is None or known != key:
+    kept = _packed.get(conv)
+    if kept is None:
+        return conv.weight.to(x.dtype)
+    now = conv.weight.data_ptr(), conv.weight._version, conv.weight.dtype
+    if x.dtype not in kept or kept[x.dtype][0] != now:
         with torch.no_grad():
-            packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), conv.padding, conv.stride, conv.dilation,
-                                                                 conv.groups, x.shape)
-        _packed[conv] = key, packed
-    return packed
+            packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                conv.weight.to(x.dtype).to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, x.shape)
+        kept[x.dtype] = now, packed
+    return kept[x.dtype][1]
 
 
 def _usable(conv: nn.Conv2d) -> bool:

@@ -8,7 +8,8 @@ interpolated, reduced, and taken back through the transpose of the interpolation
 Bilinear interpolation is separable. The columns of the few small rows behind a chunk come first, by torch's own
 interpolation in channels-last memory; then the rows, two taps each, into a buffer that all chunks use.
 """
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from replk_mm.errors import UserError
+from replk_mm.ops import workers
 from replk_mm.ops.interpolation import Interpolation
 
 #: Bytes of interpolated logits at a time: on CPUs what their caches hold, elsewhere what keeps the device busy.
 CPU_CHUNK_BYTES = 4 * 1024 * 1024
 DEVICE_CHUNK_BYTES = 128 * 1024 * 1024
 #: Columns whose gradient is taken back at a time: each depends on a few small columns, and all others are zeros.
-_BAND = 64
+_BAND = 128
 #: Probability below which its logarithm is computed from the logits: float32 has few digits left there, or none.
 _TINY = 1e-30
 
@@ -46,6 +48,23 @@ def _resize_columns(x: Tensor, width: int, align_corners: bool) -> Tensor:
     return F.interpolate(images, (1, width), mode='bilinear', align_corners=align_corners).squeeze(2).transpose(1, 2)
 
 
+class _Buffers:
+    """Tensors for the intermediate results of one chunk, as many sets as chunks are computed at a time."""
+
+    def __init__(self, like: Tensor, *shape: int) -> None:
+        self.like, self.shape = like, shape
+        self.free: list[Tensor] = []
+
+    @contextmanager
+    def lent(self) -> Iterator[Tensor]:
+        try:
+            buffer = self.free.pop()
+        except IndexError:
+            buffer = self.like.new_empty(self.shape)
+        yield buffer
+        self.free.append(buffer)
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Sum of the losses and number of correct pixels; the gradient is computed on the way."""
 
@@ -54,37 +73,46 @@ class _CrossEntropy(torch.autograd.Function):
         n, classes, h, w = logits.shape
         height, width = ids.shape[1:]
         like = logits.new_empty(0, dtype=torch.promote_types(logits.dtype, torch.float32))
-        step = min(_rows_at_a_time(width, classes, like), height)
-        parts = [(part, part.transposed()) for part in Interpolation(h, height, align_corners, like).parts(step)]
+        parts = [(part, part.transposed()) for part in Interpolation(h, height, align_corners, like).parts(
+            min(_rows_at_a_time(width, classes, like), height))]
         bands = [(slice(part.start, part.stop), slice(part.first, part.last), part.transposed())
                  for part in Interpolation(w, width, align_corners, like).parts(_BAND)]
-        scores, probabilities = like.new_empty(2, step * width, classes)
-        grad = like.new_zeros(n, h, w, classes) if with_grad else None
-        total, correct = like.new_zeros(()), ids.new_zeros(())
-        for image in range(n):
-            small = _pixels_first(logits[image])
-            for part, transposed in parts:
-                rows = part.stop - part.start
-                x, p = scores[:rows * width], probabilities[:rows * width]
-                wide = _resize_columns(small[part.first:part.last], width, align_corners)
+        chunks = [(image, part, transposed) for image in range(n) for part, transposed in parts]
+        buffers = _Buffers(like, 2, parts[0][0].stop * width, classes)
+        losses, corrects, grads = ([like.new_empty(0)] * len(chunks) for _ in range(3))
+
+        def work(i: int) -> None:
+            image, part, transposed = chunks[i]
+            rows = part.stop - part.start
+            with buffers.lent() as (x, p):
+                x, p = x[:rows * width], p[:rows * width]
+                wide = _resize_columns(_pixels_first(logits[image, :, part.first:part.last]), width, align_corners)
                 part.apply(wide.reshape(len(wide), -1), x.view(rows, -1))
                 torch.softmax(x, 1, out=p)
-
                 label = ids[image, part.start:part.stop].reshape(-1, 1)
                 skip = ignored[image, part.start:part.stop].reshape(-1, 1)
                 score, probability = x.gather(1, label), p.gather(1, label)
-                correct += ((score >= x.amax(1, keepdim=True)) & ~skip).sum()
+                corrects[i] = ((score >= x.amax(1, keepdim=True)) & ~skip).sum()
                 loss = -probability.log()
                 rare = (probability.view(-1) < _TINY).nonzero().view(-1)
                 if len(rare):
                     loss[rare] = x[rare].logsumexp(1, keepdim=True) - score[rare]
-                total += loss.masked_fill_(skip, 0).sum()
-                if grad is not None:
+                losses[i] = loss.masked_fill_(skip, 0).sum()
+                if with_grad:
                     p.scatter_(1, label, probability - 1)
                     p.index_fill_(0, skip.view(-1).nonzero().view(-1), 0)
                     back = (transposed @ p.view(rows, -1)).view(-1, width, classes)
+                    grads[i] = like.new_zeros(len(back), w, classes)
                     for columns, behind, matrix in bands:
-                        grad[image, part.first:part.last, behind] += matrix @ back[:, columns]
+                        grads[i][:, behind] += matrix @ back[:, columns]
+
+        workers.run(work, len(chunks), spread=logits.device.type == 'cpu')
+        grad = like.new_zeros(n, h, w, classes) if with_grad else None
+        if grad is not None:
+            for (image, part, _), share in zip(chunks, grads, strict=True):
+                grad[image, part.first:part.last] += share
+        total = torch.stack(losses).sum() if chunks else like.new_zeros(())
+        correct = torch.stack(corrects).sum() if chunks else ids.new_zeros(())
         ctx.save_for_backward(grad)  # freed by the backward pass
         ctx.dtype = logits.dtype
         ctx.mark_non_differentiable(correct)
@@ -183,20 +211,25 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int], padding: Sequence[int]
 
     parts = [(part, to_input.part(part.first, part.last))
              for part in to_output.parts(_rows_at_a_time(out_width, classes, like))]
-    # Buffers that all chunks use stay in the caches. Classes come before columns: reductions then run along columns.
-    small, large, out = (like.new_empty(rows, classes * out_width) for rows in (
-        max(before.last - before.first for _, before in parts), max(part.last - part.first for part, _ in parts),
-        parts[0][0].stop))
+    mid = max(before.last - before.first for _, before in parts)
+    large = mid + max(part.last - part.first for part, _ in parts)
+    buffers = _Buffers(like, large + parts[0][0].stop, classes * out_width)
     order = -torch.arange(classes, device=like.device, dtype=like.dtype).view(1, -1, 1)
     result = torch.empty(out_height, out_width, dtype=torch.long, device=like.device)
-    for part, before in parts:
-        x = small[:before.last - before.first]
-        x.view(-1, classes, out_width).copy_(with_columns(before.first, before.last))
-        if small_height != size[0]:
-            x = before.apply(x, large[:part.last - part.first])
-        x = part.apply(x, out[:part.stop - part.start]).view(-1, classes, out_width)
-        # An argmax at the speed of memory: minus the class where the logit is the largest, far below that elsewhere.
-        x -= x.amax(1, keepdim=True)
-        torch.add(order, x, alpha=1e38, out=x)
-        result[part.start:part.stop] = x.amax(1).neg_().nan_to_num_(0)
+
+    def work(i: int) -> None:
+        part, before = parts[i]
+        with buffers.lent() as buffer:
+            # Classes come before columns: reductions then run along columns.
+            x = buffer[:before.last - before.first]
+            x.view(-1, classes, out_width).copy_(with_columns(before.first, before.last))
+            if small_height != size[0]:
+                x = before.apply(x, buffer[mid:mid + part.last - part.first])
+            x = part.apply(x, buffer[large:large + part.stop - part.start]).view(-1, classes, out_width)
+            # An argmax at the speed of memory: minus the class where the logit is the largest, far below that elsewhere.
+            x -= x.amax(1, keepdim=True)
+            torch.add(order, x, alpha=1e38, out=x)
+            result[part.start:part.stop] = x.amax(1).neg_().nan_to_num_(0)
+
+    workers.run(work, len(parts), spread=like.device.type == 'cpu')
     return result
