@@ -5,13 +5,14 @@ that is fast for the shape (:mod:`replk_mm.ops.spatial`), or to spectra (:mod:`r
 :mod:`replk_mm.ops.choice` expects to win. Whatever looks at the operation rather than runs it (compilers, exporters, counters)
 sees torch's plain convolution, and so does every device but the CPU, whose libraries choose among such algorithms themselves.
 """
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from replk_mm.ops import choice, spatial, spectral
 from replk_mm.ops.problem import Pair, Problem
@@ -98,6 +99,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
         _check(x, weight, bias, stride, padding, dilation)
     if plain or x.device.type != 'cpu' or x.shape[0] == 0:
         return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
+    original = weight
     if torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype('cpu')
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -106,7 +108,27 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
     x = x.contiguous(memory_format=problem.memory_format)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Depthwise.apply(x, weight, bias, problem, chosen)
+    if chosen.forward == 'fft' and original in _kept_spectra:
+        return spectral.forward(x, weight, bias, problem, kernels=_spectra_of(original, weight, problem))
     return _FORWARD[chosen.forward](x, weight, bias, problem)
+
+
+#: Weights whose spectra are kept: what the weight and the problem were, and the spectra.
+_kept_spectra: MutableMapping[Tensor, tuple[tuple, list[Tensor]]] = WeakTensorKeyDictionary()
+
+
+def keep_spectra(weight: Tensor) -> None:
+    """Keep the spectra of ``weight`` for the size of map that was last convolved, from its next inference on."""
+    _kept_spectra[weight] = ((), [])
+
+
+def _spectra_of(original: Tensor, weight: Tensor, problem: Problem) -> list[Tensor]:
+    now = original.data_ptr(), original._version, problem
+    known, spectra = _kept_spectra[original]
+    if known != now:
+        spectra = spectral.kernel_spectra(weight, problem)
+        _kept_spectra[original] = now, spectra
+    return spectra
 
 
 def observed() -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from replk_mm.ops.depthwise import observed
+from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, observed
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
 #: For each convolution that keeps its weight, by precision: what the weight was, and how the backend wants it.
@@ -48,10 +48,12 @@ def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, sh
 
 
 def pack(model: nn.Module) -> int:
-    """Let a network's plain convolutions keep their weights in the arrangement that the CPU backend computes with.
+    """Let a network's convolutions keep their weights in the form that is computed with: plain ones as the CPU backend
+    arranges them, depthwise ones as spectra where those are used.
 
-    Otherwise they are rearranged at every call, a tenth of an inference of single images. Costs the memory of the weights once
-    more. A weight that changes through torch's own functions (an optimizer, ``load_state_dict``, ``to``) is seen to have
+    Otherwise both are made at every call, a tenth of an inference of single images. Costs the memory of the weights once
+    more, and that of the spectra. A weight that changes through torch's own functions (an optimizer, ``load_state_dict``,
+    ``to``) is seen to have
     changed; changes behind torch's back (``weight.data.copy_``) are not: pack again after them.
 
     Args:
@@ -62,7 +64,10 @@ def pack(model: nn.Module) -> int:
     """
     convolutions = [conv for conv in model.modules() if type(conv) is nn.Conv2d and _usable(conv)]
     _packed.update((conv, {}) for conv in convolutions)
-    return len(convolutions)
+    large = [conv for conv in model.modules() if isinstance(conv, DepthwiseConv2d) and not conv.weight.is_inference()]
+    for conv in large:
+        keep_spectra(conv.weight)
+    return len(convolutions) + len(large)
 
 
 def _weight(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -54,8 +54,14 @@ def supports(problem: Problem) -> bool:
             and all(max(k, o) <= s for k, o, s in zip(problem.kernel, problem.out, transform_size(problem), strict=True)))
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem,
-            keep: list[Tensor] | None = None) -> Tensor:
+def kernel_spectra(weight: Tensor, problem: Problem) -> list[Tensor]:
+    """What :func:`forward` multiplies by, for each of its blocks."""
+    size = transform_size(problem)
+    return [_kernel_spectrum(weight[channels], size, problem.dtype).conj_physical_() for channels, _ in _blocks(problem)]
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, keep: list[Tensor] | None = None,
+            kernels: Sequence[Tensor] = ()) -> Tensor:
     """Convolve ``(N, C, H, W)`` to ``(N, C, H', W')``.
 
     Args:
@@ -64,6 +70,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem,
         bias: ``(C,)`` or None.
         problem: The shapes.
         keep: Filled with the spectra of kernels and input, for :func:`gradients`.
+        kernels: From :func:`kernel_spectra`; without them they are computed.
     """
     out = problem.empty(x, problem.out)
     size, (rows, cols) = transform_size(problem), problem.out
@@ -72,12 +79,12 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem,
 
     def work(i: int) -> None:
         channels, parts = blocks[i]
-        kernel = _kernel_spectrum(weight[channels], size, x.dtype)
-        turned = kernel.conj_physical()
+        kernel = None if kernels else _kernel_spectrum(weight[channels], size, x.dtype)
+        turned = kernels[i] if kernel is None else kernel.conj_physical()
         shift = None if bias is None else bias[channels, None, None].to(turned.real.dtype)
         buffer = _Buffer(size, problem.padding, problem.size)
         if keep is not None:
-            kept[i].append(kernel)
+            kept[i].append(turned.conj_physical() if kernel is None else kernel)
         for part in parts:
             spectrum = buffer.transform(x[part, channels])
             if keep is None:
