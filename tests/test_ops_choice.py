@@ -180,7 +180,7 @@ def test_every_problem_has_a_plan_and_always_the_same(shapes, dtype, channels_la
     given_ = problem(shape, kernel, **kwargs, dtype=dtype, channels_last=channels_last, threads=threads)
     for computation, times in choice.milliseconds(given_).items():
         assert times and set(times) <= set(IMPLEMENTATIONS[computation])
-        assert all(0 < ms < math.inf for ms in times.values())
+        assert all(0 <= ms < math.inf for ms in times.values())
     found = choice.plan(given_)
     choice._plan.cache_clear()
     assert choice.plan(problem(shape, kernel, **kwargs, dtype=dtype, channels_last=channels_last, threads=threads)) == found

@@ -53,8 +53,7 @@ def pack(model: nn.Module) -> int:
 
     Otherwise both are made at every call, a tenth of an inference of single images. Costs the memory of the weights once
     more, and that of the spectra. A weight that changes through torch's own functions (an optimizer, ``load_state_dict``,
-    ``to``) is seen to have
-    changed; changes behind torch's back (``weight.data.copy_``) are not: pack again after them.
+    ``to``) is seen to have changed; changes behind torch's back (``weight.data.copy_``) are not: pack again after them.
 
     Args:
         model: A network on a CPU, in evaluation mode.
