@@ -193,11 +193,11 @@ class EncoderDecoder(MMSegEncoderDecoder):
             logits = self.inference(inputs, metas)
             size = tuple(logits.shape[2:])
         samples = data_samples or [SegDataSample() for _ in metas]
-        for small, sample in zip(logits, samples, strict=True):
+        for small, sample in zip(logits.split(1), samples, strict=True):
             meta = sample.metainfo if data_samples else None
             sample.set_data(dict(
                 seg_logits=DeferredLogits(partial(self._large_logits, small, size, meta)),
-                pred_sem_seg=PixelData(data=self._class_map(small, size, meta).unsqueeze(0))))
+                pred_sem_seg=PixelData(data=self._class_map(small[0], size, meta).unsqueeze(0))))
         return samples
 
     def _class_map(self, small: Tensor, size: Sequence[int], meta: dict | None) -> Tensor:
@@ -207,7 +207,7 @@ class EncoderDecoder(MMSegEncoderDecoder):
                                 meta['flip_direction'] if meta.get('flip') else None, meta['ori_shape'], self.align_corners)
 
     def _large_logits(self, small: Tensor, size: Sequence[int], meta: dict | None) -> Tensor:
-        large = resize(small.unsqueeze(0), size=size, mode='bilinear', align_corners=self.align_corners)
+        large = resize(small, size=size, mode='bilinear', align_corners=self.align_corners)
         return self.postprocess_result(large, None if meta is None else [SegDataSample(metainfo=meta)])[0].seg_logits.data
 
 

@@ -172,7 +172,8 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int], padding: Sequence[int]
     """Class map of one image's logits on their way to the image: resized, cropped, turned back and resized again.
 
     The argmax of what ``F.interpolate`` to ``size``, slicing, ``flip`` and ``F.interpolate`` to ``out_size`` leave, with some
-    rows of a few megabytes at a time in place of ``(K, H, W)``.
+    rows of a few megabytes at a time in place of ``(K, H, W)``. Rows come from a matrix product, in the precision of
+    ``torch.set_float32_matmul_precision``.
 
     Args:
         logits: ``(K, h, w)``.
@@ -195,8 +196,9 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int], padding: Sequence[int]
     left, right, top, bottom = padding
     height, width = size[0] - top - bottom, size[1] - left - right
     out_height, out_width = out_size or (height, width)
-    to_input = Interpolation(small_height, size[0], align_corners, like)
-    to_output = Interpolation(height, out_height, align_corners, like).read_from(top, height, flip == 'vertical')
+    double = torch.empty(0, dtype=torch.float64)
+    to_input = Interpolation(small_height, size[0], align_corners, double)
+    to_output = Interpolation(height, out_height, align_corners, double).read_from(top, height, flip == 'vertical')
 
     def with_columns(first: int, last: int) -> Tensor:
         """Some rows of the logits with the columns of the result, ``(rows, K, out_width)``."""
@@ -209,27 +211,28 @@ def upsampled_argmax(logits: Tensor, size: Sequence[int], padding: Sequence[int]
         x = x.flip(2) if flip == 'horizontal' else x
         return x if width == out_width else F.interpolate(x, out_width, mode='linear', align_corners=align_corners)
 
-    parts = [(part, to_input.part(part.first, part.last))
-             for part in to_output.parts(_rows_at_a_time(out_width, classes, like))]
-    mid = max(before.last - before.first for _, before in parts)
-    large = mid + max(part.last - part.first for part, _ in parts)
-    buffers = _Buffers(like, large + parts[0][0].stop, classes * out_width)
+    chunks = []  # rows of the result, rows of the logits, and the matrix between them: both interpolations in one
+    for part in to_output.parts(_rows_at_a_time(out_width, classes, like)):
+        before = to_input.part(part.first, part.last)
+        chunks.append((part, before, (before.transposed() @ part.transposed()).t().to(like)))
+    room = max(before.last - before.first for _, before, _ in chunks)
+    buffers = _Buffers(like, room + chunks[0][0].stop, classes * out_width)
     order = -torch.arange(classes, device=like.device, dtype=like.dtype).view(1, -1, 1)
     result = torch.empty(out_height, out_width, dtype=torch.long, device=like.device)
 
     def work(i: int) -> None:
-        part, before = parts[i]
+        part, before, matrix = chunks[i]
         with buffers.lent() as buffer:
+            small, x = buffer[:before.last - before.first], buffer[room:room + part.stop - part.start]
             # Classes come before columns: reductions then run along columns.
-            x = buffer[:before.last - before.first]
-            x.view(-1, classes, out_width).copy_(with_columns(before.first, before.last))
-            if small_height != size[0]:
-                x = before.apply(x, buffer[mid:mid + part.last - part.first])
-            x = part.apply(x, buffer[large:large + part.stop - part.start]).view(-1, classes, out_width)
+            small.view(-1, classes, out_width).copy_(with_columns(before.first, before.last))
+            small.nan_to_num_(0)  # which a product would spread over all rows
+            x = torch.mm(matrix, small, out=x).view(-1, classes, out_width)
             # An argmax at the speed of memory: minus the class where the logit is the largest, far below that elsewhere.
             x -= x.amax(1, keepdim=True)
             torch.add(order, x, alpha=1e38, out=x)
-            result[part.start:part.stop] = x.amax(1).neg_().nan_to_num_(0)
+            result[part.start:part.stop] = x.amax(1).neg_()
 
-    workers.run(work, len(parts), spread=like.device.type == 'cpu')
+    with torch.autocast(like.device.type, enabled=False):
+        workers.run(work, len(chunks), spread=like.device.type == 'cpu')
     return result
