@@ -143,8 +143,9 @@ def test_equals_torch(case, layout):
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_equals_torch_in_bfloat16(layout):
-    for shape, kernel, kwargs in ((2, 24, 13, 10), (9, 9), {}), ((2, 17, 16, 16), (13, 13), {}), ((1, 20, 20, 9), (31, 5), {}), (
-            (2, 18, 12, 12), (3, 3), dict(stride=2)), ((3, 17, 12, 11), (3, 4), dict(dilation=2)):
+    for shape, kernel, kwargs in (
+            ((2, 24, 13, 10), (9, 9), {}), ((2, 17, 16, 16), (13, 13), {}), ((1, 20, 20, 9), (31, 5), {}),
+            ((2, 18, 12, 12), (3, 3), dict(stride=2)), ((3, 17, 12, 11), (3, 4), dict(dilation=2))):
         tensors = draw(shape, kernel, torch.bfloat16, layout, **kwargs)
         expected = reference(*tensors, **kwargs)
         for spec in SPECS:
@@ -171,7 +172,7 @@ def convolutions(draw, channels):
 
 def _scales(x, weight, bias, grad, kwargs):
     """Expected sizes of the values for random signs: the few values of a drawn case may all happen to be near zero."""
-    return [t.sqrt() for t in reference(x.double() ** 2, weight.double() ** 2, bias.double() ** 2, grad.double() ** 2, **kwargs)]
+    return [t.sqrt() for t in reference(*(t.double() ** 2 for t in (x, weight, bias, grad)), **kwargs)]
 
 
 DRAWN = settings(deadline=None, derandomize=True, database=None,
@@ -190,13 +191,13 @@ def _compare(problem, spec, layout, dtype, threads):
 
 @settings(DRAWN, max_examples=120)
 @given(convolutions(st.integers(1, 4)), st.sampled_from(SPECS), st.sampled_from([*LAYOUTS]),
-       st.sampled_from([torch.float32, torch.float64]), st.integers(1, 2))
+       st.sampled_from([torch.float32, torch.float64]), st.sampled_from([1, 1, 1, 2]))
 def test_equals_torch_on_drawn_shapes(problem, spec, layout, dtype, threads):
     _compare(problem, spec, layout, dtype, threads)
 
 
 @settings(DRAWN, max_examples=50)
-@given(convolutions(st.integers(17, 20)), st.sampled_from(SPECS), st.sampled_from([*LAYOUTS]), st.integers(1, 2))
+@given(convolutions(st.integers(17, 20)), st.sampled_from(SPECS), st.sampled_from([*LAYOUTS]), st.sampled_from([1, 1, 1, 2]))
 def test_equals_torch_on_drawn_shapes_in_bfloat16(problem, spec, layout, threads):
     _compare(problem, spec, layout, torch.bfloat16, threads)
 
@@ -341,7 +342,7 @@ def test_other_dtypes_are_torchs_business(spec):
 
 @pytest.mark.parametrize('x, weight, kwargs, message', [
     ((2, 3, 0, 8), (3, 1, 3, 3), {}, r'map is empty or smaller than the kernel.*\(2, 3, 0, 8\)'),
-    ((2, 3, 8, 0), (3, 1, 3, 3), dict(padding=9), r'map is empty or smaller than the kernel.*\(2, 3, 8, 0\).*padding=\(9, 9\)'),
+    ((2, 3, 8, 0), (3, 1, 3, 3), dict(padding=9), r'map is empty or smaller.*\(2, 3, 8, 0\).*padding=\(9, 9\)'),
     ((0, 3, 8, 0), (3, 1, 3, 3), {}, 'map is empty'),
     ((2, 3, 8, 8), (3, 1, 9, 3), dict(padding=0), r'smaller than the kernel.*\(3, 1, 9, 3\), padding=\(0, 0\)'),
     ((2, 3, 8, 8), (3, 1, 3, 5), dict(padding=1, dilation=3), r'smaller than the kernel.*dilation=\(3, 3\)'),

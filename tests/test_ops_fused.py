@@ -147,8 +147,9 @@ def test_what_is_fused_and_what_is_not(apart):
                 convolve(conv, x, ACTIVATIONS[activation])
                 assert len(apart) == (whole or activation not in FUSED), (name, activation)
         apart.clear()
-        for other, x in ((DepthwiseConv2d(8, 3), image()), (nn.ConvTranspose2d(8, 4, 2), image()), (build('3x3'), image(batch=0)),
-                         (build('3x3'), image()[0]), (build('3x3', torch.float64), image(dtype=torch.float64))):
+        for other, x in (
+                (DepthwiseConv2d(8, 3), image()), (nn.ConvTranspose2d(8, 4, 2), image()), (build('3x3'), image(batch=0)),
+                (build('3x3'), image()[0]), (build('3x3', torch.float64), image(dtype=torch.float64))):
             expected = truth(other, x, nn.ReLU())
             assert convolve(other, x, nn.ReLU()).shape == expected.shape
             if x.shape[0]:
@@ -156,7 +157,7 @@ def test_what_is_fused_and_what_is_not(apart):
         assert len(apart) >= 3
 
 
-@pytest.mark.parametrize('memory', ['other layout', 'broadcast', 'expanded', 'transposed'])
+@pytest.mark.parametrize('memory', ['other layout', 'broadcast', 'three axes', 'expanded', 'transposed'])
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_any_memory_of_the_shortcut(memory, layout):
     conv, x = build('3x3'), image(layout=layout)
@@ -166,6 +167,8 @@ def test_any_memory_of_the_shortcut(memory, layout):
         shortcut = shortcut.contiguous(memory_format=LAYOUTS[other])
     elif memory == 'broadcast':
         shortcut = shortcut[:1, :, :1, :1]
+    elif memory == 'three axes':
+        shortcut = shortcut[0]
     elif memory == 'expanded':
         shortcut = shortcut[:1, :, :1, :1].expand(shortcut.shape)
     else:
@@ -190,8 +193,10 @@ def test_errors_are_torchs():
                 convolve(nn.Conv2d(8, 4, 5), image(size=(3, 3)), activation)
             with pytest.raises(RuntimeError, match='should be the same'):
                 convolve(conv, image(dtype=torch.bfloat16), activation)
-        with pytest.raises(RuntimeError, match='must match the size'):
-            convolve(conv, image(), None, torch.zeros(2, 16, 9, 7))
+        for shape in (2, 16, 9, 7), (2, 16, 3, 3), (2, 16, 10, 9), (2, 8, 9, 10), (3, 16, 9, 10):
+            for layout in LAYOUTS:
+                with pytest.raises(RuntimeError, match='must match the size'):
+                    convolve(conv, image(layout=layout), None, torch.zeros(shape))
 
 
 # gradients, hooks, modes
@@ -236,6 +241,8 @@ def test_hooks_fire():
                 assert_close(convolve(conv, x, activation), expected)
                 handle.remove()
                 assert seen.pop() is module and not seen
+            assert_close(convolve(conv, x, activation), expected)
+            assert not seen
         with conv.register_forward_hook(lambda module, args, out: 2 * out):
             assert_close(convolve(conv, x, activation), 2 * expected)
         with register_module_forward_hook(lambda module, args, out: seen.append(module)):
@@ -313,7 +320,8 @@ def test_what_looks_at_operators_sees_the_parts():
     called = [node.target for node in graph.nodes if node.op == 'call_function']
     assert called == [torch.ops.aten.conv2d.default, torch.ops.aten.relu.default]
     traced = torch.jit.trace(network, x)
-    assert [n.kind() for n in traced.inlined_graph.nodes() if n.kind().startswith('aten')] == ['aten::_convolution', 'aten::relu']
+    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+    assert [kind for kind in kinds if kind.startswith('aten')] == ['aten::_convolution', 'aten::relu']
 
 
 def test_other_devices():
@@ -478,7 +486,8 @@ def test_network_fused_and_apart(layout, packed, monkeypatch, apart):
         assert pack(network) == sum(isinstance(m, nn.Conv2d) for m in network.modules())
     with torch.no_grad():
         found = network(x)
-        assert not [conv for conv in apart if type(conv) is nn.Conv2d]
+        together = plain - sum(type(conv) is nn.Conv2d for conv in apart)
+        assert together == plain or layout == 'default'
         exact = copy.deepcopy(network).double()(x.double())
         with monkeypatch.context() as patch:
             patch.setattr(fused, '_fuses', lambda *args: False)

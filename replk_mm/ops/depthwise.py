@@ -12,11 +12,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from replk_mm.ops import choice, spatial, spectral
 from replk_mm.ops.problem import Pair, Problem
 
+_PRECISIONS = {torch.float32, torch.float64, torch.bfloat16}
 _FORWARD = {'native': spatial.native, 'channels_last': spatial.channels_last, 'padded': spatial.padded,
             'fft': spectral.forward}
 
@@ -97,12 +99,14 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
     plain = observed()  # whose shapes may be symbols
     if not plain:
         _check(x, weight, bias, stride, padding, dilation)
-    if plain or x.device.type != 'cpu' or x.shape[0] == 0:
-        return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
     original = weight
-    if torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:  # which autocast leaves alone
+    if not plain and x.device.type == 'cpu' and torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:
+        # float64 is left alone by autocast
         dtype = torch.get_autocast_dtype('cpu')
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
+    if plain or x.device.type != 'cpu' or x.numel() == 0 or len(dtypes) > 1 or not dtypes <= _PRECISIONS:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
     problem = Problem.of(x, weight, stride, padding, dilation)
     chosen = choice.plan(problem, implementation)
     x = x.contiguous(memory_format=problem.memory_format)
@@ -113,28 +117,33 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
     return _FORWARD[chosen.forward](x, weight, bias, problem)
 
 
-#: Weights whose spectra are kept: what the weight and the problem were, and the spectra.
-_kept_spectra: MutableMapping[Tensor, tuple[tuple, list[Tensor]]] = WeakTensorKeyDictionary()
+#: Weights whose spectra are kept: the weight and its version, the problem, and the spectra.
+_kept_spectra: MutableMapping[Tensor, tuple[Tensor, int, Problem, list[Tensor]] | None] = WeakTensorKeyDictionary()
 
 
 def keep_spectra(weight: Tensor) -> None:
     """Keep the spectra of ``weight`` for the size of map that was last convolved, from its next inference on."""
-    _kept_spectra[weight] = ((), [])
+    _kept_spectra[weight] = None
 
 
 def _spectra_of(original: Tensor, weight: Tensor, problem: Problem) -> list[Tensor]:
-    now = original.data_ptr(), original._version, problem
-    known, spectra = _kept_spectra[original]
-    if known != now:
-        spectra = spectral.kernel_spectra(weight, problem)
-        _kept_spectra[original] = now, spectra
-    return spectra
+    kept = _kept_spectra[original]
+    if kept is None or kept[2] != problem or not same_values(original, *kept[:2]):
+        kept = original.detach(), original._version, problem, spectral.kernel_spectra(weight, problem)
+        _kept_spectra[original] = kept
+    return kept[3]
+
+
+def same_values(weight: Tensor, known: Tensor, version: int) -> bool:
+    """Whether ``weight`` still is the memory of ``known``, whose holder keeps it from being used again, unchanged."""
+    return weight.data_ptr() == known.data_ptr() and weight._version == version and weight.dtype == known.dtype
 
 
 def observed() -> bool:
-    """Whether something looks at the operators themselves: a compiler, an exporter, a counter, a transform."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._functorch.maybe_current_level() is not None)
+    """Whether something looks at the operators themselves: a compiler, an exporter, a counter, a transform, forward-mode
+    derivatives."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None)
 
 
 def _pair(value: Any) -> Pair:

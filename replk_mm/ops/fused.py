@@ -9,12 +9,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
-from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, observed
+from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, observed, same_values
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
-#: For each convolution that keeps its weight, by precision: what the weight was, and how the backend wants it.
-_packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[tuple, Tensor]]] = WeakKeyDictionary()
+#: For each convolution that keeps its weight, by precision: the weight and its version, and how the backend wants it.
+_packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[Tensor, int, Tensor]]] = WeakKeyDictionary()
 
 
 def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
@@ -31,7 +32,7 @@ def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, sh
     """
     if activation is not None and shortcut is not None:
         raise ValueError('convolve: give an activation or a shortcut, not both')
-    if not _fuses(conv, activation, x):
+    if not _fuses(conv, activation, shortcut, x):
         y = conv(x)
         y = y if activation is None else activation(y)
         return y if shortcut is None else shortcut + y
@@ -40,7 +41,7 @@ def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, sh
     x, bias = x.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
     weight, layout = _weight(conv, x), (conv.padding, conv.stride, conv.dilation, conv.groups)
     if shortcut is not None:
-        return torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut.to(dtype), weight, bias, *layout, 'add', 1.0, None,
+        return torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut, weight, bias, *layout, 'add', 1.0, None,
                                                               [], None)
     name = _UNARY[type(activation)] if activation is not None else 'none'
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *layout, name, [],
@@ -73,13 +74,12 @@ def _weight(conv: nn.Conv2d, x: Tensor) -> Tensor:
     kept = _packed.get(conv)
     if kept is None:
         return conv.weight.to(x.dtype)
-    now = conv.weight.data_ptr(), conv.weight._version, conv.weight.dtype
-    if x.dtype not in kept or kept[x.dtype][0] != now:
+    if x.dtype not in kept or not same_values(conv.weight, *kept[x.dtype][:2]):
         with torch.no_grad():
             packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
                 conv.weight.to(x.dtype).to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, x.shape)
-        kept[x.dtype] = now, packed
-    return kept[x.dtype][1]
+        kept[x.dtype] = conv.weight.detach(), conv.weight._version, packed
+    return kept[x.dtype][2]
 
 
 def _usable(conv: nn.Conv2d) -> bool:
@@ -87,10 +87,32 @@ def _usable(conv: nn.Conv2d) -> bool:
                 and not isinstance(conv.padding, str) and conv.padding_mode == 'zeros')
 
 
-def _fuses(conv: nn.Module, activation: nn.Module | None, x: Tensor) -> bool:
+def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | None, x: Tensor) -> bool:
     if type(conv) is not nn.Conv2d or not (activation is None or type(activation) in _UNARY) or not _usable(conv):
         return False
-    training = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, activation) if m is not None)
-    return not (training or hooked or conv.weight.is_inference() or observed() or x.shape[0] == 0 or x.dim() != 4
-                or x.dtype not in (torch.float32, torch.bfloat16))
+    parameters = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, shortcut) if t is not None):
+        return False
+    if _has_any_global_hook() or any(_hooked(m) for m in (conv, activation) if m is not None):
+        return False
+    if (observed() or x.dim() != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last)
+            or x.shape[1] != conv.in_channels or conv.weight.is_inference()):
+        return False
+    autocast = torch.is_autocast_enabled('cpu')
+    dtype = torch.get_autocast_dtype('cpu') if autocast else x.dtype
+    others = [] if shortcut is None else [shortcut]
+    if shortcut is not None and (len(shortcut), *shortcut.shape[1:]) != (len(x), conv.out_channels, *_out_size(conv, x)):
+        return False
+    others += [] if autocast else parameters
+    # What torch adds in a wider precision, or refuses, is left to it.
+    return (dtype in (torch.float32, torch.bfloat16) and x.dtype in (torch.float32, torch.bfloat16)
+            and all(t.dtype == dtype for t in others))
+
+
+def _out_size(conv: nn.Conv2d, x: Tensor) -> list[int]:
+    return [(n + 2 * int(p) - d * (k - 1) - 1) // step + 1 for n, p, d, k, step in zip(
+        x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)]
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)

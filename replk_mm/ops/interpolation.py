@@ -32,11 +32,12 @@ class Part:
 
     def transposed(self) -> Tensor:
         """The transpose of the interpolation as a matrix, ``(last - first, stop - start)``."""
-        matrix = self.weight.new_zeros(self.last - self.first, self.stop - self.start)
-        for start, stop, low, high in self.runs:
-            matrix[low, start:stop] += 1 - self.weight[start:stop, 0]
-            matrix[high, start:stop] += self.weight[start:stop, 0]
-        return matrix
+        low, high = (torch.tensor([taps[i] for start, stop, *taps in self.runs for _ in range(start, stop)]) for i in (0, 1))
+        sample, weight = torch.arange(len(low)), self.weight[:, 0].cpu()
+        matrix = weight.new_zeros(self.last - self.first, len(low))
+        matrix[low, sample] = 1 - weight
+        matrix[high, sample] += weight  # which may be the same place
+        return matrix.to(self.weight.device)
 
 
 class Interpolation:
