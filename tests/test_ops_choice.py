@@ -361,8 +361,8 @@ def test_thread_safe(threaded, monkeypatch):
     if threaded:
         monkeypatch.setattr(spectral, 'THREADS_PAY', 0)
     shapes = ((2, 4, 12, 11), (9, 9)), ((1, 6, 7, 9), (13, 5))
-    cases = [(draw(shape, kernel, layout=layout), spec) for shape, kernel in shapes for layout in LAYOUTS
-             for spec in ('fft', 'auto', 'channels_last,grad_weight=grad_kernel')]
+    specs = 'fft', 'auto', 'channels_last,grad_weight=grad_kernel'
+    cases = [(draw(*shape, layout=layout), spec) for shape in shapes for layout in LAYOUTS for spec in specs]
     expected = [ours(*tensors, spec) for tensors, spec in cases]
     choice._plan.cache_clear(), spectral._blocks.cache_clear()
     start = threading.Barrier(8)

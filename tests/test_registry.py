@@ -85,7 +85,7 @@ cfg = Config.fromfile({str(tmp_path / 'mine.py')!r})
 assert cfg.model.backbone.type == 'replk_mm.RepLKNet' and cfg.model.backbone.arch == 'nano'
 assert cfg.model.backbone.drop_path_rate == .125
 plain = get_config('replk_mm::upernet_replk-nano_ade20k.py')
-assert plain.model.backbone.drop_path_rate == 0 and plain.model.decode_head.type == 'UPerHead'
+assert plain.model.backbone.drop_path_rate == 0 and plain.model.decode_head.type == 'replk_mm.UPerHead'
 nested = get_config('mmseg::_base_/default_runtime.py')  # other projects' configs as ever
 assert nested.default_scope == 'mmseg'
 try:
