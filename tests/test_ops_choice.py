@@ -289,7 +289,6 @@ def test_work_is_done_once_whoever_does_it():
             assert sorted(done) == list(range(count))
 
 
-@pytest.mark.xfail(reason='depends on what other threads of the process have done')
 def test_threads_have_one_thread_of_torch_each_and_leave_the_others_alone():
     ready = threading.Barrier(2)
     seen = []
@@ -415,12 +414,10 @@ for channels in (1, 2, 3, 8, 16, 17):
 
 @pytest.mark.parametrize('specs', [['auto', 'channels_last'], pytest.param(SPECS, marks=pytest.mark.slow)],
                          ids=['some', 'all'])
-@pytest.mark.xfail(run=False, reason='bfloat16 with few channels: not every path around the hang is mended')
 def test_bfloat16_with_few_channels_returns(specs):
     isolated(HANGS.format(specs=specs), timeout=60 * len(specs))
 
 
-@pytest.mark.xfail(run=False, reason='bfloat16 with few channels: not every path around the hang is mended')
 def test_gradients_of_gradients_in_bfloat16_with_few_channels_return():
     isolated("""
 import torch

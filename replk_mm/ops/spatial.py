@@ -15,30 +15,38 @@ from replk_mm.ops.problem import Pair, Problem
 _PADDING_LIMIT = 6
 #: Kernel sides between which that better kernel on a kernel widened by zeros beats the other one.
 _WIDENED = range(12, 15)
-#: Channels up to which that better kernel may never return in bfloat16 (oneDNN 3.12); the default layout serves instead.
-_HANGS_BELOW = 16
+#: Channels up to which that better kernel may never return in bfloat16 (oneDNN 3.12).
+_MAY_HANG = 16
+
+
+def may_hang(problem: Problem) -> bool:
+    """Whether one of torch's kernels may never return, in bfloat16 only: then float32 serves instead."""
+    if problem.dtype != torch.bfloat16 or problem.channels > _MAY_HANG:
+        return False
+    of_gradient = (d * (k - 1) - p for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True))
+    return widened(problem) or max(*problem.padding, *of_gradient) > _PADDING_LIMIT
 
 
 def native(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """torch's convolution as it is."""
-    if _never_returns(problem):
-        return padded(x, weight, bias, problem)
     return F.conv2d(x, weight, bias, problem.stride, problem.padding, problem.dilation, problem.channels)
 
 
 def native_gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_input: bool,
                      of_weight: bool) -> tuple[Tensor | None, Tensor | None]:
     """torch's gradients as they are; None for the one not asked."""
+    dtype = x.dtype
+    if dtype == torch.bfloat16 and problem.channels_last and problem.dilation != (1, 1):
+        # torch 2.13 with oneDNN 3.12 leaves parts of this weight gradient unwritten.
+        grad, x, weight = grad.float(), x.float(), weight.float()
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, list(problem.stride), list(problem.padding), list(problem.dilation), False, [0, 0],
         problem.channels, [of_input, of_weight, False])
-    return grad_x, grad_weight
+    return (grad_x.to(dtype) if of_input else None), (grad_weight.to(dtype) if of_weight else None)
 
 
 def channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """torch's convolution of channels-last memory."""
-    if _never_returns(problem):
-        return padded(x, weight, bias, problem)
     padding = problem.padding
     if widened(problem):
         # One more ring of zeros around the kernel and the map changes no value.
@@ -69,10 +77,6 @@ def _conv_padded(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, 
 
 def _write_out(x: Tensor, padding: Pair) -> Tensor:
     return F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-
-
-def _never_returns(problem: Problem) -> bool:
-    return problem.dtype == torch.bfloat16 and problem.channels <= _HANGS_BELOW and max(problem.padding) > _PADDING_LIMIT
 
 
 def input_gradient_problem(problem: Problem) -> Problem | None:

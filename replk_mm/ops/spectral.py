@@ -69,8 +69,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, ke
         weight: Kernels, ``(C, 1, kh, kw)``.
         bias: ``(C,)`` or None.
         problem: The shapes.
-        keep: Filled with the spectra of kernels and input, for :func:`gradients`.
-        kernels: From :func:`kernel_spectra`; without them they are computed.
+        keep: Filled with the spectra of input and kernels, for :func:`gradients`.
+        kernels: From :func:`kernel_spectra`, in inference only; without them they are computed.
     """
     out = problem.empty(x, problem.out)
     size, (rows, cols) = transform_size(problem), problem.out
@@ -83,8 +83,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, ke
         turned = kernels[i] if kernel is None else kernel.conj_physical()
         shift = None if bias is None else bias[channels, None, None].to(turned.real.dtype)
         buffer = _Buffer(size, problem.padding, problem.size)
-        if keep is not None:
-            kept[i].append(turned.conj_physical() if kernel is None else kernel)
+        if keep is not None and kernel is not None and _keeps_kernels(problem):
+            kept[i].append(kernel)
         for part in parts:
             spectrum = buffer.transform(x[part, channels])
             if keep is None:
@@ -118,19 +118,21 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_inpu
     grad_weight = torch.empty_like(weight) if of_weight else None
     size, (top, left), (height, width) = transform_size(problem), problem.padding, problem.size
     blocks = _blocks(problem)
-    per_block = 1 + len(blocks[0][1])  # the kernels, and each part of the batch
+    with_kernels = int(_keeps_kernels(problem))
+    per_block = with_kernels + len(blocks[0][1])  # the kernels, and each part of the batch
 
     def work(i: int) -> None:
         channels, parts = blocks[i]
         spectra = list(kept[i * per_block:(i + 1) * per_block])
         grads, inputs = _Buffer(size, (0, 0), problem.out), _Buffer(size, problem.padding, problem.size)
-        kernel = spectra[0] if spectra else _kernel_spectrum(weight[channels], size, grad.dtype) if of_input else None
+        kernel = (None if not of_input else spectra[0] if spectra and with_kernels else
+                  _kernel_spectrum(weight[channels], size, grad.dtype))
         lags: Tensor | None = None
         for j, part in enumerate(parts):
             spectrum = grads.transform(grad[part, channels])
             if grad_weight is not None:
                 turned = spectrum.conj_physical()
-                products = turned.mul_(spectra[1 + j] if spectra else inputs.transform(x[part, channels])).sum(0)
+                products = turned.mul_(spectra[with_kernels + j] if spectra else inputs.transform(x[part, channels])).sum(0)
                 # Sums over images are taken of spectra: one inverse transform a channel, however large the batch.
                 lags = products if lags is None else lags.add_(products)
             if grad_x is not None and kernel is not None:
@@ -141,6 +143,11 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_inpu
 
     workers.run(work, len(blocks), _own_threads(problem))
     return grad_x, grad_weight
+
+
+def _keeps_kernels(problem: Problem) -> bool:
+    # Spectra are in float32 at least: beside tensors of two bytes a number they would more than double a layer's memory.
+    return problem.dtype != torch.bfloat16
 
 
 def _own_threads(problem: Problem) -> bool:

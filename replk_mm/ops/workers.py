@@ -45,6 +45,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
             ready = threading.Barrier(threads + 1)
 
             def start() -> None:
+                torch.get_num_threads()  # the first question in a thread sets what the process was told last
                 torch.set_num_threads(1)
                 ready.wait()
 
