@@ -28,6 +28,8 @@ SPECS = [
     'auto',
     'native',
     'channels_last,grad_weight=grad_kernel',
+    'padded,grad_weight=grad_kernel_channels_last',
+    'channels_last,grad_weight=grad_kernel_channels_last',
     'padded,grad_weight=grad_kernel',
     'fft',
     'forward=fft,grad_input=native,grad_weight=native',

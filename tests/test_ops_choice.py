@@ -74,8 +74,9 @@ def used(monkeypatch):
 
     for name, function in depthwise._FORWARD.items():
         monkeypatch.setitem(depthwise._FORWARD, name, spied(name, function))
-    for module, name in ((spatial, 'native_gradients'), (spatial, 'grad_kernel')):
-        monkeypatch.setattr(module, name, spied(name.removesuffix('_gradients'), getattr(module, name)))
+    for name, function in depthwise._GRAD_WEIGHT.items():
+        monkeypatch.setitem(depthwise._GRAD_WEIGHT, name, spied(name, function))
+    monkeypatch.setattr(spatial, 'native_gradients', spied('native', spatial.native_gradients))
     # Where spectra are kept the operator calls these by their own names.
     monkeypatch.setattr(spectral, 'forward', spied('fft', spectral.forward))
     monkeypatch.setattr(spectral, 'gradients', spied('fft', spectral.gradients))

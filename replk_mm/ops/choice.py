@@ -23,7 +23,7 @@ from replk_mm.ops.problem import Problem
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     'forward': ('native', 'channels_last', 'padded', 'fft'),
     'grad_input': ('native', 'channels_last', 'padded', 'fft'),
-    'grad_weight': ('native', 'grad_kernel', 'fft'),
+    'grad_weight': ('native', 'grad_kernel', 'grad_kernel_channels_last', 'fft'),
 }
 #: Environment variable that forces implementations: one name, or ``forward=fft,grad_weight=native``.
 VARIABLE = 'REPLK_MM_DEPTHWISE'
@@ -140,12 +140,13 @@ _RATES: dict[str, dict[int, float]] = {  # by kernel side, the last one holds fo
     'channels_last':       {1: 15, 3: 45, 5: 85, 7: 110, 9: 110, 11: 85, 13: 44, 15: 140, 21: 155},
     'padded':              {1: 10, 3: 22, 5: 66, 7: 88, 9: 106, 11: 130, 13: 136, 15: 118},
     'grad_kernel':         {1: 10, 3: 30, 5: 55, 7: 60, 9: 70, 13: 85, 15: 97},
+    'grad_kernel_channels_last': {1: 10, 3: 40, 5: 70, 7: 75, 11: 75, 13: 85, 15: 105, 21: 118, 31: 115},
     'native grad_input':   {1: 10, 3: 40, 5: 60, 7: 70, 13: 50, 27: 75, 31: 110},
     'native grad_weight':  {1: 10, 3: 35, 4: 3, 9: 2.5},
     'native grad_weight channels_last': {1: 20, 3: 50, 4: 5, 5: 5.5, 7: 9, 9: 12, 13: 3, 15: 2.5},
 }
 _TRANSPOSE, _COPY = 3.5, 20.
-_FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 135., 185.
+_FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 118., 162.
 #: Milliseconds of a call of one of torch's operators, which a block of spectra needs a dozen of.
 _CALL = 0.006
 
@@ -174,7 +175,8 @@ def _transform(problem: Problem, area: tuple[int, int], picoseconds: float = _FO
     maps = problem.batch * problem.channels
     blocks = 4 * maps * pixels / spectral.BLOCK_BYTES
     copied = _bytes(problem, area) / (_TRANSPOSE if problem.channels_last else _COPY) * 1e-6
-    return maps * pixels * math.log2(pixels) * picoseconds * 1e-9 + copied + (1 + blocks) * 4 * _CALL
+    short = 1 + 20 / math.sqrt(pixels)  # the shorter the rows, the less efficient their transforms
+    return maps * pixels * math.log2(pixels) * short * picoseconds * 1e-9 + copied + (1 + blocks) * 4 * _CALL
 
 
 def _rows_inside(problem: Problem) -> float:
@@ -213,7 +215,10 @@ def milliseconds(problem: Problem) -> dict[str, dict[str, float]]:
         grad_input.update(channels_last=forward['channels_last'], padded=forward['padded'])
     grad_weight = dict(
         native=work / _rate('native grad_weight' + (' channels_last' if last else ''), side),
-        grad_kernel=work / _rate('grad_kernel', side) + to_padded + filled)
+        grad_kernel=work / _rate('grad_kernel', side) + to_padded + filled,
+        # The output's gradient is rearranged twice: here where it is in channels-last memory, and by oneDNN as a kernel.
+        grad_kernel_channels_last=(work * inside / _rate('grad_kernel_channels_last', side) + problem.batch * 16 * _CALL
+                                   + 1.7 * _transposed(problem, problem.out)))
     if spectral.supports(problem):
         kernels = math.prod(spectral.transform_size(problem)) * problem.channels
         kernels_ms = kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9

@@ -21,6 +21,7 @@ from replk_mm.ops.problem import Pair, Problem
 _PRECISIONS = {torch.float32, torch.float64, torch.bfloat16}
 _FORWARD = {'native': spatial.native, 'channels_last': spatial.channels_last, 'padded': spatial.padded,
             'fft': spectral.forward}
+_GRAD_WEIGHT = {'grad_kernel': spatial.grad_kernel, 'grad_kernel_channels_last': spatial.grad_kernel_channels_last}
 
 
 class _Depthwise(torch.autograd.Function):
@@ -65,7 +66,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, plan: 
             grad_x = _FORWARD[plan.grad_input](grad, weight.flip(2, 3), None, turned)
     if of_weight and not by_fft[1]:
         grad_weight = (spatial.native_gradients(grad, x, weight, problem, False, True)[1] if plan.grad_weight == 'native' else
-                       spatial.grad_kernel(grad, x, problem))
+                       _GRAD_WEIGHT[plan.grad_weight](grad, x, problem))
     return grad_x, grad_weight
 
 

@@ -106,3 +106,22 @@ def grad_kernel(grad: Tensor, x: Tensor, problem: Problem) -> Tensor:
     # Rows that the stride never reached leave lags behind the last tap.
     lags = lags[..., :problem.kernel[0], :problem.kernel[1]]
     return lags.reshape(problem.batch, problem.channels, 1, *problem.kernel).sum(0)
+
+
+def grad_kernel_channels_last(grad: Tensor, x: Tensor, problem: Problem) -> Tensor:
+    """:func:`grad_kernel` of channels-last memory, an image at a time: only the output's gradient is rearranged.
+
+    Returns:
+        ``(C, 1, kh, kw)`` in ``x``'s dtype.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    lags: Tensor | None = None
+    # Parts of one image rather than images, which torch would not recognize as channels-last memory.
+    for image, gradient in zip(x.split(1), grad, strict=True):
+        found = F.conv2d(image, gradient.contiguous().unsqueeze(1), None, problem.dilation, problem.padding, problem.stride,
+                         problem.channels)
+        # Sums over images are taken in float32, as torch does within one convolution.
+        found = found[0, :, :problem.kernel[0], :problem.kernel[1]].to(torch.promote_types(x.dtype, torch.float32))
+        lags = found if lags is None else lags.add_(found)
+    assert lags is not None  # an empty batch never comes here
+    return lags.to(x.dtype).contiguous().unsqueeze(1)
