@@ -77,6 +77,8 @@ def arguments() -> argparse.Namespace:
                          help='of our network; plain torch is in float32')
         net.add_argument('--compare', type=listed(*ENGINES), default=[], metavar='NAMES', help=f'{",".join(ENGINES)}')
         net.add_argument('--no-memory', dest='memory', action='store_false', help='do not measure memory')
+        net.add_argument('--same-allocator', action='store_true',
+                         help='let plain torch keep freed memory too (a setting of the C library)')
         cli.add_config_options(net)
     return p.parse_args()
 
@@ -95,7 +97,8 @@ def measure(args: argparse.Namespace) -> dict:
         shapes = [(s, s) for s in args.sides or ()] or [tuple(args.shape or default_shape(args.config, args.cfg_options))]
         job = Job(args.config, args.what == 'model', form=args.form, options=args.cfg_options, checkpoint=args.checkpoint,
                   device=device, threads=torch.get_num_threads())
-        how = benchmark.Settings(args.dtype, args.repeats, args.warmup, args.seconds or 60., args.memory, args.compare)
+        how = benchmark.Settings(args.dtype, args.repeats, args.warmup, args.seconds or 60., args.memory, args.compare,
+                                 args.same_allocator)
         record = benchmark.run(job, how, args.mode, shapes, args.batch)
     return {**record, 'environment': benchmark_report.environment(kept)}
 

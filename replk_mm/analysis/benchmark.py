@@ -22,9 +22,10 @@ from replk_mm.analysis.job import (
     set_shape,
     smallest_batch,
 )
-from replk_mm.analysis.plain import OURS, PLAIN, networks
+from replk_mm.analysis.plain import OURS, PLAIN, PLAIN_TRAINING, networks
 from replk_mm.analysis.speed import MIN_ROUNDS, Call, measure, say
 from replk_mm.analysis.workload import CLASS_MAP, Workload, convert, kind_of
+from replk_mm.engine.machine import keep_freed_memory
 from replk_mm.errors import UserError
 
 #: Rest before each call while other engines take part: their threads and torch's wait busily for some milliseconds.
@@ -42,6 +43,7 @@ class Settings:
         seconds: Budget of a measurement, see :func:`replk_mm.analysis.speed.measure`.
         memory: Measure memory too, each network in a process of its own.
         engines: Names in :data:`replk_mm.analysis.compare_engines.ENGINES`.
+        same_allocator: Let plain torch keep freed memory as well, which only the commands of this project do by themselves.
     """
 
     dtypes: Sequence[str] = ('float32',)
@@ -50,6 +52,7 @@ class Settings:
     seconds: float = 60.
     memory: bool = True
     engines: Sequence[str] = ()
+    same_allocator: bool = False
 
 
 @dataclass
@@ -139,7 +142,8 @@ class Bench:
             work = Workload(self.cfg, self.networks[OURS], job.batch, shape, job.device)
             rows = self._inference(work, Path(folder)) if job.mode == 'inference' else self._training(work)
             found = measure({row.name: row.call for row in rows}, self.settings.repeats, self.settings.warmup,
-                            self.settings.seconds, _PAUSE if self.settings.engines else 0.)
+                            self.settings.seconds, _PAUSE if self.settings.engines else 0., before=self._allocators(rows))
+            keep_freed_memory()
         done = []
         for row in rows:
             gap = row.gap or Gap()
@@ -150,6 +154,18 @@ class Bench:
                 equal=None if row.gap is None else gap.within(TOLERANCES[job.mode, row.dtype])))
         return dict(mode=job.mode, form=job.form, batch=job.batch, height=shape[0], width=shape[1], rounds=found.rounds,
                     warmup=found.warmup, rows=done)
+
+    def _allocators(self, rows: list[Row]) -> dict[str, Call]:
+        """What gives each network the memory that it would have in a process of its own."""
+        before: dict[str, Call] = {}
+        if self.settings.same_allocator or self.job.device != 'cpu':
+            return before
+        for row, last in zip(rows, [None, *rows], strict=False):
+            if row.network in (PLAIN, PLAIN_TRAINING):
+                before[row.name] = functools.partial(keep_freed_memory, False)
+            elif last and last.network in (PLAIN, PLAIN_TRAINING):
+                before[row.name] = functools.partial(_keep_memory_of, row.call)
+        return before
 
     def _inference(self, work: Workload, folder: Path) -> list[Row]:
         reference = work.results(self.networks[PLAIN])
@@ -242,11 +258,16 @@ class Bench:
         if not self.settings.memory or not row.network:
             return None
         say(f'  memory of {row.name}')
-        found = memory_of(job, row.network, row.how)
+        found = memory_of(job, row.network, row.how, self.settings.same_allocator or row.network == OURS)
         if isinstance(found, str):
             self.note(f'memory of {row.name}: not measured: {found}')
             return None
         return found
+
+
+def _keep_memory_of(call: Call) -> None:
+    keep_freed_memory()
+    call()  # whose memory is there from now on
 
 
 def _gap(work: Workload, reference: dict[str, Tensor], net: torch.nn.Module, how: str) -> Gap:

@@ -105,8 +105,7 @@ def _head(record: dict) -> str:
     lines = [f'{env.get("gpu") or env["cpu"]}, {env["threads"]} threads on {env["cores"]} cores, '
              f'{" ".join(env["instruction_sets"]) or "instruction sets unknown"} (torch uses {env["torch_capability"]})',
              f'{versions}; replk_mm {env["replk_mm"]}, commit {env["commit"] or "unknown"}', f'{env["system"]}, {env["date"]}',
-             'allocator: freed memory is ' + ('kept for the next tensor' if env['keeps_freed_memory'] else
-                                              'given back as the C library sees fit') + ', for all networks alike']
+             _allocator(record)]
     if env['variables']:
         lines.append(' '.join(f'{key}={value}' for key, value in env['variables'].items()))
     if record['what'] == 'op':
@@ -117,6 +116,14 @@ def _head(record: dict) -> str:
         title = (f'{record["what"]} {record["config"]} {options}'.rstrip()
                  + f': {record["backbone"]}, {record["parameters"] / 1e6:.1f} M parameters in the last form measured')
     return '\n'.join([title, *lines])
+
+
+def _allocator(record: dict) -> str:
+    if not record['environment']['keeps_freed_memory']:
+        return 'allocator: freed memory is given back as the C library sees fit, for all networks alike'
+    all_keep = record['what'] == 'op' or record['settings']['same_allocator']
+    return ('allocator: freed memory is kept for the next tensor, for all networks alike' if all_keep else
+            'allocator: as in processes of their own, ours keeps freed memory for the next tensor, plain torch does not')
 
 
 def _point(point: dict) -> str:

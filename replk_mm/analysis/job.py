@@ -155,7 +155,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def memory_of(job: Job, network: str, how: str) -> int | None | str:
+def memory_of(job: Job, network: str, how: str, keep: bool) -> int | None | str:
     """Bytes that a network's first three calls need at their peak beyond what the loaded network takes.
 
     In a process of its own: what one network has used and given back, another one would use again, unseen.
@@ -164,11 +164,12 @@ def memory_of(job: Job, network: str, how: str) -> int | None | str:
         job: With batch and shape.
         network: A name among :func:`replk_mm.analysis.plain.networks`.
         how: Precision, see :class:`Workload`.
+        keep: See :func:`replk_mm.engine.machine.keep_freed_memory`.
 
     Returns:
         None where the system does not tell; a text if the process failed.
     """
-    given = json.dumps(dict(job=asdict(job), network=network, how=how))
+    given = json.dumps(dict(job=asdict(job), network=network, how=how, keep=keep))
     path = os.pathsep.join([str(Path(replk_mm.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
     environment = {**os.environ, 'PYTHONPATH': path}
     if job.device != 'cpu':  # the GPU that this process has chosen
@@ -185,7 +186,7 @@ def child() -> None:
     """Measure the memory of the network that standard input describes; the last line of standard output is the answer."""
     given = json.loads(sys.stdin.read())
     job = Job(**{**given['job'], 'shape': tuple(given['job']['shape'])})
-    keep_freed_memory()  # as the command does
+    keep_freed_memory(given['keep'])
     torch.set_num_threads(job.threads)
     cfg, _ = fitted_config(job)
     net = networks(cfg, job.whole, job.form, job.checkpoint)[0][given['network']].to(job.device)

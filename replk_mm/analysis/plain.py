@@ -17,6 +17,7 @@ from replk_mm.ops import DepthwiseConv2d, pack
 from replk_mm.registry import SCOPE
 from replk_mm.reparam import Changes, reparameterize
 
+#: Names of the networks.
 PLAIN, PLAIN_TRAINING, OURS = 'plain torch', 'plain torch, training form', 'ours'
 
 

@@ -70,7 +70,8 @@ class Measurement:
 
 
 def measure(calls: Mapping[str, Call], repeats: int = 15, warmup: int = 2, seconds: float | None = None,
-            pause: float = 0., clock: Callable[[], float] = time.perf_counter) -> Measurement:
+            pause: float = 0., clock: Callable[[], float] = time.perf_counter,
+            before: Mapping[str, Call] | None = None) -> Measurement:
     """Time several calls in turns, so that what the machine does besides falls on all of them alike.
 
     Args:
@@ -81,6 +82,7 @@ def measure(calls: Mapping[str, Call], repeats: int = 15, warmup: int = 2, secon
             of it is for the warm-up. None for no limit.
         pause: Seconds of rest before every call, in which threads of another library go to sleep.
         clock: Seconds.
+        before: What to do, untimed, before each call, by name.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
     begin, longest, warmed, done = clock(), 0., 0, 0
@@ -91,7 +93,10 @@ def measure(calls: Mapping[str, Call], repeats: int = 15, warmup: int = 2, secon
     def one_round() -> dict[str, float]:
         nonlocal longest
         start = clock()
-        times = {name: 1e3 * _seconds(call, pause, clock) for name, call in calls.items()}
+        times = {}
+        for name, call in calls.items():
+            (before or {}).get(name, int)()
+            times[name] = 1e3 * _seconds(call, pause, clock)
         longest = max(longest, clock() - start)
         return times
 

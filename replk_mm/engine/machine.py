@@ -65,11 +65,15 @@ def select_device(name: str | None) -> str:
     return chosen
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(keep: bool = True) -> bool:
     """Let the C library keep freed memory for the next tensor instead of handing it back to the system.
 
     Every activation of more than a few MiB is otherwise mapped, faulted in page by page and unmapped again: a fifth of an
     inference on a CPU. For the commands of this project; a library does not change the process it is loaded into.
+
+    Args:
+        keep: False for what the C library comes to by itself: beyond 32 MiB a block is mapped on its own, and of free memory
+            at the end of the heap 64 MiB are kept.
 
     Returns:
         Whether this C library (glibc) can be told so.
@@ -79,7 +83,8 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
-    return all([mallopt(mmap_threshold, largest), mallopt(trim_threshold, largest)])
+    return all([mallopt(mmap_threshold, largest if keep else 32 * 2**20),
+                mallopt(trim_threshold, largest if keep else 64 * 2**20)])
 
 
 def processes_of(launcher: str) -> tuple[int, int]:

@@ -110,9 +110,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
         return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
     problem = Problem.of(x, weight, stride, padding, dilation)
     if spatial.may_hang(problem):
-        single = (None if t is None else t.float() for t in (x, weight, bias))
         with torch.autocast('cpu', enabled=False):
-            return depthwise_conv2d(*single, stride, padding, dilation, implementation).to(x.dtype)
+            return depthwise_conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding, dilation,
+                                    implementation).to(x.dtype)
     chosen = choice.plan(problem, implementation)
     x = x.contiguous(memory_format=problem.memory_format)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, observed, same_values
+from replk_mm.ops.depthwise import DepthwiseConv2d, _pair, keep_spectra, observed, same_values
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
 #: For each convolution that keeps its weight, by precision: the weight and its version, and how the backend wants it.
@@ -110,8 +110,8 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
 
 
 def _out_size(conv: nn.Conv2d, x: Tensor) -> list[int]:
-    return [(n + 2 * int(p) - d * (k - 1) - 1) // step + 1 for n, p, d, k, step in zip(
-        x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)]
+    return [(n + 2 * p - d * (k - 1) - 1) // step + 1 for n, p, d, k, step in zip(
+        x.shape[2:], _pair(conv.padding), conv.dilation, conv.kernel_size, conv.stride, strict=True)]
 
 
 def _hooked(module: nn.Module) -> bool:
