@@ -48,6 +48,28 @@ def test_output_and_gradients(case, layout, align_corners, min_macs, monkeypatch
     assert len(calls) == (small if min_macs == 0 else 0)
 
 
+@pytest.mark.parametrize('how', ['autocast', 'bfloat16'])
+def test_bfloat16_is_no_less_accurate_than_torchs(how, monkeypatch):
+    """Output and gradients beside float64; torch resizes, concatenates and convolves in bfloat16."""
+    monkeypatch.setattr(pyramid, 'MIN_MACS', 0)
+    dtype = torch.bfloat16 if how == 'bfloat16' else torch.float32
+    tensors = [torch.randn(2, 24, s, s).contiguous(memory_format=torch.channels_last).to(dtype) for s in (24, 12, 6, 3)]
+    tensors.append((0.1 * torch.randn(20, 96, 3, 3)).to(dtype))
+    grad = torch.randn(2, 20, 24, 24)
+
+    def run(conv, precision):
+        *maps, weight = leaves = [t.to(precision).requires_grad_() for t in tensors]
+        with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast' and precision != torch.float64):
+            out = conv(maps, weight, None, False)
+        assert out.dtype == (torch.float64 if precision == torch.float64 else torch.bfloat16)
+        return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+    exact, theirs, ours = run(reference, torch.float64), run(reference, dtype), run(conv_of_resized, dtype)
+    for e, t, o in zip(exact, theirs, ours, strict=True):
+        off, usual = ((x.double() - e).square().mean().sqrt() for x in (o, t))
+        assert 0 < off <= 1.3 * usual < 0.02 * e.square().mean().sqrt()
+
+
 def test_second_derivative_is_refused_not_wrong(monkeypatch):
     monkeypatch.setattr(pyramid, 'MIN_MACS', 0)
     maps = [torch.randn(1, 2, s, s, dtype=torch.float64, requires_grad=True) for s in (8, 4)]

@@ -63,7 +63,7 @@ class UPerHead(UpsampledLoss, MMSegUPerHead):
     """mmseg's ``UPerHead`` with the loss of :class:`UpsampledLoss`, in the memory layout of the backbone's features.
 
     On CPUs the two convolutions over concatenated maps run at the maps' own resolutions (:mod:`replk_mm.ops.pyramid`): with
-    512 channels that is half of the head's arithmetic. Everywhere else, in reduced precision, and where a program is recorded
+    512 channels that is half of the head's arithmetic. Everywhere else, in half precision, and where a program is recorded
     or its arithmetic counted, they run as in mmseg.
     """
 
@@ -99,12 +99,13 @@ class UPerHead(UpsampledLoss, MMSegUPerHead):
 
 
 def _computes_plainly(module: ConvModule, maps: list[Tensor]) -> bool:
-    """Whether ``module`` is a 3x3 convolution, a norm and an activation, in full precision on a CPU, with nobody watching."""
+    """Whether ``module`` is a 3x3 convolution, a norm and an activation, without half precision on a CPU, with nobody watching."""
     conv = module.conv
     watched = any(hooks for m in (module, conv) for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks,
                                                               m._backward_pre_hooks))
-    return (maps[0].device.type == 'cpu' and maps[0].dtype in (torch.float32, torch.float64)
-            and not torch.is_autocast_enabled('cpu') and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else maps[0].dtype
+    return (maps[0].device.type == 'cpu' and dtype in (torch.float32, torch.float64, torch.bfloat16)
+            and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and not watched and type(conv) is nn.Conv2d
             and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.stride == conv.dilation == (1, 1)
             and conv.groups == 1 and conv.padding_mode == 'zeros' and not module.with_explicit_padding

@@ -53,11 +53,15 @@ def _resize_pixels(x: Tensor, size: tuple[int, int], align_corners: bool) -> Ten
 
 
 def _share(small: Tensor, weight: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """``F.conv2d(resized small, weight, padding=1)`` for a 3x3 ``weight``, with the products at the small resolution."""
+    """``F.conv2d(resized small, weight, padding=1)`` for a 3x3 ``weight``, with the products at the small resolution.
+
+    In float32 at least.
+    """
     n, _, h, w = small.shape
     channels = len(weight)
     taps = weight.permute(2, 3, 0, 1).reshape(9 * channels, -1, 1, 1)
     x = F.conv2d(small, taps).permute(0, 2, 3, 1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # rounded once; nine of them are weighted and summed
     x = _resize_pixels(x.reshape(n * h, 1, w, -1), (1, size[1]), align_corners)
     x = _SumOfNeighbours.apply(x.reshape(n * h, size[1], 3, 3, channels))
     x = _resize_pixels(x.reshape(n, h, 1, -1), (size[0], 1), align_corners)
@@ -98,6 +102,7 @@ def conv_of_resized(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     if maps[0].is_contiguous(memory_format=torch.channels_last):  # which maps of 1x1 cannot hand on
         joined = joined.contiguous(memory_format=torch.channels_last)
     out = F.conv2d(joined, torch.cat([w for _, w in direct], 1) if small else weight, bias, padding=1)
+    dtype = out.dtype
     for x, w in small:
         out = out + _share(x, w, (height, width), align_corners)
-    return out
+    return out.to(dtype)
