@@ -26,6 +26,10 @@ CONVOLUTIONS = {
     'image, stride 2': ((3, 16), dict(kernel_size=3, padding=1, stride=2, bias=False)),
     'groups': ((8, 16), dict(kernel_size=3, padding=1, groups=4)),
     'depthwise': ((8, 8), dict(kernel_size=3, padding=1, groups=8)),
+    'our depthwise, 7x7': (DepthwiseConv2d, dict(channels=24, kernel_size=7)),
+    'our depthwise, 13x13': (DepthwiseConv2d, dict(channels=24, kernel_size=13)),
+    'our depthwise, 17x17': (DepthwiseConv2d, dict(channels=24, kernel_size=17)),
+    'our depthwise, stride 2': (DepthwiseConv2d, dict(channels=24, kernel_size=3, stride=2, bias=False)),
     'dilated, uneven': ((8, 16), dict(kernel_size=(3, 2), padding=(2, 1), dilation=(2, 1), stride=(1, 2))),
     "padding='same'": ((8, 16), dict(kernel_size=3, padding='same')),
     "padding='valid'": ((8, 16), dict(kernel_size=3, padding='valid')),
@@ -52,14 +56,14 @@ def _one_thread():
 def apart(monkeypatch):
     """Calls of torch's convolution layers: those that are not fused."""
     calls = []
-    forward = nn.Conv2d.forward
-    monkeypatch.setattr(nn.Conv2d, 'forward', lambda self, x: calls.append(self) or forward(self, x))
+    for kind in (nn.Conv2d, DepthwiseConv2d):
+        monkeypatch.setattr(kind, 'forward', lambda self, x, forward=kind.forward: calls.append(self) or forward(self, x))
     return calls
 
 
 def build(name: str, dtype=torch.float32) -> nn.Conv2d:
     channels, kwargs = CONVOLUTIONS[name]
-    conv = nn.Conv2d(*channels, **kwargs).to(dtype).eval()
+    conv = (nn.Conv2d(*channels, **kwargs) if isinstance(channels, tuple) else channels(**kwargs)).to(dtype).eval()
     if conv.bias is not None:
         nn.init.normal_(conv.bias)
     return conv
@@ -71,7 +75,8 @@ def image(channels=8, size=(9, 10), dtype=torch.float32, layout='channels_last',
 
 def truth(conv, x, activation=None, shortcut=None):
     """In float64 and in the plain order."""
-    y = copy.deepcopy(conv).double()(x.double())
+    conv = copy.deepcopy(conv).double()
+    y = nn.Conv2d._conv_forward(conv, x.double(), conv.weight, conv.bias) if type(conv) is DepthwiseConv2d else conv(x.double())
     y = y if activation is None else copy.deepcopy(activation)(y)
     return y.detach() if shortcut is None else shortcut.detach().double() + y.detach()
 
@@ -459,7 +464,7 @@ def test_packed_modules_are_forgotten_with_their_network():
     gc.collect()
     before = len(fused._packed)
     network = nn.Sequential(build('1x1'), build('3x3'), DepthwiseConv2d(8, 3))
-    assert pack(network) == 3 and len(fused._packed) == before + 2
+    assert pack(network) == 3 and len(fused._packed) == before + 3
     with torch.no_grad():
         convolve(network[0], image())
     del network

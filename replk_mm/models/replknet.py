@@ -84,11 +84,14 @@ class ReparamLargeKernelConv(nn.Module):
         """Whether the branches are one convolution."""
         return hasattr(self, 'lkb_reparam')
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
+        """The convolution or the sum of its branches, then ``activation``."""
         if self.merged:
-            return self.lkb_reparam(x)
-        out = self.lkb_origin(x)
-        return out + self.small_conv(x) if hasattr(self, 'small_conv') else out
+            return convolve(self.lkb_reparam, x, activation)
+        if not hasattr(self, 'small_conv'):
+            return self.lkb_origin(x, activation)
+        out = self.lkb_origin(x) + self.small_conv(x)
+        return out if activation is None else activation(out)
 
 
 def _with_shortcut(layer: ConvNorm, x: Tensor, shortcut: Tensor, drop_path: DropPath) -> Tensor:
@@ -128,7 +131,7 @@ class RepLKBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.pw1(self.prelkb_bn(x))
-        out = self.lk_nonlinear(self.large_kernel(out))
+        out = self.large_kernel(out, self.lk_nonlinear)
         return _with_shortcut(self.pw2, out, x, self.drop_path)
 
 

@@ -99,7 +99,7 @@ class UPerHead(UpsampledLoss, MMSegUPerHead):
 
 
 def _computes_plainly(module: ConvModule, maps: list[Tensor]) -> bool:
-    """Whether ``module`` is a 3x3 convolution, a norm and an activation, without half precision on a CPU, with nobody watching."""
+    """Whether ``module`` is a 3x3 convolution, a norm and an activation on a CPU, not in half precision nor watched."""
     conv = module.conv
     watched = any(hooks for m in (module, conv) for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks,
                                                               m._backward_pre_hooks))

@@ -91,10 +91,10 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
     Raises:
         ValueError: If the shapes do not fit each other, the output would be empty, or ``implementation`` names nothing.
     """
-    stride, dilation = _pair(stride), _pair(dilation)
+    stride, dilation = pair(stride), pair(dilation)
     if weight.dim() != 4 or weight.shape[1] != 1:
         raise ValueError(f'depthwise_conv2d: weight must be (C, 1, kh, kw); found {tuple(weight.shape)}')
-    padding = _same(weight.shape[2:], dilation) if padding is None else _pair(padding)
+    padding = _same(weight.shape[2:], dilation) if padding is None else pair(padding)
     if x.dim() == 3:
         return depthwise_conv2d(x[None], weight, bias, stride, padding, dilation, implementation)[0]
     plain = observed()  # whose shapes may be symbols
@@ -111,8 +111,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
     problem = Problem.of(x, weight, stride, padding, dilation)
     if spatial.may_hang(problem):
         with torch.autocast('cpu', enabled=False):
-            return depthwise_conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding, dilation,
-                                    implementation).to(x.dtype)
+            return depthwise_conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding,
+                                    dilation, implementation).to(x.dtype)
     chosen = choice.plan(problem, implementation)
     x = x.contiguous(memory_format=problem.memory_format)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
@@ -151,7 +151,8 @@ def observed() -> bool:
             or torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None)
 
 
-def _pair(value: Any) -> Pair:
+def pair(value: Any) -> Pair:
+    """Height and width from one number or two."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
@@ -193,11 +194,11 @@ class DepthwiseConv2d(nn.Conv2d):
     def __init__(self, channels: int, kernel_size: int | Pair, stride: int | Pair = 1, padding: int | Pair | None = None,
                  dilation: int | Pair = 1, bias: bool = True, implementation: str | None = None) -> None:
         if padding is None:
-            padding = _same(_pair(kernel_size), _pair(dilation))
+            padding = _same(pair(kernel_size), pair(dilation))
         super().__init__(channels, channels, kernel_size, stride, padding, dilation, channels, bias)
         self.implementation = implementation
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(N, C, H, W)`` to ``(N, C, H', W')``."""
-        stride, padding, dilation = (_pair(value) for value in (self.stride, self.padding, self.dilation))
+        stride, padding, dilation = (pair(value) for value in (self.stride, self.padding, self.dilation))
         return depthwise_conv2d(x, self.weight, self.bias, stride, padding, dilation, self.implementation)

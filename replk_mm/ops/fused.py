@@ -4,6 +4,7 @@ torch's CPU backend (oneDNN) applies both while a tile of the output is still in
 not train, on CPUs; everywhere else, and for every other kind of layer, the parts run one after the other. The results are the
 same up to rounding.
 """
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,11 +12,14 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from replk_mm.ops.depthwise import DepthwiseConv2d, _pair, keep_spectra, observed, same_values
+from replk_mm.ops import choice, spatial
+from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, observed, pair, same_values
+from replk_mm.ops.problem import Pair, Problem
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
-#: For each convolution that keeps its weight, by precision: the weight and its version, and how the backend wants it.
-_packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[Tensor, int, Tensor]]] = WeakKeyDictionary()
+#: For each convolution that keeps its weight, by precision: the weight and its version, how the backend wants it, and with
+#: which padding.
+_packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[Tensor, int, Tensor, Pair]]] = WeakKeyDictionary()
 
 
 def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
@@ -39,7 +43,8 @@ def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, sh
     assert isinstance(conv, nn.Conv2d)
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
     x, bias = x.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
-    weight, layout = _weight(conv, x), (conv.padding, conv.stride, conv.dilation, conv.groups)
+    weight, padding = _weight(conv, x)
+    layout = padding, conv.stride, conv.dilation, conv.groups
     if shortcut is not None:
         return torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut, weight, bias, *layout, 'add', 1.0, None,
                                                               [], None)
@@ -62,24 +67,36 @@ def pack(model: nn.Module) -> int:
     Returns:
         The number of convolutions that will keep theirs, from their first inference on.
     """
-    convolutions = [conv for conv in model.modules() if type(conv) is nn.Conv2d and _usable(conv)]
-    _packed.update((conv, {}) for conv in convolutions)
-    large = [conv for conv in model.modules() if isinstance(conv, DepthwiseConv2d) and not conv.weight.is_inference()]
-    for conv in large:
-        keep_spectra(conv.weight)
-    return len(convolutions) + len(large)
+    convolutions = [conv for conv in model.modules() if isinstance(conv, nn.Conv2d)
+                    and type(conv) in (nn.Conv2d, DepthwiseConv2d) and _usable(conv)]
+    for conv in convolutions:
+        _packed[conv] = {}
+        if isinstance(conv, DepthwiseConv2d) and not conv.weight.is_inference():
+            keep_spectra(conv.weight)
+    return len(convolutions)
 
 
-def _weight(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
+    """The weight in ``x``'s precision, arranged and kept if ``conv`` is packed, and the padding that belongs to it."""
     kept = _packed.get(conv)
     if kept is None:
-        return conv.weight.to(x.dtype)
+        return _plain_weight(conv, x)
     if x.dtype not in kept or not same_values(conv.weight, *kept[x.dtype][:2]):
         with torch.no_grad():
-            packed = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-                conv.weight.to(x.dtype).to_mkldnn(), conv.padding, conv.stride, conv.dilation, conv.groups, x.shape)
-        kept[x.dtype] = conv.weight.detach(), conv.weight._version, packed
-    return kept[x.dtype][2]
+            weight, padding = _plain_weight(conv, x)
+            arranged = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, conv.stride, conv.dilation,
+                                                                   conv.groups, x.shape)
+        kept[x.dtype] = conv.weight.detach(), conv.weight._version, arranged, padding
+    return kept[x.dtype][2:]
+
+
+def _plain_weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
+    weight = conv.weight.to(x.dtype)
+    return spatial.widen(weight, _problem(conv, x)) if isinstance(conv, DepthwiseConv2d) else (weight, pair(conv.padding))
+
+
+def _problem(conv: nn.Conv2d, x: Tensor) -> Problem:
+    return Problem.of(x, conv.weight, pair(conv.stride), pair(conv.padding), pair(conv.dilation))
 
 
 def _usable(conv: nn.Conv2d) -> bool:
@@ -88,9 +105,10 @@ def _usable(conv: nn.Conv2d) -> bool:
 
 
 def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | None, x: Tensor) -> bool:
-    if type(conv) is not nn.Conv2d or not (activation is None or type(activation) in _UNARY) or not _usable(conv):
+    if (not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, DepthwiseConv2d) or not _usable(conv)
+            or not (activation is None or type(activation) in _UNARY)):
         return False
-    parameters = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
+    parameters: list[Tensor] = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, shortcut) if t is not None):
         return False
     if _has_any_global_hook() or any(_hooked(m) for m in (conv, activation) if m is not None):
@@ -105,13 +123,19 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
         return False
     others += [] if autocast else parameters
     # What torch adds in a wider precision, or refuses, is left to it.
-    return (dtype in (torch.float32, torch.bfloat16) and x.dtype in (torch.float32, torch.bfloat16)
-            and all(t.dtype == dtype for t in others))
+    if not (dtype in (torch.float32, torch.bfloat16) and x.dtype in (torch.float32, torch.bfloat16)
+            and all(t.dtype == dtype for t in others)):
+        return False
+    if not isinstance(conv, DepthwiseConv2d):
+        return True
+    problem = replace(_problem(conv, x), dtype=dtype)
+    return (not spatial.may_hang(problem) and problem.channels_last
+            and choice.plan(problem, conv.implementation).forward in ('native', 'channels_last'))
 
 
 def _out_size(conv: nn.Conv2d, x: Tensor) -> list[int]:
     return [(n + 2 * p - d * (k - 1) - 1) // step + 1 for n, p, d, k, step in zip(
-        x.shape[2:], _pair(conv.padding), conv.dilation, conv.kernel_size, conv.stride, strict=True)]
+        x.shape[2:], pair(conv.padding), conv.dilation, conv.kernel_size, conv.stride, strict=True)]
 
 
 def _hooked(module: nn.Module) -> bool:

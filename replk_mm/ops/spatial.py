@@ -47,11 +47,7 @@ def native_gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, 
 
 def channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """torch's convolution of channels-last memory."""
-    padding = problem.padding
-    if widened(problem):
-        # One more ring of zeros around the kernel and the map changes no value.
-        ring = _PADDING_LIMIT + 1 - min(padding)
-        weight, padding = F.pad(weight, (ring,) * 4), (padding[0] + ring, padding[1] + ring)
+    weight, padding = widen(weight, problem)
     y = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, problem.stride, padding, problem.dilation,
                  problem.channels)
     return y.contiguous(memory_format=problem.memory_format)
@@ -61,6 +57,16 @@ def widened(problem: Problem) -> bool:
     """Whether :func:`channels_last` surrounds the kernel with zeros."""
     return (problem.stride == problem.dilation == (1, 1) and all(k in _WIDENED for k in problem.kernel)
             and _PADDING_LIMIT - 2 <= min(problem.padding) <= _PADDING_LIMIT)
+
+
+def widen(weight: Tensor, problem: Problem) -> tuple[Tensor, Pair]:
+    """Kernels and padding with which oneDNN computes the problem fastest in channels-last memory."""
+    padding = problem.padding
+    if not widened(problem):
+        return weight, padding
+    # One more ring of zeros around the kernel and the map changes no value.
+    ring = _PADDING_LIMIT + 1 - min(padding)
+    return F.pad(weight, (ring,) * 4), (padding[0] + ring, padding[1] + ring)
 
 
 def padded(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
