@@ -76,7 +76,8 @@ def image(channels=8, size=(9, 10), dtype=torch.float32, layout='channels_last',
 def truth(conv, x, activation=None, shortcut=None):
     """In float64 and in the plain order."""
     conv = copy.deepcopy(conv).double()
-    y = nn.Conv2d._conv_forward(conv, x.double(), conv.weight, conv.bias) if type(conv) is DepthwiseConv2d else conv(x.double())
+    forward = nn.Conv2d._conv_forward
+    y = forward(conv, x.double(), conv.weight, conv.bias) if type(conv) is DepthwiseConv2d else conv(x.double())
     y = y if activation is None else copy.deepcopy(activation)(y)
     return y.detach() if shortcut is None else shortcut.detach().double() + y.detach()
 
