@@ -3,6 +3,8 @@ import importlib.util
 import json
 import math
 import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -47,6 +49,15 @@ class Clock:
             self.calls.append(name)
             self.now += next(passing)
         return call
+
+
+@pytest.fixture(scope='module', autouse=True)
+def allocators():
+    """What the C library is told, without telling it: this process runs other tests too."""
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, 'keep_freed_memory', lambda keep=True: told.append(keep) or False)
+        yield told
 
 
 @pytest.fixture
@@ -248,6 +259,21 @@ def test_images_have_the_shape_that_is_asked_for(tiny) -> None:  # noqa: F811
         net.backbone.register_forward_pre_hook(lambda module, args: seen.add(tuple(args[0].shape)))
     bench.run(2, (32, 48))
     assert seen == {(2, 3, 32, 48)}
+
+
+@pytest.mark.parametrize('same', [False, True])
+def test_each_network_has_the_memory_of_a_process_of_its_own(same, tiny, allocators) -> None:  # noqa: F811
+    """Plain torch is measured with the C library's ways; the first of ours after it has its memory before it counts."""
+    bench = Bench(Job(str(tiny.config), False), replace(QUICK, same_allocator=same))
+    networks = {'a': PLAIN, 'b': PLAIN_TRAINING, 'c': OURS, 'd': OURS, 'engine': ''}
+    rows = [benchmark.Row(name, partial(allocators.append, name), network=net) for name, net in networks.items()]
+    allocators.clear()
+    speed.measure({row.name: row.call for row in rows}, 3, 0, 0., before=bench._allocators(rows))
+    once = ['a', 'b', 'c', 'd', 'engine'] if same else [False, 'a', False, 'b', True, 'c', 'c', 'd', 'engine']
+    assert allocators == 3 * once
+    allocators.clear()
+    bench.run(1, (64, 64))
+    assert allocators == ([True] if same else 3 * [False, False, True] + [True])
 
 
 def test_randomize_leaves_nothing_constant() -> None:

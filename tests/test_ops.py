@@ -147,7 +147,8 @@ def test_equals_torch(case, layout):
 def test_equals_torch_in_bfloat16(layout):
     for shape, kernel, kwargs in (
             ((2, 24, 13, 10), (9, 9), {}), ((2, 17, 16, 16), (13, 13), {}), ((1, 20, 20, 9), (31, 5), {}),
-            ((2, 18, 12, 12), (3, 3), dict(stride=2)), ((3, 17, 12, 11), (3, 4), dict(dilation=2))):
+            ((2, 18, 12, 12), (3, 3), dict(stride=2)), ((3, 17, 12, 11), (3, 4), dict(dilation=2)),
+            ((1, 24, 41, 40), (3, 3), dict(dilation=2))):
         tensors = draw(shape, kernel, torch.bfloat16, layout, **kwargs)
         expected = reference(*tensors, **kwargs)
         for spec in SPECS:
