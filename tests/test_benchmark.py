@@ -57,6 +57,7 @@ def allocators():
     told = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, 'keep_freed_memory', lambda keep=True: told.append(keep) or False)
+        patch.setattr(benchmark, 'trim', lambda: told.append('trimmed'))
         yield told
 
 
@@ -269,11 +270,11 @@ def test_each_network_has_the_memory_of_a_process_of_its_own(same, tiny, allocat
     rows = [benchmark.Row(name, partial(allocators.append, name), network=net) for name, net in networks.items()]
     allocators.clear()
     speed.measure({row.name: row.call for row in rows}, 3, 0, 0., before=bench._allocators(rows))
-    once = ['a', 'b', 'c', 'd', 'engine'] if same else [False, 'a', False, 'b', True, 'c', 'c', 'd', 'engine']
+    once = ['a', 'b', 'c', 'd', 'engine'] if same else [False, 'trimmed', 'a', False, 'trimmed', 'b', True, 'c', 'c', 'd', 'engine']
     assert allocators == 3 * once
     allocators.clear()
     bench.run(1, (64, 64))
-    assert allocators == ([True] if same else 3 * [False, False, True] + [True])
+    assert allocators == ([True] if same else 3 * [*[False, 'trimmed'] * 2, True] + [True])
 
 
 def test_randomize_leaves_nothing_constant() -> None:

@@ -395,6 +395,26 @@ def test_autocast_leaves_float64_alone(spec):
 
 
 @pytest.mark.parametrize('spec', SPECS)
+def test_backward_within_autocast_is_as_accurate_as_without(spec):
+    tensors = draw((2, 5, 20, 20), (13, 13), torch.float32, 'channels_last')
+    expected = reference(*tensors)
+    x, weight, bias = (t.clone().requires_grad_() for t in tensors[:3])
+    out = depthwise_conv2d(x, weight, bias, implementation=spec)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = torch.autograd.grad(out, (x, weight, bias), tensors[3])
+    assert_close([out.detach(), *found], expected, TOLERANCE[torch.float32], what=spec)
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_layout_of_the_weight_changes_nothing(spec):
+    x, weight, bias, grad = draw((2, 6, 12, 11), (5, 5))
+    expected = ours(x, weight, bias, grad, spec)
+    found = ours(x, weight.contiguous(memory_format=CHANNELS_LAST), bias, grad, spec)
+    assert found[0].stride() == expected[0].stride()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize('spec', SPECS)
 def test_inference_mode(spec):
     x, weight, bias, grad = draw((2, 4, 12, 12), (7, 7))
     expected = reference(x, weight, bias, grad)

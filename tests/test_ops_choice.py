@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -544,3 +545,22 @@ def test_a_training_step_takes_at_most_twice_torchs_memory(shapes):
     assert ratios
     for line in ratios:
         assert float(line.split()[1]) <= 2, line
+
+
+def test_backward_within_autocast_returns():
+    isolated("""
+import torch
+from test_ops import *
+x, weight = (t.float().requires_grad_() for t in draw((1, 4, 40, 40), (31, 31), torch.float32, 'channels_last')[:2])
+with torch.autocast('cpu', torch.bfloat16):
+    depthwise_conv2d(x, weight).sum().backward()
+    depthwise_conv2d(x, weight, implementation='channels_last').sum().backward()
+assert x.grad.isfinite().all() and weight.grad.isfinite().all()
+""", timeout=40)
+
+
+def test_fewer_threads_are_expected_to_take_longer():
+    one, two = (choice.milliseconds(replace(problem(), threads=n)) for n in (1, 2))
+    for computation, times in one.items():
+        for name, ms in times.items():
+            assert 1 < ms / two[computation][name] <= 2.001, (computation, name)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
 from replk_mm.models import ConvNeXt, RepLKNet
-from replk_mm.ops import DepthwiseConv2d, convolve, fused, pack
+from replk_mm.ops import DepthwiseConv2d, convolve, fused, implementation, pack
 from replk_mm.reparam import reparameterize
 
 #: (inputs, outputs), arguments of the convolution
@@ -473,6 +473,38 @@ def test_packed_modules_are_forgotten_with_their_network():
     assert len(fused._packed) == before
 
 
+@pytest.mark.parametrize('name', ['1x1', 'our depthwise, 7x7', 'our depthwise, 17x17'])
+@pytest.mark.parametrize('spec', ['auto', 'fft'])
+def test_training_makes_packed_weights_be_forgotten(name, spec):
+    """Fused optimizers change weights without counting their versions."""
+    conv = build(name)
+    optimizer = torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+    x = image(conv.in_channels)
+    pack(conv)
+    with implementation(spec):
+        for _ in range(2):
+            with torch.no_grad():
+                assert_close(convolve(conv, x, nn.ReLU()), truth(conv, x, nn.ReLU()))
+            convolve(conv, x, nn.ReLU()).sum().backward()
+            optimizer.step()
+
+
+def test_packed_weights_know_the_arguments_they_are_for():
+    conv, x = build('3x3'), image()
+    pack(conv)
+    with torch.no_grad():
+        for padding, dilation, stride in ((1, 1, 1), (2, 2, 1), (1, 1, 2)):
+            conv.padding, conv.dilation, conv.stride = (padding,) * 2, (dilation,) * 2, (stride,) * 2
+            assert_close(convolve(conv, x), truth(conv, x))
+
+
+def test_a_forward_that_was_replaced_is_called():
+    conv = build('1x1')
+    conv.forward = lambda x: torch.zeros(1)
+    with torch.no_grad():
+        assert convolve(conv, image()).shape == (1,)
+
+
 # whole networks
 
 def folded(kind=RepLKNet, **kwargs) -> nn.Module:
@@ -549,3 +581,13 @@ def test_packed_convnext():
         assert pack(network) > 10
         for a, b in zip(network(x), exact, strict=True):
             assert_close(a, b, 1e-5)
+
+
+@pytest.mark.slow
+def test_strict_export():
+    network, x = folded(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(x)
+        found = torch.export.export(network, (x,), strict=True).module()(x)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b.double(), 1e-4)

@@ -23,7 +23,7 @@ from replk_mm.analysis.job import (
     smallest_batch,
 )
 from replk_mm.analysis.plain import OURS, PLAIN, PLAIN_TRAINING, networks
-from replk_mm.analysis.speed import MIN_ROUNDS, Call, measure, say
+from replk_mm.analysis.speed import MIN_ROUNDS, Call, measure, say, trim
 from replk_mm.analysis.workload import CLASS_MAP, Workload, convert, kind_of
 from replk_mm.engine.machine import keep_freed_memory
 from replk_mm.errors import UserError
@@ -141,9 +141,11 @@ class Bench:
             check_memory(self.cfg, self.networks, job)
             work = Workload(self.cfg, self.networks[OURS], job.batch, shape, job.device)
             rows = self._inference(work, Path(folder)) if job.mode == 'inference' else self._training(work)
-            found = measure({row.name: row.call for row in rows}, self.settings.repeats, self.settings.warmup,
-                            self.settings.seconds, _PAUSE if self.settings.engines else 0., before=self._allocators(rows))
-            keep_freed_memory()
+            try:
+                found = measure({row.name: row.call for row in rows}, self.settings.repeats, self.settings.warmup,
+                                self.settings.seconds, _PAUSE if self.settings.engines else 0., before=self._allocators(rows))
+            finally:
+                keep_freed_memory()
         done = []
         for row in rows:
             gap = row.gap or Gap()
@@ -162,7 +164,7 @@ class Bench:
             return before
         for row, last in zip(rows, [None, *rows], strict=False):
             if row.network in (PLAIN, PLAIN_TRAINING):
-                before[row.name] = functools.partial(keep_freed_memory, False)
+                before[row.name] = _give_memory_back
             elif last and last.network in (PLAIN, PLAIN_TRAINING):
                 before[row.name] = functools.partial(_keep_memory_of, row.call)
         return before
@@ -263,6 +265,11 @@ class Bench:
             self.note(f'memory of {row.name}: not measured: {found}')
             return None
         return found
+
+
+def _give_memory_back() -> None:
+    keep_freed_memory(False)
+    trim()  # ours, at once rather than within the time of plain torch
 
 
 def _keep_memory_of(call: Call) -> None:

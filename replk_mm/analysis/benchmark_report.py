@@ -121,9 +121,9 @@ def _head(record: dict) -> str:
 def _allocator(record: dict) -> str:
     if not record['environment']['keeps_freed_memory']:
         return 'allocator: freed memory is given back as the C library sees fit, for all networks alike'
-    all_keep = record['what'] == 'op' or record['settings']['same_allocator']
+    all_keep = (record['what'] == 'op' or record['settings']['same_allocator'] or record['environment'].get('gpu'))
     return ('allocator: freed memory is kept for the next tensor, for all networks alike' if all_keep else
-            'allocator: as in processes of their own, ours keeps freed memory for the next tensor, plain torch does not')
+            'allocator: plain torch gives freed memory back as the C library sees fit, all others keep it for the next tensor')
 
 
 def _point(point: dict) -> str:

@@ -162,11 +162,7 @@ def memory_growth(call: Call, device: str = 'cpu') -> int | None:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before or None
-    if sys.platform == 'linux':
-        # Pages that the allocator keeps would be used again, unseen. The C library of Alpine keeps none and has no such call.
-        trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-        if trim is not None:
-            trim(0)
+    trim()  # pages that the allocator keeps would be used again, unseen
     _forget_peak()
     in_use, peak = _status('VmRSS'), _status('VmHWM')
     call()
@@ -174,6 +170,14 @@ def memory_growth(call: Call, device: str = 'cpu') -> int | None:
     if in_use is None or peak is None or reached is None or reached <= peak:
         return None  # below an earlier peak that could not be forgotten, there is nothing to see
     return reached - in_use
+
+
+def trim() -> None:
+    """Let the C library give freed memory back to the system. That of Alpine keeps none, and has no such call."""
+    if sys.platform == 'linux':
+        give_back = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+        if give_back is not None:
+            give_back(0)
 
 
 def _forget_peak() -> None:

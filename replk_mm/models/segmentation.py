@@ -19,7 +19,9 @@ from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.utils import resize
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from replk_mm.ops.depthwise import observed
 from replk_mm.ops.pyramid import conv_of_resized
 from replk_mm.ops.upsampled import upsampled_argmax, upsampled_cross_entropy
 from replk_mm.registry import MODELS
@@ -105,7 +107,7 @@ def _computes_plainly(module: ConvModule, maps: list[Tensor]) -> bool:
                                                               m._backward_pre_hooks))
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else maps[0].dtype
     return (maps[0].device.type == 'cpu' and dtype in (torch.float32, torch.float64, torch.bfloat16)
-            and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            and not observed() and not _has_any_global_hook()
             and not watched and type(conv) is nn.Conv2d
             and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.stride == conv.dilation == (1, 1)
             and conv.groups == 1 and conv.padding_mode == 'zeros' and not module.with_explicit_padding

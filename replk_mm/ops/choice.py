@@ -54,7 +54,8 @@ def implementation(spec: str | None) -> Iterator[None]:
 
     Args:
         spec: A name of :data:`IMPLEMENTATIONS` for every computation that has it, ``'forward=fft,grad_weight=native'`` for
-            some, ``'auto'`` for the model's choice, or None for what the environment says.
+            some, ``'auto'`` for the model's choice, or None for what the environment says. Layers that are computed again
+            in the backward pass (``with_cp``) need the backward pass within the context too.
 
     Raises:
         ValueError: If it names what does not exist.
@@ -149,6 +150,8 @@ _TRANSPOSE, _COPY = 3.5, 20.
 _FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 118., 162.
 #: Milliseconds of a call of one of torch's operators, which a block of spectra needs a dozen of.
 _CALL = 0.006
+#: Threads divide arithmetic evenly, copies by their number to this power (1.6 from one to two), calls not at all.
+_COPIES_SCALE = 0.7
 
 
 def _rate(table: str, side: int) -> float:
@@ -165,8 +168,12 @@ def _bytes(problem: Problem, size: tuple[int, int]) -> int:
     return problem.batch * problem.channels * size[0] * size[1] * problem.dtype.itemsize
 
 
+def _copied(problem: Problem, size: tuple[int, int], gigabytes: float) -> float:
+    return _bytes(problem, size) / gigabytes * 1e-6 * (2 / problem.threads) ** _COPIES_SCALE
+
+
 def _transposed(problem: Problem, size: tuple[int, int]) -> float:
-    return _bytes(problem, size) / _TRANSPOSE * 1e-6
+    return _copied(problem, size, _TRANSPOSE)
 
 
 def _transform(problem: Problem, area: tuple[int, int], picoseconds: float = _FORWARD_TRANSFORM) -> float:
@@ -174,9 +181,10 @@ def _transform(problem: Problem, area: tuple[int, int], picoseconds: float = _FO
     pixels = math.prod(spectral.transform_size(problem))
     maps = problem.batch * problem.channels
     blocks = 4 * maps * pixels / spectral.BLOCK_BYTES
-    copied = _bytes(problem, area) / (_TRANSPOSE if problem.channels_last else _COPY) * 1e-6
+    copied = _copied(problem, area, _TRANSPOSE if problem.channels_last else _COPY)
     short = 1 + 20 / math.sqrt(pixels)  # the shorter the rows, the less efficient their transforms
-    return maps * pixels * math.log2(pixels) * short * picoseconds * 1e-9 + copied + (1 + blocks) * 4 * _CALL
+    work = maps * pixels * math.log2(pixels) * short * picoseconds * 1e-9 * 2 / problem.threads
+    return work + copied + (1 + blocks) * 4 * _CALL
 
 
 def _rows_inside(problem: Problem) -> float:
@@ -191,13 +199,13 @@ def _rows_inside(problem: Problem) -> float:
 
 
 def milliseconds(problem: Problem) -> dict[str, dict[str, float]]:
-    """What each implementation of each computation is expected to take on two cores with AVX-512."""
+    """What each implementation of each computation is expected to take on cores with AVX-512, one for each thread."""
     side = round(math.sqrt(math.prod(problem.kernel)))
-    work = 2e-6 * problem.macs
+    work = 2e-6 * problem.macs * 2 / problem.threads
     last = problem.channels_last
     to_padded = (_transposed(problem, problem.size) + _transposed(problem, problem.out)) if last else 0.
     to_last = 0. if last else _transposed(problem, problem.size) + _transposed(problem, problem.out)
-    filled = _bytes(problem, problem.size) / _COPY * 1e-6 if max(problem.padding) > 6 else 0.
+    filled = _copied(problem, problem.size, _COPY) if max(problem.padding) > 6 else 0.
 
     grown = (15 / side) ** 2 if spatial.widened(problem) else 1
     inside = _rows_inside(problem)
@@ -221,7 +229,8 @@ def milliseconds(problem: Problem) -> dict[str, dict[str, float]]:
                                    + 1.7 * _transposed(problem, problem.out)))
     if spectral.supports(problem):
         kernels = math.prod(spectral.transform_size(problem)) * problem.channels
-        kernels_ms = kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9
+        kernels_ms = (kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9
+                      * 2 / problem.threads)
         back, there = _transform(problem, problem.out, _INVERSE_TRANSFORM), _transform(problem, problem.size)
         forward['fft'] = there + back + kernels_ms
         grad_input['fft'] = forward['fft']

@@ -44,11 +44,12 @@ class _Depthwise(torch.autograd.Function):
         problem, plan = ctx.problem, ctx.plan
         of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad = grad.contiguous(memory_format=problem.memory_format)
-        if torch.is_grad_enabled():
-            # Gradients of gradients are rare, and torch's own operator has them.
-            grad_x, grad_weight = spatial.native_gradients(grad, x, weight, problem, of_input, of_weight)
-        else:
-            grad_x, grad_weight = _gradients(grad, x, weight, problem, plan, of_input, of_weight, spectra)
+        with torch.autocast('cpu', enabled=False):  # as torch's own gradients, which autocast leaves alone
+            if torch.is_grad_enabled():
+                # Gradients of gradients are rare, and torch's own operator has them.
+                grad_x, grad_weight = spatial.native_gradients(grad, x, weight, problem, of_input, of_weight)
+            else:
+                grad_x, grad_weight = _gradients(grad, x, weight, problem, plan, of_input, of_weight, spectra)
         return grad_x, grad_weight, grad.sum((0, 2, 3)) if of_bias else None, None, None
 
 
@@ -114,8 +115,11 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
             return depthwise_conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding,
                                     dilation, implementation).to(x.dtype)
     chosen = choice.plan(problem, implementation)
-    x = x.contiguous(memory_format=problem.memory_format)
+    # A weight in channels-last memory would impose its layout on the output.
+    x, weight = x.contiguous(memory_format=problem.memory_format), weight.contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        if original in _kept_spectra and original.requires_grad:
+            _kept_spectra[original] = None  # what trains will change, and fused optimizers do not say so
         return _Depthwise.apply(x, weight, bias, problem, chosen)
     if chosen.forward == 'fft' and original in _kept_spectra:
         return spectral.forward(x, weight, bias, problem, kernels=_spectra_of(original, weight, problem))

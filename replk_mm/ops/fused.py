@@ -17,9 +17,9 @@ from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, observed, pair
 from replk_mm.ops.problem import Pair, Problem
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
-#: For each convolution that keeps its weight, by precision: the weight and its version, how the backend wants it, and with
-#: which padding.
-_packed: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[Tensor, int, Tensor, Pair]]] = WeakKeyDictionary()
+#: For each convolution that keeps its weight, by precision and arguments: the weight and its version, how the backend wants
+#: it, and with which padding.
+_packed: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Tensor, int, Tensor, Pair]]] = WeakKeyDictionary()
 
 
 def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
@@ -37,6 +37,8 @@ def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, sh
     if activation is not None and shortcut is not None:
         raise ValueError('convolve: give an activation or a shortcut, not both')
     if not _fuses(conv, activation, shortcut, x):
+        if torch.is_grad_enabled() and _packed.get(conv):
+            _packed[conv].clear()  # what trains will change, and fused optimizers do not say so
         y = conv(x)
         y = y if activation is None else activation(y)
         return y if shortcut is None else shortcut + y
@@ -81,13 +83,14 @@ def _weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
     kept = _packed.get(conv)
     if kept is None:
         return _plain_weight(conv, x)
-    if x.dtype not in kept or not same_values(conv.weight, *kept[x.dtype][:2]):
+    key = x.dtype, conv.padding, conv.stride, conv.dilation
+    if key not in kept or not same_values(conv.weight, *kept[key][:2]):
         with torch.no_grad():
             weight, padding = _plain_weight(conv, x)
             arranged = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, conv.stride, conv.dilation,
                                                                    conv.groups, x.shape)
-        kept[x.dtype] = conv.weight.detach(), conv.weight._version, arranged, padding
-    return kept[x.dtype][2:]
+        kept[key] = conv.weight.detach(), conv.weight._version, arranged, padding
+    return kept[key][2:]
 
 
 def _plain_weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
@@ -105,15 +108,15 @@ def _usable(conv: nn.Conv2d) -> bool:
 
 
 def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | None, x: Tensor) -> bool:
-    if (not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, DepthwiseConv2d) or not _usable(conv)
-            or not (activation is None or type(activation) in _UNARY)):
+    if (observed() or not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, DepthwiseConv2d)
+            or 'forward' in vars(conv) or not _usable(conv) or not (activation is None or type(activation) in _UNARY)):
         return False
     parameters: list[Tensor] = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, shortcut) if t is not None):
         return False
     if _has_any_global_hook() or any(_hooked(m) for m in (conv, activation) if m is not None):
         return False
-    if (observed() or x.dim() != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last)
+    if (x.dim() != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last)
             or x.shape[1] != conv.in_channels or conv.weight.is_inference()):
         return False
     autocast = torch.is_autocast_enabled('cpu')
@@ -123,6 +126,8 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
         return False
     others += [] if autocast else parameters
     # What torch adds in a wider precision, or refuses, is left to it.
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     if not (dtype in (torch.float32, torch.bfloat16) and x.dtype in (torch.float32, torch.bfloat16)
             and all(t.dtype == dtype for t in others)):
         return False
