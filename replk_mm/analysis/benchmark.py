@@ -162,11 +162,10 @@ class Bench:
         before: dict[str, Call] = {}
         if self.settings.same_allocator or self.job.device != 'cpu':
             return before
-        for row, last in zip(rows, [None, *rows], strict=False):
-            if row.network in (PLAIN, PLAIN_TRAINING):
-                before[row.name] = _give_memory_back
-            elif last and last.network in (PLAIN, PLAIN_TRAINING):
-                before[row.name] = functools.partial(_keep_memory_of, row.call)
+        keeps = [row.network not in (PLAIN, PLAIN_TRAINING) for row in rows]
+        for i, row in enumerate(rows):
+            if keeps[i] != keeps[i - 1]:  # the first one comes after the last one of the round before
+                before[row.name] = functools.partial(_change_allocator, keeps[i], row.call)
         return before
 
     def _inference(self, work: Workload, folder: Path) -> list[Row]:
@@ -267,14 +266,10 @@ class Bench:
         return found
 
 
-def _give_memory_back() -> None:
-    keep_freed_memory(False)
-    trim()  # ours, at once rather than within the time of plain torch
-
-
-def _keep_memory_of(call: Call) -> None:
-    keep_freed_memory()
-    call()  # whose memory is there from now on
+def _change_allocator(keep: bool, call: Call) -> None:
+    keep_freed_memory(keep)
+    trim()  # what the others left
+    call()  # whose memory is there from now on, as far as the allocator keeps it
 
 
 def _gap(work: Workload, reference: dict[str, Tensor], net: torch.nn.Module, how: str) -> Gap:
@@ -299,7 +294,7 @@ def run(job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tup
     """
     notes = [f'weights: {job.checkpoint or "random, statistics of BatchNorm and layer scales too"}',
              "plain torch: the same network and weights in float32, with torch's own depthwise convolutions, torch's default "
-             "memory layout and the libraries' own heads"]
+             "memory layout, activations not in place and the libraries' own heads"]
     points = []
     for mode in modes:
         bench = Bench(replace(job, mode=mode, form=job.form if mode == 'inference' else 'training'), settings)

@@ -105,6 +105,9 @@ def default_layout(net: nn.Module) -> nn.Module:
             module.__class__ = PlainConv2d
         elif isinstance(module, Backbone):
             module.channels_last = False
+            for part in module.modules():
+                if isinstance(part, nn.ReLU):
+                    part.inplace = False  # as in the authors' code
         elif isinstance(module, LayerNorm2d):
             module.register_forward_hook(_contiguous)
     for parameter in net.parameters():

@@ -68,20 +68,25 @@ def implementation(spec: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def plan(problem: Problem, spec: str | None = None) -> Plan:
+def plan(problem: Problem, spec: str | None = None, kept: bool = False) -> Plan:
     """The implementations for ``problem``: forced by ``spec``, :func:`implementation` or the environment, or chosen.
 
     A forced one that does not apply to the problem (a spectrum with a stride) leaves the choice to the model.
 
+    Args:
+        problem: The shapes.
+        spec: See :func:`implementation`.
+        kept: Whether the kernels' spectra are kept from one call to the next.
+
     Raises:
         ValueError: If one of them names what does not exist.
     """
-    return _plan(problem, spec or _forced.get() or os.environ.get(VARIABLE, ''))
+    return _plan(problem, spec or _forced.get() or os.environ.get(VARIABLE, ''), kept)
 
 
 @cache
-def _plan(problem: Problem, spec: str) -> Plan:
-    forced, expected = _parse(spec), milliseconds(problem)
+def _plan(problem: Problem, spec: str, kept: bool) -> Plan:
+    forced, expected = _parse(spec), milliseconds(problem, kept)
     chosen: dict[str, str] = {}
     for computation in ('forward', 'grad_weight', 'grad_input'):
         times = dict(expected[computation])
@@ -198,7 +203,7 @@ def _rows_inside(problem: Problem) -> float:
     return met / (rows * kernel)
 
 
-def milliseconds(problem: Problem) -> dict[str, dict[str, float]]:
+def milliseconds(problem: Problem, kept: bool = False) -> dict[str, dict[str, float]]:
     """What each implementation of each computation is expected to take on cores with AVX-512, one for each thread."""
     side = round(math.sqrt(math.prod(problem.kernel)))
     work = 2e-6 * problem.macs * 2 / problem.threads
@@ -232,8 +237,8 @@ def milliseconds(problem: Problem) -> dict[str, dict[str, float]]:
         kernels_ms = (kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9
                       * 2 / problem.threads)
         back, there = _transform(problem, problem.out, _INVERSE_TRANSFORM), _transform(problem, problem.size)
-        forward['fft'] = there + back + kernels_ms
-        grad_input['fft'] = forward['fft']
+        forward['fft'] = there + back + (0 if kept else kernels_ms)
+        grad_input['fft'] = there + back + kernels_ms
         grad_weight['fft'] = there + _transform(problem, problem.out) + kernels_ms
     return {'forward': forward, 'grad_input': grad_input, 'grad_weight': grad_weight}
 

@@ -114,14 +114,16 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
         with torch.autocast('cpu', enabled=False):
             return depthwise_conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding,
                                     dilation, implementation).to(x.dtype)
-    chosen = choice.plan(problem, implementation)
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    kept = original in _kept_spectra and not recorded
+    chosen = choice.plan(problem, implementation, kept)
     # A weight in channels-last memory would impose its layout on the output.
     x, weight = x.contiguous(memory_format=problem.memory_format), weight.contiguous()
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+    if recorded:
         if original in _kept_spectra and original.requires_grad:
             _kept_spectra[original] = None  # what trains will change, and fused optimizers do not say so
         return _Depthwise.apply(x, weight, bias, problem, chosen)
-    if chosen.forward == 'fft' and original in _kept_spectra:
+    if chosen.forward == 'fft' and kept:
         return spectral.forward(x, weight, bias, problem, kernels=_spectra_of(original, weight, problem))
     return _FORWARD[chosen.forward](x, weight, bias, problem)
 
@@ -133,6 +135,11 @@ _kept_spectra: MutableMapping[Tensor, tuple[Tensor, int, Problem, list[Tensor]] 
 def keep_spectra(weight: Tensor) -> None:
     """Keep the spectra of ``weight`` for the size of map that was last convolved, from its next inference on."""
     _kept_spectra[weight] = None
+
+
+def keeps_spectra(weight: Tensor) -> bool:
+    """Whether :func:`keep_spectra` has been called for ``weight``."""
+    return weight in _kept_spectra
 
 
 def _spectra_of(original: Tensor, weight: Tensor, problem: Problem) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from replk_mm.ops import choice, spatial
-from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, observed, pair, same_values
+from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, keeps_spectra, observed, pair, same_values
 from replk_mm.ops.problem import Pair, Problem
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
@@ -135,7 +135,7 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
         return True
     problem = replace(_problem(conv, x), dtype=dtype)
     return (not spatial.may_hang(problem) and problem.channels_last
-            and choice.plan(problem, conv.implementation).forward in ('native', 'channels_last'))
+            and choice.plan(problem, conv.implementation, keeps_spectra(conv.weight)).forward in ('native', 'channels_last'))
 
 
 def _out_size(conv: nn.Conv2d, x: Tensor) -> list[int]:
