@@ -30,6 +30,15 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """One thread of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if not torch.cuda.is_available():

@@ -23,6 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, choice, depthwise_conv2d
 from replk_mm.ops import implementation as forced
 
+# Maps as small as these are not worth two threads; the drawn shapes have both.
+pytestmark = pytest.mark.usefixtures('one_thread')
 #: What can be forced: every implementation of every computation, and the ways in which spectra serve several of them.
 SPECS = [
     'auto',
@@ -69,15 +71,6 @@ CASES = {
     'batch 5': ((5, 2, 9, 9), (7, 7), {}),
     'one channel': ((3, 1, 14, 15), (13, 13), {}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Maps as small as these are not worth two; the drawn shapes have both."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def reference(x, weight, bias, grad, stride=1, padding=None, dilation=1):

@@ -16,6 +16,7 @@ from replk_mm.models import ConvNeXt, RepLKNet
 from replk_mm.ops import DepthwiseConv2d, convolve, fused, implementation, pack
 from replk_mm.reparam import reparameterize
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 #: (inputs, outputs), arguments of the convolution
 CONVOLUTIONS = {
     '1x1': ((8, 16), dict(kernel_size=1)),
@@ -42,14 +43,6 @@ ACTIVATIONS = {
 LAYOUTS = {'default': torch.contiguous_format, 'channels_last': torch.channels_last}
 #: Follow a convolution in one pass.
 FUSED = {'none', 'relu', 'relu in place', 'gelu', 'gelu tanh'}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -164,7 +164,7 @@ class Bench:
             return before
         keeps = [row.network not in (PLAIN, PLAIN_TRAINING) for row in rows]
         for i, row in enumerate(rows):
-            if keeps[i] != keeps[i - 1]:  # the first one comes after the last one of the round before
+            if i == 0 or keeps[i] != keeps[i - 1]:
                 before[row.name] = functools.partial(_change_allocator, keeps[i], row.call)
         return before
 

@@ -19,11 +19,10 @@ from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.utils import resize
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from replk_mm.ops.depthwise import observed
 from replk_mm.ops.pyramid import conv_of_resized
 from replk_mm.ops.upsampled import upsampled_argmax, upsampled_cross_entropy
+from replk_mm.ops.watching import hooked, observed
 from replk_mm.registry import MODELS
 
 
@@ -103,12 +102,9 @@ class UPerHead(UpsampledLoss, MMSegUPerHead):
 def _computes_plainly(module: ConvModule, maps: list[Tensor]) -> bool:
     """Whether ``module`` is a 3x3 convolution, a norm and an activation on a CPU, not in half precision nor watched."""
     conv = module.conv
-    watched = any(hooks for m in (module, conv) for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks,
-                                                              m._backward_pre_hooks))
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else maps[0].dtype
     return (maps[0].device.type == 'cpu' and dtype in (torch.float32, torch.float64, torch.bfloat16)
-            and not observed() and not _has_any_global_hook()
-            and not watched and type(conv) is nn.Conv2d
+            and not observed() and not hooked(module, conv) and type(conv) is nn.Conv2d
             and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.stride == conv.dilation == (1, 1)
             and conv.groups == 1 and conv.padding_mode == 'zeros' and not module.with_explicit_padding
             and not module.with_spectral_norm and module.order == ('conv', 'norm', 'act')

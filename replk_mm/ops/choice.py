@@ -13,9 +13,9 @@ from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
-import torch
 from mmengine.logging import print_log
 
+from replk_mm.errors import UserError
 from replk_mm.ops import spatial, spectral
 from replk_mm.ops.problem import Problem
 
@@ -79,9 +79,16 @@ def plan(problem: Problem, spec: str | None = None, kept: bool = False) -> Plan:
         kept: Whether the kernels' spectra are kept from one call to the next.
 
     Raises:
-        ValueError: If one of them names what does not exist.
+        ValueError: If ``spec`` or :func:`implementation` names what does not exist.
+        UserError: If the environment does.
     """
-    return _plan(problem, spec or _forced.get() or os.environ.get(VARIABLE, ''), kept)
+    spec = spec or _forced.get()
+    if spec:
+        return _plan(problem, spec, kept)
+    try:
+        return _plan(problem, os.environ.get(VARIABLE, ''), kept)
+    except ValueError as error:
+        raise UserError(f'environment: {error}') from error
 
 
 @cache
@@ -94,28 +101,17 @@ def _plan(problem: Problem, spec: str, kept: bool) -> Plan:
             times['fft'] -= _transform(problem, problem.out)  # the spectrum of the output's gradient is there already
         chosen[computation] = forced[computation] if forced.get(computation) in times else min(times, key=times.__getitem__)
     found = Plan(**chosen)
-    _announce(problem.kernel, problem.dtype, problem.channels_last, found, f'{problem}: {found} '
-              + (f'({spec})' if forced else f'(expected ms forward {_table(expected["forward"])}; input gradient '
-                                            f'{_table(expected["grad_input"])}; weight gradient '
-                                            f'{_table(expected["grad_weight"])})'))
+    decision = problem.kernel, problem.dtype, problem.channels_last, found
+    if decision not in _announced:  # other sizes with the same outcome say nothing new
+        _announced.add(decision)
+        why = spec if forced else 'expected ms ' + '; '.join(f'{name.replace("grad_", "gradient of the ")} {_table(times)}'
+                                                             for name, times in expected.items())
+        print_log(f'depthwise convolution {problem}: {found} ({why})', 'current', logging.INFO)
     return found
 
 
-@cache
-def _announce(kernel: tuple[int, int], dtype: torch.dtype, layout: bool, found: Plan, text: str) -> None:
-    """One line for each decision: other sizes with the same outcome say nothing new."""
-    if (kernel, dtype, layout, found) not in _announced:
-        _announced.add((kernel, dtype, layout, found))
-        print_log(f'depthwise convolution {text}', 'current', logging.INFO)
-
-
+#: Kernel, dtype, layout and plan of the decisions that the log has a line for.
 _announced: set[tuple] = set()
-
-
-def explain(problem: Problem) -> str:
-    """What is chosen for ``problem``, with the expected milliseconds of every implementation."""
-    expected = milliseconds(problem)
-    return f'{plan(problem)}; expected ms: ' + '; '.join(f'{name} {_table(times)}' for name, times in expected.items())
 
 
 def _table(times: dict[str, float]) -> str:

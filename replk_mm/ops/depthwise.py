@@ -12,11 +12,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from replk_mm.ops import choice, spatial, spectral
 from replk_mm.ops.problem import Pair, Problem
+from replk_mm.ops.watching import observed
 
 _PRECISIONS = {torch.float32, torch.float64, torch.bfloat16}
 _FORWARD = {'native': spatial.native, 'channels_last': spatial.channels_last, 'padded': spatial.padded,
@@ -153,13 +153,6 @@ def _spectra_of(original: Tensor, weight: Tensor, problem: Problem) -> list[Tens
 def same_values(weight: Tensor, known: Tensor, version: int) -> bool:
     """Whether ``weight`` still is the memory of ``known``, whose holder keeps it from being used again, unchanged."""
     return weight.data_ptr() == known.data_ptr() and weight._version == version and weight.dtype == known.dtype
-
-
-def observed() -> bool:
-    """Whether something looks at the operators themselves: a compiler, an exporter, a counter, a transform, forward-mode
-    derivatives."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
-            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None)
 
 
 def pair(value: Any) -> Pair:

@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from replk_mm.ops import choice, spatial
-from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, keeps_spectra, observed, pair, same_values
+from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, keeps_spectra, pair, same_values
 from replk_mm.ops.problem import Pair, Problem
+from replk_mm.ops.watching import hooked, observed
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
 #: For each convolution that keeps its weight, by precision and arguments: the weight and its version, how the backend wants
@@ -114,7 +114,7 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
     parameters: list[Tensor] = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, shortcut) if t is not None):
         return False
-    if _has_any_global_hook() or any(_hooked(m) for m in (conv, activation) if m is not None):
+    if hooked(conv, activation):
         return False
     if (x.dim() != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last)
             or x.shape[1] != conv.in_channels or conv.weight.is_inference()):
@@ -122,7 +122,7 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
     autocast = torch.is_autocast_enabled('cpu')
     dtype = torch.get_autocast_dtype('cpu') if autocast else x.dtype
     others = [] if shortcut is None else [shortcut]
-    if shortcut is not None and (len(shortcut), *shortcut.shape[1:]) != (len(x), conv.out_channels, *_out_size(conv, x)):
+    if shortcut is not None and tuple(shortcut.shape) != (len(x), conv.out_channels, *_problem(conv, x).out):
         return False
     others += [] if autocast else parameters
     # What torch adds in a wider precision, or refuses, is left to it.
@@ -136,12 +136,3 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
     problem = replace(_problem(conv, x), dtype=dtype)
     return (not spatial.may_hang(problem) and problem.channels_last
             and choice.plan(problem, conv.implementation, keeps_spectra(conv.weight)).forward in ('native', 'channels_last'))
-
-
-def _out_size(conv: nn.Conv2d, x: Tensor) -> list[int]:
-    return [(n + 2 * p - d * (k - 1) - 1) // step + 1 for n, p, d, k, step in zip(
-        x.shape[2:], pair(conv.padding), conv.dilation, conv.kernel_size, conv.stride, strict=True)]
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
