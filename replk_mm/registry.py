@@ -5,9 +5,11 @@ builds one, so a config of any OpenMMLab project can name our modules without ``
 """
 from importlib import import_module
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
@@ -19,20 +21,35 @@ compat.allow_harmless_pickles()
 SCOPE = 'replk_mm'
 
 
-class ModelRegistry(Registry):
-    """A registry whose parts for segmentors, which import mmseg, are imported when one of them is named."""
+class LazyRegistry(Registry):
+    """A registry some of whose modules, which import mmseg or mmdet, are imported when a class of theirs is named.
 
-    segmentation = frozenset({'EncoderDecoder', 'FCNHead', 'UPerHead'})
+    Args:
+        modules: Names of classes, by the module that registers them.
+    """
+
+    def __init__(self, *args, modules: dict[str, tuple[str, ...]], **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.modules = {name: module for module, names in modules.items() for name in names}
 
     def get(self, key: str) -> type | None:
         """The class of that name, with or without the scope before it."""
-        if isinstance(key, str) and key.removeprefix(f'{self.scope}.') in self.segmentation:
-            import_module('replk_mm.models.segmentation')
+        module = self.modules.get(key.removeprefix(f'{self.scope}.')) if isinstance(key, str) else None
+        if module is not None:
+            import_module(module)
         return super().get(key)
 
 
 #: Backbones and their layers. Building those imports neither mmseg nor mmdet.
-MODELS = ModelRegistry('model', scope=SCOPE, parent=MMENGINE_MODELS, locations=['replk_mm.models'])
+MODELS = LazyRegistry('model', scope=SCOPE, parent=MMENGINE_MODELS, locations=['replk_mm.models'], modules={
+    'replk_mm.models.segmentation': ('EncoderDecoder', 'FCNHead', 'UPerHead'),
+    'replk_mm.models.tta': ('SegTTAModel',),
+})
+
+#: Data sets that extend mmdet's, which they import.
+DATASETS = LazyRegistry('dataset', scope=SCOPE, parent=MMENGINE_DATASETS, modules={
+    'replk_mm.data.coco_dataset': ('CocoDataset',),
+})
 
 #: Checks that run inside a data pipeline.
 TRANSFORMS = Registry('transform', scope=SCOPE, parent=MMENGINE_TRANSFORMS, locations=['replk_mm.data.transforms'])
@@ -41,8 +58,17 @@ TRANSFORMS = Registry('transform', scope=SCOPE, parent=MMENGINE_TRANSFORMS, loca
 OPTIM_WRAPPERS = Registry('optim_wrapper', scope=SCOPE, parent=MMENGINE_OPTIM_WRAPPERS,
                           locations=['replk_mm.engine.optim'])
 
-#: What runs beside training. Building from it imports the engine.
-HOOKS = Registry('hook', scope=SCOPE, parent=MMENGINE_HOOKS, locations=['replk_mm.engine.runner'])
+#: Learning rates by layer. Building from it imports neither mmseg nor mmdet.
+OPTIM_WRAPPER_CONSTRUCTORS = Registry('optimizer wrapper constructor', scope=SCOPE,
+                                      parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+                                      locations=['replk_mm.engine.layer_decay'])
 
-#: Metrics that keep the figures of every class. Building from it imports mmseg.
-METRICS = Registry('metric', scope=SCOPE, parent=MMENGINE_METRICS, locations=['replk_mm.engine.metrics'])
+#: What runs beside training. Building from it imports the engine.
+HOOKS = Registry('hook', scope=SCOPE, parent=MMENGINE_HOOKS,
+                 locations=['replk_mm.engine.runner', 'replk_mm.engine.parameter_groups'])
+
+#: Metrics that keep the figures of every class. Building one imports the library whose metric it extends.
+METRICS = LazyRegistry('metric', scope=SCOPE, parent=MMENGINE_METRICS, modules={
+    'replk_mm.engine.metrics': ('IoUMetric',),
+    'replk_mm.engine.coco_metric': ('CocoMetric',),
+})

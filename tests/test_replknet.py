@@ -35,7 +35,7 @@ class TestRepLKNet(BackboneContract):
               4: ('stem.', 'stages.', 'transitions.')}
     # Five pairs of blocks; a feed-forward block has the rate of the large-kernel block before it.
     drop_paths = [0, 0, .075, .075, .15, .15, .225, .225, .3, .3]
-    num_layers = 1 + 5 + 1
+    num_layers = 1 + (1 + 1 + 1 + 1) + 1  # the two blocks of the third stage are one layer
     bad = [dict(out_indices=(0, 4)), dict(out_indices=(0, 0)), dict(out_indices=()), dict(out_indices=-5),
            dict(out_indices=(0, -4)), dict(frozen_stages=-2), dict(frozen_stages=5), dict(drop_path_rate=-.1),
            dict(drop_path_rate=1.), dict(arch=None), dict(arch=31),

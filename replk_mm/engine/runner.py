@@ -13,6 +13,7 @@ from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMEngineRunner
 
 from replk_mm.engine.explain import explaining
+from replk_mm.errors import UserError
 from replk_mm.registry import HOOKS
 
 
@@ -56,6 +57,16 @@ class Runner(MMEngineRunner):
             return MMDistributedDataParallel(model, broadcast_buffers=False,
                                              find_unused_parameters=self.cfg.get('find_unused_parameters', False))
         return super().wrap_model(model_wrapper_cfg, model)
+
+    def load_or_resume(self) -> None:
+        """Load or resume; an optimizer's state must be of this run's parameter groups."""
+        try:
+            super().load_or_resume()
+        except ValueError as error:
+            if 'parameter group' not in str(error):
+                raise
+            raise UserError(f'{self._load_from}: cannot be resumed: {error}\n'
+                            f'Resume with the optim_wrapper of that run.') from error
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:

@@ -21,6 +21,7 @@ def train(cfg: Config, notes: list[str]) -> Path:
         KeyboardInterrupt: On Ctrl-C, after saying how to go on.
     """
     runner = Runner.from_cfg(cfg)
+    runner.register_hook(dict(type='replk_mm.ParameterGroupsHook'))
     for note in notes:
         runner.logger.info(note)
     try:

@@ -13,6 +13,7 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
+from replk_mm.models.depth import LayerDepth
 from replk_mm.models.layers import Backbone, build_activation, build_norm, drop_path_rates, resolve_arch, run_checkpointed
 from replk_mm.ops import DepthwiseConv2d
 from replk_mm.registry import MODELS
@@ -87,7 +88,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 @MODELS.register_module()
-class ConvNeXt(Backbone):
+class ConvNeXt(LayerDepth, Backbone):
     """ConvNeXt backbone. A config of ``mmpretrain.ConvNeXt`` works with only the type changed.
 
     Args:
@@ -198,33 +199,18 @@ class ConvNeXt(Backbone):
                 outs.append(norm(x.mean((2, 3), keepdim=True)).flatten(1) if self.gap_before_final_norm else norm(x))
         return tuple(outs)
 
-    def get_layer_depth(self, name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter, for layer-wise learning rate decay.
+    def _blocks_of_stages(self) -> list[int]:
+        return [len(stage) for stage in self.stages]
 
-        Args:
-            name: Full name of the parameter.
-            prefix: What precedes the backbone's own names, such as ``'backbone.'``.
-
-        Returns:
-            The layer id of the parameter and the number of layers. The first two stages have a layer each, the third one
-            for every three blocks, the last stage one; the stem is id 0, a downsampling layer belongs to the stage it
-            leads to, and what lies outside the backbone or behind the stages (output norms) has the largest id. With 9 or
-            27 blocks in the third stage these are the 6 and 12 layers of the authors' recipes.
-        """
-        middle = -(-len(self.stages[2]) // 3) if len(self.stages) == 4 else 1
-        # First layer id of each stage.
-        first = [1, 2, 3, 3 + middle] if len(self.stages) == 4 else list(range(1, len(self.stages) + 1))
-        num_layers = first[-1] + 2
-        if not name.startswith(prefix):
-            return num_layers - 1, num_layers
-        part, *rest = name[len(prefix):].split('.')
-        if part == 'downsample_layers':
-            stage = int(rest[0])
-            return (0 if stage == 0 else first[stage]), num_layers
-        if part == 'stages':
-            stage, block = int(rest[0]), int(rest[1])
-            return first[stage] + (block // 3 if stage == 2 and len(first) == 4 else 0), num_layers
-        return num_layers - 1, num_layers
+    def _place(self, parts: list[str]) -> tuple[int, int | None] | None:
+        match parts:
+            case ['downsample_layers', stage, *_]:
+                return int(stage), None
+            case ['stages', stage, block, *_]:
+                return int(stage), int(block)
+            case [norm, *_] if norm in {f'norm{i}' for i in self.out_indices}:
+                return None
+        raise ValueError(f'ConvNeXt has no parameter {".".join(parts)!r}')
 
     def _frozen_modules(self) -> list[nn.Module]:
         return [*self.downsample_layers[:self.frozen_stages], *self.stages[:self.frozen_stages]]

@@ -12,6 +12,7 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
+from replk_mm.models.depth import LayerDepth
 from replk_mm.models.layers import Backbone, build_activation, build_norm, drop_path_rates, resolve_arch, run_checkpointed
 from replk_mm.ops import DepthwiseConv2d, convolve
 from replk_mm.registry import MODELS
@@ -195,7 +196,7 @@ class RepLKNetStage(nn.Module):
 
 
 @MODELS.register_module()
-class RepLKNet(Backbone):
+class RepLKNet(LayerDepth, Backbone):
     """RepLKNet backbone.
 
     Args:
@@ -307,32 +308,21 @@ class RepLKNet(Backbone):
                 x = self.transitions[i](x)
         return tuple(outs)
 
-    def get_layer_depth(self, name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter, for layer-wise learning rate decay.
+    def _blocks_of_stages(self) -> list[int]:
+        # A large-kernel block and the feed-forward block after it do what a block of ConvNeXt does.
+        return [len(stage.blocks) // 2 for stage in self.stages]
 
-        Args:
-            name: Full name of the parameter.
-            prefix: What precedes the backbone's own names, such as ``'backbone.'``.
-
-        Returns:
-            The layer id of the parameter and the number of layers. Id 0 is the stem; every pair of blocks is a layer, a
-            transition belongs to the first layer of the stage it leads to, output norms to the last layer of theirs. What
-            lies outside the backbone has the largest id.
-        """
-        pairs = [len(stage.blocks) // 2 for stage in self.stages]
-        num_layers = sum(pairs) + 2
-        if not name.startswith(prefix):
-            return num_layers - 1, num_layers
-        part, *rest = name[len(prefix):].split('.')
-        if part == 'stem':
-            return 0, num_layers
-        if part not in ('stages', 'transitions'):
-            return num_layers - 1, num_layers
-        stage = int(rest[0])
-        if part == 'transitions':
-            return sum(pairs[:stage + 1]) + 1, num_layers
-        pair = int(rest[2]) // 2 if rest[1] == 'blocks' else pairs[stage] - 1
-        return sum(pairs[:stage]) + pair + 1, num_layers
+    def _place(self, parts: list[str]) -> tuple[int, int | None] | None:
+        match parts:
+            case ['stem', *_]:
+                return 0, None
+            case ['transitions', stage, *_]:
+                return int(stage) + 1, None
+            case ['stages', stage, 'blocks', block, *_]:
+                return int(stage), int(block) // 2
+            case ['stages', _, 'norm', *_]:
+                return None
+        raise ValueError(f'RepLKNet has no parameter {".".join(parts)!r}')
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:

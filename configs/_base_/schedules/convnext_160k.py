@@ -4,8 +4,8 @@ optim_wrapper = dict(
     dtype='float16',
     loss_scale='dynamic',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    # one learning rate a stage; the constructor takes weight decay from biases, norms and layer scales by itself
-    constructor='LearningRateDecayOptimizerConstructor',
+    # one learning rate a stage; weight decay is taken from biases, norms and layer scales
+    constructor='replk_mm.LayerDecayOptimizerConstructor',
     paramwise_cfg=dict(decay_rate=0.9, decay_type='stage_wise', num_layers=12),
     clip_grad=None)
 # lr belongs to this many images an iteration, all GPUs together
