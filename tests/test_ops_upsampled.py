@@ -1,5 +1,4 @@
-"""Loss and class map of interpolated logits against torch's own chain, in float64."""
-import copy
+"""Loss of interpolated logits against torch's own chain, in float64."""
 import itertools
 from collections.abc import Iterator
 
@@ -11,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from replk_mm.errors import UserError
 from replk_mm.ops import upsampled
 from replk_mm.ops.interpolation import Interpolation
-from replk_mm.ops.upsampled import upsampled_argmax, upsampled_cross_entropy
+from replk_mm.ops.upsampled import upsampled_cross_entropy
 
 # (N, K, h, w), (H, W)
 SHAPES = {
@@ -122,8 +121,6 @@ def test_random_sizes():
         n, k, h, w, height, width = torch.randint(1, 12, (6,)).tolist()
         logits, labels = torch.randn(n, k, h, w, dtype=torch.float64), labels_of((n, k), (height, width))
         assert_same(found(logits, labels), reference(logits, labels))
-        mine = upsampled_argmax(logits[0], (height, width))
-        assert torch.equal(mine, F.interpolate(logits[:1], (height, width), mode='bilinear')[0].argmax(0)), seed
 
 
 @pytest.mark.parametrize('ignore_index', [0, 2, 255, -100])
@@ -224,7 +221,6 @@ def test_memory_does_not_grow_with_the_labels(monkeypatch, one_thread):
         labels = labels_of(shape, (16 * factor, 16 * factor))
         with LargestTensor() as mine:
             found(torch.randn(shape), labels)
-            upsampled_argmax(torch.randn(shape[1:]), labels.shape[1:], out_size=(15 * factor, 17 * factor))
         largest[factor] = mine.numel
         with LargestTensor() as torchs:
             reference(torch.randn(shape), labels)
@@ -239,7 +235,7 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append([*found(logits, labels), upsampled_argmax(logits[0], (64, 48), out_size=(70, 40))])
+        results.append(found(logits, labels))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -254,53 +250,3 @@ def test_no_gradient_is_computed_that_nobody_wants():
         loss = upsampled_cross_entropy(logits, labels)[0]
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected)
-
-
-def chain(logits, size, padding=(0, 0, 0, 0), flip=None, out_size=None, align_corners=False):
-    """Every step by torch, in float64."""
-    left, right, top, bottom = padding
-    x = F.interpolate(logits[None].double(), tuple(size), mode='bilinear', align_corners=align_corners)
-    x = x[..., top:size[0] - bottom, left:size[1] - right]
-    x = x.flip({'horizontal': 3, 'vertical': 2}[flip]) if flip else x
-    out_size = out_size or x.shape[2:]
-    return F.interpolate(x, tuple(out_size), mode='bilinear', align_corners=align_corners)[0].argmax(0)
-
-
-@pytest.mark.parametrize('align_corners', [False, True])
-@pytest.mark.parametrize('flip', [None, 'horizontal', 'vertical'])
-@pytest.mark.parametrize('size, padding, out_size', [
-    ((36, 44), (0, 0, 0, 0), None), ((36, 44), (1, 5, 2, 7), None), ((36, 44), (0, 6, 0, 3), (50, 31)),
-    ((40, 44), (3, 0, 5, 0), (13, 90)), ((9, 11), (0, 0, 0, 0), None), ((9, 11), (1, 2, 3, 1), (30, 20)),
-    ((9, 30), (0, 0, 0, 0), (9, 12)), ((5, 4), (0, 0, 0, 0), (1, 1))])
-def test_argmax_is_that_of_the_chain(size, padding, out_size, flip, align_corners, chunks):
-    logits = torch.randn(13, 9, 11, dtype=torch.float64)
-    expected = chain(logits, size, padding, flip, out_size, align_corners)
-    for layout in (logits, logits.permute(1, 2, 0).contiguous().permute(2, 0, 1)):
-        found = upsampled_argmax(layout, size, padding, flip, out_size, align_corners)
-        assert found.dtype == torch.long and torch.equal(found, expected)
-
-
-def test_argmax_takes_the_first_of_equals():
-    assert not upsampled_argmax(torch.full((5, 3, 4), -7.25), (12, 16)).any()
-    logits = torch.zeros(5, 3, 4)
-    logits[[2, 4]] = 1e-20
-    assert (upsampled_argmax(logits, (12, 16)) == 2).all()
-
-
-def test_argmax_of_what_is_no_number_is_a_class():
-    logits = torch.randn(5, 3, 4)
-    logits[:, 1] = torch.nan
-    found = upsampled_argmax(logits, (12, 16))
-    assert found.min() >= 0 and found.max() < 5
-
-
-def test_argmax_in_reduced_precision():
-    logits = torch.randn(150, 12, 10).bfloat16()
-    expected = copy.deepcopy(logits)
-    found = upsampled_argmax(logits, (48, 40), out_size=(33, 41))
-    assert (found == chain(expected, (48, 40), out_size=(33, 41))).float().mean() > 0.999
-
-
-def test_unknown_flip_is_refused():
-    with pytest.raises(ValueError, match="flip='diagonal'"):
-        upsampled_argmax(torch.randn(3, 4, 4), (8, 8), flip='diagonal')

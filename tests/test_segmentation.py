@@ -151,7 +151,9 @@ def test_one_class_of_logits_is_mmsegs():
     theirs, ours = pair(head=head, auxiliary=head)
     x = torch.randn(IMAGE, dtype=torch.float64)
     assert_same_training(theirs, ours, x, labelled(classes=2))
-    assert_same_predictions(theirs, ours, x, [dict(img_shape=(64, 64), ori_shape=(40, 50))] * 2)
+    for theirs.test_cfg in (dict(mode='whole'), SLIDE):
+        theirs.test_cfg = ours.test_cfg = ConfigDict(theirs.test_cfg)
+        assert_same_predictions(theirs, ours, x, [dict(img_shape=(64, 64), ori_shape=(40, 50))] * 2)
 
 
 def test_label_of_no_class_is_named():
@@ -287,17 +289,23 @@ def test_heads_of_mmseg_in_our_segmentor():
     assert torch.equal(mixed(x), theirs(x))
 
 
-def test_a_head_that_predicts_in_its_own_way_is_asked():
-    ours = build(config('replk_mm.'))
+@pytest.mark.parametrize('mode', ['whole', 'slide'])
+def test_a_head_that_predicts_in_its_own_way_is_asked(mode):
+    ours = build(config('replk_mm.', **(dict(test_cfg=SLIDE) if mode == 'slide' else {})))
+
+    sizes = []
 
     class Negative(type(ours.decode_head)):
         def predict_by_feat(self, logits, metas):
-            return -super().predict_by_feat(logits, metas)
+            found = super().predict_by_feat(logits, metas)
+            sizes.append(tuple(found.shape[2:]))
+            return -found
 
     x, metas = torch.randn(1, 3, 64, 96, dtype=torch.float64), [METAS['resized']]
     before = predict(ours, x, metas)[0].seg_logits.data
     ours.decode_head.__class__ = Negative
     after, = predict(ours, x, metas)
+    assert sizes == ([(64, 96)] if mode == 'whole' else [(48, 48)] * 6)
     torch.testing.assert_close(after.seg_logits.data, -before)
     assert torch.equal(after.pred_sem_seg.data[0], before.argmin(0))
 
@@ -314,6 +322,30 @@ def test_logits_are_computed_when_read():
     assert sample.to_dict()['seg_logits']['data'] is sample.seg_logits.data
 
 
+@pytest.mark.parametrize('name', ['encode_decode', 'inference', 'slide_inference', 'postprocess_result'])
+def test_a_segmentor_that_predicts_in_its_own_way_does(name, monkeypatch):
+    theirs, ours = pair(test_cfg=SLIDE)
+    called = []
+
+    class Own(type(ours)):
+        pass
+
+    setattr(Own, name, lambda self, *args: (called.append(name), getattr(type(theirs), name)(self, *args))[1])
+    assert ours.in_bands
+    ours.__class__ = Own
+    assert not ours.in_bands
+    assert_same_predictions(theirs, ours, torch.randn(1, 3, 64, 96, dtype=torch.float64), [METAS['resized']])
+    assert called
+
+
+@pytest.mark.parametrize('test_cfg, words', [
+    (dict(mode='slide', crop_size=(16, 16), stride=(20, 16)), 'windows of 16 pixels every 20 pixels leave gaps'),
+    (dict(mode='tiles'), "test_cfg.mode='tiles'")])
+def test_other_ways_to_slide_are_refused(test_cfg, words):
+    with pytest.raises(UserError, match=words):
+        predict(build(config('replk_mm.', test_cfg=test_cfg)), torch.randn(1, 3, 64, 96, dtype=torch.float64), None)
+
+
 @pytest.mark.parametrize('copied', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: x.cpu(),
                                     lambda x: x.to('cpu'), lambda x: x.clone(), lambda x: x.new(), lambda x: x[:, :],
                                     lambda x: x.numpy().to_tensor()])
@@ -323,21 +355,20 @@ def test_copies_of_logits_are_plain(copied):
     assert type(other) is PixelData and torch.equal(other.data, sample.seg_logits.data)
 
 
-@pytest.mark.parametrize('mode', ['whole', 'slide'])
-def test_time_augmentation(mode):
-    found = []
-    for model in pair(**(dict(test_cfg=SLIDE) if mode == 'slide' else {})):
-        wrapped = MODELS.build(dict(type='SegTTAModel', module=model.eval()))
-        generator = torch.Generator().manual_seed(0)
-        images, samples = [], []
-        for size, flip in (((64, 96), None), ((64, 96), 'horizontal'), ((80, 112), None)):
-            images.append([255 * torch.rand(3, *size, generator=generator)])
-            samples.append([SegDataSample(metainfo=dict(img_path='a.png', img_shape=size, ori_shape=(50, 77), flip=bool(flip),
-                                                        flip_direction=flip))])
-        model.double(), model.data_preprocessor.float()
-        wrapped.module.extract_feat = lambda x, inner=model.extract_feat: inner(x.double())
-        found.append(wrapped.test_step(dict(inputs=images, data_samples=samples))[0].pred_sem_seg.data)
-    assert torch.equal(*found) and len(found[0].unique()) > 1
+@pytest.mark.usefixtures('one_thread')
+@pytest.mark.parametrize('factor', [4, 8])
+def test_sliding_windows_hold_no_large_logits(factor, monkeypatch):
+    """Neither at the network's input's size nor at the photograph's."""
+    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2 ** 16)
+    theirs, ours = (model.float() for model in pair(test_cfg=dict(mode='slide', crop_size=(32, 32), stride=(24, 24))))
+    largest, size = {}, (32 * factor, 33 * factor)
+    x = torch.randn(1, 3, *size)
+    for model in (theirs, ours):
+        with LargestTensor() as found:
+            predict(model, x, [dict(img_shape=size, ori_shape=(300, 400))])
+        largest[model] = found.numel
+    assert largest[theirs] >= CLASSES * 300 * 400
+    assert largest[ours] <= max(300 * 400, x.numel())  # the class map, the image
 
 
 @pytest.mark.usefixtures('one_thread')

@@ -24,9 +24,10 @@ class IoUMetric(MMSegIoUMetric):
         """Metrics in percent from the histograms of all images."""
         if self.format_only:
             return super().compute_metrics(results)
-        totals = [sum(histograms) for histograms in zip(*results, strict=True)]
+        # float32 counts whole numbers up to 16.7 million only: pixels of a class are more.
+        totals = [sum(part.double() for part in histograms) for histograms in zip(*results, strict=True)]
         found = self.total_area_to_metrics(*totals, self.metrics, self.nan_to_num, self.beta)
-        metrics = {name if name == 'aAcc' else f'm{name}': round(100 * float(np.nanmean(values)), 2)
+        metrics = {name if name == 'aAcc' else f'm{name}': 100 * float(np.nanmean(values))
                    for name, values in found.items()}
 
         intersect, union, _, label = (np.asarray(total, dtype=np.float64) for total in totals)
@@ -35,7 +36,7 @@ class IoUMetric(MMSegIoUMetric):
         self.per_class = {names[i]: dict(IoU=100 * intersect[i] / union[i], Acc=100 * intersect[i] / label[i],
                                          pixels=int(label[i])) for i in present}
         if len(present):
-            metrics['mIoU_present'] = round(float(np.mean([c['IoU'] for c in self.per_class.values()])), 2)
+            metrics['mIoU_present'] = float(np.mean([c['IoU'] for c in self.per_class.values()]))
         print_log('\n'.join([f'{len(present)} of {len(names)} classes are in the labels:', *(
             f'  {name:20} IoU {c["IoU"]:6.2f}  Acc {c["Acc"]:6.2f}  {100 * c["pixels"] / label.sum():5.1f} % of the pixels'
             for name, c in self.per_class.items())]), logger='current')

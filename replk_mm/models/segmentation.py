@@ -2,11 +2,11 @@
 
 ``replk_mm.EncoderDecoder``, ``replk_mm.UPerHead`` and ``replk_mm.FCNHead`` take the arguments of mmseg's classes, have the
 same parameters and state dicts and log the same names; losses, gradients, accuracies and predictions are the same up to
-rounding. See :mod:`replk_mm.ops.upsampled` for how.
+rounding. See :mod:`replk_mm.ops.upsampled` and :mod:`replk_mm.ops.class_map` for how.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmcv.cnn import ConvModule
@@ -20,8 +20,11 @@ from mmseg.models.utils import resize
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from replk_mm.errors import UserError
+from replk_mm.models.deferred_logits import DeferredLogits
+from replk_mm.ops.class_map import LogitRows, Windows, class_map
 from replk_mm.ops.pyramid import conv_of_resized
-from replk_mm.ops.upsampled import upsampled_argmax, upsampled_cross_entropy
+from replk_mm.ops.upsampled import upsampled_cross_entropy
 from replk_mm.ops.watching import hooked, observed
 from replk_mm.registry import MODELS
 
@@ -111,50 +114,16 @@ def _computes_plainly(module: ConvModule, maps: list[Tensor]) -> bool:
             and module.efficient_conv_bn_eval_forward is None)
 
 
-def _pixel_data(data: Tensor) -> PixelData:
-    return PixelData(data=data)
+class ImageLogits(NamedTuple):
+    """Logits of one image at its own size.
 
-
-class DeferredLogits(PixelData):
-    """Logits at the size of the image, which are computed when ``data`` is first read.
-
-    Test-time augmentation and code that looks at ``seg_logits`` find them; ``to_dict()``, and so a metric, sees them only if
-    something has read them before. Copies and pickles are plain ``PixelData``.
-
-    Args:
-        compute: Returns the logits, ``(K, H, W)``.
+    Attributes:
+        rows: Some rows at a time, for :func:`replk_mm.ops.class_map.class_map`.
+        large: Computes all of them at once, ``(K, H, W)``.
     """
 
-    _compute: Callable[[], Tensor]
-
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
-        super().__init__()
-        object.__setattr__(self, '_compute', compute)  # PixelData's own takes maps only
-
-    def __getattr__(self, name: str) -> Any:
-        if name != 'data':
-            raise AttributeError(f'{type(self).__name__} has no attribute {name!r}')
-        self.set_field(self._compute(), 'data')
-        return self.data
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.data.shape[-2], self.data.shape[-1]
-
-    def new(self, **kwargs: Any) -> PixelData:
-        """A plain copy; arguments as for ``PixelData``."""
-        return _pixel_data(self.data).new(**kwargs)
-
-    def clone(self) -> PixelData:
-        """A plain copy."""
-        return _pixel_data(self.data)
-
-    def __getitem__(self, item: tuple) -> PixelData:
-        return _pixel_data(self.data)[item]
-
-    def __reduce__(self) -> tuple:
-        return _pixel_data, (self.data,)
+    rows: LogitRows
+    large: Callable[[], Tensor]
 
 
 @MODELS.register_module()
@@ -162,12 +131,13 @@ class EncoderDecoder(MMSegEncoderDecoder):
     """mmseg's ``EncoderDecoder``, which predicts from the head's small logits.
 
     mmseg brings the logits of all classes to the size of the network's input, then to that of the photograph, and keeps them
-    beside the class map. Here the class map comes from the small logits, some rows at a time, and ``seg_logits`` are computed
-    if they are read (:class:`DeferredLogits`). Sliding windows are summed up as in mmseg; what comes after is the same.
+    beside the class map; sliding windows take that twice. Here the class map comes from the small logits, some rows at a
+    time, and of sliding windows those that lie over these rows are kept. ``seg_logits`` are computed if they are read
+    (:class:`DeferredLogits`); of sliding windows mmseg's way, in which the network runs again.
 
     Args:
-        keep_logits: Predict as mmseg does, ``seg_logits`` included. Defaults to False. A head with one output channel or
-            with a way of its own to predict has mmseg's prediction anyway.
+        keep_logits: Predict as mmseg does, ``seg_logits`` included. Defaults to False. One output channel, which is no more
+            than the class map, is predicted so anyway; so does a subclass with a way of its own.
         *args: As for mmseg's class.
         **kwargs: As for mmseg's class.
     """
@@ -176,38 +146,79 @@ class EncoderDecoder(MMSegEncoderDecoder):
         super().__init__(*args, **kwargs)
         self.keep_logits = keep_logits
 
+    @property
+    def in_bands(self) -> bool:
+        """Whether class maps are made without the large logits."""
+        own = any(getattr(type(self), name) is not getattr(MMSegEncoderDecoder, name) for name in (
+            'encode_decode', 'inference', 'whole_inference', 'slide_inference', 'postprocess_result'))
+        return not (own or self.keep_logits or self.out_channels == 1)
+
     def predict(self, inputs: Tensor, data_samples: list[SegDataSample] | None = None) -> list[SegDataSample]:
         """Class maps of images ``(N, C, H, W)``, as ``pred_sem_seg`` of each sample at its ``ori_shape``."""
-        head = type(self.decode_head)
-        if (self.keep_logits or self.out_channels == 1 or head.predict is not BaseDecodeHead.predict
-                or head.predict_by_feat is not BaseDecodeHead.predict_by_feat):
+        if not self.in_bands:
             return super().predict(inputs, data_samples)
-        shape = inputs.shape[2:]
-        metas = [sample.metainfo for sample in data_samples or []]
-        metas = metas or [dict(ori_shape=shape, img_shape=shape, pad_shape=shape)] * len(inputs)
-        if self.test_cfg.mode == 'whole':
-            logits = self.decode_head.forward(self.extract_feat(inputs))
-            size = _input_size(metas[0])
-        else:
-            logits = self.inference(inputs, metas)
-            size = tuple(logits.shape[2:])
-        samples = data_samples or [SegDataSample() for _ in metas]
-        for small, sample in zip(logits.split(1), samples, strict=True):
-            meta = sample.metainfo if data_samples else None
-            sample.set_data(dict(
-                seg_logits=DeferredLogits(partial(self._large_logits, small, size, meta)),
-                pred_sem_seg=PixelData(data=self._class_map(small[0], size, meta).unsqueeze(0))))
+        samples = data_samples or [SegDataSample() for _ in inputs]
+        for logits, sample in zip(self.logits_of(inputs, data_samples), samples, strict=True):
+            sample.set_data(dict(seg_logits=DeferredLogits(logits.large),
+                                 pred_sem_seg=PixelData(data=class_map([logits.rows]).unsqueeze(0))))
         return samples
 
-    def _class_map(self, small: Tensor, size: Sequence[int], meta: dict | None) -> Tensor:
-        if meta is None:
-            return upsampled_argmax(small, size, align_corners=self.align_corners)
-        return upsampled_argmax(small, size, meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0))),
-                                meta['flip_direction'] if meta.get('flip') else None, meta['ori_shape'], self.align_corners)
+    def logits_of(self, inputs: Tensor, data_samples: list[SegDataSample] | None = None) -> Iterator[ImageLogits]:
+        """Logits of each of the images ``(N, C, H, W)``, whole or of sliding windows as ``test_cfg`` says.
 
-    def _large_logits(self, small: Tensor, size: Sequence[int], meta: dict | None) -> Tensor:
-        large = resize(small, size=size, mode='bilinear', align_corners=self.align_corners)
-        return self.postprocess_result(large, None if meta is None else [SegDataSample(metainfo=meta)])[0].seg_logits.data
+        Whole images go through the network together; windows one by one, when their rows are asked for.
+
+        Raises:
+            UserError: If ``test_cfg`` names another mode, or its windows leave gaps.
+        """
+        shape, mode = inputs.shape[2:], self.test_cfg.get('mode', 'whole')
+        metas = [sample.metainfo for sample in data_samples or []]
+        metas = metas or [dict(ori_shape=shape, img_shape=shape, pad_shape=shape)] * len(inputs)
+        if mode == 'whole':
+            logits, size = self._head_logits(inputs, metas)
+            rows, columns = map(Windows.whole, size)
+        elif mode == 'slide':
+            rows, columns = map(Windows.sliding, shape, self.test_cfg.crop_size, self.test_cfg.stride)
+        else:
+            raise UserError(f"model.test_cfg.mode={mode!r}: 'whole' or 'slide' is needed")
+        for i, meta in enumerate(metas):
+            if mode == 'whole':
+                small = logits[i:i + 1]
+                compute = partial(_only, small[0])
+                large = partial(resize, small, size=size, mode='bilinear', align_corners=self.align_corners, warning=False)
+            else:
+                image = inputs[i:i + 1]
+                compute = partial(self._windows, image, meta, rows, columns)
+                large = partial(self.slide_inference, image, [dict(meta)])
+            padding = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+            flip = meta['flip_direction'] if meta.get('flip') else None
+            yield ImageLogits(LogitRows(compute, rows, columns, padding, flip, meta['ori_shape'][:2], self.align_corners),
+                              partial(self._at_own_size, large, meta))
+
+    def _head_logits(self, inputs: Tensor, metas: list[dict]) -> tuple[Tensor, tuple[int, ...]]:
+        """Logits of images ``(N, C, H, W)`` as the head leaves them, and the size to which it brings them."""
+        head = type(self.decode_head)
+        if head.predict is BaseDecodeHead.predict and head.predict_by_feat is BaseDecodeHead.predict_by_feat:
+            return self.decode_head.forward(self.extract_feat(inputs)), _input_size(metas[0])
+        logits = self.encode_decode(inputs, metas)  # a head with a way of its own to predict
+        return logits, tuple(logits.shape[2:])
+
+    def _windows(self, image: Tensor, meta: dict, rows: Windows, columns: Windows, number: int) -> list[Tensor]:
+        """Logits ``(K, h, w)`` of a row of windows of ``image``, ``(1, C, H, W)``."""
+        top, found = rows.starts[number], []
+        for left in columns.starts:
+            window = image[..., top:top + rows.length, left:left + columns.length]
+            found.append(self._head_logits(window, [{**meta, 'img_shape': window.shape[2:]}])[0][0])
+        return found
+
+    @torch.no_grad()
+    def _at_own_size(self, large: Callable[[], Tensor], meta: dict) -> Tensor:
+        return self.postprocess_result(large(), [SegDataSample(metainfo=meta)])[0].seg_logits.data
+
+
+def _only(logits: Tensor, number: int) -> list[Tensor]:
+    """The one window of the one row of windows, which has number 0."""
+    return [logits]
 
 
 def _input_size(meta: dict) -> tuple[int, int]:

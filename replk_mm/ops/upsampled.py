@@ -1,14 +1,14 @@
-"""Cross-entropy and argmax of logits brought to a larger size, without the large logits.
+"""Cross-entropy of logits brought to a larger size, without the large logits.
 
-A segmentor's logits are a quarter of the image's height and width, or less, and are interpolated before the loss and before
-the argmax. With many classes the interpolated logits, their log-softmax and its gradient are most of a small model's training
-step and most of its memory. Here they exist for some rows of one image at a time, while the processor's caches hold them:
-interpolated, reduced, and taken back through the transpose of the interpolation.
+A segmentor's logits are a quarter of the image's height and width, or less, and are interpolated before the loss. With many
+classes the interpolated logits, their log-softmax and its gradient are most of a small model's training step and most of its
+memory. Here they exist for some rows of one image at a time, while the processor's caches hold them: interpolated, reduced,
+and taken back through the transpose of the interpolation.
 
 Bilinear interpolation is separable. The columns of the few small rows behind a chunk come first, by torch's own
 interpolation in channels-last memory; then the rows, two taps each, into a buffer that all chunks use.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,12 +29,13 @@ _BAND = 128
 _TINY = 1e-30
 
 
-def _rows_at_a_time(width: int, classes: int, like: Tensor) -> int:
+def rows_at_a_time(width: int, classes: int, like: Tensor) -> int:
+    """Rows of interpolated logits that make a chunk, at least one."""
     room = CPU_CHUNK_BYTES if like.device.type == 'cpu' else DEVICE_CHUNK_BYTES
     return max(1, room // (width * classes * like.element_size()))
 
 
-def _pixels_first(logits: Tensor) -> Tensor:
+def pixels_first(logits: Tensor) -> Tensor:
     """``(K, h, w)`` to ``(h, w, K)`` in at least float32; no copy of channels-last memory in that precision."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits.permute(1, 2, 0).to(dtype).contiguous()
@@ -48,7 +49,7 @@ def _resize_columns(x: Tensor, width: int, align_corners: bool) -> Tensor:
     return F.interpolate(images, (1, width), mode='bilinear', align_corners=align_corners).squeeze(2).transpose(1, 2)
 
 
-class _Buffers:
+class Buffers:
     """Tensors for the intermediate results of one chunk, as many sets as chunks are computed at a time."""
 
     def __init__(self, like: Tensor, *shape: int) -> None:
@@ -74,11 +75,11 @@ class _CrossEntropy(torch.autograd.Function):
         height, width = ids.shape[1:]
         like = logits.new_empty(0, dtype=torch.promote_types(logits.dtype, torch.float32))
         parts = [(part, part.transposed()) for part in Interpolation(h, height, align_corners, like).parts(
-            min(_rows_at_a_time(width, classes, like), height))]
+            min(rows_at_a_time(width, classes, like), height))]
         bands = [(slice(part.start, part.stop), slice(part.first, part.last), part.transposed())
                  for part in Interpolation(w, width, align_corners, like).parts(_BAND)]
         chunks = [(image, part, transposed) for image in range(n) for part, transposed in parts]
-        buffers = _Buffers(like, 2, parts[0][0].stop * width, classes)
+        buffers = Buffers(like, 2, parts[0][0].stop * width, classes)
         losses, corrects, grads = ([like.new_empty(0)] * len(chunks) for _ in range(3))
 
         def work(i: int) -> None:
@@ -86,7 +87,7 @@ class _CrossEntropy(torch.autograd.Function):
             rows = part.stop - part.start
             with buffers.lent() as (x, p):
                 x, p = x[:rows * width], p[:rows * width]
-                wide = _resize_columns(_pixels_first(logits[image, :, part.first:part.last]), width, align_corners)
+                wide = _resize_columns(pixels_first(logits[image, :, part.first:part.last]), width, align_corners)
                 part.apply(wide.reshape(len(wide), -1), x.view(rows, -1))
                 torch.softmax(x, 1, out=p)
                 label = ids[image, part.start:part.stop].reshape(-1, 1)
@@ -164,75 +165,3 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 
         total, correct = _CrossEntropy.apply(logits, ids, ignored, align_corners,
                                              logits.requires_grad and torch.is_grad_enabled())
     return total, correct, ids.numel() - ignored.sum()
-
-
-@torch.no_grad()
-def upsampled_argmax(logits: Tensor, size: Sequence[int], padding: Sequence[int] = (0, 0, 0, 0), flip: str | None = None,
-                     out_size: Sequence[int] | None = None, align_corners: bool = False) -> Tensor:
-    """Class map of one image's logits on their way to the image: resized, cropped, turned back and resized again.
-
-    The argmax of what ``F.interpolate`` to ``size``, slicing, ``flip`` and ``F.interpolate`` to ``out_size`` leave, with some
-    rows of a few megabytes at a time in place of ``(K, H, W)``. Rows come from a matrix product, in the precision of
-    ``torch.set_float32_matmul_precision``.
-
-    Args:
-        logits: ``(K, h, w)``.
-        size: Height and width of the network's input in pixels.
-        padding: Columns and rows of ``size`` that are padding: left, right, top, bottom. Defaults to none.
-        flip: ``'horizontal'`` or ``'vertical'`` if the input was flipped so. Defaults to None.
-        out_size: Height and width of the result. Defaults to ``size`` without its padding.
-        align_corners: As in ``F.interpolate``. Defaults to False.
-
-    Returns:
-        ``(H, W)``, the first class with the largest logit.
-
-    Raises:
-        ValueError: If ``flip`` is none of these.
-    """
-    if flip not in (None, 'horizontal', 'vertical'):
-        raise ValueError(f"flip={flip!r} must be None, 'horizontal' or 'vertical'")
-    classes, small_height, small_width = logits.shape
-    like = _pixels_first(logits[:, :0])
-    left, right, top, bottom = padding
-    height, width = size[0] - top - bottom, size[1] - left - right
-    out_height, out_width = out_size or (height, width)
-    double = torch.empty(0, dtype=torch.float64)
-    to_input = Interpolation(small_height, size[0], align_corners, double)
-    to_output = Interpolation(height, out_height, align_corners, double).read_from(top, height, flip == 'vertical')
-
-    def with_columns(first: int, last: int) -> Tensor:
-        """Some rows of the logits with the columns of the result, ``(rows, K, out_width)``."""
-        rows = logits[:, first:last]
-        if (small_height, small_width) != tuple(size):
-            x = _resize_columns(_pixels_first(rows), size[1], align_corners)[:, left:left + width]
-            return _resize_columns(x.flip(1) if flip == 'horizontal' else x, out_width, align_corners).transpose(1, 2)
-        # Already large, as sliding windows leave them: classes far apart in memory are better left so.
-        x = rows[..., left:left + width].transpose(0, 1).to(like.dtype)
-        x = x.flip(2) if flip == 'horizontal' else x
-        return x if width == out_width else F.interpolate(x, out_width, mode='linear', align_corners=align_corners)
-
-    chunks = []  # rows of the result, rows of the logits, and the matrix between them: both interpolations in one
-    for part in to_output.parts(_rows_at_a_time(out_width, classes, like)):
-        before = to_input.part(part.first, part.last)
-        chunks.append((part, before, (before.transposed() @ part.transposed()).t().to(like)))
-    room = max(before.last - before.first for _, before, _ in chunks)
-    buffers = _Buffers(like, room + chunks[0][0].stop, classes * out_width)
-    order = -torch.arange(classes, device=like.device, dtype=like.dtype).view(1, -1, 1)
-    result = torch.empty(out_height, out_width, dtype=torch.long, device=like.device)
-
-    def work(i: int) -> None:
-        part, before, matrix = chunks[i]
-        with buffers.lent() as buffer:
-            small, x = buffer[:before.last - before.first], buffer[room:room + part.stop - part.start]
-            # Classes come before columns: reductions then run along columns.
-            small.view(-1, classes, out_width).copy_(with_columns(before.first, before.last))
-            small.nan_to_num_(0)  # which a product would spread over all rows
-            x = torch.mm(matrix, small, out=x).view(-1, classes, out_width)
-            # An argmax at the speed of memory: minus the class where the logit is the largest, far below that elsewhere.
-            x -= x.amax(1, keepdim=True)
-            torch.add(order, x, alpha=1e38, out=x)
-            result[part.start:part.stop] = x.amax(1).neg_()
-
-    with torch.autocast(like.device.type, enabled=False):
-        workers.run(work, len(chunks), spread=like.device.type == 'cpu')
-    return result
