@@ -29,9 +29,16 @@ def add_config_options(p: argparse.ArgumentParser) -> None:
     p.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE', help='override config fields')
 
 
+def add_classes(p: argparse.ArgumentParser) -> None:
+    """Classes other than the config's; a checkpoint trained with some needs the same ones later."""
+    p.add_argument('--classes', metavar='NAMES', help='classes of the data, for data sets and heads: NAME,NAME,... or a file '
+                   "with one a line, or 'auto' for the categories of the annotation file")
+
+
 def add_run_arguments(p: argparse.ArgumentParser) -> None:
     """What training and testing have in common."""
     p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the config)')
+    add_classes(p)
     p.add_argument('--work-dir', metavar='DIR', help='where logs and checkpoints go (default: work_dirs/CONFIG)')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',

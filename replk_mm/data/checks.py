@@ -1,13 +1,13 @@
 """What can be wrong with a data set, found before training: folders, pairs, and a sample of the files."""
-import inspect
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from mmengine.config import Config, ConfigDict
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.config import Config
 from PIL import Image
 
+from replk_mm.data import cityscapes, coco_checks
+from replk_mm.data.datasets import as_list, coco_style, dataset_class, dataset_option, datasets_of
 from replk_mm.data.files import damage
 from replk_mm.data.transforms import IGNORED, label_range_message, not_a_label_map
 from replk_mm.errors import UserError
@@ -17,13 +17,14 @@ SAMPLE = 64
 _SHOWN = 5
 
 
-def check_dataset(dataset: dict, scope: str, num_classes: int | None) -> str:
-    """Check folders, image and label pairs, and the content of a sample.
+def check_dataset(dataset: dict, scope: str, num_classes: int | None, metrics: Sequence[dict] | None = None) -> str:
+    """Check folders, image and label pairs or annotations, and the content of a sample.
 
     Args:
         dataset: Config of a leaf dataset, mmseg's layout (image and label folders) or one with an annotation file.
         scope: Default scope of the config, in which the dataset's type is looked up.
         num_classes: Classes of the model; None checks no label ids.
+        metrics: Configs of what is measured on it; None if it is trained with. Defaults to None.
 
     Returns:
         A line that says what was checked.
@@ -49,21 +50,22 @@ def check_dataset(dataset: dict, scope: str, num_classes: int | None) -> str:
                  *(p for p in root.resolve().parents[:2] if (p / prefix[image_key]).is_dir())]
         hint = f'Did you mean --data-root {found[0]}?' if found else _expected(dataset)
         raise UserError(f'{images_dir}: no such folder (data root {root} holds: {_listing(root)})\n{hint}')
-    builder = dataset_class(dataset, scope)
-    defaults = {p.name: p.default for p in inspect.signature(builder).parameters.values()}
-
-    def option(key, fallback):
-        value = dataset.get(key, defaults.get(key, fallback))
-        return fallback if value is inspect.Parameter.empty else value
-
+    if dataset.get('ann_file') and coco_style(dataset, scope):
+        return coco_checks.check(root / dataset['ann_file'], images_dir, _use(dataset, metrics))
     if 'seg_map_path' not in prefix:
         return f'data {root}: annotation file and image folder are there'
-    reduce_zero = bool(option('reduce_zero_label', False))
+    builder = dataset_class(dataset, scope)
+    reduce_zero = bool(dataset_option(dataset, builder, 'reduce_zero_label', False))
     _check_reduction(dataset, reduce_zero)
     in_files = _classes_picked_from(dataset, builder)
     if in_files and num_classes is not None:
         num_classes = in_files  # the data set maps those that were picked
-    image_suffix, label_suffix = option('img_suffix', '.jpg'), option('seg_map_suffix', '.png')
+    image_suffix = dataset_option(dataset, builder, 'img_suffix', '.jpg')
+    label_suffix = dataset_option(dataset, builder, 'seg_map_suffix', '.png')
+    if label_suffix.endswith(cityscapes.RAW_SUFFIX) and num_classes == len(cityscapes.IDS):
+        raise UserError(f'{dataset["type"]}.seg_map_suffix={label_suffix!r} (data root {root}): these are the raw label ids, '
+                        f'of 34 kinds; the model has {num_classes} classes\n{cityscapes.how_to_convert(root)}\n'
+                        f'and use the suffix {label_suffix.replace(cityscapes.RAW_SUFFIX, cityscapes.TRAIN_SUFFIX)!r}.')
     # mmseg takes the names from an annotation file, if there is one, and from the folder otherwise.
     if dataset.get('ann_file'):
         listed = {line.strip() for line in (root / dataset['ann_file']).read_text().splitlines() if line.strip()}
@@ -77,20 +79,15 @@ def check_dataset(dataset: dict, scope: str, num_classes: int | None) -> str:
                         reduce_zero, num_classes)
 
 
-def dataset_class(dataset: dict, scope: str) -> type:
-    """The class that a data set's ``type`` names.
-
-    Raises:
-        UserError: If there is none.
-    """
-    init_default_scope(scope)
-    # Not `DATASETS.get`: it does not look into the default scope, whose data sets may not be imported yet.
-    with DATASETS.switch_scope_and_registry(dataset.get('_scope_', scope)) as registry:
-        found = registry.get(dataset['type'])
-    if found is None:
-        raise UserError(f'data set type {dataset["type"]!r}: there is no such data set in {scope} (data root '
-                        f'{dataset.get("data_root")})\nCheck its spelling, and that its package is installed.')
-    return found
+def _use(dataset: dict, metrics: Sequence[dict] | None) -> coco_checks.Use:
+    filters = dataset.get('filter_cfg') or {}
+    scored = [m for m in metrics or () if str(m.get('type')).endswith('CocoMetric') and not m.get('format_only')]
+    masks = any('segm' in as_list(m.get('metric', 'bbox')) for m in scored) or any(
+        step.get('load', step).get('with_mask') for step in dataset.get('pipeline', ()) if isinstance(step, dict))
+    classes = (dataset.get('metainfo') or {}).get('classes')
+    return coco_checks.Use(
+        train=metrics is None, masks=masks, scored=bool(scored), classes=tuple(classes) if classes else None,
+        keep_empty=not filters.get('filter_empty_gt', False), min_size=filters.get('min_size', 0))
 
 
 def _check_reduction(dataset: dict, reduce_zero: bool) -> None:
@@ -140,6 +137,10 @@ def _check_pairs(root: Path, images_dir: Path, labels_dir: Path, image_suffix: s
                         f'(data root {root} holds: {_listing(root)})')
     labels = _names(labels_dir, label_suffix)
     missing = sorted(images - labels)
+    raw_suffix = label_suffix.replace(cityscapes.TRAIN_SUFFIX, cityscapes.RAW_SUFFIX)
+    if missing and raw_suffix != label_suffix and (raw := _names(labels_dir, raw_suffix) & set(missing)):
+        raise UserError(f'{labels_dir}: {len(missing)} of {len(images)} images have no label map (NAME{label_suffix}), but '
+                        f'{len(raw)} of them raw ones (NAME{raw_suffix}): {_some(missing)}\n{cityscapes.how_to_convert(root)}')
     if missing:
         raise UserError(f'{labels_dir}: {len(missing)} of {len(images)} images have no label map '
                         f'(NAME{label_suffix}): {_some(missing)}\n'
@@ -188,32 +189,33 @@ def _names(folder: Path, suffix: str) -> set[str]:
 
 
 def check_data(cfg: Config, splits: tuple[str, ...], num_classes: int | None) -> list[str]:
-    """:func:`check_dataset` for the leaf datasets of the named splits, each once."""
+    """:func:`check_dataset` for the leaf datasets of the named splits, each once, and the files that metrics compare with.
+
+    Raises:
+        UserError: See :func:`check_dataset`; or if a metric has another annotation file than the data set.
+    """
     lines, seen = [], set()
-    for dataset in datasets_of(cfg, splits):
-        key = str({k: v for k, v in dataset.items() if k in ('data_root', 'data_prefix', 'ann_file')})
-        if key not in seen:
-            seen.add(key)
-            lines.append(check_dataset(dataset, cfg.get('default_scope', 'mmengine'), num_classes))
+    for split in splits:
+        metrics = None if split == 'train' else as_list(cfg.get(f'{split}_evaluator'))
+        datasets = list(datasets_of(cfg, (split,)))
+        for dataset in datasets:
+            key = str({k: v for k, v in dataset.items() if k in ('data_root', 'data_prefix', 'ann_file')})
+            if key not in seen:
+                seen.add(key)
+                lines.append(check_dataset(dataset, cfg.get('default_scope', 'mmengine'), num_classes, metrics))
+        if len(datasets) == 1:
+            _check_metric_files(split, datasets[0], metrics or [])
     return lines
 
 
-def datasets_of(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[ConfigDict]:
-    """The leaf datasets of the data loaders, wrappers (repeat, concatenate) opened."""
-    for split in splits:
-        loader = cfg.get(f'{split}_dataloader')
-        if loader:
-            yield from _leaves(loader['dataset'])
-
-
-def _leaves(dataset: ConfigDict) -> Iterator[ConfigDict]:
-    inner = as_list(dataset.get('dataset')) + as_list(dataset.get('datasets'))
-    if not inner:
-        yield dataset
-    for part in inner:
-        yield from _leaves(part)
-
-
-def as_list(value) -> list:
-    """``value`` as a list: itself, of one, or empty for None."""
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+def _check_metric_files(split: str, dataset: dict, metrics: Sequence[dict]) -> None:
+    """COCO's metric has a file of its own, which whoever changes the data set's forgets."""
+    if not dataset.get('ann_file'):
+        return
+    file = Path(dataset.get('data_root') or '.') / dataset['ann_file']
+    for metric in metrics:
+        scored = metric.get('ann_file')
+        if scored and str(metric.get('type')).endswith('CocoMetric') and Path(scored).resolve() != file.resolve():
+            raise UserError(f'{split}_evaluator.ann_file={scored!r}: the data set has another annotation file, {file}\n'
+                            f'Detections can be scored with the annotations of the same images only: '
+                            f'--cfg-options {split}_evaluator.ann_file={file}')

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 from mmcv.transforms import BaseTransform
 
+from replk_mm.data import cityscapes
 from replk_mm.data.files import damage
 from replk_mm.errors import UserError
 from replk_mm.registry import TRANSFORMS
@@ -27,9 +28,11 @@ class CheckedLoad(BaseTransform):
 
     def transform(self, results: dict) -> dict | None:
         loads_labels = 'img' in results
-        path = Path(str(results.get('seg_map_path' if loads_labels else 'img_path', '')))
+        # Of a data set with boxes the annotations are not in a file of the image's own.
+        entries = loads_labels and not results.get('seg_map_path')
+        path = Path(str(results.get('seg_map_path' if loads_labels and not entries else 'img_path') or ''))
         try:
-            problem = damage(path) if path.is_file() else None
+            problem = damage(path) if path.is_file() and not entries else None
             if problem:
                 raise UserError(f'{path}: {problem}\n{_REMEDY}')
             out = self.load(results)
@@ -37,6 +40,9 @@ class CheckedLoad(BaseTransform):
             raise
         except Exception as error:
             # Decoders raise anything from OSError to cv2.error; all of them mean this file.
+            if entries:
+                raise UserError(f'{path}: its annotations cannot be read ({type(error).__name__}: {error})\n'
+                                f'Mend the entries of image {results.get("img_id")!r} in the annotation file.') from error
             raise UserError(f'{path}: cannot be read ({type(error).__name__}: {error})\n{_REMEDY}') from error
         if loads_labels and out is not None and 'gt_seg_map' in out:
             if out['gt_seg_map'].ndim != 2:
@@ -65,7 +71,9 @@ def label_range_message(path: Path, found: list[int], num_classes: int, reduce_z
              f'0..{num_classes - 1} (255 is ignored)')
     return (f'{path}: label ids {shown} are beyond the {num_classes} classes; valid are {valid} with '
             f'reduce_zero_label={reduce_zero_label}\n'
-            f'Set num_classes of every head (and the data set\'s classes) to the labels, or mend the label maps.')
+            + (f'They are within the 34 raw ids of Cityscapes. {cityscapes.how_to_convert("ROOT")}\n'
+               if not reduce_zero_label and cityscapes.raw_ids(found, num_classes) else '')
+            + 'Set num_classes of every head (and the data set\'s classes) to the labels, or mend the label maps.')
 
 
 @TRANSFORMS.register_module()

@@ -18,6 +18,7 @@ class Options:
 
     Attributes:
         data_root: Folder of the data set; None for the config's.
+        classes: Names of the classes, see :func:`replk_mm.data.classes.use_classes`; None for the config's.
         work_dir: Where logs and checkpoints go; None for ``work_dirs/CONFIG``.
         max_iters: Train for so many iterations; None for the config's schedule.
         resume: ``'auto'`` for the last checkpoint of the work dir, or a checkpoint; None starts anew.
@@ -30,6 +31,7 @@ class Options:
     """
 
     data_root: str | None = None
+    classes: str | None = None
     work_dir: str | None = None
     max_iters: int | None = None
     resume: str | None = None

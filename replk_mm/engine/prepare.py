@@ -6,10 +6,16 @@ from mmengine.config import Config, ConfigDict
 
 from replk_mm import checkpoints
 from replk_mm.data.checks import check_data, datasets_of
+from replk_mm.data.class_checks import check_classes, check_heads, compare_with_checkpoint
+from replk_mm.data.classes import head_counts, is_head, use_classes
 from replk_mm.engine import memory
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
+from replk_mm.engine.drop_ins import use_drop_ins
 from replk_mm.engine.machine import Options, init_gloo, last_checkpoint, prepare_work_dir, processes_of, select_device
 from replk_mm.errors import UserError
+
+#: Steps of a pipeline that read files, of mmseg's and mmdet's.
+_LOADING = ('LoadImageFromFile', 'LoadAnnotations', 'LoadPanopticAnnotations')
 
 
 def prepare_training(cfg: Config, options: Options) -> list[str]:
@@ -34,21 +40,18 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     init_gloo(options.launcher, device)  # first, for the processes agree on the batch
     cfg.launcher = options.launcher
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
-    if options.data_root:
-        set_data_root(cfg, options.data_root)
-    notes = []
+    notes = prepare_data(cfg, options, ('train', 'val'))
     if options.max_iters is not None:
         notes.append(shorten(cfg, options.max_iters))
     notes += fit_to_machine(cfg, options.amp, device, local_processes)
     model = build_model(cfg, 'meta')
     memory.check_batch(cfg, model)
-    _check_heads(cfg, model)
+    check_heads(cfg, counts_of(model), ('train', 'val'))
     parameters = sum(p.numel() for p in model.parameters())
     # Weights and Adam's moments; the old checkpoint goes only when the new one is written.
     prepare_work_dir(cfg.work_dir, needed=2 * 12 * parameters)
-    notes += check_data(cfg, ('train', 'val'), num_classes_of(model))
     check_while_loading(cfg, num_classes_of(model))
-    count_per_class(cfg)
+    use_drop_ins(cfg)
     if options.memory_check and device == 'cpu':
         notes += memory.fit_batch(cfg, model, local_processes)
     notes += _scale_learning_rate(cfg, processes)
@@ -60,27 +63,45 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     return notes
 
 
+def prepare_data(cfg: Config, options: Options, splits: tuple[str, ...]) -> list[str]:
+    """Point the config to its data, give it the classes that the user named, and check both.
+
+    Args:
+        cfg: Changed in place.
+        options: ``data_root`` and ``classes`` are used.
+        splits: Whose data must be there.
+
+    Returns:
+        What was changed or checked, a line each.
+
+    Raises:
+        UserError: If data are missing or damaged, or data sets, annotations and heads have different classes.
+    """
+    if options.data_root:
+        set_data_root(cfg, options.data_root)
+    notes = use_classes(cfg, options.classes, splits) if options.classes else []
+    counts = head_counts(cfg.model)
+    check_heads(cfg, counts)
+    labels = [count for path, count in counts.items() if '.decode_head' in path]
+    notes += check_data(cfg, splits, labels[-1] if labels else None)
+    notes += check_classes(cfg, splits)
+    return notes
+
+
 def check_while_loading(cfg: Config, num_classes: int | None) -> None:
     """Wrap the loading steps of every pipeline, so that a bad file is named when it is read."""
+    scope = cfg.get('default_scope', 'mmengine')
+
     def checked(step):
         if isinstance(step, (list, tuple)):
             return [checked(part) for part in step]
-        if step.get('type') in ('LoadImageFromFile', 'LoadAnnotations'):
+        if str(step.get('type')).removeprefix(f'{scope}.') in _LOADING:
             return ConfigDict(type='replk_mm.CheckedLoad', load=step, num_classes=num_classes)
         return ConfigDict({**step, 'transforms': checked(step['transforms'])}) if 'transforms' in step else step
 
     for dataset in datasets_of(cfg):
         if 'pipeline' in dataset:
             dataset['pipeline'] = checked(dataset['pipeline'])
-
-
-def count_per_class(cfg: Config) -> list[ConfigDict]:
-    """Let segmentation metrics be ours, which keep the figures of every class; returns their configs."""
-    found = [metric for key in ('val_evaluator', 'test_evaluator') for metric in as_list(cfg.get(key))
-             if metric.get('type') in ('IoUMetric', 'mmseg.IoUMetric', 'replk_mm.IoUMetric')]
-    for metric in found:
-        metric['type'] = 'replk_mm.IoUMetric'
-    return found
 
 
 def num_classes_of(model: nn.Module) -> int | None:
@@ -92,13 +113,10 @@ def _classes_of(head: nn.Module | None) -> int | None:
     return getattr(head[-1] if isinstance(head, nn.ModuleList) else head, 'num_classes', None)
 
 
-def _check_heads(cfg: Config, model: nn.Module) -> None:
-    """Refuse heads that disagree on the number of classes: the labels are the same for all of them."""
-    counts = {name: count for name in ('decode_head', 'auxiliary_head') for count in [_classes_of(getattr(model, name, None))]
-              if count is not None}
-    if len(set(counts.values())) > 1:
-        found = ', '.join(f'model.{name}.num_classes={count}' for name, count in counts.items())
-        raise UserError(f'{cfg.filename}: the heads have different numbers of classes: {found}\nSet them to the same number.')
+def counts_of(model: nn.Module) -> dict[str, int]:
+    """Number of classes of every head of a model that tells all of them apart, by path."""
+    return {f'model.{name}': module.num_classes for name, module in model.named_modules()
+            if is_head(name) and isinstance(getattr(module, 'num_classes', None), int) and 'rpn_head' not in name}
 
 
 def _scale_learning_rate(cfg: Config, processes: int) -> list[str]:
@@ -165,6 +183,7 @@ def _resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
         raise UserError(f'{last}: cannot be resumed: it has no optimizer state'
                         + (' (reparameterized checkpoints are for inference)' if merged else '')
                         + '\nResume from a checkpoint that training wrote.')
+    compare_with_checkpoint(cfg, loaded['meta'], str(last), ('train',))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, str(last)).items()}
     differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))

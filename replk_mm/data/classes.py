@@ -1,0 +1,227 @@
+"""The names of the classes: of data sets, of annotation files, and how many of them the heads of a model tell apart.
+
+A class that only one of them knows is an error that no library reports: mmdet drops annotations of other names, and trains.
+"""
+import colorsys
+import difflib
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+from replk_mm.data import coco
+from replk_mm.data.datasets import as_list, dataset_class, dataset_option, placed_datasets
+from replk_mm.errors import UserError
+
+#: Keys of a model's config that hold a head which tells all classes apart, or a list of such.
+HEADS = ('decode_head', 'auxiliary_head', 'bbox_head', 'mask_head')
+#: Parts with classes of their own.
+_OTHERS = ('backbone', 'rpn_head', 'semantic_head')
+#: Names of so many classes and fewer are written out in a command.
+_WRITTEN_OUT = 20
+#: Files in a data root that name its classes, one a line.
+CLASSES_FILE = 'classes.txt'
+
+
+def parse_classes(text: str) -> list[str]:
+    """Names of classes as a command line gives them.
+
+    Args:
+        text: ``NAME,NAME,...``, or a file with one name a line.
+
+    Raises:
+        UserError: If there are none, or one twice, or no such file.
+    """
+    path = Path(text)
+    if ',' not in text and path.is_file():
+        names = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
+        names = [name for name in names if name]
+    elif ',' not in text and (path.suffix or os.sep in text):
+        raise UserError(f'--classes {text}: no such file\nGive names with commas between them, or a file with one a line.')
+    else:
+        names = [name.strip() for name in text.split(',')]
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if not names or not all(names) or twice:
+        what = f'{twice[0]!r} occurs twice' if twice else 'a name is empty' if names else 'the file has no names'
+        raise UserError(f'--classes {text}: {what}\nGive names with commas between them, or a file with one a line.')
+    return names
+
+
+def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
+    """Do what ``--classes`` says: give every data set of the config these classes, and every head their number.
+
+    Args:
+        cfg: Changed in place.
+        text: See :func:`parse_classes`; ``'auto'`` takes the names from the data: from the categories of the annotation file
+            (of the training data, if it is there), or from ``classes.txt`` or a demo's ``meta.json`` in the data root.
+        splits: Data sets that are there.
+
+    Returns:
+        What was changed, a line each.
+
+    Raises:
+        UserError: If the names cannot be had.
+    """
+    names, source = (parse_classes(text), '--classes') if text != 'auto' else _found_classes(cfg, splits)
+    return [f'classes: {len(names)}, from {source}: {listed(names)}', *set_classes(cfg, names)]
+
+
+def _found_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str]:
+    looked = []
+    for _, dataset in placed_datasets(cfg, tuple(dict.fromkeys(('train', *splits)))):
+        root = Path(dataset.get('data_root') or '.')
+        file = annotation_file(dataset)
+        if file:
+            if file.is_file():
+                return [category['name'] for category in coco.read(file)['categories']], str(file)
+            looked.append(file)
+            continue
+        looked += [root / CLASSES_FILE, root / 'meta.json']
+        if looked[-2].is_file():
+            return parse_classes(str(looked[-2])), str(looked[-2])
+        meta = _demo_meta(looked[-1])
+        # A demo in the layout of Cityscapes has Cityscapes' labels.
+        if meta.get('classes') and 'train_ids' not in meta:
+            return list(meta['classes']), str(looked[-1])
+    raise UserError(f'--classes auto: nothing names the classes; looked for {", ".join(map(str, dict.fromkeys(looked)))}\n'
+                    f'Name them: --classes NAME,NAME,... or --classes FILE with one a line.')
+
+
+def _demo_meta(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def set_classes(cfg: Config, names: Sequence[str]) -> list[str]:
+    """Give every data set these classes and colours for them, and every head their number.
+
+    A segmentation data set whose type has classes of its own, and not these, becomes mmseg's ``BaseSegDataset`` with the same
+    files: its label ids count these classes.
+
+    Args:
+        cfg: Changed in place.
+        names: The classes; label ``i`` is the ``i``-th.
+
+    Returns:
+        What else had to be changed, a line each.
+    """
+    scope = cfg.get('default_scope', 'mmengine')
+    notes: dict[str, None] = {}
+    former = {len(found) for _, dataset in placed_datasets(cfg) if (found := classes_of(dataset, scope))}
+    for _, dataset in placed_datasets(cfg):
+        builder = dataset_class(dataset, scope)
+        own = getattr(builder, 'METAINFO', {})
+        dataset['metainfo'] = ConfigDict({**(dataset.get('metainfo') or {}), 'classes': tuple(names),
+                                          'palette': _palette(names, own)})
+        if not hasattr(builder, 'get_label_map') or not own.get('classes') or list(own['classes']) == list(names):
+            continue
+        if set(names) <= set(own['classes']):
+            notes[f'labels: ids in the files are those of the {len(own["classes"])} classes of {dataset["type"]}; '
+                  f'{len(names)} of them are used'] = None
+            continue
+        for key in ('img_suffix', 'seg_map_suffix', 'reduce_zero_label'):
+            dataset[key] = dataset_option(dataset, builder, key, None)
+        first = 1 if dataset['reduce_zero_label'] else 0
+        notes[f'data: BaseSegDataset with the files of {dataset["type"]}, which has other classes; label ids '
+              f'{first}..{first + len(names) - 1} are these' + (', 0 is ignored' if first else '')] = None
+        dataset['type'] = 'mmseg.BaseSegDataset'
+    former |= set(head_counts(cfg.model).values())
+    for path, head in _parts(cfg.model, 'model'):
+        if is_head(path) or head.get('num_classes') in former:
+            if head.get('out_channels') == head.get('num_classes'):
+                head.pop('out_channels', None)
+            head['num_classes'] = len(names)
+            for key in ('loss_decode', 'loss_cls'):
+                for loss in as_list(head.get(key)):
+                    if isinstance(loss.get('class_weight'), (list, tuple)) and len(loss['class_weight']) != len(names):
+                        loss.pop('class_weight')
+                        notes[f'{path}.{key}: class_weight left out, it is of another number of classes'] = None
+    return list(notes)
+
+
+def _palette(names: Sequence[str], metainfo: dict) -> list[list[int]]:
+    """Colours: the data set type's own for names that it knows, others spread over the hues."""
+    known = dict(zip(metainfo.get('classes') or (), metainfo.get('palette') or (), strict=False))
+    hues = ((0.12 + 0.618034 * i) % 1 for i in range(len(names)))  # the golden ratio keeps neighbours apart
+    made = [[round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.65 + 0.3 * (i % 2), 0.95 - 0.25 * (i % 3 == 2))]
+            for i, hue in enumerate(hues)]
+    return [list(known.get(name, colour)) for name, colour in zip(names, made, strict=True)]
+
+
+def classes_of(dataset: dict, scope: str) -> tuple[str, ...] | None:
+    """The classes a data set will have: of ``metainfo`` in the config, or of its type; None if neither names any."""
+    given = (dataset.get('metainfo') or {}).get('classes')
+    if isinstance(given, str):  # mmengine takes it for a file
+        return tuple(parse_classes(given))
+    found = given or getattr(dataset_class(dataset, scope), 'METAINFO', {}).get('classes')
+    return tuple(found) if found else None
+
+
+def annotation_file(dataset: dict) -> Path | None:
+    """The COCO-style annotation file of a data set, None if it has none."""
+    name = str(dataset.get('ann_file') or '')
+    return Path(dataset.get('data_root') or '.') / name if name.endswith('.json') else None
+
+
+def is_head(path: str) -> bool:
+    """Whether a path in a model (config or module) is a head that tells all classes apart."""
+    return re.sub(r'\.\d+$', '', path).rpartition('.')[2] in HEADS
+
+
+def _parts(node: object, path: str) -> Iterator[tuple[str, dict]]:
+    """Dicts of a model's config that may count the data's classes, with their paths."""
+    if isinstance(node, dict):
+        if is_head(path) or 'num_classes' in node:
+            yield path, node
+        for key, value in node.items():
+            if key not in _OTHERS:
+                yield from _parts(value, f'{path}.{key}')
+    elif isinstance(node, (list, tuple)):
+        for i, value in enumerate(node):
+            yield from _parts(value, f'{path}.{i}')
+
+
+def head_counts(model: dict) -> dict[str, int]:
+    """Number of classes of every head whose config states it, by path."""
+    return {path: head['num_classes'] for path, head in _parts(model, 'model') if is_head(path) and 'num_classes' in head}
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names for a message, shortened with their number."""
+    return ', '.join(names[:most]) + (f', ... ({len(names)})' if len(names) > most else '')
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str | None:
+    """The one of ``known`` that differs from ``name`` in case, spaces or a typing mistake only."""
+    def bare(text):
+        return re.sub(r'[\W_]+', '', text).casefold()
+
+    same = [other for other in known if bare(other) == bare(name)]
+    close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+    return close[0] if close else None
+
+
+def command_with(option: str, value: str) -> str:
+    """This process's command with an option set, ready to paste; the option alone outside the commands of this project."""
+    words = list(sys.argv)
+    if Path(words[0]).parent.name != 'tools':
+        return shlex.join([option, value])
+    if option in words:
+        i = words.index(option)
+        del words[i:i + 2]
+    start = ['torchrun', '--nproc-per-node', os.environ['LOCAL_WORLD_SIZE']] if 'TORCHELASTIC_RUN_ID' in os.environ else [
+        'python']
+    return shlex.join([*start, *[w for w in words if not w.startswith(f'{option}=')], option, value])
+
+
+def classes_option(names: Sequence[str]) -> str:
+    """What to give ``--classes`` for a file that has these categories."""
+    return ','.join(names) if len(names) <= _WRITTEN_OUT and not any(',' in name for name in names) else 'auto'

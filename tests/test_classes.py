@@ -1,0 +1,407 @@
+"""Class names: set everywhere at once, and every disagreement between data, annotations and heads is named before a run."""
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import mmdet
+import numpy as np
+import pytest
+import torch
+from coco_files import change, write_coco_root
+from mmengine.config import Config
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from PIL import Image
+from tiny import make_data, tiny  # noqa: F401
+from tiny_detector import detector  # noqa: F401
+
+from replk_mm import cli
+from replk_mm.data.class_checks import check_heads, compare_with_checkpoint, snippet, trained_on
+from replk_mm.data.classes import CLASSES_FILE, did_you_mean, head_counts, listed, parse_classes, set_classes, use_classes
+from replk_mm.data.demo_scenes import DEMO_CLASSES
+from replk_mm.engine.config import build_model, set_data_root
+from replk_mm.engine.machine import Options
+from replk_mm.engine.prepare import counts_of, prepare_data
+from replk_mm.errors import UserError
+
+# ruff: noqa: F811 (fixtures that come from another file)
+MMDET = Path(mmdet.__file__).parent / '.mim' / 'configs'
+OWN = ('helmet', 'vest', 'traffic light')
+BOTH = ('train', 'val')
+
+
+def coco_config(name: str = 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py') -> Config:
+    cfg = Config.fromfile(str(MMDET / name))
+    cfg.model.backbone.pop('init_cfg', None)
+    return cfg
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A data set with categories of its own."""
+    return write_coco_root(tmp_path / 'data', OWN)
+
+
+def at(root: Path, **options) -> Config:
+    """A config for COCO, pointed to ``root``."""
+    cfg = coco_config(**options)
+    set_data_root(cfg, str(root))
+    return cfg
+
+
+def refusal(cfg: Config, classes: str | None = None, splits=BOTH) -> str:
+    with pytest.raises(UserError) as info:
+        prepare_data(cfg, Options(classes=classes), splits)
+    return str(info.value)
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+def test_names_from_a_command_line_or_a_file(tmp_path):
+    assert parse_classes('a, traffic light ,b') == ['a', 'traffic light', 'b']
+    assert parse_classes('person') == ['person']
+    (tmp_path / 'names.txt').write_text('a, b\n\n  c d  \r\n')
+    assert parse_classes(str(tmp_path / 'names.txt')) == ['a, b', 'c d']
+
+
+@pytest.mark.parametrize(('text', 'said'), [('a,,b', 'empty'), ('a,b,a', "'a' occurs twice"), ('', 'empty'),
+                                            ('names.txt', 'no such file'), ('no/such', 'no such file')])
+def test_bad_names_are_refused(text, said):
+    with pytest.raises(UserError, match=said) as info:
+        parse_classes(text)
+    assert str(info.value).startswith(f'--classes {text}: ')
+
+
+def test_names_that_differ_in_writing_only():
+    known = ['person', 'traffic light', 'dog']
+    assert [did_you_mean(name, known) for name in ('Person', 'traffic_light', 'TrafficLight', 'persn', 'helmet', 'cat')] == [
+        'person', 'traffic light', 'traffic light', 'person', None, None]
+    assert listed([str(i) for i in range(12)]) == '0, 1, 2, 3, 4, 5, 6, 7, ... (12)'
+
+
+def test_commands_have_the_option():
+    parser = cli.parser('', '')
+    cli.add_run_arguments(parser)
+    assert cli.options_of(parser.parse_args(['--classes', 'a,b'])).classes == 'a,b'
+    assert cli.options_of(parser.parse_args([])).classes is None
+
+
+# -- setting them -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('name', [
+    'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+    'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', 'retinanet/retinanet_r50_fpn_1x_coco.py',
+    'rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 'point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py',
+    'ms_rcnn/ms-rcnn_r50-caffe_fpn_1x_coco.py', 'htc/htc_r50_fpn_1x_coco.py'])
+def test_all_heads_have_the_classes_by_mmdets_own_check(name):
+    """mmdet's hook looks at the built network."""
+    from mmdet.engine.hooks import NumClassCheckHook
+    cfg = coco_config(name)
+    set_classes(cfg, OWN)
+    init_default_scope('mmdet')
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    data = SimpleNamespace(metainfo=dict(classes=OWN))
+    NumClassCheckHook()._check_head(SimpleNamespace(
+        model=model, train_dataloader=SimpleNamespace(dataset=data), logger=None), 'train')
+    assert set(counts_of(model).values()) == {3}
+    if hasattr(model, 'rpn_head'):
+        assert model.rpn_head.num_classes == 1, 'proposals have no classes'
+    if 'htc_' in name:
+        assert model.roi_head.semantic_head.num_classes == 183, 'not classes of the objects'
+
+
+def test_parts_with_classes_of_their_own_keep_them():
+    cfg = coco_config()
+    set_classes(cfg, ['one'])
+    cfg.model.rpn_head.num_classes = cfg.model.backbone.num_classes = 1  # as many as the data have
+    set_classes(cfg, OWN)
+    assert cfg.model.rpn_head.num_classes == cfg.model.backbone.num_classes == 1
+    assert set(head_counts(cfg.model).values()) == {3}
+
+
+def test_every_data_set_has_names_and_a_colour_for_each():
+    cfg = coco_config('rtmdet/rtmdet_tiny_8xb32-300e_coco.py')
+    inner = cfg.val_dataloader.dataset
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=dict(
+        type='ConcatDataset', datasets=[dict(inner), dict(inner)]))
+    set_classes(cfg, OWN)
+    parts = [*cfg.train_dataloader.dataset.dataset.datasets, cfg.val_dataloader.dataset, cfg.test_dataloader.dataset]
+    from mmdet.datasets import CocoDataset
+    light = dict(zip(CocoDataset.METAINFO['classes'], CocoDataset.METAINFO['palette'], strict=True))['traffic light']
+    for part in parts:
+        assert tuple(part.metainfo.classes) == OWN
+        assert len({tuple(colour) for colour in part.metainfo.palette}) == 3
+        assert all(0 <= v <= 255 for colour in part.metainfo.palette for v in colour)
+        assert tuple(part.metainfo.palette[2]) == light, 'a known class keeps its colour'
+
+
+def test_many_classes_have_colours_of_their_own():
+    cfg = coco_config()
+    set_classes(cfg, [f'class {i}' for i in range(150)])
+    assert len({tuple(c) for c in cfg.train_dataloader.dataset.metainfo.palette}) > 140
+
+
+def segmentation(root: Path, kind: str, **options) -> Config:
+    leaf = dict(type=kind, data_root=str(root), pipeline=[dict(type='LoadAnnotations')], **options,
+                data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'))
+    head = dict(type='FCNHead', num_classes=150, out_channels=150, loss_decode=[dict(
+        type='CrossEntropyLoss', class_weight=[1.] * 150)])
+    return Config(dict(default_scope='mmseg', model=dict(decode_head=head, auxiliary_head=[dict(head), dict(head)]),
+                       train_dataloader=dict(dataset=leaf)))
+
+
+def labels_read(cfg: Config, pixels: np.ndarray, path: Path) -> list[int]:
+    """What mmseg makes of a label file."""
+    Image.fromarray(pixels).save(path)
+    init_default_scope('mmseg')
+    data = DATASETS.build({**cfg.train_dataloader.dataset, 'lazy_init': True})
+    out = data.pipeline(dict(seg_map_path=str(path), seg_fields=[], label_map=data.label_map,
+                             reduce_zero_label=data.reduce_zero_label))
+    return out['gt_seg_map'].ravel().tolist()
+
+
+def test_segmentation_data_with_classes_of_its_own(tmp_path):
+    cfg = segmentation(tmp_path, 'ADE20KDataset')
+    notes = set_classes(cfg, OWN)
+    assert head_counts(cfg.model) == {'model.decode_head': 3, 'model.auxiliary_head.0': 3, 'model.auxiliary_head.1': 3}
+    assert 'out_channels' not in cfg.model.decode_head and 'class_weight' not in cfg.model.decode_head.loss_decode[0]
+    assert any('class_weight' in note for note in notes) and any('label ids 1..3 are these, 0 is ignored' in n for n in notes)
+    assert labels_read(cfg, np.array([[0, 1, 2, 3]], np.uint8), tmp_path / 'x.png') == [255, 0, 1, 2]
+
+
+def test_segmentation_data_may_use_some_classes_of_its_type(tmp_path):
+    cfg = segmentation(tmp_path, 'ADE20KDataset')
+    notes = set_classes(cfg, ('sky', 'wall'))
+    assert any('ids in the files are those of the 150 classes of ADE20KDataset' in note for note in notes)
+    assert labels_read(cfg, np.array([[0, 1, 2, 3]], np.uint8), tmp_path / 'x.png') == [255, 1, 255, 0]
+
+
+def test_data_set_of_other_suffixes_keeps_them(tmp_path):
+    cfg = segmentation(tmp_path, 'CityscapesDataset')
+    set_classes(cfg, OWN)
+    data = cfg.train_dataloader.dataset
+    assert (data.type, data.img_suffix, data.seg_map_suffix, data.reduce_zero_label) == (
+        'mmseg.BaseSegDataset', '_leftImg8bit.png', '_gtFine_labelTrainIds.png', False)
+
+
+# -- auto -------------------------------------------------------------------------------------------------------------
+def test_auto_takes_the_categories_in_the_files_order(own):
+    change(own / 'annotations/instances_train2017.json', lambda d: d['categories'].reverse())
+    cfg = at(own)
+    notes = use_classes(cfg, 'auto', ('val',))
+    assert tuple(cfg.test_dataloader.dataset.metainfo.classes) == OWN[::-1]
+    assert str(own / 'annotations/instances_train2017.json') in notes[0]
+    cfg = at(own)
+    cfg.pop('train_dataloader')
+    use_classes(cfg, 'auto', ('test',))
+    assert tuple(cfg.test_dataloader.dataset.metainfo.classes) == OWN
+
+
+def test_auto_for_label_maps(tiny, tmp_path):
+    cfg = segmentation(tiny.data, 'BaseSegDataset')
+    use_classes(cfg, 'auto', ('train',))
+    assert tuple(cfg.train_dataloader.dataset.metainfo.classes) == DEMO_CLASSES
+    cfg = segmentation(tmp_path, 'BaseSegDataset')
+    with pytest.raises(UserError, match='nothing names the classes') as info:
+        use_classes(cfg, 'auto', ('train',))
+    assert str(tmp_path / CLASSES_FILE) in str(info.value)
+    (tmp_path / CLASSES_FILE).write_text('a\nb\n')
+    use_classes(cfg, 'auto', ('train',))
+    assert head_counts(cfg.model)['model.decode_head'] == 2
+
+
+# -- annotation files and data sets -----------------------------------------------------------------------------------
+def test_categories_that_are_no_classes_are_refused(own):
+    message = refusal(at(own))
+    first = message.splitlines()[0]
+    assert first.startswith(str(own / 'annotations/instances_train2017.json'))
+    assert '2 of its 3 categories are none of the 80 classes of the data set: helmet (4 objects), vest (4 objects)' in first
+    assert "CocoDataset's own, for train_dataloader.dataset has no metainfo" in message
+    assert 'person, bicycle, car' in message and '(80)' in message
+    assert '8 of 12 objects would be left out without a word' in message
+    assert 'trained and scored on traffic light only' in message
+    assert "--classes 'helmet,vest,traffic light'" in message
+
+
+def test_what_is_refused_is_what_mmdet_leaves_out(own):
+    """mmdet itself: of 12 objects four remain, no word of it."""
+    from mmdet.datasets import CocoDataset
+    file = own / 'annotations/instances_train2017.json'
+    data = CocoDataset(ann_file=str(file), data_prefix=dict(img=''), pipeline=[])
+    assert sum(len(data.get_data_info(i)['instances']) for i in range(len(data))) == 4
+    assert '8 of 12 objects would be left out' in refusal(at(own))
+
+
+@pytest.mark.parametrize('classes', ['helmet,vest,traffic light', 'auto'])
+def test_named_classes_are_accepted(own, classes):
+    cfg = at(own)
+    notes = prepare_data(cfg, Options(classes=classes), BOTH)
+    assert head_counts(cfg.model) == {'model.roi_head.bbox_head': 3, 'model.roi_head.mask_head': 3}
+    assert notes[0].startswith('classes: 3, from') and 'helmet, vest, traffic light' in notes[0]
+
+
+def test_snippet_is_the_same_as_the_option(own, tmp_path):
+    for name in ('cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py', 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'):
+        base = coco_config(name)
+        base.dump(tmp_path / 'base.py')
+        cfg = Config.fromfile(str(tmp_path / 'base.py'))
+        (tmp_path / 'own.py').write_text('\n'.join(snippet(cfg, OWN)))
+        found = Config.fromfile(str(tmp_path / 'own.py'))
+        set_classes(base, OWN)
+        assert head_counts(found.model) == head_counts(base.model)
+        for split in ('train', 'val', 'test'):
+            assert tuple(found[f'{split}_dataloader'].dataset.metainfo.classes) == OWN
+        found.model.pop('_delete_', None)
+        assert found.model == base.model
+    assert all(f'  {line}' in refusal(at(own)).splitlines() for line in snippet(at(own), OWN))
+
+
+def test_command_is_ready_to_paste(own, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['tools/train.py', 'configs/a b.py', '--classes', 'helm,vest', '--data-root', str(own)])
+    message = refusal(at(own), 'helm,vest')
+    command = next(line.strip() for line in message.splitlines() if line.strip().startswith('python tools/train.py'))
+    assert shlex.split(command) == ['python', 'tools/train.py', 'configs/a b.py', '--data-root', str(own), '--classes',
+                                    ','.join(OWN)]
+
+
+def test_spelling_is_recognised_and_can_be_mended_in_the_file(tmp_path):
+    root = write_coco_root(tmp_path / 'data', ('Person', 'traffic_light', 'car'))
+    file = root / 'annotations/instances_train2017.json'
+    message = refusal(at(root))
+    assert 'Person (4 objects; did you mean person?), traffic_light (4 objects; did you mean traffic light?)' in message
+    command = next(line.strip() for line in message.splitlines() if 'python -c' in line)
+    exec(command.removeprefix('python -c "').removesuffix('"'), {})
+    assert [c['name'] for c in json.loads(file.read_text())['categories']] == ['person', 'traffic light', 'car']
+    assert 'instances_val2017.json' in refusal(at(root)).splitlines()[0]
+
+
+def test_files_that_disagree_are_named(tmp_path):
+    root = write_coco_root(tmp_path / 'data', ('helmet', 'vest'), ('helmet', 'jacket'))
+    for classes in ('auto', 'helmet,vest'):
+        message = refusal(at(root), classes)
+        assert 'instances_val2017.json' in message.splitlines()[0] and 'jacket' in message.splitlines()[0]
+        assert ('val_dataloader.dataset and train_dataloader.dataset disagree: only the first has jacket, only the second vest'
+                in message)
+        assert '--classes helmet,jacket,vest' in message
+    assert prepare_data(at(root), Options(classes='helmet,jacket,vest'), BOTH)
+
+
+def test_category_more_in_validation_is_not_taken_for_a_choice(tmp_path):
+    root = write_coco_root(tmp_path / 'data', ('helmet', 'vest'), ('helmet', 'vest', 'jacket'))
+    assert 'jacket' in refusal(at(root), 'auto').splitlines()[0]
+
+
+def test_some_of_the_80_classes_are_enough(tmp_path):
+    root = write_coco_root(tmp_path / 'data', ('person', 'bicycle', 'car'))
+    notes = prepare_data(at(root), Options(), BOTH)
+    assert [n for n in notes if 'occur' in n] == [
+        f'{root}/annotations/instances_{split}2017.json: 3 of 80 classes occur: person, bicycle, car' for split in BOTH]
+
+
+def test_some_of_the_categories_may_be_chosen(own):
+    notes = prepare_data(at(own), Options(classes='vest'), BOTH)
+    assert any('categories left out, the classes being vest: helmet, traffic light' in note for note in notes)
+
+
+def test_categories_without_objects_do_no_harm(tmp_path):
+    """As some programs write one above all others."""
+    root = write_coco_root(tmp_path / 'data', ('person', 'car'))
+    for file in (root / 'annotations').iterdir():
+        change(file, lambda d: d['categories'].insert(0, dict(id=0, name='objects')))
+    assert prepare_data(at(root), Options(), BOTH)
+
+
+def test_nothing_left_to_learn_is_said(tmp_path):
+    root = write_coco_root(tmp_path / 'data', ('helmet', 'vest'))
+    cfg = at(root)
+    cfg.train_dataloader.dataset.filter_cfg = None
+    assert 'nothing be left to learn: AP would be 0' in refusal(cfg)
+
+
+def test_photographs_train_with_three_of_80_classes(reference):
+    notes = prepare_data(at(reference / 'data/camvid/coco'), Options(), BOTH)
+    assert sum('3 of 80 classes occur: person, bicycle, car' in note for note in notes) == 2
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
+def test_heads_and_data_must_have_one_number(own):
+    cfg = at(own)
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=OWN)
+    message = refusal(cfg)
+    assert 'train_dataloader.dataset has 3 classes (helmet, vest, traffic light)' in message
+    settings = ['model.roi_head.bbox_head.num_classes', 'model.roi_head.mask_head.num_classes']
+    assert all(f'{setting}=80' in message for setting in settings)
+    assert f'--cfg-options {settings[0]}=3 {settings[1]}=3' in message
+    cfg.merge_from_dict(dict.fromkeys(settings, 3))
+    assert prepare_data(cfg, Options(), BOTH)
+
+
+def test_settings_reach_heads_in_lists(own):
+    cfg = at(own, name='cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py')
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=OWN)
+    settings = next(line for line in refusal(cfg).splitlines() if '--cfg-options' in line).split()[1:]
+    cfg.merge_from_dict({key: int(value) for key, _, value in (setting.partition('=') for setting in settings)})
+    assert prepare_data(cfg, Options(), BOTH)
+
+
+def test_heads_whose_config_states_no_number_are_looked_at_too(own):
+    cfg = at(own)
+    for head in (cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head):
+        head.pop('num_classes')  # mmdet's default is COCO's 80
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=OWN)
+    prepare_data(cfg, Options(), BOTH)
+    with pytest.raises(UserError, match=r'has 3 classes .*model.roi_head.bbox_head.num_classes=80'):
+        check_heads(cfg, counts_of(build_model(cfg, 'meta')), BOTH)
+
+
+def test_heads_that_disagree_are_refused(own):
+    cfg = at(own)
+    cfg.model.roi_head.mask_head.num_classes = 3
+    assert 'model.roi_head.bbox_head.num_classes=80, model.roi_head.mask_head.num_classes=3' in refusal(cfg)
+
+
+def test_segmentation_heads_and_data_must_have_one_number(tiny, tmp_path):
+    with pytest.raises(UserError, match=r'train_dataloader.dataset has 3 classes .a, b, c.*model.decode_head.num_classes=8'):
+        tiny.prepare(tmp_path, 2, {f'{split}_dataloader.dataset.metainfo.classes': ['a', 'b', 'c'] for split in BOTH})
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+def test_a_checkpoint_carries_its_classes(detector, tmp_path):
+    data = write_coco_root(tmp_path / 'data', OWN)
+    last = detector.train(tmp_path / 'work', 1, data_root=str(data), classes='auto')
+    loaded = torch.load(last, weights_only=False)
+    assert trained_on(loaded['meta']) == list(OWN)
+    assert loaded['state_dict']['roi_head.bbox_head.2.fc_cls.weight'].shape[0] == 4
+    assert loaded['state_dict']['roi_head.mask_head.2.conv_logits.weight'].shape[0] == 3
+    cfg = at(data)
+    with pytest.raises(UserError, match='was trained on 3 classes') as info:
+        compare_with_checkpoint(cfg, loaded['meta'], str(last))
+    assert "--classes 'helmet,vest,traffic light'" in str(info.value)
+    set_classes(cfg, OWN)
+    compare_with_checkpoint(cfg, loaded['meta'], str(last))
+    set_classes(cfg, OWN[::-1])
+    with pytest.raises(UserError, match='test_dataloader.dataset has 3 in another order'):
+        compare_with_checkpoint(cfg, loaded['meta'], str(last))
+    with pytest.raises(UserError, match='in another order'):
+        detector.train(tmp_path / 'work', 2, data_root=str(data), classes='vest,helmet,traffic light', resume='auto')
+
+
+@pytest.mark.parametrize('meta', [{}, {'dataset_meta': None}, {'dataset_meta': {'classes': None}}, {'dataset_meta': 'x'}])
+def test_checkpoints_without_names_pass(own, meta):
+    assert trained_on(meta) == []
+    compare_with_checkpoint(at(own), meta, 'x.pth')
+
+
+def test_older_checkpoints_name_their_classes_in_capitals():
+    assert trained_on({'dataset_meta': {'CLASSES': ('a', 'b')}}) == ['a', 'b']
+
+
+def test_segmentor_trains_with_classes_of_its_own(tiny, tmp_path):
+    data = make_data(tmp_path / 'data', 2, 1)
+    names = [f'kind {i}' for i in range(len(DEMO_CLASSES))]
+    (tmp_path / 'names.txt').write_text('\n'.join(names))
+    last = tiny.train(tmp_path / 'work', 1, data_root=str(data), classes=str(tmp_path / 'names.txt'))
+    assert trained_on(torch.load(last, weights_only=False)['meta']) == names
