@@ -100,10 +100,16 @@ def _worse(a: float, b: float) -> float:
     return a if a != a or a >= b else b  # NaN is worst
 
 
-def network_outputs(model: Any, image: Tensor) -> list:
+def network_outputs(model: Any, image: Tensor, boxes: int = 4, masks: int = 4) -> list:
     """Everything a network computes from an image without choosing boxes: features, dense head outputs, RoI heads.
 
     Which boxes a detector proposes flips with the last bit, so RoI heads get random features of their own shape.
+
+    Args:
+        model: A segmentor, detector or backbone.
+        image: ``(N, 3, H, W)``.
+        boxes: Regions that each box head sees.
+        masks: Regions that each mask head sees.
     """
     if not hasattr(model, 'extract_feat'):
         return [model(image)]
@@ -125,7 +131,8 @@ def network_outputs(model: Any, image: Tensor) -> list:
             if hasattr(part, 'roi_feat_size') and ('BBoxHead' in kind or 'MaskHead' in kind) and _takes_one(part):
                 size = part.roi_feat_size if isinstance(part.roi_feat_size, tuple) else (part.roi_feat_size,) * 2
                 generator = torch.Generator().manual_seed(1)
-                found.append(part(torch.randn(4, part.in_channels, *size, generator=generator).to(image)))
+                number = masks if 'MaskHead' in kind else boxes
+                found.append(part(torch.randn(number, part.in_channels, *size, generator=generator).to(image)))
     return found
 
 

@@ -3,12 +3,34 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.nn as nn
+from mmengine.config import Config
 from mmengine.logging import print_log
 
 from replk_mm.checkpoints import TRAINING_ONLY, LoadReport, copy_weights, guess_cause, read, reparameterization_of
+from replk_mm.data.class_checks import advice_of, trained_on
+from replk_mm.data.classes import classes_of, listed, set_classes
+from replk_mm.data.datasets import datasets_of
 from replk_mm.errors import UserError
 from replk_mm.key_formats import convert, unwrap
 from replk_mm.reparam import reparameterize
+
+
+def adopt_classes(cfg: Config, checkpoint: str | Path, trust: bool = False) -> list[str]:
+    """Give a config the classes that a checkpoint was trained on, where it has others.
+
+    Args:
+        cfg: Changed in place.
+        checkpoint: Path or address.
+        trust: See :func:`replk_mm.checkpoints.read`.
+
+    Returns:
+        What was changed, a line each.
+    """
+    names = trained_on(read(checkpoint, trust).get('meta') or {})
+    scope = cfg.get('default_scope', 'mmengine')
+    if not names or all(list(classes_of(dataset, scope) or ()) == names for dataset in datasets_of(cfg, ('test',))):
+        return []
+    return [f'classes: the {len(names)} that {checkpoint} was trained on: {listed(names)}', *set_classes(cfg, names)]
 
 
 def load_model(model: nn.Module, checkpoint: str | Path, trust: bool = False) -> tuple[LoadReport, dict]:
@@ -43,7 +65,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, trust: bool = False) ->
     mismatched = [key for key, *_ in report.mismatched if not key.startswith(TRAINING_ONLY)]
     if report.missing or mismatched or surplus:
         raise UserError(f'{checkpoint}: does not fit this config: {report.summary()}\n{report.details()}\n'
-                        f'{guess_cause(report, found, whole)}')
+                        f'{guess_cause(report, found, whole)}{advice_of(loaded.get("meta") or {})}')
     print_log(f'weights {checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; '
               f'{report.summary()}', logger='current')
     meta = loaded.get('meta')

@@ -1,4 +1,4 @@
-"""Pictures of label maps: overlays with a legend, and sheets of pictures side by side."""
+"""Pictures of label maps and of detected objects, and sheets of pictures side by side."""
 from collections.abc import Sequence
 
 import cv2
@@ -56,6 +56,35 @@ def legend(labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequenc
         share = f' {100 * counts[i] / labels.size:.0f}%' if shares else ''
         _text(panel, f'{classes[ids[i]]}{share}', (32, y + 12))
     return panel
+
+
+def draw_instances(image: np.ndarray, objects: Sequence[dict], classes: Sequence[str], palette: Sequence[Sequence[int]],
+                   opacity: float = 0.45) -> np.ndarray:
+    """Objects in their image: masks, boxes, and over each box its class with the score in percent.
+
+    Args:
+        image: ``(H, W, 3)`` BGR.
+        objects: From :func:`replk_mm.engine.predict.instances`, the surest first.
+        classes: Names.
+        palette: RGB of each class.
+        opacity: Of the masks.
+    """
+    picture = image.copy()
+    for thing in reversed(objects):  # the surest on top
+        colour = [int(c) for c in palette[thing['label']][::-1]]
+        if 'mask' in thing:
+            inside = thing['mask']
+            picture[inside] = ((1 - opacity) * picture[inside] + opacity * np.asarray(colour)).astype(np.uint8)
+        left, top, right, bottom = (round(v) for v in thing['box'])
+        cv2.rectangle(picture, (left, top), (right, bottom), colour, 1)
+    for thing in reversed(objects):  # no box runs through a name
+        left, top = max(round(thing['box'][0]), 0), round(thing['box'][1])
+        text = classes[thing['label']] + (f' {100 * thing["score"]:.0f}%' if 'score' in thing else '')
+        width = cv2.getTextSize(text, _FONT, 0.35, 1)[0][0] + 4
+        left, top = max(0, min(left, image.shape[1] - width)), max(top, 12)
+        cv2.rectangle(picture, (left, top - 12), (left + width, top), (255, 255, 255), -1)
+        _text(picture, text, (left + 2, top - 3), 0.35)
+    return picture
 
 
 def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], gap: int = 6) -> np.ndarray:

@@ -90,7 +90,7 @@ def test_nothing_fits(cfg, base, monkeypatch):
     with pytest.raises(UserError) as info:
         memory.fit_batch(cfg, base[1], 1)
     need = memory.training_bytes(base[1], 2, (64, 64), 8) / GIB
-    assert first_line(info).startswith('crop size 64x64')
+    assert first_line(info).startswith('images of 64x64 pixels')
     assert f'{need:.1f} GiB' in first_line(info)
     assert '0.8 GiB are free' in first_line(info)
     assert 'with_cp' in str(info.value)
@@ -101,6 +101,7 @@ def test_models_without_a_crop_or_a_dense_head_are_left_alone(cfg, base, monkeyp
     assert memory.fit_batch(cfg, nn.Linear(1, 1), 1) == []
     cfg.model.data_preprocessor.pop('size')
     cfg.pop('crop_size')
+    cfg.train_dataloader.dataset.pipeline = []
     assert memory.fit_batch(cfg, base[1], 1) == []
 
 

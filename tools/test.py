@@ -38,7 +38,7 @@ def main() -> None:
     if result.changes:
         print(f'reparameterized: {result.changes}')
     print(f'{result.images} images in {result.seconds:.1f} s')
-    print('  '.join(f'{name} {value}' for name, value in result.metrics.items()
+    print('  '.join(f'{name} {value:.4g}' for name, value in result.metrics.items()
                     if isinstance(value, (int, float)) and name not in ('data_time', 'time')))
     if out:
         results.write(results.record(cfg, args.checkpoint, result, args.tta), out / 'metrics.json')

@@ -7,11 +7,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.model import is_model_wrapper
 
 from replk_mm import checkpoints
-from replk_mm.data.checks import check_data
-from replk_mm.engine.config import build_model, fit_to_machine, set_data_root
+from replk_mm.data.class_checks import check_heads, compare_with_checkpoint
+from replk_mm.engine.config import build_model, fit_to_machine
+from replk_mm.engine.drop_ins import export_predictions, use_drop_ins
 from replk_mm.engine.failures import naming_failures
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
-from replk_mm.engine.prepare import check_while_loading, count_per_class, num_classes_of
+from replk_mm.engine.prepare import check_while_loading, counts_of, num_classes_of, prepare_data
 from replk_mm.engine.runner import Runner
 from replk_mm.errors import UserError
 from replk_mm.loading import load_model
@@ -25,7 +26,7 @@ class Evaluation:
 
     Attributes:
         metrics: As the config's evaluators name them.
-        per_class: Figures of every class in the labels, of segmentation metrics.
+        per_class: Figures of every class in the labels or annotations.
         changes: What ``--reparam`` did, None if it was not asked for.
         meta: The checkpoint's own record.
         load: How many weights the checkpoint set, of each part.
@@ -55,7 +56,7 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
         reparam: Merge and fold before evaluating.
         tta: Evaluate with the config's test-time augmentation.
         trust: See :func:`replk_mm.checkpoints.read`.
-        predictions: Folder for label maps as PNG, None for none.
+        predictions: Folder for label maps (PNG) or boxes and masks (COCO's result files), None for none.
 
     Raises:
         UserError: If data or checkpoint do not fit.
@@ -64,20 +65,19 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     checkpoints.fetch(checkpoint)
     cfg.launcher = options.launcher
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
-    if options.data_root:
-        set_data_root(cfg, options.data_root)
+    notes = prepare_data(cfg, options, ('test',))
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'auto_scale_lr'):
         cfg.pop(key, None)
-    notes = fit_to_machine(cfg, None, device, processes_of(options.launcher)[1])
+    notes += fit_to_machine(cfg, None, device, processes_of(options.launcher)[1])
     model = build_model(cfg, 'meta')
+    check_heads(cfg, counts_of(model), ('test',))
     prepare_work_dir(cfg.work_dir)
-    notes += check_data(cfg, ('test',), num_classes_of(model))
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
-    for metric in count_per_class(cfg):
-        if predictions:
-            metric['output_dir'] = str(predictions)
+    metrics = use_drop_ins(cfg)
+    if predictions:
+        export_predictions(metrics, predictions)
     # A config may name weights to start training from; mmengine would load them over the checkpoint's.
     cfg.load_from, cfg.resume = None, False
     if tta:
@@ -94,15 +94,16 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model = model.module if tta else model
     report, meta = load_model(model, checkpoint, trust)
+    compare_with_checkpoint(cfg, meta, checkpoint)
     changes = None
     if reparam:
         changes = reparameterize(model, inplace=True)[1]
     pack(model)
     start = time.perf_counter()
     with naming_failures(cfg, runner):
-        metrics = runner.test()
+        figures = runner.test()
     seconds = time.perf_counter() - start
-    per_class = {name: figures for metric in runner.test_evaluator.metrics
-                 for name, figures in getattr(metric, 'per_class', {}).items()}
+    per_class = {name: of_class for metric in runner.test_evaluator.metrics
+                 for name, of_class in getattr(metric, 'per_class', {}).items()}
     images = len(runner.test_dataloader.dataset)
-    return Evaluation(metrics, per_class, changes, meta, report.summary(), images, seconds, notes)
+    return Evaluation(figures, per_class, changes, meta, report.summary(), images, seconds, notes)

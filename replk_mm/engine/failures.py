@@ -31,9 +31,10 @@ def naming_failures(cfg: Config, runner: Runner) -> Iterator[None]:
         text = (str(error) or 'no memory').splitlines()[0]
         if isinstance(error, MemoryError) or 'alloc' in text or 'out of memory' in text:
             loader = cfg.get('train_dataloader') or cfg.test_dataloader
+            size = memory.crop_of(cfg)
             raise UserError(
-                f'out of memory at iteration {runner.iter}, crop size {memory.crop_of(cfg)}, {loader.batch_size} images a '
-                f'process: {text}\n'
+                f'out of memory at iteration {runner.iter}, {loader.batch_size} images a process'
+                + (f' of {size[0]}x{size[1]} pixels' if size else '') + f': {text}\n'
                 f'Lower batch_size of the data loader or the crop size; in training model.backbone.with_cp=True helps too.'
             ) from error
         raise

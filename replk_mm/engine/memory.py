@@ -1,5 +1,7 @@
 """How much memory a training step needs, known before the first one."""
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ from mmengine.config import Config
 from mmengine.dist import all_reduce
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 
+from replk_mm.data.checks import datasets_of
 from replk_mm.equivalence import network_outputs
 from replk_mm.errors import UserError
 
@@ -45,7 +48,7 @@ def _left_in_group(folder: Path, limit: str, used: str, otherwise: int) -> int:
         return otherwise
 
 
-def training_bytes(model: nn.Module, batch: int, crop: tuple[int, int], num_classes: int) -> int:
+def training_bytes(model: nn.Module, batch: int, crop: tuple[int, int], num_classes: int = 0) -> int:
     """Estimate of the memory of one training step in float32.
 
     Runs the forward pass on the meta device, where tensors have shapes and no data, and adds up what autograd keeps.
@@ -54,7 +57,7 @@ def training_bytes(model: nn.Module, batch: int, crop: tuple[int, int], num_clas
         model: Built on the meta device.
         batch: Images of a step.
         crop: Height and width of an image in pixels.
-        num_classes: Channels of the logits, which are brought to full resolution for the loss.
+        num_classes: Channels of logits that are brought to full resolution for the loss. Defaults to none.
     """
     kept: dict[int, int] = {}
 
@@ -65,12 +68,22 @@ def training_bytes(model: nn.Module, batch: int, crop: tuple[int, int], num_clas
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = network_outputs(model, torch.empty(batch, 3, *crop, device='meta', requires_grad=True))
+        outputs = network_outputs(model, torch.empty(batch, 3, *crop, device='meta', requires_grad=True),
+                                  *(batch * number for number in _regions(model)))
     parameters = sum(p.numel() for p in model.parameters())
     # Logits at full resolution, their log-softmax, and a gradient of each.
     loss = 4 * 4 * batch * crop[0] * crop[1] * num_classes
     del outputs
     return int(sum(kept.values()) + parameters * (_BYTES_PER_PARAMETER - 4) + loss + _OVERHEAD)
+
+
+def _regions(model: nn.Module) -> tuple[int, int]:
+    """Regions of an image that the box heads and the mask heads of a two-stage detector train on."""
+    settings = getattr(getattr(model, 'roi_head', None), 'train_cfg', None)
+    stages = settings if isinstance(settings, (list, tuple)) else [settings] if settings else []
+    samplers = [stage['sampler'] for stage in stages if stage.get('sampler')]
+    boxes = max((s['num'] for s in samplers), default=1)
+    return boxes, max((math.ceil(s['num'] * s.get('pos_fraction', 1)) for s in samplers), default=1)
 
 
 def fit_batch(cfg: Config, model: nn.Module, world_size: int) -> list[str]:
@@ -88,10 +101,10 @@ def fit_batch(cfg: Config, model: nn.Module, world_size: int) -> list[str]:
         UserError: If not even the smallest possible batch fits.
     """
     crop = crop_of(cfg)
-    if crop is None or not hasattr(model, 'decode_head'):
+    if crop is None or not (hasattr(model, 'decode_head') or hasattr(model, 'extract_feat')):
         return []
     wanted = cfg.train_dataloader.batch_size
-    head = model.decode_head
+    head = getattr(model, 'decode_head', None)
     heads = list(head) if isinstance(head, nn.ModuleList) else [head]
     classes = max(int(getattr(head, 'num_classes', 0)) for head in heads)
     smallest = min(wanted, 2 if pooled_norm(model) else 1)
@@ -104,19 +117,54 @@ def fit_batch(cfg: Config, model: nn.Module, world_size: int) -> list[str]:
         batch -= 1
     if need > free:
         raise UserError(
-            f'crop size {crop[0]}x{crop[1]}: a training step with {batch} images needs about {need / 2**30:.1f} GiB of '
+            f'images of {crop[0]}x{crop[1]} pixels: a training step with {batch} images needs about {need / 2**30:.1f} GiB of '
             f'memory; {free / 2**30:.1f} GiB are free for it\n'
-            f'Use a smaller crop (crop_size in the config), a smaller backbone, backbone.with_cp=True '
-            f'(--cfg-options model.backbone.with_cp=True), or close other programs; --no-memory-check trains regardless.')
+            f'Use a smaller crop (crop_size in the config, or the scales of its pipeline), a smaller backbone, '
+            f'backbone.with_cp=True (--cfg-options model.backbone.with_cp=True), or close other programs; --no-memory-check '
+            f'trains regardless.')
     cfg.train_dataloader.batch_size = batch
     return [] if batch == wanted else [
         f'batch: {batch} images a process instead of {wanted}: {need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free memory']
 
 
 def crop_of(cfg: Config) -> tuple[int, int] | None:
-    """Training crop in pixels (height, width), if the config has one."""
+    """Training crop in pixels (height, width), or what images are resized to at most; None if the config has neither."""
     size = cfg.model.get('data_preprocessor', {}).get('size') or cfg.get('crop_size')
-    return None if size is None else (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    if size is None:
+        scales = [scale for dataset in datasets_of(cfg, ('train',)) for scale in _last_scales(dataset.get('pipeline', ()))]
+        if not scales:
+            return None
+        # Images keep their aspect and may lie or stand; more of them lie.
+        size = max(min(scale) for scale in scales), max(max(scale) for scale in scales)
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _last_scales(pipeline: Sequence) -> list[tuple[int, int]]:
+    """Sizes that the last step of a pipeline which sets one may bring images to; of each branch, where it has several."""
+    for step in reversed(pipeline):
+        if isinstance(step, (list, tuple)):  # a branch, as all steps of this list are
+            found = [scale for branch in pipeline for scale in _last_scales(branch)]
+        elif 'transforms' in step:
+            found = _last_scales(step['transforms'])
+        else:
+            found = _scales_of(step)
+        if found:
+            return found
+    return []
+
+
+def _scales_of(step: dict) -> list[tuple[int, int]]:
+    kind = str(step.get('type'))
+    if kind.endswith('RandomCrop') and step.get('crop_type', 'absolute') == 'absolute':
+        scales = step.get('crop_size')
+    else:
+        scales = (step.get('scales') or step.get('scale')) if 'Resize' in kind else None
+    if not scales:
+        return []
+    largest = max(step.get('ratio_range') or (1,))
+    pairs = [(scales, scales)] if isinstance(scales, (int, float)) else (
+        [scales] if isinstance(scales[0], (int, float)) else scales)
+    return [(int(a * largest), int(b * largest)) for a, b in pairs]
 
 
 def pooled_norm(model: nn.Module) -> str | None:

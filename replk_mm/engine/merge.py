@@ -7,7 +7,7 @@ from replk_mm import checkpoints
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.equivalence import compare
 from replk_mm.errors import UserError
-from replk_mm.loading import load_model
+from replk_mm.loading import adopt_classes, load_model
 from replk_mm.reparam import Changes, reparameterize
 
 
@@ -30,6 +30,7 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path, tru
     """
     checkpoints.keep_apart(checkpoint, out)
     fit_to_machine(cfg, None, 'cpu', 1)
+    adopt_classes(cfg, checkpoint, trust)
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)
     model = build_model(cfg)

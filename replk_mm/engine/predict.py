@@ -1,4 +1,4 @@
-"""Predict single images with a trained segmentor."""
+"""Predict single images with a trained segmentor or detector."""
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import torch.nn as nn
 from mmengine.config import Config
+from mmengine.structures import BaseDataElement
 
 from replk_mm.data.checks import dataset_class
 from replk_mm.data.files import damage
@@ -13,14 +14,14 @@ from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.machine import select_device
 from replk_mm.engine.prepare import num_classes_of
 from replk_mm.errors import UserError
-from replk_mm.loading import load_model
+from replk_mm.loading import adopt_classes, load_model
 from replk_mm.ops import pack
 from replk_mm.reparam import reparameterize
 
 
-def load_segmentor(cfg: Config, checkpoint: str, device: str | None = None, reparam: bool = False,
-                   trust: bool = False) -> nn.Module:
-    """A segmentor ready to predict, with its classes and palette in ``dataset_meta``.
+def load_trained(cfg: Config, checkpoint: str, device: str | None = None, reparam: bool = False,
+                 trust: bool = False) -> nn.Module:
+    """A segmentor or detector ready to predict, with its classes and palette in ``dataset_meta``.
 
     Args:
         cfg: The config it was trained with; changed in place.
@@ -30,15 +31,16 @@ def load_segmentor(cfg: Config, checkpoint: str, device: str | None = None, repa
         trust: See :func:`replk_mm.checkpoints.read`.
 
     Raises:
-        UserError: If the checkpoint does not fit, or the model is no segmentor.
+        UserError: If the checkpoint does not fit, or the model is neither.
     """
     where = select_device(device)
+    adopt_classes(cfg, checkpoint, trust)
     fit_to_machine(cfg, None, where, 1)
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
     model = build_model(cfg)
-    if not hasattr(model, 'decode_head'):
-        raise UserError(f'{cfg.filename}: {cfg.model.type} is no segmentor; this predicts label maps only')
+    if not (is_segmentor(model) or hasattr(model, 'bbox_head') or hasattr(model, 'roi_head')):
+        raise UserError(f'{cfg.filename}: {cfg.model.type} is neither a segmentor nor a detector')
     _, meta = load_model(model, checkpoint, trust)
     if reparam:
         reparameterize(model, inplace=True)
@@ -57,6 +59,11 @@ def load_segmentor(cfg: Config, checkpoint: str, device: str | None = None, repa
     return model
 
 
+def is_segmentor(model: nn.Module) -> bool:
+    """Whether a model predicts label maps."""
+    return hasattr(model, 'decode_head')
+
+
 def write_picture(path: Path, picture: np.ndarray) -> None:
     """Write a picture, ``(H, W, 3)`` BGR or ``(H, W)``, in the format of the path's suffix.
 
@@ -67,13 +74,16 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
         raise UserError(f'{path}: cannot be written\nMake room or mend the permissions there, or choose another folder.')
 
 
-def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
-    """Path, image ``(H, W, 3)`` BGR and label map ``(H, W)`` of each image.
+def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.ndarray, BaseDataElement]]:
+    """Path, image ``(H, W, 3)`` BGR and prediction of each image.
+
+    Args:
+        model: From :func:`load_trained`.
+        images: Files.
 
     Raises:
         UserError: If an image does not exist or cannot be read; those before it have been yielded.
     """
-    from mmseg.apis import inference_model
     for name in images:
         path = Path(name)
         if not path.is_file():
@@ -81,5 +91,44 @@ def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.
         image = cv2.imread(str(path)) if damage(path) is None else None
         if image is None:
             raise UserError(f'{path}: not a readable image ({damage(path) or "unknown format"})')
-        found = inference_model(model, image).pred_sem_seg.data.squeeze(0).cpu().numpy()
-        yield path, image, found.astype(np.uint8)
+        if is_segmentor(model):
+            from mmseg.apis import inference_model as infer
+        else:
+            from mmdet.apis import inference_detector as infer
+        yield path, image, infer(model, image)
+
+
+def label_map(prediction: BaseDataElement) -> np.ndarray:
+    """Class indices ``(H, W)`` of a segmentor's prediction."""
+    return prediction.pred_sem_seg.data.squeeze(0).cpu().numpy().astype(np.uint8)
+
+
+def instances(prediction: BaseDataElement, least_score: float) -> list[dict]:
+    """A detector's prediction, the surest first.
+
+    Args:
+        prediction: From :func:`predict`.
+        least_score: Below it a detection is left out.
+
+    Returns:
+        For each object its ``label`` (class index), ``score``, ``box`` (left, top, right, bottom in pixels) and, of detectors
+        with masks, ``mask`` (``(H, W)`` bool).
+    """
+    found = prediction.pred_instances.cpu().numpy()
+    order = np.argsort(-found.scores, kind='stable')
+    masks = found.get('masks')
+    return [dict(label=int(found.labels[i]), score=float(found.scores[i]), box=[float(v) for v in found.bboxes[i]],
+                 **({} if masks is None else {'mask': np.asarray(masks[i], dtype=bool)}))
+            for i in order if found.scores[i] >= least_score]
+
+
+def described(objects: Sequence[dict], classes: Sequence[str]) -> list[dict]:
+    """Objects of :func:`instances` for JSON: class, score, box as they are, the mask as COCO's compressed run lengths."""
+    from pycocotools import mask as rle
+
+    def encoded(mask: np.ndarray) -> dict:
+        found = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+        return dict(size=found['size'], counts=found['counts'].decode())
+
+    return [{'class': classes[thing['label']], 'score': thing['score'], 'box': thing['box'],
+             **({'segmentation': encoded(thing['mask'])} if 'mask' in thing else {})} for thing in objects]

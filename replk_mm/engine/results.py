@@ -20,6 +20,8 @@ def protocol(cfg: Config, tta: bool) -> dict:
     pipeline = cfg.test_dataloader.dataset.get('pipeline', [])
     found['pipeline'] = [_unchecked(step) for step in pipeline]
     found['tta'] = tta
+    if tta:  # how the views are merged
+        found['tta_model'] = {key: value for key, value in cfg.model.items() if key != 'module'}
     return found
 
 

@@ -1,0 +1,115 @@
+"""COCO's detection metrics that keep the figures of every class, unrounded."""
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from mmdet.datasets.api_wrappers import COCO, COCOeval
+from mmdet.evaluation import CocoMetric as MMDetCocoMetric
+from mmengine.fileio import load
+from mmengine.logging import print_log
+
+from replk_mm.data.coco_dataset import categories_by_name
+from replk_mm.registry import METRICS
+
+#: Figures of ``COCOeval.stats`` by mmdet's names: all of them averages over IoU 0.5 to 0.95 unless named otherwise.
+_STATS = {'mAP': 0, 'mAP_50': 1, 'mAP_75': 2, 'mAP_s': 3, 'mAP_m': 4, 'mAP_l': 5}
+
+
+@METRICS.register_module()
+class CocoMetric(MMDetCocoMetric):
+    """mmdet's COCO metric, computed by pycocotools on the very file of results that it writes, and not rounded.
+
+    Names and meaning are mmdet's: fractions, at most 100 detections an image; NaN where the annotations hold no object of
+    that size, and 0 where a model finds nothing at all. Classes are matched by name, as :class:`CocoDataset` does; those
+    that the annotation file has not are left out. Metrics other than ``bbox`` and ``segm``, and what else mmdet's metric
+    can be told, are left to it.
+
+    Attributes:
+        per_class: ``{class: {'bbox_mAP', 'bbox_mAP_50', ..., 'instances'}}`` of the classes that are annotated; fractions, and
+            the number of annotated objects, crowds not counted.
+    """
+
+    per_class: dict[str, dict[str, float]]
+    _coco_api: COCO | None
+    cat_ids: list[int | None] | None
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Metrics from the ground truth and detections of all images."""
+        plain = (not self.format_only and set(self.metrics) <= {'bbox', 'segm'} and self.metric_items is None
+                 and np.allclose(self.iou_thrs, np.linspace(.5, .95, 10)) and self.proposal_nums[0] == 100)
+        if not plain:
+            return super().compute_metrics(results)
+        truths, found = zip(*results, strict=True)
+        with tempfile.TemporaryDirectory() as folder:
+            prefix = self.outfile_prefix or f'{folder}/results'
+            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            with _quiet():
+                if self._coco_api is None:
+                    self._coco_api = COCO(self.gt_to_coco_json(truths, prefix))
+            self.cat_ids = categories_by_name(self._coco_api, self.dataset_meta['classes'])
+            self.img_ids = self._coco_api.get_img_ids()
+            files = self.results2json([self._of_known_categories(result) for result in found], prefix)
+            metrics: dict[str, float] = {}
+            self.per_class = {}
+            for kind in self.metrics:
+                metrics.update(self._evaluate(kind, files[kind]))
+        width = max([len(name) for name in self.per_class], default=0)
+        print_log('\n'.join([f'{len(self.per_class)} of {len(self.dataset_meta["classes"])} classes are annotated:', *(
+            f'  {name:{width}} ' + '  '.join(f'{key} {value:.3f}' for key, value in figures.items() if key != 'instances')
+            + f'  {figures["instances"]} objects' for name, figures in self.per_class.items())]), logger='current')
+        return metrics
+
+    def _of_known_categories(self, result: dict) -> dict:
+        """Detections of the classes that the annotation file has; mmdet fails on others."""
+        assert self.cat_ids is not None
+        keep = [i for i, label in enumerate(result['labels']) if self.cat_ids[label] is not None]
+        return {key: value if key == 'img_id' else [value[i] for i in keep] for key, value in result.items()}
+
+    def _evaluate(self, kind: str, file: str) -> dict[str, float]:
+        assert self._coco_api is not None and self.cat_ids is not None
+        detections = self._detections(file, kind)
+        categories = [category for category in self.cat_ids if category is not None]
+        with _quiet() as table:
+            evaluation = COCOeval(self._coco_api, detections, kind)
+            evaluation.params.catIds, evaluation.params.imgIds = categories, self.img_ids
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        lines = [line for line in table.getvalue().splitlines() if line.startswith(' Average')]
+        print_log('\n'.join([f'{kind}:', *lines]), logger='current')
+        # (IoU, recall, class, area, most detections); -1 where there is nothing to find
+        precision = evaluation.eval['precision'][:, :, :, 0, -1]
+        for i, category in enumerate(categories):
+            of_class = np.where(precision[:, :, i] < 0, np.nan, precision[:, :, i])
+            if np.isnan(of_class).all():
+                continue
+            objects = self._coco_api.loadAnns(self._coco_api.getAnnIds(catIds=[category], iscrowd=False))
+            self.per_class.setdefault(self._coco_api.cats[category]['name'], dict(instances=len(objects))).update({
+                f'{kind}_mAP': float(of_class.mean()), f'{kind}_mAP_50': float(of_class[0].mean()),
+                f'{kind}_mAP_75': float(of_class[5].mean())})
+        return {f'{kind}_{name}': float(evaluation.stats[i]) if evaluation.stats[i] >= 0 else float('nan')
+                for name, i in _STATS.items()}
+
+    def _detections(self, file: str, kind: str) -> COCO:
+        assert self._coco_api is not None
+        found = load(file)
+        for detection in found if kind == 'segm' else ():
+            detection.pop('bbox', None)  # pycocotools would take the box's area for the mask's
+        with _quiet():
+            if found:
+                return self._coco_api.loadRes(found)
+            # pycocotools and mmdet refuse to evaluate a model that finds nothing, which an untrained one does.
+            empty = COCO()
+            empty.dataset = dict(images=self._coco_api.dataset['images'], annotations=[],
+                                 categories=self._coco_api.dataset['categories'])
+            empty.createIndex()
+        return empty
+
+
+@contextlib.contextmanager
+def _quiet():
+    """pycocotools prints what it does; the caller gets it as text."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        yield text
