@@ -1,4 +1,5 @@
 """The quoted numbers against the facts they were carried over from, and the ways to ask for them."""
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,15 @@ def test_a_config_finds_its_row(config):
     assert result.metrics == {'miou_ss': 49.9, 'miou_ms': 50.6}
 
 
-def test_a_config_without_a_counterpart_has_no_row():
-    assert published.for_config('upernet_replk-nano_ade20k.py') is None
+def test_a_detector_finds_its_row():
+    result = published.for_config('fcos_replk31b_coco.py')
+    assert (result.task, result.method, result.dataset, result.schedule) == ('detection', 'FCOS', 'COCO', '24 epochs')
+    assert result.metrics == {'ap_box': 47.0} and result.crop is None
+
+
+@pytest.mark.parametrize('config', ['upernet_replk-nano_ade20k.py', 'upernet_convnext-base_cityscapes.py'])
+def test_a_config_without_a_counterpart_has_no_row(config):
+    assert published.for_config(config) is None
 
 
 def test_every_recipe_and_variant_of_a_row_exists():
@@ -103,15 +111,23 @@ def test_unknown_names_are_the_users_mistake(ask):
 
 ROW = config_table.Row(
     path=Path('configs/upernet_replk31b_ade20k.py'), scope='mmseg', backbone='RepLKNet-31B', pretraining='ImageNet-1K',
-    crop='512', schedule='160k iterations, batch 32', result=published.for_config('upernet_replk31b_ade20k'),
+    data='ADE20K', kind='512', schedule='160k iterations, batch 32', result=published.for_config('upernet_replk31b_ade20k'),
     params_m=113.37)
 
 
 def test_markdown_row():
     line = config_table.to_markdown([ROW], '../configs').splitlines()[-1]
     assert [cell.strip() for cell in line.strip('|').split('|')] == [
-        '[upernet_replk31b_ade20k](../configs/upernet_replk31b_ade20k.py)', 'RepLKNet-31B', 'ImageNet-1K', '512',
+        '[upernet_replk31b_ade20k](../configs/upernet_replk31b_ade20k.py)', 'RepLKNet-31B', 'ImageNet-1K', 'ADE20K', '512',
         '160k iterations, batch 32', '49.9 / 50.6', '112', '113.4']
+
+
+def test_a_metric_that_is_not_stated_is_a_dash():
+    row = dataclasses.replace(ROW, path=Path('configs/fcos_replk31b_coco.py'), scope='mmdet', data='COCO', kind='FCOS',
+                              schedule='24 epochs, batch 16', result=published.for_config('fcos_replk31b_coco'))
+    head, line = [config_table.to_markdown([ROW, row]).splitlines()[i] for i in (-3, -1)]
+    assert '| Method |' in head and 'AP box / mask (quoted)' in head
+    assert line.endswith('| COCO | FCOS | 24 epochs, batch 16 | 47.0 / – | 87 | 113.4 |')
 
 
 def test_readme_block_is_renewed_and_nothing_else():

@@ -14,19 +14,39 @@ from replk_mm.errors import UserError
 BEGIN, END = '<!-- configs:begin -->', '<!-- configs:end -->'
 COMMAND = 'python tools/list_configs.py --write docs/configs.md --readme README.md'
 
-#: Task of a config's scope, and the two metrics its table shows.
+
+@dataclass(frozen=True)
+class Task:
+    """A table: its title, the name of its metrics and which they are, and what tells its configs apart."""
+
+    title: str
+    metric_names: str
+    metrics: tuple[str, str]
+    kind: str
+
+
+#: By the scope of a config.
 TASKS = {
-    'mmseg': ('Segmentation', 'mIoU ss / ms', ('miou_ss', 'miou_ms')),
-    'mmdet': ('Detection', 'AP box / mask', ('ap_box', 'ap_mask')),
+    'mmseg': Task('Segmentation with UperNet', 'mIoU ss / ms', ('miou_ss', 'miou_ms'), 'Crop'),
+    'mmdet': Task('Detection', 'AP box / mask', ('ap_box', 'ap_mask'), 'Method'),
 }
 
+#: What the end of a config's name stands for.
+DATA = {'ade20k': 'ADE20K', 'cityscapes': 'Cityscapes', 'coco': 'COCO', 'demo': 'demo scenes'}
+
+#: What mmdet's classes are called in the papers.
+METHODS = {'CascadeRCNN': 'Cascade Mask R-CNN', 'MaskRCNN': 'Mask R-CNN'}
+
 NOTES = """\
-- mIoU (single-scale / multi-scale with flips) and AP are **quoted** from the papers and their repositories; nobody
-  reproduced them with this project.
-- "Params" counts the model that the config builds for training, in millions: with the parallel small kernels and the
-  auxiliary head. The RepLKNet authors count the deployed model without the auxiliary head, the ConvNeXt authors count
-  it in.
-- Batch is the images of one iteration on all GPUs together, which the learning rate belongs to.
+- mIoU (single-scale / multi-scale with flips) and AP (val2017) are **quoted** from the papers and their repositories;
+  nobody reproduced them with this project.
+- "Params" counts the model that the config builds for training, in millions: all heads, with the parallel small kernels
+  and, for segmentation, the auxiliary head. The RepLKNet authors count the deployed model: small kernels merged, no
+  auxiliary head. The ConvNeXt authors count the auxiliary head in. Detectors have none; there merging saves half a
+  million at most, and the merged models round to the quoted numbers. For Cityscapes the RepLKNet authors state 110
+  million; their network for 19 classes, counted as they count for ADE20K, comes to 111.7.
+- Batch is the images of one iteration on all GPUs together, which the learning rate belongs to. The RepLKNet authors do
+  not state it for COCO: it is inferred from the images a GPU of their configurations.
 """
 
 
@@ -38,7 +58,8 @@ class Row:
     scope: str
     backbone: str
     pretraining: str
-    crop: str
+    data: str
+    kind: str
     schedule: str
     result: published.Result | None
     params_m: float
@@ -58,14 +79,20 @@ def read_config(path: Path) -> Row:
     cfg = Config.fromfile(path)
     result = published.for_config(path)
     backbone = cfg.model.backbone
+    weights = (backbone.get('init_cfg') or {}).get('checkpoint')
+    # What the backbone starts from names it as the papers do, also where a config has no published row of its own.
+    known: dict = next((entry for entry in published.table('weights') if entry['url'] == weights),
+                       dict(backbone=f'{backbone.type.rpartition(".")[2]}-{backbone.arch}', pretraining='none'))
     length = cfg.train_cfg.get('max_iters')
     schedule = f'{length / 1000:g}k iterations' if length else f'{cfg.train_cfg.max_epochs} epochs'
+    data = path.stem.rpartition('_')[2].partition('-')[0]
     return Row(
         path=path,
         scope=cfg.default_scope,
-        backbone=result.backbone if result else f'{backbone.type.rpartition(".")[2]}-{backbone.arch}',
-        pretraining=result.pretraining if result else 'none',
-        crop=str(cfg.crop_size[0]) if 'crop_size' in cfg else '–',
+        backbone=known['backbone'],
+        pretraining=result.pretraining if result else known['pretraining'],
+        data=DATA.get(data, data),
+        kind=(str(cfg.crop_size[0]) if cfg.default_scope == 'mmseg' else METHODS.get(cfg.model.type, cfg.model.type)),
         schedule=f'{schedule}, batch {cfg.auto_scale_lr.base_batch_size}',
         result=result,
         params_m=count_params_m(cfg))
@@ -92,19 +119,19 @@ def to_markdown(rows: Iterable[Row], link_to: str = 'configs') -> str:
         link_to: folder of the configs, relative to the page that the text goes to.
     """
     rows, parts = list(rows), []
-    for scope, (task, metric_names, metrics) in TASKS.items():
+    for scope, task in TASKS.items():
         chosen = [row for row in rows if row.scope == scope]
         if not chosen:
             continue
-        lines = [f'**{task}**', '',
-                 f'| Config | Backbone | Pretraining | Crop | Schedule | {metric_names} (quoted) | Params, M (quoted) '
-                 '| Params, M |',
-                 '| --- | --- | --- | --- | --- | --- | --- | --- |']
+        lines = [f'**{task.title}**', '',
+                 f'| Config | Backbone | Pretraining | Data | {task.kind} | Schedule | {task.metric_names} (quoted) '
+                 '| Params, M (quoted) | Params, M |',
+                 f'|{" --- |" * 9}']
         for row in chosen:
             stated = row.result.metrics if row.result else {}
-            figures = ' / '.join(f'{stated[m]:.1f}' if m in stated else '–' for m in metrics)
+            figures = ' / '.join(f'{stated[m]:.1f}' if m in stated else '–' for m in task.metrics)
             quoted = f'{row.result.params_m:g}' if row.result else '–'
-            cells = (f'[{row.path.stem}]({link_to}/{row.path.name})', row.backbone, row.pretraining, row.crop,
+            cells = (f'[{row.path.stem}]({link_to}/{row.path.name})', row.backbone, row.pretraining, row.data, row.kind,
                      row.schedule, figures, quoted, f'{row.params_m:.1f}')
             lines.append(f'| {" | ".join(cells)} |')
         parts.append('\n'.join(lines) + '\n')

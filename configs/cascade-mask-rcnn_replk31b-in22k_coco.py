@@ -1,0 +1,27 @@
+# Cascade Mask R-CNN with RepLKNet-31B, ImageNet-22K pretraining, COCO.
+#
+# Train:     python tools/train.py configs/cascade-mask-rcnn_replk31b-in22k_coco.py
+# Recipe:    8 GPUs x 4 images (global batch 32), 36 epochs; the authors: 1 image a GPU, number of GPUs unknown
+# Published: AP box 53.0, AP mask 46.0
+#            quoted from arXiv:2203.06717 and DingXiaoH/RepLKNet-pytorch, not reproduced here
+# Weights:   the recipe starts from ImageNet-22K weights. The file below was fine-tuned on ImageNet-1K (224) after
+#            them: the nearest one with a public download address. Expect a small difference.
+_base_ = [
+    './_base_/models/cascade-mask-rcnn.py',
+    './_base_/backbones/replknet.py',
+    './_base_/datasets/coco_instance.py',
+    './_base_/schedules/replknet_36e.py',
+    './_base_/runtimes/detection.py',
+]
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        **_base_.replknet,
+        arch='31B',
+        drop_path_rate=0.4,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://download.openmmlab.com/mmclassification/v0/replknet/replknet-31B_in21k-pre_3rdparty_in1k_20221118-54ed5c46.pth',  # noqa: E501
+            prefix='backbone.')),
+    neck=dict(in_channels=[128, 256, 512, 1024]))
+train_dataloader = dict(batch_size=4)

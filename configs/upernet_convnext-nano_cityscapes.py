@@ -1,0 +1,31 @@
+# Small UperNet with ConvNeXt-nano, from scratch, Cityscapes layout at 256x256: trains on a CPU.
+#
+# Train:     python tools/train.py configs/upernet_convnext-nano_cityscapes.py
+# Recipe:    1 CPU x 4 images (global batch 4), 800 iterations
+# Published: none; a model of this project, for first steps and for checks of the whole chain
+_base_ = [
+    './_base_/models/upernet_nano.py',
+    './_base_/datasets/cityscapes_256.py',
+    './_base_/schedules/nano.py',
+    'mmseg::_base_/default_runtime.py',
+]
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(
+        type='replk_mm.ConvNeXt',
+        arch='nano',
+        # 1e-6, the default, is for long pretraining: blocks should contribute from the first iteration here
+        layer_scale_init_value=1.0,
+        gap_before_final_norm=False,
+        out_indices=[0, 1, 2, 3]),
+    decode_head=dict(in_channels=[80, 160, 320, 640], num_classes=19),
+    auxiliary_head=dict(in_channels=320, num_classes=19))
+train_dataloader = dict(batch_size=4)
+# A step takes twice RepLKNet-nano's time, so that fewer fit into a quarter of an hour; layer norms want a smaller rate.
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=62),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=800),
+]
+train_cfg = dict(max_iters=800, val_interval=400)
+default_hooks = dict(checkpoint=dict(interval=400))

@@ -1,0 +1,166 @@
+"""What tests of configs share: the files, the published rows that belong to them, small substitutes of their models."""
+import ast
+import copy
+import functools
+from functools import cache
+from pathlib import Path
+
+import mmengine.config.utils
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+
+from replk_mm.engine.config import fit_to_machine
+from replk_mm.models import ConvNeXt, RepLKNet
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / 'configs'
+# The demos hold their data set too, and are commands more than recipes.
+LEAVES = sorted(p.name for p in CONFIGS.glob('*.py') if not p.stem.endswith('_demo'))
+NANO = [name for name in LEAVES if '-nano_' in name]
+
+# Read here once more, not through the package's own reader: the published rows, by the name of their config.
+PUBLISHED = yaml.safe_load((ROOT / 'replk_mm' / 'bench' / 'published.yaml').read_text())
+RECIPES = PUBLISHED['recipes']
+ROWS = {row['config']: row for task in ('segmentation', 'detection') for row in PUBLISHED[task]}
+
+# Written out by hand from the papers: the width of the four stages.
+CHANNELS = {
+    'RepLKNet-31B': [128, 256, 512, 1024], 'RepLKNet-31L': [192, 384, 768, 1536],
+    'RepLKNet-XL': [256, 512, 1024, 2048], 'ConvNeXt-T': [96, 192, 384, 768], 'ConvNeXt-S': [96, 192, 384, 768],
+    'ConvNeXt-B': [128, 256, 512, 1024], 'ConvNeXt-L': [192, 384, 768, 1536], 'ConvNeXt-XL': [256, 512, 1024, 2048],
+}
+ARCH = {
+    'RepLKNet-31B': '31B', 'RepLKNet-31L': '31L', 'RepLKNet-XL': 'XL', 'ConvNeXt-T': 'tiny', 'ConvNeXt-S': 'small',
+    'ConvNeXt-B': 'base', 'ConvNeXt-L': 'large', 'ConvNeXt-XL': 'xlarge',
+}
+CLASSES = {'ade20k': 150, 'cityscapes': 19, 'coco': 80}
+
+# mmengine reads all metafiles of a package for each base file that a config has there: a second a config.
+mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)
+
+
+@cache
+def load(name: str) -> Config:
+    """The config of that name; not to be changed."""
+    return Config.fromfile(CONFIGS / name)
+
+
+def build(cfg: Config, device: str = 'meta') -> torch.nn.Module:
+    with MODELS.switch_scope_and_registry(cfg.default_scope) as registry, torch.device(device):
+        return registry.build(copy.deepcopy(cfg.model))
+
+
+@cache
+def meta_model(name: str) -> torch.nn.Module:
+    return build(load(name))
+
+
+def params_m(model: torch.nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def dataset_of(name: str) -> str:
+    """``'ade20k'``, ``'cityscapes'`` or ``'coco'``."""
+    return Path(name).stem.rpartition('_')[2].partition('-')[0]
+
+
+def variant_of(row: dict, values):
+    """The value of a recipe that holds for the row's variant."""
+    return values[row['variant']] if isinstance(values, dict) else values
+
+
+def groups_by_name(name: str) -> dict[str, dict]:
+    """Parameter name to what the optimizer does with it."""
+    cfg = load(name)
+    wrapper = copy.deepcopy(cfg.optim_wrapper)
+    if wrapper.type == 'AmpOptimWrapper':  # needs a GPU; it wraps the same optimizer
+        wrapper = {**{k: v for k, v in wrapper.items() if k not in ('dtype', 'loss_scale')}, 'type': 'OptimWrapper'}
+    with MODELS.switch_scope_and_registry(cfg.default_scope):
+        optimizer = build_optim_wrapper(meta_model(name), wrapper).optimizer
+    of = {id(p): group for group in optimizer.param_groups for p in group['params']}
+    return {n: of[id(p)] for n, p in meta_model(name).named_parameters()}
+
+
+# ---- inheritance
+
+def bases(path: Path) -> list[Path]:
+    """The files that a config names as its bases."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == '_base_':
+            value = ast.literal_eval(node.value)
+            return [_resolve(base, path) for base in ([value] if isinstance(value, str) else value)]
+    return []
+
+
+def _resolve(base: str, path: Path) -> Path:
+    package, found, name = base.rpartition('::')
+    if not found:
+        return path.parent / base
+    return Path(__import__(package).__file__).parent / '.mim' / 'configs' / name
+
+
+def depth(path: Path) -> int:
+    """Levels of inheritance, the file itself and those of other packages included."""
+    return 1 + max((depth(base) for base in bases(path)), default=0)
+
+
+# ---- small substitutes
+
+TINY = {
+    'replk_mm.RepLKNet': dict(layers=[1, 1, 1, 1], channels=[8, 16, 24, 40], large_kernel_sizes=[7, 7, 7, 5], dw_ratio=1),
+    'replk_mm.ConvNeXt': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
+}
+#: Smaller values of whatever has one of these keys. 32 is what GroupNorm of 32 groups takes.
+SMALLER = {'channels': 8, 'fc_out_channels': 16, 'max_per_img': 8, 'nms_pre': 50, 'num': 16, 'num_convs': 1, 'score_thr': 0.0}
+
+
+def arch_of(cfg: Config) -> dict:
+    """The row of the architecture table that a config's backbone is built from."""
+    table = {'replk_mm.RepLKNet': RepLKNet, 'replk_mm.ConvNeXt': ConvNeXt}[cfg.model.backbone.type].arch_settings
+    return table[cfg.model.backbone.arch]
+
+
+def tiny_on_cpu(name: str) -> Config:
+    """The config as it runs on a CPU, its backbone and heads small.
+
+    Inputs of the backbone's features are translated from the real widths to the small ones, so that a head or neck whose
+    channels are not those of its backbone fails here, with a KeyError.
+    """
+    cfg = copy.deepcopy(load(name))
+    fit_to_machine(cfg, None, 'cpu', 1)
+    model, arch = cfg.model, arch_of(cfg)
+    model.backbone.pop('init_cfg', None)
+    small = dict(TINY[model.backbone.type])
+    if model.backbone.type == 'replk_mm.RepLKNet':
+        small['small_kernel'] = arch['small_kernel'] and 3
+    model.backbone.arch = small
+    width = dict(zip(arch['channels'], small['channels'], strict=True))
+    if 'neck' in model:
+        model.neck.in_channels = [width[c] for c in model.neck.in_channels]
+        inner = model.neck.out_channels
+        for part in ('neck', 'rpn_head', 'roi_head', 'bbox_head', 'train_cfg', 'test_cfg'):
+            _shrink(model.get(part), {inner: 32})
+    else:
+        model.data_preprocessor.size = (64, 64)
+        model.decode_head.in_channels = [width[c] for c in model.decode_head.in_channels]
+        model.auxiliary_head.in_channels = width[model.auxiliary_head.in_channels]
+        for head in (model.decode_head, model.auxiliary_head):
+            _shrink(head, {})
+    return cfg
+
+
+def _shrink(node, width: dict[int, int]) -> None:
+    if isinstance(node, (list, tuple)):
+        for part in node:
+            _shrink(part, width)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key in SMALLER and isinstance(value, (int, float)):
+                node[key] = SMALLER[key]
+            elif key in ('in_channels', 'out_channels', 'feat_channels', 'conv_out_channels') and isinstance(value, int):
+                node[key] = width.get(value, value)
+            else:
+                _shrink(value, width)

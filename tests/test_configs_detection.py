@@ -1,0 +1,292 @@
+"""COCO configs: they follow the published recipes to the letter, and their pipelines deliver what the recipes say."""
+import copy
+import json
+from pathlib import Path
+
+import config_cases
+import numpy as np
+import pytest
+import torch
+from config_cases import ARCH, CHANNELS, RECIPES, build, groups_by_name, load, meta_model, params_m, variant_of
+from mmengine.registry import DATASETS, PARAM_SCHEDULERS
+from PIL import Image
+from torch.nn.modules.batchnorm import _BatchNorm
+
+ROWS = {name: row for name, row in config_cases.ROWS.items() if 'ap_box' in row}
+CASCADE = [name for name in ROWS if name.startswith('cascade-')]
+CONVNEXT = [name for name in ROWS if 'convnext' in name]
+FCOS, MASK = 'fcos_replk31b_coco.py', 'mask-rcnn_convnext-tiny_coco.py'
+SHORT_SIDES = list(range(480, 801, 32))
+
+
+# ---- the recipe, row by row
+
+@pytest.mark.parametrize('name', ROWS)
+def test_backbone_and_neck_follow_the_row(name):
+    cfg, row = load(name), ROWS[name]
+    recipe, backbone = RECIPES[row['recipe']], cfg.model.backbone
+    assert backbone.type == 'replk_mm.' + row['backbone'].split('-')[0]
+    assert backbone.arch == ARCH[row['backbone']]
+    assert backbone.drop_path_rate == variant_of(row, recipe['drop_path'])
+    assert list(backbone.out_indices) == [0, 1, 2, 3]
+    assert backbone.get('frozen_stages') is None and backbone.get('norm_eval', False) is False
+    if backbone.type == 'replk_mm.RepLKNet':
+        assert backbone.norm_cfg.type == recipe['norm'] and backbone.with_cp is recipe['checkpointing']
+        assert backbone.small_kernel_merged is False
+        assert backbone.get('norm_intermediate_features', False) is (row['backbone'] == 'RepLKNet-XL')
+    else:
+        assert backbone.layer_scale_init_value == recipe['layer_scale_init']
+        assert backbone.gap_before_final_norm is False
+    # Nothing of the ResNet that the base file comes with is left, and all of the network learns.
+    assert set(backbone) <= {'type', 'arch', 'drop_path_rate', 'out_indices', 'init_cfg', 'norm_cfg', 'with_cp',
+                             'small_kernel_merged', 'norm_intermediate_features', 'layer_scale_init_value',
+                             'gap_before_final_norm'}
+    assert all(p.requires_grad for p in meta_model(name).parameters())
+    neck = cfg.model.neck
+    assert (neck.type, neck.in_channels, neck.out_channels, neck.num_outs) == ('FPN', CHANNELS[row['backbone']], 256, 5)
+    if name == FCOS:
+        assert (neck.start_level, neck.add_extra_convs) == (1, 'on_output')
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_input_follows_the_pretraining(name):
+    row, preprocessor = ROWS[name], load(name).model.data_preprocessor
+    if RECIPES[row['recipe']].get('mean_std', {}).get(row['variant']) == 127.5:
+        assert 'replkxl' in name and preprocessor.mean == [127.5] * 3 and preprocessor.std == [127.5] * 3
+    else:
+        assert preprocessor.mean == [123.675, 116.28, 103.53] and preprocessor.std == [58.395, 57.12, 57.375]
+    assert preprocessor.bgr_to_rgb is True and preprocessor.pad_size_divisor == 32
+
+
+@pytest.mark.parametrize('name', CASCADE)
+def test_cascade_heads_follow_the_recipe(name):
+    model = load(name).model
+    assert model.type == 'CascadeRCNN' and model.roi_head.num_stages == 3
+    heads = model.roi_head.bbox_head
+    for head in heads:
+        assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('ConvFCBBoxHead', 4, 1)
+        assert (head.conv_out_channels, head.fc_out_channels, head.roi_feat_size) == (256, 1024, 7)
+        assert head.norm_cfg.type == 'SyncBN'
+        assert (head.loss_bbox.type, head.loss_bbox.loss_weight) == ('GIoULoss', 10.0)
+        assert head.reg_class_agnostic is False and head.reg_decoded_bbox is True
+        assert head.loss_cls == {'type': 'CrossEntropyLoss', 'use_sigmoid': False, 'loss_weight': 1.0}
+    assert [head.bbox_coder.target_stds for head in heads] == [
+        [0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067]]
+    assert model.roi_head.stage_loss_weights == [1, 0.5, 0.25]
+    assert [stage.assigner.pos_iou_thr for stage in model.train_cfg.rcnn] == [0.5, 0.6, 0.7]
+    assert (model.roi_head.mask_head.type, model.roi_head.mask_head.num_convs) == ('FCNMaskHead', 4)
+    for head in meta_model(name).roi_head.bbox_head:  # one regression for each class
+        assert head.fc_reg.out_features == 4 * 80 and len(head.shared_convs) == 4
+
+
+def test_mask_rcnn_is_the_usual_one():
+    model = load(MASK).model
+    assert model.type == 'MaskRCNN'
+    head = model.roi_head.bbox_head
+    assert (head.type, head.loss_bbox.type, head.reg_class_agnostic) == ('Shared2FCBBoxHead', 'L1Loss', False)
+
+
+def test_fcos_is_the_plain_one():
+    model = load(FCOS).model
+    assert model.type == 'FCOS' and model.bbox_head.strides == [8, 16, 32, 64, 128]
+    head = meta_model(FCOS).bbox_head
+    assert not (head.norm_on_bbox or head.centerness_on_reg or head.center_sampling)
+    assert head.loss_bbox.__class__.__name__ == 'IoULoss'
+    norms = [m for m in head.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert len(norms) == 8 and {m.num_groups for m in norms} == {32}
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_testing_follows_the_authors(name):
+    cfg = load(name)
+    test = cfg.model.test_cfg if name == FCOS else cfg.model.test_cfg.rcnn
+    assert (test.score_thr, test.nms, test.max_per_img) == (0.05, {'type': 'nms', 'iou_threshold': 0.5}, 100)
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        resize = {t.type: t for t in loader.dataset.pipeline}['Resize']
+        assert (resize.scale, resize.keep_ratio) == ((1333, 800), True)
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        metrics = evaluator.metric if isinstance(evaluator.metric, list) else [evaluator.metric]
+        assert metrics == (['bbox'] if name == FCOS else ['bbox', 'segm'])
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_training_data_follow_the_recipe(name):
+    cfg, row = load(name), ROWS[name]
+    dataset = cfg.train_dataloader.dataset
+    assert dataset.type == 'CocoDataset' and dataset.data_root == 'data/coco/'
+    assert dataset.filter_cfg == {'filter_empty_gt': True, 'min_size': 32}
+    steps = {t.type: t for t in dataset.pipeline}
+    assert steps['RandomFlip'].prob == 0.5 and steps['LoadAnnotations'].get('with_mask', False) is (name != FCOS)
+    if name == FCOS:
+        assert steps['RandomChoiceResize'].scales == [(1333, 640), (1333, 800)]
+        return
+    assert RECIPES[row['recipe']]['augmentation'] == 'DETR / Sparse R-CNN multi-scale 480-800 with random crops'
+    (once,), (first, crop, again) = steps['RandomChoice'].transforms
+    for resize in (once, again):
+        assert resize.scales == [(short, 1333) for short in SHORT_SIDES] and resize.keep_ratio is True
+    assert first.scales == [(short, 1333) for short in (400, 500, 600)]
+    assert (crop.crop_type, crop.crop_size, crop.allow_negative_crop) == ('absolute_range', (384, 600), True)
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_optimization_follows_the_row(name):
+    cfg, row = load(name), ROWS[name]
+    recipe, wrapper = RECIPES[row['recipe']], cfg.optim_wrapper
+    assert wrapper.optimizer == {
+        'type': recipe['optimizer'], 'lr': variant_of(row, recipe['lr']), 'betas': tuple(recipe['betas']),
+        'weight_decay': recipe['weight_decay']}
+    clip = recipe['grad_clip']
+    assert wrapper.clip_grad == (clip and {'max_norm': clip, 'norm_type': 2})
+    assert 8 * cfg.train_dataloader.batch_size == recipe['global_batch'] == cfg.auto_scale_lr.base_batch_size
+    assert cfg.auto_scale_lr.enable is True
+    assert cfg.train_cfg.type == 'EpochBasedTrainLoop' and cfg.train_cfg.val_interval == 1
+    assert cfg.train_cfg.max_epochs == row['epochs'] == recipe['schedule']['epochs']
+    hook = cfg.default_hooks.checkpoint
+    assert (hook.interval, hook.max_keep_ckpts, hook.save_best) == (1, 3, 'coco/bbox_mAP')
+    if recipe['amp']:
+        assert (wrapper.type, wrapper.dtype, wrapper.loss_scale) == ('AmpOptimWrapper', recipe['amp'], 'dynamic')
+    else:
+        assert wrapper.type == 'OptimWrapper'
+    if 'layer_decay' in recipe:
+        assert wrapper.constructor == 'replk_mm.LayerDecayOptimizerConstructor'
+        assert wrapper.paramwise_cfg == {
+            'decay_type': recipe['layer_decay']['type'], 'decay_rate': variant_of(row, recipe['layer_decay']['rate']),
+            'num_layers': variant_of(row, recipe['num_layers'])}
+    else:
+        assert wrapper.paramwise_cfg == {'norm_decay_mult': recipe['norm_decay_mult']}
+
+
+@pytest.mark.parametrize('name', [FCOS, MASK, CASCADE[0]])
+def test_learning_rate_warms_up_and_falls_by_steps(name):
+    recipe = RECIPES[ROWS[name]['recipe']]
+    warmup, schedule = recipe['warmup'], recipe['schedule']
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    by_iter, by_epoch = (PARAM_SCHEDULERS.build(dict(s, optimizer=optimizer)) for s in load(name).param_scheduler)
+    assert (by_iter.by_epoch, by_epoch.by_epoch) == (False, True)
+    per_epoch, seen = 600, {}
+    for epoch in range(schedule['epochs']):
+        for i in range(per_epoch):
+            seen[epoch, i] = optimizer.param_groups[0]['lr']
+            optimizer.step()
+            by_iter.step()
+        by_epoch.step()
+    start, length = warmup['start'], warmup['iters']
+    for i in range(length - 1):  # mmengine's warmups are over one iteration early
+        grown = start if warmup['policy'] == 'constant' else start + (1 - start) * i / (length - 1)
+        assert seen[0, i] == pytest.approx(grown, abs=1e-6)
+    assert seen[0, 0] == pytest.approx(start) and seen[0, length] == pytest.approx(1.0)
+    first, second = schedule['milestones']
+    for epoch in range(1, schedule['epochs']):
+        assert seen[epoch, 0] == pytest.approx(0.1 ** ((epoch >= first) + (epoch >= second)))
+
+
+# ---- what they build
+
+@pytest.mark.parametrize('name', ROWS)
+def test_parameters_are_within_1_percent_of_the_published(name):
+    assert params_m(meta_model(name)) == pytest.approx(ROWS[name]['params_m'], rel=0.01)
+
+
+@pytest.mark.parametrize('name', [n for n in ROWS if 'replk' in n])
+def test_the_deployed_model_rounds_to_the_published_parameters(name):
+    cfg = copy.deepcopy(load(name))
+    cfg.model.backbone.small_kernel_merged = True
+    deployed, published = params_m(build(cfg)), ROWS[name]['params_m']
+    assert round(deployed) == published
+    # Of the training form, merging takes the small kernels and all but a bias of the two normalizations after them.
+    assert 0 < params_m(meta_model(name)) - deployed < 0.6
+
+
+# By hand, from the authors' description: a layer each for the stem, stages 1 and 2, every three blocks of stage 3, and
+# stage 4; a downsampling layer belongs to the stage it leads to, but the one before stage 3 to its first blocks.
+def layer_of(parameter: str, last: int) -> int:
+    part, *rest = parameter.removeprefix('backbone.').split('.')
+    if not parameter.startswith('backbone.') or part not in ('downsample_layers', 'stages'):
+        return last + 1
+    stage = int(rest[0])
+    if part == 'downsample_layers':
+        return {0: 0, 1: 2, 2: 3, 3: last}[stage]
+    return {0: 1, 1: 2, 2: 3 + int(rest[1]) // 3, 3: last}[stage]
+
+
+@pytest.mark.parametrize('name', CONVNEXT)
+def test_convnext_learning_rates_decay_by_layer(name):
+    row = ROWS[name]
+    recipe = RECIPES[row['recipe']]
+    lr, rate, last = (variant_of(row, values) for values in (
+        recipe['lr'], recipe['layer_decay']['rate'], recipe['num_layers']))
+    model = meta_model(name)
+    seen = set()
+    for parameter, group in groups_by_name(name).items():
+        layer = layer_of(parameter, last)
+        seen.add(layer)
+        assert group['lr'] == pytest.approx(lr * rate ** (last + 1 - layer)), parameter
+        decayed = model.get_parameter(parameter).ndim > 1 and not parameter.endswith('.bias')
+        assert group['weight_decay'] == (0.05 if decayed else 0.0), parameter
+    assert seen == set(range(last + 2))
+
+
+@pytest.mark.parametrize('name', [n for n in ROWS if 'replk' in n])
+def test_norms_have_no_weight_decay(name):
+    model, norms = meta_model(name), (_BatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm)
+    of_norms = {f'{n}.{p}' for n, m in model.named_modules() if isinstance(m, norms) for p, _ in m.named_parameters()}
+    assert any(n.startswith('backbone.') for n in of_norms) and not all(n.startswith('backbone.') for n in of_norms)
+    lr = RECIPES[ROWS[name]['recipe']]['lr']
+    for parameter, group in groups_by_name(name).items():
+        assert group['weight_decay'] == (0.0 if parameter in of_norms else 0.05), parameter
+        assert group['lr'] == lr, parameter
+
+
+# ---- the data pipelines, on a photograph of 480x360 with one object
+
+@pytest.fixture(scope='module')
+def coco(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('coco')
+    (root / 'annotations').mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (360, 480, 3), dtype=np.uint8)
+    for split in ('train2017', 'val2017'):
+        (root / split).mkdir()
+        Image.fromarray(pixels).save(root / split / 'a.jpg')
+        polygon = [120, 90, 360, 90, 360, 270, 120, 270]
+        (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(dict(
+            info={}, licenses=[], images=[dict(id=1, file_name='a.jpg', width=480, height=360)],
+            categories=[dict(id=1, name='person')],
+            annotations=[dict(id=1, image_id=1, category_id=1, bbox=[120, 90, 240, 180], area=43200, iscrowd=0,
+                              segmentation=[polygon])])))
+    return root
+
+
+def samples(name: str, loader: str, root: Path, count: int) -> list:
+    dataset = copy.deepcopy(load(name)[loader].dataset)
+    dataset.update(data_root=str(root), serialize_data=False)  # which would collect garbage first
+    with DATASETS.switch_scope_and_registry('mmdet') as registry:
+        built = registry.build(dataset)
+        return [built[0] for _ in range(count)]
+
+
+@pytest.mark.parametrize('name', [CASCADE[0], FCOS])
+def test_test_pipeline_fits_1333_by_800(name, coco):
+    sample = samples(name, 'val_dataloader', coco, 1)[0]
+    assert sample['inputs'].shape == (3, 800, 1067)  # by the short side, 800 / 360
+    assert sample['data_samples'].ori_shape == (360, 480)
+
+
+def test_training_pipeline_of_fcos_has_two_sizes(coco):
+    np.random.seed(0)
+    seen = {tuple(s['inputs'].shape[1:]) for s in samples(FCOS, 'train_dataloader', coco, 12)}
+    assert seen == {(640, 853), (800, 1067)}
+
+
+def test_training_pipeline_resizes_and_crops_with_boxes_and_masks(coco):
+    np.random.seed(0)
+    whole = 0
+    for sample in samples(CASCADE[0], 'train_dataloader', coco, 16):
+        height, width = sample['inputs'].shape[1:]
+        assert min(height, width) in SHORT_SIDES or max(height, width) == 1333
+        found = sample['data_samples'].gt_instances
+        whole += abs(width / height - 4 / 3) < 0.01
+        for box, mask in zip(found.bboxes.tensor, found.masks.to_tensor(torch.bool, 'cpu'), strict=True):
+            ys, xs = mask.nonzero(as_tuple=True)
+            drawn = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+            assert (drawn - box).abs().max() < 4  # a few pixels of rounding at each resizing
+    assert 0 < whole < 16

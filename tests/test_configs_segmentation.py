@@ -1,0 +1,292 @@
+"""UperNet configs: they follow the published recipes to the letter, and their pipelines deliver what the recipes say."""
+import copy
+import math
+from pathlib import Path
+
+import config_cases
+import numpy as np
+import pytest
+import torch
+from config_cases import ARCH, CHANNELS, PUBLISHED, RECIPES, build, groups_by_name, load, meta_model, params_m, variant_of
+from mmengine.config import Config
+from mmengine.registry import DATASETS, PARAM_SCHEDULERS
+from PIL import Image
+from torch.nn.modules.batchnorm import _BatchNorm
+
+ROWS = {name: row for name, row in config_cases.ROWS.items() if 'miou_ss' in row}
+ADE20K = [name for name in ROWS if '_ade20k' in name]
+NANO = [name for name in config_cases.NANO if name.startswith('upernet_')]
+CITYSCAPES = ['upernet_replk31b_cityscapes.py', 'upernet_convnext-base_cityscapes.py']
+
+
+# ---- the recipe, row by row
+
+@pytest.mark.parametrize('name', ROWS)
+def test_model_follows_the_row(name):
+    cfg, row = load(name), ROWS[name]
+    recipe = RECIPES[row['recipe']]
+    backbone, channels = cfg.model.backbone, CHANNELS[row['backbone']]
+    assert backbone.type == 'replk_mm.' + row['backbone'].split('-')[0]
+    assert backbone.arch == ARCH[row['backbone']]
+    assert backbone.drop_path_rate == variant_of(row, recipe['drop_path'])
+    assert list(backbone.out_indices) == [0, 1, 2, 3]
+    assert cfg.model.decode_head.in_channels == channels
+    assert cfg.model.auxiliary_head.in_channels == channels[2] and cfg.model.auxiliary_head.in_index == 2
+    assert (cfg.model.decode_head.channels, cfg.model.auxiliary_head.channels) == (512, 256)
+    for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+        assert head.norm_cfg.type == 'SyncBN'
+        assert head.align_corners is recipe.get('align_corners', False)
+    if backbone.type == 'replk_mm.RepLKNet':
+        assert backbone.norm_cfg.type == recipe['norm'] and backbone.with_cp is recipe['checkpointing']
+        assert backbone.small_kernel_merged is False
+        assert backbone.get('norm_intermediate_features', False) is (row['backbone'] == 'RepLKNet-XL')
+    else:
+        assert backbone.layer_scale_init_value == recipe['layer_scale_init']
+        assert backbone.gap_before_final_norm is False
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_testing_follows_the_row(name):
+    cfg, row = load(name), ROWS[name]
+    recipe, crop = RECIPES[row['recipe']], row['crop']
+    preprocessor, test = cfg.model.data_preprocessor, recipe['test'][crop]
+    assert preprocessor.size == (crop, crop)
+    if recipe.get('mean_std', {}).get(row['variant']) == 127.5:
+        assert preprocessor.mean == [127.5] * 3 and preprocessor.std == [127.5] * 3
+    else:
+        assert preprocessor.mean == [123.675, 116.28, 103.53] and preprocessor.std == [58.395, 57.12, 57.375]
+    assert cfg.model.test_cfg.mode == test['mode']
+    if test['mode'] == 'slide':
+        assert cfg.model.test_cfg.crop_size == (crop, crop)
+        assert cfg.model.test_cfg.stride == (test['stride'], test['stride'])
+
+
+def check_pipelines(cfg: Config, scale: tuple[int, int], crop: int) -> None:
+    train = {t.type: t for t in cfg.train_dataloader.dataset.pipeline}
+    assert train['RandomCrop'].crop_size == (crop, crop)
+    assert train['RandomResize'].scale == scale and train['RandomResize'].ratio_range == (0.5, 2.0)
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        assert {t.type: t for t in loader.dataset.pipeline}['Resize'].scale == scale
+    resizes = cfg.tta_pipeline[1].transforms[0]
+    assert [t.scale for t in resizes] == [
+        tuple(math.floor(side * r) for side in scale) for r in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)]
+
+
+@pytest.mark.parametrize('name', ADE20K)
+def test_data_of_ade20k_follow_the_row(name):
+    cfg, row = load(name), ROWS[name]
+    short = RECIPES[row['recipe']]['short_side'][row['crop']]
+    check_pipelines(cfg, (4 * short, short), row['crop'])
+    assert cfg.train_dataloader.dataset.data_root == 'data/ade/ADEChallengeData2016'
+
+
+@pytest.mark.parametrize('name', CITYSCAPES)
+def test_data_of_cityscapes_follow_the_row(name):
+    cfg, row = load(name), ROWS['upernet_replk31b_cityscapes.py']
+    check_pipelines(cfg, tuple(RECIPES[row['recipe']]['test_scale']), row['crop'])
+    assert cfg.train_dataloader.dataset.type == 'CityscapesDataset'
+    assert cfg.train_dataloader.dataset.data_root == 'data/cityscapes/'
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_optimization_follows_the_row(name):
+    cfg, row = load(name), ROWS[name]
+    recipe, wrapper = RECIPES[row['recipe']], cfg.optim_wrapper
+    assert wrapper.optimizer == {
+        'type': recipe['optimizer'], 'lr': variant_of(row, recipe['lr']), 'betas': tuple(recipe['betas']),
+        'weight_decay': recipe['weight_decay']}
+    assert wrapper.clip_grad is None
+    assert 8 * cfg.train_dataloader.batch_size == recipe['global_batch'] == cfg.auto_scale_lr.base_batch_size
+    assert cfg.auto_scale_lr.enable is True
+    assert cfg.train_cfg.max_iters == row['iters'] == recipe['schedule']['iters']
+    assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval == row['iters'] // 10
+    assert cfg.default_hooks.checkpoint.save_best == 'mIoU'
+    if recipe['amp']:
+        assert (wrapper.type, wrapper.dtype) == ('AmpOptimWrapper', recipe['amp'])
+    else:
+        assert wrapper.type == 'OptimWrapper'
+    if 'layer_decay' in recipe:
+        assert wrapper.constructor == 'replk_mm.LayerDecayOptimizerConstructor'
+        assert wrapper.paramwise_cfg == {
+            'decay_type': recipe['layer_decay']['type'], 'decay_rate': recipe['layer_decay']['rate'],
+            'num_layers': recipe['num_layers'][row['variant']]}
+    else:
+        assert wrapper.paramwise_cfg == {'norm_decay_mult': recipe['norm_decay_mult']}
+
+
+@pytest.mark.parametrize('name', ['upernet_replk31b_ade20k.py', 'upernet_convnext-tiny_ade20k.py',
+                                  'upernet_replk31b_cityscapes.py'])
+def test_learning_rate_warms_up_then_falls_linearly(name):
+    recipe = RECIPES[ROWS[name]['recipe']]
+    warmup, length = recipe['warmup'], recipe['schedule']['iters']
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
+    schedulers = [PARAM_SCHEDULERS.build(dict(s, optimizer=optimizer)) for s in load(name).param_scheduler]
+    seen = []
+    for _ in range(2 * warmup['iters'] + 1):
+        seen.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    for t in (0, 1, 10, 100, 750, 1400, warmup['iters'], 2000, 3000):
+        grown = 1 - (1 - min(t, warmup['iters']) / warmup['iters']) * (1 - warmup['start'])
+        assert seen[t] == pytest.approx(2e-4 * (1 - t / length) * grown, rel=2e-3)
+    assert load(name).param_scheduler[-1].end == length and load(name).param_scheduler[-1].eta_min == 0
+
+
+def test_convnext_on_cityscapes_is_its_own_recipe_on_the_data_and_length_of_replknet():
+    ours, data, recipe = (load(f'upernet_{name}.py') for name in
+                          ('convnext-base_cityscapes', 'replk31b_cityscapes', 'convnext-base_ade20k'))
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader', 'tta_pipeline', 'param_scheduler', 'train_cfg',
+                'default_hooks', 'auto_scale_lr'):
+        assert ours[key] == data[key], key
+    for key in ('data_preprocessor', 'decode_head', 'auxiliary_head', 'test_cfg'):
+        assert ours.model[key] == data.model[key], key
+    assert ours.optim_wrapper == recipe.optim_wrapper
+    assert ours.model.backbone == recipe.model.backbone
+
+
+# ---- what they build
+
+@pytest.mark.parametrize('name', ADE20K)
+def test_parameters_are_within_2_percent_of_the_published(name):
+    assert params_m(meta_model(name)) == pytest.approx(ROWS[name]['params_m'], rel=0.02)
+
+
+@pytest.mark.parametrize('name', [n for n in ROWS if 'replk' in n])
+def test_the_replknet_authors_count_the_deployed_model_without_the_auxiliary_head(name):
+    cfg = copy.deepcopy(load(name))
+    cfg.model.auxiliary_head = None
+    cfg.model.backbone.small_kernel_merged = True
+    deployed = params_m(build(cfg))
+    # The row of Cityscapes has 110, which their own 111.7 for ADE20K does not lead to: the heads are the same but for the
+    # last layer, of 512 weights and a bias for each class.
+    study = {row['name']: row['ade20k_params_m'] for row in PUBLISHED['kernel_size_study']}['RepLKNet-31']
+    if 'cityscapes' in name:
+        assert deployed == pytest.approx(ROWS[name]['params_m'], rel=0.02)
+        assert deployed == pytest.approx(study - (150 - 19) * 513 / 1e6, rel=0.002)
+        return
+    assert deployed == pytest.approx(ROWS[name]['params_m'], rel=0.004)
+    if 'replk31b' in name:
+        assert deployed == pytest.approx(study, rel=0.002)
+
+
+# By hand, from the authors' description of the stage-wise decay: the learning rate of the head is lr; that of stage S
+# (0 to 3) and of everything between the stages falls by 0.9 a step, counted from num_layers + 1.
+DECAY = {
+    'upernet_convnext-tiny_ade20k.py': {'between': 7, 'stages': [6, 5, 4, 3]},
+    'upernet_convnext-base_ade20k.py': {'between': 13, 'stages': [12, 11, 10, 9]},
+    'upernet_convnext-xlarge-in22k_ade20k-640.py': {'between': 13, 'stages': [12, 11, 10, 9]},
+}
+
+
+@pytest.mark.parametrize('name', DECAY)
+def test_convnext_learning_rates_decay_by_stage(name):
+    lr = 8e-5 if 'xlarge' in name else 1e-4
+    for parameter, group in groups_by_name(name).items():
+        parts = parameter.split('.')
+        steps = 0
+        if parts[:2] == ['backbone', 'downsample_layers']:
+            steps = DECAY[name]['between']
+        elif parts[:2] == ['backbone', 'stages']:
+            steps = DECAY[name]['stages'][int(parts[2])]
+        assert group['lr'] == pytest.approx(lr * 0.9**steps), parameter
+        shape = meta_model(name).get_parameter(parameter).shape
+        decayed = len(shape) > 1 and not parameter.endswith('.bias')
+        assert group['weight_decay'] == (0.05 if decayed else 0.0), parameter
+
+
+def test_convnext_output_norms_learn_at_the_full_rate():
+    groups = groups_by_name('upernet_convnext-tiny_ade20k.py')
+    assert {groups[f'backbone.norm{i}.weight']['lr'] for i in range(4)} == {1e-4}
+
+
+@pytest.mark.parametrize('name', ['upernet_replk31b_ade20k.py', 'upernet_replkxl-meg73m_ade20k-640.py',
+                                  'upernet_replk31b_cityscapes.py', *NANO])
+def test_norms_have_no_weight_decay(name):
+    model, norms = meta_model(name), (_BatchNorm, torch.nn.LayerNorm)
+    of_norms = {f'{n}.{p}' for n, m in model.named_modules() if isinstance(m, norms) for p, _ in m.named_parameters()}
+    assert of_norms
+    for parameter, group in groups_by_name(name).items():
+        assert group['weight_decay'] == (0.0 if parameter in of_norms else 0.05), parameter
+
+
+@pytest.mark.parametrize('name', NANO)
+def test_nano_models_learn_on_a_cpu(name):
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+    classes = config_cases.CLASSES[config_cases.dataset_of(name)]
+    model = build(load(name), 'cpu').train()
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, classes, (1, 64, 64)))) for _ in range(2)]
+    losses = model.loss(torch.randn(2, 3, 64, 64), samples)
+    loss = sum(v for k, v in losses.items() if 'loss' in k)
+    # An untrained network guesses among the classes; the auxiliary head counts 0.4.
+    assert loss.item() == pytest.approx(1.4 * math.log(classes), rel=0.25)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert params_m(model) < 20
+
+
+# ---- the data pipelines, on photographs of 480x360
+
+def write_photographs(root: Path, files: dict[str, str], middle: int, right: int) -> Path:
+    """An image and its labels for each pair of files: the left third without class, then two classes."""
+    rng = np.random.default_rng(0)
+    for image, annotation in files.items():
+        labels = np.full((360, 480), 0 if right == 150 else 255, np.uint8)
+        labels[:, 160:320], labels[:, 320:] = middle, right
+        for path, pixels in ((root / image, rng.integers(0, 256, (360, 480, 3), dtype=np.uint8)), (root / annotation, labels)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return root
+
+
+@pytest.fixture(scope='module')
+def ade20k(tmp_path_factory) -> Path:
+    files = {f'images/{split}/a.jpg': f'annotations/{split}/a.png' for split in ('training', 'validation')}
+    return write_photographs(tmp_path_factory.mktemp('ade'), files, 1, 150)
+
+
+@pytest.fixture(scope='module')
+def cityscapes(tmp_path_factory) -> Path:
+    files = {f'leftImg8bit/{split}/aachen/a_leftImg8bit.png': f'gtFine/{split}/aachen/a_gtFine_labelTrainIds.png'
+             for split in ('train', 'val')}
+    return write_photographs(tmp_path_factory.mktemp('cityscapes'), files, 0, 18)
+
+
+def first_sample(cfg: Config, loader: str, root: Path, **changes):
+    dataset = copy.deepcopy(cfg[loader].dataset)
+    dataset.update(data_root=str(root), serialize_data=False, **changes)  # which would collect garbage first
+    with DATASETS.switch_scope_and_registry('mmseg') as registry:
+        return registry.build(dataset)[0]
+
+
+PIPELINES = {  # a config of each dataset file: test size, crop
+    'upernet_replk-nano_ade20k.py': ((384, 512), 256),
+    'upernet_replk31b_ade20k.py': ((512, 683), 512),
+    'upernet_replk31l-in22k_ade20k-640.py': ((512, 683), 640),
+    'upernet_convnext-large-in22k_ade20k-640.py': ((640, 853), 640),
+    'upernet_replk-nano_cityscapes.py': ((384, 512), 256),
+    'upernet_replk31b_cityscapes.py': ((1025, 1367), 769),
+}
+
+
+@pytest.mark.filterwarnings('ignore:`reduce_zero_label` will be deprecated')
+@pytest.mark.parametrize('name', PIPELINES)
+def test_pipelines_deliver_the_sizes_and_labels(name, ade20k, cityscapes):
+    cfg, (size, crop) = load(name), PIPELINES[name]
+    root, last = (ade20k, 149) if 'ade20k' in name else (cityscapes, 18)
+    train = first_sample(cfg, 'train_dataloader', root)
+    assert train['inputs'].shape[0] == 3 and max(train['inputs'].shape[1:]) <= crop
+    # The small models learn at the stride of their logits.
+    stride = 4 if 'nano' in name else 1
+    assert train['inputs'].shape[1:] == tuple(stride * s for s in train['data_samples'].gt_sem_seg.data.shape[1:])
+    val = first_sample(cfg, 'val_dataloader', root)
+    assert val['inputs'].shape == (3, *size)
+    tta = first_sample(cfg, 'test_dataloader', root, pipeline=cfg.tta_pipeline)
+    ratios = (0.75, 1.0, 1.25) if 'nano' in name else (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    assert [x.shape[1] for x in tta['inputs']] == [int(size[0] * r) for r in ratios for _ in (False, True)]
+    assert [s.flip for s in tta['data_samples']] == [False, True] * len(ratios)
+    for sample in (val['data_samples'], *tta['data_samples']):
+        labels = sample.gt_sem_seg.data[0]  # never resized and never flipped: the metric's own size
+        assert labels.shape == (360, 480)
+        assert [int(labels[0, x]) for x in (0, 200, 479)] == [255, 0, last]
