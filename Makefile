@@ -7,10 +7,10 @@ BOOT := $(or $(PYTHON),python3)
 VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint clean distclean
+.PHONY: help setup demo demo-detection test test-fast lint clean distclean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 	@echo; sed -n '/^# make/s/^# //p' Makefile
 
 setup: ## Make .venv (resumes after an interruption; nothing to do takes a second)
@@ -20,6 +20,9 @@ setup: ## Make .venv (resumes after an interruption; nothing to do takes a secon
 
 demo: setup ## Train, reparameterize, evaluate and compare on generated images, into demo/
 	$(VENV_PYTHON) tools/demo.py --out demo
+
+demo-detection: setup ## The same for boxes and masks, into demo/detection/
+	$(VENV_PYTHON) tools/demo.py --task detection --out demo/detection
 
 test: setup ## All tests
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)

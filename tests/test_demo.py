@@ -1,4 +1,5 @@
 """The demo's chain, shortened, and what its table and exit status say."""
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ from replk_mm.analysis.speed import Timing
 from replk_mm.data.demo_scenes import DEMO_CLASSES, DEMO_PALETTE
 
 
-def _rows(before: float, after: float) -> list[demo.Row]:
-    return [demo.Row('trained', before, 100, 2 * 10**9, Timing(20., 19., 21.)),
-            demo.Row('reparameterized', after, 90, 10**9, Timing(10., 9., 11.))]
+def _rows(before: float, after: float, **others: float) -> list[demo.Row]:
+    return [demo.Row('trained', {'mIoU': before, **others}, 100, 2 * 10**9, Timing(20., 19., 21.)),
+            demo.Row('reparameterized', {'mIoU': after, **others}, 90, 10**9, Timing(10., 9., 11.))]
 
 
 def test_table_says_what_changed() -> None:
@@ -27,6 +28,14 @@ def test_equal_is_to_a_hundredth(after: float, same: bool) -> None:
     assert demo.equal(_rows(61.25, after)) is same
 
 
+def test_every_metric_has_a_column_and_must_be_equal() -> None:
+    rows = _rows(61.25, 61.25, **{'mask AP50': 30.5})
+    heading, first, *_ = demo.table(rows).strip('\n').splitlines()
+    assert heading.index('mask AP50') + len('mask AP50') == first.index('30.50') + len('30.50')
+    rows[1].metrics['mask AP50'] = 30.65
+    assert demo.equal(rows, 0.2) and not demo.equal(rows, 0.1)
+
+
 def test_config_names_the_classes_of_the_scenes(root: Path) -> None:
     cfg = Config.fromfile(root / 'configs' / 'upernet_replk-nano_demo.py')
     assert tuple(cfg.metainfo.classes) == DEMO_CLASSES
@@ -35,22 +44,26 @@ def test_config_names_the_classes_of_the_scenes(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_runs_the_whole_chain(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize('task, metrics, classes', [
+    ('segmentation', ['mIoU'], 8), ('detection', ['box AP', 'box AP50', 'mask AP', 'mask AP50'], 5)])
+def test_the_command_runs_the_whole_chain(task: str, metrics: list[str], classes: int, root: Path, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(demo, 'TRAIN_SCENES', 8)
     monkeypatch.setattr(demo, 'VAL_SCENES', 2)
-    monkeypatch.setattr(sys, 'argv', ['demo.py', '--out', str(tmp_path / 'demo'), '--max-iters', '2'])
-    monkeypatch.syspath_prepend(str(root / 'tools'))
-    import importlib.util
+    out = tmp_path / 'demo'
+    monkeypatch.setattr(sys, 'argv', ['demo.py', '--task', task, '--out', str(out), '--max-iters', '2'])
     spec = importlib.util.spec_from_file_location('demo_command', root / 'tools' / 'demo.py')
     command = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(command)
     assert command.main() == 0
     printed = capsys.readouterr().out
-    assert 'parallel kernels merged' in printed and 'times as fast' in printed
-    found = json.loads((tmp_path / 'demo' / 'demo.json').read_text())
-    assert found['iterations'] == 2 and found['rows'][0]['miou'] == pytest.approx(found['rows'][1]['miou'], abs=0.01)
-    assert found['rows'][1]['macs'] < found['rows'][0]['macs']
+    assert 'parallel kernels merged' in printed and 'times as fast' in printed and ', '.join(metrics) in printed
+    found = json.loads((out / 'demo.json').read_text())
+    before, after = found['rows']
+    assert found['iterations'] == 2 and list(before['metrics']) == metrics
+    assert after['metrics'] == pytest.approx(before['metrics'], abs=demo.STORIES[task].tolerance)
+    assert after['macs'] < before['macs'] and after['parameters'] < before['parameters']
     assert found['tests'][1]['reparameterized'] == 'in the checkpoint'
-    width, height = Image.open(tmp_path / 'demo' / 'predictions.png').size
-    assert width > 4 * 256 and height > 2 * 256
+    assert len(json.loads((out / 'data' / 'meta.json').read_text())['classes']) == classes
+    width, height = Image.open(out / 'predictions.png').size
+    assert width > 3 * 256 and height > 2 * 256

@@ -5,7 +5,7 @@ A run that was interrupted carries on when the same command is given again.
 
 Example:
     python tools/make_demo_data.py data/demo --train 200 --val 40
-    python tools/make_demo_data.py data/demo --format ade20k --train 500 --val 100 --seed 1 --size 256 512 --overwrite
+    python tools/make_demo_data.py data/demo --format coco --train 500 --val 100 --seed 1 --size 256 512 --overwrite
 """
 import argparse
 import sys
@@ -36,7 +36,7 @@ def main() -> None:
                            args.overwrite, progress=True)
     print(f'{args.out}: {args.train} training and {args.val} validation scenes of {args.size[0]}x{args.size[1]}, '
           f'{len(meta["classes"])} classes ({", ".join(meta["classes"])}), {args.format} layout. To train on it, set '
-          f"data_root='{args.out}', num_classes={len(meta['classes'])}, and reduce_zero_label=True in a config.")
+          f"data_root='{args.out}', {LAYOUTS[args.format].advice}.")
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ SUBPIXEL = 16
 
 @dataclass(frozen=True)
 class Instance:
-    """A drawn object: its label (1..K), its mask (H, W) of bool, its tight box (x0, y0, x1, y1), ends excluded."""
+    """A drawn object: its label (1..K), the mask (H, W) of bool of its visible pixels, their tight box, ends excluded."""
     label: int
     mask: np.ndarray
     box: Box
@@ -55,15 +55,16 @@ def render_scene(spec: SceneSpec) -> Scene:
     regions = _regions(spec)
     image = _draw_backdrop(backdrop_rng, spec, regions)
     label = (regions + 1).astype(np.uint8)
-    instances = []
+    masks = []
     for number, item in enumerate(spec.objects):
         rng = scene_rng(spec.seed, spec.split, spec.index, 4 + number)
-        instances.append(_draw_object(rng, spec, item, image, label))
+        masks.append(_draw_object(rng, spec, item, image, label))
     _draw_cue(spec.cue, image, label)
+    instances = _instances(spec, masks, label)
     image = _soften(image)
     noise = spec.backdrop.noise
     grain = scene_rng(spec.seed, spec.split, spec.index, 3).integers(-noise, noise + 1, image.shape, dtype=np.int8)
-    return Scene(np.clip(image + grain, 0, 255).astype(np.uint8), label, tuple(instances), spec)
+    return Scene(np.clip(image + grain, 0, 255).astype(np.uint8), label, instances, spec)
 
 
 @lru_cache(maxsize=64)
@@ -134,20 +135,35 @@ def _draw_backdrop(rng: np.random.Generator, spec: SceneSpec, regions: np.ndarra
 
 
 def _draw_object(rng: np.random.Generator, spec: SceneSpec, item: ObjectSpec, image: np.ndarray,
-                 label: np.ndarray) -> Instance:
-    """Draw ``item`` into ``image`` and ``label``, in place."""
+                 label: np.ndarray) -> np.ndarray:
+    """Draw ``item`` into ``image`` and ``label``, in place. Returns the mask (H, W) of what it covers."""
     x0, y0 = max(0, item.x - item.radius - 1), max(0, item.y - item.radius - 1)
     window = np.s_[y0:item.y + item.radius + 2, x0:item.x + item.radius + 2]
     patch = _shape_mask(item, x0, y0, label[window].shape)
     colours = np.array(item.colour, np.int16) + _texture(rng, item, patch.shape, spec.size)[:, :, None]
     image[window][patch] = colours[patch]
-    number = DEMO_CLASSES.index(spec.class_of(item)) + 1
-    label[window][patch] = number
+    label[window][patch] = _label_of(spec, item)
     mask = np.zeros(spec.size, bool)
     mask[window] = patch
-    rows, columns = np.flatnonzero(patch.any(1)), np.flatnonzero(patch.any(0))
-    box = (x0 + int(columns[0]), y0 + int(rows[0]), x0 + int(columns[-1]) + 1, y0 + int(rows[-1]) + 1)
-    return Instance(number, mask, box, item)
+    return mask
+
+
+def _label_of(spec: SceneSpec, item: ObjectSpec) -> int:
+    return DEMO_CLASSES.index(spec.class_of(item)) + 1
+
+
+def _instances(spec: SceneSpec, masks: list[np.ndarray], label: np.ndarray) -> tuple[Instance, ...]:
+    """The objects of a scene as they are seen: without what later ones and the beacon cover, or not at all."""
+    covered = label == 0
+    found = []
+    for item, mask in zip(reversed(spec.objects), reversed(masks), strict=True):
+        visible = mask & ~covered
+        covered = covered | mask
+        if visible.any():
+            rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+            box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+            found.append(Instance(_label_of(spec, item), visible, box, item))
+    return tuple(reversed(found))
 
 
 def _outline(item: ObjectSpec) -> list[tuple[int, int]]:

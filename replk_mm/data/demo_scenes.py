@@ -24,6 +24,9 @@ DEMO_PALETTE: tuple[tuple[int, int, int], ...] = (
     (135, 190, 235), (125, 150, 75), (40, 85, 165), (230, 80, 60), (245, 190, 50), (170, 75, 190), (30, 170, 150),
     (250, 130, 190))
 
+#: The classes of objects, which can be counted; the others are regions.
+THING_CLASSES: tuple[str, ...] = DEMO_CLASSES[3:]
+
 SPLITS: tuple[str, ...] = ('train', 'val')
 SHAPES: tuple[str, ...] = ('disc', 'square', 'star')
 TEXTURES: tuple[str, ...] = ('plain', 'speckle', 'blotch', 'check')

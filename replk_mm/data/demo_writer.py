@@ -1,4 +1,4 @@
-"""Write procedural demo scenes to disk in the layout of a known data set.
+"""Write procedural demo scenes to disk in the layout of a known data set (replk_mm/data/demo_layouts.py).
 
 A run first writes ``meta.partial.json``, then the scenes, and last renames it to ``meta.json``: an interrupted run is
 recognised by the partial file, and the same command carries on where it stopped.
@@ -7,33 +7,24 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from replk_mm.data.demo_layouts import JPEG_QUALITY, LAYOUTS, MAX_SCENES, CocoAnnotations, Layout
 from replk_mm.data.demo_render import Scene, make_scene
-from replk_mm.data.demo_scenes import DEMO_CLASSES, DEMO_PALETTE, GENERATOR_VERSION, SPLITS
+from replk_mm.data.demo_scenes import GENERATOR_VERSION, SPLITS
 from replk_mm.errors import UserError
 
 META, PARTIAL_META = 'meta.json', 'meta.partial.json'
 GENERATOR = 'replk_mm demo scenes'
-JPEG_QUALITY = 95
-MAX_SCENES = 999_999
 MIN_SIDE, MAX_SIDE = 64, 2048
+# Full-resolution chroma: the scenes' colours and fine textures are part of what a network is to see.
+_ENCODING: dict[str, dict[str, Any]] = {
+    '.jpg': {'format': 'JPEG', 'quality': JPEG_QUALITY, 'subsampling': 0}, '.png': {'format': 'PNG'}}
 
 Meta = dict[str, Any]
-
-
-def _ade20k_files(split: str, stem: str) -> tuple[str, str]:
-    """Where the ADE20K layout keeps a scene: its image and its label map."""
-    folder = {'train': 'training', 'val': 'validation'}[split]
-    return f'images/{folder}/{stem}.jpg', f'annotations/{folder}/{stem}.png'
-
-
-#: The files (image, label map) of a scene, by layout.
-LAYOUTS: dict[str, Callable[[str, str], tuple[str, str]]] = {'ade20k': _ade20k_files}
 
 
 def write_demo_data(out: str | Path, layout: str = 'ade20k', train: int = 200, val: int = 40, seed: int = 0,
@@ -42,7 +33,7 @@ def write_demo_data(out: str | Path, layout: str = 'ade20k', train: int = 200, v
 
     Args:
         out: A folder that does not exist, is empty, or holds an interrupted run of the same settings.
-        layout: One of :data:`LAYOUTS`.
+        layout: A key of :data:`LAYOUTS`.
         train: Number of training scenes.
         val: Number of validation scenes.
         seed: Names the data set: the same seed and size give the same scenes, however many are written.
@@ -58,21 +49,35 @@ def write_demo_data(out: str | Path, layout: str = 'ade20k', train: int = 200, v
     """
     out = Path(out)
     meta = _describe(layout, train, val, seed, size)
-    scenes = [(split, index) for split in SPLITS for index in range(meta['scenes'][split])]
     try:
         _prepare(out, meta, overwrite)
-        for done, (split, index) in enumerate(scenes, 1):
-            files = [out / file for file in LAYOUTS[layout](split, _stem(split, index))]
-            # A file appears under its name only when whole, so what an interrupted run left is good.
-            if not all(file.exists() for file in files):
-                _write_scene(make_scene(seed, split, index, (size[0], size[1])), *files)
-            if progress and (done % 10 == 0 or done == len(scenes)):
-                end = '\n' if done == len(scenes) else ''
-                print(f'\r{done}/{len(scenes)} scenes', end=end, file=sys.stderr, flush=True)
+        for split in SPLITS:
+            _write_split(out, LAYOUTS[layout], split, meta, progress)
         (out / PARTIAL_META).replace(out / META)
     except OSError as error:
         raise UserError(f'{error.filename or out}: cannot write the demo data: {error.strerror or error}') from error
     return meta
+
+
+def _write_split(out: Path, layout: Layout, split: str, meta: Meta, progress: bool) -> None:
+    count, seed, size = meta['scenes'][split], meta['seed'], (meta['size'][0], meta['size'][1])
+    annotation_file = layout.annotation_file(split)
+    annotations = CocoAnnotations(split, seed)
+    for index in range(count):
+        files = [out / file for file in layout.files(split, _stem(split, index))]
+        # A file appears under its name only when whole, so what an interrupted run left is good.
+        absent = not all(file.exists() for file in files)
+        if absent or annotation_file:
+            scene = make_scene(seed, split, index, size)
+            if absent:
+                _write_scene(scene, layout, files)
+            if annotation_file:
+                annotations.add(index, files[0].name, scene)
+        if progress and (index % 10 == 9 or index + 1 == count):
+            end = '\n' if index + 1 == count else ''
+            print(f'\r{split}: {index + 1}/{count} scenes', end=end, file=sys.stderr, flush=True)
+    if annotation_file:
+        _write_whole(out / annotation_file, annotations.content())
 
 
 def _describe(layout: str, train: int, val: int, seed: int, size: tuple[int, int]) -> Meta:
@@ -94,10 +99,7 @@ def _describe(layout: str, train: int, val: int, seed: int, size: tuple[int, int
         'seed': seed,
         'size': list(size),
         'scenes': {'train': train, 'val': val},
-        'classes': list(DEMO_CLASSES),
-        'palette': [list(colour) for colour in DEMO_PALETTE],
-        'reduce_zero_label': True,
-        'jpeg_quality': JPEG_QUALITY,
+        **LAYOUTS[layout].meta,
     }
 
 
@@ -139,8 +141,11 @@ def _scene_files(out: Path, meta: Meta) -> list[Path]:
     """
     ours = []
     for split in SPLITS:
-        for example in LAYOUTS[meta['layout']](split, _stem(split, 0)):
-            folder, suffix = (out / example).parent, Path(example).suffix
+        layout = LAYOUTS[meta['layout']]
+        if (annotation_file := layout.annotation_file(split)) and (out / annotation_file).is_file():
+            ours.append(out / annotation_file)
+        for example in layout.files(split, ''):
+            folder, suffix = (out / example).parent, Path(example).name
             pattern = re.compile(rf'demo_{split}_(\d{{6}}){re.escape(suffix)}(\.tmp)?')
             for path in sorted(folder.iterdir()) if folder.is_dir() else []:
                 match = pattern.fullmatch(path.name)
@@ -163,19 +168,16 @@ def _stem(split: str, index: int) -> str:
     return f'demo_{split}_{index:06d}'
 
 
-def _write_scene(scene: Scene, image_file: Path, label_file: Path) -> None:
-    # Full-resolution chroma: the scenes' colours and fine textures are part of what a network is to see.
-    for pixels, file, options in ((scene.image, image_file, {'format': 'JPEG', 'quality': JPEG_QUALITY,
-                                                             'subsampling': 0}),
-                                  (scene.label, label_file, {'format': 'PNG'})):
+def _write_scene(scene: Scene, layout: Layout, files: list[Path]) -> None:
+    for pixels, file in zip(layout.pixels(scene), files, strict=True):
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, **options)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(buffer, **_ENCODING[file.suffix])
         _write_whole(file, buffer.getvalue())
 
 
 def _write_whole(file: Path, content: bytes) -> None:
     """Write a file that is either whole or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     passing = file.with_name(file.name + '.tmp')
     passing.write_bytes(content)
     passing.replace(file)
