@@ -2,7 +2,7 @@
 #
 # Train:     python tools/make_demo_data.py demo/detection/data --format coco
 #            python tools/train.py configs/cascade-mask-rcnn_replk-nano_demo.py
-# Recipe:    1 CPU x 4 images (global batch 4), 1000 iterations, from scratch
+# Recipe:    1 CPU x 4 images (global batch 4), 600 iterations, from scratch
 # Published: none; `make demo-detection` prints what it measures
 _base_ = [
     './_base_/models/cascade-mask-rcnn_nano.py',
@@ -26,15 +26,14 @@ val_dataloader = dict(dataset=dict(**dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=f'{data_root}/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
-box_heads, mask_head = _base_.model.roi_head.bbox_head, _base_.model.roi_head.mask_head
 model = dict(
     backbone=dict(type='replk_mm.RepLKNet', arch='nano', norm_cfg=_base_.norm_cfg),
     neck=dict(in_channels=[32, 64, 128, 256]),
     roi_head=dict(
-        bbox_head=[{**head, 'num_classes': len(classes)} for head in box_heads],
+        bbox_head=[{**head, 'num_classes': len(classes)} for head in _base_.model.roi_head.bbox_head],
         mask_head=dict(num_classes=len(classes))))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=1000),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=600),
 ]
-train_cfg = dict(max_iters=1000, val_interval=500)
+train_cfg = dict(max_iters=600, val_interval=300)

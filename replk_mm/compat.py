@@ -89,3 +89,43 @@ def allow_harmless_pickles() -> None:
     import torch
     if hasattr(torch.serialization, 'add_safe_globals'):
         torch.serialization.add_safe_globals(harmless_pickles())
+
+
+def let_operators_read_any_layout() -> None:
+    """Let mmcv's compiled operators take CPU tensors whatever their memory layout.
+
+    mmcv (seen in 2.1.0) hands them to loops over plain arrays: of channels-last features, which our backbones hand on on CPUs,
+    RoIAlign, deformable convolution and others read and write other pixels than they should, and say nothing. Each operator
+    is called with contiguous copies instead, and what it has written goes back. Does nothing as long as nobody has imported
+    mmcv's operators.
+    """
+    operators = sys.modules.get('mmcv._ext')
+    if operators is None or getattr(operators, 'reads_any_layout', False):
+        return
+    for name, operator in list(vars(operators).items()):
+        if callable(operator) and not name.startswith('_'):
+            setattr(operators, name, _with_contiguous_tensors(operator))
+    setattr(operators, 'reads_any_layout', True)  # noqa: B010 (mypy knows no such attribute)
+
+
+def _with_contiguous_tensors(operator: Callable) -> Callable:
+    import torch
+
+    @functools.wraps(operator)
+    def call(*args, **kwargs):
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def contiguous(value):
+            if not isinstance(value, torch.Tensor) or value.device.type != 'cpu' or value.is_contiguous():
+                return value
+            copies.append((value, value.contiguous()))
+            return copies[-1][1]
+
+        result = operator(*map(contiguous, args), **{key: contiguous(value) for key, value in kwargs.items()})
+        with torch.no_grad():
+            for given, copy in copies:
+                if not torch.equal(given, copy):  # it is an output
+                    given.copy_(copy)
+        return result
+
+    return call

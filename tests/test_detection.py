@@ -171,6 +171,19 @@ def test_predicted_objects_are_those_of_the_test(detector, trained_detector, tes
     assert len(instances(prediction, scores[0])) == scores.count(scores[0])
 
 
+def test_memory_layout_of_the_features_changes_no_detection(detector, trained_detector):  # noqa: F811
+    model = load_trained(detector.cfg(), str(trained_detector), 'cpu')
+    image = str(sorted((detector.data / 'val2017').glob('*.png'))[0])
+    found = []
+    for model.backbone.channels_last in (True, False):
+        [(_, _, prediction)] = predict(model, [image])
+        found.append(instances(prediction, 0))
+    assert len(found[0]) == len(found[1]) > 0
+    for a, b in zip(*found, strict=True):
+        assert a['label'] == b['label'] and a['score'] == pytest.approx(b['score'], abs=1e-5)
+        assert a['box'] == pytest.approx(b['box'], abs=1e-3)
+
+
 def test_need_of_memory_counts_the_regions(detector):  # noqa: F811
     def need(**changes):
         cfg = detector.cfg({f'model.train_cfg.rcnn.{i}.sampler.{k}': v for i in range(3) for k, v in changes.items()})

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from replk_mm.checkpoints import load_pretrained
+from replk_mm.compat import let_operators_read_any_layout
 from replk_mm.registry import MODELS
 
 
@@ -148,7 +149,11 @@ class Backbone(BaseModule):
 
     def _enter(self, x: Tensor) -> Tensor:
         """``x`` in the layout that the backbone works in."""
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.device.type == 'cpu' else x
+        if not self.channels_last or x.device.type != 'cpu':
+            return x
+        if not torch.compiler.is_compiling():
+            let_operators_read_any_layout()  # what follows a backbone may pool regions of its features
+        return x.contiguous(memory_format=torch.channels_last)
 
     def init_weights(self) -> None:
         """Initialize at random, then overwrite with the ``Pretrained`` checkpoint if ``init_cfg`` names one."""
