@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mmdet.datasets import CocoDataset
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import METRICS
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -20,9 +20,11 @@ from tiny_detector import CLASSES, detector, trained_detector, write_coco  # noq
 from replk_mm.checkpoints import read
 from replk_mm.engine import memory
 from replk_mm.engine.config import build_model, fit_to_machine
+from replk_mm.engine.drop_ins import use_drop_ins
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.merge import reparameterize_checkpoint
 from replk_mm.engine.predict import described, instances, load_trained, predict
+from replk_mm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -97,6 +99,67 @@ def test_ap_of_detections_that_are_nearly_right(tmp_path, classes):
         mean = np.mean([figures[f'{kind}_mAP'] for figures in metric.per_class.values()])
         assert found[f'coco/{kind}_mAP'] == pytest.approx(mean, abs=1e-9)
         assert set(metric.per_class) == {c for c in classes if c in names}
+
+
+@pytest.mark.parametrize('order', [('a', 'b'), ('b', 'a'), ('b', 'unheard-of', 'a')])
+@pytest.mark.parametrize('settings', [{}, dict(classwise=True), dict(metric_items=['mAP']), dict(iou_thrs=[.5, .75])])
+def test_figures_belong_to_the_class_whatever_the_order(tmp_path, order, settings):
+    root = write_coco(tmp_path / 'data', val=6, classes=('a', 'b'))
+    annotations = root / 'annotations' / 'instances_val2017.json'
+    truth = COCO(str(annotations))
+    metric = METRICS.build(dict(type='replk_mm.CocoMetric', ann_file=str(annotations), metric='bbox', **settings))
+    metric.dataset_meta = dict(classes=order)
+    for image in truth.dataset['images']:  # every b is found exactly, no a
+        boxes = [[a['bbox'][0], a['bbox'][1], a['bbox'][0] + a['bbox'][2], a['bbox'][1] + a['bbox'][3]]
+                 for a in truth.imgToAnns[image['id']] if truth.cats[a['category_id']]['name'] == 'b']
+        metric.process({}, [dict(img_id=image['id'], ori_shape=(96, 96), pred_instances=dict(
+            bboxes=torch.tensor(boxes).reshape(-1, 4).float(), scores=torch.ones(len(boxes)),
+            labels=torch.full((len(boxes),), order.index('b'))))])
+    found = metric.evaluate(6)
+    if 'iou_thrs' not in settings:
+        assert found['coco/bbox_mAP'] == pytest.approx(.5)
+    if settings in ({}, dict(classwise=True)):
+        assert [metric.per_class[name]['bbox_mAP'] for name in 'ab'] == pytest.approx([0, 1])
+    if 'classwise' in settings:
+        assert found['coco/b_precision'] == pytest.approx(1) and found['coco/a_precision'] == 0
+
+
+def test_masks_of_a_model_that_has_none_are_named(tmp_path):
+    root = write_coco(tmp_path / 'data')
+    metric = METRICS.build(dict(type='replk_mm.CocoMetric', metric=['bbox', 'segm'],
+                                ann_file=str(root / 'annotations' / 'instances_val2017.json')))
+    metric.dataset_meta = dict(classes=CLASSES)
+    metric.process({}, [dict(img_id=5, ori_shape=(96, 96), pred_instances=dict(
+        bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.long)))])
+    with pytest.raises(UserError, match="'segm' scores masks"):
+        metric.evaluate(1)
+
+
+def test_metric_of_a_data_set_of_the_users_own_stays(detector):  # noqa: F811
+    cfg = detector.cfg()
+    cfg.val_dataloader.dataset.type = 'DeepFashionDataset'
+    assert [m['type'] for m in use_drop_ins(cfg)] == ['replk_mm.CocoMetric']
+    assert (cfg.val_evaluator['type'], cfg.test_evaluator['type']) == ('CocoMetric', 'replk_mm.CocoMetric')
+    assert cfg.val_dataloader.dataset.type == 'DeepFashionDataset'
+
+
+def test_classes_come_with_the_checkpoint(detector, tmp_path):  # noqa: F811
+    trained = detector.train(tmp_path / 'train', 2, seed=0, classes='dog,car')
+    # Nobody has to say them again: neither for merging nor for testing nor for predicting.
+    reparameterize_checkpoint(detector.cfg(), str(trained), tmp_path / 'merged.pth')
+    found = evaluate(detector.cfg(), str(tmp_path / 'merged.pth'), detector.options(tmp_path / 'test'))
+    assert set(found.per_class) <= {'dog', 'car'} and any('dog, car' in note for note in found.notes)
+    assert load_trained(detector.cfg(), str(trained), 'cpu').dataset_meta['classes'] == ['dog', 'car']
+
+
+def test_two_metrics_and_a_joined_data_set(detector, trained_detector, tmp_path):  # noqa: F811
+    cfg = detector.cfg()
+    cfg.test_evaluator = [ConfigDict(cfg.test_evaluator, metric=kind) for kind in ('bbox', 'segm')]
+    cfg.test_dataloader.dataset = ConfigDict(type='RepeatDataset', times=1, dataset=cfg.test_dataloader.dataset)
+    found = evaluate(cfg, str(trained_detector), detector.options(tmp_path), predictions=tmp_path / 'p')
+    assert all({'bbox_mAP', 'segm_mAP'} <= set(figures) for figures in found.per_class.values()) and found.per_class
+    assert {p.name for p in (tmp_path / 'p').iterdir()} == {
+        'instances.bbox.json', 'instances.segm.json', 'instances_2.bbox.json', 'instances_2.segm.json'}
 
 
 def test_classes_have_figures_of_their_own(detector, tested):  # noqa: F811

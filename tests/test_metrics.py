@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
+from PIL import Image
 
 from replk_mm.engine.metrics import IoUMetric
 
@@ -87,3 +88,17 @@ def test_formatting_only_gives_no_figures(tmp_path):
     metric = IoUMetric(format_only=True, output_dir=str(tmp_path))
     metric.dataset_meta = dict(classes=CLASSES)
     assert metric.compute_metrics([]) == {}
+
+
+def test_predictions_lie_in_the_folders_of_their_images(tmp_path):
+    """Images of one name, as frames of several videos have, do not overwrite each other."""
+    metric = IoUMetric(output_dir=str(tmp_path / 'out'), images_root=str(tmp_path / 'images'))
+    metric.dataset_meta = dict(classes=['a', 'b'])
+    for i, folder in enumerate(('x', 'y', '')):
+        (tmp_path / 'images' / folder).mkdir(parents=True, exist_ok=True)
+        labels = torch.full((1, 4, 4), i % 2)
+        metric.process({}, [dict(img_path=str(tmp_path / 'images' / folder / '1.jpg'), pred_sem_seg=dict(data=labels),
+                                 gt_sem_seg=dict(data=labels))])
+    found = {str(p.relative_to(tmp_path / 'out')): int(np.asarray(Image.open(p)).max())
+             for p in (tmp_path / 'out').rglob('*.png')}
+    assert found == {'x/1.png': 0, 'y/1.png': 1, '1.png': 0}

@@ -9,21 +9,15 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from replk_mm.data import coco
-from replk_mm.data.datasets import as_list, dataset_class, dataset_option, placed_datasets
+from replk_mm.data import class_heads, coco
+from replk_mm.data.datasets import dataset_class, dataset_option, placed_datasets
 from replk_mm.errors import UserError
 
-#: Keys of a model's config that hold a head which tells all classes apart, or a list of such.
-HEADS = ('decode_head', 'auxiliary_head', 'bbox_head', 'mask_head')
-#: Parts with classes of their own.
-_OTHERS = ('backbone', 'rpn_head', 'semantic_head')
-#: Names of so many classes and fewer are written out in a command.
-_WRITTEN_OUT = 20
 #: Files in a data root that name its classes, one a line.
 CLASSES_FILE = 'classes.txt'
 
@@ -38,9 +32,14 @@ def parse_classes(text: str) -> list[str]:
         UserError: If there are none, or one twice, or no such file.
     """
     path = Path(text)
-    if ',' not in text and path.is_file():
-        names = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
-        names = [name for name in names if name]
+    if os.path.isfile(text):
+        try:
+            lines = path.read_text(encoding='utf-8-sig').splitlines()  # editors of Windows put a mark before the first name
+        except (UnicodeDecodeError, OSError) as error:
+            what = f'byte {error.start:,} is not UTF-8' if isinstance(error, UnicodeDecodeError) else error.strerror
+            raise UserError(f'--classes {text}: the file cannot be read: {what}\n'
+                            f'Give a text file in UTF-8 with one name a line, or names with commas between them.') from error
+        names = [line.strip() for line in lines if line.strip()]
     elif ',' not in text and (path.suffix or os.sep in text):
         raise UserError(f'--classes {text}: no such file\nGive names with commas between them, or a file with one a line.')
     else:
@@ -171,29 +170,6 @@ def annotation_file(dataset: dict) -> Path | None:
     return Path(dataset.get('data_root') or '.') / name if name.endswith('.json') else None
 
 
-def is_head(path: str) -> bool:
-    """Whether a path in a model (config or module) is a head that tells all classes apart."""
-    return re.sub(r'\.\d+$', '', path).rpartition('.')[2] in HEADS
-
-
-def _parts(node: object, path: str) -> Iterator[tuple[str, dict]]:
-    """Dicts of a model's config that may count the data's classes, with their paths."""
-    if isinstance(node, dict):
-        if is_head(path) or 'num_classes' in node:
-            yield path, node
-        for key, value in node.items():
-            if key not in _OTHERS:
-                yield from _parts(value, f'{path}.{key}')
-    elif isinstance(node, (list, tuple)):
-        for i, value in enumerate(node):
-            yield from _parts(value, f'{path}.{i}')
-
-
-def head_counts(model: dict) -> dict[str, int]:
-    """Number of classes of every head whose config states it, by path."""
-    return {path: head['num_classes'] for path, head in _parts(model, 'model') if is_head(path) and 'num_classes' in head}
-
-
 def listed(names: Sequence[str], most: int = 8) -> str:
     """Names for a message, shortened with their number."""
     return ', '.join(names[:most]) + (f', ... ({len(names)})' if len(names) > most else '')
@@ -220,8 +196,3 @@ def command_with(option: str, value: str) -> str:
     start = ['torchrun', '--nproc-per-node', os.environ['LOCAL_WORLD_SIZE']] if 'TORCHELASTIC_RUN_ID' in os.environ else [
         'python']
     return shlex.join([*start, *[w for w in words if not w.startswith(f'{option}=')], option, value])
-
-
-def classes_option(names: Sequence[str]) -> str:
-    """What to give ``--classes`` for a file that has these categories."""
-    return ','.join(names) if len(names) <= _WRITTEN_OUT and not any(',' in name for name in names) else 'auto'

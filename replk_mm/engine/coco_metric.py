@@ -11,6 +11,7 @@ from mmengine.fileio import load
 from mmengine.logging import print_log
 
 from replk_mm.data.coco_dataset import categories_by_name
+from replk_mm.errors import UserError
 from replk_mm.registry import METRICS
 
 #: Figures of ``COCOeval.stats`` by mmdet's names: all of them averages over IoU 0.5 to 0.95 unless named otherwise.
@@ -32,25 +33,35 @@ class CocoMetric(MMDetCocoMetric):
     """
 
     per_class: dict[str, dict[str, float]]
+    iou_thrs: np.ndarray
     _coco_api: COCO | None
-    cat_ids: list[int | None] | None
+    cat_ids: list[int] | None
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Metrics from the ground truth and detections of all images."""
-        plain = (not self.format_only and set(self.metrics) <= {'bbox', 'segm'} and self.metric_items is None
-                 and np.allclose(self.iou_thrs, np.linspace(.5, .95, 10)) and self.proposal_nums[0] == 100)
-        if not plain:
-            return super().compute_metrics(results)
+        """Metrics from the ground truth and detections of all images.
+
+        Raises:
+            UserError: If masks are to be scored and the model has found none.
+        """
         truths, found = zip(*results, strict=True)
+        self.iou_thrs = np.asarray(self.iou_thrs)  # pycocotools takes no list
+        if 'segm' in self.metrics and 'masks' not in found[0]:
+            raise UserError("evaluator: metric 'segm' scores masks, and the model finds boxes only\n"
+                            "Set metric='bbox' in val_evaluator and test_evaluator.")
         with tempfile.TemporaryDirectory() as folder:
             prefix = self.outfile_prefix or f'{folder}/results'
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
             with _quiet():
                 if self._coco_api is None:
                     self._coco_api = COCO(self.gt_to_coco_json(truths, prefix))
-            self.cat_ids = categories_by_name(self._coco_api, self.dataset_meta['classes'])
             self.img_ids = self._coco_api.get_img_ids()
-            files = self.results2json([self._of_known_categories(result) for result in found], prefix)
+            by_label = categories_by_name(self._coco_api, self.dataset_meta['classes'])
+            # In the order in which pycocotools hands out its figures.
+            self.cat_ids = sorted(category for category in by_label if category is not None)
+            kept = [self._of_known_categories(result, by_label) for result in found]
+            if not self._is_plain():
+                return super().compute_metrics(list(zip(truths, kept, strict=True)))
+            files = self.results2json(kept, prefix)
             metrics: dict[str, float] = {}
             self.per_class = {}
             for kind in self.metrics:
@@ -59,21 +70,31 @@ class CocoMetric(MMDetCocoMetric):
         print_log('\n'.join([f'{len(self.per_class)} of {len(self.dataset_meta["classes"])} classes are annotated:', *(
             f'  {name:{width}} ' + '  '.join(f'{key} {value:.3f}' for key, value in figures.items() if key != 'instances')
             + f'  {figures["instances"]} objects' for name, figures in self.per_class.items())]), logger='current')
+        if self.classwise:  # as mmdet names them
+            metrics.update({f'{name}_precision': figures[f'{self.metrics[-1]}_mAP']
+                            for name, figures in self.per_class.items()})
         return metrics
 
-    def _of_known_categories(self, result: dict) -> dict:
-        """Detections of the classes that the annotation file has; mmdet fails on others."""
+    def _is_plain(self) -> bool:
+        """Whether the metric is COCO's own, with nothing that only mmdet's code computes."""
+        return (not self.format_only and set(self.metrics) <= {'bbox', 'segm'} and self.metric_items is None
+                and np.array_equal(np.round(self.iou_thrs, 6), np.round(np.linspace(.5, .95, 10), 6))
+                and self.proposal_nums[0] == 100)
+
+    def _of_known_categories(self, result: dict, by_label: list[int | None]) -> dict:
+        """Detections of the classes that the annotation file has, their labels as places in ``cat_ids``; mmdet fails on
+        others."""
         assert self.cat_ids is not None
-        keep = [i for i, label in enumerate(result['labels']) if self.cat_ids[label] is not None]
-        return {key: value if key == 'img_id' else [value[i] for i in keep] for key, value in result.items()}
+        keep = [i for i, label in enumerate(result['labels']) if by_label[label] is not None]
+        chosen = {key: value if key == 'img_id' else [value[i] for i in keep] for key, value in result.items()}
+        return {**chosen, 'labels': [self.cat_ids.index(by_label[label]) for label in chosen['labels']]}
 
     def _evaluate(self, kind: str, file: str) -> dict[str, float]:
         assert self._coco_api is not None and self.cat_ids is not None
         detections = self._detections(file, kind)
-        categories = [category for category in self.cat_ids if category is not None]
         with _quiet() as table:
             evaluation = COCOeval(self._coco_api, detections, kind)
-            evaluation.params.catIds, evaluation.params.imgIds = categories, self.img_ids
+            evaluation.params.catIds, evaluation.params.imgIds = self.cat_ids, self.img_ids
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -81,7 +102,7 @@ class CocoMetric(MMDetCocoMetric):
         print_log('\n'.join([f'{kind}:', *lines]), logger='current')
         # (IoU, recall, class, area, most detections); -1 where there is nothing to find
         precision = evaluation.eval['precision'][:, :, :, 0, -1]
-        for i, category in enumerate(categories):
+        for i, category in enumerate(self.cat_ids):
             of_class = np.where(precision[:, :, i] < 0, np.nan, precision[:, :, i])
             if np.isnan(of_class).all():
                 continue

@@ -1,4 +1,5 @@
 """Data sets, metrics and test-time augmentation of the libraries replaced by ours, which do the same and more."""
+import os
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
@@ -23,22 +24,32 @@ def use_drop_ins(cfg: Config) -> list[ConfigDict]:
         dataset['type'] = _DATASETS.get(dataset['type'], dataset['type'])
     if 'tta_model' in cfg and cfg.tta_model.get('type') in ('SegTTAModel', 'mmseg.SegTTAModel'):
         cfg.tta_model['type'] = 'replk_mm.SegTTAModel'
-    found = [metric for key in ('val_evaluator', 'test_evaluator') for metric in as_list(cfg.get(key))
-             if metric.get('type') in _METRICS]
-    for metric in found:
-        metric['type'] = _METRICS[metric['type']]
+    found = []
+    for split in ('val', 'test'):
+        # A data set of the user's own numbers labels its own way, as mmdet's metric then does.
+        by_name = all(dataset['type'] == 'replk_mm.CocoDataset' for dataset in datasets_of(cfg, (split,)))
+        for metric in as_list(cfg.get(f'{split}_evaluator')):
+            ours = _METRICS.get(metric.get('type'))
+            if ours == 'replk_mm.IoUMetric' or (ours and by_name):
+                metric['type'] = ours
+                found.append(metric)
     return found
 
 
-def export_predictions(metrics: list[ConfigDict], folder: Path) -> None:
+def export_predictions(cfg: Config, metrics: list[ConfigDict], folder: Path) -> None:
     """Let metrics write what was predicted: label maps as PNG, or boxes and masks as COCO's result files.
 
     Args:
+        cfg: The config, for the place of its images.
         metrics: From :func:`use_drop_ins`.
-        folder: ``NAME.png`` for segmentation; ``instances.bbox.json`` and ``instances.segm.json`` for detection.
+        folder: For ``NAME.png``, in folders as the images; or for ``instances.bbox.json`` and ``instances.segm.json``.
     """
+    roots = [Path(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img_path') or '').resolve()
+             for dataset in datasets_of(cfg, ('test',))]
+    detections = 0
     for metric in metrics:
         if metric['type'] == 'replk_mm.IoUMetric':
-            metric['output_dir'] = str(folder)
+            metric.update(output_dir=str(folder), images_root=os.path.commonpath(roots))
         else:
-            metric['outfile_prefix'] = str(folder / 'instances')
+            detections += 1
+            metric['outfile_prefix'] = str(folder / ('instances' if detections == 1 else f'instances_{detections}'))

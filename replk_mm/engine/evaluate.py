@@ -8,6 +8,7 @@ from mmengine.model import is_model_wrapper
 
 from replk_mm import checkpoints
 from replk_mm.data.class_checks import check_heads, compare_with_checkpoint
+from replk_mm.data.datasets import coco_style, datasets_of
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.drop_ins import export_predictions, use_drop_ins
 from replk_mm.engine.failures import naming_failures
@@ -15,7 +16,7 @@ from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, proces
 from replk_mm.engine.prepare import check_while_loading, counts_of, num_classes_of, prepare_data
 from replk_mm.engine.runner import Runner
 from replk_mm.errors import UserError
-from replk_mm.loading import load_model
+from replk_mm.loading import adopt_classes, load_model
 from replk_mm.ops import pack
 from replk_mm.reparam import Changes, reparameterize
 
@@ -65,7 +66,12 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     checkpoints.fetch(checkpoint)
     cfg.launcher = options.launcher
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
-    notes = prepare_data(cfg, options, ('test',))
+    scope = cfg.get('default_scope', 'mmengine')
+    notes = []
+    # Labels of COCO-style data go by name; those of label maps do not, so that there the user must say.
+    if options.classes is None and all(coco_style(dataset, scope) for dataset in datasets_of(cfg, ('test',))):
+        notes += adopt_classes(cfg, checkpoint, trust)
+    notes += prepare_data(cfg, options, ('test',))
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'auto_scale_lr'):
         cfg.pop(key, None)
@@ -77,13 +83,14 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
         cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
     metrics = use_drop_ins(cfg)
     if predictions:
-        export_predictions(metrics, predictions)
+        export_predictions(cfg, metrics, predictions)
     # A config may name weights to start training from; mmengine would load them over the checkpoint's.
     cfg.load_from, cfg.resume = None, False
     if tta:
         if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
             raise UserError(f'--tta: {cfg.filename} has no tta_model and tta_pipeline')
-        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        for dataset in datasets_of(cfg, ('test',)):
+            dataset['pipeline'] = cfg.tta_pipeline
         if 'tta_test_cfg' in cfg:
             cfg.model.test_cfg = cfg.tta_test_cfg
         cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
@@ -103,7 +110,9 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     with naming_failures(cfg, runner):
         figures = runner.test()
     seconds = time.perf_counter() - start
-    per_class = {name: of_class for metric in runner.test_evaluator.metrics
-                 for name, of_class in getattr(metric, 'per_class', {}).items()}
+    per_class: dict[str, dict[str, float]] = {}
+    for metric in runner.test_evaluator.metrics:
+        for name, of_class in getattr(metric, 'per_class', {}).items():
+            per_class.setdefault(name, {}).update(of_class)
     images = len(runner.test_dataloader.dataset)
     return Evaluation(figures, per_class, changes, meta, report.summary(), images, seconds, notes)

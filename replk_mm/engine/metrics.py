@@ -1,4 +1,7 @@
 """Segmentation metrics that keep the figures of every class."""
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 from mmengine.logging import print_log
 from mmseg.evaluation.metrics import IoUMetric as MMSegIoUMetric
@@ -13,12 +16,33 @@ class IoUMetric(MMSegIoUMetric):
     ``mIoU`` averages over the classes that occur in the labels or in the predictions; ``mIoU_present`` over those in the
     labels, which is what compares on a data set that holds a few of the classes only.
 
+    Args:
+        images_root: Folder of the images; predictions are written in the folders that images have below it. Defaults to one
+            folder for all, in which images of one name overwrite each other.
+
     Attributes:
         per_class: ``{class: {'IoU', 'Acc', 'pixels'}}`` of the classes in the labels; percentages, and the number of
             labelled pixels.
     """
 
     per_class: dict[str, dict[str, float]]
+    output_dir: str | None
+
+    def __init__(self, *args, images_root: str | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.images_root = images_root
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """Count the pixels of each image, and write its prediction if there is an ``output_dir``."""
+        folder = self.output_dir
+        for sample in data_samples:
+            if folder is not None and self.images_root is not None:
+                of_image, root = Path(sample['img_path']).resolve().parent, Path(self.images_root).resolve()
+                place = Path(folder, of_image.relative_to(root) if of_image.is_relative_to(root) else '')
+                place.mkdir(parents=True, exist_ok=True)
+                self.output_dir = str(place)
+            super().process(data_batch, [sample])
+        self.output_dir = folder
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Metrics in percent from the histograms of all images."""

@@ -1,4 +1,5 @@
 """Predict single images with a trained segmentor or detector."""
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.structures import BaseDataElement
 
-from replk_mm.data.checks import dataset_class
+from replk_mm.data.classes import classes_of
+from replk_mm.data.datasets import dataset_class, datasets_of
 from replk_mm.data.files import damage
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.machine import select_device
@@ -45,11 +47,13 @@ def load_trained(cfg: Config, checkpoint: str, device: str | None = None, repara
     if reparam:
         reparameterize(model, inplace=True)
     model.cfg = cfg
-    dataset = cfg.test_dataloader.dataset
-    known = getattr(dataset_class(dataset, cfg.get('default_scope', 'mmengine')), 'METAINFO', {})
+    scope = cfg.get('default_scope', 'mmengine')
+    dataset = next(datasets_of(cfg, ('test',)))
+    cfg.test_pipeline = copy.deepcopy(dataset.get('pipeline', []))  # of which mmseg takes the steps
+    known = getattr(dataset_class(dataset, scope), 'METAINFO', {})
     stored = meta.get('dataset_meta') or {}
     found = {**known, **{k.lower(): v for k, v in stored.items() if v}, **(dataset.get('metainfo') or {})}
-    classes = list(found.get('classes') or [])
+    classes = list(classes_of(dataset, scope) or found.get('classes') or [])
     classes += [f'class {i}' for i in range(len(classes), num_classes_of(model) or 0)]
     if len(found.get('palette') or []) < len(classes):
         found['palette'] = np.random.default_rng(0).integers(0, 255, (len(classes), 3)).tolist()

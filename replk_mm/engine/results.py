@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 
 from replk_mm import __version__, checkpoints
+from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.evaluate import Evaluation
 from replk_mm.errors import UserError
 
@@ -17,8 +18,7 @@ def protocol(cfg: Config, tta: bool) -> dict:
     """How images were tested: whole or sliding window, scales, flips."""
     model = cfg.model.get('module', cfg.model)  # wrapped for test-time augmentation
     found = dict(model.get('test_cfg') or {})
-    pipeline = cfg.test_dataloader.dataset.get('pipeline', [])
-    found['pipeline'] = [_unchecked(step) for step in pipeline]
+    found['pipeline'] = [_unchecked(step) for step in next(datasets_of(cfg, ('test',))).get('pipeline', [])]
     found['tta'] = tta
     if tta:  # how the views are merged
         found['tta_model'] = {key: value for key, value in cfg.model.items() if key != 'module'}
@@ -55,6 +55,7 @@ def _cpu_name() -> str:
 def record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
     """A test's figures with everything that they depend on; finite numbers and None only."""
     path = checkpoints.fetch(checkpoint)
+    roots = dict.fromkeys(str(dataset.get('data_root')) for dataset in datasets_of(cfg, ('test',)))
     merged = result.meta.get('replk_mm', {}).get('reparameterized')
     return _finite(dict(
         metrics=result.metrics, per_class=result.per_class, config=str(cfg.filename),
@@ -62,7 +63,7 @@ def record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
                         loaded=result.load),
         reparameterized=str(result.changes) if result.changes else ('in the checkpoint' if merged else None),
         protocol=protocol(cfg, tta),
-        data=dict(root=str(cfg.test_dataloader.dataset.get('data_root')), images=result.images),
+        data=dict(root=', '.join(roots), images=result.images),
         seconds=round(result.seconds, 3), environment=environment()))
 
 
