@@ -32,7 +32,7 @@ def add_config_options(p: argparse.ArgumentParser) -> None:
 def add_classes(p: argparse.ArgumentParser) -> None:
     """Classes other than the config's; a checkpoint trained with some needs the same ones later."""
     p.add_argument('--classes', metavar='NAMES', help='classes of the data, for data sets and heads: NAME,NAME,... or a file '
-                   "with one a line, or 'auto' for the categories of the annotation file")
+                   "with one a line, or 'auto' for the annotation file's categories or classes.txt in the data root")
 
 
 def add_run_arguments(p: argparse.ArgumentParser) -> None:

@@ -45,3 +45,11 @@ def change(path: Path, how: Callable[[dict], object]) -> None:
     data = json.loads(path.read_text())
     how(data)
     path.write_text(json.dumps(data))
+
+
+def leaf(root: Path, split: str = 'train', masks: bool = False, **changes) -> dict:
+    """Config of a data set in such a root."""
+    return dict(type='CocoDataset', data_root=str(root), ann_file=f'annotations/instances_{split}2017.json',
+                data_prefix=dict(img=f'{split}2017/'), filter_cfg=dict(filter_empty_gt=True),
+                pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=masks)]
+                ) | changes

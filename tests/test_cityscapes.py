@@ -1,5 +1,6 @@
 """Cityscapes: raw label ids are recognised before a run, and converted as the data set's own table says."""
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,13 @@ def test_raw_labels_beside_are_recognised_by_name(root):
     assert first.startswith(str(root / 'gtFine/train'))
     assert '3 of 3 images have no label map' in first and '3 of them raw' in first
     assert f'python tools/convert_cityscapes.py {root}' in '\n'.join(rest)
+
+
+def test_command_can_be_pasted_with_any_path(root, tmp_path):
+    folder = root.rename(tmp_path / "it's my data")
+    with pytest.raises(UserError) as info:
+        check(folder)
+    assert shlex.split(str(info.value).splitlines()[-1]) == ['python', 'tools/convert_cityscapes.py', str(folder)]
 
 
 def test_suffix_of_raw_labels_is_refused(root):

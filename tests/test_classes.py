@@ -1,6 +1,7 @@
 """Class names: set everywhere at once, and every disagreement between data, annotations and heads is named before a run."""
 import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from tiny_detector import detector  # noqa: F401
 
 from replk_mm import cli
 from replk_mm.data.class_checks import check_heads, compare_with_checkpoint, snippet, trained_on
-from replk_mm.data.classes import CLASSES_FILE, did_you_mean, head_counts, listed, parse_classes, set_classes, use_classes
+from replk_mm.data.class_heads import head_counts
+from replk_mm.data.classes import CLASSES_FILE, did_you_mean, listed, parse_classes, set_classes, use_classes
 from replk_mm.data.demo_scenes import DEMO_CLASSES
 from replk_mm.engine.config import build_model, set_data_root
 from replk_mm.engine.machine import Options
@@ -70,6 +72,26 @@ def test_bad_names_are_refused(text, said):
     with pytest.raises(UserError, match=said) as info:
         parse_classes(text)
     assert str(info.value).startswith(f'--classes {text}: ')
+
+
+def test_a_file_with_a_mark_before_the_first_name(tmp_path):
+    """As Windows' editors write it."""
+    (tmp_path / 'names.txt').write_bytes('\ufeffhelmet\nvest\n'.encode())
+    assert parse_classes(str(tmp_path / 'names.txt')) == ['helmet', 'vest']
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    path = tmp_path / 'names.txt'
+    path.write_bytes('M\u00fctze'.encode('latin-1'))
+    with pytest.raises(UserError, match=f'--classes {path}: the file cannot be read: byte 1 is not UTF-8'):
+        parse_classes(str(path))
+
+    def denied(*args, **options):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(Path, 'read_text', denied)
+    with pytest.raises(UserError, match=f'--classes {path}: the file cannot be read: Permission denied'):
+        parse_classes(str(path))
 
 
 def test_names_that_differ_in_writing_only():
@@ -210,6 +232,26 @@ def test_auto_for_label_maps(tiny, tmp_path):
     assert head_counts(cfg.model)['model.decode_head'] == 2
 
 
+def test_auto_needs_names(own):
+    for file in (own / 'annotations').iterdir():
+        change(file, lambda d: d.update(categories=[], annotations=[]))
+    with pytest.raises(UserError, match=r'--classes auto: .*instances_train2017.json has no categories\n'):
+        use_classes(at(own), 'auto', BOTH)
+
+
+def test_auto_reads_names_in_a_folder_with_a_comma(tmp_path):
+    root = tmp_path / 'a,b'
+    root.mkdir()
+    (root / CLASSES_FILE).write_text('c\nd\n')
+    cfg = segmentation(root, 'BaseSegDataset')
+    use_classes(cfg, 'auto', ('train',))
+    assert tuple(cfg.train_dataloader.dataset.metainfo.classes) == ('c', 'd')
+
+
+def test_an_empty_variable_of_the_shell_is_not_ignored(own):
+    assert refusal(at(own), '').startswith('--classes : a name is empty')
+
+
 # -- annotation files and data sets -----------------------------------------------------------------------------------
 def test_categories_that_are_no_classes_are_refused(own):
     message = refusal(at(own))
@@ -284,6 +326,39 @@ def test_files_that_disagree_are_named(tmp_path):
                 in message)
         assert '--classes helmet,jacket,vest' in message
     assert prepare_data(at(root), Options(classes='helmet,jacket,vest'), BOTH)
+
+
+def follow(message: str, folder: Path, monkeypatch) -> str:
+    """What a message advises for ``--classes``, its commands run as a shell does."""
+    monkeypatch.chdir(folder)
+    lines = [line.strip() for line in message.splitlines()]
+    for line in lines:
+        if line.startswith('printf '):
+            subprocess.run(line, shell=True, check=True)
+    return next(shlex.split(line)[1] for line in lines if line.startswith('--classes'))
+
+
+@pytest.mark.parametrize('train', [[f'kind {i}' for i in range(21)], ['helmet, yellow', 'vest']])
+def test_advice_holds_for_both_files(tmp_path, monkeypatch, train):
+    """Many names, or names with commas, cannot be given as they are, and ``auto`` looks into the first file only."""
+    root = write_coco_root(tmp_path / 'data', train, [*train, 'jacket'])
+    for file in (root / 'annotations').iterdir():  # every category occurs
+        change(file, lambda d: d['annotations'].extend(
+            {**d['annotations'][0], 'id': 100 + i, 'category_id': c['id']} for i, c in enumerate(d['categories'])))
+    advice = follow(refusal(at(root), 'auto'), tmp_path, monkeypatch)
+    assert prepare_data(at(root), Options(classes=advice), BOTH)
+
+
+def test_advice_is_auto_where_one_word_is_enough(tmp_path):
+    root = write_coco_root(tmp_path / 'data', [f'kind {i}' for i in range(21)])
+    assert '  --classes auto' in refusal(at(root)).splitlines()
+
+
+def test_advice_for_one_file_beside_another(tmp_path, monkeypatch):
+    """Tests look at theirs only; ``auto`` would take the names of the training data."""
+    root = write_coco_root(tmp_path / 'data', ['other'], [f'kind {i}' for i in range(21)])
+    advice = follow(refusal(at(root), splits=('val',)), tmp_path, monkeypatch)
+    assert prepare_data(at(root), Options(classes=advice), ('val',))
 
 
 def test_category_more_in_validation_is_not_taken_for_a_choice(tmp_path):

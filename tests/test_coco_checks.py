@@ -3,10 +3,14 @@ import contextlib
 import copy
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from coco_files import SIZE, change, coco_dict, write_coco_root, write_images
+from coco_files import SIZE, change, coco_dict, leaf, write_coco_root, write_images
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from PIL import Image
@@ -20,6 +24,7 @@ from replk_mm.registry import TRANSFORMS
 
 NAMES = ('person', 'car', 'dog')
 SCORE = Use(train=False, scored=True, masks=True)
+SPLITS = ('train', 'val', 'test')
 TRAIN = Use(train=True, scored=False, masks=True, keep_empty=False)
 
 
@@ -43,6 +48,13 @@ def refused(file: Path, *named, use: Use = SCORE) -> str:
     for text in named:
         assert str(text) in message
     return message
+
+
+def paste(message: str) -> None:
+    """Give a shell the command that a message advises."""
+    command = next(line.strip() for line in message.splitlines() if line.strip().startswith('python -c'))
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    subprocess.run(['bash', '-c', command], check=True, env={**os.environ, 'PATH': path})
 
 
 @pytest.mark.parametrize('use', [SCORE, TRAIN])
@@ -108,17 +120,77 @@ def test_wrong_types_are_named(file, section, key, value):
 def test_command_that_adds_a_missing_key_does(file, key):
     change(file, lambda d: [a.pop(key) for a in d['annotations']])
     message = refused(file, f"12 of 12 annotations have no '{key}'")
-    command = next(line.strip() for line in message.splitlines() if line.strip().startswith('python -c'))
-    code = command.removeprefix('python -c "').removesuffix('"')
-    exec(code, {})
+    paste(message)
     assert check(file)
     if key == 'area':
         assert {a['area'] for a in json.loads(file.read_text())['annotations']} == {16 * 12}
 
 
+@pytest.mark.parametrize(('folder', 'name'), [("o'neil's data", 'x.json'), ('a "b" $HOME `c`', 'x.json'), ('a b', 'y!z.json')])
+def test_command_that_mends_a_file_pastes_whatever_its_name(file, folder, name):
+    place = file.parent / folder
+    place.mkdir()
+    (file.parent / 'images').rename(place / 'images')
+    file = file.rename(place / name)
+    change(file, lambda d: [a.pop('iscrowd') for a in d['annotations']])
+    paste(refused(file, "no 'iscrowd'"))
+    assert check(file)
+
+
+@pytest.mark.parametrize('name', ["driver's cab", 'the "cab"', 'a\\b', '$5', 'plain'])
+def test_command_that_renames_a_category_pastes_whatever_its_name(file, name):
+    names = {'car': name}
+    paste(coco.mend(file, f"[c.update(name={names!r}.get(c['name'], c['name'])) for c in d['categories']]", 'Rename'))
+    assert [c['name'] for c in json.loads(file.read_text())['categories']] == ['person', name, 'dog']
+
+
 def test_crowd_key_is_for_scoring_only(file):
     change(file, lambda d: [a.pop('iscrowd') for a in d['annotations']])
     assert check(file, TRAIN)
+    assert check(file, Use(train=False, own_file=False))
+
+
+def scored(data: dict, kind: str = 'bbox') -> float:
+    """AP of detections that are the annotations themselves."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    truth = COCO()
+    truth.dataset = data
+    found = [dict(image_id=a['image_id'], category_id=a['category_id'], score=.9, **(
+        dict(bbox=a['bbox']) if kind == 'bbox' else dict(segmentation=a['segmentation']))) for a in copy.deepcopy(
+            data['annotations'])]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        if kind == 'segm':
+            for detection, a in zip(found, data['annotations'], strict=True):
+                detection['segmentation'] = truth.annToRLE(a)
+        evaluation = COCOeval(truth, truth.loadRes(found), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[0])
+
+
+@pytest.mark.parametrize('number', [lambda i: i, lambda i: f'a{i}'])
+def test_annotations_are_numbered_as_pycocotools_can_score_them(file, number):
+    """Detections that are the annotations themselves have AP 1, and less or none at all with such ids."""
+    change(file, lambda d: [a.update(id=number(i)) for i, a in enumerate(d['annotations'])])
+    spoilt = json.loads(file.read_text())
+    try:
+        assert scored(spoilt) < 0.99
+    except ValueError:
+        assert number(0) == 'a0'
+    message = refused(file, "of 12 annotations have an 'id' that pycocotools cannot score", repr(number(0)))
+    for harmless in (TRAIN, Use(train=False, scored=False), Use(train=False, own_file=False)):
+        assert check(file, harmless)
+    paste(message)
+    assert check(file) and scored(json.loads(file.read_text())) == 1
+
+
+@pytest.mark.parametrize('first', [1, -50, 10**12])
+def test_other_numbers_of_annotations_are_fine(file, first):
+    change(file, lambda d: [a.update(id=first + i) for i, a in enumerate(d['annotations'])])
+    assert check(file) and scored(json.loads(file.read_text())) == 1
 
 
 @pytest.mark.parametrize('needed', [True, False])
@@ -221,11 +293,12 @@ def test_image_turned_by_its_camera_has_the_size_that_readers_give_it(file):
 # -- boxes ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(('box', 'said'), [
     ([4, 6, 0, 12], 'less than a pixel'), ([4, 6, 16, -3], 'less than a pixel'), ([90, 6, 16, 12], 'outside their image'),
-    ([4, -20, 16, 12], 'outside their image'), ([4, 6, float('nan'), 12], 'less than a pixel'),
+    ([4, -20, 16, 12], 'outside their image'), ([4, 6, float('nan'), 12], 'not four numbers'),
+    ([4, 6, float('inf'), 12], 'not four numbers'),
     ([4, 6, 16], 'not four numbers'), ('x', 'not four numbers'), ([4, 6, '16', 12], 'not four numbers')])
 def test_boxes_that_cannot_be(file, box, said):
-    change(file, lambda d: d['annotations'][5].update(bbox=box))
-    refused(file, '1 of 12', said, 'ids 6')
+    change(file, lambda d: [d['annotations'][i].update(bbox=box) for i in (5, 7)])
+    refused(file, '2 of 12', said, 'ids 6')
 
 
 def test_boxes_that_mmdet_leaves_out_are_those_named(file):
@@ -246,7 +319,25 @@ def test_few_bad_boxes_among_many_are_noted_only(tmp_path):
     data['annotations'] = [dict(data['annotations'][0], id=i + 1) for i in range(300)]
     data['annotations'][7]['bbox'] = [1, 1, 5, 0]
     (tmp_path / 'x.json').write_text(json.dumps(data))
-    assert '1 boxes are less than a pixel wide or high and are left out' in check(tmp_path / 'x.json')
+    assert 'boxes that are less than a pixel wide or high: 1, hardly to be found, ids 8 [1, 1, 5, 0]' in check(
+        tmp_path / 'x.json')
+    change(tmp_path / 'x.json', lambda d: [a.update(bbox=[1, 1, 5, 0]) for a in d['annotations'][:4]])
+    refused(tmp_path / 'x.json', '5 of 300 boxes are less than a pixel')
+
+
+@pytest.mark.parametrize(('box', 'said'), [([4, 6, .5, 12], 'are less than a pixel wide or high'),
+                                           ([90, 6, 9, 9], 'lie outside their image')])
+def test_one_bad_box_of_a_small_file_is_noted_unless_it_is_all_there_is(file, box, said):
+    change(file, lambda d: d['annotations'][5].update(bbox=box))
+    assert f'boxes that {said}: 1, left out, ids 6 {box}' in check(file, TRAIN)
+    change(file, lambda d: d.update(annotations=d['annotations'][5:6]))
+    refused(file, f'1 of 1 boxes {said}', use=TRAIN)
+
+
+def test_one_box_beyond_its_image_does_not_make_all_of_them_corners(file):
+    change(file, lambda d: d.update(annotations=d['annotations'][:2]))
+    change(file, lambda d: d['annotations'][0].update(bbox=[40, 30, 60, 50]))
+    assert check(file)
 
 
 def test_corners_and_shares_of_the_image_are_recognised(file):
@@ -268,6 +359,53 @@ def test_masks_are_asked_for_where_they_are_used(file):
     assert check(file, Use(train=True, masks=False, scored=False))
 
 
+@pytest.mark.parametrize('mask', [[[1, 2]], [[1, 2, 3, 4]], [[]], [[1, 2], [4, 6, 20, 6, 20, 18]]])
+def test_polygons_that_pycocotools_fails_on(file, mask):
+    change(file, lambda d: d['annotations'][5].update(segmentation=mask))
+    with pytest.raises(Exception, match='.'):  # pycocotools raises Exception itself
+        scored(json.loads(file.read_text()), 'segm')
+    refused(file, '1 of 12 annotations have polygons that are not pairs of numbers, three or more: ids 6 ')
+    assert '1 annotations have polygons' in check(file, TRAIN), 'mmdet leaves it out'
+    assert check(file, Use(train=False, masks=False))
+    change(file, lambda d: d['annotations'][7].update(segmentation=mask))
+    refused(file, '2 of 12 annotations have polygons', use=TRAIN)
+
+
+@pytest.mark.parametrize('mask', [[[4, 6, 20, 6, 20, 18, 7]], [[4, 6, 20, 6, 20, 18], [1, 2]]])
+def test_one_odd_polygon_that_can_be_read_is_noted(file, mask):
+    change(file, lambda d: d['annotations'][5].update(segmentation=mask))
+    assert scored(json.loads(file.read_text()), 'segm') == 1
+    assert '1 annotations have polygons that are not pairs' in check(file)
+    change(file, lambda d: d['annotations'][7].update(segmentation=mask))
+    refused(file, '2 of 12 annotations have polygons')
+
+
+@pytest.mark.parametrize('mask', [[4, 6, 20, 6, 20, 18], 'mask.png', {'size': [64, 80]}, {'counts': [5120]},
+                                  {'size': [64, 80], 'counts': 5}, 3])
+@pytest.mark.parametrize('use', [SCORE, TRAIN])
+def test_masks_that_are_neither_polygons_nor_rle(file, mask, use):
+    change(file, lambda d: d['annotations'][5].update(segmentation=mask))
+    refused(file, "1 of 12 annotations have a 'segmentation' that is neither polygons nor RLE: ids 6", use=use)
+
+
+@pytest.mark.parametrize('use', [SCORE, TRAIN])
+@pytest.mark.parametrize('compressed', [False, True])
+def test_rle_is_of_its_images_size(file, use, compressed):
+    from pycocotools import mask as api
+    box = np.zeros(SIZE[::-1], np.uint8, order='F')
+    box[6:18, 24:40] = 1
+    rle = api.encode(box)
+    rle['counts'] = rle['counts'].decode()
+    if not compressed:
+        ends = np.flatnonzero(np.diff(box.ravel(order='F'), prepend=0, append=0)).tolist()
+        rle['counts'] = np.diff([0, *ends, box.size]).tolist()
+    change(file, lambda d: d['annotations'][1].update(segmentation=rle, iscrowd=1))
+    assert check(file, use) and np.array_equal(api.decode(api.frPyObjects(rle, *rle['size']) if not compressed else rle), box)
+    change(file, lambda d: d['annotations'][1]['segmentation'].update(size=list(SIZE)))
+    refused(file, "1 of 12 annotations have a mask (RLE) whose size is not its image's: ids 2 ([80, 64], image [64, 80])",
+            use=use)
+
+
 # -- images without objects -------------------------------------------------------------------------------------------
 def test_images_left_out_of_training_are_counted_as_mmdet_does(file):
     from mmdet.datasets import CocoDataset
@@ -287,7 +425,7 @@ def test_nothing_left_to_train_with(file, use):
 def test_all_kinds_come_in_one_message(file):
     def spoil(d):
         d['annotations'][0]['image_id'] = 50
-        d['annotations'][1]['bbox'] = [0, 0, 0, 0]
+        d['annotations'][1]['bbox'] = d['annotations'][2]['bbox'] = [0, 0, 0, 0]
         d['images'].append(dict(d['images'][0]))
 
     change(file, spoil)
@@ -297,13 +435,6 @@ def test_all_kinds_come_in_one_message(file):
 
 
 # -- through the config -----------------------------------------------------------------------------------------------
-def leaf(root: Path, split: str = 'train', masks: bool = False, **changes) -> dict:
-    return dict(type='CocoDataset', data_root=str(root), ann_file=f'annotations/instances_{split}2017.json',
-                data_prefix=dict(img=f'{split}2017/'), filter_cfg=dict(filter_empty_gt=True),
-                pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=masks)]
-                ) | changes
-
-
 def test_config_says_whether_masks_are_used(tmp_path):
     root = write_coco_root(tmp_path / 'data', NAMES)
     change(root / 'annotations/instances_train2017.json', lambda d: [a.pop('segmentation') for a in d['annotations']])
@@ -315,17 +446,42 @@ def test_config_says_whether_masks_are_used(tmp_path):
         check_dataset(leaf(root), 'mmdet', None, [dict(type='CocoMetric', metric=['bbox', 'segm'])])
 
 
-def test_metric_must_have_the_data_sets_own_file(tmp_path):
+def test_a_file_that_is_trained_with_and_scored_must_do_for_both(tmp_path):
+    """As who tries whether a model can learn a few images by heart."""
     root = write_coco_root(tmp_path / 'data', NAMES)
+    file = root / 'annotations/instances_train2017.json'
+    cfg = Config(dict(default_scope='mmdet', **{f'{split}_dataloader': dict(dataset=leaf(root)) for split in SPLITS},
+                      val_evaluator=dict(type='CocoMetric', ann_file=str(file)),
+                      test_evaluator=dict(type='CocoMetric', ann_file=str(file), metric=['bbox', 'segm'])))
+    assert len(check_data(cfg, SPLITS, None)) == 1
+    change(file, lambda d: [a.pop('segmentation') for a in d['annotations']])
+    check_data(cfg, ('train', 'val'), None)
+    with pytest.raises(UserError, match='scores masks'):
+        check_data(cfg, SPLITS, None)
+    change(file, lambda d: [a.pop('iscrowd') for a in d['annotations']])
+    check_data(cfg, ('train',), None)
+    with pytest.raises(UserError, match="no 'iscrowd'"):
+        check_data(cfg, ('train', 'val'), None)
 
-    def cfg(scored: str) -> Config:
-        return Config(dict(default_scope='mmdet', val_dataloader=dict(dataset=leaf(root, 'val')), val_evaluator=dict(
-            type='CocoMetric', ann_file=f'{root}/{scored}', metric='bbox')))
 
-    assert check_data(cfg('annotations/../annotations/instances_val2017.json'), ('val',), None)
-    with pytest.raises(UserError, match='val_evaluator.ann_file=.*another annotation file') as info:
-        check_data(cfg('annotations/instances_train2017.json'), ('val',), None)
-    assert f'--cfg-options val_evaluator.ann_file={root}/annotations/instances_val2017.json' in str(info.value)
+def test_classes_may_stand_in_a_file(tmp_path):
+    root = write_coco_root(tmp_path / 'data', NAMES)
+    names = tmp_path / 'names.txt'
+    names.write_text('dog\ncar\n')
+    dataset = leaf(root, metainfo=dict(classes=str(names)))
+    assert '12 objects' in check_dataset(dataset, 'mmdet', None)
+    names.write_text('cat\n')
+    with pytest.raises(UserError, match='none of the 4 images has an object of a class'):
+        check_dataset(dataset, 'mmdet', None)
+
+
+def test_photographs_with_boxes_pass(reference):
+    root = reference / 'data/camvid/coco'
+    metric = dict(type='CocoMetric', ann_file=f'{root}/annotations/instances_val2017.json', metric=['bbox', 'segm'])
+    cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=leaf(root, masks=True)), val_evaluator=metric,
+                      val_dataloader=dict(dataset=leaf(root, 'val'))))
+    lines = check_data(cfg, ('train', 'val'), None)
+    assert len(lines) == 2 and all('32 images opened' in line or '16 images opened' in line for line in lines)
 
 
 def test_panoptic_annotations_are_left_to_their_own_reader(tmp_path):

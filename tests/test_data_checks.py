@@ -1,4 +1,5 @@
 """Every kind of bad data is found before training, or named when it is read."""
+import io
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,11 @@ def test_missing_root(tmp_path):
 def test_root_one_level_too_high(data, tmp_path):
     message = refused(tmp_path, tmp_path / PREFIX['img_path'], 'data')
     assert f'Did you mean --data-root {data}?' in message
+
+
+def test_advice_on_the_root_can_be_pasted(data, tmp_path):
+    data.rename(tmp_path / 'my data')
+    assert f"Did you mean --data-root '{tmp_path}/my data'?" in refused(tmp_path)
 
 
 def test_root_one_level_too_low(data):
@@ -247,6 +253,30 @@ def test_some_classes_of_a_type_may_be_picked(data):
     refused(data, 'martian', 'ADE20KDataset', classes=2, type='ADE20KDataset', metainfo=dict(classes=('wall', 'martian')))
 
 
+def test_classes_may_be_picked_in_a_file(data, tmp_path):
+    file = tmp_path / 'names.txt'
+
+    def picked(*names: str) -> dict:
+        file.write_text('\n'.join(names))
+        return dict(type='ADE20KDataset', metainfo=dict(classes=str(file)))
+
+    write_label(label(data), [0, 150])
+    assert check(data, 2, **picked('wall', 'sky'))
+    refused(data, 'martian', 'ADE20KDataset', classes=2, **picked('wall', 'martian'))
+    everything = DATASETS.get('mmseg.ADE20KDataset').METAINFO['classes']
+    assert 'bed ' in everything, 'its space is gone, and so is the reason to compare without'
+    assert check(data, 150, **picked(*everything)) and check(data, 4, **picked(*everything[5:9]))
+
+
+def test_segmentation_data_that_serve_two_splits_are_checked_once(data, monkeypatch):
+    calls = []
+    monkeypatch.setattr(checks, 'check_dataset', lambda dataset, *rest: calls.append(dataset) or check_dataset(dataset, *rest))
+    loader = dict(dataset=leaf(data))
+    cfg = Config(dict(default_scope='mmseg', train_dataloader=loader, val_dataloader=loader,
+                      val_evaluator=dict(type='IoUMetric')))
+    assert len(check_data(cfg, ('train', 'val'), 8)) == len(calls) == 1
+
+
 def test_splits_are_checked_once_each(data):
     train, val = leaf(data), leaf(data, data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'))
     cfg = Config(dict(default_scope='mmseg', train_dataloader=dict(dataset=train), val_dataloader=dict(dataset=val),
@@ -361,6 +391,32 @@ def test_whole_files_are_whole_and_any_cut_is_seen(tmp_path, suffix, options):
         assert 'cut off' in damage(path)
     path.write_bytes(content + b'\0' * 100)  # cameras append something
     assert damage(path) is None
+
+
+@pytest.mark.parametrize('options', [{}, {'progressive': True}])
+@pytest.mark.parametrize('behind', [b'\0' * 5000, bytes(range(200)) * 100], ids=['zeros', 'film'])
+def test_photograph_with_a_film_behind_it_is_whole(tmp_path, options, behind):
+    """As phones write them; cut off within the photograph it is not, whatever follows."""
+    path = tmp_path / 'x.jpg'
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 80, 3), np.uint8)).save(path, **options)
+    content = path.read_bytes()
+    path.write_bytes(content + behind)
+    assert damage(path) is None
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(io.BytesIO(content))))
+    path.write_bytes(content[:len(content) // 2] + behind)  # unfinished downloads may have zeros where the rest will be
+    assert 'cut off' in damage(path)
+
+
+@pytest.mark.parametrize('options', [{}, {'progressive': True}])
+def test_end_of_a_preview_is_not_the_end_of_the_photograph(tmp_path, options):
+    path, preview = tmp_path / 'x.jpg', io.BytesIO()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (160, 160, 3), np.uint8))
+    noise.resize((16, 16)).save(preview, 'jpeg')
+    noise.save(path, comment=preview.getvalue(), **options)
+    content = path.read_bytes()
+    path.write_bytes(content[:-5000])
+    assert content[:-9096].count(b'\xff\xd9') == 1, 'the preview stands further back than is looked at first'
+    assert 'cut off' in damage(path)
 
 
 def test_other_formats_are_left_to_their_decoder(tmp_path):

@@ -1,4 +1,5 @@
 """What can be wrong with a data set, found before training: folders, pairs, and a sample of the files."""
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -6,7 +7,8 @@ import numpy as np
 from mmengine.config import Config
 from PIL import Image
 
-from replk_mm.data import cityscapes, coco_checks
+from replk_mm.data import cityscapes, coco_checks, metric_files
+from replk_mm.data.classes import annotation_file, classes_of
 from replk_mm.data.datasets import as_list, coco_style, dataset_class, dataset_option, datasets_of
 from replk_mm.data.files import damage
 from replk_mm.data.transforms import IGNORED, label_range_message, not_a_label_map
@@ -48,16 +50,16 @@ def check_dataset(dataset: dict, scope: str, num_classes: int | None, metrics: S
         depth = len(Path(prefix[image_key]).parts)
         found = [*(p.parents[depth - 1] for p in sorted(root.glob(f'*/{prefix[image_key]}'))),
                  *(p for p in root.resolve().parents[:2] if (p / prefix[image_key]).is_dir())]
-        hint = f'Did you mean --data-root {found[0]}?' if found else _expected(dataset)
+        hint = f'Did you mean --data-root {shlex.quote(str(found[0]))}?' if found else _expected(dataset)
         raise UserError(f'{images_dir}: no such folder (data root {root} holds: {_listing(root)})\n{hint}')
     if dataset.get('ann_file') and coco_style(dataset, scope):
-        return coco_checks.check(root / dataset['ann_file'], images_dir, _use(dataset, metrics))
+        return coco_checks.check(root / dataset['ann_file'], images_dir, _use(dataset, scope, metrics))
     if 'seg_map_path' not in prefix:
         return f'data {root}: annotation file and image folder are there'
     builder = dataset_class(dataset, scope)
     reduce_zero = bool(dataset_option(dataset, builder, 'reduce_zero_label', False))
     _check_reduction(dataset, reduce_zero)
-    in_files = _classes_picked_from(dataset, builder)
+    in_files = _classes_picked_from(dataset, builder, scope)
     if in_files and num_classes is not None:
         num_classes = in_files  # the data set maps those that were picked
     image_suffix = dataset_option(dataset, builder, 'img_suffix', '.jpg')
@@ -79,14 +81,14 @@ def check_dataset(dataset: dict, scope: str, num_classes: int | None, metrics: S
                         reduce_zero, num_classes)
 
 
-def _use(dataset: dict, metrics: Sequence[dict] | None) -> coco_checks.Use:
+def _use(dataset: dict, scope: str, metrics: Sequence[dict] | None) -> coco_checks.Use:
     filters = dataset.get('filter_cfg') or {}
     scored = [m for m in metrics or () if str(m.get('type')).endswith('CocoMetric') and not m.get('format_only')]
     masks = any('segm' in as_list(m.get('metric', 'bbox')) for m in scored) or any(
         step.get('load', step).get('with_mask') for step in dataset.get('pipeline', ()) if isinstance(step, dict))
-    classes = (dataset.get('metainfo') or {}).get('classes')
     return coco_checks.Use(
-        train=metrics is None, masks=masks, scored=bool(scored), classes=tuple(classes) if classes else None,
+        train=metrics is None, masks=masks, scored=bool(scored), own_file=any(m.get('ann_file') for m in scored),
+        classes=classes_of(dataset, scope) if (dataset.get('metainfo') or {}).get('classes') else None,
         keep_empty=not filters.get('filter_empty_gt', False), min_size=filters.get('min_size', 0))
 
 
@@ -99,11 +101,16 @@ def _check_reduction(dataset: dict, reduce_zero: bool) -> None:
                             f'Set it at the data set only; the pipeline takes it from there.')
 
 
-def _classes_picked_from(dataset: dict, builder: type) -> int:
+def _classes_picked_from(dataset: dict, builder: type, scope: str) -> int:
     """Classes of the data set's type, whose ids its files hold, if it is told to use some of them only; 0 otherwise."""
     known = getattr(builder, 'METAINFO', {}).get('classes')
-    picked = (dataset.get('metainfo') or {}).get('classes')
-    if not known or not picked or list(picked) == list(known):
+    given = (dataset.get('metainfo') or {}).get('classes')
+    if not known or not given:
+        return 0
+    picked = classes_of(dataset, scope) or ()
+    if isinstance(given, str):  # names in files are read without the space that one of ADE20K's ends with
+        known = [name.strip() for name in known]
+    if list(picked) == list(known):
         return 0
     strange = [name for name in picked if name not in known]
     if strange:
@@ -192,30 +199,18 @@ def check_data(cfg: Config, splits: tuple[str, ...], num_classes: int | None) ->
     """:func:`check_dataset` for the leaf datasets of the named splits, each once, and the files that metrics compare with.
 
     Raises:
-        UserError: See :func:`check_dataset`; or if a metric has another annotation file than the data set.
+        UserError: See :func:`check_dataset` and :func:`metric_files.check`.
     """
+    scope = cfg.get('default_scope', 'mmengine')
     lines, seen = [], set()
     for split in splits:
         metrics = None if split == 'train' else as_list(cfg.get(f'{split}_evaluator'))
-        datasets = list(datasets_of(cfg, (split,)))
-        for dataset in datasets:
-            key = str({k: v for k, v in dataset.items() if k in ('data_root', 'data_prefix', 'ann_file')})
+        for dataset in datasets_of(cfg, (split,)):
+            # The same file may be trained with and scored, which asks more of it.
+            use = _use(dataset, scope, metrics) if annotation_file(dataset) else None
+            key = str(({k: v for k, v in dataset.items() if k in ('data_root', 'data_prefix', 'ann_file')}, use))
             if key not in seen:
                 seen.add(key)
-                lines.append(check_dataset(dataset, cfg.get('default_scope', 'mmengine'), num_classes, metrics))
-        if len(datasets) == 1:
-            _check_metric_files(split, datasets[0], metrics or [])
-    return lines
-
-
-def _check_metric_files(split: str, dataset: dict, metrics: Sequence[dict]) -> None:
-    """COCO's metric has a file of its own, which whoever changes the data set's forgets."""
-    if not dataset.get('ann_file'):
-        return
-    file = Path(dataset.get('data_root') or '.') / dataset['ann_file']
-    for metric in metrics:
-        scored = metric.get('ann_file')
-        if scored and str(metric.get('type')).endswith('CocoMetric') and Path(scored).resolve() != file.resolve():
-            raise UserError(f'{split}_evaluator.ann_file={scored!r}: the data set has another annotation file, {file}\n'
-                            f'Detections can be scored with the annotations of the same images only: '
-                            f'--cfg-options {split}_evaluator.ann_file={file}')
+                lines.append(check_dataset(dataset, scope, num_classes, metrics))
+        metric_files.check(cfg, split)
+    return list(dict.fromkeys(lines))

@@ -4,6 +4,7 @@ Source: the label table of the Cityscapes data set (Cordts et al., The Cityscape
 Understanding, CVPR 2016): 34 ids, of which 19 have a trainId.
 """
 import os
+import shlex
 import sys
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,7 @@ class Conversion:
 
 def how_to_convert(root: str | Path) -> str:
     """What to tell who has raw labels."""
-    return f'Convert them:\n  python tools/convert_cityscapes.py {root}'
+    return f'Convert them:\n  python tools/convert_cityscapes.py {shlex.quote(str(root))}'
 
 
 def raw_ids(found: Collection[int], num_classes: int) -> bool:

@@ -6,13 +6,27 @@ from typing import Any
 from mmengine.config import Config
 
 from replk_mm.data import coco
-from replk_mm.data.classes import annotation_file, classes_of, classes_option, command_with, did_you_mean, head_counts, listed
-from replk_mm.data.datasets import coco_style, placed_datasets
+from replk_mm.data.class_heads import head_counts
+from replk_mm.data.classes import (
+    CLASSES_FILE,
+    annotation_file,
+    classes_of,
+    command_to_write,
+    command_with,
+    did_you_mean,
+    found_classes,
+    listed,
+)
+from replk_mm.data.datasets import coco_style, dataset_class, placed_datasets
+from replk_mm.data.picked_labels import check_picked
 from replk_mm.errors import UserError
+
+#: Names of so many classes and fewer are written out in a command.
+_WRITTEN_OUT = 20
 
 
 def check_classes(cfg: Config, splits: tuple[str, ...]) -> list[str]:
-    """Compare the classes of the data sets with the categories of their annotation files and with the heads.
+    """Compare the classes of the data sets with the categories or label ids in their files, and with the heads.
 
     Args:
         cfg: With its data checked: the annotation files are there and can be read.
@@ -31,7 +45,8 @@ def check_classes(cfg: Config, splits: tuple[str, ...]) -> list[str]:
     for place, dataset in placed_datasets(cfg, splits):
         names = classes_of(dataset, scope)
         if names and place in counts:
-            notes += _compare_with_file(cfg, place, dataset, names, counts)
+            notes += _compare_with_file(cfg, place, dataset, names, counts, splits)
+    notes += check_picked(cfg, splits)
     check_heads(cfg, head_counts(cfg.model), splits)
     return list(dict.fromkeys(notes))
 
@@ -48,9 +63,11 @@ def check_heads(cfg: Config, counts: Mapping[str, int], splits: tuple[str, ...] 
         found = ', '.join(f'{path}.num_classes={count}' for path, count in counts.items())
         raise UserError(f'{cfg.filename}: the heads have different numbers of classes: {found}\n'
                         f'Set them to the same number; --classes NAME,NAME,... does so, and names the classes in the data.')
+    scope = cfg.get('default_scope', 'mmengine')
     for place, dataset in placed_datasets(cfg, splits):
-        names = classes_of(dataset, cfg.get('default_scope', 'mmengine'))
-        if names:
+        names = classes_of(dataset, scope)
+        # Panoptic data sets, for one, name classes that are not for these heads.
+        if names and (coco_style(dataset, scope) or hasattr(dataset_class(dataset, scope), 'get_label_map')):
             _compare_with_heads(cfg, place, names, counts)
 
 
@@ -67,7 +84,7 @@ def _compare_with_heads(cfg: Config, place: str, names: Sequence[str], counts: M
 
 
 def _compare_with_file(cfg: Config, place: str, dataset: dict, names: Sequence[str],
-                       counts: dict[str, dict[str, int]]) -> list[str]:
+                       counts: dict[str, dict[str, int]], splits: tuple[str, ...]) -> list[str]:
     file, found = annotation_file(dataset), counts[place]
     strange = {name: count for name, count in found.items() if count and name not in names}
     unknown = [name for name in names if name not in found]
@@ -75,7 +92,7 @@ def _compare_with_file(cfg: Config, place: str, dataset: dict, names: Sequence[s
     picked = bool((dataset.get('metainfo') or {}).get('classes')) and not unknown
     others = {other: set(of_other) for other, of_other in counts.items() if set(of_other) != set(found)}
     if strange and (not picked or any(name not in other for name in strange for other in others.values())):
-        raise UserError(_mismatch(cfg, place, dataset, names, found, strange, others))
+        raise UserError(_mismatch(cfg, place, dataset, names, found, strange, others, splits))
     if strange:
         return [f'{file}: categories left out, the classes being {listed(names)}: {listed(list(strange))}']
     occurring = [name for name in names if found.get(name)]
@@ -84,7 +101,7 @@ def _compare_with_file(cfg: Config, place: str, dataset: dict, names: Sequence[s
 
 
 def _mismatch(cfg: Config, place: str, dataset: dict, names: Sequence[str], found: dict[str, int], strange: dict[str, int],
-              others: dict[str, set[str]]) -> str:
+              others: dict[str, set[str]], splits: tuple[str, ...]) -> str:
     file = annotation_file(dataset)
     assert file is not None
     meant = {name: other for name in strange if (other := did_you_mean(name, names))}
@@ -108,10 +125,30 @@ def _mismatch(cfg: Config, place: str, dataset: dict, names: Sequence[str], foun
                                'Rename the categories in the file, if that is what they are'))
     wanted = list(found) if not others else list(dict.fromkeys([*found, *(n for o in others.values() for n in sorted(o))]))
     lines += [f'{"Or use" if len(meant) == len(strange) else "Use"} the categories as the classes, of the heads too:',
-              f'  {command_with("--classes", classes_option(wanted))}']
+              *_commands(cfg, wanted, splits)]
     text = snippet(cfg, wanted)
     return '\n'.join([*lines, *(['or the same in a config of your own beside that one:', *(f'  {line}' for line in text)]
                                 if text else [])])
+
+
+def _commands(cfg: Config, names: Sequence[str], splits: tuple[str, ...]) -> list[str]:
+    """Lines for the shell that run this command with these classes."""
+    writable = not any(',' in name or name != name.strip() for name in names)
+    if writable and len(names) <= _WRITTEN_OUT:
+        return [f'  {command_with("--classes", ",".join(names))}']
+    if _found(cfg, splits)[0] == list(names):
+        return [f'  {command_with("--classes", "auto")}']
+    # Not a file in the data root: there it would say what label ids count.
+    return [f'  {command_to_write(names, CLASSES_FILE)}', f'  {command_with("--classes", CLASSES_FILE)}']
+
+
+def _found(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], bool]:
+    """The names that ``--classes auto`` would take, none if it would be refused, and whether label ids count them."""
+    try:
+        names, _, counted = found_classes(cfg, splits)
+    except UserError:
+        return [], False
+    return names, counted
 
 
 def snippet(cfg: Config, names: Sequence[str]) -> list[str]:
@@ -146,11 +183,16 @@ def trained_on(meta: Mapping) -> list[str]:
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
 
 
-def advice_of(meta: Mapping) -> str:
-    """What to tell who has a checkpoint that does not fit: lines, none if it does not name its classes."""
+def advice_of(meta: Mapping, option: str | None = None) -> str:
+    """What to tell who has a checkpoint that does not fit: lines, none if it does not name its classes.
+
+    Args:
+        meta: The checkpoint's record.
+        option: What to give ``--classes``; None for the names. Defaults to None.
+    """
     names = trained_on(meta)
     return '' if not names else (f'\nIt was trained on {len(names)} classes: {listed(names)}. If the config has others, use '
-                                 f'them:\n  {command_with("--classes", ",".join(names))}')
+                                 f'them:\n  {command_with("--classes", option or ",".join(names))}')
 
 
 def compare_with_checkpoint(cfg: Config, meta: Mapping, checkpoint: str, splits: tuple[str, ...] = ('test',)) -> None:
@@ -163,12 +205,17 @@ def compare_with_checkpoint(cfg: Config, meta: Mapping, checkpoint: str, splits:
         meta: The checkpoint's record.
         checkpoint: Its name.
         splits: Data sets to compare with.
+
+    Raises:
+        UserError: With both lists, and what to give ``--classes``.
     """
-    theirs = trained_on(meta)
+    theirs = [name.strip() for name in trained_on(meta)]
     for place, dataset in placed_datasets(cfg, splits):
-        names = classes_of(dataset, cfg.get('default_scope', 'mmengine'))
-        if theirs and names and list(names) != theirs:
+        names = [name.strip() for name in classes_of(dataset, cfg.get('default_scope', 'mmengine')) or ()]
+        if theirs and names and names != theirs:
             order = ' in another order' if set(names) == set(theirs) else ''
+            # Given by name, classes that label ids count might be picked from those of the data set's type.
+            option = 'auto' if _found(cfg, splits) == (theirs, True) else None
             raise UserError(
                 f'{checkpoint}: was trained on {len(theirs)} classes: {listed(theirs)}; {place} has {len(names)}{order}: '
-                f'{listed(names)}{advice_of(meta)}')
+                f'{listed(names)}{advice_of(meta, option)}')

@@ -31,19 +31,24 @@ def parse_classes(text: str) -> list[str]:
     Raises:
         UserError: If there are none, or one twice, or no such file.
     """
-    path = Path(text)
-    if os.path.isfile(text):
-        try:
-            lines = path.read_text(encoding='utf-8-sig').splitlines()  # editors of Windows put a mark before the first name
-        except (UnicodeDecodeError, OSError) as error:
-            what = f'byte {error.start:,} is not UTF-8' if isinstance(error, UnicodeDecodeError) else error.strerror
-            raise UserError(f'--classes {text}: the file cannot be read: {what}\n'
-                            f'Give a text file in UTF-8 with one name a line, or names with commas between them.') from error
-        names = [line.strip() for line in lines if line.strip()]
-    elif ',' not in text and (path.suffix or os.sep in text):
+    if ',' not in text and Path(text).is_file():
+        return _read_names(Path(text))
+    if ',' not in text and (Path(text).suffix or os.sep in text):
         raise UserError(f'--classes {text}: no such file\nGive names with commas between them, or a file with one a line.')
-    else:
-        names = [name.strip() for name in text.split(',')]
+    return _checked([name.strip() for name in text.split(',')], text)
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding='utf-8-sig').splitlines()  # editors of Windows put a mark before the first name
+    except (UnicodeDecodeError, OSError) as error:
+        what = f'byte {error.start:,} is not UTF-8' if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f'--classes {path}: the file cannot be read: {what}\n'
+                        f'Give a text file in UTF-8 with one name a line, or names with commas between them.') from error
+    return _checked([line.strip() for line in lines if line.strip()], str(path))
+
+
+def _checked(names: list[str], text: str) -> list[str]:
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if not names or not all(names) or twice:
         what = f'{twice[0]!r} occurs twice' if twice else 'a name is empty' if names else 'the file has no names'
@@ -64,29 +69,47 @@ def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
         What was changed, a line each.
 
     Raises:
-        UserError: If the names cannot be had.
+        UserError: If the names cannot be had, or do not say enough for this model.
     """
-    names, source = (parse_classes(text), '--classes') if text != 'auto' else _found_classes(cfg, splits)
-    return [f'classes: {len(names)}, from {source}: {listed(names)}', *set_classes(cfg, names)]
+    class_heads.refuse_stuff(cfg.model)
+    if text == 'auto':
+        names, source, counted = found_classes(cfg, splits)
+    else:
+        names, source, counted = parse_classes(text), '--classes', _is_of_data(cfg, text)
+    return [f'classes: {len(names)}, from {source}: {listed(names)}', *set_classes(cfg, names, counted)]
 
 
-def _found_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str]:
+def _is_of_data(cfg: Config, text: str) -> bool:
+    roots = {Path(dataset.get('data_root') or '.').resolve() for _, dataset in placed_datasets(cfg)}
+    return Path(text).name == CLASSES_FILE and Path(text).is_file() and Path(text).resolve().parent in roots
+
+
+def found_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str, bool]:
+    """What ``--classes auto`` takes: the names, the file they stand in, and whether label ids count them.
+
+    Raises:
+        UserError: If nothing names the classes.
+    """
     looked = []
     for _, dataset in placed_datasets(cfg, tuple(dict.fromkeys(('train', *splits)))):
         root = Path(dataset.get('data_root') or '.')
         file = annotation_file(dataset)
         if file:
             if file.is_file():
-                return [category['name'] for category in coco.read(file)['categories']], str(file)
+                names = [category['name'] for category in coco.read(file)['categories']]
+                if not names:
+                    raise UserError(f'--classes auto: {file} has no categories\n'
+                                    f'Annotations need them, or name the classes: --classes NAME,NAME,...')
+                return names, str(file), False
             looked.append(file)
             continue
         looked += [root / CLASSES_FILE, root / 'meta.json']
         if looked[-2].is_file():
-            return parse_classes(str(looked[-2])), str(looked[-2])
+            return _read_names(looked[-2]), str(looked[-2]), True
         meta = _demo_meta(looked[-1])
         # A demo in the layout of Cityscapes has Cityscapes' labels.
         if meta.get('classes') and 'train_ids' not in meta:
-            return list(meta['classes']), str(looked[-1])
+            return list(meta['classes']), str(looked[-1]), True
     raise UserError(f'--classes auto: nothing names the classes; looked for {", ".join(map(str, dict.fromkeys(looked)))}\n'
                     f'Name them: --classes NAME,NAME,... or --classes FILE with one a line.')
 
@@ -99,15 +122,17 @@ def _demo_meta(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def set_classes(cfg: Config, names: Sequence[str]) -> list[str]:
+def set_classes(cfg: Config, names: Sequence[str], counted: bool = False) -> list[str]:
     """Give every data set these classes and colours for them, and every head their number.
 
     A segmentation data set whose type has classes of its own, and not these, becomes mmseg's ``BaseSegDataset`` with the same
-    files: its label ids count these classes.
+    files: its label ids count these classes. If its type has all of these and more, they are picked from the type's, unless
+    ``counted``.
 
     Args:
         cfg: Changed in place.
         names: The classes; label ``i`` is the ``i``-th.
+        counted: Whether label ids are known to count these classes. Defaults to False.
 
     Returns:
         What else had to be changed, a line each.
@@ -118,11 +143,14 @@ def set_classes(cfg: Config, names: Sequence[str]) -> list[str]:
     for _, dataset in placed_datasets(cfg):
         builder = dataset_class(dataset, scope)
         own = getattr(builder, 'METAINFO', {})
-        dataset['metainfo'] = ConfigDict({**(dataset.get('metainfo') or {}), 'classes': tuple(names),
-                                          'palette': _palette(names, own)})
-        if not hasattr(builder, 'get_label_map') or not own.get('classes') or list(own['classes']) == list(names):
+        # mmseg's ADE20K has a class 'bed ', with a space that no one gives.
+        spelling = {name.strip(): name for name in own.get('classes') or ()}
+        classes = tuple(spelling.get(name.strip(), name) for name in names)
+        dataset['metainfo'] = ConfigDict({**(dataset.get('metainfo') or {}), 'classes': classes,
+                                          'palette': _palette(classes, own)})
+        if not hasattr(builder, 'get_label_map') or not own.get('classes') or list(own['classes']) == list(classes):
             continue
-        if set(names) <= set(own['classes']):
+        if set(classes) <= set(own['classes']) and not counted:
             notes[f'labels: ids in the files are those of the {len(own["classes"])} classes of {dataset["type"]}; '
                   f'{len(names)} of them are used'] = None
             continue
@@ -132,18 +160,7 @@ def set_classes(cfg: Config, names: Sequence[str]) -> list[str]:
         notes[f'data: BaseSegDataset with the files of {dataset["type"]}, which has other classes; label ids '
               f'{first}..{first + len(names) - 1} are these' + (', 0 is ignored' if first else '')] = None
         dataset['type'] = 'mmseg.BaseSegDataset'
-    former |= set(head_counts(cfg.model).values())
-    for path, head in _parts(cfg.model, 'model'):
-        if is_head(path) or head.get('num_classes') in former:
-            if head.get('out_channels') == head.get('num_classes'):
-                head.pop('out_channels', None)
-            head['num_classes'] = len(names)
-            for key in ('loss_decode', 'loss_cls'):
-                for loss in as_list(head.get(key)):
-                    if isinstance(loss.get('class_weight'), (list, tuple)) and len(loss['class_weight']) != len(names):
-                        loss.pop('class_weight')
-                        notes[f'{path}.{key}: class_weight left out, it is of another number of classes'] = None
-    return list(notes)
+    return [*notes, *dict.fromkeys(class_heads.set_counts(cfg.model, len(names), former, scope))]
 
 
 def _palette(names: Sequence[str], metainfo: dict) -> list[list[int]]:
@@ -159,7 +176,7 @@ def classes_of(dataset: dict, scope: str) -> tuple[str, ...] | None:
     """The classes a data set will have: of ``metainfo`` in the config, or of its type; None if neither names any."""
     given = (dataset.get('metainfo') or {}).get('classes')
     if isinstance(given, str):  # mmengine takes it for a file
-        return tuple(parse_classes(given))
+        return tuple(_read_names(Path(given)))
     found = given or getattr(dataset_class(dataset, scope), 'METAINFO', {}).get('classes')
     return tuple(found) if found else None
 
@@ -196,3 +213,9 @@ def command_with(option: str, value: str) -> str:
     start = ['torchrun', '--nproc-per-node', os.environ['LOCAL_WORLD_SIZE']] if 'TORCHELASTIC_RUN_ID' in os.environ else [
         'python']
     return shlex.join([*start, *[w for w in words if not w.startswith(f'{option}=')], option, value])
+
+
+def command_to_write(names: Sequence[str], path: str | Path) -> str:
+    """A command for the shell that writes names to a file, one a line."""
+    words = shlex.join(['printf', r'%s\n', *names])
+    return f'{words} > {shlex.quote(str(path))}'

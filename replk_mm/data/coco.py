@@ -1,6 +1,7 @@
 """COCO-style annotation files, read once a process: :func:`take` hands on what the checks have read."""
 import gc
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ KEYS = {'images': ('id', 'file_name', 'height', 'width'), 'categories': ('id', '
         'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area')}
 #: Examples that a message gives of one kind.
 SHOWN = 5
-_MEND = 'python -c "import json; p = {path}; d = json.load(open(p)); {what}; json.dump(d, open(p, \'w\'))"'
+_MEND = "import json; p = {path}; d = json.load(open(p)); {what}; json.dump(d, open(p, 'w'))"
 
 #: What is wrong, and what to do about it.
 Problems = list[tuple[str, str]]
@@ -134,7 +135,9 @@ def how_to_add(path: Path, section: str, key: str) -> str:
 
 def mend(path: Path, what: str, says: str) -> str:
     """A command for the shell that changes an annotation file ``d``."""
-    return f'{says}:\n  ' + _MEND.format(path=repr(str(path)), what=what)
+    program = _MEND.format(path=repr(str(path)), what=what)
+    # Within double quotes it reads better, but there the shell takes these for its own.
+    return f'{says}:\n  python -c ' + (shlex.quote(program) if set(program) & set('"$`\\!') else f'"{program}"')
 
 
 def refuse(path: Path, problems: Problems) -> None:

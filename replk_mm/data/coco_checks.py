@@ -13,15 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from replk_mm.data import coco_shapes
 from replk_mm.data.coco import SHOWN, Problems, how_to_add, mend, read, refuse, some
 from replk_mm.data.files import damage
 
 #: Images that are opened, evenly spread over the file.
 SAMPLE = 64
-#: Annotations without a usable box are left out by mmdet. COCO itself has two such; more than this share is a mistake.
-TOLERATED = 0.01
-#: Share of boxes reaching beyond their image from which they are taken for two corners instead of corner and size.
-_CORNERS = 0.25
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 swap width and height, which image readers follow
 
 
@@ -33,6 +30,8 @@ class Use:
         train: Train with its annotations.
         masks: Load masks, or score them.
         scored: Compare detections with it.
+        own_file: The metric names the file, so that pycocotools reads it. Otherwise it gets a copy from mmdet, which numbers
+            the annotations anew.
         classes: Names of the classes that count; None for all.
         keep_empty: Train with images that have no object too.
         min_size: Images with a shorter side are left out of training, pixels.
@@ -41,6 +40,7 @@ class Use:
     train: bool
     masks: bool = False
     scored: bool = True
+    own_file: bool = True
     classes: tuple[str, ...] | None = None
     keep_empty: bool = True
     min_size: int = 0
@@ -75,8 +75,11 @@ def check(path: Path, images_dir: Path, use: Use) -> str:
     if not images:
         problems.append(("'images' is empty", 'Name a file with images (ann_file).'))
     problems += _lacking_keys(path, objects, use)
-    found, notes = _boxes(images, objects)
+    found, notes = coco_shapes.boxes(images, objects, use.train)
     problems += found
+    if use.masks:
+        found, more = coco_shapes.masks(images, [a for a in objects if a.get('segmentation')], use.scored)
+        problems, notes = problems + found, notes + more
     problems += _on_disk(images, images_dir)
     if not problems and use.train and not use.keep_empty:
         found, left = _without_objects(data, use)
@@ -104,7 +107,12 @@ def _lacking_keys(path: Path, objects: list[dict], use: Use) -> Problems:
             problems.append((f"{len(lacking):,} of {len(objects):,} annotations have no 'segmentation', and the config "
                              f'{"trains" if use.train else "scores"} masks: ids {some(lacking)}',
                              'Use a config without masks for boxes only (FCOS, Faster R-CNN), or add the masks.'))
-    if use.scored:
+    if use.scored and use.own_file:
+        unmatched = [a['id'] for a in objects if type(a['id']) is not int or a['id'] == 0]
+        if unmatched:
+            problems.append((f"{len(unmatched):,} of {len(objects):,} annotations have an 'id' that pycocotools cannot score: "
+                             f'{some(map(repr, unmatched))} (0 is its sign for an object not found)', mend(
+                                 path, "[a.update(id=i) for i, a in enumerate(d['annotations'], 1)]", 'Number them from 1')))
         lacking = [a['id'] for a in objects if 'iscrowd' not in a]
         if lacking:
             problems.append((f"{len(lacking):,} of {len(objects):,} annotations have no 'iscrowd', which pycocotools needs to "
@@ -127,43 +135,6 @@ def info_needed() -> bool:
         except KeyError:
             return True
     return False
-
-
-def _boxes(images: list[dict], objects: list[dict]) -> tuple[Problems, list[str]]:
-    """Boxes that cannot be meant so: problems, and what is rare enough to be only noted."""
-    shapeless = [a['id'] for a in objects if not isinstance(a['bbox'], list) or len(a['bbox']) != 4
-                 or not all(isinstance(v, (int, float)) for v in a['bbox'])]
-    if shapeless:
-        return [(f'{len(shapeless):,} of {len(objects):,} annotations have a bbox that is not four numbers: ids '
-                 f'{some(shapeless)}', 'A bbox is [x, y, width, height] in pixels.')], []
-    sizes = {image['id']: (image['width'], image['height']) for image in images}
-    objects = [a for a in objects if a['image_id'] in sizes]
-    if not objects:
-        return [], []
-    x, y, w, h = np.array([a['bbox'] for a in objects], float).T
-    width, height = np.array([sizes[a['image_id']] for a in objects], float).T
-    flat = ~((w >= 1) & (h >= 1))  # NaN is flat too
-    outside = ~flat & ~((np.minimum(x + w, width) > np.maximum(x, 0)) & (np.minimum(y + h, height) > np.maximum(y, 0)))
-    beyond = ~flat & ((x + w > width + 2) | (y + h > height + 2))
-    problems: Problems = []
-    notes: list[str] = []
-    for found, what in ((flat, 'are less than a pixel wide or high'), (outside, 'lie outside their image')):
-        if not found.any():
-            continue
-        shown = some(f'{objects[i]["id"]} {objects[i]["bbox"]}' for i in np.flatnonzero(found)[:SHOWN + 1])
-        if found.mean() < TOLERATED:
-            notes.append(f'{found.sum():,} boxes {what} and are left out')
-        else:
-            relative = what.startswith('are') and np.max([x + w, y + h]) <= 1.5
-            problems.append((f'{found.sum():,} of {len(objects):,} boxes {what}: ids {shown}',
-                             'A bbox is [x, y, width, height] in pixels; mmdet leaves such annotations out.'
-                             + (' These look like shares of the image\'s size.' if relative else '')))
-    if beyond.mean() >= _CORNERS:
-        i = int(np.flatnonzero(beyond)[0])
-        problems.append((f'{beyond.sum():,} of {len(objects):,} boxes reach beyond their image, id {objects[i]["id"]} '
-                         f'{objects[i]["bbox"]} in {width[i]:.0f}x{height[i]:.0f} pixels first',
-                         'A bbox is [x, y, width, height]; these look like [x1, y1, x2, y2].'))
-    return problems, notes
 
 
 def _on_disk(images: list[dict], folder: Path) -> Problems:

@@ -7,7 +7,8 @@ from mmengine.config import Config, ConfigDict
 from replk_mm import checkpoints
 from replk_mm.data.checks import check_data, datasets_of
 from replk_mm.data.class_checks import check_classes, check_heads, compare_with_checkpoint
-from replk_mm.data.classes import head_counts, is_head, use_classes
+from replk_mm.data.class_heads import head_counts, is_head, tells_others
+from replk_mm.data.classes import use_classes
 from replk_mm.engine import memory
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
 from replk_mm.engine.drop_ins import use_drop_ins
@@ -79,7 +80,7 @@ def prepare_data(cfg: Config, options: Options, splits: tuple[str, ...]) -> list
     """
     if options.data_root:
         set_data_root(cfg, options.data_root)
-    notes = use_classes(cfg, options.classes, splits) if options.classes else []
+    notes = use_classes(cfg, options.classes, splits) if options.classes is not None else []
     counts = head_counts(cfg.model)
     check_heads(cfg, counts)
     labels = [count for path, count in counts.items() if '.decode_head' in path]
@@ -116,7 +117,8 @@ def _classes_of(head: nn.Module | None) -> int | None:
 def counts_of(model: nn.Module) -> dict[str, int]:
     """Number of classes of every head of a model that tells all of them apart, by path."""
     return {f'model.{name}': module.num_classes for name, module in model.named_modules()
-            if is_head(name) and isinstance(getattr(module, 'num_classes', None), int) and 'rpn_head' not in name}
+            if is_head(name) and isinstance(getattr(module, 'num_classes', None), int) and 'rpn_head' not in name
+            and not tells_others(type(module))}
 
 
 def _scale_learning_rate(cfg: Config, processes: int) -> list[str]:

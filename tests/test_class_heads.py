@@ -1,0 +1,114 @@
+"""Heads of other people's configs get the classes' number only where they count the classes; the built network agrees."""
+import copy
+from pathlib import Path
+
+import mmdet
+import mmseg
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, init_default_scope
+
+from replk_mm.data.class_checks import check_heads
+from replk_mm.data.class_heads import head_counts, refuse_stuff
+from replk_mm.data.classes import set_classes, use_classes
+from replk_mm.engine.prepare import counts_of
+from replk_mm.errors import UserError
+
+OWN = ('helmet', 'vest', 'traffic light')
+M2F = 'mask2former/mask2former_r50_8xb2'
+
+
+def config(package, name: str) -> Config:
+    cfg = Config.fromfile(str(Path(package.__file__).parent / '.mim' / 'configs' / name))
+    cfg.model.backbone.init_cfg = None
+    return cfg
+
+
+def built(cfg: Config):
+    init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        return MODELS.build(cfg.model)
+
+
+def test_a_head_of_borders_keeps_its_two_classes():
+    """STDC's last auxiliary head tells borders from insides, whatever the classes are."""
+    cfg = config(mmseg, 'stdc/stdc1_4xb12-80k_cityscapes-512x1024.py')
+    cfg.model.backbone.backbone_cfg.pop('init_cfg', None)
+    check_heads(cfg, head_counts(cfg.model), ('train',))
+    set_classes(cfg, OWN)
+    assert [head.num_classes for head in cfg.model.auxiliary_head] == [3, 3, 2]
+    assert cfg.model.decode_head.num_classes == 3
+    model = built(cfg)
+    assert [head.num_classes for head in model.auxiliary_head] == [3, 3, 2]
+    check_heads(cfg, counts_of(model), ('train',))
+    cfg.model.auxiliary_head[0].num_classes = 5
+    with pytest.raises(UserError, match=r'auxiliary_head.0.num_classes=5'):
+        check_heads(cfg, head_counts(cfg.model))
+
+
+def test_panoptic_data_name_more_classes_than_the_box_heads():
+    cfg = config(mmdet, 'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py')
+    check_heads(cfg, head_counts(cfg.model), ('train', 'val'))
+    with pytest.raises(UserError, match=r'model\.\w+ tells 80 things and 53 kinds of stuff apart'):
+        use_classes(cfg, 'a,b', ('train',))
+    plain = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    refuse_stuff(plain.model)
+    plain.model.roi_head.bbox_head.num_classes = plain.model.roi_head.mask_head.num_classes = 5
+    with pytest.raises(UserError, match='has 80 classes'):
+        check_heads(plain, head_counts(plain.model), ('train',))
+
+
+def test_a_head_without_classes_is_given_none():
+    cfg = config(mmdet, 'condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py')
+    set_classes(cfg, OWN)
+    assert 'num_classes' not in cfg.model.mask_head
+    assert built(cfg).bbox_head.num_classes == 3
+
+
+def test_a_head_that_takes_the_number_by_its_base_is_given_it():
+    cfg = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    assert cfg.model.roi_head.bbox_head.type == 'Shared2FCBBoxHead'
+    for head in (cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head):
+        head.pop('num_classes')
+    set_classes(cfg, OWN)
+    assert set(counts_of(built(cfg)).values()) == {3}
+
+
+def test_mmdets_mask2former_counts_things():
+    cfg = config(mmdet, f'{M2F}-lsj-50e_coco.py')
+    set_classes(cfg, OWN)
+    head = built(cfg).panoptic_head
+    assert head.num_classes == cfg.model.panoptic_fusion_head.num_things_classes == 3
+    assert head.cls_embed.out_features == 4 and head.class_weight == [1., 1., 1., 0.1]
+
+
+def test_mmsegs_mask2former_keeps_the_weight_of_no_object():
+    cfg = config(mmseg, f'{M2F}-160k_ade20k-512x512.py')
+    for names in (OWN, OWN[:2], OWN[:2]):  # the last time their number is right before
+        set_classes(cfg, names)
+        head = built(copy.deepcopy(cfg)).decode_head
+        assert head.cls_embed.out_features == len(names) + 1
+        assert head.class_weight == [1.] * len(names) + [0.1]
+
+
+@pytest.mark.parametrize(('weights', 'expected', 'noted'), [
+    ([2.] * 80 + [.5], [2.] * 3 + [.5], ''), ([1.] + [2.] * 79 + [.5], [1.] * 3 + [.5], 'is 1 for every class'),
+    ([2.] * 80, None, 'left out'), ([2.] * 7, None, 'left out'), ([1., 2., 3.], [1., 2., 3.], ''),
+    ([1., 2., 3., .5], [1., 2., 3., .5], '')])
+def test_weights_of_classes(weights, expected, noted):
+    cfg = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    loss = cfg.model.roi_head.bbox_head.loss_cls = ConfigDict(type='CrossEntropyLoss', class_weight=weights)
+    notes = set_classes(cfg, OWN)
+    assert loss.get('class_weight') == expected
+    assert any('class_weight' in note and noted in note for note in notes) if noted else not notes
+    assert built(cfg).roi_head.bbox_head.loss_cls.class_weight == expected
+
+
+@pytest.mark.parametrize('weights', [[1., 2., 3.], [1., 2., 3., .5]])
+def test_weights_that_fit_are_left_alone(weights):
+    cfg = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    set_classes(cfg, OWN)
+    cfg.model.roi_head.bbox_head.loss_cls.class_weight = list(weights)
+    assert set_classes(cfg, OWN[::-1]) == []
+    assert cfg.model.roi_head.bbox_head.loss_cls.class_weight == weights
