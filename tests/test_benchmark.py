@@ -1,214 +1,31 @@
-"""Benchmarks: known times, known memory, known differences; what is timed, in which layout; what is written."""
-import importlib.util
+"""The benchmark of networks: what is timed, in which layout, whether it is right, and what is written."""
 import json
 import math
-import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from benchmark_cases import CONVNEXT, allocators, convnext, operators  # noqa: F401 (a fixture)
 from mmengine.config import ConfigDict
-from tiny import ROOT, run_tool, tiny  # noqa: F401 (a fixture)
-from torch.utils.flop_counter import FlopCounterMode
+from tiny import tiny  # noqa: F401 (a fixture)
 
-from replk_mm.analysis import benchmark, benchmark_op, benchmark_report, compare_engines, plain, plots, speed
+from replk_mm.analysis import benchmark, benchmark_report, compare_engines, plain, plots, speed
 from replk_mm.analysis.benchmark import Bench, Settings
-from replk_mm.analysis.benchmark_op import Shape
-from replk_mm.analysis.differences import Gap, gap_of_gradients, gap_of_results
 from replk_mm.analysis.job import Job, default_shape
 from replk_mm.analysis.plain import OURS, PLAIN, PLAIN_TRAINING
-from replk_mm.analysis.workload import CLASS_MAP, Workload
+from replk_mm.analysis.workload import Workload
 from replk_mm.errors import UserError
 from replk_mm.models import ConvNeXt
-from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d
+from replk_mm.ops import DepthwiseConv2d
 
+# ruff: noqa: F811 (fixtures that come from another file)
 QUICK = Settings(repeats=3, warmup=0, seconds=0., memory=False)
-CONVNEXT = """
-model = dict(backbone=dict(type='replk_mm.ConvNeXt', arch=dict(depths=[1, 1], channels=[8, 16]), out_indices=(0, 1),
-                           gap_before_final_norm=False, init_cfg=dict(type='Pretrained', checkpoint='nowhere.pth')))
-test_dataloader = dict()
-"""
-
-
-class Clock:
-    """Time that passes only where a call says so."""
-
-    def __init__(self) -> None:
-        self.now, self.calls = 0., []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def spend(self, name: str, seconds: list[float]):
-        passing = iter(seconds)
-
-        def call() -> None:
-            self.calls.append(name)
-            self.now += next(passing)
-        return call
-
-
-@pytest.fixture(scope='module', autouse=True)
-def allocators():
-    """What the C library is told, without telling it: this process runs other tests too."""
-    told = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, 'keep_freed_memory', lambda keep=True: told.append(keep) or False)
-        patch.setattr(benchmark, 'trim', lambda: told.append('trimmed'))
-        yield told
-
-
-@pytest.fixture
-def convnext(tmp_path):
-    """A config of a small ConvNeXt, whose backbone alone can be measured."""
-    path = tmp_path / 'convnext.py'
-    path.write_text(CONVNEXT)
-    return str(path)
-
-
-@pytest.fixture(scope='module')
-def tool():
-    """tools/benchmark.py as a module."""
-    spec = importlib.util.spec_from_file_location('tool_benchmark', ROOT / 'tools' / 'benchmark.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.keep_freed_memory = lambda: False  # this process runs other tests too
-    return module
 
 
 def row_of(point: dict, name: str) -> dict:
     return next(row for row in point['rows'] if row['name'] == name)
-
-
-# -- time and memory --------------------------------------------------------------------------------------------------
-def test_calls_take_turns_and_warmup_does_not_count() -> None:
-    clock = Clock()
-    found = speed.measure({'a': clock.spend('a', [9., 1., 2., 3.]), 'b': clock.spend('b', [9., 4., 4., 4.])}, repeats=3,
-                          warmup=1, clock=clock)
-    assert clock.calls == ['a', 'b'] * 4
-    assert found.milliseconds == {'a': [1000, 2000, 3000], 'b': [4000, 4000, 4000]}
-    assert (found.rounds, found.warmup) == (3, 1)
-    assert vars(found.timing('a')) == pytest.approx(dict(low=1500, median=2000, high=2500))
-
-
-def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
-    """A round in which everything is slow has the ratio of the others; the ratio of medians would be 12 / 2."""
-    found = speed.Measurement({'slow': [4., 12., 90.], 'fast': [2., 2., 30.]}, 0)
-    assert vars(found.times_as_fast('fast', 'slow')) == pytest.approx(dict(low=2.5, median=3., high=4.5))
-    assert vars(found.times_as_fast('slow', 'slow')) == dict(low=1., median=1., high=1.)
-
-
-@pytest.mark.parametrize('seconds, rounds, warmup', [(None, 10, 2), (100, 10, 2), (21, 6, 1), (1, 3, 1)])
-def test_a_budget_lowers_the_rounds_but_not_below_three(seconds, rounds, warmup) -> None:
-    """Rounds of 3 s: into a quarter of 21 s goes one to warm up, and six follow; a budget of 1 s has room for none."""
-    clock = Clock()
-    found = speed.measure({'a': clock.spend('a', [3.] * 12)}, repeats=10, warmup=2, seconds=seconds, clock=clock)
-    assert (found.rounds, found.warmup) == (rounds, warmup)
-
-
-def test_memory_growth_is_the_peak_not_what_remains() -> None:
-    mib = 2**20
-    growth = speed.memory_growth(lambda: torch.ones(96 * mib // 4).sum())
-    if growth is None:
-        pytest.skip('this system does not tell of its peak memory')
-    assert 90 * mib < growth < 130 * mib
-
-
-def test_memory_that_the_system_does_not_tell_is_missing(monkeypatch) -> None:
-    monkeypatch.setattr(speed, '_status', lambda field: None)
-    assert speed.memory_growth(lambda: torch.ones(1000)) is None
-
-
-# -- differences ------------------------------------------------------------------------------------------------------
-def test_gap_of_results() -> None:
-    reference = {'a': torch.tensor([1., -4.]), 'b': torch.tensor([0.1]), CLASS_MAP: torch.tensor([[1, 2], [3, 3]])}
-    found = {'a': torch.tensor([1.4, -4.]), 'b': torch.tensor([0.12]), CLASS_MAP: torch.tensor([[1, 2], [3, 4]])}
-    gap = gap_of_results(reference, found)
-    assert (gap.relative, gap.pixels) == pytest.approx((0.2, 0.25))
-    assert gap.within(0.25) and not gap.within(0.24)
-
-
-@pytest.mark.parametrize('wrong', [torch.tensor([math.nan, 1.]), torch.ones(3)])
-def test_what_is_not_a_number_or_not_of_the_shape_is_different(wrong) -> None:
-    gap = gap_of_results({'a': torch.ones(2), 'b': torch.ones(2)}, {'a': wrong, 'b': torch.ones(2)})
-    assert not gap.within(1e3)
-
-
-def test_gap_of_gradients_ignores_the_noise_of_a_zero_gradient() -> None:
-    reference = {'loss': torch.tensor(1.), 'w': torch.tensor([3., 4.]), 'zero': torch.tensor([1e-9])}
-    assert gap_of_gradients(reference, {**reference, 'zero': torch.tensor([-1e-9])}).relative < 1e-5
-    assert gap_of_gradients(reference, {**reference, 'w': torch.tensor([3., 4.5])}).relative == pytest.approx(0.1)
-    other = {**reference, 'w': torch.tensor([3., 4.5]), 'zero': torch.tensor([1.])}
-    assert gap_of_gradients(reference, other).relative == pytest.approx(200)
-    assert gap_of_gradients(reference, other, True).relative == pytest.approx(math.sqrt(1.25 / 26))
-    assert not gap_of_gradients(reference, {'loss': torch.tensor(1.)}).within(1)
-
-
-# -- the operator -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('shape', [Shape(5, 12, 6, 2), Shape(7, 11, 4, 1, 2), Shape(3, 8, 5, 3)])
-def test_arithmetic_is_what_torch_counts(shape) -> None:
-    x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, requires_grad=True)
-    weight = torch.randn(shape.channels, 1, shape.kernel, shape.kernel)
-    with FlopCounterMode(display=False) as forward:
-        out = F.conv2d(x, weight, None, shape.stride, shape.kernel // 2, 1, shape.channels)
-    assert out.shape[-1] == shape.out
-    assert 1e9 * shape.gflop('forward') == pytest.approx(forward.get_total_flops())
-    assert shape.gflop('grad_weight') == shape.gflop('grad_input') == shape.gflop('forward')
-    assert shape.gflop('step') == pytest.approx(3 * shape.gflop('forward'))
-    if shape.stride == 1:
-        with FlopCounterMode(display=False) as backward:
-            out.sum().backward()
-        assert 1e9 * shape.gflop('grad_input') == pytest.approx(backward.get_total_flops())
-
-
-@pytest.fixture(scope='module')
-def operators():
-    record = benchmark_op.run([Shape(k, size, 4, 1) for size in (8, 12) for k in (3, 9)], implementations=['fft', 'padded'],
-                              repeats=3, warmup=0, seconds=0.)
-    return {**record, 'environment': benchmark_report.environment(False)}
-
-
-def test_operator_record(operators) -> None:
-    assert len(operators['points']) == 4 * len(benchmark_op.COMPUTATIONS)
-    for point in operators['points']:
-        names = [row['name'] for row in point['rows']]
-        assert names[:2] == [PLAIN, OURS] and 'forward' in point['chosen']
-        forced = [name for name in ('fft', 'padded') if name in IMPLEMENTATIONS.get(point['computation'], ('fft', 'padded'))]
-        assert names[2:] == [f'{OURS}, {name}' for name in forced]
-        for row in point['rows']:
-            assert len(row['samples']) == point['rounds'] == 3
-            assert row['gflops'] == pytest.approx(1e3 * point['gflop'] / row['milliseconds']['median'])
-            assert row['of_matrix_product'] == pytest.approx(row['gflops'] / operators['matrix_product_gflops'])
-            assert row['equal'] is (None if row['name'] == PLAIN else True)
-    assert benchmark_report.all_equal(operators)
-
-
-def test_wrong_operator_is_found_out(monkeypatch) -> None:
-    right = DepthwiseConv2d.forward
-    monkeypatch.setattr(DepthwiseConv2d, 'forward', lambda self, x: right(self, x) * 1.01)
-    record = benchmark_op.run([Shape(3, 8, 2, 1)], repeats=3, warmup=0, seconds=0.)
-    assert not benchmark_report.all_equal(record)
-    assert 'DIFFERENT' in benchmark_report.text({**record, 'environment': benchmark_report.environment(True)})
-
-
-@pytest.mark.parametrize('shape, names, said', [
-    (Shape(4, 8, 2, 1), [], '--kernels 4'), (Shape(3, 8, 2, 1), ['winograd'], 'Choose of channels_last'),
-    (Shape(3, 10**6, 64, 1), [], 'GiB are free')])
-def test_operator_refusals(shape, names, said) -> None:
-    with pytest.raises(UserError, match=said):
-        benchmark_op.run([shape], implementations=names)
-
-
-def test_layouts_that_are_timed() -> None:
-    """Plain torch gets torch's default layout and ours channels-last, whatever came before."""
-    layers = dict(benchmark_op._layers(Shape(3, 8, 4, 2), 'float32', [], 'cpu'))
-    x = torch.randn(2, 4, 8, 8)
-    assert benchmark_op._laid_out(x.contiguous(memory_format=torch.channels_last), PLAIN).is_contiguous()
-    assert benchmark_op._laid_out(x, OURS).is_contiguous(memory_format=torch.channels_last)
-    assert type(layers[PLAIN]) is nn.Conv2d and layers[PLAIN].weight is layers[OURS].weight
 
 
 # -- the networks -----------------------------------------------------------------------------------------------------
@@ -241,7 +58,7 @@ def test_plain_convnext_is_in_the_default_layout_and_computes_the_same() -> None
     assert (layouts(net, image), layouts(other, image)) == ({False}, {True})
 
 
-def test_networks_that_are_compared(tiny) -> None:  # noqa: F811
+def test_networks_that_are_compared(tiny) -> None:
     """Plain torch and ours are merged and folded alike, in different layouts; the training form is a third network."""
     found, changes = plain.networks(tiny.cfg(), True, 'reparameterized')
     keys = {name: net.state_dict().keys() for name, net in found.items()}
@@ -252,7 +69,7 @@ def test_networks_that_are_compared(tiny) -> None:  # noqa: F811
         PLAIN: {True}, PLAIN_TRAINING: {True}, OURS: {False}}
 
 
-def test_images_have_the_shape_that_is_asked_for(tiny) -> None:  # noqa: F811
+def test_images_have_the_shape_that_is_asked_for(tiny) -> None:
     """The config's preprocessor pads training images to its crop of 64."""
     bench = Bench(Job(str(tiny.config), True, 'train', 'training'), QUICK)
     seen = set()
@@ -263,7 +80,7 @@ def test_images_have_the_shape_that_is_asked_for(tiny) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize('same', [False, True])
-def test_each_network_has_the_memory_of_a_process_of_its_own(same, tiny, allocators) -> None:  # noqa: F811
+def test_each_network_has_the_memory_of_a_process_of_its_own(same, tiny, allocators) -> None:
     """Plain torch is measured with the C library's ways, and after each change a call that does not count comes first."""
     bench = Bench(Job(str(tiny.config), False), replace(QUICK, same_allocator=same))
     networks = {'a': PLAIN, 'b': PLAIN_TRAINING, 'c': OURS, 'd': OURS, 'engine': ''}
@@ -295,7 +112,7 @@ def test_heads_of_ours_become_the_libraries_own() -> None:
 
 
 @pytest.fixture(scope='module')
-def segmentor(tiny):  # noqa: F811
+def segmentor(tiny):
     """A record of the tiny segmentor at two sizes, both modes, in both precisions."""
     settings = Settings(('float32', 'bfloat16'), 3, 0, 0., False)
     job = Job(str(tiny.config), True, threads=torch.get_num_threads())
@@ -351,14 +168,14 @@ def test_wrong_network_is_found_out(convnext, mode) -> None:
     assert not benchmark_report.all_equal(dict(points=[point]))
 
 
-def test_timed_training_steps_change_no_weight(tiny) -> None:  # noqa: F811
+def test_timed_training_steps_change_no_weight(tiny) -> None:
     bench = Bench(Job(str(tiny.config), True, 'train', 'training'), QUICK)
     before = {name: p.clone() for name, p in bench.networks[OURS].named_parameters()}
     bench.run(2, (32, 32))
     assert all(torch.equal(p, before[name]) for name, p in bench.networks[OURS].named_parameters())
 
 
-def test_training_step_has_gradients_of_everything(tiny) -> None:  # noqa: F811
+def test_training_step_has_gradients_of_everything(tiny) -> None:
     bench = Bench(Job(str(tiny.config), True, 'train', 'training'), QUICK)
     net = bench.networks[OURS]
     work = Workload(bench.cfg, net, 2, (64, 64))
@@ -369,7 +186,7 @@ def test_training_step_has_gradients_of_everything(tiny) -> None:  # noqa: F811
     assert work.gradients(net).keys() == {'loss', *(name for name, p in net.named_parameters() if p.requires_grad)}
 
 
-def test_one_image_cannot_train_a_pooled_norm(tiny) -> None:  # noqa: F811
+def test_one_image_cannot_train_a_pooled_norm(tiny) -> None:
     with pytest.raises(UserError, match='--batch 1'):
         Bench(Job(str(tiny.config), True, 'train', 'training'), QUICK).run(1, (64, 64))
 
@@ -382,7 +199,7 @@ def test_shapes_that_cannot_be(convnext) -> None:
         bench.run(1, (10**6, 10**6))
 
 
-def test_default_shape(tiny, tmp_path, convnext) -> None:  # noqa: F811
+def test_default_shape(tiny, tmp_path, convnext) -> None:
     assert default_shape(str(tiny.config), None) == (64, 64)
     resized = tmp_path / 'resized.py'
     steps = "dict(dataset=dict(pipeline=[dict(type='Resize', scale=(1333, 800))]))"
@@ -392,7 +209,7 @@ def test_default_shape(tiny, tmp_path, convnext) -> None:  # noqa: F811
         default_shape(convnext, None)
 
 
-def test_merged_checkpoint_has_no_training_form(tiny, tmp_path) -> None:  # noqa: F811
+def test_merged_checkpoint_has_no_training_form(tiny, tmp_path) -> None:
     from replk_mm.engine.merge import reparameterize_checkpoint
     cfg = tiny.cfg()
     Bench(Job(str(tiny.config), True), QUICK)
@@ -418,7 +235,7 @@ def test_engines_that_are_not_installed_are_said(convnext, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('engine', list(compare_engines.ENGINES))
 @pytest.mark.parametrize('whole', [True, False])
-def test_engines_compute_the_same(engine, whole, tiny, convnext) -> None:  # noqa: F811
+def test_engines_compute_the_same(engine, whole, tiny, convnext) -> None:
     if compare_engines.missing(engine):
         pytest.skip(compare_engines.missing(engine))
     job = Job(str(tiny.config) if whole else convnext, whole, threads=torch.get_num_threads())
@@ -426,53 +243,6 @@ def test_engines_compute_the_same(engine, whole, tiny, convnext) -> None:  # noq
     found = row_of(point, engine)
     assert found['equal'] is True
     assert found['differing_pixels'] == 0. if whole else found['difference'] < 1e-5
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('args, said', [
-    (['model', 'nope.py'], 'nope.py: no such config'),
-    (['backbone', 'CONVNEXT'], '--shape H W'),
-    (['backbone', 'CONVNEXT', '--shape', '32', '32', '--checkpoint', 'no.pth'], 'no.pth'),
-    (['model', 'CONVNEXT', '--shape', '32', '32'], 'model'),
-    (['op', '--kernels', '2'], '--kernels 2')])
-def test_refusals_of_the_command(tool, args, said, convnext, monkeypatch, capsys, tmp_path) -> None:
-    args = [convnext if arg == 'CONVNEXT' else arg for arg in args]
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *args, '--out', str(tmp_path / 'out')])
-    assert tool.main() == 2
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('args', [['model', 'x.py', '--shape', '0', '9'], ['op', '--repeats', '2'], ['op', '--warmup', '-1'],
-                                  ['model', 'x.py', '--mode', 'test'], ['model', 'x.py', '--compare', 'tvm']])
-def test_arguments_that_argparse_refuses(tool, args, monkeypatch) -> None:
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *args])
-    with pytest.raises(SystemExit) as ended:
-        tool.main()
-    assert ended.value.code == 2
-
-
-def test_json_is_all_that_is_printed(tool, convnext, monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'backbone', convnext, '--shape', '64', '32', '--repeats', '3', '--batch',
-                                      '1', '2', '--seconds', '0.01', '--no-memory', '--json', '--out', str(tmp_path / 'out')])
-    threads = torch.get_num_threads()
-    assert tool.main() == 0
-    assert torch.get_num_threads() == threads
-    record = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert record == json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
-    assert [(p['mode'], p['batch'], p['height'], p['width']) for p in record['points']] == [
-        (mode, batch, 64, 32) for mode in ('inference', 'train') for batch in (1, 2)]
-    assert {f.name for f in (tmp_path / 'out').iterdir()} == {'table.txt', 'benchmark.json', 'batch.png'}
-
-
-@pytest.mark.slow
-def test_memory_is_measured_in_a_process_of_its_own(convnext, tmp_path) -> None:
-    ran = run_tool('benchmark', 'backbone', convnext, '--shape', '256', '256', '--mode', 'inference', '--repeats', 3,
-                   '--seconds', 0.01, '--json', '--out', tmp_path / 'out')
-    assert ran.returncode == 0, ran.stderr
-    record = json.loads(ran.stdout, parse_constant=pytest.fail)
-    for row in record['points'][0]['rows']:
-        # At least the stem's output and the norm's beside it: 8 x 64 x 64 floats each; None where the system does not tell.
-        assert row['memory_bytes'] is None or row['memory_bytes'] > 2 * 4 * 8 * 64 * 64
 
 
 @pytest.mark.slow
@@ -498,7 +268,3 @@ model = dict(
                            ['openvino']), ['inference', 'train'], [(64, 64)], [0])
     assert [row['equal'] for point in record['points'] for row in point['rows'] if row['name'] == OURS] == [True, True]
     assert benchmark_report.all_equal(record)
-
-
-def test_gap_without_anything_compared_is_no_verdict() -> None:
-    assert Gap().within(0.)
