@@ -178,7 +178,7 @@ def _merge_branches(block: Any) -> bool:
     side = weights[0].shape[-1]
     weight = torch.stack([F.pad(w, [(side - w.shape[-1]) // 2] * 4) for w in weights]).sum(0)
     large = block.lkb_origin.conv
-    merged: Any = DepthwiseConv2d(large.in_channels, side).to(large.weight)
+    merged: Any = DepthwiseConv2d(large.in_channels, side, dilation=large.dilation).to(large.weight)
     with torch.no_grad():
         merged.weight.copy_(weight)
         merged.bias.copy_(torch.stack(biases).sum(0))

@@ -39,7 +39,7 @@ def largest_gap(a, b) -> float:
 
 def test_merge_by_hand():
     """Two channels, a 3x3 kernel beside a 1x1 kernel, every number worked out on paper."""
-    block = ReparamLargeKernelConv(2, 3, 1, False, BN).double().eval()
+    block = ReparamLargeKernelConv(2, 3, 1, 1, False, BN).double().eval()
     with torch.no_grad():
         large, small = block.lkb_origin, block.small_conv
         large.conv.weight.copy_(torch.arange(18.).view(2, 1, 3, 3))
@@ -80,6 +80,7 @@ def test_fold_by_hand():
 # whole backbones
 
 @pytest.mark.parametrize('kwargs', [{}, dict(arch=dict(TINY, small_kernel=None, dw_ratio=1.5)),
+                                    dict(arch=dict(TINY, small_kernel=None, dilation=2, shortcut=False)),
                                     dict(act_cfg=dict(type='SiLU')),
                                     dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(norm_cfg=dict(type='SyncBN'))], ids=str)
 def test_backbone_in_float64(kwargs):

@@ -41,7 +41,9 @@ class TestRepLKNet(BackboneContract):
            dict(drop_path_rate=1.), dict(arch=None), dict(arch=31),
            dict(arch=dict(TINY, large_kernel_sizes=[13, 10, 9, 7])), dict(arch=dict(TINY, small_kernel=4)),
            dict(arch=dict(TINY, small_kernel=9)), dict(arch=dict(TINY, layers=[1, 1, 1])),
-           dict(arch=dict(TINY, widths=[1])), dict(arch={k: v for k, v in TINY.items() if k != 'dw_ratio'})]
+           dict(arch=dict(TINY, widths=[1])), dict(arch=dict(TINY, dilation=2)),
+           dict(arch=dict(TINY, small_kernel=None, dilation=0)), dict(arch=dict(TINY, shortcut=False), drop_path_rate=.1),
+           dict(arch={k: v for k, v in TINY.items() if k != 'dw_ratio'})]
 
     others = dict(arch='nano', in_channels=4, drop_path_rate=.2, small_kernel_merged=True,
                   norm_cfg=dict(type='BN', eps=1e-2), act_cfg=dict(type='SiLU'), out_indices=(0, 3), frozen_stages=1,
@@ -140,7 +142,7 @@ def test_blocks_by_hand():
     """Both blocks against the formulas of the paper, written with torch's functions only."""
     torch.manual_seed(0)
     relu, norm = dict(type='ReLU'), dict(type='BN')
-    block = randomize_norms(RepLKBlock(4, 9, 3, 1.5, 0., False, norm, relu)).double().eval()
+    block = randomize_norms(RepLKBlock(4, 9, 3, 1, 1.5, True, 0., False, norm, relu)).double().eval()
     ffn = randomize_norms(ConvFFN(4, 4, 0., norm), 1).double().eval()
     x = torch.randn(2, 4, 10, 11, dtype=torch.float64)
 
@@ -160,6 +162,34 @@ def test_blocks_by_hand():
         assert torch.allclose(ffn(x), x + conv_bn(inner, ffn.pw2), rtol=0, atol=1e-12)
 
 
+def test_no_shortcut_by_hand():
+    torch.manual_seed(0)
+    settings = 4, 5, None, 1, 1
+    with_it = randomize_norms(RepLKBlock(*settings, True, 0., False, dict(type='BN'), dict(type='ReLU'))).double().eval()
+    without = RepLKBlock(*settings, False, 0., False, dict(type='BN'), dict(type='ReLU')).double().eval()
+    without.load_state_dict(with_it.state_dict())
+    x = torch.randn(2, 4, 10, 11, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(with_it(x), x + without(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('merged', [False, True])
+def test_dilated_kernel_is_a_large_one_with_holes(merged):
+    """A dense kernel whose taps between the dilated one's are zero gives the same map."""
+    torch.manual_seed(0)
+    norm = dict(type='BN')
+    dilated = randomize_norms(ReparamLargeKernelConv(3, 3, None, 4, merged, norm)).double().eval()
+    dense = ReparamLargeKernelConv(3, 9, None, 1, merged, norm).double().eval()
+    weights = dilated.state_dict()
+    key = 'lkb_reparam.weight' if merged else 'lkb_origin.conv.weight'
+    spread = torch.zeros(3, 1, 9, 9, dtype=torch.float64)
+    spread[..., ::4, ::4] = weights[key]
+    dense.load_state_dict(weights | {key: spread})
+    x = torch.randn(2, 3, 14, 13, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(dilated(x), dense(x), rtol=0, atol=1e-12)
+
+
 def test_intermediate_norms_touch_only_the_outputs():
     model = RepLKNet(TINY, norm_intermediate_features=True, out_indices=(1, 3)).eval()
     plain = RepLKNet(TINY, out_indices=(1, 3)).eval()
@@ -176,7 +206,7 @@ def test_intermediate_norms_touch_only_the_outputs():
 
 
 def test_small_kernel_as_large_as_the_large_one():
-    block = ReparamLargeKernelConv(3, 5, 5, False, dict(type='BN'))
+    block = ReparamLargeKernelConv(3, 5, 5, 1, False, dict(type='BN'))
     assert block(torch.randn(2, 3, 8, 8)).shape == (2, 3, 8, 8)
 
 

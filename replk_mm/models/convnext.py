@@ -128,6 +128,8 @@ class ConvNeXt(LayerDepth, Backbone):
         'xlarge': dict(depths=[3, 3, 27, 3], channels=[256, 512, 1024, 2048]),
         'huge':   dict(depths=[3, 3, 27, 3], channels=[352, 704, 1408, 2816]),
     }
+    #: What a row may also say: inner channels of a block relative to its own.
+    arch_options: dict = dict(ffn_ratio=4)
 
     def __init__(self,
                  arch: str | dict = 'tiny',
@@ -146,7 +148,7 @@ class ConvNeXt(LayerDepth, Backbone):
                  with_cp: bool = False,
                  norm_eval: bool = False,
                  init_cfg: dict | list[dict] | None = None) -> None:
-        settings = resolve_arch(arch, self.arch_settings, 'ConvNeXt')
+        settings = resolve_arch(arch, self.arch_settings, self.arch_options, 'ConvNeXt')
         depths, channels = settings['depths'], settings['channels']
         kernels = [kernel_size] * len(depths) if isinstance(kernel_size, int) else list(kernel_size)
         if len(depths) != len(channels):
@@ -171,7 +173,7 @@ class ConvNeXt(LayerDepth, Backbone):
         drop_path = iter(drop_path_rates(drop_path_rate, sum(depths), 'ConvNeXt'))
         self.stages: Any = nn.ModuleList(
             nn.Sequential(*(
-                ConvNeXtBlock(width, kernel, settings.get('ffn_ratio', 4), norm_cfg, act_cfg, linear_pw_conv, use_grn,
+                ConvNeXtBlock(width, kernel, settings['ffn_ratio'], norm_cfg, act_cfg, linear_pw_conv, use_grn,
                               next(drop_path), layer_scale_init_value) for _ in range(depth)))
             for depth, width, kernel in zip(depths, channels, kernels, strict=True))
         for i in self.out_indices:

@@ -79,12 +79,13 @@ def run_checkpointed(module: nn.Module, x: Tensor, enabled: bool) -> Tensor:
     return module(x)
 
 
-def resolve_arch(arch: str | dict, table: dict[str, dict], family: str) -> dict:
+def resolve_arch(arch: str | dict, table: dict[str, dict], options: dict, family: str) -> dict:
     """The settings of a named or given variant.
 
     Args:
         arch: A name in ``table``, or a dict with the keys of its rows.
         table: The family's variants.
+        options: Keys that a dict may leave out, with what they are then.
         family: For messages.
 
     Raises:
@@ -93,16 +94,16 @@ def resolve_arch(arch: str | dict, table: dict[str, dict], family: str) -> dict:
     if isinstance(arch, str):
         if arch not in table:
             raise ValueError(f'{family}: arch={arch!r} is unknown; choose one of {", ".join(table)}, or give a dict')
-        return dict(table[arch])
+        return options | table[arch]
     if not isinstance(arch, dict):
         raise ValueError(f'{family}: arch={arch!r} must be one of {", ".join(table)}, or a dict')
-    optional = {'ffn_ratio'}
-    known = set(next(iter(table.values()))) | optional
-    missing, unknown = known - optional - set(arch), set(arch) - known
+    needed = set(next(iter(table.values())))
+    known = needed | set(options)
+    missing, unknown = needed - set(arch), set(arch) - known
     if missing or unknown:
         raise ValueError(f'{family}: arch dict has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
                          f'it takes {sorted(known)}')
-    return dict(arch)
+    return options | arch
 
 
 def drop_path_rates(last: float, blocks: int, family: str) -> list[float]:

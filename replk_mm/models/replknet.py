@@ -27,15 +27,16 @@ class ConvNorm(nn.Sequential):
         kernel_size: Side of the kernel in pixels.
         stride: Step in pixels.
         depthwise: Convolve each channel by itself; needs ``in_channels == out_channels``.
+        dilation: Distance of a depthwise kernel's taps in pixels.
         norm_cfg: Normalization layer.
         act_cfg: Activation layer, None for none.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, depthwise: bool = False,
-                 *, norm_cfg: dict, act_cfg: dict | None = None) -> None:
+                 dilation: int = 1, *, norm_cfg: dict, act_cfg: dict | None = None) -> None:
         super().__init__()
         if depthwise:
-            self.conv: nn.Conv2d = DepthwiseConv2d(out_channels, kernel_size, stride, bias=False)
+            self.conv: nn.Conv2d = DepthwiseConv2d(out_channels, kernel_size, stride, dilation=dilation, bias=False)
         else:
             self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
         self.bn = build_norm(norm_cfg, out_channels)
@@ -59,24 +60,30 @@ class ReparamLargeKernelConv(nn.Module):
         channels: Channels of input and output.
         kernel_size: Side of the large kernel in pixels.
         small_kernel: Side of the parallel small kernel, None for no branch.
+        dilation: Distance of the large kernel's taps in pixels; more than 1 needs ``small_kernel=None``.
         merged: Build the deployed form at once: a single convolution with bias.
         norm_cfg: Normalization layer of both branches.
 
     Raises:
-        ValueError: If the small kernel is larger than the large one, or one side is even.
+        ValueError: If the small kernel is larger than the large one or beside a dilated one, or one side is even.
     """
 
-    def __init__(self, channels: int, kernel_size: int, small_kernel: int | None, merged: bool, norm_cfg: dict) -> None:
+    def __init__(self, channels: int, kernel_size: int, small_kernel: int | None, dilation: int, merged: bool,
+                 norm_cfg: dict) -> None:
         super().__init__()
         if small_kernel is not None and small_kernel > kernel_size:
             raise ValueError(f'RepLKNet: small_kernel={small_kernel} is larger than the large kernel of {kernel_size}')
         if kernel_size % 2 == 0 or (small_kernel is not None and small_kernel % 2 == 0):
             raise ValueError(f'RepLKNet: kernel sizes must be odd to keep the map centred; found {kernel_size} and '
                              f'{small_kernel}')
+        if dilation < 1 or (dilation > 1 and small_kernel is not None):
+            # Taps of the two kernels would not fall on each other, so that nothing could be merged.
+            raise ValueError(f'RepLKNet: dilation={dilation} with small_kernel={small_kernel}; dilation must be 1 or more, and '
+                             f'above 1 small_kernel must be None')
         if merged:
-            self.lkb_reparam = DepthwiseConv2d(channels, kernel_size)
+            self.lkb_reparam = DepthwiseConv2d(channels, kernel_size, dilation=dilation)
             return
-        self.lkb_origin = ConvNorm(channels, channels, kernel_size, depthwise=True, norm_cfg=norm_cfg)
+        self.lkb_origin = ConvNorm(channels, channels, kernel_size, depthwise=True, dilation=dilation, norm_cfg=norm_cfg)
         if small_kernel is not None:
             self.small_conv = ConvNorm(channels, channels, small_kernel, depthwise=True, norm_cfg=norm_cfg)
 
@@ -112,28 +119,31 @@ class RepLKBlock(nn.Module):
         channels: Channels of input and output.
         kernel_size: Side of the large kernel in pixels.
         small_kernel: Side of the parallel small kernel, None for no branch.
+        dilation: See :class:`ReparamLargeKernelConv`.
         dw_ratio: Channels of the large convolution relative to ``channels``.
+        shortcut: Add the input to the output; False only to study what the shortcut does (section 3, guideline 2).
         drop_path: Probability of dropping the branch for a sample.
         merged: See :class:`ReparamLargeKernelConv`.
         norm_cfg: Normalization layer.
         act_cfg: Activation after the first 1x1 and the large convolution.
     """
 
-    def __init__(self, channels: int, kernel_size: int, small_kernel: int | None, dw_ratio: float, drop_path: float,
-                 merged: bool, norm_cfg: dict, act_cfg: dict) -> None:
+    def __init__(self, channels: int, kernel_size: int, small_kernel: int | None, dilation: int, dw_ratio: float,
+                 shortcut: bool, drop_path: float, merged: bool, norm_cfg: dict, act_cfg: dict) -> None:
         super().__init__()
         width = int(channels * dw_ratio)
         self.prelkb_bn = build_norm(norm_cfg, channels)
         self.pw1 = ConvNorm(channels, width, norm_cfg=norm_cfg, act_cfg=act_cfg)
-        self.large_kernel = ReparamLargeKernelConv(width, kernel_size, small_kernel, merged, norm_cfg)
+        self.large_kernel = ReparamLargeKernelConv(width, kernel_size, small_kernel, dilation, merged, norm_cfg)
         self.lk_nonlinear = build_activation(act_cfg)
         self.pw2 = ConvNorm(width, channels, norm_cfg=norm_cfg)
+        self.shortcut = shortcut
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.pw1(self.prelkb_bn(x))
         out = self.large_kernel(out, self.lk_nonlinear)
-        return _with_shortcut(self.pw2, out, x, self.drop_path)
+        return _with_shortcut(self.pw2, out, x, self.drop_path) if self.shortcut else self.pw2(out)
 
 
 class ConvFFN(nn.Module):
@@ -177,16 +187,16 @@ class RepLKNetStage(nn.Module):
         act_cfg: Activation around the large kernels.
     """
 
-    def __init__(self, channels: int, drop_path: Sequence[float], kernel_size: int, small_kernel: int | None,
-                 dw_ratio: float, ffn_ratio: float, merged: bool, with_cp: bool, norm_output: bool, norm_cfg: dict,
-                 act_cfg: dict) -> None:
+    def __init__(self, channels: int, drop_path: Sequence[float], kernel_size: int, settings: dict, merged: bool,
+                 with_cp: bool, norm_output: bool, norm_cfg: dict, act_cfg: dict) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.blocks = nn.ModuleList()
         for p in drop_path:
             self.blocks.append(
-                RepLKBlock(channels, kernel_size, small_kernel, dw_ratio, p, merged, norm_cfg, act_cfg))
-            self.blocks.append(ConvFFN(channels, ffn_ratio, p, norm_cfg))
+                RepLKBlock(channels, kernel_size, settings['small_kernel'], settings['dilation'], settings['dw_ratio'],
+                           settings['shortcut'], p, merged, norm_cfg, act_cfg))
+            self.blocks.append(ConvFFN(channels, settings['ffn_ratio'], p, norm_cfg))
         self.norm = build_norm(norm_cfg, channels) if norm_output else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,7 +210,8 @@ class RepLKNet(LayerDepth, Backbone):
     """RepLKNet backbone.
 
     Args:
-        arch: A row of :attr:`arch_settings` by its name, or a dict with the keys of a row. Defaults to ``'31B'``.
+        arch: A row of :attr:`arch_settings` by its name, or a dict with the keys of a row and, for studies of the design,
+            any of :attr:`arch_options`. Defaults to ``'31B'``.
         in_channels: Channels of the image. Defaults to 3.
         drop_path_rate: Stochastic depth of the last block; block ``i`` of ``n`` has ``i / (n - 1)`` of it, and an FFN
             that of the large-kernel block before it. Defaults to 0.
@@ -242,6 +253,9 @@ class RepLKNet(LayerDepth, Backbone):
         'nano': dict(large_kernel_sizes=[31, 29, 27, 13], small_kernel=5, layers=[2, 2, 4, 2],
                      channels=[32, 64, 128, 256], dw_ratio=1),
     }
+    #: What a row may also say: inner channels of the feed-forward blocks, whether the large-kernel blocks have an identity
+    #: shortcut, and the distance of their kernels' taps in pixels.
+    arch_options: dict = dict(ffn_ratio=4, shortcut=True, dilation=1)
 
     def __init__(self,
                  arch: str | dict = '31B',
@@ -256,13 +270,16 @@ class RepLKNet(LayerDepth, Backbone):
                  with_cp: bool = False,
                  norm_intermediate_features: bool = False,
                  init_cfg: dict | list[dict] | None = None) -> None:
-        settings = resolve_arch(arch, self.arch_settings, 'RepLKNet')
+        settings = resolve_arch(arch, self.arch_settings, self.arch_options, 'RepLKNet')
         kernels, layers, channels = (settings[k] for k in ('large_kernel_sizes', 'layers', 'channels'))
         if not len(kernels) == len(layers) == len(channels):
             raise ValueError(f'RepLKNet: large_kernel_sizes={kernels}, layers={layers} and channels={channels} must have '
                              f'one entry a stage')
         if not -1 <= frozen_stages <= len(layers):
             raise ValueError(f'RepLKNet: frozen_stages={frozen_stages} must be in -1..{len(layers)}')
+        if drop_path_rate > 0 and not settings['shortcut']:
+            raise ValueError(f'RepLKNet: drop_path_rate={drop_path_rate} drops the branch beside a shortcut, and arch has '
+                             f'shortcut=False')
         super().__init__(out_indices, len(layers), norm_eval, init_cfg)
         self.frozen_stages = frozen_stages
 
@@ -278,9 +295,8 @@ class RepLKNet(LayerDepth, Backbone):
         self.transitions = nn.ModuleList()
         for i, width in enumerate(channels):
             self.stages.append(
-                RepLKNetStage(width, [next(drop_path) for _ in range(layers[i])], kernels[i], settings['small_kernel'],
-                              settings['dw_ratio'], settings.get('ffn_ratio', 4), small_kernel_merged, with_cp,
-                              norm_intermediate_features and i in self.out_indices, norm_cfg, act_cfg))
+                RepLKNetStage(width, [next(drop_path) for _ in range(layers[i])], kernels[i], settings, small_kernel_merged,
+                              with_cp, norm_intermediate_features and i in self.out_indices, norm_cfg, act_cfg))
             if i + 1 < len(channels):
                 self.transitions.append(nn.Sequential(
                     ConvNorm(width, channels[i + 1], norm_cfg=norm_cfg, act_cfg=act_cfg),
