@@ -11,6 +11,7 @@ import yaml
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from replk_mm.engine.config import fit_to_machine
 from replk_mm.models import ConvNeXt, RepLKNet
@@ -82,6 +83,67 @@ def groups_by_name(name: str) -> dict[str, dict]:
         optimizer = build_optim_wrapper(meta_model(name), wrapper).optimizer
     of = {id(p): group for group in optimizer.param_groups for p in group['params']}
     return {n: of[id(p)] for n, p in meta_model(name).named_parameters()}
+
+
+# ---- what holds for segmentation and detection alike
+
+def check_backbone(name: str) -> None:
+    """The backbone of a published config is what its row and recipe say."""
+    backbone, row = load(name).model.backbone, ROWS[name]
+    recipe = RECIPES[row['recipe']]
+    assert backbone.type == 'replk_mm.' + row['backbone'].split('-')[0]
+    assert backbone.arch == ARCH[row['backbone']]
+    assert backbone.drop_path_rate == variant_of(row, recipe['drop_path'])
+    assert list(backbone.out_indices) == [0, 1, 2, 3]
+    if backbone.type == 'replk_mm.RepLKNet':
+        assert backbone.norm_cfg.type == recipe['norm'] and backbone.with_cp is recipe['checkpointing']
+        assert backbone.small_kernel_merged is False
+        assert backbone.get('norm_intermediate_features', False) is (row['backbone'] == 'RepLKNet-XL')
+    else:
+        assert backbone.layer_scale_init_value == recipe['layer_scale_init']
+        assert backbone.gap_before_final_norm is False
+
+
+def check_input(name: str) -> None:
+    """Images are normalized as for the weights that the row starts from."""
+    row, preprocessor = ROWS[name], load(name).model.data_preprocessor
+    if RECIPES[row['recipe']].get('mean_std', {}).get(row['variant']) == 127.5:
+        assert 'replkxl' in name and preprocessor.mean == [127.5] * 3 and preprocessor.std == [127.5] * 3
+    else:
+        assert preprocessor.mean == [123.675, 116.28, 103.53] and preprocessor.std == [58.395, 57.12, 57.375]
+
+
+def check_optimization(name: str) -> None:
+    """Optimizer, batch, precision and learning rates by parameter are the recipe's; the schedule is another question."""
+    cfg, row = load(name), ROWS[name]
+    recipe, wrapper = RECIPES[row['recipe']], cfg.optim_wrapper
+    assert wrapper.optimizer == {
+        'type': recipe['optimizer'], 'lr': variant_of(row, recipe['lr']), 'betas': tuple(recipe['betas']),
+        'weight_decay': recipe['weight_decay']}
+    clip = recipe.get('grad_clip')
+    assert wrapper.clip_grad == (clip and {'max_norm': clip, 'norm_type': 2})
+    assert 8 * cfg.train_dataloader.batch_size == recipe['global_batch'] == cfg.auto_scale_lr.base_batch_size
+    assert cfg.auto_scale_lr.enable is True
+    if recipe['amp']:
+        assert (wrapper.type, wrapper.dtype, wrapper.loss_scale) == ('AmpOptimWrapper', recipe['amp'], 'dynamic')
+    else:
+        assert wrapper.type == 'OptimWrapper'
+    if 'layer_decay' in recipe:
+        assert wrapper.constructor == 'replk_mm.LayerDecayOptimizerConstructor'
+        assert wrapper.paramwise_cfg == {
+            'decay_type': recipe['layer_decay']['type'], 'decay_rate': variant_of(row, recipe['layer_decay']['rate']),
+            'num_layers': variant_of(row, recipe['num_layers'])}
+    else:
+        assert wrapper.paramwise_cfg == {'norm_decay_mult': recipe['norm_decay_mult']}
+
+
+def check_decay_of_norms(name: str) -> set[str]:
+    """The weights of norms do not decay, and those of all else do. Returns the names of the former."""
+    model, norms = meta_model(name), (_BatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm)
+    of_norms = {f'{n}.{p}' for n, m in model.named_modules() if isinstance(m, norms) for p, _ in m.named_parameters()}
+    for parameter, group in groups_by_name(name).items():
+        assert group['weight_decay'] == (0.0 if parameter in of_norms else 0.05), parameter
+    return of_norms
 
 
 # ---- inheritance

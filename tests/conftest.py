@@ -7,6 +7,9 @@ os.environ.setdefault('OMP_NUM_THREADS', '2')
 import pytest
 import torch
 
+# Assertions of theirs say what they compared, as those of tests do.
+pytest.register_assert_rewrite('backbone_contract', 'config_cases')
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -15,6 +15,7 @@ from tiny import CONFIG, ROOT
 from replk_mm.analysis import complexity_config, complexity_mmcv, complexity_page, complexity_published
 from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, count
 from replk_mm.bench import published
+from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError
 
 DOCS = ROOT / 'docs'
@@ -162,9 +163,9 @@ def test_a_bare_backbone_needs_a_size(backbone: str) -> None:
 
 def test_sizes_to_count_at() -> None:
     config = str(ROOT / 'configs' / 'upernet_replk31b_ade20k.py')
-    assert complexity_config.default_shape(complexity_config.read(config), config) == ((512, 2048), 'the published row')
-    assert complexity_config.default_shape(complexity_config.read(NANO), NANO)[0] == (256, 256)
-    cfg = complexity_config.read(NANO, {'model.data_preprocessor.pad_size_divisor': 96})
+    assert complexity_config.default_shape(load_config(config), config) == ((512, 2048), 'the published row')
+    assert complexity_config.default_shape(load_config(NANO), NANO)[0] == (256, 256)
+    cfg = load_config(NANO, {'model.data_preprocessor.pad_size_divisor': 96})
     assert complexity_config.default_shape(cfg, NANO)[0] == (288, 288)
 
 

@@ -7,11 +7,23 @@ import config_cases
 import numpy as np
 import pytest
 import torch
-from config_cases import ARCH, CHANNELS, PUBLISHED, RECIPES, build, groups_by_name, load, meta_model, params_m, variant_of
+from config_cases import (
+    CHANNELS,
+    PUBLISHED,
+    RECIPES,
+    build,
+    check_backbone,
+    check_decay_of_norms,
+    check_input,
+    check_optimization,
+    groups_by_name,
+    load,
+    meta_model,
+    params_m,
+)
 from mmengine.config import Config
 from mmengine.registry import DATASETS, PARAM_SCHEDULERS
 from PIL import Image
-from torch.nn.modules.batchnorm import _BatchNorm
 
 ROWS = {name: row for name, row in config_cases.ROWS.items() if 'miou_ss' in row}
 ADE20K = [name for name in ROWS if '_ade20k' in name]
@@ -23,38 +35,24 @@ CITYSCAPES = ['upernet_replk31b_cityscapes.py', 'upernet_convnext-base_cityscape
 
 @pytest.mark.parametrize('name', ROWS)
 def test_model_follows_the_row(name):
-    cfg, row = load(name), ROWS[name]
-    recipe = RECIPES[row['recipe']]
-    backbone, channels = cfg.model.backbone, CHANNELS[row['backbone']]
-    assert backbone.type == 'replk_mm.' + row['backbone'].split('-')[0]
-    assert backbone.arch == ARCH[row['backbone']]
-    assert backbone.drop_path_rate == variant_of(row, recipe['drop_path'])
-    assert list(backbone.out_indices) == [0, 1, 2, 3]
-    assert cfg.model.decode_head.in_channels == channels
-    assert cfg.model.auxiliary_head.in_channels == channels[2] and cfg.model.auxiliary_head.in_index == 2
-    assert (cfg.model.decode_head.channels, cfg.model.auxiliary_head.channels) == (512, 256)
-    for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+    check_backbone(name)
+    model, row = load(name).model, ROWS[name]
+    channels = CHANNELS[row['backbone']]
+    assert model.decode_head.in_channels == channels
+    assert model.auxiliary_head.in_channels == channels[2] and model.auxiliary_head.in_index == 2
+    assert (model.decode_head.channels, model.auxiliary_head.channels) == (512, 256)
+    for head in (model.decode_head, model.auxiliary_head):
         assert head.norm_cfg.type == 'SyncBN'
-        assert head.align_corners is recipe.get('align_corners', False)
-    if backbone.type == 'replk_mm.RepLKNet':
-        assert backbone.norm_cfg.type == recipe['norm'] and backbone.with_cp is recipe['checkpointing']
-        assert backbone.small_kernel_merged is False
-        assert backbone.get('norm_intermediate_features', False) is (row['backbone'] == 'RepLKNet-XL')
-    else:
-        assert backbone.layer_scale_init_value == recipe['layer_scale_init']
-        assert backbone.gap_before_final_norm is False
+        assert head.align_corners is RECIPES[row['recipe']].get('align_corners', False)
 
 
 @pytest.mark.parametrize('name', ROWS)
 def test_testing_follows_the_row(name):
     cfg, row = load(name), ROWS[name]
-    recipe, crop = RECIPES[row['recipe']], row['crop']
-    preprocessor, test = cfg.model.data_preprocessor, recipe['test'][crop]
-    assert preprocessor.size == (crop, crop)
-    if recipe.get('mean_std', {}).get(row['variant']) == 127.5:
-        assert preprocessor.mean == [127.5] * 3 and preprocessor.std == [127.5] * 3
-    else:
-        assert preprocessor.mean == [123.675, 116.28, 103.53] and preprocessor.std == [58.395, 57.12, 57.375]
+    crop = row['crop']
+    test = RECIPES[row['recipe']]['test'][crop]
+    check_input(name)
+    assert cfg.model.data_preprocessor.size == (crop, crop)
     assert cfg.model.test_cfg.mode == test['mode']
     if test['mode'] == 'slide':
         assert cfg.model.test_cfg.crop_size == (crop, crop)
@@ -89,29 +87,13 @@ def test_data_of_cityscapes_follow_the_row(name):
 
 
 @pytest.mark.parametrize('name', ROWS)
-def test_optimization_follows_the_row(name):
+def test_optimization_and_schedule_follow_the_row(name):
+    check_optimization(name)
     cfg, row = load(name), ROWS[name]
-    recipe, wrapper = RECIPES[row['recipe']], cfg.optim_wrapper
-    assert wrapper.optimizer == {
-        'type': recipe['optimizer'], 'lr': variant_of(row, recipe['lr']), 'betas': tuple(recipe['betas']),
-        'weight_decay': recipe['weight_decay']}
-    assert wrapper.clip_grad is None
-    assert 8 * cfg.train_dataloader.batch_size == recipe['global_batch'] == cfg.auto_scale_lr.base_batch_size
-    assert cfg.auto_scale_lr.enable is True
-    assert cfg.train_cfg.max_iters == row['iters'] == recipe['schedule']['iters']
+    assert cfg.optim_wrapper.clip_grad is None
+    assert cfg.train_cfg.max_iters == row['iters'] == RECIPES[row['recipe']]['schedule']['iters']
     assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval == row['iters'] // 10
     assert cfg.default_hooks.checkpoint.save_best == 'mIoU'
-    if recipe['amp']:
-        assert (wrapper.type, wrapper.dtype) == ('AmpOptimWrapper', recipe['amp'])
-    else:
-        assert wrapper.type == 'OptimWrapper'
-    if 'layer_decay' in recipe:
-        assert wrapper.constructor == 'replk_mm.LayerDecayOptimizerConstructor'
-        assert wrapper.paramwise_cfg == {
-            'decay_type': recipe['layer_decay']['type'], 'decay_rate': recipe['layer_decay']['rate'],
-            'num_layers': recipe['num_layers'][row['variant']]}
-    else:
-        assert wrapper.paramwise_cfg == {'norm_decay_mult': recipe['norm_decay_mult']}
 
 
 @pytest.mark.parametrize('name', ['upernet_replk31b_ade20k.py', 'upernet_convnext-tiny_ade20k.py',
@@ -203,11 +185,7 @@ def test_convnext_output_norms_learn_at_the_full_rate():
 @pytest.mark.parametrize('name', ['upernet_replk31b_ade20k.py', 'upernet_replkxl-meg73m_ade20k-640.py',
                                   'upernet_replk31b_cityscapes.py', *NANO])
 def test_norms_have_no_weight_decay(name):
-    model, norms = meta_model(name), (_BatchNorm, torch.nn.LayerNorm)
-    of_norms = {f'{n}.{p}' for n, m in model.named_modules() if isinstance(m, norms) for p, _ in m.named_parameters()}
-    assert of_norms
-    for parameter, group in groups_by_name(name).items():
-        assert group['weight_decay'] == (0.0 if parameter in of_norms else 0.05), parameter
+    assert check_decay_of_norms(name)
 
 
 @pytest.mark.parametrize('name', NANO)

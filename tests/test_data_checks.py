@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from replk_mm.data import checks
 from replk_mm.data.checks import as_list, check_data, check_dataset, datasets_of
-from replk_mm.data.files import damage
+from replk_mm.data.files import damage, sample
 from replk_mm.data.transforms import ShrinkLabels
 from replk_mm.errors import UserError, message_of
 from replk_mm.registry import TRANSFORMS
@@ -362,7 +362,7 @@ def test_wrong_ids_are_named_as_they_stand_in_the_file(pair, reduce, bad):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_damage_beyond_the_sample_is_named_from_a_data_worker_too(data, monkeypatch, workers):
-    monkeypatch.setattr(checks, 'SAMPLE', 2)  # the first and the last
+    monkeypatch.setattr('replk_mm.data.files.SAMPLE', 2)  # the first and the last
     cut(label(data, 2))
     assert '2 of them looked into' in check(data)
     init_default_scope('mmseg')
@@ -378,6 +378,16 @@ def test_damage_beyond_the_sample_is_named_from_a_data_worker_too(data, monkeypa
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('count', [0, 1, 2, 63, 64, 65, 100, 1000])
+def test_a_sample_is_spread_over_all_files(count):
+    found = sample(range(count))
+    assert len(found) == min(64, count)
+    if count:
+        assert (found[0], found[-1]) == (0, count - 1)
+    steps = np.diff(found)
+    assert count < 2 or steps.min() >= 1 and steps.max() - steps.min() <= 1
+
+
 @pytest.mark.parametrize(('suffix', 'options'), [('jpg', {}), ('jpg', {'progressive': True}), ('png', {}),
                                                  ('png', {'bits': 4})])
 def test_whole_files_are_whole_and_any_cut_is_seen(tmp_path, suffix, options):

@@ -79,15 +79,29 @@ def test_installed_name_reads_the_same_config():
     assert load_config('replk_mm::upernet_replk-nano_ade20k.py').model == nano().model
 
 
+def test_names_of_other_packages():
+    cfg = load_config('mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py')
+    assert (cfg.model.type, cfg.model.backbone.depth) == ('EncoderDecoder', 50)
+    with pytest.raises(UserError, match="no package 'nothere' is installed"):
+        load_config('nothere::x.py')
+    with pytest.raises(UserError, match='no such config') as info:
+        load_config('mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512.py')
+    assert 'upernet_r50_4xb4-80k_ade20k-512x512.py' in str(info.value)
+
+
 def test_config_that_inherits_by_the_installed_name(tmp_path):
     cfg = load_config(write(tmp_path, "_base_ = 'replk_mm::upernet_replk-nano_ade20k.py'\n"))
     assert cfg.model.backbone.type == 'replk_mm.RepLKNet'
 
 
-def test_parts_of_a_config_are_no_config():
+def test_parts_of_a_config_are_no_config(tmp_path):
     part = str(ROOT / 'configs/_base_/schedules/nano.py')
     with pytest.raises(UserError, match="no 'model'"):
         load_config(part)
+    backbone = write(tmp_path, "model = dict(type='replk_mm.RepLKNet', arch='nano')\n")
+    assert load_config(backbone, needs=('model',)).model.arch == 'nano'
+    with pytest.raises(UserError, match="no 'test_dataloader'"):
+        load_config(backbone)
 
 
 def test_overrides_reach_the_config():

@@ -205,7 +205,7 @@ def test_other_errors_keep_their_traceback(tiny, tmp_path, monkeypatch):
 
 def test_bad_file_beyond_the_sample_stops_training_by_name(tiny, tmp_path, monkeypatch):
     data = Path(shutil.copytree(tiny.data, tmp_path / 'data'))
-    monkeypatch.setattr('replk_mm.data.checks.SAMPLE', 2)
+    monkeypatch.setattr('replk_mm.data.files.SAMPLE', 2)
     label = data / 'annotations/training/demo_train_000001.png'
     Image.fromarray(np.full((64, 64), 99, np.uint8)).save(label)
     with pytest.raises(UserError, match='label ids 99') as info:
@@ -217,7 +217,7 @@ def test_bad_file_stops_augmented_testing_by_name(tiny, trained, tmp_path, monke
     data = Path(shutil.copytree(tiny.data, tmp_path / 'data'))
     image = data / 'images/validation/demo_val_000001.jpg'
     image.write_bytes(image.read_bytes()[:2000])
-    monkeypatch.setattr('replk_mm.data.checks.SAMPLE', 1)
+    monkeypatch.setattr('replk_mm.data.files.SAMPLE', 1)
     with pytest.raises(UserError, match='cut off') as info:
         evaluate(tiny.cfg(), str(trained), tiny.options(tmp_path / 'work', data_root=str(data)), tta=True)
     assert message_of(info.value).startswith(str(image))

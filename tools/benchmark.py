@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     op.add_argument('--implementations', nargs='+', default=[], metavar='NAME', help='a row for each of them too')
     for what, text in (('backbone', "a config's backbone"), ('model', "a config's whole segmentor or detector")):
         net = sub.add_parser(what, parents=[common], help=text)
-        net.add_argument('config', help='config file, or replk_mm::NAME.py')
+        net.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
         net.add_argument('--checkpoint', metavar='FILE', help='weights (default: random ones)')
         net.add_argument('--mode', type=listed('inference', 'train'), default=['inference', 'train'], metavar='MODES',
                          help='inference, train, or inference,train (default)')

@@ -31,7 +31,7 @@ fields of --json:
 def main() -> None:
     p = cli.parser(__doc__, 'python tools/complexity.py configs/upernet_replk31b_ade20k.py --shape 512 512')
     p.epilog += f'\n{FIELDS}'
-    p.add_argument('config', nargs='?', help='config file, PACKAGE::NAME.py or replk_mm::NAME.py')
+    p.add_argument('config', nargs='?', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     p.add_argument('--shape', type=cli.positive, nargs=2, metavar=('H', 'W'),
                    help="in pixels (default: the published row's, or else the config's crop)")
     p.add_argument('--json', action='store_true', help='print JSON, and nothing else, to standard output')

@@ -3,8 +3,6 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,40 +49,19 @@ class Report:
                     notes=self.training.notes, versions=versions())
 
 
-def read(config: str, options: dict | None = None) -> Config:
-    """Read a config that needs no more than a model.
-
-    Args:
-        config: A file, or ``PACKAGE::NAME.py`` for one that is installed with mmseg, mmdet, replk_mm ...
-        options: Overrides of fields.
-
-    Raises:
-        UserError: If there is no such config, or it cannot be read.
-    """
-    package, found, name = config.partition('::')
-    path = config
-    if found and package != 'replk_mm':
-        spec = find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f'{config}: no package {package!r} is installed\nUse mmseg::, mmdet:: or replk_mm::, or a file.')
-        path = str(Path(spec.submodule_search_locations[0], '.mim', 'configs', name))
-    # A bare backbone has no test data, and nothing is tested here.
-    return load_config(path, {'test_dataloader': {}, **(options or {})})
-
-
 def report(config: str, shape: tuple[int, int] | None = None, options: dict | None = None) -> Report:
     """Count the network of a config in both forms; no weights are allocated.
 
     Args:
-        config: See :func:`read`.
+        config: A file, or ``PACKAGE::NAME.py``; it needs no more than a model.
         shape: Height and width in pixels; None for the size at which the published figure was counted, or else for the
             crop that the config trains on.
         options: Overrides of fields.
 
     Raises:
-        UserError: If the config does not build, has no size, or its network cannot take the size.
+        UserError: If the config cannot be read or does not build, has no size, or its network cannot take the size.
     """
-    cfg = read(config, options)
+    cfg = load_config(config, options, needs=('model',))
     size, source = (shape, 'given') if shape else default_shape(cfg, config)
     model = build(cfg)
     training = counted(model, size, config)

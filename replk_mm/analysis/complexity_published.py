@@ -9,9 +9,10 @@ import torch
 from mmengine.config import Config
 
 from replk_mm.analysis import complexity, complexity_mmcv
-from replk_mm.analysis.complexity_config import build, counted, merge, read, versions
+from replk_mm.analysis.complexity_config import build, counted, merge, versions
 from replk_mm.bench import published
 from replk_mm.bench.published import Result
+from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError
 from replk_mm.models import RepLKNet
 from replk_mm.reparam import reparameterize
@@ -70,7 +71,7 @@ def run(pattern: str | None = None, say: Callable[[str], None] = print) -> dict[
 def count_row(result: Result) -> dict[str, Any]:
     """All countings of one published row; see :func:`run`."""
     path = str(Path(CONFIGS) / str(result.config))
-    cfg = read(path)
+    cfg = load_config(path)
     model = build(cfg)
     training = counted(model, result.input, path)
     deployed = counted(merge(model)[0], result.input, path)

@@ -10,12 +10,10 @@ from PIL import Image
 from replk_mm.data import cityscapes, coco_checks, metric_files
 from replk_mm.data.classes import annotation_file, classes_of
 from replk_mm.data.datasets import as_list, coco_style, dataset_class, dataset_option, datasets_of
-from replk_mm.data.files import damage
-from replk_mm.data.transforms import IGNORED, label_range_message, not_a_label_map
+from replk_mm.data.files import IGNORED, UNDECODABLE, damage, sample
+from replk_mm.data.transforms import label_range_message, not_a_label_map
 from replk_mm.errors import UserError
 
-#: Files of a split whose content is looked at before training; the pipeline checks every file when it reads it.
-SAMPLE = 64
 _SHOWN = 5
 
 
@@ -152,10 +150,9 @@ def _check_pairs(root: Path, images_dir: Path, labels_dir: Path, image_suffix: s
         raise UserError(f'{labels_dir}: {len(missing)} of {len(images)} images have no label map '
                         f'(NAME{label_suffix}): {_some(missing)}\n'
                         f'Add the label maps, or remove the images from {images_dir}.')
-    names = sorted(images)
-    sample = [names[i] for i in sorted({round(i) for i in np.linspace(0, len(names) - 1, min(SAMPLE, len(names)))})]
+    looked_at = sample(sorted(images))
     problems, wrong_ids = [], []
-    for name in sample:
+    for name in looked_at:
         image, label = images_dir / f'{name}{image_suffix}', labels_dir / f'{name}{label_suffix}'
         for path in (image, label):
             problem = damage(path)
@@ -168,7 +165,7 @@ def _check_pairs(root: Path, images_dir: Path, labels_dir: Path, image_suffix: s
             size = Image.open(image).size
             path = label
             pixels = np.asarray(Image.open(label))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow's decoders raise
+        except UNDECODABLE as error:
             problems.append(f'{path}: cannot be decoded ({error})')
             continue
         if pixels.ndim != 2:
@@ -187,8 +184,8 @@ def _check_pairs(root: Path, images_dir: Path, labels_dir: Path, image_suffix: s
                                                          if len(problems) > _SHOWN else []),
                                    'Replace these files, or remove them and their partners.']))
     if wrong_ids:
-        raise UserError(wrong_ids[0] + (f'\n{len(wrong_ids)} of {len(sample)} label maps looked at have such ids.'))
-    return f'data {images_dir}: {len(images)} images with labels, {len(sample)} of them looked into'
+        raise UserError(wrong_ids[0] + (f'\n{len(wrong_ids)} of {len(looked_at)} label maps looked at have such ids.'))
+    return f'data {images_dir}: {len(images)} images with labels, {len(looked_at)} of them looked into'
 
 
 def _names(folder: Path, suffix: str) -> set[str]:

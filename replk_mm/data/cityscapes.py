@@ -15,10 +15,9 @@ import numpy as np
 from mmengine.utils import ProgressBar
 from PIL import Image
 
-from replk_mm.data.files import damage
+from replk_mm.data.files import IGNORED, UNDECODABLE, damage
 from replk_mm.errors import UserError
 
-IGNORED = 255
 #: Ids of the classes, in the order of their trainIds 0..18: road, sidewalk, building, wall, fence, pole, traffic light,
 #: traffic sign, vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle.
 IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -137,7 +136,7 @@ def _labels(path: Path) -> np.ndarray:
     try:
         problem = damage(path)
         pixels = None if problem else np.asarray(Image.open(path))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # as Pillow's decoders raise
+    except UNDECODABLE as error:
         problem, pixels = f'cannot be decoded ({error})', None
     if problem or pixels is None:
         raise ValueError(problem)

@@ -43,9 +43,11 @@ def take(path: str | Path) -> dict | None:
     return _read.pop(_key(Path(path)), None) if Path(path).is_file() else None
 
 
-def forget() -> None:
-    """Free what has been read and not taken."""
-    _read.clear()
+def forget(but: Iterable[Path] = ()) -> None:
+    """Free what has been read, except of files that will be taken."""
+    kept = {_key(path) for path in but if path.is_file()}
+    for key in _read.keys() - kept:
+        del _read[key]
 
 
 def category_counts(data: dict) -> dict[str, int]:

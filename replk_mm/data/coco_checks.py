@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from replk_mm.data import coco_shapes
 from replk_mm.data.coco import SHOWN, Problems, how_to_add, mend, read, refuse, some
-from replk_mm.data.files import damage
+from replk_mm.data.files import UNDECODABLE, damage, sample
 
-#: Images that are opened, evenly spread over the file.
-SAMPLE = 64
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 swap width and height, which image readers follow
 
 
@@ -87,7 +84,7 @@ def check(path: Path, images_dir: Path, use: Use) -> str:
     refuse(path, problems)
     kinds = len(data['categories'])
     return '; '.join([f'data {path}: {len(images):,} images, {len(objects):,} objects of {kinds} categories, '
-                      f'{min(SAMPLE, len(images))} images opened', *notes])
+                      f'{len(sample(images))} images opened', *notes])
 
 
 def _repeated(section: str, values: list, key: str = 'id') -> Problems:
@@ -147,8 +144,7 @@ def _on_disk(images: list[dict], folder: Path) -> Problems:
                          'Add the images, name their folder (data_prefix.img of the data set), or remove them from the file.'))
     gone = set(absent)
     here = [image for image in images if image['file_name'] not in gone]
-    wrong = [text for i in sorted({round(i) for i in np.linspace(0, len(here) - 1, min(SAMPLE, len(here)))})
-             for text in [_image_problem(folder / here[i]['file_name'], here[i])] if text]
+    wrong = [text for image in sample(here) if (text := _image_problem(folder / image['file_name'], image))]
     if wrong:
         problems.append(('; '.join(wrong[:SHOWN]) + (f' and {len(wrong) - SHOWN} more' if len(wrong) > SHOWN else ''),
                          'Replace these images, or mend their width and height in the file.'))
@@ -166,7 +162,7 @@ def _image_problem(path: Path, image: dict) -> str | None:
     try:
         with Image.open(path) as opened:
             size = opened.size[::-1] if opened.getexif().get(_ORIENTATION, 1) > 4 else opened.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow's decoders raise
+    except UNDECODABLE as error:
         return f'{path}: cannot be decoded ({error})'
     stated = image['width'], image['height']
     return None if size == stated else f'{path}: {size[0]}x{size[1]} pixels, and {stated[0]}x{stated[1]} in the file'

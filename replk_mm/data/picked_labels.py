@@ -7,11 +7,8 @@ from PIL import Image
 
 from replk_mm.data.classes import CLASSES_FILE, classes_of, command_to_write, command_with, listed
 from replk_mm.data.datasets import dataset_class, dataset_option, placed_datasets
+from replk_mm.data.files import IGNORED, UNDECODABLE, sample
 from replk_mm.errors import UserError
-
-#: Label maps of a data set that are looked into.
-SAMPLE = 64
-IGNORED = 255
 
 
 def check_picked(cfg: Config, splits: tuple[str, ...]) -> list[str]:
@@ -61,13 +58,13 @@ def _label_files(dataset: dict, builder: type) -> list[Path]:
         files = [root / folder / f'{line.strip()}{suffix}' for line in lines if line.strip()]
     else:
         files = sorted((root / folder).rglob(f'*{suffix}'))
-    return [files[i] for i in sorted({round(i) for i in np.linspace(0, len(files) - 1, min(SAMPLE, len(files)))})]
+    return sample(files)
 
 
 def _ids(path: Path) -> set[int]:
     try:
         return set(np.unique(np.asarray(Image.open(path))).tolist())
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # named when the pipeline reads it
+    except UNDECODABLE:  # named when the pipeline reads it
         return set()
 
 

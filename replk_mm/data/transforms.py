@@ -5,11 +5,10 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 
 from replk_mm.data import cityscapes
-from replk_mm.data.files import damage
+from replk_mm.data.files import IGNORED, damage
 from replk_mm.errors import UserError
 from replk_mm.registry import TRANSFORMS
 
-IGNORED = 255
 _REMEDY = 'Replace the file, or remove it and its partner from the data set.'
 
 

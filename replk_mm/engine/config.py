@@ -2,6 +2,7 @@
 import difflib
 import inspect
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,20 +15,19 @@ from replk_mm.engine.explain import explaining
 from replk_mm.errors import UserError
 
 
-def load_config(path: str, options: dict | None = None) -> Config:
+def load_config(path: str, options: dict | None = None, needs: tuple[str, ...] = ('model', 'test_dataloader')) -> Config:
     """Read a config file.
 
     Args:
-        path: A file, or ``replk_mm::NAME.py`` for one that is installed with the package.
+        path: A file, or ``PACKAGE::NAME.py`` for one that is installed with replk_mm, mmseg, mmdet ...
         options: Overrides, as ``{'model.backbone.arch': 'nano'}``.
+        needs: What the config must have. Defaults to what every training config has.
 
     Raises:
-        UserError: If the file or one of its bases does not exist or cannot be read, or an override does not fit.
+        UserError: If the file or one of its bases does not exist or cannot be read, lacks something, or an override does not
+            fit.
     """
-    if path.startswith('replk_mm::'):
-        found = Path(__file__).parents[1] / '.mim' / 'configs' / path.partition('::')[2]
-    else:
-        found = Path(path)
+    found = _file_of(path)
     if not found.is_file():
         siblings = [str(p) for p in sorted(found.parent.glob('*.py'))] if found.parent.is_dir() else []
         close = difflib.get_close_matches(str(found), siblings, n=3, cutoff=0.5)
@@ -40,10 +40,20 @@ def load_config(path: str, options: dict | None = None) -> Config:
                         f'Check the file and the files its _base_ names.') from error
     if options:
         _merge(cfg, options, path)
-    for key in ('model', 'test_dataloader'):
+    for key in needs:
         if key not in cfg:
             raise UserError(f'{path}: the config has no {key!r}; it is no training config\nFiles in _base_ are parts of one.')
     return cfg
+
+
+def _file_of(path: str) -> Path:
+    package, installed, name = path.partition('::')
+    if not installed:
+        return Path(path)
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f'{path}: no package {package!r} is installed\nUse mmseg::, mmdet:: or replk_mm::, or a file.')
+    return Path(spec.submodule_search_locations[0], '.mim', 'configs', name)
 
 
 def _merge(cfg: Config, options: dict, path: str) -> None:

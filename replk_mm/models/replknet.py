@@ -78,8 +78,8 @@ class ReparamLargeKernelConv(nn.Module):
                              f'{small_kernel}')
         if dilation < 1 or (dilation > 1 and small_kernel is not None):
             # Taps of the two kernels would not fall on each other, so that nothing could be merged.
-            raise ValueError(f'RepLKNet: dilation={dilation} with small_kernel={small_kernel}; dilation must be 1 or more, and '
-                             f'above 1 small_kernel must be None')
+            raise ValueError(f'RepLKNet: dilation={dilation} with small_kernel={small_kernel}; dilation must be 1 or more, '
+                             f'and above 1 small_kernel must be None')
         if merged:
             self.lkb_reparam = DepthwiseConv2d(channels, kernel_size, dilation=dilation)
             return

@@ -1,37 +1,11 @@
-# ADE20K (or a small set of photographs in its layout) at 256x256, for models that a CPU trains: images are resized to short
-# side 256 to 512, so that none needs padding, and the loss is taken at the logits' stride (see ShrinkLabels).
-_base_ = 'mmseg::_base_/datasets/ade20k.py'
-crop_size = (256, 256)
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='RandomResize', scale=(2048, 256), ratio_range=(1.0, 2.0), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
-    dict(type='replk_mm.ShrinkLabels', factor=4),
-    dict(type='PackSegInputs')
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(2048, 384), keep_ratio=True),
-    # after Resize: the metric compares at the annotation's own size
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs')
-]
-# Multi-scale testing by factors of the test scale: see ade20k_512.py.
-img_ratios = [0.75, 1.0, 1.25]
-tta_pipeline = [
-    dict(type='LoadImageFromFile', backend_args=None),
-    dict(
-        type='TestTimeAug',
-        transforms=[
-            [dict(type='Resize', scale=(int(2048 * r), int(384 * r)), keep_ratio=True) for r in img_ratios],
-            [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
-            [dict(type='LoadAnnotations')],
-            [dict(type='PackSegInputs')],
-        ])
-]
+# ADE20K (or a small set of photographs in its layout) at 256x256, for models that a CPU trains: see pipelines_256.py.
+_base_ = ['mmseg::_base_/datasets/ade20k.py', './pipelines_256.py']
+# Taken out of the base: the config has them once, under the names that mmseg gives them.
+crop_size = _base_.pop('crop_size_256')
+train_pipeline = _base_.pop('train_pipeline_256')
+test_pipeline = _base_.pop('test_pipeline_256')
+img_ratios = _base_.pop('img_ratios_256')
+tta_pipeline = _base_.pop('tta_pipeline_256')
 train_dataloader = dict(num_workers=2, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(num_workers=2, dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(num_workers=2, dataset=dict(pipeline=test_pipeline))
