@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from mmengine.config import Config
-from torch.overrides import TorchFunctionMode
 
 from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, Count, Operator, count
 from replk_mm.bench import published
@@ -69,16 +68,9 @@ def report(config: str, shape: tuple[int, int] | None = None, options: dict | No
     return Report(config, size, source, training, counted(merged, size, config), str(changes))
 
 
-class _Numbers(TorchFunctionMode):
-    """Backbones read their rates of stochastic depth off ``torch.linspace``; on the meta device it would have no numbers."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return func(*args, **{**(kwargs or {}), **(dict(device='cpu') if func is torch.linspace else {})})
-
-
 def build(cfg: Config) -> Any:
     """The config's model without weights; what the libraries warn of while they build is about training."""
-    with warnings.catch_warnings(), _Numbers():
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return build_model(cfg, 'meta')
 

@@ -4,11 +4,13 @@ import inspect
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from torch.overrides import TorchFunctionMode
 
 from replk_mm.data.checks import as_list, datasets_of
 from replk_mm.engine.explain import explaining
@@ -227,5 +229,12 @@ def build_model(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
         UserError: If an argument is unknown or refused.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with explaining(cfg, 'model'), torch.device(device):
+    with explaining(cfg, 'model'), _Numbers(), torch.device(device):
         return MODELS.build(cfg.model)
+
+
+class _Numbers(TorchFunctionMode):
+    """Backbones read their rates of stochastic depth off ``torch.linspace``; on the meta device it would have no numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return func(*args, **{**(kwargs or {}), **(dict(device='cpu') if func is torch.linspace else {})})
