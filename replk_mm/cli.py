@@ -1,5 +1,6 @@
 """Arguments that several commands share."""
 import argparse
+import ast
 import os
 import warnings
 
@@ -9,13 +10,19 @@ from replk_mm.engine.machine import Options, keep_freed_memory
 
 
 class KeyValue(DictAction):
-    """mmengine's action; what has no ``=`` is refused as argparse refuses, not with a traceback."""
+    """mmengine's action, which takes a dict in braces too; what cannot be read is refused as argparse refuses."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        options = dict(getattr(namespace, self.dest) or {})
         for text in values or ():
-            if '=' not in text:
+            key, given, value = text.partition('=')
+            if not given:
                 parser.error(f'argument {option_string}: {text!r} is not KEY=VALUE')
-        super().__call__(parser, namespace, values, option_string)
+            try:
+                options[key] = ast.literal_eval(value) if value.startswith('{') else self._parse_iterable(value)
+            except (ValueError, SyntaxError, AssertionError, RecursionError, MemoryError):
+                parser.error(f'argument {option_string}: the value of {key} cannot be read: {value[:80]}')
+        setattr(namespace, self.dest, options)
 
 
 def parser(doc: str, example: str) -> argparse.ArgumentParser:

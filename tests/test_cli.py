@@ -1,0 +1,30 @@
+"""Arguments that several commands share."""
+import pytest
+
+from replk_mm import cli
+
+
+def parse(*words: str) -> dict:
+    p = cli.parser('A command.', 'python tools/a.py')
+    cli.add_config_options(p)
+    return p.parse_args(['--cfg-options', *words]).cfg_options
+
+
+def test_values():
+    assert parse('a.b=1', 'c=text', 'd=[1,2]', 'e=(0.5,1)', 'f=x=y') == {
+        'a.b': 1, 'c': 'text', 'd': [1, 2], 'e': (0.5, 1), 'f': 'x=y'}
+
+
+def test_dict_in_braces():
+    assert parse("model.backbone={'_delete_': True, 'type': 'mmseg.ResNet', 'strides': (1, 2)}") == {
+        'model.backbone': {'_delete_': True, 'type': 'mmseg.ResNet', 'strides': (1, 2)}}
+
+
+@pytest.mark.parametrize('word, told', [
+    ('a', "'a' is not KEY=VALUE"), ("a={'b': ", 'value of a cannot be read'), ('a={b: 1}', 'value of a cannot be read'),
+    ('a=' + '{' * 5000, 'value of a cannot be read')], ids=range(4))
+def test_unreadable(word, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(word)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and told in said and len(said) < 1000
