@@ -1,0 +1,247 @@
+"""Sheets that show, for each image: itself, the ground truth, what A and B found, and where they differ."""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from replk_mm.bench.compare.results import Result
+from replk_mm.engine.predict import write_picture
+from replk_mm.errors import UserError
+from replk_mm.visualize import draw_instances, legend, overlay, sheet
+
+#: Okabe and Ito's blue, orange and bluish green (RGB), which readers with any colour vision tell apart, and greys.
+A, B, TRUTH, NEITHER, BOTH, NO_LABEL = (0, 114, 178), (230, 159, 0), (0, 158, 115), (40, 40, 40), (150, 150, 150), (255,) * 3
+#: Width of a picture, and its greatest height, in pixels.
+WIDTH, HEIGHT = 280, 360
+_CAPTION = 18
+_OPACITY = 0.65
+#: Images on one sheet.
+PER_SHEET = 8
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+@dataclass
+class Rows:
+    """What a sheet shows.
+
+    Attributes:
+        rows: Of five pictures ``(H, W, 3)`` BGR each, with a caption.
+        key: What colours mean: colour (RGB), text, whether it is a dashed outline.
+        classes: Names of the classes.
+        palette: RGB of each class; empty if colours do not mean classes.
+        occurring: For each row, indices of the classes in it.
+    """
+
+    rows: list[list[tuple[np.ndarray, str]]]
+    key: Sequence[tuple[Sequence[int], str, bool]]
+    classes: list[str] = field(default_factory=list)
+    palette: list[list[int]] = field(default_factory=list)
+    occurring: list[np.ndarray] = field(default_factory=list)
+
+
+def _image(path: str | Path) -> np.ndarray:
+    found = cv2.imread(str(path))
+    if found is None:
+        raise UserError(f'{path}: no readable image, so that it cannot be shown\nName the data with --data-root DIR.')
+    return found
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Without colours of its own, so that those drawn over it can be told."""
+    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
+
+
+def _pale(image: np.ndarray) -> np.ndarray:
+    return (0.45 * _grey(image) + 130).astype(np.uint8)
+
+
+def label_difference(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.ndarray, ignored: int) -> np.ndarray:
+    """Colour the pixels of an image by who is right, ``(H, W, 3)`` BGR; where both are, the image shows, pale.
+
+    Args:
+        image: ``(H, W, 3)`` BGR.
+        label: Class indices ``(H, W)``.
+        a: What A predicts.
+        b: What B predicts.
+        ignored: Label of pixels that are not scored.
+    """
+    found, right_a, right_b = _pale(image), a == label, b == label
+    for where, colour in ((right_a & ~right_b, A), (right_b & ~right_a, B), (~right_a & ~right_b, NEITHER),
+                          (label == ignored, NO_LABEL)):
+        found[where] = colour[::-1]
+    return found
+
+
+def label_rows(labels, pair: tuple[Result, Result], chosen: Sequence[tuple[int, dict]]) -> Rows:
+    """Pictures of label maps.
+
+    Args:
+        labels: :class:`~replk_mm.bench.compare.labels.Labels`.
+        pair: The results.
+        chosen: Index and scores of each image.
+    """
+    rows, occurring = [], []
+    for index, scores in chosen:
+        label = labels.read(index)
+        a, b = (labels.prediction(index, result) for result in pair)
+        image = _image(labels.entries[index][0]['img_path'])
+        if image.shape[:2] != label.shape:
+            image = cv2.resize(image, label.shape[::-1], interpolation=cv2.INTER_AREA)
+        grey = _grey(image)
+        counted = label != labels.ignore_index
+        only_a, only_b = (100 * ((x == label) & (y != label))[counted].mean() for x, y in ((a, b), (b, a)))
+        rows.append([
+            (image, scores['image']),
+            (overlay(grey, label, labels.palette, _OPACITY), f'{100 * counted.mean():.0f}% labelled'),
+            *((overlay(grey, found, labels.palette, _OPACITY),
+               f'mIoU {scores[letter]:.1f}, acc {scores[f"accuracy_{letter}"]:.1f}')
+              for found, letter in ((a, 'a'), (b, 'b'))),
+            (label_difference(image, label, a, b, labels.ignore_index), f'only A {only_a:.1f}%, only B {only_b:.1f}%')])
+        occurring.append(np.unique(np.concatenate([label[counted], a[counted], b[counted]])))
+    key = [(A, 'right in A only', False), (B, 'right in B only', False), (NEITHER, 'wrong in both', False),
+           (BOTH, 'right in both', False), (NO_LABEL, 'no label', False)]
+    return Rows(rows, key, labels.classes, labels.palette, occurring)
+
+
+def object_rows(objects, detections: Sequence, chosen: Sequence[dict], kind: str) -> Rows:
+    """Pictures of detected objects.
+
+    Args:
+        objects: :class:`~replk_mm.bench.compare.detection.Objects`.
+        detections: pycocotools' indices of A's and B's detections.
+        chosen: Scores of each image.
+        kind: ``'bbox'`` or ``'segm'``.
+    """
+    from replk_mm.bench.compare.detection import match
+    ids = [scores['id'] for scores in chosen]
+    found = [match(objects, part, ids, kind) for part in detections]
+    rows = []
+    for scores in chosen:
+        image = _image(objects.folder / scores['image'])
+        scale = min(WIDTH / image.shape[1], HEIGHT / image.shape[0])
+        size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+        pale = _pale(image)
+        a, b = (of_image[scores['id']] for of_image in found)
+        truth = [objects.api.anns[i] for i in sorted(a.found | a.missed)]
+
+        def drawn(picture: np.ndarray, groups, mask_of: Callable | None, scale=scale, size=size) -> np.ndarray:
+            things: list[dict] = []
+            names, colours = [], []
+            for entries, colour in groups:
+                for entry in sorted(entries, key=lambda e: -e.get('score', 1)):
+                    things.append(dict(label=len(things), box=_corners(entry, scale),
+                                       **({'score': entry['score']} if 'score' in entry else {}),
+                                       **({'mask': _resized(mask_of(entry), size)} if mask_of else {})))
+                    names.append(objects.classes[entry['category_id']])
+                    colours.append(colour)
+            return draw_instances(picture, things, names, colours)
+
+        masks = [api.annToMask if kind == 'segm' else None for api in (objects.api, *detections)]
+        rows.append([
+            (image, scores['image']),
+            (drawn(pale, [(truth, TRUTH)], masks[0]), f'{len(truth)} objects'),
+            *((drawn(pale, [(matches.right, colour), (matches.false, NEITHER)], mask), _tally(scores, letter))
+              for matches, colour, mask, letter in ((a, A, masks[1], 'a'), (b, B, masks[2], 'b'))),
+            (_object_difference(pale.copy(), truth, a, b, scale), f'F1 {scores["a"]:.2f} -> {scores["b"]:.2f}')])
+    key = [(TRUTH, 'object', False), (A, 'A: found', False), (B, 'B: found', False), (NEITHER, 'A or B: false', False),
+           (A, 'differ: only A found', False), (B, 'differ: only B found', False), (BOTH, 'differ: both found', False),
+           (NEITHER, 'differ: both missed', False), (A, 'differ: false in A', True), (B, 'differ: false in B', True)]
+    return Rows(rows, key)
+
+
+def _tally(scores: dict, letter: str) -> str:
+    return f'{scores[f"found_{letter}"]} found, {scores[f"missed_{letter}"]} missed, {scores[f"false_{letter}"]} false'
+
+
+def _corners(entry: dict, scale: float) -> list[float]:
+    x, y, width, height = entry['bbox']
+    return [scale * v for v in (x, y, x + width, y + height)]
+
+
+def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
+def _object_difference(picture: np.ndarray, truth: Sequence[dict], a, b, scale: float) -> np.ndarray:
+    for entry in truth:
+        in_a, in_b = entry['id'] in a.found, entry['id'] in b.found
+        colour = BOTH if in_a and in_b else A if in_a else B if in_b else NEITHER
+        left, top, right, bottom = (round(v) for v in _corners(entry, scale))
+        cv2.rectangle(picture, (left, top), (right, bottom), colour[::-1], 2)
+    for matches, colour in ((a, A), (b, B)):
+        for entry in matches.false:
+            _dashed(picture, [round(v) for v in _corners(entry, scale)], colour)
+    return picture
+
+
+def _dashed(picture: np.ndarray, box: Sequence[int], colour: Sequence[int], dash: int = 5) -> None:
+    left, top, right, bottom = box
+    for start, end in (((left, top), (right, top)), ((right, top), (right, bottom)), ((left, bottom), (right, bottom)),
+                       ((left, top), (left, bottom))):
+        length = max(abs(end[0] - start[0]), abs(end[1] - start[1]))
+        for at in range(0, length, 2 * dash):
+            ends = [tuple(round(s + (e - s) * min(t, length) / length) for s, e in zip(start, end, strict=True))
+                    for t in (at, at + dash)]
+            cv2.line(picture, ends[0], ends[1], list(colour[::-1]), 1)
+
+
+def _cell(picture: np.ndarray, caption: str, height: int) -> np.ndarray:
+    scale = min(WIDTH / picture.shape[1], height / picture.shape[0])
+    size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
+    if size != picture.shape[1::-1]:
+        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    cell = np.full((height + _CAPTION, WIDTH, 3), 255, np.uint8)
+    cell[:size[1], :size[0]] = picture
+    shown = caption if len(caption) <= 40 else f'...{caption[-37:]}'
+    cv2.putText(cell, shown, (2, height + 13), _FONT, 0.38, (30, 30, 30), 1, cv2.LINE_AA)
+    return cell
+
+
+def _key(entries: Sequence[tuple[Sequence[int], str, bool]]) -> np.ndarray:
+    panel = np.full((20 * len(entries) + 34, 210, 3), 255, np.uint8)
+    for row, (colour, text, outline) in enumerate(entries):
+        y = 30 + 20 * row
+        if outline:
+            _dashed(panel, (10, y, 24, y + 14), colour, 3)
+        else:
+            cv2.rectangle(panel, (10, y), (24, y + 14), colour[::-1], -1)
+            cv2.rectangle(panel, (10, y), (24, y + 14), (120, 120, 120), 1)
+        cv2.putText(panel, text, (32, y + 12), _FONT, 0.45, (30, 30, 30), 1, cv2.LINE_AA)
+    return panel
+
+
+def write_sheets(out: Path, found: Rows, titles: Sequence[str]) -> list[str]:
+    """Write ``changed_1.png`` and so on, eight images each, with a legend.
+
+    Args:
+        out: Folder, which is there.
+        found: What to show.
+        titles: Of the five columns.
+
+    Returns:
+        The files' names.
+
+    Raises:
+        UserError: If a file cannot be written.
+    """
+    titles = [title if len(title) <= 30 else f'{title[:27]}...' for title in titles]
+    names = []
+    for start in range(0, len(found.rows), PER_SHEET):
+        rows = found.rows[start:start + PER_SHEET]
+        height = min(HEIGHT, max(round(picture.shape[0] * WIDTH / picture.shape[1]) for row in rows for picture, _ in row))
+        canvas = sheet([[_cell(picture, caption, height) for picture, caption in row] for row in rows], titles)
+        panel = _key(found.key)
+        space = canvas.shape[0] - panel.shape[0]
+        if found.palette:
+            ids = np.unique(np.concatenate(found.occurring[start:start + PER_SHEET]))
+            height = max(space, 20 * min(len(ids), 12) + 10)
+            panel = np.vstack([panel, legend(ids, found.classes, found.palette, height, shares=False)])
+        tall = max(canvas.shape[0], panel.shape[0])
+        canvas, panel = (np.vstack([part, np.full((tall - part.shape[0], part.shape[1], 3), 255, np.uint8)])
+                         for part in (canvas, panel))
+        names.append(f'changed_{start // PER_SHEET + 1}.png')
+        write_picture(out / names[-1], np.hstack([canvas, panel]))
+    return names
