@@ -69,7 +69,8 @@ def test_wheel_holds_every_source_and_config(wheel):
         entries = [entry for entry in archive.infolist() if '.dist-info/' not in entry.filename]
     held = {entry.filename for entry in entries}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / 'replk_mm').rglob('*')
-               if path.is_file() and path.suffix in ('.py', '.yaml', '.yml', '.typed') and '.mim' not in path.parts}
+               if path.is_file() and '.mim' not in path.parts
+               and path.suffix in ('.py', '.yaml', '.yml', '.typed', '.css', '.js')}
     sources.add('replk_mm/py.typed')
     configs = {f'replk_mm/.mim/{path.relative_to(ROOT)}' for path in (ROOT / 'configs').rglob('*')
                if path.suffix in ('.py', '.yaml')}

@@ -1,0 +1,181 @@
+"""The columns of a report: which measured value each shows, and how."""
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from replk_mm.bench import published
+from replk_mm.bench.report.protocol import in_words
+
+#: Images of the split that a published figure was measured on.
+PUBLISHED_IMAGES = {'ADE20K': 2000, 'Cityscapes': 500, 'COCO': 5000}
+#: What a published row calls our metric: without and with test-time augmentation.
+_PUBLISHED_METRICS = {'mIoU': ('miou_ss', 'miou_ms'), 'coco/bbox_mAP': ('ap_box', None), 'coco/segm_mAP': ('ap_mask', None)}
+#: What readers call a metric, unit included.
+METRIC_TITLES = {'coco/bbox_mAP': 'Box AP', 'coco/segm_mAP': 'Mask AP'}
+_MIB = 2**20
+_LARGEST = 10**30
+#: How a missing figure says that nobody asked for it.
+NOT_MEASURED = 'not measured'
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value of one cell.
+
+    Attributes:
+        value: None where it is missing.
+        deviation: Standard deviation of the sample of seeds; None of one seed.
+        count: Seeds that it is the mean of; 0 for a quoted one.
+        why: Why it is missing, or what to know of it.
+        protocol: Name of its protocol.
+        low: Of the range within which other values are as good; None if that is unknown.
+        high: Its other end.
+        best: Whether it leads the rows that it may be ranked with by more than the spread.
+    """
+
+    value: float | None = None
+    deviation: float | None = None
+    count: int = 0
+    why: str = ''
+    protocol: str = ''
+    low: float | None = None
+    high: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column.
+
+    Attributes:
+        key: Names it in the page and in a row's figures.
+        title: Its heading.
+        unit: Of its values.
+        measurement: Whose values it shows; '' if it is quoted or derived.
+        paths: Places in a record's ``values``, of which the first that is there counts.
+        scale: What a value is multiplied by.
+        digits: After the point.
+        better: ``'higher'``, ``'lower'``, or '' where no row is the best.
+        range: Places of the lower and the upper quartile, if there are.
+        note: What to know of all of its values.
+    """
+
+    key: str
+    title: str
+    unit: str
+    measurement: str
+    paths: tuple[tuple[str, ...], ...] = ()
+    scale: float = 1.
+    digits: int = 2
+    better: str = ''
+    range: tuple[str, str] | None = None
+    note: str = ''
+
+    def text(self, value: float) -> str:
+        """A value as it stands in the table; a small one with more digits, so that none but zero reads as zero."""
+        sign = '+' if self.key == 'difference' else ''
+        small = 0 < abs(value) < 10 ** (1 - self.digits)
+        return f'{value:{sign}.2g}' if small else f'{value:{sign},.{self.digits}f}'
+
+
+_FORMS = (('forms', 'reparameterized'), ('forms', 'training'))
+COLUMNS = (
+    Column('metric', 'Metric', '', 'metric', better='higher'),
+    Column('published', 'Published', '', '', digits=1, note='Published figures are quoted from the papers, not measured.'),
+    Column('difference', 'Difference', 'points', '', note='Difference: measured minus published, in points, and only where '
+           'both are of the same data.'),
+    Column('parameters', 'Parameters', 'M', 'complexity', (('merged_parameters',), ('inference_parameters',)), 1e-6,
+           note='Parameters and MACs are of the network as it is deployed: no auxiliary heads, and merged if it can be.'),
+    Column('macs', 'MACs', 'G', 'complexity', (('merged_macs',), ('macs',)), 1e-9),
+    Column('milliseconds', 'Time', 'ms', 'speed', tuple((*form, 'median_ms') for form in _FORMS), digits=1, better='lower',
+           range=('low_ms', 'high_ms'), note='Time is the median of one batch, of the merged network where there is something '
+           'to merge; images a second go with it.'),
+    Column('throughput', 'Speed', 'images/s', 'speed', tuple((*form, 'throughput') for form in _FORMS), digits=1,
+           better='higher'),
+    Column('memory', 'Memory', 'MiB', 'memory', (('inference_bytes',),), 1 / _MIB, 1, better='lower',
+           note='Memory is what inference needs at its peak.'),
+    Column('erf50', 'ERF 50 %', 'px', 'erf', (('areas', '0.5', 'side'),), digits=0,
+           note='ERF, the effective receptive field: side of the square about the centre that holds this share of the '
+           'contribution of all pixels, which counts by its logarithm as in the RepLKNet paper.'),
+    Column('erf99', 'ERF 99 %', 'px', 'erf', (('areas', '0.99', 'side'),), digits=0),
+    Column('shape_bias', 'Shape bias', '', 'shape_bias', (('shape_bias',),), digits=3,
+           note='Shape bias: of the decisions for the shape or for the texture, the share of those for the shape.'),
+)
+BY_KEY = {column.key: column for column in COLUMNS}
+
+
+def number(node: Any, *place: str) -> float | None:
+    """The number at a place of nested dicts; None if there is none, or none that anything is measured in."""
+    for name in place:
+        node = node.get(name) if isinstance(node, Mapping) else None
+    if isinstance(node, bool) or not isinstance(node, (int, float)):
+        return None
+    return float(node) if -_LARGEST < node < _LARGEST else None  # NaN is not between either
+
+
+def value_of(column: Column, record: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
+    """A record's value of a column, and the quartiles about it; None what is not there."""
+    values = record['values']
+    for path in (('metrics', primary(record)),) if column.key == 'metric' else column.paths:
+        found = number(values, *path)
+        if found is not None:
+            low, high = (number(values, *path[:-1], end) for end in column.range) if column.range else (None, None)
+            return found * column.scale, low, high
+    return None, None, None
+
+
+def primary(record: Mapping[str, Any]) -> str:
+    """The name of the metric that ranks."""
+    return str(record['values'].get('primary') or 'mIoU')
+
+
+def compared(record: Mapping[str, Any], measured: Figure) -> tuple[Figure, Figure]:
+    """The published figure of a row and the measured one's difference from it.
+
+    Args:
+        record: Of the metric.
+        measured: The mean over the seeds.
+    """
+    stated = record['published']
+    if not stated:
+        why = 'nothing is published for this config'
+        return Figure(why=why), Figure(why=why)
+    plain, augmented = _PUBLISHED_METRICS.get(primary(record), (None, None))
+    tta = bool(record['protocol'].get('tta'))
+    name = augmented if tta else plain
+    value = number(stated, name) if name else None
+    if value is None:
+        why = f'no {primary(record)}{" with test-time augmentation" if tta else ""} is published for this config'
+        return Figure(why=why), Figure(why=why)
+    result = published.for_config(str(record['config'].get('path') or ''))
+    name = str(stated.get('dataset') or (result.dataset if result else ''))
+    conditions = f'{result.schedule}, crop {result.crop}' if result and result.crop else result.schedule if result else ''
+    quoted = Figure(value, why=', '.join(filter(None, (name, conditions, in_words(stated.get('source'))))))
+    other = _other_data(name, record)
+    if other or measured.value is None:
+        return quoted, Figure(why=other or 'the metric is missing')
+    return quoted, replace(measured, value=measured.value - value, why='; '.join(_otherwise(record, result)))
+
+
+def _other_data(name: str, record: Mapping[str, Any]) -> str:
+    """Why the published figure is of other data than the record; '' if it is of the same."""
+    if name not in PUBLISHED_IMAGES:
+        return f'the published figure is of {name or "unstated data"}, which is not known here'
+    images = number(record['values'], 'images')
+    if images == PUBLISHED_IMAGES[name]:
+        return ''
+    data = record['protocol'].get('data')
+    root = data.get('root') or data.get('name') if isinstance(data, Mapping) else data
+    return (f'the published figure is of {name} ({PUBLISHED_IMAGES[name]:,} images), the measured one of '
+            f'{in_words(root)} ({f"{images:,.0f}" if images else "unknown number of"} images)')
+
+
+def _otherwise(record: Mapping[str, Any], result: published.Result | None) -> Iterator[str]:
+    """What a difference from a published figure rests on besides the network."""
+    iterations, crop = number(record['protocol'], 'iterations'), record['protocol'].get('crop')
+    if result and iterations and result.schedule.endswith('iterations') and (
+            result.schedule != f'{iterations / 1000:g}k iterations'):
+        yield f'trained for {iterations:,.0f} iterations, published after {result.schedule}'
+    side = crop[0] if isinstance(crop, list) and crop else crop
+    if result and result.crop and side and side != result.crop:
+        yield f'crop {in_words(crop)}, published with {result.crop}'

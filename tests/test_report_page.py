@@ -1,0 +1,261 @@
+"""The report's page: what is in it, that nothing gets out of it, its pictures and svg. All records are made up."""
+import base64
+import hashlib
+import html.parser
+import io
+import itertools
+import json
+import math
+import random
+import re
+import statistics
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_records import PALETTE, PROTOCOL, facts, files_of, label_map, made_up_suite, metric, record, scenes, speed, write
+
+from replk_mm.bench.report import assemble, markdown, svg, webpage
+from replk_mm.bench.report.gallery import _over_seeds
+from replk_mm.bench.report.label_examples import Data
+from replk_mm.bench.report.labels import Box, place
+from replk_mm.bench.report.pictures import Album, Unusable, inside, read_rgb
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+    """The made-up suite."""
+    return assemble.read([made_up_suite(tmp_path_factory.mktemp('made_up'))])
+
+
+@pytest.fixture(scope='module')
+def page(found) -> str:
+    return webpage.page(found)
+
+
+def parsed(text: str) -> list[tuple[str, dict]]:
+    """All elements with their attributes."""
+    found = []
+
+    class Parser(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.append((tag, {name: value or '' for name, value in attrs}))
+
+    Parser().feed(text)
+    return found
+
+
+HOSTILE = '<script>alert(1)</script>"\'><img src=x onerror=alert(2)>|`#*\ud800\x00\u202e' + 'x' * 5000
+
+
+def test_texts_of_records_stay_texts(tmp_path) -> None:
+    folder = write(tmp_path / 'work', [
+        metric('a', 0, 50., label=HOSTILE, question=HOSTILE, suite='s', protocol={**PROTOCOL, HOSTILE: HOSTILE},
+               environment={HOSTILE: HOSTILE}, files=dict(predictions=HOSTILE), facts=dict(data=dict(root=HOSTILE))),
+        record('a', 1, 'train', {}, suite='s', label=HOSTILE, status='failed', reason=HOSTILE),
+        speed('a', 0, 9., suite='s', label=HOSTILE),
+        record('a', 0, 'curve', dict(loss=[[1, 2.], [2, 1.]], metric=[], name=HOSTILE), suite='s', label=HOSTILE)])
+    found = assemble.read([folder])
+    text = webpage.page(found)
+    text.encode()
+    elements = parsed(text)
+    assert sum(tag == 'script' for tag, _ in elements) == 1
+    assert not [tag for tag, given in elements if any(name.startswith('on') for name in given) or tag == 'img']
+    assert not re.search('[\ud800-\udfff\x00\u202e]', text) and 'x' * 601 not in text
+    written = markdown.page(found)
+    written.encode()
+    assert '<script' not in re.sub(r'\\<', '', written) and not re.search(r'(?<!\\)<', written)
+    rows = [line for line in written.splitlines() if line.startswith('| 1 ')]
+    assert len(re.findall(r'(?<!\\)\|', rows[0])) == len(assemble.COLUMNS) + 3
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+def test_page_needs_nothing_else_and_hangs_together(page) -> None:
+    elements = parsed(page)
+    ids = [given['id'] for _, given in elements if 'id' in given]
+    assert len(ids) == len(set(ids)) > 5
+    assert {given['href'] for _, given in elements if 'href' in given} <= {f'#{one}' for one in ids}
+    assert {given['aria-labelledby'] for _, given in elements if 'aria-labelledby' in given} <= set(ids)
+    sources = [given['src'] for _, given in elements if 'src' in given]
+    assert len(sources) > 20 and all(source.startswith('data:image/') for source in sources)
+    assert not [tag for tag, given in elements if 'style' in given or tag in ('link', 'iframe', 'object', 'embed', 'base')]
+    assert all(len(given['alt']) > 5 for tag, given in elements if tag == 'img')
+    assert page.count('<svg viewBox="0 0 360') == page.count('role="img"') == 6
+    assert len(re.findall(r'<svg viewBox="0 0 360[^>]*role="img"[^>]*><title>[^<]+</title><desc>[^<]+</desc>', page)) == 6
+
+
+def test_policy_allows_this_style_and_script_only(page) -> None:
+    policy = next(given['content'] for _, given in parsed(page) if given.get('http-equiv') == 'Content-Security-Policy')
+    assert policy.startswith("default-src 'none'; ") and 'unsafe' not in policy
+    for name in ('style', 'script'):
+        content = re.search(f'<{name}>(.*?)</{name}>', page, re.DOTALL)[1]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{name}-src 'sha256-{digest}'" in policy
+
+
+def test_provenance_of_every_row(page) -> None:
+    parts = re.findall(r'<details id="s1-row-\d+".*?(?=<details id=|<script>)', page, re.DOTALL)
+    assert len(parts) == 5
+    for part in parts:
+        for said in ('c' * 12, 'e' * 12, 'f' * 12, 'with changes', 'Made-up CPU', '2001-01-01', 'torch'):
+            assert said in part
+
+
+def test_markdown_keeps_protocols_apart(found) -> None:
+    text = markdown.page(found)
+    tables = [part for part in text.split('\n\n') if part.startswith('| Row')]
+    assert [part.count('\n') - 1 for part in tables] == [3, 1, 1]
+    assert 'Differs from A, and is not ranked with it' in text and 'S2 (speed) differs from S1' in text
+    assert '**60.60 ± 0.60 (n = 3)**' in tables[0]
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+def pictures(text: str, kind: str) -> dict[str, np.ndarray]:
+    """RGB of the pictures of a page, by their texts."""
+    found = re.findall(f'<img src="data:image/{kind};base64,([^"]*)" alt="([^"]*)"', text)
+    return {name: np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert('RGB')) for data, name in found}
+
+
+def test_predicted_label_maps_have_the_colours_of_their_classes(page) -> None:
+    of = pictures(page, 'png')
+    assert sum(name.startswith('Ground truth of') for name in of) == 6  # of seven images
+    truth = next(pixels for name, pixels in of.items() if name.startswith('Ground truth of 004'))
+    predicted, name = next((pixels, name) for name, pixels in of.items() if name.startswith('RepLKNet made up, 13x13, 004'))
+    colours = np.array([[0, 0, 0], *PALETTE])
+    np.testing.assert_array_equal(truth, colours[label_map(4)])
+    np.testing.assert_array_equal(predicted, colours[label_map(4, 5)])
+    right = 100 * np.mean(label_map(4) == label_map(4, 5))
+    assert f'{right:.0f}\u00a0% of the scored pixels right' in name
+
+
+def test_pixels_that_are_not_scored_do_not_count(tmp_path) -> None:
+    data = scenes(tmp_path / 'data', 1)
+    truth = label_map(0)
+    truth[:60] = 0
+    Image.fromarray(truth).save(data / 'annotations/validation/000.png')
+    files = files_of(tmp_path, 'a', 5, 1)
+    text = webpage.page(assemble.read([write(tmp_path, [metric('a', 0, 50., files=files, facts=facts(data))])]))
+    right = 100 * np.mean(label_map(0)[60:] == label_map(0, 5)[60:])
+    assert f'{right:.0f}\u00a0% of the scored pixels right' in text
+
+
+def test_label_maps_of_cityscapes_are_found(tmp_path) -> None:
+    of = facts(tmp_path, images='i', labels='l', image_suffix='_leftImg8bit.png', label_suffix='_gtFine_labelTrainIds.png',
+               ignored=255)
+    data = Data.of(metric('a', 0, 50., facts=of), tmp_path)
+    assert data.image_of('city/x_leftImg8bit.png') == tmp_path / 'i/city/x_leftImg8bit.png'
+    assert data.label_of('city/x_leftImg8bit.png') == tmp_path / 'l/city/x_gtFine_labelTrainIds.png'
+    assert data.name_of(0) == 'sky' and data.table[0].tolist() == PALETTE[0] and data.table[255].tolist() == [0, 0, 0]
+
+
+def test_data_of_a_copied_work_dir_are_found(tmp_path) -> None:
+    scenes(tmp_path / 'work/data/scenes')
+    one = metric('a', 0, 50., facts=facts('/elsewhere/work/data/scenes'))
+    assert Data.of(one, tmp_path / 'work').root == tmp_path / 'work/data/scenes'
+    with pytest.raises(Unusable, match='no such data root here'):
+        Data.of(one, tmp_path)
+
+
+def test_missing_pictures_are_said(tmp_path) -> None:
+    data = scenes(tmp_path / 'data', 2)
+    files = files_of(tmp_path, 'a', 0, 2)
+    (data / 'images/validation/000.jpg').write_bytes(b'no picture')
+    (data / 'annotations/validation/001.png').unlink()
+    (tmp_path / files['heat_map']).unlink()
+    records = [metric('a', 0, 50., files=files, facts=facts(data)), metric('b', 0, 49., files=dict(predictions='../../etc'),
+               facts=facts(data)), record('a', 0, 'erf', dict(areas={}), files=dict(heat_map=files['heat_map']))]
+    text = webpage.page(assemble.read([write(tmp_path, records)]))
+    missing = text[text.index('id="missing-pictures"'):]
+    for said in ('000.jpg: not a readable picture', '001.png: not there', 'erf.png: not there', 'not in the work dir'):
+        assert said in missing.replace('&#x27;', "'"), said
+    assert text.count('>missing<') >= 2
+
+
+def test_pictures_of_a_page_are_bounded(tmp_path, monkeypatch) -> None:
+    album = Album(2000)
+    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    assert album.add(noise, 100, 'photo', 'noise') is None and 'noise: left out' in album.problems[0]
+    flat = album.add(np.zeros((300, 400, 3), np.uint8), 100, 'labels', 'flat')
+    assert (flat.width, flat.height) == (100, 75) and album.left == 2000 - len(flat.source)
+    monkeypatch.setattr('replk_mm.bench.report.pictures._MOST_PIXELS', 100)
+    Image.fromarray(noise).save(tmp_path / 'large.png')
+    with pytest.raises(Unusable, match='too many'):
+        read_rgb(tmp_path / 'large.png')
+
+
+@pytest.mark.parametrize('name', ['../x.png', '/etc/passwd', 'a/../../x.png', 'a\0b'])
+def test_files_outside_of_the_work_dir_are_refused(name, tmp_path) -> None:
+    (tmp_path / 'work').mkdir()
+    (tmp_path / 'x.png').write_bytes(b'')
+    with pytest.raises(Unusable, match='not in the work dir'):
+        inside(tmp_path / 'work', name)
+
+
+def test_detections_are_drawn(tmp_path) -> None:
+    mask = pytest.importorskip('pycocotools.mask')
+    data = tmp_path / 'data'
+    (data / 'val2017').mkdir(parents=True)
+    Image.fromarray(np.full((60, 80, 3), 200, np.uint8)).save(data / 'val2017/a.jpg')
+    square = np.zeros((60, 80), np.uint8, order='F')
+    square[20:50, 10:60] = 1
+    runs = mask.encode(square)
+    square = dict(id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30], segmentation=[[10, 20, 60, 20, 60, 50, 10, 50]])
+    coco = dict(images=[dict(id=7, file_name='a.jpg', height=60, width=80)], categories=[dict(id=4, name='disc')],
+                annotations=[square])
+    (data / 'ann.json').write_text(json.dumps(coco))
+    results = tmp_path / 'runs/a/0/test/predictions'
+    results.mkdir(parents=True)
+    detection = dict(image_id=7, category_id=4, segmentation=dict(size=[60, 80], counts=runs['counts'].decode()))
+    (results / 'instances.segm.json').write_text(json.dumps([{**detection, 'score': 0.9}, {**detection, 'score': 0.1}]))
+    one = record('a', 0, 'metric', dict(metrics={'coco/bbox_mAP': 31.5}, primary='coco/bbox_mAP', unit='AP', images=1),
+                 protocol=dict(task='detection'), files=dict(predictions='runs/a/0/test/predictions'),
+                 facts=facts(data, images='val2017', labels=None, annotations='ann.json', palette=[[255, 0, 0]]))
+    text = webpage.page(assemble.read([write(tmp_path, [one])]))
+    of = pictures(text, 'jpeg')
+    assert {'Ground truth of a.jpg: 1 disc', 'a, a.jpg: 1 disc'} <= set(of)
+    pixels = of['a, a.jpg: 1 disc']
+    red, green, _ = pixels[35, 35].astype(int)
+    assert red > green + 40 and abs(int(pixels[5, 70, 0]) - int(pixels[5, 70, 1])) < 15
+    assert '>Box AP</button>' in text and 'data-value="31.5"' in text
+
+
+# -- plots ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('count', [1, 5, 30])
+def test_names_lie_on_nothing(count) -> None:
+    generator = random.Random(count)
+    spots = [(generator.uniform(60, 340), generator.uniform(20, 210)) for _ in range(count)]
+    taken = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in spots]
+    area = Box(50, 10, 358, 220)
+    boxes = place(spots, [(14, 14)] * count, taken, area, math.inf)
+    pairs = [*itertools.combinations(boxes, 2), *itertools.product(boxes, taken)]
+    for one, other in pairs:
+        assert one.right <= other.left or other.right <= one.left or one.bottom <= other.top or other.bottom <= one.top
+    assert all(area.left <= b.left and b.right <= area.right and area.top <= b.top and b.bottom <= area.bottom for b in boxes)
+
+
+def test_long_names_give_way_to_numbers() -> None:
+    assert place([(100., 100.)] * 20, [(150, 14)] * 20, [], Box(50, 10, 358, 220), 40.) is None
+    points = [svg.Point(i, f'a very long name indeed {i}', 10 + i / 100, 50.) for i in range(1, 13)]
+    plot = svg.scatter(points, 'ms', 'mIoU', 'title')
+    assert re.findall(r'class="name"[^>]*>([^<]*)<', plot) == [str(i) for i in range(1, 13)]
+
+
+@pytest.mark.parametrize('values', [[5.], [0.], [-3., 4.], [0.001, 0.002], [1e9, 1e9 + 1], [1., 900.], [0., 900.]])
+def test_axes_hold_their_values(values) -> None:
+    for logarithmic in (False, True):
+        axis = svg.Axis.over(values, 50, 350, logarithmic)
+        assert axis.logarithmic == (logarithmic and values == [1., 900.])
+        assert all(50 <= axis.at(value) <= 350 for value in (*values, *axis.ticks))
+        assert 1 <= len(axis.ticks) <= 8 and axis.ticks == sorted(set(axis.ticks))
+        assert (min(values) < 0) or axis.low >= 0 or axis.logarithmic
+
+
+def test_curves_are_means_of_seeds(tmp_path) -> None:
+    seeds = [{float(i): math.sin(i) + shift for i in range(7)} for shift in (0., 1., 3.)]
+    found = _over_seeds(seeds)
+    assert [x for x, _, _ in found] == list(range(7))
+    assert [y for _, y, _ in found] == pytest.approx([math.sin(i) + 4 / 3 for i in range(7)])
+    assert [d for _, _, d in found] == pytest.approx([statistics.stdev([0, 1, 3])] * 7)
+    assert _over_seeds([{1.: 2., 2.: 3.}, {2.: 5.}]) == [(2., 4., pytest.approx(math.sqrt(2)))]
+    long = _over_seeds([{float(i): float(i) for i in range(1000)}])
+    assert len(long) <= 120 and all(x == pytest.approx(y) for x, y, _ in long)

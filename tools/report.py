@@ -1,0 +1,42 @@
+"""Show results of suites: one HTML page that needs nothing else, and the tables as Markdown.
+
+RESULTS are work dirs of suites (work_dirs/suites/NAME), folders of results or .jsonl files, of one machine or of several.
+Rows that were measured under different protocols are not ranked together. What was not measured is shown as missing.
+"""
+import sys
+from pathlib import Path
+
+from replk_mm import cli
+from replk_mm.bench.report import assemble, markdown, webpage
+from replk_mm.engine.machine import prepare_work_dir
+from replk_mm.errors import command
+
+STATUSES = f"""
+exit status:
+  0  written
+  2  nothing could be written: no such results, or no place to write to
+  {assemble.SKIPPED_STATUS}  written, but records were passed over: damaged, of an unknown version, of an earlier definition
+     of their row; each is named with the reason, on the page too
+"""
+
+
+@command
+def main() -> int:
+    p = cli.parser(__doc__, 'python tools/report.py work_dirs/suites/kernel_size --out report/')
+    p.epilog += f'\n{STATUSES}'
+    p.add_argument('results', nargs='+', metavar='RESULTS', help='work dir, folder or .jsonl file')
+    p.add_argument('--out', required=True, metavar='DIR', help='for index.html and report.md')
+    args = p.parse_args()
+    found = assemble.read(args.results)
+    out = prepare_work_dir(args.out, option='--out')
+    for name, text in (('index.html', webpage.page(found)), ('report.md', markdown.page(found))):
+        Path(out, name).write_text(text, encoding='utf-8')
+        print(f'written: {Path(out, name)} ({Path(out, name).stat().st_size / 2**20:.2f} MiB)')
+    for complaint in found.complaints:
+        print(f'passed over: {complaint}', file=sys.stderr)
+    return assemble.SKIPPED_STATUS if found.complaints else 0
+
+
+if __name__ == '__main__':
+    cli.start_process()
+    sys.exit(main())
