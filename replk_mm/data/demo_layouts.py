@@ -8,13 +8,13 @@ import numpy as np
 
 from replk_mm.data.demo_render import Scene
 from replk_mm.data.demo_scenes import DEMO_CLASSES, DEMO_PALETTE, GENERATOR_VERSION, SPLITS, THING_CLASSES
+from replk_mm.data.files import IGNORED
 
 JPEG_QUALITY = 95
 MAX_SCENES = 999_999
 #: Cityscapes' trainId that takes the place of each class, in the order of :data:`DEMO_CLASSES`: sky, terrain and road for the
 #: regions, then objects that Cityscapes counts too: car, person, bicycle, bus and truck. What is not scored is 255.
 CITYSCAPES_IDS: tuple[int, ...] = (10, 9, 0, 13, 11, 18, 15, 14)
-IGNORED = 255
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Layout:
     """A layout: where a scene's files lie, below the data root, and what they hold.
 
     Attributes:
-        folders: What the layout calls the splits 'train' and 'val'.
+        folders: What the layout calls the splits: 'train', 'val' and what else a kind of scenes has.
         image: Path of an image with ``{folder}`` and ``{stem}``; its suffix says whether it is JPEG or PNG.
         label: Path of a label map, likewise; None if the layout has none.
         annotations: Path of the COCO annotation file of a split with ``{folder}``; None if the layout has none.
         values: What a label map holds for the labels of a scene, 0 ("other") first.
         meta: What ``meta.json`` says of the classes.
-        advice: What a config needs to train on it.
+        advice: What a config needs to train on it; ``{classes}`` stands for their number.
     """
 
     folders: Mapping[str, str]
@@ -102,10 +102,10 @@ _things = [DEMO_CLASSES.index(name) for name in THING_CLASSES]
 
 LAYOUTS: dict[str, Layout] = {
     'ade20k': Layout(
-        folders=dict(train='training', val='validation'),
+        folders=dict(train='training', val='validation', conflict='conflict'),
         image='images/{folder}/{stem}.jpg', label='annotations/{folder}/{stem}.png', annotations=None,
         values=tuple(range(len(DEMO_CLASSES) + 1)), meta=dict(**_classes, reduce_zero_label=True, jpeg_quality=JPEG_QUALITY),
-        advice=f'num_classes={len(DEMO_CLASSES)}, and reduce_zero_label=True in a config'),
+        advice='num_classes={classes}, and reduce_zero_label=True in a config'),
     'coco': Layout(
         folders=dict(train='train2017', val='val2017'),
         image='{folder}/{stem}.jpg', label=None, annotations='annotations/instances_{folder}.json', values=(),

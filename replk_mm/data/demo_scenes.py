@@ -193,15 +193,15 @@ def _draw_objects(rng: np.random.Generator, size: tuple[int, int], backdrop: Bac
     objects: list[ObjectSpec] = []
     wanted = ['triangle'] * _between(rng, 1, 2) + [SHAPES[k] for k in rng.integers(len(SHAPES), size=3).tolist()]
     for shape in wanted:
-        item = _place(rng, size, shape, lowest if shape == 'triangle' else 0, taken, backdrop)
+        item = place(rng, size, shape, lowest if shape == 'triangle' else 0, taken, backdrop)
         if item is not None:
             objects.append(item)
             taken.append((item.x, item.y, item.radius))
     return tuple(objects)
 
 
-def _place(rng: np.random.Generator, size: tuple[int, int], shape: str, top: int, taken: list[tuple[int, int, int]],
-           backdrop: Backdrop) -> ObjectSpec | None:
+def place(rng: np.random.Generator, size: tuple[int, int], shape: str, top: int, taken: list[tuple[int, int, int]],
+          backdrop: Backdrop) -> ObjectSpec | None:
     """An object wholly inside the scene, below ``top``, clear of the circles ``taken``; None if there is no room."""
     height, width = size
     side = _between(rng, scaled(42, size), scaled(54, size))

@@ -1,0 +1,78 @@
+"""Effective receptive fields as tables, alone and side by side."""
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from replk_mm.analysis.erf_plot import image_count
+from replk_mm.analysis.erf_result import SHARES, Erf, areas, paper_scale
+from replk_mm.errors import UserError
+
+
+def tables(found: Sequence[Erf]) -> str:
+    """Receptive fields as Markdown: the smallest centred squares in both scales, and what belongs to them."""
+    head = f'| Backbone | Weights | Map | {" | ".join(f"{100 * share:g} %" for share in SHARES)} |'
+    rule = f'|{" --- |" * (3 + len(SHARES))}'
+    lines: list[str] = []
+    for title, scale in (('in the scale of the RepLKNet paper, log10(score + 1)', paper_scale),
+                         ('of the contribution scores themselves', lambda scores: scores)):
+        lines += [f'Smallest centred square that holds a share {title}: side in pixels, share of the image', '', head, rule]
+        for erf in found:
+            cells = [f'{area["side"]} ({100 * area["ratio"]:.1f} %)' if area['side'] else 'none'
+                     for area in areas(scale(erf.scores)).values()]
+            name = f'output {erf.stage}, stride {erf.stride:g}, {erf.channels} channels'
+            lines.append(f'| {erf.backbone} | {"" if erf.trained else "**untrained**: "}{erf.weights} | {name} | '
+                         f'{" | ".join(cells)} |')
+        lines.append('')
+    offsets = (f'{erf.backbone} {erf.offset[0]:+.1f}, {erf.offset[1]:+.1f}' for erf in found if erf.offset)
+    lines += [f'Centre of gravity of the scores, pixels below and right of the middle: {"; ".join(offsets) or "none"}.', '']
+    sets = sorted({erf.image_set[:12] for erf in found})
+    lines.append(f'Images: {image_count(found)} brought to {found[0].size} x {found[0].size} pixels; '
+                 f'SHA-256 of the set {" and ".join(sets)}.')
+    return '\n'.join(lines) + '\n'
+
+
+def remarks(found: Sequence[Erf]) -> list[str]:
+    """What keeps receptive fields from being compared as they are.
+
+    Raises:
+        UserError: If their images differ in size, which nothing can be compared across.
+    """
+    sizes = {erf.size for erf in found}
+    if len(sizes) > 1:
+        raise UserError('--compare: the images differ in size: '
+                        + ', '.join(f'{erf.backbone} ({erf.config}) {erf.size}' for erf in found) + ' pixels\n'
+                        'A share of the image means another thing at each. Measure all with one --size.')
+    lines = []
+    untrained = [erf.backbone for erf in found if not erf.trained]
+    if untrained:
+        every = len(untrained) == len(found)
+        lines.append(f'warning: untrained weights: {"all" if every else ", ".join(untrained)}'
+                     + ('' if every else '; the others are trained: these are not the same question'))
+    if len({erf.image_set for erf in found}) > 1:
+        lines.append('warning: the images are not the same ones')
+    if len({erf.stride for erf in found}) > 1:
+        lines.append('strides of the maps differ: ' + ', '.join(f'{erf.backbone} {erf.stride:g}' for erf in found))
+    return lines
+
+
+def renew(page: Path, name: str, text: str, picture: Path) -> None:
+    """Renew a block of a Markdown page: what stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+
+    Args:
+        page: The page.
+        name: Of the block.
+        text: What goes in, after the picture.
+        picture: File that the page shows.
+
+    Raises:
+        UserError: If the page has not one such block.
+    """
+    begin, end = f'<!-- {name}:begin -->', f'<!-- {name}:end -->'
+    found = page.read_text(encoding='utf-8') if page.is_file() else ''
+    if found.count(begin) != 1 or found.count(end) != 1 or found.index(begin) > found.index(end):
+        raise UserError(f'--page {page}: {"expected one block" if page.is_file() else "no such file;"} from {begin} to {end}\n'
+                        f'Write both lines where the table belongs.')
+    before, after = found.partition(begin)[0], found.partition(end)[2]
+    link = Path(os.path.relpath(picture, page.parent)).as_posix()
+    page.write_text(f'{before}{begin}\n![Heat maps of effective receptive fields]({link})\n\n{text}{end}{after}',
+                    encoding='utf-8')

@@ -1,0 +1,144 @@
+"""Scenes that tell what a network goes by: objects whose shape and texture agree, and the same ones with a foreign texture.
+
+In the demo scenes (replk_mm/data/demo_scenes.py) texture does not depend on the class, and a network can only go by shape.
+Here each of three classes has a texture of its own besides its shape (:data:`TEXTURE_OF`):
+
+- in the splits 'train' and 'val' every object has shape and texture of one class: a network may go by either or both;
+- scenes ``2 i`` and ``2 i + 1`` of the split 'conflict' are scene ``i`` of 'val' with the textures exchanged in the two ways
+  that leave none in its place. Nothing else differs, and the label is that of the shape.
+
+A validation scene holds one object of each class, so that the conflict scenes hold every ordered pair (class of the shape,
+class of the texture) equally often. A training scene holds three objects whose shapes are drawn independently of each other,
+so that none tells what another is. Colour, depth of the texture, area, angle and place do not depend on the class.
+
+The textures have two levels of brightness that take half of the object each; they differ in how these are arranged, and are
+deeper than those of the demo scenes, so that they survive being made smaller. The beacon of the demo scenes stays; it names
+nothing here, and is not scored.
+"""
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from replk_mm.data.demo_layouts import LAYOUTS
+from replk_mm.data.demo_render import Scene, render_scene
+from replk_mm.data.demo_scenes import (
+    DEMO_CLASSES,
+    SHAPES,
+    THING_CLASSES,
+    ObjectSpec,
+    SceneSpec,
+    describe_scene,
+    place,
+    scene_rng,
+)
+from replk_mm.data.demo_writer import SceneKind, stem_of, write_demo_data
+
+#: Changes whenever the same seed gives other scenes than before.
+CONFLICT_VERSION = 1
+#: The texture that an object of each class has where the cues agree.
+TEXTURE_OF: dict[str, str] = {'disc': 'speckle', 'square': 'blotch', 'star': 'check'}
+#: Depth of the textures in grey levels, the least and the largest.
+AMPLITUDE = (40, 56)
+#: File below the data root that says what the objects of validation and conflict scenes are.
+LISTING = 'conflict.json'
+# Which stream of random numbers of a scene the objects come from: none of those that demo scenes use.
+_OBJECTS = 100
+
+
+def describe_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int] = (256, 256)) -> SceneSpec:
+    """Draw the description of one scene.
+
+    Args:
+        seed: Names the data set, 0 or more.
+        split: 'train', 'val' or 'conflict'.
+        index: Which scene of the split.
+        size: Height and width in pixels. Defaults to (256, 256).
+    """
+    if split != 'conflict':
+        return _agreeing(seed, split, index, size)
+    spec = _agreeing(seed, 'val', index // 2, size)
+    step = 1 + index % 2
+    foreign = {shape: TEXTURE_OF[SHAPES[(k + step) % len(SHAPES)]] for k, shape in enumerate(SHAPES)}
+    return replace(spec, objects=tuple(replace(item, texture=foreign[item.shape]) for item in spec.objects))
+
+
+def make_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int] = (256, 256)) -> Scene:
+    """Describe and draw scene ``index`` of a split ('train', 'val' or 'conflict')."""
+    return render_scene(describe_conflict_scene(seed, split, index, size))
+
+
+def texture_class(item: ObjectSpec) -> str:
+    """The class that an object's texture is of."""
+    return next(name for name, texture in TEXTURE_OF.items() if texture == item.texture)
+
+
+def write_conflict_data(out: str | Path, train: int = 400, val: int = 40, seed: int = 0, size: tuple[int, int] = (160, 160),
+                        progress: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Write the three splits in the layout of ADE20K, and :data:`LISTING`, under ``out``.
+
+    The label maps have the ids of the demo scenes, so that configs for these read them as they are.
+
+    Args:
+        out: A folder that does not exist, is empty, or holds an interrupted run of the same settings.
+        train: Number of training scenes.
+        val: Number of validation scenes; there are twice as many conflict scenes.
+        seed: Names the data set.
+        size: Height and width of a scene in pixels. Defaults to (160, 160).
+        progress: Show a counter on standard error.
+        overwrite: Remove what an earlier run wrote there, and nothing else, before writing.
+
+    Returns:
+        What ``meta.json`` holds.
+
+    Raises:
+        UserError: An argument is out of range, or ``out`` cannot be written or holds something else.
+    """
+    return write_demo_data(out, 'ade20k', train, val, seed, size, overwrite, progress, CONFLICT)
+
+
+def _agreeing(seed: int, split: str, index: int, size: tuple[int, int]) -> SceneSpec:
+    spec = describe_scene(seed, split, index, size)
+    rng = scene_rng(seed, split, index, _OBJECTS)
+    shapes = rng.permutation(len(SHAPES)) if split == 'val' else rng.integers(len(SHAPES), size=len(SHAPES))
+    left, top, right, bottom = spec.cue.box
+    half = (right - left) // 2
+    beacon = (left + half, top + half, round(1.42 * half))
+    while True:  # until all have found room, which they nearly always do at once
+        taken, objects = [beacon], []
+        for shape in (SHAPES[k] for k in shapes.tolist()):
+            # Depth first: however many places are tried, the next object's depth must not follow from them.
+            depth = int(rng.integers(AMPLITUDE[0], AMPLITUDE[1] + 1))
+            item = place(rng, size, shape, 0, taken, spec.backdrop)
+            if item is not None:
+                objects.append(replace(item, texture=TEXTURE_OF[shape], amplitude=depth))
+                taken.append((item.x, item.y, item.radius))
+        if len(objects) == len(shapes):
+            return replace(spec, objects=tuple(objects))
+
+
+def _listing(meta: dict[str, Any]) -> bytes:
+    """Every object of the validation and conflict scenes: class of its shape and of its texture, and its box.
+
+    An object's pixels are those inside its box that have its shape's id in the label map.
+    """
+    layout = LAYOUTS[meta['layout']]
+
+    def scenes(split: str) -> list[dict]:
+        found = []
+        for index in range(meta['scenes'][split]):
+            scene = make_conflict_scene(meta['seed'], split, index, (meta['size'][0], meta['size'][1]))
+            image, labels = layout.files(split, stem_of(split, index))
+            objects = [dict(shape=item.spec.shape, texture=texture_class(item.spec), box=list(item.box))
+                       for item in scene.instances]
+            found.append(dict(image=image, labels=labels, objects=objects))
+        return found
+
+    return (json.dumps(dict(
+        generator=meta['generator'], generator_version=meta['generator_version'], seed=meta['seed'], size=meta['size'],
+        textures=TEXTURE_OF, object_classes={name: DEMO_CLASSES.index(name) + 1 for name in THING_CLASSES},
+        agreeing=scenes('val'), conflict=scenes('conflict'))) + '\n').encode()
+
+
+CONFLICT = SceneKind('conflict', CONFLICT_VERSION, make_conflict_scene, layouts=('ade20k',), more={'conflict': 2},
+                     listing=(LISTING, _listing))
