@@ -57,7 +57,7 @@ def complete(row: str, label: str, seed: int, quality: float, cost: float, files
             merged_parameters=int(3.5e6 * cost), merged_macs=int(1.9e9 * cost)), protocol=size),
         speed(row, seed, 12. * cost + 0.1 * seed),
         record(row, seed, 'memory', dict(inference_bytes=int(80e6 * cost), training_bytes=None), protocol=SPEED),
-        record(row, seed, 'erf', dict(areas={str(t): dict(side=round(20 * cost * s), ratio=0.1 * s) for t, s in
+        record(row, seed, 'erf', dict(areas_of_scores={str(t): dict(side=round(20 * cost * s), ratio=0.1 * s) for t, s in
                                              ((0.2, 1), (0.3, 1.4), (0.5, 2), (0.99, 5))}, size=192, images=8, trained=True),
                files=dict(heat_map=files['heat_map']), protocol=dict(size=192, images=8, stage=3, trained=True)),
         record(row, seed, 'shape_bias', dict(shape_bias=0.3 + 0.1 * cost, shape_decisions=30, texture_decisions=50, other=0),

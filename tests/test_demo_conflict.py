@@ -170,7 +170,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_files(written, tmp_path, monk
     from replk_mm.data import demo_conflict
     whole = demo_conflict.CONFLICT
     cut = SceneKind(whole.name, whole.version, interrupted, whole.layouts, whole.more, whole.listing)
-    monkeypatch.setattr(demo_conflict, '55a84f2aa999f910', cut)
+    monkeypatch.setattr(demo_conflict, 'CONFLICT', cut)
     with pytest.raises(KeyboardInterrupt):
         write_conflict_data(tmp_path / 'd', train=3, val=3, seed=2, size=(64, 96))
     assert not (tmp_path / 'd/meta.json').exists() and not (tmp_path / 'd/conflict.json').exists()

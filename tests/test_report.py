@@ -259,7 +259,7 @@ def test_results_of_several_machines_merge(tmp_path) -> None:
         files = files_of(tmp_path / name, 'a', seed)
         data = scenes(tmp_path / name / 'data')
         folders.append(write(tmp_path / name, [metric('a', seed, 50. + seed, files=files, facts=facts(data)), record(
-            'a', seed, 'erf', dict(areas={}), files=files, protocol=dict(size=9))]))
+            'a', seed, 'erf', dict(areas_of_scores={}), files=files, protocol=dict(size=9))]))
     found = assemble.read([folders[0], folders[1] / 'results/a.1.jsonl'])
     row = found.suites[0].rows[0]
     assert row.figures['metric'].value == 50.5 and row.state == 'done, 2 seeds'

@@ -163,7 +163,7 @@ def test_missing_pictures_are_said(tmp_path) -> None:
     (data / 'annotations/validation/001.png').unlink()
     (tmp_path / files['heat_map']).unlink()
     records = [metric('a', 0, 50., files=files, facts=facts(data)), metric('b', 0, 49., files=dict(predictions='../../etc'),
-               facts=facts(data)), record('a', 0, 'erf', dict(areas={}), files=dict(heat_map=files['heat_map']))]
+               facts=facts(data)), record('a', 0, 'erf', dict(areas_of_scores={}), files=dict(heat_map=files['heat_map']))]
     text = webpage.page(assemble.read([write(tmp_path, records)]))
     missing = text[text.index('id="missing-pictures"'):]
     for said in ('000.jpg: not a readable picture', '001.png: not there', 'erf.png: not there', 'not in the work dir'):

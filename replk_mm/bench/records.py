@@ -181,7 +181,7 @@ def _lines(path: Path, complaints: list[str], offset: int = 0) -> Iterable[tuple
         place = f'{path}:{number}'
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # or nested too deeply
             complaints.append(f'{place}: not JSON; its process was ended while it wrote, or the file is damaged')
             continue
         wrong = complaint(record)

@@ -94,10 +94,10 @@ COLUMNS = (
            better='higher'),
     Column('memory', 'Memory', 'MiB', 'memory', (('inference_bytes',),), 1 / _MIB, 1, better='lower',
            note='Memory is what inference needs at its peak.'),
-    Column('erf50', 'ERF 50 %', 'px', 'erf', (('areas', '0.5', 'side'),), digits=0,
+    Column('erf50', 'ERF 50 %', 'px', 'erf', (('areas_of_scores', '0.5', 'side'),), digits=0,
            note='ERF, the effective receptive field: side of the square about the centre that holds this share of the '
-           'contribution of all pixels, which counts by its logarithm as in the RepLKNet paper.'),
-    Column('erf99', 'ERF 99 %', 'px', 'erf', (('areas', '0.99', 'side'),), digits=0),
+           'contribution of all pixels. The areas of the RepLKNet paper, of its logarithm, are in the records.'),
+    Column('erf99', 'ERF 99 %', 'px', 'erf', (('areas_of_scores', '0.99', 'side'),), digits=0),
     Column('shape_bias', 'Shape bias', '', 'shape_bias', (('shape_bias',),), digits=3,
            note='Shape bias: of the decisions for the shape or for the texture, the share of those for the shape.'),
 )

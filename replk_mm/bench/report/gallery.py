@@ -95,7 +95,7 @@ def heat_maps(suite: Suite, report: Report, album: Album) -> Iterator[Markup]:
             if not name:
                 continue
             sides = [f'{share}: {side:g} px' for share, at in (('50 %', '0.5'), ('99 %', '0.99'))
-                     if (side := number(record['values'], 'areas', at, 'side')) is not None]
+                     if (side := number(record['values'], 'areas_of_scores', at, 'side')) is not None]
             words = ', '.join(sides) + ('' if record['values'].get('trained', True) else '; random weights')
             try:
                 picture = album.add(read_rgb(inside(report.folders[id(record)], name)), _HEAT_MAP_WIDTH, 'drawing', str(name))
