@@ -18,8 +18,8 @@ from replk_mm.models import ConvNeXt, RepLKNet
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'
-# The demos hold their data set too, and are commands more than recipes.
-LEAVES = sorted(p.name for p in CONFIGS.glob('*.py') if not p.stem.endswith('_demo'))
+# Those on generated scenes are commands more than recipes.
+LEAVES = sorted(p.name for p in CONFIGS.glob('*.py') if not p.stem.endswith(('_demo', '_context')))
 NANO = [name for name in LEAVES if '-nano_' in name]
 
 # Read here once more, not through the package's own reader: the published rows, by the name of their config.

@@ -27,12 +27,13 @@ class Task:
 
 #: By the scope of a config.
 TASKS = {
-    'mmseg': Task('Segmentation with UperNet', 'mIoU ss / ms', ('miou_ss', 'miou_ms'), 'Crop'),
+    'mmseg': Task('Segmentation', 'mIoU ss / ms', ('miou_ss', 'miou_ms'), 'Crop'),
     'mmdet': Task('Detection', 'AP box / mask', ('ap_box', 'ap_mask'), 'Method'),
 }
 
 #: What the end of a config's name stands for.
-DATA = {'ade20k': 'ADE20K', 'cityscapes': 'Cityscapes', 'coco': 'COCO', 'demo': 'demo scenes'}
+DATA = {'ade20k': 'ADE20K', 'cityscapes': 'Cityscapes', 'coco': 'COCO', 'demo': 'demo scenes',
+        'context': 'context scenes'}
 
 #: What mmdet's classes are called in the papers.
 METHODS = {'CascadeRCNN': 'Cascade Mask R-CNN', 'MaskRCNN': 'Mask R-CNN'}
@@ -82,7 +83,7 @@ def read_config(path: Path) -> Row:
     weights = (backbone.get('init_cfg') or {}).get('checkpoint')
     # What the backbone starts from names it as the papers do, also where a config has no published row of its own.
     known: dict = next((entry for entry in published.table('weights') if entry['url'] == weights),
-                       dict(backbone=f'{backbone.type.rpartition(".")[2]}-{backbone.arch}', pretraining='none'))
+                       dict(backbone=_name(backbone), pretraining='none'))
     length = cfg.train_cfg.get('max_iters')
     schedule = f'{length / 1000:g}k iterations' if length else f'{cfg.train_cfg.max_epochs} epochs'
     data = path.stem.rpartition('_')[2].partition('-')[0]
@@ -96,6 +97,11 @@ def read_config(path: Path) -> Row:
         schedule=f'{schedule}, batch {cfg.auto_scale_lr.base_batch_size}',
         result=result,
         params_m=count_params_m(cfg))
+
+
+def _name(backbone: Config) -> str:
+    family = backbone.type.rpartition('.')[2]
+    return f'{family}-{backbone.arch}' if isinstance(backbone.arch, str) else f'{family}, {len(backbone.arch.channels)} stages'
 
 
 def read_configs(folder: Path) -> list[Row]:

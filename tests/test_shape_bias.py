@@ -1,0 +1,237 @@
+"""Shape bias: the definition, counted by hand, of networks whose bias is known because they are given it."""
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from PIL import Image
+from tiny import run_tool, tiny, trained  # noqa: F401 (fixtures)
+
+from replk_mm.analysis import shape_bias
+from replk_mm.analysis.shape_bias import decide, measure
+from replk_mm.data.conflict_files import ConflictObject, ConflictScene, ConflictSet
+from replk_mm.data.demo_conflict import write_conflict_data
+from replk_mm.data.demo_scenes import DEMO_CLASSES, DEMO_PALETTE, SHAPES
+from replk_mm.engine.predict import load_trained
+from replk_mm.errors import UserError
+
+VAL = 3  # scenes, so that there are 6 conflict scenes, 18 objects in them, 3 of each ordered pair
+GROUND = DEMO_CLASSES.index('ground')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('shape_bias') / 'data'
+    write_conflict_data(root, train=1, val=VAL, seed=1, size=(64, 64))
+    return root
+
+
+def objects_of(data: Path, image: Path) -> list[dict]:
+    listing = json.loads((data / 'conflict.json').read_text())
+    return next(s['objects'] for s in (*listing['conflict'], *listing['agreeing']) if str(image).endswith(s['image']))
+
+
+@pytest.fixture
+def network(data, tmp_path, monkeypatch):
+    """Run the measurement on a made-up network: ``paint`` fills in the class of an object that it predicts."""
+    checkpoint = tmp_path / 'made_up.pth'
+    torch.save({}, checkpoint)
+    (tmp_path / 'made_up.py').write_text('model = dict()\n')
+    cfg = Config.fromfile(tmp_path / 'made_up.py')
+
+    def measured(paint, classes=DEMO_CLASSES, root=data):
+        model = SimpleNamespace(decode_head=None, dataset_meta=dict(classes=list(classes), palette=list(DEMO_PALETTE)))
+
+        def predict(_, images):
+            for image in map(Path, images):
+                file = str(image).replace('/images/', '/annotations/').replace('.jpg', '.png')
+                labels = np.array(Image.open(file)).astype(int) - 1
+                predicted = np.full_like(labels, GROUND)
+                for item in objects_of(data, image):
+                    predicted[labels == DEMO_CLASSES.index(item['shape'])] = paint(item)
+                found = torch.from_numpy(predicted)[None]
+                yield image, cv2.imread(str(image)), SimpleNamespace(pred_sem_seg=SimpleNamespace(data=found))
+
+        monkeypatch.setattr(shape_bias, 'load_trained', lambda *args, **options: model)
+        monkeypatch.setattr(shape_bias, 'predict', predict)
+        return measure(cfg, str(checkpoint), root, tmp_path / 'out').values()
+
+    return measured
+
+
+def figures(shape: int, texture: int, other: int) -> dict:
+    bias = shape / (shape + texture) if shape + texture else None
+    return dict(shape_decisions=shape, texture_decisions=texture, other=other, shape_bias=bias)
+
+
+# -- networks of known bias -------------------------------------------------------------------------------------------
+def test_a_network_that_goes_by_shape(network):
+    values = network(lambda item: DEMO_CLASSES.index(item['shape']))
+    each = {name: figures(6, 0, 0) for name in SHAPES}
+    assert values == dict(**figures(18, 0, 0), per_class=each, agreeing_accuracy=1.0, agreeing_objects=9)
+
+
+def test_a_network_that_goes_by_texture(network):
+    values = network(lambda item: DEMO_CLASSES.index(item['texture']))
+    each = {name: figures(0, 6, 0) for name in SHAPES}
+    assert values == dict(**figures(0, 18, 0), per_class=each, agreeing_accuracy=1.0, agreeing_objects=9)
+
+
+def test_a_network_that_always_says_the_same(network):
+    values = network(lambda item: DEMO_CLASSES.index('disc'))
+    assert {key: values[key] for key in figures(0, 0, 0)} == figures(6, 6, 6)
+    assert values['per_class'] == {'disc': figures(6, 0, 0), 'square': figures(0, 3, 3), 'star': figures(0, 3, 3)}
+    assert values['agreeing_accuracy'] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize('name', ['ground', 'triangle_h'])
+def test_a_network_that_never_names_a_cue_has_no_bias(network, name):
+    values = network(lambda item: DEMO_CLASSES.index(name))
+    assert {key: values[key] for key in figures(0, 0, 0)} == figures(0, 0, 18)
+    assert values['agreeing_accuracy'] == 0
+
+
+def test_a_network_that_is_torn_by_class(network):
+    """Squares by texture, all else by shape."""
+    values = network(lambda item: DEMO_CLASSES.index(item['texture' if item['shape'] == 'square' else 'shape']))
+    assert {key: values[key] for key in figures(0, 0, 0)} == figures(12, 6, 0)
+    assert values['shape_bias'] == pytest.approx(2 / 3)
+
+
+# -- the decision -----------------------------------------------------------------------------------------------------
+def test_decision_is_the_most_frequent_class_of_objects_counted_one_by_one():
+    rng = np.random.default_rng(0)
+    known = {'a': 2, 'b': 3, 'c': 5}
+    outcomes = set()
+    for _ in range(200):
+        predicted, mask = rng.integers(0, 7, (4, 5)), rng.random((4, 5)) < 0.5
+        counts = dict.fromkeys(known, 0)
+        for row in range(4):
+            for column in range(5):
+                for name, index in known.items():
+                    if mask[row, column] and predicted[row, column] == index:
+                        counts[name] += 1
+        best = sorted(counts, key=counts.__getitem__)[-1]
+        alone = counts[best] > 0 and sum(count == counts[best] for count in counts.values()) == 1
+        expected = best if alone else None
+        assert decide(predicted, mask, known) == expected
+        outcomes.add(expected)
+    assert outcomes == {'a', 'b', 'c', None}
+
+
+def test_background_decides_nothing_however_much_of_it():
+    predicted = np.array([[0, 0, 0, 0, 0, 4]])
+    assert decide(predicted, np.ones((1, 6), bool), {'a': 4, 'b': 5}) == 'a'
+    assert decide(predicted, np.array([[True] * 5 + [False]]), {'a': 4, 'b': 5}) is None
+    assert decide(np.zeros((2, 2), int), np.ones((2, 2), bool), {'a': 4}) is None
+
+
+def test_an_object_is_told_from_its_like_by_its_box():
+    labels = np.zeros((6, 12), int)
+    labels[1:5, 1:5] = labels[1:5, 7:11] = 4
+    item = ConflictObject('a', 'b', (6, 0, 12, 6))
+    scene = ConflictScene('scene.jpg', Path('scene.jpg'), Path('scene.png'), (item,))
+    mask = ConflictSet({'a': 4, 'b': 5}, (scene,), (), {}, '').mask(scene, item, labels)
+    assert mask.sum() == 16 and mask[1:5, 7:11].all()
+
+
+# -- a network that learned -------------------------------------------------------------------------------------------
+def test_a_trained_checkpoint_is_counted_like_its_label_maps(tiny, trained, data, tmp_path):  # noqa: F811
+    """The same objects, decided from the label maps that mmseg's own inference gives."""
+    from mmseg.apis import inference_model
+    model = load_trained(tiny.cfg(), str(trained), 'cpu')
+    listing = json.loads((data / 'conflict.json').read_text())
+    count = dict(shape=0, texture=0, other=0)
+    for scene in listing['conflict']:
+        predicted = inference_model(model, str(data / scene['image'])).pred_sem_seg.data[0].numpy()
+        labels = np.array(Image.open(data / scene['labels']))
+        for item in scene['objects']:  # each shape occurs once
+            inside = predicted[labels == DEMO_CLASSES.index(item['shape']) + 1]
+            votes = [(inside == k).sum() if k > 2 else 0 for k in range(len(DEMO_CLASSES))]
+            top = [DEMO_CLASSES[k] for k in range(len(votes)) if votes[k] == max(votes) > 0]
+            cue = [key for key in ('shape', 'texture') if [item[key]] == top]
+            count[cue[0] if cue else 'other'] += 1
+    cfg = tiny.cfg()
+    before = str(cfg)
+    values = measure(cfg, str(trained), data, tmp_path / 'out').values()
+    assert str(cfg) == before
+    assert [values[f'{key}_decisions'] for key in ('shape', 'texture')] + [values['other']] == list(count.values())
+    assert sum(count.values()) == 6 * VAL
+
+
+def test_the_command_prints_and_writes_what_it_measured(tiny, trained, data, tmp_path):  # noqa: F811
+    result = run_tool('shape_bias', tiny.config, trained, '--data-root', data, '--out', tmp_path / 'out', '--device', 'cpu')
+    assert result.returncode == 0, result.stderr
+    kept = json.loads((tmp_path / 'out/shape_bias.json').read_text())
+    values = kept['values']
+    counted = [values[key] for key in ('shape_decisions', 'texture_decisions', 'other')]
+    printed = next(line for line in result.stdout.splitlines() if line.startswith('all '))
+    assert list(map(int, printed.split()[1:4])) == counted
+    assert kept['protocol']['definition'] in result.stdout and 'Geirhos' in result.stdout
+    assert kept['protocol']['scenes']['seed'] == 1 and kept['protocol']['scenes']['conflict'] == 2 * VAL
+    assert len(kept['decisions']) == 9 * VAL
+    told = [d['decided'] for d in kept['decisions'] if d['shape'] != d['texture']]
+    shapes = [d['shape'] for d in kept['decisions'] if d['shape'] != d['texture']]
+    assert sum(a == b for a, b in zip(told, shapes, strict=True)) == values['shape_decisions']
+    assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
+    picture = cv2.imread(str(tmp_path / 'out/shape_bias.png'))
+    assert picture.std() > 20 and min(picture.shape[:2]) > 300
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+def changed(data: Path, folder: Path, change) -> Path:
+    """The data set with another listing."""
+    root = folder / 'changed'
+    root.mkdir()
+    for name in ('images', 'annotations'):
+        (root / name).symlink_to(data / name)
+    listing = json.loads((data / 'conflict.json').read_text())
+    text = change(listing)
+    (root / 'conflict.json').write_text(text if isinstance(text, str) else json.dumps(listing))
+    return root
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda found: '{"conflict": [', 'conflict.json: not JSON'),
+    (lambda found: '[]', "'object_classes' is absent"),
+    (lambda found: found.pop('agreeing') and None, "'agreeing' is absent"),
+    (lambda found: found['conflict'].clear(), 'no object to decide about'),
+    (lambda found: found['conflict'][1]['objects'][0].pop('box') and None, r"conflict\[1\]: key 'box'"),
+    (lambda found: found['conflict'][1]['objects'][0].update(box=[5, 5, 5, 9]), r'conflict\[1\]: key box'),
+    (lambda found: found['conflict'][2].update(image='images/none.jpg'), r'conflict\[2\]: .*none.jpg does not exist'),
+    (lambda found: found['conflict'][0]['objects'][0].update(texture='fur'), "'fur' is not among object_classes"),
+    (lambda found: [item.update(texture=item['shape']) for item in found['conflict'][0]['objects']], 'agree'),
+    (lambda found: found['conflict'][0]['objects'][0].update(box=[0, 0, 1, 1]), 'no pixel of'),
+    (lambda found: found['conflict'][0].update(labels=found['conflict'][0]['image']), '3 channels'),
+])
+def test_a_listing_that_cannot_be_meant_is_named(network, data, tmp_path, change, words):
+    root = changed(data, tmp_path, change)
+    with pytest.raises(UserError, match=words) as caught:
+        network_on(network, root)
+    assert str(caught.value).count('\n') >= 1
+
+
+def network_on(network, root: Path):
+    return network(lambda item: 0, root=root)
+
+
+def test_a_folder_without_listing_says_how_to_write_one(network, tmp_path):
+    with pytest.raises(UserError, match='--scenes conflict'):
+        network_on(network, tmp_path)
+
+
+def test_a_network_of_other_classes_is_refused(network):
+    with pytest.raises(UserError, match='no class disc, star'):
+        network(lambda item: 0, classes=['sky', 'ground', 'square'])
+
+
+def test_a_detector_is_refused(network, data, tmp_path, monkeypatch):
+    network(lambda item: 0)
+    monkeypatch.setattr(shape_bias, 'load_trained', lambda *args, **options: SimpleNamespace(bbox_head=None))
+    with pytest.raises(UserError, match='a detector'):
+        measure(Config.fromfile(tmp_path / 'made_up.py'), str(tmp_path / 'made_up.pth'), data, tmp_path / 'out')

@@ -1,0 +1,250 @@
+"""What a row of a suite measures, against the commands that measure the same, and by hand."""
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import CONFIG, ROOT, make_data, run_tool, tiny, tool_environment, trained  # noqa: F401
+
+from replk_mm.bench import records
+from replk_mm.bench.suites import measures, plan, training
+from replk_mm.bench.suites.definition import read_suite
+from replk_mm.bench.suites.row import perform, reason_of
+from replk_mm.errors import UserError
+
+_count = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _a_process_of_its_own(monkeypatch):
+    """mmengine logs all runs of a process to the folder of the first; a row has its own process."""
+    original = training.config_of
+
+    def named(task):
+        cfg = original(task)
+        cfg.experiment_name = cfg.visualizer.name = f'row{next(_count)}'
+        return cfg
+
+    monkeypatch.setattr(training, 'config_of', named)
+
+
+def task_of(folder: Path, tiny, **row):  # noqa: F811
+    """The task of a row with the tiny network."""
+    path = folder / 'suite.yaml'
+    path.write_text(json.dumps(dict(name='s', data=dict(root=str(tiny.data)), rows=[
+        {'name': 'a', 'config': str(tiny.config), **row}])))
+    [task], failed = plan.tasks_left(read_suite(path), plan.Choice(folder / 'w', resume=True, device='cpu'))
+    assert not failed
+    return task
+
+
+def test_metric_is_what_the_test_command_writes(tiny, trained, tmp_path):  # noqa: F811
+    task = task_of(tmp_path, tiny, checkpoint=str(trained), measure=['metric'])
+    found = measures.TABLE['metric'](task)
+    written = json.loads((task.folder / 'test' / 'metrics.json').read_text())
+    assert found.values['metrics']['mIoU'] == written['metrics']['mIoU'] > 0
+    assert found.files['predictions'] == 'runs/a/0/test/predictions'
+    # by hand, from the predicted and the true label maps
+    labels = Path(tiny.data, found.facts['data']['labels'])
+    predicted = task.folder / 'test' / 'predictions'
+    both = [(np.array(Image.open(path)), np.array(Image.open(labels / path.name))) for path in sorted(predicted.glob('*.png'))]
+    assert len(both) == found.values['images'] == found.protocol['data']['images']
+    ious = []
+    for i, name in enumerate(found.facts['data']['classes'], 1):  # files hold class i as i + 1, and 0 is not scored
+        kept = [(p[t != 0], t[t != 0]) for p, t in both]
+        intersection = sum(int(((p == i) & (t == i)).sum()) for p, t in kept)
+        union = sum(int(((p == i) | (t == i)).sum()) for p, t in kept)
+        if union:
+            ious.append(100 * intersection / union)
+        if name in found.values['per_class']:
+            assert found.values['per_class'][name]['IoU'] == pytest.approx(ious[-1])
+    assert found.values['metrics']['mIoU'] == pytest.approx(np.mean(ious))
+    assert found.values['reparameterized']['metrics']['mIoU'] == pytest.approx(np.mean(ious), abs=0.05)
+    assert found.checkpoint['trained'] is False and found.checkpoint['iteration'] == 30
+    assert found.protocol['iterations'] == 30 and found.protocol['mode'] == 'whole' and found.protocol['batch'] is None
+
+
+def test_data_of_another_size_is_other_data(tiny, tmp_path):  # noqa: F811
+    from replk_mm.bench.suites.testing import test_data as describe
+    from replk_mm.engine.config import set_data_root
+    found = []
+    for root in (tiny.data, make_data(tmp_path / 'same'), tmp_path / 'same'):
+        cfg = tiny.cfg()
+        set_data_root(cfg, str(root))
+        found.append(describe(cfg, 'test')[0])
+        if root == tmp_path / 'same':
+            image = next((root / 'annotations' / 'validation').glob('*.png'))
+            image.write_bytes(image.read_bytes() + b' ')
+    assert found[0]['sha256'] == found[1]['sha256'] != found[2]['sha256']  # wherever they are
+
+
+def test_complexity_speed_and_memory(tiny, trained, tmp_path):  # noqa: F811
+    task = task_of(tmp_path, tiny, checkpoint=str(trained), measure=['complexity', 'speed'], shape=[96, 64], batch=2)
+    found = measures.TABLE['complexity'](task)
+    weights = torch.load(trained, weights_only=False)['state_dict']
+    buffers = ('running_mean', 'running_var', 'num_batches_tracked')
+    assert found.values['parameters'] == sum(w.numel() for name, w in weights.items() if not name.endswith(buffers))
+    assert found.values['merged_parameters'] < found.values['inference_parameters'] < found.values['parameters']
+    assert found.protocol['shape'] == [64, 64]
+    found = measures.TABLE['speed'](task)
+    assert set(found.values['forms']) == {'training', 'reparameterized'}
+    for form in found.values['forms'].values():
+        assert 0 < form['low_ms'] <= form['median_ms'] <= form['high_ms']
+        assert form['throughput'] == pytest.approx(2 / (form['median_ms'] / 1e3))
+    assert (found.protocol['shape'], found.protocol['batch'], found.protocol['device']) == ([96, 64], 2, 'cpu')
+
+
+def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_path, monkeypatch):  # noqa: F811
+    # The config's SyncBN is BN here, which cannot train on one image pooled to a pixel.
+    asked = []
+    monkeypatch.setattr(measures, 'memory_of', lambda job, *args: asked.append(job) or 1000 * len(asked))
+    found = measures.TABLE['memory'](task_of(
+        tmp_path, tiny, measure=['memory'], options={'model.decode_head.norm_cfg': dict(type='SyncBN')}))
+    assert [(job.mode, job.form, job.batch) for job in asked] == [
+        ('inference', 'reparameterized', 1), ('train', 'training', 2)]
+    assert found.values == dict(inference_bytes=1000, training_bytes=2000) and found.protocol['training_batch'] == 2
+
+
+def test_absent_weights_fail_what_needs_them_only(tiny, tmp_path):  # noqa: F811
+    task = task_of(tmp_path, tiny, checkpoint='nowhere/{row}.pth', measure=['metric', 'complexity'])
+    assert not perform(task, measures.TABLE, {})
+    found = {one['measurement']: one for one in records.read([tmp_path / 'w'])[0]}
+    assert found['complexity']['status'] == 'done'
+    assert found['metric']['reason'].startswith('nowhere/a.pth: no such checkpoint')
+
+
+def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_path):  # noqa: F811
+    # checkpoints and validation after every iteration, and a learning rate that breaks all weights in the first
+    task = task_of(tmp_path, tiny, iterations=3, measure=['metric'], options={
+        'optim_wrapper.optimizer.lr': 1e30, 'param_scheduler': [], 'default_hooks.checkpoint.interval': 1})
+    assert not perform(task, measures.TABLE, measures.environment())
+    [found] = records.read([tmp_path / 'w'])[0]
+    assert (found['measurement'], found['status']) == ('train', 'failed')
+    assert found['reason'].startswith('loss is nan at iteration 2\n')
+    assert not (task.folder / 'train' / 'iter_2.pth').exists()
+
+
+def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):  # noqa: F811
+    row = dict(iterations=4, measure=['curve', 'metric'], seeds=[3], options={'default_hooks.checkpoint.interval': 2})
+    task = task_of(tmp_path, tiny, **row)
+    original = training.SuiteHook.after_train_iter
+
+    def cut(self, runner, *args, **kwargs):
+        original(self, runner, *args, **kwargs)
+        if runner.iter == 2:
+            raise MemoryError('a heavy image')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.SuiteHook, 'after_train_iter', cut)
+        assert not perform(task, measures.TABLE, {})
+    [failed] = records.read([tmp_path / 'w'])[0]
+    assert 'out of memory at iteration 2' in failed['reason'] and 'a heavy image' in failed['reason']
+    task = task_of(tmp_path, tiny, **row)
+    assert task.measures == ('train', 'metric', 'curve')
+    assert perform(task, measures.TABLE, {})
+    found = {one['measurement']: one for one in records.read([tmp_path / 'w'])[0]}
+    assert [step for step, _ in found['curve']['values']['loss']] == [1, 2, 3, 4]
+    assert found['curve']['values']['metric'][-1] == [4, pytest.approx(found['metric']['values']['metrics']['mIoU'])]
+    assert found['train']['values']['iterations'] == 4 and found['train']['values']['samples_seen'] == 4 * 2
+    assert found['train']['facts']['resumed_from'].endswith('iter_2.pth')
+    assert found['metric']['checkpoint']['trained'] is True and found['metric']['checkpoint']['iteration'] == 4
+    assert found['metric']['protocol']['samples_seen'] == 8 and found['metric']['protocol']['crop'] == [64, 64]
+    assert found['curve']['protocol'] == found['metric']['protocol']
+
+
+def test_curve_of_epochs_and_of_what_was_done_twice(tmp_path, tiny):  # noqa: F811
+    task = task_of(tmp_path, tiny, iterations=9, measure=['curve'])
+    for name, rows in (('1', [dict(loss=3., epoch=1, step=2), dict(loss=2., epoch=1, step=4),
+                              {'coco/bbox_mAP': .1, 'step': 1}, dict(loss=9., epoch=2, step=6)]),
+                       ('2', [dict(loss=1., epoch=2, step=6), dict(loss=math.nan, epoch=2, step=8),
+                              {'coco/bbox_mAP': .3, 'step': 2}])):
+        folder = task.folder / 'train' / name / 'vis_data'
+        folder.mkdir(parents=True)
+        (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, rows)) + '\n{"loss": 5')
+    found = training.curve(task)
+    assert found.values == dict(loss=[[2, 3.], [4, 2.], [6, 1.]], metric=[[4, 10.], [6, 30.]], name='coco/bbox_mAP')
+    assert found.facts['best'] == dict(iteration=6, value=30.)
+
+
+@pytest.mark.parametrize(('weights', 'name'), [
+    (None, 'none'), ('torchvision://resnet50', 'ImageNet-1K'), ('somewhere/own_weights.pth', 'own_weights.pth'),
+    ('https://dl.fbaipublicfiles.com/convnext/convnext_base_22k_224.pth', 'ImageNet-22K')])
+def test_pretraining(tiny, weights, name):  # noqa: F811
+    cfg = tiny.cfg()
+    cfg.model.backbone.init_cfg = weights and dict(type='Pretrained', checkpoint=weights)
+    assert training.pretraining_of(cfg) == name
+
+
+def test_reasons_in_words():
+    assert reason_of(UserError('this\nthat')) == 'this\nthat'
+    assert reason_of(KeyError('x')) == "KeyError: 'x'"
+    assert reason_of(RuntimeError('\nfirst\nsecond')) == 'RuntimeError: first'
+    assert reason_of(AssertionError()) == 'AssertionError: no message'
+
+
+# ---- whole commands
+
+def suite_of(folder: Path, **content) -> Path:
+    (folder / 'tiny.py').write_text(CONFIG)
+    path = folder / 'suite.yaml'
+    path.write_text(json.dumps(dict(
+        name='whole', data=dict(scenes='demo', train=8, val=4, size=[64, 64]), **content)))
+    return path
+
+
+@pytest.mark.slow
+def test_a_suite_from_the_command_line_killed_while_it_trains(tmp_path):
+    path = suite_of(tmp_path, defaults=dict(config='tiny.py', options={'default_hooks.checkpoint.interval': 5}, iterations=60,
+                                            measure=['metric', 'complexity', 'memory', 'erf', 'curve']),
+                    rows=[dict(name='long'), dict(name='no-number', iterations=3,
+                                                  options={'optim_wrapper.optimizer.lr': 1e30})])
+    arguments = [str(path), '--work-dir', str(tmp_path / 'w'), '--device', 'cpu']
+    command = [sys.executable, str(ROOT / 'tools' / 'suite.py'), *arguments]
+    suite = subprocess.Popen(command, env=tool_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / 'w' / 'runs' / 'long' / '0' / 'train' / 'last_checkpoint'
+    end = time.monotonic() + 200
+    while not checkpoint.exists():
+        assert suite.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    os.kill(suite.pid, signal.SIGKILL)
+    suite.communicate()
+    assert run_tool('suite', *arguments).returncode == 2  # without --resume
+    done = run_tool('suite', *arguments, '--resume', timeout=500)
+    assert done.returncode == 1, done.stderr
+    assert 'no-number seed 0: train: loss is nan at iteration 2' in done.stdout
+    found = {(one['row'], one['measurement']): one for one in records.read([tmp_path / 'w'])[0]}
+    assert {key for key, one in found.items() if one['status'] == 'done'} == {
+        ('long', m) for m in ('train', 'metric', 'complexity', 'memory', 'erf', 'curve')}
+    assert found['long', 'train']['facts']['resumed_from']
+    steps = [step for step, _ in found['long', 'curve']['values']['loss']]
+    assert steps == sorted(set(steps)) and steps[-1] == 60
+    assert found['long', 'memory']['values']['training_bytes'] > 0
+    for one in found.values():
+        assert one['environment']['torch'] == torch.__version__
+        assert all((tmp_path / 'w' / file).exists() for file in one['files'].values())
+    listed = run_tool('suite', *arguments, '--list').stdout.splitlines()
+    assert listed[0].split()[:4] == ['0', 'long', '0', 'done'] and 'failed: train: loss is nan' in listed[1]
+    again = run_tool('suite', *arguments, '--resume', '--only', 'long')
+    assert again.returncode == 0 and '0 rows and seeds to do, 1 are done' in again.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_train_and_test_together(tmp_path):
+    path = suite_of(tmp_path, rows=[dict(name='a', config='tiny.py', iterations=4, measure=['metric', 'complexity'])])
+    done = run_tool('suite', path, '--work-dir', tmp_path / 'w', '--device', 'cpu', '--launcher', 'pytorch', '--nproc', 2,
+                    timeout=500)
+    assert done.returncode == 0, done.stdout + (tmp_path / 'w' / 'runs' / 'a' / '0' / 'log.txt').read_text()[-3000:]
+    found = {one['measurement']: one for one in records.read([tmp_path / 'w'])[0]}
+    assert {name: one['status'] for name, one in found.items()} == dict(train='done', metric='done', complexity='done')
+    assert found['train']['facts']['processes'] == 2 and found['train']['values']['samples_seen'] == 4 * 2 * 2
+    assert found['metric']['values']['images'] == 4
+    assert len((tmp_path / 'w' / 'results' / 'a.0.jsonl').read_text().splitlines()) == 3  # by one of the two

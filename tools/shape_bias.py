@@ -1,0 +1,40 @@
+"""Measure whether a trained segmentation network goes by shape or by texture: docs/shape_bias.md."""
+import sys
+from pathlib import Path
+
+from replk_mm import cli
+from replk_mm.analysis.shape_bias import DEFINITION, measure
+from replk_mm.engine.config import load_config
+from replk_mm.errors import command
+
+
+@command
+def main() -> None:
+    p = cli.parser(__doc__, 'python tools/shape_bias.py configs/upernet_replk-nano_demo.py iter_600.pth '
+                            '--data-root data/conflict --out out')
+    p.add_argument('config', help='config the checkpoint was trained with')
+    p.add_argument('checkpoint', help='trained on objects with both cues: file or address')
+    p.add_argument('--data-root', required=True, type=Path, metavar='DIR',
+                   help='what tools/make_demo_data.py DIR --scenes conflict wrote')
+    p.add_argument('--out', required=True, type=Path, metavar='DIR', help='folder for shape_bias.json and shape_bias.png')
+    p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
+    p.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code; only if you know its maker')
+    cli.add_config_options(p)
+    args = p.parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    bias = measure(cfg, args.checkpoint, args.data_root, args.out, args.device, args.trust_checkpoint)
+    values = bias.values()
+    print(f'{"shape of":12s} by shape  by texture  other  shape bias')
+    for name, row in (*values['per_class'].items(), ('all', values)):
+        share = '-' if row['shape_bias'] is None else f'{row["shape_bias"]:.3f}'
+        print(f'{name:12s} {row["shape_decisions"]:8d}  {row["texture_decisions"]:10d}  {row["other"]:5d}  {share:>10s}')
+    print(f'shape bias: {DEFINITION}')
+    if bias.agreeing:
+        print(f'where shape and texture agree, {100 * values["agreeing_accuracy"]:.1f} % of {values["agreeing_objects"]} '
+              f'objects are decided right: the share above means something only if these are most')
+    print(f'written: {args.out / "shape_bias.json"}, {args.out / "shape_bias.png"}')
+
+
+if __name__ == '__main__':
+    cli.start_process()
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Run a suite of experiments: train and measure each of its rows, one record a measurement, in processes of their own.
+
+Results go to WORK_DIR/results, append-only. A suite that was stopped, killed or had rows that failed goes on with --resume:
+what is done stays, a training goes on from its last checkpoint, and what failed is tried again. docs/suites.md shows how to
+write one and how to spread it over machines.
+"""
+import shlex
+import sys
+from pathlib import Path
+
+from replk_mm import cli
+from replk_mm.bench.suites import plan
+from replk_mm.bench.suites.definition import read_suite
+from replk_mm.bench.suites.run import Settings, run
+from replk_mm.errors import UserError, command
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated names, for argparse."""
+    return [name.strip() for name in text.split(',') if name.strip()]
+
+
+@command
+def main() -> int:
+    p = cli.parser(__doc__, 'python tools/suite.py configs/suites/demo.yaml --jobs 2')
+    p.add_argument('suite', help='suite file (YAML)')
+    p.add_argument('--only', type=names, default=[], metavar='ROWS', help="names, patterns such as 'replk-*', or numbers of "
+                   '--list, separated by commas')
+    p.add_argument('--resume', action='store_true', help='go on: what is done stays, what failed is tried again')
+    p.add_argument('--list', action='store_true', help='print number, row, seed and state of everything, and run nothing')
+    p.add_argument('--work-dir', type=Path, metavar='DIR', help='for everything (default: work_dirs/suites/NAME)')
+    p.add_argument('--data-root', metavar='DIR', help='data of all rows (default: as the suite or the configs say)')
+    p.add_argument('--jobs', type=cli.positive, default=1, metavar='N', help='rows at a time, which share the cores; speed '
+                   'and memory are measured after all others, one row at a time')
+    p.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help="start a row's training and test "
+                   'by torchrun (pytorch) or, within an allocation, by srun (slurm)')
+    p.add_argument('--nproc', type=cli.positive, default=1, metavar='N', help='processes of a row, under a launcher')
+    p.add_argument('--device', metavar='D', help='cpu or cuda (default: a GPU if there is one)')
+    args = p.parse_args()
+    if args.nproc > 1 and args.launcher == 'none':
+        raise UserError(f'--nproc {args.nproc}: needs a launcher\nAdd --launcher pytorch or --launcher slurm.')
+    suite = read_suite(args.suite)
+    work_dir = args.work_dir or Path('work_dirs', 'suites', suite.name)
+    if args.list:
+        width = max(len(row.name) for row in suite.rows)
+        for number, row, seed, state in plan.states(suite, work_dir):
+            print(f'{number:4}  {row.name:{width}}  {seed:4}  {state}')
+        return 0
+    choice = plan.Choice(work_dir, args.resume, args.only, args.data_root, args.device)
+    try:
+        failed = _run(suite, choice, Settings(args.jobs, args.launcher, args.nproc))
+    except KeyboardInterrupt:
+        again = [part for part in sys.argv[1:] if part != '--resume']
+        print(f'\ninterrupted; go on with: python tools/suite.py {shlex.join(again)} --resume', file=sys.stderr)
+        return 130
+    return 1 if failed else 0
+
+
+def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
+    """Run what is left and say how it went; returns whether something failed."""
+    tasks, failed = plan.tasks_left(suite, choice)
+    done = len(plan.chosen(suite, choice.only)) - len(tasks) - len(failed)
+    print(f'{suite.name}: {len(tasks)} rows and seeds to do' + (f', {done} are done' if done else '')
+          + f'; everything goes to {choice.work_dir}', file=sys.stderr, flush=True)
+    if settings.jobs > 1 or settings.launcher != 'none':
+        print('speed and memory are measured at the end, one row at a time', file=sys.stderr)
+    from replk_mm.bench.suites.measures import environment
+    failed += [(task.name, reason) for task, reason in run(tasks, settings, environment)]
+    if failed:
+        print(f'\n{len(failed)} failed; --resume tries them again:')
+        for name, reason in failed:
+            print(f'  {name}: ' + reason.replace('\n', '\n      '))
+    print(f'results: {choice.work_dir / "results"}')
+    return bool(failed)
+
+
+if __name__ == '__main__':
+    cli.start_process()
+    sys.exit(main())
