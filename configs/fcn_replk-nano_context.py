@@ -2,7 +2,7 @@
 #
 # Train:     python tools/make_demo_data.py context/data --scenes context --size 96 96 --train 400 --val 80 &&
 #            python tools/train.py configs/fcn_replk-nano_context.py
-# Recipe:    1 CPU x 16 images (global batch 16), 300 iterations, from scratch
+# Recipe:    1 CPU x 16 images (global batch 16), 200 iterations, from scratch
 # Published: none; `python tools/suite.py configs/suites/kernel_size.yaml` compares kernel sizes with it
 _base_ = ['./_base_/models/fcn_linear.py', './_base_/datasets/context.py', './_base_/schedules/context.py',
           'mmseg::_base_/default_runtime.py']
