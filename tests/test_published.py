@@ -130,16 +130,19 @@ def test_a_metric_that_is_not_stated_is_a_dash():
     assert line.endswith('| COCO | FCOS | 24 epochs, batch 16 | 47.0 / – | 87 | 113.4 |')
 
 
+BEGIN, END = '<!-- configs:begin -->', '<!-- configs:end -->'
+
+
 def test_readme_block_is_renewed_and_nothing_else():
-    text = f'before\n{config_table.BEGIN}\nold\n{config_table.END}\nafter\n'
+    text = f'before\n{BEGIN}\nold\n{END}\nafter\n'
     new = config_table.update_readme(text, [ROW])
-    assert new.startswith(f'before\n{config_table.BEGIN}\n') and new.endswith(f'{config_table.END}\nafter\n')
+    assert new.startswith(f'before\n{BEGIN}\n') and new.endswith(f'{END}\nafter\n')
     assert 'old' not in new and 'upernet_replk31b_ade20k' in new
     assert config_table.update_readme(new, [ROW]) == new
 
 
-@pytest.mark.parametrize('text', ['', config_table.BEGIN, f'{config_table.END}\n{config_table.BEGIN}',
-                                  f'{config_table.BEGIN}{config_table.END}' * 2])
+@pytest.mark.parametrize('text', ['', BEGIN, f'{END}\n{BEGIN}',
+                                  f'{BEGIN}{END}' * 2])
 def test_readme_without_one_block_is_refused(text):
     with pytest.raises(UserError, match='PAGE.md'):
         config_table.update_readme(text, [ROW], 'PAGE.md')

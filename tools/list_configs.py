@@ -18,7 +18,7 @@ def parse_args() -> argparse.Namespace:
                         help='folder of the configs (default: configs)')
     parser.add_argument('--write', type=Path, metavar='PAGE', help='write the page here, such as docs/configs.md')
     parser.add_argument('--readme', type=Path, metavar='FILE',
-                        help=f'renew the table between {config_table.BEGIN} and {config_table.END} in this file')
+                        help=f'renew the block of tables that is marked {config_table.BLOCK} in this file')
     return parser.parse_args()
 
 

@@ -10,6 +10,7 @@ from replk_mm import cli
 from replk_mm.bench.report import assemble, markdown, webpage
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import command
+from replk_mm.pages import renew
 
 STATUSES = f"""
 exit status:
@@ -26,12 +27,16 @@ def main() -> int:
     p.epilog += f'\n{STATUSES}'
     p.add_argument('results', nargs='+', metavar='RESULTS', help='work dir, folder or .jsonl file')
     p.add_argument('--out', required=True, metavar='DIR', help='for index.html and report.md')
+    p.add_argument('--page', metavar='FILE', help='renew the block of every suite in this Markdown page, marked by its name')
     args = p.parse_args()
     found = assemble.read(args.results)
     out = prepare_work_dir(args.out, option='--out')
     for name, text in (('index.html', webpage.page(found)), ('report.md', markdown.page(found))):
         Path(out, name).write_text(text, encoding='utf-8')
         print(f'written: {Path(out, name)} ({Path(out, name).stat().st_size / 2**20:.2f} MiB)')
+    for suite in found.suites if args.page else ():
+        renew(Path(args.page), suite.name, markdown.tables(suite))
+        print(f'{args.page}: renewed {suite.name}')
     for complaint in found.complaints:
         print(f'passed over: {complaint}', file=sys.stderr)
     return assemble.SKIPPED_STATUS if found.complaints else 0

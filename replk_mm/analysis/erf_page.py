@@ -3,6 +3,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from replk_mm import pages
 from replk_mm.analysis.erf_plot import image_count
 from replk_mm.analysis.erf_result import SHARES, Erf, areas, paper_scale
 from replk_mm.errors import UserError
@@ -56,7 +57,7 @@ def remarks(found: Sequence[Erf]) -> list[str]:
 
 
 def renew(page: Path, name: str, text: str, picture: Path) -> None:
-    """Renew a block of a Markdown page: what stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+    """Renew a block of a Markdown page; see :mod:`replk_mm.pages`.
 
     Args:
         page: The page.
@@ -67,12 +68,5 @@ def renew(page: Path, name: str, text: str, picture: Path) -> None:
     Raises:
         UserError: If the page has not one such block.
     """
-    begin, end = f'<!-- {name}:begin -->', f'<!-- {name}:end -->'
-    found = page.read_text(encoding='utf-8') if page.is_file() else ''
-    if found.count(begin) != 1 or found.count(end) != 1 or found.index(begin) > found.index(end):
-        raise UserError(f'--page {page}: {"expected one block" if page.is_file() else "no such file;"} from {begin} to {end}\n'
-                        f'Write both lines where the table belongs.')
-    before, after = found.partition(begin)[0], found.partition(end)[2]
     link = Path(os.path.relpath(picture, page.parent)).as_posix()
-    page.write_text(f'{before}{begin}\n![Heat maps of effective receptive fields]({link})\n\n{text}{end}{after}',
-                    encoding='utf-8')
+    pages.renew(page, name, f'![Heat maps of effective receptive fields]({link})\n\n{text}')

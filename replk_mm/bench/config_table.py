@@ -10,8 +10,10 @@ from mmengine.registry import MODELS
 
 from replk_mm.bench import published
 from replk_mm.errors import UserError
+from replk_mm.pages import renewed
 
-BEGIN, END = '<!-- configs:begin -->', '<!-- configs:end -->'
+#: The block of the README that holds the tables; see :mod:`replk_mm.pages`.
+BLOCK = 'configs'
 COMMAND = 'python tools/list_configs.py --write docs/configs.md --readme README.md'
 
 
@@ -155,8 +157,4 @@ def update_readme(text: str, rows: Iterable[Row], name: str = 'README.md') -> st
     Raises:
         UserError: if the marks are not there once each, in order.
     """
-    head, found_begin, rest = text.partition(BEGIN)
-    _, found_end, tail = rest.partition(END)
-    if not (found_begin and found_end) or BEGIN in rest or END in tail:
-        raise UserError(f'{name}: expected one block from {BEGIN} to {END}\nAdd both lines where the table belongs.')
-    return f'{head}{BEGIN}\n<!-- Do not edit: written by `{COMMAND}` -->\n{to_markdown(rows)}{END}{tail}'
+    return renewed(text, BLOCK, f'<!-- Do not edit: written by `{COMMAND}` -->\n{to_markdown(rows)}', name)

@@ -22,15 +22,15 @@ def page(report: Report) -> str:
     if report.complaints:
         parts += [f'**{len(report.complaints)} passed over; not in the figures below:**\n',
                   '\n'.join(f'- {plain(text)}' for text in report.complaints) + '\n']
-    parts += [part for suite in report.suites for part in _suite(suite)]
+    parts += [f'## {plain(suite.name)}\n\n{plain(suite.question)}\n\n{tables(suite)}' for suite in report.suites]
     if not report.suites:
         parts.append('There are no records.\n')
     return '\n'.join(parts)
 
 
-def _suite(suite: Suite) -> list[str]:
-    notes = Notes('')
-    parts = [f'## {plain(suite.name)}\n', f'{plain(suite.question)}\n']
+def tables(suite: Suite) -> str:
+    """The tables of a suite, with what they rest on."""
+    notes, parts = Notes(''), list[str]()
     for group in suite.groups:
         parts.append(f'**{plain(group_title(group))}**\n')
         if group.protocol and group.protocol.differences:
@@ -46,7 +46,7 @@ def _suite(suite: Suite) -> list[str]:
         parts.append('\n'.join(f'{i}. {plain(text)}' for i, text in enumerate(notes.texts, 1)) + '\n')
     parts.append('\n'.join(f'- {plain(text)}' for text in (*differing(suite), *about_columns())) + '\n')
     origins = '\n'.join(f'- {row.number} {plain(row.label)}: {_origin(row)}' for row in suite.rows)
-    return [*parts, 'Where the figures are from:\n', f'{origins}\n']
+    return '\n'.join([*parts, 'Where the figures are from:\n', f'{origins}\n'])
 
 
 def _cells(suite: Suite, row: Row, notes: Notes) -> list[str]:
