@@ -143,6 +143,13 @@ REFUSED = {
     'number of images': (lambda a, b, root: change_record(b, data__images=5), 'different data: 7 images in A, 5 in B'),
     'other labels': (lambda a, b, root: change_record(b, per_class__sky__pixels=1), 'pixels of 1 classes differ.*sky'),
     'other classes': (lambda a, b, root: change_record(b, per_class__dog=dict(IoU=1., pixels=4)), 'only in B: dog'),
+    'nested': (lambda a, b, root: (b / 'metrics.json').write_text('[' * 100_000), '/b/metrics.json: cannot be read as JSON'),
+    'no figures': (lambda a, b, root: change_record(b, per_class__sky=3), 'per_class: the figures of sky are no numbers: 3'),
+    'no number': (lambda a, b, root: change_record(b, per_class__sky__IoU='x'), 'the figures of sky are no numbers'),
+    'no IoU': (lambda a, b, root: change_record(b, per_class__sky__IoU=None), 'not the predictions .* sky .* absent there'),
+    'unknown class': (lambda a, b, root: change_record(b, per_class__wolf=dict(IoU=3.)), 'there is a class wolf'),
+    'three channels': (lambda a, b, root: cv2.imwrite(str(b / 'predictions' / '02.png'), np.zeros((9, 9, 3), np.uint8)),
+                       '/b/predictions/02.png: 9x9x3 pixels, the labels 9x9'),
     'data moved': (lambda a, b, root: root.rename(root.parent / 'moved'), 'is not where it was tested: .*--data-root DIR'),
     'config moved': (lambda a, b, root: (root / 'config.py').unlink(), 'its config is not there any more: .*--config FILE'),
     'swapped': (lambda a, b, root: ((b / 'predictions').rename(b / 'x'), shutil.copytree(
@@ -163,6 +170,11 @@ def test_refused(what, case, tmp_path):
         compare(str(case[3]), str(case[4]))
     assert re.search(message, str(raised.value), re.DOTALL), raised.value
     assert '\n' in str(raised.value), 'no remedy'
+
+
+def test_negative_seed_is_refused(case):
+    with pytest.raises(UserError, match='--seed -1: must be 0 or more'):
+        compare(str(case[3]), str(case[4]), seed=-1)
 
 
 def test_data_that_moved_are_named(case, tmp_path):

@@ -176,6 +176,11 @@ REFUSED = {
     'strange image': (lambda d: (d / 'b' / 'predictions' / 'instances.bbox.json').write_text(json.dumps([
         dict(image_id=5, category_id=3, bbox=[0, 0, 1, 1], score=1)])), 'bbox', '/b/.*do not have: ids 5'),
     'cut off': (lambda d: (d / 'b' / 'predictions' / 'instances.bbox.json').write_text('[{"a": 1'), 'bbox', 'cannot be read'),
+    'no list': (lambda d: (d / 'b' / 'predictions' / 'instances.bbox.json').write_text('{"a": 1}'), 'bbox', 'no list of'),
+    'no boxes': (lambda d: (d / 'b' / 'predictions' / 'instances.bbox.json').write_text(
+        '[{"image_id": 0, "category_id": 3, "score": 1}]'), 'bbox', 'no list of detections with bbox, category_id, image_id'),
+    'score in words': (lambda d: (d / 'b' / 'predictions' / 'instances.bbox.json').write_text(
+        '[{"image_id": 0, "category_id": 3, "bbox": [0, 0, 1, 1], "score": "high"}]'), 'bbox', 'cannot be read'),
     'annotations gone': (lambda d: (d / 'data' / 'val.json').unlink(), 'bbox', '/data/val.json: no such annotation file'),
     'data moved': (lambda d: (d / 'data').rename(d / 'moved'), 'bbox', 'is not where it was tested'),
     'other objects': (lambda d: [change_record(d / x, per_class__dog__instances=1) for x in 'ab'], 'bbox',

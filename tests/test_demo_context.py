@@ -70,5 +70,7 @@ def test_nothing_else_tells_the_class(scenes):
     assert (abs(colours[kinds == 0].mean(0) - colours[kinds == 1].mean(0)) < 4 * error).all()
     areas = [sum((scene.label == OBJECT + kind).sum() for scene in scenes) / (kinds == kind).sum() for kind in (0, 1)]
     assert areas[0] == areas[1]
+    majority = [max(k := sum(lane.kind for lane in scene.lanes), 4 - k) / 4 for scene in scenes]
+    assert abs(np.mean(majority) - 11 / 16) < 4 * np.std(majority) / len(scenes)**.5  # who pools cues over the whole scene
     pairs = np.array([[scene.lanes[0].kind, scene.lanes[1].kind] for scene in scenes])
     assert abs(np.corrcoef(pairs.T)[0, 1]) < 4 / len(pairs)**.5

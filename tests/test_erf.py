@@ -167,6 +167,8 @@ def test_paper_scale_depends_on_the_size_of_gradients():
     scores = np.outer([1., 9, 99, 9, 1], [1., 9, 99, 9, 1])
     small, large = paper_scale(1e-9 * scores), paper_scale(1e9 * scores)
     assert np.abs(small - scores / scores.max()).max() < 1e-5
+    # Scores of deep networks, far below what can be told from 1 when added to it.
+    assert paper_scale(1e-20 * scores) == pytest.approx(scores / scores.max())
     assert large.min() > 0.6 and paper_scale(np.zeros((3, 3))).max() == 0
     assert paper_scale(np.array([[9., 99.]])) == pytest.approx(np.array([[0.5, 1]]))
 
@@ -226,6 +228,16 @@ def test_backbones_of_other_packages(cfg, tmp_path, white):
     again.eval()
     again.load_state_dict(net.state_dict())
     assert torch.allclose(contributions(again, image, 1)[0].float(), expected)
+
+
+@pytest.mark.parametrize('cfg', [
+    dict(type='mmseg.BiSeNetV1', backbone_cfg=dict(type='mmseg.ResNet', depth=18,
+                                                   init_cfg=dict(type='Pretrained', checkpoint='gone'))),
+    dict(type='mmdet.PyramidVisionTransformer', embed_dims=8, num_layers=[1, 1, 1, 1], init_cfg=dict(checkpoint='gone')),
+])
+def test_files_that_a_config_starts_from_are_not_read(cfg, tmp_path, white):
+    found = measure_erf(config(**cfg), None, white, 64, 1, tmp_path / 'out')
+    assert not found.trained and found.checkpoint is None and not found.silent
 
 
 def test_random_weights_are_those_of_the_seed(tmp_path, white):
@@ -374,11 +386,39 @@ def test_refuses_more_than_the_memory_holds(tmp_path, white):
 
 @pytest.mark.parametrize(('record', 'said'), [
     ('no json', 'JSONDecodeError'), ('[]', 'TypeError'), ('{"kind": "mIoU", "version": 1}', "kind 'mIoU'"),
-    ('{"kind": "effective receptive field", "version": 1, "matrix": "gone.npz"}', r'gone\.npz: no such file')])
+    ('{"kind": "effective receptive field", "version": 1, "matrix": "gone.npz"}', r'gone\.npz: no such file'),
+    ('[' * 100_000, 'RecursionError')])
 def test_reading_something_else(tmp_path, record, said):
     (tmp_path / 'erf.json').write_text(record)
     with pytest.raises(UserError, match=said):
         Erf.load(tmp_path / 'erf.json')
+
+
+@pytest.mark.parametrize('content', [b'', b'PK\3\4', None])
+def test_a_matrix_that_is_cut_off(tmp_path, content):
+    result().save(tmp_path)
+    whole_file = (tmp_path / 'erf.npz').read_bytes()
+    (tmp_path / 'erf.npz').write_bytes(whole_file[:-30] if content is None else content)
+    with pytest.raises(UserError, match=r'erf\.json: no effective receptive field.*\nIt is the erf\.json'):
+        Erf.load(tmp_path / 'erf.json')
+
+
+@pytest.mark.parametrize('changes', [dict(map_size=3), dict(map_size=[0, 2]), dict(scores=-np.eye(8) / 2),
+                                     dict(scores=np.full((8, 8), np.nan))],
+                         ids=['a number', 'no rows', 'negative', 'not finite'])
+def test_a_record_that_cannot_be(tmp_path, changes):
+    result(**{key: value for key, value in changes.items() if key == 'scores'}).save(tmp_path)
+    record = json.loads((tmp_path / 'erf.json').read_text())
+    record.update({key: value for key, value in changes.items() if key != 'scores'})
+    (tmp_path / 'erf.json').write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r'erf\.json: no effective receptive field'):
+        Erf.load(tmp_path / 'erf.json')
+
+
+def test_networks_of_one_name_are_told_apart():
+    paths = [Path(f'erf/{name}/erf.json') for name in ('k3', 'k31', 'trained')]
+    found = erf_page.told_apart([result(trained=False), result(trained=False), result(weights='x.pth')], paths)
+    assert [erf.backbone for erf in found] == ['A (k3)', 'A (k31)', 'A']
 
 
 def test_progress_says_how_long(tmp_path):
@@ -400,7 +440,21 @@ def test_command(tiny, tmp_path, white, drawn, monkeypatch, capsys):  # noqa: F8
     assert 'WEIGHTS: UNTRAINED' in said and '1 images there, 2 asked for' in said
     assert {path.name for path in (tmp_path / 'a').iterdir()} == {'erf.json', 'erf.npz', 'erf.png'}
     said = run('--compare', *[tmp_path / 'a' / 'erf.json'] * 2, '--out', tmp_path / 'b', '--name', 'pair')
-    assert said.count('| RepLKNet |') == 4 and 'untrained weights: all' in said
+    assert said.count('| RepLKNet (a) |') == 4 and 'untrained weights: all' in said
     assert {path.name for path in (tmp_path / 'b').iterdir()} == {'pair.md', 'pair.png'}
     picture = np.asarray(Image.open(tmp_path / 'b' / 'pair.png').convert('RGB'))
     assert np.unique(picture.reshape(-1, 3), axis=0).shape[0] > 100, 'the heat maps are there'
+
+
+def test_command_says_what_it_refuses(tmp_path, drawn, monkeypatch, capsys):
+    main = runpy.run_path(str(ROOT / 'tools' / 'erf.py'))['main']
+    result().save(tmp_path)
+    (tmp_path / 'pair.md').mkdir()
+    given = ['erf.py', '--out', str(tmp_path), '--name', 'pair']
+    monkeypatch.setattr('sys.argv', [*given, '--compare', str(tmp_path / 'erf.json')])
+    assert main() == 2
+    assert f'error: {tmp_path}/pair.md: cannot be written (Is a directory)' in capsys.readouterr().err
+    monkeypatch.setattr('sys.argv', [*given, 'config.py', '--stage', '-1'])
+    with pytest.raises(SystemExit):
+        main()
+    assert 'argument --stage: -1 is not at least 0' in capsys.readouterr().err

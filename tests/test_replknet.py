@@ -42,6 +42,7 @@ class TestRepLKNet(BackboneContract):
            dict(arch=dict(TINY, large_kernel_sizes=[13, 10, 9, 7])), dict(arch=dict(TINY, small_kernel=4)),
            dict(arch=dict(TINY, small_kernel=9)), dict(arch=dict(TINY, layers=[1, 1, 1])),
            dict(arch=dict(TINY, widths=[1])), dict(arch=dict(TINY, dilation=2)),
+           dict(arch=dict(TINY, shortcut='no')), dict(arch=dict(TINY, small_kernel=None, dilation=1.5)),
            dict(arch=dict(TINY, small_kernel=None, dilation=0)), dict(arch=dict(TINY, shortcut=False), drop_path_rate=.1),
            dict(arch={k: v for k, v in TINY.items() if k != 'dw_ratio'})]
 

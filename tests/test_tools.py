@@ -27,7 +27,7 @@ from replk_mm.equivalence import Difference
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
-TOOLS = ['train', 'test', 'predict', 'reparameterize', 'convert_checkpoint']
+TOOLS = ['train', 'test', 'predict', 'reparameterize', 'convert_checkpoint', 'compare', 'erf', 'shape_bias', 'suite', 'report']
 
 
 @pytest.fixture(scope='module')

@@ -4,6 +4,7 @@ CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is ins
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). Writes erf.json (areas, protocol), erf.npz (the scores of all
 pixels) and erf.png (heat maps); docs/erf.md says how they are defined. --compare puts measured ones side by side.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from replk_mm.errors import command
 
 def index(text: str) -> int:
     """A whole number of at least 0, for argparse."""
-    return cli.positive(str(int(text) + 1)) - 1
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'{value} is not at least 0')
+    return value
 
 
 @command
@@ -67,7 +71,7 @@ def main() -> None:
 
 def compare(paths: list[Path], out: Path, name: str, page: Path | None) -> None:
     """Put measured receptive fields side by side."""
-    found = [Erf.load(path) for path in paths]
+    found = erf_page.told_apart([Erf.load(path) for path in paths], paths)
     text = '\n'.join([erf_page.tables(found), *(f'{remark}  ' for remark in erf_page.remarks(found)), ''])
     picture = out / f'{name}.png'
     erf_plot.draw(found, picture)
@@ -75,7 +79,7 @@ def compare(paths: list[Path], out: Path, name: str, page: Path | None) -> None:
         erf_page.renew(page, name, text, picture)
     else:
         page = picture.with_suffix('.md')
-        page.write_text(text, encoding='utf-8')
+        erf_page.write(page, text)
     print(text)
     print(f'written: {page}, {picture}')
 

@@ -123,7 +123,7 @@ def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: i
     need, free = bytes_needed(net.backbone, size) if where == 'cpu' else 0, available_bytes()
     if need > free:
         raise UserError(f'--size {size}: {net.name} needs about {need / 2**30:.1f} GiB of memory for one image; '
-                        f' {free / 2**30:.1f} GiB are free\nUse a smaller --size, or a GPU with --device cuda.')
+                        f'{free / 2**30:.1f} GiB are free\nUse a smaller --size, or a GPU with --device cuda.')
     with quiet():  # how each convolution is computed
         total, silent, index, shape = _accumulate(net, files, size, stage, where, progress)
     found = Erf(scores=total / len(files), backbone=net.name, config=net.config, weights=net.weights, trained=net.trained,

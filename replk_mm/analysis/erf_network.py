@@ -120,9 +120,14 @@ def build(given: Config | str, weights: Weights, device: str) -> Network:
 
 
 def _forget_files(node: ConfigDict) -> None:
-    """Drop the files that a backbone's config starts from; what says how to draw weights stays."""
+    """Drop the files that a backbone's config starts from, and those of networks in it (mmseg's BiSeNet, ICNet, STDC have
+    one); what says how to draw weights stays."""
+    for part in node.values():
+        if isinstance(part, dict):
+            _forget_files(part)
     init = node.get('init_cfg')
-    init = [part for part in (init if isinstance(init, (list, tuple)) else [init]) if part and part['type'] != 'Pretrained']
+    init = [part for part in (init if isinstance(init, (list, tuple)) else [init])
+            if part and part.get('type', 'Pretrained') != 'Pretrained']  # mmdet's PVT names a file alone
     node.pop('init_cfg', None)
     if init:
         node['init_cfg'] = init

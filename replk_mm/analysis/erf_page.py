@@ -1,12 +1,22 @@
 """Effective receptive fields as tables, alone and side by side."""
 import os
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from replk_mm import pages
 from replk_mm.analysis.erf_plot import image_count
 from replk_mm.analysis.erf_result import SHARES, Erf, areas, paper_scale
 from replk_mm.errors import UserError
+
+
+def told_apart(found: Sequence[Erf], paths: Sequence[Path]) -> list[Erf]:
+    """Receptive fields with the name of their folder beside that of backbones which a table could not tell apart otherwise:
+    networks of one family whose kernels differ, for one."""
+    alike = Counter((erf.backbone, erf.weights, erf.stage) for erf in found)
+    return [replace(erf, backbone=f'{erf.backbone} ({path.resolve().parent.name})')
+            if alike[erf.backbone, erf.weights, erf.stage] > 1 else erf for erf, path in zip(found, paths, strict=True)]
 
 
 def tables(found: Sequence[Erf]) -> str:
@@ -70,3 +80,15 @@ def renew(page: Path, name: str, text: str, picture: Path) -> None:
     """
     link = Path(os.path.relpath(picture, page.parent)).as_posix()
     pages.renew(page, name, f'![Heat maps of effective receptive fields]({link})\n\n{text}')
+
+
+def write(page: Path, text: str) -> None:
+    """Write a page of its own.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
+        page.write_text(text, encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'{page}: cannot be written ({error.strerror})\nChoose another place with --out DIR.') from error

@@ -1,5 +1,6 @@
 """A measured effective receptive field: its figures, and the files that keep it."""
 import json
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,17 +128,22 @@ class Erf:
                 scores = stored['scores']
             if scores.shape != (record['size'],) * 2:
                 raise ValueError(f'its matrix is {scores.shape}, its images of {record["size"]} pixels')
+            if not np.isfinite(scores).all() or scores.min() < 0:
+                raise ValueError('its matrix has scores below 0, or that are not finite')
             known = {key: record[key] for key in cls.__dataclass_fields__ if key != 'scores'}
+            height, width = known['map_size']
+            if min(height, width) < 1:
+                raise ValueError(f'a map of {height}x{width}')
         except FileNotFoundError as error:
             raise UserError(f'{error.filename}: no such file\n{advice}') from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile) as error:
             raise UserError(f'{path}: no effective receptive field: {type(error).__name__}: {error}\n{advice}') from error
-        return cls(scores, **{**known, 'map_size': tuple(known['map_size'])})
+        return cls(scores, **{**known, 'map_size': (height, width)})
 
 
 def paper_scale(scores: np.ndarray) -> np.ndarray:
     """log10(score + 1) over its largest value; zeros stay zeros."""
-    logs = np.log10(scores + 1)
+    logs = np.log1p(scores)  # of any base; score + 1 itself would lose what is below 1e-16
     largest = logs.max()
     return logs / largest if largest > 0 else logs
 

@@ -21,6 +21,8 @@ from replk_mm.data.demo_conflict import LISTING
 from replk_mm.data.files import UNDECODABLE
 from replk_mm.errors import UserError
 
+#: The largest id that a label map can have.
+_LAST = 65535
 _KEYS = {'object_classes': dict, 'conflict': list, 'agreeing': list}
 
 
@@ -70,9 +72,12 @@ class ConflictSet:
             labels: The scene's label map, from :func:`read_labels`.
 
         Raises:
-            UserError: If there are none.
+            UserError: If there are none, or the box leaves the label map.
         """
         left, top, right, bottom = item.box
+        if bottom > labels.shape[0] or right > labels.shape[1]:
+            raise UserError(f'{scene.labels}: {labels.shape[1]}x{labels.shape[0]} pixels; the box {list(item.box)} of an '
+                            f'object in {LISTING} leaves it\nMake the box or the label map fit the other.')
         mask = np.zeros(labels.shape, bool)
         mask[top:bottom, left:right] = labels[top:bottom, left:right] == self.object_classes[item.shape]
         if not mask.any():
@@ -98,12 +103,15 @@ def read_conflict(root: Path) -> ConflictSet:
                         f'Write such a data set with: python tools/make_demo_data.py DIR --scenes conflict') from error
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{path}: not JSON ({error})\nWrite the data set anew.') from error
     for key, kind in _KEYS.items():
         if not isinstance(found, dict) or not isinstance(found.get(key), kind):
             raise UserError(f'{path}: {key!r} is absent or not a {kind.__name__}\nNeeded: {", ".join(_KEYS)}.')
     classes = found['object_classes']
+    if wrong := [name for name, label in classes.items() if type(label) is not int or not 0 <= label <= _LAST]:
+        raise UserError(f'{path}: object_classes: the id of {wrong[0]!r} is {str(classes[wrong[0]])[:40]}\n'
+                        f'Ids are whole numbers from 0 to {_LAST}, as label maps have them.')
     scenes = {key: tuple(_scene(path, f'{key}[{i}]', scene, classes, agree) for i, scene in enumerate(found[key]))
               for key, agree in (('conflict', False), ('agreeing', True))}
     if not any(scene.objects for scene in scenes['conflict']):
@@ -114,14 +122,13 @@ def read_conflict(root: Path) -> ConflictSet:
 
 def _scene(path: Path, place: str, scene: Any, classes: Mapping[str, int], agree: bool) -> ConflictScene:
     try:
-        image, labels = (path.parent / scene[key] for key in ('image', 'labels'))
-        objects = tuple(ConflictObject(item['shape'], item['texture'], _box(item['box'])) for item in scene['objects'])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{path}: {place}: key {error} is absent or of another kind than needed\nA scene has image, labels '
-                        f'and objects, an object shape, texture and box [left, top, right, bottom].') from error
-    for file in (image, labels):
-        if not file.is_file():
-            raise UserError(f'{path}: {place}: {file} does not exist\nPaths are relative to the data root.')
+        image, labels = (_file(path.parent, scene[key]) for key in ('image', 'labels'))
+        objects = tuple(ConflictObject(str(item['shape']), str(item['texture']), _box(item['box']))
+                        for item in scene['objects'])
+    except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
+        what = f'there is no {error}' if isinstance(error, KeyError) else error
+        raise UserError(f'{path}: {place}: {what}\nA scene has image, labels (paths below the data root) and objects, an '
+                        f'object shape, texture and box [left, top, right, bottom] in pixels, ends excluded.') from error
     for item in objects:
         if stray := [name for name in (item.shape, item.texture) if name not in classes]:
             raise UserError(f'{path}: {place}: {stray[0]!r} is not among object_classes\nThey are: {", ".join(classes)}.')
@@ -131,10 +138,18 @@ def _scene(path: Path, place: str, scene: Any, classes: Mapping[str, int], agree
     return ConflictScene(scene['image'], image, labels, objects)
 
 
+def _file(root: Path, name: str) -> Path:
+    if Path(name).is_absolute() or '..' in Path(name).parts:
+        raise ValueError(f'{name} leads out of the data root')
+    if not (root / name).is_file():
+        raise ValueError(f'{root / name} does not exist')
+    return root / name
+
+
 def _box(values: Any) -> tuple[int, int, int, int]:
     left, top, right, bottom = (int(value) for value in values)
     if not (0 <= left < right and 0 <= top < bottom):
-        raise ValueError('box')
+        raise ValueError(f'box {values} is empty or begins outside of the image')
     return left, top, right, bottom
 
 

@@ -5,9 +5,10 @@ any colour; the object belongs to class ``a`` or ``b`` as the cue of its own lan
 
 - the two classes of objects look alike: shape, size and colour are drawn without regard to the class;
 - the cue is :data:`NEAREST` to :data:`FARTHEST` of the scene's width away, on either side, which at a stride of 8 pixels and
-  96 of width is 4 to 8 radii of a 3x3 kernel, and less than one radius of a 31x31 kernel at a stride of 4;
-- every lane draws its cue by itself, so that neither the whole scene nor another lane tells the class: a network that pools
-  over the scene guesses, and is right half the time.
+  96 of width is 4 to 8 radii of a 3x3 kernel, and about one radius of a 31x31 kernel at a stride of 4 at most;
+- every lane draws its cue by itself, so that no other lane tells the class: a network that does not see the cue is right half
+  the time. One that pools over the whole scene without regard to place, the cue among the rest, can still guess that all
+  objects are of the colour that most cues have: with four lanes it is right 69 % of the time, 11 of 16.
 
 Whether a small kernel can carry the cue that far depends on how many layers it has and how they learn; nothing here excludes
 it. Scene ``index`` of a split depends only on (seed, split, index, size); everything is integer arithmetic.
@@ -88,7 +89,7 @@ def _lane(rng: np.random.Generator, number: int, width: int, ground: Colour) -> 
     left = int(rng.integers(10, width - 10 - distance))
     cue, thing = (left, left + distance) if rng.integers(2) else (left + distance, left)
     kind = int(rng.integers(2))
-    # Red has its first channel bright, blue its last; the other two are dark, as no object's and no ground's are.
+    # Red has its first channel bright, blue its last; the other two are dark, as no ground's are and few discs'.
     low, high = [0, 0, 0], [60, 60, 60]
     low[2 * kind], high[2 * kind] = 190, 256
     while True:

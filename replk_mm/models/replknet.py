@@ -272,6 +272,9 @@ class RepLKNet(LayerDepth, Backbone):
                  init_cfg: dict | list[dict] | None = None) -> None:
         settings = resolve_arch(arch, self.arch_settings, self.arch_options, 'RepLKNet')
         kernels, layers, channels = (settings[k] for k in ('large_kernel_sizes', 'layers', 'channels'))
+        if type(settings['shortcut']) is not bool or type(settings['dilation']) is not int:
+            raise ValueError(f'RepLKNet: in arch, shortcut must be True or False and dilation a whole number; found '
+                             f'{settings["shortcut"]!r} and {settings["dilation"]!r}')
         if not len(kernels) == len(layers) == len(channels):
             raise ValueError(f'RepLKNet: large_kernel_sizes={kernels}, layers={layers} and channels={channels} must have '
                              f'one entry a stage')

@@ -131,8 +131,12 @@ def open_detections(result: Result, objects: Objects, kind: str, least_score: fl
         # Dropped while parsing: a detector writes a hundred a image, most of them unsure.
         read = json.loads(file.read_text(encoding='utf-8'), object_hook=lambda entry: entry if entry.get(
             'score', 1) >= least_score else None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f'{file}: cannot be read as JSON ({error})\nTest again with --out {result.file.parent}.') from error
+    needed = {'image_id', 'category_id', 'score', 'bbox', *(['segmentation'] if kind == 'segm' else [])}
+    if not isinstance(read, list) or not all(d is None or isinstance(d, dict) and needed <= d.keys() for d in read):
+        raise UserError(f'{file}: no list of detections with {", ".join(sorted(needed))}\n'
+                        f'Test again with --out {result.file.parent}.')
     sure = [detection for detection in read if detection is not None]
     strange = ({d['image_id'] for d in sure} - objects.images.keys()
                or {d['category_id'] for d in sure} - objects.classes.keys())

@@ -102,7 +102,7 @@ def open_result(path: str, letter: str) -> Result:
                         f'--out DIR, or a row and seed of a suite (runs/ROW/SEED).')
     try:
         record = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{file}: cannot be read as JSON ({error})\nTest again with --out {file.parent}.') from error
     wrong = [key for key, kind in _NEEDED.items() if not isinstance(record, dict) or not isinstance(record.get(key), kind)]
     if wrong:
@@ -111,6 +111,11 @@ def open_result(path: str, letter: str) -> Result:
     if not record['per_class']:
         raise UserError(f'{file}: it has no figures of classes (per_class is empty), so there is nothing to compare\n'
                         f'Test with an evaluator of this project: IoUMetric or CocoMetric, on data with labels.')
+    for name, figures in record['per_class'].items():
+        if not isinstance(figures, dict) or not all(
+                value is None or isinstance(value, (int, float)) for value in figures.values()):
+            raise UserError(f'{file}: per_class: the figures of {name} are no numbers: {str(figures)[:80]}\n'
+                            f'Test again with --out {file.parent}.')
     return Result(letter, file, record)
 
 

@@ -40,8 +40,10 @@ def compare(path_a: str, path_b: str, source: Source | None = None, *, images: i
         Plain data for JSON; see docs/compare.md.
 
     Raises:
-        UserError: If the results cannot be compared, or data or predictions are missing.
+        UserError: If the results cannot be compared, data or predictions are missing, or ``seed`` is negative.
     """
+    if seed < 0:
+        raise UserError(f'--seed {seed}: must be 0 or more')
     a, b = results.open_result(path_a, 'A'), results.open_result(path_b, 'B')
     results.check_comparable(a, b)
     source = source or Source()

@@ -63,14 +63,14 @@ def count(labels: Labels, results: tuple[Result, Result], progress: Callable[[in
 
 
 def _size(pixels: np.ndarray) -> str:
-    return f'{pixels.shape[1]}x{pixels.shape[0]}'
+    return f'{pixels.shape[1]}x{pixels.shape[0]}' + (f'x{pixels.shape[2]}' if pixels.ndim > 2 else '')
 
 
 def check_reproduced(result: Result, labels: Labels, counts: Counts, which: int) -> None:
     """Compare the counts of all images with the result's own figures: same labels, same predictions.
 
     Raises:
-        UserError: If a class has another number of labelled pixels, or another IoU.
+        UserError: If a class is unknown, or has another number of labelled pixels, or another IoU.
     """
     labelled = counts.labelled.sum(0, dtype=np.int64)
     present = {labels.classes[c]: int(labelled[c]) for c in np.flatnonzero(labelled)}
@@ -82,11 +82,14 @@ def check_reproduced(result: Result, labels: Labels, counts: Counts, which: int)
                             f'and --cfg-options.')
     intersect, union = counts.intersect[which].sum(0, dtype=np.int64), counts.union[which].sum(0, dtype=np.int64)
     for name, figures in result.record['per_class'].items():
-        c = labels.classes.index(name)
+        if name not in labels.classes:
+            raise UserError(f'{result.file}: there is a class {name}, which the config of the test does not have\n'
+                            f'Name config and classes of the test with --config and --classes.')
+        c, stated_iou = labels.classes.index(name), figures.get('IoU')
         found = 100 * intersect[c] / union[c]
-        if abs(found - figures['IoU']) > 1e-6:
+        if stated_iou is None or abs(found - stated_iou) > 1e-6:
             raise UserError(f'{result.predictions}: these are not the predictions of {result.file}: IoU of {name} is '
-                            f'{found:.4f} by them, and {figures["IoU"]:.4f} there\n'
+                            f'{found:.4f} by them, and {"absent" if stated_iou is None else f"{stated_iou:.4f}"} there\n'
                             f'Test again with --out {result.file.parent}.')
 
 
