@@ -92,6 +92,33 @@ def test_a_failed_measurement_says_why(found, page) -> None:
     assert 'failed, 1 of 1 seed: seed 0: train failed: loss is NaN at iteration 12' in page
 
 
+def test_what_the_suite_asked_for_and_is_not_there_is_unfinished(tmp_path) -> None:
+    asked = ['train', 'metric', 'speed']
+    rows = rows_of(tmp_path, [
+        metric('union', 0, 50.), speed('union', 0, 9.), metric('union', 1, 51.),  # does not tell what was asked for
+        metric('told', 0, 50., asked=asked), speed('told', 0, 9., asked=asked),
+        *(record('whole', 0, name, {}, asked=asked) for name in asked),
+        metric('fewer', 0, 50., asked=['metric']), record('begun', 0, 'train', {}, asked=asked),
+        record('bad', 0, 'train', {}, status='failed', reason='no', asked=asked)])
+    assert {name: (row.state, row.problems) for name, row in rows.items()} == dict(
+        union=('unfinished, 1 of 2 seeds', ['seed 1: not recorded yet: speed']),
+        begun=('unfinished, 1 of 1 seed', ['seed 0: not recorded yet: metric, speed']),
+        told=('unfinished, 1 of 1 seed', ['seed 0: not recorded yet: train']), whole=('done, 1 seed', []),
+        fewer=('done, 1 seed', []), bad=('failed, 1 of 1 seed', ['seed 0: train failed: no']))
+    missing = {name: row.figures['milliseconds'].why for name, row in rows.items() if name in ('begun', 'fewer', 'bad')}
+    assert missing == dict(begun='not recorded yet', fewer='not measured', bad='training failed: no')
+
+
+def test_figures_of_different_weights_are_told(tmp_path) -> None:
+    other = dict(sha256='f' * 64)
+    rows = rows_of(tmp_path, [
+        metric('mixed', 0, 50.), speed('mixed', 0, 9., checkpoint=other),
+        record('mixed', 0, 'complexity', {}, checkpoint=None),
+        metric('alike', 0, 50.), metric('alike', 1, 51., checkpoint=other)])
+    assert rows['mixed'].problems == [f'seed 0: measured of different weights: metric of {"e" * 12}; speed of {"f" * 12}']
+    assert rows['alike'].problems == []
+
+
 def test_seeds_of_two_protocols_are_two_rows(tmp_path) -> None:
     short = {**PROTOCOL, 'iterations': 100}
     records = [metric('a', 0, 50.), metric('a', 1, 52.), metric('a', 2, 20., protocol=short)]
@@ -147,9 +174,9 @@ def test_rows_of_other_protocols_are_not_compared(tmp_path) -> None:
 
 
 # -- published --------------------------------------------------------------------------------------------------------
-def published(tmp_path, miou=48.9, images=2000, **changes):
+def published(tmp_path, miou=48.9, images=2000, options=None, **changes):
     stated = dict(miou_ss=49.9, miou_ms=50.6, params_m=112, source='arXiv:2203.06717')
-    one = metric('a', 0, miou, published=stated, config=dict(path=CONFIG, sha256='0', options={}),
+    one = metric('a', 0, miou, published=stated, config=dict(path=CONFIG, sha256='0', options=options or {}),
                  protocol={**PROTOCOL, 'iterations': 160000, 'crop': [512, 512], **changes})
     one['values']['images'] = images
     return rows_of(tmp_path, [one])['a'].figures
@@ -168,6 +195,11 @@ def test_other_data_have_no_difference(tmp_path) -> None:
     assert figures['published'].value == 49.9 and figures['difference'].value is None
     assert figures['difference'].why == ('the published figure is of ADE20K (2,000 images), the measured one of scenes '
                                          '(80 images)')
+
+
+def test_difference_says_that_the_config_was_changed(tmp_path) -> None:
+    figures = published(tmp_path, options={'model.backbone.arch.large_kernel_sizes': [3, 3]})
+    assert figures['difference'].why == 'config with options: {"model.backbone.arch.large_kernel_sizes": [3, 3]}'
 
 
 def test_difference_says_what_else_differs(tmp_path) -> None:
@@ -203,15 +235,19 @@ def test_damaged_files_are_named_and_the_page_is_written(run, tmp_path, capsys) 
     nan = good.replace('50.0', 'NaN')
     assert nan != good
     for name, text in (('cut', good[:len(good) // 2]), ('newer', good.replace('"version": 1', '"version": 99')), ('nan', nan),
-                       ('binary', '\xff\xfe'), ('list', '[1]\n')):
+                       ('binary', '\xff\xfe'), ('list', '[1]\n'),
+                       ('asked', good.replace('{"version"', '{"asked": 5, "version"')),
+                       ('deep', good.replace('"facts": {', '"facts": {"x": ' + '[' * 500 + ']' * 500))):
         (folder / f'results/{name}.jsonl').write_text(text, encoding='latin-1')
     assert run(folder, '--out', tmp_path / 'out') == assemble.SKIPPED_STATUS == 3
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('passed over: ')]
     for name, why in (('cut', 'not JSON'), ('newer', 'version 99'), ('nan', 'values.metrics.mIoU is not a finite number'),
-                      ('binary', 'not JSON'), ('list', 'list instead of an object')):
+                      ('binary', 'not JSON'), ('list', 'list instead of an object'),
+                      ('asked', "'asked' is int instead of list"),
+                      ('deep', 'nested too deeply')):
         assert [line for line in lines if f'{name}.jsonl:1: ' in line and why in line], (name, lines)
     text = (tmp_path / 'out/index.html').read_text()
-    assert '5 passed over' in text and 'nan.jsonl:1: values.metrics.mIoU is not a finite number' in text
+    assert '7 passed over' in text and 'nan.jsonl:1: values.metrics.mIoU is not a finite number' in text
     assert 'data-value="50.0"' in text and 'nan' not in re.findall(r'data-value="([^"]*)"', text)
     assert 'version 99' in (tmp_path / 'out/report.md').read_text()
 

@@ -49,7 +49,10 @@ HOSTILE = '<script>alert(1)</script>"\'><img src=x onerror=alert(2)>|`#*\ud800\x
 
 
 def test_texts_of_records_stay_texts(tmp_path) -> None:
+    ranked = metric('b', 0, 50., suite='t')
+    ranked['values'].update(primary=HOSTILE, unit=HOSTILE, metrics={HOSTILE: 50.})
     folder = write(tmp_path / 'work', [
+        ranked,
         metric('a', 0, 50., label=HOSTILE, question=HOSTILE, suite='s', protocol={**PROTOCOL, HOSTILE: HOSTILE},
                environment={HOSTILE: HOSTILE}, files=dict(predictions=HOSTILE), facts=dict(data=dict(root=HOSTILE))),
         record('a', 1, 'train', {}, suite='s', label=HOSTILE, status='failed', reason=HOSTILE),
@@ -189,6 +192,11 @@ def test_files_outside_of_the_work_dir_are_refused(name, tmp_path) -> None:
     (tmp_path / 'x.png').write_bytes(b'')
     with pytest.raises(Unusable, match='not in the work dir'):
         inside(tmp_path / 'work', name)
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path) -> None:
+    with pytest.raises(Unusable, match='cannot be read'):
+        inside(tmp_path, 'x' * 5000)
 
 
 def test_detections_are_drawn(tmp_path) -> None:

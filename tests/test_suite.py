@@ -59,6 +59,8 @@ def test_rows_take_what_the_defaults_say_and_their_own_over_it(tmp_path):
     (dict(row=[dict(TRAINED, name='a')]), ["unknown key 'row'", 'Did you mean rows?']),
     (dict(rows=[dict(TRAINED, name='a'), dict(TRAINED, name='a')]), ["'a' names 2 rows"]),
     (dict(rows=[dict(TRAINED, name='A b')]), ["'A b' does not do"]),
+    (dict(rows=[dict(TRAINED, name='..')]), ["'..' does not do", 'a letter or digit first']),
+    (dict(rows=[dict(TRAINED, name='a', options={5: 6})]), ['options: 5 names no field']),
     (dict(rows=[dict(TRAINED, name='12')]), ["'12' does not do", '--only']),
     (dict(rows=[dict(TRAINED, name='a', checkpoint='x')]), ['has both iterations and checkpoint']),
     (dict(rows=[dict(TRAINED, name='a', schedule='full')]), ['has both iterations and schedule']),
@@ -104,6 +106,12 @@ def test_no_suite_and_no_yaml(tmp_path):
     (tmp_path / 'bad.yaml').write_text('rows: [')
     with pytest.raises(UserError, match='bad.yaml: no YAML.*line 1'):
         read_suite(tmp_path / 'bad.yaml')
+    (tmp_path / 'twice.yaml').write_text('name: a\nrows:\n- {name: a, options: {a: 1}, options: {b: 1}}')
+    with pytest.raises(UserError, match="twice.yaml: no YAML: the key 'options' is there twice.*line 3"):
+        read_suite(tmp_path / 'twice.yaml')
+    (tmp_path / 'deep.yaml').write_text('[' * 3000)
+    with pytest.raises(UserError, match='deep.yaml: no YAML: maximum recursion depth'):
+        read_suite(tmp_path / 'deep.yaml')
     (tmp_path / 'list.yaml').write_text('- a')
     with pytest.raises(UserError, match='a mapping is needed'):
         read_suite(tmp_path / 'list.yaml')
@@ -215,6 +223,26 @@ def test_a_config_that_cannot_be_read_fails_its_row_and_no_other(tmp_path):
     [task, _], _ = tasks_left(tmp_path, tmp_path / 'w', resume=True, rows=rows)
     finish(task, 'train')
     assert [(one['row'], one['status']) for one in records.read([tmp_path / 'w'])[0]] == [('a', 'done')]
+    assert records.read([tmp_path / 'w'])[1] == []  # nothing that counts was passed over
+    # and once it is gone again, what is done stays done
+    (tmp_path / 'nowhere.py').rename(tmp_path / 'moved.py')
+    _, [(_, reason)] = tasks_left(tmp_path, tmp_path / 'w', resume=True, rows=rows)
+    assert reason.startswith('complexity: ') and 'nowhere.py: no such config' in reason
+    (tmp_path / 'moved.py').rename(tmp_path / 'nowhere.py')
+    [task, _], _ = tasks_left(tmp_path, tmp_path / 'w', resume=True, rows=rows)
+    assert task.measures == ('complexity', 'metric', 'speed', 'memory')
+    finish(task, *task.measures)
+    [task], failed = tasks_left(tmp_path, tmp_path / 'w', resume=True, rows=rows)
+    assert task.row == 'b' and not failed
+
+
+def test_a_measurement_that_sees_images_may_be_added(tmp_path):
+    content = dict(data=dict(scenes='demo', train=2, val=1, size=[64, 64]))
+    row = dict(name='a', config='config.py', checkpoint=str(tmp_path / 'x.pth'))
+    [task], _ = tasks_left(tmp_path, tmp_path / 'w', rows=[dict(row, measure=['complexity'])], **content)
+    finish(task, 'complexity')
+    [task], _ = tasks_left(tmp_path, tmp_path / 'w', True, rows=[dict(row, measure=['complexity', 'metric'])], **content)
+    assert task.measures == ('metric',) and Path(task.data_root, META).is_file()
 
 
 def test_data_of_a_row(tmp_path):

@@ -236,6 +236,12 @@ def test_launchers_start_training_and_test_and_nothing_else(tmp_path):
     assert runner.stages(tasks, Settings()) == [(1, tasks)]
 
 
+def test_devices_are_dealt_out():
+    devices = [str(i) for i in range(8)]
+    assert [runner.devices_of(devices, slot, 1) for slot in (0, 3, 9)] == [['0'], ['3'], ['1']]
+    assert [''.join(runner.devices_of(devices, slot, 4)) for slot in range(3)] == ['0123', '4567', '0123']
+
+
 def test_of_two_processes_at_one_row_the_second_gives_way(tmp_path, monkeypatch):
     suite = write_suite(tmp_path, {'a': {}})
     tasks, _ = plan.tasks_left(read_suite(suite), plan.Choice(tmp_path / 'w'))
@@ -259,6 +265,10 @@ def test_why_a_process_died(tmp_path):
     assert runner.death(137, log).splitlines()[0] == 'ended by signal 9, SIGKILL (killed: out of memory?)'  # a shell's
     quoted = runner.death(-9, log).splitlines()[1:]
     assert quoted[0] == 'two' and quoted[2] == 'four' and len(quoted[1]) == 300
+    before = log.stat().st_size
+    assert runner.death(3, log, before) == 'ended with status 3'  # those are words of an earlier process
+    log.write_bytes(log.read_bytes() + b'five\n')
+    assert runner.death(3, log, before).splitlines()[1:] == ['five']
     assert runner.death(-9, tmp_path / 'absent') == 'ended by signal 9, SIGKILL (killed: out of memory?)'
 
 
@@ -283,8 +293,9 @@ def test_progress_tells_stage_iteration_and_time_left(tmp_path):
     shown.update([(task, 1.)])
     task.say_stage('train')
     (task.folder / 'train').mkdir()
-    (task.folder / 'train' / 'progress.json').write_text('{"iteration": 3, "iterations": 12, "seconds": 9}')
-    shown.update([(task, 30.)])
+    # this process goes on with a training that an earlier one has begun
+    (task.folder / 'train' / 'progress.json').write_text('{"iteration": 3, "iterations": 12, "seconds": 30}')
+    shown.update([(task, 2.)])
     shown.ended('a seed 0: fine', 60.)
     parts = [part for part in re.split(r'[\r\n]', shown.out.getvalue()) if part.strip()]
     assert parts == ['[0/2] a seed 0 starts; time left: not known yet',

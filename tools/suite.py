@@ -4,7 +4,9 @@ Results go to WORK_DIR/results, append-only. A suite that was stopped, killed or
 what is done stays, a training goes on from its last checkpoint, and what failed is tried again. docs/suites.md shows how to
 write one and how to spread it over machines.
 """
+import argparse
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,12 +14,16 @@ from replk_mm import cli
 from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.definition import read_suite
 from replk_mm.bench.suites.run import Settings, run
+from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import UserError, command
 
 
 def names(text: str) -> list[str]:
     """Comma-separated names, for argparse."""
-    return [name.strip() for name in text.split(',') if name.strip()]
+    found = [name.strip() for name in text.split(',') if name.strip()]
+    if not found:  # as of a variable that is not set, which must not mean all rows
+        raise argparse.ArgumentTypeError(f'{text!r} names no row')
+    return found
 
 
 @command
@@ -39,6 +45,9 @@ def main() -> int:
     args = p.parse_args()
     if args.nproc > 1 and args.launcher == 'none':
         raise UserError(f'--nproc {args.nproc}: needs a launcher\nAdd --launcher pytorch or --launcher slurm.')
+    if args.launcher == 'slurm' and not args.list and not shutil.which('srun'):
+        raise UserError('--launcher slurm: there is no srun here\nRun it on a machine of the cluster, within an allocation, '
+                        'or take --launcher pytorch.')
     suite = read_suite(args.suite)
     work_dir = args.work_dir or Path('work_dirs', 'suites', suite.name)
     if args.list:
@@ -58,6 +67,7 @@ def main() -> int:
 
 def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
     """Run what is left and say how it went; returns whether something failed."""
+    prepare_work_dir(choice.work_dir)
     tasks, failed = plan.tasks_left(suite, choice)
     done = len(plan.chosen(suite, choice.only)) - len(tasks) - len(failed)
     print(f'{suite.name}: {len(tasks)} rows and seeds to do' + (f', {done} are done' if done else '')

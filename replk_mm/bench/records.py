@@ -26,6 +26,8 @@ FIELDS: dict[str, tuple[type, ...]] = dict(
     reason=(str, type(None)), values=(dict,), protocol=(dict,), facts=(dict,), config=(dict,), checkpoint=(dict, type(None)),
     published=(dict, type(None)), git=(dict, type(None)), environment=(dict,), started=(str,), seconds=(int, float),
     files=(dict,), key=(str,))
+#: What those of an earlier program lack.
+_LATER: dict[str, tuple[type, ...]] = dict(asked=(list,))
 
 
 def key_of(definition: Mapping[str, Any], seed: int, measurement: str) -> str:
@@ -51,7 +53,7 @@ def complaint(record: object) -> str | None:
     version = record.get('version')
     if version != VERSION:
         return f'version {version!r}; this replk_mm reads version {VERSION}'
-    for name, types in FIELDS.items():
+    for name, types in {**FIELDS, **{name: types for name, types in _LATER.items() if name in record}}.items():
         if name not in record:
             return f'the record has no {name!r}'
         if not isinstance(record[name], types) or isinstance(record[name], bool):
@@ -127,7 +129,8 @@ def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """Read records.
 
     Of several with one key the one that was started last counts, but one that is done never gives way to one that failed. Of
-    one measurement of a row and seed under different keys, the row's definition has changed; that started last counts.
+    one measurement of a row and seed under different keys, the row's definition has changed; that started last counts, and
+    nothing is said of one that failed before.
 
     Args:
         paths: Files, work dirs or folders of files.
@@ -147,7 +150,7 @@ def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
         known = latest.get(_what(record))
         if known and known[1]['started'] > record['started']:
             place, record, known = *known, (place, record)
-        if known:
+        if known and known[1]['status'] == 'done':
             complaints.append(f'{known[0]}: {record["row"]}, seed {record["seed"]}, {record["measurement"]}: of another '
                               f'definition of the row than the later record at {place}')
         latest[_what(record)] = place, record
@@ -181,10 +184,11 @@ def _lines(path: Path, complaints: list[str], offset: int = 0) -> Iterable[tuple
         place = f'{path}:{number}'
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):  # or nested too deeply
-            complaints.append(f'{place}: not JSON; its process was ended while it wrote, or the file is damaged')
-            continue
-        wrong = complaint(record)
+            wrong = complaint(record)
+        except RecursionError:
+            wrong = 'nested too deeply for a record'
+        except ValueError:
+            wrong = 'not JSON; its process was ended while it wrote, or the file is damaged'
         if wrong:
             complaints.append(f'{place}: {wrong}')
         else:

@@ -22,6 +22,7 @@ from replk_mm.bench.report.columns import (
 from replk_mm.bench.report.markup import clean
 from replk_mm.bench.report.protocol import Protocol, identity, name_protocols
 from replk_mm.bench.report.ranking import leaders
+from replk_mm.bench.report.state import asked_of, state_of
 from replk_mm.errors import UserError
 
 Record = dict[str, Any]
@@ -201,7 +202,7 @@ def _fill(group: Group, by_protocol: Mapping[str, Protocol]) -> None:
         row.figures['metric'] = _figure(BY_KEY['metric'], row, by_protocol)
         metric = _first(row, 'metric') or row.records[0]
         row.figures['published'], row.figures['difference'] = compared(metric, row.figures['metric'])
-        row.state, more = _state(row)
+        row.state, more = state_of(row.records)
         row.problems += more
     group.rows.sort(key=lambda row: _order(row.figures['metric'].value))
     for column in COLUMNS:
@@ -241,17 +242,6 @@ def _absence(column: Column, row: Row) -> str:
         return f'failed: {reasons[0]}'
     if of_it:
         return 'the record holds no such figure'
-    return f'training failed: {trainings[0]}' if trainings else NOT_MEASURED
-
-
-def _state(row: Row) -> tuple[str, list[str]]:
-    failures = [f'seed {r["seed"]}: {r["measurement"]} failed: {r["reason"]}' for r in row.records if r['status'] == 'failed']
-    seeds = {r['seed'] for r in row.records}
-    bad = {r['seed'] for r in row.records if r['status'] == 'failed'}
-    if failures:
-        return f'failed, {len(bad)} of {_counted(len(seeds), "seed")}', failures
-    return f'done, {_counted(len(seeds), "seed")}', []
-
-
-def _counted(count: int, noun: str) -> str:
-    return f'{count} {noun}{"s" * (count != 1)}'
+    if trainings:
+        return f'training failed: {trainings[0]}'
+    return 'not recorded yet' if column.measurement in asked_of(row.records) else NOT_MEASURED

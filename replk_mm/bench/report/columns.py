@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from replk_mm.bench import published
+from replk_mm.bench.report.markup import clean
 from replk_mm.bench.report.protocol import in_words
 
 #: Images of the split that a published figure was measured on.
@@ -14,6 +15,7 @@ _PUBLISHED_METRICS = {'mIoU': ('miou_ss', 'miou_ms'), 'coco/bbox_mAP': ('ap_box'
 METRIC_TITLES = {'coco/bbox_mAP': 'Box AP', 'coco/segm_mAP': 'Mask AP'}
 _MIB = 2**20
 _LARGEST = 10**30
+_LONGEST_OPTIONS = 200
 #: How a missing figure says that nobody asked for it.
 NOT_MEASURED = 'not measured'
 
@@ -176,6 +178,8 @@ def _otherwise(record: Mapping[str, Any], result: published.Result | None) -> It
     if result and iterations and result.schedule.endswith('iterations') and (
             result.schedule != f'{iterations / 1000:g}k iterations'):
         yield f'trained for {iterations:,.0f} iterations, published after {result.schedule}'
+    if record['config'].get('options'):
+        yield f'config with options: {clean(in_words(record["config"]["options"]), _LONGEST_OPTIONS)}'
     side = crop[0] if isinstance(crop, list) and crop else crop
     if result and result.crop and side and side != result.crop:
         yield f'crop {in_words(crop)}, published with {result.crop}'

@@ -17,7 +17,8 @@ def details(suite: Suite, row: Row, prefix: str) -> Markup:
     """Everything about a row, closed at first."""
     stated = next((r['published'] for r in reversed(row.records) if r['published']), None)
     parts = [
-        tag('ul', *(tag('li', problem) for problem in row.problems), class_='failed') if row.problems else '',
+        tag('ul', *(tag('li', problem) for problem in row.problems), class_='failed' if row.failed else None)
+        if row.problems else '',
         _section('Measurements', _records(suite, row)),
         *(_section('Config', places({key: value for key, value in config.items() if value}))
           for config in _distinct(r['config'] for r in row.records)),

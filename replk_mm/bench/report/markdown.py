@@ -38,7 +38,7 @@ def tables(suite: Suite) -> str:
             assert first is not None
             parts.append('\n'.join([f'Differs from {first.name}, and is not ranked with it:', '',
                                     *(f'- {plain(text)}' for text in group.protocol.differences)]) + '\n')
-        titles = ['Row', *(f'{heading(suite, c)}{f", {c.unit}" if c.unit else ""}' for c in COLUMNS), 'State']
+        titles = ['Row', *(plain(f'{heading(suite, c)}{f", {c.unit}" if c.unit else ""}') for c in COLUMNS), 'State']
         lines = [titles, ['---', *['---:'] * len(COLUMNS), '---'], *(_cells(suite, row, notes) for row in group.rows)]
         parts.append('\n'.join(f'| {" | ".join(line)} |' for line in lines) + '\n')
     parts.append('– is missing; without a number beside it nobody asked for it.\n')

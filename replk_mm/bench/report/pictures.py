@@ -87,7 +87,11 @@ def inside(folder: Path, name: Any) -> Path:
     if '\0' in str(name) or place.is_absolute() or place.parts[:1] == (os.pardir,):
         raise Unusable(f'{name!r}: not in the work dir {folder}')
     path = folder / place
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that is too long, for one
+        raise Unusable(f'{name!r:.100}: cannot be read ({error.strerror})') from error
+    if not there:
         raise Unusable(f'{path}: not there')
     return path
 

@@ -99,7 +99,15 @@ class Suite:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are those of Python: YAML 1.1 takes ``1e-3``, without a point, for a text."""
+    """YAML whose numbers are those of Python: YAML 1.1 takes ``1e-3``, without a point, for a text. A key is there once."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f'the key {key.value!r} is there twice', key.start_mark)
+        return node
 
 
 _Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$'),
@@ -117,14 +125,14 @@ def read_suite(path: str | Path) -> Suite:
         content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
     except OSError as error:
         raise UserError(f'{path}: no such suite ({error.strerror})\nSuites are in configs/suites/, one file each.') from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f'{path}: no YAML: {" ".join(str(error).split())}') from error
     place = str(path)
     found = _known(content, place, name='text', question='text', data='a mapping', defaults='a mapping', rows='a list')
     for key in ('name', 'rows'):
         if not found.get(key):
             raise UserError(f'{place}: {key} is missing\ndocs/suites.md shows a whole suite.')
-    _check_name(found['name'], f'{place}: name', r'[a-z0-9_-]+')
+    _check_name(found['name'], f'{place}: name', '_-')
     defaults = _row_keys(found.get('defaults') or {}, f'{place}: defaults', config=False)
     rows = tuple(_row(given, defaults, f'{place}: rows[{i}]') for i, given in enumerate(found['rows']))
     names = [row.name for row in rows]
@@ -158,10 +166,11 @@ def _known(given: object, place: str, **kinds: str) -> dict[str, Any]:
     return given
 
 
-def _check_name(name: str, place: str, pattern: str) -> None:
-    if not re.fullmatch(pattern, name) or name.isdigit():
+def _check_name(name: str, place: str, marks: str) -> None:
+    if not re.fullmatch(f'[a-z0-9][a-z0-9{marks}]*', name) or name.isdigit():
         raise UserError(f'{place}: {name!r} does not do, for it names files\n'
-                        f'Use {pattern[:-1]}, and not digits alone, which number rows for --only.')
+                        f'Use small letters, digits and {" ".join(marks)}; a letter or digit first, and not digits alone, '
+                        f'which number rows for --only.')
 
 
 def _row_keys(content: object, place: str, config: bool = True) -> dict[str, Any]:
@@ -171,6 +180,9 @@ def _row_keys(content: object, place: str, config: bool = True) -> dict[str, Any
     if len(budgets) > 1:
         raise UserError(f'{place}: has both {budgets[0]} and {budgets[1]}\n'
                         f'A row is trained (iterations, or schedule: full) or takes a checkpoint.')
+    unnamed = next((key for key in found.get('options', ()) if not isinstance(key, str)), None)
+    if unnamed is not None:
+        raise UserError(f'{place}: options: {unnamed!r} names no field of a config\nName one, such as model.backbone.arch.')
     given = {**found, **_known(found.get('erf', {}), f'{place}: erf', size='a whole number', count='a whole number')}
     for key in ('iterations', 'batch', 'size', 'count'):
         if given.get(key, 1) < 1:
@@ -206,7 +218,7 @@ def _row(given: object, defaults: dict[str, Any], place: str) -> Row:
     own = _row_keys(given, place)
     if 'name' not in own:
         raise UserError(f'{place}: name is missing\nEvery row has a name and a config.')
-    _check_name(own['name'], f'{place}: name', r'[a-z0-9._-]+')
+    _check_name(own['name'], f'{place}: name', '._-')
     place = f'{place} ({own["name"]})'
     if any(key in own for key in _BUDGETS):  # a row's budget takes the place of whatever the defaults have
         defaults = {key: value for key, value in defaults.items() if key not in _BUDGETS}

@@ -81,11 +81,20 @@ def tasks_left(suite: Suite, choice: Choice) -> tuple[list[Task], list[tuple[str
         seeds = [seed for other, seed in pairs if other.name == row.name]
         for task, wrong in _tasks_of(suite, row, seeds, choice, state):
             if wrong:
-                task.fail(task.measures[0], now(), {}, wrong)
-                failed.append((task.name, f'{task.measures[0]}: {wrong}'))
+                failed.append((task.name, f'{_fail(task, wrong)}: {wrong}'))
             else:
                 tasks.append(task)
     return tasks, failed
+
+
+def _fail(task: Task, wrong: str) -> str:
+    """Record that a row's config cannot be read; what was measured while it could be stays. Returns what fails by it."""
+    known = records.read([task.results])[0] if task.results.exists() else []
+    done = {record['measurement'] for record in known if record['status'] == 'done'}
+    missing = [name for name in task.measures if name not in done]
+    if missing:
+        task.fail(missing[0], now(), {}, wrong)
+    return (missing or task.measures)[0]
 
 
 def _tasks_of(suite: Suite, row: Row, seeds: list[int], choice: Choice, state: dict | None) -> Iterator[tuple[Task, str]]:

@@ -54,7 +54,7 @@ class Progress:
         self._width = 0
 
     def _left(self, running: Sequence[tuple[Task, float]]) -> str:
-        left = time_left(self.seconds, [(seconds, _fraction(task)) for task, seconds in running],
+        left = time_left(self.seconds, [_way(task, seconds) for task, seconds in running],
                          self.count - len(self.seconds) - len(running), self.jobs)
         return 'time left: not known yet' if left is None else f'about {duration(left)} left'
 
@@ -64,7 +64,7 @@ def time_left(ended: Sequence[float], running: Sequence[tuple[float, float]], wa
 
     Args:
         ended: Seconds that processes took.
-        running: Seconds and the part of the training that is done, 0 to 1, of processes that run.
+        running: Of processes that run, the seconds of the training and the part of it that is done, 0 to 1; or their own.
         waiting: Processes that have not begun.
         jobs: Processes at a time.
 
@@ -81,11 +81,10 @@ def time_left(ended: Sequence[float], running: Sequence[tuple[float, float]], wa
     return max([*rest, (sum(rest) + waiting * mean) / jobs])
 
 
-def _fraction(task: Task) -> float:
-    if task.stage() != 'train':
-        return 0.
-    found = task.training()
-    return found['iteration'] / found['iterations'] if found.get('iterations') else 0.
+def _way(task: Task, seconds: float) -> tuple[float, float]:
+    """Seconds and part of a training; it may have been begun by an earlier process, whose seconds count in."""
+    found = task.training() if task.stage() == 'train' else {}
+    return (found['seconds'], found['iteration'] / found['iterations']) if found.get('iterations') else (seconds, 0.)
 
 
 def _place(task: Task) -> str:

@@ -22,6 +22,8 @@ from replk_mm.bench.suites.task import Task, now
 ALONE = ('speed', 'memory')
 #: Lines of a process's output that go into the reason why it died, at most, and their characters.
 _LINES, _CHARACTERS = 3, 300
+#: Bytes at the end of its output in which they are looked for.
+_TAIL = 2**16
 #: Seconds that processes get to end by themselves.
 _GRACE = 5.
 
@@ -49,6 +51,7 @@ class _Process:
     popen: subprocess.Popen
     slot: int
     offset: int
+    said: int
     started: datetime = field(default_factory=now)
     clock: float = field(default_factory=time.monotonic)
 
@@ -140,13 +143,19 @@ def _start(task: Task, slot: int, jobs: int, settings: Settings) -> _Process:
     if jobs * processes > 1:
         environment['OMP_NUM_THREADS'] = str(max(1, _threads() // (jobs * processes)))
     visible = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
-    if jobs > 1 and len(visible) > 1 and processes == 1:
-        environment['CUDA_VISIBLE_DEVICES'] = visible[slot % len(visible)]
+    if jobs > 1 and len(visible) > processes and task.launcher != 'slurm':  # which deals them out itself
+        environment['CUDA_VISIBLE_DEVICES'] = ','.join(devices_of(visible, slot, processes))
     offset = task.results.stat().st_size if task.results.exists() else 0
+    said = task.log.stat().st_size if task.log.exists() else 0
     with task.log.open('ab') as log:
         popen = subprocess.Popen(command(task, file, settings), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                                  env=environment, start_new_session=True)
-    return _Process(task, popen, slot, offset)
+    return _Process(task, popen, slot, offset, said)
+
+
+def devices_of(visible: Sequence[str], slot: int, count: int) -> list[str]:
+    """The devices of one of several tasks that run at a time: so many of those there are, in turn."""
+    return [visible[(slot * count + i) % len(visible)] for i in range(count)]
 
 
 def command(task: Task, file: Path, settings: Settings) -> list[str]:
@@ -179,18 +188,19 @@ def _outcome(process: _Process, environment: Callable[[], dict[str, Any]]) -> li
     if missing and not stopped:
         stage = task.stage()
         at = stage if stage in missing else missing[0]
-        reason = death(status, task.log)
+        reason = death(status, task.log, process.said)
         task.fail(at, process.started, environment(), reason)
         reasons.append(f'{at}: {reason}')
     return reasons
 
 
-def death(status: int, log: Path) -> str:
+def death(status: int, log: Path, start: int = 0) -> str:
     """Why a process died that could not say so itself.
 
     Args:
         status: Of its end; negative for a signal.
         log: Its output, whose last lines are quoted.
+        start: Bytes of it that earlier processes have written.
     """
     number = -status if status < 0 else status - 128 if status > 128 else 0
     reason = f'ended with status {status}'
@@ -198,7 +208,9 @@ def death(status: int, log: Path) -> str:
         why = {signal.SIGKILL: ' (killed: out of memory?)', signal.SIGBUS: ' (no room in shared memory?)'}
         reason = f'ended by signal {number}, {signal.Signals(number).name}{why.get(signal.Signals(number), "")}'
     with contextlib.suppress(OSError):
-        lines = [line.strip() for line in log.read_text(errors='replace').splitlines() if line.strip()]
+        with log.open('rb') as file:
+            file.seek(max(start, log.stat().st_size - _TAIL))
+            lines = [line.strip() for line in file.read().decode(errors='replace').splitlines() if line.strip()]
         return '\n'.join([reason, *(line[-_CHARACTERS:] for line in lines[-_LINES:])])
     return reason
 

@@ -29,19 +29,21 @@ def data_of(suite: Suite, row: Row, cfg: Config, work_dir: Path, given: str | No
         given: Data root that the command line names; None for none.
 
     Returns:
-        The data root, None for the config's own; and plain data that is the same for the same data.
+        The data root, None for the config's own or where none is needed; and plain data that is the same for the same data.
 
     Raises:
         UserError: If there are no such scenes, or they cannot be written.
     """
     root = given or row.data_root or suite.data.get('root')
-    if root or not suite.data or not set(_SEEING) & set(row.measurements()):
+    if root or not suite.data:
         return root, dict(root=root)
     wanted = {**_USUAL, 'layout': _layout_of(cfg), **suite.data}
     kind = SCENES.get(wanted['scenes'])
     if kind is None:
         raise UserError(f'{suite.path}: data: scenes: {wanted["scenes"]!r} is unknown\nThere are: {", ".join(SCENES)}.')
     wanted['version'] = kind.version
+    if not set(_SEEING) & set(row.measurements()):
+        return None, wanted  # as if it saw them, so that a measurement that comes to it later changes nothing else
     folder = work_dir / 'data' / f'{kind.name}-{wanted["layout"]}-{fingerprint(wanted)[:8]}'
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / 'lock').open('a') as lock:

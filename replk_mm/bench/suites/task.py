@@ -122,7 +122,8 @@ class Task:
             measurement=measurement, **{**dict(status='done', reason=None, values={}, protocol={}, facts={}, checkpoint=None,
                                                files={}), **content},
             config=self.config_record, published=self.published, git=self.git, environment=environment,
-            started=started.isoformat(timespec='microseconds'), seconds=round(seconds, 3), key=self.keys[measurement])
+            started=started.isoformat(timespec='microseconds'), seconds=round(seconds, 3), key=self.keys[measurement],
+            asked=list(self.keys))
 
     def fail(self, measurement: str, started: datetime, environment: Mapping[str, Any], reason: str) -> None:
         """Append the record of a measurement that failed."""
