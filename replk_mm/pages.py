@@ -26,8 +26,12 @@ def renew(page: Path, name: str, content: str) -> None:
     """Renew a block of a page; see :func:`renewed`.
 
     Raises:
-        UserError: If there is no such page, or not one such block in it.
+        UserError: If the page cannot be read or written, or has not one such block.
     """
-    if not page.is_file():
-        raise UserError(f'{page}: no such file')
-    page.write_text(renewed(page.read_text(encoding='utf-8'), name, content, str(page)), encoding='utf-8')
+    try:
+        text = page.read_text(encoding='utf-8')
+        page.write_text(renewed(text, name, content, str(page)), encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'{page}: {error.strerror or error}') from error
+    except UnicodeDecodeError as error:
+        raise UserError(f'{page}: not a text in UTF-8 ({error.reason} at byte {error.start})') from error

@@ -327,7 +327,7 @@ def test_table_has_the_areas():
 def test_page_block_is_renewed(tmp_path):
     page, picture = tmp_path / 'docs' / 'page.md', tmp_path / 'docs' / 'images' / 'x.png'
     page.parent.mkdir()
-    with pytest.raises(UserError, match='no such file'):
+    with pytest.raises(UserError, match='No such file'):
         erf_page.renew(page, 'x', 'new\n', picture)
     page.write_text('before\n<!-- x:begin -->\nold\n<!-- x:end -->\nafter\n')
     erf_page.renew(page, 'x', 'new\n', picture)
