@@ -1,5 +1,11 @@
 """mmengine's runner and checkpoint hook, mended where a run of ours needs it."""
+import ctypes
+import functools
+import os
+import signal
+import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.nn as nn
@@ -11,6 +17,7 @@ from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMEngineRunner
+from torch.utils.data import DataLoader
 
 from replk_mm.engine.explain import explaining
 from replk_mm.errors import UserError
@@ -25,6 +32,13 @@ class Runner(MMEngineRunner):
         """Build a runner; loaders, optimizer and schedules follow when it trains or tests."""
         with explaining(cfg, 'run'):
             return super().from_cfg(cfg)
+
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
+        """Build a loader whose worker processes end with this one, in whatever way it ends."""
+        loader = MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
+        loader.worker_init_fn = functools.partial(_start_worker, os.getpid(), loader.worker_init_fn)
+        return loader
 
     def build_train_loop(self, loop: dict) -> BaseLoop:
         """Build the loop with its loader and data set."""
@@ -80,6 +94,17 @@ class Runner(MMEngineRunner):
         finally:
             part.unlink(missing_ok=True)
         return None
+
+
+def _start_worker(parent: int, then: Callable[[int], None] | None, worker: int) -> None:
+    # A worker with samples of some size in hand waits until they are taken: for ever, with its memory and its locks, if the
+    # process that would take them was killed. Linux can end it then.
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was killed before this was said
+            os._exit(1)
+    if then is not None:
+        then(worker)
 
 
 @HOOKS.register_module()
