@@ -3,7 +3,8 @@
 # Train:     python tools/make_demo_data.py demo/data && python tools/train.py configs/upernet_replk-nano_demo.py
 # Recipe:    1 CPU x 8 images (global batch 8), 600 iterations, from scratch
 # Published: none; `make demo` prints what it measures
-_base_ = ['./_base_/models/upernet_nano.py', './_base_/schedules/nano.py', 'mmseg::_base_/default_runtime.py']
+_base_ = ['./_base_/models/upernet_nano.py', './_base_/datasets/scenes.py', './_base_/schedules/nano.py',
+          'mmseg::_base_/default_runtime.py']
 crop_size = (160, 160)
 num_classes = 8
 # Objects cover a sixth of the pixels; the Dice loss counts every class alike, so that their shapes are not learned last.
@@ -17,22 +18,10 @@ metainfo = dict(
     classes=('sky', 'ground', 'water', 'disc', 'square', 'star', 'triangle_h', 'triangle_v'),
     palette=[[135, 190, 235], [125, 150, 75], [40, 85, 165], [230, 80, 60], [245, 190, 50], [170, 75, 190],
              [30, 170, 150], [250, 130, 190]])
-dataset = dict(
-    type='BaseSegDataset',
-    data_root='demo/data',
-    metainfo=metainfo,
-    reduce_zero_label=True)
-train_dataloader = dict(
-    batch_size=8, num_workers=2, persistent_workers=True, sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(**dataset, pipeline=train_pipeline,
-                 data_prefix=dict(img_path='images/training', seg_map_path='annotations/training')))
-val_dataloader = dict(
-    batch_size=1, num_workers=2, persistent_workers=True, sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(**dataset, pipeline=test_pipeline,
-                 data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation')))
+dataset = dict(data_root='demo/data', metainfo=metainfo)
+train_dataloader = dict(batch_size=8, dataset=dict(**dataset, pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(**dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-test_evaluator = val_evaluator
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(type='replk_mm.RepLKNet', arch='nano', norm_cfg=_base_.norm_cfg),

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ from test_demo_data import run_tool, tree
 
 from replk_mm.data import demo_writer
 from replk_mm.data.conflict_files import read_conflict, read_labels
-from replk_mm.data.demo_conflict import TEXTURE_OF, make_conflict_scene, texture_class, write_conflict_data
+from replk_mm.data.demo_conflict import CONFLICT, TEXTURE_OF, make_conflict_scene, texture_class
 from replk_mm.data.demo_render import make_scene
 from replk_mm.data.demo_scenes import DEMO_CLASSES, SHAPES
-from replk_mm.data.demo_writer import SceneKind, write_demo_data
+from replk_mm.data.demo_writer import write_demo_data
 from replk_mm.errors import UserError
 
 SIZE = (160, 160)
@@ -32,7 +33,7 @@ def training():
 @pytest.fixture(scope='module')
 def written(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('conflict') / 'd'
-    write_conflict_data(root, train=3, val=3, seed=2, size=(64, 96))
+    write_demo_data(root, train=3, val=3, seed=2, size=(64, 96), kind=CONFLICT)
     return root
 
 
@@ -158,7 +159,7 @@ def test_files_hold_the_scenes_and_the_listing_their_objects(written):
     assert len(list((written / 'images/training').iterdir())) == 3
 
 
-def test_an_interrupted_run_is_resumed_to_the_same_files(written, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_resumed_to_the_same_files(written, tmp_path):
     drawn = []
 
     def interrupted(*key):
@@ -167,22 +168,17 @@ def test_an_interrupted_run_is_resumed_to_the_same_files(written, tmp_path, monk
         drawn.append(key)
         return make_conflict_scene(*key)
 
-    from replk_mm.data import demo_conflict
-    whole = demo_conflict.CONFLICT
-    cut = SceneKind(whole.name, whole.version, interrupted, whole.layouts, whole.more, whole.listing)
-    monkeypatch.setattr(demo_conflict, 'CONFLICT', cut)
     with pytest.raises(KeyboardInterrupt):
-        write_conflict_data(tmp_path / 'd', train=3, val=3, seed=2, size=(64, 96))
+        write_demo_data(tmp_path / 'd', train=3, val=3, seed=2, size=(64, 96), kind=replace(CONFLICT, make=interrupted))
     assert not (tmp_path / 'd/meta.json').exists() and not (tmp_path / 'd/conflict.json').exists()
-    monkeypatch.undo()
-    write_conflict_data(tmp_path / 'd', train=3, val=3, seed=2, size=(64, 96))
+    write_demo_data(tmp_path / 'd', train=3, val=3, seed=2, size=(64, 96), kind=CONFLICT)
     assert tree(tmp_path / 'd') == tree(written)
 
 
 def test_one_kind_overwrites_another_and_leaves_nothing_of_it(tmp_path):
     out = tmp_path / 'd'
     write_demo_data(tmp_path / 'plain', train=2, val=1, size=(64, 64))
-    write_conflict_data(out, train=2, val=2, size=(64, 64))
+    write_demo_data(out, train=2, val=2, size=(64, 64), kind=CONFLICT)
     with pytest.raises(UserError, match='--overwrite'):
         write_demo_data(out, train=2, val=1, size=(64, 64))
     (out / 'notes.txt').write_text('mine')
@@ -192,7 +188,7 @@ def test_one_kind_overwrites_another_and_leaves_nothing_of_it(tmp_path):
 
 def test_a_listing_that_leads_elsewhere_is_not_followed(tmp_path):
     out = tmp_path / 'd'
-    write_conflict_data(out, train=1, val=1, size=(64, 64))
+    write_demo_data(out, train=1, val=1, size=(64, 64), kind=CONFLICT)
     (tmp_path / 'precious.txt').write_text('mine')
     meta = json.loads((out / 'meta.json').read_text())
     (out / 'meta.json').write_text(json.dumps({**meta, 'listing': '../precious.txt'}))
@@ -204,7 +200,7 @@ def test_the_command_writes_them(tmp_path):
     result = run_tool(tmp_path / 'd', '--scenes', 'conflict', '--train', 2, '--val', 1, '--size', 64, 64)
     assert result.returncode == 0, result.stderr
     assert '2 training and 1 validation and 2 conflict scenes of 64x64' in result.stdout
-    write_conflict_data(tmp_path / 'same', train=2, val=1, size=(64, 64))
+    write_demo_data(tmp_path / 'same', train=2, val=1, size=(64, 64), kind=CONFLICT)
     assert tree(tmp_path / 'd') == tree(tmp_path / 'same')
     refused = run_tool(tmp_path / 'e', '--scenes', 'conflict', '--format', 'coco')
     assert refused.returncode == 2 and 'conflict scenes are not written as coco' in refused.stderr

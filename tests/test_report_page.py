@@ -153,7 +153,7 @@ def test_label_maps_of_cityscapes_are_found(tmp_path) -> None:
 
 def test_data_of_a_copied_work_dir_are_found(tmp_path) -> None:
     scenes(tmp_path / 'work/data/scenes')
-    one = metric('a', 0, 50., facts=facts('/elsewhere/work/data/scenes'))
+    one = metric('a', 0, 50., facts=facts('/elsewhere/data/scenes'))
     assert Data.of(one, tmp_path / 'work').root == tmp_path / 'work/data/scenes'
     with pytest.raises(Unusable, match='no such data root here'):
         Data.of(one, tmp_path)

@@ -15,8 +15,9 @@ from tiny import run_tool, tiny, trained  # noqa: F401 (fixtures)
 from replk_mm.analysis import shape_bias
 from replk_mm.analysis.shape_bias import decide, measure
 from replk_mm.data.conflict_files import ConflictObject, ConflictScene, ConflictSet
-from replk_mm.data.demo_conflict import write_conflict_data
+from replk_mm.data.demo_conflict import CONFLICT
 from replk_mm.data.demo_scenes import DEMO_CLASSES, DEMO_PALETTE, SHAPES
+from replk_mm.data.demo_writer import write_demo_data
 from replk_mm.engine.predict import load_trained
 from replk_mm.errors import UserError
 
@@ -27,7 +28,7 @@ GROUND = DEMO_CLASSES.index('ground')
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('shape_bias') / 'data'
-    write_conflict_data(root, train=1, val=VAL, seed=1, size=(64, 64))
+    write_demo_data(root, train=1, val=VAL, seed=1, size=(64, 64), kind=CONFLICT)
     return root
 
 

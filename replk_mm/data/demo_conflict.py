@@ -17,7 +17,6 @@ nothing here, and is not scored.
 """
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from replk_mm.data.demo_layouts import LAYOUTS
@@ -32,7 +31,7 @@ from replk_mm.data.demo_scenes import (
     place,
     scene_rng,
 )
-from replk_mm.data.demo_writer import SceneKind, stem_of, write_demo_data
+from replk_mm.data.demo_writer import SceneKind, stem_of
 
 #: Changes whenever the same seed gives other scenes than before.
 CONFLICT_VERSION = 1
@@ -71,30 +70,6 @@ def make_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int]
 def texture_class(item: ObjectSpec) -> str:
     """The class that an object's texture is of."""
     return next(name for name, texture in TEXTURE_OF.items() if texture == item.texture)
-
-
-def write_conflict_data(out: str | Path, train: int = 400, val: int = 40, seed: int = 0, size: tuple[int, int] = (160, 160),
-                        progress: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Write the three splits in the layout of ADE20K, and :data:`LISTING`, under ``out``.
-
-    The label maps have the ids of the demo scenes, so that configs for these read them as they are.
-
-    Args:
-        out: A folder that does not exist, is empty, or holds an interrupted run of the same settings.
-        train: Number of training scenes.
-        val: Number of validation scenes; there are twice as many conflict scenes.
-        seed: Names the data set.
-        size: Height and width of a scene in pixels. Defaults to (160, 160).
-        progress: Show a counter on standard error.
-        overwrite: Remove what an earlier run wrote there, and nothing else, before writing.
-
-    Returns:
-        What ``meta.json`` holds.
-
-    Raises:
-        UserError: An argument is out of range, or ``out`` cannot be written or holds something else.
-    """
-    return write_demo_data(out, 'ade20k', train, val, seed, size, overwrite, progress, CONFLICT)
 
 
 def _agreeing(seed: int, split: str, index: int, size: tuple[int, int]) -> SceneSpec:

@@ -1,0 +1,13 @@
+# Loaders, and the metric, for generated scenes in ADE20K's layout. A file that inherits this one says of every data set which
+# scenes and pipeline it has, and how large a batch is.
+train_dataloader = dict(
+    num_workers=2, persistent_workers=True, sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(type='BaseSegDataset', reduce_zero_label=True,
+                 data_prefix=dict(img_path='images/training', seg_map_path='annotations/training')))
+val_dataloader = dict(
+    batch_size=1, num_workers=2, persistent_workers=True, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(type='BaseSegDataset', reduce_zero_label=True,
+                 data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation')))
+test_dataloader = val_dataloader
+val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+test_evaluator = val_evaluator
