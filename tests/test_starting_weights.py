@@ -5,8 +5,8 @@ import mmengine.device.utils as devices
 import pytest
 import torch
 from mmengine.device import get_device
-from test_tools import merged  # noqa: F401
 from tiny import tiny, trained  # noqa: F401
+from tool_cases import merged  # noqa: F401
 
 from replk_mm import checkpoints
 from replk_mm.engine.evaluate import evaluate
