@@ -2,7 +2,6 @@
 import hashlib
 import logging
 import os
-import pickle
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,8 @@ import torch.nn as nn
 from mmengine.logging import print_log
 from torch import Tensor
 
-from replk_mm import compat
+from replk_mm import safe_load
+from replk_mm.checkpoint_record import record_of
 from replk_mm.errors import UserError
 from replk_mm.key_formats import Converted, convert, unwrap
 
@@ -68,35 +68,17 @@ def read(checkpoint: str | Path, trust: bool = False) -> dict:
         UserError: If the file does not exist, is damaged, or needs ``trust``.
     """
     path = fetch(checkpoint)
-    compat.allow_harmless_pickles()
-    try:
-        loaded = torch.load(path, map_location='cpu', weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        reason = _unsafe_global(str(error))
-        if reason is None:
-            raise _damaged(path, error) from error
-        raise UserError(f'{path}: refused: to load it, {reason} would have to run\n'
-                        f'A checkpoint of plain weights needs no code. If you know who made this file and trust them, '
-                        f'pass --trust-checkpoint.') from error
-    except Exception as error:  # a few changed bytes make torch raise errors of a dozen kinds
-        raise _damaged(path, error) from error
+    loaded = _unpickled(path) if trust else safe_load.load(path)
     if not isinstance(loaded, Mapping):
         raise UserError(f'{path}: not a checkpoint but a {type(loaded).__name__}; a dict of tensors is needed')
-    return dict(loaded)
+    return {**loaded, **({'meta': record_of(loaded, str(path))} if 'meta' in loaded else {})}
 
 
-def _unsafe_global(message: str) -> str | None:
-    for marker in ('GLOBAL ', 'Unsupported class ', 'asks for attribute', 'blocklisted module '):
-        if marker in message:
-            return message[message.index(marker) + len(marker):].split(' was not')[0].split('\n')[0].strip()
-    return 'an unlisted function' if 'Trying to' in message else None
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    size = path.stat().st_size
-    return UserError(f'{path}: not a readable checkpoint: damaged, cut off or no checkpoint at all ({size:,} bytes)\n'
-                     f'torch says: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}\n'
-                     f'Copy or download it again, and compare its size and hash with the source.')
+def _unpickled(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location='cpu', weights_only=False)
+    except Exception as error:  # it may do anything
+        raise safe_load.damaged(path, error) from error
 
 
 def sha256(path: str | Path) -> str:
@@ -256,7 +238,8 @@ def _unmerge(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
     for key, value in weights.items():
         at = key.find('.lkb_reparam.')
         base = key[:at]
-        if at < 0 or f'{base}.lkb_origin.bn.weight' not in own:
+        norm = own.get(f'{base}.lkb_origin.bn.weight')
+        if at < 0 or norm is None or norm.shape != value.shape[:1]:
             out[key] = value
         elif key.endswith('.weight'):
             out[f'{base}.lkb_origin.conv.weight'] = value
@@ -282,10 +265,9 @@ def reparameterization_of(checkpoint: Mapping, weights: Iterable[str]) -> dict |
     Returns:
         ``{'merge': bool, 'fold': bool}``, or None for a network in training form.
     """
-    meta = checkpoint.get('meta')
-    record = meta.get('replk_mm', {}).get('reparameterized') if isinstance(meta, Mapping) else None
+    record = record_of(checkpoint, 'the checkpoint').get('replk_mm', {}).get('reparameterized')
     if record:
-        return {'merge': bool(record['merge']), 'fold': bool(record['fold'])}
+        return {'merge': record['merge'], 'fold': record['fold']}
     return {'merge': True, 'fold': False} if any('.lkb_reparam.' in key for key in weights) else None
 
 

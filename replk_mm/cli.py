@@ -7,6 +7,10 @@ import warnings
 from mmengine.config import DictAction
 
 from replk_mm.engine.machine import Options, keep_freed_memory
+from replk_mm.errors import printable
+
+#: Longest list in an override, characters, and deepest nesting.
+_LONGEST, _DEEPEST = 3000, 20
 
 
 class KeyValue(DictAction):
@@ -17,12 +21,28 @@ class KeyValue(DictAction):
         for text in values or ():
             key, given, value = text.partition('=')
             if not given:
-                parser.error(f'argument {option_string}: {text!r} is not KEY=VALUE')
+                parser.error(f'argument {option_string}: {text!r:.200} is not KEY=VALUE')
             try:
+                # mmengine's reading takes the square of a list's length, and the cube of its depth.
+                if len(value) > _LONGEST and set(value) & set(',[('):
+                    raise ValueError(f' (a list of more than {_LONGEST:,} characters belongs into a config)')
+                if _depth(value) > _DEEPEST:
+                    raise ValueError(f' (lists within lists, more than {_DEEPEST} deep)')
                 options[key] = ast.literal_eval(value) if value.startswith('{') else self._parse_iterable(value)
-            except (ValueError, SyntaxError, AssertionError, RecursionError, MemoryError):
-                parser.error(f'argument {option_string}: the value of {key} cannot be read: {value[:80]}')
+            except (ValueError, TypeError, SyntaxError, AssertionError, RecursionError, MemoryError) as error:
+                why = str(error) if str(error).startswith(' (') else ''
+                parser.error(f'argument {option_string}: the value of {printable(key):.80} cannot be read{why}: '
+                             f'{printable(value):.80}')
         setattr(namespace, self.dest, options)
+
+
+def _depth(value: str) -> int:
+    """How deep brackets of any kind are nested in a text."""
+    deepest = depth = 0
+    for c in value:
+        depth += (c in '([{') - (c in ')]}')
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def parser(doc: str, example: str) -> argparse.ArgumentParser:

@@ -4,7 +4,8 @@ Each function mends one thing, may be called any number of times, and says which
 """
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -54,8 +55,8 @@ def _history_method(owner: type, name: str) -> Callable:
 def _renamed(function: Callable, name: str) -> Callable:
     """``function`` under the full name that a pickle calls it by."""
 
-    def call(*args):
-        return function(*args)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
 
     call.__module__, _, call.__name__ = name.rpartition('.')
     call.__qualname__ = call.__name__
@@ -80,15 +81,40 @@ def harmless_pickles() -> list:
     return [HistoryBuffer, takes_name, np.ndarray, np.dtype, *moved, *dtypes]
 
 
-def allow_harmless_pickles() -> None:
-    """Let ``torch.load(weights_only=True)``, torch's default from 2.6 on, read mmengine's own checkpoints.
+@contextmanager
+def harmless_pickles_allowed() -> Iterator[None]:
+    """Let ``torch.load(weights_only=True)`` read mmengine's own checkpoints, whose log buffers it refuses.
 
-    mmengine 0.10.7 stores its log buffers in every checkpoint and loads them with torch's defaults, so that it cannot
-    resume what it has written. torch before 2.5 has no list to add to; there its default reads everything.
+    Only for pickles that :func:`replk_mm.pickle_scan.scan` has passed: given other arguments than mmengine's, what is allowed
+    here makes memory out of numbers. torch before 2.5 has no list to add to.
     """
     import torch
-    if hasattr(torch.serialization, 'add_safe_globals'):
-        torch.serialization.add_safe_globals(harmless_pickles())
+    if not hasattr(torch.serialization, 'safe_globals'):
+        yield
+        return
+    known = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([item for item in harmless_pickles() if item not in known]):
+        yield
+
+
+def read_checkpoints_as_data() -> None:
+    """Let mmengine read checkpoints, local ones and downloads, as :mod:`replk_mm.safe_load` does.
+
+    mmengine 0.10.7 unpickles what it has downloaded with whatever code it holds, whichever the version of torch, and local
+    files too with torch before 2.6; with later ones it cannot read the checkpoints that it has written itself.
+    """
+    from mmengine.runner import checkpoint
+
+    def load(filename: str, map_location: object = None) -> dict:
+        from replk_mm.checkpoints import fetch
+        from replk_mm.safe_load import load
+        return load(fetch(filename if '://' in filename else Path(filename).expanduser()))
+
+    # Loaders of other addresses call them by these names, and mmengine's log has what follows `load_from_`.
+    checkpoint.load_from_local = _renamed(load, f'{__name__}.load_from_local')
+    checkpoint.load_from_http = _renamed(load, f'{__name__}.load_from_http')
+    checkpoint.CheckpointLoader.register_scheme('', checkpoint.load_from_local, force=True)
+    checkpoint.CheckpointLoader.register_scheme(('http://', 'https://'), checkpoint.load_from_http, force=True)
 
 
 def let_operators_read_any_layout() -> None:

@@ -1,19 +1,50 @@
 """The one exception for mistakes a user can make, and how a command reports it."""
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 
 #: Exit status of a command that was given something it cannot use.
 USER_ERROR_STATUS = 2
+#: Exit status of a training that a signal has stopped and that ``--resume`` continues: EX_TEMPFAIL of sysexits.h, "try again".
+STOPPED_STATUS = 75
+#: Exit status after Ctrl-C.
+INTERRUPTED_STATUS = 130
 
 
 class UserError(Exception):
     """Something the user can mend: a path, a config field, a file's content.
 
     The first line of the message says what is wrong, where, and what was found; the following lines say what to do.
-    Commands print it without a traceback and exit with :data:`USER_ERROR_STATUS`.
+    Commands print it without a traceback and exit with :data:`USER_ERROR_STATUS`. Parts of it may come from files that
+    strangers wrote, which is why it holds no character that a terminal would obey.
     """
+
+    def __init__(self, message: str = '') -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """``text`` as any terminal and file takes it: control characters, and what is no UTF-8 in names of files, escaped."""
+    if text.replace('\n', '').replace('\t', '').isprintable():
+        return text
+    return ''.join(c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in text)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has stopped a training whose state is saved.
+
+    Commands print it and exit with :data:`STOPPED_STATUS`, after Ctrl-C with :data:`INTERRUPTED_STATUS`.
+
+    Attributes:
+        signal: Which.
+        checkpoint: What to go on from.
+    """
+
+    def __init__(self, number: signal.Signals, checkpoint: str) -> None:
+        super().__init__(f'stopped by {number.name}; --resume goes on from {checkpoint}')
+        self.signal, self.checkpoint = number, checkpoint
 
 
 def message_of(error: BaseException) -> str:
@@ -24,7 +55,8 @@ def message_of(error: BaseException) -> str:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Turn ``main`` into a command: user errors become one message and status 2, Ctrl-C status 130.
+    """Turn ``main`` into a command: user errors become one message and status 2, Ctrl-C status 130, other signals that stop a
+    training status 75.
 
     ``REPLK_MM_TRACEBACK=1`` shows the traceback of a user error too, for those who debug the library.
     """
@@ -38,8 +70,12 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
                 raise
             print(f'error: {message_of(error)}', file=sys.stderr)
             return USER_ERROR_STATUS
+        except Stopped as stopped:
+            if os.environ.get('RANK', '0') == '0':
+                print(stopped, file=sys.stderr)
+            return INTERRUPTED_STATUS if stopped.signal == signal.SIGINT else STOPPED_STATUS
         except KeyboardInterrupt:
             print('interrupted', file=sys.stderr)
-            return 130
+            return INTERRUPTED_STATUS
 
     return wrapped

@@ -139,15 +139,15 @@ def convert(weights: Mapping[str, Tensor], prefix: str | None = None) -> Convert
 
 
 def _convnext_keys(weights: dict[str, Tensor], form: str) -> dict[str, Tensor]:
-    last = max(int(key.split('.')[1]) for key in weights if key.startswith('stages.'))
+    last = max((int(match[1]) for key in weights if (match := re.match(r'stages\.(\d{1,3})\.', key))), default=0)
     out = {}
     for key, value in weights.items():
         for pattern, replacement in _CONVNEXT.get(form, ()):
             key = pattern.sub(replacement, key)
         # The classification network's only norm is that of the last stage (mmpretrain's converter does the same).
         key = re.sub(r'^norm\.', f'norm{last}.', key)
-        if '.grn.' in key:  # the authors keep (1, 1, 1, C)
-            value = value.flatten()
+        if '.grn.' in key and value.shape[:-1].numel() == 1:  # the authors keep (1, 1, 1, C)
+            value = value.reshape(value.shape[-1:])
         out[key] = value
     return out
 

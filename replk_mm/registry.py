@@ -7,6 +7,7 @@ from importlib import import_module
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
@@ -16,7 +17,7 @@ from mmengine.registry import Registry
 
 from replk_mm import compat
 
-compat.allow_harmless_pickles()
+compat.read_checkpoints_as_data()
 
 SCOPE = 'replk_mm'
 
@@ -65,7 +66,11 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry('optimizer wrapper constructor', scope=SCO
 
 #: What runs beside training. Building from it imports the engine.
 HOOKS = Registry('hook', scope=SCOPE, parent=MMENGINE_HOOKS,
-                 locations=['replk_mm.engine.runner', 'replk_mm.engine.parameter_groups'])
+                 locations=['replk_mm.engine.checkpoint_hook', 'replk_mm.engine.parameter_groups', 'replk_mm.engine.preflight',
+                            'replk_mm.engine.divergence', 'replk_mm.engine.processes'])
+
+#: Training that can be stopped anywhere. Building from it imports the engine.
+LOOPS = Registry('loop', scope=SCOPE, parent=MMENGINE_LOOPS, locations=['replk_mm.engine.loops'])
 
 #: Metrics that keep the figures of every class. Building one imports the library whose metric it extends.
 METRICS = LazyRegistry('metric', scope=SCOPE, parent=MMENGINE_METRICS, modules={

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from replk_mm.equivalence import batch_norms
 from replk_mm.models.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
+from replk_mm.models.sync_norm import SyncBatchNorm
 from replk_mm.ops import DepthwiseConv2d
 
 # Subclasses may compute something else with their weight (weight standardization, deformable sampling); torch gives a
@@ -31,7 +32,7 @@ _PLAIN_CONVOLUTIONS = {'torch.nn.modules.conv.Conv1d', 'torch.nn.modules.conv.Co
                        'mmcv.cnn.bricks.wrappers.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv3d',
                        'replk_mm.ops.depthwise.DepthwiseConv2d'}
 # What a BatchNorm layer must run to be the affine map that is folded; a subclass may run something else.
-_PLAIN_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_PLAIN_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
 
 
 @dataclass

@@ -14,7 +14,8 @@ from replk_mm import compat
 
 @pytest.fixture(autouse=True)
 def _allowed():
-    compat.allow_harmless_pickles()
+    with compat.harmless_pickles_allowed():
+        yield
 
 
 def checkpoint(payload: bytes) -> io.BytesIO:

@@ -1,5 +1,7 @@
 """Training that is stopped, killed or spread over processes."""
 import json
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,8 +15,9 @@ from tool_cases import merged, read  # noqa: F401
 
 from replk_mm.engine import runner
 from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.train import train
-from replk_mm.errors import UserError
+from replk_mm.errors import INTERRUPTED_STATUS, UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
 
@@ -90,6 +93,96 @@ def test_resume_from_a_missing_checkpoint_is_refused(tiny, tmp_path):
         tiny.prepare(tmp_path, 2, resume=str(tmp_path / 'gone.pth'))
 
 
+# -- which checkpoint --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def checkpoints_of_a_run(tiny, tmp_path_factory):
+    """A work directory with the checkpoints of iterations 2, 4 and 6."""
+    work = tmp_path_factory.mktemp('run')
+    cfg, notes = tiny.prepare(work, 6, {'default_hooks.checkpoint.max_keep_ckpts': 3})
+    cfg.default_hooks.checkpoint.interval = 2
+    train(cfg, notes, preflight=False)
+    return work
+
+
+def spoil(path: Path, kind: str) -> None:
+    content = path.read_bytes()
+    if kind == 'cut off':
+        path.write_bytes(content[:len(content) // 2])
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'a changed bit':  # of a weight, which torch reads without a word
+        at = content.index(b'PK\x03\x04', len(content) // 3) - 5000
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+    elif kind == 'no checkpoint':
+        path.write_bytes(b'x' * 1000)
+
+
+@pytest.mark.parametrize('kind', ['cut off', 'empty', 'a changed bit', 'no checkpoint'])
+def test_damaged_last_checkpoint_is_passed_over(kind, checkpoints_of_a_run, tiny, tmp_path, fault):
+    work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
+    spoil(work / 'iter_6.pth', kind)
+    _, notes = tiny.prepare(work, 6, resume='auto')
+    passed_over, chosen = [note for note in notes if note.startswith('resume: ')]
+    assert passed_over.startswith(f'resume: {work / "iter_6.pth"} is damaged (')
+    assert chosen.startswith(f'resume: {work / "iter_4.pth"}, iteration 4')
+    fault(f'last checkpoint: {kind}', passed_over, 'the iterations since the checkpoint before it')
+
+
+def test_all_checkpoints_damaged_is_refused(checkpoints_of_a_run, tiny, tmp_path, fault):
+    work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
+    for path in work.glob('*.pth'):
+        spoil(path, 'cut off')
+    with pytest.raises(UserError, match='none of its 3 checkpoints can be resumed') as info:
+        tiny.prepare(work, 6, resume='auto')
+    assert all(str(work / f'iter_{i}.pth') in str(info.value) for i in (2, 4, 6))
+    fault('every checkpoint damaged', info.value, 'what was in them')
+
+
+@pytest.mark.parametrize(('record', 'chosen'), [('', 6), ('iter_2.pth', 2), ('gone.pth', 6), (None, 6)])
+def test_the_record_of_the_last_checkpoint_is_believed_if_it_can_be(record, chosen, checkpoints_of_a_run, tiny, tmp_path):
+    work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
+    if record is None:
+        (work / 'last_checkpoint').unlink()
+    else:  # written after the checkpoints: an earlier training in this folder went further
+        (work / 'last_checkpoint').write_text(record and str(work / record))
+    assert last_checkpoint(work) == str(work / f'iter_{chosen}.pth')
+
+
+def test_a_checkpoint_that_was_not_yet_recorded_counts(checkpoints_of_a_run, tmp_path):
+    work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
+    (work / 'last_checkpoint').write_text(str(work / 'iter_4.pth'))
+    later = (work / 'last_checkpoint').stat().st_mtime + 1
+    os.utime(work / 'iter_6.pth', (later, later))
+    assert last_checkpoint(work) == str(work / 'iter_6.pth')
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_former(checkpoints_of_a_run, tiny, tmp_path, fault):
+    work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
+    code = """
+import os, signal
+from pathlib import Path
+from runpy import run_path
+from mmengine.fileio import LocalBackend
+def put(self, content, path):
+    Path(path).write_bytes(content[:len(content) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+LocalBackend.put = put
+run_path({tool!r}, run_name='__main__')
+"""
+    ran = subprocess.run(
+        [sys.executable, '-c', code.format(tool=str(ROOT / 'tools/train.py')), str(tiny.config), '--data-root', str(tiny.data),
+         '--work-dir', str(work), '--device', 'cpu', '--max-iters', '8', '--resume', '--no-preflight'],
+        capture_output=True, text=True, timeout=200, check=False, env=tool_environment())
+    assert ran.returncode == -signal.SIGKILL, ran.stderr[-2000:]
+    left = [p.name for p in work.glob('*.pth*')]
+    assert any(name.endswith('.part') for name in left), left
+    _, notes = tiny.prepare(work, 8, resume='auto')
+    note = next(note for note in notes if note.startswith('resume: '))
+    assert 'iter_6.pth, iteration 6' in note
+    fault('SIGKILL while a checkpoint is written', note, 'the iterations since the checkpoint before it')
+
+
 def start_training(tiny, work: Path, *args) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / 'tools/train.py'), str(tiny.config), '--data-root', str(tiny.data),
@@ -124,16 +217,16 @@ def test_killed_training_goes_on_from_its_last_checkpoint(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_training_says_how_to_go_on(tiny, tmp_path):
+def test_interrupted_training_saves_its_state_and_says_how_to_go_on(tiny, tmp_path):
     process = start_training(tiny, tmp_path)
     wait_for(tmp_path / 'last_checkpoint', process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    assert process.returncode == INTERRUPTED_STATUS, error
     assert 'Traceback' not in error
-    assert '--resume' in error
-    assert 'stopped at iteration' in error
+    assert 'stopped by SIGINT; --resume goes on from' in error
     assert (tmp_path / 'last_checkpoint').read_text().strip() in error
+    assert Path((tmp_path / 'last_checkpoint').read_text()).is_file()
 
 
 DISTRIBUTED_CONFIG = """

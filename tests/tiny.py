@@ -78,7 +78,7 @@ class Tiny:
         return cfg, prepare_training(cfg, self.options(work_dir, max_iters=iterations, **changes))
 
     def train(self, work_dir: Path, iterations: int | None = 2, options: dict | None = None, **changes) -> Path:
-        return train(*self.prepare(work_dir, iterations, options, **changes))
+        return train(*self.prepare(work_dir, iterations, options, **changes), preflight=False)
 
 
 def make_data(root: Path, train: int = 4, val: int = 2) -> Path:

@@ -79,7 +79,7 @@ class TinyDetector:
 
     def train(self, work_dir: Path, iterations: int = 2, options: dict | None = None, **changes) -> Path:
         cfg = self.cfg(options)
-        return train(cfg, prepare_training(cfg, self.options(work_dir, max_iters=iterations, **changes)))
+        return train(cfg, prepare_training(cfg, self.options(work_dir, max_iters=iterations, **changes)), preflight=False)
 
 
 def write_coco(root: Path, train: int = 4, val: int = 3, classes: tuple[str, ...] = CLASSES) -> Path:

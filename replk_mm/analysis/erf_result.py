@@ -1,6 +1,7 @@
 """A measured effective receptive field: its figures, and the files that keep it."""
 import json
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from replk_mm.errors import UserError
 SHARES = (0.2, 0.3, 0.5, 0.99)
 KIND = 'effective receptive field'
 _VERSION = 1
+#: What a matrix's file has beside 8 bytes for each score, at most.
+_NPZ_HEADER = 4096
+#: What a file says of a field.
+_TYPES = dict(backbone=str, config=str, weights=str, trained=bool, stage=int, channels=int, size=int, images=int,
+              image_set=str, silent=int, preprocessing=dict, environment=dict)
 
 
 @dataclass(frozen=True)
@@ -124,19 +130,28 @@ class Erf:
             record = json.loads(path.read_text(encoding='utf-8'))
             if record['kind'] != KIND or record['version'] != _VERSION:
                 raise ValueError(f'kind {record["kind"]!r}, version {record["version"]!r}')
-            with np.load(path.with_name(record['matrix'])) as stored:
+            matrix, size = path.with_name(record['matrix']), record['size']
+            with zipfile.ZipFile(matrix) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if type(size) is not int or size < 1 or unpacked > 8 * size**2 + _NPZ_HEADER:
+                raise ValueError(f'its images are of {size!r:.40} pixels, and its matrix unpacks to {unpacked:,} bytes')
+            with np.load(matrix) as stored:
                 scores = stored['scores']
             if scores.shape != (record['size'],) * 2:
                 raise ValueError(f'its matrix is {scores.shape}, its images of {record["size"]} pixels')
             if not np.isfinite(scores).all() or scores.min() < 0:
                 raise ValueError('its matrix has scores below 0, or that are not finite')
             known = {key: record[key] for key in cls.__dataclass_fields__ if key != 'scores'}
+            wrong = [key for key, kind in _TYPES.items() if type(known[key]) is not kind]
+            if wrong:
+                raise ValueError(f'its {wrong[0]} is {str(known[wrong[0]])[:40]}')
             height, width = known['map_size']
             if min(height, width) < 1:
                 raise ValueError(f'a map of {height}x{width}')
         except FileNotFoundError as error:
             raise UserError(f'{error.filename}: no such file\n{advice}') from error
-        except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, MemoryError, OverflowError, zlib.error,
+                zipfile.BadZipFile) as error:
             raise UserError(f'{path}: no effective receptive field: {type(error).__name__}: {error}\n{advice}') from error
         return cls(scores, **{**known, 'map_size': (height, width)})
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from replk_mm.errors import printable
+
 VERSION = 1
 MEASUREMENTS = ('train', 'complexity', 'metric', 'curve', 'erf', 'shape_bias', 'speed', 'memory')
 STATUSES = ('done', 'failed')
@@ -154,7 +156,7 @@ def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
             complaints.append(f'{known[0]}: {record["row"]}, seed {record["seed"]}, {record["measurement"]}: of another '
                               f'definition of the row than the later record at {place}')
         latest[_what(record)] = place, record
-    return [record for _, record in latest.values()], complaints
+    return [record for _, record in latest.values()], [printable(complaint) for complaint in complaints]
 
 
 def since(path: Path, offset: int) -> list[dict[str, Any]]:

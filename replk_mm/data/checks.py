@@ -3,18 +3,40 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from mmengine.config import Config
-from PIL import Image
 
-from replk_mm.data import cityscapes, coco_checks, metric_files
+from replk_mm.data import coco, coco_checks, duplicates, metric_files, pairs, releases
 from replk_mm.data.classes import annotation_file, classes_of
-from replk_mm.data.datasets import as_list, coco_style, dataset_class, dataset_option, datasets_of
-from replk_mm.data.files import IGNORED, UNDECODABLE, damage, sample
-from replk_mm.data.transforms import label_range_message, not_a_label_map
-from replk_mm.errors import UserError
+from replk_mm.data.datasets import as_list, coco_style, datasets_of
+from replk_mm.data.files import sample
+from replk_mm.data.pair_survey import shown, survey_pairs
+from replk_mm.data.problems import BadData, Problem, refuse, warnings
+from replk_mm.data.survey import Survey, Tally, doubts_about_zero
 
-_SHOWN = 5
+
+def check_data(cfg: Config, splits: tuple[str, ...], num_classes: int | None) -> list[str]:
+    """:func:`check_dataset` for the leaf datasets of the named splits, each once, and the files that metrics compare with.
+
+    Returns:
+        What was looked at and what is suspicious, a line each.
+
+    Raises:
+        UserError: See :func:`check_dataset` and :func:`metric_files.check`.
+    """
+    scope = cfg.get('default_scope', 'mmengine')
+    lines: list[str] = []
+    seen: set[str] = set()
+    images: dict[str, list[str]] = {}
+    for split in splits:
+        metrics = metrics_of(cfg, split)
+        for dataset in datasets_of(cfg, (split,)):
+            key = key_of(dataset, scope, metrics)
+            if key not in seen:
+                seen.add(key)
+                lines += check_dataset(dataset, scope, num_classes, metrics).splitlines()
+                images.setdefault(split, []).extend(image_files(dataset, scope))
+        metric_files.check(cfg, split)
+    return list(dict.fromkeys([*lines, *warnings(duplicates.same_names(images))]))
 
 
 def check_dataset(dataset: dict, scope: str, num_classes: int | None, metrics: Sequence[dict] | None = None) -> str:
@@ -27,59 +49,100 @@ def check_dataset(dataset: dict, scope: str, num_classes: int | None, metrics: S
         metrics: Configs of what is measured on it; None if it is trained with. Defaults to None.
 
     Returns:
-        A line that says what was checked.
+        A line that says what was checked, and one for each kind of warning.
 
     Raises:
-        UserError: On the first kind of problem found, with the files it concerns.
+        UserError: With the first problems found, the files they concern and what to do.
     """
-    root = Path(dataset.get('data_root') or '.')
-    if not root.is_dir():
-        raise UserError(f'data root {root}: no such folder\nName yours with --data-root DIR. {_expected(dataset)}')
+    if _is_coco(dataset, scope):
+        refuse(_missing_folders(dataset))
+        return coco_checks.check(_annotations(dataset), _folder(dataset), use_of(dataset, scope, metrics))
+    found = survey(dataset, scope, num_classes, metrics)
+    seen = Tally().add_all(pairs.inspect(task, found.rules) for task in sample(found.tasks))
+    problems = [*found.problems, *seen.problems, *doubts_about_zero(found, seen)]
+    refuse(problems)
+    return '\n'.join([found.line + (f', {seen.looked} of them looked into' if found.tasks else ''), *warnings(problems)])
+
+
+def metrics_of(cfg: Config, split: str) -> list | None:
+    """Configs of what is measured on a split, None for the one that is trained with."""
+    return None if split == 'train' else as_list(cfg.get(f'{split}_evaluator'))
+
+
+def key_of(dataset: dict, scope: str, metrics: Sequence[dict] | None) -> str:
+    """The same for data sets of the same files and use: one may be trained with and scored, which asks more of it."""
+    use = use_of(dataset, scope, metrics) if annotation_file(dataset) else None
+    return str(({k: v for k, v in dataset.items() if k in ('data_root', 'data_prefix', 'ann_file')}, use))
+
+
+def survey(dataset: dict, scope: str, num_classes: int | None, metrics: Sequence[dict] | None = None,
+           full: bool = False) -> Survey:
+    """All that can be known of a data set without opening its images.
+
+    Args:
+        dataset: See :func:`check_dataset`, as the following.
+        scope: Default scope.
+        num_classes: Classes of the model.
+        metrics: Configs of what is measured on it.
+        full: Decode the masks of an annotation file too. Defaults to False.
+    """
+    root = str(Path(dataset.get('data_root') or '.'))
+    problems = _missing_folders(dataset)
+    if problems:
+        return Survey(root, problems)
+    if _is_coco(dataset, scope):
+        try:
+            return coco_checks.survey(_annotations(dataset), _folder(dataset), use_of(dataset, scope, metrics), full)
+        except BadData as error:
+            return Survey(root, error.problems, where=str(_annotations(dataset)))
     prefix = dataset.get('data_prefix') or {}
-    if dataset.get('ann_file'):
-        annotations = root / dataset['ann_file']
-        if not annotations.is_file():
-            raise UserError(f'{annotations}: no such annotation file (data root {root})\n{_expected(dataset)}')
-    image_key = 'img_path' if 'img_path' in prefix else 'img'
-    if image_key not in prefix:
-        return f'data {root}: folders not checked, the data set names none'
-    images_dir = root / prefix[image_key]
-    if not images_dir.is_dir():
-        depth = len(Path(prefix[image_key]).parts)
-        found = [*(p.parents[depth - 1] for p in sorted(root.glob(f'*/{prefix[image_key]}'))),
-                 *(p for p in root.resolve().parents[:2] if (p / prefix[image_key]).is_dir())]
+    if 'seg_map_path' in prefix:
+        return survey_pairs(dataset, scope, num_classes)
+    line = ('annotation file and image folder are there' if _image_key(prefix) in prefix else
+            'folders not checked, the data set names none')
+    return Survey(root, line=f'data {root}: {line}')
+
+
+def _image_key(prefix: dict) -> str:
+    return 'img_path' if 'img_path' in prefix else 'img'
+
+
+def _folder(dataset: dict) -> Path:
+    prefix = dataset.get('data_prefix') or {}
+    return Path(dataset.get('data_root') or '.') / prefix[_image_key(prefix)]
+
+
+def _annotations(dataset: dict) -> Path:
+    return Path(dataset.get('data_root') or '.') / str(dataset.get('ann_file'))
+
+
+def _is_coco(dataset: dict, scope: str) -> bool:
+    prefix = dataset.get('data_prefix') or {}
+    return bool(dataset.get('ann_file')) and _image_key(prefix) in prefix and coco_style(dataset, scope)
+
+
+def _missing_folders(dataset: dict) -> list[Problem]:
+    root, prefix = Path(dataset.get('data_root') or '.'), dataset.get('data_prefix') or {}
+    if not root.is_dir():
+        return [Problem('data-root-missing', str(root), 'no such folder (the data root)',
+                        remedy=f'Name yours with --data-root DIR. {_expected(dataset)}')]
+    problems = releases.wrong_ade(root, prefix)
+    if dataset.get('ann_file') and not _annotations(dataset).is_file():
+        problems.append(Problem('annotation-file-missing', str(_annotations(dataset)),
+                                f'no such annotation file (data root {root})', remedy=_expected(dataset)))
+    place = prefix.get(_image_key(prefix))
+    if place is not None and not (root / place).is_dir():
+        depth = len(Path(place).parts)
+        found = [*(p.parents[depth - 1] for p in sorted(root.glob(f'*/{place}'))),
+                 *(p for p in root.resolve().parents[:2] if (p / place).is_dir())] if depth else []
         hint = f'Did you mean --data-root {shlex.quote(str(found[0]))}?' if found else _expected(dataset)
-        raise UserError(f'{images_dir}: no such folder (data root {root} holds: {_listing(root)})\n{hint}')
-    if dataset.get('ann_file') and coco_style(dataset, scope):
-        return coco_checks.check(root / dataset['ann_file'], images_dir, _use(dataset, scope, metrics))
-    if 'seg_map_path' not in prefix:
-        return f'data {root}: annotation file and image folder are there'
-    builder = dataset_class(dataset, scope)
-    reduce_zero = bool(dataset_option(dataset, builder, 'reduce_zero_label', False))
-    _check_reduction(dataset, reduce_zero)
-    in_files = _classes_picked_from(dataset, builder, scope)
-    if in_files and num_classes is not None:
-        num_classes = in_files  # the data set maps those that were picked
-    image_suffix = dataset_option(dataset, builder, 'img_suffix', '.jpg')
-    label_suffix = dataset_option(dataset, builder, 'seg_map_suffix', '.png')
-    if label_suffix.endswith(cityscapes.RAW_SUFFIX) and num_classes == len(cityscapes.IDS):
-        raise UserError(f'{dataset["type"]}.seg_map_suffix={label_suffix!r} (data root {root}): these are the raw label ids, '
-                        f'of 34 kinds; the model has {num_classes} classes\n{cityscapes.how_to_convert(root)}\n'
-                        f'and use the suffix {label_suffix.replace(cityscapes.RAW_SUFFIX, cityscapes.TRAIN_SUFFIX)!r}.')
-    # mmseg takes the names from an annotation file, if there is one, and from the folder otherwise.
-    if dataset.get('ann_file'):
-        listed = {line.strip() for line in (root / dataset['ann_file']).read_text().splitlines() if line.strip()}
-        absent = sorted(listed - _names(images_dir, image_suffix))
-        if absent:
-            raise UserError(f'{root / dataset["ann_file"]}: {len(absent)} of {len(listed)} images are not in '
-                            f'{images_dir} (NAME{image_suffix}): {_some(absent)}\nAdd the images, or remove their lines.')
-    else:
-        listed = _names(images_dir, image_suffix)
-    return _check_pairs(root, images_dir, root / prefix['seg_map_path'], image_suffix, label_suffix, listed,
-                        reduce_zero, num_classes)
+        problems.append(Problem('folder-missing', str(root / place), f'no such folder (data root {root} holds: {shown(root)})',
+                                remedy=hint))
+    return problems
 
 
-def _use(dataset: dict, scope: str, metrics: Sequence[dict] | None) -> coco_checks.Use:
+def use_of(dataset: dict, scope: str, metrics: Sequence[dict] | None) -> coco_checks.Use:
+    """What a run does with the annotation file of a data set; see :func:`check_dataset` for the arguments."""
     filters = dataset.get('filter_cfg') or {}
     scored = [m for m in metrics or () if str(m.get('type')).endswith('CocoMetric') and not m.get('format_only')]
     masks = any('segm' in as_list(m.get('metric', 'bbox')) for m in scored) or any(
@@ -90,124 +153,15 @@ def _use(dataset: dict, scope: str, metrics: Sequence[dict] | None) -> coco_chec
         keep_empty=not filters.get('filter_empty_gt', False), min_size=filters.get('min_size', 0))
 
 
-def _check_reduction(dataset: dict, reduce_zero: bool) -> None:
-    for step in dataset.get('pipeline', ()):
-        step = step.get('load', step)  # as the pipeline's own checks wrap it
-        if step.get('reduce_zero_label') not in (None, reduce_zero):
-            raise UserError(f'reduce_zero_label={step["reduce_zero_label"]} in the pipeline\'s {step["type"]}, and '
-                            f'{reduce_zero} in {dataset["type"]} (data root {dataset.get("data_root")})\n'
-                            f'Set it at the data set only; the pipeline takes it from there.')
-
-
-def _classes_picked_from(dataset: dict, builder: type, scope: str) -> int:
-    """Classes of the data set's type, whose ids its files hold, if it is told to use some of them only; 0 otherwise."""
-    known = getattr(builder, 'METAINFO', {}).get('classes')
-    given = (dataset.get('metainfo') or {}).get('classes')
-    if not known or not given:
-        return 0
-    picked = classes_of(dataset, scope) or ()
-    if isinstance(given, str):  # names in files are read without the space that one of ADE20K's ends with
-        known = [name.strip() for name in known]
-    if list(picked) == list(known):
-        return 0
-    strange = [name for name in picked if name not in known]
-    if strange:
-        raise UserError(f'metainfo.classes of {dataset["type"]}: {_some(strange)} of {len(picked)} are none of its '
-                        f'classes\nPick from those the type has, or use type BaseSegDataset, which has none of its own.')
-    return len(known)
+def image_files(dataset: dict, scope: str) -> list[str]:
+    """Paths of the images of a data set whose folders are there."""
+    if _is_coco(dataset, scope):
+        return [f'{_folder(dataset)}/{image["file_name"]}' for image in coco.read(_annotations(dataset))['images']]
+    prefix = dataset.get('data_prefix') or {}
+    return [task.image for task in survey_pairs(dataset, scope, None).tasks] if 'seg_map_path' in prefix else []
 
 
 def _expected(dataset: dict) -> str:
     prefix = dataset.get('data_prefix') or {}
     parts = [*prefix.values(), *([dataset['ann_file']] if dataset.get('ann_file') else [])]
     return f'It must hold: {", ".join(str(p) for p in parts)}' if parts else ''
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return ', '.join(names[:6]) + (' ...' if len(names) > 6 else '') if names else 'nothing'
-
-
-def _some(names: list[str]) -> str:
-    return ', '.join(names[:_SHOWN]) + (' ...' if len(names) > _SHOWN else '')
-
-
-def _check_pairs(root: Path, images_dir: Path, labels_dir: Path, image_suffix: str, label_suffix: str,
-                 images: set[str], reduce_zero: bool, num_classes: int | None) -> str:
-    if not images:
-        raise UserError(f'{images_dir}: no image ends with {image_suffix}; found: {_listing(images_dir)}\n'
-                        f'Check the data root, or set img_suffix of the data set.')
-    if not labels_dir.is_dir():
-        raise UserError(f'{labels_dir}: no such folder, so the {len(images)} images have no labels\n'
-                        f'(data root {root} holds: {_listing(root)})')
-    labels = _names(labels_dir, label_suffix)
-    missing = sorted(images - labels)
-    raw_suffix = label_suffix.replace(cityscapes.TRAIN_SUFFIX, cityscapes.RAW_SUFFIX)
-    if missing and raw_suffix != label_suffix and (raw := _names(labels_dir, raw_suffix) & set(missing)):
-        raise UserError(f'{labels_dir}: {len(missing)} of {len(images)} images have no label map (NAME{label_suffix}), but '
-                        f'{len(raw)} of them raw ones (NAME{raw_suffix}): {_some(missing)}\n{cityscapes.how_to_convert(root)}')
-    if missing:
-        raise UserError(f'{labels_dir}: {len(missing)} of {len(images)} images have no label map '
-                        f'(NAME{label_suffix}): {_some(missing)}\n'
-                        f'Add the label maps, or remove the images from {images_dir}.')
-    looked_at = sample(sorted(images))
-    problems, wrong_ids = [], []
-    for name in looked_at:
-        image, label = images_dir / f'{name}{image_suffix}', labels_dir / f'{name}{label_suffix}'
-        for path in (image, label):
-            problem = damage(path)
-            if problem:
-                problems.append(f'{path}: {problem}')
-        if problems:
-            continue
-        path = image
-        try:
-            size = Image.open(image).size
-            path = label
-            pixels = np.asarray(Image.open(label))
-        except UNDECODABLE as error:
-            problems.append(f'{path}: cannot be decoded ({error})')
-            continue
-        if pixels.ndim != 2:
-            problems.append(f'{label}: {not_a_label_map(pixels)}')
-            continue
-        ids, label_size = np.unique(pixels), pixels.shape[::-1]
-        if size != label_size:
-            problems.append(f'{label}: {label_size[0]}x{label_size[1]} pixels, its image {size[0]}x{size[1]}')
-        if num_classes is not None:
-            limit = num_classes + 1 if reduce_zero else num_classes
-            wrong = ids[(ids >= limit) & (ids != IGNORED)]
-            if len(wrong):
-                wrong_ids.append(label_range_message(label, wrong.tolist(), num_classes, reduce_zero))
-    if problems:
-        raise UserError('\n'.join([*problems[:_SHOWN], *([f'... and {len(problems) - _SHOWN} more']
-                                                         if len(problems) > _SHOWN else []),
-                                   'Replace these files, or remove them and their partners.']))
-    if wrong_ids:
-        raise UserError(wrong_ids[0] + (f'\n{len(wrong_ids)} of {len(looked_at)} label maps looked at have such ids.'))
-    return f'data {images_dir}: {len(images)} images with labels, {len(looked_at)} of them looked into'
-
-
-def _names(folder: Path, suffix: str) -> set[str]:
-    return {str(p.relative_to(folder))[:-len(suffix)] for p in folder.rglob(f'*{suffix}')}
-
-
-def check_data(cfg: Config, splits: tuple[str, ...], num_classes: int | None) -> list[str]:
-    """:func:`check_dataset` for the leaf datasets of the named splits, each once, and the files that metrics compare with.
-
-    Raises:
-        UserError: See :func:`check_dataset` and :func:`metric_files.check`.
-    """
-    scope = cfg.get('default_scope', 'mmengine')
-    lines, seen = [], set()
-    for split in splits:
-        metrics = None if split == 'train' else as_list(cfg.get(f'{split}_evaluator'))
-        for dataset in datasets_of(cfg, (split,)):
-            # The same file may be trained with and scored, which asks more of it.
-            use = _use(dataset, scope, metrics) if annotation_file(dataset) else None
-            key = str(({k: v for k, v in dataset.items() if k in ('data_root', 'data_prefix', 'ann_file')}, use))
-            if key not in seen:
-                seen.add(key)
-                lines.append(check_dataset(dataset, scope, num_classes, metrics))
-        metric_files.check(cfg, split)
-    return list(dict.fromkeys(lines))

@@ -1,5 +1,6 @@
 """Do data sets, annotation files and heads mean the same classes? Asked before anything is trained or scored."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,43 @@ def check_classes(cfg: Config, splits: tuple[str, ...]) -> list[str]:
     Raises:
         UserError: If objects would be left out without a word, or heads have another number of classes than the data.
     """
+    refused, notes = disagreements(cfg, splits)
+    if refused:
+        raise refused[0]
+    return notes
+
+
+def disagreements(cfg: Config, splits: tuple[str, ...]) -> tuple[list[UserError], list[str]]:
+    """All that :func:`check_classes` refuses, and what a user should know.
+
+    Annotation files and label maps that are missing or cannot be read are passed over: other checks name them.
+    """
     scope = cfg.get('default_scope', 'mmengine')
-    counts = {place: coco.category_counts(coco.read(file)) for place, dataset in placed_datasets(cfg, splits)
-              if (file := annotation_file(dataset)) and coco_style(dataset, scope)}
-    notes = []
+    counts: dict[str, dict[str, int]] = {}
+    for place, dataset in placed_datasets(cfg, splits):
+        if (file := annotation_file(dataset)) and coco_style(dataset, scope):
+            with suppress(UserError, OSError):
+                counts[place] = coco.category_counts(coco.read(file))
+    refused: list[UserError] = []
+    notes: list[str] = []
+
+    def ask(check: Callable[..., list[str] | None], *args) -> None:
+        try:
+            notes.extend(check(*args) or ())
+        except UserError as error:
+            refused.append(error)
+        except (OSError, UnicodeDecodeError):
+            pass  # a list of images that cannot be read
+
     for place, dataset in placed_datasets(cfg, splits):
         names = classes_of(dataset, scope)
         if names and place in counts:
-            notes += _compare_with_file(cfg, place, dataset, names, counts, splits)
-    notes += check_picked(cfg, splits)
-    check_heads(cfg, head_counts(cfg.model), splits)
-    return list(dict.fromkeys(notes))
+            ask(_compare_with_file, cfg, place, dataset, names, counts, splits)
+    for split in splits:
+        ask(check_picked, cfg, (split,))
+    for split in splits:
+        ask(check_heads, cfg, head_counts(cfg.model), (split,))
+    return list({str(error): error for error in refused}.values()), list(dict.fromkeys(notes))
 
 
 def check_heads(cfg: Config, counts: Mapping[str, int], splits: tuple[str, ...] = ()) -> None:

@@ -4,19 +4,18 @@ All annotations are looked at, which takes about three seconds for 860,000 of th
 only a sample is opened.
 """
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 
-from PIL import Image
-
-from replk_mm.data import coco_shapes
-from replk_mm.data.coco import SHOWN, Problems, how_to_add, mend, read, refuse, some
-from replk_mm.data.files import UNDECODABLE, damage, sample
-
-_ORIENTATION = 0x0112  # EXIF; 5 to 8 swap width and height, which image readers follow
+from replk_mm.data import coco_masks, coco_shapes, pairs
+from replk_mm.data.coco import category_counts, how_to_add, mend, read
+from replk_mm.data.files import Listing, listing, sample
+from replk_mm.data.pairs import Rules, Task
+from replk_mm.data.problems import Item, Problem, errors, refuse, some, warnings
+from replk_mm.data.survey import Survey, Tally
 
 
 @dataclass(frozen=True)
@@ -50,73 +49,107 @@ def check(path: Path, images_dir: Path, use: Use) -> str:
         A line that says what was looked at.
 
     Raises:
-        UserError: With all kinds of problem found, each counted and with its first examples.
+        BadData: With all kinds of problem found, each counted and with its first examples.
+    """
+    found = survey(path, images_dir, use)
+    seen = Tally().add_all(pairs.inspect(task, found.rules) for task in sample(found.tasks))
+    refuse([*found.problems, *seen.problems], path)
+    notes = [p.text for p in found.problems]
+    return '; '.join([f'{found.line}, {seen.looked} images opened', *notes, *warnings(seen.problems)])
+
+
+def survey(path: Path, images_dir: Path, use: Use, full: bool = False) -> Survey:
+    """All that an annotation file says, and whether its images are there.
+
+    Args:
+        path: The file.
+        images_dir: Folder of the images.
+        use: What a run does with the file.
+        full: Look at masks that are only trained with too. Defaults to False.
+
+    Raises:
+        BadData: If it is no annotation file.
     """
     data = read(path)
     images, objects = data['images'], data.get('annotations', [])
-    problems: Problems = []
+    problems: list[Problem] = []
     if (use.train or use.scored) and 'annotations' not in data:
-        problems.append(("there is no 'annotations'",
-                         f'{"Training" if use.train else "Scoring"} needs annotations; name a file that has them (ann_file).'))
+        problems.append(Problem('coco-no-annotations', '', "there is no 'annotations'", remedy=(
+            f'{"Training" if use.train else "Scoring"} needs annotations; name a file that has them (ann_file).')))
     for section in ('images', 'annotations', 'categories'):
-        problems += _repeated(section, [e['id'] for e in data.get(section, ())])
-    problems += _repeated('categories', [c['name'] for c in data['categories']], 'name')
-    for key, section in (('image_id', 'images'), ('category_id', 'categories')):
+        problems += _repeated('id-repeated', section, 'id', [e['id'] for e in data.get(section, ())])
+    problems += _repeated('name-repeated', 'categories', 'name', [c['name'] for c in data['categories']])
+    problems += _repeated('file-repeated', 'images', 'file_name', [image['file_name'] for image in images])
+    for kind, key, section in (('image-unknown', 'image_id', 'images'), ('category-unknown', 'category_id', 'categories')):
         known = {e['id'] for e in data[section]}
         lost = [a for a in objects if a[key] not in known]
         if lost:
             missing = list(dict.fromkeys(a[key] for a in lost))
-            problems.append((f'{len(lost):,} of {len(objects):,} annotations have a {key} that {section} do not have: '
-                             f'{some(missing)} (annotations {some(a["id"] for a in lost)})',
-                             f'Add the {section}, or remove these annotations.'))
+            problems.append(Problem(
+                kind, '', f'{len(lost):,} of {len(objects):,} annotations have a {key} that {section} do not have: '
+                f'{some(missing)} (annotations {some(a["id"] for a in lost)})', remedy=f'Add the {section}, or remove these '
+                'annotations.', items=tuple(Item(f'{key} {a[key]}', f'annotation {a["id"]}') for a in lost)))
     if not images:
-        problems.append(("'images' is empty", 'Name a file with images (ann_file).'))
+        problems.append(Problem('coco-no-images', '', "'images' is empty"))
     problems += _lacking_keys(path, objects, use)
-    found, notes = coco_shapes.boxes(images, objects, use.train)
-    problems += found
+    sized, more = coco_shapes.sizes(images)
+    problems += more + coco_shapes.boxes(sized, objects, use.train)
     if use.masks:
-        found, more = coco_shapes.masks(images, [a for a in objects if a.get('segmentation')], use.scored)
-        problems, notes = problems + found, notes + more
-    problems += _on_disk(images, images_dir)
-    if not problems and use.train and not use.keep_empty:
-        found, left = _without_objects(data, use)
-        problems, notes = problems + found, [*notes, *left]
-    refuse(path, problems)
-    kinds = len(data['categories'])
-    return '; '.join([f'data {path}: {len(images):,} images, {len(objects):,} objects of {kinds} categories, '
-                      f'{len(sample(images))} images opened', *notes])
+        shaped = [a for a in objects if a.get('segmentation')]
+        problems += coco_shapes.masks(sized, shaped, use.scored)
+        problems += coco_masks.undecodable(shaped) if full or use.scored else []  # training looks at each when it loads it
+    more, here = _on_disk(images, images_dir)
+    problems += more
+    if not errors(problems) and use.train and not use.keep_empty:
+        problems += _without_objects(data, use)
+    kinds = {c['id']: c['name'] for c in data['categories']}
+    return Survey(
+        root=str(images_dir), problems=[p if p.path else replace(p, path=str(path)) for p in problems],
+        tasks=[Task(f'{images_dir}/{image["file_name"]}', stated=sized.get(image['id'])) for image in here],
+        rules=Rules(), classes=kinds, objects=category_counts(data), where=str(path),
+        line=f'data {path}: {len(images):,} images, {len(objects):,} objects of {len(data["categories"])} categories')
 
 
-def _repeated(section: str, values: list, key: str = 'id') -> Problems:
+def _repeated(kind: str, section: str, key: str, values: list) -> list[Problem]:
     if len(set(values)) == len(values):
         return []
-    twice = [value for value, count in Counter(values).items() if count > 1]
-    return [(f'{len(twice):,} of the {section} have a {key} that others have too: {some(twice)}',
-             f'Give each of the {section} a {key} of its own.')]
+    counts = Counter(values)
+    twice = [value for value, count in counts.items() if count > 1]
+    return [Problem(kind, '', f'{len(twice):,} of the {section} have a {key} that others have too: {some(twice)}',
+                    remedy='' if kind == 'file-repeated' else f'Give each of the {section} a {key} of its own.',
+                    items=tuple(Item(f'{key} {value} occurs {counts[value]} times', section) for value in twice))]
 
 
-def _lacking_keys(path: Path, objects: list[dict], use: Use) -> Problems:
-    """What only some uses need: masks, and what pycocotools reads when it compares."""
-    problems: Problems = []
-    if use.masks:
-        lacking = [a['id'] for a in objects if not a.get('segmentation')]
-        if lacking:
-            problems.append((f"{len(lacking):,} of {len(objects):,} annotations have no 'segmentation', and the config "
-                             f'{"trains" if use.train else "scores"} masks: ids {some(lacking)}',
-                             'Use a config without masks for boxes only (FCOS, Faster R-CNN), or add the masks.'))
-    if use.scored and use.own_file:
-        unmatched = [a['id'] for a in objects if type(a['id']) is not int or a['id'] == 0]
-        if unmatched:
-            problems.append((f"{len(unmatched):,} of {len(objects):,} annotations have an 'id' that pycocotools cannot score: "
-                             f'{some(map(repr, unmatched))} (0 is its sign for an object not found)', mend(
-                                 path, "[a.update(id=i) for i, a in enumerate(d['annotations'], 1)]", 'Number them from 1')))
-        lacking = [a['id'] for a in objects if 'iscrowd' not in a]
-        if lacking:
-            problems.append((f"{len(lacking):,} of {len(objects):,} annotations have no 'iscrowd', which pycocotools needs to "
-                             f'score: ids {some(lacking)}', how_to_add(path, 'annotations', 'iscrowd')))
-        if 'info' not in read(path) and info_needed():
-            problems.append(("there is no 'info', which this pycocotools needs to score", mend(
-                path, "d['info'] = {}", 'Add an empty one')))
+def _lacking_keys(path: Path, objects: list[dict], use: Use) -> list[Problem]:
+    """What only some uses need: masks, and what pycocotools reads when it compares. Needless, it is a note."""
+    problems: list[Problem] = []
+    by_file = use.scored and use.own_file
+
+    def lacking(kind: str, key: str, those: Sequence[dict], needed: bool, why: str, remedy: str) -> None:
+        if those:
+            problems.append(Problem(
+                kind, '', f'{len(those):,} of {len(objects):,} annotations have no {key!r}'
+                + (f'{why}: ids {some(a["id"] for a in those)}' if needed else ''), remedy=remedy if needed else '',
+                severity='error' if needed else 'note',
+                items=tuple(Item(f'no {key!r}', f'annotation {a["id"]}') for a in those)))
+
+    lacking('segmentation-missing', 'segmentation', [a for a in objects if not a.get('segmentation')], use.masks,
+            f', and the config {"trains" if use.train else "scores"} masks',
+            'Use a config without masks for boxes only (FCOS, Faster R-CNN), or add the masks.')
+    unmatched = [a['id'] for a in objects if type(a['id']) is not int or a['id'] == 0] if by_file else []
+    if unmatched:
+        problems.append(Problem(
+            'id-unscorable', '', f"{len(unmatched):,} of {len(objects):,} annotations have an 'id' that pycocotools cannot "
+            f'score: {some(map(repr, unmatched))} (0 is its sign for an object not found)', remedy=mend(
+                path, "[a.update(id=i) for i, a in enumerate(d['annotations'], 1)]", 'Number them from 1'),
+            items=tuple(Item(f'id {i!r}', f'annotation {i}') for i in unmatched)))
+    lacking('iscrowd-missing', 'iscrowd', [a for a in objects if 'iscrowd' not in a], by_file,
+            ', which pycocotools needs to score', how_to_add(path, 'annotations', 'iscrowd'))
+    if 'info' not in read(path):
+        needed = by_file and info_needed()
+        problems.append(Problem('info-missing', '', "there is no 'info'" + (
+            ', which this pycocotools needs to score' if needed else ''), severity='error' if needed else 'note',
+            remedy=mend(path, "d['info'] = {}", 'Add an empty one') if needed else ''))
     return problems
 
 
@@ -134,47 +167,42 @@ def info_needed() -> bool:
     return False
 
 
-def _on_disk(images: list[dict], folder: Path) -> Problems:
-    names = [image['file_name'] for image in images]
-    present = {parent: set(_files(folder / parent)) for parent in {name.rpartition('/')[0] for name in names}}
-    absent = [name for name in names if name.rpartition('/')[2] not in present[name.rpartition('/')[0]]]
-    problems: Problems = []
-    if absent:
-        problems.append((f'{len(absent):,} of {len(names):,} images are not in {folder}: {some(absent)}',
-                         'Add the images, name their folder (data_prefix.img of the data set), or remove them from the file.'))
-    gone = set(absent)
-    here = [image for image in images if image['file_name'] not in gone]
-    wrong = [text for image in sample(here) if (text := _image_problem(folder / image['file_name'], image))]
-    if wrong:
-        problems.append(('; '.join(wrong[:SHOWN]) + (f' and {len(wrong) - SHOWN} more' if len(wrong) > SHOWN else ''),
-                         'Replace these images, or mend their width and height in the file.'))
-    return problems
+def _on_disk(images: list[dict], folder: Path) -> tuple[list[Problem], list[dict]]:
+    """What is wrong with the files of the images, not opened; and the entries of those that are there."""
+    parents = {image['file_name'].rpartition('/')[0] for image in images}
+    present = {parent: _listed(folder / parent) for parent in parents}
+    absent: list[dict] = []
+    dead: list[dict] = []
+    here: list[dict] = []
+    for image in images:
+        parent, _, name = image['file_name'].rpartition('/')
+        (here if name in present[parent].files else dead if name in present[parent].dead else absent).append(image)
+    problems: list[Problem] = []
+    for kind, those, what, found in (('image-missing', absent, 'are not in', 'no such file'),
+                                     ('broken-link', dead, 'are links that lead nowhere in', 'a link that leads nowhere')):
+        if those:
+            problems.append(Problem(
+                kind, '', f'{len(those):,} of {len(images):,} images {what} {folder}: {some(i["file_name"] for i in those)}',
+                remedy='' if kind == 'broken-link' else 'Add the images, name their folder (data_prefix.img of the data set), '
+                       'or remove them from the file.',
+                items=tuple(Item(found, f'image {i["id"]}', str(folder / i['file_name'])) for i in those)))
+    return problems, here
 
 
-def _files(folder: Path) -> Iterable[str]:
-    return (p.name for p in folder.iterdir()) if folder.is_dir() else ()
-
-
-def _image_problem(path: Path, image: dict) -> str | None:
-    problem = damage(path)
-    if problem:
-        return f'{path}: {problem}'
+def _listed(folder: Path) -> Listing:
     try:
-        with Image.open(path) as opened:
-            size = opened.size[::-1] if opened.getexif().get(_ORIENTATION, 1) > 4 else opened.size
-    except UNDECODABLE as error:
-        return f'{path}: cannot be decoded ({error})'
-    stated = image['width'], image['height']
-    return None if size == stated else f'{path}: {size[0]}x{size[1]} pixels, and {stated[0]}x{stated[1]} in the file'
+        return listing(folder, recursive=False, hidden=True)
+    except (OSError, ValueError):  # no such folder, or a name that none can have
+        return Listing()
 
 
-def _without_objects(data: dict, use: Use) -> tuple[Problems, list[str]]:
+def _without_objects(data: dict, use: Use) -> list[Problem]:
     ids = {c['id'] for c in data['categories'] if use.classes is None or c['name'] in use.classes}
     having = {a['image_id'] for a in data['annotations'] if a['category_id'] in ids}
-    usable = [i for i in data['images'] if i['id'] in having and min(i['width'], i['height']) >= use.min_size]
+    usable = {i['id'] for i in data['images'] if i['id'] in having and min(i['width'], i['height']) >= use.min_size}
     if not usable:
-        return [(f'none of the {len(data["images"]):,} images has an object of a class'
-                 + (f' and a side of {use.min_size} pixels' if use.min_size else ''),
-                 'Check the classes (--classes) and filter_cfg of the data set.')], []
-    left = len(data['images']) - len(usable)
-    return [], [f'{left:,} images without objects are left out of training'] if left else []
+        return [Problem('nothing-to-train', '', f'none of the {len(data["images"]):,} images has an object of a class'
+                        + (f' and a side of {use.min_size} pixels' if use.min_size else ''))]
+    left = [i for i in data['images'] if i['id'] not in usable]
+    return [Problem('left-out', '', f'{len(left):,} images without objects are left out of training',
+                    items=tuple(Item('without objects', f'image {i["id"]}') for i in left))] if left else []

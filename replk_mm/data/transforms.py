@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 from mmcv.transforms import BaseTransform
 
-from replk_mm.data import cityscapes
-from replk_mm.data.files import IGNORED, damage
+from replk_mm.data.coco_masks import mask_problem
+from replk_mm.data.files import IGNORED, damage, oversize
+from replk_mm.data.pairs import not_a_label_map, out_of_range
 from replk_mm.errors import UserError
 from replk_mm.registry import TRANSFORMS
 
@@ -31,9 +32,11 @@ class CheckedLoad(BaseTransform):
         entries = loads_labels and not results.get('seg_map_path')
         path = Path(str(results.get('seg_map_path' if loads_labels and not entries else 'img_path') or ''))
         try:
-            problem = damage(path) if path.is_file() and not entries else None
+            problem = (damage(path) or oversize(path)) if path.is_file() and not entries else None
             if problem:
                 raise UserError(f'{path}: {problem}\n{_REMEDY}')
+            if entries and getattr(self.load, 'with_mask', False):
+                self._check_masks(results)
             out = self.load(results)
         except UserError:
             raise
@@ -50,6 +53,13 @@ class CheckedLoad(BaseTransform):
                 self._check_ids(out, path, self.num_classes)
         return out
 
+    @staticmethod
+    def _check_masks(results: dict) -> None:
+        for instance in results.get('instances', ()):
+            problem = mask_problem(instance['mask'], results['ori_shape']) if 'mask' in instance else None
+            if problem:
+                raise ValueError(f'{problem}, box {instance.get("bbox")}')
+
     def _check_ids(self, results: dict, path: Path, num_classes: int) -> None:
         ids = np.unique(results['gt_seg_map'])
         wrong = ids[(ids >= num_classes) & (ids != IGNORED)]
@@ -58,21 +68,10 @@ class CheckedLoad(BaseTransform):
             raise UserError(label_range_message(path, (wrong + shift).tolist(), num_classes, bool(shift)))
 
 
-def not_a_label_map(pixels: np.ndarray) -> str:
-    """What to say of a label file with colour channels."""
-    return f'{pixels.shape[-1]} channels; a label map has one, the class index of each pixel'
-
-
 def label_range_message(path: Path, found: list[int], num_classes: int, reduce_zero_label: bool) -> str:
     """What to say of label ids, as they stand in the file, that no class has."""
-    shown = ', '.join(map(str, found[:6])) + (' ...' if len(found) > 6 else '')
-    valid = (f'1..{num_classes} (0 and 255 are ignored)' if reduce_zero_label else
-             f'0..{num_classes - 1} (255 is ignored)')
-    return (f'{path}: label ids {shown} are beyond the {num_classes} classes; valid are {valid} with '
-            f'reduce_zero_label={reduce_zero_label}\n'
-            + (f'They are within the 34 raw ids of Cityscapes. {cityscapes.how_to_convert("ROOT")}\n'
-               if not reduce_zero_label and cityscapes.raw_ids(found, num_classes) else '')
-            + 'Set num_classes of every head (and the data set\'s classes) to the labels, or mend the label maps.')
+    problem = out_of_range(str(path), found, num_classes, reduce_zero_label)
+    return f'{path}: {problem.text}\n{problem.advice}'
 
 
 @TRANSFORMS.register_module()

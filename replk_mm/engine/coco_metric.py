@@ -11,6 +11,7 @@ from mmengine.fileio import load
 from mmengine.logging import print_log
 
 from replk_mm.data.coco_dataset import categories_by_name
+from replk_mm.engine.gather import GatheringMetric
 from replk_mm.errors import UserError
 from replk_mm.registry import METRICS
 
@@ -19,20 +20,19 @@ _STATS = {'mAP': 0, 'mAP_50': 1, 'mAP_75': 2, 'mAP_s': 3, 'mAP_m': 4, 'mAP_l': 5
 
 
 @METRICS.register_module()
-class CocoMetric(MMDetCocoMetric):
+class CocoMetric(GatheringMetric, MMDetCocoMetric):
     """mmdet's COCO metric, computed by pycocotools on the very file of results that it writes, and not rounded.
 
     Names and meaning are mmdet's: fractions, at most 100 detections an image; NaN where the annotations hold no object of
     that size, and 0 where a model finds nothing at all. Classes are matched by name, as :class:`CocoDataset` does; those
     that the annotation file has not are left out. Metrics other than ``bbox`` and ``segm``, and what else mmdet's metric
-    can be told, are left to it.
+    can be told, are left to it. Several processes hand what they found to the first, which computes.
 
     Attributes:
         per_class: ``{class: {'bbox_mAP', 'bbox_mAP_50', ..., 'instances'}}`` of the classes that are annotated; fractions, and
             the number of annotated objects, crowds not counted.
     """
 
-    per_class: dict[str, dict[str, float]]
     iou_thrs: np.ndarray
     _coco_api: COCO | None
     cat_ids: list[int] | None
@@ -63,7 +63,6 @@ class CocoMetric(MMDetCocoMetric):
                 return super().compute_metrics(list(zip(truths, kept, strict=True)))
             files = self.results2json(kept, prefix)
             metrics: dict[str, float] = {}
-            self.per_class = {}
             for kind in self.metrics:
                 metrics.update(self._evaluate(kind, files[kind]))
         width = max([len(name) for name in self.per_class], default=0)

@@ -147,12 +147,16 @@ def fit_to_machine(cfg: Config, amp: str | None, device: str, world_size: int) -
     """
     notes = []
     alone = cfg.get('launcher', 'none') == 'none'
-    if device == 'cpu' or alone:
-        layers = replace_type(cfg.model, {'SyncBN': 'BN', 'MMSyncBN': 'BN'})
-        if layers:
-            notes.append(f'norm: SyncBN runs on {"GPUs only" if device == "cpu" else "several GPUs only"}; BN instead '
-                         f'({layers} places in the config)'
-                         + ('' if alone else ', each process with the statistics of its own batch'))
+    kinds = {'SyncBN', 'MMSyncBN', 'replk_mm.SyncBN'}
+    norm = 'BN' if alone else 'replk_mm.SyncBN' if device == 'cpu' else 'SyncBN'
+    # Configs of other runs, which are written to their work directories, may have ours.
+    kinds = {'replk_mm.SyncBN'} if norm == 'SyncBN' else kinds - {norm}
+    layers = replace_type(cfg.model, dict.fromkeys(kinds, norm))
+    if layers:
+        why = ('replk_mm.SyncBN is for CPUs' if norm == 'SyncBN' else
+               f"torch's SyncBN runs on {'GPUs only' if device == 'cpu' else 'several GPUs only'}")
+        notes.append(f'norm: {why}; {norm} instead ({layers} places in the config)'
+                     + ('' if alone else ', with the statistics of all processes'))
     if device == 'cpu' and cfg.get('env_cfg', {}).get('dist_cfg', {}).get('backend') == 'nccl':
         cfg.env_cfg.dist_cfg.backend = 'gloo'
         if not alone:

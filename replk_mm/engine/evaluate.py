@@ -14,6 +14,7 @@ from replk_mm.engine.drop_ins import export_predictions, use_drop_ins
 from replk_mm.engine.failures import naming_failures
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.prepare import check_while_loading, counts_of, num_classes_of, prepare_data
+from replk_mm.engine.ranks import watching_ranks
 from replk_mm.engine.runner import Runner
 from replk_mm.errors import UserError
 from replk_mm.loading import adopt_classes, load_model
@@ -107,7 +108,7 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
         changes = reparameterize(model, inplace=True)[1]
     pack(model)
     start = time.perf_counter()
-    with naming_failures(cfg, runner):
+    with watching_ranks(cfg, runner), naming_failures(cfg, runner):
         figures = runner.test()
     seconds = time.perf_counter() - start
     per_class: dict[str, dict[str, float]] = {}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from mmengine.config import Config
 
 from replk_mm.engine import memory
-from replk_mm.engine.machine import last_checkpoint
+from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.runner import Runner
 from replk_mm.errors import UserError
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import mmengine.device.utils as devices
 import torch
-from mmengine.runner import find_latest_checkpoint
 
 from replk_mm.errors import UserError
 
@@ -98,13 +97,6 @@ def processes_of(launcher: str) -> tuple[int, int]:
         return 1, 1
     total = announced('WORLD_SIZE', 'SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE')
     return total, min(total, announced('LOCAL_WORLD_SIZE', 'SLURM_NTASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE'))
-
-
-def last_checkpoint(work_dir: str | Path) -> str | None:
-    """The checkpoint that training in ``work_dir`` wrote last, also if the folder has been moved since."""
-    named = find_latest_checkpoint(str(work_dir))
-    moved = Path(work_dir) / Path(named).name if named else None
-    return str(moved) if moved and moved.is_file() else named
 
 
 def init_gloo(launcher: str, device: str) -> None:

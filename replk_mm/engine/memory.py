@@ -13,6 +13,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from replk_mm.data.checks import datasets_of
 from replk_mm.equivalence import network_outputs
 from replk_mm.errors import UserError
+from replk_mm.models.sync_norm import SyncBatchNorm
 
 #: Weights, gradients and Adam's two moments, in float32.
 _BYTES_PER_PARAMETER = 16
@@ -173,7 +174,8 @@ def pooled_norm(model: nn.Module) -> str | None:
         children = list(module.children())
         if (isinstance(module, nn.Sequential) and children and isinstance(children[0], nn.AdaptiveAvgPool2d)
                 and children[0].output_size in (1, (1, 1))
-                and any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in module.modules())):
+                and any(isinstance(m, _BatchNorm) and not isinstance(m, (nn.SyncBatchNorm, SyncBatchNorm))
+                        for m in module.modules())):
             return name
     return None
 

@@ -10,8 +10,8 @@ from mmengine.config import Config
 from mmengine.structures import BaseDataElement
 
 from replk_mm.data.classes import classes_of
+from replk_mm.data.colour_images import read_image
 from replk_mm.data.datasets import dataset_class, datasets_of
-from replk_mm.data.files import damage
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.machine import select_device
 from replk_mm.engine.prepare import num_classes_of
@@ -90,11 +90,7 @@ def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.
     """
     for name in images:
         path = Path(name)
-        if not path.is_file():
-            raise UserError(f'{path}: no such image' + (' (it is a folder; name files)' if path.is_dir() else ''))
-        image = cv2.imread(str(path)) if damage(path) is None else None
-        if image is None:
-            raise UserError(f'{path}: not a readable image ({damage(path) or "unknown format"})')
+        image = read_image(path)
         if is_segmentor(model):
             from mmseg.apis import inference_model as infer
         else:

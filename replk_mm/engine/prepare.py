@@ -6,13 +6,14 @@ from mmengine.config import Config, ConfigDict
 
 from replk_mm import checkpoints
 from replk_mm.data.checks import check_data, datasets_of
-from replk_mm.data.class_checks import check_classes, check_heads, compare_with_checkpoint
+from replk_mm.data.class_checks import check_classes, check_heads
 from replk_mm.data.class_heads import head_counts, is_head, tells_others
 from replk_mm.data.classes import use_classes
 from replk_mm.engine import memory
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
 from replk_mm.engine.drop_ins import use_drop_ins
-from replk_mm.engine.machine import Options, init_gloo, last_checkpoint, prepare_work_dir, processes_of, select_device
+from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
+from replk_mm.engine.resuming import let_resume_exactly, resume
 from replk_mm.errors import UserError
 
 #: Steps of a pipeline that read files, of mmseg's and mmdet's.
@@ -56,12 +57,9 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     if options.memory_check and device == 'cpu':
         notes += memory.fit_batch(cfg, model, local_processes)
     notes += _scale_learning_rate(cfg, processes)
-    notes += _resume(cfg, options, model)
+    notes += resume(cfg, options, model)
     notes += _weights_to_start_from(cfg, options)
-    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
-    if hook and hook.get('type') == 'CheckpointHook':
-        hook['type'] = 'replk_mm.CheckpointHook'
-    return notes
+    return notes + let_resume_exactly(cfg)
 
 
 def prepare_data(cfg: Config, options: Options, splits: tuple[str, ...]) -> list[str]:
@@ -165,35 +163,3 @@ def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
         backbone.pop('init_cfg')
         return [f'WEIGHTS: RANDOM. {str(error).splitlines()[0]}; going on because --max-iters makes this a trial run']
     return []
-
-
-def _resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
-    """Name the checkpoint to go on from, and fix the seed: the checkpoint's own, which its data order depends on, or the
-    given one."""
-    notes = []
-    if options.seed is not None:
-        cfg.randomness = {**cfg.get('randomness', {}), 'seed': options.seed}
-        notes.append(f'seed: {options.seed}')
-    if not options.resume:
-        return notes
-    last = options.resume if options.resume != 'auto' else last_checkpoint(cfg.work_dir)
-    if last is None:
-        return [*notes, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
-    loaded = checkpoints.read(last)
-    if 'optimizer' not in loaded:
-        merged = checkpoints.reparameterization_of(loaded, ())
-        raise UserError(f'{last}: cannot be resumed: it has no optimizer state'
-                        + (' (reparameterized checkpoints are for inference)' if merged else '')
-                        + '\nResume from a checkpoint that training wrote.')
-    compare_with_checkpoint(cfg, loaded['meta'], str(last), ('train',))
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, str(last)).items()}
-    differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
-    if differing:
-        raise UserError(f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} weights '
-                        f'differ, {differing[0]} first\nResume with the config it was trained with.')
-    cfg.load_from, cfg.resume = str(last), True
-    seed = loaded['meta'].get('seed')
-    cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
-    note = f'resume: {last}, iteration {loaded["meta"]["iter"]}, seed {seed}'
-    return [note + (f' (its own; --seed {options.seed} is for a new run)' if options.seed not in (None, seed) else '')]

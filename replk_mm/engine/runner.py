@@ -1,31 +1,29 @@
-"""mmengine's runner and checkpoint hook, mended where a run of ours needs it."""
-import ctypes
-import functools
+"""mmengine's runner, mended where a run of ours needs it."""
 import os
-import signal
-import sys
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process, master_only
-from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
-from mmengine.runner import BaseLoop
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
+from replk_mm import checkpoints
+from replk_mm.engine.checkpoint_hook import INTERIM
+from replk_mm.engine.data_workers import tie
 from replk_mm.engine.explain import explaining
 from replk_mm.errors import UserError
-from replk_mm.registry import HOOKS
 
 
 class Runner(MMEngineRunner):
-    """mmengine's runner: trains with several processes on CPUs, names a wrong field, leaves no half checkpoint."""
+    """mmengine's runner: trains with several processes on CPUs, names a wrong field, leaves no half checkpoint, runs no code
+    of a checkpoint."""
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'Runner':
@@ -36,9 +34,7 @@ class Runner(MMEngineRunner):
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
         """Build a loader whose worker processes end with this one, in whatever way it ends."""
-        loader = MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)
-        loader.worker_init_fn = functools.partial(_start_worker, os.getpid(), loader.worker_init_fn)
-        return loader
+        return tie(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed))
 
     def build_train_loop(self, loop: dict) -> BaseLoop:
         """Build the loop with its loader and data set."""
@@ -82,6 +78,49 @@ class Runner(MMEngineRunner):
             raise UserError(f'{self._load_from}: cannot be resumed: {error}\n'
                             f'Resume with the optim_wrapper of that run.') from error
 
+    def load_checkpoint(self, filename: str, map_location: Any = 'cpu', strict: bool = False,
+                        revise_keys: Any = ((r'^module\.', ''),)) -> dict:
+        """Load a checkpoint without running what is in it: mmengine unpickles it, and runs its config when it resumes.
+
+        Args:
+            filename: Path or address; addresses other than of the web are left to mmengine.
+            map_location: For those. Defaults to 'cpu'.
+            strict: Whether every weight must be there. Defaults to False.
+            revise_keys: Patterns and what replaces them in the names of weights. Defaults to the prefix of distributed
+                models.
+        """
+        if '://' in filename and not filename.startswith('http'):
+            return super().load_checkpoint(filename, map_location, strict, list(revise_keys))
+        checkpoint = checkpoints.read(filename)
+        if 'meta' in checkpoint:
+            checkpoint['meta'] = {key: value for key, value in checkpoint['meta'].items() if key != 'config'}
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
+        self._has_loaded = True
+        self.logger.info(f'weights loaded from {filename}')
+        return checkpoint
+
+    def save_state(self) -> str:
+        """Save a checkpoint of this moment between two iterations, unless the last one is.
+
+        Returns:
+            The checkpoint.
+        """
+        loop: Any = self.train_loop
+        for hook in self.hooks:
+            if getattr(hook, 'saved_iter', -1) == loop.iter:
+                return hook.last_ckpt
+        name = f'iter_{loop.iter}.pth'
+        if isinstance(loop, EpochBasedTrainLoop):
+            name = f'epoch_{loop.epoch}_{name}'
+        path = Path(self.work_dir, name)
+        self.message_hub.update_info(INTERIM, str(path))
+        self.save_checkpoint(self.work_dir, name, meta=dict(epoch=loop.epoch, iter=loop.iter))
+        if is_main_process():
+            Path(self.work_dir, 'last_checkpoint').write_text(str(path))
+        return str(path)
+
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         """Write a checkpoint that has its name only when it is whole."""
@@ -90,38 +129,9 @@ class Runner(MMEngineRunner):
         part = Path(out_dir, f'{filename}.part')
         try:
             super().save_checkpoint(out_dir, part.name, *args, **kwargs)
+            with part.open('rb+') as file:
+                os.fsync(file.fileno())  # a name must not reach the disk before what it names
             part.replace(Path(out_dir, filename))
         finally:
             part.unlink(missing_ok=True)
         return None
-
-
-def _start_worker(parent: int, then: Callable[[int], None] | None, worker: int) -> None:
-    # A worker with samples of some size in hand waits until they are taken: for ever, with its memory and its locks, if the
-    # process that would take them was killed. Linux can end it then.
-    if sys.platform == 'linux':
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it was killed before this was said
-            os._exit(1)
-    if then is not None:
-        then(worker)
-
-
-@HOOKS.register_module()
-class CheckpointHook(MMEngineCheckpointHook):
-    """mmengine's hook, which removes old checkpoints only after the new one is written."""
-
-    keep_ckpt_ids: deque
-
-    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        keep, outdated = self.max_keep_ckpts, []
-        if keep > 0:
-            ids = [*(i for i in self.keep_ckpt_ids if i != step), step]
-            outdated, self.keep_ckpt_ids = ids[:-keep], deque(ids[-keep:], keep)
-            runner.message_hub.update_info('keep_ckpt_ids', ids[-keep:])
-        # mmengine removes before it writes, so that a full disk would leave neither; a step it finds kept it passes over.
-        super()._save_checkpoint_with_step(runner, step, meta)
-        for old in outdated if is_main_process() else ():
-            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
-            if self.file_backend.isfile(path):
-                self.file_backend.remove(path)

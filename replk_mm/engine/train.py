@@ -5,28 +5,44 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.dist import get_rank
 
+from replk_mm.engine import stopping
+from replk_mm.engine.divergence import naming_non_finite
 from replk_mm.engine.failures import naming_failures
-from replk_mm.engine.machine import last_checkpoint
+from replk_mm.engine.ranks import watching_ranks
+from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.runner import Runner
+from replk_mm.errors import Stopped
 
 
-def train(cfg: Config, notes: list[str]) -> Path:
+def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
     """Train a prepared config.
+
+    Args:
+        cfg: From :func:`replk_mm.engine.prepare.prepare_training`.
+        notes: Lines for the log.
+        preflight: Rehearse each part before the first iteration. Defaults to True.
 
     Returns:
         The last checkpoint.
 
     Raises:
         UserError: If the data, the disk or the memory fail on the way.
-        KeyboardInterrupt: On Ctrl-C, after saying how to go on.
+        Stopped: When a signal has asked for it, and the state is saved.
+        KeyboardInterrupt: On a second Ctrl-C, after saying how to go on.
     """
     runner = Runner.from_cfg(cfg)
     runner.register_hook(dict(type='replk_mm.ParameterGroupsHook'))
+    runner.register_hook(dict(type='replk_mm.ProcessesHook'))
+    runner.register_hook(dict(type='replk_mm.StopAtNonFinite'))
+    if preflight:
+        runner.register_hook(dict(type='replk_mm.PreflightHook'))
     for note in notes:
         runner.logger.info(note)
     try:
-        with naming_failures(cfg, runner):
+        with stopping.listening(), watching_ranks(cfg, runner), naming_failures(cfg, runner), naming_non_finite(runner):
             runner.train()
+    except Stopped:
+        raise
     except KeyboardInterrupt:
         last = last_checkpoint(cfg.work_dir)
         if get_rank() == 0:

@@ -5,7 +5,7 @@ param_scheduler = [
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=1300),
 ]
 train_cfg = dict(max_iters=1300, val_interval=650)
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=650, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=650, max_keep_ckpts=2))
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=3e-3, betas=(0.9, 0.999), weight_decay=0.05),

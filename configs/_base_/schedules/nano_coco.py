@@ -9,7 +9,7 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=400, max_keep_ckpts=1))
+    checkpoint=dict(by_epoch=False, interval=400, max_keep_ckpts=2))
 log_processor = dict(by_epoch=False)
 optim_wrapper = dict(
     type='OptimWrapper',

@@ -15,6 +15,8 @@ from pycocotools.cocoeval import COCOeval
 from replk_mm.bench.compare.results import Result, Source, config_of
 from replk_mm.data import coco
 from replk_mm.data.classes import annotation_file, listed
+from replk_mm.data.coco_masks import rle_problem
+from replk_mm.data.coco_shapes import is_number
 from replk_mm.data.datasets import datasets_of
 from replk_mm.errors import UserError
 
@@ -138,6 +140,10 @@ def open_detections(result: Result, objects: Objects, kind: str, least_score: fl
         raise UserError(f'{file}: no list of detections with {", ".join(sorted(needed))}\n'
                         f'Test again with --out {result.file.parent}.')
     sure = [detection for detection in read if detection is not None]
+    for i, detection in enumerate(sure):
+        wrong = _problem(detection, objects, kind)
+        if wrong:
+            raise UserError(f'{file}: detection {i} is none: {wrong}\nTest again with --out {result.file.parent}.')
     strange = ({d['image_id'] for d in sure} - objects.images.keys()
                or {d['category_id'] for d in sure} - objects.classes.keys())
     if strange:
@@ -150,6 +156,22 @@ def open_detections(result: Result, objects: Objects, kind: str, least_score: fl
             detection['area'] = detection['bbox'][2] * detection['bbox'][3]
         detection.update(id=i, iscrowd=0)
     return _index(objects.api.dataset['images'], objects.api.dataset['categories'], sure)
+
+
+def _problem(detection: dict, objects: Objects, kind: str) -> str | None:
+    """What is wrong with a detection, or None. pycocotools, which is compiled, asks for no proof of what it is given."""
+    bbox, image_id = detection['bbox'], detection['image_id']
+    if not all(isinstance(detection[key], (int, str)) for key in ('image_id', 'category_id')):
+        return 'an id that is no number or text'
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(is_number(part) for part in (*bbox, detection['score'])):
+        return f'bbox {str(bbox):.60}, score {str(detection["score"]):.20}'
+    if kind == 'bbox' or image_id not in objects.images:
+        return None
+    mask, image = detection['segmentation'], objects.images[image_id]
+    if not isinstance(mask, dict) or not isinstance(mask.get('counts'), str) or mask.get('size') != [
+            image['height'], image['width']]:
+        return f"its mask is no compressed RLE of the image's size, {image['height']}x{image['width']}"
+    return rle_problem(mask)
 
 
 def match(objects: Objects, detections: COCO, ids: Iterable[int | str], kind: str,

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from replk_mm.bench.compare.results import Result
+from replk_mm.data.colour_images import read_image
 from replk_mm.engine.predict import write_picture
 from replk_mm.errors import UserError
 from replk_mm.visualize import draw_instances, legend, overlay, sheet
@@ -42,10 +43,10 @@ class Rows:
 
 
 def _image(path: str | Path) -> np.ndarray:
-    found = cv2.imread(str(path))
-    if found is None:
-        raise UserError(f'{path}: no readable image, so that it cannot be shown\nName the data with --data-root DIR.')
-    return found
+    try:
+        return read_image(Path(path))
+    except UserError as error:
+        raise UserError(f'{error}; it cannot be shown\nName the data with --data-root DIR.') from error
 
 
 def _grey(image: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ _NEEDED = {'metrics': dict, 'per_class': dict, 'config': str, 'checkpoint': dict
            'environment': dict}
 #: Figures that are no measure of quality.
 _NO_METRICS = ('data_time', 'time')
+#: No figure is beyond it; JSON holds numbers of any number of digits.
+_LARGEST = 1e18
 #: Longest value of a difference that is shown whole.
 _LONGEST = 60
 
@@ -111,11 +113,11 @@ def open_result(path: str, letter: str) -> Result:
     if not record['per_class']:
         raise UserError(f'{file}: it has no figures of classes (per_class is empty), so there is nothing to compare\n'
                         f'Test with an evaluator of this project: IoUMetric or CocoMetric, on data with labels.')
-    for name, figures in record['per_class'].items():
+    for name, figures in [('', record['metrics']), *record['per_class'].items()]:
         if not isinstance(figures, dict) or not all(
-                value is None or isinstance(value, (int, float)) for value in figures.values()):
-            raise UserError(f'{file}: per_class: the figures of {name} are no numbers: {str(figures)[:80]}\n'
-                            f'Test again with --out {file.parent}.')
+                value is None or isinstance(value, (int, float)) and not abs(value) > _LARGEST for value in figures.values()):
+            place = f'per_class: the figures of {name:.80}' if name else 'metrics: the figures'
+            raise UserError(f'{file}: {place} are no numbers: {str(figures)[:80]}\nTest again with --out {file.parent}.')
     return Result(letter, file, record)
 
 

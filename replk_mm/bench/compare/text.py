@@ -4,7 +4,7 @@ from pathlib import Path
 
 from replk_mm.bench.compare.statistics import FEW_IMAGES
 from replk_mm.engine import results
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, printable
 
 #: Kinds of difference that make figures incomparable, and what else is said.
 _KINDS = {'training': 'trained', 'test': 'test', 'data': 'data', 'environment': 'environment'}
@@ -66,7 +66,7 @@ def lines(found: dict, markdown: bool = False) -> list[str]:
         out += section('More than the luck of the images?') + _statistics(found['statistics'])
     for name in found.get('pictures', ()) if markdown else ():
         out += ['', f'![Images that changed most]({name})']
-    return out
+    return [printable(line).replace('\n', ' ') for line in out]  # names of classes are those of a file
 
 
 def _conditions(differences: Sequence[dict], section, markdown: bool) -> list[str]:

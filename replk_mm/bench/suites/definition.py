@@ -17,6 +17,8 @@ ASKED = tuple(name for name in MEASUREMENTS if name != 'train')
 WITHOUT_WEIGHTS = ('complexity', 'erf', 'speed', 'memory')
 _BUDGETS = ('iterations', 'schedule', 'checkpoint')
 _SEEDS = 2**32
+#: Most values in a suite file.
+_MOST = 100_000
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,12 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
+        seen = set()
         for key, _ in node.value:
-            if keys.count(key.value) > 1:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f'the key {key.value!r} is there twice', key.start_mark)
+            if isinstance(key, yaml.ScalarNode):  # others are no names, and refused later
+                seen.add(key.value)
         return node
 
 
@@ -125,9 +129,11 @@ def read_suite(path: str | Path) -> Suite:
         content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
     except OSError as error:
         raise UserError(f'{path}: no such suite ({error.strerror})\nSuites are in configs/suites/, one file each.') from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except Exception as error:  # PyYAML raises anything on values that it cannot make
         raise UserError(f'{path}: no YAML: {" ".join(str(error).split())}') from error
     place = str(path)
+    if _values(content) > _MOST:
+        raise UserError(f'{place}: it holds more than {_MOST:,} values\nNames for parts (&name, *name) repeat what they name.')
     found = _known(content, place, name='text', question='text', data='a mapping', defaults='a mapping', rows='a list')
     for key in ('name', 'rows'):
         if not found.get(key):
@@ -141,6 +147,19 @@ def read_suite(path: str | Path) -> Suite:
         raise UserError(f'{place}: rows: {twice!r} names {names.count(twice)} rows\nGive each row a name of its own.')
     return Suite(path, found['name'], ' '.join((found.get('question') or '').split()), _data(found.get('data') or {}, place),
                  rows)
+
+
+def _values(content: object) -> int:
+    """How many values there are, counted as often as they are referred to, up to one more than :data:`_MOST`."""
+    count, todo = 0, [content]
+    while todo and count <= _MOST:
+        node = todo.pop()
+        count += 1
+        if isinstance(node, dict):
+            todo += (*node.keys(), *node.values())
+        elif isinstance(node, (list, tuple, set)):
+            todo += node
+    return count
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -20,7 +20,7 @@ from typing import Any
 
 from replk_mm.bench import records
 from replk_mm.bench.suites.task import Task, now
-from replk_mm.errors import UserError, message_of
+from replk_mm.errors import INTERRUPTED_STATUS, UserError, message_of
 
 #: Names the process of the suite to those that it starts.
 SUITE_PID = 'REPLK_MM_SUITE_PID'
@@ -173,7 +173,7 @@ def main(arguments: list[str], measures: str = 'replk_mm.bench.suites.measures')
         measures: Module with the functions ``TABLE`` and ``environment``.
 
     Returns:
-        Status: 0 if all was measured, 1 if not, :data:`BUSY` if another process is at it.
+        Status: 0 if all was measured, 1 if not, :data:`BUSY` if another process is at it, 130 if it was told to end.
     """
     end_with_suite()
     task = Task.read(Path(arguments[0]))
@@ -190,6 +190,9 @@ def main(arguments: list[str], measures: str = 'replk_mm.bench.suites.measures')
     except BusyError as error:
         print(error, flush=True)
         return BUSY
+    except KeyboardInterrupt as error:  # no failure: the row goes on when the suite does
+        print(error or 'interrupted', flush=True)
+        return INTERRUPTED_STATUS
 
 
 if __name__ == '__main__':

@@ -18,7 +18,8 @@ from replk_mm.data.datasets import as_list, coco_style, dataset_class, dataset_o
 from replk_mm.engine import results
 from replk_mm.engine.config import set_data_root
 from replk_mm.engine.evaluate import Evaluation, evaluate
-from replk_mm.engine.machine import Options, last_checkpoint
+from replk_mm.engine.machine import Options
+from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
 
 #: What decides, with its unit, by what a test reports.

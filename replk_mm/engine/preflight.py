@@ -1,0 +1,168 @@
+"""A run in small before the run: what would fail after hours of training fails in its first minute."""
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
+from mmengine.logging import MMLogger
+from mmengine.runner import Runner
+
+from replk_mm import checkpoints
+from replk_mm.data.draws import Draw
+from replk_mm.errors import UserError, message_of
+from replk_mm.registry import HOOKS
+
+_FILE = 'preflight.pth'
+_SKIP = '--no-preflight trains without this rehearsal.'
+
+
+@HOOKS.register_module()
+class PreflightHook(Hook):
+    """Rehearse each part of a training once, when all of it is built and nothing is trained.
+
+    One batch goes through loss and backward, one validation batch through prediction and metrics, whose names are those that
+    hooks look for; one checkpoint is written, read back and removed. Weights, statistics, optimizer and the randomness of the
+    training stay as they are.
+    """
+
+    priority = 'LOWEST'  # after the hooks that set something up
+
+    def before_train(self, runner: Runner) -> None:
+        """Rehearse.
+
+        Raises:
+            UserError: If a part fails, with what was done and what it said.
+        """
+        started = time.perf_counter()
+        done = []
+        with _as_it_was(runner):
+            with _naming('training: loss and backward of one batch'):
+                done.append(f'loss {_loss_and_backward(runner):.4g}')
+            if runner.val_loop is not None:
+                with _naming('validation: prediction and metrics of one batch'), _quiet(runner.logger):
+                    metrics = _predict_and_score(runner)
+                _check_keys(runner, metrics)
+                done.append(f'validation: {", ".join(metrics)}')
+            if is_main_process():
+                with _naming('checkpoint: write and read back'):
+                    done.append(f'checkpoint {_checkpoint(runner) / 2**20:.0f} MiB')
+        runner.logger.info(f'preflight: {"; ".join(done)}; {time.perf_counter() - started:.1f} s')
+
+
+@contextmanager
+def _as_it_was(runner: Runner) -> Iterator[None]:
+    model = runner.model
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training = model.training
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for parameter in model.parameters():
+            parameter.grad = None
+        model.train(training)
+
+
+@contextmanager
+def _naming(part: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f'before the first iteration, {part}: {message_of(error)}') from error
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # the training has words for these
+    except Exception as error:
+        text = (str(error).strip() or 'no message').splitlines()[0]
+        raise UserError(f'before the first iteration, {part}: {type(error).__name__}: {text}\n'
+                        f'It would have failed later. REPLK_MM_TRACEBACK=1 shows where; {_SKIP}') from error
+
+
+@contextmanager
+def _quiet(logger: MMLogger) -> Iterator[None]:
+    # Metrics of one batch are no result, and their tables would be read as one.
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _batch(loader: Any, size: int) -> Any:
+    dataset = loader.dataset
+    return loader.collate_fn([dataset[Draw(i % len(dataset), i)] for i in range(size)])
+
+
+class _Backward:
+    """An optimizer wrapper that stops before the step."""
+
+    def __init__(self, wrapper: Any) -> None:
+        self.optim_context = wrapper.optim_context
+        self.loss = float('nan')
+
+    def update_params(self, loss: torch.Tensor, *_args, **_kwargs) -> None:
+        loss.backward()
+        self.loss = loss.item()
+
+
+def _loss_and_backward(runner: Runner) -> float:
+    loader: Any = runner.train_dataloader
+    runner.model.train()
+    steps = _Backward(runner.optim_wrapper)
+    runner.model.train_step(_batch(loader, loader.batch_sampler.batch_size), optim_wrapper=steps)
+    if not torch.isfinite(torch.tensor(steps.loss)):
+        raise UserError(f'the loss is {steps.loss}\nCheck the weights to start from, the normalization of the images '
+                        f'(data_preprocessor.mean, std) and the labels.')
+    wrong = [name for name, p in runner.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    # Gradients in float16 overflow until the loss is scaled, which mmengine does as it trains.
+    if wrong and getattr(runner.optim_wrapper, 'loss_scaler', None) is None:
+        raise UserError(f'the gradient of {wrong[0]} and {len(wrong) - 1} more is not finite\n'
+                        f'Check the weights to start from and the layer that it belongs to.')
+    return steps.loss
+
+
+def _predict_and_score(runner: Runner) -> dict[str, Any]:
+    loop: Any = runner.val_loop
+    model: Any = runner.model
+    model.eval()
+    size = min(loop.dataloader.batch_size or 1, len(loop.dataloader.dataset))
+    batch = _batch(loop.dataloader, size)
+    with torch.no_grad():
+        outputs = model.val_step(batch)
+    loop.evaluator.process(data_samples=outputs, data_batch=batch)
+    return loop.evaluator.evaluate(size)
+
+
+def _check_keys(runner: Runner, metrics: dict[str, Any]) -> None:
+    for hook in runner.hooks:
+        wanted: list[str] = []
+        if isinstance(hook, CheckpointHook) and hook.save_best:
+            wanted = [key for key in hook.key_indicators or () if key != 'auto']
+        elif isinstance(hook, EarlyStoppingHook):
+            wanted = [hook.monitor]
+        missing = [key for key in wanted if key not in metrics]
+        if missing:
+            field = 'save_best' if isinstance(hook, CheckpointHook) else 'monitor'
+            raise UserError(f'{type(hook).__name__}.{field}={missing[0]!r}: the validation reports no such metric, but '
+                            f'{", ".join(metrics)}\nName one of those; it would have failed at the first validation.')
+
+
+def _checkpoint(runner: Runner) -> int:
+    loop: Any = runner.train_loop
+    path = Path(runner.work_dir, _FILE)
+    try:
+        runner.save_checkpoint(runner.work_dir, _FILE, meta=dict(epoch=loop.epoch, iter=loop.iter))
+        loaded = checkpoints.read(path)
+        for key in ('state_dict', 'optimizer', 'message_hub', 'meta'):
+            if key not in loaded:
+                raise UserError(f'{path}: has no {key!r} when it is read back, and could not be resumed')
+        return path.stat().st_size
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,147 @@
+"""Going on where a run was stopped: with which checkpoint, and what a config needs so that nothing differs then."""
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.nn as nn
+from mmengine.config import Config
+from mmengine.runner import find_latest_checkpoint
+
+from replk_mm import checkpoints
+from replk_mm.data.class_checks import compare_with_checkpoint
+from replk_mm.engine.machine import Options
+from replk_mm.errors import UserError
+
+# What training calls its checkpoints; a best one, which has a prefix, may be older.
+_NAME = re.compile(r'(?:epoch_(\d+))?_?(?:iter_(\d+))?\.pth')
+# mmengine's, which replay what was trained on and cannot be stopped.
+_LOOPS = ('IterBasedTrainLoop', 'EpochBasedTrainLoop', 'ValLoop')
+
+
+def let_resume_exactly(cfg: Config) -> list[str]:
+    """Give a config the loops and the checkpoint hook with which a run can be stopped anywhere.
+
+    Args:
+        cfg: Changed in place. Loops and hooks of the user's own stay.
+
+    Returns:
+        What a user should know, a line each.
+    """
+    for key in ('train_cfg', 'val_cfg'):
+        loop = cfg.get(key)
+        if loop and 'type' not in loop and 'by_epoch' in loop:
+            loop['type'] = 'EpochBasedTrainLoop' if loop.pop('by_epoch') else 'IterBasedTrainLoop'
+        if loop is not None and loop.get('type', 'ValLoop') in _LOOPS:
+            loop['type'] = f'replk_mm.{loop.get("type", "ValLoop")}'
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
+    if hook and hook.get('type') == 'CheckpointHook':
+        hook['type'] = 'replk_mm.CheckpointHook'
+    steps = (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
+    if hook and not hook.get('by_epoch', True) and hook.get('interval', 1) % steps:
+        return [f'checkpoints: every {hook["interval"]} iterations, and a step takes {steps}: gradients in between are not '
+                f'saved; a multiple of {steps} resumes exactly (default_hooks.checkpoint.interval)']
+    return []
+
+
+def last_checkpoint(work_dir: str | Path) -> str | None:
+    """The checkpoint that training in ``work_dir`` wrote last, also if the folder has been moved since."""
+    found = _checkpoints(work_dir)
+    return str(found[0]) if found else None
+
+
+def _checkpoints(work_dir: str | Path) -> list[Path]:
+    """All of a work directory's, and of where its last one is, the last first.
+
+    Times tell, for an earlier training in the same folder may have come further; but those of a copied folder may be of the
+    copying, and the file that names the last one is believed first.
+    """
+    record = Path(work_dir) / 'last_checkpoint'
+    text = find_latest_checkpoint(str(work_dir)) if record.is_file() else None
+    named = Path(text.strip()) if text and text.strip() else None
+    if named is not None and (moved := Path(work_dir) / named.name).is_file():
+        named = moved
+    folders = dict.fromkeys([Path(work_dir), *([named.parent] if named else [])])
+    numbers = {path: [int(n or 0) for n in match.groups()] for folder in folders for path in folder.glob('*.pth')
+               if (match := _NAME.fullmatch(path.name)) and path.is_file()}
+    latest = sorted(numbers, key=lambda path: (path.stat().st_mtime_ns, numbers[path]), reverse=True)
+    if named not in numbers:
+        return latest
+    # A run that was killed between writing a checkpoint and naming it.
+    beyond = [path for path in latest if numbers[path] > numbers[named]
+              and path.stat().st_mtime_ns > record.stat().st_mtime_ns]
+    return [*beyond, named, *(path for path in latest if path != named and numbers[path] < numbers[named])]
+
+
+def _last_whole(work_dir: str) -> tuple[Path | None, list[str]]:
+    """The last checkpoint that can be read, and a line for each that was passed over."""
+    notes: list[str] = []
+    for path in _checkpoints(work_dir):
+        problem = _damage(path)
+        if problem is None:
+            return path, notes
+        notes.append(f'resume: {path} is damaged ({problem}); taking the one before it')
+    return None, notes
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare what it reads with the sums that it writes
+            wrong = archive.testzip()
+        return f'the content of {wrong} has changed' if wrong else None
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        return str(error) or type(error).__name__
+
+
+def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
+    """Name the checkpoint to go on from, and fix the seed: the checkpoint's own, which its data order depends on, or the
+    given one.
+
+    Args:
+        cfg: Changed in place.
+        options: ``resume`` and ``seed`` are used.
+        model: Built from the config, on any device.
+
+    Returns:
+        What was chosen, a line each.
+
+    Raises:
+        UserError: If no checkpoint can be read, or it is none to resume from.
+    """
+    notes: list[str] = []
+    if options.seed is not None:
+        cfg.randomness = {**cfg.get('randomness', {}), 'seed': options.seed}
+    of_new_run = [] if options.seed is None else [f'seed: {options.seed}']
+    if not options.resume:
+        return of_new_run
+    if options.resume == 'auto':
+        last, notes = _last_whole(cfg.work_dir)
+        if last is None and notes:
+            raise UserError(f'{cfg.work_dir}: none of its {len(notes)} checkpoints can be resumed from:\n'
+                            + '\n'.join(notes) + '\nCopy one from elsewhere, or start anew without --resume.')
+        if last is None:
+            return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
+    else:
+        last = Path(options.resume)
+    loaded = checkpoints.read(last)
+    if 'optimizer' not in loaded:
+        merged = checkpoints.reparameterization_of(loaded, ())
+        raise UserError(f'{last}: cannot be resumed: it has no optimizer state'
+                        + (' (reparameterized checkpoints are for inference)' if merged else '')
+                        + '\nResume from a checkpoint that training wrote.')
+    meta = loaded.get('meta')
+    if not isinstance(meta, Mapping) or any(type(meta.get(key)) is not int or meta[key] < 0 for key in ('iter', 'epoch')):
+        raise UserError(f'{last}: cannot be resumed: it does not say at which iteration and epoch it was written\n'
+                        f'Resume from a checkpoint that training wrote.')
+    compare_with_checkpoint(cfg, meta, str(last), ('train',))
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, str(last)).items()}
+    differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
+    if differing:
+        raise UserError(f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} weights '
+                        f'differ, {differing[0]} first\nResume with the config it was trained with.')
+    cfg.load_from, cfg.resume = str(last), True
+    seed = meta.get('seed')
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
+    note = f'resume: {last}, iteration {meta["iter"]}, seed {seed}'
+    return [*notes, note + (f' (its own; --seed {options.seed} is for a new run)' if options.seed not in (None, seed) else '')]

@@ -1,0 +1,69 @@
+"""Trainings that are stopped at an iteration of choice, in this process or one of their own, and compared bit by bit."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tiny import ROOT, tool_environment
+
+from replk_mm import checkpoints
+
+CONFIG = """
+_base_ = {base!r}
+custom_imports = dict(imports=['signal_hook'], allow_failed_imports=False)
+custom_hooks = [dict(type='SignalHook'), {hooks}]
+"""
+
+
+def config_with_signals(folder: Path, base: str | Path, hooks: str = '', more: str = '') -> Path:
+    """A config file that inherits ``base`` and in which ``TEST_SIGNAL=NAME:train|val:ITERATION`` has its effect."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / 'with_signals.py'
+    path.write_text(CONFIG.format(base=str(base), hooks=hooks) + more)
+    return path
+
+
+def train_often(config: Path, runs: list[tuple[list, str | None]], timeout: float = 500) -> list[tuple[int, str]]:
+    """Trainings by the command, each a process of its own, one after another.
+
+    Args:
+        config: From :func:`config_with_signals`.
+        runs: Of each the arguments after the config, and its ``TEST_SIGNAL``.
+        timeout: Of all, seconds.
+
+    Returns:
+        Exit status and standard error of each.
+    """
+    steps = [([str(config), '--device', 'cpu', *map(str, arguments)], signal) for arguments, signal in runs]
+    env = tool_environment(PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}')
+    done = subprocess.run([sys.executable, str(ROOT / 'tests/resume_worker.py')], input=json.dumps(steps), capture_output=True,
+                          text=True, timeout=timeout, check=True, env=env)
+    return [tuple(found) for found in json.loads(done.stdout.strip().splitlines()[-1])]
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Where two checkpoints differ in a single bit: of weights, statistics, optimizer, schedules, averaged weights."""
+    first, second = checkpoints.read(one), checkpoints.read(other)
+    keys = ('state_dict', 'optimizer', 'param_schedulers', 'ema_state_dict')
+    assert [key in first for key in keys] == [key in second for key in keys]
+    found: list[str] = []
+    for key in keys:
+        _compare(first.get(key), second.get(key), key, found)
+    return found
+
+
+def _compare(a: object, b: object, path: str, found: list[str]) -> None:
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        for key in a:
+            _compare(a[key], b[key], f'{path}.{key}', found)
+    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            _compare(x, y, f'{path}.{i}', found)
+    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.view(torch.uint8) if a.dim() else a,
+                                                                       b.view(torch.uint8) if b.dim() else b):
+            found.append(path)
+    elif a != b:
+        found.append(path)

@@ -1,0 +1,198 @@
+"""A training that was stopped, however and wherever, ends with the very bits of one that was not."""
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from resume_cases import config_with_signals, differences, train_often
+from tiny import Tiny, tiny  # noqa: F401
+from tiny_detector import detector  # noqa: F401
+
+from replk_mm.engine.config import load_config
+from replk_mm.engine.loops import ValLoop
+from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.train import train
+from replk_mm.errors import INTERRUPTED_STATUS, STOPPED_STATUS, Stopped
+
+# ruff: noqa: F811 (fixtures that come from another file)
+
+#: Everything that draws random numbers: augmentation, stochastic depth, dropout; and what has a state: averaged weights.
+RANDOM = """
+train_pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'),
+                  dict(type='RandomResize', scale=(96, 96), ratio_range=(0.8, 1.5), keep_ratio=True),
+                  dict(type='RandomCrop', crop_size=(64, 64), cat_max_ratio=0.75), dict(type='RandomFlip', prob=0.5),
+                  dict(type='PhotoMetricDistortion'), dict(type='PackSegInputs')]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+model = dict(backbone=dict(drop_path_rate=0.3), decode_head=dict(dropout_ratio=0.3))
+"""
+EMA = "dict(type='EMAHook', momentum=0.1)"
+
+
+@pytest.fixture(scope='module')
+def segmentor(tiny, tmp_path_factory):
+    """A config with all kinds of randomness, and the checkpoint of 8 iterations without interruption."""
+    folder = tmp_path_factory.mktemp('segmentor')
+    config = config_with_signals(folder, tiny.config, EMA, RANDOM)
+    return config, run(config, tiny, folder / 'straight')
+
+
+def run(config: Path, tiny: Tiny, work: Path, iterations: int = 8, interval: int = 3, options: dict | None = None,
+        **changes) -> Path:
+    """Train in this process."""
+    cfg = load_config(str(config), {'default_hooks.checkpoint.interval': interval, **(options or {})})
+    cfg.experiment_name = work.name
+    notes = prepare_training(cfg, tiny.options(work, max_iters=iterations, **{'seed': 5, **changes}))
+    cfg.train_cfg.val_interval = 4
+    cfg.default_hooks.checkpoint.interval = interval
+    return train(cfg, notes, preflight=False)
+
+
+@pytest.mark.parametrize(('name', 'place'), [('SIGTERM', 'train:0'), ('SIGTERM', 'train:4'), ('SIGTERM', 'val:4'),
+                                             ('SIGINT', 'train:4'), ('SIGUSR1', 'val:4')])
+def test_stopped_by_a_signal_it_goes_on_with_the_same_bits(name, place, segmentor, tiny, tmp_path, monkeypatch, fault):
+    config, straight = segmentor
+    monkeypatch.setenv('TEST_SIGNAL', f'{name}:{place}')
+    with pytest.raises(Stopped) as info:
+        run(config, tiny, tmp_path / 'stopped')
+    where, at = place.split(':')
+    done = int(at) + (where == 'train')
+    assert info.value.signal == signal.Signals[name]
+    assert Path(info.value.checkpoint) == tmp_path / 'stopped' / f'iter_{done}.pth'
+    assert (tmp_path / 'stopped' / 'last_checkpoint').read_text() == info.value.checkpoint
+    last = run(config, tiny, tmp_path / 'stopped', resume='auto')
+    assert last.name == 'iter_8.pth'
+    assert differences(straight, last) == []
+    # Of what a signal made nothing is left once there is a regular one.
+    assert sorted(p.name for p in last.parent.glob('iter_*.pth')) == ['iter_6.pth', 'iter_8.pth']
+    fault(f'{name} in {"training" if where == "train" else "validation"}, iteration {at}', info.value)
+
+
+def test_what_the_comparison_calls_equal_differs_with_another_seed(segmentor, tiny, tmp_path):
+    config, straight = segmentor
+    found = differences(straight, run(config, tiny, tmp_path / 'other', seed=6))
+    assert any(path.startswith('state_dict') for path in found)
+    assert any(path.startswith('ema_state_dict') for path in found)
+
+
+def test_workers_change_nothing(segmentor, tiny, tmp_path):
+    config, straight = segmentor
+    helped = run(config, tiny, tmp_path / 'helped', options={'train_dataloader.num_workers': 2})
+    assert differences(straight, helped) == []
+
+
+def test_the_past_is_not_loaded_again(segmentor, tiny, tmp_path, monkeypatch):
+    config, _ = segmentor
+    monkeypatch.setenv('TEST_SIGNAL', 'SIGTERM:train:6')
+    with pytest.raises(Stopped):
+        run(config, tiny, tmp_path / 'stopped')
+    from replk_mm.data.draws import DrawnDataset
+    read = []
+    get = DrawnDataset.__getitem__
+    monkeypatch.setattr(DrawnDataset, '__getitem__', lambda self, index: read.append(index.position) or get(self, index))
+    run(config, tiny, tmp_path / 'stopped', resume='auto')
+    assert read == [14, 15]  # of 8 iterations of 2, the seventh was the last
+
+
+def test_validations_are_neither_lost_nor_repeated(segmentor, tiny, tmp_path, monkeypatch):
+    config, _ = segmentor
+
+    validated = []
+    validate = ValLoop.run
+    monkeypatch.setattr(ValLoop, 'run', lambda loop: validate(loop) and validated.append(loop.runner.iter))
+    monkeypatch.setenv('TEST_SIGNAL', 'SIGTERM:val:4')
+    with pytest.raises(Stopped):
+        run(config, tiny, tmp_path / 'run')
+    assert validated == []
+    monkeypatch.setenv('TEST_SIGNAL', 'SIGTERM:train:5')
+    with pytest.raises(Stopped):
+        run(config, tiny, tmp_path / 'run', resume='auto')
+    assert validated == [4]
+    run(config, tiny, tmp_path / 'run', resume='auto')
+    assert validated == [4, 8]
+    run(config, tiny, tmp_path / 'run', resume='auto')
+    assert validated == [4, 8]
+
+
+EPOCHS = """
+train_dataloader = dict(sampler=dict(_delete_=True, type='DefaultSampler', shuffle=True))
+train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=3, val_interval=1)
+param_scheduler = [dict(type='PolyLR', power=1.0, by_epoch=True, begin=0, end=3)]
+default_hooks = dict(checkpoint=dict(_delete_=True, type='CheckpointHook', by_epoch=True, interval=1, max_keep_ckpts=2))
+"""
+
+
+@pytest.mark.parametrize('at', [1, 2, 3])
+def test_epochs_go_on_in_their_middle(at, tiny, tmp_path, monkeypatch):
+    config = config_with_signals(tmp_path, tiny.config, EMA, RANDOM + EPOCHS)
+
+    def epochs(work: Path, **changes) -> Path:
+        cfg = load_config(str(config))
+        cfg.experiment_name = f'{work.name}{at}'
+        return train(cfg, prepare_training(cfg, tiny.options(work, **{'seed': 5, **changes})), preflight=False)
+
+    straight = epochs(tmp_path / 'straight')
+    assert straight.name == 'epoch_3.pth'
+    monkeypatch.setenv('TEST_SIGNAL', f'SIGTERM:train:{at}')
+    with pytest.raises(Stopped) as info:
+        epochs(tmp_path / 'stopped')
+    # Two batches are an epoch of these four images.
+    assert Path(info.value.checkpoint).name == {1: 'epoch_1.pth', 2: 'epoch_1_iter_3.pth', 3: 'epoch_2.pth'}[at]
+    last = epochs(tmp_path / 'stopped', resume='auto')
+    assert differences(straight, last) == []
+    assert sorted(p.name for p in last.parent.glob('epoch_*.pth')) == ['epoch_2.pth', 'epoch_3.pth']
+
+
+def test_gradients_that_add_up_are_stopped_between_steps(segmentor, tiny, tmp_path, monkeypatch):
+    config, _ = segmentor
+    options = {'optim_wrapper.accumulative_counts': 2}
+    straight = run(config, tiny, tmp_path / 'straight', interval=4, options=options)
+    monkeypatch.setenv('TEST_SIGNAL', 'SIGTERM:train:4')
+    with pytest.raises(Stopped) as info:
+        run(config, tiny, tmp_path / 'stopped', interval=4, options=options)
+    assert Path(info.value.checkpoint).name == 'iter_6.pth'
+    assert differences(straight, run(config, tiny, tmp_path / 'stopped', interval=4, options=options, resume='auto')) == []
+
+
+def test_intervals_that_lose_gradients_are_said(segmentor, tiny, tmp_path):
+    cfg = load_config(str(segmentor[0]), {'optim_wrapper.accumulative_counts': 2, 'default_hooks.checkpoint.interval': 3})
+    notes = prepare_training(cfg, tiny.options(tmp_path))
+    assert any('a multiple of 2 resumes exactly' in note for note in notes)
+
+
+# -- the commands, as processes of their own ---------------------------------------------------------------------------
+STATUS = {'SIGTERM': STOPPED_STATUS, 'SIGINT': INTERRUPTED_STATUS, 'SIGKILL': -signal.SIGKILL}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGKILL'])
+@pytest.mark.parametrize('kind', ['UperNet', 'Cascade Mask R-CNN'])
+def test_commands_stopped_at_five_random_iterations_end_with_the_same_bits(name, kind, tiny, detector, tmp_path, fault):
+    data, base, more = (tiny.data, tiny.config, RANDOM) if kind == 'UperNet' else (detector.data, detector.config, '')
+    config = config_with_signals(tmp_path / 'config', base, EMA, more)
+    iterations = 10
+    places = sorted(random.Random(len(name + kind)).sample(range(iterations), 5))
+    common = ['--data-root', data, '--seed', 7, '--max-iters', iterations, '--no-preflight', '--cfg-options',
+              'default_hooks.checkpoint.interval=2']
+    straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
+    found = train_often(config, [
+        (['--work-dir', straight, *common], None),
+        (['--work-dir', stopped, *common], f'{name}:train:{places[0]}'),
+        *((['--work-dir', stopped, '--resume', *common], f'{name}:train:{at}') for at in places[1:]),
+        (['--work-dir', stopped, '--resume', *common], None)])
+    assert [status for status, _ in found] == [0, *[STATUS[name]] * 5, 0], [text[-500:] for _, text in found]
+    assert not any('Traceback' in text for _, text in found)
+    assert differences(straight / 'iter_10.pth', stopped / 'iter_10.pth') == []
+    fault(f'{kind}: {name} at iterations {", ".join(map(str, places))}, resumed each time',
+          'all weights, optimizer states and averages as without interruption, bit by bit')
+
+
+def test_torch_draws_are_of_the_iteration_and_nothing_else():
+    from replk_mm.engine.randomness import seed_iteration, seed_sample
+    drawn = []
+    for call in ((seed_iteration, 1, 5), (seed_iteration, 1, 6), (seed_iteration, 2, 5), (seed_iteration, 1, 5, 1),
+                 (seed_sample, 1, 5), (seed_iteration, 1, 5)):
+        call[0](*call[1:])
+        drawn.append((random.random(), float(torch.rand(()))))
+    assert drawn[0] == drawn[-1]
+    assert len(set(drawn)) == len(drawn) - 1
