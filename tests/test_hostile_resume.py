@@ -1,4 +1,4 @@
-"""A checkpoint that is resumed from is data: what it says of configs, seeds and logs runs nothing and is not believed blindly."""
+"""A checkpoint that is resumed from is data: what it says of configs, seeds and logs runs nothing and is checked."""
 import os
 
 import pytest

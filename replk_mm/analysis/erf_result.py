@@ -130,7 +130,7 @@ class Erf:
             record = json.loads(path.read_text(encoding='utf-8'))
             if record['kind'] != KIND or record['version'] != _VERSION:
                 raise ValueError(f'kind {record["kind"]!r}, version {record["version"]!r}')
-            matrix, size = path.with_name(record['matrix']), record['size']
+            matrix, size = path.with_name(str(record['matrix'])), record['size']
             with zipfile.ZipFile(matrix) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
             if type(size) is not int or size < 1 or unpacked > 8 * size**2 + _NPZ_HEADER:

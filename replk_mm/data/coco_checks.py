@@ -17,6 +17,9 @@ from replk_mm.data.pairs import Rules, Task
 from replk_mm.data.problems import Item, Problem, errors, refuse, some, warnings
 from replk_mm.data.survey import Survey, Tally
 
+#: pycocotools keeps ids as floating-point numbers.
+_LARGEST_ID = 2**53
+
 
 @dataclass(frozen=True)
 class Use:
@@ -136,13 +139,15 @@ def _lacking_keys(path: Path, objects: list[dict], use: Use) -> list[Problem]:
     lacking('segmentation-missing', 'segmentation', [a for a in objects if not a.get('segmentation')], use.masks,
             f', and the config {"trains" if use.train else "scores"} masks',
             'Use a config without masks for boxes only (FCOS, Faster R-CNN), or add the masks.')
-    unmatched = [a['id'] for a in objects if type(a['id']) is not int or a['id'] == 0] if by_file else []
+    unmatched = [a['id'] for a in objects
+                 if type(a['id']) is not int or not 0 < abs(a['id']) <= _LARGEST_ID] if by_file else []
     if unmatched:
         problems.append(Problem(
             'id-unscorable', '', f"{len(unmatched):,} of {len(objects):,} annotations have an 'id' that pycocotools cannot "
-            f'score: {some(map(repr, unmatched))} (0 is its sign for an object not found)', remedy=mend(
+            f'score: {some(f"{i!r:.40}" for i in unmatched)} (0 is its sign for an object not found, and ids beyond '
+            f'{_LARGEST_ID} it mistakes for others)', remedy=mend(
                 path, "[a.update(id=i) for i, a in enumerate(d['annotations'], 1)]", 'Number them from 1'),
-            items=tuple(Item(f'id {i!r}', f'annotation {i}') for i in unmatched)))
+            items=tuple(Item(f'id {i!r:.40}', f'annotation {i!r:.40}') for i in unmatched)))
     lacking('iscrowd-missing', 'iscrowd', [a for a in objects if 'iscrowd' not in a], by_file,
             ', which pycocotools needs to score', how_to_add(path, 'annotations', 'iscrowd'))
     if 'info' not in read(path):

@@ -1,29 +1,50 @@
 """Processes that load data: they end with the process that they load for, and with it only."""
+import atexit
 import ctypes
 import functools
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from torch.utils.data import DataLoader
 
-from replk_mm.engine.stopping import outlive_signals
+from replk_mm.engine.stopping import SIGNALS
 
 
 def tie(loader: DataLoader) -> DataLoader:
-    """Let a loader's workers end with this process, in whatever way it ends, and not by signals to all of the job."""
-    loader.worker_init_fn = functools.partial(_start, os.getpid(), loader.worker_init_fn)
+    """Let a loader's workers end with this process, in whatever way it ends, and not by signals to all of the job.
+
+    Those are for this process, which goes on for a while: it finishes an iteration and saves.
+    """
+    loader.worker_init_fn = functools.partial(_start, os.getpid(), _ending(), loader.worker_init_fn)
     return loader
 
 
-def _start(parent: int, then: Callable[[int], None] | None, worker: int) -> None:
+@functools.cache
+def _ending() -> Any:
+    """A byte that workers see: whether this process is ending, and the signals that come are its own."""
+    byte = multiprocessing.Value('b', 0, lock=False)
+    # Functions run in the reverse order of their registration: this one before Python's own, which sends SIGTERM and waits.
+    atexit.register(functools.partial(setattr, byte, 'value', 1))
+    return byte
+
+
+def _start(parent: int, ending: Any, then: Callable[[int], None] | None, worker: int) -> None:
     # A worker with samples of some size in hand waits until they are taken: for ever, with its memory and its locks, if the
     # process that would take them was killed. Linux can end it then.
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it was killed before this was said
             os._exit(1)
-    outlive_signals()
+
+    def end(_number: int, _frame: object) -> None:
+        if ending.value:
+            os._exit(0)
+
+    for number in SIGNALS:
+        signal.signal(number, end if number == signal.SIGTERM else signal.SIG_IGN)
     if then is not None:
         then(worker)

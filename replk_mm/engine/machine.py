@@ -1,4 +1,5 @@
 """The machine a run is on: its device, its processes, its disk."""
+import atexit
 import ctypes
 import os
 import shutil
@@ -111,6 +112,12 @@ def init_gloo(launcher: str, device: str) -> None:
             raise UserError('--launcher pytorch: no RANK in the environment\n'
                             'Start with: torchrun --nproc-per-node N tools/train.py CONFIG --launcher pytorch')
         torch.distributed.init_process_group('gloo')
+        atexit.register(_leave)  # its threads, still waiting when Python ends, may abort the process
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-dir') -> Path:

@@ -1,5 +1,6 @@
 """A run in small before the run: what would fail after hours of training fails in its first minute."""
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import get_rank, is_main_process
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from replk_mm import checkpoints
 from replk_mm.data.draws import Draw
+from replk_mm.engine.diagnosis import examine
 from replk_mm.errors import UserError, message_of
 from replk_mm.registry import HOOKS
 
@@ -115,17 +118,20 @@ class _Backward:
 def _loss_and_backward(runner: Runner) -> float:
     loader: Any = runner.train_dataloader
     runner.model.train()
+    batch = _batch(loader, loader.batch_sampler.batch_size)
     steps = _Backward(runner.optim_wrapper)
-    runner.model.train_step(_batch(loader, loader.batch_sampler.batch_size), optim_wrapper=steps)
-    if not torch.isfinite(torch.tensor(steps.loss)):
-        raise UserError(f'the loss is {steps.loss}\nCheck the weights to start from, the normalization of the images '
-                        f'(data_preprocessor.mean, std) and the labels.')
+    runner.model.train_step(batch, optim_wrapper=steps)
     wrong = [name for name, p in runner.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     # Gradients in float16 overflow until the loss is scaled, which mmengine does as it trains.
-    if wrong and getattr(runner.optim_wrapper, 'loss_scaler', None) is None:
-        raise UserError(f'the gradient of {wrong[0]} and {len(wrong) - 1} more is not finite\n'
-                        f'Check the weights to start from and the layer that it belongs to.')
-    return steps.loss
+    scaled = getattr(runner.optim_wrapper, 'loss_scaler', None) is not None
+    if math.isfinite(steps.loss) and (scaled or not wrong):
+        return steps.loss
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    found = examine(model, batch, (runner.seed, runner.iter, get_rank()), lambda: runner.optim_wrapper.optim_context(model))
+    raise UserError(f'the {f"gradient of {wrong[0]}" if math.isfinite(steps.loss) else f"loss is {steps.loss}"}'
+                    f'{" is not finite" if math.isfinite(steps.loss) else ""}; first non-finite: {found.describe()}\n'
+                    f'Check the weights to start from, the normalization of the images (data_preprocessor.mean, std) and the '
+                    f'labels.')
 
 
 def _predict_and_score(runner: Runner) -> dict[str, Any]:

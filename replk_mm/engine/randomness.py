@@ -1,6 +1,6 @@
 """Randomness that depends on where a run is, not on how it came there: resumed, it draws what it would have drawn.
 
-mmengine seeds once, at the start: what is drawn at iteration 1000 then depends on everything drawn before, in every data worker.
+mmengine seeds once, at the start: what is drawn at iteration 1000 then depends on everything drawn before, in each worker too.
 Here every iteration and every sample has a seed of its own, made of the run's seed and its number, so that neither workers nor
 validations nor interruptions change it, and nothing has to be stored or replayed.
 """

@@ -117,8 +117,9 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     if options.resume == 'auto':
         last, notes = _last_whole(cfg.work_dir)
         if last is None and notes:
-            raise UserError(f'{cfg.work_dir}: none of its {len(notes)} checkpoints can be resumed from:\n'
-                            + '\n'.join(notes) + '\nCopy one from elsewhere, or start anew without --resume.')
+            raise UserError(f'{_checkpoints(cfg.work_dir)[0]}: is damaged, and none of the {len(notes)} checkpoints of this '
+                            f'run can be resumed from:\n' + '\n'.join(notes)
+                            + '\nCopy one from elsewhere, or start anew without --resume.')
         if last is None:
             return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
     else:

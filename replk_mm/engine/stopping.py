@@ -61,15 +61,3 @@ def asked() -> signal.Signals | None:
         all_reduce(flag, 'max')
         number = int(flag)
     return signal.Signals(number) if number else None
-
-
-def outlive_signals() -> None:
-    """For a process that loads data: signals to the whole job are for the one that it loads for, which will end it.
-
-    That one ends it by SIGTERM, after the job may have sent one.
-    """
-    def once(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in SIGNALS:
-        signal.signal(number, once if number == signal.SIGTERM else signal.SIG_IGN)

@@ -215,7 +215,7 @@ def with_pickle(file: bytes, pickled: bytes, how: int = 0, where: int = 0) -> by
     if how == 1:
         entries[at] = (name.replace('/', '/../', 1), content)
     elif how == 2:
-        entries[at] = ('../../../tmp/hostile' if where % 2 else '/etc/hostile', content)
+        entries[at] = ('../../../home/hostile' if where % 2 else '/etc/hostile', content)
     elif how == 3:
         entries[at] = name, content[: where % (len(content) + 1)]
     elif how == 4:

@@ -1,0 +1,81 @@
+"""The soak finds nothing lost, and would find what is."""
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import run_tool
+
+from replk_mm.bench.soak import Soaker, _option, _same
+
+
+@pytest.mark.slow
+def test_two_minutes_of_soak_lose_nothing(tmp_path, fault):
+    found = run_tool('soak', '--minutes', 2, '--work-dir', tmp_path, timeout=900)
+    assert found.returncode == 0, found.stdout + found.stderr
+    *_, counts, verdict = found.stdout.strip().splitlines()
+    assert verdict == 'nothing was lost'
+    done = {what: int(count) for count, what in re.findall(r'(\d+) x ([^,]+)', counts)}
+    assert done['compared'] >= 1
+    assert sum(done.get(name, 0) for name in ('SIGKILL', 'SIGTERM', 'SIGINT')) >= 1
+    fault('two minutes of kills, signals and harmed folders at random moments', f'{counts}: {verdict}')
+
+
+class Scripted(Soaker):
+    """A soak of trainings that only pretend: each step writes what it is told."""
+
+    def __init__(self, folder: Path, steps: list[tuple[int, int, float]]) -> None:
+        super().__init__(['config.py'], folder, 0, lambda line: None)
+        self.steps = iter(steps)
+
+    def _train(self, work, number=None, delay=0.):
+        work.mkdir(parents=True, exist_ok=True)
+        status, iteration, weight = (0, 4, 1.) if work == self.straight else next(self.steps)
+        if iteration:
+            torch.save(dict(meta=dict(iter=iteration), state_dict={'w': torch.tensor([weight])}, optimizer={},
+                            param_schedulers=[]), work / f'iter_{iteration}.pth')
+        return status if status == 0 or number is None else self.ends_with(number, status)
+
+    def ends_with(self, number, status):
+        return -number if status == -1 else status
+
+    def _harm(self, reached):
+        return reached
+
+    def _test(self, work):
+        return json.loads('{"mIoU": 1.0}')
+
+
+@pytest.mark.parametrize(('steps', 'lost'), [
+    ([(-1, 2, 1.), (0, 4, 1.)], None),
+    ([(0, 4, 2.)], 'state_dict differs'),
+    ([(1, 2, 1.)], 'ended with status 1'),
+])
+def test_what_is_lost_is_found(steps, lost, tmp_path):
+    soaker = Scripted(tmp_path, steps)
+    soaker.straight.mkdir()
+    soaker._train(soaker.straight)
+    soaker.reference, soaker.score = soaker.straight / 'iter_4.pth', soaker._test(soaker.straight)
+    soaker._one_training(0., float('inf'))
+    assert ([*soaker.done.losses, ''][0] == '') if lost is None else lost in soaker.done.losses[0]
+
+
+def test_checkpoints_that_vanish_or_cannot_be_read_are_found(tmp_path):
+    soaker = Scripted(tmp_path, [])
+    soaker.work.mkdir()
+    torch.save(dict(meta=dict(iter=6)), soaker.work / 'iter_6.pth')
+    assert soaker._iteration() == 6
+    (soaker.work / 'iter_8.pth').write_bytes(b'PK')
+    assert soaker._iteration() == 6
+    assert 'iter_8.pth: cannot be read, and was not harmed' in soaker.done.losses[0]
+
+
+def test_the_signals_and_what_they_must_end_with():
+    from replk_mm.bench.soak import _STATUS
+    assert _STATUS == {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGINT: 130}
+    assert _option(['--a', '1', '2', '--b', '3'], '--a') == ['--a', '1', '2']
+    assert _option(['--a'], '--b') == []
+    assert _same({'x': [torch.ones(2), float('nan')]}, {'x': [torch.ones(2), float('nan')]})
+    assert not _same({'x': torch.ones(2)}, {'x': torch.ones(2) + 1e-7})
