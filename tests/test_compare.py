@@ -6,7 +6,17 @@ import shutil
 import cv2
 import numpy as np
 import pytest
-from compare_cases import IGNORED, change_record, config_text, made_up, mean_iou, tally, write_data, write_result
+from compare_cases import (
+    IGNORED,
+    change_record,
+    config_text,
+    known_configs,  # noqa: F401
+    made_up,
+    mean_iou,
+    tally,
+    write_data,
+    write_result,
+)
 from PIL import Image
 from tiny import run_tool, tiny, trained  # noqa: F401
 
@@ -247,7 +257,7 @@ def test_what_a_test_wrote_is_reproduced(tiny, trained, tmp_path):
         found = evaluate(cfg, str(trained), tiny.options(tmp_path / 'work'), predictions=out / 'predictions')
         results.write(results.record(cfg, str(trained), found, False), out / 'metrics.json')
         folders.append(out)
-    run = run_tool('compare', *folders, '--out', tmp_path / 'out')
+    run = run_tool('compare', *folders, '--out', tmp_path / 'out', '--config', tiny.config)
     assert run.returncode == 0, run.stderr
     assert 'NOT MEASURED ALIKE' in run.stdout and 'Resize' in run.stdout and 'same checkpoint' in run.stdout
     found = json.loads((tmp_path / 'out' / 'compare.json').read_text())

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from compare_cases import change_record, write_record
+from compare_cases import change_record, known_configs, write_record  # noqa: F401
 from PIL import Image
 from tiny_detector import detector, trained_detector  # noqa: F401
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from coco_cases import SCORE, TRAIN, check, file  # noqa: F401
 from coco_files import change
+from compare_cases import write_record
 from PIL import Image
 from pycocotools import mask as rle
 from tiny import tool_environment
@@ -18,7 +19,8 @@ from tiny import tool_environment
 from replk_mm import cli
 from replk_mm.analysis.erf_result import KIND, Erf
 from replk_mm.bench import records
-from replk_mm.bench.compare.results import open_result
+from replk_mm.bench.compare import compare
+from replk_mm.bench.compare.results import _is_known, open_result
 from replk_mm.bench.suites.definition import read_suite
 from replk_mm.data import coco_masks, files
 from replk_mm.data.colour_images import read_image
@@ -176,6 +178,33 @@ def test_numbers_of_many_digits(tmp_path, fault):
     with pytest.raises(UserError, match='no numbers') as info:
         open_result(str(path), 'A')
     fault('a result with a number of 400 digits', sees=info.value)
+
+
+@pytest.mark.parametrize('place', ['beside the result', 'elsewhere', 'out of a package', 'of a package that is none'])
+def test_a_result_does_not_say_what_is_run(place, tmp_path, monkeypatch, fault):
+    """The config that a result names is a program; a stranger's may come with the result."""
+    proof, evil = tmp_path / 'proof', tmp_path / 'theirs' / 'evil.py'
+    evil.parent.mkdir()
+    evil.write_text(f'open({str(proof)!r}, "w").close()\n')
+    monkeypatch.chdir(tmp_path)
+    named = {'beside the result': str(evil), 'elsewhere': 'theirs/evil.py', 'out of a package': f'mmseg::{evil}',
+             'of a package that is none': 'theirs::evil.py'}[place]
+    folders = [write_record(tmp_path / name, named, tmp_path, {'mIoU': 5.}, {'a': dict(IoU=5., pixels=3)}, 1) for name in 'ab']
+    with pytest.raises(UserError) as info:
+        compare(str(folders[0]), str(folders[1]))
+    assert not proof.exists()
+    if place == 'beside the result':
+        assert f'--config {evil}' in str(info.value)
+        fault('a result that names a program as its config', sees=info.value)
+
+
+def test_configs_of_this_project_are_run_for_a_result(tmp_path, monkeypatch):
+    assert _is_known('configs/upernet_replk-nano_demo.py') and _is_known('replk_mm::upernet_replk-nano_demo.py')
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'configs').mkdir()
+    assert _is_known('configs/mine.py') and not _is_known('mine.py') and not _is_known('configs/../mine.py')
+    (tmp_path / 'configs' / 'link.py').symlink_to(tmp_path / 'mine.py')
+    assert not _is_known('configs/link.py')
 
 
 def test_messages_hold_nothing_that_a_terminal_obeys(tmp_path, fault):

@@ -9,6 +9,7 @@ from mmengine.registry import METRICS
 from resume_cases import config_with_signals, differences
 from test_exact_resume import EMA, RANDOM
 from tiny import run_tool, tiny  # noqa: F401
+from tiny_detector import detector  # noqa: F401
 
 from replk_mm.engine.config import load_config
 from replk_mm.engine.prepare import prepare_training
@@ -140,3 +141,13 @@ def test_the_command_says_it_without_a_traceback(tiny, tmp_path):
     assert found.stderr.strip().splitlines()[-2].startswith("error: CheckpointHook.save_best='miou'")
     assert 'Traceback' not in found.stderr
     assert run_tool('train', *args, '--no-preflight').returncode == 0
+
+
+def test_a_detector_is_rehearsed(detector, tmp_path):
+    cfg = detector.cfg()
+    notes = prepare_training(cfg, detector.options(tmp_path, max_iters=1, seed=1))
+    last = train(cfg, notes)
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert last.name == 'iter_1.pth'
+    assert 'preflight: loss' in log
+    assert 'coco/bbox_mAP' in log

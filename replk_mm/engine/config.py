@@ -29,7 +29,7 @@ def load_config(path: str, options: dict | None = None, needs: tuple[str, ...] =
         UserError: If the file or one of its bases does not exist or cannot be read, lacks something, or an override does not
             fit.
     """
-    found = _file_of(path)
+    found = file_of(path)
     if not found.is_file():
         siblings = [str(p) for p in sorted(found.parent.glob('*.py'))] if found.parent.is_dir() else []
         close = difflib.get_close_matches(str(found), siblings, n=3, cutoff=0.5)
@@ -48,7 +48,12 @@ def load_config(path: str, options: dict | None = None, needs: tuple[str, ...] =
     return cfg
 
 
-def _file_of(path: str) -> Path:
+def file_of(path: str) -> Path:
+    """The file of a config that is named by path or as ``PACKAGE::NAME.py``; it may not be there.
+
+    Raises:
+        UserError: If no such package is installed.
+    """
     package, installed, name = path.partition('::')
     if not installed:
         return Path(path)

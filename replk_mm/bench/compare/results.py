@@ -1,5 +1,6 @@
 """Two results of ``tools/test.py --out``: found, read, and what they were not measured alike in."""
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from replk_mm.data.classes import listed, use_classes
-from replk_mm.engine.config import load_config, set_data_root
+from replk_mm.engine.config import file_of, load_config, set_data_root
 from replk_mm.errors import UserError
 
 #: What a metrics.json must have, and as what.
@@ -220,12 +221,22 @@ def config_of(result: Result, source: Source, root: str | None) -> Config:
     if not source.config and '::' not in path and not Path(path).is_file():
         raise UserError(f'{result.file}: its config is not there any more: {path} (from {Path.cwd()})\n'
                         f'Start where the test was started, or name the file with --config FILE.')
+    if not source.config and not _is_known(path):
+        raise UserError(f'{result.file}: its config, {path}, is a program, and neither in configs/ nor of a package: that a '
+                        f'result names it is no reason to run it\nIf it is yours, or you have read it: --config {shlex.quote(path)}')
     cfg = load_config(path, source.options)
     if root:
         set_data_root(cfg, root)
     if source.classes is not None:
         use_classes(cfg, source.classes, ('test',))
     return cfg
+
+
+def _is_known(path: str) -> bool:
+    """Whether a config is one of an installed package, of this project, or in ``configs`` of the working directory."""
+    package, installed, _ = path.partition('::')
+    roots = [file_of(f'{package}::.')] if installed else [Path('configs'), Path(__file__).parents[3] / 'configs']
+    return any(file_of(path).resolve().is_relative_to(root.resolve()) for root in roots)
 
 
 def data_root(a: Result, b: Result, source: Source) -> str | None:
