@@ -15,6 +15,8 @@ DEPTH, VALUES = 100, 10_000_000
 _SHOWN = 3
 _STATISTICS = ('min', 'max', 'mean', 'current')
 _NUMBERS = re.compile(r'(b1|[iu][1248]|f[248]|U[1-9]\d{0,3})\Z')
+_DTYPES = re.compile(r'torch\.(bool|half|b?float\w*|u?int\d+|c?q?u?int\d+|complex\d+)\Z')
+_CONTAINERS = ('tuple', 'list', 'dict', 'set')
 _OLD_NAMES = (('__builtin__.', 'builtins.'), ('numpy.core.', 'numpy._core.'))
 _BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
 
@@ -243,6 +245,10 @@ def _shown(value: object) -> str:
     return f'{value!r:.60}'
 
 
+def _is_function(item: Item) -> bool:
+    return item.kind == 'global' and not _DTYPES.match(item.name)
+
+
 def _check_whole(root: object) -> None:
     """Refuse what refers to itself, is nested too deeply, or is too much for whoever goes through all of it."""
     done: dict[int, tuple[int, int]] = {}  # values and depth, by id
@@ -259,6 +265,8 @@ def _check_whole(root: object) -> None:
             if size > VALUES or depth > DEPTH:
                 raise Unsafe(f'it holds {size:,} values, {depth} deep')
             done[id(item)] = size, depth
+        elif item.kind in _CONTAINERS and any(_is_function(part) for part in inner):
+            raise Unsafe(f'it holds {next(part.name for part in inner if _is_function(part))}, which is no data')
         elif id(item) in path:
             raise Unsafe('it holds something that contains itself')
         elif id(item) not in done:

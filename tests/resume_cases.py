@@ -1,6 +1,7 @@
 """Trainings that are stopped at an iteration of choice, in this process or one of their own, and compared bit by bit."""
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,18 @@ def train_often(config: Path, runs: list[tuple[list, str | None]], timeout: floa
     done = subprocess.run([sys.executable, str(ROOT / 'tests/resume_worker.py')], input=json.dumps(steps), capture_output=True,
                           text=True, timeout=timeout, check=True, env=env)
     return [tuple(found) for found in json.loads(done.stdout.strip().splitlines()[-1])]
+
+
+def torchrun(config: Path, *args, signal: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+    """A training by two processes."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    env = tool_environment(PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}', **({'TEST_SIGNAL': signal} if signal else {}))
+    return subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port),
+         str(ROOT / 'tools/train.py'), str(config), '--device', 'cpu', '--launcher', 'pytorch', *map(str, args)],
+        capture_output=True, text=True, timeout=timeout, check=False, env=env)
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -1,10 +1,11 @@
 """A hook that sends its own process a signal, once: in the middle of an iteration, as a signal would come.
 
-``TEST_SIGNAL=NAME:train|val:ITERATION`` in the environment says which, and when.
+``TEST_SIGNAL=NAME:train|val:ITERATION`` in the environment says which, and when. Of several processes the first gets it.
 """
 import os
 import signal
 
+from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -21,6 +22,6 @@ class SignalHook(Hook):
 
     def _at(self, where, iteration):
         name, place, at = os.environ.get('TEST_SIGNAL', 'none:none:-1').split(':')
-        if place == where and iteration == int(at):
+        if place == where and iteration == int(at) and get_rank() == 0:
             os.environ.pop('TEST_SIGNAL')
             os.kill(os.getpid(), getattr(signal, name))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from resume_cases import config_with_signals, differences, train_often
+from resume_cases import config_with_signals, differences, torchrun, train_often
 from tiny import Tiny, tiny  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 
@@ -185,6 +185,23 @@ def test_commands_stopped_at_five_random_iterations_end_with_the_same_bits(name,
     assert differences(straight / 'iter_10.pth', stopped / 'iter_10.pth') == []
     fault(f'{kind}: {name} at iterations {", ".join(map(str, places))}, resumed each time',
           'all weights, optimizer states and averages as without interruption, bit by bit')
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_is_told_to_stop_and_both_do(tiny, tmp_path, fault):
+    config = config_with_signals(tmp_path / 'config', tiny.config, EMA, RANDOM)
+    common = ['--data-root', tiny.data, '--seed', 7, '--max-iters', 6, '--no-preflight', '--cfg-options',
+              'default_hooks.checkpoint.interval=5']
+    straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
+    assert torchrun(config, '--work-dir', straight, *common).returncode == 0
+    found = torchrun(config, '--work-dir', stopped, *common, signal='SIGTERM:train:2')
+    assert found.returncode == 1, 'torchrun has a status of its own'
+    message = f'stopped by SIGTERM; --resume goes on from {stopped / "iter_3.pth"}'
+    assert found.stderr.count(message) == 1
+    assert found.stderr.count(f'exitcode  : {STOPPED_STATUS}') >= 1
+    assert torchrun(config, '--work-dir', stopped, '--resume', *common).returncode == 0
+    assert differences(straight / 'iter_6.pth', stopped / 'iter_6.pth') == []
+    fault('SIGTERM to one of two processes', message)
 
 
 def test_torch_draws_are_of_the_iteration_and_nothing_else():

@@ -10,6 +10,7 @@ from mmengine.runner import find_latest_checkpoint
 
 from replk_mm import checkpoints
 from replk_mm.data.class_checks import compare_with_checkpoint
+from replk_mm.engine import resume_state
 from replk_mm.engine.machine import Options
 from replk_mm.errors import UserError
 
@@ -134,6 +135,7 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     if not isinstance(meta, Mapping) or any(type(meta.get(key)) is not int or meta[key] < 0 for key in ('iter', 'epoch')):
         raise UserError(f'{last}: cannot be resumed: it does not say at which iteration and epoch it was written\n'
                         f'Resume from a checkpoint that training wrote.')
+    resume_state.check(loaded, str(last))
     compare_with_checkpoint(cfg, meta, str(last), ('train',))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, str(last)).items()}

@@ -72,11 +72,11 @@ class Runner(MMEngineRunner):
         """Load or resume; an optimizer's state must be of this run's parameter groups."""
         try:
             super().load_or_resume()
-        except ValueError as error:
-            if 'parameter group' not in str(error):
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            if not self._resume:
                 raise
-            raise UserError(f'{self._load_from}: cannot be resumed: {error}\n'
-                            f'Resume with the optim_wrapper of that run.') from error
+            raise UserError(f'{self._load_from}: cannot be resumed: {error or type(error).__name__}\n'
+                            f'Resume with the optim_wrapper and param_scheduler of that run.') from error
 
     def load_checkpoint(self, filename: str, map_location: Any = 'cpu', strict: bool = False,
                         revise_keys: Any = ((r'^module\.', ''),)) -> dict:

@@ -24,8 +24,8 @@ _FORBIDDEN = re.compile(
     r'pickle\.find_class|marshal\.loads|ctypes\.dlopen|exec|compile|import|code\.__new__|function\.__new__|tempfile\.'
 )
 _ENCODINGS = (
-    'utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'utf-32-le', 'utf-32-be', 'utf-8-sig', 'latin-1', 'cp437', 'punycode',
-    'idna')
+    'utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'utf-32-le', 'utf-32-be', 'utf-8-sig', 'raw-unicode-escape',
+    'unicode-escape', 'latin-1', 'cp437', 'punycode', 'idna')
 _active: 'Guard | None' = None
 _hooked = False
 

@@ -223,7 +223,8 @@ def config_of(result: Result, source: Source, root: str | None) -> Config:
                         f'Start where the test was started, or name the file with --config FILE.')
     if not source.config and not _is_known(path):
         raise UserError(f'{result.file}: its config, {path}, is a program, and neither in configs/ nor of a package: that a '
-                        f'result names it is no reason to run it\nIf it is yours, or you have read it: --config {shlex.quote(path)}')
+                        f'result names it is no reason to run it\n'
+                        f'If it is yours, or you have read it: --config {shlex.quote(path)}')
     cfg = load_config(path, source.options)
     if root:
         set_data_root(cfg, root)
