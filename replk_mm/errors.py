@@ -54,6 +54,15 @@ def message_of(error: BaseException) -> str:
     return text.rsplit(marker, 1)[-1].strip() if text.startswith('Caught ') else text
 
 
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # what it was piped to has ended, by the same Ctrl-C; the status must stay what it is
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Turn ``main`` into a command: user errors become one message and status 2, Ctrl-C status 130, other signals that stop a
     training status 75.
@@ -68,14 +77,14 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except UserError as error:
             if os.environ.get('REPLK_MM_TRACEBACK') == '1':
                 raise
-            print(f'error: {message_of(error)}', file=sys.stderr)
+            _say(f'error: {message_of(error)}')
             return USER_ERROR_STATUS
         except Stopped as stopped:
             if os.environ.get('RANK', '0') == '0':
-                print(stopped, file=sys.stderr)
+                _say(str(stopped))
             return INTERRUPTED_STATUS if stopped.signal == signal.SIGINT else STOPPED_STATUS
         except KeyboardInterrupt:
-            print('interrupted', file=sys.stderr)
+            _say('interrupted')
             return INTERRUPTED_STATUS
 
     return wrapped

@@ -378,6 +378,6 @@ def test_config_for_eight_gpus_is_ready_for_one_cpu(name, tiny, tmp_path, monkey
     assert 'SyncBN' not in str(cfg.model)
     assert cfg.optim_wrapper.type == 'OptimWrapper'
     assert 'init_cfg' not in cfg.model.backbone
-    for said in ('norm: SyncBN', 'weights: random', '4 images with labels', 'learning rate'):
+    for said in ('SyncBN runs on GPUs only; BN instead', 'weights: random', '4 images with labels', 'learning rate'):
         assert said in notes
     build_model(cfg, 'meta')

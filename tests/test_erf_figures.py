@@ -76,7 +76,7 @@ def test_page_block_is_renewed(tmp_path):
 
 @pytest.mark.parametrize(('record', 'said'), [
     ('no json', 'JSONDecodeError'), ('[]', 'TypeError'), ('{"kind": "mIoU", "version": 1}', "kind 'mIoU'"),
-    ('{"kind": "effective receptive field", "version": 1, "matrix": "gone.npz"}', r'gone\.npz: no such file'),
+    ('{"kind": "effective receptive field", "version": 1, "size": 8, "matrix": "gone.npz"}', r'gone\.npz: no such file'),
     ('[' * 100_000, 'RecursionError')])
 def test_reading_something_else(tmp_path, record, said):
     (tmp_path / 'erf.json').write_text(record)

@@ -52,6 +52,8 @@ GADGETS = {
     'a log whose mean is a function of the file': (
         BUFFER + b')\x81}' + text('statistics_methods') + b'}' + text('mean') + b'cbuiltins\nbytearray\nssb',
         'inner state of mmengine'),
+    'a function as a value': (b'cbuiltins\nbytearray\n', 'builtins.bytearray, which is no data'),
+    'a class in a list': (b'](' + BUFFER + b'e', 'which is no data'),
     'a sparse tensor': (b'ctorch._utils\n_rebuild_sparse_tensor\n)R', '_rebuild_sparse_tensor'),
     'a call of what a call returned': (b'ccollections\nOrderedDict\n)R)R', 'collections.OrderedDict()'),
 }
@@ -168,7 +170,8 @@ def test_what_training_writes_passes_the_scan():
         size=torch.Size([1]),
         message_hub=dict(log_scalars=OrderedDict(loss=HistoryBuffer([1., 2.], [1, 1])), runtime_info=OrderedDict(
             lr=np.float64(.1), name=np.str_('abc'), count=np.int64(1), flag=np.bool_(True), grid=np.ones((2, 2), np.float32))),
-        shared=[model[0].weight.detach()] * 3, half=torch.ones(2).half(), empty=torch.ones(0), device=torch.device('cpu'))
+        shared=[model[0].weight.detach()] * 3, half=torch.ones(2).half(), empty=torch.ones(0), device=torch.device('cpu'),
+        dtypes=[torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8])
     for legacy in (False, True):
         file = io.BytesIO(saved(content, legacy))
         assert file.getvalue()

@@ -8,6 +8,7 @@ from tiny import run_tool, tiny, trained  # noqa: F401
 from tool_cases import read
 
 from replk_mm import checkpoints
+from replk_mm.engine import resume_state
 from replk_mm.engine.train import train
 from replk_mm.errors import UserError
 
@@ -87,6 +88,58 @@ def test_a_log_in_a_checkpoint_changes_no_statistics(tmp_path, fault):
     assert HistoryBuffer._statistics_methods['mean'] is HistoryBuffer.mean
     fault('a log in a checkpoint that redefines what a mean is', sees=info.value)
     assert MessageHub.get_instance('unspoiled').log_scalars == {}
+
+
+def groups(checkpoint, **changes):
+    for group in checkpoint['optimizer']['param_groups']:
+        group.update(changes)
+
+
+STATES = {
+    'a log that is a list': lambda c: c.update(message_hub=[1]),
+    'a log without its parts': lambda c: c.update(message_hub={}),
+    'losses that are a list': lambda c: c['message_hub'].update(log_scalars=[1]),
+    'an optimizer that is a text': lambda c: c.update(optimizer='x'),
+    'an optimizer that is empty': lambda c: c.update(optimizer={}),
+    'parameter groups without parameters': lambda c: c['optimizer'].update(param_groups=[{}]),
+    'a learning rate that is a text': lambda c: groups(c, lr='x'),
+    'a learning rate that is not finite': lambda c: groups(c, lr=float('nan')),
+    'moments of some parameters only': lambda c: c['optimizer']['state'].update({0: {'exp_avg': torch.ones(1)}}),
+    'moments that are a list': lambda c: c['optimizer'].update(state=[1]),
+    'schedules that are numbers': lambda c: c.update(param_schedulers=[1]),
+    'schedules that are a text': lambda c: c.update(param_schedulers='abc'),
+    'a schedule at a step that is a text': lambda c: c['param_schedulers'][0].update(last_step='x'),
+    'a schedule with a method': lambda c: c['param_schedulers'][0].update(step=[]),
+}
+
+
+@pytest.mark.parametrize('name', STATES)
+def test_states_that_no_training_leaves_are_named(name, trained, fault):
+    checkpoint = read(trained)
+    resume_state.check(checkpoint, 'file')
+    STATES[name](checkpoint)
+    with pytest.raises(UserError, match='^file: cannot be resumed: ') as info:
+        resume_state.check(checkpoint, 'file')
+    fault(f'a checkpoint to resume from with {name}', sees=info.value)
+
+
+def test_several_optimizers_are_checked_each(trained):
+    checkpoint = read(trained)
+    checkpoint['optimizer'] = {'generator': checkpoint['optimizer'], 'base_param_settings': None}
+    resume_state.check(checkpoint, 'file')
+    checkpoint['optimizer']['critic'] = {}
+    with pytest.raises(UserError, match='optimizer.critic.param_groups'):
+        resume_state.check(checkpoint, 'file')
+
+
+@pytest.mark.parametrize('change', [
+    lambda c: c['optimizer'].update(param_groups=[{'params': 3, 'lr': 1.}]),
+    lambda c: [values.pop('step') for values in c['optimizer']['state'].values()]])
+def test_a_state_that_does_not_fit_is_no_traceback(change, tiny, trained, tmp_path):
+    path = spoiled(trained, tmp_path / 'hostile.pth', change)
+    with pytest.raises(UserError, match='cannot be resumed') as info:
+        tiny.train(tmp_path / 'work', 32, resume=path)
+    assert str(info.value).startswith(path)
 
 
 # ---- what mmengine loads by itself

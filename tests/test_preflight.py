@@ -104,7 +104,7 @@ def test_a_disk_that_is_full(tiny, tmp_path, monkeypatch, fault):
 
     monkeypatch.setattr(LocalBackend, 'put', put)
     text = refused(tiny, tmp_path)
-    assert 'preflight.pth' in text and 'No space left on device' in text
+    assert 'preflight_' in text and 'No space left on device' in text
     fault('no room for a checkpoint', text)
 
 

@@ -129,7 +129,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
     assert not perform(task, measures.TABLE, measures.environment())
     [found] = records.read([tmp_path / 'w'])[0]
     assert (found['measurement'], found['status']) == ('train', 'failed')
-    assert found['reason'].startswith('loss is nan at iteration 2\n')
+    assert found['reason'].startswith('iteration 2: the loss is nan (decode.loss_ce, aux.loss_ce); first non-finite: ')
     assert not (task.folder / 'train' / 'iter_2.pth').exists()
 
 
@@ -220,7 +220,7 @@ def test_a_suite_from_the_command_line_killed_while_it_trains(tmp_path):
     assert run_tool('suite', *arguments).returncode == 2  # without --resume
     done = run_tool('suite', *arguments, '--resume', timeout=500)
     assert done.returncode == 1, done.stderr
-    assert 'no-number seed 0: train: loss is nan at iteration 2' in done.stdout
+    assert 'no-number seed 0: train: iteration 2: the loss is nan' in done.stdout
     found = {(one['row'], one['measurement']): one for one in records.read([tmp_path / 'w'])[0]}
     assert {key for key, one in found.items() if one['status'] == 'done'} == {
         ('long', m) for m in ('train', 'metric', 'complexity', 'memory', 'erf', 'curve')}

@@ -96,7 +96,9 @@ class Draws:
         batches, self._pass = self._pass if self._pass is not None else iter(self.batches), None
         for number, batch in enumerate(batches, self._number):
             first = number * self.batch_size
-            yield [Draw(index, (first + i) * self.processes + self.rank) for i, index in enumerate(batch)]
+            # Some samplers of videos yield pairs; their samples are drawn as torch's loader would.
+            yield [Draw(index, (first + i) * self.processes + self.rank) if isinstance(index, int) else index
+                   for i, index in enumerate(batch)]
 
 
 class DrawnLoader(DataLoader):

@@ -108,7 +108,10 @@ def inspect(path: str, decode: bool) -> tuple[list[Problem], Picture | None]:
         return problems, None
     with image:
         stored = image.size
-        problems += _of_mode(path, image)
+        try:
+            problems += _of_mode(path, image)
+        except Exception as error:  # to know how many pictures there are, Pillow reads their headers
+            return [*problems, undecodable(path, error)], None
         if min(stored) < DEEPEST_STRIDE:
             problems.append(Problem('image-tiny', path, f'{stored[0]}x{stored[1]} pixels',
                                     allowed=f'sides of at least {DEEPEST_STRIDE} pixels'))

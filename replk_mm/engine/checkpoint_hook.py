@@ -21,7 +21,7 @@ class CheckpointHook(MMEngineCheckpointHook):
     mmengine removes the oldest, and the best, before it writes the next, so that a full disk would leave neither.
 
     Attributes:
-        saved_iter: Iterations done when the last checkpoint was written, -1 if there was none.
+        saved_iter: Iterations done when the last checkpoint that can be resumed was written, -1 if there was none.
     """
 
     keep_ckpt_ids: deque
@@ -38,7 +38,8 @@ class CheckpointHook(MMEngineCheckpointHook):
         runner.message_hub.update_info(INTERIM, None)
         # A step that mmengine finds among those kept it does not remove another one for.
         super()._save_checkpoint_with_step(runner, step, meta)
-        self.saved_iter = meta['iter']
+        if self.save_optimizer and self.save_param_scheduler:
+            self.saved_iter = meta['iter']
         self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old)) for old in outdated)
         if interim and is_main_process() and Path(interim).name != Path(str(self.last_ckpt)).name:
             Path(runner.work_dir, Path(interim).name).unlink(missing_ok=True)
@@ -57,7 +58,8 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def _remove(self, paths: Iterable[str]) -> None:
         for path in paths if is_main_process() else ():
-            if self.file_backend.isfile(path):
+            # The best one of a run that was resumed from another folder stays.
+            if Path(path).parent == Path(self.out_dir) and self.file_backend.isfile(path):
                 self.file_backend.remove(path)
 
 

@@ -1,7 +1,5 @@
 """mmengine's training loops, which go on at the very sample where a run was stopped, and stop when they are asked to."""
-from collections.abc import Iterator
 from functools import partial
-from itertools import count
 from typing import Any
 
 from mmengine.dist import get_rank, get_world_size
@@ -20,6 +18,8 @@ from replk_mm.registry import LOOPS
 
 # Key of the message hub: the iteration that was last validated after. What begins with "val" mmengine logs.
 _VALIDATED = 'last_validation'
+# The current epoch, the iteration at which it began, and its batches.
+_EPOCH = 'current_epoch'
 
 
 class _Resumable(BaseLoop):
@@ -52,13 +52,15 @@ class _Resumable(BaseLoop):
             raise Stopped(asked.signal, self.runner.save_state()) from None
 
     def _stop_if_asked(self) -> None:
-        # Accumulated gradients are not saved: between the steps of the optimizer there is no state to go on from.
-        steps = self.runner.optim_wrapper
-        if getattr(steps, '_accumulative_counts', 1) > 1 and steps._inner_count % steps._accumulative_counts:
-            return
-        signal = stopping.asked()
+        signal = stopping.asked() if _between_steps(self.runner) else None
         if signal is not None:
             raise Stopped(signal, self.runner.save_state())
+
+
+def _between_steps(runner: Any) -> bool:
+    """Whether no gradients are adding up: they are not saved, so that there is no state to go on from when some are."""
+    steps = runner.optim_wrapper
+    return getattr(steps, '_inner_count', 0) % getattr(steps, '_accumulative_counts', 1) == 0
 
 
 @LOOPS.register_module()
@@ -74,7 +76,8 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterLoop):
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
         batches = endless(self.dataloader, self._iter)
-        self._validate_if_due()
+        self._decide_current_val_interval()
+        self._validate_if_due()  # if the run was stopped before it was done
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
             batch = next(batches)
@@ -104,22 +107,33 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
             Stopped: When a signal has asked for it, and the state is saved.
         """
         self.runner.call_hook('before_train')
-        self._validate_if_due()
+        # An epoch may have fewer batches than its loader says, or others than when the run was stopped: its beginning is kept.
+        kept = self.runner.message_hub.get_info(_EPOCH)
+        inside = kept and kept[0] == self._epoch and kept[1] < self._iter
+        begun = kept[1] if inside else self._iter
+        if inside and kept[2] != len(self.dataloader):
+            self.runner.logger.warning(f'epoch {self._epoch + 1} begins anew: it had {kept[2]} batches when the run was '
+                                       f'stopped, and has {len(self.dataloader)}')
+            begun = self._iter
+        if not inside:
+            self._decide_current_val_interval()
+            self._validate_if_due()
         while self._epoch < self._max_epochs and not self.stop_training:
-            self.run_epoch()
+            self._train_epoch(begun)
+            begun = self._iter
             self._decide_current_val_interval()
             self._validate_if_due()
         self.runner.call_hook('after_train')
         return self.runner.model
 
-    def run_epoch(self) -> None:
-        """Train the rest of the current epoch."""
+    def _train_epoch(self, begun: int) -> None:
+        """Train what is left of an epoch that began at an iteration."""
+        self.runner.message_hub.update_info(_EPOCH, [self._epoch, begun, len(self.dataloader)])
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         draws: Draws = self.dataloader.batch_sampler  # type: ignore[assignment]
-        number = self._epoch * len(self.dataloader)
-        done = draws.begin(number, self._iter - number)
-        for index, batch in zip(count(done), self._batches(done), strict=False):
+        done = draws.begin(begun, self._iter - begun)
+        for index, batch in enumerate(self.dataloader, done):
             seed_iteration(self.runner.seed, self._iter, get_rank())
             self.run_iter(index, batch)
             # After the last iteration the epoch has an end first, with a checkpoint of its own.
@@ -129,13 +143,9 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
         self._epoch += 1
         self._stop_if_asked()
 
-    def _batches(self, done: int) -> Iterator[Any]:
-        return iter(self.dataloader) if done < len(self.dataloader) else iter(())
-
     def _validate_if_due(self) -> None:
         due = self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
-        at_end = self._iter == self._epoch * len(self.dataloader)
-        if self.runner.val_loop is not None and at_end and self._epoch >= max(1, self.val_begin) and due:
+        if self.runner.val_loop is not None and self._epoch >= max(1, self.val_begin) and due:
             self._validate()
 
 
@@ -152,7 +162,7 @@ class ValLoop(MMEngineValLoop):
         super().run_iter(idx, data_batch)
         # Processes that do not take as many batches each cannot agree after each of them.
         agreeing = get_world_size() == 1 or getattr(self.dataloader.sampler, 'round_up', False)
-        signal = stopping.asked() if agreeing else None
+        signal = stopping.asked() if agreeing and _between_steps(self.runner) else None
         if signal is not None:
             for hook in self.runner.hooks:
                 if isinstance(hook, EMAHook):

@@ -1,6 +1,8 @@
 """A run in small before the run: what would fail after hours of training fails in its first minute."""
+import copy
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +11,13 @@ from typing import Any
 
 import torch
 from mmengine.dist import get_rank, is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.logging import MMLogger
 from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
+from mmengine.runner.amp import autocast
 
 from replk_mm import checkpoints
 from replk_mm.data.draws import Draw
@@ -20,7 +25,7 @@ from replk_mm.engine.diagnosis import examine
 from replk_mm.errors import UserError, message_of
 from replk_mm.registry import HOOKS
 
-_FILE = 'preflight.pth'
+_FILE = f'preflight_{os.getpid()}.pth'  # two runs may have one folder
 _SKIP = '--no-preflight trains without this rehearsal.'
 
 
@@ -44,13 +49,15 @@ class PreflightHook(Hook):
         started = time.perf_counter()
         done = []
         with _as_it_was(runner):
-            with _naming('training: loss and backward of one batch'):
-                done.append(f'loss {_loss_and_backward(runner):.4g}')
+            if isinstance(runner.optim_wrapper, OptimWrapper):  # several optimizers have a train_step that only it knows
+                with _naming('training: loss and backward of one batch'):
+                    done.append(f'loss {_loss_and_backward(runner):.4g}')
             if runner.val_loop is not None:
                 with _naming('validation: prediction and metrics of one batch'), _quiet(runner.logger):
                     metrics = _predict_and_score(runner)
-                _check_keys(runner, metrics)
-                done.append(f'validation: {", ".join(metrics)}')
+                if metrics:  # some report nothing as long as a model finds nothing
+                    _check_keys(runner, metrics)
+                done.append(f'validation: {", ".join(metrics) or "no metrics yet"}')
             if is_main_process():
                 with _naming('checkpoint: write and read back'):
                     done.append(f'checkpoint {_checkpoint(runner) / 2**20:.0f} MiB')
@@ -62,15 +69,32 @@ def _as_it_was(runner: Runner) -> Iterator[None]:
     model = runner.model
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     training = model.training
+    # Some steps of a pipeline remember what they have seen.
+    loaders: list[Any] = [runner.train_dataloader, *([runner.val_dataloader] if runner.val_loop is not None else [])]
+    pipelines = [(dataset, dataset.pipeline) for loader in loaders for dataset in _with_pipeline(loader.dataset)]
+    for dataset, pipeline in pipelines:
+        dataset.pipeline = copy.deepcopy(pipeline)
     try:
         yield
     finally:
+        for dataset, pipeline in pipelines:
+            dataset.pipeline = pipeline
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
         for parameter in model.parameters():
             parameter.grad = None
         model.train(training)
+
+
+def _with_pipeline(dataset: Any) -> Iterator[Any]:
+    """A data set and those that it wraps, as far as they have a pipeline of their own."""
+    inside = vars(dataset)
+    if 'pipeline' in inside:
+        yield dataset
+    for part in (inside.get('wrapped'), inside.get('dataset'), *(inside.get('datasets') or ())):
+        if part is not None and hasattr(part, '__dict__'):
+            yield from _with_pipeline(part)
 
 
 @contextmanager
@@ -104,15 +128,29 @@ def _batch(loader: Any, size: int) -> Any:
 
 
 class _Backward:
-    """An optimizer wrapper that stops before the step."""
+    """An optimizer wrapper that stops before the step. Other attributes are the wrapper's."""
 
     def __init__(self, wrapper: Any) -> None:
-        self.optim_context = wrapper.optim_context
+        self._wrapper = wrapper
         self.loss = float('nan')
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapper, name)
+
     def update_params(self, loss: torch.Tensor, *_args, **_kwargs) -> None:
+        self.backward(loss)
+
+    def backward(self, loss: torch.Tensor, **_kwargs) -> None:
         loss.backward()
         self.loss = loss.item()
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+    def step(self, **_kwargs) -> None:
+        pass
+
+    zero_grad = step
 
 
 def _loss_and_backward(runner: Runner) -> float:
@@ -140,8 +178,10 @@ def _predict_and_score(runner: Runner) -> dict[str, Any]:
     model.eval()
     size = min(loop.dataloader.batch_size or 1, len(loop.dataloader.dataset))
     batch = _batch(loop.dataloader, size)
-    with torch.no_grad():
+    with torch.no_grad(), autocast(enabled=getattr(loop, 'fp16', False)):
         outputs = model.val_step(batch)
+    if type(getattr(loop, 'evaluator', None)) is not Evaluator:
+        return {}  # of a loop of the user's own, or of several data sets, of which this is one batch
     loop.evaluator.process(data_samples=outputs, data_batch=batch)
     return loop.evaluator.evaluate(size)
 

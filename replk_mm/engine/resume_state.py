@@ -1,4 +1,4 @@
-"""Whether what a checkpoint holds beside the weights is what a training leaves: asked before mmengine and torch take it over."""
+"""Is what a checkpoint holds beside the weights what a training leaves? Asked before mmengine and torch take it over."""
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any
@@ -43,6 +43,8 @@ def _optimizers(stored: Any) -> Iterator[str]:
         yield f'optimizer is a {type(stored).__name__}'
         return
     several = 'param_groups' not in stored
+    if not stored.keys() - set(_NO_OPTIMIZERS):
+        yield 'optimizer is empty'
     for name, one in stored.items() if several else (('', stored),):
         if not (several and name in _NO_OPTIMIZERS):
             yield from _optimizer(one, f'optimizer.{name}' if several else 'optimizer')

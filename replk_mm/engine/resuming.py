@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.nn as nn
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.runner import find_latest_checkpoint
 
 from replk_mm import checkpoints
@@ -18,6 +18,8 @@ from replk_mm.errors import UserError
 _NAME = re.compile(r'(?:epoch_(\d+))?_?(?:iter_(\d+))?\.pth')
 # mmengine's, which replay what was trained on and cannot be stopped.
 _LOOPS = ('IterBasedTrainLoop', 'EpochBasedTrainLoop', 'ValLoop')
+#: Ours, by type.
+RESUMABLE = ('replk_mm.IterBasedTrainLoop', 'replk_mm.EpochBasedTrainLoop')
 
 
 def let_resume_exactly(cfg: Config) -> list[str]:
@@ -33,16 +35,27 @@ def let_resume_exactly(cfg: Config) -> list[str]:
         loop = cfg.get(key)
         if loop and 'type' not in loop and 'by_epoch' in loop:
             loop['type'] = 'EpochBasedTrainLoop' if loop.pop('by_epoch') else 'IterBasedTrainLoop'
-        if loop is not None and loop.get('type', 'ValLoop') in _LOOPS:
-            loop['type'] = f'replk_mm.{loop.get("type", "ValLoop")}'
-    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
-    if hook and hook.get('type') == 'CheckpointHook':
+        if loop is not None and (name := _mmengines(loop.get('type', 'ValLoop'))) in _LOOPS:
+            loop['type'] = f'replk_mm.{name}'
+    if cfg.get('default_hooks') is None:
+        cfg.default_hooks = {}
+    hook = cfg.default_hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook'))  # mmengine would add its own
+    if hook and _mmengines(hook.get('type')) == 'CheckpointHook':
         hook['type'] = 'replk_mm.CheckpointHook'
     steps = (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
-    if hook and not hook.get('by_epoch', True) and hook.get('interval', 1) % steps:
-        return [f'checkpoints: every {hook["interval"]} iterations, and a step takes {steps}: gradients in between are not '
-                f'saved; a multiple of {steps} resumes exactly (default_hooks.checkpoint.interval)']
+    by_epoch = (hook or {}).get('by_epoch', True)
+    if hook and steps > 1 and (by_epoch or hook.get('interval', -1) % steps):
+        often = 'after epochs' if by_epoch else f'every {hook.get("interval")} iterations'
+        return [f'checkpoints: {often}, and a step takes {steps} iterations: gradients in between are not saved; where a '
+                f'checkpoint is written, a multiple of {steps} resumes exactly (default_hooks.checkpoint)']
     return []
+
+
+def _mmengines(kind: str | type | None) -> str | None:
+    """The bare name of a type of mmengine's; None for others."""
+    if isinstance(kind, type):
+        return kind.__name__ if kind.__module__.startswith('mmengine.') else None
+    return None if kind is None or '.' in kind.removeprefix('mmengine.') else kind.removeprefix('mmengine.')
 
 
 def last_checkpoint(work_dir: str | Path) -> str | None:
@@ -66,8 +79,8 @@ def _checkpoints(work_dir: str | Path) -> list[Path]:
     numbers = {path: [int(n or 0) for n in match.groups()] for folder in folders for path in folder.glob('*.pth')
                if (match := _NAME.fullmatch(path.name)) and path.is_file()}
     latest = sorted(numbers, key=lambda path: (path.stat().st_mtime_ns, numbers[path]), reverse=True)
-    if named not in numbers:
-        return latest
+    if named not in numbers:  # of another name: filename_tmpl
+        return [*([named] if named is not None and named.is_file() else []), *latest]
     # A run that was killed between writing a checkpoint and naming it.
     beyond = [path for path in latest if numbers[path] > numbers[named]
               and path.stat().st_mtime_ns > record.stat().st_mtime_ns]
@@ -113,9 +126,10 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     if options.seed is not None:
         cfg.randomness = {**cfg.get('randomness', {}), 'seed': options.seed}
     of_new_run = [] if options.seed is None else [f'seed: {options.seed}']
-    if not options.resume:
+    wanted = options.resume or ((cfg.get('load_from') or 'auto') if cfg.get('resume') else None)
+    if wanted is None:
         return of_new_run
-    if options.resume == 'auto':
+    if wanted == 'auto':
         last, notes = _last_whole(cfg.work_dir)
         if last is None and notes:
             raise UserError(f'{_checkpoints(cfg.work_dir)[0]}: is damaged, and none of the {len(notes)} checkpoints of this '
@@ -124,7 +138,7 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
         if last is None:
             return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
     else:
-        last = Path(options.resume)
+        last = Path(wanted)
     loaded = checkpoints.read(last)
     if 'optimizer' not in loaded:
         merged = checkpoints.reparameterization_of(loaded, ())
@@ -147,4 +161,18 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     seed = meta.get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
     note = f'resume: {last}, iteration {meta["iter"]}, seed {seed}'
+    notes += _schedule_that_ends(cfg, loaded)
     return [*notes, note + (f' (its own; --seed {options.seed} is for a new run)' if options.seed not in (None, seed) else '')]
+
+
+def _schedule_that_ends(cfg: Config, loaded: Mapping) -> list[str]:
+    """Say so if the schedules of a checkpoint, which win, end before this run does."""
+    stored = loaded.get('param_schedulers')
+    iterations = cfg.train_cfg.get('max_iters')
+    ends = [s['end'] for s in stored if isinstance(s, Mapping) and isinstance(s.get('end'), int) and not s.get('by_epoch')
+            ] if isinstance(stored, (list, tuple)) else []
+    if not ends or not iterations or max(ends) >= iterations:
+        return []
+    return [f'LEARNING RATE: the schedule is the one that the checkpoint was trained with and ends at iteration {max(ends)}; '
+            f'this run has {iterations}, the rest of them at its last rate. For a longer schedule start a new run from the '
+            f'weights (--cfg-options load_from=CKPT, without --resume)']

@@ -75,7 +75,8 @@ class Runner(MMEngineRunner):
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             if not self._resume:
                 raise
-            raise UserError(f'{self._load_from}: cannot be resumed: {error or type(error).__name__}\n'
+            what = str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
+            raise UserError(f'{self._load_from}: cannot be resumed: {what}\n'
                             f'Resume with the optim_wrapper and param_scheduler of that run.') from error
 
     def load_checkpoint(self, filename: str, map_location: Any = 'cpu', strict: bool = False,
@@ -115,10 +116,13 @@ class Runner(MMEngineRunner):
         if isinstance(loop, EpochBasedTrainLoop):
             name = f'epoch_{loop.epoch}_{name}'
         path = Path(self.work_dir, name)
+        former = self.message_hub.get_info(INTERIM)
         self.message_hub.update_info(INTERIM, str(path))
         self.save_checkpoint(self.work_dir, name, meta=dict(epoch=loop.epoch, iter=loop.iter))
         if is_main_process():
             Path(self.work_dir, 'last_checkpoint').write_text(str(path))
+            if former and Path(former).name != name:
+                Path(self.work_dir, Path(former).name).unlink(missing_ok=True)
         return str(path)
 
     @master_only

@@ -1,6 +1,7 @@
 """Stopping when asked to: the iteration under way is finished, the state saved, and the exit status says what to do next."""
+import contextlib
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ import torch
 from mmengine.device import get_device
 from mmengine.dist import all_reduce, is_distributed
 
-#: Ctrl-C; what Slurm, Kubernetes and spot machines send before they kill; what Slurm sends earlier if told to (``--signal``).
-SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name))
+#: Ctrl-C; what Slurm, Kubernetes and spot machines send before they kill; what Slurm sends earlier if told to (``--signal``);
+#: what a terminal sends that is closed.
+SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP') if hasattr(signal, name))
 _asked: list[int] = []
 
 
@@ -33,7 +35,9 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread listen
         yield
         return
-    before = {number: signal.signal(number, _remember) for number in SIGNALS}
+    # What is ignored stays so: nohup's SIGHUP, Ctrl-C of jobs in the background.
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _remember) for number in heard}
     try:
         yield
     finally:
@@ -44,10 +48,13 @@ def listening() -> Iterator[None]:
 def _remember(number: int, _frame: object) -> None:
     if _asked and number == signal.SIGINT:
         raise KeyboardInterrupt
-    if not _asked:
-        print(f'\n{signal.Signals(number).name}: finishing this iteration, then saving'
-              + (' (again: stop at once)' if number == signal.SIGINT else ''), file=sys.stderr, flush=True)
     _asked.append(number)
+    if len(_asked) == 1:
+        text = (f'\n{signal.Signals(number).name}: finishing this iteration, then saving'
+                + (' (again: stop at once)\n' if number == signal.SIGINT else '\n'))
+        # Ctrl-C ends the program that the output is piped to as well; and `print` must not be called while it is at work.
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
 
 
 def asked() -> signal.Signals | None:

@@ -1,5 +1,6 @@
 """Train a prepared config."""
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from mmengine.config import Config
@@ -9,7 +10,7 @@ from replk_mm.engine import stopping
 from replk_mm.engine.divergence import naming_non_finite
 from replk_mm.engine.failures import naming_failures
 from replk_mm.engine.ranks import watching_ranks
-from replk_mm.engine.resuming import last_checkpoint
+from replk_mm.engine.resuming import RESUMABLE, last_checkpoint
 from replk_mm.engine.runner import Runner
 from replk_mm.errors import Stopped
 
@@ -39,7 +40,9 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
     for note in notes:
         runner.logger.info(note)
     try:
-        with stopping.listening(), watching_ranks(cfg, runner), naming_failures(cfg, runner), naming_non_finite(runner):
+        # Loops of the user's own would hear a signal and go on.
+        heeding = stopping.listening() if runner.cfg.train_cfg.type in RESUMABLE else nullcontext()
+        with heeding, watching_ranks(cfg, runner), naming_failures(cfg, runner), naming_non_finite(runner):
             runner.train()
     except Stopped:
         raise

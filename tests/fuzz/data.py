@@ -97,14 +97,17 @@ def annotation_files() -> Build:
 
 def images(folder: Path, file: Path) -> Callable[[], object]:
     """Looks at an image, and loads it as image and as label map."""
-    from replk_mm.data.image_files import inspect
+    from replk_mm.data.pairs import Rules, Task, inspect
+    from replk_mm.data.problems import refuse
     from replk_mm.data.transforms import CheckedLoad
 
     load = CheckedLoad(dict(type='LoadImageFromFile'))
     labels = CheckedLoad(dict(type='mmseg.LoadAnnotations'), num_classes=9)
+    task, rules = Task(str(file), str(file)), Rules(num_classes=9, decode=True, hashes=True)
 
     def one() -> None:
-        inspect(str(file), decode=True)
+        with contextlib.suppress(UserError):
+            refuse(inspect(task, rules).problems)
         with contextlib.suppress(UserError):
             labels(dict(img=None, seg_map_path=str(file), reduce_zero_label=False, seg_fields=[], label_map=None))
         load(dict(img_path=str(file)))

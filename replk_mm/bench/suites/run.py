@@ -25,7 +25,7 @@ _LINES, _CHARACTERS = 3, 300
 #: Bytes at the end of its output in which they are looked for.
 _TAIL = 2**16
 #: Seconds that processes get to end by themselves.
-_GRACE = 5.
+_GRACE = 30.
 
 
 @dataclass(frozen=True)

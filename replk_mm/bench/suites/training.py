@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, get_rank
 from mmengine.hooks import Hook
@@ -33,9 +32,7 @@ _IMAGENET = ('torchvision://', 'open-mmlab://resnet')
 
 @HOOKS.register_module()
 class SuiteHook(Hook):
-    """Keep word of how far training is, and end it when the loss is no number.
-
-    Runs before the checkpoint hook, so that no weights are kept that are no numbers either.
+    """Keep word of how far training is.
 
     Args:
         progress: File for ``iteration``, ``iterations`` and ``seconds``; those of earlier processes of the training count in.
@@ -49,18 +46,8 @@ class SuiteHook(Hook):
         self._begin = self._said = time.monotonic()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
-        """Look at the loss; now and then write the file.
-
-        Raises:
-            UserError: If the loss is not finite.
-        """
-        if get_rank() != 0:
-            return  # gradients are shared, so that a number that is none reaches all processes within an iteration
-        loss = torch.as_tensor((outputs or {}).get('loss', 0.)).item()
-        if not math.isfinite(loss):
-            raise UserError(f'loss is {loss} at iteration {runner.iter + 1}\n'
-                            f'Lower the learning rate (options: optim_wrapper.optimizer.lr) or lengthen the warm-up.')
-        if time.monotonic() - self._said >= _EVERY:
+        """Now and then write the file."""
+        if get_rank() == 0 and time.monotonic() - self._said >= _EVERY:
             self._write(runner, runner.iter + 1)
 
     def before_train(self, runner: Runner) -> None:

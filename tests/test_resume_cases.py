@@ -1,0 +1,237 @@
+"""Resuming what is not the same run any more, and stopping what does not listen."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, TRANSFORMS
+from mmengine.runner import IterBasedTrainLoop
+from resume_cases import config_with_signals, differences
+from test_exact_resume import EMA, EPOCHS, RANDOM, run
+from tiny import ROOT, tiny, tool_environment  # noqa: F401
+from tiny_detector import detector  # noqa: F401
+
+from replk_mm.engine import stopping
+from replk_mm.engine.config import load_config
+from replk_mm.engine.loops import ValLoop
+from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.resuming import last_checkpoint
+from replk_mm.engine.train import train
+from replk_mm.errors import INTERRUPTED_STATUS, Stopped, command
+
+# ruff: noqa: F811 (fixtures that come from another file)
+
+
+@HOOKS.register_module()
+class CountHook(Hook):
+    """Notes the iterations that are trained, and the sample positions."""
+
+    seen: list[int] = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.seen.append(runner.iter)
+
+
+@pytest.fixture
+def trained():
+    CountHook.seen.clear()
+    return CountHook.seen
+
+
+def epochs(tiny, folder: Path, work: Path, options=None, more: str = '', **changes) -> Path:
+    config = config_with_signals(folder, tiny.config, "dict(type='CountHook')", RANDOM + EPOCHS + more)
+    cfg = load_config(str(config), options)
+    cfg.experiment_name = f'{work.name}{os.urandom(4).hex()}'
+    return train(cfg, prepare_training(cfg, tiny.options(work, **{'seed': 5, **changes})), preflight=False)
+
+
+@pytest.mark.parametrize(('first', 'then', 'expected'), [(2, 4, [2, 3]), (4, 2, [1, 2, 3, 4])])
+def test_epochs_of_another_length_are_trained(first, then, expected, trained, tiny, tmp_path):
+    epochs(tiny, tmp_path, tmp_path / 'w', {'train_dataloader.batch_size': first, 'train_cfg.max_epochs': 1})
+    trained.clear()
+    # One epoch of four images is done; two more follow, of another number of batches.
+    last = epochs(tiny, tmp_path, tmp_path / 'w', {'train_dataloader.batch_size': then}, resume='auto')
+    assert trained == expected
+    assert last.name == 'epoch_3.pth'
+
+
+def test_an_epoch_that_changed_its_length_in_its_middle_begins_anew(trained, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('TEST_SIGNAL', 'SIGTERM:train:0')
+    with pytest.raises(Stopped):
+        epochs(tiny, tmp_path, tmp_path / 'w')
+    trained.clear()
+    epochs(tiny, tmp_path, tmp_path / 'w', {'train_dataloader.batch_size': 4}, resume='auto')
+    assert trained == [1, 2, 3]
+    assert any('begins anew: it had 2 batches' in file.read_text() for file in (tmp_path / 'w').glob('*/*.log'))
+
+
+def test_dynamic_intervals_are_those_of_the_iteration(tiny, tmp_path, monkeypatch):
+    validated = []
+    validate = ValLoop.run
+    monkeypatch.setattr(ValLoop, 'run', lambda loop: validate(loop) and validated.append(loop.runner.epoch))
+    more = 'train_cfg.update(val_interval=10, dynamic_intervals=[(2, 1)])\n'
+    monkeypatch.setenv('TEST_SIGNAL', 'SIGTERM:val:4')
+    with pytest.raises(Stopped):
+        epochs(tiny, tmp_path, tmp_path / 'w', more=more)
+    epochs(tiny, tmp_path, tmp_path / 'w', more=more, resume='auto')
+    assert validated == [1, 2, 3]
+
+
+def test_signals_between_two_checkpoints_leave_one_of_theirs(tiny, tmp_path, monkeypatch):
+    config = config_with_signals(tmp_path, tiny.config)
+    for i, at in enumerate((0, 1, 2)):
+        monkeypatch.setenv('TEST_SIGNAL', f'SIGTERM:train:{at}')
+        with pytest.raises(Stopped):
+            run(config, tiny, tmp_path / 'w', 8, 8, **({'resume': 'auto'} if i else {}))
+    assert [p.name for p in (tmp_path / 'w').glob('iter_*.pth')] == ['iter_3.pth']
+
+
+def test_a_validation_between_two_steps_of_gradients_is_finished(tiny, tmp_path, monkeypatch):
+    config = config_with_signals(tmp_path, tiny.config, EMA, RANDOM)
+    options = {'optim_wrapper.accumulative_counts': 3}
+    straight = run(config, tiny, tmp_path / 'straight', 9, 9, options)
+    monkeypatch.setenv('TEST_SIGNAL', 'SIGTERM:val:4')
+    with pytest.raises(Stopped) as info:
+        run(config, tiny, tmp_path / 'stopped', 9, 9, options)
+    assert Path(info.value.checkpoint).name == 'iter_6.pth'
+    assert differences(straight, run(config, tiny, tmp_path / 'stopped', 9, 9, options, resume='auto')) == []
+
+
+@pytest.mark.parametrize('kind', ['IterBasedTrainLoop', 'mmengine.IterBasedTrainLoop', IterBasedTrainLoop])
+def test_mmengines_loop_becomes_ours_however_it_is_named(kind, tiny, tmp_path):
+    cfg = tiny.cfg()
+    cfg.train_cfg.type = kind
+    prepare_training(cfg, tiny.options(tmp_path))
+    assert cfg.train_cfg.type == 'replk_mm.IterBasedTrainLoop'
+    assert cfg.val_cfg.type == 'replk_mm.ValLoop'
+
+
+def test_a_loop_of_the_users_own_is_ended_by_a_signal_as_ever(tiny, tmp_path, monkeypatch):
+    from mmengine.registry import LOOPS
+
+    @LOOPS.register_module(force=True)
+    class OwnLoop(IterBasedTrainLoop):
+        def run_iter(self, data_batch):
+            heard.append(signal.getsignal(signal.SIGTERM))
+            super().run_iter(data_batch)
+
+    heard: list = []
+    cfg, notes = tiny.prepare(tmp_path, 1)
+    cfg.train_cfg.type = 'mmengine.OwnLoop'
+    train(cfg, notes, preflight=False)
+    assert heard == [signal.SIG_DFL]
+
+
+def test_a_checkpoint_of_another_name_is_found_by_its_record(tiny, tmp_path):
+    options = {'default_hooks.checkpoint.filename_tmpl': 'step{}.pth'}
+    last = tiny.train(tmp_path, 2, options)
+    assert last == Path(last_checkpoint(tmp_path)) == tmp_path / 'step2.pth'
+    _, notes = tiny.prepare(tmp_path, 4, options, resume='auto')
+    assert any('step2.pth, iteration 2' in note for note in notes)
+
+
+def test_a_schedule_that_ends_too_early_is_said(tiny, tmp_path):
+    tiny.train(tmp_path, 2)
+    _, notes = tiny.prepare(tmp_path, 4, resume='auto')
+    assert any(note.startswith('LEARNING RATE: the schedule') and 'ends at iteration 2; this run has 4' in note
+               for note in notes)
+    _, notes = tiny.prepare(tmp_path, 2, resume='auto')
+    assert not any('LEARNING RATE' in note for note in notes)
+
+
+def test_mmengines_own_field_resumes_too(tiny, tmp_path):
+    tiny.train(tmp_path, 2, seed=11)
+    cfg, notes = tiny.prepare(tmp_path, 4, {'resume': True})
+    assert any('iter_2.pth, iteration 2, seed 11' in note for note in notes)
+    assert cfg.randomness.seed == 11
+
+
+def test_the_best_checkpoint_of_another_folder_stays(tiny, tmp_path):
+    best = {'default_hooks.checkpoint.save_best': 'aAcc', 'default_hooks.checkpoint.rule': 'less'}
+    tiny.train(tmp_path / 'a', 2, best)
+    [kept] = (tmp_path / 'a').glob('best_*.pth')
+    tiny.train(tmp_path / 'b', 6, {**best, 'default_hooks.checkpoint.rule': 'greater'}, resume=str(tmp_path / 'a/iter_2.pth'))
+    assert kept.is_file()
+
+
+def test_accumulation_and_epochs_are_said(tiny, tmp_path):
+    config = config_with_signals(tmp_path, tiny.config, '', EPOCHS)
+    cfg = load_config(str(config), {'optim_wrapper.accumulative_counts': 3})
+    assert any('after epochs, and a step takes 3' in note for note in prepare_training(cfg, tiny.options(tmp_path)))
+
+
+# -- the rehearsal -----------------------------------------------------------------------------------------------------
+@TRANSFORMS.register_module()
+class Remembering:
+    """Counts the images that it has seen, as mixing augmentations do that keep some."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, results):
+        self.seen += 1
+        remembered.append(self.seen)
+        return results
+
+
+remembered: list[int] = []
+
+
+def test_pipelines_that_remember_forget_the_rehearsal(tiny, tmp_path):
+    remembered.clear()
+    cfg, notes = tiny.prepare(tmp_path, 2)
+    cfg.train_dataloader.dataset.pipeline.insert(2, dict(type='mmengine.Remembering'))
+    train(cfg, notes)
+    assert remembered == [1, 2, 1, 2, 3, 4]
+
+
+def test_a_detector_that_finds_nothing_yet_is_trained(detector, tmp_path):
+    cfg = detector.cfg({'model.test_cfg.rcnn.score_thr': .9999, 'default_hooks.checkpoint.save_best': 'coco/bbox_mAP'})
+    notes = prepare_training(cfg, detector.options(tmp_path, max_iters=1, seed=1))
+    cfg.val_evaluator.type = 'mmdet.CocoMetric'
+    assert train(cfg, notes).name == 'iter_1.pth'
+
+
+# -- signals ----------------------------------------------------------------------------------------------------------
+def test_what_is_ignored_stays_ignored(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.listening():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_nobody_reads_what_is_said(monkeypatch, tmp_path, fault):
+    code = """
+import os, signal, sys
+from replk_mm.engine import stopping
+from replk_mm.errors import Stopped, command
+@command
+def main():
+    with stopping.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise Stopped(stopping.asked(), 'iter_1.pth')
+sys.exit(main())
+"""
+    read, write = os.pipe()
+    os.close(read)  # as `train.py 2>&1 | tee log` when Ctrl-C has ended tee
+    ran = subprocess.run([sys.executable, '-c', code], stdout=write, stderr=write, check=False, timeout=60,
+                         env=tool_environment(PYTHONPATH=str(ROOT)))
+    os.close(write)
+    assert ran.returncode == INTERRUPTED_STATUS
+    fault('Ctrl-C that ends the program that the output is piped to', 'nothing more; the state is saved, status 130')
+
+
+def test_a_command_says_what_stopped_it(capsys):
+    @command
+    def main():
+        raise Stopped(signal.SIGTERM, 'w/iter_3.pth')
+
+    assert main() == 75
+    assert capsys.readouterr().err == 'stopped by SIGTERM; --resume goes on from w/iter_3.pth\n'
