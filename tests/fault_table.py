@@ -1,4 +1,4 @@
-"""The table of faults in docs/faults.md: ``pytest -m "slow or not slow" --write-faults docs/faults.md`` writes it.
+"""The table of faults in docs/faults.md: ``pytest -m "slow or not slow" --write-faults=docs/faults.md`` writes it.
 
 A test that injects a fault says so with the fixture ``fault``; what it passes on is what the code under test has said.
 """
