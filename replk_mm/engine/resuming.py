@@ -168,7 +168,7 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
 def _schedule_that_ends(cfg: Config, loaded: Mapping) -> list[str]:
     """Say so if the schedules of a checkpoint, which win, end before this run does."""
     stored = loaded.get('param_schedulers')
-    iterations = cfg.train_cfg.get('max_iters')
+    iterations = (cfg.get('train_cfg') or {}).get('max_iters')
     ends = [s['end'] for s in stored if isinstance(s, Mapping) and isinstance(s.get('end'), int) and not s.get('by_epoch')
             ] if isinstance(stored, (list, tuple)) else []
     if not ends or not iterations or max(ends) >= iterations:
