@@ -40,8 +40,8 @@ def fault(request: pytest.FixtureRequest):
 
 def plain(text: str) -> str:
     """A line of a message without the folders of this machine."""
+    text = text.replace(f'{Path(__file__).resolve().parents[1]}/', '').removeprefix('error: ')  # it may be a temporary one
     text = re.sub(rf'{re.escape(tempfile.gettempdir())}/(?:pytest-of-[^/\s]+/pytest-\d+/)?(?:[^/\s:]+/)?', '', text)
-    text = text.replace(f'{Path(__file__).resolve().parents[1]}/', '').removeprefix('error: ')
     return text if len(text) <= _SHOWN else f'{text[:_SHOWN].rsplit(" ", 1)[0]} ...'
 
 
