@@ -232,7 +232,7 @@ def test_a_suite_from_the_command_line_killed_while_it_trains(tmp_path):
         assert one['environment']['torch'] == torch.__version__
         assert all((tmp_path / 'w' / file).exists() for file in one['files'].values())
     listed = run_tool('suite', *arguments, '--list').stdout.splitlines()
-    assert listed[0].split()[:4] == ['0', 'long', '0', 'done'] and 'failed: train: loss is nan' in listed[1]
+    assert listed[0].split()[:4] == ['0', 'long', '0', 'done'] and 'failed: train: iteration 2: the loss is nan' in listed[1]
     again = run_tool('suite', *arguments, '--resume', '--only', 'long')
     assert again.returncode == 0 and '0 rows and seeds to do, 1 are done' in again.stderr
 
