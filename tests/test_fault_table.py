@@ -26,7 +26,7 @@ def test_cells_hold_what_markdown_would_take_for_its_own():
 
 
 def test_folders_of_this_machine_are_left_out(tmp_path):
-    assert plain(f'error: {tmp_path}/work/x.pth: is bad') == 'work/x.pth: is bad'
+    assert plain(f'error: {tmp_path}/run/x.pth: is bad') == 'run/x.pth: is bad'
     assert plain(f'{Path(__file__).resolve().parents[1]}/configs/a.py: no') == 'configs/a.py: no'
     long = plain('word ' * 100)
     assert len(long) < 210 and long.endswith(' ...')

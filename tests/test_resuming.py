@@ -113,11 +113,14 @@ def spoil(path: Path, kind: str) -> None:
     elif kind == 'a changed bit':  # of a weight, which torch reads without a word
         at = content.index(b'PK\x03\x04', len(content) // 3) - 5000
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+    elif kind == 'marked as encrypted':
+        at = content.index(b'PK\x01\x02') + 8
+        path.write_bytes(content[:at] + bytes([content[at] | 1]) + content[at + 1:])
     elif kind == 'no checkpoint':
         path.write_bytes(b'x' * 1000)
 
 
-@pytest.mark.parametrize('kind', ['cut off', 'empty', 'a changed bit', 'no checkpoint'])
+@pytest.mark.parametrize('kind', ['cut off', 'empty', 'a changed bit', 'marked as encrypted', 'no checkpoint'])
 def test_damaged_last_checkpoint_is_passed_over(kind, checkpoints_of_a_run, tiny, tmp_path, fault):
     work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
     spoil(work / 'iter_6.pth', kind)

@@ -62,6 +62,18 @@ def test_what_is_lost_is_found(steps, lost, tmp_path):
     assert ([*soaker.done.losses, ''][0] == '') if lost is None else lost in soaker.done.losses[0]
 
 
+def test_a_test_that_fails_after_interruptions_is_found(tmp_path):
+    class Failing(Scripted):
+        _test = Soaker._test
+
+    soaker = Failing(tmp_path, [(0, 4, 1.)])  # its config does not exist
+    soaker.straight.mkdir()
+    soaker._train(soaker.straight)
+    soaker.reference, soaker.score = soaker.straight / 'iter_4.pth', {}
+    soaker._one_training(0., float('inf'))
+    assert re.match(r'the test of .*interrupted ends with status [1-9]', soaker.done.losses[0])
+
+
 def test_checkpoints_that_vanish_or_cannot_be_read_are_found(tmp_path):
     soaker = Scripted(tmp_path, [])
     soaker.work.mkdir()

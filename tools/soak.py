@@ -4,6 +4,7 @@ A training is interrupted at random moments by SIGKILL, SIGTERM and SIGINT, and 
 disks harm one, until it has reached its end; then its weights, optimizer and metrics must be, bit by bit, those of the same
 training without interruption. Exit status 1 if anything was lost.
 """
+import os
 import sys
 import time
 from pathlib import Path
@@ -30,8 +31,7 @@ def main() -> int:
     p.add_argument('--work-dir', type=Path, default=Path('work_dirs/soak'), help='for all runs (default: work_dirs/soak)')
     p.add_argument('--seed', type=int, default=None, help='of the interruptions (default: drawn and said)')
     args = p.parse_args()
-    folder = prepare_work_dir(args.work_dir) / time.strftime('%Y%m%d_%H%M%S')
-    folder.mkdir()
+    folder = prepare_work_dir(args.work_dir / time.strftime(f'%Y%m%d_%H%M%S_{os.getpid()}'))
     seed = int(time.time()) if args.seed is None else args.seed
     print(f'{folder}, seed {seed}', flush=True)
     data, settings = args.data_root, [f'default_hooks.checkpoint.interval={args.interval}',

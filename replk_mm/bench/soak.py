@@ -64,7 +64,7 @@ class Soaker:
             seconds: How long, the uninterrupted run included.
 
         Raises:
-            UserError: If the uninterrupted run fails already.
+            UserError: If the uninterrupted run or its test fails.
         """
         started = time.monotonic()
         end = started + seconds
@@ -149,9 +149,10 @@ class Soaker:
         config, *options = self.command
         kept = [*_option(options, '--data-root'), *_option(options, '--device'), *_option(options, '--cfg-options')]
         with self.log.open('a') as log:
-            subprocess.run([sys.executable, str(TOOLS / 'test.py'), config, str(_checkpoints(work)[-1]), '--out', str(out),
-                            '--work-dir', str(out), *kept],
-                           stdout=log, stderr=log, check=True)
+            done = subprocess.run([sys.executable, str(TOOLS / 'test.py'), config, str(_checkpoints(work)[-1]),
+                                   '--out', str(out), '--work-dir', str(out), *kept], stdout=log, stderr=log, check=False)
+        if done.returncode:
+            raise UserError(f'the test of {work} ends with status {done.returncode}\nIts messages are in {self.log}.')
         return json.loads((out / 'metrics.json').read_text())['metrics']
 
     def _compare(self) -> None:
@@ -160,7 +161,10 @@ class Soaker:
         for key in ('state_dict', 'optimizer', 'param_schedulers'):
             if not _same(one[key], other[key]):
                 self._lost(f'{last}: {key} differs from that of the run without interruption')
-        score = self._test(self.work)
+        try:
+            score = self._test(self.work)
+        except UserError as error:
+            return self._lost(str(error))
         if not _same(_figures(self.score), _figures(score)):
             self._lost(f'metrics {score} instead of {self.score}')
         self.done.counts['compared'] += 1

@@ -19,6 +19,7 @@ from replk_mm.engine.batches import image_paths
 from replk_mm.engine.diagnosis import Finding, Values, examine, inspect
 from replk_mm.engine.replay import file_of
 from replk_mm.engine.resuming import last_checkpoint
+from replk_mm.engine.runner import bare
 from replk_mm.errors import UserError
 from replk_mm.registry import HOOKS
 
@@ -48,7 +49,7 @@ class StopAtNonFinite(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Listen to the model's losses and the optimizer's steps."""
-        self._handles = [_bare(runner.model).register_forward_hook(self._keep_losses)]
+        self._handles = [bare(runner.model).register_forward_hook(self._keep_losses)]
         for wrapper in _wrappers(runner.optim_wrapper):
             self._handles.append(wrapper.optimizer.register_step_pre_hook(partial(self._before_step, runner)))
 
@@ -95,7 +96,7 @@ class StopAtNonFinite(Hook):
         Raises:
             UserError: If there are any.
         """
-        weights = {name for name, _ in _bare(runner.model).named_parameters()}
+        weights = {name for name, _ in bare(runner.model).named_parameters()}
         names = [name for name, value in checkpoint['state_dict'].items()
                  if (name in weights or name.endswith(('running_mean', 'running_var'))) and not bool(value.isfinite().all())]
         if names:
@@ -120,7 +121,7 @@ class StopAtNonFinite(Hook):
         if self._batch is None:
             return
         if get_world_size() > 1:  # the others wait elsewhere, so that no layer can talk to them
-            model = _bare(runner.model)
+            model = bare(runner.model)
             found = inspect(self._batch)
             found.values += [Values.of(f'weight {name}', 'weights', p) for name, p in model.named_parameters()]
             found.error = error
@@ -135,7 +136,7 @@ class StopAtNonFinite(Hook):
         finding, trouble = None, None
         try:
             finding = self._examine(runner)
-        except (RuntimeError, MemoryError, NotImplementedError, TypeError, AttributeError) as error:
+        except (RuntimeError, MemoryError, TypeError, AttributeError) as error:
             trouble = error
         at_fault = all_gather_object(finding is None or not finding.finite)
         if any(at_fault) and not at_fault[get_rank()]:
@@ -145,7 +146,7 @@ class StopAtNonFinite(Hook):
 
     def _examine(self, runner: Any) -> Finding:
         self.after_train(runner)  # the passes that follow are not the training's
-        return examine(_bare(runner.model), self._batch, _seed(runner), _context(runner))
+        return examine(bare(runner.model), self._batch, _seed(runner), _context(runner))
 
     def _report(self, runner: Any, what: str, finding: Finding | None, trouble: Exception | None) -> None:
         where = finding.describe() if finding else f'not found ({type(trouble).__name__}: {trouble})'.splitlines()[0]
@@ -164,7 +165,7 @@ class StopAtNonFinite(Hook):
         path = Path(runner.work_dir, f'nonfinite_iter_{runner.iter + 1}{rank}.pth')
         dataset = getattr(runner.train_dataloader, 'dataset', None)
         try:
-            checkpoints.save(file_of(_bare(runner.model), self._batch, finding, _seed(runner), _context(runner), runner.cfg,
+            checkpoints.save(file_of(bare(runner.model), self._batch, finding, _seed(runner), _context(runner), runner.cfg,
                                      getattr(dataset, 'metainfo', {})), path)
         except UserError as error:
             return [f'The batch could not be saved for replay: {str(error).splitlines()[0]}']
@@ -197,11 +198,7 @@ def _seed(runner: Any) -> tuple[int, int, int]:
 
 def _context(runner: Any) -> Callable[[], AbstractContextManager]:
     wrapper = runner.optim_wrapper
-    return nullcontext if isinstance(wrapper, OptimWrapperDict) else partial(wrapper.optim_context, _bare(runner.model))
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    return getattr(model, 'module', model)
+    return nullcontext if isinstance(wrapper, OptimWrapperDict) else partial(wrapper.optim_context, bare(runner.model))
 
 
 def _wrappers(wrapper: OptimWrapper | OptimWrapperDict) -> list[OptimWrapper]:

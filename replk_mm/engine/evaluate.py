@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.model import is_model_wrapper
 
 from replk_mm import checkpoints
 from replk_mm.data.class_checks import check_heads, compare_with_checkpoint
@@ -15,7 +14,7 @@ from replk_mm.engine.failures import naming_failures
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.prepare import check_while_loading, counts_of, num_classes_of, prepare_data
 from replk_mm.engine.ranks import watching_ranks
-from replk_mm.engine.runner import Runner
+from replk_mm.engine.runner import Runner, bare
 from replk_mm.errors import UserError
 from replk_mm.loading import adopt_classes, load_model
 from replk_mm.ops import pack
@@ -99,8 +98,7 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     cfg.visualizer = {**cfg.get('visualizer', {}), 'vis_backends': []}
     init_gloo(options.launcher, device)
     runner = Runner.from_cfg(cfg)
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    model = model.module if tta else model
+    model = bare(runner.model).module if tta else bare(runner.model)
     report, meta = load_model(model, checkpoint, trust)
     compare_with_checkpoint(cfg, meta, checkpoint)
     changes = None

@@ -1,4 +1,5 @@
 """mmengine's training loops, which go on at the very sample where a run was stopped, and stop when they are asked to."""
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,8 +27,11 @@ class _Resumable(BaseLoop):
     """What both loops share: seeds, validations, and the end when a signal asks for it."""
 
     dataloader: DrawnLoader
+    val_begin: int
+    val_interval: int
     _iter: int
     _epoch: int
+    _decide_current_val_interval: Callable[[], None]  # of mmengine's loops
 
     def __init__(self, runner: Any, dataloader: DataLoader | dict, *args, **kwargs) -> None:
         loader = dataloader
@@ -37,8 +41,14 @@ class _Resumable(BaseLoop):
         draws = drawn(loader, partial(seed_sample, runner.seed), get_rank(), get_world_size())
         super().__init__(runner, draws, *args, **kwargs)
 
+    def _validate_if_due(self, done: int, total: int) -> None:
+        """Validate after ``done`` of ``total`` iterations or epochs, unless it was done before the run was stopped."""
+        self._decide_current_val_interval()
+        due = done % self.val_interval == 0 or done == total
+        if self.runner.val_loop is not None and done >= max(1, self.val_begin) and due:
+            self._validate()
+
     def _validate(self) -> None:
-        """Validate, unless it was done before the run was stopped."""
         hub = self.runner.message_hub
         before = hub.get_info(_VALIDATED, -1)
         if before == self._iter:
@@ -76,24 +86,17 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterLoop):
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
         batches = endless(self.dataloader, self._iter)
-        self._decide_current_val_interval()
-        self._validate_if_due()  # if the run was stopped before it was done
+        self._validate_if_due(self._iter, self._max_iters)  # if the run was stopped before it was done
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
             batch = next(batches)
             seed_iteration(self.runner.seed, self._iter, get_rank())
             self.run_iter(batch)
             self._stop_if_asked()
-            self._decide_current_val_interval()
-            self._validate_if_due()
+            self._validate_if_due(self._iter, self._max_iters)
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')
         return self.runner.model
-
-    def _validate_if_due(self) -> None:
-        due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
-        if self.runner.val_loop is not None and self._iter >= max(1, self.val_begin) and due:
-            self._validate()
 
 
 @LOOPS.register_module()
@@ -116,13 +119,11 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
                                        f'stopped, and has {len(self.dataloader)}')
             begun = self._iter
         if not inside:
-            self._decide_current_val_interval()
-            self._validate_if_due()
+            self._validate_if_due(self._epoch, self._max_epochs)
         while self._epoch < self._max_epochs and not self.stop_training:
             self._train_epoch(begun)
             begun = self._iter
-            self._decide_current_val_interval()
-            self._validate_if_due()
+            self._validate_if_due(self._epoch, self._max_epochs)
         self.runner.call_hook('after_train')
         return self.runner.model
 
@@ -142,11 +143,6 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
         self._stop_if_asked()
-
-    def _validate_if_due(self) -> None:
-        due = self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
-        if self.runner.val_loop is not None and self._epoch >= max(1, self.val_begin) and due:
-            self._validate()
 
 
 @LOOPS.register_module()

@@ -9,6 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 
+from replk_mm.engine.runner import bare
 from replk_mm.registry import HOOKS
 
 COLUMNS = ('group', 'lr', 'weight_decay', 'tensors', 'parameters', 'first', 'last')
@@ -36,8 +37,7 @@ def parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module) -> list[dict
         gave, or ``'-'``; ``lr`` is the rate that schedules start from; ``tensors`` counts parameters, ``parameters`` their
         values; ``first`` and ``last`` are names. The last row, ``'frozen'``, is for what no group has, if there is any.
     """
-    model = getattr(model, 'module', model)
-    names = {id(param): name for name, param in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    names = {id(param): name for name, param in reversed(list(bare(model).named_parameters(remove_duplicate=False)))}
     wrappers = list(optim_wrapper.values()) if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
     rows: dict[tuple, list[nn.Parameter]] = {}
     # Not the wrapper's own groups, to which mmengine adds one of no parameter of the model for its log.

@@ -14,7 +14,6 @@ from mmengine.dist import get_rank, is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.logging import MMLogger
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from mmengine.runner.amp import autocast
@@ -22,6 +21,7 @@ from mmengine.runner.amp import autocast
 from replk_mm import checkpoints
 from replk_mm.data.draws import Draw
 from replk_mm.engine.diagnosis import examine
+from replk_mm.engine.runner import bare
 from replk_mm.errors import UserError, message_of
 from replk_mm.registry import HOOKS
 
@@ -164,7 +164,7 @@ def _loss_and_backward(runner: Runner) -> float:
     scaled = getattr(runner.optim_wrapper, 'loss_scaler', None) is not None
     if math.isfinite(steps.loss) and (scaled or not wrong):
         return steps.loss
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = bare(runner.model)
     found = examine(model, batch, (runner.seed, runner.iter, get_rank()), lambda: runner.optim_wrapper.optim_context(model))
     raise UserError(f'the {f"gradient of {wrong[0]}" if math.isfinite(steps.loss) else f"loss is {steps.loss}"}'
                     f'{" is not finite" if math.isfinite(steps.loss) else ""}; first non-finite: {found.describe()}\n'

@@ -105,7 +105,7 @@ def _damage(path: Path) -> str | None:
                 return None  # not of torch's; unpacked it may be of any size, and the reader refuses it
             wrong = archive.testzip()  # torch does not compare what it reads with the sums that it writes
         return f'the content of {wrong} has changed' if wrong else None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
         return str(error) or type(error).__name__
 
 
@@ -148,7 +148,7 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
                         + (' (reparameterized checkpoints are for inference)' if merged else '')
                         + '\nResume from a checkpoint that training wrote.')
     meta = loaded.get('meta')
-    if not isinstance(meta, Mapping) or any(type(meta.get(key)) is not int or meta[key] < 0 for key in ('iter', 'epoch')):
+    if not isinstance(meta, Mapping) or not {'iter', 'epoch'} <= meta.keys():
         raise UserError(f'{last}: cannot be resumed: it does not say at which iteration and epoch it was written\n'
                         f'Resume from a checkpoint that training wrote.')
     resume_state.check(loaded, str(last))

@@ -21,6 +21,11 @@ from replk_mm.engine.explain import explaining
 from replk_mm.errors import UserError
 
 
+def bare(model: Any) -> Any:
+    """A runner's model without what distributes it."""
+    return model.module if is_model_wrapper(model) else model
+
+
 class Runner(MMEngineRunner):
     """mmengine's runner: trains with several processes on CPUs, names a wrong field, leaves no half checkpoint, runs no code
     of a checkpoint."""
@@ -96,8 +101,7 @@ class Runner(MMEngineRunner):
         if 'meta' in checkpoint:
             checkpoint['meta'] = {key: value for key, value in checkpoint['meta'].items() if key != 'config'}
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
-        _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
+        _load_checkpoint_to_model(bare(self.model), checkpoint, strict, revise_keys=list(revise_keys))
         self._has_loaded = True
         self.logger.info(f'weights loaded from {filename}')
         return checkpoint

@@ -124,7 +124,7 @@ def _changed_contents(choices: Choices) -> bytes:
     legacy, add, nested, key = choices.below(4) == 0, choices.below(2), choices.below(2), choices.pick(_KEYS)
     try:
         content = edited(content, choices, _value)
-    except (KeyError, IndexError, TypeError, NotImplementedError, RuntimeError):  # what cannot be copied or take that key
+    except (KeyError, IndexError, TypeError, RuntimeError):  # what cannot be copied or take that key
         content = {**content}
     if add and isinstance(content, dict):
         node = content['state_dict'] if nested and isinstance(content.get('state_dict'), dict) else content

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -152,7 +151,7 @@ def _keep(args: argparse.Namespace, pid: int, block: tuple[int, int]) -> Path:
 def _child(args: argparse.Namespace) -> int:
     from hypothesis import HealthCheck, Phase, given, seed, settings
 
-    from fuzz.guard import Failure
+    from fuzz.guard import Failure, peak
     from fuzz.mutate import RAW, Choices
     from fuzz.readers import READERS, clean, executor
 
@@ -192,8 +191,7 @@ def _child(args: argparse.Namespace) -> int:
             seed(number * 1000 + turn)(test)()
         turn += 1
     faulthandler.cancel_dump_traceback_later()
-    print(json.dumps(dict(counts=counts, failures=failures,
-                          memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)))
+    print(json.dumps(dict(counts=counts, failures=failures, memory=peak())))
     return 0
 
 
