@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import tool_environment
 
 # Samples larger than a pipe holds: a worker waits until one is taken.
 CODE = """
-import os, signal
+import multiprocessing, os, signal, sys
 import numpy as np
 from torch.utils.data import Dataset
 from replk_mm.engine.runner import Runner
@@ -19,18 +20,23 @@ class Large(Dataset):
     def __getitem__(self, index):
         return np.full(2**20, os.getpid())
 
-loader = Runner.build_dataloader(dict(
-    dataset=Large(), sampler=dict(type='DefaultSampler', shuffle=False), batch_size=1, num_workers=2,
-    collate_fn=dict(type='pseudo_collate')), seed=0)
-batches = iter(loader)
-print(*sorted({int(next(batches)[0][0]) for _ in range(4)}), flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == '__main__':
+    multiprocessing.set_start_method(sys.argv[1])
+    loader = Runner.build_dataloader(dict(
+        dataset=Large(), sampler=dict(type='DefaultSampler', shuffle=False), batch_size=1, num_workers=2,
+        collate_fn=dict(type='pseudo_collate')), seed=0)
+    batches = iter(loader)
+    print(*sorted({int(next(batches)[0][0]) for _ in range(4)}), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='asks the Linux kernel')
-def test_workers_end_when_their_process_is_killed():
-    ran = subprocess.run([sys.executable, '-c', CODE], stdout=subprocess.PIPE, text=True, check=False, timeout=120)
+@pytest.mark.parametrize('start', ['fork', 'forkserver', 'spawn'])
+def test_workers_end_when_their_process_is_killed(start, tmp_path):
+    (tmp_path / 'program.py').write_text(CODE)
+    ran = subprocess.run([sys.executable, str(tmp_path / 'program.py'), start], stdout=subprocess.PIPE, text=True, check=False,
+                         timeout=120, env=tool_environment())
     workers = [int(word) for word in ran.stdout.split()]
     assert len(workers) == 2
     end = time.monotonic() + 20

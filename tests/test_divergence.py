@@ -29,7 +29,7 @@ def first_line(message: str) -> str:
     return message.splitlines()[0]
 
 
-def parameters(path, model: nn.Module | None = None) -> dict:
+def parameters(path) -> dict:
     state = torch.load(path, weights_only=False)['state_dict']
     return {key: value for key, value in state.items() if not key.endswith(('running_mean', 'running_var', 'tracked'))}
 
@@ -90,7 +90,7 @@ def test_step_too_large_stops_in_the_next_iteration_at_the_layer_that_overflows(
     assert first_line(message).startswith('iteration 2: the loss is nan')
     named = re.search(r'first non-finite: (?:output|input) of (\S+) \((\w+)\)', first_line(message))
     # The truth, by hooks of torch alone on the file's weights: all layers that ended before it are finite.
-    stored, model = read(replay_file(tmp_path)), None
+    stored = read(replay_file(tmp_path))
     from replk_mm.engine.batches import unpack
     from replk_mm.engine.config import build_model
     model = build_model(tiny.cfg({'model.backbone.norm_cfg.type': 'BN', 'norm_cfg.type': 'BN'}))
@@ -245,14 +245,24 @@ def test_disk_without_room_for_the_batch_leaves_the_message(tmp_path, monkeypatc
     fault('no room to save the batch', line, lost='the batch; the message is there')
 
 
+def test_settings_that_cannot_be_stored_leave_the_message(tmp_path, monkeypatch):
+    def fails(*args):
+        raise ValueError("invalid literal for int() with base 10: 'random'")
+
+    monkeypatch.setattr('replk_mm.engine.divergence.file_of', fails)
+    message = run_toy(tmp_path, {3: 'loss'}).message
+    assert first_line(message).startswith('iteration 3: the loss is nan')
+    assert "The batch could not be saved for replay: invalid literal for int() with base 10: 'random'" in message
+
+
 def test_memory_too_small_for_a_second_pass_leaves_the_message(tmp_path, monkeypatch, fault):
     def no_memory(*args):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
 
-    monkeypatch.setattr('replk_mm.engine.divergence.examine', no_memory)
+    monkeypatch.setattr('replk_mm.engine.diagnosis._run', no_memory)
     message = run_toy(tmp_path, {3: 'loss'}).message
-    assert first_line(message) == ('iteration 3: the loss is nan (loss); first non-finite: not found (OutOfMemoryError: CUDA '
-                                   'out of memory. Tried to allocate 2 GiB)')
+    assert first_line(message) == ('iteration 3: the loss is nan (loss); first non-finite: not found, for the pass that looks '
+                                   'for it ended with OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB')
     assert replay_file(tmp_path).name == 'nonfinite_iter_3.pth'
     fault('no memory for the pass that looks for the layer', message, lost='the name of the layer; the batch is saved')
 

@@ -104,7 +104,6 @@ STATES = {
     'parameter groups without parameters': lambda c: c['optimizer'].update(param_groups=[{}]),
     'a learning rate that is a text': lambda c: groups(c, lr='x'),
     'a learning rate that is not finite': lambda c: groups(c, lr=float('nan')),
-    'moments of some parameters only': lambda c: c['optimizer']['state'].update({0: {'exp_avg': torch.ones(1)}}),
     'moments that are a list': lambda c: c['optimizer'].update(state=[1]),
     'schedules that are numbers': lambda c: c.update(param_schedulers=[1]),
     'schedules that are a text': lambda c: c.update(param_schedulers='abc'),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend
-from mmengine.registry import METRICS
+from mmengine.registry import METRICS, TRANSFORMS
 from resume_cases import config_with_signals, differences
 from test_exact_resume import EMA, RANDOM
 from tiny import run_tool, tiny  # noqa: F401
@@ -98,13 +98,27 @@ def test_a_loss_that_crashes(tiny, tmp_path, fault):
     fault('class weights of another number of classes', text)
 
 
+@TRANSFORMS.register_module()
+class NeedsAFile:
+    def __call__(self, results):
+        raise FileNotFoundError(errno.ENOENT, 'No such file or directory', 'depth/1.png')
+
+
+def test_a_file_that_a_step_of_the_pipeline_needs(tiny, tmp_path, fault):
+    cfg, notes = tiny.prepare(tmp_path, 2)
+    cfg.train_dataloader.dataset.pipeline.insert(2, dict(type='mmengine.NeedsAFile'))
+    with pytest.raises(UserError, match=r'before the first iteration, training: .*: FileNotFoundError: .*1.png') as info:
+        train(cfg, notes)
+    fault('a step of the pipeline does not find its file', info.value)
+
+
 def test_a_disk_that_is_full(tiny, tmp_path, monkeypatch, fault):
     def put(self, content, path):
         raise OSError(errno.ENOSPC, 'No space left on device', str(path))
 
     monkeypatch.setattr(LocalBackend, 'put', put)
     text = refused(tiny, tmp_path)
-    assert 'preflight_' in text and 'No space left on device' in text
+    assert 'preflight.pth' in text and 'No space left on device' in text
     fault('no room for a checkpoint', text)
 
 

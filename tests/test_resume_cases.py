@@ -4,9 +4,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS, TRANSFORMS
 from mmengine.runner import IterBasedTrainLoop
 from resume_cases import config_with_signals, differences
@@ -14,20 +18,21 @@ from test_exact_resume import EMA, EPOCHS, RANDOM, run
 from tiny import ROOT, tiny, tool_environment  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 
-from replk_mm.engine import stopping
+from replk_mm import checkpoints
+from replk_mm.engine import loops, resuming, stopping
 from replk_mm.engine.config import load_config
 from replk_mm.engine.loops import ValLoop
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.train import train
-from replk_mm.errors import INTERRUPTED_STATUS, Stopped, command
+from replk_mm.errors import INTERRUPTED_STATUS, Stopped, UserError, command
 
 # ruff: noqa: F811 (fixtures that come from another file)
 
 
 @HOOKS.register_module()
 class CountHook(Hook):
-    """Notes the iterations that are trained, and the sample positions."""
+    """Notes the iterations that are trained."""
 
     seen: list[int] = []
 
@@ -100,10 +105,12 @@ def test_a_validation_between_two_steps_of_gradients_is_finished(tiny, tmp_path,
     assert differences(straight, run(config, tiny, tmp_path / 'stopped', 9, 9, options, resume='auto')) == []
 
 
-@pytest.mark.parametrize('kind', ['IterBasedTrainLoop', 'mmengine.IterBasedTrainLoop', IterBasedTrainLoop])
+@pytest.mark.parametrize('kind', ['IterBasedTrainLoop', 'mmengine.IterBasedTrainLoop', None, IterBasedTrainLoop,
+                                  loops.IterBasedTrainLoop])
 def test_mmengines_loop_becomes_ours_however_it_is_named(kind, tiny, tmp_path):
     cfg = tiny.cfg()
-    cfg.train_cfg.type = kind
+    cfg.train_cfg.pop('type')
+    cfg.train_cfg.update({} if kind is None else dict(type=kind))
     prepare_training(cfg, tiny.options(tmp_path))
     assert cfg.train_cfg.type == 'replk_mm.IterBasedTrainLoop'
     assert cfg.val_cfg.type == 'replk_mm.ValLoop'
@@ -163,6 +170,65 @@ def test_accumulation_and_epochs_are_said(tiny, tmp_path):
     assert any('after epochs, and a step takes 3' in note for note in prepare_training(cfg, tiny.options(tmp_path)))
 
 
+@pytest.mark.parametrize(('interval', 'wrapper', 'said'), [
+    (4, dict(accumulative_counts=2), []), (5, dict(accumulative_counts=2), ['every 5 iterations, and a step takes 2']),
+    (-1, dict(accumulative_counts=2), []),
+    (4, dict(a=dict(accumulative_counts=2), b=dict(accumulative_counts=3)), ['every 4 iterations, and a step takes 6'])])
+def test_intervals_that_cut_a_step_are_said(interval, wrapper, said):
+    cfg = Config(dict(train_cfg=dict(max_iters=6), optim_wrapper=wrapper,
+                      default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=interval))))
+    notes = resuming.let_resume_exactly(cfg)
+    assert len(notes) == len(said) and all(words in note for words, note in zip(said, notes, strict=True))
+
+
+def test_gradients_of_any_of_several_optimizers_are_waited_for():
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    one, other = (OptimWrapper(torch.optim.SGD([weight], lr=.1), accumulative_counts=steps)
+                  for weight, steps in zip(weights, (1, 2), strict=True))
+    runner = SimpleNamespace(optim_wrapper=OptimWrapperDict(one=one, other=other))
+    done = []
+    for _ in range(4):
+        other.update_params((weights[1] * 2).sum())
+        done.append(loops._between_steps(runner))
+    assert done == [False, True, False, True]
+
+
+def test_factored_moments_are_resumed_and_half_a_state_is_not(tiny, tmp_path, fault):
+    # Adafactor keeps other things of matrices than of vectors.
+    options = {'optim_wrapper.optimizer': dict(_delete_=True, type='TorchAdafactor', lr=1e-3, weight_decay=0.01)}
+    last = tiny.train(tmp_path / 'w', 2, options)
+    assert tiny.train(tmp_path / 'w', 4, options, resume='auto').name == 'iter_4.pth'
+    stored = torch.load(last, weights_only=False)
+    of_matrix = next(values for values in stored['optimizer']['state'].values() if 'row_var' in values)
+    del of_matrix['col_var']
+    torch.save(stored, tmp_path / 'half.pth')
+    with pytest.raises(UserError, match='half.pth: cannot be resumed: the state of the optimizer has col_var of some') as info:
+        tiny.train(tmp_path / 'x', 4, options, resume=str(tmp_path / 'half.pth'))
+    fault('a checkpoint to resume from with moments of some parameters only', info.value)
+
+
+def test_a_checkpoint_at_an_address(tiny, tmp_path, monkeypatch):
+    last, asked = tiny.train(tmp_path / 'w', 2), []
+    read = checkpoints.read
+    monkeypatch.setattr(checkpoints, 'read', lambda path, *args: asked.append(path) or read(last, *args))
+    _, notes = tiny.prepare(tmp_path / 'x', 4, resume='https://example.org/iter_2.pth')
+    assert asked == ['https://example.org/iter_2.pth']
+    assert any('resume: https://example.org/iter_2.pth, iteration 2' in note for note in notes)
+
+
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_a_loader_without_a_batch_is_named(by_epoch, tiny, tmp_path):
+    options = {'train_dataloader.batch_size': 64, 'train_dataloader.drop_last': True,
+               'train_dataloader.sampler': dict(_delete_=True, type='DefaultSampler', shuffle=True)}
+    more = EPOCHS if by_epoch else ''
+    config = config_with_signals(tmp_path, tiny.config, '', more)
+    cfg = load_config(str(config), options)
+    notes = prepare_training(cfg, tiny.options(tmp_path / 'w', **({} if by_epoch else dict(max_iters=2))))
+    cfg.train_dataloader.update(batch_size=64, drop_last=True)
+    with pytest.raises(UserError, match='train_dataloader: yields no batch: 4 samples, 64 a batch'):
+        train(cfg, notes, preflight=False)
+
+
 # -- the rehearsal -----------------------------------------------------------------------------------------------------
 @TRANSFORMS.register_module()
 class Remembering:
@@ -196,7 +262,7 @@ def test_a_detector_that_finds_nothing_yet_is_trained(detector, tmp_path):
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------
-def test_what_is_ignored_stays_ignored(monkeypatch):
+def test_what_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stopping.listening():
@@ -207,10 +273,11 @@ def test_what_is_ignored_stays_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_nobody_reads_what_is_said(monkeypatch, tmp_path, fault):
+def test_nobody_reads_what_is_said(fault):
     code = """
 import os, signal, sys
-from replk_mm.engine import stopping
+from replk_mm import checkpoints
+from replk_mm.engine import loops, resuming, stopping
 from replk_mm.errors import Stopped, command
 @command
 def main():

@@ -142,7 +142,7 @@ def test_all_checkpoints_damaged_is_refused(checkpoints_of_a_run, tiny, tmp_path
 
 
 @pytest.mark.parametrize(('record', 'chosen'), [('', 6), ('iter_2.pth', 2), ('gone.pth', 6), (None, 6)])
-def test_the_record_of_the_last_checkpoint_is_believed_if_it_can_be(record, chosen, checkpoints_of_a_run, tiny, tmp_path):
+def test_the_record_of_the_last_checkpoint_is_believed_if_it_can_be(record, chosen, checkpoints_of_a_run, tmp_path):
     work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
     if record is None:
         (work / 'last_checkpoint').unlink()

@@ -33,13 +33,12 @@ class Scripted(Soaker):
     def _train(self, work, number=None, delay=0.):
         work.mkdir(parents=True, exist_ok=True)
         status, iteration, weight = (0, 4, 1.) if work == self.straight else next(self.steps)
-        if iteration:
+        if iteration < 0:
+            (work / f'iter_{-iteration}.pth').unlink()
+        else:
             torch.save(dict(meta=dict(iter=iteration), state_dict={'w': torch.tensor([weight])}, optimizer={},
                             param_schedulers=[]), work / f'iter_{iteration}.pth')
-        return status if status == 0 or number is None else self.ends_with(number, status)
-
-    def ends_with(self, number, status):
-        return -number if status == -1 else status
+        return -number if status == -1 and number is not None else status
 
     def _harm(self, reached):
         return reached
@@ -52,6 +51,7 @@ class Scripted(Soaker):
     ([(-1, 2, 1.), (0, 4, 1.)], None),
     ([(0, 4, 2.)], 'state_dict differs'),
     ([(1, 2, 1.)], 'ended with status 1'),
+    ([(-1, 3, 1.), (-1, -3, 1.)], 'there was a checkpoint of iteration 3'),
 ])
 def test_what_is_lost_is_found(steps, lost, tmp_path):
     soaker = Scripted(tmp_path, steps)
@@ -74,7 +74,14 @@ def test_a_test_that_fails_after_interruptions_is_found(tmp_path):
     assert re.match(r'the test of .*interrupted ends with status [1-9]', soaker.done.losses[0])
 
 
-def test_checkpoints_that_vanish_or_cannot_be_read_are_found(tmp_path):
+def test_one_training_at_least_is_interrupted_and_compared(tmp_path):
+    soaker = Scripted(tmp_path, [(-1, 2, 1.), (0, 4, 1.)])
+    soaker.work.mkdir()
+    done = soaker.run(0)
+    assert done.counts['compared'] == 1 and done.counts.total() == 3 and not done.losses
+
+
+def test_checkpoints_that_cannot_be_read_are_found(tmp_path):
     soaker = Scripted(tmp_path, [])
     soaker.work.mkdir()
     torch.save(dict(meta=dict(iter=6)), soaker.work / 'iter_6.pth')

@@ -34,7 +34,8 @@ def main() -> int:
     folder = prepare_work_dir(args.work_dir / time.strftime(f'%Y%m%d_%H%M%S_{os.getpid()}'))
     seed = int(time.time()) if args.seed is None else args.seed
     print(f'{folder}, seed {seed}', flush=True)
-    data, settings = args.data_root, [f'default_hooks.checkpoint.interval={args.interval}',
+    data, settings = args.data_root, ['default_hooks.checkpoint.by_epoch=False',
+                                      f'default_hooks.checkpoint.interval={args.interval}',
                                       'default_hooks.checkpoint.max_keep_ckpts=3']
     if args.config is None:
         data = folder / 'data'

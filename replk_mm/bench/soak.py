@@ -58,7 +58,7 @@ class Soaker:
         self.harmed: dict[Path, int] = {}
 
     def run(self, seconds: float) -> Soak:
-        """Soak for a time; what is under way at its end is finished.
+        """Soak for a time, and until one interrupted training is compared; what is under way at its end is finished.
 
         Args:
             seconds: How long, the uninterrupted run included.
@@ -75,7 +75,7 @@ class Soaker:
         self.reference = _checkpoints(self.straight)[-1]
         self.score = self._test(self.straight)
         self.say(f'uninterrupted: {self.reference.name}, {self.score}; {whole:.0f} s')
-        while not self.done.losses and time.monotonic() < end:
+        while not self.done.losses and (time.monotonic() < end or not self.done.counts['compared']):
             self._one_training(whole, end)
         return self.done
 
@@ -84,8 +84,9 @@ class Soaker:
         self.harmed.clear()
         before, status = 0, 1
         while status and not self.done.losses:
-            # The last one is let through, so that its result can be compared.
-            number = self.random.choice(list(_STATUS)) if time.monotonic() < end else None
+            # The last one is let through, so that its result can be compared; one at least is not.
+            interrupt = time.monotonic() < end or not any(self.done.counts[number.name] for number in _STATUS)
+            number = self.random.choice(list(_STATUS)) if interrupt else None
             status = self._train(self.work, number, self.random.uniform(.3, 1.) * whole)
             reached = self._iteration()
             what = f'{number.name} at iteration {reached}' if number and status else f'ended at iteration {reached}'

@@ -6,9 +6,12 @@ neither workers nor interruptions nor the number of processes change what the ne
 """
 from collections.abc import Callable, Iterator
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
+
+from replk_mm.errors import UserError
 
 
 class Draw(int):
@@ -97,7 +100,7 @@ class Draws:
         for number, batch in enumerate(batches, self._number):
             first = number * self.batch_size
             # Some samplers of videos yield pairs; their samples are drawn as torch's loader would.
-            yield [Draw(index, (first + i) * self.processes + self.rank) if isinstance(index, int) else index
+            yield [Draw(index, (first + i) * self.processes + self.rank) if isinstance(index, Integral) else index
                    for i, index in enumerate(batch)]
 
 
@@ -131,20 +134,30 @@ def endless(loader: DrawnLoader, start: int) -> Iterator[Any]:
     Args:
         loader: From :func:`drawn`; its sampler may be endless itself.
         start: Batches that are left out, without being loaded.
+
+    Raises:
+        UserError: If a pass has no batch.
     """
     draws: Draws = loader.batch_sampler  # type: ignore[assignment]
     number = epoch = 0
     while True:
         set_epoch(draws, epoch)
+        before = number
         number += draws.begin(number, max(0, start - number))
         if number >= start:
-            before = number
             for batch in loader:
                 number += 1
                 yield batch
-            if number == before == start:
-                raise ValueError('the data loader yields no batch at all')
+        if number == before:
+            raise no_batch(loader)
         epoch += 1
+
+
+def no_batch(loader: DrawnLoader) -> UserError:
+    """What to say of a loader whose pass has no batch."""
+    draws: Draws = loader.batch_sampler  # type: ignore[assignment]
+    return UserError(f'train_dataloader: yields no batch: {len(loader.dataset)} samples, '  # type: ignore[arg-type]
+                     f'{draws.batch_size} a batch\nLower batch_size, or do without drop_last.')
 
 
 def set_epoch(draws: Draws, epoch: int) -> None:

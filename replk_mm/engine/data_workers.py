@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,9 @@ def tie(loader: DataLoader) -> DataLoader:
 
     Those are for this process, which goes on for a while: it finishes an iteration and saves.
     """
-    loader.worker_init_fn = functools.partial(_start, os.getpid(), _ending(), loader.worker_init_fn)
+    method = (loader.multiprocessing_context or multiprocessing).get_start_method()
+    parent = os.getpid() if method == 'fork' else None
+    loader.worker_init_fn = functools.partial(_start, parent, _ending(), loader.worker_init_fn)
     return loader
 
 
@@ -32,10 +35,13 @@ def _ending() -> Any:
     return byte
 
 
-def _start(parent: int, ending: Any, then: Callable[[int], None] | None, worker: int) -> None:
+def _start(parent: int | None, ending: Any, then: Callable[[int], None] | None, worker: int) -> None:
     # A worker with samples of some size in hand waits until they are taken: for ever, with its memory and its locks, if the
-    # process that would take them was killed. Linux can end it then.
-    if sys.platform == 'linux':
+    # process that would take them was killed. A pipe tells when it ends; forked workers have the other end too, each of the
+    # one before it, but there Linux tells.
+    if parent is None:
+        threading.Thread(target=_follow, daemon=True).start()
+    elif sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it was killed before this was said
             os._exit(1)
@@ -48,3 +54,10 @@ def _start(parent: int, ending: Any, then: Callable[[int], None] | None, worker:
         signal.signal(number, end if number == signal.SIGTERM else signal.SIG_IGN)
     if then is not None:
         then(worker)
+
+
+def _follow() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -97,6 +97,9 @@ class Finding:
         first = self.first
         if self.finite:
             return 'none in a second pass with the same seeds, so an operation or a machine does not repeat itself'
+        if first is None and self.error is not None:
+            text = (str(self.error) or 'no message').splitlines()[0]
+            return f'not found, for the pass that looks for it ended with {type(self.error).__name__}: {text}'
         if first is None:
             return 'none where layers are watched, which switches off what computes several of them at once'
         whole = first.kind == 'output' and len(first.shape) > 2 and first.shape[0] == len(self.images)

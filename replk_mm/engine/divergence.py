@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size
+from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapperDict
 from torch import Tensor
 
 from replk_mm import checkpoints
 from replk_mm.engine.batches import image_paths
 from replk_mm.engine.diagnosis import Finding, Values, examine, inspect
+from replk_mm.engine.gather import share
 from replk_mm.engine.replay import file_of
 from replk_mm.engine.resuming import last_checkpoint
-from replk_mm.engine.runner import bare
+from replk_mm.engine.wrappers import bare, each
 from replk_mm.errors import UserError
 from replk_mm.registry import HOOKS
 
@@ -50,7 +51,7 @@ class StopAtNonFinite(Hook):
     def before_train(self, runner: Any) -> None:
         """Listen to the model's losses and the optimizer's steps."""
         self._handles = [bare(runner.model).register_forward_hook(self._keep_losses)]
-        for wrapper in _wrappers(runner.optim_wrapper):
+        for wrapper in each(runner.optim_wrapper):
             self._handles.append(wrapper.optimizer.register_step_pre_hook(partial(self._before_step, runner)))
 
     def after_train(self, runner: Any) -> None:
@@ -78,7 +79,7 @@ class StopAtNonFinite(Hook):
         Raises:
             UserError: If something is not finite.
         """
-        wrappers = _wrappers(runner.optim_wrapper)
+        wrappers = each(runner.optim_wrapper)
         scalers = [s for wrapper in wrappers if (s := getattr(wrapper, 'loss_scaler', None)) is not None and s.is_enabled()]
         known = self._losses or {name: value for name, value in (outputs or {}).items() if 'loss' in name}
         # Gradients with a scaler are scaled, and may overflow.
@@ -138,7 +139,7 @@ class StopAtNonFinite(Hook):
             finding = self._examine(runner)
         except (RuntimeError, MemoryError, TypeError, AttributeError) as error:
             trouble = error
-        at_fault = all_gather_object(finding is None or not finding.finite)
+        at_fault = share(finding is None or not finding.finite)
         if any(at_fault) and not at_fault[get_rank()]:
             raise UserError(f'iteration {runner.iter + 1}, rank {get_rank()}: stopped with rank {at_fault.index(True)}: '
                             f'{what}\nThe message of that rank names the images and the layer.')
@@ -154,7 +155,7 @@ class StopAtNonFinite(Hook):
         lines = [f'iteration {runner.iter + 1}{process}: {what}; first non-finite: {where}']
         if paths := dict.fromkeys(image_paths(self._batch)):
             lines.append(f'images: {", ".join(paths)}')
-        if len(_wrappers(runner.optim_wrapper)) == 1:  # of several, one may have made its step
+        if len(each(runner.optim_wrapper)) == 1:  # of several, one may have made its step
             lines.append('No weight has changed in this iteration.')
         lines += [*_circumstances(runner), _saved_before(runner), *self._save(runner, finding),
                   _advice(finding)]
@@ -167,7 +168,7 @@ class StopAtNonFinite(Hook):
         try:
             checkpoints.save(file_of(bare(runner.model), self._batch, finding, _seed(runner), _context(runner), runner.cfg,
                                      getattr(dataset, 'metainfo', {})), path)
-        except UserError as error:
+        except (UserError, ValueError, TypeError, RuntimeError) as error:
             return [f'The batch could not be saved for replay: {str(error).splitlines()[0]}']
         command = shlex.join(['python', 'tools/train.py', str(runner.cfg.filename), '--replay', str(path)])
         return [f'Batch and weights: {path}', f'Replay: {command} (and the --cfg-options of this run)']
@@ -199,10 +200,6 @@ def _seed(runner: Any) -> tuple[int, int, int]:
 def _context(runner: Any) -> Callable[[], AbstractContextManager]:
     wrapper = runner.optim_wrapper
     return nullcontext if isinstance(wrapper, OptimWrapperDict) else partial(wrapper.optim_context, bare(runner.model))
-
-
-def _wrappers(wrapper: OptimWrapper | OptimWrapperDict) -> list[OptimWrapper]:
-    return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
 def _gradients(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:

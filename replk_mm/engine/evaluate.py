@@ -14,7 +14,8 @@ from replk_mm.engine.failures import naming_failures
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.prepare import check_while_loading, counts_of, num_classes_of, prepare_data
 from replk_mm.engine.ranks import watching_ranks
-from replk_mm.engine.runner import Runner, bare
+from replk_mm.engine.runner import Runner
+from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError
 from replk_mm.loading import adopt_classes, load_model
 from replk_mm.ops import pack

@@ -10,6 +10,9 @@ from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.runner import Runner
 from replk_mm.errors import UserError
 
+#: Errors of a file system that takes no more.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
 
 @contextmanager
 def naming_failures(cfg: Config, runner: Runner) -> Iterator[None]:
@@ -21,7 +24,7 @@ def naming_failures(cfg: Config, runner: Runner) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno in DISK:
             last = last_checkpoint(cfg.work_dir) if 'train_dataloader' in cfg else None
             raise UserError(f'{error.filename or cfg.work_dir}: writing failed at iteration {runner.iter} ({error.strerror})\n'
                             f'Make room or mend the permissions' + (f', then go on with --resume {last}.' if last else '.')

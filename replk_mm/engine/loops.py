@@ -11,9 +11,10 @@ from mmengine.runner import IterBasedTrainLoop as MMEngineIterLoop
 from mmengine.runner import ValLoop as MMEngineValLoop
 from torch.utils.data import DataLoader
 
-from replk_mm.data.draws import DrawnLoader, Draws, drawn, endless
+from replk_mm.data.draws import DrawnLoader, Draws, drawn, endless, no_batch
 from replk_mm.engine import stopping
 from replk_mm.engine.randomness import seed_iteration, seed_sample
+from replk_mm.engine.wrappers import each
 from replk_mm.errors import Stopped
 from replk_mm.registry import LOOPS
 
@@ -69,8 +70,8 @@ class _Resumable(BaseLoop):
 
 def _between_steps(runner: Any) -> bool:
     """Whether no gradients are adding up: they are not saved, so that there is no state to go on from when some are."""
-    steps = runner.optim_wrapper
-    return getattr(steps, '_inner_count', 0) % getattr(steps, '_accumulative_counts', 1) == 0
+    return all(getattr(wrapper, '_inner_count', 0) % getattr(wrapper, '_accumulative_counts', 1) == 0
+               for wrapper in each(runner.optim_wrapper))
 
 
 @LOOPS.register_module()
@@ -140,6 +141,8 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
             # After the last iteration the epoch has an end first, with a checkpoint of its own.
             if index + 1 < len(self.dataloader):
                 self._stop_if_asked()
+        if self._iter == begun:
+            raise no_batch(self.dataloader)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
         self._stop_if_asked()

@@ -6,10 +6,10 @@ from typing import Any
 import torch.nn as nn
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
-from replk_mm.engine.runner import bare
+from replk_mm.engine.wrappers import bare, each
 from replk_mm.registry import HOOKS
 
 COLUMNS = ('group', 'lr', 'weight_decay', 'tensors', 'parameters', 'first', 'last')
@@ -38,10 +38,9 @@ def parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module) -> list[dict
         values; ``first`` and ``last`` are names. The last row, ``'frozen'``, is for what no group has, if there is any.
     """
     names = {id(param): name for name, param in reversed(list(bare(model).named_parameters(remove_duplicate=False)))}
-    wrappers = list(optim_wrapper.values()) if isinstance(optim_wrapper, OptimWrapperDict) else [optim_wrapper]
     rows: dict[tuple, list[nn.Parameter]] = {}
     # Not the wrapper's own groups, to which mmengine adds one of no parameter of the model for its log.
-    for group in (group for wrapper in wrappers for group in wrapper.optimizer.param_groups):
+    for group in (group for wrapper in each(optim_wrapper) for group in wrapper.optimizer.param_groups):
         settings = group.get('group_name', '-'), group.get('initial_lr', group['lr']), group.get('weight_decay', 0.)
         rows.setdefault(settings, []).extend(group['params'])
     taken = {id(param) for params in rows.values() for param in params}

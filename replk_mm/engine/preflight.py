@@ -2,7 +2,6 @@
 import copy
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +19,13 @@ from mmengine.runner.amp import autocast
 
 from replk_mm import checkpoints
 from replk_mm.data.draws import Draw
-from replk_mm.engine.diagnosis import examine
-from replk_mm.engine.runner import bare
+from replk_mm.engine.diagnosis import examine, non_finite_gradients
+from replk_mm.engine.failures import DISK
+from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError, message_of
 from replk_mm.registry import HOOKS
 
-_FILE = f'preflight_{os.getpid()}.pth'  # two runs may have one folder
+_FILE = 'preflight.pth'  # one that a killed run has left is written over
 _SKIP = '--no-preflight trains without this rehearsal.'
 
 
@@ -103,9 +103,9 @@ def _naming(part: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f'before the first iteration, {part}: {message_of(error)}') from error
-    except (OSError, MemoryError, torch.OutOfMemoryError):
-        raise  # the training has words for these
     except Exception as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or getattr(error, 'errno', None) in DISK:
+            raise  # the training has words for these
         text = (str(error).strip() or 'no message').splitlines()[0]
         raise UserError(f'before the first iteration, {part}: {type(error).__name__}: {text}\n'
                         f'It would have failed later. REPLK_MM_TRACEBACK=1 shows where; {_SKIP}') from error
@@ -159,12 +159,12 @@ def _loss_and_backward(runner: Runner) -> float:
     batch = _batch(loader, loader.batch_sampler.batch_size)
     steps = _Backward(runner.optim_wrapper)
     runner.model.train_step(batch, optim_wrapper=steps)
-    wrong = [name for name, p in runner.model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+    model = bare(runner.model)
+    wrong = non_finite_gradients(model)
     # Gradients in float16 overflow until the loss is scaled, which mmengine does as it trains.
     scaled = getattr(runner.optim_wrapper, 'loss_scaler', None) is not None
     if math.isfinite(steps.loss) and (scaled or not wrong):
         return steps.loss
-    model = bare(runner.model)
     found = examine(model, batch, (runner.seed, runner.iter, get_rank()), lambda: runner.optim_wrapper.optim_context(model))
     raise UserError(f'the {f"gradient of {wrong[0]}" if math.isfinite(steps.loss) else f"loss is {steps.loss}"}'
                     f'{" is not finite" if math.isfinite(steps.loss) else ""}; first non-finite: {found.describe()}\n'

@@ -64,9 +64,9 @@ class RankWatch:
 
     def leave(self, failure: str = '') -> None:
         """This process ends, in order or because of ``failure``; nobody needs to miss it."""
-        self._left.set()
         for _ in range(3):  # a datagram may be lost
             self.line.send(end=failure)
+        self._left.set()  # now the thread closes the line
 
     def await_verdict(self, seconds: float) -> None:
         """Wait for the thread to end this process; returns if it finds no reason to."""

@@ -57,8 +57,6 @@ def _optimizer(one: Any, place: str) -> Iterator[str]:
         yield f'{place}.param_groups is no list of groups with params and a learning rate'
     if not isinstance(state, Mapping) or not all(_named(values) for values in state.values()):
         yield f'{place}.state is no mapping of the state of every parameter'
-    elif len({frozenset(values) for values in state.values() if values}) > 1:
-        yield f'{place}.state holds different things of different parameters'
 
 
 def _schedules(stored: Any) -> Iterator[str]:

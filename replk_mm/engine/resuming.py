@@ -1,4 +1,5 @@
 """Going on where a run was stopped: with which checkpoint, and what a config needs so that nothing differs then."""
+import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -33,8 +34,8 @@ def let_resume_exactly(cfg: Config) -> list[str]:
     """
     for key in ('train_cfg', 'val_cfg'):
         loop = cfg.get(key)
-        if loop and 'type' not in loop and 'by_epoch' in loop:
-            loop['type'] = 'EpochBasedTrainLoop' if loop.pop('by_epoch') else 'IterBasedTrainLoop'
+        if loop and 'type' not in loop and key == 'train_cfg':
+            loop['type'] = 'EpochBasedTrainLoop' if loop.pop('by_epoch', 'max_epochs' in loop) else 'IterBasedTrainLoop'
         if loop is not None and (name := _mmengines(loop.get('type', 'ValLoop'))) in _LOOPS:
             loop['type'] = f'replk_mm.{name}'
     if cfg.get('default_hooks') is None:
@@ -42,19 +43,21 @@ def let_resume_exactly(cfg: Config) -> list[str]:
     hook = cfg.default_hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook'))  # mmengine would add its own
     if hook and _mmengines(hook.get('type')) == 'CheckpointHook':
         hook['type'] = 'replk_mm.CheckpointHook'
-    steps = (cfg.get('optim_wrapper') or {}).get('accumulative_counts', 1)
+    wrapper = cfg.get('optim_wrapper') or {}
+    steps = math.lcm(*(part.get('accumulative_counts', 1) for part in (wrapper, *wrapper.values()) if isinstance(part, dict)))
     by_epoch = (hook or {}).get('by_epoch', True)
-    if hook and steps > 1 and (by_epoch or hook.get('interval', -1) % steps):
-        often = 'after epochs' if by_epoch else f'every {hook.get("interval")} iterations'
+    interval = (hook or {}).get('interval', -1)
+    if steps > 1 and interval > 0 and (by_epoch or interval % steps):
+        often = 'after epochs' if by_epoch else f'every {interval} iterations'
         return [f'checkpoints: {often}, and a step takes {steps} iterations: gradients in between are not saved; where a '
                 f'checkpoint is written, a multiple of {steps} resumes exactly (default_hooks.checkpoint)']
     return []
 
 
 def _mmengines(kind: str | type | None) -> str | None:
-    """The bare name of a type of mmengine's; None for others."""
+    """The bare name of a type of mmengine's, or of ours given as a class; None for others."""
     if isinstance(kind, type):
-        return kind.__name__ if kind.__module__.startswith('mmengine.') else None
+        return kind.__name__ if kind.__module__.startswith(('mmengine.', 'replk_mm.')) else None
     return None if kind is None or '.' in kind.removeprefix('mmengine.') else kind.removeprefix('mmengine.')
 
 
@@ -132,15 +135,15 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     if wanted is None:
         return of_new_run
     if wanted == 'auto':
-        last, notes = _last_whole(cfg.work_dir)
-        if last is None and notes:
+        newest, notes = _last_whole(cfg.work_dir)
+        if newest is None and notes:
             raise UserError(f'{_checkpoints(cfg.work_dir)[0]}: is damaged, and none of the {len(notes)} checkpoints of this '
                             f'run can be resumed from:\n' + '\n'.join(notes)
                             + '\nCopy one from elsewhere, or start anew without --resume.')
-        if last is None:
+        if newest is None:
             return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
-    else:
-        last = Path(wanted)
+        wanted = newest
+    last = str(wanted)
     loaded = checkpoints.read(last)
     if 'optimizer' not in loaded:
         merged = checkpoints.reparameterization_of(loaded, ())
@@ -151,15 +154,15 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     if not isinstance(meta, Mapping) or not {'iter', 'epoch'} <= meta.keys():
         raise UserError(f'{last}: cannot be resumed: it does not say at which iteration and epoch it was written\n'
                         f'Resume from a checkpoint that training wrote.')
-    resume_state.check(loaded, str(last))
-    compare_with_checkpoint(cfg, meta, str(last), ('train',))
+    resume_state.check(loaded, last)
+    compare_with_checkpoint(cfg, meta, last, ('train',))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, str(last)).items()}
+    stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, last).items()}
     differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
     if differing:
         raise UserError(f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} weights '
                         f'differ, {differing[0]} first\nResume with the config it was trained with.')
-    cfg.load_from, cfg.resume = str(last), True
+    cfg.load_from, cfg.resume = last, True
     seed = meta.get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
     note = f'resume: {last}, iteration {meta["iter"]}, seed {seed}'

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import is_main_process, master_only
+from mmengine.dist import barrier, is_main_process, master_only
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop
@@ -18,12 +18,8 @@ from replk_mm import checkpoints
 from replk_mm.engine.checkpoint_hook import INTERIM
 from replk_mm.engine.data_workers import tie
 from replk_mm.engine.explain import explaining
+from replk_mm.engine.wrappers import bare, each
 from replk_mm.errors import UserError
-
-
-def bare(model: Any) -> Any:
-    """A runner's model without what distributes it."""
-    return model.module if is_model_wrapper(model) else model
 
 
 class Runner(MMEngineRunner):
@@ -77,6 +73,8 @@ class Runner(MMEngineRunner):
         """Load or resume; an optimizer's state must be of this run's parameter groups."""
         try:
             super().load_or_resume()
+            if self._resume:
+                _check_states(self.optim_wrapper)
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             if not self._resume:
                 raise
@@ -127,6 +125,7 @@ class Runner(MMEngineRunner):
             Path(self.work_dir, 'last_checkpoint').write_text(str(path))
             if former and Path(former).name != name:
                 Path(self.work_dir, Path(former).name).unlink(missing_ok=True)
+        barrier()  # what starts processes may end all of them, saving or not, once the first has ended
         return str(path)
 
     @master_only
@@ -143,3 +142,20 @@ class Runner(MMEngineRunner):
         finally:
             part.unlink(missing_ok=True)
         return None
+
+
+def _check_states(optim_wrapper: OptimWrapper) -> None:
+    """See that an optimizer's state is complete: its first step would find out, with the name of a key and nothing else.
+
+    Raises:
+        ValueError: If parameters with as many dimensions, for which the same settings are on, have not the same kinds of state.
+    """
+    for optimizer in (wrapper.optimizer for wrapper in each(optim_wrapper)):
+        kinds: dict[tuple, set[str]] = {}
+        for group in optimizer.param_groups:
+            on = frozenset(key for key, value in group.items() if isinstance(value, (bool, int, float)) and value)
+            for parameter in group['params']:
+                state = set(optimizer.state.get(parameter, ()))
+                if state and kinds.setdefault((on, parameter.dim()), state) != state:
+                    differing = sorted(map(str, kinds[on, parameter.dim()] ^ state))
+                    raise ValueError(f'the state of the optimizer has {", ".join(differing)} of some parameters only')
