@@ -1,4 +1,5 @@
 """The whole check of label maps finds every kind of planted fault, in its file, and nothing else."""
+import contextlib
 import os
 import shutil
 import struct
@@ -16,6 +17,7 @@ from replk_mm.data.audit import audit
 from replk_mm.data.checks import check_data
 from replk_mm.data.demo_writer import write_demo_data
 from replk_mm.data.problem_kinds import KINDS
+from replk_mm.errors import UserError
 
 NOISE = np.random.default_rng(0)
 
@@ -219,43 +221,25 @@ def test_doubts_whether_zero_is_a_class(data, given, reduce, classes, kind):
     assert kinds(full(cfg)) & {'reduce-zero-on', 'reduce-zero-off'} == ({kind} if kind else set())
 
 
+@pytest.mark.parametrize('given', [(1, 2, 7), (0, 1, 7, 255), tuple(range(8))])
+@pytest.mark.parametrize('highest', [8, 7])
+def test_a_class_that_one_of_two_sets_lacks_is_no_reason_to_doubt(data, given, highest):
+    """Both of one root: what training has, validation need not have too."""
+    for path in label(data, 0).parent.iterdir():
+        ids(1, 2, highest).save(path)
+    for path in label(data, 0, 'val').parent.iterdir():
+        ids(*given).save(path)
+    cfg = seg_config(data)
+    assert ('reduce-zero-on' in kinds(full(cfg))) == (highest == 7)
+    warned = [text for text in check_data(cfg, ('train', 'val'), 8) if 'reduce_zero_label=True with 8 classes, but' in text]
+    assert len(warned) == (2 if highest == 7 else 0)
+
+
 def test_doubt_is_said_when_training_starts(data):
     for path in label(data, 0).parent.iterdir():
         ids(0, 1, 7, 255).save(path)
     lines = check_data(seg_config(data), ('train',), 8)
     assert len(lines) == 2 and lines[1].startswith('warning: ') and 'the highest id is 7, and 255 occurs' in lines[1]
-
-
-# -- releases ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('files', [
-    ['images/ADE/training/work_place/studio/ADE_train_00000001.jpg'],
-    ['ADE20K_2021_17_01/images/ADE/training/a/b/ADE_train_00000001_seg.png'], ['index_ade20k.mat'],
-    ['images/training/a/abbey/ADE_train_00000970.jpg', 'images/training/a/abbey/ADE_train_00000970_seg.png'],
-    ['images/training/abbey/ADE_train_1.jpg', 'images/training/abbey/ADE_train_1_parts_1.png'],
-    ['images/training/ADE_train_1.jpg', 'images/training/ADE_train_1_atr.txt']])
-def test_full_release_of_ade_is_not_the_benchmark(tmp_path, files, fault):
-    for file in files:
-        (tmp_path / 'ade' / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / 'ade' / file).touch()
-    result = full(seg_config(tmp_path / 'ade', 150, type='ADE20KDataset'))
-    assert 'ade-full-release' in kinds(result, 'error')
-    problem = next(problem for _, problem in result.found() if problem.kind == 'ade-full-release')
-    assert 'ADEChallengeData2016.zip' in problem.advice
-    if files == ['index_ade20k.mat']:
-        fault('the full release of ADE20K instead of the benchmark', sees=line(result, 'ade-full-release'))
-
-
-def test_benchmark_beside_the_full_release_is_fine(data):
-    (data / 'index_ade20k.mat').touch()
-    assert not kinds(full(seg_config(data)), 'error')
-
-
-@pytest.mark.parametrize(('changes', 'said'), [
-    (dict(type='ADE20KDataset'), True), (dict(type='BaseSegDataset'), False),
-    (dict(type='ADE20KDataset', metainfo=dict(classes=('wall', 'sky'))), False)])
-def test_counts_are_compared_for_published_data_only(data, changes, said):
-    classes = 150 if 'metainfo' not in changes else 2
-    assert ('count-differs' in kinds(full(seg_config(data, classes, **changes)))) == said
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -301,6 +285,60 @@ def test_file_that_may_not_be_read(data, monkeypatch, fault):
     result = full(seg_config(data))
     assert found(result) == {('unreadable', str(image(data, 1)))}
     fault('an image without permission to read it', sees=line(result, 'unreadable'))
+
+
+@pytest.mark.parametrize('folder', [False, True])
+def test_image_without_its_label_is_looked_at_all_the_same(data, folder):
+    cut(image(data, 1))
+    if folder:
+        shutil.rmtree(label(data, 1).parent)
+    else:
+        label(data, 1).unlink()
+    lost = ('folder-missing', str(label(data, 1).parent)) if folder else ('label-missing', str(label(data, 1)))
+    result = full(seg_config(data))
+    assert found(result) == {('cut-off', str(image(data, 1))), lost} and result.sets[0].tally.looked == 44
+
+
+@pytest.mark.parametrize('refused', ['.', 'images', 'images/training', 'annotations'])
+@pytest.mark.parametrize('how', ['stat', 'scandir', 'listdir'])
+def test_folder_that_may_not_be_entered_or_listed(data, monkeypatch, refused, how, fault):
+    """The system's calls refuse, as they do to who is not root; some folders are only asked whether they are there."""
+    denied, original = data / refused, getattr(os, how)
+
+    def refusing(path='.', *args, **kwargs):
+        inside = how == 'stat' and denied in Path(os.fsdecode(path)).parents if not isinstance(path, int) else False
+        if inside or how != 'stat' and Path(path) == denied:
+            raise PermissionError(13, 'Permission denied', str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, how, refusing)
+    result = full(seg_config(data))
+    assert kinds(result) <= {'unreadable'}
+    with contextlib.suppress(UserError):
+        check_data(seg_config(data), ('train', 'val'), 8)
+    asked = how == 'stat' or (how, refused) == ('scandir', 'images/training')
+    assert kinds(result) == ({'unreadable'} if asked else set())
+    if how == 'stat' and refused == '.':
+        fault('a data root that may not be entered', sees=line(result, 'unreadable'))
+
+
+def test_folder_that_may_not_be_listed_is_told_from_one_that_is_missing(data, monkeypatch):
+    shutil.rmtree(label(data, 0).parent)
+    iterdir = Path.iterdir
+
+    def refusing(self):
+        if self == data:
+            raise PermissionError(13, 'Permission denied', str(self))
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, 'iterdir', refusing)
+    assert kinds(full(seg_config(data))) == {'folder-missing'}
+
+
+def test_folder_that_is_a_link_to_itself(data):
+    shutil.rmtree(image(data, 0).parent)
+    image(data, 0).parent.symlink_to('training')
+    assert kinds(full(seg_config(data))) == {'folder-missing'}
 
 
 def test_files_that_are_none(tmp_path):

@@ -147,6 +147,67 @@ def test_file_that_is_no_annotation_file_does_not_stop_the_check(root, content, 
     fault(f'an annotation file that holds {content[:24]!r}', sees=line(result, kind))
 
 
+def test_keys_that_are_missing_or_of_a_wrong_type_hide_nothing_else(root, fault):
+    def spoil(d: dict) -> None:
+        a, images = d['annotations'], d['images']
+        del a[0]['area'], a[5]['bbox'], a[8]['category_id'], images[7]['width'], images[8]['file_name']
+        a[1].update(image_id=777)
+        a[2]['bbox'][0] = '4'
+        a[3]['area'] = None
+        a[4].update(category_id='15')
+        a[0].update(segmentation='mask.png')
+        images[9].update(height='64')
+        d['categories'].append(3)
+
+    change(train(root), spoil)
+    cut = root / 'train2017/005.jpg'
+    cut.write_bytes(cut.read_bytes()[:800])
+    noise(root / 'train2017/003.jpg', 5001, (40, 40))
+    result = full(config(root))
+    assert found(result) == {
+        ('coco-key-missing', 'annotations id 1'), ('coco-key-missing', 'annotations id 6'),
+        ('coco-key-missing', 'annotations id 9'), ('coco-key-missing', 'images id 8'), ('coco-key-missing', 'images id 9'),
+        ('image-unknown', 'annotation 2'), ('bbox-invalid', 'annotation 3'), ('area-invalid', 'annotation 4'),
+        ('coco-type', 'annotations[4]'), ('coco-type', 'images[9]'), ('coco-structure', 'categories[3]'),
+        ('mask-kind', 'annotation 1'), ('cut-off', str(cut)), ('stated-size', str(root / 'train2017/003.jpg'))}
+    assert [one.tally.looked for one in result.sets] == [IMAGES - 1, 4]
+    fault('an annotation without area, among others of whose faults none hides another', sees=line(result, 'coco-key-missing'))
+
+
+@pytest.mark.parametrize('key', ['area', 'bbox'])
+def test_a_key_that_all_annotations_lack_is_one_finding_each(root, key):
+    """As programs write that do not know it: the rest is looked at, and what follows from it is not said again."""
+    change(train(root), lambda d: [a.pop(key) for a in d['annotations']] + [d['annotations'][3].update(image_id=777)])
+    result = full(config(root))
+    assert found(result) == {('coco-key-missing', f'annotations id {i + 1}') for i in range(3 * IMAGES)} | {
+        ('image-unknown', 'annotation 4')}
+    assert result.sets[0].classes == dict(person=10, car=10, dog=10) and result.sets[0].tally.looked == IMAGES
+
+
+@pytest.mark.parametrize('section', ['categories', 'annotations'])
+def test_a_section_that_is_none_does_not_hide_the_images(root, section):
+    change(train(root), lambda d: d.update({section: {}}))
+    (root / 'train2017/004.jpg').unlink()
+    result = full(config(root))
+    assert found(result) - {('class-absent', str(train(root)))} == {
+        ('coco-structure', str(train(root))), ('image-missing', 'image 5')}
+    assert result.sets[0].tally.looked == IMAGES - 1
+
+
+def test_classes_are_compared_in_a_file_with_other_faults(root):
+    change(train(root), lambda d: (d['annotations'][0].pop('area'), d['categories'][0].update(name='Persons')))
+    assert {'coco-key-missing', 'classes-mismatch'} <= kinds(full(config(root)), 'error')
+
+
+def test_without_the_folder_of_the_images_their_file_is_looked_at_all_the_same(root):
+    change(train(root), lambda d: (d['annotations'][0].update(image_id=777), d['annotations'][3].update(bbox=[4, 6, 0, 12])))
+    (root / 'train2017').rename(root / 'elsewhere')
+    assert found(full(config(root))) == {('folder-missing', str(root / 'train2017')), ('image-unknown', 'annotation 1'),
+                                         ('bbox-flat', 'annotation 4')}
+    train(root).write_text('[]')
+    assert kinds(full(config(root))) >= {'folder-missing', 'coco-structure'}
+
+
 def test_classes_and_every_head_are_compared(root):
     change(train(root), lambda d: d['categories'][0].update(name='Persons'))
     result = full(config(root, classes=4, masks=3))

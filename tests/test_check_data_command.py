@@ -50,12 +50,8 @@ def test_errors_are_told_by_the_exit_status(data, tmp_path, monkeypatch, capsys)
 
 
 def test_warnings_are_no_errors(data, monkeypatch, capsys):
-    Image.new('RGB', (16, 16)).save(next((data / 'images/training').iterdir()))
-    for label in (data / 'annotations/training').iterdir():
-        if not (data / 'images/training' / f'{label.stem}.jpg').is_file():
-            label.unlink()
-    first = min((data / 'images/training').iterdir(), key=lambda path: path.stat().st_size)
-    Image.new('L', (16, 16), 1).save(data / 'annotations/training' / f'{first.stem}.png')
+    Image.new('RGB', (16, 16)).save(data / 'images/training/training_000002.jpg')
+    Image.new('L', (16, 16), 1).save(data / 'annotations/training/training_000002.png')
     assert run(monkeypatch, CONFIG, '--data-root', data) == 0
     assert 'warning image-tiny: 1' in capsys.readouterr().out
 
@@ -77,6 +73,25 @@ def test_mistakes_exit_with_2(data, tmp_path, args, monkeypatch, capsys):
 def test_data_root_that_is_not_there_is_an_error_of_the_data(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, CONFIG, '--data-root', tmp_path / 'gone') == 1
     assert 'error data-root-missing' in capsys.readouterr().out
+    assert run(monkeypatch, CONFIG, '--data-root', tmp_path / 'gone', '--picture', tmp_path / 'x.png') == 1
+    assert f'not written: {tmp_path}/x.png' in capsys.readouterr().out and not (tmp_path / 'x.png').exists()
+
+
+def test_picture_of_an_unknown_format_is_refused_before_anything_is_looked_at(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('replk_mm.data.audit.survey', lambda *args, **options: pytest.fail('the data were looked at'))
+    assert run(monkeypatch, CONFIG, '--data-root', data, '--picture', tmp_path / 'deep/x.foo') == 2
+    assert f'error: {tmp_path}/deep/x.foo: no picture can be written as .foo' in capsys.readouterr().err
+    assert not (tmp_path / 'deep').exists()
+
+
+def test_file_that_kills_its_decoder_does_not_kill_a_command_of_one_process(data, monkeypatch, capsys, fault):
+    from replk_mm.data import pairs
+    victim, inspect = str(data / 'images/training/training_000002.jpg'), pairs.inspect
+    monkeypatch.setattr(pairs, 'inspect', lambda task, rules: os.abort() if task.image == victim else inspect(task, rules))
+    assert run(monkeypatch, CONFIG, '--data-root', data, '--jobs', 1) == 1
+    out = capsys.readouterr().out
+    assert f'error decoder-crash: 1\n  {victim}' in out and '9 of 9 images looked into' in out
+    fault('a file that crashes its decoder, with --jobs 1', sees=out.partition('error decoder-crash: 1\n')[2])
 
 
 def test_without_a_terminal_there_is_no_bar(data, monkeypatch, capsys):

@@ -1,24 +1,25 @@
-"""Processes that look at files, lists of files, duplicates, and the report: the parts of the whole check."""
-import json
+"""Processes that look at files, lists of files, and duplicates: parts of the whole check."""
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from check_data_cases import full, kinds, line, seg_config
 from many_pairs import write
 from mmengine.fileio import list_dir_or_file
+from mmengine.registry import DATASETS, init_default_scope
 from test_data_workers import gone
 
-from replk_mm.data import audit_picture, audit_report, duplicates, processes
+from replk_mm.data import duplicates, processes
 from replk_mm.data.audit import audit
 from replk_mm.data.checks import check_data
 from replk_mm.data.files import listing
-from replk_mm.data.problem_kinds import KINDS
-from replk_mm.data.problems import SEVERITIES, printable
+from replk_mm.data.image_files import digest
 from replk_mm.errors import UserError
 
 
@@ -38,11 +39,12 @@ def images(root: Path, split: str = 'training') -> list[Path]:
 def test_each_task_is_done_once(jobs):
     results = list(processes.each(lambda task: (task ** 2, os.getpid()), range(40), jobs, lambda task, status: None))
     assert sorted((i, square) for i, (square, _) in results) == [(i, i * i) for i in range(40)]
-    assert (os.getpid() in {process for _, (_, process) in results}) == (jobs == 1)
+    assert os.getpid() not in {process for _, (_, process) in results}
     assert list(processes.each(abs, [], jobs, lambda task, status: None)) == []
 
 
-def test_tasks_whose_process_dies_are_told_from_the_others():
+@pytest.mark.parametrize('jobs', [1, 3])
+def test_tasks_whose_process_dies_are_told_from_the_others(jobs):
     def work(task: int) -> str:
         if task % 10 == 3:
             os.kill(os.getpid(), signal.SIGSEGV)
@@ -50,7 +52,7 @@ def test_tasks_whose_process_dies_are_told_from_the_others():
             os._exit(5)
         return 'done'
 
-    results = dict(processes.each(work, range(40), 3, lambda task, status: f'{task}: {status}'))
+    results = dict(processes.each(work, range(40), jobs, lambda task, status: f'{task}: {status}'))
     died = {3: f': {-signal.SIGSEGV}', 7: ': 5'}
     assert results == {i: f'{i}{died[i % 10]}' if i % 10 in died else 'done' for i in range(40)}
 
@@ -129,6 +131,77 @@ def test_links_in_a_circle_are_followed_once(data):
     assert not kinds(full(seg_config(data)), 'error')
 
 
+def test_folders_that_are_linked_to_one_are_each_read(data):
+    """As fog of two kinds, whose label maps are those of clear sight, and images linked twice: mmseg reads all."""
+    for kind, target in (('images', ('clear', 'fog1', 'fog2')), ('annotations', ('clear', ))):
+        folder = data / kind / 'training'
+        (folder / 'clear').mkdir()
+        for path in [p for p in folder.iterdir() if p.is_file()]:
+            for place in target:
+                (folder / place).mkdir(exist_ok=True)
+                shutil.copy(path, folder / place / path.name)
+            path.unlink()
+    for name in ('fog1', 'fog2', 'again'):
+        (data / 'annotations/training' / name).symlink_to('clear')
+    (data / 'images/training/again').symlink_to('clear')
+    cfg = seg_config(data)
+    cfg.pop('val_dataloader')
+    result = full(cfg)
+    init_default_scope('mmseg')
+    read = DATASETS.build({**cfg.train_dataloader.dataset, 'lazy_init': True, 'pipeline': []}).load_data_list()
+    assert not kinds(result, 'error') and len(read) == 24
+    assert [(task.image, task.label) for task in result.sets[0].survey.tasks] == [
+        (info['img_path'], info['seg_map_path']) for info in read]
+
+
+def test_links_to_each_other_end(tmp_path):
+    for name, other in (('a', 'b'), ('b', 'a')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'x.jpg').touch()
+        (tmp_path / name / 'other').symlink_to(tmp_path / other)
+        (tmp_path / name / 'up').symlink_to('..')
+    assert listing(tmp_path).files == {'a/x.jpg', 'b/x.jpg', 'a/other/x.jpg', 'b/other/x.jpg'}
+
+
+@pytest.mark.parametrize('name', ['{absolute}', './{name}', '../training/{name}', 'deeper/../{name}', '.{name}', ' {name} '])
+def test_names_in_a_list_are_taken_as_mmseg_takes_them(data, name):
+    first, second = [path.stem for path in images(data)[:2]]
+    for kind, suffix in (('images', '.jpg'), ('annotations', '.png')):
+        (data / kind / 'training/deeper').mkdir()
+        shutil.copy(data / kind / 'training' / f'{first}{suffix}', data / kind / 'training' / f'.{first}{suffix}')
+        (data / 'elsewhere').mkdir(exist_ok=True)
+        shutil.copy(data / kind / 'training' / f'{first}{suffix}', data / 'elsewhere' / f'{first}{suffix}')
+    named = name.format(absolute=data / 'elsewhere' / first, name=first)
+    (data / 'list.txt').write_text(f'{second}\n{named}\n')
+    cfg = seg_config(data, ann_file='list.txt')
+    cfg.pop('val_dataloader')
+    init_default_scope('mmseg')
+    dataset = DATASETS.build({**cfg.train_dataloader.dataset, 'lazy_init': True, 'pipeline': []})
+    read = [(info['img_path'], info['seg_map_path']) for info in dataset.load_data_list()]
+    assert all(Path(path).is_file() for pair in read for path in pair)
+    result = full(cfg)
+    assert not kinds(result)
+    same = [{os.path.realpath(task.image) for task in result.sets[0].survey.tasks}, {os.path.realpath(one) for one, _ in read}]
+    assert same[0] == same[1] and result.sets[0].tally.labels == 2
+    Path(read[1][1]).unlink()
+    assert kinds(full(cfg)) == {'label-missing'}
+    Path(read[1][0]).unlink()
+    assert kinds(full(cfg)) == {'image-missing'}
+
+
+def test_empty_line_in_a_list_is_a_name_to_mmseg(data, fault):
+    names = [path.stem for path in images(data)]
+    (data / 'list.txt').write_text(f'{names[0]}\n\n{names[1]}\n')
+    cfg = seg_config(data, ann_file='list.txt')
+    cfg.pop('val_dataloader')
+    init_default_scope('mmseg')
+    read = DATASETS.build({**cfg.train_dataloader.dataset, 'lazy_init': True, 'pipeline': []}).load_data_list()
+    assert not Path(read[1]['img_path']).is_file()
+    with pytest.raises(UserError, match='1 of 3 images are not in .*: an empty line') as info:
+        check_data(cfg, ('train',), 8)
+    fault('an empty line in a list of images', sees=info.value)
+
+
 def test_what_an_annotation_list_names(data):
     names = [path.stem for path in images(data)]
     (data / 'list.txt').write_text('\n'.join([*names[:3], 'ghost', '']))
@@ -165,56 +238,26 @@ def test_validation_images_of_the_same_name_as_trained_ones_are_compared_when_tr
     assert len(lines()) == 1 and str(images(data)[0]) in lines()[0]
 
 
+def test_only_files_that_are_alike_in_part_are_read_as_a_whole(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    contents = [rng.bytes(100_000) for _ in range(20)]
+    paths = [tmp_path / f'{i:02}' for i in range(20)]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    paths[7].write_bytes(contents[3])
+    near = bytearray(contents[3])
+    near[10] ^= 1  # neither in the middle nor at the end
+    paths[9].write_bytes(near)
+    (tmp_path / 'other').write_bytes(b'of a size of its own')
+    whole = []
+    monkeypatch.setattr(duplicates, 'digest', lambda path: whole.append(path) or digest(path))
+    shown = []
+    monkeypatch.setattr('sys.stderr', SimpleNamespace(isatty=lambda: True, write=shown.append, flush=lambda: None))
+    found = duplicates.of_equal_size(map(str, [*paths, tmp_path / 'other']))
+    assert sorted(whole) == sorted(found) == [str(paths[i]) for i in (3, 7, 9)]
+    assert found[str(paths[3])] == found[str(paths[7])] != found[str(paths[9])]
+    assert '20/20' in ''.join(shown)
+
+
 def test_files_that_are_no_longer_there_are_no_duplicates(tmp_path):
     assert duplicates.of_equal_size([str(tmp_path / 'a'), str(tmp_path / 'b')]) == {}
-
-
-# -- report -----------------------------------------------------------------------------------------------------------
-def test_report_shows_five_and_the_file_has_all(data, tmp_path):
-    for path in images(data):
-        path.write_bytes(b'')
-    result = full(seg_config(data))
-    shown = audit_report.text(result)
-    assert shown.count('the file is empty') == 5
-    assert 'error empty-file: 6' in shown and '... and 1 more' in shown and KINDS['empty-file'].remedy in shown
-    assert shown.splitlines()[-1].startswith('6 errors, 0 warnings, 0 notes; 9 of 9 images looked into')
-    audit_report.write(result, tmp_path / 'x.json')
-    found = json.loads((tmp_path / 'x.json').read_text())
-    assert found['counts'] == dict(error=6, warning=0, note=0)
-    assert [problem['path'] for problem in found['problems']] == [str(path) for path in images(data)]
-    assert set(found['problems'][0]) == {'kind', 'severity', 'split', 'path', 'entry', 'found', 'allowed', 'remedy'}
-    assert found['data_sets'][1]['sizes'] == [dict(width=64, height=64, images=3)]
-    assert not (tmp_path / 'x.json.part').exists()
-
-
-def test_every_kind_has_a_severity_and_a_remedy():
-    assert all(kind.severity in SEVERITIES and kind.remedy for kind in KINDS.values())
-
-
-@pytest.mark.parametrize(('text', 'safe'), [
-    ('plain', 'plain'), ('é 図', 'é 図'), ('a\udce9b', 'a\\udce9b'), ('a\x1b[2J', 'a\\x1b[2J'),
-    ('a\r\x00', 'a\\r\\x00'), ('two\nlines', 'two\nlines')])
-def test_any_name_can_be_printed(text, safe):
-    assert printable(text) == safe and safe.encode()
-
-
-def test_picture_of_nothing_is_a_message(tmp_path):
-    with pytest.raises(UserError, match='nothing to draw'):
-        audit_picture.draw(full(seg_config(tmp_path / 'gone')), tmp_path / 'x.png')
-
-
-@pytest.mark.parametrize('classes', [3, 60])
-def test_picture_names_every_class_that_occurs(data, tmp_path, classes, monkeypatch):
-    drawn = []
-    original = audit_picture.Figure.savefig
-    monkeypatch.setattr(audit_picture.Figure, 'savefig', lambda self, path, **options: (drawn.append(self), original(
-        self, path, **options)))
-    result = full(seg_config(data))
-    result.crop = (32, 48)
-    result.sets[0].classes = {f'name ${i}': 10 ** (i % 7) for i in range(classes)} | {'never': 0}
-    audit_picture.draw(result, tmp_path / 'x.png')
-    names = [tick.get_text() for panel in drawn[0].axes[:-1] for tick in panel.get_yticklabels()]
-    assert len(names) == classes + 8 and r'name \$0' in names and 'never' not in names
-    assert drawn[0].axes[0].get_xscale() == 'log'
-    assert drawn[0].axes[-1].patches[0].get_bbox().bounds == (0, 0, 48, 32)
-    assert (tmp_path / 'x.png').stat().st_size > 1000

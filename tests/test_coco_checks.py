@@ -166,10 +166,33 @@ def test_images_left_out_of_training_are_counted_as_mmdet_does(file):
     assert left == 2 and '2 images without objects are left out' in check(file, TRAIN)
 
 
+@pytest.mark.parametrize(('keep_empty', 'said'), [
+    (False, ['1 images without objects are left out', '2 images with a side of less than 50 pixels are left out']),
+    (True, ['3 images with a side of less than 50 pixels are left out'])])
+def test_why_images_are_left_out_of_training(file, keep_empty, said):
+    from mmdet.datasets import CocoDataset
+
+    def shrink(d):
+        d['annotations'] = [a for a in d['annotations'] if a['image_id'] != 2]
+        for i in (0, 1, 2):
+            Image.new('RGB', (80, 49)).save(file.parent / 'images' / d['images'][i]['file_name'])
+            d['images'][i]['height'] = 49
+
+    change(file, shrink)
+    with contextlib.redirect_stdout(io.StringIO()):
+        left = CocoDataset(ann_file=str(file), data_prefix=dict(img=''), pipeline=[],
+                           filter_cfg=dict(filter_empty_gt=not keep_empty, min_size=50))
+    assert len(left) == 1
+    line = check(file, Use(train=True, scored=False, keep_empty=keep_empty, min_size=50))
+    assert [text for text in line.split('; ') if 'left out' in text] == [f'{text} of training' for text in said]
+
+
 @pytest.mark.parametrize('use', [Use(train=True, scored=False, keep_empty=False, classes=('cat',)),
-                                 Use(train=True, scored=False, keep_empty=False, min_size=65)])
+                                 Use(train=True, scored=False, keep_empty=False, min_size=65),
+                                 Use(train=True, scored=False, keep_empty=True, min_size=65)])
 def test_nothing_left_to_train_with(file, use):
-    refused(file, 'none of the 4 images has an object of a class', use=use)
+    refused(file, 'none of the 4 images has', *(() if use.keep_empty else ['an object of a class']),
+            *(['sides of at least 65 pixels'] if use.min_size else []), use=use)
 
 
 def test_all_kinds_come_in_one_message(file):
@@ -203,7 +226,8 @@ def test_a_file_that_is_trained_with_and_scored_must_do_for_both(tmp_path):
     cfg = Config(dict(default_scope='mmdet', **{f'{split}_dataloader': dict(dataset=leaf(root)) for split in SPLITS},
                       val_evaluator=dict(type='CocoMetric', ann_file=str(file)),
                       test_evaluator=dict(type='CocoMetric', ann_file=str(file), metric=['bbox', 'segm'])))
-    assert len(check_data(cfg, SPLITS, None)) == 1
+    assert [line for line in check_data(cfg, SPLITS, None) if line.startswith('data')] == [
+        f'data {file}: 4 images, 12 objects of 3 categories, 4 images opened']
     change(file, lambda d: [a.pop('segmentation') for a in d['annotations']])
     check_data(cfg, ('train', 'val'), None)
     with pytest.raises(UserError, match='scores masks'):
@@ -231,7 +255,9 @@ def test_photographs_with_boxes_pass(reference):
     cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=leaf(root, masks=True)), val_evaluator=metric,
                       val_dataloader=dict(dataset=leaf(root, 'val'))))
     lines = check_data(cfg, ('train', 'val'), None)
-    assert len(lines) == 2 and all('32 images opened' in line or '16 images opened' in line for line in lines)
+    assert len(lines) == 4 and all(f'{number} images opened' in line for number, line in zip((32, 16), lines, strict=False))
+    assert [line.split(';')[0].rpartition(': ')[2] for line in lines[2:]] == ['32 images of the train data set',
+                                                                              '16 images of the val data set']
 
 
 def test_panoptic_annotations_are_left_to_their_own_reader(tmp_path):

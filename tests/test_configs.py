@@ -26,7 +26,7 @@ from config_cases import (
 from mmengine.registry import PARAM_SCHEDULERS
 
 from replk_mm.bench import config_table
-from replk_mm.data.checks import datasets_of
+from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.config import set_data_root, shorten
 
 UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']

@@ -14,7 +14,8 @@ from tiny import make_data
 from torch.utils.data import DataLoader
 
 from replk_mm.data import checks
-from replk_mm.data.checks import as_list, check_data, check_dataset, datasets_of
+from replk_mm.data.checks import check_data, check_dataset, survey
+from replk_mm.data.datasets import as_list, datasets_of
 from replk_mm.data.files import damage, sample
 from replk_mm.data.transforms import ShrinkLabels
 from replk_mm.errors import UserError, message_of
@@ -270,11 +271,12 @@ def test_classes_may_be_picked_in_a_file(data, tmp_path):
 
 def test_segmentation_data_that_serve_two_splits_are_checked_once(data, monkeypatch):
     calls = []
-    monkeypatch.setattr(checks, 'check_dataset', lambda dataset, *rest: calls.append(dataset) or check_dataset(dataset, *rest))
+    monkeypatch.setattr(checks, 'survey', lambda dataset, *rest, **more: calls.append(dataset) or survey(
+        dataset, *rest, **more))
     loader = dict(dataset=leaf(data))
-    cfg = Config(dict(default_scope='mmseg', train_dataloader=loader, val_dataloader=loader,
-                      val_evaluator=dict(type='IoUMetric')))
-    assert len(check_data(cfg, ('train', 'val'), 8)) == len(calls) == 1
+    cfg = Config(dict(default_scope='mmseg', val_dataloader=loader, test_dataloader=loader, val_evaluator=dict(
+        type='IoUMetric')))
+    assert len(check_data(cfg, ('val', 'test'), 8)) == len(calls) == 1
 
 
 def test_splits_are_checked_once_each(data):

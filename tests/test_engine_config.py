@@ -116,12 +116,29 @@ def test_overrides_reach_the_config():
     ({'model': 3}, 'model'),
     ({'train_dataloder.batch_size': 3}, 'train_dataloder'),
     ({'optim_wraper.optimizer.lr': 3}, 'optim_wraper'),
+    ({'': 1}, "'' is no name"),
+    ({'.': 1}, "'' is no name"),
+    ({'model..type': 1}, "'' is no name"),
+    ({'1x': 1}, "'1x' is no name"),
+    ({'model.class': 1}, "'class' is no name"),
+    ({'mine': [{'a': {'class': 1}}]}, "'class' is no name"),
+    ({"model.x': print(1), 'y": 1}, 'is no name'),
+    ({'mine': {"b'c": 1, 'd e': 2}}, 'is no name'),
+    ({'a.' * 400 + 'a': 1}, '401 names'),
 ])
 def test_override_that_does_not_fit_is_named(tmp_path, options, named):
     with pytest.raises(UserError) as info:
         load_config(write(tmp_path, SMALL), options)
     assert '--cfg-options' in first_line(info)
     assert named in first_line(info)
+
+
+@pytest.mark.parametrize('option', ['', '1x', 'model.class', 'None', "model.x'y"])
+def test_what_is_refused_would_not_be_written(tmp_path, option):
+    cfg = load_config(write(tmp_path, SMALL))
+    cfg.merge_from_dict({option: 1})
+    with pytest.raises(SyntaxError):
+        Config.fromstring(cfg.pretty_text, '.py')
 
 
 def test_misspelt_override_gets_a_suggestion(tmp_path):
@@ -242,6 +259,14 @@ def test_epochs_become_iterations_in_proportion(more):
     assert cfg.train_cfg.type == 'IterBasedTrainLoop'
     assert cfg.default_hooks.checkpoint.by_epoch is False
     assert cfg.log_processor.by_epoch is False
+    assert cfg.default_hooks.checkpoint.interval == 120
+
+
+def test_checkpoints_that_are_counted_in_iterations_keep_their_interval():
+    cfg = epoch_config()
+    cfg.default_hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=4))
+    shorten(cfg, 120)
+    assert cfg.default_hooks.checkpoint.interval == 4
 
 
 def test_shortening_a_step_schedule_moves_its_steps():

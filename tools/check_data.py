@@ -28,6 +28,8 @@ def main() -> int:
     p.add_argument('--jobs', type=cli.positive, metavar='N', help='processes (default: one a core)')
     cli.add_config_options(p)
     args = p.parse_args()
+    if args.picture:
+        audit_picture.check_suffix(args.picture)
     for option, path in (('--json', args.json), ('--picture', args.picture)):
         if path and path.is_dir():
             raise UserError(f'{option} {path}: is a folder\nName a file.')
@@ -44,8 +46,8 @@ def main() -> int:
         audit_report.write(result, args.json)
         print(f'written: {args.json}')
     if args.picture:
-        audit_picture.draw(result, args.picture)
-        print(f'written: {args.picture}')
+        drawn = audit_picture.draw(result, args.picture)
+        print(f'written: {args.picture}' if drawn else f'not written: {args.picture}; no data set has anything to draw')
     return 1 if result.counts()['error'] else 0
 
 

@@ -9,13 +9,14 @@ import cv2
 from mmengine.config import Config
 
 from replk_mm.data import coco, duplicates, metric_files, pairs, processes, releases
-from replk_mm.data.checks import key_of, metrics_of, survey
+from replk_mm.data.checks import survey
 from replk_mm.data.class_checks import disagreements
 from replk_mm.data.class_heads import head_counts
 from replk_mm.data.classes import classes_of
-from replk_mm.data.datasets import dataset_class, placed_datasets
+from replk_mm.data.datasets import placed_datasets
 from replk_mm.data.files import IGNORED, sample
 from replk_mm.data.image_files import undecodable
+from replk_mm.data.leaves import leaves, same_data
 from replk_mm.data.pairs import Seen, Task
 from replk_mm.data.problems import BadData, Problem
 from replk_mm.data.progress import Progress
@@ -33,6 +34,7 @@ class Audited:
         place: Where it stands in the config.
         split: ``'train'``, ``'val'`` or ``'test'``.
         type: Of data set.
+        repeats: Whether it reads the files of one that is trained with, which is said of it.
         survey: What is known without opening images.
         tally: What was seen in the images.
         problems: All of them.
@@ -42,6 +44,7 @@ class Audited:
     place: str
     split: str
     type: str
+    repeats: bool
     survey: Survey
     tally: Tally = field(default_factory=Tally)
     problems: list[Problem] = field(default_factory=list)
@@ -113,13 +116,13 @@ def audit(cfg: Config, full: bool = False, jobs: int | None = None) -> Audit:
     progress.end()
     images: dict[str, list[str]] = {}
     for one in result.sets:
-        images.setdefault(one.split, []).extend(task.image for task in one.survey.tasks)
+        images.setdefault(one.split, []).extend(task.image for task in one.survey.tasks if not one.repeats)
     if not full:
         digests = duplicates.of_equal_size(path for paths in images.values() for path in paths)
     twice = duplicates.find(images, digests)
-    for one in result.sets:
-        one.problems += [*one.survey.problems, *one.tally.problems, *doubts_about_zero(one.survey, one.tally),
-                         *twice.pop(one.split, [])]
+    doubts = doubts_about_zero([(one.survey, one.tally) for one in result.sets])
+    for one, doubt in zip(result.sets, doubts, strict=True):
+        one.problems += [*one.survey.problems, *one.tally.problems, *doubt, *twice.pop(one.split, [])]
         one.classes, absent = _classes(one)
         one.problems += absent
     result.problems += _config_problems(cfg)
@@ -157,32 +160,26 @@ def _crashed(job: tuple[Task, pairs.Rules], status: int) -> Seen:
 def _survey(cfg: Config, result: Audit, num_classes: int | None) -> None:
     """List the data sets of all splits, those of the same files once."""
     scope = cfg.get('default_scope', 'mmengine')
+    found = leaves(cfg, SPLITS)
+    result.problems += same_data(found)
+    known: dict[tuple, Audited] = {}
     seen: set[str] = set()
-    folders: dict[str, Audited] = {}
-    for split in SPLITS:
-        metrics = metrics_of(cfg, split)
-        for place, dataset in placed_datasets(cfg, (split,)):
-            files = str([dataset.get(key) for key in ('data_root', 'data_prefix', 'ann_file')])
-            known = folders.get(files)
-            if known and known.split == 'train' and split != 'train':
-                result.problems.append(Problem('same-data', place, f'reads the same files as {known.place}'))
-            key = key_of(dataset, scope, metrics)
-            if key in seen:
-                continue
-            seen.add(key)
-            found = survey(dataset, scope, num_classes, metrics, result.full)
-            if known:  # looked at already, for a use that may ask less of it
-                before = known.survey.problems
-                before += [problem for problem in found.problems if problem not in before]
-                continue
-            one = folders[files] = Audited(place, split, str(dataset['type']), found)
-            if found.tasks or found.objects is not None:
-                own = getattr(dataset_class(dataset, scope), 'METAINFO', {}).get('classes')
-                names = classes_of(dataset, scope)
-                one.problems += releases.count_differs(dataset, names, own, split, len(found.tasks))
-                if found.objects is not None:
-                    found.objects = {**dict.fromkeys(names or (), 0), **found.objects}
-            result.sets.append(one)
+    for leaf in found:
+        if leaf.key in seen:
+            continue
+        seen.add(leaf.key)
+        about = survey(leaf.config, scope, num_classes, leaf.metrics, result.full, leaf.suffixes)
+        before = known.get((leaf.files, leaf.rules))
+        if before:  # looked at already, for a use that may ask less of it
+            before.survey.problems += [problem for problem in about.problems if problem not in before.survey.problems]
+            continue
+        one = Audited(leaf.place, leaf.split, str(leaf.config['type']), bool(leaf.repeats), about)
+        known[leaf.files, leaf.rules] = one
+        if about.tasks:
+            one.problems += releases.count_differs(leaf.config, scope, leaf.split, len(about.tasks))
+        if about.objects is not None:
+            about.objects = {**dict.fromkeys(classes_of(leaf.config, scope) or (), 0), **about.objects}
+        result.sets.append(one)
 
 
 def _classes(one: Audited) -> tuple[dict[str, int], list[Problem]]:
@@ -195,7 +192,7 @@ def _classes(one: Audited) -> tuple[dict[str, int], list[Problem]]:
         ids = known.classes or {i: f'class {i}' for i in range(first, first + (count or 0))}
         ids = ids or {i: f'id {i}' for i in sorted(one.tally.pixels) if i != IGNORED}
         names = {name: one.tally.pixels[i] for i, name in ids.items()}
-        complete = one.tally.looked == len(known.tasks) > 0
+        complete = one.tally.looked == len(known.tasks) and one.tally.labels > 0
     absent = [name for name, number in names.items() if not number]
     if not absent or not complete:
         return dict(names), []

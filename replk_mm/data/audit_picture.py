@@ -14,25 +14,40 @@ from replk_mm.errors import UserError
 
 # Colours of Okabe and Ito, which people who see fewer of them can tell apart; markers say the same again.
 _STYLES = {'train': ('#0072B2', 'o'), 'val': ('#D55E00', '^'), 'test': ('#009E73', 's')}
+_SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg')
 #: Names in a column that can still be read.
 _ROWS = 50
 _ROW = 0.155  # inches
 _NAME = 26
 
 
-def draw(result: Audit, path: Path) -> None:
-    """Write the picture.
+def check_suffix(path: Path) -> None:
+    """Refuse a file whose suffix is of no format that can be drawn.
+
+    Raises:
+        UserError: With the formats that can.
+    """
+    if path.suffix.lower() not in _SUFFIXES:
+        raise UserError(f'{path}: no picture can be written as {path.suffix or "a file without suffix"}\n'
+                        f'Name a file that ends with {", ".join(_SUFFIXES)}.')
+
+
+def draw(result: Audit, path: Path) -> bool:
+    """Write the picture, if there is something to draw: no data set may have been read.
 
     Args:
         result: Of a whole check.
         path: The file; its suffix says the format.
 
+    Returns:
+        Whether it was written.
+
     Raises:
-        UserError: If there is nothing to draw, or it cannot be written.
+        UserError: If it cannot be written.
     """
     sets = [one for one in result.sets if one.classes or one.tally.sizes]
     if not sets:
-        raise UserError(f'{path}: there is nothing to draw: no data set could be read\nMend what was named above.')
+        return False
     totals: dict[str, dict[str, int]] = {}
     for one in sets:
         for name, count in one.classes.items():
@@ -54,7 +69,8 @@ def draw(result: Audit, path: Path) -> None:
     try:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
-        raise UserError(f'{path}: the picture cannot be written: {error}\nName a file that ends with .png.') from error
+        raise UserError(f'{path}: the picture cannot be written: {error}\nName another file.') from error
+    return True
 
 
 def _frequencies(figure: Figure, grid: Any, columns: int, rows: int, ordered: list[str], totals: dict[str, dict[str, int]],

@@ -78,9 +78,9 @@ def record(result: Audit) -> dict[str, Any]:
             problems.append(dict(
                 kind=problem.kind, severity=problem.weight, split=split, path=_line(path), entry=printable(entry),
                 found=printable(found), allowed=problem.allowed, remedy=printable(problem.advice)))
-        kind = kinds.setdefault(problem.kind, dict(severity=KINDS[problem.kind].severity, count=0,
-                                                   remedy=KINDS[problem.kind].remedy))
+        kind = kinds.setdefault(problem.kind, dict(severity=problem.weight, count=0, remedy=KINDS[problem.kind].remedy))
         kind['count'] += max(1, len(problem.items))
+        kind['severity'] = min(kind['severity'], problem.weight, key=SEVERITIES.index)  # the worst of them
     counts = result.counts()
     return dict(
         format=FORMAT, version=__version__, config=result.config, full=result.full, seconds=round(result.seconds, 3),

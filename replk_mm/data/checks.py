@@ -1,17 +1,19 @@
 """What can be wrong with a data set, found before training: folders, pairs, and a sample of the files."""
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
 
 from replk_mm.data import coco, coco_checks, duplicates, metric_files, pairs, releases
-from replk_mm.data.classes import annotation_file, classes_of
-from replk_mm.data.datasets import as_list, coco_style, datasets_of
+from replk_mm.data.datasets import coco_style
 from replk_mm.data.files import sample
+from replk_mm.data.leaves import leaves, same_data, use_of
 from replk_mm.data.pair_survey import shown, survey_pairs
+from replk_mm.data.pairs import Task
 from replk_mm.data.problems import BadData, Problem, refuse, warnings
 from replk_mm.data.survey import Survey, Tally, doubts_about_zero
+from replk_mm.errors import printable
 
 
 def check_data(cfg: Config, splits: tuple[str, ...], num_classes: int | None) -> list[str]:
@@ -24,19 +26,22 @@ def check_data(cfg: Config, splits: tuple[str, ...], num_classes: int | None) ->
         UserError: See :func:`check_dataset` and :func:`metric_files.check`.
     """
     scope = cfg.get('default_scope', 'mmengine')
-    lines: list[str] = []
-    seen: set[str] = set()
+    found = leaves(cfg, splits)
+    looked: dict[str, tuple[Survey, Tally]] = {}
     images: dict[str, list[str]] = {}
+    notes: list[Problem] = []
     for split in splits:
-        metrics = metrics_of(cfg, split)
-        for dataset in datasets_of(cfg, (split,)):
-            key = key_of(dataset, scope, metrics)
-            if key not in seen:
-                seen.add(key)
-                lines += check_dataset(dataset, scope, num_classes, metrics).splitlines()
-                images.setdefault(split, []).extend(image_files(dataset, scope))
+        for leaf in found:
+            if leaf.split != split or leaf.key in looked:
+                continue
+            one, _ = looked[leaf.key] = _looked_into(leaf.config, scope, num_classes, leaf.metrics, leaf.suffixes)
+            notes += releases.count_differs(leaf.config, scope, split, len(one.tasks)) if one.tasks else []
+            if not leaf.repeats:
+                images.setdefault(split, []).extend(task.image for task in one.tasks)
         metric_files.check(cfg, split)
-    return list(dict.fromkeys([*lines, *warnings(duplicates.same_names(images))]))
+    lines = [line for said in _said(list(looked.values())) for line in said]
+    lines += [printable(f'note: {note.path}: {note.text}') for note in notes]
+    return list(dict.fromkeys([*lines, *warnings([*same_data(found), *duplicates.same_names(images)])]))
 
 
 def check_dataset(dataset: dict, scope: str, num_classes: int | None, metrics: Sequence[dict] | None = None) -> str:
@@ -54,29 +59,34 @@ def check_dataset(dataset: dict, scope: str, num_classes: int | None, metrics: S
     Raises:
         UserError: With the first problems found, the files they concern and what to do.
     """
+    return '\n'.join(_said([_looked_into(dataset, scope, num_classes, metrics)])[0])
+
+
+def _looked_into(dataset: dict, scope: str, num_classes: int | None, metrics: Sequence[dict] | None,
+                 suffixes: Collection[str] = ()) -> tuple[Survey, Tally]:
+    """What :func:`check_dataset` finds in a data set that it does not refuse; for the arguments see there and :func:`survey`.
+
+    The survey's line says it all, but for what is suspicious.
+    """
     if _is_coco(dataset, scope):
         refuse(_missing_folders(dataset))
-        return coco_checks.check(_annotations(dataset), _folder(dataset), use_of(dataset, scope, metrics))
-    found = survey(dataset, scope, num_classes, metrics)
+        line = coco_checks.check(_annotations(dataset), _folder(dataset), use_of(dataset, scope, metrics))
+        return Survey(str(_folder(dataset)), tasks=[Task(path) for path in _coco_images(dataset)], line=line), Tally()
+    found = survey(dataset, scope, num_classes, metrics, suffixes=suffixes)
     seen = Tally().add_all(pairs.inspect(task, found.rules) for task in sample(found.tasks))
-    problems = [*found.problems, *seen.problems, *doubts_about_zero(found, seen)]
-    refuse(problems)
-    return '\n'.join([found.line + (f', {seen.looked} of them looked into' if found.tasks else ''), *warnings(problems)])
+    refuse([*found.problems, *seen.problems])
+    found.line += f', {seen.looked} of them looked into' if found.tasks else ''
+    return found, seen
 
 
-def metrics_of(cfg: Config, split: str) -> list | None:
-    """Configs of what is measured on a split, None for the one that is trained with."""
-    return None if split == 'train' else as_list(cfg.get(f'{split}_evaluator'))
-
-
-def key_of(dataset: dict, scope: str, metrics: Sequence[dict] | None) -> str:
-    """The same for data sets of the same files and use: one may be trained with and scored, which asks more of it."""
-    use = use_of(dataset, scope, metrics) if annotation_file(dataset) else None
-    return str(({k: v for k, v in dataset.items() if k in ('data_root', 'data_prefix', 'ann_file')}, use))
+def _said(looked: Sequence[tuple[Survey, Tally]]) -> list[list[str]]:
+    """Of each data set its line, and a line for each kind of warning."""
+    return [[one.line, *warnings([*one.problems, *seen.problems, *doubts])]
+            for (one, seen), doubts in zip(looked, doubts_about_zero(looked), strict=True)]
 
 
 def survey(dataset: dict, scope: str, num_classes: int | None, metrics: Sequence[dict] | None = None,
-           full: bool = False) -> Survey:
+           full: bool = False, suffixes: Collection[str] = ()) -> Survey:
     """All that can be known of a data set without opening its images.
 
     Args:
@@ -85,19 +95,24 @@ def survey(dataset: dict, scope: str, num_classes: int | None, metrics: Sequence
         num_classes: Classes of the model.
         metrics: Configs of what is measured on it.
         full: Decode the masks of an annotation file too. Defaults to False.
+        suffixes: Of the images in its folder that this data set or others read. Defaults to its own.
     """
     root = str(Path(dataset.get('data_root') or '.'))
     problems = _missing_folders(dataset)
-    if problems:
+    coco_json = _is_coco(dataset, scope)
+    if problems and not (coco_json and {problem.kind for problem in problems} == {'folder-missing'}):
         return Survey(root, problems)
-    if _is_coco(dataset, scope):
+    if coco_json:
         try:
-            return coco_checks.survey(_annotations(dataset), _folder(dataset), use_of(dataset, scope, metrics), full)
+            found = coco_checks.survey(_annotations(dataset), _folder(dataset), use_of(dataset, scope, metrics), full)
         except BadData as error:
-            return Survey(root, error.problems, where=str(_annotations(dataset)))
+            return Survey(root, [*problems, *error.problems], where=str(_annotations(dataset)))
+        # Without their folder all images are missing, which one message says.
+        found.problems = problems + [p for p in found.problems if not (problems and p.kind == 'image-missing')]
+        return found
     prefix = dataset.get('data_prefix') or {}
-    if 'seg_map_path' in prefix:
-        return survey_pairs(dataset, scope, num_classes)
+    if prefix.get('seg_map_path') is not None:
+        return survey_pairs(dataset, scope, num_classes, suffixes)
     line = ('annotation file and image folder are there' if _image_key(prefix) in prefix else
             'folders not checked, the data set names none')
     return Survey(root, line=f'data {root}: {line}')
@@ -109,7 +124,7 @@ def _image_key(prefix: dict) -> str:
 
 def _folder(dataset: dict) -> Path:
     prefix = dataset.get('data_prefix') or {}
-    return Path(dataset.get('data_root') or '.') / prefix[_image_key(prefix)]
+    return Path(dataset.get('data_root') or '.') / (prefix[_image_key(prefix)] or '')
 
 
 def _annotations(dataset: dict) -> Path:
@@ -122,11 +137,25 @@ def _is_coco(dataset: dict, scope: str) -> bool:
 
 
 def _missing_folders(dataset: dict) -> list[Problem]:
+    try:
+        return _not_there(dataset)
+    except OSError as error:  # a folder on the way that may not be entered
+        return [Problem('unreadable', str(error.filename), f'cannot be opened: {error.strerror}')]
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except PermissionError:  # a folder above may not be entered
+        return False
+
+
+def _not_there(dataset: dict) -> list[Problem]:
     root, prefix = Path(dataset.get('data_root') or '.'), dataset.get('data_prefix') or {}
     if not root.is_dir():
         return [Problem('data-root-missing', str(root), 'no such folder (the data root)',
                         remedy=f'Name yours with --data-root DIR. {_expected(dataset)}')]
-    problems = releases.wrong_ade(root, prefix)
+    problems = releases.wrong_ade(root, prefix, str(dataset['type']))
     if dataset.get('ann_file') and not _annotations(dataset).is_file():
         problems.append(Problem('annotation-file-missing', str(_annotations(dataset)),
                                 f'no such annotation file (data root {root})', remedy=_expected(dataset)))
@@ -134,31 +163,16 @@ def _missing_folders(dataset: dict) -> list[Problem]:
     if place is not None and not (root / place).is_dir():
         depth = len(Path(place).parts)
         found = [*(p.parents[depth - 1] for p in sorted(root.glob(f'*/{place}'))),
-                 *(p for p in root.resolve().parents[:2] if (p / place).is_dir())] if depth else []
+                 *(p for p in root.resolve().parents[:2] if _is_folder(p / place))] if depth else []
         hint = f'Did you mean --data-root {shlex.quote(str(found[0]))}?' if found else _expected(dataset)
         problems.append(Problem('folder-missing', str(root / place), f'no such folder (data root {root} holds: {shown(root)})',
                                 remedy=hint))
     return problems
 
 
-def use_of(dataset: dict, scope: str, metrics: Sequence[dict] | None) -> coco_checks.Use:
-    """What a run does with the annotation file of a data set; see :func:`check_dataset` for the arguments."""
-    filters = dataset.get('filter_cfg') or {}
-    scored = [m for m in metrics or () if str(m.get('type')).endswith('CocoMetric') and not m.get('format_only')]
-    masks = any('segm' in as_list(m.get('metric', 'bbox')) for m in scored) or any(
-        step.get('load', step).get('with_mask') for step in dataset.get('pipeline', ()) if isinstance(step, dict))
-    return coco_checks.Use(
-        train=metrics is None, masks=masks, scored=bool(scored), own_file=any(m.get('ann_file') for m in scored),
-        classes=classes_of(dataset, scope) if (dataset.get('metainfo') or {}).get('classes') else None,
-        keep_empty=not filters.get('filter_empty_gt', False), min_size=filters.get('min_size', 0))
-
-
-def image_files(dataset: dict, scope: str) -> list[str]:
-    """Paths of the images of a data set whose folders are there."""
-    if _is_coco(dataset, scope):
-        return [f'{_folder(dataset)}/{image["file_name"]}' for image in coco.read(_annotations(dataset))['images']]
-    prefix = dataset.get('data_prefix') or {}
-    return [task.image for task in survey_pairs(dataset, scope, None).tasks] if 'seg_map_path' in prefix else []
+def _coco_images(dataset: dict) -> list[str]:
+    """Paths of the images of an annotation file."""
+    return [str(_folder(dataset) / image['file_name']) for image in coco.read(_annotations(dataset))['images']]
 
 
 def _expected(dataset: dict) -> str:

@@ -55,7 +55,7 @@ def disagreements(cfg: Config, splits: tuple[str, ...]) -> tuple[list[UserError]
     for place, dataset in placed_datasets(cfg, splits):
         if (file := annotation_file(dataset)) and coco_style(dataset, scope):
             with suppress(UserError, OSError):
-                counts[place] = coco.category_counts(coco.read(file))
+                counts[place] = coco.category_counts(coco.content(file).data)
     refused: list[UserError] = []
     notes: list[str] = []
 

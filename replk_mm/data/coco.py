@@ -4,16 +4,39 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from replk_mm.data.problems import BadData, Item, Problem, refuse, some
 
-#: What mmdet and pycocotools take for granted in every entry of a section.
-KEYS = {'images': ('id', 'file_name', 'height', 'width'), 'categories': ('id', 'name'),
-        'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area')}
+_NUMBER, _NAME = (int, float), (int, str)
+#: What mmdet and pycocotools take for granted in every entry of a section, and its types; of those without, others tell.
+KEYS: dict[str, dict[str, tuple[type, ...]]] = {
+    'images': dict(id=_NAME, file_name=(str,), height=_NUMBER, width=_NUMBER), 'categories': dict(id=(int,), name=(str,)),
+    'annotations': dict(id=_NAME, image_id=_NAME, category_id=(int,), bbox=(), area=())}
+# Of an entry without one of these there is still something to say; without another, nothing tells what it belongs to.
+_MEASURES = {'height', 'width', 'bbox', 'area'}
 _MEND = "import json; p = {path}; d = json.load(open(p)); {what}; json.dump(d, open(p, 'w'))"
-_read: dict[tuple, dict] = {}
+
+
+@dataclass
+class Content:
+    """What an annotation file says.
+
+    Attributes:
+        data: The file's object. Entries of the sections in :data:`KEYS` have the keys that tell what they belong to, and no
+            key of a wrong type; others are left out.
+        ids: Of all images and of all categories, of those that are left out too; nothing of a section that is none.
+        problems: What is wrong with sections, keys and types; all of ``data`` is as in the file if that is nothing.
+    """
+
+    data: dict
+    ids: dict[str, set] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+_read: dict[tuple, Content] = {}
 
 
 def _key(path: Path) -> tuple:
@@ -21,21 +44,33 @@ def _key(path: Path) -> tuple:
     return str(path.resolve()), state.st_size, state.st_mtime_ns
 
 
-def read(path: Path) -> dict:
-    """The content of an annotation file, its sections and their keys as they must be.
+def content(path: Path) -> Content:
+    """What an annotation file says, and what is wrong with its sections and their keys.
 
     Raises:
         BadData: If it is no JSON, or no annotation file.
     """
     key = _key(path)
     if key not in _read:
-        _read[key] = _checked_structure(path, _parse(path))
+        _read[key] = _checked(path, _parse(path))
     return _read[key]
+
+
+def read(path: Path) -> dict:
+    """The content of an annotation file, its sections and their keys as they must be.
+
+    Raises:
+        BadData: If it is no JSON, or no annotation file, or anything is missing.
+    """
+    found = content(path)
+    refuse(found.problems, path)
+    return found.data
 
 
 def take(path: str | Path) -> dict | None:
     """What :func:`read` has read of a file, once: the caller may change it. None if it has not, or the file changed since."""
-    return _read.pop(_key(Path(path)), None) if Path(path).is_file() else None
+    found = _read.pop(_key(Path(path)), None) if Path(path).is_file() else None
+    return found.data if found and not found.problems else None
 
 
 def forget(but: Iterable[Path] = ()) -> None:
@@ -90,55 +125,61 @@ def _parse(path: Path) -> Any:
             gc.enable()
 
 
-def _checked_structure(path: Path, data: Any) -> dict:
+def _checked(path: Path, data: Any) -> Content:
     if not isinstance(data, dict):
         raise _unreadable('coco-structure', path, f'no annotation file: it holds a {type(data).__name__}, not an object of '
                           'images, annotations and categories', ('A list is what detections are written as. ' if isinstance(
                               data, list) else '') + 'Name the file with the annotations (ann_file of the data set).')
-    problems: list[Problem] = []
+    found = Content(dict(data))
     for section, keys in KEYS.items():
         if section not in data and section == 'annotations':
             continue  # of test images; who needs them says so
         entries = data.get(section)
-        if not isinstance(entries, list):
-            found = f'is a {type(entries).__name__}' if section in data else f'is missing; there are {some(data)}'
-            problems.append(Problem('coco-structure', str(path), f'{section!r} {found}',
-                                    remedy='images, annotations and categories are lists.'))
-            continue
-        strange = [i for i, e in enumerate(entries) if not isinstance(e, dict)]
-        if strange:
-            problems.append(Problem(
-                'coco-structure', str(path), f'{len(strange):,} of {len(entries):,} {section} are no objects: '
-                + some(f'{section}[{i}]' for i in strange), remedy=how_to_add(path, section, ''),
-                items=tuple(Item('no object', f'{section}[{i}]') for i in strange)))
-        for key in keys if not strange else ():
-            lacking = [f'{section}[{i}]' if key == 'id' else f'id {e.get("id")}'
-                       for i, e in enumerate(entries) if key not in e]
-            if lacking:
-                problems.append(Problem(
-                    'coco-key-missing', str(path), f'{len(lacking):,} of {len(entries):,} {section} have no {key!r}: '
-                    + some(lacking), remedy=how_to_add(path, section, key),
-                    items=tuple(Item(f'no {key!r}', f'{section} {entry}') for entry in lacking)))
-    refuse(problems or _wrong_types(path, data), path)
-    return data
+        if isinstance(entries, list):
+            found.data[section], problems = _usable(path, section, entries)
+            if section != 'annotations':
+                kinds = keys['id']
+                found.ids[section] = {e['id'] for e in entries if isinstance(e, dict) and type(e.get('id')) in kinds}
+        else:
+            found.data[section] = []
+            what = f'is a {type(entries).__name__}' if section in data else f'is missing; there are {some(data)}'
+            problems = [Problem('coco-structure', str(path), f'{section!r} {what}',
+                                remedy='images, annotations and categories are lists.')]
+        found.problems += problems
+    return found
 
 
-def _wrong_types(path: Path, data: dict) -> list[Problem]:
+def _usable(path: Path, section: str, entries: list) -> tuple[list[dict], list[Problem]]:
+    """The entries of a section as :class:`Content` has them, and what is wrong with the others."""
     problems: list[Problem] = []
-    number, name = (int, float), (int, str)
-    for section, key, kinds in (
-            ('images', 'id', name), ('images', 'file_name', (str,)), ('images', 'width', number), ('images', 'height', number),
-            ('categories', 'id', (int,)), ('categories', 'name', (str,)),
-            ('annotations', 'id', name), ('annotations', 'image_id', name), ('annotations', 'category_id', (int,))):
-        entries = data.get(section, ())
-        wrong = [(i, e[key]) for i, e in enumerate(entries) if type(e[key]) not in kinds]
+    spoilt: dict[int, set[str]] = {}
+    strange = [i for i, e in enumerate(entries) if not isinstance(e, dict)]
+    if strange:
+        problems.append(Problem(
+            'coco-structure', str(path), f'{len(strange):,} of {len(entries):,} {section} are no objects: '
+            + some(f'{section}[{i}]' for i in strange), remedy=how_to_add(path, section, ''),
+            items=tuple(Item('no object', f'{section}[{i}]') for i in strange)))
+    for key, kinds in KEYS[section].items():
+        lacking = [i for i, e in enumerate(entries) if isinstance(e, dict) and key not in e]
+        if lacking:
+            named = [f'{section}[{i}]' if key == 'id' else f'id {entries[i].get("id")}' for i in lacking]
+            problems.append(Problem(
+                'coco-key-missing', str(path), f'{len(lacking):,} of {len(entries):,} {section} have no {key!r}: '
+                + some(named), remedy=how_to_add(path, section, key),
+                items=tuple(Item(f'no {key!r}', f'{section} {entry}') for entry in named)))
+        wrong = [i for i, e in enumerate(entries)
+                 if isinstance(e, dict) and key in e and type(e[key]) not in kinds] if kinds else []
         if wrong:
             meant = ' or '.join(k.__name__ for k in kinds)
             problems.append(Problem(
                 'coco-type', str(path), f'{len(wrong):,} of {len(entries):,} {section} have a {key!r} that is no {meant}: '
-                + some(repr(value)[:80] for _, value in wrong),
-                items=tuple(Item(f'{key} {value!r:.80}', f'{section}[{i}]') for i, value in wrong)))
-    return problems
+                + some(repr(entries[i][key])[:80] for i in wrong),
+                items=tuple(Item(f'{key} {entries[i][key]!r:.80}', f'{section}[{i}]') for i in wrong)))
+        for i in (*lacking, *wrong):
+            spoilt.setdefault(i, set()).add(key)
+    return entries if not problems else [
+        {key: value for key, value in e.items() if key not in spoilt[i]} if i in spoilt else e
+        for i, e in enumerate(entries) if isinstance(e, dict) and spoilt.get(i, set()) <= _MEASURES], problems
 
 
 def how_to_add(path: Path, section: str, key: str) -> str:

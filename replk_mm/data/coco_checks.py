@@ -3,6 +3,7 @@
 All annotations are looked at, which takes about three seconds for 860,000 of them, as many as COCO trains with; of the images
 only a sample is opened.
 """
+import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -11,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 
 from replk_mm.data import coco_masks, coco_shapes, pairs
-from replk_mm.data.coco import category_counts, how_to_add, mend, read
+from replk_mm.data.coco import category_counts, content, how_to_add, mend
 from replk_mm.data.files import Listing, listing, sample
 from replk_mm.data.pairs import Rules, Task
 from replk_mm.data.problems import Item, Problem, errors, refuse, some, warnings
@@ -73,9 +74,9 @@ def survey(path: Path, images_dir: Path, use: Use, full: bool = False) -> Survey
     Raises:
         BadData: If it is no annotation file.
     """
-    data = read(path)
+    known = content(path)
+    data, problems = known.data, list(known.problems)
     images, objects = data['images'], data.get('annotations', [])
-    problems: list[Problem] = []
     if (use.train or use.scored) and 'annotations' not in data:
         problems.append(Problem('coco-no-annotations', '', "there is no 'annotations'", remedy=(
             f'{"Training" if use.train else "Scoring"} needs annotations; name a file that has them (ann_file).')))
@@ -84,17 +85,17 @@ def survey(path: Path, images_dir: Path, use: Use, full: bool = False) -> Survey
     problems += _repeated('name-repeated', 'categories', 'name', [c['name'] for c in data['categories']])
     problems += _repeated('file-repeated', 'images', 'file_name', [image['file_name'] for image in images])
     for kind, key, section in (('image-unknown', 'image_id', 'images'), ('category-unknown', 'category_id', 'categories')):
-        known = {e['id'] for e in data[section]}
-        lost = [a for a in objects if a[key] not in known]
+        ids = known.ids.get(section)
+        lost = [a for a in objects if a[key] not in ids] if ids is not None else []  # without the section, none is there
         if lost:
             missing = list(dict.fromkeys(a[key] for a in lost))
             problems.append(Problem(
                 kind, '', f'{len(lost):,} of {len(objects):,} annotations have a {key} that {section} do not have: '
                 f'{some(missing)} (annotations {some(a["id"] for a in lost)})', remedy=f'Add the {section}, or remove these '
                 'annotations.', items=tuple(Item(f'{key} {a[key]}', f'annotation {a["id"]}') for a in lost)))
-    if not images:
+    if not images and not known.problems:
         problems.append(Problem('coco-no-images', '', "'images' is empty"))
-    problems += _lacking_keys(path, objects, use)
+    problems += _lacking_keys(path, data, use)
     sized, more = coco_shapes.sizes(images)
     problems += more + coco_shapes.boxes(sized, objects, use.train)
     if use.masks:
@@ -103,12 +104,12 @@ def survey(path: Path, images_dir: Path, use: Use, full: bool = False) -> Survey
         problems += coco_masks.undecodable(shaped) if full or use.scored else []  # training looks at each when it loads it
     more, here = _on_disk(images, images_dir)
     problems += more
-    if not errors(problems) and use.train and not use.keep_empty:
-        problems += _without_objects(data, use)
+    if use.train and not errors(problems):
+        problems += _left_out(data, use)
     kinds = {c['id']: c['name'] for c in data['categories']}
     return Survey(
         root=str(images_dir), problems=[p if p.path else replace(p, path=str(path)) for p in problems],
-        tasks=[Task(f'{images_dir}/{image["file_name"]}', stated=sized.get(image['id'])) for image in here],
+        tasks=[Task(str(images_dir / image['file_name']), stated=sized.get(image['id'])) for image in here],
         rules=Rules(), classes=kinds, objects=category_counts(data), where=str(path),
         line=f'data {path}: {len(images):,} images, {len(objects):,} objects of {len(data["categories"])} categories')
 
@@ -123,9 +124,10 @@ def _repeated(kind: str, section: str, key: str, values: list) -> list[Problem]:
                     items=tuple(Item(f'{key} {value} occurs {counts[value]} times', section) for value in twice))]
 
 
-def _lacking_keys(path: Path, objects: list[dict], use: Use) -> list[Problem]:
+def _lacking_keys(path: Path, data: dict, use: Use) -> list[Problem]:
     """What only some uses need: masks, and what pycocotools reads when it compares. Needless, it is a note."""
     problems: list[Problem] = []
+    objects = data.get('annotations', [])
     by_file = use.scored and use.own_file
 
     def lacking(kind: str, key: str, those: Sequence[dict], needed: bool, why: str, remedy: str) -> None:
@@ -150,7 +152,7 @@ def _lacking_keys(path: Path, objects: list[dict], use: Use) -> list[Problem]:
             items=tuple(Item(f'id {i!r:.40}', f'annotation {i!r:.40}') for i in unmatched)))
     lacking('iscrowd-missing', 'iscrowd', [a for a in objects if 'iscrowd' not in a], by_file,
             ', which pycocotools needs to score', how_to_add(path, 'annotations', 'iscrowd'))
-    if 'info' not in read(path):
+    if 'info' not in data:
         needed = by_file and info_needed()
         problems.append(Problem('info-missing', '', "there is no 'info'" + (
             ', which this pycocotools needs to score' if needed else ''), severity='error' if needed else 'note',
@@ -174,13 +176,13 @@ def info_needed() -> bool:
 
 def _on_disk(images: list[dict], folder: Path) -> tuple[list[Problem], list[dict]]:
     """What is wrong with the files of the images, not opened; and the entries of those that are there."""
-    parents = {image['file_name'].rpartition('/')[0] for image in images}
+    parents = {os.path.split(image['file_name'])[0] for image in images}
     present = {parent: _listed(folder / parent) for parent in parents}
     absent: list[dict] = []
     dead: list[dict] = []
     here: list[dict] = []
     for image in images:
-        parent, _, name = image['file_name'].rpartition('/')
+        parent, name = os.path.split(image['file_name'])
         (here if name in present[parent].files else dead if name in present[parent].dead else absent).append(image)
     problems: list[Problem] = []
     for kind, those, what, found in (('image-missing', absent, 'are not in', 'no such file'),
@@ -201,13 +203,20 @@ def _listed(folder: Path) -> Listing:
         return Listing()
 
 
-def _without_objects(data: dict, use: Use) -> list[Problem]:
+def _left_out(data: dict, use: Use) -> list[Problem]:
+    """The images that mmdet does not train with: those without an object of a class, and small ones."""
     ids = {c['id'] for c in data['categories'] if use.classes is None or c['name'] in use.classes}
     having = {a['image_id'] for a in data['annotations'] if a['category_id'] in ids}
-    usable = {i['id'] for i in data['images'] if i['id'] in having and min(i['width'], i['height']) >= use.min_size}
-    if not usable:
-        return [Problem('nothing-to-train', '', f'none of the {len(data["images"]):,} images has an object of a class'
-                        + (f' and a side of {use.min_size} pixels' if use.min_size else ''))]
-    left = [i for i in data['images'] if i['id'] not in usable]
-    return [Problem('left-out', '', f'{len(left):,} images without objects are left out of training',
-                    items=tuple(Item('without objects', f'image {i["id"]}') for i in left))] if left else []
+    empty = [i for i in data['images'] if i['id'] not in having] if not use.keep_empty else []
+    without = {i['id'] for i in empty}
+    small = [i for i in data['images'] if min(i['width'], i['height']) < use.min_size and i['id'] not in without]
+    if len(empty) + len(small) == len(data['images']):
+        wanted = [] if use.keep_empty else ['an object of a class']
+        wanted += [f'sides of at least {use.min_size} pixels'] if use.min_size else []
+        return [Problem('nothing-to-train', '', f'none of the {len(data["images"]):,} images has {" and ".join(wanted)}')]
+    return [Problem('left-out', '', f'{len(those):,} images {what} are left out of training',
+                    items=tuple(Item(found(i), f'image {i["id"]}') for i in those))
+            for those, what, found in (
+                (empty, 'without objects', lambda i: 'without objects'),
+                (small, f'with a side of less than {use.min_size} pixels', lambda i: f'{i["width"]}x{i["height"]} pixels'))
+            if those]

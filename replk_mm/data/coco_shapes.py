@@ -30,7 +30,8 @@ def is_number(value: object) -> bool:
 
 
 def sizes(images: Sequence[dict]) -> tuple[Sizes, list[Problem]]:
-    """The sizes of the images by id, of those that have one, and what is wrong with the others."""
+    """The sizes of the images by id, of those that have one, and what is wrong with the others that state one."""
+    images = [i for i in images if 'width' in i and 'height' in i]
     good = {i['id']: (i['width'], i['height']) for i in images
             if is_number(i['width']) and is_number(i['height']) and min(i['width'], i['height']) >= 1}
     bad = [i for i in images if i['id'] not in good]
@@ -50,14 +51,15 @@ def boxes(image_sizes: Sizes, objects: Sequence[dict], train: bool) -> list[Prob
 
     Args:
         image_sizes: Of the images whose size is known.
-        objects: Entries of the file.
+        objects: Entries of the file; what is said of those without a box or an area is not repeated here.
         train: Whether they are trained with, not only scored.
     """
     count = len(objects)
-    strange = [a for a in objects if not is_number(a['area'])]
+    strange = [a for a in objects if 'area' in a and not is_number(a['area'])]
     problems = _invalid('area-invalid', strange, count, 'area', 'an area that is no number')
     problems += _invalid('coco-type', [a for a in objects if a.get('iscrowd', 0) not in (0, 1)], count, 'iscrowd',
                          'an iscrowd that is neither 0 nor 1')
+    objects = [a for a in objects if 'bbox' in a]
     shapeless = [a for a in objects if not isinstance(a['bbox'], list) or len(a['bbox']) != 4
                  or not all(map(is_number, a['bbox']))]
     problems += _invalid('bbox-invalid', shapeless, count, 'bbox', 'a bbox that is not four numbers')
@@ -66,7 +68,7 @@ def boxes(image_sizes: Sizes, objects: Sequence[dict], train: bool) -> list[Prob
     if not objects:
         return problems
     x, y, w, h = np.array([a['bbox'] for a in objects], float).T
-    area = np.array([a['area'] for a in objects], float)
+    area = np.array([a.get('area', 1) for a in objects], float)
     width, height = np.array([image_sizes[a['image_id']] for a in objects], float).T
     flat = ~((w >= 1) & (h >= 1))
     outside = ~flat & ~((np.minimum(x + w, width) > np.maximum(x, 0)) & (np.minimum(y + h, height) > np.maximum(y, 0)))

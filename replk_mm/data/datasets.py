@@ -1,11 +1,20 @@
-"""The data sets in a config: where they stand, what class each is, what its arguments are."""
+"""The data sets and metrics in a config: where they stand, what class each is, what its arguments are."""
 import inspect
+import os
 from collections.abc import Iterator
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, init_default_scope
 
 from replk_mm.errors import UserError
+
+#: What the fields of a data set and of a metric are, as far as they are read here: kinds, and how to write one.
+_PATH: tuple[tuple[type, ...], str] = ((str, os.PathLike), 'one path as text')
+_DATASET: dict[str, tuple[tuple[type, ...], str]] = {
+    'data_root': _PATH, 'ann_file': _PATH,
+    'data_prefix': ((dict,), "dict(img_path='...', seg_map_path='...'), or dict(img='...') with annotation files"),
+    'metainfo': ((dict,), "dict(classes=('...',))"), 'filter_cfg': ((dict,), 'dict(filter_empty_gt=True, min_size=32)')}
+_METRIC = {'ann_file': _PATH}
 
 
 def datasets_of(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[ConfigDict]:
@@ -15,20 +24,65 @@ def datasets_of(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test'))
 
 
 def placed_datasets(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[tuple[str, ConfigDict]]:
-    """As :func:`datasets_of`, with the path of each, such as ``train_dataloader.dataset.dataset``."""
+    """As :func:`datasets_of`, with the path of each, such as ``train_dataloader.dataset.dataset``.
+
+    Raises:
+        UserError: If one, or a field of it that is read here, is of another kind than data sets have there.
+    """
     for split in splits:
-        loader = cfg.get(f'{split}_dataloader')
+        place = f'{split}_dataloader'
+        loader = cfg.get(place)
         if loader:
-            yield from _leaves(loader['dataset'], f'{split}_dataloader.dataset')
+            _check(place, loader, (dict,), "dict(batch_size=..., dataset=dict(type='...', ...))")
+            if 'dataset' not in loader:
+                raise UserError(f'{place}.dataset is missing; there are {", ".join(loader)}\n'
+                                f"Write {place}.dataset=dict(type='...', ...).")
+            yield from _leaves(loader['dataset'], f'{place}.dataset')
 
 
 def _leaves(dataset: ConfigDict, path: str) -> Iterator[tuple[str, ConfigDict]]:
+    _check(path, dataset, (dict,), "dict(type='...', data_root='...', ...)")
     inner = [(f'{path}.dataset', part) for part in as_list(dataset.get('dataset'))]
     inner += [(f'{path}.datasets.{i}', part) for i, part in enumerate(as_list(dataset.get('datasets')))]
     if not inner:
+        _check_fields(path, dataset, _DATASET)
+        for key, folder in (dataset.get('data_prefix') or {}).items():
+            if folder is not None:
+                _check(f'{path}.data_prefix.{key}', folder, *_PATH)
         yield path, dataset
     for place, part in inner:
         yield from _leaves(part, place)
+
+
+def placed_metrics(cfg: Config, split: str) -> dict[str, ConfigDict]:
+    """Configs of what is measured on a split, by their path; none on the one that is trained with.
+
+    Raises:
+        UserError: As :func:`placed_datasets`.
+    """
+    key = f'{split}_evaluator'
+    evaluator = cfg.get(key)
+    metrics = {f'{key}.{i}' if isinstance(evaluator, (list, tuple)) else key: metric
+               for i, metric in enumerate(as_list(evaluator))}
+    for place, metric in metrics.items():
+        _check(place, metric, (dict,), "dict(type='...', ...)")
+        if 'metrics' not in metric:  # which mmengine takes for an evaluator, of a type that need not be said
+            _check_fields(place, metric, _METRIC)
+    return metrics
+
+
+def _check_fields(place: str, config: dict, fields: dict[str, tuple[tuple[type, ...], str]]) -> None:
+    if config.get('type') is None:
+        raise UserError(f'{place} has no type; it has {", ".join(config) or "nothing"}\n'
+                        f'Set {place}.type, the name of its class.')
+    for key, (kinds, written) in fields.items():
+        if config.get(key) is not None:
+            _check(f'{place}.{key}', config[key], kinds, written)
+
+
+def _check(place: str, value: object, kinds: tuple[type, ...], written: str) -> None:
+    if not isinstance(value, kinds):
+        raise UserError(f'{place}={value!r}: a {type(value).__name__}\nWrite it as {written}.')
 
 
 def as_list(value) -> list:
@@ -64,8 +118,14 @@ def dataset_option(dataset: dict, builder: type, key: str, fallback):
 
 
 def coco_style(dataset: dict, scope: str) -> bool:
-    """Whether a data set reads COCO's instance annotations."""
+    """Whether a data set reads COCO's instance annotations, and its images by the names that stand there."""
+    kind = dataset_class(dataset, scope)
+    index = getattr(kind, 'COCOAPI', None)
+    if index is None or not str(dataset.get('ann_file') or '').endswith('.json'):
+        return False
     # The panoptic ones have their objects a level deeper, and an index of their own.
-    index = getattr(dataset_class(dataset, scope), 'COCOAPI', None)
-    return index is not None and all('Panoptic' not in kind.__name__ for kind in index.__mro__) and (
-        str(dataset.get('ann_file') or '').endswith('.json'))
+    if any('Panoptic' in base.__name__ for base in index.__mro__):
+        return False
+    # LVIS, Objects365 and whoever else lists images in a way of their own: they make other names of those in the file.
+    reader = next((base for base in kind.__mro__ if 'load_data_list' in vars(base)), None)
+    return reader is not None and (reader.__module__, reader.__name__) == ('mmdet.datasets.coco', 'CocoDataset')

@@ -100,7 +100,7 @@ class Draws:
         for number, batch in enumerate(batches, self._number):
             first = number * self.batch_size
             # Some samplers of videos yield pairs; their samples are drawn as torch's loader would.
-            yield [Draw(index, (first + i) * self.processes + self.rank) if isinstance(index, Integral) else index
+            yield [Draw(int(index), (first + i) * self.processes + self.rank) if isinstance(index, Integral) else index
                    for i, index in enumerate(batch)]
 
 

@@ -54,19 +54,19 @@ def listing(folder: str | Path, recursive: bool = True, hidden: bool = False) ->
     Raises:
         OSError: If a folder cannot be read.
     """
-    found, seen = Listing(), set()
-    folders = [(str(folder), '')]
+    found = Listing()
+    folders: list[tuple[str, str, frozenset[str]]] = [(str(folder), '', frozenset())]
     while folders:
-        place, prefix = folders.pop()
+        place, prefix, above = folders.pop()
         real = os.path.realpath(place)
-        if real in seen:  # a link to a folder above
+        if real in above:  # a link to a folder above, which would go on for ever
             continue
-        seen.add(real)
+        above |= {real}
         with os.scandir(place) as entries:
             for entry in entries:
                 name = prefix + entry.name
                 if entry.is_dir():
-                    folders += [(entry.path, f'{name}/')] if recursive else []
+                    folders += [(entry.path, f'{name}/', above)] if recursive else []
                 elif hidden or not entry.name.startswith('.'):
                     if entry.is_file():
                         found.files.add(name)

@@ -19,6 +19,8 @@ ORIENTATION = 0x0112
 DEEPEST_STRIDE = 32
 # Formats whose usual modes OpenCV is known to read; it is asked about all others.
 _USUAL = {'JPEG': ('L', 'RGB', 'CMYK'), 'PNG': ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16')}
+#: Formats that are another, with something behind it that their readers pass over: photographs of cameras and phones.
+_SAME = {'MPO': 'JPEG'}
 # A JPEG is decoded at an eighth of its size: every byte of it is read and the pixels are not wanted.
 _REDUCTION = 8
 
@@ -139,24 +141,25 @@ def _of_mode(path: str, image: Image.Image) -> list[Problem]:
         problems.append(Problem('image-cmyk', path, 'colours of print (CMYK)', allowed='RGB or grey'))
     if image.mode.startswith(('I', 'F')):
         problems.append(Problem('image-16-bit', path, f'more than 8 bits a channel (mode {image.mode})', allowed='8 bits'))
-    if getattr(image, 'is_animated', False):
+    kind = _SAME.get(str(image.format), image.format)
+    if kind == image.format and getattr(image, 'is_animated', False):
         problems.append(Problem('image-animated', path, f'{getattr(image, "n_frames", 2)} pictures', allowed='one'))
     elif image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
         problems.append(Problem('image-alpha', path, f'transparency (mode {image.mode})'))
     wanted = Image.registered_extensions().get(Path(path).suffix.lower())
-    names = {'MPO': 'JPEG'}  # photographs of some cameras and phones
-    if wanted and names.get(str(image.format), image.format) != wanted:
+    if wanted and _SAME.get(wanted, wanted) != kind:
         problems.append(Problem('format-suffix', path, f'a {image.format} file'))
     return problems
 
 
 def _decoding(path: str, image: Image.Image) -> Problem | None:
     """Decode an image as far as it takes to know that it can be."""
+    kind = _SAME.get(str(image.format), image.format)
     try:
-        if image.format == 'JPEG':
+        if kind == 'JPEG':
             image.draft('L', (max(1, image.width // _REDUCTION), max(1, image.height // _REDUCTION)))
         image.load()
-        if image.mode not in _USUAL.get(str(image.format), ()) and image.format != 'JPEG':
+        if image.mode not in _USUAL.get(str(kind), ()) and kind != 'JPEG':
             content = np.fromfile(path, np.uint8)
             if cv2.imdecode(content, cv2.IMREAD_COLOR) is None:
                 return Problem('undecodable', path, f'OpenCV, which training reads with, does not read this {image.format} '

@@ -6,7 +6,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from replk_mm.data import coco
-from replk_mm.data.datasets import as_list, coco_style, datasets_of
+from replk_mm.data.datasets import coco_style, datasets_of, placed_metrics
 from replk_mm.errors import UserError
 
 
@@ -19,10 +19,8 @@ def check(cfg: Config, split: str) -> None:
         UserError: If a metric has another file than the data set; or if there are several data sets, and their ids mean
             different images, or the metric's file does not have all of them.
     """
-    key = f'{split}_evaluator'
-    evaluator = cfg.get(key)
-    metrics = {f'{key}.{i}' if isinstance(evaluator, (list, tuple)) else key: metric
-               for i, metric in enumerate(as_list(evaluator)) if str(metric.get('type')).endswith('CocoMetric')}
+    metrics = {place: metric for place, metric in placed_metrics(cfg, split).items()
+               if str(metric.get('type')).endswith('CocoMetric')}
     datasets = list(datasets_of(cfg, (split,))) if metrics else []
     if len(datasets) == 1 and datasets[0].get('ann_file'):
         file = Path(datasets[0].get('data_root') or '.') / datasets[0]['ann_file']

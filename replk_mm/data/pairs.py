@@ -6,6 +6,7 @@ import numpy as np
 
 from replk_mm.data import cityscapes, image_files
 from replk_mm.data.files import IGNORED
+from replk_mm.data.problem_kinds import KINDS
 from replk_mm.data.problems import Problem
 
 #: Ids that fit a byte, as label maps are read.
@@ -130,8 +131,10 @@ def _read_label(path: str, rules: Rules) -> tuple[list[Problem], np.ndarray | No
         if pixels.dtype.kind == 'f' and not np.array_equal(pixels, np.floor(pixels)):  # NaN too
             return [*problems, Problem('label-fractions', path, f'{pixels.dtype} numbers that are no whole ones',
                                        allowed='0..255')], None
+        fits = pixels.min() >= 0 and pixels.max() < _BYTE
         problems.append(Problem('label-depth', path, f'{pixels.dtype.itemsize * 8} bits a pixel (mode {mode})',
-                                allowed='8 bits'))
+                                allowed='8 bits', remedy='The ids fit 8 bits, and are read so. '
+                                f'{KINDS["label-depth"].remedy}' if fits else ''))
     return problems, pixels
 
 

@@ -67,7 +67,7 @@ KINDS: dict[str, Kind] = {
     'label-channels': Kind('error', _SAVE_LABELS),
     'label-lossy': Kind('error', f'Lossy compression changes ids at every border. {_SAVE_LABELS}'),
     'label-fractions': Kind('error', _SAVE_LABELS),
-    'label-depth': Kind('warning', f'The ids fit 8 bits, and are read so. {_SAVE_LABELS}'),
+    'label-depth': Kind('warning', _SAVE_LABELS),
     'label-palette': Kind('note', 'Training reads the indices, which is right if they are the classes; programs that read '
                                   'with OpenCV see the colours.'),
     'label-out-of-range': Kind('error', 'Set num_classes of every head (and the data set\'s classes) to the labels, or mend '

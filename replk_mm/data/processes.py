@@ -65,7 +65,9 @@ def _serve(work: Callable, pipe: Connection, inherited: Sequence[Connection]) ->
 
 def each(work: Callable[[_Task], _Result], tasks: Sequence[_Task], jobs: int,
          crashed: Callable[[_Task, int], _Result]) -> Iterator[tuple[int, _Result]]:
-    """Do ``work`` for every task, in ``jobs`` processes, or in this one if that is one or the system cannot fork.
+    """Do ``work`` for every task, in ``jobs`` processes, or in this one if the system cannot fork.
+
+    One process is another one, too: a file that kills it is named, and the others are looked at.
 
     Args:
         work: Anything; it and what it refers to is inherited by the processes, tasks and results are sent.
@@ -76,8 +78,8 @@ def each(work: Callable[[_Task], _Result], tasks: Sequence[_Task], jobs: int,
     Yields:
         Index and result of each task, as they come.
     """
-    jobs = min(jobs, len(tasks))
-    if jobs <= 1 or 'fork' not in multiprocessing.get_all_start_methods():
+    jobs = min(max(1, jobs), len(tasks))
+    if 'fork' not in multiprocessing.get_all_start_methods():
         for i, task in enumerate(tasks):
             yield i, work(task)
         return

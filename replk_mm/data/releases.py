@@ -2,45 +2,57 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from replk_mm.data.classes import classes_of
+from replk_mm.data.datasets import dataset_class
 from replk_mm.data.problems import Problem
 
-#: Images of training and validation (Zhou et al., Scene Parsing through ADE20K Dataset, CVPR 2017; Cordts et al., The
-#: Cityscapes Dataset, CVPR 2016; COCO 2017, https://cocodataset.org).
-COUNTS = {'ADE20KDataset': (20_210, 2_000), 'CityscapesDataset': (2_975, 500), 'CocoDataset': (118_287, 5_000)}
+#: Images of the splits by package and type (Zhou et al., Scene Parsing through ADE20K Dataset, CVPR 2017; Cordts et al., The
+#: Cityscapes Dataset, CVPR 2016; COCO 2017, https://cocodataset.org). What configs test on is one of several: not compared.
+COUNTS = {('mmseg', 'ADE20KDataset'): dict(train=20_210, val=2_000),
+          ('mmseg', 'CityscapesDataset'): dict(train=2_975, val=500),
+          ('mmdet', 'CocoDataset'): dict(train=118_287, val=5_000),
+          ('replk_mm', 'CocoDataset'): dict(train=118_287, val=5_000)}
+_ADE = 'ADE20KDataset'
 # What the full release has and the benchmark has not.
 _INDEXES = ('index_ade20k.mat', 'index_ade20k.pkl')
-_LABELS = ('*_seg.png', '*_parts_1.png', '*_atr.txt')
+_FOLDERS = ('images/ADE', 'ADE20K_*/images/ADE', 'ADE20K_*/images/training')
+_LABELS = ('ADE_*_seg.png', 'ADE_*_parts_1.png', 'ADE_*_atr.txt')
 # Of its folders of scenes enough to find a label map: the first letter, the scene, the file.
 _DEPTHS = ('', '*/', '*/*/')
 
 
-def count_differs(dataset: dict, names: tuple[str, ...] | None, own: tuple[str, ...] | None, split: str,
-                  images: int) -> list[Problem]:
+def count_differs(dataset: dict, scope: str, split: str, images: int) -> list[Problem]:
     """A note if a published data set has not the number of images it is published with.
 
     Args:
-        dataset: Config of a data set.
-        names: Its classes; others than the type's mean data of one's own.
-        own: The classes of its type.
-        split: ``'train'``, ``'val'`` or ``'test'``; the published ones are tested on their validation images.
+        dataset: Config of a data set. Classes other than its type's mean data of one's own.
+        scope: Default scope of the config.
+        split: ``'train'``, ``'val'`` or ``'test'``.
         images: How many it has.
     """
-    counts = COUNTS.get(str(dataset['type']).rpartition('.')[2])
-    if not counts or not own or list(names or ()) != list(own):
+    builder = dataset_class(dataset, scope)
+    wanted = COUNTS.get((builder.__module__.partition('.')[0], builder.__name__), {}).get(split)
+    own = getattr(builder, 'METAINFO', {}).get('classes')
+    if wanted in (None, images) or list(classes_of(dataset, scope) or ()) != list(own or ()):
         return []
-    wanted = counts[split != 'train']
-    return [] if images == wanted else [Problem(
-        'count-differs', str(dataset.get('data_root')), f'{images:,} images of the {split} data set', f'{wanted:,}, as '
-        f'{dataset["type"]} is published')]
+    return [Problem('count-differs', str(dataset.get('data_root')), f'{images:,} images of the {split} data set',
+                    f'{wanted:,}, as {dataset["type"]} is published')]
 
 
-def wrong_ade(root: Path, prefix: Mapping[str, str]) -> list[Problem]:
-    """Whether a data root holds ADE20K's full release, in which no label map of the benchmark is."""
-    if 'seg_map_path' not in prefix or (root / prefix['seg_map_path']).is_dir():
+def wrong_ade(root: Path, prefix: Mapping[str, str], kind: str) -> list[Problem]:
+    """Whether a data root holds ADE20K's full release, in which no label map of the benchmark is.
+
+    Args:
+        root: The data root.
+        prefix: Folders of images and label maps in it.
+        kind: Type of the data set. Others than ADE20K's may have folders of such names too.
+    """
+    if prefix.get('seg_map_path') is None or (root / prefix['seg_map_path']).is_dir():
         return []
     found = [root / name for name in _INDEXES if (root / name).is_file()]
-    found += sorted(p for place in ('images/ADE', 'ADE20K_*/images/ADE', 'ADE20K_*/images/training') for p in root.glob(place))
-    folder = root / prefix.get('img_path', 'images')
+    if kind.endswith(_ADE):
+        found += sorted(p for place in _FOLDERS for p in root.glob(place))
+    folder = root / (prefix.get('img_path') or 'images')
     for depth in _DEPTHS:
         for pattern in _LABELS:
             found += [] if found else [p for _, p in zip(range(1), folder.glob(depth + pattern), strict=False)]

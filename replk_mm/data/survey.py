@@ -1,6 +1,6 @@
 """What is known of a data set before its images are opened, and what is known of it when they have been."""
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from replk_mm.data.files import IGNORED
@@ -72,14 +72,33 @@ class Tally:
         return self
 
 
-def doubts_about_zero(survey: Survey, tally: Tally) -> list[Problem]:
-    """Whether ``reduce_zero_label`` seems to be the wrong way round, judged by the ids of all label maps together."""
+def doubts_about_zero(looked: Sequence[tuple[Survey, Tally]]) -> list[list[Problem]]:
+    """Whether ``reduce_zero_label`` seems to be the wrong way round, judged by the ids of all label maps together.
+
+    Args:
+        looked: Data sets. One lacks a class that another of the same root has, as a small validation set may.
+
+    Returns:
+        The doubts about each.
+    """
+    ids: dict[tuple, set[int]] = defaultdict(set)
+    for survey, tally in looked:
+        ids[_meaning(survey)].update(tally.files)
+    return [_doubts(survey, tally, ids[_meaning(survey)]) for survey, tally in looked]
+
+
+def _meaning(survey: Survey) -> tuple:
+    return survey.root, survey.rules.num_classes, survey.rules.reduce_zero
+
+
+def _doubts(survey: Survey, tally: Tally, anywhere: set[int]) -> list[Problem]:
+    """See :func:`doubts_about_zero`; ``anywhere`` has the ids of all data sets that follow the same rules."""
     count, reduce_zero = survey.rules.num_classes, survey.rules.reduce_zero
     ids = {i for i in tally.files if i != IGNORED}
     if not count or count < 2 or not ids:
         return []
     top, zeros = max(ids), tally.files[0]
-    if reduce_zero and top == count - 1:
+    if reduce_zero and top == count - 1 and count not in anywhere:
         everything = ids == set(range(count))
         if IGNORED in tally.files or not zeros or everything:
             why = (f'every id from 0 to {top} occurs, and {count} does not' if everything else

@@ -1,6 +1,5 @@
 """Read a config, apply what the command line says, and fit it to this machine: every change is a line that is said."""
 import difflib
-import inspect
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner
 from torch.overrides import TorchFunctionMode
 
-from replk_mm.data.checks import as_list, datasets_of
+from replk_mm.data.datasets import as_list, datasets_of, placed_metrics
 from replk_mm.engine.explain import explaining
+from replk_mm.engine.overrides import merge
 from replk_mm.errors import UserError
 
 
@@ -41,7 +40,7 @@ def load_config(path: str, options: dict | None = None, needs: tuple[str, ...] =
         raise UserError(f'{path}: the config cannot be read: {type(error).__name__}: {error}\n'
                         f'Check the file and the files its _base_ names.') from error
     if options:
-        _merge(cfg, options, path)
+        merge(cfg, options, path)
     for key in needs:
         if key not in cfg:
             raise UserError(f'{path}: the config has no {key!r}; it is no training config\nFiles in _base_ are parts of one.')
@@ -63,31 +62,13 @@ def file_of(path: str) -> Path:
     return Path(spec.submodule_search_locations[0], '.mim', 'configs', name)
 
 
-def _merge(cfg: Config, options: dict, path: str) -> None:
-    known = [*cfg.keys(), *inspect.signature(Runner.__init__).parameters]
-    for option in options:
-        top = option.partition('.')[0]
-        close = difflib.get_close_matches(top, known, n=1, cutoff=0.8)
-        # A new name may be for the user's own code; one that is almost an old name would have no effect, unnoticed.
-        if close and top not in known:
-            raise UserError(f'--cfg-options {option}: {path} has no {top!r}\nDid you mean {close[0]}?')
-    try:
-        cfg.merge_from_dict(options)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-        raise UserError(f'--cfg-options {options}: does not fit {path}: {error}') from error
-    for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'optim_wrapper'):
-        if cfg.get(key) is not None and not isinstance(cfg[key], dict):
-            raise UserError(f'--cfg-options {key}={cfg[key]!r}: {key} of {path} is a dict\n'
-                            f'Name the field below it: --cfg-options {key}.FIELD=VALUE.')
-
-
 def set_data_root(cfg: Config, root: str) -> None:
     """Point every dataset of the config to ``root``."""
     former = {str(d['data_root']).rstrip('/') for d in [cfg, *datasets_of(cfg)] if d.get('data_root')}
     for dataset in datasets_of(cfg):
         dataset['data_root'] = root
-    for key in ('val_evaluator', 'test_evaluator'):
-        for metric in as_list(cfg.get(key)):
+    for split in ('val', 'test'):
+        for metric in placed_metrics(cfg, split).values():
             # COCO's evaluator names its annotation file by full path.
             for old in former:
                 if str(metric.get('ann_file') or '').startswith(f'{old}/'):
@@ -124,7 +105,7 @@ def shorten(cfg: Config, iterations: int) -> str:
     cfg.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=interval)
     hooks = cfg.get('default_hooks') or {}
     checkpoint = hooks.get('checkpoint') or dict(type='CheckpointHook')
-    checkpoint.update(by_epoch=False, interval=interval if by_epoch else
+    checkpoint.update(by_epoch=False, interval=interval if by_epoch and checkpoint.get('by_epoch', True) else
                       min(iterations, checkpoint.get('interval', iterations)))
     logger = {'type': 'LoggerHook', **(hooks.get('logger') or {})}
     # The configured interval may be longer than the whole run, which would then say nothing.

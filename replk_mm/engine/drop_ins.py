@@ -5,8 +5,8 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 from replk_mm.data import coco
-from replk_mm.data.checks import as_list, datasets_of
 from replk_mm.data.classes import annotation_file
+from replk_mm.data.datasets import datasets_of, placed_metrics
 
 _METRICS = {name: f'replk_mm.{kind}' for kind, scope in (('IoUMetric', 'mmseg'), ('CocoMetric', 'mmdet'))
             for name in (kind, f'{scope}.{kind}', f'replk_mm.{kind}')}
@@ -32,7 +32,7 @@ def use_drop_ins(cfg: Config) -> list[ConfigDict]:
     for split in ('val', 'test'):
         # A data set of the user's own numbers labels its own way, as mmdet's metric then does.
         by_name = all(dataset['type'] == 'replk_mm.CocoDataset' for dataset in datasets_of(cfg, (split,)))
-        for metric in as_list(cfg.get(f'{split}_evaluator')):
+        for metric in placed_metrics(cfg, split).values():
             ours = _METRICS.get(metric.get('type'))
             if ours == 'replk_mm.IoUMetric' or (ours and by_name):
                 metric['type'] = ours

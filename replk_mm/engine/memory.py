@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.dist import all_reduce
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 
-from replk_mm.data.checks import datasets_of
+from replk_mm.data.datasets import datasets_of
 from replk_mm.equivalence import network_outputs
 from replk_mm.errors import UserError
 from replk_mm.models.sync_norm import SyncBatchNorm

@@ -5,10 +5,11 @@ import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 
 from replk_mm import checkpoints
-from replk_mm.data.checks import check_data, datasets_of
+from replk_mm.data.checks import check_data
 from replk_mm.data.class_checks import check_classes, check_heads
 from replk_mm.data.class_heads import head_counts, is_head, tells_others
 from replk_mm.data.classes import use_classes
+from replk_mm.data.datasets import datasets_of
 from replk_mm.engine import memory
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
 from replk_mm.engine.drop_ins import use_drop_ins

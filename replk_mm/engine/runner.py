@@ -148,7 +148,7 @@ def _check_states(optim_wrapper: OptimWrapper) -> None:
     """See that an optimizer's state is complete: its first step would find out, with the name of a key and nothing else.
 
     Raises:
-        ValueError: If parameters with as many dimensions, for which the same settings are on, have not the same kinds of state.
+        ValueError: If parameters with as many dimensions, with the same settings on, have not the same kinds of state.
     """
     for optimizer in (wrapper.optimizer for wrapper in each(optim_wrapper)):
         kinds: dict[tuple, set[str]] = {}
