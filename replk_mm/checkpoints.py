@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +33,43 @@ class DownloadError(UserError):
     """A checkpoint's address could not be reached."""
 
 
-def fetch(checkpoint: str | Path) -> Path:
-    """The local path of a checkpoint, downloaded to torch's cache if it is an address.
+class NoCheckpoint(UserError, FileNotFoundError):
+    """There is no such file; programs that use mmengine wait for Python's own kind of it."""
+
+
+def fetch(checkpoint: str | Path, folder: str | Path | None = None, progress: bool = True) -> Path:
+    """The local path of a checkpoint, downloaded if it is an address.
+
+    Args:
+        checkpoint: Path or address.
+        folder: Of what is downloaded. Defaults to torch's cache.
+        progress: Show how far a download is.
 
     Raises:
         DownloadError: If the address cannot be reached.
-        UserError: If the file does not exist.
+        NoCheckpoint: If the file does not exist.
     """
     name = str(checkpoint)
     if not name.startswith(('http://', 'https://')):
         path = Path(name)
-        if not path.is_file():
-            raise UserError(f'{path}: no such checkpoint' + (' (it is a folder)' if path.is_dir() else ''))
-        return path
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / name.rsplit('/', 1)[-1]
-    if not path.is_file():
-        print_log(f'downloading {name}', logger='current')
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(name, str(path), progress=True)
-        except OSError as error:
-            raise DownloadError(f'{name}: the checkpoint could not be downloaded ({error})\n'
-                                f'Put the file at {path} by hand.') from error
+            if path.is_file():
+                return path
+            what = 'no such checkpoint' + (' (it is a folder)' if path.is_dir() else '')
+        except OSError as error:  # a name that is too long, for one
+            raise NoCheckpoint(f'{name:.200}: no such checkpoint ({error.strerror})') from error
+        raise NoCheckpoint(f'{path}: {what}')
+    path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / name.rsplit('/', 1)[-1]
+    try:
+        if path.is_file():
+            print_log(f'{name}: not downloaded; a file of that name is there already: {path}', logger='current')
+            return path
+        print_log(f'downloading {name}', logger='current')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(name, str(path), progress=progress)
+    except (OSError, ValueError, HTTPException) as error:
+        raise DownloadError(f'{name:.200}: the checkpoint could not be downloaded ({error!s:.200})\n'
+                            f'Check the address, or download the file yourself and name its path.') from error
     return path
 
 

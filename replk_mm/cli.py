@@ -9,7 +9,7 @@ from mmengine.config import DictAction
 from replk_mm.engine.machine import Options, keep_freed_memory
 from replk_mm.errors import printable
 
-#: Longest list in an override, characters, and deepest nesting.
+#: Longest list or dict in an override, characters, and deepest nesting.
 _LONGEST, _DEEPEST = 3000, 20
 
 
@@ -23,9 +23,10 @@ class KeyValue(DictAction):
             if not given:
                 parser.error(f'argument {option_string}: {text!r:.200} is not KEY=VALUE')
             try:
-                # mmengine's reading takes the square of a list's length, and the cube of its depth.
-                if len(value) > _LONGEST and set(value) & set(',[('):
-                    raise ValueError(f' (a list of more than {_LONGEST:,} characters belongs into a config)')
+                # mmengine's reading takes the square of a list's length, and the cube of its depth; a number in a dict that
+                # is longer has more digits than Python writes.
+                if len(value) > _LONGEST and set(value) & set(',[({'):
+                    raise ValueError(f' (a list or dict of more than {_LONGEST:,} characters belongs into a config)')
                 if _depth(value) > _DEEPEST:
                     raise ValueError(f' (lists within lists, more than {_DEEPEST} deep)')
                 options[key] = ast.literal_eval(value) if value.startswith('{') else self._parse_iterable(value)

@@ -6,133 +6,13 @@ take for ever to hash or overflow the stack. So the arguments are looked at here
 """
 import pickletools
 import re
-from collections import OrderedDict
-from collections.abc import Callable
 from typing import IO, Any
 
-#: Deepest nesting, and most values counted as often as they are referred to, of what a checkpoint may hold.
-DEPTH, VALUES = 100, 10_000_000
+from replk_mm.pickle_calls import CALLS, CONTAINERS, DEPTH, DICTS, STATES, VALUES, Item, Unsafe, is_
+
 _SHOWN = 3
-_STATISTICS = ('min', 'max', 'mean', 'current')
-_NUMBERS = re.compile(r'(b1|[iu][1248]|f[248]|U[1-9]\d{0,3})\Z')
 _DTYPES = re.compile(r'torch\.(bool|half|b?float\w*|u?int\d+|c?q?u?int\d+|complex\d+)\Z')
-_CONTAINERS = ('tuple', 'list', 'dict', 'set')
 _OLD_NAMES = (('__builtin__.', 'builtins.'), ('numpy.core.', 'numpy._core.'))
-_BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
-
-
-class Unsafe(Exception):
-    """What a file would do that it must not."""
-
-
-class Item:
-    """A value that is no plain constant.
-
-    Attributes:
-        kind: ``'tuple'``, ``'list'``, ``'dict'``, ``'set'``, ``'global'``, ``'call'`` or ``'storage'``.
-        name: Of a global, or of what is called.
-        parts: What is in it, a dict's keys and values in turns; of a call the arguments.
-        size: Values in a tuple, counted as often as they are referred to.
-        depth: Of nested tuples.
-    """
-
-    __slots__ = ('depth', 'kind', 'name', 'parts', 'size')
-
-    def __init__(self, kind: str, parts: list | None = None, name: str = '') -> None:
-        self.kind, self.name, self.parts, self.size, self.depth = kind, name, parts or [], 1, 1
-        if kind == 'tuple':
-            inner = [part for part in self.parts if isinstance(part, Item)]
-            self.size += len(self.parts) - len(inner) + sum(part.size for part in inner)
-            self.depth += max((part.depth for part in inner), default=0)
-            if self.size > VALUES or self.depth > DEPTH:
-                raise Unsafe(f'it holds tuples within tuples that have {self.size:,} parts, {self.depth} deep')
-
-
-def _is(value: object, kind: str, name: str | None = None) -> bool:
-    return isinstance(value, Item) and value.kind == kind and name in (None, value.name)
-
-
-def _few(args: list) -> bool:
-    return len(args) <= 1
-
-
-def _any(args: list) -> bool:
-    return True
-
-
-def _view(args: list) -> bool:
-    # The storage, its part, and then functions to call in a backward pass and other things that weights do not have.
-    hooks = args[5] if len(args) > 5 else None
-    return 4 <= len(args) <= 6 and _is(args[0], 'storage') and (
-        hooks is None or _is(hooks, 'call', 'collections.OrderedDict') and not hooks.parts)
-
-
-#: What a checkpoint may call, and with which arguments. Whatever else torch would call makes tensors of a size that the
-#: arguments say, or none that copy_ takes: sparse, quantized, nested, on no device.
-_CALLS: dict[str, Callable[[list], bool]] = {
-    'collections.OrderedDict': _few,
-    'collections.Counter': _few,
-    'torch._utils._rebuild_tensor': _view,
-    'torch._utils._rebuild_tensor_v2': _view,
-    'torch._utils._rebuild_parameter': _any,
-    'torch.Size': _few,
-    'torch.device': _any,
-    'torch.serialization._get_layout': _few,
-    '_codecs.encode': lambda args: len(args) == 2 and isinstance(args[0], str) and args[1] in ('latin1', 'latin-1'),
-    'builtins.set': _few,
-    'builtins.bytearray': lambda args: bool(args) and (isinstance(args[0], (str, bytes)) or _is(args[0], 'call',
-                                                                                             '_codecs.encode')),
-    'builtins.complex': lambda args: all(isinstance(part, (int, float)) for part in args),
-    'builtins.getattr': lambda args: len(args) == 2 and _is(args[0], 'global', _BUFFER) and args[1] in _STATISTICS,
-    'numpy._core.multiarray._reconstruct': lambda args: (
-        len(args) == 3 and _is(args[0], 'global', 'numpy.ndarray') and _is(args[1], 'tuple') and args[1].parts == [0]),
-    'numpy._core.multiarray.scalar': lambda args: len(args) == 2 and _is(args[0], 'call', 'numpy.dtype'),
-    'numpy.dtype': lambda args: isinstance(args[0] if args else None, str) and bool(_NUMBERS.match(args[0])),
-    _BUFFER: lambda args: not args,
-}
-
-
-def _attributes(state: object) -> dict | None:
-    """A dict of attributes whose names are constants."""
-    if not _is(state, 'dict') or not all(isinstance(key, str) for key in state.parts[::2]):  # type: ignore[attr-defined]
-        return None
-    return dict(zip(state.parts[::2], state.parts[1::2], strict=True))  # type: ignore[attr-defined]
-
-
-def _dict_state(target: Item, state: object) -> bool:
-    found = _attributes(state)
-    return found is not None and not any(hasattr(OrderedDict, name) for name in found)
-
-
-def _dtype_state(target: Item, state: object) -> bool:
-    """``(version, byte order, None, None, None, bytes, alignment, flags)``: flags say, for one, that it holds pointers."""
-    if not _is(state, 'tuple') or len(state.parts) != 8:  # type: ignore[attr-defined]
-        return False
-    version, order, *rest = state.parts  # type: ignore[attr-defined]
-    kind = target.parts[0]
-    expected = [4 * int(kind[1:]), 4, 8] if kind[0] == 'U' else [-1, -1, 0]
-    return version == 3 and order in ('<', '>', '|', '=') and rest == [None, None, None, *expected]
-
-
-def _array_state(target: Item, state: object) -> bool:
-    return _is(state, 'tuple') and len(state.parts) == 5 and _is(state.parts[2], 'call', 'numpy.dtype')  # type: ignore
-
-
-def _buffer_state(target: Item, state: object) -> bool:
-    found = _attributes(state)
-    if found is None or not found.keys() <= {'max_length', '_log_history', '_count_history', 'statistics_methods'}:
-        return False
-    named = _attributes(found.get('statistics_methods', Item('dict')))
-    # They are kept for all buffers of the process.
-    return type(found.get('max_length', 0)) is int and named is not None and all(
-        _is(method, 'call', 'builtins.getattr') and method.parts[1] == name for name, method in named.items()) and all(
-        _is(found[key], 'call', 'numpy._core.multiarray._reconstruct') for key in ('_log_history', '_count_history')
-        if key in found)
-
-
-_STATES: dict[str, Callable[[Item, object], bool]] = {
-    'collections.OrderedDict': _dict_state, 'numpy.dtype': _dtype_state,
-    'numpy._core.multiarray._reconstruct': _array_state, _BUFFER: _buffer_state}
 
 
 def scan(pickled: bytes | IO[bytes]) -> list[Item]:
@@ -151,6 +31,8 @@ def scan(pickled: bytes | IO[bytes]) -> list[Item]:
     reader = _Reader()
     for code, argument, _ in pickletools.genops(pickled):
         reader.take(code.name, argument)
+    if len(reader.stack) > 1 or reader.marked:
+        raise Unsafe('it makes values beside its content')  # of which nobody would know how much they are
     _check_whole(reader.stack[-1])
     return reader.storages
 
@@ -201,13 +83,13 @@ class _Reader:
             stack[-1] = _called(stack[-1], arguments)
         elif code == 'BUILD':
             state, target = stack.pop(), stack[-1]
-            check = _STATES.get(target.name) if _is(target, 'call') else None
+            check = STATES.get(target.name) if is_(target, 'call') else None
             if check is None or not check(target, state):
                 raise Unsafe(f'it sets the inner state of {_shown(target)}')
             target.parts = [*target.parts, state]
         elif code == 'BINPERSID':
             key = stack.pop()
-            if not _is(key, 'tuple'):
+            if not is_(key, 'tuple'):
                 raise ValueError('a storage without a name')
             stack.append(Item('storage', key.parts))
             self.storages.append(stack[-1])
@@ -217,10 +99,9 @@ class _Reader:
     @staticmethod
     def _fill(target: Any, parts: list, code: str) -> None:
         if 'ITEM' not in code:
-            if not _is(target, 'list'):
+            if not is_(target, 'list'):
                 raise ValueError('something is appended to what is no list')
-        elif len(parts) % 2 or not (_is(target, 'dict') or _is(target, 'call', 'collections.OrderedDict')
-                                    or _is(target, 'call', 'collections.Counter')):
+        elif len(parts) % 2 or not (is_(target, 'dict') or any(is_(target, 'call', name) for name in DICTS)):
             raise ValueError('an item is set of what is no dict')
         target.parts.extend(parts)
 
@@ -233,7 +114,7 @@ _TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
 
 def _called(function: object, arguments: object) -> Item:
     parts = arguments.parts if isinstance(arguments, Item) and arguments.kind == 'tuple' else None
-    allows = _CALLS.get(function.name) if isinstance(function, Item) and function.kind == 'global' else None
+    allows = CALLS.get(function.name) if isinstance(function, Item) and function.kind == 'global' else None
     if parts is None or allows is None or not allows(parts):
         raise Unsafe(f'to load it, {_shown(function)}({", ".join(map(_shown, (parts or [])[:_SHOWN]))}) would have to run')
     return Item('call', list(parts), function.name)  # type: ignore[attr-defined]
@@ -265,7 +146,7 @@ def _check_whole(root: object) -> None:
             if size > VALUES or depth > DEPTH:
                 raise Unsafe(f'it holds {size:,} values, {depth} deep')
             done[id(item)] = size, depth
-        elif item.kind in _CONTAINERS and any(_is_function(part) for part in inner):
+        elif (item.kind in CONTAINERS or item.name in DICTS) and any(_is_function(part) for part in inner):
             raise Unsafe(f'it holds {next(part.name for part in inner if _is_function(part))}, which is no data')
         elif id(item) in path:
             raise Unsafe('it holds something that contains itself')

@@ -2,6 +2,8 @@
 import os
 import pickle
 import sys
+import tarfile
+import threading
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,10 +22,17 @@ _SPARE, _REPEATED = 2 << 30, 1 << 30
 #: Pickles at the start of a file in torch's format from before 1.6: a mark, a version, sizes, the content, names of storages.
 _PICKLES = 5
 _ZIP = b'PK\x03\x04'
+_BOUND = threading.RLock()
+_REMEDY = ('A checkpoint of plain weights needs no code. If you know who made this file and trust them, pass '
+           '--trust-checkpoint.')
 
 
-def load(path: Path) -> Any:
+def load(path: Path, remedy: str = _REMEDY) -> Any:
     """Read a file of torch onto the CPU.
+
+    Args:
+        path: Of the file.
+        remedy: What to say to those who trust it nevertheless.
 
     Raises:
         UserError: If it is damaged, would run code, or asks for more than a checkpoint of its size needs.
@@ -35,12 +44,12 @@ def load(path: Path) -> Any:
                 warnings.simplefilter('ignore')  # of pickles it may not understand; what it makes of them is looked at
                 loaded = torch.load(path, map_location='cpu', weights_only=True)
     except pickle_scan.Unsafe as error:
-        raise UserError(f'{path}: refused: {error}\n{_REMEDY}') from error
+        raise UserError(f'{path}: refused: {error}\n{remedy}') from error
     except pickle.UnpicklingError as error:
         reason = _unsafe_global(str(error))
         if reason is None:
             raise damaged(path, error) from error
-        raise UserError(f'{path}: refused: to load it, {reason} would have to run\n{_REMEDY}') from error
+        raise UserError(f'{path}: refused: to load it, {reason} would have to run\n{remedy}') from error
     except Exception as error:  # a few changed bytes make torch raise errors of a dozen kinds
         raise damaged(path, error) from error
     for name, tensor in _tensors(loaded):
@@ -50,9 +59,6 @@ def load(path: Path) -> Any:
                             f'Save its tensors with .contiguous().')
     return loaded
 
-
-_REMEDY = ('A checkpoint of plain weights needs no code. If you know who made this file and trust them, pass '
-           '--trust-checkpoint.')
 
 
 def damaged(path: Path, error: Exception) -> UserError:
@@ -75,9 +81,12 @@ def _check(path: Path) -> None:
     """Look at the pickles and at the sizes that the file claims."""
     size = path.stat().st_size
     with path.open('rb') as file:
-        if file.read(len(_ZIP)) == _ZIP:
+        head = file.read(tarfile.BLOCKSIZE)
+        if head.startswith(_ZIP):
             lengths = _records(path, size)
             storages = pickle_scan.scan(torch._C.PyTorchFileReader(str(path)).get_record('data.pkl'))
+        elif _is_tar(head):
+            raise pickle_scan.Unsafe('it is a tar archive, which torch has long ceased to write')
         else:
             file.seek(0)
             lengths = None
@@ -87,9 +96,18 @@ def _check(path: Path) -> None:
         key, length = _claim(storage)
         if lengths is not None and lengths.get(key) != length:
             raise ValueError(f'storage {key}: {length:,} bytes are expected, and {lengths.get(key, 0):,} there')
-        claimed[key] = length
+        claimed[key] = max(length, claimed.get(key, 0))
     if sum(claimed.values()) > size:
         raise pickle_scan.Unsafe(f'it asks for {sum(claimed.values()):,} bytes of weights, and the file has {size:,}')
+
+
+def _is_tar(head: bytes) -> bool:
+    """Whether torch takes a file that begins like this for one of its first form, which another loader reads."""
+    try:
+        tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape')
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _records(path: Path, size: int) -> dict[object, int]:
@@ -109,8 +127,9 @@ def _records(path: Path, size: int) -> dict[object, int]:
 
 def _claim(storage: pickle_scan.Item) -> tuple[str, int]:
     """Key and bytes of a storage in a persistent id, ``('storage', class, key, location, elements)``."""
-    kind, key, elements = storage.parts[1], storage.parts[2], storage.parts[4]
-    if not isinstance(kind, pickle_scan.Item) or type(elements) is not int or elements < 0 or not isinstance(key, str):
+    mark, kind, key, _, elements = storage.parts[:5]
+    if mark != 'storage' or not isinstance(kind, pickle_scan.Item) or type(elements) is not int or elements < 0 or (
+            not isinstance(key, str)):
         raise ValueError('a storage without a type, a name or a size')
     if kind.name == 'torch.storage.UntypedStorage':
         return key, elements
@@ -143,18 +162,22 @@ def _misfit(tensor: torch.Tensor, path: Path) -> str | None:
 
 @contextmanager
 def bounded_memory(more: int) -> Iterator[None]:
-    """Let this process take only so many bytes more than it has, on Linux: what asks for more gets a MemoryError."""
+    """Let this process take only so many bytes more than it has, on Linux: what asks for more gets a MemoryError.
+
+    The bound is of the whole process, so that threads come one after the other.
+    """
     if sys.platform != 'linux':
         yield
         return
     import resource
 
-    pages = int(Path('/proc/self/statm').read_text().split()[5])
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    bound = pages * os.sysconf('SC_PAGE_SIZE') + more
-    if soft == resource.RLIM_INFINITY or bound < soft:
-        resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    with _BOUND:
+        pages = int(Path('/proc/self/statm').read_text().split()[5])
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        bound = pages * os.sysconf('SC_PAGE_SIZE') + more
+        if soft == resource.RLIM_INFINITY or bound < soft:
+            resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

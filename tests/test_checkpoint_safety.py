@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_cases import assert_same, first_line, tiny_backbone, write
 
-from replk_mm.checkpoints import load_pretrained, read
+from replk_mm.checkpoints import fetch, load_pretrained, read
 from replk_mm.errors import UserError
 from replk_mm.loading import load_model
 
@@ -163,3 +163,26 @@ def test_trust_is_passed_on(tmp_path):
     assert not ran.exists()
     load_model(tiny_backbone(2), path, trust=True)
     assert ran.exists()
+
+
+@pytest.mark.parametrize('name', [
+    'http://127.0.0.1:abc/x.pth', 'http://[::1/x.pth', 'http://127.0.0.1:9/x.pth', 'http:///x.pth',
+    'http://127.0.0.1:9/a b.pth', f'http://127.0.0.1:9/{"x" * 300}.pth', 'x\0y', 'x' * 5000])
+def test_what_is_no_address_and_no_path(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        read(name)
+    said = 'could not be downloaded' if name.startswith('http') else 'no such checkpoint'
+    assert said in first_line(caught) and first_line(caught).startswith(ascii(name[:100])[1:-1])
+    assert len(str(caught.value)) < 700
+
+
+def test_a_file_that_is_there_already_is_said(tmp_path, monkeypatch):
+    """Two addresses that end alike have one place in the cache."""
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda address, path, progress: torch.save({}, path))
+    said = []
+    monkeypatch.setattr('replk_mm.checkpoints.print_log', lambda text, logger: said.append(text))
+    assert fetch('http://one/latest.pth') == fetch('http://two/other/latest.pth') == tmp_path / 'checkpoints' / 'latest.pth'
+    assert said == ['downloading http://one/latest.pth', 'http://two/other/latest.pth: not downloaded; a file of that name '
+                    f'is there already: {tmp_path}/checkpoints/latest.pth']

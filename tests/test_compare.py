@@ -156,6 +156,8 @@ REFUSED = {
     'nested': (lambda a, b, root: (b / 'metrics.json').write_text('[' * 100_000), '/b/metrics.json: cannot be read as JSON'),
     'no figures': (lambda a, b, root: change_record(b, per_class__sky=3), 'per_class: the figures of sky are no numbers: 3'),
     'no number': (lambda a, b, root: change_record(b, per_class__sky__IoU='x'), 'the figures of sky are no numbers'),
+    'not finite': (lambda a, b, root: change_record(b, metrics__mIoU=float('nan')), 'metrics: the figures are no numbers'),
+    'yes': (lambda a, b, root: change_record(b, per_class__sky__IoU=True), 'the figures of sky are no numbers'),
     'no IoU': (lambda a, b, root: change_record(b, per_class__sky__IoU=None), 'not the predictions .* sky .* absent there'),
     'unknown class': (lambda a, b, root: change_record(b, per_class__wolf=dict(IoU=3.)), 'there is a class wolf'),
     'three channels': (lambda a, b, root: cv2.imwrite(str(b / 'predictions' / '02.png'), np.zeros((9, 9, 3), np.uint8)),

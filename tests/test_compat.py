@@ -10,6 +10,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from replk_mm import compat
+from replk_mm.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +152,62 @@ def test_region_of_whole_pixels_is_their_mean():
     x = torch.randn(1, 8, 16, 16).contiguous(memory_format=torch.channels_last)
     found = ops.roi_align(x, torch.tensor([[0, 2., 4., 6., 8.]]), (1, 1), 1., 4, 'avg', True)
     assert torch.allclose(found[0, :, 0, 0], x[0, :, 4:8, 2:6].mean((1, 2)), atol=1e-6)
+
+
+def test_inputs_without_numbers_are_only_read():
+    """NaN equals nothing, itself included, and is no sign that an operator has written."""
+    doubled = compat._with_contiguous_tensors(lambda x: x * 2)
+    x = torch.full((1, 2, 2, 2), float('nan'), requires_grad=True)
+    last = (x * 1).to(memory_format=torch.channels_last).exp()
+    doubled(last)
+    last.sum().backward()
+    assert x.grad.isnan().all()
+    assert doubled(torch.full((1,), float('nan')).expand(4, 4)).isnan().all()
+
+
+def test_outputs_are_written_back():
+    last = torch.full((1, 2, 2, 2), float('nan')).to(memory_format=torch.channels_last)
+    compat._with_contiguous_tensors(lambda x: x.view(-1).copy_(torch.arange(8.)))(last)
+    assert last.flatten().tolist() == list(range(8))
+
+
+# ---- mmengine's loading
+
+@pytest.fixture
+def checkpoints():
+    from mmengine.runner import checkpoint
+
+    import replk_mm.registry  # noqa: F401 (mends mmengine)
+    return checkpoint
+
+
+def test_mmengines_arguments_are_honoured(checkpoints, tmp_path, monkeypatch):
+    content = {'state_dict': torch.nn.Linear(2, 2).state_dict(), 'list': [(torch.ones(1), 3)]}
+    fetched = []
+
+    def download(address, path, progress):
+        torch.save(content, path)
+        fetched.append((address, path, progress))
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    found = checkpoints.load_from_http('http://host/x.pth', model_dir=str(tmp_path / 'models'), progress=False)
+    assert fetched == [('http://host/x.pth', str(tmp_path / 'models' / 'x.pth'), False)]
+    assert found['state_dict']['weight'].device.type == 'cpu'
+    moved = checkpoints.load_from_local(str(tmp_path / 'models' / 'x.pth'), 'meta')
+    assert {t.device.type for t in (*moved['state_dict'].values(), moved['list'][0][0])} == {'meta'}
+    assert moved['state_dict']._metadata == content['state_dict']._metadata and moved['list'][0][1] == 3
+    assert checkpoints.load_from_local(str(tmp_path / 'models' / 'x.pth'), lambda storage, place: storage)['list'][0][0] == 1
+
+
+def test_mmengines_kind_of_error_for_a_file_that_is_not_there(checkpoints, tmp_path):
+    with pytest.raises(FileNotFoundError, match='absent.pth: no such checkpoint') as info:
+        checkpoints.load_checkpoint(torch.nn.Linear(2, 2), str(tmp_path / 'absent.pth'))
+    assert isinstance(info.value, UserError)
+
+
+def test_the_remedy_is_one_for_programs_without_our_options(checkpoints, tmp_path):
+    path = tmp_path / 'x.pth'
+    torch.save({'state_dict': {}, 'x': zipfile.ZipInfo()}, path)
+    with pytest.raises(UserError, match='refused') as info:
+        checkpoints.load_checkpoint(torch.nn.Linear(2, 2), str(path))
+    assert f'tools/convert_checkpoint.py {path} NEW --trust-checkpoint' in str(info.value)

@@ -5,6 +5,8 @@ import pickletools
 import resource
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 import zipfile
 from collections import OrderedDict
@@ -23,6 +25,10 @@ from replk_mm.errors import UserError
 WEIGHTS = {'w': torch.arange(4.)}
 DTYPE = b'cnumpy\ndtype\n(' + text('f8') + b'\x89\x88tR'
 BUFFER = b'cmmengine.logging.history_buffer\nHistoryBuffer\n'
+ARRAY = b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85'
+#: A view of one number as a billion; the storage is the one that the weights have.
+VIEW = (b'ctorch._utils\n_rebuild_tensor_v2\n((' + text('storage') + b'ctorch\nFloatStorage\n' + text('0') + text('cpu')
+        + b'K\x04tQK\x00' + number(10**9) + b'\x85K\x00\x85\x89ccollections\nOrderedDict\n)RtR')
 
 
 def state(size: int, alignment: int, flags: int) -> bytes:
@@ -55,6 +61,18 @@ GADGETS = {
     'a function as a value': (b'cbuiltins\nbytearray\n', 'builtins.bytearray, which is no data'),
     'a class in a list': (b'](' + BUFFER + b'e', 'which is no data'),
     'a sparse tensor': (b'ctorch._utils\n_rebuild_sparse_tensor\n)R', '_rebuild_sparse_tensor'),
+    'a text in a slow encoding, as bytes': (
+        b'cbuiltins\nbytearray\n(' + text('\u4e00' * 9) + text('punycode') + b'tR', 'punycode'),
+    'a set of what is no list': (b'cbuiltins\nset\n(' + VIEW + b'tR', 'builtins.set(torch._utils._rebuild_tensor_v2())'),
+    'a count of what is no list': (b'ccollections\nCounter\n(' + VIEW + b'tR', 'collections.Counter(torch._utils'),
+    'an ordered dict of what is no list': (b'ccollections\nOrderedDict\n(' + VIEW + b'tR', 'collections.OrderedDict(torch'),
+    'a size of what is no list': (b'ctorch\nSize\n(' + VIEW + b'tR', 'torch.Size(torch._utils'),
+    'values that are made and left behind': (b'Ns}' + text('y') + b'N', 'beside its content'),
+    'a mark that is never met': (b'Ns(}' + text('y') + b'N', 'beside its content'),
+    'a function in an ordered dict': (b'ccollections\nOrderedDict\n)R' + text('w') + b'cbuiltins\nbytearray\ns',
+                                      'builtins.bytearray, which is no data'),
+    'a function that is counted': (b'ccollections\nCounter\n)R' + text('w') + b'cbuiltins\nbytearray\ns', 'which is no data'),
+    'an empty array of two gigabytes': (ARRAY + text('V2000000000') + b'tR', "numpy._core.multiarray._reconstruct("),
     'a call of what a call returned': (b'ccollections\nOrderedDict\n)R)R', 'collections.OrderedDict()'),
 }
 
@@ -129,6 +147,44 @@ def test_storages_shorter_than_they_say(legacy, tmp_path, fault):
     fault(f'a{" legacy" if legacy else ""} checkpoint whose weights are longer than the file', sees=info.value)
 
 
+def test_a_tar_archive_that_reads_as_pickles(tmp_path, monkeypatch, fault):
+    """Older versions of torch hand archives to another loader, whose pickles nobody would have looked at."""
+    path = tmp_path / 'tar.pth'
+    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo('N.N.N.N.N.'))
+    with path.open('rb') as file:
+        assert not any(pickle_scan.scan(file) for _ in range(5)), 'its name is five pickles of nothing'
+    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: pytest.fail('torch has read it'))
+    with pytest.raises(UserError, match='refused: it is a tar archive') as info:
+        read(path)
+    fault('a checkpoint that is a tar archive', sees=info.value)
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_what_is_no_storage(legacy, tmp_path):
+    path = tmp_path / 'module.pth'
+    file = saved(WEIGHTS, legacy)
+    if legacy:
+        path.write_bytes(file.replace(text('storage'), text('modules')))
+    else:
+        path.write_bytes(with_pickle(file, pickle_of(file).replace(text('storage'), text('modules'))))
+    with pytest.raises(UserError, match='a storage without a type, a name or a size'):
+        read(path)
+
+
+def test_a_storage_that_is_claimed_twice_counts_as_the_larger(tmp_path):
+    path = tmp_path / 'twice.pth'
+    file = saved(WEIGHTS, legacy=True)
+    first = file.index(text('storage'))
+    claim = file[file.rindex(b'(', 0, first):file.index(b'Q', first) + 1]
+    assert claim.count(b'K\x04N') == 1
+    larger = claim.replace(b'K\x04N', number(10**11) + b'N')
+    path.write_bytes(file.replace(b'}q\x00' + text('w'), b'}' + text('x') + larger + b'sq\x00' + text('w'), 1))
+    assert path.read_bytes() != file
+    with pytest.raises(UserError, match='400,000,000,000'):
+        read(path)
+
+
 def test_memory_is_bounded_for_what_was_not_foreseen(tmp_path, monkeypatch, fault):
     """In a process of its own: the scan is taken away, and loading asks for 5 GiB."""
     path = tmp_path / 'bomb.pth'
@@ -155,6 +211,25 @@ def test_the_bound_ends_with_the_loading():
             assert resource.getrlimit(resource.RLIMIT_DATA) != before
             with pytest.raises(MemoryError):
                 bytearray(4 << 30)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='memory is bounded on Linux only')
+def test_the_bound_ends_with_loadings_at_the_same_time():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    within, leave = threading.Event(), threading.Event()
+
+    def load() -> None:
+        with safe_load.bounded_memory(1 << 30):
+            within.set()
+            leave.wait(5)
+
+    first = threading.Thread(target=load)
+    first.start()
+    within.wait(5)
+    threading.Timer(.2, leave.set).start()
+    with safe_load.bounded_memory(1 << 30):  # begins while the first still loads, and ends after it
+        first.join()
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 

@@ -60,6 +60,15 @@ def test_protocols_are_groups_and_differences_are_said(found) -> None:
     assert [row.number for row in found.suites[0].rows] == [1, 2, 3, 4, 5]
 
 
+def test_metrics_of_other_names_or_units_are_other_groups(tmp_path) -> None:
+    acc = record('b', 0, 'metric', dict(metrics=dict(mAcc=90.), primary='mAcc', unit='%'), protocol=PROTOCOL)
+    share = record('c', 0, 'metric', dict(metrics=dict(mIoU=.5), primary='mIoU', unit='of 1'), protocol=PROTOCOL)
+    groups = assemble.read([write(tmp_path, [metric('a', 0, 50.), acc, share])]).suites[0].groups
+    assert [[row.name for row in group.rows] for group in groups] == [['a'], ['b'], ['c']]
+    assert [group.protocol.differences for group in groups] == [
+        (), ('metric: mAcc, % instead of mIoU, %',), ('metric: mIoU, of 1 instead of mIoU, %',)]
+
+
 def test_mean_and_deviation_over_seeds(tmp_path) -> None:
     values = [61.25, 58.5, 60.125]
     figure = rows_of(tmp_path, [metric('a', seed, value) for seed, value in enumerate(values)])['a'].figures['metric']
@@ -258,6 +267,10 @@ def test_the_command(run, suite, tmp_path, capsys) -> None:
     assert run(tmp_path / 'no', '--out', tmp_path / 'out') == 2
     (tmp_path / 'file').touch()
     assert run(suite, '--out', tmp_path / 'file') == 2
+    (tmp_path / 'taken' / 'index.html').mkdir(parents=True)
+    capsys.readouterr()
+    assert run(suite, '--out', tmp_path / 'taken') == 2
+    assert f'error: {tmp_path / "taken" / "index.html"}: cannot be written (Is a directory)' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run('--help')
     assert re.search(r'^ +3 +written, but records were passed over', capsys.readouterr().out, re.MULTILINE)

@@ -199,6 +199,50 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path) -> None:
         inside(tmp_path, 'x' * 5000)
 
 
+@pytest.mark.parametrize('changes, said', [
+    (dict(classes=5), 'the classes of its data are no list but 5'), (dict(root='x' * 5000), 'cannot be read'),
+    (dict(images='x' * 300), 'not a readable picture'), (dict(labels='x' * 300), 'not a readable picture'),
+    (dict(labels=None, annotations='x' * 300), 'cannot be read as JSON')])
+def test_odd_facts_of_one_record_cost_its_pictures_only(changes, said, tmp_path) -> None:
+    data = scenes(tmp_path / 'data', 1)
+    odd = metric('a', 0, 50., files=files_of(tmp_path, 'a', 0, 1), facts=facts(data, **changes))
+    text = webpage.page(assemble.read([write(tmp_path, [odd])]))
+    assert said in text[text.index('id="missing-pictures"'):] and 'data-value="50.0"' in text
+
+
+def test_pictures_from_elsewhere_are_told(tmp_path) -> None:
+    for name in ('work', 'elsewhere'):
+        data = scenes(tmp_path / name / 'data', 1)
+    files = files_of(tmp_path / 'work', 'a', 0, 1)
+    outside = {}
+    for name, root in (('own', tmp_path / 'work/data'), ('other', data)):
+        one = metric('a', 0, 50., files=files, facts=facts(root), suite=name, key=name)
+        found = assemble.read([write(tmp_path / 'work', [one])])
+        assert webpage.page(found).count('<img') >= 3
+        outside[name] = set(found.outside)
+    assert outside == dict(own=set(), other={data})
+
+
+@pytest.mark.parametrize('changes', [
+    dict(bbox=[1e308] * 4), dict(bbox=[1e300, 0, 1, 1]), dict(bbox=5), dict(bbox=['a'] * 4), dict(score='x'),
+    dict(category_id=[]), dict(image_id=[]), dict(segmentation=dict(size=[100000, 100000], counts='x')),
+    dict(segmentation=dict(size=[60, 80], counts=[-5, 9999])), dict(segmentation=dict(size=[60, 80], counts=5)),
+    dict(segmentation=[[0, 0, 1e12, 0, 1e12, 1e12]]), dict(segmentation=[5]), dict(segmentation='x')], ids=str)
+def test_hostile_objects_are_drawn_without_or_said(changes, tmp_path) -> None:
+    data = scenes(tmp_path / 'data', 1)
+    thing = dict(id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30], score=0.9)
+    for annotated, detected in ((thing, {**thing, **changes}), ({**thing, **changes}, thing)):
+        coco = dict(images=[dict(id=7, file_name='000.jpg')], categories=[dict(id=4, name='disc')], annotations=[annotated])
+        (data / 'ann.json').write_text(json.dumps(coco))
+        folder = tmp_path / 'runs/a/0/test/predictions'
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'instances.segm.json').write_text(json.dumps([detected]))
+        one = metric('a', 0, 50., files=dict(predictions='runs/a/0/test/predictions'),
+                     facts=facts(data, labels=None, annotations='ann.json'))
+        text = webpage.page(assemble.read([write(tmp_path, [one])]))
+        assert '1 disc' in text or 'not COCO' in text
+
+
 def test_detections_are_drawn(tmp_path) -> None:
     mask = pytest.importorskip('pycocotools.mask')
     data = tmp_path / 'data'

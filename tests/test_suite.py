@@ -100,6 +100,21 @@ def test_numbers_are_numbers(tmp_path):
     assert read_suite(path).rows[0].options == dict(a=0.001, b=-200000., c=150., d='1e', e=3, f=16, g='1e3.py')
 
 
+def test_parts_may_be_merged(tmp_path):
+    path = write(tmp_path, rows=[dict(TRAINED, name='a')])
+    path.write_text(f'{path.read_text()}\n  options: &a {{x: 1, y: 2}}\n'
+                    '- {name: b, config: config.py, iterations: 5, options: {<<: [*a, {z: 3}], y: 4}}\n')
+    assert read_suite(path).rows[1].options == dict(x=1, y=4, z=3)
+
+
+def test_parts_that_merge_to_very_many(tmp_path, fault):
+    levels = [f'a{i}: &a{i}\n  <<: [{", ".join([f"*a{i - 1}"] * 10)}]' for i in range(1, 40)]
+    (tmp_path / 'merged.yaml').write_text('\n'.join(['a0: &a0 {x: 1}', *levels]))
+    with pytest.raises(UserError, match='merged.yaml: no YAML: << adds more than 100,000 keys') as caught:
+        read_suite(tmp_path / 'merged.yaml')
+    fault('a suite file whose names for parts stand for 10^39 keys', sees=caught.value)
+
+
 def test_no_suite_and_no_yaml(tmp_path):
     with pytest.raises(UserError, match='no such suite'):
         read_suite(tmp_path / 'absent.yaml')
@@ -112,6 +127,13 @@ def test_no_suite_and_no_yaml(tmp_path):
     (tmp_path / 'deep.yaml').write_text('[' * 3000)
     with pytest.raises(UserError, match='deep.yaml: no YAML: maximum recursion depth'):
         read_suite(tmp_path / 'deep.yaml')
+    for place in ('name: {}', 'rows: [{}]', 'rows: [{{name: a, config: c.py, options: {{? {} : 1}}}}]', '{}'):
+        (tmp_path / 'digits.yaml').write_text(place.format(f'0x{"f" * 4000}'))
+        with pytest.raises(UserError, match='digits.yaml: a number in it has more than 100 digits, it begins with 0xffff'):
+            read_suite(tmp_path / 'digits.yaml')
+    (tmp_path / 'date.yaml').write_text('name: a\nrows: [{name: a, config: c.py, options: {a.time: 2001-02-03}}]')
+    with pytest.raises(UserError, match='date.yaml: 2001-02-03 is read as a date'):
+        read_suite(tmp_path / 'date.yaml')
     (tmp_path / 'list.yaml').write_text('- a')
     with pytest.raises(UserError, match='a mapping is needed'):
         read_suite(tmp_path / 'list.yaml')

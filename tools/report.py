@@ -9,7 +9,7 @@ from pathlib import Path
 from replk_mm import cli
 from replk_mm.bench.report import assemble, markdown, webpage
 from replk_mm.engine.machine import prepare_work_dir
-from replk_mm.errors import command
+from replk_mm.errors import UserError, command, printable
 from replk_mm.pages import renew
 
 STATUSES = f"""
@@ -32,8 +32,14 @@ def main() -> int:
     found = assemble.read(args.results)
     out = prepare_work_dir(args.out, option='--out')
     for name, text in (('index.html', webpage.page(found)), ('report.md', markdown.page(found))):
-        Path(out, name).write_text(text, encoding='utf-8')
+        try:
+            Path(out, name).write_text(text, encoding='utf-8')
+        except OSError as error:
+            raise UserError(f'{Path(out, name)}: cannot be written ({error.strerror})\n'
+                            f'Name another folder: --out DIR, or make room there.') from error
         print(f'written: {Path(out, name)} ({Path(out, name).stat().st_size / 2**20:.2f} MiB)')
+    for folder in sorted(found.outside):
+        print(f'index.html shows pictures from {printable(str(folder))}, as the records say; look before you pass it on')
     for suite in found.suites if args.page else ():
         renew(Path(args.page), suite.name, markdown.tables(suite))
         print(f'{args.page}: renewed {suite.name}')

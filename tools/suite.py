@@ -15,7 +15,7 @@ from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.definition import read_suite
 from replk_mm.bench.suites.run import Settings, run
 from replk_mm.engine.machine import prepare_work_dir
-from replk_mm.errors import UserError, command
+from replk_mm.errors import UserError, command, printable
 
 
 def names(text: str) -> list[str]:
@@ -53,7 +53,7 @@ def main() -> int:
     if args.list:
         width = max(len(row.name) for row in suite.rows)
         for number, row, seed, state in plan.states(suite, work_dir):
-            print(f'{number:4}  {row.name:{width}}  {seed:4}  {state}')
+            print(f'{number:4}  {row.name:{width}}  {seed:4}  {printable(state)}')
         return 0
     choice = plan.Choice(work_dir, args.resume, args.only, args.data_root, args.device)
     try:
@@ -79,7 +79,7 @@ def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
     if failed:
         print(f'\n{len(failed)} failed; --resume tries them again:')
         for name, reason in failed:
-            print(f'  {name}: ' + reason.replace('\n', '\n      '))
+            print(f'  {name}: ' + printable(reason).replace('\n', '\n      '))
     print(f'results: {choice.work_dir / "results"}')
     return bool(failed)
 

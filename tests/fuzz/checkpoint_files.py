@@ -194,6 +194,13 @@ _SENTENCES = [
     + text('mean')
     + b'cbuiltins\nbytearray\nssb',
     b'ccollections\nOrderedDict\n)R}' + text('items') + b'cbuiltins\nbytearray\nsb',
+    b'ccollections\nOrderedDict\n)R' + text('w') + b'cbuiltins\nbytearray\ns',
+    b'cbuiltins\nbytearray\n(' + text('ä' * 3000) + text('punycode') + b'tR',
+    b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85' + text('V2000000000') + b'tR',
+    b'Ns)' + b''.join(b'q\x20h\x20\x86' for _ in range(16)) + b'q\x20}' + b'h\x20Ns' * 50 + b'}' + text('y') + b'N',
+    *(name + b'\n(ctorch._utils\n_rebuild_tensor_v2\n((' + text('storage') + b'ctorch\nFloatStorage\n' + text('0')
+      + text('cpu') + b'K\x04tQK\x00' + number(10**7) + b'\x85K\x00\x85\x89ccollections\nOrderedDict\n)RtRtR'
+      for name in (b'cbuiltins\nset', b'ccollections\nCounter', b'ctorch\nSize')),
 ]
 
 

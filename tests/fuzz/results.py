@@ -13,27 +13,53 @@ _OBEYED = '\x1b\x07\x00\x9b\u202e\ud800'
 
 def _one_record() -> list[dict]:
     import numpy as np
-    from report_records import complete
+    from report_records import complete, facts
 
     def plain(value: object) -> object:
         return float(value) if isinstance(value, np.floating) else value
 
     found = complete('row', 'A row', 0, 50.0, 1.0, dict(predictions='p', heat_map='h.png'))
-    return [*json.loads(json.dumps(found, default=plain)), {**found[0], 'row': 'other', 'seed': 1, 'key': 'other.1'}]
+    found[0]['facts'] = facts(Path('scenes'), images='images', labels='labels')
+    boxes = facts(Path('scenes'), images='images', labels='', annotations='objects.json')
+    found += [{**found[0], 'row': 'other', 'seed': 1, 'key': 'other.1'}, {**found[0], 'row': 'b', 'key': 'b', 'facts': boxes}]
+    return json.loads(json.dumps(found, default=plain))
+
+
+def _pictures(folder: Path) -> None:
+    """A work dir with data and predictions of both tasks."""
+    import numpy as np
+    from PIL import Image
+
+    for name in ('p/a.png', 'data/scenes/labels/a.png', 'data/scenes/images/a.jpg'):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ones((64, 80, 3) if name.endswith('jpg') else (64, 80), np.uint8)).save(folder / name)
+    (folder / 'h.png').write_bytes((folder / 'p/a.png').read_bytes())
+    found = some_detections()[:1]
+    (folder / 'p/instances.segm.json').write_bytes(text_of(found))
+    (folder / 'data/scenes/objects.json').write_bytes(text_of(dict(
+        images=[dict(id=1, file_name='a.jpg', height=64, width=80)], categories=[dict(id=5, name='disc')], annotations=found)))
 
 
 def report(folder: Path, file: Path) -> Callable[[], object]:
     """Reads records and makes a page of them."""
     from replk_mm.bench.report import assemble, markdown, webpage
 
+    _pictures(folder)
+    lines = folder / 'results' / 'a.jsonl'
+    lines.parent.mkdir(exist_ok=True)
+    lines.unlink(missing_ok=True)
+    lines.symlink_to(file)
+
     def one() -> None:
-        found = assemble.read([file])
+        found = assemble.read([folder])
         page, text = webpage.page(found), markdown.page(found)
         assert page.count('<script') == 1, 'a script of a record'
         assert not any(c in text for c in _OBEYED), 'characters that a terminal obeys'
 
-    file.write_bytes(b'\n'.join(map(text_of, _one_record())))
-    one()
+    for record in _one_record():
+        file.write_bytes(text_of(record))
+        one()
+    assert webpage.page(assemble.read([folder])).count('<img') == 3
     return one
 
 

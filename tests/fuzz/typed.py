@@ -4,6 +4,7 @@ import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 from fuzz.mutate import Build, Choices, changed_bytes, edited
 from replk_mm.errors import UserError
@@ -11,10 +12,11 @@ from replk_mm.errors import UserError
 
 def overrides(folder: Path, file: Path) -> Callable[[], object]:
     """Reads --cfg-options and changes a config."""
-    from mmengine.config import Config
+    from mmengine.config import Config, config
+    from yapf.yapflib.yapf_api import pytree_utils
 
     from replk_mm import cli
-    from replk_mm.engine.config import _merge
+    from replk_mm.engine.overrides import merge
 
     p = cli.parser('', '')
     cli.add_config_options(p)
@@ -30,7 +32,9 @@ def overrides(folder: Path, file: Path) -> Callable[[], object]:
                 raise
             raise UserError(said.getvalue().splitlines()[-1]) from left
         cfg = Config(copy.deepcopy(_CONFIG))
-        _merge(cfg, options, 'config.py')
+        merge(cfg, options, 'config.py')
+        with mock.patch.object(config, 'FormatCode', lambda text, **_: (str(pytree_utils.ParseCodeToTree(text)), True)):
+            cfg.pretty_text  # noqa: B018 (every run writes it; how it is wrapped into lines takes the most time)
 
     for text in ('a=1', 'model.x=[1,(2,3)]', '=', 'a', "model={'a': 1}", 'train_dataloader.dataset.pipeline.0.type=1'):
         file.write_text(text)
@@ -55,7 +59,7 @@ _TYPED = (
     b'.', b'=', b'[', b']', b'(', b')', b'{', b'}', b',', b'"', b"'", b'0', b'-1', b'99999999', b'_base_', b'_delete_',
     b'__class__', b'__import__("os").system("touch x")', b'9**9**9', b'{1:', b'$(id)', b'\n', b'\0', b'\x1b[2J', b'\xff',
     b'(' * 300, b'{' * 90, b'9' * 5000, b'--x', b'@file', b'{{fileDirname}}', b'{{$HOME:x}}', b'1e999', b'0x', b'pop',
-    b'filename', b'text', b'a' * 2000)
+    b'filename', b'text', b'a' * 2000, b'..', b'.a' * 400, b'class', b'{0x' + b'f' * 4000 + b'}')
 
 
 def options() -> Build:
@@ -88,6 +92,8 @@ _YAML = (
     b"'", b'|', b'>', b'%', b'@', b'`', b'---\n', b'...\n', b'!!int 0x', b'.nan', b'.inf', b'1e999', b'9' * 5000, b'null',
     b'~', b'yes', b'2001-99-99', b'0o7', b'1_0', b'1:2:3', b'\xff', b'\0', b'\x1b',
     b'[' + b', '.join(b'&l%d [%s]' % (i, b', '.join([b'*l%d' % (i - 1)] * 9) if i else b'1') for i in range(12)) + b']',
+    b'0x' + b'f' * 4000,
+    b'[&m0 {x: 1}, ' + b', '.join(b'&m%d {<<: [%s]}' % (i, b', '.join([b'*m%d' % (i - 1)] * 10)) for i in range(1, 9)) + b']',
     b'&b [&c [&d [1,1,1,1,1,1,1,1,1,1],*d,*d,*d,*d,*d,*d,*d,*d,*d],*c,*c,*c,*c,*c,*c,*c,*c,*c,*b]')
 
 

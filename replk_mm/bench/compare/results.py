@@ -116,7 +116,8 @@ def open_result(path: str, letter: str) -> Result:
                         f'Test with an evaluator of this project: IoUMetric or CocoMetric, on data with labels.')
     for name, figures in [('', record['metrics']), *record['per_class'].items()]:
         if not isinstance(figures, dict) or not all(
-                value is None or isinstance(value, (int, float)) and not abs(value) > _LARGEST for value in figures.values()):
+                value is None or type(value) in (int, float) and abs(value) <= _LARGEST  # NaN is not
+                for value in figures.values()):
             place = f'per_class: the figures of {name:.80}' if name else 'metrics: the figures'
             raise UserError(f'{file}: {place} are no numbers: {str(figures)[:80]}\nTest again with --out {file.parent}.')
     return Result(letter, file, record)

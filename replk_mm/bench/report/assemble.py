@@ -17,6 +17,7 @@ from replk_mm.bench.report.columns import (
     Figure,
     compared,
     primary,
+    unit,
     value_of,
 )
 from replk_mm.bench.report.markup import clean
@@ -118,11 +119,13 @@ class Report:
         suites: In the order in which they were found.
         complaints: Records that were passed over, and why.
         folders: The work dir of a record, by ``id``.
+        outside: Data sets that lie in no work dir and that pictures on the page are from.
     """
 
     suites: list[Suite]
     complaints: list[str]
     folders: dict[int, Path]
+    outside: set[Path] = field(default_factory=set)
 
 
 def read(paths: Sequence[str | Path]) -> Report:
@@ -142,6 +145,10 @@ def read(paths: Sequence[str | Path]) -> Report:
                             'Run the suite first: python tools/suite.py SUITE')
     files = records.files_in(paths)
     found, complaints = records.read(files)
+    for record in found:
+        if record['measurement'] == 'metric' and record['status'] == 'done':
+            # Figures of two names or units are not ranked together.
+            record['protocol'] = {**record['protocol'], 'metric': f'{primary(record)}, {unit(record)}'.strip(', ')}
     places = {}
     for file in files:
         for record in records.read([file])[0]:
@@ -159,7 +166,7 @@ def _suite(name: str, found: Sequence[Record]) -> Suite:
     for key, protocol in by_protocol.items():
         members = [(row, r) for row, r in zip(entries, metrics, strict=True) if r and identity(r['protocol']) == key]
         record = members[0][1]
-        groups.append(Group(protocol, primary(record), str(record['values'].get('unit') or ''), [row for row, _ in members]))
+        groups.append(Group(protocol, primary(record), unit(record), [row for row, _ in members]))
     without = [row for row, record in zip(entries, metrics, strict=True) if not record]
     if without:
         groups.append(Group(None, '', '', without))

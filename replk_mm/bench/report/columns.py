@@ -131,6 +131,11 @@ def primary(record: Mapping[str, Any]) -> str:
     return str(record['values'].get('primary') or 'mIoU')
 
 
+def unit(record: Mapping[str, Any]) -> str:
+    """Of the metric that ranks; '' if there is none."""
+    return str(record['values'].get('unit') or '')
+
+
 def compared(record: Mapping[str, Any], measured: Figure) -> tuple[Figure, Figure]:
     """The published figure of a row and the measured one's difference from it.
 

@@ -128,6 +128,8 @@ def examples(suite: Suite, report: Report, album: Album) -> Iterator[Markup]:
             album.problems.append(str(error))
             continue
         if found:
+            if not any(data.root.resolve().is_relative_to(folder.resolve()) for folder in report.folders.values()):
+                report.outside.add(data.root)
             yield _sheet(group, [row for row, _ in rows], found, objects)
             if not objects:
                 yield _legend(data)

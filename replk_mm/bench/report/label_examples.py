@@ -75,16 +75,22 @@ class Data:
         stated = record['facts'].get('data')
         if not isinstance(stated, Mapping) or not stated.get('root') or '\0' in str(stated['root']):
             raise Unusable('the record does not say where its images are')
+        classes = stated.get('classes') or []
+        if not isinstance(classes, list):
+            raise Unusable(f'the classes of its data are no list but {classes!r:.60}')
         named = Path(str(stated['root']))
         # Scenes of a suite are in its work dir, which may have been copied from another machine.
-        root = next((path for path in (named, folder / 'data' / named.name) if path.is_dir()), None)
+        try:
+            root = next((path for path in (named, folder / 'data' / named.name) if path.is_dir()), None)
+        except OSError as error:  # a name that is too long, for one
+            raise Unusable(f'{str(named)!r:.100}: cannot be read ({error.strerror})') from error
         if root is None:
             raise Unusable(f'{named}: no such data root here')
         images, labels, annotations = (str(stated.get(key) or '') for key in ('images', 'labels', 'annotations'))
         data = cls(root, images, labels, annotations)
         data.image_suffix = str(stated.get('image_suffix') or data.image_suffix)
         data.label_suffix = str(stated.get('label_suffix') or data.label_suffix)
-        data.classes = [str(name) for name in stated.get('classes') or ()]
+        data.classes = [str(name) for name in classes]
         data.palette = _palette(stated.get('palette'), len(data.classes))
         data.ignored = 0 if stated.get('ignored') == 0 else 255
         return data

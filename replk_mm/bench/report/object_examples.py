@@ -8,10 +8,14 @@ import numpy as np
 
 from replk_mm.bench.report.label_examples import WIDTH, Data, Example, Shown, choose, photo
 from replk_mm.bench.report.pictures import Album, Unusable, read_rgb
+from replk_mm.data.coco_masks import mask_problem
+from replk_mm.data.coco_shapes import is_number
 
 #: Detections that are drawn: of at least this score, and this many at most.
 LEAST_SCORE, MOST_OBJECTS = 0.3, 40
 _MOST_FILE_BYTES = 512 * 2**20
+#: How far outside of its image a box is still drawn, pixels.
+_EDGE = 9
 
 
 def of_objects(rows: Sequence[tuple[int, str, Path]], data: Data, album: Album) -> list[Example]:
@@ -26,11 +30,11 @@ def of_objects(rows: Sequence[tuple[int, str, Path]], data: Data, album: Album) 
         images = {image['id']: image for image in written['images']}
         classes = {category['id']: str(category['name']) for category in written['categories']}
         truths = _by_image(written['annotations'])
-    except (KeyError, TypeError) as error:
-        raise Unusable(f'{data.root / data.annotations}: not COCO annotations ({error!r})') from error
+        colours = {category: data.palette[i % len(data.palette)] for i, category in enumerate(sorted(classes))}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Unusable(f'{data.root / data.annotations}: not COCO annotations ({error!r:.200})') from error
     found = {number: _results(folder, album) for number, _, folder in rows}
     names = {number: {str(images[i]['file_name']) for i in of_row if i in images} for number, of_row in found.items()}
-    colours = {category: data.palette[i % len(data.palette)] for i, category in enumerate(sorted(classes))}
     ids = {str(image['file_name']): key for key, image in images.items()}
     examples = []
     for name in choose(names.values()):
@@ -52,7 +56,7 @@ def _results(folder: Path, album: Album) -> dict[Any, list[dict]]:
         if (folder / name).is_file():
             try:
                 return _by_image(_load(folder / name, list))
-            except (Unusable, KeyError, TypeError) as error:
+            except (Unusable, KeyError, TypeError, AttributeError) as error:
                 album.problems.append(str(error) if isinstance(error, Unusable) else f'{folder / name}: not COCO results')
     return {}
 
@@ -72,6 +76,11 @@ def _load(path: Path, kind: type) -> Any:
 def _by_image(things: Sequence[dict]) -> dict[Any, list[dict]]:
     found: dict[Any, list[dict]] = {}
     for thing in things:
+        box, score = thing.get('bbox') or [0, 0, 0, 0], thing.get('score', 1.)
+        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, (*box, score))):
+            raise TypeError(f'bbox {box!r:.60}, score {score!r:.20}')
+        if not isinstance(thing.get('category_id'), (int, str)):
+            raise TypeError('an object without a category')
         found.setdefault(thing['image_id'], []).append(thing)
     return found
 
@@ -103,19 +112,23 @@ def _object(thing: Mapping[str, Any], order: Sequence[Any], size: tuple[int, ...
         found['mask'] = mask
     if thing.get('bbox'):
         x, y, width, height = thing['bbox']
-        return {**found, 'box': [x, y, x + width, y + height]}
+        corners = np.array([[x, y], [x + width, y + height]])
+        # What lies far outside of the image is not seen, and OpenCV does not take every number.
+        return {**found, 'box': corners.clip(-_EDGE, np.array(size[::-1]) + _EDGE).ravel().tolist()}
     rows, columns = np.nonzero(mask) if mask is not None and mask.any() else ([0], [0])
     return {**found, 'box': [min(columns), min(rows), max(columns), max(rows)]}
 
 
 def _mask(segmentation: Any, size: tuple[int, ...]) -> np.ndarray | None:
-    """A COCO segmentation, polygons or run lengths, as ``(H, W)`` bool; None if there is none of the image's size."""
-    if not segmentation:
+    """A COCO segmentation, polygons or run lengths, as ``(H, W)`` bool; None if there is none that can be decoded and is of
+    the image's size."""
+    if not segmentation or mask_problem(segmentation, size) or isinstance(segmentation, dict) and not isinstance(
+            segmentation.get('counts'), (str, list)):
         return None
     from pycocotools import mask
     if isinstance(segmentation, list):
         runs = mask.merge(mask.frPyObjects(segmentation, *size))
     else:
-        runs = segmentation if isinstance(segmentation['counts'], (str, bytes)) else mask.frPyObjects(segmentation, *size)
+        runs = segmentation if isinstance(segmentation['counts'], str) else mask.frPyObjects(segmentation, *size)
     found = mask.decode(runs).astype(bool)
     return found if found.shape == size else None

@@ -118,9 +118,9 @@ def read_labels(path: Path) -> np.ndarray:
 
 
 def _read(path: Path, mode: str | None) -> np.ndarray:
-    if not path.is_file():
-        raise Unusable(f'{path}: not there')
     try:
+        if not path.is_file():
+            raise Unusable(f'{path}: not there')
         if path.stat().st_size > _MOST_FILE_BYTES:
             raise Unusable(f'{path}: larger than {_MOST_FILE_BYTES // 2**20} MiB')
         with Image.open(path) as opened:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from replk_mm.bench.records import MEASUREMENTS
+from replk_mm.bench.suites import suite_file
 from replk_mm.errors import UserError
 
 #: What a suite may ask for; ``train`` comes by itself where a row has a training budget.
@@ -17,8 +16,6 @@ ASKED = tuple(name for name in MEASUREMENTS if name != 'train')
 WITHOUT_WEIGHTS = ('complexity', 'erf', 'speed', 'memory')
 _BUDGETS = ('iterations', 'schedule', 'checkpoint')
 _SEEDS = 2**32
-#: Most values in a suite file.
-_MOST = 100_000
 
 
 @dataclass(frozen=True)
@@ -100,24 +97,6 @@ class Suite:
         return [(row, seed) for row in self.rows for seed in row.seeds]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are those of Python: YAML 1.1 takes ``1e-3``, without a point, for a text. A key is there once."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'the key {key.value!r} is there twice', key.start_mark)
-            if isinstance(key, yaml.ScalarNode):  # others are no names, and refused later
-                seen.add(key.value)
-        return node
-
-
-_Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$'),
-                              list('-+0123456789'))
-
-
 def read_suite(path: str | Path) -> Suite:
     """Read and check a suite file.
 
@@ -125,15 +104,8 @@ def read_suite(path: str | Path) -> Suite:
         UserError: If it cannot be read, or something in it is unknown, missing or contradicts itself.
     """
     path = Path(path)
-    try:
-        content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
-    except OSError as error:
-        raise UserError(f'{path}: no such suite ({error.strerror})\nSuites are in configs/suites/, one file each.') from error
-    except Exception as error:  # PyYAML raises anything on values that it cannot make
-        raise UserError(f'{path}: no YAML: {" ".join(str(error).split())}') from error
     place = str(path)
-    if _values(content) > _MOST:
-        raise UserError(f'{place}: it holds more than {_MOST:,} values\nNames for parts (&name, *name) repeat what they name.')
+    content = suite_file.read(path)
     found = _known(content, place, name='text', question='text', data='a mapping', defaults='a mapping', rows='a list')
     for key in ('name', 'rows'):
         if not found.get(key):
@@ -147,19 +119,6 @@ def read_suite(path: str | Path) -> Suite:
         raise UserError(f'{place}: rows: {twice!r} names {names.count(twice)} rows\nGive each row a name of its own.')
     return Suite(path, found['name'], ' '.join((found.get('question') or '').split()), _data(found.get('data') or {}, place),
                  rows)
-
-
-def _values(content: object) -> int:
-    """How many values there are, counted as often as they are referred to, up to one more than :data:`_MOST`."""
-    count, todo = 0, [content]
-    while todo and count <= _MOST:
-        node = todo.pop()
-        count += 1
-        if isinstance(node, dict):
-            todo += (*node.keys(), *node.values())
-        elif isinstance(node, (list, tuple, set)):
-            todo += node
-    return count
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from replk_mm.bench.suites.task import Task
+from replk_mm.errors import printable
 
 #: Seconds between lines of progress where they cannot be written over.
 _EVERY = 60.
@@ -27,7 +28,7 @@ class Progress:
     def say(self, line: str) -> None:
         """A line that stays."""
         self._wipe()
-        print(line, file=self.out, flush=True)
+        print(printable(line), file=self.out, flush=True)
 
     def ended(self, line: str, seconds: float) -> None:
         """Say how a process ended that took ``seconds``."""

@@ -157,8 +157,9 @@ def write_whole(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 def read_whole(path: Path) -> dict[str, Any]:
-    """What :func:`write_whole` wrote; empty if there is none."""
+    """What :func:`write_whole` wrote; empty if there is none, or something else."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
