@@ -5,10 +5,8 @@ Each function mends one thing, may be called any number of times, and says which
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 
@@ -43,60 +41,6 @@ def register_configs() -> None:
         module._get_package_and_cfg_path = package_and_path
     for module in filter(None, (mmengine.utils, config, hub)):
         module.get_installed_path = installed_path
-
-
-def _history_method(owner: type, name: str) -> Callable:
-    """What ``getattr`` may do in a checkpoint: name one of the statistics of a log buffer."""
-    from mmengine.logging import HistoryBuffer
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise UnpicklingError(f'the checkpoint asks for attribute {name!r} of {owner!r}')
-    return getattr(owner, name)
-
-
-@functools.cache
-def _renamed(function: Callable, name: str) -> Callable:
-    """``function`` under the full name that a pickle calls it by."""
-
-    def call(*args, **kwargs):
-        return function(*args, **kwargs)
-
-    call.__module__, _, call.__name__ = name.rpartition('.')
-    call.__qualname__ = call.__name__
-    return call
-
-
-def harmless_pickles() -> list:
-    """Classes and functions that mmengine's checkpoints name and that can do nothing but hold data."""
-    import numpy as np
-    from mmengine.logging import HistoryBuffer
-    try:
-        from numpy._core import multiarray
-    except ImportError:  # numpy < 2
-        from numpy.core import multiarray  # type: ignore[no-redef]
-    # A buffer is pickled with references to its own methods, as calls of `getattr`. The real one would open every object
-    # that the list allows, so our restricted one takes its name.
-    takes_name = _renamed(_history_method, 'builtins.getattr')
-    # numpy 2 moved what unpickles its arrays; files name the place of the numpy that wrote them.
-    moved = [_renamed(function, f'numpy.{core}.multiarray.{function.__name__}')
-             for function in (multiarray._reconstruct, multiarray.scalar) for core in ('core', '_core')]
-    dtypes = {type(np.dtype(kind)) for kind in ('bool', 'int32', 'int64', 'float16', 'float32', 'float64', 'U1')}
-    return [HistoryBuffer, takes_name, np.ndarray, np.dtype, *moved, *dtypes]
-
-
-@contextmanager
-def harmless_pickles_allowed() -> Iterator[None]:
-    """Let ``torch.load(weights_only=True)`` read mmengine's own checkpoints, whose log buffers it refuses.
-
-    Only for pickles that :func:`replk_mm.pickle_scan.scan` has passed: given other arguments than mmengine's, what is allowed
-    here makes memory out of numbers. torch before 2.5 has no list to add to.
-    """
-    import torch
-    if not hasattr(torch.serialization, 'safe_globals'):
-        yield
-        return
-    known = torch.serialization.get_safe_globals()
-    with torch.serialization.safe_globals([item for item in harmless_pickles() if item not in known]):
-        yield
 
 
 def read_checkpoints_as_data() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from replk_mm import compat, pickle_scan
+from replk_mm import pickle_scan
 from replk_mm.errors import UserError
+from replk_mm.pickle_globals import harmless_pickles_allowed
 
 #: Memory that loading may take beside that of the file itself, and the most a single tensor may have more than the file
 #: (a view may repeat its values), bytes.
@@ -40,7 +41,7 @@ def load(path: Path, remedy: str = _REMEDY) -> Any:
     try:
         with bounded_memory(4 * path.stat().st_size + _SPARE):
             _check(path)
-            with compat.harmless_pickles_allowed(), warnings.catch_warnings():
+            with harmless_pickles_allowed(), warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # of pickles it may not understand; what it makes of them is looked at
                 loaded = torch.load(path, map_location='cpu', weights_only=True)
     except pickle_scan.Unsafe as error:
