@@ -105,6 +105,8 @@ MASKS = {
     'a polygon as wide as a planet': ([[0, 0, 9e8, 0, 9e8, 9e8]], 'outline'),
     'a polygon back and forth': ([[0, 0, 90_000, 90_000] * 200], 'outline'),
     'a corner at infinity': ([[0, 0, float('inf'), 0, 5, 5]], 'neither polygons nor RLE'),
+    'a corner of four hundred digits': ([[0, 0, 10**400, .5, 5, 5]], 'neither polygons nor RLE'),
+    'corners that cancel out': ([[0, 0, 10**400, -10**400, 5, 5]], 'neither polygons nor RLE'),
     'runs beyond the image': (dict(size=[64, 80], counts=[5000, 5000]), '10,000 pixels'),
     'runs whose sum overflows to the right one': (
         dict(size=[64, 80], counts=[2**62] * 4 + [64 * 80]), 'more than there are'),

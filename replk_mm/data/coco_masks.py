@@ -38,8 +38,9 @@ def undecodable(objects: Sequence[dict]) -> list[Problem]:
 
 
 def _all_numbers(polygon: list) -> bool:
-    # COCO's polygons have 50 million of them: their sum tells whether one is infinite or none.
-    return set(map(type, polygon)) <= {int, float} and is_number(sum(polygon))
+    # COCO's polygons have 50 million of them: their sum tells whether one is NaN.
+    return not polygon or set(map(type, polygon)) <= {int, float} and all(
+        is_number(of(polygon)) for of in (min, max, sum))
 
 
 def mask_problem(mask: object, size: Sequence[int] | None = None) -> str | None:
