@@ -27,7 +27,7 @@ demo-detection: setup ## The same for boxes and masks, into demo/detection/
 test: setup ## All tests
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
-test-fast: setup ## The fast tests, two to three minutes
+test-fast: setup ## Without the tests that train or run whole commands
 	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 lint: setup ## Style and types
