@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 #: Height and width, pixels.
@@ -21,6 +22,14 @@ def write(root: Path, split: str, count: int, classes: int = 8, size: tuple[int,
         Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BILINEAR).save(images / f'{split}_{i:06d}.jpg')
         ids = rng.integers(0, classes + 1, coarse.shape[:2], np.uint8)
         Image.fromarray(ids.repeat(side, 0).repeat(side, 1)).save(labels / f'{split}_{i:06d}.png')
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Six pairs to train with, three to validate on."""
+    write(tmp_path / 'data', 'training', 6)
+    write(tmp_path / 'data', 'validation', 3)
+    return tmp_path / 'data'
 
 
 if __name__ == '__main__':

@@ -9,19 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from many_pairs import write
+from many_pairs import data, write  # noqa: F401
 from PIL import Image
 from test_data_workers import gone
 from tiny import ROOT, tool_environment
 
+# ruff: noqa: F811 (fixtures that come from another file)
+
 CONFIG = ROOT / 'configs/upernet_replk-nano_demo.py'
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    write(tmp_path / 'data', 'training', 6)
-    write(tmp_path / 'data', 'validation', 3)
-    return tmp_path / 'data'
 
 
 def run(monkeypatch, *args) -> int:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from check_data_cases import full, kinds, line, seg_config
-from many_pairs import write
+from many_pairs import data  # noqa: F401
 from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS, init_default_scope
 from test_data_workers import gone
@@ -22,12 +22,7 @@ from replk_mm.data.files import listing
 from replk_mm.data.image_files import digest
 from replk_mm.errors import UserError
 
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    write(tmp_path / 'data', 'training', 6)
-    write(tmp_path / 'data', 'validation', 3)
-    return tmp_path / 'data'
+# ruff: noqa: F811 (fixtures that come from another file)
 
 
 def images(root: Path, split: str = 'training') -> list[Path]:

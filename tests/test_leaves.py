@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from check_data_cases import PREFIX, found, full, kinds, seg_config
 from coco_files import coco_dict, leaf, write_images
-from many_pairs import write
+from many_pairs import data  # noqa: F401
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
@@ -17,15 +17,10 @@ from replk_mm.data.audit import audit
 from replk_mm.data.checks import check_data
 from replk_mm.errors import UserError
 
+# ruff: noqa: F811 (fixtures that come from another file)
+
 SPLITS = ('train', 'val')
 NAMES = ('person', 'car', 'dog')
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    write(tmp_path / 'data', 'training', 6)
-    write(tmp_path / 'data', 'validation', 3)
-    return tmp_path / 'data'
 
 
 def images(root: Path) -> list[Path]:

@@ -5,21 +5,16 @@ import numpy as np
 import pytest
 from check_data_cases import full, kinds, line, seg_config
 from coco_files import leaf, write_coco_root
-from many_pairs import write
+from many_pairs import data  # noqa: F401
 from mmengine.config import Config
 from PIL import Image
 
 from replk_mm.data import releases
 from replk_mm.data.checks import check_data
 
+# ruff: noqa: F811 (fixtures that come from another file)
+
 NAMES = ('person', 'car', 'dog')
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    write(tmp_path / 'data', 'training', 3)
-    write(tmp_path / 'data', 'validation', 2)
-    return tmp_path / 'data'
 
 
 @pytest.mark.parametrize('files', [
@@ -68,10 +63,10 @@ def test_names_that_others_use_too_are_not_the_full_release(tmp_path, beside, fo
 
 def test_other_counts_are_said_when_training_starts(data, monkeypatch):
     cfg = seg_config(data, 150, type='ADE20KDataset')
-    expected = [f'note: {data}: 3 images of the train data set; allowed: 20,210, as ADE20KDataset is published',
-                f'note: {data}: 2 images of the val data set; allowed: 2,000, as ADE20KDataset is published']
+    expected = [f'note: {data}: 6 images of the train data set; allowed: 20,210, as ADE20KDataset is published',
+                f'note: {data}: 3 images of the val data set; allowed: 2,000, as ADE20KDataset is published']
     assert [text for text in check_data(cfg, ('train', 'val'), 150) if 'published' in text] == expected
-    monkeypatch.setitem(releases.COUNTS, ('mmseg', 'ADE20KDataset'), dict(train=3, val=2))
+    monkeypatch.setitem(releases.COUNTS, ('mmseg', 'ADE20KDataset'), dict(train=6, val=3))
     assert len(check_data(cfg, ('train', 'val'), 150)) == 2
 
 
