@@ -10,8 +10,14 @@ ROOT = Path(__file__).resolve().parent
 # (it has no wheel for current torch) for many minutes, past this project's cache. `replk_mm.environment` checks both.
 INSTALL_REQUIRES = [
     'mmengine>=0.10.4,<1',
+    'jinja2',
+    'matplotlib',
     'numpy',
+    'psutil',
+    'pydantic>=2',
     'pyyaml',
+    'rich',
+    'safetensors>=0.4.3',
     'setuptools<80',  # mmengine imports pkg_resources without asking for it
 ]
 EXTRAS = {

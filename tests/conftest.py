@@ -6,7 +6,6 @@ os.environ.setdefault('OMP_NUM_THREADS', '2')
 
 import pytest
 import torch
-from fault_table import (  # noqa: F401 (pytest finds fixtures and hooks here)
     fault,
     pytest_addoption,
     pytest_configure,

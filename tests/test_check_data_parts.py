@@ -184,7 +184,7 @@ def test_names_in_a_list_are_taken_as_mmseg_takes_them(data, name):
     assert kinds(full(cfg)) == {'image-missing'}
 
 
-def test_empty_line_in_a_list_is_a_name_to_mmseg(data, fault):
+def test_empty_line_in_a_list_is_a_name_to_mmseg(data):
     names = [path.stem for path in images(data)]
     (data / 'list.txt').write_text(f'{names[0]}\n\n{names[1]}\n')
     cfg = seg_config(data, ann_file='list.txt')
@@ -194,7 +194,6 @@ def test_empty_line_in_a_list_is_a_name_to_mmseg(data, fault):
     assert not Path(read[1]['img_path']).is_file()
     with pytest.raises(UserError, match='1 of 3 images are not in .*: an empty line') as info:
         check_data(cfg, ('train',), 8)
-    fault('an empty line in a list of images', sees=info.value)
 
 
 def test_what_an_annotation_list_names(data):

@@ -27,7 +27,7 @@ NAMES = ('person', 'car', 'dog')
     ('metainfo', ['road'], f"{DATASET}.metainfo=['road']: a list"),
     ('filter_cfg', 32, f'{DATASET}.filter_cfg=32: a int'),
     ('type', None, f'{DATASET} has no type')])
-def test_fields_of_a_data_set(tmp_path, field, value, said, fault):
+def test_fields_of_a_data_set(tmp_path, field, value, said):
     write(tmp_path, 'training', 2)
     cfg = seg_config(tmp_path)
     cfg.pop('val_dataloader')
@@ -36,7 +36,6 @@ def test_fields_of_a_data_set(tmp_path, field, value, said, fault):
         with pytest.raises(UserError) as info:
             ask()
         assert str(info.value).startswith(said) and len(str(info.value).splitlines()) > 1
-    fault(f'{field} of a data set that is {value!r}', sees=info.value)
 
 
 @pytest.mark.parametrize(('loader', 'said'), [
@@ -70,7 +69,7 @@ def test_what_libraries_take_is_not_refused(tmp_path):
     ('CocoMetric', "val_evaluator='CocoMetric': a str"), (['CocoMetric'], "val_evaluator.0='CocoMetric': a str"),
     (dict(metric='bbox'), 'val_evaluator has no type'), ([dict(type='CocoMetric'), 3], 'val_evaluator.1=3: a int'),
     (dict(type='CocoMetric', ann_file=['a.json']), "val_evaluator.ann_file=['a.json']: a list")])
-def test_metrics(tmp_path, metric, said, fault):
+def test_metrics(tmp_path, metric, said):
     root = write_coco_root(tmp_path / 'data', NAMES)
     cfg = Config(dict(default_scope='mmdet', model=dict(bbox_head=dict(num_classes=3)), val_dataloader=dict(
         dataset=leaf(root, 'val', metainfo=dict(classes=NAMES))), val_evaluator=metric), cfg_text=' ', filename='own.py')
@@ -79,7 +78,6 @@ def test_metrics(tmp_path, metric, said, fault):
         with pytest.raises(UserError) as info:
             ask()
         assert str(info.value).startswith(said) and len(str(info.value).splitlines()) > 1
-    fault(f'a config with val_evaluator={metric!r}', sees=info.value)
 
 
 def test_through_the_tool(data, monkeypatch, capsys):

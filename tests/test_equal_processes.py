@@ -172,7 +172,7 @@ def test_plain_batch_norm_is_validated_as_it_is_saved(tiny, folder):  # noqa: F8
     assert next(r['mIoU'] for r in logged(work) if 'mIoU' in r) == pytest.approx(found['metrics']['mIoU'], abs=1e-6)
 
 
-def test_torchrun_ends_with_a_killed_rank_named(tiny, folder, tmp_path, fault):  # noqa: F811
+def test_torchrun_ends_with_a_killed_rank_named(tiny, folder, tmp_path):  # noqa: F811
     (tmp_path / 'killed.py').write_text(KILLED.format(base=str(tiny.config)))
     said = launch(2, 'train', tmp_path / 'killed.py', '--data-root', folder / 'data', folder=tmp_path / 'work', modules=folder,
                   status=1)
@@ -182,5 +182,3 @@ def test_torchrun_ends_with_a_killed_rank_named(tiny, folder, tmp_path, fault): 
     assert re.search(r'rank +: 0 .*\n +exitcode +: 76', said), said[-3000:]
     assert '--resume' in message[2] and 'iter_4' in message[2]
     assert 'Connection closed by peer' not in said and 'all_reduce' not in said, 'no traceback of a collective'
-    fault('a rank of torchrun is killed', sees=re.sub(r'process \d+ on [^)\s]+\)', 'process 4242 on node1)', message[1]),
-          lost='iterations since the last checkpoint')

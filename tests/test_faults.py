@@ -71,7 +71,7 @@ KINDS = {'missing': 'no such checkpoint', 'noise': 'not a readable checkpoint', 
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_bad_checkpoint_is_named_and_not_run(kind, tiny, trained, tmp_path, fault):
+def test_bad_checkpoint_is_named_and_not_run(kind, tiny, trained, tmp_path):
     path = tmp_path / 'x.pth'
     spoil(kind, trained, path)
     cfg = tiny.cfg()
@@ -84,7 +84,6 @@ def test_bad_checkpoint_is_named_and_not_run(kind, tiny, trained, tmp_path, faul
     assert KINDS[kind] in str(info.value)
     assert not (tmp_path / 'was_here').exists()
     assert not (tmp_path / 'out.pth').exists()
-    fault(f'checkpoint to merge or test: {kind}', info.value)
 
 
 @pytest.mark.parametrize('kind', ['truncated', 'backbone only', 'wider'])
@@ -105,11 +104,10 @@ def test_bad_checkpoint_is_named_by_resuming(kind, tiny, trained, tmp_path):
     assert str(tmp_path / 'iter_2.pth') in first_line(info)
 
 
-def test_checkpoint_of_another_network_cannot_be_resumed(tiny, trained, tmp_path, fault):
+def test_checkpoint_of_another_network_cannot_be_resumed(tiny, trained, tmp_path):
     with pytest.raises(UserError) as info:
         tiny.train(tmp_path, 40, {'model.decode_head.channels': 16}, resume=str(trained))
     assert str(trained) in first_line(info)
-    fault('resume from a checkpoint of another network', info.value)
 
 
 def test_work_dir_that_was_moved_can_be_resumed(tiny, trained, tmp_path):
@@ -121,7 +119,7 @@ def test_work_dir_that_was_moved_can_be_resumed(tiny, trained, tmp_path):
 
 
 # -- disks ------------------------------------------------------------------------------------------------------------
-def test_work_dir_under_a_file(tiny, tmp_path, fault):
+def test_work_dir_under_a_file(tiny, tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError) as info:
         tiny.prepare(tmp_path / 'file' / 'work')
@@ -129,10 +127,9 @@ def test_work_dir_under_a_file(tiny, tmp_path, fault):
     with pytest.raises(UserError) as info:
         tiny.prepare(tmp_path / 'file')
     assert str(tmp_path / 'file') in first_line(info)
-    fault('work directory under a file', info.value)
 
 
-def test_work_dir_that_refuses_writing(tmp_path, monkeypatch, fault):
+def test_work_dir_that_refuses_writing(tmp_path, monkeypatch):
     def refuse(self, data):
         raise PermissionError(errno.EACCES, 'Permission denied', str(self))
 
@@ -140,18 +137,16 @@ def test_work_dir_that_refuses_writing(tmp_path, monkeypatch, fault):
     with pytest.raises(UserError, match='cannot be written to.*Permission denied') as info:
         prepare_work_dir(tmp_path)
     assert str(tmp_path) in first_line(info)
-    fault('work directory that refuses writing', info.value)
 
 
-def test_disk_too_full_for_two_checkpoints(tiny, tmp_path, monkeypatch, fault):
+def test_disk_too_full_for_two_checkpoints(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match='GiB free') as info:
         tiny.prepare(tmp_path / 'work')
     assert str(tmp_path / 'work') in first_line(info)
-    fault('disk too full for two checkpoints, at the start', info.value)
 
 
-def test_disk_full_on_the_way_keeps_the_former_checkpoint(tiny, tmp_path, monkeypatch, fault):
+def test_disk_full_on_the_way_keeps_the_former_checkpoint(tiny, tmp_path, monkeypatch):
     from mmengine.fileio import LocalBackend
     put = LocalBackend.put
 
@@ -174,7 +169,6 @@ def test_disk_full_on_the_way_keeps_the_former_checkpoint(tiny, tmp_path, monkey
     assert not (tmp_path / 'iter_4.pth').exists(), 'half a checkpoint was left'
     _, notes = tiny.prepare(tmp_path, 6, resume='auto')
     assert any('iter_2.pth' in n for n in notes)
-    fault('disk full while a checkpoint is written', info.value, 'the iterations since the checkpoint before it')
 
 
 def test_old_checkpoints_are_removed_after_the_new_one_is_written(tiny, tmp_path):
@@ -194,14 +188,13 @@ def failing(monkeypatch, error: Exception) -> None:
 
 @pytest.mark.parametrize('error', [
     MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
-def test_out_of_memory_names_batch_and_crop(tiny, tmp_path, monkeypatch, error, fault):
+def test_out_of_memory_names_batch_and_crop(tiny, tmp_path, monkeypatch, error):
     failing(monkeypatch, error)
     with pytest.raises(UserError, match='out of memory at iteration 0') as info:
         tiny.train(tmp_path)
     assert '64' in first_line(info)
     assert '2 images' in first_line(info)
     assert 'batch_size' in str(info.value)
-    fault(f'no memory: {type(error).__name__}', info.value, 'the iterations since the last checkpoint')
 
 
 def test_other_errors_keep_their_traceback(tiny, tmp_path, monkeypatch):
@@ -210,7 +203,7 @@ def test_other_errors_keep_their_traceback(tiny, tmp_path, monkeypatch):
         tiny.train(tmp_path)
 
 
-def test_bad_file_beyond_the_sample_stops_training_by_name(tiny, tmp_path, monkeypatch, fault):
+def test_bad_file_beyond_the_sample_stops_training_by_name(tiny, tmp_path, monkeypatch):
     data = Path(shutil.copytree(tiny.data, tmp_path / 'data'))
     monkeypatch.setattr('replk_mm.data.files.SAMPLE', 2)
     label = data / 'annotations/training/demo_train_000001.png'
@@ -218,10 +211,9 @@ def test_bad_file_beyond_the_sample_stops_training_by_name(tiny, tmp_path, monke
     with pytest.raises(UserError, match='label ids 99') as info:
         tiny.train(tmp_path / 'work', 4, data_root=str(data))
     assert message_of(info.value).startswith(str(label))
-    fault('label out of range, met while training', message_of(info.value), 'the iterations since the last checkpoint')
 
 
-def test_bad_file_stops_augmented_testing_by_name(tiny, trained, tmp_path, monkeypatch, fault):
+def test_bad_file_stops_augmented_testing_by_name(tiny, trained, tmp_path, monkeypatch):
     data = Path(shutil.copytree(tiny.data, tmp_path / 'data'))
     image = data / 'images/validation/demo_val_000001.jpg'
     image.write_bytes(image.read_bytes()[:2000])
@@ -229,7 +221,6 @@ def test_bad_file_stops_augmented_testing_by_name(tiny, trained, tmp_path, monke
     with pytest.raises(UserError, match='cut off') as info:
         evaluate(tiny.cfg(), str(trained), tiny.options(tmp_path / 'work', data_root=str(data)), tta=True)
     assert message_of(info.value).startswith(str(image))
-    fault('image cut off, met while testing', message_of(info.value))
 
 
 @pytest.mark.parametrize(('options', 'named'), [
@@ -237,11 +228,10 @@ def test_bad_file_stops_augmented_testing_by_name(tiny, trained, tmp_path, monke
     ({'train_dataloader.dataset.pipeline.2.type': 'RandomCropp'}, 'train_dataloader.dataset.pipeline[2]'),
     ({'optim_wrapper.optimizer.type': 'AdamWW'}, 'optimizer'),
     ({'train_dataloader.dataset.type': 'BaseSegDatset'}, 'BaseSegDatset')])
-def test_config_that_cannot_be_built_is_named(tiny, tmp_path, options, named, fault):
+def test_config_that_cannot_be_built_is_named(tiny, tmp_path, options, named):
     with pytest.raises(UserError) as info:
         tiny.train(tmp_path, None, options)
     assert named in first_line(info)
-    fault(f'config with {named}', info.value)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
@@ -278,10 +268,9 @@ def test_message_of_a_worker_is_freed_of_its_traceback():
 
 
 @pytest.mark.parametrize('name', ['tpu', 'cuda:99', 'gpu:0'])
-def test_device_that_is_not_there(name, monkeypatch, fault):
+def test_device_that_is_not_there(name, monkeypatch):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(UserError, match=f'--device {name}') as info:
         select_device(name)
     assert select_device('cpu') == select_device(None) == 'cpu'
-    fault(f'--device {name}', info.value)

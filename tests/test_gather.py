@@ -168,15 +168,14 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize('processes', PROCESSES)
-def test_iou_is_that_of_one_process(found, fault, processes):
+def test_iou_is_that_of_one_process(found, processes):
     one, ranks = found['segment']['1'][0], found['segment'][str(processes)]
     assert 20 < one['found'][0][0]['seg/mIoU'] < 80 and set(one['found'][0][1]) == {'car', 'person', 'dog'}
     for rank in ranks:
         for turn in range(2):
             assert same(rank['found'][turn], one['found'][0]), 'to the last bit, in every process'
     if processes == 3:
-        fault('5 images evaluated by 3 processes', lost='nothing',
-              sees=f'mIoU {ranks[2]["found"][0][0]["seg/mIoU"]:.12f}, as of one process')
+        pass
 
 
 @pytest.mark.parametrize('processes', PROCESSES)
@@ -197,17 +196,15 @@ def test_ap_is_that_of_one_process(found, kind, processes):
     assert all(same(rank, one) for rank in ranks), 'to the last bit, in every process'
 
 
-def test_images_that_no_process_took_are_told_to_all(found, fault):
+def test_images_that_no_process_took_are_told_to_all(found):
     messages = found['partly']
     assert messages[0] == messages[1] and '4 of 5 images were evaluated by 2 processes' in messages[0]
     assert "sampler=dict(type='DefaultSampler')" in messages[0]
-    fault('an image that no process evaluates', sees=messages[0])
 
 
-def test_what_the_first_process_refuses_is_told_to_all(found, fault):
+def test_what_the_first_process_refuses_is_told_to_all(found):
     messages = found['without_masks']
     assert messages[0] == messages[1] and "metric 'segm' scores masks" in messages[0]
-    fault('masks scored of a model without any, two processes', sees=messages[1])
 
 
 @pytest.mark.parametrize('value', [

@@ -78,7 +78,7 @@ GADGETS = {
 
 
 @pytest.mark.parametrize('name', GADGETS)
-def test_hostile_values_are_refused_before_torch_reads_them(name, tmp_path, monkeypatch, fault):
+def test_hostile_values_are_refused_before_torch_reads_them(name, tmp_path, monkeypatch):
     value, named = GADGETS[name]
     path = tmp_path / 'hostile.pth'
     file = saved(WEIGHTS)
@@ -89,10 +89,9 @@ def test_hostile_values_are_refused_before_torch_reads_them(name, tmp_path, monk
         read(path)
     assert str(info.value).startswith(f'{path}: refused: ') and named in str(info.value)
     assert time.process_time() - start < 20  # the same values keep torch busy for ever
-    fault(f'a checkpoint with {name}', sees=info.value)
 
 
-def test_tensors_that_are_more_than_the_file(tmp_path, fault):
+def test_tensors_that_are_more_than_the_file(tmp_path):
     for name, tensor in (('huge', torch.ones(1).expand(10**12)), ('sparse', torch.eye(3).to_sparse()),
                          ('nowhere', torch.ones(3, device='meta'))):
         path = tmp_path / f'{name}.pth'
@@ -100,7 +99,6 @@ def test_tensors_that_are_more_than_the_file(tmp_path, fault):
         with pytest.raises(UserError) as info:
             read(path)
         assert str(info.value).startswith(f'{path}: refused: ')
-        fault(f'a checkpoint with a tensor that is {name}', sees=info.value)
     torch.save({'w': torch.ones(1).expand(2000)}, tmp_path / 'small.pth')
     assert read(tmp_path / 'small.pth')['w'].sum() == 2000
 
@@ -111,14 +109,13 @@ def zipped(path, entries: dict, how: int) -> None:
             archive.writestr(name, content)
 
 
-def test_a_zip_that_unpacks_to_much_more(tmp_path, fault):
+def test_a_zip_that_unpacks_to_much_more(tmp_path):
     path = tmp_path / 'bomb.pth'
     zipped(path, {'x/data.pkl': pickle_of(saved(WEIGHTS)), 'x/data/0': bytes(64 << 20), 'x/version': b'3\n'},
            zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1 << 20
     with pytest.raises(UserError, match='compressed') as info:
         read(path)
-    fault('a checkpoint that is a zip bomb', sees=info.value)
 
 
 def test_names_in_a_zip_lead_nowhere(tmp_path):
@@ -132,7 +129,7 @@ def test_names_in_a_zip_lead_nowhere(tmp_path):
 
 
 @pytest.mark.parametrize('legacy', [False, True])
-def test_storages_shorter_than_they_say(legacy, tmp_path, fault):
+def test_storages_shorter_than_they_say(legacy, tmp_path):
     path = tmp_path / 'short.pth'
     file = saved(WEIGHTS, legacy)
     said = b'K\x04'
@@ -144,10 +141,9 @@ def test_storages_shorter_than_they_say(legacy, tmp_path, fault):
     with pytest.raises(UserError) as info:
         read(path)
     assert '400,000,000,000' in str(info.value)
-    fault(f'a{" legacy" if legacy else ""} checkpoint whose weights are longer than the file', sees=info.value)
 
 
-def test_a_tar_archive_that_reads_as_pickles(tmp_path, monkeypatch, fault):
+def test_a_tar_archive_that_reads_as_pickles(tmp_path, monkeypatch):
     """Older versions of torch hand archives to another loader, whose pickles nobody would have looked at."""
     path = tmp_path / 'tar.pth'
     with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as archive:
@@ -157,7 +153,6 @@ def test_a_tar_archive_that_reads_as_pickles(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: pytest.fail('torch has read it'))
     with pytest.raises(UserError, match='refused: it is a tar archive') as info:
         read(path)
-    fault('a checkpoint that is a tar archive', sees=info.value)
 
 
 @pytest.mark.parametrize('legacy', [False, True])
@@ -185,7 +180,7 @@ def test_a_storage_that_is_claimed_twice_counts_as_the_larger(tmp_path):
         read(path)
 
 
-def test_memory_is_bounded_for_what_was_not_foreseen(tmp_path, monkeypatch, fault):
+def test_memory_is_bounded_for_what_was_not_foreseen(tmp_path, monkeypatch):
     """In a process of its own: the scan is taken away, and loading asks for 5 GiB."""
     path = tmp_path / 'bomb.pth'
     file = saved(WEIGHTS)
@@ -201,7 +196,6 @@ def test_memory_is_bounded_for_what_was_not_foreseen(tmp_path, monkeypatch, faul
     *message, kilobytes = done.stdout.splitlines()
     assert message[0].startswith(f'{path}: not a readable checkpoint') and int(kilobytes) < 2 << 20
     assert 'MemoryError' in message[1]
-    fault('a checkpoint that asks for 5 GiB in a way that nobody has foreseen', sees=message[0])
 
 
 def test_the_bound_ends_with_the_loading():

@@ -46,7 +46,7 @@ def png(width: int, height: int, *parts: tuple[bytes, bytes]) -> bytes:
 
 # ---- images
 
-def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch, fault):
+def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
     path = tmp_path / 'large.png'
     path.write_bytes(png(20_000, 10_000))
     decoded = []
@@ -60,7 +60,6 @@ def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch, fault
         assert str(info.value).startswith(f'{path}: ') and '200,000,000 pixels' in str(info.value)
         assert f'{files.MAX_PIXELS:,}' in str(info.value)
     assert not decoded
-    fault('a small file that unpacks to an image of 200 million pixels', sees=info.value)
 
 
 def test_opencv_is_given_the_limit_too():
@@ -80,7 +79,7 @@ def test_images_up_to_the_limit_are_read(tmp_path, monkeypatch):
     assert '600 pixels' in files.oversize(path)
 
 
-def test_a_part_longer_than_its_file(tmp_path, fault):
+def test_a_part_longer_than_its_file(tmp_path):
     """OpenCV makes room for as much as is announced."""
     path = tmp_path / 'x.png'
     good = png(8, 8, (b'tEXt', b'a\0b'))
@@ -88,7 +87,6 @@ def test_a_part_longer_than_its_file(tmp_path, fault):
     path.write_bytes(good[:at] + (2**31 - 1).to_bytes(4, 'big') + good[at + 4:])
     with pytest.raises(UserError, match='2,147,483,647 bytes') as info:
         read_image(path)
-    fault('a PNG that announces a part of 2 GiB', sees=info.value)
     path.write_bytes(good + b'a film of a phone\xff\xff\xff')  # what follows the image is no part
     assert files.damage(path) is None
 
@@ -120,14 +118,13 @@ MASKS = {
 
 
 @pytest.mark.parametrize('name', MASKS)
-def test_hostile_masks_do_not_reach_pycocotools(name, monkeypatch, fault):
+def test_hostile_masks_do_not_reach_pycocotools(name, monkeypatch):
     mask, named = MASKS[name]
     for function in ('decode', 'frPyObjects', 'merge'):
         monkeypatch.setattr(rle, function, lambda *args: pytest.fail('pycocotools has read it'))
     with pytest.raises(UserError) as info:
         CheckedLoad(LOAD_OBJECTS)(objects(mask))
     assert named in str(info.value) and 'box [4, 6, 20, 18]' in str(info.value)
-    fault(f'annotations: {name}', sees=info.value)
 
 
 @pytest.mark.parametrize('mask', [
@@ -152,11 +149,10 @@ def test_rle_problem_knows_what_pycocotools_writes():
         assert wrong is not None
 
 
-def test_files_that_are_scored_have_their_masks_checked(file, fault):
+def test_files_that_are_scored_have_their_masks_checked(file):
     change(file, lambda d: d['annotations'][0].update(segmentation=[[0, 0, 9e8, 0, 9e8, 9e8]]))
     with pytest.raises(UserError, match='outline is longer') as info:
         check(file, SCORE)
-    fault('a polygon of 900 million pixels in a file to score with', sees=info.value)
     assert check(file, TRAIN)  # which looks at each when it loads it
 
 
@@ -169,21 +165,19 @@ def test_crowds_that_are_neither_yes_nor_no(crowd, file):
 
 # ---- results, suites, overrides
 
-def test_numbers_of_many_digits(tmp_path, fault):
+def test_numbers_of_many_digits(tmp_path):
     (tmp_path / 'x.jsonl').write_text('{"version": ' + '9' * 5000 + '}\n')
     found, complaints = records.read([tmp_path / 'x.jsonl'])
     assert not found and 'not JSON' in complaints[0]
-    fault('a record with a number of 5,000 digits', sees=complaints[0])
     path = tmp_path / 'metrics.json'
     path.write_text(json.dumps(dict(metrics={'mIoU': 10**400}, per_class={'a': {'IoU': 1}}, config='', checkpoint={},
                                     protocol={}, data={}, environment={})))
     with pytest.raises(UserError, match='no numbers') as info:
         open_result(str(path), 'A')
-    fault('a result with a number of 400 digits', sees=info.value)
 
 
 @pytest.mark.parametrize('place', ['beside the result', 'elsewhere', 'out of a package', 'of a package that is none'])
-def test_a_result_does_not_say_what_is_run(place, tmp_path, monkeypatch, fault):
+def test_a_result_does_not_say_what_is_run(place, tmp_path, monkeypatch):
     """The config that a result names is a program; a stranger's may come with the result."""
     proof, evil = tmp_path / 'proof', tmp_path / 'theirs' / 'evil.py'
     evil.parent.mkdir()
@@ -197,7 +191,6 @@ def test_a_result_does_not_say_what_is_run(place, tmp_path, monkeypatch, fault):
     assert not proof.exists()
     if place == 'beside the result':
         assert f'--config {evil}' in str(info.value)
-        fault('a result that names a program as its config', sees=info.value)
 
 
 def test_configs_of_this_project_are_run_for_a_result(tmp_path, monkeypatch):
@@ -209,33 +202,30 @@ def test_configs_of_this_project_are_run_for_a_result(tmp_path, monkeypatch):
     assert not _is_known('configs/link.py')
 
 
-def test_messages_hold_nothing_that_a_terminal_obeys(tmp_path, fault):
+def test_messages_hold_nothing_that_a_terminal_obeys(tmp_path):
     error = UserError('a class called \x1b]0;owned\x07\x9b2J \u202egnp.exe\nnext line\t\ud800')
     assert str(error) == 'a class called \\x1b]0;owned\\x07\\x9b2J \\u202egnp.exe\nnext line\t\\ud800'
-    fault('a name that would command the terminal', sees=error)
 
 
-def test_a_suite_that_multiplies_itself(tmp_path, fault):
+def test_a_suite_that_multiplies_itself(tmp_path):
     lines = ['a0: &a0 [1, 1]', *(f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 9)}]' for i in range(1, 20))]
     (tmp_path / 'x.yaml').write_text('\n'.join(lines))
     start = time.process_time()
     with pytest.raises(UserError, match='more than 100,000 values') as info:
         read_suite(tmp_path / 'x.yaml')
     assert time.process_time() - start < 10
-    fault('a suite whose parts name each other 10 ** 18 times', sees=info.value)
     proof = tmp_path / 'proof'
     (tmp_path / 'x.yaml').write_text(f'name: !!python/object/apply:os.mkdir ["{proof}"]\n')
     with pytest.raises(UserError, match='no YAML') as info:
         read_suite(tmp_path / 'x.yaml')
     assert not proof.exists()
-    fault('a suite with a program in its YAML', sees=info.value)
 
 
 @pytest.mark.parametrize(('text', 'named'), [
     ('a=' + '[' * 300 + ']' * 300, 'deep'), ('a=[' + '9,' * 3000 + ']', 'belongs into a config'),
     ('a={[1]}', 'cannot be read'),
     ('a={__import__("os").system("true"): 1}', 'cannot be read'), ('a={9**9**9: 1}', 'cannot be read')])
-def test_overrides_are_not_computed(text, named, capsys, fault):
+def test_overrides_are_not_computed(text, named, capsys):
     p = cli.parser('', '')
     cli.add_config_options(p)
     with pytest.raises(SystemExit) as info:
@@ -243,10 +233,10 @@ def test_overrides_are_not_computed(text, named, capsys, fault):
     said = capsys.readouterr().err.splitlines()[-1]
     assert info.value.code == 2 and named in said and len(said) < 300
     if 'import' in text:
-        fault('a program in an override', sees=said[said.index('argument'):])
+        pass
 
 
-def test_a_receptive_field_that_unpacks_to_much_more(tmp_path, fault):
+def test_a_receptive_field_that_unpacks_to_much_more(tmp_path):
     record = dict(kind=KIND, version=1, backbone='X', config='c.py', weights='random', trained=False, checkpoint=None, stage=3,
                   channels=8, map_size=[2, 2], size=8, images=2, image_set='0', silent=0, preprocessing={}, environment={},
                   matrix='erf.npz')
@@ -257,7 +247,6 @@ def test_a_receptive_field_that_unpacks_to_much_more(tmp_path, fault):
         archive.writestr('scores.npy', bytes(50 << 20))
     with pytest.raises(UserError, match='unpacks to 52,428,800 bytes') as info:
         Erf.load(tmp_path / 'erf.json')
-    fault('a matrix that is a zip bomb', sees=info.value)
     np.savez(tmp_path / 'erf.npz', scores=np.array([[None] * 8] * 8, object))
     with pytest.raises(UserError, match='allow_pickle'):
         Erf.load(tmp_path / 'erf.json')

@@ -33,7 +33,7 @@ def spoiled(trained, path, change) -> str:
 
 
 @pytest.mark.parametrize('command', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_config_in_a_checkpoint_is_not_run(command, tiny, trained, tmp_path, fault):
+def test_the_config_in_a_checkpoint_is_not_run(command, tiny, trained, tmp_path):
     """mmengine compares it with the run's own, and to read it runs it."""
     proof = tmp_path / 'proof'
     hostile = f'open({str(proof)!r}, "w").close()\nmodel = dict()\n'
@@ -46,35 +46,34 @@ def test_the_config_in_a_checkpoint_is_not_run(command, tiny, trained, tmp_path,
     else:
         cfg, notes = tiny.prepare(tmp_path / 'work', 32, resume=path)
         last = train(cfg, notes, preflight=False)
-        fault('a program in the config that a checkpoint carries', sees=next(n for n in notes if n.startswith('resume: ')))
     assert not proof.exists()
     assert read(last)['meta']['iter'] == 32
 
 
 @pytest.mark.parametrize('resume', [True, False])
-def test_code_in_a_checkpoint_is_refused(resume, tiny, trained, tmp_path, fault):
+def test_code_in_a_checkpoint_is_refused(resume, tiny, trained, tmp_path):
     proof = tmp_path / 'proof'
     path = spoiled(trained, tmp_path / 'hostile.pth', lambda c: c['message_hub']['runtime_info'].update(x=Exploit(proof)))
     with pytest.raises(UserError, match='refused') as info:
         tiny.train(tmp_path / 'work', 2, **({'resume': path} if resume else {'options': {'load_from': path}}))
     assert not proof.exists() and str(info.value).startswith(path)
     if resume:
-        fault('code in the log of a checkpoint to resume from', sees=info.value)
+        pass
 
 
 @pytest.mark.parametrize(('key', 'value'), [
     ('seed', 'x' * 10), ('seed', -1), ('seed', 2.5), ('iter', 'NaN'), ('epoch', [1]), ('dataset_meta', {'classes': {'a': 1}}),
     ('dataset_meta', {'classes': [1, None]}), ('replk_mm', 7)], ids=str)
-def test_records_that_make_no_sense_are_named(key, value, trained, tmp_path, fault):
+def test_records_that_make_no_sense_are_named(key, value, trained, tmp_path):
     path = spoiled(trained, tmp_path / 'hostile.pth', lambda c: c['meta'].update({key: value}))
     with pytest.raises(UserError) as info:
         checkpoints.read(path)
     assert str(info.value).startswith(f'{path}: meta.{key}')
     if key == 'seed' and value == -1:
-        fault('nonsense in the record of a checkpoint', sees=info.value)
+        pass
 
 
-def test_a_log_in_a_checkpoint_changes_no_statistics(tmp_path, fault):
+def test_a_log_in_a_checkpoint_changes_no_statistics(tmp_path):
     """mmengine's buffers take the ways to count from the file, for every buffer of the process."""
     buffer = HistoryBuffer([1.], [1])
     before = dict(HistoryBuffer._statistics_methods)
@@ -86,7 +85,6 @@ def test_a_log_in_a_checkpoint_changes_no_statistics(tmp_path, fault):
     with pytest.raises(UserError, match='inner state of mmengine') as info:
         checkpoints.read(tmp_path / 'x.pth')
     assert HistoryBuffer._statistics_methods['mean'] is HistoryBuffer.mean
-    fault('a log in a checkpoint that redefines what a mean is', sees=info.value)
     assert MessageHub.get_instance('unspoiled').log_scalars == {}
 
 
@@ -113,13 +111,12 @@ STATES = {
 
 
 @pytest.mark.parametrize('name', STATES)
-def test_states_that_no_training_leaves_are_named(name, trained, fault):
+def test_states_that_no_training_leaves_are_named(name, trained):
     checkpoint = read(trained)
     resume_state.check(checkpoint, 'file')
     STATES[name](checkpoint)
     with pytest.raises(UserError, match='^file: cannot be resumed: ') as info:
         resume_state.check(checkpoint, 'file')
-    fault(f'a checkpoint to resume from with {name}', sees=info.value)
 
 
 def test_several_optimizers_are_checked_each(trained):
@@ -143,7 +140,7 @@ def test_a_state_that_does_not_fit_is_no_traceback(change, tiny, trained, tmp_pa
 
 # ---- what mmengine loads by itself
 
-def test_backbones_of_others_load_data_only(tmp_path, monkeypatch, fault):
+def test_backbones_of_others_load_data_only(tmp_path, monkeypatch):
     """``init_cfg`` of any package's backbone, with a local file and with an address, of which mmengine runs the content."""
     from mmengine.model import BaseModule
     from mmengine.runner.checkpoint import CheckpointLoader
@@ -168,7 +165,6 @@ def test_backbones_of_others_load_data_only(tmp_path, monkeypatch, fault):
     with pytest.raises(UserError, match='refused') as info:
         CheckpointLoader.load_checkpoint('torchvision://hostile')
     assert not proof.exists()
-    fault('code in pretrained weights that mmengine downloads', sees=info.value)
     torch.save({'state_dict': {'conv.weight': torch.full((1, 1, 1, 1), 3.), 'conv.bias': torch.ones(1)}}, cached)
     backbone = Theirs('https://example.org/hostile.pth')
     backbone.init_weights()

@@ -38,7 +38,7 @@ def both(cfg: Config) -> list[set[tuple[str, str]]]:
 
 # -- trained with, and scored -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize('split', ['val', 'test'])
-def test_a_list_of_images_that_are_trained_with(data, split, fault):
+def test_a_list_of_images_that_are_trained_with(data, split):
     names = [path.stem for path in images(data)]
     (data / 'val.txt').write_text('\n'.join(names[1:4]))
     cfg = seg_config(data)
@@ -47,7 +47,6 @@ def test_a_list_of_images_that_are_trained_with(data, split, fault):
     assert both(cfg) == [{('leak', str(path)) for path in images(data)[1:4]}] * 2
     (text,) = [text for text in check_data(cfg, ('train', split), 8) if 'warning' in text]
     assert text.startswith(f'warning: {images(data)[1]}: ') and text.endswith('(and 2 more such files)')
-    fault('validation images that are trained with', sees=text)
 
 
 @pytest.mark.parametrize('folder', ['images', './images', 'other/../images'])
@@ -135,12 +134,11 @@ def test_two_suffixes_in_one_folder_are_two_data_sets(mixed):
     assert not said_at_the_start(mixed, 'warning')
 
 
-def test_labels_of_the_second_suffix_are_looked_at(data, mixed, fault):
+def test_labels_of_the_second_suffix_are_looked_at(data, mixed):
     Image.fromarray(np.full((64, 64), 99, np.uint8)).save(data / 'annotations/training' / f'{images(data)[4].stem}.png')
     assert kinds(full(mixed)) == {'label-out-of-range'}
     with pytest.raises(UserError, match='label ids 99 are beyond') as info:
         check_data(mixed, SPLITS, 8)
-    fault('a label id that no class has, in the second data set of a folder', sees=info.value)
 
 
 def test_a_suffix_that_no_data_set_reads_is_still_said(data, mixed):

@@ -51,13 +51,11 @@ def test_it_leaves_no_trace(tiny, tmp_path):
     assert log.count('classes are in the labels') == 1, 'the metrics of one batch are not to be read as a result'
 
 
-def test_a_metric_that_nobody_reports(tiny, tmp_path, fault):
+def test_a_metric_that_nobody_reports(tiny, tmp_path):
     text = refused(tiny, tmp_path, {'default_hooks.checkpoint.save_best': 'miou'})
     assert text.startswith("CheckpointHook.save_best='miou': the validation reports no such metric, but aAcc, mIoU")
-    fault('save_best of a metric that does not exist', text)
     text = refused(tiny, tmp_path, hook=dict(type='EarlyStoppingHook', monitor='accuracy'))
     assert text.startswith("EarlyStoppingHook.monitor='accuracy'")
-    fault('early stopping by a metric that does not exist', text)
 
 
 @METRICS.register_module()
@@ -69,33 +67,29 @@ class BrokenMetric(BaseMetric):
         raise KeyError('classes')
 
 
-def test_a_metric_that_fails(tiny, tmp_path, fault):
+def test_a_metric_that_fails(tiny, tmp_path):
     text = refused(tiny, tmp_path, metric=dict(type='mmengine.BrokenMetric'))
     assert text.startswith("before the first iteration, validation: prediction and metrics of one batch: KeyError: 'classes'")
-    fault('a metric that crashes', text)
 
 
-def test_a_validation_pipeline_that_fails(tiny, tmp_path, fault):
+def test_a_validation_pipeline_that_fails(tiny, tmp_path):
     cfg = tiny.cfg()
     notes = prepare_training(cfg, tiny.options(tmp_path, max_iters=2))
     cfg.val_dataloader.dataset.pipeline[-1] = dict(type='PackSegInputs', meta_keys=('img_path',))
     with pytest.raises(UserError, match='before the first iteration, validation') as info:
         train(cfg, notes)
     assert "KeyError: 'img_shape'" in str(info.value)
-    fault('a validation pipeline that crashes', info.value)
 
 
-def test_a_loss_that_is_no_number(tiny, tmp_path, fault):
+def test_a_loss_that_is_no_number(tiny, tmp_path):
     text = refused(tiny, tmp_path, {'model.data_preprocessor.std': [0.0, 1.0, 1.0]})
     assert text.startswith('before the first iteration, training: loss and backward of one batch: the loss is nan')
-    fault('a normalization by zero', text)
 
 
-def test_a_loss_that_crashes(tiny, tmp_path, fault):
+def test_a_loss_that_crashes(tiny, tmp_path):
     text = refused(tiny, tmp_path, {'model.decode_head.loss_decode.class_weight': [1.0, 2.0]})
     assert text.startswith('before the first iteration, training: loss and backward of one batch: RuntimeError: ')
     assert 'weight tensor' in text
-    fault('class weights of another number of classes', text)
 
 
 @TRANSFORMS.register_module()
@@ -104,22 +98,20 @@ class NeedsAFile:
         raise FileNotFoundError(errno.ENOENT, 'No such file or directory', 'depth/1.png')
 
 
-def test_a_file_that_a_step_of_the_pipeline_needs(tiny, tmp_path, fault):
+def test_a_file_that_a_step_of_the_pipeline_needs(tiny, tmp_path):
     cfg, notes = tiny.prepare(tmp_path, 2)
     cfg.train_dataloader.dataset.pipeline.insert(2, dict(type='mmengine.NeedsAFile'))
     with pytest.raises(UserError, match=r'before the first iteration, training: .*: FileNotFoundError: .*1.png') as info:
         train(cfg, notes)
-    fault('a step of the pipeline does not find its file', info.value)
 
 
-def test_a_disk_that_is_full(tiny, tmp_path, monkeypatch, fault):
+def test_a_disk_that_is_full(tiny, tmp_path, monkeypatch):
     def put(self, content, path):
         raise OSError(errno.ENOSPC, 'No space left on device', str(path))
 
     monkeypatch.setattr(LocalBackend, 'put', put)
     text = refused(tiny, tmp_path)
     assert 'preflight.pth' in text and 'No space left on device' in text
-    fault('no room for a checkpoint', text)
 
 
 def test_without_it_the_same_fails_later(tiny, tmp_path):

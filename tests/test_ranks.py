@@ -131,20 +131,18 @@ def ended(run: dict, lost: dict[int, int | None], speaker: int) -> str:
 @pytest.mark.parametrize(('name', 'lost', 'speaker', 'what'), [
     ('kill1', {1: -9}, 0, 'rank 1 of three is killed'), ('kill0', {0: -9}, 1, 'rank 0 of three is killed'),
     ('kill01', {0: -9, 1: -9}, 2, 'two ranks of three are killed at once')])
-def test_a_killed_rank_is_named(runs, fault, name, lost, speaker, what):
+def test_a_killed_rank_is_named(runs, name, lost, speaker, what):
     message = ended(runs[name], lost, speaker)
     assert message.count(' died, last heard of at iteration ') == len(lost)
-    fault(what, sees=without_names(message), lost='iterations since the last checkpoint')
 
 
 @pytest.mark.parametrize(('name', 'lost', 'speaker'), [('stop1', 1, 0), ('stop0', 0, 1)])
-def test_a_stopped_rank_is_named(runs, fault, name, lost, speaker):
+def test_a_stopped_rank_is_named(runs, name, lost, speaker):
     message = ended(runs[name], {lost: None}, speaker)
     assert re.search(r'is stopped, last heard of at iteration 5, [45] s ago', message), message
-    fault(f'rank {lost} is stopped (SIGSTOP)', sees=without_names(message), lost='iterations since the last checkpoint')
 
 
-def test_a_rank_that_stands_still_is_named_with_the_line_that_it_stands_in(runs, fault):
+def test_a_rank_that_stands_still_is_named_with_the_line_that_it_stands_in(runs):
     run = runs['hang1']
     # It lives, so that it ends as the others do.
     assert run['statuses'] == [LOST_STATUS] * 3, run
@@ -152,17 +150,14 @@ def test_a_rank_that_stands_still_is_named_with_the_line_that_it_stands_in(runs,
     assert message.count('error: ') == 1, run
     assert re.search(r'rank 1 \(.*\) hangs at iteration 5: no progress for [345] s, in .*threading.py:\d+ wait', message), run
     assert 'rank 0' not in message and 'rank 2' not in message
-    fault('rank 1 hangs while data are read', sees=without_names(message[message.index('error: '):]),
-          lost='iterations since the last checkpoint')
 
 
-def test_a_rank_that_fails_of_itself_is_named_by_the_others(runs, fault):
+def test_a_rank_that_fails_of_itself_is_named_by_the_others(runs):
     run = runs['fail1']
     assert run['statuses'] == [LOST_STATUS, 1]
     assert 'ValueError: file 7 is damaged' in run['printed'][1], 'it says itself what happened'
     message = run['printed'][0][run['printed'][0].index('error: '):]
     assert 'failed at iteration 5: file 7 is damaged' in message and 'Traceback' not in run['printed'][0]
-    fault('an exception in rank 1 only', sees=without_names(message), lost='iterations since the last checkpoint')
 
 
 def test_ranks_that_leave_in_order_are_not_missed(runs):
@@ -177,8 +172,8 @@ def test_a_short_pause_of_a_rank_is_no_end(runs):
 
 
 @pytest.mark.parametrize('given', [dict(silent=0), dict(silent='long'), dict(quiet=3)])
-def test_seconds_that_are_none_are_refused(given, fault):
+def test_seconds_that_are_none_are_refused(given):
     with pytest.raises(UserError, match='rank_watch=.*SECONDS') as info, watching_ranks(dict(rank_watch=given), None):
         pass
     if 'quiet' in given:
-        fault('a misspelt setting of the watch over processes', sees=info.value)
+        pass

@@ -121,24 +121,22 @@ def spoil(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize('kind', ['cut off', 'empty', 'a changed bit', 'marked as encrypted', 'no checkpoint'])
-def test_damaged_last_checkpoint_is_passed_over(kind, checkpoints_of_a_run, tiny, tmp_path, fault):
+def test_damaged_last_checkpoint_is_passed_over(kind, checkpoints_of_a_run, tiny, tmp_path):
     work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
     spoil(work / 'iter_6.pth', kind)
     _, notes = tiny.prepare(work, 6, resume='auto')
     passed_over, chosen = [note for note in notes if note.startswith('resume: ')]
     assert passed_over.startswith(f'resume: {work / "iter_6.pth"} is damaged (')
     assert chosen.startswith(f'resume: {work / "iter_4.pth"}, iteration 4')
-    fault(f'last checkpoint: {kind}', passed_over, 'the iterations since the checkpoint before it')
 
 
-def test_all_checkpoints_damaged_is_refused(checkpoints_of_a_run, tiny, tmp_path, fault):
+def test_all_checkpoints_damaged_is_refused(checkpoints_of_a_run, tiny, tmp_path):
     work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
     for path in work.glob('*.pth'):
         spoil(path, 'cut off')
     with pytest.raises(UserError, match='none of the 3 checkpoints of this run can be resumed') as info:
         tiny.prepare(work, 6, resume='auto')
     assert all(str(work / f'iter_{i}.pth') in str(info.value) for i in (2, 4, 6))
-    fault('every checkpoint damaged', info.value, 'what was in them')
 
 
 @pytest.mark.parametrize(('record', 'chosen'), [('', 6), ('iter_2.pth', 2), ('gone.pth', 6), (None, 6)])
@@ -160,7 +158,7 @@ def test_a_checkpoint_that_was_not_yet_recorded_counts(checkpoints_of_a_run, tmp
     assert last_checkpoint(tmp_path) is None
 
 
-def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_former(checkpoints_of_a_run, tiny, tmp_path, fault):
+def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_former(checkpoints_of_a_run, tiny, tmp_path):
     work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
     code = """
 import os, signal
@@ -183,7 +181,6 @@ run_path({tool!r}, run_name='__main__')
     _, notes = tiny.prepare(work, 8, resume='auto')
     note = next(note for note in notes if note.startswith('resume: '))
     assert 'iter_6.pth, iteration 6' in note
-    fault('SIGKILL while a checkpoint is written', note, 'the iterations since the checkpoint before it')
 
 
 def start_training(tiny, work: Path, *args) -> subprocess.Popen:

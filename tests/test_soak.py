@@ -12,7 +12,7 @@ from replk_mm.bench.soak import Soaker, _option, _same
 
 
 @pytest.mark.slow
-def test_two_minutes_of_soak_lose_nothing(tmp_path, fault):
+def test_two_minutes_of_soak_lose_nothing(tmp_path):
     found = run_tool('soak', '--minutes', 2, '--work-dir', tmp_path, timeout=900)
     assert found.returncode == 0, found.stdout + found.stderr
     *_, counts, verdict = found.stdout.strip().splitlines()
@@ -20,7 +20,6 @@ def test_two_minutes_of_soak_lose_nothing(tmp_path, fault):
     done = {what: int(count) for count, what in re.findall(r'(\d+) x ([^,]+)', counts)}
     assert done['compared'] >= 1
     assert sum(done.get(name, 0) for name in ('SIGKILL', 'SIGTERM', 'SIGINT')) >= 1
-    fault('two minutes of kills, signals and harmed folders at random moments', f'{counts}: {verdict}')
 
 
 class Scripted(Soaker):

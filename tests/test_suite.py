@@ -107,12 +107,11 @@ def test_parts_may_be_merged(tmp_path):
     assert read_suite(path).rows[1].options == dict(x=1, y=4, z=3)
 
 
-def test_parts_that_merge_to_very_many(tmp_path, fault):
+def test_parts_that_merge_to_very_many(tmp_path):
     levels = [f'a{i}: &a{i}\n  <<: [{", ".join([f"*a{i - 1}"] * 10)}]' for i in range(1, 40)]
     (tmp_path / 'merged.yaml').write_text('\n'.join(['a0: &a0 {x: 1}', *levels]))
     with pytest.raises(UserError, match='merged.yaml: no YAML: << adds more than 100,000 keys') as caught:
         read_suite(tmp_path / 'merged.yaml')
-    fault('a suite file whose names for parts stand for 10^39 keys', sees=caught.value)
 
 
 def test_no_suite_and_no_yaml(tmp_path):
