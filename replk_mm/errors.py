@@ -1,9 +1,10 @@
 """The one exception for mistakes a user can make, and how a command reports it."""
+import difflib
 import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 #: Exit status of a command that was given something it cannot use.
 USER_ERROR_STATUS = 2
@@ -30,6 +31,12 @@ def printable(text: str) -> str:
     if text.replace('\n', '').replace('\t', '').isprintable():
         return text
     return ''.join(c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in text)
+
+
+def did_you_mean(name: object, choices: Iterable[str]) -> str:
+    """``'Did you mean X? '`` for a misspelt name, empty if none of the choices is close."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1)
+    return f'Did you mean {close[0]}? ' if close else ''
 
 
 class Stopped(KeyboardInterrupt):

@@ -1,0 +1,34 @@
+"""Reading and writing files: atomic writes and content hashes."""
+import hashlib
+import os
+from pathlib import Path
+
+
+def write_atomic(path: str | Path, content: bytes | str) -> Path:
+    """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Args:
+        path: The file; its folder is created if needed.
+        content: Bytes, or text to encode as UTF-8.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: If the file cannot be written; an existing file is then unchanged.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with Path(path).open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
