@@ -30,5 +30,8 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with Path(path).open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
