@@ -6,12 +6,6 @@ os.environ.setdefault('OMP_NUM_THREADS', '2')
 
 import pytest
 import torch
-    fault,
-    pytest_addoption,
-    pytest_configure,
-    pytest_runtest_makereport,
-    pytest_sessionfinish,
-)
 
 # Assertions of theirs say what they compared, as those of tests do.
 pytest.register_assert_rewrite('backbone_contract', 'config_cases')
