@@ -16,7 +16,7 @@ help: ## Show this list
 setup: ## Make .venv (resumes after an interruption; nothing to do takes a second)
 	@command -v "$(BOOT)" >/dev/null || { echo "error: no Python at '$(BOOT)': choose one with make setup PYTHON=python3.11"; exit 1; }
 	@"$(BOOT)" -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed, %s is %s: choose one with make setup PYTHON=python3.11" % (sys.executable, sys.version.split()[0]))'
-	@"$(BOOT)" tools/setup_env.py $(if $(TORCH),--torch "$(TORCH)") $(if $(PYTHON),--python "$(PYTHON)")
+	@"$(BOOT)" scripts/setup_env.py $(if $(TORCH),--torch "$(TORCH)") $(if $(PYTHON),--python "$(PYTHON)")
 
 demo: setup ## Train, reparameterize, evaluate and compare on generated images, into demo/
 	$(VENV_PYTHON) tools/demo.py --out demo

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement as PipRequirement
 from packaging.specifiers import SpecifierSet
 
-from replk_mm.install.requirements import REQUIREMENTS
+from replk_mm.environment import REQUIREMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -89,7 +89,8 @@ def test_metadata_never_touches_torch_or_mmcv(wheel):
     assert not {'torch', 'mmcv'} & set(asked)
     assert set(message.get_all('Provides-Extra')) == {'seg', 'det'}
     always = {name for name, requirement in asked.items() if requirement.marker is None}
-    assert always == {'mmengine', 'numpy', 'pyyaml', 'setuptools'}
+    assert always == {'jinja2', 'matplotlib', 'mmengine', 'numpy', 'psutil', 'pydantic', 'pyyaml', 'rich',
+                      'safetensors', 'setuptools'}
     known = {requirement.name.lower(): requirement for requirement in REQUIREMENTS}
     for name, requirement in asked.items():
         assert set(requirement.specifier) <= set(SpecifierSet(known[name].range)), f'{name} differs from the report'

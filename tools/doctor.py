@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say what this environment has, what works in it, and how to mend what does not."""
+"""Print what this environment has, what works in it, and how to repair what does not."""
 import argparse
 import json
 import sys

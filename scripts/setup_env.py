@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Make `.venv` hold everything this project needs. `make setup` calls it. Runs with the standard library alone."""
+"""Create `.venv` with everything this project needs; `make setup` calls it. Imports the standard library only."""
 import argparse
 import contextlib
 import hashlib
+import json
 import signal
 import subprocess
 import sys
@@ -10,9 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from replk_mm.install.state import alone, read_json, write_json  # noqa: E402 (not installed yet)
-
 VENV = ROOT / '.venv'
 PYTHON = VENV / 'bin' / 'python'
 STAMP, LOG = VENV / 'setup.json', ROOT / '.setup' / 'pip.log'
@@ -52,7 +50,6 @@ def stage(command: list, **options) -> Iterator[subprocess.Popen]:
 
 def run(command: list, name: str, remedy: str) -> None:
     """Run a stage with its output in the log, showing pip's steps on one line; stop everything if it fails."""
-    LOG.parent.mkdir(exist_ok=True)
     lines: list[str] = []
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True, 'errors': 'replace'}
     with LOG.open('a', encoding='utf-8') as log, stage(command, **pipes) as process:
@@ -75,15 +72,15 @@ def fingerprint(torch: str) -> str:
 
 
 def main() -> None:
-    """Bring the environment to the wanted state; every stage finds out by itself what is done already."""
+    """Create or update the environment; every stage skips what is done."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog='example: python3 tools/setup_env.py --torch torch==2.5.1 --python python3.12')
+        description=__doc__, epilog='example: python3 scripts/setup_env.py --torch torch==2.5.1 --python python3.12')
     parser.add_argument('--torch', help=f'requirement for torch. Defaults to that of .venv, or else {TORCH}')
     parser.add_argument('--python', help='interpreter for .venv. Defaults to that of .venv, or else the running one')
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    lock = alone(LOG.parent)  # noqa: F841 (held until this process ends)
-    stamp = read_json(STAMP)
+    LOG.parent.mkdir(exist_ok=True)
+    stamp = json.loads(STAMP.read_text()) if STAMP.is_file() else {}
     chosen = args.torch or stamp.get('torch')
     torch, kept = chosen or TORCH, version(PYTHON)
     replaced = args.python and version(args.python) != kept
@@ -104,12 +101,12 @@ def main() -> None:
         found = answer([PYTHON, '-c', 'from importlib.metadata import version; print(version("opencv-python"))'])
         print('OpenCV lacks a system library for its windows here: taking the build without windows', flush=True)
         run([*pip, '--no-deps', '--force-reinstall', f'opencv-python-headless=={found}'], 'installing OpenCV', network)
-    with stage([PYTHON, ROOT / 'tools' / 'build_mmcv.py', '--build-dir', LOG.parent]) as process:
-        if process.wait():  # it has said why
+    with stage([PYTHON, ROOT / 'scripts' / 'build_mmcv.py', '--build-dir', LOG.parent]) as process:
+        if process.wait():  # it has printed why
             sys.exit(1)
     run([*pip, '--no-deps', '--no-build-isolation', '-e', ROOT], 'installing replk_mm', 'see the log')
     installed = answer([PYTHON, '-c', LIST]).splitlines()
-    write_json(STAMP, {'fingerprint': fingerprint(torch), 'torch': chosen, 'installed': installed})
+    STAMP.write_text(json.dumps({'fingerprint': fingerprint(torch), 'torch': chosen, 'installed': installed}))
     print('.venv is ready. Check it: .venv/bin/python tools/doctor.py')
 
 
@@ -117,6 +114,6 @@ if __name__ == '__main__':
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit('\ninterrupted; the same command goes on where it stopped')
+        sys.exit('\ninterrupted; the same command resumes')
     except OSError as error:
         sys.exit(f'error: {error}')
