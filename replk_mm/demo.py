@@ -151,8 +151,16 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
         records.append(results.record(cfg, str(checkpoint), found, tta=False))
         rows.append(Row(form, {name: of(found) for name, of in story.metrics.items()},
                         complexity.inference_parameters(model), complexity.macs(model, size), times[form]))
-    results.write(dict(rows=[vars(r) | dict(milliseconds=vars(r.milliseconds)) for r in rows], size=list(size), seed=seed,
-                       iterations=checkpoints.read(trained)['meta']['iter'], tests=records), out / 'demo.json')
+    results.write(
+        dict(
+            rows=[vars(r) | dict(milliseconds=vars(r.milliseconds)) for r in rows],
+            size=list(size),
+            seed=seed,
+            iterations=checkpoints.read(trained)['meta']['iter'],
+            tests=records,
+        ),
+        out / 'demo.json',
+    )
     return rows, story.draw(models['reparameterized'], data, out / 'predictions.png')
 
 

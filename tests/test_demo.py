@@ -20,7 +20,9 @@ def _rows(before: float, after: float, **others: float) -> list[demo.Row]:
 
 def test_table_says_what_changed() -> None:
     text = demo.table(_rows(61.25, 61.25))
-    assert 'trained' in text and '61.25' in text and '2.00 times as fast' in text and '-10' in text and '-1.00 G' in text
+    assert (
+        'trained' in text and '61.25' in text and '2.00 times as fast' in text and '-10' in text and '-1.00 G' in text
+    )
 
 
 @pytest.mark.parametrize('after, same', [(61.25, True), (61.259, True), (61.27, False), (float('nan'), False)])

@@ -26,7 +26,11 @@ def test_pixels_are_the_same_everywhere():
 
 def test_seed_split_and_index_name_a_scene():
     first = make_context_scene(0, 'train', 0).image
-    for other in (make_context_scene(1, 'train', 0), make_context_scene(0, 'val', 0), make_context_scene(0, 'train', 1)):
+    for other in (
+        make_context_scene(1, 'train', 0),
+        make_context_scene(0, 'val', 0),
+        make_context_scene(0, 'train', 1),
+    ):
         assert not np.array_equal(first, other.image)
     assert np.array_equal(first, make_context_scene(0, 'train', 0).image)
 
@@ -51,7 +55,7 @@ def test_the_cue_of_its_own_lane_names_an_object(scenes):
 
 
 def test_the_cue_is_far(scenes):
-    """A window around a disc, up to the least distance without the half sides of both, shows nothing of its lane's cue."""
+    """A window around a disc, up to the least distance less half the sides of both, contains no part of its cue."""
     least, most = (SIZE[1] * part // whole for part, whole in (NEAREST, FARTHEST))
     for scene in scenes:
         for number in range(SIZE[0] // LANE):
@@ -71,6 +75,8 @@ def test_nothing_else_tells_the_class(scenes):
     areas = [sum((scene.label == OBJECT + kind).sum() for scene in scenes) / (kinds == kind).sum() for kind in (0, 1)]
     assert areas[0] == areas[1]
     majority = [max(k := sum(lane.kind for lane in scene.lanes), 4 - k) / 4 for scene in scenes]
-    assert abs(np.mean(majority) - 11 / 16) < 4 * np.std(majority) / len(scenes)**.5  # who pools cues over the whole scene
+    assert (
+        abs(np.mean(majority) - 11 / 16) < 4 * np.std(majority) / len(scenes) ** 0.5
+    )  # who pools cues over the whole scene
     pairs = np.array([[scene.lanes[0].kind, scene.lanes[1].kind] for scene in scenes])
     assert abs(np.corrcoef(pairs.T)[0, 1]) < 4 / len(pairs)**.5

@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_demo_data import run_tool, tree
+from test_demo_data import tree
 
 from replk_mm.data import demo_writer
 from replk_mm.data.demo_layouts import CITYSCAPES_IDS, CocoAnnotations
@@ -78,17 +78,6 @@ def test_coco_objects_are_the_regions_of_the_label_maps(layouts, capsys, split, 
         assert len(found) == len(set(found)) > 0 and set(found) == set(regions(label))
 
 
-def test_images_and_objects_have_ids_of_their_own(layouts):
-    files = [json.loads((layouts / 'coco' / 'annotations' / f'instances_{s}2017.json').read_text()) for s in ('train', 'val')]
-    images = [image['id'] for file in files for image in file['images']]
-    assert len(set(images)) == len(images) == 10
-    for file in files:
-        ids = [thing['id'] for thing in file['annotations']]
-        assert len(set(ids)) == len(ids)
-        assert {thing['image_id'] for thing in file['annotations']} <= {image['id'] for image in file['images']}
-        assert file['info'] and file['licenses'] == []
-
-
 def test_the_truth_scores_one_hundred_in_pycocotools(layouts, tmp_path, capsys):
     api = COCO(layouts / 'coco' / 'annotations' / 'instances_val2017.json')
     for kind in ('bbox', 'segm'):
@@ -114,7 +103,9 @@ def test_an_occluded_object_keeps_what_can_be_seen_and_a_hidden_one_nothing():
     first, last = (item.mask for item in scene.instances)
     assert not (first & last).any() and (alone & last).any()
     assert (first == (alone & ~last)).all() and first.sum() < alone.sum()
-    assert (scene.label[first] == scene.instances[0].label).all() and (scene.label[last] == scene.instances[1].label).all()
+    assert (scene.label[first] == scene.instances[0].label).all() and (
+        scene.label[last] == scene.instances[1].label
+    ).all()
     rows, columns = np.nonzero(first)
     assert scene.instances[0].box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     annotations = CocoAnnotations('val', 0)
@@ -140,7 +131,10 @@ def test_cityscapes_tree_and_train_ids(layouts):
     classes = CityscapesDataset.METAINFO['classes']
     table = np.array([255, *(classes.index(names[name]) for name in DEMO_CLASSES)], np.uint8)
     meta = json.loads((layouts / 'cityscapes' / 'meta.json').read_text())
-    assert meta['train_ids'] == {name: table[i] for i, name in enumerate(DEMO_CLASSES, 1)} and len(set(CITYSCAPES_IDS)) == 8
+    assert (
+        meta['train_ids'] == {name: table[i] for i, name in enumerate(DEMO_CLASSES, 1)}
+        and len(set(CITYSCAPES_IDS)) == 8
+    )
     assert meta['reduce_zero_label'] is False
     for split, ade in (('train', 'training'), ('val', 'validation')):
         data = CityscapesDataset(data_root=str(layouts / 'cityscapes'), pipeline=[],
@@ -177,13 +171,6 @@ def test_interrupted_and_overwritten_runs_end_like_fresh_ones(tmp_path, monkeypa
         write_demo_data(out, 'ade20k', train=1, val=1, size=SIZE)
     write_demo_data(out, 'ade20k', train=1, val=1, seed=3, size=SIZE, overwrite=True)
     assert {name for name in tree(out) if 'demo_' not in name} == {'meta.json', 'notes.txt'} and len(tree(out)) == 6
-
-
-def test_the_tool_says_what_a_config_needs(tmp_path):
-    result = run_tool(tmp_path / 'd', '--format', 'coco', '--train', 1, '--val', 1, '--size', 64, 64)
-    assert result.returncode == 0 and "num_classes=5, and metainfo.classes=('disc', " in result.stdout, result.stderr
-    result = run_tool(tmp_path / 'e', '--format', 'cityscapes', '--train', 1, '--val', 1, '--size', 64, 64)
-    assert result.returncode == 0 and 'num_classes=19' in result.stdout and 'reduce' not in result.stdout, result.stderr
 
 
 def test_the_demo_config_reads_every_object(root, layouts):

@@ -13,7 +13,9 @@ def main() -> None:
     p = cli.parser(__doc__, 'python tools/demo.py --task detection --out demo/detection')
     p.add_argument('--task', choices=sorted(demo.STORIES), default='segmentation',
                    help='label maps, or boxes and masks (default: segmentation)')
-    p.add_argument('--out', default='demo', metavar='DIR', help='folder for data, checkpoints and pictures (default: demo)')
+    p.add_argument(
+        '--out', default='demo', metavar='DIR', help='folder for data, checkpoints and pictures (default: demo)'
+    )
     p.add_argument('--seed', type=int, default=0, metavar='N', help='of scenes and training (default: 0)')
     p.add_argument('--max-iters', type=cli.positive, metavar='N', help='train N iterations instead of the full demo')
     p.add_argument('--resume', action='store_true', help='go on where an interrupted demo stopped')

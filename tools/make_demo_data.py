@@ -3,8 +3,8 @@
 Kinds of scenes, with what tells their classes apart:
     demo       shape and a cue far away, never colour (replk_mm/data/demo_scenes.py)
     context    a cue 36 to 64 pixels away, and nothing else (replk_mm/data/demo_context.py)
-    conflict   shape or texture, which contradict each other in a test split of their own (replk_mm/data/demo_conflict.py)
-A run that was interrupted carries on when the same command is given again.
+    conflict   shape or texture, which contradict each other in a separate test split (replk_mm/data/demo_conflict.py)
+The same command resumes an interrupted run.
 
 Example:
     python tools/make_demo_data.py data/demo --train 200 --val 40
@@ -23,7 +23,8 @@ from replk_mm.errors import command
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out', type=Path, metavar='OUT', help='folder to write to: new, empty, or an interrupted run')
-    parser.add_argument('--scenes', choices=sorted(SCENES), default='demo', help='kind of scenes, see above (default: demo)')
+    parser.add_argument('--scenes', choices=sorted(SCENES), default='demo',
+                        help='kind of scenes, see above (default: demo)')
     parser.add_argument('--format', choices=sorted(LAYOUTS), default='ade20k',
                         help='layout of the files (default: ade20k)')
     parser.add_argument('--train', type=int, default=200, metavar='N', help='training scenes (default: 200)')

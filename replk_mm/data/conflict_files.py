@@ -3,9 +3,10 @@
 replk_mm/data/demo_conflict.py writes such a set; one of real pictures is read alike, if its file has these keys:
 
 - ``object_classes``: the id that each class of objects has in the label maps;
-- ``conflict`` and ``agreeing``: lists of scenes, each with ``image``, ``labels`` (paths below the data root), ``objects``;
-- of each object ``shape`` and ``texture``, both among the object classes, and ``box`` (left, top, right, bottom in pixels,
-  ends excluded). Its pixels are those inside its box that have the id of its shape in the label map.
+- ``conflict`` and ``agreeing``: lists of scenes, each with ``image``, ``labels`` (paths below the data root),
+  ``objects``;
+- of each object ``shape`` and ``texture``, both among the object classes, and ``box`` (left, top, right, bottom in
+  pixels, ends excluded). Its pixels are those inside its box that have the id of its shape in the label map.
 """
 import hashlib
 import json
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from replk_mm.data.demo_conflict import LISTING
+from replk_mm.data.demo_writer import LISTING
 from replk_mm.data.files import UNDECODABLE
 from replk_mm.errors import UserError
 
@@ -76,8 +77,10 @@ class ConflictSet:
         """
         left, top, right, bottom = item.box
         if bottom > labels.shape[0] or right > labels.shape[1]:
-            raise UserError(f'{scene.labels}: {labels.shape[1]}x{labels.shape[0]} pixels; the box {list(item.box)} of an '
-                            f'object in {LISTING} leaves it\nMake the box or the label map fit the other.')
+            raise UserError(
+                f'{scene.labels}: {labels.shape[1]}x{labels.shape[0]} pixels; the box {list(item.box)} of an '
+                f'object in {LISTING} leaves it\nMake the box or the label map fit the other.'
+            )
         mask = np.zeros(labels.shape, bool)
         mask[top:bottom, left:right] = labels[top:bottom, left:right] == self.object_classes[item.shape]
         if not mask.any():
@@ -127,11 +130,13 @@ def _scene(path: Path, place: str, scene: Any, classes: Mapping[str, int], agree
                         for item in scene['objects'])
     except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
         what = f'there is no {error}' if isinstance(error, KeyError) else error
-        raise UserError(f'{path}: {place}: {what}\nA scene has image, labels (paths below the data root) and objects, an '
-                        f'object shape, texture and box [left, top, right, bottom] in pixels, ends excluded.') from error
+        raise UserError(f'{path}: {place}: {what}\nA scene has image, labels (paths below the data root) and objects; '
+                        f'an object has shape, texture and box [left, top, right, bottom] in pixels.') from error
     for item in objects:
         if stray := [name for name in (item.shape, item.texture) if name not in classes]:
-            raise UserError(f'{path}: {place}: {stray[0]!r} is not among object_classes\nThey are: {", ".join(classes)}.')
+            raise UserError(
+                f'{path}: {place}: {stray[0]!r} is not among object_classes\nThey are: {", ".join(classes)}.'
+            )
         if (item.shape == item.texture) != agree:
             raise UserError(f'{path}: {place}: shape {item.shape!r} and texture {item.texture!r} '
                             f'{"differ" if agree else "agree"}\nThey agree in "agreeing", and differ in "conflict".')

@@ -1,19 +1,21 @@
-"""Scenes that tell what a network goes by: objects whose shape and texture agree, and the same ones with a foreign texture.
+"""Scenes that tell what a network goes by: objects whose shape and texture agree, and the same ones with a foreign
+texture.
 
-In the demo scenes (replk_mm/data/demo_scenes.py) texture does not depend on the class, and a network can only go by shape.
-Here each of three classes has a texture of its own besides its shape (:data:`TEXTURE_OF`):
+In the demo scenes (replk_mm/data/demo_scenes.py) texture does not depend on the class, and a network can only go by
+shape. Here each of three classes has a texture of its own besides its shape (:data:`TEXTURE_OF`):
 
 - in the splits 'train' and 'val' every object has shape and texture of one class: a network may go by either or both;
-- scenes ``2 i`` and ``2 i + 1`` of the split 'conflict' are scene ``i`` of 'val' with the textures exchanged in the two ways
-  that leave none in its place. Nothing else differs, and the label is that of the shape.
+- scenes ``2 i`` and ``2 i + 1`` of the split 'conflict' are scene ``i`` of 'val' with the textures exchanged in the two
+  ways that leave none in its place. Nothing else differs, and the label is that of the shape.
 
-A validation scene holds one object of each class, so that the conflict scenes hold every ordered pair (class of the shape,
-class of the texture) equally often. A training scene holds three objects whose shapes are drawn independently of each other,
-so that none tells what another is. Colour, depth of the texture, area, angle and place do not depend on the class.
+A validation scene holds one object of each class, so that the conflict scenes hold every ordered pair (class of the
+shape, class of the texture) equally often. A training scene holds three objects whose shapes are drawn independently of
+each other, so that none tells what another is. Colour, depth of the texture, area, angle and place do not depend on the
+class.
 
-The textures have two levels of brightness that take half of the object each; they differ in how these are arranged, and are
-deeper than those of the demo scenes, so that they survive being made smaller. The beacon of the demo scenes stays; it names
-nothing here, and is not scored.
+The textures have two levels of brightness that take half of the object each; they differ in how these are arranged, and
+are deeper than those of the demo scenes, so that they survive being made smaller. The beacon of the demo scenes stays;
+it names nothing here, and is not scored.
 """
 import json
 from dataclasses import replace
@@ -39,8 +41,6 @@ CONFLICT_VERSION = 1
 TEXTURE_OF: dict[str, str] = {'disc': 'speckle', 'square': 'blotch', 'star': 'check'}
 #: Depth of the textures in grey levels, the least and the largest.
 AMPLITUDE = (40, 56)
-#: File below the data root that says what the objects of validation and conflict scenes are.
-LISTING = 'conflict.json'
 # Which stream of random numbers of a scene the objects come from: none of those that demo scenes use.
 _OBJECTS = 100
 
@@ -92,7 +92,7 @@ def _agreeing(seed: int, split: str, index: int, size: tuple[int, int]) -> Scene
             return replace(spec, objects=tuple(objects))
 
 
-def _listing(meta: dict[str, Any]) -> bytes:
+def _listing(meta: dict[str, Any]) -> str:
     """Every object of the validation and conflict scenes: class of its shape and of its texture, and its box.
 
     An object's pixels are those inside its box that have its shape's id in the label map.
@@ -109,11 +109,11 @@ def _listing(meta: dict[str, Any]) -> bytes:
             found.append(dict(image=image, labels=labels, objects=objects))
         return found
 
-    return (json.dumps(dict(
+    return json.dumps(dict(
         generator=meta['generator'], generator_version=meta['generator_version'], seed=meta['seed'], size=meta['size'],
         textures=TEXTURE_OF, object_classes={name: DEMO_CLASSES.index(name) + 1 for name in THING_CLASSES},
-        agreeing=scenes('val'), conflict=scenes('conflict'))) + '\n').encode()
+        agreeing=scenes('val'), conflict=scenes('conflict'))) + '\n'
 
 
 CONFLICT = SceneKind('conflict', CONFLICT_VERSION, make_conflict_scene, layouts=('ade20k',), more={'conflict': 2},
-                     listing=(LISTING, _listing))
+                     listing=_listing)

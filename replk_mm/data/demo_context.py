@@ -1,17 +1,19 @@
 """Scenes in which the class of an object is decided far away: does a network see that far?
 
-A scene is a noisy ground with lanes across it. Each lane holds one *cue*, a red or a blue square, and one *object*, a disc of
-any colour; the object belongs to class ``a`` or ``b`` as the cue of its own lane is red or blue. By construction
+A scene is a noisy ground with lanes across it. Each lane holds one *cue*, a red or a blue square, and one *object*, a
+disc of any colour; the object belongs to class ``a`` or ``b`` as the cue of its own lane is red or blue. By
+construction
 
 - the two classes of objects look alike: shape, size and colour are drawn without regard to the class;
-- the cue is :data:`NEAREST` to :data:`FARTHEST` of the scene's width away, on either side, which at a stride of 8 pixels and
-  96 of width is 4 to 8 radii of a 3x3 kernel, and about one radius of a 31x31 kernel at a stride of 4 at most;
-- every lane draws its cue by itself, so that no other lane tells the class: a network that does not see the cue is right half
-  the time. One that pools over the whole scene without regard to place, the cue among the rest, can still guess that all
-  objects are of the colour that most cues have: with four lanes it is right 69 % of the time, 11 of 16.
+- the cue is :data:`NEAREST` to :data:`FARTHEST` of the scene's width away, on either side, which at a stride of 8
+  pixels and 96 of width is 4 to 8 radii of a 3x3 kernel, and about one radius of a 31x31 kernel at a stride of 4 at
+  most;
+- every lane draws its cue by itself, so that no other lane tells the class: a network that does not see the cue is
+  right half the time. One that pools over the whole scene without regard to place, the cue among the rest, can still
+  guess that all objects are of the colour that most cues have: with four lanes it is right 69 % of the time, 11 of 16.
 
-Whether a small kernel can carry the cue that far depends on how many layers it has and how they learn; nothing here excludes
-it. Scene ``index`` of a split depends only on (seed, split, index, size); everything is integer arithmetic.
+Whether a small kernel can carry the cue that far depends on how many layers it has and how they learn; nothing here
+excludes it. Scene ``index`` of a split depends only on (seed, split, index, size); everything is integer arithmetic.
 """
 from dataclasses import dataclass
 
@@ -39,7 +41,8 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Lane:
-    """A lane: its middle line, the middles of cue and object on it in pixels, the object's class (0 or 1), their colours."""
+    """A lane: its middle line and the middles of cue and object, in pixels; the class of the object (0 or 1); colours."""
+
     y: int
     cue_x: int
     object_x: int

@@ -1,4 +1,4 @@
-"""How demo scenes lie on disk: in the layouts of ADE20K, COCO and Cityscapes, which configs for these read as they are."""
+"""The layouts of demo scenes on disk: those of ADE20K, COCO and Cityscapes, for whose configs they are valid data."""
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from replk_mm.data.files import IGNORED
 
 JPEG_QUALITY = 95
 MAX_SCENES = 999_999
-#: Cityscapes' trainId that takes the place of each class, in the order of :data:`DEMO_CLASSES`: sky, terrain and road for the
-#: regions, then objects that Cityscapes counts too: car, person, bicycle, bus and truck. What is not scored is 255.
+#: Cityscapes' trainId that takes the place of each class, in the order of :data:`DEMO_CLASSES`: sky, terrain and road
+#: for the regions, then objects that Cityscapes counts too: car, person, bicycle, bus and truck. What is not scored is
+#: 255.
 CITYSCAPES_IDS: tuple[int, ...] = (10, 9, 0, 13, 11, 18, 15, 14)
 
 
@@ -56,8 +57,8 @@ class Layout:
 class CocoAnnotations:
     """The annotation file of a split in the making, scene by scene.
 
-    The masks are exactly the label map's: run lengths of the pixels of each object that can be seen, in the compressed form
-    of the COCO API.
+    The masks are exactly the label map's: run lengths of the pixels of each object that can be seen, in the compressed
+    form of the COCO API.
 
     Args:
         split: 'train' or 'val'; image ids differ between them.
@@ -66,7 +67,8 @@ class CocoAnnotations:
 
     def __init__(self, split: str, seed: int) -> None:
         self._first = SPLITS.index(split) * (MAX_SCENES + 1) + 1
-        self._info = dict(description='procedural scenes of replk_mm', version=str(GENERATOR_VERSION), seed=seed, split=split)
+        self._info = dict(description='procedural scenes of replk_mm', version=str(GENERATOR_VERSION), seed=seed,
+                          split=split)
         self._images: list[dict] = []
         self._objects: list[dict] = []
 
@@ -104,12 +106,14 @@ LAYOUTS: dict[str, Layout] = {
     'ade20k': Layout(
         folders=dict(train='training', val='validation', conflict='conflict'),
         image='images/{folder}/{stem}.jpg', label='annotations/{folder}/{stem}.png', annotations=None,
-        values=tuple(range(len(DEMO_CLASSES) + 1)), meta=dict(**_classes, reduce_zero_label=True, jpeg_quality=JPEG_QUALITY),
+        values=tuple(range(len(DEMO_CLASSES) + 1)),
+        meta=dict(**_classes, reduce_zero_label=True, jpeg_quality=JPEG_QUALITY),
         advice='num_classes={classes}, and reduce_zero_label=True in a config'),
     'coco': Layout(
         folders=dict(train='train2017', val='val2017'),
         image='{folder}/{stem}.jpg', label=None, annotations='annotations/instances_{folder}.json', values=(),
-        meta=dict(classes=list(THING_CLASSES), palette=[list(DEMO_PALETTE[i]) for i in _things], jpeg_quality=JPEG_QUALITY),
+        meta=dict(classes=list(THING_CLASSES), palette=[list(DEMO_PALETTE[i]) for i in _things],
+                  jpeg_quality=JPEG_QUALITY),
         advice=f'num_classes={len(THING_CLASSES)}, and metainfo.classes={THING_CLASSES} in a config'),
     # One city; the stem stands where Cityscapes has city, sequence and frame.
     'cityscapes': Layout(

@@ -27,7 +27,7 @@ SUBPIXEL = 16
 
 @dataclass(frozen=True)
 class Instance:
-    """A drawn object: its label (1..K), the mask (H, W) of bool of its visible pixels, their tight box, ends excluded."""
+    """A drawn object: its label (1..K), the bool mask (H, W) of its visible pixels, their tight box, ends excluded."""
     label: int
     mask: np.ndarray
     box: Box
