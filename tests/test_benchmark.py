@@ -195,8 +195,6 @@ def test_shapes_that_cannot_be(convnext) -> None:
     bench = Bench(Job(convnext, False), QUICK)
     with pytest.raises(UserError, match='inference of 1x3x4x4 fails'):
         bench.run(1, (4, 4))
-    with pytest.raises(UserError, match='GiB are free'):
-        bench.run(1, (10**6, 10**6))
 
 
 def test_default_shape(tiny, tmp_path, convnext) -> None:

@@ -19,6 +19,7 @@ from tiny_detector import CLASSES, detector, trained_detector, write_coco  # noq
 
 from replk_mm.checkpoints import read
 from replk_mm.data import coco
+from replk_mm.data.datasets import crop_of
 from replk_mm.engine import memory
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.drop_ins import use_drop_ins
@@ -291,7 +292,7 @@ def test_need_of_memory_counts_the_regions(detector):  # noqa: F811
 ])
 def test_size_of_images_is_what_the_last_step_makes_it(pipeline, expected):
     cfg = Config(dict(model=dict(), train_dataloader=dict(dataset=dict(type='CocoDataset', pipeline=pipeline))))
-    assert memory.crop_of(cfg) == expected
+    assert crop_of(cfg) == expected
 
 
 @pytest.mark.slow

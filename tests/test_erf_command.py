@@ -3,12 +3,11 @@ import runpy
 
 import numpy as np
 import pytest
-import torch.nn as nn
 from erf_cases import TINY, _without_pictures, config, drawn, paint, result, white  # noqa: F401
 from PIL import Image
 from tiny import ROOT, tiny  # noqa: F401
 
-from replk_mm.analysis.erf import bytes_needed, measure_erf
+from replk_mm.analysis.erf import measure_erf
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -21,12 +20,6 @@ def test_image_set_is_told_by_content(tmp_path):
     found = [measure_erf(config(type='test_erf_ones'), None, folder, 9, count, tmp_path / 'out').image_set
              for folder, count in ((one.parent, 2), (copied, 2), (copied, 1))]
     assert found[0] == found[1] != found[2]
-
-
-def test_estimate_of_memory_counts_what_autograd_keeps():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Sigmoid(), nn.Sigmoid()).requires_grad_(False)
-    # A convolution keeps its input, and its weight, which is there already; a sigmoid its output.
-    assert bytes_needed(net, 16) == 2 * (3 + 8 + 8) * 16 * 16 * 4
 
 
 @pytest.mark.parametrize(('model', 'arguments', 'said'), [
@@ -63,11 +56,6 @@ def test_images_that_cannot_be_used(tmp_path, white):
         (white / '1.jpg').write_bytes(broken)
         with pytest.raises(UserError, match=r'1\.jpg: not a readable image'):
             measure(white)
-
-
-def test_refuses_more_than_the_memory_holds(tmp_path, white):
-    with pytest.raises(UserError, match=r'--size 200000: .* needs about \d+\.\d GiB'):
-        measure_erf(config(type='replk_mm.RepLKNet', arch=TINY), None, white, 200_000, 1, tmp_path / 'out')
 
 
 def test_progress_says_how_long(tmp_path):

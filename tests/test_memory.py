@@ -7,6 +7,7 @@ import torch.nn as nn
 from mmengine.config import Config
 from tiny import tiny  # noqa: F401
 
+from replk_mm.data.datasets import crop_of
 from replk_mm.engine import memory
 from replk_mm.engine.config import build_model
 from replk_mm.errors import UserError
@@ -107,9 +108,9 @@ def test_models_without_a_crop_or_a_dense_head_are_left_alone(cfg, base, monkeyp
 
 @pytest.mark.parametrize(('size', 'crop'), [((32, 48), (32, 48)), (16, (16, 16))])
 def test_crop_of_a_config(size, crop):
-    assert memory.crop_of(Config(dict(model=dict(data_preprocessor=dict(size=size))))) == crop
-    assert memory.crop_of(Config(dict(model={}, crop_size=size))) == crop
-    assert memory.crop_of(Config(dict(model={}))) is None
+    assert crop_of(Config(dict(model=dict(data_preprocessor=dict(size=size))))) == crop
+    assert crop_of(Config(dict(model={}, crop_size=size))) == crop
+    assert crop_of(Config(dict(model={}))) is None
 
 
 def test_one_image_cannot_train_batch_norm_on_one_pixel(cfg):

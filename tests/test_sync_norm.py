@@ -8,8 +8,7 @@ from mmengine.config import Config
 from rank_cases import in_new_python
 
 from replk_mm.engine.config import fit_to_machine
-from replk_mm.engine.memory import pooled_norm
-from replk_mm.models.sync_norm import SyncBatchNorm
+from replk_mm.models.sync_norm import SyncBatchNorm, pooled_norm
 from replk_mm.reparam import reparameterize
 
 SCRIPT = """

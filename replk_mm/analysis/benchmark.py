@@ -14,7 +14,6 @@ from replk_mm.analysis.compare_engines import EngineError
 from replk_mm.analysis.differences import TOLERANCES, Gap, gap_of_gradients, gap_of_results
 from replk_mm.analysis.job import (
     Job,
-    check_memory,
     explaining_failures,
     first_line,
     fitted_config,
@@ -126,7 +125,7 @@ class Bench:
             Plain data: the point that was measured, with a row for each network.
 
         Raises:
-            UserError: If the networks cannot run there, or the memory would not do.
+            UserError: If the networks cannot run there.
         """
         least = smallest_batch(self.networks[OURS], self.job.mode)
         job = replace(self.job, shape=shape, batch=batch or least)
@@ -138,7 +137,6 @@ class Bench:
             net.load_state_dict(self._buffers[name], strict=False)
         set_shape(self.networks.values(), shape)
         with explaining_failures(job), tempfile.TemporaryDirectory() as folder:
-            check_memory(self.cfg, self.networks, job)
             work = Workload(self.cfg, self.networks[OURS], job.batch, shape, job.device)
             rows = self._inference(work, Path(folder)) if job.mode == 'inference' else self._training(work)
             try:

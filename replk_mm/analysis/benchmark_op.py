@@ -11,7 +11,6 @@ from torch import Tensor
 from replk_mm.analysis.differences import TOLERANCES, gap_of_results
 from replk_mm.analysis.plain import OURS, PLAIN
 from replk_mm.analysis.speed import Call, matrix_product, measure, say
-from replk_mm.engine.memory import available_bytes
 from replk_mm.errors import UserError
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, Problem
 from replk_mm.ops.choice import plan
@@ -117,11 +116,6 @@ def run(shapes: Sequence[Shape], dtype: str = 'float32', implementations: Sequen
 def _check(shape: Shape) -> None:
     if shape.kernel % 2 == 0:
         raise UserError(f'--kernels {shape.kernel}: kernels must be odd, to keep the map centred')
-    # Input, output, their gradients in two layouts, and spectra.
-    need = 4 * shape.batch * shape.channels * shape.size**2 * 24
-    if need > available_bytes():
-        raise UserError(f'{shape}: needs about {need / 2**30:.1f} GiB of memory; {available_bytes() / 2**30:.1f} GiB are '
-                        f'free\nUse smaller --maps, fewer --channels or a smaller --batch.')
 
 
 def _layers(shape: Shape, dtype: str, implementations: Sequence[str], device: str) -> Iterator[tuple[str, nn.Conv2d]]:

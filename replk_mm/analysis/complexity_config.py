@@ -11,8 +11,8 @@ from mmengine.config import Config
 
 from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, Count, Operator, count
 from replk_mm.bench import published
+from replk_mm.data.datasets import crop_of
 from replk_mm.engine.config import build_model, load_config
-from replk_mm.engine.memory import crop_of
 from replk_mm.errors import UserError
 from replk_mm.reparam import reparameterize
 

@@ -13,7 +13,6 @@ centre with respect to the image. This is that gradient as Ding et al. measure i
 log10(score + 1) is the score itself, but for a factor, where gradients are small, and flat where they are large: multiplying
 all gradients by ten changes the areas. So they are given of the scores themselves too, where it does not.
 """
-import copy
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,6 @@ from replk_mm.analysis.erf_plot import draw
 from replk_mm.analysis.erf_result import Erf
 from replk_mm.engine import results
 from replk_mm.engine.machine import prepare_work_dir, select_device
-from replk_mm.engine.memory import available_bytes
 from replk_mm.errors import UserError
 
 #: Seconds between two lines of progress.
@@ -69,30 +67,6 @@ def contributions(backbone: nn.Module, image: Tensor, stage: int | None = None) 
     return leaf.grad.double().relu().sum((0, 1)), index, feature.shape
 
 
-def bytes_needed(backbone: nn.Module, size: int) -> int:
-    """Estimate of the memory that the scores of one image take, from shapes alone; 0 if the network needs values to run."""
-    with torch.device('meta'):
-        sketch = copy.deepcopy(backbone).to('meta')
-    weights = {p.untyped_storage()._cdata for p in (*sketch.parameters(), *sketch.buffers())}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = sketch(torch.empty(1, 3, size, size, device='meta', requires_grad=True))
-    except Exception:  # whatever it is, the real run says it, or does without
-        return 0
-    del outputs
-    # Gradients and operators' working memory come on top: at 512 pixels a process grew by 1.3 (ResNet-50) to 2 times
-    # (RepLKNet-31B) what autograd keeps.
-    return 2 * sum(kept.values())
-
-
 def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: int, count: int, out: Path,
                 stage: int | None = None, device: str | None = 'cpu', progress: Callable[[str], None] = lambda line: None, *,
                 pretrained: str | None = None, seed: int = 0, randomize: bool = False, trust: bool = False) -> Erf:
@@ -114,16 +88,12 @@ def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: i
         trust: See :func:`replk_mm.checkpoints.read`.
 
     Raises:
-        UserError: If something of the above cannot be used, memory does not suffice, or a gradient is not finite.
+        UserError: If something of the above cannot be used, or a gradient is not finite.
     """
     where = select_device(device)
     files = image_files(Path(images), count)
     folder = prepare_work_dir(out, option='--out')
     net = build(cfg, Weights(checkpoint, pretrained, seed, randomize, trust), where)
-    need, free = bytes_needed(net.backbone, size) if where == 'cpu' else 0, available_bytes()
-    if need > free:
-        raise UserError(f'--size {size}: {net.name} needs about {need / 2**30:.1f} GiB of memory for one image; '
-                        f'{free / 2**30:.1f} GiB are free\nUse a smaller --size, or a GPU with --device cuda.')
     with quiet():  # how each convolution is computed
         total, silent, index, shape = _accumulate(net, files, size, stage, where, progress)
     found = Erf(scores=total / len(files), backbone=net.name, config=net.config, weights=net.weights, trained=net.trained,

@@ -1,5 +1,4 @@
 """A network to measure and what it does, as plain data: for this process, and for one of its own where memory is measured."""
-import copy
 import json
 import os
 import subprocess
@@ -8,24 +7,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
 from mmengine.config import Config
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 import replk_mm
 from replk_mm.analysis.plain import networks
 from replk_mm.analysis.speed import memory_growth
 from replk_mm.analysis.workload import Workload, convert
+from replk_mm.data.datasets import crop_of
 from replk_mm.engine.config import fit_to_machine, load_config
 from replk_mm.engine.machine import keep_freed_memory
-from replk_mm.engine.memory import available_bytes, crop_of, pooled_norm, training_bytes
-from replk_mm.engine.prepare import num_classes_of
-from replk_mm.equivalence import network_outputs
 from replk_mm.errors import UserError
+from replk_mm.models.sync_norm import pooled_norm
 
 
 @dataclass(frozen=True)
@@ -94,47 +89,6 @@ def set_shape(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:
 def smallest_batch(net: nn.Module, mode: str) -> int:
     """Images that a batch needs at least: two where BatchNorm trains on maps of one pixel."""
     return 2 if mode == 'train' and pooled_norm(net) else 1
-
-
-def check_memory(cfg: Config, nets: dict[str, nn.Module], job: Job) -> None:
-    """Refuse what would not fit the memory, before the system ends the process.
-
-    Raises:
-        UserError: If the networks together with one batch need more than is free.
-    """
-    net, mode, batch, shape = next(iter(nets.values())), job.mode, job.batch, job.shape
-    if job.device != 'cpu':
-        return
-    with torch.device('meta'):
-        sketch = copy.deepcopy(net).to('meta')
-    classes = num_classes_of(net) or 0
-    if mode == 'train':
-        need = training_bytes(sketch, batch, shape, classes)
-    else:
-        need = _inference_bytes(sketch, batch, shape, classes)
-    # The other networks' weights; in training with gradients and moments each, which stay.
-    parameters = sum(p.numel() for p in net.parameters())
-    need += (len(nets) - 1) * parameters * (16 if mode == 'train' else 4)
-    free = available_bytes()
-    if need > free:
-        raise UserError(f'{cfg.filename}: {mode} of {batch}x3x{shape[0]}x{shape[1]} needs about {need / 2**30:.1f} GiB of '
-                        f'memory; {free / 2**30:.1f} GiB are free\nUse a smaller --shape or --batch.')
-
-
-def _inference_bytes(net: Any, batch: int, shape: tuple[int, int], classes: int) -> int:
-    """Estimate: the largest input and output of a layer twice, and logits at full resolution with a copy."""
-    largest = 0
-
-    def look(module: nn.Module, args: tuple, output: Any) -> None:
-        nonlocal largest
-        largest = max(largest, sum(t.numel() * t.element_size() for t in tree_leaves((args, output)) if isinstance(t, Tensor)))
-
-    for module in net.modules():
-        module.register_forward_hook(look)
-    net.eval()
-    with torch.no_grad():
-        network_outputs(net, torch.empty(batch, 3, *shape, device='meta'))
-    return 2 * largest + 2 * 4 * batch * classes * shape[0] * shape[1]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The data sets and metrics in a config: where they stand, what class each is, what its arguments are."""
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, init_default_scope
@@ -129,3 +129,43 @@ def coco_style(dataset: dict, scope: str) -> bool:
     # LVIS, Objects365 and whoever else lists images in a way of their own: they make other names of those in the file.
     reader = next((base for base in kind.__mro__ if 'load_data_list' in vars(base)), None)
     return reader is not None and (reader.__module__, reader.__name__) == ('mmdet.datasets.coco', 'CocoDataset')
+
+
+def crop_of(cfg: Config) -> tuple[int, int] | None:
+    """Training crop in pixels (height, width), or what images are resized to at most; None if the config has neither."""
+    size = cfg.model.get('data_preprocessor', {}).get('size') or cfg.get('crop_size')
+    if size is None:
+        scales = [scale for dataset in datasets_of(cfg, ('train',)) for scale in _last_scales(dataset.get('pipeline', ()))]
+        if not scales:
+            return None
+        # Images keep their aspect and may lie or stand; more of them lie.
+        size = max(min(scale) for scale in scales), max(max(scale) for scale in scales)
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _last_scales(pipeline: Sequence) -> list[tuple[int, int]]:
+    """Sizes that the last resizing or cropping step of a pipeline can give; of every branch, if there are several."""
+    for step in reversed(pipeline):
+        if isinstance(step, (list, tuple)):  # a branch, as all steps of this list are
+            found = [scale for branch in pipeline for scale in _last_scales(branch)]
+        elif 'transforms' in step:
+            found = _last_scales(step['transforms'])
+        else:
+            found = _scales_of(step)
+        if found:
+            return found
+    return []
+
+
+def _scales_of(step: dict) -> list[tuple[int, int]]:
+    kind = str(step.get('type'))
+    if kind.endswith('RandomCrop') and step.get('crop_type', 'absolute') == 'absolute':
+        scales = step.get('crop_size')
+    else:
+        scales = (step.get('scales') or step.get('scale')) if 'Resize' in kind else None
+    if not scales:
+        return []
+    largest = max(step.get('ratio_range') or (1,))
+    pairs = [(scales, scales)] if isinstance(scales, (int, float)) else (
+        [scales] if isinstance(scales[0], (int, float)) else scales)
+    return [(int(a * largest), int(b * largest)) for a, b in pairs]

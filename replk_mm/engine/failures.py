@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from mmengine.config import Config
 
-from replk_mm.engine import memory
+from replk_mm.data.datasets import crop_of
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.runner import Runner
 from replk_mm.errors import UserError
@@ -34,7 +34,7 @@ def naming_failures(cfg: Config, runner: Runner) -> Iterator[None]:
         text = (str(error) or 'no memory').splitlines()[0]
         if isinstance(error, MemoryError) or 'alloc' in text or 'out of memory' in text:
             loader = cfg.get('train_dataloader') or cfg.test_dataloader
-            size = memory.crop_of(cfg)
+            size = crop_of(cfg)
             raise UserError(
                 f'out of memory at iteration {runner.iter}, {loader.batch_size} images a process'
                 + (f' of {size[0]}x{size[1]} pixels' if size else '') + f': {text}\n'

@@ -1,19 +1,17 @@
 """How much memory a training step needs, known before the first one."""
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from mmengine.config import Config
 from mmengine.dist import all_reduce
-from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 
-from replk_mm.data.datasets import datasets_of
+from replk_mm.data.datasets import crop_of
 from replk_mm.equivalence import network_outputs
 from replk_mm.errors import UserError
-from replk_mm.models.sync_norm import SyncBatchNorm
+from replk_mm.models.sync_norm import pooled_norm
 
 #: Weights, gradients and Adam's two moments, in float32.
 _BYTES_PER_PARAMETER = 16
@@ -126,58 +124,6 @@ def fit_batch(cfg: Config, model: nn.Module, world_size: int) -> list[str]:
     cfg.train_dataloader.batch_size = batch
     return [] if batch == wanted else [
         f'batch: {batch} images a process instead of {wanted}: {need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free memory']
-
-
-def crop_of(cfg: Config) -> tuple[int, int] | None:
-    """Training crop in pixels (height, width), or what images are resized to at most; None if the config has neither."""
-    size = cfg.model.get('data_preprocessor', {}).get('size') or cfg.get('crop_size')
-    if size is None:
-        scales = [scale for dataset in datasets_of(cfg, ('train',)) for scale in _last_scales(dataset.get('pipeline', ()))]
-        if not scales:
-            return None
-        # Images keep their aspect and may lie or stand; more of them lie.
-        size = max(min(scale) for scale in scales), max(max(scale) for scale in scales)
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _last_scales(pipeline: Sequence) -> list[tuple[int, int]]:
-    """Sizes that the last step of a pipeline which sets one may bring images to; of each branch, where it has several."""
-    for step in reversed(pipeline):
-        if isinstance(step, (list, tuple)):  # a branch, as all steps of this list are
-            found = [scale for branch in pipeline for scale in _last_scales(branch)]
-        elif 'transforms' in step:
-            found = _last_scales(step['transforms'])
-        else:
-            found = _scales_of(step)
-        if found:
-            return found
-    return []
-
-
-def _scales_of(step: dict) -> list[tuple[int, int]]:
-    kind = str(step.get('type'))
-    if kind.endswith('RandomCrop') and step.get('crop_type', 'absolute') == 'absolute':
-        scales = step.get('crop_size')
-    else:
-        scales = (step.get('scales') or step.get('scale')) if 'Resize' in kind else None
-    if not scales:
-        return []
-    largest = max(step.get('ratio_range') or (1,))
-    pairs = [(scales, scales)] if isinstance(scales, (int, float)) else (
-        [scales] if isinstance(scales[0], (int, float)) else scales)
-    return [(int(a * largest), int(b * largest)) for a, b in pairs]
-
-
-def pooled_norm(model: nn.Module) -> str | None:
-    """Path of a part that trains BatchNorm on a map pooled to 1x1, where one image gives one value and no variance."""
-    for name, module in model.named_modules():
-        children = list(module.children())
-        if (isinstance(module, nn.Sequential) and children and isinstance(children[0], nn.AdaptiveAvgPool2d)
-                and children[0].output_size in (1, (1, 1))
-                and any(isinstance(m, _BatchNorm) and not isinstance(m, (nn.SyncBatchNorm, SyncBatchNorm))
-                        for m in module.modules())):
-            return name
-    return None
 
 
 def check_batch(cfg: Config, model: nn.Module) -> None:

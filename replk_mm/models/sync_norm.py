@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from mmengine.dist import get_world_size
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
@@ -101,3 +102,15 @@ class _Normalize(torch.autograd.Function):
             shape = (-1, *[1] * (x.dim() - 2))
             grad_x += torch.addcmul(offset.to(mean).view(shape), x, slope.to(mean).view(shape))
         return grad_x, with_x if weight is not None else None, alone if weight is not None else None, None, None, None, None
+
+
+def pooled_norm(model: nn.Module) -> str | None:
+    """Path of a module that trains BatchNorm on maps pooled to 1x1, where a single image has no variance; None if there is none."""
+    for name, module in model.named_modules():
+        children = list(module.children())
+        if (isinstance(module, nn.Sequential) and children and isinstance(children[0], nn.AdaptiveAvgPool2d)
+                and children[0].output_size in (1, (1, 1))
+                and any(isinstance(m, _BatchNorm) and not isinstance(m, (nn.SyncBatchNorm, SyncBatchNorm))
+                        for m in module.modules())):
+            return name
+    return None

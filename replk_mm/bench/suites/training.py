@@ -15,10 +15,10 @@ from replk_mm import checkpoints
 from replk_mm.bench import published
 from replk_mm.bench.suites.row import Found
 from replk_mm.bench.suites.task import Task, read_whole, write_whole
+from replk_mm.data.datasets import crop_of
 from replk_mm.engine import train as engine
 from replk_mm.engine.config import as_list, load_config
 from replk_mm.engine.machine import Options, processes_of
-from replk_mm.engine.memory import crop_of
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
