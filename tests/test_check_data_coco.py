@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from check_data_cases import found, full, kinds, line
+from check_data_cases import found, full, kinds
 from coco_files import SIZE, change, coco_dict, leaf, write_images
 from mmengine.config import Config
 from PIL import Image

@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS
 from tiny import ROOT, tiny  # noqa: F401
 
+from replk_mm.engine import config
 from replk_mm.engine.config import build_model, fit_to_machine, load_config, replace_type, set_data_root, shorten
 from replk_mm.engine.machine import Options
 from replk_mm.engine.prepare import prepare_training
@@ -372,6 +373,13 @@ def test_precision_follows_the_device(configured, amp, device, kind, said):
 def test_half_precision_on_a_cpu_is_refused():
     with pytest.raises(UserError, match='--amp fp16.*cpu'):
         fit_to_machine(machine_config(), 'fp16', 'cpu', 1)
+
+
+def test_bfloat16_without_instructions_is_said_to_gain_nothing(monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr(config, 'bfloat16_instructions', lambda fast=fast: fast)
+        note, = [n for n in fit_to_machine(machine_config(), 'bf16', 'cpu', 1) if n.startswith('precision')]
+        assert ('gains nothing' in note) != fast
 
 
 def test_replace_type_counts():

@@ -10,9 +10,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_cases import CASES, CHANNELS_LAST, DRAWN, LAYOUTS, SPECS, TOLERANCE, assert_close, convolutions, draw, ours, reference
+from ops_cases import (
+    CASES,
+    CHANNELS_LAST,
+    DRAWN,
+    LAYOUTS,
+    SPECS,
+    TOLERANCE,
+    assert_close,
+    convolutions,
+    draw,
+    ours,
+    reference,
+)
 
-from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, choice, depthwise_conv2d
+from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, choice, convolve, depthwise_conv2d, pack, spatial
 
 # Maps as small as these are not worth two threads; the drawn shapes have both.
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -58,6 +70,23 @@ def test_equals_torch_in_bfloat16(layout):
             assert [t.dtype for t in found] == [torch.bfloat16] * 4
             assert_same_layout(found[0], tensors[0])
             assert_close(found, expected, TOLERANCE[torch.bfloat16], what=f'{spec} {kernel} {kwargs}')
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('spec', SPECS)
+def test_bfloat16_without_instructions_is_float32_rounded_once(spec, layout, monkeypatch):
+    monkeypatch.setattr(spatial, 'bfloat16_instructions', lambda: False)
+    x, weight, bias, grad = draw((2, 20, 13, 10), (9, 9), torch.bfloat16, layout)
+    expected = [t.bfloat16() for t in ours(x.float(), weight.float(), bias.float(), grad.float(), spec)]
+    assert all(map(torch.equal, ours(x, weight, bias, grad, spec), expected))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(depthwise_conv2d(x.float(), weight.float(), bias.float(), implementation=spec), expected[0])
+    conv = DepthwiseConv2d(20, 9, implementation=spec).bfloat16()
+    conv.load_state_dict(dict(weight=weight, bias=bias))
+    assert pack(conv) == 1
+    with torch.no_grad():
+        for _ in range(2):  # packed, then with what was packed
+            assert torch.equal(convolve(conv, x), expected[0])
 
 
 def _scales(x, weight, bias, grad, kwargs):

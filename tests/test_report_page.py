@@ -13,7 +13,19 @@ import statistics
 import numpy as np
 import pytest
 from PIL import Image
-from report_records import PALETTE, PROTOCOL, facts, files_of, label_map, made_up_suite, metric, record, scenes, speed, write
+from report_records import (
+    PALETTE,
+    PROTOCOL,
+    facts,
+    files_of,
+    label_map,
+    made_up_suite,
+    metric,
+    record,
+    scenes,
+    speed,
+    write,
+)
 
 from replk_mm.bench.report import assemble, markdown, svg, webpage
 from replk_mm.bench.report.gallery import _over_seeds

@@ -14,6 +14,7 @@ from replk_mm.data.datasets import as_list, datasets_of, placed_metrics
 from replk_mm.engine.explain import explaining
 from replk_mm.engine.overrides import merge
 from replk_mm.errors import UserError
+from replk_mm.ops.spatial import bfloat16_instructions
 
 
 def load_config(path: str, options: dict | None = None, needs: tuple[str, ...] = ('model', 'test_dataloader')) -> Config:
@@ -188,7 +189,8 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
         wrapper.pop(key, None)
     if wanted == 'bf16':
         wrapper['type'] = 'replk_mm.BFloat16OptimWrapper'
-        return ['precision: bfloat16 autocast']
+        gain = '' if bfloat16_instructions() else '; this CPU has no bfloat16 instructions: it gains nothing'
+        return [f'precision: bfloat16 autocast{gain}']
     wrapper['type'] = 'OptimWrapper'
     return ['precision: float32 instead of float16 autocast, which needs a GPU (--amp bf16 is possible)']
 

@@ -13,7 +13,14 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from replk_mm.models.depth import LayerDepth
-from replk_mm.models.layers import Backbone, build_activation, build_norm, drop_path_rates, resolve_arch, run_checkpointed
+from replk_mm.models.layers import (
+    Backbone,
+    build_activation,
+    build_norm,
+    drop_path_rates,
+    resolve_arch,
+    run_checkpointed,
+)
 from replk_mm.ops import DepthwiseConv2d, convolve
 from replk_mm.registry import MODELS
 

@@ -6,6 +6,7 @@ that is fast for the shape (:mod:`replk_mm.ops.spatial`), or to spectra (:mod:`r
 sees torch's plain convolution, and so does every device but the CPU, whose libraries choose among such algorithms themselves.
 """
 from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,31 +102,38 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stri
     plain = observed()  # whose shapes may be symbols
     if not plain:
         _check(x, weight, bias, stride, padding, dilation)
-    original = weight
-    if not plain and x.device.type == 'cpu' and torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:
+    on_cpu = x.device.type == 'cpu'
+    out_dtype, original = x.dtype, weight
+    if not plain and on_cpu and torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:
         # float64 is left alone by autocast
-        dtype = torch.get_autocast_dtype('cpu')
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        out_dtype = torch.get_autocast_dtype('cpu')
+        x, weight, bias = _cast(out_dtype, x, weight, bias)
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
-    if plain or x.device.type != 'cpu' or x.numel() == 0 or len(dtypes) > 1 or not dtypes <= _PRECISIONS:
+    if plain or not on_cpu or x.numel() == 0 or len(dtypes) > 1 or not dtypes <= _PRECISIONS:
         return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
     problem = Problem.of(x, weight, stride, padding, dilation)
-    if spatial.may_hang(problem):
-        with torch.autocast('cpu', enabled=False):
-            return depthwise_conv2d(x.float(), weight.float(), None if bias is None else bias.float(), stride, padding,
-                                    dilation, implementation).to(x.dtype)
+    if spatial.needs_float32(problem):
+        x, weight, bias = _cast(torch.float32, x, weight, bias)
+        problem = replace(problem, dtype=torch.float32)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     kept = original in _kept_spectra and not recorded
     chosen = choice.plan(problem, implementation, kept)
     # A weight in channels-last memory would impose its layout on the output.
     x, weight = x.contiguous(memory_format=problem.memory_format), weight.contiguous()
-    if recorded:
-        if original in _kept_spectra and original.requires_grad:
-            _kept_spectra[original] = None  # what trains will change, and fused optimizers do not say so
-        return _Depthwise.apply(x, weight, bias, problem, chosen)
-    if chosen.forward == 'fft' and kept:
-        return spectral.forward(x, weight, bias, problem, kernels=_spectra_of(original, weight, problem))
-    return _FORWARD[chosen.forward](x, weight, bias, problem)
+    if recorded and original in _kept_spectra and original.requires_grad:
+        _kept_spectra[original] = None  # what trains will change, and fused optimizers do not say so
+    with torch.autocast('cpu', enabled=False):
+        if recorded:
+            out = _Depthwise.apply(x, weight, bias, problem, chosen)
+        elif chosen.forward == 'fft' and kept:
+            out = spectral.forward(x, weight, bias, problem, kernels=_spectra_of(original, weight, problem))
+        else:
+            out = _FORWARD[chosen.forward](x, weight, bias, problem)
+    return out.to(out_dtype)
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 #: Weights whose spectra are kept: the weight and its version, the problem, and the spectra.

@@ -126,7 +126,7 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
         return False
     others += [] if autocast else parameters
     # What torch adds in a wider precision, or refuses, is left to it.
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and not spatial.bfloat16_instructions():
         return False
     if not (dtype in (torch.float32, torch.bfloat16) and x.dtype in (torch.float32, torch.bfloat16)
             and all(t.dtype == dtype for t in others)):
@@ -134,5 +134,5 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
     if not isinstance(conv, DepthwiseConv2d):
         return True
     problem = replace(_problem(conv, x), dtype=dtype)
-    return (not spatial.may_hang(problem) and problem.channels_last
+    return (not spatial.needs_float32(problem) and problem.channels_last
             and choice.plan(problem, conv.implementation, keeps_spectra(conv.weight)).forward in ('native', 'channels_last'))
