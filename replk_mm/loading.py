@@ -1,5 +1,6 @@
 """Load a trained checkpoint into a whole segmentor or detector, merged or not."""
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch.nn as nn
@@ -10,9 +11,11 @@ from replk_mm.checkpoints import TRAINING_ONLY, LoadReport, copy_weights, guess_
 from replk_mm.data.class_checks import advice_of, trained_on
 from replk_mm.data.classes import classes_of, listed, set_classes
 from replk_mm.data.datasets import datasets_of
+from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.errors import UserError
 from replk_mm.key_formats import convert, unwrap
-from replk_mm.reparam import reparameterize
+from replk_mm.ops import pack
+from replk_mm.reparam import Changes, reparameterize
 
 
 def adopt_classes(cfg: Config, checkpoint: str | Path, trust: bool = False) -> list[str]:
@@ -70,3 +73,56 @@ def load_model(model: nn.Module, checkpoint: str | Path, trust: bool = False) ->
               f'{report.summary()}', logger='current')
     meta = loaded.get('meta')
     return report, dict(meta) if isinstance(meta, Mapping) else {}
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A network that is ready to predict, and how it came to be.
+
+    Attributes:
+        model: In evaluation mode, on its device.
+        meta: The checkpoint's own record; empty for random weights.
+        report: How many weights the checkpoint set, of each part; None for random weights.
+        changes: What reparameterization did; None if it was not asked for.
+        notes: What was changed in the config, a line each.
+    """
+
+    model: nn.Module
+    meta: dict = field(default_factory=dict)
+    report: LoadReport | None = None
+    changes: Changes | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def build_for_inference(cfg: Config, checkpoint: str | Path | None = None, *, device: str = 'cpu', reparam: bool = False,
+                        classes: bool = True, packed: bool = True) -> Inference:
+    """Build the model of a config and load a trained checkpoint into it.
+
+    Args:
+        cfg: The config it was trained with; changed in place to fit the checkpoint's classes and this machine.
+        checkpoint: Path or address, merged or not; None keeps random weights.
+        device: ``'cpu'`` or ``'cuda'``.
+        reparam: Merge parallel kernels and fold BatchNorm.
+        classes: Take the classes that the checkpoint was trained on.
+        packed: Keep the weights of convolutions in the form that CPUs compute with, see :func:`replk_mm.ops.pack`.
+
+    Raises:
+        UserError: If the model cannot be built or the checkpoint does not fit.
+    """
+    notes = adopt_classes(cfg, checkpoint) if checkpoint and classes else []
+    notes += fit_to_machine(cfg, None, device, 1)
+    if 'backbone' in cfg.model:
+        cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
+    model = build_model(cfg)
+    built = load_for_inference(model, checkpoint, reparam=reparam) if checkpoint else Inference(
+        model, changes=reparameterize(model, inplace=True)[1] if reparam else None)
+    model.to(device).eval()
+    if packed:
+        pack(model)
+    return replace(built, notes=notes)
+
+
+def load_for_inference(model: nn.Module, checkpoint: str | Path, *, reparam: bool = False) -> Inference:
+    """The second half of :func:`build_for_inference`, for a model that a runner has built; changed in place."""
+    report, meta = load_model(model, checkpoint)
+    return Inference(model, meta, report, reparameterize(model, inplace=True)[1] if reparam else None)

@@ -35,13 +35,11 @@ def main() -> None:
                    help='of detectors: leave out objects below this score, 0 to 1 (default: 0.3)')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
-    p.add_argument('--trust-checkpoint', action='store_true',
-                   help='let the checkpoint run code; only if you know its maker')
     cli.add_config_options(p)
     args = p.parse_args()
     out = prepare_work_dir(args.out, option='--out')
     cfg = load_config(args.config, args.cfg_options)
-    model = prediction.load_trained(cfg, args.checkpoint, args.device, args.reparam, args.trust_checkpoint)
+    model = prediction.load_trained(cfg, args.checkpoint, args.device, args.reparam)
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
     used: set[str] = set()
     for i, (path, image, found) in enumerate(prediction.predict(model, args.images), 1):

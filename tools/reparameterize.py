@@ -15,13 +15,10 @@ def main() -> None:
     p.add_argument('out', help='file to write; loads in tools/test.py with the same config')
     p.add_argument('--shape', type=cli.positive, nargs=2, default=(64, 64), metavar=('H', 'W'),
                    help='size of the random image of the proof, in pixels (default: 64 64)')
-    p.add_argument('--trust-checkpoint', action='store_true',
-                   help='let the checkpoint run code; only if you know its maker')
     cli.add_config_options(p)
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    changes, differences = reparameterize_checkpoint(cfg, args.checkpoint, args.out, args.trust_checkpoint,
-                                                     tuple(args.shape))
+    changes, differences = reparameterize_checkpoint(cfg, args.checkpoint, args.out, tuple(args.shape))
     print(changes)
     for difference in differences:
         print(difference)

@@ -18,11 +18,10 @@ def main() -> None:
                    help='what tools/make_demo_data.py DIR --scenes conflict wrote')
     p.add_argument('--out', required=True, type=Path, metavar='DIR', help='folder for shape_bias.json and shape_bias.png')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
-    p.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code; only if you know its maker')
     cli.add_config_options(p)
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    bias = measure(cfg, args.checkpoint, args.data_root, args.out, args.device, args.trust_checkpoint)
+    bias = measure(cfg, args.checkpoint, args.data_root, args.out, args.device)
     values = bias.values()
     print(f'{"shape of":12s} by shape  by texture  other  shape bias')
     for name, row in (*values['per_class'].items(), ('all', values)):

@@ -21,15 +21,13 @@ def main() -> None:
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm before evaluating')
     p.add_argument('--tta', action='store_true', help="the config's test-time augmentation (scales and flips)")
     p.add_argument('--out', metavar='DIR', help='write metrics.json and the predicted label maps (PNG) there')
-    p.add_argument('--trust-checkpoint', action='store_true',
-                   help='let the checkpoint run code; only if you know its maker')
     args = p.parse_args()
     out = Path(args.out) if args.out else None
     if out:
         prepare_work_dir(out, option='--out')
     cfg = load_config(args.config, args.cfg_options)
     result = evaluate(cfg, args.checkpoint, cli.options_of(args), reparam=args.reparam, tta=args.tta,
-                  trust=args.trust_checkpoint, predictions=out / 'predictions' if out else None)
+                  predictions=out / 'predictions' if out else None)
     if get_rank() != 0:
         return
     for note in result.notes:

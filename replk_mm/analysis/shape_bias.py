@@ -100,8 +100,7 @@ def decide(predicted: np.ndarray, mask: np.ndarray, known: Mapping[str, int]) ->
     return first[0] if most and len(first) == 1 else None
 
 
-def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: str | None = 'cpu',
-            trust: bool = False) -> ShapeBias:
+def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: str | None = 'cpu') -> ShapeBias:
     """Measure the shape bias of a trained segmentation network; write ``shape_bias.json`` and ``shape_bias.png``.
 
     Args:
@@ -110,14 +109,13 @@ def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: st
         data_root: Folder with ``conflict.json``, see :mod:`replk_mm.data.conflict_files`.
         out: Folder for the two files.
         device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for what is there. Defaults to ``'cpu'``.
-        trust: See :func:`replk_mm.checkpoints.read`. Defaults to False.
 
     Raises:
         UserError: If the data set, the checkpoint or their classes do not fit, or nothing can be written.
     """
     out = prepare_work_dir(out, option='--out')
     found = read_conflict(Path(data_root))
-    model: Any = load_trained(copy.deepcopy(cfg), checkpoint, device, trust=trust)
+    model: Any = load_trained(copy.deepcopy(cfg), checkpoint, device)
     known = _known(model, found, cfg)
     shown = _chosen(found.conflict)
     pictures: list[Shown] = []

@@ -17,9 +17,9 @@ from replk_mm.engine.ranks import watching_ranks
 from replk_mm.engine.runner import Runner
 from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError
-from replk_mm.loading import adopt_classes, load_model
+from replk_mm.loading import adopt_classes, load_for_inference
 from replk_mm.ops import pack
-from replk_mm.reparam import Changes, reparameterize
+from replk_mm.reparam import Changes
 
 
 @dataclass
@@ -57,7 +57,6 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
         options: Device, data root, launcher and work dir are used.
         reparam: Merge and fold before evaluating.
         tta: Evaluate with the config's test-time augmentation.
-        trust: See :func:`replk_mm.checkpoints.read`.
         predictions: Folder for label maps (PNG) or boxes and masks (COCO's result files), None for none.
 
     Raises:
@@ -71,7 +70,7 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     notes = []
     # Labels of COCO-style data go by name; those of label maps do not, so that there the user must say.
     if options.classes is None and all(coco_style(dataset, scope) for dataset in datasets_of(cfg, ('test',))):
-        notes += adopt_classes(cfg, checkpoint, trust)
+        notes += adopt_classes(cfg, checkpoint)
     notes += prepare_data(cfg, options, ('test',))
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
                 'val_evaluator', 'auto_scale_lr'):
@@ -100,11 +99,8 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     init_gloo(options.launcher, device)
     runner = Runner.from_cfg(cfg)
     model = bare(runner.model).module if tta else bare(runner.model)
-    report, meta = load_model(model, checkpoint, trust)
-    compare_with_checkpoint(cfg, meta, checkpoint)
-    changes = None
-    if reparam:
-        changes = reparameterize(model, inplace=True)[1]
+    built = load_for_inference(model, checkpoint, reparam=reparam)
+    compare_with_checkpoint(cfg, built.meta, checkpoint)
     pack(model)
     start = time.perf_counter()
     with watching_ranks(cfg, runner), naming_failures(cfg, runner):
@@ -115,4 +111,4 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
         for name, of_class in getattr(metric, 'per_class', {}).items():
             per_class.setdefault(name, {}).update(of_class)
     images = len(runner.test_dataloader.dataset)
-    return Evaluation(figures, per_class, changes, meta, report.summary(), images, seconds, notes)
+    return Evaluation(figures, per_class, built.changes, built.meta, built.report.summary(), images, seconds, notes)

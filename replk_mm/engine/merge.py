@@ -4,14 +4,13 @@ from pathlib import Path
 from mmengine.config import Config
 
 from replk_mm import checkpoints
-from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.equivalence import compare
 from replk_mm.errors import UserError
-from replk_mm.loading import adopt_classes, load_model
+from replk_mm.loading import build_for_inference
 from replk_mm.reparam import Changes, reparameterize
 
 
-def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path, trust: bool = False,
+def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path,
                               shape: tuple[int, int] = (64, 64)) -> tuple[Changes, list]:
     """Merge and fold a trained checkpoint, prove that it computes the same, and write it.
 
@@ -19,7 +18,6 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path, tru
         cfg: The config it was trained with.
         checkpoint: Path or address, in training form (or merged already: then it is written again as it is).
         out: File to write. Nothing is written if the proof fails.
-        trust: See :func:`replk_mm.checkpoints.read`.
         shape: Height and width of the random image of the proof, in pixels.
 
     Returns:
@@ -29,14 +27,10 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path, tru
         UserError: If the checkpoint does not fit, the outputs differ beyond the tolerance, or ``out`` cannot be written.
     """
     checkpoints.keep_apart(checkpoint, out)
-    fit_to_machine(cfg, None, 'cpu', 1)
-    adopt_classes(cfg, checkpoint, trust)
-    if 'backbone' in cfg.model:
-        cfg.model.backbone.pop('init_cfg', None)
-    model = build_model(cfg)
-    _, meta = load_model(model, checkpoint, trust)
+    built = build_for_inference(cfg, checkpoint, packed=False)
+    model, meta = built.model, built.meta
     merged, changes = reparameterize(model)
-    differences = compare(model.eval(), merged, (1, 3, *shape))
+    differences = compare(model, merged, (1, 3, *shape))
     if not all(d.ok for d in differences):
         raise UserError(f'{checkpoint}: the merged network computes something else, nothing was written\n'
                         + '\n'.join(map(str, differences)))

@@ -12,17 +12,13 @@ from mmengine.structures import BaseDataElement
 from replk_mm.data.classes import classes_of
 from replk_mm.data.colour_images import read_image
 from replk_mm.data.datasets import dataset_class, datasets_of
-from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.machine import select_device
 from replk_mm.engine.prepare import num_classes_of
 from replk_mm.errors import UserError
-from replk_mm.loading import adopt_classes, load_model
-from replk_mm.ops import pack
-from replk_mm.reparam import reparameterize
+from replk_mm.loading import build_for_inference
 
 
-def load_trained(cfg: Config, checkpoint: str, device: str | None = None, reparam: bool = False,
-                 trust: bool = False) -> nn.Module:
+def load_trained(cfg: Config, checkpoint: str, device: str | None = None, reparam: bool = False) -> nn.Module:
     """A segmentor or detector ready to predict, with its classes and palette in ``dataset_meta``.
 
     Args:
@@ -30,36 +26,26 @@ def load_trained(cfg: Config, checkpoint: str, device: str | None = None, repara
         checkpoint: Path or address.
         device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for what is there.
         reparam: Merge and fold it.
-        trust: See :func:`replk_mm.checkpoints.read`.
 
     Raises:
         UserError: If the checkpoint does not fit, or the model is neither.
     """
-    where = select_device(device)
-    adopt_classes(cfg, checkpoint, trust)
-    fit_to_machine(cfg, None, where, 1)
-    if 'backbone' in cfg.model:
-        cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
-    model = build_model(cfg)
+    built = build_for_inference(cfg, checkpoint, device=select_device(device), reparam=reparam)
+    model = built.model
     if not (is_segmentor(model) or hasattr(model, 'bbox_head') or hasattr(model, 'roi_head')):
         raise UserError(f'{cfg.filename}: {cfg.model.type} is neither a segmentor nor a detector')
-    _, meta = load_model(model, checkpoint, trust)
-    if reparam:
-        reparameterize(model, inplace=True)
     model.cfg = cfg
     scope = cfg.get('default_scope', 'mmengine')
     dataset = next(datasets_of(cfg, ('test',)))
     cfg.test_pipeline = copy.deepcopy(dataset.get('pipeline', []))  # of which mmseg takes the steps
     known = getattr(dataset_class(dataset, scope), 'METAINFO', {})
-    stored = meta.get('dataset_meta') or {}
+    stored = built.meta.get('dataset_meta') or {}
     found = {**known, **{k.lower(): v for k, v in stored.items() if v}, **(dataset.get('metainfo') or {})}
     classes = list(classes_of(dataset, scope) or found.get('classes') or [])
     classes += [f'class {i}' for i in range(len(classes), num_classes_of(model) or 0)]
     if len(found.get('palette') or []) < len(classes):
         found['palette'] = np.random.default_rng(0).integers(0, 255, (len(classes), 3)).tolist()
     setattr(model, 'dataset_meta', {**found, 'classes': classes})  # noqa: B010 (a module's plain attribute)
-    model = model.to(where).eval()
-    pack(model)
     return model
 
 
@@ -75,7 +61,7 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
         UserError: If it cannot be written.
     """
     if not cv2.imwrite(str(path), picture):
-        raise UserError(f'{path}: cannot be written\nMake room or mend the permissions there, or choose another folder.')
+        raise UserError(f'{path}: cannot be written\nMake room, check its permissions, or choose another folder.')
 
 
 def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.ndarray, BaseDataElement]]:
