@@ -5,7 +5,6 @@ Each function mends one thing, may be called any number of times, and says which
 import functools
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,45 +86,3 @@ def _moved(node: Any, device: Any) -> Any:
     elif type(node) is tuple:
         return tuple(_moved(value, device) for value in node)
     return node
-
-
-def let_operators_read_any_layout() -> None:
-    """Let mmcv's compiled operators take CPU tensors whatever their memory layout.
-
-    mmcv (seen in 2.1.0) hands them to loops over plain arrays: of channels-last features, which our backbones hand on on CPUs,
-    RoIAlign, deformable convolution and others read and write other pixels than they should, and say nothing. Each operator
-    is called with contiguous copies instead, and what it has written goes back. Does nothing as long as nobody has imported
-    mmcv's operators.
-    """
-    operators = sys.modules.get('mmcv._ext')
-    if operators is None or getattr(operators, 'reads_any_layout', False):
-        return
-    for name, operator in list(vars(operators).items()):
-        if callable(operator) and not name.startswith('_'):
-            setattr(operators, name, _with_contiguous_tensors(operator))
-    setattr(operators, 'reads_any_layout', True)  # noqa: B010 (mypy knows no such attribute)
-
-
-def _with_contiguous_tensors(operator: Callable) -> Callable:
-    import torch
-
-    @functools.wraps(operator)
-    def call(*args, **kwargs):
-        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def contiguous(value):
-            if not isinstance(value, torch.Tensor) or value.device.type != 'cpu' or value.is_contiguous():
-                return value
-            copies.append((value, value.contiguous()))
-            return copies[-1][1]
-
-        result = operator(*map(contiguous, args), **{key: contiguous(value) for key, value in kwargs.items()})
-        with torch.no_grad():
-            for given, copy in copies:
-                # It is an output, unless its bytes are what they were: those of NaN, which equals nothing, too.
-                if not torch.equal(given, copy) and not torch.equal(*(
-                        x.contiguous().view(torch.uint8) for x in (given, copy))):
-                    given.copy_(copy)
-        return result
-
-    return call

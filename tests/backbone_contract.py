@@ -88,6 +88,21 @@ class BackboneContract:
             assert not other.is_contiguous()
             self.assert_equal(model(other), expected, 1e-5)
 
+    def test_memory_format_of_the_features(self):
+        kept, x = self.build(out_memory_format='preserve_format'), self.image()
+        for image in (x, x.contiguous(memory_format=torch.channels_last)):
+            features = self.build()(image)
+            assert all(o.is_contiguous() for o in features)
+            self.assert_equal(kept(image), features)
+            assert all(o.is_contiguous(memory_format=torch.channels_last) for o in kept(image))
+
+    def test_compiled_operators_read_the_features(self):
+        """mmcv's read plain memory: of channels-last features RoIAlign would average other pixels."""
+        ops = pytest.importorskip('mmcv.ops')
+        x = self.build()(self.image())[0]
+        found = ops.roi_align(x, torch.tensor([[1., 2, 4, 10, 8]]), (1, 1), 1., 4, 'avg', True)
+        assert torch.allclose(found[0, :, 0, 0], x[1, :, 4:8, 2:10].mean((1, 2)), atol=1e-5)
+
     def test_samples_of_a_batch_are_independent(self):
         model, x = self.build(), self.image(3, 3, 64, 64)
         single = [torch.cat(outs) for outs in zip(*(model(x[i:i + 1]) for i in range(3)), strict=True)]

@@ -108,69 +108,6 @@ def test_allow_list_holds_no_code():
     assert not any(item is getattr for item in pickle_globals.harmless_pickles())
 
 
-# ---- mmcv's operators
-
-def _regions() -> torch.Tensor:
-    return torch.tensor([[0, 1, 1, 9, 9], [1, 2.5, 3, 14, 12.]])
-
-
-def _offsets(*channels: int) -> list[torch.Tensor]:
-    """Feature maps in channels-last memory, as a convolution in front of a deformable one hands them on."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.rand(2, c, 16, 16, generator=generator).contiguous(memory_format=torch.channels_last) for c in channels]
-
-
-WEIGHT = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(2))
-OPERATORS = {
-    'RoIAlign': lambda ops, x: ops.roi_align(x, _regions(), (7, 7), 1., 2, 'avg', True),
-    'RoIAlign, largest': lambda ops, x: ops.roi_align(x, _regions(), (7, 7), 1., 2, 'max', True),
-    'rotated RoIAlign': lambda ops, x: ops.roi_align_rotated(x, torch.tensor([[0, 8, 8, 6, 5, .3]]), (7, 7), 1., 2, True),
-    'deformable convolution': lambda ops, x: ops.deform_conv2d(x, *_offsets(18), WEIGHT, 1, 1, 1),
-    'modulated deformable convolution': lambda ops, x: ops.modulated_deform_conv2d(x, *_offsets(18, 9), WEIGHT, None, 1, 1, 1),
-}
-
-
-@pytest.mark.parametrize('name', OPERATORS)
-def test_operators_take_any_memory_layout(name):
-    ops = pytest.importorskip('mmcv.ops')
-    compat.let_operators_read_any_layout()
-    compat.let_operators_read_any_layout()
-    plain = torch.randn(2, 8, 16, 16, requires_grad=True)
-    last = plain.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-    a, b = OPERATORS[name](ops, plain), OPERATORS[name](ops, last)
-    assert torch.equal(a, b) and a.abs().max() > 0
-    grad = torch.randn_like(a)
-    a.backward(grad)
-    b.backward(grad)
-    assert torch.allclose(plain.grad, last.grad, atol=1e-5) and plain.grad.abs().max() > 0
-    assert last.is_contiguous(memory_format=torch.channels_last) and torch.equal(plain, last), 'the input is only read'
-
-
-def test_region_of_whole_pixels_is_their_mean():
-    ops = pytest.importorskip('mmcv.ops')
-    compat.let_operators_read_any_layout()
-    x = torch.randn(1, 8, 16, 16).contiguous(memory_format=torch.channels_last)
-    found = ops.roi_align(x, torch.tensor([[0, 2., 4., 6., 8.]]), (1, 1), 1., 4, 'avg', True)
-    assert torch.allclose(found[0, :, 0, 0], x[0, :, 4:8, 2:6].mean((1, 2)), atol=1e-6)
-
-
-def test_inputs_without_numbers_are_only_read():
-    """NaN equals nothing, itself included, and is no sign that an operator has written."""
-    doubled = compat._with_contiguous_tensors(lambda x: x * 2)
-    x = torch.full((1, 2, 2, 2), float('nan'), requires_grad=True)
-    last = (x * 1).to(memory_format=torch.channels_last).exp()
-    doubled(last)
-    last.sum().backward()
-    assert x.grad.isnan().all()
-    assert doubled(torch.full((1,), float('nan')).expand(4, 4)).isnan().all()
-
-
-def test_outputs_are_written_back():
-    last = torch.full((1, 2, 2, 2), float('nan')).to(memory_format=torch.channels_last)
-    compat._with_contiguous_tensors(lambda x: x.view(-1).copy_(torch.arange(8.)))(last)
-    assert last.flatten().tolist() == list(range(8))
-
-
 # ---- mmengine's loading
 
 @pytest.fixture

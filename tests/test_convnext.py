@@ -27,7 +27,7 @@ class TestConvNeXt(BackboneContract):
               for n in range(5)}
     drop_paths = [0, .05, .1, .15, .2, .25, .3]
     num_layers = 1 + (1 + 1 + 2 + 1) + 1  # the stem, a layer for each stage and two for four blocks in the third, the rest
-    bad = [dict(out_indices=(0, 4)), dict(out_indices=(0, 0)), dict(out_indices=()), dict(out_indices=-5),
+    bad = [dict(out_memory_format='channels'), dict(out_indices=(0, 4)), dict(out_indices=(0, 0)), dict(out_indices=()), dict(out_indices=-5),
            dict(frozen_stages=-1), dict(frozen_stages=5), dict(kernel_size=6), dict(kernel_size=[7, 7, 7]),
            dict(kernel_size=[7, 7, 7, 4]), dict(kernel_size=-1), dict(drop_path_rate=1.), dict(layer_scale_init_value=-1.),
            dict(arch=None), dict(arch=dict(TINY, depths=[1, 1])), dict(arch=dict(TINY, layers=[1])),
@@ -35,12 +35,13 @@ class TestConvNeXt(BackboneContract):
     others = dict(arch='atto', kernel_size=9, in_channels=4, stem_patch_size=2, norm_cfg=dict(type='BN'),
                   act_cfg=dict(type='ReLU'), linear_pw_conv=False, use_grn=True, drop_path_rate=.2,
                   layer_scale_init_value=0., out_indices=(0, 3), frozen_stages=1, gap_before_final_norm=True, with_cp=True,
-                  norm_eval=True, init_cfg=dict(type='Constant', layer='Conv2d', val=.25))
+                  norm_eval=True, out_memory_format='preserve_format',
+                  init_cfg=dict(type='Constant', layer='Conv2d', val=.25))
 
     @pytest.mark.parametrize('argument', inspect.signature(ConvNeXt).parameters)
     def test_every_argument_has_an_effect(self, argument):
         # Recomputing, initial weights and the mode of BatchNorm (the default has none) have tests of their own.
-        if argument not in ('with_cp', 'init_cfg', 'norm_eval'):
+        if argument not in ('with_cp', 'init_cfg', 'norm_eval', 'out_memory_format'):
             self.check_argument(argument, self.others[argument])
         assert argument in self.others
 

@@ -36,7 +36,7 @@ class TestRepLKNet(BackboneContract):
     # Five pairs of blocks; a feed-forward block has the rate of the large-kernel block before it.
     drop_paths = [0, 0, .075, .075, .15, .15, .225, .225, .3, .3]
     num_layers = 1 + (1 + 1 + 1 + 1) + 1  # the two blocks of the third stage are one layer
-    bad = [dict(out_indices=(0, 4)), dict(out_indices=(0, 0)), dict(out_indices=()), dict(out_indices=-5),
+    bad = [dict(out_memory_format='channels'), dict(out_indices=(0, 4)), dict(out_indices=(0, 0)), dict(out_indices=()), dict(out_indices=-5),
            dict(out_indices=(0, -4)), dict(frozen_stages=-2), dict(frozen_stages=5), dict(drop_path_rate=-.1),
            dict(drop_path_rate=1.), dict(arch=None), dict(arch=31),
            dict(arch=dict(TINY, large_kernel_sizes=[13, 10, 9, 7])), dict(arch=dict(TINY, small_kernel=4)),
@@ -49,11 +49,12 @@ class TestRepLKNet(BackboneContract):
     others = dict(arch='nano', in_channels=4, drop_path_rate=.2, small_kernel_merged=True,
                   norm_cfg=dict(type='BN', eps=1e-2), act_cfg=dict(type='SiLU'), out_indices=(0, 3), frozen_stages=1,
                   norm_eval=True, with_cp=True, norm_intermediate_features=True,
+                  out_memory_format='preserve_format',
                   init_cfg=dict(type='Constant', layer='Conv2d', val=.25))
 
     @pytest.mark.parametrize('argument', inspect.signature(RepLKNet).parameters)
     def test_every_argument_has_an_effect(self, argument):
-        if argument not in ('with_cp', 'init_cfg'):  # theirs have tests of their own: recomputing, initial weights
+        if argument not in ('with_cp', 'init_cfg', 'out_memory_format'):  # theirs have tests of their own: recomputing, initial weights
             self.check_argument(argument, self.others[argument])
         assert argument in self.others
 

@@ -26,7 +26,7 @@ from replk_mm.reparam import reparameterize
 
 CLASSES = 11
 CHANNELS = [8, 12, 16, 24]
-BACKBONE = dict(type='replk_mm.RepLKNet', arch=dict(
+BACKBONE = dict(type='replk_mm.RepLKNet', out_memory_format='preserve_format', arch=dict(
     large_kernel_sizes=[7, 5, 5, 3], small_kernel=3, layers=[1, 1, 1, 1], channels=CHANNELS, dw_ratio=1))
 NORM = dict(type='BN', requires_grad=True)
 HEAD = dict(num_classes=CLASSES, norm_cfg=NORM, dropout_ratio=0.)

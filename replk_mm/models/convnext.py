@@ -115,6 +115,9 @@ class ConvNeXt(LayerDepth, Backbone):
             ``(N, C)``. Defaults to True, which is mmpretrain's; dense prediction needs False.
         with_cp: Recompute each block in the backward pass: less memory, about a third more time. Defaults to False.
         norm_eval: Keep BatchNorm layers (of such a ``norm_cfg``) in evaluation mode while training. Defaults to False.
+        out_memory_format: Layout of the returned features: ``'contiguous_format'`` (default), which every operator reads, or
+            ``'preserve_format'``, that of the last layer, without a copy. On CPUs this is channels-last memory: faster for
+            heads of convolutions, misread by mmcv's compiled operators (RoIAlign, deformable convolutions).
         init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's, timm's and our checkpoints. Defaults to
             a truncated normal of standard deviation 0.02 and zero biases.
 
@@ -154,6 +157,7 @@ class ConvNeXt(LayerDepth, Backbone):
                  gap_before_final_norm: bool = True,
                  with_cp: bool = False,
                  norm_eval: bool = False,
+                 out_memory_format: str = 'contiguous_format',
                  init_cfg: dict | list[dict] | None = None) -> None:
         settings = resolve_arch(arch, self.arch_settings, self.arch_options, 'ConvNeXt')
         depths, channels = settings['depths'], settings['channels']
@@ -167,7 +171,7 @@ class ConvNeXt(LayerDepth, Backbone):
         if layer_scale_init_value < 0:
             raise ValueError(f'ConvNeXt: layer_scale_init_value={layer_scale_init_value} must not be negative')
         super().__init__(out_indices, len(depths), norm_eval,
-                         init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=.02, bias=0.))
+                         init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=.02, bias=0.), out_memory_format)
         self.frozen_stages = frozen_stages
         self.gap_before_final_norm = gap_before_final_norm
         self.with_cp = with_cp
@@ -206,7 +210,7 @@ class ConvNeXt(LayerDepth, Backbone):
             if i in self.out_indices:
                 norm = getattr(self, f'norm{i}')
                 outs.append(norm(x.mean((2, 3), keepdim=True)).flatten(1) if self.gap_before_final_norm else norm(x))
-        return tuple(outs)
+        return self._leave(outs)
 
     def _blocks_of_stages(self) -> list[int]:
         return [len(stage) for stage in self.stages]

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from replk_mm.checkpoints import load_pretrained
-from replk_mm.compat import let_operators_read_any_layout
 from replk_mm.registry import MODELS
 
 
@@ -126,35 +125,42 @@ class Backbone(BaseModule):
         norm_eval: Keep BatchNorm layers in evaluation mode while training.
         init_cfg: Initialization as in mmengine; ``dict(type='Pretrained', checkpoint=...)`` takes every format that
             :mod:`replk_mm.checkpoints` knows, with or without ``prefix``.
+        out_memory_format: Layout of the returned features: ``'contiguous_format'``, which every operator reads, or
+            ``'preserve_format'``, which copies nothing: on CPUs they are in channels-last memory, which convolutions read
+            fastest and some compiled operators of mmcv (RoIAlign, deformable convolutions) silently misread.
 
     Attributes:
-        channels_last: Bring the image to channels-last memory on CPUs, where 1x1, small depthwise and head convolutions of it
-            run fastest. Done once, at the entrance: every layer hands the layout on. Values and shapes stay the same.
+        channels_last: Compute in channels-last memory on CPUs, where most layers run fastest. Values stay the same.
 
     Raises:
-        ValueError: If ``out_indices`` is empty, repeats or names a stage that does not exist.
+        ValueError: If ``out_indices`` is empty, repeats or names a stage that does not exist, or ``out_memory_format`` is
+            unknown.
     """
 
     init_cfg: Any
     channels_last: bool = True
 
     def __init__(self, out_indices: int | Sequence[int], num_stages: int, norm_eval: bool,
-                 init_cfg: dict | list[dict] | None) -> None:
+                 init_cfg: dict | list[dict] | None, out_memory_format: str) -> None:
         super().__init__(init_cfg)
         given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         self.out_indices = tuple(i + num_stages if i < 0 else i for i in given)
         if not given or len(set(self.out_indices)) < len(given) or not set(self.out_indices) <= set(range(num_stages)):
             raise ValueError(f'{type(self).__name__}: out_indices={out_indices} must name different stages out of '
                              f'0..{num_stages - 1}')
+        if out_memory_format not in ('contiguous_format', 'preserve_format'):
+            raise ValueError(f"{type(self).__name__}: out_memory_format={out_memory_format!r} must be 'contiguous_format' or "
+                             f"'preserve_format'")
         self.norm_eval = norm_eval
+        self.out_memory_format = out_memory_format
 
     def _enter(self, x: Tensor) -> Tensor:
-        """``x`` in the layout that the backbone works in."""
-        if not self.channels_last or x.device.type != 'cpu':
-            return x
-        if not torch.compiler.is_compiling():
-            let_operators_read_any_layout()  # what follows a backbone may pool regions of its features
-        return x.contiguous(memory_format=torch.channels_last)
+        """``x`` in the layout that the backbone computes in."""
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.device.type == 'cpu' else x
+
+    def _leave(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """``features`` in the layout that the backbone returns."""
+        return tuple(x.contiguous() if self.out_memory_format == 'contiguous_format' else x for x in features)
 
     def init_weights(self) -> None:
         """Initialize at random, then overwrite with the ``Pretrained`` checkpoint if ``init_cfg`` names one."""

@@ -232,6 +232,9 @@ class RepLKNet(LayerDepth, Backbone):
         norm_eval: Keep BatchNorm layers in evaluation mode while training. Defaults to False.
         with_cp: Recompute each block in the backward pass: less memory, about a third more time. Defaults to False.
         norm_intermediate_features: Normalize the returned features, as the authors do for XL. Defaults to False.
+        out_memory_format: Layout of the returned features: ``'contiguous_format'`` (default), which every operator reads, or
+            ``'preserve_format'``, that of the last layer, without a copy. On CPUs this is channels-last memory: faster for
+            heads of convolutions, misread by mmcv's compiled operators (RoIAlign, deformable convolutions).
         init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's and our checkpoints, merged or not, but
             not folded ones. Defaults to torch's own initialization, as in the authors' code.
 
@@ -276,6 +279,7 @@ class RepLKNet(LayerDepth, Backbone):
                  norm_eval: bool = False,
                  with_cp: bool = False,
                  norm_intermediate_features: bool = False,
+                 out_memory_format: str = 'contiguous_format',
                  init_cfg: dict | list[dict] | None = None) -> None:
         settings = resolve_arch(arch, self.arch_settings, self.arch_options, 'RepLKNet')
         kernels, layers, channels = (settings[k] for k in ('large_kernel_sizes', 'layers', 'channels'))
@@ -290,7 +294,7 @@ class RepLKNet(LayerDepth, Backbone):
         if drop_path_rate > 0 and not settings['shortcut']:
             raise ValueError(f'RepLKNet: drop_path_rate={drop_path_rate} drops the branch beside a shortcut, and arch has '
                              f'shortcut=False')
-        super().__init__(out_indices, len(layers), norm_eval, init_cfg)
+        super().__init__(out_indices, len(layers), norm_eval, init_cfg, out_memory_format)
         self.frozen_stages = frozen_stages
 
         width = channels[0]
@@ -332,7 +336,7 @@ class RepLKNet(LayerDepth, Backbone):
                 outs.append(stage.norm(x))
             if i < len(self.transitions):
                 x = self.transitions[i](x)
-        return tuple(outs)
+        return self._leave(outs)
 
     def _blocks_of_stages(self) -> list[int]:
         # A large-kernel block and the feed-forward block after it do what a block of ConvNeXt does.

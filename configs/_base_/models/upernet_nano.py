@@ -2,6 +2,9 @@
 _base_ = './upernet.py'
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
-    backbone=dict(drop_path_rate=0.0),
+    backbone=dict(
+        # on CPUs: these heads are convolutions, which read channels-last features fastest
+        out_memory_format='preserve_format',
+        drop_path_rate=0.0),
     decode_head=dict(channels=64, norm_cfg=norm_cfg),
     auxiliary_head=dict(channels=32, norm_cfg=norm_cfg))

@@ -2,6 +2,8 @@ _base_ = './upernet.py'
 model = dict(
     backbone=dict(
         type='replk_mm.RepLKNet',
+        # on CPUs: these heads are convolutions, which read channels-last features fastest
+        out_memory_format='preserve_format',
         # the training form, which replk_mm.reparam merges for deployment
         small_kernel_merged=False,
         # BatchNorm statistics over all GPUs, in the backbone too (CPU runs use plain BatchNorm)
