@@ -21,10 +21,10 @@ def root() -> Path:
 
 @pytest.fixture(scope='session')
 def reference() -> Path:
-    """Folder of reference outputs, published key lists and photographs, which stands beside some checkouts."""
+    """Folder of photographs, which stands beside some checkouts."""
     folder = Path(os.environ.get('REPLK_MM_REFERENCE', ROOT.parent / 'shared'))
-    if not (folder / 'golden').is_dir():
-        pytest.skip(f'no reference data at {folder} (REPLK_MM_REFERENCE names the folder)')
+    if not (folder / 'data').is_dir():
+        pytest.skip(f'no photographs at {folder} (REPLK_MM_REFERENCE names the folder)')
     return folder
 
 

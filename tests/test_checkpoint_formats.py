@@ -1,4 +1,6 @@
 """Key formats of checkpoints: all that are published are told apart and load whole."""
+from pathlib import Path
+
 import pytest
 import torch
 from checkpoint_cases import CONV, DENSE, TINY, assert_same, write
@@ -9,6 +11,9 @@ from replk_mm.checkpoints import load_pretrained
 from replk_mm.key_formats import convert, to_official, unwrap
 from replk_mm.models import ConvNeXt, RepLKNet
 from replk_mm.reparam import reparameterize
+
+#: Names and shapes in published files.
+FACTS = Path(__file__).parent / 'data' / 'facts'
 
 
 def empty(build) -> nn.Module:
@@ -22,10 +27,10 @@ def empty(build) -> nn.Module:
     return model
 
 
-def listed(reference, name: str) -> dict[str, torch.Tensor]:
+def listed(name: str) -> dict[str, torch.Tensor]:
     """A state dict of published keys and shapes. Every weight is constant, its place in the list: a small file."""
     weights = {}
-    for number, line in enumerate((reference / 'facts' / f'keys_{name}.txt').read_text().splitlines(), 1):
+    for number, line in enumerate((FACTS / f'keys_{name}.txt').read_text().splitlines(), 1):
         key, shape = line.split('\t')
         shape = tuple(int(n) for n in shape.strip('()').split(',') if n.strip())
         weights[key] = torch.tensor(float(number)).expand(shape)
@@ -61,8 +66,8 @@ BUILD = {
 
 
 @pytest.mark.parametrize('name', PLACES)
-def test_published_formats_load_whole(name, reference, tmp_path):
-    weights = listed(reference, name)
+def test_published_formats_load_whole(name, tmp_path):
+    weights = listed(name)
     path = write(tmp_path / 'weights.pth', {'model': weights})
     xl = name == 'replknetxl_official'  # 1.3 GB: names and shapes only
     with torch.device('meta' if xl else 'cpu'):
@@ -87,11 +92,11 @@ def test_published_formats_load_whole(name, reference, tmp_path):
         assert own[ours].flatten()[0] == weights[theirs or ours].flatten()[0], place
 
 
-def test_classifier_is_reported(reference):
-    found = convert(listed(reference, 'convnext_tiny_timm'))
+def test_classifier_is_reported():
+    found = convert(listed('convnext_tiny_timm'))
     assert found.set_aside == ['head.fc.weight', 'head.fc.bias']
     assert found.describe() == 'ConvNeXt, timm key names, 2 classifier keys set aside'
-    imagenet = {**listed(reference, 'replknet31b_official'), 'norm.weight': torch.ones(1024), 'head.weight': torch.ones(1),
+    imagenet = {**listed('replknet31b_official'), 'norm.weight': torch.ones(1024), 'head.weight': torch.ones(1),
                 'head.bias': torch.ones(1)}
     found = convert(imagenet)
     assert sorted(found.set_aside) == ['head.bias', 'head.weight', 'norm.weight'] and found.format == 'official'
@@ -101,14 +106,14 @@ def test_classifier_is_reported(reference):
     ('replknet31b_official', 'RepLKNet', 'official', False), ('replknet31b_official_merged', 'RepLKNet', 'official', True),
     ('convnext_tiny_official', 'ConvNeXt', 'official', False), ('convnext_tiny_timm', 'ConvNeXt', 'timm', False),
     ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False)])
-def test_formats_are_told_apart(name, family, form, merged, reference):
-    found = convert(listed(reference, name))
+def test_formats_are_told_apart(name, family, form, merged):
+    found = convert(listed(name))
     assert (found.family, found.format, found.merged, found.whole_model) == (family, form, merged, form == 'mmpretrain')
 
 
 @pytest.mark.parametrize('family', ['replknet31b', 'convnext_tiny'])
-def test_to_official_round_trip(family, reference):
-    theirs = listed(reference, f'{family}_official')
+def test_to_official_round_trip(family):
+    theirs = listed(f'{family}_official')
     ours = convert(theirs).backbone
     back = to_official(ours)
     assert list(back) == list(theirs) and all(back[key] is theirs[key] for key in theirs)
