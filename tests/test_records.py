@@ -53,10 +53,10 @@ def test_complaints_name_file_line_and_reason(tmp_path):
     path = tmp_path / 'r.jsonl'
     missing = record()
     del missing['row']
-    bad = [('[1]', 'no record: list'), (json.dumps(record(version=2)), 'version 2; this replk_mm reads version 1'),
-           (json.dumps(missing), "no 'row'"), (json.dumps(record(seed='0')), "'seed' is str instead of int"),
-           (json.dumps(record(seed=True)), "'seed' is bool"), (json.dumps(record(measurement='taste')), "'taste' is none of"),
-           (json.dumps(record(status='well')), "'well' is neither"), (json.dumps(record(status='failed')), 'without a reason'),
+    bad = [('[1]', 'not a record: list'), (json.dumps(record(version=2)), 'version 2; this replk_mm reads version 1'),
+           (json.dumps(missing), 'row: Field required'), (json.dumps(record(seed='0')), 'seed: Input should be a valid integer'),
+           (json.dumps(record(seed=True)), 'seed: '), (json.dumps(record(measurement='taste')), "measurement: Input should be 't"),
+           (json.dumps(record(status='well')), 'status: Input'), (json.dumps(record(status='failed')), 'without a reason'),
            (json.dumps(record(values={'x': math.nan})), 'values.x is not a finite'), ('{"version": 1, ', 'not JSON')]
     path.write_text('\n'.join(['', *(line for line, _ in bad), json.dumps(record())]))
     found, complaints = records.read([path, tmp_path / 'absent.jsonl'])
@@ -90,7 +90,7 @@ def test_another_definition_of_a_row_gives_way_to_the_later_one(tmp_path):
         path.write_text(''.join(json.dumps(one) + '\n' for one in given))
         found, complaints = records.read([path])
         assert [one['key'] for one in found] == ['new']
-        assert len(complaints) == 1 and 'of another definition of the row' in complaints[0]
+        assert len(complaints) == 1 and 'its row is defined differently' in complaints[0]
         assert complaints[0].startswith(f'{path}:{1 + given.index(first)}:')
 
 

@@ -252,7 +252,7 @@ def test_damaged_files_are_named_and_the_page_is_written(run, tmp_path, capsys) 
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('passed over: ')]
     for name, why in (('cut', 'not JSON'), ('newer', 'version 99'), ('nan', 'values.metrics.mIoU is not a finite number'),
                       ('binary', 'not JSON'), ('list', 'list instead of an object'),
-                      ('asked', "'asked' is int instead of list"),
+                      ('asked', 'asked: Input should be a valid list'),
                       ('deep', 'nested too deeply')):
         assert [line for line in lines if f'{name}.jsonl:1: ' in line and why in line], (name, lines)
     text = (tmp_path / 'out/index.html').read_text()

@@ -1,86 +1,26 @@
-"""The record of a suite: one measurement of one row and seed, a line of JSON in an append-only file.
+"""Files of records (:class:`replk_mm.bench.schema.Record`), a line of JSON each.
 
-A record is a dict with the keys of :data:`FIELDS`; ``docs/suites.md`` says what each holds. Files only grow, and a line is
-there whole or is passed over when it is read, so that a process may be killed at any moment and results of several machines
-merge by putting their files into one folder.
-
-Figures in percent are 0..100: mIoU and accuracies, and COCO's AP too (``"unit": "AP"``), which COCO itself counts 0..1.
+Files are only appended to, and reading skips a line that is not whole. So a process may be killed at any moment, and results
+of several machines merge by copying their files into one folder.
 """
-import hashlib
 import json
-import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from replk_mm.bench.schema import MEASUREMENTS, VERSION, Task, complaint, fingerprint
 from replk_mm.errors import printable
+from replk_mm.files import sha256
 
-VERSION = 1
-MEASUREMENTS = ('train', 'complexity', 'metric', 'curve', 'erf', 'shape_bias', 'speed', 'memory')
-STATUSES = ('done', 'failed')
-
-#: What a record must have, and of which type.
-FIELDS: dict[str, tuple[type, ...]] = dict(
-    version=(int,), suite=(str,), question=(str,), row=(str,), label=(str,), seed=(int,), measurement=(str,), status=(str,),
-    reason=(str, type(None)), values=(dict,), protocol=(dict,), facts=(dict,), config=(dict,), checkpoint=(dict, type(None)),
-    published=(dict, type(None)), git=(dict, type(None)), environment=(dict,), started=(str,), seconds=(int, float),
-    files=(dict,), key=(str,))
-#: What those of an earlier program lack.
-_LATER: dict[str, tuple[type, ...]] = dict(asked=(list,))
+__all__ = ['MEASUREMENTS', 'VERSION', 'Spread', 'append', 'by_suite', 'complaint', 'file_of', 'files_in', 'fingerprint', 'key_of', 'left', 'of_task',
+           'read', 'since', 'spread']
 
 
 def key_of(definition: Mapping[str, Any], seed: int, measurement: str) -> str:
-    """What tells whether two records are of the same thing: SHA-256, in hexadecimal.
-
-    Args:
-        definition: Of the row, with the hash of its config and its data; plain data.
-        seed: Of the training.
-        measurement: One of :data:`MEASUREMENTS`.
-    """
     return fingerprint([definition, seed, measurement])
-
-
-def fingerprint(data: object) -> str:
-    """SHA-256 of plain data, in hexadecimal; the order of a dict's keys does not matter."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def complaint(record: object) -> str | None:
-    """Why something is no record of this version; None if it is one."""
-    if not isinstance(record, dict):
-        return f'no record: {type(record).__name__} instead of an object'
-    version = record.get('version')
-    if version != VERSION:
-        return f'version {version!r}; this replk_mm reads version {VERSION}'
-    for name, types in {**FIELDS, **{name: types for name, types in _LATER.items() if name in record}}.items():
-        if name not in record:
-            return f'the record has no {name!r}'
-        if not isinstance(record[name], types) or isinstance(record[name], bool):
-            return f'{name!r} is {type(record[name]).__name__} instead of {" or ".join(t.__name__ for t in types)}'
-    if record['measurement'] not in MEASUREMENTS:
-        return f'measurement {record["measurement"]!r} is none of {", ".join(MEASUREMENTS)}'
-    if record['status'] not in STATUSES:
-        return f'status {record["status"]!r} is neither done nor failed'
-    if record['status'] == 'failed' and not record['reason']:
-        return 'failed without a reason'
-    place = _not_finite(record)
-    return f'{place} is not a finite number' if place else None
-
-
-def _not_finite(node: object, place: str = '') -> str | None:
-    """Where the first number that is infinite or not a number is."""
-    if isinstance(node, float):
-        return None if math.isfinite(node) else place
-    if isinstance(node, Mapping):
-        parts: Iterable[tuple[str, object]] = ((f'{place}.{key}' if place else str(key), value) for key, value in node.items())
-    elif isinstance(node, (list, tuple)):
-        parts = ((f'{place}[{i}]', value) for i, value in enumerate(node))
-    else:
-        return None
-    return next((found for found in (_not_finite(value, where) for where, value in parts) if found), None)
 
 
 def append(record: Mapping[str, Any], path: Path) -> None:
@@ -88,16 +28,16 @@ def append(record: Mapping[str, Any], path: Path) -> None:
 
     Args:
         record: Plain data.
-        path: Of the file; it and its folder are made if need be.
+        path: The file; it and its folder are created if needed.
 
     Raises:
-        ValueError: If it is no record, or holds a number that is not finite.
+        ValueError: If it is not a record, or holds a number that is not finite.
         OSError: If it cannot be written.
     """
     wrong = complaint(record)
     if wrong:
         raise ValueError(f'{path}: {wrong}')
-    line = json.dumps(record, allow_nan=False).encode() + b'\n'
+    line = json.dumps(record, allow_nan=False, default=str).encode() + b'\n'
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -119,7 +59,7 @@ def file_of(work_dir: Path, row: str, seed: int) -> Path:
 
 
 def files_in(paths: Iterable[str | Path]) -> list[Path]:
-    """Files of records: those named, and of a folder those in its ``results`` or in itself."""
+    """Files of records: the given ones, and of a folder those in its ``results`` or in itself."""
     found: list[Path] = []
     for path in map(Path, paths):
         folder = path / 'results' if (path / 'results').is_dir() else path
@@ -130,71 +70,78 @@ def files_in(paths: Iterable[str | Path]) -> list[Path]:
 def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """Read records.
 
-    Of several with one key the one that was started last counts, but one that is done never gives way to one that failed. Of
-    one measurement of a row and seed under different keys, the row's definition has changed; that started last counts, and
-    nothing is said of one that failed before.
+    Of several with one key the one that was started last counts, but a failure never replaces a result. Of one measurement of a
+    row and seed under different keys, the row's definition has changed; the one that was started last counts, and results
+    under another key are a complaint.
 
     Args:
         paths: Files, work dirs or folders of files.
 
     Returns:
-        The records that count, in the order of their files; and what was passed over, ``'FILE:LINE: why'`` each.
+        The records that count, in the order of their files; and what was skipped, ``'FILE:LINE: why'`` each.
     """
     complaints: list[str] = []
-    lines = [line for path in files_in(paths) for line in _lines(path, complaints)]
     by_key: dict[str, tuple[str, dict]] = {}
-    for place, record in lines:
-        known = by_key.get(record['key'])
-        if known is None or _rank(record) >= _rank(known[1]):
-            by_key[record['key']] = place, record
+    for path in files_in(paths):
+        for place, record in _lines(path, complaints):
+            known = by_key.get(record['key'])
+            if known is None or _rank(record) >= _rank(known[1]):
+                by_key[record['key']] = place, record
     latest: dict[tuple, tuple[str, dict]] = {}
-    for place, record in by_key.values():
-        known = latest.get(_what(record))
-        if known and known[1]['started'] > record['started']:
-            place, record, known = *known, (place, record)
-        if known and known[1]['status'] == 'done':
-            complaints.append(f'{known[0]}: {record["row"]}, seed {record["seed"]}, {record["measurement"]}: of another '
-                              f'definition of the row than the later record at {place}')
-        latest[_what(record)] = place, record
+    for new in by_key.values():
+        what = tuple(new[1][field] for field in ('suite', 'row', 'seed', 'measurement'))
+        older, newer = sorted([latest.get(what, new), new], key=lambda entry: entry[1]['started'])
+        if older is not newer and older[1]['status'] == 'done':
+            complaints.append(f'{older[0]}: {", ".join(map(str, what[1:]))}: its row is defined differently than in the later '
+                              f'record at {newer[0]}')
+        latest[what] = newer
     return [record for _, record in latest.values()], [printable(complaint) for complaint in complaints]
 
 
+def of_task(task: Task) -> dict[str, dict[str, Any]]:
+    """The records of a row and seed, by measurement."""
+    path = file_of(task.work_dir, task.row.name, task.seed)
+    return {record['measurement']: record for record in (read([path])[0] if path.exists() else [])}
+
+
+def left(task: Task) -> tuple[str, ...]:
+    """The measurements of a task that are not done: not recorded, of another definition of the row, or of other weights."""
+    def is_done(record: Mapping[str, Any]) -> bool:
+        measured, weights = (record['checkpoint'] or {}).get('sha256'), task.checkpoint
+        same = not weights or not measured or not Path(weights).is_file() or sha256(weights) == measured
+        return record['status'] == 'done' and record['key'] == task.keys.get(record['measurement']) and same
+
+    done = [name for name, record in of_task(task).items() if is_done(record)]
+    return tuple(name for name in task.measures if name not in done)
+
+
 def since(path: Path, offset: int) -> list[dict[str, Any]]:
-    """Records that have come to a file since it had so many bytes; damaged lines are passed over."""
-    if not path.exists():
-        return []
-    return [record for _, record in _lines(path, [], offset)]
+    """Records that were added to a file since it had ``offset`` bytes."""
+    return [record for _, record in _lines(path, [], offset)] if path.exists() else []
 
 
 def _rank(record: Mapping[str, Any]) -> tuple[bool, str]:
     return record['status'] == 'done', record['started']
 
 
-def _what(record: Mapping[str, Any]) -> tuple[str, str, int, str]:
-    return record['suite'], record['row'], record['seed'], record['measurement']
-
-
-def _lines(path: Path, complaints: list[str], offset: int = 0) -> Iterable[tuple[str, dict]]:
+def _lines(path: Path, complaints: list[str], offset: int = 0) -> Iterator[tuple[str, dict]]:
     try:
-        text = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         complaints.append(f'{path}: cannot be read ({error.strerror})')
         return
-    for number, line in enumerate(text[offset:].split(b'\n'), 1):
+    for number, line in enumerate(content[offset:].split(b'\n'), 1):
         if not line.strip():
             continue
-        place = f'{path}:{number}'
         try:
             record = json.loads(line)
             wrong = complaint(record)
-        except RecursionError:
-            wrong = 'nested too deeply for a record'
-        except ValueError:
-            wrong = 'not JSON; its process was ended while it wrote, or the file is damaged'
+        except (ValueError, RecursionError):
+            wrong = 'not JSON; its process was killed while it wrote, or the file is damaged'
         if wrong:
-            complaints.append(f'{place}: {wrong}')
+            complaints.append(f'{path}:{number}: {wrong}')
         else:
-            yield place, record
+            yield f'{path}:{number}', record
 
 
 def by_suite(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -207,7 +154,7 @@ def by_suite(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 
 @dataclass(frozen=True)
 class Spread:
-    """Several values of one thing, as of several seeds.
+    """Values of several seeds.
 
     Attributes:
         mean: Of all.

@@ -1,0 +1,412 @@
+"""The schema of the benchmark: suite files, what the process of a row is told, and the records it writes.
+
+The descriptions of the fields are the documentation; the tables of ``docs/suites.md`` are generated from them::
+
+    python -m replk_mm.bench.schema docs/suites.md
+"""
+import hashlib
+import json
+import math
+import re
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from replk_mm import pages
+from replk_mm.errors import UserError, did_you_mean
+
+VERSION = 1
+Measurement = Literal['train', 'complexity', 'metric', 'curve', 'erf', 'shape_bias', 'speed', 'memory']
+#: In the order in which they are made.
+MEASUREMENTS: tuple[str, ...] = get_args(Measurement)
+#: What a suite may ask for; ``train`` is added to a row with a training budget.
+Asked = Literal['metric', 'complexity', 'speed', 'memory', 'curve', 'erf', 'shape_bias']
+#: What can be measured with random weights.
+WITHOUT_WEIGHTS = ('complexity', 'erf', 'speed', 'memory')
+_BUDGETS = ('iterations', 'schedule', 'checkpoint')
+
+
+class _Strict(BaseModel):
+    """Values have the stated type, without conversion, and no other keys exist."""
+
+    model_config = ConfigDict(strict=True, extra='forbid', frozen=True)
+
+
+Shape = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Erf(_Strict):
+    """Images for the effective receptive field."""
+
+    size: PositiveInt | None = Field(None, description='side of the images in pixels; default: the longer side of the crop')
+    count: PositiveInt | None = Field(None, description='number of images; default: 50')
+
+
+class Data(_Strict):
+    """The data of all rows of a suite."""
+
+    root: str | None = Field(None, description='a data set; excludes the other keys')
+    scenes: str | None = Field(None, description='procedural scenes, written on first use, of a kind that '
+                               '`tools/make_demo_data.py` writes')
+    layout: str | None = Field(None, description='`ade20k`, `cityscapes` or `coco`; default: what the config reads')
+    train: int = Field(200, description='number of training images')
+    val: int = Field(40, description='number of validation images')
+    seed: int = Field(0, description='of the scenes')
+    size: Shape = Field([256, 256], description='`[HEIGHT, WIDTH]` of the images in pixels')
+
+    @model_validator(mode='after')
+    def _root_or_scenes(self) -> 'Data':
+        found = self.model_fields_set
+        if found and (found != {'root'} and 'root' in found or not found & {'root', 'scenes'}):
+            raise ValueError(f'expected either root, or scenes with train, val, seed, size and layout; '
+                             f'found {", ".join(sorted(found))}')
+        return self
+
+
+class Defaults(_Strict):
+    """What rows may have in common: every key of a row but ``name`` and ``label``."""
+
+    config: str | None = Field(None, description='a path, relative to the current directory or to the suite file; the name of '
+                               'a file in `configs/`; `mmseg::...` or `mmdet::...`')
+    options: dict[str, Any] = Field({}, description='overrides of config fields, as in `--cfg-options`; the options of '
+                                    '`defaults` apply too, unless the row sets the same field')
+    seeds: list[Seed] = Field([0], min_length=1, description='one training each; default: `[0]`')
+    iterations: PositiveInt | None = Field(None, description='train this many iterations, warm-up and decay in proportion')
+    schedule: Literal['full'] | None = Field(None, description='`full`: train as the config says')
+    checkpoint: str | None = Field(None, description='trained weights instead of a training; `{row}` and `{seed}` are '
+                                   'replaced. If the file is absent, the measurements that need it fail')
+    measure: list[Asked] = Field(['complexity', 'metric', 'speed', 'memory'], description='any of '
+                                 f'{", ".join(f"`{name}`" for name in get_args(Asked))}; default: the first four')
+    published: bool = Field(True, description='`false`: show no published figures next to this row')
+    pretraining: str | None = Field(None, description='what the backbone was pretrained on, such as `ImageNet-1K`, if the name '
+                                    'of the weights does not tell')
+    shape: Shape | None = Field(None, description='`[HEIGHT, WIDTH]` in pixels for `speed` and `memory`; default: the '
+                                "config's crop")
+    batch: PositiveInt | None = Field(None, description='images per batch for `speed` and `memory`; default: the smallest '
+                                      'possible')
+    macs_shape: Shape | None = Field(None, description='`[HEIGHT, WIDTH]` in pixels for `complexity`; default: as published, '
+                                     "or else the config's crop")
+    erf: Erf = Field(Erf(), description='`{size: 512, count: 50}`, images of the effective receptive field; default: size of '
+                     "the config's crop, 50 images")
+    data_root: str | None = Field(None, description='data of this row')
+
+    @field_validator('seeds')
+    @classmethod
+    def _different(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError('a seed is listed twice')
+        return seeds
+
+    @model_validator(mode='after')
+    def _one_budget(self) -> 'Defaults':
+        budgets = [key for key in _BUDGETS if getattr(self, key) is not None]
+        if len(budgets) > 1:
+            raise ValueError(f'has both {budgets[0]} and {budgets[1]}\n'
+                             f'A row is trained (iterations, or schedule: full) or has a checkpoint.')
+        return self
+
+
+class Row(Defaults):
+    """A network of a suite: trained, loaded from a checkpoint, or with random weights."""
+
+    name: str = Field(description='unique; lower-case letters, digits, `.`, `_`, `-`; a letter or digit first')
+    label: str = Field(description='what reports show; default: the name')
+    config: str = Field(description=str(Defaults.model_fields['config'].description))
+
+    @field_validator('name')
+    @classmethod
+    def _names_files(cls, name: str) -> str:
+        return _file_name(name, '._-')
+
+    @model_validator(mode='after')
+    def _possible(self) -> 'Row':
+        needs = [name for name in self.measure if name not in WITHOUT_WEIGHTS]
+        if not self.measurements():
+            raise ValueError('has nothing to train and nothing to measure')
+        if self.checkpoint and '{seed}' not in self.checkpoint and len(self.seeds) > 1:
+            raise ValueError(f'{len(self.seeds)} seeds, but one checkpoint for all: {self.checkpoint}\n'
+                             f'Put {{seed}} into its name, or set seeds: [0].')
+        if not self.trains and not self.checkpoint and needs:
+            raise ValueError(f'{needs[0]} needs trained weights\nSet iterations, schedule: full or checkpoint; random weights '
+                             f'allow {", ".join(WITHOUT_WEIGHTS)}.')
+        if 'curve' in self.measure and not self.trains:
+            raise ValueError('curve needs a training\nSet iterations or schedule: full.')
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to train."""
+        return self.iterations is not None or self.schedule is not None
+
+    def measurements(self) -> tuple[str, ...]:
+        """What is recorded, in the order in which it is measured."""
+        return tuple(m for m in MEASUREMENTS if m in self.measure or (m == 'train' and self.trains))
+
+    def checkpoint_of(self, seed: int) -> str | None:
+        """The file of trained weights, if the row names one."""
+        return self.checkpoint and self.checkpoint.replace('{row}', self.name).replace('{seed}', str(seed))
+
+
+class Suite(_Strict):
+    """A suite file."""
+
+    path: Path = Field(Path(), exclude=True)
+    name: str = Field(description='names the work dir, `work_dirs/suites/NAME`')
+    question: str = Field('', description='what the suite answers, a line for the report')
+    data: Data = Field(Data(), description="of all rows; default: each config's own. `--data-root DIR` overrides it")
+    defaults: Defaults = Field(Defaults(), description='any key of a row but `name` and `label`')
+    rows: list[Row] = Field(min_length=1, description='at least one')
+
+    @model_validator(mode='before')
+    @classmethod
+    def _merge_defaults(cls, given: Any) -> Any:
+        defaults, rows = given.get('defaults', {}), given.get('rows')
+        if not isinstance(defaults, dict) or not isinstance(rows, list):
+            return given  # the fields are invalid, which their own errors tell
+        return {**given, 'rows': [_with_defaults(row, defaults) if isinstance(row, dict) else row for row in rows]}
+
+    @field_validator('name')
+    @classmethod
+    def _names_folder(cls, name: str) -> str:
+        return _file_name(name, '_-')
+
+    @field_validator('question')
+    @classmethod
+    def _one_line(cls, question: str) -> str:
+        return ' '.join(question.split())
+
+    @field_validator('rows')
+    @classmethod
+    def _unique(cls, rows: list[Row]) -> list[Row]:
+        names = [row.name for row in rows]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f'{twice!r} names {names.count(twice)} rows\nGive each row its own name.')
+        return rows
+
+    def pairs(self) -> list[tuple[Row, int]]:
+        """Every row with each of its seeds; ``--only`` and ``--list`` number them in this order."""
+        return [(row, seed) for row in self.rows for seed in row.seeds]
+
+
+def _with_defaults(row: dict, defaults: dict) -> dict:
+    if any(key in row for key in _BUDGETS):  # a row's budget replaces that of the defaults
+        defaults = {key: value for key, value in defaults.items() if key not in _BUDGETS}
+    merged = {'label': row.get('name'), **defaults, **row}
+    options = defaults.get('options'), row.get('options')
+    return {**merged, 'options': {**options[0], **options[1]}} if all(isinstance(o, dict) for o in options) else merged
+
+
+def _file_name(name: str, marks: str) -> str:
+    if not re.fullmatch(f'[a-z0-9][a-z0-9{marks}]*', name) or name.isdigit():
+        raise ValueError(f'{name!r} cannot name files\nUse lower-case letters, digits and {" ".join(marks)}, beginning with a '
+                         f'letter or digit; not digits alone, which number rows for --only.')
+    return name
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 whose numbers are those of Python: ``1e-3``, without a point, is one."""
+
+
+_Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$'),
+                              list('-+0123456789'))
+
+
+def read_suite(path: str | Path) -> Suite:
+    """Read and validate a suite file.
+
+    Raises:
+        UserError: If it cannot be read, or something in it is unknown, missing or contradicts itself.
+    """
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
+    except OSError as error:
+        raise UserError(f'{path}: no such suite ({error.strerror})\nSuites are in configs/suites/, one file each.') from error
+    except Exception as error:  # PyYAML raises anything on values that it cannot construct
+        raise UserError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from error
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: expected a mapping with name and rows; found {reprlib.repr(content)}\n'
+                        f'docs/suites.md shows a whole suite.')
+    try:
+        return Suite.model_validate(content).model_copy(update=dict(path=path))
+    except ValidationError as error:
+        raise UserError(f'{path}: {_explain(error, content)}') from error
+
+
+def _explain(error: ValidationError, content: dict) -> str:
+    """The first error as ``rows[2] (name): field: what``, followed by advice."""
+    first = error.errors(include_url=False)[0]
+    *parents, last = first['loc'] or ('',)
+    place = ''
+    for i, part in enumerate(first['loc']):
+        place += f'[{part}]' if isinstance(part, int) else f'{": " * (i > 0)}{part}'
+        if i == 1 and parents[:1] == ['rows'] and isinstance(part, int) and isinstance(content['rows'][part], dict):
+            place += f' ({content["rows"][part].get("name", "?")})'
+    if first['type'] == 'extra_forbidden':
+        parent = next((part for part in reversed(parents) if isinstance(part, str)), '')
+        known = dict(rows=Row, data=Data, defaults=Defaults, erf=Erf).get(parent, Suite).model_fields.keys() - {'path'}
+        return f'{place}: unknown key\n{did_you_mean(last, known)}Known keys: {", ".join(sorted(known))}.'
+    if first['type'] == 'missing':
+        return f'{place} is missing\ndocs/suites.md shows a whole suite.'
+    if first['type'] == 'value_error':
+        return f'{place}: {first["ctx"]["error"]}'
+    return f'{place}: {first["msg"]}; found {reprlib.repr(first["input"])}\ndocs/suites.md describes every key.'
+
+
+class Record(BaseModel):
+    """One measurement of one row and seed: a line of JSON. Numbers are finite, and percentages are 0 to 100, COCO's AP too."""
+
+    model_config = ConfigDict(strict=True, extra='allow')
+
+    version: Literal[1] = Field(description='of this schema')
+    suite: str = Field(description='name of the suite')
+    question: str = Field(description='that the suite answers')
+    row: str = Field(description='name of the row')
+    label: str = Field(description='of the row')
+    seed: int = Field(description='of the training')
+    measurement: Measurement = Field(description=', '.join(f'`{name}`' for name in MEASUREMENTS))
+    status: Literal['done', 'failed'] = Field(description='`done` or `failed`')
+    reason: str | None = Field(description='why it failed')
+    values: dict[str, Any] = Field(description='the figures')
+    protocol: dict[str, Any] = Field(description='what has to be equal for values to be ranked: data with a hash of the names '
+                                     'and sizes of its files, crop, whole or sliding window, scales, iterations, batch, '
+                                     'samples seen, pretraining, precision; of timings the device, threads, shape, batch and '
+                                     'torch')
+    facts: dict[str, Any] = Field(description='anything else')
+    config: dict[str, Any] = Field(description='path, SHA-256 of what it resolves to, options')
+    checkpoint: dict[str, Any] | None = Field(description='the weights: path, SHA-256, iteration, trained here or not')
+    published: dict[str, Any] | None = Field(description='what the paper reports')
+    git: dict[str, Any] | None = Field(description='commit, and whether files differ from it')
+    environment: dict[str, Any] = Field(description='versions, CPU, GPU, threads')
+    started: str = Field(description='time in UTC, ISO 8601 with microseconds')
+    seconds: float = Field(description='that the measurement took')
+    files: dict[str, Any] = Field(description='paths relative to the work dir, by what they are')
+    key: str = Field(description='identifies what was measured, for `--resume`')
+    asked: list[Any] = Field([], description='all measurements of the row; absent in older records')
+
+    @model_validator(mode='after')
+    def _sound(self) -> 'Record':
+        if self.status == 'failed' and not self.reason:
+            raise ValueError('failed without a reason')
+        fault = next(_faults(self.__dict__), None)
+        if fault:
+            raise ValueError(fault)
+        return self
+
+
+def _faults(node: object, place: str = '', depth: int = 0) -> Iterator[str]:
+    """Numbers that JSON does not have, and nesting that a reader cannot follow."""
+    if isinstance(node, float) and not math.isfinite(node):
+        yield f'{place} is not a finite number'
+    elif depth > 100:
+        yield f'{place:.40} is nested too deeply'
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _faults(value, f'{place}.{key}' if place else str(key), depth + 1)
+    elif isinstance(node, (list, tuple)):
+        for i, value in enumerate(node):
+            yield from _faults(value, f'{place}[{i}]', depth + 1)
+
+
+def complaint(record: object) -> str | None:
+    """Why something is not a record of this version; None if it is one."""
+    if not isinstance(record, dict):
+        return f'not a record: {type(record).__name__} instead of an object'
+    if record.get('version') != VERSION:
+        return f'version {record.get("version")!r}; this replk_mm reads version {VERSION}'
+    try:
+        Record.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = '.'.join(map(str, first['loc']))
+        return f'{place}: {first["msg"]}' if place else str(first['ctx']['error'])
+    return None
+
+
+def fingerprint(data: object) -> str:
+    """SHA-256 of plain data, in hexadecimal; the order of a dict's keys does not matter."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def now() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(timezone.utc)
+
+
+class Task(BaseModel):
+    """What the process of a row and seed is told."""
+
+    work_dir: Path = Field(description='of the suite')
+    suite: str = Field(description='name of the suite')
+    question: str = Field(description='that the suite answers')
+    row: Row
+    seed: int
+    config: str = Field(description='what `replk_mm.engine.config.load_config` takes')
+    config_sha256: str | None = Field(description='of the resolved config; None if it cannot be read')
+    data_root: str | None = Field(description="None for the config's own")
+    device: str | None = Field(description='None for a GPU if there is one')
+    launcher: Literal['none', 'pytorch', 'slurm'] = 'none'
+    measures: tuple[str, ...] = Field(description='what to measure, in order')
+    keys: dict[str, str] = Field(description='of the records, by measurement')
+    pretraining: str | None = Field(description='of the backbone; None if neither the suite nor the paper tells')
+    published: dict[str, Any] | None = Field(description='what the paper reports')
+    git: dict[str, Any] | None = Field(description='state of the repository')
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f'{self.row.name} seed {self.seed}'
+
+    @property
+    def folder(self) -> Path:
+        """Everything that the row and seed write, except their records."""
+        return self.work_dir / 'runs' / self.row.name / str(self.seed)
+
+    @property
+    def log(self) -> Path:
+        """The output of its processes, one after the other."""
+        return self.folder / 'log.txt'
+
+    @property
+    def checkpoint(self) -> str | None:
+        """Trained weights that the row names."""
+        return self.row.checkpoint_of(self.seed)
+
+    def part(self, measures: tuple[str, ...], launcher: str = 'none') -> 'Task':
+        """The same with only some of its measurements."""
+        return self.model_copy(update=dict(measures=measures, launcher=launcher))
+
+    def record(self, measurement: str, started: datetime, environment: Mapping[str, Any], **content: Any) -> dict[str, Any]:
+        """A record of a measurement that ends now; ``content`` holds the fields that only the measurement knows."""
+        row = self.row
+        return {**dict(
+            version=VERSION, suite=self.suite, question=self.question, row=row.name, label=row.label, seed=self.seed,
+            measurement=measurement, status='done', reason=None, values={}, protocol={}, facts={},
+            config=dict(path=row.config, sha256=self.config_sha256, options=row.options), checkpoint=None,
+            published=self.published, git=self.git, environment=environment,
+            started=started.isoformat(timespec='microseconds'), seconds=round((now() - started).total_seconds(), 3), files={},
+            key=self.keys[measurement], asked=list(self.keys)), **content}
+
+
+def table(model: type[BaseModel]) -> str:
+    """The fields of a model as a Markdown table."""
+    fields = {name: field for name, field in model.model_fields.items() if field.description}
+    first = [name for name in ('name', 'label') if name in fields and model is Row]
+    lines = [f'| `{name}` | {fields[name].description} |\n' for name in dict.fromkeys([*first, *fields])]
+    return ''.join(['| Key | |\n', '| --- | --- |\n', *lines])
+
+
+#: The tables of ``docs/suites.md``, by the name of their block.
+TABLES = dict(suite=Suite, data=Data, row=Row, record=Record)
+
+if __name__ == '__main__':
+    for name, model in TABLES.items():
+        pages.renew(Path(sys.argv[1]), name, table(model))
