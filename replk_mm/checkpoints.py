@@ -1,24 +1,25 @@
 """Checkpoints: read without running a stranger's code, in any known format, with a strict account of what matched."""
-import hashlib
+import io
+import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn as nn
 from mmengine.logging import print_log
 from torch import Tensor
 
 from replk_mm import safe_load
-from replk_mm.checkpoint_record import record_of
 from replk_mm.errors import UserError
+from replk_mm.files import write_atomic
 from replk_mm.key_formats import Converted, convert, unwrap
+from replk_mm.plain_data import plain
 
 #: Top-level modules that a segmentor or detector has for training only.
 TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
@@ -51,13 +52,13 @@ def fetch(checkpoint: str | Path, folder: str | Path | None = None, progress: bo
     """
     name = str(checkpoint)
     if not name.startswith(('http://', 'https://')):
-        path = Path(name)
         try:
+            path = Path(name).expanduser()
             if path.is_file():
                 return path
             what = 'no such checkpoint' + (' (it is a folder)' if path.is_dir() else '')
-        except OSError as error:  # a name that is too long, for one
-            raise NoCheckpoint(f'{name:.200}: no such checkpoint ({error.strerror})') from error
+        except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, or of no user
+            raise NoCheckpoint(f'{name:.200}: no such checkpoint ({getattr(error, "strerror", error)})') from error
         raise NoCheckpoint(f'{path}: {what}')
     path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / name.rsplit('/', 1)[-1]
     try:
@@ -73,21 +74,22 @@ def fetch(checkpoint: str | Path, folder: str | Path | None = None, progress: bo
     return path
 
 
-def read(checkpoint: str | Path, trust: bool = False) -> dict:
-    """Read a checkpoint onto the CPU without running what is in it.
+def read(checkpoint: str | Path, map_location: Any = 'cpu', trust: bool = False) -> dict:
+    """Read a checkpoint without running what is in it.
 
     Args:
-        checkpoint: Path or address.
-        trust: Unpickle anything, which lets the file run any program. Defaults to False.
+        checkpoint: Path or address, of a file of torch or a ``.safetensors`` file.
+        map_location: Device of the tensors, as :func:`torch.load` takes it. Defaults to the CPU.
+        trust: Unpickle anything, which lets the file run any program. Only ``tools/convert_checkpoint.py`` sets it.
 
     Raises:
-        UserError: If the file does not exist, is damaged, or needs ``trust``.
+        UserError: If the file does not exist, is damaged, asks for code to be run, or holds no dict.
     """
     path = fetch(checkpoint)
-    loaded = _unpickled(path) if trust else safe_load.load(path)
+    loaded = _unpickled(path) if trust and path.suffix != '.safetensors' else safe_load.load(path, map_location)
     if not isinstance(loaded, Mapping):
         raise UserError(f'{path}: not a checkpoint but a {type(loaded).__name__}; a dict of tensors is needed')
-    return {**loaded, **({'meta': record_of(loaded, str(path))} if 'meta' in loaded else {})}
+    return {**loaded, **({'meta': _checked_meta(loaded['meta'], path)} if 'meta' in loaded else {})}
 
 
 def _unpickled(path: Path) -> Any:
@@ -97,17 +99,51 @@ def _unpickled(path: Path) -> Any:
         raise safe_load.damaged(path, error) from error
 
 
-def sha256(path: str | Path) -> str:
-    """Hash of a file, in hexadecimal."""
-    with Path(path).open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _sha256(file)
+def _checked_meta(meta: Any, path: Path) -> dict[str, Any]:
+    """The record of a checkpoint, whose fields that this package uses have their types; empty if it is no mapping.
+
+    Raises:
+        UserError: If one has another type.
+    """
+    meta = dict(meta) if isinstance(meta, Mapping) else {}
+    dataset = meta.get('dataset_meta') or {}
+    dataset = {str(key).lower(): value for key, value in dataset.items()} if isinstance(dataset, Mapping) else {'classes': 0}
+    ours = meta.get('replk_mm', {})
+    merged = ours.get('reparameterized', {'merge': True, 'fold': True}) if isinstance(ours, Mapping) else None
+    wrong = [key for key in ('iter', 'epoch', 'seed') if meta.get(key) is not None and not (
+        isinstance(meta[key], int) and meta[key] >= 0)]
+    if not _list_of(str, dataset.get('classes')) or not _list_of((list, tuple), dataset.get('palette')):
+        wrong.append('dataset_meta')
+    if not isinstance(merged, Mapping) or not all(isinstance(merged.get(key), bool) for key in ('merge', 'fold')):
+        wrong.append('replk_mm')
+    if wrong:
+        raise UserError(f'{path}: meta.{wrong[0]} is not what training writes: {meta[wrong[0]]!r:.80}\n'
+                        f"Take the file from its source, or keep its weights only: torch.save({{'state_dict': ...}}, FILE).")
+    return meta
 
 
-def _sha256(file) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+def _list_of(kind: Any, value: Any) -> bool:
+    return value is None or isinstance(value, (list, tuple)) and all(isinstance(item, kind) for item in value)
+
+
+def register_safe_loaders() -> None:
+    """Let mmengine's own loading in this process (``init_cfg`` of any package's backbone) read as :func:`read` does.
+
+    mmengine 0.10.7 unpickles downloads with whatever code they hold, and with torch 2.6 and newer it cannot read the log
+    buffers in checkpoints that it has written itself. For programs of our own: it changes mmengine for the whole process.
+    """
+    from mmengine.runner import checkpoint
+
+    def load_from_local(filename: str, map_location: Any = None) -> dict:
+        return read(filename, map_location or 'cpu')
+
+    def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None, progress: bool = True) -> dict:
+        return read(fetch(filename, model_dir, progress), map_location or 'cpu')
+
+    # Loaders of other addresses call these by name.
+    checkpoint.load_from_local, checkpoint.load_from_http = load_from_local, load_from_http
+    checkpoint.CheckpointLoader.register_scheme('', load_from_local, force=True)
+    checkpoint.CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
 
 
 def keep_apart(source: str | Path, out: str | Path) -> None:
@@ -117,29 +153,34 @@ def keep_apart(source: str | Path, out: str | Path) -> None:
         UserError: If both are one file.
     """
     if Path(out).resolve() == Path(source).resolve():
-        raise UserError(f'{out}: is the input itself; what is made of it gets a file of its own')
+        raise UserError(f'{out}: is the input itself\nName another file to write.')
 
 
 def save(checkpoint: dict, path: str | Path) -> None:
-    """Write a checkpoint so that ``path`` is either the whole new file or what was there before.
+    """Write a checkpoint of tensors and plain data, so that ``path`` is the whole new file or what was there before.
+
+    Args:
+        checkpoint: Of a ``.safetensors`` file only ``state_dict`` and ``meta`` are written, ``meta`` into its header.
+        path: The file; its folder is created if needed.
 
     Raises:
-        UserError: If the folder cannot be written to or the disk is full.
+        UserError: If it cannot be written, or a ``.safetensors`` file would lack a part.
     """
-    path = Path(path)
-    temporary = None
+    path, content = Path(path), plain(checkpoint)
+    if path.suffix == '.safetensors':
+        if content.keys() - {'state_dict', 'meta'}:
+            raise UserError(f'{path}: a safetensors file holds weights only, no {", ".join(content.keys() - {"state_dict", "meta"})}\n'
+                            f'Name a file that ends in .pth.')
+        weights = {key: value.detach().clone().contiguous() for key, value in content['state_dict'].items()}
+        data = safetensors.torch.save(weights, {'format': 'pt', safe_load.META: json.dumps(content.get('meta', {}))})
+    else:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        data = buffer.getvalue()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix='.part')
-        with os.fdopen(descriptor, 'wb') as file:
-            torch.save(checkpoint, file)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        write_atomic(path, data)
+    except OSError as error:
         raise UserError(f'{path}: cannot be written ({error})\nChoose another place, or make room there.') from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
 
 
 @dataclass
@@ -281,7 +322,7 @@ def reparameterization_of(checkpoint: Mapping, weights: Iterable[str]) -> dict |
     Returns:
         ``{'merge': bool, 'fold': bool}``, or None for a network in training form.
     """
-    record = record_of(checkpoint, 'the checkpoint').get('replk_mm', {}).get('reparameterized')
+    record = (checkpoint.get('meta') or {}).get('replk_mm', {}).get('reparameterized')
     if record:
         return {'merge': record['merge'], 'fold': record['fold']}
     return {'merge': True, 'fold': False} if any('.lkb_reparam.' in key for key in weights) else None

@@ -6,6 +6,7 @@ import warnings
 
 from mmengine.config import DictAction
 
+from replk_mm.checkpoints import register_safe_loaders
 from replk_mm.engine.machine import Options, keep_freed_memory
 from replk_mm.errors import printable
 
@@ -95,6 +96,7 @@ def start_process() -> None:
     """What a command settles for its whole process: memory that is freed is kept, and warnings about the libraries' own
     future, which a user can do nothing about, are silent."""
     keep_freed_memory()
+    register_safe_loaders()
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings('ignore', category=category)
     for message in ('pkg_resources is deprecated', '.*align_corners=.*', 'Fail to import.*MultiScaleDeformableAttention'):

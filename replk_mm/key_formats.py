@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from replk_mm.errors import UserError
@@ -93,6 +94,10 @@ def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
     if not isinstance(node, Mapping):
         raise UserError(f'{where}: not a checkpoint but a {type(node).__name__}; a dict of tensors is needed')
     weights = {str(key): value for key, value in node.items() if isinstance(value, Tensor) and key not in COUNTERS}
+    for key, value in weights.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise UserError(f'{where}: {key} is a tensor of layout {value.layout}, dtype {value.dtype}, on {value.device}\n'
+                            f'Weights are dense tensors of numbers; save the checkpoint with such.')
     wrapped = True
     while wrapped:
         wrapped = False

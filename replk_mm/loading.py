@@ -1,5 +1,4 @@
 """Load a trained checkpoint into a whole segmentor or detector, merged or not."""
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,25 +17,24 @@ from replk_mm.ops import pack
 from replk_mm.reparam import Changes, reparameterize
 
 
-def adopt_classes(cfg: Config, checkpoint: str | Path, trust: bool = False) -> list[str]:
+def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
     """Give a config the classes that a checkpoint was trained on, where it has others.
 
     Args:
         cfg: Changed in place.
         checkpoint: Path or address.
-        trust: See :func:`replk_mm.checkpoints.read`.
 
     Returns:
         What was changed, a line each.
     """
-    names = trained_on(read(checkpoint, trust).get('meta') or {})
+    names = trained_on(read(checkpoint).get('meta') or {})
     scope = cfg.get('default_scope', 'mmengine')
     if not names or all(list(classes_of(dataset, scope) or ()) == names for dataset in datasets_of(cfg, ('test',))):
         return []
     return [f'classes: the {len(names)} that {checkpoint} was trained on: {listed(names)}', *set_classes(cfg, names)]
 
 
-def load_model(model: nn.Module, checkpoint: str | Path, trust: bool = False) -> tuple[LoadReport, dict]:
+def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, dict]:
     """Set all weights that inference needs, of a whole segmentor or detector (or a bare backbone).
 
     A merged checkpoint brings ``model`` to its own structure first.
@@ -44,7 +42,6 @@ def load_model(model: nn.Module, checkpoint: str | Path, trust: bool = False) ->
     Args:
         model: Built from the config; changed in place.
         checkpoint: Path or address.
-        trust: See :func:`replk_mm.checkpoints.read`.
 
     Returns:
         The report, and the checkpoint's ``meta``.
@@ -52,7 +49,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, trust: bool = False) ->
     Raises:
         UserError: If the file cannot be read, or leaves a weight that inference uses unset.
     """
-    loaded = read(checkpoint, trust)
+    loaded = read(checkpoint)
     found = convert(unwrap(loaded, str(checkpoint)))
     whole = hasattr(model, 'backbone')
     weights = {f'backbone.{key}': value for key, value in found.backbone.items()} if whole else found.backbone
@@ -71,8 +68,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, trust: bool = False) ->
                         f'{guess_cause(report, found, whole)}{advice_of(loaded.get("meta") or {})}')
     print_log(f'weights {checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; '
               f'{report.summary()}', logger='current')
-    meta = loaded.get('meta')
-    return report, dict(meta) if isinstance(meta, Mapping) else {}
+    return report, loaded.get('meta') or {}
 
 
 @dataclass(frozen=True)

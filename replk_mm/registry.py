@@ -15,10 +15,6 @@ from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
-from replk_mm import compat
-
-compat.read_checkpoints_as_data()
-
 SCOPE = 'replk_mm'
 
 

@@ -1,184 +1,129 @@
-"""Load a checkpoint that a stranger made: none of its code runs, and it takes no more memory than a file of its size needs."""
-import os
+"""Read a file of weights as data: by safetensors, or by torch's ``weights_only`` loader with a short list of harmless types.
+
+Beside tensors and plain Python values, checkpoints in circulation hold ``argparse.Namespace`` (the authors' and timm's
+training scripts), numpy scalars and arrays, and mmengine's log buffers. The last two stand for classes whose own unpickling
+trusts the file (a numpy dtype can declare numbers to be pointers, a log buffer can replace its methods), so that classes with
+the same names and without these powers take their place here.
+"""
+import argparse
+import json
 import pickle
-import sys
-import tarfile
-import threading
+import re
+import shlex
 import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors
+import safetensors.torch
 import torch
+from mmengine.logging import HistoryBuffer
 
-from replk_mm import pickle_scan
 from replk_mm.errors import UserError
-from replk_mm.pickle_globals import harmless_pickles_allowed
 
-#: Memory that loading may take beside that of the file itself, and the most a single tensor may have more than the file
-#: (a view may repeat its values), bytes.
-_SPARE, _REPEATED = 2 << 30, 1 << 30
-#: Pickles at the start of a file in torch's format from before 1.6: a mark, a version, sizes, the content, names of storages.
-_PICKLES = 5
-_ZIP = b'PK\x03\x04'
-_BOUND = threading.RLock()
-_REMEDY = ('A checkpoint of plain weights needs no code. If you know who made this file and trust them, pass '
-           '--trust-checkpoint.')
+#: Key of the record (``meta``) in the header of a safetensors file, as JSON.
+META = 'meta'
+_NUMBERS = re.compile(r'b1|[iufc]\d{1,2}|[US]\d{1,6}')
 
 
-def load(path: Path, remedy: str = _REMEDY) -> Any:
-    """Read a file of torch onto the CPU.
+class _DType:
+    """Stands for ``numpy.dtype``: booleans, numbers and text only."""
+
+    def __init__(self, name: str, *_flags) -> None:
+        if not _NUMBERS.fullmatch(name):
+            raise pickle.UnpicklingError(f'GLOBAL numpy.dtype({name!r})')
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder({'<': '<', '>': '>'}.get(state[1], '='))
+
+
+class _Array(np.ndarray):
+    """Stands for ``numpy.ndarray`` while it is filled."""
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, dtype, fortran, data = state
+        super().__setstate__((version, shape, dtype.dtype, fortran, data))
+
+
+class _Log(HistoryBuffer):
+    """Stands for mmengine's log buffer; its methods stay its own, whatever the file names."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.__class__ = HistoryBuffer  # type: ignore[assignment]
+        self.__init__(np.asarray(state['_log_history']), np.asarray(state['_count_history']),  # type: ignore[misc]
+                      int(state['max_length']))
+
+
+def _named(name: str, item: Any) -> Any:
+    """``item`` under the name by which pickles call it."""
+    item.__module__, _, item.__qualname__ = name.rpartition('.')
+    item.__name__ = item.__qualname__
+    return item
+
+
+def _scalar(dtype: _DType, data: bytes) -> Any:
+    return np.ndarray((), dtype.dtype, data).item()
+
+
+def _function(function: Callable) -> Callable:
+    return lambda *args: function(*args)
+
+
+#: What a checkpoint may name beside what torch allows. numpy 2 moved what unpickles its arrays.
+_ALLOWED = [
+    argparse.Namespace, _named('numpy.dtype', _DType), _named('numpy.ndarray', _Array),
+    _named('mmengine.logging.history_buffer.HistoryBuffer', _Log),
+    # A buffer names its own methods, as getattr(HistoryBuffer, 'mean'); they are not taken from the file.
+    _named('builtins.getattr', _function(lambda owner, name: name)),
+    *(_named(f'numpy.{core}.multiarray.{name}', _function(function)) for core in ('core', '_core')
+      for name, function in (('_reconstruct', lambda *_: _Array((0,), np.int8)), ('scalar', _scalar)))]
+
+
+def load(path: Path, map_location: Any = 'cpu') -> Any:
+    """Read a file of torch or safetensors without running anything in it.
 
     Args:
-        path: Of the file.
-        remedy: What to say to those who trust it nevertheless.
+        path: The file. One that ends in ``.safetensors`` gives ``{'state_dict': weights, 'meta': its record}``.
+        map_location: Device of the tensors, as :func:`torch.load` takes it. Defaults to the CPU.
 
     Raises:
-        UserError: If it is damaged, would run code, or asks for more than a checkpoint of its size needs.
+        UserError: If the file is damaged, or asks for code to be run.
     """
     try:
-        with bounded_memory(4 * path.stat().st_size + _SPARE):
-            _check(path)
-            with harmless_pickles_allowed(), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # of pickles it may not understand; what it makes of them is looked at
-                loaded = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle_scan.Unsafe as error:
-        raise UserError(f'{path}: refused: {error}\n{remedy}') from error
+        if path.suffix == '.safetensors':
+            return _load_safetensors(path, map_location)
+        # torch 2.4 has no such list to extend.
+        allowed = torch.serialization.safe_globals(_ALLOWED) if hasattr(torch.serialization, 'safe_globals') else nullcontext()
+        with allowed, warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about pickles that it may not understand
+            return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = _unsafe_global(str(error))
-        if reason is None:
+        found = re.search(r'(?:GLOBAL|Unsupported class|blocklisted module|unrecognized function) ([^\s,]+)', str(error))
+        if found is None:
             raise damaged(path, error) from error
-        raise UserError(f'{path}: refused: to load it, {reason} would have to run\n{remedy}') from error
+        new = shlex.quote(str(path.with_suffix('.safetensors')))
+        raise UserError(f'{path}: refused: to load it, {found[1]} would have to run\n'
+                        f'If you trust its author, convert it to plain weights first: python tools/convert_checkpoint.py '
+                        f'{shlex.quote(str(path))} {new} --trust-checkpoint') from error
     except Exception as error:  # a few changed bytes make torch raise errors of a dozen kinds
         raise damaged(path, error) from error
-    for name, tensor in _tensors(loaded):
-        wrong = _misfit(tensor, path)
-        if wrong:
-            raise UserError(f'{path}: refused: {name} is {wrong}\nA checkpoint of weights has dense tensors of its own size. '
-                            f'Save its tensors with .contiguous().')
-    return loaded
 
+
+def _load_safetensors(path: Path, map_location: Any) -> dict:
+    device = str(map_location) if isinstance(map_location, (str, torch.device)) else 'cpu'
+    with safetensors.safe_open(path, 'pt', device=device) as file:
+        meta = json.loads((file.metadata() or {}).get(META, '{}'))
+        return {'state_dict': {key: file.get_tensor(key) for key in file.keys()}, 'meta': meta}  # noqa: SIM118 (no mapping)
 
 
 def damaged(path: Path, error: Exception) -> UserError:
-    """What to say of a file that torch cannot read."""
+    """The error for a file that cannot be read as a checkpoint."""
     text = str(error).strip()
     return UserError(f'{path}: not a readable checkpoint: damaged, cut off or no checkpoint at all '
                      f'({path.stat().st_size:,} bytes)\n'
-                     f'torch says: {text.splitlines()[0][:200] if text else type(error).__name__}\n'
+                     f'The loader reports: {text.splitlines()[0][:200] if text else type(error).__name__}\n'
                      f'Copy or download it again, and compare its size and hash with the source.')
-
-
-def _unsafe_global(message: str) -> str | None:
-    for marker in ('GLOBAL ', 'Unsupported class ', 'asks for attribute', 'blocklisted module '):
-        if marker in message:
-            return message[message.index(marker) + len(marker):].split(' was not')[0].split('\n')[0].strip()
-    return 'an unlisted function' if 'Trying to' in message else None
-
-
-def _check(path: Path) -> None:
-    """Look at the pickles and at the sizes that the file claims."""
-    size = path.stat().st_size
-    with path.open('rb') as file:
-        head = file.read(tarfile.BLOCKSIZE)
-        if head.startswith(_ZIP):
-            lengths = _records(path, size)
-            storages = pickle_scan.scan(torch._C.PyTorchFileReader(str(path)).get_record('data.pkl'))
-        elif _is_tar(head):
-            raise pickle_scan.Unsafe('it is a tar archive, which torch has long ceased to write')
-        else:
-            file.seek(0)
-            lengths = None
-            storages = [storage for _ in range(_PICKLES) for storage in pickle_scan.scan(file)]
-    claimed: dict[object, int] = {}
-    for storage in storages:
-        key, length = _claim(storage)
-        if lengths is not None and lengths.get(key) != length:
-            raise ValueError(f'storage {key}: {length:,} bytes are expected, and {lengths.get(key, 0):,} there')
-        claimed[key] = max(length, claimed.get(key, 0))
-    if sum(claimed.values()) > size:
-        raise pickle_scan.Unsafe(f'it asks for {sum(claimed.values()):,} bytes of weights, and the file has {size:,}')
-
-
-def _is_tar(head: bytes) -> bool:
-    """Whether torch takes a file that begins like this for one of its first form, which another loader reads."""
-    try:
-        tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape')
-    except tarfile.HeaderError:
-        return False
-    return True
-
-
-def _records(path: Path, size: int) -> dict[object, int]:
-    """Bytes of every storage of a zip file by its key."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
-    if packed is not None:
-        raise pickle_scan.Unsafe(f'{packed.filename} in it is compressed, to {packed.file_size:,} bytes from '
-                                 f'{packed.compress_size:,}, which torch never does')
-    total = sum(entry.file_size for entry in entries)
-    if total > size:
-        raise pickle_scan.Unsafe(f'its entries have {total:,} bytes, and the file {size:,}')
-    folder = f'{entries[0].filename.partition("/")[0]}/data/' if entries else ''
-    return {entry.filename[len(folder):]: entry.file_size for entry in entries if entry.filename.startswith(folder)}
-
-
-def _claim(storage: pickle_scan.Item) -> tuple[str, int]:
-    """Key and bytes of a storage in a persistent id, ``('storage', class, key, location, elements)``."""
-    mark, kind, key, _, elements = storage.parts[:5]
-    if mark != 'storage' or not isinstance(kind, pickle_scan.Item) or type(elements) is not int or elements < 0 or (
-            not isinstance(key, str)):
-        raise ValueError('a storage without a type, a name or a size')
-    if kind.name == 'torch.storage.UntypedStorage':
-        return key, elements
-    dtype = torch.storage._storage_type_to_dtype_map().get(kind.name.rpartition('.')[2])
-    if dtype is None:
-        raise ValueError(f'a storage of type {kind.name}')
-    return key, elements * dtype.itemsize
-
-
-def _tensors(node: Any, name: str = '') -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor in nested containers, with the keys that lead to it."""
-    if isinstance(node, torch.Tensor):
-        yield name or 'its content', node
-    elif isinstance(node, (Mapping, list, tuple)):
-        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
-            if isinstance(value, (torch.Tensor, Mapping, list, tuple)):
-                yield from _tensors(value, f'{name}.{key}'.lstrip('.')[-100:])
-
-
-def _misfit(tensor: torch.Tensor, path: Path) -> str | None:
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
-        return f'a {type(tensor).__name__} of layout {tensor.layout}, dtype {tensor.dtype}'
-    if tensor.device.type != 'cpu':
-        return f'a tensor on device {tensor.device}'
-    size = tensor.numel() * tensor.element_size()
-    if size > path.stat().st_size + _REPEATED:
-        return f'a view of {size:,} bytes in a file of {path.stat().st_size:,}'
-    return None
-
-
-@contextmanager
-def bounded_memory(more: int) -> Iterator[None]:
-    """Let this process take only so many bytes more than it has, on Linux: what asks for more gets a MemoryError.
-
-    The bound is of the whole process, so that threads come one after the other.
-    """
-    if sys.platform != 'linux':
-        yield
-        return
-    import resource
-
-    with _BOUND:
-        pages = int(Path('/proc/self/statm').read_text().split()[5])
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        bound = pages * os.sysconf('SC_PAGE_SIZE') + more
-        if soft == resource.RLIM_INFINITY or bound < soft:
-            resource.setrlimit(resource.RLIMIT_DATA, (bound, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -3,11 +3,9 @@ import os
 
 import pytest
 import torch
-from mmengine.logging import HistoryBuffer, MessageHub
 from tiny import run_tool, tiny, trained  # noqa: F401
 from tool_cases import read
 
-from replk_mm import checkpoints
 from replk_mm.engine import resume_state
 from replk_mm.engine.train import train
 from replk_mm.errors import UserError
@@ -61,33 +59,6 @@ def test_code_in_a_checkpoint_is_refused(resume, tiny, trained, tmp_path):
         pass
 
 
-@pytest.mark.parametrize(('key', 'value'), [
-    ('seed', 'x' * 10), ('seed', -1), ('seed', 2.5), ('iter', 'NaN'), ('epoch', [1]), ('dataset_meta', {'classes': {'a': 1}}),
-    ('dataset_meta', {'classes': [1, None]}), ('replk_mm', 7)], ids=str)
-def test_records_that_make_no_sense_are_named(key, value, trained, tmp_path):
-    path = spoiled(trained, tmp_path / 'hostile.pth', lambda c: c['meta'].update({key: value}))
-    with pytest.raises(UserError) as info:
-        checkpoints.read(path)
-    assert str(info.value).startswith(f'{path}: meta.{key}')
-    if key == 'seed' and value == -1:
-        pass
-
-
-def test_a_log_in_a_checkpoint_changes_no_statistics(tmp_path):
-    """mmengine's buffers take the ways to count from the file, for every buffer of the process."""
-    buffer = HistoryBuffer([1.], [1])
-    before = dict(HistoryBuffer._statistics_methods)
-    HistoryBuffer._statistics_methods = {**before, 'mean': HistoryBuffer.max}
-    try:
-        torch.save({'w': torch.ones(1), 'message_hub': {'log_scalars': {'loss': buffer}}}, tmp_path / 'x.pth')
-    finally:
-        HistoryBuffer._statistics_methods = before
-    with pytest.raises(UserError, match='inner state of mmengine') as info:
-        checkpoints.read(tmp_path / 'x.pth')
-    assert HistoryBuffer._statistics_methods['mean'] is HistoryBuffer.mean
-    assert MessageHub.get_instance('unspoiled').log_scalars == {}
-
-
 def groups(checkpoint, **changes):
     for group in checkpoint['optimizer']['param_groups']:
         group.update(changes)
@@ -136,36 +107,3 @@ def test_a_state_that_does_not_fit_is_no_traceback(change, tiny, trained, tmp_pa
     with pytest.raises(UserError, match='cannot be resumed') as info:
         tiny.train(tmp_path / 'work', 32, resume=path)
     assert str(info.value).startswith(path)
-
-
-# ---- what mmengine loads by itself
-
-def test_backbones_of_others_load_data_only(tmp_path, monkeypatch):
-    """``init_cfg`` of any package's backbone, with a local file and with an address, of which mmengine runs the content."""
-    from mmengine.model import BaseModule
-    from mmengine.runner.checkpoint import CheckpointLoader
-
-    import replk_mm.registry  # noqa: F401 (as mmengine imports it for our configs)
-
-    class Theirs(BaseModule):
-        def __init__(self, checkpoint):
-            super().__init__(dict(type='Pretrained', checkpoint=checkpoint))
-            self.conv = torch.nn.Conv2d(1, 1, 1)
-
-    proof = tmp_path / 'proof'
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    cached = tmp_path / 'checkpoints' / 'hostile.pth'  # where a download of that name would be
-    cached.parent.mkdir()
-    torch.save({'state_dict': {'conv.weight': torch.ones(1, 1, 1, 1), 'conv.bias': Exploit(proof)}}, cached)
-    for place in (str(cached), 'https://example.org/hostile.pth', 'http://example.org/hostile.pth'):
-        with pytest.raises(UserError, match='refused'):
-            Theirs(place).init_weights()
-    from mmengine.runner import checkpoint
-    monkeypatch.setattr(checkpoint, 'get_torchvision_models', lambda: {'hostile': 'https://example.org/hostile.pth'})
-    with pytest.raises(UserError, match='refused') as info:
-        CheckpointLoader.load_checkpoint('torchvision://hostile')
-    assert not proof.exists()
-    torch.save({'state_dict': {'conv.weight': torch.full((1, 1, 1, 1), 3.), 'conv.bias': torch.ones(1)}}, cached)
-    backbone = Theirs('https://example.org/hostile.pth')
-    backbone.init_weights()
-    assert backbone.conv.weight.item() == 3  # weights load as ever

@@ -10,13 +10,13 @@ from PIL import Image
 from tiny import tiny, trained  # noqa: F401
 from tool_cases import merged, plain, read  # noqa: F401
 
-from replk_mm import checkpoints
 from replk_mm.engine import merge, results
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.merge import reparameterize_checkpoint
 from replk_mm.engine.train import train
 from replk_mm.equivalence import Difference
 from replk_mm.errors import UserError
+from replk_mm.files import sha256
 
 # ruff: noqa: F811 (fixtures that come from another file)
 
@@ -68,7 +68,7 @@ def test_merged_file_is_small_and_says_what_it_is(trained, merged):
     record = after['meta']['replk_mm']['reparameterized']
     assert record['merge'] is True
     assert record['fold'] is True
-    assert record['source_sha256'] == checkpoints.sha256(trained)
+    assert record['source_sha256'] == sha256(trained)
     assert {d['dtype'] for d in record['differences']} == {'torch.float32', 'torch.float64'}
     assert any('.lkb_reparam.' in key for key in after['state_dict'])
     assert not any('lkb_origin' in key or 'running_mean' in key for key in after['state_dict'])
@@ -135,7 +135,7 @@ def test_record_is_strict_json_with_all_that_figures_depend_on(tiny, trained, pl
     assert found['metrics']['nothing'] is None
     assert found['metrics']['one'] == 1
     assert found['metrics']['mIoU'] == pytest.approx(result.metrics['mIoU'])
-    assert found['checkpoint']['sha256'] == checkpoints.sha256(trained)
+    assert found['checkpoint']['sha256'] == sha256(trained)
     assert found['checkpoint']['iteration'] == 30
     assert found['protocol']['mode'] == 'whole'
     assert found['protocol']['tta'] is False

@@ -42,7 +42,6 @@ def main() -> None:
     p.add_argument('--randomize', action='store_true', help='of random weights: draw norms and layer scales too, which start '
                    'as constants (a ConvNeXt block is multiplied by 1e-6, and passes nothing on)')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
-    p.add_argument('--trust-checkpoint', action='store_true', help='let the checkpoint run code; only if you know its maker')
     cli.add_config_options(p)
     p.add_argument('--compare', nargs='+', type=Path, metavar='JSON', help='erf.json files: one table, one picture')
     p.add_argument('--name', default='erf', metavar='NAME', help='of --compare: write NAME.md and NAME.png (default: erf)')
@@ -60,7 +59,7 @@ def main() -> None:
     found = measure_erf(load_config(args.config, args.cfg_options, needs=('model',)), args.checkpoint, args.images, args.size,
                         args.count, Path(args.out), args.stage, args.device,
                         lambda line: print(line, file=sys.stderr, flush=True), pretrained=args.pretrained, seed=args.seed,
-                        randomize=args.randomize, trust=args.trust_checkpoint)
+                        randomize=args.randomize)
     print(erf_page.tables([found]))
     for note in found.notes():
         print(note)

@@ -69,7 +69,7 @@ def contributions(backbone: nn.Module, image: Tensor, stage: int | None = None) 
 
 def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: int, count: int, out: Path,
                 stage: int | None = None, device: str | None = 'cpu', progress: Callable[[str], None] = lambda line: None, *,
-                pretrained: str | None = None, seed: int = 0, randomize: bool = False, trust: bool = False) -> Erf:
+                pretrained: str | None = None, seed: int = 0, randomize: bool = False) -> Erf:
     """Measure the effective receptive field of a config's backbone; write it with its heat map to a folder.
 
     Args:
@@ -85,7 +85,6 @@ def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: i
         pretrained: File of a backbone's weights.
         seed: Of random weights.
         randomize: Draw norms and layer scales too, see :class:`replk_mm.analysis.erf_network.Weights`.
-        trust: See :func:`replk_mm.checkpoints.read`.
 
     Raises:
         UserError: If something of the above cannot be used, or a gradient is not finite.
@@ -93,7 +92,7 @@ def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: i
     where = select_device(device)
     files = image_files(Path(images), count)
     folder = prepare_work_dir(out, option='--out')
-    net = build(cfg, Weights(checkpoint, pretrained, seed, randomize, trust), where)
+    net = build(cfg, Weights(checkpoint, pretrained, seed, randomize), where)
     with quiet():  # how each convolution is computed
         total, silent, index, shape = _accumulate(net, files, size, stage, where, progress)
     found = Erf(scores=total / len(files), backbone=net.name, config=net.config, weights=net.weights, trained=net.trained,

@@ -24,6 +24,7 @@ from replk_mm.data.files import UNDECODABLE
 from replk_mm.engine.config import build_model, fit_to_machine, load_config
 from replk_mm.engine.explain import explaining
 from replk_mm.errors import UserError
+from replk_mm.files import sha256
 from replk_mm.loading import adopt_classes, load_model
 
 #: Files that are taken for images.
@@ -41,14 +42,12 @@ class Weights:
         pretrained: Of a backbone, for instance an ImageNet classifier's.
         seed: Of random weights, where neither is given.
         randomize: Draw also what starts as a constant, see :func:`replk_mm.analysis.plain.randomize`.
-        trust: See :func:`replk_mm.checkpoints.read`; of ``checkpoint``.
     """
 
     checkpoint: str | None = None
     pretrained: str | None = None
     seed: int = 0
     randomize: bool = False
-    trust: bool = False
 
     @property
     def trained(self) -> bool:
@@ -103,7 +102,7 @@ def build(given: Config | str, weights: Weights, device: str) -> Network:
                         f'Leave one of the two out.')
     cfg = load_config(given, needs=('model',)) if isinstance(given, str) else copy.deepcopy(given)
     if weights.checkpoint:
-        adopt_classes(cfg, weights.checkpoint, weights.trust)
+        adopt_classes(cfg, weights.checkpoint)
     fit_to_machine(cfg, None, device, 1)
     node = cfg.model.get('backbone') or cfg.model
     _forget_files(node)
@@ -116,7 +115,7 @@ def build(given: Config | str, weights: Weights, device: str) -> Network:
     path = checkpoints.fetch(file) if file else None
     mean, std, rgb = _normalization(cfg.model.get('data_preprocessor'))
     return Network(backbone, _name(node), Path(str(cfg.filename)).stem, text,
-                   weights.trained, dict(path=str(path), sha256=checkpoints.sha256(path)) if path else None, mean, std, rgb)
+                   weights.trained, dict(path=str(path), sha256=sha256(path)) if path else None, mean, std, rgb)
 
 
 def _forget_files(node: ConfigDict) -> None:
@@ -137,7 +136,7 @@ def _forget_files(node: ConfigDict) -> None:
 def _loaded(cfg: Config, weights: Weights) -> tuple[nn.Module, str]:
     """The backbone out of a whole model with the weights of a checkpoint, and where they are from."""
     model = build_model(cfg)
-    _, meta = load_model(model, str(weights.checkpoint), weights.trust)
+    _, meta = load_model(model, str(weights.checkpoint))
     iteration = f', iteration {meta["iter"]}' if meta.get('iter') else ''
     return getattr(model, 'backbone', model), f'{weights.checkpoint}{iteration}'
 

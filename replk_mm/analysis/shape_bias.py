@@ -23,6 +23,7 @@ from replk_mm.engine import results
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.engine.predict import is_segmentor, label_map, load_trained, predict
 from replk_mm.errors import UserError
+from replk_mm.files import sha256
 
 DEFINITION = ("of the objects decided for the class of their shape or that of their texture, the share decided for the shape "
               "(Geirhos et al., ICLR 2019); an object is decided for the class that most of its pixels are predicted as, of "
@@ -131,7 +132,7 @@ def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: st
     draw(pictures, bias.values(), known, model.dataset_meta['palette'], out / 'shape_bias.png')
     path = checkpoints.fetch(checkpoint)
     results.write(dict(values=bias.values(), protocol=bias.protocol(), config=str(cfg.filename),
-                       checkpoint=dict(path=str(path), sha256=checkpoints.sha256(path)),
+                       checkpoint=dict(path=str(path), sha256=sha256(path)),
                        decisions=[_plain(decision) for decision in (*conflict, *agreeing)],
                        environment=results.environment()), out / 'shape_bias.json')
     return bias

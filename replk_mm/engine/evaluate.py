@@ -47,7 +47,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
 
-def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = False, tta: bool = False, trust: bool = False,
+def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = False, tta: bool = False,
          predictions: Path | None = None) -> Evaluation:
     """Evaluate a checkpoint with the config's test loader and evaluators.
 

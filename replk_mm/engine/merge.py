@@ -6,6 +6,7 @@ from mmengine.config import Config
 from replk_mm import checkpoints
 from replk_mm.equivalence import compare
 from replk_mm.errors import UserError
+from replk_mm.files import sha256
 from replk_mm.loading import build_for_inference
 from replk_mm.reparam import Changes, reparameterize
 
@@ -36,7 +37,7 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path,
                         + '\n'.join(map(str, differences)))
     former = checkpoints.reparameterization_of({'meta': meta}, merged.state_dict()) or {}
     record = dict(merge=bool(changes.merged) or former.get('merge', True), fold=True,
-                  source=str(checkpoint), source_sha256=checkpoints.sha256(checkpoints.fetch(checkpoint)),
+                  source=str(checkpoint), source_sha256=sha256(checkpoints.fetch(checkpoint)),
                   differences=[dict(dtype=str(d.dtype), absolute=d.absolute, relative=d.relative) for d in differences])
     plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float, bool, dict, list, tuple))}
     checkpoints.save({'meta': {**plain, 'replk_mm': {'reparameterized': record}}, 'state_dict': merged.state_dict()}, out)

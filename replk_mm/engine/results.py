@@ -12,6 +12,7 @@ from replk_mm import __version__, checkpoints
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.evaluate import Evaluation
 from replk_mm.errors import UserError
+from replk_mm.files import sha256
 
 
 def protocol(cfg: Config, tta: bool) -> dict:
@@ -59,7 +60,7 @@ def record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
     merged = result.meta.get('replk_mm', {}).get('reparameterized')
     return _finite(dict(
         metrics=result.metrics, per_class=result.per_class, config=str(cfg.filename),
-        checkpoint=dict(path=str(path), sha256=checkpoints.sha256(path), iteration=result.meta.get('iter'),
+        checkpoint=dict(path=str(path), sha256=sha256(path), iteration=result.meta.get('iter'),
                         loaded=result.load),
         reparameterized=str(result.changes) if result.changes else ('in the checkpoint' if merged else None),
         protocol=protocol(cfg, tta),

@@ -20,6 +20,7 @@ from replk_mm.engine.data_workers import tie
 from replk_mm.engine.explain import explaining
 from replk_mm.engine.wrappers import bare, each
 from replk_mm.errors import UserError
+from replk_mm.plain_data import log_buffer, plain
 
 
 class Runner(MMEngineRunner):
@@ -96,13 +97,23 @@ class Runner(MMEngineRunner):
         if '://' in filename and not filename.startswith('http'):
             return super().load_checkpoint(filename, map_location, strict, list(revise_keys))
         checkpoint = checkpoints.read(filename)
-        if 'meta' in checkpoint:
-            checkpoint['meta'] = {key: value for key, value in checkpoint['meta'].items() if key != 'config'}
+        checkpoint.get('meta', {}).pop('config', None)
+        logs = checkpoint.get('message_hub', {}).get('log_scalars', {})
+        logs.update({key: log_buffer(stored) for key, stored in logs.items()})
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         _load_checkpoint_to_model(bare(self.model), checkpoint, strict, revise_keys=list(revise_keys))
         self._has_loaded = True
         self.logger.info(f'weights loaded from {filename}')
         return checkpoint
+
+    def call_hook(self, fn_name: str, **kwargs) -> None:
+        """Call a method of every hook. What the hooks leave of a checkpoint to save is made plain data."""
+        super().call_hook(fn_name, **kwargs)
+        if fn_name == 'before_save_checkpoint':
+            checkpoint = kwargs['checkpoint']
+            content = plain(checkpoint)
+            checkpoint.clear()
+            checkpoint.update(content)
 
     def save_state(self) -> str:
         """Save a checkpoint of this moment between two iterations, unless the last one is.

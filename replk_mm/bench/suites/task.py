@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from replk_mm.bench import records
+from replk_mm.files import sha256
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,6 @@ class Task:
         measured = (record['checkpoint'] or {}).get('sha256')
         if not self.checkpoint or measured is None or not Path(self.checkpoint).is_file():
             return True
-        from replk_mm.checkpoints import sha256  # imports torch, which a row's process may not need
         return sha256(self.checkpoint) == measured
 
     def write(self) -> Path:

@@ -22,6 +22,7 @@ from replk_mm.engine.machine import Options, processes_of
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
+from replk_mm.files import sha256
 from replk_mm.registry import HOOKS
 
 #: Seconds between two notes of how far training is.
@@ -126,7 +127,7 @@ def checkpoint_record(path: str, trained: bool) -> dict[str, Any]:
     """What records say of weights."""
     file = checkpoints.fetch(path)
     meta = checkpoints.read(file).get('meta') or {}
-    return dict(path=path, sha256=checkpoints.sha256(file), iteration=meta.get('iter'), trained=trained)
+    return dict(path=path, sha256=sha256(file), iteration=meta.get('iter'), trained=trained)
 
 
 def curve(task: Task) -> Found:
