@@ -47,7 +47,7 @@ def test_finite_passes_go_on_anywhere(size, start):
 @pytest.mark.parametrize('start', [0, 3])
 def test_a_pass_without_a_batch_is_an_error_and_no_endless_loop(start):
     batches, _ = loader(1, drop_last=True)
-    with pytest.raises(UserError, match='train_dataloader: yields no batch: 1 samples, 2 a batch') as info:
+    with pytest.raises(UserError, match='train_dataloader: yields no batch: 1 samples, 2 a batch'):
         next(endless(batches, start))
 
 

@@ -86,7 +86,7 @@ def test_states_that_no_training_leaves_are_named(name, trained):
     checkpoint = read(trained)
     resume_state.check(checkpoint, 'file')
     STATES[name](checkpoint)
-    with pytest.raises(UserError, match='^file: cannot be resumed: ') as info:
+    with pytest.raises(UserError, match='^file: cannot be resumed: '):
         resume_state.check(checkpoint, 'file')
 
 

@@ -202,7 +202,7 @@ def test_factored_moments_are_resumed_and_half_a_state_is_not(tiny, tmp_path):
     of_matrix = next(values for values in stored['optimizer']['state'].values() if 'row_var' in values)
     del of_matrix['col_var']
     torch.save(stored, tmp_path / 'half.pth')
-    with pytest.raises(UserError, match='half.pth: cannot be resumed: the state of the optimizer has col_var of some') as info:
+    with pytest.raises(UserError, match='half.pth: cannot be resumed: the state of the optimizer has col_var of some'):
         tiny.train(tmp_path / 'x', 4, options, resume=str(tmp_path / 'half.pth'))
 
 
