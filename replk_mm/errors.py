@@ -70,6 +70,14 @@ def _say(text: str) -> None:
         os.dup2(null, 2)
 
 
+def _recorded(main: Callable[..., int | None]) -> Callable[..., int | None]:
+    """``main``, whose exceptions torchrun's summary shows if torchrun started this process."""
+    if 'TORCHELASTIC_ERROR_FILE' not in os.environ:
+        return main
+    from torch.distributed.elastic.multiprocessing.errors import record
+    return record(main)
+
+
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Turn ``main`` into a command: user errors become one message and status 2, Ctrl-C status 130, other signals that stop a
     training status 75.
@@ -80,7 +88,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
         try:
-            return main(*args, **kwargs) or 0
+            return _recorded(main)(*args, **kwargs) or 0
         except UserError as error:
             if os.environ.get('REPLK_MM_TRACEBACK') == '1':
                 raise

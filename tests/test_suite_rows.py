@@ -129,7 +129,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
     assert not perform(task, measures.TABLE, measures.environment())
     [found] = records.read([tmp_path / 'w'])[0]
     assert (found['measurement'], found['status']) == ('train', 'failed')
-    assert found['reason'].startswith('iteration 2: the loss is nan (decode.loss_ce, aux.loss_ce); first non-finite: ')
+    assert found['reason'].startswith('iteration 2: the loss is not finite (loss, decode.loss_ce, aux.loss_ce); first: ')
     assert not (task.folder / 'train' / 'iter_2.pth').exists()
 
 

@@ -5,7 +5,6 @@ import sys
 from replk_mm import cli
 from replk_mm.engine.config import load_config
 from replk_mm.engine.prepare import prepare_training
-from replk_mm.engine.replay import replay
 from replk_mm.engine.train import train
 from replk_mm.errors import command
 
@@ -19,7 +18,7 @@ def seed(text: str) -> int:
 
 
 @command
-def main() -> int:
+def main() -> None:
     p = cli.parser(__doc__, 'python tools/train.py configs/upernet_replk-nano_demo.py --data-root demo/data')
     p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     cli.add_run_arguments(p)
@@ -29,22 +28,13 @@ def main() -> int:
     p.add_argument('--pretrained', metavar='FILE', help="weights of the backbone, or 'none' for random ones")
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
     p.add_argument('--seed', type=seed, metavar='N', help='of all randomness (default: drawn and recorded)')
-    p.add_argument('--no-memory-check', dest='memory_check', action='store_false',
-                   help='keep the configured batch even if it seems too large for the memory')
     p.add_argument('--no-preflight', dest='preflight', action='store_false',
-                   help='do not rehearse loss, validation and checkpoint before the first iteration')
-    p.add_argument('--replay', metavar='FILE',
-                   help="run the batch of a stopped training's nonfinite_iter_N.pth again instead; status 1: not finite")
+                   help='skip the dry run of loss, validation and checkpoint')
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    if args.replay:
-        again = replay(cfg, args.replay, cli.options_of(args))
-        print(again)
-        return again.status
     notes = prepare_training(cfg, cli.options_of(args))
     last = train(cfg, notes, args.preflight)
     print(f'trained: {last}')
-    return 0
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
     Names and meaning are mmdet's: fractions, at most 100 detections an image; NaN where the annotations hold no object of
     that size, and 0 where a model finds nothing at all. Classes are matched by name, as :class:`CocoDataset` does; those
     that the annotation file has not are left out. Metrics other than ``bbox`` and ``segm``, and what else mmdet's metric
-    can be told, are left to it. Several processes hand what they found to the first, which computes.
+    can be told, are left to it.
 
     Attributes:
         per_class: ``{class: {'bbox_mAP', 'bbox_mAP_50', ..., 'instances'}}`` of the classes that are annotated; fractions, and

@@ -13,7 +13,6 @@ from replk_mm.engine.drop_ins import export_predictions, use_drop_ins
 from replk_mm.engine.failures import naming_failures
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.prepare import check_while_loading, counts_of, num_classes_of, prepare_data
-from replk_mm.engine.ranks import watching_ranks
 from replk_mm.engine.runner import Runner
 from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError
@@ -96,14 +95,14 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
         cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     check_while_loading(cfg, num_classes_of(model))
     cfg.visualizer = {**cfg.get('visualizer', {}), 'vis_backends': []}
-    init_gloo(options.launcher, device)
+    init_gloo(cfg, device)
     runner = Runner.from_cfg(cfg)
     model = bare(runner.model).module if tta else bare(runner.model)
     built = load_for_inference(model, checkpoint, reparam=reparam)
     compare_with_checkpoint(cfg, built.meta, checkpoint)
     pack(model)
     start = time.perf_counter()
-    with watching_ranks(cfg, runner), naming_failures(cfg, runner):
+    with naming_failures(cfg, runner):
         figures = runner.test()
     seconds = time.perf_counter() - start
     per_class: dict[str, dict[str, float]] = {}

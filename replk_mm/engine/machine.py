@@ -4,10 +4,12 @@ import ctypes
 import os
 import shutil
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import mmengine.device.utils as devices
 import torch
+from mmengine.config import Config
 
 from replk_mm.errors import UserError
 
@@ -27,7 +29,6 @@ class Options:
         device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for what is there.
         seed: Of all randomness; None draws one and records it.
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
-        memory_check: Lower the batch to what fits the memory.
     """
 
     data_root: str | None = None
@@ -40,7 +41,6 @@ class Options:
     device: str | None = None
     seed: int | None = None
     launcher: str = 'none'
-    memory_check: bool = True
 
 
 def select_device(name: str | None) -> str:
@@ -100,24 +100,34 @@ def processes_of(launcher: str) -> tuple[int, int]:
     return total, min(total, announced('LOCAL_WORLD_SIZE', 'SLURM_NTASKS_PER_NODE', 'OMPI_COMM_WORLD_LOCAL_SIZE'))
 
 
-def init_gloo(launcher: str, device: str) -> None:
+def init_gloo(cfg: Config, device: str) -> None:
     """Start the process group of a run that torchrun started on CPUs.
+
+    A collective that waits longer than ``env_cfg.dist_cfg.timeout`` seconds (default: 10 minutes, as NCCL's; gloo's own is half
+    an hour) ends the process with an error.
 
     Raises:
         UserError: If torchrun did not start this process.
     """
     # mmengine 0.10.7 selects a CUDA device whatever the backend; a process group that exists is left alone.
-    if launcher == 'pytorch' and device == 'cpu' and not torch.distributed.is_initialized():
+    if cfg.launcher == 'pytorch' and device == 'cpu' and not torch.distributed.is_initialized():
         if 'RANK' not in os.environ:
             raise UserError('--launcher pytorch: no RANK in the environment\n'
                             'Start with: torchrun --nproc-per-node N tools/train.py CONFIG --launcher pytorch')
-        torch.distributed.init_process_group('gloo')
+        seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout', 600)
+        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
         atexit.register(_leave)  # its threads, still waiting when Python ends, may abort the process
 
 
 def _leave() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch or Python means that there is too little memory."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ('out of memory', 'not enough memory', "can't allocate memory"))
 
 
 def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-dir') -> Path:

@@ -3,8 +3,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.logging import print_log
 from mmseg.evaluation.metrics import IoUMetric as MMSegIoUMetric
 from PIL import Image
@@ -16,8 +14,6 @@ from replk_mm.registry import METRICS
 @METRICS.register_module()
 class IoUMetric(GatheringMetric, MMSegIoUMetric):
     """mmseg's IoU metric, which also reports ``mIoU_present`` and lists the classes in the labels only.
-
-    Several processes add up their counts of pixels, whole numbers that float64 holds exactly: the figures are those of one.
 
     ``mIoU`` averages over the classes that occur in the labels or in the predictions; ``mIoU_present`` over those in the
     labels, which is what compares on a data set that holds a few of the classes only.
@@ -36,8 +32,6 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
     def __init__(self, *args, images_root: str | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.images_root = images_root
-        self._processed = 0
-        self._held: dict | None = None
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Count the pixels of each image, and write its prediction if there is an ``output_dir``."""
@@ -45,17 +39,10 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
         super().process(data_batch, data_samples)
         self.output_dir = folder
         for sample in data_samples if folder is not None else ():
-            self._write_held()
-            self._held, self._processed = sample, self._processed + 1
-            # The last sample of any other rank may be another's too, which is known when the size of the data set is.
-            if get_rank() == 0:
-                self._write_held()
+            self._write(sample, Path(folder))
 
-    def _write_held(self) -> None:
-        if self._held is None or self.output_dir is None:
-            return
-        sample, self._held = self._held, None
-        path, place = Path(sample['img_path']), Path(self.output_dir)
+    def _write(self, sample: dict, place: Path) -> None:
+        path = Path(sample['img_path'])
         if self.images_root is not None:
             folder, root = path.resolve().parent, Path(self.images_root).resolve()
             place /= folder.relative_to(root) if folder.is_relative_to(root) else ''
@@ -63,22 +50,6 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
         # Labels that lost their zero when they were read get it back, as mmseg writes them.
         labels = sample['pred_sem_seg']['data'].squeeze().cpu().numpy() + int(sample.get('reduce_zero_label', False))
         Image.fromarray(labels.astype(np.uint8)).save(place / f'{path.stem}.png')
-
-    def _collect(self, size: int) -> tuple[list, int]:
-        processes, rank = get_world_size(), get_rank()
-        if (self._processed - 1) * processes + rank < size:
-            self._write_held()
-        self._processed, self._held = 0, None
-        if self.format_only:
-            return [], size
-        own = self.results[:len(range(rank, size, processes))]  # without those that were dealt twice
-        totals = torch.zeros(4, len(self.dataset_meta['classes']), dtype=torch.float64)
-        for histograms in own:
-            totals += torch.stack([part.cpu() for part in histograms])
-        number = torch.tensor(len(own))
-        all_reduce(totals)
-        all_reduce(number)
-        return [tuple(totals)], int(number)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Metrics in percent from the histograms of all images."""

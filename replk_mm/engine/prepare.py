@@ -1,4 +1,4 @@
-"""Everything between a config and its run: options applied, data and memory checked, the machine's limits kept."""
+"""Everything between a config and its run: options applied, data checked, the machine's limits kept."""
 from pathlib import Path
 
 import torch.nn as nn
@@ -10,7 +10,6 @@ from replk_mm.data.class_checks import check_classes, check_heads
 from replk_mm.data.class_heads import head_counts, is_head, tells_others
 from replk_mm.data.classes import use_classes
 from replk_mm.data.datasets import datasets_of
-from replk_mm.engine import memory
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
 from replk_mm.engine.drop_ins import use_drop_ins
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
@@ -22,7 +21,7 @@ _LOADING = ('LoadImageFromFile', 'LoadAnnotations', 'LoadPanopticAnnotations')
 
 
 def prepare_training(cfg: Config, options: Options) -> list[str]:
-    """Apply the options, check data and memory, fit the config to this machine.
+    """Apply the options, check the data, fit the config to this machine.
 
     Args:
         cfg: Changed in place until :class:`Runner` can take it.
@@ -40,23 +39,20 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
                             f'Inherit a schedule and a data set from configs/_base_/ or from mmseg.')
     device = select_device(options.device)
     processes, local_processes = processes_of(options.launcher)
-    init_gloo(options.launcher, device)  # first, for the processes agree on the batch
     cfg.launcher = options.launcher
+    init_gloo(cfg, device)
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     notes = prepare_data(cfg, options, ('train', 'val'))
     if options.max_iters is not None:
         notes.append(shorten(cfg, options.max_iters))
     notes += fit_to_machine(cfg, options.amp, device, local_processes)
     model = build_model(cfg, 'meta')
-    memory.check_batch(cfg, model)
     check_heads(cfg, counts_of(model), ('train', 'val'))
     parameters = sum(p.numel() for p in model.parameters())
     # Weights and Adam's moments; the old checkpoint goes only when the new one is written.
     prepare_work_dir(cfg.work_dir, needed=2 * 12 * parameters)
     check_while_loading(cfg, num_classes_of(model))
     use_drop_ins(cfg)
-    if options.memory_check and device == 'cpu':
-        notes += memory.fit_batch(cfg, model, local_processes)
     notes += _scale_learning_rate(cfg, processes)
     notes += resume(cfg, options, model)
     notes += _weights_to_start_from(cfg, options)

@@ -4,12 +4,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.dist import get_rank
+from mmengine.dist import barrier, get_rank
 
 from replk_mm.engine import stopping
-from replk_mm.engine.divergence import naming_non_finite
 from replk_mm.engine.failures import naming_failures
-from replk_mm.engine.ranks import watching_ranks
 from replk_mm.engine.resuming import RESUMABLE, last_checkpoint
 from replk_mm.engine.runner import Runner
 from replk_mm.errors import Stopped
@@ -21,7 +19,7 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
     Args:
         cfg: From :func:`replk_mm.engine.prepare.prepare_training`.
         notes: Lines for the log.
-        preflight: Rehearse each part before the first iteration. Defaults to True.
+        preflight: Dry-run each part before the first iteration. Defaults to True.
 
     Returns:
         The last checkpoint.
@@ -42,7 +40,7 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
     try:
         # Loops of the user's own would hear a signal and go on.
         heeding = stopping.listening() if runner.cfg.train_cfg.type in RESUMABLE else nullcontext()
-        with heeding, watching_ranks(cfg, runner), naming_failures(cfg, runner), naming_non_finite(runner):
+        with heeding, naming_failures(cfg, runner):
             runner.train()
     except Stopped:
         raise
@@ -52,5 +50,6 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
             print(f'\nstopped at iteration {runner.iter}; '
                   + (f'--resume goes on from {last}' if last else 'no checkpoint was written yet'), file=sys.stderr)
         raise
+    barrier()  # rank 0 may still be writing
     last = last_checkpoint(cfg.work_dir)
     return Path(last) if last else Path(cfg.work_dir)

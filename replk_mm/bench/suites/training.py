@@ -79,15 +79,10 @@ def train(task: Task) -> Found:
     cfg = config_of(task)
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []),
                         dict(type='replk_mm.SuiteHook', progress=str(folder / 'progress.json'))]
-    configured = cfg.train_dataloader.get('batch_size')
     begun = last_checkpoint(folder) if folder.is_dir() else None
     notes = prepare_training(cfg, Options(
         data_root=task.data_root, work_dir=str(folder), max_iters=task.iterations, resume='auto' if begun else None,
         seed=task.seed, launcher=task.launcher, device=task.device))
-    batch = cfg.train_dataloader.batch_size
-    if batch != configured:
-        raise UserError(f'the configured batch of {configured} images does not fit the memory, {batch} would\n'
-                        f'Rows are compared at the batch that they say: set options: train_dataloader.batch_size.')
     protocol = _protocol(cfg, task)
     if begun:  # weights to start from are no longer in the config
         protocol['pretraining'] = read_whole(folder / 'protocol.json').get('pretraining', protocol['pretraining'])
