@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from replk_mm.checkpoints import TRAINING_ONLY, LoadReport, copy_weights, guess_cause, read, reparameterization_of
-from replk_mm.data.class_checks import advice_of, trained_on
+from replk_mm.data.checks.classes import advice_of, trained_on
 from replk_mm.data.classes import classes_of, listed, set_classes
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.config import build_model, fit_to_machine

@@ -1,4 +1,4 @@
-"""What tests of class names share: configs for COCO, data sets with categories of their own, refusals."""
+"""What tests of class names share: configs for COCO, data sets with categories of their own, rejections."""
 from pathlib import Path
 
 import mmdet
@@ -35,7 +35,7 @@ def at(root: Path, **options) -> Config:
     return cfg
 
 
-def refusal(cfg: Config, classes: str | None = None, splits=BOTH) -> str:
+def rejection(cfg: Config, classes: str | None = None, splits=BOTH) -> str:
     with pytest.raises(UserError) as info:
         prepare_data(cfg, Options(classes=classes), splits)
     return str(info.value)

@@ -1,44 +1,26 @@
-"""The whole check of label maps finds every kind of planted fault, in its file, and nothing else."""
-import contextlib
-import os
+"""The checks of label maps find every planted fault in its file, and nothing else; a training stops at the same errors."""
+import io
 import shutil
-import struct
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from check_data_cases import found, full, kinds, line, seg_config
+from check_data_cases import data, found, full, image, kinds, label, seg_config, write_pairs  # noqa: F401 (a fixture)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from tiny import make_data
 
-from replk_mm.data import image_files, pairs
-from replk_mm.data.audit import audit
-from replk_mm.data.checks import check_data
+from replk_mm.data import files
+from replk_mm.data.checks.audit import audit, check_data
+from replk_mm.data.checks.dataset import Rules, Task
+from replk_mm.data.checks.images import ORIENTATION, inspect
 from replk_mm.data.demo_writer import write_demo_data
-from replk_mm.data.problem_kinds import KINDS
+from replk_mm.data.files import check_whole, read_image, sample
 from replk_mm.errors import UserError
 
+# ruff: noqa: F811 (fixtures that come from another file)
 NOISE = np.random.default_rng(0)
-
-
-@pytest.fixture(scope='module')
-def scenes(tmp_path_factory) -> Path:
-    return make_data(tmp_path_factory.mktemp('planted') / 'data', 44, 4)
-
-
-@pytest.fixture
-def data(scenes, tmp_path) -> Path:
-    """A data set to spoil."""
-    return Path(shutil.copytree(scenes, tmp_path / 'data'))
-
-
-def image(root: Path, i: int, split: str = 'train') -> Path:
-    return root / 'images' / {'train': 'training', 'val': 'validation'}[split] / f'demo_{split}_{i:06d}.jpg'
-
-
-def label(root: Path, i: int, split: str = 'train') -> Path:
-    return root / 'annotations' / {'train': 'training', 'val': 'validation'}[split] / f'demo_{split}_{i:06d}.png'
 
 
 def noise(height: int = 64, width: int = 64) -> Image.Image:
@@ -60,153 +42,177 @@ def break_inside(path: Path) -> None:
     path.write_bytes(content)
 
 
-def turned(path: Path, orientation: int, height: int = 64, width: int = 64) -> None:
+def rotated(path: Path, orientation: int, height: int = 64, width: int = 64) -> None:
     exif = Image.Exif()
-    exif[image_files.ORIENTATION] = orientation
+    exif[ORIENTATION] = orientation
     noise(height, width).save(path, exif=exif)
 
 
-def bomb(path: Path, side: int = 20_000) -> None:
-    """A PNG of a few bytes that says it is 20,000 pixels wide and high."""
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
-
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0))
-                     + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(b'IEND', b''))
+def rotate_beside(root: Path, i: int) -> None:
+    rotated(image(root, i), 6, 48, 64)
+    ids(1, size=(48, 64)).save(label(root, i))
 
 
-def with_colours(path: Path) -> None:
-    picture = ids(1, 2, 3).convert('P')
-    picture.putpalette([channel for i in range(256) for channel in (i, 255 - i, 7)])
-    picture.save(path)
+def bomb(path: Path) -> None:
+    """A small PNG of 400 million pixels."""
+    buffer = io.BytesIO()
+    Image.new('1', (20_000, 20_000)).save(buffer, 'png')
+    path.write_bytes(buffer.getvalue())
 
 
-def plant(root: Path) -> dict[str, list[Path]]:
-    """One fault after the other, each in a pair of its own; the files that each kind is to be found in."""
-    cut(image(root, 0))
-    cut(label(root, 1))
-    image(root, 2).write_bytes(b'')
-    label(root, 3).write_bytes(b'')
-    image(root, 4).write_text('<html>404 not found</html>')
-    label(root, 5).write_text('<html>404 not found</html>')
-    break_inside(label(root, 6))
-    noise().save(image(root, 7), 'png')
-    break_inside(image(root, 7))
-    ids(1, size=(32, 48)).save(label(root, 8))
-    noise().save(label(root, 9), 'png')
-    noise().convert('RGBA').save(label(root, 10), 'png')
-    with_colours(label(root, 11))
-    ids(1, 2, dtype=np.uint16).save(label(root, 12))
-    ids(1, 257, dtype=np.uint16).save(label(root, 13))
-    Image.fromarray(np.full((64, 64), 1.5, np.float32)).save(label(root, 14), 'tiff')
-    ids(1, 9, 200).save(label(root, 15))
-    ids(0, 255).save(label(root, 16))
-    ids(3).save(label(root, 17), 'jpeg')
-    noise().convert('CMYK').save(image(root, 18))
-    Image.fromarray(NOISE.integers(0, 60_000, (64, 64), np.uint16)).save(image(root, 19), 'png')
-    noise().save(image(root, 20), 'gif', save_all=True, append_images=[noise()])
-    turned(image(root, 21), 6, 48, 64)
-    ids(1, size=(48, 64)).save(label(root, 21))
-    turned(image(root, 22), 3)
-    noise().save(image(root, 23), 'png')
-    bomb(image(root, 24))
-    bomb(label(root, 25))
-    noise(16, 16).save(image(root, 26))
-    ids(1, size=(16, 16)).save(label(root, 26))
-    label(root, 27).unlink()
-    image(root, 28).unlink()
-    image(root, 29).unlink()
-    image(root, 29).symlink_to('gone.jpg')
-    label(root, 30).unlink()
-    label(root, 30).symlink_to('gone.png')
-    shutil.copy(image(root, 31), image(root, 32))
-    shutil.copy(image(root, 33), image(root, 1, 'val'))
-    odd = os.fsdecode(b'caf\xe9')
-    image(root, 34).rename(image(root, 34).with_name(f'{odd}.jpg'))
-    label(root, 34).rename(label(root, 34).with_name(f'{odd}.png'))
-    image(root, 35).rename(image(root, 35).with_suffix('.JPEG'))
-    noise().convert('RGBA').save(image(root, 36), 'png')
-    label(root, 37).unlink()
-    label(root, 37).mkdir()
-    return {
-        'cut-off': [image(root, 0), label(root, 1)], 'empty-file': [image(root, 2), label(root, 3)],
-        'not-an-image': [image(root, 4), label(root, 5)], 'undecodable': [label(root, 6), image(root, 7)],
-        'size-mismatch': [label(root, 8)], 'label-channels': [label(root, 9), label(root, 10)],
-        'label-palette': [label(root, 11)], 'label-depth': [label(root, 12), label(root, 13)],
-        'label-out-of-range': [label(root, 13), label(root, 15)], 'label-fractions': [label(root, 14)],
-        'label-all-ignored': [label(root, 16)], 'label-lossy': [label(root, 17)], 'image-cmyk': [image(root, 18)],
-        'image-16-bit': [image(root, 19)], 'image-animated': [image(root, 20)], 'exif-turned': [image(root, 21)],
-        'exif-orientation': [image(root, 22)], 'too-large': [image(root, 24), label(root, 25)],
-        'format-suffix': [image(root, i) for i in (7, 19, 20, 23, 36)], 'image-tiny': [image(root, 26)],
-        'label-missing': [label(root, 27), label(root, 37)], 'label-without-image': [label(root, 28), label(root, 35)],
-        'broken-link': [image(root, 29), label(root, 30)], 'duplicate-image': [image(root, 32)],
-        'leak': [image(root, 1, 'val')], 'name-not-text': [image(root, 34).with_name(f'{odd}.jpg')],
-        'suffix-ignored': [image(root, 35).with_suffix('.JPEG')], 'image-alpha': [image(root, 36)]}
+def rename(root: Path, i: int) -> None:
+    image(root, i).rename(image(root, i).with_suffix('.JPEG'))
 
 
-def test_every_planted_fault_is_found_and_nothing_else(data):
-    planted = plant(data)
-    assert len(planted) >= 25
-    result = full(seg_config(data), jobs=2)
-    assert found(result) == {(kind, str(path)) for kind, paths in planted.items() for path in paths}
-    assert {problem.kind: problem.weight for _, problem in result.found()} == {kind: KINDS[kind].severity for kind in planted}
-    for kind in planted:
-        if KINDS[kind].severity == 'error':
-            pass
+#: A fault, kind and file of the problems; each is planted in a pair of its own.
+FAULTS: list[tuple[Callable[[Path, int], object], dict[str, Callable]]] = [
+    (lambda r, i: cut(image(r, i)), {'unreadable': image}), (lambda r, i: cut(label(r, i)), {'unreadable': label}),
+    (lambda r, i: image(r, i).write_bytes(b''), {'unreadable': image}),
+    (lambda r, i: label(r, i).write_bytes(b''), {'unreadable': label}),
+    (lambda r, i: image(r, i).write_text('<html>404</html>'), {'unreadable': image}),
+    (lambda r, i: label(r, i).write_text('<html>404</html>'), {'unreadable': label}),
+    (lambda r, i: break_inside(label(r, i)), {'unreadable': label}), (lambda r, i: bomb(image(r, i)), {'unreadable': image}),
+    (lambda r, i: ids(1, size=(32, 48)).save(label(r, i)), {'size-mismatch': label}),
+    (lambda r, i: noise().save(label(r, i)), {'label-channels': label}),
+    (lambda r, i: noise().convert('RGBA').save(label(r, i)), {'label-channels': label}),
+    (lambda r, i: ids(1.5, dtype=np.float32).save(label(r, i), 'tiff'), {'label-channels': label}),
+    (lambda r, i: ids(3).save(label(r, i), 'jpeg'), {'label-lossy': label}),
+    (lambda r, i: ids(1, 257, dtype=np.uint16).save(label(r, i)), {'label-out-of-range': label}),
+    (lambda r, i: ids(1, 9, 200).save(label(r, i)), {'label-out-of-range': label}),
+    (lambda r, i: ids(0, 255).save(label(r, i)), {'label-all-ignored': label}), (rotate_beside, {'exif-turned': image}),
+    (lambda r, i: rotated(image(r, i), 3), {'exif-orientation': image}),
+    (lambda r, i: label(r, i).unlink(), {'label-missing': label}),
+    (lambda r, i: image(r, i).unlink(), {'label-without-image': label}),
+    (rename, {'suffix-ignored': lambda r, i: image(r, i).with_suffix('.JPEG'), 'label-without-image': label}),
+    (lambda r, i: shutil.copy(image(r, i - 1), image(r, i)), {'duplicate-image': image})]
+#: Changes that are no faults.
+HARMLESS: list[Callable[[Path, int], object]] = [
+    lambda r, i: ids(1, 2, dtype=np.uint16).save(label(r, i)), lambda r, i: ids(1, 2, 8).convert('P').save(label(r, i)),
+    lambda r, i: noise().save(image(r, i), 'png'), lambda r, i: noise().convert('CMYK').save(image(r, i)),
+    lambda r, i: noise().save(image(r, i), 'mpo', save_all=True, append_images=[noise()])]
 
 
-def test_one_process_and_several_find_the_same(data):
-    plant(data)
-    assert list(full(seg_config(data), 1).found()) and found(full(seg_config(data), 1)) == found(full(seg_config(data), 3))
+def test_every_planted_fault_is_found_and_nothing_else(tmp_path):
+    write_pairs(tmp_path, 'train', 2 * len(FAULTS) + len(HARMLESS))
+    write_pairs(tmp_path, 'val', 3)
+    for i, plant in enumerate(HARMLESS):
+        plant(tmp_path, 2 * len(FAULTS) + i)
+    expected = set()
+    for i, (plant, kinds_and_files) in enumerate(FAULTS):
+        plant(tmp_path, 2 * i + 1)
+        expected |= {(kind, str(file(tmp_path, 2 * i + 1))) for kind, file in kinds_and_files.items()}
+    shutil.copy(image(tmp_path, 0), image(tmp_path, 1, 'val'))
+    result = full(seg_config(tmp_path), jobs=2)
+    assert found(result) == expected | {('leak', str(image(tmp_path, 1, 'val')))}
+    assert found(full(seg_config(tmp_path), jobs=1)) == found(result)
+    # A training finds the same errors in a sample, which is everything here.
+    quick = audit(seg_config(tmp_path), jobs=1)
+    hashed = {'duplicate-image', 'leak'}
+    assert {one for one in found(quick) if one[0] not in hashed} == {one for one in found(result) if one[0] not in hashed}
+    with pytest.raises(UserError) as info:
+        check_data(seg_config(tmp_path), ('train', 'val'))
+    assert '(tools/check_data.py lists all)' in str(info.value)
 
 
-@pytest.mark.parametrize('layout', ['ade20k', 'cityscapes'])
-def test_generated_scenes_are_clean(tmp_path, layout):
-    for seed in range(2):
-        root = tmp_path / str(seed)
-        write_demo_data(root, layout, train=4, val=2, seed=seed, size=(64, 64))
-        changes, classes = {}, 8
-        if layout == 'cityscapes':
-            changes = dict(type='CityscapesDataset', reduce_zero_label=False)
-            classes = 19
-        cfg = seg_config(root, classes, **changes)
-        if layout == 'cityscapes':
-            for split in ('train', 'val'):
-                cfg[f'{split}_dataloader'].dataset.data_prefix = dict(img_path=f'leftImg8bit/{split}',
-                                                                      seg_map_path=f'gtFine/{split}')
-        result = full(cfg)
-        assert not kinds(result, 'error', 'warning') and [one.tally.looked for one in result.sets] == [4, 2]
+@pytest.mark.parametrize(('change', 'kind', 'path'), [
+    (lambda r: shutil.rmtree(r), 'data-root-missing', ''), (lambda r: shutil.rmtree(r / 'images'), 'folder-missing',
+                                                            'images/training'),
+    (lambda r: shutil.rmtree(r / 'annotations'), 'folder-missing', 'annotations/training'),
+    (lambda r: [p.rename(p.with_suffix('.webp')) for p in (r / 'images/training').iterdir()], 'no-images', 'images/training'),
+    (lambda r: (shutil.rmtree(r / 'annotations'), (r / 'index_ade20k.pkl').touch()), 'ade-full-release', '')])
+def test_folders(data, change, kind, path):
+    change(data)
+    cfg = seg_config(data, 150, type='ADE20KDataset', metainfo=None)
+    assert (kind, str(data / path)) in found(full(cfg)) and kind in kinds(full(cfg), 'error')
+    with pytest.raises(UserError, match=str(data / path)):
+        check_data(cfg, ('train', 'val'))
 
 
-@pytest.mark.parametrize(('layout', 'kind', 'classes'), [
-    ('ade', 'ADE20KDataset', 150), ('cityscapes', 'CityscapesDataset', 19)])
-def test_photographs_have_notes_only(reference, layout, kind, classes):
-    root = reference / 'data/camvid' / layout
-    cfg = seg_config(root, classes, type=kind, reduce_zero_label=kind == 'ADE20KDataset')
+def test_a_folder_deeper_is_proposed(data):
+    with pytest.raises(UserError, match=f'Did you mean --data-root {data}') as info:
+        check_data(seg_config(data.parent), ('train', 'val'))
+    assert 'the data root contains: data' in str(info.value)
+
+
+def test_list_of_images(data):
+    names = [image(data, i).stem for i in range(3)]
+    (data / 'list.txt').write_text('\n'.join([*names, 'ghost']))
+    cfg = seg_config(data, splits=('train',), ann_file='list.txt')
+    assert found(full(cfg)) == {('image-missing', str(data / 'images/training/ghost.jpg')),
+                                ('label-missing', str(data / 'annotations/training/ghost.png'))}
+    assert full(cfg).sets[0].inspected == 3
+    cfg = seg_config(data, splits=('train',), ann_file='gone.txt')
+    assert found(full(cfg)) == {('annotation-file-missing', str(data / 'gone.txt'))}
+
+
+@pytest.mark.parametrize(('changes', 'kind', 'text'), [
+    (dict(pipeline=[dict(type='LoadAnnotations', reduce_zero_label=False)]), 'reduce-zero-pipeline', 'False in the pipeline'),
+    (dict(type='ADE20KDataset', metainfo=dict(classes=('wall', 'martian'))), 'dataset-invalid', 'martian'),
+    (dict(metainfo=dict(classes=tuple('abc'))), 'classes-mismatch', 'train_dataloader.dataset has 3 classes')])
+def test_config_that_contradicts_itself(data, changes, kind, text):
+    cfg = seg_config(data, splits=('train',), **changes)
+    problem = next(problem for _, problem in full(cfg).found() if problem.kind == kind)
+    assert text in problem.found and problem.severity == 'error'
+
+
+@pytest.mark.parametrize('changes', [dict(type='ADE20KDatset'), dict(type=None)])
+def test_config_that_names_no_data_set(data, changes):
+    with pytest.raises(UserError, match='ADE20KDatset|this is no data set'):
+        full(seg_config(data, **changes))
+
+
+def test_some_classes_of_a_type_may_be_picked(data):
+    """The files still hold the ids of all classes; mmseg maps them."""
+    ids(1, 150).save(label(data, 0))
+    cfg = seg_config(data, 2, splits=('train',), type='ADE20KDataset', metainfo=dict(classes=('wall', 'sky')))
+    assert not kinds(full(cfg), 'error')
+    ids(1, 151).save(label(data, 0))
+    assert kinds(full(cfg), 'error') == {'label-out-of-range'}
+
+
+@pytest.mark.parametrize(('layout', 'kind', 'classes'), [('ade20k', 'BaseSegDataset', 8),
+                                                         ('cityscapes', 'CityscapesDataset', 19)])
+def test_generated_scenes_are_clean(tmp_path, layout, kind, classes):
+    write_demo_data(tmp_path, layout, train=4, val=2, size=(64, 64))
+    result = full(camvid(tmp_path, layout, kind, classes))
+    assert not kinds(result, 'error', 'warning') and [one.inspected for one in result.sets] == [4, 2]
+
+
+def camvid(root: Path, layout: str, kind: str, classes: int):
+    own = kind == 'BaseSegDataset'
+    cfg = seg_config(root, classes, type=kind, reduce_zero_label=layout != 'cityscapes', **({} if own else dict(metainfo=None)))
     for split in ('train', 'val') if layout == 'cityscapes' else ():
         cfg[f'{split}_dataloader'].dataset.data_prefix = dict(img_path=f'leftImg8bit/{split}', seg_map_path=f'gtFine/{split}')
+    return cfg
+
+
+@pytest.mark.parametrize(('layout', 'kind', 'classes'), [('ade', 'ADE20KDataset', 150),
+                                                         ('cityscapes', 'CityscapesDataset', 19)])
+def test_photographs_have_notes_only(reference, layout, kind, classes):
+    result = full(camvid(reference / 'data/camvid' / layout, layout, kind, classes))
+    assert kinds(result) == {'class-absent'} == kinds(result, 'note')
+    assert [one.inspected for one in result.sets] == [32, 16]
+    assert sum(result.sets[0].class_counts().values()) == 5_309_253
+
+
+@pytest.mark.parametrize('hidden', [False, True])
+def test_raw_label_ids_of_cityscapes(tmp_path, hidden):
+    """Under their own name, or under that of the trainIds."""
+    cfg = camvid(tmp_path, 'cityscapes', 'CityscapesDataset', 19)
+    for split in ('train', 'val'):
+        for i in range(2):
+            folder, labels = tmp_path / f'leftImg8bit/{split}/a', tmp_path / f'gtFine/{split}/a'
+            folder.mkdir(parents=True, exist_ok=True)
+            labels.mkdir(parents=True, exist_ok=True)
+            noise().save(folder / f'{i}_leftImg8bit.png')
+            ids(7, 26, 33).save(labels / f'{i}_gtFine_label{"TrainIds" if hidden else "Ids"}.png')
     result = full(cfg)
-    assert kinds(result) == {'count-differs', 'class-absent'} == kinds(result, 'note')
-    assert [one.tally.looked for one in result.sets] == [32, 16]
-
-
-def test_class_frequencies_and_sizes_are_those_of_a_count(data):
-    noise(64, 80).save(image(data, 3))
-    ids(1, 8, size=(64, 80)).save(label(data, 3))
-    result = full(seg_config(data, metainfo=dict(classes=tuple('abcdefgh'))))
-    maps = [np.asarray(Image.open(path)) for path in sorted(label(data, 0).parent.iterdir())]
-    assert result.sets[0].classes == {name: sum(int((m == i).sum()) for m in maps) for i, name in enumerate('abcdefgh', 1)}
-    assert result.sets[0].tally.sizes == {(64, 64): 43, (80, 64): 1}
-
-
-def test_classes_that_do_not_occur_are_named_if_all_has_been_seen(data, monkeypatch):
-    for path in (*label(data, 0).parent.iterdir(), *label(data, 0, 'val').parent.iterdir()):
-        ids(1, 2, 8).save(path)
-    cfg = seg_config(data, metainfo=dict(classes=tuple('abcdefgh')))
-    assert line(full(cfg), 'class-absent').endswith('5 of 8 classes do not occur: c, d, e, f, g')
-    assert kinds(audit(cfg, jobs=1)) == {'class-absent'}
-    monkeypatch.setattr('replk_mm.data.files.SAMPLE', 2)
-    assert not kinds(audit(cfg, jobs=1))
+    assert found(result) >= {('cityscapes-raw-labels', str(path)) for path in (tmp_path / 'gtFine').rglob('*.png')}
+    assert kinds(result, 'error') == {'cityscapes-raw-labels'}
+    with pytest.raises(UserError, match='python tools/convert_cityscapes.py'):
+        check_data(cfg, ('train', 'val'))
+    cfg.train_dataloader.dataset.seg_map_suffix = '_gtFine_labelIds.png'
+    assert any('names raw label ids' in problem.found for _, problem in full(cfg).found())
 
 
 @pytest.mark.parametrize(('given', 'reduce', 'classes', 'kind'), [
@@ -215,188 +221,111 @@ def test_classes_that_do_not_occur_are_named_if_all_has_been_seen(data, monkeypa
     ((0, 1, 6, 255), True, 8, None), ((0, 1, 8), False, 8, 'reduce-zero-off'), ((0, 1, 7, 255), False, 8, None),
     ((0, 1, 9), False, 8, None), ((0, 3, 20), False, 150, 'reduce-zero-off'), ((1, 3, 20), False, 150, None)])
 def test_doubts_whether_zero_is_a_class(data, given, reduce, classes, kind):
-    for path in (*label(data, 0).parent.iterdir(), *label(data, 0, 'val').parent.iterdir()):
+    for path in data.glob('annotations/*/*'):
         ids(*given).save(path)
-    cfg = seg_config(data, classes, reduce_zero_label=reduce)
+    metainfo = dict(metainfo=dict(classes=tuple(map(str, range(classes)))))
+    cfg = seg_config(data, classes, reduce_zero_label=reduce, **metainfo)
     assert kinds(full(cfg)) & {'reduce-zero-on', 'reduce-zero-off'} == ({kind} if kind else set())
+    if kind == 'reduce-zero-on':
+        lines = check_data(cfg, ('train', 'val'))
+        assert any(line.startswith('warning: ') and 'reduce_zero_label=True with 8 classes' in line for line in lines)
+        ids(8).save(label(data, 0))  # one file of the same root is enough
+        assert kind not in kinds(full(cfg))
 
 
-@pytest.mark.parametrize('given', [(1, 2, 7), (0, 1, 7, 255), tuple(range(8))])
-@pytest.mark.parametrize('highest', [8, 7])
-def test_a_class_that_one_of_two_sets_lacks_is_no_reason_to_doubt(data, given, highest):
-    """Both of one root: what training has, validation need not have too."""
-    for path in label(data, 0).parent.iterdir():
-        ids(1, 2, highest).save(path)
-    for path in label(data, 0, 'val').parent.iterdir():
-        ids(*given).save(path)
+def test_class_frequencies_and_sizes_are_those_of_a_count(data, monkeypatch):
+    noise(64, 80).save(image(data, 3))
+    ids(1, 8, size=(64, 80)).save(label(data, 3))
+    result = full(seg_config(data))
+    maps = [np.asarray(Image.open(path)) for path in label(data, 0).parent.iterdir()]
+    assert result.sets[0].class_counts() == {name: sum(int((m == i).sum()) for m in maps) for i, name in enumerate('abcdefgh', 1)}
+    assert result.sets[0].sizes == {(64, 64): 5, (80, 64): 1}
+    noise().save(image(data, 3))
+    for path in data.glob('annotations/*/*'):
+        ids(1, 2, 8).save(path)
+    assert [str(p) for _, p in full(seg_config(data)).found()] == [
+        f'{data}/annotations/{folder}: 5 of 8 classes do not occur: c, d, e, f, g' for folder in ('training', 'validation')]
+    monkeypatch.setattr(files, 'SAMPLE', 2)
+    assert not kinds(audit(seg_config(data), jobs=1)), 'of a sample that is not certain'
+
+
+# -- images in two splits -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('how', ['same files', 'linked folder', 'list', 'copies'])
+def test_images_that_are_trained_on_and_scored(data, whole, how):
     cfg = seg_config(data)
-    assert ('reduce-zero-on' in kinds(full(cfg))) == (highest == 7)
-    warned = [text for text in check_data(cfg, ('train', 'val'), 8) if 'reduce_zero_label=True with 8 classes, but' in text]
-    assert len(warned) == (2 if highest == 7 else 0)
-
-
-def test_doubt_is_said_when_training_starts(data):
-    for path in label(data, 0).parent.iterdir():
-        ids(0, 1, 7, 255).save(path)
-    lines = check_data(seg_config(data), ('train',), 8)
-    assert len(lines) == 2 and lines[1].startswith('warning: ') and 'the highest id is 7, and 255 occurs' in lines[1]
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('orientation', range(1, 9))
-def test_images_are_as_large_as_training_reads_them(tmp_path, orientation):
-    import mmcv
-    turned(tmp_path / 'x.jpg', orientation, 48, 64)
-    problems, picture = image_files.inspect(str(tmp_path / 'x.jpg'), decode=True)
-    assert not problems and picture.size[::-1] == mmcv.imread(tmp_path / 'x.jpg').shape[:2]
-
-
-def test_what_is_said_to_be_unreadable_is_what_opencv_does_not_read(tmp_path):
-    import mmcv
-    unreadable, written = [], 0
-    for suffix in ('jpg', 'png', 'webp', 'tiff', 'bmp', 'gif', 'jp2', 'ppm'):
-        for mode in ('1', 'L', 'P', 'RGB', 'RGBA', 'CMYK', 'F', 'I;16'):
-            picture = ids(1, 200, 7, dtype=np.uint16) if mode == 'I;16' else noise().convert(mode)
-            path = tmp_path / f'{mode[0]}.{suffix}'
-            try:
-                picture.save(path)
-            except (OSError, KeyError, ValueError):
-                continue  # the format has no such mode
-            written += 1
-            problems, _ = image_files.inspect(str(path), decode=True)
-            try:
-                read = mmcv.imfrombytes(path.read_bytes(), backend='cv2')  # as mmseg and mmdet read images
-            except Exception:
-                read = None
-            unreadable += [path.name] if read is None else []
-            assert ('undecodable' in {p.kind for p in problems}) == (path.name in unreadable), path
-    assert written > 30 and unreadable
-
-
-def test_file_that_may_not_be_read(data, monkeypatch):
-    opened = Path.open
-
-    def refusing(self, *args, **kwargs):
-        if self == image(data, 1):
-            raise PermissionError(13, 'Permission denied')
-        return opened(self, *args, **kwargs)
-
-    monkeypatch.setattr(Path, 'open', refusing)
-    result = full(seg_config(data))
-    assert found(result) == {('unreadable', str(image(data, 1)))}
-
-
-@pytest.mark.parametrize('folder', [False, True])
-def test_image_without_its_label_is_looked_at_all_the_same(data, folder):
-    cut(image(data, 1))
-    if folder:
-        shutil.rmtree(label(data, 1).parent)
+    val = cfg.val_dataloader.dataset
+    trained = [image(data, i) for i in range(6)]
+    shared = {str(path) for path in trained}
+    if how == 'same files':
+        val.data_prefix = dict(cfg.train_dataloader.dataset.data_prefix)
+    elif how == 'linked folder':
+        for kind in ('images', 'annotations'):
+            (data / kind / 'linked').symlink_to('training')
+        val.data_prefix = dict(img_path='images/linked', seg_map_path='annotations/linked')
+        shared = {path.replace('training', 'linked') for path in shared}
+    elif how == 'list':
+        (data / 'val.txt').write_text('\n'.join(path.stem for path in trained[1:4]))
+        val.data_prefix, val.ann_file = dict(cfg.train_dataloader.dataset.data_prefix), 'val.txt'
+        shared = {str(path) for path in trained[1:4]}
     else:
-        label(data, 1).unlink()
-    lost = ('folder-missing', str(label(data, 1).parent)) if folder else ('label-missing', str(label(data, 1)))
-    result = full(seg_config(data))
-    assert found(result) == {('cut-off', str(image(data, 1))), lost} and result.sets[0].tally.looked == 44
+        shared = {str(shutil.copy(trained[0], image(data, 0, 'val').with_name(trained[0].name)))}
+        shutil.copy(label(data, 0), label(data, 0, 'val').with_name(label(data, 0).name))
+        shutil.copy(image(data, 2, 'val'), image(data, 2, 'val').with_name(trained[3].name))  # only the name is the same
+        shutil.copy(label(data, 2), label(data, 2, 'val').with_name(label(data, 3).name))
+    result = audit(cfg, full=whole, jobs=1)
+    assert {path for kind, path in found(result) if kind == 'leak'} == shared
 
 
-@pytest.mark.parametrize('refused', ['.', 'images', 'images/training', 'annotations'])
-@pytest.mark.parametrize('how', ['stat', 'scandir', 'listdir'])
-def test_folder_that_may_not_be_entered_or_listed(data, monkeypatch, refused, how):
-    """The system's calls refuse, as they do to who is not root; some folders are only asked whether they are there."""
-    denied, original = data / refused, getattr(os, how)
-
-    def refusing(path='.', *args, **kwargs):
-        inside = how == 'stat' and denied in Path(os.fsdecode(path)).parents if not isinstance(path, int) else False
-        if inside or how != 'stat' and Path(path) == denied:
-            raise PermissionError(13, 'Permission denied', str(path))
-        return original(path, *args, **kwargs)
-
-    monkeypatch.setattr(os, how, refusing)
-    result = full(seg_config(data))
-    assert kinds(result) <= {'unreadable'}
-    with contextlib.suppress(UserError):
-        check_data(seg_config(data), ('train', 'val'), 8)
-    asked = how == 'stat' or (how, refused) == ('scandir', 'images/training')
-    assert kinds(result) == ({'unreadable'} if asked else set())
-    if how == 'stat' and refused == '.':
-        pass
+# -- single files -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'tiff'])
+def test_images_are_as_large_as_training_reads_them(tmp_path, orientation, suffix):
+    import mmcv
+    path = tmp_path / f'x.{suffix}'
+    rotated(path, orientation, 48, 64)
+    seen = inspect(Task(str(path)), Rules())
+    assert not seen.problems and seen.size[::-1] == mmcv.imread(path).shape[:2]
 
 
-def test_folder_that_may_not_be_listed_is_told_from_one_that_is_missing(data, monkeypatch):
-    shutil.rmtree(label(data, 0).parent)
-    iterdir = Path.iterdir
-
-    def refusing(self):
-        if self == data:
-            raise PermissionError(13, 'Permission denied', str(self))
-        return iterdir(self)
-
-    monkeypatch.setattr(Path, 'iterdir', refusing)
-    assert kinds(full(seg_config(data))) == {'folder-missing'}
-
-
-def test_folder_that_is_a_link_to_itself(data):
-    shutil.rmtree(image(data, 0).parent)
-    image(data, 0).parent.symlink_to('training')
-    assert kinds(full(seg_config(data))) == {'folder-missing'}
-
-
-def test_files_that_are_none(tmp_path):
-    os.mkfifo(tmp_path / 'pipe.jpg')
-    (tmp_path / 'folder.jpg').mkdir()
-    for name, kind in (('pipe.jpg', 'not-a-file'), ('folder.jpg', 'not-a-file'), ('gone.jpg', 'image-missing')):
-        assert [p.kind for p in image_files.inspect(str(tmp_path / name), True)[0]] == [kind]
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(['jpeg', 'png', 'gif', 'tiff', 'webp', 'bmp']), at=st.floats(0, 1), junk=st.binary(max_size=40),
+       keep=st.floats(0, 1))
+def test_any_file_gives_problems_or_an_image(tmp_path, kind, at, junk, keep):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 9, (20, 30), np.uint8)).save(buffer, kind)
+    content = bytearray(buffer.getvalue())
+    place = int(at * len(content))
+    content[place:place + len(junk)] = junk
+    path = tmp_path / 'x.png'
+    path.write_bytes(content[:int(keep * len(content)) + 1])
+    seen = inspect(Task(str(path), str(path)), Rules(8, hashes=True))
+    assert seen.problems or seen.size and seen.pixels
+    try:
+        assert read_image(path).shape[-1] == 3
+    except UserError as error:
+        assert str(error).startswith(f'{path}: not a readable image')
 
 
-def test_bomb_is_not_unpacked(tmp_path):
-    bomb(tmp_path / 'x.png')
-    (problem,), _ = image_files.inspect(str(tmp_path / 'x.png'), True)
-    assert (problem.found, problem.allowed) == ('400,000,000 pixels', 'at most 178,956,970 pixels')
+@pytest.mark.parametrize('options', [{}, {'progressive': True}])
+def test_a_jpeg_that_is_cut_off_is_told_from_one_with_something_behind(tmp_path, options):
+    """OpenCV reads the first as an image, its end grey; phones write the second."""
+    path = tmp_path / 'x.jpg'
+    noise(80, 80).save(path, **options)
+    content = path.read_bytes()
+    path.write_bytes(content + bytes(range(200)) * 100)
+    check_whole(path)
+    path.write_bytes(content[:len(content) // 2])
+    with pytest.raises(OSError, match='cut off'):
+        check_whole(path)
+    with pytest.raises(UserError, match='not a readable image'):
+        read_image(path)
 
 
-def test_palette_that_the_pipeline_reads_as_colours(data):
-    with_colours(label(data, 0))
-    steps = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', imdecode_backend='cv2')]
-    assert found(full(seg_config(data, pipeline=steps))) == {('label-channels', str(label(data, 0)))}
-
-
-def test_a_library_that_fails_on_a_file_does_not_stop_the_others(data, monkeypatch):
-    inspect = pairs.inspect
-
-    def failing(task, rules):
-        if task.image == str(image(data, 2)):
-            raise RuntimeError('a mistake of the library')
-        return inspect(task, rules)
-
-    monkeypatch.setattr(pairs, 'inspect', failing)
-    result = full(seg_config(data))
-    assert found(result) == {('undecodable', str(image(data, 2)))} and result.sets[0].tally.looked == 44
-
-
-def test_file_that_kills_the_process_is_named(data, monkeypatch):
-    inspect = pairs.inspect
-    monkeypatch.setattr(pairs, 'inspect', lambda task, rules: os.abort() if task.image == str(image(data, 2)) else inspect(
-        task, rules))
-    result = full(seg_config(data), jobs=2)
-    assert found(result) == {('decoder-crash', str(image(data, 2)))}
-    assert [one.tally.looked for one in result.sets] == [44, 4]
-
-
-# -- Cityscapes -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('hidden', [False, True])
-def test_raw_label_ids_of_cityscapes(tmp_path, hidden):
-    """Under their own name, or under that of the trainIds."""
-    cfg = seg_config(tmp_path, 19, type='CityscapesDataset', reduce_zero_label=False)
-    cfg.pop('val_dataloader')
-    cfg.train_dataloader.dataset.data_prefix = dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train')
-    for i in range(3):
-        (tmp_path / 'leftImg8bit/train/a').mkdir(parents=True, exist_ok=True)
-        (tmp_path / 'gtFine/train/a').mkdir(parents=True, exist_ok=True)
-        noise().save(tmp_path / f'leftImg8bit/train/a/{i}_leftImg8bit.png')
-        ids(7, 26, 33).save(tmp_path / f'gtFine/train/a/{i}_gtFine_label{"TrainIds" if hidden else "Ids"}.png')
-    result = full(cfg)
-    assert kinds(result, 'error') == {'cityscapes-raw-labels'}
-    assert {path for kind, path in found(result) if kind == 'cityscapes-raw-labels'} == set(
-        map(str, (tmp_path / 'gtFine/train/a').iterdir()))
-    assert 'tools/convert_cityscapes.py' in next(p.advice for _, p in result.found() if p.kind == 'cityscapes-raw-labels')
-    if hidden:
-        pass
+@pytest.mark.parametrize('count', [0, 1, 2, 63, 64, 65, 1000])
+def test_a_sample_is_spread_over_all_files(count):
+    spread = sample(range(count))
+    assert len(spread) == min(64, count) and spread == sorted(set(spread))
+    assert not count or (spread[0], spread[-1]) == (0, count - 1)
+    steps = np.diff(spread)
+    assert count < 2 or steps.max() - steps.min() <= 1

@@ -1,32 +1,42 @@
-"""The whole check of annotation files finds every kind of planted fault, in its entry, and nothing else."""
+"""The checks of annotation files find every planted fault in its entry, and nothing else; the libraries agree."""
+import contextlib
 import copy
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from check_data_cases import found, full, kinds
-from coco_files import SIZE, change, coco_dict, leaf, write_images
-from mmengine.config import Config
+from coco_files import SIZE, change, coco_dict, leaf, write_coco_root, write_images
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mmengine.config import Config, ConfigDict
 from PIL import Image
+from pycocotools import mask as rle
 
-from replk_mm.data import coco_masks
-from replk_mm.data.audit import audit
+from replk_mm.data import coco
+from replk_mm.data.checks.audit import check_data
+from replk_mm.data.checks.images import ORIENTATION
+from replk_mm.data.datasets import coco_style
 from replk_mm.data.demo_writer import write_demo_data
-from replk_mm.data.problem_kinds import KINDS
+from replk_mm.data.problems import KINDS, BadData
+from replk_mm.errors import UserError
 
 NAMES = ('person', 'car', 'dog')
 IMAGES = 10
+H, W = SIZE[::-1]
 
 
-def config(root: Path, classes: int = 3, names=NAMES, masks: int | None = None, **changes) -> Config:
-    loaders = {f'{split}_dataloader': dict(dataset=leaf(root, split, masks=True, metainfo=dict(classes=names), **changes))
-               for split in ('train', 'val')}
+def config(root: Path, classes: int = 3, names=NAMES, splits=('train', 'val'), metric: tuple = ('bbox', 'segm'), masks: bool = True,
+           **changes) -> Config:
+    metainfo = dict(metainfo=dict(classes=names)) if names else {}
+    loaders = {f'{split}_dataloader': dict(dataset=leaf(root, split, masks=masks, **metainfo, **changes)) for split in splits}
     heads = dict(bbox_head=dict(type='Shared2FCBBoxHead', num_classes=classes),
-                 mask_head=dict(type='FCNMaskHead', num_classes=masks or classes))
+                 mask_head=dict(type='FCNMaskHead', num_classes=classes))
     return Config(dict(
-        default_scope='mmdet', model=dict(roi_head=heads),
-        val_evaluator=dict(type='CocoMetric', ann_file=f'{root}/annotations/instances_val2017.json', metric=['bbox', 'segm']),
+        default_scope='mmdet', model=dict(roi_head=heads), val_evaluator=dict(
+            type='CocoMetric', ann_file=f'{root}/annotations/instances_val2017.json', metric=list(metric)),
         **loaders), cfg_text=' ', filename='own.py')
 
 
@@ -42,225 +52,267 @@ def root(tmp_path) -> Path:
     return tmp_path
 
 
-def noise(path: Path, seed: int, size: tuple[int, int] = SIZE) -> None:
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)).save(path)
+def noise(path: Path, seed: int, size: tuple[int, int] = SIZE, **options) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
 
 
-def train(root: Path) -> Path:
-    return root / 'annotations/instances_train2017.json'
+def file(root: Path, split: str = 'train') -> Path:
+    return root / f'annotations/instances_{split}2017.json'
 
 
-def plant(root: Path) -> set[tuple[str, str]]:
-    """One fault after the other; the kind of each, and the entry or file it is to be found in."""
-    folder = root / 'train2017'
-    noise(folder / 'other.jpg', 5000)
-    noise(folder / '003.jpg', 5001, (40, 40))
-    (folder / '004.jpg').unlink()
-    (folder / '005.jpg').write_bytes((folder / '005.jpg').read_bytes()[:800])
-    (folder / '006.jpg').unlink()
-    (folder / '006.jpg').symlink_to('gone.jpg')
-    (folder / '007.jpg').write_bytes((folder / '008.jpg').read_bytes())
+def annotation(i: int, **changes):
+    return lambda d: d['annotations'][i - 1].update(changes)
 
-    def spoil(d: dict) -> None:
-        a = {one['id']: one for one in d['annotations']}
-        for i, changes in {
-                1: dict(image_id=777), 2: dict(category_id=888), 3: dict(bbox=[4, 6, float('nan'), 12]),
-                4: dict(bbox=[4, 6, 0, 12]), 5: dict(bbox=[4, 6, 16, -12]),
-                6: dict(bbox=[400, 6, 16, 12]), 7: dict(bbox=[60, 6, 40, 12]),
-                8: dict(area=float('inf')), 9: dict(area=0), 10: dict(segmentation=[[1, 2, 3, 4]]),
-                11: dict(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), 12: dict(segmentation=[[1, 2, 3, float('nan'), 5, 6]]),
-                13: dict(segmentation=dict(size=[80, 64], counts=[5120])),
-                14: dict(segmentation=dict(size=[64, 80], counts=[5])),
-                15: dict(segmentation=dict(size=[64, 80], counts='??')), 16: dict(segmentation='mask.png'),
-                17: dict(segmentation=[[1, 2, 3, '4', 5, 6]]), 18: dict(bbox=[4, 6, 10 ** 400, 12]),
-                22: dict(bbox=[-10, 6, 16, 12])}.items():
-            a[i].update(changes)
-        del a[19]['iscrowd'], a[20]['segmentation']
-        d['annotations'].append(copy.deepcopy(a[21]))
-        d['categories'] += [dict(id=5, name='car'), dict(id=99, name='dog')]
-        d['images'] += [dict(id=9, file_name='other.jpg', width=80, height=64),
-                        dict(id=60, file_name='000.jpg', width=80, height=64)]
-        d['images'][9]['width'] = float('nan')
-        del d['info']
 
-    change(train(root), spoil)
-    return {('image-unknown', 'annotation 1'), ('category-unknown', 'annotation 2'), ('bbox-invalid', 'annotation 3'),
-            ('bbox-flat', 'annotation 4'), ('bbox-flat', 'annotation 5'), ('bbox-outside', 'annotation 6'),
-            ('bbox-beyond', 'annotation 7'), ('bbox-beyond', 'annotation 22'),
-            ('area-invalid', 'annotation 8'), ('area-not-positive', 'annotation 9'),
-            ('polygon-short', 'annotation 10'), ('polygon-short', 'annotation 11'), ('polygon-number', 'annotation 12'),
-            ('mask-size', 'annotation 13'), ('rle-broken', 'annotation 14'),
-            ('rle-broken', 'annotation 15'), ('mask-kind', 'annotation 16'), ('polygon-number', 'annotation 17'),
-            ('bbox-invalid', 'annotation 18'), ('iscrowd-missing', 'annotation 19'), ('segmentation-missing', 'annotation 20'),
-            ('id-repeated', 'annotations'), ('id-repeated', 'categories'), ('id-repeated', 'images'),
-            ('name-repeated', 'categories'), ('file-repeated', 'images'), ('size-invalid', 'image 10'),
-            ('info-missing', str(train(root))), ('stated-size', str(folder / '003.jpg')), ('image-missing', 'image 5'),
-            ('cut-off', str(folder / '005.jpg')), ('broken-link', 'image 7'), ('duplicate-image', str(folder / '008.jpg'))}
+def every(**changes):
+    return lambda d: [a.update(changes) for a in d['annotations']]
+
+
+def mask_of(size: tuple[int, int]) -> dict:
+    encoded = rle.encode(np.ones(size, np.uint8, order='F'))
+    return dict(size=list(size), counts=encoded['counts'].decode())
+
+
+#: A change of the training file, the kind of problem, and its entry.
+FAULTS = [
+    (annotation(1, image_id=77), 'image-unknown', 'annotation 1'),
+    (annotation(2, category_id=77), 'category-unknown', 'annotation 2'),
+    (annotation(3, bbox=[4, 6, 0, 12]), 'bbox-flat', 'annotation 3'),
+    (annotation(4, area=0), 'bbox-flat', 'annotation 4'),
+    (annotation(5, bbox=[90, 6, 16, 12]), 'bbox-outside', 'annotation 5'),
+    (annotation(6, bbox=[-10, 6, 16, 12]), 'bbox-beyond', 'annotation 6'),
+    (annotation(7, segmentation=[[1, 2, 3, 4]]), 'mask-undecodable', 'annotation 7'),
+    (annotation(8, segmentation=[[1, 2, 3, 4, 5, 6, 7]]), 'mask-undecodable', 'annotation 8'),
+    (annotation(9, segmentation=[[1, 2, 3, 'x', 5, 6]]), 'mask-undecodable', 'annotation 9'),
+    (annotation(10, segmentation=[[1, 2, 3, 9e8, 5, 6]]), 'mask-undecodable', 'annotation 10'),
+    (annotation(11, segmentation=mask_of((10, 10))), 'mask-undecodable', 'annotation 11'),
+    (annotation(12, segmentation=dict(size=[H, W], counts=[5000, 5000])), 'mask-undecodable', 'annotation 12'),
+    (annotation(13, segmentation=dict(size=[H, W], counts=mask_of((100, 100))['counts'])), 'mask-undecodable', 'annotation 13'),
+    (annotation(14, segmentation='x'), 'mask-undecodable', 'annotation 14'),
+    (annotation(15, segmentation=[]), 'segmentation-missing', 'annotation 15'),
+    (lambda d: d['annotations'].append(copy.deepcopy(d['annotations'][15])), 'id-repeated', 'annotations'),
+    (lambda d: d['categories'].append(dict(id=5, name='car')), 'id-repeated', 'categories'),
+    (lambda d: d['categories'].append(dict(id=99, name='dog')), 'name-repeated', 'categories'),
+    (lambda d: d['images'].append(dict(id=9, file_name='other.jpg', width=W, height=H)), 'id-repeated', 'images'),
+    (lambda d: d['images'].append(dict(id=60, file_name='000.jpg', width=W, height=H)), 'file-repeated', 'images'),
+    (lambda d: d['images'].append(dict(id=61, file_name='gone.jpg', width=W, height=H)), 'image-missing', 'image 61')]
 
 
 def test_every_planted_fault_is_found_and_nothing_else(root):
-    planted = plant(root)
-    result = full(config(root), jobs=2)
-    assert found(result) == planted
-    for kind in sorted({kind for kind, _ in planted}):
-        if KINDS[kind].severity == 'error':
-            pass
+    noise(root / 'train2017/other.jpg', 5000)
+    noise(root / 'train2017/003.jpg', 5001, (40, 40))
+    (root / 'train2017/005.jpg').write_bytes((root / 'train2017/005.jpg').read_bytes()[:800])
+    for spoil, *_ in FAULTS:
+        change(file(root), spoil)
+    expected = {(kind, entry) for _, kind, entry in FAULTS} | {
+        ('stated-size', str(root / 'train2017/003.jpg')), ('unreadable', str(root / 'train2017/005.jpg'))}
+    assert found(full(config(root), jobs=2)) == expected
+    with pytest.raises(UserError, match='1 of 31 annotations have an unknown image_id: annotation 1: image_id 77'):
+        check_data(config(root), ('train', 'val'))
 
 
 def test_clean_file_has_no_problem(root):
     result = full(config(root))
-    assert not found(result)
-    assert [one.tally.looked for one in result.sets] == [IMAGES, 4]
-    assert result.sets[0].classes == dict(person=10, car=10, dog=10)
+    assert not found(result) and [one.inspected for one in result.sets] == [IMAGES, 4]
+    assert result.sets[0].class_counts() == dict(person=10, car=10, dog=10)
+    assert check_data(config(root), ('train', 'val'))[0].startswith(f'train: {root} (CocoDataset): 10 images, 10 inspected')
+
+
+@pytest.mark.parametrize(('content', 'kind', 'text'), [
+    (b'', 'json-invalid', 'the file is empty'), (b'{"images": [', 'json-invalid', 'the file is cut off'),
+    (b'{"images": [],, }', 'json-invalid', 'line 1 column 15'), (b'\x89PNG\xff', 'json-invalid', 'not valid JSON'),
+    (b'version https://git-lfs', 'json-invalid', 'not valid JSON'), (b'[' * 100_000, 'json-invalid', 'recursion'),
+    (b'[{"image_id": 1}]', 'coco-structure', 'should be an object'), (b'{}', 'coco-structure', "images: this section is missing"),
+    (b'{"images": {}, "categories": []}', 'coco-structure', 'valid array')])
+def test_what_is_no_annotation_file(root, content, kind, text):
+    file(root).write_bytes(content)
+    problems = [problem for _, problem in full(config(root)).found() if problem.path == str(file(root))]
+    assert {problem.kind for problem in problems} == {kind} and any(text in problem.found for problem in problems)
+    with pytest.raises(BadData, match=str(file(root))):
+        coco.read(file(root))
+
+
+@pytest.mark.parametrize(('section', 'key'), [
+    (section, key) for section, keys in (('images', ('id', 'file_name', 'height', 'width')), ('categories', ('id', 'name')),
+                                         ('annotations', ('id', 'image_id', 'category_id', 'bbox', 'area'))) for key in keys])
+def test_missing_keys_and_wrong_types_are_counted_and_named(root, section, key):
+    change(file(root), lambda d: [entry.pop(key) for entry in d[section][1:3]])
+    with pytest.raises(BadData, match=rf"2 entries: {section}\[1\]: no '{key}', {section}\[2\]: no '{key}'"):
+        coco.read(file(root))
+    change(file(root), lambda d: [entry.update({key: None}) for entry in d[section][1:3]])
+    with pytest.raises(BadData, match=rf'2 entries: {section}\[1\]: {key} None: Input should be a valid'):
+        coco.read(file(root))
+
+
+def test_what_mmdet_and_pycocotools_fail_on_is_what_is_rejected(root):
+    """The libraries themselves: without any of these keys they fail, or leave the objects out."""
+    from mmdet.datasets import CocoDataset
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def works(section: str, key: str) -> bool:
+        data = coco_dict(NAMES)
+        for entry in data[section]:
+            entry.pop(key)
+        path = root / 'y.json'
+        path.write_text(json.dumps(data))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                dataset = CocoDataset(ann_file=str(path), data_prefix=dict(img=''), pipeline=[])
+                truth = COCO(str(path))
+                COCOeval(truth, truth.loadRes([dict(image_id=1, category_id=5, bbox=[4, 6, 16, 12], score=0.9)]), 'bbox').evaluate()
+        except KeyError:
+            return False
+        return sum(len(dataset.get_data_info(i)['instances']) for i in range(4)) == 12
+
+    for section, kind in (('images', coco.Image), ('categories', coco.Category), ('annotations', coco.Annotation)):
+        assert not [key for key in kind.__annotations__ if works(section, key)]
+    assert works('annotations', 'segmentation')
+
+
+@pytest.mark.parametrize(('spoil', 'split', 'kind', 'severity'), [
+    (lambda d: [a.pop('iscrowd') for a in d['annotations']], 'val', 'iscrowd-missing', 'error'),
+    (lambda d: [a.pop('iscrowd') for a in d['annotations']], 'train', None, ''),
+    (lambda d: [a.update(id=a['id'] - 1) for a in d['annotations']], 'val', 'id-unscorable', 'error'),
+    (lambda d: [a.update(id=f'a{a["id"]}') for a in d['annotations']], 'val', 'id-unscorable', 'error'),
+    (lambda d: [a.update(id=f'a{a["id"]}') for a in d['annotations']], 'train', None, ''),
+    (lambda d: [a.pop('segmentation') for a in d['annotations']], 'val', 'segmentation-missing', 'error'),
+    (lambda d: d.pop('annotations'), 'train', 'coco-no-annotations', 'error'),
+    (lambda d: d.update(images=[], annotations=[]), 'train', 'coco-no-annotations', 'error'),
+    (every(bbox=[.1, .1, .5, .5]), 'train', 'bbox-flat', 'error'), (every(bbox=[500, 6, 5, 5]), 'train', 'bbox-outside', 'error'),
+    (every(bbox=[60, 40, 76, 60]), 'train', 'bbox-corners', 'error'),
+    (annotation(1, bbox=[4, 6, 0, 12]), 'train', 'bbox-flat', 'warning'),
+    (annotation(1, bbox=[70, 6, 16, 12]), 'train', 'bbox-beyond', 'note'),
+    (lambda d: d.update(annotations=d['annotations'][:9]), 'train', 'left-out', 'note'),
+    (every(category_id=15), 'train', 'class-absent', 'note')])
+def test_faults_of_a_whole_file(root, spoil, split, kind, severity):
+    change(file(root, split), spoil)
+    result = full(config(root))
+    assert kinds(result) - {'class-absent'} == ({kind} if kind else set()) - {'class-absent'}
+    assert not kind or kind in kinds(result, severity)
+
+
+def test_scoring_as_the_metric_does_it_is_what_counts(root):
+    change(file(root, 'val'), lambda d: [a.pop('segmentation') for a in d['annotations']])
+    assert not kinds(full(config(root, metric=('bbox',), masks=False)))
+    cfg = config(root)
+    cfg.val_evaluator.ann_file = str(file(root))
+    assert ('metric-file', 'val_dataloader.dataset') in found(full(cfg))
+
+
+def test_images_left_out_of_training_are_counted_as_mmdet_does(root):
+    from mmdet.datasets import CocoDataset
+    small = dict(filter_empty_gt=True, min_size=50)
+
+    def shrink(d):
+        d['annotations'] = [a for a in d['annotations'] if a['image_id'] != 2]
+        for i in (0, 1, 2):
+            noise(root / 'train2017' / d['images'][i]['file_name'], i, (80, 49))
+            d['images'][i]['height'] = 49
+
+    change(file(root), shrink)
+    with contextlib.redirect_stdout(io.StringIO()):
+        left = CocoDataset(ann_file=str(file(root)), data_prefix=dict(img=''), pipeline=[], filter_cfg=small,
+                           metainfo=dict(classes=NAMES))
+    result = full(config(root, splits=('train',), filter_cfg=small))
+    assert len(left) == 7 and {entry for kind, entry in found(result) if kind == 'left-out'} == {f'image {i}' for i in (1, 2, 3)}
+    assert 'nothing-to-train' in kinds(full(config(root, splits=('train',), filter_cfg=dict(min_size=999))), 'error')
+
+
+def test_boxes_that_mmdet_leaves_out_are_those_named(root):
+    from mmdet.datasets import CocoDataset
+    boxes = [[4, 6, .5, 12], [4, 6, 16, .9], [80, 6, 5, 5], [4, 64, 5, 5], [-5, 6, 5, 5], [-5, 6, 6, 5], [79, 63, 9, 9]]
+    change(file(root), lambda d: [a.update(bbox=b) for a, b in zip(d['annotations'], boxes, strict=False)])
+    with contextlib.redirect_stdout(io.StringIO()):
+        dataset = CocoDataset(ann_file=str(file(root)), data_prefix=dict(img=''), pipeline=[], metainfo=dict(classes=NAMES))
+    left = {i for k in range(IMAGES) for i in range(3 * k + 1, 3 * k + 4)
+            if boxes[i - 1:i] and boxes[i - 1] and len(dataset.get_data_info(k)['instances']) < 3}
+    named = {entry for kind, entry in found(full(config(root))) if kind in ('bbox-flat', 'bbox-outside')}
+    assert named == {f'annotation {i}' for i in range(1, 6)} and left
+
+
+def test_image_rotated_by_its_camera_has_the_size_that_readers_give_it(root):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    noise(root / 'train2017/000.jpg', 7, SIZE[::-1], exif=exif)
+    assert not found(full(config(root)))
+
+
+def test_images_in_folders_of_their_own(root):
+    (root / 'train2017/a').mkdir()
+    (root / 'train2017/002.jpg').rename(root / 'train2017/a/002.jpg')
+    assert found(full(config(root))) == {('image-missing', 'image 3')}
+    change(file(root), lambda d: d['images'][2].update(file_name='a/002.jpg'))
+    assert not found(full(config(root)))
 
 
 def test_generated_scenes_are_clean(tmp_path):
-    write_demo_data(tmp_path / 'x', 'coco', train=6, val=3, size=(64, 64))
-    names = tuple(c['name'] for c in json.loads(train(tmp_path / 'x').read_text())['categories'])
-    result = full(config(tmp_path / 'x', names=names, classes=5))
-    assert not kinds(result, 'error', 'warning')
+    write_demo_data(tmp_path, 'coco', train=6, val=3, size=(64, 64))
+    names = tuple(c['name'] for c in json.loads(file(tmp_path).read_text())['categories'])
+    assert not kinds(full(config(tmp_path, names=names, classes=5)), 'error', 'warning')
 
 
 def test_photographs_have_notes_only(reference):
-    cfg = config(reference / 'data/camvid/coco', classes=80, names=None)
-    for split in ('train', 'val'):
-        cfg[f'{split}_dataloader'].dataset.pop('metainfo')
-    result = full(cfg)
-    assert kinds(result) == {'count-differs', 'class-absent'} == kinds(result, 'note')
-    assert len(result.sets[0].classes) == 80 and sum(result.sets[0].classes.values()) == 136
+    result = full(config(reference / 'data/camvid/coco', 80, None))
+    assert kinds(result) == {'class-absent'} == kinds(result, 'note')
+    assert len(result.sets[0].class_counts()) == 80 and sum(result.sets[0].class_counts().values()) == 136
 
 
-@pytest.mark.parametrize(('content', 'kind'), [
-    (b'', 'json-empty'), (b'{"images": [', 'json-cut-off'), (b'{"images": [],, }', 'json-invalid'),
-    (b'\x89PNG\xff', 'json-not-text'), (b'[' * 100_000, 'json-nesting'),
-    (b'{"images": ' + b'[' * 5000 + b']' * 5000 + b'}', 'json-nesting'),
-    (b'{"images": ' + b'9' * 5000 + b'}', 'json-invalid'), (b'[]', 'coco-structure'), (b'{}', 'coco-structure'),
-    (b'{"images": [], "annotations": [], "categories": []}', 'coco-no-images'),
-    (b'{"images": [3], "annotations": [], "categories": []}', 'coco-structure'),
-    (b'{"images": [{"id": 1, "file_name": "0.jpg", "height": 9}], "annotations": [], "categories": []}', 'coco-key-missing'),
-    (b'{"images": [], "annotations": [], "categories": [{"id": "1", "name": "car"}]}', 'coco-type')])
-def test_file_that_is_no_annotation_file_does_not_stop_the_check(root, content, kind):
-    train(root).write_bytes(content)
-    result = full(config(root))
-    assert (kind, str(train(root))) in {(problem.kind, problem.path) for _, problem in result.found()}
-    assert [one.tally.looked for one in result.sets] == [0, 4], 'the other data set was not looked at'
+@pytest.mark.parametrize(('kind', 'style'), [
+    ('CocoDataset', True), ('replk_mm.CocoDataset', True), ('CityscapesDataset', True), ('LVISV1Dataset', False),
+    ('Objects365V2Dataset', False), ('CocoPanopticDataset', False), ('VOCDataset', False)])
+def test_which_types_read_the_file_as_it_is(tmp_path, kind, style):
+    assert coco_style(ConfigDict(type=kind, ann_file='x.json'), 'mmdet') == style
+    if not style:
+        root = write_coco_root(tmp_path / 'data', NAMES)
+        assert not kinds(full(config(root, splits=('train',), type=kind)))
 
 
-def test_keys_that_are_missing_or_of_a_wrong_type_hide_nothing_else(root):
-    def spoil(d: dict) -> None:
-        a, images = d['annotations'], d['images']
-        del a[0]['area'], a[5]['bbox'], a[8]['category_id'], images[7]['width'], images[8]['file_name']
-        a[1].update(image_id=777)
-        a[2]['bbox'][0] = '4'
-        a[3]['area'] = None
-        a[4].update(category_id='15')
-        a[0].update(segmentation='mask.png')
-        images[9].update(height='64')
-        d['categories'].append(3)
-
-    change(train(root), spoil)
-    cut = root / 'train2017/005.jpg'
-    cut.write_bytes(cut.read_bytes()[:800])
-    noise(root / 'train2017/003.jpg', 5001, (40, 40))
-    result = full(config(root))
-    assert found(result) == {
-        ('coco-key-missing', 'annotations id 1'), ('coco-key-missing', 'annotations id 6'),
-        ('coco-key-missing', 'annotations id 9'), ('coco-key-missing', 'images id 8'), ('coco-key-missing', 'images id 9'),
-        ('image-unknown', 'annotation 2'), ('bbox-invalid', 'annotation 3'), ('area-invalid', 'annotation 4'),
-        ('coco-type', 'annotations[4]'), ('coco-type', 'images[9]'), ('coco-structure', 'categories[3]'),
-        ('mask-kind', 'annotation 1'), ('cut-off', str(cut)), ('stated-size', str(root / 'train2017/003.jpg'))}
-    assert [one.tally.looked for one in result.sets] == [IMAGES - 1, 4]
+def test_every_kind_has_a_severity_and_a_remedy():
+    assert all(severity in ('error', 'warning', 'note') and remedy for severity, remedy in KINDS.values())
 
 
-@pytest.mark.parametrize('key', ['area', 'bbox'])
-def test_a_key_that_all_annotations_lack_is_one_finding_each(root, key):
-    """As programs write that do not know it: the rest is looked at, and what follows from it is not said again."""
-    change(train(root), lambda d: [a.pop(key) for a in d['annotations']] + [d['annotations'][3].update(image_id=777)])
-    result = full(config(root))
-    assert found(result) == {('coco-key-missing', f'annotations id {i + 1}') for i in range(3 * IMAGES)} | {
-        ('image-unknown', 'annotation 4')}
-    assert result.sets[0].classes == dict(person=10, car=10, dog=10) and result.sets[0].tally.looked == IMAGES
+# -- any content --------------------------------------------------------------------------------------------------------
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(
+                        ['images', 'annotations', 'categories', 'id', 'image_id', 'category_id', 'bbox', 'area', 'file_name',
+                         'width', 'height', 'name', 'segmentation', 'size', 'counts']), inner, max_size=6), max_leaves=20)
 
 
-@pytest.mark.parametrize('section', ['categories', 'annotations'])
-def test_a_section_that_is_none_does_not_hide_the_images(root, section):
-    change(train(root), lambda d: d.update({section: {}}))
-    (root / 'train2017/004.jpg').unlink()
-    result = full(config(root))
-    assert found(result) - {('class-absent', str(train(root)))} == {
-        ('coco-structure', str(train(root))), ('image-missing', 'image 5')}
-    assert result.sets[0].tally.looked == IMAGES - 1
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(section=st.sampled_from(['images', 'annotations', 'categories', None]), index=st.integers(0, 3), data=st.data())
+def test_any_content_gives_problems_or_passes(root, section, index, data):
+    content = coco_dict(NAMES, 4)
+    if section is None:
+        content = data.draw(JSON)
+    else:
+        entry = content[section][index % len(content[section])]
+        entry[data.draw(st.sampled_from(sorted(entry)))] = data.draw(JSON)
+    file(root).write_text(json.dumps(content))
+    full(config(root, splits=('train',)))  # raises nothing
+    with contextlib.suppress(UserError):
+        coco.read(file(root))
 
 
-def test_classes_are_compared_in_a_file_with_other_faults(root):
-    change(train(root), lambda d: (d['annotations'][0].pop('area'), d['categories'][0].update(name='Persons')))
-    assert {'coco-key-missing', 'classes-mismatch'} <= kinds(full(config(root)), 'error')
+NUMBERS = st.integers(-5, 6000) | st.integers() | st.floats() | st.text(max_size=3) | st.none()
 
 
-def test_without_the_folder_of_the_images_their_file_is_looked_at_all_the_same(root):
-    change(train(root), lambda d: (d['annotations'][0].update(image_id=777), d['annotations'][3].update(bbox=[4, 6, 0, 12])))
-    (root / 'train2017').rename(root / 'elsewhere')
-    assert found(full(config(root))) == {('folder-missing', str(root / 'train2017')), ('image-unknown', 'annotation 1'),
-                                         ('bbox-flat', 'annotation 4')}
-    train(root).write_text('[]')
-    assert kinds(full(config(root))) >= {'folder-missing', 'coco-structure'}
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(NUMBERS, max_size=10), max_size=3) | st.fixed_dictionaries(dict(
+    size=st.just([H, W]) | st.lists(NUMBERS, max_size=3), counts=st.text() | st.binary(max_size=20) | st.lists(
+        NUMBERS, max_size=5))) | JSON)
+def test_any_mask_is_decoded_or_has_a_problem(mask):
+    if coco.mask_problem(mask, H, W) is None:
+        encoded = rle.frPyObjects(mask, H, W) if isinstance(mask, list) or isinstance(mask['counts'], list) else mask
+        assert rle.decode(encoded).shape[:2] == (H, W)
 
 
-def test_classes_and_every_head_are_compared(root):
-    change(train(root), lambda d: d['categories'][0].update(name='Persons'))
-    result = full(config(root, classes=4, masks=3))
-    texts = [problem.found for _, problem in result.found() if problem.kind == 'classes-mismatch']
-    assert any('1 of its 3 categories are none of the 3 classes' in text for text in texts)
-    assert any('the heads have different numbers of classes' in text for text in texts)
-
-
-def test_metric_with_the_file_of_other_images(root):
-    cfg = config(root)
-    cfg.val_evaluator.ann_file = str(train(root))
-    assert kinds(full(cfg)) == {'metric-file'}
-
-
-def test_odd_names_of_files_do_no_harm(root):
-    for i, name in enumerate(['\udcff.jpg', 'a\0b.jpg', '\ud800.jpg', '', '../../x.jpg', '/', 'x' * 5000]):
-        change(train(root), lambda d, i=i, name=name: d['images'][i].update(file_name=name))
-    missing = {entry for kind, entry in found(full(config(root))) if kind == 'image-missing'}
-    assert missing == {f'image {i + 1}' for i in range(7)}
-
-
-def test_data_that_are_trained_with_and_scored(root):
-    cfg = config(root)
-    cfg.val_dataloader = copy.deepcopy(cfg.train_dataloader)
-    cfg.val_evaluator.ann_file = str(train(root))
-    result = full(cfg)
-    assert kinds(result) == {'same-data'} and sum(one.tally.looked for one in result.sets) == IMAGES
-
-
-def test_without_full_all_entries_and_a_sample_of_the_images(root, monkeypatch):
-    monkeypatch.setattr('replk_mm.data.files.SAMPLE', 2)
-    planted = plant(root)
-    unseen = {(kind, where) for kind, where in planted if kind in ('rle-broken', 'polygon-number', 'stated-size', 'cut-off')}
-    result = audit(config(root), jobs=1)
-    assert found(result) == planted - unseen and len(unseen) == 6
-    assert [one.tally.looked for one in result.sets] == [2, 2]
-
-
-# -- masks ------------------------------------------------------------------------------------------------------------
-def test_runs_are_those_of_pycocotools():
-    from pycocotools import mask as api
-    rng = np.random.default_rng(0)
-    for height, width, share in [(1, 1, 1.), (7, 5, .5), (64, 80, .5), (64, 80, .01), (300, 400, .9999), (64, 80, 0.)]:
-        pixels = np.asfortranarray((rng.random((height, width)) < share).astype(np.uint8))
-        column = pixels.ravel(order='F')
-        changes = np.flatnonzero(np.diff(column.astype(int))) + 1
-        runs = np.diff([0, *([] if column[0] == 0 else [0]), *changes, column.size]).tolist()
-        text = api.encode(pixels)['counts'].decode()
-        assert coco_masks.decompressed(text).tolist() == runs
-        assert coco_masks.rle_problem(dict(size=[height, width], counts=text)) is None
-        assert 'pixels, and' in coco_masks.rle_problem(dict(size=[height + 1, width], counts=text))
-
-
-@pytest.mark.parametrize(('size', 'counts'), [
-    ([64], [1]), ([64, '80'], [5120]), ([0, 80], []), ([64, 80], ['a']), ([64, 80], [5121, -1]), ([64, 80], [[5120]]),
-    ([64, 80], [1e30]), ([64, 80], ''), ([64, 80], 'é'), ([64, 80], 'o'), ([64, 80], 'o' * 99), ([64, 80], [10 ** 40])])
-def test_runs_that_cannot_be(size, counts):
-    assert coco_masks.rle_problem(dict(size=size, counts=counts))
+def test_masks_that_pycocotools_writes_have_no_problem():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = generator.integers(1, 40, 2).tolist()
+        pixels = np.asfortranarray(generator.random((height, width)) < generator.random(), np.uint8)
+        mask = dict(size=[height, width], counts=rle.encode(pixels)['counts'].decode())
+        assert coco.mask_problem(mask, height, width) is None
+        assert coco.mask_problem(mask, height + 1, width)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from class_cases import BOTH, OWN, at, coco_config, own, refusal  # noqa: F401 (a fixture)
+from class_cases import BOTH, OWN, at, coco_config, own, rejection  # noqa: F401 (a fixture)
 from coco_files import change
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
@@ -44,17 +44,10 @@ def test_a_file_with_a_mark_before_the_first_name(tmp_path):
     assert parse_classes(str(tmp_path / 'names.txt')) == ['helmet', 'vest']
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_a_file_that_is_no_text_is_named(tmp_path):
     path = tmp_path / 'names.txt'
     path.write_bytes('M\u00fctze'.encode('latin-1'))
-    with pytest.raises(UserError, match=f'--classes {path}: the file cannot be read: byte 1 is not UTF-8'):
-        parse_classes(str(path))
-
-    def denied(*args, **options):
-        raise PermissionError(13, 'Permission denied')
-
-    monkeypatch.setattr(Path, 'read_text', denied)
-    with pytest.raises(UserError, match=f'--classes {path}: the file cannot be read: Permission denied'):
+    with pytest.raises(UserError, match=f'--classes {path}: the file cannot be read as UTF-8 text'):
         parse_classes(str(path))
 
 
@@ -188,7 +181,7 @@ def test_auto_for_label_maps(tiny, tmp_path):
     use_classes(cfg, 'auto', ('train',))
     assert tuple(cfg.train_dataloader.dataset.metainfo.classes) == DEMO_CLASSES
     cfg = segmentation(tmp_path, 'BaseSegDataset')
-    with pytest.raises(UserError, match='nothing names the classes') as info:
+    with pytest.raises(UserError, match='no file names the classes') as info:
         use_classes(cfg, 'auto', ('train',))
     assert str(tmp_path / CLASSES_FILE) in str(info.value)
     (tmp_path / CLASSES_FILE).write_text('a\nb\n')
@@ -199,18 +192,9 @@ def test_auto_for_label_maps(tiny, tmp_path):
 def test_auto_needs_names(own):
     for file in (own / 'annotations').iterdir():
         change(file, lambda d: d.update(categories=[], annotations=[]))
-    with pytest.raises(UserError, match=r'--classes auto: .*instances_train2017.json has no categories\n'):
+    with pytest.raises(UserError, match=r'--classes auto: no file names the classes; tried .*instances_train2017.json'):
         use_classes(at(own), 'auto', BOTH)
 
 
-def test_auto_reads_names_in_a_folder_with_a_comma(tmp_path):
-    root = tmp_path / 'a,b'
-    root.mkdir()
-    (root / CLASSES_FILE).write_text('c\nd\n')
-    cfg = segmentation(root, 'BaseSegDataset')
-    use_classes(cfg, 'auto', ('train',))
-    assert tuple(cfg.train_dataloader.dataset.metainfo.classes) == ('c', 'd')
-
-
 def test_an_empty_variable_of_the_shell_is_not_ignored(own):
-    assert refusal(at(own), '').startswith('--classes : a name is empty')
+    assert rejection(at(own), '').startswith('--classes : a name is empty')

@@ -18,13 +18,11 @@ from tiny import run_tool
 from tiny_detector import CLASSES, detector, trained_detector, write_coco  # noqa: F401
 
 from replk_mm.checkpoints import read
-from replk_mm.data import coco
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.drop_ins import use_drop_ins
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.merge import reparameterize_checkpoint
 from replk_mm.engine.predict import described, instances, load_trained, predict
-from replk_mm.engine.prepare import prepare_training
 from replk_mm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -142,21 +140,6 @@ def test_metric_of_a_data_set_of_the_users_own_stays(detector):  # noqa: F811
     assert [m['type'] for m in use_drop_ins(cfg)] == ['replk_mm.CocoMetric']
     assert (cfg.val_evaluator['type'], cfg.test_evaluator['type']) == ('CocoMetric', 'replk_mm.CocoMetric')
     assert cfg.val_dataloader.dataset.type == 'DeepFashionDataset'
-
-
-def test_annotations_that_no_data_set_takes_are_freed(detector, tmp_path):  # noqa: F811
-    train, val = (detector.data / 'annotations' / f'instances_{split}2017.json' for split in ('train', 'val'))
-    cfg = detector.cfg()
-    for loader in (cfg.val_dataloader, cfg.test_dataloader):
-        loader.dataset.type = 'DeepFashionDataset'  # mmdet's, which reads for itself
-    prepare_training(cfg, detector.options(tmp_path / 'prepared', classes='auto'))
-    kept, freed = coco.take(train), coco.take(val)
-    assert kept is not None and freed is None
-    # A test takes the names of the classes from the training data, and no more.
-    trained = detector.train(tmp_path / 'train', 1, classes='auto')
-    evaluate(detector.cfg(), str(trained), detector.options(tmp_path / 'test', classes='auto'))
-    of_training = coco.take(train)
-    assert of_training is None
 
 
 def test_classes_come_with_the_checkpoint(detector, tmp_path):  # noqa: F811

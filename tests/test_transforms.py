@@ -1,21 +1,30 @@
-"""Images and annotations are checked while they load too, and named where they are bad."""
+"""Images, label maps and annotations that cannot be used are named when the pipeline loads them."""
 from pathlib import Path
 
+import numpy as np
 import pytest
-from coco_cases import file  # noqa: F401 (a fixture)
-from coco_files import SIZE
+from check_data_cases import data, image, label, seg_config  # noqa: F401 (a fixture)
+from coco_files import SIZE, write_images
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
+from torch.utils.data import DataLoader
 
+from replk_mm.data.transforms import CheckedLoad, ShrinkLabels
 from replk_mm.engine.prepare import check_while_loading
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, message_of
 from replk_mm.registry import TRANSFORMS
 
 # ruff: noqa: F811 (fixtures that come from another file)
 
 
-def load(results: dict, **options) -> dict:
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    write_images(tmp_path, 1)
+    return tmp_path / '000.jpg'
+
+
+def load_objects(results: dict, **options) -> dict:
     init_default_scope('mmdet')
     for step in (dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True, **options)):
         results = TRANSFORMS.build(dict(type='replk_mm.CheckedLoad', load=step))(results)
@@ -27,37 +36,94 @@ def entry(path: Path, **changes) -> dict:
     return dict(img_path=str(path), img_id=1, seg_map_path=None, height=64, width=80, instances=[box | changes])
 
 
-def test_good_annotations_load(file):
-    out = load(entry(file.parent / 'images' / '000.jpg'))
+def load_labels(pair: tuple[Path, Path], classes: int | None = 8, reduce: bool = True) -> dict:
+    results = dict(img_path=str(pair[0]), seg_map_path=str(pair[1]), seg_fields=[], label_map=None, reduce_zero_label=reduce)
+    init_default_scope('mmseg')
+    for kind in ('LoadImageFromFile', 'LoadAnnotations'):
+        results = CheckedLoad(dict(type=kind), classes)(results)
+    return results
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def test_good_files_load(photo, data):
+    out = load_objects(entry(photo))
     assert out['gt_bboxes'].tensor.tolist() == [[4, 6, 20, 18]] and out['gt_masks'].masks.shape == (1, 64, 80)
+    out = load_labels((image(data, 0), label(data, 0)))
+    pixels = np.asarray(Image.open(label(data, 0))).astype(int)
+    assert np.array_equal(out['gt_seg_map'], np.where(pixels == 0, 255, pixels - 1))
 
 
-def test_bad_annotations_are_named_with_their_image(file):
-    path = file.parent / 'images' / '000.jpg'
-    bad = entry(path)
-    del bad['instances'][0]['mask']
-    with pytest.raises(UserError, match="its annotations cannot be read .KeyError: 'mask'.") as info:
-        load(bad)
+@pytest.mark.parametrize(('changes', 'text'), [
+    (dict(mask=[[0, 0, 9e8, 0, 9e8, 9e8]]), 'mask of box'), (dict(mask=dict(size=[64, 80], counts=[9000])), 'mask of box'),
+    (dict(bbox=None), 'cannot be read')])
+def test_bad_annotations_are_named_with_their_image(photo, changes, text):
+    with pytest.raises(UserError, match=text) as info:
+        load_objects(entry(photo, **changes))
+    assert str(info.value).startswith(f'annotations of {photo}: ')
+
+
+def test_files_of_a_data_set_with_boxes_are_named_too(photo):
+    semantic = photo.with_name('map.png')
+    Image.new('L', SIZE).save(semantic)
+    good = entry(photo) | dict(seg_map_path=str(semantic))
+    assert load_objects(dict(good), with_seg=True)['gt_seg_map'].shape == SIZE[::-1]
+    for path in (semantic, photo):
+        cut(path)
+        with pytest.raises(UserError) as info:
+            load_objects(dict(good), with_seg=True)
+        assert str(info.value).startswith(f'{path}: cannot be read')
+
+
+@pytest.mark.parametrize('which', [0, 1])
+@pytest.mark.parametrize('spoil', [cut, lambda p: p.write_bytes(b''), lambda p: p.write_text('text'), Path.unlink])
+def test_damage_is_named_when_it_is_read(data, which, spoil):
+    pair = image(data, 0), label(data, 0)
+    spoil(pair[which])
+    with pytest.raises(UserError) as info:
+        load_labels(pair)
+    assert str(info.value).startswith(f'{pair[which]}: cannot be read')
+
+
+@pytest.mark.parametrize(('pixels', 'reduce', 'text'), [
+    (np.zeros((64, 64, 3), np.uint8), True, '3 channels'), (np.full((64, 64), 9, np.uint8), True, 'label ids 9 are out of'),
+    (np.full((64, 64), 8, np.uint8), False, 'label ids 8 are out of'), (np.full((64, 64), 255, np.uint8), False, None)])
+def test_labels_of_no_class_are_named_as_stored_in_the_file(data, pixels, reduce, text):
+    path = label(data, 0)
+    Image.fromarray(pixels).save(path)
+    if text is None:
+        load_labels((image(data, 0), path), reduce=reduce)
+        return
+    with pytest.raises(UserError, match=text) as info:
+        load_labels((image(data, 0), path), reduce=reduce)
     assert str(info.value).startswith(f'{path}: ')
 
 
-def test_bad_image_is_named_of_a_data_set_with_boxes_too(file):
-    path = file.parent / 'images' / '000.jpg'
-    path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(UserError, match='the file is cut off') as info:
-        load(entry(path))
-    assert str(info.value).startswith(f'{path}: ')
+@pytest.mark.parametrize('workers', [0, 1])
+def test_damage_is_named_from_a_data_worker_too(data, workers):
+    cut(label(data, 2))
+    init_default_scope('mmseg')
+    dataset = seg_config(data).train_dataloader.dataset
+    dataset.pipeline = [dict(type='replk_mm.CheckedLoad', load=step, num_classes=8) for step in dataset.pipeline]
+    loader = DataLoader(DATASETS.build(dataset), batch_size=1, num_workers=workers, collate_fn=lambda batch: batch)
+    with pytest.raises(UserError) as info:
+        list(loader)
+    message = message_of(info.value).splitlines()
+    assert message[0].startswith(f'{label(data, 2)}: cannot be read') and len(message) == 2
 
 
-def test_damaged_map_of_a_data_set_with_boxes_is_named(file):
-    label = file.parent / 'map.png'
-    Image.new('L', SIZE).save(label)
-    good = entry(file.parent / 'images' / '000.jpg') | dict(seg_map_path=str(label))
-    assert load(dict(good), with_seg=True)['gt_seg_map'].shape == SIZE[::-1]
-    label.write_bytes(label.read_bytes()[:30])
-    with pytest.raises(UserError, match='the file is cut off') as info:
-        load(dict(good), with_seg=True)
-    assert str(info.value).startswith(f'{label}: ')
+def test_shrunk_labels_are_those_at_the_centres_of_the_blocks():
+    labels = np.arange(8 * 12, dtype=np.uint8).reshape(8, 12)
+    out = ShrinkLabels(4).transform({'gt_seg_map': labels, 'img': np.zeros((8, 12, 3), np.uint8)})
+    assert out['gt_seg_map'].tolist() == [[2 * 12 + 2, 2 * 12 + 6, 2 * 12 + 10], [6 * 12 + 2, 6 * 12 + 6, 6 * 12 + 10]]
+    assert out['img'].shape == (8, 12, 3)
+
+
+def test_shrinking_names_a_map_that_does_not_divide():
+    with pytest.raises(UserError, match=r'^a\.png: ShrinkLabels\(factor=4\) got a map of 9x8'):
+        ShrinkLabels(4).transform({'gt_seg_map': np.zeros((9, 8), np.uint8), 'seg_map_path': 'a.png'})
 
 
 def test_loading_steps_are_wrapped_wherever_they_stand():

@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.data import audit_picture, audit_report
-from replk_mm.data.audit import audit
+from replk_mm.data.checks import picture, report
+from replk_mm.data.checks.audit import audit
 from replk_mm.data.classes import use_classes
 from replk_mm.engine.config import load_config, set_data_root
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import UserError, command
+from replk_mm.files import write_atomic
 
 
 @command
@@ -29,7 +30,7 @@ def main() -> int:
     cli.add_config_options(p)
     args = p.parse_args()
     if args.picture:
-        audit_picture.check_suffix(args.picture)
+        picture.check_suffix(args.picture)
     for option, path in (('--json', args.json), ('--picture', args.picture)):
         if path and path.is_dir():
             raise UserError(f'{option} {path}: is a folder\nName a file.')
@@ -41,12 +42,12 @@ def main() -> int:
     for note in use_classes(cfg, args.classes, ('train', 'val')) if args.classes is not None else []:
         print(note)
     result = audit(cfg, args.full, args.jobs)
-    print(audit_report.text(result))
+    print(report.text(result))
     if args.json:
-        audit_report.write(result, args.json)
+        write_atomic(args.json, report.as_json(result))
         print(f'written: {args.json}')
     if args.picture:
-        drawn = audit_picture.draw(result, args.picture)
+        drawn = picture.draw(result, args.picture)
         print(f'written: {args.picture}' if drawn else f'not written: {args.picture}; no data set has anything to draw')
     return 1 if result.counts()['error'] else 0
 

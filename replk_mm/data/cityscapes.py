@@ -3,8 +3,8 @@
 Source: the label table of the Cityscapes data set (Cordts et al., The Cityscapes Dataset for Semantic Urban Scene
 Understanding, CVPR 2016): 34 ids, of which 19 have a trainId.
 """
-import os
-import shlex
+import functools
+import io
 import sys
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from mmengine.utils import ProgressBar
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
-from replk_mm.data.files import IGNORED, UNDECODABLE, damage
+from replk_mm.data.files import IGNORED, UNDECODABLE
 from replk_mm.errors import UserError
+from replk_mm.files import write_atomic
 
 #: Ids of the classes, in the order of their trainIds 0..18: road, sidewalk, building, wall, fence, pole, traffic light,
 #: traffic sign, vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle.
@@ -25,7 +27,6 @@ NUM_IDS = 34
 RAW_SUFFIX, TRAIN_SUFFIX = '_labelIds.png', '_labelTrainIds.png'
 _TABLE = np.full(256, IGNORED, np.uint8)
 _TABLE[list(IDS)] = np.arange(len(IDS), dtype=np.uint8)
-_SHOWN = 5
 
 
 @dataclass
@@ -33,8 +34,8 @@ class Conversion:
     """What a conversion did.
 
     Attributes:
-        written: Label maps written.
-        kept: Label maps that were there already, as they should be.
+        written: Number of label maps written.
+        kept: Number of label maps that existed already, and were right.
         problems: What could not be converted, a line each.
     """
 
@@ -43,103 +44,80 @@ class Conversion:
     problems: list[str] = field(default_factory=list)
 
 
-def how_to_convert(root: str | Path) -> str:
-    """What to tell who has raw labels."""
-    return f'Convert them:\n  python tools/convert_cityscapes.py {shlex.quote(str(root))}'
-
-
 def raw_ids(found: Collection[int], num_classes: int) -> bool:
-    """Whether label ids, some of them beyond the classes, are those of Cityscapes' annotation tool."""
-    return num_classes == len(IDS) and all(i < NUM_IDS for i in found)
+    """Whether label ids, some of them out of range of the classes, are those of Cityscapes' annotation tool."""
+    return num_classes == len(IDS) and all(0 <= i < NUM_IDS for i in found)
 
 
 def to_train_ids(labels: np.ndarray) -> np.ndarray:
-    """Label map ``(H, W)`` of ids as one of trainIds, 255 where no class is."""
+    """Label map ``(H, W)`` of ids as one of trainIds, 255 where there is no class."""
     return _TABLE[labels]
 
 
 def convert(root: str | Path, jobs: int | None = None, force: bool = False, progress: bool = True) -> Conversion:
     """Write a ``*_labelTrainIds.png`` beside every ``*_labelIds.png`` of a Cityscapes tree.
 
-    A map that is there already is read: if it is what would be written it is kept, so that an interrupted run goes on where it
-    stopped; if not it is left alone unless ``force``. Files have their names only when whole.
+    An existing map is compared: a right one is kept, so that an interrupted run continues where it stopped; another one is left
+    alone unless ``force``.
 
     Args:
-        root: Folder that holds ``gtFine``, or any folder with such files.
-        jobs: Threads; None for one a core.
-        force: Replace maps that differ.
-        progress: Show a bar on standard error.
+        root: Folder that contains ``gtFine``, or any folder with such files.
+        jobs: Threads. Defaults to a few a core.
+        force: Whether to replace maps that differ. Defaults to False.
+        progress: Whether to show a bar on standard error. Defaults to True.
 
     Raises:
         UserError: If there is nothing to convert.
     """
     root = Path(root)
-    files = sorted(root.rglob(f'*{RAW_SUFFIX}')) if root.is_dir() else []
+    files = sorted(root.rglob(f'*{RAW_SUFFIX}'))
     if not files:
-        found = ', '.join(sorted(p.name for p in root.iterdir())[:6]) if root.is_dir() else None
-        raise UserError(f'{root}: ' + (f'no file ends with {RAW_SUFFIX}; found: {found or "nothing"}' if root.is_dir() else
-                                       'no such folder')
-                        + '\nName the folder that holds gtFine (of gtFine_trainvaltest.zip, unpacked).')
+        what = f'no file ends with {RAW_SUFFIX}' if root.is_dir() else 'no such folder'
+        raise UserError(f'{root}: {what}\nName the folder that contains gtFine (of gtFine_trainvaltest.zip, unpacked).')
     result = Conversion()
-    bar = ProgressBar(len(files), file=sys.stderr) if progress else None
-    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        for outcome in pool.map(lambda path: _convert(path, force), files):
+    with ThreadPoolExecutor(jobs) as pool:
+        outcomes = pool.map(functools.partial(_convert, force=force), files)
+        for outcome in track(outcomes, 'label maps', len(files), console=Console(stderr=True),
+                             disable=not (progress and sys.stderr.isatty())):
             if outcome == 'written':
                 result.written += 1
             elif outcome == 'kept':
                 result.kept += 1
             else:
                 result.problems.append(outcome)
-            if bar:
-                bar.update()
-    if bar:
-        print(file=sys.stderr)
     return result
 
 
 def _convert(path: Path, force: bool) -> str:
     """Convert one file: ``'written'``, ``'kept'``, or what is wrong."""
+    target = path.with_name(path.name.removesuffix(RAW_SUFFIX) + TRAIN_SUFFIX)
     try:
         labels = _labels(path)
-    except ValueError as error:
+    except UNDECODABLE as error:
         return f'{path}: {error}'
-    strange = sorted(set(np.unique(labels).tolist()) - set(range(NUM_IDS)))
+    strange = [i for i in np.unique(labels).tolist() if i >= NUM_IDS]
     if strange:
-        return (f'{path}: ids {", ".join(map(str, strange[:_SHOWN]))}{" ..." if len(strange) > _SHOWN else ""} are none of '
-                f'Cityscapes\' 0..{NUM_IDS - 1}')
-    target = path.with_name(path.name.removesuffix(RAW_SUFFIX) + TRAIN_SUFFIX)
+        return f"{path}: ids {', '.join(map(str, strange[:5]))} are none of Cityscapes' 0..{NUM_IDS - 1}"
     wanted = to_train_ids(labels)
-    try:
-        if target.exists() and not force:
-            try:
-                same = np.array_equal(_labels(target), wanted)
-            except ValueError as error:
-                return f'{target}: is there already: {error} (--force replaces it)'
-            return 'kept' if same else f'{target}: is there already, and differs from {path.name} (--force replaces it)'
-        part = target.with_name(target.name + '.part')
+    if target.exists() and not force:
         try:
-            Image.fromarray(wanted).save(part, format='PNG')
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+            same = np.array_equal(_labels(target), wanted)
+        except UNDECODABLE:
+            same = False
+        return 'kept' if same else f'{target}: exists already, and differs from {path.name} (--force replaces it)'
+    content = io.BytesIO()
+    Image.fromarray(wanted).save(content, format='PNG')
+    try:
+        write_atomic(target, content.getvalue())
     except OSError as error:
         return f'{target}: cannot be written: {error.strerror or error}'
     return 'written'
 
 
 def _labels(path: Path) -> np.ndarray:
-    """A label map ``(H, W)`` as uint8.
-
-    Raises:
-        ValueError: If the file is none.
-    """
-    try:
-        problem = damage(path)
-        pixels = None if problem else np.asarray(Image.open(path))
-    except UNDECODABLE as error:
-        problem, pixels = f'cannot be decoded ({error})', None
-    if problem or pixels is None:
-        raise ValueError(problem)
+    """A label map ``(H, W)`` as uint8; ValueError or what Pillow raises if the file is none."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
     if pixels.ndim != 2 or pixels.dtype != np.uint8:
-        raise ValueError(f'{pixels.dtype} pixels of shape {pixels.shape}; a label map has one channel of 8 bits')
+        raise ValueError(f'{pixels.dtype} pixels of shape {pixels.shape}; a label map has one 8-bit channel')
     return pixels

@@ -1,4 +1,4 @@
-"""The heads of a model's config that tell the data's classes apart: how many they count, and how that is changed."""
+"""The heads in a model's config that predict the data's classes: their number of classes, and how to change it."""
 import inspect
 import re
 from collections.abc import Iterator
@@ -9,21 +9,21 @@ from mmengine.registry import MODELS, init_default_scope
 from replk_mm.data.datasets import as_list
 from replk_mm.errors import UserError
 
-#: Keys of a model's config that hold a head which tells all classes apart, or a list of such.
+#: Keys of a model's config with a head that predicts all classes, or a list of such.
 HEADS = ('decode_head', 'auxiliary_head', 'bbox_head', 'mask_head')
 #: Parts with classes of their own.
 _OTHERS = ('backbone', 'rpn_head', 'semantic_head')
-#: Types that stand where such heads do, and tell something else: STDC's tells borders of classes from their insides.
+#: Types in these places that predict something else: STDC's predicts borders of classes.
 _OTHER_TYPES = ('STDCHead',)
 
 
 def is_head(path: str) -> bool:
-    """Whether a path in a model (config or module) is a head that tells all classes apart."""
+    """Whether a path in a model (config or module) is a head that predicts all classes."""
     return re.sub(r'\.\d+$', '', path).rpartition('.')[2] in HEADS
 
 
 def tells_others(kind: str | type) -> bool:
-    """Whether a head of this type (as a config names it, or the class) tells something else apart than the data's classes."""
+    """Whether a head of this type (as a config names it, or the class) predicts something else than the data's classes."""
     names = [kind.rpartition('.')[2]] if isinstance(kind, str) else [base.__name__ for base in kind.__mro__]
     return any(name in _OTHER_TYPES for name in names)
 
@@ -46,18 +46,17 @@ def head_counts(model: dict) -> dict[str, int]:
     return {path: head['num_classes'] for path, head in _parts(model, 'model') if is_head(path) and 'num_classes' in head}
 
 
-def refuse_stuff(model: dict) -> None:
-    """Refuse names of classes for a model that tells things and stuff apart: names alone do not say which are which.
+def reject_stuff(model: dict) -> None:
+    """Reject names of classes for a model that distinguishes things and stuff: names alone do not say which are which.
 
     Raises:
         UserError: With the part's path.
     """
     for path, part in _panoptic_parts(model):
         if part.get('num_stuff_classes'):
-            raise UserError(
-                f'--classes: {path} tells {part.get("num_things_classes")} things and {part["num_stuff_classes"]} kinds of '
-                f'stuff apart, and names do not say which they are\nSet num_things_classes, num_stuff_classes and num_classes '
-                f'of every head, and metainfo of the data sets, in a config of your own.')
+            raise UserError(f'--classes: {path} has {part["num_stuff_classes"]} stuff classes, and names do not say which classes '
+                            f'are stuff\nSet num_things_classes, num_stuff_classes and num_classes of every head, and metainfo '
+                            f'of the data sets, in a config of your own.')
 
 
 def _panoptic_parts(model: dict) -> list[tuple[str, dict]]:

@@ -3,12 +3,10 @@
 A class that only one of them knows is an error that no library reports: mmdet drops annotations of other names, and trains.
 """
 import colorsys
+import contextlib
 import difflib
 import json
-import os
 import re
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,10 +18,11 @@ from replk_mm.errors import UserError
 
 #: Files in a data root that name its classes, one a line.
 CLASSES_FILE = 'classes.txt'
+_HOW = 'Give names separated by commas, or a file with one name a line.'
 
 
 def parse_classes(text: str) -> list[str]:
-    """Names of classes as a command line gives them.
+    """Names of classes as given on a command line.
 
     Args:
         text: ``NAME,NAME,...``, or a file with one name a line.
@@ -33,18 +32,16 @@ def parse_classes(text: str) -> list[str]:
     """
     if ',' not in text and Path(text).is_file():
         return _read_names(Path(text))
-    if ',' not in text and (Path(text).suffix or os.sep in text):
-        raise UserError(f'--classes {text}: no such file\nGive names with commas between them, or a file with one a line.')
+    if ',' not in text and (Path(text).suffix or '/' in text):
+        raise UserError(f'--classes {text}: no such file\n{_HOW}')
     return _checked([name.strip() for name in text.split(',')], text)
 
 
 def _read_names(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding='utf-8-sig').splitlines()  # editors of Windows put a mark before the first name
+        lines = path.read_text(encoding='utf-8-sig').splitlines()  # editors on Windows write a mark before the first name
     except (UnicodeDecodeError, OSError) as error:
-        what = f'byte {error.start:,} is not UTF-8' if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UserError(f'--classes {path}: the file cannot be read: {what}\n'
-                        f'Give a text file in UTF-8 with one name a line, or names with commas between them.') from error
+        raise UserError(f'--classes {path}: the file cannot be read as UTF-8 text: {error}\n{_HOW}') from error
     return _checked([line.strip() for line in lines if line.strip()], str(path))
 
 
@@ -52,12 +49,12 @@ def _checked(names: list[str], text: str) -> list[str]:
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if not names or not all(names) or twice:
         what = f'{twice[0]!r} occurs twice' if twice else 'a name is empty' if names else 'the file has no names'
-        raise UserError(f'--classes {text}: {what}\nGive names with commas between them, or a file with one a line.')
+        raise UserError(f'--classes {text}: {what}\n{_HOW}')
     return names
 
 
 def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
-    """Do what ``--classes`` says: give every data set of the config these classes, and every head their number.
+    """Apply ``--classes``: give every data set of the config these classes, and every head their number.
 
     Args:
         cfg: Changed in place.
@@ -71,7 +68,7 @@ def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
     Raises:
         UserError: If the names cannot be had, or do not say enough for this model.
     """
-    class_heads.refuse_stuff(cfg.model)
+    class_heads.reject_stuff(cfg.model)
     if text == 'auto':
         names, source, counted = found_classes(cfg, splits)
     else:
@@ -85,41 +82,29 @@ def _is_of_data(cfg: Config, text: str) -> bool:
 
 
 def found_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str, bool]:
-    """What ``--classes auto`` takes: the names, the file they stand in, and whether label ids count them.
+    """Names for ``--classes auto``, the file that has them, and whether label ids count them.
 
     Raises:
-        UserError: If nothing names the classes.
+        UserError: If no file names the classes.
     """
-    looked = []
+    tried = []
     for _, dataset in placed_datasets(cfg, tuple(dict.fromkeys(('train', *splits)))):
-        root = Path(dataset.get('data_root') or '.')
-        file = annotation_file(dataset)
+        file, root = annotation_file(dataset), Path(dataset.get('data_root') or '.')
         if file:
-            if file.is_file():
-                names = [category['name'] for category in coco.read(file)['categories']]
-                if not names:
-                    raise UserError(f'--classes auto: {file} has no categories\n'
-                                    f'Annotations need them, or name the classes: --classes NAME,NAME,...')
-                return names, str(file), False
-            looked.append(file)
+            if file.is_file() and (categories := coco.read(file)['categories']):
+                return [category['name'] for category in categories], str(file), False
+            tried.append(file)
             continue
-        looked += [root / CLASSES_FILE, root / 'meta.json']
-        if looked[-2].is_file():
-            return _read_names(looked[-2]), str(looked[-2]), True
-        meta = _demo_meta(looked[-1])
-        # A demo in the layout of Cityscapes has Cityscapes' labels.
-        if meta.get('classes') and 'train_ids' not in meta:
-            return list(meta['classes']), str(looked[-1]), True
-    raise UserError(f'--classes auto: nothing names the classes; looked for {", ".join(map(str, dict.fromkeys(looked)))}\n'
-                    f'Name them: --classes NAME,NAME,... or --classes FILE with one a line.')
-
-
-def _demo_meta(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        tried += [root / CLASSES_FILE, root / 'meta.json']
+        if tried[-2].is_file():
+            return _read_names(tried[-2]), str(tried[-2]), True
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            meta = json.loads(tried[-1].read_text(encoding='utf-8'))
+            # A demo in the layout of Cityscapes has Cityscapes' labels.
+            if meta.get('classes') and 'train_ids' not in meta:
+                return list(meta['classes']), str(tried[-1]), True
+    raise UserError(f'--classes auto: no file names the classes; tried {", ".join(map(str, dict.fromkeys(tried)))}\n'
+                    f'Name them: --classes NAME,NAME,... or --classes FILE with one name a line.')
 
 
 def set_classes(cfg: Config, names: Sequence[str], counted: bool = False) -> list[str]:
@@ -194,28 +179,6 @@ def listed(names: Sequence[str], most: int = 8) -> str:
 
 def did_you_mean(name: str, known: Sequence[str]) -> str | None:
     """The one of ``known`` that differs from ``name`` in case, spaces or a typing mistake only."""
-    def bare(text):
-        return re.sub(r'[\W_]+', '', text).casefold()
-
-    same = [other for other in known if bare(other) == bare(name)]
-    close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-    return close[0] if close else None
-
-
-def command_with(option: str, value: str) -> str:
-    """This process's command with an option set, ready to paste; the option alone outside the commands of this project."""
-    words = list(sys.argv)
-    if Path(words[0]).parent.name != 'tools':
-        return shlex.join([option, value])
-    if option in words:
-        i = words.index(option)
-        del words[i:i + 2]
-    start = ['torchrun', '--nproc-per-node', os.environ['LOCAL_WORLD_SIZE']] if 'TORCHELASTIC_RUN_ID' in os.environ else [
-        'python']
-    return shlex.join([*start, *[w for w in words if not w.startswith(f'{option}=')], option, value])
-
-
-def command_to_write(names: Sequence[str], path: str | Path) -> str:
-    """A command for the shell that writes names to a file, one a line."""
-    words = shlex.join(['printf', r'%s\n', *names])
-    return f'{words} > {shlex.quote(str(path))}'
+    plain = {re.sub(r'[\W_]+', '', other).casefold(): other for other in known}
+    close = difflib.get_close_matches(re.sub(r'[\W_]+', '', name).casefold(), plain, n=1, cutoff=0.85)
+    return plain[close[0]] if close else None

@@ -1,198 +1,157 @@
-"""COCO-style annotation files, read once a process: :func:`take` hands on what the checks have read."""
-import gc
-import json
-import shlex
+"""COCO-style annotation files: reading and validating them, and decoding their masks."""
+import functools
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from replk_mm.data.problems import BadData, Item, Problem, refuse, some
+import numpy as np
+from PIL import Image as PILImage
+from pycocotools import mask as rle
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
 
-_NUMBER, _NAME = (int, float), (int, str)
-#: What mmdet and pycocotools take for granted in every entry of a section, and its types; of those without, others tell.
-KEYS: dict[str, dict[str, tuple[type, ...]]] = {
-    'images': dict(id=_NAME, file_name=(str,), height=_NUMBER, width=_NUMBER), 'categories': dict(id=(int,), name=(str,)),
-    'annotations': dict(id=_NAME, image_id=_NAME, category_id=(int,), bbox=(), area=())}
-# Of an entry without one of these there is still something to say; without another, nothing tells what it belongs to.
-_MEASURES = {'height', 'width', 'bbox', 'area'}
-_MEND = "import json; p = {path}; d = json.load(open(p)); {what}; json.dump(d, open(p, 'w'))"
+from replk_mm.data.problems import BadData, Item, Problem, some
 
-
-@dataclass
-class Content:
-    """What an annotation file says.
-
-    Attributes:
-        data: The file's object. Entries of the sections in :data:`KEYS` have the keys that tell what they belong to, and no
-            key of a wrong type; others are left out.
-        ids: Of all images and of all categories, of those that are left out too; nothing of a section that is none.
-        problems: What is wrong with sections, keys and types; all of ``data`` is as in the file if that is nothing.
-    """
-
-    data: dict
-    ids: dict[str, set] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+_Id = int | str
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Side = Annotated[float, Field(ge=1, lt=1e6)]
+_STRICT = ConfigDict(extra='allow', strict=True)
+#: Pixels beyond which a polygon's coordinates are a mistake; pycocotools needs memory for the whole outline.
+_FARTHEST = 1e5
+_MOST_POINTS = 1e5
+#: Pixels of the largest image that Pillow decodes; no measure in pixels is larger.
+_LARGEST = 2 * (PILImage.MAX_IMAGE_PIXELS or 2**27)
 
 
-_read: dict[tuple, Content] = {}
+class Image(TypedDict):
+    """What mmdetection and pycocotools need of an image; so do the following of theirs."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    id: _Id
+    file_name: str
+    height: _Side
+    width: _Side
 
 
-def _key(path: Path) -> tuple:
-    state = path.stat()
-    return str(path.resolve()), state.st_size, state.st_mtime_ns
+class Category(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    id: int
+    name: str
 
 
-def content(path: Path) -> Content:
-    """What an annotation file says, and what is wrong with its sections and their keys.
+class Annotation(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    id: _Id
+    image_id: _Id
+    category_id: int
+    bbox: Annotated[list[_Number], Field(min_length=4, max_length=4)]
+    area: _Number
+    iscrowd: NotRequired[Annotated[int, Field(ge=0, le=1)]]
+
+
+class AnnotationFile(TypedDict):
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    images: list[Image]
+    categories: list[Category]
+    annotations: NotRequired[list[Annotation]]  # test images have none
+
+
+_FILE = TypeAdapter(AnnotationFile)
+
+
+def read(path: Path) -> AnnotationFile:
+    """The content of an annotation file; of the last few files it is kept until :func:`forget`.
 
     Raises:
-        BadData: If it is no JSON, or no annotation file.
+        BadData: If the file is no JSON, or lacks something that readers need.
     """
-    key = _key(path)
-    if key not in _read:
-        _read[key] = _checked(path, _parse(path))
-    return _read[key]
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise BadData([Problem('annotation-file-missing', str(path), error.strerror or str(error))]) from error
+    return _read(path, state.st_size, state.st_mtime_ns)
 
 
-def read(path: Path) -> dict:
-    """The content of an annotation file, its sections and their keys as they must be.
-
-    Raises:
-        BadData: If it is no JSON, or no annotation file, or anything is missing.
-    """
-    found = content(path)
-    refuse(found.problems, path)
-    return found.data
-
-
-def take(path: str | Path) -> dict | None:
-    """What :func:`read` has read of a file, once: the caller may change it. None if it has not, or the file changed since."""
-    found = _read.pop(_key(Path(path)), None) if Path(path).is_file() else None
-    return found.data if found and not found.problems else None
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, size: int, time: int) -> AnnotationFile:
+    try:
+        return _FILE.validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadData([Problem('json-invalid', str(path), f'cannot be read: {error.strerror}')]) from error
+    except ValidationError as error:
+        raise BadData(_problems(path, error)) from error
 
 
-def forget(but: Iterable[Path] = ()) -> None:
-    """Free what has been read, except of files that will be taken."""
-    kept = {_key(path) for path in but if path.is_file()}
-    for key in _read.keys() - kept:
-        del _read[key]
+def forget() -> None:
+    """Free the files that were read."""
+    _read.cache_clear()
 
 
-def category_counts(data: dict) -> dict[str, int]:
-    """Objects of every category by name, in the file's order."""
+def _problems(path: Path, error: ValidationError) -> list[Problem]:
+    """A problem for each field that is wrong, with all entries where it is."""
+    found: dict[tuple, dict[str, Item]] = {}
+    for one in error.errors(include_url=False, include_context=False):
+        place, text = one['loc'], one['msg']
+        if one['type'] == 'json_invalid':
+            what = 'the file is empty' if not path.stat().st_size else 'the file is cut off' if 'EOF' in text else 'not valid JSON'
+            return [Problem('json-invalid', str(path), f'{what} ({text})')]
+        entry = f'{place[0]}[{place[1]}]' if len(place) > 1 else ''
+        field = str(place[2]) if len(place) > 2 else ''
+        if one['type'] == 'missing':
+            entry, field = (entry, str(place[-1])) if entry else (str(place[0]), '')
+            text = f'no {field!r}' if field else 'this section is missing'
+        else:
+            text = f'{field} {one["input"]!r:.60}: {text}'.strip()
+        found.setdefault((place[:1], field, one['type']), {}).setdefault(entry, Item(text, entry))
+    return [Problem('coco-structure', str(path), f'{len(items):,} entries: ' * (len(items) > 1) + some(
+        f'{entry or "file"}: {item.found}' for entry, item in items.items()), items=tuple(items.values()))
+        for items in found.values()]
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite number that can be a measure in pixels."""
+    return isinstance(value, (int, float)) and abs(value) < _LARGEST
+
+
+def category_counts(data: Any) -> dict[str, int]:
+    """Objects of every category by name, in the order of the file."""
     objects = Counter(a['category_id'] for a in data.get('annotations', ()))
     counts: dict[str, int] = {}
-    for c in data['categories']:  # of which two may have one name
-        counts[c['name']] = counts.get(c['name'], 0) + objects[c['id']]
+    for category in data['categories']:  # of which two may have one name
+        counts[category['name']] = counts.get(category['name'], 0) + objects[category['id']]
     return counts
 
 
-def _unreadable(kind: str, path: Path, found: str, remedy: str = '') -> BadData:
-    problem = Problem(kind, str(path), found, remedy=remedy)
-    return BadData(f'{path}: {found}\n{problem.advice}', [problem])
+def mask_problem(mask: object, height: int, width: int) -> str | None:
+    """Why pycocotools cannot decode a mask; None if it can.
 
-
-def _parse(path: Path) -> Any:
+    Args:
+        mask: The ``segmentation`` of an annotation or detection: polygons, or RLE.
+        height: Height of its image, pixels.
+        width: Width of its image, pixels.
+    """
     try:
-        text = path.read_text(encoding='utf-8')
-    except UnicodeDecodeError as error:
-        raise _unreadable('json-not-text', path, f'not a text file: byte {error.start:,} is not UTF-8') from error
-    except OSError as error:
-        raise _unreadable('unreadable', path, f'cannot be read: {error.strerror or error}') from error
-    collecting = gc.isenabled()
-    gc.disable()  # millions of new objects and no garbage: looking for some takes as long as the rest
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        content = text.strip()
-        if not content:
-            raise _unreadable('json-empty', path, 'the file is empty') from error
-        cut = content.startswith('{') and not content.endswith('}')
-        there = text[max(0, error.pos - 20):error.pos + 20]
-        raise _unreadable(
-            'json-cut-off' if cut else 'json-invalid', path,
-            ('the file is cut off: ' if cut else '') + f'no valid JSON at line {error.lineno}, column {error.colno} '
-            f'(character {error.pos:,} of {len(text):,}): {error.msg}',
-            f'There it has {there!r}. Write or download it again.') from error
-    except RecursionError as error:
-        raise _unreadable('json-nesting', path, 'lists or objects nested too deeply to be read') from error
-    except ValueError as error:  # a number of thousands of digits
-        raise _unreadable('json-invalid', path, f'no valid JSON: {error}') from error
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def _checked(path: Path, data: Any) -> Content:
-    if not isinstance(data, dict):
-        raise _unreadable('coco-structure', path, f'no annotation file: it holds a {type(data).__name__}, not an object of '
-                          'images, annotations and categories', ('A list is what detections are written as. ' if isinstance(
-                              data, list) else '') + 'Name the file with the annotations (ann_file of the data set).')
-    found = Content(dict(data))
-    for section, keys in KEYS.items():
-        if section not in data and section == 'annotations':
-            continue  # of test images; who needs them says so
-        entries = data.get(section)
-        if isinstance(entries, list):
-            found.data[section], problems = _usable(path, section, entries)
-            if section != 'annotations':
-                kinds = keys['id']
-                found.ids[section] = {e['id'] for e in entries if isinstance(e, dict) and type(e.get('id')) in kinds}
-        else:
-            found.data[section] = []
-            what = f'is a {type(entries).__name__}' if section in data else f'is missing; there are {some(data)}'
-            problems = [Problem('coco-structure', str(path), f'{section!r} {what}',
-                                remedy='images, annotations and categories are lists.')]
-        found.problems += problems
-    return found
-
-
-def _usable(path: Path, section: str, entries: list) -> tuple[list[dict], list[Problem]]:
-    """The entries of a section as :class:`Content` has them, and what is wrong with the others."""
-    problems: list[Problem] = []
-    spoilt: dict[int, set[str]] = {}
-    strange = [i for i, e in enumerate(entries) if not isinstance(e, dict)]
-    if strange:
-        problems.append(Problem(
-            'coco-structure', str(path), f'{len(strange):,} of {len(entries):,} {section} are no objects: '
-            + some(f'{section}[{i}]' for i in strange), remedy=how_to_add(path, section, ''),
-            items=tuple(Item('no object', f'{section}[{i}]') for i in strange)))
-    for key, kinds in KEYS[section].items():
-        lacking = [i for i, e in enumerate(entries) if isinstance(e, dict) and key not in e]
-        if lacking:
-            named = [f'{section}[{i}]' if key == 'id' else f'id {entries[i].get("id")}' for i in lacking]
-            problems.append(Problem(
-                'coco-key-missing', str(path), f'{len(lacking):,} of {len(entries):,} {section} have no {key!r}: '
-                + some(named), remedy=how_to_add(path, section, key),
-                items=tuple(Item(f'no {key!r}', f'{section} {entry}') for entry in named)))
-        wrong = [i for i, e in enumerate(entries)
-                 if isinstance(e, dict) and key in e and type(e[key]) not in kinds] if kinds else []
-        if wrong:
-            meant = ' or '.join(k.__name__ for k in kinds)
-            problems.append(Problem(
-                'coco-type', str(path), f'{len(wrong):,} of {len(entries):,} {section} have a {key!r} that is no {meant}: '
-                + some(repr(entries[i][key])[:80] for i in wrong),
-                items=tuple(Item(f'{key} {entries[i][key]!r:.80}', f'{section}[{i}]') for i in wrong)))
-        for i in (*lacking, *wrong):
-            spoilt.setdefault(i, set()).add(key)
-    return entries if not problems else [
-        {key: value for key, value in e.items() if key not in spoilt[i]} if i in spoilt else e
-        for i, e in enumerate(entries) if isinstance(e, dict) and spoilt.get(i, set()) <= _MEASURES], problems
-
-
-def how_to_add(path: Path, section: str, key: str) -> str:
-    """A command that adds what can be known, for paste; or what to do."""
-    value = {'area': "a['bbox'][2] * a['bbox'][3]", 'iscrowd': '0'}.get(key)
-    if section != 'annotations' or value is None:
-        return 'Mend the program that wrote the file.'
-    return mend(path, f"[a.setdefault('{key}', {value}) for a in d['annotations']]",
-                "Add the boxes' areas (of masks, their own areas are better)" if key == 'area' else 'Say that none is a crowd')
-
-
-def mend(path: Path, what: str, says: str) -> str:
-    """A command for the shell that changes an annotation file ``d``."""
-    program = _MEND.format(path=repr(str(path)), what=what)
-    # Within double quotes it reads better, but there the shell takes these for its own.
-    return f'{says}:\n  python -c ' + (shlex.quote(program) if set(program) & set('"$`\\!') else f'"{program}"')
+        if isinstance(mask, dict):
+            counts = mask['counts']
+            if mask['size'] != [height, width]:
+                return f'RLE of size {mask["size"]!r:.40}, but the image is {height}x{width} (height x width)'
+            if height * width > _LARGEST:
+                return f'more than {_LARGEST:,} pixels'
+            if isinstance(counts, list):
+                if sum(counts) != height * width:
+                    return f'runs of {sum(counts):,} pixels, but the image has {height * width:,}'
+                mask = rle.frPyObjects(mask, height, width)
+            rle.decode(mask)
+            return None
+        if not isinstance(mask, list) or not mask:
+            return f'{mask!r:.40} is neither polygons nor RLE'
+        for polygon in mask:
+            points = np.array(polygon, np.float64)
+            if points.ndim != 1 or len(points) < 6 or len(points) % 2 or len(points) > _MOST_POINTS:
+                return f'a polygon of {len(polygon)} values; it needs pairs of coordinates, three or more'
+            if not np.abs(points).max() < _FARTHEST:
+                return 'a polygon with coordinates that are no pixels'
+        rle.frPyObjects(mask, height, width)
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
+        return f'cannot be decoded ({error})'
+    return None

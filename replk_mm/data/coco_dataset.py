@@ -4,7 +4,6 @@ from typing import Any
 from mmdet.datasets import CocoDataset as MMDetCocoDataset
 from mmdet.datasets.api_wrappers import COCO
 
-from replk_mm.data import coco
 from replk_mm.registry import DATASETS
 
 
@@ -15,15 +14,7 @@ def categories_by_name(api: COCO, classes: list[str] | tuple[str, ...]) -> list[
 
 
 class _ByName(COCO):
-    """pycocotools' index, which answers with one id for each class that is asked for."""
-
-    def __init__(self, annotation_file: Any = None) -> None:
-        parsed = coco.take(annotation_file) if annotation_file else None  # a large file takes half a minute to parse
-        super().__init__(None if parsed else annotation_file)
-        if parsed:
-            self.dataset = parsed
-            self.createIndex()
-            self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
+    """pycocotools' index, which returns one id for each class asked for."""
 
     def get_cat_ids(self, cat_names: Any = [], sup_names: Any = [], cat_ids: Any = []) -> list:  # noqa: B006 (mmdet's)
         return categories_by_name(self, cat_names)

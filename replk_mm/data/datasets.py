@@ -1,24 +1,16 @@
-"""The data sets and metrics in a config: where they stand, what class each is, what its arguments are."""
+"""The data sets and metrics in a config: where they are, what class each is, what its arguments are."""
 import inspect
-import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, init_default_scope
 
 from replk_mm.errors import UserError
 
-#: What the fields of a data set and of a metric are, as far as they are read here: kinds, and how to write one.
-_PATH: tuple[tuple[type, ...], str] = ((str, os.PathLike), 'one path as text')
-_DATASET: dict[str, tuple[tuple[type, ...], str]] = {
-    'data_root': _PATH, 'ann_file': _PATH,
-    'data_prefix': ((dict,), "dict(img_path='...', seg_map_path='...'), or dict(img='...') with annotation files"),
-    'metainfo': ((dict,), "dict(classes=('...',))"), 'filter_cfg': ((dict,), 'dict(filter_empty_gt=True, min_size=32)')}
-_METRIC = {'ann_file': _PATH}
-
 
 def datasets_of(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[ConfigDict]:
-    """The leaf datasets of the data loaders, wrappers (repeat, concatenate) opened."""
+    """The leaf data sets of the data loaders, wrappers (repeat, concatenate) opened."""
     for _, dataset in placed_datasets(cfg, splits):
         yield dataset
 
@@ -27,71 +19,48 @@ def placed_datasets(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'tes
     """As :func:`datasets_of`, with the path of each, such as ``train_dataloader.dataset.dataset``.
 
     Raises:
-        UserError: If one, or a field of it that is read here, is of another kind than data sets have there.
+        UserError: If one is no data set.
     """
     for split in splits:
-        place = f'{split}_dataloader'
-        loader = cfg.get(place)
+        loader = cfg.get(f'{split}_dataloader')
         if loader:
-            _check(place, loader, (dict,), "dict(batch_size=..., dataset=dict(type='...', ...))")
-            if 'dataset' not in loader:
-                raise UserError(f'{place}.dataset is missing; there are {", ".join(loader)}\n'
-                                f"Write {place}.dataset=dict(type='...', ...).")
-            yield from _leaves(loader['dataset'], f'{place}.dataset')
+            yield from _leaves(loader.get('dataset') if isinstance(loader, dict) else loader, f'{split}_dataloader.dataset')
 
 
-def _leaves(dataset: ConfigDict, path: str) -> Iterator[tuple[str, ConfigDict]]:
-    _check(path, dataset, (dict,), "dict(type='...', data_root='...', ...)")
+def _leaves(dataset: Any, path: str) -> Iterator[tuple[str, ConfigDict]]:
+    if not isinstance(dataset, dict) or 'type' not in dataset:
+        raise UserError(f'{path}={dataset!r:.80}: this is no data set\nWrite {path}=dict(type=..., data_root=..., ...).')
     inner = [(f'{path}.dataset', part) for part in as_list(dataset.get('dataset'))]
     inner += [(f'{path}.datasets.{i}', part) for i, part in enumerate(as_list(dataset.get('datasets')))]
     if not inner:
-        _check_fields(path, dataset, _DATASET)
-        for key, folder in (dataset.get('data_prefix') or {}).items():
-            if folder is not None:
-                _check(f'{path}.data_prefix.{key}', folder, *_PATH)
         yield path, dataset
     for place, part in inner:
         yield from _leaves(part, place)
 
 
 def placed_metrics(cfg: Config, split: str) -> dict[str, ConfigDict]:
-    """Configs of what is measured on a split, by their path; none on the one that is trained with.
+    """Configs of the metrics of a split, by their path; none of the one that is trained on.
 
     Raises:
-        UserError: As :func:`placed_datasets`.
+        UserError: If one is no metric.
     """
     key = f'{split}_evaluator'
     evaluator = cfg.get(key)
     metrics = {f'{key}.{i}' if isinstance(evaluator, (list, tuple)) else key: metric
                for i, metric in enumerate(as_list(evaluator))}
     for place, metric in metrics.items():
-        _check(place, metric, (dict,), "dict(type='...', ...)")
-        if 'metrics' not in metric:  # which mmengine takes for an evaluator, of a type that need not be said
-            _check_fields(place, metric, _METRIC)
+        if not isinstance(metric, dict):
+            raise UserError(f'{place}={metric!r:.80}: this is no metric\nWrite {place}=dict(type=..., ...).')
     return metrics
 
 
-def _check_fields(place: str, config: dict, fields: dict[str, tuple[tuple[type, ...], str]]) -> None:
-    if config.get('type') is None:
-        raise UserError(f'{place} has no type; it has {", ".join(config) or "nothing"}\n'
-                        f'Set {place}.type, the name of its class.')
-    for key, (kinds, written) in fields.items():
-        if config.get(key) is not None:
-            _check(f'{place}.{key}', config[key], kinds, written)
-
-
-def _check(place: str, value: object, kinds: tuple[type, ...], written: str) -> None:
-    if not isinstance(value, kinds):
-        raise UserError(f'{place}={value!r}: a {type(value).__name__}\nWrite it as {written}.')
-
-
 def as_list(value) -> list:
-    """``value`` as a list: itself, of one, or empty for None."""
+    """``value`` as a list: itself, of one item, or empty for None."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def dataset_class(dataset: dict, scope: str) -> type:
-    """The class that a data set's ``type`` names.
+    """The class that the ``type`` of a data set names.
 
     Raises:
         UserError: If there is none.
@@ -107,7 +76,7 @@ def dataset_class(dataset: dict, scope: str) -> type:
 
 
 def dataset_option(dataset: dict, builder: type, key: str, fallback):
-    """An argument of a data set: as its config says, or its type's default, or ``fallback``."""
+    """An argument of a data set: from its config, or its type's default, or ``fallback``."""
     if key in dataset:
         return dataset[key]
     for owner in builder.__mro__:
@@ -118,15 +87,12 @@ def dataset_option(dataset: dict, builder: type, key: str, fallback):
 
 
 def coco_style(dataset: dict, scope: str) -> bool:
-    """Whether a data set reads COCO's instance annotations, and its images by the names that stand there."""
+    """Whether a data set reads COCO's instance annotations, and images by the file names in them."""
     kind = dataset_class(dataset, scope)
     index = getattr(kind, 'COCOAPI', None)
-    if index is None or not str(dataset.get('ann_file') or '').endswith('.json'):
+    if index is None or 'Panoptic' in index.__name__ or not str(dataset.get('ann_file') or '').endswith('.json'):
         return False
-    # The panoptic ones have their objects a level deeper, and an index of their own.
-    if any('Panoptic' in base.__name__ for base in index.__mro__):
-        return False
-    # LVIS, Objects365 and whoever else lists images in a way of their own: they make other names of those in the file.
+    # Others (LVIS, Objects365) have a loader of their own, which changes the file names.
     reader = next((base for base in kind.__mro__ if 'load_data_list' in vars(base)), None)
     return reader is not None and (reader.__module__, reader.__name__) == ('mmdet.datasets.coco', 'CocoDataset')
 

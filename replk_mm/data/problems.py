@@ -1,19 +1,82 @@
-"""What is wrong with data: one finding, how severe its kind is, what to do about it, and how a message says it."""
-from collections.abc import Iterable, Sequence
+"""Problems of data sets: one finding, how severe its kind is, and what to do about it."""
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import NamedTuple
 
-from replk_mm.data.problem_kinds import KINDS
-from replk_mm.errors import UserError, printable
+from replk_mm.errors import UserError
 
 SEVERITIES = ('error', 'warning', 'note')
-#: Examples that a message gives of one kind.
+#: Examples of one kind in a message.
 SHOWN = 5
+
+_REPLACE = 'Replace these files, or remove each with its partner.'
+_LABELS = 'Write label maps as PNG with one 8-bit channel: the class index of each pixel.'
+_BOX = 'A bbox is [x, y, width, height] in pixels; mmdetection ignores annotations with such boxes.'
+
+#: Severity and remedy of each kind of problem. An error would stop a training or make it learn something else than is meant;
+#: a warning is probably a mistake; a note is worth knowing. Names are part of the JSON format.
+KINDS: dict[str, tuple[str, str]] = {
+    # folders and pairs
+    'data-root-missing': ('error', 'Name the folder of the data set with --data-root DIR.'),
+    'folder-missing': ('error', 'Name the data root with --data-root DIR, or set data_prefix of the data set.'),
+    'annotation-file-missing': ('error', 'Name the data root with --data-root DIR, or set ann_file of the data set.'),
+    'ade-full-release': ('error', 'Download the benchmark release, ADEChallengeData2016.zip, from '
+                                  'http://data.csail.mit.edu/places/ADEchallenge/ and name its folder with --data-root.'),
+    'dataset-invalid': ('error', 'Fix the fields of the data set in the config, or the file they name.'),
+    'no-images': ('error', 'Check the data root, or set img_suffix of the data set.'),
+    'image-missing': ('error', 'Add the images, or remove the entries that name them.'),
+    'label-missing': ('error', 'Add the label maps, or remove the images.'),
+    'label-without-image': ('note', 'Nothing reads these label maps; add their images, or remove them.'),
+    'suffix-ignored': ('warning', 'Rename or convert these images, or set img_suffix of the data set.'),
+    'cityscapes-raw-labels': ('error', 'Convert the labels: python tools/convert_cityscapes.py ROOT'),
+    'leak': ('warning', 'Scores on images that were trained on are too good; remove them from one of the two.'),
+    'duplicate-image': ('warning', 'These images count twice; remove all but one.'),
+    # files
+    'unreadable': ('error', _REPLACE),
+    'size-mismatch': ('error', _REPLACE),
+    'exif-turned': ('error', 'Training rotates the image by its EXIF tag, but not the label: rotate the pixels and drop the tag '
+                             '(exiftran -ai), or rotate the label map.'),
+    'exif-orientation': ('warning', 'Training rotates the image by its EXIF tag: make sure that the label was drawn on the '
+                                    'rotated image, or drop the tag.'),
+    # label maps
+    'label-channels': ('error', _LABELS),
+    'label-lossy': ('error', f'JPEG changes label ids at every border. {_LABELS}'),
+    'label-out-of-range': ('error', 'Set num_classes of every head and the classes of the data set, or correct the labels.'),
+    'label-all-ignored': ('warning', 'Nothing is learned from such images; check their labels.'),
+    'reduce-zero-pipeline': ('error', 'Set reduce_zero_label at the data set only; the pipeline takes it from there.'),
+    'reduce-zero-on': ('warning', 'If 0 is a class, set reduce_zero_label=False: with True every class is off by one.'),
+    'reduce-zero-off': ('warning', 'If 0 is "unlabeled", set reduce_zero_label=True: with False every class is off by one.'),
+    'class-absent': ('note', 'These classes can be neither learned nor scored here.'),
+    'classes-mismatch': ('error', 'Name the classes: --classes NAME,NAME,...'),
+    # annotation files
+    'json-invalid': ('error', 'Write or download the file again.'),
+    'coco-structure': ('error', 'Correct the program that wrote the file: https://cocodataset.org/#format-data'),
+    'coco-no-annotations': ('error', 'Name a file with images and annotations (ann_file of the data set).'),
+    'iscrowd-missing': ('error', "Add 'iscrowd': 0 to every annotation; pycocotools needs it to score."),
+    'segmentation-missing': ('error', 'Add the masks, or use a config without masks (FCOS, Faster R-CNN).'),
+    'id-repeated': ('error', 'Give each entry an id of its own.'),
+    'name-repeated': ('error', 'Give each category a name of its own.'),
+    'file-repeated': ('warning', 'These images count twice, each time with some of the objects; merge their entries.'),
+    'id-unscorable': ('error', 'Number the annotations from 1: pycocotools takes id 0 for "not found".'),
+    'image-unknown': ('error', 'Add the images, or remove these annotations.'),
+    'category-unknown': ('error', 'Add the categories, or remove these annotations.'),
+    'stated-size': ('error', 'Replace these images, or correct their width and height in the annotation file.'),
+    'bbox-flat': ('error', _BOX),
+    'bbox-outside': ('error', _BOX),
+    'bbox-corners': ('error', 'A bbox is [x, y, width, height]; these look like [x1, y1, x2, y2].'),
+    'bbox-beyond': ('note', 'Training clips these boxes to the image.'),
+    'mask-undecodable': ('error', 'A segmentation is a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], ...], or an RLE of the '
+                                  'size of its image.'),
+    'metric-file': ('error', 'Set ann_file of the metric to that of the data set.'),
+    'nothing-to-train': ('error', 'Check the classes (--classes) and filter_cfg of the data set.'),
+    'left-out': ('note', 'Set filter_cfg of the data set to train on these images, too.'),
+}
 
 
 class Item(NamedTuple):
-    """One of several findings of the same kind: what was found, in which entry of the file, or in which other file."""
+    """One of several findings of a kind: what was found, in which entry of the file, or in which other file."""
 
     found: str
     entry: str = ''
@@ -25,12 +88,12 @@ class Problem:
     """A finding, or all findings of one kind in a file or folder.
 
     Attributes:
-        kind: A key of :data:`replk_mm.data.problem_kinds.KINDS`.
+        kind: A key of :data:`KINDS`.
         path: The file or folder.
         found: What was found; of several findings, their number and the first ones.
-        allowed: What it may be. Defaults to nothing, where that is plain.
-        remedy: What to do; that of the kind unless given.
-        severity: That of the kind unless given.
+        allowed: What it may be. Defaults to nothing.
+        remedy: What to do. Defaults to the kind's.
+        severity: One of :data:`SEVERITIES`. Defaults to the kind's.
         items: All findings, where there are several.
     """
 
@@ -42,73 +105,49 @@ class Problem:
     severity: str = ''
     items: tuple[Item, ...] = ()
 
-    @property
-    def weight(self) -> str:
-        """One of :data:`SEVERITIES`."""
-        return self.severity or KINDS[self.kind].severity
+    def __post_init__(self) -> None:
+        severity, remedy = KINDS[self.kind]
+        object.__setattr__(self, 'severity', self.severity or severity)
+        object.__setattr__(self, 'remedy', self.remedy or remedy)
 
-    @property
-    def advice(self) -> str:
-        """What to do."""
-        return self.remedy or KINDS[self.kind].remedy
+    def __str__(self) -> str:
+        return f'{self.path}: {self.found}' + (f'; allowed: {self.allowed}' if self.allowed else '')
 
-    @property
-    def text(self) -> str:
-        """What was found, and what is allowed."""
-        return self.found + (f'; allowed: {self.allowed}' if self.allowed else '')
-
-    def listed(self) -> Iterable[tuple[str, str, str]]:
-        """Path, entry and finding of every single one."""
+    def listed(self) -> Iterator[tuple[str, str, str]]:
+        """Path, entry and finding of every single item."""
         for item in self.items or (Item(self.found),):
             yield item.path or self.path, item.entry, item.found
 
 
 class BadData(UserError):
-    """Data that cannot be used as they are; ``problems`` has all that is known."""
+    """Data that cannot be used; ``problems`` has all findings."""
 
-    def __init__(self, message: str, problems: Sequence[Problem]) -> None:
-        super().__init__(message)
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        errors = [problem for problem in problems if problem.severity == 'error']
+        lines = [str(problem) for problem in errors[:SHOWN]]
+        if len(errors) > SHOWN:
+            lines.append(f'... and {len(errors) - SHOWN:,} more (tools/check_data.py lists all)')
+        super().__init__('\n'.join([*lines, *dict.fromkeys(problem.remedy for problem in errors[:SHOWN])]))
         self.problems = list(problems)
 
 
-def errors(problems: Iterable[Problem]) -> list[Problem]:
-    """Those that forbid to use the data."""
-    return [problem for problem in problems if problem.weight == 'error']
+def reject_errors(problems: Sequence[Problem]) -> None:
+    """Raise :class:`BadData` if any problem is an error."""
+    if any(problem.severity == 'error' for problem in problems):
+        raise BadData(problems)
 
 
-def refuse(problems: Sequence[Problem], of: str | Path | None = None) -> None:
-    """Refuse data if something forbids to use them.
-
-    Args:
-        problems: What was found, of any severity.
-        of: The file that they were found through, named first; None where each problem's own path is enough.
-
-    Raises:
-        BadData: With the first findings, and what to do about each kind.
-    """
-    bad = errors(problems)
-    if not bad:
-        return
-    shown = SHOWN if of is None else sum(p.path == str(of) for p in bad) + SHOWN
-    lines = [p.text if p.path == str(of) else f'{p.path}: {p.text}' for p in bad[:shown]]
-    if of is not None:
-        lines = [f'{of}: {lines[0]}', *(f'  and {line}' for line in lines[1:])]
-    more = [f'... and {len(bad) - shown:,} more (tools/check_data.py names all)'] if len(bad) > shown else []
-    raise BadData('\n'.join([*lines, *more, *dict.fromkeys(p.advice for p in bad if p.advice)]), problems)
-
-
-def warnings(problems: Iterable[Problem]) -> list[str]:
-    """A line for each kind of warning among them, with the first file and how many more there are."""
-    kinds: dict[str, list[Problem]] = {}
+def summary_lines(problems: Iterable[Problem]) -> list[str]:
+    """A line for each kind of warning and note, with the first file and the number of others."""
+    kinds: dict[tuple[str, str], list[Problem]] = defaultdict(list)
     for problem in problems:
-        if problem.weight == 'warning':
-            kinds.setdefault(problem.kind, []).append(problem)
-    return [printable(f'warning: {first.path}: {first.text}' + (f' (and {len(rest)} more such files)' if rest else ''))
-            for first, *rest in kinds.values()]
+        if problem.severity != 'error':
+            kinds[problem.severity, problem.kind].append(problem)
+    return [f'{severity}: {first}' + (f' (and {len(rest)} more)' if rest else '')
+            for (severity, _), (first, *rest) in sorted(kinds.items(), key=lambda item: SEVERITIES.index(item[0][0]))]
 
 
 def some(values: Iterable) -> str:
-    """The first few of ``values``, said to be more."""
-    shown = [str(value) for _, value in zip(range(SHOWN + 1), values, strict=False)]
+    """The first few of ``values``, with an ellipsis if there are more."""
+    shown = [str(value) for value in islice(values, SHOWN + 1)]
     return ', '.join(shown[:SHOWN]) + (' ...' if len(shown) > SHOWN else '')
-

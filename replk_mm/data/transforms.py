@@ -1,25 +1,21 @@
-"""Checks inside the data pipeline: a bad file is named when it is read, not by a crash three layers up."""
-from pathlib import Path
-
+"""Transforms of the data pipeline: loading that names the file it fails on, and labels at the resolution of the logits."""
 import numpy as np
 from mmcv.transforms import BaseTransform
 
-from replk_mm.data.coco_masks import mask_problem
-from replk_mm.data.files import IGNORED, damage, oversize
-from replk_mm.data.pairs import not_a_label_map, out_of_range
+from replk_mm.data.checks.images import not_a_label_map, out_of_range
+from replk_mm.data.coco import mask_problem
+from replk_mm.data.files import IGNORED, check_whole
 from replk_mm.errors import UserError
 from replk_mm.registry import TRANSFORMS
-
-_REMEDY = 'Replace the file, or remove it and its partner from the data set.'
 
 
 @TRANSFORMS.register_module()
 class CheckedLoad(BaseTransform):
-    """Run a loading transform; name the file if it cannot be read or holds labels that no class has.
+    """Run a loading transform; name the file if it cannot be read or contains labels of no class.
 
     Args:
         load: Config of the transform, such as ``dict(type='LoadAnnotations')``.
-        num_classes: Classes of the model; None checks no labels. Defaults to None.
+        num_classes: Number of classes of the model; None does not check labels. Defaults to None.
     """
 
     def __init__(self, load: dict, num_classes: int | None = None) -> None:
@@ -28,59 +24,49 @@ class CheckedLoad(BaseTransform):
 
     def transform(self, results: dict) -> dict | None:
         loads_labels = 'img' in results
-        # Of a data set with boxes the annotations are not in a file of the image's own.
-        entries = loads_labels and not results.get('seg_map_path')
-        path = Path(str(results.get('seg_map_path' if loads_labels and not entries else 'img_path') or ''))
+        path = str(results.get('seg_map_path' if loads_labels else 'img_path') or '')
         try:
-            problem = (damage(path) or oversize(path)) if path.is_file() and not entries else None
-            if problem:
-                raise UserError(f'{path}: {problem}\n{_REMEDY}')
-            if entries and getattr(self.load, 'with_mask', False):
-                self._check_masks(results)
+            if path:
+                check_whole(path)
+            elif loads_labels and getattr(self.load, 'with_mask', False):
+                _check_masks(results)
             out = self.load(results)
-        except UserError:
-            raise
-        except Exception as error:
-            # Decoders raise anything from OSError to cv2.error; all of them mean this file.
-            if entries:
-                raise UserError(f'{path}: its annotations cannot be read ({type(error).__name__}: {error})\n'
-                                f'Mend the entries of image {results.get("img_id")!r} in the annotation file.') from error
-            raise UserError(f'{path}: cannot be read ({type(error).__name__}: {error})\n{_REMEDY}') from error
+        except Exception as error:  # decoders raise anything from OSError to cv2.error
+            where = path or f'annotations of {results.get("img_path")}'
+            raise UserError(f'{where}: cannot be read ({error})\n'
+                            f'Replace the file, or remove it and its partner from the data set.') from error
         if loads_labels and out is not None and 'gt_seg_map' in out:
-            if out['gt_seg_map'].ndim != 2:
-                raise UserError(f'{path}: {not_a_label_map(out["gt_seg_map"])}\n{_REMEDY}')
-            if self.num_classes is not None:
-                self._check_ids(out, path, self.num_classes)
+            self._check_ids(out, path)
         return out
 
-    @staticmethod
-    def _check_masks(results: dict) -> None:
-        for instance in results.get('instances', ()):
-            problem = mask_problem(instance['mask'], results['ori_shape']) if 'mask' in instance else None
-            if problem:
-                raise ValueError(f'{problem}, box {instance.get("bbox")}')
-
-    def _check_ids(self, results: dict, path: Path, num_classes: int) -> None:
-        ids = np.unique(results['gt_seg_map'])
-        wrong = ids[(ids >= num_classes) & (ids != IGNORED)]
+    def _check_ids(self, results: dict, path: str) -> None:
+        labels = results['gt_seg_map']
+        if labels.ndim != 2:
+            raise UserError(f'{path}: {not_a_label_map(labels)}\nReplace the file, or remove it and its image.')
+        if self.num_classes is None:
+            return
+        ids = np.unique(labels)
+        wrong = ids[(ids >= self.num_classes) & (ids != IGNORED)]
         if len(wrong):
-            shift = 1 if results.get('reduce_zero_label') else 0
-            raise UserError(label_range_message(path, (wrong + shift).tolist(), num_classes, bool(shift)))
+            shift = bool(results.get('reduce_zero_label'))
+            problem = out_of_range(path, (wrong + shift).tolist(), self.num_classes, shift)
+            raise UserError(f'{problem}\n{problem.remedy}')
 
 
-def label_range_message(path: Path, found: list[int], num_classes: int, reduce_zero_label: bool) -> str:
-    """What to say of label ids, as they stand in the file, that no class has."""
-    problem = out_of_range(str(path), found, num_classes, reduce_zero_label)
-    return f'{path}: {problem.text}\n{problem.advice}'
+def _check_masks(results: dict) -> None:
+    for instance in results.get('instances', ()):
+        problem = mask_problem(instance['mask'], *results['ori_shape'][:2]) if 'mask' in instance else None
+        if problem:
+            raise ValueError(f'mask of box {instance.get("bbox")}: {problem}')
 
 
 @TRANSFORMS.register_module()
 class ShrinkLabels(BaseTransform):
-    """Keep one label of every ``factor`` x ``factor`` block, so that the loss is taken at the logits' own resolution.
+    """Keep one label of every ``factor`` x ``factor`` block, so that the loss is computed at the resolution of the logits.
 
-    With 150 classes, logits brought to full resolution and their log-softmax are most of a small model's training step on a
-    CPU. Images keep their size. Put it after every transform that moves pixels, and see that no image is smaller than the
-    crop: padding is counted in image pixels.
+    With 150 classes, upsampled logits and their log-softmax take most of a small model's training step on a CPU. Images keep
+    their size. Put it after every transform that moves pixels, and make sure that no image is smaller than the crop: padding
+    is counted in image pixels.
 
     Args:
         factor: Side of a block in pixels; the stride of the logits, 4 for UperNet.
@@ -95,7 +81,7 @@ class ShrinkLabels(BaseTransform):
     def transform(self, results: dict) -> dict:
         labels = results['gt_seg_map']
         if labels.shape[0] % self.factor or labels.shape[1] % self.factor:
-            raise UserError(f'{results.get("seg_map_path")}: ShrinkLabels(factor={self.factor}) met a map of '
+            raise UserError(f'{results.get("seg_map_path")}: ShrinkLabels(factor={self.factor}) got a map of '
                             f'{labels.shape[0]}x{labels.shape[1]} after cropping\n'
                             f'Make the crop size a multiple of the factor, and resize images to at least the crop before it.')
         # The label nearest to the block's centre, where the logit of the block is.

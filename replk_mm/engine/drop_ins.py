@@ -4,8 +4,6 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from replk_mm.data import coco
-from replk_mm.data.classes import annotation_file
 from replk_mm.data.datasets import datasets_of, placed_metrics
 
 _METRICS = {name: f'replk_mm.{kind}' for kind, scope in (('IoUMetric', 'mmseg'), ('CocoMetric', 'mmdet'))
@@ -15,8 +13,6 @@ _DATASETS = dict.fromkeys(('CocoDataset', 'mmdet.CocoDataset'), 'replk_mm.CocoDa
 
 def use_drop_ins(cfg: Config) -> list[ConfigDict]:
     """Let metrics keep the figures of every class, COCO labels go by name, and augmented testing hold one sum of its views.
-
-    Our data sets take the annotations that the checks have read; those that none of them takes are freed.
 
     Args:
         cfg: Changed in place.
@@ -37,9 +33,6 @@ def use_drop_ins(cfg: Config) -> list[ConfigDict]:
             if ours == 'replk_mm.IoUMetric' or (ours and by_name):
                 metric['type'] = ours
                 found.append(metric)
-    # A data set of the user's own reads for itself, and some files are read for their classes only.
-    coco.forget(but=[file for dataset in datasets_of(cfg) if dataset['type'] == 'replk_mm.CocoDataset'
-                     and (file := annotation_file(dataset))])
     return found
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 from replk_mm import checkpoints
-from replk_mm.data.class_checks import check_heads, compare_with_checkpoint
+from replk_mm.data.checks.classes import check_heads, compare_with_checkpoint
 from replk_mm.data.datasets import coco_style, datasets_of
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.drop_ins import export_predictions, use_drop_ins

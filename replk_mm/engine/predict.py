@@ -10,8 +10,8 @@ from mmengine.config import Config
 from mmengine.structures import BaseDataElement
 
 from replk_mm.data.classes import classes_of
-from replk_mm.data.colour_images import read_image
 from replk_mm.data.datasets import dataset_class, datasets_of
+from replk_mm.data.files import read_image
 from replk_mm.engine.machine import select_device
 from replk_mm.engine.prepare import num_classes_of
 from replk_mm.errors import UserError

@@ -5,9 +5,9 @@ import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 
 from replk_mm import checkpoints
-from replk_mm.data.checks import check_data
-from replk_mm.data.class_checks import check_classes, check_heads
-from replk_mm.data.class_heads import head_counts, is_head, tells_others
+from replk_mm.data.checks.audit import check_data
+from replk_mm.data.checks.classes import check_heads
+from replk_mm.data.class_heads import is_head, tells_others
 from replk_mm.data.classes import use_classes
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
@@ -76,12 +76,7 @@ def prepare_data(cfg: Config, options: Options, splits: tuple[str, ...]) -> list
     if options.data_root:
         set_data_root(cfg, options.data_root)
     notes = use_classes(cfg, options.classes, splits) if options.classes is not None else []
-    counts = head_counts(cfg.model)
-    check_heads(cfg, counts)
-    labels = [count for path, count in counts.items() if '.decode_head' in path]
-    notes += check_data(cfg, splits, labels[-1] if labels else None)
-    notes += check_classes(cfg, splits)
-    return notes
+    return notes + check_data(cfg, splits)
 
 
 def check_while_loading(cfg: Config, num_classes: int | None) -> None:

@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import find_latest_checkpoint
 
 from replk_mm import checkpoints
-from replk_mm.data.class_checks import compare_with_checkpoint
+from replk_mm.data.checks.classes import compare_with_checkpoint
 from replk_mm.engine import resume_state
 from replk_mm.engine.machine import Options
 from replk_mm.errors import UserError

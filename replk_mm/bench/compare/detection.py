@@ -15,9 +15,8 @@ from pycocotools.cocoeval import COCOeval
 from replk_mm.bench.compare.results import Result, Source, config_of
 from replk_mm.data import coco
 from replk_mm.data.classes import annotation_file, listed
-from replk_mm.data.coco_masks import rle_problem
-from replk_mm.data.coco_shapes import is_number
 from replk_mm.data.datasets import datasets_of
+from replk_mm.data.problems import some
 from replk_mm.errors import UserError
 
 #: IoU from which a detection is right.
@@ -80,7 +79,7 @@ def open_objects(a: Result, source: Source, root: str | None, kind: str) -> Obje
     if not file.is_file():
         raise UserError(f'{file}: no such annotation file\nName the folder of the data set with --data-root DIR.')
     data = coco.read(file)
-    coco.take(file)
+    coco.forget()
     counts = coco.category_counts({**data, 'annotations': [o for o in data.get('annotations', ()) if not o.get('iscrowd')]})
     for name, size in a.sizes().items():
         if counts.get(name) != size:
@@ -148,7 +147,7 @@ def open_detections(result: Result, objects: Objects, kind: str, least_score: fl
                or {d['category_id'] for d in sure} - objects.classes.keys())
     if strange:
         raise UserError(f'{file}: detections are in images or of categories that the annotations do not have: ids '
-                        f'{coco.some(sorted(strange, key=str))}\nName the data of the test with --data-root DIR.')
+                        f'{some(sorted(strange, key=str))}\nName the data of the test with --data-root DIR.')
     for i, detection in enumerate(sure, 1):
         if kind == 'segm':
             detection['area'] = float(masks.area(detection['segmentation']))
@@ -163,7 +162,7 @@ def _problem(detection: dict, objects: Objects, kind: str) -> str | None:
     bbox, image_id = detection['bbox'], detection['image_id']
     if not all(isinstance(detection[key], (int, str)) for key in ('image_id', 'category_id')):
         return 'an id that is no number or text'
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(is_number(part) for part in (*bbox, detection['score'])):
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(coco.is_number(part) for part in (*bbox, detection['score'])):
         return f'bbox {str(bbox):.60}, score {str(detection["score"]):.20}'
     if kind == 'bbox' or image_id not in objects.images:
         return None
@@ -171,7 +170,7 @@ def _problem(detection: dict, objects: Objects, kind: str) -> str | None:
     if not isinstance(mask, dict) or not isinstance(mask.get('counts'), str) or mask.get('size') != [
             image['height'], image['width']]:
         return f"its mask is no compressed RLE of the image's size, {image['height']}x{image['width']}"
-    return rle_problem(mask)
+    return coco.mask_problem(mask, image['height'], image['width'])
 
 
 def match(objects: Objects, detections: COCO, ids: Iterable[int | str], kind: str,

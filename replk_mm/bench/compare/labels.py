@@ -10,7 +10,7 @@ from mmengine.registry import DATASETS
 from PIL import Image
 
 from replk_mm.bench.compare.results import Result, Source, config_of
-from replk_mm.data.checks import check_data
+from replk_mm.data.checks.audit import check_data
 from replk_mm.data.datasets import as_list, dataset_class, datasets_of
 from replk_mm.data.files import IGNORED, UNDECODABLE
 from replk_mm.errors import UserError
@@ -69,7 +69,7 @@ def open_labels(result: Result, source: Source, root: str | None) -> Labels:
         UserError: If data or predictions are missing.
     """
     cfg = config_of(result, source, root)
-    check_data(cfg, ('test',), None)
+    check_data(cfg, ('test',))
     scope = cfg.get('default_scope', 'mmengine')
     found: list[tuple[dict, Callable[[dict], dict]]] = []
     datasets = []

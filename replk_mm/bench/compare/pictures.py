@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from replk_mm.bench.compare.results import Result
-from replk_mm.data.colour_images import read_image
+from replk_mm.data.files import read_image
 from replk_mm.engine.predict import write_picture
 from replk_mm.errors import UserError
 from replk_mm.visualize import draw_instances, legend, overlay, sheet

@@ -8,8 +8,7 @@ import numpy as np
 
 from replk_mm.bench.report.label_examples import WIDTH, Data, Example, Shown, choose, photo
 from replk_mm.bench.report.pictures import Album, Unusable, read_rgb
-from replk_mm.data.coco_masks import mask_problem
-from replk_mm.data.coco_shapes import is_number
+from replk_mm.data.coco import is_number, mask_problem
 
 #: Detections that are drawn: of at least this score, and this many at most.
 LEAST_SCORE, MOST_OBJECTS = 0.3, 40
@@ -122,8 +121,7 @@ def _object(thing: Mapping[str, Any], order: Sequence[Any], size: tuple[int, ...
 def _mask(segmentation: Any, size: tuple[int, ...]) -> np.ndarray | None:
     """A COCO segmentation, polygons or run lengths, as ``(H, W)`` bool; None if there is none that can be decoded and is of
     the image's size."""
-    if not segmentation or mask_problem(segmentation, size) or isinstance(segmentation, dict) and not isinstance(
-            segmentation.get('counts'), (str, list)):
+    if not segmentation or mask_problem(segmentation, *size):
         return None
     from pycocotools import mask
     if isinstance(segmentation, list):

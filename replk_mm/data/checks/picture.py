@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullFormatter
 
-from replk_mm.data.audit import Audit, Audited
-from replk_mm.data.problems import printable
-from replk_mm.errors import UserError
+from replk_mm.data.checks.audit import Audit
+from replk_mm.data.checks.dataset import DataSet
+from replk_mm.errors import UserError, printable
 
 # Colours of Okabe and Ito, which people who see fewer of them can tell apart; markers say the same again.
 _STYLES = {'train': ('#0072B2', 'o'), 'val': ('#D55E00', '^'), 'test': ('#009E73', 's')}
@@ -45,12 +45,12 @@ def draw(result: Audit, path: Path) -> bool:
     Raises:
         UserError: If it cannot be written.
     """
-    sets = [one for one in result.sets if one.classes or one.tally.sizes]
+    sets = [one for one in result.sets if one.class_counts() or one.sizes]
     if not sets:
         return False
     totals: dict[str, dict[str, int]] = {}
     for one in sets:
-        for name, count in one.classes.items():
+        for name, count in one.class_counts().items():
             shares = totals.setdefault(name, {})
             shares[one.split] = shares.get(one.split, 0) + count
     occurring = {name: sum(shares.values()) for name, shares in totals.items() if any(shares.values())}
@@ -65,7 +65,7 @@ def draw(result: Audit, path: Path) -> bool:
     figure.axes[0].set_title(f'{len(ordered)} of {len(totals)} classes occur', fontsize=9)
     _sizes(figure.add_subplot(grid[0, columns]), result, sets)
     what = 'every file' if result.full else 'a sample of the images'
-    figure.suptitle(f'{printable(Path(result.config).stem)}: {what} looked into', fontsize=11)
+    figure.suptitle(f'{printable(Path(result.config).stem)}: {what} inspected', fontsize=11)
     try:
         figure.savefig(path, dpi=130)
     except (OSError, ValueError) as error:
@@ -74,11 +74,11 @@ def draw(result: Audit, path: Path) -> bool:
 
 
 def _frequencies(figure: Figure, grid: Any, columns: int, rows: int, ordered: list[str], totals: dict[str, dict[str, int]],
-                 splits: list[str], sets: list[Audited]) -> None:
+                 splits: list[str], sets: list[DataSet]) -> None:
     """Classes from the most to the least frequent, down the columns, one log axis for all."""
     counts = [count for shares in totals.values() for count in shares.values() if count]
     low, high = (10 ** np.floor(np.log10(min(counts)) - 0.05), 2 * max(counts)) if counts else (0.1, 2)
-    unit = ' and '.join(sorted({'objects' if one.survey.objects is not None else 'pixels' for one in sets}))
+    unit = ' and '.join(sorted({'objects' if one.objects is not None else 'pixels' for one in sets}))
     for column in range(columns):
         panel = figure.add_subplot(grid[0, column])
         names = ordered[column * rows:(column + 1) * rows]
@@ -106,22 +106,22 @@ def _name(name: str) -> str:
     return (shown if len(shown) <= _NAME else f'{shown[:_NAME - 3]}...').replace('$', r'\$')
 
 
-def _sizes(panel: Any, result: Audit, sets: list[Audited]) -> None:
+def _sizes(panel: Any, result: Audit, sets: list[DataSet]) -> None:
     """Width against height, areas of the marks as the number of images; the crop is the corner within the rectangle."""
-    most = max((count for one in sets for count in one.tally.sizes.values()), default=1)
+    most = max((count for one in sets for count in one.sizes.values()), default=1)
     for one in sets:
         colour, marker = _STYLES[one.split]
-        if one.tally.sizes:
-            widths, heights = zip(*one.tally.sizes, strict=True)
-            areas = [14 + 240 * count / most for count in one.tally.sizes.values()]
+        if one.sizes:
+            widths, heights = zip(*one.sizes, strict=True)
+            areas = [14 + 240 * count / most for count in one.sizes.values()]
             panel.scatter(widths, heights, s=areas, marker=marker, facecolor=colour, alpha=0.35, edgecolor=colour,
                           linewidth=0.6)
-            panel.plot([], [], marker, color=colour, label=f'{one.split}: {sum(one.tally.sizes.values()):,} images')
+            panel.plot([], [], marker, color=colour, label=f'{one.split}: {sum(one.sizes.values()):,} images')
     if result.crop:
         height, width = result.crop
         panel.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor='#000000', linestyle='--', linewidth=1.2,
                                   label=f'crop {width}x{height}'))
-    sides = [size for one in sets for size in one.tally.sizes] + ([result.crop[::-1]] if result.crop else [])
+    sides = [size for one in sets for size in one.sizes] + ([result.crop[::-1]] if result.crop else [])
     longest = 1.1 * max((side for size in sides for side in size), default=1)
     panel.set(xlim=(0, longest), ylim=(0, 1.2 * longest), aspect='equal', anchor='N')  # above: room for the legend
     panel.set_xlabel('width, pixels', fontsize=8)

@@ -1,0 +1,150 @@
+"""Check that data sets, annotation files, heads and checkpoints have the same classes."""
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from mmengine.config import Config
+
+from replk_mm.data import coco
+from replk_mm.data.class_heads import head_counts
+from replk_mm.data.classes import annotation_file, classes_of, did_you_mean, found_classes, listed
+from replk_mm.data.datasets import coco_style, dataset_class, placed_datasets
+from replk_mm.data.problems import Problem, reject_errors
+from replk_mm.errors import UserError
+
+#: With more names than these, a file is easier than the command line.
+_ON_A_LINE = 20
+
+
+def class_problems(cfg: Config, splits: tuple[str, ...]) -> list[Problem]:
+    """Heads whose number of classes is not that of the data, and categories of annotation files that are no classes.
+
+    Args:
+        cfg: The config. Annotation files that cannot be read are skipped: other checks report them.
+        splits: Whose data sets.
+    """
+    scope = cfg.get('default_scope', 'mmengine')
+    problems = _heads(cfg, head_counts(cfg.model), splits) if 'model' in cfg else []
+    counts: dict[str, dict[str, int]] = {}
+    for place, dataset in placed_datasets(cfg, splits):
+        if (file := annotation_file(dataset)) and coco_style(dataset, scope):
+            with suppress(UserError):
+                counts[place] = coco.category_counts(coco.read(file))
+    names = list(dict.fromkeys(name for found in counts.values() for name in found))
+    for place, dataset in placed_datasets(cfg, splits):
+        if place in counts:
+            problems += _categories(place, dataset, scope, counts, names)
+    return list(dict.fromkeys(problems))
+
+
+def check_heads(cfg: Config, counts: Mapping[str, int], splits: tuple[str, ...] = ()) -> None:
+    """Reject heads that disagree on the number of classes, with each other or with the data sets.
+
+    Args:
+        cfg: The config.
+        counts: Number of classes of every head by its path.
+        splits: Whose data sets must have as many classes. Defaults to none.
+
+    Raises:
+        UserError: With the heads, and how to set them.
+    """
+    reject_errors(_heads(cfg, counts, splits))
+
+
+def _heads(cfg: Config, counts: Mapping[str, int], splits: Sequence[str]) -> list[Problem]:
+    if len(set(counts.values())) > 1:
+        found = ', '.join(f'{path}.num_classes={count}' for path, count in counts.items())
+        return [Problem('classes-mismatch', str(cfg.filename), f'the heads have different numbers of classes: {found}')]
+    scope = cfg.get('default_scope', 'mmengine')
+    problems = []
+    for place, dataset in placed_datasets(cfg, tuple(splits)):
+        names = classes_of(dataset, scope)
+        # Panoptic data sets, for one, have classes that are not for these heads.
+        if not names or not (coco_style(dataset, scope) or hasattr(dataset_class(dataset, scope), 'get_label_map')):
+            continue
+        wrong = {path: count for path, count in counts.items() if count != len(names)}
+        if wrong:
+            settings = ' '.join(f'{path}.num_classes={len(names)}' for path in wrong)
+            problems.append(Problem(
+                'classes-mismatch', str(cfg.filename), f'{place} has {len(names)} classes ({listed(names)}), but '
+                + ', '.join(f'{path}.num_classes={count}' for path, count in wrong.items()),
+                remedy=f'Name the classes (--classes NAME,NAME,...), or set the heads: --cfg-options {settings}'))
+    return problems
+
+
+def _categories(place: str, dataset: dict, scope: str, counts: Mapping[str, dict[str, int]],
+                all_names: Sequence[str]) -> list[Problem]:
+    """Categories with objects that are no classes, and would be ignored."""
+    found, names = counts[place], classes_of(dataset, scope)
+    strange = {name: count for name, count in found.items() if count and names and name not in names}
+    if not names or not strange:
+        return []
+    # Leaving out categories is fine if the config names the others, and if all annotation files have the same.
+    picked = (dataset.get('metainfo') or {}).get('classes') and set(names) <= set(found)
+    text = f'{len(strange)} of its {len(found)} categories are none of the {len(names)} classes of {place} ({listed(names)}): '
+    text += listed([f'{name} ({count:,} object{"s" * (count != 1)}'
+                    + (f'; did you mean {other}?)' if (other := did_you_mean(name, names)) else ')')
+                    for name, count in strange.items()])
+    if picked and not any(name not in other for name in strange for other in counts.values()):
+        return [Problem('classes-mismatch', str(annotation_file(dataset)), text, severity='note', remedy=(
+            'Objects of other categories are ignored.'))]
+    text += f'; {sum(strange.values()):,} of {sum(found.values()):,} objects would be ignored'
+    return [Problem('classes-mismatch', str(annotation_file(dataset)), text, remedy=(
+        f'Use the categories of the annotation files as classes: {_option(all_names)}'))]
+
+
+def _option(names: Sequence[str]) -> str:
+    """The option that sets these classes."""
+    if len(names) > _ON_A_LINE or any(',' in name or name != name.strip() for name in names):
+        return f'--classes FILE, with these {len(names)} names, one a line: {listed(names)}'
+    return f'--classes {shlex.quote(",".join(names))}'
+
+
+def trained_on(meta: Mapping) -> list[str]:
+    """The classes that a checkpoint's record names; none if it names none."""
+    found = meta.get('dataset_meta')
+    lower = {str(key).lower(): value for key, value in found.items()} if isinstance(found, Mapping) else {}
+    names = lower.get('classes')
+    return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
+
+
+def advice_of(meta: Mapping, option: str | None = None) -> str:
+    """A line on the classes of a checkpoint that does not fit the config; empty if it does not name them.
+
+    Args:
+        meta: The checkpoint's record.
+        option: Value for ``--classes``. Defaults to the names.
+    """
+    names = trained_on(meta)
+    return '' if not names else f'\nIt was trained on {len(names)} classes; use them: ' + (
+        f'--classes {option}' if option else _option(names))
+
+
+def compare_with_checkpoint(cfg: Config, meta: Mapping, checkpoint: str, splits: tuple[str, ...] = ('test',)) -> None:
+    """Reject a checkpoint whose classes are not those of the data, or are in another order.
+
+    Its weights may fit all the same, and every figure would be of the wrong class.
+
+    Args:
+        cfg: The config.
+        meta: The checkpoint's record.
+        checkpoint: Its name.
+        splits: Data sets to compare with.
+
+    Raises:
+        UserError: With both lists, and a value for ``--classes``.
+    """
+    theirs = [name.strip() for name in trained_on(meta)]
+    for place, dataset in placed_datasets(cfg, splits):
+        names = [name.strip() for name in classes_of(dataset, cfg.get('default_scope', 'mmengine')) or ()]
+        if not theirs or not names or names == theirs:
+            continue
+        order = ' in another order' if Counter(names) == Counter(theirs) else ''
+        option = None
+        with suppress(UserError):  # nothing names the classes
+            found, _, counted = found_classes(cfg, splits)
+            # Given by name, classes that label ids count might be picked from those of the data set's type.
+            option = 'auto' if counted and found == theirs else None
+        raise UserError(f'{checkpoint}: was trained on {len(theirs)} classes: {listed(theirs)}; {place} has '
+                        f'{len(names)}{order}: {listed(names)}{advice_of(meta, option)}')
