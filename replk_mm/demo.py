@@ -11,7 +11,7 @@ import torch
 
 from replk_mm import checkpoints, demo_pictures
 from replk_mm.analysis import complexity
-from replk_mm.analysis.complexity_forward import MASK_REGIONS, PROPOSALS
+from replk_mm.analysis.complexity import MASK_REGIONS, PROPOSALS
 from replk_mm.analysis.speed import Call, Timing, interleaved
 from replk_mm.data.demo_writer import META, write_demo_data
 from replk_mm.engine import results

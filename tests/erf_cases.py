@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
 
-from replk_mm.analysis.erf_result import Erf
+from replk_mm.analysis.erf import Erf
 
 TINY = dict(layers=[1, 1, 1, 1], channels=[8, 16, 32, 64], large_kernel_sizes=[7, 7, 7, 7], small_kernel=3, dw_ratio=1)
 #: 1 + x + x^2, cubed: how often each pixel is counted along an axis by three convolutions of 3 ones.
@@ -49,7 +49,7 @@ class Given(nn.Module):
 def _without_pictures(monkeypatch, request):
     """Drawing takes longer than measuring."""
     if 'drawn' not in request.fixturenames:
-        monkeypatch.setattr('replk_mm.analysis.erf.draw', lambda found, path: None)
+        monkeypatch.setattr('replk_mm.analysis.erf_report.draw', lambda found, path: None)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from benchmark_cases import CONVNEXT, allocators, convnext, operators  # noqa: F
 from mmengine.config import ConfigDict
 from tiny import tiny  # noqa: F401 (a fixture)
 
-from replk_mm.analysis import benchmark, benchmark_report, compare_engines, plain, plots, speed
+from replk_mm.analysis import benchmark, benchmark_report, engines, plain, speed
 from replk_mm.analysis.benchmark import Bench, Settings
 from replk_mm.analysis.job import Job, default_shape
 from replk_mm.analysis.plain import OURS, PLAIN, PLAIN_TRAINING
@@ -148,7 +148,7 @@ def test_texts_and_pictures(segmentor, operators, tmp_path) -> None:
         table = (folder / 'table.txt').read_text()
         assert 'times as fast' in table and PLAIN in table and 'DIFFERENT' not in table and 'nan' not in table
     single = {**segmentor, 'points': segmentor['points'][:1]}
-    assert plots.draw(single, tmp_path) == []
+    assert benchmark_report.draw(single, tmp_path) == []
 
 
 def test_json_has_null_for_what_is_no_number() -> None:
@@ -221,7 +221,7 @@ def test_merged_checkpoint_has_no_training_form(tiny, tmp_path) -> None:
 
 # -- other engines ----------------------------------------------------------------------------------------------------
 def test_engines_that_are_not_installed_are_said(convnext, monkeypatch) -> None:
-    monkeypatch.setattr(compare_engines.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(engines.importlib.util, 'find_spec', lambda name: None)
     settings = Settings(repeats=3, warmup=0, seconds=0., memory=False, engines=['openvino', 'onnxruntime'])
     record = benchmark.run(Job(convnext, False), settings, ['inference'], [(32, 32)], [1])
     assert [line for line in record['notes'] if 'not installed' in line] == [
@@ -231,11 +231,11 @@ def test_engines_that_are_not_installed_are_said(convnext, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('engine', list(compare_engines.ENGINES))
+@pytest.mark.parametrize('engine', list(engines.ENGINES))
 @pytest.mark.parametrize('whole', [True, False])
 def test_engines_compute_the_same(engine, whole, tiny, convnext) -> None:
-    if compare_engines.missing(engine):
-        pytest.skip(compare_engines.missing(engine))
+    if engines.missing(engine):
+        pytest.skip(engines.missing(engine))
     job = Job(str(tiny.config) if whole else convnext, whole, threads=torch.get_num_threads())
     point = Bench(job, Settings(repeats=3, warmup=0, seconds=0., memory=False, engines=[engine])).run(1, (64, 64))
     found = row_of(point, engine)

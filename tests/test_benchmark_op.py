@@ -55,7 +55,7 @@ def test_wrong_operator_is_found_out(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize('shape, names, said', [
-    (Shape(4, 8, 2, 1), [], '--kernels 4'), (Shape(3, 8, 2, 1), ['winograd'], 'Choose of channels_last')])
+    (Shape(4, 8, 2, 1), [], '--kernels 4'), (Shape(3, 8, 2, 1), ['winograd'], 'Choose from channels_last')])
 def test_operator_refusals(shape, names, said) -> None:
     with pytest.raises(UserError, match=said):
         benchmark_op.run([shape], implementations=names)

@@ -4,8 +4,7 @@ import math
 import pytest
 import torch
 
-from replk_mm.analysis.differences import Gap, gap_of_gradients, gap_of_results
-from replk_mm.analysis.workload import CLASS_MAP
+from replk_mm.analysis.differences import CLASS_MAP, Gap, gap_of_gradients, gap_of_results
 
 
 def test_gap_of_results() -> None:

@@ -10,9 +10,8 @@ from erf_cases import THREE_TIMES_THREE, TINY, _without_pictures, config, drawn,
 from mmengine.registry import MODELS
 from tiny import tiny  # noqa: F401
 
-from replk_mm.analysis import erf_page
-from replk_mm.analysis.erf import contributions, measure_erf
-from replk_mm.analysis.erf_result import areas, paper_scale
+from replk_mm.analysis import erf_report
+from replk_mm.analysis.erf import areas, contributions, measure_erf, paper_scale
 from replk_mm.analysis.plain import default_layout
 from replk_mm.engine.config import build_model
 from replk_mm.models.convnext import ConvNeXt
@@ -81,7 +80,7 @@ def test_no_contribution_at_all_has_no_areas(tmp_path, drawn):
     nothing = dict.fromkeys(('0.2', '0.3', '0.5', '0.99'), dict(side=None, ratio=None))
     assert found.values()['areas'] == found.values()['areas_of_scores'] == nothing
     assert found.offset is None and any('there are no areas' in note for note in found.notes())
-    assert 'none' in erf_page.tables([found])
+    assert 'none' in erf_report.tables([found])
     assert (tmp_path / 'out' / 'erf.png').is_file()
 
 

@@ -1,14 +1,11 @@
 """Results, suites and overrides made to do harm: a message each, little memory and time."""
 import json
 import time
-import zipfile
 
-import numpy as np
 import pytest
 from compare_cases import write_record
 
 from replk_mm import cli
-from replk_mm.analysis.erf_result import KIND, Erf
 from replk_mm.bench import records
 from replk_mm.bench.compare import compare
 from replk_mm.bench.compare.results import _is_known, open_result
@@ -85,21 +82,3 @@ def test_overrides_are_not_computed(text, named, capsys):
     assert info.value.code == 2 and named in said and len(said) < 300
     if 'import' in text:
         pass
-
-
-def test_a_receptive_field_that_unpacks_to_much_more(tmp_path):
-    record = dict(kind=KIND, version=1, backbone='X', config='c.py', weights='random', trained=False, checkpoint=None, stage=3,
-                  channels=8, map_size=[2, 2], size=8, images=2, image_set='0', silent=0, preprocessing={}, environment={},
-                  matrix='erf.npz')
-    (tmp_path / 'erf.json').write_text(json.dumps(record))
-    np.savez_compressed(tmp_path / 'erf.npz', scores=np.ones((8, 8)))
-    assert Erf.load(tmp_path / 'erf.json').scores.sum() == 64
-    with zipfile.ZipFile(tmp_path / 'erf.npz', 'w', zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr('scores.npy', bytes(50 << 20))
-    with pytest.raises(UserError, match='unpacks to 52,428,800 bytes'):
-        Erf.load(tmp_path / 'erf.json')
-    np.savez(tmp_path / 'erf.npz', scores=np.array([[None] * 8] * 8, object))
-    with pytest.raises(UserError, match='allow_pickle'):
-        Erf.load(tmp_path / 'erf.json')
-
-

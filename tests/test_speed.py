@@ -1,4 +1,6 @@
 """Time and memory: known times, known memory."""
+import time
+
 import pytest
 import torch
 
@@ -56,6 +58,14 @@ def test_memory_growth_is_the_peak_not_what_remains() -> None:
     assert 90 * mib < growth < 130 * mib
 
 
-def test_memory_that_the_system_does_not_tell_is_missing(monkeypatch) -> None:
-    monkeypatch.setattr(speed, '_status', lambda field: None)
-    assert speed.memory_growth(lambda: torch.ones(1000)) is None
+@pytest.mark.parametrize('repeats', [2, 5])
+def test_interleaved_runs_in_turns_and_leaves_the_warmup_out(repeats: int) -> None:
+    order = []
+    found = speed.interleaved({'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, repeats=repeats, warmup=1)
+    assert order == ['a', 'b'] * (repeats + 1)
+    assert found.keys() == {'a', 'b'} and all(t.low <= t.median <= t.high for t in found.values())
+
+
+def test_interleaved_is_in_milliseconds() -> None:
+    found = speed.interleaved({'sleep': lambda: time.sleep(0.02)}, repeats=3, warmup=0)
+    assert found['sleep'].low >= 20

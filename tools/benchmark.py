@@ -16,7 +16,7 @@ from mmengine.logging import MMLogger
 
 from replk_mm import cli
 from replk_mm.analysis import benchmark, benchmark_op, benchmark_report
-from replk_mm.analysis.compare_engines import ENGINES
+from replk_mm.analysis.engines import ENGINES
 from replk_mm.analysis.job import Job, default_shape
 from replk_mm.analysis.speed import MIN_ROUNDS
 from replk_mm.engine.machine import keep_freed_memory, prepare_work_dir, select_device

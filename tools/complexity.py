@@ -1,4 +1,4 @@
-"""Count parameters and multiply-accumulates (MACs, which papers call FLOPs) by parts, before and after reparameterization.
+"""Count parameters and multiply-accumulates (MACs, papers: FLOPs) by part, before and after reparameterization.
 
 CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is installed with a package
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). No weights are allocated and no image is read.
@@ -9,20 +9,21 @@ import sys
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.analysis import complexity_config, complexity_page, complexity_published
+from replk_mm.analysis import complexity_config, complexity_published
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import UserError, command
+from replk_mm.files import write_atomic
 
 FIELDS = """
 fields of --json:
-  config, shape [H, W], shape_from  what was counted, at which size in pixels, and where the size is from
+  config, shape [H, W], shape_from  what was counted, at which size in pixels, and where the size comes from
   training, reparameterized         the two forms of the network, each with
-    parameters                      all of them; inference_parameters: without auxiliary heads, which only train
+    parameters                      all; inference_parameters: without auxiliary heads, which run in training only
     macs                            multiply-accumulates of one inference on one image, half of torch's count
     parts                           [{name, parameters, macs, runs: "inference" | "training" | "not run"}]
-    uncounted                       [{name, calls, elements}]: operators that ran and have no formula; elements: their output
-  changes                           what was merged and folded, in words
-  notes                             what is taken for granted and what was not run
+    uncounted                       [{name, calls, elements}]: operators without a formula; elements of their outputs
+  changes                           what was merged and folded
+  notes                             assumptions, and what was not run
   versions                          of the libraries
 """
 
@@ -36,8 +37,9 @@ def main() -> None:
                    help="in pixels (default: the published row's, or else the config's crop)")
     p.add_argument('--json', action='store_true', help='print JSON, and nothing else, to standard output')
     p.add_argument('--published', action='store_true', help='count every published result')
-    p.add_argument('--rows', metavar='REGEX', help='of --published: only configs whose name matches; writes only to --out')
-    p.add_argument('--out', metavar='DIR', help='of --published: folder of complexity.md and .json (default: docs)')
+    p.add_argument('--rows', metavar='REGEX',
+                   help='with --published: only configs whose name matches; writes only to --out')
+    p.add_argument('--out', metavar='DIR', help='with --published: folder of complexity.md and .json (default: docs)')
     cli.add_config_options(p)
     args = p.parse_args()
     if args.published == bool(args.config):
@@ -46,7 +48,7 @@ def main() -> None:
         if args.rows or args.out:
             p.error('--rows and --out belong to --published')
         found = complexity_config.report(args.config, tuple(args.shape) if args.shape else None, args.cfg_options)
-        print(json.dumps(found.to_dict(), indent=2, allow_nan=False) if args.json else complexity_config.to_text(found))
+        print(json.dumps(found.to_dict(), indent=2) if args.json else complexity_config.to_text(found))
         return
     if args.shape or args.cfg_options:
         p.error('--published counts at the published sizes, with the configs as they are')
@@ -57,12 +59,11 @@ def main() -> None:
     folder = prepare_work_dir(out, option='--out') if out else None
     record = complexity_published.run(args.rows, lambda line: print(line, file=sys.stderr, flush=True))
     text = json.dumps(record, indent=1, allow_nan=False) + '\n'
+    print(text if args.json else complexity_published.page(record, tables_only=True), end='')
     if folder:
-        (folder / 'complexity.json').write_text(text, encoding='utf-8')
-        (folder / 'complexity.md').write_text(complexity_page.page(record), encoding='utf-8')
-    print(text if args.json else complexity_page.tables(record), end='')
-    if folder:
-        print(f'written: {folder / "complexity.md"}, {folder / "complexity.json"}', file=sys.stderr)
+        written = [write_atomic(folder / 'complexity.md', complexity_published.page(record)),
+                   write_atomic(folder / 'complexity.json', text)]
+        print(f'written: {", ".join(map(str, written))}', file=sys.stderr)
 
 
 if __name__ == '__main__':

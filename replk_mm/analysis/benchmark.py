@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from replk_mm.analysis import compare_engines, complexity
-from replk_mm.analysis.compare_engines import EngineError
-from replk_mm.analysis.differences import TOLERANCES, Gap, gap_of_gradients, gap_of_results
+from replk_mm.analysis import complexity, engines
+from replk_mm.analysis.differences import CLASS_MAP, TOLERANCES, Gap, gap_of_gradients, gap_of_results
+from replk_mm.analysis.engines import EngineError
 from replk_mm.analysis.job import (
     Job,
     explaining_failures,
@@ -23,11 +23,11 @@ from replk_mm.analysis.job import (
 )
 from replk_mm.analysis.plain import OURS, PLAIN, PLAIN_TRAINING, networks
 from replk_mm.analysis.speed import MIN_ROUNDS, Call, measure, say, trim
-from replk_mm.analysis.workload import CLASS_MAP, Workload, convert, kind_of
+from replk_mm.analysis.workload import Workload, convert, kind_of
 from replk_mm.engine.machine import keep_freed_memory
 from replk_mm.errors import UserError
 
-#: Rest before each call while other engines take part: their threads and torch's wait busily for some milliseconds.
+#: Seconds of rest before each call while other engines take part: their threads and torch's wait busily for a while.
 _PAUSE = 0.01
 
 
@@ -36,13 +36,13 @@ class Settings:
     """How to measure.
 
     Attributes:
-        dtypes: Of our network, of ``'float32'`` and ``'bfloat16'``; plain torch is in float32 always.
+        dtypes: Precisions of our network, of ``'float32'`` and ``'bfloat16'``; plain torch always runs in float32.
         repeats: Rounds at most.
         warmup: Rounds before that do not count, at most.
         seconds: Budget of a measurement, see :func:`replk_mm.analysis.speed.measure`.
         memory: Measure memory too, each network in a process of its own.
-        engines: Names in :data:`replk_mm.analysis.compare_engines.ENGINES`.
-        same_allocator: Let plain torch keep freed memory as well, which only the commands of this project do by themselves.
+        engines: Names in :data:`replk_mm.analysis.engines.ENGINES`.
+        same_allocator: Let plain torch keep freed memory too, which otherwise only this project's commands do.
     """
 
     dtypes: Sequence[str] = ('float32',)
@@ -59,11 +59,11 @@ class Row:
     """A line of the table before it is timed.
 
     Attributes:
-        name: Of the line.
+        name: Name of the line.
         call: What is timed.
-        gap: From the results of plain torch; None for plain torch itself.
+        gap: Difference from the results of plain torch; None for plain torch itself.
         network: Its name among :func:`replk_mm.analysis.plain.networks`; empty for other engines.
-        how: Precision, see :class:`Workload`; of an engine its dtype.
+        how: Precision, see :class:`Workload`; for an engine its dtype.
     """
 
     name: str
@@ -82,8 +82,8 @@ class Bench:
     """The networks of one mode, to be measured at one shape after the other.
 
     Args:
-        job: What to measure; its batch and shape come later.
-        settings: How.
+        job: What to measure, without batch and shape.
+        settings: How to measure.
 
     Raises:
         UserError: If config or checkpoint do not fit.
@@ -94,20 +94,20 @@ class Bench:
         self.job, self.settings = job, settings
         self.cfg, self.notes = fitted_config(job)
         self.networks, changes = networks(self.cfg, job.whole, job.form, job.checkpoint)
-        # Training steps at one shape change the statistics of BatchNorm, and those of each network on their own.
+        # Training steps at one shape change the statistics of BatchNorm, of each network separately.
         self._buffers = {name: {key: value.clone() for key, value in net.to(job.device).named_buffers()}
                          for name, net in self.networks.items()}
         backbone = self.cfg.model.backbone
         if job.mode == 'train':
-            step = 'forwards, loss, backwards, optimizer (learning rate 0)' if job.whole else \
-                'forwards, mean squares of the features as a loss, backwards; no optimizer'
-            self.note(f'train: {step}; as the config says: with_cp={backbone.get("with_cp", False)} (activations computed '
-                      f'again), drop_path_rate={backbone.get("drop_path_rate", 0.)}')
+            step = ('forward, loss, backward, optimizer (learning rate 0)' if job.whole else
+                    'forward, mean squares of the features as a loss, backward; no optimizer')
+            self.note(f'train: {step}; from the config: with_cp={backbone.get("with_cp", False)} (activation '
+                      f'checkpointing), drop_path_rate={backbone.get("drop_path_rate", 0.)}')
         elif changes is not None:
             self.note(f'inference: {changes}' if len(self.networks) == 3 else
-                      'inference: there is nothing to merge or fold, the training form is the same network')
+                      'inference: nothing to merge or fold, the training form is the same network')
         if kind_of(self.networks[OURS]) == 'detector' and not job.checkpoint:
-            self.note('random weights find hardly an object: behind the proposals a trained detector has more to do')
+            self.note('random weights find few objects: a trained detector has more to do behind its proposals')
 
     def note(self, line: str) -> None:
         """Keep a line for the report, once."""
@@ -122,7 +122,7 @@ class Bench:
             shape: Height and width in pixels.
 
         Returns:
-            Plain data: the point that was measured, with a row for each network.
+            Plain data: the measured point, with a row for each network.
 
         Raises:
             UserError: If the networks cannot run there.
@@ -131,8 +131,8 @@ class Bench:
         job = replace(self.job, shape=shape, batch=batch or least)
         say(f'{job.mode} {job.batch}x3x{shape[0]}x{shape[1]}')
         if job.batch < least:
-            raise UserError(f'{job.config}: --batch {job.batch}: training pools maps to 1x1, where BatchNorm has no variance '
-                            f'over one value\nUse --batch {least} or more, or --mode inference.')
+            raise UserError(f'{job.config}: --batch {job.batch}: in training BatchNorm of maps pooled to 1x1 needs two '
+                            f'values\nUse --batch {least} or more, or --mode inference.')
         for name, net in self.networks.items():
             net.load_state_dict(self._buffers[name], strict=False)
         set_shape(self.networks.values(), shape)
@@ -141,7 +141,8 @@ class Bench:
             rows = self._inference(work, Path(folder)) if job.mode == 'inference' else self._training(work)
             try:
                 found = measure({row.name: row.call for row in rows}, self.settings.repeats, self.settings.warmup,
-                                self.settings.seconds, _PAUSE if self.settings.engines else 0., before=self._allocators(rows))
+                                self.settings.seconds, _PAUSE if self.settings.engines else 0.,
+                                before=self._allocators(rows))
             finally:
                 keep_freed_memory()
         done = []
@@ -152,11 +153,11 @@ class Bench:
                 times_as_fast=asdict(found.times_as_fast(row.name, PLAIN)), samples=found.milliseconds[row.name],
                 memory_bytes=self._memory(job, row), difference=gap.relative, differing_pixels=gap.pixels,
                 equal=None if row.gap is None else gap.within(TOLERANCES[job.mode, row.dtype])))
-        return dict(mode=job.mode, form=job.form, batch=job.batch, height=shape[0], width=shape[1], rounds=found.rounds,
-                    warmup=found.warmup, rows=done)
+        return dict(mode=job.mode, form=job.form, batch=job.batch, height=shape[0], width=shape[1],
+                    rounds=found.rounds, warmup=found.warmup, rows=done)
 
     def _allocators(self, rows: list[Row]) -> dict[str, Call]:
-        """What gives each network the memory that it would have in a process of its own."""
+        """Untimed calls that give each network the allocator settings of a process of its own."""
         before: dict[str, Call] = {}
         if self.settings.same_allocator or self.job.device != 'cpu':
             return before
@@ -171,7 +172,7 @@ class Bench:
         rows = []
         for name, net in self.networks.items():
             if name != OURS or 'float32' in self.settings.dtypes:
-                gap = None if name == PLAIN else _gap(work, reference, net, 'float32')
+                gap = None if name == PLAIN else gap_of_results(reference, work.results(net))
                 rows.append(Row(name, work.inference(net), gap, name))
         if 'bfloat16' in self.settings.dtypes:
             rows += self._fastest_bfloat16(work, reference)
@@ -185,7 +186,7 @@ class Bench:
             rows.append(Row(OURS, work.training(net), gap_of_gradients(reference, work.gradients(net)), OURS))
         if 'bfloat16' in self.settings.dtypes:
             row = Row(f'{OURS}, bfloat16', work.training(net, 'autocast'), None, OURS, 'autocast')
-            if self._possible(row, lambda: gap_of_gradients(reference, work.gradients(net, 'autocast'), True)):
+            if self._runs(row, lambda: gap_of_gradients(reference, work.gradients(net, 'autocast'), True)):
                 rows.append(row)
         return rows
 
@@ -196,17 +197,17 @@ class Bench:
         candidates = []
         for how, net in (('autocast', self.networks[OURS]), ('converted', converted)):
             row = Row(f'{OURS}, bfloat16', work.inference(net, how), None, OURS, how)
-            if self._possible(row, functools.partial(_gap, work, reference, net, how)):
+            if self._runs(row, lambda net=net, how=how: gap_of_results(reference, work.results(net, how))):
                 candidates.append(row)
         if len(candidates) < 2:
             return candidates
         trial = measure({row.how: row.call for row in candidates}, MIN_ROUNDS, 1)
         times = {row.how: trial.timing(row.how).median for row in candidates}
         self.note(f'bfloat16, {len(work.image)}x3x{work.shape[0]}x{work.shape[1]}: '
-                  + ', '.join(f'{how} {ms:.1f} ms' for how, ms in times.items()) + ' in a trial; the faster is in the table')
+                  + ', '.join(f'{how} {ms:.1f} ms' for how, ms in times.items()) + ' in a trial; the table has the faster')
         return [min(candidates, key=lambda row: times[row.how])]
 
-    def _possible(self, row: Row, compare: Callable[[], Gap]) -> bool:
+    def _runs(self, row: Row, compare: Callable[[], Gap]) -> bool:
         """Whether a network runs in this precision at all; if so, compare it."""
         try:
             row.gap = compare()
@@ -217,26 +218,23 @@ class Bench:
         return True
 
     def _engines(self, work: Workload, reference: dict[str, Tensor], folder: Path) -> list[Row]:
-        engines = []
-        for engine in self.settings.engines:
-            line = compare_engines.missing(engine)
-            if self.job.device != 'cpu':
-                line = f'{engine}: compared on CPUs only'
-            if line:
-                self.note(line)
-            else:
-                engines.append(engine)
-        plain, path, rows = self.networks[PLAIN], folder / 'network.onnx', list[Row]()
-        if not engines:
+        rows = list[Row]()
+        wanted = {engine: engines.missing(engine) if self.job.device == 'cpu' else f'{engine}: compared on CPUs only'
+                  for engine in self.settings.engines}
+        for line in filter(None, wanted.values()):
+            self.note(line)
+        available = [engine for engine, line in wanted.items() if line is None]
+        if not available:
             return rows
-        say(f'  exporting for {" and ".join(engines)}')
+        plain, path = self.networks[PLAIN], folder / 'network.onnx'
+        say(f'  exporting for {" and ".join(available)}')
         try:
-            compare_engines.export(plain, work.normalized(plain), path)
+            engines.export(plain, work.normalized(plain), path)
         except EngineError as error:
-            self.note(f'{", ".join(engines)}: {error}')
+            self.note(f'{", ".join(available)}: {error}')
             return rows
-        for engine in engines:
-            for dtype in ('float32', *(d for d in self.settings.dtypes if d != 'float32')):
+        for engine in available:
+            for dtype in ('float32', *(dtype for dtype in self.settings.dtypes if dtype != 'float32')):
                 try:
                     rows.append(self._engine(engine, dtype, work, reference, path))
                 except EngineError as error:
@@ -245,13 +243,13 @@ class Bench:
 
     def _engine(self, engine: str, dtype: str, work: Workload, reference: dict[str, Tensor], path: Path) -> Row:
         plain = self.networks[PLAIN]
-        run = compare_engines.load(engine, path, self.job.threads, dtype)
+        run = engines.load(engine, path, self.job.threads, dtype)
         outputs = [torch.from_numpy(array) for array in run(work.normalized(plain))]
         names = [CLASS_MAP] if kind_of(plain) == 'segmentor' else list(reference)
         gap = gap_of_results({name: reference[name] for name in names}, dict(zip(names, outputs, strict=True)))
         # As in the other rows, from image to result.
         return Row(engine if dtype == 'float32' else f'{engine}, {dtype}', lambda: run(work.normalized(plain)), gap,
-                      how=dtype)
+                   how=dtype)
 
     def _memory(self, job: Job, row: Row) -> int | None:
         if not self.settings.memory or not row.network:
@@ -267,19 +265,16 @@ class Bench:
 def _change_allocator(keep: bool, call: Call) -> None:
     keep_freed_memory(keep)
     trim()  # what the others left
-    call()  # whose memory is there from now on, as far as the allocator keeps it
+    call()  # allocates what this network will reuse
 
 
-def _gap(work: Workload, reference: dict[str, Tensor], net: torch.nn.Module, how: str) -> Gap:
-    return gap_of_results(reference, work.results(net, how))
-
-
-def run(job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tuple[int, int]], batches: Sequence[int]) -> dict:
+def run(job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tuple[int, int]],
+        batches: Sequence[int]) -> dict:
     """Measure a backbone or a whole model in every mode, shape and batch.
 
     Args:
-        job: What to measure; its form is that of inference, training is in the training form.
-        settings: How.
+        job: What to measure; its form is that of inference. Training is in the training form.
+        settings: How to measure.
         modes: Of ``'inference'`` and ``'train'``.
         shapes: Heights and widths in pixels.
         batches: Images; 0 for as few as the mode allows.
@@ -288,11 +283,11 @@ def run(job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tup
         Plain data: what was measured, notes, and a point for each combination.
 
     Raises:
-        UserError: If something given does not fit.
+        UserError: If an argument does not fit.
     """
-    notes = [f'weights: {job.checkpoint or "random, statistics of BatchNorm and layer scales too"}',
-             "plain torch: the same network and weights in float32, with torch's own depthwise convolutions, torch's default "
-             "memory layout, activations not in place and the libraries' own heads"]
+    notes = [f'weights: {job.checkpoint or "random, including statistics of BatchNorm and layer scales"}',
+             "plain torch: the same network and weights in float32, with torch's own depthwise convolutions, torch's "
+             "default memory layout, activations not in place and the libraries' own heads"]
     points = []
     for mode in modes:
         bench = Bench(replace(job, mode=mode, form=job.form if mode == 'inference' else 'training'), settings)
@@ -302,4 +297,5 @@ def run(job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tup
     arch = backbone.get('arch', '')
     return dict(what='model' if job.whole else 'backbone', config=job.config, cfg_options=job.options or {},
                 checkpoint=job.checkpoint, backbone=f'{backbone.type} {arch if isinstance(arch, str) else ""}'.strip(),
-                parameters=complexity.parameters(bench.networks[OURS]), settings=asdict(settings), notes=notes, points=points)
+                parameters=complexity.parameters(bench.networks[OURS]), settings=asdict(settings), notes=notes,
+                points=points)

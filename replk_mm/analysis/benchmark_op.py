@@ -1,4 +1,4 @@
-"""How fast the depthwise convolution runs beside torch's own: its three computations and a training step through it."""
+"""How fast the depthwise convolution runs beside torch's own: its three computations and a training step."""
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ from replk_mm.errors import UserError
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, Problem
 from replk_mm.ops.choice import plan
 
-#: What is timed, and how many convolutions' worth of arithmetic each is.
+#: What is timed, and the arithmetic of each in convolutions.
 COMPUTATIONS = {'forward': 1, 'grad_input': 1, 'grad_weight': 1, 'step': 3}
 
 
@@ -43,7 +43,7 @@ class Shape:
         return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
 
     def gflop(self, computation: str) -> float:
-        """Arithmetic of a computation in 10^9 operations, a multiply-add as two, the padding's zeros as all else."""
+        """10^9 operations of a computation, a multiply-add as two, zeros of the padding included."""
         one = 2 * self.batch * self.channels * self.out**2 * self.kernel**2
         return COMPUTATIONS[computation] * one / 1e9
 
@@ -69,42 +69,42 @@ def run(shapes: Sequence[Shape], dtype: str = 'float32', implementations: Sequen
         implementation.
 
     Raises:
-        UserError: If an implementation does not exist, or a shape has an even kernel or does not fit the memory.
+        UserError: If an implementation does not exist, or a kernel is even.
     """
     known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
     for name in implementations:
         if name not in known:
-            raise UserError(f'--implementations {name}: there is no such implementation\nChoose of {", ".join(known)}.')
+            raise UserError(f'--implementations {name}: there is no such implementation\nChoose from {", ".join(known)}.')
     for shape in shapes:
-        _check(shape)
+        if shape.kernel % 2 == 0:
+            raise UserError(f'--kernels {shape.kernel}: kernels must be odd, so that padding keeps the size of the map')
     notes = ["plain torch: nn.Conv2d on tensors in torch's default memory layout; ours: on tensors "
-             + ('in channels-last memory, as the backbones hand them on' if device == 'cpu' else 'in the same layout')]
+             + ('in channels-last memory, as in the backbones' if device == 'cpu' else 'in the same layout')]
     if implementations and device != 'cpu':
-        notes.append('--implementations: on CPUs only; elsewhere all of them are torch\'s own')
+        notes.append("--implementations: on CPUs only; elsewhere all of them are torch's own")
+        implementations = ()
     say(f'matrix product, {dtype}')
     points = []
     peak = matrix_product(getattr(torch, dtype), device)
     for shape in shapes:
         say(str(shape))
-        layers = dict(_layers(shape, dtype, implementations if device == 'cpu' else (), device))
+        layers = dict(_layers(shape, dtype, implementations, device))
         x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=torch.Generator().manual_seed(1))
         inputs = {name: _laid_out(x.to(device, getattr(torch, dtype)), name) for name in layers}
-        reference = _results(layers[PLAIN], inputs[PLAIN])
-        results = {name: _results(layer, inputs[name]) for name, layer in layers.items() if name != PLAIN}
+        results = {name: _results(layer, inputs[name]) for name, layer in layers.items()}
         for computation in COMPUTATIONS:
-            calls = {name: _call(layer, inputs[name], computation) for name, layer in layers.items()
-                     if _has(layer, inputs[name], computation)}
-            found = measure(calls, repeats, warmup, seconds)
+            found = measure({name: _call(layer, inputs[name], computation) for name, layer in layers.items()
+                             if _has(layer, inputs[name], computation)}, repeats, warmup, seconds)
+            parts = [part for part in COMPUTATIONS if part != 'step' and computation in (part, 'step')]
             rows = []
-            parts = [part for part in reference if computation in (part, 'step')]
-            for name in calls:
-                gap = gap_of_results({part: reference[part] for part in parts}, results[name]) if name in results else None
+            for name, samples in found.milliseconds.items():
+                gap = None if name == PLAIN else gap_of_results(
+                    {part: results[PLAIN][part] for part in parts}, results[name])
                 rate = 1e3 * shape.gflop(computation) / found.timing(name).median
                 rows.append(dict(
-                    name=name, milliseconds=asdict(found.timing(name)), samples=found.milliseconds[name],
+                    name=name, milliseconds=asdict(found.timing(name)), samples=samples,
                     times_as_fast=asdict(found.times_as_fast(name, PLAIN)), gflops=rate, of_matrix_product=rate / peak,
-                    difference=gap.relative if gap else None,
-                    equal=gap.within(TOLERANCES['inference', dtype]) if gap else None))
+                    difference=gap and gap.relative, equal=gap and gap.within(TOLERANCES['inference', dtype])))
             points.append(dict(
                 asdict(shape), computation=computation, gflop=shape.gflop(computation), rounds=found.rounds,
                 warmup=found.warmup, rows=rows,
@@ -113,15 +113,10 @@ def run(shapes: Sequence[Shape], dtype: str = 'float32', implementations: Sequen
                 settings=dict(repeats=repeats, warmup=warmup, seconds=seconds, implementations=list(implementations)))
 
 
-def _check(shape: Shape) -> None:
-    if shape.kernel % 2 == 0:
-        raise UserError(f'--kernels {shape.kernel}: kernels must be odd, to keep the map centred')
-
-
 def _layers(shape: Shape, dtype: str, implementations: Sequence[str], device: str) -> Iterator[tuple[str, nn.Conv2d]]:
     torch.manual_seed(0)
-    plain = nn.Conv2d(shape.channels, shape.channels, shape.kernel, shape.stride, shape.kernel // 2, groups=shape.channels,
-                      bias=False).to(device, getattr(torch, dtype))
+    plain = nn.Conv2d(shape.channels, shape.channels, shape.kernel, shape.stride, shape.kernel // 2,
+                      groups=shape.channels, bias=False).to(device, getattr(torch, dtype))
     yield PLAIN, plain
     for name in (None, *implementations):
         ours = DepthwiseConv2d(shape.channels, shape.kernel, shape.stride, bias=False, implementation=name)
@@ -139,7 +134,7 @@ def _problem(layer: Any, x: Tensor) -> Problem:
 
 
 def _has(layer: nn.Conv2d, x: Tensor, computation: str) -> bool:
-    """Whether a layer that is held to an implementation uses it for a computation, or for any of a step's."""
+    """Whether a layer with a forced implementation uses it for a computation, or for any of a step's."""
     forced = getattr(layer, 'implementation', None)
     if forced is None:
         return True

@@ -1,53 +1,61 @@
-"""What a benchmark leaves behind: its circumstances, text tables, and a JSON file without NaN."""
+"""Output of a benchmark: its environment, text tables, a JSON file without NaN, and plots."""
 import json
 import math
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from replk_mm.analysis import plots
 from replk_mm.engine import results
 from replk_mm.environment import describe_machine
 from replk_mm.errors import UserError
+from replk_mm.files import write_atomic
+from replk_mm.tables import text_table
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ('mmsegmentation', 'mmdet', 'openvino', 'onnxruntime', 'onnx')
-_VARIABLES = ('OMP_', 'KMP_', 'GOMP_', 'MKL_', 'DNNL_', 'ONEDNN_', 'MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD', 'REPLK_MM_')
+_VARIABLES = ('OMP_', 'KMP_', 'GOMP_', 'MKL_', 'DNNL_', 'ONEDNN_', 'MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD',
+              'REPLK_MM_')
+# Colours of Okabe and Ito, which are safe for colour-blind readers; markers repeat them. bfloat16 has the colour of its
+# float32, dashed.
+_STYLES = {'plain torch': ('#000000', 'o'), 'plain torch, training form': ('#888888', 'o'), 'ours': ('#0072B2', 's'),
+           'openvino': ('#D55E00', '^'), 'onnxruntime': ('#009E73', 'D')}
+_OTHERS = (('#CC79A7', 'v'), ('#E69F00', 'P'), ('#56B4E9', 'X'), ('#D55E00', '^'), ('#009E73', 'D'))
+_BFLOAT16 = ', bfloat16'
+_BOUND = 'at the speed of a matrix product'
+_COMPUTATIONS = {'forward': 'forward', 'grad_input': 'gradient of the input', 'grad_weight': 'gradient of the weight',
+                 'step': 'training step'}
 
 
 def environment(keeps_freed_memory: bool) -> dict:
-    """Everything about this machine that a time depends on; what is not known is None.
+    """Everything about this machine that a time depends on; None for what is not known.
 
     Args:
-        keeps_freed_memory: What :func:`replk_mm.engine.machine.keep_freed_memory` returned.
+        keeps_freed_memory: Result of :func:`replk_mm.engine.machine.keep_freed_memory`.
     """
     machine = describe_machine({})
-    found: dict[str, Any] = {**results.environment(), 'interop_threads': torch.get_num_interop_threads()}
-    found.update({name: version for name in _PACKAGES if (version := _version(name))})
-    found.update(
-        cores=machine['usable_cpus'], instruction_sets=machine['instruction_sets'],
-        torch_capability=torch.backends.cpu.get_cpu_capability(), memory_gib=machine['memory_gib'],
-        keeps_freed_memory=keeps_freed_memory, commit=_commit(), date=datetime.now(timezone.utc).isoformat('T', 'seconds'),
-        variables={key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)})
-    return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    installed = {distribution.metadata['Name'] for distribution in metadata.distributions()}
+    return {**results.environment(), 'interop_threads': torch.get_num_interop_threads(),
+            **{name: metadata.version(name) for name in _PACKAGES if name in installed},
+            'cores': machine['usable_cpus'], 'instruction_sets': machine['instruction_sets'],
+            'torch_capability': torch.backends.cpu.get_cpu_capability(), 'memory_gib': machine['memory_gib'],
+            'keeps_freed_memory': keeps_freed_memory, 'commit': _commit(),
+            'date': datetime.now(timezone.utc).isoformat('T', 'seconds'),
+            'variables': {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)}}
 
 
 def _commit() -> str | None:
-    """The commit that this package is checked out at, marked if files have been changed since."""
+    """The commit of this checkout, marked if files have been changed since."""
     if not (_ROOT / '.git').exists() or shutil.which('git') is None:
         return None
     ran = [subprocess.run(['git', '-C', str(_ROOT), *args], capture_output=True, text=True, check=False)
@@ -58,7 +66,7 @@ def _commit() -> str | None:
 
 
 def to_json(record: dict) -> str:
-    """A record as strict JSON: what was not measured, or is not finite, is null."""
+    """A record as strict JSON: null for what was not measured or is not finite."""
     return json.dumps(_finite(record), indent=2, allow_nan=False)
 
 
@@ -71,22 +79,21 @@ def _finite(node: Any) -> Any:
 
 
 def write(record: dict, folder: Path) -> list[Path]:
-    """Write a record as ``table.txt``, ``benchmark.json`` and pictures; returns the files.
+    """Write a record as ``table.txt``, ``benchmark.json`` and plots; returns the files.
 
     Raises:
         UserError: If one of them cannot be written.
     """
-    paths = [folder / 'table.txt', folder / 'benchmark.json']
     try:
-        for path, content in zip(paths, (text(record), to_json(record)), strict=True):
-            path.write_text(f'{content}\n')
-        return paths + plots.draw(record, folder)
+        return [write_atomic(folder / 'table.txt', f'{text(record)}\n'),
+                write_atomic(folder / 'benchmark.json', f'{to_json(record)}\n'), *draw(record, folder)]
     except OSError as error:
-        raise UserError(f'{folder}: cannot be written to ({error.strerror})\nChoose another place with --out DIR.') from error
+        raise UserError(f'{folder}: cannot be written to ({error.strerror})\n'
+                        f'Choose another folder with --out DIR.') from error
 
 
 def all_equal(record: dict) -> bool:
-    """Whether every network that was compared computes what plain torch does."""
+    """Whether every network that was compared computes the same as plain torch."""
     return all(row['equal'] is not False for point in record['points'] for row in point['rows'])
 
 
@@ -95,89 +102,191 @@ def text(record: dict) -> str:
     parts = [_head(record), *(_operators(record) if record['what'] == 'op' else map(_point, record['points']))]
     parts.append('\n'.join(f'- {note}' for note in record['notes']))
     if not all_equal(record):
-        parts.append('DIFFERENT: a network marked so does not compute what plain torch does; its time is worth nothing.')
+        parts.append('DIFFERENT: this network does not compute the same as plain torch; its time means nothing.')
     return '\n\n'.join(parts)
 
 
 def _head(record: dict) -> str:
     env = record['environment']
     versions = ', '.join(f'{name} {env[name]}' for name in ('torch', 'mmengine', 'mmcv', *_PACKAGES) if name in env)
-    lines = [f'{env.get("gpu") or env["cpu"]}, {env["threads"]} threads on {env["cores"]} cores, '
-             f'{" ".join(env["instruction_sets"]) or "instruction sets unknown"} (torch uses {env["torch_capability"]})',
-             f'{versions}; replk_mm {env["replk_mm"]}, commit {env["commit"] or "unknown"}', f'{env["system"]}, {env["date"]}',
-             _allocator(record)]
-    if env['variables']:
-        lines.append(' '.join(f'{key}={value}' for key, value in env['variables'].items()))
     if record['what'] == 'op':
         title = (f'depthwise convolution, {record["dtype"]}; a matrix product runs at '
                  f'{record["matrix_product_gflops"]:.0f} GFLOP/s')
+        all_keep = True
     else:
         options = ' '.join(f'{key}={value}' for key, value in record['cfg_options'].items())
         title = (f'{record["what"]} {record["config"]} {options}'.rstrip()
                  + f': {record["backbone"]}, {record["parameters"] / 1e6:.1f} M parameters in the last form measured')
-    return '\n'.join([title, *lines])
-
-
-def _allocator(record: dict) -> str:
-    if not record['environment']['keeps_freed_memory']:
-        return 'allocator: freed memory is given back as the C library sees fit, for all networks alike'
-    all_keep = (record['what'] == 'op' or record['settings']['same_allocator'] or record['environment'].get('gpu'))
-    return ('allocator: freed memory is kept for the next tensor, for all networks alike' if all_keep else
-            'allocator: plain torch gives freed memory back as the C library sees fit, all others keep it for the next tensor')
+        all_keep = record['settings']['same_allocator'] or env.get('gpu')
+    if not env['keeps_freed_memory']:
+        allocator = 'freed memory is returned as the C library decides, for all networks alike'
+    elif all_keep:
+        allocator = 'freed memory is kept for the next tensor, for all networks alike'
+    else:
+        allocator = 'plain torch returns freed memory as the C library decides, all others keep it for the next tensor'
+    lines = [title, f'{env.get("gpu") or env["cpu"]}, {env["threads"]} threads on {env["cores"]} cores, '
+             f'{" ".join(env["instruction_sets"]) or "instruction sets unknown"} (torch uses '
+             f'{env["torch_capability"]})',
+             f'{versions}; replk_mm {env["replk_mm"]}, commit {env["commit"] or "unknown"}',
+             f'{env["system"]}, {env["date"]}', f'allocator: {allocator}',
+             ' '.join(f'{key}={value}' for key, value in env['variables'].items())]
+    return '\n'.join(line for line in lines if line)
 
 
 def _point(point: dict) -> str:
     rows = [('', 'ms, median (quartiles)', 'times as fast', 'memory MiB', 'difference', 'pixels')]
-    rows += [(_name(row), _milliseconds(row['milliseconds']), _ratio(row['times_as_fast']),
-              _or_dash(row['memory_bytes'], lambda value: f'{value / 2**20:.0f}'),
-              'reference' if row['equal'] is None else
-              _or_dash(row['difference'], '{:.1e}'.format) + _verdict(row),
-              _or_dash(row['differing_pixels'], '{:.3%}'.format)) for row in point['rows']]
+    for row in point['rows']:
+        name = f'{row["name"]} ({row["how"]})' if row['how'] in ('autocast', 'converted') else row['name']
+        memory, pixels = row['memory_bytes'], row['differing_pixels']
+        rows.append((name, _milliseconds(row), _ratio(row), '-' if memory is None else f'{memory / 2**20:.0f}',
+                     _difference(row), '-' if pixels is None else f'{pixels:.3%}'))
     return (f'{point["mode"]}, {point["batch"]}x3x{point["height"]}x{point["width"]}, {point["form"]} form; '
-            f'{point["rounds"]} rounds after {point["warmup"]} to warm up\n' + _aligned(rows, [0]))
+            f'{point["rounds"]} rounds after {point["warmup"]} to warm up\n{text_table(rows)}')
 
 
 def _operators(record: dict) -> list[str]:
+    head = ('kernel', 'map', 'computation', 'plain torch ms', 'GFLOP/s', 'implementation', 'ms (quartiles)', 'GFLOP/s',
+            'of product', 'times as fast', 'difference')
     tables: dict[tuple, list[tuple[str, ...]]] = {}
     for p in record['points']:
-        key = p['channels'], p['batch'], p['stride']
+        rows = tables.setdefault((p['channels'], p['batch'], p['stride']), [head])
         plain, *others = p['rows']
-        for i, row in enumerate(others):
-            first = i == 0
-            tables.setdefault(key, [('kernel', 'map', 'computation', 'plain torch ms', 'GFLOP/s', 'implementation',
-                                     'ms (quartiles)', 'GFLOP/s', 'of product', 'times as fast', 'difference')]).append((
-                *((str(p['kernel']), str(p['size']), p['computation'], f'{plain["milliseconds"]["median"]:.2f}',
-                   f'{plain["gflops"]:.1f}') if first else ('',) * 5),
-                row['name'], _milliseconds(row['milliseconds']), f'{row["gflops"]:.1f}', f'{row["of_matrix_product"]:.0%}',
-                _ratio(row['times_as_fast']), _or_dash(row['difference'], '{:.1e}'.format) + _verdict(row)))
-    return [f'{channels} channels, batch {batch}, stride {stride}\n{_aligned(rows, [2, 5])}'
+        start = (str(p['kernel']), str(p['size']), p['computation'], f'{plain["milliseconds"]["median"]:.2f}',
+                 f'{plain["gflops"]:.1f}')
+        for row in others:
+            rows.append((*start, row['name'], _milliseconds(row), f'{row["gflops"]:.1f}',
+                         f'{row["of_matrix_product"]:.0%}', _ratio(row), _difference(row)))
+            start = ('',) * 5
+    return [f'{channels} channels, batch {batch}, stride {stride}\n{text_table(rows, left=(2, 5))}'
             for (channels, batch, stride), rows in tables.items()]
 
 
-def _name(row: dict) -> str:
-    return f'{row["name"]} ({row["how"]})' if row['how'] in ('autocast', 'converted') else row['name']
+def _difference(row: dict) -> str:
+    if row['equal'] is None:
+        return 'reference'
+    found = '-' if row['difference'] is None else f'{row["difference"]:.1e}'
+    return found if row['equal'] else f'{found} DIFFERENT'
 
 
-def _verdict(row: dict) -> str:
-    return ' DIFFERENT' if row['equal'] is False else ''
-
-
-def _milliseconds(timing: dict) -> str:
+def _milliseconds(row: dict) -> str:
+    timing = row['milliseconds']
     digits = 0 if timing['median'] >= 1000 else 1 if timing['median'] >= 100 else 2
     return '{median:.{d}f} ({low:.{d}f}-{high:.{d}f})'.format(**timing, d=digits)
 
 
-def _ratio(timing: dict) -> str:
-    return '{median:.2f} ({low:.2f}-{high:.2f})'.format(**timing)
+def _ratio(row: dict) -> str:
+    return '{median:.2f} ({low:.2f}-{high:.2f})'.format(**row['times_as_fast'])
 
 
-def _or_dash(value: Any, shown: Any) -> str:
-    return '-' if value is None else shown(value)
+def draw(record: dict, folder: Path) -> list[Path]:
+    """Write the plots of a record.
+
+    Args:
+        record: Of :func:`replk_mm.analysis.benchmark.run` or :func:`replk_mm.analysis.benchmark_op.run`.
+        folder: Existing folder.
+
+    Returns:
+        The files; none if every point stands alone, so that there is no line to draw.
+    """
+    figures = _operator_figures(record) if record['what'] == 'op' else _network_figures(record)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f'{name}.png')
+        FigureCanvasAgg(figure)
+        figure.savefig(paths[-1], dpi=150)
+    return paths
 
 
-def _aligned(rows: Sequence[tuple[str, ...]], texts: Sequence[int]) -> str:
-    """Rows with aligned columns, the columns ``texts`` to the left and all figures to the right, the first row underlined."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ['  '.join(cell.ljust(width) if i in texts else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
-    return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
+def _operator_figures(record: dict) -> dict[str, Figure]:
+    figures = {}
+    points = record['points']
+    for channels, batch, stride in dict.fromkeys((p['channels'], p['batch'], p['stride']) for p in points):
+        chosen = [p for p in points if (p['channels'], p['batch'], p['stride']) == (channels, batch, stride)]
+        kernels, sizes = (sorted({p[key] for p in chosen}) for key in ('kernel', 'size'))
+        # Against the kernel, a row of panels for each map; with one kernel only, against the map.
+        axis, across, values = ('kernel', 'size', sizes) if len(kernels) > 1 else ('size', 'kernel', kernels)
+        sides = {'kernel': 'kernel', 'size': 'map'}
+        if len(kernels) == len(sizes) == 1:
+            continue
+        figure = Figure(figsize=(3.4 * len(_COMPUTATIONS), 0.9 + 2.7 * len(values)), layout='constrained')
+        panels = figure.subplots(len(values), len(_COMPUTATIONS), sharex=True, sharey='row', squeeze=False)
+        for row, value in zip(panels, values, strict=True):
+            for panel, (computation, title) in zip(row, _COMPUTATIONS.items(), strict=True):
+                part = [p for p in chosen if p['computation'] == computation and p[across] == value]
+                _lines(panel, part, itemgetter(axis), chosen)
+                bound = [1e3 * p['gflop'] / record['matrix_product_gflops'] for p in part]
+                panel.plot([p[axis] for p in part], bound, ':', color='#777777', label=_BOUND)
+                panel.set_title(f'{title}\n{sides[across]} {value}x{value}', fontsize=9)
+            row[0].set_ylabel('milliseconds')
+        for panel in panels[-1]:
+            panel.set_xlabel(f'{sides[axis]} side, pixels')
+        _legend(figure, panels[:1, 0])
+        figure.suptitle(f'Depthwise convolution, {record["dtype"]}, batch {batch}, {channels} channels, stride {stride}, '
+                        f'{_threads(record)}', fontsize=11)
+        figures[f'{axis}_side_{channels}x{batch}' + (f'_stride{stride}' if stride > 1 else '')] = figure
+    return figures
+
+
+def _network_figures(record: dict) -> dict[str, Figure]:
+    figures = {}
+    points = record['points']
+    ways: tuple[tuple[str, str, Callable[[dict], Any], Callable[[dict], str]], ...] = (
+        ('image_side', 'image side, pixels', lambda p: p['height'], lambda p: f'batch {p["batch"]}'),
+        ('batch', 'images per batch', lambda p: p['batch'], lambda p: f'{p["height"]}x{p["width"]} pixels'))
+    for name, label, at, rest in ways:
+        groups: dict[tuple[str, str], list[dict]] = {}
+        for p in points:
+            if name == 'batch' or p['height'] == p['width']:
+                groups.setdefault((p['mode'], rest(p)), []).append(p)
+        groups = {key: part for key, part in groups.items() if len({at(p) for p in part}) > 1}
+        if not groups:
+            continue
+        figure = Figure(figsize=(1 + 4.6 * len(groups), 4.6), layout='constrained')
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for panel, ((mode, what), part) in zip(panels, groups.items(), strict=True):
+            _lines(panel, part, at, points)
+            panel.set_title(f'{"inference" if mode == "inference" else "training step"}, {what}', fontsize=10)
+            panel.set(xlabel=label, ylabel='milliseconds')
+        _legend(figure, panels)
+        figure.suptitle(f'{record["what"]} {Path(record["config"]).stem}, {_threads(record)}', fontsize=11)
+        figures[name] = figure
+    return figures
+
+
+def _lines(panel: Any, points: Sequence[dict], at: Callable[[dict], Any], styled: Sequence[dict]) -> None:
+    """A line with quartiles for each row of some points; colours are the same in all panels of ``styled``."""
+    names = list(dict.fromkeys(row['name'] for p in styled for row in p['rows']))
+    others = [name for name in names if name.removesuffix(_BFLOAT16) not in _STYLES]
+    for name in names:
+        known = name.removesuffix(_BFLOAT16)
+        color, marker = _STYLES.get(known) or _OTHERS[others.index(name) % len(_OTHERS)]
+        found = sorted((at(p), *(row['milliseconds'][key] for key in ('median', 'low', 'high')))
+                       for p in points for row in p['rows'] if row['name'] == name)
+        if found:
+            xs, medians, lows, highs = zip(*found, strict=True)
+            bars = [[median - low for median, low in zip(medians, lows, strict=True)],
+                    [high - median for median, high in zip(medians, highs, strict=True)]]
+            panel.errorbar(xs, medians, yerr=bars, label=name, color=color, marker=marker, markersize=4.5,
+                           linewidth=1.4, capsize=3, linestyle='-' if name == known else '--',
+                           markerfacecolor=color if name == known else 'white')
+    panel.set_yscale('log')
+    panel.yaxis.set_major_locator(LogLocator(subs=(1., 2., 5.)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.set_xticks(sorted({at(p) for p in points}))
+    panel.grid(True, which='major', color='#dddddd', linewidth=0.6)
+    panel.set_axisbelow(True)
+
+
+def _legend(figure: Figure, panels: Sequence[Any]) -> None:
+    shown = {label: handle for panel in panels
+             for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    labels = sorted(shown, key=lambda label: label == _BOUND)  # the bound last
+    columns = max(1, int(figure.get_figwidth() / 2.4))
+    figure.legend([shown[label] for label in labels], labels, loc='outside lower center',
+                  ncols=min(columns, len(labels)), frameon=False, fontsize=9)
+
+
+def _threads(record: dict) -> str:
+    env = record['environment']
+    return f'{env.get("gpu") or env["cpu"]}, {env["threads"]} threads'

@@ -1,34 +1,46 @@
-"""Parameters and multiply-accumulates of a network, whole and by its parts."""
+"""Parameters and multiply-accumulates (MACs) of a network and of its parts.
+
+The published figures come from ``tools/analysis_tools/get_flops.py`` of mmdetection 2.x and mmsegmentation 0.x, whose
+``forward_dummy`` selects no boxes: every box head of a two-stage detector takes the same 1000 regions, every mask head
+the first 100 of them, and a segmentor ends with its class scores. The pass here is the same one. Today's versions count
+what a real image happens to give; a cascade's mask heads then see all 1000 proposals.
+"""
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
+from mmengine.structures import BaseDataElement
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from replk_mm.analysis.complexity_forward import forward, forward_auxiliary
+from replk_mm.ops import DepthwiseConv2d
 
-#: What a part of a network is needed for.
+#: When a part of a network runs.
 INFERENCE, TRAINING, NEVER = 'inference', 'training', 'not run'
-#: Name of what belongs to the network itself rather than to a part of it.
+#: Name of what belongs to the network itself rather than to one of its parts.
 WHOLE = '(model)'
+#: Regions that each box head takes, and each mask head.
+PROPOSALS, MASK_REGIONS = 1000, 100
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a network.
+    """A part of a network: a child, or an element of one of its lists or of its RoI head.
 
     Attributes:
         name: Path of the module.
         parameters: Number of its parameters.
-        macs: Its multiply-accumulates on one image.
-        runs: :data:`INFERENCE`; :data:`TRAINING` for auxiliary heads; :data:`NEVER` for modules that are not called here.
+        macs: Multiply-accumulates on one image.
+        runs: :data:`INFERENCE`, :data:`TRAINING` for auxiliary heads, or :data:`NEVER` for modules not called here.
     """
 
     name: str
@@ -39,12 +51,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator that ran and for which torch has no formula, so that it counts as nothing.
+    """An operator that ran and for which torch has no formula, so that it counts as zero.
 
     Attributes:
         name: torch's name of it.
-        calls: How often it ran.
-        elements: Numbers in its outputs, in the first one of each call.
+        calls: Number of calls.
+        elements: Elements of the first output, summed over the calls.
     """
 
     name: str
@@ -59,7 +71,7 @@ class Count:
     Attributes:
         parts: Its parts, in the order of the network.
         uncounted: Operators of inference without a formula, most elements first.
-        notes: What the count takes for granted and what it leaves out, a line each.
+        notes: Assumptions of the count and what it leaves out, one line each.
     """
 
     parts: list[Part]
@@ -68,17 +80,17 @@ class Count:
 
     @property
     def parameters(self) -> int:
-        """Of all parts."""
+        """Parameters of all parts."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def inference_parameters(self) -> int:
-        """Without the parts that only train."""
+        """Parameters without the parts that run in training only."""
         return sum(part.parameters for part in self.parts if part.runs != TRAINING)
 
     @property
     def macs(self) -> int:
-        """Of inference."""
+        """Multiply-accumulates of inference."""
         return sum(part.macs for part in self.parts if part.runs == INFERENCE)
 
 
@@ -88,54 +100,68 @@ def parameters(model: nn.Module) -> int:
 
 
 def inference_parameters(model: nn.Module) -> int:
-    """Number of parameters that inference uses: without auxiliary heads."""
+    """Number of parameters without auxiliary heads, which run in training only."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith('auxiliary_head.'))
 
 
 def macs(model: nn.Module, shape: tuple[int, int]) -> int:
-    """Multiply-accumulates of one inference on one image, which papers call FLOPs; see :func:`count`."""
+    """Multiply-accumulates of inference on one image, which papers call FLOPs; see :func:`count`."""
     return count(model, shape).macs
 
 
 def count(model: nn.Module, shape: tuple[int, int]) -> Count:
-    """Count parameters and multiply-accumulates, by parts.
+    """Count parameters and multiply-accumulates by part.
 
-    By torch's own counter, half of its figure, on the meta device: convolutions and matrix products count, norms,
-    activations, pooling, interpolation and additions (of biases, too) do not.
+    MACs are half of ``torch.utils.flop_counter``'s figure, on the meta device: convolutions and matrix products count;
+    norms, activations, pooling, interpolation and additions (including biases) do not.
 
     Args:
-        model: A segmentor, detector or backbone, on any device; not changed.
+        model: A segmentor, detector or backbone, on any device; left unchanged.
         shape: Height and width of the image in pixels.
 
     Raises:
-        RuntimeError: Or whatever the network raises at a shape that it cannot take.
+        RuntimeError: Or whatever the network raises for a shape that it cannot take.
     """
     model = on_meta(model)
-    with torch.device('meta'):
-        image = torch.empty(1, 3, *shape)
-        inference = _Watch(model)
-        notes = inference.run(lambda: forward(model, image))
-        training = _Watch(model)
-        notes += training.run(lambda: forward_auxiliary(model, image))
+    inference, training = _Run(model, shape, forward), _Run(model, shape, forward_auxiliary)
     parts, seen = [], set[int]()
-    for name, members in _parts(model).items():
-        own = {id(p): p.numel() for module in members.values() for p in module.parameters(recurse=False) if id(p) not in seen}
+    for path, part in _parts(model):
+        own = {id(p): p.numel() for p in part.parameters() if id(p) not in seen}
         seen.update(own)
-        held = sum(own.values())
-        used = inference.macs_of(members)
-        # Of the layers that have weights: some modules are called without being used.
-        weighted = [path for path, module in members.items() if any(True for _ in module.parameters(recurse=False))]
-        if inference.ran.intersection(weighted) or used:
-            parts.append(Part(name, held, used, INFERENCE))
-        elif training.ran.intersection(weighted):
-            parts.append(Part(name, held, training.macs_of(members), TRAINING))
-        elif held:
-            parts.append(Part(name, held, 0, INFERENCE if name == WHOLE else NEVER))
-    return Count(parts, inference.uncounted(), notes)
+        if inference.uses(path, part):
+            parts.append(Part(path, sum(own.values()), inference.macs(path, part), INFERENCE))
+        elif training.uses(path, part):
+            parts.append(Part(path, sum(own.values()), training.macs(path, part), TRAINING))
+        elif own:
+            parts.append(Part(path, sum(own.values()), 0, NEVER))
+    rest = Part(WHOLE, parameters(model) - sum(part.parameters for part in parts),
+                inference.total - sum(part.macs for part in parts if part.runs == INFERENCE), INFERENCE)
+    return Count([rest, *parts] if rest.parameters or rest.macs else parts, inference.uncounted(), inference.notes)
+
+
+def mmcv_macs(model: nn.Module, shape: tuple[int, int]) -> int:
+    """Multiply-accumulates by ``mmcv.cnn.get_model_complexity_info``, the counter that the papers used.
+
+    It counts by layer class. Besides convolutions and linear layers it counts a bias, a ReLU and pooling once for each
+    output element, and BatchNorm, GroupNorm and LayerNorm twice. SyncBN, GELU, layer scales, interpolation, custom norm
+    classes and everything that is not a layer count as zero.
+
+    Args:
+        model: A segmentor, detector or backbone, on any device; left unchanged.
+        shape: Height and width of the image in pixels.
+    """
+    from mmcv.cnn import get_model_complexity_info
+    model = on_meta(model)
+    layers: list[Any] = [module for module in model.modules() if type(module) is DepthwiseConv2d]
+    for layer in layers:
+        layer.__class__ = nn.Conv2d  # the authors' class: the counter knows only torch's and mmcv's
+    # Under torch's counter every network runs layer by layer.
+    with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False):
+        return int(get_model_complexity_info(_Pass(model, forward), (3, *shape), False, False)[0])
 
 
 def on_meta(model: nn.Module) -> Any:
-    """A copy without weights, in evaluation mode: parameters and buffers on the meta device."""
+    """A copy in evaluation mode whose parameters and buffers are on the meta device."""
     twins: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         twin = torch.empty_like(tensor, device='meta')
@@ -143,89 +169,132 @@ def on_meta(model: nn.Module) -> Any:
     return copy.deepcopy(model, twins).eval()
 
 
-def _parts(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
-    """The modules of each part by path. A part is a child of the model, of one of its lists, or of its RoI head."""
-    found: dict[str, dict[str, nn.Module]] = {WHOLE: {'': model}}
-
-    def split(owner: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        for name, child in owner.named_children():
-            path = f'{prefix}{name}'
-            if isinstance(child, nn.ModuleList) or name == 'roi_head':
-                found[WHOLE][path] = child
-                yield from split(child, f'{path}.')
-            else:
-                yield path, child
-
-    taken: set[int] = set()
-    for path, part in split(model, ''):
-        members = {f'{path}.{name}'.rstrip('.'): module for name, module in part.named_modules() if id(module) not in taken}
-        taken.update(map(id, members.values()))
-        found[path] = members
-    return found
+def _parts(owner: nn.Module, prefix: str = '') -> Iterator[tuple[str, nn.Module]]:
+    for name, child in owner.named_children():
+        if isinstance(child, nn.ModuleList) or name == 'roi_head':
+            yield from _parts(child, f'{prefix}{name}.')
+        else:
+            yield f'{prefix}{name}', child
 
 
-class _Watch(TorchDispatchMode):
-    """Counts what runs, by the module that runs it.
+class _Pass(nn.Module):
+    """Runs a function of a model and an image as a forward pass, so that all module names begin alike."""
 
-    Attributes:
-        ran: Paths of the modules that were called.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, run: Callable[[Any, Tensor], list[str]]) -> None:
         super().__init__()
-        self.model = model
-        self.ran: set[str] = set()
-        self._macs: Counter[str] = Counter()
-        self._calls: Counter[Any] = Counter()
-        self._elements: Counter[Any] = Counter()
+        self.model, self.run = model, run
+
+    def forward(self, image: Tensor) -> list[str]:
+        return self.run(self.model, image)
+
+
+class _Run(TorchDispatchMode):
+    """One pass on the meta device: the flops of each module, the modules that were called, all other operators."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, int], run: Callable[[Any, Tensor], list[str]]) -> None:
+        super().__init__()
+        self._called: set[nn.Module] = set()
+        self._operators: dict[Any, list[int]] = {}
         self._counter = FlopCounterMode(display=False)
-
-    def run(self, what: Callable[[], list[str]]) -> list[str]:
-        """Run ``what``, and return what it returns."""
-        names = {id(module): name for name, module in self.model.named_modules()}
-        running, seen = [''], 0
-
-        def settle() -> None:
-            nonlocal seen
-            total = self._counter.get_total_flops() // 2
-            self._macs[running[-1]] += total - seen
-            seen = total
-
-        def enter(module: nn.Module, args: tuple) -> None:
-            settle()
-            running.append(names[id(module)])
-            self.ran.add(running[-1])
-
-        def leave(module: nn.Module, args: tuple, output: object) -> None:
-            settle()
-            running.pop()
-
-        hooks = [hook for module in self.model.modules()
-                 for hook in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave))]
+        hook = register_module_forward_pre_hook(lambda module, args: self._called.add(module))
         try:
-            with torch.no_grad(), self, self._counter:
-                said = what()
-                settle()
+            with torch.device('meta'), torch.no_grad(), self, self._counter:
+                self.notes = _Pass(model, run)(torch.empty(1, 3, *shape))
         finally:
-            for hook in hooks:
-                hook.remove()
-        return said
+            hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         takes_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
-        if takes_tensors and not func.is_view:  # neither makes an empty tensor nor looks at another one
-            self._calls[func.overloadpacket] += 1
-            # What comes after the first is for the backward pass.
-            self._elements[func.overloadpacket] += next((t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)), 0)
+        if takes_tensors and not func.is_view:  # neither creates a tensor nor reinterprets one
+            # Outputs after the first are for the backward pass.
+            elements = next((leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), 0)
+            self._operators.setdefault(func.overloadpacket, []).append(elements)
         return out
 
-    def macs_of(self, members: dict[str, nn.Module]) -> int:
-        """Multiply-accumulates of some modules by path."""
-        return sum(self._macs[path] for path in members)
+    def macs(self, path: str, part: nn.Module) -> int:
+        """Multiply-accumulates of a part, the modules in it included."""
+        flops = self._counter.get_flop_counts().get(f'_Pass.model.{path}')
+        if flops is None:  # detectors call the method forward of a head, and modules only inside it
+            return sum(self.macs(f'{path}.{name}', child) for name, child in part.named_children())
+        return sum(flops.values()) // 2
+
+    @property
+    def total(self) -> int:
+        """Multiply-accumulates of the whole pass."""
+        return self._counter.get_total_flops() // 2
+
+    def uses(self, path: str, part: nn.Module) -> bool:
+        """Whether a part computes something: some modules are called without being used."""
+        weighted = (module for module in part.modules() if next(module.parameters(recurse=False), None) is not None)
+        return self.macs(path, part) > 0 or not self._called.isdisjoint(weighted)
 
     def uncounted(self) -> list[Operator]:
-        """Operators that ran and have no formula."""
-        found = [Operator(str(packet), calls, self._elements[packet]) for packet, calls in self._calls.items()
+        """Operators that have no formula."""
+        found = [Operator(str(packet), len(elements), sum(elements)) for packet, elements in self._operators.items()
                  if packet not in self._counter.flop_registry]
         return sorted(found, key=lambda operator: (-operator.elements, operator.name))
+
+
+def forward(model: Any, image: Tensor) -> list[str]:
+    """Run everything that inference runs and that does not depend on pixel values.
+
+    Args:
+        model: A segmentor, detector or backbone on the meta device; its RoI extractors are replaced.
+        image: ``(1, 3, H, W)``.
+
+    Returns:
+        Assumptions and what was left out, one line each.
+    """
+    if isinstance(getattr(model, 'roi_head', None), nn.Module):
+        return _two_stages(model, image)
+    if 'data_samples' not in inspect.signature(model.forward).parameters:
+        model(image)
+        return []
+    size = tuple(image.shape[2:])
+    model(image, [BaseDataElement(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
+                                                scale_factor=(1., 1.)))])
+    if hasattr(model, 'decode_head'):
+        return ['not run: resizing the class scores to the image and the argmax; sliding windows and scales of a test '
+                'recipe multiply the whole']
+    return ['not run: decoding of boxes and non-maximum suppression (NMS)']
+
+
+def forward_auxiliary(model: Any, image: Tensor) -> list[str]:
+    """Run a segmentor's auxiliary heads, which run in training only."""
+    head = getattr(model, 'auxiliary_head', None)
+    if isinstance(head, nn.Module):
+        features = model.extract_feat(image)
+        for part in head if isinstance(head, nn.ModuleList) else [head]:
+            part(features)
+    return []
+
+
+def _two_stages(model: Any, image: Tensor) -> list[str]:
+    cut: Counter[tuple[int, int, int]] = Counter()
+    for module in model.modules():
+        if hasattr(module, 'roi_layers') and hasattr(module, 'out_channels'):
+            module.forward = partial(_regions, module, cut)
+    features = model.extract_feat(image)
+    for name in ('rpn_head', 'semantic_head'):
+        if isinstance(getattr(model, name, None), nn.Module):
+            getattr(model, name)(features)
+    head, boxes = model.roi_head, torch.zeros(PROPOSALS, 5, device=image.device)
+    stages: list[tuple[int, ...]] = [(i,) for i in range(getattr(head, 'num_stages', 0))] or [()]
+    for stage in stages if head.with_bbox else []:
+        head._bbox_forward(*stage, features, boxes)
+    for stage in stages if head.with_mask else []:
+        head._mask_forward(*stage, features, boxes[:MASK_REGIONS])
+    sizes = ', '.join(f'{times} x {regions} regions of {height}x{width}'
+                      for (regions, height, width), times in cut.items())
+    masks, pasting = (f', every mask head {MASK_REGIONS}', ', pasting of masks') if head.with_mask else ('', '')
+    return [f'regions: every box head takes {PROPOSALS}{masks}',
+            f'not run: RoIAlign ({sizes}), decoding of boxes and non-maximum suppression (NMS){pasting}']
+
+
+def _regions(extractor: Any, cut: Counter, features: tuple[Tensor, ...], regions: Tensor, *_: object) -> Tensor:
+    """What an RoI extractor would return: ``(regions, channels, height, width)``."""
+    size = extractor.roi_layers[0].output_size
+    height, width = (size, size) if isinstance(size, int) else size
+    cut[len(regions), height, width] += 1
+    return torch.empty(len(regions), extractor.out_channels, height, width, device=features[0].device)

@@ -1,16 +1,16 @@
-"""Whether two networks that are timed against each other compute the same: a speed-up with another result is worth nothing."""
+"""Whether two networks that are timed compute the same: a speed-up with other results is an error."""
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from replk_mm.analysis.workload import CLASS_MAP
-
-#: Largest relative difference that rounding explains, by mode and precision of the faster network, the reference in float32.
-#: A wrong weight or layer is off by 0.1 and more in the results, and by 1 in its gradient. On the way back rounding decides at
-#: every ReLU whose input is nearly zero, so that of a share s of them that flip a difference of sqrt(s) comes: in bfloat16
-#: and with few pixels almost half of the gradient.
+#: Name of a segmentor's class maps among its results.
+CLASS_MAP = 'class map'
+#: Largest relative difference that rounding explains, by mode and precision of the faster network; the reference is in
+#: float32. A wrong weight or layer is off by 0.1 and more in the results, by 1 in its gradient. In the backward pass
+#: rounding decides at every ReLU whose input is nearly zero: a share s of them that flip gives a difference of sqrt(s),
+#: in bfloat16 and with few pixels almost half of the gradient.
 TOLERANCES = {('inference', 'float32'): 1e-3, ('inference', 'bfloat16'): 0.3,
               ('train', 'float32'): 1e-2, ('train', 'bfloat16'): 0.8}
 
@@ -28,60 +28,55 @@ class Gap:
     pixels: float | None = None
 
     def within(self, tolerance: float) -> bool:
-        """Whether results are equal up to ``tolerance``: finite, and class maps differ in no larger share of pixels."""
+        """Whether results are finite and equal up to ``tolerance``, which also limits the share of pixels."""
         return all(value is None or value <= tolerance for value in (self.relative, self.pixels))  # false for NaN
 
 
 def gap_of_results(reference: dict[str, Tensor], found: dict[str, Tensor]) -> Gap:
-    """Largest difference of each output, relative to the largest magnitude of that output, the worst of all outputs.
+    """Largest difference of each output relative to its largest magnitude, the worst of all outputs.
 
     Args:
-        reference: Outputs by name, ``'class map'`` among them for segmentors.
+        reference: Outputs by name, possibly with :data:`CLASS_MAP`.
         found: The same outputs of the other network.
     """
-    gap = Gap()
+    gaps, gap = [], Gap()
     for name, expected in reference.items():
         actual = found[name]
-        if actual.shape != expected.shape:
-            value = math.inf
-        elif name == CLASS_MAP:
-            value = (actual != expected).double().mean().item()
-        else:
-            value = _relative((actual.double() - expected.double()).abs().max().item(), expected.double().abs().max().item())
+        same_shape = actual.shape == expected.shape
         if name == CLASS_MAP:
-            gap.pixels = value
+            gap.pixels = (actual != expected).double().mean().item() if same_shape else math.inf
         else:
-            gap.relative = value if gap.relative is None else _worse(gap.relative, value)
+            difference = (actual.double() - expected.double()).abs().max().item() if same_shape else math.inf
+            gaps.append(_relative(difference, expected.double().abs().max().item()))
+    gap.relative = _worst(gaps) if gaps else None
     return gap
 
 
 def gap_of_gradients(reference: dict[str, Tensor], found: dict[str, Tensor], together: bool = False) -> Gap:
-    """Norm of the difference of each gradient, relative to the norm of that gradient, the worst of all parameters.
+    """Norm of the difference of each gradient relative to the norm of that gradient, the worst of all parameters.
 
-    A gradient below a thousandth of the largest is taken relative to that: some are zero but for rounding, such as that of a
-    bias before BatchNorm.
+    A gradient below a thousandth of the largest is taken relative to that: some are zero except for rounding, such as
+    that of a bias before BatchNorm.
 
     Args:
         reference: The loss and the gradients by the names of the parameters.
         found: The same of the other network.
-        together: Take all gradients as one vector: with three digits, those of some parameters cancel to nothing but rounding.
+        together: Take all gradients as one vector: in bfloat16 those of some parameters cancel to rounding errors.
     """
     if reference.keys() != found.keys():
         return Gap(math.inf)
     norms = {name: torch.linalg.vector_norm(value.double()).item() for name, value in reference.items()}
-    gaps = {name: torch.linalg.vector_norm(found[name].double() - value.double()).item() for name, value in reference.items()}
+    gaps = {name: torch.linalg.vector_norm(found[name].double() - value.double()).item()
+            for name, value in reference.items()}
     if together:
         return Gap(_relative(math.hypot(*gaps.values()), math.hypot(*norms.values())))
     floor = 1e-3 * max(norms.values())
-    worst = 0.
-    for name, gap in gaps.items():
-        worst = _worse(worst, _relative(gap, max(norms[name], floor)))
-    return Gap(worst)
+    return Gap(_worst([_relative(gap, max(norms[name], floor)) for name, gap in gaps.items()]))
 
 
 def _relative(difference: float, magnitude: float) -> float:
     return difference / magnitude if magnitude else difference
 
 
-def _worse(a: float, b: float) -> float:
-    return a if a != a or a >= b else b  # NaN is worst
+def _worst(gaps: list[float]) -> float:
+    return math.nan if any(map(math.isnan, gaps)) else max(gaps)

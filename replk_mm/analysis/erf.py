@@ -1,37 +1,212 @@
 """Effective receptive field: how much each pixel of an image contributes to the centre of a feature map.
 
-Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", 2016, take the gradient of the
-centre with respect to the image. This is that gradient as Ding et al. measure it, "Scaling Up Your Kernels to 31x31"
-(arXiv 2203.06717, effective receptive fields; the folder erf/ of their repository):
+Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", 2016, take the gradient
+of the centre with respect to the image. This is that gradient as Ding et al. measure it, "Scaling Up Your Kernels to
+31x31" (arXiv 2203.06717; the folder erf/ of their repository):
 
 - the centre is position ``[H // 2, W // 2]`` of the map, ReLU applied, summed over the channels;
 - negative parts of its gradient are dropped; the rest is summed over the image's channels and averaged over images: the
   *contribution scores*, one for each pixel;
-- the paper's *scale* is log10(score + 1) over its largest value; heat maps show it, and the published areas count in it;
-- the *area* for a share t is that of the smallest square around pixel ``[size // 2, size // 2]`` which holds t of the sum.
+- the paper's *scale* is log10(score + 1) over its largest value; heat maps show it, and the published areas use it;
+- the *area* for a share t is that of the smallest square around pixel ``[size // 2, size // 2]`` that holds t of the
+  sum.
 
-log10(score + 1) is the score itself, but for a factor, where gradients are small, and flat where they are large: multiplying
-all gradients by ten changes the areas. So they are given of the scores themselves too, where it does not.
+Where gradients are small, log10(score + 1) is proportional to the score; where they are large it is flat, so that
+multiplying all gradients by ten changes the areas. They are therefore also given of the scores themselves.
 """
-import time
-from collections.abc import Callable, Sequence
+import copy
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
-from replk_mm.analysis.erf_network import Network, Weights, build, fingerprint, image_files, quiet, read_image
-from replk_mm.analysis.erf_plot import draw
-from replk_mm.analysis.erf_result import Erf
+from replk_mm import checkpoints
+from replk_mm.analysis.plain import randomize
 from replk_mm.engine import results
+from replk_mm.engine.config import fit_to_machine, load_config
+from replk_mm.engine.explain import explaining
 from replk_mm.engine.machine import prepare_work_dir, select_device
 from replk_mm.errors import UserError
+from replk_mm.files import sha256
+from replk_mm.loading import build_for_inference
 
-#: Seconds between two lines of progress.
-_PAUSE = 5
+#: Shares of the contribution whose areas are given, as in the paper's table.
+SHARES = (0.2, 0.3, 0.5, 0.99)
+KIND = 'effective receptive field'
+_VERSION = 1
+#: Suffixes of image files.
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
+# ImageNet's mean and standard deviation of values 0..255, for configs without a data preprocessor.
+_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+class Erf(BaseModel):
+    """A measured effective receptive field; the schema of ``erf.json``.
+
+    Attributes:
+        scores: Contribution scores, ``(size, size)`` float64; kept in ``erf.npz``.
+        backbone: Type and size of the network.
+        config: Name of its config.
+        weights: Origin of its weights, as text.
+        trained: False for random weights.
+        checkpoint: Path and hash of the file of weights; None for random ones.
+        stage: Index of the feature map among the backbone's outputs.
+        channels: Channels of that map.
+        map_size: Its height and width.
+        size: Side of the images in pixels.
+        images: Number of images.
+        image_set: SHA-256 of their contents.
+        silent: Number of images that gave no gradient at all.
+        preprocessing: Mean, standard deviation and order of channels.
+        environment: Versions and hardware.
+    """
+
+    model_config = dict(frozen=True, arbitrary_types_allowed=True)
+
+    scores: np.ndarray
+    backbone: str
+    config: str
+    weights: str
+    trained: bool
+    checkpoint: dict[str, Any] | None
+    stage: NonNegativeInt
+    channels: PositiveInt
+    map_size: tuple[PositiveInt, PositiveInt]
+    size: PositiveInt
+    images: PositiveInt
+    image_set: str
+    silent: NonNegativeInt
+    preprocessing: dict[str, Any]
+    environment: dict[str, Any]
+
+    @property
+    def stride(self) -> float:
+        """Pixels of the image per pixel of the map, along the height."""
+        return self.size / self.map_size[0]
+
+    @property
+    def offset(self) -> tuple[float, float] | None:
+        """Centre of gravity of the scores in pixels below and to the right of the middle; None if all are 0.
+
+        A map's middle position lies over pixel ``size // 2`` in networks whose strided convolutions are padded
+        (ResNet); in those that cut the image into patches (ConvNeXt, Swin) it lies over the patch that starts there.
+        """
+        total = self.scores.sum()
+        if not total > 0:
+            return None
+        at = np.arange(self.size) - self.size // 2
+        return float(self.scores.sum(1) @ at / total), float(self.scores.sum(0) @ at / total)
+
+    def values(self) -> dict[str, Any]:
+        """What a suite records: areas in the paper's scale and of the scores themselves; None if all scores are 0."""
+        return dict(areas=areas(paper_scale(self.scores)), areas_of_scores=areas(self.scores), size=self.size,
+                    images=self.images, trained=self.trained, weights=self.weights)
+
+    def protocol(self) -> dict[str, Any]:
+        """What two measurements must have in common to be compared."""
+        return dict(size=self.size, images=self.images, image_set=self.image_set, stage=self.stage,
+                    trained=self.trained)
+
+    def notes(self) -> list[str]:
+        """Warnings for the reader, one line each."""
+        found = []
+        if not self.trained:
+            found.append('WEIGHTS: UNTRAINED. This is the receptive field of random weights, not what the network '
+                         "learns to look at; name a CHECKPOINT, or a backbone's weights with --pretrained FILE")
+        if self.silent:
+            found.append(f'{self.silent} of {self.images} images contribute nothing: the centre of the map is at most '
+                         f'0 in every channel there, or its gradient is nowhere positive'
+                         + ('; there are no areas' if self.silent == self.images else ''))
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write ``erf.json`` and ``erf.npz`` (the scores).
+
+        Raises:
+            UserError: If they cannot be written.
+        """
+        try:
+            np.savez_compressed(folder / 'erf.npz', scores=self.scores)
+        except OSError as error:
+            raise UserError(f'{folder / "erf.npz"}: cannot be written ({error.strerror})\n'
+                            f'Free some space, or choose another folder with --out DIR.') from error
+        results.write(dict(kind=KIND, version=_VERSION, **self.model_dump(exclude={'scores'}), stride=self.stride,
+                           offset=self.offset, values=self.values(), protocol=self.protocol(), matrix='erf.npz'),
+                      folder / 'erf.json')
+
+    @classmethod
+    def load(cls, path: Path) -> 'Erf':
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: Path of ``erf.json``; ``erf.npz`` lies beside it.
+
+        Raises:
+            UserError: If it is something else, or its matrix is missing or does not fit.
+        """
+        advice = 'It must be an erf.json that tools/erf.py CONFIG --images DIR --out DIR wrote, with erf.npz beside it.'
+        try:
+            record = json.loads(path.read_text(encoding='utf-8'))
+            if (record['kind'], record['version']) != (KIND, _VERSION):
+                raise ValueError(f'kind {record["kind"]!r}, version {record["version"]!r}')
+            with np.load(path.with_name(str(record['matrix']))) as stored:
+                scores = stored['scores'].astype(float)
+            found = cls.model_validate({**record, 'scores': scores})
+            if scores.shape != (found.size,) * 2 or not np.isfinite(scores).all() or scores.min() < 0:
+                raise ValueError(f'its matrix must be {found.size}x{found.size}, finite and nowhere negative')
+        except FileNotFoundError as error:
+            raise UserError(f'{error.filename}: no such file\n{advice}') from error
+        except Exception as error:  # a damaged archive raises one of a dozen types
+            raise UserError(f'{path}: not an effective receptive field: {type(error).__name__}: {error}\n'
+                            f'{advice}') from error
+        return found
+
+
+def paper_scale(scores: np.ndarray) -> np.ndarray:
+    """log10(score + 1) over its largest value; zeros stay zeros."""
+    logs = np.log1p(scores)  # base does not matter; score + 1 itself would lose scores below 1e-16
+    largest = logs.max()
+    return logs / largest if largest > 0 else logs
+
+
+def areas(matrix: np.ndarray) -> dict[str, dict[str, Any]]:
+    """The smallest centred square that holds each of :data:`SHARES` of a matrix's sum.
+
+    Args:
+        matrix: ``(size, size)``, nowhere negative.
+
+    Returns:
+        By share, ``side`` in pixels and ``ratio`` of the image's area; both None if the sum is 0. Sides are odd, like
+        the authors'; a square that would leave the image is the whole image.
+    """
+    size = len(matrix)
+    away = np.abs(np.arange(size) - size // 2)
+    held = np.cumsum(np.bincount(np.maximum.outer(away, away).ravel(), weights=matrix.ravel()))
+    found: dict[str, dict[str, Any]] = {}
+    for share in SHARES:
+        if held[-1] > 0:
+            side = min(2 * int(np.searchsorted(held, share * held[-1])) + 1, size)
+            found[str(share)] = dict(side=side, ratio=(side / size)**2)
+        else:
+            found[str(share)] = dict(side=None, ratio=None)
+    return found
 
 
 def contributions(backbone: nn.Module, image: Tensor, stage: int | None = None) -> tuple[Tensor, int, torch.Size]:
@@ -40,91 +215,227 @@ def contributions(backbone: nn.Module, image: Tensor, stage: int | None = None) 
     Args:
         backbone: In evaluation mode.
         image: ``(1, C, H, W)``.
-        stage: Index among the backbone's outputs; None for the last.
+        stage: Index among the backbone's outputs. Defaults to the last.
 
     Returns:
         Scores ``(H, W)`` in float64; the index of the output; the shape ``(1, C', H', W')`` of the feature map.
 
     Raises:
-        UserError: If there is no such output, or it is no feature map.
+        UserError: If there is no such output, or it is not a feature map.
     """
     leaf = image.detach().clone().requires_grad_()
     found = backbone(leaf)
-    outputs = list(found.values()) if isinstance(found, dict) else list(found) if isinstance(found, (list, tuple)) else [found]
+    outputs = [found] if isinstance(found, Tensor) else list(found.values() if isinstance(found, dict) else found)
     index = len(outputs) - 1 if stage is None else stage
     if not 0 <= index < len(outputs):
         raise UserError(f'--stage {stage}: {type(backbone).__name__} has {len(outputs)} outputs\n'
-                        f'Name one of 0..{len(outputs) - 1}; out_indices of the backbone chooses which there are.')
+                        f'Choose one of 0..{len(outputs) - 1}; out_indices of the backbone selects them.')
     feature = outputs[index]
     if not isinstance(feature, Tensor) or feature.dim() != 4:
-        what = f'of shape {tuple(feature.shape)}' if isinstance(feature, Tensor) else f'a {type(feature).__name__}'
-        raise UserError(f'{type(backbone).__name__}: output {index} is {what}, no feature map (N, C, H, W)\n'
-                        f'Name another output with --stage.')
+        what = f'has shape {tuple(feature.shape)}' if isinstance(feature, Tensor) else f'is a {type(feature).__name__}'
+        raise UserError(f'{type(backbone).__name__}: output {index} {what}; it is no feature map (N, C, H, W)\n'
+                        f'Choose another output with --stage.')
     height, width = feature.shape[2:]
-    # Not autograd.grad, which refuses networks that recompute their activations.
+    # Not autograd.grad, which rejects networks that recompute their activations.
     feature[:, :, height // 2, width // 2].relu().sum().backward()
     assert leaf.grad is not None
     return leaf.grad.double().relu().sum((0, 1)), index, feature.shape
 
 
 def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: int, count: int, out: Path,
-                stage: int | None = None, device: str | None = 'cpu', progress: Callable[[str], None] = lambda line: None, *,
-                pretrained: str | None = None, seed: int = 0, randomize: bool = False) -> Erf:
+                stage: int | None = None, device: str | None = 'cpu', *, pretrained: str | None = None, seed: int = 0,
+                randomize: bool = False, progress: bool = False) -> Erf:
     """Measure the effective receptive field of a config's backbone; write it with its heat map to a folder.
 
     Args:
-        cfg: Config, which stays as it is, or its name. Its model is a segmentor, a detector or a bare backbone.
-        checkpoint: Of that model; None for ``pretrained`` or random weights.
-        images: Folder of images, which are taken in the order of their paths.
-        size: Side to which images are brought, in pixels.
-        count: Images at most.
+        cfg: Config, left unchanged, or its name. Its model is a segmentor, a detector or a bare backbone.
+        checkpoint: Weights of that model; None for ``pretrained`` or random weights.
+        images: Folder of images, taken in the order of their paths.
+        size: Side to which images are resized, in pixels.
+        count: Largest number of images.
         out: Folder for ``erf.json``, ``erf.npz`` and ``erf.png``.
-        stage: Index of the feature map among the backbone's outputs; None for the last.
+        stage: Index of the feature map among the backbone's outputs. Defaults to the last.
         device: See :func:`replk_mm.engine.machine.select_device`.
-        progress: Called with a line every few seconds.
-        pretrained: File of a backbone's weights.
-        seed: Of random weights.
-        randomize: Draw norms and layer scales too, see :class:`replk_mm.analysis.erf_network.Weights`.
+        pretrained: File of a backbone's weights, such as an ImageNet classifier's.
+        seed: Seed of random weights.
+        randomize: Also draw what starts as a constant, see :func:`replk_mm.analysis.plain.randomize`.
+        progress: Show a progress bar on standard error.
 
     Raises:
-        UserError: If something of the above cannot be used, or a gradient is not finite.
+        UserError: If one of the above cannot be used, or a gradient is not finite.
     """
+    from replk_mm.analysis.erf_report import draw
     where = select_device(device)
     files = image_files(Path(images), count)
     folder = prepare_work_dir(out, option='--out')
-    net = build(cfg, Weights(checkpoint, pretrained, seed, randomize), where)
-    with quiet():  # how each convolution is computed
-        total, silent, index, shape = _accumulate(net, files, size, stage, where, progress)
-    found = Erf(scores=total / len(files), backbone=net.name, config=net.config, weights=net.weights, trained=net.trained,
-                checkpoint=net.file, stage=index, channels=shape[1], map_size=(shape[2], shape[3]), size=size,
-                images=len(files), image_set=fingerprint(files), silent=silent,
-                preprocessing=dict(mean=list(net.mean), std=list(net.std), channels='RGB' if net.rgb else 'BGR'),
-                environment=results.environment())
+    net = _build(cfg, checkpoint, pretrained, seed, randomize, where)
+    total, silent, index, shape = torch.zeros(size, size, dtype=torch.float64), 0, 0, torch.Size()
+    hidden = Console(stderr=True, quiet=not progress)
+    with _quiet():  # the log of how each convolution is computed
+        for path in track(files, 'images', console=hidden, disable=not progress):
+            image = net.read(path, size).to(where)
+            try:
+                scores, index, shape = contributions(net.backbone, image, stage)
+            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, ZeroDivisionError) as error:
+                text = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise UserError(f'{net.config}: {net.name} fails on an image of {size}x{size}: {text}\n'
+                                f'Try another --size; REPLK_MM_TRACEBACK=1 shows where it fails.') from error
+            if not scores.isfinite().all():
+                raise UserError(f'{path}: the gradient of {net.name} is not finite with this image\n'
+                                f'Weights: {net.weights}. Remove the image, or use other weights.')
+            total += scores.cpu()
+            silent += not scores.any().item()
+    file = checkpoints.fetch(checkpoint or pretrained) if checkpoint or pretrained else None
+    found = Erf(scores=total.numpy() / len(files), backbone=net.name, config=net.config, weights=net.weights,
+                trained=file is not None, checkpoint=dict(path=str(file), sha256=sha256(file)) if file else None,
+                stage=index, channels=shape[1], map_size=(shape[2], shape[3]), size=size, images=len(files),
+                image_set=fingerprint(files), silent=silent, environment=results.environment(),
+                preprocessing=dict(mean=list(net.mean), std=list(net.std), channels='RGB' if net.rgb else 'BGR'))
     found.save(folder)
     draw([found], folder / 'erf.png')
     return found
 
 
-def _accumulate(net: Network, files: Sequence[Path], size: int, stage: int | None, device: str,
-                progress: Callable[[str], None]) -> tuple[np.ndarray, int, int, torch.Size]:
-    """Summed scores, how many images gave none, the index of the stage and the shape of its map."""
-    total, silent, index, shape = torch.zeros(size, size, dtype=torch.float64), 0, 0, torch.Size()
-    started = said = time.monotonic()
-    for i, path in enumerate(files, 1):
-        image = read_image(path, size, net).to(device)
+@dataclass(frozen=True)
+class _Network:
+    """A backbone in evaluation mode without gradients of its weights, and the images it takes.
+
+    Attributes:
+        backbone: Takes ``(1, 3, H, W)``.
+        name: Its type and size.
+        config: Name of the config.
+        weights: Their origin, as text.
+        mean: Mean of the channels, values 0..255.
+        std: Standard deviation of the channels.
+        rgb: Order of the channels, else BGR.
+    """
+
+    backbone: nn.Module
+    name: str
+    config: str
+    weights: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rgb: bool
+
+    def read(self, path: Path, size: int) -> Tensor:
+        """An image as the network takes it, ``(1, 3, size, size)``: resized to a square by bicubic interpolation, as
+        the authors of RepLKNet do, and normalized.
+
+        Raises:
+            UserError: If it cannot be read.
+        """
         try:
-            scores, index, shape = contributions(net.backbone, image, stage)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, ZeroDivisionError) as error:
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f'{net.config}: {net.name} fails on an image of {size}x{size}: {text}\n'
-                            f'Try another --size; REPLK_MM_TRACEBACK=1 shows where it fails.') from error
-        if not scores.isfinite().all():
-            raise UserError(f'{path}: the gradient of {net.name} is not finite with this image\n'
-                            f'Weights: {net.weights}. Remove the image, or use other weights.')
-        total += scores.cpu()
-        silent += not scores.any().item()
-        now = time.monotonic()
-        if i in (1, len(files)) or now - said > _PAUSE:
-            said = now
-            progress(f'image {i} of {len(files)}, {(now - started) / i * (len(files) - i):.0f} s left')
-    return total.numpy(), silent, index, shape
+            with Image.open(path) as opened:
+                square = opened.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
+        except Exception as error:  # Pillow's readers raise many types for damaged files
+            raise UserError(f'{path}: not a readable image ({error or type(error).__name__})\n'
+                            f'Repair or remove it; --images takes every image of a folder.') from error
+        pixels = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1)[None]
+        pixels = pixels if self.rgb else pixels.flip(1)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+def _build(given: Config | str, checkpoint: str | None, pretrained: str | None, seed: int, randomize: bool,
+           device: str) -> _Network:
+    """The backbone of a config; for the arguments see :func:`measure_erf`."""
+    if checkpoint and pretrained:
+        raise UserError(f'--pretrained {pretrained}: the checkpoint {checkpoint} already has all weights\n'
+                        f'Use one of the two.')
+    if randomize and (checkpoint or pretrained):
+        raise UserError(f'--randomize: is for random weights; {checkpoint or pretrained} has its own\n'
+                        f'Leave one of the two out.')
+    cfg = load_config(given, needs=('model',)) if isinstance(given, str) else copy.deepcopy(given)
+    node = cfg.model.get('backbone') or cfg.model
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the libraries' remarks are about training
+        if checkpoint:
+            built = build_for_inference(cfg, checkpoint, device=device, packed=False)
+            backbone = getattr(built.model, 'backbone', built.model)
+            iteration = built.meta.get('iter')
+            weights = f'{checkpoint}, iteration {iteration}' if iteration else checkpoint
+        else:
+            fit_to_machine(cfg, None, device, 1)
+            _forget_files(node)
+            backbone, weights = _start(cfg, node, pretrained, seed, randomize)
+    backbone.to(device).requires_grad_(False)
+    backbone.eval()  # on its own: mmseg's and mmdet's backbones return None
+    size = next((node[key] for key in ('arch', 'depth') if isinstance(node.get(key), (str, int))), '')
+    return _Network(backbone, f'{str(node.type).rpartition(".")[2]} {size}'.strip(), Path(str(cfg.filename)).stem,
+                    weights, *_normalization(cfg.model.get('data_preprocessor')))
+
+
+def _start(cfg: Config, node: ConfigDict, pretrained: str | None, seed: int,
+           draw_constants: bool) -> tuple[nn.Module, str]:
+    """The backbone as training starts with it, and the origin of its weights."""
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    with explaining(cfg, 'model'), torch.random.fork_rng(), _quiet():  # the log of every weight
+        torch.manual_seed(seed)
+        backbone = MODELS.build(node)
+        if hasattr(backbone, 'init_weights'):
+            backbone.init_weights()
+    if pretrained:
+        checkpoints.load_pretrained(backbone, pretrained)
+        return backbone, f'{pretrained} (backbone)'
+    if draw_constants:
+        randomize(backbone, seed)
+    return backbone, f'random, {"norms and scales too" if draw_constants else "as training starts"}, seed {seed}'
+
+
+def _forget_files(node: ConfigDict) -> None:
+    """Drop the files that a backbone's config starts from, and those of networks inside it (mmseg's BiSeNet, ICNet and
+    STDC have one); settings for random weights stay."""
+    for part in node.values():
+        if isinstance(part, dict):
+            _forget_files(part)
+    init = node.pop('init_cfg', None)
+    init = [part for part in (init if isinstance(init, (list, tuple)) else [init])
+            if part and part.get('type', 'Pretrained') != 'Pretrained']  # mmdet's PVT names a file without a type
+    if init:
+        node['init_cfg'] = init
+    node.pop('pretrained', None)
+
+
+def _normalization(node: ConfigDict | None) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+    """Mean, standard deviation and whether channels are RGB, of a config's preprocessor; ImageNet's without one."""
+    if not node:
+        return _MEAN, _STD, True
+    mean, std = (tuple(float(value) for value in node.get(key) or (default,) * 3)
+                 for key, default in (('mean', 0), ('std', 1)))
+    return mean, std, bool(node.get('bgr_to_rgb') or node.get('rgb_to_bgr'))  # both swap images read as BGR
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Limit mmengine's log to warnings."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def image_files(folder: Path, count: int) -> list[Path]:
+    """The first ``count`` images of a folder and its subfolders, sorted by path; all if there are fewer.
+
+    Raises:
+        UserError: If there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise UserError(f'--images {folder}: no such folder' + (' (it is a file)' if folder.is_file() else ''))
+    found = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise UserError(f'--images {folder}: no image in it or its subfolders\n'
+                        f'Images are files that end with {", ".join(SUFFIXES)}.')
+    return found[:count]
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """SHA-256 of the images' contents in their order, independent of their names."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(bytes.fromhex(sha256(path)))
+    return digest.hexdigest()

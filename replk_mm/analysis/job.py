@@ -1,4 +1,4 @@
-"""A network to measure and what it does, as plain data: for this process, and for one of its own where memory is measured."""
+"""A network to measure, as plain data: for this process, and for a process of its own that measures memory."""
 import json
 import os
 import subprocess
@@ -25,7 +25,7 @@ from replk_mm.models.sync_norm import pooled_norm
 
 @dataclass(frozen=True)
 class Job:
-    """A network and what it does; plain data, so that another process can do the same.
+    """A network and what it does.
 
     Attributes:
         config: Config file.
@@ -53,15 +53,15 @@ class Job:
 
 
 def fitted_config(job: Job) -> tuple[Config, list[str]]:
-    """The job's config for this machine, and what was changed."""
+    """The job's config for this machine, and a line for each change."""
     cfg = load_config(job.config, job.options)
     for split in ('train', 'val', 'test'):
-        cfg.pop(f'{split}_dataloader', None)  # no data is read, and nothing need be said of its loading
+        cfg.pop(f'{split}_dataloader', None)  # no data is read
     return cfg, fit_to_machine(cfg, None, job.device, 1)
 
 
 def default_shape(config: str, options: dict | None) -> tuple[int, int]:
-    """The crop that a config trains on, or the size that its test pipeline resizes to, in pixels (height, width).
+    """Height and width in pixels of a config's training crop, or of its test pipeline's Resize.
 
     Raises:
         UserError: If it has neither.
@@ -75,11 +75,12 @@ def default_shape(config: str, options: dict | None) -> tuple[int, int]:
         if 'Resize' in str(step.get('type')) and isinstance(scale, (tuple, list)) and len(scale) == 2:
             short, long = (-(-side // 32) * 32 for side in sorted(scale))
             return short, long
-    raise UserError(f'{config}: the config has neither crop_size nor a Resize with a scale\nName a size with --shape H W.')
+    raise UserError(f'{config}: the config has neither crop_size nor a Resize with a scale\n'
+                    f'Name a size with --shape H W.')
 
 
 def set_shape(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:
-    """Let data preprocessors pad to ``shape`` rather than to the crop that the config was written for."""
+    """Let data preprocessors pad to ``shape`` instead of the config's crop."""
     for net in nets:
         preprocessor = getattr(net, 'data_preprocessor', None)
         if getattr(preprocessor, 'size', None) is not None:
@@ -93,7 +94,7 @@ def smallest_batch(net: nn.Module, mode: str) -> int:
 
 @contextmanager
 def explaining_failures(job: Job) -> Iterator[None]:
-    """Turn what a network raises when it runs at a shape it cannot take into a message."""
+    """Turn what a network raises at a shape it cannot take, or without memory, into a message."""
     try:
         yield
     except (RuntimeError, ValueError, IndexError, AssertionError, ZeroDivisionError) as error:
@@ -110,9 +111,9 @@ def first_line(error: BaseException) -> str:
 
 
 def memory_of(job: Job, network: str, how: str, keep: bool) -> int | None | str:
-    """Bytes that a network's first three calls need at their peak beyond what the loaded network takes.
+    """Bytes that a network's first three calls need at their peak beyond the loaded network.
 
-    In a process of its own: what one network has used and given back, another one would use again, unseen.
+    Measured in a process of its own, because memory that another network has freed would be used again unseen.
 
     Args:
         job: With batch and shape.
@@ -137,7 +138,7 @@ def memory_of(job: Job, network: str, how: str, keep: bool) -> int | None | str:
 
 
 def child() -> None:
-    """Measure the memory of the network that standard input describes; the last line of standard output is the answer."""
+    """Measure the memory of the network that standard input describes; print it as the last line."""
     given = json.loads(sys.stdin.read())
     job = Job(**{**given['job'], 'shape': tuple(given['job']['shape'])})
     keep_freed_memory(given['keep'])
@@ -149,11 +150,4 @@ def child() -> None:
     if given['how'] == 'converted':
         convert(net)
     call = work.inference(net, given['how']) if job.mode == 'inference' else work.training(net, given['how'])
-
-    def three_times() -> None:
-        for _ in range(3):
-            call()
-    growth = memory_growth(three_times, job.device)
-    print(f'\n{json.dumps(growth)}')
-
-
+    print(f'\n{json.dumps(memory_growth(lambda: [call() for _ in range(3)], job.device))}')

@@ -6,7 +6,6 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
-from torch import Tensor
 
 from replk_mm.engine.config import build_model
 from replk_mm.engine.explain import explaining
@@ -28,17 +27,17 @@ def networks(cfg: Config, whole: bool, form: str, checkpoint: str | None = None,
     Args:
         cfg: The config, fitted to this machine.
         whole: The segmentor or detector, rather than its backbone.
-        form: ``'training'``, or ``'reparameterized'``: kernels merged and BatchNorm folded, in every network but
+        form: ``'training'``, or ``'reparameterized'``: kernels merged and BatchNorm folded, in every network except
             :data:`PLAIN_TRAINING`.
-        checkpoint: Weights; None for random ones, random statistics of BatchNorm included.
+        checkpoint: Weights; None for random ones, including random statistics of BatchNorm.
         seed: Of random weights.
 
     Returns:
-        :data:`PLAIN` (the reference), :data:`PLAIN_TRAINING` if that is another network, and :data:`OURS`; and what was
-        reparameterized.
+        :data:`PLAIN` (the reference), :data:`PLAIN_TRAINING` if that is another network, and :data:`OURS`; and the
+        changes of the reparameterization.
 
     Raises:
-        UserError: If the config has no such network, or the checkpoint does not fit, or has no training form.
+        UserError: If the config has no such network, or the checkpoint does not fit or has no training form.
     """
     torch.manual_seed(seed)
     ours = _build(cfg, cfg.model, whole)
@@ -47,7 +46,7 @@ def networks(cfg: Config, whole: bool, form: str, checkpoint: str | None = None,
         meta = load_model(ours, checkpoint)[1]
         load_model(plain, checkpoint)
         if form == 'training' and meta.get(SCOPE, {}).get('reparameterized'):
-            raise UserError(f'{checkpoint}: is reparameterized, and has no training form\n'
+            raise UserError(f'{checkpoint}: is reparameterized; it has no training form\n'
                             f'Use --mode inference --form reparameterized, or the checkpoint that training wrote.')
     else:
         randomize(ours, seed)
@@ -60,12 +59,13 @@ def networks(cfg: Config, whole: bool, form: str, checkpoint: str | None = None,
         if changes.merged or changes.folded:
             found = {PLAIN: plain, PLAIN_TRAINING: default_layout(before), OURS: ours}
     default_layout(plain)
-    pack(ours)  # as the commands do that evaluate
+    pack(ours)  # as for evaluation
     return found, changes
 
 
 def _build(cfg: Config, model: ConfigDict, whole: bool) -> nn.Module:
-    part = Config(dict(model=copy.deepcopy(model), default_scope=cfg.get('default_scope', 'mmengine')), filename=cfg.filename)
+    part = Config(dict(model=copy.deepcopy(model), default_scope=cfg.get('default_scope', 'mmengine')),
+                  filename=cfg.filename)
     backbone = part.model.get('backbone')
     if not backbone:
         raise UserError(f'{cfg.filename}: model {part.model.get("type")} has no backbone')
@@ -83,7 +83,8 @@ def _of_the_libraries(model: Any, scope: str) -> Any:
         return [_of_the_libraries(part, scope) for part in model]
     if not isinstance(model, dict):
         return model
-    new = ConfigDict({key: value if key == 'backbone' else _of_the_libraries(value, scope) for key, value in model.items()})
+    new = ConfigDict({key: value if key == 'backbone' else _of_the_libraries(value, scope)
+                      for key, value in model.items()})
     prefix, _, name = str(new.get('type', '')).rpartition('.')
     if prefix == SCOPE and MODELS.get(f'{scope}.{name}') is not None:
         new['type'] = f'{scope}.{name}'
@@ -93,8 +94,8 @@ def _of_the_libraries(model: Any, scope: str) -> Any:
 def default_layout(net: nn.Module) -> nn.Module:
     """Make ``net`` run torch's own depthwise convolutions in torch's default memory layout, in place.
 
-    Norms over channels hand their output on in the default layout too, as mmpretrain's do: ours otherwise leave theirs in
-    channels-last memory, and torch's convolutions go on in the layout they find.
+    Norms over channels also return the default layout, as mmpretrain's do: ours otherwise return channels-last memory,
+    and torch's convolutions keep the layout of their input.
     """
     swapped: dict[int, nn.Conv2d] = {}
     for module in list(net.modules()):
@@ -109,7 +110,7 @@ def default_layout(net: nn.Module) -> nn.Module:
                 if isinstance(part, nn.ReLU):
                     part.inplace = False  # as in the authors' code
         elif isinstance(module, LayerNorm2d):
-            module.register_forward_hook(_contiguous)
+            module.register_forward_hook(lambda module, args, output: output.contiguous())
     for parameter in net.parameters():
         parameter.data = parameter.data.contiguous()
     return net
@@ -119,13 +120,9 @@ class PlainConv2d(nn.Conv2d):
     """torch's convolution, which our blocks do not compute together with what follows it."""
 
 
-def _contiguous(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return output.contiguous()
-
-
 def _plain_convolution(conv: Any) -> nn.Conv2d:
-    new: Any = PlainConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-                           conv.groups, conv.bias is not None, device='meta')
+    new: Any = PlainConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+                           conv.dilation, conv.groups, conv.bias is not None, device='meta')
     new.weight, new.bias = conv.weight, conv.bias
     return new.train(conv.training)
 
@@ -134,7 +131,7 @@ def _plain_convolution(conv: Any) -> nn.Conv2d:
 def randomize(net: nn.Module, seed: int = 0) -> None:
     """Draw what starts as a constant: statistics and affine parameters of norms, layer scales.
 
-    A norm that is the identity and a block that is scaled by 1e-6 hide what goes wrong in them.
+    A norm that is the identity, or a block scaled by 1e-6, would hide errors in it.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, values in [*net.named_parameters(), *net.named_buffers()]:

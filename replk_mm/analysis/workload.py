@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
+from replk_mm.analysis.differences import CLASS_MAP
 from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.explain import explaining
 from replk_mm.engine.prepare import num_classes_of
@@ -25,8 +26,6 @@ from replk_mm.ops import pack
 
 #: Objects of a synthetic image for detectors.
 _OBJECTS = 8
-#: Name of a segmentor's class maps among its results.
-CLASS_MAP = 'class map'
 
 
 class Workload:
@@ -44,7 +43,8 @@ class Workload:
         UserError: If ``net`` is a whole model of unknown kind.
     """
 
-    def __init__(self, cfg: Config, net: Any, batch: int, shape: tuple[int, int], device: str = 'cpu', seed: int = 0) -> None:
+    def __init__(self, cfg: Config, net: Any, batch: int, shape: tuple[int, int], device: str = 'cpu',
+                 seed: int = 0) -> None:
         self.cfg, self.shape, self.device = cfg, shape, device
         generator = torch.Generator().manual_seed(seed)
         self.kind = kind_of(net)
@@ -61,7 +61,7 @@ class Workload:
         """A call that runs ``net`` as a test does: a backbone to its features, a model to class maps or boxes.
 
         Args:
-            net: Brought to evaluation mode.
+            net: Set to evaluation mode.
             how: ``'float32'``, ``'autocast'`` to bfloat16, or ``'converted'`` by :func:`convert`.
         """
         net.eval()
@@ -72,12 +72,12 @@ class Workload:
         return run
 
     def training(self, net: Any, how: str = 'float32') -> Callable[[], object]:
-        """A call that trains ``net`` for a step: forwards, loss, backwards, and for a model the optimizer of its config.
+        """A call that trains ``net`` for one step: forward, loss, backward, and for a model its config's optimizer.
 
-        The learning rate is 0, so that the weights stay what they are.
+        The learning rate is 0, so that the weights do not change.
 
         Args:
-            net: Brought to training mode.
+            net: Set to training mode.
             how: ``'float32'``, or ``'autocast'`` to bfloat16.
         """
         net.train()
@@ -93,25 +93,25 @@ class Workload:
         """What inference computes: every dense output, and for a segmentor its class maps.
 
         Args:
-            net: Brought to evaluation mode.
+            net: Set to evaluation mode.
             how: See :meth:`inference`.
         """
         net.eval()
         image = self.image.to(torch.bfloat16) if how == 'converted' else self.image
         with torch.no_grad(), self._autocast(how == 'autocast'):
-            # Which boxes a detector chooses flips with the last bit; what it chooses them by can be compared.
+            # The last bit decides which boxes a detector selects; its dense outputs can be compared.
             found = {f'output {i}': output.float() for i, output in enumerate(_outputs(net, image))}
             if self.kind == 'segmentor':
                 found[CLASS_MAP] = class_maps(net.test_step(self._batch(False)))
         return found
 
     def gradients(self, net: nn.Module, how: str = 'float32') -> dict[str, Tensor]:
-        """Loss and gradients of all parameters, by name, so that they can be compared.
+        """Loss and gradients of all parameters, by name, for comparison.
 
-        The loss is that of training. Gradients are of a step with fixed statistics of BatchNorm: through batch statistics of
-        a random network they answer to the last bit of every activation. Without dropout, whose random numbers depend on the
-        memory layout. A detector's are of the mean squares of its dense outputs, because its losses depend on which boxes it
-        chooses, and that on the last bit too.
+        The loss is that of training. Gradients are of a step with fixed statistics of BatchNorm, because through batch
+        statistics of a random network they depend on the last bit of every activation, and without dropout, whose
+        random numbers depend on the memory layout. A detector's are of the mean squares of its dense outputs, because its
+        losses depend on which boxes it selects, which the last bit decides too.
 
         Args:
             net: A copy is run.
@@ -131,7 +131,7 @@ class Workload:
         return found | {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
     def normalized(self, net: Any) -> Tensor:
-        """The batch as ``net``'s data preprocessor makes it, or a backbone's, ``(batch, 3, H, W)``."""
+        """The batch after ``net``'s data preprocessor, ``(batch, 3, H, W)``."""
         return self.image if self.kind == 'backbone' else net.data_preprocessor(self._batch(False), False)['inputs']
 
     def _loss(self, net: Any, how: str) -> Tensor:
@@ -149,7 +149,8 @@ class Workload:
 
     def _optimizer(self, net: nn.Module, how: str) -> OptimWrapper:
         if not self.cfg.get('optim_wrapper'):
-            raise UserError(f"{self.cfg.filename}: the config has no 'optim_wrapper' to train with\nUse --mode inference.")
+            raise UserError(f"{self.cfg.filename}: the config has no 'optim_wrapper' to train with\n"
+                            f'Use --mode inference.')
         cfg = copy.deepcopy(self.cfg)
         if cfg.optim_wrapper.get('type') in ('AmpOptimWrapper', 'replk_mm.BFloat16OptimWrapper'):
             cfg.optim_wrapper.type = 'OptimWrapper'
@@ -203,10 +204,10 @@ class Workload:
 
 
 def convert(net: Any) -> None:
-    """Bring the layers of ``net`` to bfloat16 in place; images may stay in float32."""
+    """Convert the layers of ``net`` to bfloat16 in place; images may stay in float32."""
     whole = kind_of(net) != 'backbone'
     for name, part in net.named_children() if whole else [('', net)]:
-        if name != 'data_preprocessor':  # mean and deviation of images need all of their digits
+        if name != 'data_preprocessor':  # which needs float32
             part.to(torch.bfloat16)
     (net.backbone if whole else net).register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16),))
     pack(net)
@@ -217,8 +218,8 @@ def _outputs(net: nn.Module, image: Tensor) -> list[Tensor]:
 
 
 def _scene(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """An image of coloured patches with noise, ``(3, H, W)`` uint8: noise alone has the same mean everywhere, and norms over
-    pooled maps would blow up the rounding of their differences."""
+    """An image of coloured patches with noise, ``(3, H, W)`` uint8. Noise alone has the same mean everywhere, and norms
+    over pooled maps would amplify rounding errors."""
     coarse = torch.randint(0, 256, (1, 3, -(-shape[0] // 32), -(-shape[1] // 32)), generator=generator).float()
     patches = F.interpolate(coarse, size=shape)[0] * 0.7 + 30 * torch.rand(3, 1, 1, generator=generator)
     return (patches + 20 * torch.randn(3, *shape, generator=generator)).clamp(0, 255).to(torch.uint8)

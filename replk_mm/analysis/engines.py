@@ -1,10 +1,10 @@
-"""Other inference engines on the same network: exported to ONNX once, the same threads, the same images."""
+"""Other inference engines on the same network: exported to ONNX once, with the same threads and images."""
 import contextlib
 import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from replk_mm.analysis.job import first_line
 from replk_mm.analysis.workload import kind_of
 
-#: What can be compared, with the distributions that it needs.
+#: Engines, with the distributions that they need.
 ENGINES = {'openvino': ('openvino', 'onnx', 'onnxscript'), 'onnxruntime': ('onnxruntime', 'onnx', 'onnxscript')}
 
 Run = Callable[[Tensor], list[np.ndarray]]
@@ -28,21 +28,13 @@ class EngineError(Exception):
 
 
 def missing(engine: str) -> str | None:
-    """The line to say if an engine cannot run here because of what is not installed."""
+    """The note for an engine whose distributions are not installed; None if they are."""
     lacking = [name for name in ENGINES[engine] if importlib.util.find_spec(name) is None]
-    if not lacking:
-        return None
-    if engine in lacking:
-        return f'{engine}: not installed (pip install {" ".join(lacking)})'
-    return f'{engine}: the export needs {" and ".join(lacking)} (pip install {" ".join(lacking)})'
+    return f'{engine}: not installed (pip install {" ".join(lacking)})' if lacking else None
 
 
 class Deployed(nn.Module):
-    """What is exported: a backbone to its features, or a segmentor from the normalized image to its class map.
-
-    Args:
-        net: A backbone or a segmentor.
-    """
+    """What is exported: a backbone to its features, or a segmentor from the normalized image to its class map."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -76,27 +68,20 @@ def export(net: Any, image: Tensor, path: Path) -> None:
         raise EngineError('a whole detector has no plain ONNX form; compare its backbone: benchmark.py backbone')
     test = {} if kind == 'backbone' else net.test_cfg or {}
     if test.get('mode') == 'slide' and any(a > b for a, b in zip(image.shape[2:], test['crop_size'], strict=True)):
-        raise EngineError('the config tests with sliding windows, which are no network; for a comparison '
+        raise EngineError('the config tests with sliding windows, which cannot be exported; for a comparison use '
                           '--cfg-options model.test_cfg.mode=whole')
-    try:
-        with _silence():
-            torch.onnx.export(Deployed(net).eval(), (image,), str(path), dynamo=True, input_names=['image'], verbose=False)
-    except Exception as error:  # whatever an exporter of the day raises
-        raise EngineError(f'the network cannot be exported: {type(error).__name__}: {first_line(error)}') from error
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the exporter from telling of its progress and of libraries that are not there."""
     logger = logging.getLogger('torch.onnx')
-    before = logger.level
+    level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter('ignore')
-            yield
+            torch.onnx.export(Deployed(net).eval(), (image,), str(path), dynamo=True, input_names=['image'],
+                              verbose=False)
+    except Exception as error:  # whatever an exporter raises
+        raise EngineError(f'the network cannot be exported: {type(error).__name__}: {first_line(error)}') from error
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
 
 
 def load(engine: str, path: Path, threads: int, dtype: str = 'float32') -> Run:
@@ -105,11 +90,11 @@ def load(engine: str, path: Path, threads: int, dtype: str = 'float32') -> Run:
     Args:
         engine: A name in :data:`ENGINES`.
         path: The exported network.
-        threads: That the engine may use.
-        dtype: That it computes in, ``'float32'`` or ``'bfloat16'``.
+        threads: Number of threads of the engine.
+        dtype: Precision of the computation, ``'float32'`` or ``'bfloat16'``.
 
     Raises:
-        EngineError: If the engine has no such precision, or refuses the network.
+        EngineError: If the engine does not have this precision, or rejects the network.
     """
     if engine == 'onnxruntime' and dtype != 'float32':
         raise EngineError(f'no {dtype} on CPUs')
@@ -118,7 +103,7 @@ def load(engine: str, path: Path, threads: int, dtype: str = 'float32') -> Run:
     except EngineError:
         raise
     except Exception as error:
-        raise EngineError(f'refuses the network: {first_line(error)}') from error
+        raise EngineError(f'rejects the network: {first_line(error)}') from error
 
 
 def _openvino(path: Path, threads: int, dtype: str) -> Run:
@@ -126,7 +111,7 @@ def _openvino(path: Path, threads: int, dtype: str) -> Run:
     core = openvino.Core()
     if dtype == 'bfloat16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
         raise EngineError('this CPU has no bfloat16 for it')
-    # Its own default precision is bfloat16 on CPUs that have it.
+    # Its default precision is bfloat16 on CPUs that have it.
     network = core.compile_model(str(path), 'CPU', {
         'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype], 'INFERENCE_NUM_THREADS': threads,
         'PERFORMANCE_HINT': 'LATENCY'})
