@@ -16,7 +16,8 @@ NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
 REQUIRED = 'REPLK_MM_REQUIRE_BROWSER'
 _LIMIT_SECONDS = 120
 # Chromium reads commands from 3 and answers on 4.
-_LAUNCHER = 'import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])'
+_LAUNCHER = ('import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); '
+             'os.execv(sys.argv[3], sys.argv[3:])')
 
 
 def find() -> str:
@@ -67,7 +68,8 @@ class Browser:
     def send(self, method: str, **parameters):
         """A command of the DevTools protocol; returns its answer."""
         number = next(self._ids)
-        message = dict(id=number, method=method, params=parameters, **(dict(sessionId=self._session) if self._session else {}))
+        message = dict(id=number, method=method, params=parameters, **(dict(sessionId=self._session) if self._session
+                                                                       else {}))
         os.write(self._out, json.dumps(message).encode() + b'\0')
         while True:
             answer = self._receive()
@@ -101,7 +103,8 @@ class Browser:
 
     def size(self, width: int, height: int = 900) -> None:
         """The size of the window in CSS pixels."""
-        self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 600)
 
     def media(self, scheme: str, media: str = '') -> None:
         """Light or dark, screen or print."""

@@ -7,7 +7,8 @@ from PIL import Image
 
 CLASSES, PALETTE = ['sky', 'ground', 'water'], [[135, 190, 235], [125, 150, 75], [40, 85, 165]]
 PROTOCOL = dict(task='segmentation', data=dict(root='scenes', sha256='d' * 64, images=80), crop=[96, 96], mode='whole',
-                scales=[dict(scale=[96, 96])], tta=False, iterations=300, batch=8, samples_seen=2400, pretraining='none',
+                scales=[dict(scale=[96, 96])], tta=False, iterations=300, batch=8, samples_seen=2400,
+                pretraining='none',
                 precision='float32')
 SPEED = dict(device='cpu', cpu='Made-up CPU', threads=2, shape=[96, 96], batch=1, precision='float32', torch='0.0')
 
@@ -20,7 +21,8 @@ def record(row: str, seed: int, measurement: str, values: dict, **changes) -> di
         config=dict(path='configs/upernet_replk-nano_demo.py', sha256='c' * 64, options={}),
         checkpoint=dict(path='runs/x.pth', sha256='e' * 64, iteration=300, trained=True), published=None,
         git=dict(commit='f' * 40, dirty=True), environment=dict(torch='0.0', cpu='Made-up CPU', threads=2),
-        started=f'2001-01-0{1 + seed}T00:00:00+00:00', seconds=1.5, files={}, key=f'{row}.{seed}.{measurement}'), **changes}
+        started=f'2001-01-0{1 + seed}T00:00:00+00:00', seconds=1.5, files={}, key=f'{row}.{seed}.{measurement}'),
+            **changes}
 
 
 def write(folder: Path, records: list[dict]) -> Path:
@@ -41,7 +43,8 @@ def metric(row: str, seed: int, miou: float, **changes) -> dict:
 def speed(row: str, seed: int, ms: float, **changes) -> dict:
     """A speed's record; the quartiles are a twentieth off."""
     form = dict(median_ms=ms, low_ms=0.95 * ms, high_ms=1.05 * ms, throughput=1000 / ms)
-    return record(row, seed, 'speed', dict(forms=dict(reparameterized=form, training={**form, 'median_ms': 2 * ms}), batch=1),
+    return record(row, seed, 'speed', dict(forms=dict(reparameterized=form, training={**form, 'median_ms': 2 * ms}),
+                                           batch=1),
                   **{'protocol': SPEED, **changes})
 
 
@@ -57,10 +60,13 @@ def complete(row: str, label: str, seed: int, quality: float, cost: float, files
             merged_parameters=int(3.5e6 * cost), merged_macs=int(1.9e9 * cost)), protocol=size),
         speed(row, seed, 12. * cost + 0.1 * seed),
         record(row, seed, 'memory', dict(inference_bytes=int(80e6 * cost), training_bytes=None), protocol=SPEED),
-        record(row, seed, 'erf', dict(areas_of_scores={str(t): dict(side=round(20 * cost * s), ratio=0.1 * s) for t, s in
-                                             ((0.2, 1), (0.3, 1.4), (0.5, 2), (0.99, 5))}, size=192, images=8, trained=True),
+        record(row, seed, 'erf', dict(areas_of_scores={str(t): dict(side=round(20 * cost * s), ratio=0.1 * s) for t,
+                                                       s in
+                                             ((0.2, 1), (0.3, 1.4), (0.5, 2), (0.99, 5))}, size=192, images=8,
+                                      trained=True),
                files=dict(heat_map=files['heat_map']), protocol=dict(size=192, images=8, stage=3, trained=True)),
-        record(row, seed, 'shape_bias', dict(shape_bias=0.3 + 0.1 * cost, shape_decisions=30, texture_decisions=50, other=0),
+        record(row, seed, 'shape_bias', dict(shape_bias=0.3 + 0.1 * cost, shape_decisions=30, texture_decisions=50,
+                                             other=0),
                protocol=dict(scenes=dict(count=80))),
         record(row, seed, 'curve', dict(loss=wave, metric=rise, name='mIoU'), protocol=PROTOCOL),
         record(row, seed, 'train', dict(seconds=100., iterations=300, samples_seen=2400))]
@@ -69,8 +75,10 @@ def complete(row: str, label: str, seed: int, quality: float, cost: float, files
 
 def facts(data: Path, **changes) -> dict:
     """What a record of a metric says of its data."""
-    return dict(data={**dict(root=str(data), images='images/validation', labels='annotations/validation', image_suffix='.jpg',
-                             label_suffix='.png', annotations=None, classes=CLASSES, palette=PALETTE, ignored=0), **changes})
+    return dict(data={**dict(root=str(data), images='images/validation', labels='annotations/validation',
+                             image_suffix='.jpg',
+                             label_suffix='.png', annotations=None, classes=CLASSES, palette=PALETTE, ignored=0),
+                      **changes})
 
 
 def scenes(folder: Path, count: int = 7) -> Path:

@@ -7,7 +7,8 @@ import pytest
 from report_records import PROTOCOL, SPEED, facts, files_of, made_up_suite, metric, record, scenes, speed, write
 from tiny import ROOT
 
-from replk_mm.bench.report import assemble, markdown, webpage
+from replk_mm.bench.report import assemble
+from replk_mm.bench.report import page as rendered
 from replk_mm.bench.report.protocol import differences, name_protocols
 from replk_mm.errors import UserError
 
@@ -27,7 +28,7 @@ def found(suite):
 
 @pytest.fixture(scope='module')
 def page(found) -> str:
-    return webpage.page(found)
+    return rendered.html(found)
 
 
 @pytest.fixture
@@ -82,11 +83,11 @@ def test_what_was_not_measured_is_missing(tmp_path) -> None:
     absent = {key: figure.why for key, figure in row.figures.items() if figure.value is None}
     assert set(row.figures) - set(absent) == {'metric'}
     assert absent['milliseconds'] == 'not measured' and absent['memory'] == 'the record holds no such figure'
-    text = webpage.page(assemble.read([tmp_path]))
+    text = rendered.html(assemble.read([tmp_path]))
     cells = re.findall(r'<td[^>]*data-value="([^"]*)"[^>]*>(.*?)</td>', text)
     assert [value for value, _ in cells][:-1] == ['50.0', *[''] * 10]
     assert all('–' in content and not re.search(r'\b0\b', content) for value, content in cells if not value)
-    assert '| 1 a | 50.00 (n = 1) | – (1) | – (1) | – | – |' in markdown.page(assemble.read([tmp_path]))
+    assert '| 1 a | 50.00 (n = 1) | – (1) | – (1) | – | – |' in rendered.markdown(assemble.read([tmp_path]))
 
 
 def test_measured_zero_is_a_figure(tmp_path) -> None:
@@ -124,7 +125,8 @@ def test_figures_of_different_weights_are_told(tmp_path) -> None:
         metric('mixed', 0, 50.), speed('mixed', 0, 9., checkpoint=other),
         record('mixed', 0, 'complexity', {}, checkpoint=None),
         metric('alike', 0, 50.), metric('alike', 1, 51., checkpoint=other)])
-    assert rows['mixed'].problems == [f'seed 0: measured of different weights: metric of {"e" * 12}; speed of {"f" * 12}']
+    assert rows['mixed'].problems == [f'seed 0: measured of different weights: metric of {"e" * 12}; speed of '
+                                      f'{"f" * 12}']
     assert rows['alike'].problems == []
 
 
@@ -171,14 +173,16 @@ def test_best_time_is_of_one_machine(tmp_path) -> None:
         speed('a', 0, 10.), speed('b', 0, 20.), speed('c', 0, 1., protocol=other)])
     assert [name for name, row in rows.items() if row.figures['milliseconds'].best] == ['a']  # c is alone
     assert rows['c'].figures['milliseconds'].protocol == 'S2'
-    close = rows_of(tmp_path / 'close', [metric(name, 0, 50.) for name in 'ab'] + [speed('a', 0, 10.), speed('b', 0, 10.5)])
+    close = rows_of(tmp_path / 'close', [metric(name, 0, 50.) for name in 'ab']
+                    + [speed('a', 0, 10.), speed('b', 0, 10.5)])
     assert not any(row.figures['milliseconds'].best for row in close.values())
 
 
 def test_rows_of_other_protocols_are_not_compared(tmp_path) -> None:
     other = {**PROTOCOL, 'batch': 64}
     rows = rows_of(tmp_path, [metric('a', s, 50. + s) for s in range(2)] + [metric('b', s, 40. + s) for s in range(2)]
-                   + [metric('c', s, 90. + s, protocol=other) for s in range(2)] + [metric('d', 0, 10., protocol=other)])
+                   + [metric('c', s, 90. + s, protocol=other) for s in range(2)]
+                   + [metric('d', 0, 10., protocol=other)])
     assert [name for name, row in rows.items() if row.figures['metric'].best] == ['a']
 
 
@@ -243,20 +247,22 @@ def test_damaged_files_are_named_and_the_page_is_written(run, tmp_path, capsys) 
     good = (folder / 'results/a.0.jsonl').read_text()
     nan = good.replace('50.0', 'NaN')
     assert nan != good
-    for name, text in (('cut', good[:len(good) // 2]), ('newer', good.replace('"version": 1', '"version": 99')), ('nan', nan),
+    for name, text in (('cut', good[:len(good) // 2]), ('newer', good.replace('"version": 1', '"version": 99')),
+                       ('nan', nan),
                        ('binary', '\xff\xfe'), ('list', '[1]\n'),
                        ('asked', good.replace('{"version"', '{"asked": 5, "version"')),
                        ('deep', good.replace('"facts": {', '"facts": {"x": ' + '[' * 500 + ']' * 500))):
         (folder / f'results/{name}.jsonl').write_text(text, encoding='latin-1')
     assert run(folder, '--out', tmp_path / 'out') == assemble.SKIPPED_STATUS == 3
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('passed over: ')]
-    for name, why in (('cut', 'not JSON'), ('newer', 'version 99'), ('nan', 'values.metrics.mIoU is not a finite number'),
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('skipped: ')]
+    for name, why in (('cut', 'not JSON'), ('newer', 'version 99'),
+                      ('nan', 'values.metrics.mIoU is not a finite number'),
                       ('binary', 'not JSON'), ('list', 'list instead of an object'),
                       ('asked', 'asked: Input should be a valid list'),
                       ('deep', 'nested too deeply')):
         assert [line for line in lines if f'{name}.jsonl:1: ' in line and why in line], (name, lines)
     text = (tmp_path / 'out/index.html').read_text()
-    assert '7 passed over' in text and 'nan.jsonl:1: values.metrics.mIoU is not a finite number' in text
+    assert '7 skipped' in text and 'nan.jsonl:1: values.metrics.mIoU is not a finite number' in text
     assert 'data-value="50.0"' in text and 'nan' not in re.findall(r'data-value="([^"]*)"', text)
     assert 'version 99' in (tmp_path / 'out/report.md').read_text()
 
@@ -273,7 +279,7 @@ def test_the_command(run, suite, tmp_path, capsys) -> None:
     assert f'error: {tmp_path / "taken" / "index.html"}: cannot be written (Is a directory)' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run('--help')
-    assert re.search(r'^ +3 +written, but records were passed over', capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r'^ +3 +written, but records were skipped', capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize('name, said', [('no', 'no such results'), ('empty', 'no results in it')])
@@ -287,11 +293,12 @@ def test_no_record_is_left(tmp_path) -> None:
     (tmp_path / 'x.jsonl').write_text('{\n')
     found = assemble.read([tmp_path / 'x.jsonl'])
     assert len(found.complaints) == 1
-    assert 'There are no records' in markdown.page(found) and '1 passed over' in webpage.page(found)
+    assert 'There are no records' in rendered.markdown(found) and '1 skipped' in rendered.html(found)
 
 
 @pytest.mark.parametrize('values', [
-    {}, dict(metrics=None), dict(metrics=dict(mIoU='50')), dict(metrics=dict(mIoU=10 ** 400)), dict(metrics=dict(mIoU=True)),
+    {}, dict(metrics=None), dict(metrics=dict(mIoU='50')), dict(metrics=dict(mIoU=10 ** 400)),
+                                    dict(metrics=dict(mIoU=True)),
     dict(metrics=dict(mIoU=1e308)),
     dict(metrics=[], primary=[], unit=3)])
 def test_values_of_odd_kinds_are_missing(values, tmp_path) -> None:
@@ -299,7 +306,7 @@ def test_values_of_odd_kinds_are_missing(values, tmp_path) -> None:
         loss=[[1], 'x', [1, None], [2, 'y']], metric=7), protocol=PROTOCOL)])['a']
     assert row.figures['metric'].value is None
     found = assemble.read([tmp_path])
-    assert 'missing: the record holds no such figure' in webpage.page(found) and '– (1)' in markdown.page(found)
+    assert 'missing: the record holds no such figure' in rendered.html(found) and '– (1)' in rendered.markdown(found)
 
 
 def test_results_of_several_machines_merge(tmp_path) -> None:
@@ -313,4 +320,4 @@ def test_results_of_several_machines_merge(tmp_path) -> None:
     row = found.suites[0].rows[0]
     assert row.figures['metric'].value == 50.5 and row.state == 'done, 2 seeds'
     assert [found.folders[id(r)] for r in row.of('metric')] == folders
-    assert 'Receptive field of a' in webpage.page(found)
+    assert 'Receptive field of a' in rendered.html(found)

@@ -1,4 +1,4 @@
-"""The report's page in a real browser: table, sorting, plots, pictures, widths, colours, print, what a screen reader gets."""
+"""The report's page in a real browser: table, sorting, plots, pictures, widths, colours, print, accessibility."""
 import base64
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 from browser import REQUIRED, Browser, find
 from report_records import made_up_suite
 
-from replk_mm.bench.report import assemble, webpage
+from replk_mm.bench.report import assemble
+from replk_mm.bench.report import page as rendered
 
 WIDE, NARROW = 1280, 390
 ORDER = """[...document.querySelectorAll('.results tbody')].map(
@@ -20,7 +21,7 @@ def page(tmp_path_factory) -> Path:
     """The made-up suite's page."""
     folder = tmp_path_factory.mktemp('page')
     path = folder / 'index.html'
-    path.write_text(webpage.page(assemble.read([made_up_suite(folder / 'work')])), encoding='utf-8')
+    path.write_text(rendered.html(assemble.read([made_up_suite(folder / 'work')])), encoding='utf-8')
     return path
 
 
@@ -41,11 +42,13 @@ def browser(running, page) -> Browser:
 
 
 def click(browser: Browser, title: str) -> None:
-    browser.run(f"[...document.querySelectorAll('.results button')].find(b => b.textContent.startsWith({title!r})).click()")
+    browser.run("[...document.querySelectorAll('.results button')].find(b => "
+                f"b.textContent.startsWith({title!r})).click()")
 
 
 def test_loads_from_a_file_and_asks_for_nothing(browser) -> None:
-    asked = [event['params']['request']['url'] for event in browser.events if event['method'] == 'Network.requestWillBeSent']
+    asked = [event['params']['request']['url'] for event in browser.events
+             if event['method'] == 'Network.requestWillBeSent']
     assert asked[0].startswith('file:') and all(url.startswith('data:image/') for url in asked[1:])
     wrong = [event for event in browser.events if event['method'] in ('Log.entryAdded', 'Runtime.exceptionThrown')]
     assert wrong == []
@@ -53,7 +56,8 @@ def test_loads_from_a_file_and_asks_for_nothing(browser) -> None:
 
 
 def test_no_other_script_takes_effect(browser) -> None:
-    browser.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.broken = 1'}))")
+    browser.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.broken = "
+                "1'}))")
     assert browser.run('window.broken === undefined') is True
     assert browser.run("fetch('https://example.org').then(() => 'sent', () => 'refused')") == 'refused'
 
@@ -103,28 +107,28 @@ def test_sorting_by_keyboard(browser) -> None:
 
 
 def test_plots_have_points_and_names_apart(browser) -> None:
-    assert browser.run("[...document.querySelectorAll('svg.plot')].map(p => p.querySelectorAll('.point, .curve').length)") == [
+    assert browser.run("[...document.querySelectorAll('svg.plot')].map(p => p.querySelectorAll('.row').length)") == [
         3, 3, 3, 1, 3, 3]
     inside = browser.run("""[...document.querySelectorAll('svg.plot')].every(plot => {
         const all = plot.getBoundingClientRect();
-        return [...plot.querySelectorAll('.marker, text')].every(mark => {
+        return [...plot.querySelectorAll('.row > g > path, text')].every(mark => {
             const box = mark.getBoundingClientRect();
             return box.width > 0 && box.left >= all.left - 1 && box.right <= all.right + 1 && box.top >= all.top - 1
                 && box.bottom <= all.bottom + 1; }); })""")
     assert inside is True
     overlaps = browser.run("""[...document.querySelectorAll('svg.plot')].flatMap(plot => {
         const boxes = [...plot.querySelectorAll('.name')].map(n => n.getBoundingClientRect());
-        return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right && b.left < a.right && a.top < b.bottom
-            && b.top < a.bottom)); }).length""")
+        return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right && b.left < a.right
+            && a.top < b.bottom && b.top < a.bottom)); }).length""")
     assert overlaps == 0
-    shapes = browser.run("[...document.querySelectorAll('svg.plot')].at(-1).querySelectorAll('.line').length")
-    dashes = browser.run("[...[...document.querySelectorAll('svg.plot')].at(-1).querySelectorAll('.line')]"
+    dashes = browser.run("[...[...document.querySelectorAll('svg.plot')].at(-1).querySelectorAll('.row > path')]"
                          ".map(l => getComputedStyle(l).strokeDasharray)")
-    assert shapes == len(set(dashes)) == 3
+    assert len(dashes) == len(set(dashes)) == 3
 
 
 def test_pictures_are_there(browser) -> None:
-    sizes = browser.run("Promise.all([...document.images].map(i => i.decode().then(() => [i.naturalWidth, i.clientWidth])))")
+    sizes = browser.run("Promise.all([...document.images].map(i => i.decode().then(() => [i.naturalWidth, "
+                        "i.clientWidth])))")
     assert len(sizes) == 3 + 6 * 5 and all(natural > 0 and shown > 0 for natural, shown in sizes)
 
 
@@ -150,8 +154,9 @@ CONTRASTS = """(() => {
     const rgb = text => text.match(/[\\d.]+/g).map(Number);
     const light = c => { const [r, g, b] = c.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92
         : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
-    const ground = node => { for (; node; node = node.parentElement) { const c = rgb(getComputedStyle(node).backgroundColor);
-        if (c.length < 4 || c[3] > 0) return c; } return [255, 255, 255]; };
+    const ground = node => { for (; node; node = node.parentElement) {
+        const c = rgb(getComputedStyle(node).backgroundColor); if (c.length < 4 || c[3] > 0) return c; }
+        return [255, 255, 255]; };
     const found = {};
     const note = (node, colour, least) => { const [a, b] = [light(rgb(colour)), light(ground(node))];
         const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
@@ -162,7 +167,7 @@ CONTRASTS = """(() => {
         if (!walker.currentNode.data.trim() || node.closest('title, desc, script')) continue;
         const style = getComputedStyle(node); count += 1;
         note(node, node.closest('svg') ? style.fill : style.color, 4.5); }
-    for (const mark of document.querySelectorAll('.marker')) note(mark, getComputedStyle(mark).fill, 3);
+    for (const mark of document.querySelectorAll('.row path')) note(mark, getComputedStyle(mark).stroke, 3);
     return [count, found]; })()"""
 
 
@@ -199,7 +204,8 @@ def test_print(browser) -> None:
 def test_links_open_what_they_lead_to(browser) -> None:
     browser.run("document.querySelector('tr[data-row=\"2\"] th a').click()")
     browser.run('new Promise(done => setTimeout(done, 50))')
-    assert browser.run("[...document.querySelectorAll('details.row')].map(d => d.open)") == [False, True, False, False, False]
+    assert browser.run("[...document.querySelectorAll('details.row')].map(d => d.open)") == [False, True, False, False,
+                                                                                             False]
 
 
 def test_what_a_screen_reader_gets(browser) -> None:

@@ -23,8 +23,10 @@ def main() -> None:
                        help='folder that tools/test.py --out wrote, its metrics.json, or runs/ROW/SEED of a suite')
     p.add_argument('--out', metavar='DIR', help='write compare.json, compare.md and pictures there')
     p.add_argument('--images', type=cli.positive, default=8, metavar='N', help='images that changed most (default: 8)')
-    p.add_argument('--no-images', action='store_true', help='compare the figures alone: needs neither data nor predictions')
-    p.add_argument('--kind', choices=['bbox', 'segm'], default='bbox', help='detection: by boxes or by masks (default: bbox)')
+    p.add_argument('--no-images', action='store_true',
+                   help='compare the figures alone: needs neither data nor predictions')
+    p.add_argument('--kind', choices=['bbox', 'segm'], default='bbox',
+                   help='detection: by boxes or by masks (default: bbox)')
     p.add_argument('--score', type=float, default=0.3, metavar='S',
                    help='detection: least score of a detection when images are compared (default: 0.3)')
     p.add_argument('--seed', type=int, default=0, metavar='S', help='of the resampling (default: 0)')
@@ -37,7 +39,8 @@ def main() -> None:
     if out:
         prepare_work_dir(out, option='--out')
     found = compare(args.a, args.b, Source(args.data_root, args.config, args.classes, args.cfg_options),
-                    images=None if args.no_images else args.images, kind=args.kind, score=args.score, seed=args.seed, out=out,
+                    images=None if args.no_images else args.images, kind=args.kind, score=args.score, seed=args.seed,
+                    out=out,
                     progress=show if sys.stderr.isatty() else silent)
     print('\n'.join(text.lines(found)))
     if out:

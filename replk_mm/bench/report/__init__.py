@@ -1,1 +1,1 @@
-"""Results of suites as a page and as Markdown: records are assembled to plain data, which the other modules lay out."""
+"""Results of suites as an HTML page and as Markdown: ``assemble`` arranges records, ``page`` renders them."""

@@ -1,15 +1,15 @@
 """What a report shows, as plain data: suites, their rows in groups of one protocol, the figures of every row.
 
-Rows that were measured under different protocols are never ranked together. What was not measured is missing, never zero.
+Rows that were measured under different protocols are never ranked together. What was not measured is missing, never
+zero.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from replk_mm.bench import records
 from replk_mm.bench.report.columns import (
-    BY_KEY,
     COLUMNS,
     METRIC_TITLES,
     NOT_MEASURED,
@@ -17,21 +17,25 @@ from replk_mm.bench.report.columns import (
     Figure,
     compared,
     primary,
-    unit,
     value_of,
 )
-from replk_mm.bench.report.markup import clean
 from replk_mm.bench.report.protocol import Protocol, identity, name_protocols
-from replk_mm.bench.report.ranking import leaders
-from replk_mm.bench.report.state import asked_of, state_of
+from replk_mm.bench.report.words import clean
 from replk_mm.errors import UserError
 
 Record = dict[str, Any]
 
 #: Longest label of a row, in characters.
 LONGEST_LABEL = 100
-#: Exit status of a report some of whose records were passed over.
+#: Exit status of a report that skips some records.
 SKIPPED_STATUS = 3
+RANKING = (
+    '"Best" marks the leader of a column among rows of one protocol, and only where both it and every other row there '
+    'have a spread and the ranges do not overlap: mean plus and minus one standard deviation over seeds, of times the '
+    'quartiles if there is one seed. A single seed of a metric has no spread, so that nothing is marked.')
+#: Remarks on the columns and the marks.
+NOTES = (RANKING, *(column.note for column in COLUMNS if column.note),
+         'With several seeds a figure is their mean ± the standard deviation of the sample.')
 
 
 @dataclass
@@ -39,19 +43,19 @@ class Row:
     """A row of the table: seeds of one row of a suite under one protocol.
 
     Attributes:
-        number: Counted through the suite; names the row in plots.
         name: As in the suite.
         label: As shown.
         records: All of it, done or failed.
+        number: Counted through the suite; names the row in plots.
         figures: By the key of their column.
         state: In words.
         problems: What failed or is left out, and why.
     """
 
-    number: int
     name: str
     label: str
     records: list[Record]
+    number: int = 0
     figures: dict[str, Figure] = field(default_factory=dict)
     state: str = ''
     problems: list[str] = field(default_factory=list)
@@ -88,6 +92,18 @@ class Group:
         """The metric's name and unit for a reader; '' of rows without one."""
         return METRIC_TITLES.get(self.metric, f'{self.metric}, {self.unit}'.strip(', '))
 
+    @property
+    def name(self) -> str:
+        """The protocol's name; '' of rows without a metric."""
+        return self.protocol.name if self.protocol else ''
+
+    @property
+    def heading(self) -> str:
+        """The group's heading in the table."""
+        if self.protocol is None:
+            return 'Rows without a metric: not ranked'
+        return f'Protocol {self.name} ({self.title}): {self.protocol.summary}'
+
 
 @dataclass
 class Suite:
@@ -110,6 +126,28 @@ class Suite:
         """Of all groups."""
         return [row for group in self.groups for row in group.rows]
 
+    @property
+    def differing(self) -> list[str]:
+        """What differs between the protocols of each measurement besides the metric's, whose groups say it."""
+        return [f'{p.name} ({measurement.replace("_", " ")}) differs from {protocols[0].name} and is not ranked '
+                'with it: '
+                f'{clean("; ".join(p.differences))}'
+                for measurement, protocols in self.protocols.items() if measurement != 'metric' for p in protocols[1:]]
+
+    def heading(self, column: Column) -> str:
+        """The title of a column; the metric's is its name if all rows have the same."""
+        names = {group.title for group in self.groups if group.title}
+        return names.pop() if column.key == 'metric' and len(names) == 1 else column.title
+
+    def shows_protocol(self, column: Column) -> bool:
+        """Whether the figures of a column carry the names of their protocols."""
+        return column.measurement != 'metric' and len(self.protocols.get(column.measurement, ())) > 1
+
+    def protocol_name(self, record: Record) -> str:
+        """Of a record; '' if it has none."""
+        key = identity(protocol_of(record))
+        return next((p.name for p in self.protocols.get(record['measurement'], ()) if identity(p.content) == key), '')
+
 
 @dataclass
 class Report:
@@ -117,15 +155,22 @@ class Report:
 
     Attributes:
         suites: In the order in which they were found.
-        complaints: Records that were passed over, and why.
+        complaints: Records that were skipped, and why.
         folders: The work dir of a record, by ``id``.
-        outside: Data sets that lie in no work dir and that pictures on the page are from.
+        outside: Data sets outside of the work dirs that pictures on the page are from; filled by ``page.html``.
     """
 
     suites: list[Suite]
     complaints: list[str]
     folders: dict[int, Path]
     outside: set[Path] = field(default_factory=set)
+
+
+def protocol_of(record: Record) -> Mapping[str, Any]:
+    """A record's protocol; of the metric with its name and unit, for figures of two of them are not ranked together."""
+    if record['measurement'] == 'metric' and record['status'] == 'done':
+        return {**record['protocol'], 'metric': ', '.join(filter(None, primary(record)))}
+    return record['protocol']
 
 
 def read(paths: Sequence[str | Path]) -> Report:
@@ -139,51 +184,53 @@ def read(paths: Sequence[str | Path]) -> Report:
     """
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f'{path}: no such results\nName work dirs of suites (work_dirs/suites/NAME), or .jsonl files.')
+            raise UserError(f'{path}: no such results\nName work dirs of suites (work_dirs/suites/NAME), or '
+                            '.jsonl files.')
         if not records.files_in([path]):
             raise UserError(f'{path}: no results in it (*.jsonl, or results/*.jsonl)\n'
                             'Run the suite first: python tools/suite.py SUITE')
     files = records.files_in(paths)
     found, complaints = records.read(files)
-    for record in found:
-        if record['measurement'] == 'metric' and record['status'] == 'done':
-            # Figures of two names or units are not ranked together.
-            record['protocol'] = {**record['protocol'], 'metric': f'{primary(record)}, {unit(record)}'.strip(', ')}
-    places = {}
-    for file in files:
-        for record in records.read([file])[0]:
-            places[record['key'], record['started'], record['status']] = file.absolute().parent.parent
-    folders = {id(r): places.get((r['key'], r['started'], r['status']), Path()) for r in found}
-    return Report([_suite(name, part) for name, part in records.by_suite(found).items()], complaints, folders)
+    places = {_occasion(r): file.absolute().parent.parent for file in files for r in records.read([file])[0]}
+    return Report([_suite(name, part) for name, part in records.by_suite(found).items()], complaints,
+                  {id(r): places.get(_occasion(r), Path()) for r in found})
+
+
+def _occasion(record: Record) -> tuple[str, str, str]:
+    return record['key'], record['started'], record['status']
 
 
 def _suite(name: str, found: Sequence[Record]) -> Suite:
     entries = _entries(found)
-    metrics = [_first(row, 'metric') for row in entries]
-    by_protocol = name_protocols('metric', [record['protocol'] for record in metrics if record])
-    protocols = {'metric': list(by_protocol.values())}
-    groups = []
-    for key, protocol in by_protocol.items():
-        members = [(row, r) for row, r in zip(entries, metrics, strict=True) if r and identity(r['protocol']) == key]
-        record = members[0][1]
-        groups.append(Group(protocol, primary(record), unit(record), [row for row, _ in members]))
-    without = [row for row, record in zip(entries, metrics, strict=True) if not record]
-    if without:
-        groups.append(Group(None, '', '', without))
-    for measurement in dict.fromkeys(column.measurement for column in COLUMNS if column.measurement != 'metric'):
-        of_rows = [r['protocol'] for row in entries for r in row.of(measurement)] if measurement else []
-        names = name_protocols(measurement, of_rows)
-        protocols.update({measurement: list(names.values())} if names else {})
-        for row in entries:
-            row.figures.update({c.key: _figure(c, row, names) for c in COLUMNS if c.measurement == measurement})
+    metrics = [next(iter(row.of('metric')), None) for row in entries]
+    names = name_protocols('metric', [protocol_of(record) for record in metrics if record])
+    protocols = {'metric': names}
+    for measurement in dict.fromkeys(c.measurement for c in COLUMNS if c.measurement not in ('', 'metric')):
+        of_rows = name_protocols(measurement, [r['protocol'] for row in entries for r in row.of(measurement)])
+        if of_rows:
+            protocols[measurement] = of_rows
+    groups = [Group(protocol, '', '', []) for protocol in [*names.values(), None]]
+    by_identity = dict(zip([*names, None], groups, strict=True))
+    for row, record in zip(entries, metrics, strict=True):
+        group = by_identity[identity(protocol_of(record)) if record else None]
+        group.metric, group.unit = primary(record) if record else ('', '')
+        group.rows.append(row)
+        row.state, row.problems = _state(row.records)
+        row.figures = {c.key: _figure(c, row, protocols.get(c.measurement, {})) for c in COLUMNS}
+        row.figures['published'], row.figures['difference'] = compared(record or row.records[0], row.figures['metric'])
+    groups = [group for group in groups if group.rows]
     for group in groups:
-        _fill(group, by_protocol)
-    for number, row in enumerate((row for group in groups for row in group.rows), 1):
+        group.rows.sort(key=lambda row: (row.figures['metric'].value is None, -(row.figures['metric'].value or 0.)))
+        for column in COLUMNS:
+            for leader in _leaders(column, group.rows):
+                leader.figures[column.key] = replace(leader.figures[column.key], best=True)
+    suite = Suite(name, found[-1]['question'], groups, {key: list(part.values()) for key, part in protocols.items()})
+    for number, row in enumerate(suite.rows, 1):
         row.number = number
-    return Suite(name, found[-1]['question'], groups, protocols)
+    return suite
 
 
-def _entries(found: Sequence[Record]) -> list[Row]:
+def _entries(found: Iterable[Record]) -> list[Row]:
     """Rows; one whose seeds have several protocols of the metric is there once for each."""
     by_row: dict[str, list[Record]] = {}
     for record in found:
@@ -191,43 +238,21 @@ def _entries(found: Sequence[Record]) -> list[Row]:
     entries = []
     for name, of_row in by_row.items():
         done = [r for r in of_row if r['measurement'] == 'metric' and r['status'] == 'done']
-        protocol_of = {r['seed']: identity(r['protocol']) for r in done}
-        kinds = list(dict.fromkeys(protocol_of.values())) or ['']
+        protocol_by_seed = {r['seed']: identity(protocol_of(r)) for r in done}
+        kinds = list(dict.fromkeys(protocol_by_seed.values())) or ['']
         for kind in kinds:  # a seed without a metric goes with the first
-            mine = [r for r in of_row if protocol_of.get(r['seed'], kinds[0]) == kind]
-            entries.append(Row(0, name, clean(mine[-1]['label'] or name, LONGEST_LABEL), mine))
+            mine = [r for r in of_row if protocol_by_seed.get(r['seed'], kinds[0]) == kind]
+            entries.append(Row(name, clean(mine[-1]['label'] or name, LONGEST_LABEL), mine))
     return entries
 
 
-def _first(row: Row, measurement: str) -> Record | None:
-    return next(iter(row.of(measurement)), None)
-
-
-def _fill(group: Group, by_protocol: Mapping[str, Protocol]) -> None:
-    """Metrics, differences, states, order and marks of a group's rows."""
-    for row in group.rows:
-        row.figures['metric'] = _figure(BY_KEY['metric'], row, by_protocol)
-        metric = _first(row, 'metric') or row.records[0]
-        row.figures['published'], row.figures['difference'] = compared(metric, row.figures['metric'])
-        row.state, more = state_of(row.records)
-        row.problems += more
-    group.rows.sort(key=lambda row: _order(row.figures['metric'].value))
-    for column in COLUMNS:
-        for i in leaders(column, [row.figures[column.key] for row in group.rows]):
-            group.rows[i].figures[column.key] = replace(group.rows[i].figures[column.key], best=True)
-
-
-def _order(value: float | None) -> tuple[bool, float]:
-    return value is None, -(value or 0.)
-
-
 def _figure(column: Column, row: Row, protocols: Mapping[str, Protocol]) -> Figure:
-    """The mean over the seeds that were measured alike; the others are said."""
+    """The mean over the seeds that were measured under the most frequent protocol; the others are named."""
     kinds: dict[str, list[tuple[Record, tuple]]] = {}
     for record in row.of(column.measurement):
         found = value_of(column, record)
         if found[0] is not None:
-            kinds.setdefault(identity(record['protocol']), []).append((record, found))
+            kinds.setdefault(identity(protocol_of(record)), []).append((record, found))
     if not kinds:
         return Figure(why=_absence(column, row))
     key = max(kinds, key=lambda k: len(kinds[k]))
@@ -236,19 +261,68 @@ def _figure(column: Column, row: Row, protocols: Mapping[str, Protocol]) -> Figu
     low, high = values[0][1:] if len(values) == 1 else (None, None)
     if seeds.deviation is not None:
         low, high = seeds.mean - seeds.deviation, seeds.mean + seeds.deviation
-    why = [f'seed {r["seed"]} was measured under protocol {protocols[identity(r["protocol"])].name} and is left out'
+    why = [f'seed {r["seed"]} was measured under protocol {protocols[kind].name} and is left out'
            for kind, part in kinds.items() if kind != key for r, _ in part]
     return Figure(seeds.mean, seeds.deviation, seeds.count, '; '.join(why), protocols[key].name, low, high)
 
 
 def _absence(column: Column, row: Row) -> str:
-    of_it = [r for r in row.records if r['measurement'] == column.measurement]
-    reasons = [r['reason'] for r in of_it if r['status'] == 'failed']
-    trainings = [r['reason'] for r in row.records if r['measurement'] == 'train' and r['status'] == 'failed']
-    if reasons:
-        return f'failed: {reasons[0]}'
-    if of_it:
+    failed = {r['measurement']: r['reason'] for r in reversed(row.records) if r['status'] == 'failed'}
+    if column.measurement in failed:
+        return f'failed: {failed[column.measurement]}'
+    if any(r['measurement'] == column.measurement for r in row.records):
         return 'the record holds no such figure'
-    if trainings:
-        return f'training failed: {trainings[0]}'
-    return 'not recorded yet' if column.measurement in asked_of(row.records) else NOT_MEASURED
+    if 'train' in failed:
+        return f'training failed: {failed["train"]}'
+    return 'not recorded yet' if column.measurement in _asked(row.records) else NOT_MEASURED
+
+
+def _leaders(column: Column, rows: Sequence[Row]) -> list[Row]:
+    """The best row of each protocol of a column, where its spread overlaps no other's; see :data:`RANKING`."""
+    sign = {'higher': 1., 'lower': -1.}.get(column.better, 0.)
+    by_protocol: dict[str, list[tuple[float, list[float], Row]]] = {}
+    for row in rows if sign else ():
+        figure = row.figures[column.key]
+        if figure.value is not None:
+            ends = sorted(sign * end for end in (figure.low, figure.high) if end is not None)
+            by_protocol.setdefault(figure.protocol, []).append((sign * figure.value, ends, row))
+    found = []
+    for members in by_protocol.values():
+        best, *others = sorted(members, key=lambda member: -member[0])
+        if others and best[1] and all(ends and ends[1] < best[1][0] for _, ends, _ in others):
+            found.append(best[2])
+    return found
+
+
+def _state(found: Sequence[Record]) -> tuple[str, list[str]]:
+    """How far a row has come; and what failed, is not there yet or does not belong together, by seed."""
+    seeds = sorted({record['seed'] for record in found})
+    failures = [record for record in found if record['status'] == 'failed']
+    problems = [f'seed {record["seed"]}: {record["measurement"]} failed: {record["reason"]}' for record in failures]
+    asked, bad, lacking = _asked(found), {record['seed'] for record in failures}, 0
+    for seed in seeds:
+        have = {record['measurement'] for record in found if record['seed'] == seed}
+        missing = [name for name in records.MEASUREMENTS if name in asked and name not in have]
+        if missing and seed not in bad:
+            problems.append(f'seed {seed}: not recorded yet: {", ".join(missing)}')
+            lacking += 1
+    for seed in seeds:
+        weights: dict[str, list[str]] = {}
+        for record in found:
+            digest = (record['checkpoint'] or {}).get('sha256')
+            if record['seed'] == seed and record['status'] == 'done' and digest:
+                weights.setdefault(str(digest)[:12], []).append(record['measurement'])
+        if len(weights) > 1:
+            parts = '; '.join(f'{", ".join(names)} of {digest}' for digest, names in weights.items())
+            problems.append(f'seed {seed}: measured of different weights: {parts}')
+    counted = f'{len(seeds)} seed{"s" * (len(seeds) != 1)}'
+    if bad:
+        return f'failed, {len(bad)} of {counted}', problems
+    return f'unfinished, {lacking} of {counted}' if lacking else f'done, {counted}', problems
+
+
+def _asked(found: Sequence[Record]) -> list[Any]:
+    """The measurements that the suite asked for of a row, by its latest record."""
+    # Records of early versions do not tell: then what one seed has all of them should have.
+    latest = max(found, key=lambda record: record['started'])
+    return latest.get('asked') or [record['measurement'] for record in found]

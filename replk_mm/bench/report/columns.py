@@ -1,22 +1,19 @@
-"""The columns of a report: which measured value each shows, and how."""
+"""The columns of a report: which measured value each shows, and how; measured figures beside published ones."""
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from replk_mm.bench import published
-from replk_mm.bench.report.markup import clean
-from replk_mm.bench.report.protocol import in_words
+from replk_mm.bench.report.words import clean, in_words, number
 
 #: Images of the split that a published figure was measured on.
 PUBLISHED_IMAGES = {'ADE20K': 2000, 'Cityscapes': 500, 'COCO': 5000}
 #: What a published row calls our metric: without and with test-time augmentation.
-_PUBLISHED_METRICS = {'mIoU': ('miou_ss', 'miou_ms'), 'coco/bbox_mAP': ('ap_box', None), 'coco/segm_mAP': ('ap_mask', None)}
+_PUBLISHED_METRICS = {
+    'mIoU': ('miou_ss', 'miou_ms'), 'coco/bbox_mAP': ('ap_box', None), 'coco/segm_mAP': ('ap_mask', None)}
 #: What readers call a metric, unit included.
 METRIC_TITLES = {'coco/bbox_mAP': 'Box AP', 'coco/segm_mAP': 'Mask AP'}
-_MIB = 2**20
-_LARGEST = 10**30
-_LONGEST_OPTIONS = 200
-#: How a missing figure says that nobody asked for it.
+#: Reason for a missing figure that the suite did not ask for.
 NOT_MEASURED = 'not measured'
 
 
@@ -28,10 +25,10 @@ class Figure:
         value: None where it is missing.
         deviation: Standard deviation of the sample of seeds; None of one seed.
         count: Seeds that it is the mean of; 0 for a quoted one.
-        why: Why it is missing, or what to know of it.
+        why: Why it is missing, or a remark.
         protocol: Name of its protocol.
-        low: Of the range within which other values are as good; None if that is unknown.
-        high: Its other end.
+        low: Lower end of its spread; None if that is unknown.
+        high: Upper end.
         best: Whether it leads the rows that it may be ranked with by more than the spread.
     """
 
@@ -59,7 +56,7 @@ class Column:
         digits: After the point.
         better: ``'higher'``, ``'lower'``, or '' where no row is the best.
         range: Places of the lower and the upper quartile, if there are.
-        note: What to know of all of its values.
+        note: A remark on all of its values.
     """
 
     key: str
@@ -79,22 +76,32 @@ class Column:
         small = 0 < abs(value) < 10 ** (1 - self.digits)
         return f'{value:{sign}.2g}' if small else f'{value:{sign},.{self.digits}f}'
 
+    def shown(self, figure: Figure) -> str:
+        """A figure's text: the value, and its deviation if it has one that is not zero by nature."""
+        text = self.text(figure.value or 0.)
+        if figure.deviation is None or self.measurement == 'complexity' or self.key == 'difference':
+            return text
+        return f'{text} ± {self.text(figure.deviation)}'
+
 
 _FORMS = (('forms', 'reparameterized'), ('forms', 'training'))
 COLUMNS = (
     Column('metric', 'Metric', '', 'metric', better='higher'),
-    Column('published', 'Published', '', '', digits=1, note='Published figures are quoted from the papers, not measured.'),
-    Column('difference', 'Difference', 'points', '', note='Difference: measured minus published, in points, and only where '
-           'both are of the same data.'),
+    Column('published', 'Published', '', '', digits=1,
+           note='Published figures are quoted from the papers, not measured.'),
+    Column('difference', 'Difference', 'points', '',
+           note='Difference: measured minus published, in points, and only where both are of the same data.'),
     Column('parameters', 'Parameters', 'M', 'complexity', (('merged_parameters',), ('inference_parameters',)), 1e-6,
-           note='Parameters and MACs are of the network as it is deployed: no auxiliary heads, and merged if it can be.'),
+           note='Parameters and MACs are of the network as it is deployed: no auxiliary heads, and merged if it '
+                'can be.'),
     Column('macs', 'MACs', 'G', 'complexity', (('merged_macs',), ('macs',)), 1e-9),
-    Column('milliseconds', 'Time', 'ms', 'speed', tuple((*form, 'median_ms') for form in _FORMS), digits=1, better='lower',
-           range=('low_ms', 'high_ms'), note='Time is the median of one batch, of the merged network where there is something '
-           'to merge; images a second go with it.'),
+    Column('milliseconds', 'Time', 'ms', 'speed', tuple((*form, 'median_ms') for form in _FORMS), digits=1,
+           better='lower', range=('low_ms', 'high_ms'),
+           note='Time is the median of one batch, of the merged network where there is something to merge; images a '
+                'second go with it.'),
     Column('throughput', 'Speed', 'images/s', 'speed', tuple((*form, 'throughput') for form in _FORMS), digits=1,
            better='higher'),
-    Column('memory', 'Memory', 'MiB', 'memory', (('inference_bytes',),), 1 / _MIB, 1, better='lower',
+    Column('memory', 'Memory', 'MiB', 'memory', (('inference_bytes',),), 2.**-20, 1, better='lower',
            note='Memory is what inference needs at its peak.'),
     Column('erf50', 'ERF 50 %', 'px', 'erf', (('areas_of_scores', '0.5', 'side'),), digits=0,
            note='ERF, the effective receptive field: side of the square about the centre that holds this share of the '
@@ -106,19 +113,10 @@ COLUMNS = (
 BY_KEY = {column.key: column for column in COLUMNS}
 
 
-def number(node: Any, *place: str) -> float | None:
-    """The number at a place of nested dicts; None if there is none, or none that anything is measured in."""
-    for name in place:
-        node = node.get(name) if isinstance(node, Mapping) else None
-    if isinstance(node, bool) or not isinstance(node, (int, float)):
-        return None
-    return float(node) if -_LARGEST < node < _LARGEST else None  # NaN is not between either
-
-
 def value_of(column: Column, record: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
     """A record's value of a column, and the quartiles about it; None what is not there."""
     values = record['values']
-    for path in (('metrics', primary(record)),) if column.key == 'metric' else column.paths:
+    for path in (('metrics', primary(record)[0]),) if column.key == 'metric' else column.paths:
         found = number(values, *path)
         if found is not None:
             low, high = (number(values, *path[:-1], end) for end in column.range) if column.range else (None, None)
@@ -126,14 +124,9 @@ def value_of(column: Column, record: Mapping[str, Any]) -> tuple[float | None, f
     return None, None, None
 
 
-def primary(record: Mapping[str, Any]) -> str:
-    """The name of the metric that ranks."""
-    return str(record['values'].get('primary') or 'mIoU')
-
-
-def unit(record: Mapping[str, Any]) -> str:
-    """Of the metric that ranks; '' if there is none."""
-    return str(record['values'].get('unit') or '')
+def primary(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The name and the unit of the metric that ranks."""
+    return str(record['values'].get('primary') or 'mIoU'), str(record['values'].get('unit') or '')
 
 
 def compared(record: Mapping[str, Any], measured: Figure) -> tuple[Figure, Figure]:
@@ -147,16 +140,15 @@ def compared(record: Mapping[str, Any], measured: Figure) -> tuple[Figure, Figur
     if not stated:
         why = 'nothing is published for this config'
         return Figure(why=why), Figure(why=why)
-    plain, augmented = _PUBLISHED_METRICS.get(primary(record), (None, None))
-    tta = bool(record['protocol'].get('tta'))
-    name = augmented if tta else plain
+    metric, tta = primary(record)[0], bool(record['protocol'].get('tta'))
+    name = _PUBLISHED_METRICS.get(metric, (None, None))[tta]
     value = number(stated, name) if name else None
     if value is None:
-        why = f'no {primary(record)}{" with test-time augmentation" if tta else ""} is published for this config'
+        why = f'no {metric}{" with test-time augmentation" if tta else ""} is published for this config'
         return Figure(why=why), Figure(why=why)
     result = published.for_config(str(record['config'].get('path') or ''))
     name = str(stated.get('dataset') or (result.dataset if result else ''))
-    conditions = f'{result.schedule}, crop {result.crop}' if result and result.crop else result.schedule if result else ''
+    conditions = result.schedule + (f', crop {result.crop}' if result.crop else '') if result else ''
     quoted = Figure(value, why=', '.join(filter(None, (name, conditions, in_words(stated.get('source'))))))
     other = _other_data(name, record)
     if other or measured.value is None:
@@ -184,7 +176,7 @@ def _otherwise(record: Mapping[str, Any], result: published.Result | None) -> It
             result.schedule != f'{iterations / 1000:g}k iterations'):
         yield f'trained for {iterations:,.0f} iterations, published after {result.schedule}'
     if record['config'].get('options'):
-        yield f'config with options: {clean(in_words(record["config"]["options"]), _LONGEST_OPTIONS)}'
+        yield f'config with options: {clean(in_words(record["config"]["options"]), 200)}'
     side = crop[0] if isinstance(crop, list) and crop else crop
     if result and result.crop and side and side != result.crop:
         yield f'crop {in_words(crop)}, published with {result.crop}'

@@ -1,12 +1,19 @@
 """Which figures of a report may be ranked together: those measured under one protocol; of others, what differs."""
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: What a difference quotes of a value at most.
+from replk_mm.bench.report.words import clean, in_words, leaves
+
+#: What a difference quotes of a value at most, in characters.
 _QUOTED = 100
+#: Prefix of the protocols of a measurement; the metric's are A, B ...
+_LETTERS = {'complexity': 'C', 'speed': 'S', 'memory': 'M', 'erf': 'E', 'shape_bias': 'B', 'curve': 'L'}
+#: Entries of the metric's protocol that the heading of its group names.
+_SUMMARY = ('task', 'data', 'crop', 'mode', 'tta', 'iterations', 'batch', 'pretraining', 'precision')
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,18 @@ class Protocol:
     content: Mapping[str, Any]
     differences: tuple[str, ...] = ()
 
-
-#: What names the protocols of a measurement; the metric's are A, B ...
-_LETTERS = {'complexity': 'C', 'speed': 'S', 'memory': 'M', 'erf': 'E', 'shape_bias': 'B', 'curve': 'L'}
+    @property
+    def summary(self) -> str:
+        """What a reader wants to know of a metric's protocol first."""
+        parts = []
+        for name in _SUMMARY:
+            value = self.content.get(name)
+            if name == 'data' and isinstance(value, Mapping):
+                images = f' ({value["images"]} images)' if value.get('images') else ''
+                value = f'{in_words(value.get("root") or value.get("name"))}{images}'
+            if value not in (None, '', [], {}):
+                parts.append(f'{name} {clean(in_words(value), 80)}')
+        return ', '.join(parts) or 'not stated'
 
 
 def identity(protocol: Mapping[str, Any]) -> str:
@@ -38,17 +54,13 @@ def name_protocols(measurement: str, contents: Iterable[Mapping[str, Any]]) -> d
 
     Args:
         measurement: What they are of.
-        contents: One for each row that has it.
+        contents: One for each record.
     """
-    counts: dict[str, int] = {}
-    by_identity: dict[str, Mapping[str, Any]] = {}
-    for content in contents:
-        key = identity(content)
-        counts[key] = counts.get(key, 0) + 1
-        by_identity[key] = content
-    order = sorted(counts, key=lambda key: -counts[key])  # stable: of equally frequent ones the first to appear
-    first = by_identity[order[0]] if order else {}
-    return {key: Protocol(_name(measurement, i), by_identity[key], tuple(differences(by_identity[key], first)))
+    contents = list(contents)
+    by_identity = {identity(content): content for content in contents}
+    order = [key for key, _ in Counter(map(identity, contents)).most_common()]
+    return {key: Protocol(_name(measurement, i), by_identity[key],
+                          tuple(differences(by_identity[key], by_identity[order[0]])))
             for i, key in enumerate(order)}
 
 
@@ -64,51 +76,17 @@ def _name(measurement: str, index: int) -> str:
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What differs in ``one`` from ``other``, a phrase for each place: ``'data.images: 40 instead of 80'``."""
-    ours, theirs = dict(_leaves(one)), dict(_leaves(other))
+    ours, theirs = dict(leaves(one)), dict(leaves(other))
     found = []
     for place in {**theirs, **ours}:
-        here, there = (in_words(leaves[place]) if place in leaves else 'not stated' for leaves in (ours, theirs))
+        here, there = (in_words(part[place]) if place in part else 'not stated' for part in (ours, theirs))
         if place not in ours or place not in theirs or identity({'': ours[place]}) != identity({'': theirs[place]}):
             same = len(os.path.commonprefix([here, there]))
             found.append(f'{place}: {_around(here, same)} instead of {_around(there, same)}')
     return found
 
 
-def described(protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every place of a protocol with its value as text."""
-    return [(place, in_words(value)) for place, value in _leaves(protocol)]
-
-
-def _leaves(node: Any, place: str = '') -> Iterable[tuple[str, Any]]:
-    parts: Iterable[tuple[Any, Any]] = ()
-    if isinstance(node, Mapping):
-        parts = node.items()
-    elif isinstance(node, list) and any(isinstance(part, (Mapping, list)) for part in node):
-        parts = enumerate(node)
-    empty = True
-    for key, value in parts:
-        empty = False
-        yield from _leaves(value, f'{place}.{key}' if place else str(key))
-    if empty and place:
-        yield place, node
-
-
 def _around(text: str, at: int) -> str:
     """A long text's part about a place."""
     start = max(0, at - _QUOTED // 2) if len(text) > _QUOTED else 0
     return f'{"…" * (start > 0)}{text[start:start + _QUOTED]}{"…" * (len(text) > start + _QUOTED)}'
-
-
-def in_words(value: Any) -> str:
-    """A plain value as text for a reader."""
-    if value is None or value == [] or value == {}:
-        return 'none'
-    if isinstance(value, bool):
-        return 'yes' if value else 'no'
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence) and value and all(isinstance(part, (int, float)) for part in value):
-        return ' x '.join(map(str, value))
-    if isinstance(value, list) and all(isinstance(part, (str, list)) for part in value):
-        return '; '.join(map(in_words, value))
-    return json.dumps(value, default=str, ensure_ascii=False) if isinstance(value, (Mapping, Sequence)) else str(value)

@@ -1,0 +1,209 @@
+"""A report as one HTML page that needs nothing else (no network, fonts or other files), and as Markdown."""
+import base64
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from replk_mm.bench import records
+from replk_mm.bench.report import assemble, examples, plots
+from replk_mm.bench.report.assemble import Record, Report, Row, Suite
+from replk_mm.bench.report.columns import BY_KEY, COLUMNS, METRIC_TITLES, NOT_MEASURED, Column, Figure
+from replk_mm.bench.report.examples import LEAST_SCORE, Album
+from replk_mm.bench.report.protocol import identity
+from replk_mm.bench.report.words import clean, in_words, leaves, number, plain
+
+_HERE = Path(__file__).parent
+#: Columns that the metric is plotted against.
+_AGAINST = ('milliseconds', 'macs', 'parameters')
+#: Points of a curve before neighbours are averaged.
+_MOST_POINTS = 120
+
+
+class Notes(list[str]):
+    """Numbered notes below a table; equal ones share a number."""
+
+    def number(self, text: str) -> int:
+        """The number of a note."""
+        if text not in self:
+            self.append(text)
+        return self.index(text) + 1
+
+
+def html(report: Report) -> str:
+    """The page's text; fills ``report.outside``."""
+    album = Album(report.folders)
+    style, script = (Markup((_HERE / name).read_text(encoding='utf-8')) for name in ('page.css', 'page.js'))
+    text = _environment(clean).get_template('page.html.j2').render(
+        report=report, album=album, style=style, script=script, hash=_hash, plots=_plots, curves=_curves,
+        sample=plots.sample, heat_maps=_heat_maps, sheet=examples.sheet, distinct=_distinct, LEAST_SCORE=LEAST_SCORE)
+    report.outside |= album.outside
+    return text
+
+
+def markdown(report: Report) -> str:
+    """The text of the Markdown file: everything but plots and pictures."""
+    return _markdown().get_template('report.md.j2').render(report=report)
+
+
+def markdown_tables(suite: Suite) -> str:
+    """The tables of a suite as Markdown, with remarks and origins."""
+    return str(_markdown().get_template('report.md.j2').make_module().tables(suite))  # type: ignore[attr-defined]
+
+
+def _markdown() -> Environment:
+    return _environment(lambda value: Markup(plain(value)))
+
+
+def _environment(show: Callable[[object], str]) -> Environment:
+    """Every value passes ``show``, then is escaped for HTML; only what is ``Markup`` already stays as it is."""
+    environment = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, Markup) else show(value))
+    environment.globals |= dict(
+        COLUMNS=COLUMNS, NOT_MEASURED=NOT_MEASURED, NOTES=assemble.NOTES, Notes=Notes, markdown_cell=_markdown_cell)
+    environment.filters |= dict(
+        clean=clean, in_words=in_words, leaves=lambda node: list(leaves(node)), checkpoint=_checkpoint, commit=_commit,
+        values=_values, origin=_origin)
+    return environment
+
+
+def _markdown_cell(suite: Suite, column: Column, figure: Figure, notes: Notes) -> Markup:
+    source = column.key == 'published' and figure.value is not None
+    mark = f' ({notes.number(figure.why)})' if figure.why and figure.why != NOT_MEASURED and not source else ''
+    if figure.value is None:
+        return Markup(f'–{mark}')
+    text = column.shown(figure) + (f' (n = {figure.count})' if column.key == 'metric' else '')
+    text = plain(f'{text} {figure.protocol}' if suite.shows_protocol(column) else text)
+    return Markup(f'**{text}**{mark}' if figure.best else f'{text}{mark}')
+
+
+def _hash(text: str) -> str:
+    return f'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'
+
+
+# -- plots and pictures -----------------------------------------------------------------------------------------------
+def _plots(suite: Suite) -> Iterator[dict[str, Any]]:
+    """The metric against time, MACs and parameters: a plot for each pair of protocols."""
+    for group in suite.groups:
+        for column in map(BY_KEY.__getitem__, _AGAINST):
+            by_protocol: dict[str, list[Row]] = {}
+            for row in group.rows if group.protocol else ():
+                if None not in (row.figures['metric'].value, row.figures[column.key].value):
+                    by_protocol.setdefault(row.figures[column.key].protocol, []).append(row)
+            for name, shown in by_protocol.items():
+                points = [plots.Point(row.number, row.label, x.value or 0., y.value or 0., y.deviation)
+                          for row in shown for x, y in [(row.figures[column.key], row.figures['metric'])]]
+                cost = column.title if column.key == 'macs' else column.title.lower()
+                title = f'{group.title.partition(",")[0]} against {cost}'
+                how = '; bars: ± one standard deviation over seeds' if any(p.deviation for p in points) else ''
+                yield dict(title=title, rows=shown, lines=False,
+                           caption=f'Protocol {group.name}, {name}{how}.',
+                           svg=plots.scatter(points, f'{column.title}, {column.unit}', group.title, title))
+
+
+def _curves(suite: Suite) -> Iterator[dict[str, Any]]:
+    """Loss and metric over the training, of each protocol, the mean over seeds with its deviation."""
+    for group in suite.groups:
+        kinds: dict[str, list[tuple[Row, list[Record]]]] = {}
+        for row in group.rows:
+            found = row.of('curve')
+            for key in [identity(found[0]['protocol'])] if found else ():
+                kinds.setdefault(key, []).append((row, [r for r in found if identity(r['protocol']) == key]))
+        for rows in kinds.values():
+            for what in ('loss', 'metric'):
+                lines = [(row, plots.Line(row.number, row.label, points)) for row, of_row in rows
+                         if (points := _over_seeds([_points(r['values'].get(what)) for r in of_row]))]
+                if not lines:
+                    continue
+                name = str(rows[0][1][0]['values'].get('name') or 'metric')
+                name = 'loss' if what == 'loss' else METRIC_TITLES.get(name, name)
+                title = 'Training loss' if what == 'loss' else f'{name} while training'
+                where = f'Protocol {group.name}. ' if group.protocol else ''
+                band = ', the band ± one standard deviation' if plots.has_bands([line for _, line in lines]) else ''
+                yield dict(title=title, rows=[row for row, _ in lines], lines=True,
+                           caption=f'{where}Mean over seeds{band}.',
+                           svg=plots.curves([line for _, line in lines], 'iterations', name, title))
+
+
+def _points(found: object) -> dict[float, float]:
+    """Iterations with a finite value."""
+    pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2] if isinstance(found, list) else []
+    numbers = [(number(dict(v=x), 'v'), number(dict(v=y), 'v')) for x, y in pairs]
+    return dict(sorted((x, y) for x, y in numbers if x is not None and y is not None))
+
+
+def _over_seeds(seeds: Sequence[Mapping[float, float]]) -> list[tuple[float, float, float | None]]:
+    """Mean and deviation at iterations that all seeds have; neighbours are averaged where there are too many."""
+    seeds = [seed for seed in seeds if seed]
+    common = sorted(set.intersection(*map(set, seeds))) if seeds else []
+    size = -(-len(common) // _MOST_POINTS) or 1
+    found = []
+    for start in range(0, len(common), size):
+        part = common[start:start + size]
+        spread = records.spread([records.spread([seed[x] for x in part]).mean for seed in seeds])
+        found.append((records.spread(part).mean, spread.mean, spread.deviation))
+    return found
+
+
+def _heat_maps(suite: Suite, album: Album) -> Iterator[tuple[Row, Record, str, examples.Shown]]:
+    """The receptive field of every row, of its first seed."""
+    for row in suite.rows:
+        for record in row.of('erf')[:1]:
+            sides = [f'{share}: {side:g} px' for share, at in (('50 %', '0.5'), ('99 %', '0.99'))
+                     if (side := number(record['values'], 'areas_of_scores', at, 'side')) is not None]
+            words = ', '.join(sides) + ('' if record['values'].get('trained', True) else '; random weights')
+            shown = examples.heat_map(record, words, album)
+            if shown:
+                yield row, record, words, shown
+
+
+# -- origins ----------------------------------------------------------------------------------------------------------
+def _distinct(row: Row, name: str) -> list[Mapping[str, Any]]:
+    """The different values of a field of a row's records, without empty entries."""
+    return list({identity(r[name]): {k: v for k, v in r[name].items() if v or name != 'config'}
+                 for r in row.records}.values())
+
+
+def _checkpoint(record: Record) -> str:
+    found = record['checkpoint']
+    if not found:
+        return 'none'
+    iteration = found.get('iteration')
+    parts = [str(found.get('sha256') or 'hash not stated')[:12],
+             f'iteration {iteration}' if iteration is not None else '',
+             '' if found.get('trained', True) else 'random weights']
+    return ', '.join(filter(None, parts))
+
+
+def _commit(record: Record) -> str:
+    """The code that measured."""
+    git = record['git']
+    if not git:
+        return 'not in a git checkout'
+    return in_words(git.get('commit'))[:12] + (', with changes' if git.get('dirty') else '')
+
+
+def _values(record: Record) -> dict[str, Any]:
+    """Of a record's values and facts, what is not shown elsewhere and not too long."""
+    found = {**record['values'], **record['facts']}
+    for key in ('per_class', 'loss', 'metric', 'parts', 'data'):
+        found.pop(key, None)
+    # The protocols of other measurements stand below the table.
+    return found | ({'protocol': record['protocol']} if found and record['measurement'] in ('curve', 'train') else {})
+
+
+def _origin(row: Row) -> str:
+    """Config, checkpoints, code and dates of a row, in a line."""
+    last = row.records[-1]
+    hashes = dict.fromkeys(str((r['checkpoint'] or {}).get('sha256') or '')[:12] for r in row.records)
+    dates = sorted(r['started'] for r in row.records)
+    machine = ', '.join(str(last['environment'][key]) for key in ('cpu', 'gpu', 'torch')
+                        if last['environment'].get(key))
+    return (f'config {last["config"].get("path")} ({str(last["config"].get("sha256"))[:12]}); checkpoints '
+            f'{", ".join(filter(None, hashes)) or "none"}; commit {_commit(last)}; {machine}; {dates[0]} to '
+            f'{dates[-1]}')
