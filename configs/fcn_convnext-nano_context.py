@@ -5,7 +5,7 @@
 # Recipe:    1 CPU x 16 images (global batch 16), 200 iterations, from scratch
 # Published: none; `python tools/suite.py configs/suites/convnext_kernel.yaml` compares kernel sizes with it
 _base_ = ['./_base_/models/fcn_linear.py', './_base_/datasets/context.py', './_base_/schedules/context.py',
-          'mmseg::_base_/default_runtime.py']
+          './_base_/runtimes/segmentation.py']
 model = dict(
     backbone=dict(
         type='replk_mm.ConvNeXt',

@@ -26,7 +26,10 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs')
 ]
-train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
+data = dict(type='replk_mm.CocoDataset')
+train_dataloader = dict(batch_size=2, dataset=dict(**data, pipeline=train_pipeline))
+val_dataloader = test_dataloader = dict(dataset=data)
+val_evaluator = test_evaluator = dict(type='replk_mm.CocoMetric')
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0))
@@ -34,6 +37,8 @@ param_scheduler = [
     dict(type='ConstantLR', factor=1 / 3, by_epoch=False, begin=0, end=500),
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=24, milestones=[16, 22], gamma=0.1),
 ]
-train_cfg = dict(max_epochs=24)
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='coco/bbox_mAP'))
+train_cfg = dict(type='replk_mm.EpochBasedTrainLoop', max_epochs=24)
+val_cfg = dict(type='replk_mm.ValLoop')
+default_hooks = dict(checkpoint=dict(
+    type='replk_mm.CheckpointHook', max_keep_ckpts=3, save_best='coco/bbox_mAP'))
 auto_scale_lr = dict(enable=True, base_batch_size=16)

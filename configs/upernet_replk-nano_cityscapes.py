@@ -7,7 +7,7 @@ _base_ = [
     './_base_/models/upernet_nano.py',
     './_base_/datasets/cityscapes_256.py',
     './_base_/schedules/nano.py',
-    'mmseg::_base_/default_runtime.py',
+    './_base_/runtimes/segmentation.py',
 ]
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),

@@ -4,7 +4,7 @@
 # Recipe:    1 CPU x 8 images (global batch 8), 600 iterations, from scratch
 # Published: none; `make demo` prints what it measures
 _base_ = ['./_base_/models/upernet_nano.py', './_base_/datasets/scenes.py', './_base_/schedules/nano.py',
-          'mmseg::_base_/default_runtime.py']
+          './_base_/runtimes/segmentation.py']
 crop_size = (160, 160)
 num_classes = 8
 # Objects cover a sixth of the pixels; the Dice loss counts every class alike, so that their shapes are not learned last.

@@ -8,7 +8,7 @@ _base_ = [
     './_base_/models/upernet_replknet.py',
     './_base_/datasets/cityscapes_769.py',
     './_base_/schedules/replknet_160k.py',
-    'mmseg::_base_/default_runtime.py',
+    './_base_/runtimes/segmentation.py',
 ]
 model = dict(
     data_preprocessor=dict(size=_base_.crop_size),

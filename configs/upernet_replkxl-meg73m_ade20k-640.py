@@ -10,7 +10,7 @@ _base_ = [
     './_base_/models/upernet_replknet.py',
     './_base_/datasets/ade20k_512_crop640.py',
     './_base_/schedules/replknet_160k.py',
-    'mmseg::_base_/default_runtime.py',
+    './_base_/runtimes/segmentation.py',
 ]
 model = dict(
     # mean and std are those of the MegData73M pretraining

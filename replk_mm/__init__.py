@@ -1,12 +1,25 @@
 """Large-kernel ConvNets (RepLKNet) and ConvNeXt as first-class OpenMMLab backbones."""
-import os
-
-from replk_mm.compat import register_configs
+from pathlib import Path
 
 __version__ = '0.1.0'
 
-# Pixels that OpenCV makes room for, which it asks when it is imported: Pillow's limit instead of six times as many.
-os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')
 
-# `_base_ = 'replk_mm::upernet_replk31b_ade20k.py'` works from here on, in this process.
-register_configs()
+def register_configs() -> None:
+    """Let ``_base_`` of a config name ours: ``_base_ = 'replk_mm::upernet_replk31b_ade20k.py'``.
+
+    The commands of this project call it; another program calls it once, before it reads such a config. mmengine (0.10.7)
+    resolves such names for a fixed table of packages only, and requires a folder in them.
+    """
+    from mmengine.config import Config
+    original = Config._get_cfg_path
+    if getattr(original, 'knows_replk_mm', False):
+        return
+
+    def path_of(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        scope, _, name = cfg_path.partition('::')
+        if scope == 'replk_mm' and name:
+            return str(Path(__file__).resolve().parent / '.mim' / 'configs' / name), scope
+        return original(cfg_path, filename)
+
+    path_of.knows_replk_mm = True  # type: ignore[attr-defined]
+    Config._get_cfg_path = staticmethod(path_of)

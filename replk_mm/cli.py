@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""What the commands share: arguments, and the settings of their process."""
 import argparse
 import ast
 import os
@@ -6,16 +6,17 @@ import warnings
 
 from mmengine.config import DictAction
 
+from replk_mm import register_configs
 from replk_mm.checkpoints import register_safe_loaders
 from replk_mm.engine.machine import Options, keep_freed_memory
 from replk_mm.errors import printable
 
-#: Longest list or dict in an override, characters, and deepest nesting.
-_LONGEST, _DEEPEST = 3000, 20
+# OpenCV reads this limit when it is imported, before setup_process(): Pillow's number of pixels instead of six times as many.
+os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')
 
 
 class KeyValue(DictAction):
-    """mmengine's action, which takes a dict in braces too; what cannot be read is refused as argparse refuses."""
+    """mmengine's action, which also takes a dict in braces."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         options = dict(getattr(namespace, self.dest) or {})
@@ -24,27 +25,11 @@ class KeyValue(DictAction):
             if not given:
                 parser.error(f'argument {option_string}: {text!r:.200} is not KEY=VALUE')
             try:
-                # mmengine's reading takes the square of a list's length, and the cube of its depth; a number in a dict that
-                # is longer has more digits than Python writes.
-                if len(value) > _LONGEST and set(value) & set(',[({'):
-                    raise ValueError(f' (a list or dict of more than {_LONGEST:,} characters belongs into a config)')
-                if _depth(value) > _DEEPEST:
-                    raise ValueError(f' (lists within lists, more than {_DEEPEST} deep)')
                 options[key] = ast.literal_eval(value) if value.startswith('{') else self._parse_iterable(value)
-            except (ValueError, TypeError, SyntaxError, AssertionError, RecursionError, MemoryError) as error:
-                why = str(error) if str(error).startswith(' (') else ''
-                parser.error(f'argument {option_string}: the value of {printable(key):.80} cannot be read{why}: '
+            except (ValueError, TypeError, SyntaxError, AssertionError, RecursionError, MemoryError):
+                parser.error(f'argument {option_string}: cannot parse the value of {printable(key):.80}: '
                              f'{printable(value):.80}')
         setattr(namespace, self.dest, options)
-
-
-def _depth(value: str) -> int:
-    """How deep brackets of any kind are nested in a text."""
-    deepest = depth = 0
-    for c in value:
-        depth += (c in '([{') - (c in ')]}')
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def parser(doc: str, example: str) -> argparse.ArgumentParser:
@@ -92,11 +77,15 @@ def options_of(args: argparse.Namespace) -> Options:
     return Options(**known)
 
 
-def start_process() -> None:
-    """What a command settles for its whole process: memory that is freed is kept, and warnings about the libraries' own
-    future, which a user can do nothing about, are silent."""
-    keep_freed_memory()
+def setup_process() -> None:
+    """Settings of a whole process, which every command makes once at its start and importing this package never does.
+
+    mmengine loads checkpoints without running code in them, configs inherit ours as ``replk_mm::NAME.py``, the C library
+    keeps freed memory, and warnings about the libraries' own future are not shown.
+    """
     register_safe_loaders()
+    register_configs()
+    keep_freed_memory()
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings('ignore', category=category)
     for message in ('pkg_resources is deprecated', '.*align_corners=.*', 'Fail to import.*MultiScaleDeformableAttention'):

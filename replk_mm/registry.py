@@ -62,8 +62,8 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry('optimizer wrapper constructor', scope=SCO
 
 #: What runs beside training. Building from it imports the engine.
 HOOKS = Registry('hook', scope=SCOPE, parent=MMENGINE_HOOKS,
-                 locations=['replk_mm.engine.checkpoint_hook', 'replk_mm.engine.parameter_groups', 'replk_mm.engine.preflight',
-                            'replk_mm.engine.divergence', 'replk_mm.engine.processes'])
+                 locations=[f'replk_mm.engine.{name}' for name in (
+                     'checkpoint_hook', 'parameter_groups', 'preflight', 'divergence', 'processes')])
 
 #: Training that can be stopped anywhere. Building from it imports the engine.
 LOOPS = Registry('loop', scope=SCOPE, parent=MMENGINE_LOOPS, locations=['replk_mm.engine.loops'])

@@ -21,9 +21,8 @@ def test_dict_in_braces():
 
 
 @pytest.mark.parametrize('word, told', [
-    ('a', "'a' is not KEY=VALUE"), ("a={'b': ", 'value of a cannot be read'), ('a={b: 1}', 'value of a cannot be read'),
-    ('a=' + '{' * 5000, 'value of a cannot be read'),
-    ('a={0x' + 'f' * 4000 + '}', 'a list or dict of more than 3,000 characters')], ids=range(5))
+    ('a', "'a' is not KEY=VALUE"), ("a={'b': ", 'cannot parse the value of a'), ('a={b: 1}', 'cannot parse the value of a'),
+    ('a=' + '{' * 5000, 'cannot parse the value of a')], ids=range(4))
 def test_unreadable(word, told, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(word)

@@ -112,7 +112,7 @@ def test_testing_follows_the_authors(name):
 def test_training_data_follow_the_recipe(name):
     cfg, row = load(name), ROWS[name]
     dataset = cfg.train_dataloader.dataset
-    assert dataset.type == 'CocoDataset' and dataset.data_root == 'data/coco/'
+    assert dataset.type == 'replk_mm.CocoDataset' and dataset.data_root == 'data/coco/'
     assert dataset.filter_cfg == {'filter_empty_gt': True, 'min_size': 32}
     steps = {t.type: t for t in dataset.pipeline}
     assert steps['RandomFlip'].prob == 0.5 and steps['LoadAnnotations'].get('with_mask', False) is (name != FCOS)
@@ -131,7 +131,7 @@ def test_training_data_follow_the_recipe(name):
 def test_optimization_and_schedule_follow_the_row(name):
     check_optimization(name)
     cfg, row = load(name), ROWS[name]
-    assert cfg.train_cfg.type == 'EpochBasedTrainLoop' and cfg.train_cfg.val_interval == 1
+    assert cfg.train_cfg.type == 'replk_mm.EpochBasedTrainLoop' and cfg.train_cfg.val_interval == 1
     assert cfg.train_cfg.max_epochs == row['epochs'] == RECIPES[row['recipe']]['schedule']['epochs']
     hook = cfg.default_hooks.checkpoint
     assert (hook.interval, hook.max_keep_ckpts, hook.save_best) == (1, 3, 'coco/bbox_mAP')

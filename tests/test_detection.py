@@ -19,7 +19,6 @@ from tiny_detector import CLASSES, detector, trained_detector, write_coco  # noq
 
 from replk_mm.checkpoints import read
 from replk_mm.data.datasets import crop_of
-from replk_mm.engine.drop_ins import use_drop_ins
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.merge import reparameterize_checkpoint
 from replk_mm.engine.predict import described, instances, load_trained, predict
@@ -132,14 +131,6 @@ def test_masks_of_a_model_that_has_none_are_named(tmp_path):
         bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.long)))])
     with pytest.raises(UserError, match="'segm' scores masks"):
         metric.evaluate(1)
-
-
-def test_metric_of_a_data_set_of_the_users_own_stays(detector):  # noqa: F811
-    cfg = detector.cfg()
-    cfg.val_dataloader.dataset.type = 'DeepFashionDataset'
-    assert [m['type'] for m in use_drop_ins(cfg)] == ['replk_mm.CocoMetric']
-    assert (cfg.val_evaluator['type'], cfg.test_evaluator['type']) == ('CocoMetric', 'replk_mm.CocoMetric')
-    assert cfg.val_dataloader.dataset.type == 'DeepFashionDataset'
 
 
 def test_classes_come_with_the_checkpoint(detector, tmp_path):  # noqa: F811

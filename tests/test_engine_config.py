@@ -8,6 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS
 from tiny import ROOT, tiny  # noqa: F401
 
+from replk_mm import register_configs
 from replk_mm.engine import config
 from replk_mm.engine.config import build_model, fit_to_machine, load_config, replace_type, set_data_root, shorten
 from replk_mm.engine.machine import Options
@@ -91,6 +92,7 @@ def test_names_of_other_packages():
 
 
 def test_config_that_inherits_by_the_installed_name(tmp_path):
+    register_configs()
     cfg = load_config(write(tmp_path, "_base_ = 'replk_mm::upernet_replk-nano_ade20k.py'\n"))
     assert cfg.model.backbone.type == 'replk_mm.RepLKNet'
 
@@ -117,29 +119,12 @@ def test_overrides_reach_the_config():
     ({'model': 3}, 'model'),
     ({'train_dataloder.batch_size': 3}, 'train_dataloder'),
     ({'optim_wraper.optimizer.lr': 3}, 'optim_wraper'),
-    ({'': 1}, "'' is no name"),
-    ({'.': 1}, "'' is no name"),
-    ({'model..type': 1}, "'' is no name"),
-    ({'1x': 1}, "'1x' is no name"),
-    ({'model.class': 1}, "'class' is no name"),
-    ({'mine': [{'a': {'class': 1}}]}, "'class' is no name"),
-    ({"model.x': print(1), 'y": 1}, 'is no name'),
-    ({'mine': {"b'c": 1, 'd e': 2}}, 'is no name'),
-    ({'a.' * 400 + 'a': 1}, '401 names'),
 ])
 def test_override_that_does_not_fit_is_named(tmp_path, options, named):
     with pytest.raises(UserError) as info:
         load_config(write(tmp_path, SMALL), options)
     assert '--cfg-options' in first_line(info)
     assert named in first_line(info)
-
-
-@pytest.mark.parametrize('option', ['', '1x', 'model.class', 'None', "model.x'y"])
-def test_what_is_refused_would_not_be_written(tmp_path, option):
-    cfg = load_config(write(tmp_path, SMALL))
-    cfg.merge_from_dict({option: 1})
-    with pytest.raises(SyntaxError):
-        Config.fromstring(cfg.pretty_text, '.py')
 
 
 def test_misspelt_override_gets_a_suggestion(tmp_path):
@@ -323,7 +308,7 @@ def test_processes_on_cpus_are_joined_by_gloo():
 
 
 def test_workers_fit_the_cores(monkeypatch):
-    monkeypatch.setattr('os.sched_getaffinity', lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(config, 'usable_cores', lambda: 8)
     for device, processes, workers in (('cpu', 1, 4), ('cpu', 2, 2), ('cpu', 16, 1), ('cuda', 1, 8), ('cuda', 2, 4)):
         cfg = machine_config()
         notes = fit_to_machine(cfg, None, device, processes)

@@ -113,9 +113,9 @@ def test_validations_are_neither_lost_nor_repeated(segmentor, tiny, tmp_path, mo
 
 EPOCHS = """
 train_dataloader = dict(sampler=dict(_delete_=True, type='DefaultSampler', shuffle=True))
-train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=3, val_interval=1)
+train_cfg = dict(_delete_=True, type='replk_mm.EpochBasedTrainLoop', max_epochs=3, val_interval=1)
 param_scheduler = [dict(type='PolyLR', power=1.0, by_epoch=True, begin=0, end=3)]
-default_hooks = dict(checkpoint=dict(_delete_=True, type='CheckpointHook', by_epoch=True, interval=1, max_keep_ckpts=2))
+default_hooks = dict(checkpoint=dict(_delete_=True, type='replk_mm.CheckpointHook', by_epoch=True, interval=1, max_keep_ckpts=2))
 """
 
 

@@ -73,25 +73,118 @@ for project in (mmdet, mmseg):
 ''')
 
 
-def test_configs_are_inherited(root, tmp_path):
+# What a program has outside our package, before and after it imports us and trains our backbones.
+STATE = """
+import inspect, os, signal, warnings
+import torch
+import mmcv.ops, mmcv._ext
+import mmengine.config, mmengine.hub, mmengine.utils
+from mmengine.config import Config, config, utils
+from mmengine.runner import checkpoint
+
+def functions(owner):
+    return {name: value for name, value in vars(owner).items() if callable(value) or isinstance(value, staticmethod)}
+
+def state():
+    return dict(
+        loaders=functions(checkpoint), schemes=dict(checkpoint.CheckpointLoader._schemes), operators=functions(mmcv._ext),
+        configs=[functions(owner) for owner in (config, utils, Config, mmengine.hub.hub, mmengine.utils)],
+        packages=dict(utils.MODULE2PACKAGE), environment=dict(os.environ), warnings=list(warnings.filters),
+        signals=[signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], torch=dict(
+            load=torch.load, threads=torch.get_num_threads(), dtype=torch.get_default_dtype(), grad=torch.is_grad_enabled(),
+            deterministic=torch.are_deterministic_algorithms_enabled(), device=torch.get_default_device(),
+            precision=torch.get_float32_matmul_precision(), safe_globals=list(torch.serialization.get_safe_globals()),
+            mkldnn=torch.backends.mkldnn.enabled, nnpack=torch.backends.nnpack.enabled() if callable(
+                getattr(torch.backends.nnpack, 'enabled', None)) else None,
+            cudnn=[torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic],
+            functions=[torch.nn.functional.conv2d, torch.nn.Conv2d.forward, torch.nn.functional.interpolate]))
+"""
+NEIGHBOUR = """
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+
+loaded = []
+
+@checkpoint.CheckpointLoader.register_scheme('own://')
+def load_from_own(filename, map_location):
+    loaded.append(filename)
+    return torch.load(filename.removeprefix('own://'), weights_only=False)
+
+@MODELS.register_module()
+class Neighbour(BaseModule):
+    def __init__(self, init_cfg=None):
+        super().__init__(init_cfg)
+        self.conv = torch.nn.Conv2d(3, 4, 1)
+
+class Settings:
+    pass
+"""
+
+
+def test_a_program_that_uses_our_backbones_is_left_as_it_is(root, tmp_path):
+    pytest.importorskip('mmcv.ops')
+    run(root, f'''
+{STATE}{NEIGHBOUR}
+before = state()
+import replk_mm.registry
+backbones = [MODELS.build(cfg) for cfg in ({BACKBONES})]
+for backbone in backbones:
+    backbone.init_weights()
+    sum(feature.square().mean() for feature in backbone(torch.randn(2, 3, 64, 64))).backward()
+    with torch.no_grad():
+        backbone.eval()(torch.randn(1, 3, 64, 64))
+after = state()
+changed = [key for key in before if before[key] != after[key]]
+assert not changed, (changed, [(k, before['torch'][k], after['torch'][k]) for k in before['torch']])
+
+# A neighbour's checkpoint has an object of its own in it, and mmengine loads it as it does without us.
+neighbour = Neighbour()
+path = {str(tmp_path / 'own.pth')!r}
+torch.save(dict(state_dict=neighbour.state_dict(), settings=Settings()), path)
+again = MODELS.build(dict(type='Neighbour', init_cfg=dict(type='Pretrained', checkpoint='own://' + path)))
+again.init_weights()
+assert loaded == ['own://' + path]
+assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), neighbour.state_dict().values()))
+torch.save(neighbour.state_dict(), path)
+again = MODELS.build(dict(type='Neighbour', init_cfg=dict(type='Pretrained', checkpoint=path)))
+again.init_weights()
+assert torch.equal(again.conv.weight, neighbour.conv.weight)
+''')
+
+
+def test_configs_are_inherited_after_one_call(root, tmp_path):
     pytest.importorskip('mmseg')
     (tmp_path / 'mine.py').write_text(
         "_base_ = 'replk_mm::upernet_replk-nano_ade20k.py'\nmodel = dict(backbone=dict(drop_path_rate=.125))\n")
+    (tmp_path / 'gone.py').write_text("_base_ = 'replk_mm::no-such.py'\n")
     run(root, f'''
-import replk_mm
 from mmengine.config import Config
 from mmengine.hub import get_config
+import replk_mm
+for _ in range(2):
+    replk_mm.register_configs()
 cfg = Config.fromfile({str(tmp_path / 'mine.py')!r})
 assert cfg.model.backbone.type == 'replk_mm.RepLKNet' and cfg.model.backbone.arch == 'nano'
 assert cfg.model.backbone.drop_path_rate == .125
-plain = get_config('replk_mm::upernet_replk-nano_ade20k.py')
-assert plain.model.backbone.drop_path_rate == 0 and plain.model.decode_head.type == 'replk_mm.UPerHead'
-nested = get_config('mmseg::_base_/default_runtime.py')  # other projects' configs as ever
-assert nested.default_scope == 'mmseg'
+assert get_config('mmseg::_base_/default_runtime.py').default_scope == 'mmseg'  # other packages' configs as before
 try:
-    get_config('replk_mm::no-such.py')
+    Config.fromfile({str(tmp_path / 'gone.py')!r})
 except Exception as error:
     assert 'no-such' in str(error), error
 else:
     raise SystemExit('a config that does not exist was found')
+''')
+
+
+def test_commands_set_up_their_process_once(root):
+    run(root, f'''
+{STATE}
+from replk_mm.cli import setup_process
+assert os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'] == '178956970'
+before = state()
+setup_process()
+setup_process()
+after = state()
+changed = {{key for key in before if before[key] != after[key]}}
+assert changed == {{'loaders', 'schemes', 'configs', 'warnings'}}, changed
 ''')

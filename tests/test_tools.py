@@ -44,6 +44,16 @@ def test_metric_equals_a_count_over_the_written_label_maps(tiny, plain):
     assert result.metrics['aAcc'] == pytest.approx(100 * np.mean(label == found), abs=0.01)
 
 
+def test_types_of_mmseg_in_a_config_stay(tiny, trained, plain, tmp_path):
+    cfg = tiny.cfg({'test_evaluator.type': 'IoUMetric', 'tta_model.type': 'SegTTAModel'})
+    found = evaluate(cfg, str(trained), tiny.options(tmp_path / 'test'), predictions=tmp_path / 'p')
+    assert (cfg.test_evaluator.type, cfg.tta_model.type) == ('IoUMetric', 'SegTTAModel')
+    assert found.metrics['mIoU'] == pytest.approx(plain[1].metrics['mIoU'], abs=0.01)
+    assert found.per_class == {} and 'mIoU_present' not in found.metrics
+    assert [path.name for path in sorted((tmp_path / 'p').iterdir())] == [path.name for path in sorted(plain[2].iterdir())]
+    assert found.notes == []
+
+
 def test_merged_checkpoint_tests_the_same(tiny, plain, merged, tmp_path):
     again = evaluate(tiny.cfg(), str(merged), tiny.options(tmp_path))
     assert again.metrics['mIoU'] == pytest.approx(plain[1].metrics['mIoU'], abs=0.01)

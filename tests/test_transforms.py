@@ -5,13 +5,11 @@ import numpy as np
 import pytest
 from check_data_cases import data, image, label, seg_config  # noqa: F401 (a fixture)
 from coco_files import SIZE, write_images
-from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from replk_mm.data.transforms import CheckedLoad, ShrinkLabels
-from replk_mm.engine.prepare import check_while_loading
 from replk_mm.errors import UserError, message_of
 from replk_mm.registry import TRANSFORMS
 
@@ -124,13 +122,3 @@ def test_shrunk_labels_are_those_at_the_centres_of_the_blocks():
 def test_shrinking_names_a_map_that_does_not_divide():
     with pytest.raises(UserError, match=r'^a\.png: ShrinkLabels\(factor=4\) got a map of 9x8'):
         ShrinkLabels(4).transform({'gt_seg_map': np.zeros((9, 8), np.uint8), 'seg_map_path': 'a.png'})
-
-
-def test_loading_steps_are_wrapped_wherever_they_stand():
-    steps = [dict(type='mmdet.LoadAnnotations', with_bbox=True), dict(type='Resize', scale=(8, 8)),
-             dict(type='RandomChoice', transforms=[[dict(type='LoadImageFromFile')], [dict(type='LoadPanopticAnnotations')]])]
-    cfg = Config(dict(default_scope='mmdet', train_dataloader=dict(dataset=dict(type='CocoDataset', pipeline=steps))))
-    check_while_loading(cfg, None)
-    first, resize, choice = cfg.train_dataloader.dataset.pipeline
-    assert (first.type, first.load) == ('replk_mm.CheckedLoad', steps[0]) and resize == steps[1]
-    assert [part[0].load.type for part in choice.transforms] == ['LoadImageFromFile', 'LoadPanopticAnnotations']

@@ -46,16 +46,18 @@ load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=T
         dict(type='Resize', scale=({SIZE}, {SIZE}), keep_ratio=True)]
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, batch_sampler=None,
                         sampler=dict(type='InfiniteSampler'), dataset=dict(
-    filter_cfg=dict(min_size=1), pipeline=[*load, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]))
+    type='replk_mm.CocoDataset', filter_cfg=dict(min_size=1), pipeline=[*load, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]))
 test = [load[0], load[2], load[1], dict(type='PackDetInputs', meta_keys=(
     'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
-val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipeline=test))
-test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipeline=test))
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=100, val_interval=100)
-val_cfg = dict(type='ValLoop')
+val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(type='replk_mm.CocoDataset', pipeline=test))
+test_dataloader = val_dataloader
+val_evaluator = dict(type='replk_mm.CocoMetric')
+test_evaluator = dict(type='replk_mm.CocoMetric')
+train_cfg = dict(type='replk_mm.IterBasedTrainLoop', max_iters=100, val_interval=100)
+val_cfg = dict(type='replk_mm.ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=3e-3))
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(by_epoch=False, interval=100))
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(type='replk_mm.CheckpointHook', by_epoch=False, interval=100))
 log_processor = dict(by_epoch=False)
 """
 _count = itertools.count()

@@ -117,5 +117,5 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    cli.start_process()
+    cli.setup_process()
     sys.exit(main())

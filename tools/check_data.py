@@ -53,5 +53,5 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    cli.start_process()
+    cli.setup_process()
     sys.exit(main())

@@ -78,5 +78,5 @@ def compare(paths: list[Path], out: Path, name: str, page: Path | None) -> None:
 
 
 if __name__ == '__main__':
-    cli.start_process()
+    cli.setup_process()
     sys.exit(main())

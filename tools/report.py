@@ -51,5 +51,5 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    cli.start_process()
+    cli.setup_process()
     sys.exit(main())

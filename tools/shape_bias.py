@@ -35,5 +35,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    cli.start_process()
+    cli.setup_process()
     sys.exit(main())

@@ -85,5 +85,5 @@ def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
 
 
 if __name__ == '__main__':
-    cli.start_process()
+    cli.setup_process()
     sys.exit(main())

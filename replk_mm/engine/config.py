@@ -1,18 +1,19 @@
-"""Read a config, apply what the command line says, and fit it to this machine: every change is a line that is said."""
+"""Read a config, apply the command line, and fit it to this machine: every change is one line of the log."""
 import difflib
-import os
+import inspect
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
 from torch.overrides import TorchFunctionMode
 
 from replk_mm.data.datasets import as_list, datasets_of, placed_metrics
-from replk_mm.engine.explain import explaining
-from replk_mm.engine.overrides import merge
+from replk_mm.engine.explain import explaining, walk
 from replk_mm.errors import UserError
 from replk_mm.ops.spatial import bfloat16_instructions
 
@@ -26,8 +27,8 @@ def load_config(path: str, options: dict | None = None, needs: tuple[str, ...] =
         needs: What the config must have. Defaults to what every training config has.
 
     Raises:
-        UserError: If the file or one of its bases does not exist or cannot be read, lacks something, or an override does not
-            fit.
+        UserError: If the file or one of its bases does not exist or cannot be read, lacks something, or an override does
+            not fit.
     """
     found = file_of(path)
     if not found.is_file():
@@ -41,11 +42,30 @@ def load_config(path: str, options: dict | None = None, needs: tuple[str, ...] =
         raise UserError(f'{path}: the config cannot be read: {type(error).__name__}: {error}\n'
                         f'Check the file and the files its _base_ names.') from error
     if options:
-        merge(cfg, options, path)
+        _override(cfg, options, path)
     for key in needs:
         if key not in cfg:
-            raise UserError(f'{path}: the config has no {key!r}; it is no training config\nFiles in _base_ are parts of one.')
+            raise UserError(f'{path}: the config has no {key!r}; this is not a complete config\n'
+                            f'Files in _base_ are parts of one.')
     return cfg
+
+
+def _override(cfg: Config, options: dict, path: str) -> None:
+    """Apply ``--cfg-options``. A new name may be for the user's own code; one close to an existing name is a typing error."""
+    known = [*cfg.keys(), *inspect.signature(Runner.__init__).parameters]
+    for option in options:
+        top = option.partition('.')[0]
+        close = difflib.get_close_matches(top, known, n=1, cutoff=0.8)
+        if close and top not in known:
+            raise UserError(f'--cfg-options {option}: {path} has no {top!r}\nDid you mean {close[0]}?')
+    try:
+        cfg.merge_from_dict(options)
+    except Exception as error:  # of half a dozen kinds
+        raise UserError(f'--cfg-options {options!s:.500}: does not fit {path}: {error}') from error
+    for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'optim_wrapper'):
+        if cfg.get(key) is not None and not isinstance(cfg[key], dict):
+            raise UserError(f'--cfg-options {key}={cfg[key]!r}: {key} of {path} is a dict\n'
+                            f'Name the field below it: --cfg-options {key}.FIELD=VALUE.')
 
 
 def file_of(path: str) -> Path:
@@ -79,7 +99,7 @@ def set_data_root(cfg: Config, root: str) -> None:
 
 
 def shorten(cfg: Config, iterations: int) -> str:
-    """Train for ``iterations`` only, warm-up and decay shortened in proportion. Returns the line to say."""
+    """Train for ``iterations`` only, warm-up and decay shortened in proportion. Returns a line for the log."""
     loop = cfg.train_cfg
     by_epoch = loop.get('by_epoch', 'max_epochs' in loop)
     total = loop.get('max_epochs') if by_epoch else loop.get('max_iters')
@@ -103,7 +123,8 @@ def shorten(cfg: Config, iterations: int) -> str:
     cfg.param_scheduler = [s for s in as_list(cfg.get('param_scheduler'))
                            if s.get('end', iterations) - s.get('begin', 0) >= 2 or 'Poly' in s['type']]
     interval = iterations if by_epoch else min(iterations, loop.get('val_interval', iterations))
-    cfg.train_cfg = ConfigDict(type='IterBasedTrainLoop', max_iters=iterations, val_interval=interval)
+    scope = 'replk_mm.' if str(loop.get('type')).startswith('replk_mm.') else ''
+    cfg.train_cfg = ConfigDict(type=f'{scope}IterBasedTrainLoop', max_iters=iterations, val_interval=interval)
     hooks = cfg.get('default_hooks') or {}
     checkpoint = hooks.get('checkpoint') or dict(type='CheckpointHook')
     checkpoint.update(by_epoch=False, interval=interval if by_epoch and checkpoint.get('by_epoch', True) else
@@ -117,52 +138,82 @@ def shorten(cfg: Config, iterations: int) -> str:
     return f'schedule: {iterations} iterations instead of {total} {unit}, warm-up and decay in proportion'
 
 
-def fit_to_machine(cfg: Config, amp: str | None, device: str, world_size: int) -> list[str]:
-    """Change what this machine cannot do. Call after :func:`shorten`.
+def fit_to_machine(cfg: Config, amp: str | None, device: str, local_processes: int, processes: int | None = None) -> list[str]:
+    """Fit a config to this machine: norms, process group, precision, data workers, learning rate. Nothing else changes it.
+
+    Call after :func:`shorten`.
 
     Args:
         cfg: Changed in place.
-        amp: ``'bf16'`` or ``'fp16'`` to force mixed precision, None for what the config says.
+        amp: ``'bf16'`` or ``'fp16'`` to force mixed precision, None for that of the config.
         device: ``'cpu'`` or ``'cuda'``.
-        world_size: Processes that share this machine.
+        local_processes: Processes that share this machine.
+        processes: Processes of the whole run, which the learning rate depends on; None for inference.
 
     Returns:
         A line for every change.
 
     Raises:
-        UserError: If ``amp`` asks for what the device has not.
+        UserError: If the device does not support ``amp``.
     """
-    notes = []
-    alone = cfg.get('launcher', 'none') == 'none'
-    kinds = {'SyncBN', 'MMSyncBN', 'replk_mm.SyncBN'}
-    norm = 'BN' if alone else 'replk_mm.SyncBN' if device == 'cpu' else 'SyncBN'
-    # Configs of other runs, which are written to their work directories, may have ours.
-    kinds = {'replk_mm.SyncBN'} if norm == 'SyncBN' else kinds - {norm}
-    layers = replace_type(cfg.model, dict.fromkeys(kinds, norm))
-    if layers:
-        why = ('replk_mm.SyncBN is for CPUs' if norm == 'SyncBN' else
-               f"torch's SyncBN runs on {'GPUs only' if device == 'cpu' else 'several GPUs only'}")
-        notes.append(f'norm: {why}; {norm} instead ({layers} places in the config)'
-                     + ('' if alone else ', with the statistics of all processes'))
+    notes = _norms(cfg, device)
     if device == 'cpu' and cfg.get('env_cfg', {}).get('dist_cfg', {}).get('backend') == 'nccl':
         cfg.env_cfg.dist_cfg.backend = 'gloo'
-        if not alone:
-            notes.append('processes: joined by gloo; nccl needs GPUs')
+        if cfg.get('launcher', 'none') != 'none':
+            notes.append('process group: gloo instead of nccl, which needs GPUs')
     notes += _precision(cfg, amp, device)
-    share = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
-                // world_size)
+    notes += _workers(cfg, device, local_processes)
+    return notes + (_learning_rate(cfg, processes) if processes else [])
+
+
+def _norms(cfg: Config, device: str) -> list[str]:
+    alone = cfg.get('launcher', 'none') == 'none'
+    norm = 'BN' if alone else 'replk_mm.SyncBN' if device == 'cpu' else 'SyncBN'
+    # The config in a work directory is that of its run, fitted to another machine maybe.
+    former = {'replk_mm.SyncBN'} if norm == 'SyncBN' else {'SyncBN', 'MMSyncBN', 'replk_mm.SyncBN'} - {norm}
+    layers = replace_type(cfg.model, dict.fromkeys(former, norm))
+    if not layers:
+        return []
+    why = ('replk_mm.SyncBN is for CPUs' if norm == 'SyncBN' else
+           f"torch's SyncBN runs on {'GPUs only' if device == 'cpu' else 'several GPUs only'}")
+    return [f'norm: {why}; {norm} instead ({layers} places in the config)'
+            + ('' if alone else ', with the statistics of all processes')]
+
+
+def _workers(cfg: Config, device: str, local_processes: int) -> list[str]:
+    notes = []
+    share = max(1, usable_cores() // local_processes)
+    # The main process needs a core too when it computes on the CPU.
+    workers = max(1, share // 2) if device == 'cpu' else share
     for split in ('train', 'val', 'test'):
         loader = cfg.get(f'{split}_dataloader')
-        # The main process needs a core too when it computes on the CPU.
-        workers = max(1, share // 2) if device == 'cpu' else share
         if loader and loader.get('num_workers', 0) > workers:
-            notes.append(f'{split} data workers: {workers} instead of {loader["num_workers"]} '
-                         f'({share} cores a process)')
+            notes.append(f'{split} data workers: {workers} instead of {loader["num_workers"]} ({share} cores a process)')
             loader['num_workers'] = workers
         if loader and not loader.get('num_workers', 0):
             loader['persistent_workers'] = False
             loader.pop('prefetch_factor', None)  # torch refuses it without workers
     return notes
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, 'cpu_affinity') else psutil.cpu_count() or 1
+
+
+def _learning_rate(cfg: Config, processes: int) -> list[str]:
+    scaling = cfg.get('auto_scale_lr')
+    actual = cfg.train_dataloader.batch_size * processes
+    rate = cfg.optim_wrapper.get('optimizer', {}).get('lr')
+    if not scaling or scaling.base_batch_size == actual or rate is None:
+        return []
+    if not scaling.get('enable'):
+        return [f'learning rate: {rate} as configured for {scaling.base_batch_size} images a step; this run has {actual} '
+                f'(auto_scale_lr.enable=True scales)']
+    # mmengine's runner multiplies by this ratio.
+    return [f'learning rate: {rate} x {actual}/{scaling.base_batch_size} = {rate * actual / scaling.base_batch_size:.3g}, for '
+            f'{actual} images a step instead of {scaling.base_batch_size} (auto_scale_lr.enable=False keeps it)']
 
 
 def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
@@ -195,19 +246,12 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
     return ['precision: float32 instead of float16 autocast, which needs a GPU (--amp bf16 is possible)']
 
 
-def replace_type(node, names: dict[str, str]) -> int:
+def replace_type(node: Any, names: dict[str, str]) -> int:
     """Replace ``type`` values anywhere in a nested config; returns how many."""
-    count = 0
-    if isinstance(node, dict):
-        if node.get('type') in names:
-            node['type'] = names[node['type']]
-            count += 1
-        for value in node.values():
-            count += replace_type(value, names)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            count += replace_type(value, names)
-    return count
+    found = [part for _, part in walk(node) if part.get('type') in names]
+    for part in found:
+        part['type'] = names[part['type']]
+    return len(found)
 
 
 def build_model(cfg: Config, device: str = 'cpu') -> torch.nn.Module:

@@ -1,4 +1,5 @@
 """Evaluate a checkpoint."""
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,12 +8,11 @@ from mmengine.config import Config, ConfigDict
 
 from replk_mm import checkpoints
 from replk_mm.data.checks.classes import check_heads, compare_with_checkpoint
-from replk_mm.data.datasets import coco_style, datasets_of
+from replk_mm.data.datasets import coco_style, datasets_of, placed_metrics
 from replk_mm.engine.config import build_model, fit_to_machine
-from replk_mm.engine.drop_ins import export_predictions, use_drop_ins
 from replk_mm.engine.failures import naming_failures
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
-from replk_mm.engine.prepare import check_while_loading, counts_of, num_classes_of, prepare_data
+from replk_mm.engine.prepare import counts_of, prepare_data
 from replk_mm.engine.runner import Runner
 from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError
@@ -27,7 +27,8 @@ class Evaluation:
 
     Attributes:
         metrics: As the config's evaluators name them.
-        per_class: Figures of every class in the labels or annotations.
+        per_class: Figures of every class in the labels or annotations; empty for metrics other than ``replk_mm.IoUMetric`` and
+            ``replk_mm.CocoMetric``, which do not report them.
         changes: What ``--reparam`` did, None if it was not asked for.
         meta: The checkpoint's own record.
         load: How many weights the checkpoint set, of each part.
@@ -67,7 +68,7 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     scope = cfg.get('default_scope', 'mmengine')
     notes = []
-    # Labels of COCO-style data go by name; those of label maps do not, so that there the user must say.
+    # Annotations of COCO's kind name their classes; label maps do not, and the user has to.
     if options.classes is None and all(coco_style(dataset, scope) for dataset in datasets_of(cfg, ('test',))):
         notes += adopt_classes(cfg, checkpoint)
     notes += prepare_data(cfg, options, ('test',))
@@ -80,9 +81,8 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     prepare_work_dir(cfg.work_dir)
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
-    metrics = use_drop_ins(cfg)
     if predictions:
-        export_predictions(cfg, metrics, predictions)
+        notes += _export_predictions(cfg, predictions)
     # A config may name weights to start training from; mmengine would load them over the checkpoint's.
     cfg.load_from, cfg.resume = None, False
     if tta:
@@ -93,7 +93,6 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
         if 'tta_test_cfg' in cfg:
             cfg.model.test_cfg = cfg.tta_test_cfg
         cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    check_while_loading(cfg, num_classes_of(model))
     cfg.visualizer = {**cfg.get('visualizer', {}), 'vis_backends': []}
     init_gloo(cfg, device)
     runner = Runner.from_cfg(cfg)
@@ -111,3 +110,23 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
             per_class.setdefault(name, {}).update(of_class)
     images = len(runner.test_dataloader.dataset)
     return Evaluation(figures, per_class, built.changes, built.meta, built.report.summary(), images, seconds, notes)
+
+
+def _export_predictions(cfg: Config, folder: Path) -> list[str]:
+    """Let the metrics write predictions: label maps as PNG, boxes and masks as COCO's result files ``instances.*.json``."""
+    roots = [Path(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img_path') or '').resolve()
+             for dataset in datasets_of(cfg, ('test',))]
+    notes = []
+    detections = 0
+    for place, metric in placed_metrics(cfg, 'test').items():
+        scope, _, kind = str(metric.get('type')).rpartition('.')
+        if kind == 'IoUMetric':
+            metric['output_dir'] = str(folder)
+            if scope == 'replk_mm':
+                metric['images_root'] = os.path.commonpath(roots)
+        elif kind == 'CocoMetric':
+            detections += 1
+            metric['outfile_prefix'] = str(folder / ('instances' if detections == 1 else f'instances_{detections}'))
+        else:
+            notes.append(f'predictions: not written; {place}.type={metric.get("type")} cannot write them')
+    return notes

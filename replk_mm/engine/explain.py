@@ -1,4 +1,4 @@
-"""Say which field of a config is wrong when the libraries refuse to build something of it."""
+"""Name the field of a config when the libraries fail to build something from it."""
 import difflib
 import inspect
 import re
@@ -10,7 +10,7 @@ import mmengine.registry
 from mmengine.config import Config
 from mmengine.registry import Registry
 
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, did_you_mean
 
 #: What constructors raise when a value is wrong.
 _REFUSALS = (TypeError, ValueError, KeyError, AssertionError, ImportError, AttributeError, RuntimeError, LookupError,
@@ -36,7 +36,9 @@ def explaining(cfg: Config, what: str) -> Iterator[None]:
 
 def _explain(cfg: Config, error: Exception, what: str) -> str:
     text = str(error.args[0]) if error.args else ''
-    fields = list(_typed(cfg.get(what), what)) if what in cfg else list(_typed(cfg._cfg_dict, ''))
+    whole = what in cfg
+    fields = [(path, part) for path, part in walk(cfg[what] if whole else cfg._cfg_dict, what if whole else '')
+              if 'type' in part]
     missing = re.match(r'(\S+) is not in the (?:\S+::)?(.+) registry', text)
     if missing:
         field = next((path for path, part in fields if part['type'] == missing[1]), what)
@@ -48,16 +50,15 @@ def _explain(cfg: Config, error: Exception, what: str) -> str:
     for path, part in fields:
         known = _arguments(part['type']) if unknown else []
         if unknown and unknown[2] in part and known and unknown[2] not in known:
-            close = difflib.get_close_matches(unknown[2], known, n=1)
             return (f'{path}.{unknown[2]}: {part["type"]} has no such argument\n'
-                    + (f'Did you mean {close[0]}? ' if close else '') + f'It takes: {", ".join(known)}')
+                    f'{did_you_mean(unknown[2], known)}It takes: {", ".join(known)}')
     strange = [(path, part['type']) for path, part in fields
                if isinstance(part['type'], str) and not _known(part['type'])]
     if isinstance(error, TypeError) and strange:  # as optimizers of unknown names end
         return f'{strange[0][0]}.type={strange[0][1]!r}: there is no such type\nCheck its spelling.'
-    if not text:  # an assertion without words: its line of code is all there is to quote
+    if not text:  # an assertion without words: quote its line of code
         text = f'{type(error).__name__} at: {traceback.extract_tb(error.__traceback__)[-1].line}'
-    return f'{text}\nCheck ' + (f'the fields of cfg.{what}.' if what in cfg else 'the config and --cfg-options.')
+    return f'{text}\nCheck ' + (f'the fields of cfg.{what}.' if whole else 'the config and --cfg-options.')
 
 
 def _registries() -> Iterator[Registry]:
@@ -94,12 +95,12 @@ def _arguments(kind: object) -> list[str]:
     return []
 
 
-def _typed(node: object, path: str) -> Iterator[tuple[str, dict]]:
+def walk(node: object, path: str = '') -> Iterator[tuple[str, dict]]:
+    """Every dict in nested dicts, lists and tuples with its path, such as ``model.roi_head.bbox_head[0]``; outer ones first."""
     if isinstance(node, dict):
-        if 'type' in node:
-            yield path, node
+        yield path, node
         for key, value in node.items():
-            yield from _typed(value, f'{path}.{key}' if path else key)
+            yield from walk(value, f'{path}.{key}' if path else str(key))
     elif isinstance(node, (list, tuple)):
         for i, value in enumerate(node):
-            yield from _typed(value, f'{path}[{i}]')
+            yield from walk(value, f'{path}[{i}]')

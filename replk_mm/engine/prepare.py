@@ -1,4 +1,5 @@
-"""Everything between a config and its run: options applied, data checked, the machine's limits kept."""
+"""Between a config and its run: options applied, data checked, the config fitted to the machine."""
+import math
 from pathlib import Path
 
 import torch.nn as nn
@@ -9,15 +10,10 @@ from replk_mm.data.checks.audit import check_data
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import is_head, tells_others
 from replk_mm.data.classes import use_classes
-from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
-from replk_mm.engine.drop_ins import use_drop_ins
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
-from replk_mm.engine.resuming import let_resume_exactly, resume
+from replk_mm.engine.resuming import RESUMABLE, resume
 from replk_mm.errors import UserError
-
-#: Steps of a pipeline that read files, of mmseg's and mmdet's.
-_LOADING = ('LoadImageFromFile', 'LoadAnnotations', 'LoadPanopticAnnotations')
 
 
 def prepare_training(cfg: Config, options: Options) -> list[str]:
@@ -35,7 +31,7 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     """
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
         if not cfg.get(key):
-            raise UserError(f'{cfg.filename}: the config has no {key!r}, so that there is nothing to train\n'
+            raise UserError(f'{cfg.filename}: the config has no {key!r}, so there is nothing to train\n'
                             f'Inherit a schedule and a data set from configs/_base_/ or from mmseg.')
     device = select_device(options.device)
     processes, local_processes = processes_of(options.launcher)
@@ -45,18 +41,15 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     notes = prepare_data(cfg, options, ('train', 'val'))
     if options.max_iters is not None:
         notes.append(shorten(cfg, options.max_iters))
-    notes += fit_to_machine(cfg, options.amp, device, local_processes)
+    notes += fit_to_machine(cfg, options.amp, device, local_processes, processes)
     model = build_model(cfg, 'meta')
     check_heads(cfg, counts_of(model), ('train', 'val'))
     parameters = sum(p.numel() for p in model.parameters())
     # Weights and Adam's moments; the old checkpoint goes only when the new one is written.
     prepare_work_dir(cfg.work_dir, needed=2 * 12 * parameters)
-    check_while_loading(cfg, num_classes_of(model))
-    use_drop_ins(cfg)
-    notes += _scale_learning_rate(cfg, processes)
     notes += resume(cfg, options, model)
     notes += _weights_to_start_from(cfg, options)
-    return notes + let_resume_exactly(cfg)
+    return notes + _limits_of_resuming(cfg)
 
 
 def prepare_data(cfg: Config, options: Options, splits: tuple[str, ...]) -> list[str]:
@@ -79,22 +72,6 @@ def prepare_data(cfg: Config, options: Options, splits: tuple[str, ...]) -> list
     return notes + check_data(cfg, splits)
 
 
-def check_while_loading(cfg: Config, num_classes: int | None) -> None:
-    """Wrap the loading steps of every pipeline, so that a bad file is named when it is read."""
-    scope = cfg.get('default_scope', 'mmengine')
-
-    def checked(step):
-        if isinstance(step, (list, tuple)):
-            return [checked(part) for part in step]
-        if str(step.get('type')).removeprefix(f'{scope}.') in _LOADING:
-            return ConfigDict(type='replk_mm.CheckedLoad', load=step, num_classes=num_classes)
-        return ConfigDict({**step, 'transforms': checked(step['transforms'])}) if 'transforms' in step else step
-
-    for dataset in datasets_of(cfg):
-        if 'pipeline' in dataset:
-            dataset['pipeline'] = checked(dataset['pipeline'])
-
-
 def num_classes_of(model: nn.Module) -> int | None:
     """Classes of a segmentor's main head, None for other models."""
     return _classes_of(getattr(model, 'decode_head', None))
@@ -111,20 +88,21 @@ def counts_of(model: nn.Module) -> dict[str, int]:
             and not tells_others(type(module))}
 
 
-def _scale_learning_rate(cfg: Config, processes: int) -> list[str]:
-    scaling = cfg.get('auto_scale_lr')
-    actual = cfg.train_dataloader.batch_size * processes
-    if not scaling or scaling.base_batch_size == actual:
-        return []
-    rate = cfg.optim_wrapper.get('optimizer', {}).get('lr')
-    if rate is None:
-        return []
-    if not scaling.get('enable'):
-        return [f'learning rate: {rate} as configured for {scaling.base_batch_size} images a step; this run has {actual} '
-                f'(auto_scale_lr.enable=True scales)']
-    ratio = actual / scaling.base_batch_size
-    return [f'learning rate: {rate} x {actual}/{scaling.base_batch_size} = {rate * ratio:.3g}, for {actual} images a step '
-            f'instead of {scaling.base_batch_size} (auto_scale_lr.enable=False keeps it)']
+def _limits_of_resuming(cfg: Config) -> list[str]:
+    """What resuming this run cannot restore, a line each."""
+    loop, hook = cfg.train_cfg.get('type'), (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    notes = [] if loop in RESUMABLE else [
+        f'resume: train_cfg.type is {loop or "not set"}: a resumed run sees its data in another order, and a signal does not '
+        f'save it; {" and ".join(RESUMABLE)} resume exactly']
+    wrapper = cfg.optim_wrapper
+    steps = math.lcm(*(part.get('accumulative_counts', 1) for part in (wrapper, *wrapper.values())
+                       if isinstance(part, dict)))
+    by_epoch, interval = hook.get('by_epoch', True), hook.get('interval', -1)
+    if steps > 1 and interval > 0 and (by_epoch or interval % steps):
+        often = 'after epochs' if by_epoch else f'every {interval} iterations'
+        notes.append(f'checkpoints: {often}, and a step takes {steps} iterations: gradients in between are not saved; a '
+                     f'checkpoint at a multiple of {steps} resumes exactly (default_hooks.checkpoint)')
+    return notes
 
 
 def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:

@@ -19,18 +19,11 @@ def protocol(cfg: Config, tta: bool) -> dict:
     """How images were tested: whole or sliding window, scales, flips."""
     model = cfg.model.get('module', cfg.model)  # wrapped for test-time augmentation
     found = dict(model.get('test_cfg') or {})
-    found['pipeline'] = [_unchecked(step) for step in next(datasets_of(cfg, ('test',))).get('pipeline', [])]
+    found['pipeline'] = list(next(datasets_of(cfg, ('test',))).get('pipeline', []))
     found['tta'] = tta
     if tta:  # how the views are merged
         found['tta_model'] = {key: value for key, value in cfg.model.items() if key != 'module'}
     return found
-
-
-def _unchecked(node):
-    """A pipeline as its config has it, without our checks around its loading steps."""
-    if isinstance(node, dict):
-        return _unchecked(node['load']) if 'load' in node else {key: _unchecked(value) for key, value in node.items()}
-    return [_unchecked(part) for part in node] if isinstance(node, (list, tuple)) else node
 
 
 def environment() -> dict:

@@ -1,12 +1,11 @@
 """Going on where a run was stopped: with which checkpoint, and what a config needs so that nothing differs then."""
-import math
 import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch.nn as nn
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
 from replk_mm import checkpoints
@@ -17,48 +16,8 @@ from replk_mm.errors import UserError
 
 # What training calls its checkpoints; a best one, which has a prefix, may be older.
 _NAME = re.compile(r'(?:epoch_(\d+))?_?(?:iter_(\d+))?\.pth')
-# mmengine's, which replay what was trained on and cannot be stopped.
-_LOOPS = ('IterBasedTrainLoop', 'EpochBasedTrainLoop', 'ValLoop')
-#: Ours, by type.
+#: Training loops that resume exactly, by type.
 RESUMABLE = ('replk_mm.IterBasedTrainLoop', 'replk_mm.EpochBasedTrainLoop')
-
-
-def let_resume_exactly(cfg: Config) -> list[str]:
-    """Give a config the loops and the checkpoint hook with which a run can be stopped anywhere.
-
-    Args:
-        cfg: Changed in place. Loops and hooks of the user's own stay.
-
-    Returns:
-        What a user should know, a line each.
-    """
-    for key in ('train_cfg', 'val_cfg'):
-        loop = cfg.get(key)
-        if loop and 'type' not in loop and key == 'train_cfg':
-            loop['type'] = 'EpochBasedTrainLoop' if loop.pop('by_epoch', 'max_epochs' in loop) else 'IterBasedTrainLoop'
-        if loop is not None and (name := _mmengines(loop.get('type', 'ValLoop'))) in _LOOPS:
-            loop['type'] = f'replk_mm.{name}'
-    if cfg.get('default_hooks') is None:
-        cfg.default_hooks = {}
-    hook = cfg.default_hooks.setdefault('checkpoint', ConfigDict(type='CheckpointHook'))  # mmengine would add its own
-    if hook and _mmengines(hook.get('type')) == 'CheckpointHook':
-        hook['type'] = 'replk_mm.CheckpointHook'
-    wrapper = cfg.get('optim_wrapper') or {}
-    steps = math.lcm(*(part.get('accumulative_counts', 1) for part in (wrapper, *wrapper.values()) if isinstance(part, dict)))
-    by_epoch = (hook or {}).get('by_epoch', True)
-    interval = (hook or {}).get('interval', -1)
-    if steps > 1 and interval > 0 and (by_epoch or interval % steps):
-        often = 'after epochs' if by_epoch else f'every {interval} iterations'
-        return [f'checkpoints: {often}, and a step takes {steps} iterations: gradients in between are not saved; where a '
-                f'checkpoint is written, a multiple of {steps} resumes exactly (default_hooks.checkpoint)']
-    return []
-
-
-def _mmengines(kind: str | type | None) -> str | None:
-    """The bare name of a type of mmengine's, or of ours given as a class; None for others."""
-    if isinstance(kind, type):
-        return kind.__name__ if kind.__module__.startswith(('mmengine.', 'replk_mm.')) else None
-    return None if kind is None or '.' in kind.removeprefix('mmengine.') else kind.removeprefix('mmengine.')
 
 
 def last_checkpoint(work_dir: str | Path) -> str | None:

@@ -15,6 +15,7 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
 from replk_mm import checkpoints
+from replk_mm.data.named_errors import name_files
 from replk_mm.engine.checkpoint_hook import INTERIM
 from replk_mm.engine.data_workers import tie
 from replk_mm.engine.explain import explaining
@@ -35,8 +36,8 @@ class Runner(MMEngineRunner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
-        """Build a loader whose worker processes end with this one, in whatever way it ends."""
-        return tie(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed))
+        """Build a loader whose worker processes end with this one, and whose errors name the file."""
+        return tie(name_files(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)))
 
     def build_train_loop(self, loop: dict) -> BaseLoop:
         """Build the loop with its loader and data set."""

@@ -39,7 +39,7 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
         runner.logger.info(note)
     try:
         # Loops of the user's own would hear a signal and go on.
-        heeding = stopping.listening() if runner.cfg.train_cfg.type in RESUMABLE else nullcontext()
+        heeding = stopping.listening() if runner.cfg.train_cfg.get('type') in RESUMABLE else nullcontext()
         with heeding, naming_failures(cfg, runner):
             runner.train()
     except Stopped:

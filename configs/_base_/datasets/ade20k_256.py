@@ -9,3 +9,6 @@ tta_pipeline = _base_.pop('tta_pipeline_256')
 train_dataloader = dict(num_workers=2, dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(num_workers=2, dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(num_workers=2, dataset=dict(pipeline=test_pipeline))
+# mmseg's, which also reports mIoU_present and the figures of every class
+val_evaluator = dict(type='replk_mm.IoUMetric')
+test_evaluator = dict(type='replk_mm.IoUMetric')

@@ -13,3 +13,6 @@ tta_pipeline = [
             [dict(type='PackSegInputs')],
         ])
 ]
+# mmseg's, which also reports mIoU_present and the figures of every class
+val_evaluator = dict(type='replk_mm.IoUMetric')
+test_evaluator = dict(type='replk_mm.IoUMetric')

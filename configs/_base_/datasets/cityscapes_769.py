@@ -33,3 +33,6 @@ tta_pipeline = [
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+# mmseg's, which also reports mIoU_present and the figures of every class
+val_evaluator = dict(type='replk_mm.IoUMetric')
+test_evaluator = dict(type='replk_mm.IoUMetric')

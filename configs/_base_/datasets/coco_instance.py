@@ -20,4 +20,9 @@ train_pipeline = [
         ]),
     dict(type='PackDetInputs')
 ]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+# mmdet's, which match classes by name and report the figures of every class, unrounded
+train_dataloader = dict(dataset=dict(type='replk_mm.CocoDataset', pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(type='replk_mm.CocoDataset'))
+test_dataloader = dict(dataset=dict(type='replk_mm.CocoDataset'))
+val_evaluator = dict(type='replk_mm.CocoMetric')
+test_evaluator = dict(type='replk_mm.CocoMetric')

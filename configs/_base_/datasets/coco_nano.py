@@ -21,6 +21,9 @@ train_dataloader = dict(
     batch_size=4,
     sampler=dict(_delete_=True, type='InfiniteSampler', shuffle=True),
     batch_sampler=None,
-    dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
-test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+    # mmdet's, which match classes by name and report the figures of every class, unrounded
+    dataset=dict(type='replk_mm.CocoDataset', pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(type='replk_mm.CocoDataset', pipeline=test_pipeline))
+test_dataloader = dict(dataset=dict(type='replk_mm.CocoDataset', pipeline=test_pipeline))
+val_evaluator = dict(type='replk_mm.CocoMetric')
+test_evaluator = dict(type='replk_mm.CocoMetric')

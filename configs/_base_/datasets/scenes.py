@@ -9,5 +9,5 @@ val_dataloader = dict(
     dataset=dict(type='BaseSegDataset', reduce_zero_label=True,
                  data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation')))
 test_dataloader = val_dataloader
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+val_evaluator = dict(type='replk_mm.IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator

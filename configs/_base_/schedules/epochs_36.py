@@ -4,6 +4,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=500),
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=36, milestones=[27, 33], gamma=0.1),
 ]
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
-val_cfg = dict(type='ValLoop')
+# Loops of replk_mm: a run can be stopped at any iteration, and resumes exactly.
+train_cfg = dict(type='replk_mm.EpochBasedTrainLoop', max_epochs=36, val_interval=1)
+val_cfg = dict(type='replk_mm.ValLoop')
 test_cfg = dict(type='TestLoop')

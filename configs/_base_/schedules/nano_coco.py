@@ -4,12 +4,12 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=800),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=800, val_interval=400)
-val_cfg = dict(type='ValLoop')
+train_cfg = dict(type='replk_mm.IterBasedTrainLoop', max_iters=800, val_interval=400)
+val_cfg = dict(type='replk_mm.ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=400, max_keep_ckpts=2))
+    checkpoint=dict(type='replk_mm.CheckpointHook', by_epoch=False, interval=400, max_keep_ckpts=2))
 log_processor = dict(by_epoch=False)
 optim_wrapper = dict(
     type='OptimWrapper',

@@ -196,6 +196,6 @@ def main(arguments: list[str], measures: str = 'replk_mm.bench.suites.measures')
 
 
 if __name__ == '__main__':
-    from replk_mm.cli import start_process
-    start_process()
+    from replk_mm.cli import setup_process
+    setup_process()
     sys.exit(main(sys.argv[1:]))
