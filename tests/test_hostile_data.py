@@ -69,16 +69,13 @@ def test_a_suite_that_multiplies_itself(tmp_path):
     assert not proof.exists()
 
 
-@pytest.mark.parametrize(('text', 'named'), [
-    ('a=' + '[' * 300 + ']' * 300, 'deep'), ('a=[' + '9,' * 3000 + ']', 'belongs into a config'),
-    ('a={[1]}', 'cannot be read'),
-    ('a={__import__("os").system("true"): 1}', 'cannot be read'), ('a={9**9**9: 1}', 'cannot be read')])
-def test_overrides_are_not_computed(text, named, capsys):
+@pytest.mark.parametrize('text', ['a={[1]}', 'a={__import__("os").system("true"): 1}', 'a={9**9**9: 1}'])
+def test_overrides_are_not_computed(text, capsys):
     p = cli.parser('', '')
     cli.add_config_options(p)
     with pytest.raises(SystemExit) as info:
         p.parse_args(['--cfg-options', text])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert info.value.code == 2 and named in said and len(said) < 300
-    if 'import' in text:
-        pass
+    assert info.value.code == 2 and 'cannot parse' in said and len(said) < 300
+
+

@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from replk_mm.data.transforms import CheckedLoad, ShrinkLabels
+from replk_mm.data.transforms import CheckedLoad, ShrinkLabels, check_loading
 from replk_mm.errors import UserError, message_of
 from replk_mm.registry import TRANSFORMS
 
@@ -104,8 +104,9 @@ def test_damage_is_named_from_a_data_worker_too(data, workers):
     cut(label(data, 2))
     init_default_scope('mmseg')
     dataset = seg_config(data).train_dataloader.dataset
-    dataset.pipeline = [dict(type='replk_mm.CheckedLoad', load=step, num_classes=8) for step in dataset.pipeline]
-    loader = DataLoader(DATASETS.build(dataset), batch_size=1, num_workers=workers, collate_fn=lambda batch: batch)
+    built = DATASETS.build(dict(type='RepeatDataset', times=1, dataset=dataset))
+    check_loading(built, 8)
+    loader = DataLoader(built, batch_size=1, num_workers=workers, collate_fn=lambda batch: batch)
     with pytest.raises(UserError) as info:
         list(loader)
     message = message_of(info.value).splitlines()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from replk_mm.analysis.differences import CLASS_MAP
 from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.explain import explaining
-from replk_mm.engine.prepare import num_classes_of
+from replk_mm.engine.wrappers import num_classes_of
 from replk_mm.equivalence import network_outputs
 from replk_mm.errors import UserError
 from replk_mm.ops import pack

@@ -1,6 +1,9 @@
 """Transforms of the data pipeline: loading that names the file it fails on, and labels at the resolution of the logits."""
+from typing import Any
+
 import numpy as np
-from mmcv.transforms import BaseTransform
+from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
+from mmengine.dataset import Compose
 
 from replk_mm.data.checks.images import not_a_label_map, out_of_range
 from replk_mm.data.coco import mask_problem
@@ -14,12 +17,12 @@ class CheckedLoad(BaseTransform):
     """Run a loading transform; name the file if it cannot be read or contains labels of no class.
 
     Args:
-        load: Config of the transform, such as ``dict(type='LoadAnnotations')``.
+        load: The transform or its config, such as ``dict(type='LoadAnnotations')``.
         num_classes: Number of classes of the model; None does not check labels. Defaults to None.
     """
 
-    def __init__(self, load: dict, num_classes: int | None = None) -> None:
-        self.load = TRANSFORMS.build(load)
+    def __init__(self, load: dict | BaseTransform, num_classes: int | None = None) -> None:
+        self.load = TRANSFORMS.build(load) if isinstance(load, dict) else load
         self.num_classes = num_classes
 
     def transform(self, results: dict) -> dict | None:
@@ -51,6 +54,31 @@ class CheckedLoad(BaseTransform):
             shift = bool(results.get('reduce_zero_label'))
             problem = out_of_range(path, (wrong + shift).tolist(), self.num_classes, shift)
             raise UserError(f'{problem}\n{problem.remedy}')
+
+
+def check_loading(dataset: Any, num_classes: int | None) -> None:
+    """Let the loading transforms of a built data set name the file that they fail on; what they return stays the same.
+
+    Args:
+        dataset: The data set, or one that wraps others (repeat, concatenate).
+        num_classes: As for :class:`CheckedLoad`.
+    """
+    for key in ('dataset', 'wrapped'):
+        if vars(dataset).get(key) is not None:
+            check_loading(vars(dataset)[key], num_classes)
+    for part in vars(dataset).get('datasets') or ():
+        check_loading(part, num_classes)
+    if isinstance(vars(dataset).get('pipeline'), Compose):
+        dataset.pipeline = _with_checks(dataset.pipeline, num_classes)
+
+
+def _with_checks(step: Any, num_classes: int | None) -> Any:
+    if isinstance(step, (LoadImageFromFile, LoadAnnotations)):
+        return CheckedLoad(step, num_classes)
+    for key in ('transforms', 'subroutines'):  # those of pipelines and random choices, and of test-time augmentation
+        if isinstance(getattr(step, key, None), list):
+            setattr(step, key, [_with_checks(part, num_classes) for part in getattr(step, key)])
+    return step
 
 
 def _check_masks(results: dict) -> None:

@@ -13,7 +13,7 @@ from replk_mm.data.classes import classes_of
 from replk_mm.data.datasets import dataset_class, datasets_of
 from replk_mm.data.files import read_image
 from replk_mm.engine.machine import select_device
-from replk_mm.engine.prepare import num_classes_of
+from replk_mm.engine.wrappers import num_classes_of
 from replk_mm.errors import UserError
 from replk_mm.loading import build_for_inference
 

@@ -72,15 +72,6 @@ def prepare_data(cfg: Config, options: Options, splits: tuple[str, ...]) -> list
     return notes + check_data(cfg, splits)
 
 
-def num_classes_of(model: nn.Module) -> int | None:
-    """Classes of a segmentor's main head, None for other models."""
-    return _classes_of(getattr(model, 'decode_head', None))
-
-
-def _classes_of(head: nn.Module | None) -> int | None:
-    return getattr(head[-1] if isinstance(head, nn.ModuleList) else head, 'num_classes', None)
-
-
 def counts_of(model: nn.Module) -> dict[str, int]:
     """Number of classes of every head of a model that tells all of them apart, by path."""
     return {f'model.{name}': module.num_classes for name, module in model.named_modules()

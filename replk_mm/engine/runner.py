@@ -15,11 +15,11 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
 from replk_mm import checkpoints
-from replk_mm.data.named_errors import name_files
+from replk_mm.data.transforms import check_loading
 from replk_mm.engine.checkpoint_hook import INTERIM
 from replk_mm.engine.data_workers import tie
 from replk_mm.engine.explain import explaining
-from replk_mm.engine.wrappers import bare, each
+from replk_mm.engine.wrappers import bare, each, num_classes_of
 from replk_mm.errors import UserError
 from replk_mm.plain_data import log_buffer, plain
 
@@ -36,23 +36,27 @@ class Runner(MMEngineRunner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
-        """Build a loader whose worker processes end with this one, and whose errors name the file."""
-        return tie(name_files(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed)))
+        """Build a loader whose worker processes end with this one, in whatever way it ends."""
+        return tie(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed))
 
     def build_train_loop(self, loop: dict) -> BaseLoop:
         """Build the loop with its loader and data set."""
         with explaining(self.cfg, 'train_dataloader'):
-            return super().build_train_loop(loop)
+            return self._checked(super().build_train_loop(loop))
 
     def build_val_loop(self, loop: dict) -> BaseLoop:
         """Build the loop with its loader, data set and metrics."""
         with explaining(self.cfg, 'val_dataloader'):
-            return super().build_val_loop(loop)
+            return self._checked(super().build_val_loop(loop))
 
     def build_test_loop(self, loop: dict) -> BaseLoop:
         """Build the loop with its loader, data set and metrics."""
         with explaining(self.cfg, 'test_dataloader'):
-            return super().build_test_loop(loop)
+            return self._checked(super().build_test_loop(loop))
+
+    def _checked(self, loop: Any) -> Any:
+        check_loading(loop.dataloader.dataset, num_classes_of(bare(self.model)))
+        return loop
 
     def build_optim_wrapper(self, optim_wrapper: dict) -> OptimWrapper:
         """Build the optimizer and what wraps it."""

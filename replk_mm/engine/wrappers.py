@@ -1,6 +1,7 @@
 """What mmengine wraps around a model and around optimizers, taken off."""
 from typing import Any
 
+import torch.nn as nn
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 
@@ -13,3 +14,9 @@ def bare(model: Any) -> Any:
 def each(wrapper: OptimWrapper) -> list[OptimWrapper]:
     """The wrappers of single optimizers."""
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+
+
+def num_classes_of(model: nn.Module) -> int | None:
+    """Number of classes of a segmentor's main head, the last one of a cascade; None for other models."""
+    head = getattr(model, 'decode_head', None)
+    return getattr(head[-1] if isinstance(head, nn.ModuleList) else head, 'num_classes', None)
