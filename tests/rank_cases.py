@@ -41,7 +41,8 @@ def _run(rank: int, processes: int, port: int, work: Callable[[int], Any], folde
 def in_new_python(script: str, folder: Path, seconds: float = 120) -> Any:
     """Run ``script``, which finds ``folder`` in its arguments, in a new Python; its last line is JSON."""
     root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([root, str(Path(__file__).parent)]), 'OMP_NUM_THREADS': '1'}
+    path = os.pathsep.join([root, str(Path(__file__).parent)])
+    environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(folder)], env=environment, timeout=seconds,
                           text=True, capture_output=True)
     if done.returncode:

@@ -3,6 +3,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,8 @@ def test_image_is_named_and_the_batch_is_saved(tiny, tmp_path):
 
 def test_gradient_alone_is_found_before_the_step(tiny, tmp_path):
     message = stopped(tiny, tmp_path, options={'model.neck': dict(type='RootNeck')})
-    assert re.match(r'iteration 1: the gradients are not finite; first: gradient of the output of backbone\.\S+ \(\w+\), \d+ of '
-                    r'\d+ values.*, computed from a finite gradient of the output of neck \(RootNeck\)\n', message)
+    assert re.match(r'iteration 1: the gradients are not finite; first: gradient of the output of backbone\.\S+ \(.*, '
+                    r'computed from a finite gradient of the output of neck \(RootNeck\)\n', message)
 
 
 @pytest.mark.slow
@@ -79,16 +80,16 @@ def test_step_too_large_stops_in_the_next_iteration_at_the_layer_that_overflows(
     message = stopped(tiny, tmp_path, options={
         'optim_wrapper.optimizer': dict(_delete_=True, type='SGD', lr=1e30), 'optim_wrapper.paramwise_cfg': None,
         'optim_wrapper.constructor': 'DefaultOptimWrapperConstructor', 'param_scheduler': []})
-    assert re.match(r'iteration 2: the loss is not finite \(.*\); first: (output|input) of backbone\.\S+ \(\w+\)', message)
+    assert re.match(r'iteration 2: the loss is not finite \(.*\); first: (output|input) of backbone\.\S+ \(', message)
 
 
 @pytest.mark.slow
 def test_weight_of_a_detector_is_named(detector, tmp_path):
     message = stopped(detector, tmp_path, spoil=dict(weight='rpn_head.rpn_reg.weight', before=2))
-    assert re.match(r'iteration 2: the loss is not finite \(.*loss_rpn_bbox.*\); first: weight rpn_head.rpn_reg.weight, 1 of \d+ '
-                    r'values\n', message)
-    sample = saved(tmp_path)['batch']['data_samples'][0]
-    assert sample['gt_instances']['bboxes'].shape == (2, 4) and sample['gt_instances']['masks'].shape[0] == 2
+    assert re.match(r'iteration 2: the loss is not finite \(.*loss_rpn_bbox.*\); first: weight '
+                    r'rpn_head.rpn_reg.weight, 1 of \d+ values\n', message)
+    instances = saved(tmp_path)['batch']['data_samples'][0]['gt_instances']
+    assert instances['bboxes'].shape == (2, 4) and instances['masks'].shape[0] == 2
 
 
 # -- any model, any optimizer -----------------------------------------------------------------------------------------
@@ -112,9 +113,10 @@ class Toy(BaseModel):
 class HalfRange(OptimWrapper):
     """Scales losses as mmengine's AmpOptimWrapper does; that one refuses CPUs."""
 
-    def __init__(self, scaler: dict, **kwargs) -> None:
+    def __init__(self, scaler: dict, fixed: float | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
         self.loss_scaler = torch.amp.GradScaler('cpu', **scaler)
+        self._scale_update_param = fixed
 
     def backward(self, loss, **kwargs):
         self.loss_scaler.scale(loss).backward(**kwargs)
@@ -122,17 +124,19 @@ class HalfRange(OptimWrapper):
 
     def step(self, **kwargs):
         self.loss_scaler.step(self.optimizer, **kwargs)
-        self.loss_scaler.update()
+        self.loss_scaler.update(self._scale_update_param)
 
 
 def run_toy(work: Path, faults: dict[int, str], wrapper=OptimWrapper, **optimizer) -> tuple[str, Runner]:
     """Train the toy for 6 iterations; ``faults`` by iteration, counted from 1. Returns the message."""
     samples = [dict(inputs=torch.randn(4), fault=faults.get(i // 2 + 1, '')) for i in range(12)]
     model = Toy()
-    made = torch.optim.Adam(model.parameters(), **optimizer) if optimizer else torch.optim.SGD(model.parameters(), lr=0.01)
-    runner = Runner(model, str(work), dict(batch_size=2, sampler=dict(type='DefaultSampler', shuffle=False), dataset=samples,
-                                           collate_fn=dict(type='default_collate')),
-                    train_cfg=dict(by_epoch=True, max_epochs=1), optim_wrapper=wrapper(optimizer=made),
+    optimizer = optimizer or dict(lr=1e-2)
+    made = torch.optim.Adam(model.parameters(), **optimizer)
+    loader = dict(batch_size=2, sampler=dict(type='DefaultSampler', shuffle=False), dataset=samples,
+                  collate_fn=dict(type='default_collate'))
+    runner = Runner(model, str(work), loader, train_cfg=dict(by_epoch=True, max_epochs=1),
+                    optim_wrapper=wrapper(optimizer=made),
                     experiment_name=f'toy{work}', default_scope='mmengine')
     runner.register_hook(dict(type='replk_mm.StopAtNonFinite'))
     with pytest.raises(UserError) if faults else torch.enable_grad() as caught:
@@ -159,23 +163,25 @@ def test_first_place_is_named_and_nothing_is_changed(tmp_path, kind, first):
 
 @pytest.mark.parametrize('kind', ['loss', 'gradient'])
 def test_accumulated_gradients_are_checked_after_every_batch(tmp_path, kind):
-    message, _ = run_toy(tmp_path, {3: kind}, lambda optimizer: OptimWrapper(optimizer, accumulative_counts=4))
+    message, _ = run_toy(tmp_path, {3: kind}, partial(OptimWrapper, accumulative_counts=4))
     assert message.startswith('iteration 3: the ' + ('loss is not' if kind == 'loss' else 'gradients are not'))
 
 
 @pytest.mark.parametrize('optimizer', [{}, dict(lr=1e-2, fused=True)])
 def test_overflow_of_scaled_gradients_is_no_error(tmp_path, optimizer):
     """The scaler lowers its scale until nothing overflows, and skips the steps until then."""
-    message, runner = run_toy(tmp_path, {6: 'loss'}, lambda optimizer: HalfRange(
-        dict(init_scale=2. ** 127, backoff_factor=2. ** -60), optimizer=optimizer), **optimizer)
+    scaler = dict(init_scale=2. ** 127, backoff_factor=2. ** -60)
+    message, runner = run_toy(tmp_path, {6: 'loss'}, partial(HalfRange, scaler), **optimizer)
     assert message.startswith('iteration 6: the loss is not finite (loss)')
     assert 0 < runner.optim_wrapper.loss_scaler.get_scale() < 2. ** 127, 'no gradient overflowed'
 
 
-def test_loss_scale_that_falls_without_end_stops(tmp_path):
-    message, _ = run_toy(tmp_path, dict.fromkeys(range(2, 7), 'gradient'), lambda optimizer: HalfRange(
-        dict(init_scale=1., backoff_factor=0.02), optimizer=optimizer))
-    assert message.startswith('iteration 4: the gradients are not finite at a loss scale of 8e-06; first: gradient of')
+@pytest.mark.parametrize(('fixed', 'stop'), [(None, '4: the gradients are not finite at a loss scale of 8e-06'),
+                                             (1., '2: the gradients are not finite at a loss scale of 1')])
+def test_loss_scale_that_cannot_help_stops(tmp_path, fixed, stop):
+    scaler = dict(init_scale=1., backoff_factor=0.02)
+    message, _ = run_toy(tmp_path, dict.fromkeys(range(2, 7), 'gradient'), partial(HalfRange, scaler, fixed))
+    assert message.startswith(f'iteration {stop}; first: gradient of')
 
 
 @pytest.mark.parametrize('failure', ['disk', 'second pass', 'no fault'])
@@ -188,8 +194,8 @@ def test_what_fails_on_the_way_leaves_the_message(tmp_path, monkeypatch, failure
     monkeypatch.setattr(Runner, 'save_checkpoint', lambda *args, **kwargs: None)
     monkeypatch.setattr(name, fails if failure != 'no fault' else lambda *args: (None, {}))
     message, _ = run_toy(tmp_path, {3: 'gradient'})
-    expected = {'disk': 'could not be saved: [Errno 28] No space left', 'no fault': 'first: none when the iteration is repeated',
-                'second pass': 'first: not found, the pass that looks for it fails: OutOfMemoryError: CUDA out of memory'}
+    expected = {'disk': 'could not be saved: [Errno 28] No space left', 'no fault': 'first: none when repeated',
+                'second pass': 'first: not found, the pass that looks for it fails: OutOfMemoryError: CUDA out'}
     assert message.startswith('iteration 3: the gradients are not finite') and expected[failure] in message
 
 
@@ -216,16 +222,17 @@ def test_one_value_among_many_is_seen(value, dtype):
 def test_batches_become_plain_data(tmp_path):
     from mmdet.structures.bbox import HorizontalBoxes
     from mmdet.structures.mask import BitmapMasks
-    sample = InstanceData(metainfo=dict(img_path='a.png', size=torch.Size([2, 3]), scale=np.float32(.5), names=np.array(['a'])),
-                          bboxes=HorizontalBoxes(torch.ones(1, 4)), masks=BitmapMasks(np.ones((1, 2, 3), np.uint8), 2, 3))
-    batch = {0: (sample, PixelData(data=torch.zeros(1, 2, 3))), 'array': np.arange(6)[::2], 'object': Path('x'), 'none': None}
+    metainfo = dict(img_path='a.png', size=torch.Size([2, 3]), scale=np.float32(.5), names=np.array(['a']))
+    sample = InstanceData(metainfo=metainfo, bboxes=HorizontalBoxes(torch.ones(1, 4)),
+                          masks=BitmapMasks(np.ones((1, 2, 3), np.uint8), 2, 3))
+    batch = {0: (sample, PixelData(data=torch.zeros(1, 2, 3))), 'array': np.arange(6)[::2], 'object': Path('x')}
     torch.save(plain(batch), tmp_path / 'batch.pth')
     found = torch.load(tmp_path / 'batch.pth', weights_only=True)
     instance, pixels = found['0']
     assert torch.equal(instance.pop('bboxes'), torch.ones(1, 4)) and instance.pop('masks').shape == (1, 2, 3)
     assert instance == dict(img_path='a.png', size=[2, 3], scale=.5, names=['a'])
     assert pixels['data'].shape == (1, 2, 3) and found['array'].tolist() == [0, 2, 4]
-    assert (found['object'], found['none']) == ('x', None)
+    assert found['object'] == 'x'
 
 
 TWO = """
@@ -238,14 +245,15 @@ train_dataloader = dict(dataset=dict(pipeline={pipeline!r}))
 @pytest.mark.slow
 def test_of_two_processes_the_one_at_fault_names_the_layer(tiny, tmp_path):
     pipeline = [dict(step) for step in tiny.cfg().train_dataloader.dataset.pipeline]
-    (tmp_path / 'two.py').write_text(TWO.format(base=str(tiny.config), pipeline=[*pipeline[:-1], POISONED, pipeline[-1]]))
+    pipeline.insert(-1, POISONED)
+    (tmp_path / 'two.py').write_text(TWO.format(base=str(tiny.config), pipeline=pipeline))
     found = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(free_port()),
          str(ROOT / 'tools/train.py'), str(tmp_path / 'two.py'), '--data-root', str(tiny.data), '--work-dir',
          str(tmp_path / 'work'), '--device', 'cpu', '--launcher', 'pytorch', '--max-iters', '4', '--seed', '1',
-         '--no-preflight'],
-        capture_output=True, text=True, timeout=170, check=False, env=tool_environment(PYTHONPATH=f'{ROOT}:{ROOT / "tests"}'))
-    rank = re.search(r"error: iteration 1, rank (\d): the loss is not finite .*; first: batch\['inputs'\]", found.stderr)
+         '--no-preflight'], capture_output=True, text=True, timeout=170, check=False,
+        env=tool_environment(PYTHONPATH=f'{ROOT}:{ROOT / "tests"}'))
+    rank = re.search(r"error: iteration 1, rank (\d): the loss is not finite .*; first: batch\['inputs", found.stderr)
     assert rank, found.stderr[-3000:]
     assert f'error: iteration 1, rank {1 - int(rank[1])}: stopped, because' in found.stderr
     # torchrun's summary shows what its processes raised.

@@ -210,7 +210,7 @@ def test_command_passes_status_and_interruption(capsys):
 
 
 def test_message_of_a_worker_is_freed_of_its_traceback():
-    wrapped = UserError('Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n'
-                        '  File "x", line 1\nreplk_mm.errors.UserError: a.png: is bad\nReplace it.\n')
+    wrapped = UserError('Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call '
+                        'last):\n  File "x", line 1\nreplk_mm.errors.UserError: a.png: is bad\nReplace it.\n')
     assert message_of(wrapped) == 'a.png: is bad\nReplace it.'
     assert message_of(UserError('plain')) == 'plain'

@@ -61,7 +61,7 @@ def test_it_leaves_no_trace(tiny, tmp_path):
     assert differences(*last) == []
     assert not list(last[0].parent.glob('preflight*'))
     log = next((tmp_path / 'True').glob('*/*.log')).read_text()
-    found = re.search(r'dry run: loss [\d.]+; peak memory of the process (\d+\.\d\d) GiB, .*; validation: aAcc, mIoU', log)
+    found = re.search(r'dry run: loss [\d.]+; peak memory of the process ([\d.]+) GiB, .*; validation: aAcc, mIoU', log)
     assert found and .1 < float(found[1]) < 100
     assert log.count('classes are in the labels') == 1, 'the metrics of one batch are not to be read as a result'
 
@@ -96,8 +96,6 @@ def test_a_detector(detector, tmp_path):
     (r"dry run, validation of one batch: EarlyStoppingHook.monitor='accuracy'",
      dict(hook=dict(type='EarlyStoppingHook', monitor='accuracy'))),
     (r"dry run, validation of one batch: KeyError: 'classes'", dict(metric=dict(type='mmengine.BrokenMetric'))),
-    (rf'{LOSS}the loss is nan, not finite; first: output of data_preprocessor',
-     dict(options={'model.data_preprocessor.std': [0.0, 1.0, 1.0]})),
     (rf'{LOSS}RuntimeError: weight tensor',
      dict(options={'model.decode_head.loss_decode.class_weight': [1.0, 2.0]})),
     (rf'{LOSS}.*FileNotFoundError: .*1.png',

@@ -1,4 +1,4 @@
-"""Stop a training at the first loss or gradient that is not finite, before it reaches a weight: layer named, batch saved."""
+"""Stop a training at the first loss or gradient that is not finite: name the layer, save the batch."""
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.structures import BaseDataElement
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path, tree_leaves
 
 from replk_mm.engine.randomness import seed_iteration
 from replk_mm.engine.resuming import last_checkpoint
@@ -31,8 +31,8 @@ _LEAST_SCALE = 1e-4
 class StopAtNonFinite(Hook):
     """Check the gradients before every step of the optimizer, and the losses after every iteration.
 
-    float16 gradients that overflow at the loss scale are no error: the scaler skips the step and lowers the scale. All processes
-    of a run stop together.
+    float16 gradients that overflow at the loss scale are no error: the scaler skips the step and lowers the scale. All
+    processes of a run stop together.
     """
 
     priority = 'VERY_HIGH'  # before anything logs, averages or saves
@@ -51,20 +51,26 @@ class StopAtNonFinite(Hook):
         overflow = getattr(optimizer, 'found_inf', None)  # a fused optimizer skips the step itself
         self._check(runner, [] if overflow is not None and bool(overflow) else _gradients(optimizer))
 
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
+                         outputs: dict | None = None) -> None:
         """Check the losses, and gradients that accumulate.
 
         Raises:
             UserError: If one is not finite.
         """
         wrappers = each(runner.optim_wrapper)
+        scalers = [wrapper.loss_scaler for wrapper in wrappers if hasattr(wrapper, 'loss_scaler')]
+        scale = min((scaler.get_scale() for scaler in scalers if scaler.is_enabled()), default=None)
         values = [torch.as_tensor(value) for name, value in (outputs or {}).items() if 'loss' in name]
-        scales = [s.get_scale() for w in wrappers if (s := getattr(w, 'loss_scaler', None)) is not None and s.is_enabled()]
-        if not self._checked and not scales:
+        if not self._checked and scale is None:
             values += [gradient for wrapper in wrappers for gradient in _gradients(wrapper.optimizer)]
         self._check(runner, values)
-        if min(scales, default=1.) < _LEAST_SCALE:
-            self._stop(runner, f' at a loss scale of {min(scales):.2g}')
+        # The scaler skips the step, again and again if mmengine keeps the scale fixed, as for bfloat16.
+        skipped = not self._checked and any(getattr(wrapper, '_scale_update_param', None) is not None
+                                            and wrapper._inner_count % wrapper._accumulative_counts == 0
+                                            for wrapper in wrappers)
+        if scale is not None and (skipped or scale < _LEAST_SCALE):
+            self._stop(runner, f' at a loss scale of {scale:.2g}')
 
     def _check(self, runner: Any, values: Sequence[Tensor]) -> None:
         bad = torch.tensor(float(not all_finite(values)))
@@ -73,32 +79,39 @@ class StopAtNonFinite(Hook):
             self._stop(runner)
 
     def _stop(self, runner: Any, circumstance: str = '') -> None:
-        model, rank, losses, error = bare(runner.model), get_rank(), {}, None
-        batch = plain(self._batch)
+        seed, error = (runner.seed, runner.iter, get_rank()), None
+        losses: dict[str, float] = {}
         try:
-            first, losses = first_non_finite(model, self._batch, (runner.seed, runner.iter, rank), forward_context(runner))
+            first, losses = first_non_finite(bare(runner.model), self._batch, seed, forward_context(runner))
         except Exception as caught:  # indices and sizes made of NaN end in errors of all kinds
-            first, error = f'not found, the pass that looks for it fails: {type(caught).__name__}: {caught}', caught
+            first = f'not found, the pass that looks for it fails: {type(caught).__name__}: {caught}'
+            error = caught
+        where = f'iteration {runner.iter + 1}' + (f', rank {get_rank()}' if get_world_size() > 1 else '')
         if first is None and get_world_size() > 1:
-            raise UserError(f'iteration {runner.iter + 1}, rank {rank}: stopped, because the loss or gradient of another '
-                            f'process is not finite\nThe message of that rank names the images and the layer.')
+            raise UserError(f'{where}: stopped, because the loss or gradient of another process is not finite\n'
+                            f'The message of that rank names the images and the layer.')
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        path = Path(runner.work_dir, f'nonfinite_iter_{runner.iter + 1}' + (f'_rank_{rank}' if rank else '') + '.pth')
-        kept = dict(images=_images(batch), batch=batch, first=first, losses=losses, iteration=runner.iter + 1, seed=runner.seed)
-        try:
-            torch.save(kept, path)
-            saved = f'batch saved: {path}'
-        except (OSError, RuntimeError) as caught:  # torch reports a full disk as RuntimeError
-            saved = f'the batch could not be saved: {caught}'
-        last = last_checkpoint(runner.work_dir)
-        raise UserError('\n'.join([
-            f'iteration {runner.iter + 1}' + (f', rank {rank}' if get_world_size() > 1 else '')
-            + (f': the loss is not finite ({", ".join(bad)})' if bad else ': the gradients are not finite') + circumstance
-            + '; first: ' + (first or 'none when the iteration is repeated, so some operation or memory is unreliable'),
-            f'images: {", ".join(kept["images"]) or "unknown"}', saved,
-            f'last checkpoint: {last or "none"}; --resume without a change ends here again',
-            'If an image, label or weight is named, look at it. Otherwise lower optim_wrapper.optimizer.lr, lengthen the '
-            'warm-up, set optim_wrapper.clip_grad.max_norm=1, or use --amp bf16 instead of fp16.'])) from error
+        what = f'the loss is not finite ({", ".join(bad)})' if bad else 'the gradients are not finite'
+        batch = plain(self._batch)
+        leaves = tree_flatten_with_path(batch)[0]
+        images = [str(leaf) for path, leaf in leaves if path[-1:] == (MappingKey('img_path'),)]
+        saved = _save(runner, dict(images=images, batch=batch, first=first, losses=losses, iteration=runner.iter + 1))
+        raise UserError(
+            f'{where}: {what}{circumstance}; '
+            f'first: {first or "none when repeated, so some operation is not deterministic"}\n'
+            f'images: {", ".join(images) or "unknown"}\n{saved}\n'
+            f'last checkpoint: {last_checkpoint(runner.work_dir)}; --resume without a change ends here again\n'
+            f'Look at the batch, label or weight if one is named. Otherwise lower optim_wrapper.optimizer.lr, lengthen '
+            f'the warm-up, set optim_wrapper.clip_grad.max_norm=1, or use --amp bf16 instead of fp16.') from error
+
+
+def _save(runner: Any, content: dict) -> str:
+    path = Path(runner.work_dir, f'nonfinite_iter_{runner.iter + 1}{f"_rank_{get_rank()}" if get_rank() else ""}.pth')
+    try:
+        torch.save(content, path)
+        return f'batch saved: {path}'
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        return f'the batch could not be saved: {error}'
 
 
 def forward_context(runner: Any) -> Callable[[], AbstractContextManager]:
@@ -108,7 +121,7 @@ def forward_context(runner: Any) -> Callable[[], AbstractContextManager]:
 
 
 def forward_backward(model: Any, batch: Any, context: Callable[[], AbstractContextManager]) -> dict[str, float]:
-    """mmengine's training step without the optimizer: gradients are set; returns each loss, and ``'loss'``, their sum."""
+    """mmengine's training step without the optimizer: sets gradients, returns each loss and their sum, ``'loss'``."""
     model.zero_grad(set_to_none=True)
     with torch.enable_grad(), context():
         losses = model._run_forward(model.data_preprocessor(copy.deepcopy(batch), True), mode='loss')
@@ -130,38 +143,39 @@ def first_non_finite(model: nn.Module, batch: Any, seed: tuple[int, int, int],
         context: From :func:`forward_context`.
 
     Returns:
-        The first tensor that is not finite, in the order batch, weights, layers, losses, gradients, or None; and the losses.
+        The first tensor that is not finite, in the order batch, weights, layers, losses, gradients, or None; and the
+        losses.
     """
     forward: list[str] = []
     backward: list[str] = []
-    finite_before = ''
+    last_finite = ''
 
-    def look(place: str, value: Any, gradients: bool = True) -> None:
+    def look(place: str, value: Any) -> None:
         for tensor in tree_leaves(value):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                if not forward and not all_finite([tensor]):
-                    forward.append(_describe(place, tensor))
-                if gradients and tensor.requires_grad:
-                    tensor.register_hook(partial(look_back, place))
+            if isinstance(tensor, Tensor) and not forward and not all_finite([tensor]):
+                forward.append(_describe(place, tensor))
 
     def look_back(place: str, gradient: Tensor) -> None:
-        nonlocal finite_before
+        nonlocal last_finite
         if all_finite([gradient]):
-            finite_before = place
+            last_finite = place
         elif not backward:
-            after = f', computed from a finite gradient of the {finite_before}' if finite_before else ''
+            after = f', computed from a finite gradient of the {last_finite}' if last_finite else ''
             backward.append(_describe(f'gradient of the {place}', gradient) + after)
 
     def before(place: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        look(f'input of {place}', (args, kwargs), gradients=False)
+        look(f'input of {place}', (args, kwargs))
 
     def after(place: str, module: nn.Module, args: tuple, output: Any) -> None:
         look(f'output of {place}', output)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(partial(look_back, f'output of {place}'))
 
-    for path, tensor in tree_flatten_with_path(plain(batch))[0]:
-        look(f'batch{keystr(path)}', tensor)
+    for path, leaf in tree_flatten_with_path(plain(batch))[0]:
+        look(f'batch{keystr(path)}', leaf)
     for name, parameter in model.named_parameters():
-        look(f'weight {name}', parameter, gradients=False)
+        look(f'weight {name}', parameter)
     handles = []
     for name, module in model.named_modules():
         place = f'{name or "the model"} ({type(module).__name__})'
@@ -183,14 +197,14 @@ def first_non_finite(model: nn.Module, batch: Any, seed: tuple[int, int, int],
 
 def _describe(place: str, tensor: Tensor) -> str:
     bad = ~tensor.detach().isfinite()
-    images = bad.flatten(1).any(1).nonzero().flatten().tolist() if bad.dim() == 4 and len(bad) > 1 else []
-    return (f'{place}, {int(bad.sum())} of {bad.numel()} values'
-            + (f' (of images {", ".join(map(str, images))} of the batch, counted from 0)' if images else ''))
+    text = f'{place}, {int(bad.sum())} of {bad.numel()} values'
+    images = bad.flatten(1).any(1).nonzero().flatten().tolist() if bad.dim() == 4 else []
+    return f'{text} (of images {", ".join(map(str, images))} of the batch, counted from 0)' if images else text
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all values are finite; one pass over them, and one wait for a GPU, if they are."""
-    tensors = [tensor.detach() for tensor in tensors if tensor.numel()]
+    tensors = [tensor.detach() for tensor in tensors if tensor.numel() and tensor.is_floating_point()]
     # Sums of squares are fast, but large values overflow; the largest magnitudes do not.
     for order in (2, math.inf):
         norms = torch._foreach_norm(tensors, order) if tensors else []
@@ -204,7 +218,7 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def plain(value: Any) -> Any:
-    """A batch of any of the libraries as lists, dicts, tensors, numbers and text, which load with ``weights_only=True``."""
+    """A batch as lists, dicts, tensors, numbers and text, which load with ``weights_only=True``."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
@@ -219,7 +233,3 @@ def plain(value: Any) -> Any:
         return [plain(entry) for entry in value]
     inner = getattr(value, 'tensor', getattr(value, 'masks', None))  # mmdet's boxes and masks
     return str(value) if inner is None else plain(inner)
-
-
-def _images(batch: Any) -> list[str]:
-    return [str(leaf) for path, leaf in tree_flatten_with_path(batch)[0] if keystr(path).endswith("['img_path']")]

@@ -9,11 +9,11 @@ from replk_mm.errors import UserError
 class GatheringMetric(BaseMetric):
     """A metric that rank 0 computes from the results of all processes, each image once.
 
-    mmengine's samplers give some images to two processes, so that all have equally many; mmengine drops these.
+    mmengine's samplers give some images to two processes, so that all have equally many; mmengine drops the second.
 
     Args:
-        collect_device: As in mmengine's metrics. Defaults to ``'gpu'``, which means the process group of the run, with any
-            backend; ``'cpu'`` means files in ``collect_dir``.
+        collect_device: As in mmengine's metrics. Defaults to ``'gpu'``, which means the process group of the run, with
+            any backend; ``'cpu'`` means files in ``collect_dir``.
 
     Attributes:
         per_class: Figures of every class, see the subclass; on rank 0.

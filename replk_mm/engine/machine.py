@@ -103,8 +103,8 @@ def processes_of(launcher: str) -> tuple[int, int]:
 def init_gloo(cfg: Config, device: str) -> None:
     """Start the process group of a run that torchrun started on CPUs.
 
-    A collective that waits longer than ``env_cfg.dist_cfg.timeout`` seconds (default: 10 minutes, as NCCL's; gloo's own is half
-    an hour) ends the process with an error.
+    A collective that waits longer than ``env_cfg.dist_cfg.timeout`` seconds (default: 10 minutes, as NCCL's; gloo's own
+    is half an hour) ends the process with an error.
 
     Raises:
         UserError: If torchrun did not start this process.

@@ -38,8 +38,9 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
         folder, self.output_dir = self.output_dir, None  # mmseg would write into one folder
         super().process(data_batch, data_samples)
         self.output_dir = folder
-        for sample in data_samples if folder is not None else ():
-            self._write(sample, Path(folder))
+        if folder is not None:
+            for sample in data_samples:
+                self._write(sample, Path(folder))
 
     def _write(self, sample: dict, place: Path) -> None:
         path = Path(sample['img_path'])

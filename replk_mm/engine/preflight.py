@@ -1,6 +1,5 @@
 """A dry run before training: what would fail after hours fails in the first minute."""
 import logging
-import math
 import resource
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import get_rank, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.model import BaseModel
@@ -19,7 +18,7 @@ from mmengine.runner.amp import autocast
 
 from replk_mm import checkpoints
 from replk_mm.data.draws import Draw
-from replk_mm.engine.divergence import all_finite, first_non_finite, forward_backward, forward_context
+from replk_mm.engine.divergence import forward_backward, forward_context
 from replk_mm.engine.machine import is_out_of_memory
 from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError, message_of
@@ -28,7 +27,7 @@ from replk_mm.registry import HOOKS
 
 @HOOKS.register_module()
 class PreflightHook(Hook):
-    """Run one batch through loss and backward, one validation batch through the metrics, and write and read one checkpoint.
+    """One batch through loss and backward, one validation batch through the metrics, one checkpoint written and read.
 
     Weights, statistics, optimizer and the randomness of the training stay as they are.
     """
@@ -41,24 +40,16 @@ class PreflightHook(Hook):
         Raises:
             UserError: If a part fails, with the part and the reason.
         """
-        started, done, model = time.perf_counter(), [], bare(runner.model)
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        if type(model).train_step is BaseModel.train_step:  # another one may have several losses and optimizers
+        started, done = time.perf_counter(), []
+        if type(bare(runner.model)).train_step is BaseModel.train_step:  # others may have several losses
             with _naming('loss and backward of one batch'):
                 done.append(_loss_and_backward(runner))
         if runner.val_loop is not None:
             with _naming('validation of one batch'):
-                metrics = _validate(runner)
-                _check_keys(runner, metrics)
-            done.append(f'validation: {", ".join(metrics) or "no metrics"}')
+                done.append(f'validation: {", ".join(_validate(runner)) or "no metrics"}')
         if is_main_process():
             with _naming('writing and reading a checkpoint'):
                 done.append(f'checkpoint {_checkpoint(runner) / 2**20:.0f} MiB')
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
-        model.zero_grad(set_to_none=True)
-        model.train()
         runner.logger.info(f'dry run: {"; ".join(done)}; {time.perf_counter() - started:.1f} s')
 
 
@@ -70,8 +61,8 @@ def _naming(part: str) -> Iterator[None]:
         if is_out_of_memory(error) or isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise  # training explains these
         name = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
-        raise UserError(f'dry run, {part}: {name}{message_of(error)}\nREPLK_MM_TRACEBACK=1 shows where; --no-preflight trains '
-                        f'without the dry run.') from error
+        raise UserError(f'dry run, {part}: {name}{message_of(error)}\nREPLK_MM_TRACEBACK=1 shows where; --no-preflight '
+                        f'trains without the dry run.') from error
 
 
 def _batch(loader: Any, size: int) -> Any:
@@ -80,50 +71,53 @@ def _batch(loader: Any, size: int) -> Any:
 
 def _loss_and_backward(runner: Runner) -> str:
     loader: Any = runner.train_dataloader
-    batch, model, context = _batch(loader, loader.batch_sampler.batch_size), bare(runner.model), forward_context(runner)
-    if torch.cuda.is_available():
+    batch, model = _batch(loader, loader.batch_sampler.batch_size), bare(runner.model)
+    on_gpu = next(model.parameters()).is_cuda
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()
-    loss = forward_backward(model, batch, context)['loss']
-    peak, of = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 2**10), 'process'
-    if next(model.parameters()).is_cuda:
-        peak, of = torch.cuda.max_memory_allocated(), 'GPU'
-    # float16 gradients may overflow until mmengine scales the loss.
-    scaled = getattr(runner.optim_wrapper, 'loss_scaler', None) is not None
-    if not math.isfinite(loss) or not (scaled or all_finite([p.grad for p in model.parameters() if p.grad is not None])):
-        first, _ = first_non_finite(model, batch, (runner.seed, runner.iter, get_rank()), context)
-        raise UserError(f'{"the gradients are" if math.isfinite(loss) else f"the loss is {loss},"} not finite; first: {first}\n'
-                        f'Check the weights to start from, mean and std of data_preprocessor, and the labels.')
-    return f'loss {loss:.4g}; peak memory of the {of} {peak / 2**30:.2f} GiB, without the state of the optimizer'
+    loss = forward_backward(model, batch, forward_context(runner))['loss']
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 2**10)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else rss
+    return (f'loss {loss:.4g}; peak memory of the {"GPU" if on_gpu else "process"} {peak / 2**30:.2f} GiB, without the '
+            f'state of the optimizer')
 
 
 def _validate(runner: Runner) -> dict[str, Any]:
-    loop, model = runner.val_loop, runner.model
+    loop: Any = runner.val_loop
+    model: Any = runner.model
     size = min(loop.dataloader.batch_size or 1, len(loop.dataloader.dataset))
     batch = _batch(loop.dataloader, size)
     model.eval()
     with torch.no_grad(), autocast(enabled=getattr(loop, 'fp16', False)):
         outputs = model.val_step(batch)
+    model.train()
     if type(getattr(loop, 'evaluator', None)) is not Evaluator:
         return {}  # a loop of the user's own, or several data sets
     loop.evaluator.process(data_samples=outputs, data_batch=batch)
     level = runner.logger.level
     runner.logger.setLevel(logging.ERROR)  # the metrics of one batch are not a result
     try:
-        return loop.evaluator.evaluate(size)
+        metrics = loop.evaluator.evaluate(size)
     finally:
         runner.logger.setLevel(level)
-
-
-def _check_keys(runner: Runner, metrics: dict[str, Any]) -> None:
     for hook in runner.hooks if metrics else ():  # some metrics report nothing as long as a model finds nothing
-        field, wanted = 'monitor', [hook.monitor] if isinstance(hook, EarlyStoppingHook) else []
-        if isinstance(hook, CheckpointHook) and hook.save_best:
-            field, wanted = 'save_best', [key for key in hook.key_indicators or () if key != 'auto']
-        for key in wanted:
-            if key not in metrics:
-                raise UserError(f'{type(hook).__name__}.{field}={key!r}: the validation reports {", ".join(metrics)}\n'
-                                f'Name one of these.')
+        if isinstance(hook, EarlyStoppingHook):
+            _check_key(metrics, 'EarlyStoppingHook.monitor', hook.monitor)
+        elif isinstance(hook, CheckpointHook) and hook.save_best:
+            for key in hook.key_indicators or ():
+                _check_key(metrics, 'CheckpointHook.save_best', key)
+    return metrics
+
+
+def _check_key(metrics: dict[str, Any], field: str, key: str) -> None:
+    if key not in metrics and key != 'auto':
+        raise UserError(f'{field}={key!r}: the validation reports {", ".join(metrics)}\nName one of these.')
 
 
 def _checkpoint(runner: Runner) -> int:
