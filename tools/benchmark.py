@@ -1,7 +1,7 @@
 """Measure speed and memory beside the same network in plain torch: op, backbone CONFIG, model CONFIG.
 
-Plain torch is the same network and weights with torch's own depthwise convolutions in the default memory layout. Both take
-turns in one run, and their results are compared: exit status 1 if they differ.
+Plain torch is the same network and weights with torch's own depthwise convolutions in the default memory layout. Both
+take turns in one run, and their results are compared: exit status 1 if they differ.
 """
 import argparse
 import contextlib
@@ -35,7 +35,7 @@ def listed(*known: str) -> Callable[[str], list[str]]:
     def names(text: str) -> list[str]:
         found = [name for name in text.split(',') if name]
         if not found or not set(found) <= set(known):
-            raise argparse.ArgumentTypeError(f'{text!r} is no list of {",".join(known)}')
+            raise argparse.ArgumentTypeError(f'{text!r} is not a list of {",".join(known)}')
         return list(dict.fromkeys(found))
     return names
 
@@ -45,11 +45,13 @@ def arguments() -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--threads', type=cli.positive, metavar='N', help="default: torch's, one for each core")
     common.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
-    common.add_argument('--repeats', type=at_least(MIN_ROUNDS), default=15, metavar='N', help='rounds at most (default 15)')
-    common.add_argument('--warmup', type=at_least(0), default=2, metavar='N', help='rounds that do not count (default 2)')
-    common.add_argument('--seconds', type=float, metavar='S', help='for each measurement: fewer rounds if they take longer, '
-                        f'but {MIN_ROUNDS} (default 60; op: 2 for each computation)')
-    common.add_argument('--out', metavar='DIR', help='for table, JSON and pictures (default: work_dirs/benchmark/WHAT)')
+    common.add_argument('--repeats', type=at_least(MIN_ROUNDS), default=15, metavar='N',
+                        help='rounds at most (default 15)')
+    common.add_argument('--warmup', type=at_least(0), default=2, metavar='N',
+                        help='rounds that do not count (default 2)')
+    common.add_argument('--seconds', type=float, metavar='S', help='for each measurement: fewer rounds if they take '
+                        f'longer, but at least {MIN_ROUNDS} (default 60; op: 2 for each computation)')
+    common.add_argument('--out', metavar='DIR', help='for table, JSON and plots (default: work_dirs/benchmark/WHAT)')
     common.add_argument('--json', action='store_true', help='print the JSON, and nothing else, to standard output')
     sub = p.add_subparsers(dest='what', required=True)
     op = sub.add_parser('op', parents=[common], help='the depthwise convolution by itself')
@@ -69,7 +71,8 @@ def arguments() -> argparse.Namespace:
         net.add_argument('--form', choices=['training', 'reparameterized'], default='reparameterized',
                          help='of all networks at inference (default: reparameterized, that is merged and folded)')
         size = net.add_mutually_exclusive_group()
-        size.add_argument('--shape', type=cli.positive, nargs=2, metavar=('H', 'W'), help="default: the config's crop")
+        size.add_argument('--shape', type=cli.positive, nargs=2, metavar=('H', 'W'),
+                          help="in pixels (default: the config's crop)")
         size.add_argument('--sides', type=cli.positive, nargs='+', metavar='SIDE', help='several square images')
         net.add_argument('--batch', '--batches', type=cli.positive, nargs='+', default=[0], metavar='N',
                          help='images, one number or several (default: 1, or 2 where training needs them)')
@@ -85,7 +88,7 @@ def arguments() -> argparse.Namespace:
 
 def measure(args: argparse.Namespace) -> dict:
     device, kept = select_device(args.device), keep_freed_memory()
-    # The libraries tell of parameter groups and of what they build; a benchmark has its own notes.
+    # The libraries log what they build; a benchmark has its own notes.
     MMLogger.get_instance('benchmark', log_level=logging.WARNING)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.what == 'op':
@@ -94,9 +97,10 @@ def measure(args: argparse.Namespace) -> dict:
         record = benchmark_op.run(shapes, args.dtype, args.implementations, device, args.repeats, args.warmup,
                                   args.seconds or 2.)
     else:
-        shapes = [(s, s) for s in args.sides or ()] or [tuple(args.shape or default_shape(args.config, args.cfg_options))]
-        job = Job(args.config, args.what == 'model', form=args.form, options=args.cfg_options, checkpoint=args.checkpoint,
-                  device=device, threads=torch.get_num_threads())
+        shapes = [(side, side) for side in args.sides or ()]
+        shapes = shapes or [tuple(args.shape or default_shape(args.config, args.cfg_options))]
+        job = Job(args.config, args.what == 'model', form=args.form, options=args.cfg_options,
+                  checkpoint=args.checkpoint, device=device, threads=torch.get_num_threads())
         how = benchmark.Settings(args.dtype, args.repeats, args.warmup, args.seconds or 60., args.memory, args.compare,
                                  args.same_allocator)
         record = benchmark.run(job, how, args.mode, shapes, args.batch)

@@ -1,4 +1,4 @@
-"""Measure whether a trained segmentation network goes by shape or by texture: docs/shape_bias.md."""
+"""Measure whether a trained segmentation network decides by shape or by texture: docs/shape_bias.md."""
 import sys
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from replk_mm import cli
 from replk_mm.analysis.shape_bias import DEFINITION, measure
 from replk_mm.engine.config import load_config
 from replk_mm.errors import command
+from replk_mm.tables import text_table
 
 
 @command
@@ -16,21 +17,22 @@ def main() -> None:
     p.add_argument('checkpoint', help='trained on objects with both cues: file or address')
     p.add_argument('--data-root', required=True, type=Path, metavar='DIR',
                    help='what tools/make_demo_data.py DIR --scenes conflict wrote')
-    p.add_argument('--out', required=True, type=Path, metavar='DIR', help='folder for shape_bias.json and shape_bias.png')
+    p.add_argument('--out', required=True, type=Path, metavar='DIR',
+                   help='folder for shape_bias.json and shape_bias.png')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     cli.add_config_options(p)
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
     bias = measure(cfg, args.checkpoint, args.data_root, args.out, args.device)
     values = bias.values()
-    print(f'{"shape of":12s} by shape  by texture  other  shape bias')
+    rows = [('shape of', 'by shape', 'by texture', 'other', 'shape bias')]
     for name, row in (*values['per_class'].items(), ('all', values)):
         share = '-' if row['shape_bias'] is None else f'{row["shape_bias"]:.3f}'
-        print(f'{name:12s} {row["shape_decisions"]:8d}  {row["texture_decisions"]:10d}  {row["other"]:5d}  {share:>10s}')
-    print(f'shape bias: {DEFINITION}')
+        rows.append((name, *(str(row[key]) for key in ('shape_decisions', 'texture_decisions', 'other')), share))
+    print(f'{text_table(rows)}\nshape bias: {DEFINITION}')
     if bias.agreeing:
-        print(f'where shape and texture agree, {100 * values["agreeing_accuracy"]:.1f} % of {values["agreeing_objects"]} '
-              f'objects are decided right: the share above means something only if these are most')
+        print(f'where shape and texture agree, {100 * values["agreeing_accuracy"]:.1f} % of '
+              f'{values["agreeing_objects"]} objects are decided right: shape bias is meaningful only if most are')
     print(f'written: {args.out / "shape_bias.json"}, {args.out / "shape_bias.png"}')
 
 

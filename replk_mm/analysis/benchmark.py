@@ -33,44 +33,28 @@ _PAUSE = 0.01
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """How to measure."""
 
-    Attributes:
-        dtypes: Precisions of our network, of ``'float32'`` and ``'bfloat16'``; plain torch always runs in float32.
-        repeats: Rounds at most.
-        warmup: Rounds before that do not count, at most.
-        seconds: Budget of a measurement, see :func:`replk_mm.analysis.speed.measure`.
-        memory: Measure memory too, each network in a process of its own.
-        engines: Names in :data:`replk_mm.analysis.engines.ENGINES`.
-        same_allocator: Let plain torch keep freed memory too, which otherwise only this project's commands do.
-    """
-
+    #: precisions of our network, of ``'float32'`` and ``'bfloat16'``; plain torch always runs in float32
     dtypes: Sequence[str] = ('float32',)
-    repeats: int = 15
-    warmup: int = 2
-    seconds: float = 60.
-    memory: bool = True
-    engines: Sequence[str] = ()
+    repeats: int = 15  #: rounds at most
+    warmup: int = 2  #: rounds before that do not count, at most
+    seconds: float = 60.  #: budget of a measurement, see :func:`replk_mm.analysis.speed.measure`
+    memory: bool = True  #: measure memory too, each network in a process of its own
+    engines: Sequence[str] = ()  #: names in :data:`replk_mm.analysis.engines.ENGINES`
+    #: let plain torch keep freed memory too, which otherwise only this project's commands do
     same_allocator: bool = False
 
 
 @dataclass
 class Row:
-    """A line of the table before it is timed.
+    """A line of the table before it is timed."""
 
-    Attributes:
-        name: Name of the line.
-        call: What is timed.
-        gap: Difference from the results of plain torch; None for plain torch itself.
-        network: Its name among :func:`replk_mm.analysis.plain.networks`; empty for other engines.
-        how: Precision, see :class:`Workload`; for an engine its dtype.
-    """
-
-    name: str
-    call: Call
-    gap: Gap | None = None
-    network: str = ''
-    how: str = 'float32'
+    name: str  #: name of the line
+    call: Call  #: what is timed
+    gap: Gap | None = None  #: difference from the results of plain torch; None for plain torch itself
+    network: str = ''  #: its name among :func:`replk_mm.analysis.plain.networks`; empty for other engines
+    how: str = 'float32'  #: precision, see :class:`Workload`; for an engine its dtype
 
     @property
     def dtype(self) -> str:
@@ -204,7 +188,8 @@ class Bench:
         trial = measure({row.how: row.call for row in candidates}, MIN_ROUNDS, 1)
         times = {row.how: trial.timing(row.how).median for row in candidates}
         self.note(f'bfloat16, {len(work.image)}x3x{work.shape[0]}x{work.shape[1]}: '
-                  + ', '.join(f'{how} {ms:.1f} ms' for how, ms in times.items()) + ' in a trial; the table has the faster')
+                  + ', '.join(f'{how} {ms:.1f} ms' for how, ms in times.items())
+                  + ' in a trial; the table has the faster')
         return [min(candidates, key=lambda row: times[row.how])]
 
     def _runs(self, row: Row, compare: Callable[[], Gap]) -> bool:

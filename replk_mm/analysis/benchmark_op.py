@@ -21,21 +21,13 @@ COMPUTATIONS = {'forward': 1, 'grad_input': 1, 'grad_weight': 1, 'step': 3}
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer and its input.
+    """One layer and its input."""
 
-    Attributes:
-        kernel: Side of the kernel in pixels.
-        size: Side of the map in pixels.
-        channels: Of input and output.
-        batch: Images.
-        stride: In pixels.
-    """
-
-    kernel: int
-    size: int
-    channels: int
-    batch: int
-    stride: int = 1
+    kernel: int  #: side of the kernel in pixels
+    size: int  #: side of the map in pixels
+    channels: int  #: of input and output
+    batch: int  #: images
+    stride: int = 1  #: in pixels
 
     @property
     def out(self) -> int:
@@ -74,7 +66,8 @@ def run(shapes: Sequence[Shape], dtype: str = 'float32', implementations: Sequen
     known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
     for name in implementations:
         if name not in known:
-            raise UserError(f'--implementations {name}: there is no such implementation\nChoose from {", ".join(known)}.')
+            raise UserError(f'--implementations {name}: there is no such implementation\n'
+                            f'Choose from {", ".join(known)}.')
     for shape in shapes:
         if shape.kernel % 2 == 0:
             raise UserError(f'--kernels {shape.kernel}: kernels must be odd, so that padding keeps the size of the map')

@@ -199,58 +199,64 @@ def draw(record: dict, folder: Path) -> list[Path]:
 
 def _operator_figures(record: dict) -> dict[str, Figure]:
     figures = {}
-    points = record['points']
+    points, sides = record['points'], {'kernel': 'kernel', 'size': 'map'}
     for channels, batch, stride in dict.fromkeys((p['channels'], p['batch'], p['stride']) for p in points):
         chosen = [p for p in points if (p['channels'], p['batch'], p['stride']) == (channels, batch, stride)]
         kernels, sizes = (sorted({p[key] for p in chosen}) for key in ('kernel', 'size'))
-        # Against the kernel, a row of panels for each map; with one kernel only, against the map.
-        axis, across, values = ('kernel', 'size', sizes) if len(kernels) > 1 else ('size', 'kernel', kernels)
-        sides = {'kernel': 'kernel', 'size': 'map'}
         if len(kernels) == len(sizes) == 1:
             continue
-        figure = Figure(figsize=(3.4 * len(_COMPUTATIONS), 0.9 + 2.7 * len(values)), layout='constrained')
-        panels = figure.subplots(len(values), len(_COMPUTATIONS), sharex=True, sharey='row', squeeze=False)
-        for row, value in zip(panels, values, strict=True):
-            for panel, (computation, title) in zip(row, _COMPUTATIONS.items(), strict=True):
-                part = [p for p in chosen if p['computation'] == computation and p[across] == value]
-                _lines(panel, part, itemgetter(axis), chosen)
-                bound = [1e3 * p['gflop'] / record['matrix_product_gflops'] for p in part]
-                panel.plot([p[axis] for p in part], bound, ':', color='#777777', label=_BOUND)
-                panel.set_title(f'{title}\n{sides[across]} {value}x{value}', fontsize=9)
-            row[0].set_ylabel('milliseconds')
-        for panel in panels[-1]:
-            panel.set_xlabel(f'{sides[axis]} side, pixels')
-        _legend(figure, panels[:1, 0])
-        figure.suptitle(f'Depthwise convolution, {record["dtype"]}, batch {batch}, {channels} channels, stride {stride}, '
-                        f'{_threads(record)}', fontsize=11)
-        figures[f'{axis}_side_{channels}x{batch}' + (f'_stride{stride}' if stride > 1 else '')] = figure
+        # Against the kernel, a row of panels for each map; with one kernel only, against the map.
+        axis, across, values = ('kernel', 'size', sizes) if len(kernels) > 1 else ('size', 'kernel', kernels)
+        panels = [[(f'{title}\n{sides[across]} {value}x{value}',
+                    [p for p in chosen if p['computation'] == computation and p[across] == value])
+                   for computation, title in _COMPUTATIONS.items()] for value in values]
+        title = f'Depthwise convolution, {record["dtype"]}, batch {batch}, {channels} channels, stride {stride}'
+        name = f'{axis}_side_{channels}x{batch}' + (f'_stride{stride}' if stride > 1 else '')
+        figures[name] = _figure(record, title, panels, itemgetter(axis), f'{sides[axis]} side, pixels', (3.4, 3.))
     return figures
 
 
 def _network_figures(record: dict) -> dict[str, Figure]:
     figures = {}
-    points = record['points']
     ways: tuple[tuple[str, str, Callable[[dict], Any], Callable[[dict], str]], ...] = (
-        ('image_side', 'image side, pixels', lambda p: p['height'], lambda p: f'batch {p["batch"]}'),
-        ('batch', 'images per batch', lambda p: p['batch'], lambda p: f'{p["height"]}x{p["width"]} pixels'))
+        ('image_side', 'image side, pixels', itemgetter('height'), lambda p: f'batch {p["batch"]}'),
+        ('batch', 'images per batch', itemgetter('batch'), lambda p: f'{p["height"]}x{p["width"]} pixels'))
     for name, label, at, rest in ways:
-        groups: dict[tuple[str, str], list[dict]] = {}
-        for p in points:
+        groups: dict[str, list[dict]] = {}
+        for p in record['points']:
             if name == 'batch' or p['height'] == p['width']:
-                groups.setdefault((p['mode'], rest(p)), []).append(p)
-        groups = {key: part for key, part in groups.items() if len({at(p) for p in part}) > 1}
-        if not groups:
-            continue
-        figure = Figure(figsize=(1 + 4.6 * len(groups), 4.6), layout='constrained')
-        panels = figure.subplots(1, len(groups), squeeze=False)[0]
-        for panel, ((mode, what), part) in zip(panels, groups.items(), strict=True):
-            _lines(panel, part, at, points)
-            panel.set_title(f'{"inference" if mode == "inference" else "training step"}, {what}', fontsize=10)
-            panel.set(xlabel=label, ylabel='milliseconds')
-        _legend(figure, panels)
-        figure.suptitle(f'{record["what"]} {Path(record["config"]).stem}, {_threads(record)}', fontsize=11)
-        figures[name] = figure
+                mode = 'inference' if p['mode'] == 'inference' else 'training step'
+                groups.setdefault(f'{mode}, {rest(p)}', []).append(p)
+        row = [(title, part) for title, part in groups.items() if len({at(p) for p in part}) > 1]
+        if row:
+            title = f'{record["what"]} {Path(record["config"]).stem}'
+            figures[name] = _figure(record, title, [row], at, label, (4.8, 4.6))
     return figures
+
+
+def _figure(record: dict, title: str, panels: Sequence[Sequence[tuple[str, list[dict]]]], at: Callable[[dict], Any],
+            label: str, size: tuple[float, float]) -> Figure:
+    """Lines over ``at`` of a point, in rows of panels with a title and points each; size of a panel in inches."""
+    figure = Figure(figsize=(size[0] * len(panels[0]), size[1] * len(panels)), layout='constrained')
+    axes = figure.subplots(len(panels), len(panels[0]), sharex=record['what'] == 'op', sharey='row', squeeze=False)
+    for row, parts in zip(axes, panels, strict=True):
+        for axis, (name, points) in zip(row, parts, strict=True):
+            _lines(axis, points, at, record['points'])
+            if record['what'] == 'op':
+                bound = [1e3 * p['gflop'] / record['matrix_product_gflops'] for p in points]
+                axis.plot([at(p) for p in points], bound, ':', color='#777777', label=_BOUND)
+            axis.set_title(name, fontsize=9)
+        row[0].set_ylabel('milliseconds')
+    for axis in axes[-1]:
+        axis.set_xlabel(label)
+    shown = {label: handle for axis in axes.flat
+             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    labels = sorted(shown, key=lambda label: label == _BOUND)  # the bound last
+    figure.legend([shown[label] for label in labels], labels, loc='outside lower center', frameon=False, fontsize=9,
+                  ncols=min(max(1, int(figure.get_figwidth() / 2.4)), len(labels)))
+    env = record['environment']
+    figure.suptitle(f'{title}, {env.get("gpu") or env["cpu"]}, {env["threads"]} threads', fontsize=11)
+    return figure
 
 
 def _lines(panel: Any, points: Sequence[dict], at: Callable[[dict], Any], styled: Sequence[dict]) -> None:
@@ -276,17 +282,3 @@ def _lines(panel: Any, points: Sequence[dict], at: Callable[[dict], Any], styled
     panel.set_xticks(sorted({at(p) for p in points}))
     panel.grid(True, which='major', color='#dddddd', linewidth=0.6)
     panel.set_axisbelow(True)
-
-
-def _legend(figure: Figure, panels: Sequence[Any]) -> None:
-    shown = {label: handle for panel in panels
-             for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    labels = sorted(shown, key=lambda label: label == _BOUND)  # the bound last
-    columns = max(1, int(figure.get_figwidth() / 2.4))
-    figure.legend([shown[label] for label in labels], labels, loc='outside lower center',
-                  ncols=min(columns, len(labels)), frameon=False, fontsize=9)
-
-
-def _threads(record: dict) -> str:
-    env = record['environment']
-    return f'{env.get("gpu") or env["cpu"]}, {env["threads"]} threads'

@@ -34,49 +34,30 @@ PROPOSALS, MASK_REGIONS = 1000, 100
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a network: a child, or an element of one of its lists or of its RoI head.
+    """A part of a network: a child, or an element of one of its lists or of its RoI head."""
 
-    Attributes:
-        name: Path of the module.
-        parameters: Number of its parameters.
-        macs: Multiply-accumulates on one image.
-        runs: :data:`INFERENCE`, :data:`TRAINING` for auxiliary heads, or :data:`NEVER` for modules not called here.
-    """
-
-    name: str
-    parameters: int
-    macs: int
-    runs: str
+    name: str  #: path of the module
+    parameters: int  #: number of its parameters
+    macs: int  #: multiply-accumulates on one image
+    runs: str  #: :data:`INFERENCE`, :data:`TRAINING` for auxiliary heads, or :data:`NEVER` for modules not called here
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator that ran and for which torch has no formula, so that it counts as zero.
+    """An operator that ran and for which torch has no formula, so that it counts as zero."""
 
-    Attributes:
-        name: torch's name of it.
-        calls: Number of calls.
-        elements: Elements of the first output, summed over the calls.
-    """
-
-    name: str
-    calls: int
-    elements: int
+    name: str  #: torch's name of it
+    calls: int  #: number of calls
+    elements: int  #: elements of the first output, summed over the calls
 
 
 @dataclass(frozen=True)
 class Count:
-    """What a network costs.
+    """What a network costs."""
 
-    Attributes:
-        parts: Its parts, in the order of the network.
-        uncounted: Operators of inference without a formula, most elements first.
-        notes: Assumptions of the count and what it leaves out, one line each.
-    """
-
-    parts: list[Part]
-    uncounted: list[Operator]
-    notes: list[str]
+    parts: list[Part]  #: its parts, in the order of the network
+    uncounted: list[Operator]  #: operators of inference without a formula, most elements first
+    notes: list[str]  #: assumptions of the count and what it leaves out, one line each
 
     @property
     def parameters(self) -> int:

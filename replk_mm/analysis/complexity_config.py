@@ -25,23 +25,14 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class Report:
-    """What a config's network costs.
+    """What a config's network costs."""
 
-    Attributes:
-        config: Name of the config, as given.
-        shape: Height and width of the image in pixels.
-        shape_from: Where that size comes from.
-        training: The network as the config builds it.
-        deployed: The same with parallel kernels merged and BatchNorm folded.
-        changes: What was merged and folded.
-    """
-
-    config: str
-    shape: tuple[int, int]
-    shape_from: str
-    training: Count
-    deployed: Count
-    changes: str
+    config: str  #: name of the config, as given
+    shape: tuple[int, int]  #: height and width of the image in pixels
+    shape_from: str  #: where that size comes from
+    training: Count  #: the network as the config builds it
+    deployed: Count  #: the same with parallel kernels merged and BatchNorm folded
+    changes: str  #: what was merged and folded
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; ``tools/complexity.py --help`` describes the fields."""

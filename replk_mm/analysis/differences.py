@@ -17,15 +17,11 @@ TOLERANCES = {('inference', 'float32'): 1e-3, ('inference', 'bfloat16'): 0.3,
 
 @dataclass
 class Gap:
-    """How far a network's results are from the reference's.
+    """How far a network's results are from the reference's."""
 
-    Attributes:
-        relative: Worst difference relative to the reference's magnitude; None if nothing of the kind was compared.
-        pixels: Share of the pixels of class maps that have another class; None without class maps.
-    """
-
+    #: worst difference relative to the reference's magnitude; None if nothing of the kind was compared
     relative: float | None = None
-    pixels: float | None = None
+    pixels: float | None = None  #: share of the pixels of class maps that have another class; None without class maps
 
     def within(self, tolerance: float) -> bool:
         """Whether results are finite and equal up to ``tolerance``, which also limits the share of pixels."""

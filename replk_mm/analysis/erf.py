@@ -58,43 +58,25 @@ _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 class Erf(BaseModel):
-    """A measured effective receptive field; the schema of ``erf.json``.
-
-    Attributes:
-        scores: Contribution scores, ``(size, size)`` float64; kept in ``erf.npz``.
-        backbone: Type and size of the network.
-        config: Name of its config.
-        weights: Origin of its weights, as text.
-        trained: False for random weights.
-        checkpoint: Path and hash of the file of weights; None for random ones.
-        stage: Index of the feature map among the backbone's outputs.
-        channels: Channels of that map.
-        map_size: Its height and width.
-        size: Side of the images in pixels.
-        images: Number of images.
-        image_set: SHA-256 of their contents.
-        silent: Number of images that gave no gradient at all.
-        preprocessing: Mean, standard deviation and order of channels.
-        environment: Versions and hardware.
-    """
+    """A measured effective receptive field; the schema of ``erf.json``."""
 
     model_config = dict(frozen=True, arbitrary_types_allowed=True)
 
-    scores: np.ndarray
-    backbone: str
-    config: str
-    weights: str
-    trained: bool
-    checkpoint: dict[str, Any] | None
-    stage: NonNegativeInt
-    channels: PositiveInt
-    map_size: tuple[PositiveInt, PositiveInt]
-    size: PositiveInt
-    images: PositiveInt
-    image_set: str
-    silent: NonNegativeInt
-    preprocessing: dict[str, Any]
-    environment: dict[str, Any]
+    scores: np.ndarray  #: contribution scores, ``(size, size)`` float64; kept in ``erf.npz``
+    backbone: str  #: type and size of the network
+    config: str  #: name of its config
+    weights: str  #: origin of its weights, as text
+    trained: bool  #: false for random weights
+    checkpoint: dict[str, Any] | None  #: path and hash of the file of weights; None for random ones
+    stage: NonNegativeInt  #: index of the feature map among the backbone's outputs
+    channels: PositiveInt  #: channels of that map
+    map_size: tuple[PositiveInt, PositiveInt]  #: its height and width
+    size: PositiveInt  #: side of the images in pixels
+    images: PositiveInt  #: number of images
+    image_set: str  #: SHA-256 of their contents
+    silent: NonNegativeInt  #: number of images that gave no gradient at all
+    preprocessing: dict[str, Any]  #: mean, standard deviation and order of channels
+    environment: dict[str, Any]  #: versions and hardware
 
     @property
     def stride(self) -> float:
@@ -298,25 +280,15 @@ def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: i
 
 @dataclass(frozen=True)
 class _Network:
-    """A backbone in evaluation mode without gradients of its weights, and the images it takes.
+    """A backbone in evaluation mode without gradients of its weights, and the images it takes."""
 
-    Attributes:
-        backbone: Takes ``(1, 3, H, W)``.
-        name: Its type and size.
-        config: Name of the config.
-        weights: Their origin, as text.
-        mean: Mean of the channels, values 0..255.
-        std: Standard deviation of the channels.
-        rgb: Order of the channels, else BGR.
-    """
-
-    backbone: nn.Module
-    name: str
-    config: str
-    weights: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    rgb: bool
+    backbone: nn.Module  #: takes ``(1, 3, H, W)``
+    name: str  #: its type and size
+    config: str  #: name of the config
+    weights: str  #: their origin, as text
+    mean: tuple[float, ...]  #: mean of the channels, values 0..255
+    std: tuple[float, ...]  #: standard deviation of the channels
+    rgb: bool  #: order of the channels, else BGR
 
     def read(self, path: Path, size: int) -> Tensor:
         """An image as the network takes it, ``(1, 3, size, size)``: resized to a square by bicubic interpolation, as

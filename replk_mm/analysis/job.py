@@ -1,18 +1,15 @@
 """A network to measure, as plain data: for this process, and for a process of its own that measures memory."""
-import json
-import os
-import subprocess
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 
 import torch
 import torch.nn as nn
 from mmengine.config import Config
 
-import replk_mm
 from replk_mm.analysis.plain import networks
 from replk_mm.analysis.speed import memory_growth
 from replk_mm.analysis.workload import Workload, convert
@@ -25,31 +22,18 @@ from replk_mm.models.sync_norm import pooled_norm
 
 @dataclass(frozen=True)
 class Job:
-    """A network and what it does.
+    """A network and what it does."""
 
-    Attributes:
-        config: Config file.
-        whole: The segmentor or detector, rather than its backbone.
-        mode: ``'inference'`` or ``'train'``.
-        form: ``'training'`` or ``'reparameterized'``.
-        batch: Images; 0 for the smallest that the mode allows.
-        shape: Height and width in pixels.
-        options: Overrides of config fields.
-        checkpoint: Weights, None for random ones.
-        device: ``'cpu'`` or ``'cuda'``.
-        threads: Of torch and of other engines.
-    """
-
-    config: str
-    whole: bool
-    mode: str = 'inference'
-    form: str = 'reparameterized'
-    batch: int = 0
-    shape: tuple[int, int] = (0, 0)
-    options: dict | None = None
-    checkpoint: str | None = None
-    device: str = 'cpu'
-    threads: int = 1
+    config: str  #: config file
+    whole: bool  #: the segmentor or detector, rather than its backbone
+    mode: str = 'inference'  #: ``'inference'`` or ``'train'``
+    form: str = 'reparameterized'  #: ``'training'`` or ``'reparameterized'``
+    batch: int = 0  #: images; 0 for the smallest that the mode allows
+    shape: tuple[int, int] = (0, 0)  #: height and width in pixels
+    options: dict | None = None  #: overrides of config fields
+    checkpoint: str | None = None  #: weights, None for random ones
+    device: str = 'cpu'  #: ``'cpu'`` or ``'cuda'``
+    threads: int = 1  #: of torch and of other engines
 
 
 def fitted_config(job: Job) -> tuple[Config, list[str]]:
@@ -92,7 +76,7 @@ def smallest_batch(net: nn.Module, mode: str) -> int:
     return 2 if mode == 'train' and pooled_norm(net) else 1
 
 
-@contextmanager
+@contextlib.contextmanager
 def explaining_failures(job: Job) -> Iterator[None]:
     """Turn what a network raises at a shape it cannot take, or without memory, into a message."""
     try:
@@ -124,30 +108,25 @@ def memory_of(job: Job, network: str, how: str, keep: bool) -> int | None | str:
     Returns:
         None where the system does not tell; a text if the process failed.
     """
-    given = json.dumps(dict(job=asdict(job), network=network, how=how, keep=keep))
-    path = os.pathsep.join([str(Path(replk_mm.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
-    environment = {**os.environ, 'PYTHONPATH': path}
-    if job.device != 'cpu':  # the GPU that this process has chosen
-        index, visible = torch.cuda.current_device(), os.environ.get('CUDA_VISIBLE_DEVICES')
-        environment['CUDA_VISIBLE_DEVICES'] = visible.split(',')[index] if visible else str(index)
-    ran = subprocess.run([sys.executable, '-c', f'from {__name__} import child; child()'], text=True, input=given,
-                         capture_output=True, check=False, env=environment)
-    if ran.returncode:
-        return (ran.stderr.strip() or f'its process ended with status {ran.returncode}').splitlines()[-1]
-    return json.loads(ran.stdout.splitlines()[-1])
+    gpu = None if job.device == 'cpu' else torch.cuda.current_device()
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+        try:
+            return pool.submit(_memory, job, network, how, keep, gpu).result()
+        except Exception as error:  # of the network, or of a process that the system has ended
+            return first_line(error)
 
 
-def child() -> None:
-    """Measure the memory of the network that standard input describes; print it as the last line."""
-    given = json.loads(sys.stdin.read())
-    job = Job(**{**given['job'], 'shape': tuple(given['job']['shape'])})
-    keep_freed_memory(given['keep'])
+def _memory(job: Job, network: str, how: str, keep: bool, gpu: int | None) -> int | None:
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    keep_freed_memory(keep)
     torch.set_num_threads(job.threads)
-    cfg, _ = fitted_config(job)
-    net = networks(cfg, job.whole, job.form, job.checkpoint)[0][given['network']].to(job.device)
-    set_shape([net], job.shape)
-    work = Workload(cfg, net, job.batch, job.shape, job.device)
-    if given['how'] == 'converted':
-        convert(net)
-    call = work.inference(net, given['how']) if job.mode == 'inference' else work.training(net, given['how'])
-    print(f'\n{json.dumps(memory_growth(lambda: [call() for _ in range(3)], job.device))}')
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print
+        cfg, _ = fitted_config(job)
+        net = networks(cfg, job.whole, job.form, job.checkpoint)[0][network].to(job.device)
+        set_shape([net], job.shape)
+        work = Workload(cfg, net, job.batch, job.shape, job.device)
+        if how == 'converted':
+            convert(net)
+        call = work.inference(net, how) if job.mode == 'inference' else work.training(net, how)
+        return memory_growth(lambda: [call() for _ in range(3)], job.device)

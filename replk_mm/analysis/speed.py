@@ -18,17 +18,11 @@ MIN_ROUNDS = 3
 
 @dataclass
 class Timing:
-    """Milliseconds of one call, or a ratio of two.
+    """Milliseconds of one call, or a ratio of two."""
 
-    Attributes:
-        median: Over all rounds.
-        low: First quartile.
-        high: Third quartile.
-    """
-
-    median: float
-    low: float
-    high: float
+    median: float  #: over all rounds
+    low: float  #: first quartile
+    high: float  #: third quartile
 
     @classmethod
     def of(cls, values: Sequence[float]) -> 'Timing':
@@ -42,15 +36,10 @@ class Timing:
 
 @dataclass
 class Measurement:
-    """Result of :func:`measure`.
+    """Result of :func:`measure`."""
 
-    Attributes:
-        milliseconds: Of every call, by name; equal indices belong to the same round.
-        warmup: Rounds before, which do not count.
-    """
-
-    milliseconds: dict[str, list[float]]
-    warmup: int
+    milliseconds: dict[str, list[float]]  #: of every call, by name; equal indices belong to the same round
+    warmup: int  #: rounds before, which do not count
 
     @property
     def rounds(self) -> int:

@@ -110,8 +110,8 @@ class Workload:
 
         The loss is that of training. Gradients are of a step with fixed statistics of BatchNorm, because through batch
         statistics of a random network they depend on the last bit of every activation, and without dropout, whose
-        random numbers depend on the memory layout. A detector's are of the mean squares of its dense outputs, because its
-        losses depend on which boxes it selects, which the last bit decides too.
+        random numbers depend on the memory layout. A detector's are of the mean squares of its dense outputs, because
+        its losses depend on which boxes it selects, which the last bit decides too.
 
         Args:
             net: A copy is run.
