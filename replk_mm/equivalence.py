@@ -21,7 +21,8 @@ class Difference:
         absolute: Largest absolute difference.
         relative: Largest over all outputs of (largest difference / largest magnitude of that output).
         tolerance: What ``relative`` may be.
-        unproven: BatchNorm layers that no output depended on, because the comparison cannot run their part of the network.
+        unproven: BatchNorm layers that no output depended on, because the comparison cannot run their part of the
+            network.
     """
 
     dtype: torch.dtype
@@ -42,8 +43,8 @@ class Difference:
                 f'{self.relative:.3e} (tolerance {self.tolerance:.0e}) {"equal" if self.ok else "DIFFERENT"}{unproven}')
 
 
-#: Relative tolerance of each precision. A wrong fold is off by 1e-2 and more. In float64 what is left is the rounding of
-#: the merged weights to float32, in which they are stored; in float32 also that of every layer.
+#: Relative tolerance of each precision. A wrong fold is off by 1e-2 and more. In float64 what is left is the rounding
+#: of the merged weights to float32, in which they are stored; in float32 also that of every layer.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 

@@ -39,8 +39,7 @@ class LazyRegistry(Registry):
 
 #: Backbones and their layers. Building those imports neither mmseg nor mmdet.
 MODELS = LazyRegistry('model', scope=SCOPE, parent=MMENGINE_MODELS, locations=['replk_mm.models'], modules={
-    'replk_mm.models.segmentation': ('EncoderDecoder', 'FCNHead', 'UPerHead'),
-    'replk_mm.models.tta': ('SegTTAModel',),
+    'replk_mm.models.segmentation': ('EncoderDecoder', 'FCNHead', 'SegTTAModel', 'UPerHead'),
 })
 
 #: Data sets that extend mmdet's, which they import.

@@ -1,11 +1,11 @@
 """Structural reparameterization: merge parallel kernels and fold BatchNorm.
 
-"RepVGG: Making VGG-style ConvNets Great Again", Ding et al., CVPR 2021, arXiv:2101.03697, section 3.3, applied as in the
-RepLKNet paper (arXiv:2203.06717, guideline 3). In evaluation mode BatchNorm is an affine map of each channel, so
+"RepVGG: Making VGG-style ConvNets Great Again", Ding et al., CVPR 2021, arXiv:2101.03697, section 3.3, applied as in
+the RepLKNet paper (arXiv:2203.06717, guideline 3). In evaluation mode BatchNorm is an affine map of each channel, so
 
 * behind a convolution it scales the kernel's output channels and moves its bias;
-* in front of a convolution without padding it scales the input channels (with padding the zeros around the map would have
-  to be something else, so that it is left alone there);
+* in front of a convolution without padding it scales the input channels (with padding the zeros around the map would
+  have to be something else, so that it is left alone there);
 * two parallel convolutions of one input are one, with the small kernel in the centre of the large one.
 """
 import copy

@@ -14,7 +14,7 @@ from test_ops_upsampled import LargestTensor, one_thread  # noqa: F401 (a fixtur
 from test_segmentation import CLASSES, SLIDE, build, config, loss, pair
 from torch import nn
 
-from replk_mm.models.tta import SegTTAModel
+from replk_mm.models.segmentation import SegTTAModel
 from replk_mm.ops import upsampled
 
 VIEWS = [((64, 96), None), ((64, 96), 'horizontal'), ((80, 112), None), ((80, 112), 'vertical'), ((41, 57), 'horizontal')]
@@ -116,7 +116,7 @@ import replk_mm.registry
 assert not [name for name in sys.modules if name.split('.')[0] in ('mmseg', 'mmdet')]
 import torch
 with torch.device('meta'):  # as where a model is built for its structure only
-    assert MODELS.get('replk_mm.SegTTAModel').__module__ == 'replk_mm.models.tta'
+    assert MODELS.get('replk_mm.SegTTAModel').__module__ == 'replk_mm.models.segmentation'
 from replk_mm.ops.class_map import LogitRows, Windows, class_map
 assert class_map([LogitRows(lambda _: [torch.rand(3, 4, 4)], Windows.whole(16), Windows.whole(16))]).shape == (16, 16)
 '''

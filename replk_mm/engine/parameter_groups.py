@@ -8,6 +8,8 @@ from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
+from rich.console import Console
+from rich.table import Table
 
 from replk_mm.engine.wrappers import bare, each
 from replk_mm.registry import HOOKS
@@ -33,9 +35,10 @@ def parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module) -> list[dict
         model: The model whose parameters it has, wrapped for distributed training or not.
 
     Returns:
-        Rows in the order of the optimizer, the keys of which are :data:`COLUMNS`: ``group`` is the name that a constructor
-        gave, or ``'-'``; ``lr`` is the rate that schedules start from; ``tensors`` counts parameters, ``parameters`` their
-        values; ``first`` and ``last`` are names. The last row, ``'frozen'``, is for what no group has, if there is any.
+        Rows in the order of the optimizer, the keys of which are :data:`COLUMNS`: ``group`` is the name that a
+        constructor gave, or ``'-'``; ``lr`` is the rate that schedules start from; ``tensors`` counts parameters,
+        ``parameters`` their values; ``first`` and ``last`` are names. The last row, ``'frozen'``, is for what no group
+        has, if there is any.
     """
     names = {id(param): name for name, param in reversed(list(bare(model).named_parameters(remove_duplicate=False)))}
     rows: dict[tuple, list[nn.Parameter]] = {}
@@ -60,11 +63,11 @@ def write_parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module, path: 
         path: The table's file; the other has the suffix ``.json``.
     """
     rows = parameter_groups(optim_wrapper, model)
-    cells = [COLUMNS, *(tuple(f'{value:.6g}' if isinstance(value, float) else str(value) for value in row.values())
-                        for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numbers = range(COLUMNS.index('lr'), COLUMNS.index('first'))
-    lines = ['  '.join(cell.rjust(width) if i in numbers else cell.ljust(width)
-                       for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip() for line in cells]
-    Path(path).write_text('\n'.join(lines) + '\n')
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify='left' if column in ('group', 'first', 'last') else 'right', no_wrap=True)
+    for row in rows:
+        table.add_row(*(f'{value:.6g}' if isinstance(value, float) else str(value) for value in row.values()))
+    with Path(path).open('w') as file:
+        Console(file=file, width=1000).print(table)
     Path(path).with_suffix('.json').write_text(json.dumps(rows, indent=1) + '\n')

@@ -1,9 +1,9 @@
 """ConvNeXt, versions 1 and 2.
 
 "A ConvNet for the 2020s", Liu, Mao, Wu, Feichtenhofer, Darrell, Xie, CVPR 2022, arXiv:2201.03545; global response
-normalization from "ConvNeXt V2", Woo et al., CVPR 2023, arXiv:2301.00808. Written anew from the papers. Arguments and names
-of parameters are mmpretrain's (Apache-2.0), so that its configs and checkpoints work as they are; the authors' and timm's
-checkpoints are converted as they load.
+normalization from "ConvNeXt V2", Woo et al., CVPR 2023, arXiv:2301.00808. Written anew from the papers. Arguments and
+names of parameters are mmpretrain's (Apache-2.0), so that its configs and checkpoints work as they are; the authors'
+and timm's checkpoints are converted as they load.
 """
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,6 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.models.depth import LayerDepth
 from replk_mm.models.layers import (
     Backbone,
     build_activation,
@@ -95,7 +94,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 @MODELS.register_module()
-class ConvNeXt(LayerDepth, Backbone):
+class ConvNeXt(Backbone):
     """ConvNeXt backbone. A config of ``mmpretrain.ConvNeXt`` works with only the type changed.
 
     Args:
@@ -107,7 +106,7 @@ class ConvNeXt(LayerDepth, Backbone):
         act_cfg: Activation between the pointwise layers. Defaults to ``dict(type='GELU')``.
         linear_pw_conv: Pointwise layers as ``nn.Linear``, as the authors do. Defaults to True.
         use_grn: Global response normalization (version 2). Defaults to False.
-        drop_path_rate: Stochastic depth of the last block; block ``i`` of ``n`` has ``i / (n - 1)`` of it. Defaults to 0.
+        drop_path_rate: Stochastic depth of the last block; block ``i`` of ``n`` has ``i / (n - 1)`` of it. Default: 0.
         layer_scale_init_value: Start of the learned scale of each block; 0 for none. Defaults to 1e-6.
         out_indices: Stages whose features are returned, strides ``[1/4, 1/8, 1/16, 1/32]``. Defaults to -1, the last.
         frozen_stages: Stages to freeze from the first on, with what leads to them; 0 freezes nothing. Defaults to 0.
@@ -115,11 +114,11 @@ class ConvNeXt(LayerDepth, Backbone):
             ``(N, C)``. Defaults to True, which is mmpretrain's; dense prediction needs False.
         with_cp: Recompute each block in the backward pass: less memory, about a third more time. Defaults to False.
         norm_eval: Keep BatchNorm layers (of such a ``norm_cfg``) in evaluation mode while training. Defaults to False.
-        out_memory_format: Layout of the returned features: ``'contiguous_format'`` (default), which every operator reads, or
-            ``'preserve_format'``, that of the last layer, without a copy. On CPUs this is channels-last memory: faster for
-            heads of convolutions, misread by mmcv's compiled operators (RoIAlign, deformable convolutions).
-        init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's, timm's and our checkpoints. Defaults to
-            a truncated normal of standard deviation 0.02 and zero biases.
+        out_memory_format: Layout of the returned features: ``'contiguous_format'`` (default), which every operator
+            reads, or ``'preserve_format'``, which copies nothing: on CPUs channels-last memory, faster for heads of
+            convolutions, misread by mmcv's compiled operators (RoIAlign, deformable convolutions).
+        init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's, timm's and our checkpoints. Defaults
+            to a truncated normal of standard deviation 0.02 and zero biases.
 
     Raises:
         ValueError: If a value is out of its range, or ``arch`` is unknown or incomplete.
@@ -171,7 +170,8 @@ class ConvNeXt(LayerDepth, Backbone):
         if layer_scale_init_value < 0:
             raise ValueError(f'ConvNeXt: layer_scale_init_value={layer_scale_init_value} must not be negative')
         super().__init__(out_indices, len(depths), norm_eval,
-                         init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=.02, bias=0.), out_memory_format)
+                         init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=.02, bias=0.),
+                         out_memory_format)
         self.frozen_stages = frozen_stages
         self.gap_before_final_norm = gap_before_final_norm
         self.with_cp = with_cp

@@ -38,9 +38,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def build_norm(cfg: dict, num_features: int) -> nn.Module:
-    """The normalization layer that ``cfg`` (as in ``norm_cfg=dict(type='BN')``) describes, for ``num_features`` channels.
-
-    ``LN2d`` is ours in every scope, so that configs written for mmpretrain's ConvNeXt need no other name.
+    """The normalization layer that ``cfg`` describes. ``LN2d`` is ours in every scope: mmpretrain's configs name it.
     """
     if cfg['type'] in ('LN2d', 'LayerNorm2d'):
         cfg = {**cfg, 'type': f"replk_mm.{cfg['type']}"}
@@ -48,8 +46,7 @@ def build_norm(cfg: dict, num_features: int) -> nn.Module:
 
 
 def build_activation(cfg: dict) -> nn.Module:
-    """The activation that ``cfg`` describes, in place where it can be: its input, the output of a normalization or of a
-    convolution, serves nobody else, and fresh memory costs a CPU more than the activation."""
+    """The activation that ``cfg`` describes, in place where it can be: nothing else reads its input."""
     kind = MODELS.get(cfg['type'])
     takes = inspect.signature(kind).parameters if kind is not None else ()
     return build_activation_layer({'inplace': True, **cfg} if 'inplace' in takes else cfg)
@@ -57,7 +54,7 @@ def build_activation(cfg: dict) -> nn.Module:
 
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let no BatchNorm in ``module`` update its running statistics; what it computes while training stays the same."""
+    """Keep the running statistics of every BatchNorm in ``module``; what it computes while training stays the same."""
     tracking = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules()
                 if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     for norm, *_ in tracking:
@@ -97,11 +94,10 @@ def resolve_arch(arch: str | dict, table: dict[str, dict], options: dict, family
     if not isinstance(arch, dict):
         raise ValueError(f'{family}: arch={arch!r} must be one of {", ".join(table)}, or a dict')
     needed = set(next(iter(table.values())))
-    known = needed | set(options)
-    missing, unknown = needed - set(arch), set(arch) - known
+    missing, unknown = needed - set(arch), set(arch) - needed - set(options)
     if missing or unknown:
-        raise ValueError(f'{family}: arch dict has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
-                         f'it takes {sorted(known)}')
+        raise ValueError(f'{family}: arch has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
+                         f'it takes {sorted(needed | set(options))}')
     return options | arch
 
 
@@ -117,7 +113,7 @@ def drop_path_rates(last: float, blocks: int, family: str) -> list[float]:
 
 
 class Backbone(BaseModule):
-    """What every backbone here shares: weights from any known checkpoint format, frozen stages, frozen statistics.
+    """What every family shares: weights of any known format, frozen stages, depth of parameters, memory layout.
 
     Args:
         out_indices: Stages whose features are returned; negative numbers count from the last stage.
@@ -125,16 +121,14 @@ class Backbone(BaseModule):
         norm_eval: Keep BatchNorm layers in evaluation mode while training.
         init_cfg: Initialization as in mmengine; ``dict(type='Pretrained', checkpoint=...)`` takes every format that
             :mod:`replk_mm.checkpoints` knows, with or without ``prefix``.
-        out_memory_format: Layout of the returned features: ``'contiguous_format'``, which every operator reads, or
-            ``'preserve_format'``, which copies nothing: on CPUs they are in channels-last memory, which convolutions read
-            fastest and some compiled operators of mmcv (RoIAlign, deformable convolutions) silently misread.
+        out_memory_format: ``'contiguous_format'`` or ``'preserve_format'``: the layout of the returned features.
 
     Attributes:
         channels_last: Compute in channels-last memory on CPUs, where most layers run fastest. Values stay the same.
 
     Raises:
-        ValueError: If ``out_indices`` is empty, repeats or names a stage that does not exist, or ``out_memory_format`` is
-            unknown.
+        ValueError: If ``out_indices`` is empty, repeats or names a stage that does not exist, or ``out_memory_format``
+            is unknown.
     """
 
     init_cfg: Any
@@ -149,8 +143,8 @@ class Backbone(BaseModule):
             raise ValueError(f'{type(self).__name__}: out_indices={out_indices} must name different stages out of '
                              f'0..{num_stages - 1}')
         if out_memory_format not in ('contiguous_format', 'preserve_format'):
-            raise ValueError(f"{type(self).__name__}: out_memory_format={out_memory_format!r} must be 'contiguous_format' or "
-                             f"'preserve_format'")
+            raise ValueError(f'{type(self).__name__}: out_memory_format={out_memory_format!r} must be '
+                             f'contiguous_format or preserve_format')
         self.norm_eval = norm_eval
         self.out_memory_format = out_memory_format
 
@@ -174,6 +168,69 @@ class Backbone(BaseModule):
         self.init_cfg = cfgs
         for cfg in pretrained:
             load_pretrained(self, **{key: value for key, value in cfg.items() if key != 'type'})
+
+    # Depth of parameters, for learning rates that fall towards the image. The rule is that of the authors of ConvNeXt
+    # (github.com/facebookresearch/ConvNeXt, optim_factory.py, and mmcv_custom/layer_decay_optimizer_constructor.py of
+    # its detection and segmentation; arXiv:2201.03545 follows BEiT, arXiv:2106.08254, in this).
+
+    @abstractmethod
+    def _blocks_of_stages(self) -> list[int]:
+        """How many blocks each stage has."""
+
+    @abstractmethod
+    def _place(self, parts: list[str]) -> tuple[int, int | None] | None:
+        """Stage and block, both from 0, of the parameter whose name in the backbone is ``parts``, joined by dots.
+
+        The block is None for what leads to the stage (to the first one: the stem). The place is None for norms of the
+        returned features. Raises ValueError if the backbone has no such parameter.
+        """
+
+    def _place_of(self, name: str, prefix: str) -> tuple[int, int | None] | None:
+        return self._place(name[len(prefix):].split('.')) if name.startswith(prefix) else None
+
+    def get_layer_depth(self, name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter by layers; mmpretrain's interface.
+
+        Id 0 is the stem. With four stages the third has a layer for every three blocks, and each other stage is one
+        layer; with another number of stages each is one. What leads to a stage belongs to its first layer. The largest
+        id is for what learns at the full rate: all outside the backbone, and the norms of the returned features.
+
+        Args:
+            name: Full name of the parameter.
+            prefix: What precedes the backbone's own names, such as ``'backbone.'``.
+
+        Returns:
+            The layer id of the parameter, and the number of ids: the layers and two.
+
+        Raises:
+            ValueError: If the name has the prefix and the backbone has no such parameter.
+        """
+        blocks = self._blocks_of_stages()
+        layers = [-(-n // 3) if len(blocks) == 4 and i == 2 else 1 for i, n in enumerate(blocks)]
+        count = sum(layers) + 2
+        place = self._place_of(name, prefix)
+        if place is None:
+            return count - 1, count
+        stage, block = place
+        if block is None and stage == 0:
+            return 0, count
+        return 1 + sum(layers[:stage]) + min((block or 0) // 3, layers[stage] - 1), count
+
+    def get_stage_depth(self, name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter by stages; arguments, errors and largest id as in :meth:`get_layer_depth`.
+
+        Id 0 is the stem, and everything else that leads to a stage: the authors give all downsampling layers the rate
+        of the stem. Then follow the stages.
+
+        Returns:
+            The stage id of the parameter, and the number of ids: the stages and two.
+        """
+        count = len(self._blocks_of_stages()) + 2
+        place = self._place_of(name, prefix)
+        if place is None:
+            return count - 1, count
+        stage, block = place
+        return (0 if block is None else stage + 1), count
 
     @abstractmethod
     def _frozen_modules(self) -> list[nn.Module]:

@@ -1,10 +1,11 @@
 """RepLKNet: 31x31 depthwise convolutions, with a parallel small kernel that is merged after training.
 
-"Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs", Ding, Zhang, Zhou, Han, Ding, Sun, CVPR 2022,
-arXiv:2203.06717. Written anew from the paper; the names of parameters are those of the authors' code (MIT licence), so
-that their checkpoints load, and mmpretrain's, which are the same.
+"Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs", Ding, Zhang, Zhou, Han, Ding, Sun, CVPR
+2022, arXiv:2203.06717. Written anew from the paper; the names of parameters are those of the authors' code (MIT
+licence), so that their checkpoints load, and mmpretrain's, which are the same.
 """
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.models.depth import LayerDepth
 from replk_mm.models.layers import (
     Backbone,
     build_activation,
@@ -39,8 +39,8 @@ class ConvNorm(nn.Sequential):
         act_cfg: Activation layer, None for none.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, depthwise: bool = False,
-                 dilation: int = 1, *, norm_cfg: dict, act_cfg: dict | None = None) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1,
+                 depthwise: bool = False, dilation: int = 1, *, norm_cfg: dict, act_cfg: dict | None = None) -> None:
         super().__init__()
         if depthwise:
             self.conv: nn.Conv2d = DepthwiseConv2d(out_channels, kernel_size, stride, dilation=dilation, bias=False)
@@ -85,14 +85,15 @@ class ReparamLargeKernelConv(nn.Module):
                              f'{small_kernel}')
         if dilation < 1 or (dilation > 1 and small_kernel is not None):
             # Taps of the two kernels would not fall on each other, so that nothing could be merged.
-            raise ValueError(f'RepLKNet: dilation={dilation} with small_kernel={small_kernel}; dilation must be 1 or more, '
-                             f'and above 1 small_kernel must be None')
+            raise ValueError(f'RepLKNet: dilation={dilation} with small_kernel={small_kernel}; dilation must be 1 or '
+                             f'more, and above 1 small_kernel must be None')
         if merged:
             self.lkb_reparam = DepthwiseConv2d(channels, kernel_size, dilation=dilation)
             return
-        self.lkb_origin = ConvNorm(channels, channels, kernel_size, depthwise=True, dilation=dilation, norm_cfg=norm_cfg)
+        depthwise = partial(ConvNorm, channels, channels, depthwise=True, norm_cfg=norm_cfg)
+        self.lkb_origin = depthwise(kernel_size, dilation=dilation)
         if small_kernel is not None:
-            self.small_conv = ConvNorm(channels, channels, small_kernel, depthwise=True, norm_cfg=norm_cfg)
+            self.small_conv = depthwise(small_kernel)
 
     @property
     def merged(self) -> bool:
@@ -213,30 +214,30 @@ class RepLKNetStage(nn.Module):
 
 
 @MODELS.register_module()
-class RepLKNet(LayerDepth, Backbone):
+class RepLKNet(Backbone):
     """RepLKNet backbone.
 
     Args:
-        arch: A row of :attr:`arch_settings` by its name, or a dict with the keys of a row and, for studies of the design,
-            any of :attr:`arch_options`. Defaults to ``'31B'``.
+        arch: A row of :attr:`arch_settings` by its name, or a dict with the keys of a row and, for studies of the
+            design, any of :attr:`arch_options`. Defaults to ``'31B'``.
         in_channels: Channels of the image. Defaults to 3.
         drop_path_rate: Stochastic depth of the last block; block ``i`` of ``n`` has ``i / (n - 1)`` of it, and an FFN
             that of the large-kernel block before it. Defaults to 0.
-        small_kernel_merged: Build the deployed form, the parallel kernels merged into the large ones. Defaults to False.
+        small_kernel_merged: Build the deployed form, the parallel kernels merged into the large ones.
         norm_cfg: Normalization layer everywhere. Defaults to ``dict(type='BN')``.
         act_cfg: Activation of the stem, the transitions and around the large kernels; the feed-forward blocks have the
             GELU of the paper. Defaults to ``dict(type='ReLU')``.
         out_indices: Stages whose features are returned, strides ``[1/4, 1/8, 1/16, 1/32]``. Defaults to all four.
-        frozen_stages: -1 freezes nothing, 0 the stem, ``n`` the stem, the first ``n`` stages and the transitions between
-            them. Defaults to -1.
+        frozen_stages: -1 freezes nothing, 0 the stem, ``n`` the stem, the first ``n`` stages and the transitions
+            between them. Defaults to -1.
         norm_eval: Keep BatchNorm layers in evaluation mode while training. Defaults to False.
         with_cp: Recompute each block in the backward pass: less memory, about a third more time. Defaults to False.
         norm_intermediate_features: Normalize the returned features, as the authors do for XL. Defaults to False.
-        out_memory_format: Layout of the returned features: ``'contiguous_format'`` (default), which every operator reads, or
-            ``'preserve_format'``, that of the last layer, without a copy. On CPUs this is channels-last memory: faster for
-            heads of convolutions, misread by mmcv's compiled operators (RoIAlign, deformable convolutions).
-        init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's and our checkpoints, merged or not, but
-            not folded ones. Defaults to torch's own initialization, as in the authors' code.
+        out_memory_format: Layout of the returned features: ``'contiguous_format'`` (default), which every operator
+            reads, or ``'preserve_format'``, which copies nothing: on CPUs channels-last memory, faster for heads of
+            convolutions, misread by mmcv's compiled operators (RoIAlign, deformable convolutions).
+        init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's and our checkpoints, merged or not,
+            but not folded ones. Defaults to torch's own initialization, as in the authors' code.
 
     Raises:
         ValueError: If a value is out of its range, or ``arch`` is unknown or incomplete.
@@ -263,8 +264,8 @@ class RepLKNet(LayerDepth, Backbone):
         'nano': dict(large_kernel_sizes=[31, 29, 27, 13], small_kernel=5, layers=[2, 2, 4, 2],
                      channels=[32, 64, 128, 256], dw_ratio=1),
     }
-    #: What a row may also say: inner channels of the feed-forward blocks, whether the large-kernel blocks have an identity
-    #: shortcut, and the distance of their kernels' taps in pixels.
+    #: What a row may also say: inner channels of the feed-forward blocks, whether the large-kernel blocks have an
+    #: identity shortcut, and the distance of their kernels' taps in pixels.
     arch_options: dict = dict(ffn_ratio=4, shortcut=True, dilation=1)
 
     def __init__(self,
@@ -287,34 +288,35 @@ class RepLKNet(LayerDepth, Backbone):
             raise ValueError(f'RepLKNet: in arch, shortcut must be True or False and dilation a whole number; found '
                              f'{settings["shortcut"]!r} and {settings["dilation"]!r}')
         if not len(kernels) == len(layers) == len(channels):
-            raise ValueError(f'RepLKNet: large_kernel_sizes={kernels}, layers={layers} and channels={channels} must have '
-                             f'one entry a stage')
+            raise ValueError(f'RepLKNet: large_kernel_sizes={kernels}, layers={layers} and channels={channels} must '
+                             f'have one entry a stage')
         if not -1 <= frozen_stages <= len(layers):
             raise ValueError(f'RepLKNet: frozen_stages={frozen_stages} must be in -1..{len(layers)}')
         if drop_path_rate > 0 and not settings['shortcut']:
-            raise ValueError(f'RepLKNet: drop_path_rate={drop_path_rate} drops the branch beside a shortcut, and arch has '
-                             f'shortcut=False')
+            raise ValueError(f'RepLKNet: drop_path_rate={drop_path_rate} drops the branch beside a shortcut, and arch '
+                             f'has shortcut=False')
         super().__init__(out_indices, len(layers), norm_eval, init_cfg, out_memory_format)
         self.frozen_stages = frozen_stages
 
         width = channels[0]
+        layer = partial(ConvNorm, norm_cfg=norm_cfg, act_cfg=act_cfg)
         self.stem = nn.ModuleList([
-            ConvNorm(in_channels, width, 3, 2, norm_cfg=norm_cfg, act_cfg=act_cfg),
-            ConvNorm(width, width, 3, depthwise=True, norm_cfg=norm_cfg, act_cfg=act_cfg),
-            ConvNorm(width, width, norm_cfg=norm_cfg, act_cfg=act_cfg),
-            ConvNorm(width, width, 3, 2, depthwise=True, norm_cfg=norm_cfg, act_cfg=act_cfg),
+            layer(in_channels, width, 3, 2),
+            layer(width, width, 3, depthwise=True),
+            layer(width, width),
+            layer(width, width, 3, 2, depthwise=True),
         ])
         drop_path = iter(drop_path_rates(drop_path_rate, sum(layers), 'RepLKNet'))
         self.stages: Any = nn.ModuleList()
         self.transitions = nn.ModuleList()
         for i, width in enumerate(channels):
-            self.stages.append(
-                RepLKNetStage(width, [next(drop_path) for _ in range(layers[i])], kernels[i], settings, small_kernel_merged,
-                              with_cp, norm_intermediate_features and i in self.out_indices, norm_cfg, act_cfg))
-            if i + 1 < len(channels):
+            norm_output = norm_intermediate_features and i in self.out_indices
+            self.stages.append(RepLKNetStage(
+                width, [next(drop_path) for _ in range(layers[i])], kernels[i], settings, small_kernel_merged, with_cp,
+                norm_output, norm_cfg, act_cfg))
+            for following in channels[i + 1:i + 2]:
                 self.transitions.append(nn.Sequential(
-                    ConvNorm(width, channels[i + 1], norm_cfg=norm_cfg, act_cfg=act_cfg),
-                    ConvNorm(channels[i + 1], channels[i + 1], 3, 2, depthwise=True, norm_cfg=norm_cfg, act_cfg=act_cfg)))
+                    layer(width, following), layer(following, following, 3, 2, depthwise=True)))
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

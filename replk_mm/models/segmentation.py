@@ -1,8 +1,8 @@
 """Drop-ins for mmseg's segmentor and heads that never hold the logits at the size of the image.
 
-``replk_mm.EncoderDecoder``, ``replk_mm.UPerHead`` and ``replk_mm.FCNHead`` take the arguments of mmseg's classes, have the
-same parameters and state dicts and log the same names; losses, gradients, accuracies and predictions are the same up to
-rounding. See :mod:`replk_mm.ops.upsampled` and :mod:`replk_mm.ops.class_map` for how.
+``replk_mm.EncoderDecoder``, ``replk_mm.UPerHead`` and ``replk_mm.FCNHead`` take the arguments of mmseg's classes, have
+the same parameters and state dicts and log the same names; losses, gradients, accuracies and predictions are the same
+up to rounding. See :mod:`replk_mm.ops.upsampled` and :mod:`replk_mm.ops.class_map` for how.
 """
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,6 +12,7 @@ import torch
 from mmcv.cnn import ConvModule
 from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder as MMSegEncoderDecoder
+from mmseg.models import SegTTAModel as MMSegSegTTAModel
 from mmseg.models.decode_heads import FCNHead as MMSegFCNHead
 from mmseg.models.decode_heads import UPerHead as MMSegUPerHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -21,19 +22,18 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from replk_mm.errors import UserError
-from replk_mm.models.deferred_logits import DeferredLogits
 from replk_mm.ops.class_map import LogitRows, Windows, class_map
+from replk_mm.ops.problem import hooked, observed
 from replk_mm.ops.pyramid import conv_of_resized
 from replk_mm.ops.upsampled import upsampled_cross_entropy
-from replk_mm.ops.watching import hooked, observed
 from replk_mm.registry import MODELS
 
 
 class UpsampledLoss(BaseDecodeHead):
     """A head whose cross-entropy is taken without its logits at the labels' size.
 
-    For one plain ``CrossEntropyLoss`` (softmax, mean over the pixels, no class weights, no pixel sampler). Any other loss is
-    computed by mmseg.
+    For one plain ``CrossEntropyLoss`` (softmax, mean over the pixels, no class weights, no pixel sampler). Any other
+    loss is computed by mmseg.
     """
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: list[SegDataSample]) -> dict[str, Tensor]:
@@ -66,9 +66,9 @@ class FCNHead(UpsampledLoss, MMSegFCNHead):
 class UPerHead(UpsampledLoss, MMSegUPerHead):
     """mmseg's ``UPerHead`` with the loss of :class:`UpsampledLoss`, in the memory layout of the backbone's features.
 
-    On CPUs the two convolutions over concatenated maps run at the maps' own resolutions (:mod:`replk_mm.ops.pyramid`): with
-    512 channels that is half of the head's arithmetic. Everywhere else, in half precision, and where a program is recorded
-    or its arithmetic counted, they run as in mmseg.
+    On CPUs the two convolutions over concatenated maps run at the maps' own resolutions (:mod:`replk_mm.ops.pyramid`):
+    with 512 channels that is half of the head's arithmetic. Everywhere else, in half precision, and where a program is
+    recorded or its arithmetic counted, they run as in mmseg.
     """
 
     def psp_forward(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -114,6 +114,51 @@ def _computes_plainly(module: ConvModule, maps: list[Tensor]) -> bool:
             and module.efficient_conv_bn_eval_forward is None)
 
 
+class DeferredLogits(PixelData):
+    """Logits at the size of the image, which are computed when ``data`` is first read; copies and pickles are plain.
+
+    ``to_dict()``, and so a metric, sees them only if something has read them before.
+
+    Args:
+        compute: Returns the logits, ``(K, H, W)``.
+    """
+
+    _compute: Callable[[], Tensor]
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        super().__init__()
+        object.__setattr__(self, '_compute', compute)  # PixelData's own takes maps only
+
+    def __getattr__(self, name: str) -> Any:
+        if name != 'data':
+            raise AttributeError(f'{type(self).__name__} has no attribute {name!r}')
+        self.set_field(self._compute(), 'data')
+        return self.data
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.data.shape[-2], self.data.shape[-1]
+
+    def new(self, **kwargs: Any) -> PixelData:
+        """A plain copy; arguments as for ``PixelData``."""
+        return PixelData(data=self.data).new(**kwargs)
+
+    def clone(self) -> PixelData:
+        """A plain copy."""
+        return PixelData(data=self.data)
+
+    def __getitem__(self, item: tuple) -> PixelData:
+        return PixelData(data=self.data)[item]
+
+    def __reduce__(self) -> tuple:
+        return _pixel_data, (self.data,)
+
+
+def _pixel_data(data: Tensor) -> PixelData:
+    return PixelData(data=data)
+
+
 class ImageLogits(NamedTuple):
     """Logits of one image at its own size.
 
@@ -130,14 +175,14 @@ class ImageLogits(NamedTuple):
 class EncoderDecoder(MMSegEncoderDecoder):
     """mmseg's ``EncoderDecoder``, which predicts from the head's small logits.
 
-    mmseg brings the logits of all classes to the size of the network's input, then to that of the photograph, and keeps them
-    beside the class map; sliding windows take that twice. Here the class map comes from the small logits, some rows at a
-    time, and of sliding windows those that lie over these rows are kept. ``seg_logits`` are computed if they are read
-    (:class:`DeferredLogits`); of sliding windows mmseg's way, in which the network runs again.
+    mmseg brings the logits of all classes to the size of the network's input, then to that of the photograph, and keeps
+    them beside the class map; sliding windows take that twice. Here the class map comes from the small logits, some
+    rows at a time, and of sliding windows those that lie over these rows are kept. ``seg_logits`` are computed if they
+    are read (:class:`DeferredLogits`); of sliding windows mmseg's way, in which the network runs again.
 
     Args:
-        keep_logits: Predict as mmseg does, ``seg_logits`` included. Defaults to False. One output channel, which is no more
-            than the class map, is predicted so anyway; so does a subclass with a way of its own.
+        keep_logits: Predict as mmseg does, ``seg_logits`` included. Defaults to False. One output channel, which is no
+            more than the class map, is predicted so anyway; so does a subclass with a way of its own.
         *args: As for mmseg's class.
         **kwargs: As for mmseg's class.
     """
@@ -185,15 +230,16 @@ class EncoderDecoder(MMSegEncoderDecoder):
             if mode == 'whole':
                 small = logits[i:i + 1]
                 compute = partial(_only, small[0])
-                large = partial(resize, small, size=size, mode='bilinear', align_corners=self.align_corners, warning=False)
+                large = partial(resize, small, size=size, mode='bilinear', align_corners=self.align_corners,
+                                warning=False)
             else:
                 image = inputs[i:i + 1]
                 compute = partial(self._windows, image, meta, rows, columns)
                 large = partial(self.slide_inference, image, [dict(meta)])
             padding = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
             flip = meta['flip_direction'] if meta.get('flip') else None
-            yield ImageLogits(LogitRows(compute, rows, columns, padding, flip, meta['ori_shape'][:2], self.align_corners),
-                              partial(self._at_own_size, large, meta))
+            of_rows = LogitRows(compute, rows, columns, padding, flip, meta['ori_shape'][:2], self.align_corners)
+            yield ImageLogits(of_rows, partial(self._at_own_size, large, meta))
 
     def _head_logits(self, inputs: Tensor, metas: list[dict]) -> tuple[Tensor, tuple[int, ...]]:
         """Logits of images ``(N, C, H, W)`` as the head leaves them, and the size to which it brings them."""
@@ -225,3 +271,56 @@ def _input_size(meta: dict) -> tuple[int, int]:
     """Height and width to which ``BaseDecodeHead.predict_by_feat`` brings the logits."""
     size = meta['img_shape'] if isinstance(meta['img_shape'], torch.Size) else meta.get('pad_shape', meta['img_shape'])
     return int(size[0]), int(size[1])
+
+
+@MODELS.register_module()
+class SegTTAModel(MMSegSegTTAModel):
+    """mmseg's ``SegTTAModel``, which merges the views some rows at a time: the argmax of the mean of their
+    probabilities.
+
+    mmseg keeps the logits of all views at the photograph's size. Here all views of ``replk_mm.EncoderDecoder`` are
+    brought to the same rows of the photograph and these are merged, so that what is kept are the views' small logits
+    or, of sliding windows, the images and the windows over these rows. Other segmentors' views are added up in one map
+    of probabilities.
+
+    The samples are those of the first view, with ``pred_sem_seg``. Of one output channel, mmseg takes the sigmoid
+    twice, after which no probability is below one half; here it is the mean of the views' probabilities that is
+    compared with the head's threshold.
+
+    Args:
+        module: Segmentor or its config.
+        data_preprocessor: As for mmseg's class.
+    """
+
+    def test_step(self, data: dict) -> list[SegDataSample]:
+        """Predict images from their views.
+
+        Args:
+            data: ``inputs`` and ``data_samples``, each a list of views of lists of images.
+        """
+        views = [{key: value[i] for key, value in data.items()} for i in range(len(data['inputs']))]
+        if isinstance(self.module, EncoderDecoder) and self.module.in_bands:
+            logits = [list(self.module.logits_of(**self.module.data_preprocessor(view, False))) for view in views]
+            found = [class_map([view.rows for view in image]).unsqueeze(0) for image in zip(*logits, strict=True)]
+        else:
+            found = self._labels_of_sums(views)
+        for sample, labels in zip(views[0]['data_samples'], found, strict=True):
+            sample.set_data(dict(pred_sem_seg=PixelData(data=labels)))
+        return views[0]['data_samples']
+
+    @torch.no_grad()
+    def _labels_of_sums(self, views: list[dict]) -> list[Tensor]:
+        """Labels ``(1, H, W)`` of each image, one view of all images at a time."""
+        binary = self.module.out_channels == 1
+        sums: list[Tensor] = []
+        for view in views:
+            for i, sample in enumerate(self.module.test_step(view)):
+                found = sample.seg_logits.data
+                share = found if binary else found.softmax(0)  # of one channel, mmseg's segmentors give the probability
+                if i == len(sums):
+                    sums.append(share.clone())
+                else:
+                    sums[i] += share
+        if binary:
+            return [(x / len(views) > self.module.decode_head.threshold).to(x) for x in sums]
+        return [x.argmax(0, keepdim=True) for x in sums]

@@ -1,8 +1,9 @@
 """BatchNorm over the batches of all processes, on CPUs too, where torch has none.
 
-"Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", Ioffe and Szegedy, ICML 2015,
-arXiv:1502.03167, algorithm 1 and the gradients of section 3, with sums over all processes. Statistics of parts are combined as
-in Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37 (1983), equation 2.1.
+"Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", Ioffe and Szegedy, ICML
+2015, arXiv:1502.03167, algorithm 1 and the gradients of section 3, with sums over all processes. Statistics of parts
+are combined as in Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37
+(1983), equation 2.1.
 """
 from typing import Any
 
@@ -22,8 +23,8 @@ from replk_mm.registry import MODELS
 class SyncBatchNorm(_BatchNorm):
     """BatchNorm whose batch, while training, is that of all processes; alone and in evaluation it is BatchNorm.
 
-    Arguments, attributes and keys are those of :class:`torch.nn.BatchNorm2d`; the input is ``(N, C, ...)``. Every process must
-    run the layer equally often; ``N`` may differ between them, and be 0.
+    Arguments, attributes and keys are those of :class:`torch.nn.BatchNorm2d`; the input is ``(N, C, ...)``. Every
+    process must run the layer equally often; ``N`` may differ between them, and be 0.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -61,7 +62,8 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
     means, variances, counts = table[:, :x.shape[1]], table[:, x.shape[1]:-1], table[:, -1:]
     count = float(counts.sum())
     if count <= 1:
-        raise ValueError(f'BatchNorm needs more than one value a channel to train on, found {int(count)} in all processes')
+        raise ValueError(f'BatchNorm needs more than one value a channel to train on, found {int(count)} in all '
+                         f'processes')
     mean = (means * counts).sum(0) / count
     return mean, ((variances + (means - mean).square()) * counts).sum(0) / count, count
 
@@ -69,13 +71,13 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
 class _Normalize(torch.autograd.Function):
     """``(x - mean) / sqrt(var + eps) * weight + bias``, where mean and variance depend on the inputs of all processes.
 
-    Gradients are those of the sum of all processes' losses with respect to ``x``; those of ``weight`` and ``bias`` are this
-    process's share, as of any other parameter, which distributed training adds up or averages.
+    Gradients are those of the sum of all processes' losses with respect to ``x``; those of ``weight`` and ``bias`` are
+    this process's share, as of any other parameter, which distributed training adds up or averages.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, count: float,
-                eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+                count: float, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var)
         ctx.count, ctx.eps = count, eps
         if not x.numel():
@@ -87,7 +89,8 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight
-        # As if the statistics were constants: gradient of x, sums of the gradient times the normalized x, and of the gradient.
+        # As if the statistics were constants: gradient of x, sums of the gradient times the normalized x, and of the
+        # gradient.
         grad_x, with_x, alone = torch.ops.aten.native_batch_norm_backward(
             grad, x, scale, mean, var, None, None, False, ctx.eps, [True, True, True]
         ) if x.numel() else (torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(scale))
@@ -101,11 +104,12 @@ class _Normalize(torch.autograd.Function):
             offset = -scale.double() * inverse * of_all / ctx.count - slope * mean.double()
             shape = (-1, *[1] * (x.dim() - 2))
             grad_x += torch.addcmul(offset.to(mean).view(shape), x, slope.to(mean).view(shape))
-        return grad_x, with_x if weight is not None else None, alone if weight is not None else None, None, None, None, None
+        of_affine = (None, None) if weight is None else (with_x, alone)
+        return grad_x, *of_affine, None, None, None, None
 
 
 def pooled_norm(model: nn.Module) -> str | None:
-    """Path of a module that trains BatchNorm on maps pooled to 1x1, where a single image has no variance; None if there is none."""
+    """Path of a module that trains BatchNorm on maps pooled to 1x1, where one image has no variance, or None."""
     for name, module in model.named_modules():
         children = list(module.children())
         if (isinstance(module, nn.Sequential) and children and isinstance(children[0], nn.AdaptiveAvgPool2d)

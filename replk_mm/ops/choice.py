@@ -1,7 +1,8 @@
 """Which implementation computes what: forced by name, or the one that a small measured model expects to be fastest.
 
-The model holds rates measured on one machine (two cores with AVX-512, torch 2.13); only their ratios matter, which differ
-little between machines with AVX-512. A formula rather than a trial at run time, because the same shapes then always take the
+The model holds rates measured on one machine (two cores with AVX-512, torch 2.13); only their ratios matter, which
+differ little between machines with AVX-512. A formula rather than a trial at run time, because the same shapes then
+always take the
 same path: two runs, or a run and its resumption, agree bit by bit.
 """
 import logging
@@ -53,9 +54,9 @@ def implementation(spec: str | None) -> Iterator[None]:
     """Force implementations within this thread and context.
 
     Args:
-        spec: A name of :data:`IMPLEMENTATIONS` for every computation that has it, ``'forward=fft,grad_weight=native'`` for
-            some, ``'auto'`` for the model's choice, or None for what the environment says. Layers that are computed again
-            in the backward pass (``with_cp``) need the backward pass within the context too.
+        spec: A name of :data:`IMPLEMENTATIONS` for every computation that has it, ``'forward=fft,grad_weight=native'``
+            for some, ``'auto'`` for the model's choice, or None for what the environment says. Layers that are computed
+            again in the backward pass (``with_cp``) need the backward pass within the context too.
 
     Raises:
         ValueError: If it names what does not exist.
@@ -99,13 +100,14 @@ def _plan(problem: Problem, spec: str, kept: bool) -> Plan:
         times = dict(expected[computation])
         if computation == 'grad_input' and chosen['grad_weight'] == 'fft' and 'fft' in times:
             times['fft'] -= _transform(problem, problem.out)  # the spectrum of the output's gradient is there already
-        chosen[computation] = forced[computation] if forced.get(computation) in times else min(times, key=times.__getitem__)
+        name = forced.get(computation, '')
+        chosen[computation] = name if name in times else min(times, key=times.__getitem__)
     found = Plan(**chosen)
     decision = problem.kernel, problem.dtype, problem.channels_last, found
     if decision not in _announced:  # other sizes with the same outcome say nothing new
         _announced.add(decision)
-        why = spec if forced else 'expected ms ' + '; '.join(f'{name.replace("grad_", "gradient of the ")} {_table(times)}'
-                                                             for name, times in expected.items())
+        why = spec if forced else 'expected ms ' + '; '.join(
+            f'{name.replace("grad_", "gradient of the ")} {_table(times)}' for name, times in expected.items())
         print_log(f'depthwise convolution {problem}: {found} ({why})', 'current', logging.INFO)
     return found
 
@@ -135,8 +137,8 @@ def _parse(spec: str) -> dict[str, str]:
     return forced
 
 
-# The model: rates in GFLOP/s (a multiply-add is two operations), copies in gigabytes of the tensor a second, transforms in
-# picoseconds times S^2 log2 S^2; all of two threads.
+# The model: rates in GFLOP/s (a multiply-add is two operations), copies in gigabytes of the tensor a second, transforms
+# in picoseconds times S^2 log2 S^2; all of two threads.
 
 _RATES: dict[str, dict[int, float]] = {  # by kernel side, the last one holds for all beyond
     'channels_last':       {1: 15, 3: 45, 5: 85, 7: 110, 9: 110, 11: 85, 13: 44, 15: 140, 21: 155},
@@ -189,11 +191,12 @@ def _transform(problem: Problem, area: tuple[int, int], picoseconds: float = _FO
 
 
 def _rows_inside(problem: Problem) -> float:
-    """Share of the kernel's rows that lie on the map rather than on the padding, which oneDNN's channels-last kernels skip."""
+    """Share of the kernel's rows on the map; oneDNN's channels-last kernels skip those on the padding."""
     (height, _), (kernel, _), (stride, _), (padding, _), (dilation, _) = (
         problem.size, problem.kernel, problem.stride, problem.padding, problem.dilation)
     rows = problem.out[0]
-    # Without a loop over every pair: a tap k meets the map for the outputs i with 0 <= i * stride + k * dilation - padding.
+    # Without a loop over every pair: a tap k meets the map for the outputs i with 0 <= i * stride + k * dilation -
+    # padding.
     met = sum(max(0, min(rows - 1, (height - 1 - k * dilation + padding) // stride)
                   - max(0, -((k * dilation - padding) // stride)) + 1) for k in range(kernel))
     return met / (rows * kernel)
@@ -225,7 +228,8 @@ def milliseconds(problem: Problem, kept: bool = False) -> dict[str, dict[str, fl
     grad_weight = dict(
         native=work / _rate('native grad_weight' + (' channels_last' if last else ''), side),
         grad_kernel=work / _rate('grad_kernel', side) + to_padded + filled,
-        # The output's gradient is rearranged twice: here where it is in channels-last memory, and by oneDNN as a kernel.
+        # The output's gradient is rearranged twice: here where it is in channels-last memory, and by oneDNN as a
+        # kernel.
         grad_kernel_channels_last=(work * inside / _rate('grad_kernel_channels_last', side) + problem.batch * 16 * _CALL
                                    + 1.7 * _transposed(problem, problem.out)))
     if spectral.supports(problem):

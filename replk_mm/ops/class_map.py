@@ -1,10 +1,12 @@
-"""Class maps of logits on their way to the image, without the large logits: whole images, sliding windows, several views.
+"""Class maps of logits on their way to the image, without the large logits: whole images, sliding windows, several
+views.
 
-The logits of a segmentor's head are interpolated to the network's input, or to a window of it (where windows overlap, their
-mean counts), then freed of padding, flipped back and interpolated to the image's own size. All of it is linear, in rows and
-in columns separately: a row of the result is a sum over a few rows of the head's logits, whose columns have been brought to
-the result's. Here some rows of the result exist at a time, and the windows behind them; the argmax, or the mean of several
-views' probabilities and its argmax, leaves one label a pixel.
+The logits of a segmentor's head are interpolated to the network's input, or to a window of it (where windows overlap,
+their mean counts), then freed of padding, flipped back and interpolated to the image's own size. All of it is linear,
+in rows and
+in columns separately: a row of the result is a sum over a few rows of the head's logits, whose columns have been
+brought to the result's. Here some rows of the result exist at a time, and the windows behind them; the argmax, or the
+mean of several views' probabilities and its argmax, leaves one label a pixel.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,7 +57,8 @@ class Windows:
         if count > 1 and stride > length:
             raise UserError(f'test_cfg.stride: windows of {length} pixels every {stride} pixels leave gaps\n'
                             f'Set stride to at most crop_size.')
-        return cls(tuple(max(min(i * stride + length, size) - length, 0) for i in range(count)), min(length, size), size)
+        starts = (max(min(i * stride + length, size) - length, 0) for i in range(count))
+        return cls(tuple(starts), min(length, size), size)
 
     def counts(self) -> Tensor:
         """Number of windows over each sample, in float64."""
@@ -107,7 +110,8 @@ class LogitRows:
         height, width = rows.size - top - bottom, columns.size - left - right
         self.unpadded, self.mirrored = slice(left, left + width), flip == 'horizontal'
         self.height, self.width = out_size or (height, width)
-        self.to_output = Interpolation(height, self.height, align_corners, _DOUBLE).read_from(top, height, flip == 'vertical')
+        self.to_output = Interpolation(height, self.height, align_corners, _DOUBLE)
+        self.to_output.read_from(top, height, flip == 'vertical')
         self.row_share, self.column_share = (1 / windows.counts() for windows in (rows, columns))
         self.held: dict[int, Sequence[Tensor]] = {}
         self.to_windows: Interpolation | None = None
@@ -123,7 +127,8 @@ class LogitRows:
             if number not in self.held:
                 self.held[number] = self.compute(number)
         first = self.held[numbers[0]][0]
-        self.to_windows = self.to_windows or Interpolation(first.shape[1], self.rows.length, self.align_corners, _DOUBLE)
+        if self.to_windows is None:
+            self.to_windows = Interpolation(first.shape[1], self.rows.length, self.align_corners, _DOUBLE)
         return first
 
     def taps(self, part: Part, like: Tensor) -> Taps:
@@ -141,7 +146,7 @@ class LogitRows:
         return Taps(rows, torch.cat(matrices).t().to(like))
 
     def write(self, taps: Taps, room: Tensor, out: Tensor) -> None:
-        """Write rows of the result: ``out`` takes ``(rows, K * width)``; ``room`` is for as many rows as ``taps`` names."""
+        """Write rows of the result to ``out``, ``(rows, K * width)``; ``room`` holds as many rows as ``taps`` names."""
         at = 0
         for number, first, last in taps.rows:
             wide = self._columns(number, first, last)
@@ -169,7 +174,8 @@ class LogitRows:
         if x.shape[2] == width:
             return x
         if x.stride(1) == 1:  # each row an image of one row, in channels-last memory
-            return F.interpolate(x.unsqueeze(2), (1, width), mode='bilinear', align_corners=self.align_corners).squeeze(2)
+            x = x.unsqueeze(2)
+            return F.interpolate(x, (1, width), mode='bilinear', align_corners=self.align_corners).squeeze(2)
         return F.interpolate(x, width, mode='linear', align_corners=self.align_corners)
 
 
@@ -193,8 +199,8 @@ def _zeros(like: Tensor, width: int) -> Tensor:
 def class_map(views: Sequence[LogitRows]) -> Tensor:
     """Class of every pixel: the argmax of one view's logits, or of the mean of several views' probabilities.
 
-    Windows are computed when the rows they lie over are reached, and forgotten when these are done. Rows come from a matrix
-    product, in the precision of ``torch.set_float32_matmul_precision``.
+    Windows are computed when the rows they lie over are reached, and forgotten when these are done. Rows come from a
+    matrix product, in the precision of ``torch.set_float32_matmul_precision``.
 
     Args:
         views: Logits of one image, seen in different ways; the result's size is the same for all.
@@ -214,7 +220,8 @@ def class_map(views: Sequence[LogitRows]) -> Tensor:
     return result
 
 
-def _reduce(views: Sequence[LogitRows], chunks: list[tuple[Part, ...]], like: Tensor, classes: int, result: Tensor) -> None:
+def _reduce(views: Sequence[LogitRows], chunks: list[tuple[Part, ...]], like: Tensor, classes: int,
+            result: Tensor) -> None:
     """Fill the rows of ``chunks`` that all lie behind the same rows of windows."""
     for view, part in zip(views, chunks[0], strict=True):
         view.hold(view.behind(part))

@@ -1,9 +1,10 @@
 """The depthwise convolution: one function and one module in front of several implementations.
 
-Each of its three computations (output, gradient of the input, gradient of the weight) goes to torch's own kernels in the form
-that is fast for the shape (:mod:`replk_mm.ops.spatial`), or to spectra (:mod:`replk_mm.ops.spectral`), whichever
-:mod:`replk_mm.ops.choice` expects to win. Whatever looks at the operation rather than runs it (compilers, exporters, counters)
-sees torch's plain convolution, and so does every device but the CPU, whose libraries choose among such algorithms themselves.
+Each of its three computations (output, gradient of the input, gradient of the weight) goes to torch's own kernels in
+the form that is fast for the shape (:mod:`replk_mm.ops.spatial`), or to spectra (:mod:`replk_mm.ops.spectral`),
+whichever :mod:`replk_mm.ops.choice` expects to win. Whatever looks at the operation rather than runs it (compilers,
+exporters, counters) sees torch's plain convolution, and so does every device but the CPU, whose libraries choose among
+such algorithms themselves.
 """
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
@@ -16,8 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from replk_mm.ops import choice, spatial, spectral
-from replk_mm.ops.problem import Pair, Problem
-from replk_mm.ops.watching import observed
+from replk_mm.ops.problem import Pair, Problem, observed
 
 _PRECISIONS = {torch.float32, torch.float64, torch.bfloat16}
 _FORWARD = {'native': spatial.native, 'channels_last': spatial.channels_last, 'padded': spatial.padded,
@@ -54,8 +54,8 @@ class _Depthwise(torch.autograd.Function):
         return grad_x, grad_weight, grad.sum((0, 2, 3)) if of_bias else None, None, None
 
 
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, plan: choice.Plan, of_input: bool, of_weight: bool,
-               spectra: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, plan: choice.Plan, of_input: bool,
+               of_weight: bool, spectra: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
     grad_x = grad_weight = None
     by_fft = of_input and plan.grad_input == 'fft', of_weight and plan.grad_weight == 'fft'
     if any(by_fft):
@@ -67,8 +67,10 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, plan: 
         else:
             grad_x = _FORWARD[plan.grad_input](grad, weight.flip(2, 3), None, turned)
     if of_weight and not by_fft[1]:
-        grad_weight = (spatial.native_gradients(grad, x, weight, problem, False, True)[1] if plan.grad_weight == 'native' else
-                       _GRAD_WEIGHT[plan.grad_weight](grad, x, problem))
+        if plan.grad_weight == 'native':
+            grad_weight = spatial.native_gradients(grad, x, weight, problem, False, True)[1]
+        else:
+            grad_weight = _GRAD_WEIGHT[plan.grad_weight](grad, x, problem)
     return grad_x, grad_weight
 
 
@@ -181,17 +183,18 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding
         raise ValueError(f'depthwise_conv2d: input, weight and bias differ in channels; found {found}, bias '
                          f'{None if bias is None else tuple(bias.shape)}')
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
-        raise ValueError(f'depthwise_conv2d: stride={stride} and dilation={dilation} must be at least 1, padding={padding} at '
-                         f'least 0')
-    reach = [s + 2 * p - d * (k - 1) for s, p, d, k in zip(x.shape[2:], padding, dilation, weight.shape[2:], strict=True)]
+        raise ValueError(f'depthwise_conv2d: stride={stride} and dilation={dilation} must be at least 1, '
+                         f'padding={padding} at least 0')
+    axes = zip(x.shape[2:], padding, dilation, weight.shape[2:], strict=True)
+    reach = [size + 2 * p - d * (k - 1) for size, p, d, k in axes]
     if min(x.shape[2:]) < 1 or min(reach) < 1:
         raise ValueError(f'depthwise_conv2d: the map is empty or smaller than the kernel: {found}, padding={padding}, '
                          f'dilation={dilation}')
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """``nn.Conv2d(channels, channels, kernel_size, groups=channels)`` by :func:`depthwise_conv2d`: same parameters, same
-    state dict.
+    """``nn.Conv2d(channels, channels, kernel_size, groups=channels)`` by :func:`depthwise_conv2d`: same parameters,
+    same state dict.
 
     Args:
         channels: Channels of the input and of the output.
@@ -203,8 +206,9 @@ class DepthwiseConv2d(nn.Conv2d):
         implementation: See :func:`depthwise_conv2d`. Defaults to None.
     """
 
-    def __init__(self, channels: int, kernel_size: int | Pair, stride: int | Pair = 1, padding: int | Pair | None = None,
-                 dilation: int | Pair = 1, bias: bool = True, implementation: str | None = None) -> None:
+    def __init__(self, channels: int, kernel_size: int | Pair, stride: int | Pair = 1,
+                 padding: int | Pair | None = None, dilation: int | Pair = 1, bias: bool = True,
+                 implementation: str | None = None) -> None:
         if padding is None:
             padding = _same(pair(kernel_size), pair(dilation))
         super().__init__(channels, channels, kernel_size, stride, padding, dilation, channels, bias)

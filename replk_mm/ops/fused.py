@@ -1,8 +1,8 @@
 """Inference of a convolution together with what follows it: an activation, or the sum with a shortcut.
 
-torch's CPU backend (oneDNN) applies both while a tile of the output is still in the cache. It is used where a network does
-not train, on CPUs; everywhere else, and for every other kind of layer, the parts run one after the other. The results are the
-same up to rounding.
+torch's CPU backend (oneDNN) applies both while a tile of the output is still in the cache. It is used where a network
+does not train, on CPUs; everywhere else, and for every other kind of layer, the parts run one after the other. The
+results are the same up to rounding.
 """
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from replk_mm.ops import choice, spatial
 from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, keeps_spectra, pair, same_values
-from replk_mm.ops.problem import Pair, Problem
-from replk_mm.ops.watching import hooked, observed
+from replk_mm.ops.problem import Pair, Problem, hooked, observed
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
-#: For each convolution that keeps its weight, by precision and arguments: the weight and its version, how the backend wants
-#: it, and with which padding.
+#: For each convolution that keeps its weight, by precision and arguments: the weight and its version, how the backend
+#: wants it, and with which padding.
 _packed: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Tensor, int, Tensor, Pair]]] = WeakKeyDictionary()
 
 
@@ -59,9 +58,10 @@ def pack(model: nn.Module) -> int:
     """Let a network's convolutions keep their weights in the form that is computed with: plain ones as the CPU backend
     arranges them, depthwise ones as spectra where those are used.
 
-    Otherwise both are made at every call, a tenth of an inference of single images. Costs the memory of the weights once
-    more, and that of the spectra. A weight that changes through torch's own functions (an optimizer, ``load_state_dict``,
-    ``to``) is seen to have changed; changes behind torch's back (``weight.data.copy_``) are not: pack again after them.
+    Otherwise both are made at every call, a tenth of an inference of single images. Costs the memory of the weights
+    once more, and that of the spectra. A weight that changes through torch's own functions (an optimizer,
+    ``load_state_dict``, ``to``) is seen to have changed; changes behind torch's back (``weight.data.copy_``) are not:
+    pack again after them.
 
     Args:
         model: A network on a CPU, in evaluation mode.
@@ -87,15 +87,17 @@ def _weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
     if key not in kept or not same_values(conv.weight, *kept[key][:2]):
         with torch.no_grad():
             weight, padding = _plain_weight(conv, x)
-            arranged = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), padding, conv.stride, conv.dilation,
-                                                                   conv.groups, x.shape)
+            arranged = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                weight.to_mkldnn(), padding, conv.stride, conv.dilation, conv.groups, x.shape)
         kept[key] = conv.weight.detach(), conv.weight._version, arranged, padding
     return kept[key][2:]
 
 
 def _plain_weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
     weight = conv.weight.to(x.dtype)
-    return spatial.widen(weight, _problem(conv, x)) if isinstance(conv, DepthwiseConv2d) else (weight, pair(conv.padding))
+    if isinstance(conv, DepthwiseConv2d):
+        return spatial.widen(weight, _problem(conv, x))
+    return weight, pair(conv.padding)
 
 
 def _problem(conv: nn.Conv2d, x: Tensor) -> Problem:
@@ -103,7 +105,8 @@ def _problem(conv: nn.Conv2d, x: Tensor) -> Problem:
 
 
 def _usable(conv: nn.Conv2d) -> bool:
-    return bool(conv.weight.device.type == 'cpu' and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    backend = torch.backends.mkldnn
+    return bool(conv.weight.device.type == 'cpu' and backend.is_available() and backend.enabled
                 and not isinstance(conv.padding, str) and conv.padding_mode == 'zeros')
 
 
@@ -128,11 +131,12 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
     # What torch adds in a wider precision, or refuses, is left to it.
     if dtype == torch.bfloat16 and not spatial.bfloat16_instructions():
         return False
-    if not (dtype in (torch.float32, torch.bfloat16) and x.dtype in (torch.float32, torch.bfloat16)
-            and all(t.dtype == dtype for t in others)):
+    if {x.dtype, dtype} - {torch.float32, torch.bfloat16} or any(t.dtype != dtype for t in others):
         return False
     if not isinstance(conv, DepthwiseConv2d):
         return True
     problem = replace(_problem(conv, x), dtype=dtype)
-    return (not spatial.needs_float32(problem) and problem.channels_last
-            and choice.plan(problem, conv.implementation, keeps_spectra(conv.weight)).forward in ('native', 'channels_last'))
+    if spatial.needs_float32(problem) or not problem.channels_last:
+        return False
+    plan = choice.plan(problem, conv.implementation, keeps_spectra(conv.weight))
+    return plan.forward in ('native', 'channels_last')

@@ -32,7 +32,8 @@ class Part:
 
     def transposed(self) -> Tensor:
         """The transpose of the interpolation as a matrix, ``(last - first, stop - start)``."""
-        low, high = (torch.tensor([taps[i] for start, stop, *taps in self.runs for _ in range(start, stop)]) for i in (0, 1))
+        taps = torch.tensor([run[2:] for run in self.runs for _ in range(run[0], run[1])])
+        low, high = taps.unbind(1)
         sample, weight = torch.arange(len(low)), self.weight[:, 0].cpu()
         matrix = weight.new_zeros(self.last - self.first, len(low))
         matrix[low, sample] = 1 - weight
@@ -60,10 +61,10 @@ class Interpolation:
         self.low, self.high = low.tolist(), (low + 1).clamp_(max=size - 1).tolist()
         self.weight = (at - low).unsqueeze(1).to(like.device)
 
-    def read_from(self, offset: int, size: int, flipped: bool) -> 'Interpolation':
+    def read_from(self, offset: int, size: int, flipped: bool) -> None:
         """Let the input be the ``size`` samples behind ``offset`` of a longer one, back to front if ``flipped``."""
-        self.low, self.high = ([offset + (size - 1 - i if flipped else i) for i in taps] for taps in (self.low, self.high))
-        return self
+        self.low, self.high = ([offset + (size - 1 - i if flipped else i) for i in taps]
+                               for taps in (self.low, self.high))
 
     def part(self, start: int, stop: int) -> Part:
         """The samples from ``start`` to ``stop``."""

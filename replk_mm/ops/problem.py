@@ -1,9 +1,12 @@
-"""The shapes of one depthwise convolution: what an implementation is chosen for."""
+"""The shapes of a depthwise convolution, for which an implementation is chosen; whether operators are observed."""
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn as nn
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 Pair = tuple[int, int]
 
@@ -70,5 +73,19 @@ class Problem:
     def __str__(self) -> str:
         step = '' if self.stride == (1, 1) else f' stride {self.stride[0]}x{self.stride[1]}'
         layout = 'channels-last' if self.channels_last else 'default layout'
-        return (f'{self.kernel[0]}x{self.kernel[1]}{step} on {self.batch}x{self.channels}x{self.size[0]}x{self.size[1]} '
-                f'{str(self.dtype)[6:]} {layout}, {self.threads} threads')
+        kernel, size = ('x'.join(map(str, pair)) for pair in (self.kernel, self.size))
+        return (f'{kernel}{step} on {self.batch}x{self.channels}x{size} {str(self.dtype)[6:]} {layout}, '
+                f'{self.threads} threads')
+
+
+def observed() -> bool:
+    """Whether operators are observed: by a compiler, exporter, counter, transform or forward-mode derivative."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
+            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None)
+
+
+def hooked(*modules: nn.Module | None) -> bool:
+    """Whether calls of any of ``modules`` run hooks, their own or global ones."""
+    return _has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules if module is not None)

@@ -1,9 +1,12 @@
 """The convolution that joins a feature pyramid, at the levels' own resolutions.
 
-UperNet brings all levels of its pyramid to the finest one's size, concatenates them and runs a 3x3 convolution over all those
-channels: most of the arithmetic of the whole segmentor, and most of that on maps that were small. Interpolation acts on each
-channel by itself, the weights of one tap on each pixel by itself, so that the two commute: a small map's share is nine 1x1
-convolutions of the small map, interpolated, shifted by one pixel or none, and summed. The result is the same up to rounding.
+UperNet brings all levels of its pyramid to the finest one's size, concatenates them and runs a 3x3 convolution over all
+those
+channels: most of the arithmetic of the whole segmentor, and most of that on maps that were small. Interpolation acts on
+    each
+channel by itself, the weights of one tap on each pixel by itself, so that the two commute: a small map's share is nine
+1x1 convolutions of the small map, interpolated, shifted by one pixel or none, and summed. The result is the same up to
+rounding.
 """
 from collections.abc import Sequence
 

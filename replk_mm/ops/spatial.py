@@ -1,8 +1,10 @@
-"""Depthwise convolution and its gradients by torch's own convolutions, called in the form that its CPU kernels run fast.
+"""Depthwise convolution and its gradients by torch's own convolutions, called in the form that its CPU kernels run
+fast.
 
-torch hands depthwise convolutions to oneDNN, which has a fast kernel for the default layout and two for channels-last memory.
-The first gives way to a reference loop, 25 times slower, where the padding exceeds six pixels (a 15x15 kernel), and the
-gradient of the weight is such a loop for every size. Both are arranged here as convolutions that have fast kernels.
+torch hands depthwise convolutions to oneDNN, which has a fast kernel for the default layout and two for channels-last
+memory. The first gives way to a reference loop, 25 times slower, where the padding exceeds six pixels (a 15x15 kernel),
+and the gradient of the weight is such a loop for every size. Both are arranged here as convolutions that have fast
+kernels.
 """
 from functools import cache
 
@@ -30,8 +32,8 @@ def bfloat16_instructions() -> bool:
 def needs_float32(problem: Problem) -> bool:
     """Whether bfloat16 is computed in float32 and rounded once.
 
-    Without bfloat16 instructions torch's convolutions round at every step, which puts their input gradients off by up to 8 %,
-    and take ten times as long as in float32. With them, some shapes of few channels never return.
+    Without bfloat16 instructions torch's convolutions round at every step, which puts their input gradients off by up
+    to 8 %, and take ten times as long as in float32. With them, some shapes of few channels never return.
     """
     if problem.dtype != torch.bfloat16:
         return False
@@ -62,8 +64,8 @@ def native_gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, 
 def channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """torch's convolution of channels-last memory."""
     weight, padding = widen(weight, problem)
-    y = F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, problem.stride, padding, problem.dilation,
-                 problem.channels)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, weight, bias, problem.stride, padding, problem.dilation, problem.channels)
     return y.contiguous(memory_format=problem.memory_format)
 
 
@@ -114,15 +116,15 @@ def input_gradient_problem(problem: Problem) -> Problem | None:
 def grad_kernel(grad: Tensor, x: Tensor, problem: Problem) -> Tensor:
     """Gradient of the weight as a convolution of the input with the output's gradient as its kernel.
 
-    ``dw[k] = sum_i g[i] x[i * stride + k * dilation - padding]``: stride and dilation change places, and every channel of
-    every image is a channel of its own.
+    ``dw[k] = sum_i g[i] x[i * stride + k * dilation - padding]``: stride and dilation change places, and every channel
+    of every image is a channel of its own.
 
     Returns:
         ``(C, 1, kh, kw)`` in ``x``'s dtype.
     """
     maps = problem.batch * problem.channels
-    lags = _conv_padded(x.contiguous().view(1, maps, *problem.size), grad.contiguous().view(maps, 1, *problem.out), None,
-                        problem.padding, problem.dilation, problem.stride)
+    x, grad = x.contiguous().view(1, maps, *problem.size), grad.contiguous().view(maps, 1, *problem.out)
+    lags = _conv_padded(x, grad, None, problem.padding, problem.dilation, problem.stride)
     # Rows that the stride never reached leave lags behind the last tap.
     lags = lags[..., :problem.kernel[0], :problem.kernel[1]]
     return lags.reshape(problem.batch, problem.channels, 1, *problem.kernel).sum(0)
@@ -138,8 +140,8 @@ def grad_kernel_channels_last(grad: Tensor, x: Tensor, problem: Problem) -> Tens
     lags: Tensor | None = None
     # Parts of one image rather than images, which torch would not recognize as channels-last memory.
     for image, gradient in zip(x.split(1), grad, strict=True):
-        found = F.conv2d(image, gradient.contiguous().unsqueeze(1), None, problem.dilation, problem.padding, problem.stride,
-                         problem.channels)
+        kernel = gradient.contiguous().unsqueeze(1)
+        found = F.conv2d(image, kernel, None, problem.dilation, problem.padding, problem.stride, problem.channels)
         # Sums over images are taken in float32, as torch does within one convolution.
         found = found[0, :, :problem.kernel[0], :problem.kernel[1]].to(torch.promote_types(x.dtype, torch.float32))
         lags = found if lags is None else lags.add_(found)

@@ -1,12 +1,12 @@
 """Depthwise convolution and its gradients by the convolution theorem.
 
-A stride-1 convolution is an element-wise product of spectra ("Fast Training of Convolutional Networks through FFTs", Mathieu,
-Henaff and LeCun, arXiv:1312.5851): its cost hardly depends on the size of the kernel. Transforms run over blocks of channels
-and images that fit a CPU's cache, so that the spectra of the whole tensor exist only where a backward pass will need them; the
-two gradients share the spectrum of the output's gradient.
+A stride-1 convolution is an element-wise product of spectra ("Fast Training of Convolutional Networks through FFTs",
+Mathieu, Henaff and LeCun, arXiv:1312.5851): its cost hardly depends on the size of the kernel. Transforms run over
+blocks of channels and images that fit a CPU's cache, so that the spectra of the whole tensor exist only where a
+backward pass will need them; the two gradients share the spectrum of the output's gradient.
 
-With ``S >= size + padding`` on each axis nothing that is kept wraps around: the input lies at offset ``padding`` of a buffer
-of zeros, gradient and kernel at offset 0, and then
+With ``S >= size + padding`` on each axis nothing that is kept wraps around: the input lies at offset ``padding`` of a
+buffer of zeros, gradient and kernel at offset 0, and then
 
 * ``y[i] = sum_k w[k] x[i + k]``: correlation, rows and columns ``0 .. out``;
 * ``dx[j] = sum_i g[i] w[j - i]``: convolution, rows and columns ``padding .. padding + size``;
@@ -22,10 +22,11 @@ from torch import Tensor
 from replk_mm.ops import workers
 from replk_mm.ops.problem import Pair, Problem
 
-#: Bytes of one real buffer of a block, where all threads work on one block and where each thread works on its own. With the
-#: spectrum and the product about four times this are in use for each block.
+#: Bytes of one real buffer of a block, where all threads work on one block and where each thread works on its own. With
+#: the spectrum and the product about four times this are in use for each block.
 BLOCK_BYTES, THREAD_BLOCK_BYTES = 2 * 1024 * 1024, 640 * 1024
-#: Pixels of all transforms from which threads of our own pay: torch's wait for more work for some milliseconds, in the way.
+#: Pixels of all transforms from which threads of our own pay: torch's wait for more work for some milliseconds, in the
+#: way.
 THREADS_PAY = 4_000_000
 
 
@@ -50,14 +51,15 @@ def transform_size(problem: Problem) -> Pair:
 
 def supports(problem: Problem) -> bool:
     """Whether the transforms apply: stride and dilation 1, and no part of the kernel or of the output beyond them."""
-    return (problem.stride == problem.dilation == (1, 1)
-            and all(max(k, o) <= s for k, o, s in zip(problem.kernel, problem.out, transform_size(problem), strict=True)))
+    axes = zip(problem.kernel, problem.out, transform_size(problem), strict=True)
+    return problem.stride == problem.dilation == (1, 1) and all(max(k, o) <= s for k, o, s in axes)
 
 
 def kernel_spectra(weight: Tensor, problem: Problem) -> list[Tensor]:
     """What :func:`forward` multiplies by, for each of its blocks."""
     size = transform_size(problem)
-    return [_kernel_spectrum(weight[channels], size, problem.dtype).conj_physical_() for channels, _ in _blocks(problem)]
+    return [_kernel_spectrum(weight[channels], size, problem.dtype).conj_physical_()
+            for channels, _ in _blocks(problem)]
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, keep: list[Tensor] | None = None,
@@ -103,7 +105,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, ke
 
 def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_input: bool, of_weight: bool,
               kept: Sequence[Tensor] = ()) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients with respect to the input ``(N, C, H, W)`` and to the weight ``(C, 1, kh, kw)``; None for the one not asked.
+    """Gradients with respect to the input ``(N, C, H, W)`` and to the weight ``(C, 1, kh, kw)``; None for the one not
+    asked.
 
     Args:
         grad: Gradient of the output, ``(N, C, H', W')``.
@@ -132,7 +135,8 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_inpu
             spectrum = grads.transform(grad[part, channels])
             if grad_weight is not None:
                 turned = spectrum.conj_physical()
-                products = turned.mul_(spectra[with_kernels + j] if spectra else inputs.transform(x[part, channels])).sum(0)
+                other = spectra[with_kernels + j] if spectra else inputs.transform(x[part, channels])
+                products = turned.mul_(other).sum(0)
                 # Sums over images are taken of spectra: one inverse transform a channel, however large the batch.
                 lags = products if lags is None else lags.add_(products)
             if grad_x is not None and kernel is not None:
@@ -146,7 +150,8 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_inpu
 
 
 def _keeps_kernels(problem: Problem) -> bool:
-    # Spectra are in float32 at least: beside tensors of two bytes a number they would more than double a layer's memory.
+    # Spectra are in float32 at least: beside tensors of two bytes a number they would more than double a layer's
+    # memory.
     return problem.dtype != torch.bfloat16
 
 
@@ -171,7 +176,7 @@ def _precision(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Buffer:
-    """Maps at an offset in zeros, transformed; what lies around them stays zero from one part of the batch to the next."""
+    """Maps at an offset in zeros, transformed; the zeros around them stay from one part of the batch to the next."""
 
     def __init__(self, size: Pair, offset: Pair, area: Pair) -> None:
         self.size = size

@@ -1,9 +1,9 @@
 """Cross-entropy of logits brought to a larger size, without the large logits.
 
-A segmentor's logits are a quarter of the image's height and width, or less, and are interpolated before the loss. With many
-classes the interpolated logits, their log-softmax and its gradient are most of a small model's training step and most of its
-memory. Here they exist for some rows of one image at a time, while the processor's caches hold them: interpolated, reduced,
-and taken back through the transpose of the interpolation.
+A segmentor's logits are a quarter of the image's height and width, or less, and are interpolated before the loss. With
+many classes the interpolated logits, their log-softmax and its gradient are most of a small model's training step and
+most of its memory. Here they exist for some rows of one image at a time, while the processor's caches hold them:
+interpolated, reduced, and taken back through the transpose of the interpolation.
 
 Bilinear interpolation is separable. The columns of the few small rows behind a chunk come first, by torch's own
 interpolation in channels-last memory; then the rows, two taps each, into a buffer that all chunks use.
@@ -131,8 +131,8 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 
     """Cross-entropy of logits that are interpolated to the size of the labels.
 
     What ``F.cross_entropy(F.interpolate(logits, size, mode='bilinear'), labels, reduction='sum')`` computes, with one
-    image's rows of a few megabytes at a time in place of ``(N, K, H, W)``, and with the gradient ready when it is asked for.
-    Sums run in float32 whatever the logits' precision (float64 for float64).
+    image's rows of a few megabytes at a time in place of ``(N, K, H, W)``, and with the gradient ready when it is asked
+    for. Sums run in float32 whatever the logits' precision (float64 for float64).
 
     Args:
         logits: ``(N, K, h, w)``, fastest in channels-last memory.
@@ -141,8 +141,8 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 
         align_corners: As in ``F.interpolate``. Defaults to False.
 
     Returns:
-        Sum of the losses, differentiable; number of pixels whose label has the largest logit; number of pixels that count.
-        Scalars.
+        Sum of the losses, differentiable; number of pixels whose label has the largest logit; number of pixels that
+        count. Scalars.
 
     Raises:
         ValueError: If shapes do not fit or the labels are no integers.
@@ -150,17 +150,17 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 
     """
     if (logits.dim() != 4 or labels.dim() != 3 or len(logits) != len(labels) or labels.is_floating_point()
             or not all((*logits.shape[1:], *labels.shape[1:]))):
-        raise ValueError(f'logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, {labels.dtype}; '
-                         f'(N, K, h, w) and integers (N, H, W) are needed')
+        raise ValueError(f'logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, '
+                         f'{labels.dtype}; (N, K, h, w) and integers (N, H, W) are needed')
     ignored = labels == ignore_index
     ids = labels.masked_fill(ignored, 0).long()
     if ids.numel():
         lowest, highest = (int(value) for value in torch.stack(ids.aminmax()))
         if lowest < 0 or highest >= logits.shape[1]:
             wrong = highest if highest >= logits.shape[1] else lowest
-            raise UserError(f'labels: class {wrong} among the labels of a batch; the head has {logits.shape[1]} classes '
-                            f'(0..{logits.shape[1] - 1}; {ignore_index} is ignored)\n'
-                            f'Set num_classes of every head to the labels, or mend the label maps (reduce_zero_label?).')
+            raise UserError(f'labels: class {wrong} among the labels of a batch; the head has {logits.shape[1]} '
+                            f'classes (0..{logits.shape[1] - 1}; {ignore_index} is ignored)\n'
+                            f'Set num_classes of every head to the labels, or fix the label maps (reduce_zero_label?).')
     with torch.autocast(logits.device.type, enabled=False):
         total, correct = _CrossEntropy.apply(logits, ids, ignored, align_corners,
                                              logits.requires_grad and torch.is_grad_enabled())

@@ -1,7 +1,7 @@
 """Python threads that work on blocks of a tensor, each with one thread of torch's own.
 
-A dozen small operators on a block that stays in one core's cache are much faster in a thread of their own than each of them
-spread over all cores, which then wait for each other after every operator.
+A dozen small operators on a block that stays in one core's cache are much faster in a thread of their own than each of
+them spread over all cores, which then wait for each other after every operator.
 """
 import os
 import threading
