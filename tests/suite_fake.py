@@ -5,14 +5,15 @@ import signal
 import sys
 import time
 
-from replk_mm.bench.suites import row
-from replk_mm.bench.suites.row import Found
-from replk_mm.bench.suites.task import Task, write_whole
+from replk_mm.bench.records import write_json
+from replk_mm.bench.schema import Task
+from replk_mm.bench.suites import worker
+from replk_mm.bench.suites.worker import Found
 from replk_mm.errors import UserError
 
 
 def pretend(name: str, task: Task) -> Found:
-    given = task.options.get('fake', {})
+    given = task.row.options.get('fake', {})
     time.sleep(given.get('seconds', 0))
     how = given.get(name)
     marker = task.folder / f'{name}.once'
@@ -34,7 +35,7 @@ def pretend(name: str, task: Task) -> Found:
     if how == 'hang':
         time.sleep(60)
     if name == 'train':
-        write_whole(task.folder / 'train' / 'progress.json', dict(iteration=3, iterations=12, seconds=1.0))
+        write_json(task.folder / 'train' / 'progress.json', dict(iteration=3, iterations=12, seconds=1.0))
     value = float('nan') if how == 'nan' else 2.5
     found = dict(metric=dict(primary='mIoU', unit='%', metrics=dict(mIoU=value)),
                  complexity=dict(inference_parameters=2_000_000, macs=value),
@@ -51,5 +52,4 @@ def environment() -> dict:
 
 
 if __name__ == '__main__':
-    row.PATIENCE = float(os.environ.get('SUITE_FAKE_PATIENCE', row.PATIENCE))
-    sys.exit(row.main(sys.argv[1:], 'suite_fake'))
+    sys.exit(worker.main(sys.argv[1], 'suite_fake', float(os.environ.get('SUITE_FAKE_PATIENCE', 20))))

@@ -6,8 +6,8 @@ import torch
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
+from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import plan
-from replk_mm.bench.suites.definition import read_suite
 from replk_mm.engine.config import build_model, fit_to_machine, load_config
 
 SUITES = Path(__file__).resolve().parents[1] / 'configs' / 'suites'
@@ -57,4 +57,4 @@ def test_rows_of_a_question_differ_in_nothing_else():
             if cfg.model.backbone.type == 'replk_mm.RepLKNet':
                 rates.add((cfg.optim_wrapper.optimizer.lr, cfg.train_dataloader.batch_size))
         assert len(rates) <= 1
-        assert len({(row.iterations, row.seeds) for row in suite.rows}) == 1
+        assert len({(row.iterations, tuple(row.seeds)) for row in suite.rows}) == 1

@@ -16,9 +16,9 @@ from PIL import Image
 from tiny import CONFIG, ROOT, make_data, run_tool, tiny, tool_environment, trained  # noqa: F401
 
 from replk_mm.bench import records
-from replk_mm.bench.suites import measures, plan, training
-from replk_mm.bench.suites.definition import read_suite
-from replk_mm.bench.suites.row import perform, reason_of
+from replk_mm.bench.schema import read_suite
+from replk_mm.bench.suites import measurements, plan
+from replk_mm.bench.suites.worker import perform, reason_of
 from replk_mm.errors import UserError
 
 _count = itertools.count()
@@ -27,14 +27,14 @@ _count = itertools.count()
 @pytest.fixture(autouse=True)
 def _a_process_of_its_own(monkeypatch):
     """mmengine logs all runs of a process to the folder of the first; a row has its own process."""
-    original = training.config_of
+    original = measurements.config_of
 
     def named(task):
         cfg = original(task)
         cfg.experiment_name = cfg.visualizer.name = f'row{next(_count)}'
         return cfg
 
-    monkeypatch.setattr(training, 'config_of', named)
+    monkeypatch.setattr(measurements, 'config_of', named)
 
 
 def task_of(folder: Path, tiny, **row):  # noqa: F811
@@ -49,7 +49,7 @@ def task_of(folder: Path, tiny, **row):  # noqa: F811
 
 def test_metric_is_what_the_test_command_writes(tiny, trained, tmp_path):  # noqa: F811
     task = task_of(tmp_path, tiny, checkpoint=str(trained), measure=['metric'])
-    found = measures.TABLE['metric'](task)
+    found = measurements.TABLE['metric'](task)
     written = json.loads((task.folder / 'test' / 'metrics.json').read_text())
     assert found.values['metrics']['mIoU'] == written['metrics']['mIoU'] > 0
     assert found.files['predictions'] == 'runs/a/0/test/predictions'
@@ -74,13 +74,12 @@ def test_metric_is_what_the_test_command_writes(tiny, trained, tmp_path):  # noq
 
 
 def test_data_of_another_size_is_other_data(tiny, tmp_path):  # noqa: F811
-    from replk_mm.bench.suites.testing import test_data as describe
     from replk_mm.engine.config import set_data_root
     found = []
     for root in (tiny.data, make_data(tmp_path / 'same'), tmp_path / 'same'):
         cfg = tiny.cfg()
         set_data_root(cfg, str(root))
-        found.append(describe(cfg, 'test')[0])
+        found.append(measurements.split_data(cfg, 'test')[0])
         if root == tmp_path / 'same':
             image = next((root / 'annotations' / 'validation').glob('*.png'))
             image.write_bytes(image.read_bytes() + b' ')
@@ -89,13 +88,13 @@ def test_data_of_another_size_is_other_data(tiny, tmp_path):  # noqa: F811
 
 def test_complexity_speed_and_memory(tiny, trained, tmp_path):  # noqa: F811
     task = task_of(tmp_path, tiny, checkpoint=str(trained), measure=['complexity', 'speed'], shape=[96, 64], batch=2)
-    found = measures.TABLE['complexity'](task)
+    found = measurements.TABLE['complexity'](task)
     weights = torch.load(trained, weights_only=False)['state_dict']
     buffers = ('running_mean', 'running_var', 'num_batches_tracked')
     assert found.values['parameters'] == sum(w.numel() for name, w in weights.items() if not name.endswith(buffers))
     assert found.values['merged_parameters'] < found.values['inference_parameters'] < found.values['parameters']
     assert found.protocol['shape'] == [64, 64]
-    found = measures.TABLE['speed'](task)
+    found = measurements.TABLE['speed'](task)
     assert set(found.values['forms']) == {'training', 'reparameterized'}
     for form in found.values['forms'].values():
         assert 0 < form['low_ms'] <= form['median_ms'] <= form['high_ms']
@@ -106,8 +105,8 @@ def test_complexity_speed_and_memory(tiny, trained, tmp_path):  # noqa: F811
 def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_path, monkeypatch):  # noqa: F811
     # The config's SyncBN is BN here, which cannot train on one image pooled to a pixel.
     asked = []
-    monkeypatch.setattr(measures, 'memory_of', lambda job, *args: asked.append(job) or 1000 * len(asked))
-    found = measures.TABLE['memory'](task_of(
+    monkeypatch.setattr(measurements, 'memory_of', lambda job, *args: asked.append(job) or 1000 * len(asked))
+    found = measurements.TABLE['memory'](task_of(
         tmp_path, tiny, measure=['memory'], options={'model.decode_head.norm_cfg': dict(type='SyncBN')}))
     assert [(job.mode, job.form, job.batch) for job in asked] == [
         ('inference', 'reparameterized', 1), ('train', 'training', 2)]
@@ -116,7 +115,7 @@ def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_
 
 def test_absent_weights_fail_what_needs_them_only(tiny, tmp_path):  # noqa: F811
     task = task_of(tmp_path, tiny, checkpoint='nowhere/{row}.pth', measure=['metric', 'complexity'])
-    assert not perform(task, measures.TABLE, {})
+    assert not perform(task, measurements.TABLE, {})
     found = {one['measurement']: one for one in records.read([tmp_path / 'w'])[0]}
     assert found['complexity']['status'] == 'done'
     assert found['metric']['reason'].startswith('nowhere/a.pth: no such checkpoint')
@@ -126,7 +125,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
     # checkpoints and validation after every iteration, and a learning rate that breaks all weights in the first
     task = task_of(tmp_path, tiny, iterations=3, measure=['metric'], options={
         'optim_wrapper.optimizer.lr': 1e30, 'param_scheduler': [], 'default_hooks.checkpoint.interval': 1})
-    assert not perform(task, measures.TABLE, measures.environment())
+    assert not perform(task, measurements.TABLE, measurements.environment())
     [found] = records.read([tmp_path / 'w'])[0]
     assert (found['measurement'], found['status']) == ('train', 'failed')
     assert found['reason'].startswith('iteration 2: the loss is not finite (loss, decode.loss_ce, aux.loss_ce); first: ')
@@ -136,7 +135,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
 def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):  # noqa: F811
     row = dict(iterations=4, measure=['curve', 'metric'], seeds=[3], options={'default_hooks.checkpoint.interval': 2})
     task = task_of(tmp_path, tiny, **row)
-    original = training.SuiteHook.after_train_iter
+    original = measurements.SuiteHook.after_train_iter
 
     def cut(self, runner, *args, **kwargs):
         original(self, runner, *args, **kwargs)
@@ -144,13 +143,13 @@ def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):
             raise MemoryError('a heavy image')
 
     with monkeypatch.context() as patched:
-        patched.setattr(training.SuiteHook, 'after_train_iter', cut)
-        assert not perform(task, measures.TABLE, {})
+        patched.setattr(measurements.SuiteHook, 'after_train_iter', cut)
+        assert not perform(task, measurements.TABLE, {})
     [failed] = records.read([tmp_path / 'w'])[0]
     assert 'out of memory at iteration 2' in failed['reason'] and 'a heavy image' in failed['reason']
     task = task_of(tmp_path, tiny, **row)
     assert task.measures == ('train', 'metric', 'curve')
-    assert perform(task, measures.TABLE, {})
+    assert perform(task, measurements.TABLE, {})
     found = {one['measurement']: one for one in records.read([tmp_path / 'w'])[0]}
     assert [step for step, _ in found['curve']['values']['loss']] == [1, 2, 3, 4]
     assert found['curve']['values']['metric'][-1] == [4, pytest.approx(found['metric']['values']['metrics']['mIoU'])]
@@ -161,18 +160,17 @@ def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):
     assert found['curve']['protocol'] == found['metric']['protocol']
 
 
-def test_curve_of_epochs_and_of_what_was_done_twice(tmp_path, tiny):  # noqa: F811
-    task = task_of(tmp_path, tiny, iterations=9, measure=['curve'])
+def test_curve_of_epochs_and_of_what_was_done_twice(tmp_path):
     for name, rows in (('1', [dict(loss=3., epoch=1, step=2), dict(loss=2., epoch=1, step=4),
                               {'coco/bbox_mAP': .1, 'step': 1}, dict(loss=9., epoch=2, step=6)]),
                        ('2', [dict(loss=1., epoch=2, step=6), dict(loss=math.nan, epoch=2, step=8),
                               {'coco/bbox_mAP': .3, 'step': 2}])):
-        folder = task.folder / 'train' / name / 'vis_data'
+        folder = tmp_path / name / 'vis_data'
         folder.mkdir(parents=True)
         (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, rows)) + '\n{"loss": 5')
-    found = training.curve(task)
-    assert found.values == dict(loss=[[2, 3.], [4, 2.], [6, 1.]], metric=[[4, 10.], [6, 30.]], name='coco/bbox_mAP')
-    assert found.facts['best'] == dict(iteration=6, value=30.)
+    values, facts = measurements.read_curve(tmp_path)
+    assert values == dict(loss=[[2, 3.], [4, 2.], [6, 1.]], metric=[[4, 10.], [6, 30.]], name='coco/bbox_mAP')
+    assert facts['best'] == dict(iteration=6, value=30.)
 
 
 @pytest.mark.parametrize(('weights', 'name'), [
@@ -181,7 +179,7 @@ def test_curve_of_epochs_and_of_what_was_done_twice(tmp_path, tiny):  # noqa: F8
 def test_pretraining(tiny, weights, name):  # noqa: F811
     cfg = tiny.cfg()
     cfg.model.backbone.init_cfg = weights and dict(type='Pretrained', checkpoint=weights)
-    assert training.pretraining_of(cfg) == name
+    assert measurements.pretraining_of(cfg) == name
 
 
 def test_reasons_in_words():

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from replk_mm import cli
+from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import plan
-from replk_mm.bench.suites.definition import read_suite
-from replk_mm.bench.suites.run import Settings, run
+from replk_mm.bench.suites.runner import Runner, Settings
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import UserError, command, printable
 
@@ -74,12 +74,12 @@ def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
           + f'; everything goes to {choice.work_dir}', file=sys.stderr, flush=True)
     if settings.jobs > 1 or settings.launcher != 'none':
         print('speed and memory are measured at the end, one row at a time', file=sys.stderr)
-    from replk_mm.bench.suites.measures import environment
-    failed += [(task.name, reason) for task, reason in run(tasks, settings, environment)]
+    from replk_mm.engine.results import environment  # imports torch
+    failed += Runner(settings, environment).run(tasks)
     if failed:
         print(f'\n{len(failed)} failed; --resume tries them again:')
-        for name, reason in failed:
-            print(f'  {name}: ' + printable(reason).replace('\n', '\n      '))
+        for task, reason in failed:
+            print(f'  {task.name}: ' + printable(reason).replace('\n', '\n      '))
     print(f'results: {choice.work_dir / "results"}')
     return bool(failed)
 

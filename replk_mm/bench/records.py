@@ -8,19 +8,13 @@ import os
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from replk_mm.bench.schema import MEASUREMENTS, VERSION, Task, complaint, fingerprint
+from replk_mm.bench.schema import Task, complaint
 from replk_mm.errors import printable
-from replk_mm.files import sha256
-
-__all__ = ['MEASUREMENTS', 'VERSION', 'Spread', 'append', 'by_suite', 'complaint', 'file_of', 'files_in', 'fingerprint', 'key_of', 'left', 'of_task',
-           'read', 'since', 'spread']
-
-
-def key_of(definition: Mapping[str, Any], seed: int, measurement: str) -> str:
-    return fingerprint([definition, seed, measurement])
+from replk_mm.files import sha256, write_atomic
 
 
 def append(record: Mapping[str, Any], path: Path) -> None:
@@ -51,11 +45,6 @@ def append(record: Mapping[str, Any], path: Path) -> None:
         os.close(file)
     if written != len(line):
         raise OSError(f'{path}: only {written} of {len(line)} bytes could be written; is the disk full?')
-
-
-def file_of(work_dir: Path, row: str, seed: int) -> Path:
-    """The file that holds the records of a row and seed."""
-    return work_dir / 'results' / f'{row}.{seed}.jsonl'
 
 
 def files_in(paths: Iterable[str | Path]) -> list[Path]:
@@ -98,10 +87,15 @@ def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     return [record for _, record in latest.values()], [printable(complaint) for complaint in complaints]
 
 
+def fail(task: Task, measurement: str, started: datetime, environment: Mapping[str, Any], reason: str) -> None:
+    """Append the record of a measurement that failed."""
+    append(task.record(measurement, started, environment, status='failed', reason=reason), task.results)
+
+
 def of_task(task: Task) -> dict[str, dict[str, Any]]:
     """The records of a row and seed, by measurement."""
-    path = file_of(task.work_dir, task.row.name, task.seed)
-    return {record['measurement']: record for record in (read([path])[0] if path.exists() else [])}
+    found = read([task.results])[0] if task.results.exists() else []
+    return {record['measurement']: record for record in found}
 
 
 def left(task: Task) -> tuple[str, ...]:
@@ -142,6 +136,20 @@ def _lines(path: Path, complaints: list[str], offset: int = 0) -> Iterator[tuple
             complaints.append(f'{path}:{number}: {wrong}')
         else:
             yield f'{path}:{number}', record
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON that is whole whenever it is read."""
+    write_atomic(path, json.dumps(content, indent=1) + '\n')
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def by_suite(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

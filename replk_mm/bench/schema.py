@@ -242,8 +242,8 @@ def read_suite(path: str | Path) -> Suite:
 
 
 def _explain(error: ValidationError, content: dict) -> str:
-    """The first error as ``rows[2] (name): field: what``, followed by advice."""
-    first = error.errors(include_url=False)[0]
+    """The first unknown key, or else the first error, as ``rows[2] (name): field: what``, followed by advice."""
+    first = min(error.errors(include_url=False), key=lambda one: one['type'] != 'extra_forbidden')
     *parents, last = first['loc'] or ('',)
     place = ''
     for i, part in enumerate(first['loc']):
@@ -336,6 +336,11 @@ def fingerprint(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def results_of(work_dir: Path, row: str, seed: int) -> Path:
+    """The file that holds the records of a row and seed."""
+    return work_dir / 'results' / f'{row}.{seed}.jsonl'
+
+
 def now() -> datetime:
     """The time, in UTC."""
     return datetime.now(timezone.utc)
@@ -374,6 +379,11 @@ class Task(BaseModel):
     def log(self) -> Path:
         """The output of its processes, one after the other."""
         return self.folder / 'log.txt'
+
+    @property
+    def results(self) -> Path:
+        """The file of its records."""
+        return results_of(self.work_dir, self.row.name, self.seed)
 
     @property
     def checkpoint(self) -> str | None:

@@ -1,5 +1,6 @@
-"""From a suite to the tasks that are left: configs read, data written, what is done already left out."""
+"""From a suite to the tasks that are left: configs read, scenes written, finished measurements left out."""
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -9,27 +10,31 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
+
 import replk_mm
 from replk_mm.bench import published, records
-from replk_mm.bench.suites.definition import Row, Suite
-from replk_mm.bench.suites.scenes import data_of
-from replk_mm.bench.suites.task import Task, now, read_whole, write_whole
+from replk_mm.bench.schema import Row, Suite, Task, fingerprint, now, results_of
+from replk_mm.data.datasets import datasets_of
+from replk_mm.data.demo_writer import META, write_demo_data
+from replk_mm.data.scene_kinds import SCENES
 from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError
 
-Pair = tuple[Row, int]
+#: Measurements that read images of the data set.
+_NEED_IMAGES = {'train', 'metric', 'erf', 'shape_bias'}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the command line says of a suite.
+    """What the command line says about a suite.
 
     Attributes:
-        work_dir: Where everything goes.
-        resume: Go on where an earlier run was ended.
+        work_dir: Where everything is written.
+        resume: Continue an earlier run.
         only: Names or patterns of rows, or numbers of pairs of row and seed; empty for all.
         data_root: Of all rows; None for what the suite says.
-        device: None for what is there.
+        device: None for a GPU if there is one.
     """
 
     work_dir: Path
@@ -39,99 +44,97 @@ class Choice:
     device: str | None = None
 
 
-def chosen(suite: Suite, only: Sequence[str]) -> list[Pair]:
+def chosen(suite: Suite, only: Sequence[str]) -> list[tuple[Row, int]]:
     """Rows and seeds that ``--only`` names.
 
     Raises:
-        UserError: If something in it names nothing.
+        UserError: If a part of it names nothing.
     """
     pairs = suite.pairs()
     wanted: set[int] = set()
     for name in only:
         found = [i for i, (row, _) in enumerate(pairs) if str(i) == name or fnmatchcase(row.name, name)]
         if not found:
-            raise UserError(f'--only {name}: {suite.path} has no such row\nThere are: '
-                            f'{", ".join(row.name for row in suite.rows)}; or 0 to {len(pairs) - 1}, as --list numbers them.')
+            raise UserError(f'--only {name}: {suite.path} has no such row\nKnown rows: '
+                            f'{", ".join(row.name for row in suite.rows)}; or 0 to {len(pairs) - 1}, as --list numbers '
+                            f'them.')
         wanted.update(found)
     return [pair for i, pair in enumerate(pairs) if i in wanted or not only]
 
 
-def tasks_left(suite: Suite, choice: Choice) -> tuple[list[Task], list[tuple[str, str]]]:
-    """The tasks of the chosen rows that are not done, their data written.
+def tasks_left(suite: Suite, choice: Choice) -> tuple[list[Task], list[tuple[Task, str]]]:
+    """The tasks of the chosen rows that are not done, with their data written.
 
     Args:
         suite: The suite.
         choice: What of it.
 
     Returns:
-        The tasks; and row and seed with the reason where the config cannot be read, which is recorded.
+        The tasks; and those whose config cannot be read, with the reason, which is recorded.
 
     Raises:
-        UserError: If there are results already and nobody said ``resume``, or a row has changed since it was begun.
+        UserError: If results exist and ``resume`` is not set, or a row has changed since its training began.
     """
     pairs = chosen(suite, choice.only)
-    begun = [f'{row.name} seed {seed}' for row, seed in pairs if records.file_of(choice.work_dir, row.name, seed).exists()
+    begun = [f'{row.name} seed {seed}' for row, seed in pairs
+             if results_of(choice.work_dir, row.name, seed).exists()
              or (choice.work_dir / 'runs' / row.name / str(seed)).exists()]
     if begun and not choice.resume:
-        raise UserError(f'{choice.work_dir}: {len(begun)} of {len(pairs)} rows and seeds are begun already: {begun[0]}'
-                        f'{" ..." * (len(begun) > 1)}\nGo on with --resume, or begin elsewhere with --work-dir DIR.')
-    state = git_state()
-    tasks, failed = list[Task](), list[tuple[str, str]]()
+        raise UserError(f'{choice.work_dir}: {len(begun)} of {len(pairs)} rows and seeds exist already: {begun[0]}'
+                        f'{" ..." * (len(begun) > 1)}\nContinue with --resume, or choose another --work-dir DIR.')
+    git = git_state()
+    tasks, failed = list[Task](), list[tuple[Task, str]]()
     for row in {row.name: row for row, _ in pairs}.values():
         seeds = [seed for other, seed in pairs if other.name == row.name]
-        for task, wrong in _tasks_of(suite, row, seeds, choice, state):
+        for task, wrong in _tasks_of(suite, row, seeds, choice, git):
             if wrong:
-                failed.append((task.name, f'{_fail(task, wrong)}: {wrong}'))
+                # what was measured while the config could be read stays
+                done = [name for name, record in records.of_task(task).items() if record['status'] == 'done']
+                missing = [name for name in task.measures if name not in done]
+                if missing:
+                    records.fail(task, missing[0], now(), {}, wrong)
+                failed.append((task, f'{(missing or task.measures)[0]}: {wrong}'))
             else:
                 tasks.append(task)
     return tasks, failed
 
 
-def _fail(task: Task, wrong: str) -> str:
-    """Record that a row's config cannot be read; what was measured while it could be stays. Returns what fails by it."""
-    known = records.read([task.results])[0] if task.results.exists() else []
-    done = {record['measurement'] for record in known if record['status'] == 'done'}
-    missing = [name for name in task.measures if name not in done]
-    if missing:
-        task.fail(missing[0], now(), {}, wrong)
-    return (missing or task.measures)[0]
-
-
-def _tasks_of(suite: Suite, row: Row, seeds: list[int], choice: Choice, state: dict | None) -> Iterator[tuple[Task, str]]:
-    """What is left of a row, with what is wrong with its config."""
+def _tasks_of(suite: Suite, row: Row, seeds: list[int], choice: Choice, git: dict | None) -> Iterator[tuple[Task, str]]:
+    """What is left of a row, with the error of its config."""
+    path = config_path(row, suite)
     cfg, wrong = None, ''
     try:
-        cfg = load_config(config_path(row, suite), dict(row.options) or None)
+        cfg = load_config(path, dict(row.options) or None)
     except UserError as error:
         wrong = str(error)
     data_root, data = data_of(suite, row, cfg, choice.work_dir, choice.data_root) if cfg else (None, {})
-    config = dict(path=row.config, sha256=records.fingerprint(cfg.to_dict()) if cfg else None, options=dict(row.options))
-    definition = dict(row=row.name, config=config['sha256'] or row.config, iterations=row.iterations, schedule=row.schedule,
+    sha256 = fingerprint(cfg.to_dict()) if cfg else None
+    # The keys of the first version's records: changing this makes --resume measure everything again.
+    definition = dict(row=row.name, config=sha256 or row.config, iterations=row.iterations, schedule=row.schedule,
                       checkpoint=row.checkpoint, data=data)
-    paper = published.for_config(row.config.rpartition('::')[2]) if row.published else None
-    size = dict(shape=row.shape, batch=row.batch)
-    extra: dict[str, dict] = dict(complexity=dict(shape=row.macs_shape), speed=size, memory=size, erf=dict(erf=row.erf))
+    size = dict(shape=row.shape, batch=row.batch or 0)
+    extra: dict[str, dict] = dict(complexity=dict(shape=row.macs_shape), speed=size, memory=size,
+                                  erf=dict(erf=row.erf.model_dump(exclude_none=True)))
+    paper = published.for_config(row.config.rpartition('::')[2])
+    shown = paper if row.published else None
     for seed in seeds:
         measures = row.measurements()
         task = Task(
-            work_dir=str(choice.work_dir), suite=suite.name, question=suite.question, row=row.name, label=row.label, seed=seed,
-            config=config_path(row, suite), config_record=config, options=row.options, iterations=row.iterations,
-            trains=row.trains, checkpoint=row.checkpoint_of(seed), shape=row.shape, macs_shape=row.macs_shape,
-            batch=row.batch, erf=row.erf, data_root=data_root, device=choice.device,
-            pretraining=row.pretraining or (paper.pretraining if paper and row.checkpoint else None),
-            launcher='none', measures=measures, git=state,
-            keys={m: records.key_of({**definition, **extra.get(m, {})}, seed, m) for m in measures},
-            published=dict(paper.metrics, params_m=paper.params_m, flops_g=paper.flops_g, input=list(paper.input),
-                           source=paper.source) if paper else None)
-        left = task.left()
+            work_dir=choice.work_dir, suite=suite.name, question=suite.question, row=row, seed=seed, config=path,
+            config_sha256=sha256, data_root=data_root, device=choice.device, measures=measures,
+            keys={m: fingerprint([{**definition, **extra.get(m, {})}, seed, m]) for m in measures},
+            pretraining=row.pretraining or (shown.pretraining if shown and row.checkpoint else None), git=git,
+            published=dict(shown.metrics, params_m=shown.params_m, flops_g=shown.flops_g, input=list(shown.input),
+                           source=shown.source) if shown else None)
+        left = records.left(task)
         if left and not wrong:
-            _check_unchanged(task, {**definition, 'options': dict(row.options)})
+            _check_unchanged(task, {**definition, 'options': row.options})
         if left:
-            yield task.part(left, 'none'), wrong
+            yield task.part(left), wrong
 
 
 def config_path(row: Row, suite: Suite) -> str:
-    """What to read for a row's config: as it is named, beside the suite file, or among those of this project."""
+    """What to read for a row's config: a path, a file next to the suite file, or one of this project."""
     name = row.config
     if '::' in name or Path(name).is_file():
         return name
@@ -140,21 +143,67 @@ def config_path(row: Row, suite: Suite) -> str:
 
 
 def _check_unchanged(task: Task, definition: dict[str, Any]) -> None:
-    """Refuse to go on with a training of something else; a definition that is new is kept.
+    """Keep the definition of a row, and reject another one for a training that has begun.
 
     Raises:
         UserError: If the row was begun with another definition.
     """
     path = task.folder / 'definition.json'
-    before, after = read_whole(path), json.loads(json.dumps(definition, default=str))
+    after = json.loads(json.dumps(definition, default=str))
+    before = records.read_json(path)
     changed = [key for key in after if before and before.get(key) != after[key]]
-    if changed and (task.trains or before.get('iterations') or before.get('schedule')):
-        # the config's hash says nothing to a reader where the options do
+    if changed and (task.row.trains or before.get('iterations') or before.get('schedule')):
+        # the hash of the config tells a reader nothing where the options do
         shown = next((key for key in changed if key != 'config'), 'config')
         raise UserError(f'{task.folder}: was begun with another {shown} than the suite has now: '
                         f'{str(before.get(shown)):.60} then, {str(after[shown]):.60} now\n'
-                        f'Remove that folder to run the row anew, or begin elsewhere with --work-dir DIR.')
-    write_whole(path, after)
+                        f'Remove that folder to run the row again, or choose another --work-dir DIR.')
+    records.write_json(path, after)
+
+
+def data_of(suite: Suite, row: Row, cfg: Config, work_dir: Path, given: str | None) -> tuple[str | None, dict[str, Any]]:
+    """Where a row's data are, scenes written if needed, and what defines them.
+
+    Args:
+        suite: The suite.
+        row: One of its rows.
+        cfg: The row's config.
+        work_dir: Of the suite.
+        given: Data root from the command line, or None.
+
+    Returns:
+        The data root, None for the config's own or if no images are needed; and plain data that identifies it.
+
+    Raises:
+        UserError: If there is no such kind of scenes, or they cannot be written.
+    """
+    root = given or row.data_root or suite.data.root
+    if root or suite.data.scenes is None:
+        return root, dict(root=root)
+    wanted = suite.data.model_dump(exclude={'root'})
+    wanted['layout'] = wanted['layout'] or _layout_of(cfg)
+    kind = SCENES.get(wanted['scenes'])
+    if kind is None:
+        raise UserError(f'{suite.path}: data: scenes: {wanted["scenes"]!r} is unknown\n'
+                        f'Known scenes: {", ".join(SCENES)}.')
+    wanted['version'] = kind.version
+    if not _NEED_IMAGES & set(row.measurements()):
+        return None, wanted
+    folder = work_dir / 'data' / f'{kind.name}-{wanted["layout"]}-{fingerprint(wanted)[:8]}'
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / 'lock').open('a') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tasks of a job array start together
+        if not (folder / META).is_file():
+            write_demo_data(folder, wanted['layout'], train=wanted['train'], val=wanted['val'], seed=wanted['seed'],
+                            size=tuple(wanted['size']), progress=True, kind=kind)
+    return str(folder), wanted
+
+
+def _layout_of(cfg: Config) -> str:
+    if cfg.get('default_scope') == 'mmdet':
+        return 'coco'
+    types = [str(dataset.get('type')) for dataset in datasets_of(cfg, ('test',))]
+    return 'cityscapes' if types and types[0].endswith('CityscapesDataset') else 'ade20k'
 
 
 def git_state() -> dict[str, Any] | None:
@@ -174,13 +223,14 @@ def git_state() -> dict[str, Any] | None:
 def states(suite: Suite, work_dir: Path) -> Iterator[tuple[int, Row, int, str]]:
     """Number, row, seed and state of every pair, from the records alone."""
     for i, (row, seed) in enumerate(suite.pairs()):
-        path = records.file_of(work_dir, row.name, seed)
-        of = {record['measurement']: record for record in (records.read([path])[0] if path.exists() else [])}
-        measures = row.measurements()
-        failed = [of[name] for name in measures if name in of and of[name]['status'] == 'failed']
-        done = sum(name in of for name in measures) - len(failed)
+        path = results_of(work_dir, row.name, seed)
+        known = {record['measurement']: record for record in (records.read([path])[0] if path.exists() else [])}
+        found = [known[name] for name in row.measurements() if name in known]
+        failed = [record for record in found if record['status'] == 'failed']
         if failed:
             state = f'failed: {failed[0]["measurement"]}: {failed[0]["reason"].splitlines()[0]}'
+        elif len(found) == len(row.measurements()):
+            state = 'done'
         else:
-            state = 'done' if done == len(measures) else f'{done} of {len(measures)} done' if done else '-'
+            state = f'{len(found)} of {len(row.measurements())} done' if found else '-'
         yield i, row, seed, state

@@ -1,0 +1,452 @@
+"""How each measurement of a suite is made: a function of the row's task for each."""
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import barrier, get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import DATASETS, init_default_scope
+from mmengine.runner import Runner
+
+from replk_mm import checkpoints
+from replk_mm.analysis import complexity_config, plain
+from replk_mm.analysis.job import Job, default_shape, fitted_config, memory_of, set_shape, smallest_batch
+from replk_mm.analysis.speed import measure
+from replk_mm.analysis.workload import Workload
+from replk_mm.bench import published, records
+from replk_mm.bench.records import read_json, write_json
+from replk_mm.bench.schema import Task, fingerprint
+from replk_mm.bench.suites.worker import Found, Measure
+from replk_mm.data.classes import classes_of
+from replk_mm.data.datasets import as_list, coco_style, crop_of, dataset_class, dataset_option, datasets_of
+from replk_mm.engine import results
+from replk_mm.engine import train as engine
+from replk_mm.engine.config import load_config, set_data_root
+from replk_mm.engine.evaluate import Evaluation, evaluate
+from replk_mm.engine.machine import Options, processes_of, select_device
+from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.resuming import last_checkpoint
+from replk_mm.errors import UserError
+from replk_mm.files import sha256
+from replk_mm.loading import build_for_inference
+from replk_mm.ops import pack
+from replk_mm.registry import HOOKS
+from replk_mm.reparam import reparameterize
+
+#: The metric that ranks rows, with its unit: the first that a test reports.
+PRIMARY = {'mIoU': '%', 'coco/bbox_mAP': 'AP'}
+#: Images of an effective receptive field, as in the paper.
+_ERF_IMAGES = 50
+#: Seconds that a measurement of speed takes at most, except for slow networks.
+_SECONDS = 30.
+#: Prefixes of checkpoints of ImageNet-1K classifiers.
+_IMAGENET = ('torchvision://', 'open-mmlab://resnet')
+
+environment = results.environment
+
+
+def config_of(task: Task) -> Config:
+    """The row's config."""
+    return load_config(task.config, dict(task.row.options) or None)
+
+
+# ---- training
+
+@HOOKS.register_module()
+class SuiteHook(Hook):
+    """Write how far the training is, for the progress of the suite.
+
+    Args:
+        progress: File for ``iteration``, ``iterations`` and ``seconds``, the latter summed over resumed runs.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, progress: str) -> None:
+        self.path = Path(progress)
+        self._before = read_json(self.path).get('seconds', 0.)
+        self._begin = self._written = time.monotonic()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
+                         outputs: dict | None = None) -> None:
+        """Write the file once a second."""
+        if time.monotonic() - self._written >= 1:
+            self._write(runner, runner.iter + 1)
+
+    def before_train(self, runner: Runner) -> None:
+        """Write the file."""
+        self._write(runner, runner.iter)
+
+    after_train = before_train
+
+    def _write(self, runner: Runner, iteration: int) -> None:
+        self._written = time.monotonic()
+        if get_rank() == 0:
+            write_json(self.path, dict(iteration=iteration, iterations=runner.max_iters,
+                                       seconds=round(self._before + self._written - self._begin, 3)))
+
+
+def train(task: Task) -> Found:
+    """Train; an interrupted training continues from its last checkpoint.
+
+    Raises:
+        UserError: If the config, the data or the machine do not allow it, or the loss is not finite.
+    """
+    folder = task.folder / 'train'
+    cfg = config_of(task)
+    hook = dict(type='replk_mm.SuiteHook', progress=str(folder / 'progress.json'))
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
+    begun = last_checkpoint(folder) if folder.is_dir() else None
+    notes = prepare_training(cfg, Options(
+        data_root=task.data_root, work_dir=str(folder), max_iters=task.row.iterations, resume='auto' if begun else None,
+        seed=task.seed, launcher=task.launcher, device=task.device))
+    batch, crop, processes = cfg.train_dataloader.batch_size, crop_of(cfg), processes_of(task.launcher)[0]
+    precision = dict(AmpOptimWrapper=str(cfg.optim_wrapper.get('dtype') or 'float16')).get(
+        str(cfg.optim_wrapper.get('type')), 'float32')
+    if cfg.optim_wrapper.get('type') == 'replk_mm.BFloat16OptimWrapper':
+        precision = 'bfloat16'
+    protocol = dict(crop=list(crop) if crop else None, batch=batch * processes,
+                    pretraining=task.pretraining or pretraining_of(cfg), precision=precision)
+    if begun:  # the config no longer has the initial weights
+        protocol['pretraining'] = read_json(folder / 'protocol.json').get('pretraining', protocol['pretraining'])
+    elif get_rank() == 0:
+        write_json(folder / 'protocol.json', protocol)
+    last = engine.train(cfg, notes)
+    barrier()  # the first process writes the checkpoint
+    done = read_json(folder / 'progress.json')
+    iterations = done.get('iteration') or 0
+    protocol.update(iterations=iterations, samples_seen=iterations * batch * processes)
+    return Found(
+        dict(seconds=done.get('seconds'), iterations=iterations, samples_seen=protocol['samples_seen']), protocol,
+        dict(notes=notes, resumed_from=cfg.load_from if begun else None, processes=processes),
+        dict(work_dir=str(folder.relative_to(task.work_dir))), checkpoint_record(str(last), True))
+
+
+def pretraining_of(cfg: Config) -> str:
+    """What a config's backbone was pretrained on, as the papers name it; for unknown weights their file name."""
+    named = next((initial['checkpoint'] for initial in as_list((cfg.model.get('backbone') or {}).get('init_cfg'))
+                  if initial.get('type') == 'Pretrained'), None)
+    if not named:
+        return 'none'
+    known = next((entry['pretraining'] for entry in published.table('weights') if entry['url'] == named), None)
+    return known or ('ImageNet-1K' if named.startswith(_IMAGENET) else Path(named).name)
+
+
+def curve(task: Task) -> Found:
+    """Loss and validation metric along the training, from its logs."""
+    cfg, folder = config_of(task), task.folder / 'train'
+    if task.data_root:
+        set_data_root(cfg, task.data_root)
+    values, facts = read_curve(folder)
+    return Found(values, protocol(task, cfg, split_data(cfg, 'val')[0]), facts, checkpoint=weights_record(task))
+
+
+def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values and facts of the curve of a training.
+
+    Args:
+        folder: Work dir of the training.
+
+    Raises:
+        UserError: If it has no logs.
+    """
+    loss: dict[int, float] = {}
+    metric: dict[int, float] = {}
+    epochs: dict[int, int] = {}
+    name = None
+    for line in _scalars(folder):
+        step: int = line.get('step', 0)
+        if 'loss' in line:
+            loss[step] = line['loss']
+            epochs[line.get('epoch')] = step
+        for key in PRIMARY:
+            if key in line and 'loss' not in line:
+                name = key
+                # where epochs are counted, the step of a validation is its epoch
+                metric[epochs.get(step, step)] = line[key] * (100 if 'mAP' in key else 1)
+    if not loss:
+        raise UserError(f'{folder}: no log of a training (vis_data/scalars.json)')
+    best = max(metric, key=lambda step: metric[step], default=None)
+    return (dict(loss=sorted(map(list, loss.items())), metric=sorted(map(list, metric.items())), name=name),
+            dict(best=None if best is None else dict(iteration=best, value=metric[best])))
+
+
+def _scalars(folder: Path) -> Iterator[dict[str, Any]]:
+    # In the order of their start: what a later process has repeated counts.
+    for file in sorted(folder.glob('*/vis_data/scalars.json')):
+        for line in file.read_text().splitlines():
+            try:
+                found = json.loads(line)
+            except ValueError:  # a process was killed while it wrote
+                continue
+            yield {key: value for key, value in found.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+# ---- weights and test
+
+def weights_of(task: Task) -> str | None:
+    """The row's trained weights; None if they are random.
+
+    Raises:
+        UserError: If the file is missing.
+    """
+    if task.row.trains:
+        folder = task.folder / 'train'
+        last = last_checkpoint(folder) if folder.is_dir() else None
+        if last is None:
+            raise UserError(f'{folder}: no checkpoint\nRemove {task.folder} and its records to train again.')
+        return last
+    if task.checkpoint and '://' not in task.checkpoint and not Path(task.checkpoint).is_file():
+        raise UserError(f'{task.checkpoint}: no such checkpoint\nPut the weights of {task.row.name} there, or change the '
+                        f"row's checkpoint.")
+    return task.checkpoint
+
+
+def weights_record(task: Task) -> dict[str, Any] | None:
+    """The ``checkpoint`` of records; None for random weights."""
+    path = weights_of(task)
+    return checkpoint_record(path, task.row.trains) if path else None
+
+
+def checkpoint_record(path: str, trained: bool) -> dict[str, Any]:
+    """The ``checkpoint`` of records."""
+    file = checkpoints.fetch(path)
+    meta = checkpoints.read(file).get('meta') or {}
+    return dict(path=path, sha256=sha256(file), iteration=meta.get('iter'), trained=trained)
+
+
+def metric(task: Task) -> Found:
+    """Test the row's weights, and once more reparameterized where there are kernels to merge.
+
+    Raises:
+        UserError: If the data or weights do not fit, or the metric is not finite.
+    """
+    checkpoint = weights_of(task)
+    assert checkpoint
+    cfg, found = _test(task, checkpoint, False)
+    metrics = _finite(found.metrics)
+    primary = next((name for name in PRIMARY if name in metrics), None)
+    if primary is None:
+        raise UserError(f'{task.config}: the test reports none of {", ".join(PRIMARY)}: {", ".join(metrics)}')
+    if metrics[primary] is None:
+        raise UserError(f'{primary} is not a finite number\nThe test labels may contain none of the classes.')
+    values: dict[str, Any] = dict(
+        metrics=metrics, images=found.images, primary=primary, unit=PRIMARY[primary],
+        per_class={name: _finite(of) for name, of in found.per_class.items()})
+    below = (task.folder / 'test').relative_to(task.work_dir)
+    if get_rank() == 0:
+        results.write(results.record(cfg, checkpoint, found, False), task.folder / 'test' / 'metrics.json')
+    merged = complexity_config.merge(complexity_config.build(config_of(task)))[1].merged
+    if merged and not found.meta.get('replk_mm', {}).get('reparameterized'):
+        values['reparameterized'] = dict(metrics=_finite(_test(task, checkpoint, True)[1].metrics))
+    data, where = split_data(cfg, 'test')
+    root, work_dir = Path(where['root']), task.work_dir.resolve()
+    if root.is_relative_to(work_dir):  # stays valid when results are copied
+        where['root'] = str(root.relative_to(work_dir))
+    return Found(
+        values, protocol(task, cfg, data),
+        dict(data=where, loaded=found.load, seconds=found.seconds, notes=found.notes,
+             test=results.protocol(cfg, False)),
+        dict(predictions=str(below / 'predictions'), metrics=str(below / 'metrics.json')),
+        checkpoint_record(checkpoint, task.row.trains))
+
+
+def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluation]:
+    cfg = config_of(task)
+    options = Options(data_root=task.data_root, work_dir=str(task.folder / 'test_logs'), launcher=task.launcher,
+                      device=task.device)
+    return cfg, evaluate(cfg, checkpoint, options, reparam=reparam,
+                         predictions=None if reparam else task.folder / 'test' / 'predictions')
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Metrics in percent, COCO's too; None for what is not finite, such as the AP of a size that no object has."""
+    return {name: (100 * value if 'mAP' in name else value) if math.isfinite(value) else None
+            for name, value in metrics.items() if isinstance(value, (int, float)) and name not in ('data_time', 'time')}
+
+
+def protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for two metrics to be ranked.
+
+    Args:
+        task: The row.
+        cfg: Its config as it was tested.
+        data: From :func:`split_data`.
+    """
+    trained = records.of_task(task).get('train', {}).get('protocol', {})
+    test_cfg = cfg.model.get('test_cfg') or {}
+    iteration = None if task.row.trains else (weights_record(task) or {}).get('iteration')
+    steps = [step.get('load', step) for step in as_list(next(datasets_of(cfg, ('test',))).get('pipeline', []))]
+    scales = [{key: step[key] for key in ('scale', 'scale_factor', 'keep_ratio') if key in step}
+              for step in steps if 'Resize' in str(step.get('type'))]
+    return dict(
+        task='detection' if cfg.get('default_scope') == 'mmdet' else 'segmentation', data=data,
+        mode=test_cfg.get('mode', 'whole'),
+        **{key: list(test_cfg[key]) for key in ('crop_size', 'stride') if key in test_cfg},
+        scales=scales, tta=False, crop=trained.get('crop'), iterations=trained.get('iterations', iteration),
+        batch=trained.get('batch'), samples_seen=trained.get('samples_seen'),
+        pretraining=trained.get('pretraining', task.pretraining), precision=trained.get('precision'))
+
+
+def split_data(cfg: Config, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The images and labels of a split.
+
+    Args:
+        cfg: With its data root set.
+        split: ``'val'`` or ``'test'``.
+
+    Returns:
+        For the protocol: name of the data root, SHA-256 of names and sizes of all files, number of images. For the
+        facts: where a report finds them, and what labels mean.
+    """
+    scope = cfg.get('default_scope', 'mmengine')
+    init_default_scope(scope)
+    files: list[tuple[str, int]] = []
+    images = 0
+    for dataset in datasets_of(cfg, (split,)):
+        root = str(dataset.get('data_root') or '.')
+        built = DATASETS.build({**dataset, 'pipeline': []})
+        images += len(built)
+        info = [built.get_data_info(i) for i in range(len(built))]
+        named = [one.get(key) for one in info for key in ('img_path', 'seg_map_path')]
+        files += sorted((os.path.relpath(path, root), Path(path).stat().st_size)
+                        for path in (*named, getattr(built, 'ann_file', '')) if path and Path(path).is_file())
+    return dict(root=Path(root).name, sha256=fingerprint(files), images=images), layout(dataset, scope)
+
+
+def layout(dataset: dict, scope: str) -> dict[str, Any]:
+    """Where a data set has its images and labels, and what labels mean."""
+    root = str(dataset.get('data_root') or '.')
+    kind = dataset_class(dataset, scope)
+    prefix = dataset_option(dataset, kind, 'data_prefix', {}) or {}
+    coco = coco_style(dataset, scope)
+    annotations = dataset['ann_file'] if coco else None
+    if annotations and Path(annotations).is_absolute():
+        annotations = os.path.relpath(annotations, root)
+    palette = (dataset.get('metainfo') or {}).get('palette') or getattr(kind, 'METAINFO', {}).get('palette') or ()
+    return dict(
+        root=str(Path(root).resolve()), images=prefix.get('img_path') or prefix.get('img'),
+        labels=None if coco else prefix.get('seg_map_path'),
+        image_suffix=None if coco else dataset_option(dataset, kind, 'img_suffix', '.jpg'),
+        label_suffix=None if coco else dataset_option(dataset, kind, 'seg_map_suffix', '.png'),
+        annotations=annotations, classes=list(classes_of(dataset, scope) or ()), palette=[list(c) for c in palette],
+        ignored=0 if dataset_option(dataset, kind, 'reduce_zero_label', False) else 255)
+
+
+# ---- cost
+
+def complexity(task: Task) -> Found:
+    """Parameters and multiply-accumulates; needs no weights."""
+    paper = published.for_config(task.row.config.rpartition('::')[2])
+    shape = task.row.macs_shape or (paper.input if paper else None)
+    found = complexity_config.report(task.config, shape and (shape[0], shape[1]), dict(task.row.options) or None)
+    before, after = found.training, found.deployed
+    return Found(
+        dict(parameters=before.parameters, inference_parameters=before.inference_parameters, macs=before.macs,
+             merged_parameters=after.inference_parameters, merged_macs=after.macs,
+             parts=[asdict(part) for part in before.parts]),
+        dict(shape=list(found.shape), counter='replk_mm.analysis.complexity'),
+        dict(changes=found.changes, notes=before.notes, uncounted=[asdict(operator) for operator in before.uncounted]))
+
+
+def speed(task: Task) -> Found:
+    """Milliseconds of inference, from image to result, before and after reparameterization, in turns."""
+    job, cfg = _job(task)
+    built = build_for_inference(cfg, job.checkpoint, device=job.device, classes=False, packed=False)
+    net: Any = built.model
+    if not job.checkpoint:
+        plain.randomize(net, task.seed)
+    merged = bool(built.meta.get('replk_mm', {}).get('reparameterized'))
+    nets: dict[str, Any] = {} if merged else dict(training=net)
+    nets['reparameterized'] = reparameterize(copy.deepcopy(net), inplace=True)[0]
+    for each in nets.values():
+        pack(each)
+    set_shape(nets.values(), job.shape)
+    load = os.getloadavg()[0]
+    work = Workload(cfg, net, job.batch, job.shape, job.device)
+    found = measure({form: work.inference(each) for form, each in nets.items()}, seconds=_SECONDS)
+    forms = {}
+    for form in nets:
+        of = found.timing(form)
+        forms[form] = dict(median_ms=of.median, low_ms=of.low, high_ms=of.high, throughput=1e3 * job.batch / of.median)
+    faster = None if merged else asdict(found.times_as_fast('reparameterized', 'training'))
+    return Found(dict(forms=forms, times_as_fast=faster, batch=job.batch), _machine(job),
+                 dict(rounds=found.rounds, warmup=found.warmup, load_before=load), checkpoint=weights_record(task))
+
+
+def memory(task: Task) -> Found:
+    """Bytes that inference and a training step need at their peak beyond the loaded network, each in its own process."""
+    job, cfg = _job(task)
+    values: dict[str, int | None] = dict(inference_bytes=_memory(job), training_bytes=None)
+    facts: dict[str, Any] = {}
+    batch = task.row.batch or smallest_batch(complexity_config.build(cfg), 'train')
+    try:
+        values['training_bytes'] = _memory(replace(job, mode='train', form='training', checkpoint=None, batch=batch))
+    except UserError as error:  # what is too large to train here can still run
+        facts['training'] = str(error)
+    return Found(values, {**_machine(job), 'training_batch': batch}, facts, checkpoint=weights_record(task))
+
+
+def _memory(job: Job) -> int | None:
+    grown = memory_of(job, plain.OURS, 'float32', True)
+    if isinstance(grown, str):
+        raise UserError(f'memory of {job.mode}: {grown}')
+    return grown
+
+
+def _job(task: Task) -> tuple[Job, Config]:
+    options = dict(task.row.options) or None
+    height, width = task.row.shape or default_shape(task.config, options)
+    job = Job(task.config, True, batch=task.row.batch or 1, options=options, checkpoint=weights_of(task),
+              shape=(height, width), device=select_device(task.device), threads=torch.get_num_threads())
+    return job, fitted_config(job)[0]
+
+
+def _machine(job: Job) -> dict[str, Any]:
+    of = environment()
+    return dict(device=of['gpu'] if job.device != 'cpu' else 'cpu', cpu=of['cpu'], threads=job.threads,
+                shape=list(job.shape), batch=job.batch, precision='float32', torch=of['torch'])
+
+
+# ---- what the network uses
+
+def erf(task: Task) -> Found:
+    """Effective receptive field of the backbone on images of the test split."""
+    from replk_mm.analysis.erf import measure_erf  # imports matplotlib
+    cfg = config_of(task)
+    if task.data_root:
+        set_data_root(cfg, task.data_root)
+    of = layout(next(datasets_of(cfg, ('test',))), cfg.get('default_scope', 'mmengine'))
+    size = task.row.erf.size or max(default_shape(task.config, dict(task.row.options) or None))
+    out = task.folder / 'erf'
+    found = measure_erf(config_of(task), weights_of(task), Path(of['root'], of['images'] or ''), size,
+                        task.row.erf.count or _ERF_IMAGES, out, device=task.device, seed=task.seed)
+    below = out.relative_to(task.work_dir)
+    return Found(found.values(), found.protocol(), dict(notes=found.notes(), backbone=found.backbone),
+                 dict(heat_map=str(below / 'erf.png'), matrix=str(below / 'erf.npz')), weights_record(task))
+
+
+def shape_bias(task: Task) -> Found:
+    """Decisions by shape or by texture, on scenes where the two disagree."""
+    from replk_mm.analysis import shape_bias  # imports matplotlib
+    checkpoint = weights_of(task)
+    assert checkpoint
+    cfg, out = config_of(task), task.folder / 'shape_bias'
+    root = task.data_root or str(next(datasets_of(cfg, ('test',))).get('data_root'))
+    found = shape_bias.measure(cfg, checkpoint, Path(root), out, task.device)
+    below = out.relative_to(task.work_dir)
+    return Found(found.values(), found.protocol(), {},
+                 dict(picture=str(below / 'shape_bias.png'), decisions=str(below / 'shape_bias.json')),
+                 weights_record(task))
+
+
+TABLE: Mapping[str, Measure] = dict(train=train, complexity=complexity, metric=metric, curve=curve, erf=erf,
+                                    shape_bias=shape_bias, speed=speed, memory=memory)

@@ -1,0 +1,272 @@
+"""Run what is left of a suite: every row and seed in a process of its own, so that one that dies harms no other."""
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import replk_mm
+from replk_mm.bench import records
+from replk_mm.bench.schema import Task, now
+from replk_mm.bench.suites.worker import BUSY, DISTRIBUTED, SUITE_PID
+from replk_mm.errors import printable
+from replk_mm.files import write_atomic
+
+#: Measurements that a busy machine would falsify.
+ALONE = ('speed', 'memory')
+#: Seconds that processes have to end after SIGTERM, in which a training writes a checkpoint.
+_GRACE = 30.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run tasks.
+
+    Attributes:
+        jobs: Processes at a time.
+        launcher: ``'none'``, ``'pytorch'`` or ``'slurm'``: how training and test of a row are started.
+        processes: Of each row, under a launcher.
+        module: What a process runs, ``python -m``.
+    """
+
+    jobs: int = 1
+    launcher: str = 'none'
+    processes: int = 1
+    module: str = 'replk_mm.bench.suites.worker'
+
+
+def stages(tasks: Sequence[Task], settings: Settings) -> list[tuple[int, list[Task]]]:
+    """What runs one after the other: how many processes at a time, and their tasks.
+
+    Measurements that the processes of a launcher make together come first, those that need a quiet machine at the end.
+    """
+    if settings.jobs == 1 and settings.launcher == 'none':
+        return [(1, list(tasks))]
+    first, last = [], []
+    for task in tasks:
+        together = tuple(m for m in task.measures
+                         if (m not in ALONE if settings.launcher == 'none' else m in DISTRIBUTED))
+        rest = tuple(m for m in task.measures if m not in together)
+        if together:
+            first.append(task.part(together, settings.launcher))
+        if rest:
+            last.append(task.part(rest))
+    return [(jobs, part) for jobs, part in ((settings.jobs, first), (1, last)) if part]
+
+
+class Runner:
+    """Runs tasks in processes, and shows how far they are.
+
+    Args:
+        settings: How.
+        environment: Returns versions and hardware, for the records of processes that died.
+        console: Where progress is shown. Defaults to standard error.
+    """
+
+    def __init__(self, settings: Settings, environment: Callable[[], dict[str, Any]], console: Console | None = None) -> None:
+        self.settings, self.environment = settings, environment
+        self.console = console or Console(stderr=True)
+        self.progress = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                                 console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._running: set[subprocess.Popen] = set()
+        self._lock, self._interrupted = threading.Lock(), False
+        self._ended = self._count = 0
+
+    def run(self, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
+        """Run tasks to their end.
+
+        Args:
+            tasks: From :func:`replk_mm.bench.suites.plan.tasks_left`.
+
+        Returns:
+            What failed, with the reason.
+
+        Raises:
+            KeyboardInterrupt: On Ctrl-C or SIGTERM, after all processes have ended.
+        """
+        failed: list[tuple[Task, str]] = []
+        parts = stages(tasks, self.settings)
+        self._count = sum(len(part) for _, part in parts)
+        with _sigterm_interrupts(), self.progress:
+            for jobs, part in parts:
+                untrained = {task.name for task, reason in failed if reason.startswith('train: ')}
+                left = [task for task in part if task.name not in untrained]
+                self._count -= len(part) - len(left)
+                failed += self._together(left, jobs)
+        return failed
+
+    def _together(self, tasks: list[Task], jobs: int) -> list[tuple[Task, str]]:
+        slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(jobs):
+            slots.put(slot)
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = {pool.submit(self._run_one, task, jobs, slots): task for task in tasks}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._end()
+                raise
+        return [(task, reason) for future, task in futures.items() for reason in future.result()]
+
+    def _run_one(self, task: Task, jobs: int, slots: 'queue.SimpleQueue[int]') -> list[str]:
+        """Run a task in a process; returns why measurements failed, ``'MEASUREMENT: why'`` each."""
+        slot, started = slots.get(), now()
+        offset, logged = (path.stat().st_size if path.exists() else 0 for path in (task.results, task.log))
+        bar = self.progress.add_task(task.name, total=None)
+        with self._lock:
+            if self._interrupted:
+                return []
+            process = self._start(task, jobs, slot)
+            self._running.add(process)
+        while process.poll() is None:
+            time.sleep(0.1)
+            training = records.read_json(task.folder / 'train' / 'progress.json')
+            self.progress.update(bar, total=training.get('iterations'), completed=training.get('iteration', 0))
+        with self._lock:
+            self._running.discard(process)
+            if self._interrupted:
+                return []
+        _kill(process, signal.SIGKILL)  # its data loaders may have survived it
+        new = {record['measurement']: record for record in records.since(task.results, offset)}
+        reasons = self._failures(task, process.returncode, new, started, logged)
+        slots.put(slot)
+        self.progress.remove_task(bar)
+        self._ended += 1
+        line = f'FAILED: {"; ".join(r.splitlines()[0] for r in reasons)} ({task.log})' if reasons else figures(new)
+        self.console.print(printable(f'[{self._ended}/{self._count}] {task.name}: {line}  '
+                                     f'[{timedelta(seconds=round((now() - started).total_seconds()))}]'),
+                           markup=False, highlight=False, soft_wrap=True)
+        return reasons
+
+    def _start(self, task: Task, jobs: int, slot: int) -> subprocess.Popen:
+        file = write_atomic(task.folder / 'task.json', task.model_dump_json(indent=1))
+        processes = self.settings.processes if task.launcher != 'none' else 1
+        # Under Slurm a process may be on another machine, and ends with its job step.
+        environment = {**os.environ, SUITE_PID: '' if task.launcher == 'slurm' else str(os.getpid()),
+                       'PYTHONPATH': os.pathsep.join(filter(None, [str(Path(replk_mm.__file__).parents[1]),
+                                                                   os.environ.get('PYTHONPATH')]))}
+        if jobs * processes > 1:
+            environment['OMP_NUM_THREADS'] = str(max(1, _threads() // (jobs * processes)))
+        visible = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
+        if jobs > 1 and len(visible) > processes and task.launcher != 'slurm':  # which assigns them itself
+            environment['CUDA_VISIBLE_DEVICES'] = ','.join(devices_of(visible, slot, processes))
+        with task.log.open('ab') as log:
+            return subprocess.Popen(command(task, file, self.settings), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                    env=environment, start_new_session=True)
+
+    def _failures(self, task: Task, status: int, new: Mapping[str, dict], started: Any, logged: int) -> list[str]:
+        """Why measurements of a process that has ended failed; if it died, that is recorded."""
+        if status == BUSY:
+            return ['another process is running this row and seed']
+        reasons = [f'{name}: {record["reason"]}' for name, record in new.items() if record['status'] == 'failed']
+        missing = [name for name in records.left(task) if name not in new]
+        # A process stops by itself after a failed training, and after any failure under a launcher.
+        stopped = any(reason.startswith('train: ') for reason in reasons) or (reasons and task.launcher != 'none')
+        if missing and not stopped:
+            reason = death(status, task.log, logged)
+            records.fail(task, missing[0], started, self.environment(), reason)
+            reasons.append(f'{missing[0]}: {reason}')
+        return reasons
+
+    def _end(self) -> None:
+        with self._lock:
+            self._interrupted = True
+            running = list(self._running)
+        for process in running:
+            _kill(process, signal.SIGTERM)
+        end = time.monotonic() + _GRACE
+        for process in running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0., end - time.monotonic()))
+            _kill(process, signal.SIGKILL)
+
+
+def devices_of(visible: Sequence[str], slot: int, count: int) -> list[str]:
+    """The devices of one of several tasks that run at a time: ``count`` of the visible ones, in turn."""
+    return [visible[(slot * count + i) % len(visible)] for i in range(count)]
+
+
+def command(task: Task, file: Path, settings: Settings) -> list[str]:
+    """The command line of a task's process or processes."""
+    worker = ['-m', settings.module, str(file)]
+    if task.launcher == 'pytorch':
+        return [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                '--nproc-per-node', str(settings.processes), *worker]
+    if task.launcher == 'slurm':
+        return ['srun', '--ntasks', str(settings.processes), '--kill-on-bad-exit=1', sys.executable, *worker]
+    return [sys.executable, *worker]
+
+
+def death(status: int, log: Path, start: int = 0) -> str:
+    """Why a process died that could not say so itself.
+
+    Args:
+        status: Of its end; negative for a signal.
+        log: Its output, whose last lines are quoted.
+        start: Size of the log when the process began.
+    """
+    number = -status if status < 0 else status - 128
+    reason = f'ended with status {status}'
+    if number in {*signal.Signals}:
+        why = {signal.SIGKILL: ' (killed: out of memory?)', signal.SIGBUS: ' (shared memory full?)'}
+        reason = f'ended by signal {number}, {signal.Signals(number).name}{why.get(signal.Signals(number), "")}'
+    said = log.read_bytes()[start:].decode(errors='replace') if log.exists() else ''
+    lines = [line.strip()[-300:] for line in said.splitlines() if line.strip()]
+    return '\n'.join([reason, *lines[-3:]])
+
+
+def figures(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The figures of a row in one line, from its records by measurement."""
+    values = {name: record['values'] for name, record in found.items() if record['status'] == 'done'}
+    words = []
+    if metric := values.get('metric'):
+        words.append(f'{metric["primary"]} {metric["metrics"][metric["primary"]]:.2f}')
+    if of := values.get('complexity'):
+        words.append(f'{of["inference_parameters"] / 1e6:.2f} M parameters, {of["macs"] / 1e9:.2f} G MACs')
+    if speed := values.get('speed'):
+        words += [f'{form} {of["median_ms"]:.1f} ms' for form, of in speed['forms'].items()]
+    words += [f'{name.removesuffix("_bytes")} {size / 2**20:.0f} MiB'
+              for name, size in values.get('memory', {}).items() if name.endswith('_bytes') and size]
+    return ', '.join(words) or ', '.join(values) or 'nothing measured'
+
+
+def _threads() -> int:
+    """Threads that all processes share: the usable cores, or OMP_NUM_THREADS if that is less."""
+    cores = len(psutil.Process().cpu_affinity())
+    limit = os.environ.get('OMP_NUM_THREADS', '')
+    return min(cores, int(limit)) if limit.isdigit() and int(limit) else cores
+
+
+def _kill(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to a process and those that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM, which Slurm sends at the time limit, end the suite as Ctrl-C does."""
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

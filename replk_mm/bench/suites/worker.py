@@ -1,0 +1,168 @@
+"""The process of one row and seed of a suite: make the measurements of its task, and record each when it is made.
+
+    python -m replk_mm.bench.suites.worker runs/ROW/SEED/task.json
+
+Of several processes under torchrun or Slurm the first one records.
+"""
+import contextlib
+import fcntl
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from replk_mm.bench import records
+from replk_mm.bench.schema import Task, now
+from replk_mm.errors import INTERRUPTED_STATUS, UserError, message_of
+
+#: Environment variable with the process id of the suite.
+SUITE_PID = 'REPLK_MM_SUITE_PID'
+#: Exit status of a process whose row another process is running.
+BUSY = 75
+#: Measurements that the processes of a launcher make together.
+DISTRIBUTED = ('train', 'metric')
+
+
+@dataclass
+class Found:
+    """The result of a measurement; plain data.
+
+    Attributes:
+        values: The figures.
+        protocol: What must be equal for values to be ranked together.
+        facts: Anything else.
+        files: Paths relative to the work dir, by what they are.
+        checkpoint: The weights that were measured, None for random ones.
+    """
+
+    values: dict[str, Any]
+    protocol: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    checkpoint: dict[str, Any] | None = None
+
+
+Measure = Callable[[Task], Found]
+
+
+class BusyError(Exception):
+    """Another process is running the same row and seed."""
+
+
+def perform(task: Task, table: Mapping[str, Measure], environment: dict[str, Any], rank: int = 0) -> bool:
+    """Make the measurements of a task; one that fails is recorded with its reason, and the next one follows.
+
+    Args:
+        task: What to do.
+        table: The function of each measurement.
+        environment: Versions and hardware, for the records.
+        rank: Of this process among those of the row.
+
+    Returns:
+        Whether everything was measured.
+    """
+    complete = True
+    for name in task.measures:
+        started = now()
+        if rank == 0:
+            print(f'== {task.name}: {name}', flush=True)
+        try:
+            found = table[name](task)
+            if rank == 0:
+                records.append(task.record(name, started, environment, **vars(found)), task.results)
+        except Exception as error:  # other measurements and rows go on
+            traceback.print_exc()
+            complete = False
+            if rank == 0:
+                records.fail(task, name, started, environment, reason_of(error))
+            if name == 'train' or task.launcher != 'none':
+                break  # without weights nothing else can be measured; other ranks may wait for this one
+    return complete
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in words: the message of a user error, or type and first line of another one."""
+    if isinstance(error, UserError):
+        return message_of(error)
+    return f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'
+
+
+@contextlib.contextmanager
+def locked(folder: Path, patience: float = 20.) -> Iterator[None]:
+    """Keep other processes from the same row and seed.
+
+    Args:
+        folder: Of the row and seed.
+        patience: Seconds to wait for another process, as one whose suite was just killed.
+
+    Raises:
+        BusyError: If another process does not end in time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / 'lock').open('a') as file:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise BusyError(f'{folder}: another process is running this row and seed') from None
+                time.sleep(0.05)
+        yield
+
+
+def end_with_suite() -> None:
+    """End this process and its group when the suite that started it is gone: a killed suite cannot end them itself."""
+    suite = int(os.environ.get(SUITE_PID) or 0)
+
+    def watch() -> None:
+        while psutil.pid_exists(suite) and psutil.Process(suite).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.3)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    if suite:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', patience: float = 20.) -> int:
+    """Run a task.
+
+    Args:
+        path: The task's file.
+        measurements: Module with ``TABLE`` and ``environment()``.
+        patience: See :func:`locked`.
+
+    Returns:
+        Status: 0 if all was measured, 1 if not, :data:`BUSY` if another process runs the row, 130 if interrupted.
+    """
+    end_with_suite()
+    task = Task.model_validate_json(Path(path).read_text())
+    rank = int(os.environ.get(dict(pytorch='RANK', slurm='SLURM_PROCID').get(task.launcher, ''), 0))
+    try:
+        with locked(task.folder, patience) if rank == 0 else contextlib.nullcontext():
+            if task.launcher == 'none':  # the process of a killed suite may have gone further meanwhile
+                task = task.part(records.left(task))
+            module = importlib.import_module(measurements)  # imports torch
+            return 0 if perform(task, module.TABLE, module.environment(), rank) else 1
+    except BusyError as error:
+        print(error, flush=True)
+        return BUSY
+    except KeyboardInterrupt as error:  # not a failure: the row continues when the suite does
+        print(error or 'interrupted', flush=True)
+        return INTERRUPTED_STATUS
+
+
+if __name__ == '__main__':
+    from replk_mm.cli import start_process
+    start_process()
+    sys.exit(main(sys.argv[1]))

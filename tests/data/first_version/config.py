@@ -1,0 +1,3 @@
+model = dict(a=1)
+test_dataloader = dict()
+default_scope = 'mmseg'
