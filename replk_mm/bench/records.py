@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from replk_mm.bench.schema import MEASUREMENTS as MEASUREMENTS
 from replk_mm.bench.schema import Task, complaint
 from replk_mm.errors import printable
 from replk_mm.files import sha256, write_atomic
