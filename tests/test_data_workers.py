@@ -1,48 +1,46 @@
-"""Processes that load data end with the one that they load for."""
+"""Signals to a whole job, as terminals and Slurm send them: data workers outlive them, the state is saved."""
+import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from tiny import tool_environment
+from tiny import ROOT, tiny, tool_environment  # noqa: F401
 
-# Samples larger than a pipe holds: a worker waits until one is taken.
-CODE = """
-import multiprocessing, os, signal, sys
-import numpy as np
-from torch.utils.data import Dataset
-from replk_mm.engine.runner import Runner
+from replk_mm.errors import INTERRUPTED_STATUS, STOPPED_STATUS
 
-class Large(Dataset):
-    def __len__(self):
-        return 1000
-    def __getitem__(self, index):
-        return np.full(2**20, os.getpid())
-
-if __name__ == '__main__':
-    multiprocessing.set_start_method(sys.argv[1])
-    loader = Runner.build_dataloader(dict(
-        dataset=Large(), sampler=dict(type='DefaultSampler', shuffle=False), batch_size=1, num_workers=2,
-        collate_fn=dict(type='pseudo_collate')), seed=0)
-    batches = iter(loader)
-    print(*sorted({int(next(batches)[0][0]) for _ in range(4)}), flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
+# ruff: noqa: F811 (fixtures that come from another file)
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='asks the Linux kernel')
-@pytest.mark.parametrize('start', ['fork', 'forkserver', 'spawn'])
-def test_workers_end_when_their_process_is_killed(start, tmp_path):
-    (tmp_path / 'program.py').write_text(CODE)
-    ran = subprocess.run([sys.executable, str(tmp_path / 'program.py'), start], stdout=subprocess.PIPE, text=True, check=False,
-                         timeout=120, env=tool_environment())
-    workers = [int(word) for word in ran.stdout.split()]
-    assert len(workers) == 2
-    end = time.monotonic() + 20
-    while (left := [worker for worker in workers if not gone(worker)]) and time.monotonic() < end:
-        time.sleep(.1)
-    assert not left
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks for processes in /proc')
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, STOPPED_STATUS), (signal.SIGINT, INTERRUPTED_STATUS)])
+def test_a_signal_to_all_processes_saves_the_state(number, status, tiny, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / 'tools/train.py'), str(tiny.config), '--data-root', str(tiny.data), '--work-dir',
+         str(tmp_path), '--device', 'cpu', '--no-preflight', '--cfg-options', 'default_hooks.checkpoint.interval=5',
+         'train_cfg.val_interval=2000', 'train_dataloader.num_workers=2'],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=tool_environment(), start_new_session=True)
+    end = time.monotonic() + 120
+    while not (tmp_path / 'last_checkpoint').exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(.05)
+    workers = [int(path.name) for path in Path('/proc').glob('[0-9]*') if parent(path) == process.pid]
+    assert workers
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == status, error
+    assert f'stopped by {number.name}; --resume goes on from {(tmp_path / "last_checkpoint").read_text()}' in error
+    assert 'Traceback' not in error and all(gone(worker) for worker in workers)
+
+
+def parent(process: Path) -> int:
+    try:
+        return int((process / 'stat').read_text().rpartition(')')[2].split()[1])
+    except OSError:
+        return -1
 
 
 def gone(process: int) -> bool:

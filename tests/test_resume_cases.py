@@ -3,86 +3,31 @@ import os
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.registry import HOOKS, TRANSFORMS
 from mmengine.runner import IterBasedTrainLoop
 from resume_cases import config_with_signals, differences
-from test_exact_resume import EMA, EPOCHS, RANDOM, run
+from test_exact_resume import EPOCHS, run
 from tiny import ROOT, tiny, tool_environment  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 
 from replk_mm import checkpoints
 from replk_mm.engine import loops, prepare, stopping
 from replk_mm.engine.config import load_config
-from replk_mm.engine.loops import ValLoop
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.train import train
 from replk_mm.errors import INTERRUPTED_STATUS, Stopped, UserError, command
+from replk_mm.plain_data import log_buffer
 
 # ruff: noqa: F811 (fixtures that come from another file)
-
-
-@HOOKS.register_module()
-class CountHook(Hook):
-    """Notes the iterations that are trained."""
-
-    seen: list[int] = []
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        self.seen.append(runner.iter)
-
-
-@pytest.fixture
-def trained():
-    CountHook.seen.clear()
-    return CountHook.seen
-
-
-def epochs(tiny, folder: Path, work: Path, options=None, more: str = '', **changes) -> Path:
-    config = config_with_signals(folder, tiny.config, "dict(type='CountHook')", RANDOM + EPOCHS + more)
-    cfg = load_config(str(config), options)
-    cfg.experiment_name = f'{work.name}{os.urandom(4).hex()}'
-    return train(cfg, prepare_training(cfg, tiny.options(work, **{'seed': 5, **changes})), preflight=False)
-
-
-@pytest.mark.parametrize(('first', 'then', 'expected'), [(2, 4, [2, 3]), (4, 2, [1, 2, 3, 4])])
-def test_epochs_of_another_length_are_trained(first, then, expected, trained, tiny, tmp_path):
-    epochs(tiny, tmp_path, tmp_path / 'w', {'train_dataloader.batch_size': first, 'train_cfg.max_epochs': 1})
-    trained.clear()
-    # One epoch of four images is done; two more follow, of another number of batches.
-    last = epochs(tiny, tmp_path, tmp_path / 'w', {'train_dataloader.batch_size': then}, resume='auto')
-    assert trained == expected
-    assert last.name == 'epoch_3.pth'
-
-
-def test_an_epoch_that_changed_its_length_in_its_middle_begins_anew(trained, tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv('TEST_SIGNAL', 'SIGTERM:train:0')
-    with pytest.raises(Stopped):
-        epochs(tiny, tmp_path, tmp_path / 'w')
-    trained.clear()
-    epochs(tiny, tmp_path, tmp_path / 'w', {'train_dataloader.batch_size': 4}, resume='auto')
-    assert trained == [1, 2, 3]
-    assert any('begins anew: it had 2 batches' in file.read_text() for file in (tmp_path / 'w').glob('*/*.log'))
-
-
-def test_dynamic_intervals_are_those_of_the_iteration(tiny, tmp_path, monkeypatch):
-    validated = []
-    validate = ValLoop.run
-    monkeypatch.setattr(ValLoop, 'run', lambda loop: validate(loop) and validated.append(loop.runner.epoch))
-    more = 'train_cfg.update(val_interval=10, dynamic_intervals=[(2, 1)])\n'
-    monkeypatch.setenv('TEST_SIGNAL', 'SIGTERM:val:4')
-    with pytest.raises(Stopped):
-        epochs(tiny, tmp_path, tmp_path / 'w', more=more)
-    epochs(tiny, tmp_path, tmp_path / 'w', more=more, resume='auto')
-    assert validated == [1, 2, 3]
 
 
 def test_signals_between_two_checkpoints_leave_one_of_theirs(tiny, tmp_path, monkeypatch):
@@ -92,17 +37,6 @@ def test_signals_between_two_checkpoints_leave_one_of_theirs(tiny, tmp_path, mon
         with pytest.raises(Stopped):
             run(config, tiny, tmp_path / 'w', 8, 8, **({'resume': 'auto'} if i else {}))
     assert [p.name for p in (tmp_path / 'w').glob('iter_*.pth')] == ['iter_3.pth']
-
-
-def test_a_validation_between_two_steps_of_gradients_is_finished(tiny, tmp_path, monkeypatch):
-    config = config_with_signals(tmp_path, tiny.config, EMA, RANDOM)
-    options = {'optim_wrapper.accumulative_counts': 3}
-    straight = run(config, tiny, tmp_path / 'straight', 9, 9, options)
-    monkeypatch.setenv('TEST_SIGNAL', 'SIGTERM:val:4')
-    with pytest.raises(Stopped) as info:
-        run(config, tiny, tmp_path / 'stopped', 9, 9, options)
-    assert Path(info.value.checkpoint).name == 'iter_6.pth'
-    assert differences(straight, run(config, tiny, tmp_path / 'stopped', 9, 9, options, resume='auto')) == []
 
 
 @pytest.mark.parametrize('kind', ['IterBasedTrainLoop', None])
@@ -192,17 +126,35 @@ def test_gradients_of_any_of_several_optimizers_are_waited_for():
     assert done == [False, True, False, True]
 
 
-def test_factored_moments_are_resumed_and_half_a_state_is_not(tiny, tmp_path):
+def test_factored_moments_are_resumed(tiny, tmp_path):
     # Adafactor keeps other things of matrices than of vectors.
     options = {'optim_wrapper.optimizer': dict(_delete_=True, type='TorchAdafactor', lr=1e-3, weight_decay=0.01)}
-    last = tiny.train(tmp_path / 'w', 2, options)
+    tiny.train(tmp_path / 'w', 2, options)
     assert tiny.train(tmp_path / 'w', 4, options, resume='auto').name == 'iter_4.pth'
-    stored = torch.load(last, weights_only=False)
-    of_matrix = next(values for values in stored['optimizer']['state'].values() if 'row_var' in values)
-    del of_matrix['col_var']
-    torch.save(stored, tmp_path / 'half.pth')
-    with pytest.raises(UserError, match='half.pth: cannot be resumed: the state of the optimizer has col_var of some'):
-        tiny.train(tmp_path / 'x', 4, options, resume=str(tmp_path / 'half.pth'))
+
+
+def test_another_optimizer_is_refused(tiny, tmp_path):
+    last = tiny.train(tmp_path / 'w', 2)
+    options = {'optim_wrapper.optimizer': dict(_delete_=True, type='SGD', lr=.01, momentum=.9, weight_decay=0.)}
+    with pytest.raises(UserError, match='cannot be resumed: its optimizer is no SGD: it has no dampening') as info:
+        tiny.train(tmp_path / 'w', 4, options, resume='auto')
+    assert str(info.value).startswith(str(last))
+
+
+def test_checkpoints_of_the_first_version_resume(tiny, tmp_path):
+    """They held mmengine's log buffers and whatever numpy types hooks had left."""
+    last = tiny.train(tmp_path / 'w', 2, seed=3)
+    straight = tiny.train(tmp_path / 'w', 4, resume='auto')
+    content = checkpoints.read(last)
+    hub = content['message_hub']
+    hub['log_scalars'] = OrderedDict((key, log_buffer(value)) for key, value in hub['log_scalars'].items())
+    hub['runtime_info']['best_score'] = np.float64(.5)
+    hub['resumed_keys']['best_score'] = True
+    torch.save(content, tmp_path / 'old.pth')
+    resumed = tiny.train(tmp_path / 'x', 4, resume=str(tmp_path / 'old.pth'))
+    assert differences(straight, resumed) == []
+    logs = [checkpoints.read(path)['message_hub']['log_scalars']['train/loss']['values'] for path in (straight, resumed)]
+    assert len(logs[0]) == 4 and torch.equal(*logs)
 
 
 def test_a_checkpoint_at_an_address(tiny, tmp_path, monkeypatch):
@@ -227,36 +179,6 @@ def test_a_loader_without_a_batch_is_named(by_epoch, tiny, tmp_path):
         train(cfg, notes, preflight=False)
 
 
-# -- the rehearsal -----------------------------------------------------------------------------------------------------
-@TRANSFORMS.register_module()
-class Remembering:
-    """Counts the images that it has seen, as mixing augmentations do that keep some."""
-
-    def __init__(self):
-        self.seen = 0
-
-    def __call__(self, results):
-        self.seen += 1
-        remembered.append(self.seen)
-        return results
-
-
-remembered: list[int] = []
-
-
-def test_pipelines_that_remember_forget_the_rehearsal(tiny, tmp_path):
-    remembered.clear()
-    cfg, notes = tiny.prepare(tmp_path, 2)
-    cfg.train_dataloader.dataset.pipeline.insert(2, dict(type='mmengine.Remembering'))
-    train(cfg, notes)
-    assert remembered == [1, 2, 1, 2, 3, 4]
-
-
-def test_a_detector_that_finds_nothing_yet_is_trained(detector, tmp_path):
-    cfg = detector.cfg({'model.test_cfg.rcnn.score_thr': .9999, 'default_hooks.checkpoint.save_best': 'coco/bbox_mAP'})
-    notes = prepare_training(cfg, detector.options(tmp_path, max_iters=1, seed=1))
-    cfg.val_evaluator.type = 'mmdet.CocoMetric'
-    assert train(cfg, notes).name == 'iter_1.pth'
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

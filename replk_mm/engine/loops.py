@@ -1,4 +1,4 @@
-"""mmengine's training loops, which go on at the very sample where a run was stopped, and stop when they are asked to."""
+"""mmengine's training loops, which stop on a signal and resume at the very sample where a run was stopped."""
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from replk_mm.registry import LOOPS
 
 # Key of the message hub: the iteration that was last validated after. What begins with "val" mmengine logs.
 _VALIDATED = 'last_validation'
-# The current epoch, the iteration at which it began, and its batches.
+# The current epoch and the iteration at which it began; it may have fewer batches than its loader's length.
 _EPOCH = 'current_epoch'
 
 
@@ -111,15 +111,9 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
             Stopped: When a signal has asked for it, and the state is saved.
         """
         self.runner.call_hook('before_train')
-        # An epoch may have fewer batches than its loader says, or others than when the run was stopped: its beginning is kept.
-        kept = self.runner.message_hub.get_info(_EPOCH)
-        inside = kept and kept[0] == self._epoch and kept[1] < self._iter
-        begun = kept[1] if inside else self._iter
-        if inside and kept[2] != len(self.dataloader):
-            self.runner.logger.warning(f'epoch {self._epoch + 1} begins anew: it had {kept[2]} batches when the run was '
-                                       f'stopped, and has {len(self.dataloader)}')
+        epoch, begun, *_ = self.runner.message_hub.get_info(_EPOCH) or (-1, self._iter)
+        if epoch != self._epoch or begun == self._iter:  # not in the middle of an epoch
             begun = self._iter
-        if not inside:
             self._validate_if_due(self._epoch, self._max_epochs)
         while self._epoch < self._max_epochs and not self.stop_training:
             self._train_epoch(begun)
@@ -130,7 +124,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
 
     def _train_epoch(self, begun: int) -> None:
         """Train what is left of an epoch that began at an iteration."""
-        self.runner.message_hub.update_info(_EPOCH, [self._epoch, begun, len(self.dataloader)])
+        self.runner.message_hub.update_info(_EPOCH, [self._epoch, begun])
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         draws: Draws = self.dataloader.batch_sampler  # type: ignore[assignment]

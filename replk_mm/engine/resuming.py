@@ -1,16 +1,15 @@
 """Going on where a run was stopped: with which checkpoint, and what a config needs so that nothing differs then."""
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch.nn as nn
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 
 from replk_mm import checkpoints
 from replk_mm.data.checks.classes import compare_with_checkpoint
-from replk_mm.engine import resume_state
 from replk_mm.engine.machine import Options
 from replk_mm.errors import UserError
 
@@ -27,47 +26,34 @@ def last_checkpoint(work_dir: str | Path) -> str | None:
 
 
 def _checkpoints(work_dir: str | Path) -> list[Path]:
-    """All of a work directory's, and of where its last one is, the last first.
-
-    Times tell, for an earlier training in the same folder may have come further; but those of a copied folder may be of the
-    copying, and the file that names the last one is believed first.
-    """
-    record = Path(work_dir) / 'last_checkpoint'
-    text = find_latest_checkpoint(str(work_dir)) if record.is_file() else None
-    named = Path(text.strip()) if text and text.strip() else None
-    if named is not None and (moved := Path(work_dir) / named.name).is_file():
+    """All checkpoints of a work directory, the last first: the one that ``last_checkpoint`` names, then by time."""
+    record = Path(work_dir, 'last_checkpoint')
+    named = Path(record.read_text(errors='replace').strip()) if record.is_file() else Path(work_dir)
+    if (moved := Path(work_dir, named.name)).is_file():
         named = moved
-    folders = dict.fromkeys([Path(work_dir), *([named.parent] if named else [])])
-    numbers = {path: [int(n or 0) for n in match.groups()] for folder in folders for path in folder.glob('*.pth')
+    numbers = {path: [int(n or 0) for n in match.groups()] for path in Path(work_dir).glob('*.pth')
                if (match := _NAME.fullmatch(path.name)) and path.is_file()}
     latest = sorted(numbers, key=lambda path: (path.stat().st_mtime_ns, numbers[path]), reverse=True)
-    if named not in numbers:  # of another name: filename_tmpl
-        return [*([named] if named is not None and named.is_file() else []), *latest]
-    # A run that was killed between writing a checkpoint and naming it.
-    beyond = [path for path in latest if numbers[path] > numbers[named]
-              and path.stat().st_mtime_ns > record.stat().st_mtime_ns]
-    return [*beyond, named, *(path for path in latest if path != named and numbers[path] < numbers[named])]
+    return [*([named] if named.is_file() else []), *(path for path in latest if path != named)]
 
 
 def _last_whole(work_dir: str) -> tuple[Path | None, list[str]]:
-    """The last checkpoint that can be read, and a line for each that was passed over."""
+    """The last checkpoint that can be read, and a line for each that was skipped."""
     notes: list[str] = []
     for path in _checkpoints(work_dir):
         problem = _damage(path)
         if problem is None:
             return path, notes
-        notes.append(f'resume: {path} is damaged ({problem}); taking the one before it')
+        notes.append(f'resume: {path} is damaged ({problem}); using the previous one')
     return None, notes
 
 
 def _damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                return None  # not of torch's; unpacked it may be of any size, and the reader refuses it
-            wrong = archive.testzip()  # torch does not compare what it reads with the sums that it writes
+            wrong = archive.testzip()  # torch does not compare what it reads with the checksums that it writes
         return f'the content of {wrong} has changed' if wrong else None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zlib.error) as error:
         return str(error) or type(error).__name__
 
 
@@ -110,10 +96,9 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
                         + (' (reparameterized checkpoints are for inference)' if merged else '')
                         + '\nResume from a checkpoint that training wrote.')
     meta = loaded.get('meta')
-    if not isinstance(meta, Mapping) or not {'iter', 'epoch'} <= meta.keys():
-        raise UserError(f'{last}: cannot be resumed: it does not say at which iteration and epoch it was written\n'
+    if any((meta or {}).get(key) is None for key in ('iter', 'epoch')) or not isinstance(loaded.get('message_hub'), Mapping):
+        raise UserError(f'{last}: cannot be resumed: it lacks its iteration, its epoch or the state of the hooks\n'
                         f'Resume from a checkpoint that training wrote.')
-    resume_state.check(loaded, last)
     compare_with_checkpoint(cfg, meta, last, ('train',))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, last).items()}

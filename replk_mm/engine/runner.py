@@ -1,4 +1,4 @@
-"""mmengine's runner, mended where a run of ours needs it."""
+"""mmengine's runner with the changes that our runs need."""
 import os
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from replk_mm import checkpoints
 from replk_mm.data.transforms import check_loading
 from replk_mm.engine.checkpoint_hook import INTERIM
-from replk_mm.engine.data_workers import tie
 from replk_mm.engine.explain import explaining
+from replk_mm.engine.stopping import shield_workers
 from replk_mm.engine.wrappers import bare, each, num_classes_of
 from replk_mm.errors import UserError
 from replk_mm.plain_data import log_buffer, plain
@@ -36,8 +36,8 @@ class Runner(MMEngineRunner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
-        """Build a loader whose worker processes end with this one, in whatever way it ends."""
-        return tie(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed))
+        """Build a loader whose worker processes ignore the signals that stop this one."""
+        return shield_workers(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed))
 
     def build_train_loop(self, loop: dict) -> BaseLoop:
         """Build the loop with its loader and data set."""
@@ -76,11 +76,11 @@ class Runner(MMEngineRunner):
         return super().wrap_model(model_wrapper_cfg, model)
 
     def load_or_resume(self) -> None:
-        """Load or resume; an optimizer's state must be of this run's parameter groups."""
+        """Load or resume; the state of optimizer and schedules must fit those of the config."""
         try:
             super().load_or_resume()
             if self._resume:
-                _check_states(self.optim_wrapper)
+                _check_settings(self.optim_wrapper)
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             if not self._resume:
                 raise
@@ -103,13 +103,24 @@ class Runner(MMEngineRunner):
             return super().load_checkpoint(filename, map_location, strict, list(revise_keys))
         checkpoint = checkpoints.read(filename)
         checkpoint.get('meta', {}).pop('config', None)
-        logs = checkpoint.get('message_hub', {}).get('log_scalars', {})
-        logs.update({key: log_buffer(stored) for key, stored in logs.items()})
+        if self._resume:
+            self._restore_hub(checkpoint)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         _load_checkpoint_to_model(bare(self.model), checkpoint, strict, revise_keys=list(revise_keys))
         self._has_loaded = True
         self.logger.info(f'weights loaded from {filename}')
         return checkpoint
+
+    def _restore_hub(self, checkpoint: dict) -> None:
+        """Turn the plain data of a checkpoint's message hub into what mmengine's hooks expect."""
+        hub = checkpoint['message_hub']
+        hub['log_scalars'] = {key: log_buffer(stored) for key, stored in hub['log_scalars'].items()}
+        # The best checkpoint of another run is that run's: a better one here does not replace it.
+        others = [key for key, value in hub['runtime_info'].items()
+                  if key.startswith('best_ckpt') and Path(str(value)).parent.absolute() != Path(self.work_dir).absolute()]
+        for key in others:
+            hub['runtime_info'].pop(key)
+            hub['resumed_keys'].pop(key, None)
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
         """Call a method of every hook. What the hooks leave of a checkpoint to save is made plain data."""
@@ -160,18 +171,15 @@ class Runner(MMEngineRunner):
         return None
 
 
-def _check_states(optim_wrapper: OptimWrapper) -> None:
-    """See that an optimizer's state is complete: its first step would find out, with the name of a key and nothing else.
+def _check_settings(optim_wrapper: OptimWrapper) -> None:
+    """See that the parameter groups of a checkpoint, which replace those of the config, are of the same kind of optimizer.
 
     Raises:
-        ValueError: If parameters with as many dimensions, with the same settings on, have not the same kinds of state.
+        ValueError: If they lack a setting, which the first step would only report as a KeyError.
     """
     for optimizer in (wrapper.optimizer for wrapper in each(optim_wrapper)):
-        kinds: dict[tuple, set[str]] = {}
-        for group in optimizer.param_groups:
-            on = frozenset(key for key, value in group.items() if isinstance(value, (bool, int, float)) and value)
-            for parameter in group['params']:
-                state = set(optimizer.state.get(parameter, ()))
-                if state and kinds.setdefault((on, parameter.dim()), state) != state:
-                    differing = sorted(map(str, kinds[on, parameter.dim()] ^ state))
-                    raise ValueError(f'the state of the optimizer has {", ".join(differing)} of some parameters only')
+        # torch adds 'differentiable' to the defaults of every optimizer that it loads.
+        expected = optimizer.defaults.keys() - {'differentiable'}
+        missing = {key for group in optimizer.param_groups for key in expected - group.keys()}
+        if missing:
+            raise ValueError(f'its optimizer is no {type(optimizer).__name__}: it has no {", ".join(sorted(missing))}')

@@ -1,17 +1,21 @@
-"""Stopping when asked to: the iteration under way is finished, the state saved, and the exit status says what to do next."""
+"""Stopping on a signal: the current iteration is finished, the state saved, and the exit status tells what to do next."""
+import atexit
 import contextlib
+import functools
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from mmengine.device import get_device
 from mmengine.dist import all_reduce, is_distributed
+from torch.utils.data import DataLoader
 
-#: Ctrl-C; what Slurm, Kubernetes and spot machines send before they kill; what Slurm sends earlier if told to (``--signal``);
-#: what a terminal sends that is closed.
+#: Ctrl-C; what Slurm, Kubernetes and spot machines send before they kill; what Slurm sends earlier if told to
+#: (``--signal``); what a closing terminal sends.
 SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP') if hasattr(signal, name))
 _asked: list[int] = []
 
@@ -31,7 +35,6 @@ class Asked(Exception):
 @contextmanager
 def listening() -> Iterator[None]:
     """Remember the first of :data:`SIGNALS` instead of dying of it; the second Ctrl-C interrupts at once."""
-    _asked.clear()
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread listen
         yield
         return
@@ -41,6 +44,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
+        _asked.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -68,3 +72,32 @@ def asked() -> signal.Signals | None:
         all_reduce(flag, 'max')
         number = int(flag)
     return signal.Signals(number) if number else None
+
+
+def shield_workers(loader: DataLoader) -> DataLoader:
+    """Let a loader's workers ignore :data:`SIGNALS`, which terminals and Slurm send to every process of a job.
+
+    The training process still needs the workers until it has finished its iteration.
+    """
+    _kill_workers_at_exit()
+    loader.worker_init_fn = functools.partial(_ignore_signals, loader.worker_init_fn)
+    return loader
+
+
+def _ignore_signals(then: Callable[[int], None] | None, worker: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
+
+
+@functools.cache
+def _kill_workers_at_exit() -> None:
+    # After an exception workers may still run. Python then sends them SIGTERM and waits, which would be for ever.
+    def kill() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()
+
+    atexit.register(kill)
