@@ -21,7 +21,8 @@ class Ones(nn.Module):
 
     def __init__(self, strides=(1, 1, 1)):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(1 if i else 3, 1, 3, stride, 1, bias=False) for i, stride in enumerate(strides))
+        self.layers = nn.ModuleList(nn.Conv2d(1 if i else 3, 1, 3, stride, 1, bias=False)
+                                    for i, stride in enumerate(strides))
         for layer in self.layers:
             nn.init.ones_(layer.weight)
 
@@ -76,6 +77,7 @@ def white(tmp_path) -> Path:
 
 
 def result(**changes) -> Erf:
-    known = dict(scores=np.eye(8), backbone='A', config='a', weights='w', trained=True, checkpoint=None, stage=3, channels=4,
-                 map_size=(2, 2), size=8, images=1, image_set='0' * 64, silent=0, preprocessing={}, environment={})
+    known = dict(scores=np.eye(8), backbone='A', config='a', weights='w', trained=True, checkpoint=None, stage=3,
+                 channels=4, map_size=(2, 2), size=8, images=1, image_set='0' * 64, silent=0, preprocessing={},
+                 environment={})
     return Erf(**{**known, **changes})

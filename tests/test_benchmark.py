@@ -1,6 +1,5 @@
 """The benchmark of networks: what is timed, in which layout, whether it is right, and what is written."""
 import json
-import math
 from dataclasses import replace
 from functools import partial
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 import torch.nn as nn
 from benchmark_cases import CONVNEXT, allocators, convnext, operators  # noqa: F401 (a fixture)
-from mmengine.config import ConfigDict
 from tiny import tiny  # noqa: F401 (a fixture)
 
 from replk_mm.analysis import benchmark, benchmark_report, engines, plain, speed
@@ -81,7 +79,7 @@ def test_images_have_the_shape_that_is_asked_for(tiny) -> None:
 
 @pytest.mark.parametrize('same', [False, True])
 def test_each_network_has_the_memory_of_a_process_of_its_own(same, tiny, allocators) -> None:
-    """Plain torch is measured with the C library's ways, and after each change a call that does not count comes first."""
+    """Plain torch has the C library's settings, and an untimed call follows each change."""
     bench = Bench(Job(str(tiny.config), False), replace(QUICK, same_allocator=same))
     networks = {'a': PLAIN, 'b': PLAIN_TRAINING, 'c': OURS, 'd': OURS, 'engine': ''}
     rows = [benchmark.Row(name, partial(allocators.append, name), network=net) for name, net in networks.items()]
@@ -103,14 +101,6 @@ def test_randomize_leaves_nothing_constant() -> None:
     assert (net[1].running_var > 0).all()
 
 
-def test_heads_of_ours_become_the_libraries_own() -> None:
-    model = ConfigDict(type='replk_mm.EncoderDecoder', backbone=dict(type='replk_mm.ConvNeXt'),
-                       decode_head=dict(type='replk_mm.UPerHead'), auxiliary_head=[dict(type='FCNHead')])
-    found = plain._of_the_libraries(model, 'mmseg')
-    assert (found.type, found.backbone.type) == ('mmseg.EncoderDecoder', 'replk_mm.ConvNeXt')
-    assert (found.decode_head.type, found.auxiliary_head[0].type) == ('mmseg.UPerHead', 'FCNHead')
-
-
 @pytest.fixture(scope='module')
 def segmentor(tiny):
     """A record of the tiny segmentor at two sizes, both modes, in both precisions."""
@@ -128,7 +118,8 @@ def test_segmentor_record(segmentor) -> None:
         names = [row['name'] for row in point['rows']]
         assert names[:-1] == [PLAIN, *[PLAIN_TRAINING] * (point['mode'] == 'inference'), OURS]
         last = point['rows'][-1]
-        assert (names[-1], last['dtype']) == (f'{OURS}, bfloat16', 'bfloat16') and last['how'] in ('autocast', 'converted')
+        assert (names[-1], last['dtype']) == (f'{OURS}, bfloat16', 'bfloat16')
+        assert last['how'] in ('autocast', 'converted')
         assert all(row['memory_bytes'] is None and len(row['samples']) == 3 for row in point['rows'])
         assert row_of(point, PLAIN)['times_as_fast'] == dict(median=1., low=1., high=1.)
         assert [row['equal'] for row in point['rows']] == [None] + [True] * (len(names) - 1)
@@ -149,11 +140,6 @@ def test_texts_and_pictures(segmentor, operators, tmp_path) -> None:
         assert 'times as fast' in table and PLAIN in table and 'DIFFERENT' not in table and 'nan' not in table
     single = {**segmentor, 'points': segmentor['points'][:1]}
     assert benchmark_report.draw(single, tmp_path) == []
-
-
-def test_json_has_null_for_what_is_no_number() -> None:
-    text = benchmark_report.to_json(dict(a=math.nan, b=[math.inf, 1.5], c=None, d=(True, 'x')))
-    assert json.loads(text, parse_constant=pytest.fail) == dict(a=None, b=[None, 1.5], c=None, d=[True, 'x'])
 
 
 @pytest.mark.parametrize('mode', ['inference', 'train'])
@@ -184,17 +170,6 @@ def test_training_step_has_gradients_of_everything(tiny) -> None:
     work.training(net)()
     assert seen == [True]
     assert work.gradients(net).keys() == {'loss', *(name for name, p in net.named_parameters() if p.requires_grad)}
-
-
-def test_one_image_cannot_train_a_pooled_norm(tiny) -> None:
-    with pytest.raises(UserError, match='--batch 1'):
-        Bench(Job(str(tiny.config), True, 'train', 'training'), QUICK).run(1, (64, 64))
-
-
-def test_shapes_that_cannot_be(convnext) -> None:
-    bench = Bench(Job(convnext, False), QUICK)
-    with pytest.raises(UserError, match='inference of 1x3x4x4 fails'):
-        bench.run(1, (4, 4))
 
 
 def test_default_shape(tiny, tmp_path, convnext) -> None:
@@ -261,7 +236,8 @@ model = dict(
     train_cfg=dict(rpn_proposal=dict(nms_pre=20, max_per_img=20)),
     test_cfg=dict(rpn=dict(nms_pre=20, max_per_img=20)))
 """)
-    options = {f'model.roi_head.bbox_head.{i}.{key}': 16 for i in range(3) for key in ('in_channels', 'fc_out_channels')}
+    options = {f'model.roi_head.bbox_head.{i}.{key}': 16
+               for i in range(3) for key in ('in_channels', 'fc_out_channels')}
     record = benchmark.run(Job(str(path), True, options=options), Settings(('float32', 'bfloat16'), 3, 0, 0., False,
                            ['openvino']), ['inference', 'train'], [(64, 64)], [0])
     assert [row['equal'] for point in record['points'] for row in point['rows'] if row['name'] == OURS] == [True, True]

@@ -36,7 +36,8 @@ def test_operator_record(operators) -> None:
     for point in operators['points']:
         names = [row['name'] for row in point['rows']]
         assert names[:2] == [PLAIN, OURS] and 'forward' in point['chosen']
-        forced = [name for name in ('fft', 'padded') if name in IMPLEMENTATIONS.get(point['computation'], ('fft', 'padded'))]
+        forced = [name for name in ('fft', 'padded')
+                  if name in IMPLEMENTATIONS.get(point['computation'], ('fft', 'padded'))]
         assert names[2:] == [f'{OURS}, {name}' for name in forced]
         for row in point['rows']:
             assert len(row['samples']) == point['rounds'] == 3

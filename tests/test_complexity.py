@@ -15,7 +15,6 @@ from tiny import CONFIG, ROOT
 from replk_mm.analysis import complexity, complexity_config, complexity_published
 from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, count
 from replk_mm.bench import published
-from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError
 from replk_mm.models import RepLKNet
 from replk_mm.ops import DepthwiseConv2d
@@ -73,13 +72,6 @@ def test_shared_weights_count_once() -> None:
     assert (found.parameters, found.macs) == (9, 2 * 9 * 4)
 
 
-def test_macs_leave_the_model_where_it_was() -> None:
-    net = nn.Conv2d(3, 4, 1)
-    before = net.weight.detach().clone()
-    complexity.macs(net, (8, 8))
-    assert net.training and torch.equal(net.weight, before)
-
-
 def test_merging_saves_the_parallel_kernels_and_every_norm() -> None:
     arch = dict(large_kernel_sizes=[9, 7], small_kernel=3, layers=[1, 2], channels=[8, 16], dw_ratio=1)
     net = RepLKNet(arch, out_indices=(0, 1))
@@ -131,8 +123,8 @@ def test_parts_of_a_segmentor(segmentor: complexity_config.Report) -> None:
     assert before['auxiliary_head'].parameters == 9 * 32 * 8 + 2 * 8 + 9 * classes
     assert before['auxiliary_head'].macs == 16 * (9 * 32 * 8 + 8 * classes)
     # Merging takes the 3x3 kernels beside the 7x7 ones away, one block a stage, maps of 16, 8, 4 and 2 pixels.
-    assert before['backbone'].macs - after['backbone'].macs == 9 * sum(c * s * s for c, s in zip((8, 16, 32, 64),
-                                                                                                  (16, 8, 4, 2), strict=True))
+    assert before['backbone'].macs - after['backbone'].macs == 9 * sum(
+        c * s * s for c, s in ((8, 16), (16, 8), (32, 4), (64, 2)))
     assert before['decode_head'].macs == after['decode_head'].macs
     for form in (found.training, found.deployed):
         assert form.macs == form.parts[0].macs + form.parts[1].macs
@@ -160,7 +152,8 @@ def test_parts_of_a_cascade() -> None:
     config = str(ROOT / 'configs' / 'cascade-mask-rcnn_convnext-tiny_coco.py')
     parts = {part.name: part.macs for part in complexity_config.report(config, (64, 64)).training.parts}
     for stage in range(3):
-        assert parts[f'roi_head.bbox_head.{stage}'] == 1000 * (4 * 49 * 9 * 256 * 256 + 49 * 256 * 1024 + 1024 * (81 + 320))
+        assert parts[f'roi_head.bbox_head.{stage}'] == 1000 * (
+            4 * 49 * 9 * 256 * 256 + 49 * 256 * 1024 + 1024 * (81 + 320))
         assert parts[f'roi_head.mask_head.{stage}'] == 100 * mask_head()
 
 
@@ -188,14 +181,6 @@ def test_a_bare_backbone_needs_a_size(backbone: str) -> None:
     row = next(row for row in published.table('kernel_size_study') if row['name'] == 'RepLKNet-31')
     assert (found.deployed.macs + 1024 * 1000) / 1e9 == pytest.approx(row['flops_g'], abs=0.1)
     assert (found.deployed.parameters + 1024 * 1000 + 1000) / 1e6 == pytest.approx(row['params_m'], abs=0.1)
-
-
-def test_sizes_to_count_at() -> None:
-    config = str(ROOT / 'configs' / 'upernet_replk31b_ade20k.py')
-    assert complexity_config.default_shape(load_config(config), config) == ((512, 2048), 'the published row')
-    assert complexity_config.default_shape(load_config(NANO), NANO)[0] == (256, 256)
-    cfg = load_config(NANO, {'model.data_preprocessor.pad_size_divisor': 96})
-    assert complexity_config.default_shape(cfg, NANO)[0] == (288, 288)
 
 
 def test_a_size_that_the_network_cannot_take() -> None:
@@ -227,13 +212,8 @@ def test_json_of_the_command(tool: Callable[..., int], capsys: pytest.CaptureFix
         assert record['parameters'] == sum(part['parameters'] for part in record['parts'])
 
 
-def test_text_of_a_segmentor(segmentor: complexity_config.Report) -> None:
-    text = complexity_config.to_text(segmentor)
-    assert f'{segmentor.training.parts[0].parameters:,}' in text and f'{segmentor.deployed.macs / 1e9:.2f} G' in text
-    assert 'auxiliary_head *' in text and 'aten.' in text and '4 parallel kernels merged' in text
-
-
-@pytest.mark.parametrize('args', [(), ('x.py', '--published'), ('x.py', '--rows', 'a'), ('--published', '--shape', 1, 1)])
+@pytest.mark.parametrize('args', [(), ('x.py', '--published'), ('x.py', '--rows', 'a'),
+                                  ('--published', '--shape', 1, 1)])
 def test_arguments_that_contradict(tool: Callable[..., int], args: tuple, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         tool(*args)
@@ -245,8 +225,8 @@ def record() -> dict:
     return json.loads((DOCS / 'complexity.json').read_text(encoding='utf-8'), parse_constant=pytest.fail)
 
 
-def test_two_rows_are_those_of_the_docs(tool: Callable[..., int], capsys: pytest.CaptureFixture, record: dict, tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_rows_are_those_of_the_docs(tool: Callable[..., int], capsys: pytest.CaptureFixture, record: dict,
+                                        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     wanted = ['upernet_convnext-tiny_ade20k.py', 'mask-rcnn_convnext-tiny_coco.py']
     assert tool('--published', '--rows', f'^({"|".join(wanted)})$', '--out', tmp_path) == 0
@@ -274,7 +254,8 @@ def test_every_published_row_is_counted_and_within_tolerance_or_explained(record
         result = results[row['config']]
         assert row['published'] == dict(parameters_m=result.params_m, macs_g=result.flops_g)
         assert tuple(row['input']) == result.input
-        off = {name: (abs(figures['parameters'] / result.params_m / 1e6 - 1), abs(figures['macs'] / result.flops_g / 1e9 - 1))
+        off = {name: (abs(figures['parameters'] / result.params_m / 1e6 - 1),
+                      abs(figures['macs'] / result.flops_g / 1e9 - 1))
                for name, figures in (('within', row['counts']['deployed']), ('explained', row['authors']))}
         fitting = [name for name, (held, used) in off.items() if held <= 0.02 and used <= 0.01]
         assert row['status'] == (fitting[0] if fitting else 'unexplained'), row['config']

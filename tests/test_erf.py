@@ -38,7 +38,8 @@ def test_closed_form_of_ones(tmp_path, white):
 def test_closed_form_of_strided_ones(tmp_path, white, size, stage):
     """The receptive field of position p is that of stride * p, each layer's step widened by the strides before it."""
     strides = (2, 1, 2)
-    found = measure_erf(config(type='test_erf_ones', strides=strides), None, white, size, 1, tmp_path / 'out', stage=stage)
+    found = measure_erf(config(type='test_erf_ones', strides=strides), None, white, size, 1, tmp_path / 'out',
+                        stage=stage)
     axis, step, side = np.ones(1), 1, size
     for stride in strides[:stage + 1]:
         taps = np.zeros(2 * step + 1)
@@ -144,7 +145,8 @@ def test_backbones_of_other_packages(cfg, tmp_path, white):
 @pytest.mark.parametrize('cfg', [
     dict(type='mmseg.BiSeNetV1', backbone_cfg=dict(type='mmseg.ResNet', depth=18,
                                                    init_cfg=dict(type='Pretrained', checkpoint='gone'))),
-    dict(type='mmdet.PyramidVisionTransformer', embed_dims=8, num_layers=[1, 1, 1, 1], init_cfg=dict(checkpoint='gone')),
+    dict(type='mmdet.PyramidVisionTransformer', embed_dims=8, num_layers=[1, 1, 1, 1],
+         init_cfg=dict(checkpoint='gone')),
 ])
 def test_files_that_a_config_starts_from_are_not_read(cfg, tmp_path, white):
     found = measure_erf(config(**cfg), None, white, 64, 1, tmp_path / 'out')
@@ -181,12 +183,13 @@ def test_weights_of_a_checkpoint(whole, tmp_path):
                     meta=dict(replk_mm=dict(reparameterized=dict(merge=True, fold=True)))), tmp_path / 'merged.pth')
     found = measure_erf(cfg, str(tmp_path / 'model.pth'), photo, 64, 1, tmp_path / 'out')
     # RGB as the config's preprocessor has it; the picture is of one colour, so that resizing leaves it.
-    image = ((torch.tensor([200, 30, 90.]) - torch.tensor([123.675, 116.28, 103.53])) / torch.tensor([58.395, 57.12, 57.375]))
+    mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
+    image = (torch.tensor([200, 30, 90.]) - mean) / std
     expected = contributions(model.eval().backbone, image.view(1, 3, 1, 1).expand(1, 3, 64, 64))[0].numpy()
     assert np.abs(found.scores - expected).max() < 1e-6 * expected.max()
     assert found.trained and found.weights.endswith('model.pth, iteration 7') and found.notes() == []
-    assert found.values() == dict(areas=areas(paper_scale(expected)), areas_of_scores=areas(expected), size=64, images=1,
-                                  trained=True, weights=found.weights)
+    assert found.values() == dict(areas=areas(paper_scale(expected)), areas_of_scores=areas(expected), size=64,
+                                  images=1, trained=True, weights=found.weights)
     assert found.protocol() == dict(size=64, images=1, image_set=found.image_set, stage=3, trained=True)
     same = measure_erf(cfg, None, photo, 64, 1, tmp_path / 'out', pretrained=str(tmp_path / 'backbone.pth'))
     assert same.trained and (same.scores == found.scores).all()

@@ -44,7 +44,8 @@ def test_paper_scale_depends_on_the_size_of_gradients():
 def test_what_is_written_is_read_again(tmp_path, white):
     found = measure_erf(config(type='test_erf_ones'), None, white, 33, 1, tmp_path / 'out')
     again = Erf.load(tmp_path / 'out' / 'erf.json')
-    assert (again.scores == found.scores).all() and again.values() == found.values() and again.protocol() == found.protocol()
+    assert (again.scores == found.scores).all()
+    assert (again.values(), again.protocol()) == (found.values(), found.protocol())
     record = json.loads((tmp_path / 'out' / 'erf.json').read_text())
     assert record['values'] == found.values() and record['image_set'] == found.image_set
 
@@ -53,7 +54,8 @@ def test_comparison_refuses_sizes_and_says_the_rest():
     assert erf_report.remarks([result(), result()]) == []
     with pytest.raises(UserError, match=r'differ in size: A \(a\) 8, B \(b\) 16 pixels'):
         erf_report.remarks([result(), result(backbone='B', config='b', size=16)])
-    said = '\n'.join(erf_report.remarks([result(), result(backbone='B', trained=False, map_size=(4, 4), image_set='1' * 64)]))
+    other = result(backbone='B', trained=False, map_size=(4, 4), image_set='1' * 64)
+    said = '\n'.join(erf_report.remarks([result(), other]))
     assert 'untrained weights: B; the others are trained' in said
     assert 'the images are not the same' in said and 'strides of the maps differ: A 4, B 2' in said
 
@@ -63,21 +65,9 @@ def test_table_has_the_areas():
     scores[4, 4], scores[4, 5] = 3, 1
     text = erf_report.tables([result(scores=scores, trained=False)])
     # 3 of 4 in the pixel in the middle, the rest beside it.
-    assert '| A | **untrained**: w | output 3, stride 4, 4 channels | 1 (1.6 %) | 1 (1.6 %) | 1 (1.6 %) | 3 (14.1 %) |' in text
+    assert ('| A | **untrained**: w | output 3, stride 4, 4 channels | 1 (1.6 %) | 1 (1.6 %) | 1 (1.6 %) | '
+            '3 (14.1 %) |') in text
     assert 'A +0.0, +0.2' in text
-
-
-def test_page_block_is_renewed(tmp_path):
-    page, picture = tmp_path / 'docs' / 'page.md', tmp_path / 'docs' / 'images' / 'x.png'
-    page.parent.mkdir()
-    with pytest.raises(UserError, match='No such file'):
-        erf_report.renew(page, 'x', 'new\n', picture)
-    page.write_text('before\n<!-- x:begin -->\nold\n<!-- x:end -->\nafter\n')
-    erf_report.renew(page, 'x', 'new\n', picture)
-    text = page.read_text()
-    assert text.startswith('before\n<!-- x:begin -->\n![') and text.endswith('(images/x.png)\n\nnew\n<!-- x:end -->\nafter\n')
-    with pytest.raises(UserError, match='expected one block'):
-        erf_report.renew(page, 'y', 'new\n', picture)
 
 
 READABLE = dict(kind=KIND, version=1, **{key: value for key, value in result().model_dump().items() if key != 'scores'},
@@ -102,8 +92,10 @@ def saved(**arrays) -> bytes:
 
 @pytest.mark.parametrize(('changes', 'matrix', 'said'), [
     (dict(kind='mIoU'), None, "kind 'mIoU'"), (dict(matrix='gone.npz'), None, r'gone\.npz: no such file'),
-    (dict(map_size=3), None, 'map_size'), (dict(map_size=[0, 2]), None, 'map_size'), (dict(size=10**9), None, 'must be'),
-    ({}, b'PK\3\4', 'BadZipFile'), ({}, saved(scores=np.eye(8))[:-30], 'BadZipFile'), ({}, saved(x=np.eye(8)), 'KeyError'),
+    (dict(map_size=3), None, 'map_size'), (dict(map_size=[0, 2]), None, 'map_size'),
+    (dict(size=10**9), None, 'must be'),
+    ({}, b'PK\3\4', 'BadZipFile'), ({}, saved(scores=np.eye(8))[:-30], 'BadZipFile'),
+    ({}, saved(x=np.eye(8)), 'KeyError'),
     ({}, saved(scores=-np.eye(8)), 'negative'), ({}, saved(scores=np.full((8, 8), np.nan)), 'finite'),
     ({}, saved(scores=np.array([[None] * 8] * 8, object)), 'allow_pickle')])
 def test_records_and_matrices_that_do_not_fit(tmp_path, changes, matrix, said):
@@ -113,7 +105,8 @@ def test_records_and_matrices_that_do_not_fit(tmp_path, changes, matrix, said):
 
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
+                                                                                       max_size=3))
 
 
 @settings(max_examples=200, deadline=None)
@@ -144,12 +137,14 @@ def test_image_set_is_told_by_content(tmp_path):
 
 @pytest.mark.parametrize(('model', 'arguments', 'said'), [
     *((dict(type='test_erf_ones'), dict(stage=stage), f'--stage {stage}: Ones has 3 outputs') for stage in (3, -1)),
-    (dict(type='test_erf_given', call=lambda x: x.mean((2, 3))), {}, r'output 0 has shape \(1, 3\); it is no feature map'),
+    (dict(type='test_erf_given', call=lambda x: x.mean((2, 3))), {},
+     r'output 0 has shape \(1, 3\); it is no feature map'),
     (dict(type='test_erf_given', call=lambda x: x / 0), {}, r'0\.png: the gradient of .* is not finite'),
     (dict(type='test_erf_given', call=lambda x: x[:, :, :0]), {}, r'fails on an image of 9x9'),
     (dict(type='test_erf_given', call=lambda x: x.detach()), {}, r'fails on an image of 9x9'),
     (dict(type='test_erf_ones'), dict(randomize=True, pretrained='x.pth'), r'--randomize: is for random weights'),
-    (dict(type='test_erf_ones'), dict(checkpoint='y.pth', pretrained='x.pth'), r'--pretrained x\.pth: the checkpoint y\.pth'),
+    (dict(type='test_erf_ones'), dict(checkpoint='y.pth', pretrained='x.pth'),
+     r'--pretrained x\.pth: the checkpoint y\.pth'),
     (dict(type='test_erf_ones'), dict(pretrained='x.pth'), r'x\.pth: no such checkpoint'),
     (dict(type='NoSuchNet'), {}, r"model\.type='NoSuchNet': there is no such model"),
 ])

@@ -61,7 +61,8 @@ def test_memory_growth_is_the_peak_not_what_remains() -> None:
 @pytest.mark.parametrize('repeats', [2, 5])
 def test_interleaved_runs_in_turns_and_leaves_the_warmup_out(repeats: int) -> None:
     order = []
-    found = speed.interleaved({'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, repeats=repeats, warmup=1)
+    calls = {name: lambda name=name: order.append(name) for name in 'ab'}
+    found = speed.interleaved(calls, repeats=repeats, warmup=1)
     assert order == ['a', 'b'] * (repeats + 1)
     assert found.keys() == {'a', 'b'} and all(t.low <= t.median <= t.high for t in found.values())
 
