@@ -1,10 +1,11 @@
 """The one exception for mistakes a user can make, and how a command reports it."""
+import contextlib
 import difflib
 import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 #: Exit status of a command that was given something it cannot use.
 USER_ERROR_STATUS = 2
@@ -52,6 +53,31 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: signal.Signals, checkpoint: str) -> None:
         super().__init__(f'stopped by {number.name}; --resume goes on from {checkpoint}')
         self.signal, self.checkpoint = number, checkpoint
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def explained(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever a network raises into a message.
+
+    Args:
+        what: What fails, and where.
+        advice: What to try.
+
+    Raises:
+        UserError: With the first line of the error.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'{what}: {first_line(error)}\n'
+                        f'{advice} REPLK_MM_TRACEBACK=1 shows where it fails.') from error
 
 
 def message_of(error: BaseException) -> str:

@@ -1,24 +1,61 @@
-"""The benchmark of networks: what is timed, in which layout, whether it is right, and what is written."""
+"""The benchmarks of networks and of the operator: what is timed, whether it is right, what is written, the command."""
+import importlib.util
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
-from benchmark_cases import CONVNEXT, allocators, convnext, operators  # noqa: F401 (a fixture)
-from tiny import tiny  # noqa: F401 (a fixture)
+import torch.nn.functional as F
+from tiny import ROOT, run_tool, tiny  # noqa: F401 (a fixture)
+from torch.utils.flop_counter import FlopCounterMode
 
-from replk_mm.analysis import benchmark, benchmark_report, engines, plain, speed
+from replk_mm.analysis import benchmark, benchmark_op, benchmark_report, engines, plain, speed
 from replk_mm.analysis.benchmark import Bench, Settings
+from replk_mm.analysis.benchmark_op import Shape
 from replk_mm.analysis.job import Job, default_shape
 from replk_mm.analysis.plain import OURS, PLAIN, PLAIN_TRAINING
 from replk_mm.analysis.workload import Workload
 from replk_mm.errors import UserError
 from replk_mm.models import ConvNeXt
-from replk_mm.ops import DepthwiseConv2d
+from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d
 
 # ruff: noqa: F811 (fixtures that come from another file)
+CONVNEXT = """
+model = dict(backbone=dict(type='replk_mm.ConvNeXt', arch=dict(depths=[1, 1], channels=[8, 16]), out_indices=(0, 1),
+                           gap_before_final_norm=False, init_cfg=dict(type='Pretrained', checkpoint='nowhere.pth')))
+test_dataloader = dict()
+"""
+
+
+@pytest.fixture(scope='module', autouse=True)
+def allocators():
+    """Calls of the C library's settings, which are not made: this process runs other tests too."""
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, 'keep_freed_memory', lambda keep=True: told.append(keep) or False)
+        patch.setattr(benchmark, 'trim', lambda: told.append('trimmed'))
+        yield told
+
+
+@pytest.fixture
+def convnext(tmp_path):
+    """A config of a small ConvNeXt, whose backbone alone can be measured."""
+    path = tmp_path / 'convnext.py'
+    path.write_text(CONVNEXT)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def operators():
+    shapes = [Shape(kernel, size, 4, 1) for size in (8, 12) for kernel in (3, 9)]
+    record = benchmark_op.run(shapes, implementations=['fft', 'padded'],
+                              repeats=3, warmup=0, seconds=0.)
+    return {**record, 'environment': benchmark_report.environment(False)}
+
+
 QUICK = Settings(repeats=3, warmup=0, seconds=0., memory=False)
 
 
@@ -26,7 +63,7 @@ def row_of(point: dict, name: str) -> dict:
     return next(row for row in point['rows'] if row['name'] == name)
 
 
-# -- the networks -----------------------------------------------------------------------------------------------------
+# -- the networks ------------------------------------------------------------------------------------------------------
 def layouts(net: nn.Module, image: torch.Tensor) -> set[bool]:
     """Whether the inputs of depthwise convolutions larger than 1x1 maps are in the default layout."""
     found: set[bool] = set()
@@ -172,6 +209,11 @@ def test_training_step_has_gradients_of_everything(tiny) -> None:
     assert work.gradients(net).keys() == {'loss', *(name for name, p in net.named_parameters() if p.requires_grad)}
 
 
+def test_a_shape_that_the_network_cannot_take(convnext) -> None:
+    with pytest.raises(UserError, match='inference of 1x3x4x4 fails'):
+        Bench(Job(convnext, False), QUICK).run(1, (4, 4))
+
+
 def test_default_shape(tiny, tmp_path, convnext) -> None:
     assert default_shape(str(tiny.config), None) == (64, 64)
     resized = tmp_path / 'resized.py'
@@ -194,7 +236,64 @@ def test_merged_checkpoint_has_no_training_form(tiny, tmp_path) -> None:
         plain.networks(tiny.cfg(), True, 'training', str(tmp_path / 'merged.pth'))
 
 
-# -- other engines ----------------------------------------------------------------------------------------------------
+# -- the operator ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('shape', [Shape(5, 12, 6, 2), Shape(7, 11, 4, 1, 2), Shape(3, 8, 5, 3)])
+def test_arithmetic_is_what_torch_counts(shape) -> None:
+    x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, requires_grad=True)
+    weight = torch.randn(shape.channels, 1, shape.kernel, shape.kernel)
+    with FlopCounterMode(display=False) as forward:
+        out = F.conv2d(x, weight, None, shape.stride, shape.kernel // 2, 1, shape.channels)
+    assert out.shape[-1] == shape.out
+    assert 1e9 * shape.gflop('forward') == pytest.approx(forward.get_total_flops())
+    assert shape.gflop('grad_weight') == shape.gflop('grad_input') == shape.gflop('forward')
+    assert shape.gflop('step') == pytest.approx(3 * shape.gflop('forward'))
+    if shape.stride == 1:
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+        assert 1e9 * shape.gflop('grad_input') == pytest.approx(backward.get_total_flops())
+
+
+def test_operator_record(operators) -> None:
+    assert len(operators['points']) == 4 * len(benchmark_op.COMPUTATIONS)
+    for point in operators['points']:
+        names = [row['name'] for row in point['rows']]
+        assert names[:2] == [PLAIN, OURS] and 'forward' in point['chosen']
+        forced = [name for name in ('fft', 'padded')
+                  if name in IMPLEMENTATIONS.get(point['computation'], ('fft', 'padded'))]
+        assert names[2:] == [f'{OURS}, {name}' for name in forced]
+        for row in point['rows']:
+            assert len(row['samples']) == point['rounds'] == 3
+            assert row['gflops'] == pytest.approx(1e3 * point['gflop'] / row['milliseconds']['median'])
+            assert row['of_matrix_product'] == pytest.approx(row['gflops'] / operators['matrix_product_gflops'])
+            assert row['equal'] is (None if row['name'] == PLAIN else True)
+    assert benchmark_report.all_equal(operators)
+
+
+def test_wrong_operator_is_found_out(monkeypatch) -> None:
+    right = DepthwiseConv2d.forward
+    monkeypatch.setattr(DepthwiseConv2d, 'forward', lambda self, x: right(self, x) * 1.01)
+    record = benchmark_op.run([Shape(3, 8, 2, 1)], repeats=3, warmup=0, seconds=0.)
+    assert not benchmark_report.all_equal(record)
+    assert 'DIFFERENT' in benchmark_report.text({**record, 'environment': benchmark_report.environment(True)})
+
+
+@pytest.mark.parametrize('shape, names, said', [
+    (Shape(4, 8, 2, 1), [], '--kernels 4'), (Shape(3, 8, 2, 1), ['winograd'], 'Choose from channels_last')])
+def test_operator_refusals(shape, names, said) -> None:
+    with pytest.raises(UserError, match=said):
+        benchmark_op.run([shape], implementations=names)
+
+
+def test_layouts_that_are_timed() -> None:
+    """Plain torch gets torch's default layout and ours channels-last, whatever came before."""
+    layers = dict(benchmark_op._layers(Shape(3, 8, 4, 2), 'float32', [], 'cpu'))
+    x = torch.randn(2, 4, 8, 8)
+    assert benchmark_op._laid_out(x.contiguous(memory_format=torch.channels_last), PLAIN).is_contiguous()
+    assert benchmark_op._laid_out(x, OURS).is_contiguous(memory_format=torch.channels_last)
+    assert type(layers[PLAIN]) is nn.Conv2d and layers[PLAIN].weight is layers[OURS].weight
+
+
+# -- other engines -----------------------------------------------------------------------------------------------------
 def test_engines_that_are_not_installed_are_said(convnext, monkeypatch) -> None:
     monkeypatch.setattr(engines.importlib.util, 'find_spec', lambda name: None)
     settings = Settings(repeats=3, warmup=0, seconds=0., memory=False, engines=['openvino', 'onnxruntime'])
@@ -242,3 +341,52 @@ model = dict(
                            ['openvino']), ['inference', 'train'], [(64, 64)], [0])
     assert [row['equal'] for point in record['points'] for row in point['rows'] if row['name'] == OURS] == [True, True]
     assert benchmark_report.all_equal(record)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def tool():
+    """tools/benchmark.py as a module."""
+    spec = importlib.util.spec_from_file_location('tool_benchmark', ROOT / 'tools' / 'benchmark.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.keep_freed_memory = lambda: False  # this process runs other tests too
+    return module
+
+
+@pytest.mark.parametrize('args, said', [
+    (['model', 'nope.py'], 'nope.py: no such config'),
+    (['backbone', 'CONVNEXT'], '--shape H W'),
+    (['backbone', 'CONVNEXT', '--shape', '32', '32', '--checkpoint', 'no.pth'], 'no.pth'),
+    (['model', 'CONVNEXT', '--shape', '32', '32'], 'model'),
+    (['op', '--kernels', '2'], '--kernels 2')])
+def test_refusals_of_the_command(tool, args, said, convnext, monkeypatch, capsys, tmp_path) -> None:
+    args = [convnext if arg == 'CONVNEXT' else arg for arg in args]
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *args, '--out', str(tmp_path / 'out')])
+    assert tool.main() == 2
+    assert said in capsys.readouterr().err
+
+
+def test_json_is_all_that_is_printed(tool, convnext, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'backbone', convnext, '--shape', '64', '32', '--repeats', '3',
+                                      '--batch', '1', '2', '--seconds', '0.01', '--no-memory', '--json', '--out',
+                                      str(tmp_path / 'out')])
+    threads = torch.get_num_threads()
+    assert tool.main() == 0
+    assert torch.get_num_threads() == threads
+    record = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert record == json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
+    assert [(p['mode'], p['batch'], p['height'], p['width']) for p in record['points']] == [
+        (mode, batch, 64, 32) for mode in ('inference', 'train') for batch in (1, 2)]
+    assert {f.name for f in (tmp_path / 'out').iterdir()} == {'table.txt', 'benchmark.json', 'batch.png'}
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_process_of_its_own(convnext, tmp_path) -> None:
+    ran = run_tool('benchmark', 'backbone', convnext, '--shape', '256', '256', '--mode', 'inference', '--repeats', 3,
+                   '--seconds', 0.01, '--json', '--out', tmp_path / 'out')
+    assert ran.returncode == 0, ran.stderr
+    record = json.loads(ran.stdout, parse_constant=pytest.fail)
+    for row in record['points'][0]['rows']:
+        # At least the outputs of stem and norm, 8 x 64 x 64 floats each; None where the system does not tell.
+        assert row['memory_bytes'] is None or row['memory_bytes'] > 2 * 4 * 8 * 64 * 64

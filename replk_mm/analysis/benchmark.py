@@ -7,25 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from replk_mm.analysis import complexity, engines
 from replk_mm.analysis.differences import CLASS_MAP, TOLERANCES, Gap, gap_of_gradients, gap_of_results
 from replk_mm.analysis.engines import EngineError
-from replk_mm.analysis.job import (
-    Job,
-    explaining_failures,
-    first_line,
-    fitted_config,
-    memory_of,
-    set_shape,
-    smallest_batch,
-)
+from replk_mm.analysis.job import Job, fitted_config, memory_of, set_shape, smallest_batch
 from replk_mm.analysis.plain import OURS, PLAIN, PLAIN_TRAINING, networks
 from replk_mm.analysis.speed import MIN_ROUNDS, Call, measure, say, trim
 from replk_mm.analysis.workload import Workload, convert, kind_of
 from replk_mm.engine.machine import keep_freed_memory
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, explained, first_line
 
 #: Seconds of rest before each call while other engines take part: their threads and torch's wait busily for a while.
 _PAUSE = 0.01
@@ -120,7 +113,9 @@ class Bench:
         for name, net in self.networks.items():
             net.load_state_dict(self._buffers[name], strict=False)
         set_shape(self.networks.values(), shape)
-        with explaining_failures(job), tempfile.TemporaryDirectory() as folder:
+        failing = explained(f'{job.config}: {job.mode} of {job.batch}x3x{shape[0]}x{shape[1]} fails',
+                            'Try another --shape or a smaller --batch.')
+        with failing, tempfile.TemporaryDirectory() as folder:
             work = Workload(self.cfg, self.networks[OURS], job.batch, shape, job.device)
             rows = self._inference(work, Path(folder)) if job.mode == 'inference' else self._training(work)
             try:
@@ -156,7 +151,7 @@ class Bench:
         rows = []
         for name, net in self.networks.items():
             if name != OURS or 'float32' in self.settings.dtypes:
-                gap = None if name == PLAIN else gap_of_results(reference, work.results(net))
+                gap = None if name == PLAIN else _gap(work, reference, net)
                 rows.append(Row(name, work.inference(net), gap, name))
         if 'bfloat16' in self.settings.dtypes:
             rows += self._fastest_bfloat16(work, reference)
@@ -181,7 +176,7 @@ class Bench:
         candidates = []
         for how, net in (('autocast', self.networks[OURS]), ('converted', converted)):
             row = Row(f'{OURS}, bfloat16', work.inference(net, how), None, OURS, how)
-            if self._runs(row, lambda net=net, how=how: gap_of_results(reference, work.results(net, how))):
+            if self._runs(row, functools.partial(_gap, work, reference, net, how)):
                 candidates.append(row)
         if len(candidates) < 2:
             return candidates
@@ -245,6 +240,10 @@ class Bench:
             self.note(f'memory of {row.name}: not measured: {found}')
             return None
         return found
+
+
+def _gap(work: Workload, reference: dict[str, Tensor], net: nn.Module, how: str = 'float32') -> Gap:
+    return gap_of_results(reference, work.results(net, how))
 
 
 def _change_allocator(keep: bool, call: Call) -> None:

@@ -1,6 +1,5 @@
 """Output of a benchmark: its environment, text tables, a JSON file without NaN, and plots."""
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -67,15 +66,7 @@ def _commit() -> str | None:
 
 def to_json(record: dict) -> str:
     """A record as strict JSON: null for what was not measured or is not finite."""
-    return json.dumps(_finite(record), indent=2, allow_nan=False)
-
-
-def _finite(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {str(key): _finite(value) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [_finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
+    return json.dumps(results.finite(record), indent=2, allow_nan=False)
 
 
 def write(record: dict, folder: Path) -> list[Path]:

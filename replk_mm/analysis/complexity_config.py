@@ -13,7 +13,7 @@ from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, Count, Oper
 from replk_mm.bench import published
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.config import build_model, load_config
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, explained
 from replk_mm.reparam import reparameterize
 from replk_mm.tables import text_table
 
@@ -97,16 +97,11 @@ def counted(model: nn.Module, shape: tuple[int, int], config: str) -> Count:
     Raises:
         UserError: If the network cannot take the size, or cannot run without values.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            return count(model, shape)
-    except Exception as error:  # whatever a network raises
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f'{config}: {type(model).__name__} cannot be counted at 1x3x{shape[0]}x{shape[1]}: {first}\n'
-            f'If the size is too small or not divisible, choose another one with --shape. Networks whose control flow '
-            f'depends on values cannot be counted. REPLK_MM_TRACEBACK=1 shows where it fails.') from error
+    with warnings.catch_warnings(), explained(
+            f'{config}: {type(model).__name__} cannot be counted at 1x3x{shape[0]}x{shape[1]}',
+            'Try another --shape; networks whose control flow depends on values cannot be counted.'):
+        warnings.simplefilter('ignore')
+        return count(model, shape)
 
 
 def versions() -> dict[str, str]:

@@ -14,8 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from replk_mm.analysis.job import first_line
 from replk_mm.analysis.workload import kind_of
+from replk_mm.errors import first_line
 
 #: Engines, with the distributions that they need.
 ENGINES = {'openvino': ('openvino', 'onnx', 'onnxscript'), 'onnxruntime': ('onnxruntime', 'onnx', 'onnxscript')}

@@ -43,7 +43,7 @@ from replk_mm.engine import results
 from replk_mm.engine.config import fit_to_machine, load_config
 from replk_mm.engine.explain import explaining
 from replk_mm.engine.machine import prepare_work_dir, select_device
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, explained
 from replk_mm.files import sha256
 from replk_mm.loading import build_for_inference
 
@@ -256,18 +256,15 @@ def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: i
     with _quiet():  # the log of how each convolution is computed
         for path in track(files, 'images', console=hidden, disable=not progress):
             image = net.read(path, size).to(where)
-            try:
+            with explained(f'{net.config}: {net.name} fails on an image of {size}x{size}', 'Try another --size.'):
                 scores, index, shape = contributions(net.backbone, image, stage)
-            except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, ZeroDivisionError) as error:
-                text = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UserError(f'{net.config}: {net.name} fails on an image of {size}x{size}: {text}\n'
-                                f'Try another --size; REPLK_MM_TRACEBACK=1 shows where it fails.') from error
             if not scores.isfinite().all():
                 raise UserError(f'{path}: the gradient of {net.name} is not finite with this image\n'
                                 f'Weights: {net.weights}. Remove the image, or use other weights.')
             total += scores.cpu()
             silent += not scores.any().item()
-    file = checkpoints.fetch(checkpoint or pretrained) if checkpoint or pretrained else None
+    source = checkpoint or pretrained
+    file = checkpoints.fetch(source) if source else None
     found = Erf(scores=total.numpy() / len(files), backbone=net.name, config=net.config, weights=net.weights,
                 trained=file is not None, checkpoint=dict(path=str(file), sha256=sha256(file)) if file else None,
                 stage=index, channels=shape[1], map_size=(shape[2], shape[3]), size=size, images=len(files),

@@ -1,7 +1,7 @@
 """A network to measure, as plain data: for this process, and for a process of its own that measures memory."""
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -16,7 +16,7 @@ from replk_mm.analysis.workload import Workload, convert
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.config import fit_to_machine, load_config
 from replk_mm.engine.machine import keep_freed_memory
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, first_line
 from replk_mm.models.sync_norm import pooled_norm
 
 
@@ -74,24 +74,6 @@ def set_shape(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:
 def smallest_batch(net: nn.Module, mode: str) -> int:
     """Images that a batch needs at least: two where BatchNorm trains on maps of one pixel."""
     return 2 if mode == 'train' and pooled_norm(net) else 1
-
-
-@contextlib.contextmanager
-def explaining_failures(job: Job) -> Iterator[None]:
-    """Turn what a network raises at a shape it cannot take, or without memory, into a message."""
-    try:
-        yield
-    except (RuntimeError, ValueError, IndexError, AssertionError, ZeroDivisionError) as error:
-        memory = 'allocate memory' in str(error) or 'out of memory' in str(error)
-        raise UserError(
-            f'{job.config}: {job.mode} of {job.batch}x3x{job.shape[0]}x{job.shape[1]} fails: {first_line(error)}\n'
-            + ('Use a smaller --shape or --batch.' if memory else
-               'Try another --shape; REPLK_MM_TRACEBACK=1 shows where it fails.')) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def memory_of(job: Job, network: str, how: str, keep: bool) -> int | None | str:

@@ -51,7 +51,7 @@ def record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
     path = checkpoints.fetch(checkpoint)
     roots = dict.fromkeys(str(dataset.get('data_root')) for dataset in datasets_of(cfg, ('test',)))
     merged = result.meta.get('replk_mm', {}).get('reparameterized')
-    return _finite(dict(
+    return finite(dict(
         metrics=result.metrics, per_class=result.per_class, config=str(cfg.filename),
         checkpoint=dict(path=str(path), sha256=sha256(path), iteration=result.meta.get('iter'),
                         loaded=result.load),
@@ -61,11 +61,12 @@ def record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
         seconds=round(result.seconds, 3), environment=environment()))
 
 
-def _finite(node):
+def finite(node):
+    """A nest of plain data with None for numbers that are not finite."""
     if isinstance(node, dict):
-        return {str(key): _finite(value) for key, value in node.items()}
+        return {str(key): finite(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return [_finite(value) for value in node]
+        return [finite(value) for value in node]
     if isinstance(node, bool) or node is None or isinstance(node, (str, int)):
         return node
     try:
