@@ -7,8 +7,8 @@ __version__ = '0.1.0'
 def register_configs() -> None:
     """Let ``_base_`` of a config name ours: ``_base_ = 'replk_mm::upernet_replk31b_ade20k.py'``.
 
-    The commands of this project call it; another program calls it once, before it reads such a config. mmengine (0.10.7)
-    resolves such names for a fixed table of packages only, and requires a folder in them.
+    The commands of this project call it; another program calls it once, before it reads such a config. mmengine
+    (0.10.7) resolves such names for a fixed table of packages only, and requires a folder in them.
     """
     from mmengine.config import Config
     original = Config._get_cfg_path

@@ -11,7 +11,7 @@ from replk_mm.checkpoints import register_safe_loaders
 from replk_mm.engine.machine import Options, keep_freed_memory
 from replk_mm.errors import printable
 
-# OpenCV reads this limit when it is imported, before setup_process(): Pillow's number of pixels instead of six times as many.
+# OpenCV reads this limit when it is imported, before setup_process(): Pillow's number of pixels, not six times as many.
 os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')
 
 
@@ -39,18 +39,19 @@ def parser(doc: str, example: str) -> argparse.ArgumentParser:
 
 
 def add_config_options(p: argparse.ArgumentParser) -> None:
-    """Overrides of config fields; a checkpoint trained with some needs the same ones later."""
+    """Overrides of config fields. A checkpoint trained with some is tested with the same ones."""
     p.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE', help='override config fields')
 
 
 def add_classes(p: argparse.ArgumentParser) -> None:
-    """Classes other than the config's; a checkpoint trained with some needs the same ones later."""
-    p.add_argument('--classes', metavar='NAMES', help='classes of the data, for data sets and heads: NAME,NAME,... or a file '
-                   "with one a line, or 'auto' for the annotation file's categories or classes.txt in the data root")
+    """Classes other than the config's."""
+    p.add_argument('--classes', metavar='NAMES',
+                   help='classes of the data, for data sets and heads: NAME,NAME,... or a file with one a line, or '
+                   "'auto' for the annotation file's categories or classes.txt in the data root")
 
 
 def add_run_arguments(p: argparse.ArgumentParser) -> None:
-    """What training and testing have in common."""
+    """Arguments of training and testing."""
     p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the config)')
     add_classes(p)
     p.add_argument('--work-dir', metavar='DIR', help='where logs and checkpoints go (default: work_dirs/CONFIG)')
@@ -80,13 +81,14 @@ def options_of(args: argparse.Namespace) -> Options:
 def setup_process() -> None:
     """Settings of a whole process, which every command makes once at its start and importing this package never does.
 
-    mmengine loads checkpoints without running code in them, configs inherit ours as ``replk_mm::NAME.py``, the C library
-    keeps freed memory, and warnings about the libraries' own future are not shown.
+    mmengine loads checkpoints without running code in them, configs inherit ours as ``replk_mm::NAME.py``, the C
+    library keeps freed memory, and warnings about the libraries' own future are not shown.
     """
     register_safe_loaders()
     register_configs()
     keep_freed_memory()
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings('ignore', category=category)
-    for message in ('pkg_resources is deprecated', '.*align_corners=.*', 'Fail to import.*MultiScaleDeformableAttention'):
+    for message in ('pkg_resources is deprecated', '.*align_corners=.*',
+                    'Fail to import.*MultiScaleDeformableAttention'):
         warnings.filterwarnings('ignore', message=message, category=UserWarning)

@@ -90,8 +90,8 @@ class Inference:
     notes: list[str] = field(default_factory=list)
 
 
-def build_for_inference(cfg: Config, checkpoint: str | Path | None = None, *, device: str = 'cpu', reparam: bool = False,
-                        classes: bool = True, packed: bool = True) -> Inference:
+def build_for_inference(cfg: Config, checkpoint: str | Path | None = None, *, device: str = 'cpu',
+                        reparam: bool = False, classes: bool = True, packed: bool = True) -> Inference:
     """Build the model of a config and load a trained checkpoint into it.
 
     Args:

@@ -1,5 +1,4 @@
 """What tests of configs share: the files, the published rows that belong to them, small substitutes of their models."""
-import ast
 import copy
 import functools
 from functools import cache
@@ -114,7 +113,7 @@ def check_input(name: str) -> None:
 
 
 def check_optimization(name: str) -> None:
-    """Optimizer, batch, precision and learning rates by parameter are the recipe's; the schedule is another question."""
+    """Optimizer, batch, precision and learning rates by parameter are the recipe's."""
     cfg, row = load(name), ROWS[name]
     recipe, wrapper = RECIPES[row['recipe']], cfg.optim_wrapper
     assert wrapper.optimizer == {
@@ -146,37 +145,18 @@ def check_decay_of_norms(name: str) -> set[str]:
     return of_norms
 
 
-# ---- inheritance
-
-def bases(path: Path) -> list[Path]:
-    """The files that a config names as its bases."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == '_base_':
-            value = ast.literal_eval(node.value)
-            return [_resolve(base, path) for base in ([value] if isinstance(value, str) else value)]
-    return []
-
-
-def _resolve(base: str, path: Path) -> Path:
-    package, found, name = base.rpartition('::')
-    if not found:
-        return path.parent / base
-    return Path(__import__(package).__file__).parent / '.mim' / 'configs' / name
-
-
-def depth(path: Path) -> int:
-    """Levels of inheritance, the file itself and those of other packages included."""
-    return 1 + max((depth(base) for base in bases(path)), default=0)
 
 
 # ---- small substitutes
 
 TINY = {
-    'replk_mm.RepLKNet': dict(layers=[1, 1, 1, 1], channels=[8, 16, 24, 40], large_kernel_sizes=[7, 7, 7, 5], dw_ratio=1),
+    'replk_mm.RepLKNet': dict(layers=[1, 1, 1, 1], channels=[8, 16, 24, 40], large_kernel_sizes=[7, 7, 7, 5],
+                              dw_ratio=1),
     'replk_mm.ConvNeXt': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
 }
 #: Smaller values of whatever has one of these keys. 32 is what GroupNorm of 32 groups takes.
-SMALLER = {'channels': 8, 'fc_out_channels': 16, 'max_per_img': 8, 'nms_pre': 50, 'num': 16, 'num_convs': 1, 'score_thr': 0.0}
+SMALLER = {'channels': 8, 'fc_out_channels': 16, 'max_per_img': 8, 'nms_pre': 50, 'num': 16, 'num_convs': 1,
+           'score_thr': 0.0}
 
 
 def arch_of(cfg: Config) -> dict:
@@ -188,8 +168,8 @@ def arch_of(cfg: Config) -> dict:
 def tiny_on_cpu(name: str) -> Config:
     """The config as it runs on a CPU, its backbone and heads small.
 
-    Inputs of the backbone's features are translated from the real widths to the small ones, so that a head or neck whose
-    channels are not those of its backbone fails here, with a KeyError.
+    Inputs of the backbone's features are translated from the real widths to the small ones, so that a head or neck
+    whose channels are not those of its backbone fails here, with a KeyError.
     """
     cfg = copy.deepcopy(load(name))
     fit_to_machine(cfg, None, 'cpu', 1)
@@ -222,7 +202,7 @@ def _shrink(node, width: dict[int, int]) -> None:
         for key, value in node.items():
             if key in SMALLER and isinstance(value, (int, float)):
                 node[key] = SMALLER[key]
-            elif key in ('in_channels', 'out_channels', 'feat_channels', 'conv_out_channels') and isinstance(value, int):
+            elif key.endswith(('in_channels', 'out_channels', 'feat_channels')) and isinstance(value, int):
                 node[key] = width.get(value, value)
             else:
                 _shrink(value, width)

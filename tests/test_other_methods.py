@@ -1,4 +1,4 @@
-"""The backbones in other methods of mmdet and mmseg: the libraries' own configs, with ``backbone`` replaced and made small."""
+"""The backbones in other methods of mmdet and mmseg: the libraries' configs, with ``backbone`` replaced, small."""
 import copy
 from collections.abc import Callable
 
@@ -17,11 +17,12 @@ CHANNELS = [8, 12, 16, 24]
 BACKBONES = {
     'RepLKNet': dict(type='replk_mm.RepLKNet', norm_cfg=dict(type='SyncBN'), arch=dict(
         large_kernel_sizes=[7, 5, 5, 3], small_kernel=3, layers=[1, 1, 1, 1], channels=CHANNELS, dw_ratio=1)),
-    'ConvNeXt': dict(type='replk_mm.ConvNeXt', arch=dict(depths=[1, 1, 1, 1], channels=CHANNELS), out_indices=(0, 1, 2, 3),
-                     gap_before_final_norm=False, layer_scale_init_value=1.),
+    'ConvNeXt': dict(type='replk_mm.ConvNeXt', arch=dict(depths=[1, 1, 1, 1], channels=CHANNELS),
+                     out_indices=(0, 1, 2, 3), gap_before_final_norm=False, layer_scale_init_value=1.),
 }
 KERNELS = dict(RepLKNet=4, ConvNeXt=0)  # those with a small one beside them
-THREE_LEVELS = dict(backbone=dict(out_indices=(1, 2, 3)), neck=dict(in_channels=CHANNELS[1:]), test_cfg=dict(score_thr=0.))
+THREE_LEVELS = dict(backbone=dict(out_indices=(1, 2, 3)), neck=dict(in_channels=CHANNELS[1:]),
+                    test_cfg=dict(score_thr=0.))
 FPN_OF_THREE = {**THREE_LEVELS, 'neck': dict(in_channels=CHANNELS[1:], start_level=0)}
 #: What each config needs for the backbone's levels and channels (and, for an untrained network, to predict anything).
 DETECTORS = {
@@ -90,7 +91,7 @@ def assert_trains(model: nn.Module, data: dict) -> None:
 
 
 def assert_same_when_merged(model: nn.Module, data: dict, outputs: Callable, large_kernels: int) -> list:
-    """``outputs(model, predictions)`` of the merged model are the training form's; returns the merged one's predictions."""
+    """``outputs(model, predictions)`` of both forms are equal; returns the merged form's predictions."""
     merged, changes = reparameterize(model.eval())
     assert len(changes.merged) == large_kernels
     results = []
@@ -114,7 +115,8 @@ def test_detectors(name, backbone):
     with DefaultScope.overwrite_default_scope('mmdet'):
         assert_trains(model, model.data_preprocessor(copy.deepcopy(data), True))
         data = model.data_preprocessor(data, False)
-        found = assert_same_when_merged(model, data, lambda m, _: m(**copy.deepcopy(data), mode='tensor'), KERNELS[backbone])
+        found = assert_same_when_merged(model, data, lambda m, _: m(**copy.deepcopy(data), mode='tensor'),
+                                        KERNELS[backbone])
     for sample in found:
         objects = sample.pred_instances
         assert len(objects) > 0 and torch.isfinite(objects.bboxes).all()
@@ -131,7 +133,8 @@ def test_segmentors(name, backbone):
     from mmseg.structures import SegDataSample
     model = build('mmseg', name, SEGMENTORS[name], backbone)
     meta = dict(img_shape=(64, 96), ori_shape=(50, 77), pad_shape=(64, 96))
-    samples = [SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=torch.randint(0, 9, (1, 64, 96)))) for _ in range(2)]
+    samples = [SegDataSample(metainfo=meta, gt_sem_seg=PixelData(data=torch.randint(0, 9, (1, 64, 96))))
+               for _ in range(2)]
     data = dict(inputs=torch.randn(2, 3, 64, 96), data_samples=samples)
     with DefaultScope.overwrite_default_scope('mmseg'):
         assert_trains(model, copy.deepcopy(data))

@@ -61,7 +61,8 @@ def test_classes_without_names_get_some(tiny, trained, tmp_path):
     assert len(meta['classes']) == len(meta['palette']) == 8
 
 
-@pytest.mark.parametrize(('content', 'said'), [(None, 'no such image'), (b'', 'empty'), (b'text', 'cannot identify image file')])
+@pytest.mark.parametrize(('content', 'said'), [
+    (None, 'no such image'), (b'', 'empty'), (b'text', 'cannot identify image file')])
 def test_bad_images_are_named(segmentor, tmp_path, content, said):
     path = tmp_path / 'x.jpg'
     if content is not None:

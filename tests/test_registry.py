@@ -1,4 +1,4 @@
-"""Our types in any OpenMMLab project without custom_imports, and what importing us costs. Each case is a fresh process."""
+"""Our types in any OpenMMLab project without custom_imports. Each case is a fresh process."""
 import os
 import subprocess
 import sys
@@ -87,11 +87,13 @@ def functions(owner):
 
 def state():
     return dict(
-        loaders=functions(checkpoint), schemes=dict(checkpoint.CheckpointLoader._schemes), operators=functions(mmcv._ext),
+        loaders=functions(checkpoint), schemes=dict(checkpoint.CheckpointLoader._schemes),
+        operators=functions(mmcv._ext),
         configs=[functions(owner) for owner in (config, utils, Config, mmengine.hub.hub, mmengine.utils)],
         packages=dict(utils.MODULE2PACKAGE), environment=dict(os.environ), warnings=list(warnings.filters),
         signals=[signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], torch=dict(
-            load=torch.load, threads=torch.get_num_threads(), dtype=torch.get_default_dtype(), grad=torch.is_grad_enabled(),
+            load=torch.load, threads=torch.get_num_threads(), dtype=torch.get_default_dtype(),
+            grad=torch.is_grad_enabled(),
             deterministic=torch.are_deterministic_algorithms_enabled(), device=torch.get_default_device(),
             precision=torch.get_float32_matmul_precision(), safe_globals=list(torch.serialization.get_safe_globals()),
             mkldnn=torch.backends.mkldnn.enabled, nnpack=torch.backends.nnpack.enabled() if callable(

@@ -50,7 +50,7 @@ def test_types_of_mmseg_in_a_config_stay(tiny, trained, plain, tmp_path):
     assert (cfg.test_evaluator.type, cfg.tta_model.type) == ('IoUMetric', 'SegTTAModel')
     assert found.metrics['mIoU'] == pytest.approx(plain[1].metrics['mIoU'], abs=0.01)
     assert found.per_class == {} and 'mIoU_present' not in found.metrics
-    assert [path.name for path in sorted((tmp_path / 'p').iterdir())] == [path.name for path in sorted(plain[2].iterdir())]
+    assert {path.name for path in (tmp_path / 'p').iterdir()} == {path.name for path in plain[2].iterdir()}
     assert not any('predictions' in note for note in found.notes)
 
 
@@ -112,10 +112,6 @@ def test_failing_proof_writes_nothing(tiny, trained, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_proof_that_is_no_number_fails():
-    assert not Difference(torch.float32, float('nan'), float('nan'), 1e-4).ok
-
-
 def test_test_time_augmentation_runs_and_changes_the_result(tiny, trained, plain, tmp_path):
     cfg = tiny.cfg()
     found = evaluate(cfg, str(trained), tiny.options(tmp_path), tta=True)
@@ -155,12 +151,6 @@ def test_record_is_strict_json_with_all_that_figures_depend_on(tiny, trained, pl
     assert found['reparameterized'] is None
     assert found['environment']['torch'] == torch.__version__
     assert found['per_class'].keys() == result.per_class.keys()
-
-
-def test_record_that_cannot_be_written(tmp_path):
-    (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='cannot be written'):
-        results.write({}, tmp_path / 'file' / 'metrics.json')
 
 
 def test_bfloat16_trains(tiny, tmp_path):

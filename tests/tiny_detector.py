@@ -1,4 +1,4 @@
-"""A network of seconds: a tiny Cascade Mask R-CNN with RepLKNet on a few drawn rectangles, and what tests need around it."""
+"""A network of seconds: a tiny Cascade Mask R-CNN with RepLKNet on a few drawn rectangles."""
 import copy
 import itertools
 import json
@@ -46,7 +46,8 @@ load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=T
         dict(type='Resize', scale=({SIZE}, {SIZE}), keep_ratio=True)]
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, batch_sampler=None,
                         sampler=dict(type='InfiniteSampler'), dataset=dict(
-    type='replk_mm.CocoDataset', filter_cfg=dict(min_size=1), pipeline=[*load, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]))
+    type='replk_mm.CocoDataset', filter_cfg=dict(min_size=1),
+    pipeline=[*load, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]))
 test = [load[0], load[2], load[1], dict(type='PackDetInputs', meta_keys=(
     'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(type='replk_mm.CocoDataset', pipeline=test))
@@ -57,7 +58,8 @@ train_cfg = dict(type='replk_mm.IterBasedTrainLoop', max_iters=100, val_interval
 val_cfg = dict(type='replk_mm.ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=3e-3))
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(type='replk_mm.CheckpointHook', by_epoch=False, interval=100))
+default_hooks = dict(
+    logger=dict(interval=1), checkpoint=dict(type='replk_mm.CheckpointHook', by_epoch=False, interval=100))
 log_processor = dict(by_epoch=False)
 """
 _count = itertools.count()
@@ -81,7 +83,8 @@ class TinyDetector:
 
     def train(self, work_dir: Path, iterations: int = 2, options: dict | None = None, **changes) -> Path:
         cfg = self.cfg(options)
-        return train(cfg, prepare_training(cfg, self.options(work_dir, max_iters=iterations, **changes)), preflight=False)
+        notes = prepare_training(cfg, self.options(work_dir, max_iters=iterations, **changes))
+        return train(cfg, notes, preflight=False)
 
 
 def write_coco(root: Path, train: int = 4, val: int = 3, classes: tuple[str, ...] = CLASSES) -> Path:

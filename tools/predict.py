@@ -54,7 +54,8 @@ def main() -> None:
         else:
             objects = prediction.instances(found, args.score)
             picture = draw_instances(image, objects, classes, palette)
-            (out / f'{stem}_objects.json').write_text(json.dumps(prediction.described(objects, classes), indent=2) + '\n')
+            described = json.dumps(prediction.described(objects, classes), indent=2)
+            (out / f'{stem}_objects.json').write_text(described + '\n')
         prediction.write_picture(out / f'{stem}_overlay.png', picture)
         print(f'{i}/{len(args.images)} {out / stem}_overlay.png')
 

@@ -103,7 +103,9 @@ def read_config(path: Path) -> Row:
 
 def _name(backbone: Config) -> str:
     family = backbone.type.rpartition('.')[2]
-    return f'{family}-{backbone.arch}' if isinstance(backbone.arch, str) else f'{family}, {len(backbone.arch.channels)} stages'
+    if isinstance(backbone.arch, str):
+        return f'{family}-{backbone.arch}'
+    return f'{family}, {len(backbone.arch.channels)} stages'
 
 
 def read_configs(folder: Path) -> list[Row]:

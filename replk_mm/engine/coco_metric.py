@@ -23,14 +23,14 @@ _STATS = {'mAP': 0, 'mAP_50': 1, 'mAP_75': 2, 'mAP_s': 3, 'mAP_m': 4, 'mAP_l': 5
 class CocoMetric(GatheringMetric, MMDetCocoMetric):
     """mmdet's COCO metric, computed by pycocotools on the very file of results that it writes, and not rounded.
 
-    Names and meaning are mmdet's: fractions, at most 100 detections an image; NaN where the annotations hold no object of
-    that size, and 0 where a model finds nothing at all. Classes are matched by name, as :class:`CocoDataset` does; those
-    that the annotation file has not are left out. Metrics other than ``bbox`` and ``segm``, and what else mmdet's metric
-    can be told, are left to it.
+    Names and meaning are mmdet's: fractions, at most 100 detections an image; NaN where the annotations contain no
+    object of that size, 0 where a model finds nothing. Classes are matched by name, as in :class:`CocoDataset`; those
+    that the annotation file lacks are left out. Other metrics than ``bbox`` and ``segm``, and other settings than
+    COCO's, are computed by mmdet.
 
     Attributes:
-        per_class: ``{class: {'bbox_mAP', 'bbox_mAP_50', ..., 'instances'}}`` of the classes that are annotated; fractions, and
-            the number of annotated objects, crowds not counted.
+        per_class: ``{class: {'bbox_mAP', 'bbox_mAP_50', ..., 'instances'}}`` of the annotated classes; fractions, and
+            the number of annotated objects without crowds.
     """
 
     iou_thrs: np.ndarray
@@ -67,8 +67,10 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
                 metrics.update(self._evaluate(kind, files[kind]))
         width = max([len(name) for name in self.per_class], default=0)
         print_log('\n'.join([f'{len(self.per_class)} of {len(self.dataset_meta["classes"])} classes are annotated:', *(
-            f'  {name:{width}} ' + '  '.join(f'{key} {value:.3f}' for key, value in figures.items() if key != 'instances')
-            + f'  {figures["instances"]} objects' for name, figures in self.per_class.items())]), logger='current')
+            f'  {name:{width}}  '
+            + '  '.join(f'{value} objects' if key == 'instances' else f'{key} {value:.3f}'
+                        for key, value in figures.items())
+            for name, figures in self.per_class.items())]), logger='current')
         if self.classwise:  # as mmdet names them
             metrics.update({f'{name}_precision': figures[f'{self.metrics[-1]}_mAP']
                             for name, figures in self.per_class.items()})

@@ -18,7 +18,8 @@ from replk_mm.errors import UserError
 from replk_mm.ops.spatial import bfloat16_instructions
 
 
-def load_config(path: str, options: dict | None = None, needs: tuple[str, ...] = ('model', 'test_dataloader')) -> Config:
+def load_config(path: str, options: dict | None = None,
+                needs: tuple[str, ...] = ('model', 'test_dataloader')) -> Config:
     """Read a config file.
 
     Args:
@@ -27,8 +28,8 @@ def load_config(path: str, options: dict | None = None, needs: tuple[str, ...] =
         needs: What the config must have. Defaults to what every training config has.
 
     Raises:
-        UserError: If the file or one of its bases does not exist or cannot be read, lacks something, or an override does
-            not fit.
+        UserError: If the file or one of its bases does not exist or cannot be read, lacks something, or an override
+            does not fit.
     """
     found = file_of(path)
     if not found.is_file():
@@ -51,7 +52,7 @@ def load_config(path: str, options: dict | None = None, needs: tuple[str, ...] =
 
 
 def _override(cfg: Config, options: dict, path: str) -> None:
-    """Apply ``--cfg-options``. A new name may be for the user's own code; one close to an existing name is a typing error."""
+    """Apply ``--cfg-options``. A new name may be for the user's own code; one close to an existing name is a typo."""
     known = [*cfg.keys(), *inspect.signature(Runner.__init__).parameters]
     for option in options:
         top = option.partition('.')[0]
@@ -138,10 +139,11 @@ def shorten(cfg: Config, iterations: int) -> str:
     return f'schedule: {iterations} iterations instead of {total} {unit}, warm-up and decay in proportion'
 
 
-def fit_to_machine(cfg: Config, amp: str | None, device: str, local_processes: int, processes: int | None = None) -> list[str]:
-    """Fit a config to this machine: norms, process group, precision, data workers, learning rate. Nothing else changes it.
+def fit_to_machine(cfg: Config, amp: str | None, device: str, local_processes: int,
+                   processes: int | None = None) -> list[str]:
+    """Fit a config to this machine: norms, process group, precision, data workers, learning rate.
 
-    Call after :func:`shorten`.
+    Nothing else changes what a config says. Call after :func:`shorten`.
 
     Args:
         cfg: Changed in place.
@@ -188,7 +190,8 @@ def _workers(cfg: Config, device: str, local_processes: int) -> list[str]:
     for split in ('train', 'val', 'test'):
         loader = cfg.get(f'{split}_dataloader')
         if loader and loader.get('num_workers', 0) > workers:
-            notes.append(f'{split} data workers: {workers} instead of {loader["num_workers"]} ({share} cores a process)')
+            notes.append(f'{split} data workers: {workers} instead of {loader["num_workers"]} '
+                         f'({share} cores a process)')
             loader['num_workers'] = workers
         if loader and not loader.get('num_workers', 0):
             loader['persistent_workers'] = False
@@ -208,12 +211,13 @@ def _learning_rate(cfg: Config, processes: int) -> list[str]:
     rate = cfg.optim_wrapper.get('optimizer', {}).get('lr')
     if not scaling or scaling.base_batch_size == actual or rate is None:
         return []
+    base = scaling.base_batch_size
     if not scaling.get('enable'):
-        return [f'learning rate: {rate} as configured for {scaling.base_batch_size} images a step; this run has {actual} '
+        return [f'learning rate: {rate} as configured for {base} images a step; this run has {actual} '
                 f'(auto_scale_lr.enable=True scales)']
     # mmengine's runner multiplies by this ratio.
-    return [f'learning rate: {rate} x {actual}/{scaling.base_batch_size} = {rate * actual / scaling.base_batch_size:.3g}, for '
-            f'{actual} images a step instead of {scaling.base_batch_size} (auto_scale_lr.enable=False keeps it)']
+    return [f'learning rate: {rate} x {actual}/{base} = {rate * actual / base:.3g}, for {actual} images a step instead '
+            f'of {base} (auto_scale_lr.enable=False keeps it)']
 
 
 def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
@@ -270,7 +274,7 @@ def build_model(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
 
 
 class _Numbers(TorchFunctionMode):
-    """Backbones read their rates of stochastic depth off ``torch.linspace``; on the meta device it would have no numbers."""
+    """Rates of stochastic depth come from ``torch.linspace``, which has no numbers on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return func(*args, **{**(kwargs or {}), **(dict(device='cpu') if func is torch.linspace else {})})

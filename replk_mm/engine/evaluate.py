@@ -27,8 +27,8 @@ class Evaluation:
 
     Attributes:
         metrics: As the config's evaluators name them.
-        per_class: Figures of every class in the labels or annotations; empty for metrics other than ``replk_mm.IoUMetric`` and
-            ``replk_mm.CocoMetric``, which do not report them.
+        per_class: Figures of every class in the labels or annotations; empty for metrics other than
+            ``replk_mm.IoUMetric`` and ``replk_mm.CocoMetric``, which do not report them.
         changes: What ``--reparam`` did, None if it was not asked for.
         meta: The checkpoint's own record.
         load: How many weights the checkpoint set, of each part.
@@ -113,7 +113,7 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
 
 
 def _export_predictions(cfg: Config, folder: Path) -> list[str]:
-    """Let the metrics write predictions: label maps as PNG, boxes and masks as COCO's result files ``instances.*.json``."""
+    """Let the metrics write predictions: label maps as PNG, boxes and masks as COCO's ``instances.*.json``."""
     roots = [Path(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img_path') or '').resolve()
              for dataset in datasets_of(cfg, ('test',))]
     notes = []

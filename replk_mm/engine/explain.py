@@ -12,10 +12,6 @@ from mmengine.registry import Registry
 
 from replk_mm.errors import UserError, did_you_mean
 
-#: What constructors raise when a value is wrong.
-_REFUSALS = (TypeError, ValueError, KeyError, AssertionError, ImportError, AttributeError, RuntimeError, LookupError,
-             ArithmeticError)
-
 
 @contextmanager
 def explaining(cfg: Config, what: str) -> Iterator[None]:
@@ -30,7 +26,9 @@ def explaining(cfg: Config, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except _REFUSALS as error:
+    except UserError:
+        raise
+    except Exception as error:
         raise UserError(f'{cfg.filename}: the {what} cannot be built: {_explain(cfg, error, what)}') from error
 
 
@@ -96,7 +94,7 @@ def _arguments(kind: object) -> list[str]:
 
 
 def walk(node: object, path: str = '') -> Iterator[tuple[str, dict]]:
-    """Every dict in nested dicts, lists and tuples with its path, such as ``model.roi_head.bbox_head[0]``; outer ones first."""
+    """Every dict in nested dicts, lists and tuples, outer ones first, with its path, such as ``model.bbox_head[0]``."""
     if isinstance(node, dict):
         yield path, node
         for key, value in node.items():

@@ -70,15 +70,15 @@ def select_device(name: str | None) -> str:
 def keep_freed_memory(keep: bool = True) -> bool:
     """Let the C library keep freed memory for the next tensor instead of handing it back to the system.
 
-    Every activation of more than a few MiB is otherwise mapped, faulted in page by page and unmapped again: a fifth of an
-    inference on a CPU. For the commands of this project; a library does not change the process it is loaded into.
+    Every activation of more than a few MiB is otherwise mapped, faulted in page by page and unmapped again: a fifth of
+    an inference on a CPU. For the commands of this project; a library does not change the process that imports it.
 
     Args:
-        keep: False for what the C library comes to by itself: beyond 32 MiB a block is mapped on its own, and of free memory
-            at the end of the heap 64 MiB are kept.
+        keep: False for the state that glibc reaches by itself: blocks beyond 32 MiB are mapped on their own, and 64 MiB
+            of free memory at the end of the heap are kept.
 
     Returns:
-        Whether this C library (glibc) can be told so.
+        Whether the C library (glibc) has these settings.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

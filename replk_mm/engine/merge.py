@@ -25,7 +25,8 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path,
         What was changed, and the differences found.
 
     Raises:
-        UserError: If the checkpoint does not fit, the outputs differ beyond the tolerance, or ``out`` cannot be written.
+        UserError: If the checkpoint does not fit, the outputs differ beyond the tolerance, or ``out`` cannot be
+            written.
     """
     checkpoints.keep_apart(checkpoint, out)
     built = build_for_inference(cfg, checkpoint, packed=False)
@@ -40,5 +41,6 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path,
                   source=str(checkpoint), source_sha256=sha256(checkpoints.fetch(checkpoint)),
                   differences=[dict(dtype=str(d.dtype), absolute=d.absolute, relative=d.relative) for d in differences])
     plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float, bool, dict, list, tuple))}
-    checkpoints.save({'meta': {**plain, 'replk_mm': {'reparameterized': record}}, 'state_dict': merged.state_dict()}, out)
+    meta = {**plain, 'replk_mm': {'reparameterized': record}}
+    checkpoints.save({'meta': meta, 'state_dict': merged.state_dict()}, out)
     return changes, differences

@@ -15,12 +15,12 @@ from replk_mm.registry import METRICS
 class IoUMetric(GatheringMetric, MMSegIoUMetric):
     """mmseg's IoU metric, which also reports ``mIoU_present`` and lists the classes in the labels only.
 
-    ``mIoU`` averages over the classes that occur in the labels or in the predictions; ``mIoU_present`` over those in the
-    labels, which is what compares on a data set that holds a few of the classes only.
+    ``mIoU`` averages over the classes that occur in the labels or in the predictions; ``mIoU_present`` over those in
+    the labels, which is what compares on a data set that holds a few of the classes only.
 
     Args:
-        images_root: Folder of the images; predictions are written in the folders that images have below it. Defaults to one
-            folder for all, in which images of one name overwrite each other.
+        images_root: Folder of the images; predictions are written in the folders that images have below it. Defaults to
+            one folder for all, in which images of one name overwrite each other.
 
     Attributes:
         per_class: ``{class: {'IoU', 'Acc', 'pixels'}}`` of the classes in the labels; percentages, and the number of
@@ -70,6 +70,6 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
         if len(present):
             metrics['mIoU_present'] = float(np.mean([c['IoU'] for c in self.per_class.values()]))
         print_log('\n'.join([f'{len(present)} of {len(names)} classes are in the labels:', *(
-            f'  {name:20} IoU {c["IoU"]:6.2f}  Acc {c["Acc"]:6.2f}  {100 * c["pixels"] / label.sum():5.1f} % of the pixels'
+            f'  {name:20} IoU {c["IoU"]:6.2f}  Acc {c["Acc"]:6.2f}  {100 * c["pixels"] / label.sum():5.1f} % of pixels'
             for name, c in self.per_class.items())]), logger='current')
         return metrics

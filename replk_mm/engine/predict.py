@@ -97,8 +97,8 @@ def instances(prediction: BaseDataElement, least_score: float) -> list[dict]:
         least_score: Below it a detection is left out.
 
     Returns:
-        For each object its ``label`` (class index), ``score``, ``box`` (left, top, right, bottom in pixels) and, of detectors
-        with masks, ``mask`` (``(H, W)`` bool).
+        For each object its ``label`` (class index), ``score``, ``box`` (left, top, right, bottom in pixels) and, of
+        detectors with masks, ``mask`` (``(H, W)`` bool).
     """
     found = prediction.pred_instances.cpu().numpy()
     order = np.argsort(-found.scores, kind='stable')
@@ -109,7 +109,7 @@ def instances(prediction: BaseDataElement, least_score: float) -> list[dict]:
 
 
 def described(objects: Sequence[dict], classes: Sequence[str]) -> list[dict]:
-    """Objects of :func:`instances` for JSON: class, score, box as they are, the mask as COCO's compressed run lengths."""
+    """Objects of :func:`instances` for JSON: class, score, box, and the mask as COCO's compressed run lengths."""
     from pycocotools import mask as rle
 
     def encoded(mask: np.ndarray) -> dict:

@@ -83,16 +83,16 @@ def _limits_of_resuming(cfg: Config) -> list[str]:
     """What resuming this run cannot restore, a line each."""
     loop, hook = cfg.train_cfg.get('type'), (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     notes = [] if loop in RESUMABLE else [
-        f'resume: train_cfg.type is {loop or "not set"}: a resumed run sees its data in another order, and a signal does not '
-        f'save it; {" and ".join(RESUMABLE)} resume exactly']
+        f'resume: train_cfg.type is {loop or "not set"}: a resumed run sees its data in another order, and a signal '
+        f'does not save it; {" and ".join(RESUMABLE)} resume exactly']
     wrapper = cfg.optim_wrapper
     steps = math.lcm(*(part.get('accumulative_counts', 1) for part in (wrapper, *wrapper.values())
                        if isinstance(part, dict)))
     by_epoch, interval = hook.get('by_epoch', True), hook.get('interval', -1)
     if steps > 1 and interval > 0 and (by_epoch or interval % steps):
         often = 'after epochs' if by_epoch else f'every {interval} iterations'
-        notes.append(f'checkpoints: {often}, and a step takes {steps} iterations: gradients in between are not saved; a '
-                     f'checkpoint at a multiple of {steps} resumes exactly (default_hooks.checkpoint)')
+        notes.append(f'checkpoints: {often}, and a step takes {steps} iterations: gradients in between are not saved; '
+                     f'a checkpoint at a multiple of {steps} resumes exactly (default_hooks.checkpoint)')
     return notes
 
 
@@ -103,7 +103,7 @@ def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
         return []
     source = str(cfg.get('load_from') or '')
     if source and ('://' not in source or source.startswith('http')):
-        # mmengine would run what a downloaded file holds, and its errors are tracebacks. Other kinds of address are its own.
+        # Read once here for its errors. Other kinds of address are left to mmengine.
         checkpoints.read(source)
         cfg.load_from = str(checkpoints.fetch(source))
     if options.pretrained == 'none':
@@ -119,8 +119,8 @@ def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
     except checkpoints.DownloadError as error:
         # A shortened run is not the published recipe anyway; a full one must not start from the wrong weights.
         if options.max_iters is None:
-            raise UserError(f'{error}\nOr name a local file with --pretrained FILE; --pretrained none starts from random '
-                            f'weights.') from error
+            raise UserError(f'{error}\nOr name a local file with --pretrained FILE; --pretrained none starts from '
+                            f'random weights.') from error
         backbone.pop('init_cfg')
         return [f'WEIGHTS: RANDOM. {str(error).splitlines()[0]}; going on because --max-iters makes this a trial run']
     return []

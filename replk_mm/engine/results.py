@@ -1,10 +1,10 @@
 """What a test run is kept as: one JSON file that says under which protocol its figures were measured."""
 import json
 import math
-import os
 import platform
 from pathlib import Path
 
+import psutil
 import torch
 from mmengine.config import Config
 
@@ -12,7 +12,7 @@ from replk_mm import __version__, checkpoints
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.evaluate import Evaluation
 from replk_mm.errors import UserError
-from replk_mm.files import sha256
+from replk_mm.files import sha256, write_atomic
 
 
 def protocol(cfg: Config, tta: bool) -> dict:
@@ -33,7 +33,7 @@ def environment() -> dict:
     import numpy
     found = dict(python=platform.python_version(), torch=torch.__version__, mmengine=mmengine.__version__,
                  mmcv=mmcv.__version__, numpy=numpy.__version__, replk_mm=__version__, system=platform.platform(),
-                 cpu=_cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads())
+                 cpu=_cpu_name(), cores=psutil.cpu_count(), threads=torch.get_num_threads())
     if torch.cuda.is_available():
         found['gpu'] = torch.cuda.get_device_name()
     return found
@@ -83,8 +83,7 @@ def write(found: dict, path: Path) -> None:
         UserError: If it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2, allow_nan=False) + '\n')
+        write_atomic(path, json.dumps(found, indent=2, allow_nan=False) + '\n')
     except OSError as error:
         raise UserError(f'{path}: cannot be written ({error.strerror})\n'
                         f'Choose another place with --out DIR.') from error
