@@ -15,14 +15,14 @@ NAMES = tuple('abcdefgh')
 
 
 def write_pairs(root: Path, split: str, count: int, size: tuple[int, int] = (64, 64)) -> None:
-    """Write ``count`` images of noise with label maps of all ids 0..8, no two the same; ``size`` is height and width."""
+    """Write ``count`` images of noise with label maps of all ids 0..8, no two the same; ``size`` is (height, width)."""
     rng = np.random.default_rng(len(split))
     for folder in PREFIX[split].values():
         (root / folder).mkdir(parents=True, exist_ok=True)
     for i in range(count):
         coarse = rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), np.uint8)
         Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BILINEAR).save(image(root, i, split))
-        ids = rng.permutation(np.resize(np.arange(9, dtype=np.uint8), coarse.shape[:2]).ravel()).reshape(coarse.shape[:2])
+        ids = rng.permutation(np.resize(np.arange(9, dtype=np.uint8), coarse[..., 0].size)).reshape(coarse.shape[:2])
         Image.fromarray(ids.repeat(8, 0).repeat(8, 1)).save(label(root, i, split))
 
 
@@ -46,8 +46,8 @@ def seg_config(root: Path, classes: int = 8, splits: tuple[str, ...] = ('train',
     """A segmentor's config with the data sets of a root in ADE20K's layout."""
     loaders = {}
     for split in splits:
-        dataset = dict(type='BaseSegDataset', reduce_zero_label=True, data_root=str(root), data_prefix=dict(PREFIX[split]),
-                       metainfo=dict(classes=NAMES[:classes]),
+        dataset = dict(type='BaseSegDataset', reduce_zero_label=True, data_root=str(root),
+                       data_prefix=dict(PREFIX[split]), metainfo=dict(classes=NAMES[:classes]),
                        pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]) | changes
         loaders[f'{split}_dataloader'] = dict(dataset={k: v for k, v in dataset.items() if v is not None})
     model = dict(decode_head=dict(type='FCNHead', num_classes=classes))

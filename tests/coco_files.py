@@ -20,8 +20,9 @@ def coco_dict(names: Sequence[str], images: int = 4, per_image: int = 3) -> dict
             objects.append(dict(id=len(objects) + 1, image_id=i + 1, category_id=10 * (len(objects) % len(names)) + 5,
                                 bbox=[x, y, w, h], area=w * h, iscrowd=0,
                                 segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]]))
-    return dict(info={}, images=[dict(id=i + 1, file_name=f'{i:03}.jpg', width=width, height=height) for i in range(images)],
-                annotations=objects, categories=[dict(id=10 * i + 5, name=name) for i, name in enumerate(names)])
+    entries = [dict(id=i + 1, file_name=f'{i:03}.jpg', width=width, height=height) for i in range(images)]
+    return dict(info={}, images=entries, annotations=objects,
+                categories=[dict(id=10 * i + 5, name=name) for i, name in enumerate(names)])
 
 
 def write_images(folder: Path, images: int = 4) -> None:

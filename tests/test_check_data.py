@@ -1,4 +1,4 @@
-"""The checks of label maps find every planted fault in its file, and nothing else; a training stops at the same errors."""
+"""The checks of label maps find every planted fault in its file and nothing else; training stops at the same errors."""
 import io
 import shutil
 from collections.abc import Callable
@@ -71,7 +71,8 @@ FAULTS: list[tuple[Callable[[Path, int], object], dict[str, Callable]]] = [
     (lambda r, i: label(r, i).write_bytes(b''), {'unreadable': label}),
     (lambda r, i: image(r, i).write_text('<html>404</html>'), {'unreadable': image}),
     (lambda r, i: label(r, i).write_text('<html>404</html>'), {'unreadable': label}),
-    (lambda r, i: break_inside(label(r, i)), {'unreadable': label}), (lambda r, i: bomb(image(r, i)), {'unreadable': image}),
+    (lambda r, i: break_inside(label(r, i)), {'unreadable': label}),
+    (lambda r, i: bomb(image(r, i)), {'unreadable': image}),
     (lambda r, i: ids(1, size=(32, 48)).save(label(r, i)), {'size-mismatch': label}),
     (lambda r, i: noise().save(label(r, i)), {'label-channels': label}),
     (lambda r, i: noise().convert('RGBA').save(label(r, i)), {'label-channels': label}),
@@ -108,7 +109,8 @@ def test_every_planted_fault_is_found_and_nothing_else(tmp_path):
     # A training finds the same errors in a sample, which is everything here.
     quick = audit(seg_config(tmp_path), jobs=1)
     hashed = {'duplicate-image', 'leak'}
-    assert {one for one in found(quick) if one[0] not in hashed} == {one for one in found(result) if one[0] not in hashed}
+    quick_ones, all_ones = ({one for one in found(some) if one[0] not in hashed} for some in (quick, result))
+    assert quick_ones == all_ones
     with pytest.raises(UserError) as info:
         check_data(seg_config(tmp_path), ('train', 'val'))
     assert '(tools/check_data.py lists all)' in str(info.value)
@@ -118,7 +120,8 @@ def test_every_planted_fault_is_found_and_nothing_else(tmp_path):
     (lambda r: shutil.rmtree(r), 'data-root-missing', ''), (lambda r: shutil.rmtree(r / 'images'), 'folder-missing',
                                                             'images/training'),
     (lambda r: shutil.rmtree(r / 'annotations'), 'folder-missing', 'annotations/training'),
-    (lambda r: [p.rename(p.with_suffix('.webp')) for p in (r / 'images/training').iterdir()], 'no-images', 'images/training'),
+    (lambda r: [p.rename(p.with_suffix('.webp')) for p in (r / 'images/training').iterdir()], 'no-images',
+     'images/training'),
     (lambda r: (shutil.rmtree(r / 'annotations'), (r / 'index_ade20k.pkl').touch()), 'ade-full-release', '')])
 def test_folders(data, change, kind, path):
     change(data)
@@ -146,7 +149,8 @@ def test_list_of_images(data):
 
 
 @pytest.mark.parametrize(('changes', 'kind', 'text'), [
-    (dict(pipeline=[dict(type='LoadAnnotations', reduce_zero_label=False)]), 'reduce-zero-pipeline', 'False in the pipeline'),
+    (dict(pipeline=[dict(type='LoadAnnotations', reduce_zero_label=False)]), 'reduce-zero-pipeline',
+     'False in the pipeline'),
     (dict(type='ADE20KDataset', metainfo=dict(classes=('wall', 'martian'))), 'dataset-invalid', 'martian'),
     (dict(metainfo=dict(classes=tuple('abc'))), 'classes-mismatch', 'train_dataloader.dataset has 3 classes')])
 def test_config_that_contradicts_itself(data, changes, kind, text):
@@ -179,10 +183,11 @@ def test_generated_scenes_are_clean(tmp_path, layout, kind, classes):
 
 
 def camvid(root: Path, layout: str, kind: str, classes: int):
-    own = kind == 'BaseSegDataset'
-    cfg = seg_config(root, classes, type=kind, reduce_zero_label=layout != 'cityscapes', **({} if own else dict(metainfo=None)))
+    own = {} if kind == 'BaseSegDataset' else dict(metainfo=None)
+    cfg = seg_config(root, classes, type=kind, reduce_zero_label=layout != 'cityscapes', **own)
     for split in ('train', 'val') if layout == 'cityscapes' else ():
-        cfg[f'{split}_dataloader'].dataset.data_prefix = dict(img_path=f'leftImg8bit/{split}', seg_map_path=f'gtFine/{split}')
+        prefix = dict(img_path=f'leftImg8bit/{split}', seg_map_path=f'gtFine/{split}')
+        cfg[f'{split}_dataloader'].dataset.data_prefix = prefix
     return cfg
 
 
@@ -238,18 +243,20 @@ def test_class_frequencies_and_sizes_are_those_of_a_count(data, monkeypatch):
     ids(1, 8, size=(64, 80)).save(label(data, 3))
     result = full(seg_config(data))
     maps = [np.asarray(Image.open(path)) for path in label(data, 0).parent.iterdir()]
-    assert result.sets[0].class_counts() == {name: sum(int((m == i).sum()) for m in maps) for i, name in enumerate('abcdefgh', 1)}
+    expected = {name: sum(int((m == i).sum()) for m in maps) for i, name in enumerate('abcdefgh', 1)}
+    assert result.sets[0].class_counts() == expected
     assert result.sets[0].sizes == {(64, 64): 5, (80, 64): 1}
     noise().save(image(data, 3))
     for path in data.glob('annotations/*/*'):
         ids(1, 2, 8).save(path)
     assert [str(p) for _, p in full(seg_config(data)).found()] == [
-        f'{data}/annotations/{folder}: 5 of 8 classes do not occur: c, d, e, f, g' for folder in ('training', 'validation')]
+        f'{data}/annotations/{folder}: 5 of 8 classes do not occur: c, d, e, f, g'
+        for folder in ('training', 'validation')]
     monkeypatch.setattr(files, 'SAMPLE', 2)
     assert not kinds(audit(seg_config(data), jobs=1)), 'of a sample that is not certain'
 
 
-# -- images in two splits -----------------------------------------------------------------------------------------------
+# -- images in two splits -------------------------------------------------------------------------------------
 @pytest.mark.parametrize('whole', [True, False])
 @pytest.mark.parametrize('how', ['same files', 'linked folder', 'list', 'copies'])
 def test_images_that_are_trained_on_and_scored(data, whole, how):
@@ -271,13 +278,13 @@ def test_images_that_are_trained_on_and_scored(data, whole, how):
     else:
         shared = {str(shutil.copy(trained[0], image(data, 0, 'val').with_name(trained[0].name)))}
         shutil.copy(label(data, 0), label(data, 0, 'val').with_name(label(data, 0).name))
-        shutil.copy(image(data, 2, 'val'), image(data, 2, 'val').with_name(trained[3].name))  # only the name is the same
+        shutil.copy(image(data, 2, 'val'), image(data, 2, 'val').with_name(trained[3].name))  # only the same name
         shutil.copy(label(data, 2), label(data, 2, 'val').with_name(label(data, 3).name))
     result = audit(cfg, full=whole, jobs=1)
     assert {path for kind, path in found(result) if kind == 'leak'} == shared
 
 
-# -- single files -------------------------------------------------------------------------------------------------------
+# -- single files ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('suffix', ['jpg', 'png', 'tiff'])
 def test_images_are_as_large_as_training_reads_them(tmp_path, orientation, suffix):
@@ -289,8 +296,8 @@ def test_images_are_as_large_as_training_reads_them(tmp_path, orientation, suffi
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(kind=st.sampled_from(['jpeg', 'png', 'gif', 'tiff', 'webp', 'bmp']), at=st.floats(0, 1), junk=st.binary(max_size=40),
-       keep=st.floats(0, 1))
+@given(kind=st.sampled_from(['jpeg', 'png', 'gif', 'tiff', 'webp', 'bmp']), at=st.floats(0, 1),
+       junk=st.binary(max_size=40), keep=st.floats(0, 1))
 def test_any_file_gives_problems_or_an_image(tmp_path, kind, at, junk, keep):
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 9, (20, 30), np.uint8)).save(buffer, kind)

@@ -99,7 +99,8 @@ def test_map_that_differs_is_replaced_by_force_only(root):
 
 @pytest.mark.parametrize(('spoil', 'said'), [
     (lambda p: write_labels(p, [0, 34, 255]), 'ids 34, 255 are none of Cityscapes\' 0..33'),
-    (lambda p: p.write_bytes(p.read_bytes()[:50]), 'truncated'), (lambda p: p.write_text('x'), 'cannot identify image file'),
+    (lambda p: p.write_bytes(p.read_bytes()[:50]), 'truncated'),
+    (lambda p: p.write_text('x'), 'cannot identify image file'),
     (lambda p: Image.new('RGB', (64, 32)).save(p), 'uint8 pixels of shape (32, 64, 3)'),
     (lambda p: Image.fromarray(np.ones((32, 64), np.uint16)).save(p), 'pixels of shape (32, 64); a label map')])
 def test_bad_source_is_named_and_the_others_are_converted(root, spoil, said):

@@ -27,7 +27,7 @@ def test_categories_that_are_no_classes_are_rejected(own):
     assert sum(len(data.get_data_info(i)['instances']) for i in range(len(data))) == 4
     message = rejection(at(own))
     first = message.splitlines()[0]
-    assert first.startswith(f'{file}: 2 of its 3 categories are none of the 80 classes of train_dataloader.dataset (person, ')
+    assert first.startswith(f'{file}: 2 of its 3 categories are none of the 80 classes of train_dataloader.dataset (')
     assert 'helmet (4 objects), vest (4 objects); 8 of 12 objects would be ignored' in first
     assert "Use the categories of the annotation files as classes: --classes 'helmet,vest,traffic light'" in message
 
@@ -42,8 +42,9 @@ def test_named_classes_are_accepted(own, classes):
 
 def test_spelling_is_recognized(tmp_path):
     root = write_coco_root(tmp_path / 'data', ('Person', 'traffic_light', 'car'))
-    assert 'Person (4 objects; did you mean person?), traffic_light (4 objects; did you mean traffic light?)' in rejection(
-        at(root))
+    message = rejection(at(root))
+    assert 'Person (4 objects; did you mean person?)' in message
+    assert 'traffic_light (4 objects; did you mean traffic light?)' in message
 
 
 @pytest.mark.parametrize('classes', ['auto', 'helmet,vest'])
@@ -125,7 +126,7 @@ def test_heads_that_disagree_are_refused(own):
 
 
 def test_segmentation_heads_and_data_must_have_one_number(tiny, tmp_path):
-    with pytest.raises(UserError, match=r'train_dataloader.dataset has 3 classes .a, b, c.*model.decode_head.num_classes=8'):
+    with pytest.raises(UserError, match=r'dataset has 3 classes .a, b, c.*model.decode_head.num_classes=8'):
         tiny.prepare(tmp_path, 2, {f'{split}_dataloader.dataset.metainfo.classes': ['a', 'b', 'c'] for split in BOTH})
 
 
@@ -150,7 +151,7 @@ def test_a_checkpoint_carries_its_classes(detector, tmp_path):
         detector.train(tmp_path / 'work', 2, data_root=str(data), classes='vest,helmet,traffic light', resume='auto')
 
 
-@pytest.mark.parametrize('meta', [{}, {'dataset_meta': None}, {'dataset_meta': {'classes': None}}, {'dataset_meta': 'x'}])
+@pytest.mark.parametrize('meta', [{}, *({'dataset_meta': found} for found in (None, {'classes': None}, 'x'))])
 def test_checkpoints_without_names_pass(own, meta):
     assert trained_on(meta) == []
     compare_with_checkpoint(at(own), meta, 'x.pth')

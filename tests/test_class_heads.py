@@ -1,4 +1,4 @@
-"""Heads of other people's configs get the classes' number only where they count the classes; the built network agrees."""
+"""Heads of other people's configs get the number of classes only where they predict them; the built network agrees."""
 import copy
 from pathlib import Path
 

@@ -53,7 +53,8 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
 
 def test_names_that_differ_in_writing_only():
     known = ['person', 'traffic light', 'dog']
-    assert [did_you_mean(name, known) for name in ('Person', 'traffic_light', 'TrafficLight', 'persn', 'helmet', 'cat')] == [
+    given = ('Person', 'traffic_light', 'TrafficLight', 'persn', 'helmet', 'cat')
+    assert [did_you_mean(name, known) for name in given] == [
         'person', 'traffic light', 'traffic light', 'person', None, None]
     assert listed([str(i) for i in range(12)]) == '0, 1, 2, 3, 4, 5, 6, 7, ... (12)'
 
@@ -144,7 +145,8 @@ def test_segmentation_data_with_classes_of_its_own(tmp_path):
     notes = set_classes(cfg, OWN)
     assert head_counts(cfg.model) == {'model.decode_head': 3, 'model.auxiliary_head.0': 3, 'model.auxiliary_head.1': 3}
     assert 'out_channels' not in cfg.model.decode_head and 'class_weight' not in cfg.model.decode_head.loss_decode[0]
-    assert any('class_weight' in note for note in notes) and any('label ids 1..3 are these, 0 is ignored' in n for n in notes)
+    assert any('class_weight' in note for note in notes)
+    assert any('label ids 1..3 are these, 0 is ignored' in note for note in notes)
     assert labels_read(cfg, np.array([[0, 1, 2, 3]], np.uint8), tmp_path / 'x.png') == [255, 0, 1, 2]
 
 

@@ -24,7 +24,8 @@ def photo(tmp_path) -> Path:
 
 def load_objects(results: dict, **options) -> dict:
     init_default_scope('mmdet')
-    for step in (dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True, **options)):
+    annotations = dict(type='LoadAnnotations', with_bbox=True, with_mask=True, **options)
+    for step in (dict(type='LoadImageFromFile'), annotations):
         results = TRANSFORMS.build(dict(type='replk_mm.CheckedLoad', load=step))(results)
     return results
 
@@ -35,7 +36,8 @@ def entry(path: Path, **changes) -> dict:
 
 
 def load_labels(pair: tuple[Path, Path], classes: int | None = 8, reduce: bool = True) -> dict:
-    results = dict(img_path=str(pair[0]), seg_map_path=str(pair[1]), seg_fields=[], label_map=None, reduce_zero_label=reduce)
+    results = dict(img_path=str(pair[0]), seg_map_path=str(pair[1]), seg_fields=[], label_map=None,
+                   reduce_zero_label=reduce)
     init_default_scope('mmseg')
     for kind in ('LoadImageFromFile', 'LoadAnnotations'):
         results = CheckedLoad(dict(type=kind), classes)(results)
@@ -55,7 +57,8 @@ def test_good_files_load(photo, data):
 
 
 @pytest.mark.parametrize(('changes', 'text'), [
-    (dict(mask=[[0, 0, 9e8, 0, 9e8, 9e8]]), 'mask of box'), (dict(mask=dict(size=[64, 80], counts=[9000])), 'mask of box'),
+    (dict(mask=[[0, 0, 9e8, 0, 9e8, 9e8]]), 'mask of box'),
+    (dict(mask=dict(size=[64, 80], counts=[9000])), 'mask of box'),
     (dict(bbox=None), 'cannot be read')])
 def test_bad_annotations_are_named_with_their_image(photo, changes, text):
     with pytest.raises(UserError, match=text) as info:
@@ -86,7 +89,8 @@ def test_damage_is_named_when_it_is_read(data, which, spoil):
 
 
 @pytest.mark.parametrize(('pixels', 'reduce', 'text'), [
-    (np.zeros((64, 64, 3), np.uint8), True, '3 channels'), (np.full((64, 64), 9, np.uint8), True, 'label ids 9 are out of'),
+    (np.zeros((64, 64, 3), np.uint8), True, '3 channels'),
+    (np.full((64, 64), 9, np.uint8), True, 'label ids 9 are out of'),
     (np.full((64, 64), 8, np.uint8), False, 'label ids 8 are out of'), (np.full((64, 64), 255, np.uint8), False, None)])
 def test_labels_of_no_class_are_named_as_stored_in_the_file(data, pixels, reduce, text):
     path = label(data, 0)

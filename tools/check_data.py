@@ -1,8 +1,7 @@
-"""Check the data sets of a config as a whole: every problem of every file, with its place and what to do about it.
+"""Check the data sets of a config: folders, pairs, annotations, classes and images, with every problem found.
 
-Without --full a sample of the images is decoded, and of all of them what needs no decoding is looked at; a training begins
-with the same checks. Exit status: 0 if the data can be trained with (there may be warnings and notes), 1 if not, 2 for a
-mistake in the command.
+Without --full a sample of the images is decoded, as before a training. Exit status: 0 without errors (there may be
+warnings and notes), 1 with errors, 2 for a mistake in the command.
 """
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ def main() -> int:
     p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the config)')
     p.add_argument('--full', action='store_true', help='decode every image, label map and mask')
     cli.add_classes(p)
-    p.add_argument('--json', type=Path, metavar='FILE', help='write all problems, class frequencies and image sizes there')
+    p.add_argument('--json', type=Path, metavar='FILE', help='write all problems, class frequencies and image sizes')
     p.add_argument('--picture', type=Path, metavar='FILE.png', help='draw class frequencies and image sizes')
     p.add_argument('--jobs', type=cli.positive, metavar='N', help='processes (default: one a core)')
     cli.add_config_options(p)

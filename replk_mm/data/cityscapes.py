@@ -57,8 +57,8 @@ def to_train_ids(labels: np.ndarray) -> np.ndarray:
 def convert(root: str | Path, jobs: int | None = None, force: bool = False, progress: bool = True) -> Conversion:
     """Write a ``*_labelTrainIds.png`` beside every ``*_labelIds.png`` of a Cityscapes tree.
 
-    An existing map is compared: a right one is kept, so that an interrupted run continues where it stopped; another one is left
-    alone unless ``force``.
+    An existing map is compared: a right one is kept, so that an interrupted run continues; another one is left alone
+    unless ``force``.
 
     Args:
         root: Folder that contains ``gtFine``, or any folder with such files.

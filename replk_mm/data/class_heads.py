@@ -23,7 +23,7 @@ def is_head(path: str) -> bool:
 
 
 def tells_others(kind: str | type) -> bool:
-    """Whether a head of this type (as a config names it, or the class) predicts something else than the data's classes."""
+    """Whether a head of this type (name or class) predicts something else than the data's classes."""
     names = [kind.rpartition('.')[2]] if isinstance(kind, str) else [base.__name__ for base in kind.__mro__]
     return any(name in _OTHER_TYPES for name in names)
 
@@ -43,7 +43,8 @@ def _parts(node: object, path: str) -> Iterator[tuple[str, dict]]:
 
 def head_counts(model: dict) -> dict[str, int]:
     """Number of classes of every head whose config states it, by path."""
-    return {path: head['num_classes'] for path, head in _parts(model, 'model') if is_head(path) and 'num_classes' in head}
+    return {path: head['num_classes'] for path, head in _parts(model, 'model')
+            if is_head(path) and 'num_classes' in head}
 
 
 def reject_stuff(model: dict) -> None:
@@ -54,13 +55,14 @@ def reject_stuff(model: dict) -> None:
     """
     for path, part in _panoptic_parts(model):
         if part.get('num_stuff_classes'):
-            raise UserError(f'--classes: {path} has {part["num_stuff_classes"]} stuff classes, and names do not say which classes '
-                            f'are stuff\nSet num_things_classes, num_stuff_classes and num_classes of every head, and metainfo '
-                            f'of the data sets, in a config of your own.')
+            raise UserError(f'--classes: {path} has {part["num_stuff_classes"]} stuff classes, and names do not say '
+                            f'which are stuff\nSet num_things_classes, num_stuff_classes, num_classes of every head '
+                            f'and metainfo of the data sets in a config of your own.')
 
 
 def _panoptic_parts(model: dict) -> list[tuple[str, dict]]:
-    return [(f'model.{key}', part) for key, part in model.items() if isinstance(part, dict) and 'num_things_classes' in part]
+    return [(f'model.{key}', part) for key, part in model.items()
+            if isinstance(part, dict) and 'num_things_classes' in part]
 
 
 def set_counts(model: dict, count: int, former: set[int], scope: str) -> list[str]:
@@ -109,7 +111,7 @@ def _takes_num_classes(head: dict, scope: str) -> bool:
 
 
 def _set_weights(path: str, head: dict, old: int | None, count: int) -> list[str]:
-    """Fit ``class_weight`` of a head's losses; some have one number more, of what is no class (background, no object)."""
+    """Fit ``class_weight`` of a head's losses; some have one number more, for no class (background, no object)."""
     notes = []
     for key in ('loss_decode', 'loss_cls'):
         for loss in as_list(head.get(key)):

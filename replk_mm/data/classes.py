@@ -1,6 +1,6 @@
 """The names of the classes: of data sets, of annotation files, and how many of them the heads of a model tell apart.
 
-A class that only one of them knows is an error that no library reports: mmdet drops annotations of other names, and trains.
+A class that only one of them has is an error that no library reports: mmdet drops annotations of other names.
 """
 import colorsys
 import contextlib
@@ -39,7 +39,7 @@ def parse_classes(text: str) -> list[str]:
 
 def _read_names(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding='utf-8-sig').splitlines()  # editors on Windows write a mark before the first name
+        lines = path.read_text(encoding='utf-8-sig').splitlines()  # Windows' editors write a mark before the first name
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f'--classes {path}: the file cannot be read as UTF-8 text: {error}\n{_HOW}') from error
     return _checked([line.strip() for line in lines if line.strip()], str(path))
@@ -58,8 +58,8 @@ def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
 
     Args:
         cfg: Changed in place.
-        text: See :func:`parse_classes`; ``'auto'`` takes the names from the data: from the categories of the annotation file
-            (of the training data, if it is there), or from ``classes.txt`` or a demo's ``meta.json`` in the data root.
+        text: See :func:`parse_classes`; ``'auto'`` takes the names from the data: the categories of the annotation file
+            (of the training data, if it exists), or ``classes.txt`` or a demo's ``meta.json`` in the data root.
         splits: Data sets that are there.
 
     Returns:
@@ -110,9 +110,9 @@ def found_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str,
 def set_classes(cfg: Config, names: Sequence[str], counted: bool = False) -> list[str]:
     """Give every data set these classes and colours for them, and every head their number.
 
-    A segmentation data set whose type has classes of its own, and not these, becomes mmseg's ``BaseSegDataset`` with the same
-    files: its label ids count these classes. If its type has all of these and more, they are picked from the type's, unless
-    ``counted``.
+    A segmentation data set whose type has classes of its own, and not these, becomes ``mmseg.BaseSegDataset`` with the
+    same files: its label ids count these classes. If its type has all of these and more, they are picked from the
+    type's, unless ``counted``.
 
     Args:
         cfg: Changed in place.

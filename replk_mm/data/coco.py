@@ -93,7 +93,8 @@ def _problems(path: Path, error: ValidationError) -> list[Problem]:
     for one in error.errors(include_url=False, include_context=False):
         place, text = one['loc'], one['msg']
         if one['type'] == 'json_invalid':
-            what = 'the file is empty' if not path.stat().st_size else 'the file is cut off' if 'EOF' in text else 'not valid JSON'
+            what = 'the file is cut off' if 'EOF' in text else 'not valid JSON'
+            what = what if path.stat().st_size else 'the file is empty'
             return [Problem('json-invalid', str(path), f'{what} ({text})')]
         entry = f'{place[0]}[{place[1]}]' if len(place) > 1 else ''
         field = str(place[2]) if len(place) > 2 else ''

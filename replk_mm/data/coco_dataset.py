@@ -24,9 +24,8 @@ class _ByName(COCO):
 class CocoDataset(MMDetCocoDataset):
     """mmdet's data set, where class ``i`` of the metainfo is label ``i`` whatever categories the annotation file has.
 
-    mmdet numbers the categories that a file shares with the metainfo in the file's order: with a file that holds some of the
-    80 classes only, or in another order, label 2 is then another class than the one that the metainfo and a checkpoint
-    call so.
+    mmdet numbers the categories that a file shares with the metainfo in the file's order: with a file that has only
+    some of the 80 classes, or another order, label 2 is another class than in the metainfo and in a checkpoint.
     """
 
     COCOAPI = _ByName

@@ -15,7 +15,8 @@ def datasets_of(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test'))
         yield dataset
 
 
-def placed_datasets(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[tuple[str, ConfigDict]]:
+def placed_datasets(cfg: Config,
+                    splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[tuple[str, ConfigDict]]:
     """As :func:`datasets_of`, with the path of each, such as ``train_dataloader.dataset.dataset``.
 
     Raises:
@@ -24,12 +25,14 @@ def placed_datasets(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'tes
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         if loader:
-            yield from _leaves(loader.get('dataset') if isinstance(loader, dict) else loader, f'{split}_dataloader.dataset')
+            dataset = loader.get('dataset') if isinstance(loader, dict) else loader
+            yield from _leaves(dataset, f'{split}_dataloader.dataset')
 
 
 def _leaves(dataset: Any, path: str) -> Iterator[tuple[str, ConfigDict]]:
     if not isinstance(dataset, dict) or 'type' not in dataset:
-        raise UserError(f'{path}={dataset!r:.80}: this is no data set\nWrite {path}=dict(type=..., data_root=..., ...).')
+        raise UserError(f'{path}={dataset!r:.80}: this is no data set\n'
+                        f'Write {path}=dict(type=..., data_root=..., ...).')
     inner = [(f'{path}.dataset', part) for part in as_list(dataset.get('dataset'))]
     inner += [(f'{path}.datasets.{i}', part) for i, part in enumerate(as_list(dataset.get('datasets')))]
     if not inner:
@@ -98,10 +101,11 @@ def coco_style(dataset: dict, scope: str) -> bool:
 
 
 def crop_of(cfg: Config) -> tuple[int, int] | None:
-    """Training crop in pixels (height, width), or what images are resized to at most; None if the config has neither."""
+    """Training crop (height, width) in pixels, or what images are resized to at most; None if neither is configured."""
     size = cfg.model.get('data_preprocessor', {}).get('size') or cfg.get('crop_size')
     if size is None:
-        scales = [scale for dataset in datasets_of(cfg, ('train',)) for scale in _last_scales(dataset.get('pipeline', ()))]
+        scales = [scale for dataset in datasets_of(cfg, ('train',))
+                  for scale in _last_scales(dataset.get('pipeline', ()))]
         if not scales:
             return None
         # Images keep their aspect and may lie or stand; more of them lie.

@@ -27,7 +27,7 @@ def sample(items: Sequence[_T]) -> list[_T]:
 
 
 def check_whole(path: str | Path) -> None:
-    """Raise an error for an image of too many pixels, and for a JPEG that is cut off, which OpenCV would fill with grey.
+    """Raise an error for an image of too many pixels, and for a cut-off JPEG, which OpenCV would fill with grey.
 
     Raises:
         OSError: If the file cannot be read, or is cut off.

@@ -15,15 +15,15 @@ _REPLACE = 'Replace these files, or remove each with its partner.'
 _LABELS = 'Write label maps as PNG with one 8-bit channel: the class index of each pixel.'
 _BOX = 'A bbox is [x, y, width, height] in pixels; mmdetection ignores annotations with such boxes.'
 
-#: Severity and remedy of each kind of problem. An error would stop a training or make it learn something else than is meant;
-#: a warning is probably a mistake; a note is worth knowing. Names are part of the JSON format.
+#: Severity and remedy of each kind of problem. An error would stop a training or make it learn something else than is
+#: meant; a warning is probably a mistake; a note is worth knowing. Names are part of the JSON format.
 KINDS: dict[str, tuple[str, str]] = {
     # folders and pairs
     'data-root-missing': ('error', 'Name the folder of the data set with --data-root DIR.'),
     'folder-missing': ('error', 'Name the data root with --data-root DIR, or set data_prefix of the data set.'),
     'annotation-file-missing': ('error', 'Name the data root with --data-root DIR, or set ann_file of the data set.'),
-    'ade-full-release': ('error', 'Download the benchmark release, ADEChallengeData2016.zip, from '
-                                  'http://data.csail.mit.edu/places/ADEchallenge/ and name its folder with --data-root.'),
+    'ade-full-release': ('error', 'Download the benchmark, http://data.csail.mit.edu/places/ADEchallenge/'
+                                  'ADEChallengeData2016.zip, and name its folder with --data-root.'),
     'dataset-invalid': ('error', 'Fix the fields of the data set in the config, or the file they name.'),
     'no-images': ('error', 'Check the data root, or set img_suffix of the data set.'),
     'image-missing': ('error', 'Add the images, or remove the entries that name them.'),
@@ -36,18 +36,18 @@ KINDS: dict[str, tuple[str, str]] = {
     # files
     'unreadable': ('error', _REPLACE),
     'size-mismatch': ('error', _REPLACE),
-    'exif-turned': ('error', 'Training rotates the image by its EXIF tag, but not the label: rotate the pixels and drop the tag '
-                             '(exiftran -ai), or rotate the label map.'),
-    'exif-orientation': ('warning', 'Training rotates the image by its EXIF tag: make sure that the label was drawn on the '
-                                    'rotated image, or drop the tag.'),
+    'exif-turned': ('error', 'Training rotates the image by its EXIF tag, but not the label: rotate the pixels and '
+                             'drop the tag (exiftran -ai), or rotate the label map.'),
+    'exif-orientation': ('warning', 'Training rotates the image by its EXIF tag: make sure that the label was drawn on '
+                                    'the rotated image, or drop the tag.'),
     # label maps
     'label-channels': ('error', _LABELS),
     'label-lossy': ('error', f'JPEG changes label ids at every border. {_LABELS}'),
-    'label-out-of-range': ('error', 'Set num_classes of every head and the classes of the data set, or correct the labels.'),
+    'label-out-of-range': ('error', 'Set num_classes of every head and the classes of the data, or fix the labels.'),
     'label-all-ignored': ('warning', 'Nothing is learned from such images; check their labels.'),
     'reduce-zero-pipeline': ('error', 'Set reduce_zero_label at the data set only; the pipeline takes it from there.'),
-    'reduce-zero-on': ('warning', 'If 0 is a class, set reduce_zero_label=False: with True every class is off by one.'),
-    'reduce-zero-off': ('warning', 'If 0 is "unlabeled", set reduce_zero_label=True: with False every class is off by one.'),
+    'reduce-zero-on': ('warning', 'If 0 is a class, set reduce_zero_label=False: with True classes are off by one.'),
+    'reduce-zero-off': ('warning', 'If 0 is unlabeled, set reduce_zero_label=True: with False classes are off by one.'),
     'class-absent': ('note', 'These classes can be neither learned nor scored here.'),
     'classes-mismatch': ('error', 'Name the classes: --classes NAME,NAME,...'),
     # annotation files
@@ -67,8 +67,8 @@ KINDS: dict[str, tuple[str, str]] = {
     'bbox-outside': ('error', _BOX),
     'bbox-corners': ('error', 'A bbox is [x, y, width, height]; these look like [x1, y1, x2, y2].'),
     'bbox-beyond': ('note', 'Training clips these boxes to the image.'),
-    'mask-undecodable': ('error', 'A segmentation is a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], ...], or an RLE of the '
-                                  'size of its image.'),
+    'mask-undecodable': ('error', 'A segmentation is a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], ...], or an '
+                                  'RLE of the size of its image.'),
     'metric-file': ('error', 'Set ann_file of the metric to that of the data set.'),
     'nothing-to-train': ('error', 'Check the classes (--classes) and filter_cfg of the data set.'),
     'left-out': ('note', 'Set filter_cfg of the data set to train on these images, too.'),

@@ -1,4 +1,4 @@
-"""Transforms of the data pipeline: loading that names the file it fails on, and labels at the resolution of the logits."""
+"""Transforms of the data pipeline: loading that names the file it fails on, labels at the resolution of the logits."""
 from typing import Any
 
 import numpy as np
@@ -90,11 +90,11 @@ def _check_masks(results: dict) -> None:
 
 @TRANSFORMS.register_module()
 class ShrinkLabels(BaseTransform):
-    """Keep one label of every ``factor`` x ``factor`` block, so that the loss is computed at the resolution of the logits.
+    """Keep one label of every ``factor`` x ``factor`` block, to compute the loss at the resolution of the logits.
 
-    With 150 classes, upsampled logits and their log-softmax take most of a small model's training step on a CPU. Images keep
-    their size. Put it after every transform that moves pixels, and make sure that no image is smaller than the crop: padding
-    is counted in image pixels.
+    With 150 classes, upsampled logits and their log-softmax take most of a small model's training step on a CPU. Images
+    keep their size. Put it after every transform that moves pixels, and make sure that no image is smaller than the
+    crop: padding is counted in image pixels.
 
     Args:
         factor: Side of a block in pixels; the stride of the logits, 4 for UperNet.
@@ -111,7 +111,7 @@ class ShrinkLabels(BaseTransform):
         if labels.shape[0] % self.factor or labels.shape[1] % self.factor:
             raise UserError(f'{results.get("seg_map_path")}: ShrinkLabels(factor={self.factor}) got a map of '
                             f'{labels.shape[0]}x{labels.shape[1]} after cropping\n'
-                            f'Make the crop size a multiple of the factor, and resize images to at least the crop before it.')
+                            f'Make the crop size a multiple of the factor, and resize images to at least the crop.')
         # The label nearest to the block's centre, where the logit of the block is.
         centre = self.factor // 2
         results['gt_seg_map'] = np.ascontiguousarray(labels[centre::self.factor, centre::self.factor])

@@ -18,7 +18,7 @@ from replk_mm.data import coco
 from replk_mm.data.checks import coco as coco_checks
 from replk_mm.data.checks import images, pairs
 from replk_mm.data.checks.classes import class_problems
-from replk_mm.data.checks.dataset import DataSet, Rules, Seen, Task, absent_classes, doubts_about_zero
+from replk_mm.data.checks.dataset import DataSet, Seen, Task, report_absent_classes, report_doubts_about_zero
 from replk_mm.data.class_heads import head_counts
 from replk_mm.data.datasets import coco_style, crop_of, dataset_class, placed_datasets, placed_metrics
 from replk_mm.data.files import sample
@@ -101,10 +101,10 @@ def audit(cfg: Config, full: bool = False, jobs: int | None = None, splits: tupl
         one.add(seen)
         digests[task.image] = seen.digest
     for one in result.sets:
-        one.problems += absent_classes(one)
+        report_absent_classes(one)
+    report_doubts_about_zero(result.sets)
     result.problems += class_problems(cfg, splits)
     result.problems += _shared_images(result.sets, digests if full else None)
-    result.problems += doubts_about_zero(result.sets)
     coco.forget()
     result.seconds = time.monotonic() - start
     return result
@@ -113,29 +113,29 @@ def audit(cfg: Config, full: bool = False, jobs: int | None = None, splits: tupl
 def _survey(cfg: Config, splits: Sequence[str], full: bool) -> list[DataSet]:
     """The data sets, their images not opened; those of the same files and use once."""
     scope = cfg.get('default_scope', 'mmengine')
-    labels = [count for path, count in head_counts(cfg.model).items() if '.decode_head' in path] if 'model' in cfg else []
+    labels = [count for path, count in head_counts(cfg.get('model', {})).items() if '.decode_head' in path]
     found: dict[str, DataSet] = {}
     for split in splits:
         for place, dataset in placed_datasets(cfg, (split,)):
-            kind = dataset_class(dataset, scope)
+            kind, is_coco = dataset_class(dataset, scope), coco_style(dataset, scope)
             metrics = None if split == 'train' else list(placed_metrics(cfg, split).values())
-            is_coco = coco_style(dataset, scope)
-            key = str(({**dataset, 'pipeline': None, 'test_mode': None}, split == 'train', is_coco and coco_checks.use_of(
-                dataset, scope, metrics)))
+            use = coco_checks.use_of(dataset, scope, metrics) if is_coco else None
+            key = str(({**dataset, 'pipeline': None, 'test_mode': None}, split == 'train', use))
             if key in found:
                 continue
             one = found[key] = DataSet(place, split, str(dataset['type']), str(dataset.get('data_root') or '.'))
-            one.problems += pairs.missing_folders(dataset)
-            if is_coco and not any(p.kind in ('data-root-missing', 'annotation-file-missing') for p in one.problems):
+            pairs.missing_folders(one, dataset)
+            missing = {problem.kind for problem in one.problems}
+            if is_coco and not missing & {'data-root-missing', 'annotation-file-missing'}:
                 coco_checks.survey(one, dataset, scope, metrics, full)
-            elif not one.problems and hasattr(kind, 'get_label_map') and (dataset.get('data_prefix') or {}).get('seg_map_path'):
+            elif not missing and hasattr(kind, 'get_label_map') and pairs.has_labels(dataset):
                 pairs.survey(one, dataset, scope, labels[-1] if labels else None)
     return list(found.values())
 
 
 def _inspect_all(work: Sequence[tuple[DataSet, Task]], full: bool, jobs: int | None) -> Iterator[Seen]:
     tasks = [task for _, task in work]
-    rules: list[Rules] = [replace(one.rules, hashes=full) for one, _ in work]
+    rules = [replace(one.rules, hashes=full) for one, _ in work]
     if jobs == 1 or len(work) <= _CHUNK:
         yield from map(images.inspect, tasks, rules)
         return
@@ -145,8 +145,8 @@ def _inspect_all(work: Sequence[tuple[DataSet, Task]], full: bool, jobs: int | N
         try:
             yield from pool.map(images.inspect, tasks, rules, chunksize=_CHUNK)
         except BrokenProcessPool as error:
-            raise UserError('a process ended while it decoded images: out of memory, or a file that crashes its decoder\n'
-                            'Run again with --jobs 1.') from error
+            raise UserError('a process ended while it decoded images: out of memory, or a file that crashes its '
+                            'decoder\nRun again with --jobs 1.') from error
 
 
 def _ignore_interrupts() -> None:
@@ -163,32 +163,32 @@ def _shared_images(sets: Sequence[DataSet], digests: Mapping[str, bytes] | None)
     folders = {folder: folder.resolve() for one in sets for folder in {Path(task.image).parent for task in one.tasks}}
     by_split: dict[str, dict[Path, str]] = defaultdict(dict)  # paths by paths without links
     for one in sets:
-        for path in map(Path, (task.image for task in one.tasks)):
-            by_split[one.split].setdefault(folders[path.parent] / path.name, str(path))
-    trained = by_split.get('train', {})
-    problems = []
+        for task in one.tasks:
+            path = Path(task.image)
+            by_split[one.split].setdefault(folders[path.parent] / path.name, task.image)
+    trained = by_split.pop('train', {})
     if digests is None:
-        names = {real.name: path for real, path in trained.items()}
-        same = sample([(names[real.name], path) for split, paths in by_split.items() if split != 'train'
-                       for real, path in paths.items() if real.name in names and real not in trained])
-        digests = {path: images.digest(path) for pair in same for path in pair}
-    first: dict[bytes, str] = {}
-    for split, paths in sorted(by_split.items(), key=lambda item: item[0] != 'train'):
+        names = {real.name: image for real, image in trained.items()}
+        same = sample([(names[real.name], image) for paths in by_split.values() for real, image in paths.items()
+                       if real.name in names and real not in trained])
+        digests = {image: images.digest(image) for pair in same for image in pair}
+    problems = []
+    in_training: dict[bytes, str] = {}
+    for split, paths in {'train': trained, **by_split}.items():
         seen: dict[bytes, str] = {}
-        shared, twice = [], []
-        for real, path in paths.items():
-            content = digests.get(path, b'')
-            if split != 'train' and (real in trained or content in first):
-                shared.append((path, trained.get(real) or first[content]))
+        found: dict[str, list[Item]] = {'leak': [], 'duplicate-image': []}
+        for real, image in paths.items():
+            content = digests.get(image, b'')
+            other = in_training.get(content) or (trained[real] if split != 'train' and real in trained else None)
+            if other:
+                found['leak'].append(Item(f'the content of {other}, which is trained on', path=image))
             elif content in seen:
-                twice.append((path, seen[content]))
+                found['duplicate-image'].append(Item(f'the content of {seen[content]}', path=image))
             elif content:
-                seen[content] = path
+                seen[content] = image
         if split == 'train':
-            first = seen
-        for kind, found, text in (('leak', shared, 'are trained on too'), ('duplicate-image', twice, 'occur twice')):
-            if found:
-                problems.append(Problem(
-                    kind, f'{split} data', f'{len(found):,} of {len(paths):,} images {text}: {found[0][0]} has the content of '
-                    f'{found[0][1]}', items=tuple(Item(f'the content of {other}', path=path) for path, other in found)))
+            in_training = seen
+        problems += [Problem(kind, f'{split} data', f'{len(items):,} of {len(paths):,} images: {items[0].path} has '
+                                                    f'{items[0].found}', items=tuple(items))
+                     for kind, items in found.items() if items]
     return problems

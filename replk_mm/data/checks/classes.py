@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from replk_mm.data import coco
 from replk_mm.data.class_heads import head_counts
-from replk_mm.data.classes import annotation_file, classes_of, did_you_mean, found_classes, listed
+from replk_mm.data.classes import annotation_file, classes_of, did_you_mean, listed
 from replk_mm.data.datasets import coco_style, dataset_class, placed_datasets
 from replk_mm.data.problems import Problem, reject_errors
 from replk_mm.errors import UserError
@@ -82,7 +82,8 @@ def _categories(place: str, dataset: dict, scope: str, counts: Mapping[str, dict
         return []
     # Leaving out categories is fine if the config names the others, and if all annotation files have the same.
     picked = (dataset.get('metainfo') or {}).get('classes') and set(names) <= set(found)
-    text = f'{len(strange)} of its {len(found)} categories are none of the {len(names)} classes of {place} ({listed(names)}): '
+    text = (f'{len(strange)} of its {len(found)} categories are none of the {len(names)} classes of {place} '
+            f'({listed(names)}): ')
     text += listed([f'{name} ({count:,} object{"s" * (count != 1)}'
                     + (f'; did you mean {other}?)' if (other := did_you_mean(name, names)) else ')')
                     for name, count in strange.items()])
@@ -109,16 +110,10 @@ def trained_on(meta: Mapping) -> list[str]:
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
 
 
-def advice_of(meta: Mapping, option: str | None = None) -> str:
-    """A line on the classes of a checkpoint that does not fit the config; empty if it does not name them.
-
-    Args:
-        meta: The checkpoint's record.
-        option: Value for ``--classes``. Defaults to the names.
-    """
+def advice_of(meta: Mapping) -> str:
+    """A line on the classes of a checkpoint that does not fit the config; empty if its record does not name them."""
     names = trained_on(meta)
-    return '' if not names else f'\nIt was trained on {len(names)} classes; use them: ' + (
-        f'--classes {option}' if option else _option(names))
+    return f'\nIt was trained on {len(names)} classes; use them: {_option(names)}' if names else ''
 
 
 def compare_with_checkpoint(cfg: Config, meta: Mapping, checkpoint: str, splits: tuple[str, ...] = ('test',)) -> None:
@@ -141,10 +136,5 @@ def compare_with_checkpoint(cfg: Config, meta: Mapping, checkpoint: str, splits:
         if not theirs or not names or names == theirs:
             continue
         order = ' in another order' if Counter(names) == Counter(theirs) else ''
-        option = None
-        with suppress(UserError):  # nothing names the classes
-            found, _, counted = found_classes(cfg, splits)
-            # Given by name, classes that label ids count might be picked from those of the data set's type.
-            option = 'auto' if counted and found == theirs else None
         raise UserError(f'{checkpoint}: was trained on {len(theirs)} classes: {listed(theirs)}; {place} has '
-                        f'{len(names)}{order}: {listed(names)}{advice_of(meta, option)}')
+                        f'{len(names)}{order}: {listed(names)}{advice_of(meta)}')

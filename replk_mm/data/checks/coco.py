@@ -1,6 +1,6 @@
 """Check a COCO-style annotation file: all annotations, and whether the images exist."""
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from replk_mm.data.checks.dataset import DataSet, Task
 from replk_mm.data.checks.pairs import image_key
 from replk_mm.data.classes import annotation_file, classes_of
 from replk_mm.data.datasets import as_list
-from replk_mm.data.problems import BadData, Item, Problem, some
+from replk_mm.data.problems import BadData, Item, some
 
-#: mmdetection ignores annotations without a usable box. COCO itself has two; one, or this share of all, is an accident.
+#: mmdetection ignores annotations without a usable box. COCO itself has two; one, or this share, is an accident.
 _TOLERATED = 0.01
 #: Share of boxes reaching beyond their image from which they are taken for two corners instead of corner and size.
 _CORNERS = 0.25
@@ -26,20 +26,20 @@ class Use:
     Attributes:
         train: Whether it trains with the annotations.
         scored: Whether it scores detections with them.
-        own_file: Whether the metric names the file, so that pycocotools reads it; otherwise it gets a copy from mmdetection.
+        own_file: Whether the metric names the file, so that pycocotools reads it and not a copy by mmdetection.
         masks: Whether it loads or scores masks.
         classes: Names of the classes that count; None for all.
         keep_empty: Whether it trains with images without objects.
         min_size: Images with a shorter side are not trained with, pixels.
     """
 
-    train: bool = False
-    scored: bool = False
-    own_file: bool = False
-    masks: bool = False
-    classes: tuple[str, ...] | None = None
-    keep_empty: bool = True
-    min_size: int = 0
+    train: bool
+    scored: bool
+    own_file: bool
+    masks: bool
+    classes: tuple[str, ...] | None
+    keep_empty: bool
+    min_size: int
 
 
 def use_of(dataset: dict, scope: str, metrics: Sequence[dict] | None) -> Use:
@@ -64,7 +64,7 @@ def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | No
 
     Args:
         one: Receives problems, tasks and the number of objects of every class.
-        dataset: Its config.
+        dataset: Its config; its annotation file exists.
         scope: Default scope of the config.
         metrics: Configs of its metrics; None if it is trained with.
         full: Whether to decode masks that are only trained with too; the pipeline checks those when it loads them.
@@ -76,118 +76,124 @@ def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | No
     use = use_of(dataset, scope, metrics)
     for metric in metrics or ():
         if metric.get('ann_file') and Path(metric['ann_file']).resolve() != file.resolve():
-            one.problems.append(Problem('metric-file', one.place, f'the metric reads {metric["ann_file"]}, but the data set {file}'))
+            one.report('metric-file', one.place, f'the metric reads {metric["ann_file"]}, but the data set {file}')
     try:
         data = coco.read(file)
     except BadData as error:
         one.problems += error.problems
         return
-    if not folder.is_dir():
-        return  # reported as a whole
+    one.objects = {**dict.fromkeys(use.classes or (), 0), **coco.category_counts(data)}
+    if folder.is_dir():  # otherwise that is reported
+        _find_images(one, data, folder)
+    images, objects = data['images'], data.get('annotations', [])
+    if not images or (use.train or use.scored) and 'annotations' not in data:
+        one.report('coco-no-annotations', file, f'there are no {"annotations" if images else "images"}')
+    _repeated(one, data)
+    _unknown(one, objects, 'image', {image['id'] for image in images})
+    _unknown(one, objects, 'category', {category['id'] for category in data['categories']})
+    if use.own_file:
+        lost = _items(objects, lambda a: '' if 'iscrowd' in a else "no 'iscrowd'")
+        _report(one, 'iscrowd-missing', lost, f"{len(lost):,} of {len(objects):,} annotations have no 'iscrowd'")
+        lost = _items(objects, lambda a: '' if isinstance(a['id'], int) and a['id'] else f'id {a["id"]!r}')
+        _report(one, 'id-unscorable', lost, f'pycocotools cannot score {len(lost):,} of {len(objects):,} annotations')
+    _boxes(one, data)
+    if use.masks:
+        _masks(one, data, decode=full or use.scored)
+    if use.train and not any(problem.severity == 'error' for problem in one.problems):
+        _left_out(one, data, use)
+
+
+def _report(one: DataSet, kind: str, items: Sequence[Item], text: str, severity: str = '', remedy: str = '') -> None:
+    """Report items of the annotation file, if there are any."""
+    if items:
+        examples = some(f'{item.entry}: {item.found}' for item in items)
+        one.report(kind, one.where, f'{text}: {examples}', severity=severity, remedy=remedy, items=tuple(items))
+
+
+def _items(objects: Sequence[coco.Annotation], found: Callable[[coco.Annotation], str | None]) -> list[Item]:
+    """The annotations for which ``found`` returns a text."""
+    return [Item(text, f'annotation {a["id"]}') for a in objects if (text := found(a))]
+
+
+def _find_images(one: DataSet, data: coco.AnnotationFile, folder: Path) -> None:
     there: dict[Path, set[Path]] = {}  # by folder: listing each is faster than looking for every image
-    here, absent = [], []
+    absent: list[Item] = []
     for image in data['images']:
         path = folder / image['file_name']
         if path.parent not in there:
             there[path.parent] = set(path.parent.iterdir()) if path.parent.is_dir() else set()
-        (here if path in there[path.parent] else absent).append(image)
-    one.tasks = [Task(str(folder / image['file_name']), stated=(image['width'], image['height'])) for image in here]
-    one.objects = {**dict.fromkeys(use.classes or (), 0), **coco.category_counts(data)}
-    one.problems += _check(file, data, use)
-    if absent:
-        one.problems.append(Problem(
-            'image-missing', str(file), f'{len(absent):,} of {len(data["images"]):,} images are not in {folder}: '
-            f'{some(image["file_name"] for image in absent)}', items=tuple(
-                Item('no such file', f'image {image["id"]}', str(folder / image['file_name'])) for image in absent)))
-    if use.masks:
-        one.problems += _masks(file, data, decode=full or use.scored)
+        if path in there[path.parent]:
+            one.tasks.append(Task(str(path), stated=(image['width'], image['height'])))
+        else:
+            absent.append(Item(f'no file {image["file_name"]}', f'image {image["id"]}', str(path)))
+    _report(one, 'image-missing', absent, f'{len(absent):,} of {len(data["images"]):,} images are not in {folder}')
 
 
-def _check(file: Path, data: coco.AnnotationFile, use: Use) -> list[Problem]:
+def _repeated(one: DataSet, data: coco.AnnotationFile) -> None:
     images, objects, categories = data['images'], data.get('annotations', []), data['categories']
-    problems = []
-    if not images or (use.train or use.scored) and 'annotations' not in data:
-        problems.append(Problem('coco-no-annotations', str(file), f"there are no {'annotations' if images else 'images'}"))
-    for kind, key, entries in (('id-repeated', 'id', images), ('id-repeated', 'id', objects), ('id-repeated', 'id', categories),
-                               ('name-repeated', 'name', categories), ('file-repeated', 'file_name', images)):
-        section = 'images' if entries is images else 'annotations' if entries is objects else 'categories'
-        counts = Counter(entry[key] for entry in entries)  # type: ignore[attr-defined]
-        twice = [Item(f'{key} {value!r} occurs {count} times', section) for value, count in counts.items() if count > 1]
-        problems += _problem(kind, file, twice, f'{len(twice):,} {key}s of {section} occur more than once')
-    for kind, key, known in (('image-unknown', 'image_id', {image['id'] for image in images}),
-                             ('category-unknown', 'category_id', {category['id'] for category in categories})):
-        lost = _items(objects, lambda a, key=key, known=known: f'{key} {a[key]!r}' if a[key] not in known else '')
-        problems += _problem(kind, file, lost, f'{len(lost):,} of {len(objects):,} annotations have an unknown {key}')
-    if use.own_file:
-        lost = _items(objects, lambda a: '' if 'iscrowd' in a else "no 'iscrowd'")
-        problems += _problem('iscrowd-missing', file, lost, f"{len(lost):,} of {len(objects):,} annotations have no 'iscrowd'")
-        lost = _items(objects, lambda a: '' if isinstance(a['id'], int) and a['id'] else f'id {a["id"]!r}')
-        problems += _problem('id-unscorable', file, lost, f'pycocotools cannot score {len(lost):,} of {len(objects):,} '
-                                                          'annotations')
-    problems += _boxes(file, data)
-    return problems + (_left_out(file, data, use) if use.train and not problems else [])
+    for kind, section, key, values in (
+            ('id-repeated', 'images', 'id', [image['id'] for image in images]),
+            ('id-repeated', 'annotations', 'id', [a['id'] for a in objects]),
+            ('id-repeated', 'categories', 'id', [category['id'] for category in categories]),
+            ('name-repeated', 'categories', 'name', [category['name'] for category in categories]),
+            ('file-repeated', 'images', 'file_name', [image['file_name'] for image in images])):
+        twice = [Item(f'{key} {value!r} occurs {count} times', section) for value, count in Counter(values).items()
+                 if count > 1]
+        _report(one, kind, twice, f'{len(twice):,} {key}s of {section} occur more than once')
 
 
-def _items(objects: Sequence[coco.Annotation], found) -> list[Item]:
-    """The annotations for which ``found(annotation)`` returns a text."""
-    return [Item(text, f'annotation {a["id"]}') for a in objects if (text := found(a))]
+def _unknown(one: DataSet, objects: Sequence[coco.Annotation], what: str, known: set) -> None:
+    lost = _items(objects, lambda a: f'{what}_id {a[f"{what}_id"]!r}' if a[f'{what}_id'] not in known else '')  # type: ignore
+    _report(one, f'{what}-unknown', lost, f'{len(lost):,} of {len(objects):,} annotations have an unknown {what}_id')
 
 
-def _problem(kind: str, file: Path, items: Sequence[Item], text: str, severity: str = '', remedy: str = '') -> list[Problem]:
-    examples = some(f'{item.entry}: {item.found}' for item in items)
-    return [Problem(kind, str(file), f'{text}: {examples}', '', remedy, severity, tuple(items))] if items else []
-
-
-def _boxes(file: Path, data: coco.AnnotationFile) -> list[Problem]:
+def _boxes(one: DataSet, data: coco.AnnotationFile) -> None:
     """Boxes that mmdetection ignores, or that reach beyond their image."""
     sizes = {image['id']: (image['width'], image['height']) for image in data['images']}
     objects = [a for a in data.get('annotations', ()) if a['image_id'] in sizes]
     if not objects:
-        return []
+        return
     x, y, w, h = np.array([a['bbox'] for a in objects]).T
     width, height = np.array([sizes[a['image_id']] for a in objects]).T
+    inner_w, inner_h = np.minimum(x + w, width) - np.maximum(x, 0), np.minimum(y + h, height) - np.maximum(y, 0)
     flat = (w < 1) | (h < 1) | (np.array([a['area'] for a in objects]) <= 0)
-    outside = ~flat & ((np.minimum(x + w, width) <= np.maximum(x, 0)) | (np.minimum(y + h, height) <= np.maximum(y, 0)))
+    outside = ~flat & ((inner_w <= 0) | (inner_h <= 0))
     beyond = ~flat & ~outside & ((x + w > width + 2) | (y + h > height + 2) | (x < -2) | (y < -2))
-    problems = []
     for kind, found, text in (('bbox-flat', flat, 'are less than a pixel wide or high, or have no area'),
                               ('bbox-outside', outside, 'are outside of their image'),
                               ('bbox-beyond', beyond, 'reach beyond their image')):
-        count = int(found.sum())
-        accident = count <= max(1, _TOLERATED * len(objects)) and count < len(objects)
-        if kind == 'bbox-beyond':
-            kind, severity = ('bbox-corners', '') if count >= _CORNERS * len(objects) and not accident else (kind, '')
-        else:
-            severity = 'warning' if accident else ''
+        count, of = int(found.sum()), len(objects)
+        accident = count <= max(1, _TOLERATED * of) and count < of
+        severity = 'warning' if accident and kind != 'bbox-beyond' else ''
+        if kind == 'bbox-beyond' and not accident and count >= _CORNERS * of:
+            kind = 'bbox-corners'
         relative = kind == 'bbox-flat' and max((x + w).max(), (y + h).max()) <= 1.5
         items = [Item(f'{objects[i]["bbox"]} in {width[i]:g}x{height[i]:g} pixels', f'annotation {objects[i]["id"]}')
                  for i in np.flatnonzero(found)]
-        problems += _problem(kind, file, items, f'{count:,} of {len(objects):,} boxes {text}', severity, remedy=(
-            'A bbox is [x, y, width, height] in pixels; these look like fractions of the image size.' if relative else ''))
-    return problems
+        _report(one, kind, items, f'{count:,} of {of:,} boxes {text}', severity, remedy=(
+            'A bbox is [x, y, width, height] in pixels; these look like fractions of the image.' if relative else ''))
 
 
-def _masks(file: Path, data: coco.AnnotationFile, decode: bool) -> list[Problem]:
+def _masks(one: DataSet, data: coco.AnnotationFile, decode: bool) -> None:
     """Missing masks, and those that pycocotools cannot decode."""
     objects = data.get('annotations', [])
     lost = _items(objects, lambda a: '' if a.get('segmentation') else "no 'segmentation'")
-    problems = _problem('segmentation-missing', file, lost, f'{len(lost):,} of {len(objects):,} annotations have no mask')
-    if decode:
-        sizes = {image['id']: (int(image['height']), int(image['width'])) for image in data['images']}
-        bad = _items(objects, lambda a: coco.mask_problem(a['segmentation'], *sizes[a['image_id']])  # type: ignore
-                     if a.get('segmentation') and a['image_id'] in sizes else '')
-        problems += _problem('mask-undecodable', file, bad, f'{len(bad):,} of {len(objects):,} masks cannot be decoded')
-    return problems
+    _report(one, 'segmentation-missing', lost, f'{len(lost):,} of {len(objects):,} annotations have no mask')
+    sizes = {image['id']: (int(image['height']), int(image['width'])) for image in data['images']}
+    having = [a for a in objects if a.get('segmentation') and a['image_id'] in sizes] if decode else []
+    bad = _items(having, lambda a: coco.mask_problem(a.get('segmentation'), *sizes[a['image_id']]))
+    _report(one, 'mask-undecodable', bad, f'{len(bad):,} of {len(objects):,} masks cannot be decoded')
 
 
-def _left_out(file: Path, data: coco.AnnotationFile, use: Use) -> list[Problem]:
+def _left_out(one: DataSet, data: coco.AnnotationFile, use: Use) -> None:
     """The images that mmdetection does not train with: those without an object of a class, and small ones."""
-    images = data['images']
     ids = {c['id'] for c in data['categories'] if use.classes is None or c['name'] in use.classes}
     having = {a['image_id'] for a in data.get('annotations', ()) if a['category_id'] in ids}
-    reasons = [(image, 'no object of a class' if image['id'] not in having and not use.keep_empty else
-                f'{image["width"]:g}x{image["height"]:g} pixels' if min(image['width'], image['height']) < use.min_size else '')
-               for image in images]
-    items = [Item(reason, f'image {image["id"]}') for image, reason in reasons if reason]
-    kind = 'nothing-to-train' if len(items) == len(images) else 'left-out'
-    return _problem(kind, file, items, f'{len(items):,} of {len(images):,} images are not trained with')
+    items = []
+    for image in data['images']:
+        if image['id'] not in having and not use.keep_empty:
+            items.append(Item('no object of a class', f'image {image["id"]}'))
+        elif min(image['width'], image['height']) < use.min_size:
+            items.append(Item(f'{image["width"]:g}x{image["height"]:g} pixels', f'image {image["id"]}'))
+    kind = 'nothing-to-train' if len(items) == len(data['images']) else 'left-out'
+    _report(one, kind, items, f'{len(items):,} of {len(data["images"]):,} images are not trained with')

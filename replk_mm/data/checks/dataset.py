@@ -2,6 +2,8 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from replk_mm.data.files import IGNORED
 from replk_mm.data.problems import Problem
@@ -37,7 +39,14 @@ class Rules:
 
 @dataclass
 class Seen:
-    """What was found in an image and its label map: problems, ``(width, height)``, pixels of every label id, file hash."""
+    """What was found in an image and its label map.
+
+    Attributes:
+        problems: What is wrong.
+        size: Width and height of the image, pixels; None if it cannot be read.
+        pixels: Pixels of every id of the label map.
+        digest: Hash of the image file, if requested.
+    """
 
     problems: list[Problem] = field(default_factory=list)
     size: tuple[int, int] | None = None
@@ -83,6 +92,10 @@ class DataSet:
     labels: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
+    def report(self, kind: str, path: str | Path, found: str, **more: Any) -> None:
+        """Add a :class:`Problem`."""
+        self.problems.append(Problem(kind, str(path), found, **more))
+
     def add(self, seen: Seen) -> None:
         """Count what was found in one image."""
         self.inspected += 1
@@ -110,42 +123,40 @@ class DataSet:
             parts.append(f'{"x".join(map(str, ordered[0]))} to {"x".join(map(str, ordered[-1]))} pixels')
         counts = self.class_counts()
         if counts:
-            parts.append(f'{sum(map(bool, counts.values()))} of {len(counts)} classes occur, {sum(counts.values()):,} {unit}')
+            occurring = sum(map(bool, counts.values()))
+            parts.append(f'{occurring} of {len(counts)} classes occur, {sum(counts.values()):,} {unit}')
         return f'{self.split}: {self.root} ({self.type}): {", ".join(parts)}'
 
 
-def absent_classes(one: DataSet) -> list[Problem]:
-    """A note on classes that do not occur, if that is certain; a warning if none occurs in the files inspected."""
+def report_absent_classes(one: DataSet) -> None:
+    """Report classes that do not occur, if that is certain, or if none occurs in the files inspected."""
     counts = one.class_counts()
     absent = [name for name, count in counts.items() if not count]
     complete = one.objects is not None or 0 < one.labels == len(one.tasks)
-    if not absent or not complete and (len(absent) < len(counts) or not one.labels):
-        return []
-    found = f'{len(absent)} of {len(counts)} classes do not occur: {", ".join(absent)}'
-    return [Problem('class-absent', one.where, found, severity='warning' if len(absent) == len(counts) else '')]
+    none = one.labels > 0 and len(absent) == len(counts)
+    if absent and (complete or none):
+        text = f'{len(absent)} of {len(counts)} classes do not occur: {", ".join(absent)}'
+        one.report('class-absent', one.where, text, severity='warning' if none else '')
 
 
-def doubts_about_zero(sets: Sequence[DataSet]) -> list[Problem]:
-    """Warnings about a ``reduce_zero_label`` that seems to be the wrong way round, from the ids in the label maps.
+def report_doubts_about_zero(sets: Sequence[DataSet]) -> None:
+    """Report a ``reduce_zero_label`` that seems to be the wrong way round, from the ids in the label maps.
 
     Data sets of one root and the same rules are judged together: a small one may lack the last class.
     """
-    problems = []
     for one in sets:
-        count, zeros = one.rules.num_classes, one.files[0]
-        anywhere: set[int] = set().union(*(other.files for other in sets if (other.root, other.rules) == (one.root, one.rules)))
-        ids = {i for i in one.files if i != IGNORED}
+        count, reduce_zero, zeros = one.rules.num_classes, one.rules.reduce_zero, one.files[0]
+        alike = [other for other in sets if (other.root, other.rules) == (one.root, one.rules)]
+        ids = one.files.keys() - {IGNORED}
         if not count or count < 2 or not ids:
             continue
-        if one.rules.reduce_zero and max(ids) == count - 1 and count not in anywhere and (
-                IGNORED in one.files or not zeros or ids == set(range(count))):
-            problems.append(Problem('reduce-zero-on', one.where, f'reduce_zero_label=True with {count} classes, but the highest '
-                                    f'id is {max(ids)}' + (', and 255 occurs' if IGNORED in one.files else ''),
-                                    f'0 (ignored) and 1..{count}'))
-        elif not one.rules.reduce_zero and max(ids) == count:
-            problems.append(Problem('reduce-zero-off', one.where, f'reduce_zero_label=False with {count} classes, but ids reach '
-                                    f'{count}', f'0..{count - 1}'))
-        elif not one.rules.reduce_zero and count == _ADE_CLASSES and zeros >= _NEARLY_ALL * one.labels > 1:
-            problems.append(Problem('reduce-zero-off', one.where, f'reduce_zero_label=False, but {zeros:,} of {one.labels:,} '
-                                    f'label maps have 0, which is "other" in ADE20K\'s files'))
-    return problems
+        text = f'reduce_zero_label={reduce_zero} with {count} classes, but '
+        if reduce_zero and max(ids) == count - 1 and not any(other.files[count] for other in alike) and (
+                IGNORED in one.files or not zeros or len(ids) == count):
+            text += f'the highest id is {max(ids)}' + (', and 255 occurs' if IGNORED in one.files else '')
+            one.report('reduce-zero-on', one.where, text, allowed=f'0 (ignored) and 1..{count}')
+        elif not reduce_zero and max(ids) == count:
+            one.report('reduce-zero-off', one.where, f'{text}ids reach {count}', allowed=f'0..{count - 1}')
+        elif not reduce_zero and count == _ADE_CLASSES and zeros >= _NEARLY_ALL * one.labels > 1:
+            one.report('reduce-zero-off', one.where, f'{text}{zeros:,} of {one.labels:,} label maps have 0, which is '
+                                                     f'"other" in ADE20K\'s files')

@@ -13,7 +13,7 @@ from replk_mm.data.checks.dataset import Rules, Seen, Task
 from replk_mm.data.files import IGNORED
 from replk_mm.data.problems import Problem, some
 
-#: EXIF's tag of the orientation of the camera. Values 5 to 8 swap width and height; OpenCV, which training uses, follows it.
+#: EXIF's tag of the camera's orientation. Values 5 to 8 swap width and height; OpenCV, which training uses, follows it.
 ORIENTATION = 0x0112
 #: Pillow's modes with one channel of integers.
 _LABEL_MODES = ('1', 'L', 'P', 'I', 'I;16', 'I;16B')
@@ -27,6 +27,9 @@ class Picture(NamedTuple):
     size: tuple[int, int]
     stored: tuple[int, int]
     orientation: int
+
+    def __str__(self) -> str:
+        return f'{self.size[0]}x{self.size[1]} pixels'
 
 
 def inspect(task: Task, rules: Rules) -> Seen:
@@ -92,21 +95,20 @@ def _against_stated(task: Task, picture: Picture) -> list[Problem]:
         return []
     width, height = task.stated
     turned = ' when rotated by its EXIF tag' if picture.orientation > 4 and picture.stored == task.stated else ''
-    return [Problem('stated-size', task.image, f'{picture.size[0]}x{picture.size[1]} pixels{turned}, but {width:g}x{height:g} in '
-                                               f'the annotation file')]
+    return [Problem('stated-size', task.image, f'{picture}{turned}, but {width:g}x{height:g} in the annotation file')]
 
 
 def _against_image(task: Task, picture: Picture, pixels: np.ndarray) -> list[Problem]:
-    label, size = str(task.label), pixels.shape[::-1]
+    size = pixels.shape[::-1]
     if size == picture.size:
         # A rotation by 180 degrees, or of a square, does not show in the size.
         if picture.orientation in (2, 3, 4) or picture.orientation > 4 and size[0] == size[1]:
             return [Problem('exif-orientation', task.image, f'EXIF orientation {picture.orientation}', '1')]
         return []
     if size == picture.stored:
-        return [Problem('exif-turned', task.image, f'{picture.size[0]}x{picture.size[1]} pixels when rotated by its EXIF tag '
-                                                   f'(orientation {picture.orientation}), but its label {size[0]}x{size[1]}')]
-    return [Problem('size-mismatch', label, f'{size[0]}x{size[1]} pixels, but its image {picture.size[0]}x{picture.size[1]}')]
+        return [Problem('exif-turned', task.image, f'{picture} when rotated by its EXIF tag (orientation '
+                                                   f'{picture.orientation}), but its label {size[0]}x{size[1]}')]
+    return [Problem('size-mismatch', str(task.label), f'{size[0]}x{size[1]} pixels, but its image {picture}')]
 
 
 def _read_label(path: str, problems: list[Problem]) -> np.ndarray | None:

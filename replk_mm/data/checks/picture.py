@@ -73,8 +73,8 @@ def draw(result: Audit, path: Path) -> bool:
     return True
 
 
-def _frequencies(figure: Figure, grid: Any, columns: int, rows: int, ordered: list[str], totals: dict[str, dict[str, int]],
-                 splits: list[str], sets: list[DataSet]) -> None:
+def _frequencies(figure: Figure, grid: Any, columns: int, rows: int, ordered: list[str],
+                 totals: dict[str, dict[str, int]], splits: list[str], sets: list[DataSet]) -> None:
     """Classes from the most to the least frequent, down the columns, one log axis for all."""
     counts = [count for shares in totals.values() for count in shares.values() if count]
     low, high = (10 ** np.floor(np.log10(min(counts)) - 0.05), 2 * max(counts)) if counts else (0.1, 2)
