@@ -1,5 +1,7 @@
-"""Rows of a suite that train nothing, but take their time, crash, hang and die as their options say: for tests of what runs
-them. Run as ``python -m suite_fake TASK``."""
+"""Rows of a suite that train nothing, but take time, crash, hang and die as their options say.
+
+    python -m suite_fake TASK
+"""
 import os
 import signal
 import sys

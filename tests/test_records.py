@@ -165,4 +165,5 @@ def test_spread_by_hand():
 
 def test_by_suite_keeps_order():
     given = [record(suite='b', key='1'), record(suite='a', key='2'), record(suite='b', key='3')]
-    assert {name: [one['key'] for one in of] for name, of in records.by_suite(given).items()} == {'b': ['1', '3'], 'a': ['2']}
+    found = {name: [one['key'] for one in of] for name, of in records.by_suite(given).items()}
+    assert found == {'b': ['1', '3'], 'a': ['2']}

@@ -63,7 +63,8 @@ def lines(work_dir: Path) -> list[dict]:
 
 
 def counts(work_dir: Path, status: str) -> dict[tuple, int]:
-    return collections.Counter((r['row'], r['seed'], r['measurement']) for r in lines(work_dir) if r['status'] == status)
+    found = [one for one in lines(work_dir) if one['status'] == status]
+    return collections.Counter((one['row'], one['seed'], one['measurement']) for one in found)
 
 
 def processes_at(folder: Path) -> list[psutil.Process]:

@@ -1,8 +1,8 @@
-"""Run a suite of experiments: train and measure each of its rows, one record a measurement, in processes of their own.
+"""Run a suite of experiments: train and measure each of its rows in a process of its own.
 
-Results go to WORK_DIR/results, append-only. A suite that was stopped, killed or had rows that failed goes on with --resume:
-what is done stays, a training goes on from its last checkpoint, and what failed is tried again. docs/suites.md shows how to
-write one and how to spread it over machines.
+Each measurement appends a record to WORK_DIR/results. After a stop, a kill or a failure, --resume continues: finished
+measurements stay, a training continues from its last checkpoint, and what failed is repeated. docs/suites.md shows how
+to write a suite and how to spread it over machines.
 """
 import argparse
 import shlex
@@ -30,24 +30,24 @@ def names(text: str) -> list[str]:
 def main() -> int:
     p = cli.parser(__doc__, 'python tools/suite.py configs/suites/demo.yaml --jobs 2')
     p.add_argument('suite', help='suite file (YAML)')
-    p.add_argument('--only', type=names, default=[], metavar='ROWS', help="names, patterns such as 'replk-*', or numbers of "
-                   '--list, separated by commas')
-    p.add_argument('--resume', action='store_true', help='go on: what is done stays, what failed is tried again')
-    p.add_argument('--list', action='store_true', help='print number, row, seed and state of everything, and run nothing')
-    p.add_argument('--work-dir', type=Path, metavar='DIR', help='for everything (default: work_dirs/suites/NAME)')
+    p.add_argument('--only', type=names, default=[], metavar='ROWS',
+                   help="names, patterns such as 'replk-*', or numbers of --list, separated by commas")
+    p.add_argument('--resume', action='store_true', help='continue: finished measurements stay, failures are repeated')
+    p.add_argument('--list', action='store_true', help='only print number, row, seed and state')
+    p.add_argument('--work-dir', type=Path, metavar='DIR', help='where to write (default: work_dirs/suites/NAME)')
     p.add_argument('--data-root', metavar='DIR', help='data of all rows (default: as the suite or the configs say)')
-    p.add_argument('--jobs', type=cli.positive, default=1, metavar='N', help='rows at a time, which share the cores; speed '
-                   'and memory are measured after all others, one row at a time')
-    p.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help="start a row's training and test "
-                   'by torchrun (pytorch) or, within an allocation, by srun (slurm)')
+    p.add_argument('--jobs', type=cli.positive, default=1, metavar='N', help='rows at a time, which share the cores; '
+                   'speed and memory are measured at the end, one row at a time')
+    p.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none',
+                   help="start a row's training and test by torchrun (pytorch), or by srun within an allocation (slurm)")
     p.add_argument('--nproc', type=cli.positive, default=1, metavar='N', help='processes of a row, under a launcher')
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: a GPU if there is one)')
     args = p.parse_args()
     if args.nproc > 1 and args.launcher == 'none':
         raise UserError(f'--nproc {args.nproc}: needs a launcher\nAdd --launcher pytorch or --launcher slurm.')
     if args.launcher == 'slurm' and not args.list and not shutil.which('srun'):
-        raise UserError('--launcher slurm: there is no srun here\nRun it on a machine of the cluster, within an allocation, '
-                        'or take --launcher pytorch.')
+        raise UserError('--launcher slurm: there is no srun here\nRun it on a machine of the cluster, within an '
+                        'allocation, or use --launcher pytorch.')
     suite = read_suite(args.suite)
     work_dir = args.work_dir or Path('work_dirs', 'suites', suite.name)
     if args.list:
@@ -60,7 +60,7 @@ def main() -> int:
         failed = _run(suite, choice, Settings(args.jobs, args.launcher, args.nproc))
     except KeyboardInterrupt:
         again = [part for part in sys.argv[1:] if part != '--resume']
-        print(f'\ninterrupted; go on with: python tools/suite.py {shlex.join(again)} --resume', file=sys.stderr)
+        print(f'\ninterrupted; continue with: python tools/suite.py {shlex.join(again)} --resume', file=sys.stderr)
         return 130
     return 1 if failed else 0
 
@@ -71,7 +71,7 @@ def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
     tasks, failed = plan.tasks_left(suite, choice)
     done = len(plan.chosen(suite, choice.only)) - len(tasks) - len(failed)
     print(f'{suite.name}: {len(tasks)} rows and seeds to do' + (f', {done} are done' if done else '')
-          + f'; everything goes to {choice.work_dir}', file=sys.stderr, flush=True)
+          + f'; results go to {choice.work_dir}', file=sys.stderr, flush=True)
     if settings.jobs > 1 or settings.launcher != 'none':
         print('speed and memory are measured at the end, one row at a time', file=sys.stderr)
     from replk_mm.engine.results import environment  # imports torch

@@ -10,8 +10,6 @@ from typing import Any
 
 import yaml
 
-from replk_mm.errors import UserError
-
 DATA = Path(__file__).with_name('published.yaml')
 
 #: The metrics a row may state, in the order in which a table shows them.
@@ -35,7 +33,7 @@ class Result:
         flops_g: billions of multiply-accumulates at ``input``.
         input: height and width in pixels.
         source: paper and repository.
-        recipe: name in :func:`recipe`.
+        recipe: name in ``table('recipes')``.
         variant: which of the recipe's variants; None where it has one only.
         config: name of the config file that follows the recipe; None where there is none.
     """
@@ -68,15 +66,8 @@ def _tables() -> dict[str, Any]:
 
 
 def table(name: str) -> Any:
-    """A table of ``published.yaml`` as it stands there: ``'kernel_size_study'``, ``'weights'`` and so on.
-
-    Raises:
-        UserError: if there is no such table.
-    """
-    tables = _tables()
-    if name not in tables:
-        raise UserError(f'no published table {name!r} in {DATA.name}\nThere are: {", ".join(tables)}')
-    return tables[name]
+    """A table of ``published.yaml``: ``'kernel_size_study'``, ``'weights'``, ``'recipes'`` and so on."""
+    return _tables()[name]
 
 
 def _result(task: str, row: Mapping[str, Any]) -> Result:
@@ -107,28 +98,3 @@ def for_config(config: str | Path) -> Result | None:
     """
     name = Path(config).name.removesuffix('.py') + '.py'
     return next((row for row in results() if row.config == name), None)
-
-
-def recipe(name: str, variant: str | None = None) -> dict[str, Any]:
-    """A published recipe, reduced to one of its variants.
-
-    Args:
-        name: such as ``'convnext_upernet_ade20k'``.
-        variant: such as ``'XL'``; a value that differs between variants becomes this variant's. Defaults to None:
-            all variants.
-
-    Raises:
-        UserError: if there is no such recipe.
-    """
-    known = table('recipes')
-    if name not in known:
-        raise UserError(f'no published recipe {name!r} in {DATA.name}\nThere are: {", ".join(known)}')
-    return {key: _reduced(value, variant) for key, value in known[name].items()}
-
-
-def _reduced(value: Any, variant: str | None) -> Any:
-    if not isinstance(value, dict) or variant is None:
-        return value
-    if variant in value:
-        return value[variant]
-    return {key: _reduced(nested, variant) for key, nested in value.items()}

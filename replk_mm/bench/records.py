@@ -1,7 +1,7 @@
 """Files of records (:class:`replk_mm.bench.schema.Record`), a line of JSON each.
 
-Files are only appended to, and reading skips a line that is not whole. So a process may be killed at any moment, and results
-of several machines merge by copying their files into one folder.
+Files are only appended to, and reading skips a line that is not whole. So a process may be killed at any moment, and
+results of several machines merge by copying their files into one folder.
 """
 import json
 import os
@@ -60,9 +60,9 @@ def files_in(paths: Iterable[str | Path]) -> list[Path]:
 def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """Read records.
 
-    Of several with one key the one that was started last counts, but a failure never replaces a result. Of one measurement of a
-    row and seed under different keys, the row's definition has changed; the one that was started last counts, and results
-    under another key are a complaint.
+    Of several with one key the one that was started last counts, but a failure never replaces a result. Different keys
+    of one measurement mean that the definition of the row has changed; the one that was started last counts, and
+    results under another key are a complaint.
 
     Args:
         paths: Files, work dirs or folders of files.
@@ -82,8 +82,8 @@ def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
         what = tuple(new[1][field] for field in ('suite', 'row', 'seed', 'measurement'))
         older, newer = sorted([latest.get(what, new), new], key=lambda entry: entry[1]['started'])
         if older is not newer and older[1]['status'] == 'done':
-            complaints.append(f'{older[0]}: {", ".join(map(str, what[1:]))}: its row is defined differently than in the later '
-                              f'record at {newer[0]}')
+            complaints.append(f'{older[0]}: {", ".join(map(str, what[1:]))}: its row is defined differently than in '
+                              f'the later record at {newer[0]}')
         latest[what] = newer
     return [record for _, record in latest.values()], [printable(complaint) for complaint in complaints]
 
@@ -100,7 +100,7 @@ def of_task(task: Task) -> dict[str, dict[str, Any]]:
 
 
 def left(task: Task) -> tuple[str, ...]:
-    """The measurements of a task that are not done: not recorded, of another definition of the row, or of other weights."""
+    """The measurements of a task that are not recorded as done, for this definition of the row and these weights."""
     def is_done(record: Mapping[str, Any]) -> bool:
         measured, weights = (record['checkpoint'] or {}).get('sha256'), task.checkpoint
         same = not weights or not measured or not Path(weights).is_file() or sha256(weights) == measured

@@ -45,7 +45,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 class Erf(_Strict):
     """Images for the effective receptive field."""
 
-    size: PositiveInt | None = Field(None, description='side of the images in pixels; default: the longer side of the crop')
+    size: PositiveInt | None = Field(None, description='side of the images in pixels; default: longer side of the crop')
     count: PositiveInt | None = Field(None, description='number of images; default: 50')
 
 
@@ -73,28 +73,27 @@ class Data(_Strict):
 class Defaults(_Strict):
     """What rows may have in common: every key of a row but ``name`` and ``label``."""
 
-    config: str | None = Field(None, description='a path, relative to the current directory or to the suite file; the name of '
-                               'a file in `configs/`; `mmseg::...` or `mmdet::...`')
+    config: str | None = Field(None, description='a path, relative to the current directory or to the suite file; the '
+                               'name of a file in `configs/`; `mmseg::...` or `mmdet::...`')
     options: dict[str, Any] = Field({}, description='overrides of config fields, as in `--cfg-options`; the options of '
                                     '`defaults` apply too, unless the row sets the same field')
     seeds: list[Seed] = Field([0], min_length=1, description='one training each; default: `[0]`')
-    iterations: PositiveInt | None = Field(None, description='train this many iterations, warm-up and decay in proportion')
+    iterations: PositiveInt | None = Field(None, description='train this long, warm-up and decay in proportion')
     schedule: Literal['full'] | None = Field(None, description='`full`: train as the config says')
     checkpoint: str | None = Field(None, description='trained weights instead of a training; `{row}` and `{seed}` are '
                                    'replaced. If the file is absent, the measurements that need it fail')
     measure: list[Asked] = Field(['complexity', 'metric', 'speed', 'memory'], description='any of '
                                  f'{", ".join(f"`{name}`" for name in get_args(Asked))}; default: the first four')
     published: bool = Field(True, description='`false`: show no published figures next to this row')
-    pretraining: str | None = Field(None, description='what the backbone was pretrained on, such as `ImageNet-1K`, if the name '
-                                    'of the weights does not tell')
+    pretraining: str | None = Field(None, description='of the backbone, such as `ImageNet-1K`; default: known from the '
+                                    'name of the weights')
     shape: Shape | None = Field(None, description='`[HEIGHT, WIDTH]` in pixels for `speed` and `memory`; default: the '
                                 "config's crop")
-    batch: PositiveInt | None = Field(None, description='images per batch for `speed` and `memory`; default: the smallest '
-                                      'possible')
-    macs_shape: Shape | None = Field(None, description='`[HEIGHT, WIDTH]` in pixels for `complexity`; default: as published, '
-                                     "or else the config's crop")
-    erf: Erf = Field(Erf(), description='`{size: 512, count: 50}`, images of the effective receptive field; default: size of '
-                     "the config's crop, 50 images")
+    batch: PositiveInt | None = Field(None, description='images for `speed` and `memory`; default: as few as possible')
+    macs_shape: Shape | None = Field(None, description='`[HEIGHT, WIDTH]` in pixels for `complexity`; default: as '
+                                     "published, or else the config's crop")
+    erf: Erf = Field(Erf(), description='`{size: 512, count: 50}`, images of the effective receptive field; default: '
+                     "size of the config's crop, 50 images")
     data_root: str | None = Field(None, description='data of this row')
 
     @field_validator('seeds')
@@ -134,8 +133,8 @@ class Row(Defaults):
             raise ValueError(f'{len(self.seeds)} seeds, but one checkpoint for all: {self.checkpoint}\n'
                              f'Put {{seed}} into its name, or set seeds: [0].')
         if not self.trains and not self.checkpoint and needs:
-            raise ValueError(f'{needs[0]} needs trained weights\nSet iterations, schedule: full or checkpoint; random weights '
-                             f'allow {", ".join(WITHOUT_WEIGHTS)}.')
+            raise ValueError(f'{needs[0]} needs trained weights\nSet iterations, schedule: full or checkpoint; random '
+                             f'weights allow {", ".join(WITHOUT_WEIGHTS)}.')
         if 'curve' in self.measure and not self.trains:
             raise ValueError('curve needs a training\nSet iterations or schedule: full.')
         return self
@@ -200,14 +199,16 @@ def _with_defaults(row: dict, defaults: dict) -> dict:
     if any(key in row for key in _BUDGETS):  # a row's budget replaces that of the defaults
         defaults = {key: value for key, value in defaults.items() if key not in _BUDGETS}
     merged = {'label': row.get('name'), **defaults, **row}
-    options = defaults.get('options'), row.get('options')
-    return {**merged, 'options': {**options[0], **options[1]}} if all(isinstance(o, dict) for o in options) else merged
+    common, own = defaults.get('options'), row.get('options')
+    if isinstance(common, dict) and isinstance(own, dict):
+        merged['options'] = {**common, **own}
+    return merged
 
 
 def _file_name(name: str, marks: str) -> str:
     if not re.fullmatch(f'[a-z0-9][a-z0-9{marks}]*', name) or name.isdigit():
-        raise ValueError(f'{name!r} cannot name files\nUse lower-case letters, digits and {" ".join(marks)}, beginning with a '
-                         f'letter or digit; not digits alone, which number rows for --only.')
+        raise ValueError(f'{name!r} cannot name files\nUse lower-case letters, digits and {" ".join(marks)}, beginning '
+                         f'with a letter or digit; not digits alone, which number rows for --only.')
     return name
 
 
@@ -229,7 +230,7 @@ def read_suite(path: str | Path) -> Suite:
     try:
         content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
     except OSError as error:
-        raise UserError(f'{path}: no such suite ({error.strerror})\nSuites are in configs/suites/, one file each.') from error
+        raise UserError(f'{path}: no such suite ({error.strerror})\nSuites are in configs/suites/.') from error
     except Exception as error:  # PyYAML raises anything on values that it cannot construct
         raise UserError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from error
     if not isinstance(content, dict):
@@ -252,7 +253,8 @@ def _explain(error: ValidationError, content: dict) -> str:
             place += f' ({content["rows"][part].get("name", "?")})'
     if first['type'] == 'extra_forbidden':
         parent = next((part for part in reversed(parents) if isinstance(part, str)), '')
-        known = dict(rows=Row, data=Data, defaults=Defaults, erf=Erf).get(parent, Suite).model_fields.keys() - {'path'}
+        models: dict[str, type[BaseModel]] = dict(rows=Row, data=Data, defaults=Defaults, erf=Erf)
+        known = models.get(parent, Suite).model_fields.keys() - {'path'}
         return f'{place}: unknown key\n{did_you_mean(last, known)}Known keys: {", ".join(sorted(known))}.'
     if first['type'] == 'missing':
         return f'{place} is missing\ndocs/suites.md shows a whole suite.'
@@ -262,7 +264,7 @@ def _explain(error: ValidationError, content: dict) -> str:
 
 
 class Record(BaseModel):
-    """One measurement of one row and seed: a line of JSON. Numbers are finite, and percentages are 0 to 100, COCO's AP too."""
+    """One measurement of one row and seed: a line of JSON. Percentages are 0 to 100, COCO's AP too."""
 
     model_config = ConfigDict(strict=True, extra='allow')
 
@@ -276,10 +278,10 @@ class Record(BaseModel):
     status: Literal['done', 'failed'] = Field(description='`done` or `failed`')
     reason: str | None = Field(description='why it failed')
     values: dict[str, Any] = Field(description='the figures')
-    protocol: dict[str, Any] = Field(description='what has to be equal for values to be ranked: data with a hash of the names '
-                                     'and sizes of its files, crop, whole or sliding window, scales, iterations, batch, '
-                                     'samples seen, pretraining, precision; of timings the device, threads, shape, batch and '
-                                     'torch')
+    protocol: dict[str, Any] = Field(description='what has to be equal for values to be ranked: data with a hash of the '
+                                     'names and sizes of its files, crop, whole or sliding window, scales, iterations, '
+                                     'batch, samples seen, pretraining, precision; of timings the device, threads, '
+                                     'shape, batch and torch')
     facts: dict[str, Any] = Field(description='anything else')
     config: dict[str, Any] = Field(description='path, SHA-256 of what it resolves to, options')
     checkpoint: dict[str, Any] | None = Field(description='the weights: path, SHA-256, iteration, trained here or not')
@@ -394,7 +396,8 @@ class Task(BaseModel):
         """The same with only some of its measurements."""
         return self.model_copy(update=dict(measures=measures, launcher=launcher))
 
-    def record(self, measurement: str, started: datetime, environment: Mapping[str, Any], **content: Any) -> dict[str, Any]:
+    def record(self, measurement: str, started: datetime, environment: Mapping[str, Any],
+               **content: Any) -> dict[str, Any]:
         """A record of a measurement that ends now; ``content`` holds the fields that only the measurement knows."""
         row = self.row
         return {**dict(
@@ -402,8 +405,8 @@ class Task(BaseModel):
             measurement=measurement, status='done', reason=None, values={}, protocol={}, facts={},
             config=dict(path=row.config, sha256=self.config_sha256, options=row.options), checkpoint=None,
             published=self.published, git=self.git, environment=environment,
-            started=started.isoformat(timespec='microseconds'), seconds=round((now() - started).total_seconds(), 3), files={},
-            key=self.keys[measurement], asked=list(self.keys)), **content}
+            started=started.isoformat(timespec='microseconds'), seconds=round((now() - started).total_seconds(), 3),
+            files={}, key=self.keys[measurement], asked=list(self.keys)), **content}
 
 
 def table(model: type[BaseModel]) -> str:
@@ -415,7 +418,7 @@ def table(model: type[BaseModel]) -> str:
 
 
 #: The tables of ``docs/suites.md``, by the name of their block.
-TABLES = dict(suite=Suite, data=Data, row=Row, record=Record)
+TABLES: dict[str, type[BaseModel]] = dict(suite=Suite, data=Data, row=Row, record=Record)
 
 if __name__ == '__main__':
     for name, model in TABLES.items():

@@ -166,7 +166,7 @@ def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         step: int = line.get('step', 0)
         if 'loss' in line:
             loss[step] = line['loss']
-            epochs[line.get('epoch')] = step
+            epochs[line.get('epoch', 0)] = step
         for key in PRIMARY:
             if key in line and 'loss' not in line:
                 name = key
@@ -205,8 +205,8 @@ def weights_of(task: Task) -> str | None:
             raise UserError(f'{folder}: no checkpoint\nRemove {task.folder} and its records to train again.')
         return last
     if task.checkpoint and '://' not in task.checkpoint and not Path(task.checkpoint).is_file():
-        raise UserError(f'{task.checkpoint}: no such checkpoint\nPut the weights of {task.row.name} there, or change the '
-                        f"row's checkpoint.")
+        raise UserError(f'{task.checkpoint}: no such checkpoint\nPut the weights of {task.row.name} there, or change '
+                        f"the row's checkpoint.")
     return task.checkpoint
 
 
@@ -383,7 +383,7 @@ def speed(task: Task) -> Found:
 
 
 def memory(task: Task) -> Found:
-    """Bytes that inference and a training step need at their peak beyond the loaded network, each in its own process."""
+    """Peak bytes of inference and of a training step beyond the loaded network, each in its own process."""
     job, cfg = _job(task)
     values: dict[str, int | None] = dict(inference_bytes=_memory(job), training_bytes=None)
     facts: dict[str, Any] = {}

@@ -161,7 +161,8 @@ def _check_unchanged(task: Task, definition: dict[str, Any]) -> None:
     records.write_json(path, after)
 
 
-def data_of(suite: Suite, row: Row, cfg: Config, work_dir: Path, given: str | None) -> tuple[str | None, dict[str, Any]]:
+def data_of(suite: Suite, row: Row, cfg: Config, work_dir: Path,
+            given: str | None) -> tuple[str | None, dict[str, Any]]:
     """Where a row's data are, scenes written if needed, and what defines them.
 
     Args:

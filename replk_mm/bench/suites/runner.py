@@ -77,11 +77,13 @@ class Runner:
         console: Where progress is shown. Defaults to standard error.
     """
 
-    def __init__(self, settings: Settings, environment: Callable[[], dict[str, Any]], console: Console | None = None) -> None:
+    def __init__(self, settings: Settings, environment: Callable[[], dict[str, Any]],
+                 console: Console | None = None) -> None:
         self.settings, self.environment = settings, environment
         self.console = console or Console(stderr=True)
-        self.progress = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                                 console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.progress = Progress(
+            TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=self.console, transient=True, disable=not self.console.is_terminal)
         self._running: set[subprocess.Popen] = set()
         self._lock, self._interrupted = threading.Lock(), False
         self._ended = self._count = 0
@@ -167,8 +169,8 @@ class Runner:
         if jobs > 1 and len(visible) > processes and task.launcher != 'slurm':  # which assigns them itself
             environment['CUDA_VISIBLE_DEVICES'] = ','.join(devices_of(visible, slot, processes))
         with task.log.open('ab') as log:
-            return subprocess.Popen(command(task, file, self.settings), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                    env=environment, start_new_session=True)
+            return subprocess.Popen(command(task, file, self.settings), stdin=subprocess.DEVNULL, stdout=log,
+                                    stderr=log, env=environment, start_new_session=True)
 
     def _failures(self, task: Task, status: int, new: Mapping[str, dict], started: Any, logged: int) -> list[str]:
         """Why measurements of a process that has ended failed; if it died, that is recorded."""
