@@ -197,9 +197,7 @@ def first_non_finite(model: nn.Module, batch: Any, seed: tuple[int, int, int],
 
 def _describe(place: str, tensor: Tensor) -> str:
     bad = ~tensor.detach().isfinite()
-    text = f'{place}, {int(bad.sum())} of {bad.numel()} values'
-    images = bad.flatten(1).any(1).nonzero().flatten().tolist() if bad.dim() == 4 else []
-    return f'{text} (of images {", ".join(map(str, images))} of the batch, counted from 0)' if images else text
+    return f'{place}, {int(bad.sum())} of {bad.numel()} values'
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
