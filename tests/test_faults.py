@@ -1,17 +1,14 @@
-"""What breaks while it runs: checkpoints, disks, memory. The user learns what and where, and loses nothing."""
+"""Bad checkpoints, full disks and lack of memory: clear errors, and nothing is lost."""
 import errno
 import os
-import pickle
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny import tiny, trained  # noqa: F401
 
-from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.merge import reparameterize_checkpoint
 from replk_mm.engine.train import train
 from replk_mm.errors import USER_ERROR_STATUS, UserError, command, message_of
@@ -33,59 +30,42 @@ class Malicious:
         return os.mkdir, (str(self.trace),)
 
 
-def spoil(kind: str, good: Path, path: Path) -> None:
-    if kind == 'missing':
-        return
-    loaded = torch.load(good, weights_only=False)
-    weights = loaded['state_dict']
-    if kind == 'noise':
-        path.write_bytes(np.random.default_rng(0).bytes(5000))
-    elif kind == 'empty':
-        path.write_bytes(b'')
-    elif kind == 'truncated':
-        path.write_bytes(good.read_bytes()[:good.stat().st_size // 2])
-    elif kind == 'folder':
-        path.mkdir()
-    elif kind == 'malicious':
-        torch.save(dict(loaded, extra=Malicious(path.with_name('was_here'))), path)
-    elif kind == 'pickle':
-        path.write_bytes(pickle.dumps(dict(state_dict={})))
-    elif kind == 'backbone only':
-        torch.save({k.removeprefix('backbone.'): v for k, v in weights.items() if k.startswith('backbone.')}, path)
-    elif kind == 'other classes':
-        torch.save(dict(state_dict={k: v[:5] if '.conv_seg.' in k else v for k, v in weights.items()}), path)
-    elif kind == 'wider':
-        torch.save(dict(state_dict={k: torch.cat([v, v]) if v.dim() else v for k, v in weights.items()}), path)
-    elif kind == 'other network':
-        torch.save(dict(state_dict={'conv1.weight': torch.zeros(3, 3), 'layer1.0.bn1.bias': torch.zeros(3)}), path)
-    elif kind == 'list':
-        torch.save([1, 2], path)
+def cut_off(good: Path, path: Path) -> None:
+    path.write_bytes(good.read_bytes()[:good.stat().st_size // 2])
 
 
-KINDS = {'missing': 'no such checkpoint', 'noise': 'not a readable checkpoint', 'empty': 'not a readable checkpoint',
-         'truncated': 'not a readable checkpoint', 'folder': 'folder', 'malicious': 'refused', 'pickle': 'x.pth',
-         'backbone only': 'backbone only', 'other classes': 'number of classes', 'wider': 'another size',
-         'other network': 'another architecture', 'list': 'not a checkpoint but a list'}
+def changed(change):
+    """Write what ``change`` makes of the weights."""
+    def write(good: Path, path: Path) -> None:
+        torch.save(dict(state_dict=change(torch.load(good, weights_only=False)['state_dict'])), path)
+    return write
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_bad_checkpoint_is_named_and_not_run(kind, tiny, trained, tmp_path):
+BAD = {
+    'no such checkpoint': lambda good, path: None,
+    'folder': lambda good, path: path.mkdir(),
+    'not a readable checkpoint': cut_off,
+    'refused': lambda good, path: torch.save(dict(state_dict={}, extra=Malicious(path.with_name('was_here'))), path),
+    'backbone only': changed(lambda w: {k[9:]: v for k, v in w.items() if k.startswith('backbone.')}),
+    'number of classes': changed(lambda w: {k: v[:5] if '.conv_seg.' in k else v for k, v in w.items()}),
+    'another size': changed(lambda w: {k: torch.cat([v, v]) if v.dim() else v for k, v in w.items()}),
+    'another architecture': changed(lambda w: {'conv1.weight': torch.zeros(3, 3), 'layer1.0.bn1.bias': torch.zeros(3)})}
+
+
+@pytest.mark.parametrize('said', BAD)
+def test_bad_checkpoint_is_named_and_not_run(said, tiny, trained, tmp_path):
     path = tmp_path / 'x.pth'
-    spoil(kind, trained, path)
-    cfg = tiny.cfg()
-    options = tiny.options(tmp_path / 'work')
-    with pytest.raises(UserError) as info:
-        # The fold needs what the test needs, without a data set.
-        reparameterize_checkpoint(cfg, str(path), tmp_path / 'out.pth') if kind != 'missing' else evaluate(
-            cfg, str(path), options)
+    BAD[said](trained, path)
+    with pytest.raises(UserError, match=said) as info:
+        # Merging needs what a test needs, without a data set.
+        reparameterize_checkpoint(tiny.cfg(), str(path), tmp_path / 'out.pth')
     assert str(path) in first_line(info)
-    assert KINDS[kind] in str(info.value)
     assert not (tmp_path / 'was_here').exists()
     assert not (tmp_path / 'out.pth').exists()
 
 
 def test_bad_checkpoint_is_named_by_resuming(tiny, trained, tmp_path):
-    spoil('truncated', trained, tmp_path / 'iter_2.pth')
+    cut_off(trained, tmp_path / 'iter_2.pth')
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
     with pytest.raises(UserError) as info:
         tiny.prepare(tmp_path, 4, resume='auto')
