@@ -1,15 +1,11 @@
 """Which implementation runs: forced or chosen, and said once."""
-import logging
 import math
-import threading
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmengine.logging import MMLogger
 from ops_cases import DRAWN, convolutions, draw, fresh  # noqa: F401 (a fixture)
 
 from replk_mm.errors import UserError
@@ -98,14 +94,6 @@ def test_argument_before_context_before_environment(used, monkeypatch):
     assert used[0] == 'native'
 
 
-def test_a_name_forces_every_computation_that_has_it():
-    assert choice.plan(problem(), 'fft') == ('fft', 'fft', 'fft')
-    auto = choice.plan(problem())
-    assert choice.plan(problem(), 'padded') == ('padded', 'padded', auto.grad_weight)
-    assert choice.plan(problem(), 'grad_kernel') == (auto.forward, auto.grad_input, 'grad_kernel')
-    assert choice.plan(problem(), ' forward = padded , grad_weight=native ')[::2] == ('padded', 'native')
-
-
 @pytest.mark.parametrize('kwargs', [dict(stride=(2, 2)), dict(dilation=(2, 1)), dict(padding=(9, 9))], ids=str)
 def test_what_does_not_apply_is_left_to_the_choice(kwargs):
     given_, auto = problem(**kwargs), choice.plan(problem(**kwargs))
@@ -115,19 +103,6 @@ def test_what_does_not_apply_is_left_to_the_choice(kwargs):
         assert getattr(found, computation) == (name if applies else getattr(auto, computation))
     assert ('fft' in choice.milliseconds(given_)['forward']) == ('padding' in kwargs)
     assert ('padded' in choice.milliseconds(given_)['grad_input']) == ('dilation' in kwargs)
-
-
-def test_the_context_is_one_threads_own_and_ends_with_an_error():
-    seen = []
-    with implementation('fft'):
-        thread = threading.Thread(target=lambda: seen.append(choice.plan(problem((1, 1, 4, 4), (3, 3)))))
-        thread.start()
-        thread.join()
-        assert choice.plan(problem((1, 1, 4, 4), (3, 3))).forward == 'fft'
-    assert seen == [choice.plan(problem((1, 1, 4, 4), (3, 3)), 'auto')] and seen[0].forward != 'fft'
-    with pytest.raises(KeyError), implementation('fft'):
-        raise KeyError
-    assert choice.plan(problem((1, 1, 4, 4), (3, 3))) == seen[0]
 
 
 def test_the_backward_pass_does_what_was_planned_with_the_forward_pass(used):
@@ -196,11 +171,6 @@ def test_shapes_of_a_problem(shapes):
         assert not spectral.supports(given_) or max(k, o) <= size
 
 
-@pytest.mark.parametrize('n, expected', [(1, 2), (7, 8), (11, 12), (13, 16), (31, 32), (45, 48), (91, 96), (241, 250)])
-def test_good_size(n, expected):
-    assert spectral.good_size(n) == expected
-
-
 @pytest.mark.parametrize('batch', [1, 2, 8])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_torchs_loop_over_weight_gradients_is_never_chosen_for_replknet(batch, dtype):
@@ -210,44 +180,3 @@ def test_torchs_loop_over_weight_gradients_is_never_chosen_for_replknet(batch, d
         for side in (kernel, arch['small_kernel']):
             given_ = problem((batch, channels, size, size), (side, side), dtype=dtype, channels_last=True)
             assert choice.plan(given_).grad_weight != 'native', choice.milliseconds(given_)
-
-
-@pytest.fixture
-def log():
-    """What mmengine's current logger is told."""
-    name, records = 'test_ops_choice', []
-
-    class Handler(logging.Handler):
-        def emit(self, record):
-            records.append(record)
-
-    logger = MMLogger.get_instance(name)
-    logger.addHandler(Handler())
-    yield records
-    MMLogger._instance_dict.pop(name)
-
-
-def test_one_line_for_each_decision(log):
-    conv = DepthwiseConv2d(4, 9)
-    for shape in ((2, 4, 12, 12), (2, 4, 12, 12), (3, 4, 12, 12)):
-        conv(torch.randn(shape))
-        conv(torch.randn(shape)).sum().backward()
-    assert len({choice.plan(problem(shape)) for shape in ((2, 4, 12, 12), (3, 4, 12, 12))}) == 1
-    record, = log
-    assert record.levelno == logging.INFO
-    assert 'depthwise convolution 9x9 on 2x4x12x12 float32 default layout, 2 threads: forward ' in record.getMessage()
-    assert 'expected ms forward' in record.getMessage()
-    # Another decision, another kernel, another layout: a line each.
-    conv(torch.randn(2, 4, 12, 12).contiguous(memory_format=torch.channels_last))
-    DepthwiseConv2d(4, 7)(torch.randn(2, 4, 12, 12))
-    with implementation('forward=fft,grad_weight=native'):
-        conv(torch.randn(2, 4, 12, 12))
-        conv(torch.randn(2, 4, 12, 12))
-    assert len(log) == 4 and '(forward=fft,grad_weight=native)' in log[-1].getMessage()
-
-
-def test_fewer_threads_are_expected_to_take_longer():
-    one, two = (choice.milliseconds(replace(problem(), threads=n)) for n in (1, 2))
-    for computation, times in one.items():
-        for name, ms in times.items():
-            assert 1 < ms / two[computation][name] <= 2.001, (computation, name)

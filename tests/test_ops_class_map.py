@@ -164,13 +164,6 @@ def test_argmax_takes_the_first_of_equals():
     assert (labels_of(logits, (12, 16)) == 2).all()
 
 
-def test_argmax_of_what_is_no_number_is_a_class():
-    logits = torch.randn(5, 3, 4)
-    logits[:, 1] = torch.nan
-    found = labels_of(logits, (12, 16))
-    assert found.min() >= 0 and found.max() < 5
-
-
 @pytest.mark.parametrize('autocast', [False, True])
 def test_reduced_precision_is_computed_in_float32(autocast):
     logits = torch.randn(150, 12, 10).bfloat16()
@@ -178,23 +171,6 @@ def test_reduced_precision_is_computed_in_float32(autocast):
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         found = labels_of(logits, (48, 40), (0, 0, 0, 0), None, (33, 41))
     assert (found == chain(expected, (48, 40), out_size=(33, 41))).float().mean() > 0.999
-
-
-def test_windows_are_computed_in_the_callers_precision():
-    seen = []
-
-    def compute(number):
-        seen.append(torch.is_autocast_enabled('cpu'))
-        return [torch.randn(3, 4, 4)]
-
-    with torch.autocast('cpu', torch.bfloat16):
-        class_map([LogitRows(compute, Windows.sliding(40, 16, 12), Windows.whole(16))])
-    assert seen == [True] * 3
-
-
-def test_unknown_flip_is_refused():
-    with pytest.raises(ValueError, match="flip='diagonal'"):
-        labels_of(torch.randn(3, 4, 4), (8, 8), (0, 0, 0, 0), 'diagonal')
 
 
 @pytest.mark.usefixtures('one_thread')

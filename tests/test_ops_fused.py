@@ -4,13 +4,16 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from conftest import randomize_norms
 from fused_cases import CONVOLUTIONS, apart, assert_close, build, image, truth  # noqa: F401 (a fixture)
 from ops_cases import LAYOUTS
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-from replk_mm.ops import DepthwiseConv2d, convolve, pack
+from replk_mm.models import RepLKNet
+from replk_mm.ops import DepthwiseConv2d, convolve, fused, pack
+from replk_mm.reparam import reparameterize
 
 # ruff: noqa: F811 (fixtures that come from another file)
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -44,37 +47,6 @@ def test_equals_the_parts(name, dtype, relative, packed):
                 assert_close(found, truth(conv, x, activation, other), relative, f'{what}, {layout}')
                 assert other is None or torch.equal(other, before), 'the shortcut was written to'
         assert torch.equal(x, kept), 'the input was written to'
-
-
-@pytest.mark.parametrize('packed', [False, True], ids=['', 'packed'])
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_layout_is_torchs(layout, packed):
-    for name in CONVOLUTIONS:
-        conv = build(name)
-        if conv.out_channels == 1:  # every layout is both
-            continue
-        if packed:
-            pack(conv)
-        x = image(conv.in_channels, layout=layout)
-        with torch.no_grad():
-            plain = conv(x)
-            for activation, shortcut in ((None, None), (nn.ReLU(), None), (None, torch.randn_like(plain))):
-                assert convolve(conv, x, activation, shortcut).stride() == plain.stride(), name
-
-
-@pytest.mark.parametrize('size', [(1, 1), (1, 7), (17, 3), (33, 32)])
-@pytest.mark.parametrize('packed', [False, True], ids=['', 'packed'])
-def test_any_size_of_map(size, packed):
-    conv = build('3x3')
-    if packed:
-        pack(conv)
-        with torch.no_grad():
-            convolve(conv, image())  # the weight is arranged for this size first
-    for batch in (1, 3):
-        x = image(size=size, batch=batch)
-        with torch.no_grad():
-            assert_close(convolve(conv, x, nn.GELU()), truth(conv, x, nn.GELU()))
-            assert_close(convolve(conv, x, None, torch.ones_like(conv(x))), truth(conv, x) + 1)
 
 
 def test_what_is_fused_and_what_is_not(apart):
@@ -121,22 +93,6 @@ def test_any_memory_of_the_shortcut(memory, layout):
 def test_an_activation_or_a_shortcut():
     with pytest.raises(ValueError, match='an activation or a shortcut, not both'):
         convolve(build('1x1'), image(), nn.ReLU(), torch.zeros(2, 16, 9, 10))
-
-
-def test_errors_are_torchs():
-    conv = build('3x3')
-    with torch.no_grad():
-        for activation in (nn.ReLU(), nn.SiLU()):
-            with pytest.raises(RuntimeError, match='to have 8 channels, but got 5 channels instead'):
-                convolve(conv, image(5), activation)
-            with pytest.raises(RuntimeError, match="[Kk]ernel size can't be greater than actual input size"):
-                convolve(nn.Conv2d(8, 4, 5), image(size=(3, 3)), activation)
-            with pytest.raises(RuntimeError, match='should be the same'):
-                convolve(conv, image(dtype=torch.bfloat16), activation)
-        for shape in (2, 16, 9, 7), (2, 16, 3, 3), (2, 16, 10, 9), (2, 8, 9, 10), (3, 16, 9, 10):
-            for layout in LAYOUTS:
-                with pytest.raises(RuntimeError, match='must match the size'):
-                    convolve(conv, image(layout=layout), None, torch.zeros(shape))
 
 
 # gradients, hooks, modes
@@ -264,8 +220,56 @@ def test_what_looks_at_operators_sees_the_parts():
     assert [kind for kind in kinds if kind.startswith('aten')] == ['aten::_convolution', 'aten::relu']
 
 
-def test_other_devices():
-    conv = build('3x3').to('meta')
+# networks
+
+def folded(kind=RepLKNet, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return reparameterize(randomize_norms(kind('nano', **kwargs)).eval())[0]
+
+
+@pytest.mark.parametrize('packed', [False, True], ids=['', 'packed'])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_network_fused_and_apart(layout, packed, monkeypatch, apart):
+    network, x = folded(), torch.randn(1, 3, 64, 96)
+    network.channels_last = layout == 'channels_last'
+    # 1x1 convolutions: two in each of 20 blocks, one before each of three transitions; in the stem one and the image's.
+    plain = sum(type(m) is nn.Conv2d for m in network.modules())
+    assert plain == 2 * 20 + 3 + 2
+    if packed:
+        assert pack(network) == sum(isinstance(m, nn.Conv2d) for m in network.modules())
     with torch.no_grad():
-        assert pack(conv) == 0
-        assert convolve(conv, image().to('meta'), nn.ReLU()).shape == (2, 16, 9, 10)
+        found = network(x)
+        together = plain - sum(type(conv) is nn.Conv2d for conv in apart)
+        assert together == plain or layout == 'default'
+        exact = copy.deepcopy(network).double()(x.double())
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, '_fuses', lambda *args: False)
+            apart.clear()
+            separate = network(x)
+        assert sum(type(conv) is nn.Conv2d for conv in apart) == plain
+    for a, b, c in zip(found, separate, exact, strict=True):
+        assert a.stride() == b.stride()
+        assert_close(a, b.double(), 1e-5)
+        assert_close(a, c, 1e-5)
+
+
+def gradients(network, x, seed=0):
+    network.zero_grad()
+    torch.manual_seed(seed)
+    outs = network(x)
+    sum(out.square().mean() for out in outs).backward()
+    return [*outs, *(p.grad for p in network.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize('fold', [False, True], ids=['', 'folded'])
+def test_training_is_unaffected(fold, monkeypatch):
+    """Bit by bit, with drop path."""
+    x = torch.randn(2, 3, 64, 64)
+    network = (folded(drop_path_rate=.5) if fold else randomize_norms(RepLKNet('nano', drop_path_rate=.5))).train()
+    state = copy.deepcopy(network.state_dict())
+    found = [t.detach().clone() for t in gradients(network, x)]
+    network.load_state_dict(state)
+    monkeypatch.setattr(fused, '_fuses', lambda *args: False)
+    expected = gradients(network, x)
+    assert len(found) == len(expected) > 100 and all(map(torch.equal, found, expected))
+    assert any(not torch.equal(a, b) for a, b in zip(found, gradients(network, x, seed=1), strict=True)), 'nothing was dropped'

@@ -10,7 +10,7 @@ from ops_cases import SPECS, fresh  # noqa: F401 (a fixture)
 pytestmark = pytest.mark.usefixtures('fresh')
 
 
-def isolated(code: str, timeout: float = 100, **environment: str) -> str:
+def isolated(code: str, timeout: float = 200, **environment: str) -> str:
     """What a new Python prints that runs ``code``."""
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([root, str(Path(__file__).parent)]), 'OMP_NUM_THREADS': '2',
@@ -63,10 +63,11 @@ def twice(x, weight, convolve):
 expected = twice(*(t.double().requires_grad_() for t in tensors[:2]), lambda x, w: F.conv2d(x, w, padding=15, groups=4))
 for spec in ('auto', 'native', 'fft'):
     print(spec, flush=True)
-    found = twice(*(t.clone().requires_grad_() for t in tensors[:2]), lambda x, w: depthwise_conv2d(x, w, implementation=spec))
+    found = twice(*(t.clone().requires_grad_() for t in tensors[:2]),
+                  lambda x, w: depthwise_conv2d(x, w, implementation=spec))
     for a, b in zip(found, expected):
         assert (a - b).abs().max() <= 4e-2 * b.abs().max()
-""", timeout=40)
+""")
 
 
 def test_after_a_fork():
@@ -94,39 +95,14 @@ child = os.fork()
 if child == 0:
     # torch's own operators must not share out work here, where their threads are gone; ours are made anew.
     found = ours(*tensors, 'fft')
-    os._exit(0 if torch.get_num_threads() == 2 and all(map(torch.equal, found, expected)) and len(workers._pools) == 2 else 1)
+    same = torch.get_num_threads() == 2 and all(map(torch.equal, found, expected)) and len(workers._pools) == 2
+    os._exit(0 if same else 1)
 assert os.waitpid(child, 0)[1] == 0
 for batch in DataLoader(Data(), batch_size=2, num_workers=2, multiprocessing_context='fork', timeout=50):
     assert_close([batch[0], batch[1]], [expected[0].double()] * 2, 1e-5)
 print('both')
 """)
     assert printed.splitlines()[-1] == 'both'
-
-
-def test_distributed_training_equals_training():
-    isolated("""
-import torch
-import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
-from replk_mm.ops import DepthwiseConv2d
-torch.distributed.init_process_group('gloo', init_method='tcp://127.0.0.1:0', rank=0, world_size=1)
-
-def train(wrap, spec):
-    torch.manual_seed(0)
-    network = wrap(nn.Sequential(DepthwiseConv2d(4, 13, implementation=spec), nn.GELU(), DepthwiseConv2d(4, 3, stride=2)))
-    optimizer = torch.optim.SGD(network.parameters(), lr=.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        network(torch.randn(2, 4, 14, 14)).square().mean().backward()
-        optimizer.step()
-    return [p.detach() for p in network.parameters()]
-
-for spec in ('fft', 'auto', 'native'):
-    assert all(map(torch.equal, train(lambda m: m, spec), train(DistributedDataParallel, spec)))
-    assert all(map(torch.equal, train(lambda m: m, spec),
-                   train(lambda m: DistributedDataParallel(m, static_graph=True, gradient_as_bucket_view=True), spec)))
-torch.distributed.destroy_process_group()
-""")
 
 
 MEMORY = """
@@ -173,15 +149,3 @@ def test_a_training_step_takes_at_most_twice_torchs_memory(shapes):
     assert ratios
     for line in ratios:
         assert float(line.split()[1]) <= 2, line
-
-
-def test_backward_within_autocast_returns():
-    isolated("""
-import torch
-from ops_cases import *
-x, weight = (t.float().requires_grad_() for t in draw((1, 4, 40, 40), (31, 31), torch.float32, 'channels_last')[:2])
-with torch.autocast('cpu', torch.bfloat16):
-    depthwise_conv2d(x, weight).sum().backward()
-    depthwise_conv2d(x, weight, implementation='channels_last').sum().backward()
-assert x.grad.isfinite().all() and weight.grad.isfinite().all()
-""", timeout=40)

@@ -47,7 +47,8 @@ def test_figures_are_those_of_the_exported_maps(way, tiny, trained, tmp_path):
     assert labels.keys() == found.keys() and len(labels) == 2
     confusion = np.zeros((CLASSES, CLASSES), int)
     for name, label in labels.items():
-        # ADE20K's files count classes from 1, and so do the exported ones; others count from 0, and 255 is not labelled.
+        # ADE20K's files count classes from 1, and so do the exported ones; others count from 0, and 255 is not
+        # labelled.
         first = 0 if way == 'labels from zero' else 1
         counts = (label != 255) if first == 0 else (label != 0)
         assert found[name].shape == label.shape and found[name].min() >= first and found[name].max() < CLASSES + first
