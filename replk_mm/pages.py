@@ -1,4 +1,4 @@
-"""Blocks of Markdown pages that commands write: what stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
+"""Blocks of Markdown pages that commands write, between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
 from pathlib import Path
 
 from replk_mm.errors import UserError

@@ -26,7 +26,8 @@ def colorize(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray
     return table[labels.astype(np.uint8)]
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.55) -> np.ndarray:
+def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]],
+            opacity: float = 0.55) -> np.ndarray:
     """A label map over its image, both ``(H, W)``; ignored pixels show the image alone."""
     mixed = cv2.addWeighted(image, 1 - opacity, colorize(labels, palette), opacity, 0)
     return np.where((labels < len(palette))[..., None], mixed, image)

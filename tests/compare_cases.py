@@ -65,7 +65,8 @@ def mean_iou(confusion: np.ndarray) -> float:
     return sum(ious) / len(ious)
 
 
-def write_result(folder: Path, config: Path, root: Path, labels: dict[str, np.ndarray], predictions: dict[str, np.ndarray],
+def write_result(folder: Path, config: Path, root: Path, labels: dict[str, np.ndarray],
+                 predictions: dict[str, np.ndarray],
                  reduce_zero: bool = True, classes: tuple[str, ...] = CLASSES, iteration: int = 40) -> Path:
     """What tools/test.py --out writes."""
     for name, prediction in predictions.items():

@@ -8,7 +8,10 @@ import cv2
 import numpy as np
 import pytest
 from compare_cases import change_record, known_configs, write_record  # noqa: F401
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from test_compare import JSON
 from tiny_detector import detector, trained_detector  # noqa: F401
 
 pytest.importorskip('pycocotools')
@@ -81,8 +84,10 @@ def case(tmp_path):
                 part.append(dict(image_id=7 * i, category_id=int(rng.choice([3, 9], p=[.4, .6])), bbox=moved,
                                  score=round(float(rng.random()), 6)))
     categories = [dict(id=9, name='car'), dict(id=3, name='dog'), dict(id=5, name='not scored')]
-    extra = dict(id=999, image_id=0, category_id=5, bbox=[0, 0, 9, 9], area=81, iscrowd=0, segmentation=polygon([0, 0, 9, 9]))
-    (root / 'val.json').write_text(json.dumps(dict(images=images, categories=categories, annotations=[*objects, extra])))
+    extra = dict(id=999, image_id=0, category_id=5, bbox=[0, 0, 9, 9], area=81, iscrowd=0,
+                 segmentation=polygon([0, 0, 9, 9]))
+    (root / 'val.json').write_text(json.dumps(dict(images=images, categories=categories,
+                                                   annotations=[*objects, extra])))
     config = tmp_path / 'config.py'
     config.write_text(CONFIG.format(root=str(root), ann=str(root / 'val.json')))
     names = {3: 'dog', 9: 'car'}
@@ -169,33 +174,48 @@ def _boxes_only(folder):
                                            for name, figures in per_class.items()})
 
 
+def _write(folder, detections):
+    (folder / 'b' / 'predictions' / 'instances.bbox.json').write_text(
+        detections if isinstance(detections, str) else json.dumps(detections))
+
+
 REFUSED = {
-    'no predictions': (lambda d: shutil.rmtree(d / 'b' / 'predictions'), 'bbox', '/b/predictions/instances.bbox.json: no'),
-    'no masks': (lambda d: None, 'segm', r'instances.segm.json: no such file, .* by masks \(--kind bbox compares boxes\)'),
+    'no predictions': (lambda d: shutil.rmtree(d / 'b' / 'predictions'), 'bbox',
+                       '/b/predictions/instances.bbox.json: no'),
+    'no masks': (lambda d: None, 'segm', r'instances.segm.json: no such file, .* by masks \(--kind bbox compares '
+                                         r'boxes\)'),
     'no figures of masks': (_boxes_only, 'segm', '/b/metrics.json: the classes have no segm_mAP; there are inst'),
-    'strange image': (lambda d: (d / 'b' / 'predictions' / 'instances.bbox.json').write_text(json.dumps([
-        dict(image_id=5, category_id=3, bbox=[0, 0, 1, 1], score=1)])), 'bbox', '/b/.*do not have: ids 5'),
-    'cut off': (lambda d: (d / 'b' / 'predictions' / 'instances.bbox.json').write_text('[{"a": 1'), 'bbox', 'cannot be read'),
-    'no list': (lambda d: (d / 'b' / 'predictions' / 'instances.bbox.json').write_text('{"a": 1}'), 'bbox', 'no list of'),
-    'no boxes': (lambda d: (d / 'b' / 'predictions' / 'instances.bbox.json').write_text(
-        '[{"image_id": 0, "category_id": 3, "score": 1}]'), 'bbox', 'no list of detections with bbox, category_id, image_id'),
-    'score in words': (lambda d: (d / 'b' / 'predictions' / 'instances.bbox.json').write_text(
-        '[{"image_id": 0, "category_id": 3, "bbox": [0, 0, 1, 1], "score": "high"}]'), 'bbox', 'cannot be read'),
-    'annotations gone': (lambda d: (d / 'data' / 'val.json').unlink(), 'bbox', '/data/val.json: no such annotation file'),
+    'strange image': (lambda d: _write(d, [dict(image_id=5, category_id=3, bbox=[0, 0, 1, 1], score=1)]), 'bbox',
+                      '/b/.*do not have: ids 5'),
+    'cut off': (lambda d: _write(d, '[{"a": 1'), 'bbox', 'not a list of detections'),
+    'no boxes': (lambda d: _write(d, [dict(image_id=0, category_id=3, score=1)]), 'bbox', "not a list of .*'bbox'"),
+    'annotations gone': (lambda d: (d / 'data' / 'val.json').unlink(), 'bbox',
+                         '/data/val.json: no such annotation file'),
     'data moved': (lambda d: (d / 'data').rename(d / 'moved'), 'bbox', 'is not where it was tested'),
     'other objects': (lambda d: [change_record(d / x, per_class__dog__instances=1) for x in 'ab'], 'bbox',
-                      'the annotations are not those of the test: .* objects of dog now, 1 in'),
-    'other images': (lambda d: [change_record(d / x, data__images=4) for x in 'ab'], 'bbox', '12 images, and 4 in'),
+                      'the annotations are not those of the test: dog: .* now, 1 in'),
+    'other images': (lambda d: [change_record(d / x, data__images=4) for x in 'ab'], 'bbox', 'images: 12 now, 4 in'),
 }
 
 
 @pytest.mark.parametrize('what', REFUSED)
-def test_refused(what, case):
+def test_rejected(what, case):
     spoil, kind, message = REFUSED[what]
     spoil(case[2])
     with pytest.raises(UserError, match=f'(?s){message}') as raised:
         compare(str(case[2] / 'a'), str(case[2] / 'b'), kind=kind)
     assert '\n' in str(raised.value), 'no remedy'
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=JSON, key=st.sampled_from(['image_id', 'category_id', 'score', 'bbox']))
+def test_any_detections_are_compared_or_rejected(content, key, case):
+    _, found, folder = case
+    _write(folder, [{**found['b'][0], key: content}])
+    try:
+        compare(str(folder / 'a'), str(folder / 'b'))
+    except UserError as error:
+        assert 'instances.bbox.json' in str(error)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Explain how two test results differ: conditions, classes, the images that changed most, and whether it is more than luck."""
+"""Explain how two test results differ: conditions, classes, images that changed most, whether it is more than luck."""
 import sys
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -9,11 +10,15 @@ import numpy as np
 from replk_mm.bench.compare.results import Result
 from replk_mm.data.files import read_image
 from replk_mm.engine.predict import write_picture
-from replk_mm.errors import UserError
 from replk_mm.visualize import draw_instances, legend, overlay, sheet
 
+if TYPE_CHECKING:
+    from replk_mm.bench.compare.detection import Matches, Objects
+    from replk_mm.bench.compare.segmentation import Labels
+
 #: Okabe and Ito's blue, orange and bluish green (RGB), which readers with any colour vision tell apart, and greys.
-A, B, TRUTH, NEITHER, BOTH, NO_LABEL = (0, 114, 178), (230, 159, 0), (0, 158, 115), (40, 40, 40), (150, 150, 150), (255,) * 3
+A, B, TRUTH = (0, 114, 178), (230, 159, 0), (0, 158, 115)
+NEITHER, BOTH, NO_LABEL = (40, 40, 40), (150, 150, 150), (255, 255, 255)
 #: Width of a picture, and its greatest height, in pixels.
 WIDTH, HEIGHT = 280, 360
 _CAPTION = 18
@@ -42,13 +47,6 @@ class Rows:
     occurring: list[np.ndarray] = field(default_factory=list)
 
 
-def _image(path: str | Path) -> np.ndarray:
-    try:
-        return read_image(Path(path))
-    except UserError as error:
-        raise UserError(f'{error}; it cannot be shown\nName the data with --data-root DIR.') from error
-
-
 def _grey(image: np.ndarray) -> np.ndarray:
     """Without colours of its own, so that those drawn over it can be told."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
@@ -75,82 +73,64 @@ def label_difference(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.
     return found
 
 
-def label_rows(labels, pair: tuple[Result, Result], chosen: Sequence[tuple[int, dict]]) -> Rows:
-    """Pictures of label maps.
-
-    Args:
-        labels: :class:`~replk_mm.bench.compare.labels.Labels`.
-        pair: The results.
-        chosen: Index and scores of each image.
-    """
-    rows, occurring = [], []
-    for index, scores in chosen:
-        label = labels.read(index)
-        a, b = (labels.prediction(index, result) for result in pair)
-        image = _image(labels.entries[index][0]['img_path'])
+def label_rows(labels: 'Labels', pair: tuple[Result, Result], changed: Sequence[dict]) -> Rows:
+    """Pictures of label maps of the images that changed."""
+    found = Rows([], [(A, 'right in A only', False), (B, 'right in B only', False), (NEITHER, 'wrong in both', False),
+                      (BOTH, 'right in both', False), (NO_LABEL, 'no label', False)], labels.classes, labels.palette)
+    for scores in changed:
+        label = labels.read(scores['index'])
+        a, b = (labels.prediction(scores['index'], result) for result in pair)
+        image = read_image(Path(labels.entries[scores['index']][0]['img_path']))
         if image.shape[:2] != label.shape:
             image = cv2.resize(image, label.shape[::-1], interpolation=cv2.INTER_AREA)
-        grey = _grey(image)
-        counted = label != labels.ignore_index
+        counted, grey = label != labels.ignore_index, _grey(image)
         only_a, only_b = (100 * ((x == label) & (y != label))[counted].mean() for x, y in ((a, b), (b, a)))
-        rows.append([
-            (image, scores['image']),
-            (overlay(grey, label, labels.palette, _OPACITY), f'{100 * counted.mean():.0f}% labelled'),
-            *((overlay(grey, found, labels.palette, _OPACITY),
-               f'mIoU {scores[letter]:.1f}, acc {scores[f"accuracy_{letter}"]:.1f}')
-              for found, letter in ((a, 'a'), (b, 'b'))),
+
+        def over(ids: np.ndarray, grey: np.ndarray = grey) -> np.ndarray:
+            return overlay(grey, ids, labels.palette, _OPACITY)
+
+        found.rows.append([
+            (image, scores['image']), (over(label), f'{100 * counted.mean():.0f}% labelled'),
+            (over(a), f'mIoU {scores["a"]:.1f}, acc {scores["accuracy_a"]:.1f}'),
+            (over(b), f'mIoU {scores["b"]:.1f}, acc {scores["accuracy_b"]:.1f}'),
             (label_difference(image, label, a, b, labels.ignore_index), f'only A {only_a:.1f}%, only B {only_b:.1f}%')])
-        occurring.append(np.unique(np.concatenate([label[counted], a[counted], b[counted]])))
-    key = [(A, 'right in A only', False), (B, 'right in B only', False), (NEITHER, 'wrong in both', False),
-           (BOTH, 'right in both', False), (NO_LABEL, 'no label', False)]
-    return Rows(rows, key, labels.classes, labels.palette, occurring)
+        found.occurring.append(np.unique(np.concatenate([label[counted], a[counted], b[counted]])))
+    return found
 
 
-def object_rows(objects, detections: Sequence, chosen: Sequence[dict], kind: str) -> Rows:
-    """Pictures of detected objects.
-
-    Args:
-        objects: :class:`~replk_mm.bench.compare.detection.Objects`.
-        detections: pycocotools' indices of A's and B's detections.
-        chosen: Scores of each image.
-        kind: ``'bbox'`` or ``'segm'``.
-    """
-    from replk_mm.bench.compare.detection import match
-    ids = [scores['id'] for scores in chosen]
-    found = [match(objects, part, ids, kind) for part in detections]
+def object_rows(objects: 'Objects', detections: Sequence, matches: Sequence[dict], changed: Sequence[dict],
+                kind: str) -> Rows:
+    """Pictures of detected objects of the images that changed; see :mod:`replk_mm.bench.compare.detection`."""
     rows = []
-    for scores in chosen:
-        image = _image(objects.folder / scores['image'])
+    masks = [api.annToMask if kind == 'segm' else None for api in (objects.api, *detections)]
+    for scores in changed:
+        image = read_image(objects.folder / scores['image'])
         scale = min(WIDTH / image.shape[1], HEIGHT / image.shape[0])
         size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-        pale = _pale(image)
-        a, b = (of_image[scores['id']] for of_image in found)
+        a, b, pale = *(part[scores['id']] for part in matches), _pale(image)
         truth = [objects.api.anns[i] for i in sorted(a.found | a.missed)]
 
-        def drawn(picture: np.ndarray, groups, mask_of: Callable | None, scale=scale, size=size) -> np.ndarray:
-            things: list[dict] = []
-            names, colours = [], []
-            for entries, colour in groups:
-                for entry in sorted(entries, key=lambda e: -e.get('score', 1)):
-                    things.append(dict(label=len(things), box=_corners(entry, scale),
-                                       **({'score': entry['score']} if 'score' in entry else {}),
-                                       **({'mask': _resized(mask_of(entry), size)} if mask_of else {})))
-                    names.append(objects.classes[entry['category_id']])
-                    colours.append(colour)
-            return draw_instances(picture, things, names, colours)
+        def drawn(groups: Sequence, mask_of: Callable | None, pale: np.ndarray = pale, scale: float = scale,
+                  size: tuple[int, int] = size) -> np.ndarray:
+            entries = [(entry, colour) for part, colour in groups
+                       for entry in sorted(part, key=lambda e: -e.get('score', 1))]
+            things = [{**{key: entry[key] for key in ('score',) if key in entry}, 'label': i,
+                       'box': _corners(entry, scale),
+                       **({'mask': cv2.resize(mask_of(entry), size, interpolation=cv2.INTER_NEAREST).astype(bool)}
+                          if mask_of else {})} for i, (entry, _) in enumerate(entries)]
+            names = [objects.classes[entry['category_id']] for entry, _ in entries]
+            return draw_instances(pale, things, names, [colour for _, colour in entries])
 
-        masks = [api.annToMask if kind == 'segm' else None for api in (objects.api, *detections)]
         rows.append([
-            (image, scores['image']),
-            (drawn(pale, [(truth, TRUTH)], masks[0]), f'{len(truth)} objects'),
-            *((drawn(pale, [(matches.right, colour), (matches.false, NEITHER)], mask), _tally(scores, letter))
-              for matches, colour, mask, letter in ((a, A, masks[1], 'a'), (b, B, masks[2], 'b'))),
+            (image, scores['image']), (drawn([(truth, TRUTH)], masks[0]), f'{len(truth)} objects'),
+            (drawn([(a.right, A), (a.false, NEITHER)], masks[1]), _tally(scores, 'a')),
+            (drawn([(b.right, B), (b.false, NEITHER)], masks[2]), _tally(scores, 'b')),
             (_object_difference(pale.copy(), truth, a, b, scale), f'F1 {scores["a"]:.2f} -> {scores["b"]:.2f}')])
-    key = [(TRUTH, 'object', False), (A, 'A: found', False), (B, 'B: found', False), (NEITHER, 'A or B: false', False),
-           (A, 'differ: only A found', False), (B, 'differ: only B found', False), (BOTH, 'differ: both found', False),
-           (NEITHER, 'differ: both missed', False), (A, 'differ: false in A', True), (B, 'differ: false in B', True)]
-    return Rows(rows, key)
+    return Rows(rows, [
+        (TRUTH, 'object', False), (A, 'A: found', False), (B, 'B: found', False), (NEITHER, 'A or B: false', False),
+        (A, 'differ: only A found', False), (B, 'differ: only B found', False), (BOTH, 'differ: both found', False),
+        (NEITHER, 'differ: both missed', False), (A, 'differ: false in A', True), (B, 'differ: false in B', True)])
 
 
 def _tally(scores: dict, letter: str) -> str:
@@ -162,11 +142,8 @@ def _corners(entry: dict, scale: float) -> list[float]:
     return [scale * v for v in (x, y, x + width, y + height)]
 
 
-def _resized(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST).astype(bool)
-
-
-def _object_difference(picture: np.ndarray, truth: Sequence[dict], a, b, scale: float) -> np.ndarray:
+def _object_difference(picture: np.ndarray, truth: Sequence[dict], a: 'Matches', b: 'Matches',
+                       scale: float) -> np.ndarray:
     for entry in truth:
         in_a, in_b = entry['id'] in a.found, entry['id'] in b.found
         colour = BOTH if in_a and in_b else A if in_a else B if in_b else NEITHER
@@ -180,13 +157,12 @@ def _object_difference(picture: np.ndarray, truth: Sequence[dict], a, b, scale: 
 
 def _dashed(picture: np.ndarray, box: Sequence[int], colour: Sequence[int], dash: int = 5) -> None:
     left, top, right, bottom = box
-    for start, end in (((left, top), (right, top)), ((right, top), (right, bottom)), ((left, bottom), (right, bottom)),
-                       ((left, top), (left, bottom))):
-        length = max(abs(end[0] - start[0]), abs(end[1] - start[1]))
-        for at in range(0, length, 2 * dash):
-            ends = [tuple(round(s + (e - s) * min(t, length) / length) for s, e in zip(start, end, strict=True))
-                    for t in (at, at + dash)]
-            cv2.line(picture, ends[0], ends[1], list(colour[::-1]), 1)
+    for x in range(left, right, 2 * dash):
+        for y in (top, bottom):
+            cv2.line(picture, (x, y), (min(x + dash, right), y), list(colour[::-1]), 1)
+    for y in range(top, bottom, 2 * dash):
+        for x in (left, right):
+            cv2.line(picture, (x, y), (x, min(y + dash, bottom)), list(colour[::-1]), 1)
 
 
 def _cell(picture: np.ndarray, caption: str, height: int) -> np.ndarray:
@@ -232,7 +208,8 @@ def write_sheets(out: Path, found: Rows, titles: Sequence[str]) -> list[str]:
     names = []
     for start in range(0, len(found.rows), PER_SHEET):
         rows = found.rows[start:start + PER_SHEET]
-        height = min(HEIGHT, max(round(picture.shape[0] * WIDTH / picture.shape[1]) for row in rows for picture, _ in row))
+        height = min(HEIGHT, max(round(picture.shape[0] * WIDTH / picture.shape[1])
+                                 for row in rows for picture, _ in row))
         canvas = sheet([[_cell(picture, caption, height) for picture, caption in row] for row in rows], titles)
         panel = _key(found.key)
         space = canvas.shape[0] - panel.shape[0]

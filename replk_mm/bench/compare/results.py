@@ -1,25 +1,39 @@
-"""Two results of ``tools/test.py --out``: found, read, and what they were not measured alike in."""
-import json
+"""Two results of ``tools/test.py --out``: found, read, and compared by their figures and conditions."""
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 from mmengine.config import Config
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
+from replk_mm.bench.report.words import leaves
 from replk_mm.data.classes import listed, use_classes
 from replk_mm.engine.config import file_of, load_config, set_data_root
 from replk_mm.errors import UserError
 
-#: What a metrics.json must have, and as what.
-_NEEDED = {'metrics': dict, 'per_class': dict, 'config': str, 'checkpoint': dict, 'protocol': dict, 'data': dict,
-           'environment': dict}
-#: Figures that are no measure of quality.
+#: A figure; JSON holds numbers of any number of digits.
+Figure = Annotated[int, Field(ge=-10**18, le=10**18)] | FiniteFloat | None
+#: What the amount of a class in the data is called in a record.
+SIZE = {'segmentation': 'pixels', 'detection': 'instances'}
+#: Figures that do not measure quality.
 _NO_METRICS = ('data_time', 'time')
-#: No figure is beyond it; JSON holds numbers of any number of digits.
-_LARGEST = 1e18
 #: Longest value of a difference that is shown whole.
 _LONGEST = 60
+
+
+class TestRecord(BaseModel):
+    """The content of a metrics.json; see ``docs/suites.md``."""
+
+    metrics: dict[str, Figure]
+    per_class: dict[str, dict[str, Figure]] = Field(min_length=1)
+    config: str
+    checkpoint: dict[str, Any]
+    protocol: dict[str, Any]
+    data: dict[str, Any]
+    environment: dict[str, Any]
+    reparameterized: Any = None
 
 
 @dataclass(frozen=True)
@@ -34,10 +48,11 @@ class Result:
 
     letter: str
     file: Path
-    record: dict
+    record: TestRecord
 
     @property
     def predictions(self) -> Path:
+        """Folder of the exported predictions."""
         return self.file.parent / 'predictions'
 
     @property
@@ -49,23 +64,20 @@ class Result:
 
     @property
     def task(self) -> str:
-        return 'segmentation' if any('IoU' in figures for figures in self.record['per_class'].values()) else 'detection'
+        """``'segmentation'`` or ``'detection'``."""
+        return 'segmentation' if any('IoU' in figures for figures in self.record.per_class.values()) else 'detection'
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         """Labelled pixels or annotated objects of every class that has some."""
         size = SIZE[self.task]
-        return {name: figures[size] for name, figures in self.record['per_class'].items() if size in figures}
+        return {name: figures[size] for name, figures in self.record.per_class.items() if size in figures}
 
-    def facts(self) -> dict:
-        """What tells this result from others, for a report."""
-        checkpoint = self.record['checkpoint']
-        return dict(name=self.name, path=str(self.file), config=self.record['config'], checkpoint=checkpoint.get('path'),
-                    sha256=checkpoint.get('sha256'), iteration=checkpoint.get('iteration'),
-                    images=self.record['data'].get('images'))
-
-
-#: What the amount of a class in the data is called in a record.
-SIZE = {'segmentation': 'pixels', 'detection': 'instances'}
+    def facts(self) -> dict[str, Any]:
+        """What identifies this result in a report."""
+        return dict(name=self.name, path=str(self.file), config=self.record.config,
+                    images=self.record.data.get('images'),
+                    checkpoint=self.record.checkpoint.get('path'), sha256=self.record.checkpoint.get('sha256'),
+                    iteration=self.record.checkpoint.get('iteration'))
 
 
 @dataclass(frozen=True)
@@ -93,122 +105,81 @@ def open_result(path: str, letter: str) -> Result:
         letter: ``'A'`` or ``'B'``.
 
     Raises:
-        UserError: If there is none, or it is no such file.
+        UserError: If there is none, or it is not such a file.
     """
     given = Path(path)
-    places = [given / 'metrics.json', given / 'test' / 'metrics.json'] if given.is_dir() else [given]
+    places = [given / 'metrics.json', given / 'test' / 'metrics.json', given]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        what = f'no {" nor ".join(str(place.relative_to(given)) for place in places)} in this folder' if given.is_dir() else (
-            'no such file or folder')
-        raise UserError(f'{letter}, {path}: {what}\nName a folder that was written by: python tools/test.py CONFIG CHECKPOINT '
-                        f'--out DIR, or a row and seed of a suite (runs/ROW/SEED).')
+        raise UserError(f'{letter}, {path}: no metrics.json there\nName a folder that was written by: python '
+                        f'tools/test.py CONFIG CHECKPOINT --out DIR, or a row and seed of a suite (runs/ROW/SEED).')
     try:
-        record = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{file}: cannot be read as JSON ({error})\nTest again with --out {file.parent}.') from error
-    wrong = [key for key, kind in _NEEDED.items() if not isinstance(record, dict) or not isinstance(record.get(key), kind)]
-    if wrong:
-        raise UserError(f'{file}: no result of a test: it has no {", ".join(wrong)}\n'
-                        f'metrics.json is written by tools/test.py --out DIR; test again.')
-    if not record['per_class']:
-        raise UserError(f'{file}: it has no figures of classes (per_class is empty), so there is nothing to compare\n'
-                        f'Test with an evaluator of this project: IoUMetric or CocoMetric, on data with labels.')
-    for name, figures in [('', record['metrics']), *record['per_class'].items()]:
-        if not isinstance(figures, dict) or not all(
-                value is None or type(value) in (int, float) and abs(value) <= _LARGEST  # NaN is not
-                for value in figures.values()):
-            place = f'per_class: the figures of {name:.80}' if name else 'metrics: the figures'
-            raise UserError(f'{file}: {place} are no numbers: {str(figures)[:80]}\nTest again with --out {file.parent}.')
-    return Result(letter, file, record)
+        return Result(letter, file, TestRecord.model_validate_json(file.read_bytes()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = '.'.join(map(str, first['loc'])) or 'the file'
+        raise UserError(f'{file}: not the result of a test with labels: {place}: {first["msg"]}\n'
+                        f'Test again: python tools/test.py CONFIG CHECKPOINT --out {file.parent}') from error
 
 
 def check_comparable(a: Result, b: Result) -> None:
-    """Refuse results on different data.
+    """Reject results on different data.
 
     Raises:
         UserError: If task, number of images, classes, or the amount of some class in the labels differ.
     """
-    def refuse(what: str) -> None:
-        raise UserError(f'{a.file} and {b.file}: {what}\nDifferences between such results mean nothing. Test both checkpoints '
-                        f'on the same data (--data-root) with the same classes (--classes).')
-
-    if a.task != b.task:
-        refuse(f'A is of {a.task}, B of {b.task}')
-    images = [result.record['data'].get('images') for result in (a, b)]
-    if images[0] != images[1]:
-        refuse(f'different data: {images[0]} images in A, {images[1]} in B')
-    sizes = a.sizes(), b.sizes()
-    lost = [[name for name in sizes[i] if name not in sizes[1 - i]] for i in (0, 1)]
-    if any(lost):
-        refuse('different classes in the labels: ' + '; '.join(
-            f'only in {letter}: {listed(names)}' for letter, names in zip('AB', lost, strict=True) if names))
-    other = [f'{name} {size} and {sizes[1][name]}' for name, size in sizes[0].items() if size != sizes[1][name]]
+    facts = [{'task': result.task, 'images': result.record.data.get('images'),
+              **{f'{SIZE[result.task]} of {name}': size for name, size in result.sizes().items()}} for result in (a, b)]
+    other = [f'{key}: {facts[0].get(key)} in A, {facts[1].get(key)} in B' for key in {**facts[0], **facts[1]}
+             if facts[0].get(key) != facts[1].get(key)]
     if other:
-        refuse(f'different data: {SIZE[a.task]} of {len(other)} classes differ in the labels (A and B): {listed(other, 3)}')
+        raise UserError(f'{a.file} and {b.file}: measured on different data or classes: {listed(other, 3)}\nTest both '
+                        f'checkpoints on the same data (--data-root) with the same classes (--classes).')
 
 
-def differences(a: Result, b: Result) -> list[dict]:
-    """What was not alike: ``{'what': 'test' | 'training' | 'data' | 'environment', 'key', 'a', 'b'}``; values are texts."""
-    def of(result: Result) -> Iterator[tuple[str, str, object]]:
-        record = result.record
-        yield 'training', 'iterations', record['checkpoint'].get('iteration')
-        yield 'test', 'reparameterized', record.get('reparameterized')
-        for key, value in _flat(record['protocol']):
-            yield 'test', key, value
-        yield 'data', 'root', record['data'].get('root')
-        for key, value in _flat(record['environment']):
-            yield 'environment', key, value
+def differences(a: Result, b: Result) -> list[dict[str, str]]:
+    """Conditions that differ: ``{'what', 'key', 'a', 'b'}``; what is test, training, data or environment."""
+    def of(record: TestRecord) -> Iterator[tuple[tuple[str, str], object]]:
+        yield ('training', 'iterations'), record.checkpoint.get('iteration')
+        yield ('test', 'reparameterized'), record.reparameterized
+        yield from ((('test', key), value) for key, value in leaves(record.protocol))
+        yield ('data', 'root'), record.data.get('root')
+        yield from ((('environment', key), value) for key, value in leaves(record.environment))
 
-    values = [{(what, key): value for what, key, value in of(result)} for result in (a, b)]
-    keys = dict.fromkeys([*values[0], *values[1]])
-    return [dict(what=what, key=key, a=_shown(values[0], (what, key)), b=_shown(values[1], (what, key)))
-            for what, key in keys if values[0].get((what, key)) != values[1].get((what, key))]
+    def shown(values: dict, key: tuple[str, str]) -> str:
+        text = str(values.get(key, 'absent'))
+        return text if len(text) <= _LONGEST else f'{text[:_LONGEST - 4]} ...'
 
-
-def _flat(node, path: str = '') -> Iterator[tuple[str, object]]:
-    # A list of plain values is one value: the scale of a Resize, for one.
-    entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) and any(
-        isinstance(part, (dict, list)) for part in node) else None
-    if entries is None:
-        yield path, node
-    for key, value in entries or ():
-        yield from _flat(value, f'{path}.{key}' if path else str(key))
+    values = [dict(of(result.record)) for result in (a, b)]
+    return [dict(what=key[0], key=key[1], a=shown(values[0], key), b=shown(values[1], key))
+            for key in {**values[0], **values[1]} if values[0].get(key) != values[1].get(key)]
 
 
-def _shown(values: dict, key: tuple[str, str]) -> str:
-    if key not in values:
-        return 'absent'
-    text = str(values[key])
-    return text if len(text) <= _LONGEST else f'{text[:_LONGEST - 4]} ...'
-
-
-def metrics(a: Result, b: Result) -> list[dict]:
+def metrics(a: Result, b: Result) -> list[dict[str, Any]]:
     """Overall figures side by side: ``{'name', 'a', 'b', 'difference'}``; None for what one does not have."""
-    found = [result.record['metrics'] for result in (a, b)]
-    names = [name for name in dict.fromkeys([*found[0], *found[1]]) if name not in _NO_METRICS and any(
-        isinstance(figures.get(name), (int, float)) for figures in found)]
-    return [dict(name=name, **_pair(found[0].get(name), found[1].get(name))) for name in names]
+    found = [result.record.metrics for result in (a, b)]
+    rows = [dict(name=name, **_pair(found[0].get(name), found[1].get(name))) for name in {**found[0], **found[1]}]
+    return [row for row in rows if row['name'] not in _NO_METRICS and (row['a'], row['b']) != (None, None)]
 
 
-def per_class(a: Result, b: Result, figure: str) -> list[dict]:
-    """One figure of every class in the labels: ``{'name', 'a', 'b', 'difference', 'size'}``, what differs most first.
+def per_class(a: Result, b: Result, figure: str) -> list[dict[str, Any]]:
+    """One figure of every class: ``{'name', 'a', 'b', 'difference', 'size'}``, what differs most first.
 
     Raises:
         UserError: If a result does not have the figure.
     """
-    for result in (a, b):
-        if not any(figure in figures for figures in result.record['per_class'].values()):
-            known = dict.fromkeys(key for figures in result.record['per_class'].values() for key in figures)
+    found, sizes = [result.record.per_class for result in (a, b)], a.sizes()
+    for result, classes in zip((a, b), found, strict=True):
+        known = {key: None for figures in classes.values() for key in figures}
+        if figure not in known:
             raise UserError(f'{result.file}: the classes have no {figure}; there are {listed(list(known))}\n'
                             f'Test both with the same evaluator.')
-    found, sizes = [result.record['per_class'] for result in (a, b)], a.sizes()
-    rows = [dict(name=name, **_pair(*(figures.get(name, {}).get(figure) for figures in found)), size=sizes.get(name))
-            for name in found[0]]
+    rows = [dict(name=name, **_pair(*(classes.get(name, {}).get(figure) for classes in found)), size=sizes.get(name))
+            for name in {**found[0], **found[1]}]
     return sorted(rows, key=lambda row: -abs(row['difference'] or 0))
 
 
-def _pair(a: float | None, b: float | None) -> dict:
+def _pair(a: float | None, b: float | None) -> dict[str, float | None]:
     return dict(a=a, b=b, difference=None if a is None or b is None else b - a)
 
 
@@ -216,15 +187,14 @@ def config_of(result: Result, source: Source, root: str | None) -> Config:
     """The config of a result, its data sets at ``root`` and with the classes of ``source``.
 
     Raises:
-        UserError: If it is not there any more, or does not fit.
+        UserError: If it is not there any more, or is not the user's: a config is a program.
     """
-    path = source.config or result.record['config']
+    path = source.config or result.record.config
     if not source.config and '::' not in path and not Path(path).is_file():
         raise UserError(f'{result.file}: its config is not there any more: {path} (from {Path.cwd()})\n'
                         f'Start where the test was started, or name the file with --config FILE.')
     if not source.config and not _is_known(path):
-        raise UserError(f'{result.file}: its config, {path}, is a program, and neither in configs/ nor of a package: that a '
-                        f'result names it is no reason to run it\n'
+        raise UserError(f'{result.file}: its config, {path}, is a program, and neither in configs/ nor of a package\n'
                         f'If it is yours, or you have read it: --config {shlex.quote(path)}')
     cfg = load_config(path, source.options)
     if root:
@@ -242,21 +212,16 @@ def _is_known(path: str) -> bool:
 
 
 def data_root(a: Result, b: Result, source: Source) -> str | None:
-    """Where both results' data set is; None if it is several, which only the config tells apart.
+    """Where both results' data set is; None if it is several folders, which only the config tells apart.
 
     Raises:
         UserError: If it is where neither result says.
     """
-    if source.data_root:
-        if not Path(source.data_root).is_dir():
-            raise UserError(f'--data-root {source.data_root}: no such folder')
-        return source.data_root
-    for result in (a, b):
-        root = str(result.record['data'].get('root'))
+    roots = [source.data_root] if source.data_root else [str(result.record.data.get('root')) for result in (a, b)]
+    for root in roots:
         if Path(root).is_dir():
             return root
-        if ', ' in root and all(Path(part).is_dir() for part in root.split(', ')):
+        if all(Path(part).is_dir() for part in root.split(', ')):
             return None
-    places = ', '.join(dict.fromkeys(f'{result.record["data"].get("root")} ({result.file})' for result in (a, b)))
-    raise UserError(f'the data set is not where it was tested: {places}; looked from {Path.cwd()}\n'
-                    f'Name its folder with --data-root DIR. --no-images compares the figures alone.')
+    raise UserError(f'the data set is not where it was tested: {", ".join(dict.fromkeys(roots))}; looked from '
+                    f'{Path.cwd()}\nName its folder with --data-root DIR. --no-images compares the figures alone.')

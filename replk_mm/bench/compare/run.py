@@ -3,13 +3,13 @@
 What is found is plain data, which :mod:`replk_mm.bench.compare.text` lays out.
 """
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from replk_mm.bench.compare import results, statistics
+from replk_mm.bench.compare import results
 from replk_mm.bench.compare.results import Result, Source
 from replk_mm.errors import UserError
 
@@ -22,7 +22,8 @@ def silent(done: int, of: int) -> None:
 
 
 def compare(path_a: str, path_b: str, source: Source | None = None, *, images: int | None = 8, kind: str = 'bbox',
-            score: float = 0.3, seed: int = 0, out: Path | None = None, progress: Callable[[int, int], None] = silent) -> dict:
+            score: float = 0.3, seed: int = 0, out: Path | None = None,
+            progress: Callable[[int, int], None] = silent) -> dict:
     """Compare two results.
 
     Args:
@@ -32,7 +33,7 @@ def compare(path_a: str, path_b: str, source: Source | None = None, *, images: i
         images: How many of the most changed images are listed and shown; None looks at no image.
         kind: Of detections: what IoU is taken of, and which AP classes are compared by, ``'bbox'`` or ``'segm'``.
         score: Detections less sure are left out when images are compared.
-        seed: Of the resampling.
+        seed: Of the resampling, 0 or more.
         out: Folder for pictures of the most changed images.
         progress: Called with images done and images in all.
 
@@ -40,10 +41,8 @@ def compare(path_a: str, path_b: str, source: Source | None = None, *, images: i
         Plain data for JSON; see docs/compare.md.
 
     Raises:
-        UserError: If the results cannot be compared, data or predictions are missing, or ``seed`` is negative.
+        UserError: If the results cannot be compared, or data or predictions are missing.
     """
-    if seed < 0:
-        raise UserError(f'--seed {seed}: must be 0 or more')
     a, b = results.open_result(path_a, 'A'), results.open_result(path_b, 'B')
     results.check_comparable(a, b)
     source = source or Source()
@@ -60,60 +59,53 @@ def compare(path_a: str, path_b: str, source: Source | None = None, *, images: i
     return found | _detection((a, b), source, root, images, seed, out, progress, kind, score)
 
 
-def _segmentation(pair: tuple[Result, Result], source: Source, root: str | None, images: int, seed: int, out: Path | None,
-                  progress: Callable[[int, int], None]) -> dict:
+def _segmentation(pair: tuple[Result, Result], source: Source, root: str | None, images: int, seed: int,
+                  out: Path | None, progress: Callable[[int, int], None]) -> dict:
     from replk_mm.bench.compare import segmentation
-    from replk_mm.bench.compare.labels import check_same, open_labels
-
-    labels, others = (open_labels(result, source, root) for result in pair)
-    check_same(labels, others, f'{pair[0].file} and {pair[1].file}')
+    labels = segmentation.open_labels(pair, source, root)
     counts = segmentation.count(labels, pair, progress)
     for which, result in enumerate(pair):
         segmentation.check_reproduced(result, labels, counts, which)
     miou, accuracy = segmentation.scores(counts)
-    scored = np.flatnonzero(~np.isnan(miou[0]))
-    scores = [dict(image=labels.names[i], a=float(miou[0, i]), b=float(miou[1, i]), difference=float(miou[1, i] - miou[0, i]),
-                   accuracy_a=float(accuracy[0, i]), accuracy_b=float(accuracy[1, i])) for i in scored]
-    changed = _most_changed(scores, images)
-    interval = statistics.paired_bootstrap(segmentation.miou_difference(counts), len(labels.names), DRAWS, seed)
-    summary = _summary('mIoU', '%', segmentation.DEFINITION, scores, len(labels.names))
-    found: dict[str, Any] = dict(
-        only_predicted=_only_predicted(labels.classes, counts), images=summary | dict(changed=changed, scores=scores),
-        statistics=dict(figure='mIoU', unit='%', **asdict(interval), beyond_luck=interval.is_beyond_luck))
+    scores = [dict(image=labels.names[i], index=int(i), a=float(miou[0, i]), b=float(miou[1, i]),
+                   difference=float(miou[1, i] - miou[0, i]), accuracy_a=float(accuracy[0, i]),
+                   accuracy_b=float(accuracy[1, i])) for i in np.flatnonzero(~np.isnan(miou[0]))]
+    interval = paired_bootstrap(segmentation.miou_difference(counts), len(labels.names), DRAWS, seed)
+    labelled, predicted = counts.labelled.sum(0), counts.predicted.sum(1)
+    found = _found('mIoU', 'mIoU', '%', segmentation.DEFINITION, scores, _most_changed(scores, images),
+                   len(labels.names), interval)
+    # mIoU counts a class that is in no label as 0 for the result that predicts it.
+    found['only_predicted'] = [dict(name=name, a=int(predicted[0, c]), b=int(predicted[1, c]))
+                               for c, name in enumerate(labels.classes) if not labelled[c] and predicted[:, c].any()]
     if out:
         from replk_mm.bench.compare.pictures import label_rows, write_sheets
-        places = {name: i for i, name in enumerate(labels.names)}
-        found['pictures'] = write_sheets(out, label_rows(labels, pair, [(places[c['image']], c) for c in changed]),
-                                         _titles(pair))
+        found['pictures'] = write_sheets(out, label_rows(labels, pair, found['images']['changed']), _titles(pair))
     return found
 
 
 def _detection(pair: tuple[Result, Result], source: Source, root: str | None, images: int, seed: int, out: Path | None,
                progress: Callable[[int, int], None], kind: str, score: float) -> dict:
     from replk_mm.bench.compare import detection
-
     objects = detection.open_objects(pair[0], source, root, kind)
     detections = tuple(detection.open_detections(result, objects, kind, score) for result in pair)
-    ids = list(objects.images)
-    of = np.stack([detection.counts(detection.match(objects, part, ids, kind, progress).values()) for part in detections])
+    matches = [detection.match(objects, part, list(objects.images), kind, progress) for part in detections]
+    of = np.array([[(len(m.found), len(m.missed), len(m.false)) for m in part.values()] for part in matches])
     f1 = detection.f1(of)
-    scores = [dict(image=objects.images[i]['file_name'], id=i, a=float(f1[0, n]), b=float(f1[1, n]),
-                   difference=float(f1[1, n] - f1[0, n]), **{
-                       f'{what}_{letter}': int(of[j, n, k]) for j, letter in enumerate('ab')
-                       for k, what in enumerate(('found', 'missed', 'false'))}) for n, i in enumerate(ids)]
+    scores = [dict(image=image['file_name'], id=key, a=float(f1[0, n]), b=float(f1[1, n]),
+                   difference=float(f1[1, n] - f1[0, n]),
+                   **{f'{what}_{letter}': int(of[j, n, k]) for j, letter in enumerate('ab')
+                      for k, what in enumerate(('found', 'missed', 'false'))})
+              for n, (key, image) in enumerate(objects.images.items())]
     # Equal F1 may still hide a change: then by objects found less false detections.
     changed = _most_changed(scores, images, lambda s: s['found_b'] - s['false_b'] - s['found_a'] + s['false_a'])
-    interval = statistics.paired_bootstrap(statistics.mean_difference(*f1), len(ids), DRAWS, seed)
-    totals = {letter: dict(zip(('found', 'missed', 'false'), map(int, of[j].sum(0)), strict=True), mean_f1=float(f1[j].mean()))
-              for j, letter in enumerate('ab')}
-    found: dict[str, Any] = dict(
-        totals=totals,
-        images=_summary('F1', '', f'{detection.DEFINITION}; score threshold {score:g}, IoU of '
-                        + ('boxes' if kind == 'bbox' else 'masks'), scores, len(ids)) | dict(changed=changed, scores=scores),
-        statistics=dict(figure='mean F1 of the images', unit='', **asdict(interval), beyond_luck=interval.is_beyond_luck))
+    interval = paired_bootstrap(mean_difference(*f1), len(scores), DRAWS, seed)
+    definition = f'{detection.DEFINITION}; score threshold {score:g}, IoU of {"boxes" if kind == "bbox" else "masks"}'
+    found = _found('F1', 'mean F1 of the images', '', definition, scores, changed, len(scores), interval)
+    found['totals'] = {letter: dict(zip(('found', 'missed', 'false'), map(int, of[j].sum(0)), strict=True),
+                                    mean_f1=float(f1[j].mean())) for j, letter in enumerate('ab')}
     if out:
         from replk_mm.bench.compare.pictures import object_rows, write_sheets
-        found['pictures'] = write_sheets(out, object_rows(objects, detections, changed, kind), _titles(pair))
+        found['pictures'] = write_sheets(out, object_rows(objects, detections, matches, changed, kind), _titles(pair))
     return found
 
 
@@ -122,21 +114,77 @@ def _most_changed(scores: list[dict], images: int, also: Callable[[dict], float]
     return sorted(changed, key=lambda s: (-abs(s['difference']), -abs(also(s)), s['image']))[:images]
 
 
-def _summary(figure: str, unit: str, definition: str, scores: list[dict], images: int) -> dict:
-    if not scores:
-        raise UserError('no image has a labelled pixel, so that none can be compared\nName data with labels: --data-root DIR.')
+def _found(figure: str, overall: str, unit: str, definition: str, scores: list[dict], changed: list[dict], images: int,
+           interval: 'Interval') -> dict[str, Any]:
     signs = [np.sign(score['difference']) for score in scores]
-    return dict(figure=figure, unit=unit, definition=definition, count=images, scored=len(scores),
-                higher_in_b=signs.count(1), higher_in_a=signs.count(-1), equal=signs.count(0),
-                median_difference=float(np.median([score['difference'] for score in scores])))
-
-
-def _only_predicted(classes: list[str], counts: Any) -> list[dict]:
-    """Classes that are in no label but predicted: mIoU counts them as 0 for who predicts them."""
-    labelled, predicted = counts.labelled.sum(0), counts.predicted.sum(1)
-    return [dict(name=name, a=int(predicted[0, c]), b=int(predicted[1, c])) for c, name in enumerate(classes)
-            if not labelled[c] and predicted[:, c].any()]
+    summary = dict(figure=figure, unit=unit, definition=definition, count=images, scored=len(scores),
+                   higher_in_b=signs.count(1), higher_in_a=signs.count(-1), equal=signs.count(0),
+                   median_difference=float(np.median([score['difference'] for score in scores])))
+    return dict(images=summary | dict(changed=changed, scores=scores),
+                statistics=dict(figure=overall, unit=unit, **asdict(interval), beyond_luck=interval.is_beyond_luck))
 
 
 def _titles(pair: tuple[Result, Result]) -> list[str]:
     return ['image', 'ground truth', *(f'{result.letter}: {result.name}' for result in pair), 'where they differ']
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference, B less A, and where it falls in 95 % of the resamplings of the images.
+
+    Attributes:
+        difference: On the images as they are.
+        low: The 2.5th percentile.
+        high: The 97.5th percentile.
+        b_higher: Share of the resamplings in which B is higher.
+        draws: Resamplings.
+        seed: Of the random numbers.
+        images: Images.
+    """
+
+    difference: float
+    low: float
+    high: float
+    b_higher: float
+    draws: int
+    seed: int
+    images: int
+
+    @property
+    def is_beyond_luck(self) -> bool:
+        """Whether the interval does not contain 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_bootstrap(difference: Callable[[np.ndarray], np.ndarray], images: int, draws: int = 1000,
+                     seed: int = 0) -> Interval:
+    """Percentile bootstrap (Efron 1979) of a difference between two results on the same images.
+
+    Each draw takes as many images as there are, with replacement; both results are scored on the same ones. The
+    interval covers the choice of test images, not other training seeds. Counting how often each image is drawn makes
+    mIoU one product of matrices for many draws, which scipy.stats.bootstrap has no way to express.
+
+    Args:
+        difference: From how often each image was drawn, ``(draws, images)`` float64, the difference B less A of each
+            draw, ``(draws,)``.
+        images: Images, at least 1.
+        draws: Resamplings.
+        seed: Of the random numbers.
+
+    Raises:
+        UserError: If no draw has a score.
+    """
+    rng = np.random.default_rng(seed)
+    found = np.concatenate([difference(rng.multinomial(images, np.full(images, 1 / images), size=50).astype(float))
+                            for _ in range(0, draws, 50)])[:draws]  # 50 at a time bound the memory
+    found = found[~np.isnan(found)]  # an image without labels, drawn again and again, has no score
+    if not len(found):
+        raise UserError('no image has a labelled pixel\nName data with labels: --data-root DIR.')
+    as_is = float(difference(np.ones((1, images)))[0])
+    low, high = np.percentile(found, [2.5, 97.5])
+    return Interval(as_is, float(low), float(high), float((found > 0).mean()), draws, seed, images)
+
+
+def mean_difference(a: np.ndarray, b: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """For :func:`paired_bootstrap`: of the mean of a score of every image, ``(images,)`` each."""
+    return lambda times: times @ (b - a) / times.sum(1)

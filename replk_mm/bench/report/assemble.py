@@ -130,8 +130,7 @@ class Suite:
     def differing(self) -> list[str]:
         """What differs between the protocols of each measurement besides the metric's, whose groups say it."""
         return [f'{p.name} ({measurement.replace("_", " ")}) differs from {protocols[0].name} and is not ranked '
-                'with it: '
-                f'{clean("; ".join(p.differences))}'
+                f'with it: {clean("; ".join(p.differences))}'
                 for measurement, protocols in self.protocols.items() if measurement != 'metric' for p in protocols[1:]]
 
     def heading(self, column: Column) -> str:

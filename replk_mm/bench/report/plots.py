@@ -82,7 +82,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> 
             if point.deviation:
                 axes.errorbar(point.x, point.y, point.deviation, fmt='none', color=colour, elinewidth=1.8,
                               capsize=4, capthick=1.8)
-            axes.plot([point.x], [point.y], _marker(point.number), color=colour, ms=9, mew=1.8, clip_on=False,
+            axes.plot([point.x], [point.y], _marker(point.number), color=colour, ms=10, mew=1.8, clip_on=False,
                       gid='row')
         _limit(axes, min(p.y - (p.deviation or 0.) for p in points))
         if axes.get_xscale() == 'linear' and min(xs) >= 0:
@@ -100,7 +100,7 @@ def curves(lines: Sequence[Line], x_title: str, y_title: str, title: str) -> Mar
         for line in lines:
             x, y, deviations = zip(*line.points, strict=True)
             every = max(1, len(x) // 6)
-            axes.plot(x, y, marker=_marker(line.number), ls=DASHES[(line.number - 1) % len(DASHES)], lw=1.8, ms=6,
+            axes.plot(x, y, marker=_marker(line.number), ls=DASHES[(line.number - 1) % len(DASHES)], lw=1.8, ms=7,
                       color=_colour(line.number), markevery=((line.number - 1) % every, every), clip_on=False,
                       gid='row')
             if has_bands(lines) and None not in deviations:
@@ -108,8 +108,8 @@ def curves(lines: Sequence[Line], x_title: str, y_title: str, title: str) -> Mar
                 axes.fill_between(x, low, high, color=_colour(line.number), alpha=0.14, lw=0)
         _limit(axes, min(v[1] - (v[2] or 0.) for line in lines for v in line.points))
         texts = [f'{line.label}: first {line.points[0][1]:.4g} at {line.points[0][0]:g}, '
-                 f'last {line.points[-1][1]:.4g} at {line.points[-1][0]:g}, '
-                 f'lowest {min(v[1] for v in line.points):.4g}, highest {max(v[1] for v in line.points):.4g}'
+                 f'last {line.points[-1][1]:.4g} at {line.points[-1][0]:g}, lowest '
+                 f'{min(v[1] for v in line.points):.4g}, highest {max(v[1] for v in line.points):.4g}'
                  for line in lines]
         return _svg(figure, title, f'{y_title} against {x_title} of {len(lines)} rows', texts)
 
