@@ -1,4 +1,5 @@
 """Shape bias: the definition, counted by hand, of networks whose bias is known because they are given it."""
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -8,13 +9,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mmengine.config import Config
 from PIL import Image
 from tiny import run_tool, tiny, trained  # noqa: F401 (fixtures)
 
 from replk_mm.analysis import shape_bias
 from replk_mm.analysis.shape_bias import decide, measure
-from replk_mm.data.conflict_files import ConflictObject, ConflictScene, ConflictSet
+from replk_mm.data.conflict_files import ConflictObject, ConflictScene, ConflictSet, read_conflict
 from replk_mm.data.demo_conflict import CONFLICT
 from replk_mm.data.demo_scenes import DEMO_CLASSES, DEMO_PALETTE
 from replk_mm.data.demo_writer import write_demo_data
@@ -172,28 +175,45 @@ def changed(data: Path, folder: Path, change) -> Path:
     return root
 
 
+def first(found: dict) -> dict:
+    return found['conflict'][0]['objects'][0]
+
+
 @pytest.mark.parametrize('change, words', [
-    (lambda found: '{"conflict": [', 'conflict.json: not JSON'),
-    (lambda found: '[]', "'object_classes' is absent"),
-    (lambda found: found.pop('agreeing') and None, "'agreeing' is absent"),
-    (lambda found: found['conflict'].clear(), 'no object to decide about'),
-    (lambda found: found['conflict'][1]['objects'][0].pop('box') and None, r"conflict\[1\]: there is no 'box'"),
-    (lambda found: found['conflict'][1]['objects'][0].update(box=[5, 5, 5, 9]), r'box \[5, 5, 5, 9\] is empty'),
-    (lambda found: found['conflict'][2].update(image='images/none.jpg'), r'conflict\[2\]: .*none.jpg does not exist'),
-    (lambda found: found['conflict'][0]['objects'][0].update(texture='fur'), "'fur' is not among object_classes"),
-    (lambda found: [item.update(texture=item['shape']) for item in found['conflict'][0]['objects']], 'agree'),
-    (lambda found: found['conflict'][0]['objects'][0].update(box=[0, 0, 1, 1]), 'no pixel of'),
-    (lambda found: found['conflict'][0].update(labels=found['conflict'][0]['image']), '3 channels'),
-    (lambda found: found['conflict'][0]['objects'][0].update(box=[0, 0, 10**9, 10**9]), 'leaves it'),
-    (lambda found: found['conflict'][0]['objects'][0].update(shape=['disc']), 'is not among object_classes'),
-    (lambda found: found['object_classes'].update(disc='4'), "id of 'disc' is 4"),
-    (lambda found: found['conflict'][0].update(image='images/../../x.jpg'), 'leads out of the data root'),
-])
-def test_a_listing_that_cannot_be_meant_is_named(network, data, tmp_path, change, words):
-    root = changed(data, tmp_path, change)
-    with pytest.raises(UserError, match=words) as caught:
-        network(lambda item: 0, root=root)
-    assert str(caught.value).count('\n') >= 1
+    (lambda found: '{"conflict": [', 'the file: Invalid JSON'), (lambda found: '[]', 'the file: .* object'),
+    (lambda found: found.pop('agreeing') and None, 'agreeing: Field required'),
+    (lambda found: found['conflict'].clear(), 'conflict: List should have at least 1 item'),
+    (lambda found: first(found).pop('box') and None, r'conflict\.0\.objects\.0\.box: Field required'),
+    (lambda found: first(found).update(box=[5, 5, 5, 9]), 'no pixel of'),
+    (lambda found: first(found).update(box=[0, 0, 10**9, 10**9]), 'leaves them'),
+    (lambda found: first(found).update(texture='fur'), "texture 'fur'\nBoth are among"),
+    (lambda found: first(found).update(texture=first(found)['shape']), 'differ in "conflict"'),
+    (lambda found: found['object_classes'].update(disc='4'), r'object_classes\.disc: .* valid integer'),
+    (lambda found: found['conflict'][2].update(image='images/none.jpg'), r'conflict\.2: .*none.jpg does not exist'),
+    (lambda found: found['conflict'][0].update(labels=found['conflict'][0]['image']), '3 channels')])
+def test_listings_that_do_not_fit(network, data, tmp_path, change, words):
+    with pytest.raises(UserError, match=words):
+        network(lambda item: 0, root=changed(data, tmp_path, change))
+
+
+values = st.recursive(st.none() | st.integers() | st.floats() | st.text(max_size=9),
+                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
+                                                                                  max_size=3))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(['object_classes', 'conflict', 'agreeing', 'box', 'shape', 'image', 'labels', 'objects']),
+       values, st.none() | st.binary(max_size=40))
+def test_any_listing_is_read_or_rejected(data, tmp_path_factory, key, value, content):
+    root = tmp_path_factory.getbasetemp()
+    listing = json.loads((data / 'conflict.json').read_text())
+    for part in (listing, listing['conflict'][0], first(listing)):
+        if key in part:
+            part[key] = value
+            break
+    (root / 'conflict.json').write_bytes(json.dumps(listing).encode() if content is None else content)
+    with contextlib.suppress(UserError):
+        read_conflict(root)
 
 
 def test_networks_and_folders_that_do_not_fit(network, tmp_path, monkeypatch):

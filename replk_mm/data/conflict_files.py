@@ -1,6 +1,6 @@
-"""Read what the objects of a data set with conflicting cues are: ``conflict.json`` and the label maps that it names.
+"""The objects of a data set with conflicting cues: ``conflict.json`` and the label maps that it names.
 
-replk_mm/data/demo_conflict.py writes such a set; one of real pictures is read alike, if its file has these keys:
+replk_mm/data/demo_conflict.py writes such a set. One of real pictures is read too, if its file has these keys:
 
 - ``object_classes``: the id that each class of objects has in the label maps;
 - ``conflict`` and ``agreeing``: lists of scenes, each with ``image``, ``labels`` (paths below the data root),
@@ -8,32 +8,29 @@ replk_mm/data/demo_conflict.py writes such a set; one of real pictures is read a
 - of each object ``shape`` and ``texture``, both among the object classes, and ``box`` (left, top, right, bottom in
   pixels, ends excluded). Its pixels are those inside its box that have the id of its shape in the label map.
 """
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, Field, NonNegativeInt, StrictInt, ValidationError
+from pydantic.dataclasses import dataclass
 
 from replk_mm.data.demo_writer import LISTING
 from replk_mm.data.files import UNDECODABLE
 from replk_mm.errors import UserError
-
-#: The largest id that a label map can have.
-_LAST = 65535
-_KEYS = {'object_classes': dict, 'conflict': list, 'agreeing': list}
+from replk_mm.files import sha256
 
 
 @dataclass(frozen=True)
 class ConflictObject:
-    """An object: the classes of its shape and of its texture, and its box (left, top, right, bottom), ends excluded."""
+    """An object of a scene."""
 
-    shape: str
-    texture: str
-    box: tuple[int, int, int, int]
+    shape: str  #: class of its shape
+    texture: str  #: class of its texture
+    #: left, top, right, bottom in pixels; ends excluded
+    box: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt]
 
 
 @dataclass(frozen=True)
@@ -48,27 +45,19 @@ class ConflictScene:
 
 @dataclass(frozen=True)
 class ConflictSet:
-    """A data set with conflicting cues.
+    """A data set with conflicting cues."""
 
-    Attributes:
-        object_classes: The id of each class of objects in the label maps.
-        conflict: Scenes whose objects have the shape of one class and the texture of another.
-        agreeing: Scenes whose objects have both of one class.
-        about: What else the file says: generator, seed, size; empty if nothing.
-        sha256: Of the file.
-    """
-
-    object_classes: Mapping[str, int]
-    conflict: tuple[ConflictScene, ...]
-    agreeing: tuple[ConflictScene, ...]
-    about: Mapping[str, Any]
-    sha256: str
+    object_classes: Mapping[str, int]  #: the id of each class of objects in the label maps
+    conflict: tuple[ConflictScene, ...]  #: scenes whose objects have the shape of one class, the texture of another
+    agreeing: tuple[ConflictScene, ...]  #: scenes whose objects have both of one class
+    about: Mapping[str, Any]  #: what else the file says: generator, seed, size; empty if nothing
+    sha256: str  #: of the file
 
     def mask(self, scene: ConflictScene, item: ConflictObject, labels: np.ndarray) -> np.ndarray:
         """The pixels ``(H, W)`` of bool of an object.
 
         Args:
-            scene: Whose object it is.
+            scene: Its scene.
             item: The object.
             labels: The scene's label map, from :func:`read_labels`.
 
@@ -76,17 +65,25 @@ class ConflictSet:
             UserError: If there are none, or the box leaves the label map.
         """
         left, top, right, bottom = item.box
-        if bottom > labels.shape[0] or right > labels.shape[1]:
-            raise UserError(
-                f'{scene.labels}: {labels.shape[1]}x{labels.shape[0]} pixels; the box {list(item.box)} of an '
-                f'object in {LISTING} leaves it\nMake the box or the label map fit the other.'
-            )
         mask = np.zeros(labels.shape, bool)
         mask[top:bottom, left:right] = labels[top:bottom, left:right] == self.object_classes[item.shape]
-        if not mask.any():
-            raise UserError(f'{scene.labels}: no pixel of {self.object_classes[item.shape]} ({item.shape}) in the box '
-                            f'{list(item.box)} of an object in {LISTING}\nMake the box or the label map fit the other.')
+        if bottom > labels.shape[0] or right > labels.shape[1] or not mask.any():
+            raise UserError(f'{scene.labels}: {labels.shape[1]}x{labels.shape[0]} pixels; the box {list(item.box)} of '
+                            f'a {item.shape} in {LISTING} leaves them, or has no pixel of {item.shape}\n'
+                            f'Make the box or the label map fit the other.')
         return mask
+
+
+class _Scene(BaseModel):
+    image: str
+    labels: str
+    objects: list[ConflictObject]
+
+
+class _Listing(BaseModel, extra='allow'):
+    object_classes: dict[str, Annotated[StrictInt, Field(ge=0, le=65535)]]
+    conflict: Annotated[list[_Scene], Field(min_length=1)]
+    agreeing: list[_Scene]
 
 
 def read_conflict(root: Path) -> ConflictSet:
@@ -100,62 +97,36 @@ def read_conflict(root: Path) -> ConflictSet:
     """
     path = root / LISTING
     try:
-        content = path.read_bytes()
+        found = _Listing.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror}); it says which object has whose texture\n'
+        raise UserError(f'{path}: cannot be read ({error.strerror}); it lists shapes and textures of the objects\n'
                         f'Write such a data set with: python tools/make_demo_data.py DIR --scenes conflict') from error
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: not JSON ({error})\nWrite the data set anew.') from error
-    for key, kind in _KEYS.items():
-        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
-            raise UserError(f'{path}: {key!r} is absent or not a {kind.__name__}\nNeeded: {", ".join(_KEYS)}.')
-    classes = found['object_classes']
-    if wrong := [name for name, label in classes.items() if type(label) is not int or not 0 <= label <= _LAST]:
-        raise UserError(f'{path}: object_classes: the id of {wrong[0]!r} is {str(classes[wrong[0]])[:40]}\n'
-                        f'Ids are whole numbers from 0 to {_LAST}, as label maps have them.')
-    scenes = {key: tuple(_scene(path, f'{key}[{i}]', scene, classes, agree) for i, scene in enumerate(found[key]))
-              for key, agree in (('conflict', False), ('agreeing', True))}
-    if not any(scene.objects for scene in scenes['conflict']):
-        raise UserError(f'{path}: conflict: no object to decide about\nWrite the data set anew.')
-    about = {key: found[key] for key in ('generator', 'generator_version', 'seed', 'size') if key in found}
-    return ConflictSet(classes, scenes['conflict'], scenes['agreeing'], about, hashlib.sha256(content).hexdigest())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = '.'.join(map(str, first['loc'])) or 'the file'
+        raise UserError(f'{path}: {place}: {first["msg"]}\n'
+                        f'Write the data set again; replk_mm/data/conflict_files.py describes the file.') from error
+    extra = found.model_extra or {}
+    about = {key: extra[key] for key in ('generator', 'generator_version', 'seed', 'size') if key in extra}
+    return ConflictSet(found.object_classes, _scenes(path, found, 'conflict'), _scenes(path, found, 'agreeing'), about,
+                       sha256(path))
 
 
-def _scene(path: Path, place: str, scene: Any, classes: Mapping[str, int], agree: bool) -> ConflictScene:
-    try:
-        image, labels = (_file(path.parent, scene[key]) for key in ('image', 'labels'))
-        objects = tuple(ConflictObject(str(item['shape']), str(item['texture']), _box(item['box']))
-                        for item in scene['objects'])
-    except (KeyError, TypeError, ValueError, OverflowError, OSError) as error:
-        what = f'there is no {error}' if isinstance(error, KeyError) else error
-        raise UserError(f'{path}: {place}: {what}\nA scene has image, labels (paths below the data root) and objects; '
-                        f'an object has shape, texture and box [left, top, right, bottom] in pixels.') from error
-    for item in objects:
-        if stray := [name for name in (item.shape, item.texture) if name not in classes]:
-            raise UserError(
-                f'{path}: {place}: {stray[0]!r} is not among object_classes\nThey are: {", ".join(classes)}.'
-            )
-        if (item.shape == item.texture) != agree:
-            raise UserError(f'{path}: {place}: shape {item.shape!r} and texture {item.texture!r} '
-                            f'{"differ" if agree else "agree"}\nThey agree in "agreeing", and differ in "conflict".')
-    return ConflictScene(scene['image'], image, labels, objects)
-
-
-def _file(root: Path, name: str) -> Path:
-    if Path(name).is_absolute() or '..' in Path(name).parts:
-        raise ValueError(f'{name} leads out of the data root')
-    if not (root / name).is_file():
-        raise ValueError(f'{root / name} does not exist')
-    return root / name
-
-
-def _box(values: Any) -> tuple[int, int, int, int]:
-    left, top, right, bottom = (int(value) for value in values)
-    if not (0 <= left < right and 0 <= top < bottom):
-        raise ValueError(f'box {values} is empty or begins outside of the image')
-    return left, top, right, bottom
+def _scenes(path: Path, found: _Listing, key: str) -> tuple[ConflictScene, ...]:
+    scenes = []
+    for i, scene in enumerate(getattr(found, key)):
+        for name in (scene.image, scene.labels):
+            if not (path.parent / name).is_file():
+                raise UserError(f'{path}: {key}.{i}: {path.parent / name} does not exist\nWrite the data set again.')
+        for item in scene.objects:
+            unknown = {item.shape, item.texture} - found.object_classes.keys()
+            if unknown or (item.shape == item.texture) != (key == 'agreeing'):
+                raise UserError(f'{path}: {key}.{i}: an object has shape {item.shape!r} and texture {item.texture!r}\n'
+                                f'Both are among {", ".join(found.object_classes)}; they are equal in "agreeing" and '
+                                f'differ in "conflict".')
+        scenes.append(ConflictScene(scene.image, path.parent / scene.image, path.parent / scene.labels,
+                                    tuple(scene.objects)))
+    return tuple(scenes)
 
 
 def read_labels(path: Path) -> np.ndarray:
@@ -168,7 +139,7 @@ def read_labels(path: Path) -> np.ndarray:
         with Image.open(path) as opened:
             labels = np.array(opened)
     except UNDECODABLE as error:
-        raise UserError(f'{path}: not a readable label map ({error})\nWrite it anew.') from error
+        raise UserError(f'{path}: not a readable label map ({error})\nWrite the data set again.') from error
     if labels.ndim != 2:
-        raise UserError(f'{path}: {labels.shape[2]} channels; a label map has one\nWrite it anew.')
+        raise UserError(f'{path}: {labels.shape[2]} channels; a label map has one\nWrite the data set again.')
     return labels
