@@ -40,6 +40,15 @@ def test_named_classes_are_accepted(own, classes):
     assert notes[0].startswith('classes: 3, from') and 'helmet, vest, traffic light' in notes[0]
 
 
+def test_mmdets_order_of_classes_is_a_warning(own):
+    for kind, warned in (('CocoDataset', True), ('replk_mm.CocoDataset', False)):
+        cfg = at(own)
+        for loader in (cfg.train_dataloader, cfg.val_dataloader):
+            loader.dataset.type = kind
+        notes = prepare_data(cfg, Options(classes='vest,helmet,traffic light'), BOTH)
+        assert any('helmet, vest, traffic light' in note and 'replk_mm.CocoDataset' in note for note in notes) is warned
+
+
 def test_spelling_is_recognized(tmp_path):
     root = write_coco_root(tmp_path / 'data', ('Person', 'traffic_light', 'car'))
     message = rejection(at(root))

@@ -49,6 +49,8 @@ KINDS: dict[str, tuple[str, str]] = {
     'reduce-zero-on': ('warning', 'If 0 is a class, set reduce_zero_label=False: with True classes are off by one.'),
     'reduce-zero-off': ('warning', 'If 0 is unlabeled, set reduce_zero_label=True: with False classes are off by one.'),
     'class-absent': ('note', 'These classes can be neither learned nor scored here.'),
+    'classes-order': ('warning', "Match classes by name: type='replk_mm.CocoDataset' at the data sets, and "
+                                 "type='replk_mm.CocoMetric' at the evaluators."),
     'classes-mismatch': ('error', 'Name the classes: --classes NAME,NAME,...'),
     # annotation files
     'json-invalid': ('error', 'Write or download the file again.'),

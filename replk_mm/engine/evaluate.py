@@ -106,9 +106,13 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     seconds = time.perf_counter() - start
     per_class: dict[str, dict[str, float]] = {}
     for metric in runner.test_evaluator.metrics:
+        if not hasattr(metric, 'per_class'):
+            notes.append(f'classes: {type(metric).__module__}.{type(metric).__name__} has no figures of single classes; '
+                         f'replk_mm.IoUMetric and replk_mm.CocoMetric have')
         for name, of_class in getattr(metric, 'per_class', {}).items():
             per_class.setdefault(name, {}).update(of_class)
     images = len(runner.test_dataloader.dataset)
+    assert built.report is not None
     return Evaluation(figures, per_class, built.changes, built.meta, built.report.summary(), images, seconds, notes)
 
 

@@ -35,6 +35,7 @@ def class_problems(cfg: Config, splits: tuple[str, ...]) -> list[Problem]:
     for place, dataset in placed_datasets(cfg, splits):
         if place in counts:
             problems += _categories(place, dataset, scope, counts, names)
+            problems += _order(place, dataset, scope, counts[place])
     return list(dict.fromkeys(problems))
 
 
@@ -93,6 +94,18 @@ def _categories(place: str, dataset: dict, scope: str, counts: Mapping[str, dict
     text += f'; {sum(strange.values()):,} of {sum(found.values()):,} objects would be ignored'
     return [Problem('classes-mismatch', str(annotation_file(dataset)), text, remedy=(
         f'Use the categories of the annotation files as classes: {_option(all_names)}'))]
+
+
+def _order(place: str, dataset: dict, scope: str, found: Mapping[str, int]) -> list[Problem]:
+    """Labels that mmdet's data set numbers otherwise than the classes of the config: in the order of the file."""
+    names = classes_of(dataset, scope) or ()
+    shared = [name for name in found if name in names]
+    by_name = dataset_class(dataset, scope).COCOAPI.__module__.startswith('replk_mm.')  # type: ignore[attr-defined]
+    if by_name or shared == list(names[:len(shared)]):
+        return []
+    return [Problem('classes-order', str(annotation_file(dataset)), (
+        f'{place}: mmdet numbers the {len(shared)} classes of this file as {listed(shared)}, and the config names '
+        f'{listed(names)}; replk_mm.CocoDataset matches them by name'))]
 
 
 def _option(names: Sequence[str]) -> str:
