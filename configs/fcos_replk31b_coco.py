@@ -26,9 +26,8 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs')
 ]
-data = dict(type='replk_mm.CocoDataset')
-train_dataloader = dict(batch_size=2, dataset=dict(**data, pipeline=train_pipeline))
-val_dataloader = test_dataloader = dict(dataset=data)
+train_dataloader = dict(batch_size=2, dataset=dict(type='replk_mm.CocoDataset', pipeline=train_pipeline))
+val_dataloader = test_dataloader = dict(dataset=dict(type='replk_mm.CocoDataset'))
 val_evaluator = test_evaluator = dict(type='replk_mm.CocoMetric')
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),

@@ -204,6 +204,16 @@ def test_records_of_the_first_version_count(tmp_path, monkeypatch):
     assert [task.measures for task in left] == [('speed',), ('speed',), ('erf',), ('memory',)]
 
 
+def test_types_that_the_first_version_did_not_name_change_no_key(tmp_path):
+    def key(**options) -> str:
+        [task], _ = tasks_left(tmp_path, tmp_path / str(options), **rows(options=options))
+        return task.config_sha256
+
+    keys = [key(val_cfg=dict(type=name)) for name in ('ValLoop', 'replk_mm.ValLoop', 'TestLoop')]
+    assert keys[0] == keys[1] != keys[2]
+    assert key(**{'model.backbone': dict(type='ConvNeXt')}) != key(**{'model.backbone': dict(type='replk_mm.ConvNeXt')})
+
+
 @pytest.mark.parametrize(('only', 'found'), [
     ([], 'a0 ab1 ab2 c0'), (['a'], 'a0'), (['a*'], 'a0 ab1 ab2'), (['2'], 'ab2'), (['c', '0'], 'a0 c0')])
 def test_only(tmp_path, only, found):

@@ -39,7 +39,7 @@ def main() -> int:
     p.add_argument('--jobs', type=cli.positive, default=1, metavar='N', help='rows at a time, which share the cores; '
                    'speed and memory are measured at the end, one row at a time')
     p.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none',
-                   help="start a row's training and test by torchrun (pytorch), or by srun within an allocation (slurm)")
+                   help="start a row's training and test by torchrun (pytorch), or by srun (slurm)")
     p.add_argument('--nproc', type=cli.positive, default=1, metavar='N', help='processes of a row, under a launcher')
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: a GPU if there is one)')
     args = p.parse_args()

@@ -278,7 +278,7 @@ class Record(BaseModel):
     status: Literal['done', 'failed'] = Field(description='`done` or `failed`')
     reason: str | None = Field(description='why it failed')
     values: dict[str, Any] = Field(description='the figures')
-    protocol: dict[str, Any] = Field(description='what has to be equal for values to be ranked: data with a hash of the '
+    protocol: dict[str, Any] = Field(description='what has to be equal for values to be ranked: data with a hash of '
                                      'names and sizes of its files, crop, whole or sliding window, scales, iterations, '
                                      'batch, samples seen, pretraining, precision; of timings the device, threads, '
                                      'shape, batch and torch')

@@ -23,6 +23,10 @@ from replk_mm.errors import UserError
 
 #: Measurements that read images of the data set.
 _NEED_IMAGES = {'train', 'metric', 'erf', 'shape_bias'}
+#: See :func:`_as_first_version`.
+_ONCE_IMPLICIT = [f'replk_mm.{name}' for name in (
+    'CheckpointHook', 'CocoDataset', 'CocoMetric', 'EpochBasedTrainLoop', 'IoUMetric', 'IterBasedTrainLoop',
+    'SegTTAModel', 'ValLoop')]
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def _tasks_of(suite: Suite, row: Row, seeds: list[int], choice: Choice, git: dic
     except UserError as error:
         wrong = str(error)
     data_root, data = data_of(suite, row, cfg, choice.work_dir, choice.data_root) if cfg else (None, {})
-    sha256 = fingerprint(cfg.to_dict()) if cfg else None
+    sha256 = fingerprint(_as_first_version(cfg.to_dict())) if cfg else None
     # The keys of the first version's records: changing this makes --resume measure everything again.
     definition = dict(row=row.name, config=sha256 or row.config, iterations=row.iterations, schedule=row.schedule,
                       checkpoint=row.checkpoint, data=data)
@@ -131,6 +135,18 @@ def _tasks_of(suite: Suite, row: Row, seeds: list[int], choice: Choice, git: dic
             _check_unchanged(task, {**definition, 'options': row.options})
         if left:
             yield task.part(left), wrong
+
+
+def _as_first_version(node: Any) -> Any:
+    """A config as the first version wrote it, so that its records stay valid.
+
+    Our types replaced those of mmengine without being named, and features had one memory format.
+    """
+    if isinstance(node, dict):
+        return {key: value.removeprefix('replk_mm.') if key == 'type' and value in _ONCE_IMPLICIT
+                else _as_first_version(value)
+                for key, value in node.items() if (key, value) != ('out_memory_format', 'preserve_format')}
+    return [_as_first_version(part) for part in node] if isinstance(node, (list, tuple)) else node
 
 
 def config_path(row: Row, suite: Suite) -> str:
