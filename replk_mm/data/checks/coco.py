@@ -11,6 +11,7 @@ from replk_mm.data.checks.dataset import DataSet, Task
 from replk_mm.data.checks.pairs import image_key
 from replk_mm.data.classes import annotation_file, classes_of
 from replk_mm.data.datasets import as_list
+from replk_mm.data.files import sample
 from replk_mm.data.problems import BadData, Item, some
 
 #: mmdetection ignores annotations without a usable box. COCO itself has two; one, or this share, is an accident.
@@ -67,7 +68,7 @@ def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | No
         dataset: Its config; its annotation file exists.
         scope: Default scope of the config.
         metrics: Configs of its metrics; None if it is trained with.
-        full: Whether to decode masks that are only trained with too; the pipeline checks those when it loads them.
+        full: Whether to decode all masks; otherwise all that are scored, and a sample of those that are trained with.
     """
     file, prefix = annotation_file(dataset), dataset.get('data_prefix') or {}
     assert file is not None
@@ -98,7 +99,7 @@ def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | No
         _report(one, 'id-unscorable', lost, f'pycocotools cannot score {len(lost):,} of {len(objects):,} annotations')
     _boxes(one, data)
     if use.masks:
-        _masks(one, data, decode=full or use.scored)
+        _masks(one, data, all_of_them=full or use.scored)
     if use.train and not any(problem.severity == 'error' for problem in one.problems):
         _left_out(one, data, use)
 
@@ -174,15 +175,16 @@ def _boxes(one: DataSet, data: coco.AnnotationFile) -> None:
             'A bbox is [x, y, width, height] in pixels; these look like fractions of the image.' if relative else ''))
 
 
-def _masks(one: DataSet, data: coco.AnnotationFile, decode: bool) -> None:
-    """Missing masks, and those that pycocotools cannot decode."""
+def _masks(one: DataSet, data: coco.AnnotationFile, all_of_them: bool) -> None:
+    """Missing masks, and those that pycocotools cannot decode; of all, or of a sample."""
     objects = data.get('annotations', [])
     lost = _items(objects, lambda a: '' if a.get('segmentation') else "no 'segmentation'")
     _report(one, 'segmentation-missing', lost, f'{len(lost):,} of {len(objects):,} annotations have no mask')
     sizes = {image['id']: (int(image['height']), int(image['width'])) for image in data['images']}
-    having = [a for a in objects if a.get('segmentation') and a['image_id'] in sizes] if decode else []
+    having = [a for a in objects if a.get('segmentation') and a['image_id'] in sizes]
+    having = having if all_of_them else sample(having)
     bad = _items(having, lambda a: coco.mask_problem(a.get('segmentation'), *sizes[a['image_id']]))
-    _report(one, 'mask-undecodable', bad, f'{len(bad):,} of {len(objects):,} masks cannot be decoded')
+    _report(one, 'mask-undecodable', bad, f'{len(bad):,} of {len(having):,} masks cannot be decoded')
 
 
 def _left_out(one: DataSet, data: coco.AnnotationFile, use: Use) -> None:
