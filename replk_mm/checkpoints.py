@@ -1,4 +1,4 @@
-"""Checkpoints: read without running a stranger's code, in any known format, with a strict account of what matched."""
+"""Checkpoints: read without running code in them, loaded from any known format, with a report of what matched."""
 import io
 import json
 import logging
@@ -100,25 +100,29 @@ def _unpickled(path: Path) -> Any:
 
 
 def _checked_meta(meta: Any, path: Path) -> dict[str, Any]:
-    """The record of a checkpoint, whose fields that this package uses have their types; empty if it is no mapping.
+    """The record of a checkpoint, empty if it is no mapping; the fields that this package uses have their types.
 
     Raises:
         UserError: If one has another type.
     """
     meta = dict(meta) if isinstance(meta, Mapping) else {}
-    dataset = meta.get('dataset_meta') or {}
-    dataset = {str(key).lower(): value for key, value in dataset.items()} if isinstance(dataset, Mapping) else {'classes': 0}
-    ours = meta.get('replk_mm', {})
-    merged = ours.get('reparameterized', {'merge': True, 'fold': True}) if isinstance(ours, Mapping) else None
-    wrong = [key for key in ('iter', 'epoch', 'seed') if meta.get(key) is not None and not (
-        isinstance(meta[key], int) and meta[key] >= 0)]
-    if not _list_of(str, dataset.get('classes')) or not _list_of((list, tuple), dataset.get('palette')):
-        wrong.append('dataset_meta')
-    if not isinstance(merged, Mapping) or not all(isinstance(merged.get(key), bool) for key in ('merge', 'fold')):
-        wrong.append('replk_mm')
+    wrong = next((key for key in ('iter', 'epoch', 'seed') if not (
+        meta.get(key) is None or isinstance(meta[key], int) and meta[key] >= 0)), None)
+    try:
+        dataset = {str(key).lower(): value for key, value in (meta.get('dataset_meta') or {}).items()}
+        if not (_list_of(str, dataset.get('classes')) and _list_of((list, tuple), dataset.get('palette'))):
+            wrong = 'dataset_meta'
+    except AttributeError:
+        wrong = 'dataset_meta'
+    try:
+        record = meta.get('replk_mm', {}).get('reparameterized')
+        if record and not (isinstance(record['merge'], bool) and isinstance(record['fold'], bool)):
+            wrong = 'replk_mm'
+    except (AttributeError, LookupError, TypeError):
+        wrong = 'replk_mm'
     if wrong:
-        raise UserError(f'{path}: meta.{wrong[0]} is not what training writes: {meta[wrong[0]]!r:.80}\n'
-                        f"Take the file from its source, or keep its weights only: torch.save({{'state_dict': ...}}, FILE).")
+        raise UserError(f'{path}: meta.{wrong} is not what training writes: {meta[wrong]!r:.80}\nTake the file from '
+                        f"its source, or keep its weights only: torch.save({{'state_dict': ...}}, FILE).")
     return meta
 
 
@@ -129,15 +133,16 @@ def _list_of(kind: Any, value: Any) -> bool:
 def register_safe_loaders() -> None:
     """Let mmengine's own loading in this process (``init_cfg`` of any package's backbone) read as :func:`read` does.
 
-    mmengine 0.10.7 unpickles downloads with whatever code they hold, and with torch 2.6 and newer it cannot read the log
-    buffers in checkpoints that it has written itself. For programs of our own: it changes mmengine for the whole process.
+    mmengine 0.10.7 unpickles downloads with whatever code they hold, and with torch 2.6 and newer it cannot read the
+    log buffers in checkpoints that it has written itself. For commands of our own: it changes mmengine for the process.
     """
     from mmengine.runner import checkpoint
 
     def load_from_local(filename: str, map_location: Any = None) -> dict:
         return read(filename, map_location or 'cpu')
 
-    def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None, progress: bool = True) -> dict:
+    def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None,
+                       progress: bool = True) -> dict:
         return read(fetch(filename, model_dir, progress), map_location or 'cpu')
 
     # Loaders of other addresses call these by name.
@@ -168,8 +173,8 @@ def save(checkpoint: dict, path: str | Path) -> None:
     """
     path, content = Path(path), plain(checkpoint)
     if path.suffix == '.safetensors':
-        if content.keys() - {'state_dict', 'meta'}:
-            raise UserError(f'{path}: a safetensors file holds weights only, no {", ".join(content.keys() - {"state_dict", "meta"})}\n'
+        if more := content.keys() - {'state_dict', 'meta'}:
+            raise UserError(f'{path}: a safetensors file holds weights only, no {", ".join(sorted(more))}\n'
                             f'Name a file that ends in .pth.')
         weights = {key: value.detach().clone().contiguous() for key, value in content['state_dict'].items()}
         data = safetensors.torch.save(weights, {'format': 'pt', safe_load.META: json.dumps(content.get('meta', {}))})
@@ -261,21 +266,21 @@ def load_pretrained(backbone: nn.Module, checkpoint: str | Path, prefix: str | N
     found = convert(unwrap(loaded, str(checkpoint)), prefix)
     weights = found.backbone
     if (reparameterization_of(loaded, ()) or {}).get('fold'):
-        raise UserError(f'{checkpoint}: its BatchNorm is folded, which is for inference; training cannot start from it\n'
+        raise UserError(f'{checkpoint}: its BatchNorm is folded, for inference; training cannot start from it\n'
                         f'Start from the checkpoint it was made of.')
     if found.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
         weights = _unmerge(weights, backbone)
-        print_log(f'{checkpoint}: merged weights in a network with parallel kernels: the same in evaluation, but in training '
-                  f'batch statistics replace the folded ones; norm_eval=True or small_kernel_merged=True keeps them',
-                  logger='current', level=logging.WARNING)
+        print_log(f'{checkpoint}: merged weights in a network with parallel kernels: equal in evaluation, but in '
+                  f'training batch statistics replace the folded ones; norm_eval=True or small_kernel_merged=True '
+                  f'keeps them', logger='current', level=logging.WARNING)
     report = copy_weights(backbone, weights, parts=False)
     report.missing = [key for key in report.missing if not _starts_as_identity(key)]
     report.unexpected = [key for key in report.unexpected if not _of_unused_stage(key, backbone)]
     print_log(f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}', logger='current')
     misfits = report.missing or report.mismatched or report.unexpected
     if misfits and (strict or not report.matched):
-        raise UserError(f'{checkpoint}: does not fit {type(backbone).__name__}: {report.summary()}\n{report.details()}\n'
-                        f'{guess_cause(report, found, whole=False)}')
+        raise UserError(f'{checkpoint}: does not fit {type(backbone).__name__}: {report.summary()}\n'
+                        f'{report.details()}\n{guess_cause(report, found, whole=False)}')
     return report
 
 
@@ -291,28 +296,21 @@ def _of_unused_stage(key: str, backbone: Any) -> bool:
 
 def _unmerge(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
     """Give a merged RepLKNet its training form back: the large branch takes all, the small one starts at zero."""
-    own, out = backbone.state_dict(), {}
-    for key, value in weights.items():
-        at = key.find('.lkb_reparam.')
-        base = key[:at]
-        norm = own.get(f'{base}.lkb_origin.bn.weight')
-        if at < 0 or norm is None or norm.shape != value.shape[:1]:
-            out[key] = value
-        elif key.endswith('.weight'):
-            out[f'{base}.lkb_origin.conv.weight'] = value
-            ones = torch.ones(value.shape[0])
-            # The norm divides by sqrt(1 + eps); the scale undoes it.
-            out[f'{base}.lkb_origin.bn.weight'] = ones * (1 + backbone.get_submodule(f'{base}.lkb_origin.bn').eps) ** 0.5
-            out[f'{base}.lkb_origin.bn.running_mean'] = ones * 0
-            out[f'{base}.lkb_origin.bn.running_var'] = ones
-            for name in ('weight', 'bias', 'running_mean'):
-                out[f'{base}.small_conv.bn.{name}'] = ones * 0
-            out[f'{base}.small_conv.bn.running_var'] = ones
-            small = own.get(f'{base}.small_conv.conv.weight')
-            if small is not None:
-                out[f'{base}.small_conv.conv.weight'] = small
-        else:
-            out[f'{base}.lkb_origin.bn.bias'] = value
+    own, out = backbone.state_dict(), dict(weights)
+    for merged in [key for key in weights if key.endswith('.lkb_reparam.weight')]:
+        base = merged.removesuffix('.lkb_reparam.weight')
+        large, small = f'{base}.lkb_origin', f'{base}.small_conv'
+        if f'{large}.bn.weight' not in own:
+            continue
+        weight = out.pop(merged)
+        zeros, ones = torch.zeros(len(weight)), torch.ones(len(weight))
+        norm = {'weight': zeros, 'bias': zeros, 'running_mean': zeros, 'running_var': ones}
+        out |= {f'{small}.bn.{name}': value for name, value in norm.items()}
+        out[f'{small}.conv.weight'] = own.get(f'{small}.conv.weight', zeros)
+        # The norm divides by sqrt(1 + eps); the scale undoes it.
+        norm['weight'] = ones * (1 + backbone.get_submodule(f'{large}.bn').eps) ** 0.5
+        norm['bias'] = out.pop(f'{base}.lkb_reparam.bias', zeros)
+        out |= {f'{large}.conv.weight': weight, **{f'{large}.bn.{name}': value for name, value in norm.items()}}
     return {key: value for key, value in out.items() if '.small_conv.' not in key or key in own}
 
 
@@ -332,25 +330,23 @@ def guess_cause(report: LoadReport, found: Converted, whole: bool) -> str:
     """The likeliest reason why a checkpoint does not fit, as a sentence with a remedy."""
     mismatched = [item for item in report.mismatched if not item[0].startswith(TRAINING_ONLY)]
     in_backbone = [key for key, *_ in mismatched if not whole or key.startswith('backbone.')]
-    if not report.matched.get('backbone') and not in_backbone:
-        return (f'Likely cause: another architecture ({found.describe()}). Check that config and checkpoint belong '
-                f'together.')
-    if whole and not found.rest:
-        return ('Likely cause: the file holds a backbone only (ImageNet weights, say), no trained head. Train with it as '
-                'init_cfg first; test the checkpoint that training writes.')
     classes = next((item for item in mismatched if _CLASS_LAYER.search(item[0])), None)
-    if classes and not in_backbone:
+    if not report.matched.get('backbone') and not in_backbone:
+        cause = f'another architecture ({found.describe()}). Check that config and checkpoint belong together.'
+    elif whole and not found.rest:
+        cause = ('the file holds a backbone only (ImageNet weights, for example), no trained head. Train with it as '
+                 'init_cfg first; test the checkpoint that training writes.')
+    elif classes and not in_backbone:
         key, ours, theirs = classes
-        return (f'Likely cause: number of classes: {key} has {ours[0]} outputs in the config, {theirs[0]} in the checkpoint. '
-                f"Set num_classes of every head to the checkpoint's.")
-    if any('.lkb_origin.' in key for key in report.missing) and any('.lkb_reparam.' in key for key in report.unexpected):
-        return ('Likely cause: the checkpoint is merged and the network is not. Set small_kernel_merged=True, or use the '
-                'checkpoint in training form.')
-    if any('.lkb_reparam.' in key for key in report.missing):
-        return ('Likely cause: the network is built merged and the checkpoint is not. Remove small_kernel_merged=True; '
-                'tools/test.py --reparam merges after loading.')
-    if mismatched:
-        return ('Likely cause: another size of the same family (shapes differ). Check backbone.arch and kernel sizes '
-                'against the checkpoint\'s config.')
-    return ('Likely cause: another depth or other options of the same family (norm_intermediate_features, arch). Check the '
-            'backbone\'s arguments against the checkpoint\'s config.')
+        cause = (f'number of classes: {key} has {ours[0]} outputs in the config, {theirs[0]} in the checkpoint. '
+                 f"Set num_classes of every head to the checkpoint's.")
+    elif any('.lkb_reparam.' in key for key in report.missing):
+        cause = ('the network is built merged and the checkpoint is not. Remove small_kernel_merged=True; '
+                 'tools/test.py --reparam merges after loading.')
+    elif mismatched:
+        cause = ('another size of the same family (shapes differ). Compare backbone.arch and kernel sizes with the '
+                 "checkpoint's config.")
+    else:
+        cause = ('another depth or other options of the same family (norm_intermediate_features, arch). Compare the '
+                 "backbone's arguments with the checkpoint's config.")
+    return f'Likely cause: {cause}'

@@ -67,7 +67,8 @@ class Converted:
         if not self.family:
             return 'weights of an unknown family'
         form = f"{'merged ' if self.merged else ''}{self.format} key names"
-        return f'{self.family}, {form}' + (f', {len(self.set_aside)} classifier keys set aside' if self.set_aside else '')
+        aside = f', {len(self.set_aside)} classifier keys set aside' if self.set_aside else ''
+        return f'{self.family}, {form}{aside}'
 
 
 def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
@@ -96,8 +97,8 @@ def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
     weights = {str(key): value for key, value in node.items() if isinstance(value, Tensor) and key not in COUNTERS}
     for key, value in weights.items():
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            raise UserError(f'{where}: {key} is a tensor of layout {value.layout}, dtype {value.dtype}, on {value.device}\n'
-                            f'Weights are dense tensors of numbers; save the checkpoint with such.')
+            raise UserError(f'{where}: {key} is a tensor of layout {value.layout}, dtype {value.dtype}, on '
+                            f'{value.device}\nWeights are dense tensors of numbers; save the checkpoint with such.')
     wrapped = True
     while wrapped:
         wrapped = False

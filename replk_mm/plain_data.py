@@ -1,4 +1,4 @@
-"""Checkpoints of tensors and plain Python data, which ``torch.load(weights_only=True)`` takes without any list of classes."""
+"""Tensors and plain Python data, which ``torch.load(weights_only=True)`` takes without a list of classes."""
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -11,14 +11,15 @@ import torch
 from mmengine.logging import HistoryBuffer, print_log
 
 _PLAIN = (bool, int, float, complex, str, bytes)
+_TORCH = (torch.Tensor, torch.dtype, torch.device, torch.Size)
 
 
 def plain(value: Any, place: str = 'checkpoint') -> Any:
     """``value`` with tensors and plain Python data only.
 
-    Arrays and numpy scalars become lists and numbers, mappings dicts, paths text, mmengine's log buffers a dict of tensors (see
-    :func:`log_buffer`). An entry of a mapping that is none of these (a function, an object) is left out with a warning: what
-    resumes keeps its own.
+    Arrays and numpy scalars become lists and numbers, mappings dicts, paths text, mmengine's log buffers a dict of
+    tensors (see :func:`log_buffer`). An entry of a mapping that is none of these (a function, an object) is left out
+    with a warning.
 
     Args:
         value: A checkpoint or a part of one.
@@ -27,7 +28,7 @@ def plain(value: Any, place: str = 'checkpoint') -> Any:
     Raises:
         TypeError: If ``value`` itself, or an item of a list in it, is none of these.
     """
-    if value is None or isinstance(value, (torch.Tensor, torch.dtype, torch.device, torch.Size)) or type(value) in _PLAIN:
+    if value is None or type(value) in _PLAIN or isinstance(value, _TORCH):
         return value
     if isinstance(value, HistoryBuffer):
         values, counts = value.data
@@ -45,7 +46,7 @@ def plain(value: Any, place: str = 'checkpoint') -> Any:
         return plain(value.value, place)
     for kind in _PLAIN:
         if isinstance(value, kind):
-            return kind(value)
+            return kind(value)  # type: ignore[arg-type]
     raise TypeError(f'{place} is a {type(value).__name__}')
 
 

@@ -1,9 +1,9 @@
-"""Read a file of weights as data: by safetensors, or by torch's ``weights_only`` loader with a short list of harmless types.
+"""Read a checkpoint as data: by safetensors, or by torch's ``weights_only`` loader and a short list of harmless types.
 
-Beside tensors and plain Python values, checkpoints in circulation hold ``argparse.Namespace`` (the authors' and timm's
-training scripts), numpy scalars and arrays, and mmengine's log buffers. The last two stand for classes whose own unpickling
-trusts the file (a numpy dtype can declare numbers to be pointers, a log buffer can replace its methods), so that classes with
-the same names and without these powers take their place here.
+Beside tensors and plain Python values, checkpoints in circulation hold ``argparse.Namespace`` (the authors' and
+timm's scripts), numpy scalars and arrays, and mmengine's log buffers. Unpickling the last two trusts the file: a
+numpy dtype can declare numbers to be pointers, a log buffer can replace its methods. Classes of the same names
+without these powers take their place here.
 """
 import argparse
 import json
@@ -26,6 +26,8 @@ from replk_mm.errors import UserError
 
 #: Key of the record (``meta``) in the header of a safetensors file, as JSON.
 META = 'meta'
+# How torch's messages name what a file asks for.
+_REFUSED = re.compile(r'(?:GLOBAL|Unsupported class|blocklisted module|unrecognized function) ([^\s,]+)')
 _NUMBERS = re.compile(r'b1|[iufc]\d{1,2}|[US]\d{1,6}')
 
 
@@ -38,7 +40,7 @@ class _DType:
         self.dtype = np.dtype(name)
 
     def __setstate__(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder({'<': '<', '>': '>'}.get(state[1], '='))
+        self.dtype = self.dtype.newbyteorder('>' if state[1] == '>' else '<')
 
 
 class _Array(np.ndarray):
@@ -53,7 +55,7 @@ class _Log(HistoryBuffer):
     """Stands for mmengine's log buffer; its methods stay its own, whatever the file names."""
 
     def __setstate__(self, state: dict) -> None:
-        self.__class__ = HistoryBuffer  # type: ignore[assignment]
+        self.__class__ = HistoryBuffer
         self.__init__(np.asarray(state['_log_history']), np.asarray(state['_count_history']),  # type: ignore[misc]
                       int(state['max_length']))
 
@@ -97,18 +99,18 @@ def load(path: Path, map_location: Any = 'cpu') -> Any:
         if path.suffix == '.safetensors':
             return _load_safetensors(path, map_location)
         # torch 2.4 has no such list to extend.
-        allowed = torch.serialization.safe_globals(_ALLOWED) if hasattr(torch.serialization, 'safe_globals') else nullcontext()
-        with allowed, warnings.catch_warnings():
+        safe_globals = getattr(torch.serialization, 'safe_globals', nullcontext)
+        with safe_globals(_ALLOWED), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about pickles that it may not understand
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r'(?:GLOBAL|Unsupported class|blocklisted module|unrecognized function) ([^\s,]+)', str(error))
+        found = _REFUSED.search(str(error))
         if found is None:
             raise damaged(path, error) from error
-        new = shlex.quote(str(path.with_suffix('.safetensors')))
+        files = shlex.join(map(str, (path, path.with_suffix('.safetensors'))))
         raise UserError(f'{path}: refused: to load it, {found[1]} would have to run\n'
-                        f'If you trust its author, convert it to plain weights first: python tools/convert_checkpoint.py '
-                        f'{shlex.quote(str(path))} {new} --trust-checkpoint') from error
+                        f'If you trust its author, convert it to plain weights first: '
+                        f'python tools/convert_checkpoint.py {files} --trust-checkpoint') from error
     except Exception as error:  # a few changed bytes make torch raise errors of a dozen kinds
         raise damaged(path, error) from error
 
@@ -117,7 +119,8 @@ def _load_safetensors(path: Path, map_location: Any) -> dict:
     device = str(map_location) if isinstance(map_location, (str, torch.device)) else 'cpu'
     with safetensors.safe_open(path, 'pt', device=device) as file:
         meta = json.loads((file.metadata() or {}).get(META, '{}'))
-        return {'state_dict': {key: file.get_tensor(key) for key in file.keys()}, 'meta': meta}  # noqa: SIM118 (no mapping)
+        keys = file.keys()  # no mapping
+        return {'state_dict': {key: file.get_tensor(key) for key in keys}, 'meta': meta}
 
 
 def damaged(path: Path, error: Exception) -> UserError:

@@ -1,15 +1,17 @@
-"""Trainings that are stopped at an iteration of choice, in this process or one of their own, and compared bit by bit."""
-import json
+"""Trainings that are stopped at an iteration of choice, here, in a fork or with torchrun, and compared bit by bit."""
 import os
 import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tiny import ROOT, tool_environment
 
 from replk_mm import checkpoints
+from replk_mm.errors import STOPPED_STATUS, Stopped
 
 CONFIG = """
 _base_ = {base!r}
@@ -26,22 +28,22 @@ def config_with_signals(folder: Path, base: str | Path, hooks: str = '', more: s
     return path
 
 
-def train_often(config: Path, runs: list[tuple[list, str | None]], timeout: float = 500) -> list[tuple[int, str]]:
-    """Trainings by the command, each a process of its own, one after another.
-
-    Args:
-        config: From :func:`config_with_signals`.
-        runs: Of each the arguments after the config, and its ``TEST_SIGNAL``.
-        timeout: Of all, seconds.
-
-    Returns:
-        Exit status and standard error of each.
-    """
-    steps = [([str(config), '--device', 'cpu', *map(str, arguments)], signal) for arguments, signal in runs]
-    env = tool_environment(PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}')
-    done = subprocess.run([sys.executable, str(ROOT / 'tests/resume_worker.py')], input=json.dumps(steps), capture_output=True,
-                          text=True, timeout=timeout, check=True, env=env)
-    return [tuple(found) for found in json.loads(done.stdout.strip().splitlines()[-1])]
+def forked(train: Callable[[], object]) -> int:
+    """Exit status of a training in a fork of this process; of one that a signal has ended, minus its number."""
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)  # threads do not outlive a fork
+        status = 1
+        try:
+            train()
+            status = 0
+        except Stopped:
+            status = STOPPED_STATUS
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def torchrun(config: Path, *args, signal: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from resume_cases import config_with_signals, differences, torchrun, train_often
+from resume_cases import config_with_signals, differences, forked, torchrun
 from tiny import Tiny, tiny  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 
@@ -13,7 +13,7 @@ from replk_mm.engine.config import load_config
 from replk_mm.engine.loops import ValLoop
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.train import train
-from replk_mm.errors import INTERRUPTED_STATUS, STOPPED_STATUS, Stopped
+from replk_mm.errors import STOPPED_STATUS, Stopped
 
 # ruff: noqa: F811 (fixtures that come from another file)
 
@@ -151,34 +151,20 @@ def test_gradients_that_add_up_are_stopped_between_steps(segmentor, tiny, tmp_pa
     assert differences(straight, run(config, tiny, tmp_path / 'stopped', interval=4, options=options, resume='auto')) == []
 
 
-def test_intervals_that_lose_gradients_are_said(segmentor, tiny, tmp_path):
-    cfg = load_config(str(segmentor[0]), {'optim_wrapper.accumulative_counts': 2, 'default_hooks.checkpoint.interval': 3})
-    notes = prepare_training(cfg, tiny.options(tmp_path))
-    assert any('a multiple of 2 resumes exactly' in note for note in notes)
-
-
-# -- the commands, as processes of their own ---------------------------------------------------------------------------
-STATUS = {'SIGTERM': STOPPED_STATUS, 'SIGINT': INTERRUPTED_STATUS, 'SIGKILL': -signal.SIGKILL}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGKILL'])
+@pytest.mark.parametrize(('name', 'status'), [('SIGTERM', STOPPED_STATUS), ('SIGKILL', -signal.SIGKILL)])
 @pytest.mark.parametrize('kind', ['UperNet', 'Cascade Mask R-CNN'])
-def test_commands_stopped_at_five_random_iterations_end_with_the_same_bits(name, kind, tiny, detector, tmp_path):
-    data, base, more = (tiny.data, tiny.config, RANDOM) if kind == 'UperNet' else (detector.data, detector.config, '')
-    config = config_with_signals(tmp_path / 'config', base, EMA, more)
-    iterations = 10
-    places = sorted(random.Random(len(name + kind)).sample(range(iterations), 5))
-    common = ['--data-root', data, '--seed', 7, '--max-iters', iterations, '--no-preflight', '--cfg-options',
-              'default_hooks.checkpoint.interval=2']
+def test_stopped_at_five_random_iterations_it_ends_with_the_same_bits(name, status, kind, request, tmp_path, monkeypatch):
+    data, more = (request.getfixturevalue('tiny'), RANDOM) if kind == 'UperNet' else (
+        request.getfixturevalue('detector'), '')
+    config = config_with_signals(tmp_path / 'config', data.config, EMA, more)
     straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
-    found = train_often(config, [
-        (['--work-dir', straight, *common], None),
-        (['--work-dir', stopped, *common], f'{name}:train:{places[0]}'),
-        *((['--work-dir', stopped, '--resume', *common], f'{name}:train:{at}') for at in places[1:]),
-        (['--work-dir', stopped, '--resume', *common], None)])
-    assert [status for status, _ in found] == [0, *[STATUS[name]] * 5, 0], [text[-500:] for _, text in found]
-    assert not any('Traceback' in text for _, text in found)
+    assert forked(lambda: run(config, data, straight, 10, 2)) == 0
+    for at in sorted(random.Random(len(name + kind)).sample(range(10), 5)):
+        monkeypatch.setenv('TEST_SIGNAL', f'{name}:train:{at}')
+        assert forked(lambda: run(config, data, stopped, 10, 2, resume='auto')) == status
+    monkeypatch.delenv('TEST_SIGNAL')
+    assert forked(lambda: run(config, data, stopped, 10, 2, resume='auto')) == 0
     assert differences(straight / 'iter_10.pth', stopped / 'iter_10.pth') == []
 
 
@@ -199,7 +185,7 @@ def test_of_two_processes_one_is_told_to_stop_and_both_do(tiny, tmp_path):
 
 
 def test_torch_draws_are_of_the_iteration_and_nothing_else():
-    from replk_mm.engine.randomness import seed_iteration, seed_sample
+    from replk_mm.data.draws import seed_iteration, seed_sample
     drawn = []
     for call in ((seed_iteration, 1, 5), (seed_iteration, 1, 6), (seed_iteration, 2, 5), (seed_iteration, 1, 5, 1),
                  (seed_sample, 1, 5), (seed_iteration, 1, 5)):

@@ -1,7 +1,7 @@
 """Convert a checkpoint of RepLKNet or ConvNeXt (the authors', mmpretrain's, timm's) to one set of key names.
 
-The configs load each of these formats as it is. Converting is for other programs, to strip a file to its weights, and, with
---trust-checkpoint, for files of any network that ask for code to be run.
+The configs load each of these formats as it is. Converting is for other programs, to strip a file to its weights, and,
+with --trust-checkpoint, for files of any network that ask for code to be run.
 """
 import sys
 
@@ -16,7 +16,7 @@ def main() -> None:
     p.add_argument('checkpoint', help='file or address')
     p.add_argument('out', help='file to write; .safetensors for weights that any program reads')
     p.add_argument('--to', choices=['mmpretrain', 'official'], default='mmpretrain',
-                   help="key names to write: mmpretrain's (ours), or the authors' downstream code's (default: mmpretrain)")
+                   help="key names to write: mmpretrain's (ours), or those of the authors' code (default: mmpretrain)")
     p.add_argument('--trust-checkpoint', action='store_true',
                    help='let the checkpoint run code, to write plain weights; only if you trust its author')
     args = p.parse_args()
@@ -32,8 +32,8 @@ def main() -> None:
     # What the weights mean stays with them: how they were merged, the classes.
     meta = loaded.get('meta') if isinstance(loaded.get('meta'), dict) else {}
     meta = {key: meta[key] for key in ('replk_mm', 'dataset_meta', 'iter', 'seed') if key in meta}
-    checkpoints.save({'meta': {**meta, 'source': args.checkpoint, 'source_format': found.format}, 'state_dict': weights},
-                     args.out)
+    meta |= {'source': args.checkpoint, 'source_format': found.format}
+    checkpoints.save({'meta': meta, 'state_dict': weights}, args.out)
     print(f'{args.checkpoint}: {found.describe()}')
     print(f'written: {args.out}, {len(backbone)} backbone weights, {len(found.rest)} others, {args.to} key names')
 

@@ -1,17 +1,54 @@
-"""Loading that can go on where it stopped: samples know their place in the run, and batches are skipped without being loaded.
+"""Loading that can resume anywhere: samples know their place in the run, and batches are skipped without being loaded.
 
-mmengine resumes by loading and throwing away all that was trained on before, and its augmentation differs then. Here a batch
-sampler is asked for indices only, and each sample is drawn with a seed of its own (:mod:`replk_mm.engine.randomness`), so that
-neither workers nor interruptions nor the number of processes change what the network sees.
+mmengine resumes by loading and discarding all that was trained on before, and its augmentation differs then. It seeds
+once, at the start: what is drawn at iteration 1000 depends on everything drawn before, in each worker. Here a batch
+sampler is asked for indices only, and every iteration and every sample has a seed of its own, made of the run's seed
+and its own number. Neither workers nor validations nor interruptions nor the number of processes change what the
+network sees.
 """
+import random
 from collections.abc import Callable, Iterator
 from itertools import islice
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from replk_mm.errors import UserError
+
+# What the words after the run's seed count, so that no two kinds of draw share a seed.
+_ITERATION, _SAMPLE = 1, 2
+
+
+def seed_iteration(seed: int, iteration: int, rank: int = 0) -> None:
+    """Seed what a process draws in one iteration: drop path, dropout, proposals.
+
+    Args:
+        seed: Of the run.
+        iteration: Counted from 0.
+        rank: Of the process.
+    """
+    _seed(seed, _ITERATION, iteration, rank)
+
+
+def seed_sample(seed: int, position: int) -> None:
+    """Seed what the data pipeline draws for one sample.
+
+    Args:
+        seed: Of the run.
+        position: Number of samples that all processes of the run take before this one.
+    """
+    _seed(seed, _SAMPLE, position)
+
+
+def _seed(*words: int) -> None:
+    # numpy guarantees its mixing of words into states; neighbours get unrelated states.
+    python, arrays, tensors = np.random.SeedSequence(words).generate_state(3, np.uint64).tolist()
+    random.seed(python)
+    np.random.seed(arrays % 2**32)
+    torch.manual_seed(tensors % 2**63)
 
 
 class Draw(int):
@@ -125,7 +162,8 @@ def drawn(loader: DataLoader, seed_for: Callable[[int], None], rank: int, proces
     settings = {key: getattr(loader, key) for key in (
         'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context', 'generator',
         'prefetch_factor', 'persistent_workers')}
-    return DrawnLoader(DrawnDataset(loader.dataset, seed_for), batch_sampler=Draws(batches, size, rank, processes), **settings)
+    return DrawnLoader(DrawnDataset(loader.dataset, seed_for), batch_sampler=Draws(batches, size, rank, processes),
+                       **settings)
 
 
 def endless(loader: DrawnLoader, start: int) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor
 from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path, tree_leaves
 
-from replk_mm.engine.randomness import seed_iteration
+from replk_mm.data.draws import seed_iteration
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.wrappers import bare, each
 from replk_mm.errors import UserError

@@ -1,4 +1,4 @@
-"""Going on where a run was stopped: with which checkpoint, and what a config needs so that nothing differs then."""
+"""Which checkpoint a run resumes from, and whether it fits."""
 import re
 import zipfile
 import zlib
@@ -58,8 +58,7 @@ def _damage(path: Path) -> str | None:
 
 
 def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
-    """Name the checkpoint to go on from, and fix the seed: the checkpoint's own, which its data order depends on, or the
-    given one.
+    """Choose the checkpoint to resume from, and the seed: the checkpoint's, as the data order depends on it.
 
     Args:
         cfg: Changed in place.
@@ -82,9 +81,8 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     if wanted == 'auto':
         newest, notes = _last_whole(cfg.work_dir)
         if newest is None and notes:
-            raise UserError(f'{_checkpoints(cfg.work_dir)[0]}: is damaged, and none of the {len(notes)} checkpoints of this '
-                            f'run can be resumed from:\n' + '\n'.join(notes)
-                            + '\nCopy one from elsewhere, or start anew without --resume.')
+            raise UserError(f'{cfg.work_dir}: none of the {len(notes)} checkpoints of this run can be resumed from\n'
+                            + '\n'.join(notes) + '\nCopy one from elsewhere, or start anew without --resume.')
         if newest is None:
             return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
         wanted = newest
@@ -95,8 +93,8 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
         raise UserError(f'{last}: cannot be resumed: it has no optimizer state'
                         + (' (reparameterized checkpoints are for inference)' if merged else '')
                         + '\nResume from a checkpoint that training wrote.')
-    meta = loaded.get('meta')
-    if any((meta or {}).get(key) is None for key in ('iter', 'epoch')) or not isinstance(loaded.get('message_hub'), Mapping):
+    meta = loaded.get('meta') or {}
+    if None in (meta.get('iter'), meta.get('epoch')) or not isinstance(loaded.get('message_hub'), Mapping):
         raise UserError(f'{last}: cannot be resumed: it lacks its iteration, its epoch or the state of the hooks\n'
                         f'Resume from a checkpoint that training wrote.')
     compare_with_checkpoint(cfg, meta, last, ('train',))
@@ -104,24 +102,23 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, last).items()}
     differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
     if differing:
-        raise UserError(f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} weights '
-                        f'differ, {differing[0]} first\nResume with the config it was trained with.')
+        raise UserError(f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} '
+                        f'weights differ, {differing[0]} first\nResume with the config it was trained with.')
     cfg.load_from, cfg.resume = last, True
     seed = meta.get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
-    note = f'resume: {last}, iteration {meta["iter"]}, seed {seed}'
-    notes += _schedule_that_ends(cfg, loaded)
-    return [*notes, note + (f' (its own; --seed {options.seed} is for a new run)' if options.seed not in (None, seed) else '')]
+    own = '' if options.seed in (None, seed) else f' (its own; --seed {options.seed} is for a new run)'
+    return [*notes, *_schedule_that_ends(cfg, loaded), f'resume: {last}, iteration {meta["iter"]}, seed {seed}{own}']
 
 
 def _schedule_that_ends(cfg: Config, loaded: Mapping) -> list[str]:
-    """Say so if the schedules of a checkpoint, which win, end before this run does."""
-    stored = loaded.get('param_schedulers')
+    """A warning if the schedules of a checkpoint, which replace those of the config, end before this run does."""
+    schedules = loaded.get('param_schedulers')
     iterations = (cfg.get('train_cfg') or {}).get('max_iters')
-    ends = [s['end'] for s in stored if isinstance(s, Mapping) and isinstance(s.get('end'), int) and not s.get('by_epoch')
-            ] if isinstance(stored, (list, tuple)) else []
+    ends = [schedule['end'] for schedule in (schedules if isinstance(schedules, list) else ())
+            if isinstance(schedule, Mapping) and isinstance(schedule.get('end'), int) and not schedule.get('by_epoch')]
     if not ends or not iterations or max(ends) >= iterations:
         return []
-    return [f'LEARNING RATE: the schedule is the one that the checkpoint was trained with and ends at iteration {max(ends)}; '
-            f'this run has {iterations}, the rest of them at its last rate. For a longer schedule start a new run from the '
-            f'weights (--cfg-options load_from=CKPT, without --resume)']
+    return [f'LEARNING RATE: the schedule is that of the checkpoint and ends at iteration {max(ends)}; this run has '
+            f'{iterations}, the rest of them at the last rate. For a longer schedule start a new run from the weights '
+            f'(--cfg-options load_from=CKPT, without --resume)']

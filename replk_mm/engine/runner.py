@@ -25,8 +25,8 @@ from replk_mm.plain_data import log_buffer, plain
 
 
 class Runner(MMEngineRunner):
-    """mmengine's runner: trains with several processes on CPUs, names a wrong field, leaves no half checkpoint, runs no code
-    of a checkpoint."""
+    """mmengine's runner that trains with several processes on CPUs, names the config field behind an error,
+    writes plain checkpoints, whole or not at all, and runs no code of those that it loads."""
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'Runner':
@@ -35,7 +35,8 @@ class Runner(MMEngineRunner):
             return super().from_cfg(cfg)
 
     @staticmethod
-    def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
+    def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None,
+                         diff_rank_seed: bool = False) -> DataLoader:
         """Build a loader whose worker processes ignore the signals that stop this one."""
         return shield_workers(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed))
 
@@ -116,8 +117,9 @@ class Runner(MMEngineRunner):
         hub = checkpoint['message_hub']
         hub['log_scalars'] = {key: log_buffer(stored) for key, stored in hub['log_scalars'].items()}
         # The best checkpoint of another run is that run's: a better one here does not replace it.
+        folder = Path(self.work_dir).absolute()
         others = [key for key, value in hub['runtime_info'].items()
-                  if key.startswith('best_ckpt') and Path(str(value)).parent.absolute() != Path(self.work_dir).absolute()]
+                  if key.startswith('best_ckpt') and Path(str(value)).parent.absolute() != folder]
         for key in others:
             hub['runtime_info'].pop(key)
             hub['resumed_keys'].pop(key, None)
@@ -172,7 +174,7 @@ class Runner(MMEngineRunner):
 
 
 def _check_settings(optim_wrapper: OptimWrapper) -> None:
-    """See that the parameter groups of a checkpoint, which replace those of the config, are of the same kind of optimizer.
+    """Check that a checkpoint's parameter groups, which replace those of the config, are of the same type of optimizer.
 
     Raises:
         ValueError: If they lack a setting, which the first step would only report as a KeyError.

@@ -1,4 +1,4 @@
-"""Stopping on a signal: the current iteration is finished, the state saved, and the exit status tells what to do next."""
+"""Stopping on a signal: the current iteration is finished and the state saved; the exit status says to try again."""
 import atexit
 import contextlib
 import functools
@@ -56,7 +56,7 @@ def _remember(number: int, _frame: object) -> None:
     if len(_asked) == 1:
         text = (f'\n{signal.Signals(number).name}: finishing this iteration, then saving'
                 + (' (again: stop at once)\n' if number == signal.SIGINT else '\n'))
-        # Ctrl-C ends the program that the output is piped to as well; and `print` must not be called while it is at work.
+        # Ctrl-C also ends the program that the output is piped to; a handler must not call `print`.
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
 
