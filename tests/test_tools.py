@@ -55,6 +55,17 @@ def test_types_of_mmseg_in_a_config_stay(tiny, trained, plain, tmp_path):
     assert not any('predictions' in note for note in found.notes)
 
 
+def test_a_training_with_types_of_mmengine_and_mmseg(tiny, tmp_path):
+    options = {'train_cfg.type': 'IterBasedTrainLoop', 'val_cfg.type': 'ValLoop', 'val_evaluator.type': 'IoUMetric',
+               'default_hooks.checkpoint.type': 'CheckpointHook'}
+    for iterations, resume in ((2, None), (4, 'auto')):
+        cfg, notes = tiny.prepare(tmp_path, iterations, options, resume=resume)
+        assert any(note.startswith('resume: train_cfg.type is IterBasedTrainLoop') for note in notes)
+        assert all(cfg[field].type == kind for field, kind in (
+            ('train_cfg', 'IterBasedTrainLoop'), ('val_cfg', 'ValLoop'), ('val_evaluator', 'IoUMetric')))
+        assert train(cfg, notes).name == f'iter_{iterations}.pth'
+
+
 def test_merged_checkpoint_tests_the_same(tiny, plain, merged, tmp_path):
     again = evaluate(tiny.cfg(), str(merged), tiny.options(tmp_path))
     assert again.metrics['mIoU'] == pytest.approx(plain[1].metrics['mIoU'], abs=0.01)
