@@ -1,6 +1,6 @@
 """A network to measure, as plain data: for this process, and for a process of its own that measures memory."""
 import contextlib
-import sys
+import io
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def _memory(job: Job, network: str, how: str, keep: bool, gpu: int | None) -> in
         torch.cuda.set_device(gpu)
     keep_freed_memory(keep)
     torch.set_num_threads(job.threads)
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # libraries log
         cfg, _ = fitted_config(job)
         net = networks(cfg, job.whole, job.form, job.checkpoint)[0][network].to(job.device)
         set_shape([net], job.shape)
