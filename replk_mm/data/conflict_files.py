@@ -107,7 +107,7 @@ def read_conflict(root: Path) -> ConflictSet:
         raise UserError(f'{path}: {place}: {first["msg"]}\n'
                         f'Write the data set again; replk_mm/data/conflict_files.py describes the file.') from error
     extra = found.model_extra or {}
-    about = {key: extra[key] for key in ('generator', 'generator_version', 'seed', 'size') if key in extra}
+    about = {key: value for key, value in extra.items() if key in ('generator', 'generator_version', 'seed', 'size')}
     return ConflictSet(found.object_classes, _scenes(path, found, 'conflict'), _scenes(path, found, 'agreeing'), about,
                        sha256(path))
 
