@@ -1,4 +1,4 @@
-"""What every backbone of the package promises. A family's test class inherits this and names its constructor and sizes."""
+"""What every backbone promises. A family's test class inherits this and names its constructor and sizes."""
 import copy
 import pickle
 from collections.abc import Callable
@@ -54,7 +54,8 @@ class BackboneContract:
         model.zero_grad()
         outs = model(x)
         sum((out.float() * torch.linspace(-1, 1, out[0].numel()).view(out[0].shape)).sum() for out in outs).backward()
-        return [o.detach() for o in outs], {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return [o.detach() for o in outs], grads
 
     # shapes
 
@@ -206,7 +207,7 @@ class BackboneContract:
 
     @pytest.mark.parametrize('cfg, kind', [
         (dict(type='BN', eps=1e-3), nn.BatchNorm2d), (dict(type='SyncBN'), nn.SyncBatchNorm),
-        (dict(type='GN', num_groups=2), nn.GroupNorm), (dict(type='LN2d', eps=1e-4), nn.LayerNorm)], ids=lambda v: str(v))
+        (dict(type='GN', num_groups=2), nn.GroupNorm), (dict(type='LN2d', eps=1e-4), nn.LayerNorm)], ids=str)
     def test_norm_cfg_is_used_everywhere(self, cfg, kind):
         model = self.build(norm_cfg=cfg)
         default = self.build()

@@ -34,7 +34,8 @@ def apart(monkeypatch):
     """Calls of torch's convolution layers: those that are not fused."""
     calls = []
     for kind in (nn.Conv2d, DepthwiseConv2d):
-        monkeypatch.setattr(kind, 'forward', lambda self, x, forward=kind.forward: calls.append(self) or forward(self, x))
+        forward = kind.forward
+        monkeypatch.setattr(kind, 'forward', lambda self, x, f=forward: calls.append(self) or f(self, x))
     return calls
 
 

@@ -60,7 +60,8 @@ def reference(x, weight, bias, grad, stride=1, padding=None, dilation=1):
     if padding is None:
         dilations = dilation if isinstance(dilation, tuple) else (dilation, dilation)
         padding = tuple(k // 2 * d for k, d in zip(weight.shape[2:], dilations, strict=True))
-    x, weight, bias = (None if t is None else t.detach().double().contiguous().requires_grad_() for t in (x, weight, bias))
+    x, weight, bias = (None if t is None else t.detach().double().contiguous().requires_grad_()
+                       for t in (x, weight, bias))
     out = F.conv2d(x, weight, bias, stride, padding, dilation, weight.shape[0])
     leaves = [t for t in (x, weight, bias) if t is not None]
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out) if grad is None else grad.double())]
@@ -77,7 +78,8 @@ def ours(x, weight, bias, grad, spec=None, **kwargs):
 def assert_close(found, expected, relative, scales=None, what=''):
     """Every tensor of ``found`` is off by at most ``relative`` of the largest value, or of that of ``scales``."""
     assert len(found) == len(expected)
-    for name, a, b, scale in zip(('output', 'input', 'weight', 'bias'), found, expected, scales or expected, strict=False):
+    for name, a, b, scale in zip(('output', 'input', 'weight', 'bias'), found, expected, scales or expected,
+                                 strict=False):
         assert a.shape == b.shape, (what, name)
         error, largest = (a.double() - b).abs().max().item(), scale.abs().max().item()
         assert error <= relative * largest, f'{what} {name}: off by {error} where the largest value is {largest}'
@@ -93,7 +95,7 @@ def draw(shape, kernel, dtype=torch.float32, layout='default', **kwargs):
 
 @st.composite
 def convolutions(draw, channels):
-    """Sizes, kernels of both parities that may exceed them, steps, dilations and paddings of a convolution with an output."""
+    """Sizes, kernels of both parities that may exceed them, and arguments of a convolution with an output."""
     kernel, size = (draw(st.tuples(st.integers(1, top), st.integers(1, top))) for top in (16, 14))
     stride = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)) | st.just((1, 1)))
     dilation = draw(st.just((1, 1)) | st.tuples(st.integers(1, 2), st.integers(1, 3)))

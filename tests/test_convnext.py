@@ -26,15 +26,18 @@ class TestConvNeXt(BackboneContract):
     frozen = {n: tuple(f'{part}.{i}.' for part in ('downsample_layers', 'stages') for i in range(n)) or ('-',)
               for n in range(5)}
     drop_paths = [0, .05, .1, .15, .2, .25, .3]
-    num_layers = 1 + (1 + 1 + 2 + 1) + 1  # the stem, a layer for each stage and two for four blocks in the third, the rest
-    bad = [dict(out_memory_format='channels'), dict(out_indices=(0, 4)), dict(out_indices=(0, 0)), dict(out_indices=()), dict(out_indices=-5),
+    num_layers = 1 + (1 + 1 + 2 + 1) + 1  # stem, stages (four blocks in the third are two layers), the rest
+    bad = [dict(out_memory_format='channels'), dict(out_indices=(0, 4)), dict(out_indices=(0, 0)),
+           dict(out_indices=()), dict(out_indices=-5),
            dict(frozen_stages=-1), dict(frozen_stages=5), dict(kernel_size=6), dict(kernel_size=[7, 7, 7]),
-           dict(kernel_size=[7, 7, 7, 4]), dict(kernel_size=-1), dict(drop_path_rate=1.), dict(layer_scale_init_value=-1.),
+           dict(kernel_size=[7, 7, 7, 4]), dict(kernel_size=-1), dict(drop_path_rate=1.),
+           dict(layer_scale_init_value=-1.),
            dict(arch=None), dict(arch=dict(TINY, depths=[1, 1])), dict(arch=dict(TINY, layers=[1])),
            dict(arch=dict(depths=[1, 1, 1, 1]))]
     others = dict(arch='atto', kernel_size=9, in_channels=4, stem_patch_size=2, norm_cfg=dict(type='BN'),
                   act_cfg=dict(type='ReLU'), linear_pw_conv=False, use_grn=True, drop_path_rate=.2,
-                  layer_scale_init_value=0., out_indices=(0, 3), frozen_stages=1, gap_before_final_norm=True, with_cp=True,
+                  layer_scale_init_value=0., out_indices=(0, 3), frozen_stages=1, gap_before_final_norm=True,
+                  with_cp=True,
                   norm_eval=True, out_memory_format='preserve_format',
                   init_cfg=dict(type='Constant', layer='Conv2d', val=.25))
 
@@ -89,7 +92,8 @@ def widths(first):
 
 #: name: (channels, depths), and millions of parameters of the published classifier of 1000 classes, where there is one.
 PAPER = {
-    'atto': (widths(40), [2, 2, 6, 2], 3.7), 'femto': (widths(48), [2, 2, 6, 2], 5.2), 'pico': (widths(64), [2, 2, 6, 2], 9.1),
+    'atto': (widths(40), [2, 2, 6, 2], 3.7), 'femto': (widths(48), [2, 2, 6, 2], 5.2),
+    'pico': (widths(64), [2, 2, 6, 2], 9.1),
     'nano': (widths(80), [2, 2, 8, 2], 15.6), 'tiny': (widths(96), [3, 3, 9, 3], 28.6),
     'small': (widths(96), [3, 3, 27, 3], 50.2), 'base': (widths(128), [3, 3, 27, 3], 88.6),
     'large': (widths(192), [3, 3, 27, 3], 197.8), 'xlarge': (widths(256), [3, 3, 27, 3], 350.2),
@@ -118,7 +122,8 @@ def test_defaults_are_those_of_mmpretrain():
     defaults = {k: p.default for k, p in inspect.signature(ConvNeXt).parameters.items()}
     expected = dict(arch='tiny', in_channels=3, stem_patch_size=4, norm_cfg=dict(type='LN2d', eps=1e-6),
                     act_cfg=dict(type='GELU'), linear_pw_conv=True, use_grn=False, drop_path_rate=0.,
-                    layer_scale_init_value=1e-6, out_indices=-1, frozen_stages=0, gap_before_final_norm=True, with_cp=False)
+                    layer_scale_init_value=1e-6, out_indices=-1, frozen_stages=0, gap_before_final_norm=True,
+                    with_cp=False)
     assert {k: defaults[k] for k in expected} == expected
 
 
@@ -134,10 +139,12 @@ def test_block_by_hand():
         out = nn.functional.conv2d(x, conv.weight, conv.bias, padding=3, groups=4)
         mean, var = out.mean(1, keepdim=True), out.var(1, keepdim=True, unbiased=False)
         out = (out - mean) / (var + 1e-6).sqrt() * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
-        out = torch.einsum('nchw,dc->ndhw', out, block.pointwise_conv1.weight) + block.pointwise_conv1.bias.view(-1, 1, 1)
+        layer = block.pointwise_conv1
+        out = torch.einsum('nchw,dc->ndhw', out, layer.weight) + layer.bias.view(-1, 1, 1)
         out = .5 * out * (1 + torch.erf(out / 2 ** .5))
         energy = out.square().sum((2, 3), keepdim=True).sqrt()
         share = energy / (energy.mean(1, keepdim=True) + 1e-6)
         out = grn.gamma.view(-1, 1, 1) * out * share + grn.beta.view(-1, 1, 1) + out
-        out = torch.einsum('nchw,dc->ndhw', out, block.pointwise_conv2.weight) + block.pointwise_conv2.bias.view(-1, 1, 1)
+        layer = block.pointwise_conv2
+        out = torch.einsum('nchw,dc->ndhw', out, layer.weight) + layer.bias.view(-1, 1, 1)
         assert torch.allclose(block(x), x + block.gamma.view(-1, 1, 1) * out, rtol=0, atol=1e-12)

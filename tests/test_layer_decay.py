@@ -19,7 +19,8 @@ from replk_mm.models import ConvNeXt, RepLKNet
 
 SMALL = {
     'ConvNeXt': dict(arch=dict(depths=[1, 1, 4, 1], channels=[4, 8, 8, 8]), out_indices=(0, 1, 2, 3)),
-    'RepLKNet': dict(arch=dict(large_kernel_sizes=[5, 5, 5, 3], small_kernel=3, layers=[1, 1, 4, 1], channels=[4, 4, 4, 4],
+    'RepLKNet': dict(arch=dict(large_kernel_sizes=[5, 5, 5, 3], small_kernel=3, layers=[1, 1, 4, 1],
+                               channels=[4, 4, 4, 4],
                                dw_ratio=1)),
 }
 
@@ -65,7 +66,8 @@ def published(kind: str, arch: str) -> nn.Module:
     else:
         import mmdet
         model = Config.fromfile(f'{mmdet.__path__[0]}/.mim/configs/_base_/models/cascade-mask-rcnn_r50_fpn.py').model
-        model.backbone = dict(type='replk_mm.ConvNeXt', arch=arch, out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
+        model.backbone = dict(type='replk_mm.ConvNeXt', arch=arch, out_indices=(0, 1, 2, 3),
+                              gap_before_final_norm=False)
         model.neck.in_channels = [w * {'tiny': 96, 'base': 128}[arch] for w in (1, 2, 4, 8)]
         scope = 'mmdet'
     with MODELS.switch_scope_and_registry(scope) as registry, torch.device('meta'):
@@ -83,7 +85,8 @@ def test_groups_are_those_of_mmdet_and_mmseg(kind, arch, decay_type, num_layers)
     from mmseg.engine.optimizers import LearningRateDecayOptimizerConstructor as Mmseg
     paramwise = dict(decay_rate=.7, decay_type=decay_type, num_layers=num_layers)
     own, *references = ([{**group, 'params': [id(p) for p in group['params']]} for group in groups] for groups in (
-        build(model, cls, **paramwise).optimizer.param_groups for cls in (LayerDecayOptimizerConstructor, Mmdet, Mmseg)))
+        build(model, cls, **paramwise).optimizer.param_groups
+        for cls in (LayerDecayOptimizerConstructor, Mmdet, Mmseg)))
     assert 10 < len(own) < 30 and own == references[0] == references[1]
 
 
@@ -94,7 +97,8 @@ def test_num_layers_is_the_networks_own(arch, layers):
     assert left_out == settings(model, build(model, decay_rate=.7, num_layers=layers))
     for wrong in (6, 9, 12, 24):
         if wrong != layers:
-            with pytest.raises(UserError, match=rf'num_layers={wrong}.*ConvNeXt has {layers} layers\n.*set it to {layers}'):
+            with pytest.raises(UserError,
+                               match=rf'num_layers={wrong}.*ConvNeXt has {layers} layers\n.*set it to {layers}'):
                 build(model, decay_rate=.7, num_layers=wrong)
     stages = settings(model, build(model, decay_rate=.7, decay_type='stage_wise'))
     assert stages['backbone.stages.3.0.gamma'][0] == pytest.approx(.7e-3)
@@ -235,7 +239,8 @@ def test_custom_keys_change_only_what_they_name():
     plain = settings(model, build(model))
     found = settings(model, build(model, custom_keys={'head': dict(lr_mult=10.), 'gamma': dict(decay_mult=1.)}))
     for name, (lr, weight_decay) in plain.items():
-        assert found[name] == (lr * 10 if name.startswith('head') else lr, .05 if name.endswith('gamma') else weight_decay)
+        assert found[name] == (lr * 10 if name.startswith('head') else lr,
+                               .05 if name.endswith('gamma') else weight_decay)
 
 
 def test_shared_parameters_enter_once():
@@ -312,7 +317,8 @@ def test_scopes_of_other_projects_find_it():
     for scope in ('mmengine', 'mmseg', 'mmdet'):
         with DefaultScope.overwrite_default_scope(scope):
             wrapper = build_optim_wrapper(small(), dict(
-                wrapper_cfg(), constructor='replk_mm.LayerDecayOptimizerConstructor', paramwise_cfg=dict(decay_rate=.5)))
+                wrapper_cfg(), constructor='replk_mm.LayerDecayOptimizerConstructor',
+                paramwise_cfg=dict(decay_rate=.5)))
         assert wrapper.optimizer.param_groups[0]['lr'] == 1e-3 * .5**6
 
 
@@ -332,7 +338,8 @@ def test_the_table_counts_every_parameter(tmp_path):
         assert (row['tensors'], row['parameters']) == (len(names), sum(params[n].numel() for n in names))
         assert (row['first'], row['last']) == (names[0], names[-1])
     frozen = [n for n, p in params.items() if not p.requires_grad]
-    assert [found[-1][k] for k in ('group', 'tensors', 'first', 'last')] == ['frozen', len(frozen), frozen[0], frozen[-1]]
+    assert [found[-1][k] for k in ('group', 'tensors', 'first', 'last')] == [
+        'frozen', len(frozen), frozen[0], frozen[-1]]
     assert sum(row['parameters'] for row in found) == sum(p.numel() for p in params.values())
 
     write_parameter_groups(wrapper, model, tmp_path / 'groups.txt')

@@ -112,7 +112,8 @@ def test_equals_torch_on_drawn_shapes(problem, spec, layout, dtype, threads):
 
 
 @settings(DRAWN, max_examples=50)
-@given(convolutions(st.integers(17, 20)), st.sampled_from(SPECS), st.sampled_from([*LAYOUTS]), st.sampled_from([1, 1, 1, 2]))
+@given(convolutions(st.integers(17, 20)), st.sampled_from(SPECS), st.sampled_from([*LAYOUTS]),
+       st.sampled_from([1, 1, 1, 2]))
 def test_equals_torch_on_drawn_shapes_in_bfloat16(problem, spec, layout, threads):
     _compare(problem, spec, layout, torch.bfloat16, threads)
 
@@ -135,7 +136,8 @@ def test_without_bias_and_with_some_gradients_only(spec):
 
 
 @pytest.mark.parametrize('spec', SPECS)
-@pytest.mark.parametrize('memory', ['transposed', 'sliced', 'reversed batch', 'expanded', 'gradient in the other layout',
+@pytest.mark.parametrize('memory', [
+                         'transposed', 'sliced', 'reversed batch', 'expanded', 'gradient in the other layout',
                                     'expanded gradient', 'permuted weight'])
 def test_any_memory(memory, spec):
     x, weight, bias, grad = draw((2, 4, 14, 16), (9, 9))
@@ -236,7 +238,7 @@ def test_single_image_without_batch_axis(spec):
 
 @pytest.mark.parametrize('spec', SPECS)
 def test_other_dtypes_are_torchs_business(spec):
-    """What the spectra do not hold (integers, imaginary parts) and what torch refuses (mixtures) is the same for each."""
+    """What spectra do not hold (integers, imaginary parts) and what torch refuses (mixtures)."""
     x, weight = torch.randint(-5, 5, (1, 2, 9, 9)), torch.randint(-5, 5, (2, 1, 7, 7))
     assert depthwise_conv2d(x, weight, implementation=spec).equal(F.conv2d(x, weight, padding=3, groups=2))
     x, weight = torch.randn(1, 2, 9, 9, dtype=torch.complex64), torch.randn(2, 1, 7, 7, dtype=torch.complex64)
@@ -266,7 +268,8 @@ def test_other_dtypes_are_torchs_business(spec):
     ((2, 3, 8, 8), (3, 1, 3, 3), dict(stride=(1, -1)), r'stride=\(1, -1\).*at least 1'),
     ((2, 3, 8, 8), (3, 1, 3, 3), dict(dilation=0), r'dilation=\(0, 0\).*at least 1'),
     ((2, 3, 8, 8), (3, 1, 3, 3), dict(padding=-1), r'padding=\(-1, -1\).*at\s+least 0'),
-    ((2, 3, 8, 8), (3, 1, 3, 3), dict(implementation='fastest'), "'fastest' names nothing that exists.*forward: native"),
+    ((2, 3, 8, 8), (3, 1, 3, 3), dict(implementation='fastest'),
+     "'fastest' names nothing that exists.*forward: native"),
 ])
 def test_refusals(x, weight, kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -98,7 +98,8 @@ def mean_of_windows(rows, columns, logits, align_corners=False) -> torch.Tensor:
     for top, of_row in zip(rows.starts, logits, strict=True):
         for left, x in zip(columns.starts, of_row, strict=True):
             place = ..., slice(top, top + rows.length), slice(left, left + columns.length)
-            total[place] += F.interpolate(x[None], (rows.length, columns.length), mode='bilinear', align_corners=align_corners)
+            total[place] += F.interpolate(x[None], (rows.length, columns.length), mode='bilinear',
+                                          align_corners=align_corners)
             count[place[1:]] += 1
     return total / count
 
@@ -145,7 +146,8 @@ def test_views_are_merged_by_their_mean_probabilities(chunks):
     views, total = [], 0
     for size, flip in (((36, 44), None), ((36, 44), 'horizontal'), ((60, 72), 'vertical')):
         logits = 3 * torch.randn(CLASSES, size[0] // 4, size[1] // 4, dtype=torch.float64)
-        views.append(LogitRows(lambda _, logits=logits: [logits], *map(Windows.whole, size), (0, 0, 0, 0), flip, (50, 61)))
+        views.append(LogitRows(lambda _, logits=logits: [logits], *map(Windows.whole, size), (0, 0, 0, 0), flip,
+                               (50, 61)))
         large = F.interpolate(logits[None], size, mode='bilinear')
         total = total + at_own_size(large, (0, 0, 0, 0), flip, (50, 61)).softmax(0)
     rows, columns, logits = sliding((64, 96), (48, 48), (32, 32), 4)

@@ -18,7 +18,8 @@ from replk_mm.reparam import reparameterize
 # ruff: noqa: F811 (fixtures that come from another file)
 pytestmark = pytest.mark.usefixtures('one_thread')
 ACTIVATIONS = {
-    'none': None, 'relu': nn.ReLU(), 'relu in place': nn.ReLU(inplace=True), 'gelu': nn.GELU(), 'gelu tanh': nn.GELU('tanh'),
+    'none': None, 'relu': nn.ReLU(), 'relu in place': nn.ReLU(inplace=True), 'gelu': nn.GELU(),
+    'gelu tanh': nn.GELU('tanh'),
     'silu': nn.SiLU(), 'leaky': nn.LeakyReLU(.1), 'hardswish': nn.Hardswish(inplace=True), 'identity': nn.Identity(),
 }
 #: Follow a convolution in one pass.
@@ -28,7 +29,8 @@ FUSED = {'none', 'relu', 'relu in place', 'gelu', 'gelu tanh'}
 # values
 
 @pytest.mark.parametrize('packed', [False, True], ids=['', 'packed'])
-@pytest.mark.parametrize('dtype, relative', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize('dtype, relative', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)],
+                         ids=str)
 @pytest.mark.parametrize('name', CONVOLUTIONS)
 def test_equals_the_parts(name, dtype, relative, packed):
     conv = build(name, dtype)
@@ -60,7 +62,8 @@ def test_what_is_fused_and_what_is_not(apart):
                 assert len(apart) == (whole or activation not in FUSED), (name, activation)
         apart.clear()
         for other, x in (
-                (DepthwiseConv2d(8, 3), image()), (nn.ConvTranspose2d(8, 4, 2), image()), (build('3x3'), image(batch=0)),
+                (DepthwiseConv2d(8, 3), image()), (nn.ConvTranspose2d(8, 4, 2), image()),
+                (build('3x3'), image(batch=0)),
                 (build('3x3'), image()[0]), (build('3x3', torch.float64), image(dtype=torch.float64))):
             expected = truth(other, x, nn.ReLU())
             assert convolve(other, x, nn.ReLU()).shape == expected.shape
@@ -109,7 +112,8 @@ def test_gradients(name, trains):
             continue
         twin = copy.deepcopy(conv).double()
         leaves = []
-        for module, image_, added in ((conv, x.clone(), other), (twin, x.double(), None if other is None else other.double())):
+        for module, image_, added in ((conv, x.clone(), other),
+                                      (twin, x.double(), None if other is None else other.double())):
             module.requires_grad_(False).zero_grad()
             added = None if added is None else added.clone()
             leaf = dict(weight=module.weight, bias=module.bias, input=image_, shortcut=added)[trains].requires_grad_()
@@ -176,7 +180,8 @@ def test_autocast_equals_the_parts(dtype, packed):
             assert found.dtype == expected.dtype, 'torch adds in the wider of both precisions'
             assert_close(found, truth(conv, x, None, shortcut), 2e-2)
     with torch.no_grad():
-        assert_close(convolve(conv, x, nn.GELU()), truth(conv, x, nn.GELU()))  # float32 again, from a weight kept for bfloat16
+        # float32 again, from a weight kept for bfloat16
+        assert_close(convolve(conv, x, nn.GELU()), truth(conv, x, nn.GELU()))
 
 
 def test_inference_mode():
@@ -272,4 +277,5 @@ def test_training_is_unaffected(fold, monkeypatch):
     monkeypatch.setattr(fused, '_fuses', lambda *args: False)
     expected = gradients(network, x)
     assert len(found) == len(expected) > 100 and all(map(torch.equal, found, expected))
-    assert any(not torch.equal(a, b) for a, b in zip(found, gradients(network, x, seed=1), strict=True)), 'nothing was dropped'
+    others = gradients(network, x, seed=1)
+    assert not all(map(torch.equal, found, others)), 'nothing was dropped'

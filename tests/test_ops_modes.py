@@ -122,7 +122,8 @@ def test_other_devices():
 
 # the module
 
-@pytest.mark.parametrize('arguments', [dict(), dict(bias=False), dict(stride=2), dict(dilation=(2, 1)), dict(padding=0)])
+@pytest.mark.parametrize('arguments',
+                         [dict(), dict(bias=False), dict(stride=2), dict(dilation=(2, 1)), dict(padding=0)])
 @pytest.mark.parametrize('kernel', [13, (5, 8)])
 def test_module_is_torchs_with_other_arithmetic(kernel, arguments):
     sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
@@ -147,5 +148,6 @@ def test_copies_of_a_module(tmp_path):
     conv, x = DepthwiseConv2d(4, 9, stride=2, implementation='fft'), torch.randn(2, 4, 20, 20)
     torch.save(conv, tmp_path / 'conv.pth')
     conv(x).sum().backward()
-    for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv)), torch.load(tmp_path / 'conv.pth', weights_only=False)):
+    for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv)),
+                 torch.load(tmp_path / 'conv.pth', weights_only=False)):
         assert torch.equal(twin(x), conv(x)) and twin.implementation == 'fft' and twin.stride == (2, 2)

@@ -28,7 +28,8 @@ def _step(conv):
 
 def _replaced(conv):
     del conv.weight  # so that the new one may get the memory of the old one
-    conv.weight = nn.Parameter(torch.randn(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size), False)
+    conv.weight = nn.Parameter(torch.randn(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size),
+                               False)
 
 
 def _assigned(conv):

@@ -105,7 +105,8 @@ def test_interpolation_is_torchs(size, out_size, align_corners):
 def test_cross_entropy_is_torchs(shape, align_corners, chunks):
     shape, size = SHAPES[shape]
     logits, labels = 3 * torch.randn(shape, dtype=torch.float64), labels_of(shape, size)
-    assert_same(found(logits, labels, align_corners=align_corners), reference(logits, labels, align_corners=align_corners))
+    assert_same(found(logits, labels, align_corners=align_corners),
+                reference(logits, labels, align_corners=align_corners))
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])

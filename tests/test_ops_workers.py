@@ -17,7 +17,8 @@ def worker_threads(monkeypatch):
     names = set()
     rfft2 = torch.fft.rfft2
     monkeypatch.setattr(spectral, 'THREADS_PAY', 0)
-    monkeypatch.setattr(torch.fft, 'rfft2', lambda *a, **k: names.add(threading.current_thread().name) or rfft2(*a, **k))
+    monkeypatch.setattr(torch.fft, 'rfft2',
+                        lambda *a, **k: names.add(threading.current_thread().name) or rfft2(*a, **k))
     return names
 
 
@@ -66,9 +67,11 @@ def test_an_error_in_a_thread_surfaces(worker_threads, monkeypatch):
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('dtype, relative', [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize('dtype, relative', [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)],
+                         ids=str)
 def test_our_own_threads_change_nothing(dtype, relative, layout, worker_threads):
-    for case in ('kernel 9', 'kernel 31 over a map of 3x5', 'even kernel', 'tall kernel', 'padding larger than the kernel',
+    for case in ('kernel 9', 'kernel 31 over a map of 3x5', 'even kernel', 'tall kernel',
+                 'padding larger than the kernel',
                  'batch 5', 'one channel', 'no padding'):
         (n, c, h, w), kernel, kwargs = CASES[case]
         tensors = draw((n, c + 17 if dtype == torch.bfloat16 else c, h, w), kernel, dtype, layout, **kwargs)
@@ -90,7 +93,8 @@ def test_small_blocks_change_nothing(monkeypatch):
             monkeypatch.setattr(spectral, 'BLOCK_BYTES', maps * 4 * 18 * 18)
             spectral._blocks.cache_clear()
             blocks = spectral._blocks(Problem.of(x, tensors[1], (1, 1), (5, 5), (1, 1)))
-            assert sum(len(range(7)[channels]) * sum(len(range(3)[p]) for p in parts) for channels, parts in blocks) == 21
+            sizes = [len(range(7)[channels]) * sum(len(range(3)[p]) for p in parts) for channels, parts in blocks]
+            assert sum(sizes) == 21
             assert_close(ours(x, *tensors[1:], 'fft'), expected, 1e-5, what=f'{maps} maps')
 
 

@@ -59,7 +59,8 @@ def test_fold_by_hand():
 @pytest.mark.parametrize('kwargs', [{}, dict(arch=dict(TINY, small_kernel=None, dw_ratio=1.5)),
                                     dict(arch=dict(TINY, small_kernel=None, dilation=2, shortcut=False)),
                                     dict(act_cfg=dict(type='SiLU')),
-                                    dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(norm_cfg=dict(type='SyncBN'))], ids=str)
+                                    dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(norm_cfg=dict(type='SyncBN'))],
+                         ids=str)
 def test_backbone_in_float64(kwargs):
     model = randomize_norms(RepLKNet(**{'arch': TINY, **kwargs})).double().eval()
     x = torch.randn(2, 3, 64, 48, dtype=torch.float64)

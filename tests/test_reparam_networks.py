@@ -12,9 +12,11 @@ from replk_mm.reparam import reparameterize
 
 CASCADE = dict(
     type='CascadeEncoderDecoder', num_stages=2, backbone=REPLK,
-    decode_head=[dict(type='FCNHead', in_channels=16, in_index=2, channels=8, num_convs=1, concat_input=False, num_classes=5,
+    decode_head=[dict(type='FCNHead', in_channels=16, in_index=2, channels=8, num_convs=1, concat_input=False,
+                      num_classes=5,
                       norm_cfg=BN, align_corners=False),
-                 dict(type='OCRHead', in_channels=16, in_index=2, channels=8, ocr_channels=4, num_classes=5, norm_cfg=BN,
+                 dict(type='OCRHead', in_channels=16, in_index=2, channels=8, ocr_channels=4, num_classes=5,
+                      norm_cfg=BN,
                       align_corners=False)])
 
 
@@ -43,7 +45,8 @@ NECK = dict(type='FPN', in_channels=CHANNELS, out_channels=8, num_outs=5, norm_c
 ANCHORS = dict(type='AnchorGenerator', scales=[8], ratios=[.5, 1., 2.], strides=[4, 8, 16, 32, 64])
 CODER = dict(type='DeltaXYWHBBoxCoder')
 RPN = dict(type='RPNHead', in_channels=8, feat_channels=8, anchor_generator=ANCHORS, bbox_coder=CODER)
-EXTRACTOR = dict(type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0), out_channels=8,
+EXTRACTOR = dict(type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
+                 out_channels=8,
                  featmap_strides=[4, 8, 16, 32])
 BOX = dict(type='Shared4Conv1FCBBoxHead', in_channels=8, conv_out_channels=8, fc_out_channels=16, roi_feat_size=7,
            num_classes=3, norm_cfg=BN, bbox_coder=CODER)
@@ -51,9 +54,12 @@ MASK = dict(type='FCNMaskHead', num_convs=2, in_channels=8, conv_out_channels=8,
 DENSE = dict(num_classes=3, in_channels=8, feat_channels=8, stacked_convs=2)
 TEST = dict(rpn=dict(nms_pre=10, max_per_img=10, nms=dict(type='nms', iou_threshold=.7), min_bbox_size=0), rcnn=dict())
 DETECTORS = {
-    'Mask R-CNN': dict(type='MaskRCNN', train_cfg=None, test_cfg=TEST, backbone=REPLK, neck=NECK, rpn_head=RPN, roi_head=dict(
-        type='StandardRoIHead', bbox_roi_extractor=EXTRACTOR, bbox_head=BOX, mask_roi_extractor=EXTRACTOR, mask_head=MASK)),
-    'Cascade Mask R-CNN': dict(type='CascadeRCNN', test_cfg=TEST, backbone=REPLK, neck=NECK, rpn_head=RPN, roi_head=dict(
+    'Mask R-CNN': dict(type='MaskRCNN', train_cfg=None, test_cfg=TEST, backbone=REPLK, neck=NECK, rpn_head=RPN,
+                       roi_head=dict(
+        type='StandardRoIHead', bbox_roi_extractor=EXTRACTOR, bbox_head=BOX, mask_roi_extractor=EXTRACTOR,
+        mask_head=MASK)),
+    'Cascade Mask R-CNN': dict(type='CascadeRCNN', test_cfg=TEST, backbone=REPLK, neck=NECK, rpn_head=RPN,
+                               roi_head=dict(
         type='CascadeRoIHead', num_stages=3, stage_loss_weights=[1, .5, .25], bbox_roi_extractor=EXTRACTOR,
         bbox_head=[BOX] * 3, mask_roi_extractor=EXTRACTOR, mask_head=[MASK] * 3)),
     'RetinaNet': dict(type='RetinaNet', backbone=REPLK, neck=NECK, bbox_head=dict(

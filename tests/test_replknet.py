@@ -10,7 +10,8 @@ from torch import nn
 from replk_mm.models import RepLKNet
 from replk_mm.models.replknet import ConvFFN, ReparamLargeKernelConv, RepLKBlock
 
-TINY = dict(large_kernel_sizes=[13, 11, 9, 7], small_kernel=5, layers=[1, 1, 2, 1], channels=[8, 12, 16, 24], dw_ratio=1)
+TINY = dict(large_kernel_sizes=[13, 11, 9, 7], small_kernel=5, layers=[1, 1, 2, 1], channels=[8, 12, 16, 24],
+            dw_ratio=1)
 
 
 def halves(side: int) -> list[int]:
@@ -29,20 +30,23 @@ class TestRepLKNet(BackboneContract):
     channels = TINY['channels']
     sides = staticmethod(halves)
     batch_norm = dict(type='BN')
-    frozen = {-1: ('-',), 0: ('stem.',), 1: ('stem.', 'stages.0.'), 2: ('stem.', 'stages.0.', 'stages.1.', 'transitions.0.'),
+    frozen = {-1: ('-',), 0: ('stem.',), 1: ('stem.', 'stages.0.'),
+              2: ('stem.', 'stages.0.', 'stages.1.', 'transitions.0.'),
               3: ('stem.', 'stages.0.', 'stages.1.', 'stages.2.', 'transitions.0.', 'transitions.1.'),
               4: ('stem.', 'stages.', 'transitions.')}
     # Five pairs of blocks; a feed-forward block has the rate of the large-kernel block before it.
     drop_paths = [0, 0, .075, .075, .15, .15, .225, .225, .3, .3]
     num_layers = 1 + (1 + 1 + 1 + 1) + 1  # the two blocks of the third stage are one layer
-    bad = [dict(out_memory_format='channels'), dict(out_indices=(0, 4)), dict(out_indices=(0, 0)), dict(out_indices=()), dict(out_indices=-5),
+    bad = [dict(out_memory_format='channels'), dict(out_indices=(0, 4)), dict(out_indices=(0, 0)),
+           dict(out_indices=()), dict(out_indices=-5),
            dict(out_indices=(0, -4)), dict(frozen_stages=-2), dict(frozen_stages=5), dict(drop_path_rate=-.1),
            dict(drop_path_rate=1.), dict(arch=None), dict(arch=31),
            dict(arch=dict(TINY, large_kernel_sizes=[13, 10, 9, 7])), dict(arch=dict(TINY, small_kernel=4)),
            dict(arch=dict(TINY, small_kernel=9)), dict(arch=dict(TINY, layers=[1, 1, 1])),
            dict(arch=dict(TINY, widths=[1])), dict(arch=dict(TINY, dilation=2)),
            dict(arch=dict(TINY, shortcut='no')), dict(arch=dict(TINY, small_kernel=None, dilation=1.5)),
-           dict(arch=dict(TINY, small_kernel=None, dilation=0)), dict(arch=dict(TINY, shortcut=False), drop_path_rate=.1),
+           dict(arch=dict(TINY, small_kernel=None, dilation=0)),
+           dict(arch=dict(TINY, shortcut=False), drop_path_rate=.1),
            dict(arch={k: v for k, v in TINY.items() if k != 'dw_ratio'})]
 
     others = dict(arch='nano', in_channels=4, drop_path_rate=.2, small_kernel_merged=True,
@@ -53,7 +57,7 @@ class TestRepLKNet(BackboneContract):
 
     @pytest.mark.parametrize('argument', inspect.signature(RepLKNet).parameters)
     def test_every_argument_has_an_effect(self, argument):
-        if argument not in ('with_cp', 'init_cfg', 'out_memory_format'):  # theirs have tests of their own: recomputing, initial weights
+        if argument not in ('with_cp', 'init_cfg', 'out_memory_format'):  # these have tests of their own
             self.check_argument(argument, self.others[argument])
         assert argument in self.others
 
@@ -116,7 +120,7 @@ def test_parameters(arch):
 
 @pytest.mark.parametrize('arch, millions', [('31B', 79), ('31L', 172), ('XL', 335)])
 def test_published_parameters(arch, millions):
-    """With the classifier of 1000 classes and its norm (the paper's table of ImageNet results, which cuts digits off)."""
+    """With the classifier of 1000 classes and its norm; the paper's table of ImageNet results cuts digits off."""
     width = PAPER[arch][0][-1]
     assert int((count(*PAPER[arch], merged=True) + 1000 * width + 1000 + 2 * width) / 1e6) == millions
 
@@ -136,7 +140,8 @@ def test_blocks_by_hand():
     x = torch.randn(2, 4, 10, 11, dtype=torch.float64)
 
     def bn(x, layer):
-        return nn.functional.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, eps=1e-5)
+        return nn.functional.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False,
+                                        eps=1e-5)
 
     def conv_bn(x, layer, groups=1):
         w = layer.conv.weight
@@ -154,7 +159,8 @@ def test_blocks_by_hand():
 def test_no_shortcut_by_hand():
     torch.manual_seed(0)
     settings = 4, 5, None, 1, 1
-    with_it = randomize_norms(RepLKBlock(*settings, True, 0., False, dict(type='BN'), dict(type='ReLU'))).double().eval()
+    with_it = randomize_norms(RepLKBlock(*settings, True, 0., False, dict(type='BN'),
+                                         dict(type='ReLU'))).double().eval()
     without = RepLKBlock(*settings, False, 0., False, dict(type='BN'), dict(type='ReLU')).double().eval()
     without.load_state_dict(with_it.state_dict())
     x = torch.randn(2, 4, 10, 11, dtype=torch.float64)

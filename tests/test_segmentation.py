@@ -123,7 +123,8 @@ OTHER = {
 def test_training_is_mmsegs(case, monkeypatch):
     calls = []
     real = upsampled.upsampled_cross_entropy
-    monkeypatch.setattr('replk_mm.models.segmentation.upsampled_cross_entropy', lambda *a: (calls.append(a), real(*a))[1])
+    monkeypatch.setattr('replk_mm.models.segmentation.upsampled_cross_entropy',
+                        lambda *a: (calls.append(a), real(*a))[1])
     theirs, ours = pair(**{**PLAIN, **OTHER}[case])
     samples = labelled(ignored=0 if case == 'class weights' else 0.1)  # mmseg cannot weight ignored labels
     if case == 'another ignored label':
@@ -208,7 +209,8 @@ def test_pyramid_is_mmsegs_where_it_must_be(change, monkeypatch):
     features = theirs.extract_feat(x)  # in float32: only the head runs under autocast
     with torch.no_grad(), torch.autocast('cpu', torch.float16, enabled=change == 'half precision'):
         a, b = theirs.decode_head(features), ours.decode_head(features)
-    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4 if change != 'half precision' else 0.01 * a.abs().max().item())
+    torch.testing.assert_close(b, a, rtol=1e-4,
+                               atol=1e-4 if change != 'half precision' else 0.01 * a.abs().max().item())
     assert len(seen) == (4 if change == 'hook' else 0)
 
 
@@ -242,7 +244,8 @@ METAS = {
     'enlarged': dict(img_shape=(64, 96), ori_shape=(130, 101)),
     'padded by the preprocessor': dict(img_shape=(60, 90), ori_shape=(50, 77), pad_shape=(64, 96),
                                        img_padding_size=(0, 6, 0, 4)),
-    'padded by the pipeline': dict(img_shape=(60, 90), ori_shape=(50, 77), pad_shape=(64, 96, 3), padding_size=[2, 4, 1, 3]),
+    'padded by the pipeline': dict(img_shape=(60, 90), ori_shape=(50, 77), pad_shape=(64, 96, 3),
+                                   padding_size=[2, 4, 1, 3]),
     'flipped': dict(img_shape=(64, 96), ori_shape=(50, 77), flip=True, flip_direction='horizontal'),
     'upside down and padded': dict(img_shape=(60, 90), ori_shape=(50, 77), pad_shape=(64, 96), flip=True,
                                    flip_direction='vertical', padding_size=[0, 6, 0, 4]),
@@ -404,16 +407,19 @@ for name in ('EncoderDecoder', 'UPerHead', 'FCNHead'):
     assert MODELS.get(f'replk_mm.{name}').__module__ == 'replk_mm.models.segmentation', name
     assert OURS.get(name) is OURS.get(f'replk_mm.{name}') is MODELS.get(f'replk_mm.{name}')
 from mmseg.registry import MODELS as THEIRS
-assert THEIRS.get('replk_mm.UPerHead') is OURS.get('UPerHead') and THEIRS.get('UPerHead').__module__.startswith('mmseg.')
+assert THEIRS.get('replk_mm.UPerHead') is OURS.get('UPerHead')
+assert THEIRS.get('UPerHead').__module__.startswith('mmseg.')
 '''
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=120,
+                          check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 # test-time augmentation
 
-VIEWS = [((64, 96), None), ((64, 96), 'horizontal'), ((80, 112), None), ((80, 112), 'vertical'), ((41, 57), 'horizontal')]
+VIEWS = [((64, 96), None), ((64, 96), 'horizontal'), ((80, 112), None), ((80, 112), 'vertical'),
+         ((41, 57), 'horizontal')]
 
 
 def views(images: int, ori_shape=(50, 77), sizes=VIEWS) -> dict:
@@ -422,7 +428,8 @@ def views(images: int, ori_shape=(50, 77), sizes=VIEWS) -> dict:
     for size, flip in sizes:
         inputs.append([255 * torch.rand(3, *size, generator=generator) for _ in range(images)])
         samples.append([SegDataSample(
-            metainfo=dict(img_path=f'{i}.png', img_shape=size, ori_shape=ori_shape, flip=bool(flip), flip_direction=flip),
+            metainfo=dict(img_path=f'{i}.png', img_shape=size, ori_shape=ori_shape, flip=bool(flip),
+                          flip_direction=flip),
             gt_sem_seg=PixelData(data=torch.full((1, *ori_shape), i))) for i in range(images)])
     return dict(inputs=inputs, data_samples=samples)
 

@@ -62,7 +62,8 @@ def test_figures_are_those_of_the_exported_maps(way, tiny, trained, tmp_path):
     assert metrics['mIoU'] == pytest.approx(iou.mean(), abs=1e-6) and iou.mean() > 5
     assert metrics['aAcc'] == pytest.approx(100 * right.sum() / confusion.sum(), abs=1e-6)
     assert metrics['mAcc'] == pytest.approx(100 * np.mean(right[labelled > 0] / labelled[labelled > 0]), abs=1e-6)
-    assert metrics['mIoU_present'] == pytest.approx(100 * np.mean((right / np.maximum(union, 1))[labelled > 0]), abs=1e-6)
+    assert metrics['mIoU_present'] == pytest.approx(100 * np.mean((right / np.maximum(union, 1))[labelled > 0]),
+                                                    abs=1e-6)
     assert record['per_class'].keys() == {DEMO_CLASSES[c] for c in np.flatnonzero(labelled)}
     for c in np.flatnonzero(labelled):
         assert record['per_class'][DEMO_CLASSES[c]]['IoU'] == pytest.approx(100 * right[c] / union[c], abs=1e-6)

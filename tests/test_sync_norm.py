@@ -159,7 +159,8 @@ def test_one_value_in_all_processes_is_refused(found):
 def test_alone_it_is_batch_norm():
     torch.manual_seed(0)
     ours, theirs = build_norm_layer(dict(type='replk_mm.SyncBN'), 4)[1], nn.BatchNorm2d(4)
-    assert isinstance(ours, SyncBatchNorm) and ours.eps == theirs.eps and list(ours.state_dict()) == list(theirs.state_dict())
+    assert isinstance(ours,
+                      SyncBatchNorm) and ours.eps == theirs.eps and list(ours.state_dict()) == list(theirs.state_dict())
     for _ in range(2):
         x = torch.randn(3, 4, 5, 5)
         assert torch.equal(ours(x), theirs(x))
@@ -177,7 +178,8 @@ def test_one_image_a_process_can_train_on_a_map_pooled_to_one_pixel():
 
 @pytest.mark.parametrize('before', ['SyncBN', 'MMSyncBN', 'replk_mm.SyncBN'])
 @pytest.mark.parametrize(('device', 'launcher', 'after'), [
-    ('cpu', 'none', 'BN'), ('cuda', 'none', 'BN'), ('cpu', 'pytorch', 'replk_mm.SyncBN'), ('cuda', 'pytorch', 'SyncBN')])
+    ('cpu', 'none', 'BN'), ('cuda', 'none', 'BN'), ('cpu', 'pytorch', 'replk_mm.SyncBN'),
+    ('cuda', 'pytorch', 'SyncBN')])
 def test_configs_get_the_norm_that_the_machine_can_run(before, device, launcher, after):
     cfg = Config(dict(model=dict(norm_cfg=dict(type=before), head=dict(norm_cfg=dict(type='GN'))), launcher=launcher))
     notes = [note for note in fit_to_machine(cfg, None, device, 1) if note.startswith('norm: ')]
