@@ -1,4 +1,5 @@
 """Pictures of label maps and of detected objects, and sheets of pictures side by side."""
+import colorsys
 from collections.abc import Sequence
 
 import cv2
@@ -7,8 +8,16 @@ import numpy as np
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
-def _text(picture: np.ndarray, text: str, at: tuple[int, int], scale: float = 0.45) -> None:
+def put_text(picture: np.ndarray, text: str, at: tuple[int, int], scale: float = 0.45) -> None:
+    """Write dark text with its lower left corner at ``(x, y)`` pixels."""
     cv2.putText(picture, text, at, _FONT, scale, (30, 30, 30), 1, cv2.LINE_AA)
+
+
+def spread_palette(count: int) -> list[tuple[int, int, int]]:
+    """RGB of ``count`` classes, neighbours far apart in hue."""
+    hues = ((0.12 + 0.618034 * i) % 1 for i in range(count))  # the golden ratio
+    colours = [colorsys.hsv_to_rgb(hue, 0.65 + 0.3 * (i % 2), 0.95 - 0.25 * (i % 3 == 2)) for i, hue in enumerate(hues)]
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colours]
 
 
 def colorize(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
@@ -46,16 +55,22 @@ def legend(labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequenc
     """
     ids, counts = np.unique(labels[labels < len(classes)], return_counts=True)
     order = np.argsort(-counts, kind='stable')
+    return swatches([(palette[ids[i]], classes[ids[i]] + (f' {100 * counts[i] / labels.size:.0f}%' if shares else ''))
+                     for i in order], height)
+
+
+def swatches(entries: Sequence[tuple[Sequence[int], str]], height: int) -> np.ndarray:
+    """A panel ``(height, 210, 3)`` BGR of colours (RGB) with their texts; those that do not fit are counted."""
     rows = max(1, (height - 10) // 20)
     panel = np.full((height, 210, 3), 255, np.uint8)
-    for row, i in enumerate(order[:rows]):
+    for row, (colour, text) in enumerate(entries[:rows]):
         y = 8 + 20 * row
-        if row == rows - 1 and len(order) > rows:
-            _text(panel, f'and {len(order) - row} more', (10, y + 12))
+        if row == rows - 1 and len(entries) > rows:
+            put_text(panel, f'and {len(entries) - row} more', (10, y + 12))
             break
-        cv2.rectangle(panel, (10, y), (24, y + 14), [int(c) for c in palette[ids[i]][::-1]], -1)
-        share = f' {100 * counts[i] / labels.size:.0f}%' if shares else ''
-        _text(panel, f'{classes[ids[i]]}{share}', (32, y + 12))
+        cv2.rectangle(panel, (10, y), (24, y + 14), [int(c) for c in colour[::-1]], -1)
+        cv2.rectangle(panel, (10, y), (24, y + 14), (120, 120, 120), 1)
+        put_text(panel, text, (32, y + 12))
     return panel
 
 
@@ -84,7 +99,7 @@ def draw_instances(image: np.ndarray, objects: Sequence[dict], classes: Sequence
         width = cv2.getTextSize(text, _FONT, 0.35, 1)[0][0] + 4
         left, top = max(0, min(left, image.shape[1] - width)), max(top, 12)
         cv2.rectangle(picture, (left, top - 12), (left + width, top), (255, 255, 255), -1)
-        _text(picture, text, (left + 2, top - 3), 0.35)
+        put_text(picture, text, (left + 2, top - 3), 0.35)
     return picture
 
 
@@ -100,7 +115,7 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], gap: int 
     top = 26
     canvas = np.full((top + len(rows) * (height + gap), len(titles) * (width + gap) + gap, 3), 255, np.uint8)
     for column, title in enumerate(titles):
-        _text(canvas, title, (gap + column * (width + gap), 17), 0.5)
+        put_text(canvas, title, (gap + column * (width + gap), 17), 0.5)
     for r, row in enumerate(rows):
         for column, picture in enumerate(row):
             y, x = top + r * (height + gap), gap + column * (width + gap)

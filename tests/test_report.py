@@ -9,7 +9,7 @@ from tiny import ROOT
 
 from replk_mm.bench.report import assemble
 from replk_mm.bench.report import page as rendered
-from replk_mm.bench.report.protocol import differences, name_protocols
+from replk_mm.bench.report.protocol import differences
 from replk_mm.errors import UserError
 
 CONFIG = 'configs/upernet_replk31b_ade20k.py'  # published: 49.9 of one scale, 50.6 of several
@@ -234,11 +234,6 @@ def test_differences_name_the_place() -> None:
     assert differences(dict(a=True), dict(a=1)) == ['a: yes instead of 1']
     long = differences(dict(a='x' * 500 + 'left'), dict(a='x' * 500 + 'right'))[0]
     assert 'left' in long and 'right' in long and len(long) < 300
-
-
-def test_protocols_have_names_without_end() -> None:
-    names = [protocol.name for protocol in name_protocols('metric', [dict(i=i) for i in range(28)]).values()]
-    assert names[:2] == ['A', 'B'] and names[25:] == ['Z', 'AA', 'AB']
 
 
 # -- damaged, odd and hostile records ---------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_files_outside_of_the_work_dir_are_refused(name, tmp_path) -> None:
 @given(data=st.data())
 def test_any_facts_and_files_cost_the_pictures_only(data, tmp_path) -> None:
     """Texts and values of any kind where a record has names, folders and colours."""
-    anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(-1e300, 1e300) | st.text(),
                             lambda part: st.lists(part, max_size=3), max_leaves=5)
     root = tmp_path / 'data'
     if not root.exists():
@@ -275,7 +275,8 @@ def test_detections_are_drawn(tmp_path) -> None:
     (data / 'ann.json').write_text(json.dumps(coco))
     results = tmp_path / 'runs/a/0/test/predictions'
     results.mkdir(parents=True)
-    detection = dict(image_id=7, category_id=4, segmentation=dict(size=[60, 80], counts=runs['counts'].decode()))
+    detection = dict(image_id=7, category_id=4, bbox=[10, 20, 50, 30],
+                     segmentation=dict(size=[60, 80], counts=runs['counts'].decode()))
     (results / 'instances.segm.json').write_text(json.dumps([{**detection, 'score': 0.9}, {**detection, 'score': 0.1}]))
     one = record('a', 0, 'metric', dict(metrics={'coco/bbox_mAP': 31.5}, primary='coco/bbox_mAP', unit='AP', images=1),
                  protocol=dict(task='detection'), files=dict(predictions='runs/a/0/test/predictions'),
@@ -290,12 +291,6 @@ def test_detections_are_drawn(tmp_path) -> None:
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
-def test_long_names_give_way_to_numbers() -> None:
-    points = [plots.Point(i, f'a very long name indeed {i}', 10 + i / 100, 50.) for i in range(1, 13)]
-    found = ElementTree.fromstring(plots.scatter(points, 'ms', 'mIoU', 'title'))
-    assert [text.text for text in found.iterfind('.//g[@class="name"]/text')] == [str(i) for i in range(1, 13)]
-
-
 @pytest.mark.parametrize('values', [[5.], [0.], [-3., 4.], [0.001, 0.002], [1e9, 1e9 + 1], [1., 900.], [0., 900.]])
 def test_plots_hold_their_points_and_nothing_that_a_page_forbids(values) -> None:
     points = [plots.Point(i, f'<b>$x_{i}$</b>', v, v, 0.1) for i, v in enumerate(values, 1)]

@@ -2,7 +2,6 @@
 
 A class that only one of them has is an error that no library reports: mmdet drops annotations of other names.
 """
-import colorsys
 import contextlib
 import difflib
 import json
@@ -15,6 +14,7 @@ from mmengine.config import Config, ConfigDict
 from replk_mm.data import class_heads, coco
 from replk_mm.data.datasets import dataset_class, dataset_option, placed_datasets
 from replk_mm.errors import UserError
+from replk_mm.visualize import spread_palette
 
 #: Files in a data root that name its classes, one a line.
 CLASSES_FILE = 'classes.txt'
@@ -151,9 +151,7 @@ def set_classes(cfg: Config, names: Sequence[str], counted: bool = False) -> lis
 def _palette(names: Sequence[str], metainfo: dict) -> list[list[int]]:
     """Colours: the data set type's own for names that it knows, others spread over the hues."""
     known = dict(zip(metainfo.get('classes') or (), metainfo.get('palette') or (), strict=False))
-    hues = ((0.12 + 0.618034 * i) % 1 for i in range(len(names)))  # the golden ratio keeps neighbours apart
-    made = [[round(255 * v) for v in colorsys.hsv_to_rgb(hue, 0.65 + 0.3 * (i % 2), 0.95 - 0.25 * (i % 3 == 2))]
-            for i, hue in enumerate(hues)]
+    made = spread_palette(len(names))
     return [list(known.get(name, colour)) for name, colour in zip(names, made, strict=True)]
 
 

@@ -1,6 +1,5 @@
 """Pictures of a report: receptive fields, and the same images for every row with ground truth and predictions."""
 import base64
-import colorsys
 import io
 import json
 import os
@@ -10,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel
 
 from replk_mm.bench.report.assemble import Group, Record, Row
-from replk_mm.visualize import draw_instances
+from replk_mm.visualize import colorize, draw_instances, spread_palette
 
 #: Of all pictures of a page together, in bytes as they stand in it.
 MOST_BYTES = 12 * 2**20
@@ -25,8 +23,6 @@ MOST_BYTES = 12 * 2**20
 WIDTH, HEAT_MAP_WIDTH = 256, 520
 #: Detections that are drawn: of at least this score, and this many at most.
 LEAST_SCORE, MOST_OBJECTS = 0.3, 40
-#: How far outside of its image an object is still drawn, in pixels.
-_EDGE = 9
 
 
 @dataclass(frozen=True)
@@ -74,16 +70,9 @@ class Data(BaseModel):
     palette: list[tuple[int, int, int]] = []
     ignored: int | None = 255
 
-    @field_validator('image_suffix', 'label_suffix', 'classes', 'palette', mode='before')
-    @classmethod
-    def _default(cls, value: Any, info: Any) -> Any:
-        return value or cls.model_fields[info.field_name].default
-
     def model_post_init(self, _: Any) -> None:
         """Give every class a colour; where they are unknown, 255 labels."""
-        for i in range(len(self.palette), len(self.classes) or 255):  # hues far from their neighbours'
-            rgb = colorsys.hsv_to_rgb(i * 0.618 % 1, 0.55 + 0.4 * (i % 2), 0.95 - 0.25 * (i % 3))
-            self.palette.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
+        self.palette += spread_palette(len(self.classes) or 255)[len(self.palette):]
 
     @property
     def first(self) -> int:
@@ -189,7 +178,8 @@ class Album:
         Raises:
             ValueError: If it does not tell, or they are not there.
         """
-        data = Data.model_validate(record['facts'].get('data'))
+        stated = record['facts'].get('data') or {}
+        data = Data.model_validate({k: v for k, v in stated.items() if v is not None and v != ''})
         # Scenes of a suite are in its work dir, which may have been copied from another machine.
         copied = self.folders[id(record)] / 'data' / data.root.name
         if not data.root.is_dir() and not copied.is_dir():
@@ -249,10 +239,6 @@ def _choose(names_of_rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def _label_maps(rows: Sequence[tuple[Row, Path]], data: Data, album: Album) -> list[Example]:
-    table = np.zeros((256, 3), np.uint8)  # what is no class is black
-    known = np.array(data.palette[:256 - data.first], np.uint8)
-    table[data.first:data.first + len(known)] = known
-
     def drawn(labels: np.ndarray | None, truth: np.ndarray | None, name: str) -> Shown:
         if labels is None:
             return Shown()
@@ -264,7 +250,8 @@ def _label_maps(rows: Sequence[tuple[Row, Path]], data: Data, album: Album) -> l
         names = dict(enumerate(data.classes, data.first))
         largest = [f'{names.get(int(values[i]), f"label {values[i]}")} {100 * counts[i] / labels.size:.0f}\u00a0%'
                    for i in np.argsort(-counts)[:4]]
-        return album.add(table[labels], ''.join([*words, ', '.join(largest)]), name, kind='labels')
+        picture = colorize(labels - np.uint8(data.first), data.palette)[..., ::-1]
+        return album.add(picture, ''.join([*words, ', '.join(largest)]), name, kind='labels')
 
     available = {row.number: {p.relative_to(folder).as_posix() for p in folder.rglob('*.png')} for row, folder in rows}
     found = []
@@ -292,7 +279,7 @@ def _objects(rows: Sequence[tuple[Row, Path]], data: Data, album: Album) -> list
         picture = draw_instances(pixels[..., ::-1], objects, [classes[c] for c in order], colours)
         counts = Counter(classes[order[thing['label']]] for thing in objects)
         words = ', '.join(f'{count} {of}' for of, count in counts.items()) or 'nothing'
-        return album.add(np.ascontiguousarray(picture[..., ::-1]), words, name, 2 * WIDTH)
+        return album.add(picture[..., ::-1], words, name, 2 * WIDTH)
 
     truths = _by_image(written['annotations'])
     of_rows = {row.number: _by_image(_detections(folder)) for row, folder in rows}
@@ -327,38 +314,29 @@ def _by_image(things: Iterable[dict]) -> dict[Any, list[dict]]:
 
 def _object(thing: Mapping[str, Any], order: Sequence[Any], size: tuple[int, ...]) -> dict[str, Any]:
     """A COCO object as :func:`replk_mm.visualize.draw_instances` takes it."""
-    found: dict[str, Any] = dict(label=order.index(thing['category_id']))
+    x, y, width, height = map(float, thing['bbox'])
+    found: dict[str, Any] = dict(label=order.index(thing['category_id']), box=[x, y, x + width, y + height])
     if 'score' in thing:
         found['score'] = float(thing['score'])
-    mask = _mask(thing.get('segmentation'), size)
-    if mask is not None:
-        found['mask'] = mask
-    if thing.get('bbox'):
-        x, y, width, height = map(float, thing['bbox'])
-        # OpenCV does not take every number.
-        corners = np.array([[x, y], [x + width, y + height]]).clip(-_EDGE, np.array(size[::-1]) + _EDGE)
-        return {**found, 'box': np.nan_to_num(corners).ravel().tolist()}
-    rows, columns = np.nonzero(mask) if mask is not None and mask.any() else ([0], [0])
-    return {**found, 'box': [min(columns), min(rows), max(columns), max(rows)]}
+    if thing.get('segmentation'):
+        found['mask'] = _mask(thing['segmentation'], *size)
+    return found
 
 
-def _mask(segmentation: Any, size: tuple[int, ...]) -> np.ndarray | None:
-    """A COCO segmentation, polygons or run lengths, as ``(H, W)`` bool; None if there is none.
+def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """A COCO segmentation, polygons or run lengths, as ``(H, W)`` bool.
 
     Raises:
         ValueError: If it is none, or of another size.
     """
-    if not segmentation:
-        return None
-    if isinstance(segmentation, list):
-        canvas = np.zeros(size, np.uint8)
-        corners = [np.reshape(np.asarray(polygon, float), (-1, 2)).clip(-_EDGE, np.array(size[::-1]) + _EDGE)
-                   for polygon in segmentation]
-        return cv2.fillPoly(canvas, [np.nan_to_num(part).round().astype(np.int32) for part in corners], 1).astype(bool)
-    counts = segmentation['counts']
-    if list(segmentation['size']) != list(size):
-        raise ValueError(f'a mask of {segmentation["size"]} in an image of {size}')
-    if isinstance(counts, list):
-        return (np.repeat(np.arange(len(counts)) % 2, counts).reshape(size[::-1]).T).astype(bool)
     from pycocotools import mask
-    return mask.decode(dict(size=list(size), counts=counts)).astype(bool)
+
+    from replk_mm.data.coco import mask_problem
+    problem = mask_problem(segmentation, height, width)
+    if problem:
+        raise ValueError(problem)
+    if isinstance(segmentation, list):
+        segmentation = mask.merge(mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation['counts'], list):
+        segmentation = mask.frPyObjects(segmentation, height, width)
+    return mask.decode(segmentation).astype(bool)

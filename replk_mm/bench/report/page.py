@@ -133,7 +133,7 @@ def _curves(suite: Suite) -> Iterator[dict[str, Any]]:
 def _points(found: object) -> dict[float, float]:
     """Iterations with a finite value."""
     pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2] if isinstance(found, list) else []
-    numbers = [(number(dict(v=x), 'v'), number(dict(v=y), 'v')) for x, y in pairs]
+    numbers = [(number(x), number(y)) for x, y in pairs]
     return dict(sorted((x, y) for x, y in numbers if x is not None and y is not None))
 
 

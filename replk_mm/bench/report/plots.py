@@ -4,10 +4,9 @@ The page's security policy allows no style within elements, and light and dark n
 matplotlib's SVG is reduced to plain paths and texts whose colours are the page's CSS variables.
 """
 import io
-import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,11 +15,9 @@ from xml.etree import ElementTree
 import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
 
 #: In CSS pixels, which are matplotlib's points here.
 WIDTH, HEIGHT = 360, 270
@@ -33,7 +30,6 @@ _VARIABLES = {**{colour: f'var(--c{i})' for i, colour in enumerate(COLOURS)},
               _INK: 'var(--ink)', _FAINT: 'var(--faint)', _LINE: 'var(--line)'}
 #: A logarithmic axis from this ratio of the largest value to the smallest.
 _LOGARITHMIC = 8
-_LONGEST_LABEL = 26
 _STYLE: Any = {
     'font.size': 12, 'text.parse_math': False, 'svg.fonttype': 'none', 'figure.dpi': 72,
     'axes.edgecolor': _FAINT, 'axes.labelcolor': _FAINT, 'axes.spines.top': False, 'axes.spines.right': False,
@@ -68,7 +64,7 @@ class Line:
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> Markup:
-    """Rows as named markers with their deviations as bars."""
+    """Rows as markers with their numbers, which the legend explains, and their deviations as bars."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(x_title, y_title)
         xs = [point.x for point in points]
@@ -84,10 +80,11 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> 
                               capsize=4, capthick=1.8)
             axes.plot([point.x], [point.y], _marker(point.number), color=colour, ms=10, mew=1.8, clip_on=False,
                       gid='row')
+            axes.annotate(str(point.number), (point.x, point.y), (10, 0), textcoords='offset points', color=_INK,
+                          va='center', gid='name')
         _limit(axes, min(p.y - (p.deviation or 0.) for p in points))
         if axes.get_xscale() == 'linear' and min(xs) >= 0:
             axes.set_xlim(left=max(0., axes.get_xlim()[0]))
-        _name(figure, axes, points)
         texts = [f'{p.label}: {x_title} {p.x:.4g}, {y_title} {p.y:.4g}'
                  + (f' ± {p.deviation:.3g}' if p.deviation else '') for p in points]
         return _svg(figure, title, f'{y_title} against {x_title} of {len(points)} rows', texts)
@@ -141,7 +138,6 @@ def _marker(number: int) -> str:
 
 def _axes(x_title: str, y_title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout='constrained')
-    FigureCanvasAgg(figure)  # measures texts
     axes = figure.add_subplot(xlabel=_short(x_title, 44), ylabel=_short(y_title, 34))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
@@ -156,47 +152,8 @@ def _limit(axes: Axes, lowest: float) -> None:
         axes.set_ylim(bottom=max(0., axes.get_ylim()[0]))
 
 
-def _short(text: str, longest: int = _LONGEST_LABEL) -> str:
+def _short(text: str, longest: int) -> str:
     return text if len(text) <= longest else f'{text[:longest - 1]}…'
-
-
-def _name(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
-    """Write the rows' labels beside their markers; if there is no room for all, their numbers, as in the legend."""
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # a glyph that the measuring font lacks; the page's font is the reader's
-        figure.draw_without_rendering()
-        area = axes.get_window_extent()
-        spots = [axes.transData.transform((p.x, p.y)) for p in points]
-        markers = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in spots]
-        bars = [Bbox([axes.transData.transform((p.x, p.y - (p.deviation or 0))) - (3, 0),
-                      axes.transData.transform((p.x, p.y + (p.deviation or 0))) + (3, 0)]) for p in points]
-        for texts, reach in (([_short(p.label) for p in points], 45), ([str(p.number) for p in points], 150)):
-            names, taken = [], [*markers, *bars]
-            for point, text in zip(points, texts, strict=True):
-                name = axes.annotate(text, (point.x, point.y), color=_INK, textcoords='offset points', va='center',
-                                     in_layout=False, gid='name', zorder=5)
-                names.append(name)
-                for offset, side in _places(reach):
-                    name.set(position=offset, ha=side)
-                    box = name.get_window_extent()
-                    if area.containsx(box.x0) and area.containsx(box.x1) and area.containsy(box.y0) and area.containsy(
-                            box.y1) and box.count_overlaps(taken) == 0:
-                        taken.append(box)
-                        break
-            if len(taken) == len(markers) + len(bars) + len(points):
-                return
-            if reach < 150:
-                for name in names:
-                    name.remove()
-
-
-def _places(reach: float) -> Iterator[tuple[tuple[float, float], str]]:
-    """Offsets of a name from its marker, in points, with its horizontal alignment: the nearest first."""
-    yield from (((10, 0), 'left'), ((-10, 0), 'right'), ((0, 16), 'center'), ((0, -16), 'center'))
-    for radius in range(16, int(reach), 6):
-        for turn in range(16):
-            x, y = radius * math.cos(turn * math.pi / 8), radius * math.sin(turn * math.pi / 8)
-            yield (x, y), 'left' if x > 3 else 'right' if x < -3 else 'center'
 
 
 def _svg(figure: Figure, title: str = '', description: str = '', rows: Sequence[str] = ()) -> Markup:

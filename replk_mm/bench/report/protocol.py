@@ -1,6 +1,7 @@
 """Which figures of a report may be ranked together: those measured under one protocol; of others, what differs."""
 import json
 import os
+import string
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -67,11 +68,7 @@ def name_protocols(measurement: str, contents: Iterable[Mapping[str, Any]]) -> d
 def _name(measurement: str, index: int) -> str:
     if measurement in _LETTERS:
         return f'{_LETTERS[measurement]}{index + 1}'
-    name = ''
-    while index >= 0:  # A ... Z, AA, AB ...
-        name = chr(ord('A') + index % 26) + name
-        index = index // 26 - 1
-    return name
+    return string.ascii_uppercase[index] if index < 26 else f'Z{index - 24}'
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
