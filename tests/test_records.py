@@ -1,8 +1,6 @@
 """Records of a suite: appended whole or not at all, read with what is wrong told, by hand-written lines as well."""
 import json
 import math
-import multiprocessing
-import random
 
 import pytest
 from hypothesis import given, settings
@@ -123,24 +121,6 @@ def test_files_of_several_machines_merge(tmp_path):
     assert sorted(one['seed'] for one in merged[0]) == [0, 1]
 
 
-def _append_many(path, writer: int) -> None:
-    for i in range(30):
-        text = 'x' * random.Random(i).randint(0, 9000)
-        records.append(record(key=f'{writer}.{i}', row=f'r{writer}.{i}', facts={'text': text}), path)
-
-
-def test_several_processes_write_to_one_file(tmp_path):
-    context = multiprocessing.get_context('fork')
-    writers = [context.Process(target=_append_many, args=(tmp_path / 'f.jsonl', i)) for i in range(4)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    found, complaints = records.read([tmp_path / 'f.jsonl'])
-    assert not complaints
-    assert {one['key'] for one in found} == {f'{writer}.{i}' for writer in range(4) for i in range(30)}
-
-
 def test_since(tmp_path):
     path = tmp_path / 'f.jsonl'
     assert records.since(path, 0) == []
@@ -161,9 +141,3 @@ def test_spread_by_hand():
     assert (found.mean, found.count) == (3., 3)
     assert found.deviation == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
     assert records.spread([4.]) == records.Spread(4., None, 1)
-
-
-def test_by_suite_keeps_order():
-    given = [record(suite='b', key='1'), record(suite='a', key='2'), record(suite='b', key='3')]
-    found = {name: [one['key'] for one in of] for name, of in records.by_suite(given).items()}
-    assert found == {'b': ['1', '3'], 'a': ['2']}

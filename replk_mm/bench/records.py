@@ -32,20 +32,16 @@ def append(record: Mapping[str, Any], path: Path) -> None:
     wrong = complaint(record)
     if wrong:
         raise ValueError(f'{path}: {wrong}')
-    line = json.dumps(record, allow_nan=False, default=str).encode() + b'\n'
+    line = json.dumps(record, default=str).encode() + b'\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(file).st_size
+    with path.open('a+b') as file:
         # A process that was killed while it wrote has left part of a line.
-        if size and os.pread(file, 1, size - 1) != b'\n':
-            line = b'\n' + line
-        written = os.write(file, line)
-        os.fsync(file)
-    finally:
-        os.close(file)
-    if written != len(line):
-        raise OSError(f'{path}: only {written} of {len(line)} bytes could be written; is the disk full?')
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = b'\n' * (file.read() != b'\n') + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def files_in(paths: Iterable[str | Path]) -> list[Path]:
@@ -77,15 +73,15 @@ def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
             known = by_key.get(record['key'])
             if known is None or _rank(record) >= _rank(known[1]):
                 by_key[record['key']] = place, record
-    latest: dict[tuple, tuple[str, dict]] = {}
+    counting: dict[tuple, tuple[str, dict]] = {}
     for new in by_key.values():
         what = tuple(new[1][field] for field in ('suite', 'row', 'seed', 'measurement'))
-        older, newer = sorted([latest.get(what, new), new], key=lambda entry: entry[1]['started'])
+        older, newer = sorted([counting.get(what, new), new], key=lambda entry: entry[1]['started'])
         if older is not newer and older[1]['status'] == 'done':
             complaints.append(f'{older[0]}: {", ".join(map(str, what[1:]))}: its row is defined differently than in '
                               f'the later record at {newer[0]}')
-        latest[what] = newer
-    return [record for _, record in latest.values()], [printable(complaint) for complaint in complaints]
+        counting[what] = newer
+    return [record for _, record in counting.values()], [printable(complaint) for complaint in complaints]
 
 
 def fail(task: Task, measurement: str, started: datetime, environment: Mapping[str, Any], reason: str) -> None:
@@ -93,10 +89,9 @@ def fail(task: Task, measurement: str, started: datetime, environment: Mapping[s
     append(task.record(measurement, started, environment, status='failed', reason=reason), task.results)
 
 
-def of_task(task: Task) -> dict[str, dict[str, Any]]:
-    """The records of a row and seed, by measurement."""
-    found = read([task.results])[0] if task.results.exists() else []
-    return {record['measurement']: record for record in found}
+def latest(path: Path) -> dict[str, dict[str, Any]]:
+    """The records of a row and seed that count, by measurement, from their file if there is one."""
+    return {record['measurement']: record for record in (read([path])[0] if path.exists() else [])}
 
 
 def left(task: Task) -> tuple[str, ...]:
@@ -106,7 +101,7 @@ def left(task: Task) -> tuple[str, ...]:
         same = not weights or not measured or not Path(weights).is_file() or sha256(weights) == measured
         return record['status'] == 'done' and record['key'] == task.keys.get(record['measurement']) and same
 
-    done = [name for name, record in of_task(task).items() if is_done(record)]
+    done = [name for name, record in latest(task.results).items() if is_done(record)]
     return tuple(name for name in task.measures if name not in done)
 
 

@@ -43,18 +43,17 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Erf(_Strict):
-    """Images for the effective receptive field."""
+    """Images for the effective receptive field: their side in pixels, and how many."""
 
-    size: PositiveInt | None = Field(None, description='side of the images in pixels; default: longer side of the crop')
-    count: PositiveInt | None = Field(None, description='number of images; default: 50')
+    size: PositiveInt | None = None
+    count: PositiveInt | None = None
 
 
 class Data(_Strict):
     """The data of all rows of a suite."""
 
     root: str | None = Field(None, description='a data set; excludes the other keys')
-    scenes: str | None = Field(None, description='procedural scenes, written on first use, of a kind that '
-                               '`tools/make_demo_data.py` writes')
+    scenes: str | None = Field(None, description='kind of procedural scenes, as of `tools/make_demo_data.py`')
     layout: str | None = Field(None, description='`ade20k`, `cityscapes` or `coco`; default: what the config reads')
     train: int = Field(200, description='number of training images')
     val: int = Field(40, description='number of validation images')
@@ -64,36 +63,30 @@ class Data(_Strict):
     @model_validator(mode='after')
     def _root_or_scenes(self) -> 'Data':
         found = self.model_fields_set
-        if found and (found != {'root'} and 'root' in found or not found & {'root', 'scenes'}):
-            raise ValueError(f'expected either root, or scenes with train, val, seed, size and layout; '
-                             f'found {", ".join(sorted(found))}')
+        if found and found != {'root'} and ('root' in found or 'scenes' not in found):
+            raise ValueError(f'expected either root, or scenes and the other keys; found {", ".join(sorted(found))}')
         return self
 
 
 class Defaults(_Strict):
     """What rows may have in common: every key of a row but ``name`` and ``label``."""
 
-    config: str | None = Field(None, description='a path, relative to the current directory or to the suite file; the '
-                               'name of a file in `configs/`; `mmseg::...` or `mmdet::...`')
-    options: dict[str, Any] = Field({}, description='overrides of config fields, as in `--cfg-options`; the options of '
-                                    '`defaults` apply too, unless the row sets the same field')
+    config: str | None = Field(None, description='a path, also relative to the suite file; a name in `configs/`; '
+                               '`mmseg::...`; `mmdet::...`')
+    options: dict[str, Any] = Field({}, description='as `--cfg-options`; added to the options of `defaults`')
     seeds: list[Seed] = Field([0], min_length=1, description='one training each; default: `[0]`')
     iterations: PositiveInt | None = Field(None, description='train this long, warm-up and decay in proportion')
     schedule: Literal['full'] | None = Field(None, description='`full`: train as the config says')
-    checkpoint: str | None = Field(None, description='trained weights instead of a training; `{row}` and `{seed}` are '
-                                   'replaced. If the file is absent, the measurements that need it fail')
-    measure: list[Asked] = Field(['complexity', 'metric', 'speed', 'memory'], description='any of '
-                                 f'{", ".join(f"`{name}`" for name in get_args(Asked))}; default: the first four')
+    checkpoint: str | None = Field(None, description='trained weights; `{row}` and `{seed}` are replaced')
+    measure: list[Asked] = Field(['complexity', 'metric', 'speed', 'memory'], description='see below; default: '
+                                 '`metric`, `complexity`, `speed` and `memory`')
     published: bool = Field(True, description='`false`: show no published figures next to this row')
-    pretraining: str | None = Field(None, description='of the backbone, such as `ImageNet-1K`; default: known from the '
-                                    'name of the weights')
-    shape: Shape | None = Field(None, description='`[HEIGHT, WIDTH]` in pixels for `speed` and `memory`; default: the '
-                                "config's crop")
+    pretraining: str | None = Field(None, description='of the backbone; default: known from the name of the weights')
+    shape: Shape | None = Field(None, description="`[HEIGHT, WIDTH]` for `speed` and `memory`; default: config's crop")
     batch: PositiveInt | None = Field(None, description='images for `speed` and `memory`; default: as few as possible')
-    macs_shape: Shape | None = Field(None, description='`[HEIGHT, WIDTH]` in pixels for `complexity`; default: as '
-                                     "published, or else the config's crop")
-    erf: Erf = Field(Erf(), description='`{size: 512, count: 50}`, images of the effective receptive field; default: '
-                     "size of the config's crop, 50 images")
+    macs_shape: Shape | None = Field(None, description='`[HEIGHT, WIDTH]` for `complexity`; default: as published, or '
+                                     "config's crop")
+    erf: Erf = Field(Erf(), description="`{size: PIXELS, count: IMAGES}`; default: config's crop, 50 images")
     data_root: str | None = Field(None, description='data of this row')
 
     @field_validator('seeds')
@@ -278,10 +271,7 @@ class Record(BaseModel):
     status: Literal['done', 'failed'] = Field(description='`done` or `failed`')
     reason: str | None = Field(description='why it failed')
     values: dict[str, Any] = Field(description='the figures')
-    protocol: dict[str, Any] = Field(description='what has to be equal for values to be ranked: data with a hash of '
-                                     'names and sizes of its files, crop, whole or sliding window, scales, iterations, '
-                                     'batch, samples seen, pretraining, precision; of timings the device, threads, '
-                                     'shape, batch and torch')
+    protocol: dict[str, Any] = Field(description='must be equal for values to be ranked: data, budget, device ...')
     facts: dict[str, Any] = Field(description='anything else')
     config: dict[str, Any] = Field(description='path, SHA-256 of what it resolves to, options')
     checkpoint: dict[str, Any] | None = Field(description='the weights: path, SHA-256, iteration, trained here or not')
@@ -298,24 +288,18 @@ class Record(BaseModel):
     def _sound(self) -> 'Record':
         if self.status == 'failed' and not self.reason:
             raise ValueError('failed without a reason')
-        fault = next(_faults(self.__dict__), None)
-        if fault:
-            raise ValueError(fault)
+        for place in _not_finite(self.__dict__, ''):
+            raise ValueError(f'{place} is not a finite number')
         return self
 
 
-def _faults(node: object, place: str = '', depth: int = 0) -> Iterator[str]:
-    """Numbers that JSON does not have, and nesting that a reader cannot follow."""
+def _not_finite(node: object, place: str) -> Iterator[str]:
+    """The places of numbers that JSON does not have."""
     if isinstance(node, float) and not math.isfinite(node):
-        yield f'{place} is not a finite number'
-    elif depth > 100:
-        yield f'{place:.40} is nested too deeply'
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            yield from _faults(value, f'{place}.{key}' if place else str(key), depth + 1)
-    elif isinstance(node, (list, tuple)):
-        for i, value in enumerate(node):
-            yield from _faults(value, f'{place}[{i}]', depth + 1)
+        yield place
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    for key, value in items:
+        yield from _not_finite(value, f'{place}.{key}' if place else str(key))
 
 
 def complaint(record: object) -> str | None:
@@ -349,23 +333,33 @@ def now() -> datetime:
 
 
 class Task(BaseModel):
-    """What the process of a row and seed is told."""
+    """What the process of a row and seed is told: the row, and what is known before it runs.
 
-    work_dir: Path = Field(description='of the suite')
-    suite: str = Field(description='name of the suite')
-    question: str = Field(description='that the suite answers')
+    Attributes:
+        work_dir: Of the suite.
+        row: The row.
+        seed: Of the training.
+        config: What ``replk_mm.engine.config.load_config`` takes.
+        data_root: None for the config's own.
+        device: None for a GPU if there is one.
+        launcher: ``'none'``, ``'pytorch'`` or ``'slurm'``.
+        measures: What to measure, in order.
+        keys: Of the records, by measurement.
+        pretraining: Of the backbone; None if neither the suite nor the paper tells.
+        shared: Fields that all records of the row have in common.
+    """
+
+    work_dir: Path
     row: Row
     seed: int
-    config: str = Field(description='what `replk_mm.engine.config.load_config` takes')
-    config_sha256: str | None = Field(description='of the resolved config; None if it cannot be read')
-    data_root: str | None = Field(description="None for the config's own")
-    device: str | None = Field(description='None for a GPU if there is one')
-    launcher: Literal['none', 'pytorch', 'slurm'] = 'none'
-    measures: tuple[str, ...] = Field(description='what to measure, in order')
-    keys: dict[str, str] = Field(description='of the records, by measurement')
-    pretraining: str | None = Field(description='of the backbone; None if neither the suite nor the paper tells')
-    published: dict[str, Any] | None = Field(description='what the paper reports')
-    git: dict[str, Any] | None = Field(description='state of the repository')
+    config: str
+    data_root: str | None
+    device: str | None
+    launcher: str = 'none'
+    measures: tuple[str, ...]
+    keys: dict[str, str]
+    pretraining: str | None
+    shared: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -399,21 +393,18 @@ class Task(BaseModel):
     def record(self, measurement: str, started: datetime, environment: Mapping[str, Any],
                **content: Any) -> dict[str, Any]:
         """A record of a measurement that ends now; ``content`` holds the fields that only the measurement knows."""
-        row = self.row
-        return {**dict(
-            version=VERSION, suite=self.suite, question=self.question, row=row.name, label=row.label, seed=self.seed,
-            measurement=measurement, status='done', reason=None, values={}, protocol={}, facts={},
-            config=dict(path=row.config, sha256=self.config_sha256, options=row.options), checkpoint=None,
-            published=self.published, git=self.git, environment=environment,
-            started=started.isoformat(timespec='microseconds'), seconds=round((now() - started).total_seconds(), 3),
-            files={}, key=self.keys[measurement], asked=list(self.keys)), **content}
+        timing = dict(started=started.isoformat(timespec='microseconds'),
+                      seconds=round((now() - started).total_seconds(), 3))
+        empty = dict(status='done', reason=None, values={}, protocol={}, facts={}, checkpoint=None, files={})
+        return dict(version=VERSION, row=self.row.name, label=self.row.label, seed=self.seed, measurement=measurement,
+                    key=self.keys[measurement], asked=list(self.keys), environment=environment,
+                    **self.shared, **timing, **{**empty, **content})
 
 
 def table(model: type[BaseModel]) -> str:
     """The fields of a model as a Markdown table."""
-    fields = {name: field for name, field in model.model_fields.items() if field.description}
-    first = [name for name in ('name', 'label') if name in fields and model is Row]
-    lines = [f'| `{name}` | {fields[name].description} |\n' for name in dict.fromkeys([*first, *fields])]
+    names = sorted(model.model_fields, key=lambda name: model is Row and name not in ('name', 'label'))
+    lines = [f'| `{name}` | {text} |\n' for name in names if (text := model.model_fields[name].description)]
     return ''.join(['| Key | |\n', '| --- | --- |\n', *lines])
 
 

@@ -1,10 +1,13 @@
-"""How each measurement of a suite is made: a function of the row's task for each."""
+"""How each measurement of a suite is made: a function of the row's task for each.
+
+:data:`TABLE` holds them; :func:`_measure` adds what the records of all have in common.
+"""
 import copy
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -54,8 +57,11 @@ environment = results.environment
 
 
 def config_of(task: Task) -> Config:
-    """The row's config."""
-    return load_config(task.config, dict(task.row.options) or None)
+    """The row's config, with its data root."""
+    cfg = load_config(task.config, task.row.options)
+    if task.data_root:
+        set_data_root(cfg, task.data_root)
+    return cfg
 
 
 # ---- training
@@ -119,15 +125,14 @@ def train(task: Task) -> Found:
         protocol['pretraining'] = read_json(folder / 'protocol.json').get('pretraining', protocol['pretraining'])
     elif get_rank() == 0:
         write_json(folder / 'protocol.json', protocol)
-    last = engine.train(cfg, notes)
+    engine.train(cfg, notes)
     barrier()  # the first process writes the checkpoint
     done = read_json(folder / 'progress.json')
     iterations = done.get('iteration') or 0
     protocol.update(iterations=iterations, samples_seen=iterations * batch * processes)
     return Found(
         dict(seconds=done.get('seconds'), iterations=iterations, samples_seen=protocol['samples_seen']), protocol,
-        dict(notes=notes, resumed_from=cfg.load_from if begun else None, processes=processes),
-        dict(work_dir=str(folder.relative_to(task.work_dir))), checkpoint_record(str(last), True))
+        dict(notes=notes, resumed_from=cfg.load_from if begun else None, processes=processes), dict(work_dir=folder))
 
 
 def pretraining_of(cfg: Config) -> str:
@@ -142,11 +147,9 @@ def pretraining_of(cfg: Config) -> str:
 
 def curve(task: Task) -> Found:
     """Loss and validation metric along the training, from its logs."""
-    cfg, folder = config_of(task), task.folder / 'train'
-    if task.data_root:
-        set_data_root(cfg, task.data_root)
-    values, facts = read_curve(folder)
-    return Found(values, protocol(task, cfg, split_data(cfg, 'val')[0]), facts, checkpoint=weights_record(task))
+    cfg = config_of(task)
+    values, facts = read_curve(task.folder / 'train')
+    return Found(values, protocol(task, cfg, split_data(cfg, 'val')[0]), facts)
 
 
 def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -213,14 +216,11 @@ def weights_of(task: Task) -> str | None:
 def weights_record(task: Task) -> dict[str, Any] | None:
     """The ``checkpoint`` of records; None for random weights."""
     path = weights_of(task)
-    return checkpoint_record(path, task.row.trains) if path else None
-
-
-def checkpoint_record(path: str, trained: bool) -> dict[str, Any]:
-    """The ``checkpoint`` of records."""
+    if path is None:
+        return None
     file = checkpoints.fetch(path)
     meta = checkpoints.read(file).get('meta') or {}
-    return dict(path=path, sha256=sha256(file), iteration=meta.get('iter'), trained=trained)
+    return dict(path=path, sha256=sha256(file), iteration=meta.get('iter'), trained=task.row.trains)
 
 
 def metric(task: Task) -> Found:
@@ -241,9 +241,9 @@ def metric(task: Task) -> Found:
     values: dict[str, Any] = dict(
         metrics=metrics, images=found.images, primary=primary, unit=PRIMARY[primary],
         per_class={name: _finite(of) for name, of in found.per_class.items()})
-    below = (task.folder / 'test').relative_to(task.work_dir)
+    out = task.folder / 'test'
     if get_rank() == 0:
-        results.write(results.record(cfg, checkpoint, found, False), task.folder / 'test' / 'metrics.json')
+        results.write(results.record(cfg, checkpoint, found, False), out / 'metrics.json')
     merged = complexity_config.merge(complexity_config.build(config_of(task)))[1].merged
     if merged and not found.meta.get('replk_mm', {}).get('reparameterized'):
         values['reparameterized'] = dict(metrics=_finite(_test(task, checkpoint, True)[1].metrics))
@@ -255,8 +255,7 @@ def metric(task: Task) -> Found:
         values, protocol(task, cfg, data),
         dict(data=where, loaded=found.load, seconds=found.seconds, notes=found.notes,
              test=results.protocol(cfg, False)),
-        dict(predictions=str(below / 'predictions'), metrics=str(below / 'metrics.json')),
-        checkpoint_record(checkpoint, task.row.trains))
+        dict(predictions=out / 'predictions', metrics=out / 'metrics.json'))
 
 
 def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluation]:
@@ -281,7 +280,7 @@ def protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, Any]:
         cfg: Its config as it was tested.
         data: From :func:`split_data`.
     """
-    trained = records.of_task(task).get('train', {}).get('protocol', {})
+    trained = records.latest(task.results).get('train', {}).get('protocol', {})
     test_cfg = cfg.model.get('test_cfg') or {}
     iteration = None if task.row.trains else (weights_record(task) or {}).get('iteration')
     steps = [step.get('load', step) for step in as_list(next(datasets_of(cfg, ('test',))).get('pipeline', []))]
@@ -347,7 +346,7 @@ def complexity(task: Task) -> Found:
     """Parameters and multiply-accumulates; needs no weights."""
     paper = published.for_config(task.row.config.rpartition('::')[2])
     shape = task.row.macs_shape or (paper.input if paper else None)
-    found = complexity_config.report(task.config, shape and (shape[0], shape[1]), dict(task.row.options) or None)
+    found = complexity_config.report(task.config, shape and (shape[0], shape[1]), task.row.options)
     before, after = found.training, found.deployed
     return Found(
         dict(parameters=before.parameters, inference_parameters=before.inference_parameters, macs=before.macs,
@@ -379,7 +378,7 @@ def speed(task: Task) -> Found:
         forms[form] = dict(median_ms=of.median, low_ms=of.low, high_ms=of.high, throughput=1e3 * job.batch / of.median)
     faster = None if merged else asdict(found.times_as_fast('reparameterized', 'training'))
     return Found(dict(forms=forms, times_as_fast=faster, batch=job.batch), _machine(job),
-                 dict(rounds=found.rounds, warmup=found.warmup, load_before=load), checkpoint=weights_record(task))
+                 dict(rounds=found.rounds, warmup=found.warmup, load_before=load))
 
 
 def memory(task: Task) -> Found:
@@ -392,7 +391,7 @@ def memory(task: Task) -> Found:
         values['training_bytes'] = _memory(replace(job, mode='train', form='training', checkpoint=None, batch=batch))
     except UserError as error:  # what is too large to train here can still run
         facts['training'] = str(error)
-    return Found(values, {**_machine(job), 'training_batch': batch}, facts, checkpoint=weights_record(task))
+    return Found(values, {**_machine(job), 'training_batch': batch}, facts)
 
 
 def _memory(job: Job) -> int | None:
@@ -403,9 +402,8 @@ def _memory(job: Job) -> int | None:
 
 
 def _job(task: Task) -> tuple[Job, Config]:
-    options = dict(task.row.options) or None
-    height, width = task.row.shape or default_shape(task.config, options)
-    job = Job(task.config, True, batch=task.row.batch or 1, options=options, checkpoint=weights_of(task),
+    height, width = task.row.shape or default_shape(task.config, task.row.options)
+    job = Job(task.config, True, batch=task.row.batch or 1, options=task.row.options, checkpoint=weights_of(task),
               shape=(height, width), device=select_device(task.device), threads=torch.get_num_threads())
     return job, fitted_config(job)[0]
 
@@ -421,17 +419,13 @@ def _machine(job: Job) -> dict[str, Any]:
 def erf(task: Task) -> Found:
     """Effective receptive field of the backbone on images of the test split."""
     from replk_mm.analysis.erf import measure_erf  # imports matplotlib
-    cfg = config_of(task)
-    if task.data_root:
-        set_data_root(cfg, task.data_root)
+    cfg, out = config_of(task), task.folder / 'erf'
     of = layout(next(datasets_of(cfg, ('test',))), cfg.get('default_scope', 'mmengine'))
-    size = task.row.erf.size or max(default_shape(task.config, dict(task.row.options) or None))
-    out = task.folder / 'erf'
-    found = measure_erf(config_of(task), weights_of(task), Path(of['root'], of['images'] or ''), size,
+    size = task.row.erf.size or max(default_shape(task.config, task.row.options))
+    found = measure_erf(cfg, weights_of(task), Path(of['root'], of['images'] or ''), size,
                         task.row.erf.count or _ERF_IMAGES, out, device=task.device, seed=task.seed)
-    below = out.relative_to(task.work_dir)
     return Found(found.values(), found.protocol(), dict(notes=found.notes(), backbone=found.backbone),
-                 dict(heat_map=str(below / 'erf.png'), matrix=str(below / 'erf.npz')), weights_record(task))
+                 dict(heat_map=out / 'erf.png', matrix=out / 'erf.npz'))
 
 
 def shape_bias(task: Task) -> Found:
@@ -440,13 +434,20 @@ def shape_bias(task: Task) -> Found:
     checkpoint = weights_of(task)
     assert checkpoint
     cfg, out = config_of(task), task.folder / 'shape_bias'
-    root = task.data_root or str(next(datasets_of(cfg, ('test',))).get('data_root'))
+    root = str(next(datasets_of(cfg, ('test',))).get('data_root'))
     found = shape_bias.measure(cfg, checkpoint, Path(root), out, task.device)
-    below = out.relative_to(task.work_dir)
     return Found(found.values(), found.protocol(), {},
-                 dict(picture=str(below / 'shape_bias.png'), decisions=str(below / 'shape_bias.json')),
-                 weights_record(task))
+                 dict(picture=out / 'shape_bias.png', decisions=out / 'shape_bias.json'))
 
 
-TABLE: Mapping[str, Measure] = dict(train=train, complexity=complexity, metric=metric, curve=curve, erf=erf,
-                                    shape_bias=shape_bias, speed=speed, memory=memory)
+def _measure(function: Callable[[Task], Found]) -> Measure:
+    def measured(task: Task) -> Found:
+        found = function(task)
+        files = {name: str(Path(path).relative_to(task.work_dir)) for name, path in found.files.items()}
+        return replace(found, files=files, checkpoint=None if function is complexity else weights_record(task))
+
+    return measured
+
+
+TABLE: Mapping[str, Measure] = {function.__name__: _measure(function) for function in (
+    train, complexity, metric, curve, erf, shape_bias, speed, memory)}

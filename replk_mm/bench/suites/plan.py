@@ -2,7 +2,6 @@
 import contextlib
 import fcntl
 import json
-import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -86,18 +85,14 @@ def tasks_left(suite: Suite, choice: Choice) -> tuple[list[Task], list[tuple[Tas
     if begun and not choice.resume:
         raise UserError(f'{choice.work_dir}: {len(begun)} of {len(pairs)} rows and seeds exist already: {begun[0]}'
                         f'{" ..." * (len(begun) > 1)}\nContinue with --resume, or choose another --work-dir DIR.')
-    git = git_state()
+    git = _git_state()
     tasks, failed = list[Task](), list[tuple[Task, str]]()
     for row in {row.name: row for row, _ in pairs}.values():
         seeds = [seed for other, seed in pairs if other.name == row.name]
         for task, wrong in _tasks_of(suite, row, seeds, choice, git):
             if wrong:
-                # what was measured while the config could be read stays
-                done = [name for name, record in records.of_task(task).items() if record['status'] == 'done']
-                missing = [name for name in task.measures if name not in done]
-                if missing:
-                    records.fail(task, missing[0], now(), {}, wrong)
-                failed.append((task, f'{(missing or task.measures)[0]}: {wrong}'))
+                records.fail(task, task.measures[0], now(), {}, wrong)
+                failed.append((task, f'{task.measures[0]}: {wrong}'))
             else:
                 tasks.append(task)
     return tasks, failed
@@ -105,35 +100,39 @@ def tasks_left(suite: Suite, choice: Choice) -> tuple[list[Task], list[tuple[Tas
 
 def _tasks_of(suite: Suite, row: Row, seeds: list[int], choice: Choice, git: dict | None) -> Iterator[tuple[Task, str]]:
     """What is left of a row, with the error of its config."""
-    path = config_path(row, suite)
-    cfg, wrong = None, ''
+    path, sha256, data_root, wrong = config_path(row, suite), None, None, ''
+    data: dict[str, Any] = {}
     try:
-        cfg = load_config(path, dict(row.options) or None)
+        cfg = load_config(path, row.options)
     except UserError as error:
         wrong = str(error)
-    data_root, data = data_of(suite, row, cfg, choice.work_dir, choice.data_root) if cfg else (None, {})
-    sha256 = fingerprint(_as_first_version(cfg.to_dict())) if cfg else None
+    else:
+        data_root, data = _data_of(suite, row, cfg, choice)
+        sha256 = fingerprint(_as_first_version(cfg.to_dict()))
     # The keys of the first version's records: changing this makes --resume measure everything again.
     definition = dict(row=row.name, config=sha256 or row.config, iterations=row.iterations, schedule=row.schedule,
                       checkpoint=row.checkpoint, data=data)
     size = dict(shape=row.shape, batch=row.batch or 0)
     extra: dict[str, dict] = dict(complexity=dict(shape=row.macs_shape), speed=size, memory=size,
                                   erf=dict(erf=row.erf.model_dump(exclude_none=True)))
-    paper = published.for_config(row.config.rpartition('::')[2])
-    shown = paper if row.published else None
+    paper = published.for_config(row.config.rpartition('::')[2]) if row.published else None
+    shared = dict(suite=suite.name, question=suite.question, git=git, published=paper and dict(
+        paper.metrics, params_m=paper.params_m, flops_g=paper.flops_g, input=list(paper.input), source=paper.source),
+        config=dict(path=row.config, sha256=sha256, options=row.options))
     for seed in seeds:
-        measures = row.measurements()
         task = Task(
-            work_dir=choice.work_dir, suite=suite.name, question=suite.question, row=row, seed=seed, config=path,
-            config_sha256=sha256, data_root=data_root, device=choice.device, measures=measures,
-            keys={m: fingerprint([{**definition, **extra.get(m, {})}, seed, m]) for m in measures},
-            pretraining=row.pretraining or (shown.pretraining if shown and row.checkpoint else None), git=git,
-            published=dict(shown.metrics, params_m=shown.params_m, flops_g=shown.flops_g, input=list(shown.input),
-                           source=shown.source) if shown else None)
-        left = records.left(task)
-        if left and not wrong:
-            _check_unchanged(task, {**definition, 'options': row.options})
+            work_dir=choice.work_dir, row=row, seed=seed, config=path, data_root=data_root, device=choice.device,
+            measures=row.measurements(), shared=shared,
+            keys={m: fingerprint([{**definition, **extra.get(m, {})}, seed, m]) for m in row.measurements()},
+            pretraining=row.pretraining or (paper.pretraining if paper and row.checkpoint else None))
+        if wrong:  # what was measured while the config could be read stays
+            done = [name for name, record in records.latest(task.results).items() if record['status'] == 'done']
+            left = tuple(name for name in task.measures if name not in done)
+        else:
+            left = records.left(task)
         if left:
+            if not wrong:
+                _check_unchanged(task, {**definition, 'options': row.options})
             yield task.part(left), wrong
 
 
@@ -177,24 +176,13 @@ def _check_unchanged(task: Task, definition: dict[str, Any]) -> None:
     records.write_json(path, after)
 
 
-def data_of(suite: Suite, row: Row, cfg: Config, work_dir: Path,
-            given: str | None) -> tuple[str | None, dict[str, Any]]:
-    """Where a row's data are, scenes written if needed, and what defines them.
-
-    Args:
-        suite: The suite.
-        row: One of its rows.
-        cfg: The row's config.
-        work_dir: Of the suite.
-        given: Data root from the command line, or None.
-
-    Returns:
-        The data root, None for the config's own or if no images are needed; and plain data that identifies it.
+def _data_of(suite: Suite, row: Row, cfg: Config, choice: Choice) -> tuple[str | None, dict[str, Any]]:
+    """The data root of a row, None for the config's own, and what identifies the data; scenes are written if needed.
 
     Raises:
         UserError: If there is no such kind of scenes, or they cannot be written.
     """
-    root = given or row.data_root or suite.data.root
+    root = choice.data_root or row.data_root or suite.data.root
     if root or suite.data.scenes is None:
         return root, dict(root=root)
     wanted = suite.data.model_dump(exclude={'root'})
@@ -206,7 +194,7 @@ def data_of(suite: Suite, row: Row, cfg: Config, work_dir: Path,
     wanted['version'] = kind.version
     if not _NEED_IMAGES & set(row.measurements()):
         return None, wanted
-    folder = work_dir / 'data' / f'{kind.name}-{wanted["layout"]}-{fingerprint(wanted)[:8]}'
+    folder = choice.work_dir / 'data' / f'{kind.name}-{wanted["layout"]}-{fingerprint(wanted)[:8]}'
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / 'lock').open('a') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tasks of a job array start together
@@ -223,13 +211,13 @@ def _layout_of(cfg: Config) -> str:
     return 'cityscapes' if types and types[0].endswith('CityscapesDataset') else 'ade20k'
 
 
-def git_state() -> dict[str, Any] | None:
+def _git_state() -> dict[str, Any] | None:
     """Commit of the repository that this package runs from, and whether files differ from it; None outside of one."""
     root = Path(replk_mm.__file__).resolve().parents[1]
 
     def ask(*arguments: str) -> str:
-        return subprocess.run(['git', '-C', str(root), *arguments], capture_output=True, text=True, check=True,
-                              env={**os.environ, 'GIT_OPTIONAL_LOCKS': '0'}).stdout.strip()
+        return subprocess.run(['git', '--no-optional-locks', '-C', str(root), *arguments], capture_output=True,
+                              text=True, check=True).stdout.strip()
 
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         if Path(ask('rev-parse', '--show-toplevel')).resolve() == root:
@@ -240,8 +228,7 @@ def git_state() -> dict[str, Any] | None:
 def states(suite: Suite, work_dir: Path) -> Iterator[tuple[int, Row, int, str]]:
     """Number, row, seed and state of every pair, from the records alone."""
     for i, (row, seed) in enumerate(suite.pairs()):
-        path = results_of(work_dir, row.name, seed)
-        known = {record['measurement']: record for record in (records.read([path])[0] if path.exists() else [])}
+        known = records.latest(results_of(work_dir, row.name, seed))
         found = [known[name] for name in row.measurements() if name in known]
         failed = [record for record in found if record['status'] == 'failed']
         if failed:

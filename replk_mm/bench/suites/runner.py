@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -23,6 +22,7 @@ import replk_mm
 from replk_mm.bench import records
 from replk_mm.bench.schema import Task, now
 from replk_mm.bench.suites.worker import BUSY, DISTRIBUTED, SUITE_PID
+from replk_mm.engine.config import usable_cores
 from replk_mm.errors import printable
 from replk_mm.files import write_atomic
 
@@ -164,7 +164,8 @@ class Runner:
                        'PYTHONPATH': os.pathsep.join(filter(None, [str(Path(replk_mm.__file__).parents[1]),
                                                                    os.environ.get('PYTHONPATH')]))}
         if jobs * processes > 1:
-            environment['OMP_NUM_THREADS'] = str(max(1, _threads() // (jobs * processes)))
+            threads = min(usable_cores(), int(os.environ.get('OMP_NUM_THREADS') or 1 << 16))
+            environment['OMP_NUM_THREADS'] = str(max(1, threads // (jobs * processes)))
         visible = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
         if jobs > 1 and len(visible) > processes and task.launcher != 'slurm':  # which assigns them itself
             environment['CUDA_VISIBLE_DEVICES'] = ','.join(devices_of(visible, slot, processes))
@@ -246,13 +247,6 @@ def figures(found: Mapping[str, Mapping[str, Any]]) -> str:
     words += [f'{name.removesuffix("_bytes")} {size / 2**20:.0f} MiB'
               for name, size in values.get('memory', {}).items() if name.endswith('_bytes') and size]
     return ', '.join(words) or ', '.join(values) or 'nothing measured'
-
-
-def _threads() -> int:
-    """Threads that all processes share: the usable cores, or OMP_NUM_THREADS if that is less."""
-    cores = len(psutil.Process().cpu_affinity())
-    limit = os.environ.get('OMP_NUM_THREADS', '')
-    return min(cores, int(limit)) if limit.isdigit() and int(limit) else cores
 
 
 def _kill(process: subprocess.Popen, number: int) -> None:

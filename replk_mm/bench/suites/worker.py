@@ -40,22 +40,18 @@ class Found:
         values: The figures.
         protocol: What must be equal for values to be ranked together.
         facts: Anything else.
-        files: Paths relative to the work dir, by what they are.
+        files: Paths, by what they are.
         checkpoint: The weights that were measured, None for random ones.
     """
 
     values: dict[str, Any]
     protocol: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
     checkpoint: dict[str, Any] | None = None
 
 
 Measure = Callable[[Task], Found]
-
-
-class BusyError(Exception):
-    """Another process is running the same row and seed."""
 
 
 def perform(task: Task, table: Mapping[str, Measure], environment: dict[str, Any], rank: int = 0) -> bool:
@@ -105,7 +101,7 @@ def locked(folder: Path, patience: float = 20.) -> Iterator[None]:
         patience: Seconds to wait for another process, as one whose suite was just killed.
 
     Raises:
-        BusyError: If another process does not end in time.
+        BlockingIOError: If another process does not end in time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / 'lock').open('a') as file:
@@ -116,7 +112,7 @@ def locked(folder: Path, patience: float = 20.) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise BusyError(f'{folder}: another process is running this row and seed') from None
+                    raise
                 time.sleep(0.05)
         yield
 
@@ -154,8 +150,8 @@ def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', pa
                 task = task.part(records.left(task))
             module = importlib.import_module(measurements)  # imports torch
             return 0 if perform(task, module.TABLE, module.environment(), rank) else 1
-    except BusyError as error:
-        print(error, flush=True)
+    except BlockingIOError:
+        print(f'{task.folder}: another process is running this row and seed', flush=True)
         return BUSY
     except KeyboardInterrupt as error:  # not a failure: the row continues when the suite does
         print(error or 'interrupted', flush=True)
