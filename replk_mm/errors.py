@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterable, Iterator
 
 #: Exit status of a command that was given something it cannot use.
 USER_ERROR_STATUS = 2
-#: Exit status of a training that a signal has stopped and that ``--resume`` continues: EX_TEMPFAIL of sysexits.h, "try again".
+#: Exit status of a training that a signal has stopped and that ``--resume`` continues: EX_TEMPFAIL of sysexits.h.
 STOPPED_STATUS = 75
 #: Exit status after Ctrl-C.
 INTERRUPTED_STATUS = 130
 
 
 class UserError(Exception):
-    """Something the user can mend: a path, a config field, a file's content.
+    """Something the user can fix: a path, a config field, a file's content.
 
     The first line of the message says what is wrong, where, and what was found; the following lines say what to do.
-    Commands print it without a traceback and exit with :data:`USER_ERROR_STATUS`. Parts of it may come from files that
-    strangers wrote, which is why it holds no character that a terminal would obey.
+    Commands print it without a traceback and exit with :data:`USER_ERROR_STATUS`. Control characters are escaped: parts
+    of the message may come from files that strangers wrote.
     """
 
     def __init__(self, message: str = '') -> None:
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """``text`` as any terminal and file takes it: control characters, and what is no UTF-8 in names of files, escaped."""
+    """``text`` with control characters, and bytes of file names that are not UTF-8, escaped."""
     if text.replace('\n', '').replace('\t', '').isprintable():
         return text
     return ''.join(c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in text)
@@ -105,12 +105,12 @@ def _recorded(main: Callable[..., int | None]) -> Callable[..., int | None]:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Turn ``main`` into a command: user errors become one message and status 2, Ctrl-C status 130, other signals that stop a
-    training status 75.
+    """Turn ``main`` into a command.
 
-    ``REPLK_MM_TRACEBACK=1`` shows the traceback of a user error too, for those who debug the library.
+    User errors become one message and status 2, Ctrl-C status 130, other signals that stop a training status 75.
+
+    ``REPLK_MM_TRACEBACK=1`` shows the traceback of a user error too.
     """
-
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
         try:

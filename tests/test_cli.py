@@ -21,8 +21,8 @@ def test_dict_in_braces():
 
 
 @pytest.mark.parametrize('word, told', [
-    ('a', "'a' is not KEY=VALUE"), ("a={'b': ", 'cannot parse the value of a'), ('a={b: 1}', 'cannot parse the value of a'),
-    ('a=' + '{' * 5000, 'cannot parse the value of a')], ids=range(4))
+    ('a', "'a' is not KEY=VALUE"), ("a={'b': ", 'cannot parse the value of a'),
+    ('a={b: 1}', 'cannot parse the value of a'), ('a=' + '{' * 5000, 'cannot parse the value of a')], ids=range(4))
 def test_unreadable(word, told, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(word)

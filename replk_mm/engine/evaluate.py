@@ -48,7 +48,7 @@ class Evaluation:
 
 
 def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = False, tta: bool = False,
-         predictions: Path | None = None) -> Evaluation:
+             predictions: Path | None = None) -> Evaluation:
     """Evaluate a checkpoint with the config's test loader and evaluators.
 
     Args:
@@ -107,8 +107,8 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     per_class: dict[str, dict[str, float]] = {}
     for metric in runner.test_evaluator.metrics:
         if not hasattr(metric, 'per_class'):
-            notes.append(f'classes: {type(metric).__module__}.{type(metric).__name__} has no figures of single classes; '
-                         f'replk_mm.IoUMetric and replk_mm.CocoMetric have')
+            notes.append(f'classes: {type(metric).__name__} has no figures of single classes; replk_mm.IoUMetric and '
+                         f'replk_mm.CocoMetric have')
         for name, of_class in getattr(metric, 'per_class', {}).items():
             per_class.setdefault(name, {}).update(of_class)
     images = len(runner.test_dataloader.dataset)
