@@ -12,7 +12,7 @@ import torch
 from replk_mm import checkpoints, demo_pictures
 from replk_mm.analysis import complexity
 from replk_mm.analysis.complexity import MASK_REGIONS, PROPOSALS
-from replk_mm.analysis.speed import Call, Timing, interleaved
+from replk_mm.analysis.speed import Call, Timing, measure
 from replk_mm.data.demo_writer import META, write_demo_data
 from replk_mm.engine import results
 from replk_mm.engine.config import load_config
@@ -143,14 +143,15 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
     models = {'trained': load_trained(load_config(story.config), str(trained), 'cpu'),
               'reparameterized': load_trained(load_config(story.config), str(merged), 'cpu')}
     size = load_config(story.config).crop_size
-    times = interleaved({name: story.inference(model, data) for name, model in models.items()})
+    with torch.no_grad():
+        times = measure({name: story.inference(model, data) for name, model in models.items()})
     for (form, model), checkpoint in zip(models.items(), (trained, merged), strict=True):
         cfg = load_config(story.config)
         where = Options(data_root=str(data), work_dir=str(out / f'test_{form}'), device='cpu')
         found = evaluate(cfg, str(checkpoint), where)
         records.append(results.record(cfg, str(checkpoint), found, tta=False))
         rows.append(Row(form, {name: of(found) for name, of in story.metrics.items()},
-                        complexity.inference_parameters(model), complexity.macs(model, size), times[form]))
+                        complexity.inference_parameters(model), complexity.macs(model, size), times.timing(form)))
     results.write(
         dict(
             rows=[vars(r) | dict(milliseconds=vars(r.milliseconds)) for r in rows],

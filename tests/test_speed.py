@@ -1,6 +1,4 @@
 """Time and memory: known times, known memory."""
-import time
-
 import pytest
 import torch
 
@@ -56,17 +54,3 @@ def test_memory_growth_is_the_peak_not_what_remains() -> None:
     if growth is None:
         pytest.skip('this system does not tell of its peak memory')
     assert 90 * mib < growth < 130 * mib
-
-
-@pytest.mark.parametrize('repeats', [2, 5])
-def test_interleaved_runs_in_turns_and_leaves_the_warmup_out(repeats: int) -> None:
-    order = []
-    calls = {name: lambda name=name: order.append(name) for name in 'ab'}
-    found = speed.interleaved(calls, repeats=repeats, warmup=1)
-    assert order == ['a', 'b'] * (repeats + 1)
-    assert found.keys() == {'a', 'b'} and all(t.low <= t.median <= t.high for t in found.values())
-
-
-def test_interleaved_is_in_milliseconds() -> None:
-    found = speed.interleaved({'sleep': lambda: time.sleep(0.02)}, repeats=3, warmup=0)
-    assert found['sleep'].low >= 20

@@ -4,10 +4,11 @@ CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is ins
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). Writes erf.json (areas, protocol), erf.npz (scores of all
 pixels) and erf.png (heat maps), as docs/erf.md defines them. --compare puts measured ones side by side.
 """
+import os
 import sys
 from pathlib import Path
 
-from replk_mm import cli
+from replk_mm import cli, pages
 from replk_mm.analysis import erf_report
 from replk_mm.analysis.erf import Erf, measure_erf
 from replk_mm.engine.config import load_config
@@ -70,7 +71,8 @@ def compare(paths: list[Path], out: Path, name: str, page: Path | None) -> None:
     picture = out / f'{name}.png'
     erf_report.draw(found, picture)
     if page:
-        erf_report.renew(page, name, text, picture)
+        link = Path(os.path.relpath(picture, page.parent)).as_posix()
+        pages.renew(page, name, f'![Heat maps of effective receptive fields]({link})\n\n{text}')
     else:
         page = write_atomic(picture.with_suffix('.md'), text)
     print(text)

@@ -7,15 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from replk_mm.analysis import complexity, engines
 from replk_mm.analysis.differences import CLASS_MAP, TOLERANCES, Gap, gap_of_gradients, gap_of_results
-from replk_mm.analysis.engines import EngineError
 from replk_mm.analysis.job import Job, fitted_config, memory_of, set_shape, smallest_batch
 from replk_mm.analysis.plain import OURS, PLAIN, PLAIN_TRAINING, networks
-from replk_mm.analysis.speed import MIN_ROUNDS, Call, measure, say, trim
+from replk_mm.analysis.speed import Call, measure, say, trim
 from replk_mm.analysis.workload import Workload, convert, kind_of
 from replk_mm.engine.machine import keep_freed_memory
 from replk_mm.errors import UserError, explained, first_line
@@ -148,13 +146,18 @@ class Bench:
 
     def _inference(self, work: Workload, folder: Path) -> list[Row]:
         reference = work.results(self.networks[PLAIN])
-        rows = []
+        rows, ours = [], self.networks[OURS]
         for name, net in self.networks.items():
             if name != OURS or 'float32' in self.settings.dtypes:
-                gap = None if name == PLAIN else _gap(work, reference, net)
+                gap = None if name == PLAIN else gap_of_results(reference, work.results(net))
                 rows.append(Row(name, work.inference(net), gap, name))
         if 'bfloat16' in self.settings.dtypes:
-            rows += self._fastest_bfloat16(work, reference)
+            converted = copy.deepcopy(ours)
+            convert(converted)
+            # Which of the two is faster depends on the network and the machine.
+            for how, net, suffix in (('autocast', ours, ''), ('converted', converted, ' weights')):
+                rows += self._bfloat16(Row(f'{OURS}, bfloat16{suffix}', work.inference(net, how), None, OURS, how),
+                                       lambda net=net, how=how: gap_of_results(reference, work.results(net, how)))
         return rows + self._engines(work, reference, folder)
 
     def _training(self, work: Workload) -> list[Row]:
@@ -164,72 +167,43 @@ class Bench:
         if 'float32' in self.settings.dtypes:
             rows.append(Row(OURS, work.training(net), gap_of_gradients(reference, work.gradients(net)), OURS))
         if 'bfloat16' in self.settings.dtypes:
-            row = Row(f'{OURS}, bfloat16', work.training(net, 'autocast'), None, OURS, 'autocast')
-            if self._runs(row, lambda: gap_of_gradients(reference, work.gradients(net, 'autocast'), True)):
-                rows.append(row)
+            rows += self._bfloat16(Row(f'{OURS}, bfloat16', work.training(net, 'autocast'), None, OURS, 'autocast'),
+                                   lambda: gap_of_gradients(reference, work.gradients(net, 'autocast'), True))
         return rows
 
-    def _fastest_bfloat16(self, work: Workload, reference: dict[str, Tensor]) -> list[Row]:
-        """Our network in bfloat16, by autocast or converted, whichever is faster here; none if neither runs."""
-        converted = copy.deepcopy(self.networks[OURS])
-        convert(converted)
-        candidates = []
-        for how, net in (('autocast', self.networks[OURS]), ('converted', converted)):
-            row = Row(f'{OURS}, bfloat16', work.inference(net, how), None, OURS, how)
-            if self._runs(row, functools.partial(_gap, work, reference, net, how)):
-                candidates.append(row)
-        if len(candidates) < 2:
-            return candidates
-        trial = measure({row.how: row.call for row in candidates}, MIN_ROUNDS, 1)
-        times = {row.how: trial.timing(row.how).median for row in candidates}
-        self.note(f'bfloat16, {len(work.image)}x3x{work.shape[0]}x{work.shape[1]}: '
-                  + ', '.join(f'{how} {ms:.1f} ms' for how, ms in times.items())
-                  + ' in a trial; the table has the faster')
-        return [min(candidates, key=lambda row: times[row.how])]
-
-    def _runs(self, row: Row, compare: Callable[[], Gap]) -> bool:
-        """Whether a network runs in this precision at all; if so, compare it."""
+    def _bfloat16(self, row: Row, compare: Callable[[], Gap]) -> list[Row]:
+        """The row with its difference, or none and a note if a layer has no bfloat16."""
         try:
             row.gap = compare()
             row.call()
-        except (RuntimeError, TypeError) as error:  # an operator without this precision
+        except (RuntimeError, TypeError) as error:
             self.note(f'{self.job.mode}, {row.name} {row.how}: not possible: {first_line(error)}')
-            return False
-        return True
+            return []
+        return [row]
 
     def _engines(self, work: Workload, reference: dict[str, Tensor], folder: Path) -> list[Row]:
-        rows = list[Row]()
-        wanted = {engine: engines.missing(engine) if self.job.device == 'cpu' else f'{engine}: compared on CPUs only'
-                  for engine in self.settings.engines}
-        for line in filter(None, wanted.values()):
-            self.note(line)
-        available = [engine for engine, line in wanted.items() if line is None]
-        if not available:
-            return rows
-        plain, path = self.networks[PLAIN], folder / 'network.onnx'
-        say(f'  exporting for {" and ".join(available)}')
-        try:
-            engines.export(plain, work.normalized(plain), path)
-        except EngineError as error:
-            self.note(f'{", ".join(available)}: {error}')
-            return rows
-        for engine in available:
-            for dtype in ('float32', *(dtype for dtype in self.settings.dtypes if dtype != 'float32')):
-                try:
-                    rows.append(self._engine(engine, dtype, work, reference, path))
-                except EngineError as error:
-                    self.note(f'{engine}, {dtype}: {error}')
-        return rows
-
-    def _engine(self, engine: str, dtype: str, work: Workload, reference: dict[str, Tensor], path: Path) -> Row:
-        plain = self.networks[PLAIN]
-        run = engines.load(engine, path, self.job.threads, dtype)
-        outputs = [torch.from_numpy(array) for array in run(work.normalized(plain))]
+        rows, plain, path = list[Row](), self.networks[PLAIN], folder / 'network.onnx'
         names = [CLASS_MAP] if kind_of(plain) == 'segmentor' else list(reference)
-        gap = gap_of_results({name: reference[name] for name in names}, dict(zip(names, outputs, strict=True)))
-        # As in the other rows, from image to result.
-        return Row(engine if dtype == 'float32' else f'{engine}, {dtype}', lambda: run(work.normalized(plain)), gap,
-                   how=dtype)
+        for engine in self.settings.engines:
+            lacking = engines.missing(engine) if self.job.device == 'cpu' else f'{engine}: compared on CPUs only'
+            if lacking:
+                self.note(lacking)
+                continue
+            try:
+                if not path.exists():
+                    say('  exporting')
+                    engines.export(plain, work.normalized(plain), path)
+                for dtype in ('float32', *(dtype for dtype in self.settings.dtypes if dtype != 'float32')):
+                    run = engines.load(engine, path, self.job.threads, dtype)
+                    outputs = map(torch.from_numpy, run(work.normalized(plain)))
+                    gap = gap_of_results({name: reference[name] for name in names},
+                                         dict(zip(names, outputs, strict=True)))
+                    # As in the other rows, from image to result.
+                    rows.append(Row(engine if dtype == 'float32' else f'{engine}, {dtype}',
+                                    lambda run=run: run(work.normalized(plain)), gap, how=dtype))
+            except Exception as error:  # of an exporter or an engine: the other rows are measured all the same
+                self.note(f'{engine}: {first_line(error)}')
+        return rows
 
     def _memory(self, job: Job, row: Row) -> int | None:
         if not self.settings.memory or not row.network:
@@ -240,10 +214,6 @@ class Bench:
             self.note(f'memory of {row.name}: not measured: {found}')
             return None
         return found
-
-
-def _gap(work: Workload, reference: dict[str, Tensor], net: nn.Module, how: str = 'float32') -> Gap:
-    return gap_of_results(reference, work.results(net, how))
 
 
 def _change_allocator(keep: bool, call: Call) -> None:

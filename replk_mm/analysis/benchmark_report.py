@@ -57,11 +57,8 @@ def _commit() -> str | None:
     """The commit of this checkout, marked if files have been changed since."""
     if not (_ROOT / '.git').exists() or shutil.which('git') is None:
         return None
-    ran = [subprocess.run(['git', '-C', str(_ROOT), *args], capture_output=True, text=True, check=False)
-           for args in (['rev-parse', 'HEAD'], ['status', '--porcelain', '--untracked-files=no'])]
-    if ran[0].returncode:
-        return None
-    return ran[0].stdout.strip() + (' with changes' if ran[1].stdout.strip() else '')
+    command = ['git', '-C', str(_ROOT), 'describe', '--always', '--exclude=*', '--abbrev=40', '--dirty= with changes']
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def to_json(record: dict) -> str:

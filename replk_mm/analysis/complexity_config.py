@@ -54,10 +54,22 @@ def report(config: str, shape: tuple[int, int] | None = None, options: dict | No
     """
     cfg = load_config(config, options, needs=('model',))
     size, source = (shape, 'given') if shape else default_shape(cfg, config)
+    return count_forms(cfg, config, size, source)[0]
+
+
+def count_forms(cfg: Config, config: str, shape: tuple[int, int], shape_from: str) -> tuple[Report, nn.Module]:
+    """The report of a config at a size, and its network in the training form, without weights.
+
+    Raises:
+        UserError: If the network cannot be built, cannot take the size, or cannot run without values.
+    """
     model = build(cfg)
-    training = counted(model, size, config)
     merged, changes = merge(model)
-    return Report(config, size, source, training, counted(merged, size, config), str(changes))
+    with warnings.catch_warnings(), explained(
+            f'{config}: {type(model).__name__} cannot be counted at 1x3x{shape[0]}x{shape[1]}',
+            'Try another --shape; networks whose control flow depends on values cannot be counted.'):
+        warnings.simplefilter('ignore')
+        return Report(config, shape, shape_from, count(model, shape), count(merged, shape), str(changes)), model
 
 
 def build(cfg: Config) -> Any:
@@ -89,19 +101,6 @@ def default_shape(cfg: Config, config: str) -> tuple[tuple[int, int], str]:
     divisor = cfg.model.get('data_preprocessor', {}).get('pad_size_divisor') or 1
     height, width = (-(-side // divisor) * divisor for side in crop)
     return (height, width), "the config's crop" if (height, width) == crop else "the config's size, padded"
-
-
-def counted(model: nn.Module, shape: tuple[int, int], config: str) -> Count:
-    """:func:`~replk_mm.analysis.complexity.count`, with a message for what a network raises.
-
-    Raises:
-        UserError: If the network cannot take the size, or cannot run without values.
-    """
-    with warnings.catch_warnings(), explained(
-            f'{config}: {type(model).__name__} cannot be counted at 1x3x{shape[0]}x{shape[1]}',
-            'Try another --shape; networks whose control flow depends on values cannot be counted.'):
-        warnings.simplefilter('ignore')
-        return count(model, shape)
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 
 from replk_mm.analysis import complexity
-from replk_mm.analysis.complexity_config import build, counted, merge, versions
+from replk_mm.analysis.complexity_config import build, count_forms, versions
 from replk_mm.bench import published
 from replk_mm.bench.published import Result
 from replk_mm.engine.config import load_config
@@ -78,9 +78,8 @@ def count_row(result: Result) -> dict[str, Any]:
     """All countings of one published row; see :func:`run`."""
     path = str(Path(CONFIGS) / str(result.config))
     cfg = load_config(path)
-    model = build(cfg)
-    training = counted(model, result.input, path)
-    deployed = counted(merge(model)[0], result.input, path)
+    forms, model = count_forms(cfg, path, result.input, 'the published row')
+    training, deployed = forms.training, forms.deployed
     counts = dict(
         deployed=dict(parameters=deployed.inference_parameters, macs=deployed.macs),
         training=dict(parameters=training.parameters, macs=training.macs),

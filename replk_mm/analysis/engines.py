@@ -2,7 +2,6 @@
 import contextlib
 import importlib.util
 import io
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from replk_mm.analysis.workload import kind_of
-from replk_mm.errors import first_line
+from replk_mm.errors import UserError
 
 #: Engines, with the distributions that they need.
 ENGINES = {'openvino': ('openvino', 'onnx', 'onnxscript'), 'onnxruntime': ('onnxruntime', 'onnx', 'onnxscript')}
 
 Run = Callable[[Tensor], list[np.ndarray]]
-
-
-class EngineError(Exception):
-    """An engine that cannot be compared, and why. It ends the comparison with this engine, not the measurement."""
 
 
 def missing(engine: str) -> str | None:
@@ -61,27 +56,18 @@ def export(net: Any, image: Tensor, path: Path) -> None:
         path: File to write; large weights go into another one beside it.
 
     Raises:
-        EngineError: If the network cannot be exported.
+        UserError: If the network has no ONNX form. The exporter raises errors of its own.
     """
     kind = kind_of(net)
     if kind not in ('backbone', 'segmentor'):
-        raise EngineError('a whole detector has no plain ONNX form; compare its backbone: benchmark.py backbone')
-    test = {} if kind == 'backbone' else net.test_cfg or {}
+        raise UserError('a whole detector has no plain ONNX form; compare its backbone: benchmark.py backbone')
+    test = (net.test_cfg or {}) if kind == 'segmentor' else {}
     if test.get('mode') == 'slide' and any(a > b for a, b in zip(image.shape[2:], test['crop_size'], strict=True)):
-        raise EngineError('the config tests with sliding windows, which cannot be exported; for a comparison use '
-                          '--cfg-options model.test_cfg.mode=whole')
-    logger = logging.getLogger('torch.onnx')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter('ignore')
-            torch.onnx.export(Deployed(net).eval(), (image,), str(path), dynamo=True, input_names=['image'],
-                              verbose=False)
-    except Exception as error:  # whatever an exporter raises
-        raise EngineError(f'the network cannot be exported: {type(error).__name__}: {first_line(error)}') from error
-    finally:
-        logger.setLevel(level)
+        raise UserError('the config tests with sliding windows, which cannot be exported; for a comparison use '
+                        '--cfg-options model.test_cfg.mode=whole')
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter('ignore')
+        torch.onnx.export(Deployed(net).eval(), (image,), str(path), dynamo=True, input_names=['image'], verbose=False)
 
 
 def load(engine: str, path: Path, threads: int, dtype: str = 'float32') -> Run:
@@ -94,23 +80,16 @@ def load(engine: str, path: Path, threads: int, dtype: str = 'float32') -> Run:
         dtype: Precision of the computation, ``'float32'`` or ``'bfloat16'``.
 
     Raises:
-        EngineError: If the engine does not have this precision, or rejects the network.
+        UserError: If the engine does not have this precision here. Engines raise errors of their own.
     """
-    if engine == 'onnxruntime' and dtype != 'float32':
-        raise EngineError(f'no {dtype} on CPUs')
-    try:
-        return _onnxruntime(path, threads) if engine == 'onnxruntime' else _openvino(path, threads, dtype)
-    except EngineError:
-        raise
-    except Exception as error:
-        raise EngineError(f'rejects the network: {first_line(error)}') from error
-
-
-def _openvino(path: Path, threads: int, dtype: str) -> Run:
+    if engine == 'onnxruntime':
+        if dtype != 'float32':
+            raise UserError(f'no {dtype} on CPUs')
+        return _onnxruntime(path, threads)
     import openvino
     core = openvino.Core()
     if dtype == 'bfloat16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
-        raise EngineError('this CPU has no bfloat16 for it')
+        raise UserError('this CPU has no bfloat16 for it')
     # Its default precision is bfloat16 on CPUs that have it.
     network = core.compile_model(str(path), 'CPU', {
         'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype], 'INFERENCE_NUM_THREADS': threads,

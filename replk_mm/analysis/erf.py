@@ -21,7 +21,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -250,73 +249,70 @@ def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: i
     where = select_device(device)
     files = image_files(Path(images), count)
     folder = prepare_work_dir(out, option='--out')
-    net = _build(cfg, checkpoint, pretrained, seed, randomize, where)
+    cfg = load_config(cfg, needs=('model',)) if isinstance(cfg, str) else copy.deepcopy(cfg)
+    node, mean_std_rgb = cfg.model.get('backbone') or cfg.model, _normalization(cfg.model.get('data_preprocessor'))
+    size_of = next((node[key] for key in ('arch', 'depth') if isinstance(node.get(key), (str, int))), '')
+    name, config = f'{str(node.type).rpartition(".")[2]} {size_of}'.strip(), Path(str(cfg.filename)).stem
+    backbone, weights = _build(cfg, node, checkpoint, pretrained, seed, randomize, where)
     total, silent, index, shape = torch.zeros(size, size, dtype=torch.float64), 0, 0, torch.Size()
     hidden = Console(stderr=True, quiet=not progress)
     with _quiet():  # the log of how each convolution is computed
         for path in track(files, 'images', console=hidden, disable=not progress):
-            image = net.read(path, size).to(where)
-            with explained(f'{net.config}: {net.name} fails on an image of {size}x{size}', 'Try another --size.'):
-                scores, index, shape = contributions(net.backbone, image, stage)
+            image = read_image(path, size, *mean_std_rgb).to(where)
+            with explained(f'{config}: {name} fails on an image of {size}x{size}', 'Try another --size.'):
+                scores, index, shape = contributions(backbone, image, stage)
             if not scores.isfinite().all():
-                raise UserError(f'{path}: the gradient of {net.name} is not finite with this image\n'
-                                f'Weights: {net.weights}. Remove the image, or use other weights.')
+                raise UserError(f'{path}: the gradient of {name} is not finite with this image\n'
+                                f'Weights: {weights}. Remove the image, or use other weights.')
             total += scores.cpu()
             silent += not scores.any().item()
     source = checkpoint or pretrained
     file = checkpoints.fetch(source) if source else None
-    found = Erf(scores=total.numpy() / len(files), backbone=net.name, config=net.config, weights=net.weights,
+    mean, std, rgb = mean_std_rgb
+    found = Erf(scores=total.numpy() / len(files), backbone=name, config=config, weights=weights,
                 trained=file is not None, checkpoint=dict(path=str(file), sha256=sha256(file)) if file else None,
                 stage=index, channels=shape[1], map_size=(shape[2], shape[3]), size=size, images=len(files),
                 image_set=fingerprint(files), silent=silent, environment=results.environment(),
-                preprocessing=dict(mean=list(net.mean), std=list(net.std), channels='RGB' if net.rgb else 'BGR'))
+                preprocessing=dict(mean=list(mean), std=list(std), channels='RGB' if rgb else 'BGR'))
     found.save(folder)
     draw([found], folder / 'erf.png')
     return found
 
 
-@dataclass(frozen=True)
-class _Network:
-    """A backbone in evaluation mode without gradients of its weights, and the images it takes."""
+def read_image(path: Path, size: int, mean: Sequence[float], std: Sequence[float], rgb: bool) -> Tensor:
+    """An image as a network takes it, ``(1, 3, size, size)``: resized to a square by bicubic interpolation, as the
+    authors of RepLKNet do, and normalized.
 
-    backbone: nn.Module  #: takes ``(1, 3, H, W)``
-    name: str  #: its type and size
-    config: str  #: name of the config
-    weights: str  #: their origin, as text
-    mean: tuple[float, ...]  #: mean of the channels, values 0..255
-    std: tuple[float, ...]  #: standard deviation of the channels
-    rgb: bool  #: order of the channels, else BGR
+    Args:
+        path: The file.
+        size: Side in pixels.
+        mean: Mean of each channel, values 0..255.
+        std: Standard deviation of each channel.
+        rgb: Order of the channels, else BGR.
 
-    def read(self, path: Path, size: int) -> Tensor:
-        """An image as the network takes it, ``(1, 3, size, size)``: resized to a square by bicubic interpolation, as
-        the authors of RepLKNet do, and normalized.
-
-        Raises:
-            UserError: If it cannot be read.
-        """
-        try:
-            with Image.open(path) as opened:
-                square = opened.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
-        except Exception as error:  # Pillow's readers raise many types for damaged files
-            raise UserError(f'{path}: not a readable image ({error or type(error).__name__})\n'
-                            f'Repair or remove it; --images takes every image of a folder.') from error
-        pixels = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1)[None]
-        pixels = pixels if self.rgb else pixels.flip(1)
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return (pixels - mean) / std
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        with Image.open(path) as opened:
+            square = opened.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
+    except Exception as error:  # Pillow's readers raise many types for damaged files
+        raise UserError(f'{path}: not a readable image ({error or type(error).__name__})\n'
+                        f'Repair or remove it; --images takes every image of a folder.') from error
+    pixels = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1)[None]
+    pixels = pixels if rgb else pixels.flip(1)
+    return (pixels - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
 
 
-def _build(given: Config | str, checkpoint: str | None, pretrained: str | None, seed: int, randomize: bool,
-           device: str) -> _Network:
-    """The backbone of a config; for the arguments see :func:`measure_erf`."""
+def _build(cfg: Config, node: ConfigDict, checkpoint: str | None, pretrained: str | None, seed: int, randomize: bool,
+           device: str) -> tuple[nn.Module, str]:
+    """The backbone in evaluation mode without gradients of its weights, and their origin as text."""
     if checkpoint and pretrained:
         raise UserError(f'--pretrained {pretrained}: the checkpoint {checkpoint} already has all weights\n'
                         f'Use one of the two.')
     if randomize and (checkpoint or pretrained):
         raise UserError(f'--randomize: is for random weights; {checkpoint or pretrained} has its own\n'
                         f'Leave one of the two out.')
-    cfg = load_config(given, needs=('model',)) if isinstance(given, str) else copy.deepcopy(given)
-    node = cfg.model.get('backbone') or cfg.model
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the libraries' remarks are about training
         if checkpoint:
@@ -330,9 +326,7 @@ def _build(given: Config | str, checkpoint: str | None, pretrained: str | None, 
             backbone, weights = _start(cfg, node, pretrained, seed, randomize)
     backbone.to(device).requires_grad_(False)
     backbone.eval()  # on its own: mmseg's and mmdet's backbones return None
-    size = next((node[key] for key in ('arch', 'depth') if isinstance(node.get(key), (str, int))), '')
-    return _Network(backbone, f'{str(node.type).rpartition(".")[2]} {size}'.strip(), Path(str(cfg.filename)).stem,
-                    weights, *_normalization(cfg.model.get('data_preprocessor')))
+    return backbone, weights
 
 
 def _start(cfg: Config, node: ConfigDict, pretrained: str | None, seed: int,

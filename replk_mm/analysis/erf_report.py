@@ -1,5 +1,4 @@
 """Effective receptive fields as tables and pictures, alone and side by side."""
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from replk_mm import pages
 from replk_mm.analysis.erf import SHARES, Erf, areas, paper_scale
 from replk_mm.errors import UserError
 
@@ -71,22 +69,6 @@ def remarks(found: Sequence[Erf]) -> list[str]:
     if len({erf.stride for erf in found}) > 1:
         lines.append('strides of the maps differ: ' + ', '.join(f'{erf.backbone} {erf.stride:g}' for erf in found))
     return lines
-
-
-def renew(page: Path, name: str, text: str, picture: Path) -> None:
-    """Renew a block of a Markdown page; see :mod:`replk_mm.pages`.
-
-    Args:
-        page: The page.
-        name: Name of the block.
-        text: Its new text, after the picture.
-        picture: File that the page shows.
-
-    Raises:
-        UserError: If the page does not have exactly one such block.
-    """
-    link = Path(os.path.relpath(picture, page.parent)).as_posix()
-    pages.renew(page, name, f'![Heat maps of effective receptive fields]({link})\n\n{text}')
 
 
 def draw(found: Sequence[Erf], path: Path) -> None:

@@ -104,13 +104,6 @@ def measure(calls: Mapping[str, Call], repeats: int = 15, warmup: int = 2, secon
     return Measurement(found, warmed)
 
 
-def interleaved(calls: Mapping[str, Call], repeats: int = 15, warmup: int = 2) -> dict[str, Timing]:
-    """Time several calls without gradients in turns; see :func:`measure`."""
-    with torch.no_grad():
-        found = measure(calls, repeats, warmup)
-    return {name: found.timing(name) for name in calls}
-
-
 def matrix_product(dtype: torch.dtype, device: str = 'cpu', side: int = 2048, seconds: float = 1.) -> float:
     """GFLOP/s of the product of two square matrices: the roofline with the present number of threads.
 

@@ -102,7 +102,8 @@ class Workload:
             # The last bit decides which boxes a detector selects; its dense outputs can be compared.
             found = {f'output {i}': output.float() for i, output in enumerate(_outputs(net, image))}
             if self.kind == 'segmentor':
-                found[CLASS_MAP] = class_maps(net.test_step(self._batch(False)))
+                samples = net.test_step(self._batch(False))
+                found[CLASS_MAP] = torch.stack([sample.pred_sem_seg.data[0] for sample in samples]).long()
         return found
 
     def gradients(self, net: nn.Module, how: str = 'float32') -> dict[str, Tensor]:
@@ -199,7 +200,9 @@ class Workload:
         masks = np.zeros((_OBJECTS, height, width), np.uint8)
         for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().tolist(), strict=True):
             mask[top:bottom, left:right] = 1
-        labels = torch.randint(0, _detected_classes(net), (_OBJECTS,), generator=generator)
+        head = net.roi_head.bbox_head if hasattr(net, 'roi_head') else net.bbox_head
+        classes = (head[0] if isinstance(head, nn.ModuleList) else head).num_classes
+        labels = torch.randint(0, classes, (_OBJECTS,), generator=generator)
         return {'gt_instances': InstanceData(bboxes=boxes, labels=labels, masks=BitmapMasks(masks, height, width))}
 
 
@@ -232,14 +235,3 @@ def kind_of(net: Any) -> str:
     if hasattr(net, 'decode_head'):
         return 'segmentor'
     return 'detector' if hasattr(net, 'roi_head') or hasattr(net, 'bbox_head') else 'unknown'
-
-
-def class_maps(samples: list) -> Tensor:
-    """Predicted classes of a segmentor's results, ``(N, H, W)``."""
-    return torch.stack([sample.pred_sem_seg.data[0] for sample in samples]).long()
-
-
-def _detected_classes(net: Any) -> int:
-    head: Any = net.roi_head.bbox_head if hasattr(net, 'roi_head') else net.bbox_head
-    first: Any = head[0] if isinstance(head, nn.ModuleList) else head
-    return first.num_classes
