@@ -52,14 +52,10 @@ def fetch(checkpoint: str | Path, folder: str | Path | None = None, progress: bo
     """
     name = str(checkpoint)
     if not name.startswith(('http://', 'https://')):
-        try:
-            path = Path(name).expanduser()
-            if path.is_file():
-                return path
-            what = 'no such checkpoint' + (' (it is a folder)' if path.is_dir() else '')
-        except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, or of no user
-            raise NoCheckpoint(f'{name:.200}: no such checkpoint ({getattr(error, "strerror", error)})') from error
-        raise NoCheckpoint(f'{path}: {what}')
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+        raise NoCheckpoint(f'{path}: no such checkpoint' + (' (it is a folder)' if path.is_dir() else ''))
     path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / name.rsplit('/', 1)[-1]
     try:
         if path.is_file():
@@ -86,17 +82,10 @@ def read(checkpoint: str | Path, map_location: Any = 'cpu', trust: bool = False)
         UserError: If the file does not exist, is damaged, asks for code to be run, or holds no dict.
     """
     path = fetch(checkpoint)
-    loaded = _unpickled(path) if trust and path.suffix != '.safetensors' else safe_load.load(path, map_location)
+    loaded = safe_load.load(path, map_location, trust)
     if not isinstance(loaded, Mapping):
         raise UserError(f'{path}: not a checkpoint but a {type(loaded).__name__}; a dict of tensors is needed')
     return {**loaded, **({'meta': _checked_meta(loaded['meta'], path)} if 'meta' in loaded else {})}
-
-
-def _unpickled(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location='cpu', weights_only=False)
-    except Exception as error:  # it may do anything
-        raise safe_load.damaged(path, error) from error
 
 
 def _checked_meta(meta: Any, path: Path) -> dict[str, Any]:
@@ -212,17 +201,14 @@ class LoadReport:
 
     def details(self) -> str:
         """The keys that did not match, a few of each kind."""
-        lines = [*_some('missing', self.missing), *_some('unexpected', self.unexpected),
-                 *_some('shape differs', [f'{key}: model {ours}, checkpoint {theirs}'
-                                          for key, ours, theirs in self.mismatched])]
+        shapes = [f'{key}: model {ours}, checkpoint {theirs}' for key, ours, theirs in self.mismatched]
+        lines = []
+        for title, items in (('missing', self.missing), ('unexpected', self.unexpected), ('shape differs', shapes)):
+            if items:
+                lines += [f'  {title}: {len(items)}', *(f'    {item}' for item in items[:_SHOWN])]
+            if len(items) > _SHOWN:
+                lines.append(f'    ... and {len(items) - _SHOWN} more')
         return '\n'.join(lines)
-
-
-def _some(title: str, items: list[str]) -> list[str]:
-    if not items:
-        return []
-    more = [f'    ... and {len(items) - _SHOWN} more'] if len(items) > _SHOWN else []
-    return [f'  {title}: {len(items)}', *(f'    {item}' for item in items[:_SHOWN]), *more]
 
 
 def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -> LoadReport:
@@ -246,7 +232,7 @@ def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -
     return report
 
 
-def load_pretrained(backbone: nn.Module, checkpoint: str | Path, prefix: str | None = None, strict: bool = True,
+def load_pretrained(backbone: Any, checkpoint: str | Path, prefix: str | None = None, strict: bool = True,
                     map_location: str = 'cpu') -> LoadReport:
     """Set a backbone's weights from a file of any known format (``init_cfg=dict(type='Pretrained', ...)``).
 
@@ -255,13 +241,11 @@ def load_pretrained(backbone: nn.Module, checkpoint: str | Path, prefix: str | N
         checkpoint: Path or address.
         prefix: What precedes the backbone's keys in the file. Defaults to finding out.
         strict: Raise unless every weight is set, output norms apart. Defaults to True.
-        map_location: Accepted for mmengine's configs; must be ``'cpu'``, from where weights are copied to the model.
+        map_location: Accepted for mmengine's configs, without effect: weights are read on the CPU and copied.
 
     Raises:
         UserError: If the file cannot be read, or does not fit and ``strict``.
     """
-    if map_location != 'cpu':
-        raise UserError(f"init_cfg.map_location={map_location!r}: weights are read on the CPU and copied; use 'cpu'")
     loaded = read(checkpoint)
     found = convert(unwrap(loaded, str(checkpoint)), prefix)
     weights = found.backbone
@@ -274,24 +258,17 @@ def load_pretrained(backbone: nn.Module, checkpoint: str | Path, prefix: str | N
                   f'training batch statistics replace the folded ones; norm_eval=True or small_kernel_merged=True '
                   f'keeps them', logger='current', level=logging.WARNING)
     report = copy_weights(backbone, weights, parts=False)
-    report.missing = [key for key in report.missing if not _starts_as_identity(key)]
-    report.unexpected = [key for key in report.unexpected if not _of_unused_stage(key, backbone)]
+    report.missing = [key for key in report.missing
+                      if not key.endswith('num_batches_tracked') and not _OUTPUT_NORM.match(key)]
+    # Norms of stages that the backbone does not return are of no use to it.
+    report.unexpected = [key for key in report.unexpected if not (norm := _OUTPUT_NORM.match(key))
+                         or int(norm[1] or norm[2]) in backbone.out_indices]
     print_log(f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}', logger='current')
     misfits = report.missing or report.mismatched or report.unexpected
     if misfits and (strict or not report.matched):
         raise UserError(f'{checkpoint}: does not fit {type(backbone).__name__}: {report.summary()}\n'
                         f'{report.details()}\n{guess_cause(report, found, whole=False)}')
     return report
-
-
-def _starts_as_identity(key: str) -> bool:
-    return key.endswith('num_batches_tracked') or _OUTPUT_NORM.match(key) is not None
-
-
-def _of_unused_stage(key: str, backbone: Any) -> bool:
-    """Whether a weight is that of an output norm of a stage that the backbone does not return."""
-    match = _OUTPUT_NORM.match(key)
-    return match is not None and int(match[1] or match[2]) not in backbone.out_indices
 
 
 def _unmerge(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
@@ -340,13 +317,7 @@ def guess_cause(report: LoadReport, found: Converted, whole: bool) -> str:
         key, ours, theirs = classes
         cause = (f'number of classes: {key} has {ours[0]} outputs in the config, {theirs[0]} in the checkpoint. '
                  f"Set num_classes of every head to the checkpoint's.")
-    elif any('.lkb_reparam.' in key for key in report.missing):
-        cause = ('the network is built merged and the checkpoint is not. Remove small_kernel_merged=True; '
-                 'tools/test.py --reparam merges after loading.')
-    elif mismatched:
-        cause = ('another size of the same family (shapes differ). Compare backbone.arch and kernel sizes with the '
-                 "checkpoint's config.")
     else:
-        cause = ('another depth or other options of the same family (norm_intermediate_features, arch). Compare the '
-                 "backbone's arguments with the checkpoint's config.")
+        cause = ('another size or other options of the same family. Compare arch, small_kernel_merged and '
+                 "norm_intermediate_features with the checkpoint's config.")
     return f'Likely cause: {cause}'

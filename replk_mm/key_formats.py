@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from replk_mm.errors import UserError
@@ -83,7 +82,7 @@ def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
     """
     node = checkpoint
     # Weights may stand beside tensors that are none, such as the best accuracy so far: nests go first.
-    while isinstance(node, Mapping):
+    while True:
         nest = next((key for key in NESTS if isinstance(node.get(key), Mapping)), None)
         if nest is None and any(isinstance(value, Tensor) for value in node.values()):
             break
@@ -92,20 +91,10 @@ def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
             raise UserError(f'{where}: no weights in it; found the keys: {found}\n'
                             f'A checkpoint holds tensors at its top level or under one of: {", ".join(NESTS)}.')
         node = node[nest]
-    if not isinstance(node, Mapping):
-        raise UserError(f'{where}: not a checkpoint but a {type(node).__name__}; a dict of tensors is needed')
     weights = {str(key): value for key, value in node.items() if isinstance(value, Tensor) and key not in COUNTERS}
-    for key, value in weights.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            raise UserError(f'{where}: {key} is a tensor of layout {value.layout}, dtype {value.dtype}, on '
-                            f'{value.device}\nWeights are dense tensors of numbers; save the checkpoint with such.')
-    wrapped = True
-    while wrapped:
-        wrapped = False
-        for wrapper in WRAPPERS:
-            if weights and all(key.startswith(wrapper) for key in weights):
-                weights = {key[len(wrapper):]: value for key, value in weights.items()}
-                wrapped = True
+    while wrapper := next((wrapper for wrapper in WRAPPERS if weights and all(
+            key.startswith(wrapper) for key in weights)), None):
+        weights = {key.removeprefix(wrapper): value for key, value in weights.items()}
     return weights
 
 

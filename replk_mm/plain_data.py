@@ -2,7 +2,6 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
@@ -42,8 +41,6 @@ def plain(value: Any, place: str = 'checkpoint') -> Any:
         return value.tolist()
     if isinstance(value, PurePath):
         return str(value)
-    if isinstance(value, Enum):
-        return plain(value.value, place)
     for kind in _PLAIN:
         if isinstance(value, kind):
             return kind(value)  # type: ignore[arg-type]

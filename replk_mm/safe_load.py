@@ -80,17 +80,18 @@ _ALLOWED = [
     argparse.Namespace, _named('numpy.dtype', _DType), _named('numpy.ndarray', _Array),
     _named('mmengine.logging.history_buffer.HistoryBuffer', _Log),
     # A buffer names its own methods, as getattr(HistoryBuffer, 'mean'); they are not taken from the file.
-    _named('builtins.getattr', _function(lambda owner, name: name)),
+    _named('builtins.getattr', lambda owner, name: name),
     *(_named(f'numpy.{core}.multiarray.{name}', _function(function)) for core in ('core', '_core')
       for name, function in (('_reconstruct', lambda *_: _Array((0,), np.int8)), ('scalar', _scalar)))]
 
 
-def load(path: Path, map_location: Any = 'cpu') -> Any:
-    """Read a file of torch or safetensors without running anything in it.
+def load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any:
+    """Read a file of torch or safetensors, without running anything in it unless told to trust it.
 
     Args:
         path: The file. One that ends in ``.safetensors`` gives ``{'state_dict': weights, 'meta': its record}``.
         map_location: Device of the tensors, as :func:`torch.load` takes it. Defaults to the CPU.
+        trust: Unpickle anything, which lets a file of torch run any program.
 
     Raises:
         UserError: If the file is damaged, or asks for code to be run.
@@ -102,17 +103,17 @@ def load(path: Path, map_location: Any = 'cpu') -> Any:
         safe_globals = getattr(torch.serialization, 'safe_globals', nullcontext)
         with safe_globals(_ALLOWED), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about pickles that it may not understand
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=not trust)
     except pickle.UnpicklingError as error:
         found = _REFUSED.search(str(error))
         if found is None:
-            raise damaged(path, error) from error
+            raise _damaged(path, error) from error
         files = shlex.join(map(str, (path, path.with_suffix('.safetensors'))))
         raise UserError(f'{path}: refused: to load it, {found[1]} would have to run\n'
                         f'If you trust its author, convert it to plain weights first: '
                         f'python tools/convert_checkpoint.py {files} --trust-checkpoint') from error
     except Exception as error:  # a few changed bytes make torch raise errors of a dozen kinds
-        raise damaged(path, error) from error
+        raise _damaged(path, error) from error
 
 
 def _load_safetensors(path: Path, map_location: Any) -> dict:
@@ -123,8 +124,7 @@ def _load_safetensors(path: Path, map_location: Any) -> dict:
         return {'state_dict': {key: file.get_tensor(key) for key in keys}, 'meta': meta}
 
 
-def damaged(path: Path, error: Exception) -> UserError:
-    """The error for a file that cannot be read as a checkpoint."""
+def _damaged(path: Path, error: Exception) -> UserError:
     text = str(error).strip()
     return UserError(f'{path}: not a readable checkpoint: damaged, cut off or no checkpoint at all '
                      f'({path.stat().st_size:,} bytes)\n'

@@ -51,7 +51,8 @@ def torchrun(config: Path, *args, signal: str | None = None, timeout: float = 30
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    env = tool_environment(PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}', **({'TEST_SIGNAL': signal} if signal else {}))
+    env = tool_environment(PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}',
+                           **({'TEST_SIGNAL': signal} if signal else {}))
     return subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port),
          str(ROOT / 'tools/train.py'), str(config), '--device', 'cpu', '--launcher', 'pytorch', *map(str, args)],

@@ -1,6 +1,6 @@
 """A hook that sends its own process a signal, once: in the middle of an iteration, as a signal would come.
 
-``TEST_SIGNAL=NAME:train|val:ITERATION`` in the environment says which, and when. Of several processes the first gets it.
+``TEST_SIGNAL=NAME:train|val:ITERATION`` in the environment says which, and when. The first process gets it.
 """
 import os
 import signal

@@ -48,11 +48,14 @@ PLACES = {
         'stages.2.8.pwconv1.weight=stages.2.8.pointwise_conv1.weight', '=stages.0.1.gamma', '=norm3.bias',
         'stages.0.0.dwconv.bias=stages.0.0.depthwise_conv.bias', '=downsample_layers.2.1.weight'],
     'convnext_tiny_mmpretrain': [
-        'backbone.stages.2.8.pointwise_conv1.weight=stages.2.8.pointwise_conv1.weight', 'backbone.norm0.bias=norm0.bias'],
+        'backbone.stages.2.8.pointwise_conv1.weight=stages.2.8.pointwise_conv1.weight',
+        'backbone.norm0.bias=norm0.bias'],
     'convnext_tiny_timm': [
         'stem.0.weight=downsample_layers.0.0.weight', 'stem.1.bias=downsample_layers.0.1.bias',
-        'stages.1.downsample.0.weight=downsample_layers.1.0.weight', 'stages.3.downsample.1.bias=downsample_layers.3.1.bias',
-        'stages.2.blocks.8.mlp.fc2.weight=stages.2.8.pointwise_conv2.weight', 'stages.0.blocks.2.gamma=stages.0.2.gamma',
+        'stages.1.downsample.0.weight=downsample_layers.1.0.weight',
+        'stages.3.downsample.1.bias=downsample_layers.3.1.bias',
+        'stages.2.blocks.8.mlp.fc2.weight=stages.2.8.pointwise_conv2.weight',
+        'stages.0.blocks.2.gamma=stages.0.2.gamma',
         'stages.0.blocks.0.conv_dw.weight=stages.0.0.depthwise_conv.weight', 'head.norm.weight=norm3.weight'],
 }
 BUILD = {
@@ -103,7 +106,8 @@ def test_classifier_is_reported():
 
 
 @pytest.mark.parametrize('name, family, form, merged', [
-    ('replknet31b_official', 'RepLKNet', 'official', False), ('replknet31b_official_merged', 'RepLKNet', 'official', True),
+    ('replknet31b_official', 'RepLKNet', 'official', False),
+    ('replknet31b_official_merged', 'RepLKNet', 'official', True),
     ('convnext_tiny_official', 'ConvNeXt', 'official', False), ('convnext_tiny_timm', 'ConvNeXt', 'timm', False),
     ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False)])
 def test_formats_are_told_apart(name, family, form, merged):
@@ -146,8 +150,8 @@ def test_version_2_of_the_authors(tmp_path):
     assert_same(model, ours)
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(arch=dict(TINY, small_kernel=None))],
-                         ids=str)
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(arch=dict(TINY, small_kernel=None))], ids=str)
 def test_merged_file_into_either_form(kwargs, tmp_path):
     kwargs = {'arch': TINY, **kwargs}
     merged, _ = reparameterize(randomize_norms(RepLKNet(**kwargs)), fold=False)

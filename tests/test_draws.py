@@ -1,11 +1,13 @@
 """Passes over a loader that begin anywhere."""
+import random
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from replk_mm.data.draws import Draw, drawn, endless
+from replk_mm.data.draws import Draw, drawn, endless, seed_iteration, seed_sample
 from replk_mm.errors import UserError
 
 
@@ -58,5 +60,15 @@ def test_numpys_integers_have_positions_too():
 
 def test_a_sampler_of_torch_is_taken_as_it_is():
     plain = DataLoader(range(5), batch_size=2, sampler=RandomSampler(range(5)))
-    seen = [value for batch in islice(endless(drawn(plain, lambda position: None, 0, 1), 0), 3) for value in batch.tolist()]
+    batches = islice(endless(drawn(plain, lambda position: None, 0, 1), 0), 3)
+    seen = [value for batch in batches for value in batch.tolist()]
     assert sorted(seen) == list(range(5))
+
+
+def test_seeds_are_of_the_run_the_iteration_the_process_and_the_sample():
+    seen = []
+    for seed, *words in ((seed_iteration, 1, 5), (seed_iteration, 1, 6), (seed_iteration, 2, 5),
+                         (seed_iteration, 1, 5, 1), (seed_sample, 1, 5), (seed_iteration, 1, 5)):
+        seed(*words)
+        seen.append((random.random(), float(torch.rand(()))))
+    assert seen[0] == seen[-1] and len(set(seen)) == len(seen) - 1

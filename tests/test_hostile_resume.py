@@ -3,23 +3,13 @@ import os
 
 import pytest
 import torch
-from tiny import run_tool, tiny, trained  # noqa: F401
+from checkpoint_cases import Exploit
+from tiny import tiny, trained  # noqa: F401
 from tool_cases import read
 
-from replk_mm.engine.train import train
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
-
-
-class Exploit:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
 
 
 def spoiled(trained, path, change) -> str:
@@ -29,20 +19,12 @@ def spoiled(trained, path, change) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize('command', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_config_in_a_checkpoint_is_not_run(command, tiny, trained, tmp_path):
+def test_the_config_in_a_checkpoint_is_not_run(tiny, trained, tmp_path):
     """mmengine compares it with the run's own, and to read it runs it."""
     proof = tmp_path / 'proof'
     hostile = f'open({str(proof)!r}, "w").close()\nmodel = dict()\n'
     path = spoiled(trained, tmp_path / 'hostile.pth', lambda c: c['meta'].update(config=hostile, cfg=hostile))
-    if command:
-        ran = run_tool('train', tiny.config, '--data-root', tiny.data, '--work-dir', tmp_path / 'work', '--max-iters', 32,
-                       '--device', 'cpu', '--resume', path)
-        assert ran.returncode == 0, ran.stderr[-2000:]
-        last = tmp_path / 'work' / 'iter_32.pth'
-    else:
-        cfg, notes = tiny.prepare(tmp_path / 'work', 32, resume=path)
-        last = train(cfg, notes, preflight=False)
+    last = tiny.train(tmp_path / 'work', 32, resume=path)
     assert not proof.exists()
     assert read(last)['meta']['iter'] == 32
 
@@ -50,7 +32,8 @@ def test_the_config_in_a_checkpoint_is_not_run(command, tiny, trained, tmp_path)
 @pytest.mark.parametrize('resume', [True, False])
 def test_code_in_a_checkpoint_is_refused(resume, tiny, trained, tmp_path):
     proof = tmp_path / 'proof'
-    path = spoiled(trained, tmp_path / 'hostile.pth', lambda c: c['message_hub']['runtime_info'].update(x=Exploit(proof)))
+    exploit = Exploit(os.mkdir, str(proof))
+    path = spoiled(trained, tmp_path / 'hostile.pth', lambda c: c['message_hub']['runtime_info'].update(x=exploit))
     with pytest.raises(UserError, match='refused') as info:
         tiny.train(tmp_path / 'work', 2, **({'resume': path} if resume else {'options': {'load_from': path}}))
     assert not proof.exists() and str(info.value).startswith(path)

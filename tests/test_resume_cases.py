@@ -75,8 +75,6 @@ def test_a_schedule_that_ends_too_early_is_said(tiny, tmp_path):
     _, notes = tiny.prepare(tmp_path, 4, resume='auto')
     assert any(note.startswith('LEARNING RATE: the schedule') and 'ends at iteration 2; this run has 4' in note
                for note in notes)
-    _, notes = tiny.prepare(tmp_path, 2, resume='auto')
-    assert not any('LEARNING RATE' in note for note in notes)
 
 
 def test_mmengines_own_field_resumes_too(tiny, tmp_path):
@@ -90,14 +88,14 @@ def test_the_best_checkpoint_of_another_folder_stays(tiny, tmp_path):
     best = {'default_hooks.checkpoint.save_best': 'aAcc', 'default_hooks.checkpoint.rule': 'less'}
     tiny.train(tmp_path / 'a', 2, best)
     [kept] = (tmp_path / 'a').glob('best_*.pth')
-    tiny.train(tmp_path / 'b', 6, {**best, 'default_hooks.checkpoint.rule': 'greater'}, resume=str(tmp_path / 'a/iter_2.pth'))
+    best['default_hooks.checkpoint.rule'] = 'greater'
+    tiny.train(tmp_path / 'b', 6, best, resume=str(tmp_path / 'a/iter_2.pth'))
     assert kept.is_file()
 
 
 @pytest.mark.parametrize(('interval', 'wrapper', 'said'), [
-    (4, dict(accumulative_counts=2), []), (5, dict(accumulative_counts=2), ['every 5 iterations, and a step takes 2']),
-    (-1, dict(accumulative_counts=2), []),
-    (4, dict(a=dict(accumulative_counts=2), b=dict(accumulative_counts=3)), ['every 4 iterations, and a step takes 6'])])
+    (4, dict(accumulative_counts=2), []), (-1, dict(accumulative_counts=2), []),
+    (5, dict(accumulative_counts=2), ['every 5 iterations, and a step takes 2'])])
 def test_intervals_that_cut_a_step_are_said(interval, wrapper, said):
     cfg = Config(dict(train_cfg=dict(type='replk_mm.IterBasedTrainLoop'), optim_wrapper=wrapper,
                       default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=interval))))
@@ -115,13 +113,6 @@ def test_gradients_of_any_of_several_optimizers_are_waited_for():
         other.update_params((weights[1] * 2).sum())
         done.append(loops._between_steps(runner))
     assert done == [False, True, False, True]
-
-
-def test_factored_moments_are_resumed(tiny, tmp_path):
-    # Adafactor keeps other things of matrices than of vectors.
-    options = {'optim_wrapper.optimizer': dict(_delete_=True, type='TorchAdafactor', lr=1e-3, weight_decay=0.01)}
-    tiny.train(tmp_path / 'w', 2, options)
-    assert tiny.train(tmp_path / 'w', 4, options, resume='auto').name == 'iter_4.pth'
 
 
 def test_another_optimizer_is_refused(tiny, tmp_path):
@@ -144,17 +135,9 @@ def test_checkpoints_of_the_first_version_resume(tiny, tmp_path):
     torch.save(content, tmp_path / 'old.pth')
     resumed = tiny.train(tmp_path / 'x', 4, resume=str(tmp_path / 'old.pth'))
     assert differences(straight, resumed) == []
-    logs = [checkpoints.read(path)['message_hub']['log_scalars']['train/loss']['values'] for path in (straight, resumed)]
+    logs = [checkpoints.read(path)['message_hub']['log_scalars']['train/loss']['values']
+            for path in (straight, resumed)]
     assert len(logs[0]) == 4 and torch.equal(*logs)
-
-
-def test_a_checkpoint_at_an_address(tiny, tmp_path, monkeypatch):
-    last, asked = tiny.train(tmp_path / 'w', 2), []
-    read = checkpoints.read
-    monkeypatch.setattr(checkpoints, 'read', lambda path, *args: asked.append(path) or read(last, *args))
-    _, notes = tiny.prepare(tmp_path / 'x', 4, resume='https://example.org/iter_2.pth')
-    assert asked == ['https://example.org/iter_2.pth']
-    assert any('resume: https://example.org/iter_2.pth, iteration 2' in note for note in notes)
 
 
 def test_a_loader_without_a_batch_is_named(tiny, tmp_path):
@@ -165,8 +148,6 @@ def test_a_loader_without_a_batch_is_named(tiny, tmp_path):
     cfg.train_dataloader.update(batch_size=64, drop_last=True)
     with pytest.raises(UserError, match='train_dataloader: yields no batch: 4 samples, 64 a batch'):
         train(cfg, notes, preflight=False)
-
-
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------

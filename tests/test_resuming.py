@@ -88,6 +88,7 @@ def test_the_record_of_the_last_checkpoint_is_believed_if_it_can_be(record, chos
     assert last_checkpoint(work) == str(work / f'iter_{chosen}.pth')
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_former(checkpoints_of_a_run, tiny, tmp_path):
     work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
     code = """
@@ -102,8 +103,9 @@ LocalBackend.put = put
 run_path({tool!r}, run_name='__main__')
 """
     ran = subprocess.run(
-        [sys.executable, '-c', code.format(tool=str(ROOT / 'tools/train.py')), str(tiny.config), '--data-root', str(tiny.data),
-         '--work-dir', str(work), '--device', 'cpu', '--max-iters', '8', '--resume', '--no-preflight'],
+        [sys.executable, '-c', code.format(tool=str(ROOT / 'tools/train.py')), str(tiny.config),
+         '--data-root', str(tiny.data), '--work-dir', str(work), '--device', 'cpu', '--max-iters', '8', '--resume',
+         '--no-preflight'],
         capture_output=True, text=True, timeout=200, check=False, env=tool_environment())
     assert ran.returncode == -signal.SIGKILL, ran.stderr[-2000:]
     left = [p.name for p in work.glob('*.pth*')]

@@ -1,5 +1,7 @@
 """mmengine's runner with the changes that our runs need."""
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,19 @@ from replk_mm.errors import UserError
 from replk_mm.plain_data import log_buffer, plain
 
 
+def _explained(build: Callable, part: str) -> Callable:
+    """A builder of mmengine's runner whose errors name the field of ``cfg[part]``, and whose data fit the model."""
+    @functools.wraps(build)
+    def explained(runner: 'Runner', *args) -> Any:
+        with explaining(runner.cfg, part):
+            built = build(runner, *args)
+            if isinstance(built, BaseLoop):
+                check_loading(built.dataloader.dataset, num_classes_of(bare(runner.model)))
+            return built
+
+    return explained
+
+
 class Runner(MMEngineRunner):
     """mmengine's runner that trains with several processes on CPUs, names the config field behind an error,
     writes plain checkpoints, whole or not at all, and runs no code of those that it loads."""
@@ -40,34 +55,11 @@ class Runner(MMEngineRunner):
         """Build a loader whose worker processes ignore the signals that stop this one."""
         return shield_workers(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed))
 
-    def build_train_loop(self, loop: dict) -> BaseLoop:
-        """Build the loop with its loader and data set."""
-        with explaining(self.cfg, 'train_dataloader'):
-            return self._checked(super().build_train_loop(loop))
-
-    def build_val_loop(self, loop: dict) -> BaseLoop:
-        """Build the loop with its loader, data set and metrics."""
-        with explaining(self.cfg, 'val_dataloader'):
-            return self._checked(super().build_val_loop(loop))
-
-    def build_test_loop(self, loop: dict) -> BaseLoop:
-        """Build the loop with its loader, data set and metrics."""
-        with explaining(self.cfg, 'test_dataloader'):
-            return self._checked(super().build_test_loop(loop))
-
-    def _checked(self, loop: Any) -> Any:
-        check_loading(loop.dataloader.dataset, num_classes_of(bare(self.model)))
-        return loop
-
-    def build_optim_wrapper(self, optim_wrapper: dict) -> OptimWrapper:
-        """Build the optimizer and what wraps it."""
-        with explaining(self.cfg, 'optim_wrapper'):
-            return super().build_optim_wrapper(optim_wrapper)
-
-    def build_param_scheduler(self, scheduler: dict | list) -> list | dict:
-        """Build the schedules of the learning rate."""
-        with explaining(self.cfg, 'param_scheduler'):
-            return super().build_param_scheduler(scheduler)
+    build_train_loop = _explained(MMEngineRunner.build_train_loop, 'train_dataloader')
+    build_val_loop = _explained(MMEngineRunner.build_val_loop, 'val_dataloader')
+    build_test_loop = _explained(MMEngineRunner.build_test_loop, 'test_dataloader')
+    build_optim_wrapper = _explained(MMEngineRunner.build_optim_wrapper, 'optim_wrapper')
+    build_param_scheduler = _explained(MMEngineRunner.build_param_scheduler, 'param_scheduler')
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for distributed training; on CPUs without device ids, which mmengine 0.10.7 always passes."""
