@@ -19,9 +19,11 @@ from tiny_detector import CLASSES, detector, trained_detector, write_coco  # noq
 
 from replk_mm.checkpoints import read
 from replk_mm.data.datasets import crop_of
+from replk_mm.engine.coco_metric import CocoMetric
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.merge import reparameterize_checkpoint
 from replk_mm.engine.predict import described, instances, load_trained, predict
+from replk_mm.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -101,7 +103,7 @@ def test_ap_of_detections_that_are_nearly_right(tmp_path, classes):
 
 
 @pytest.mark.parametrize('order', [('a', 'b'), ('b', 'a'), ('b', 'unheard-of', 'a')])
-@pytest.mark.parametrize('settings', [{}, dict(classwise=True), dict(metric_items=['mAP']), dict(iou_thrs=[.5, .75])])
+@pytest.mark.parametrize('settings', [{}, dict(classwise=True)])
 def test_figures_belong_to_the_class_whatever_the_order(tmp_path, order, settings):
     root = write_coco(tmp_path / 'data', val=6, classes=('a', 'b'))
     annotations = root / 'annotations' / 'instances_val2017.json'
@@ -115,12 +117,17 @@ def test_figures_belong_to_the_class_whatever_the_order(tmp_path, order, setting
             bboxes=torch.tensor(boxes).reshape(-1, 4).float(), scores=torch.ones(len(boxes)),
             labels=torch.full((len(boxes),), order.index('b'))))])
     found = metric.evaluate(6)
-    if 'iou_thrs' not in settings:
-        assert found['coco/bbox_mAP'] == pytest.approx(.5)
-    if settings in ({}, dict(classwise=True)):
-        assert [metric.per_class[name]['bbox_mAP'] for name in 'ab'] == pytest.approx([0, 1])
-    if 'classwise' in settings:
+    assert found['coco/bbox_mAP'] == pytest.approx(.5)
+    assert [metric.per_class[name]['bbox_mAP'] for name in 'ab'] == pytest.approx([0, 1])
+    if settings:
         assert found['coco/b_precision'] == pytest.approx(1) and found['coco/a_precision'] == 0
+
+
+def test_the_metric_rejects_what_it_does_not_compute():
+    with pytest.raises(UserError, match="metric='proposal'.*\n.*type='CocoMetric'"):
+        CocoMetric(metric='proposal')
+    with pytest.raises(TypeError, match='iou_thrs'):
+        CocoMetric(iou_thrs=[.5, .75])
 
 
 def test_classes_come_with_the_checkpoint(detector, tmp_path):  # noqa: F811

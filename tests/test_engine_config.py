@@ -271,6 +271,10 @@ def test_workers_fit_the_cores(monkeypatch):
             assert cfg[f'{split}_dataloader'].num_workers == workers
             assert f'{split} data workers: {workers} instead of 999' in '\n'.join(notes)
             assert cfg[f'{split}_dataloader'].persistent_workers
+    cfg = machine_config()
+    cfg.val_dataloader.num_workers = 0
+    assert 'val data workers: none, so no persistent_workers' in fit_to_machine(cfg, None, 'cpu', 1)
+    assert 'persistent_workers' not in cfg.val_dataloader
 
 
 AMP = dict(type='AmpOptimWrapper', loss_scale='dynamic')
@@ -289,7 +293,7 @@ BF16 = 'replk_mm.BFloat16OptimWrapper'
     (AMP, None, 'cuda', 'AmpOptimWrapper', None),
     ({}, 'fp16', 'cuda', 'AmpOptimWrapper', 'float16'),
     ({}, 'bf16', 'cuda', 'AmpOptimWrapper', 'bfloat16'),
-    (dict(type=BF16), None, 'cuda', 'AmpOptimWrapper', None),
+    (dict(type=BF16), None, 'cuda', 'AmpOptimWrapper', 'bfloat16'),
 ])
 def test_precision_follows_the_device(configured, amp, device, kind, said):
     cfg = machine_config(**configured)

@@ -25,17 +25,40 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
 
     Names and meaning are mmdet's: fractions, at most 100 detections an image; NaN where the annotations contain no
     object of that size, 0 where a model finds nothing. Classes are matched by name, as in :class:`CocoDataset`; those
-    that the annotation file lacks are left out. Other metrics than ``bbox`` and ``segm``, and other settings than
-    COCO's, are computed by mmdet.
+    that the annotation file lacks are left out. The arguments are those of mmdet's metric that keep COCO's own
+    settings; ``type='CocoMetric'``, which is mmdet's, takes the others.
+
+    Args:
+        ann_file: File of the annotations; None for those of the data samples.
+        metric: ``'bbox'``, ``'segm'`` or a list of them.
+        classwise: Also report ``{class}_precision`` for every class.
+        format_only: Write the files of results and compute nothing.
+        outfile_prefix: Path and beginning of the name of the files of results; None for a temporary folder.
+        backend_args: Of mmengine's file backend.
+        collect_device: See :class:`GatheringMetric`.
+        prefix: Of the names of the figures. Defaults to ``'coco'``.
+
+    Raises:
+        UserError: If ``metric`` names another one.
 
     Attributes:
         per_class: ``{class: {'bbox_mAP', 'bbox_mAP_50', ..., 'instances'}}`` of the annotated classes; fractions, and
             the number of annotated objects without crowds.
     """
 
-    iou_thrs: np.ndarray
     _coco_api: COCO | None
     cat_ids: list[int] | None
+
+    def __init__(self, ann_file: str | None = None, metric: str | list[str] = 'bbox', classwise: bool = False,
+                 format_only: bool = False, outfile_prefix: str | None = None, backend_args: dict | None = None,
+                 collect_device: str = 'gpu', prefix: str | None = None) -> None:
+        names = [metric] if isinstance(metric, str) else list(metric)
+        if not set(names) <= {'bbox', 'segm'}:
+            raise UserError(f"replk_mm.CocoMetric: metric={metric!r}; it computes 'bbox' and 'segm'\n"
+                            f"Use type='CocoMetric', which is mmdet's, for others.")
+        super().__init__(ann_file=ann_file, metric=names, classwise=classwise, format_only=format_only,
+                         outfile_prefix=outfile_prefix, backend_args=backend_args, collect_device=collect_device,
+                         prefix=prefix)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Metrics from the ground truth and detections of all images.
@@ -44,7 +67,6 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             UserError: If masks are to be scored and the model has found none.
         """
         truths, found = zip(*results, strict=True)
-        self.iou_thrs = np.asarray(self.iou_thrs)  # pycocotools takes no list
         if 'segm' in self.metrics and 'masks' not in found[0]:
             raise UserError("evaluator: metric 'segm' scores masks, and the model finds boxes only\n"
                             "Set metric='bbox' in val_evaluator and test_evaluator.")
@@ -59,9 +81,9 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             # In the order in which pycocotools hands out its figures.
             self.cat_ids = sorted(category for category in by_label if category is not None)
             kept = [self._of_known_categories(result, by_label) for result in found]
-            if not self._is_plain():
-                return super().compute_metrics(list(zip(truths, kept, strict=True)))
             files = self.results2json(kept, prefix)
+            if self.format_only:
+                return {}
             metrics: dict[str, float] = {}
             for kind in self.metrics:
                 metrics.update(self._evaluate(kind, files[kind]))
@@ -75,12 +97,6 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             metrics.update({f'{name}_precision': figures[f'{self.metrics[-1]}_mAP']
                             for name, figures in self.per_class.items()})
         return metrics
-
-    def _is_plain(self) -> bool:
-        """Whether the metric is COCO's own, with nothing that only mmdet's code computes."""
-        return (not self.format_only and set(self.metrics) <= {'bbox', 'segm'} and self.metric_items is None
-                and np.array_equal(np.round(self.iou_thrs, 6), np.round(np.linspace(.5, .95, 10), 6))
-                and self.proposal_nums[0] == 100)
 
     def _of_known_categories(self, result: dict, by_label: list[int | None]) -> dict:
         """Detections of the classes that the annotation file has, their labels as places in ``cat_ids``; mmdet fails on

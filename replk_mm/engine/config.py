@@ -159,10 +159,10 @@ def fit_to_machine(cfg: Config, amp: str | None, device: str, local_processes: i
         UserError: If the device does not support ``amp``.
     """
     notes = _norms(cfg, device)
-    if device == 'cpu' and cfg.get('env_cfg', {}).get('dist_cfg', {}).get('backend') == 'nccl':
+    alone = cfg.get('launcher', 'none') == 'none'
+    if device == 'cpu' and not alone and cfg.get('env_cfg', {}).get('dist_cfg', {}).get('backend') == 'nccl':
         cfg.env_cfg.dist_cfg.backend = 'gloo'
-        if cfg.get('launcher', 'none') != 'none':
-            notes.append('process group: gloo instead of nccl, which needs GPUs')
+        notes.append('process group: gloo instead of nccl, which needs GPUs')
     notes += _precision(cfg, amp, device)
     notes += _workers(cfg, device, local_processes)
     return notes + (_learning_rate(cfg, processes) if processes else [])
@@ -193,9 +193,10 @@ def _workers(cfg: Config, device: str, local_processes: int) -> list[str]:
             notes.append(f'{split} data workers: {workers} instead of {loader["num_workers"]} '
                          f'({share} cores a process)')
             loader['num_workers'] = workers
-        if loader and not loader.get('num_workers', 0):
-            loader['persistent_workers'] = False
-            loader.pop('prefetch_factor', None)  # torch refuses it without workers
+        if loader and not loader.get('num_workers', 0):  # torch rejects both without workers
+            settings = [key for key in ('persistent_workers', 'prefetch_factor') if loader.pop(key, None)]
+            if settings:
+                notes.append(f'{split} data workers: none, so no {" and no ".join(settings)}')
     return notes
 
 
@@ -236,10 +237,11 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
     if wanted is None:
         return []  # a wrapper of the user's own stays as it is
     if device != 'cpu':
-        if amp or wrapper['type'] != 'AmpOptimWrapper':
-            wrapper.update(type='AmpOptimWrapper', dtype={'bf16': 'bfloat16', 'fp16': 'float16'}[wanted],
-                           loss_scale='dynamic' if wanted == 'fp16' else 1.0)
-        return [f'precision: {wrapper["dtype"]} autocast'] if amp else []
+        if not amp and wrapper['type'] == 'AmpOptimWrapper':
+            return []
+        wrapper.update(type='AmpOptimWrapper', dtype={'bf16': 'bfloat16', 'fp16': 'float16'}[wanted],
+                       loss_scale='dynamic' if wanted == 'fp16' else 1.0)
+        return [f'precision: {wrapper["dtype"]} autocast']
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)
     if wanted == 'bf16':
