@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from replk_mm.bench import records
-from replk_mm.bench.schema import MEASUREMENTS, fingerprint
+from replk_mm.bench.schema import MEASUREMENTS
 
 
 def record(**changes) -> dict:
@@ -119,21 +119,6 @@ def test_files_of_several_machines_merge(tmp_path):
     merged = records.read([tmp_path / 'all'])
     assert merged == records.read([tmp_path / 'a', tmp_path / 'b'])
     assert sorted(one['seed'] for one in merged[0]) == [0, 1]
-
-
-def test_since(tmp_path):
-    path = tmp_path / 'f.jsonl'
-    assert records.since(path, 0) == []
-    records.append(record(key='a'), path)
-    size = path.stat().st_size
-    assert records.since(path, size) == []
-    records.append(record(key='b'), path)
-    assert [one['key'] for one in records.since(path, size)] == ['b']
-    assert [one['key'] for one in records.since(path, 0)] == ['a', 'b']
-
-
-def test_fingerprints_ignore_the_order_of_keys():
-    assert fingerprint({'a': 1, 'b': [2]}) == fingerprint({'b': [2], 'a': 1}) != fingerprint({'a': 1, 'b': [3]})
 
 
 def test_spread_by_hand():

@@ -76,7 +76,7 @@ UNTRAINED = dict(name='a', config='c.py')
     (rows(checkpoint='x'), 'rows[0] (a): has both iterations and checkpoint'),
     (rows(iterations='5'), "iterations: Input should be a valid integer; found '5'"),
     (rows(seeds=[0, 0]), 'seeds: a seed is listed twice'),
-    (rows(measure=['metric', 'taste']), "measure[1]: Input should be 'metric', 'complexity', "),
+    (rows(measure=['metric', 'taste']), "measure[1]: Input should be 'complexity', 'metric', "),
     (dict(rows=[dict(UNTRAINED, measure=['metric'])]), 'metric needs trained weights'),
     (dict(rows=[dict(UNTRAINED, measure=[])]), 'nothing to train and nothing to measure'),
     (dict(rows=[dict(UNTRAINED, checkpoint='x', measure=['curve'])]), 'curve needs a training'),

@@ -18,8 +18,7 @@ from tiny import CONFIG, ROOT, make_data, run_tool, tiny, tool_environment, trai
 from replk_mm.bench import records
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import measurements, plan
-from replk_mm.bench.suites.worker import perform, reason_of
-from replk_mm.errors import UserError
+from replk_mm.bench.suites.worker import perform
 
 _count = itertools.count()
 
@@ -181,13 +180,6 @@ def test_pretraining(tiny, weights, name):  # noqa: F811
     cfg = tiny.cfg()
     cfg.model.backbone.init_cfg = weights and dict(type='Pretrained', checkpoint=weights)
     assert measurements.pretraining_of(cfg) == name
-
-
-def test_reasons_in_words():
-    assert reason_of(UserError('this\nthat')) == 'this\nthat'
-    assert reason_of(KeyError('x')) == "KeyError: 'x'"
-    assert reason_of(RuntimeError('\nfirst\nsecond')) == 'RuntimeError: first'
-    assert reason_of(AssertionError()) == 'AssertionError: no message'
 
 
 # ---- whole commands

@@ -72,8 +72,6 @@ def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
     done = len(plan.chosen(suite, choice.only)) - len(tasks) - len(failed)
     print(f'{suite.name}: {len(tasks)} rows and seeds to do' + (f', {done} are done' if done else '')
           + f'; results go to {choice.work_dir}', file=sys.stderr, flush=True)
-    if settings.jobs > 1 or settings.launcher != 'none':
-        print('speed and memory are measured at the end, one row at a time', file=sys.stderr)
     from replk_mm.engine.results import environment  # imports torch
     failed += Runner(settings, environment).run(tasks)
     if failed:

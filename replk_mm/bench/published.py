@@ -18,41 +18,23 @@ METRICS = ('miou_ss', 'miou_ms', 'ap_box', 'ap_mask')
 
 @dataclass(frozen=True)
 class Result:
-    """One published row: a backbone, what it was trained on, and what it reached.
+    """One published row: a backbone, what it was trained on, and what it reached."""
 
-    Args:
-        task: ``'segmentation'`` or ``'detection'``.
-        backbone: the paper's name, such as ``'RepLKNet-31B'``.
-        pretraining: what the backbone was pretrained on.
-        dataset: what the whole model was trained and evaluated on.
-        method: ``'UperNet'``, ``'Cascade Mask R-CNN'`` ...
-        schedule: length of the training, in words.
-        crop: side of the square training crop in pixels; None for detection.
-        metrics: percent, by name (:data:`METRICS`); a metric the source does not state is absent.
-        params_m: parameters of the whole model, millions.
-        flops_g: billions of multiply-accumulates at ``input``.
-        input: height and width in pixels.
-        source: paper and repository.
-        recipe: name in ``table('recipes')``.
-        variant: which of the recipe's variants; None where it has one only.
-        config: name of the config file that follows the recipe; None where there is none.
-    """
-
-    task: str
-    backbone: str
-    pretraining: str
-    dataset: str
-    method: str
-    schedule: str
-    crop: int | None
-    metrics: Mapping[str, float]
-    params_m: float
-    flops_g: float
-    input: tuple[int, int]
-    source: str
-    recipe: str
-    variant: str | None
-    config: str | None
+    task: str  # 'segmentation' or 'detection'
+    backbone: str  # the paper's name, such as 'RepLKNet-31B'
+    pretraining: str  # of the backbone
+    dataset: str  # of training and evaluation
+    method: str  # 'UperNet', 'Cascade Mask R-CNN' ...
+    schedule: str  # length of the training, in words
+    crop: int | None  # side of the training crop in pixels; None for detection
+    metrics: Mapping[str, float]  # percent, by name; without those that the source does not state
+    params_m: float  # of the whole model, millions
+    flops_g: float  # billions of multiply-accumulates at `input`
+    input: tuple[int, int]  # height and width in pixels
+    source: str  # paper and repository
+    recipe: str  # name in table('recipes')
+    variant: str | None  # of the recipe, if it has several
+    config: str | None  # name of the file that follows the recipe, if there is one
 
     @property
     def family(self) -> str:

@@ -158,16 +158,10 @@ def by_suite(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 
 @dataclass(frozen=True)
 class Spread:
-    """Values of several seeds.
-
-    Attributes:
-        mean: Of all.
-        deviation: The sample's standard deviation (divided by n - 1); None for a single value.
-        count: How many.
-    """
+    """Values of several seeds."""
 
     mean: float
-    deviation: float | None
+    deviation: float | None  # of the sample (divided by n - 1); None for a single value
     count: int
 
 

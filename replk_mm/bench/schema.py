@@ -22,11 +22,11 @@ from replk_mm import pages
 from replk_mm.errors import UserError, did_you_mean
 
 VERSION = 1
-Measurement = Literal['train', 'complexity', 'metric', 'curve', 'erf', 'shape_bias', 'speed', 'memory']
+#: What a suite may ask for; ``train`` is added to a row with a training budget.
+Asked = Literal['complexity', 'metric', 'curve', 'erf', 'shape_bias', 'speed', 'memory']
+Measurement = Literal['train', Asked]
 #: In the order in which they are made.
 MEASUREMENTS: tuple[str, ...] = get_args(Measurement)
-#: What a suite may ask for; ``train`` is added to a row with a training budget.
-Asked = Literal['metric', 'complexity', 'speed', 'memory', 'curve', 'erf', 'shape_bias']
 #: What can be measured with random weights.
 WITHOUT_WEIGHTS = ('complexity', 'erf', 'speed', 'memory')
 _BUDGETS = ('iterations', 'schedule', 'checkpoint')
@@ -333,33 +333,19 @@ def now() -> datetime:
 
 
 class Task(BaseModel):
-    """What the process of a row and seed is told: the row, and what is known before it runs.
+    """What the process of a row and seed is told: the row, and what is known before it runs."""
 
-    Attributes:
-        work_dir: Of the suite.
-        row: The row.
-        seed: Of the training.
-        config: What ``replk_mm.engine.config.load_config`` takes.
-        data_root: None for the config's own.
-        device: None for a GPU if there is one.
-        launcher: ``'none'``, ``'pytorch'`` or ``'slurm'``.
-        measures: What to measure, in order.
-        keys: Of the records, by measurement.
-        pretraining: Of the backbone; None if neither the suite nor the paper tells.
-        shared: Fields that all records of the row have in common.
-    """
-
-    work_dir: Path
+    work_dir: Path  # of the suite
     row: Row
     seed: int
-    config: str
-    data_root: str | None
-    device: str | None
-    launcher: str = 'none'
-    measures: tuple[str, ...]
-    keys: dict[str, str]
-    pretraining: str | None
-    shared: dict[str, Any]
+    config: str  # what replk_mm.engine.config.load_config takes
+    data_root: str | None  # None for the config's own
+    device: str | None  # None for a GPU if there is one
+    launcher: str = 'none'  # or 'pytorch', 'slurm'
+    measures: tuple[str, ...]  # in order
+    keys: dict[str, str]  # of the records, by measurement
+    pretraining: str | None  # of the backbone; None if neither the suite nor the paper tells
+    shared: dict[str, Any]  # fields that all records of the row have in common
 
     @property
     def name(self) -> str:
@@ -393,12 +379,11 @@ class Task(BaseModel):
     def record(self, measurement: str, started: datetime, environment: Mapping[str, Any],
                **content: Any) -> dict[str, Any]:
         """A record of a measurement that ends now; ``content`` holds the fields that only the measurement knows."""
-        timing = dict(started=started.isoformat(timespec='microseconds'),
-                      seconds=round((now() - started).total_seconds(), 3))
-        empty = dict(status='done', reason=None, values={}, protocol={}, facts={}, checkpoint=None, files={})
-        return dict(version=VERSION, row=self.row.name, label=self.row.label, seed=self.seed, measurement=measurement,
-                    key=self.keys[measurement], asked=list(self.keys), environment=environment,
-                    **self.shared, **timing, **{**empty, **content})
+        return {**self.shared, **dict(
+            version=VERSION, row=self.row.name, label=self.row.label, seed=self.seed, measurement=measurement,
+            status='done', reason=None, values={}, protocol={}, facts={}, files={}, checkpoint=None,
+            started=started.isoformat(timespec='microseconds'), seconds=round((now() - started).total_seconds(), 3),
+            environment=environment, key=self.keys[measurement], asked=list(self.keys)), **content}
 
 
 def table(model: type[BaseModel]) -> str:

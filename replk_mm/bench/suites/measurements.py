@@ -115,10 +115,8 @@ def train(task: Task) -> Found:
         data_root=task.data_root, work_dir=str(folder), max_iters=task.row.iterations, resume='auto' if begun else None,
         seed=task.seed, launcher=task.launcher, device=task.device))
     batch, crop, processes = cfg.train_dataloader.batch_size, crop_of(cfg), processes_of(task.launcher)[0]
-    precision = dict(AmpOptimWrapper=str(cfg.optim_wrapper.get('dtype') or 'float16')).get(
-        str(cfg.optim_wrapper.get('type')), 'float32')
-    if cfg.optim_wrapper.get('type') == 'replk_mm.BFloat16OptimWrapper':
-        precision = 'bfloat16'
+    precision = {'AmpOptimWrapper': str(cfg.optim_wrapper.get('dtype') or 'float16'),
+                 'replk_mm.BFloat16OptimWrapper': 'bfloat16'}.get(cfg.optim_wrapper.get('type'), 'float32')
     protocol = dict(crop=list(crop) if crop else None, batch=batch * processes,
                     pretraining=task.pretraining or pretraining_of(cfg), precision=precision)
     if begun:  # the config no longer has the initial weights

@@ -30,21 +30,13 @@ _ONCE_IMPLICIT = [f'replk_mm.{name}' for name in (
 
 @dataclass(frozen=True)
 class Choice:
-    """What the command line says about a suite.
+    """What the command line says about a suite."""
 
-    Attributes:
-        work_dir: Where everything is written.
-        resume: Continue an earlier run.
-        only: Names or patterns of rows, or numbers of pairs of row and seed; empty for all.
-        data_root: Of all rows; None for what the suite says.
-        device: None for a GPU if there is one.
-    """
-
-    work_dir: Path
-    resume: bool = False
-    only: Sequence[str] = ()
-    data_root: str | None = None
-    device: str | None = None
+    work_dir: Path  # where everything is written
+    resume: bool = False  # continue an earlier run
+    only: Sequence[str] = ()  # names or patterns of rows, or numbers of pairs of row and seed; empty for all
+    data_root: str | None = None  # of all rows; None for what the suite says
+    device: str | None = None  # None for a GPU if there is one
 
 
 def chosen(suite: Suite, only: Sequence[str]) -> list[tuple[Row, int]]:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -34,19 +33,12 @@ _GRACE = 30.
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run tasks.
+    """How to run tasks."""
 
-    Attributes:
-        jobs: Processes at a time.
-        launcher: ``'none'``, ``'pytorch'`` or ``'slurm'``: how training and test of a row are started.
-        processes: Of each row, under a launcher.
-        module: What a process runs, ``python -m``.
-    """
-
-    jobs: int = 1
-    launcher: str = 'none'
-    processes: int = 1
-    module: str = 'replk_mm.bench.suites.worker'
+    jobs: int = 1  # tasks at a time
+    launcher: str = 'none'  # of training and test of a row: 'none', 'pytorch' or 'slurm'
+    processes: int = 1  # of each row, under a launcher
+    module: str = 'replk_mm.bench.suites.worker'  # what a process runs, python -m
 
 
 def stages(tasks: Sequence[Task], settings: Settings) -> list[tuple[int, list[Task]]]:
@@ -258,10 +250,7 @@ def _kill(process: subprocess.Popen, number: int) -> None:
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     """Let SIGTERM, which Slurm sends at the time limit, end the suite as Ctrl-C does."""
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -34,21 +34,13 @@ DISTRIBUTED = ('train', 'metric')
 
 @dataclass
 class Found:
-    """The result of a measurement; plain data.
+    """The result of a measurement; plain data."""
 
-    Attributes:
-        values: The figures.
-        protocol: What must be equal for values to be ranked together.
-        facts: Anything else.
-        files: Paths, by what they are.
-        checkpoint: The weights that were measured, None for random ones.
-    """
-
-    values: dict[str, Any]
-    protocol: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, Any] = field(default_factory=dict)
-    checkpoint: dict[str, Any] | None = None
+    values: dict[str, Any]  # the figures
+    protocol: dict[str, Any] = field(default_factory=dict)  # what must be equal for values to be ranked together
+    facts: dict[str, Any] = field(default_factory=dict)  # anything else
+    files: dict[str, Any] = field(default_factory=dict)  # paths, by what they are
+    checkpoint: dict[str, Any] | None = None  # the weights that were measured, None for random ones
 
 
 Measure = Callable[[Task], Found]
