@@ -22,10 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import run_tool, tiny, trained  # noqa: F401
 
-from replk_mm.bench.compare import compare
 from replk_mm.bench.compare.pictures import NEITHER, A, B, label_difference
 from replk_mm.bench.compare.results import Source
-from replk_mm.bench.compare.run import mean_difference, paired_bootstrap
+from replk_mm.bench.compare.run import compare, mean_difference, paired_bootstrap
 from replk_mm.bench.compare.segmentation import Counts, miou_difference
 from replk_mm.bench.compare.text import lines
 from replk_mm.engine import results

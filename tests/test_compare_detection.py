@@ -16,13 +16,11 @@ from tiny_detector import detector, trained_detector  # noqa: F401
 
 pytest.importorskip('pycocotools')
 
-from replk_mm.bench.compare import (
-    compare,  # noqa: E402
-    text,  # noqa: E402
-)
+from replk_mm.bench.compare import text  # noqa: E402
 from replk_mm.bench.compare.detection import match, open_detections, open_objects  # noqa: E402
 from replk_mm.bench.compare.pictures import A, B  # noqa: E402
 from replk_mm.bench.compare.results import Source, open_result  # noqa: E402
+from replk_mm.bench.compare.run import compare  # noqa: E402
 from replk_mm.engine import results  # noqa: E402
 from replk_mm.engine.evaluate import evaluate  # noqa: E402
 from replk_mm.errors import UserError  # noqa: E402

@@ -6,8 +6,8 @@ from compare_cases import write_record
 
 from replk_mm import cli
 from replk_mm.bench import records
-from replk_mm.bench.compare import compare
 from replk_mm.bench.compare.results import _is_known, open_result
+from replk_mm.bench.compare.run import compare
 from replk_mm.errors import UserError
 
 
@@ -31,7 +31,8 @@ def test_a_result_does_not_say_what_is_run(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = {'beside the result': str(evil), 'elsewhere': 'theirs/evil.py', 'out of a package': f'mmseg::{evil}',
              'of a package that is none': 'theirs::evil.py'}[place]
-    folders = [write_record(tmp_path / name, named, tmp_path, {'mIoU': 5.}, {'a': dict(IoU=5., pixels=3)}, 1) for name in 'ab']
+    folders = [write_record(tmp_path / name, named, tmp_path, {'mIoU': 5.}, {'a': dict(IoU=5., pixels=3)}, 1)
+               for name in 'ab']
     with pytest.raises(UserError) as info:
         compare(str(folders[0]), str(folders[1]))
     assert not proof.exists()

@@ -3,16 +3,11 @@ import sys
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.bench.compare import compare, silent, text
+from replk_mm.bench.compare import text
 from replk_mm.bench.compare.results import Source
+from replk_mm.bench.compare.run import compare
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import command
-
-
-def show(done: int, of: int) -> None:
-    """A counter on standard error."""
-    if done % 50 == 0 or done == of:
-        print(f'\r{done} of {of} images', end='\n' if done == of else '', file=sys.stderr, flush=True)
 
 
 @command
@@ -40,8 +35,7 @@ def main() -> None:
         prepare_work_dir(out, option='--out')
     found = compare(args.a, args.b, Source(args.data_root, args.config, args.classes, args.cfg_options),
                     images=None if args.no_images else args.images, kind=args.kind, score=args.score, seed=args.seed,
-                    out=out,
-                    progress=show if sys.stderr.isatty() else silent)
+                    out=out)
     print('\n'.join(text.lines(found)))
     if out:
         written = text.write(found, out)

@@ -2,7 +2,8 @@
 import contextlib
 import io
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 from pycocotools import mask as masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from rich.console import Console
+from rich.progress import track
 
 from replk_mm.bench.compare.results import Result, Source, config_of
 from replk_mm.data import coco
@@ -154,8 +157,7 @@ def _detection(entry: dict, objects: Objects, kind: str) -> dict:
     return found
 
 
-def match(objects: Objects, detections: COCO, ids: Sequence[int | str], kind: str,
-          progress: Callable[[int, int], None] = lambda done, of: None) -> dict[int | str, Matches]:
+def match(objects: Objects, detections: COCO, ids: Sequence[int | str], kind: str) -> dict[int | str, Matches]:
     """Match the detections of images with pycocotools.
 
     Args:
@@ -163,10 +165,10 @@ def match(objects: Objects, detections: COCO, ids: Sequence[int | str], kind: st
         detections: Of one result.
         ids: Of images.
         kind: ``'bbox'`` or ``'segm'``: what IoU is taken of.
-        progress: Called with images done and images in all.
     """
     found: dict[int | str, Matches] = {i: Matches() for i in ids}
-    for start in range(0, len(ids), _CHUNK):
+    starts = range(0, len(ids), _CHUNK)
+    for start in track(starts, 'images', console=Console(stderr=True), disable=not sys.stderr.isatty()):
         evaluation = COCOeval(objects.api, detections, kind)
         evaluation.params.imgIds = ids[start:start + _CHUNK]
         evaluation.params.iouThrs, evaluation.params.areaRng = np.array([IOU]), [[0, 1e10]]
@@ -180,7 +182,6 @@ def match(objects: Objects, detections: COCO, ids: Sequence[int | str], kind: st
             for i, taken, ignored in zip(one['dtIds'], one['dtMatches'][0], one['dtIgnore'][0], strict=True):
                 if not ignored:
                     (to.right if taken else to.false).append(detections.anns[i])
-        progress(min(start + _CHUNK, len(ids)), len(ids))
     return found
 
 

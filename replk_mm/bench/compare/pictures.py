@@ -10,7 +10,7 @@ import numpy as np
 from replk_mm.bench.compare.results import Result
 from replk_mm.data.files import read_image
 from replk_mm.engine.predict import write_picture
-from replk_mm.visualize import draw_instances, legend, overlay, sheet
+from replk_mm.visualize import draw_instances, overlay, put_text, sheet, swatches
 
 if TYPE_CHECKING:
     from replk_mm.bench.compare.detection import Matches, Objects
@@ -25,7 +25,6 @@ _CAPTION = 18
 _OPACITY = 0.65
 #: Images on one sheet.
 PER_SHEET = 8
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 @dataclass
@@ -34,14 +33,14 @@ class Rows:
 
     Attributes:
         rows: Of five pictures ``(H, W, 3)`` BGR each, with a caption.
-        key: What colours mean: colour (RGB), text, whether it is a dashed outline.
+        key: What colours (RGB) mean.
         classes: Names of the classes.
         palette: RGB of each class; empty if colours do not mean classes.
         occurring: For each row, indices of the classes in it.
     """
 
     rows: list[list[tuple[np.ndarray, str]]]
-    key: Sequence[tuple[Sequence[int], str, bool]]
+    key: list[tuple[Sequence[int], str]]
     classes: list[str] = field(default_factory=list)
     palette: list[list[int]] = field(default_factory=list)
     occurring: list[np.ndarray] = field(default_factory=list)
@@ -75,8 +74,8 @@ def label_difference(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.
 
 def label_rows(labels: 'Labels', pair: tuple[Result, Result], changed: Sequence[dict]) -> Rows:
     """Pictures of label maps of the images that changed."""
-    found = Rows([], [(A, 'right in A only', False), (B, 'right in B only', False), (NEITHER, 'wrong in both', False),
-                      (BOTH, 'right in both', False), (NO_LABEL, 'no label', False)], labels.classes, labels.palette)
+    found = Rows([], [(A, 'right in A only'), (B, 'right in B only'), (NEITHER, 'wrong in both'),
+                      (BOTH, 'right in both'), (NO_LABEL, 'no label')], labels.classes, labels.palette)
     for scores in changed:
         label = labels.read(scores['index'])
         a, b = (labels.prediction(scores['index'], result) for result in pair)
@@ -105,9 +104,8 @@ def object_rows(objects: 'Objects', detections: Sequence, matches: Sequence[dict
     masks = [api.annToMask if kind == 'segm' else None for api in (objects.api, *detections)]
     for scores in changed:
         image = read_image(objects.folder / scores['image'])
-        scale = min(WIDTH / image.shape[1], HEIGHT / image.shape[0])
-        size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+        image, scale = _fit(image, HEIGHT, cv2.INTER_CUBIC)
+        size = image.shape[1::-1]
         a, b, pale = *(part[scores['id']] for part in matches), _pale(image)
         truth = [objects.api.anns[i] for i in sorted(a.found | a.missed)]
 
@@ -128,9 +126,9 @@ def object_rows(objects: 'Objects', detections: Sequence, matches: Sequence[dict
             (drawn([(b.right, B), (b.false, NEITHER)], masks[2]), _tally(scores, 'b')),
             (_object_difference(pale.copy(), truth, a, b, scale), f'F1 {scores["a"]:.2f} -> {scores["b"]:.2f}')])
     return Rows(rows, [
-        (TRUTH, 'object', False), (A, 'A: found', False), (B, 'B: found', False), (NEITHER, 'A or B: false', False),
-        (A, 'differ: only A found', False), (B, 'differ: only B found', False), (BOTH, 'differ: both found', False),
-        (NEITHER, 'differ: both missed', False), (A, 'differ: false in A', True), (B, 'differ: false in B', True)])
+        (TRUTH, 'object'), (A, 'A: found'), (B, 'B: found'), (NEITHER, 'A or B: false'), (A, 'differ: only A found'),
+        (B, 'differ: only B found'), (BOTH, 'differ: both found'), (NEITHER, 'differ: both missed'),
+        (A, 'crossed: false in A'), (B, 'crossed: false in B')])
 
 
 def _tally(scores: dict, letter: str) -> str:
@@ -151,43 +149,26 @@ def _object_difference(picture: np.ndarray, truth: Sequence[dict], a: 'Matches',
         cv2.rectangle(picture, (left, top), (right, bottom), colour[::-1], 2)
     for matches, colour in ((a, A), (b, B)):
         for entry in matches.false:
-            _dashed(picture, [round(v) for v in _corners(entry, scale)], colour)
+            left, top, right, bottom = (round(v) for v in _corners(entry, scale))
+            cv2.rectangle(picture, (left, top), (right, bottom), colour[::-1], 1)
+            middle = (left + right) // 2, (top + bottom) // 2
+            cv2.drawMarker(picture, middle, colour[::-1], cv2.MARKER_TILTED_CROSS, 10)
     return picture
 
 
-def _dashed(picture: np.ndarray, box: Sequence[int], colour: Sequence[int], dash: int = 5) -> None:
-    left, top, right, bottom = box
-    for x in range(left, right, 2 * dash):
-        for y in (top, bottom):
-            cv2.line(picture, (x, y), (min(x + dash, right), y), list(colour[::-1]), 1)
-    for y in range(top, bottom, 2 * dash):
-        for x in (left, right):
-            cv2.line(picture, (x, y), (x, min(y + dash, bottom)), list(colour[::-1]), 1)
+def _fit(picture: np.ndarray, height: int, enlarge: int) -> tuple[np.ndarray, float]:
+    """A picture as large as fits into ``WIDTH`` x ``height``, and its scale."""
+    scale = min(WIDTH / picture.shape[1], height / picture.shape[0])
+    size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else enlarge), scale
 
 
 def _cell(picture: np.ndarray, caption: str, height: int) -> np.ndarray:
-    scale = min(WIDTH / picture.shape[1], height / picture.shape[0])
-    size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
-    if size != picture.shape[1::-1]:
-        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    picture, _ = _fit(picture, height, cv2.INTER_NEAREST)
     cell = np.full((height + _CAPTION, WIDTH, 3), 255, np.uint8)
-    cell[:size[1], :size[0]] = picture
-    shown = caption if len(caption) <= 40 else f'...{caption[-37:]}'
-    cv2.putText(cell, shown, (2, height + 13), _FONT, 0.38, (30, 30, 30), 1, cv2.LINE_AA)
+    cell[:picture.shape[0], :picture.shape[1]] = picture
+    put_text(cell, caption if len(caption) <= 40 else f'...{caption[-37:]}', (2, height + 13), 0.38)
     return cell
-
-
-def _key(entries: Sequence[tuple[Sequence[int], str, bool]]) -> np.ndarray:
-    panel = np.full((20 * len(entries) + 34, 210, 3), 255, np.uint8)
-    for row, (colour, text, outline) in enumerate(entries):
-        y = 30 + 20 * row
-        if outline:
-            _dashed(panel, (10, y, 24, y + 14), colour, 3)
-        else:
-            cv2.rectangle(panel, (10, y), (24, y + 14), colour[::-1], -1)
-            cv2.rectangle(panel, (10, y), (24, y + 14), (120, 120, 120), 1)
-        cv2.putText(panel, text, (32, y + 12), _FONT, 0.45, (30, 30, 30), 1, cv2.LINE_AA)
-    return panel
 
 
 def write_sheets(out: Path, found: Rows, titles: Sequence[str]) -> list[str]:
@@ -211,15 +192,13 @@ def write_sheets(out: Path, found: Rows, titles: Sequence[str]) -> list[str]:
         height = min(HEIGHT, max(round(picture.shape[0] * WIDTH / picture.shape[1])
                                  for row in rows for picture, _ in row))
         canvas = sheet([[_cell(picture, caption, height) for picture, caption in row] for row in rows], titles)
-        panel = _key(found.key)
-        space = canvas.shape[0] - panel.shape[0]
+        key = list(found.key)
         if found.palette:
             ids = np.unique(np.concatenate(found.occurring[start:start + PER_SHEET]))
-            height = max(space, 20 * min(len(ids), 12) + 10)
-            panel = np.vstack([panel, legend(ids, found.classes, found.palette, height, shares=False)])
-        tall = max(canvas.shape[0], panel.shape[0])
-        canvas, panel = (np.vstack([part, np.full((tall - part.shape[0], part.shape[1], 3), 255, np.uint8)])
-                         for part in (canvas, panel))
+            key += [(found.palette[i], found.classes[i]) for i in ids if i < len(found.classes)]
+        panel = swatches(key, max(canvas.shape[0], 20 * min(len(key), 20) + 10))
+        below = panel.shape[0] - canvas.shape[0]
+        canvas = cv2.copyMakeBorder(canvas, 0, below, 0, 0, cv2.BORDER_CONSTANT, value=NO_LABEL)
         names.append(f'changed_{start // PER_SHEET + 1}.png')
         write_picture(out / names[-1], np.hstack([canvas, panel]))
     return names

@@ -17,13 +17,8 @@ from replk_mm.errors import UserError
 DRAWS = 1000
 
 
-def silent(done: int, of: int) -> None:
-    """Show no progress."""
-
-
 def compare(path_a: str, path_b: str, source: Source | None = None, *, images: int | None = 8, kind: str = 'bbox',
-            score: float = 0.3, seed: int = 0, out: Path | None = None,
-            progress: Callable[[int, int], None] = silent) -> dict:
+            score: float = 0.3, seed: int = 0, out: Path | None = None) -> dict:
     """Compare two results.
 
     Args:
@@ -35,7 +30,6 @@ def compare(path_a: str, path_b: str, source: Source | None = None, *, images: i
         score: Detections less sure are left out when images are compared.
         seed: Of the resampling, 0 or more.
         out: Folder for pictures of the most changed images.
-        progress: Called with images done and images in all.
 
     Returns:
         Plain data for JSON; see docs/compare.md.
@@ -55,15 +49,15 @@ def compare(path_a: str, path_b: str, source: Source | None = None, *, images: i
         return found
     root = results.data_root(a, b, source)
     if a.task == 'segmentation':
-        return found | _segmentation((a, b), source, root, images, seed, out, progress)
-    return found | _detection((a, b), source, root, images, seed, out, progress, kind, score)
+        return found | _segmentation((a, b), source, root, images, seed, out)
+    return found | _detection((a, b), source, root, images, seed, out, kind, score)
 
 
 def _segmentation(pair: tuple[Result, Result], source: Source, root: str | None, images: int, seed: int,
-                  out: Path | None, progress: Callable[[int, int], None]) -> dict:
+                  out: Path | None) -> dict:
     from replk_mm.bench.compare import segmentation
     labels = segmentation.open_labels(pair, source, root)
-    counts = segmentation.count(labels, pair, progress)
+    counts = segmentation.count(labels, pair)
     for which, result in enumerate(pair):
         segmentation.check_reproduced(result, labels, counts, which)
     miou, accuracy = segmentation.scores(counts)
@@ -84,11 +78,11 @@ def _segmentation(pair: tuple[Result, Result], source: Source, root: str | None,
 
 
 def _detection(pair: tuple[Result, Result], source: Source, root: str | None, images: int, seed: int, out: Path | None,
-               progress: Callable[[int, int], None], kind: str, score: float) -> dict:
+               kind: str, score: float) -> dict:
     from replk_mm.bench.compare import detection
     objects = detection.open_objects(pair[0], source, root, kind)
     detections = tuple(detection.open_detections(result, objects, kind, score) for result in pair)
-    matches = [detection.match(objects, part, list(objects.images), kind, progress) for part in detections]
+    matches = [detection.match(objects, part, list(objects.images), kind) for part in detections]
     of = np.array([[(len(m.found), len(m.missed), len(m.false)) for m in part.values()] for part in matches])
     f1 = detection.f1(of)
     scores = [dict(image=image['file_name'], id=key, a=float(f1[0, n]), b=float(f1[1, n]),

@@ -1,5 +1,6 @@
 """Two segmentation results image by image: labels and predictions as the test read them, pixels counted and scored."""
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 from replk_mm.bench.compare.results import Result, Source, config_of
 from replk_mm.data.checks.audit import check_data
@@ -131,7 +134,7 @@ class Counts:
         return self.predicted + self.labelled - self.intersect
 
 
-def count(labels: Labels, results: tuple[Result, Result], progress: Callable[[int, int], None]) -> Counts:
+def count(labels: Labels, results: tuple[Result, Result]) -> Counts:
     """Count the pixels of all images, one image at a time.
 
     Raises:
@@ -144,7 +147,7 @@ def count(labels: Labels, results: tuple[Result, Result], progress: Callable[[in
     def amounts(ids: np.ndarray) -> np.ndarray:
         return np.bincount(ids, minlength=classes)[:classes]
 
-    for i in range(images):
+    for i in track(range(images), 'images', console=Console(stderr=True), disable=not sys.stderr.isatty()):
         label = labels.read(i)
         counted = label != labels.ignore_index
         found.labelled[i] = amounts(label[counted])
@@ -157,7 +160,6 @@ def count(labels: Labels, results: tuple[Result, Result], progress: Callable[[in
             prediction, true = prediction[counted], label[counted]
             found.predicted[j, i] = amounts(prediction)
             found.intersect[j, i] = amounts(prediction[prediction == true])
-        progress(i + 1, images)
     return found
 
 
