@@ -17,7 +17,6 @@ from pycocotools.cocoeval import COCOeval
 from tiny import run_tool
 from tiny_detector import CLASSES, detector, trained_detector, write_coco  # noqa: F401
 
-from replk_mm.checkpoints import read
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.coco_metric import CocoMetric
 from replk_mm.engine.evaluate import evaluate
@@ -242,29 +241,11 @@ def test_size_of_images_is_what_the_last_step_makes_it(pipeline, expected):
 
 
 @pytest.mark.slow
-def test_commands(detector, tmp_path):  # noqa: F811
-    work = tmp_path / 'work'
-    where = ('--data-root', detector.data, '--device', 'cpu')
-    done = run_tool('train', detector.config, *where, '--work-dir', work, '--max-iters', 2, '--seed', 0)
+def test_predict_draws_and_describes_objects(detector, trained_detector, tmp_path):  # noqa: F811
+    args = (detector.config, trained_detector, detector.data / 'val2017' / '000.png', '--out', tmp_path)
+    done = run_tool('predict', *args, '--score', 0)
     assert done.returncode == 0, done.stderr
-    merged = tmp_path / 'merged.pth'
-    done = run_tool('reparameterize', detector.config, work / 'iter_2.pth', merged)
-    assert done.returncode == 0 and 'equal' in done.stdout, done.stderr
-    figures = []
-    for name, checkpoint in (('before', work / 'iter_2.pth'), ('after', merged)):
-        done = run_tool('test', detector.config, checkpoint, *where, '--work-dir', work, '--out', tmp_path / name)
-        assert done.returncode == 0, done.stderr
-        written = json.loads((tmp_path / name / 'metrics.json').read_text())
-        assert set(written['per_class']) <= set(CLASSES) and written['data']['images'] == 3
-        assert (tmp_path / name / 'predictions' / 'instances.segm.json').is_file()
-        figures.append(written['metrics']['coco/bbox_mAP'])
-    assert figures[0] == pytest.approx(figures[1], abs=1e-3)
-    done = run_tool('predict', detector.config, merged, detector.data / 'val2017' / '000.png', '--out',
-                    tmp_path / 'out', '--score', 0, '--device', 'cpu')
-    assert done.returncode == 0, done.stderr
-    assert cv2.imread(str(tmp_path / 'out' / '000_overlay.png')).shape == (96, 96, 3)
-    assert isinstance(json.loads((tmp_path / 'out' / '000_objects.json').read_text()), list)
-    done = run_tool('predict', detector.config, merged, detector.data / 'val2017' / '000.png', '--out',
-                    tmp_path / 'out', '--score', 2)
+    assert cv2.imread(str(tmp_path / '000_overlay.png')).shape == (96, 96, 3)
+    assert isinstance(json.loads((tmp_path / '000_objects.json').read_text()), list)
+    done = run_tool('predict', *args, '--score', 2)
     assert done.returncode == 2 and '2.0 is not in 0..1' in done.stderr
-    assert read(merged)['meta']['dataset_meta']['classes'][2] == 'car'

@@ -252,7 +252,7 @@ def test_jobs_follow_max_jobs_or_the_processors(monkeypatch):
     assert 1 <= build_mmcv.jobs() <= os.cpu_count()
 
 
-@pytest.mark.parametrize('python', ['/nowhere/python3', 'no-such-python'])
-def test_make_says_which_python_it_did_not_find(python):
+def test_make_says_which_python_it_did_not_find():
+    python = '/nowhere/python3'
     done = subprocess.run(['make', '-C', str(ROOT), 'setup', f'PYTHON={python}'], capture_output=True, text=True)
     assert done.returncode != 0 and f"no Python at '{python}'" in done.stdout + done.stderr
