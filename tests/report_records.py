@@ -3,7 +3,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from replk_mm.bench.report import assemble
+from replk_mm.bench.report import page as rendered
 
 CLASSES, PALETTE = ['sky', 'ground', 'water'], [[135, 190, 235], [125, 150, 75], [40, 85, 165]]
 PROTOCOL = dict(task='segmentation', data=dict(root='scenes', sha256='d' * 64, images=80), crop=[96, 96], mode='whole',
@@ -131,3 +135,19 @@ def made_up_suite(folder: Path) -> Path:
               record('broken', 0, 'train', {}, status='failed', reason='loss is NaN at iteration 12',
                      label='<script>document.title = "broken out"</script>')]
     return write(folder, found)
+
+
+@pytest.fixture(scope='module')
+def suite(tmp_path_factory) -> Path:
+    """The made-up suite's work dir."""
+    return made_up_suite(tmp_path_factory.mktemp('made_up'))
+
+
+@pytest.fixture(scope='module')
+def found(suite) -> assemble.Report:
+    return assemble.read([suite])
+
+
+@pytest.fixture(scope='module')
+def page(found) -> str:
+    return rendered.html(found)

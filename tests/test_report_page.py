@@ -19,12 +19,14 @@ from report_records import (
     PROTOCOL,
     facts,
     files_of,
+    found,  # noqa: F401
     label_map,
-    made_up_suite,
     metric,
+    page,  # noqa: F401
     record,
     scenes,
     speed,
+    suite,  # noqa: F401
     write,
 )
 
@@ -33,16 +35,7 @@ from replk_mm.bench.report import page as rendered
 from replk_mm.bench.report.examples import Album, Data
 from replk_mm.bench.report.page import _over_seeds
 
-
-@pytest.fixture(scope='module')
-def found(tmp_path_factory):
-    """The made-up suite."""
-    return assemble.read([made_up_suite(tmp_path_factory.mktemp('made_up'))])
-
-
-@pytest.fixture(scope='module')
-def page(found) -> str:
-    return rendered.html(found)
+# ruff: noqa: F811 (fixtures that come from another file)
 
 
 def parsed(text: str) -> list[tuple[str, dict]]:
@@ -240,10 +233,9 @@ def test_pictures_from_elsewhere_are_told(tmp_path) -> None:
 
 
 @pytest.mark.parametrize('changes', [
-    dict(bbox=[1e308] * 4), dict(bbox=[1e300, 0, 1, 1]), dict(bbox=5), dict(bbox=['a'] * 4), dict(score='x'),
-    dict(category_id=[]), dict(image_id=[]), dict(segmentation=dict(size=[100000, 100000], counts='x')),
-    dict(segmentation=dict(size=[60, 80], counts=[-5, 9999])), dict(segmentation=dict(size=[60, 80], counts=5)),
-    dict(segmentation=[[0, 0, 1e12, 0, 1e12, 1e12]]), dict(segmentation=[5]), dict(segmentation='x')], ids=str)
+    dict(bbox=[1e308] * 4), dict(bbox=['a'] * 4), dict(score='x'), dict(category_id=[]), dict(image_id=[]),
+    dict(segmentation=dict(size=[60, 80], counts=[-5, 9999])), dict(segmentation=[[0, 0, 1e12, 0, 1e12, 1e12]])],
+    ids=str)
 def test_odd_objects_are_drawn_or_reported(changes, tmp_path) -> None:
     data = scenes(tmp_path / 'data', 1)
     thing = dict(id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30], score=0.9)

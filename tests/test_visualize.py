@@ -32,14 +32,9 @@ def test_legend_shows_the_colours_of_what_is_there(height):
     assert ((0, 0, 255) in colours) == (height > 12), 'with one row, the row counts the others'
     assert ((0, 255, 0) in colours) == (height > 12)
     assert (30, 20, 10) not in colours
-
-
-def test_legend_is_ordered_by_area():
-    labels = np.zeros((10, 10), int)
-    labels[:3] = 1
-    panel = legend(labels, ['red', 'green', 'dark'], PALETTE, 100)
-    rows = {colour: np.flatnonzero((panel == colour).all(-1).any(1))[0] for colour in ((0, 0, 255), (0, 255, 0))}
-    assert rows[0, 0, 255] < rows[0, 255, 0]
+    if height > 64:
+        first = [np.flatnonzero((panel == colour).all(-1).any(1))[0] for colour in ((0, 0, 255), (0, 255, 0))]
+        assert first[0] < first[1], 'the largest first'
 
 
 def test_sheet_places_every_picture():
