@@ -1,5 +1,4 @@
 """Small data sets in ADE20K's layout, their config, and what the checks found in them."""
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +64,3 @@ def found(result: Audit) -> set[tuple[str, str]]:
 
 def kinds(result: Audit, *severities: str) -> set[str]:
     return {problem.kind for _, problem in result.found() if not severities or problem.severity in severities}
-
-
-if __name__ == '__main__':
-    write_pairs(Path(sys.argv[1]), 'train', int(sys.argv[2]))
-    write_pairs(Path(sys.argv[1]), 'val', max(1, int(sys.argv[2]) // 10))

@@ -87,15 +87,10 @@ def test_report_shows_five_and_the_file_has_all(data):
     assert found['data_sets'][1]['sizes'] == [dict(width=64, height=64, images=3)]
 
 
-@pytest.mark.parametrize('suffix', ['.png', '.pdf', '.svg', '', '.foo'])
-def test_suffixes_of_pictures(data, tmp_path, suffix):
-    path = tmp_path / f'x{suffix}'
-    if suffix in ('.png', '.pdf', '.svg'):
-        picture.check_suffix(path)
-        assert picture.draw(full(seg_config(data)), path) and path.stat().st_size > 1000
-    else:
-        with pytest.raises(UserError, match=r'ends with \.png'):
-            picture.check_suffix(path)
+@pytest.mark.parametrize('suffix', ['', '.foo'])
+def test_suffixes_of_no_picture(suffix):
+    with pytest.raises(UserError, match=r'ends with \.png'):
+        picture.check_suffix(Path(f'x{suffix}'))
 
 
 @pytest.mark.parametrize('classes', [3, 60])

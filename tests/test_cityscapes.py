@@ -111,16 +111,6 @@ def test_bad_source_is_named_and_the_others_are_converted(root, spoil, said):
     assert not label(root, 1, '_labelTrainIds.png').exists()
 
 
-def test_nothing_is_left_of_a_map_that_could_not_be_written(root, monkeypatch):
-    def full(self, target):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(Path, 'replace', full)
-    found = convert(root)
-    assert len(found.problems) == 3 and 'No space left on device' in found.problems[0]
-    assert not list(root.rglob('*.part')) and not list(root.rglob('*TrainIds*'))
-
-
 def test_nothing_to_convert(root, tmp_path):
     with pytest.raises(UserError, match='no such folder'):
         convert(tmp_path / 'gone')

@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
 from replk_mm.data.checks.classes import check_heads
-from replk_mm.data.class_heads import head_counts, reject_stuff
+from replk_mm.data.class_heads import head_counts, reject_panoptic
 from replk_mm.data.classes import set_classes, use_classes
 from replk_mm.engine.prepare import counts_of
 from replk_mm.errors import UserError
@@ -50,10 +50,10 @@ def test_a_head_of_borders_keeps_its_two_classes():
 def test_panoptic_data_name_more_classes_than_the_box_heads():
     cfg = config(mmdet, 'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py')
     check_heads(cfg, head_counts(cfg.model), ('train', 'val'))
-    with pytest.raises(UserError, match=r'model\.\w+ has 53 stuff classes'):
+    with pytest.raises(UserError, match=r'model\.\w+ counts things and stuff'):
         use_classes(cfg, 'a,b', ('train',))
     plain = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
-    reject_stuff(plain.model)
+    reject_panoptic(plain.model)
     plain.model.roi_head.bbox_head.num_classes = plain.model.roi_head.mask_head.num_classes = 5
     with pytest.raises(UserError, match='has 80 classes'):
         check_heads(plain, head_counts(plain.model), ('train',))
@@ -64,23 +64,6 @@ def test_a_head_without_classes_is_given_none():
     set_classes(cfg, OWN)
     assert 'num_classes' not in cfg.model.mask_head
     assert built(cfg).bbox_head.num_classes == 3
-
-
-def test_a_head_that_takes_the_number_by_its_base_is_given_it():
-    cfg = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
-    assert cfg.model.roi_head.bbox_head.type == 'Shared2FCBBoxHead'
-    for head in (cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head):
-        head.pop('num_classes')
-    set_classes(cfg, OWN)
-    assert set(counts_of(built(cfg)).values()) == {3}
-
-
-def test_mmdets_mask2former_counts_things():
-    cfg = config(mmdet, f'{M2F}-lsj-50e_coco.py')
-    set_classes(cfg, OWN)
-    head = built(cfg).panoptic_head
-    assert head.num_classes == cfg.model.panoptic_fusion_head.num_things_classes == 3
-    assert head.cls_embed.out_features == 4 and head.class_weight == [1., 1., 1., 0.1]
 
 
 def test_mmsegs_mask2former_keeps_the_weight_of_no_object():
@@ -103,12 +86,3 @@ def test_weights_of_classes(weights, expected, noted):
     assert loss.get('class_weight') == expected
     assert any('class_weight' in note and noted in note for note in notes) if noted else not notes
     assert built(cfg).roi_head.bbox_head.loss_cls.class_weight == expected
-
-
-@pytest.mark.parametrize('weights', [[1., 2., 3.], [1., 2., 3., .5]])
-def test_weights_that_fit_are_left_alone(weights):
-    cfg = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
-    set_classes(cfg, OWN)
-    cfg.model.roi_head.bbox_head.loss_cls.class_weight = list(weights)
-    assert set_classes(cfg, OWN[::-1]) == []
-    assert cfg.model.roi_head.bbox_head.loss_cls.class_weight == weights

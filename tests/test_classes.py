@@ -14,7 +14,7 @@ from tiny import tiny  # noqa: F401 (a fixture)
 
 from replk_mm import cli
 from replk_mm.data.class_heads import head_counts
-from replk_mm.data.classes import CLASSES_FILE, did_you_mean, listed, parse_classes, set_classes, use_classes
+from replk_mm.data.classes import CLASSES_FILE, parse_classes, set_classes, use_classes
 from replk_mm.data.demo_scenes import DEMO_CLASSES
 from replk_mm.engine.prepare import counts_of
 from replk_mm.errors import UserError
@@ -26,7 +26,7 @@ from replk_mm.errors import UserError
 def test_names_from_a_command_line_or_a_file(tmp_path):
     assert parse_classes('a, traffic light ,b') == ['a', 'traffic light', 'b']
     assert parse_classes('person') == ['person']
-    (tmp_path / 'names.txt').write_text('a, b\n\n  c d  \r\n')
+    (tmp_path / 'names.txt').write_bytes('\ufeffa, b\n\n  c d  \r\n'.encode())  # as Windows' editors write it
     assert parse_classes(str(tmp_path / 'names.txt')) == ['a, b', 'c d']
 
 
@@ -38,25 +38,11 @@ def test_bad_names_are_refused(text, said):
     assert str(info.value).startswith(f'--classes {text}: ')
 
 
-def test_a_file_with_a_mark_before_the_first_name(tmp_path):
-    """As Windows' editors write it."""
-    (tmp_path / 'names.txt').write_bytes('\ufeffhelmet\nvest\n'.encode())
-    assert parse_classes(str(tmp_path / 'names.txt')) == ['helmet', 'vest']
-
-
 def test_a_file_that_is_no_text_is_named(tmp_path):
     path = tmp_path / 'names.txt'
     path.write_bytes('M\u00fctze'.encode('latin-1'))
     with pytest.raises(UserError, match=f'--classes {path}: the file cannot be read as UTF-8 text'):
         parse_classes(str(path))
-
-
-def test_names_that_differ_in_writing_only():
-    known = ['person', 'traffic light', 'dog']
-    given = ('Person', 'traffic_light', 'TrafficLight', 'persn', 'helmet', 'cat')
-    assert [did_you_mean(name, known) for name in given] == [
-        'person', 'traffic light', 'traffic light', 'person', None, None]
-    assert listed([str(i) for i in range(12)]) == '0, 1, 2, 3, 4, 5, 6, 7, ... (12)'
 
 
 def test_commands_have_the_option():
@@ -113,12 +99,6 @@ def test_every_data_set_has_names_and_a_colour_for_each():
         assert len({tuple(colour) for colour in part.metainfo.palette}) == 3
         assert all(0 <= v <= 255 for colour in part.metainfo.palette for v in colour)
         assert tuple(part.metainfo.palette[2]) == light, 'a known class keeps its colour'
-
-
-def test_many_classes_have_colours_of_their_own():
-    cfg = coco_config()
-    set_classes(cfg, [f'class {i}' for i in range(150)])
-    assert len({tuple(c) for c in cfg.train_dataloader.dataset.metainfo.palette}) > 140
 
 
 def segmentation(root: Path, kind: str, **options) -> Config:
@@ -196,7 +176,3 @@ def test_auto_needs_names(own):
         change(file, lambda d: d.update(categories=[], annotations=[]))
     with pytest.raises(UserError, match=r'--classes auto: no file names the classes; tried .*instances_train2017.json'):
         use_classes(at(own), 'auto', BOTH)
-
-
-def test_an_empty_variable_of_the_shell_is_not_ignored(own):
-    assert rejection(at(own), '').startswith('--classes : a name is empty')

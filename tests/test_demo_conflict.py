@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,15 +95,7 @@ def accuracy(features: np.ndarray, target: np.ndarray) -> float:
 
 
 def test_shape_and_texture_tell_the_class_and_nothing_else_does(training):
-    features: dict[str, list] = {
-        'colour': [],
-        'side': [],
-        'place': [],
-        'depth': [],
-        'angle': [],
-        'shape': [],
-        'texture': [],
-    }
+    features: dict[str, list] = defaultdict(list)
     target = []
     for scene in training:
         grey = scene.image.astype(int).sum(2)
@@ -119,9 +111,8 @@ def test_shape_and_texture_tell_the_class_and_nothing_else_does(training):
             features['angle'].append([item.spec.angle])
             features['shape'].append([item.mask.sum() / reach**2])
             # How much brightness changes along a row, at three distances: fine, coarse or regular.
-            steps = [
-                np.abs(grey[:, d:] - grey[:, :-d])[item.mask[:, d:] & item.mask[:, :-d]].mean() for d in (2, 5, 10)
-            ]
+            steps = [np.abs(grey[:, d:] - grey[:, :-d])[item.mask[:, d:] & item.mask[:, :-d]].mean()
+                     for d in (2, 5, 10)]
             features['texture'].append(np.array(steps) / grey[item.mask].std())
             target.append(SHAPES.index(item.spec.shape))
     found = {name: accuracy(np.array(x, float), np.array(target)) for name, x in features.items()}

@@ -26,12 +26,8 @@ def test_pixels_are_the_same_everywhere():
 
 def test_seed_split_and_index_name_a_scene():
     first = make_context_scene(0, 'train', 0).image
-    for other in (
-        make_context_scene(1, 'train', 0),
-        make_context_scene(0, 'val', 0),
-        make_context_scene(0, 'train', 1),
-    ):
-        assert not np.array_equal(first, other.image)
+    for other in ((1, 'train', 0), (0, 'val', 0), (0, 'train', 1)):
+        assert not np.array_equal(first, make_context_scene(*other).image)
     assert np.array_equal(first, make_context_scene(0, 'train', 0).image)
 
 
@@ -75,8 +71,7 @@ def test_nothing_else_tells_the_class(scenes):
     areas = [sum((scene.label == OBJECT + kind).sum() for scene in scenes) / (kinds == kind).sum() for kind in (0, 1)]
     assert areas[0] == areas[1]
     majority = [max(k := sum(lane.kind for lane in scene.lanes), 4 - k) / 4 for scene in scenes]
-    assert (
-        abs(np.mean(majority) - 11 / 16) < 4 * np.std(majority) / len(scenes) ** 0.5
-    )  # who pools cues over the whole scene
+    # A guess from cues pooled over the whole scene.
+    assert abs(np.mean(majority) - 11 / 16) < 4 * np.std(majority) / len(scenes)**0.5
     pairs = np.array([[scene.lanes[0].kind, scene.lanes[1].kind] for scene in scenes])
     assert abs(np.corrcoef(pairs.T)[0, 1]) < 4 / len(pairs)**.5

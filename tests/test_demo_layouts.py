@@ -103,9 +103,8 @@ def test_an_occluded_object_keeps_what_can_be_seen_and_a_hidden_one_nothing():
     first, last = (item.mask for item in scene.instances)
     assert not (first & last).any() and (alone & last).any()
     assert (first == (alone & ~last)).all() and first.sum() < alone.sum()
-    assert (scene.label[first] == scene.instances[0].label).all() and (
-        scene.label[last] == scene.instances[1].label
-    ).all()
+    assert (scene.label[first] == scene.instances[0].label).all()
+    assert (scene.label[last] == scene.instances[1].label).all()
     rows, columns = np.nonzero(first)
     assert scene.instances[0].box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     annotations = CocoAnnotations('val', 0)
@@ -131,10 +130,8 @@ def test_cityscapes_tree_and_train_ids(layouts):
     classes = CityscapesDataset.METAINFO['classes']
     table = np.array([255, *(classes.index(names[name]) for name in DEMO_CLASSES)], np.uint8)
     meta = json.loads((layouts / 'cityscapes' / 'meta.json').read_text())
-    assert (
-        meta['train_ids'] == {name: table[i] for i, name in enumerate(DEMO_CLASSES, 1)}
-        and len(set(CITYSCAPES_IDS)) == 8
-    )
+    assert meta['train_ids'] == {name: table[i] for i, name in enumerate(DEMO_CLASSES, 1)}
+    assert len(set(CITYSCAPES_IDS)) == 8
     assert meta['reduce_zero_label'] is False
     for split, ade in (('train', 'training'), ('val', 'validation')):
         data = CityscapesDataset(data_root=str(layouts / 'cityscapes'), pipeline=[],

@@ -15,8 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from replk_mm.data.demo_writer import LAYOUTS, write_demo_data
-from replk_mm.data.scene_kinds import SCENES
+from replk_mm.data.demo_writer import LAYOUTS, SCENES, write_demo_data
 from replk_mm.errors import command
 
 

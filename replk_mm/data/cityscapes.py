@@ -4,19 +4,19 @@ Source: the label table of the Cityscapes data set (Cordts et al., The Cityscape
 Understanding, CVPR 2016): 34 ids, of which 19 have a trainId.
 """
 import functools
-import io
 import sys
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from replk_mm.data.files import IGNORED, UNDECODABLE
+from replk_mm.data.problems import some
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
 
@@ -44,11 +44,6 @@ class Conversion:
     problems: list[str] = field(default_factory=list)
 
 
-def raw_ids(found: Collection[int], num_classes: int) -> bool:
-    """Whether label ids, some of them out of range of the classes, are those of Cityscapes' annotation tool."""
-    return num_classes == len(IDS) and all(0 <= i < NUM_IDS for i in found)
-
-
 def to_train_ids(labels: np.ndarray) -> np.ndarray:
     """Label map ``(H, W)`` of ids as one of trainIds, 255 where there is no class."""
     return _TABLE[labels]
@@ -74,18 +69,11 @@ def convert(root: str | Path, jobs: int | None = None, force: bool = False, prog
     if not files:
         what = f'no file ends with {RAW_SUFFIX}' if root.is_dir() else 'no such folder'
         raise UserError(f'{root}: {what}\nName the folder that contains gtFine (of gtFine_trainvaltest.zip, unpacked).')
-    result = Conversion()
     with ThreadPoolExecutor(jobs) as pool:
-        outcomes = pool.map(functools.partial(_convert, force=force), files)
-        for outcome in track(outcomes, 'label maps', len(files), console=Console(stderr=True),
-                             disable=not (progress and sys.stderr.isatty())):
-            if outcome == 'written':
-                result.written += 1
-            elif outcome == 'kept':
-                result.kept += 1
-            else:
-                result.problems.append(outcome)
-    return result
+        outcomes = list(track(pool.map(functools.partial(_convert, force=force), files), 'label maps', len(files),
+                              console=Console(stderr=True), disable=not (progress and sys.stderr.isatty())))
+    problems = [outcome for outcome in outcomes if outcome not in ('written', 'kept')]
+    return Conversion(outcomes.count('written'), outcomes.count('kept'), problems)
 
 
 def _convert(path: Path, force: bool) -> str:
@@ -93,24 +81,16 @@ def _convert(path: Path, force: bool) -> str:
     target = path.with_name(path.name.removesuffix(RAW_SUFFIX) + TRAIN_SUFFIX)
     try:
         labels = _labels(path)
+        strange = [i for i in np.unique(labels).tolist() if i >= NUM_IDS]
+        if strange:
+            return f"{path}: ids {some(strange)} are none of Cityscapes' 0..{NUM_IDS - 1}"
+        wanted = to_train_ids(labels)
+        if target.exists() and not force:
+            same = np.array_equal(_labels(target), wanted)
+            return 'kept' if same else f'{target}: exists already, and differs from {path.name} (--force replaces it)'
+        write_atomic(target, cv2.imencode('.png', wanted)[1].tobytes())
     except UNDECODABLE as error:
         return f'{path}: {error}'
-    strange = [i for i in np.unique(labels).tolist() if i >= NUM_IDS]
-    if strange:
-        return f"{path}: ids {', '.join(map(str, strange[:5]))} are none of Cityscapes' 0..{NUM_IDS - 1}"
-    wanted = to_train_ids(labels)
-    if target.exists() and not force:
-        try:
-            same = np.array_equal(_labels(target), wanted)
-        except UNDECODABLE:
-            same = False
-        return 'kept' if same else f'{target}: exists already, and differs from {path.name} (--force replaces it)'
-    content = io.BytesIO()
-    Image.fromarray(wanted).save(content, format='PNG')
-    try:
-        write_atomic(target, content.getvalue())
-    except OSError as error:
-        return f'{target}: cannot be written: {error.strerror or error}'
     return 'written'
 
 

@@ -3,9 +3,7 @@
 A class that only one of them has is an error that no library reports: mmdet drops annotations of other names.
 """
 import contextlib
-import difflib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,7 +66,7 @@ def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
     Raises:
         UserError: If the names cannot be had, or do not say enough for this model.
     """
-    class_heads.reject_stuff(cfg.model)
+    class_heads.reject_panoptic(cfg.model)
     if text == 'auto':
         names, source, counted = found_classes(cfg, splits)
     else:
@@ -145,7 +143,7 @@ def set_classes(cfg: Config, names: Sequence[str], counted: bool = False) -> lis
         notes[f'data: BaseSegDataset with the files of {dataset["type"]}, which has other classes; label ids '
               f'{first}..{first + len(names) - 1} are these' + (', 0 is ignored' if first else '')] = None
         dataset['type'] = 'mmseg.BaseSegDataset'
-    return [*notes, *dict.fromkeys(class_heads.set_counts(cfg.model, len(names), former, scope))]
+    return [*notes, *dict.fromkeys(class_heads.set_counts(cfg.model, len(names), former))]
 
 
 def _palette(names: Sequence[str], metainfo: dict) -> list[list[int]]:
@@ -173,10 +171,3 @@ def annotation_file(dataset: dict) -> Path | None:
 def listed(names: Sequence[str], most: int = 8) -> str:
     """Names for a message, shortened with their number."""
     return ', '.join(names[:most]) + (f', ... ({len(names)})' if len(names) > most else '')
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str | None:
-    """The one of ``known`` that differs from ``name`` in case, spaces or a typing mistake only."""
-    plain = {re.sub(r'[\W_]+', '', other).casefold(): other for other in known}
-    close = difflib.get_close_matches(re.sub(r'[\W_]+', '', name).casefold(), plain, n=1, cutoff=0.85)
-    return plain[close[0]] if close else None

@@ -109,11 +109,6 @@ def _problems(path: Path, error: ValidationError) -> list[Problem]:
         for items in found.values()]
 
 
-def is_number(value: object) -> bool:
-    """Whether ``value`` is a finite number that can be a measure in pixels."""
-    return isinstance(value, (int, float)) and abs(value) < _LARGEST
-
-
 def category_counts(data: Any) -> dict[str, int]:
     """Objects of every category by name, in the order of the file."""
     objects = Counter(a['category_id'] for a in data.get('annotations', ()))

@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, NonNegativeInt, StrictInt, ValidationError
 from pydantic.dataclasses import dataclass
 
-from replk_mm.data.demo_writer import LISTING
+from replk_mm.data.demo_layouts import LISTING
 from replk_mm.data.files import UNDECODABLE
 from replk_mm.errors import UserError
 from replk_mm.files import sha256
@@ -80,7 +80,11 @@ class _Scene(BaseModel):
     objects: list[ConflictObject]
 
 
-class _Listing(BaseModel, extra='allow'):
+class _Listing(BaseModel):
+    generator: Any = None
+    generator_version: Any = None
+    seed: Any = None
+    size: Any = None
     object_classes: dict[str, Annotated[StrictInt, Field(ge=0, le=65535)]]
     conflict: Annotated[list[_Scene], Field(min_length=1)]
     agreeing: list[_Scene]
@@ -106,8 +110,7 @@ def read_conflict(root: Path) -> ConflictSet:
         place = '.'.join(map(str, first['loc'])) or 'the file'
         raise UserError(f'{path}: {place}: {first["msg"]}\n'
                         f'Write the data set again; replk_mm/data/conflict_files.py describes the file.') from error
-    extra = found.model_extra or {}
-    about = {key: value for key, value in extra.items() if key in ('generator', 'generator_version', 'seed', 'size')}
+    about = found.model_dump(include={'generator', 'generator_version', 'seed', 'size'}, exclude_none=True)
     return ConflictSet(found.object_classes, _scenes(path, found, 'conflict'), _scenes(path, found, 'agreeing'), about,
                        sha256(path))
 

@@ -21,7 +21,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from replk_mm.data.demo_layouts import LAYOUTS
+from replk_mm.data.demo_layouts import LAYOUTS, SceneKind, stem_of
 from replk_mm.data.demo_render import Scene, render_scene
 from replk_mm.data.demo_scenes import (
     DEMO_CLASSES,
@@ -33,7 +33,6 @@ from replk_mm.data.demo_scenes import (
     place,
     scene_rng,
 )
-from replk_mm.data.demo_writer import SceneKind, stem_of
 
 #: Changes whenever the same seed gives other scenes than before.
 CONFLICT_VERSION = 1
@@ -45,8 +44,8 @@ AMPLITUDE = (40, 56)
 _OBJECTS = 100
 
 
-def describe_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int] = (256, 256)) -> SceneSpec:
-    """Draw the description of one scene.
+def make_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int] = (256, 256)) -> Scene:
+    """Describe and draw one scene.
 
     Args:
         seed: Names the data set, 0 or more.
@@ -55,16 +54,12 @@ def describe_conflict_scene(seed: int, split: str, index: int, size: tuple[int, 
         size: Height and width in pixels. Defaults to (256, 256).
     """
     if split != 'conflict':
-        return _agreeing(seed, split, index, size)
+        return render_scene(_agreeing(seed, split, index, size))
     spec = _agreeing(seed, 'val', index // 2, size)
     step = 1 + index % 2
     foreign = {shape: TEXTURE_OF[SHAPES[(k + step) % len(SHAPES)]] for k, shape in enumerate(SHAPES)}
-    return replace(spec, objects=tuple(replace(item, texture=foreign[item.shape]) for item in spec.objects))
-
-
-def make_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int] = (256, 256)) -> Scene:
-    """Describe and draw scene ``index`` of a split ('train', 'val' or 'conflict')."""
-    return render_scene(describe_conflict_scene(seed, split, index, size))
+    return render_scene(replace(spec, objects=tuple(replace(item, texture=foreign[item.shape])
+                                                    for item in spec.objects)))
 
 
 def texture_class(item: ObjectSpec) -> str:

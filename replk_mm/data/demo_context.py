@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from replk_mm.data.demo_layouts import SceneKind
 from replk_mm.data.demo_scenes import scene_rng
-from replk_mm.data.demo_writer import SceneKind
 
 #: Changes whenever the same seed gives other scenes than before.
 CONTEXT_VERSION = 1
@@ -41,7 +41,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Lane:
-    """A lane: its middle line and the middles of cue and object, in pixels; the class of the object (0 or 1); colours."""
+    """A lane: middles of the lane, the cue and the object in pixels; the class of the object (0 or 1); colours."""
 
     y: int
     cue_x: int

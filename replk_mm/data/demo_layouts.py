@@ -1,7 +1,8 @@
-"""The layouts of demo scenes on disk: those of ADE20K, COCO and Cityscapes, for whose configs they are valid data."""
+"""The layouts of demo scenes on disk (those of ADE20K, COCO and Cityscapes, for whose configs they are valid data),
+and what a kind of scenes is."""
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from replk_mm.data.files import IGNORED
 
 JPEG_QUALITY = 95
 MAX_SCENES = 999_999
+#: File below the data root that lists the objects of a kind of scenes, where it has one.
+LISTING = 'conflict.json'
 #: Cityscapes' trainId that takes the place of each class, in the order of :data:`DEMO_CLASSES`: sky, terrain and road
 #: for the regions, then objects that Cityscapes counts too: car, person, bicycle, bus and truck. What is not scored is
 #: 255.
@@ -83,7 +86,7 @@ class CocoAnnotations:
             runs = mask.encode(np.asfortranarray(instance.mask, np.uint8))
             self._objects.append(dict(
                 id=len(self._objects) + 1,  # 0 would count as unmatched in the COCO API
-                image_id=image['id'], category_id=category_of(instance.label), iscrowd=0,
+                image_id=image['id'], category_id=THING_CLASSES.index(DEMO_CLASSES[instance.label - 1]) + 1, iscrowd=0,
                 area=int(instance.mask.sum()), bbox=[x0, y0, x1 - x0, y1 - y0],
                 segmentation=dict(size=[height, width], counts=runs['counts'].decode('ascii'))))
 
@@ -92,11 +95,6 @@ class CocoAnnotations:
         categories = [dict(id=i, name=name, supercategory='shape') for i, name in enumerate(THING_CLASSES, 1)]
         return (json.dumps(dict(info=self._info, licenses=[], images=self._images, annotations=self._objects,
                                 categories=categories)) + '\n').encode()
-
-
-def category_of(label: int) -> int:
-    """COCO category of a scene's label: the objects' classes, counted from 1."""
-    return THING_CLASSES.index(DEMO_CLASSES[label - 1]) + 1
 
 
 _classes = dict(classes=list(DEMO_CLASSES), palette=[list(colour) for colour in DEMO_PALETTE])
@@ -124,3 +122,33 @@ LAYOUTS: dict[str, Layout] = {
         meta=dict(**_classes, train_ids=dict(zip(DEMO_CLASSES, CITYSCAPES_IDS, strict=True)), reduce_zero_label=False),
         advice='num_classes=19 in a config; its classes stand in for 8 of the 19 of Cityscapes'),
 }
+
+Meta = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SceneKind:
+    """A kind of scenes that can be written.
+
+    Attributes:
+        name: A word; ``meta.json`` calls its generator 'replk_mm NAME scenes'.
+        version: Changes whenever the same seed gives other scenes than before.
+        make: Draws a scene from (seed, split, index, size): ``image``, ``label`` and, for COCO's layout,
+            ``instances`` as of :class:`~replk_mm.data.demo_render.Scene`.
+        layouts: Keys of :data:`LAYOUTS` that can hold it.
+        more: Further splits, with the number of their scenes for each validation scene.
+        listing: Makes the content of :data:`LISTING` from that of ``meta.json``; None if there is no such file.
+        meta: What ``meta.json`` says otherwise than for the demo scenes.
+    """
+    name: str
+    version: int
+    make: Callable[[int, str, int, tuple[int, int]], Any]
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
+    more: Mapping[str, int] = field(default_factory=dict)
+    listing: Callable[[Meta], str] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def stem_of(split: str, index: int) -> str:
+    """What the files of a scene are called, without suffixes."""
+    return f'demo_{split}_{index:06d}'

@@ -6,8 +6,6 @@ recognised by the partial file, and the same command resumes it.
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +13,35 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from replk_mm.data.demo_layouts import JPEG_QUALITY, LAYOUTS, MAX_SCENES, CocoAnnotations, Layout
+from replk_mm.data.demo_conflict import CONFLICT
+from replk_mm.data.demo_context import CONTEXT
+from replk_mm.data.demo_layouts import (
+    JPEG_QUALITY,
+    LAYOUTS,
+    LISTING,
+    MAX_SCENES,
+    CocoAnnotations,
+    Layout,
+    Meta,
+    SceneKind,
+    stem_of,
+)
 from replk_mm.data.demo_render import Scene, make_scene
 from replk_mm.data.demo_scenes import GENERATOR_VERSION
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
 
 META, PARTIAL_META = 'meta.json', 'meta.partial.json'
-#: File below the data root that lists the objects of a kind of scenes, where it has one.
-LISTING = 'conflict.json'
 GENERATOR = re.compile(r'replk_mm [a-z]+ scenes')
 MIN_SIDE, MAX_SIDE = 64, 2048
 # Full-resolution chroma: the scenes' colours and fine textures are part of what a network is to see.
 _ENCODING: dict[str, dict[str, Any]] = {
     '.jpg': {'format': 'JPEG', 'quality': JPEG_QUALITY, 'subsampling': 0}, '.png': {'format': 'PNG'}}
 
-Meta = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class SceneKind:
-    """A kind of scenes that can be written.
-
-    Attributes:
-        name: A word; ``meta.json`` calls its generator 'replk_mm NAME scenes'. version: Changes whenever the same seed
-        gives other scenes than before. make: Draws a scene from (seed, split, index, size): ``image``, ``label`` and,
-        for COCO's layout, ``instances`` as of
-            :class:`~replk_mm.data.demo_render.Scene`.
-        layouts: Keys of :data:`LAYOUTS` that can hold it.
-        more: Further splits, with the number of their scenes for each validation scene.
-        listing: Makes the content of :data:`LISTING` from that of ``meta.json``; None if there is no such file.
-        meta: What ``meta.json`` says otherwise than for the demo scenes.
-    """
-    name: str
-    version: int
-    make: Callable[[int, str, int, tuple[int, int]], Any]
-    layouts: tuple[str, ...] = tuple(LAYOUTS)
-    more: Mapping[str, int] = field(default_factory=dict)
-    listing: Callable[[Meta], str] | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-
 # Looked up when it is called, as every other name of this module.
 DEMO = SceneKind('demo', GENERATOR_VERSION, lambda *key: make_scene(*key))
+#: The kinds of procedural scenes, by the names that commands and suites know them by.
+SCENES: dict[str, SceneKind] = {kind.name: kind for kind in (DEMO, CONTEXT, CONFLICT)}
 
 
 def write_demo_data(out: str | Path, layout: str = 'ade20k', train: int = 200, val: int = 40, seed: int = 0,
@@ -181,11 +165,6 @@ def _remove(out: Path) -> None:
             if annotation_file := layout.annotation_file(split):
                 (out / annotation_file).unlink(missing_ok=True)
     (out / LISTING).unlink(missing_ok=True)
-
-
-def stem_of(split: str, index: int) -> str:
-    """What the files of a scene are called, without suffixes."""
-    return f'demo_{split}_{index:06d}'
 
 
 def _write_scene(scene: Scene, layout: Layout, files: list[Path]) -> None:

@@ -72,8 +72,6 @@ KINDS: dict[str, tuple[str, str]] = {
     'mask-undecodable': ('error', 'A segmentation is a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], ...], or an '
                                   'RLE of the size of its image.'),
     'metric-file': ('error', 'Set ann_file of the metric to that of the data set.'),
-    'nothing-to-train': ('error', 'Check the classes (--classes) and filter_cfg of the data set.'),
-    'left-out': ('note', 'Set filter_cfg of the data set to train on these images, too.'),
 }
 
 

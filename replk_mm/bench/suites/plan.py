@@ -15,8 +15,7 @@ import replk_mm
 from replk_mm.bench import published, records
 from replk_mm.bench.schema import Row, Suite, Task, fingerprint, now, results_of
 from replk_mm.data.datasets import datasets_of
-from replk_mm.data.demo_writer import META, write_demo_data
-from replk_mm.data.scene_kinds import SCENES
+from replk_mm.data.demo_writer import META, SCENES, write_demo_data
 from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError
 

@@ -4,9 +4,10 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from replk_mm.data.datasets import coco_style, crop_of, dataset_class, placed_da
 from replk_mm.data.files import sample
 from replk_mm.data.problems import Item, Problem, reject_errors, summary_lines
 from replk_mm.errors import UserError
+from replk_mm.files import sha256
 
 SPLITS = ('train', 'val', 'test')
 #: Images that a process inspects at a time.
@@ -94,7 +96,7 @@ def audit(cfg: Config, full: bool = False, jobs: int | None = None, splits: tupl
     start = time.monotonic()
     result = Audit(str(cfg.filename), full, _survey(cfg, splits, full), crop=crop_of(cfg) if 'model' in cfg else None)
     work = [(one, task) for one in result.sets for task in (one.tasks if full else sample(one.tasks))]
-    digests: dict[str, bytes] = {}
+    digests: dict[str, str] = {}
     shown = track(_inspect_all(work, full, jobs), 'images', len(work), console=Console(stderr=True),
                   disable=not (full and sys.stderr.isatty()))
     for (one, task), seen in zip(work, shown, strict=True):
@@ -119,8 +121,7 @@ def _survey(cfg: Config, splits: Sequence[str], full: bool) -> list[DataSet]:
         for place, dataset in placed_datasets(cfg, (split,)):
             kind, is_coco = dataset_class(dataset, scope), coco_style(dataset, scope)
             metrics = None if split == 'train' else list(placed_metrics(cfg, split).values())
-            use = coco_checks.use_of(dataset, scope, metrics) if is_coco else None
-            key = str(({**dataset, 'pipeline': None, 'test_mode': None}, split == 'train', use))
+            key = str(({**dataset, 'pipeline': None, 'test_mode': None}, metrics if is_coco else split == 'train'))
             if key in found:
                 continue
             one = found[key] = DataSet(place, split, str(dataset['type']), str(dataset.get('data_root') or '.'))
@@ -128,7 +129,8 @@ def _survey(cfg: Config, splits: Sequence[str], full: bool) -> list[DataSet]:
             missing = {problem.kind for problem in one.problems}
             if is_coco and not missing & {'data-root-missing', 'annotation-file-missing'}:
                 coco_checks.survey(one, dataset, scope, metrics, full)
-            elif not missing and hasattr(kind, 'get_label_map') and pairs.has_labels(dataset):
+            elif not missing and hasattr(kind, 'get_label_map') and (
+                    dataset.get('data_prefix') or {}).get('seg_map_path'):
                 pairs.survey(one, dataset, scope, labels[-1] if labels else None)
     return list(found.values())
 
@@ -153,7 +155,7 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the parent ends them
 
 
-def _shared_images(sets: Sequence[DataSet], digests: Mapping[str, bytes] | None) -> list[Problem]:
+def _shared_images(sets: Sequence[DataSet], digests: dict[str, str] | None) -> list[Problem]:
     """Images that are trained on and belong to another split too, or that occur twice in a split.
 
     Args:
@@ -171,14 +173,17 @@ def _shared_images(sets: Sequence[DataSet], digests: Mapping[str, bytes] | None)
         names = {real.name: image for real, image in trained.items()}
         same = sample([(names[real.name], image) for paths in by_split.values() for real, image in paths.items()
                        if real.name in names and real not in trained])
-        digests = {image: images.digest(image) for pair in same for image in pair}
+        digests = {}
+        for image in {image for pair in same for image in pair}:
+            with suppress(OSError):
+                digests[image] = sha256(image)
     problems = []
-    in_training: dict[bytes, str] = {}
+    in_training: dict[str, str] = {}
     for split, paths in {'train': trained, **by_split}.items():
-        seen: dict[bytes, str] = {}
+        seen: dict[str, str] = {}
         found: dict[str, list[Item]] = {'leak': [], 'duplicate-image': []}
         for real, image in paths.items():
-            content = digests.get(image, b'')
+            content = digests.get(image, '')
             other = in_training.get(content) or (trained[real] if split != 'train' and real in trained else None)
             if other:
                 found['leak'].append(Item(f'the content of {other}, which is trained on', path=image))

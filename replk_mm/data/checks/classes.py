@@ -8,10 +8,10 @@ from mmengine.config import Config
 
 from replk_mm.data import coco
 from replk_mm.data.class_heads import head_counts
-from replk_mm.data.classes import annotation_file, classes_of, did_you_mean, listed
+from replk_mm.data.classes import annotation_file, classes_of, listed
 from replk_mm.data.datasets import coco_style, dataset_class, placed_datasets
 from replk_mm.data.problems import Problem, reject_errors
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, did_you_mean
 
 #: With more names than these, a file is easier than the command line.
 _ON_A_LINE = 20
@@ -85,8 +85,8 @@ def _categories(place: str, dataset: dict, scope: str, counts: Mapping[str, dict
     picked = (dataset.get('metainfo') or {}).get('classes') and set(names) <= set(found)
     text = (f'{len(strange)} of its {len(found)} categories are none of the {len(names)} classes of {place} '
             f'({listed(names)}): ')
-    text += listed([f'{name} ({count:,} object{"s" * (count != 1)}'
-                    + (f'; did you mean {other}?)' if (other := did_you_mean(name, names)) else ')')
+    hints = {name: f'; {hint.strip()}' for name in strange if (hint := did_you_mean(name, names))}
+    text += listed([f'{name} ({count:,} object{"s" * (count != 1)}{hints.get(name, "")})'
                     for name, count in strange.items()])
     if picked and not any(name not in other for name in strange for other in counts.values()):
         return [Problem('classes-mismatch', str(annotation_file(dataset)), text, severity='note', remedy=(

@@ -1,7 +1,6 @@
 """Check a COCO-style annotation file: all annotations, and whether the images exist."""
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,46 +19,6 @@ _TOLERATED = 0.01
 _CORNERS = 0.25
 
 
-@dataclass(frozen=True)
-class Use:
-    """What a run does with an annotation file.
-
-    Attributes:
-        train: Whether it trains with the annotations.
-        scored: Whether it scores detections with them.
-        own_file: Whether the metric names the file, so that pycocotools reads it and not a copy by mmdetection.
-        masks: Whether it loads or scores masks.
-        classes: Names of the classes that count; None for all.
-        keep_empty: Whether it trains with images without objects.
-        min_size: Images with a shorter side are not trained with, pixels.
-    """
-
-    train: bool
-    scored: bool
-    own_file: bool
-    masks: bool
-    classes: tuple[str, ...] | None
-    keep_empty: bool
-    min_size: int
-
-
-def use_of(dataset: dict, scope: str, metrics: Sequence[dict] | None) -> Use:
-    """What a run does with the annotation file of a data set.
-
-    Args:
-        dataset: Its config.
-        scope: Default scope of the config.
-        metrics: Configs of its metrics; None if it is trained with.
-    """
-    filters = dataset.get('filter_cfg') or {}
-    scored = [m for m in metrics or () if str(m.get('type')).endswith('CocoMetric') and not m.get('format_only')]
-    masks = any('segm' in as_list(m.get('metric', 'bbox')) for m in scored) or any(
-        step.get('load', step).get('with_mask') for step in dataset.get('pipeline', ()) if isinstance(step, dict))
-    return Use(train=metrics is None, scored=bool(scored), own_file=any(m.get('ann_file') for m in scored), masks=masks,
-               classes=classes_of(dataset, scope), keep_empty=not filters.get('filter_empty_gt', False),
-               min_size=filters.get('min_size', 0))
-
-
 def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | None, full: bool) -> None:
     """Check all annotations of a data set.
 
@@ -74,7 +33,10 @@ def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | No
     assert file is not None
     one.where = str(file)
     folder = Path(one.root) / (prefix.get(image_key(prefix)) or '')
-    use = use_of(dataset, scope, metrics)
+    scored = [metric for metric in metrics or ()
+              if str(metric.get('type')).endswith('CocoMetric') and not metric.get('format_only')]
+    masks = any('segm' in as_list(metric.get('metric', 'bbox')) for metric in scored) or any(
+        step.get('load', step).get('with_mask') for step in dataset.get('pipeline', ()) if isinstance(step, dict))
     for metric in metrics or ():
         if metric.get('ann_file') and Path(metric['ann_file']).resolve() != file.resolve():
             one.report('metric-file', one.place, f'the metric reads {metric["ann_file"]}, but the data set {file}')
@@ -83,32 +45,30 @@ def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | No
     except BadData as error:
         one.problems += error.problems
         return
-    one.objects = {**dict.fromkeys(use.classes or (), 0), **coco.category_counts(data)}
+    one.objects = {**dict.fromkeys(classes_of(dataset, scope) or (), 0), **coco.category_counts(data)}
     if folder.is_dir():  # otherwise that is reported
         _find_images(one, data, folder)
     images, objects = data['images'], data.get('annotations', [])
-    if not images or (use.train or use.scored) and 'annotations' not in data:
+    if not images or not objects and (metrics is None or scored):
         one.report('coco-no-annotations', file, f'there are no {"annotations" if images else "images"}')
     _repeated(one, data)
     _unknown(one, objects, 'image', {image['id'] for image in images})
     _unknown(one, objects, 'category', {category['id'] for category in data['categories']})
-    if use.own_file:
+    if any(metric.get('ann_file') for metric in scored):  # pycocotools reads the file, not a copy by mmdetection
         lost = _items(objects, lambda a: '' if 'iscrowd' in a else "no 'iscrowd'")
         _report(one, 'iscrowd-missing', lost, f"{len(lost):,} of {len(objects):,} annotations have no 'iscrowd'")
         lost = _items(objects, lambda a: '' if isinstance(a['id'], int) and a['id'] else f'id {a["id"]!r}')
         _report(one, 'id-unscorable', lost, f'pycocotools cannot score {len(lost):,} of {len(objects):,} annotations')
     _boxes(one, data)
-    if use.masks:
-        _masks(one, data, all_of_them=full or use.scored)
-    if use.train and not any(problem.severity == 'error' for problem in one.problems):
-        _left_out(one, data, use)
+    if masks:
+        _masks(one, data, all_of_them=full or bool(scored))
 
 
-def _report(one: DataSet, kind: str, items: Sequence[Item], text: str, severity: str = '', remedy: str = '') -> None:
+def _report(one: DataSet, kind: str, items: Sequence[Item], text: str, severity: str = '') -> None:
     """Report items of the annotation file, if there are any."""
     if items:
         examples = some(f'{item.entry}: {item.found}' for item in items)
-        one.report(kind, one.where, f'{text}: {examples}', severity=severity, remedy=remedy, items=tuple(items))
+        one.report(kind, one.where, f'{text}: {examples}', severity=severity, items=tuple(items))
 
 
 def _items(objects: Sequence[coco.Annotation], found: Callable[[coco.Annotation], str | None]) -> list[Item]:
@@ -144,8 +104,9 @@ def _repeated(one: DataSet, data: coco.AnnotationFile) -> None:
 
 
 def _unknown(one: DataSet, objects: Sequence[coco.Annotation], what: str, known: set) -> None:
-    lost = _items(objects, lambda a: f'{what}_id {a[f"{what}_id"]!r}' if a[f'{what}_id'] not in known else '')  # type: ignore
-    _report(one, f'{what}-unknown', lost, f'{len(lost):,} of {len(objects):,} annotations have an unknown {what}_id')
+    key = f'{what}_id'
+    lost = [Item(f'{key} {a[key]!r}', f'annotation {a["id"]}') for a in objects if a[key] not in known]  # type: ignore
+    _report(one, f'{what}-unknown', lost, f'{len(lost):,} of {len(objects):,} annotations have an unknown {key}')
 
 
 def _boxes(one: DataSet, data: coco.AnnotationFile) -> None:
@@ -168,11 +129,9 @@ def _boxes(one: DataSet, data: coco.AnnotationFile) -> None:
         severity = 'warning' if accident and kind != 'bbox-beyond' else ''
         if kind == 'bbox-beyond' and not accident and count >= _CORNERS * of:
             kind = 'bbox-corners'
-        relative = kind == 'bbox-flat' and max((x + w).max(), (y + h).max()) <= 1.5
         items = [Item(f'{objects[i]["bbox"]} in {width[i]:g}x{height[i]:g} pixels', f'annotation {objects[i]["id"]}')
                  for i in np.flatnonzero(found)]
-        _report(one, kind, items, f'{count:,} of {of:,} boxes {text}', severity, remedy=(
-            'A bbox is [x, y, width, height] in pixels; these look like fractions of the image.' if relative else ''))
+        _report(one, kind, items, f'{count:,} of {of:,} boxes {text}', severity)
 
 
 def _masks(one: DataSet, data: coco.AnnotationFile, all_of_them: bool) -> None:
@@ -185,17 +144,3 @@ def _masks(one: DataSet, data: coco.AnnotationFile, all_of_them: bool) -> None:
     having = having if all_of_them else sample(having)
     bad = _items(having, lambda a: coco.mask_problem(a.get('segmentation'), *sizes[a['image_id']]))
     _report(one, 'mask-undecodable', bad, f'{len(bad):,} of {len(having):,} masks cannot be decoded')
-
-
-def _left_out(one: DataSet, data: coco.AnnotationFile, use: Use) -> None:
-    """The images that mmdetection does not train with: those without an object of a class, and small ones."""
-    ids = {c['id'] for c in data['categories'] if use.classes is None or c['name'] in use.classes}
-    having = {a['image_id'] for a in data.get('annotations', ()) if a['category_id'] in ids}
-    items = []
-    for image in data['images']:
-        if image['id'] not in having and not use.keep_empty:
-            items.append(Item('no object of a class', f'image {image["id"]}'))
-        elif min(image['width'], image['height']) < use.min_size:
-            items.append(Item(f'{image["width"]:g}x{image["height"]:g} pixels', f'image {image["id"]}'))
-    kind = 'nothing-to-train' if len(items) == len(data['images']) else 'left-out'
-    _report(one, kind, items, f'{len(items):,} of {len(data["images"]):,} images are not trained with')

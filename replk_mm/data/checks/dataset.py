@@ -45,13 +45,13 @@ class Seen:
         problems: What is wrong.
         size: Width and height of the image, pixels; None if it cannot be read.
         pixels: Pixels of every id of the label map.
-        digest: Hash of the image file, if requested.
+        digest: SHA-256 of the image file, if requested.
     """
 
     problems: list[Problem] = field(default_factory=list)
     size: tuple[int, int] | None = None
     pixels: Mapping[int, int] = field(default_factory=dict)
-    digest: bytes = b''
+    digest: str = ''
 
 
 @dataclass

@@ -1,5 +1,4 @@
 """Inspect one image and its label map: can training read them, and do they fit each other and the classes?"""
-import hashlib
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -12,6 +11,7 @@ from replk_mm.data import cityscapes
 from replk_mm.data.checks.dataset import Rules, Seen, Task
 from replk_mm.data.files import IGNORED
 from replk_mm.data.problems import Problem, some
+from replk_mm.files import sha256
 
 #: EXIF's tag of the camera's orientation. Values 5 to 8 swap width and height; OpenCV, which training uses, follows it.
 ORIENTATION = 0x0112
@@ -45,7 +45,7 @@ def inspect(task: Task, rules: Rules) -> Seen:
         if picture:
             seen.size = picture.size
             seen.problems += _against_stated(task, picture)
-            seen.digest = digest(task.image) if rules.hashes else b''
+            seen.digest = sha256(task.image) if rules.hashes else ''
         if task.label is not None:
             try:
                 pixels = _read_label(task.label, seen.problems)
@@ -57,14 +57,6 @@ def inspect(task: Task, rules: Rules) -> Seen:
                 problems, seen.pixels = _count_ids(task.label, pixels, rules)
                 seen.problems += problems
     return seen
-
-
-def digest(path: str) -> bytes:
-    """A hash of a file's content; empty if the file cannot be read."""
-    try:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
-    except OSError:
-        return b''
 
 
 def _unreadable(missing: str, path: str, error: Exception) -> Problem:
@@ -94,8 +86,7 @@ def _against_stated(task: Task, picture: Picture) -> list[Problem]:
     if task.stated is None or picture.size == task.stated:
         return []
     width, height = task.stated
-    turned = ' when rotated by its EXIF tag' if picture.orientation > 4 and picture.stored == task.stated else ''
-    return [Problem('stated-size', task.image, f'{picture}{turned}, but {width:g}x{height:g} in the annotation file')]
+    return [Problem('stated-size', task.image, f'{picture}, but {width:g}x{height:g} in the annotation file')]
 
 
 def _against_image(task: Task, picture: Picture, pixels: np.ndarray) -> list[Problem]:
@@ -153,6 +144,6 @@ def out_of_range(path: str, found: Collection[int], num_classes: int, reduce_zer
     valid = f'1..{num_classes} (0 and 255 are ignored)' if reduce_zero else f'0..{num_classes - 1} (255 is ignored)'
     text = f'label ids {some(found)} are out of range of the {num_classes} classes'
     valid += f' with reduce_zero_label={reduce_zero}'
-    if not reduce_zero and cityscapes.raw_ids(found, num_classes):
+    if not reduce_zero and num_classes == len(cityscapes.IDS) and max(found) < cityscapes.NUM_IDS:
         return Problem('cityscapes-raw-labels', path, f'{text}; they may be raw ids of Cityscapes', valid)
     return Problem('label-out-of-range', path, text, valid)

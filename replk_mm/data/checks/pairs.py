@@ -21,11 +21,6 @@ def image_key(prefix: dict) -> str:
     return 'img_path' if 'img_path' in prefix else 'img'
 
 
-def has_labels(dataset: dict) -> bool:
-    """Whether a data set has a folder of label maps."""
-    return bool((dataset.get('data_prefix') or {}).get('seg_map_path'))
-
-
 def missing_folders(one: DataSet, dataset: dict) -> None:
     """Report the data root, annotation file and folders of a data set that do not exist."""
     root, prefix = Path(one.root), dataset.get('data_prefix') or {}
