@@ -150,8 +150,9 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
         where = Options(data_root=str(data), work_dir=str(out / f'test_{form}'), device='cpu')
         found = evaluate(cfg, str(checkpoint), where)
         records.append(results.record(cfg, str(checkpoint), found, tta=False))
+        cost = complexity.count(model, size)
         rows.append(Row(form, {name: of(found) for name, of in story.metrics.items()},
-                        complexity.inference_parameters(model), complexity.macs(model, size), times.timing(form)))
+                        cost.inference_parameters, cost.macs, times.timing(form)))
     results.write(
         dict(
             rows=[vars(r) | dict(milliseconds=vars(r.milliseconds)) for r in rows],

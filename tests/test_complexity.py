@@ -78,7 +78,7 @@ def test_merging_saves_the_parallel_kernels_and_every_norm() -> None:
     merged = reparameterize(net)[0]
     # Small kernels of 3x3 on maps of 1/4 and 1/8; norms cost no multiply-accumulates that are counted.
     saved = 9 * (8 * 16 * 16 + 2 * 16 * 8 * 8)
-    assert complexity.macs(net, (64, 64)) - complexity.macs(merged, (64, 64)) == saved
+    assert count(net, (64, 64)).macs - count(merged, (64, 64)).macs == saved
     norms = sum(2 * m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     # Every convolution gets a bias; the merged one has one instead of the two that its branches would.
     biases = sum(m.out_channels for m in merged.modules() if isinstance(m, nn.Conv2d))

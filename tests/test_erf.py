@@ -1,26 +1,107 @@
-"""Effective receptive fields, against closed forms, finite differences and a count by hand."""
+"""Effective receptive fields, against closed forms, finite differences and a count by hand; files and command."""
+import contextlib
 import copy
+import io
+import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from conftest import randomize_norms
-from erf_cases import THREE_TIMES_THREE, TINY, _without_pictures, config, drawn, paint, white  # noqa: F401
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmengine.config import Config
 from mmengine.registry import MODELS
-from tiny import tiny  # noqa: F401
+from PIL import Image
+from tiny import ROOT, tiny  # noqa: F401 (a fixture)
 
 from replk_mm.analysis import erf_report
-from replk_mm.analysis.erf import areas, contributions, measure_erf, paper_scale
+from replk_mm.analysis.erf import KIND, Erf, areas, contributions, measure_erf, paper_scale
 from replk_mm.analysis.plain import default_layout
 from replk_mm.engine.config import build_model
+from replk_mm.errors import UserError
 from replk_mm.models.convnext import ConvNeXt
 from replk_mm.models.replknet import RepLKNet
 from replk_mm.reparam import reparameterize
 
 # ruff: noqa: F811 (fixtures that come from another file)
+TINY = dict(layers=[1, 1, 1, 1], channels=[8, 16, 32, 64], large_kernel_sizes=[7, 7, 7, 7], small_kernel=3, dw_ratio=1)
+#: 1 + x + x^2, cubed: how often each pixel is counted along an axis by three convolutions of 3 ones.
+THREE_TIMES_THREE = np.array([1, 3, 6, 7, 6, 3, 1])
 
 
+@MODELS.register_module(name='test_erf_ones')
+class Ones(nn.Module):
+    """Convolutions whose weights are all one, at the strides given; the kernels' sides are 3."""
+
+    def __init__(self, strides=(1, 1, 1)):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(1 if i else 3, 1, 3, stride, 1, bias=False)
+                                    for i, stride in enumerate(strides))
+        for layer in self.layers:
+            nn.init.ones_(layer.weight)
+
+    def forward(self, x):
+        outputs = []
+        for layer in self.layers:
+            x = layer(x)
+            outputs.append(x)
+        return tuple(outputs)
+
+
+@MODELS.register_module(name='test_erf_given')
+class Given(nn.Module):
+    """What a function of the image gives."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x):
+        return self.call(x)
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(monkeypatch, request):
+    """Drawing takes longer than measuring."""
+    if 'drawn' not in request.fixturenames:
+        monkeypatch.setattr('replk_mm.analysis.erf_report.draw', lambda found, path: None)
+
+
+@pytest.fixture
+def drawn():
+    """For tests that look at pictures."""
+
+
+def config(**model) -> Config:
+    return Config(dict(model=model), cfg_text='given', filename='given.py')
+
+
+def paint(folder: Path, *colours) -> Path:
+    """A folder with an image of each colour (one number or three), of different shapes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, colour in enumerate(colours):
+        shape = 20 + 7 * i, 31, 3
+        Image.fromarray(np.broadcast_to(np.uint8(colour), shape).copy()).save(folder / f'{i}.png')
+    return folder
+
+
+@pytest.fixture
+def white(tmp_path) -> Path:
+    return paint(tmp_path / 'white', 255)
+
+
+def result(**changes) -> Erf:
+    known = dict(scores=np.eye(8), backbone='A', config='a', weights='w', trained=True, checkpoint=None, stage=3,
+                 channels=4, map_size=(2, 2), size=8, images=1, image_set='0' * 64, silent=0, preprocessing={},
+                 environment={})
+    return Erf(**{**known, **changes})
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
 def test_closed_form_of_ones(tmp_path, white):
     found = measure_erf(config(type='test_erf_ones'), None, white, 33, 5, tmp_path / 'out')
     expected = np.zeros((33, 33))
@@ -115,12 +196,10 @@ def test_scores_by_finite_differences(name):
 
 @pytest.mark.parametrize('name', ['RepLKNet', 'ConvNeXt'])
 def test_our_operators_give_the_scores_of_torchs_own(name):
-    net = backbones()[name].eval()
-    image = torch.randn(1, 3, 64, 64)
+    net, image = backbones()[name].eval(), torch.randn(1, 3, 64, 64)
     reference = contributions(default_layout(copy.deepcopy(net)).double(), image.double())[0]
     scores = contributions(net.requires_grad_(False), image)[0]
-    assert scores.dtype == torch.float64
-    assert (scores - reference).abs().max() < 1e-5 * reference.max()
+    assert scores.dtype == torch.float64 and (scores - reference).abs().max() < 1e-5 * reference.max()
 
 
 @pytest.mark.parametrize('cfg', [
@@ -167,15 +246,9 @@ def test_random_weights_are_those_of_the_seed(tmp_path, white):
     assert net.model.init_cfg.checkpoint == 'nowhere.pth', 'the config stays as it is'
 
 
-@pytest.fixture
-def whole(tiny):  # noqa: F811
-    """A segmentor whose norms have statistics, and its config."""
+def test_weights_of_a_checkpoint(tiny, tmp_path):
     cfg = tiny.cfg()
-    return randomize_norms(build_model(copy.deepcopy(cfg))), cfg
-
-
-def test_weights_of_a_checkpoint(whole, tmp_path):
-    model, cfg = whole
+    model = randomize_norms(build_model(copy.deepcopy(cfg)))  # norms with statistics
     photo = paint(tmp_path / 'images', (200, 30, 90))
     torch.save(dict(state_dict=model.state_dict(), meta=dict(iter=7)), tmp_path / 'model.pth')
     torch.save(model.backbone.state_dict(), tmp_path / 'backbone.pth')
@@ -195,3 +268,174 @@ def test_weights_of_a_checkpoint(whole, tmp_path):
     assert same.trained and (same.scores == found.scores).all()
     merged = measure_erf(cfg, str(tmp_path / 'merged.pth'), photo, 64, 1, tmp_path / 'out')
     assert np.abs(merged.scores - expected).max() < 1e-4 * expected.max()
+
+
+# -- areas, files and the command --------------------------------------------------------------------------------------
+@pytest.mark.parametrize('size', [16, 17])
+def test_areas_by_adding_up_squares(size):
+    matrix = np.random.default_rng(0).random((size, size))**4
+    middle = size // 2
+    for share, area in areas(matrix).items():
+        side = next(2 * i + 1 for i in range(size)
+                    if matrix[max(0, middle - i):middle + i + 1, max(0, middle - i):middle + i + 1].sum()
+                    >= float(share) * matrix.sum() - 1e-12)
+        assert area == dict(side=min(side, size), ratio=pytest.approx((min(side, size) / size)**2))
+
+
+def test_paper_scale_depends_on_the_size_of_gradients():
+    scores = np.outer([1., 9, 99, 9, 1], [1., 9, 99, 9, 1])
+    small, large = paper_scale(1e-9 * scores), paper_scale(1e9 * scores)
+    assert np.abs(small - scores / scores.max()).max() < 1e-5
+    # Scores of deep networks, far below what can be told from 1 when added to it.
+    assert paper_scale(1e-20 * scores) == pytest.approx(scores / scores.max())
+    assert large.min() > 0.6 and paper_scale(np.zeros((3, 3))).max() == 0
+    assert paper_scale(np.array([[9., 99.]])) == pytest.approx(np.array([[0.5, 1]]))
+
+
+def test_what_is_written_is_read_again(tmp_path, white):
+    found = measure_erf(config(type='test_erf_ones'), None, white, 33, 1, tmp_path / 'out')
+    again = Erf.load(tmp_path / 'out' / 'erf.json')
+    assert (again.scores == found.scores).all()
+    assert (again.values(), again.protocol()) == (found.values(), found.protocol())
+    record = json.loads((tmp_path / 'out' / 'erf.json').read_text())
+    assert record['values'] == found.values() and record['image_set'] == found.image_set
+
+
+def test_comparison_refuses_sizes_and_says_the_rest():
+    assert erf_report.remarks([result(), result()]) == []
+    with pytest.raises(UserError, match=r'differ in size: A \(a\) 8, B \(b\) 16 pixels'):
+        erf_report.remarks([result(), result(backbone='B', config='b', size=16)])
+    other = result(backbone='B', trained=False, map_size=(4, 4), image_set='1' * 64)
+    said = '\n'.join(erf_report.remarks([result(), other]))
+    assert 'untrained weights: B; the others are trained' in said
+    assert 'the images are not the same' in said and 'strides of the maps differ: A 4, B 2' in said
+
+
+def test_table_has_the_areas():
+    scores = np.zeros((8, 8))
+    scores[4, 4], scores[4, 5] = 3, 1
+    text = erf_report.tables([result(scores=scores, trained=False)])
+    # 3 of 4 in the pixel in the middle, the rest beside it.
+    assert ('| A | **untrained**: w | output 3, stride 4, 4 channels | 1 (1.6 %) | 1 (1.6 %) | 1 (1.6 %) | '
+            '3 (14.1 %) |') in text
+    assert 'A +0.0, +0.2' in text
+
+
+READABLE = dict(kind=KIND, version=1, **{key: value for key, value in result().model_dump().items() if key != 'scores'},
+                matrix='erf.npz')
+
+
+def load(folder: Path, record, matrix: bytes | None = None) -> Erf:
+    """Read a record; its matrix is the identity if none is given."""
+    (folder / 'erf.json').write_text(record if isinstance(record, str) else json.dumps(record))
+    if matrix is None:
+        np.savez_compressed(folder / 'erf.npz', scores=np.eye(8))
+    else:
+        (folder / 'erf.npz').write_bytes(matrix)
+    return Erf.load(folder / 'erf.json')
+
+
+def saved(**arrays) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(('changes', 'matrix', 'said'), [
+    (dict(kind='mIoU'), None, "kind 'mIoU'"), (dict(matrix='gone.npz'), None, r'gone\.npz: no such file'),
+    (dict(map_size=3), None, 'map_size'), (dict(map_size=[0, 2]), None, 'map_size'),
+    (dict(size=10**9), None, 'must be'), ({}, saved(scores=np.eye(8))[:-30], 'BadZipFile'),
+    ({}, saved(x=np.eye(8)), 'KeyError'),
+    ({}, saved(scores=-np.eye(8)), 'negative'), ({}, saved(scores=np.full((8, 8), np.nan)), 'finite'),
+    ({}, saved(scores=np.array([[None] * 8] * 8, object)), 'allow_pickle')])
+def test_records_and_matrices_that_do_not_fit(tmp_path, changes, matrix, said):
+    assert load(tmp_path, READABLE).scores.sum() == 8
+    with pytest.raises(UserError, match=said):
+        load(tmp_path, {**READABLE, **changes}, matrix)
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
+                                                                                       max_size=3))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(READABLE)), json_values, max_size=3) | st.text(max_size=30),
+       st.none() | st.binary(max_size=60))
+def test_any_file_is_read_or_rejected(tmp_path_factory, changes, matrix):
+    folder = tmp_path_factory.getbasetemp()
+    record = changes if isinstance(changes, str) else {**READABLE, **changes}
+    with contextlib.suppress(UserError):
+        found = load(folder, record, matrix)
+        assert found.values()['size'] == len(found.scores)
+
+
+def test_networks_of_one_name_are_disambiguated():
+    paths = [Path(f'erf/{name}/erf.json') for name in ('k3', 'k31', 'trained')]
+    found = erf_report.disambiguate([result(trained=False), result(trained=False), result(weights='x.pth')], paths)
+    assert [erf.backbone for erf in found] == ['A (k3)', 'A (k31)', 'A']
+
+
+def test_image_set_is_told_by_content(tmp_path):
+    one, copied = paint(tmp_path / 'a' / 'deep', 9, 8), paint(tmp_path / 'b', 9, 8)
+    (copied / '1.png').rename(copied / 'renamed.png')
+    (copied / 'notes.txt').write_text('no image')
+    found = [measure_erf(config(type='test_erf_ones'), None, folder, 9, count, tmp_path / 'out').image_set
+             for folder, count in ((one.parent, 2), (copied, 2), (copied, 1))]
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(('model', 'arguments', 'said'), [
+    *((dict(type='test_erf_ones'), dict(stage=stage), f'--stage {stage}: Ones has 3 outputs') for stage in (3, -1)),
+    (dict(type='test_erf_given', call=lambda x: x.mean((2, 3))), {},
+     r'output 0 has shape \(1, 3\); it is no feature map'),
+    (dict(type='test_erf_given', call=lambda x: x / 0), {}, r'0\.png: the gradient of .* is not finite'),
+    (dict(type='test_erf_given', call=lambda x: x[:, :, :0]), {}, r'fails on an image of 9x9'),
+    (dict(type='test_erf_given', call=lambda x: x.detach()), {}, r'fails on an image of 9x9'),
+    (dict(type='test_erf_ones'), dict(randomize=True, pretrained='x.pth'), r'--randomize: is for random weights'),
+    (dict(type='test_erf_ones'), dict(checkpoint='y.pth', pretrained='x.pth'),
+     r'--pretrained x\.pth: the checkpoint y\.pth'),
+    (dict(type='test_erf_ones'), dict(pretrained='x.pth'), r'x\.pth: no such checkpoint'),
+    (dict(type='NoSuchNet'), {}, r"model\.type='NoSuchNet': there is no such model"),
+])
+def test_mistakes(tmp_path, white, model, arguments, said):
+    arguments = {'checkpoint': None, 'images': white, 'size': 9, 'count': 1, 'out': tmp_path / 'out', **arguments}
+    with pytest.raises(UserError, match=said):
+        measure_erf(config(**model), **arguments)
+
+
+def test_images_that_cannot_be_used(tmp_path, white):
+    def measure(folder):
+        measure_erf(config(type='test_erf_ones'), None, folder, 9, 9, tmp_path / 'out')
+
+    with pytest.raises(UserError, match='nowhere: no such folder'):
+        measure(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match='it is a file'):
+        measure(white / '0.png')
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='no image in it'):
+        measure(tmp_path / 'empty')
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(white / '1.jpg')
+    whole = (white / '1.jpg').read_bytes()
+    for broken in (whole[:len(whole) // 2], b'', b'text'):
+        (white / '1.jpg').write_bytes(broken)
+        with pytest.raises(UserError, match=r'1\.jpg: not a readable image'):
+            measure(white)
+
+
+def test_command(tiny, tmp_path, white, drawn, monkeypatch, capsys):
+    main = runpy.run_path(str(ROOT / 'tools' / 'erf.py'))['main']
+
+    def run(*arguments) -> str:
+        monkeypatch.setattr('sys.argv', ['erf.py', *map(str, arguments)])
+        assert main() == 0
+        return capsys.readouterr().out
+
+    said = run(tiny.config, '--images', white, '--size', 64, '--count', 2, '--out', tmp_path / 'a', '--device', 'cpu')
+    assert 'WEIGHTS: UNTRAINED' in said and '1 images there, 2 asked for' in said
+    assert {path.name for path in (tmp_path / 'a').iterdir()} == {'erf.json', 'erf.npz', 'erf.png'}
+    said = run('--compare', *[tmp_path / 'a' / 'erf.json'] * 2, '--out', tmp_path / 'b', '--name', 'pair')
+    assert said.count('| RepLKNet (a) |') == 4 and 'untrained weights: all' in said
+    assert {path.name for path in (tmp_path / 'b').iterdir()} == {'pair.md', 'pair.png'}
+    picture = np.asarray(Image.open(tmp_path / 'b' / 'pair.png').convert('RGB'))
+    assert np.unique(picture.reshape(-1, 3), axis=0).shape[0] > 100, 'the heat maps are there'

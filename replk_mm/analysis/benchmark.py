@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from replk_mm.analysis import complexity, engines
@@ -145,11 +147,14 @@ class Bench:
         return before
 
     def _inference(self, work: Workload, folder: Path) -> list[Row]:
+        def gap_of(net: nn.Module, how: str = 'float32') -> Gap:
+            return gap_of_results(reference, work.results(net, how))
+
         reference = work.results(self.networks[PLAIN])
         rows, ours = [], self.networks[OURS]
         for name, net in self.networks.items():
             if name != OURS or 'float32' in self.settings.dtypes:
-                gap = None if name == PLAIN else gap_of_results(reference, work.results(net))
+                gap = None if name == PLAIN else gap_of(net)
                 rows.append(Row(name, work.inference(net), gap, name))
         if 'bfloat16' in self.settings.dtypes:
             converted = copy.deepcopy(ours)
@@ -157,7 +162,7 @@ class Bench:
             # Which of the two is faster depends on the network and the machine.
             for how, net, suffix in (('autocast', ours, ''), ('converted', converted, ' weights')):
                 rows += self._bfloat16(Row(f'{OURS}, bfloat16{suffix}', work.inference(net, how), None, OURS, how),
-                                       lambda net=net, how=how: gap_of_results(reference, work.results(net, how)))
+                                       functools.partial(gap_of, net, how))
         return rows + self._engines(work, reference, folder)
 
     def _training(self, work: Workload) -> list[Row]:
@@ -182,6 +187,9 @@ class Bench:
         return [row]
 
     def _engines(self, work: Workload, reference: dict[str, Tensor], folder: Path) -> list[Row]:
+        def infer(run: engines.Run) -> list[np.ndarray]:  # as in the other rows, from image to result
+            return run(work.normalized(plain))
+
         rows, plain, path = list[Row](), self.networks[PLAIN], folder / 'network.onnx'
         names = [CLASS_MAP] if kind_of(plain) == 'segmentor' else list(reference)
         for engine in self.settings.engines:
@@ -195,12 +203,11 @@ class Bench:
                     engines.export(plain, work.normalized(plain), path)
                 for dtype in ('float32', *(dtype for dtype in self.settings.dtypes if dtype != 'float32')):
                     run = engines.load(engine, path, self.job.threads, dtype)
-                    outputs = map(torch.from_numpy, run(work.normalized(plain)))
+                    outputs = map(torch.from_numpy, infer(run))
                     gap = gap_of_results({name: reference[name] for name in names},
                                          dict(zip(names, outputs, strict=True)))
-                    # As in the other rows, from image to result.
                     rows.append(Row(engine if dtype == 'float32' else f'{engine}, {dtype}',
-                                    lambda run=run: run(work.normalized(plain)), gap, how=dtype))
+                                    functools.partial(infer, run), gap, how=dtype))
             except Exception as error:  # of an exporter or an engine: the other rows are measured all the same
                 self.note(f'{engine}: {first_line(error)}')
         return rows

@@ -85,11 +85,6 @@ def inference_parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith('auxiliary_head.'))
 
 
-def macs(model: nn.Module, shape: tuple[int, int]) -> int:
-    """Multiply-accumulates of inference on one image, which papers call FLOPs; see :func:`count`."""
-    return count(model, shape).macs
-
-
 def count(model: nn.Module, shape: tuple[int, int]) -> Count:
     """Count parameters and multiply-accumulates by part.
 

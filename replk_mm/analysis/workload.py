@@ -200,9 +200,9 @@ class Workload:
         masks = np.zeros((_OBJECTS, height, width), np.uint8)
         for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().tolist(), strict=True):
             mask[top:bottom, left:right] = 1
-        head = net.roi_head.bbox_head if hasattr(net, 'roi_head') else net.bbox_head
-        classes = (head[0] if isinstance(head, nn.ModuleList) else head).num_classes
-        labels = torch.randint(0, classes, (_OBJECTS,), generator=generator)
+        head: Any = net.roi_head.bbox_head if hasattr(net, 'roi_head') else net.bbox_head
+        first: Any = head[0] if isinstance(head, nn.ModuleList) else head
+        labels = torch.randint(0, first.num_classes, (_OBJECTS,), generator=generator)
         return {'gt_instances': InstanceData(bboxes=boxes, labels=labels, masks=BitmapMasks(masks, height, width))}
 
 
