@@ -80,7 +80,7 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     if wanted == 'auto':
         newest, notes = _last_whole(cfg.work_dir)
         if newest is None and notes:
-            raise UserError(f'{cfg.work_dir}: none of the {len(notes)} checkpoints of this run can be resumed from\n'
+            raise UserError(f'{cfg.work_dir}: no checkpoint of this run can be resumed from ({len(notes)} tried)\n'
                             + '\n'.join(notes) + '\nCopy one from elsewhere, or start anew without --resume.')
         if newest is None:
             return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']

@@ -30,12 +30,11 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
         KeyboardInterrupt: On a second Ctrl-C, after saying how to go on.
     """
     runner = Runner.from_cfg(cfg)
-    runner.register_hook(dict(type='replk_mm.ParameterGroupsHook'))
-    runner.register_hook(dict(type='replk_mm.ProcessesHook'))
-    runner.register_hook(dict(type='replk_mm.StopAtNonFinite'))
-    if preflight:
-        runner.register_hook(dict(type='replk_mm.PreflightHook'))
-    for note in notes:
+    added = [f'replk_mm.{name}' for name in ('ParameterGroupsHook', 'ProcessesHook', 'StopAtNonFinite', 'PreflightHook')
+             if preflight or name != 'PreflightHook']
+    for name in added:
+        runner.register_hook(dict(type=name))
+    for note in [*notes, f'hooks added to those of the config: {", ".join(added)}']:
         runner.logger.info(note)
     try:
         # Loops of the user's own would hear a signal and go on.
