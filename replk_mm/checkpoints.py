@@ -52,10 +52,15 @@ def fetch(checkpoint: str | Path, folder: str | Path | None = None, progress: bo
     """
     name = str(checkpoint)
     if not name.startswith(('http://', 'https://')):
-        path = Path(name).expanduser()
-        if path.is_file():
-            return path
-        raise NoCheckpoint(f'{path}: no such checkpoint' + (' (it is a folder)' if path.is_dir() else ''))
+        path = Path(name)
+        try:
+            path = path.expanduser()
+            if path.is_file():
+                return path
+            why = ' (it is a folder)' if path.is_dir() else ''
+        except (OSError, RuntimeError) as error:  # too long a name, an unknown user
+            why = f' ({error})'
+        raise NoCheckpoint(f'{path}: no such checkpoint{why}')
     path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / name.rsplit('/', 1)[-1]
     try:
         if path.is_file():

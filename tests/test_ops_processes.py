@@ -142,7 +142,9 @@ for shape, kernel, dtype, layout in {shapes}:
     '[((2, 128, 64, 64), 29, torch.float32, torch.channels_last)]',
     pytest.param('[((2, 256, 64, 64), 29, t, m) for t in (torch.float32, torch.bfloat16)'
                  ' for m in (torch.channels_last, torch.contiguous_format)]'
-                 ' + [((4, 512, 32, 32), 27, t, torch.channels_last) for t in (torch.float32, torch.bfloat16)]'
+                 ' + [((4, 512, 32, 32), 27, t, torch.channels_last) for t in (torch.float32, torch.bfloat16)'
+                 # torch's own step takes minutes in bfloat16 where the CPU has no instructions for it
+                 ' if t == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()]'
                  ' + [((2, 64, 128, 128), 31, torch.float32, torch.channels_last)]',
                  marks=pytest.mark.slow)], ids=['one', 'more'])
 def test_a_training_step_takes_at_most_twice_torchs_memory(shapes):
