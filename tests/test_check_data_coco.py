@@ -285,6 +285,11 @@ def test_any_mask_is_decoded_or_has_a_problem(mask):
         assert rle.decode(encoded).shape[:2] == (H, W)
 
 
+@pytest.mark.parametrize('counts', ['p', '00P', '0`p', 'ÿÿ', '', '00\0'])
+def test_rle_that_makes_pycocotools_leave_its_memory_has_a_problem(counts):
+    assert coco.mask_problem(dict(size=[H, W], counts=counts), H, W)
+
+
 def test_masks_that_pycocotools_writes_have_no_problem():
     generator = np.random.default_rng(0)
     for _ in range(50):

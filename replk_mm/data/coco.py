@@ -118,6 +118,31 @@ def category_counts(data: Any) -> dict[str, int]:
     return counts
 
 
+def _decompressed(counts: str | bytes) -> np.ndarray:
+    """The runs of a compressed RLE (pycocotools, common/maskApi.c), which pycocotools 2.0.11 itself reads unchecked.
+
+    A character holds five bits of a number, the lowest first, and whether more follow; from the fourth run on, numbers
+    are differences to the run before the last. A string that ends within a number makes pycocotools read and write past
+    the end of its memory.
+
+    Raises:
+        ValueError: If the string is malformed.
+    """
+    codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((codes & 32) == 0)
+    if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or len(ends) == 0 or ends[-1] != len(codes) - 1:
+        raise ValueError('its string is cut off or malformed')
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    places = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    if places.max() > 8:
+        raise ValueError('a run has more digits than any image has pixels')
+    runs = np.add.reduceat((codes & 31) << 5 * places, starts)
+    runs -= np.where(codes[ends] & 16, np.int64(1) << 5 * (ends - starts + 1), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
 def mask_problem(mask: object, height: int, width: int) -> str | None:
     """Why pycocotools cannot decode a mask; None if it can.
 
@@ -133,12 +158,12 @@ def mask_problem(mask: object, height: int, width: int) -> str | None:
                 return f'RLE of size {mask["size"]!r:.40}, but the image is {height}x{width} (height x width)'
             if height * width > _LARGEST:
                 return f'more than {_LARGEST:,} pixels'
-            if isinstance(counts, list):
-                if sum(counts) != height * width:
-                    return f'runs of {sum(counts):,} pixels, but the image has {height * width:,}'
-                mask = rle.frPyObjects(mask, height, width)
-            rle.decode(mask)
-            return None
+            runs = _decompressed(counts) if isinstance(counts, (str, bytes)) else np.array(counts)
+            if runs.ndim != 1 or runs.dtype.kind not in 'iu' or (runs < 0).any() or (runs > height * width).any():
+                return 'runs that are no numbers of pixels'
+            total = int(runs.sum())
+            return None if total == height * width else (
+                f'runs of {total:,} pixels, but the image has {height * width:,}')
         if not isinstance(mask, list) or not mask:
             return f'{mask!r:.40} is neither polygons nor RLE'
         for polygon in mask:
