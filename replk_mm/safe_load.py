@@ -110,7 +110,7 @@ def load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any:
             raise _damaged(path, error) from error
         files = shlex.join(map(str, (path, path.with_suffix('.safetensors'))))
         raise UserError(f'{path}: refused: to load it, {found[1]} would have to run\n'
-                        f'If you trust its author, convert it to plain weights first: '
+                        f'If you trust its author, convert it to plain weights, without the state to resume from: '
                         f'python tools/convert_checkpoint.py {files} --trust-checkpoint') from error
     except Exception as error:  # a few changed bytes make torch raise errors of a dozen kinds
         raise _damaged(path, error) from error

@@ -136,7 +136,9 @@ def shorten(cfg: Config, iterations: int) -> str:
     cfg.default_hooks = {**hooks, 'checkpoint': checkpoint, 'logger': logger}
     cfg.log_processor = {**cfg.get('log_processor', {}), 'by_epoch': False}
     unit = 'epochs' if by_epoch else 'iterations'
-    return f'schedule: {iterations} iterations instead of {total} {unit}, warm-up and decay in proportion'
+    return (f'schedule: {iterations} iterations instead of {total} {unit} ({cfg.train_cfg.type}), warm-up and decay in '
+            f'proportion, validation every {interval}, checkpoints every {checkpoint["interval"]}, log every '
+            f'{logger["interval"]} iterations')
 
 
 def fit_to_machine(cfg: Config, amp: str | None, device: str, local_processes: int,

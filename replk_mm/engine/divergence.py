@@ -1,6 +1,7 @@
 """Stop a training at the first loss or gradient that is not finite: name the layer, save the batch."""
 import copy
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_gather_object, all_reduce, barrier, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.structures import BaseDataElement
@@ -87,22 +88,31 @@ class StopAtNonFinite(Hook):
             first = f'not found, the pass that looks for it fails: {type(caught).__name__}: {caught}'
             error = caught
         where = f'iteration {runner.iter + 1}' + (f', rank {get_rank()}' if get_world_size() > 1 else '')
-        if first is None and get_world_size() > 1:
-            raise UserError(f'{where}: stopped, because the loss or gradient of another process is not finite\n'
-                            f'The message of that rank names the images and the layer.')
+        # SyncBN spreads what is not finite: the rank whose own batch is at fault is the cause, or else the first with a
+        # finding.
+        causes = [(not place.startswith('batch'), rank) for rank, place in enumerate(all_gather_object(first)) if place]
+        if causes and min(causes)[1] != get_rank():
+            barrier()
+            time.sleep(1)  # torchrun ends all once one process fails, and reports the first: let it be the cause
+            raise UserError(f'{where}: stopped, because rank {min(causes)[1]} met a loss or gradient that is not '
+                            f'finite\nThe message of that rank names the images and the layer.')
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         what = f'the loss is not finite ({", ".join(bad)})' if bad else 'the gradients are not finite'
         batch = plain(self._batch)
         leaves = tree_flatten_with_path(batch)[0]
         images = [str(leaf) for path, leaf in leaves if path[-1:] == (MappingKey('img_path'),)]
         saved = _save(runner, dict(images=images, batch=batch, first=first, losses=losses, iteration=runner.iter + 1))
-        raise UserError(
+        last = last_checkpoint(runner.work_dir)
+        message = UserError(
             f'{where}: {what}{circumstance}; '
             f'first: {first or "none when repeated, so some operation is not deterministic"}\n'
             f'images: {", ".join(images) or "unknown"}\n{saved}\n'
-            f'last checkpoint: {last_checkpoint(runner.work_dir)}; --resume without a change ends here again\n'
-            f'Look at the batch, label or weight if one is named. Otherwise lower optim_wrapper.optimizer.lr, lengthen '
-            f'the warm-up, set optim_wrapper.clip_grad.max_norm=1, or use --amp bf16 instead of fp16.') from error
+            + (f'last checkpoint: {last}; --resume without a change ends here again\n' if last else '')
+            + 'Look at the batch, label or weight if one is named. Otherwise lower optim_wrapper.optimizer.lr, '
+            'lengthen the warm-up, set optim_wrapper.clip_grad.max_norm=1, or train without fp16.')
+        if causes:
+            barrier()
+        raise message from error
 
 
 def _save(runner: Any, content: dict) -> str:

@@ -66,14 +66,18 @@ def _registries() -> Iterator[Registry]:
             yield from value.children.values()
 
 
+def _names(registry: Registry) -> list[str]:
+    return [*registry.module_dict, *getattr(registry, 'modules', ())]  # those of lazy registries too
+
+
 def _known(name: str) -> bool:
-    return any(name.rpartition('.')[2] in registry.module_dict for registry in _registries())
+    return any(name.rpartition('.')[2] in _names(registry) for registry in _registries())
 
 
 def _registered(kind: str) -> list[str]:
     return [name if registry.parent is None else f'{prefix}{name}'
             for registry in _registries() if registry.name == kind
-            for name in registry.module_dict for prefix in ('', f'{registry.scope}.')]
+            for name in _names(registry) for prefix in ('', f'{registry.scope}.')]
 
 
 def _arguments(kind: object) -> list[str]:

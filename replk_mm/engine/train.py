@@ -34,7 +34,9 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
              if preflight or name != 'PreflightHook']
     for name in added:
         runner.register_hook(dict(type=name))
-    for note in [*notes, f'hooks added to those of the config: {", ".join(added)}']:
+    notes = [*notes, f'hooks added to those of the config: {", ".join(added)}',
+             'loading transforms are wrapped to name the file that they fail on']
+    for note in notes:
         runner.logger.info(note)
     try:
         # Loops of the user's own would hear a signal and go on.
