@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mmengine.logging import print_log
 from torch import Tensor
 
 from replk_mm.errors import UserError
@@ -90,6 +91,8 @@ def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
             found = ', '.join(map(str, list(node)[:6])) or 'nothing'
             raise UserError(f'{where}: no weights in it; found the keys: {found}\n'
                             f'A checkpoint holds tensors at its top level or under one of: {", ".join(NESTS)}.')
+        if nest == 'model' and isinstance(node.get('model_ema'), Mapping):
+            print_log(f'{where}: the weights under "model" are loaded; "model_ema" beside it is not', logger='current')
         node = node[nest]
     weights = {str(key): value for key, value in node.items() if isinstance(value, Tensor) and key not in COUNTERS}
     while wrapper := next((wrapper for wrapper in WRAPPERS if weights and all(

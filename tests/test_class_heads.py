@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
 from replk_mm.data.checks.classes import check_heads
-from replk_mm.data.class_heads import head_counts, reject_panoptic
+from replk_mm.data.class_heads import head_counts, reject_stuff
 from replk_mm.data.classes import set_classes, use_classes
 from replk_mm.engine.prepare import counts_of
 from replk_mm.errors import UserError
@@ -50,10 +50,10 @@ def test_a_head_of_borders_keeps_its_two_classes():
 def test_panoptic_data_name_more_classes_than_the_box_heads():
     cfg = config(mmdet, 'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py')
     check_heads(cfg, head_counts(cfg.model), ('train', 'val'))
-    with pytest.raises(UserError, match=r'model\.\w+ counts things and stuff'):
+    with pytest.raises(UserError, match=r'model\.\w+ predicts things and stuff'):
         use_classes(cfg, 'a,b', ('train',))
     plain = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
-    reject_panoptic(plain.model)
+    reject_stuff(plain.model)
     plain.model.roi_head.bbox_head.num_classes = plain.model.roi_head.mask_head.num_classes = 5
     with pytest.raises(UserError, match='has 80 classes'):
         check_heads(plain, head_counts(plain.model), ('train',))
@@ -64,6 +64,14 @@ def test_a_head_without_classes_is_given_none():
     set_classes(cfg, OWN)
     assert 'num_classes' not in cfg.model.mask_head
     assert built(cfg).bbox_head.num_classes == 3
+
+
+def test_mmdets_mask2former_for_instances_counts_things():
+    cfg = config(mmdet, f'{M2F}-lsj-50e_coco.py')
+    set_classes(cfg, OWN)
+    head = built(copy.deepcopy(cfg)).panoptic_head
+    assert head.num_classes == cfg.model.panoptic_fusion_head.num_things_classes == 3
+    assert head.class_weight == [1.] * 3 + [0.1]
 
 
 def test_mmsegs_mask2former_keeps_the_weight_of_no_object():

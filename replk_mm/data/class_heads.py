@@ -37,15 +37,21 @@ def head_counts(model: dict) -> dict[str, int]:
     return {path: head['num_classes'] for path, head in _parts(model, 'model') if is_head(path)}
 
 
-def reject_panoptic(model: dict) -> None:
-    """Reject names of classes for a model that counts things and stuff: names alone do not say which are which.
+def _panoptic_parts(model: dict) -> dict[str, dict]:
+    """Parts of a model's config that count things and stuff, by path."""
+    return {f'model.{key}': part for key, part in model.items()
+            if isinstance(part, dict) and 'num_things_classes' in part}
+
+
+def reject_stuff(model: dict) -> None:
+    """Reject names of classes for a model that predicts stuff beside things: names alone do not say which are which.
 
     Raises:
         UserError: With the part's path.
     """
-    for key, part in model.items():
-        if isinstance(part, dict) and 'num_things_classes' in part:
-            raise UserError(f'--classes: model.{key} counts things and stuff, and names do not say which are which\n'
+    for path, part in _panoptic_parts(model).items():
+        if part.get('num_stuff_classes'):
+            raise UserError(f'--classes: {path} predicts things and stuff, and names do not say which are which\n'
                             f'Set num_things_classes, num_stuff_classes and the classes of the data in a config.')
 
 
@@ -69,6 +75,10 @@ def set_counts(model: dict, count: int, former: set[int]) -> list[str]:
                 head.pop('out_channels', None)
             head['num_classes'] = count
             notes += _set_weights(path, head, old, count)
+    for path, part in _panoptic_parts(model).items():
+        if not part.get('num_stuff_classes'):
+            old, part['num_things_classes'] = part['num_things_classes'], count
+            notes += _set_weights(path, part, old, count)
     return notes
 
 

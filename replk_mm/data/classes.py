@@ -66,7 +66,7 @@ def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
     Raises:
         UserError: If the names cannot be had, or do not say enough for this model.
     """
-    class_heads.reject_panoptic(cfg.model)
+    class_heads.reject_stuff(cfg.model)
     if text == 'auto':
         names, source, counted = found_classes(cfg, splits)
     else:
