@@ -1,4 +1,5 @@
 """Distribution of replk_mm. Versions for development are pinned in requirements/; here stand the ranges that work."""
+
 import re
 from pathlib import Path
 
@@ -52,8 +53,18 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['replk_mm', 'replk_mm.*']),
     # mmengine looks for `replk_mm::NAME.py` in replk_mm/.mim/configs, a link to configs/; the wheel gets its files.
-    package_data={'replk_mm': ['py.typed', '**/*.yaml', '**/*.j2', '**/*.css', '**/*.js', '.mim/model-index.yml',
-                               '.mim/configs/**/*.py', '.mim/configs/**/*.yaml']},
+    package_data={
+        'replk_mm': [
+            'py.typed',
+            '**/*.yaml',
+            '**/*.j2',
+            '**/*.css',
+            '**/*.js',
+            '.mim/model-index.yml',
+            '.mim/configs/**/*.py',
+            '.mim/configs/**/*.yaml',
+        ]
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     zip_safe=False,

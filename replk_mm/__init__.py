@@ -1,4 +1,5 @@
 """Large-kernel ConvNets (RepLKNet) and ConvNeXt as first-class OpenMMLab backbones."""
+
 from pathlib import Path
 
 __version__ = '0.1.0'
@@ -11,6 +12,7 @@ def register_configs() -> None:
     (0.10.7) resolves such names for a fixed table of packages only, and requires a folder in them.
     """
     from mmengine.config import Config
+
     original = Config._get_cfg_path
     if getattr(original, 'knows_replk_mm', False):
         return

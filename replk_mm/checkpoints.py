@@ -1,4 +1,5 @@
 """Checkpoints: read without running code in them, loaded from any known format, with a report of what matched."""
+
 import io
 import json
 import logging
@@ -70,8 +71,10 @@ def fetch(checkpoint: str | Path, folder: str | Path | None = None, progress: bo
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(name, str(path), progress=progress)
     except (OSError, ValueError, HTTPException) as error:
-        raise DownloadError(f'{name:.200}: the checkpoint could not be downloaded ({error!s:.200})\n'
-                            f'Check the address, or download the file yourself and name its path.') from error
+        raise DownloadError(
+            f'{name:.200}: the checkpoint could not be downloaded ({error!s:.200})\n'
+            f'Check the address, or download the file yourself and name its path.'
+        ) from error
     return path
 
 
@@ -100,8 +103,14 @@ def _checked_meta(meta: Any, path: Path) -> dict[str, Any]:
         UserError: If one has another type.
     """
     meta = dict(meta) if isinstance(meta, Mapping) else {}
-    wrong = next((key for key in ('iter', 'epoch', 'seed') if not (
-        meta.get(key) is None or isinstance(meta[key], int) and meta[key] >= 0)), None)
+    wrong = next(
+        (
+            key
+            for key in ('iter', 'epoch', 'seed')
+            if not (meta.get(key) is None or isinstance(meta[key], int) and meta[key] >= 0)
+        ),
+        None,
+    )
     try:
         dataset = {str(key).lower(): value for key, value in (meta.get('dataset_meta') or {}).items()}
         if not (_list_of(str, dataset.get('classes')) and _list_of((list, tuple), dataset.get('palette'))):
@@ -115,8 +124,10 @@ def _checked_meta(meta: Any, path: Path) -> dict[str, Any]:
     except (AttributeError, LookupError, TypeError):
         wrong = 'replk_mm'
     if wrong:
-        raise UserError(f'{path}: meta.{wrong} is not what training writes: {meta[wrong]!r:.80}\nTake the file from '
-                        f"its source, or keep its weights only: torch.save({{'state_dict': ...}}, FILE).")
+        raise UserError(
+            f'{path}: meta.{wrong} is not what training writes: {meta[wrong]!r:.80}\nTake the file from '
+            f"its source, or keep its weights only: torch.save({{'state_dict': ...}}, FILE)."
+        )
     return meta
 
 
@@ -135,8 +146,9 @@ def register_safe_loaders() -> None:
     def load_from_local(filename: str, map_location: Any = None) -> dict:
         return read(filename, map_location or 'cpu')
 
-    def load_from_http(filename: str, map_location: Any = None, model_dir: str | None = None,
-                       progress: bool = True) -> dict:
+    def load_from_http(
+        filename: str, map_location: Any = None, model_dir: str | None = None, progress: bool = True
+    ) -> dict:
         return read(fetch(filename, model_dir, progress), map_location or 'cpu')
 
     # Loaders of other addresses call these by name.
@@ -168,8 +180,10 @@ def save(checkpoint: dict, path: str | Path) -> None:
     path, content = Path(path), plain(checkpoint)
     if path.suffix == '.safetensors':
         if more := content.keys() - {'state_dict', 'meta'}:
-            raise UserError(f'{path}: a safetensors file holds weights only, no {", ".join(sorted(more))}\n'
-                            f'Name a file that ends in .pth.')
+            raise UserError(
+                f'{path}: a safetensors file holds weights only, no {", ".join(sorted(more))}\n'
+                f'Name a file that ends in .pth.'
+            )
         weights = {key: value.detach().clone().contiguous() for key, value in content['state_dict'].items()}
         data = safetensors.torch.save(weights, {'format': 'pt', safe_load.META: json.dumps(content.get('meta', {}))})
     else:
@@ -228,7 +242,8 @@ def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -
             if source is None:
                 report.missing.append(key)
             elif source.shape != target.shape and not (
-                    source.numel() == target.numel() and source.squeeze().shape == target.squeeze().shape):
+                source.numel() == target.numel() and source.squeeze().shape == target.squeeze().shape
+            ):
                 report.mismatched.append((key, tuple(target.shape), tuple(source.shape)))
             else:
                 target.copy_(source.reshape(target.shape))
@@ -237,8 +252,9 @@ def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -
     return report
 
 
-def load_pretrained(backbone: Any, checkpoint: str | Path, prefix: str | None = None, strict: bool = True,
-                    map_location: str = 'cpu') -> LoadReport:
+def load_pretrained(
+    backbone: Any, checkpoint: str | Path, prefix: str | None = None, strict: bool = True, map_location: str = 'cpu'
+) -> LoadReport:
     """Set a backbone's weights from a file of any known format (``init_cfg=dict(type='Pretrained', ...)``).
 
     Args:
@@ -255,24 +271,36 @@ def load_pretrained(backbone: Any, checkpoint: str | Path, prefix: str | None = 
     found = convert(unwrap(loaded, str(checkpoint)), prefix)
     weights = found.backbone
     if (reparameterization_of(loaded, ()) or {}).get('fold'):
-        raise UserError(f'{checkpoint}: its BatchNorm is folded, for inference; training cannot start from it\n'
-                        f'Start from the checkpoint it was made of.')
+        raise UserError(
+            f'{checkpoint}: its BatchNorm is folded, for inference; training cannot start from it\n'
+            f'Start from the checkpoint it was made of.'
+        )
     if found.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
         weights = _unmerge(weights, backbone)
-        print_log(f'{checkpoint}: merged weights in a network with parallel kernels: equal in evaluation, but in '
-                  f'training batch statistics replace the folded ones; norm_eval=True or small_kernel_merged=True '
-                  f'keeps them', logger='current', level=logging.WARNING)
+        print_log(
+            f'{checkpoint}: merged weights in a network with parallel kernels: equal in evaluation, but in '
+            f'training batch statistics replace the folded ones; norm_eval=True or small_kernel_merged=True '
+            f'keeps them',
+            logger='current',
+            level=logging.WARNING,
+        )
     report = copy_weights(backbone, weights, parts=False)
-    report.missing = [key for key in report.missing
-                      if not key.endswith('num_batches_tracked') and not _OUTPUT_NORM.match(key)]
+    report.missing = [
+        key for key in report.missing if not key.endswith('num_batches_tracked') and not _OUTPUT_NORM.match(key)
+    ]
     # Norms of stages that the backbone does not return are of no use to it.
-    report.unexpected = [key for key in report.unexpected if not (norm := _OUTPUT_NORM.match(key))
-                         or int(norm[1] or norm[2]) in backbone.out_indices]
+    report.unexpected = [
+        key
+        for key in report.unexpected
+        if not (norm := _OUTPUT_NORM.match(key)) or int(norm[1] or norm[2]) in backbone.out_indices
+    ]
     print_log(f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}', logger='current')
     misfits = report.missing or report.mismatched or report.unexpected
     if misfits and (strict or not report.matched):
-        raise UserError(f'{checkpoint}: does not fit {type(backbone).__name__}: {report.summary()}\n'
-                        f'{report.details()}\n{guess_cause(report, found, whole=False)}')
+        raise UserError(
+            f'{checkpoint}: does not fit {type(backbone).__name__}: {report.summary()}\n'
+            f'{report.details()}\n{guess_cause(report, found, whole=False)}'
+        )
     return report
 
 
@@ -316,13 +344,19 @@ def guess_cause(report: LoadReport, found: Converted, whole: bool) -> str:
     if not report.matched.get('backbone') and not in_backbone:
         cause = f'another architecture ({found.describe()}). Check that config and checkpoint belong together.'
     elif whole and not found.rest:
-        cause = ('the file holds a backbone only (ImageNet weights, for example), no trained head. Train with it as '
-                 'init_cfg first; test the checkpoint that training writes.')
+        cause = (
+            'the file holds a backbone only (ImageNet weights, for example), no trained head. Train with it as '
+            'init_cfg first; test the checkpoint that training writes.'
+        )
     elif classes and not in_backbone:
         key, ours, theirs = classes
-        cause = (f'number of classes: {key} has {ours[0]} outputs in the config, {theirs[0]} in the checkpoint. '
-                 f"Set num_classes of every head to the checkpoint's.")
+        cause = (
+            f'number of classes: {key} has {ours[0]} outputs in the config, {theirs[0]} in the checkpoint. '
+            f"Set num_classes of every head to the checkpoint's."
+        )
     else:
-        cause = ('another size or other options of the same family. Compare arch, small_kernel_merged and '
-                 "norm_intermediate_features with the checkpoint's config.")
+        cause = (
+            'another size or other options of the same family. Compare arch, small_kernel_merged and '
+            "norm_intermediate_features with the checkpoint's config."
+        )
     return f'Likely cause: {cause}'

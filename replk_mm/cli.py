@@ -1,4 +1,5 @@
 """What the commands share: arguments, and the settings of their process."""
+
 import argparse
 import ast
 import os
@@ -27,15 +28,17 @@ class KeyValue(DictAction):
             try:
                 options[key] = ast.literal_eval(value) if value.startswith('{') else self._parse_iterable(value)
             except (ValueError, TypeError, SyntaxError, AssertionError, RecursionError, MemoryError):
-                parser.error(f'argument {option_string}: cannot parse the value of {printable(key):.80}: '
-                             f'{printable(value):.80}')
+                parser.error(
+                    f'argument {option_string}: cannot parse the value of {printable(key):.80}: {printable(value):.80}'
+                )
         setattr(namespace, self.dest, options)
 
 
 def parser(doc: str, example: str) -> argparse.ArgumentParser:
     """A parser whose help shows ``doc`` and an example."""
-    return argparse.ArgumentParser(description=doc, epilog=f'example:\n  {example}',
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    return argparse.ArgumentParser(
+        description=doc, epilog=f'example:\n  {example}', formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def add_config_options(p: argparse.ArgumentParser) -> None:
@@ -45,9 +48,12 @@ def add_config_options(p: argparse.ArgumentParser) -> None:
 
 def add_classes(p: argparse.ArgumentParser) -> None:
     """Classes other than the config's."""
-    p.add_argument('--classes', metavar='NAMES',
-                   help='classes of the data, for data sets and heads: NAME,NAME,... or a file with one a line, or '
-                   "'auto' for the annotation file's categories or classes.txt in the data root")
+    p.add_argument(
+        '--classes',
+        metavar='NAMES',
+        help='classes of the data, for data sets and heads: NAME,NAME,... or a file with one a line, or '
+        "'auto' for the annotation file's categories or classes.txt in the data root",
+    )
 
 
 def add_run_arguments(p: argparse.ArgumentParser) -> None:
@@ -56,8 +62,12 @@ def add_run_arguments(p: argparse.ArgumentParser) -> None:
     add_classes(p)
     p.add_argument('--work-dir', metavar='DIR', help='where logs and checkpoints go (default: work_dirs/CONFIG)')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
-    p.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-                   help='how the processes of a distributed run were started (torchrun: pytorch)')
+    p.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed run were started (torchrun: pytorch)',
+    )
     add_config_options(p)
     p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
 
@@ -89,6 +99,9 @@ def setup_process() -> None:
     keep_freed_memory()
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings('ignore', category=category)
-    for message in ('pkg_resources is deprecated', '.*align_corners=.*',
-                    'Fail to import.*MultiScaleDeformableAttention'):
+    for message in (
+        'pkg_resources is deprecated',
+        '.*align_corners=.*',
+        'Fail to import.*MultiScaleDeformableAttention',
+    ):
         warnings.filterwarnings('ignore', message=message, category=UserWarning)

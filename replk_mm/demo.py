@@ -1,4 +1,5 @@
 """The whole chain on procedural scenes: write data, train, test, reparameterize, test again, compare, draw."""
+
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ def _detection(model: Any, data: Path) -> Call:
     """The whole detector on the first scene: what its heads have to do depends on what is found."""
     from mmdet.utils import get_test_pipeline_cfg
     from mmengine.dataset import Compose
+
     scene = Compose(get_test_pipeline_cfg(model.cfg))(dict(img_path=str(demo_pictures.scenes_of(data)[0]), img_id=0))
     batch = model.data_preprocessor(dict(inputs=[scene['inputs']], data_samples=[scene['data_samples']]))
     return functools.partial(model, **batch, mode='predict')
@@ -74,16 +76,29 @@ class Story:
 
 
 STORIES = {
-    'segmentation': Story('replk_mm::upernet_replk-nano_demo.py', 'ade20k', {'mIoU': _mean_iou}, 0.01, _network,
-                          demo_pictures.draw_label_maps),
+    'segmentation': Story(
+        'replk_mm::upernet_replk-nano_demo.py',
+        'ade20k',
+        {'mIoU': _mean_iou},
+        0.01,
+        _network,
+        demo_pictures.draw_label_maps,
+    ),
     'detection': Story(
-        'replk_mm::cascade-mask-rcnn_replk-nano_demo.py', 'coco',
-        {f'{what} {name}': functools.partial(_percent, f'coco/{kind}_{key}')
-         for what, kind in (('box', 'bbox'), ('mask', 'segm')) for name, key in (('AP', 'mAP'), ('AP50', 'mAP_50'))},
+        'replk_mm::cascade-mask-rcnn_replk-nano_demo.py',
+        'coco',
+        {
+            f'{what} {name}': functools.partial(_percent, f'coco/{kind}_{key}')
+            for what, kind in (('box', 'bbox'), ('mask', 'segm'))
+            for name, key in (('AP', 'mAP'), ('AP50', 'mAP_50'))
+        },
         # 0.001 as COCO counts; scores that differ in their last bits may change places
-        0.1, _detection, demo_pictures.draw_objects,
+        0.1,
+        _detection,
+        demo_pictures.draw_objects,
         f'MACs: each box head on {PROPOSALS} regions, each mask head on {MASK_REGIONS}, as the papers '
-        f'count them; milliseconds: a whole scene, with what is found in it'),
+        f'count them; milliseconds: a whole scene, with what is found in it',
+    ),
 }
 
 
@@ -116,8 +131,9 @@ def prepare_data(out: Path, seed: int, layout: str) -> Path:
     return data
 
 
-def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = False,
-        story: Story = STORIES['segmentation']) -> tuple[list[Row], Path]:
+def run(
+    out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = False, story: Story = STORIES['segmentation']
+) -> tuple[list[Row], Path]:
     """Run the demo.
 
     Args:
@@ -131,8 +147,14 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
         The two rows of the table, and the sheet of predictions.
     """
     data = prepare_data(out, seed, story.layout)
-    options = Options(data_root=str(data), work_dir=str(out / 'train'), seed=seed, device='cpu',
-                      max_iters=max_iters, resume='auto' if resume else None)
+    options = Options(
+        data_root=str(data),
+        work_dir=str(out / 'train'),
+        seed=seed,
+        device='cpu',
+        max_iters=max_iters,
+        resume='auto' if resume else None,
+    )
     cfg = load_config(story.config)
     trained = train(cfg, prepare_training(cfg, options))
     merged = out / 'reparameterized.pth'
@@ -140,8 +162,10 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
     print('\n'.join(['', str(changes), *map(str, differences)]), flush=True)
 
     rows, records = [], []
-    models = {'trained': load_trained(load_config(story.config), str(trained), 'cpu'),
-              'reparameterized': load_trained(load_config(story.config), str(merged), 'cpu')}
+    models = {
+        'trained': load_trained(load_config(story.config), str(trained), 'cpu'),
+        'reparameterized': load_trained(load_config(story.config), str(merged), 'cpu'),
+    }
     size = load_config(story.config).crop_size
     with torch.no_grad():
         times = measure({name: story.inference(model, data) for name, model in models.items()})
@@ -151,8 +175,15 @@ def run(out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = F
         found = evaluate(cfg, str(checkpoint), where)
         records.append(results.record(cfg, str(checkpoint), found, tta=False))
         cost = complexity.count(model, size)
-        rows.append(Row(form, {name: of(found) for name, of in story.metrics.items()},
-                        cost.inference_parameters, cost.macs, times.timing(form)))
+        rows.append(
+            Row(
+                form,
+                {name: of(found) for name, of in story.metrics.items()},
+                cost.inference_parameters,
+                cost.macs,
+                times.timing(form),
+            )
+        )
     results.write(
         dict(
             rows=[vars(r) | dict(milliseconds=vars(r.milliseconds)) for r in rows],
@@ -176,13 +207,29 @@ def table(rows: list[Row]) -> str:
         return f'{form:16} {figures} {parameters:>12} {macs:>9} {milliseconds:>34}'
 
     faster = before.milliseconds.median / after.milliseconds.median
-    return '\n'.join([
-        '', line('', list(widths), 'parameters', 'MACs', 'ms per scene, median (quartiles)'),
-        *(line(r.form, [f'{value:.2f}' for value in r.metrics.values()], f'{r.parameters:,}', f'{r.macs / 1e9:.2f} G',
-               str(r.milliseconds)) for r in rows),
-        line('difference', [f'{after.metrics[name] - before.metrics[name]:+.2f}' for name in widths],
-             f'{after.parameters - before.parameters:+,}', f'{(after.macs - before.macs) / 1e9:+.2f} G',
-             f'{faster:.2f} times as fast')])
+    return '\n'.join(
+        [
+            '',
+            line('', list(widths), 'parameters', 'MACs', 'ms per scene, median (quartiles)'),
+            *(
+                line(
+                    r.form,
+                    [f'{value:.2f}' for value in r.metrics.values()],
+                    f'{r.parameters:,}',
+                    f'{r.macs / 1e9:.2f} G',
+                    str(r.milliseconds),
+                )
+                for r in rows
+            ),
+            line(
+                'difference',
+                [f'{after.metrics[name] - before.metrics[name]:+.2f}' for name in widths],
+                f'{after.parameters - before.parameters:+,}',
+                f'{(after.macs - before.macs) / 1e9:+.2f} G',
+                f'{faster:.2f} times as fast',
+            ),
+        ]
+    )
 
 
 def equal(rows: list[Row], tolerance: float = 0.01) -> bool:

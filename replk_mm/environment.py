@@ -3,6 +3,7 @@
 Imports the standard library only, so that it can report that torch or mmengine is missing. Each probe runs in its own
 process: a missing module, a binary that does not fit or a crash becomes a line of the report.
 """
+
 import contextlib
 import json
 import os
@@ -99,20 +100,30 @@ def examine() -> Report:
     operators = check_operators(answers['ops'], answers['torch'])
     abilities = [check_ability(name, answers[name], dependencies, operators) for name in ('segmentation', 'detection')]
     abilities += [check_gpu(answers['torch'], operators), check_export(dependencies)]
-    return Report(platform.python_version(), sys.executable, dependencies, operators,
-                  describe_machine(answers['torch']), abilities)
+    return Report(
+        platform.python_version(),
+        sys.executable,
+        dependencies,
+        operators,
+        describe_machine(answers['torch']),
+        abilities,
+    )
 
 
 # -- dependencies -----------------------------------------------------------------------------------------------------
 def in_range(version: str, specifier: str) -> bool:
     """Whether a version satisfies a specifier of ``>=`` and ``<`` parts; an empty one holds always."""
+
     def number(text: str) -> tuple[int, ...]:
         found = re.match(r'\d+(\.\d+)*', text)
         parts = tuple(map(int, found.group(0).split('.'))) if found else ()
         return (*parts, *(0,) * 8)[:8]
 
-    return all(number(version) >= number(part[2:]) if part.startswith('>=') else number(version) < number(part[1:])
-               for part in specifier.split(',') if part)
+    return all(
+        number(version) >= number(part[2:]) if part.startswith('>=') else number(version) < number(part[1:])
+        for part in specifier.split(',')
+        if part
+    )
 
 
 def check_dependency(requirement: Requirement) -> Finding:
@@ -125,8 +136,13 @@ def check_dependency(requirement: Requirement) -> Finding:
         status, version = 'missing', ''
     else:
         status = 'ok' if not version or in_range(version, requirement.range) else 'outside range'
-    return Finding(requirement.name, status, version or '-', requirement.range or 'any',
-                   '' if status == 'ok' else fix_for(requirement))
+    return Finding(
+        requirement.name,
+        status,
+        version or '-',
+        requirement.range or 'any',
+        '' if status == 'ok' else fix_for(requirement),
+    )
 
 
 def fix_for(requirement: Requirement, broken: bool = False) -> str:
@@ -144,8 +160,10 @@ def fix_for(requirement: Requirement, broken: bool = False) -> str:
         return f'{sys.executable} {ROOT / "scripts" / "build_mmcv.py"}'
     if managed:
         return f'make -C {ROOT} {"distclean setup" if broken else "setup"}'
-    return (f"{sys.executable} -m pip install {'--force-reinstall --no-deps ' if broken else ''}"
-            f"'{requirement.name}{requirement.range}'")
+    return (
+        f'{sys.executable} -m pip install {"--force-reinstall --no-deps " if broken else ""}'
+        f"'{requirement.name}{requirement.range}'"
+    )
 
 
 # -- what works -------------------------------------------------------------------------------------------------------
@@ -156,9 +174,12 @@ def check_operators(ops: dict, torch: dict) -> list[Finding]:
         cause = mmcv if torch['ok'] else REQUIREMENTS[0]
         return [Finding('cpu', 'no', ops['error'], fix=fix_for(cause, broken=find_spec(cause.module) is not None))]
     models = {device['name']: device['model'] for device in torch.get('devices', ())}
-    return [Finding(device, 'ok', models.get(device, '')) if answer == 'ok' else
-            Finding(device, 'no', answer, fix=fix_for(mmcv, broken=True))
-            for device, answer in ops['devices'].items()]
+    return [
+        Finding(device, 'ok', models.get(device, ''))
+        if answer == 'ok'
+        else Finding(device, 'no', answer, fix=fix_for(mmcv, broken=True))
+        for device, answer in ops['devices'].items()
+    ]
 
 
 def check_ability(name: str, answer: dict, dependencies: list[Finding], operators: list[Finding]) -> Finding:
@@ -178,9 +199,14 @@ def check_gpu(torch: dict, operators: list[Finding]) -> Finding:
         return Finding('gpu', 'no', torch['error'])
     if not torch['devices']:
         # No fix to run: a build for CUDA is several gigabytes, and of use only where there is a GPU.
-        return Finding('gpu', 'no', f'torch is built for CUDA {torch["cuda"]}, but sees no device' if torch['cuda'] else
-                       f'torch {torch["version"]} is a CPU build; for a GPU, '
-                       f'make setup TORCH="torch=={torch["version"].split("+")[0]}"')
+        return Finding(
+            'gpu',
+            'no',
+            f'torch is built for CUDA {torch["cuda"]}, but sees no device'
+            if torch['cuda']
+            else f'torch {torch["version"]} is a CPU build; for a GPU, '
+            f'make setup TORCH="torch=={torch["version"].split("+")[0]}"',
+        )
     failing = [finding for finding in operators if finding.name != 'cpu' and finding.status != 'ok']
     if failing:
         return Finding('gpu', 'no', f"mmcv's operators fail on {failing[0].name}", fix=failing[0].fix)
@@ -193,8 +219,12 @@ def check_export(dependencies: list[Finding]) -> Finding:
     missing = [finding.name for finding in dependencies if finding.name in needed and finding.status != 'ok']
     if not missing:
         return Finding('export', 'ok')
-    return Finding('export', 'no', f'not installed: {", ".join(missing)}',
-                   fix=f'{sys.executable} -m pip install {" ".join(missing)}')
+    return Finding(
+        'export',
+        'no',
+        f'not installed: {", ".join(missing)}',
+        fix=f'{sys.executable} -m pip install {" ".join(missing)}',
+    )
 
 
 def describe_machine(torch: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -205,6 +235,7 @@ def describe_machine(torch: dict[str, Any] | None = None) -> dict[str, Any]:
     """
     try:
         import psutil
+
         memory = psutil.virtual_memory()
     except ImportError:
         memory = None
@@ -229,26 +260,33 @@ def describe_machine(torch: dict[str, Any] | None = None) -> dict[str, Any]:
 def probe_torch() -> dict[str, Any]:
     """Version, threads and devices of torch."""
     import torch
+
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.cuda.get_device_properties(index)
         devices.append({'name': f'cuda:{index}', 'model': device.name, 'memory_gib': device.total_memory / 2**30})
-    return {'version': torch.__version__, 'cuda': torch.version.cuda, 'threads': torch.get_num_threads(),
-            'capability': torch.backends.cpu.get_cpu_capability(), 'devices': devices}
+    return {
+        'version': torch.__version__,
+        'cuda': torch.version.cuda,
+        'threads': torch.get_num_threads(),
+        'capability': torch.backends.cpu.get_cpu_capability(),
+        'devices': devices,
+    }
 
 
 def probe_ops() -> dict[str, Any]:
     """Suppress one of three boxes by mmcv's compiled operator; ``devices`` maps each device to ``'ok'`` or an error."""
     import torch
     from mmcv.ops import nms
-    boxes = torch.tensor([[0., 0., 10., 10.], [1., 1., 11., 11.], [20., 20., 30., 30.]])
-    scores = torch.tensor([.9, .8, .7])
+
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 11.0, 11.0], [20.0, 20.0, 30.0, 30.0]])
+    scores = torch.tensor([0.9, 0.8, 0.7])
     devices = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     report = {}
     for device in devices:
         try:
             # The first two overlap by 81 / 119, so the second has to go.
-            _, kept = nms(boxes.to(device), scores.to(device), iou_threshold=.5)
+            _, kept = nms(boxes.to(device), scores.to(device), iou_threshold=0.5)
             report[device] = 'ok' if kept.tolist() == [0, 2] else f'nms kept boxes {kept.tolist()} instead of [0, 2]'
         except Exception as error:
             report[device] = _one_line(error)
@@ -261,10 +299,19 @@ def probe_segmentation() -> dict[str, Any]:
     import torch
     from mmseg.registry import MODELS
     from mmseg.utils import register_all_modules
+
     register_all_modules()
-    head = MODELS.build({
-        'type': 'UPerHead', 'in_channels': [4] * 4, 'in_index': [0, 1, 2, 3], 'channels': 4, 'num_classes': 3,
-        'norm_cfg': {'type': 'BN'}, 'align_corners': False}).eval()
+    head = MODELS.build(
+        {
+            'type': 'UPerHead',
+            'in_channels': [4] * 4,
+            'in_index': [0, 1, 2, 3],
+            'channels': 4,
+            'num_classes': 3,
+            'norm_cfg': {'type': 'BN'},
+            'align_corners': False,
+        }
+    ).eval()
     head([torch.zeros(1, 4, side, side) for side in (16, 8, 4, 2)])
     return {'version': mmseg.__version__}
 
@@ -277,16 +324,27 @@ def probe_detection() -> dict[str, Any]:
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
     from pycocotools import mask
+
     register_all_modules()
-    pool = MODELS.build({'type': 'SingleRoIExtractor', 'roi_layer': {'type': 'RoIAlign', 'output_size': 7},
-                         'out_channels': 4, 'featmap_strides': [4]})
-    pool([torch.zeros(1, 4, 16, 16)], torch.tensor([[0., 0., 0., 20., 20.]]))
+    pool = MODELS.build(
+        {
+            'type': 'SingleRoIExtractor',
+            'roi_layer': {'type': 'RoIAlign', 'output_size': 7},
+            'out_channels': 4,
+            'featmap_strides': [4],
+        }
+    )
+    pool([torch.zeros(1, 4, 16, 16)], torch.tensor([[0.0, 0.0, 0.0, 20.0, 20.0]]))
     mask.encode(np.asfortranarray(np.ones((3, 5), np.uint8)))
     return {'version': mmdet.__version__}
 
 
 PROBES: dict[str, Callable[[], dict[str, Any]]] = {
-    'torch': probe_torch, 'ops': probe_ops, 'segmentation': probe_segmentation, 'detection': probe_detection}
+    'torch': probe_torch,
+    'ops': probe_ops,
+    'segmentation': probe_segmentation,
+    'detection': probe_detection,
+}
 
 
 def _one_line(error: BaseException) -> str:
@@ -306,8 +364,13 @@ def run_probe(name: str, python: str = sys.executable, timeout: float = 300) -> 
     """
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
     try:
-        done = subprocess.run([python, '-m', 'replk_mm.environment', name], env={**os.environ, 'PYTHONPATH': paths},
-                              capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            [python, '-m', 'replk_mm.environment', name],
+            env={**os.environ, 'PYTHONPATH': paths},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     except subprocess.TimeoutExpired:
         return {'ok': False, 'error': f'no answer within {timeout:.0f} seconds'}
     try:
@@ -323,16 +386,26 @@ def format_report(report: Report) -> str:
     """The report as aligned text, ending in the commands that repair what does not work."""
     machine = report.machine
     tables: list[list[tuple[str, ...]]] = [
-        [('Dependency', 'Status', 'Found', 'Required'),
-         *((f.name, f.status, f.found, f.required) for f in report.dependencies)],
+        [
+            ('Dependency', 'Status', 'Found', 'Required'),
+            *((f.name, f.status, f.found, f.required) for f in report.dependencies),
+        ],
         [("mmcv's operators", 'Status', ''), *((f.name, f.status, f.found) for f in report.operators)],
-        [('Machine', machine['system']),
-         ('processors', f'{machine["logical_cpus"]} logical, {machine["usable_cpus"]} usable, '
-                        f'{machine["torch_threads"] or "unknown"} torch threads'),
-         ('instructions', f'{" ".join(machine["instruction_sets"]) or "unknown"}; '
-                          f'torch uses {machine["torch_capability"] or "unknown"}'),
-         ('memory', f'{_gib(machine["memory_available_gib"])} free of {_gib(machine["memory_gib"])}'),
-         ('disk', f'{_gib(machine["disk_free_gib"])} free at {machine["disk_path"]}')],
+        [
+            ('Machine', machine['system']),
+            (
+                'processors',
+                f'{machine["logical_cpus"]} logical, {machine["usable_cpus"]} usable, '
+                f'{machine["torch_threads"] or "unknown"} torch threads',
+            ),
+            (
+                'instructions',
+                f'{" ".join(machine["instruction_sets"]) or "unknown"}; '
+                f'torch uses {machine["torch_capability"] or "unknown"}',
+            ),
+            ('memory', f'{_gib(machine["memory_available_gib"])} free of {_gib(machine["memory_gib"])}'),
+            ('disk', f'{_gib(machine["disk_free_gib"])} free at {machine["disk_path"]}'),
+        ],
         [('What works', 'Status', ''), *((f.name, f.status, f.found) for f in report.abilities)],
     ]
     repairs: dict[str, list[str]] = {}
@@ -340,8 +413,9 @@ def format_report(report: Report) -> str:
         if finding.fix:
             repairs.setdefault(finding.fix, []).append(finding.name)
     if repairs:
-        tables.append([('Run', 'to repair'),
-                       *((fix, ', '.join(dict.fromkeys(names))) for fix, names in repairs.items())])
+        tables.append(
+            [('Run', 'to repair'), *((fix, ', '.join(dict.fromkeys(names))) for fix, names in repairs.items())]
+        )
     return '\n\n'.join([f'Python {report.python} ({report.executable})', *map(_table, tables)])
 
 

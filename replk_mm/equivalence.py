@@ -1,4 +1,5 @@
 """Prove that two networks compute the same: every output on random input, in float64 and float32."""
+
 import copy
 import inspect
 import math
@@ -37,10 +38,16 @@ class Difference:
         return self.relative <= self.tolerance  # false for NaN
 
     def __str__(self) -> str:
-        unproven = (f'; not compared, because these layers did not run: {len(self.unproven)} BatchNorm '
-                    f'({", ".join(self.unproven[:4])})' if self.unproven else '')
-        return (f'{str(self.dtype).removeprefix("torch.")}: max absolute difference {self.absolute:.3e}, relative '
-                f'{self.relative:.3e} (tolerance {self.tolerance:.0e}) {"equal" if self.ok else "DIFFERENT"}{unproven}')
+        unproven = (
+            f'; not compared, because these layers did not run: {len(self.unproven)} BatchNorm '
+            f'({", ".join(self.unproven[:4])})'
+            if self.unproven
+            else ''
+        )
+        return (
+            f'{str(self.dtype).removeprefix("torch.")}: max absolute difference {self.absolute:.3e}, relative '
+            f'{self.relative:.3e} (tolerance {self.tolerance:.0e}) {"equal" if self.ok else "DIFFERENT"}{unproven}'
+        )
 
 
 #: Relative tolerance of each precision. A wrong fold is off by 1e-2 and more. In float64 what is left is the rounding
@@ -48,8 +55,13 @@ class Difference:
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 
-def compare(before: nn.Module, after: nn.Module, shape: tuple[int, ...] = (1, 3, 64, 64), seed: int = 0,
-            outputs: Callable[[nn.Module, Tensor], object] | None = None) -> list[Difference]:
+def compare(
+    before: nn.Module,
+    after: nn.Module,
+    shape: tuple[int, ...] = (1, 3, 64, 64),
+    seed: int = 0,
+    outputs: Callable[[nn.Module, Tensor], object] | None = None,
+) -> list[Difference]:
     """Run two networks on one random input in float64 and float32, in evaluation mode.
 
     Args:
@@ -82,10 +94,10 @@ def compare(before: nn.Module, after: nn.Module, shape: tuple[int, ...] = (1, 3,
             del model
         if not results[0]:
             raise ValueError(f'{type(before).__name__}: no output tensors that could be compared')
-        absolute = relative = 0. if [a.shape for a in results[0]] == [b.shape for b in results[1]] else math.inf
+        absolute = relative = 0.0 if [a.shape for a in results[0]] == [b.shape for b in results[1]] else math.inf
         for a, b in zip(*results, strict=False) if not absolute else ():
-            gap = (a.double() - b.double()).abs().max().item() if a.numel() else 0.
-            scale = a.double().abs().max().item() if a.numel() else 1.
+            gap = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+            scale = a.double().abs().max().item() if a.numel() else 1.0
             absolute = _worse(absolute, gap)
             relative = _worse(relative, gap / scale if scale else gap)
         unproven = [name for name, _ in batch_norms(before) if name not in ran]

@@ -1,4 +1,5 @@
 """The one exception for mistakes a user can make, and how a command reports it."""
+
 import contextlib
 import difflib
 import functools
@@ -76,8 +77,7 @@ def explained(what: str, advice: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f'{what}: {first_line(error)}\n'
-                        f'{advice} REPLK_MM_TRACEBACK=1 shows where it fails.') from error
+        raise UserError(f'{what}: {first_line(error)}\n{advice} REPLK_MM_TRACEBACK=1 shows where it fails.') from error
 
 
 def message_of(error: BaseException) -> str:
@@ -101,6 +101,7 @@ def _recorded(main: Callable[..., int | None]) -> Callable[..., int | None]:
     if 'TORCHELASTIC_ERROR_FILE' not in os.environ:
         return main
     from torch.distributed.elastic.multiprocessing.errors import record
+
     return record(main)
 
 
@@ -111,6 +112,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
 
     ``REPLK_MM_TRACEBACK=1`` shows the traceback of a user error too.
     """
+
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> int:
         try:

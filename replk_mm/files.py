@@ -1,4 +1,5 @@
 """Reading and writing files: atomic writes and content hashes."""
+
 import hashlib
 import os
 from pathlib import Path

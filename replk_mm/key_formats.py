@@ -2,6 +2,7 @@
 
 Ours are mmpretrain's, which for RepLKNet are the authors'. RepLKNet exists in no timm release, so it has no third form.
 """
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,19 @@ from torch import Tensor
 from replk_mm.errors import UserError
 
 #: Keys under which training programs put the weights. The first that is there is taken, at each level.
-NESTS = ('state_dict', 'model', 'module', 'model_state_dict', 'model_state', 'net', 'network', 'params', 'model_ema',
-         'ema_state_dict', 'state_dict_ema')
+NESTS = (
+    'state_dict',
+    'model',
+    'module',
+    'model_state_dict',
+    'model_state',
+    'net',
+    'network',
+    'params',
+    'model_ema',
+    'ema_state_dict',
+    'state_dict_ema',
+)
 #: Prefixes that wrappers add to every key.
 WRAPPERS = ('module.', '_orig_mod.', 'model.', 'state_dict.')
 
@@ -66,7 +78,7 @@ class Converted:
         """One phrase for logs."""
         if not self.family:
             return 'weights of an unknown family'
-        form = f"{'merged ' if self.merged else ''}{self.format} key names"
+        form = f'{"merged " if self.merged else ""}{self.format} key names'
         aside = f', {len(self.set_aside)} classifier keys set aside' if self.set_aside else ''
         return f'{self.family}, {form}{aside}'
 
@@ -89,14 +101,17 @@ def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
             break
         if nest is None:
             found = ', '.join(map(str, list(node)[:6])) or 'nothing'
-            raise UserError(f'{where}: no weights in it; found the keys: {found}\n'
-                            f'A checkpoint holds tensors at its top level or under one of: {", ".join(NESTS)}.')
+            raise UserError(
+                f'{where}: no weights in it; found the keys: {found}\n'
+                f'A checkpoint holds tensors at its top level or under one of: {", ".join(NESTS)}.'
+            )
         if nest == 'model' and isinstance(node.get('model_ema'), Mapping):
             print_log(f'{where}: the weights under "model" are loaded; "model_ema" beside it is not', logger='current')
         node = node[nest]
     weights = {str(key): value for key, value in node.items() if isinstance(value, Tensor) and key not in COUNTERS}
-    while wrapper := next((wrapper for wrapper in WRAPPERS if weights and all(
-            key.startswith(wrapper) for key in weights)), None):
+    while wrapper := next(
+        (wrapper for wrapper in WRAPPERS if weights and all(key.startswith(wrapper) for key in weights)), None
+    ):
         weights = {key.removeprefix(wrapper): value for key, value in weights.items()}
     return weights
 
@@ -111,7 +126,7 @@ def convert(weights: Mapping[str, Tensor], prefix: str | None = None) -> Convert
     if prefix is None or not any(key.startswith(prefix) for key in weights):
         prefix = 'backbone.' if any(key.startswith('backbone.') for key in weights) else ''
     prefix = prefix if not prefix or prefix.endswith('.') else prefix + '.'
-    backbone = {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
+    backbone = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
     rest = {key: value for key, value in weights.items() if not key.startswith(prefix)}
     out = Converted(backbone, rest, whole_model=bool(prefix))
     # With a prefix the classifier stands outside of it; a dense prediction head has other names.

@@ -1,4 +1,5 @@
 """Load a trained checkpoint into a whole segmentor or detector, merged or not."""
+
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -58,16 +59,21 @@ def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, di
     if how:
         reparameterize(model, **how, inplace=True)
     report = copy_weights(model, weights, parts=whole)
-    report.missing = [key for key in report.missing
-                      if not key.startswith(TRAINING_ONLY) and not key.endswith('num_batches_tracked')]
+    report.missing = [
+        key for key in report.missing if not key.startswith(TRAINING_ONLY) and not key.endswith('num_batches_tracked')
+    ]
     # Heads that only train, and statistics of a classifier, may be more than the model has.
     surplus = [key for key in report.unexpected if not key.startswith(TRAINING_ONLY)]
     mismatched = [key for key, *_ in report.mismatched if not key.startswith(TRAINING_ONLY)]
     if report.missing or mismatched or surplus:
-        raise UserError(f'{checkpoint}: does not fit this config: {report.summary()}\n{report.details()}\n'
-                        f'{guess_cause(report, found, whole)}{advice_of(loaded.get("meta") or {})}')
-    print_log(f'weights {checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; '
-              f'{report.summary()}', logger='current')
+        raise UserError(
+            f'{checkpoint}: does not fit this config: {report.summary()}\n{report.details()}\n'
+            f'{guess_cause(report, found, whole)}{advice_of(loaded.get("meta") or {})}'
+        )
+    print_log(
+        f'weights {checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; {report.summary()}',
+        logger='current',
+    )
     return report, loaded.get('meta') or {}
 
 
@@ -90,8 +96,15 @@ class Inference:
     notes: list[str] = field(default_factory=list)
 
 
-def build_for_inference(cfg: Config, checkpoint: str | Path | None = None, *, device: str = 'cpu',
-                        reparam: bool = False, classes: bool = True, packed: bool = True) -> Inference:
+def build_for_inference(
+    cfg: Config,
+    checkpoint: str | Path | None = None,
+    *,
+    device: str = 'cpu',
+    reparam: bool = False,
+    classes: bool = True,
+    packed: bool = True,
+) -> Inference:
     """Build the model of a config and load a trained checkpoint into it.
 
     Args:
@@ -110,8 +123,11 @@ def build_for_inference(cfg: Config, checkpoint: str | Path | None = None, *, de
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
     model = build_model(cfg)
-    built = load_for_inference(model, checkpoint, reparam=reparam) if checkpoint else Inference(
-        model, changes=reparameterize(model, inplace=True)[1] if reparam else None)
+    built = (
+        load_for_inference(model, checkpoint, reparam=reparam)
+        if checkpoint
+        else Inference(model, changes=reparameterize(model, inplace=True)[1] if reparam else None)
+    )
     model.to(device).eval()
     if packed:
         pack(model)

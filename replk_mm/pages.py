@@ -1,4 +1,5 @@
 """Blocks of Markdown pages that commands write, between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``."""
+
 from pathlib import Path
 
 from replk_mm.errors import UserError

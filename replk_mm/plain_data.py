@@ -1,4 +1,5 @@
 """Tensors and plain Python data, which ``torch.load(weights_only=True)`` takes without a list of classes."""
+
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping

@@ -3,6 +3,7 @@
 mmengine imports this module by itself when it meets a type such as ``replk_mm.RepLKNet``, and the ``locations`` when it
 builds one, so a config of any OpenMMLab project can name our modules without ``custom_imports``.
 """
+
 from importlib import import_module
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
@@ -38,37 +39,53 @@ class LazyRegistry(Registry):
 
 
 #: Backbones and their layers. Building those imports neither mmseg nor mmdet.
-MODELS = LazyRegistry('model', scope=SCOPE, parent=MMENGINE_MODELS, locations=['replk_mm.models'], modules={
-    'replk_mm.models.segmentation': ('EncoderDecoder', 'FCNHead', 'SegTTAModel', 'UPerHead'),
-})
+MODELS = LazyRegistry(
+    'model',
+    scope=SCOPE,
+    parent=MMENGINE_MODELS,
+    locations=['replk_mm.models'],
+    modules={'replk_mm.models.segmentation': ('EncoderDecoder', 'FCNHead', 'SegTTAModel', 'UPerHead')},
+)
 
 #: Data sets that extend mmdet's, which they import.
-DATASETS = LazyRegistry('dataset', scope=SCOPE, parent=MMENGINE_DATASETS, modules={
-    'replk_mm.data.coco_dataset': ('CocoDataset',),
-})
+DATASETS = LazyRegistry(
+    'dataset', scope=SCOPE, parent=MMENGINE_DATASETS, modules={'replk_mm.data.coco_dataset': ('CocoDataset',)}
+)
 
 #: Checks that run inside a data pipeline.
 TRANSFORMS = Registry('transform', scope=SCOPE, parent=MMENGINE_TRANSFORMS, locations=['replk_mm.data.transforms'])
 
 #: Training on CPUs in bfloat16.
-OPTIM_WRAPPERS = Registry('optim_wrapper', scope=SCOPE, parent=MMENGINE_OPTIM_WRAPPERS,
-                          locations=['replk_mm.engine.optim'])
+OPTIM_WRAPPERS = Registry(
+    'optim_wrapper', scope=SCOPE, parent=MMENGINE_OPTIM_WRAPPERS, locations=['replk_mm.engine.optim']
+)
 
 #: Learning rates by layer. Building from it imports neither mmseg nor mmdet.
-OPTIM_WRAPPER_CONSTRUCTORS = Registry('optimizer wrapper constructor', scope=SCOPE,
-                                      parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
-                                      locations=['replk_mm.engine.layer_decay'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    scope=SCOPE,
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    locations=['replk_mm.engine.layer_decay'],
+)
 
 #: What runs beside training. Building from it imports the engine.
-HOOKS = Registry('hook', scope=SCOPE, parent=MMENGINE_HOOKS,
-                 locations=[f'replk_mm.engine.{name}' for name in (
-                     'checkpoint_hook', 'parameter_groups', 'preflight', 'divergence', 'processes')])
+HOOKS = Registry(
+    'hook',
+    scope=SCOPE,
+    parent=MMENGINE_HOOKS,
+    locations=[
+        f'replk_mm.engine.{name}'
+        for name in ('checkpoint_hook', 'parameter_groups', 'preflight', 'divergence', 'processes')
+    ],
+)
 
 #: Training that can be stopped anywhere. Building from it imports the engine.
 LOOPS = Registry('loop', scope=SCOPE, parent=MMENGINE_LOOPS, locations=['replk_mm.engine.loops'])
 
 #: Metrics that keep the figures of every class. Building one imports the library whose metric it extends.
-METRICS = LazyRegistry('metric', scope=SCOPE, parent=MMENGINE_METRICS, modules={
-    'replk_mm.engine.metrics': ('IoUMetric',),
-    'replk_mm.engine.coco_metric': ('CocoMetric',),
-})
+METRICS = LazyRegistry(
+    'metric',
+    scope=SCOPE,
+    parent=MMENGINE_METRICS,
+    modules={'replk_mm.engine.metrics': ('IoUMetric',), 'replk_mm.engine.coco_metric': ('CocoMetric',)},
+)

@@ -8,6 +8,7 @@ the RepLKNet paper (arXiv:2203.06717, guideline 3). In evaluation mode BatchNorm
   have to be something else, so that it is left alone there);
 * two parallel convolutions of one input are one, with the small kernel in the centre of the large one.
 """
+
 import copy
 from collections import Counter
 from collections.abc import Iterator
@@ -28,9 +29,14 @@ from replk_mm.ops import DepthwiseConv2d
 
 # Subclasses may compute something else with their weight (weight standardization, deformable sampling); torch gives a
 # convolution with a parametrized weight a class of its own, too.
-_PLAIN_CONVOLUTIONS = {'torch.nn.modules.conv.Conv1d', 'torch.nn.modules.conv.Conv2d', 'torch.nn.modules.conv.Conv3d',
-                       'mmcv.cnn.bricks.wrappers.Conv2d', 'mmcv.cnn.bricks.wrappers.Conv3d',
-                       'replk_mm.ops.depthwise.DepthwiseConv2d'}
+_PLAIN_CONVOLUTIONS = {
+    'torch.nn.modules.conv.Conv1d',
+    'torch.nn.modules.conv.Conv2d',
+    'torch.nn.modules.conv.Conv3d',
+    'mmcv.cnn.bricks.wrappers.Conv2d',
+    'mmcv.cnn.bricks.wrappers.Conv3d',
+    'replk_mm.ops.depthwise.DepthwiseConv2d',
+}
 # What a BatchNorm layer must run to be the affine map that is folded; a subclass may run something else.
 _PLAIN_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
 
@@ -54,8 +60,9 @@ class Changes:
         return f'{len(self.merged)} parallel kernels merged, {len(self.folded)} BatchNorm layers folded{left}'
 
 
-def reparameterize(model: nn.Module, merge: bool = True, fold: bool = True,
-                   inplace: bool = False) -> tuple[nn.Module, Changes]:
+def reparameterize(
+    model: nn.Module, merge: bool = True, fold: bool = True, inplace: bool = False
+) -> tuple[nn.Module, Changes]:
     """Merge parallel kernels and fold BatchNorm wherever that is exact in evaluation mode.
 
     Works on any module tree, a whole segmentor or detector too. Doing it twice changes nothing the second time.
@@ -174,8 +181,11 @@ def _merge_branches(block: Any) -> bool:
     for branch in branches:
         conv = branch.conv if isinstance(branch.bn, nn.Identity) else _fold_double(branch)
         weights.append(conv.weight.detach().double())
-        biases.append(conv.bias.detach().double() if conv.bias is not None else conv.weight.new_zeros(
-            conv.out_channels, dtype=torch.float64))
+        biases.append(
+            conv.bias.detach().double()
+            if conv.bias is not None
+            else conv.weight.new_zeros(conv.out_channels, dtype=torch.float64)
+        )
     side = weights[0].shape[-1]
     weight = torch.stack([F.pad(w, [(side - w.shape[-1]) // 2] * 4) for w in weights]).sum(0)
     large = block.lkb_origin.conv

@@ -5,6 +5,7 @@ timm's scripts), numpy scalars and arrays, and mmengine's log buffers. Unpicklin
 numpy dtype can declare numbers to be pointers, a log buffer can replace its methods. Classes of the same names
 without these powers take their place here.
 """
+
 import argparse
 import json
 import pickle
@@ -56,8 +57,8 @@ class _Log(HistoryBuffer):
 
     def __setstate__(self, state: dict) -> None:
         self.__class__ = HistoryBuffer
-        self.__init__(np.asarray(state['_log_history']), np.asarray(state['_count_history']),  # type: ignore[misc]
-                      int(state['max_length']))
+        history, counts = np.asarray(state['_log_history']), np.asarray(state['_count_history'])
+        self.__init__(history, counts, int(state['max_length']))  # type: ignore[misc]
 
 
 def _named(name: str, item: Any) -> Any:
@@ -77,12 +78,18 @@ def _function(function: Callable) -> Callable:
 
 #: What a checkpoint may name beside what torch allows. numpy 2 moved what unpickles its arrays.
 _ALLOWED = [
-    argparse.Namespace, _named('numpy.dtype', _DType), _named('numpy.ndarray', _Array),
+    argparse.Namespace,
+    _named('numpy.dtype', _DType),
+    _named('numpy.ndarray', _Array),
     _named('mmengine.logging.history_buffer.HistoryBuffer', _Log),
     # A buffer names its own methods, as getattr(HistoryBuffer, 'mean'); they are not taken from the file.
     _named('builtins.getattr', lambda owner, name: name),
-    *(_named(f'numpy.{core}.multiarray.{name}', _function(function)) for core in ('core', '_core')
-      for name, function in (('_reconstruct', lambda *_: _Array((0,), np.int8)), ('scalar', _scalar)))]
+    *(
+        _named(f'numpy.{core}.multiarray.{name}', _function(function))
+        for core in ('core', '_core')
+        for name, function in (('_reconstruct', lambda *_: _Array((0,), np.int8)), ('scalar', _scalar))
+    ),
+]
 
 
 def load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any:
@@ -109,9 +116,11 @@ def load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any:
         if found is None:
             raise _damaged(path, error) from error
         files = shlex.join(map(str, (path, path.with_suffix('.safetensors'))))
-        raise UserError(f'{path}: refused: to load it, {found[1]} would have to run\n'
-                        f'If you trust its author, convert it to plain weights, without the state to resume from: '
-                        f'python tools/convert_checkpoint.py {files} --trust-checkpoint') from error
+        raise UserError(
+            f'{path}: refused: to load it, {found[1]} would have to run\n'
+            f'If you trust its author, convert it to plain weights, without the state to resume from: '
+            f'python tools/convert_checkpoint.py {files} --trust-checkpoint'
+        ) from error
     except Exception as error:  # a few changed bytes make torch raise errors of a dozen kinds
         raise _damaged(path, error) from error
 
@@ -126,7 +135,9 @@ def _load_safetensors(path: Path, map_location: Any) -> dict:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     text = str(error).strip()
-    return UserError(f'{path}: not a readable checkpoint: damaged, cut off or no checkpoint at all '
-                     f'({path.stat().st_size:,} bytes)\n'
-                     f'The loader reports: {text.splitlines()[0][:200] if text else type(error).__name__}\n'
-                     f'Copy or download it again, and compare its size and hash with the source.')
+    return UserError(
+        f'{path}: not a readable checkpoint: damaged, cut off or no checkpoint at all '
+        f'({path.stat().st_size:,} bytes)\n'
+        f'The loader reports: {text.splitlines()[0][:200] if text else type(error).__name__}\n'
+        f'Copy or download it again, and compare its size and hash with the source.'
+    )

@@ -1,4 +1,5 @@
 """Tables as plain text, for terminals, logs and files."""
+
 import io
 from collections.abc import Collection, Sequence
 

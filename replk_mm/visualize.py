@@ -1,4 +1,5 @@
 """Pictures of label maps and of detected objects, and sheets of pictures side by side."""
+
 import colorsys
 from collections.abc import Sequence
 
@@ -31,19 +32,21 @@ def colorize(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray
         ``(H, W, 3)`` uint8, BGR as OpenCV has it.
     """
     table = np.zeros((256, 3), np.uint8)
-    table[:len(palette)] = np.asarray(palette, np.uint8)[:256, ::-1]
+    table[: len(palette)] = np.asarray(palette, np.uint8)[:256, ::-1]
     return table[labels.astype(np.uint8)]
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]],
-            opacity: float = 0.55) -> np.ndarray:
+def overlay(
+    image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.55
+) -> np.ndarray:
     """A label map over its image, both ``(H, W)``; ignored pixels show the image alone."""
     mixed = cv2.addWeighted(image, 1 - opacity, colorize(labels, palette), opacity, 0)
     return np.where((labels < len(palette))[..., None], mixed, image)
 
 
-def legend(labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequence[int]], height: int,
-           shares: bool = True) -> np.ndarray:
+def legend(
+    labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequence[int]], height: int, shares: bool = True
+) -> np.ndarray:
     """A panel that names the classes in ``labels`` with their share of the pixels, largest first.
 
     Args:
@@ -55,8 +58,13 @@ def legend(labels: np.ndarray, classes: Sequence[str], palette: Sequence[Sequenc
     """
     ids, counts = np.unique(labels[labels < len(classes)], return_counts=True)
     order = np.argsort(-counts, kind='stable')
-    return swatches([(palette[ids[i]], classes[ids[i]] + (f' {100 * counts[i] / labels.size:.0f}%' if shares else ''))
-                     for i in order], height)
+    return swatches(
+        [
+            (palette[ids[i]], classes[ids[i]] + (f' {100 * counts[i] / labels.size:.0f}%' if shares else ''))
+            for i in order
+        ],
+        height,
+    )
 
 
 def swatches(entries: Sequence[tuple[Sequence[int], str]], height: int) -> np.ndarray:
@@ -74,8 +82,13 @@ def swatches(entries: Sequence[tuple[Sequence[int], str]], height: int) -> np.nd
     return panel
 
 
-def draw_instances(image: np.ndarray, objects: Sequence[dict], classes: Sequence[str], palette: Sequence[Sequence[int]],
-                   opacity: float = 0.45) -> np.ndarray:
+def draw_instances(
+    image: np.ndarray,
+    objects: Sequence[dict],
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    opacity: float = 0.45,
+) -> np.ndarray:
     """Objects in their image: masks, boxes, and over each box its class with the score in percent.
 
     Args:
@@ -119,5 +132,5 @@ def sheet(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], gap: int 
     for r, row in enumerate(rows):
         for column, picture in enumerate(row):
             y, x = top + r * (height + gap), gap + column * (width + gap)
-            canvas[y:y + height, x:x + width] = picture
+            canvas[y : y + height, x : x + width] = picture
     return canvas

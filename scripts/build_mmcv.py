@@ -3,6 +3,7 @@
 
 mmcv publishes no wheel for current torch releases, and a wheel built for another torch crashes or refuses to load.
 """
+
 import argparse
 import os
 import platform
@@ -22,28 +23,43 @@ PIP = [sys.executable, '-m', 'pip']
 #: Processor seconds of a CPU build without debug symbols: 8 min 22 s on 2 cores.
 BUILD_SECONDS = 1000
 #: Suppresses one of three boxes on the CPU, and on every GPU if mmcv was compiled for them.
-CHECK = '''
+CHECK = """
 import sys, torch
 from mmcv.ops import nms
 boxes = torch.tensor([[0., 0., 10., 10.], [1., 1., 11., 11.], [20., 20., 30., 30.]])
 for device in ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()) if sys.argv[1] == 'cuda')]:
     kept = nms(boxes.to(device), torch.tensor([.9, .8, .7]).to(device), iou_threshold=.5)[1].tolist()
     assert kept == [0, 2], f'{device}: nms kept boxes {kept} instead of [0, 2]'
-'''
+"""
 #: What a log contains, what that means, and what to do. The first match wins.
 CAUSES = (
-    (r'Killed signal terminated program|virtual memory exhausted|Cannot allocate memory|std::bad_alloc|: Killed',
-     'the compiler ran out of memory', 'compile one file at a time: MAX_JOBS=1 make setup'),
+    (
+        r'Killed signal terminated program|virtual memory exhausted|Cannot allocate memory|std::bad_alloc|: Killed',
+        'the compiler ran out of memory',
+        'compile one file at a time: MAX_JOBS=1 make setup',
+    ),
     (r'No space left on device', 'the disk is full', 'free about 1 GB and run the same command again'),
-    (r"Python\.h: No such file|'Python\.h' file not found", "Python's header files are missing (Python.h)",
-     'apt-get install python3-dev (Fedora: dnf install python3-devel)'),
-    (r"(g\+\+|gcc|c\+\+|clang)'?:? (command )?not found|No such file or directory: '[^']*(g\+\+|gcc|c\+\+|clang)'"
-     r"|command '[^']*(g\+\+|gcc|c\+\+|clang)' failed: (No such file|\[Errno 2\])",
-     'there is no C++ compiler', 'apt-get install g++ (Fedora: dnf install gcc-c++; macOS: xcode-select --install)'),
-    (r"No module named 'pkg_resources'", 'setuptools is missing or too new',
-     f"{sys.executable} -m pip install 'setuptools<80'"),
-    (r'\.cuh?[(:].*error|nvcc (fatal|error)|CUDA_HOME environment variable is not set|The detected CUDA version',
-     'the CUDA operators do not compile with this CUDA toolkit', 'leave them out: MMCV_CUDA=0 make setup'),
+    (
+        r"Python\.h: No such file|'Python\.h' file not found",
+        "Python's header files are missing (Python.h)",
+        'apt-get install python3-dev (Fedora: dnf install python3-devel)',
+    ),
+    (
+        r"(g\+\+|gcc|c\+\+|clang)'?:? (command )?not found|No such file or directory: '[^']*(g\+\+|gcc|c\+\+|clang)'"
+        r"|command '[^']*(g\+\+|gcc|c\+\+|clang)' failed: (No such file|\[Errno 2\])",
+        'there is no C++ compiler',
+        'apt-get install g++ (Fedora: dnf install gcc-c++; macOS: xcode-select --install)',
+    ),
+    (
+        r"No module named 'pkg_resources'",
+        'setuptools is missing or too new',
+        f"{sys.executable} -m pip install 'setuptools<80'",
+    ),
+    (
+        r'\.cuh?[(:].*error|nvcc (fatal|error)|CUDA_HOME environment variable is not set|The detected CUDA version',
+        'the CUDA operators do not compile with this CUDA toolkit',
+        'leave them out: MMCV_CUDA=0 make setup',
+    ),
 )
 
 
@@ -64,6 +80,7 @@ def jobs() -> int:
     memory = 2**40
     try:
         import psutil
+
         memory = psutil.virtual_memory().available
     except ImportError:
         pass
@@ -79,8 +96,9 @@ def failure_of(cuda: bool) -> str:
 
 def install(wheel: Path, cuda: bool) -> str:
     """Install a wheel; if its operators do not run, uninstall it and return why."""
-    done = subprocess.run([*PIP, 'install', '-q', '--no-deps', '--force-reinstall', str(wheel)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [*PIP, 'install', '-q', '--no-deps', '--force-reinstall', str(wheel)], capture_output=True, text=True
+    )
     failure = done.stderr.strip() or 'pip failed' if done.returncode else failure_of(cuda)
     if failure:
         subprocess.run([*PIP, 'uninstall', '-q', '-y', 'mmcv'], capture_output=True)
@@ -92,12 +110,27 @@ def fetch_sources(folder: Path) -> Path:
     source = folder / 'source'
     if source.is_dir():
         return source
-    done = subprocess.run([*PIP, 'download', '--no-deps', '--no-binary', ':all:', '--no-build-isolation', '-d',
-                           str(folder / 'download'), f'mmcv=={VERSION}'], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            *PIP,
+            'download',
+            '--no-deps',
+            '--no-binary',
+            ':all:',
+            '--no-build-isolation',
+            '-d',
+            str(folder / 'download'),
+            f'mmcv=={VERSION}',
+        ],
+        capture_output=True,
+        text=True,
+    )
     archives = list((folder / 'download').glob('*.tar.gz'))
     if done.returncode or not archives:
-        sys.exit(f'error: pip could not fetch the sources of mmcv\n{done.stderr.strip()[-1500:]}\n'
-                 f'Is there a network connection, and does pip know your mirror (PIP_INDEX_URL)?')
+        sys.exit(
+            f'error: pip could not fetch the sources of mmcv\n{done.stderr.strip()[-1500:]}\n'
+            f'Is there a network connection, and does pip know your mirror (PIP_INDEX_URL)?'
+        )
     unpacked = folder / 'unpacked'
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archives[0]) as archive:
@@ -114,21 +147,36 @@ def compile_wheel(folder: Path, cuda: bool) -> Path:
         sys.exit('error: mmcv cannot be compiled: {}\n{}'.format(*find_cause('Python.h: No such file')))
     folder.mkdir(parents=True, exist_ok=True)
     source, log_path, count = fetch_sources(folder), folder / 'build.log', jobs()
-    print(f'compiling mmcv {VERSION}: about {BUILD_SECONDS / count / 60:.0f} minutes with {count} processes'
-          f'{", longer with CUDA" if cuda else ""}; log: {log_path}', flush=True)
+    print(
+        f'compiling mmcv {VERSION}: about {BUILD_SECONDS / count / 60:.0f} minutes with {count} processes'
+        f'{", longer with CUDA" if cuda else ""}; log: {log_path}',
+        flush=True,
+    )
     environment = {
-        **os.environ, 'MMCV_WITH_OPS': '1', 'MAX_JOBS': str(count), 'FORCE_CUDA': '1' if cuda else '0',
+        **os.environ,
+        'MMCV_WITH_OPS': '1',
+        'MAX_JOBS': str(count),
+        'FORCE_CUDA': '1' if cuda else '0',
         # Debug symbols double the time and make the wheel twenty times as large.
         'CFLAGS': f'{os.environ.get("CFLAGS", "")} -g0'.strip(),
         # torch calls ninja by name, which lies beside a Python that may not be activated.
-        'PATH': os.pathsep.join((str(Path(sys.executable).parent), os.environ.get('PATH', '')))}
+        'PATH': os.pathsep.join((str(Path(sys.executable).parent), os.environ.get('PATH', ''))),
+    }
     if not cuda:  # where torch sees a GPU, setup.py would insist on a CUDA toolkit
         environment['CUDA_VISIBLE_DEVICES'] = ''
     # Not `pip wheel`: when a build fails, pip removes all that was compiled. The process gets a group of its own,
     # so that an interruption reaches setup.py, ninja and the compilers alike, from here.
-    process = subprocess.Popen([sys.executable, 'setup.py', 'bdist_wheel', '--dist-dir', str(folder / 'wheel')],
-                               cwd=source, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, errors='replace', start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, 'setup.py', 'bdist_wheel', '--dist-dir', str(folder / 'wheel')],
+        cwd=source,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors='replace',
+        start_new_session=True,
+    )
     assert process.stdout is not None
     start = shown = time.monotonic()
     try:
@@ -138,8 +186,11 @@ def compile_wheel(folder: Path, cuda: bool) -> Path:
                 progress = re.match(r'\[(\d+)/(\d+)\]', line)
                 if progress and (sys.stdout.isatty() or time.monotonic() - shown > 30):
                     shown = time.monotonic()
-                    print(f'  {progress[1]} of {progress[2]} files, {shown - start:.0f} s',
-                          end='\r' if sys.stdout.isatty() else '\n', flush=True)
+                    print(
+                        f'  {progress[1]} of {progress[2]} files, {shown - start:.0f} s',
+                        end='\r' if sys.stdout.isatty() else '\n',
+                        flush=True,
+                    )
         status = process.wait()
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGINT)  # ninja then removes what is half written
@@ -155,26 +206,40 @@ def main() -> None:
     """Install a working mmcv: the installed one, one from the cache of earlier builds, or a new build."""
     parser = argparse.ArgumentParser(
         description=f'Install mmcv {VERSION} with compiled operators: from the cache of earlier builds, or compiled, '
-                    'which takes minutes. An interrupted build resumes.',
+        'which takes minutes. An interrupted build resumes.',
         epilog='example: MAX_JOBS=4 python scripts/build_mmcv.py. Other variables: MMCV_CACHE=0 neither reads nor '
-               'fills the cache (~/.cache/replk_mm), MMCV_CUDA=0 omits the CUDA operators.')
+        'fills the cache (~/.cache/replk_mm), MMCV_CUDA=0 omits the CUDA operators.',
+    )
     parser.add_argument('--build-dir', type=Path, default=ROOT / '.setup', help='where sources and objects stay')
     parser.add_argument('--rebuild', action='store_true', help='compile even if a working mmcv is installed or cached')
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the compilers too
     # OpenCV is imported now, or else a good wheel would be blamed for its missing system libraries.
-    facts = subprocess.run([sys.executable, '-c', 'import cv2, torch; print(torch.__version__, torch.version.cuda)'],
-                           capture_output=True, text=True)
+    facts = subprocess.run(
+        [sys.executable, '-c', 'import cv2, torch; print(torch.__version__, torch.version.cuda)'],
+        capture_output=True,
+        text=True,
+    )
     if facts.returncode:
-        sys.exit(f'error: mmcv needs torch and OpenCV: {facts.stderr.strip().splitlines()[-1]}\n'
-                 f'Install them first: {sys.executable} -m pip install torch opencv-python-headless')
+        sys.exit(
+            f'error: mmcv needs torch and OpenCV: {facts.stderr.strip().splitlines()[-1]}\n'
+            f'Install them first: {sys.executable} -m pip install torch opencv-python-headless'
+        )
     torch, with_cuda = facts.stdout.split()
     cuda = with_cuda != 'None' and os.environ.get('MMCV_CUDA') != '0' and shutil.which('nvcc') is not None
     if with_cuda != 'None' and not cuda:
         print("mmcv's operators will be CPU only: no CUDA toolkit (nvcc), or MMCV_CUDA=0", flush=True)
     libc = '-'.join(filter(None, platform.libc_ver())) or 'libc'
-    key = '-'.join((f'mmcv-{VERSION}', f'cp{sys.version_info.major}{sys.version_info.minor}', f'torch{torch}',
-                    'cuda' if cuda else 'cpu', sysconfig.get_platform(), libc))
+    key = '-'.join(
+        (
+            f'mmcv-{VERSION}',
+            f'cp{sys.version_info.major}{sys.version_info.minor}',
+            f'torch{torch}',
+            'cuda' if cuda else 'cpu',
+            sysconfig.get_platform(),
+            libc,
+        )
+    )
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'replk_mm', 'wheels', key)
     use_cache = os.environ.get('MMCV_CACHE') != '0'
     folder = args.build_dir.resolve() / key
@@ -193,8 +258,10 @@ def main() -> None:
     wheel = compile_wheel(folder, cuda)
     failure = install(wheel, cuda)
     if failure:
-        sys.exit(f'error: mmcv is compiled, but its operators do not run: {failure}\n'
-                 f'Remove {folder} to start again; the log there shows how it was built.')
+        sys.exit(
+            f'error: mmcv is compiled, but its operators do not run: {failure}\n'
+            f'Remove {folder} to start again; the log there shows how it was built.'
+        )
     if use_cache:
         cache.mkdir(parents=True, exist_ok=True)
         partial = cache / f'{os.getpid()}.partial'

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Create `.venv` with everything this project needs; `make setup` calls it. Imports the standard library only."""
+
 import argparse
 import contextlib
 import hashlib
@@ -37,8 +38,9 @@ def version(python) -> str:
 @contextlib.contextmanager
 def stage(command: list, **options) -> Iterator[subprocess.Popen]:
     """A process in a group of its own: an interruption reaches it once, from here, and it has time to clean up."""
-    process = subprocess.Popen([str(part) for part in command], stdin=subprocess.DEVNULL, cwd=ROOT,
-                               start_new_session=True, **options)
+    process = subprocess.Popen(
+        [str(part) for part in command], stdin=subprocess.DEVNULL, cwd=ROOT, start_new_session=True, **options
+    )
     try:
         yield process
         process.wait()
@@ -74,7 +76,8 @@ def fingerprint(torch: str) -> str:
 def main() -> None:
     """Create or update the environment; every stage skips what is done."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog='example: python3 scripts/setup_env.py --torch torch==2.5.1 --python python3.12')
+        description=__doc__, epilog='example: python3 scripts/setup_env.py --torch torch==2.5.1 --python python3.12'
+    )
     parser.add_argument('--torch', help=f'requirement for torch. Defaults to that of .venv, or else {TORCH}')
     parser.add_argument('--python', help='interpreter for .venv. Defaults to that of .venv, or else the running one')
     args = parser.parse_args()
@@ -90,8 +93,11 @@ def main() -> None:
         return
     STAMP.unlink(missing_ok=True)
     if replaced or not answer([PYTHON, '-m', 'pip', '--version']):
-        run([args.python or sys.executable, '-m', 'venv', '--clear', VENV], 'making .venv',
-            'Debian and Ubuntu keep this part of Python apart: apt-get install python3-venv')
+        run(
+            [args.python or sys.executable, '-m', 'venv', '--clear', VENV],
+            'making .venv',
+            'Debian and Ubuntu keep this part of Python apart: apt-get install python3-venv',
+        )
     print(f'installing {torch} and the other dependencies (a download of 0.3 GB, or 3 GB with CUDA)', flush=True)
     pip = [PYTHON, '-m', 'pip', 'install', '--disable-pip-version-check']
     network = 'is there a network connection, and does pip know your mirror (PIP_INDEX_URL)?'

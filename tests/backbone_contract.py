@@ -1,4 +1,5 @@
 """What every backbone promises. A family's test class inherits this and names its constructor and sizes."""
+
 import copy
 import pickle
 from collections.abc import Callable
@@ -36,14 +37,14 @@ class BackboneContract:
         with torch.no_grad():
             for name, value in model.named_parameters():
                 if name.endswith('gamma') or name.endswith('beta'):
-                    value.normal_(.5, .1)
+                    value.normal_(0.5, 0.1)
         return model.eval()
 
     def image(self, *shape: int) -> Tensor:
         return torch.randn(*(shape or (2, 3, 64, 64)), generator=torch.Generator().manual_seed(1))
 
     @staticmethod
-    def assert_equal(found, expected, relative: float = 0.) -> None:
+    def assert_equal(found, expected, relative: float = 0.0) -> None:
         assert len(found) == len(expected)
         for a, b in zip(found, expected, strict=True):
             assert a.shape == b.shape
@@ -80,8 +81,11 @@ class BackboneContract:
         model, x = self.build(), self.image(2, 3, 64, 48)
         expected = model(x)
         strided = torch.stack((x, x), -1).flatten(-2)[..., ::2]
-        for other in (x.contiguous(memory_format=torch.channels_last), strided,
-                      x.transpose(2, 3).contiguous().transpose(2, 3)):
+        for other in (
+            x.contiguous(memory_format=torch.channels_last),
+            strided,
+            x.transpose(2, 3).contiguous().transpose(2, 3),
+        ):
             assert not other.is_contiguous()
             self.assert_equal(model(other), expected, 1e-5)
 
@@ -97,12 +101,12 @@ class BackboneContract:
         """mmcv's read plain memory: of channels-last features RoIAlign would average other pixels."""
         ops = pytest.importorskip('mmcv.ops')
         x = self.build()(self.image())[0]
-        found = ops.roi_align(x, torch.tensor([[1., 2, 4, 10, 8]]), (1, 1), 1., 4, 'avg', True)
+        found = ops.roi_align(x, torch.tensor([[1.0, 2, 4, 10, 8]]), (1, 1), 1.0, 4, 'avg', True)
         assert torch.allclose(found[0, :, 0, 0], x[1, :, 4:8, 2:10].mean((1, 2)), atol=1e-5)
 
     def test_samples_of_a_batch_are_independent(self):
         model, x = self.build(), self.image(3, 3, 64, 64)
-        single = [torch.cat(outs) for outs in zip(*(model(x[i:i + 1]) for i in range(3)), strict=True)]
+        single = [torch.cat(outs) for outs in zip(*(model(x[i : i + 1]) for i in range(3)), strict=True)]
         self.assert_equal(single, model(x), 1e-5)
 
     def test_float64_agrees_with_float32(self):
@@ -115,7 +119,7 @@ class BackboneContract:
         model, x = self.build(), self.image()
         expected = model(x)
         with torch.autocast('cpu', torch.bfloat16):
-            self.assert_equal(model(x), expected, .1)
+            self.assert_equal(model(x), expected, 0.1)
             outs, grads = self.run(model.train(), x)
         assert all(o.isfinite().all() for o in outs)
         assert set(grads) == {n for n, _ in model.named_parameters()}
@@ -129,14 +133,17 @@ class BackboneContract:
         assert [n for n, _ in model.named_parameters() if n not in grads or not grads[n].abs().sum() > 0] == []
 
     def test_gradient_checkpointing_changes_nothing(self):
-        kwargs = dict(norm_cfg=self.batch_norm, drop_path_rate=.4)
+        kwargs = dict(norm_cfg=self.batch_norm, drop_path_rate=0.4)
         plain, saving = self.build(**kwargs).train(), self.build(with_cp=True, **kwargs).train()
         results = []
         for model in (plain, saving):
             torch.manual_seed(3)
             calls = []
-            hooks = [m.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for m in model.modules()
-                     if isinstance(m, nn.Conv2d)]
+            hooks = [
+                m.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+                for m in model.modules()
+                if isinstance(m, nn.Conv2d)
+            ]
             results.append(self.run(model, self.image(4, 3, 64, 64)))
             results[-1] += (len(calls),)
             [hook.remove() for hook in hooks]
@@ -189,7 +196,7 @@ class BackboneContract:
             assert not any(m.training for m in norms)
 
     def test_drop_path(self):
-        model = self.build(drop_path_rate=.3)
+        model = self.build(drop_path_rate=0.3)
         found = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
         assert found == pytest.approx(self.drop_paths)
         x = self.image()
@@ -205,9 +212,16 @@ class BackboneContract:
 
     # arguments
 
-    @pytest.mark.parametrize('cfg, kind', [
-        (dict(type='BN', eps=1e-3), nn.BatchNorm2d), (dict(type='SyncBN'), nn.SyncBatchNorm),
-        (dict(type='GN', num_groups=2), nn.GroupNorm), (dict(type='LN2d', eps=1e-4), nn.LayerNorm)], ids=str)
+    @pytest.mark.parametrize(
+        'cfg, kind',
+        [
+            (dict(type='BN', eps=1e-3), nn.BatchNorm2d),
+            (dict(type='SyncBN'), nn.SyncBatchNorm),
+            (dict(type='GN', num_groups=2), nn.GroupNorm),
+            (dict(type='LN2d', eps=1e-4), nn.LayerNorm),
+        ],
+        ids=str,
+    )
     def test_norm_cfg_is_used_everywhere(self, cfg, kind):
         model = self.build(norm_cfg=cfg)
         default = self.build()
@@ -266,19 +280,23 @@ class BackboneContract:
         assert any(not torch.equal(a, b) for a, b in zip(other(x), expected, strict=True))
         other.load_state_dict(model.state_dict(), strict=True)
         torch.save(model, tmp_path / 'model.pth')
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other,
-                     torch.load(tmp_path / 'model.pth', weights_only=False)):
+        for twin in (
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            other,
+            torch.load(tmp_path / 'model.pth', weights_only=False),
+        ):
             self.assert_equal(twin(x), expected)
 
     def test_trace(self):
         model, x = self.build(), self.image()
         traced = torch.jit.trace(model, x)
-        self.assert_equal(traced(x * .5), model(x * .5), 1e-5)
+        self.assert_equal(traced(x * 0.5), model(x * 0.5), 1e-5)
 
     def test_export(self):
         model, x = self.build(), self.image()
         exported = torch.export.export(model, (x,))
-        self.assert_equal(exported.module()(x * .5), model(x * .5), 1e-5)
+        self.assert_equal(exported.module()(x * 0.5), model(x * 0.5), 1e-5)
 
     def test_meta_device(self):
         with torch.device('meta'):
@@ -296,10 +314,10 @@ class BackboneContract:
         assert changed == bool(model.init_cfg)  # without one it stays as torch made it
         model.init_weights()  # mmengine calls it for every parent
         assert all(torch.equal(v, after[k]) for k, v in model.state_dict().items())
-        given = self.cls(**self.tiny, init_cfg=dict(type='Constant', layer='Conv2d', val=.25))
+        given = self.cls(**self.tiny, init_cfg=dict(type='Constant', layer='Conv2d', val=0.25))
         given.init_weights()
         convolutions = [m for m in given.modules() if isinstance(m, nn.Conv2d)]
-        assert convolutions and all((m.weight == .25).all() for m in convolutions)
+        assert convolutions and all((m.weight == 0.25).all() for m in convolutions)
 
     def test_layer_depth(self):
         model = self.build()
@@ -312,8 +330,11 @@ class BackboneContract:
         assert set(depths.values()) >= set(range(self.num_layers - 1)), 'a layer without parameters'
         # What runs later is never shallower: order by the first use in a forward pass.
         order, names = [], {id(m): n for n, m in model.named_modules()}
-        hooks = [m.register_forward_hook(lambda m, *_: order.append(names[id(m)])) for m in model.modules()
-                 if next(m.parameters(recurse=False), None) is not None]
+        hooks = [
+            m.register_forward_hook(lambda m, *_: order.append(names[id(m)]))
+            for m in model.modules()
+            if next(m.parameters(recurse=False), None) is not None
+        ]
         model(self.image())
         [hook.remove() for hook in hooks]
         inner = [n for n in order if not n.startswith('norm')]  # output norms stand beside the stages

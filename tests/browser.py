@@ -1,4 +1,5 @@
 """A real browser for tests: Chromium without a window, driven over a pipe in its own protocol."""
+
 import fcntl
 import itertools
 import json
@@ -16,8 +17,9 @@ NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
 REQUIRED = 'REPLK_MM_REQUIRE_BROWSER'
 _LIMIT_SECONDS = 120
 # Chromium reads commands from 3 and answers on 4.
-_LAUNCHER = ('import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); '
-             'os.execv(sys.argv[3], sys.argv[3:])')
+_LAUNCHER = (
+    'import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])'
+)
 
 
 def find() -> str:
@@ -44,10 +46,25 @@ class Browser:
         ours_in, theirs_out = os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
         self.process = subprocess.Popen(
-            [sys.executable, '-c', _LAUNCHER, *map(str, ends), path, '--headless', '--no-sandbox', '--disable-gpu',
-             '--disable-dev-shm-usage', '--no-first-run', f'--user-data-dir={profile}', '--remote-debugging-pipe',
-             'about:blank'],
-            pass_fds=ends, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            [
+                sys.executable,
+                '-c',
+                _LAUNCHER,
+                *map(str, ends),
+                path,
+                '--headless',
+                '--no-sandbox',
+                '--disable-gpu',
+                '--disable-dev-shm-usage',
+                '--no-first-run',
+                f'--user-data-dir={profile}',
+                '--remote-debugging-pipe',
+                'about:blank',
+            ],
+            pass_fds=ends,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         for end in (*ends, theirs_in, theirs_out):
             os.close(end)
         self._in, self._out, self._buffer, self._ids = ours_in, ours_out, b'', itertools.count(1)
@@ -68,8 +85,9 @@ class Browser:
     def send(self, method: str, **parameters):
         """A command of the DevTools protocol; returns its answer."""
         number = next(self._ids)
-        message = dict(id=number, method=method, params=parameters, **(dict(sessionId=self._session) if self._session
-                                                                       else {}))
+        message = dict(
+            id=number, method=method, params=parameters, **(dict(sessionId=self._session) if self._session else {})
+        )
         os.write(self._out, json.dumps(message).encode() + b'\0')
         while True:
             answer = self._receive()
@@ -81,7 +99,7 @@ class Browser:
     def _receive(self) -> dict:
         end = time.monotonic() + _LIMIT_SECONDS
         while b'\0' not in self._buffer:
-            ready, _, _ = select.select([self._in], [], [], max(0., end - time.monotonic()))
+            ready, _, _ = select.select([self._in], [], [], max(0.0, end - time.monotonic()))
             part = os.read(self._in, 1 << 16) if ready else b''
             assert part, 'the browser has ended' if ready else f'the browser has not answered in {_LIMIT_SECONDS} s'
             self._buffer += part
@@ -103,8 +121,9 @@ class Browser:
 
     def size(self, width: int, height: int = 900) -> None:
         """The size of the window in CSS pixels."""
-        self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1,
-                  mobile=width < 600)
+        self.send(
+            'Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
 
     def media(self, scheme: str, media: str = '') -> None:
         """Light or dark, screen or print."""
@@ -113,8 +132,14 @@ class Browser:
     def press(self, key: str, code: int, text: str = '') -> None:
         """A key of the keyboard."""
         for kind in ('keyDown', 'keyUp'):
-            self.send('Input.dispatchKeyEvent', type=kind, key=key, code=key, windowsVirtualKeyCode=code,
-                      **(dict(text=text) if kind == 'keyDown' and text else {}))
+            self.send(
+                'Input.dispatchKeyEvent',
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                **(dict(text=text) if kind == 'keyDown' and text else {}),
+            )
 
     def close(self) -> None:
         """End the browser."""

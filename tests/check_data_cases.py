@@ -1,4 +1,5 @@
 """Small data sets in ADE20K's layout, their config, and what the checks found in them."""
+
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ from PIL import Image
 
 from replk_mm.data.checks.audit import Audit, audit
 
-PREFIX = {'train': dict(img_path='images/training', seg_map_path='annotations/training'),
-          'val': dict(img_path='images/validation', seg_map_path='annotations/validation')}
+PREFIX = {
+    'train': dict(img_path='images/training', seg_map_path='annotations/training'),
+    'val': dict(img_path='images/validation', seg_map_path='annotations/validation'),
+}
 NAMES = tuple('abcdefgh')
 
 
@@ -45,9 +48,17 @@ def seg_config(root: Path, classes: int = 8, splits: tuple[str, ...] = ('train',
     """A segmentor's config with the data sets of a root in ADE20K's layout."""
     loaders = {}
     for split in splits:
-        dataset = dict(type='BaseSegDataset', reduce_zero_label=True, data_root=str(root),
-                       data_prefix=dict(PREFIX[split]), metainfo=dict(classes=NAMES[:classes]),
-                       pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]) | changes
+        dataset = (
+            dict(
+                type='BaseSegDataset',
+                reduce_zero_label=True,
+                data_root=str(root),
+                data_prefix=dict(PREFIX[split]),
+                metainfo=dict(classes=NAMES[:classes]),
+                pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')],
+            )
+            | changes
+        )
         loaders[f'{split}_dataloader'] = dict(dataset={k: v for k, v in dataset.items() if v is not None})
     model = dict(decode_head=dict(type='FCNHead', num_classes=classes))
     return Config(dict(default_scope='mmseg', model=model, **loaders), cfg_text=' ', filename='own.py')

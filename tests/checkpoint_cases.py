@@ -1,11 +1,13 @@
 """What tests of checkpoints share: tiny backbones, files to load into them, and an attack."""
+
 import torch
 from conftest import randomize_norms
 
 from replk_mm.models import RepLKNet
 
-TINY = dict(large_kernel_sizes=[13, 11, 9, 7], small_kernel=5, layers=[1, 1, 2, 1], channels=[8, 12, 16, 24],
-            dw_ratio=1)
+TINY = dict(
+    large_kernel_sizes=[13, 11, 9, 7], small_kernel=5, layers=[1, 1, 2, 1], channels=[8, 12, 16, 24], dw_ratio=1
+)
 CONV = dict(depths=[1, 1, 2, 1], channels=[8, 12, 16, 24])
 DENSE = dict(out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
 

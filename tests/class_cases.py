@@ -1,4 +1,5 @@
 """What tests of class names share: configs for COCO, data sets with categories of their own, rejections."""
+
 from pathlib import Path
 
 import mmdet

@@ -1,4 +1,5 @@
 """COCO-style annotation files of a few drawn images, to be spoiled by tests."""
+
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,12 +18,24 @@ def coco_dict(names: Sequence[str], images: int = 4, per_image: int = 3) -> dict
     for i in range(images):
         for k in range(per_image):
             x, y, w, h = 4 + 20 * k, 6 + 4 * i, 16, 12
-            objects.append(dict(id=len(objects) + 1, image_id=i + 1, category_id=10 * (len(objects) % len(names)) + 5,
-                                bbox=[x, y, w, h], area=w * h, iscrowd=0,
-                                segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]]))
+            objects.append(
+                dict(
+                    id=len(objects) + 1,
+                    image_id=i + 1,
+                    category_id=10 * (len(objects) % len(names)) + 5,
+                    bbox=[x, y, w, h],
+                    area=w * h,
+                    iscrowd=0,
+                    segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+                )
+            )
     entries = [dict(id=i + 1, file_name=f'{i:03}.jpg', width=width, height=height) for i in range(images)]
-    return dict(info={}, images=entries, annotations=objects,
-                categories=[dict(id=10 * i + 5, name=name) for i, name in enumerate(names)])
+    return dict(
+        info={},
+        images=entries,
+        annotations=objects,
+        categories=[dict(id=10 * i + 5, name=name) for i, name in enumerate(names)],
+    )
 
 
 def write_images(folder: Path, images: int = 4) -> None:
@@ -50,7 +63,14 @@ def change(path: Path, how: Callable[[dict], object]) -> None:
 
 def leaf(root: Path, split: str = 'train', masks: bool = False, **changes) -> dict:
     """Config of a data set in such a root."""
-    return dict(type='CocoDataset', data_root=str(root), ann_file=f'annotations/instances_{split}2017.json',
-                data_prefix=dict(img=f'{split}2017/'), filter_cfg=dict(filter_empty_gt=True),
-                pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=masks)]
-                ) | changes
+    return (
+        dict(
+            type='CocoDataset',
+            data_root=str(root),
+            ann_file=f'annotations/instances_{split}2017.json',
+            data_prefix=dict(img=f'{split}2017/'),
+            filter_cfg=dict(filter_empty_gt=True),
+            pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=masks)],
+        )
+        | changes
+    )

@@ -1,4 +1,5 @@
 """Results of tests that were never run: label maps and detections made up, figures counted one pixel at a time."""
+
 import json
 from pathlib import Path
 
@@ -19,8 +20,12 @@ def known_configs(monkeypatch):
 
 
 def config_text(kind: str, root: Path, classes: tuple[str, ...], **more) -> str:
-    dataset = dict(type=kind, data_root=str(root), metainfo=dict(classes=classes, palette=[
-        [40 * i + 20, 200 - 30 * i, 60] for i in range(len(classes))]), **more)
+    dataset = dict(
+        type=kind,
+        data_root=str(root),
+        metainfo=dict(classes=classes, palette=[[40 * i + 20, 200 - 30 * i, 60] for i in range(len(classes))]),
+        **more,
+    )
     return f"""
 default_scope = 'mmseg'
 model = dict(type='EncoderDecoder', decode_head=dict(type='FCNHead', num_classes={len(classes)}))
@@ -40,8 +45,16 @@ def write_data(root: Path, labels: dict[str, np.ndarray], reduce_zero: bool = Tr
         ids = np.where(label == IGNORED, 0, label + 1) if reduce_zero else label
         Image.fromarray(ids.astype(np.uint8)).save(root / 'labels' / f'{name}.png')
     config = root / 'config.py'
-    config.write_text(config_text('BaseSegDataset', root, CLASSES, reduce_zero_label=reduce_zero, img_suffix='.png',
-                                  data_prefix=dict(img_path='images', seg_map_path='labels')))
+    config.write_text(
+        config_text(
+            'BaseSegDataset',
+            root,
+            CLASSES,
+            reduce_zero_label=reduce_zero,
+            img_suffix='.png',
+            data_prefix=dict(img_path='images', seg_map_path='labels'),
+        )
+    )
     return config
 
 
@@ -65,9 +78,16 @@ def mean_iou(confusion: np.ndarray) -> float:
     return sum(ious) / len(ious)
 
 
-def write_result(folder: Path, config: Path, root: Path, labels: dict[str, np.ndarray],
-                 predictions: dict[str, np.ndarray],
-                 reduce_zero: bool = True, classes: tuple[str, ...] = CLASSES, iteration: int = 40) -> Path:
+def write_result(
+    folder: Path,
+    config: Path,
+    root: Path,
+    labels: dict[str, np.ndarray],
+    predictions: dict[str, np.ndarray],
+    reduce_zero: bool = True,
+    classes: tuple[str, ...] = CLASSES,
+    iteration: int = 40,
+) -> Path:
     """What tools/test.py --out writes."""
     for name, prediction in predictions.items():
         path = folder / 'predictions' / f'{name}.png'
@@ -78,21 +98,38 @@ def write_result(folder: Path, config: Path, root: Path, labels: dict[str, np.nd
     for c, name in enumerate(classes):
         if confusion[c].sum():
             union = confusion[c].sum() + confusion[:, c].sum() - confusion[c, c]
-            per_class[name] = dict(IoU=100 * confusion[c, c] / union, Acc=100 * confusion[c, c] / confusion[c].sum(),
-                                   pixels=int(confusion[c].sum()))
-    metrics = dict(aAcc=100 * np.trace(confusion) / confusion.sum(), mIoU=mean_iou(confusion), time=.1)
+            per_class[name] = dict(
+                IoU=100 * confusion[c, c] / union,
+                Acc=100 * confusion[c, c] / confusion[c].sum(),
+                pixels=int(confusion[c].sum()),
+            )
+    metrics = dict(aAcc=100 * np.trace(confusion) / confusion.sum(), mIoU=mean_iou(confusion), time=0.1)
     return write_record(folder, config, root, metrics, per_class, len(labels), iteration)
 
 
-def write_record(folder: Path, config: Path, root: Path, metrics: dict, per_class: dict, images: int,
-                 iteration: int = 40) -> Path:
+def write_record(
+    folder: Path, config: Path, root: Path, metrics: dict, per_class: dict, images: int, iteration: int = 40
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'metrics.json').write_text(json.dumps(dict(
-        metrics=metrics, per_class=per_class, config=str(config), reparameterized=None, seconds=1.5,
-        checkpoint=dict(path=f'iter_{iteration}.pth', sha256=f'{iteration}', iteration=iteration, loaded='all'),
-        protocol=dict(mode='whole', tta=False, pipeline=[dict(type='LoadImageFromFile'),
-                                                         dict(type='Resize', scale=[64, 64])]),
-        data=dict(root=str(root), images=images), environment=dict(torch='2.13', threads=2))))
+    (folder / 'metrics.json').write_text(
+        json.dumps(
+            dict(
+                metrics=metrics,
+                per_class=per_class,
+                config=str(config),
+                reparameterized=None,
+                seconds=1.5,
+                checkpoint=dict(path=f'iter_{iteration}.pth', sha256=f'{iteration}', iteration=iteration, loaded='all'),
+                protocol=dict(
+                    mode='whole',
+                    tta=False,
+                    pipeline=[dict(type='LoadImageFromFile'), dict(type='Resize', scale=[64, 64])],
+                ),
+                data=dict(root=str(root), images=images),
+                environment=dict(torch='2.13', threads=2),
+            )
+        )
+    )
     return folder
 
 
@@ -115,7 +152,7 @@ def made_up(seed: int, images: int = 6) -> tuple[dict[str, np.ndarray], dict[str
     for i in range(images):
         shape = (7 + i, 9)
         label = rng.integers(0, 3, shape)
-        labels[f'{i:02}'] = np.where(rng.random(shape) < .1, IGNORED, label)
-        for found, wrong, classes in ((a, .5, 4), (b, .1 * i, 3)):
+        labels[f'{i:02}'] = np.where(rng.random(shape) < 0.1, IGNORED, label)
+        for found, wrong, classes in ((a, 0.5, 4), (b, 0.1 * i, 3)):
             found[f'{i:02}'] = np.where(rng.random(shape) < wrong, rng.integers(0, classes, shape), label)
     return labels, a, b

@@ -1,4 +1,5 @@
 """What tests of configs share: the files, the published rows that belong to them, their models."""
+
 import copy
 import functools
 from functools import cache

@@ -1,4 +1,5 @@
 """What tests of fused convolutions share: layers, images, and the values of the parts in float64."""
+
 import copy
 
 import pytest

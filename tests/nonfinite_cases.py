@@ -1,4 +1,5 @@
 """Images, layers and weights that are not finite, for tests of what a training does then."""
+
 import numpy as np
 import torch
 from mmcv.transforms import BaseTransform

@@ -1,4 +1,5 @@
 """What tests of the depthwise convolution share: cases, all that can be forced, and the values by torch in float64."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,9 @@ def reference(x, weight, bias, grad, stride=1, padding=None, dilation=1):
     if padding is None:
         dilations = dilation if isinstance(dilation, tuple) else (dilation, dilation)
         padding = tuple(k // 2 * d for k, d in zip(weight.shape[2:], dilations, strict=True))
-    x, weight, bias = (None if t is None else t.detach().double().contiguous().requires_grad_()
-                       for t in (x, weight, bias))
+    x, weight, bias = (
+        None if t is None else t.detach().double().contiguous().requires_grad_() for t in (x, weight, bias)
+    )
     out = F.conv2d(x, weight, bias, stride, padding, dilation, weight.shape[0])
     leaves = [t for t in (x, weight, bias) if t is not None]
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out) if grad is None else grad.double())]
@@ -78,8 +80,9 @@ def ours(x, weight, bias, grad, spec=None, **kwargs):
 def assert_close(found, expected, relative, scales=None, what=''):
     """Every tensor of ``found`` is off by at most ``relative`` of the largest value, or of that of ``scales``."""
     assert len(found) == len(expected)
-    for name, a, b, scale in zip(('output', 'input', 'weight', 'bias'), found, expected, scales or expected,
-                                 strict=False):
+    for name, a, b, scale in zip(
+        ('output', 'input', 'weight', 'bias'), found, expected, scales or expected, strict=False
+    ):
         assert a.shape == b.shape, (what, name)
         error, largest = (a.double() - b).abs().max().item(), scale.abs().max().item()
         assert error <= relative * largest, f'{what} {name}: off by {error} where the largest value is {largest}'
@@ -104,12 +107,20 @@ def convolutions(draw, channels):
         reach = d * (k - 1)
         least = max(0, -(-(reach + 1 - s) // 2))
         padding.append(draw(st.integers(least, max(least, reach + 3)) | st.just(max(least, reach // 2))))
-    return ((draw(st.integers(1, 3)), draw(channels), *size), kernel,
-            dict(stride=stride, padding=tuple(padding), dilation=dilation))
+    return (
+        (draw(st.integers(1, 3)), draw(channels), *size),
+        kernel,
+        dict(stride=stride, padding=tuple(padding), dilation=dilation),
+    )
 
 
-DRAWN = settings(deadline=None, derandomize=True, database=None,
-                 phases=[Phase.generate, Phase.shrink], suppress_health_check=[HealthCheck.too_slow])
+DRAWN = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """Processes of one run for tests: forked from a small new Python, which has imported once for all of them."""
+
 import json
 import os
 import socket
@@ -28,8 +29,9 @@ def together(processes: int, work: Callable[[int], Any], folder: Path) -> list[A
 
 
 def _run(rank: int, processes: int, port: int, work: Callable[[int], Any], folder: Path) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1',
-                      MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)
+    )
     if processes > 1:
         dist.init_process_group('gloo')
     (folder / f'{rank}.json').write_text(json.dumps(work(rank)))
@@ -43,8 +45,13 @@ def in_new_python(script: str, folder: Path, seconds: float = 120) -> Any:
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([root, str(Path(__file__).parent)])
     environment = {**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', script, str(folder)], env=environment, timeout=seconds,
-                          text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', script, str(folder)],
+        env=environment,
+        timeout=seconds,
+        text=True,
+        capture_output=True,
+    )
     if done.returncode:
         pytest.fail(done.stdout + done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

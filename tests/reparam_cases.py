@@ -1,4 +1,5 @@
 """What tests of reparameterization share."""
+
 import copy
 
 import torch
@@ -10,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from replk_mm.models import RepLKNet
 
-TINY = dict(large_kernel_sizes=[13, 11, 9, 7], small_kernel=5, layers=[1, 1, 2, 1], channels=[8, 12, 16, 24],
-            dw_ratio=1)
+TINY = dict(
+    large_kernel_sizes=[13, 11, 9, 7], small_kernel=5, layers=[1, 1, 2, 1], channels=[8, 12, 16, 24], dw_ratio=1
+)
 CHANNELS = TINY['channels']
 BN = dict(type='BN')
 
@@ -45,8 +47,27 @@ def build(cfg, scope):
 
 REPLK = dict(type='replk_mm.RepLKNet', arch=TINY)
 SEGMENTOR = dict(
-    type='EncoderDecoder', backbone=REPLK,
-    decode_head=dict(type='UPerHead', in_channels=CHANNELS, in_index=[0, 1, 2, 3], pool_scales=(1, 2), channels=8,
-                     num_classes=5, norm_cfg=BN, align_corners=False),
-    auxiliary_head=dict(type='FCNHead', in_channels=16, in_index=2, channels=8, num_convs=1, concat_input=False,
-                        num_classes=5, norm_cfg=BN, align_corners=False))
+    type='EncoderDecoder',
+    backbone=REPLK,
+    decode_head=dict(
+        type='UPerHead',
+        in_channels=CHANNELS,
+        in_index=[0, 1, 2, 3],
+        pool_scales=(1, 2),
+        channels=8,
+        num_classes=5,
+        norm_cfg=BN,
+        align_corners=False,
+    ),
+    auxiliary_head=dict(
+        type='FCNHead',
+        in_channels=16,
+        in_index=2,
+        channels=8,
+        num_convs=1,
+        concat_input=False,
+        num_classes=5,
+        norm_cfg=BN,
+        align_corners=False,
+    ),
+)

@@ -1,4 +1,5 @@
 """Trainings that are stopped at an iteration of choice, here, in a fork or with torchrun, and compared bit by bit."""
+
 import os
 import socket
 import subprocess
@@ -51,12 +52,32 @@ def torchrun(config: Path, *args, signal: str | None = None, timeout: float = 30
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    env = tool_environment(PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}',
-                           **({'TEST_SIGNAL': signal} if signal else {}))
+    env = tool_environment(
+        PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}', **({'TEST_SIGNAL': signal} if signal else {})
+    )
     return subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', str(port),
-         str(ROOT / 'tools/train.py'), str(config), '--device', 'cpu', '--launcher', 'pytorch', *map(str, args)],
-        capture_output=True, text=True, timeout=timeout, check=False, env=env)
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--nproc-per-node',
+            '2',
+            '--master-port',
+            str(port),
+            str(ROOT / 'tools/train.py'),
+            str(config),
+            '--device',
+            'cpu',
+            '--launcher',
+            'pytorch',
+            *map(str, args),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=env,
+    )
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -78,8 +99,11 @@ def _compare(a: object, b: object, path: str, found: list[str]) -> None:
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             _compare(x, y, f'{path}.{i}', found)
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.view(torch.uint8) if a.dim() else a,
-                                                                       b.view(torch.uint8) if b.dim() else b):
+        if (
+            a.dtype != b.dtype
+            or a.shape != b.shape
+            or not torch.equal(a.view(torch.uint8) if a.dim() else a, b.view(torch.uint8) if b.dim() else b)
+        ):
             found.append(path)
     elif a != b:
         found.append(path)

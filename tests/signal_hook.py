@@ -2,6 +2,7 @@
 
 ``TEST_SIGNAL=NAME:train|val:ITERATION`` in the environment says which, and when. The first process gets it.
 """
+
 import os
 import signal
 

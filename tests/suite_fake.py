@@ -1,7 +1,8 @@
 """Rows of a suite that train nothing, but take time, crash, hang and die as their options say.
 
-    python -m suite_fake TASK
+python -m suite_fake TASK
 """
+
 import os
 import signal
 import sys
@@ -39,14 +40,18 @@ def pretend(name: str, task: Task) -> Found:
     if name == 'train':
         write_json(task.folder / 'train' / 'progress.json', dict(iteration=3, iterations=12, seconds=1.0))
     value = float('nan') if how == 'nan' else 2.5
-    found = dict(metric=dict(primary='mIoU', unit='%', metrics=dict(mIoU=value)),
-                 complexity=dict(inference_parameters=2_000_000, macs=value),
-                 speed=dict(forms=dict(training=dict(median_ms=value))))
+    found = dict(
+        metric=dict(primary='mIoU', unit='%', metrics=dict(mIoU=value)),
+        complexity=dict(inference_parameters=2_000_000, macs=value),
+        speed=dict(forms=dict(training=dict(median_ms=value))),
+    )
     return Found(found.get(name, dict(value=value)), dict(crop=[8, 8]), dict(threads=os.environ.get('OMP_NUM_THREADS')))
 
 
-TABLE = {name: (lambda task, name=name: pretend(name, task))
-         for name in ('train', 'complexity', 'metric', 'curve', 'erf', 'speed', 'memory')}
+TABLE = {
+    name: (lambda task, name=name: pretend(name, task))
+    for name in ('train', 'complexity', 'metric', 'curve', 'erf', 'speed', 'memory')
+}
 
 
 def environment() -> dict:

@@ -1,4 +1,5 @@
 """The benchmarks of networks and of the operator: what is timed, whether it is right, what is written, the command."""
+
 import importlib.util
 import json
 import sys
@@ -51,11 +52,11 @@ def convnext(tmp_path):
 @pytest.fixture(scope='module')
 def operators():
     shapes = [Shape(kernel, size, 4, 1) for size in (8, 12) for kernel in (3, 9)]
-    record = benchmark_op.run(shapes, implementations=['fft', 'padded'], repeats=3, warmup=0, seconds=0.)
+    record = benchmark_op.run(shapes, implementations=['fft', 'padded'], repeats=3, warmup=0, seconds=0.0)
     return {**record, 'environment': benchmark_report.environment(False)}
 
 
-QUICK = Settings(repeats=3, warmup=0, seconds=0., memory=False)
+QUICK = Settings(repeats=3, warmup=0, seconds=0.0, memory=False)
 
 
 def row_of(point: dict, name: str) -> dict:
@@ -100,7 +101,10 @@ def test_networks_that_are_compared(tiny) -> None:
     assert len(changes.merged) == 4 and all('lkb_reparam' in ' '.join(keys[name]) for name in (PLAIN, OURS))
     image = torch.randn(1, 3, 64, 64)
     assert {name: layouts(net.backbone, image) for name, net in found.items()} == {
-        PLAIN: {True}, PLAIN_TRAINING: {True}, OURS: {False}}
+        PLAIN: {True},
+        PLAIN_TRAINING: {True},
+        OURS: {False},
+    }
 
 
 def test_images_have_the_shape_that_is_asked_for(tiny) -> None:
@@ -120,7 +124,7 @@ def test_each_network_has_the_memory_of_a_process_of_its_own(same, tiny, allocat
     networks = {'a': PLAIN, 'b': PLAIN_TRAINING, 'c': OURS, 'd': OURS, 'engine': ''}
     rows = [benchmark.Row(name, partial(allocators.append, name), network=net) for name, net in networks.items()]
     allocators.clear()
-    speed.measure({row.name: row.call for row in rows}, 3, 0, 0., before=bench._allocators(rows))
+    speed.measure({row.name: row.call for row in rows}, 3, 0, 0.0, before=bench._allocators(rows))
     once = [False, 'trimmed', 'a', 'a', 'b', True, 'trimmed', 'c', 'c', 'd', 'engine']
     once = list(networks) if same else once
     assert allocators == 3 * once
@@ -148,17 +152,27 @@ def segmentor(tiny):
 
 def test_segmentor_record(segmentor) -> None:
     assert [(p['mode'], p['form'], p['batch'], p['height']) for p in segmentor['points']] == [
-        ('inference', 'reparameterized', 1, 64), ('inference', 'reparameterized', 1, 96),
-        ('train', 'training', 2, 64), ('train', 'training', 2, 96)]
+        ('inference', 'reparameterized', 1, 64),
+        ('inference', 'reparameterized', 1, 96),
+        ('train', 'training', 2, 64),
+        ('train', 'training', 2, 96),
+    ]
     for point in segmentor['points']:
         names = [row['name'] for row in point['rows']]
         infers = point['mode'] == 'inference'
-        assert names == [PLAIN, *[PLAIN_TRAINING] * infers, OURS, f'{OURS}, bfloat16',
-                         *[f'{OURS}, bfloat16 weights'] * infers]
+        assert names == [
+            PLAIN,
+            *[PLAIN_TRAINING] * infers,
+            OURS,
+            f'{OURS}, bfloat16',
+            *[f'{OURS}, bfloat16 weights'] * infers,
+        ]
         assert [row['how'] for row in point['rows'] if row['dtype'] == 'bfloat16'] == [
-            'autocast', *['converted'] * infers]
+            'autocast',
+            *['converted'] * infers,
+        ]
         assert all(row['memory_bytes'] is None and len(row['samples']) == 3 for row in point['rows'])
-        assert row_of(point, PLAIN)['times_as_fast'] == dict(median=1., low=1., high=1.)
+        assert row_of(point, PLAIN)['times_as_fast'] == dict(median=1.0, low=1.0, high=1.0)
         assert [row['equal'] for row in point['rows']] == [None] + [True] * (len(names) - 1)
         assert (row_of(point, OURS)['differing_pixels'] is None) == (point['mode'] == 'train')
     assert any('parallel kernels merged' in note for note in segmentor['notes'])
@@ -222,6 +236,7 @@ def test_default_shape(tiny, tmp_path, convnext) -> None:
 
 def test_merged_checkpoint_has_no_training_form(tiny, tmp_path) -> None:
     from replk_mm.engine.merge import reparameterize_checkpoint
+
     cfg = tiny.cfg()
     Bench(Job(str(tiny.config), True), QUICK)
     torch.save(dict(state_dict=plain.networks(cfg, True, 'training')[0][OURS].state_dict()), tmp_path / 'x.pth')
@@ -254,8 +269,9 @@ def test_operator_record(operators) -> None:
     for point in operators['points']:
         names = [row['name'] for row in point['rows']]
         assert names[:2] == [PLAIN, OURS] and 'forward' in point['chosen']
-        forced = [name for name in ('fft', 'padded')
-                  if name in IMPLEMENTATIONS.get(point['computation'], ('fft', 'padded'))]
+        forced = [
+            name for name in ('fft', 'padded') if name in IMPLEMENTATIONS.get(point['computation'], ('fft', 'padded'))
+        ]
         assert names[2:] == [f'{OURS}, {name}' for name in forced]
         for row in point['rows']:
             assert len(row['samples']) == point['rounds'] == 3
@@ -268,7 +284,7 @@ def test_operator_record(operators) -> None:
 def test_wrong_operator_is_found_out(monkeypatch) -> None:
     right = DepthwiseConv2d.forward
     monkeypatch.setattr(DepthwiseConv2d, 'forward', lambda self, x: right(self, x) * 1.01)
-    record = benchmark_op.run([Shape(3, 8, 2, 1)], repeats=3, warmup=0, seconds=0.)
+    record = benchmark_op.run([Shape(3, 8, 2, 1)], repeats=3, warmup=0, seconds=0.0)
     assert not benchmark_report.all_equal(record)
     assert 'DIFFERENT' in benchmark_report.text({**record, 'environment': benchmark_report.environment(True)})
 
@@ -289,7 +305,8 @@ def test_engines_that_are_not_installed_are_said(convnext, monkeypatch) -> None:
     record = benchmark.run(Job(convnext, False), settings, ['inference'], [(32, 32)], [1])
     assert [line for line in record['notes'] if 'not installed' in line] == [
         'openvino: not installed (pip install openvino onnx onnxscript)',
-        'onnxruntime: not installed (pip install onnxruntime onnx onnxscript)']
+        'onnxruntime: not installed (pip install onnxruntime onnx onnxscript)',
+    ]
     assert [row['name'] for row in record['points'][0]['rows']] == [PLAIN, OURS]
 
 
@@ -303,7 +320,7 @@ def test_engines_compute_the_same(engine, whole, tiny, convnext) -> None:
     point = Bench(job, replace(QUICK, engines=[engine])).run(1, (64, 64))
     found = row_of(point, engine)
     assert found['equal'] is True
-    assert found['differing_pixels'] == 0. if whole else found['difference'] < 1e-5
+    assert found['differing_pixels'] == 0.0 if whole else found['difference'] < 1e-5
 
 
 @pytest.mark.slow
@@ -324,8 +341,9 @@ model = dict(
     train_cfg=dict(rpn_proposal=dict(nms_pre=20, max_per_img=20)),
     test_cfg=dict(rpn=dict(nms_pre=20, max_per_img=20)))
 """)
-    options = {f'model.roi_head.bbox_head.{i}.{key}': 16
-               for i in range(3) for key in ('in_channels', 'fc_out_channels')}
+    options = {
+        f'model.roi_head.bbox_head.{i}.{key}': 16 for i in range(3) for key in ('in_channels', 'fc_out_channels')
+    }
     settings = replace(QUICK, dtypes=('float32', 'bfloat16'), engines=['openvino'])
     record = benchmark.run(Job(str(path), True, options=options), settings, ['inference', 'train'], [(64, 64)], [0])
     assert [row['equal'] for point in record['points'] for row in point['rows'] if row['name'] == OURS] == [True, True]
@@ -343,13 +361,17 @@ def tool():
     return module
 
 
-@pytest.mark.parametrize('args, said', [
-    (['model', 'nope.py'], 'nope.py: no such config'),
-    (['backbone', 'CONVNEXT'], '--shape H W'),
-    (['backbone', 'CONVNEXT', '--shape', '32', '32', '--checkpoint', 'no.pth'], 'no.pth'),
-    (['model', 'CONVNEXT', '--shape', '32', '32'], 'model'),
-    (['op', '--kernels', '2'], '--kernels 2'),
-    (['op', '--implementations', 'winograd'], 'Choose from channels_last')])
+@pytest.mark.parametrize(
+    'args, said',
+    [
+        (['model', 'nope.py'], 'nope.py: no such config'),
+        (['backbone', 'CONVNEXT'], '--shape H W'),
+        (['backbone', 'CONVNEXT', '--shape', '32', '32', '--checkpoint', 'no.pth'], 'no.pth'),
+        (['model', 'CONVNEXT', '--shape', '32', '32'], 'model'),
+        (['op', '--kernels', '2'], '--kernels 2'),
+        (['op', '--implementations', 'winograd'], 'Choose from channels_last'),
+    ],
+)
 def test_refusals_of_the_command(tool, args, said, convnext, monkeypatch, capsys, tmp_path) -> None:
     args = [convnext if arg == 'CONVNEXT' else arg for arg in args]
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', *args, '--out', str(tmp_path / 'out')])
@@ -358,23 +380,59 @@ def test_refusals_of_the_command(tool, args, said, convnext, monkeypatch, capsys
 
 
 def test_json_is_all_that_is_printed(tool, convnext, monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setattr(sys, 'argv', ['benchmark.py', 'backbone', convnext, '--shape', '64', '32', '--repeats', '3',
-                                      '--batch', '1', '2', '--seconds', '0.01', '--no-memory', '--json', '--out',
-                                      str(tmp_path / 'out')])
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        [
+            'benchmark.py',
+            'backbone',
+            convnext,
+            '--shape',
+            '64',
+            '32',
+            '--repeats',
+            '3',
+            '--batch',
+            '1',
+            '2',
+            '--seconds',
+            '0.01',
+            '--no-memory',
+            '--json',
+            '--out',
+            str(tmp_path / 'out'),
+        ],
+    )
     threads = torch.get_num_threads()
     assert tool.main() == 0
     assert torch.get_num_threads() == threads
     record = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert record == json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
     assert [(p['mode'], p['batch'], p['height'], p['width']) for p in record['points']] == [
-        (mode, batch, 64, 32) for mode in ('inference', 'train') for batch in (1, 2)]
+        (mode, batch, 64, 32) for mode in ('inference', 'train') for batch in (1, 2)
+    ]
     assert {f.name for f in (tmp_path / 'out').iterdir()} == {'table.txt', 'benchmark.json', 'batch.png'}
 
 
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(convnext, tmp_path) -> None:
-    ran = run_tool('benchmark', 'backbone', convnext, '--shape', '256', '256', '--mode', 'inference', '--repeats', 3,
-                   '--seconds', 0.01, '--json', '--out', tmp_path / 'out')
+    ran = run_tool(
+        'benchmark',
+        'backbone',
+        convnext,
+        '--shape',
+        '256',
+        '256',
+        '--mode',
+        'inference',
+        '--repeats',
+        3,
+        '--seconds',
+        0.01,
+        '--json',
+        '--out',
+        tmp_path / 'out',
+    )
     assert ran.returncode == 0, ran.stderr
     record = json.loads(ran.stdout, parse_constant=pytest.fail)
     for row in record['points'][0]['rows']:

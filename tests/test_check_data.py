@@ -1,4 +1,5 @@
 """The checks of label maps find every planted fault in its file and nothing else; training stops at the same errors."""
+
 import io
 import shutil
 from collections.abc import Callable
@@ -32,13 +33,13 @@ def ids(*values: int, size: tuple[int, int] = (64, 64), dtype: type = np.uint8) 
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def break_inside(path: Path) -> None:
     content = bytearray(path.read_bytes())
     middle = content.index(b'IDAT') + 8
-    content[middle:middle + 12] = bytes(12)
+    content[middle : middle + 12] = bytes(12)
     path.write_bytes(content)
 
 
@@ -66,7 +67,8 @@ def rename(root: Path, i: int) -> None:
 
 #: A fault, kind and file of the problems; each is planted in a pair of its own.
 FAULTS: list[tuple[Callable[[Path, int], object], dict[str, Callable]]] = [
-    (lambda r, i: cut(image(r, i)), {'unreadable': image}), (lambda r, i: cut(label(r, i)), {'unreadable': label}),
+    (lambda r, i: cut(image(r, i)), {'unreadable': image}),
+    (lambda r, i: cut(label(r, i)), {'unreadable': label}),
     (lambda r, i: image(r, i).write_bytes(b''), {'unreadable': image}),
     (lambda r, i: label(r, i).write_bytes(b''), {'unreadable': label}),
     (lambda r, i: image(r, i).write_text('<html>404</html>'), {'unreadable': image}),
@@ -80,17 +82,22 @@ FAULTS: list[tuple[Callable[[Path, int], object], dict[str, Callable]]] = [
     (lambda r, i: ids(3).save(label(r, i), 'jpeg'), {'label-lossy': label}),
     (lambda r, i: ids(1, 257, dtype=np.uint16).save(label(r, i)), {'label-out-of-range': label}),
     (lambda r, i: ids(1, 9, 200).save(label(r, i)), {'label-out-of-range': label}),
-    (lambda r, i: ids(0, 255).save(label(r, i)), {'label-all-ignored': label}), (rotate_beside, {'exif-turned': image}),
+    (lambda r, i: ids(0, 255).save(label(r, i)), {'label-all-ignored': label}),
+    (rotate_beside, {'exif-turned': image}),
     (lambda r, i: rotated(image(r, i), 3), {'exif-orientation': image}),
     (lambda r, i: label(r, i).unlink(), {'label-missing': label}),
     (lambda r, i: image(r, i).unlink(), {'label-without-image': label}),
     (rename, {'suffix-ignored': lambda r, i: image(r, i).with_suffix('.JPEG'), 'label-without-image': label}),
-    (lambda r, i: shutil.copy(image(r, i - 1), image(r, i)), {'duplicate-image': image})]
+    (lambda r, i: shutil.copy(image(r, i - 1), image(r, i)), {'duplicate-image': image}),
+]
 #: Changes that are no faults.
 HARMLESS: list[Callable[[Path, int], object]] = [
-    lambda r, i: ids(1, 2, dtype=np.uint16).save(label(r, i)), lambda r, i: ids(1, 2, 8).convert('P').save(label(r, i)),
-    lambda r, i: noise().save(image(r, i), 'png'), lambda r, i: noise().convert('CMYK').save(image(r, i)),
-    lambda r, i: noise().save(image(r, i), 'mpo', save_all=True, append_images=[noise()])]
+    lambda r, i: ids(1, 2, dtype=np.uint16).save(label(r, i)),
+    lambda r, i: ids(1, 2, 8).convert('P').save(label(r, i)),
+    lambda r, i: noise().save(image(r, i), 'png'),
+    lambda r, i: noise().convert('CMYK').save(image(r, i)),
+    lambda r, i: noise().save(image(r, i), 'mpo', save_all=True, append_images=[noise()]),
+]
 
 
 def test_every_planted_fault_is_found_and_nothing_else(tmp_path):
@@ -116,13 +123,20 @@ def test_every_planted_fault_is_found_and_nothing_else(tmp_path):
     assert '(tools/check_data.py lists all)' in str(info.value)
 
 
-@pytest.mark.parametrize(('change', 'kind', 'path'), [
-    (lambda r: shutil.rmtree(r), 'data-root-missing', ''), (lambda r: shutil.rmtree(r / 'images'), 'folder-missing',
-                                                            'images/training'),
-    (lambda r: shutil.rmtree(r / 'annotations'), 'folder-missing', 'annotations/training'),
-    (lambda r: [p.rename(p.with_suffix('.webp')) for p in (r / 'images/training').iterdir()], 'no-images',
-     'images/training'),
-    (lambda r: (shutil.rmtree(r / 'annotations'), (r / 'index_ade20k.pkl').touch()), 'ade-full-release', '')])
+@pytest.mark.parametrize(
+    ('change', 'kind', 'path'),
+    [
+        (lambda r: shutil.rmtree(r), 'data-root-missing', ''),
+        (lambda r: shutil.rmtree(r / 'images'), 'folder-missing', 'images/training'),
+        (lambda r: shutil.rmtree(r / 'annotations'), 'folder-missing', 'annotations/training'),
+        (
+            lambda r: [p.rename(p.with_suffix('.webp')) for p in (r / 'images/training').iterdir()],
+            'no-images',
+            'images/training',
+        ),
+        (lambda r: (shutil.rmtree(r / 'annotations'), (r / 'index_ade20k.pkl').touch()), 'ade-full-release', ''),
+    ],
+)
 def test_folders(data, change, kind, path):
     change(data)
     cfg = seg_config(data, 150, type='ADE20KDataset', metainfo=None)
@@ -141,18 +155,27 @@ def test_list_of_images(data):
     names = [image(data, i).stem for i in range(3)]
     (data / 'list.txt').write_text('\n'.join([*names, 'ghost']))
     cfg = seg_config(data, splits=('train',), ann_file='list.txt')
-    assert found(full(cfg)) == {('image-missing', str(data / 'images/training/ghost.jpg')),
-                                ('label-missing', str(data / 'annotations/training/ghost.png'))}
+    assert found(full(cfg)) == {
+        ('image-missing', str(data / 'images/training/ghost.jpg')),
+        ('label-missing', str(data / 'annotations/training/ghost.png')),
+    }
     assert full(cfg).sets[0].inspected == 3
     cfg = seg_config(data, splits=('train',), ann_file='gone.txt')
     assert found(full(cfg)) == {('annotation-file-missing', str(data / 'gone.txt'))}
 
 
-@pytest.mark.parametrize(('changes', 'kind', 'text'), [
-    (dict(pipeline=[dict(type='LoadAnnotations', reduce_zero_label=False)]), 'reduce-zero-pipeline',
-     'False in the pipeline'),
-    (dict(type='ADE20KDataset', metainfo=dict(classes=('wall', 'martian'))), 'dataset-invalid', 'martian'),
-    (dict(metainfo=dict(classes=tuple('abc'))), 'classes-mismatch', 'train_dataloader.dataset has 3 classes')])
+@pytest.mark.parametrize(
+    ('changes', 'kind', 'text'),
+    [
+        (
+            dict(pipeline=[dict(type='LoadAnnotations', reduce_zero_label=False)]),
+            'reduce-zero-pipeline',
+            'False in the pipeline',
+        ),
+        (dict(type='ADE20KDataset', metainfo=dict(classes=('wall', 'martian'))), 'dataset-invalid', 'martian'),
+        (dict(metainfo=dict(classes=tuple('abc'))), 'classes-mismatch', 'train_dataloader.dataset has 3 classes'),
+    ],
+)
 def test_config_that_contradicts_itself(data, changes, kind, text):
     cfg = seg_config(data, splits=('train',), **changes)
     problem = next(problem for _, problem in full(cfg).found() if problem.kind == kind)
@@ -174,8 +197,9 @@ def test_some_classes_of_a_type_may_be_picked(data):
     assert kinds(full(cfg), 'error') == {'label-out-of-range'}
 
 
-@pytest.mark.parametrize(('layout', 'kind', 'classes'), [('ade20k', 'BaseSegDataset', 8),
-                                                         ('cityscapes', 'CityscapesDataset', 19)])
+@pytest.mark.parametrize(
+    ('layout', 'kind', 'classes'), [('ade20k', 'BaseSegDataset', 8), ('cityscapes', 'CityscapesDataset', 19)]
+)
 def test_generated_scenes_are_clean(tmp_path, layout, kind, classes):
     write_demo_data(tmp_path, layout, train=4, val=2, size=(64, 64))
     result = full(camvid(tmp_path, layout, kind, classes))
@@ -191,8 +215,9 @@ def camvid(root: Path, layout: str, kind: str, classes: int):
     return cfg
 
 
-@pytest.mark.parametrize(('layout', 'kind', 'classes'), [('ade', 'ADE20KDataset', 150),
-                                                         ('cityscapes', 'CityscapesDataset', 19)])
+@pytest.mark.parametrize(
+    ('layout', 'kind', 'classes'), [('ade', 'ADE20KDataset', 150), ('cityscapes', 'CityscapesDataset', 19)]
+)
 def test_photographs_have_notes_only(reference, layout, kind, classes):
     result = full(camvid(reference / 'data/camvid' / layout, layout, kind, classes))
     assert kinds(result) == {'class-absent'} == kinds(result, 'note')
@@ -220,11 +245,22 @@ def test_raw_label_ids_of_cityscapes(tmp_path, hidden):
     assert any('names raw label ids' in problem.found for _, problem in full(cfg).found())
 
 
-@pytest.mark.parametrize(('given', 'reduce', 'classes', 'kind'), [
-    ((0, 1, 7, 255), True, 8, 'reduce-zero-on'), ((1, 2, 7), True, 8, 'reduce-zero-on'),
-    (tuple(range(8)), True, 8, 'reduce-zero-on'), ((0, 1, 8), True, 8, None), ((0, 1, 7), True, 8, None),
-    ((0, 1, 6, 255), True, 8, None), ((0, 1, 8), False, 8, 'reduce-zero-off'), ((0, 1, 7, 255), False, 8, None),
-    ((0, 1, 9), False, 8, None), ((0, 3, 20), False, 150, 'reduce-zero-off'), ((1, 3, 20), False, 150, None)])
+@pytest.mark.parametrize(
+    ('given', 'reduce', 'classes', 'kind'),
+    [
+        ((0, 1, 7, 255), True, 8, 'reduce-zero-on'),
+        ((1, 2, 7), True, 8, 'reduce-zero-on'),
+        (tuple(range(8)), True, 8, 'reduce-zero-on'),
+        ((0, 1, 8), True, 8, None),
+        ((0, 1, 7), True, 8, None),
+        ((0, 1, 6, 255), True, 8, None),
+        ((0, 1, 8), False, 8, 'reduce-zero-off'),
+        ((0, 1, 7, 255), False, 8, None),
+        ((0, 1, 9), False, 8, None),
+        ((0, 3, 20), False, 150, 'reduce-zero-off'),
+        ((1, 3, 20), False, 150, None),
+    ],
+)
 def test_doubts_whether_zero_is_a_class(data, given, reduce, classes, kind):
     for path in data.glob('annotations/*/*'):
         ids(*given).save(path)
@@ -251,7 +287,8 @@ def test_class_frequencies_and_sizes_are_those_of_a_count(data, monkeypatch):
         ids(1, 2, 8).save(path)
     assert [str(p) for _, p in full(seg_config(data)).found()] == [
         f'{data}/annotations/{folder}: 5 of 8 classes do not occur: c, d, e, f, g'
-        for folder in ('training', 'validation')]
+        for folder in ('training', 'validation')
+    ]
     monkeypatch.setattr(files, 'SAMPLE', 2)
     assert not kinds(audit(seg_config(data), jobs=1)), 'of a sample that is not certain'
 
@@ -289,6 +326,7 @@ def test_images_that_are_trained_on_and_scored(data, whole, how):
 @pytest.mark.parametrize('suffix', ['jpg', 'png', 'tiff'])
 def test_images_are_as_large_as_training_reads_them(tmp_path, orientation, suffix):
     import mmcv
+
     path = tmp_path / f'x.{suffix}'
     rotated(path, orientation, 48, 64)
     seen = inspect(Task(str(path)), Rules())
@@ -296,16 +334,20 @@ def test_images_are_as_large_as_training_reads_them(tmp_path, orientation, suffi
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(kind=st.sampled_from(['jpeg', 'png', 'gif', 'tiff', 'webp', 'bmp']), at=st.floats(0, 1),
-       junk=st.binary(max_size=40), keep=st.floats(0, 1))
+@given(
+    kind=st.sampled_from(['jpeg', 'png', 'gif', 'tiff', 'webp', 'bmp']),
+    at=st.floats(0, 1),
+    junk=st.binary(max_size=40),
+    keep=st.floats(0, 1),
+)
 def test_any_file_gives_problems_or_an_image(tmp_path, kind, at, junk, keep):
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 9, (20, 30), np.uint8)).save(buffer, kind)
     content = bytearray(buffer.getvalue())
     place = int(at * len(content))
-    content[place:place + len(junk)] = junk
+    content[place : place + len(junk)] = junk
     path = tmp_path / 'x.png'
-    path.write_bytes(content[:int(keep * len(content)) + 1])
+    path.write_bytes(content[: int(keep * len(content)) + 1])
     seen = inspect(Task(str(path), str(path)), Rules(8, hashes=True))
     assert seen.problems or seen.size and seen.pixels
     try:
@@ -322,7 +364,7 @@ def test_a_jpeg_that_is_cut_off_is_told_from_one_with_something_behind(tmp_path,
     content = path.read_bytes()
     path.write_bytes(content + bytes(range(200)) * 100)
     check_whole(path)
-    path.write_bytes(content[:len(content) // 2])
+    path.write_bytes(content[: len(content) // 2])
     with pytest.raises(OSError, match='cut off'):
         check_whole(path)
     with pytest.raises(UserError, match='not a readable image'):

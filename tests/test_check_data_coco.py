@@ -1,4 +1,5 @@
 """The checks of annotation files find every planted fault in its entry, and nothing else; the libraries agree."""
+
 import contextlib
 import copy
 import io
@@ -27,17 +28,35 @@ IMAGES = 10
 H, W = SIZE[::-1]
 
 
-def config(root: Path, classes: int = 3, names=NAMES, splits=('train', 'val'), metric: tuple = ('bbox', 'segm'),
-           masks: bool = True, **changes) -> Config:
+def config(
+    root: Path,
+    classes: int = 3,
+    names=NAMES,
+    splits=('train', 'val'),
+    metric: tuple = ('bbox', 'segm'),
+    masks: bool = True,
+    **changes,
+) -> Config:
     metainfo = dict(metainfo=dict(classes=names)) if names else {}
-    loaders = {f'{split}_dataloader': dict(dataset=leaf(root, split, masks=masks, **metainfo, **changes))
-               for split in splits}
-    heads = dict(bbox_head=dict(type='Shared2FCBBoxHead', num_classes=classes),
-                 mask_head=dict(type='FCNMaskHead', num_classes=classes))
-    return Config(dict(
-        default_scope='mmdet', model=dict(roi_head=heads), val_evaluator=dict(
-            type='CocoMetric', ann_file=f'{root}/annotations/instances_val2017.json', metric=list(metric)),
-        **loaders), cfg_text=' ', filename='own.py')
+    loaders = {
+        f'{split}_dataloader': dict(dataset=leaf(root, split, masks=masks, **metainfo, **changes)) for split in splits
+    }
+    heads = dict(
+        bbox_head=dict(type='Shared2FCBBoxHead', num_classes=classes),
+        mask_head=dict(type='FCNMaskHead', num_classes=classes),
+    )
+    return Config(
+        dict(
+            default_scope='mmdet',
+            model=dict(roi_head=heads),
+            val_evaluator=dict(
+                type='CocoMetric', ann_file=f'{root}/annotations/instances_val2017.json', metric=list(metric)
+            ),
+            **loaders,
+        ),
+        cfg_text=' ',
+        filename='own.py',
+    )
 
 
 @pytest.fixture
@@ -88,8 +107,11 @@ FAULTS = [
     (annotation(10, segmentation=[[1, 2, 3, 9e8, 5, 6]]), 'mask-undecodable', 'annotation 10'),
     (annotation(11, segmentation=mask_of((10, 10))), 'mask-undecodable', 'annotation 11'),
     (annotation(12, segmentation=dict(size=[H, W], counts=[5000, 5000])), 'mask-undecodable', 'annotation 12'),
-    (annotation(13, segmentation=dict(size=[H, W], counts=mask_of((100, 100))['counts'])), 'mask-undecodable',
-     'annotation 13'),
+    (
+        annotation(13, segmentation=dict(size=[H, W], counts=mask_of((100, 100))['counts'])),
+        'mask-undecodable',
+        'annotation 13',
+    ),
     (annotation(14, segmentation='x'), 'mask-undecodable', 'annotation 14'),
     (annotation(15, segmentation=[]), 'segmentation-missing', 'annotation 15'),
     (lambda d: d['annotations'].append(copy.deepcopy(d['annotations'][15])), 'id-repeated', 'annotations'),
@@ -97,7 +119,8 @@ FAULTS = [
     (lambda d: d['categories'].append(dict(id=99, name='dog')), 'name-repeated', 'categories'),
     (lambda d: d['images'].append(dict(id=9, file_name='other.jpg', width=W, height=H)), 'id-repeated', 'images'),
     (lambda d: d['images'].append(dict(id=60, file_name='000.jpg', width=W, height=H)), 'file-repeated', 'images'),
-    (lambda d: d['images'].append(dict(id=61, file_name='gone.jpg', width=W, height=H)), 'image-missing', 'image 61')]
+    (lambda d: d['images'].append(dict(id=61, file_name='gone.jpg', width=W, height=H)), 'image-missing', 'image 61'),
+]
 
 
 def test_every_planted_fault_is_found_and_nothing_else(root):
@@ -107,7 +130,9 @@ def test_every_planted_fault_is_found_and_nothing_else(root):
     for spoil, *_ in FAULTS:
         change(file(root), spoil)
     expected = {(kind, entry) for _, kind, entry in FAULTS} | {
-        ('stated-size', str(root / 'train2017/003.jpg')), ('unreadable', str(root / 'train2017/005.jpg'))}
+        ('stated-size', str(root / 'train2017/003.jpg')),
+        ('unreadable', str(root / 'train2017/005.jpg')),
+    }
     assert found(full(config(root), jobs=2)) == expected
     with pytest.raises(UserError, match='1 of 13 images are not in .*: image 61: no file gone.jpg'):
         check_data(config(root), ('train', 'val'))
@@ -121,13 +146,20 @@ def test_clean_file_has_no_problem(root):
     assert line.startswith(f'train: {root} (CocoDataset): 10 images, 10 inspected')
 
 
-@pytest.mark.parametrize(('content', 'kind', 'text'), [
-    (b'', 'json-invalid', 'the file is empty'), (b'{"images": [', 'json-invalid', 'the file is cut off'),
-    (b'{"images": [],, }', 'json-invalid', 'line 1 column 15'), (b'\x89PNG\xff', 'json-invalid', 'not valid JSON'),
-    (b'version https://git-lfs', 'json-invalid', 'not valid JSON'), (b'[' * 100_000, 'json-invalid', 'recursion'),
-    (b'[{"image_id": 1}]', 'coco-structure', 'should be an object'),
-    (b'{}', 'coco-structure', "images: this section is missing"),
-    (b'{"images": {}, "categories": []}', 'coco-structure', 'valid array')])
+@pytest.mark.parametrize(
+    ('content', 'kind', 'text'),
+    [
+        (b'', 'json-invalid', 'the file is empty'),
+        (b'{"images": [', 'json-invalid', 'the file is cut off'),
+        (b'{"images": [],, }', 'json-invalid', 'line 1 column 15'),
+        (b'\x89PNG\xff', 'json-invalid', 'not valid JSON'),
+        (b'version https://git-lfs', 'json-invalid', 'not valid JSON'),
+        (b'[' * 100_000, 'json-invalid', 'recursion'),
+        (b'[{"image_id": 1}]', 'coco-structure', 'should be an object'),
+        (b'{}', 'coco-structure', 'images: this section is missing'),
+        (b'{"images": {}, "categories": []}', 'coco-structure', 'valid array'),
+    ],
+)
 def test_what_is_no_annotation_file(root, content, kind, text):
     file(root).write_bytes(content)
     problems = [problem for _, problem in full(config(root)).found() if problem.path == str(file(root))]
@@ -136,8 +168,11 @@ def test_what_is_no_annotation_file(root, content, kind, text):
         coco.read(file(root))
 
 
-KEYS = dict(images=('id', 'file_name', 'height', 'width'), categories=('id', 'name'),
-            annotations=('id', 'image_id', 'category_id', 'bbox', 'area'))
+KEYS = dict(
+    images=('id', 'file_name', 'height', 'width'),
+    categories=('id', 'name'),
+    annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
+)
 
 
 @pytest.mark.parametrize(('section', 'key'), [(section, key) for section, keys in KEYS.items() for key in keys])
@@ -178,21 +213,25 @@ def test_what_mmdet_and_pycocotools_fail_on_is_what_is_rejected(root):
     assert works('annotations', 'segmentation')
 
 
-@pytest.mark.parametrize(('spoil', 'split', 'kind', 'severity'), [
-    (lambda d: [a.pop('iscrowd') for a in d['annotations']], 'val', 'iscrowd-missing', 'error'),
-    (lambda d: [a.pop('iscrowd') for a in d['annotations']], 'train', None, ''),
-    (lambda d: [a.update(id=a['id'] - 1) for a in d['annotations']], 'val', 'id-unscorable', 'error'),
-    (lambda d: [a.update(id=f'a{a["id"]}') for a in d['annotations']], 'val', 'id-unscorable', 'error'),
-    (lambda d: [a.update(id=f'a{a["id"]}') for a in d['annotations']], 'train', None, ''),
-    (lambda d: [a.pop('segmentation') for a in d['annotations']], 'val', 'segmentation-missing', 'error'),
-    (lambda d: d.pop('annotations'), 'train', 'coco-no-annotations', 'error'),
-    (lambda d: d.update(images=[], annotations=[]), 'train', 'coco-no-annotations', 'error'),
-    (every(bbox=[.1, .1, .5, .5]), 'train', 'bbox-flat', 'error'),
-    (every(bbox=[500, 6, 5, 5]), 'train', 'bbox-outside', 'error'),
-    (every(bbox=[60, 40, 76, 60]), 'train', 'bbox-corners', 'error'),
-    (annotation(1, bbox=[4, 6, 0, 12]), 'train', 'bbox-flat', 'warning'),
-    (annotation(1, bbox=[70, 6, 16, 12]), 'train', 'bbox-beyond', 'note'),
-    (every(category_id=15), 'train', 'class-absent', 'note')])
+@pytest.mark.parametrize(
+    ('spoil', 'split', 'kind', 'severity'),
+    [
+        (lambda d: [a.pop('iscrowd') for a in d['annotations']], 'val', 'iscrowd-missing', 'error'),
+        (lambda d: [a.pop('iscrowd') for a in d['annotations']], 'train', None, ''),
+        (lambda d: [a.update(id=a['id'] - 1) for a in d['annotations']], 'val', 'id-unscorable', 'error'),
+        (lambda d: [a.update(id=f'a{a["id"]}') for a in d['annotations']], 'val', 'id-unscorable', 'error'),
+        (lambda d: [a.update(id=f'a{a["id"]}') for a in d['annotations']], 'train', None, ''),
+        (lambda d: [a.pop('segmentation') for a in d['annotations']], 'val', 'segmentation-missing', 'error'),
+        (lambda d: d.pop('annotations'), 'train', 'coco-no-annotations', 'error'),
+        (lambda d: d.update(images=[], annotations=[]), 'train', 'coco-no-annotations', 'error'),
+        (every(bbox=[0.1, 0.1, 0.5, 0.5]), 'train', 'bbox-flat', 'error'),
+        (every(bbox=[500, 6, 5, 5]), 'train', 'bbox-outside', 'error'),
+        (every(bbox=[60, 40, 76, 60]), 'train', 'bbox-corners', 'error'),
+        (annotation(1, bbox=[4, 6, 0, 12]), 'train', 'bbox-flat', 'warning'),
+        (annotation(1, bbox=[70, 6, 16, 12]), 'train', 'bbox-beyond', 'note'),
+        (every(category_id=15), 'train', 'class-absent', 'note'),
+    ],
+)
 def test_faults_of_a_whole_file(root, spoil, split, kind, severity):
     change(file(root, split), spoil)
     result = full(config(root))
@@ -210,11 +249,21 @@ def test_scoring_as_the_metric_does_it_is_what_counts(root):
 
 def test_boxes_that_mmdet_leaves_out_are_those_named(root):
     from mmdet.datasets import CocoDataset
-    boxes = [[4, 6, .5, 12], [4, 6, 16, .9], [80, 6, 5, 5], [4, 64, 5, 5], [-5, 6, 5, 5], [-5, 6, 6, 5], [79, 63, 9, 9]]
+
+    boxes = [
+        [4, 6, 0.5, 12],
+        [4, 6, 16, 0.9],
+        [80, 6, 5, 5],
+        [4, 64, 5, 5],
+        [-5, 6, 5, 5],
+        [-5, 6, 6, 5],
+        [79, 63, 9, 9],
+    ]
     change(file(root), lambda d: [a.update(bbox=b) for a, b in zip(d['annotations'], boxes, strict=False)])
     with contextlib.redirect_stdout(io.StringIO()):
-        dataset = CocoDataset(ann_file=str(file(root)), data_prefix=dict(img=''), pipeline=[],
-                              metainfo=dict(classes=NAMES))
+        dataset = CocoDataset(
+            ann_file=str(file(root)), data_prefix=dict(img=''), pipeline=[], metainfo=dict(classes=NAMES)
+        )
     left_out = 3 * IMAGES - sum(len(dataset.get_data_info(i)['instances']) for i in range(IMAGES))
     named = {entry for kind, entry in found(full(config(root))) if kind in ('bbox-flat', 'bbox-outside')}
     assert named == {f'annotation {i}' for i in range(1, 6)} and left_out == 5
@@ -240,9 +289,18 @@ def test_photographs_have_notes_only(reference):
     assert len(result.sets[0].class_counts()) == 80 and sum(result.sets[0].class_counts().values()) == 136
 
 
-@pytest.mark.parametrize(('kind', 'style'), [
-    ('CocoDataset', True), ('replk_mm.CocoDataset', True), ('CityscapesDataset', True), ('LVISV1Dataset', False),
-    ('Objects365V2Dataset', False), ('CocoPanopticDataset', False), ('VOCDataset', False)])
+@pytest.mark.parametrize(
+    ('kind', 'style'),
+    [
+        ('CocoDataset', True),
+        ('replk_mm.CocoDataset', True),
+        ('CityscapesDataset', True),
+        ('LVISV1Dataset', False),
+        ('Objects365V2Dataset', False),
+        ('CocoPanopticDataset', False),
+        ('VOCDataset', False),
+    ],
+)
 def test_which_types_read_the_file_as_it_is(tmp_path, kind, style):
     assert coco_style(ConfigDict(type=kind, ann_file='x.json'), 'mmdet') == style
     if not style:
@@ -251,10 +309,18 @@ def test_which_types_read_the_file_as_it_is(tmp_path, kind, style):
 
 
 # -- any content ----------------------------------------------------------------------------------------------
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(
-                        [*KEYS, *KEYS['images'], *KEYS['annotations'], 'segmentation', 'size', 'counts']),
-                        inner, max_size=6), max_leaves=20)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from([*KEYS, *KEYS['images'], *KEYS['annotations'], 'segmentation', 'size', 'counts']),
+            inner,
+            max_size=6,
+        )
+    ),
+    max_leaves=20,
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -276,9 +342,16 @@ NUMBERS = st.integers(-5, 6000) | st.integers() | st.floats() | st.text(max_size
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.lists(NUMBERS, max_size=10), max_size=3) | st.fixed_dictionaries(dict(
-    size=st.just([H, W]) | st.lists(NUMBERS, max_size=3), counts=st.text() | st.binary(max_size=20) | st.lists(
-        NUMBERS, max_size=5))) | JSON)
+@given(
+    st.lists(st.lists(NUMBERS, max_size=10), max_size=3)
+    | st.fixed_dictionaries(
+        dict(
+            size=st.just([H, W]) | st.lists(NUMBERS, max_size=3),
+            counts=st.text() | st.binary(max_size=20) | st.lists(NUMBERS, max_size=5),
+        )
+    )
+    | JSON
+)
 def test_any_mask_is_decoded_or_has_a_problem(mask):
     if coco.mask_problem(mask, H, W) is None:
         encoded = rle.frPyObjects(mask, H, W) if isinstance(mask, list) or isinstance(mask['counts'], list) else mask

@@ -1,4 +1,5 @@
 """The command: exit statuses, its report, and the files it writes."""
+
 import importlib.util
 import json
 import os
@@ -30,17 +31,36 @@ def run(monkeypatch, *args) -> int:
 
 
 def test_clean_data(data, tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, CONFIG, '--data-root', data, '--full', '--jobs', 2, '--json', tmp_path / 'deep/x.json',
-               '--picture', tmp_path / 'x.png') == 0
+    assert (
+        run(
+            monkeypatch,
+            CONFIG,
+            '--data-root',
+            data,
+            '--full',
+            '--jobs',
+            2,
+            '--json',
+            tmp_path / 'deep/x.json',
+            '--picture',
+            tmp_path / 'x.png',
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     assert '0 errors, 0 warnings, 0 notes; 9 of 9 images inspected' in shown.out and 'images' not in shown.err
     assert json.loads((tmp_path / 'deep/x.json').read_text())['full'] is True
     assert min(Image.open(tmp_path / 'x.png').size) > 400
 
 
-@pytest.mark.parametrize(('pixels', 'status', 'text'), [
-    (None, 1, 'error unreadable: 1\n  {label}: the file is cut off'), (0, 0, 'warning label-all-ignored: 1'),
-    (9, 1, 'error label-out-of-range: 1\n  {label}: label ids 9 are out of range of the 8 classes')])
+@pytest.mark.parametrize(
+    ('pixels', 'status', 'text'),
+    [
+        (None, 1, 'error unreadable: 1\n  {label}: the file is cut off'),
+        (0, 0, 'warning label-all-ignored: 1'),
+        (9, 1, 'error label-out-of-range: 1\n  {label}: label ids 9 are out of range of the 8 classes'),
+    ],
+)
 def test_exit_status_and_report(data, tmp_path, monkeypatch, capsys, pixels, status, text):
     path = label(data, 2)
     if pixels is None:
@@ -52,10 +72,19 @@ def test_exit_status_and_report(data, tmp_path, monkeypatch, capsys, pixels, sta
     assert list(json.loads((tmp_path / 'x.json').read_text())['counts'].values()) == [status, 1 - status, 0]
 
 
-@pytest.mark.parametrize('args', [['{tmp}/gone.py'], ['{config}', '--jobs', '0'], ['{config}', '--json', '{tmp}'],
-                                  ['{config}', '--picture', '{file}/x.png'], ['{config}', '--picture', '{tmp}/x.foo'],
-                                  ['{config}', '--classes', 'a,a'], ['{config}', '--wrong'],
-                                  ['{config}', '--cfg-options', 'train_dataloader.dataset.type=Unknown']])
+@pytest.mark.parametrize(
+    'args',
+    [
+        ['{tmp}/gone.py'],
+        ['{config}', '--jobs', '0'],
+        ['{config}', '--json', '{tmp}'],
+        ['{config}', '--picture', '{file}/x.png'],
+        ['{config}', '--picture', '{tmp}/x.foo'],
+        ['{config}', '--classes', 'a,a'],
+        ['{config}', '--wrong'],
+        ['{config}', '--cfg-options', 'train_dataloader.dataset.type=Unknown'],
+    ],
+)
 def test_mistakes_exit_with_2(data, tmp_path, args, monkeypatch, capsys):
     (tmp_path / 'file').write_text('')
     filled = [arg.format(tmp=tmp_path, config=CONFIG, file=tmp_path / 'file') for arg in args]
@@ -97,8 +126,9 @@ def test_suffixes_of_no_picture(suffix):
 def test_picture_names_every_class_that_occurs(data, tmp_path, classes, monkeypatch):
     drawn = []
     original = picture.Figure.savefig
-    monkeypatch.setattr(picture.Figure, 'savefig', lambda self, path, **options: (drawn.append(self), original(
-        self, path, **options)))
+    monkeypatch.setattr(
+        picture.Figure, 'savefig', lambda self, path, **options: (drawn.append(self), original(self, path, **options))
+    )
     result = full(seg_config(data))
     result.crop = (32, 48)
     result.sets[0].objects = {f'name ${i}': 10 ** (i % 7) for i in range(classes)} | {'never': 0}
@@ -122,8 +152,14 @@ def test_ctrl_c_ends_the_whole_command(tmp_path):
     write_pairs(tmp_path, 'train', 3000)
     write_pairs(tmp_path, 'val', 3)
     command = [sys.executable, str(ROOT / 'tools/check_data.py'), str(CONFIG), '--data-root', str(tmp_path), '--full']
-    child = subprocess.Popen([*command, '--jobs', '2'], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                             start_new_session=True, env=tool_environment())
+    child = subprocess.Popen(
+        [*command, '--jobs', '2'],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=tool_environment(),
+    )
     end = time.monotonic() + 100
     while len(_children(child.pid)) < 2 and time.monotonic() < end:
         time.sleep(0.05)

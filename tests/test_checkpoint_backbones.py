@@ -1,4 +1,5 @@
 """Loading a backbone: out of any nest, under any prefix, by init_cfg too, and what does not fit."""
+
 import collections
 
 import pytest
@@ -12,11 +13,14 @@ from replk_mm.errors import UserError
 from replk_mm.models import ConvNeXt, RepLKNet
 
 NESTS = {
-    'flat': lambda w: w, 'model': lambda w: {'model': w, 'epoch': 3},
-    'state_dict': lambda w: {'state_dict': w, 'meta': {}}, 'module': lambda w: {'module': w},
+    'flat': lambda w: w,
+    'model': lambda w: {'model': w, 'epoch': 3},
+    'state_dict': lambda w: {'state_dict': w, 'meta': {}},
+    'module': lambda w: {'module': w},
     'model_ema': lambda w: {'model_ema': w, 'epoch': 3},
     'model beside model_ema': lambda w: {'model_ema': {k: v + 1 for k, v in w.items()}, 'model': w},
-    'two levels': lambda w: {'model': {'state_dict': w}}, 'ordered': lambda w: collections.OrderedDict(state_dict=w),
+    'two levels': lambda w: {'model': {'state_dict': w}},
+    'ordered': lambda w: collections.OrderedDict(state_dict=w),
     'DistributedDataParallel': lambda w: {f'module.{k}': v for k, v in w.items()},
     'compiled': lambda w: {'model': {f'_orig_mod.{k}': v for k, v in w.items()}},
     'both wrappers': lambda w: {'model': {f'module._orig_mod.{k}': v for k, v in w.items()}},
@@ -24,8 +28,12 @@ NESTS = {
     'wrapped backbone': lambda w: {'state_dict': {f'module.backbone.{k}': v for k, v in w.items()}},
     'beside a tensor': lambda w: {'best_accuracy': torch.tensor(83.5), 'model': w},
     'averaged': lambda w: {'model': {'n_averaged': torch.tensor(7), **{f'module.{k}': v for k, v in w.items()}}},
-    'whole model': lambda w: {'state_dict': {**{f'backbone.{k}': v for k, v in w.items()},
-                                             'decode_head.conv_seg.weight': torch.ones(2, 3, 1, 1)}},
+    'whole model': lambda w: {
+        'state_dict': {
+            **{f'backbone.{k}': v for k, v in w.items()},
+            'decode_head.conv_seg.weight': torch.ones(2, 3, 1, 1),
+        }
+    },
     'parameters': lambda w: {'model': {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in w.items()}},
 }
 
@@ -50,8 +58,9 @@ def test_init_cfg(prefix, tmp_path):
     model.init_weights()
     assert_same(model, source)
     # As part of a larger model, after other initializations; and before them in the list.
-    model = MODELS.build(dict(type='replk_mm.RepLKNet', arch=TINY, init_cfg=[
-        cfg, dict(type='Constant', layer='Conv2d', val=0.)]))
+    model = MODELS.build(
+        dict(type='replk_mm.RepLKNet', arch=TINY, init_cfg=[cfg, dict(type='Constant', layer='Conv2d', val=0.0)])
+    )
     model.init_weights()
     assert_same(model, source)
 

@@ -1,4 +1,5 @@
 """Key formats of checkpoints: all that are published are told apart and load whole."""
+
 from pathlib import Path
 
 import pytest
@@ -40,23 +41,35 @@ def listed(name: str) -> dict[str, torch.Tensor]:
 
 # Written by hand: what becomes of some keys of each list. '=' is the same name.
 PLACES = {
-    'replknet31b_official': ['=stem.3.bn.running_var', '=stages.2.blocks.34.large_kernel.small_conv.conv.weight',
-                             '=transitions.1.1.bn.bias', '=stages.3.blocks.3.preffn_bn.running_mean'],
+    'replknet31b_official': [
+        '=stem.3.bn.running_var',
+        '=stages.2.blocks.34.large_kernel.small_conv.conv.weight',
+        '=transitions.1.1.bn.bias',
+        '=stages.3.blocks.3.preffn_bn.running_mean',
+    ],
     'replknet31b_official_merged': ['=stem.3.bn.running_var', '=stages.2.blocks.34.large_kernel.lkb_reparam.weight'],
     'replknetxl_official': ['=stages.0.norm.weight', '=stages.1.blocks.2.large_kernel.lkb_origin.bn.bias'],
     'convnext_tiny_official': [
-        'stages.2.8.pwconv1.weight=stages.2.8.pointwise_conv1.weight', '=stages.0.1.gamma', '=norm3.bias',
-        'stages.0.0.dwconv.bias=stages.0.0.depthwise_conv.bias', '=downsample_layers.2.1.weight'],
+        'stages.2.8.pwconv1.weight=stages.2.8.pointwise_conv1.weight',
+        '=stages.0.1.gamma',
+        '=norm3.bias',
+        'stages.0.0.dwconv.bias=stages.0.0.depthwise_conv.bias',
+        '=downsample_layers.2.1.weight',
+    ],
     'convnext_tiny_mmpretrain': [
         'backbone.stages.2.8.pointwise_conv1.weight=stages.2.8.pointwise_conv1.weight',
-        'backbone.norm0.bias=norm0.bias'],
+        'backbone.norm0.bias=norm0.bias',
+    ],
     'convnext_tiny_timm': [
-        'stem.0.weight=downsample_layers.0.0.weight', 'stem.1.bias=downsample_layers.0.1.bias',
+        'stem.0.weight=downsample_layers.0.0.weight',
+        'stem.1.bias=downsample_layers.0.1.bias',
         'stages.1.downsample.0.weight=downsample_layers.1.0.weight',
         'stages.3.downsample.1.bias=downsample_layers.3.1.bias',
         'stages.2.blocks.8.mlp.fc2.weight=stages.2.8.pointwise_conv2.weight',
         'stages.0.blocks.2.gamma=stages.0.2.gamma',
-        'stages.0.blocks.0.conv_dw.weight=stages.0.0.depthwise_conv.weight', 'head.norm.weight=norm3.weight'],
+        'stages.0.blocks.0.conv_dw.weight=stages.0.0.depthwise_conv.weight',
+        'head.norm.weight=norm3.weight',
+    ],
 }
 BUILD = {
     'replknet31b_official': lambda: RepLKNet('31B'),
@@ -89,7 +102,7 @@ def test_published_formats_load_whole(name, tmp_path):
     assert all((value == value.flatten()[0]).all() for key, value in own.items() if value.numel() < 1e6)
     unset = {'convnext_tiny_timm': {f'norm{i}.{end}' for i in range(3) for end in ('weight', 'bias')}}.get(name, set())
     assert {key for key, value in own.items() if value.flatten()[0] == -1} == unset
-    assert values - {-1.} == {value.flatten()[0].item() for key, value in weights.items() if key not in classifier}
+    assert values - {-1.0} == {value.flatten()[0].item() for key, value in weights.items() if key not in classifier}
     for place in PLACES[name]:
         theirs, ours = place.split('=')
         assert own[ours].flatten()[0] == weights[theirs or ours].flatten()[0], place
@@ -99,17 +112,26 @@ def test_classifier_is_reported():
     found = convert(listed('convnext_tiny_timm'))
     assert found.set_aside == ['head.fc.weight', 'head.fc.bias']
     assert found.describe() == 'ConvNeXt, timm key names, 2 classifier keys set aside'
-    imagenet = {**listed('replknet31b_official'), 'norm.weight': torch.ones(1024), 'head.weight': torch.ones(1),
-                'head.bias': torch.ones(1)}
+    imagenet = {
+        **listed('replknet31b_official'),
+        'norm.weight': torch.ones(1024),
+        'head.weight': torch.ones(1),
+        'head.bias': torch.ones(1),
+    }
     found = convert(imagenet)
     assert sorted(found.set_aside) == ['head.bias', 'head.weight', 'norm.weight'] and found.format == 'official'
 
 
-@pytest.mark.parametrize('name, family, form, merged', [
-    ('replknet31b_official', 'RepLKNet', 'official', False),
-    ('replknet31b_official_merged', 'RepLKNet', 'official', True),
-    ('convnext_tiny_official', 'ConvNeXt', 'official', False), ('convnext_tiny_timm', 'ConvNeXt', 'timm', False),
-    ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False)])
+@pytest.mark.parametrize(
+    'name, family, form, merged',
+    [
+        ('replknet31b_official', 'RepLKNet', 'official', False),
+        ('replknet31b_official_merged', 'RepLKNet', 'official', True),
+        ('convnext_tiny_official', 'ConvNeXt', 'official', False),
+        ('convnext_tiny_timm', 'ConvNeXt', 'timm', False),
+        ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False),
+    ],
+)
 def test_formats_are_told_apart(name, family, form, merged):
     found = convert(listed(name))
     assert (found.family, found.format, found.merged, found.whole_model) == (family, form, merged, form == 'mmpretrain')
@@ -137,21 +159,22 @@ def test_linear_and_convolution(tmp_path):
 
 def test_version_2_of_the_authors(tmp_path):
     """Global response norm as (1, 1, 1, C), no layer scale, classifier with its norm."""
-    source = ConvNeXt(CONV, use_grn=True, layer_scale_init_value=0.)
+    source = ConvNeXt(CONV, use_grn=True, layer_scale_init_value=0.0)
     for value in source.parameters():
         nn.init.normal_(value)
     ours = source.state_dict()
     theirs = {k: v.view(1, 1, 1, -1) if '.grn.' in k else v for k, v in to_official(ours).items()}
     theirs = {k.replace('norm3.', 'norm.') if k.startswith('norm3.') else k: v for k, v in theirs.items()}
     theirs |= {'head.weight': torch.ones(10, 24), 'head.bias': torch.ones(10)}
-    model = ConvNeXt(CONV, use_grn=True, layer_scale_init_value=0.)
+    model = ConvNeXt(CONV, use_grn=True, layer_scale_init_value=0.0)
     report = load_pretrained(model, write(tmp_path / 'a.pth', {'model': theirs}))
     assert report.matched['backbone'] == len(ours)
     assert_same(model, ours)
 
 
-@pytest.mark.parametrize('kwargs', [
-    {}, dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(arch=dict(TINY, small_kernel=None))], ids=str)
+@pytest.mark.parametrize(
+    'kwargs', [{}, dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(arch=dict(TINY, small_kernel=None))], ids=str
+)
 def test_merged_file_into_either_form(kwargs, tmp_path):
     kwargs = {'arch': TINY, **kwargs}
     merged, _ = reparameterize(randomize_norms(RepLKNet(**kwargs)), fold=False)

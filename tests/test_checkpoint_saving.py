@@ -1,4 +1,5 @@
 """Writing checkpoints: whole or not at all, and of plain data that every reader takes."""
+
 import collections
 import enum
 import json
@@ -32,7 +33,7 @@ def names(folder) -> list[str]:
 def test_save_round_trip(suffix, tmp_path):
     path = tmp_path / 'deep' / 'er' / f'a.{suffix}'
     meta = {'iter': 3, 'dataset_meta': {'classes': ['a', 'b']}}
-    save({'state_dict': {'w': torch.arange(3.), 'shared': torch.ones(4)[::2]}, 'meta': meta}, path)
+    save({'state_dict': {'w': torch.arange(3.0), 'shared': torch.ones(4)[::2]}, 'meta': meta}, path)
     loaded = read(path)
     assert loaded['state_dict']['w'].tolist() == [0, 1, 2] and loaded['state_dict']['shared'].tolist() == [1, 1]
     assert loaded['meta'] == meta and names(path.parent) == [path.name]
@@ -75,20 +76,41 @@ def test_everything_in_a_checkpoint_becomes_plain(tmp_path):
     weights = collections.OrderedDict(w=torch.ones(2))
     weights._metadata = {'': {'version': 2}}
     content = dict(
-        state_dict=weights, config=ConfigDict(a=dict(b=1)), nothing=None, raw=b'x', hook=print,
-        scalars=(np.float64(.5), np.int64(2), np.bool_(True), np.str_('x')), names={'a'}, number=Colour.RED,
-        grid=np.ones((2, 2), np.float32), path=Path('x/y'), queue=[collections.Counter(a=1)],
-        size=torch.Size([1]), kinds=(torch.float32, torch.device('cpu')),
-        nested={'fine': 1, 'functions': [print]}, log=HistoryBuffer([1., 2.], [1, 1]))
+        state_dict=weights,
+        config=ConfigDict(a=dict(b=1)),
+        nothing=None,
+        raw=b'x',
+        hook=print,
+        scalars=(np.float64(0.5), np.int64(2), np.bool_(True), np.str_('x')),
+        names={'a'},
+        number=Colour.RED,
+        grid=np.ones((2, 2), np.float32),
+        path=Path('x/y'),
+        queue=[collections.Counter(a=1)],
+        size=torch.Size([1]),
+        kinds=(torch.float32, torch.device('cpu')),
+        nested={'fine': 1, 'functions': [print]},
+        log=HistoryBuffer([1.0, 2.0], [1, 1]),
+    )
     torch.save(plain(content), tmp_path / 'a.pth')
     loaded = torch.load(tmp_path / 'a.pth', weights_only=True)
     buffer = log_buffer(loaded.pop('log'))
     assert type(buffer) is HistoryBuffer and buffer.data[0].tolist() == [1, 2] and buffer.max_length == 1_000_000
     assert loaded.pop('state_dict')._metadata == weights._metadata
     assert loaded == dict(
-        config={'a': {'b': 1}}, scalars=(.5, 2, True, 'x'), grid=[[1, 1], [1, 1]], path='x/y', number=3, names={'a'},
-        queue=[{'a': 1}], size=torch.Size([1]), kinds=(torch.float32, torch.device('cpu')), raw=b'x', nothing=None,
-        nested={'fine': 1})
+        config={'a': {'b': 1}},
+        scalars=(0.5, 2, True, 'x'),
+        grid=[[1, 1], [1, 1]],
+        path='x/y',
+        number=3,
+        names={'a'},
+        queue=[{'a': 1}],
+        size=torch.Size([1]),
+        kinds=(torch.float32, torch.device('cpu')),
+        raw=b'x',
+        nothing=None,
+        nested={'fine': 1},
+    )
 
 
 #: A program of somebody else's: mmengine and torch, without a line of ours.
@@ -109,23 +131,38 @@ print(*content)
 
 def test_checkpoints_of_a_training_load_anywhere(tiny, tmp_path):
     """With log, optimizer, schedules, averaged weights, a best score: strictly, and in a program without us."""
-    last = tiny.train(tmp_path, 2, {
-        'custom_hooks': [dict(type='EMAHook')], 'default_hooks.checkpoint.save_best': 'mIoU',
-        'train_cfg.val_interval': 1, 'default_hooks.checkpoint.interval': 1})
+    last = tiny.train(
+        tmp_path,
+        2,
+        {
+            'custom_hooks': [dict(type='EMAHook')],
+            'default_hooks.checkpoint.save_best': 'mIoU',
+            'train_cfg.val_interval': 1,
+            'default_hooks.checkpoint.interval': 1,
+        },
+    )
     content = torch.load(last, weights_only=True)
     assert content['message_hub']['runtime_info']['best_score'] >= 0
     assert content['message_hub']['log_scalars']['train/loss']['values'].shape == (2,)
-    ran = subprocess.run([sys.executable, '-c', STRANGER, str(last)], capture_output=True, text=True, check=False,
-                         env=tool_environment())
+    ran = subprocess.run(
+        [sys.executable, '-c', STRANGER, str(last)], capture_output=True, text=True, check=False, env=tool_environment()
+    )
     assert ran.returncode == 0, ran.stderr
-    assert set(ran.stdout.split()[-6:]) == {'meta', 'state_dict', 'message_hub', 'optimizer', 'param_schedulers',
-                                            'ema_state_dict'}
+    assert set(ran.stdout.split()[-6:]) == {
+        'meta',
+        'state_dict',
+        'message_hub',
+        'optimizer',
+        'param_schedulers',
+        'ema_state_dict',
+    }
 
 
 # ---- safetensors
 def test_weights_of_others_in_safetensors(tmp_path):
     """As timm and Hugging Face publish: bare tensors, half precision too."""
     from safetensors.torch import save_file
+
     source = tiny_backbone().state_dict()
     for dtype in (torch.float32, torch.float16):
         weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in source.items()}

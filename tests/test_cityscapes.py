@@ -1,4 +1,5 @@
 """Cityscapes: label maps are converted as the data set's own table says."""
+
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,42 @@ from replk_mm.data import cityscapes
 from replk_mm.errors import UserError
 
 #: Cityscapes' table as published: name and trainId of every id from 0 on; 255 is ignored.
-TABLE = [('unlabeled', 255), ('ego vehicle', 255), ('rectification border', 255), ('out of roi', 255), ('static', 255),
-         ('dynamic', 255), ('ground', 255), ('road', 0), ('sidewalk', 1), ('parking', 255), ('rail track', 255),
-         ('building', 2), ('wall', 3), ('fence', 4), ('guard rail', 255), ('bridge', 255), ('tunnel', 255), ('pole', 5),
-         ('polegroup', 255), ('traffic light', 6), ('traffic sign', 7), ('vegetation', 8), ('terrain', 9), ('sky', 10),
-         ('person', 11), ('rider', 12), ('car', 13), ('truck', 14), ('bus', 15), ('caravan', 255), ('trailer', 255),
-         ('train', 16), ('motorcycle', 17), ('bicycle', 18)]
+TABLE = [
+    ('unlabeled', 255),
+    ('ego vehicle', 255),
+    ('rectification border', 255),
+    ('out of roi', 255),
+    ('static', 255),
+    ('dynamic', 255),
+    ('ground', 255),
+    ('road', 0),
+    ('sidewalk', 1),
+    ('parking', 255),
+    ('rail track', 255),
+    ('building', 2),
+    ('wall', 3),
+    ('fence', 4),
+    ('guard rail', 255),
+    ('bridge', 255),
+    ('tunnel', 255),
+    ('pole', 5),
+    ('polegroup', 255),
+    ('traffic light', 6),
+    ('traffic sign', 7),
+    ('vegetation', 8),
+    ('terrain', 9),
+    ('sky', 10),
+    ('person', 11),
+    ('rider', 12),
+    ('car', 13),
+    ('truck', 14),
+    ('bus', 15),
+    ('caravan', 255),
+    ('trailer', 255),
+    ('train', 16),
+    ('motorcycle', 17),
+    ('bicycle', 18),
+]
 PREFIX = dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train')
 STEMS = [f'aachen_{i:06}_000019' for i in range(3)]
 
@@ -53,6 +84,7 @@ def pixels(path: Path) -> np.ndarray:
 # -- the table --------------------------------------------------------------------------------------------------------
 def test_train_ids_are_the_published_ones_and_mmsegs_classes():
     from mmseg.datasets import CityscapesDataset
+
     found = cityscapes.to_train_ids(np.arange(34, dtype=np.uint8))
     assert found.tolist() == [train_id for _, train_id in TABLE] and found.dtype == np.uint8
     names = CityscapesDataset.METAINFO['classes']
@@ -97,12 +129,16 @@ def test_map_that_differs_is_replaced_by_force_only(root):
     assert pixels(target).max() == 255
 
 
-@pytest.mark.parametrize(('spoil', 'said'), [
-    (lambda p: write_labels(p, [0, 34, 255]), 'ids 34, 255 are none of Cityscapes\' 0..33'),
-    (lambda p: p.write_bytes(p.read_bytes()[:50]), 'truncated'),
-    (lambda p: p.write_text('x'), 'cannot identify image file'),
-    (lambda p: Image.new('RGB', (64, 32)).save(p), 'uint8 pixels of shape (32, 64, 3)'),
-    (lambda p: Image.fromarray(np.ones((32, 64), np.uint16)).save(p), 'pixels of shape (32, 64); a label map')])
+@pytest.mark.parametrize(
+    ('spoil', 'said'),
+    [
+        (lambda p: write_labels(p, [0, 34, 255]), "ids 34, 255 are none of Cityscapes' 0..33"),
+        (lambda p: p.write_bytes(p.read_bytes()[:50]), 'truncated'),
+        (lambda p: p.write_text('x'), 'cannot identify image file'),
+        (lambda p: Image.new('RGB', (64, 32)).save(p), 'uint8 pixels of shape (32, 64, 3)'),
+        (lambda p: Image.fromarray(np.ones((32, 64), np.uint16)).save(p), 'pixels of shape (32, 64); a label map'),
+    ],
+)
 def test_bad_source_is_named_and_the_others_are_converted(root, spoil, said):
     spoil(label(root, 1))
     found = convert(root)

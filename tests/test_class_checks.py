@@ -1,4 +1,5 @@
 """Class names: each disagreement between data, annotations, heads and checkpoints is named before a run."""
+
 import pytest
 import torch
 from class_cases import BOTH, OWN, at, own, rejection  # noqa: F401 (a fixture)
@@ -22,6 +23,7 @@ from replk_mm.errors import UserError
 def test_categories_that_are_no_classes_are_rejected(own):
     """mmdet itself leaves them out without a word: of 12 objects four remain."""
     from mmdet.datasets import CocoDataset
+
     file = own / 'annotations/instances_train2017.json'
     data = CocoDataset(ann_file=str(file), data_prefix=dict(img=''), pipeline=[])
     assert sum(len(data.get_data_info(i)['instances']) for i in range(len(data))) == 4

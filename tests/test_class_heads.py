@@ -1,4 +1,5 @@
 """Heads of other people's configs get the number of classes only where they predict them; the built network agrees."""
+
 import copy
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_mmdets_mask2former_for_instances_counts_things():
     set_classes(cfg, OWN)
     head = built(copy.deepcopy(cfg)).panoptic_head
     assert head.num_classes == cfg.model.panoptic_fusion_head.num_things_classes == 3
-    assert head.class_weight == [1.] * 3 + [0.1]
+    assert head.class_weight == [1.0] * 3 + [0.1]
 
 
 def test_mmsegs_mask2former_keeps_the_weight_of_no_object():
@@ -80,13 +81,20 @@ def test_mmsegs_mask2former_keeps_the_weight_of_no_object():
         set_classes(cfg, names)
         head = built(copy.deepcopy(cfg)).decode_head
         assert head.cls_embed.out_features == len(names) + 1
-        assert head.class_weight == [1.] * len(names) + [0.1]
+        assert head.class_weight == [1.0] * len(names) + [0.1]
 
 
-@pytest.mark.parametrize(('weights', 'expected', 'noted'), [
-    ([2.] * 80 + [.5], [2.] * 3 + [.5], ''), ([1.] + [2.] * 79 + [.5], [1.] * 3 + [.5], 'is 1 for every class'),
-    ([2.] * 80, None, 'left out'), ([2.] * 7, None, 'left out'), ([1., 2., 3.], [1., 2., 3.], ''),
-    ([1., 2., 3., .5], [1., 2., 3., .5], '')])
+@pytest.mark.parametrize(
+    ('weights', 'expected', 'noted'),
+    [
+        ([2.0] * 80 + [0.5], [2.0] * 3 + [0.5], ''),
+        ([1.0] + [2.0] * 79 + [0.5], [1.0] * 3 + [0.5], 'is 1 for every class'),
+        ([2.0] * 80, None, 'left out'),
+        ([2.0] * 7, None, 'left out'),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], ''),
+        ([1.0, 2.0, 3.0, 0.5], [1.0, 2.0, 3.0, 0.5], ''),
+    ],
+)
 def test_weights_of_classes(weights, expected, noted):
     cfg = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
     loss = cfg.model.roi_head.bbox_head.loss_cls = ConfigDict(type='CrossEntropyLoss', class_weight=weights)

@@ -1,4 +1,5 @@
 """Class names: read from a command line, a file or the data, and set everywhere at once."""
+
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,8 +31,16 @@ def test_names_from_a_command_line_or_a_file(tmp_path):
     assert parse_classes(str(tmp_path / 'names.txt')) == ['a, b', 'c d']
 
 
-@pytest.mark.parametrize(('text', 'said'), [('a,,b', 'empty'), ('a,b,a', "'a' occurs twice"), ('', 'empty'),
-                                            ('names.txt', 'no such file'), ('no/such', 'no such file')])
+@pytest.mark.parametrize(
+    ('text', 'said'),
+    [
+        ('a,,b', 'empty'),
+        ('a,b,a', "'a' occurs twice"),
+        ('', 'empty'),
+        ('names.txt', 'no such file'),
+        ('no/such', 'no such file'),
+    ],
+)
 def test_bad_names_are_refused(text, said):
     with pytest.raises(UserError, match=said) as info:
         parse_classes(text)
@@ -53,22 +62,32 @@ def test_commands_have_the_option():
 
 
 # -- setting them -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('name', [
-    'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
-    'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', 'retinanet/retinanet_r50_fpn_1x_coco.py',
-    'rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 'point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py',
-    'ms_rcnn/ms-rcnn_r50-caffe_fpn_1x_coco.py', 'htc/htc_r50_fpn_1x_coco.py'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+        'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+        'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+        'retinanet/retinanet_r50_fpn_1x_coco.py',
+        'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
+        'point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py',
+        'ms_rcnn/ms-rcnn_r50-caffe_fpn_1x_coco.py',
+        'htc/htc_r50_fpn_1x_coco.py',
+    ],
+)
 def test_all_heads_have_the_classes_by_mmdets_own_check(name):
     """mmdet's hook looks at the built network."""
     from mmdet.engine.hooks import NumClassCheckHook
+
     cfg = coco_config(name)
     set_classes(cfg, OWN)
     init_default_scope('mmdet')
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     data = SimpleNamespace(metainfo=dict(classes=OWN))
-    NumClassCheckHook()._check_head(SimpleNamespace(
-        model=model, train_dataloader=SimpleNamespace(dataset=data), logger=None), 'train')
+    NumClassCheckHook()._check_head(
+        SimpleNamespace(model=model, train_dataloader=SimpleNamespace(dataset=data), logger=None), 'train'
+    )
     assert set(counts_of(model).values()) == {3}
     if hasattr(model, 'rpn_head'):
         assert model.rpn_head.num_classes == 1, 'proposals have no classes'
@@ -88,11 +107,13 @@ def test_parts_with_classes_of_their_own_keep_them():
 def test_every_data_set_has_names_and_a_colour_for_each():
     cfg = coco_config('rtmdet/rtmdet_tiny_8xb32-300e_coco.py')
     inner = cfg.val_dataloader.dataset
-    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=dict(
-        type='ConcatDataset', datasets=[dict(inner), dict(inner)]))
+    cfg.train_dataloader.dataset = dict(
+        type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=[dict(inner), dict(inner)])
+    )
     set_classes(cfg, OWN)
     parts = [*cfg.train_dataloader.dataset.dataset.datasets, cfg.val_dataloader.dataset, cfg.test_dataloader.dataset]
     from mmdet.datasets import CocoDataset
+
     light = dict(zip(CocoDataset.METAINFO['classes'], CocoDataset.METAINFO['palette'], strict=True))['traffic light']
     for part in parts:
         assert tuple(part.metainfo.classes) == OWN
@@ -102,12 +123,26 @@ def test_every_data_set_has_names_and_a_colour_for_each():
 
 
 def segmentation(root: Path, kind: str, **options) -> Config:
-    leaf = dict(type=kind, data_root=str(root), pipeline=[dict(type='LoadAnnotations')], **options,
-                data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'))
-    head = dict(type='FCNHead', num_classes=150, out_channels=150, loss_decode=[dict(
-        type='CrossEntropyLoss', class_weight=[1.] * 150)])
-    return Config(dict(default_scope='mmseg', model=dict(decode_head=head, auxiliary_head=[dict(head), dict(head)]),
-                       train_dataloader=dict(dataset=leaf)))
+    leaf = dict(
+        type=kind,
+        data_root=str(root),
+        pipeline=[dict(type='LoadAnnotations')],
+        **options,
+        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+    )
+    head = dict(
+        type='FCNHead',
+        num_classes=150,
+        out_channels=150,
+        loss_decode=[dict(type='CrossEntropyLoss', class_weight=[1.0] * 150)],
+    )
+    return Config(
+        dict(
+            default_scope='mmseg',
+            model=dict(decode_head=head, auxiliary_head=[dict(head), dict(head)]),
+            train_dataloader=dict(dataset=leaf),
+        )
+    )
 
 
 def labels_read(cfg: Config, pixels: np.ndarray, path: Path) -> list[int]:
@@ -115,8 +150,9 @@ def labels_read(cfg: Config, pixels: np.ndarray, path: Path) -> list[int]:
     Image.fromarray(pixels).save(path)
     init_default_scope('mmseg')
     data = DATASETS.build({**cfg.train_dataloader.dataset, 'lazy_init': True})
-    out = data.pipeline(dict(seg_map_path=str(path), seg_fields=[], label_map=data.label_map,
-                             reduce_zero_label=data.reduce_zero_label))
+    out = data.pipeline(
+        dict(seg_map_path=str(path), seg_fields=[], label_map=data.label_map, reduce_zero_label=data.reduce_zero_label)
+    )
     return out['gt_seg_map'].ravel().tolist()
 
 
@@ -142,7 +178,11 @@ def test_data_set_of_other_suffixes_keeps_them(tmp_path):
     set_classes(cfg, OWN)
     data = cfg.train_dataloader.dataset
     assert (data.type, data.img_suffix, data.seg_map_suffix, data.reduce_zero_label) == (
-        'mmseg.BaseSegDataset', '_leftImg8bit.png', '_gtFine_labelTrainIds.png', False)
+        'mmseg.BaseSegDataset',
+        '_leftImg8bit.png',
+        '_gtFine_labelTrainIds.png',
+        False,
+    )
 
 
 # -- auto -------------------------------------------------------------------------------------------------------------

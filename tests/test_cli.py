@@ -1,4 +1,5 @@
 """Arguments that several commands share."""
+
 import pytest
 
 from replk_mm import cli
@@ -12,17 +13,30 @@ def parse(*words: str) -> dict:
 
 def test_values():
     assert parse('a.b=1', 'c=text', 'd=[1,2]', 'e=(0.5,1)', 'f=x=y') == {
-        'a.b': 1, 'c': 'text', 'd': [1, 2], 'e': (0.5, 1), 'f': 'x=y'}
+        'a.b': 1,
+        'c': 'text',
+        'd': [1, 2],
+        'e': (0.5, 1),
+        'f': 'x=y',
+    }
 
 
 def test_dict_in_braces():
     assert parse("model.backbone={'_delete_': True, 'type': 'mmseg.ResNet', 'strides': (1, 2)}") == {
-        'model.backbone': {'_delete_': True, 'type': 'mmseg.ResNet', 'strides': (1, 2)}}
+        'model.backbone': {'_delete_': True, 'type': 'mmseg.ResNet', 'strides': (1, 2)}
+    }
 
 
-@pytest.mark.parametrize('word, told', [
-    ('a', "'a' is not KEY=VALUE"), ("a={'b': ", 'cannot parse the value of a'),
-    ('a={b: 1}', 'cannot parse the value of a'), ('a=' + '{' * 5000, 'cannot parse the value of a')], ids=range(4))
+@pytest.mark.parametrize(
+    'word, told',
+    [
+        ('a', "'a' is not KEY=VALUE"),
+        ("a={'b': ", 'cannot parse the value of a'),
+        ('a={b: 1}', 'cannot parse the value of a'),
+        ('a=' + '{' * 5000, 'cannot parse the value of a'),
+    ],
+    ids=range(4),
+)
 def test_unreadable(word, told, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(word)

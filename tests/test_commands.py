@@ -1,4 +1,5 @@
 """The commands: help, mistakes, files that must not be overwritten, the whole chain."""
+
 import json
 import sys
 
@@ -14,13 +15,24 @@ from tool_cases import merged, plain, read  # noqa: F401
 
 
 # ruff: noqa: F811 (fixtures that come from another file)
-TOOLS = ['train', 'test', 'predict', 'reparameterize', 'convert_checkpoint', 'compare', 'erf', 'shape_bias', 'suite',
-         'report']
+TOOLS = [
+    'train',
+    'test',
+    'predict',
+    'reparameterize',
+    'convert_checkpoint',
+    'compare',
+    'erf',
+    'shape_bias',
+    'suite',
+    'report',
+]
 
 
 def tool_main(name: str, *args, monkeypatch) -> int:
     """Run a command in this process."""
     import importlib.util
+
     spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / 'tools' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -38,21 +50,37 @@ def test_help_shows_an_example(name, monkeypatch, capsys):
 
 
 MISTAKES = {
-    'train': [['{cfg}', '--data-root', '{tmp}/gone'], ['{tmp}/no.py'], ['{cfg}', '--device', 'tpu'],
-              ['{cfg}', '--data-root', '{data}', '--work-dir', '{tmp}/w', '--resume', '{tmp}/gone.pth'],
-              ['{cfg}', '--data-root', '{data}', '--work-dir', '{file}/w'],
-              ['{cfg}', '--amp', 'fp16', '--device', 'cpu'],
-              ['{cfg}', '--data-root', '{data}', '--work-dir', '{tmp}/w', '--pretrained', '{tmp}/gone.pth'],
-              ['{cfg}', '--cfg-options', 'model.backbone.with_pc=1']],
-    'test': [['{cfg}', '{tmp}/gone.pth'], ['{cfg}', '{file}'], ['{cfg}', '{ckpt}', '--data-root', '{tmp}/gone'],
-             ['{cfg}', '{ckpt}', '--out', '{file}/out']],
-    'predict': [['{cfg}', '{tmp}/gone.pth', '{tmp}/x.jpg', '--out', '{tmp}/out'],
-                ['{cfg}', '{ckpt}', '{tmp}/x.jpg', '--out', '{tmp}/out'],
-                ['{cfg}', '{ckpt}', '{tmp}/x.jpg', '--out', '{file}/out']],
-    'reparameterize': [['{cfg}', '{tmp}/gone.pth', '{tmp}/out.pth'], ['{cfg}', '{ckpt}', '{ckpt}'],
-                       ['{cfg}', '{ckpt}', '{file}/out.pth']],
-    'convert_checkpoint': [['{tmp}/gone.pth', '{tmp}/out.pth'], ['{file}', '{tmp}/out.pth'],
-                           ['{ckpt}', '{file}/out.pth']],
+    'train': [
+        ['{cfg}', '--data-root', '{tmp}/gone'],
+        ['{tmp}/no.py'],
+        ['{cfg}', '--device', 'tpu'],
+        ['{cfg}', '--data-root', '{data}', '--work-dir', '{tmp}/w', '--resume', '{tmp}/gone.pth'],
+        ['{cfg}', '--data-root', '{data}', '--work-dir', '{file}/w'],
+        ['{cfg}', '--amp', 'fp16', '--device', 'cpu'],
+        ['{cfg}', '--data-root', '{data}', '--work-dir', '{tmp}/w', '--pretrained', '{tmp}/gone.pth'],
+        ['{cfg}', '--cfg-options', 'model.backbone.with_pc=1'],
+    ],
+    'test': [
+        ['{cfg}', '{tmp}/gone.pth'],
+        ['{cfg}', '{file}'],
+        ['{cfg}', '{ckpt}', '--data-root', '{tmp}/gone'],
+        ['{cfg}', '{ckpt}', '--out', '{file}/out'],
+    ],
+    'predict': [
+        ['{cfg}', '{tmp}/gone.pth', '{tmp}/x.jpg', '--out', '{tmp}/out'],
+        ['{cfg}', '{ckpt}', '{tmp}/x.jpg', '--out', '{tmp}/out'],
+        ['{cfg}', '{ckpt}', '{tmp}/x.jpg', '--out', '{file}/out'],
+    ],
+    'reparameterize': [
+        ['{cfg}', '{tmp}/gone.pth', '{tmp}/out.pth'],
+        ['{cfg}', '{ckpt}', '{ckpt}'],
+        ['{cfg}', '{ckpt}', '{file}/out.pth'],
+    ],
+    'convert_checkpoint': [
+        ['{tmp}/gone.pth', '{tmp}/out.pth'],
+        ['{file}', '{tmp}/out.pth'],
+        ['{ckpt}', '{file}/out.pth'],
+    ],
 }
 
 
@@ -67,9 +95,17 @@ def test_mistakes_exit_with_2_and_one_message(name, args, tiny, trained, tmp_pat
     assert 'Traceback' not in error
 
 
-@pytest.mark.parametrize('args', [['--max-iters', '0'], ['--max-iters', 'x'], ['--seed', '-1'],
-                                  ['--seed', '99999999999'], ['--amp', 'int8'],
-                                  ['--cfg-options', 'model.backbone.arch']])
+@pytest.mark.parametrize(
+    'args',
+    [
+        ['--max-iters', '0'],
+        ['--max-iters', 'x'],
+        ['--seed', '-1'],
+        ['--seed', '99999999999'],
+        ['--amp', 'int8'],
+        ['--cfg-options', 'model.backbone.arch'],
+    ],
+)
 def test_values_out_of_range_are_refused_by_name(args, tiny, monkeypatch, capsys):
     with pytest.raises(SystemExit) as info:
         tool_main('train', tiny.config, *args, monkeypatch=monkeypatch)
@@ -85,8 +121,10 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(tiny, trained, tmp_pat
         cv2.imwrite(str(path), np.full((40 + i, 64, 3), 50, np.uint8))
         sources.append(path)
     out = tmp_path / 'out'
-    assert tool_main('predict', tiny.config, trained, *sources, '--out', out, '--device', 'cpu',
-                     monkeypatch=monkeypatch) == 0
+    assert (
+        tool_main('predict', tiny.config, trained, *sources, '--out', out, '--device', 'cpu', monkeypatch=monkeypatch)
+        == 0
+    )
     labels, overlays = sorted(out.glob('*_labels.png')), sorted(out.glob('*_overlay.png'))
     assert sorted(Image.open(f).size for f in labels) == [(64, 40), (64, 41), (64, 42)]
     assert sorted(Image.open(f).size for f in overlays) == [(64 + 210, 40), (64 + 210, 41), (64 + 210, 42)]

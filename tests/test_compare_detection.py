@@ -1,4 +1,5 @@
 """Two detection results compared: against objects matched by hand, and against what a real test wrote."""
+
 import json
 import shutil
 from collections import Counter
@@ -54,10 +55,10 @@ def by_hand(objects: list[dict], found: list[dict], score: float) -> tuple[int, 
     for detection in sure:
         same = [o for o in objects if o['category_id'] == detection['category_id']]
         over = {o['id']: iou(detection['bbox'], o['bbox'], o['iscrowd']) for o in same}
-        free = [o['id'] for o in same if not o['iscrowd'] and o['id'] not in taken and over[o['id']] >= .5]
+        free = [o['id'] for o in same if not o['iscrowd'] and o['id'] not in taken and over[o['id']] >= 0.5]
         if free:
             taken.add(max(free, key=over.get))
-        elif any(o['iscrowd'] and over[o['id']] >= .5 for o in same):
+        elif any(o['iscrowd'] and over[o['id']] >= 0.5 for o in same):
             ignored += 1
     return len(taken), sum(not o['iscrowd'] for o in objects) - len(taken), len(sure) - len(taken) - ignored
 
@@ -71,21 +72,40 @@ def case(tmp_path):
     for i in range(12):
         Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(root / 'val' / f'{i}.png')
         images.append(dict(id=7 * i, file_name=f'{i}.png', height=60, width=80))
-        boxes = [[int(v) for v in (rng.integers(0, 50), rng.integers(0, 30), rng.integers(8, 30), rng.integers(8, 30))]
-                 for _ in range(0 if i == 11 else 5)]
+        boxes = [
+            [int(v) for v in (rng.integers(0, 50), rng.integers(0, 30), rng.integers(8, 30), rng.integers(8, 30))]
+            for _ in range(0 if i == 11 else 5)
+        ]
         for box in boxes:
-            objects.append(dict(id=len(objects), image_id=7 * i, category_id=int(rng.choice([3, 9])), bbox=box,
-                                area=box[2] * box[3], iscrowd=int(rng.random() < .2), segmentation=polygon(box)))
+            objects.append(
+                dict(
+                    id=len(objects),
+                    image_id=7 * i,
+                    category_id=int(rng.choice([3, 9])),
+                    bbox=box,
+                    area=box[2] * box[3],
+                    iscrowd=int(rng.random() < 0.2),
+                    segmentation=polygon(box),
+                )
+            )
         for part, jitter in ((found['a'], 5), (found['b'], 2 if i % 3 else 7)):
             for box in [*boxes, *boxes[:2], [1, 1, 20, 9]]:
                 moved = [max(1, v + int(rng.integers(-jitter, jitter + 1))) for v in box]
-                part.append(dict(image_id=7 * i, category_id=int(rng.choice([3, 9], p=[.4, .6])), bbox=moved,
-                                 score=round(float(rng.random()), 6)))
+                part.append(
+                    dict(
+                        image_id=7 * i,
+                        category_id=int(rng.choice([3, 9], p=[0.4, 0.6])),
+                        bbox=moved,
+                        score=round(float(rng.random()), 6),
+                    )
+                )
     categories = [dict(id=9, name='car'), dict(id=3, name='dog'), dict(id=5, name='not scored')]
-    extra = dict(id=999, image_id=0, category_id=5, bbox=[0, 0, 9, 9], area=81, iscrowd=0,
-                 segmentation=polygon([0, 0, 9, 9]))
-    (root / 'val.json').write_text(json.dumps(dict(images=images, categories=categories,
-                                                   annotations=[*objects, extra])))
+    extra = dict(
+        id=999, image_id=0, category_id=5, bbox=[0, 0, 9, 9], area=81, iscrowd=0, segmentation=polygon([0, 0, 9, 9])
+    )
+    (root / 'val.json').write_text(
+        json.dumps(dict(images=images, categories=categories, annotations=[*objects, extra]))
+    )
     config = tmp_path / 'config.py'
     config.write_text(CONFIG.format(root=str(root), ann=str(root / 'val.json')))
     names = {3: 'dog', 9: 'car'}
@@ -98,15 +118,18 @@ def case(tmp_path):
     return objects, found, tmp_path
 
 
-@pytest.mark.parametrize('score', [.3, .7])
+@pytest.mark.parametrize('score', [0.3, 0.7])
 def test_objects_are_matched_as_by_hand(case, score):
     objects, found, folder = case
     compared = compare(str(folder / 'a'), str(folder / 'b'), score=score)
     seen = np.zeros(3, int)
     for entry in compared['images']['scores']:
         for letter in 'ab':
-            expected = by_hand([o for o in objects if o['image_id'] == entry['id']],
-                               [d for d in found[letter] if d['image_id'] == entry['id']], score)
+            expected = by_hand(
+                [o for o in objects if o['image_id'] == entry['id']],
+                [d for d in found[letter] if d['image_id'] == entry['id']],
+                score,
+            )
             assert tuple(entry[f'{key}_{letter}'] for key in ('found', 'missed', 'false')) == expected
             right, missed, false = expected
             assert entry[letter] == (2 * right / (2 * right + missed + false) if any(expected) else 1)
@@ -115,13 +138,15 @@ def test_objects_are_matched_as_by_hand(case, score):
     f1 = [[entry[letter] for entry in compared['images']['scores']] for letter in 'ab']
     assert compared['statistics']['difference'] == pytest.approx(np.mean(f1[1]) - np.mean(f1[0]))
     assert [compared['totals'][letter]['found'] for letter in 'ab'] == [
-        sum(entry[f'found_{letter}'] for entry in compared['images']['scores']) for letter in 'ab']
+        sum(entry[f'found_{letter}'] for entry in compared['images']['scores']) for letter in 'ab'
+    ]
     changes = [abs(entry['difference']) for entry in compared['images']['changed']]
     assert changes == sorted(np.abs(np.subtract(*f1)), reverse=True)[:8]
 
 
 def test_masks_that_fill_their_boxes_match_as_the_boxes(case):
     from pycocotools import mask
+
     _, found, folder = case
     for letter in 'ab':
         for detection in found[letter]:
@@ -142,12 +167,14 @@ def test_crowds_and_doubles(case):
     data = json.loads((folder / 'data' / 'val.json').read_text())
     data['annotations'] = [
         dict(id=0, image_id=0, category_id=3, bbox=[0, 0, 10, 10], area=100, iscrowd=0),
-        dict(id=1, image_id=0, category_id=3, bbox=[30, 0, 40, 40], area=1600, iscrowd=1)]
+        dict(id=1, image_id=0, category_id=3, bbox=[30, 0, 40, 40], area=1600, iscrowd=1),
+    ]
     (folder / 'data' / 'val.json').write_text(json.dumps(data))
     for letter, boxes in (('a', [[0, 0, 10, 10], [0, 0, 10, 9], [32, 2, 5, 5], [40, 2, 5, 5]]), ('b', [[0, 0, 10, 4]])):
-        (folder / letter / 'predictions' / 'instances.bbox.json').write_text(json.dumps([
-            dict(image_id=0, category_id=3, bbox=box, score=.9 - .1 * i) for i, box in enumerate(boxes)]))
-        change_record(folder / letter, per_class={'dog': dict(instances=1, bbox_mAP=.5)})
+        (folder / letter / 'predictions' / 'instances.bbox.json').write_text(
+            json.dumps([dict(image_id=0, category_id=3, bbox=box, score=0.9 - 0.1 * i) for i, box in enumerate(boxes)])
+        )
+        change_record(folder / letter, per_class={'dog': dict(instances=1, bbox_mAP=0.5)})
     found = compare(str(folder / 'a'), str(folder / 'b'))
     entry = found['images']['scores'][0]
     assert [entry[f'{key}_{letter}'] for letter in 'ab' for key in ('found', 'missed', 'false')] == [1, 0, 1, 0, 1, 1]
@@ -155,8 +182,10 @@ def test_crowds_and_doubles(case):
     assert [e['a'] for e in found['images']['scores'][1:]] == [1] * 11, 'nothing to find, nothing found'
     result = open_result(str(folder / 'a'), 'A')
     objects = open_objects(result, Source(), str(folder / 'data'), 'bbox')
-    shown = match(objects, open_detections(result, objects, 'bbox', .3), [0], 'bbox')[0]
-    assert ([d['score'] for d in shown.right], [d['score'] for d in shown.false]) == ([.9], [.8]), 'crowds are neither'
+    shown = match(objects, open_detections(result, objects, 'bbox', 0.3), [0], 'bbox')[0]
+    assert ([d['score'] for d in shown.right], [d['score'] for d in shown.false]) == ([0.9], [0.8]), (
+        'crowds are neither'
+    )
 
 
 def test_none_found_at_all(case):
@@ -168,28 +197,47 @@ def test_none_found_at_all(case):
 
 def _boxes_only(folder):
     per_class = json.loads((folder / 'b' / 'metrics.json').read_text())['per_class']
-    change_record(folder / 'b', per_class={name: {k: v for k, v in figures.items() if k != 'segm_mAP'}
-                                           for name, figures in per_class.items()})
+    change_record(
+        folder / 'b',
+        per_class={name: {k: v for k, v in figures.items() if k != 'segm_mAP'} for name, figures in per_class.items()},
+    )
 
 
 def _write(folder, detections):
     (folder / 'b' / 'predictions' / 'instances.bbox.json').write_text(
-        detections if isinstance(detections, str) else json.dumps(detections))
+        detections if isinstance(detections, str) else json.dumps(detections)
+    )
 
 
 REFUSED = {
-    'no predictions': (lambda d: shutil.rmtree(d / 'b' / 'predictions'), 'bbox',
-                       '/b/predictions/instances.bbox.json: no'),
-    'no masks': (lambda d: None, 'segm', r'instances.segm.json: no such file, .* by masks \(--kind bbox compares '
-                                         r'boxes\)'),
+    'no predictions': (
+        lambda d: shutil.rmtree(d / 'b' / 'predictions'),
+        'bbox',
+        '/b/predictions/instances.bbox.json: no',
+    ),
+    'no masks': (
+        lambda d: None,
+        'segm',
+        r'instances.segm.json: no such file, .* by masks \(--kind bbox compares '
+        r'boxes\)',
+    ),
     'no figures of masks': (_boxes_only, 'segm', '/b/metrics.json: the classes have no segm_mAP; there are inst'),
-    'strange image': (lambda d: _write(d, [dict(image_id=5, category_id=3, bbox=[0, 0, 1, 1], score=1)]), 'bbox',
-                      '/b/.*do not have: ids 5'),
+    'strange image': (
+        lambda d: _write(d, [dict(image_id=5, category_id=3, bbox=[0, 0, 1, 1], score=1)]),
+        'bbox',
+        '/b/.*do not have: ids 5',
+    ),
     'cut off': (lambda d: _write(d, '[{"a": 1'), 'bbox', 'not a list of detections'),
-    'annotations gone': (lambda d: (d / 'data' / 'val.json').unlink(), 'bbox',
-                         '/data/val.json: no such annotation file'),
-    'other objects': (lambda d: [change_record(d / x, per_class__dog__instances=1) for x in 'ab'], 'bbox',
-                      'the annotations are not those of the test: dog: .* now, 1 in'),
+    'annotations gone': (
+        lambda d: (d / 'data' / 'val.json').unlink(),
+        'bbox',
+        '/data/val.json: no such annotation file',
+    ),
+    'other objects': (
+        lambda d: [change_record(d / x, per_class__dog__instances=1) for x in 'ab'],
+        'bbox',
+        'the annotations are not those of the test: dog: .* now, 1 in',
+    ),
     'other images': (lambda d: [change_record(d / x, data__images=4) for x in 'ab'], 'bbox', 'images: 12 now, 4 in'),
 }
 

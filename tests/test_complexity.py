@@ -1,4 +1,5 @@
 """Parameters and multiply-accumulates against sums by hand, and the page made of them."""
+
 import json
 import math
 import re
@@ -51,14 +52,16 @@ def test_closed_forms_by_part() -> None:
         'conv': (8 * 3 * 9 + 8, pixels * 8 * 3 * 9, INFERENCE),
         'depthwise': (8 * 25, pixels * 8 * 25, INFERENCE),
         'linear': (8 * 6 + 6, pixels * 8 * 6, INFERENCE),
-        'idle': (4, 0, NEVER)}
+        'idle': (4, 0, NEVER),
+    }
     assert found.macs == sum(part.macs for part in found.parts)
     assert found.parameters == sum(p.numel() for p in Attention().parameters())
 
 
 def test_operators_without_a_formula_are_named() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GELU(), nn.Upsample(scale_factor=2, mode='bilinear'),
-                        nn.Flatten())
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GELU(), nn.Upsample(scale_factor=2, mode='bilinear'), nn.Flatten()
+    )
     found = {operator.name: (operator.calls, operator.elements) for operator in count(net, (5, 6)).uncounted}
     norm = next(name for name in found if 'batch_norm' in name)
     assert found.pop(norm) == (1, 4 * 30)
@@ -92,9 +95,17 @@ def test_auxiliary_heads_do_not_infer() -> None:
     assert complexity.inference_parameters(net) == 9
 
 
-@pytest.mark.parametrize(('layer', 'macs'), [
-    (nn.Conv2d(3, 8, 3, padding=1), 30 * 8 * (27 + 1)), (nn.ReLU(), 90), (nn.BatchNorm2d(3), 180), (nn.GELU(), 0),
-    (nn.SyncBatchNorm(3), 0), (nn.GroupNorm(1, 3), 180)])
+@pytest.mark.parametrize(
+    ('layer', 'macs'),
+    [
+        (nn.Conv2d(3, 8, 3, padding=1), 30 * 8 * (27 + 1)),
+        (nn.ReLU(), 90),
+        (nn.BatchNorm2d(3), 180),
+        (nn.GELU(), 0),
+        (nn.SyncBatchNorm(3), 0),
+        (nn.GroupNorm(1, 3), 180),
+    ],
+)
 def test_the_counter_of_the_papers_counts_as_the_page_says(layer: nn.Module, macs: int) -> None:
     # It takes the number type of its input from a parameter.
     first = nn.Conv2d(3, 3, 1, bias=False)
@@ -124,7 +135,8 @@ def test_parts_of_a_segmentor(segmentor: complexity_config.Report) -> None:
     assert before['auxiliary_head'].macs == 16 * (9 * 32 * 8 + 8 * classes)
     # Merging takes the 3x3 kernels beside the 7x7 ones away, one block a stage, maps of 16, 8, 4 and 2 pixels.
     assert before['backbone'].macs - after['backbone'].macs == 9 * sum(
-        c * s * s for c, s in ((8, 16), (16, 8), (32, 4), (64, 2)))
+        c * s * s for c, s in ((8, 16), (16, 8), (32, 4), (64, 2))
+    )
     assert before['decode_head'].macs == after['decode_head'].macs
     for form in (found.training, found.deployed):
         assert form.macs == form.parts[0].macs + form.parts[1].macs
@@ -153,7 +165,8 @@ def test_parts_of_a_cascade() -> None:
     parts = {part.name: part.macs for part in complexity_config.report(config, (64, 64)).training.parts}
     for stage in range(3):
         assert parts[f'roi_head.bbox_head.{stage}'] == 1000 * (
-            4 * 49 * 9 * 256 * 256 + 49 * 256 * 1024 + 1024 * (81 + 320))
+            4 * 49 * 9 * 256 * 256 + 49 * 256 * 1024 + 1024 * (81 + 320)
+        )
         assert parts[f'roi_head.mask_head.{stage}'] == 100 * mask_head()
 
 
@@ -196,6 +209,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def call(*args: object) -> int:
         monkeypatch.setattr(sys, 'argv', ['complexity.py', *map(str, args)])
         return main()
+
     return call
 
 
@@ -203,8 +217,11 @@ def test_json_of_the_command(tool: Callable[..., int], capsys: pytest.CaptureFix
     assert tool(backbone, '--shape', 64, 96, '--json', '--cfg-options', 'model.arch=nano') == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     described = ' '.join(runpy.run_path(str(ROOT / 'tools' / 'complexity.py'))['FIELDS'].split())
-    assert all(re.search(rf'\b{key}\b', described) for form in ('training', 'reparameterized')
-               for key in [*found, *found[form], *found[form]['parts'][0], *found[form]['uncounted'][0]])
+    assert all(
+        re.search(rf'\b{key}\b', described)
+        for form in ('training', 'reparameterized')
+        for key in [*found, *found[form], *found[form]['parts'][0], *found[form]['uncounted'][0]]
+    )
     assert found['shape'] == [64, 96] and set(found['versions']) >= {'torch', 'mmcv'}
     for form in ('training', 'reparameterized'):
         record = found[form]
@@ -212,8 +229,9 @@ def test_json_of_the_command(tool: Callable[..., int], capsys: pytest.CaptureFix
         assert record['parameters'] == sum(part['parameters'] for part in record['parts'])
 
 
-@pytest.mark.parametrize('args', [(), ('x.py', '--published'), ('x.py', '--rows', 'a'),
-                                  ('--published', '--shape', 1, 1)])
+@pytest.mark.parametrize(
+    'args', [(), ('x.py', '--published'), ('x.py', '--rows', 'a'), ('--published', '--shape', 1, 1)]
+)
 def test_arguments_that_contradict(tool: Callable[..., int], args: tuple, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         tool(*args)
@@ -225,8 +243,13 @@ def record() -> dict:
     return json.loads((DOCS / 'complexity.json').read_text(encoding='utf-8'), parse_constant=pytest.fail)
 
 
-def test_two_rows_are_those_of_the_docs(tool: Callable[..., int], capsys: pytest.CaptureFixture, record: dict,
-                                        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_rows_are_those_of_the_docs(
+    tool: Callable[..., int],
+    capsys: pytest.CaptureFixture,
+    record: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(ROOT)
     wanted = ['upernet_convnext-tiny_ade20k.py', 'mask-rcnn_convnext-tiny_coco.py']
     assert tool('--published', '--rows', f'^({"|".join(wanted)})$', '--out', tmp_path) == 0
@@ -254,9 +277,13 @@ def test_every_published_row_is_counted_and_within_tolerance_or_explained(record
         result = results[row['config']]
         assert row['published'] == dict(parameters_m=result.params_m, macs_g=result.flops_g)
         assert tuple(row['input']) == result.input
-        off = {name: (abs(figures['parameters'] / result.params_m / 1e6 - 1),
-                      abs(figures['macs'] / result.flops_g / 1e9 - 1))
-               for name, figures in (('within', row['counts']['deployed']), ('explained', row['authors']))}
+        off = {
+            name: (
+                abs(figures['parameters'] / result.params_m / 1e6 - 1),
+                abs(figures['macs'] / result.flops_g / 1e9 - 1),
+            )
+            for name, figures in (('within', row['counts']['deployed']), ('explained', row['authors']))
+        }
         fitting = [name for name, (held, used) in off.items() if held <= 0.02 and used <= 0.01]
         assert row['status'] == (fitting[0] if fitting else 'unexplained'), row['config']
         assert fitting, f'{row["config"]}: {off}'

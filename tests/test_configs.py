@@ -1,23 +1,12 @@
 """All configs: names, headers, weights to start from, a small build that learns, and their tables."""
+
 import copy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from config_cases import (
-    CONFIGS,
-    LEAVES,
-    NANO,
-    PUBLISHED,
-    ROOT,
-    ROWS,
-    build,
-    dataset_of,
-    load,
-    meta_model,
-    params_m,
-)
+from config_cases import CONFIGS, LEAVES, NANO, PUBLISHED, ROOT, ROWS, build, dataset_of, load, meta_model, params_m
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
@@ -35,6 +24,7 @@ UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']
 
 # ---- the files
 
+
 def test_file_names_and_published_rows_map_one_to_one():
     rows = [row['config'] for task in ('segmentation', 'detection') for row in PUBLISHED[task]]
     assert len(rows) == len(set(rows)) == 23
@@ -44,7 +34,7 @@ def test_file_names_and_published_rows_map_one_to_one():
 @pytest.mark.parametrize('name', LEAVES)
 def test_header_states_command_recipe_and_source(name):
     text = (CONFIGS / name).read_text()
-    header = text[:text.index('_base_')]
+    header = text[: text.index('_base_')]
     assert f'python tools/train.py configs/{name}' in header
     row = ROWS.get(name)
     if row is None:
@@ -54,8 +44,12 @@ def test_header_states_command_recipe_and_source(name):
     length = f'{row["iters"] // 1000}k iterations' if 'iters' in row else f'{row["epochs"]} epochs'
     assert f'8 GPUs x {batch} images (global batch {8 * batch}), {length}' in header
     assert ('fp16' in header) == (PUBLISHED['recipes'][row['recipe']]['amp'] == 'float16')
-    for text, metric in (('mIoU {} single-scale', 'miou_ss'), ('{} multi-scale', 'miou_ms'), ('AP box {}', 'ap_box'),
-                         ('AP mask {}', 'ap_mask')):
+    for text, metric in (
+        ('mIoU {} single-scale', 'miou_ss'),
+        ('{} multi-scale', 'miou_ms'),
+        ('AP box {}', 'ap_box'),
+        ('AP mask {}', 'ap_mask'),
+    ):
         assert (text.format(row.get(metric)) in header) == (row.get(metric) is not None)
     source = PUBLISHED['sources'][row['source']]
     assert source['paper'] in header and source['repository'] in header
@@ -63,6 +57,7 @@ def test_header_states_command_recipe_and_source(name):
 
 
 # ---- weights
+
 
 @pytest.mark.parametrize('name', ROWS)
 def test_weights_are_published_and_of_this_backbone(name):
@@ -79,13 +74,21 @@ def test_weights_are_published_and_of_this_backbone(name):
 # ---- what they build, with small backbones and heads
 
 TINY = {
-    'replk_mm.RepLKNet': dict(layers=[1, 1, 1, 1], channels=[8, 16, 24, 40], large_kernel_sizes=[7, 7, 7, 5],
-                              dw_ratio=1),
+    'replk_mm.RepLKNet': dict(
+        layers=[1, 1, 1, 1], channels=[8, 16, 24, 40], large_kernel_sizes=[7, 7, 7, 5], dw_ratio=1
+    ),
     'replk_mm.ConvNeXt': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
 }
 #: Smaller values of whatever has one of these keys. 32 is what GroupNorm of 32 groups takes.
-SMALLER = {'channels': 8, 'fc_out_channels': 16, 'max_per_img': 8, 'nms_pre': 50, 'num': 16, 'num_convs': 1,
-           'score_thr': 0.0}
+SMALLER = {
+    'channels': 8,
+    'fc_out_channels': 16,
+    'max_per_img': 8,
+    'nms_pre': 50,
+    'num': 16,
+    'num_convs': 1,
+    'score_thr': 0.0,
+}
 
 
 def arch_of(cfg: Config) -> dict:
@@ -144,20 +147,32 @@ def batch(cfg, classes: int) -> dict:
     if cfg.default_scope == 'mmseg':
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
-        samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, classes, (1, 64, 64))), metainfo=meta)
-                   for _ in images]
+
+        samples = [
+            SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, classes, (1, 64, 64))), metainfo=meta)
+            for _ in images
+        ]
         return dict(inputs=images, data_samples=samples)
     import numpy as np
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
-    boxes = torch.tensor([[4., 4., 30., 40.], [20., 10., 62., 60.]])
+
+    boxes = torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 10.0, 62.0, 60.0]])
     masks = np.zeros((2, 64, 64), np.uint8)
     masks[0, 4:40, 4:30] = masks[1, 10:60, 20:62] = 1
     found = dict(bboxes=boxes, labels=torch.tensor([0, classes - 1]), masks=BitmapMasks(masks, 64, 64))
-    return dict(inputs=images, data_samples=[
-        DetDataSample(gt_instances=InstanceData(**found), ignored_instances=InstanceData(bboxes=torch.zeros(0, 4)),
-                      metainfo=dict(meta, batch_input_shape=(64, 64))) for _ in images])
+    return dict(
+        inputs=images,
+        data_samples=[
+            DetDataSample(
+                gt_instances=InstanceData(**found),
+                ignored_instances=InstanceData(bboxes=torch.zeros(0, 4)),
+                metainfo=dict(meta, batch_input_shape=(64, 64)),
+            )
+            for _ in images
+        ],
+    )
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -193,7 +208,8 @@ def test_every_config_takes_a_data_root_and_a_number_of_iterations(name):
     assert {dataset.data_root for dataset in datasets_of(cfg)} == {'elsewhere'}
     if cfg.default_scope == 'mmdet':
         assert {cfg[key].ann_file for key in ('val_evaluator', 'test_evaluator')} == {
-            'elsewhere/annotations/instances_val2017.json'}
+            'elsewhere/annotations/instances_val2017.json'
+        }
     assert cfg.train_cfg == {'type': 'replk_mm.IterBasedTrainLoop', 'max_iters': 40, 'val_interval': 40}
     assert max(schedule.end for schedule in cfg.param_scheduler) == 40
 
@@ -202,15 +218,29 @@ def test_every_config_takes_a_data_root_and_a_number_of_iterations(name):
 def test_configs_name_our_types(name):
     """Nothing replaces a type when a run is prepared."""
     types = {part['type'] for _, part in walk(load(name)._cfg_dict) if isinstance(part.get('type'), str)}
-    replaced = {'IoUMetric', 'CocoMetric', 'CocoDataset', 'SegTTAModel', 'CheckpointHook', 'IterBasedTrainLoop',
-                'EpochBasedTrainLoop', 'ValLoop'}
+    replaced = {
+        'IoUMetric',
+        'CocoMetric',
+        'CocoDataset',
+        'SegTTAModel',
+        'CheckpointHook',
+        'IterBasedTrainLoop',
+        'EpochBasedTrainLoop',
+        'ValLoop',
+    }
     assert not types & replaced
     assert {'replk_mm.CheckpointHook', 'replk_mm.ValLoop'} <= types
 
 
-@pytest.mark.parametrize('name', [
-    'upernet_replk31b_ade20k.py', 'upernet_replk-nano_ade20k.py', 'fcos_replk31b_coco.py',
-    'cascade-mask-rcnn_replk-nano_coco.py'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'upernet_replk31b_ade20k.py',
+        'upernet_replk-nano_ade20k.py',
+        'fcos_replk31b_coco.py',
+        'cascade-mask-rcnn_replk-nano_coco.py',
+    ],
+)
 def test_norms_alone_have_no_weight_decay(name):
     model, norms = meta_model(name), (_BatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm)
     of_norms = {f'{n}.{p}' for n, m in model.named_modules() if isinstance(m, norms) for p, _ in m.named_parameters()}
@@ -218,11 +248,12 @@ def test_norms_alone_have_no_weight_decay(name):
         groups = build_optim_wrapper(model, copy.deepcopy(load(name).optim_wrapper)).optimizer.param_groups
     decay = {id(p): group['weight_decay'] for group in groups for p in group['params']}
     for parameter, value in model.named_parameters():
-        assert decay[id(value)] == (0 if parameter in of_norms else .05), parameter
+        assert decay[id(value)] == (0 if parameter in of_norms else 0.05), parameter
     assert any(parameter.startswith('backbone.') for parameter in of_norms)
 
 
 # ---- the pages that a command writes
+
 
 @pytest.fixture(scope='module')
 def rows() -> list[config_table.Row]:
@@ -249,7 +280,11 @@ def test_a_config_without_a_row_is_named_by_its_weights(rows):
     assert (row.backbone, row.pretraining, row.data, row.kind) == ('ConvNeXt-B', 'ImageNet-1K', 'Cityscapes', '769')
     row = next(row for row in rows if row.path.name == 'cascade-mask-rcnn_convnext-nano_coco.py')
     assert (row.backbone, row.pretraining, row.data, row.kind) == (
-        'ConvNeXt-nano', 'none', 'COCO', 'Cascade Mask R-CNN')
+        'ConvNeXt-nano',
+        'none',
+        'COCO',
+        'Cascade Mask R-CNN',
+    )
 
 
 def test_the_page_and_the_readme_are_as_the_command_writes_them(rows):

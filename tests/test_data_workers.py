@@ -1,4 +1,5 @@
 """Signals to a whole job, as terminals and Slurm send them: data workers outlive them, the state is saved."""
+
 import os
 import signal
 import subprocess
@@ -19,14 +20,32 @@ from replk_mm.errors import INTERRUPTED_STATUS, STOPPED_STATUS
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, STOPPED_STATUS), (signal.SIGINT, INTERRUPTED_STATUS)])
 def test_a_signal_to_all_processes_saves_the_state(number, status, tiny, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'tools/train.py'), str(tiny.config), '--data-root', str(tiny.data), '--work-dir',
-         str(tmp_path), '--device', 'cpu', '--no-preflight', '--cfg-options', 'default_hooks.checkpoint.interval=5',
-         'train_cfg.val_interval=2000', 'train_dataloader.num_workers=2'],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=tool_environment(), start_new_session=True)
+        [
+            sys.executable,
+            str(ROOT / 'tools/train.py'),
+            str(tiny.config),
+            '--data-root',
+            str(tiny.data),
+            '--work-dir',
+            str(tmp_path),
+            '--device',
+            'cpu',
+            '--no-preflight',
+            '--cfg-options',
+            'default_hooks.checkpoint.interval=5',
+            'train_cfg.val_interval=2000',
+            'train_dataloader.num_workers=2',
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=tool_environment(),
+        start_new_session=True,
+    )
     end = time.monotonic() + 120
     while not (tmp_path / 'last_checkpoint').exists():
         assert process.poll() is None and time.monotonic() < end
-        time.sleep(.05)
+        time.sleep(0.05)
     workers = [int(path.name) for path in Path('/proc').glob('[0-9]*') if parent(path) == process.pid]
     assert workers
     os.killpg(process.pid, number)

@@ -1,4 +1,5 @@
 """The demo's chain, shortened, and what its table and exit status say."""
+
 import importlib.util
 import json
 import sys
@@ -14,8 +15,10 @@ from replk_mm.data.demo_scenes import DEMO_CLASSES, DEMO_PALETTE
 
 
 def _rows(before: float, after: float, **others: float) -> list[demo.Row]:
-    return [demo.Row('trained', {'mIoU': before, **others}, 100, 2 * 10**9, Timing(20., 19., 21.)),
-            demo.Row('reparameterized', {'mIoU': after, **others}, 90, 10**9, Timing(10., 9., 11.))]
+    return [
+        demo.Row('trained', {'mIoU': before, **others}, 100, 2 * 10**9, Timing(20.0, 19.0, 21.0)),
+        demo.Row('reparameterized', {'mIoU': after, **others}, 90, 10**9, Timing(10.0, 9.0, 11.0)),
+    ]
 
 
 def test_table_says_what_changed() -> None:
@@ -46,10 +49,19 @@ def test_config_names_the_classes_of_the_scenes(root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('task, metrics, classes', [
-    ('segmentation', ['mIoU'], 8), ('detection', ['box AP', 'box AP50', 'mask AP', 'mask AP50'], 5)])
-def test_the_command_runs_the_whole_chain(task: str, metrics: list[str], classes: int, root: Path, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    'task, metrics, classes',
+    [('segmentation', ['mIoU'], 8), ('detection', ['box AP', 'box AP50', 'mask AP', 'mask AP50'], 5)],
+)
+def test_the_command_runs_the_whole_chain(
+    task: str,
+    metrics: list[str],
+    classes: int,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     monkeypatch.setattr(demo, 'TRAIN_SCENES', 8)
     monkeypatch.setattr(demo, 'VAL_SCENES', 2)
     out = tmp_path / 'demo'

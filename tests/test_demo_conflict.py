@@ -54,8 +54,11 @@ def test_cues_agree_where_they_should(training):
 
 
 def test_every_ordered_pair_of_classes_is_equally_frequent():
-    pairs = Counter((item.spec.shape, texture_class(item.spec)) for index in range(20)
-                    for item in make_conflict_scene(1, 'conflict', index, SIZE).instances)
+    pairs = Counter(
+        (item.spec.shape, texture_class(item.spec))
+        for index in range(20)
+        for item in make_conflict_scene(1, 'conflict', index, SIZE).instances
+    )
     assert pairs == dict.fromkeys(PAIRS, 10)
 
 
@@ -68,7 +71,7 @@ def test_a_conflict_scene_is_its_validation_scene_with_other_textures():
         for item, same in zip(plain.instances, other.instances, strict=True):
             assert (item.mask == same.mask).all() and item.box == same.box
             x0, y0, x1, y1 = item.box
-            outside[max(0, y0 - 1):y1 + 1, max(0, x0 - 1):x1 + 1] = False  # the lens blurs a pixel far
+            outside[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1] = False  # the lens blurs a pixel far
             assert (plain.image[item.mask] != other.image[item.mask]).any()
         assert outside.any() and (plain.image[outside] == other.image[outside]).all()
 
@@ -79,7 +82,7 @@ def test_shapes_of_training_scenes_are_balanced_and_independent(training):
     assert abs(counts - 300).max() < 70  # over 4 standard deviations (14) of 900 draws
     together = np.zeros((3, 3))
     np.add.at(together, (shapes[:, 0], shapes[:, 1]), 1)
-    chi2 = ((together - 300 / 9)**2 / (300 / 9)).sum()
+    chi2 = ((together - 300 / 9) ** 2 / (300 / 9)).sum()
     assert chi2 < 26  # 8 degrees of freedom: one in a thousand
 
 
@@ -88,8 +91,8 @@ def accuracy(features: np.ndarray, target: np.ndarray) -> float:
     x = (features - features.mean(0)) / (features.std(0) + 1e-9)
     half = len(x) // 2
     means = np.stack([x[:half][target[:half] == c].mean(0) for c in range(3)])
-    near = ((x[half:, None] - means)**2).sum(2).argmin(1)
-    neighbours = ((x[half:, None] - x[None, :half])**2).sum(2).argsort(1)[:, :15]
+    near = ((x[half:, None] - means) ** 2).sum(2).argmin(1)
+    neighbours = ((x[half:, None] - x[None, :half]) ** 2).sum(2).argsort(1)[:, :15]
     votes = np.stack([(target[:half][neighbours] == c).sum(1) for c in range(3)], 1).argmax(1)
     return max(np.mean([(guess[target[half:] == c] == c).mean() for c in range(3)]) for guess in (near, votes))
 
@@ -111,8 +114,9 @@ def test_shape_and_texture_tell_the_class_and_nothing_else_does(training):
             features['angle'].append([item.spec.angle])
             features['shape'].append([item.mask.sum() / reach**2])
             # How much brightness changes along a row, at three distances: fine, coarse or regular.
-            steps = [np.abs(grey[:, d:] - grey[:, :-d])[item.mask[:, d:] & item.mask[:, :-d]].mean()
-                     for d in (2, 5, 10)]
+            steps = [
+                np.abs(grey[:, d:] - grey[:, :-d])[item.mask[:, d:] & item.mask[:, :-d]].mean() for d in (2, 5, 10)
+            ]
             features['texture'].append(np.array(steps) / grey[item.mask].std())
             target.append(SHAPES.index(item.spec.shape))
     found = {name: accuracy(np.array(x, float), np.array(target)) for name, x in features.items()}

@@ -1,4 +1,5 @@
 """Scenes whose objects are told apart by a cue far away, and by nothing else."""
+
 import hashlib
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_the_cue_is_far(scenes):
     least, most = (SIZE[1] * part // whole for part, whole in (NEAREST, FARTHEST))
     for scene in scenes:
         for number in range(SIZE[0] // LANE):
-            label = scene.label[number * LANE:(number + 1) * LANE]
+            label = scene.label[number * LANE : (number + 1) * LANE]
             at = [np.flatnonzero(((label >= low) & (label < low + 2)).any(0)).mean() for low in (OBJECT, CUE)]
             assert least <= abs(at[0] - at[1]) <= most
 
@@ -64,14 +65,14 @@ def test_nothing_else_tells_the_class(scenes):
     """Classes are equally frequent, as large, and as bright in every channel; neighbouring lanes are no help."""
     lanes = [lane for scene in scenes for lane in scene.lanes]
     kinds = np.array([lane.kind for lane in lanes])
-    assert abs(kinds.mean() - .5) < 4 * .5 / len(kinds)**.5
+    assert abs(kinds.mean() - 0.5) < 4 * 0.5 / len(kinds) ** 0.5
     colours = np.array([lane.object_colour for lane in lanes])
-    error = colours.std(0) * (4 / len(kinds))**.5
+    error = colours.std(0) * (4 / len(kinds)) ** 0.5
     assert (abs(colours[kinds == 0].mean(0) - colours[kinds == 1].mean(0)) < 4 * error).all()
     areas = [sum((scene.label == OBJECT + kind).sum() for scene in scenes) / (kinds == kind).sum() for kind in (0, 1)]
     assert areas[0] == areas[1]
     majority = [max(k := sum(lane.kind for lane in scene.lanes), 4 - k) / 4 for scene in scenes]
     # A guess from cues pooled over the whole scene.
-    assert abs(np.mean(majority) - 11 / 16) < 4 * np.std(majority) / len(scenes)**0.5
+    assert abs(np.mean(majority) - 11 / 16) < 4 * np.std(majority) / len(scenes) ** 0.5
     pairs = np.array([[scene.lanes[0].kind, scene.lanes[1].kind] for scene in scenes])
-    assert abs(np.corrcoef(pairs.T)[0, 1]) < 4 / len(pairs)**.5
+    assert abs(np.corrcoef(pairs.T)[0, 1]) < 4 / len(pairs) ** 0.5

@@ -1,4 +1,5 @@
 """Demo data: the same everywhere, learnable only by shape and by far context, and written without harm."""
+
 import hashlib
 import json
 import subprocess
@@ -46,8 +47,12 @@ def test_pixels_are_those_of_this_generator_version():
 
 
 def test_seeds_and_splits_share_no_scene():
-    drawn = [digest(make_scene(seed, split, index, (64, 64)))
-             for seed in (0, 1, 2**40) for split in ('train', 'val') for index in range(20)]
+    drawn = [
+        digest(make_scene(seed, split, index, (64, 64)))
+        for seed in (0, 1, 2**40)
+        for split in ('train', 'val')
+        for index in range(20)
+    ]
     assert len(set(drawn)) == len(drawn)
 
 
@@ -107,8 +112,8 @@ def test_colour_and_texture_do_not_tell_the_shapes_apart():
     for kind in range(3):
         x = np.array([f[kind] for f in features])
         means = np.stack([x[:half][target[:half] == c].mean(0) for c in range(3)])
-        nearest_mean = ((x[half:, None] - means)**2).sum(2).argmin(1)
-        neighbours = ((x[half:, None] - x[None, :half])**2).sum(2).argsort(1)[:, :15]
+        nearest_mean = ((x[half:, None] - means) ** 2).sum(2).argmin(1)
+        neighbours = ((x[half:, None] - x[None, :half]) ** 2).sum(2).argsort(1)[:, :15]
         votes = np.stack([(target[:half][neighbours] == c).sum(1) for c in range(3)], 1).argmax(1)
         for guess in (nearest_mean, votes):
             recall = np.array([(guess[target[half:] == c] == c).mean() for c in range(3)])
@@ -160,7 +165,7 @@ def test_a_texture_can_be_exchanged_without_changing_anything_else():
         changed = (variant.image != scene.image).any(2)
         x0, y0, x1, y1 = scene.instances[0].box
         assert (variant.label == scene.label).all() and changed.any()
-        changed[y0 - 1:y1 + 1, x0 - 1:x1 + 1] = False
+        changed[y0 - 1 : y1 + 1, x0 - 1 : x1 + 1] = False
         assert not changed.any()
 
 
@@ -235,14 +240,17 @@ def test_a_folder_of_other_files_is_rejected_even_with_overwrite(tmp_path):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize('args, words', [
-    (('--train', '0'), 'train: the number of scenes'),
-    (('--val', '-3'), 'val: the number of scenes'),
-    (('--seed', '-1'), 'seed: must be 0 or more'),
-    (('--size', '8', '8'), 'size: must be'),
-    (('--size', '64', '512'), 'size: must be'),
-    (('--size', '9999', '9999'), 'size: must be'),
-])
+@pytest.mark.parametrize(
+    'args, words',
+    [
+        (('--train', '0'), 'train: the number of scenes'),
+        (('--val', '-3'), 'val: the number of scenes'),
+        (('--seed', '-1'), 'seed: must be 0 or more'),
+        (('--size', '8', '8'), 'size: must be'),
+        (('--size', '64', '512'), 'size: must be'),
+        (('--size', '9999', '9999'), 'size: must be'),
+    ],
+)
 def test_bad_settings_are_refused_before_anything_is_written(tmp_path, monkeypatch, args, words):
     sys.path.insert(0, str(TOOL.parent))
     try:

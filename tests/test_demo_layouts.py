@@ -1,4 +1,5 @@
 """Demo data as COCO and Cityscapes: exactly the label maps' objects, in files that the libraries read."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -52,8 +53,9 @@ def regions(label: np.ndarray) -> list[tuple[int, frozenset[tuple[int, int]]]]:
     return found
 
 
-@pytest.mark.parametrize('split, folder, ade, count', [
-    ('train', 'train2017', 'training', 6), ('val', 'val2017', 'validation', 4)])
+@pytest.mark.parametrize(
+    'split, folder, ade, count', [('train', 'train2017', 'training', 6), ('val', 'val2017', 'validation', 4)]
+)
 def test_coco_objects_are_the_regions_of_the_label_maps(layouts, capsys, split, folder, ade, count):
     api = COCO(layouts / 'coco' / 'annotations' / f'instances_{folder}.json')
     assert [api.cats[i]['name'] for i in sorted(api.cats)] == ['disc', 'square', 'star', 'triangle_h', 'triangle_v']
@@ -81,8 +83,10 @@ def test_coco_objects_are_the_regions_of_the_label_maps(layouts, capsys, split, 
 def test_the_truth_scores_one_hundred_in_pycocotools(layouts, tmp_path, capsys):
     api = COCO(layouts / 'coco' / 'annotations' / 'instances_val2017.json')
     for kind in ('bbox', 'segm'):
-        perfect = [{**{key: thing[key] for key in ('image_id', 'category_id', 'bbox', 'segmentation')}, 'score': 0.9}
-                   for thing in api.anns.values()]
+        perfect = [
+            {**{key: thing[key] for key in ('image_id', 'category_id', 'bbox', 'segmentation')}, 'score': 0.9}
+            for thing in api.anns.values()
+        ]
         for thing in perfect if kind == 'segm' else ():
             del thing['bbox']
         evaluation = COCOeval(api, api.loadRes(perfect), kind)
@@ -124,9 +128,18 @@ def test_the_beacon_hides_what_it_covers():
 
 
 def test_cityscapes_tree_and_train_ids(layouts):
-    names = {'sky': 'sky', 'ground': 'terrain', 'water': 'road', 'disc': 'car', 'square': 'person', 'star': 'bicycle',
-             'triangle_h': 'bus', 'triangle_v': 'truck'}
+    names = {
+        'sky': 'sky',
+        'ground': 'terrain',
+        'water': 'road',
+        'disc': 'car',
+        'square': 'person',
+        'star': 'bicycle',
+        'triangle_h': 'bus',
+        'triangle_v': 'truck',
+    }
     from mmseg.datasets import CityscapesDataset
+
     classes = CityscapesDataset.METAINFO['classes']
     table = np.array([255, *(classes.index(names[name]) for name in DEMO_CLASSES)], np.uint8)
     meta = json.loads((layouts / 'cityscapes' / 'meta.json').read_text())
@@ -134,8 +147,11 @@ def test_cityscapes_tree_and_train_ids(layouts):
     assert len(set(CITYSCAPES_IDS)) == 8
     assert meta['reduce_zero_label'] is False
     for split, ade in (('train', 'training'), ('val', 'validation')):
-        data = CityscapesDataset(data_root=str(layouts / 'cityscapes'), pipeline=[],
-                                 data_prefix=dict(img_path=f'leftImg8bit/{split}', seg_map_path=f'gtFine/{split}'))
+        data = CityscapesDataset(
+            data_root=str(layouts / 'cityscapes'),
+            pipeline=[],
+            data_prefix=dict(img_path=f'leftImg8bit/{split}', seg_map_path=f'gtFine/{split}'),
+        )
         assert len(data) == {'train': 6, 'val': 4}[split]
         for i in range(len(data)):
             sample = data.get_data_info(i)
@@ -177,6 +193,7 @@ def test_the_demo_config_reads_every_object(root, layouts):
     assert {head.num_classes for head in heads} == {len(THING_CLASSES)}
     from mmdet.registry import DATASETS
     from mmdet.utils import register_all_modules
+
     register_all_modules(init_default_scope=True)
     dataset = dict(cfg.train_dataloader.dataset, data_root=str(layouts / 'coco'))
     data = DATASETS.build(dataset)

@@ -1,4 +1,5 @@
 """Detectors go through the same commands as segmentors: trained, tested, merged, tested again, looked at."""
+
 import contextlib
 import copy
 import io
@@ -44,8 +45,9 @@ def direct_ap(annotations, results, kind: str) -> list[float]:
 @pytest.fixture(scope='module')
 def tested(detector, trained_detector, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp('tested')
-    found = evaluate(detector.cfg(), str(trained_detector), detector.options(out / 'work'),
-                     predictions=out / 'predictions')
+    found = evaluate(
+        detector.cfg(), str(trained_detector), detector.options(out / 'work'), predictions=out / 'predictions'
+    )
     return found, out / 'predictions'
 
 
@@ -72,8 +74,14 @@ def test_ap_of_detections_that_are_nearly_right(tmp_path, classes):
     annotations = root / 'annotations' / 'instances_val2017.json'
     truth = COCO(str(annotations))
     names = METAINFO['classes']
-    metric = METRICS.build(dict(type='replk_mm.CocoMetric', ann_file=str(annotations), metric=['bbox', 'segm'],
-                                outfile_prefix=str(tmp_path / 'out' / 'instances')))
+    metric = METRICS.build(
+        dict(
+            type='replk_mm.CocoMetric',
+            ann_file=str(annotations),
+            metric=['bbox', 'segm'],
+            outfile_prefix=str(tmp_path / 'out' / 'instances'),
+        )
+    )
     metric.dataset_meta = METAINFO
     rng = np.random.default_rng(0)
     for image in truth.dataset['images']:
@@ -87,9 +95,21 @@ def test_ap_of_detections_that_are_nearly_right(tmp_path, classes):
         masks = np.zeros((len(boxes), 96, 96), bool)
         for mask, (left, top, right, bottom) in zip(masks, np.clip(boxes, 0, 96).astype(int), strict=True):
             mask[top:bottom, left:right] = True
-        metric.process({}, [dict(img_id=image['id'], ori_shape=(96, 96), pred_instances=dict(
-            bboxes=torch.tensor(boxes), scores=torch.tensor(rng.random(len(boxes))), labels=torch.tensor(labels),
-            masks=torch.tensor(masks)))])
+        metric.process(
+            {},
+            [
+                dict(
+                    img_id=image['id'],
+                    ori_shape=(96, 96),
+                    pred_instances=dict(
+                        bboxes=torch.tensor(boxes),
+                        scores=torch.tensor(rng.random(len(boxes))),
+                        labels=torch.tensor(labels),
+                        masks=torch.tensor(masks),
+                    ),
+                )
+            ],
+        )
     found = metric.evaluate(12)
     for kind in ('bbox', 'segm'):
         direct = direct_ap(annotations, tmp_path / 'out' / f'instances.{kind}.json', kind)
@@ -110,13 +130,27 @@ def test_figures_belong_to_the_class_whatever_the_order(tmp_path, order, setting
     metric = METRICS.build(dict(type='replk_mm.CocoMetric', ann_file=str(annotations), metric='bbox', **settings))
     metric.dataset_meta = dict(classes=order)
     for image in truth.dataset['images']:  # every b is found exactly, no a
-        boxes = [[a['bbox'][0], a['bbox'][1], a['bbox'][0] + a['bbox'][2], a['bbox'][1] + a['bbox'][3]]
-                 for a in truth.imgToAnns[image['id']] if truth.cats[a['category_id']]['name'] == 'b']
-        metric.process({}, [dict(img_id=image['id'], ori_shape=(96, 96), pred_instances=dict(
-            bboxes=torch.tensor(boxes).reshape(-1, 4).float(), scores=torch.ones(len(boxes)),
-            labels=torch.full((len(boxes),), order.index('b'))))])
+        boxes = [
+            [a['bbox'][0], a['bbox'][1], a['bbox'][0] + a['bbox'][2], a['bbox'][1] + a['bbox'][3]]
+            for a in truth.imgToAnns[image['id']]
+            if truth.cats[a['category_id']]['name'] == 'b'
+        ]
+        metric.process(
+            {},
+            [
+                dict(
+                    img_id=image['id'],
+                    ori_shape=(96, 96),
+                    pred_instances=dict(
+                        bboxes=torch.tensor(boxes).reshape(-1, 4).float(),
+                        scores=torch.ones(len(boxes)),
+                        labels=torch.full((len(boxes),), order.index('b')),
+                    ),
+                )
+            ],
+        )
     found = metric.evaluate(6)
-    assert found['coco/bbox_mAP'] == pytest.approx(.5)
+    assert found['coco/bbox_mAP'] == pytest.approx(0.5)
     assert [metric.per_class[name]['bbox_mAP'] for name in 'ab'] == pytest.approx([0, 1])
     if settings:
         assert found['coco/b_precision'] == pytest.approx(1) and found['coco/a_precision'] == 0
@@ -126,7 +160,7 @@ def test_the_metric_rejects_what_it_does_not_compute():
     with pytest.raises(UserError, match="metric='proposal'.*\n.*type='CocoMetric'"):
         CocoMetric(metric='proposal')
     with pytest.raises(TypeError, match='iou_thrs'):
-        CocoMetric(iou_thrs=[.5, .75])
+        CocoMetric(iou_thrs=[0.5, 0.75])
 
 
 def test_classes_come_with_the_checkpoint(detector, tmp_path):  # noqa: F811
@@ -145,12 +179,17 @@ def test_two_metrics_and_a_joined_data_set(detector, trained_detector, tmp_path)
     found = evaluate(cfg, str(trained_detector), detector.options(tmp_path), predictions=tmp_path / 'p')
     assert all({'bbox_mAP', 'segm_mAP'} <= set(figures) for figures in found.per_class.values()) and found.per_class
     assert {p.name for p in (tmp_path / 'p').iterdir()} == {
-        'instances.bbox.json', 'instances.segm.json', 'instances_2.bbox.json', 'instances_2.segm.json'}
+        'instances.bbox.json',
+        'instances.segm.json',
+        'instances_2.bbox.json',
+        'instances_2.segm.json',
+    }
 
 
 def test_labels_go_by_name_whatever_the_order_of_the_file(detector, tmp_path):  # noqa: F811
     from mmdet.registry import DATASETS
     from mmengine.registry import init_default_scope
+
     init_default_scope('mmdet')
     for i, order in enumerate((CLASSES, ('person', 'car', 'dog'), ('dog', 'bicycle'))):
         root = write_coco(tmp_path / str(i), classes=order)
@@ -221,20 +260,38 @@ def test_memory_layout_of_the_features_changes_no_detection(detector, trained_de
         assert a['box'] == pytest.approx(b['box'], abs=1e-3)
 
 
-@pytest.mark.parametrize('pipeline, expected', [
-    ([dict(type='Resize', scale=(1333, 800), keep_ratio=True)], (800, 1333)),
-    ([dict(type='RandomChoiceResize', scales=[(480, 1333), (800, 1333)])], (800, 1333)),
-    ([dict(type='RandomChoice', transforms=[
-        [dict(type='RandomChoiceResize', scales=[(480, 1333), (640, 1333)])],
-        [dict(type='RandomChoiceResize', scales=[(400, 4200)]), dict(type='RandomCrop', crop_size=(384, 600),
-                                                                    crop_type='absolute_range'),
-         dict(type='RandomChoiceResize', scales=[(480, 1333), (800, 1333)])]])], (800, 1333)),
-    ([dict(type='RandomResize', scale=(1024, 1024), ratio_range=(.1, 2.)),
-      dict(type='RandomCrop', crop_size=(640, 512))],
-     (512, 640)),
-    ([dict(type='RandomResize', scale=(100, 200), ratio_range=(.1, 2.)), dict(type='RandomFlip')], (200, 400)),
-    ([dict(type='RandomFlip')], None),
-])
+@pytest.mark.parametrize(
+    'pipeline, expected',
+    [
+        ([dict(type='Resize', scale=(1333, 800), keep_ratio=True)], (800, 1333)),
+        ([dict(type='RandomChoiceResize', scales=[(480, 1333), (800, 1333)])], (800, 1333)),
+        (
+            [
+                dict(
+                    type='RandomChoice',
+                    transforms=[
+                        [dict(type='RandomChoiceResize', scales=[(480, 1333), (640, 1333)])],
+                        [
+                            dict(type='RandomChoiceResize', scales=[(400, 4200)]),
+                            dict(type='RandomCrop', crop_size=(384, 600), crop_type='absolute_range'),
+                            dict(type='RandomChoiceResize', scales=[(480, 1333), (800, 1333)]),
+                        ],
+                    ],
+                )
+            ],
+            (800, 1333),
+        ),
+        (
+            [
+                dict(type='RandomResize', scale=(1024, 1024), ratio_range=(0.1, 2.0)),
+                dict(type='RandomCrop', crop_size=(640, 512)),
+            ],
+            (512, 640),
+        ),
+        ([dict(type='RandomResize', scale=(100, 200), ratio_range=(0.1, 2.0)), dict(type='RandomFlip')], (200, 400)),
+        ([dict(type='RandomFlip')], None),
+    ],
+)
 def test_size_of_images_is_what_the_last_step_makes_it(pipeline, expected):
     cfg = Config(dict(model=dict(), train_dataloader=dict(dataset=dict(type='CocoDataset', pipeline=pipeline))))
     assert crop_of(cfg) == expected

@@ -1,4 +1,5 @@
 """Passes over a loader that begin anywhere."""
+
 import random
 from itertools import islice
 
@@ -38,12 +39,12 @@ def loader(size: int, drop_last: bool = False, batch_size: int = 2):
 def test_finite_passes_go_on_anywhere(size, start):
     """By hand: all passes in a row, of which the first ``start`` batches are cut off."""
     rows = [(np.random.default_rng(epoch).permutation(size) + 100).tolist() for epoch in range(20)]
-    whole = [row[i:i + 2] for row in rows for i in range(0, size, 2)]
+    whole = [row[i : i + 2] for row in rows for i in range(0, size, 2)]
     batches, seeds = loader(size)
     found = [batch.tolist() for batch in islice(endless(batches, start), 6)]
-    assert found == whole[start:start + 6]
+    assert found == whole[start : start + 6]
     sizes = [len(batch) for batch in found]
-    assert seeds[:sum(sizes)] == [2 * (start + i) + j for i, n in enumerate(sizes) for j in range(n)]
+    assert seeds[: sum(sizes)] == [2 * (start + i) + j for i, n in enumerate(sizes) for j in range(n)]
 
 
 @pytest.mark.parametrize('start', [0, 3])
@@ -67,8 +68,14 @@ def test_a_sampler_of_torch_is_taken_as_it_is():
 
 def test_seeds_are_of_the_run_the_iteration_the_process_and_the_sample():
     seen = []
-    for seed, *words in ((seed_iteration, 1, 5), (seed_iteration, 1, 6), (seed_iteration, 2, 5),
-                         (seed_iteration, 1, 5, 1), (seed_sample, 1, 5), (seed_iteration, 1, 5)):
+    for seed, *words in (
+        (seed_iteration, 1, 5),
+        (seed_iteration, 1, 6),
+        (seed_iteration, 2, 5),
+        (seed_iteration, 1, 5, 1),
+        (seed_sample, 1, 5),
+        (seed_iteration, 1, 5),
+    ):
         seed(*words)
         seen.append((random.random(), float(torch.rand(()))))
     assert seen[0] == seen[-1] and len(set(seen)) == len(seen) - 1

@@ -1,4 +1,5 @@
 """Reading a config and fitting it to a machine: every mistake is named, every change is said."""
+
 import copy
 from functools import cache
 
@@ -14,14 +15,14 @@ from replk_mm.engine.machine import Options
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.errors import UserError
 
-SMALL = '''
+SMALL = """
 model = dict(decode_head=dict(in_channels=[1, 2]))
 crop_size = (8, 8)
 param_scheduler = [dict(type='PolyLR')]
 train_dataloader = dict(batch_size=1)
 optim_wrapper = dict(optimizer=dict(lr=1))
 test_dataloader = dict()
-'''
+"""
 NANO = str(ROOT / 'configs' / 'upernet_replk-nano_ade20k.py')
 
 
@@ -54,9 +55,18 @@ def test_missing_config_is_named_with_its_neighbour():
     assert NANO in str(info.value)
 
 
-@pytest.mark.parametrize('text', [
-    'model = dict(\n', '_base_ = "./gone.py"\n', '_base_ = "mmseg::_base_/gone.py"\n', '_base_ = "nothere::x.py"\n',
-    'model = undefined_name\n', 'x = 1 / 0\n', 'x = int("a")\n'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        'model = dict(\n',
+        '_base_ = "./gone.py"\n',
+        '_base_ = "mmseg::_base_/gone.py"\n',
+        '_base_ = "nothere::x.py"\n',
+        'model = undefined_name\n',
+        'x = 1 / 0\n',
+        'x = int("a")\n',
+    ],
+)
 def test_unreadable_config_is_named(tmp_path, text):
     path = write(tmp_path, text)
     with pytest.raises(UserError, match='cannot be read') as info:
@@ -93,14 +103,17 @@ def test_overrides_reach_the_config():
     assert (cfg.model.backbone.arch, cfg.param_scheduler[0].end, cfg.my_own) == ('31B', 7, 3)
 
 
-@pytest.mark.parametrize(('options', 'named'), [
-    ({'param_scheduler.9.end': 3}, 'param_scheduler.9.end'),
-    ({'model.decode_head.in_channels.x': 3}, 'in_channels.x'),
-    ({'crop_size.x.y': 3}, 'crop_size.x.y'),
-    ({'model': 3}, 'model'),
-    ({'train_dataloder.batch_size': 3}, 'train_dataloder'),
-    ({'optim_wraper.optimizer.lr': 3}, 'optim_wraper'),
-])
+@pytest.mark.parametrize(
+    ('options', 'named'),
+    [
+        ({'param_scheduler.9.end': 3}, 'param_scheduler.9.end'),
+        ({'model.decode_head.in_channels.x': 3}, 'in_channels.x'),
+        ({'crop_size.x.y': 3}, 'crop_size.x.y'),
+        ({'model': 3}, 'model'),
+        ({'train_dataloder.batch_size': 3}, 'train_dataloder'),
+        ({'optim_wraper.optimizer.lr': 3}, 'optim_wraper'),
+    ],
+)
 def test_override_that_does_not_fit_is_named(tmp_path, options, named):
     with pytest.raises(UserError) as info:
         load_config(write(tmp_path, SMALL), options)
@@ -114,14 +127,17 @@ def test_misspelt_override_gets_a_suggestion(tmp_path):
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(('options', 'named', 'suggestion'), [
-    ({'model.backbone.with_pc': True}, 'model.backbone.with_pc', 'with_cp'),
-    ({'model.decode_head.num_clases': 3}, 'model.decode_head.num_clases', 'num_classes'),
-    ({'model.auxiliary_head.num_conv': 3}, 'model.auxiliary_head.num_conv', 'num_convs'),
-    ({'model.bakbone.arch': 3}, 'model.bakbone', 'backbone'),
-    ({'model.backbone.type': 'replk_mm.RepLKNat'}, "model.backbone.type='replk_mm.RepLKNat'", 'replk_mm.RepLKNet'),
-    ({'model.decode_head.type': 'UPerHed'}, "model.decode_head.type='UPerHed'", 'UPerHead'),
-])
+@pytest.mark.parametrize(
+    ('options', 'named', 'suggestion'),
+    [
+        ({'model.backbone.with_pc': True}, 'model.backbone.with_pc', 'with_cp'),
+        ({'model.decode_head.num_clases': 3}, 'model.decode_head.num_clases', 'num_classes'),
+        ({'model.auxiliary_head.num_conv': 3}, 'model.auxiliary_head.num_conv', 'num_convs'),
+        ({'model.bakbone.arch': 3}, 'model.bakbone', 'backbone'),
+        ({'model.backbone.type': 'replk_mm.RepLKNat'}, "model.backbone.type='replk_mm.RepLKNat'", 'replk_mm.RepLKNet'),
+        ({'model.decode_head.type': 'UPerHed'}, "model.decode_head.type='UPerHed'", 'UPerHead'),
+    ],
+)
 def test_unknown_argument_or_type_names_its_field(options, named, suggestion):
     with pytest.raises(UserError) as info:
         build_model(nano(options), 'meta')
@@ -130,10 +146,18 @@ def test_unknown_argument_or_type_names_its_field(options, named, suggestion):
     assert f'Did you mean {suggestion}' in str(info.value)
 
 
-@pytest.mark.parametrize('options', [
-    {'model.backbone.frozen_stages': 9}, {'model.backbone.arch': '32B'}, {'model.decode_head.in_channels': [8, 16]},
-    {'model.decode_head.channels': -3}, {'model.decode_head.num_classes': 'many'}, {'model.backbone': 3},
-    {'model.backbone.out_indices': [0, 7]}])
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'model.backbone.frozen_stages': 9},
+        {'model.backbone.arch': '32B'},
+        {'model.decode_head.in_channels': [8, 16]},
+        {'model.decode_head.channels': -3},
+        {'model.decode_head.num_classes': 'many'},
+        {'model.backbone': 3},
+        {'model.backbone.out_indices': [0, 7]},
+    ],
+)
 def test_bad_value_is_a_user_error_with_the_config_and_a_reason(options):
     with pytest.raises(UserError, match='the model cannot be built: .') as info:
         build_model(nano(options), 'meta')
@@ -141,11 +165,12 @@ def test_bad_value_is_a_user_error_with_the_config_and_a_reason(options):
 
 
 # -- shortening -------------------------------------------------------------------------------------------------------
-def rates(cfg: Config, iterations: int, base: float = 1.) -> list[float]:
+def rates(cfg: Config, iterations: int, base: float = 1.0) -> list[float]:
     """Learning rate of every iteration, from mmengine's own schedulers."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base)
-    schedulers = [PARAM_SCHEDULERS.build(copy.deepcopy(s), default_args=dict(optimizer=optimizer))
-                  for s in cfg.param_scheduler]
+    schedulers = [
+        PARAM_SCHEDULERS.build(copy.deepcopy(s), default_args=dict(optimizer=optimizer)) for s in cfg.param_scheduler
+    ]
     found = []
     for _ in range(iterations):
         found.append(optimizer.param_groups[0]['lr'])
@@ -158,7 +183,7 @@ def rates(cfg: Config, iterations: int, base: float = 1.) -> list[float]:
 def expected(iterations: int, warm_up: int, start: float = 1e-3) -> list[float]:
     """By hand: a line from 1 to 0 over all iterations, times a line from ``start`` to 1 over the first ``warm_up``."""
     decay = [1 - i / (iterations - 1) for i in range(iterations)]
-    rise = [min(1., start + (1 - start) * i / (warm_up - 1)) if warm_up > 1 else 1. for i in range(iterations)]
+    rise = [min(1.0, start + (1 - start) * i / (warm_up - 1)) if warm_up > 1 else 1.0 for i in range(iterations)]
     return [d * r for d, r in zip(decay, rise, strict=True)]
 
 
@@ -167,8 +192,10 @@ def expected(iterations: int, warm_up: int, start: float = 1e-3) -> list[float]:
 def test_shortened_schedule_gives_the_table_by_hand(iterations, warm_up):
     cfg = nano()
     cfg.train_cfg.max_iters = 2000
-    cfg.param_scheduler = [dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
-                           dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=2000)]
+    cfg.param_scheduler = [
+        dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
+        dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=2000),
+    ]
     line = shorten(cfg, iterations)
     assert str(iterations) in line
     assert '2000' in line
@@ -188,12 +215,16 @@ def test_shortened_run_logs_on_its_way(iterations, interval):
 
 
 def epoch_config(**scheduler) -> Config:
-    return Config(dict(
-        train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1),
-        param_scheduler=[dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=500),
-                         dict(type='MultiStepLR', begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1,
-                              **scheduler)],
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1))))
+    return Config(
+        dict(
+            train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=1),
+            param_scheduler=[
+                dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=500),
+                dict(type='MultiStepLR', begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1, **scheduler),
+            ],
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
+        )
+    )
 
 
 @pytest.mark.parametrize('more', [{}, {'convert_to_iter_based': True}])
@@ -201,8 +232,8 @@ def test_epochs_become_iterations_in_proportion(more):
     cfg = epoch_config(**more)
     shorten(cfg, 120)
     found = rates(cfg, 120)
-    rise = [min(1., 0.01 + 0.99 * i / 11) for i in range(120)]  # a tenth of the run
-    steps = [1. if i < 80 else 0.1 if i < 110 else 0.01 for i in range(120)]
+    rise = [min(1.0, 0.01 + 0.99 * i / 11) for i in range(120)]  # a tenth of the run
+    steps = [1.0 if i < 80 else 0.1 if i < 110 else 0.01 for i in range(120)]
     assert found == pytest.approx([r * s for r, s in zip(rise, steps, strict=True)], rel=1e-4)
     assert cfg.train_cfg.type == 'IterBasedTrainLoop'
     assert cfg.default_hooks.checkpoint.by_epoch is False
@@ -211,10 +242,14 @@ def test_epochs_become_iterations_in_proportion(more):
 
 
 def test_shortening_a_step_schedule_moves_its_steps():
-    cfg = Config(dict(train_cfg=dict(type='IterBasedTrainLoop', max_iters=1000),
-                      param_scheduler=dict(type='StepLR', by_epoch=False, step_size=300, gamma=0.1)))
+    cfg = Config(
+        dict(
+            train_cfg=dict(type='IterBasedTrainLoop', max_iters=1000),
+            param_scheduler=dict(type='StepLR', by_epoch=False, step_size=300, gamma=0.1),
+        )
+    )
     shorten(cfg, 10)
-    assert rates(cfg, 10) == pytest.approx([1.] * 3 + [.1] * 3 + [.01] * 3 + [.001])
+    assert rates(cfg, 10) == pytest.approx([1.0] * 3 + [0.1] * 3 + [0.01] * 3 + [0.001])
     assert cfg.default_hooks.checkpoint.interval == 10
 
 
@@ -226,12 +261,18 @@ def test_shortening_without_a_length_is_refused():
 # -- this machine -----------------------------------------------------------------------------------------------------
 def machine_config(**optim) -> Config:
     norm = dict(type='SyncBN', requires_grad=True)
-    return Config(dict(
-        model=dict(backbone=dict(norm_cfg=dict(norm)), heads=[dict(norm_cfg=dict(norm), convs=[dict(type='MMSyncBN')])],
-                   decode_head=dict(norm_cfg=dict(type='GN', num_groups=4))),
-        env_cfg=dict(dist_cfg=dict(backend='nccl')),
-        optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1.)) | optim,
-        **{f'{s}_dataloader': dict(num_workers=999, persistent_workers=True) for s in ('train', 'val', 'test')}))
+    return Config(
+        dict(
+            model=dict(
+                backbone=dict(norm_cfg=dict(norm)),
+                heads=[dict(norm_cfg=dict(norm), convs=[dict(type='MMSyncBN')])],
+                decode_head=dict(norm_cfg=dict(type='GN', num_groups=4)),
+            ),
+            env_cfg=dict(dist_cfg=dict(backend='nccl')),
+            optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1.0)) | optim,
+            **{f'{s}_dataloader': dict(num_workers=999, persistent_workers=True) for s in ('train', 'val', 'test')},
+        )
+    )
 
 
 def test_synchronized_norms_become_plain_ones_everywhere():
@@ -281,20 +322,23 @@ AMP = dict(type='AmpOptimWrapper', loss_scale='dynamic')
 BF16 = 'replk_mm.BFloat16OptimWrapper'
 
 
-@pytest.mark.parametrize(('configured', 'amp', 'device', 'kind', 'said'), [
-    (AMP, None, 'cpu', 'OptimWrapper', 'float32 instead of float16'),
-    (AMP | dict(dtype='float16'), None, 'cpu', 'OptimWrapper', 'float32 instead of float16'),
-    (AMP | dict(dtype='bfloat16'), None, 'cpu', BF16, 'bfloat16'),
-    (AMP, 'bf16', 'cpu', BF16, 'bfloat16'),
-    ({}, 'bf16', 'cpu', BF16, 'bfloat16'),
-    ({}, None, 'cpu', 'OptimWrapper', None),
-    (dict(type=BF16), None, 'cpu', BF16, 'bfloat16'),
-    (dict(type='TheirOwnWrapper', key=1), None, 'cpu', 'TheirOwnWrapper', None),
-    (AMP, None, 'cuda', 'AmpOptimWrapper', None),
-    ({}, 'fp16', 'cuda', 'AmpOptimWrapper', 'float16'),
-    ({}, 'bf16', 'cuda', 'AmpOptimWrapper', 'bfloat16'),
-    (dict(type=BF16), None, 'cuda', 'AmpOptimWrapper', 'bfloat16'),
-])
+@pytest.mark.parametrize(
+    ('configured', 'amp', 'device', 'kind', 'said'),
+    [
+        (AMP, None, 'cpu', 'OptimWrapper', 'float32 instead of float16'),
+        (AMP | dict(dtype='float16'), None, 'cpu', 'OptimWrapper', 'float32 instead of float16'),
+        (AMP | dict(dtype='bfloat16'), None, 'cpu', BF16, 'bfloat16'),
+        (AMP, 'bf16', 'cpu', BF16, 'bfloat16'),
+        ({}, 'bf16', 'cpu', BF16, 'bfloat16'),
+        ({}, None, 'cpu', 'OptimWrapper', None),
+        (dict(type=BF16), None, 'cpu', BF16, 'bfloat16'),
+        (dict(type='TheirOwnWrapper', key=1), None, 'cpu', 'TheirOwnWrapper', None),
+        (AMP, None, 'cuda', 'AmpOptimWrapper', None),
+        ({}, 'fp16', 'cuda', 'AmpOptimWrapper', 'float16'),
+        ({}, 'bf16', 'cuda', 'AmpOptimWrapper', 'bfloat16'),
+        (dict(type=BF16), None, 'cuda', 'AmpOptimWrapper', 'bfloat16'),
+    ],
+)
 def test_precision_follows_the_device(configured, amp, device, kind, said):
     cfg = machine_config(**configured)
     notes = [n for n in fit_to_machine(cfg, amp, device, 1) if n.startswith('precision')]
@@ -315,7 +359,7 @@ def test_half_precision_on_a_cpu_is_refused():
 def test_bfloat16_without_instructions_is_said_to_gain_nothing(monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(config, 'bfloat16_instructions', lambda fast=fast: fast)
-        note, = [n for n in fit_to_machine(machine_config(), 'bf16', 'cpu', 1) if n.startswith('precision')]
+        (note,) = [n for n in fit_to_machine(machine_config(), 'bf16', 'cpu', 1) if n.startswith('precision')]
         assert ('gains nothing' in note) != fast
 
 
@@ -327,11 +371,20 @@ def test_replace_type_counts():
 
 def test_data_root_reaches_wrapped_sets_and_evaluators():
     leaf = dict(type='X', data_root='data/coco/', ann_file='a.json')
-    cfg = Config(dict(model={}, data_root='data/coco/', test_dataloader=dict(dataset=dict(leaf)),
-                      train_dataloader=dict(dataset=dict(type='RepeatDataset', dataset=dict(
-                          type='ConcatDataset', datasets=[dict(leaf), dict(leaf)]))),
-                      val_evaluator=dict(type='CocoMetric', ann_file='data/coco/annotations/val.json'),
-                      test_evaluator=[dict(type='CocoMetric', ann_file='elsewhere/val.json')]))
+    cfg = Config(
+        dict(
+            model={},
+            data_root='data/coco/',
+            test_dataloader=dict(dataset=dict(leaf)),
+            train_dataloader=dict(
+                dataset=dict(
+                    type='RepeatDataset', dataset=dict(type='ConcatDataset', datasets=[dict(leaf), dict(leaf)])
+                )
+            ),
+            val_evaluator=dict(type='CocoMetric', ann_file='data/coco/annotations/val.json'),
+            test_evaluator=[dict(type='CocoMetric', ann_file='elsewhere/val.json')],
+        )
+    )
     set_data_root(cfg, 'my\\1/data')
     assert cfg.data_root == cfg.test_dataloader.dataset.data_root == 'my\\1/data'
     assert [d.data_root for d in cfg.train_dataloader.dataset.dataset.datasets] == ['my\\1/data'] * 2
@@ -342,8 +395,11 @@ def test_data_root_reaches_wrapped_sets_and_evaluators():
 @pytest.mark.parametrize('name', ['upernet_convnext-tiny_ade20k.py', 'upernet_replk31b_ade20k.py'])
 def test_config_for_eight_gpus_is_ready_for_one_cpu(name, tiny, tmp_path):  # noqa: F811
     cfg = load_config(str(ROOT / 'configs' / name))
-    notes = '\n'.join(prepare_training(cfg, Options(data_root=str(tiny.data), work_dir=str(tmp_path), pretrained='none',
-                                                    device='cpu')))
+    notes = '\n'.join(
+        prepare_training(
+            cfg, Options(data_root=str(tiny.data), work_dir=str(tmp_path), pretrained='none', device='cpu')
+        )
+    )
     assert 'SyncBN' not in str(cfg.model)
     assert cfg.optim_wrapper.type == 'OptimWrapper'
     assert 'init_cfg' not in cfg.model.backbone

@@ -1,4 +1,5 @@
 """The environment report, its probes, and the compilation of mmcv with small stand-ins for its sources."""
+
 import importlib.util
 import json
 import os
@@ -41,6 +42,7 @@ def pins(name: str) -> list[PipRequirement]:
 @pytest.fixture
 def executable(tmp_path, monkeypatch):
     """Write a shell script that is found first on the PATH."""
+
     def write(name: str, body: str) -> Path:
         path = tmp_path / 'bin' / name
         path.parent.mkdir(exist_ok=True)
@@ -48,10 +50,12 @@ def executable(tmp_path, monkeypatch):
         path.chmod(0o755)
         monkeypatch.setenv('PATH', f'{path.parent}{os.pathsep}{os.environ["PATH"]}')
         return path
+
     return write
 
 
 # -- versions
+
 
 @pytest.mark.parametrize('version', ['2.1.0', '2.0.1', '2.0.0', '2.2', '2.2.0', '2.10.3', '1.99', '2.13.0+cpu', '2'])
 @pytest.mark.parametrize('specifier', ['>=2.0.1,<2.2', '>=2.1', '<2.2', '', '>=2,<2.13'])
@@ -70,8 +74,12 @@ def test_direct_dependencies_are_pinned_within_the_ranges(name):
 
 @pytest.mark.parametrize('python', ['3.10', '3.11', '3.13'])
 def test_every_python_gets_one_pin_of_each(python):
-    names = [pin.name for name in ('build', 'runtime', 'dev') for pin in pins(name)
-             if pin.marker is None or pin.marker.evaluate({'python_version': python})]
+    names = [
+        pin.name
+        for name in ('build', 'runtime', 'dev')
+        for pin in pins(name)
+        if pin.marker is None or pin.marker.evaluate({'python_version': python})
+    ]
     assert len(names) == len(set(names))
     assert {'numpy', 'matplotlib', 'regex', 'setuptools', 'mmengine'} <= set(names)
 
@@ -86,6 +94,7 @@ def test_mmcv_to_build_is_in_range():
 
 
 # -- the report
+
 
 def test_missing_and_outdated_dependencies():
     missing = check_dependency(Requirement('no-such-thing', 'no_such_thing', '>=1'))
@@ -106,7 +115,7 @@ def test_ability_names_the_fix_of_what_it_needs():
 
 
 def test_gpu_is_judged_by_torch_and_by_the_operators():
-    device = {'name': 'cuda:0', 'model': 'Some GPU', 'memory_gib': 80.}
+    device = {'name': 'cuda:0', 'model': 'Some GPU', 'memory_gib': 80.0}
     torch = {'ok': True, 'cuda': '13.0', 'devices': [device]}
     works = environment.check_operators({'ok': True, 'devices': {'cpu': 'ok', 'cuda:0': 'ok'}}, torch)
     fails = environment.check_operators({'ok': True, 'devices': {'cpu': 'ok', 'cuda:0': 'RuntimeError: no'}}, torch)
@@ -117,15 +126,31 @@ def test_gpu_is_judged_by_torch_and_by_the_operators():
 
 
 def test_text_report_is_aligned_and_ends_in_commands():
-    machine = {'system': 'Linux', 'logical_cpus': 4, 'usable_cpus': 2, 'torch_threads': None, 'torch_capability': None,
-               'instruction_sets': ['avx2'], 'memory_gib': 8., 'memory_available_gib': None, 'disk_free_gib': 1.25,
-               'disk_path': '/here'}
+    machine = {
+        'system': 'Linux',
+        'logical_cpus': 4,
+        'usable_cpus': 2,
+        'torch_threads': None,
+        'torch_capability': None,
+        'instruction_sets': ['avx2'],
+        'memory_gib': 8.0,
+        'memory_available_gib': None,
+        'disk_free_gib': 1.25,
+        'disk_path': '/here',
+    }
     dependencies = [Finding('a', 'ok', '1.0', '>=1'), Finding('much-longer', 'missing', '-', 'any', 'make setup')]
-    report = Report('3.11.7', '/bin/python', dependencies, [Finding('cpu', 'ok')], machine,
-                    [Finding('segmentation', 'ok'), Finding('detection', 'no', 'broken', fix='make setup')])
+    report = Report(
+        '3.11.7',
+        '/bin/python',
+        dependencies,
+        [Finding('cpu', 'ok')],
+        machine,
+        [Finding('segmentation', 'ok'), Finding('detection', 'no', 'broken', fix='make setup')],
+    )
     lines = format_report(report).splitlines()
-    assert {line.index('ok') for line in lines if line.startswith('a ')} == \
-        {line.index('missing') for line in lines if line.startswith('much-longer')}
+    assert {line.index('ok') for line in lines if line.startswith('a ')} == {
+        line.index('missing') for line in lines if line.startswith('much-longer')
+    }
     assert 'memory        unknown free of 8.0 GiB' in lines
     assert lines[-1].split() == ['make', 'setup', 'much-longer,', 'detection']
     assert not report.healthy and json.loads(json.dumps(report.as_dict()))['healthy'] is False
@@ -134,8 +159,12 @@ def test_text_report_is_aligned_and_ends_in_commands():
 def test_doctor_needs_the_standard_library_alone(tmp_path):
     """In an empty environment it reports what is missing and how to get it, with status 1 and no traceback."""
     venv.create(tmp_path / 'empty', with_pip=False)
-    done = subprocess.run([tmp_path / 'empty' / 'bin' / 'python', ROOT / 'tools' / 'doctor.py', '--json'],
-                          capture_output=True, text=True, env={'PATH': os.environ['PATH']})
+    done = subprocess.run(
+        [tmp_path / 'empty' / 'bin' / 'python', ROOT / 'tools' / 'doctor.py', '--json'],
+        capture_output=True,
+        text=True,
+        env={'PATH': os.environ['PATH']},
+    )
     assert done.returncode == 1 and done.stderr == ''
     report = json.loads(done.stdout)
     status = {finding['name']: finding['status'] for finding in report['dependencies']}
@@ -159,22 +188,34 @@ def test_probes_survive_what_they_probe(executable):
     assert run_probe('nothing') == {'ok': False, 'error': "KeyError: 'nothing'"}
     assert 'killed by signal 11' in run_probe('torch', python=str(executable('crash', 'kill -SEGV $$')))['error']
     assert 'status 3: gone' in run_probe('torch', python=str(executable('fail', 'echo gone >&2; exit 3')))['error']
-    assert 'no answer' in run_probe('torch', python=str(executable('hang', 'exec sleep 30')), timeout=.2)['error']
+    assert 'no answer' in run_probe('torch', python=str(executable('hang', 'exec sleep 30')), timeout=0.2)['error']
 
 
 # -- compiling mmcv
 
-@pytest.mark.parametrize(('log', 'cause', 'remedy'), [
-    ('c++: fatal error: Killed signal terminated program cc1plus\ncompilation terminated.', 'of memory', 'MAX_JOBS=1'),
-    ('nms.cpp:1:10: fatal error: Python.h: No such file or directory\n', 'Python.h', 'python3-dev'),
-    ("error: command 'g++' failed: No such file or directory", 'no C++ compiler', 'apt-get install g++'),
-    ('/bin/sh: 1: c++: not found\nninja: build stopped: subcommand failed.', 'no C++ compiler', 'apt-get install g++'),
-    ("ModuleNotFoundError: No module named 'pkg_resources'", 'setuptools', 'setuptools<80'),
-    ('OSError: [Errno 28] No space left on device', 'disk is full', 'free'),
-    ('nms_cuda.cu(12): error: identifier "x" is undefined', 'CUDA', 'MMCV_CUDA=0'),
-    ('[1/3] c++ a.cpp\na.cpp:3: error: no such type\nb.cpp:1: error: later', 'a.cpp:3: error: no such type', 'log'),
-    ('nothing at all', 'no cause', 'log'),
-])
+
+@pytest.mark.parametrize(
+    ('log', 'cause', 'remedy'),
+    [
+        (
+            'c++: fatal error: Killed signal terminated program cc1plus\ncompilation terminated.',
+            'of memory',
+            'MAX_JOBS=1',
+        ),
+        ('nms.cpp:1:10: fatal error: Python.h: No such file or directory\n', 'Python.h', 'python3-dev'),
+        ("error: command 'g++' failed: No such file or directory", 'no C++ compiler', 'apt-get install g++'),
+        (
+            '/bin/sh: 1: c++: not found\nninja: build stopped: subcommand failed.',
+            'no C++ compiler',
+            'apt-get install g++',
+        ),
+        ("ModuleNotFoundError: No module named 'pkg_resources'", 'setuptools', 'setuptools<80'),
+        ('OSError: [Errno 28] No space left on device', 'disk is full', 'free'),
+        ('nms_cuda.cu(12): error: identifier "x" is undefined', 'CUDA', 'MMCV_CUDA=0'),
+        ('[1/3] c++ a.cpp\na.cpp:3: error: no such type\nb.cpp:1: error: later', 'a.cpp:3: error: no such type', 'log'),
+        ('nothing at all', 'no cause', 'log'),
+    ],
+)
 def test_cause_of_a_failed_build(log, cause, remedy):
     found = build_mmcv.find_cause(log)
     assert cause in found[0] and remedy in found[1]
@@ -190,6 +231,7 @@ def project(tmp_path, monkeypatch):
     def write(code: str) -> Path:
         (folder / 'source' / 'setup.py').write_text(code)
         return folder
+
     return write
 
 
@@ -222,25 +264,29 @@ def test_missing_compiler_is_found_first(tmp_path, monkeypatch):
 
 
 def test_interruption_stops_the_compilers(project):
-    folder = project("import pathlib, subprocess\n"
-                     "compiler = subprocess.Popen(['sleep', '60'])\n"
-                     "pathlib.Path('part').write_text(str(compiler.pid))\n"
-                     "pathlib.Path('part').rename('noted')\n"
-                     "compiler.wait()")
-    code = ('import pathlib, signal, sys; signal.signal(signal.SIGTERM, signal.default_int_handler)\n'
-            f'sys.path.insert(0, {str(ROOT / "scripts")!r})\n'
-            f'import build_mmcv; build_mmcv.compile_wheel(pathlib.Path({str(folder)!r}), False)')
+    folder = project(
+        'import pathlib, subprocess\n'
+        "compiler = subprocess.Popen(['sleep', '60'])\n"
+        "pathlib.Path('part').write_text(str(compiler.pid))\n"
+        "pathlib.Path('part').rename('noted')\n"
+        'compiler.wait()'
+    )
+    code = (
+        'import pathlib, signal, sys; signal.signal(signal.SIGTERM, signal.default_int_handler)\n'
+        f'sys.path.insert(0, {str(ROOT / "scripts")!r})\n'
+        f'import build_mmcv; build_mmcv.compile_wheel(pathlib.Path({str(folder)!r}), False)'
+    )
     process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     note = folder / 'source' / 'noted'
     deadline = time.monotonic() + 60
     while not note.exists() and time.monotonic() < deadline:
-        time.sleep(.05)
+        time.sleep(0.05)
     grandchild = int(note.read_text())
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) != 0
     deadline = time.monotonic() + 10
     while Path(f'/proc/{grandchild}').exists() and time.monotonic() < deadline:
-        time.sleep(.05)
+        time.sleep(0.05)
     with pytest.raises(ProcessLookupError):
         os.kill(grandchild, 0)
 

@@ -1,4 +1,5 @@
 """One, two and three processes with the same images a step train the same network, and score it the same."""
+
 import json
 import os
 import re
@@ -70,10 +71,23 @@ class KilledHook(Hook):
 def launch(processes: int, tool: str, *args, folder: Path, modules: Path, status: int = 0) -> str:
     start = ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--master-port', str(free_port())]
     done = subprocess.run(
-        [sys.executable, *(start if processes > 1 else []), str(ROOT / 'tools' / f'{tool}.py'), *map(str, args),
-         '--work-dir', str(folder), '--device', 'cpu', *(['--launcher', 'pytorch'] if processes > 1 else [])],
-        capture_output=True, text=True, timeout=300, check=False,
-        env=tool_environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(modules)])))
+        [
+            sys.executable,
+            *(start if processes > 1 else []),
+            str(ROOT / 'tools' / f'{tool}.py'),
+            *map(str, args),
+            '--work-dir',
+            str(folder),
+            '--device',
+            'cpu',
+            *(['--launcher', 'pytorch'] if processes > 1 else []),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=tool_environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(modules)])),
+    )
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -94,8 +108,19 @@ def folder(tmp_path_factory) -> Path:
 def train(folder: Path, tiny, processes: int, norm: str) -> Path:  # noqa: F811
     config, work = folder / f'{norm}{processes}.py', folder / f'{norm}{processes}'
     config.write_text(TRAINING.format(base=str(tiny.config), norm=norm, batch=6 // processes))
-    launch(processes, 'train', config, '--data-root', folder / 'data', '--max-iters', ITERATIONS, '--seed', 3,
-           folder=work, modules=folder)
+    launch(
+        processes,
+        'train',
+        config,
+        '--data-root',
+        folder / 'data',
+        '--max-iters',
+        ITERATIONS,
+        '--seed',
+        3,
+        folder=work,
+        modules=folder,
+    )
     return work
 
 
@@ -121,10 +146,12 @@ def test_losses_and_weights_are_those_of_one_process(trainings, processes):
 def scores(folder: Path, config: Path, checkpoint: Path, data: Path, processes: int) -> tuple[dict, dict]:
     """``metrics.json`` and the predictions of a test."""
     out = folder / f'out_{config.stem}_{processes}'
-    launch(processes, 'test', config, checkpoint, '--data-root', data, '--out', out, folder=folder / 'test',
-           modules=folder)
+    launch(
+        processes, 'test', config, checkpoint, '--data-root', data, '--out', out, folder=folder / 'test', modules=folder
+    )
     return json.loads((out / 'metrics.json').read_text()), {
-        str(p.relative_to(out)): p.read_bytes() for p in (out / 'predictions').rglob('*.*')}
+        str(p.relative_to(out)): p.read_bytes() for p in (out / 'predictions').rglob('*.*')
+    }
 
 
 def test_a_segmentor_scores_the_same(trainings, folder):
@@ -142,23 +169,35 @@ def annotate_what_is_found(folder: Path, config: Path, checkpoint: Path) -> None
     file = folder / 'data' / 'annotations' / 'instances_val2017.json'
     data, annotations = json.loads(file.read_text()), []
     for image in data['images']:
-        found = [d for d in json.loads((folder / 'out_tiny_1' / 'predictions' / 'instances.bbox.json').read_text())
-                 if d['image_id'] == image['id'] and min(d['bbox'][2:]) > 8]
+        found = [
+            d
+            for d in json.loads((folder / 'out_tiny_1' / 'predictions' / 'instances.bbox.json').read_text())
+            if d['image_id'] == image['id'] and min(d['bbox'][2:]) > 8
+        ]
         for detection in found[:8:2]:
             left, top, width, height = detection['bbox']
-            right, bottom = left + .8 * width, top + height
-            annotations.append(dict(id=len(annotations) + 1, image_id=image['id'], category_id=detection['category_id'],
-                                    bbox=[left, top, .8 * width, height], area=.8 * width * height, iscrowd=0,
-                                    segmentation=[[left, top, right, top, right, bottom, left, bottom]]))
+            right, bottom = left + 0.8 * width, top + height
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=image['id'],
+                    category_id=detection['category_id'],
+                    bbox=[left, top, 0.8 * width, height],
+                    area=0.8 * width * height,
+                    iscrowd=0,
+                    segmentation=[[left, top, right, top, right, bottom, left, bottom]],
+                )
+            )
     file.write_text(json.dumps({**data, 'annotations': annotations}))
 
 
 def test_a_detector_scores_the_same(detector, trained_detector, tmp_path):  # noqa: F811
     write_coco(tmp_path / 'data', val=5)
     annotate_what_is_found(tmp_path, detector.config, trained_detector)
-    one, two, three = (scores(tmp_path / str(p), detector.config, trained_detector, tmp_path / 'data', p)
-                       for p in (1, 2, 3))
-    assert .01 < one[0]['metrics']['coco/bbox_mAP'] < .99
+    one, two, three = (
+        scores(tmp_path / str(p), detector.config, trained_detector, tmp_path / 'data', p) for p in (1, 2, 3)
+    )
+    assert 0.01 < one[0]['metrics']['coco/bbox_mAP'] < 0.99
     for other in two, three:
         for name in ('coco/bbox_mAP', 'coco/segm_mAP', 'coco/bbox_mAP_50'):
             assert other[0]['metrics'][name] == one[0]['metrics'][name]
@@ -173,7 +212,15 @@ def test_plain_batch_norm_is_validated_as_it_is_saved(tiny, folder):  # noqa: F8
 
 def test_torchrun_names_the_rank_that_was_killed(tiny, folder, tmp_path):  # noqa: F811
     (tmp_path / 'killed.py').write_text(KILLED.format(base=str(tiny.config)))
-    said = launch(2, 'train', tmp_path / 'killed.py', '--data-root', folder / 'data', folder=tmp_path / 'work',
-                  modules=folder, status=1)
+    said = launch(
+        2,
+        'train',
+        tmp_path / 'killed.py',
+        '--data-root',
+        folder / 'data',
+        folder=tmp_path / 'work',
+        modules=folder,
+        status=1,
+    )
     assert re.search(r'rank +: 1 .*\n +exitcode +: -9 .*\n(.*\n)?.*Signal 9 \(SIGKILL\) received', said), said[-3000:]
     assert (tmp_path / 'work' / 'iter_4.pth').is_file()

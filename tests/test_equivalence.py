@@ -1,4 +1,5 @@
 """The proof that two networks are equal notices when they are not."""
+
 import copy
 import math
 
@@ -18,7 +19,7 @@ def test_wrong_fold_is_noticed(corrupt):
     large = after.stages[2].blocks[2].large_kernel.lkb_reparam
     with torch.no_grad():
         if corrupt == 'bias':
-            large.bias[3] += .05 * large.bias.abs().max()
+            large.bias[3] += 0.05 * large.bias.abs().max()
         elif corrupt == 'weight':
             large.weight[5, 0, 4, 4] *= -1
         elif corrupt == 'shift':  # the small kernel one pixel off centre

@@ -1,4 +1,5 @@
 """Effective receptive fields, against closed forms, finite differences and a count by hand; files and command."""
+
 import contextlib
 import copy
 import io
@@ -39,8 +40,9 @@ class Ones(nn.Module):
 
     def __init__(self, strides=(1, 1, 1)):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Conv2d(1 if i else 3, 1, 3, stride, 1, bias=False)
-                                    for i, stride in enumerate(strides))
+        self.layers = nn.ModuleList(
+            nn.Conv2d(1 if i else 3, 1, 3, stride, 1, bias=False) for i, stride in enumerate(strides)
+        )
         for layer in self.layers:
             nn.init.ones_(layer.weight)
 
@@ -95,9 +97,23 @@ def white(tmp_path) -> Path:
 
 
 def result(**changes) -> Erf:
-    known = dict(scores=np.eye(8), backbone='A', config='a', weights='w', trained=True, checkpoint=None, stage=3,
-                 channels=4, map_size=(2, 2), size=8, images=1, image_set='0' * 64, silent=0, preprocessing={},
-                 environment={})
+    known = dict(
+        scores=np.eye(8),
+        backbone='A',
+        config='a',
+        weights='w',
+        trained=True,
+        checkpoint=None,
+        stage=3,
+        channels=4,
+        map_size=(2, 2),
+        size=8,
+        images=1,
+        image_set='0' * 64,
+        silent=0,
+        preprocessing={},
+        environment={},
+    )
     return Erf(**{**known, **changes})
 
 
@@ -109,7 +125,7 @@ def test_closed_form_of_ones(tmp_path, white):
     assert np.abs(found.scores - expected).max() < 1e-6
     # Along an axis the middle 1, 3, 5, 7 pixels hold 7, 19, 25, 27 of 27; squared: 0.067, 0.495, 0.857, 1.
     assert [area['side'] for area in areas(found.scores).values()] == [3, 3, 5, 7]
-    assert areas(found.scores)['0.5']['ratio'] == pytest.approx((5 / 33)**2)
+    assert areas(found.scores)['0.5']['ratio'] == pytest.approx((5 / 33) ** 2)
     assert found.offset == pytest.approx((0, 0))
     assert (found.stage, found.map_size, found.channels, found.stride, found.silent) == (2, (33, 33), 1, 1, 0)
 
@@ -119,10 +135,11 @@ def test_closed_form_of_ones(tmp_path, white):
 def test_closed_form_of_strided_ones(tmp_path, white, size, stage):
     """The receptive field of position p is that of stride * p, each layer's step widened by the strides before it."""
     strides = (2, 1, 2)
-    found = measure_erf(config(type='test_erf_ones', strides=strides), None, white, size, 1, tmp_path / 'out',
-                        stage=stage)
+    found = measure_erf(
+        config(type='test_erf_ones', strides=strides), None, white, size, 1, tmp_path / 'out', stage=stage
+    )
     axis, step, side = np.ones(1), 1, size
-    for stride in strides[:stage + 1]:
+    for stride in strides[: stage + 1]:
         taps = np.zeros(2 * step + 1)
         taps[::step] = 1
         axis = np.convolve(axis, taps)
@@ -130,7 +147,7 @@ def test_closed_form_of_strided_ones(tmp_path, white, size, stage):
         side = (side - 1) // stride + 1
     centre = step * (side // 2)
     expected = np.zeros(size)
-    expected[centre - len(axis) // 2:centre + len(axis) // 2 + 1] = axis
+    expected[centre - len(axis) // 2 : centre + len(axis) // 2 + 1] = axis
     assert np.abs(found.scores - 3 * np.outer(expected, expected)).max() < 1e-6
     assert found.map_size == (side, side)
     assert found.offset == pytest.approx((centre - size // 2,) * 2)
@@ -167,9 +184,15 @@ def test_no_contribution_at_all_has_no_areas(tmp_path, drawn):
 
 
 def backbones() -> dict[str, nn.Module]:
-    return {'RepLKNet': randomize_norms(RepLKNet(TINY)),
-            'ConvNeXt': ConvNeXt(dict(depths=[1, 1, 2, 1], channels=[8, 16, 32, 64]), layer_scale_init_value=1.,
-                                 gap_before_final_norm=False, out_indices=(0, 1, 2, 3))}
+    return {
+        'RepLKNet': randomize_norms(RepLKNet(TINY)),
+        'ConvNeXt': ConvNeXt(
+            dict(depths=[1, 1, 2, 1], channels=[8, 16, 32, 64]),
+            layer_scale_init_value=1.0,
+            gap_before_final_norm=False,
+            out_indices=(0, 1, 2, 3),
+        ),
+    }
 
 
 @pytest.mark.parametrize('name', ['RepLKNet', 'ConvNeXt'])
@@ -185,12 +208,12 @@ def test_scores_by_finite_differences(name):
 
     step = 1e-5
     for row, column in [(32, 32), (40, 47), (20, 33), (63, 63), (5, 60)]:
-        expected = 0.
+        expected = 0.0
         for channel in range(3):
             moved = [image.clone() for _ in range(2)]
             for sign, x in zip((1, -1), moved, strict=True):
                 x[0, channel, row, column] += sign * step
-            expected += max(0., (centre(moved[0]) - centre(moved[1])) / (2 * step))
+            expected += max(0.0, (centre(moved[0]) - centre(moved[1])) / (2 * step))
         assert scores[row, column].item() == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
@@ -202,11 +225,14 @@ def test_our_operators_give_the_scores_of_torchs_own(name):
     assert scores.dtype == torch.float64 and (scores - reference).abs().max() < 1e-5 * reference.max()
 
 
-@pytest.mark.parametrize('cfg', [
-    dict(type='mmseg.ResNetV1c', depth=18, base_channels=8, stem_channels=8, with_cp=True),
-    dict(type='mmseg.SwinTransformer', embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=2),
-    dict(type='mmdet.ResNet', depth=18, base_channels=8, frozen_stages=1),
-])
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        dict(type='mmseg.ResNetV1c', depth=18, base_channels=8, stem_channels=8, with_cp=True),
+        dict(type='mmseg.SwinTransformer', embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 2), window_size=2),
+        dict(type='mmdet.ResNet', depth=18, base_channels=8, frozen_stages=1),
+    ],
+)
 def test_backbones_of_other_packages(cfg, tmp_path, white):
     found = measure_erf(config(**cfg), None, white, 64, 1, tmp_path / 'out', randomize=True)
     net = MODELS.build({**cfg, **({'with_cp': False} if 'with_cp' in cfg else {})})
@@ -221,12 +247,21 @@ def test_backbones_of_other_packages(cfg, tmp_path, white):
     assert torch.allclose(contributions(again, image, 1)[0].float(), expected)
 
 
-@pytest.mark.parametrize('cfg', [
-    dict(type='mmseg.BiSeNetV1', backbone_cfg=dict(type='mmseg.ResNet', depth=18,
-                                                   init_cfg=dict(type='Pretrained', checkpoint='gone'))),
-    dict(type='mmdet.PyramidVisionTransformer', embed_dims=8, num_layers=[1, 1, 1, 1],
-         init_cfg=dict(checkpoint='gone')),
-])
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        dict(
+            type='mmseg.BiSeNetV1',
+            backbone_cfg=dict(type='mmseg.ResNet', depth=18, init_cfg=dict(type='Pretrained', checkpoint='gone')),
+        ),
+        dict(
+            type='mmdet.PyramidVisionTransformer',
+            embed_dims=8,
+            num_layers=[1, 1, 1, 1],
+            init_cfg=dict(checkpoint='gone'),
+        ),
+    ],
+)
 def test_files_that_a_config_starts_from_are_not_read(cfg, tmp_path, white):
     found = measure_erf(config(**cfg), None, white, 64, 1, tmp_path / 'out')
     assert not found.trained and found.checkpoint is None and not found.silent
@@ -237,8 +272,10 @@ def test_random_weights_are_those_of_the_seed(tmp_path, white):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, second, other, drawn = (measure_erf(net, None, white, 64, 1, tmp_path / 'out', **how) for how in (
-        dict(seed=1), dict(seed=1), dict(seed=2), dict(seed=1, randomize=True)))
+    first, second, other, drawn = (
+        measure_erf(net, None, white, 64, 1, tmp_path / 'out', **how)
+        for how in (dict(seed=1), dict(seed=1), dict(seed=2), dict(seed=1, randomize=True))
+    )
     assert (torch.rand(1) == expected).all(), 'the random numbers of the caller are not touched'
     assert (first.scores == second.scores).all()
     assert all(np.abs(first.scores - x.scores).max() > 1e-3 * first.scores.max() for x in (other, drawn))
@@ -252,17 +289,28 @@ def test_weights_of_a_checkpoint(tiny, tmp_path):
     photo = paint(tmp_path / 'images', (200, 30, 90))
     torch.save(dict(state_dict=model.state_dict(), meta=dict(iter=7)), tmp_path / 'model.pth')
     torch.save(model.backbone.state_dict(), tmp_path / 'backbone.pth')
-    torch.save(dict(state_dict=reparameterize(model.eval())[0].state_dict(),
-                    meta=dict(replk_mm=dict(reparameterized=dict(merge=True, fold=True)))), tmp_path / 'merged.pth')
+    torch.save(
+        dict(
+            state_dict=reparameterize(model.eval())[0].state_dict(),
+            meta=dict(replk_mm=dict(reparameterized=dict(merge=True, fold=True))),
+        ),
+        tmp_path / 'merged.pth',
+    )
     found = measure_erf(cfg, str(tmp_path / 'model.pth'), photo, 64, 1, tmp_path / 'out')
     # RGB as the config's preprocessor has it; the picture is of one colour, so that resizing leaves it.
     mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
-    image = (torch.tensor([200, 30, 90.]) - mean) / std
+    image = (torch.tensor([200, 30, 90.0]) - mean) / std
     expected = contributions(model.eval().backbone, image.view(1, 3, 1, 1).expand(1, 3, 64, 64))[0].numpy()
     assert np.abs(found.scores - expected).max() < 1e-6 * expected.max()
     assert found.trained and found.weights.endswith('model.pth, iteration 7') and found.notes() == []
-    assert found.values() == dict(areas=areas(paper_scale(expected)), areas_of_scores=areas(expected), size=64,
-                                  images=1, trained=True, weights=found.weights)
+    assert found.values() == dict(
+        areas=areas(paper_scale(expected)),
+        areas_of_scores=areas(expected),
+        size=64,
+        images=1,
+        trained=True,
+        weights=found.weights,
+    )
     assert found.protocol() == dict(size=64, images=1, image_set=found.image_set, stage=3, trained=True)
     same = measure_erf(cfg, None, photo, 64, 1, tmp_path / 'out', pretrained=str(tmp_path / 'backbone.pth'))
     assert same.trained and (same.scores == found.scores).all()
@@ -273,23 +321,26 @@ def test_weights_of_a_checkpoint(tiny, tmp_path):
 # -- areas, files and the command --------------------------------------------------------------------------------------
 @pytest.mark.parametrize('size', [16, 17])
 def test_areas_by_adding_up_squares(size):
-    matrix = np.random.default_rng(0).random((size, size))**4
+    matrix = np.random.default_rng(0).random((size, size)) ** 4
     middle = size // 2
     for share, area in areas(matrix).items():
-        side = next(2 * i + 1 for i in range(size)
-                    if matrix[max(0, middle - i):middle + i + 1, max(0, middle - i):middle + i + 1].sum()
-                    >= float(share) * matrix.sum() - 1e-12)
-        assert area == dict(side=min(side, size), ratio=pytest.approx((min(side, size) / size)**2))
+        side = next(
+            2 * i + 1
+            for i in range(size)
+            if matrix[max(0, middle - i) : middle + i + 1, max(0, middle - i) : middle + i + 1].sum()
+            >= float(share) * matrix.sum() - 1e-12
+        )
+        assert area == dict(side=min(side, size), ratio=pytest.approx((min(side, size) / size) ** 2))
 
 
 def test_paper_scale_depends_on_the_size_of_gradients():
-    scores = np.outer([1., 9, 99, 9, 1], [1., 9, 99, 9, 1])
+    scores = np.outer([1.0, 9, 99, 9, 1], [1.0, 9, 99, 9, 1])
     small, large = paper_scale(1e-9 * scores), paper_scale(1e9 * scores)
     assert np.abs(small - scores / scores.max()).max() < 1e-5
     # Scores of deep networks, far below what can be told from 1 when added to it.
     assert paper_scale(1e-20 * scores) == pytest.approx(scores / scores.max())
     assert large.min() > 0.6 and paper_scale(np.zeros((3, 3))).max() == 0
-    assert paper_scale(np.array([[9., 99.]])) == pytest.approx(np.array([[0.5, 1]]))
+    assert paper_scale(np.array([[9.0, 99.0]])) == pytest.approx(np.array([[0.5, 1]]))
 
 
 def test_what_is_written_is_read_again(tmp_path, white):
@@ -316,13 +367,18 @@ def test_table_has_the_areas():
     scores[4, 4], scores[4, 5] = 3, 1
     text = erf_report.tables([result(scores=scores, trained=False)])
     # 3 of 4 in the pixel in the middle, the rest beside it.
-    assert ('| A | **untrained**: w | output 3, stride 4, 4 channels | 1 (1.6 %) | 1 (1.6 %) | 1 (1.6 %) | '
-            '3 (14.1 %) |') in text
+    assert (
+        '| A | **untrained**: w | output 3, stride 4, 4 channels | 1 (1.6 %) | 1 (1.6 %) | 1 (1.6 %) | 3 (14.1 %) |'
+    ) in text
     assert 'A +0.0, +0.2' in text
 
 
-READABLE = dict(kind=KIND, version=1, **{key: value for key, value in result().model_dump().items() if key != 'scores'},
-                matrix='erf.npz')
+READABLE = dict(
+    kind=KIND,
+    version=1,
+    **{key: value for key, value in result().model_dump().items() if key != 'scores'},
+    matrix='erf.npz',
+)
 
 
 def load(folder: Path, record, matrix: bytes | None = None) -> Erf:
@@ -341,27 +397,38 @@ def saved(**arrays) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize(('changes', 'matrix', 'said'), [
-    (dict(kind='mIoU'), None, "kind 'mIoU'"), (dict(matrix='gone.npz'), None, r'gone\.npz: no such file'),
-    (dict(map_size=3), None, 'map_size'), (dict(map_size=[0, 2]), None, 'map_size'),
-    (dict(size=10**9), None, 'must be'), ({}, saved(scores=np.eye(8))[:-30], 'BadZipFile'),
-    ({}, saved(x=np.eye(8)), 'KeyError'),
-    ({}, saved(scores=-np.eye(8)), 'negative'), ({}, saved(scores=np.full((8, 8), np.nan)), 'finite'),
-    ({}, saved(scores=np.array([[None] * 8] * 8, object)), 'allow_pickle')])
+@pytest.mark.parametrize(
+    ('changes', 'matrix', 'said'),
+    [
+        (dict(kind='mIoU'), None, "kind 'mIoU'"),
+        (dict(matrix='gone.npz'), None, r'gone\.npz: no such file'),
+        (dict(map_size=3), None, 'map_size'),
+        (dict(map_size=[0, 2]), None, 'map_size'),
+        (dict(size=10**9), None, 'must be'),
+        ({}, saved(scores=np.eye(8))[:-30], 'BadZipFile'),
+        ({}, saved(x=np.eye(8)), 'KeyError'),
+        ({}, saved(scores=-np.eye(8)), 'negative'),
+        ({}, saved(scores=np.full((8, 8), np.nan)), 'finite'),
+        ({}, saved(scores=np.array([[None] * 8] * 8, object)), 'allow_pickle'),
+    ],
+)
 def test_records_and_matrices_that_do_not_fit(tmp_path, changes, matrix, said):
     assert load(tmp_path, READABLE).scores.sum() == 8
     with pytest.raises(UserError, match=said):
         load(tmp_path, {**READABLE, **changes}, matrix)
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
-                                                                                       max_size=3))
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.dictionaries(st.sampled_from(sorted(READABLE)), json_values, max_size=3) | st.text(max_size=30),
-       st.none() | st.binary(max_size=60))
+@given(
+    st.dictionaries(st.sampled_from(sorted(READABLE)), json_values, max_size=3) | st.text(max_size=30),
+    st.none() | st.binary(max_size=60),
+)
 def test_any_file_is_read_or_rejected(tmp_path_factory, changes, matrix):
     folder = tmp_path_factory.getbasetemp()
     record = changes if isinstance(changes, str) else {**READABLE, **changes}
@@ -380,24 +447,35 @@ def test_image_set_is_told_by_content(tmp_path):
     one, copied = paint(tmp_path / 'a' / 'deep', 9, 8), paint(tmp_path / 'b', 9, 8)
     (copied / '1.png').rename(copied / 'renamed.png')
     (copied / 'notes.txt').write_text('no image')
-    found = [measure_erf(config(type='test_erf_ones'), None, folder, 9, count, tmp_path / 'out').image_set
-             for folder, count in ((one.parent, 2), (copied, 2), (copied, 1))]
+    found = [
+        measure_erf(config(type='test_erf_ones'), None, folder, 9, count, tmp_path / 'out').image_set
+        for folder, count in ((one.parent, 2), (copied, 2), (copied, 1))
+    ]
     assert found[0] == found[1] != found[2]
 
 
-@pytest.mark.parametrize(('model', 'arguments', 'said'), [
-    *((dict(type='test_erf_ones'), dict(stage=stage), f'--stage {stage}: Ones has 3 outputs') for stage in (3, -1)),
-    (dict(type='test_erf_given', call=lambda x: x.mean((2, 3))), {},
-     r'output 0 has shape \(1, 3\); it is no feature map'),
-    (dict(type='test_erf_given', call=lambda x: x / 0), {}, r'0\.png: the gradient of .* is not finite'),
-    (dict(type='test_erf_given', call=lambda x: x[:, :, :0]), {}, r'fails on an image of 9x9'),
-    (dict(type='test_erf_given', call=lambda x: x.detach()), {}, r'fails on an image of 9x9'),
-    (dict(type='test_erf_ones'), dict(randomize=True, pretrained='x.pth'), r'--randomize: is for random weights'),
-    (dict(type='test_erf_ones'), dict(checkpoint='y.pth', pretrained='x.pth'),
-     r'--pretrained x\.pth: the checkpoint y\.pth'),
-    (dict(type='test_erf_ones'), dict(pretrained='x.pth'), r'x\.pth: no such checkpoint'),
-    (dict(type='NoSuchNet'), {}, r"model\.type='NoSuchNet': there is no such model"),
-])
+@pytest.mark.parametrize(
+    ('model', 'arguments', 'said'),
+    [
+        *((dict(type='test_erf_ones'), dict(stage=stage), f'--stage {stage}: Ones has 3 outputs') for stage in (3, -1)),
+        (
+            dict(type='test_erf_given', call=lambda x: x.mean((2, 3))),
+            {},
+            r'output 0 has shape \(1, 3\); it is no feature map',
+        ),
+        (dict(type='test_erf_given', call=lambda x: x / 0), {}, r'0\.png: the gradient of .* is not finite'),
+        (dict(type='test_erf_given', call=lambda x: x[:, :, :0]), {}, r'fails on an image of 9x9'),
+        (dict(type='test_erf_given', call=lambda x: x.detach()), {}, r'fails on an image of 9x9'),
+        (dict(type='test_erf_ones'), dict(randomize=True, pretrained='x.pth'), r'--randomize: is for random weights'),
+        (
+            dict(type='test_erf_ones'),
+            dict(checkpoint='y.pth', pretrained='x.pth'),
+            r'--pretrained x\.pth: the checkpoint y\.pth',
+        ),
+        (dict(type='test_erf_ones'), dict(pretrained='x.pth'), r'x\.pth: no such checkpoint'),
+        (dict(type='NoSuchNet'), {}, r"model\.type='NoSuchNet': there is no such model"),
+    ],
+)
 def test_mistakes(tmp_path, white, model, arguments, said):
     arguments = {'checkpoint': None, 'images': white, 'size': 9, 'count': 1, 'out': tmp_path / 'out', **arguments}
     with pytest.raises(UserError, match=said):
@@ -417,7 +495,7 @@ def test_images_that_cannot_be_used(tmp_path, white):
         measure(tmp_path / 'empty')
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(white / '1.jpg')
     whole = (white / '1.jpg').read_bytes()
-    for broken in (whole[:len(whole) // 2], b'', b'text'):
+    for broken in (whole[: len(whole) // 2], b'', b'text'):
         (white / '1.jpg').write_bytes(broken)
         with pytest.raises(UserError, match=r'1\.jpg: not a readable image'):
             measure(white)

@@ -1,4 +1,5 @@
 """A training that was stopped, however and wherever, ends with the very bits of one that was not."""
+
 import random
 import signal
 from pathlib import Path
@@ -37,8 +38,9 @@ def segmentor(tiny, tmp_path_factory):
     return config, run(config, tiny, folder / 'straight')
 
 
-def run(config: Path, tiny: Tiny, work: Path, iterations: int = 8, interval: int = 3, options: dict | None = None,
-        **changes) -> Path:
+def run(
+    config: Path, tiny: Tiny, work: Path, iterations: int = 8, interval: int = 3, options: dict | None = None, **changes
+) -> Path:
     """Train in this process."""
     cfg = load_config(str(config), {'default_hooks.checkpoint.interval': interval, **(options or {})})
     cfg.experiment_name = work.name
@@ -153,10 +155,12 @@ def test_gradients_that_add_up_are_stopped_between_steps(segmentor, tiny, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'status'), [('SIGTERM', STOPPED_STATUS), ('SIGKILL', -signal.SIGKILL)])
 @pytest.mark.parametrize('kind', ['UperNet', 'Cascade Mask R-CNN'])
-def test_stopped_at_five_random_iterations_it_ends_with_the_same_bits(name, status, kind, request, tmp_path,
-                                                                      monkeypatch):
-    data, more = (request.getfixturevalue('tiny'), RANDOM) if kind == 'UperNet' else (
-        request.getfixturevalue('detector'), '')
+def test_stopped_at_five_random_iterations_it_ends_with_the_same_bits(
+    name, status, kind, request, tmp_path, monkeypatch
+):
+    data, more = (
+        (request.getfixturevalue('tiny'), RANDOM) if kind == 'UperNet' else (request.getfixturevalue('detector'), '')
+    )
     config = config_with_signals(tmp_path / 'config', data.config, EMA, more)
     straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
     assert forked(lambda: run(config, data, straight, 10, 2)) == 0
@@ -171,8 +175,17 @@ def test_stopped_at_five_random_iterations_it_ends_with_the_same_bits(name, stat
 @pytest.mark.slow
 def test_of_two_processes_one_is_told_to_stop_and_both_do(tiny, tmp_path):
     config = config_with_signals(tmp_path / 'config', tiny.config, EMA, RANDOM)
-    common = ['--data-root', tiny.data, '--seed', 7, '--max-iters', 6, '--no-preflight', '--cfg-options',
-              'default_hooks.checkpoint.interval=5']
+    common = [
+        '--data-root',
+        tiny.data,
+        '--seed',
+        7,
+        '--max-iters',
+        6,
+        '--no-preflight',
+        '--cfg-options',
+        'default_hooks.checkpoint.interval=5',
+    ]
     straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
     assert torchrun(config, '--work-dir', straight, *common).returncode == 0
     found = torchrun(config, '--work-dir', stopped, *common, signal='SIGTERM:train:2')

@@ -1,4 +1,5 @@
 """Bad checkpoints, full disks and lack of memory: clear errors, and nothing is lost."""
+
 import errno
 import os
 import shutil
@@ -31,14 +32,15 @@ class Malicious:
 
 
 def cut_off(good: Path, path: Path) -> None:
-    path.write_bytes(good.read_bytes()[:good.stat().st_size // 2])
+    path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
 
 
 BAD = {
     'no such checkpoint': lambda good, path: None,
     'folder': lambda good, path: path.mkdir(),
     'not a readable checkpoint': cut_off,
-    'refused': lambda good, path: torch.save(dict(state_dict={}, extra=Malicious(path.with_name('was_here'))), path)}
+    'refused': lambda good, path: torch.save(dict(state_dict={}, extra=Malicious(path.with_name('was_here'))), path),
+}
 
 
 @pytest.mark.parametrize('said', BAD)
@@ -84,6 +86,7 @@ def test_disk_too_full_for_two_checkpoints(tiny, tmp_path, monkeypatch):
 
 def test_disk_full_on_the_way_keeps_the_former_checkpoint(tiny, tmp_path, monkeypatch):
     from mmengine.fileio import LocalBackend
+
     put = LocalBackend.put
 
     def full(self, content, path):
@@ -93,8 +96,9 @@ def test_disk_full_on_the_way_keeps_the_former_checkpoint(tiny, tmp_path, monkey
         put(self, content, path)
 
     monkeypatch.setattr(LocalBackend, 'put', full)
-    cfg, notes = tiny.prepare(tmp_path, 6, {'default_hooks.checkpoint.max_keep_ckpts': 1,
-                                            'default_hooks.checkpoint.interval': 2})
+    cfg, notes = tiny.prepare(
+        tmp_path, 6, {'default_hooks.checkpoint.max_keep_ckpts': 1, 'default_hooks.checkpoint.interval': 2}
+    )
     with pytest.raises(UserError, match='No space left') as info:
         train(cfg, notes)
     assert str(tmp_path) in first_line(info)
@@ -122,10 +126,15 @@ def failing(monkeypatch, error: Exception) -> None:
     monkeypatch.setattr(EncoderDecoder, 'loss', fail)
 
 
-@pytest.mark.parametrize('error', [
-    MemoryError(), torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-    RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes')])
+@pytest.mark.parametrize(
+    'error',
+    [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes'),
+    ],
+)
 @pytest.mark.parametrize('preflight', [False, True])
 def test_out_of_memory_names_batch_and_crop(tiny, tmp_path, monkeypatch, error, preflight):
     failing(monkeypatch, error)
@@ -141,11 +150,16 @@ def test_other_errors_keep_their_traceback(tiny, tmp_path, monkeypatch):
         tiny.train(tmp_path)
 
 
-@pytest.mark.parametrize(('options', 'named'), [
-    ({'optim_wrapper.optimizer.lrr': 1}, 'lrr'), ({'default_hooks.checkpoint.type': 'CheckpintHook'}, 'CheckpintHook'),
-    ({'train_dataloader.dataset.pipeline.2.type': 'RandomCropp'}, 'train_dataloader.dataset.pipeline[2]'),
-    ({'optim_wrapper.optimizer.type': 'AdamWW'}, 'optimizer'),
-    ({'train_dataloader.dataset.type': 'BaseSegDatset'}, 'BaseSegDatset')])
+@pytest.mark.parametrize(
+    ('options', 'named'),
+    [
+        ({'optim_wrapper.optimizer.lrr': 1}, 'lrr'),
+        ({'default_hooks.checkpoint.type': 'CheckpintHook'}, 'CheckpintHook'),
+        ({'train_dataloader.dataset.pipeline.2.type': 'RandomCropp'}, 'train_dataloader.dataset.pipeline[2]'),
+        ({'optim_wrapper.optimizer.type': 'AdamWW'}, 'optimizer'),
+        ({'train_dataloader.dataset.type': 'BaseSegDatset'}, 'BaseSegDatset'),
+    ],
+)
 def test_config_that_cannot_be_built_is_named(tiny, tmp_path, options, named):
     with pytest.raises(UserError) as info:
         tiny.train(tmp_path, None, options)
@@ -179,7 +193,9 @@ def test_command_passes_status_and_interruption(capsys):
 
 
 def test_message_of_a_worker_is_freed_of_its_traceback():
-    wrapped = UserError('Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call '
-                        'last):\n  File "x", line 1\nreplk_mm.errors.UserError: a.png: is bad\nReplace it.\n')
+    wrapped = UserError(
+        'Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call '
+        'last):\n  File "x", line 1\nreplk_mm.errors.UserError: a.png: is bad\nReplace it.\n'
+    )
     assert message_of(wrapped) == 'a.png: is bad\nReplace it.'
     assert message_of(UserError('plain')) == 'plain'

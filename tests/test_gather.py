@@ -1,4 +1,5 @@
 """Figures of several processes are those of one, whatever they share out."""
+
 import json
 
 import pytest
@@ -99,7 +100,7 @@ def found(tmp_path_factory) -> dict:
 @pytest.mark.parametrize(('kind', 'metric', 'scale'), [('iou', 'seg/mIoU', 100), ('ap', 'coco/bbox_mAP', 1)])
 def test_figures_are_those_of_one_process_to_the_last_bit(found, kind, metric, scale, processes):
     one, ranks = found[kind]['1'][0][0], found[kind][str(processes)]
-    assert .1 < one[0][metric] / scale < .9 and set(one[1]) == {'car', 'person', 'dog'}
+    assert 0.1 < one[0][metric] / scale < 0.9 and set(one[1]) == {'car', 'person', 'dog'}
     for rank, validations in enumerate(ranks):
         for metrics, per_class in validations:
             assert json.dumps(metrics) == json.dumps(one[0])  # where NaN is NaN

@@ -1,4 +1,5 @@
 """Outputs of the authors' own code, for weights and an image that can be made anywhere."""
+
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ DENSE = dict(out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
 NETWORKS = {
     'replknet31b': lambda: RepLKNet('31B'),
     'convnext_tiny': lambda: ConvNeXt('tiny', **DENSE),
-    'convnextv2_atto': lambda: ConvNeXt('atto', use_grn=True, layer_scale_init_value=0., **DENSE),
+    'convnextv2_atto': lambda: ConvNeXt('atto', use_grn=True, layer_scale_init_value=0.0, **DENSE),
 }
 
 

@@ -1,4 +1,5 @@
 """Results, suites and overrides made to do harm: a message each, little memory and time."""
+
 import json
 
 import pytest
@@ -16,8 +17,19 @@ def test_numbers_of_many_digits(tmp_path):
     found, complaints = records.read([tmp_path / 'x.jsonl'])
     assert not found and 'not JSON' in complaints[0]
     path = tmp_path / 'metrics.json'
-    path.write_text(json.dumps(dict(metrics={'mIoU': 10**400}, per_class={'a': {'IoU': 1}}, config='', checkpoint={},
-                                    protocol={}, data={}, environment={})))
+    path.write_text(
+        json.dumps(
+            dict(
+                metrics={'mIoU': 10**400},
+                per_class={'a': {'IoU': 1}},
+                config='',
+                checkpoint={},
+                protocol={},
+                data={},
+                environment={},
+            )
+        )
+    )
     with pytest.raises(UserError, match='metrics.mIoU'):
         open_result(str(path), 'A')
 
@@ -29,10 +41,16 @@ def test_a_result_does_not_say_what_is_run(place, tmp_path, monkeypatch):
     evil.parent.mkdir()
     evil.write_text(f'open({str(proof)!r}, "w").close()\n')
     monkeypatch.chdir(tmp_path)
-    named = {'beside the result': str(evil), 'elsewhere': 'theirs/evil.py', 'out of a package': f'mmseg::{evil}',
-             'of a package that is none': 'theirs::evil.py'}[place]
-    folders = [write_record(tmp_path / name, named, tmp_path, {'mIoU': 5.}, {'a': dict(IoU=5., pixels=3)}, 1)
-               for name in 'ab']
+    named = {
+        'beside the result': str(evil),
+        'elsewhere': 'theirs/evil.py',
+        'out of a package': f'mmseg::{evil}',
+        'of a package that is none': 'theirs::evil.py',
+    }[place]
+    folders = [
+        write_record(tmp_path / name, named, tmp_path, {'mIoU': 5.0}, {'a': dict(IoU=5.0, pixels=3)}, 1)
+        for name in 'ab'
+    ]
     with pytest.raises(UserError) as info:
         compare(str(folders[0]), str(folders[1]))
     assert not proof.exists()
@@ -62,5 +80,3 @@ def test_overrides_are_not_computed(text, capsys):
         p.parse_args(['--cfg-options', text])
     said = capsys.readouterr().err.splitlines()[-1]
     assert info.value.code == 2 and 'cannot parse' in said and len(said) < 300
-
-

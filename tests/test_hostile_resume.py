@@ -1,4 +1,5 @@
 """A checkpoint to resume from is data: nothing in it runs, and a state that does not fit is a user error."""
+
 import os
 
 import pytest
@@ -45,7 +46,7 @@ STATES = {
     'losses that are a list': lambda c: c['message_hub'].update(log_scalars=[1]),
     'an optimizer that is a text': lambda c: c.update(optimizer='x'),
     'parameter groups without parameters': lambda c: c['optimizer'].update(param_groups=[{}]),
-    'parameters that are a number': lambda c: c['optimizer'].update(param_groups=[{'params': 3, 'lr': 1.}]),
+    'parameters that are a number': lambda c: c['optimizer'].update(param_groups=[{'params': 3, 'lr': 1.0}]),
     'moments that are a list': lambda c: c['optimizer'].update(state=[1]),
     'the state of another optimizer': lambda c: [g.pop('betas') for g in c['optimizer']['param_groups']],
     'schedules that are numbers': lambda c: c.update(param_schedulers=[1]),

@@ -1,4 +1,5 @@
 """Loading whole models: every part is counted, and misfits are explained."""
+
 import collections
 import copy
 
@@ -17,14 +18,27 @@ from replk_mm.reparam import reparameterize
 
 
 def head(classes=4, channels=None, name='FCNHead', **kwargs):
-    return dict(type=name, in_channels=(channels or CONV['channels'])[2], in_index=2, channels=8, num_convs=1,
-                concat_input=False, num_classes=classes, norm_cfg=dict(type='BN'), align_corners=False, **kwargs)
+    return dict(
+        type=name,
+        in_channels=(channels or CONV['channels'])[2],
+        in_index=2,
+        channels=8,
+        num_convs=1,
+        concat_input=False,
+        num_classes=classes,
+        norm_cfg=dict(type='BN'),
+        align_corners=False,
+        **kwargs,
+    )
 
 
 def segmentor(classes=4, backbone=None, channels=None, auxiliary=True, seed=0):
     pytest.importorskip('mmseg')
-    cfg = dict(type='EncoderDecoder', backbone=backbone or dict(type='replk_mm.RepLKNet', arch=TINY),
-               decode_head=head(classes, channels))
+    cfg = dict(
+        type='EncoderDecoder',
+        backbone=backbone or dict(type='replk_mm.RepLKNet', arch=TINY),
+        decode_head=head(classes, channels),
+    )
     if auxiliary:
         cfg['auxiliary_head'] = head(classes, channels)
     torch.manual_seed(seed)
@@ -86,11 +100,19 @@ def test_other_family(trained):
     assert 'another architecture (RepLKNet, ' in message and 'backbone 0/' in message.splitlines()[0]
 
 
-@pytest.mark.parametrize(('changes', 'named'), [
-    (dict(layers=[1, 1, 3, 1]), 'missing: '), (dict(layers=[1, 1, 1, 1]), '... and '),
-    (dict(channels=[10, 14, 18, 26]), 'shape differs: '),
-    (dict(large_kernel_sizes=[15, 11, 9, 7]),
-     'stages.0.blocks.0.large_kernel.lkb_origin.conv.weight: model (8, 1, 15, 15)')], ids=str)
+@pytest.mark.parametrize(
+    ('changes', 'named'),
+    [
+        (dict(layers=[1, 1, 3, 1]), 'missing: '),
+        (dict(layers=[1, 1, 1, 1]), '... and '),
+        (dict(channels=[10, 14, 18, 26]), 'shape differs: '),
+        (
+            dict(large_kernel_sizes=[15, 11, 9, 7]),
+            'stages.0.blocks.0.large_kernel.lkb_origin.conv.weight: model (8, 1, 15, 15)',
+        ),
+    ],
+    ids=str,
+)
 def test_other_sizes(changes, named, trained):
     arch = {**TINY, **changes}
     classes = 7 if 'channels' in changes else 4  # the larger difference is the one to name
@@ -106,9 +128,11 @@ def test_training_form_into_a_merged_network(trained):
 
 def test_other_number_of_classes_of_a_detector():
     found = convert({'backbone.stages.0.blocks.0.large_kernel.x': torch.ones(1), 'roi_head.x': torch.ones(1)})
-    heads = [('roi_head.bbox_head.fc_cls.weight', (81, 9), (4, 9)),
-             ('roi_head.bbox_head.fc_reg.weight', (320, 9), (12, 9)),
-             ('roi_head.mask_head.conv_logits.weight', (80, 9, 1, 1), (3, 9, 1, 1))]
+    heads = [
+        ('roi_head.bbox_head.fc_cls.weight', (81, 9), (4, 9)),
+        ('roi_head.bbox_head.fc_reg.weight', (320, 9), (12, 9)),
+        ('roi_head.mask_head.conv_logits.weight', (80, 9, 1, 1), (3, 9, 1, 1)),
+    ]
     report = checkpoints.LoadReport(total={'backbone': 1}, matched={'backbone': 1}, mismatched=heads)
     assert 'number of classes: roi_head.bbox_head.fc_cls.weight has 81' in checkpoints.guess_cause(report, found, True)
 

@@ -1,4 +1,5 @@
 """Segmentation metrics against figures counted pixel by pixel."""
+
 import numpy as np
 import pytest
 import torch
@@ -41,8 +42,12 @@ def maps(request):
     """Labels with ignored pixels and without class d; predictions that never name class e, and name d."""
     rng = np.random.default_rng(request.param)
     labels = [rng.choice([0, 1, 2, 4, 255], size=(13, 17 + i)) for i in range(3)]
-    predictions = [np.where(rng.random(a.shape) < 0.5, np.where(np.isin(a, [4, 255]), 0, a),
-                            rng.choice([0, 1, 2, 3], size=a.shape)) for a in labels]
+    predictions = [
+        np.where(
+            rng.random(a.shape) < 0.5, np.where(np.isin(a, [4, 255]), 0, a), rng.choice([0, 1, 2, 3], size=a.shape)
+        )
+        for a in labels
+    ]
     return labels, predictions
 
 
@@ -97,8 +102,18 @@ def test_predictions_lie_in_the_folders_of_their_images(tmp_path):
     for i, folder in enumerate(('x', 'y', '')):
         (tmp_path / 'images' / folder).mkdir(parents=True, exist_ok=True)
         labels = torch.full((1, 4, 4), i % 2)
-        metric.process({}, [dict(img_path=str(tmp_path / 'images' / folder / '1.jpg'), pred_sem_seg=dict(data=labels),
-                                 gt_sem_seg=dict(data=labels))])
-    found = {str(p.relative_to(tmp_path / 'out')): int(np.asarray(Image.open(p)).max())
-             for p in (tmp_path / 'out').rglob('*.png')}
+        metric.process(
+            {},
+            [
+                dict(
+                    img_path=str(tmp_path / 'images' / folder / '1.jpg'),
+                    pred_sem_seg=dict(data=labels),
+                    gt_sem_seg=dict(data=labels),
+                )
+            ],
+        )
+    found = {
+        str(p.relative_to(tmp_path / 'out')): int(np.asarray(Image.open(p)).max())
+        for p in (tmp_path / 'out').rglob('*.png')
+    }
     assert found == {'x/1.png': 0, 'y/1.png': 1, '1.png': 0}

@@ -3,6 +3,7 @@
 In bfloat16 torch's convolution of channels-last memory never returns for some shapes of up to 16 channels; what could
 run into that runs in processes of its own (test_ops_processes.py), and bfloat16 has more channels here.
 """
+
 import itertools
 
 import pytest
@@ -43,6 +44,7 @@ def test_every_implementation_is_forced_here():
 
 # values
 
+
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('case', CASES)
 def test_equals_torch(case, layout):
@@ -60,9 +62,13 @@ def test_equals_torch(case, layout):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_equals_torch_in_bfloat16(layout):
     for shape, kernel, kwargs in (
-            ((2, 24, 13, 10), (9, 9), {}), ((2, 17, 16, 16), (13, 13), {}), ((1, 20, 20, 9), (31, 5), {}),
-            ((2, 18, 12, 12), (3, 3), dict(stride=2)), ((3, 17, 12, 11), (3, 4), dict(dilation=2)),
-            ((1, 24, 41, 40), (3, 3), dict(dilation=2))):
+        ((2, 24, 13, 10), (9, 9), {}),
+        ((2, 17, 16, 16), (13, 13), {}),
+        ((1, 20, 20, 9), (31, 5), {}),
+        ((2, 18, 12, 12), (3, 3), dict(stride=2)),
+        ((3, 17, 12, 11), (3, 4), dict(dilation=2)),
+        ((1, 24, 41, 40), (3, 3), dict(dilation=2)),
+    ):
         tensors = draw(shape, kernel, torch.bfloat16, layout, **kwargs)
         expected = reference(*tensors, **kwargs)
         for spec in SPECS:
@@ -105,15 +111,24 @@ def _compare(problem, spec, layout, dtype, threads):
 
 
 @settings(DRAWN, max_examples=120)
-@given(convolutions(st.integers(1, 4)), st.sampled_from(SPECS), st.sampled_from([*LAYOUTS]),
-       st.sampled_from([torch.float32, torch.float64]), st.sampled_from([1, 1, 1, 2]))
+@given(
+    convolutions(st.integers(1, 4)),
+    st.sampled_from(SPECS),
+    st.sampled_from([*LAYOUTS]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([1, 1, 1, 2]),
+)
 def test_equals_torch_on_drawn_shapes(problem, spec, layout, dtype, threads):
     _compare(problem, spec, layout, dtype, threads)
 
 
 @settings(DRAWN, max_examples=50)
-@given(convolutions(st.integers(17, 20)), st.sampled_from(SPECS), st.sampled_from([*LAYOUTS]),
-       st.sampled_from([1, 1, 1, 2]))
+@given(
+    convolutions(st.integers(17, 20)),
+    st.sampled_from(SPECS),
+    st.sampled_from([*LAYOUTS]),
+    st.sampled_from([1, 1, 1, 2]),
+)
 def test_equals_torch_on_drawn_shapes_in_bfloat16(problem, spec, layout, threads):
     _compare(problem, spec, layout, torch.bfloat16, threads)
 
@@ -136,9 +151,18 @@ def test_without_bias_and_with_some_gradients_only(spec):
 
 
 @pytest.mark.parametrize('spec', SPECS)
-@pytest.mark.parametrize('memory', [
-                         'transposed', 'sliced', 'reversed batch', 'expanded', 'gradient in the other layout',
-                                    'expanded gradient', 'permuted weight'])
+@pytest.mark.parametrize(
+    'memory',
+    [
+        'transposed',
+        'sliced',
+        'reversed batch',
+        'expanded',
+        'gradient in the other layout',
+        'expanded gradient',
+        'permuted weight',
+    ],
+)
 def test_any_memory(memory, spec):
     x, weight, bias, grad = draw((2, 4, 14, 16), (9, 9))
     expected = reference(x, weight, bias, grad)
@@ -179,8 +203,7 @@ def test_gradients_of_gradients(spec, layout):
         return torch.autograd.grad(sum((g * g).sum() for g in first), (x, weight, bias))
 
     tensors = draw((2, 3, 7, 6), (5, 5), layout=layout)[:3]
-    found = twice(*(t.clone().requires_grad_() for t in tensors),
-                  lambda *t: depthwise_conv2d(*t, implementation=spec))
+    found = twice(*(t.clone().requires_grad_() for t in tensors), lambda *t: depthwise_conv2d(*t, implementation=spec))
     expected = twice(*(t.double().requires_grad_() for t in tensors), lambda *t: F.conv2d(*t, padding=2, groups=3))
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
@@ -197,6 +220,7 @@ def test_backward_twice_through_kept_spectra():
 @pytest.mark.parametrize('spec', SPECS)
 def test_forward_mode_derivative(spec):
     import torch.autograd.forward_ad as forward_ad
+
     x, weight, _, _ = draw((1, 2, 8, 8), (5, 5))
     direction = torch.randn_like(x)
     with forward_ad.dual_level():
@@ -212,6 +236,7 @@ def test_function_transforms():
 
 
 # batch, axes, dtypes
+
 
 @pytest.mark.parametrize('spec', SPECS)
 def test_empty_batch(spec):
@@ -246,31 +271,43 @@ def test_other_dtypes_are_torchs_business(spec):
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     for dtypes in itertools.permutations((torch.float32, torch.float32, torch.float64)):
         with pytest.raises(RuntimeError, match='should be the same'):
-            depthwise_conv2d(torch.randn(1, 2, 9, 9).to(dtypes[0]), torch.randn(2, 1, 7, 7).to(dtypes[1]),
-                             torch.randn(2).to(dtypes[2]), implementation=spec)
+            depthwise_conv2d(
+                torch.randn(1, 2, 9, 9).to(dtypes[0]),
+                torch.randn(2, 1, 7, 7).to(dtypes[1]),
+                torch.randn(2).to(dtypes[2]),
+                implementation=spec,
+            )
 
 
 # refusals
 
-@pytest.mark.parametrize('x, weight, kwargs, message', [
-    ((2, 3, 0, 8), (3, 1, 3, 3), {}, r'map is empty or smaller than the kernel.*\(2, 3, 0, 8\)'),
-    ((2, 3, 8, 0), (3, 1, 3, 3), dict(padding=9), r'map is empty or smaller.*\(2, 3, 8, 0\).*padding=\(9, 9\)'),
-    ((0, 3, 8, 0), (3, 1, 3, 3), {}, 'map is empty'),
-    ((2, 3, 8, 8), (3, 1, 9, 3), dict(padding=0), r'smaller than the kernel.*\(3, 1, 9, 3\), padding=\(0, 0\)'),
-    ((2, 3, 8, 8), (3, 1, 3, 5), dict(padding=1, dilation=3), r'smaller than the kernel.*dilation=\(3, 3\)'),
-    ((2, 4, 8, 8), (3, 1, 3, 3), {}, r'differ in channels.*\(2, 4, 8, 8\), weight \(3, 1, 3, 3\)'),
-    ((2, 3, 8, 8), (3, 1, 3, 3), dict(bias=torch.zeros(4)), r'differ in channels.*bias \(4,\)'),
-    ((2, 3, 8, 8), (3, 3, 3, 3), {}, r'weight must be \(C, 1, kh, kw\); found \(3, 3, 3, 3\)'),
-    ((2, 3, 8, 8), (3, 3, 3), {}, r'weight must be \(C, 1, kh, kw\); found \(3, 3, 3\)'),
-    ((8, 8), (3, 1, 3, 3), {}, r'input must be \(N, C, H, W\) or \(C, H, W\); found input \(8, 8\)'),
-    ((1, 2, 3, 8, 8), (3, 1, 3, 3), {}, r'input must be \(N, C, H, W\)'),
-    ((2, 3, 8, 8), (3, 1, 3, 3), dict(stride=0), r'stride=\(0, 0\).*at least 1'),
-    ((2, 3, 8, 8), (3, 1, 3, 3), dict(stride=(1, -1)), r'stride=\(1, -1\).*at least 1'),
-    ((2, 3, 8, 8), (3, 1, 3, 3), dict(dilation=0), r'dilation=\(0, 0\).*at least 1'),
-    ((2, 3, 8, 8), (3, 1, 3, 3), dict(padding=-1), r'padding=\(-1, -1\).*at\s+least 0'),
-    ((2, 3, 8, 8), (3, 1, 3, 3), dict(implementation='fastest'),
-     "'fastest' names nothing that exists.*forward: native"),
-])
+
+@pytest.mark.parametrize(
+    'x, weight, kwargs, message',
+    [
+        ((2, 3, 0, 8), (3, 1, 3, 3), {}, r'map is empty or smaller than the kernel.*\(2, 3, 0, 8\)'),
+        ((2, 3, 8, 0), (3, 1, 3, 3), dict(padding=9), r'map is empty or smaller.*\(2, 3, 8, 0\).*padding=\(9, 9\)'),
+        ((0, 3, 8, 0), (3, 1, 3, 3), {}, 'map is empty'),
+        ((2, 3, 8, 8), (3, 1, 9, 3), dict(padding=0), r'smaller than the kernel.*\(3, 1, 9, 3\), padding=\(0, 0\)'),
+        ((2, 3, 8, 8), (3, 1, 3, 5), dict(padding=1, dilation=3), r'smaller than the kernel.*dilation=\(3, 3\)'),
+        ((2, 4, 8, 8), (3, 1, 3, 3), {}, r'differ in channels.*\(2, 4, 8, 8\), weight \(3, 1, 3, 3\)'),
+        ((2, 3, 8, 8), (3, 1, 3, 3), dict(bias=torch.zeros(4)), r'differ in channels.*bias \(4,\)'),
+        ((2, 3, 8, 8), (3, 3, 3, 3), {}, r'weight must be \(C, 1, kh, kw\); found \(3, 3, 3, 3\)'),
+        ((2, 3, 8, 8), (3, 3, 3), {}, r'weight must be \(C, 1, kh, kw\); found \(3, 3, 3\)'),
+        ((8, 8), (3, 1, 3, 3), {}, r'input must be \(N, C, H, W\) or \(C, H, W\); found input \(8, 8\)'),
+        ((1, 2, 3, 8, 8), (3, 1, 3, 3), {}, r'input must be \(N, C, H, W\)'),
+        ((2, 3, 8, 8), (3, 1, 3, 3), dict(stride=0), r'stride=\(0, 0\).*at least 1'),
+        ((2, 3, 8, 8), (3, 1, 3, 3), dict(stride=(1, -1)), r'stride=\(1, -1\).*at least 1'),
+        ((2, 3, 8, 8), (3, 1, 3, 3), dict(dilation=0), r'dilation=\(0, 0\).*at least 1'),
+        ((2, 3, 8, 8), (3, 1, 3, 3), dict(padding=-1), r'padding=\(-1, -1\).*at\s+least 0'),
+        (
+            (2, 3, 8, 8),
+            (3, 1, 3, 3),
+            dict(implementation='fastest'),
+            "'fastest' names nothing that exists.*forward: native",
+        ),
+    ],
+)
 def test_refusals(x, weight, kwargs, message):
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(torch.zeros(x), torch.zeros(weight), **kwargs)

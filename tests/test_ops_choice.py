@@ -1,4 +1,5 @@
 """Which implementation runs: forced or chosen, and said once."""
+
 import math
 
 import pytest
@@ -26,11 +27,20 @@ pytestmark = pytest.mark.usefixtures('fresh')
 PAIRS = [(computation, name) for computation, names in IMPLEMENTATIONS.items() for name in names]
 
 
-def problem(shape=(2, 4, 12, 12), kernel=(9, 9), stride=(1, 1), padding=None, dilation=(1, 1), dtype=torch.float32,
-            channels_last=False, threads=2) -> Problem:
+def problem(
+    shape=(2, 4, 12, 12),
+    kernel=(9, 9),
+    stride=(1, 1),
+    padding=None,
+    dilation=(1, 1),
+    dtype=torch.float32,
+    channels_last=False,
+    threads=2,
+) -> Problem:
     padding = padding or tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True))
-    return Problem(shape[0], shape[1], tuple(shape[2:]), kernel, stride, padding, dilation, dtype, channels_last,
-                   threads)
+    return Problem(
+        shape[0], shape[1], tuple(shape[2:]), kernel, stride, padding, dilation, dtype, channels_last, threads
+    )
 
 
 @pytest.fixture
@@ -54,15 +64,20 @@ def used(monkeypatch):
 
 # forcing
 
+
 @pytest.mark.parametrize('computation, name', PAIRS)
 def test_the_forced_implementation_is_the_one_that_runs(computation, name, used):
     x, weight, _, grad = draw((2, 3, 10, 9), (5, 5))
-    others = {c: next(n for n in ('native', 'padded', 'grad_kernel') if n in names and n != name)
-              for c, names in IMPLEMENTATIONS.items()}
+    others = {
+        c: next(n for n in ('native', 'padded', 'grad_kernel') if n in names and n != name)
+        for c, names in IMPLEMENTATIONS.items()
+    }
     spec = ','.join(f'{c}={n}' for c, n in {**others, computation: name}.items())
-    out = depthwise_conv2d(x.requires_grad_(computation == 'grad_input'),
-                           weight.requires_grad_(computation == 'grad_weight'),
-                           implementation=spec)
+    out = depthwise_conv2d(
+        x.requires_grad_(computation == 'grad_input'),
+        weight.requires_grad_(computation == 'grad_weight'),
+        implementation=spec,
+    )
     if computation != 'forward':
         used.clear()
         out.backward(grad)
@@ -117,8 +132,9 @@ def test_the_backward_pass_does_what_was_planned_with_the_forward_pass(used):
     assert used == ['padded', 'grad_kernel']
 
 
-@pytest.mark.parametrize('spec',
-                         ['fastest', 'forward=grad_kernel', 'backward=fft', 'fft,=', 'grad_weight=channels_last', ','])
+@pytest.mark.parametrize(
+    'spec', ['fastest', 'forward=grad_kernel', 'backward=fft', 'fft,=', 'grad_weight=channels_last', ',']
+)
 def test_bad_names_are_refused(spec, monkeypatch):
     x, weight = draw((1, 2, 8, 8), (5, 5))[:2]
     message = r'REPLK_MM_DEPTHWISE.*names nothing that exists.*forward: native, channels_last, padded, fft; '
@@ -134,10 +150,14 @@ def test_bad_names_are_refused(spec, monkeypatch):
 
 # choosing
 
+
 @settings(DRAWN, max_examples=150)
-@given(convolutions(st.integers(1, 2000)), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
-       st.booleans(),
-       st.integers(1, 64))
+@given(
+    convolutions(st.integers(1, 2000)),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.booleans(),
+    st.integers(1, 64),
+)
 def test_every_problem_has_a_plan_and_always_the_same(shapes, dtype, channels_last, threads):
     shape, kernel, kwargs = shapes
     given_ = problem(shape, kernel, **kwargs, dtype=dtype, channels_last=channels_last, threads=threads)
@@ -146,8 +166,10 @@ def test_every_problem_has_a_plan_and_always_the_same(shapes, dtype, channels_la
         assert all(0 <= ms < math.inf for ms in times.values())
     found = choice.plan(given_)
     choice._plan.cache_clear()
-    assert choice.plan(problem(shape, kernel, **kwargs, dtype=dtype, channels_last=channels_last,
-                               threads=threads)) == found
+    assert (
+        choice.plan(problem(shape, kernel, **kwargs, dtype=dtype, channels_last=channels_last, threads=threads))
+        == found
+    )
     for computation, name in found._asdict().items():
         assert name in choice.milliseconds(given_)[computation]
 

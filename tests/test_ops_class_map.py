@@ -1,4 +1,5 @@
 """Class maps in bands of rows against torch's own chain over the large logits, in float64."""
+
 import copy
 
 import pytest
@@ -29,7 +30,7 @@ def labels_of(logits, size, *args) -> torch.Tensor:
 def at_own_size(x, padding=(0, 0, 0, 0), flip=None, out_size=None, align_corners=False) -> torch.Tensor:
     """``(1, K, H, W)`` at the size of the network's input to ``(K, H, W)`` at the image's own."""
     left, right, top, bottom = padding
-    x = x[..., top:x.shape[2] - bottom, left:x.shape[3] - right]
+    x = x[..., top : x.shape[2] - bottom, left : x.shape[3] - right]
     x = x.flip({'horizontal': 3, 'vertical': 2}[flip]) if flip else x
     return F.interpolate(x, tuple(out_size or x.shape[2:]), mode='bilinear', align_corners=align_corners)[0]
 
@@ -42,10 +43,19 @@ def chain(logits, size, padding=(0, 0, 0, 0), flip=None, out_size=None, align_co
 
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize('flip', [None, 'horizontal', 'vertical'])
-@pytest.mark.parametrize('size, padding, out_size', [
-    ((36, 44), (0, 0, 0, 0), None), ((36, 44), (1, 5, 2, 7), None), ((36, 44), (0, 6, 0, 3), (50, 31)),
-    ((40, 44), (3, 0, 5, 0), (13, 90)), ((9, 11), (0, 0, 0, 0), None), ((9, 11), (1, 2, 3, 1), (30, 20)),
-    ((9, 30), (0, 0, 0, 0), (9, 12)), ((5, 4), (0, 0, 0, 0), (1, 1))])
+@pytest.mark.parametrize(
+    'size, padding, out_size',
+    [
+        ((36, 44), (0, 0, 0, 0), None),
+        ((36, 44), (1, 5, 2, 7), None),
+        ((36, 44), (0, 6, 0, 3), (50, 31)),
+        ((40, 44), (3, 0, 5, 0), (13, 90)),
+        ((9, 11), (0, 0, 0, 0), None),
+        ((9, 11), (1, 2, 3, 1), (30, 20)),
+        ((9, 30), (0, 0, 0, 0), (9, 12)),
+        ((5, 4), (0, 0, 0, 0), (1, 1)),
+    ],
+)
 def test_argmax_is_that_of_the_chain(size, padding, out_size, flip, align_corners, chunks):
     logits = torch.randn(CLASSES, 9, 11, dtype=torch.float64)
     expected = chain(logits, size, padding, flip, out_size, align_corners)
@@ -64,9 +74,21 @@ def test_random_sizes():
 
 
 # -- sliding windows --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('size, length, stride', [
-    (64, 48, 32), (64, 48, 16), (64, 48, 48), (65, 48, 32), (48, 48, 32), (40, 48, 32), (100, 30, 1), (100, 30, 29),
-    (1, 5, 3), (97, 32, 32)])
+@pytest.mark.parametrize(
+    'size, length, stride',
+    [
+        (64, 48, 32),
+        (64, 48, 16),
+        (64, 48, 48),
+        (65, 48, 32),
+        (48, 48, 32),
+        (40, 48, 32),
+        (100, 30, 1),
+        (100, 30, 29),
+        (1, 5, 3),
+        (97, 32, 32),
+    ],
+)
 def test_windows_lie_where_mmseg_puts_them(size, length, stride):
     grids = max(size - length + stride - 1, 0) // stride + 1
     expected = [(max(min(i * stride + length, size) - length, 0), min(i * stride + length, size)) for i in range(grids)]
@@ -98,17 +120,22 @@ def mean_of_windows(rows, columns, logits, align_corners=False) -> torch.Tensor:
     for top, of_row in zip(rows.starts, logits, strict=True):
         for left, x in zip(columns.starts, of_row, strict=True):
             place = ..., slice(top, top + rows.length), slice(left, left + columns.length)
-            total[place] += F.interpolate(x[None], (rows.length, columns.length), mode='bilinear',
-                                          align_corners=align_corners)
+            total[place] += F.interpolate(
+                x[None], (rows.length, columns.length), mode='bilinear', align_corners=align_corners
+            )
             count[place[1:]] += 1
     return total / count
 
 
 SLIDES = {  # size, crop, stride, factor
-    'overlapping': ((64, 96), (48, 48), (32, 32), 4), 'side by side': ((64, 96), (32, 48), (32, 48), 4),
-    'much overlapping': ((40, 45), (16, 24), (6, 7), 4), 'one row': ((30, 90), (48, 48), (47, 32), 8),
-    'one column': ((90, 30), (48, 48), (32, 32), 3), 'large already': ((64, 70), (32, 40), (20, 30), 1),
-    'one': ((20, 30), (48, 48), (32, 32), 4)}
+    'overlapping': ((64, 96), (48, 48), (32, 32), 4),
+    'side by side': ((64, 96), (32, 48), (32, 48), 4),
+    'much overlapping': ((40, 45), (16, 24), (6, 7), 4),
+    'one row': ((30, 90), (48, 48), (47, 32), 8),
+    'one column': ((90, 30), (48, 48), (32, 32), 3),
+    'large already': ((64, 70), (32, 40), (20, 30), 1),
+    'one': ((20, 30), (48, 48), (32, 32), 4),
+}
 
 
 @pytest.mark.parametrize('align_corners', [False, True])
@@ -116,7 +143,7 @@ SLIDES = {  # size, crop, stride, factor
 @pytest.mark.parametrize('case', SLIDES)
 def test_sliding_windows_are_averaged(case, target, align_corners, chunks):
     rows, columns, logits = sliding(*SLIDES[case])
-    target = (*target, *((0, 0, 0, 0), None, None)[len(target):], align_corners)
+    target = (*target, *((0, 0, 0, 0), None, None)[len(target) :], align_corners)
     expected = at_own_size(mean_of_windows(rows, columns, logits, align_corners), *target).argmax(0)
     assert torch.equal(class_map([LogitRows(logits.__getitem__, rows, columns, *target)]), expected)
 
@@ -146,8 +173,9 @@ def test_views_are_merged_by_their_mean_probabilities(chunks):
     views, total = [], 0
     for size, flip in (((36, 44), None), ((36, 44), 'horizontal'), ((60, 72), 'vertical')):
         logits = 3 * torch.randn(CLASSES, size[0] // 4, size[1] // 4, dtype=torch.float64)
-        views.append(LogitRows(lambda _, logits=logits: [logits], *map(Windows.whole, size), (0, 0, 0, 0), flip,
-                               (50, 61)))
+        views.append(
+            LogitRows(lambda _, logits=logits: [logits], *map(Windows.whole, size), (0, 0, 0, 0), flip, (50, 61))
+        )
         large = F.interpolate(logits[None], size, mode='bilinear')
         total = total + at_own_size(large, (0, 0, 0, 0), flip, (50, 61)).softmax(0)
     rows, columns, logits = sliding((64, 96), (48, 48), (32, 32), 4)
@@ -177,18 +205,18 @@ def test_reduced_precision_is_computed_in_float32(autocast):
 
 @pytest.mark.usefixtures('one_thread')
 def test_memory_does_not_grow_with_the_image(monkeypatch):
-    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2 ** 16)
+    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2**16)
     monkeypatch.setattr(bands, 'MIN_ROWS', 1)
     for factor in (8, 16):
         size = 16 * factor, 16 * factor
         with LargestTensor() as mine:
             labels_of(torch.randn(32, 16, 16), size, (0, 0, 0, 0), None, (15 * factor, 17 * factor))
         # Two buffers of a chunk, or the labels.
-        assert mine.numel <= max(2 * 2 ** 16 / 4, 15 * 17 * factor ** 2)
+        assert mine.numel <= max(2 * 2**16 / 4, 15 * 17 * factor**2)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2 ** 14)
+    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2**14)
     logits, before, results = torch.randn(20, 16, 12), torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

@@ -1,4 +1,5 @@
 """Inference of convolutions with what follows them: the values of the parts, in whatever mode."""
+
 import copy
 
 import pytest
@@ -18,9 +19,15 @@ from replk_mm.reparam import reparameterize
 # ruff: noqa: F811 (fixtures that come from another file)
 pytestmark = pytest.mark.usefixtures('one_thread')
 ACTIVATIONS = {
-    'none': None, 'relu': nn.ReLU(), 'relu in place': nn.ReLU(inplace=True), 'gelu': nn.GELU(),
+    'none': None,
+    'relu': nn.ReLU(),
+    'relu in place': nn.ReLU(inplace=True),
+    'gelu': nn.GELU(),
     'gelu tanh': nn.GELU('tanh'),
-    'silu': nn.SiLU(), 'leaky': nn.LeakyReLU(.1), 'hardswish': nn.Hardswish(inplace=True), 'identity': nn.Identity(),
+    'silu': nn.SiLU(),
+    'leaky': nn.LeakyReLU(0.1),
+    'hardswish': nn.Hardswish(inplace=True),
+    'identity': nn.Identity(),
 }
 #: Follow a convolution in one pass.
 FUSED = {'none', 'relu', 'relu in place', 'gelu', 'gelu tanh'}
@@ -28,9 +35,11 @@ FUSED = {'none', 'relu', 'relu in place', 'gelu', 'gelu tanh'}
 
 # values
 
+
 @pytest.mark.parametrize('packed', [False, True], ids=['', 'packed'])
-@pytest.mark.parametrize('dtype, relative', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)],
-                         ids=str)
+@pytest.mark.parametrize(
+    'dtype, relative', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)], ids=str
+)
 @pytest.mark.parametrize('name', CONVOLUTIONS)
 def test_equals_the_parts(name, dtype, relative, packed):
     conv = build(name, dtype)
@@ -62,9 +71,12 @@ def test_what_is_fused_and_what_is_not(apart):
                 assert len(apart) == (whole or activation not in FUSED), (name, activation)
         apart.clear()
         for other, x in (
-                (DepthwiseConv2d(8, 3), image()), (nn.ConvTranspose2d(8, 4, 2), image()),
-                (build('3x3'), image(batch=0)),
-                (build('3x3'), image()[0]), (build('3x3', torch.float64), image(dtype=torch.float64))):
+            (DepthwiseConv2d(8, 3), image()),
+            (nn.ConvTranspose2d(8, 4, 2), image()),
+            (build('3x3'), image(batch=0)),
+            (build('3x3'), image()[0]),
+            (build('3x3', torch.float64), image(dtype=torch.float64)),
+        ):
             expected = truth(other, x, nn.ReLU())
             assert convolve(other, x, nn.ReLU()).shape == expected.shape
             if x.shape[0]:
@@ -100,6 +112,7 @@ def test_an_activation_or_a_shortcut():
 
 # gradients, hooks, modes
 
+
 @pytest.mark.parametrize('trains', ['weight', 'bias', 'input', 'shortcut'])
 @pytest.mark.parametrize('name', ['1x1', '3x3, stride 2'])
 def test_gradients(name, trains):
@@ -112,8 +125,10 @@ def test_gradients(name, trains):
             continue
         twin = copy.deepcopy(conv).double()
         leaves = []
-        for module, image_, added in ((conv, x.clone(), other),
-                                      (twin, x.double(), None if other is None else other.double())):
+        for module, image_, added in (
+            (conv, x.clone(), other),
+            (twin, x.double(), None if other is None else other.double()),
+        ):
             module.requires_grad_(False).zero_grad()
             added = None if added is None else added.clone()
             leaf = dict(weight=module.weight, bias=module.bias, input=image_, shortcut=added)[trains].requires_grad_()
@@ -227,6 +242,7 @@ def test_what_looks_at_operators_sees_the_parts():
 
 # networks
 
+
 def folded(kind=RepLKNet, **kwargs) -> nn.Module:
     torch.manual_seed(0)
     return reparameterize(randomize_norms(kind('nano', **kwargs)).eval())[0]
@@ -270,7 +286,7 @@ def gradients(network, x, seed=0):
 def test_training_is_unaffected(fold, monkeypatch):
     """Bit by bit, with drop path."""
     x = torch.randn(2, 3, 64, 64)
-    network = (folded(drop_path_rate=.5) if fold else randomize_norms(RepLKNet('nano', drop_path_rate=.5))).train()
+    network = (folded(drop_path_rate=0.5) if fold else randomize_norms(RepLKNet('nano', drop_path_rate=0.5))).train()
     state = copy.deepcopy(network.state_dict())
     found = [t.detach().clone() for t in gradients(network, x)]
     network.load_state_dict(state)

@@ -1,4 +1,5 @@
 """The depthwise convolution in torch's modes: autocast, inference, export and others find torch's own; the module."""
+
 import copy
 import pickle
 
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 # modes of torch
+
 
 @pytest.mark.parametrize('spec', SPECS)
 def test_autocast_equals_torchs(spec):
@@ -77,6 +79,7 @@ def test_under_checkpointing(spec):
 
 # what looks at the operation sees torch's
 
+
 def _network(kernel=31, spec='fft'):
     return nn.Sequential(DepthwiseConv2d(4, kernel, implementation=spec), nn.ReLU()).eval()
 
@@ -122,8 +125,10 @@ def test_other_devices():
 
 # the module
 
-@pytest.mark.parametrize('arguments',
-                         [dict(), dict(bias=False), dict(stride=2), dict(dilation=(2, 1)), dict(padding=0)])
+
+@pytest.mark.parametrize(
+    'arguments', [dict(), dict(bias=False), dict(stride=2), dict(dilation=(2, 1)), dict(padding=0)]
+)
 @pytest.mark.parametrize('kernel', [13, (5, 8)])
 def test_module_is_torchs_with_other_arithmetic(kernel, arguments):
     sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
@@ -131,8 +136,13 @@ def test_module_is_torchs_with_other_arithmetic(kernel, arguments):
     torch.manual_seed(3)
     mine = DepthwiseConv2d(6, kernel, **arguments)
     torch.manual_seed(3)
-    plain = nn.Conv2d(6, 6, kernel, groups=6, **{
-        'padding': tuple(k // 2 * d for k, d in zip(sides, dilation, strict=True)), **arguments})
+    plain = nn.Conv2d(
+        6,
+        6,
+        kernel,
+        groups=6,
+        **{'padding': tuple(k // 2 * d for k, d in zip(sides, dilation, strict=True)), **arguments},
+    )
     assert isinstance(mine, nn.Conv2d) and mine.padding == plain.padding
     state, expected = mine.state_dict(), plain.state_dict()
     assert list(state) == list(expected) and all(torch.equal(state[k], expected[k]) for k in state)
@@ -148,6 +158,9 @@ def test_copies_of_a_module(tmp_path):
     conv, x = DepthwiseConv2d(4, 9, stride=2, implementation='fft'), torch.randn(2, 4, 20, 20)
     torch.save(conv, tmp_path / 'conv.pth')
     conv(x).sum().backward()
-    for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv)),
-                 torch.load(tmp_path / 'conv.pth', weights_only=False)):
+    for twin in (
+        copy.deepcopy(conv),
+        pickle.loads(pickle.dumps(conv)),
+        torch.load(tmp_path / 'conv.pth', weights_only=False),
+    ):
         assert torch.equal(twin(x), conv(x)) and twin.implementation == 'fft' and twin.stride == (2, 2)

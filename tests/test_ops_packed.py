@@ -1,4 +1,5 @@
 """Weights kept in the backend's form: they follow every change of the layer, and are forgotten with it."""
+
 import copy
 import pickle
 
@@ -19,7 +20,7 @@ def _forget(conv):
 
 
 def _step(conv):
-    optimizer = torch.optim.Adam(conv.parameters(), lr=.5)
+    optimizer = torch.optim.Adam(conv.parameters(), lr=0.5)
     with torch.enable_grad():
         conv.requires_grad_()(image()).square().mean().backward()
     optimizer.step()
@@ -28,8 +29,9 @@ def _step(conv):
 
 def _replaced(conv):
     del conv.weight  # so that the new one may get the memory of the old one
-    conv.weight = nn.Parameter(torch.randn(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size),
-                               False)
+    conv.weight = nn.Parameter(
+        torch.randn(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size), False
+    )
 
 
 def _assigned(conv):
@@ -49,10 +51,7 @@ CHANGES = {
     'bias': lambda conv: conv.bias.add_(3),
     'data replaced': lambda conv: setattr(conv.weight, 'data', torch.randn_like(conv.weight)),
 }
-KEEPING = {
-    'plain': lambda: build('3x3'),
-    'spectra': lambda: DepthwiseConv2d(8, 7, implementation='fft').eval(),
-}
+KEEPING = {'plain': lambda: build('3x3'), 'spectra': lambda: DepthwiseConv2d(8, 7, implementation='fft').eval()}
 
 
 @pytest.mark.parametrize('kind', KEEPING)
@@ -114,7 +113,7 @@ def test_kept_weights_and_copies(kind):
         assert torch.equal(convolve(conv, x), expected)
     conv.requires_grad_().train()
     convolve(conv, x).sum().backward()
-    assert_close(conv.bias.grad, torch.full((conv.out_channels,), 2. * 9 * 10, dtype=torch.float64))
+    assert_close(conv.bias.grad, torch.full((conv.out_channels,), 2.0 * 9 * 10, dtype=torch.float64))
 
 
 @pytest.mark.parametrize('name', ['1x1', 'our depthwise, 7x7', 'our depthwise, 17x17'])

@@ -1,4 +1,5 @@
 """The depthwise convolution in processes of its own: what could hang, forks, or takes memory."""
+
 import os
 import subprocess
 import sys
@@ -13,12 +14,16 @@ pytestmark = pytest.mark.usefixtures('fresh')
 def isolated(code: str, timeout: float = 200, **environment: str) -> str:
     """What a new Python prints that runs ``code``."""
     root = str(Path(__file__).resolve().parents[1])
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([root, str(Path(__file__).parent)]),
-                   'OMP_NUM_THREADS': '2',
-                   **environment}
+    environment = {
+        **os.environ,
+        'PYTHONPATH': os.pathsep.join([root, str(Path(__file__).parent)]),
+        'OMP_NUM_THREADS': '2',
+        **environment,
+    }
     try:
-        done = subprocess.run([sys.executable, '-c', code], env=environment, timeout=timeout, text=True,
-                              capture_output=True)
+        done = subprocess.run(
+            [sys.executable, '-c', code], env=environment, timeout=timeout, text=True, capture_output=True
+        )
     except subprocess.TimeoutExpired as expired:
         printed = (expired.stdout or b'').decode().splitlines() or ['nothing']
         pytest.fail(f'does not return; printed last: {printed[-1]}')
@@ -44,8 +49,9 @@ for channels in (1, 2, 3, 8, 16, 17):
 """
 
 
-@pytest.mark.parametrize('specs', [['auto', 'channels_last'], pytest.param(SPECS, marks=pytest.mark.slow)],
-                         ids=['some', 'all'])
+@pytest.mark.parametrize(
+    'specs', [['auto', 'channels_last'], pytest.param(SPECS, marks=pytest.mark.slow)], ids=['some', 'all']
+)
 def test_bfloat16_with_few_channels_returns(specs):
     isolated(HANGS.format(specs=specs), timeout=60 * len(specs))
 
@@ -138,15 +144,22 @@ for shape, kernel, dtype, layout in {shapes}:
 
 
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='needs the memory counters of Linux')
-@pytest.mark.parametrize('shapes', [
-    '[((2, 128, 64, 64), 29, torch.float32, torch.channels_last)]',
-    pytest.param('[((2, 256, 64, 64), 29, t, m) for t in (torch.float32, torch.bfloat16)'
-                 ' for m in (torch.channels_last, torch.contiguous_format)]'
-                 ' + [((4, 512, 32, 32), 27, t, torch.channels_last) for t in (torch.float32, torch.bfloat16)'
-                 # torch's own step takes minutes in bfloat16 where the CPU has no instructions for it
-                 ' if t == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()]'
-                 ' + [((2, 64, 128, 128), 31, torch.float32, torch.channels_last)]',
-                 marks=pytest.mark.slow)], ids=['one', 'more'])
+@pytest.mark.parametrize(
+    'shapes',
+    [
+        '[((2, 128, 64, 64), 29, torch.float32, torch.channels_last)]',
+        pytest.param(
+            '[((2, 256, 64, 64), 29, t, m) for t in (torch.float32, torch.bfloat16)'
+            ' for m in (torch.channels_last, torch.contiguous_format)]'
+            ' + [((4, 512, 32, 32), 27, t, torch.channels_last) for t in (torch.float32, torch.bfloat16)'
+            # torch's own step takes minutes in bfloat16 where the CPU has no instructions for it
+            ' if t == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()]'
+            ' + [((2, 64, 128, 128), 31, torch.float32, torch.channels_last)]',
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=['one', 'more'],
+)
 def test_a_training_step_takes_at_most_twice_torchs_memory(shapes):
     # Every tensor is memory of its own, given back when it is freed.
     printed = isolated(MEMORY.format(shapes=shapes), timeout=300, MALLOC_MMAP_THRESHOLD_='65536')

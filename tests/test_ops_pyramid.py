@@ -1,4 +1,5 @@
 """The joint convolution of a pyramid against resizing, concatenating and convolving, in float64."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def reference(maps, weight, bias, align_corners):
     return F.conv2d(torch.cat([maps[0], *resized], 1), weight, bias, padding=1)
 
 
-@pytest.mark.parametrize('min_macs', [0, 10 ** 9], ids=['taken apart', 'as it is'])
+@pytest.mark.parametrize('min_macs', [0, 10**9], ids=['taken apart', 'as it is'])
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['default', 'channels-last'])
 @pytest.mark.parametrize('case', SIZES)
@@ -33,8 +34,10 @@ def test_output_and_gradients(case, layout, align_corners, min_macs, monkeypatch
     monkeypatch.setattr(pyramid, 'MIN_MACS', min_macs)
     calls, real = [], pyramid._share
     monkeypatch.setattr(pyramid, '_share', lambda *args: (calls.append(args), real(*args))[1])
-    maps = [torch.randn(2, 3 + i, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
-            for i, size in enumerate(SIZES[case])]
+    maps = [
+        torch.randn(2, 3 + i, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+        for i, size in enumerate(SIZES[case])
+    ]
     weight = torch.randn(5, sum(x.shape[1] for x in maps), 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
     expected, found = (conv(maps, weight, bias, align_corners) for conv in (reference, conv_of_resized))
@@ -74,7 +77,7 @@ def test_second_derivative_is_refused_not_wrong(monkeypatch):
     monkeypatch.setattr(pyramid, 'MIN_MACS', 0)
     maps = [torch.randn(1, 2, s, s, dtype=torch.float64, requires_grad=True) for s in (8, 4)]
     weight = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
-    grad, = torch.autograd.grad(conv_of_resized(maps, weight).square().sum(), maps[1], create_graph=True)
+    (grad,) = torch.autograd.grad(conv_of_resized(maps, weight).square().sum(), maps[1], create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         grad.sum().backward()
 

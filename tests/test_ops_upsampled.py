@@ -1,4 +1,5 @@
 """Loss of interpolated logits against torch's own chain, in float64."""
+
 import itertools
 from collections.abc import Iterator
 
@@ -24,7 +25,7 @@ SHAPES = {
     'two classes': ((1, 2, 3, 4), (12, 16)),
 }
 # One chunk, chunks of a few rows, and a row at a time with bands of a few columns.
-CHUNKS = {'one chunk': (2 ** 22, 64), 'some rows': (3000, 7), 'a row': (1, 2)}
+CHUNKS = {'one chunk': (2**22, 64), 'some rows': (3000, 7), 'a row': (1, 2)}
 
 
 @pytest.fixture(params=CHUNKS)
@@ -66,7 +67,7 @@ def reference(logits, labels, ignore_index=255, align_corners=False):
     logits = logits.detach().double().requires_grad_()
     large = F.interpolate(logits, labels.shape[1:], mode='bilinear', align_corners=align_corners)
     loss = F.cross_entropy(large, labels, ignore_index=ignore_index, reduction='sum')
-    grad, = torch.autograd.grad(loss, logits)
+    (grad,) = torch.autograd.grad(loss, logits)
     counts = labels != ignore_index
     return loss.detach(), grad, ((large.argmax(1) == labels) & counts).sum(), counts.sum()
 
@@ -74,7 +75,7 @@ def reference(logits, labels, ignore_index=255, align_corners=False):
 def found(logits, labels, *args, **kwargs):
     logits = logits.detach().clone().requires_grad_()
     loss, correct, counted = upsampled_cross_entropy(logits, labels, *args, **kwargs)
-    grad, = torch.autograd.grad(loss, logits)
+    (grad,) = torch.autograd.grad(loss, logits)
     return loss.detach(), grad, correct, counted
 
 
@@ -88,16 +89,17 @@ def assert_same(ours, theirs, relative=1e-12):
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize('size, out_size', [*itertools.product((1, 2, 5, 16), (1, 2, 7, 16, 64)), (64, 37)])
 def test_interpolation_is_torchs(size, out_size, align_corners):
-    expected = F.interpolate(torch.eye(size, dtype=torch.float64)[None], out_size, mode='linear',
-                             align_corners=align_corners)[0].t()
+    expected = F.interpolate(
+        torch.eye(size, dtype=torch.float64)[None], out_size, mode='linear', align_corners=align_corners
+    )[0].t()
     x = torch.randn(size, 3, dtype=torch.float64)
     for step in (1, 5, out_size):
         for part in Interpolation(size, out_size, align_corners, x).parts(step):
             matrix = torch.zeros(part.stop - part.start, size, dtype=torch.float64)
-            matrix[:, part.first:part.last] = part.transposed().t()
-            torch.testing.assert_close(matrix, expected[part.start:part.stop], rtol=0, atol=1e-14)
-            out = part.apply(x[part.first:part.last], x.new_empty(part.stop - part.start, 3))
-            torch.testing.assert_close(out, expected[part.start:part.stop] @ x, rtol=0, atol=1e-13)
+            matrix[:, part.first : part.last] = part.transposed().t()
+            torch.testing.assert_close(matrix, expected[part.start : part.stop], rtol=0, atol=1e-14)
+            out = part.apply(x[part.first : part.last], x.new_empty(part.stop - part.start, 3))
+            torch.testing.assert_close(out, expected[part.start : part.stop] @ x, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize('align_corners', [False, True])
@@ -105,8 +107,9 @@ def test_interpolation_is_torchs(size, out_size, align_corners):
 def test_cross_entropy_is_torchs(shape, align_corners, chunks):
     shape, size = SHAPES[shape]
     logits, labels = 3 * torch.randn(shape, dtype=torch.float64), labels_of(shape, size)
-    assert_same(found(logits, labels, align_corners=align_corners),
-                reference(logits, labels, align_corners=align_corners))
+    assert_same(
+        found(logits, labels, align_corners=align_corners), reference(logits, labels, align_corners=align_corners)
+    )
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
@@ -151,7 +154,7 @@ def test_reduced_precision_is_computed_in_float32():
     assert loss.dtype == torch.float32 and grad.dtype == torch.bfloat16
     expected = reference(logits, labels)
     assert_same((loss, correct, correct, counted), (expected[0], expected[2], expected[2], expected[3]), 1e-6)
-    assert_same((loss, grad, correct, counted), expected, 2 ** -8)
+    assert_same((loss, grad, correct, counted), expected, 2**-8)
 
 
 def test_gradient_follows_what_comes_after():
@@ -181,7 +184,7 @@ def test_labels_of_no_class_are_refused(label):
 
 
 def test_memory_does_not_grow_with_the_labels(monkeypatch, one_thread):
-    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2 ** 16)
+    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2**16)
     shape = (2, 32, 16, 16)
     largest = {}
     for factor in (4, 8, 16):
@@ -193,11 +196,11 @@ def test_memory_does_not_grow_with_the_labels(monkeypatch, one_thread):
             reference(torch.randn(shape), labels)
         assert torchs.numel >= 2 * 32 * (16 * factor) ** 2
     # Three buffers of a chunk, or the labels.
-    assert largest[4] <= 3 * 2 ** 16 / 4 and largest[16] <= 2 * (16 * 16) ** 2
+    assert largest[4] <= 3 * 2**16 / 4 and largest[16] <= 2 * (16 * 16) ** 2
 
 
 def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2 ** 14)
+    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2**14)
     logits, labels = torch.randn(2, 20, 16, 12), labels_of((2, 20), (64, 48))
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):

@@ -1,4 +1,5 @@
 """Threads of our own: work is done once, errors surface, values are the same."""
+
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,8 +18,9 @@ def worker_threads(monkeypatch):
     names = set()
     rfft2 = torch.fft.rfft2
     monkeypatch.setattr(spectral, 'THREADS_PAY', 0)
-    monkeypatch.setattr(torch.fft, 'rfft2',
-                        lambda *a, **k: names.add(threading.current_thread().name) or rfft2(*a, **k))
+    monkeypatch.setattr(
+        torch.fft, 'rfft2', lambda *a, **k: names.add(threading.current_thread().name) or rfft2(*a, **k)
+    )
     return names
 
 
@@ -67,12 +69,20 @@ def test_an_error_in_a_thread_surfaces(worker_threads, monkeypatch):
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('dtype, relative', [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)],
-                         ids=str)
+@pytest.mark.parametrize(
+    'dtype, relative', [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 2e-2)], ids=str
+)
 def test_our_own_threads_change_nothing(dtype, relative, layout, worker_threads):
-    for case in ('kernel 9', 'kernel 31 over a map of 3x5', 'even kernel', 'tall kernel',
-                 'padding larger than the kernel',
-                 'batch 5', 'one channel', 'no padding'):
+    for case in (
+        'kernel 9',
+        'kernel 31 over a map of 3x5',
+        'even kernel',
+        'tall kernel',
+        'padding larger than the kernel',
+        'batch 5',
+        'one channel',
+        'no padding',
+    ):
         (n, c, h, w), kernel, kwargs = CASES[case]
         tensors = draw((n, c + 17 if dtype == torch.bfloat16 else c, h, w), kernel, dtype, layout, **kwargs)
         found = ours(*tensors, 'fft', **kwargs)

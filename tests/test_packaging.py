@@ -1,4 +1,5 @@
 """The built wheel: what it holds, what it asks for, and that mmengine finds configs in it."""
+
 import json
 import os
 import re
@@ -33,8 +34,9 @@ def tree(tmp_path_factory) -> Path:
     names = ('replk_mm', 'configs', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE')
     for name in names:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / 'tree' / name, symlinks=True,
-                            ignore=shutil.ignore_patterns('__pycache__'))
+            shutil.copytree(
+                ROOT / name, folder / 'tree' / name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__')
+            )
         else:
             (folder / 'tree').mkdir(exist_ok=True)
             shutil.copy(ROOT / name, folder / 'tree' / name)
@@ -68,12 +70,19 @@ def test_wheel_holds_every_source_and_config(wheel):
     with zipfile.ZipFile(wheel) as archive:
         entries = [entry for entry in archive.infolist() if '.dist-info/' not in entry.filename]
     held = {entry.filename for entry in entries}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / 'replk_mm').rglob('*')
-               if path.is_file() and '.mim' not in path.parts
-               and path.suffix in ('.py', '.yaml', '.yml', '.typed', '.css', '.js', '.j2')}
+    sources = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / 'replk_mm').rglob('*')
+        if path.is_file()
+        and '.mim' not in path.parts
+        and path.suffix in ('.py', '.yaml', '.yml', '.typed', '.css', '.js', '.j2')
+    }
     sources.add('replk_mm/py.typed')
-    configs = {f'replk_mm/.mim/{path.relative_to(ROOT)}' for path in (ROOT / 'configs').rglob('*')
-               if path.suffix in ('.py', '.yaml')}
+    configs = {
+        f'replk_mm/.mim/{path.relative_to(ROOT)}'
+        for path in (ROOT / 'configs').rglob('*')
+        if path.suffix in ('.py', '.yaml')
+    }
     assert len(configs) > 10
     assert held == sources | configs | {'replk_mm/.mim/model-index.yml'}
     links = [entry.filename for entry in entries if (entry.external_attr >> 16) & 0o170000 == 0o120000]
@@ -89,8 +98,18 @@ def test_metadata_never_touches_torch_or_mmcv(wheel):
     assert not {'torch', 'mmcv'} & set(asked)
     assert set(message.get_all('Provides-Extra')) == {'seg', 'det'}
     always = {name for name, requirement in asked.items() if requirement.marker is None}
-    assert always == {'jinja2', 'matplotlib', 'mmengine', 'numpy', 'psutil', 'pydantic', 'pyyaml', 'rich',
-                      'safetensors', 'setuptools'}
+    assert always == {
+        'jinja2',
+        'matplotlib',
+        'mmengine',
+        'numpy',
+        'psutil',
+        'pydantic',
+        'pyyaml',
+        'rich',
+        'safetensors',
+        'setuptools',
+    }
     known = {requirement.name.lower(): requirement for requirement in REQUIREMENTS}
     for name, requirement in asked.items():
         assert set(requirement.specifier) <= set(SpecifierSet(known[name].range)), f'{name} differs from the report'
@@ -106,7 +125,9 @@ def test_installed_configs_are_inherited_by_name(installed, tmp_path):
         'replk_mm.register_configs()\n'
         'cfg = Config.fromfile("mine.py")\n'
         'print(json.dumps([replk_mm.__file__, cfg.work_dir, cfg.model.backbone.type, cfg.model.type]))',
-        installed, tmp_path)
+        installed,
+        tmp_path,
+    )
     assert Path(answer[0]).is_relative_to(installed)
     assert answer[1:3] == ['mine', 'replk_mm.RepLKNet']
 
@@ -122,5 +143,8 @@ def test_editable_install_finds_its_configs_from_anywhere(tree, tmp_path):
         'import replk_mm\n'
         'from mmengine.config import Config\n'
         'replk_mm.register_configs()\n'
-        'print(json.dumps(Config.fromfile("mine.py").model.backbone.type))', tmp_path / 'nothing', tmp_path)
+        'print(json.dumps(Config.fromfile("mine.py").model.backbone.type))',
+        tmp_path / 'nothing',
+        tmp_path,
+    )
     assert answer == 'replk_mm.RepLKNet'

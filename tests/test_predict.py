@@ -1,4 +1,5 @@
 """Predictions for images."""
+
 import cv2
 import numpy as np
 import pytest
@@ -61,8 +62,9 @@ def test_classes_without_names_get_some(tiny, trained, tmp_path):
     assert len(meta['classes']) == len(meta['palette']) == 8
 
 
-@pytest.mark.parametrize(('content', 'said'), [
-    (None, 'no such image'), (b'', 'empty'), (b'text', 'cannot identify image file')])
+@pytest.mark.parametrize(
+    ('content', 'said'), [(None, 'no such image'), (b'', 'empty'), (b'text', 'cannot identify image file')]
+)
 def test_bad_images_are_named(segmentor, tmp_path, content, said):
     path = tmp_path / 'x.jpg'
     if content is not None:

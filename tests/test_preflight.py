@@ -1,4 +1,5 @@
 """What would fail after hours fails in the dry run, and one that succeeds leaves no trace."""
+
 import errno
 import re
 
@@ -62,7 +63,7 @@ def test_it_leaves_no_trace(tiny, tmp_path):
     assert not list(last[0].parent.glob('preflight*'))
     log = next((tmp_path / 'True').glob('*/*.log')).read_text()
     found = re.search(r'dry run: loss [\d.]+; peak memory of the process ([\d.]+) GiB, .*; validation: aAcc, mIoU', log)
-    assert found and .1 < float(found[1]) < 100
+    assert found and 0.1 < float(found[1]) < 100
     assert log.count('classes are in the labels') == 1, 'the metrics of one batch are not to be read as a result'
 
 
@@ -73,9 +74,12 @@ def test_gradients_and_statistics_are_as_before(tiny, tmp_path, monkeypatch):
     def before_train(self, runner: Runner):
         before = {key: value.clone() for key, value in runner.model.state_dict().items()}
         dry_run(self, runner)
-        seen.update(same=all(torch.equal(before[key], value) for key, value in runner.model.state_dict().items()),
-                    gradients=[p.grad for p in runner.model.parameters() if p.grad is not None],
-                    state=list(runner.optim_wrapper.optimizer.state), training=runner.model.training)
+        seen.update(
+            same=all(torch.equal(before[key], value) for key, value in runner.model.state_dict().items()),
+            gradients=[p.grad for p in runner.model.parameters() if p.grad is not None],
+            state=list(runner.optim_wrapper.optimizer.state),
+            training=runner.model.training,
+        )
 
     monkeypatch.setattr(PreflightHook, 'before_train', before_train)
     run(tiny, tmp_path)
@@ -90,17 +94,32 @@ def test_a_detector(detector, tmp_path):
     assert 'dry run: loss' in log and 'coco/bbox_mAP' in log
 
 
-@pytest.mark.parametrize(('said', 'changes'), [
-    (r"dry run, validation of one batch: CheckpointHook.save_best='miou': the validation reports aAcc, mIoU",
-     dict(options={'default_hooks.checkpoint.save_best': 'miou'})),
-    (r"dry run, validation of one batch: EarlyStoppingHook.monitor='accuracy'",
-     dict(hook=dict(type='EarlyStoppingHook', monitor='accuracy'))),
-    (r"dry run, validation of one batch: KeyError: 'classes'", dict(metric=dict(type='mmengine.BrokenMetric'))),
-    (rf'{LOSS}RuntimeError: weight tensor',
-     dict(options={'model.decode_head.loss_decode.class_weight': [1.0, 2.0]})),
-    (rf'{LOSS}.*FileNotFoundError: .*1.png',
-     dict(options={'train_dataloader.dataset.pipeline.2': dict(type='mmengine.NeedsAFile')})),
-    (rf'{LOSS}ValueError: Expected more than 1 value per channel', dict(options={'train_dataloader.batch_size': 1}))])
+@pytest.mark.parametrize(
+    ('said', 'changes'),
+    [
+        (
+            r"dry run, validation of one batch: CheckpointHook.save_best='miou': the validation reports aAcc, mIoU",
+            dict(options={'default_hooks.checkpoint.save_best': 'miou'}),
+        ),
+        (
+            r"dry run, validation of one batch: EarlyStoppingHook.monitor='accuracy'",
+            dict(hook=dict(type='EarlyStoppingHook', monitor='accuracy')),
+        ),
+        (r"dry run, validation of one batch: KeyError: 'classes'", dict(metric=dict(type='mmengine.BrokenMetric'))),
+        (
+            rf'{LOSS}RuntimeError: weight tensor',
+            dict(options={'model.decode_head.loss_decode.class_weight': [1.0, 2.0]}),
+        ),
+        (
+            rf'{LOSS}.*FileNotFoundError: .*1.png',
+            dict(options={'train_dataloader.dataset.pipeline.2': dict(type='mmengine.NeedsAFile')}),
+        ),
+        (
+            rf'{LOSS}ValueError: Expected more than 1 value per channel',
+            dict(options={'train_dataloader.batch_size': 1}),
+        ),
+    ],
+)
 def test_what_fails_is_named_before_the_first_iteration(tiny, tmp_path, said, changes):
     with pytest.raises(UserError, match=f'^{said}'):
         run(tiny, tmp_path, **changes)
@@ -136,6 +155,12 @@ class LooksAtValues(BaseModule):
 
 
 def test_a_backbone_that_looks_at_values_trains(tiny, tmp_path):
-    last = run(tiny, tmp_path, {'model.backbone': dict(_delete_=True, type='mmengine.LooksAtValues'),
-                                'optim_wrapper.constructor': 'DefaultOptimWrapperConstructor'})
+    last = run(
+        tiny,
+        tmp_path,
+        {
+            'model.backbone': dict(_delete_=True, type='mmengine.LooksAtValues'),
+            'optim_wrapper.constructor': 'DefaultOptimWrapperConstructor',
+        },
+    )
     assert last.name == 'iter_2.pth'

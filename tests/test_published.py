@@ -1,4 +1,5 @@
 """The quoted numbers against the facts they were carried over from, and the ways to ask for them."""
+
 import dataclasses
 from pathlib import Path
 
@@ -42,8 +43,19 @@ def test_recipe_values_are_those_of_the_facts(facts):
     assert set(published.table('recipes')) | {'convnext_upernet_test'} == set(facts['recipes'])
     for name, ours in published.table('recipes').items():
         theirs = facts['recipes'][name]
-        for key in ('optimizer', 'lr', 'betas', 'weight_decay', 'norm_decay_mult', 'drop_path', 'layer_scale_init',
-                    'norm', 'checkpointing', 'align_corners', 'augmentation'):
+        for key in (
+            'optimizer',
+            'lr',
+            'betas',
+            'weight_decay',
+            'norm_decay_mult',
+            'drop_path',
+            'layer_scale_init',
+            'norm',
+            'checkpointing',
+            'align_corners',
+            'augmentation',
+        ):
             assert key not in theirs or ours[key] == theirs[key], (name, key)
         for key in ('milestones', 'epochs'):
             assert ours['schedule'].get(key) == theirs.get(key), (name, key)
@@ -62,8 +74,10 @@ def test_weights_are_those_of_the_facts(facts):
 
 def test_every_row_cites_a_paper_and_a_repository():
     for result in published.results():
-        paper, repository = {'RepLKNet': ('2203.06717', 'DingXiaoH/RepLKNet-pytorch'),
-                             'ConvNeXt': ('2201.03545', 'facebookresearch/ConvNeXt')}[result.family]
+        paper, repository = {
+            'RepLKNet': ('2203.06717', 'DingXiaoH/RepLKNet-pytorch'),
+            'ConvNeXt': ('2201.03545', 'facebookresearch/ConvNeXt'),
+        }[result.family]
         assert paper in result.source and repository in result.source
 
 
@@ -92,21 +106,43 @@ def test_every_recipe_and_variant_of_a_row_exists():
 
 
 ROW = config_table.Row(
-    path=Path('configs/upernet_replk31b_ade20k.py'), scope='mmseg', backbone='RepLKNet-31B', pretraining='ImageNet-1K',
-    data='ADE20K', kind='512', schedule='160k iterations, batch 32', params_m=113.37,
-    result=published.for_config('upernet_replk31b_ade20k'))
+    path=Path('configs/upernet_replk31b_ade20k.py'),
+    scope='mmseg',
+    backbone='RepLKNet-31B',
+    pretraining='ImageNet-1K',
+    data='ADE20K',
+    kind='512',
+    schedule='160k iterations, batch 32',
+    params_m=113.37,
+    result=published.for_config('upernet_replk31b_ade20k'),
+)
 
 
 def test_markdown_row():
     line = config_table.to_markdown([ROW], '../configs').splitlines()[-1]
     assert [cell.strip() for cell in line.strip('|').split('|')] == [
-        '[upernet_replk31b_ade20k](../configs/upernet_replk31b_ade20k.py)', 'RepLKNet-31B', 'ImageNet-1K', 'ADE20K',
-        '512', '160k iterations, batch 32', '49.9 / 50.6', '112', '113.4']
+        '[upernet_replk31b_ade20k](../configs/upernet_replk31b_ade20k.py)',
+        'RepLKNet-31B',
+        'ImageNet-1K',
+        'ADE20K',
+        '512',
+        '160k iterations, batch 32',
+        '49.9 / 50.6',
+        '112',
+        '113.4',
+    ]
 
 
 def test_a_metric_that_is_not_stated_is_a_dash():
-    row = dataclasses.replace(ROW, path=Path('configs/fcos_replk31b_coco.py'), scope='mmdet', data='COCO', kind='FCOS',
-                              schedule='24 epochs, batch 16', result=published.for_config('fcos_replk31b_coco'))
+    row = dataclasses.replace(
+        ROW,
+        path=Path('configs/fcos_replk31b_coco.py'),
+        scope='mmdet',
+        data='COCO',
+        kind='FCOS',
+        schedule='24 epochs, batch 16',
+        result=published.for_config('fcos_replk31b_coco'),
+    )
     head, line = [config_table.to_markdown([ROW, row]).splitlines()[i] for i in (-3, -1)]
     assert '| Method |' in head and 'AP box / mask (quoted)' in head
     assert line.endswith('| COCO | FCOS | 24 epochs, batch 16 | 47.0 / – | 87 | 113.4 |')
@@ -123,8 +159,7 @@ def test_readme_block_is_renewed_and_nothing_else():
     assert config_table.update_readme(new, [ROW]) == new
 
 
-@pytest.mark.parametrize('text', ['', BEGIN, f'{END}\n{BEGIN}',
-                                  f'{BEGIN}{END}' * 2])
+@pytest.mark.parametrize('text', ['', BEGIN, f'{END}\n{BEGIN}', f'{BEGIN}{END}' * 2])
 def test_readme_without_one_block_is_refused(text):
     with pytest.raises(UserError, match='PAGE.md'):
         config_table.update_readme(text, [ROW], 'PAGE.md')

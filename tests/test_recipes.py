@@ -1,4 +1,5 @@
 """The published recipes, written out by hand, against the configs; and the images that their pipelines deliver."""
+
 import copy
 import json
 import math
@@ -27,41 +28,50 @@ class Recipe(NamedTuple):
 
 CASCADE = 'CascadeRCNN'
 RECIPES = {
-    'upernet_replk31b_ade20k': Recipe('31B', 512, 2e-4, 4, .5),
-    'upernet_replk31b-in22k_ade20k-640': Recipe('31B', 640, 2e-4, 4, .3),
-    'upernet_replk31l-in22k_ade20k-640': Recipe('31L', 640, 2e-4, 4, .3),
-    'upernet_replkxl-meg73m_ade20k-640': Recipe('XL', 640, 2e-4, 4, .5),
-    'upernet_replk31b_cityscapes': Recipe('31B', 769, 2e-4, 2, .5),
-    'upernet_convnext-tiny_ade20k': Recipe('tiny', 512, 1e-4, 2, .4, ('stage_wise', .9, 6)),
-    'upernet_convnext-small_ade20k': Recipe('small', 512, 1e-4, 2, .3, ('stage_wise', .9, 12)),
-    'upernet_convnext-base_ade20k': Recipe('base', 512, 1e-4, 2, .4, ('stage_wise', .9, 12)),
-    'upernet_convnext-base-in22k_ade20k-640': Recipe('base', 640, 1e-4, 2, .4, ('stage_wise', .9, 12)),
-    'upernet_convnext-large-in22k_ade20k-640': Recipe('large', 640, 1e-4, 2, .4, ('stage_wise', .9, 12)),
-    'upernet_convnext-xlarge-in22k_ade20k-640': Recipe('xlarge', 640, 8e-5, 2, .4, ('stage_wise', .9, 12)),
+    'upernet_replk31b_ade20k': Recipe('31B', 512, 2e-4, 4, 0.5),
+    'upernet_replk31b-in22k_ade20k-640': Recipe('31B', 640, 2e-4, 4, 0.3),
+    'upernet_replk31l-in22k_ade20k-640': Recipe('31L', 640, 2e-4, 4, 0.3),
+    'upernet_replkxl-meg73m_ade20k-640': Recipe('XL', 640, 2e-4, 4, 0.5),
+    'upernet_replk31b_cityscapes': Recipe('31B', 769, 2e-4, 2, 0.5),
+    'upernet_convnext-tiny_ade20k': Recipe('tiny', 512, 1e-4, 2, 0.4, ('stage_wise', 0.9, 6)),
+    'upernet_convnext-small_ade20k': Recipe('small', 512, 1e-4, 2, 0.3, ('stage_wise', 0.9, 12)),
+    'upernet_convnext-base_ade20k': Recipe('base', 512, 1e-4, 2, 0.4, ('stage_wise', 0.9, 12)),
+    'upernet_convnext-base-in22k_ade20k-640': Recipe('base', 640, 1e-4, 2, 0.4, ('stage_wise', 0.9, 12)),
+    'upernet_convnext-large-in22k_ade20k-640': Recipe('large', 640, 1e-4, 2, 0.4, ('stage_wise', 0.9, 12)),
+    'upernet_convnext-xlarge-in22k_ade20k-640': Recipe('xlarge', 640, 8e-5, 2, 0.4, ('stage_wise', 0.9, 12)),
     # No published row: the recipe of ConvNeXt-B with the data and the length of RepLKNet-31B.
-    'upernet_convnext-base_cityscapes': Recipe('base', 769, 1e-4, 2, .4, ('stage_wise', .9, 12)),
-    'fcos_replk31b_coco': Recipe('31B', 'FCOS', 2e-4, 2, .5),
-    'mask-rcnn_convnext-tiny_coco': Recipe('tiny', 'MaskRCNN', 1e-4, 2, .4, ('layer_wise', .95, 6)),
-    'cascade-mask-rcnn_replk31b_coco': Recipe('31B', CASCADE, 4e-4, 4, .6),
-    'cascade-mask-rcnn_replk31b-in22k_coco': Recipe('31B', CASCADE, 4e-4, 4, .4),
-    'cascade-mask-rcnn_replk31l-in22k_coco': Recipe('31L', CASCADE, 4e-4, 4, .7),
-    'cascade-mask-rcnn_replkxl-meg73m_coco': Recipe('XL', CASCADE, 4e-4, 4, .5),
-    'cascade-mask-rcnn_convnext-tiny_coco': Recipe('tiny', CASCADE, 2e-4, 2, .4, ('layer_wise', .7, 6)),
-    'cascade-mask-rcnn_convnext-small_coco': Recipe('small', CASCADE, 2e-4, 2, .6, ('layer_wise', .7, 12)),
-    'cascade-mask-rcnn_convnext-base_coco': Recipe('base', CASCADE, 2e-4, 2, .7, ('layer_wise', .8, 12)),
-    'cascade-mask-rcnn_convnext-base-in22k_coco': Recipe('base', CASCADE, 1e-4, 2, .6, ('layer_wise', .8, 12)),
-    'cascade-mask-rcnn_convnext-large-in22k_coco': Recipe('large', CASCADE, 1e-4, 2, .7, ('layer_wise', .7, 12)),
-    'cascade-mask-rcnn_convnext-xlarge-in22k_coco': Recipe('xlarge', CASCADE, 1e-4, 2, .8, ('layer_wise', .7, 12)),
+    'upernet_convnext-base_cityscapes': Recipe('base', 769, 1e-4, 2, 0.4, ('stage_wise', 0.9, 12)),
+    'fcos_replk31b_coco': Recipe('31B', 'FCOS', 2e-4, 2, 0.5),
+    'mask-rcnn_convnext-tiny_coco': Recipe('tiny', 'MaskRCNN', 1e-4, 2, 0.4, ('layer_wise', 0.95, 6)),
+    'cascade-mask-rcnn_replk31b_coco': Recipe('31B', CASCADE, 4e-4, 4, 0.6),
+    'cascade-mask-rcnn_replk31b-in22k_coco': Recipe('31B', CASCADE, 4e-4, 4, 0.4),
+    'cascade-mask-rcnn_replk31l-in22k_coco': Recipe('31L', CASCADE, 4e-4, 4, 0.7),
+    'cascade-mask-rcnn_replkxl-meg73m_coco': Recipe('XL', CASCADE, 4e-4, 4, 0.5),
+    'cascade-mask-rcnn_convnext-tiny_coco': Recipe('tiny', CASCADE, 2e-4, 2, 0.4, ('layer_wise', 0.7, 6)),
+    'cascade-mask-rcnn_convnext-small_coco': Recipe('small', CASCADE, 2e-4, 2, 0.6, ('layer_wise', 0.7, 12)),
+    'cascade-mask-rcnn_convnext-base_coco': Recipe('base', CASCADE, 2e-4, 2, 0.7, ('layer_wise', 0.8, 12)),
+    'cascade-mask-rcnn_convnext-base-in22k_coco': Recipe('base', CASCADE, 1e-4, 2, 0.6, ('layer_wise', 0.8, 12)),
+    'cascade-mask-rcnn_convnext-large-in22k_coco': Recipe('large', CASCADE, 1e-4, 2, 0.7, ('layer_wise', 0.7, 12)),
+    'cascade-mask-rcnn_convnext-xlarge-in22k_coco': Recipe('xlarge', CASCADE, 1e-4, 2, 0.8, ('layer_wise', 0.7, 12)),
 }
 # Name in the published rows, widths of the four stages.
 BACKBONES = {
-    '31B': ('RepLKNet-31B', [128, 256, 512, 1024]), '31L': ('RepLKNet-31L', [192, 384, 768, 1536]),
-    'XL': ('RepLKNet-XL', [256, 512, 1024, 2048]), 'tiny': ('ConvNeXt-T', [96, 192, 384, 768]),
-    'small': ('ConvNeXt-S', [96, 192, 384, 768]), 'base': ('ConvNeXt-B', [128, 256, 512, 1024]),
-    'large': ('ConvNeXt-L', [192, 384, 768, 1536]), 'xlarge': ('ConvNeXt-XL', [256, 512, 1024, 2048])}
+    '31B': ('RepLKNet-31B', [128, 256, 512, 1024]),
+    '31L': ('RepLKNet-31L', [192, 384, 768, 1536]),
+    'XL': ('RepLKNet-XL', [256, 512, 1024, 2048]),
+    'tiny': ('ConvNeXt-T', [96, 192, 384, 768]),
+    'small': ('ConvNeXt-S', [96, 192, 384, 768]),
+    'base': ('ConvNeXt-B', [128, 256, 512, 1024]),
+    'large': ('ConvNeXt-L', [192, 384, 768, 1536]),
+    'xlarge': ('ConvNeXt-XL', [256, 512, 1024, 2048]),
+}
 # Every value of the warm-up: type, first factor, iterations.
-WARMUPS = {'ade20k': ('LinearLR', 1e-6, 1500), 'cityscapes': ('LinearLR', 1e-6, 1600), 'coco': ('LinearLR', 1e-3, 500),
-           'fcos': ('ConstantLR', 1 / 3, 500)}
+WARMUPS = {
+    'ade20k': ('LinearLR', 1e-6, 1500),
+    'cityscapes': ('LinearLR', 1e-6, 1600),
+    'coco': ('LinearLR', 1e-3, 500),
+    'fcos': ('ConstantLR', 1 / 3, 500),
+}
 FCOS = 'fcos_replk31b_coco'
 SEGMENTORS = [name for name in RECIPES if name.startswith('upernet_')]
 DETECTORS = [name for name in RECIPES if name not in SEGMENTORS]
@@ -87,13 +97,19 @@ def test_every_published_config_has_a_recipe_here():
 
 # ---- the recipe, row by row
 
+
 @pytest.mark.parametrize('name', RECIPES)
 def test_row_backbone_and_input(name):
     cfg, recipe, row = config(name), RECIPES[name], published(name)
     if row:
         assert row['backbone'] == BACKBONES[recipe.arch][0]
-        assert row.get('crop', {'Cascade Mask R-CNN': CASCADE, 'Mask R-CNN': 'MaskRCNN'}.get(
-            row.get('method'), row.get('method'))) == recipe.kind
+        assert (
+            row.get(
+                'crop',
+                {'Cascade Mask R-CNN': CASCADE, 'Mask R-CNN': 'MaskRCNN'}.get(row.get('method'), row.get('method')),
+            )
+            == recipe.kind
+        )
     backbone, preprocessor = cfg.model.backbone, cfg.model.data_preprocessor
     assert (backbone.arch, backbone.drop_path_rate) == (recipe.arch, recipe.drop_path)
     assert list(backbone.out_indices) == [0, 1, 2, 3]
@@ -105,7 +121,7 @@ def test_row_backbone_and_input(name):
         assert backbone.get('norm_intermediate_features', False) is (recipe.arch == 'XL')
         own |= {'norm_cfg', 'with_cp', 'small_kernel_merged', 'norm_intermediate_features'}
     else:
-        assert backbone.type == 'replk_mm.ConvNeXt' and backbone.layer_scale_init_value == 1.
+        assert backbone.type == 'replk_mm.ConvNeXt' and backbone.layer_scale_init_value == 1.0
         assert backbone.gap_before_final_norm is False
         own |= {'layer_scale_init_value', 'gap_before_final_norm'}
     # Nothing of the ResNet that mmdet's base file comes with is left.
@@ -118,7 +134,7 @@ def test_row_backbone_and_input(name):
 def test_optimizer_and_learning_rates(name):
     cfg, recipe = config(name), RECIPES[name]
     wrapper = cfg.optim_wrapper
-    assert wrapper.optimizer == dict(type='AdamW', lr=recipe.lr, betas=(.9, .999), weight_decay=.05)
+    assert wrapper.optimizer == dict(type='AdamW', lr=recipe.lr, betas=(0.9, 0.999), weight_decay=0.05)
     assert wrapper.get('clip_grad') == (dict(max_norm=35, norm_type=2) if name == FCOS else None)
     assert cfg.train_dataloader.batch_size == recipe.images
     assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=8 * recipe.images)
@@ -128,7 +144,7 @@ def test_optimizer_and_learning_rates(name):
         decay_type, rate, layers = recipe.decay
         assert wrapper.paramwise_cfg == dict(decay_type=decay_type, decay_rate=rate, num_layers=layers)
     else:
-        assert wrapper.type == 'OptimWrapper' and wrapper.paramwise_cfg == dict(norm_decay_mult=0.)
+        assert wrapper.type == 'OptimWrapper' and wrapper.paramwise_cfg == dict(norm_decay_mult=0.0)
 
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -147,18 +163,30 @@ def test_length_and_checkpoints(name):
     warmup, decay = cfg.param_scheduler
     known = WARMUPS['fcos' if name == FCOS else name.split('_')[2].partition('-')[0]]
     assert (warmup.type, warmup.get('start_factor', warmup.get('factor')), warmup.end) == (
-        known[0], pytest.approx(known[1]), known[2])
+        known[0],
+        pytest.approx(known[1]),
+        known[2],
+    )
     assert warmup.begin == 0 and warmup.by_epoch is False
     if name in SEGMENTORS:
         assert (decay.type, decay.power, decay.eta_min, decay.end, decay.by_epoch) == ('PolyLR', 1, 0, length, False)
     else:
         assert (decay.type, decay.gamma, decay.milestones, decay.by_epoch) == (
-            'MultiStepLR', .1, [16, 22] if name == FCOS else [27, 33], True)
+            'MultiStepLR',
+            0.1,
+            [16, 22] if name == FCOS else [27, 33],
+            True,
+        )
 
 
-@pytest.mark.parametrize(('name', 'length'), [('upernet_replk31b_ade20k', 160_000),
-                                              ('upernet_convnext-tiny_ade20k', 160_000),
-                                              ('upernet_replk31b_cityscapes', 80_000)])
+@pytest.mark.parametrize(
+    ('name', 'length'),
+    [
+        ('upernet_replk31b_ade20k', 160_000),
+        ('upernet_convnext-tiny_ade20k', 160_000),
+        ('upernet_replk31b_cityscapes', 80_000),
+    ],
+)
 def test_learning_rate_warms_up_then_falls_linearly(name, length):
     warmup = WARMUPS[name.split('_')[2]][2]
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
@@ -175,6 +203,7 @@ def test_learning_rate_warms_up_then_falls_linearly(name, length):
 
 
 # ---- segmentation
+
 
 @pytest.mark.parametrize('name', SEGMENTORS)
 def test_heads_and_testing_of_segmentors(name):
@@ -200,16 +229,19 @@ def test_data_of_segmentors(name):
     scale = (2049, 1025) if 'cityscapes' in name else (4 * short, short)
     train = {t.type: t for t in cfg.train_dataloader.dataset.pipeline}
     assert train['RandomCrop'].crop_size == (recipe.kind,) * 2
-    assert train['RandomResize'].scale == scale and train['RandomResize'].ratio_range == (.5, 2.)
+    assert train['RandomResize'].scale == scale and train['RandomResize'].ratio_range == (0.5, 2.0)
     for loader in (cfg.val_dataloader, cfg.test_dataloader):
         assert {t.type: t for t in loader.dataset.pipeline}['Resize'].scale == scale
     assert [t.scale for t in cfg.tta_pipeline[1].transforms[0]] == [
-        tuple(math.floor(side * r) for side in scale) for r in (.5, .75, 1., 1.25, 1.5, 1.75)]
+        tuple(math.floor(side * r) for side in scale) for r in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    ]
     assert cfg.train_dataloader.dataset.data_root == (
-        'data/cityscapes/' if 'cityscapes' in name else 'data/ade/ADEChallengeData2016')
+        'data/cityscapes/' if 'cityscapes' in name else 'data/ade/ADEChallengeData2016'
+    )
 
 
 # ---- detection
+
 
 @pytest.mark.parametrize('name', CASCADES)
 def test_cascade_heads(name):
@@ -220,13 +252,16 @@ def test_cascade_heads(name):
         assert (head.type, head.num_shared_convs, head.num_shared_fcs) == ('ConvFCBBoxHead', 4, 1)
         assert (head.conv_out_channels, head.fc_out_channels, head.roi_feat_size) == (256, 1024, 7)
         assert head.norm_cfg.type == 'SyncBN'
-        assert (head.loss_bbox.type, head.loss_bbox.loss_weight) == ('GIoULoss', 10.)
+        assert (head.loss_bbox.type, head.loss_bbox.loss_weight) == ('GIoULoss', 10.0)
         assert head.reg_class_agnostic is False and head.reg_decoded_bbox is True
-        assert head.loss_cls == dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.)
+        assert head.loss_cls == dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)
     assert [head.bbox_coder.target_stds for head in heads] == [
-        [.1, .1, .2, .2], [.05, .05, .1, .1], [.033, .033, .067, .067]]
-    assert model.roi_head.stage_loss_weights == [1, .5, .25]
-    assert [stage.assigner.pos_iou_thr for stage in model.train_cfg.rcnn] == [.5, .6, .7]
+        [0.1, 0.1, 0.2, 0.2],
+        [0.05, 0.05, 0.1, 0.1],
+        [0.033, 0.033, 0.067, 0.067],
+    ]
+    assert model.roi_head.stage_loss_weights == [1, 0.5, 0.25]
+    assert [stage.assigner.pos_iou_thr for stage in model.train_cfg.rcnn] == [0.5, 0.6, 0.7]
     assert (model.roi_head.mask_head.type, model.roi_head.mask_head.num_convs) == ('FCNMaskHead', 4)
     for head in model_of(name).roi_head.bbox_head:  # one regression for each class
         assert head.fc_reg.out_features == 4 * 80 and len(head.shared_convs) == 4
@@ -251,7 +286,7 @@ def test_neck_testing_and_data_of_detectors(name):
     assert cfg.model.type == recipe.kind
     assert (neck.type, neck.in_channels, neck.out_channels, neck.num_outs) == ('FPN', BACKBONES[recipe.arch][1], 256, 5)
     test = cfg.model.test_cfg if name == FCOS else cfg.model.test_cfg.rcnn
-    assert (test.score_thr, test.nms, test.max_per_img) == (.05, dict(type='nms', iou_threshold=.5), 100)
+    assert (test.score_thr, test.nms, test.max_per_img) == (0.05, dict(type='nms', iou_threshold=0.5), 100)
     for loader in (cfg.val_dataloader, cfg.test_dataloader):
         resize = {t.type: t for t in loader.dataset.pipeline}['Resize']
         assert (resize.scale, resize.keep_ratio) == ((1333, 800), True)
@@ -261,7 +296,7 @@ def test_neck_testing_and_data_of_detectors(name):
     dataset = cfg.train_dataloader.dataset
     assert dataset.data_root == 'data/coco/' and dataset.filter_cfg == dict(filter_empty_gt=True, min_size=32)
     steps = {t.type: t for t in dataset.pipeline}
-    assert steps['RandomFlip'].prob == .5 and steps['LoadAnnotations'].get('with_mask', False) is (name != FCOS)
+    assert steps['RandomFlip'].prob == 0.5 and steps['LoadAnnotations'].get('with_mask', False) is (name != FCOS)
     if name == FCOS:
         assert steps['RandomChoiceResize'].scales == [(1333, 640), (1333, 800)]
         return
@@ -275,9 +310,10 @@ def test_neck_testing_and_data_of_detectors(name):
 
 # ---- what they build
 
+
 @pytest.mark.parametrize('name', [name for name in RECIPES if published(name) and 'cityscapes' not in name])
 def test_parameters_are_the_published_ones(name):
-    tolerance = .02 if name in SEGMENTORS else .01
+    tolerance = 0.02 if name in SEGMENTORS else 0.01
     assert params_m(model_of(name)) == pytest.approx(published(name)['params_m'], rel=tolerance)
 
 
@@ -293,14 +329,15 @@ def test_the_replknet_authors_count_the_deployed_model_without_the_auxiliary_hea
         return
     # The row of Cityscapes has 110, which their own 111.7 for ADE20K does not lead to: the heads are the same but for
     # the last layer, of 512 weights and a bias for each class.
-    assert deployed == pytest.approx(quoted, rel=.02 if 'cityscapes' in name else .004)
+    assert deployed == pytest.approx(quoted, rel=0.02 if 'cityscapes' in name else 0.004)
     if 'replk31b' in name:
         study = {row['name']: row['ade20k_params_m'] for row in PUBLISHED['kernel_size_study']}['RepLKNet-31']
         fewer = (150 - 19) * 513 / 1e6 if 'cityscapes' in name else 0
-        assert deployed == pytest.approx(study - fewer, rel=.002)
+        assert deployed == pytest.approx(study - fewer, rel=0.002)
 
 
 # ---- the data pipelines, on a photograph of 480x360
+
 
 def samples(cfg: Config, loader: str, root: Path, count: int = 1, **changes) -> list:
     dataset = copy.deepcopy(cfg[loader].dataset)
@@ -323,29 +360,56 @@ def data(tmp_path_factory) -> Path:
     """
     root = tmp_path_factory.mktemp('data')
     photograph = np.random.default_rng(0).integers(0, 256, (360, 480, 3), dtype=np.uint8)
-    for image, labels, values in (('ade20k/images/{}/a.jpg', 'ade20k/annotations/{}/a.png', (0, 1, 150)),
-                                  ('cityscapes/leftImg8bit/{}/aachen/a_leftImg8bit.png',
-                                   'cityscapes/gtFine/{}/aachen/a_gtFine_labelTrainIds.png', (255, 0, 18))):
+    for image, labels, values in (
+        ('ade20k/images/{}/a.jpg', 'ade20k/annotations/{}/a.png', (0, 1, 150)),
+        (
+            'cityscapes/leftImg8bit/{}/aachen/a_leftImg8bit.png',
+            'cityscapes/gtFine/{}/aachen/a_gtFine_labelTrainIds.png',
+            (255, 0, 18),
+        ),
+    ):
         for split in ('training', 'validation') if 'ade20k' in image else ('train', 'val'):
             write_picture(root / image.format(split), photograph)
             write_picture(root / labels.format(split), np.repeat(np.array([values], np.uint8), 360, 0).repeat(160, 1))
     for split in ('train2017', 'val2017'):
         write_picture(root / 'coco' / split / 'a.jpg', photograph)
         (root / 'coco' / 'annotations').mkdir(exist_ok=True)
-        (root / 'coco' / 'annotations' / f'instances_{split}.json').write_text(json.dumps(dict(
-            info={}, licenses=[], images=[dict(id=1, file_name='a.jpg', width=480, height=360)],
-            categories=[dict(id=1, name='person')],
-            annotations=[dict(id=1, image_id=1, category_id=1, bbox=[120, 90, 240, 180], area=43200, iscrowd=0,
-                              segmentation=[[120, 90, 360, 90, 360, 270, 120, 270]])])))
+        (root / 'coco' / 'annotations' / f'instances_{split}.json').write_text(
+            json.dumps(
+                dict(
+                    info={},
+                    licenses=[],
+                    images=[dict(id=1, file_name='a.jpg', width=480, height=360)],
+                    categories=[dict(id=1, name='person')],
+                    annotations=[
+                        dict(
+                            id=1,
+                            image_id=1,
+                            category_id=1,
+                            bbox=[120, 90, 240, 180],
+                            area=43200,
+                            iscrowd=0,
+                            segmentation=[[120, 90, 360, 90, 360, 270, 120, 270]],
+                        )
+                    ],
+                )
+            )
+        )
     return root
 
 
 @pytest.mark.filterwarnings('ignore:`reduce_zero_label` will be deprecated')
-@pytest.mark.parametrize(('name', 'size', 'crop'), [  # a config of each dataset file: test size, crop
-    ('upernet_replk-nano_ade20k', (384, 512), 256), ('upernet_replk31b_ade20k', (512, 683), 512),
-    ('upernet_replk31l-in22k_ade20k-640', (512, 683), 640),
-    ('upernet_convnext-large-in22k_ade20k-640', (640, 853), 640),
-    ('upernet_replk-nano_cityscapes', (384, 512), 256), ('upernet_replk31b_cityscapes', (1025, 1367), 769)])
+@pytest.mark.parametrize(
+    ('name', 'size', 'crop'),
+    [  # a config of each dataset file: test size, crop
+        ('upernet_replk-nano_ade20k', (384, 512), 256),
+        ('upernet_replk31b_ade20k', (512, 683), 512),
+        ('upernet_replk31l-in22k_ade20k-640', (512, 683), 640),
+        ('upernet_convnext-large-in22k_ade20k-640', (640, 853), 640),
+        ('upernet_replk-nano_cityscapes', (384, 512), 256),
+        ('upernet_replk31b_cityscapes', (1025, 1367), 769),
+    ],
+)
 def test_pipelines_of_segmentors_deliver_the_sizes_and_labels(name, size, crop, data):
     cfg, nano = config(name), 'nano' in name
     root, last = (data / 'ade20k', 149) if 'ade20k' in name else (data / 'cityscapes', 18)
@@ -353,11 +417,12 @@ def test_pipelines_of_segmentors_deliver_the_sizes_and_labels(name, size, crop, 
     assert train['inputs'].shape[0] == 3 and max(train['inputs'].shape[1:]) <= crop
     # The small models learn at the stride of their logits.
     assert train['inputs'].shape[1:] == tuple(
-        (4 if nano else 1) * side for side in train['data_samples'].gt_sem_seg.data.shape[1:])
+        (4 if nano else 1) * side for side in train['data_samples'].gt_sem_seg.data.shape[1:]
+    )
     [val] = samples(cfg, 'val_dataloader', root)
     assert val['inputs'].shape == (3, *size)
     [tta] = samples(cfg, 'test_dataloader', root, pipeline=cfg.tta_pipeline)
-    ratios = (.75, 1., 1.25) if nano else (.5, .75, 1., 1.25, 1.5, 1.75)
+    ratios = (0.75, 1.0, 1.25) if nano else (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     assert [x.shape[1] for x in tta['inputs']] == [int(size[0] * r) for r in ratios for _ in (False, True)]
     assert [s.flip for s in tta['data_samples']] == [False, True] * len(ratios)
     for sample in (val['data_samples'], *tta['data_samples']):
@@ -380,7 +445,7 @@ def test_training_pipeline_of_detectors_resizes_and_crops_with_boxes_and_masks(d
         height, width = sample['inputs'].shape[1:]
         assert min(height, width) in SHORT_SIDES or max(height, width) == 1333
         found = sample['data_samples'].gt_instances
-        whole += abs(width / height - 4 / 3) < .01
+        whole += abs(width / height - 4 / 3) < 0.01
         for box, mask in zip(found.bboxes.tensor, found.masks.to_tensor(torch.bool, 'cpu'), strict=True):
             ys, xs = mask.nonzero(as_tuple=True)
             drawn = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])

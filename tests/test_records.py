@@ -1,4 +1,5 @@
 """Records of a suite: appended whole or not at all, read with what is wrong told, by hand-written lines as well."""
+
 import json
 import math
 
@@ -11,10 +12,32 @@ from replk_mm.bench.schema import MEASUREMENTS
 
 
 def record(**changes) -> dict:
-    return {**dict(
-        version=1, suite='s', question='', row='r', label='R', seed=0, measurement='metric', status='done', reason=None,
-        values={'metrics': {'mIoU': 1.5}}, protocol={}, facts={}, config={}, checkpoint=None, published=None, git=None,
-        environment={}, started='2030-01-01T00:00:00+00:00', seconds=1.5, files={}, key='k'), **changes}
+    return {
+        **dict(
+            version=1,
+            suite='s',
+            question='',
+            row='r',
+            label='R',
+            seed=0,
+            measurement='metric',
+            status='done',
+            reason=None,
+            values={'metrics': {'mIoU': 1.5}},
+            protocol={},
+            facts={},
+            config={},
+            checkpoint=None,
+            published=None,
+            git=None,
+            environment={},
+            started='2030-01-01T00:00:00+00:00',
+            seconds=1.5,
+            files={},
+            key='k',
+        ),
+        **changes,
+    }
 
 
 def test_append_and_read_give_the_same(tmp_path):
@@ -52,12 +75,17 @@ def test_a_line_cut_short_harms_no_other(tmp_path):
 def test_complaints_name_file_line_and_reason(tmp_path):
     path = tmp_path / 'r.jsonl'
     bad = {
-        'not a record: list': [1], 'version 2; this replk_mm reads version 1': record(version=2),
+        'not a record: list': [1],
+        'version 2; this replk_mm reads version 1': record(version=2),
         'row: Field required': {key: value for key, value in record().items() if key != 'row'},
-        'seed: Input should be a valid integer': record(seed='0'), 'seed: Input': record(seed=True),
-        'measurement: Input should be': record(measurement='taste'), 'status: Input should be': record(status='well'),
-        'failed without a reason': record(status='failed'), 'values.x is not a finite': record(values={'x': math.nan}),
-        'asked: Input should be a valid list': record(asked=5)}
+        'seed: Input should be a valid integer': record(seed='0'),
+        'seed: Input': record(seed=True),
+        'measurement: Input should be': record(measurement='taste'),
+        'status: Input should be': record(status='well'),
+        'failed without a reason': record(status='failed'),
+        'values.x is not a finite': record(values={'x': math.nan}),
+        'asked: Input should be a valid list': record(asked=5),
+    }
     path.write_text('\n'.join(['', *map(json.dumps, bad.values()), '{"version": 1, ', json.dumps(record())]))
     found, complaints = records.read([path, tmp_path / 'absent.jsonl'])
     assert found == [record()]
@@ -67,14 +95,24 @@ def test_complaints_name_file_line_and_reason(tmp_path):
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner,
-                                                                                        max_size=3), max_leaves=8)
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
 LIKE_RECORDS = st.dictionaries(st.sampled_from(sorted(record())), JSON, max_size=3).map(lambda found: record(**found))
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(LIKE_RECORDS.map(json.dumps).map(str.encode) | JSON.map(json.dumps).map(str.encode)
-                | st.binary(max_size=20) | st.just(b'[' * 5000), max_size=4))
+@given(
+    st.lists(
+        LIKE_RECORDS.map(json.dumps).map(str.encode)
+        | JSON.map(json.dumps).map(str.encode)
+        | st.binary(max_size=20)
+        | st.just(b'[' * 5000),
+        max_size=4,
+    )
+)
 def test_any_lines_give_records_or_complaints(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / 'any.jsonl'
     path.write_bytes(b'\n'.join(lines))
@@ -86,11 +124,13 @@ def test_any_lines_give_records_or_complaints(tmp_path_factory, lines):
 def test_the_later_record_counts_but_no_failure_takes_the_place_of_a_result(tmp_path):
     early, late = '2030-01-01T00:00:00+00:00', '2030-01-02T00:00:00+00:00'
     failed = dict(status='failed', reason='why')
-    cases = [([record(started=early, seconds=1), record(started=late, seconds=2)], 2),
-             ([record(started=late, seconds=2), record(started=early, seconds=1)], 2),  # of another machine's file
-             ([record(seconds=1), record(started=late, seconds=2, **failed)], 1),
-             ([record(seconds=2, started=late, **failed), record(started=early, seconds=1)], 1),
-             ([record(seconds=1, **failed), record(started=late, seconds=2, **failed)], 2)]
+    cases = [
+        ([record(started=early, seconds=1), record(started=late, seconds=2)], 2),
+        ([record(started=late, seconds=2), record(started=early, seconds=1)], 2),  # of another machine's file
+        ([record(seconds=1), record(started=late, seconds=2, **failed)], 1),
+        ([record(seconds=2, started=late, **failed), record(started=early, seconds=1)], 1),
+        ([record(seconds=1, **failed), record(started=late, seconds=2, **failed)], 2),
+    ]
     for i, (lines, expected) in enumerate(cases):
         path = tmp_path / f'{i}.jsonl'
         path.write_text(''.join(json.dumps(one) + '\n' for one in lines))
@@ -122,7 +162,7 @@ def test_files_of_several_machines_merge(tmp_path):
 
 
 def test_spread_by_hand():
-    found = records.spread([1., 2., 6.])
-    assert (found.mean, found.count) == (3., 3)
+    found = records.spread([1.0, 2.0, 6.0])
+    assert (found.mean, found.count) == (3.0, 3)
     assert found.deviation == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
-    assert records.spread([4.]) == records.Spread(4., None, 1)
+    assert records.spread([4.0]) == records.Spread(4.0, None, 1)

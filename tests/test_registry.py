@@ -1,4 +1,5 @@
 """Our types in any OpenMMLab project without custom_imports. Each case is a fresh process."""
+
 import os
 import subprocess
 import sys
@@ -6,40 +7,46 @@ import sys
 import pytest
 
 TINY = {
-    'RepLKNet': "arch=dict(large_kernel_sizes=[5, 5, 5, 3], small_kernel=3, layers=[1, 1, 1, 1], "
-                'channels=[8, 8, 8, 8], dw_ratio=1)',
+    'RepLKNet': 'arch=dict(large_kernel_sizes=[5, 5, 5, 3], small_kernel=3, layers=[1, 1, 1, 1], '
+    'channels=[8, 8, 8, 8], dw_ratio=1)',
     'ConvNeXt': 'arch=dict(depths=[1, 1, 1, 1], channels=[8, 8, 8, 8]), out_indices=(0, 1, 2, 3), '
-                'gap_before_final_norm=False',
+    'gap_before_final_norm=False',
 }
 BACKBONES = ', '.join(f"dict(type='replk_mm.{name}', {arguments})" for name, arguments in TINY.items())
-CHECK = '''
+CHECK = """
 for backbone in backbones:
     assert type(backbone).__module__.startswith('replk_mm.models'), backbone
     assert [tuple(o.shape) for o in backbone(torch.zeros(1, 3, 64, 64))] == [(1, 8, s, s) for s in (16, 8, 4, 2)]
-'''
+"""
 
 
 def run(root, program: str) -> str:
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=300,
-                          cwd=root / 'tests')
+    done = subprocess.run(
+        [sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=300, cwd=root / 'tests'
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def test_importing_costs_nothing(root):
     heavy = ('torch', 'mmcv', 'mmseg', 'mmdet', 'mmpretrain', 'replk_mm.models')
-    run(root, f'''
+    run(
+        root,
+        f"""
 import sys, replk_mm
 assert replk_mm.__version__
 found = [name for name in {heavy} if name in sys.modules]
 assert not found, found
-''')
+""",
+    )
 
 
 def test_mmengine_alone(root):
     """Building needs neither mmseg nor mmdet; nobody imports replk_mm but mmengine, for the scope in the type."""
-    run(root, f'''
+    run(
+        root,
+        f"""
 import sys
 import torch
 from mmengine.registry import MODELS
@@ -52,13 +59,16 @@ assert not found, found
 for name in ('RepLKNet', 'ConvNeXt', 'LN2d'):
     assert MODELS.get(name) is None, name
     assert MODELS.get(f'replk_mm.{{name}}') is not None, name
-''')
+""",
+    )
 
 
 def test_other_scopes(root):
     pytest.importorskip('mmseg')
     pytest.importorskip('mmdet')
-    run(root, f'''
+    run(
+        root,
+        f"""
 import sys
 import torch
 from mmengine.registry import DefaultScope
@@ -70,7 +80,8 @@ for project in (mmdet, mmseg):
         backbones = [project.registry.MODELS.build(cfg) for cfg in ({BACKBONES})]
 {CHECK.replace(chr(10), chr(10) + 8 * ' ')}
         assert project is mmseg or 'mmseg.models' not in sys.modules
-''')
+""",
+    )
 
 
 # What a program has outside our package, before and after it imports us and trains our backbones.
@@ -125,7 +136,9 @@ class Settings:
 
 def test_a_program_that_uses_our_backbones_is_left_as_it_is(root, tmp_path):
     pytest.importorskip('mmcv.ops')
-    run(root, f'''
+    run(
+        root,
+        f"""
 {STATE}{NEIGHBOUR}
 before = state()
 import replk_mm.registry
@@ -151,15 +164,19 @@ torch.save(neighbour.state_dict(), path)
 again = MODELS.build(dict(type='Neighbour', init_cfg=dict(type='Pretrained', checkpoint=path)))
 again.init_weights()
 assert torch.equal(again.conv.weight, neighbour.conv.weight)
-''')
+""",
+    )
 
 
 def test_configs_are_inherited_after_one_call(root, tmp_path):
     pytest.importorskip('mmseg')
     (tmp_path / 'mine.py').write_text(
-        "_base_ = 'replk_mm::upernet_replk-nano_ade20k.py'\nmodel = dict(backbone=dict(drop_path_rate=.125))\n")
+        "_base_ = 'replk_mm::upernet_replk-nano_ade20k.py'\nmodel = dict(backbone=dict(drop_path_rate=.125))\n"
+    )
     (tmp_path / 'gone.py').write_text("_base_ = 'replk_mm::no-such.py'\n")
-    run(root, f'''
+    run(
+        root,
+        f"""
 from mmengine.config import Config
 from mmengine.hub import get_config
 import replk_mm
@@ -175,11 +192,14 @@ except Exception as error:
     assert 'no-such' in str(error), error
 else:
     raise SystemExit('a config that does not exist was found')
-''')
+""",
+    )
 
 
 def test_commands_set_up_their_process_once(root):
-    run(root, f'''
+    run(
+        root,
+        f"""
 {STATE}
 from replk_mm.cli import setup_process
 assert os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'] == '178956970'
@@ -189,4 +209,5 @@ setup_process()
 after = state()
 changed = {{key for key in before if before[key] != after[key]}}
 assert changed == {{'loaders', 'schemes', 'configs', 'warnings'}}, changed
-''')
+""",
+    )

@@ -1,4 +1,5 @@
 """Merging and folding backbones: exact, against values by hand and float64."""
+
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,19 @@ def test_merge_by_hand():
     block = ReparamLargeKernelConv(2, 3, 1, 1, False, BN).double().eval()
     with torch.no_grad():
         large, small = block.lkb_origin, block.small_conv
-        large.conv.weight.copy_(torch.arange(18.).view(2, 1, 3, 3))
-        small.conv.weight.copy_(torch.tensor([10., 20.]).view(2, 1, 1, 1))
-        for branch, mean, var, weight, bias in ((large, (1, 2), (4, 9), (2, 6), (5, 7)),
-                                                (small, (3, -1), (1, .25), (1, 2), (-1, 0))):
-            branch.bn.eps = 0.
-            for tensor, value in ((branch.bn.running_mean, mean), (branch.bn.running_var, var),
-                                  (branch.bn.weight, weight), (branch.bn.bias, bias)):
+        large.conv.weight.copy_(torch.arange(18.0).view(2, 1, 3, 3))
+        small.conv.weight.copy_(torch.tensor([10.0, 20.0]).view(2, 1, 1, 1))
+        for branch, mean, var, weight, bias in (
+            (large, (1, 2), (4, 9), (2, 6), (5, 7)),
+            (small, (3, -1), (1, 0.25), (1, 2), (-1, 0)),
+        ):
+            branch.bn.eps = 0.0
+            for tensor, value in (
+                (branch.bn.running_mean, mean),
+                (branch.bn.running_var, var),
+                (branch.bn.weight, weight),
+                (branch.bn.bias, bias),
+            ):
                 tensor.copy_(torch.tensor(value))
     merged, changes = reparameterize(block, fold=False)
     # Scales: large 2/2 = 1 and 6/3 = 2; small 1/1 = 1 and 2/.5 = 4.
@@ -40,12 +47,14 @@ def test_merge_by_hand():
 
 def test_fold_by_hand():
     """A norm behind a convolution and one in front of it."""
-    ffn = ConvFFN(2, .5, 0., BN).double().eval()
+    ffn = ConvFFN(2, 0.5, 0.0, BN).double().eval()
     with torch.no_grad():
-        ffn.pw1.conv.weight.copy_(torch.tensor([[[[3.]], [[5.]]]]))
-        for bn, mean, var, weight, bias in ((ffn.preffn_bn, (1, 2), (4, 1), (2, 3), (0, 1)),
-                                            (ffn.pw1.bn, (6,), (16,), (2,), (9,))):
-            bn.eps = 0.
+        ffn.pw1.conv.weight.copy_(torch.tensor([[[[3.0]], [[5.0]]]]))
+        for bn, mean, var, weight, bias in (
+            (ffn.preffn_bn, (1, 2), (4, 1), (2, 3), (0, 1)),
+            (ffn.pw1.bn, (6,), (16,), (2,), (9,)),
+        ):
+            bn.eps = 0.0
             for tensor, value in ((bn.running_mean, mean), (bn.running_var, var), (bn.weight, weight), (bn.bias, bias)):
                 tensor.copy_(torch.tensor(value))
     folded, changes = reparameterize(ffn)
@@ -56,11 +65,18 @@ def test_fold_by_hand():
     assert sorted(changes.folded) == ['preffn_bn', 'pw1.bn', 'pw2.bn'] and norms(folded) == []
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(arch=dict(TINY, small_kernel=None, dw_ratio=1.5)),
-                                    dict(arch=dict(TINY, small_kernel=None, dilation=2, shortcut=False)),
-                                    dict(act_cfg=dict(type='SiLU')),
-                                    dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(norm_cfg=dict(type='SyncBN'))],
-                         ids=str)
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {},
+        dict(arch=dict(TINY, small_kernel=None, dw_ratio=1.5)),
+        dict(arch=dict(TINY, small_kernel=None, dilation=2, shortcut=False)),
+        dict(act_cfg=dict(type='SiLU')),
+        dict(norm_cfg=dict(type='BN', eps=1e-2)),
+        dict(norm_cfg=dict(type='SyncBN')),
+    ],
+    ids=str,
+)
 def test_backbone_in_float64(kwargs):
     model = randomize_norms(RepLKNet(**{'arch': TINY, **kwargs})).double().eval()
     x = torch.randn(2, 3, 64, 48, dtype=torch.float64)
@@ -147,6 +163,7 @@ def test_merged_network_trains():
 
 
 # what folding must leave alone, and what it must not
+
 
 class WeightFlip(nn.Conv2d):
     """A convolution that computes something else with its weight."""
@@ -240,7 +257,7 @@ def test_group_norm_stays():
 
 def test_norm_in_front_of_a_padded_convolution():
     """Behind the norm the border is zero; folded, it would be something else."""
-    ffn = ConvFFN(4, 1, 0., BN)
+    ffn = ConvFFN(4, 1, 0.0, BN)
     ffn.pw1.conv = conv(bias=False)
     randomize_norms(ffn).double().eval()
     after, changes = reparameterize(ffn)

@@ -1,4 +1,5 @@
 """Merging and folding whole segmentors and detectors."""
+
 import copy
 
 import pytest
@@ -11,13 +12,33 @@ from replk_mm.equivalence import compare, network_outputs
 from replk_mm.reparam import reparameterize
 
 CASCADE = dict(
-    type='CascadeEncoderDecoder', num_stages=2, backbone=REPLK,
-    decode_head=[dict(type='FCNHead', in_channels=16, in_index=2, channels=8, num_convs=1, concat_input=False,
-                      num_classes=5,
-                      norm_cfg=BN, align_corners=False),
-                 dict(type='OCRHead', in_channels=16, in_index=2, channels=8, ocr_channels=4, num_classes=5,
-                      norm_cfg=BN,
-                      align_corners=False)])
+    type='CascadeEncoderDecoder',
+    num_stages=2,
+    backbone=REPLK,
+    decode_head=[
+        dict(
+            type='FCNHead',
+            in_channels=16,
+            in_index=2,
+            channels=8,
+            num_convs=1,
+            concat_input=False,
+            num_classes=5,
+            norm_cfg=BN,
+            align_corners=False,
+        ),
+        dict(
+            type='OCRHead',
+            in_channels=16,
+            in_index=2,
+            channels=8,
+            ocr_channels=4,
+            num_classes=5,
+            norm_cfg=BN,
+            align_corners=False,
+        ),
+    ],
+)
 
 
 def test_segmentor():
@@ -30,8 +51,11 @@ def test_segmentor():
     found = compare(model, after)
     assert all(d.ok and not d.unproven for d in found)
     image = torch.randn(1, 3, 64, 64)
-    assert torch.allclose(after.encode_decode(image, [dict(img_shape=(64, 64))]),
-                          model.encode_decode(image, [dict(img_shape=(64, 64))]), atol=1e-4)
+    assert torch.allclose(
+        after.encode_decode(image, [dict(img_shape=(64, 64))]),
+        model.encode_decode(image, [dict(img_shape=(64, 64))]),
+        atol=1e-4,
+    )
 
 
 def test_cascade_segmentor():
@@ -42,38 +66,91 @@ def test_cascade_segmentor():
 
 
 NECK = dict(type='FPN', in_channels=CHANNELS, out_channels=8, num_outs=5, norm_cfg=BN)
-ANCHORS = dict(type='AnchorGenerator', scales=[8], ratios=[.5, 1., 2.], strides=[4, 8, 16, 32, 64])
+ANCHORS = dict(type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64])
 CODER = dict(type='DeltaXYWHBBoxCoder')
 RPN = dict(type='RPNHead', in_channels=8, feat_channels=8, anchor_generator=ANCHORS, bbox_coder=CODER)
-EXTRACTOR = dict(type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
-                 out_channels=8,
-                 featmap_strides=[4, 8, 16, 32])
-BOX = dict(type='Shared4Conv1FCBBoxHead', in_channels=8, conv_out_channels=8, fc_out_channels=16, roi_feat_size=7,
-           num_classes=3, norm_cfg=BN, bbox_coder=CODER)
+EXTRACTOR = dict(
+    type='SingleRoIExtractor',
+    roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
+    out_channels=8,
+    featmap_strides=[4, 8, 16, 32],
+)
+BOX = dict(
+    type='Shared4Conv1FCBBoxHead',
+    in_channels=8,
+    conv_out_channels=8,
+    fc_out_channels=16,
+    roi_feat_size=7,
+    num_classes=3,
+    norm_cfg=BN,
+    bbox_coder=CODER,
+)
 MASK = dict(type='FCNMaskHead', num_convs=2, in_channels=8, conv_out_channels=8, num_classes=3, norm_cfg=BN)
 DENSE = dict(num_classes=3, in_channels=8, feat_channels=8, stacked_convs=2)
-TEST = dict(rpn=dict(nms_pre=10, max_per_img=10, nms=dict(type='nms', iou_threshold=.7), min_bbox_size=0), rcnn=dict())
+TEST = dict(rpn=dict(nms_pre=10, max_per_img=10, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0), rcnn=dict())
 DETECTORS = {
-    'Mask R-CNN': dict(type='MaskRCNN', train_cfg=None, test_cfg=TEST, backbone=REPLK, neck=NECK, rpn_head=RPN,
-                       roi_head=dict(
-        type='StandardRoIHead', bbox_roi_extractor=EXTRACTOR, bbox_head=BOX, mask_roi_extractor=EXTRACTOR,
-        mask_head=MASK)),
-    'Cascade Mask R-CNN': dict(type='CascadeRCNN', test_cfg=TEST, backbone=REPLK, neck=NECK, rpn_head=RPN,
-                               roi_head=dict(
-        type='CascadeRoIHead', num_stages=3, stage_loss_weights=[1, .5, .25], bbox_roi_extractor=EXTRACTOR,
-        bbox_head=[BOX] * 3, mask_roi_extractor=EXTRACTOR, mask_head=[MASK] * 3)),
-    'RetinaNet': dict(type='RetinaNet', backbone=REPLK, neck=NECK, bbox_head=dict(
-        type='RetinaHead', norm_cfg=BN, anchor_generator=ANCHORS, bbox_coder=CODER, **DENSE)),
-    'FCOS': dict(type='FCOS', backbone=REPLK, neck=NECK, bbox_head=dict(
-        type='FCOSHead', norm_cfg=BN, strides=[4, 8, 16, 32, 64], **DENSE)),
+    'Mask R-CNN': dict(
+        type='MaskRCNN',
+        train_cfg=None,
+        test_cfg=TEST,
+        backbone=REPLK,
+        neck=NECK,
+        rpn_head=RPN,
+        roi_head=dict(
+            type='StandardRoIHead',
+            bbox_roi_extractor=EXTRACTOR,
+            bbox_head=BOX,
+            mask_roi_extractor=EXTRACTOR,
+            mask_head=MASK,
+        ),
+    ),
+    'Cascade Mask R-CNN': dict(
+        type='CascadeRCNN',
+        test_cfg=TEST,
+        backbone=REPLK,
+        neck=NECK,
+        rpn_head=RPN,
+        roi_head=dict(
+            type='CascadeRoIHead',
+            num_stages=3,
+            stage_loss_weights=[1, 0.5, 0.25],
+            bbox_roi_extractor=EXTRACTOR,
+            bbox_head=[BOX] * 3,
+            mask_roi_extractor=EXTRACTOR,
+            mask_head=[MASK] * 3,
+        ),
+    ),
+    'RetinaNet': dict(
+        type='RetinaNet',
+        backbone=REPLK,
+        neck=NECK,
+        bbox_head=dict(type='RetinaHead', norm_cfg=BN, anchor_generator=ANCHORS, bbox_coder=CODER, **DENSE),
+    ),
+    'FCOS': dict(
+        type='FCOS',
+        backbone=REPLK,
+        neck=NECK,
+        bbox_head=dict(type='FCOSHead', norm_cfg=BN, strides=[4, 8, 16, 32, 64], **DENSE),
+    ),
 }
 #: Layers whose output every detector's loss or prediction reads, as ends of their names.
 ENDS = {
-    'Mask R-CNN': ['rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg',
-                   'roi_head.mask_head.conv_logits'],
-    'Cascade Mask R-CNN': ['rpn_head.rpn_cls', 'rpn_head.rpn_reg', *(
-        f'roi_head.{head}.{i}.{end}' for i in range(3)
-        for head, end in (('bbox_head', 'fc_cls'), ('bbox_head', 'fc_reg'), ('mask_head', 'conv_logits')))],
+    'Mask R-CNN': [
+        'rpn_head.rpn_cls',
+        'rpn_head.rpn_reg',
+        'roi_head.bbox_head.fc_cls',
+        'roi_head.bbox_head.fc_reg',
+        'roi_head.mask_head.conv_logits',
+    ],
+    'Cascade Mask R-CNN': [
+        'rpn_head.rpn_cls',
+        'rpn_head.rpn_reg',
+        *(
+            f'roi_head.{head}.{i}.{end}'
+            for i in range(3)
+            for head, end in (('bbox_head', 'fc_cls'), ('bbox_head', 'fc_reg'), ('mask_head', 'conv_logits'))
+        ),
+    ],
     'RetinaNet': ['bbox_head.retina_cls', 'bbox_head.retina_reg'],
     'FCOS': ['bbox_head.conv_cls', 'bbox_head.conv_reg', 'bbox_head.conv_centerness'],
 }
@@ -92,7 +169,7 @@ def test_detectors(name):
     for end in ENDS[name]:
         wrong = copy.deepcopy(after)
         with torch.no_grad():
-            wrong.get_submodule(end).bias[-1] += .1 * wrong.get_submodule(end).weight.abs().max() + .1
+            wrong.get_submodule(end).bias[-1] += 0.1 * wrong.get_submodule(end).weight.abs().max() + 0.1
         image = torch.randn(1, 3, 64, 64)
         with torch.no_grad():
             good, bad = (list(flat(network_outputs(m, image))) for m in (after, wrong))
@@ -105,8 +182,12 @@ def flat(nest):
 
 def test_separate_norms_of_shared_convolutions():
     pytest.importorskip('mmdet')
-    cfg = dict(DETECTORS['RetinaNet'], bbox_head=dict(
-        type='RetinaSepBNHead', num_ins=5, norm_cfg=BN, anchor_generator=ANCHORS, bbox_coder=CODER, **DENSE))
+    cfg = dict(
+        DETECTORS['RetinaNet'],
+        bbox_head=dict(
+            type='RetinaSepBNHead', num_ins=5, norm_cfg=BN, anchor_generator=ANCHORS, bbox_coder=CODER, **DENSE
+        ),
+    )
     model = build(cfg, 'mmdet')
     for i, m in enumerate(model.modules()):
         if isinstance(m, _BatchNorm):
@@ -120,9 +201,21 @@ def test_separate_norms_of_shared_convolutions():
 def test_part_that_does_not_run_is_named():
     pytest.importorskip('mmdet')
     # Two inputs, which are not features alone.
-    roi = dict(DETECTORS['Mask R-CNN']['roi_head'], bbox_head=dict(
-        type='DoubleConvFCBBoxHead', num_convs=2, num_fcs=1, in_channels=8, conv_out_channels=8, fc_out_channels=8,
-        roi_feat_size=7, num_classes=3, norm_cfg=BN, bbox_coder=CODER))
+    roi = dict(
+        DETECTORS['Mask R-CNN']['roi_head'],
+        bbox_head=dict(
+            type='DoubleConvFCBBoxHead',
+            num_convs=2,
+            num_fcs=1,
+            in_channels=8,
+            conv_out_channels=8,
+            fc_out_channels=8,
+            roi_feat_size=7,
+            num_classes=3,
+            norm_cfg=BN,
+            bbox_coder=CODER,
+        ),
+    )
     model = build(dict(DETECTORS['Mask R-CNN'], roi_head=roi), 'mmdet')
     found = compare(model, reparameterize(model)[0])
     assert all(d.ok and d.unproven and all(n.startswith('roi_head.bbox_head.') for n in d.unproven) for d in found)

@@ -1,4 +1,5 @@
 """RepLKNet: the contract of all backbones, and what is its own."""
+
 import inspect
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 from replk_mm.models import RepLKNet
 from replk_mm.models.replknet import ConvFFN, ReparamLargeKernelConv, RepLKBlock
 
-TINY = dict(large_kernel_sizes=[13, 11, 9, 7], small_kernel=5, layers=[1, 1, 2, 1], channels=[8, 12, 16, 24],
-            dw_ratio=1)
+TINY = dict(
+    large_kernel_sizes=[13, 11, 9, 7], small_kernel=5, layers=[1, 1, 2, 1], channels=[8, 12, 16, 24], dw_ratio=1
+)
 
 
 def halves(side: int) -> list[int]:
@@ -30,30 +32,58 @@ class TestRepLKNet(BackboneContract):
     channels = TINY['channels']
     sides = staticmethod(halves)
     batch_norm = dict(type='BN')
-    frozen = {-1: ('-',), 0: ('stem.',), 1: ('stem.', 'stages.0.'),
-              2: ('stem.', 'stages.0.', 'stages.1.', 'transitions.0.'),
-              3: ('stem.', 'stages.0.', 'stages.1.', 'stages.2.', 'transitions.0.', 'transitions.1.'),
-              4: ('stem.', 'stages.', 'transitions.')}
+    frozen = {
+        -1: ('-',),
+        0: ('stem.',),
+        1: ('stem.', 'stages.0.'),
+        2: ('stem.', 'stages.0.', 'stages.1.', 'transitions.0.'),
+        3: ('stem.', 'stages.0.', 'stages.1.', 'stages.2.', 'transitions.0.', 'transitions.1.'),
+        4: ('stem.', 'stages.', 'transitions.'),
+    }
     # Five pairs of blocks; a feed-forward block has the rate of the large-kernel block before it.
-    drop_paths = [0, 0, .075, .075, .15, .15, .225, .225, .3, .3]
+    drop_paths = [0, 0, 0.075, 0.075, 0.15, 0.15, 0.225, 0.225, 0.3, 0.3]
     num_layers = 1 + (1 + 1 + 1 + 1) + 1  # the two blocks of the third stage are one layer
-    bad = [dict(out_memory_format='channels'), dict(out_indices=(0, 4)), dict(out_indices=(0, 0)),
-           dict(out_indices=()), dict(out_indices=-5),
-           dict(out_indices=(0, -4)), dict(frozen_stages=-2), dict(frozen_stages=5), dict(drop_path_rate=-.1),
-           dict(drop_path_rate=1.), dict(arch=None), dict(arch=31),
-           dict(arch=dict(TINY, large_kernel_sizes=[13, 10, 9, 7])), dict(arch=dict(TINY, small_kernel=4)),
-           dict(arch=dict(TINY, small_kernel=9)), dict(arch=dict(TINY, layers=[1, 1, 1])),
-           dict(arch=dict(TINY, widths=[1])), dict(arch=dict(TINY, dilation=2)),
-           dict(arch=dict(TINY, shortcut='no')), dict(arch=dict(TINY, small_kernel=None, dilation=1.5)),
-           dict(arch=dict(TINY, small_kernel=None, dilation=0)),
-           dict(arch=dict(TINY, shortcut=False), drop_path_rate=.1),
-           dict(arch={k: v for k, v in TINY.items() if k != 'dw_ratio'})]
+    bad = [
+        dict(out_memory_format='channels'),
+        dict(out_indices=(0, 4)),
+        dict(out_indices=(0, 0)),
+        dict(out_indices=()),
+        dict(out_indices=-5),
+        dict(out_indices=(0, -4)),
+        dict(frozen_stages=-2),
+        dict(frozen_stages=5),
+        dict(drop_path_rate=-0.1),
+        dict(drop_path_rate=1.0),
+        dict(arch=None),
+        dict(arch=31),
+        dict(arch=dict(TINY, large_kernel_sizes=[13, 10, 9, 7])),
+        dict(arch=dict(TINY, small_kernel=4)),
+        dict(arch=dict(TINY, small_kernel=9)),
+        dict(arch=dict(TINY, layers=[1, 1, 1])),
+        dict(arch=dict(TINY, widths=[1])),
+        dict(arch=dict(TINY, dilation=2)),
+        dict(arch=dict(TINY, shortcut='no')),
+        dict(arch=dict(TINY, small_kernel=None, dilation=1.5)),
+        dict(arch=dict(TINY, small_kernel=None, dilation=0)),
+        dict(arch=dict(TINY, shortcut=False), drop_path_rate=0.1),
+        dict(arch={k: v for k, v in TINY.items() if k != 'dw_ratio'}),
+    ]
 
-    others = dict(arch='nano', in_channels=4, drop_path_rate=.2, small_kernel_merged=True,
-                  norm_cfg=dict(type='BN', eps=1e-2), act_cfg=dict(type='SiLU'), out_indices=(0, 3), frozen_stages=1,
-                  norm_eval=True, with_cp=True, norm_intermediate_features=True,
-                  out_memory_format='preserve_format',
-                  init_cfg=dict(type='Constant', layer='Conv2d', val=.25))
+    others = dict(
+        arch='nano',
+        in_channels=4,
+        drop_path_rate=0.2,
+        small_kernel_merged=True,
+        norm_cfg=dict(type='BN', eps=1e-2),
+        act_cfg=dict(type='SiLU'),
+        out_indices=(0, 3),
+        frozen_stages=1,
+        norm_eval=True,
+        with_cp=True,
+        norm_intermediate_features=True,
+        out_memory_format='preserve_format',
+        init_cfg=dict(type='Constant', layer='Conv2d', val=0.25),
+    )
 
     @pytest.mark.parametrize('argument', inspect.signature(RepLKNet).parameters)
     def test_every_argument_has_an_effect(self, argument):
@@ -135,13 +165,14 @@ def test_blocks_by_hand():
     """Both blocks against the formulas of the paper, written with torch's functions only."""
     torch.manual_seed(0)
     relu, norm = dict(type='ReLU'), dict(type='BN')
-    block = randomize_norms(RepLKBlock(4, 9, 3, 1, 1.5, True, 0., False, norm, relu)).double().eval()
-    ffn = randomize_norms(ConvFFN(4, 4, 0., norm), 1).double().eval()
+    block = randomize_norms(RepLKBlock(4, 9, 3, 1, 1.5, True, 0.0, False, norm, relu)).double().eval()
+    ffn = randomize_norms(ConvFFN(4, 4, 0.0, norm), 1).double().eval()
     x = torch.randn(2, 4, 10, 11, dtype=torch.float64)
 
     def bn(x, layer):
-        return nn.functional.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False,
-                                        eps=1e-5)
+        return nn.functional.batch_norm(
+            x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, eps=1e-5
+        )
 
     def conv_bn(x, layer, groups=1):
         w = layer.conv.weight
@@ -159,9 +190,10 @@ def test_blocks_by_hand():
 def test_no_shortcut_by_hand():
     torch.manual_seed(0)
     settings = 4, 5, None, 1, 1
-    with_it = randomize_norms(RepLKBlock(*settings, True, 0., False, dict(type='BN'),
-                                         dict(type='ReLU'))).double().eval()
-    without = RepLKBlock(*settings, False, 0., False, dict(type='BN'), dict(type='ReLU')).double().eval()
+    with_it = (
+        randomize_norms(RepLKBlock(*settings, True, 0.0, False, dict(type='BN'), dict(type='ReLU'))).double().eval()
+    )
+    without = RepLKBlock(*settings, False, 0.0, False, dict(type='BN'), dict(type='ReLU')).double().eval()
     without.load_state_dict(with_it.state_dict())
     x = torch.randn(2, 4, 10, 11, dtype=torch.float64)
     with torch.no_grad():
@@ -192,9 +224,9 @@ def test_intermediate_norms_touch_only_the_outputs():
     assert [k for k in model.state_dict() if k.startswith('stages.0.norm') or k.startswith('stages.2.norm')] == []
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        model.stages[1].norm.weight.fill_(2.)
-        model.stages[3].norm.bias.fill_(1.)
+        model.stages[1].norm.weight.fill_(2.0)
+        model.stages[3].norm.bias.fill_(1.0)
         outs, raw = model(x), plain(x)
-    scale = (1 + 1e-5) ** -.5
+    scale = (1 + 1e-5) ** -0.5
     assert torch.allclose(outs[0], raw[0] * 2 * scale, atol=1e-5)
     assert torch.allclose(outs[1], raw[1] * scale + 1, atol=1e-5)

@@ -1,4 +1,5 @@
 """The report's page in a real browser: table, sorting, plots, pictures, widths, colours, print, accessibility."""
+
 import base64
 import re
 from pathlib import Path
@@ -42,13 +43,15 @@ def browser(running, page) -> Browser:
 
 
 def click(browser: Browser, title: str) -> None:
-    browser.run("[...document.querySelectorAll('.results button')].find(b => "
-                f"b.textContent.startsWith({title!r})).click()")
+    browser.run(
+        f"[...document.querySelectorAll('.results button')].find(b => b.textContent.startsWith({title!r})).click()"
+    )
 
 
 def test_loads_from_a_file_and_asks_for_nothing(browser) -> None:
-    asked = [event['params']['request']['url'] for event in browser.events
-             if event['method'] == 'Network.requestWillBeSent']
+    asked = [
+        event['params']['request']['url'] for event in browser.events if event['method'] == 'Network.requestWillBeSent'
+    ]
     assert asked[0].startswith('file:') and all(url.startswith('data:image/') for url in asked[1:])
     wrong = [event for event in browser.events if event['method'] in ('Log.entryAdded', 'Runtime.exceptionThrown')]
     assert wrong == []
@@ -56,15 +59,16 @@ def test_loads_from_a_file_and_asks_for_nothing(browser) -> None:
 
 
 def test_no_other_script_takes_effect(browser) -> None:
-    browser.run("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.broken = "
-                "1'}))")
+    browser.run(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.broken = 1'}))"
+    )
     assert browser.run('window.broken === undefined') is True
     assert browser.run("fetch('https://example.org').then(() => 'sent', () => 'refused')") == 'refused'
 
 
 def test_table(browser) -> None:
     assert browser.run("document.querySelectorAll('.results tbody tr[data-row]').length") == 5
-    cells = browser.run("[...document.querySelector('tr[data-row=\"1\"]').cells].map(c => c.innerText)")
+    cells = browser.run('[...document.querySelector(\'tr[data-row="1"]\').cells].map(c => c.innerText)')
     assert cells[0] == '1 RepLKNet made up, 31x31' and cells[1].startswith('60.60 ± 0.60')
     assert 'best' in cells[1] and cells[2].startswith('–') and cells[4] == '7.00'
     groups = browser.run("[...document.querySelectorAll('.group')].map(g => g.innerText)")
@@ -99,7 +103,7 @@ def test_sorting_by_keyboard(browser) -> None:
     browser.run("document.querySelector('.results button').focus()")
     for _ in range(4):
         browser.press('Tab', 9)
-    assert browser.run("document.activeElement.textContent").startswith('Parameters')
+    assert browser.run('document.activeElement.textContent').startswith('Parameters')
     browser.press('Enter', 13, '\r')
     assert browser.run(ORDER)[0] == [3, 2, 1]
     browser.press(' ', 32, ' ')
@@ -108,7 +112,13 @@ def test_sorting_by_keyboard(browser) -> None:
 
 def test_plots_have_points_and_names_apart(browser) -> None:
     assert browser.run("[...document.querySelectorAll('svg.plot')].map(p => p.querySelectorAll('.row').length)") == [
-        3, 3, 3, 1, 3, 3]
+        3,
+        3,
+        3,
+        1,
+        3,
+        3,
+    ]
     inside = browser.run("""[...document.querySelectorAll('svg.plot')].every(plot => {
         const all = plot.getBoundingClientRect();
         return [...plot.querySelectorAll('.row > g > path, text')].every(mark => {
@@ -121,14 +131,17 @@ def test_plots_have_points_and_names_apart(browser) -> None:
         return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right && b.left < a.right
             && a.top < b.bottom && b.top < a.bottom)); }).length""")
     assert overlaps == 0
-    dashes = browser.run("[...[...document.querySelectorAll('svg.plot')].at(-1).querySelectorAll('.row > path')]"
-                         ".map(l => getComputedStyle(l).strokeDasharray)")
+    dashes = browser.run(
+        "[...[...document.querySelectorAll('svg.plot')].at(-1).querySelectorAll('.row > path')]"
+        '.map(l => getComputedStyle(l).strokeDasharray)'
+    )
     assert len(dashes) == len(set(dashes)) == 3
 
 
 def test_pictures_are_there(browser) -> None:
-    sizes = browser.run("Promise.all([...document.images].map(i => i.decode().then(() => [i.naturalWidth, "
-                        "i.clientWidth])))")
+    sizes = browser.run(
+        'Promise.all([...document.images].map(i => i.decode().then(() => [i.naturalWidth, i.clientWidth])))'
+    )
     assert len(sizes) == 3 + 6 * 5 and all(natural > 0 and shown > 0 for natural, shown in sizes)
 
 
@@ -175,7 +188,7 @@ CONTRASTS = """(() => {
 def test_colours_can_be_read(browser, page, scheme) -> None:
     browser.media(scheme)
     browser.open(page)
-    ground = browser.run("getComputedStyle(document.body).backgroundColor")
+    ground = browser.run('getComputedStyle(document.body).backgroundColor')
     assert (ground == 'rgb(255, 255, 255)') == (scheme == 'light')
     count, weak = browser.run(CONTRASTS)
     assert count > 300 and weak == {}
@@ -183,7 +196,7 @@ def test_colours_can_be_read(browser, page, scheme) -> None:
 
 def test_print(browser) -> None:
     browser.media('dark', 'print')
-    assert browser.run("getComputedStyle(document.body).backgroundColor") == 'rgb(255, 255, 255)'
+    assert browser.run('getComputedStyle(document.body).backgroundColor') == 'rgb(255, 255, 255)'
     browser.media('dark')
     closed = "document.querySelectorAll('details.row:not([open])').length"
     assert browser.run(closed) == 5
@@ -202,10 +215,15 @@ def test_print(browser) -> None:
 
 
 def test_links_open_what_they_lead_to(browser) -> None:
-    browser.run("document.querySelector('tr[data-row=\"2\"] th a').click()")
+    browser.run('document.querySelector(\'tr[data-row="2"] th a\').click()')
     browser.run('new Promise(done => setTimeout(done, 50))')
-    assert browser.run("[...document.querySelectorAll('details.row')].map(d => d.open)") == [False, True, False, False,
-                                                                                             False]
+    assert browser.run("[...document.querySelectorAll('details.row')].map(d => d.open)") == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_what_a_screen_reader_gets(browser) -> None:

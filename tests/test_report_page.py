@@ -1,4 +1,5 @@
 """The report's page: what is in it, that nothing gets out of it, its pictures and svg. All records are made up."""
+
 import base64
 import hashlib
 import html.parser
@@ -54,15 +55,29 @@ HOSTILE = '<script>alert(1)</script>"\'><img src=x onerror=alert(2)>|`#*\ud800\x
 
 
 def test_texts_of_records_stay_texts(tmp_path) -> None:
-    ranked = metric('b', 0, 50., suite='t')
-    ranked['values'].update(primary=HOSTILE, unit=HOSTILE, metrics={HOSTILE: 50.})
-    folder = write(tmp_path / 'work', [
-        ranked,
-        metric('a', 0, 50., label=HOSTILE, question=HOSTILE, suite='s', protocol={**PROTOCOL, HOSTILE: HOSTILE},
-               environment={HOSTILE: HOSTILE}, files=dict(predictions=HOSTILE), facts=dict(data=dict(root=HOSTILE))),
-        record('a', 1, 'train', {}, suite='s', label=HOSTILE, status='failed', reason=HOSTILE),
-        speed('a', 0, 9., suite='s', label=HOSTILE),
-        record('a', 0, 'curve', dict(loss=[[1, 2.], [2, 1.]], metric=[], name=HOSTILE), suite='s', label=HOSTILE)])
+    ranked = metric('b', 0, 50.0, suite='t')
+    ranked['values'].update(primary=HOSTILE, unit=HOSTILE, metrics={HOSTILE: 50.0})
+    folder = write(
+        tmp_path / 'work',
+        [
+            ranked,
+            metric(
+                'a',
+                0,
+                50.0,
+                label=HOSTILE,
+                question=HOSTILE,
+                suite='s',
+                protocol={**PROTOCOL, HOSTILE: HOSTILE},
+                environment={HOSTILE: HOSTILE},
+                files=dict(predictions=HOSTILE),
+                facts=dict(data=dict(root=HOSTILE)),
+            ),
+            record('a', 1, 'train', {}, suite='s', label=HOSTILE, status='failed', reason=HOSTILE),
+            speed('a', 0, 9.0, suite='s', label=HOSTILE),
+            record('a', 0, 'curve', dict(loss=[[1, 2.0], [2, 1.0]], metric=[], name=HOSTILE), suite='s', label=HOSTILE),
+        ],
+    )
     found = assemble.read([folder])
     text = rendered.html(found)
     text.encode()
@@ -86,11 +101,13 @@ def test_page_needs_nothing_else_and_hangs_together(page) -> None:
     assert {given['aria-labelledby'] for _, given in elements if 'aria-labelledby' in given} <= set(ids)
     sources = [given['src'] for _, given in elements if 'src' in given]
     assert len(sources) > 20 and all(source.startswith('data:image/') for source in sources)
-    assert not [tag for tag, given in elements if 'style' in given or tag in ('link', 'iframe', 'object', 'embed',
-                                                                              'base')]
+    assert not [
+        tag for tag, given in elements if 'style' in given or tag in ('link', 'iframe', 'object', 'embed', 'base')
+    ]
     assert all(len(given['alt']) > 5 for tag, given in elements if tag == 'img')
-    assert len(re.findall(r'<svg viewBox="0 0 360[^>]*role="img"[^>]*><title>[^<]+</title><desc>[^<]+</desc>',
-                          page)) == 6
+    assert (
+        len(re.findall(r'<svg viewBox="0 0 360[^>]*role="img"[^>]*><title>[^<]+</title><desc>[^<]+</desc>', page)) == 6
+    )
 
 
 def test_policy_allows_this_style_and_script_only(page) -> None:
@@ -129,8 +146,9 @@ def test_predicted_label_maps_have_the_colours_of_their_classes(page) -> None:
     of = pictures(page, 'png')
     assert sum(name.startswith('Ground truth of') for name in of) == 6  # of seven images
     truth = next(pixels for name, pixels in of.items() if name.startswith('Ground truth of 004'))
-    predicted, name = next((pixels, name) for name, pixels in of.items()
-                           if name.startswith('RepLKNet made up, 13x13, 004'))
+    predicted, name = next(
+        (pixels, name) for name, pixels in of.items() if name.startswith('RepLKNet made up, 13x13, 004')
+    )
     colours = np.array([[0, 0, 0], *PALETTE])
     np.testing.assert_array_equal(truth, colours[label_map(4)])
     np.testing.assert_array_equal(predicted, colours[label_map(4, 5)])
@@ -144,15 +162,20 @@ def test_pixels_that_are_not_scored_do_not_count(tmp_path) -> None:
     truth[:60] = 0
     Image.fromarray(truth).save(data / 'annotations/validation/000.png')
     files = files_of(tmp_path, 'a', 5, 1)
-    text = rendered.html(assemble.read([write(tmp_path, [metric('a', 0, 50., files=files, facts=facts(data))])]))
+    text = rendered.html(assemble.read([write(tmp_path, [metric('a', 0, 50.0, files=files, facts=facts(data))])]))
     right = 100 * np.mean(label_map(0)[60:] == label_map(0, 5)[60:])
     assert f'{right:.0f}\u00a0% of the scored pixels right' in text
 
 
 def test_label_maps_of_cityscapes_are_found(tmp_path) -> None:
-    of = facts(tmp_path, images='i', labels='l', image_suffix='_leftImg8bit.png',
-               label_suffix='_gtFine_labelTrainIds.png',
-               ignored=255)
+    of = facts(
+        tmp_path,
+        images='i',
+        labels='l',
+        image_suffix='_leftImg8bit.png',
+        label_suffix='_gtFine_labelTrainIds.png',
+        ignored=255,
+    )
     data = Data.model_validate(of['data'])
     assert data.image_of('city/x_leftImg8bit.png') == tmp_path / 'i/city/x_leftImg8bit.png'
     assert data.label_of('city/x_leftImg8bit.png') == tmp_path / 'l/city/x_gtFine_labelTrainIds.png'
@@ -161,7 +184,7 @@ def test_label_maps_of_cityscapes_are_found(tmp_path) -> None:
 
 def test_data_of_a_copied_work_dir_are_found(tmp_path) -> None:
     scenes(tmp_path / 'work/data/scenes')
-    one = metric('a', 0, 50., facts=facts('/elsewhere/data/scenes'))
+    one = metric('a', 0, 50.0, facts=facts('/elsewhere/data/scenes'))
     assert Album({id(one): tmp_path / 'work'}).data_of(one).root == tmp_path / 'work/data/scenes'
     with pytest.raises(ValueError, match='no such data root here'):
         Album({id(one): tmp_path}).data_of(one)
@@ -173,14 +196,19 @@ def test_missing_pictures_are_said(tmp_path) -> None:
     (data / 'images/validation/000.jpg').write_bytes(b'no picture')
     (data / 'annotations/validation/001.png').unlink()
     (tmp_path / files['heat_map']).unlink()
-    records = [metric('a', 0, 50., files=files, facts=facts(data)),
-               metric('b', 0, 49., files=dict(predictions='../../etc'),
-               facts=facts(data)), record('a', 0, 'erf', dict(areas_of_scores={}),
-                                          files=dict(heat_map=files['heat_map']))]
+    records = [
+        metric('a', 0, 50.0, files=files, facts=facts(data)),
+        metric('b', 0, 49.0, files=dict(predictions='../../etc'), facts=facts(data)),
+        record('a', 0, 'erf', dict(areas_of_scores={}), files=dict(heat_map=files['heat_map'])),
+    ]
     text = rendered.html(assemble.read([write(tmp_path, records)]))
-    missing = text[text.index('id="missing-pictures"'):]
-    for said in ('000.jpg: not a readable picture', '001.png: not a readable picture',
-                 'erf.png: not a readable picture', 'not in the work dir'):
+    missing = text[text.index('id="missing-pictures"') :]
+    for said in (
+        '000.jpg: not a readable picture',
+        '001.png: not a readable picture',
+        'erf.png: not a readable picture',
+        'not in the work dir',
+    ):
         assert said in missing, said
     assert text.count('>missing<') >= 2
 
@@ -195,7 +223,7 @@ def test_pictures_of_a_page_are_bounded() -> None:
 
 @pytest.mark.parametrize('name', ['../x.png', '/etc/passwd', 'a/../../x.png'])
 def test_files_outside_of_the_work_dir_are_refused(name, tmp_path) -> None:
-    one = metric('a', 0, 50., files=dict(predictions=name))
+    one = metric('a', 0, 50.0, files=dict(predictions=name))
     with pytest.raises(ValueError, match='not in the work dir'):
         Album({id(one): tmp_path}).place(one, 'predictions')
 
@@ -204,17 +232,22 @@ def test_files_outside_of_the_work_dir_are_refused(name, tmp_path) -> None:
 @given(data=st.data())
 def test_any_facts_and_files_cost_the_pictures_only(data, tmp_path) -> None:
     """Texts and values of any kind where a record has names, folders and colours."""
-    anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(-1e300, 1e300) | st.text(),
-                            lambda part: st.lists(part, max_size=3), max_leaves=5)
+    anything = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(-1e300, 1e300) | st.text(),
+        lambda part: st.lists(part, max_size=3),
+        max_leaves=5,
+    )
     root = tmp_path / 'data'
     if not root.exists():
         scenes(root, 1)
         files_of(tmp_path, 'a', 0, 1)
     known = facts(root)['data']
     changes = data.draw(st.dictionaries(st.sampled_from(list(known)), anything | st.just('x' * 5000), max_size=3))
-    files = data.draw(st.just(dict(predictions='runs/a/0/test/predictions')) | st.fixed_dictionaries(
-        dict(predictions=anything, heat_map=anything)))
-    one = metric('a', 0, 50., files=files, facts=dict(data={**known, **changes}))
+    files = data.draw(
+        st.just(dict(predictions='runs/a/0/test/predictions'))
+        | st.fixed_dictionaries(dict(predictions=anything, heat_map=anything))
+    )
+    one = metric('a', 0, 50.0, files=files, facts=dict(data={**known, **changes}))
     (tmp_path / 'one.jsonl').write_text(json.dumps(one))
     assert 'data-value="50.0"' in rendered.html(assemble.read([tmp_path / 'one.jsonl']))
 
@@ -225,29 +258,44 @@ def test_pictures_from_elsewhere_are_told(tmp_path) -> None:
     files = files_of(tmp_path / 'work', 'a', 0, 1)
     outside = {}
     for name, root in (('own', tmp_path / 'work/data'), ('other', data)):
-        one = metric('a', 0, 50., files=files, facts=facts(root), suite=name, key=name)
+        one = metric('a', 0, 50.0, files=files, facts=facts(root), suite=name, key=name)
         found = assemble.read([write(tmp_path / 'work', [one])])
         assert rendered.html(found).count('<img') >= 3
         outside[name] = set(found.outside)
     assert outside == dict(own=set(), other={data})
 
 
-@pytest.mark.parametrize('changes', [
-    dict(bbox=[1e308] * 4), dict(bbox=['a'] * 4), dict(score='x'), dict(category_id=[]), dict(image_id=[]),
-    dict(segmentation=dict(size=[60, 80], counts=[-5, 9999])), dict(segmentation=[[0, 0, 1e12, 0, 1e12, 1e12]])],
-    ids=str)
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(bbox=[1e308] * 4),
+        dict(bbox=['a'] * 4),
+        dict(score='x'),
+        dict(category_id=[]),
+        dict(image_id=[]),
+        dict(segmentation=dict(size=[60, 80], counts=[-5, 9999])),
+        dict(segmentation=[[0, 0, 1e12, 0, 1e12, 1e12]]),
+    ],
+    ids=str,
+)
 def test_odd_objects_are_drawn_or_reported(changes, tmp_path) -> None:
     data = scenes(tmp_path / 'data', 1)
     thing = dict(id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30], score=0.9)
     for annotated, detected in ((thing, {**thing, **changes}), ({**thing, **changes}, thing)):
-        coco = dict(images=[dict(id=7, file_name='000.jpg')], categories=[dict(id=4, name='disc')],
-                    annotations=[annotated])
+        coco = dict(
+            images=[dict(id=7, file_name='000.jpg')], categories=[dict(id=4, name='disc')], annotations=[annotated]
+        )
         (data / 'ann.json').write_text(json.dumps(coco))
         folder = tmp_path / 'runs/a/0/test/predictions'
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'instances.segm.json').write_text(json.dumps([detected]))
-        one = metric('a', 0, 50., files=dict(predictions='runs/a/0/test/predictions'),
-                     facts=facts(data, labels=None, annotations='ann.json'))
+        one = metric(
+            'a',
+            0,
+            50.0,
+            files=dict(predictions='runs/a/0/test/predictions'),
+            facts=facts(data, labels=None, annotations='ann.json'),
+        )
         text = rendered.html(assemble.read([write(tmp_path, [one])]))
         assert '1 disc' in text or 'examples cannot be shown' in text
 
@@ -260,19 +308,33 @@ def test_detections_are_drawn(tmp_path) -> None:
     square = np.zeros((60, 80), np.uint8, order='F')
     square[20:50, 10:60] = 1
     runs = mask.encode(square)
-    square = dict(id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30],
-                  segmentation=[[10, 20, 60, 20, 60, 50, 10, 50]])
-    coco = dict(images=[dict(id=7, file_name='a.jpg', height=60, width=80)], categories=[dict(id=4, name='disc')],
-                annotations=[square])
+    square = dict(
+        id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30], segmentation=[[10, 20, 60, 20, 60, 50, 10, 50]]
+    )
+    coco = dict(
+        images=[dict(id=7, file_name='a.jpg', height=60, width=80)],
+        categories=[dict(id=4, name='disc')],
+        annotations=[square],
+    )
     (data / 'ann.json').write_text(json.dumps(coco))
     results = tmp_path / 'runs/a/0/test/predictions'
     results.mkdir(parents=True)
-    detection = dict(image_id=7, category_id=4, bbox=[10, 20, 50, 30],
-                     segmentation=dict(size=[60, 80], counts=runs['counts'].decode()))
+    detection = dict(
+        image_id=7,
+        category_id=4,
+        bbox=[10, 20, 50, 30],
+        segmentation=dict(size=[60, 80], counts=runs['counts'].decode()),
+    )
     (results / 'instances.segm.json').write_text(json.dumps([{**detection, 'score': 0.9}, {**detection, 'score': 0.1}]))
-    one = record('a', 0, 'metric', dict(metrics={'coco/bbox_mAP': 31.5}, primary='coco/bbox_mAP', unit='AP', images=1),
-                 protocol=dict(task='detection'), files=dict(predictions='runs/a/0/test/predictions'),
-                 facts=facts(data, images='val2017', labels=None, annotations='ann.json', palette=[[255, 0, 0]]))
+    one = record(
+        'a',
+        0,
+        'metric',
+        dict(metrics={'coco/bbox_mAP': 31.5}, primary='coco/bbox_mAP', unit='AP', images=1),
+        protocol=dict(task='detection'),
+        files=dict(predictions='runs/a/0/test/predictions'),
+        facts=facts(data, images='val2017', labels=None, annotations='ann.json', palette=[[255, 0, 0]]),
+    )
     text = rendered.html(assemble.read([write(tmp_path, [one])]))
     of = pictures(text, 'jpeg')
     assert {'Ground truth of a.jpg: 1 disc', 'a, a.jpg: 1 disc'} <= set(of)
@@ -283,7 +345,9 @@ def test_detections_are_drawn(tmp_path) -> None:
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('values', [[5.], [0.], [-3., 4.], [0.001, 0.002], [1e9, 1e9 + 1], [1., 900.], [0., 900.]])
+@pytest.mark.parametrize(
+    'values', [[5.0], [0.0], [-3.0, 4.0], [0.001, 0.002], [1e9, 1e9 + 1], [1.0, 900.0], [0.0, 900.0]]
+)
 def test_plots_hold_their_points_and_nothing_that_a_page_forbids(values) -> None:
     points = [plots.Point(i, f'<b>$x_{i}$</b>', v, v, 0.1) for i, v in enumerate(values, 1)]
     lines = [plots.Line(1, '<b>', [(float(i), v, 0.1) for i, v in enumerate(values)])]
@@ -297,11 +361,11 @@ def test_plots_hold_their_points_and_nothing_that_a_page_forbids(values) -> None
 
 
 def test_curves_are_means_of_seeds(tmp_path) -> None:
-    seeds = [{float(i): math.sin(i) + shift for i in range(7)} for shift in (0., 1., 3.)]
+    seeds = [{float(i): math.sin(i) + shift for i in range(7)} for shift in (0.0, 1.0, 3.0)]
     found = _over_seeds(seeds)
     assert [x for x, _, _ in found] == list(range(7))
     assert [y for _, y, _ in found] == pytest.approx([math.sin(i) + 4 / 3 for i in range(7)])
     assert [d for _, _, d in found] == pytest.approx([statistics.stdev([0, 1, 3])] * 7)
-    assert _over_seeds([{1.: 2., 2.: 3.}, {2.: 5.}]) == [(2., 4., pytest.approx(math.sqrt(2)))]
+    assert _over_seeds([{1.0: 2.0, 2.0: 3.0}, {2.0: 5.0}]) == [(2.0, 4.0, pytest.approx(math.sqrt(2)))]
     long = _over_seeds([{float(i): float(i) for i in range(1000)}])
     assert len(long) <= 120 and all(x == pytest.approx(y) for x, y, _ in long)

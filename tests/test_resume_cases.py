@@ -1,4 +1,5 @@
 """Resuming what is not the same run any more, and stopping what does not listen."""
+
 import signal
 from collections import OrderedDict
 from pathlib import Path
@@ -75,8 +76,10 @@ def test_mmengines_own_field_resumes_and_a_schedule_that_ends_too_early_is_logge
     cfg, notes = tiny.prepare(tmp_path, 4, {'resume': True})
     assert any('iter_2.pth, iteration 2, seed 11' in note for note in notes)
     assert cfg.randomness.seed == 11
-    assert any(note.startswith('LEARNING RATE: the schedule') and 'ends at iteration 2; this run has 4' in note
-               for note in notes)
+    assert any(
+        note.startswith('LEARNING RATE: the schedule') and 'ends at iteration 2; this run has 4' in note
+        for note in notes
+    )
 
 
 def test_the_best_checkpoint_of_another_folder_stays(tiny, tmp_path):
@@ -88,20 +91,32 @@ def test_the_best_checkpoint_of_another_folder_stays(tiny, tmp_path):
     assert kept.is_file()
 
 
-@pytest.mark.parametrize(('interval', 'wrapper', 'said'), [
-    (4, dict(accumulative_counts=2), []), (-1, dict(accumulative_counts=2), []),
-    (5, dict(accumulative_counts=2), ['every 5 iterations, and a step takes 2'])])
+@pytest.mark.parametrize(
+    ('interval', 'wrapper', 'said'),
+    [
+        (4, dict(accumulative_counts=2), []),
+        (-1, dict(accumulative_counts=2), []),
+        (5, dict(accumulative_counts=2), ['every 5 iterations, and a step takes 2']),
+    ],
+)
 def test_intervals_that_cut_a_step_are_said(interval, wrapper, said):
-    cfg = Config(dict(train_cfg=dict(type='replk_mm.IterBasedTrainLoop'), optim_wrapper=wrapper,
-                      default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=interval))))
+    cfg = Config(
+        dict(
+            train_cfg=dict(type='replk_mm.IterBasedTrainLoop'),
+            optim_wrapper=wrapper,
+            default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=interval)),
+        )
+    )
     notes = prepare._limits_of_resuming(cfg)
     assert len(notes) == len(said) and all(words in note for words, note in zip(said, notes, strict=True))
 
 
 def test_gradients_of_any_of_several_optimizers_are_waited_for():
     weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
-    one, other = (OptimWrapper(torch.optim.SGD([weight], lr=.1), accumulative_counts=steps)
-                  for weight, steps in zip(weights, (1, 2), strict=True))
+    one, other = (
+        OptimWrapper(torch.optim.SGD([weight], lr=0.1), accumulative_counts=steps)
+        for weight, steps in zip(weights, (1, 2), strict=True)
+    )
     runner = SimpleNamespace(optim_wrapper=OptimWrapperDict(one=one, other=other))
     done = []
     for _ in range(4):
@@ -112,7 +127,7 @@ def test_gradients_of_any_of_several_optimizers_are_waited_for():
 
 def test_another_optimizer_is_refused(tiny, tmp_path):
     last = tiny.train(tmp_path / 'w', 2)
-    options = {'optim_wrapper.optimizer': dict(_delete_=True, type='SGD', lr=.01, momentum=.9, weight_decay=0.)}
+    options = {'optim_wrapper.optimizer': dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9, weight_decay=0.0)}
     with pytest.raises(UserError, match='cannot be resumed: its optimizer is no SGD: it has no dampening') as info:
         tiny.train(tmp_path / 'w', 4, options, resume='auto')
     assert str(info.value).startswith(str(last))
@@ -125,19 +140,23 @@ def test_checkpoints_of_the_first_version_resume(tiny, tmp_path):
     content = checkpoints.read(last)
     hub = content['message_hub']
     hub['log_scalars'] = OrderedDict((key, log_buffer(value)) for key, value in hub['log_scalars'].items())
-    hub['runtime_info']['best_score'] = np.float64(.5)
+    hub['runtime_info']['best_score'] = np.float64(0.5)
     hub['resumed_keys']['best_score'] = True
     torch.save(content, tmp_path / 'old.pth')
     resumed = tiny.train(tmp_path / 'x', 4, resume=str(tmp_path / 'old.pth'))
     assert differences(straight, resumed) == []
-    logs = [checkpoints.read(path)['message_hub']['log_scalars']['train/loss']['values']
-            for path in (straight, resumed)]
+    logs = [
+        checkpoints.read(path)['message_hub']['log_scalars']['train/loss']['values'] for path in (straight, resumed)
+    ]
     assert len(logs[0]) == 4 and torch.equal(*logs)
 
 
 def test_a_loader_without_a_batch_is_named(tiny, tmp_path):
-    options = {'train_dataloader.batch_size': 64, 'train_dataloader.drop_last': True,
-               'train_dataloader.sampler': dict(_delete_=True, type='DefaultSampler', shuffle=True)}
+    options = {
+        'train_dataloader.batch_size': 64,
+        'train_dataloader.drop_last': True,
+        'train_dataloader.sampler': dict(_delete_=True, type='DefaultSampler', shuffle=True),
+    }
     cfg = load_config(str(config_with_signals(tmp_path, tiny.config, '', EPOCHS)), options)
     notes = prepare_training(cfg, tiny.options(tmp_path / 'w'))
     cfg.train_dataloader.update(batch_size=64, drop_last=True)

@@ -1,4 +1,5 @@
 """Training that is stopped, killed or spread over processes."""
+
 import shutil
 import signal
 import subprocess
@@ -46,15 +47,15 @@ def checkpoints_of_a_run(tiny, tmp_path_factory):
 def spoil(path: Path, kind: str) -> None:
     content = path.read_bytes()
     if kind == 'cut off':
-        path.write_bytes(content[:len(content) // 2])
+        path.write_bytes(content[: len(content) // 2])
     elif kind == 'empty':
         path.write_bytes(b'')
     elif kind == 'a changed bit':  # of a weight, which torch reads without a word
         at = content.index(b'PK\x03\x04', len(content) // 3) - 5000
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     elif kind == 'marked as encrypted':
         at = content.index(b'PK\x01\x02') + 8
-        path.write_bytes(content[:at] + bytes([content[at] | 1]) + content[at + 1:])
+        path.write_bytes(content[:at] + bytes([content[at] | 1]) + content[at + 1 :])
 
 
 @pytest.mark.parametrize('kind', ['cut off', 'empty', 'a changed bit', 'marked as encrypted'])
@@ -101,10 +102,28 @@ LocalBackend.put = put
 run_path({tool!r}, run_name='__main__')
 """
     ran = subprocess.run(
-        [sys.executable, '-c', code.format(tool=str(ROOT / 'tools/train.py')), str(tiny.config),
-         '--data-root', str(tiny.data), '--work-dir', str(work), '--device', 'cpu', '--max-iters', '8', '--resume',
-         '--no-preflight'],
-        capture_output=True, text=True, timeout=200, check=False, env=tool_environment())
+        [
+            sys.executable,
+            '-c',
+            code.format(tool=str(ROOT / 'tools/train.py')),
+            str(tiny.config),
+            '--data-root',
+            str(tiny.data),
+            '--work-dir',
+            str(work),
+            '--device',
+            'cpu',
+            '--max-iters',
+            '8',
+            '--resume',
+            '--no-preflight',
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env=tool_environment(),
+    )
     assert ran.returncode == -signal.SIGKILL, ran.stderr[-2000:]
     left = [p.name for p in work.glob('*.pth*')]
     assert any(name.endswith('.part') for name in left), left

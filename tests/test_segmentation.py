@@ -1,4 +1,5 @@
 """Our segmentor and heads against mmseg's own with the same weights, in float64."""
+
 import copy
 import functools
 import os
@@ -26,10 +27,13 @@ from replk_mm.reparam import reparameterize
 
 CLASSES = 11
 CHANNELS = [8, 12, 16, 24]
-BACKBONE = dict(type='replk_mm.RepLKNet', out_memory_format='preserve_format', arch=dict(
-    large_kernel_sizes=[7, 5, 5, 3], small_kernel=3, layers=[1, 1, 1, 1], channels=CHANNELS, dw_ratio=1))
+BACKBONE = dict(
+    type='replk_mm.RepLKNet',
+    out_memory_format='preserve_format',
+    arch=dict(large_kernel_sizes=[7, 5, 5, 3], small_kernel=3, layers=[1, 1, 1, 1], channels=CHANNELS, dw_ratio=1),
+)
 NORM = dict(type='BN', requires_grad=True)
-HEAD = dict(num_classes=CLASSES, norm_cfg=NORM, dropout_ratio=0.)
+HEAD = dict(num_classes=CLASSES, norm_cfg=NORM, dropout_ratio=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -44,14 +48,37 @@ def loss(**kwargs) -> dict:
 
 def config(prefix: str = '', head: dict | None = None, auxiliary: dict | None = None, **kwargs) -> dict:
     """A small UperNet of the classes with ``prefix``."""
-    return ConfigDict(copy.deepcopy(dict(
-        type=f'{prefix}EncoderDecoder', backbone=BACKBONE,
-        decode_head=dict(type=f'{prefix}UPerHead', in_channels=CHANNELS, in_index=[0, 1, 2, 3], pool_scales=(1, 2, 3),
-                         channels=8, **{**HEAD, 'loss_decode': loss(), **(head or {})}),
-        auxiliary_head=dict(type=f'{prefix}FCNHead', in_channels=CHANNELS[2], in_index=2, channels=8, num_convs=1,
-                            concat_input=False, **{**HEAD, 'loss_decode': loss(loss_weight=0.4), **(auxiliary or {})}),
-        **{'train_cfg': dict(), 'test_cfg': dict(mode='whole'),
-           'data_preprocessor': dict(type='SegDataPreProcessor', mean=[0.] * 3, std=[1.] * 3), **kwargs})))
+    return ConfigDict(
+        copy.deepcopy(
+            dict(
+                type=f'{prefix}EncoderDecoder',
+                backbone=BACKBONE,
+                decode_head=dict(
+                    type=f'{prefix}UPerHead',
+                    in_channels=CHANNELS,
+                    in_index=[0, 1, 2, 3],
+                    pool_scales=(1, 2, 3),
+                    channels=8,
+                    **{**HEAD, 'loss_decode': loss(), **(head or {})},
+                ),
+                auxiliary_head=dict(
+                    type=f'{prefix}FCNHead',
+                    in_channels=CHANNELS[2],
+                    in_index=2,
+                    channels=8,
+                    num_convs=1,
+                    concat_input=False,
+                    **{**HEAD, 'loss_decode': loss(loss_weight=0.4), **(auxiliary or {})},
+                ),
+                **{
+                    'train_cfg': dict(),
+                    'test_cfg': dict(mode='whole'),
+                    'data_preprocessor': dict(type='SegDataPreProcessor', mean=[0.0] * 3, std=[1.0] * 3),
+                    **kwargs,
+                },
+            )
+        )
+    )
 
 
 def build(cfg: dict) -> nn.Module:
@@ -59,7 +86,7 @@ def build(cfg: dict) -> nn.Module:
     model = randomize_norms(MODELS.build(cfg))
     for name, parameter in model.named_parameters():
         if 'conv_seg' in name:
-            nn.init.normal_(parameter, std=1.)  # classes far enough apart for rounding not to choose
+            nn.init.normal_(parameter, std=1.0)  # classes far enough apart for rounding not to choose
     return model.double()
 
 
@@ -110,12 +137,12 @@ PLAIN = {
     'another ignored label': dict(head=dict(ignore_index=3), auxiliary=dict(ignore_index=3)),
 }
 OTHER = {
-    'class weights': dict(head=dict(loss_decode=loss(class_weight=[.5] * 5 + [2.] * 6))),
-    'two losses': dict(head=dict(loss_decode=[loss(), dict(type='DiceLoss', loss_weight=2.)])),
-    'two of a kind': dict(head=dict(loss_decode=[loss(), loss(loss_weight=2.)])),
+    'class weights': dict(head=dict(loss_decode=loss(class_weight=[0.5] * 5 + [2.0] * 6))),
+    'two losses': dict(head=dict(loss_decode=[loss(), dict(type='DiceLoss', loss_weight=2.0)])),
+    'two of a kind': dict(head=dict(loss_decode=[loss(), loss(loss_weight=2.0)])),
     'sigmoid': dict(head=dict(loss_decode=loss(use_sigmoid=True))),
     'summed': dict(head=dict(loss_decode=loss(reduction='sum'))),
-    'hard pixels': dict(head=dict(sampler=dict(type='OHEMPixelSampler', thresh=.7, min_kept=50))),
+    'hard pixels': dict(head=dict(sampler=dict(type='OHEMPixelSampler', thresh=0.7, min_kept=50))),
 }
 
 
@@ -123,8 +150,9 @@ OTHER = {
 def test_training_is_mmsegs(case, monkeypatch):
     calls = []
     real = upsampled.upsampled_cross_entropy
-    monkeypatch.setattr('replk_mm.models.segmentation.upsampled_cross_entropy',
-                        lambda *a: (calls.append(a), real(*a))[1])
+    monkeypatch.setattr(
+        'replk_mm.models.segmentation.upsampled_cross_entropy', lambda *a: (calls.append(a), real(*a))[1]
+    )
     theirs, ours = pair(**{**PLAIN, **OTHER}[case])
     samples = labelled(ignored=0 if case == 'class weights' else 0.1)  # mmseg cannot weight ignored labels
     if case == 'another ignored label':
@@ -209,8 +237,9 @@ def test_pyramid_is_mmsegs_where_it_must_be(change, monkeypatch):
     features = theirs.extract_feat(x)  # in float32: only the head runs under autocast
     with torch.no_grad(), torch.autocast('cpu', torch.float16, enabled=change == 'half precision'):
         a, b = theirs.decode_head(features), ours.decode_head(features)
-    torch.testing.assert_close(b, a, rtol=1e-4,
-                               atol=1e-4 if change != 'half precision' else 0.01 * a.abs().max().item())
+    torch.testing.assert_close(
+        b, a, rtol=1e-4, atol=1e-4 if change != 'half precision' else 0.01 * a.abs().max().item()
+    )
     assert len(seen) == (4 if change == 'hook' else 0)
 
 
@@ -242,13 +271,21 @@ METAS = {
     'resized': dict(img_shape=(64, 96), ori_shape=(50, 77)),
     'same size': dict(img_shape=(64, 96), ori_shape=(64, 96)),
     'enlarged': dict(img_shape=(64, 96), ori_shape=(130, 101)),
-    'padded by the preprocessor': dict(img_shape=(60, 90), ori_shape=(50, 77), pad_shape=(64, 96),
-                                       img_padding_size=(0, 6, 0, 4)),
-    'padded by the pipeline': dict(img_shape=(60, 90), ori_shape=(50, 77), pad_shape=(64, 96, 3),
-                                   padding_size=[2, 4, 1, 3]),
+    'padded by the preprocessor': dict(
+        img_shape=(60, 90), ori_shape=(50, 77), pad_shape=(64, 96), img_padding_size=(0, 6, 0, 4)
+    ),
+    'padded by the pipeline': dict(
+        img_shape=(60, 90), ori_shape=(50, 77), pad_shape=(64, 96, 3), padding_size=[2, 4, 1, 3]
+    ),
     'flipped': dict(img_shape=(64, 96), ori_shape=(50, 77), flip=True, flip_direction='horizontal'),
-    'upside down and padded': dict(img_shape=(60, 90), ori_shape=(50, 77), pad_shape=(64, 96), flip=True,
-                                   flip_direction='vertical', padding_size=[0, 6, 0, 4]),
+    'upside down and padded': dict(
+        img_shape=(60, 90),
+        ori_shape=(50, 77),
+        pad_shape=(64, 96),
+        flip=True,
+        flip_direction='vertical',
+        padding_size=[0, 6, 0, 4],
+    ),
     'not flipped': dict(img_shape=(64, 96), ori_shape=(50, 77), flip=False, flip_direction=None),
 }
 SLIDE = dict(mode='slide', crop_size=(48, 48), stride=(32, 32))
@@ -272,14 +309,17 @@ def test_prediction_without_samples(mode):
 
 
 def test_images_of_different_sizes_in_a_batch():
-    assert_same_predictions(*evaluated(False, 'whole'), torch.randn(2, 3, 64, 96, dtype=torch.float64),
-                            [METAS['resized'], METAS['upside down and padded']])
+    assert_same_predictions(
+        *evaluated(False, 'whole'),
+        torch.randn(2, 3, 64, 96, dtype=torch.float64),
+        [METAS['resized'], METAS['upside down and padded']],
+    )
 
 
 def test_kept_logits_are_mmsegs_way():
     theirs, ours = build(config()), build(config('replk_mm.', keep_logits=True))
     ours.load_state_dict(theirs.state_dict())
-    found, = assert_same_predictions(theirs, ours, torch.randn(1, 3, 64, 96, dtype=torch.float64), [METAS['resized']])
+    (found,) = assert_same_predictions(theirs, ours, torch.randn(1, 3, 64, 96, dtype=torch.float64), [METAS['resized']])
     assert type(found.seg_logits) is PixelData and 'data' in found.seg_logits
 
 
@@ -307,7 +347,7 @@ def test_a_head_that_predicts_in_its_own_way_is_asked(mode):
     x, metas = torch.randn(1, 3, 64, 96, dtype=torch.float64), [METAS['resized']]
     before = predict(ours, x, metas)[0].seg_logits.data
     ours.decode_head.__class__ = Negative
-    after, = predict(ours, x, metas)
+    (after,) = predict(ours, x, metas)
     assert sizes == ([(64, 96)] if mode == 'whole' else [(48, 48)] * 6)
     torch.testing.assert_close(after.seg_logits.data, -before)
     assert torch.equal(after.pred_sem_seg.data[0], before.argmin(0))
@@ -315,7 +355,7 @@ def test_a_head_that_predicts_in_its_own_way_is_asked(mode):
 
 def test_logits_are_computed_when_read():
     ours = build(config('replk_mm.'))
-    sample, = predict(ours, torch.randn(1, 3, 64, 96, dtype=torch.float64), [METAS['resized']])
+    (sample,) = predict(ours, torch.randn(1, 3, 64, 96, dtype=torch.float64), [METAS['resized']])
     assert isinstance(sample.seg_logits, DeferredLogits) and 'data' not in sample.seg_logits
     assert sample.to_dict()['seg_logits'] == {}  # what metrics are given
     with pytest.raises(AttributeError, match='no attribute'):
@@ -341,19 +381,33 @@ def test_a_segmentor_that_predicts_in_its_own_way_does(name, monkeypatch):
     assert called
 
 
-@pytest.mark.parametrize('test_cfg, words', [
-    (dict(mode='slide', crop_size=(16, 16), stride=(20, 16)), 'windows of 16 pixels every 20 pixels leave gaps'),
-    (dict(mode='tiles'), "test_cfg.mode='tiles'")])
+@pytest.mark.parametrize(
+    'test_cfg, words',
+    [
+        (dict(mode='slide', crop_size=(16, 16), stride=(20, 16)), 'windows of 16 pixels every 20 pixels leave gaps'),
+        (dict(mode='tiles'), "test_cfg.mode='tiles'"),
+    ],
+)
 def test_other_ways_to_slide_are_refused(test_cfg, words):
     with pytest.raises(UserError, match=words):
         predict(build(config('replk_mm.', test_cfg=test_cfg)), torch.randn(1, 3, 64, 96, dtype=torch.float64), None)
 
 
-@pytest.mark.parametrize('copied', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: x.cpu(),
-                                    lambda x: x.to('cpu'), lambda x: x.clone(), lambda x: x.new(), lambda x: x[:, :],
-                                    lambda x: x.numpy().to_tensor()])
+@pytest.mark.parametrize(
+    'copied',
+    [
+        copy.deepcopy,
+        lambda x: pickle.loads(pickle.dumps(x)),
+        lambda x: x.cpu(),
+        lambda x: x.to('cpu'),
+        lambda x: x.clone(),
+        lambda x: x.new(),
+        lambda x: x[:, :],
+        lambda x: x.numpy().to_tensor(),
+    ],
+)
 def test_copies_of_logits_are_plain(copied):
-    sample, = predict(build(config('replk_mm.')), torch.randn(1, 3, 64, 96, dtype=torch.float64), [METAS['resized']])
+    (sample,) = predict(build(config('replk_mm.')), torch.randn(1, 3, 64, 96, dtype=torch.float64), [METAS['resized']])
     other = copied(sample.seg_logits)
     assert type(other) is PixelData and torch.equal(other.data, sample.seg_logits.data)
 
@@ -362,7 +416,7 @@ def test_copies_of_logits_are_plain(copied):
 @pytest.mark.parametrize('factor', [4, 8])
 def test_sliding_windows_hold_no_large_logits(factor, monkeypatch):
     """Neither at the network's input's size nor at the photograph's."""
-    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2 ** 16)
+    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2**16)
     theirs, ours = (model.float() for model in pair(test_cfg=dict(mode='slide', crop_size=(32, 32), stride=(24, 24))))
     largest, size = {}, (32 * factor, 33 * factor)
     x = torch.randn(1, 3, *size)
@@ -376,7 +430,7 @@ def test_sliding_windows_hold_no_large_logits(factor, monkeypatch):
 
 @pytest.mark.usefixtures('one_thread')
 def test_prediction_and_loss_hold_no_large_logits(monkeypatch):
-    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2 ** 16)
+    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2**16)
     theirs, ours = (model.float() for model in pair())
     x, samples, meta = torch.randn(IMAGE), labelled((256, 256)), dict(img_shape=(64, 64), ori_shape=(300, 400))
     largest = {}
@@ -395,7 +449,7 @@ def test_prediction_and_loss_hold_no_large_logits(monkeypatch):
 
 def test_other_programs_find_the_classes_and_pay_for_them_only_then(root):
     """Names resolve from mmengine's and mmseg's registries; a backbone alone imports neither mmseg nor mmdet."""
-    program = '''
+    program = """
 import sys
 from mmengine.registry import MODELS
 arch = dict(large_kernel_sizes=[5, 5, 5, 3], small_kernel=3, layers=[1, 1, 1, 1], channels=[8, 8, 8, 8], dw_ratio=1)
@@ -409,17 +463,23 @@ for name in ('EncoderDecoder', 'UPerHead', 'FCNHead'):
 from mmseg.registry import MODELS as THEIRS
 assert THEIRS.get('replk_mm.UPerHead') is OURS.get('UPerHead')
 assert THEIRS.get('UPerHead').__module__.startswith('mmseg.')
-'''
+"""
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=120,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, '-c', program], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 # test-time augmentation
 
-VIEWS = [((64, 96), None), ((64, 96), 'horizontal'), ((80, 112), None), ((80, 112), 'vertical'),
-         ((41, 57), 'horizontal')]
+VIEWS = [
+    ((64, 96), None),
+    ((64, 96), 'horizontal'),
+    ((80, 112), None),
+    ((80, 112), 'vertical'),
+    ((41, 57), 'horizontal'),
+]
 
 
 def views(images: int, ori_shape=(50, 77), sizes=VIEWS) -> dict:
@@ -427,10 +487,17 @@ def views(images: int, ori_shape=(50, 77), sizes=VIEWS) -> dict:
     generator, inputs, samples = torch.Generator().manual_seed(0), [], []
     for size, flip in sizes:
         inputs.append([255 * torch.rand(3, *size, generator=generator) for _ in range(images)])
-        samples.append([SegDataSample(
-            metainfo=dict(img_path=f'{i}.png', img_shape=size, ori_shape=ori_shape, flip=bool(flip),
-                          flip_direction=flip),
-            gt_sem_seg=PixelData(data=torch.full((1, *ori_shape), i))) for i in range(images)])
+        samples.append(
+            [
+                SegDataSample(
+                    metainfo=dict(
+                        img_path=f'{i}.png', img_shape=size, ori_shape=ori_shape, flip=bool(flip), flip_direction=flip
+                    ),
+                    gt_sem_seg=PixelData(data=torch.full((1, *ori_shape), i)),
+                )
+                for i in range(images)
+            ]
+        )
     return dict(inputs=inputs, data_samples=samples)
 
 
@@ -464,14 +531,16 @@ def test_labels_are_mmsegs(mode, align_corners):
             assert b.img_path == a.img_path == f'{i}.png' and b.ori_shape == (50, 77) and (b.gt_sem_seg.data == i).all()
             assert 'seg_logits' not in b
     assert not torch.equal(expected[0].pred_sem_seg.data, expected[1].pred_sem_seg.data)
-    first, = merged(SegTTAModel, ours, views(1, sizes=VIEWS[:1]))
+    (first,) = merged(SegTTAModel, ours, views(1, sizes=VIEWS[:1]))
     assert not torch.equal(first.pred_sem_seg.data, expected[0].pred_sem_seg.data)
 
 
 @pytest.mark.parametrize('mode', ['whole', 'slide'])
 def test_mmsegs_model_finds_the_logits_of_ours(mode):
-    found = [merged(MMSegSegTTAModel, in_double(model), views(1))[0].pred_sem_seg.data
-             for model in pair(**(dict(test_cfg=SLIDE) if mode == 'slide' else {}))]
+    found = [
+        merged(MMSegSegTTAModel, in_double(model), views(1))[0].pred_sem_seg.data
+        for model in pair(**(dict(test_cfg=SLIDE) if mode == 'slide' else {}))
+    ]
     assert torch.equal(*found)
 
 
@@ -494,7 +563,7 @@ def test_one_channel_is_the_mean_probability(threshold):
 @pytest.mark.usefixtures('one_thread')
 @pytest.mark.parametrize('mode', ['whole', 'slide'])
 def test_no_view_is_held_at_the_size_of_the_photograph(mode, monkeypatch):
-    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2 ** 16)
+    monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2**16)
     theirs, ours = pair(**(dict(test_cfg=SLIDE) if mode == 'slide' else {}))
     data, largest = views(1, (300, 400)), {}
     for kind, model in ((MMSegSegTTAModel, theirs), (SegTTAModel, ours)):

@@ -1,4 +1,5 @@
 """The figures in metrics.json against a confusion matrix of the exported label maps and the label files."""
+
 import json
 import shutil
 
@@ -18,8 +19,10 @@ RESIZED = [LOAD, dict(type='Resize', scale=(150, 100), keep_ratio=True), dict(ty
 WAYS = {
     'whole': {},
     'whole, resized': {'test_dataloader.dataset.pipeline': RESIZED},
-    'sliding, resized': {'test_dataloader.dataset.pipeline': RESIZED,
-                         'model.test_cfg': dict(mode='slide', crop_size=(64, 64), stride=(40, 40))},
+    'sliding, resized': {
+        'test_dataloader.dataset.pipeline': RESIZED,
+        'model.test_cfg': dict(mode='slide', crop_size=(64, 64), stride=(40, 40)),
+    },
     'test-time augmentation': {},
     'labels from zero': {'test_dataloader.dataset.reduce_zero_label': False},
 }
@@ -38,8 +41,13 @@ def test_figures_are_those_of_the_exported_maps(way, tiny, trained, tmp_path):
         for path in labels_of.glob('*.png'):
             Image.fromarray(np.asarray(Image.open(path)) - np.uint8(1)).save(path)  # 0, not labelled, becomes 255
     cfg, tta = tiny.cfg(WAYS[way]), way == 'test-time augmentation'
-    result = evaluate(cfg, str(trained), tiny.options(tmp_path / 'work', data_root=str(data)), tta=tta,
-                      predictions=tmp_path / 'predictions')
+    result = evaluate(
+        cfg,
+        str(trained),
+        tiny.options(tmp_path / 'work', data_root=str(data)),
+        tta=tta,
+        predictions=tmp_path / 'predictions',
+    )
     results.write(results.record(cfg, str(trained), result, tta), tmp_path / 'metrics.json')
     record = json.loads((tmp_path / 'metrics.json').read_text())
 
@@ -62,8 +70,9 @@ def test_figures_are_those_of_the_exported_maps(way, tiny, trained, tmp_path):
     assert metrics['mIoU'] == pytest.approx(iou.mean(), abs=1e-6) and iou.mean() > 5
     assert metrics['aAcc'] == pytest.approx(100 * right.sum() / confusion.sum(), abs=1e-6)
     assert metrics['mAcc'] == pytest.approx(100 * np.mean(right[labelled > 0] / labelled[labelled > 0]), abs=1e-6)
-    assert metrics['mIoU_present'] == pytest.approx(100 * np.mean((right / np.maximum(union, 1))[labelled > 0]),
-                                                    abs=1e-6)
+    assert metrics['mIoU_present'] == pytest.approx(
+        100 * np.mean((right / np.maximum(union, 1))[labelled > 0]), abs=1e-6
+    )
     assert record['per_class'].keys() == {DEMO_CLASSES[c] for c in np.flatnonzero(labelled)}
     for c in np.flatnonzero(labelled):
         assert record['per_class'][DEMO_CLASSES[c]]['IoU'] == pytest.approx(100 * right[c] / union[c], abs=1e-6)

@@ -1,4 +1,5 @@
 """Shape bias: the definition, counted by hand, of networks whose bias is known because they are given it."""
+
 import contextlib
 import json
 import math
@@ -74,18 +75,30 @@ def figures(shape: int, texture: int, other: int) -> dict:
 
 
 # -- networks of known bias -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(('answer', 'counts', 'per_class', 'agreeing'), [
-    (lambda item: item['shape'], (18, 0, 0), dict(disc=(6, 0, 0), square=(6, 0, 0), star=(6, 0, 0)), 1.),
-    (lambda item: item['texture'], (0, 18, 0), dict(disc=(0, 6, 0), square=(0, 6, 0), star=(0, 6, 0)), 1.),
-    (lambda item: 'disc', (6, 6, 6), dict(disc=(6, 0, 0), square=(0, 3, 3), star=(0, 3, 3)), 1 / 3),
-    (lambda item: 'ground', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), 0.),
-    (lambda item: 'triangle_h', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), 0.),
-    (lambda item: item['texture' if item['shape'] == 'square' else 'shape'], (12, 6, 0),
-     dict(disc=(6, 0, 0), square=(0, 6, 0), star=(6, 0, 0)), 1.)])
+@pytest.mark.parametrize(
+    ('answer', 'counts', 'per_class', 'agreeing'),
+    [
+        (lambda item: item['shape'], (18, 0, 0), dict(disc=(6, 0, 0), square=(6, 0, 0), star=(6, 0, 0)), 1.0),
+        (lambda item: item['texture'], (0, 18, 0), dict(disc=(0, 6, 0), square=(0, 6, 0), star=(0, 6, 0)), 1.0),
+        (lambda item: 'disc', (6, 6, 6), dict(disc=(6, 0, 0), square=(0, 3, 3), star=(0, 3, 3)), 1 / 3),
+        (lambda item: 'ground', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), 0.0),
+        (lambda item: 'triangle_h', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), 0.0),
+        (
+            lambda item: item['texture' if item['shape'] == 'square' else 'shape'],
+            (12, 6, 0),
+            dict(disc=(6, 0, 0), square=(0, 6, 0), star=(6, 0, 0)),
+            1.0,
+        ),
+    ],
+)
 def test_networks_of_known_bias(network, answer, counts, per_class, agreeing):
     values = network(lambda item: DEMO_CLASSES.index(answer(item)))
-    assert values == dict(**figures(*counts), per_class={name: figures(*each) for name, each in per_class.items()},
-                          agreeing_accuracy=pytest.approx(agreeing), agreeing_objects=9)
+    assert values == dict(
+        **figures(*counts),
+        per_class={name: figures(*each) for name, each in per_class.items()},
+        agreeing_accuracy=pytest.approx(agreeing),
+        agreeing_objects=9,
+    )
 
 
 # -- the decision -----------------------------------------------------------------------------------------------------
@@ -122,6 +135,7 @@ def test_an_object_is_told_from_its_like_by_its_box():
 def test_a_trained_checkpoint_is_counted_like_its_label_maps(tiny, trained, data, tmp_path):  # noqa: F811
     """The same objects, decided from the label maps that mmseg's own inference gives."""
     from mmseg.apis import inference_model
+
     model = load_trained(tiny.cfg(), str(trained), 'cpu')
     listing = json.loads((data / 'conflict.json').read_text())
     count = dict(shape=0, texture=0, other=0)
@@ -143,8 +157,9 @@ def test_a_trained_checkpoint_is_counted_like_its_label_maps(tiny, trained, data
 
 
 def test_the_command_prints_and_writes_what_it_measured(tiny, trained, data, tmp_path):  # noqa: F811
-    result = run_tool('shape_bias', tiny.config, trained, '--data-root', data, '--out', tmp_path / 'out',
-                      '--device', 'cpu')
+    result = run_tool(
+        'shape_bias', tiny.config, trained, '--data-root', data, '--out', tmp_path / 'out', '--device', 'cpu'
+    )
     assert result.returncode == 0, result.stderr
     kept = json.loads((tmp_path / 'out/shape_bias.json').read_text())
     values = kept['values']
@@ -178,31 +193,40 @@ def first(found: dict) -> dict:
     return found['conflict'][0]['objects'][0]
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda found: '{"conflict": [', 'the file: Invalid JSON'), (lambda found: '[]', 'the file: .* object'),
-    (lambda found: found.pop('agreeing') and None, 'agreeing: Field required'),
-    (lambda found: found['conflict'].clear(), 'conflict: List should have at least 1 item'),
-    (lambda found: first(found).pop('box') and None, r'conflict\.0\.objects\.0\.box: Field required'),
-    (lambda found: first(found).update(box=[5, 5, 5, 9]), 'no pixel of'),
-    (lambda found: first(found).update(box=[0, 0, 10**9, 10**9]), 'leaves them'),
-    (lambda found: first(found).update(texture='fur'), "texture 'fur'\nBoth are among"),
-    (lambda found: first(found).update(texture=first(found)['shape']), 'differ in "conflict"'),
-    (lambda found: found['object_classes'].update(disc='4'), r'object_classes\.disc: .* valid integer'),
-    (lambda found: found['conflict'][2].update(image='images/none.jpg'), r'conflict\.2: .*none.jpg does not exist'),
-    (lambda found: found['conflict'][0].update(labels=found['conflict'][0]['image']), '3 channels')])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda found: '{"conflict": [', 'the file: Invalid JSON'),
+        (lambda found: '[]', 'the file: .* object'),
+        (lambda found: found.pop('agreeing') and None, 'agreeing: Field required'),
+        (lambda found: found['conflict'].clear(), 'conflict: List should have at least 1 item'),
+        (lambda found: first(found).pop('box') and None, r'conflict\.0\.objects\.0\.box: Field required'),
+        (lambda found: first(found).update(box=[5, 5, 5, 9]), 'no pixel of'),
+        (lambda found: first(found).update(box=[0, 0, 10**9, 10**9]), 'leaves them'),
+        (lambda found: first(found).update(texture='fur'), "texture 'fur'\nBoth are among"),
+        (lambda found: first(found).update(texture=first(found)['shape']), 'differ in "conflict"'),
+        (lambda found: found['object_classes'].update(disc='4'), r'object_classes\.disc: .* valid integer'),
+        (lambda found: found['conflict'][2].update(image='images/none.jpg'), r'conflict\.2: .*none.jpg does not exist'),
+        (lambda found: found['conflict'][0].update(labels=found['conflict'][0]['image']), '3 channels'),
+    ],
+)
 def test_listings_that_do_not_fit(network, data, tmp_path, change, words):
     with pytest.raises(UserError, match=words):
         network(lambda item: 0, root=changed(data, tmp_path, change))
 
 
-values = st.recursive(st.none() | st.integers() | st.floats() | st.text(max_size=9),
-                      lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
-                                                                                  max_size=3))
+values = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(['object_classes', 'conflict', 'agreeing', 'box', 'shape', 'image', 'labels', 'objects']),
-       values, st.none() | st.binary(max_size=40))
+@given(
+    st.sampled_from(['object_classes', 'conflict', 'agreeing', 'box', 'shape', 'image', 'labels', 'objects']),
+    values,
+    st.none() | st.binary(max_size=40),
+)
 def test_any_listing_is_read_or_rejected(data, tmp_path_factory, key, value, content):
     root = tmp_path_factory.getbasetemp()
     listing = json.loads((data / 'conflict.json').read_text())

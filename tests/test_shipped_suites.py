@@ -1,4 +1,5 @@
 """The suites in configs/suites/: networks on generated scenes take a step and match their labels."""
+
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,12 @@ from replk_mm.bench.suites import plan
 from replk_mm.engine.config import build_model, fit_to_machine, load_config
 
 SUITES = Path(__file__).resolve().parents[1] / 'configs' / 'suites'
-ROWS = [(path.stem, row.name) for path in sorted(SUITES.glob('*.yaml')) if path.stem != 'published'
-        for row in read_suite(path).rows]
+ROWS = [
+    (path.stem, row.name)
+    for path in sorted(SUITES.glob('*.yaml'))
+    if path.stem != 'published'
+    for row in read_suite(path).rows
+]
 
 
 def model_of(suite_name: str, row_name: str):
@@ -27,8 +32,10 @@ def model_of(suite_name: str, row_name: str):
 def test_row_takes_a_step(suite, row):
     model, _ = model_of(suite, row)
     torch.manual_seed(0)
-    sample = SegDataSample(gt_sem_seg=PixelData(data=torch.randint(model.decode_head.num_classes, (1, 64, 64))),
-                           metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), pad_shape=(64, 64)))
+    sample = SegDataSample(
+        gt_sem_seg=PixelData(data=torch.randint(model.decode_head.num_classes, (1, 64, 64))),
+        metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), pad_shape=(64, 64)),
+    )
     losses = model.loss(torch.randn(2, 3, 64, 64), [sample, sample])
     total = sum(value for name, value in losses.items() if 'loss' in name)
     total.backward()

@@ -1,4 +1,5 @@
 """A training that is interrupted at random moments and resumed loses nothing."""
+
 import random
 import signal
 import subprocess
@@ -15,11 +16,26 @@ from replk_mm.errors import STOPPED_STATUS
 INTERRUPTIONS = 6
 
 
-def train(tiny, work: Path, number: signal.Signals | None = None, delay: float = 0.) -> int:  # noqa: F811
+def train(tiny, work: Path, number: signal.Signals | None = None, delay: float = 0.0) -> int:  # noqa: F811
     """Exit status of a training that resumes, and gets a signal after ``delay`` seconds."""
-    command = [sys.executable, ROOT / 'tools/train.py', tiny.config, '--data-root', tiny.data, '--work-dir', work,
-               '--device', 'cpu', '--seed', 0, '--max-iters', 24, '--resume', '--cfg-options',
-               'default_hooks.checkpoint.interval=4']
+    command = [
+        sys.executable,
+        ROOT / 'tools/train.py',
+        tiny.config,
+        '--data-root',
+        tiny.data,
+        '--work-dir',
+        work,
+        '--device',
+        'cpu',
+        '--seed',
+        0,
+        '--max-iters',
+        24,
+        '--resume',
+        '--cfg-options',
+        'default_hooks.checkpoint.interval=4',
+    ]
     with subprocess.Popen([*map(str, command)], env=tool_environment(), stdout=subprocess.DEVNULL) as process:
         try:
             return process.wait(delay if number else 300)

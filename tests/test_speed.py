@@ -1,4 +1,5 @@
 """Time and memory: known times, known memory."""
+
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ class Clock:
     """Time that passes only where a call says so."""
 
     def __init__(self) -> None:
-        self.now, self.calls = 0., []
+        self.now, self.calls = 0.0, []
 
     def __call__(self) -> float:
         return self.now
@@ -20,13 +21,18 @@ class Clock:
         def call() -> None:
             self.calls.append(name)
             self.now += next(passing)
+
         return call
 
 
 def test_calls_take_turns_and_warmup_does_not_count() -> None:
     clock = Clock()
-    found = speed.measure({'a': clock.spend('a', [9., 1., 2., 3.]), 'b': clock.spend('b', [9., 4., 4., 4.])}, repeats=3,
-                          warmup=1, clock=clock)
+    found = speed.measure(
+        {'a': clock.spend('a', [9.0, 1.0, 2.0, 3.0]), 'b': clock.spend('b', [9.0, 4.0, 4.0, 4.0])},
+        repeats=3,
+        warmup=1,
+        clock=clock,
+    )
     assert clock.calls == ['a', 'b'] * 4
     assert found.milliseconds == {'a': [1000, 2000, 3000], 'b': [4000, 4000, 4000]}
     assert (found.rounds, found.warmup) == (3, 1)
@@ -35,16 +41,16 @@ def test_calls_take_turns_and_warmup_does_not_count() -> None:
 
 def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
     """A round in which everything is slow has the ratio of the others; the ratio of medians would be 12 / 2."""
-    found = speed.Measurement({'slow': [4., 12., 90.], 'fast': [2., 2., 30.]}, 0)
-    assert vars(found.times_as_fast('fast', 'slow')) == pytest.approx(dict(low=2.5, median=3., high=4.5))
-    assert vars(found.times_as_fast('slow', 'slow')) == dict(low=1., median=1., high=1.)
+    found = speed.Measurement({'slow': [4.0, 12.0, 90.0], 'fast': [2.0, 2.0, 30.0]}, 0)
+    assert vars(found.times_as_fast('fast', 'slow')) == pytest.approx(dict(low=2.5, median=3.0, high=4.5))
+    assert vars(found.times_as_fast('slow', 'slow')) == dict(low=1.0, median=1.0, high=1.0)
 
 
 @pytest.mark.parametrize('seconds, rounds, warmup', [(None, 10, 2), (100, 10, 2), (21, 6, 1), (1, 3, 1)])
 def test_a_budget_lowers_the_rounds_but_not_below_three(seconds, rounds, warmup) -> None:
     """Rounds of 3 s: into a quarter of 21 s goes one to warm up, and six follow; a budget of 1 s has room for none."""
     clock = Clock()
-    found = speed.measure({'a': clock.spend('a', [3.] * 12)}, repeats=10, warmup=2, seconds=seconds, clock=clock)
+    found = speed.measure({'a': clock.spend('a', [3.0] * 12)}, repeats=10, warmup=2, seconds=seconds, clock=clock)
     assert (found.rounds, found.warmup) == (rounds, warmup)
 
 

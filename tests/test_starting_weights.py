@@ -1,4 +1,5 @@
 """Which weights a run starts from and which it tests: the config's, the command line's, or a checkpoint's."""
+
 import shutil
 
 import mmengine.device.utils as devices
@@ -35,8 +36,9 @@ def pretrained(checkpoint=ADDRESS) -> dict:
 def test_weights_to_start_training_from_do_not_enter_a_test(tiny, trained, tmp_path, reparam):
     other = tiny.train(tmp_path / 'other', 1, seed=5)
     alone = evaluate(tiny.cfg(), str(trained), tiny.options(tmp_path / 'a'), reparam=reparam)
-    beside = evaluate(tiny.cfg({'load_from': str(other), 'resume': True}), str(trained), tiny.options(tmp_path / 'b'),
-                      reparam=reparam)
+    beside = evaluate(
+        tiny.cfg({'load_from': str(other), 'resume': True}), str(trained), tiny.options(tmp_path / 'b'), reparam=reparam
+    )
     assert beside.per_class == alone.per_class
 
 

@@ -1,4 +1,5 @@
 """Suite files, and what is left of them to do."""
+
 import hashlib
 import importlib.util
 import json
@@ -32,23 +33,63 @@ def write(folder: Path, **content) -> Path:
 
 
 def test_rows_take_the_defaults_and_override_them(tmp_path):
-    suite = read_suite(write(tmp_path, question='Why\n  not?', defaults=dict(
-        config='a.py', seeds=[3, 4], iterations=10, options={'x.y': 1, 'z': 2}, measure=['speed', 'complexity']), rows=[
-            dict(name='one'),
-            dict(name='two', label='Two', seeds=[0], options={'z': 3}, config='b.py', schedule='full',
-                 measure=['curve']),
-            dict(name='three', checkpoint='w/{row}.{seed}.pth', shape=[64, 96], erf=dict(size=7))]))
-    one = dict(name='one', label='one', config='a.py', options={'x.y': 1, 'z': 2}, seeds=[3, 4], iterations=10,
-               measure=['speed', 'complexity'])
+    suite = read_suite(
+        write(
+            tmp_path,
+            question='Why\n  not?',
+            defaults=dict(
+                config='a.py', seeds=[3, 4], iterations=10, options={'x.y': 1, 'z': 2}, measure=['speed', 'complexity']
+            ),
+            rows=[
+                dict(name='one'),
+                dict(
+                    name='two',
+                    label='Two',
+                    seeds=[0],
+                    options={'z': 3},
+                    config='b.py',
+                    schedule='full',
+                    measure=['curve'],
+                ),
+                dict(name='three', checkpoint='w/{row}.{seed}.pth', shape=[64, 96], erf=dict(size=7)),
+            ],
+        )
+    )
+    one = dict(
+        name='one',
+        label='one',
+        config='a.py',
+        options={'x.y': 1, 'z': 2},
+        seeds=[3, 4],
+        iterations=10,
+        measure=['speed', 'complexity'],
+    )
     assert suite.rows == [
         Row(**one),
-        Row(name='two', label='Two', config='b.py', options={'x.y': 1, 'z': 3}, schedule='full', measure=['curve'],
-            seeds=[0]),
-        Row(**{**one, 'name': 'three', 'label': 'three', 'iterations': None}, checkpoint='w/{row}.{seed}.pth',
-            shape=[64, 96], erf=dict(size=7))]
+        Row(
+            name='two',
+            label='Two',
+            config='b.py',
+            options={'x.y': 1, 'z': 3},
+            schedule='full',
+            measure=['curve'],
+            seeds=[0],
+        ),
+        Row(
+            **{**one, 'name': 'three', 'label': 'three', 'iterations': None},
+            checkpoint='w/{row}.{seed}.pth',
+            shape=[64, 96],
+            erf=dict(size=7),
+        ),
+    ]
     assert suite.question == 'Why not?'
     assert [(row.name, seed) for row, seed in suite.pairs()] == [
-        ('one', 3), ('one', 4), ('two', 0), ('three', 3), ('three', 4)]
+        ('one', 3),
+        ('one', 4),
+        ('two', 0),
+        ('three', 3),
+        ('three', 4),
+    ]
     assert suite.rows[0].measurements() == ('train', 'complexity', 'speed')  # in the order of measuring
     assert suite.rows[2].measurements() == ('complexity', 'speed')
     assert suite.rows[2].checkpoint_of(4) == 'w/three.4.pth'
@@ -62,28 +103,32 @@ def rows(**changes) -> dict:
 UNTRAINED = dict(name='a', config='c.py')
 
 
-@pytest.mark.parametrize(('content', 'words'), [
-    (dict(), 'rows is missing'),
-    (dict(rows=[TRAINED]), 'rows[0] (?): name is missing'),
-    (dict(rows=[dict(name='a', iterations=5)]), 'rows[0] (a): config is missing'),
-    (rows(colour='red'), 'rows[0] (a): colour: unknown key\nKnown keys: batch, checkpoint, '),
-    (rows(option={}), 'rows[0] (a): option: unknown key\nDid you mean options? '),
-    (rows(erf=dict(side=5)), 'rows[0] (a): erf: side: unknown key\nDid you mean size? Known keys: count, size.'),
-    (dict(row=[]), 'row: unknown key\nDid you mean rows? Known keys: data, defaults, name, question, rows.'),
-    (dict(rows=[dict(TRAINED, name='a')] * 2), "rows: 'a' names 2 rows"),
-    (rows(name='A b'), "rows[0] (A b): name: 'A b' cannot name files\nUse lower-case"),
-    (rows(name='12'), 'not digits alone, which number rows for --only'),
-    (rows(checkpoint='x'), 'rows[0] (a): has both iterations and checkpoint'),
-    (rows(iterations='5'), "iterations: Input should be a valid integer; found '5'"),
-    (rows(seeds=[0, 0]), 'seeds: a seed is listed twice'),
-    (rows(measure=['metric', 'taste']), "measure[1]: Input should be 'complexity', 'metric', "),
-    (dict(rows=[dict(UNTRAINED, measure=['metric'])]), 'metric needs trained weights'),
-    (dict(rows=[dict(UNTRAINED, measure=[])]), 'nothing to train and nothing to measure'),
-    (dict(rows=[dict(UNTRAINED, checkpoint='x', measure=['curve'])]), 'curve needs a training'),
-    (dict(rows=[dict(UNTRAINED, checkpoint='x', seeds=[0, 1])]), '2 seeds, but one checkpoint'),
-    (dict(rows=['a']), 'rows[0]: Input should be'),
-    (dict(data=dict(root='x', scenes='demo'), **rows()), 'data: expected either root, or scenes'),
-    (dict(data=dict(train=4), **rows()), 'data: expected either root, or scenes')])
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        (dict(), 'rows is missing'),
+        (dict(rows=[TRAINED]), 'rows[0] (?): name is missing'),
+        (dict(rows=[dict(name='a', iterations=5)]), 'rows[0] (a): config is missing'),
+        (rows(colour='red'), 'rows[0] (a): colour: unknown key\nKnown keys: batch, checkpoint, '),
+        (rows(option={}), 'rows[0] (a): option: unknown key\nDid you mean options? '),
+        (rows(erf=dict(side=5)), 'rows[0] (a): erf: side: unknown key\nDid you mean size? Known keys: count, size.'),
+        (dict(row=[]), 'row: unknown key\nDid you mean rows? Known keys: data, defaults, name, question, rows.'),
+        (dict(rows=[dict(TRAINED, name='a')] * 2), "rows: 'a' names 2 rows"),
+        (rows(name='A b'), "rows[0] (A b): name: 'A b' cannot name files\nUse lower-case"),
+        (rows(name='12'), 'not digits alone, which number rows for --only'),
+        (rows(checkpoint='x'), 'rows[0] (a): has both iterations and checkpoint'),
+        (rows(iterations='5'), "iterations: Input should be a valid integer; found '5'"),
+        (rows(seeds=[0, 0]), 'seeds: a seed is listed twice'),
+        (rows(measure=['metric', 'taste']), "measure[1]: Input should be 'complexity', 'metric', "),
+        (dict(rows=[dict(UNTRAINED, measure=['metric'])]), 'metric needs trained weights'),
+        (dict(rows=[dict(UNTRAINED, measure=[])]), 'nothing to train and nothing to measure'),
+        (dict(rows=[dict(UNTRAINED, checkpoint='x', measure=['curve'])]), 'curve needs a training'),
+        (dict(rows=[dict(UNTRAINED, checkpoint='x', seeds=[0, 1])]), '2 seeds, but one checkpoint'),
+        (dict(rows=['a']), 'rows[0]: Input should be'),
+        (dict(data=dict(root='x', scenes='demo'), **rows()), 'data: expected either root, or scenes'),
+        (dict(data=dict(train=4), **rows()), 'data: expected either root, or scenes'),
+    ],
+)
 def test_errors_name_file_row_and_field(tmp_path, content, words):
     path = write(tmp_path, **content)
     with pytest.raises(UserError) as caught:
@@ -91,9 +136,14 @@ def test_errors_name_file_row_and_field(tmp_path, content, words):
     assert str(caught.value).startswith(f'{path}: ') and words in str(caught.value)
 
 
-@pytest.mark.parametrize(('text', 'words'), [
-    ('rows: [', 'not valid YAML: .*line 1'), ('- a', 'expected a mapping'), ('name: !!python/object/apply:os.getcwd []',
-                                                                            'not valid YAML')])
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('rows: [', 'not valid YAML: .*line 1'),
+        ('- a', 'expected a mapping'),
+        ('name: !!python/object/apply:os.getcwd []', 'not valid YAML'),
+    ],
+)
 def test_files_that_are_not_suites(tmp_path, text, words):
     (tmp_path / 'bad.yaml').write_text(text)
     with pytest.raises(UserError, match=f'bad.yaml: {words}'):
@@ -104,22 +154,35 @@ def test_files_that_are_not_suites(tmp_path, text, words):
 
 def test_numbers_are_those_of_python_and_parts_may_be_merged(tmp_path):
     path = write(tmp_path, **rows())
-    path.write_text(f'{path.read_text()}  options: &a {{a: 1e-3, b: -2E5, c: 1.5e+2, d: 1e, e: 3, g: 1e3.py}}\n'
-                    '- {name: b, config: config.py, iterations: 5, options: {<<: *a, e: 4}}\n')
+    path.write_text(
+        f'{path.read_text()}  options: &a {{a: 1e-3, b: -2E5, c: 1.5e+2, d: 1e, e: 3, g: 1e3.py}}\n'
+        '- {name: b, config: config.py, iterations: 5, options: {<<: *a, e: 4}}\n'
+    )
     one, two = read_suite(path).rows
-    assert one.options == dict(a=0.001, b=-200000., c=150., d='1e', e=3, g='1e3.py')
+    assert one.options == dict(a=0.001, b=-200000.0, c=150.0, d='1e', e=3, g='1e3.py')
     assert two.options == {**one.options, 'e': 4}
 
 
 KEYS = st.sampled_from([*Suite.model_fields, *Row.model_fields, *schema.Data.model_fields, *schema.Erf.model_fields])
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(
-    ['a', 'full', 'metric', 'x/{seed}'])
-VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3)
-                      | st.dictionaries(KEYS | LEAVES, inner, max_size=5), max_leaves=15)
-ROW = st.fixed_dictionaries(dict(name=st.just('a'), config=st.just('c')),
-                            optional=dict.fromkeys(Row.model_fields.keys() - {'name', 'config'}, VALUES))
-SUITE = st.fixed_dictionaries(dict(name=st.just('s'), rows=st.lists(ROW, max_size=2) | VALUES),
-                              optional=dict.fromkeys(('data', 'defaults', 'question', 'path'), VALUES))
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(['a', 'full', 'metric', 'x/{seed}'])
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | LEAVES, inner, max_size=5), max_leaves=15
+)
+ROW = st.fixed_dictionaries(
+    dict(name=st.just('a'), config=st.just('c')),
+    optional=dict.fromkeys(Row.model_fields.keys() - {'name', 'config'}, VALUES),
+)
+SUITE = st.fixed_dictionaries(
+    dict(name=st.just('s'), rows=st.lists(ROW, max_size=2) | VALUES),
+    optional=dict.fromkeys(('data', 'defaults', 'question', 'path'), VALUES),
+)
 
 
 @settings(max_examples=80, deadline=None)
@@ -189,8 +252,9 @@ def test_records_of_the_first_version_count(tmp_path, monkeypatch):
     assert sorted(map(str, found)) == sorted(map(str, written)) and len(found) == 14 and not complaints
     assert plan.tasks_left(suite, plan.Choice(work_dir, resume=True)) == ([], [])
     assert {state for *_, state in plan.states(suite, work_dir)} == {'done'}
-    changed = suite.model_copy(update=dict(rows=[row.model_copy(update=dict(batch=3, erf=schema.Erf(size=65)))
-                                                 for row in suite.rows]))
+    changed = suite.model_copy(
+        update=dict(rows=[row.model_copy(update=dict(batch=3, erf=schema.Erf(size=65))) for row in suite.rows])
+    )
     left, _ = plan.tasks_left(changed, plan.Choice(work_dir, resume=True))
     assert [task.measures for task in left] == [('speed',), ('speed',), ('erf',), ('memory',)]
 
@@ -205,8 +269,10 @@ def test_types_that_the_first_version_did_not_name_change_no_key(tmp_path):
     assert key(**{'model.backbone': dict(type='ConvNeXt')}) != key(**{'model.backbone': dict(type='replk_mm.ConvNeXt')})
 
 
-@pytest.mark.parametrize(('only', 'found'), [
-    ([], 'a0 ab1 ab2 c0'), (['a'], 'a0'), (['a*'], 'a0 ab1 ab2'), (['2'], 'ab2'), (['c', '0'], 'a0 c0')])
+@pytest.mark.parametrize(
+    ('only', 'found'),
+    [([], 'a0 ab1 ab2 c0'), (['a'], 'a0'), (['a*'], 'a0 ab1 ab2'), (['2'], 'ab2'), (['c', '0'], 'a0 c0')],
+)
 def test_only(tmp_path, only, found):
     tasks, failed = tasks_left(tmp_path, tmp_path / 'w', only=only, rows=ROWS)
     assert [f'{task.row.name}{task.seed}' for task in tasks] == found.split() and not failed
@@ -224,7 +290,10 @@ def test_finished_measurements_are_left_out_with_resume(tmp_path):
         tasks_left(tmp_path, tmp_path / 'w', resume=False, rows=ROWS)
     left, _ = tasks_left(tmp_path, tmp_path / 'w', rows=ROWS)
     assert [(task.row.name, task.seed, task.measures) for task in left] == [
-        ('a', 0, ('metric', 'memory')), ('ab', 2, tasks[2].measures), ('c', 0, tasks[3].measures)]
+        ('a', 0, ('metric', 'memory')),
+        ('ab', 2, tasks[2].measures),
+        ('c', 0, tasks[3].measures),
+    ]
     states = [state for *_, state in plan.states(read_suite(tmp_path / 'suite.yaml'), tmp_path / 'w')]
     assert states == ['3 of 5 done', 'done', '-', '-']
 
@@ -240,15 +309,18 @@ def test_a_changed_row_is_measured_again_or_rejected(tmp_path):
     assert left(shape=[32, 32]) == ('speed', 'memory')
     assert left(macs_shape=[32, 32]) == ('complexity',)
     assert left(measure=['erf', 'metric']) == ('erf',)
-    for change, words in ((dict(iterations=6), 'another iterations .*: 5 then, 6 now'),
-                          (dict(options={'model.a': 2}), "another options .*: {} then, {'model.a': 2} now")):
+    for change, words in (
+        (dict(iterations=6), 'another iterations .*: 5 then, 6 now'),
+        (dict(options={'model.a': 2}), "another options .*: {} then, {'model.a': 2} now"),
+    ):
         with pytest.raises(UserError, match=f'was begun with {words}\nRemove that folder'):
             left(**change)
 
 
 def test_other_weights_are_measured_again(tmp_path):
-    content = dict(rows=[dict(name='a', config='config.py', checkpoint=str(tmp_path / '{row}.pth'),
-                              measure=['metric'])])
+    content = dict(
+        rows=[dict(name='a', config='config.py', checkpoint=str(tmp_path / '{row}.pth'), measure=['metric'])]
+    )
     (tmp_path / 'a.pth').write_bytes(b'weights')
     [task], _ = tasks_left(tmp_path, tmp_path / 'w', **content)
     digest = hashlib.sha256(b'weights').hexdigest()
@@ -276,8 +348,9 @@ def test_a_config_that_cannot_be_read_fails_only_its_row(tmp_path):
 def test_data_of_a_row(tmp_path):
     suite, row = dict(root='suite'), dict(data_root='row')
     keys = set()
-    for i, (data, own, option, expected) in enumerate([
-            ({}, {}, None, None), (suite, {}, None, 'suite'), (suite, row, None, 'row'), (suite, row, 'cli', 'cli')]):
+    for i, (data, own, option, expected) in enumerate(
+        [({}, {}, None, None), (suite, {}, None, 'suite'), (suite, row, None, 'row'), (suite, row, 'cli', 'cli')]
+    ):
         [task], _ = tasks_left(tmp_path, tmp_path / f'w{i}', data=data, data_root=option, **rows(**own))
         assert task.data_root == expected
         keys.add(task.keys['metric'])
@@ -286,8 +359,14 @@ def test_data_of_a_row(tmp_path):
 
 def test_scenes_are_written_once_in_the_layout_of_the_config(tmp_path):
     data = dict(scenes='demo', train=2, val=1, size=[64, 64])
-    content = dict(rows=[dict(TRAINED, name='a'), dict(TRAINED, name='b', options={'default_scope': 'mmdet'}),
-                         dict(name='c', config='config.py', measure=['complexity'])], data=data)
+    content = dict(
+        rows=[
+            dict(TRAINED, name='a'),
+            dict(TRAINED, name='b', options={'default_scope': 'mmdet'}),
+            dict(name='c', config='config.py', measure=['complexity']),
+        ],
+        data=data,
+    )
     tasks, _ = tasks_left(tmp_path, tmp_path / 'w', **content)
     folders = [task.data_root for task in tasks]
     assert [json.loads(Path(root, META).read_text())['layout'] for root in folders[:2]] == ['ade20k', 'coco']
@@ -302,9 +381,15 @@ def test_scenes_are_written_once_in_the_layout_of_the_config(tmp_path):
         tasks_left(tmp_path, tmp_path / 'v', data=dict(scenes='mountains'), **rows())
 
 
-@pytest.mark.parametrize(('name', 'found'), [
-    ('config.py', '{beside}/config.py'), ('mmseg::a/b.py', 'mmseg::a/b.py'),
-    ('upernet_replk31b_ade20k.py', 'replk_mm::upernet_replk31b_ade20k.py'), (__file__, __file__)])
+@pytest.mark.parametrize(
+    ('name', 'found'),
+    [
+        ('config.py', '{beside}/config.py'),
+        ('mmseg::a/b.py', 'mmseg::a/b.py'),
+        ('upernet_replk31b_ade20k.py', 'replk_mm::upernet_replk31b_ade20k.py'),
+        (__file__, __file__),
+    ],
+)
 def test_config_path(tmp_path, name, found):
     suite = read_suite(write(tmp_path, **rows(config=name)))
     assert plan.config_path(suite.rows[0], suite) == found.format(beside=tmp_path)
@@ -312,16 +397,24 @@ def test_config_path(tmp_path, name, found):
 
 def test_published_figures_and_git_state_are_in_the_task(tmp_path):
     row = dict(config='upernet_replk31b_ade20k.py', checkpoint='x.pth')
-    (one, other), _ = tasks_left(tmp_path, tmp_path / 'w', rows=[
-        dict(row, name='a'), dict(row, name='b', published=False)])
-    assert one.shared['published'] == dict(miou_ss=49.9, miou_ms=50.6, params_m=112, flops_g=1170, input=[512, 2048],
-                                 source=published.for_config('upernet_replk31b_ade20k').source)
+    (one, other), _ = tasks_left(
+        tmp_path, tmp_path / 'w', rows=[dict(row, name='a'), dict(row, name='b', published=False)]
+    )
+    assert one.shared['published'] == dict(
+        miou_ss=49.9,
+        miou_ms=50.6,
+        params_m=112,
+        flops_g=1170,
+        input=[512, 2048],
+        source=published.for_config('upernet_replk31b_ade20k').source,
+    )
     assert other.shared['published'] is None and (one.pretraining, other.pretraining) == ('ImageNet-1K', None)
     if (ROOT / '.git').exists():
         assert len(one.shared['git']['commit']) == 40 and isinstance(one.shared['git']['dirty'], bool)
 
 
 # ---- the command
+
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):

@@ -1,4 +1,5 @@
 """What a row of a suite measures, against the commands that measure the same, and by hand."""
+
 import itertools
 import json
 import math
@@ -39,8 +40,11 @@ def _a_process_of_its_own(monkeypatch):
 def task_of(folder: Path, tiny, **row):  # noqa: F811
     """The task of a row with the tiny network."""
     path = folder / 'suite.yaml'
-    path.write_text(json.dumps(dict(name='s', data=dict(root=str(tiny.data)), rows=[
-        {'name': 'a', 'config': str(tiny.config), **row}])))
+    path.write_text(
+        json.dumps(
+            dict(name='s', data=dict(root=str(tiny.data)), rows=[{'name': 'a', 'config': str(tiny.config), **row}])
+        )
+    )
     [task], failed = plan.tasks_left(read_suite(path), plan.Choice(folder / 'w', resume=True, device='cpu'))
     assert not failed
     return task
@@ -55,8 +59,10 @@ def test_metric_is_what_the_test_command_writes(tiny, trained, tmp_path):  # noq
     # by hand, from the predicted and the true label maps
     labels = Path(tiny.data, found.facts['data']['labels'])
     predicted = task.folder / 'test' / 'predictions'
-    both = [(np.array(Image.open(path)), np.array(Image.open(labels / path.name)))
-            for path in sorted(predicted.glob('*.png'))]
+    both = [
+        (np.array(Image.open(path)), np.array(Image.open(labels / path.name)))
+        for path in sorted(predicted.glob('*.png'))
+    ]
     assert len(both) == found.values['images'] == found.protocol['data']['images']
     ious = []
     for i, name in enumerate(found.facts['data']['classes'], 1):  # files hold class i as i + 1, and 0 is not scored
@@ -75,6 +81,7 @@ def test_metric_is_what_the_test_command_writes(tiny, trained, tmp_path):  # noq
 
 def test_data_of_another_size_is_other_data(tiny, tmp_path):  # noqa: F811
     from replk_mm.engine.config import set_data_root
+
     found = []
     for root in (tiny.data, make_data(tmp_path / 'same'), tmp_path / 'same'):
         cfg = tiny.cfg()
@@ -106,10 +113,13 @@ def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_
     # The config's SyncBN is BN here, which cannot train on one image pooled to a pixel.
     asked = []
     monkeypatch.setattr(measurements, 'memory_of', lambda job, *args: asked.append(job) or 1000 * len(asked))
-    found = measurements.TABLE['memory'](task_of(
-        tmp_path, tiny, measure=['memory'], options={'model.decode_head.norm_cfg': dict(type='SyncBN')}))
+    found = measurements.TABLE['memory'](
+        task_of(tmp_path, tiny, measure=['memory'], options={'model.decode_head.norm_cfg': dict(type='SyncBN')})
+    )
     assert [(job.mode, job.form, job.batch) for job in asked] == [
-        ('inference', 'reparameterized', 1), ('train', 'training', 2)]
+        ('inference', 'reparameterized', 1),
+        ('train', 'training', 2),
+    ]
     assert found.values == dict(inference_bytes=1000, training_bytes=2000) and found.protocol['training_batch'] == 2
 
 
@@ -123,8 +133,13 @@ def test_absent_weights_fail_what_needs_them_only(tiny, tmp_path):  # noqa: F811
 
 def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_path):  # noqa: F811
     # checkpoints and validation after every iteration, and a learning rate that breaks all weights in the first
-    task = task_of(tmp_path, tiny, iterations=3, measure=['metric'], options={
-        'optim_wrapper.optimizer.lr': 1e30, 'param_scheduler': [], 'default_hooks.checkpoint.interval': 1})
+    task = task_of(
+        tmp_path,
+        tiny,
+        iterations=3,
+        measure=['metric'],
+        options={'optim_wrapper.optimizer.lr': 1e30, 'param_scheduler': [], 'default_hooks.checkpoint.interval': 1},
+    )
     assert not perform(task, measurements.TABLE, measurements.environment())
     [found] = records.read([tmp_path / 'w'])[0]
     assert (found['measurement'], found['status']) == ('train', 'failed')
@@ -161,21 +176,38 @@ def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):
 
 
 def test_curve_of_epochs_and_of_what_was_done_twice(tmp_path):
-    for name, rows in (('1', [dict(loss=3., epoch=1, step=2), dict(loss=2., epoch=1, step=4),
-                              {'coco/bbox_mAP': .1, 'step': 1}, dict(loss=9., epoch=2, step=6)]),
-                       ('2', [dict(loss=1., epoch=2, step=6), dict(loss=math.nan, epoch=2, step=8),
-                              {'coco/bbox_mAP': .3, 'step': 2}])):
+    for name, rows in (
+        (
+            '1',
+            [
+                dict(loss=3.0, epoch=1, step=2),
+                dict(loss=2.0, epoch=1, step=4),
+                {'coco/bbox_mAP': 0.1, 'step': 1},
+                dict(loss=9.0, epoch=2, step=6),
+            ],
+        ),
+        (
+            '2',
+            [dict(loss=1.0, epoch=2, step=6), dict(loss=math.nan, epoch=2, step=8), {'coco/bbox_mAP': 0.3, 'step': 2}],
+        ),
+    ):
         folder = tmp_path / name / 'vis_data'
         folder.mkdir(parents=True)
         (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, rows)) + '\n{"loss": 5')
     values, facts = measurements.read_curve(tmp_path)
-    assert values == dict(loss=[[2, 3.], [4, 2.], [6, 1.]], metric=[[4, 10.], [6, 30.]], name='coco/bbox_mAP')
-    assert facts['best'] == dict(iteration=6, value=30.)
+    assert values == dict(loss=[[2, 3.0], [4, 2.0], [6, 1.0]], metric=[[4, 10.0], [6, 30.0]], name='coco/bbox_mAP')
+    assert facts['best'] == dict(iteration=6, value=30.0)
 
 
-@pytest.mark.parametrize(('weights', 'name'), [
-    (None, 'none'), ('torchvision://resnet50', 'ImageNet-1K'), ('somewhere/own_weights.pth', 'own_weights.pth'),
-    ('https://dl.fbaipublicfiles.com/convnext/convnext_base_22k_224.pth', 'ImageNet-22K')])
+@pytest.mark.parametrize(
+    ('weights', 'name'),
+    [
+        (None, 'none'),
+        ('torchvision://resnet50', 'ImageNet-1K'),
+        ('somewhere/own_weights.pth', 'own_weights.pth'),
+        ('https://dl.fbaipublicfiles.com/convnext/convnext_base_22k_224.pth', 'ImageNet-22K'),
+    ],
+)
 def test_pretraining(tiny, weights, name):  # noqa: F811
     cfg = tiny.cfg()
     cfg.model.backbone.init_cfg = weights and dict(type='Pretrained', checkpoint=weights)
@@ -184,20 +216,26 @@ def test_pretraining(tiny, weights, name):  # noqa: F811
 
 # ---- whole commands
 
+
 def suite_of(folder: Path, **content) -> Path:
     (folder / 'tiny.py').write_text(CONFIG)
     path = folder / 'suite.yaml'
-    path.write_text(json.dumps(dict(
-        name='whole', data=dict(scenes='demo', train=8, val=4, size=[64, 64]), **content)))
+    path.write_text(json.dumps(dict(name='whole', data=dict(scenes='demo', train=8, val=4, size=[64, 64]), **content)))
     return path
 
 
 @pytest.mark.slow
 def test_a_suite_from_the_command_line_killed_while_it_trains(tmp_path):
-    path = suite_of(tmp_path, defaults=dict(config='tiny.py', options={'default_hooks.checkpoint.interval': 5},
-                                            iterations=60, measure=['metric', 'complexity', 'memory', 'erf', 'curve']),
-                    rows=[dict(name='long'), dict(name='no-number', iterations=3,
-                                                  options={'optim_wrapper.optimizer.lr': 1e30})])
+    path = suite_of(
+        tmp_path,
+        defaults=dict(
+            config='tiny.py',
+            options={'default_hooks.checkpoint.interval': 5},
+            iterations=60,
+            measure=['metric', 'complexity', 'memory', 'erf', 'curve'],
+        ),
+        rows=[dict(name='long'), dict(name='no-number', iterations=3, options={'optim_wrapper.optimizer.lr': 1e30})],
+    )
     arguments = [str(path), '--work-dir', str(tmp_path / 'w'), '--device', 'cpu']
     command = [sys.executable, str(ROOT / 'tools' / 'suite.py'), *arguments]
     suite = subprocess.Popen(command, env=tool_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -214,7 +252,8 @@ def test_a_suite_from_the_command_line_killed_while_it_trains(tmp_path):
     assert 'no-number seed 0: train: iteration 2: the loss is not finite' in done.stdout
     found = {(one['row'], one['measurement']): one for one in records.read([tmp_path / 'w'])[0]}
     assert {key for key, one in found.items() if one['status'] == 'done'} == {
-        ('long', m) for m in ('train', 'metric', 'complexity', 'memory', 'erf', 'curve')}
+        ('long', m) for m in ('train', 'metric', 'complexity', 'memory', 'erf', 'curve')
+    }
     assert found['long', 'train']['facts']['resumed_from']
     steps = [step for step, _ in found['long', 'curve']['values']['loss']]
     assert steps == sorted(set(steps)) and steps[-1] == 60
@@ -232,8 +271,19 @@ def test_a_suite_from_the_command_line_killed_while_it_trains(tmp_path):
 @pytest.mark.slow
 def test_two_processes_of_torchrun_train_and_test_together(tmp_path):
     path = suite_of(tmp_path, rows=[dict(name='a', config='tiny.py', iterations=4, measure=['metric', 'complexity'])])
-    done = run_tool('suite', path, '--work-dir', tmp_path / 'w', '--device', 'cpu', '--launcher', 'pytorch',
-                    '--nproc', 2, timeout=500)
+    done = run_tool(
+        'suite',
+        path,
+        '--work-dir',
+        tmp_path / 'w',
+        '--device',
+        'cpu',
+        '--launcher',
+        'pytorch',
+        '--nproc',
+        2,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stdout + (tmp_path / 'w' / 'runs' / 'a' / '0' / 'log.txt').read_text()[-3000:]
     found = {one['measurement']: one for one in records.read([tmp_path / 'w'])[0]}
     assert {name: one['status'] for name, one in found.items()} == dict(train='done', metric='done', complexity='done')

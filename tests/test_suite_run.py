@@ -1,4 +1,5 @@
 """Running a suite: rows that crash, hang, die and are killed, with the suite itself, at any moment."""
+
 import collections
 import io
 import json
@@ -36,10 +37,17 @@ def write_suite(folder: Path, rows: dict[str, dict], seeds=(0,)) -> Path:
     """A suite of rows that pretend as told: ``{name: {measurement: how}}``."""
     (folder / 'config.py').write_text('model = dict()\ntest_dataloader = dict()\n')
     path = folder / 'suite.yaml'
-    path.write_text(json.dumps(dict(
-        name='pretended', defaults=dict(config='config.py', iterations=12, seeds=list(seeds),
-                                        measure=[m for m in MEASURES if m != 'train']),
-        rows=[dict(name=name, options=dict(fake=fake)) for name, fake in rows.items()])))
+    path.write_text(
+        json.dumps(
+            dict(
+                name='pretended',
+                defaults=dict(
+                    config='config.py', iterations=12, seeds=list(seeds), measure=[m for m in MEASURES if m != 'train']
+                ),
+                rows=[dict(name=name, options=dict(fake=fake)) for name, fake in rows.items()],
+            )
+        )
+    )
     return path
 
 
@@ -52,14 +60,19 @@ def tasks_of(suite: Path, work_dir: Path, resume: bool = True, only=()):
 def run(suite: Path, work_dir: Path, resume: bool = True, only=(), **settings):
     console = Console(file=io.StringIO())
     result = Runner(Settings(module='suite_fake', **settings), suite_fake.environment, console).run(
-        tasks_of(suite, work_dir, resume, only))
+        tasks_of(suite, work_dir, resume, only)
+    )
     return [(task.name, reason) for task, reason in result], console.file.getvalue()
 
 
 def lines(work_dir: Path) -> list[dict]:
     """All records, read by hand."""
-    return [json.loads(line) for path in sorted((work_dir / 'results').glob('*'))
-            for line in path.read_text().splitlines() if line]
+    return [
+        json.loads(line)
+        for path in sorted((work_dir / 'results').glob('*'))
+        for line in path.read_text().splitlines()
+        if line
+    ]
 
 
 def counts(work_dir: Path, status: str) -> dict[tuple, int]:
@@ -69,8 +82,11 @@ def counts(work_dir: Path, status: str) -> dict[tuple, int]:
 
 def processes_at(folder: Path) -> list[psutil.Process]:
     """Processes whose command line names a folder."""
-    return [process for process in psutil.process_iter(['cmdline'])
-            if any(str(folder) in part for part in process.info['cmdline'] or ())]
+    return [
+        process
+        for process in psutil.process_iter(['cmdline'])
+        if any(str(folder) in part for part in process.info['cmdline'] or ())
+    ]
 
 
 def wait_for(condition, seconds: float = 50) -> None:
@@ -81,9 +97,18 @@ def wait_for(condition, seconds: float = 50) -> None:
 
 
 def test_rows_fail_independently(tmp_path):
-    suite = write_suite(tmp_path, {
-        'good': {}, 'refused': {'metric': 'user error'}, 'crashes': {'train': 'crash'}, 'exits': {'complexity': 'exit'},
-        'killed': {'metric': 'kill'}, 'no-number': {'metric': 'nan'}, 'last': {}})
+    suite = write_suite(
+        tmp_path,
+        {
+            'good': {},
+            'refused': {'metric': 'user error'},
+            'crashes': {'train': 'crash'},
+            'exits': {'complexity': 'exit'},
+            'killed': {'metric': 'kill'},
+            'no-number': {'metric': 'nan'},
+            'last': {},
+        },
+    )
     failed, said = run(suite, tmp_path / 'w')
     reasons = {name.split()[0]: reason.splitlines() for name, reason in failed}
     assert list(reasons) == ['refused', 'crashes', 'exits', 'killed', 'no-number']
@@ -97,11 +122,21 @@ def test_rows_fail_independently(tmp_path):
     for row, _, measurement in counts(tmp_path / 'w', 'done'):
         done[row].add(measurement)
     everything, rest = set(MEASURES), {'train', 'complexity', 'speed'}
-    assert done == {'good': everything, 'refused': rest, 'exits': {'train'}, 'killed': {'train', 'complexity'},
-                    'last': everything, 'no-number': rest}
+    assert done == {
+        'good': everything,
+        'refused': rest,
+        'exits': {'train'},
+        'killed': {'train', 'complexity'},
+        'last': everything,
+        'no-number': rest,
+    }
     assert counts(tmp_path / 'w', 'failed') == {
-        ('refused', 0, 'metric'): 1, ('crashes', 0, 'train'): 1, ('exits', 0, 'complexity'): 1,
-        ('killed', 0, 'metric'): 1, ('no-number', 0, 'metric'): 1}
+        ('refused', 0, 'metric'): 1,
+        ('crashes', 0, 'train'): 1,
+        ('exits', 0, 'complexity'): 1,
+        ('killed', 0, 'metric'): 1,
+        ('no-number', 0, 'metric'): 1,
+    }
     assert '[1/7] good seed 0: mIoU 2.50, 2.00 M parameters' in said
     assert '[5/7] killed seed 0: FAILED: metric: ended by signal 9' in said
 
@@ -206,16 +241,20 @@ def test_tasks_of_a_job_array_add_up(tmp_path):
     assert counts(tmp_path / 'w', 'done') == {(row, seed, m): 1 for row in 'ab' for seed in (5, 7) for m in MEASURES}
 
 
-@pytest.mark.parametrize(('launcher', 'start'), [
-    ('pytorch', ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '4']),
-    ('slurm', ['srun', '--ntasks', '4'])])
+@pytest.mark.parametrize(
+    ('launcher', 'start'),
+    [
+        ('pytorch', ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '4']),
+        ('slurm', ['srun', '--ntasks', '4']),
+    ],
+)
 def test_launchers_start_training_and_test_only(tmp_path, launcher, start):
     tasks = tasks_of(write_suite(tmp_path, {'a': {}}), tmp_path / 'w')
     settings = Settings(launcher=launcher, processes=4, module='some.module')
     (_, [first]), (_, [last]) = runner.stages(tasks, settings)
     assert (first.measures, last.measures) == (('train', 'metric'), ('complexity', 'speed'))
     line = runner.command(first, Path('task.json'), settings)
-    assert line[line.index(start[0]):][:len(start)] == start and line[-3:] == ['-m', 'some.module', 'task.json']
+    assert line[line.index(start[0]) :][: len(start)] == start and line[-3:] == ['-m', 'some.module', 'task.json']
     assert runner.command(last, Path('task.json'), settings) == [sys.executable, '-m', 'some.module', 'task.json']
 
 
@@ -245,7 +284,10 @@ def test_death(tmp_path):
     log.write_text('one\n\n  two\nthree ' + 'x' * 1000 + '\nfour\n')
     killed = 'ended by signal 9, SIGKILL (killed: out of memory?)'
     assert [runner.death(status, log).splitlines()[0] for status in (3, -11, 137)] == [
-        'ended with status 3', 'ended by signal 11, SIGSEGV', killed]
+        'ended with status 3',
+        'ended by signal 11, SIGSEGV',
+        killed,
+    ]
     quoted = runner.death(-9, log).splitlines()[1:]
     assert quoted[0] == 'two' and quoted[2] == 'four' and len(quoted[1]) == 300
     before = log.stat().st_size

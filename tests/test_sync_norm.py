@@ -1,4 +1,5 @@
 """BatchNorm over several processes against torch's BatchNorm2d on their batches in one."""
+
 import pytest
 import torch
 import torch.nn as nn
@@ -137,9 +138,22 @@ def found(tmp_path_factory) -> dict:
     return in_new_python(SCRIPT, tmp_path_factory.mktemp('norm'))
 
 
-@pytest.mark.parametrize(('case', 'most'), [
-    ('even', 1e-12), ('uneven', 1e-12), ('empty', 1e-12), ('vectors', 1e-12), ('lines', 1e-12), ('average', 1e-12),
-    ('plain', 1e-12), ('checkpointed', 1e-12), ('batch_only', 1e-12), ('float32', 2e-5), ('bfloat16', 2e-2)])
+@pytest.mark.parametrize(
+    ('case', 'most'),
+    [
+        ('even', 1e-12),
+        ('uneven', 1e-12),
+        ('empty', 1e-12),
+        ('vectors', 1e-12),
+        ('lines', 1e-12),
+        ('average', 1e-12),
+        ('plain', 1e-12),
+        ('checkpointed', 1e-12),
+        ('batch_only', 1e-12),
+        ('float32', 2e-5),
+        ('bfloat16', 2e-2),
+    ],
+)
 def test_layer_is_that_of_the_whole_batch(found, case, most):
     for rank in found[case]:
         statistics = {'running_mean 1', 'running_var 1', 'num_batches_tracked 1'} if case != 'batch_only' else set()
@@ -159,8 +173,11 @@ def test_one_value_in_all_processes_is_refused(found):
 def test_alone_it_is_batch_norm():
     torch.manual_seed(0)
     ours, theirs = build_norm_layer(dict(type='replk_mm.SyncBN'), 4)[1], nn.BatchNorm2d(4)
-    assert isinstance(ours,
-                      SyncBatchNorm) and ours.eps == theirs.eps and list(ours.state_dict()) == list(theirs.state_dict())
+    assert (
+        isinstance(ours, SyncBatchNorm)
+        and ours.eps == theirs.eps
+        and list(ours.state_dict()) == list(theirs.state_dict())
+    )
     for _ in range(2):
         x = torch.randn(3, 4, 5, 5)
         assert torch.equal(ours(x), theirs(x))
@@ -177,9 +194,15 @@ def test_one_image_a_process_can_train_on_a_map_pooled_to_one_pixel():
 
 
 @pytest.mark.parametrize('before', ['SyncBN', 'MMSyncBN', 'replk_mm.SyncBN'])
-@pytest.mark.parametrize(('device', 'launcher', 'after'), [
-    ('cpu', 'none', 'BN'), ('cuda', 'none', 'BN'), ('cpu', 'pytorch', 'replk_mm.SyncBN'),
-    ('cuda', 'pytorch', 'SyncBN')])
+@pytest.mark.parametrize(
+    ('device', 'launcher', 'after'),
+    [
+        ('cpu', 'none', 'BN'),
+        ('cuda', 'none', 'BN'),
+        ('cpu', 'pytorch', 'replk_mm.SyncBN'),
+        ('cuda', 'pytorch', 'SyncBN'),
+    ],
+)
 def test_configs_get_the_norm_that_the_machine_can_run(before, device, launcher, after):
     cfg = Config(dict(model=dict(norm_cfg=dict(type=before), head=dict(norm_cfg=dict(type='GN'))), launcher=launcher))
     notes = [note for note in fit_to_machine(cfg, None, device, 1) if note.startswith('norm: ')]

@@ -1,4 +1,5 @@
 """From training to a merged network, through the functions behind the commands."""
+
 import dataclasses
 import json
 import re
@@ -38,8 +39,11 @@ def test_metric_equals_a_count_over_the_written_label_maps(tiny, plain):
     assert set(np.unique(found)) <= set(range(1, 9))
     keep = label > 0
     label, found = label[keep], found[keep]
-    iou = [100 * np.sum((label == c) & (found == c)) / np.sum((label == c) | (found == c))
-           for c in range(1, 9) if np.any((label == c) | (found == c))]
+    iou = [
+        100 * np.sum((label == c) & (found == c)) / np.sum((label == c) | (found == c))
+        for c in range(1, 9)
+        if np.any((label == c) | (found == c))
+    ]
     assert result.metrics['mIoU'] == pytest.approx(np.mean(iou), abs=0.01)
     assert result.metrics['aAcc'] == pytest.approx(100 * np.mean(label == found), abs=0.01)
 
@@ -56,13 +60,23 @@ def test_types_of_mmseg_in_a_config_stay(tiny, trained, plain, tmp_path):
 
 
 def test_a_training_with_types_of_mmengine_and_mmseg(tiny, tmp_path):
-    options = {'train_cfg.type': 'IterBasedTrainLoop', 'val_cfg.type': 'ValLoop', 'val_evaluator.type': 'IoUMetric',
-               'default_hooks.checkpoint.type': 'CheckpointHook'}
+    options = {
+        'train_cfg.type': 'IterBasedTrainLoop',
+        'val_cfg.type': 'ValLoop',
+        'val_evaluator.type': 'IoUMetric',
+        'default_hooks.checkpoint.type': 'CheckpointHook',
+    }
     for iterations, resume in ((2, None), (4, 'auto')):
         cfg, notes = tiny.prepare(tmp_path, iterations, options, resume=resume)
         assert any(note.startswith('resume: train_cfg.type is IterBasedTrainLoop') for note in notes)
-        assert all(cfg[field].type == kind for field, kind in (
-            ('train_cfg', 'IterBasedTrainLoop'), ('val_cfg', 'ValLoop'), ('val_evaluator', 'IoUMetric')))
+        assert all(
+            cfg[field].type == kind
+            for field, kind in (
+                ('train_cfg', 'IterBasedTrainLoop'),
+                ('val_cfg', 'ValLoop'),
+                ('val_evaluator', 'IoUMetric'),
+            )
+        )
         assert train(cfg, notes).name == f'iter_{iterations}.pth'
 
 
@@ -115,7 +129,7 @@ def test_merging_onto_the_input_is_refused(tiny, trained):
 
 
 def test_failing_proof_writes_nothing(tiny, trained, tmp_path, monkeypatch):
-    bad = [Difference(torch.float32, 1., 1., 1e-4)]
+    bad = [Difference(torch.float32, 1.0, 1.0, 1e-4)]
     monkeypatch.setattr(merge, 'compare', lambda *args: bad)
     with pytest.raises(UserError, match='nothing was written') as info:
         reparameterize_checkpoint(tiny.cfg(), str(trained), tmp_path / 'x' / 'out.pth')
@@ -170,6 +184,7 @@ def test_bfloat16_trains(tiny, tmp_path):
     assert any('bfloat16' in n for n in notes)
     autocast = []
     from mmseg.models import EncoderDecoder
+
     forward = EncoderDecoder.extract_feat
 
     def watch(self, x):

@@ -1,4 +1,5 @@
 """Images, label maps and annotations that cannot be used are named when the pipeline loads them."""
+
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +37,9 @@ def entry(path: Path, **changes) -> dict:
 
 
 def load_labels(pair: tuple[Path, Path], classes: int | None = 8, reduce: bool = True) -> dict:
-    results = dict(img_path=str(pair[0]), seg_map_path=str(pair[1]), seg_fields=[], label_map=None,
-                   reduce_zero_label=reduce)
+    results = dict(
+        img_path=str(pair[0]), seg_map_path=str(pair[1]), seg_fields=[], label_map=None, reduce_zero_label=reduce
+    )
     init_default_scope('mmseg')
     for kind in ('LoadImageFromFile', 'LoadAnnotations'):
         results = CheckedLoad(dict(type=kind), classes)(results)
@@ -45,7 +47,7 @@ def load_labels(pair: tuple[Path, Path], classes: int | None = 8, reduce: bool =
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def test_good_files_load(photo, data):
@@ -56,10 +58,14 @@ def test_good_files_load(photo, data):
     assert np.array_equal(out['gt_seg_map'], np.where(pixels == 0, 255, pixels - 1))
 
 
-@pytest.mark.parametrize(('changes', 'text'), [
-    (dict(mask=[[0, 0, 9e8, 0, 9e8, 9e8]]), 'mask of box'),
-    (dict(mask=dict(size=[64, 80], counts=[9000])), 'mask of box'),
-    (dict(bbox=None), 'cannot be read')])
+@pytest.mark.parametrize(
+    ('changes', 'text'),
+    [
+        (dict(mask=[[0, 0, 9e8, 0, 9e8, 9e8]]), 'mask of box'),
+        (dict(mask=dict(size=[64, 80], counts=[9000])), 'mask of box'),
+        (dict(bbox=None), 'cannot be read'),
+    ],
+)
 def test_bad_annotations_are_named_with_their_image(photo, changes, text):
     with pytest.raises(UserError, match=text) as info:
         load_objects(entry(photo, **changes))
@@ -88,10 +94,15 @@ def test_damage_is_named_when_it_is_read(data, which, spoil):
     assert str(info.value).startswith(f'{pair[which]}: cannot be read')
 
 
-@pytest.mark.parametrize(('pixels', 'reduce', 'text'), [
-    (np.zeros((64, 64, 3), np.uint8), True, '3 channels'),
-    (np.full((64, 64), 9, np.uint8), True, 'label ids 9 are out of'),
-    (np.full((64, 64), 8, np.uint8), False, 'label ids 8 are out of'), (np.full((64, 64), 255, np.uint8), False, None)])
+@pytest.mark.parametrize(
+    ('pixels', 'reduce', 'text'),
+    [
+        (np.zeros((64, 64, 3), np.uint8), True, '3 channels'),
+        (np.full((64, 64), 9, np.uint8), True, 'label ids 9 are out of'),
+        (np.full((64, 64), 8, np.uint8), False, 'label ids 8 are out of'),
+        (np.full((64, 64), 255, np.uint8), False, None),
+    ],
+)
 def test_labels_of_no_class_are_named_as_stored_in_the_file(data, pixels, reduce, text):
     path = label(data, 0)
     Image.fromarray(pixels).save(path)

@@ -1,4 +1,5 @@
 """Pictures of label maps."""
+
 import numpy as np
 import pytest
 

@@ -1,4 +1,5 @@
 """A network of seconds: a tiny UperNet with RepLKNet on a few demo scenes, for tests that train, test and merge."""
+
 import copy
 import itertools
 import os
@@ -111,8 +112,14 @@ def trained(tiny, tmp_path_factory) -> Path:
 
 def run_tool(name: str, *args, timeout: float = 120, **env) -> subprocess.CompletedProcess:
     """Run tools/NAME.py as a user does."""
-    return subprocess.run([sys.executable, str(ROOT / 'tools' / f'{name}.py'), *map(str, args)], capture_output=True,
-                          text=True, timeout=timeout, check=False, env=tool_environment(**env))
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'tools' / f'{name}.py'), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env=tool_environment(**env),
+    )
 
 
 def tool_environment(**env) -> dict[str, str]:

@@ -1,4 +1,5 @@
 """A network of seconds: a tiny Cascade Mask R-CNN with RepLKNet on a few drawn rectangles."""
+
 import copy
 import itertools
 import json
@@ -100,17 +101,33 @@ def write_coco(root: Path, train: int = 4, val: int = 3, classes: tuple[str, ...
                 kind = int(rng.integers(len(classes)))
                 left, top = 4 + 48 * j, int(rng.integers(0, 40))
                 width, height = int(rng.integers(20, 40)), int(rng.integers(20, 50))
-                picture[top:top + height, left:left + width] = 0
-                picture[top:top + height, left:left + width, kind] = 220
+                picture[top : top + height, left : left + width] = 0
+                picture[top : top + height, left : left + width, kind] = 220
                 right, bottom = left + width, top + height
-                annotations.append(dict(id=len(annotations) + 1, image_id=10 * i + 5, category_id=7 * kind + 3,
-                                        bbox=[left, top, width, height], area=width * height, iscrowd=0,
-                                        segmentation=[[left, top, right, top, right, bottom, left, bottom]]))
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=10 * i + 5,
+                        category_id=7 * kind + 3,
+                        bbox=[left, top, width, height],
+                        area=width * height,
+                        iscrowd=0,
+                        segmentation=[[left, top, right, top, right, bottom, left, bottom]],
+                    )
+                )
             Image.fromarray(picture).save(root / split / f'{i:03}.png')
         (root / 'annotations').mkdir(exist_ok=True)
-        (root / 'annotations' / f'instances_{split}.json').write_text(json.dumps(dict(
-            info={}, licenses=[], images=images, annotations=annotations,
-            categories=[dict(id=7 * i + 3, name=name) for i, name in enumerate(classes)])))
+        (root / 'annotations' / f'instances_{split}.json').write_text(
+            json.dumps(
+                dict(
+                    info={},
+                    licenses=[],
+                    images=images,
+                    annotations=annotations,
+                    categories=[dict(id=7 * i + 3, name=name) for i, name in enumerate(classes)],
+                )
+            )
+        )
     return root
 
 

@@ -1,4 +1,5 @@
 """What tests of the chain from training to a merged network share."""
+
 from pathlib import Path
 
 import pytest

@@ -3,6 +3,7 @@
 Without --full a sample of the images is decoded, as before a training. Exit status: 0 without errors (there may be
 warnings and notes), 1 with errors, 2 for a mistake in the command.
 """
+
 import sys
 from pathlib import Path
 

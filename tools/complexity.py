@@ -4,6 +4,7 @@ CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is ins
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). No weights are allocated and no image is read.
 --published counts every published result at its published size, and writes docs/complexity.md and docs/complexity.json.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -33,12 +34,18 @@ def main() -> None:
     p = cli.parser(__doc__, 'python tools/complexity.py configs/upernet_replk31b_ade20k.py --shape 512 512')
     p.epilog += f'\n{FIELDS}'
     p.add_argument('config', nargs='?', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
-    p.add_argument('--shape', type=cli.positive, nargs=2, metavar=('H', 'W'),
-                   help="in pixels (default: the published row's, or else the config's crop)")
+    p.add_argument(
+        '--shape',
+        type=cli.positive,
+        nargs=2,
+        metavar=('H', 'W'),
+        help="in pixels (default: the published row's, or else the config's crop)",
+    )
     p.add_argument('--json', action='store_true', help='print JSON, and nothing else, to standard output')
     p.add_argument('--published', action='store_true', help='count every published result')
-    p.add_argument('--rows', metavar='REGEX',
-                   help='with --published: only configs whose name matches; writes only to --out')
+    p.add_argument(
+        '--rows', metavar='REGEX', help='with --published: only configs whose name matches; writes only to --out'
+    )
     p.add_argument('--out', metavar='DIR', help='with --published: folder of complexity.md and .json (default: docs)')
     cli.add_config_options(p)
     args = p.parse_args()
@@ -61,8 +68,10 @@ def main() -> None:
     text = json.dumps(record, indent=1, allow_nan=False) + '\n'
     print(text if args.json else complexity_published.page(record, tables_only=True), end='')
     if folder:
-        written = [write_atomic(folder / 'complexity.md', complexity_published.page(record)),
-                   write_atomic(folder / 'complexity.json', text)]
+        written = [
+            write_atomic(folder / 'complexity.md', complexity_published.page(record)),
+            write_atomic(folder / 'complexity.json', text),
+        ]
         print(f'written: {", ".join(map(str, written))}', file=sys.stderr)
 
 

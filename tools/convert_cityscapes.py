@@ -1,4 +1,5 @@
 """Convert Cityscapes' label maps (_labelIds, 34 ids) to those that are trained on (_labelTrainIds, 19 classes)."""
+
 import sys
 
 from replk_mm import cli
@@ -17,8 +18,16 @@ def main() -> None:
     print(f'{args.root}: {result.written} label maps written, {result.kept} were there already')
     if result.problems:
         more = [f'... and {len(result.problems) - 20} more'] if len(result.problems) > 20 else []
-        raise UserError('\n'.join([f'{len(result.problems)} label maps not converted:', *result.problems[:20], *more,
-                                   'Replace these files with those of gtFine_trainvaltest.zip, then run this again.']))
+        raise UserError(
+            '\n'.join(
+                [
+                    f'{len(result.problems)} label maps not converted:',
+                    *result.problems[:20],
+                    *more,
+                    'Replace these files with those of gtFine_trainvaltest.zip, then run this again.',
+                ]
+            )
+        )
 
 
 if __name__ == '__main__':

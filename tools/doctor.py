@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Print what this environment has, what works in it, and how to repair what does not."""
+
 import argparse
 import json
 import sys
@@ -20,8 +21,9 @@ def main() -> int:
     """Parse, examine, print. Status 0 if segmentation and detection both work, else 1."""
     parser = argparse.ArgumentParser(
         description='Check versions, compiled operators, processors, memory and disk, and try what the project needs. '
-                    'Exit status 0 if segmentation and detection both work, else 1.',
-        epilog='example: .venv/bin/python tools/doctor.py --json > environment.json')
+        'Exit status 0 if segmentation and detection both work, else 1.',
+        epilog='example: .venv/bin/python tools/doctor.py --json > environment.json',
+    )
     parser.add_argument('--json', action='store_true', help='print the report as JSON instead of text')
     args = parser.parse_args()
     report = examine()

@@ -4,6 +4,7 @@ Example:
     python tools/list_configs.py
     python tools/list_configs.py --write docs/configs.md --readme README.md
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -14,11 +15,16 @@ from replk_mm.errors import UserError, command
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--configs', type=Path, default=Path('configs'), metavar='DIR',
-                        help='folder of the configs (default: configs)')
+    parser.add_argument(
+        '--configs', type=Path, default=Path('configs'), metavar='DIR', help='folder of the configs (default: configs)'
+    )
     parser.add_argument('--write', type=Path, metavar='PAGE', help='write the page here, such as docs/configs.md')
-    parser.add_argument('--readme', type=Path, metavar='FILE',
-                        help=f'renew the block of tables that is marked {config_table.BLOCK} in this file')
+    parser.add_argument(
+        '--readme',
+        type=Path,
+        metavar='FILE',
+        help=f'renew the block of tables that is marked {config_table.BLOCK} in this file',
+    )
     return parser.parse_args()
 
 

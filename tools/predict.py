@@ -1,4 +1,5 @@
 """Draw what a trained segmentor or detector sees in images, and write it: label maps, or boxes and masks."""
+
 import argparse
 import itertools
 import json
@@ -24,15 +25,25 @@ def score(text: str) -> float:
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__,
-                   'python tools/predict.py configs/upernet_replk-nano_ade20k.py iter_1300.pth street.jpg --out out')
+    p = cli.parser(
+        __doc__, 'python tools/predict.py configs/upernet_replk-nano_ade20k.py iter_1300.pth street.jpg --out out'
+    )
     p.add_argument('config', help='config the checkpoint was trained with')
     p.add_argument('checkpoint', help='trained checkpoint, merged or not')
     p.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
-    p.add_argument('--out', required=True, metavar='DIR',
-                   help='folder for NAME_overlay.png with NAME_labels.png (class indices from 0) or NAME_objects.json')
-    p.add_argument('--score', type=score, default=0.3, metavar='S',
-                   help='of detectors: leave out objects below this score, 0 to 1 (default: 0.3)')
+    p.add_argument(
+        '--out',
+        required=True,
+        metavar='DIR',
+        help='folder for NAME_overlay.png with NAME_labels.png (class indices from 0) or NAME_objects.json',
+    )
+    p.add_argument(
+        '--score',
+        type=score,
+        default=0.3,
+        metavar='S',
+        help='of detectors: leave out objects below this score, 0 to 1 (default: 0.3)',
+    )
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
     cli.add_config_options(p)

@@ -1,4 +1,5 @@
 """Merge parallel kernels and fold BatchNorm of a trained checkpoint, after proving that the outputs stay the same."""
+
 import sys
 
 from replk_mm import cli
@@ -9,13 +10,20 @@ from replk_mm.errors import command
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__,
-                   'python tools/reparameterize.py configs/upernet_replk-nano_ade20k.py iter_1300.pth merged.pth')
+    p = cli.parser(
+        __doc__, 'python tools/reparameterize.py configs/upernet_replk-nano_ade20k.py iter_1300.pth merged.pth'
+    )
     p.add_argument('config', help='config the checkpoint was trained with')
     p.add_argument('checkpoint', help='trained checkpoint')
     p.add_argument('out', help='file to write; loads in tools/test.py with the same config')
-    p.add_argument('--shape', type=cli.positive, nargs=2, default=(64, 64), metavar=('H', 'W'),
-                   help='size of the random image of the proof, in pixels (default: 64 64)')
+    p.add_argument(
+        '--shape',
+        type=cli.positive,
+        nargs=2,
+        default=(64, 64),
+        metavar=('H', 'W'),
+        help='size of the random image of the proof, in pixels (default: 64 64)',
+    )
     cli.add_config_options(p)
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)

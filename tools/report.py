@@ -3,6 +3,7 @@
 RESULTS are work dirs of suites (work_dirs/suites/NAME), folders of results or .jsonl files, of one machine or several.
 Rows that were measured under different protocols are not ranked together. What was not measured is shown as missing.
 """
+
 import sys
 from pathlib import Path
 
@@ -27,8 +28,9 @@ def main() -> int:
     p.epilog = f'{p.epilog}\n{STATUSES}'
     p.add_argument('results', nargs='+', metavar='RESULTS', help='work dir, folder or .jsonl file')
     p.add_argument('--out', required=True, metavar='DIR', help='for index.html and report.md')
-    p.add_argument('--page', metavar='FILE', help='update the block of each suite, marked by its name, in this '
-                                                  'Markdown page')
+    p.add_argument(
+        '--page', metavar='FILE', help='update the block of each suite, marked by its name, in this Markdown page'
+    )
     args = p.parse_args()
     found = assemble.read(args.results)
     out = prepare_work_dir(args.out, option='--out')
@@ -36,12 +38,15 @@ def main() -> int:
         try:
             Path(out, name).write_text(text, encoding='utf-8')
         except OSError as error:
-            raise UserError(f'{Path(out, name)}: cannot be written ({error.strerror})\n'
-                            f'Name another folder: --out DIR, or make room there.') from error
+            raise UserError(
+                f'{Path(out, name)}: cannot be written ({error.strerror})\n'
+                f'Name another folder: --out DIR, or make room there.'
+            ) from error
         print(f'written: {Path(out, name)} ({Path(out, name).stat().st_size / 2**20:.2f} MiB)')
     for folder in sorted(found.outside):
-        print(f'index.html shows pictures from {printable(str(folder))}, as the records say; look before you pass it '
-              'on')
+        print(
+            f'index.html shows pictures from {printable(str(folder))}, as the records say; look before you pass it on'
+        )
     for suite in found.suites if args.page else ():
         renew(Path(args.page), suite.name, page.markdown_tables(suite))
         print(f'{args.page}: renewed {suite.name}')

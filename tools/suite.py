@@ -4,6 +4,7 @@ Each measurement appends a record to WORK_DIR/results. After a stop, a kill or a
 measurements stay, a training continues from its last checkpoint, and what failed is repeated. docs/suites.md shows how
 to write a suite and how to spread it over machines.
 """
+
 import argparse
 import shlex
 import shutil
@@ -30,24 +31,40 @@ def names(text: str) -> list[str]:
 def main() -> int:
     p = cli.parser(__doc__, 'python tools/suite.py configs/suites/demo.yaml --jobs 2')
     p.add_argument('suite', help='suite file (YAML)')
-    p.add_argument('--only', type=names, default=[], metavar='ROWS',
-                   help="names, patterns such as 'replk-*', or numbers of --list, separated by commas")
+    p.add_argument(
+        '--only',
+        type=names,
+        default=[],
+        metavar='ROWS',
+        help="names, patterns such as 'replk-*', or numbers of --list, separated by commas",
+    )
     p.add_argument('--resume', action='store_true', help='continue: finished measurements stay, failures are repeated')
     p.add_argument('--list', action='store_true', help='only print number, row, seed and state')
     p.add_argument('--work-dir', type=Path, metavar='DIR', help='where to write (default: work_dirs/suites/NAME)')
     p.add_argument('--data-root', metavar='DIR', help='data of all rows (default: as the suite or the configs say)')
-    p.add_argument('--jobs', type=cli.positive, default=1, metavar='N', help='rows at a time, which share the cores; '
-                   'speed and memory are measured at the end, one row at a time')
-    p.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none',
-                   help="start a row's training and test by torchrun (pytorch), or by srun (slurm)")
+    p.add_argument(
+        '--jobs',
+        type=cli.positive,
+        default=1,
+        metavar='N',
+        help='rows at a time, which share the cores; speed and memory are measured at the end, one row at a time',
+    )
+    p.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm'],
+        default='none',
+        help="start a row's training and test by torchrun (pytorch), or by srun (slurm)",
+    )
     p.add_argument('--nproc', type=cli.positive, default=1, metavar='N', help='processes of a row, under a launcher')
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: a GPU if there is one)')
     args = p.parse_args()
     if args.nproc > 1 and args.launcher == 'none':
         raise UserError(f'--nproc {args.nproc}: needs a launcher\nAdd --launcher pytorch or --launcher slurm.')
     if args.launcher == 'slurm' and not args.list and not shutil.which('srun'):
-        raise UserError('--launcher slurm: there is no srun here\nRun it on a machine of the cluster, within an '
-                        'allocation, or use --launcher pytorch.')
+        raise UserError(
+            '--launcher slurm: there is no srun here\nRun it on a machine of the cluster, within an '
+            'allocation, or use --launcher pytorch.'
+        )
     suite = read_suite(args.suite)
     work_dir = args.work_dir or Path('work_dirs', 'suites', suite.name)
     if args.list:
@@ -70,9 +87,15 @@ def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
     prepare_work_dir(choice.work_dir)
     tasks, failed = plan.tasks_left(suite, choice)
     done = len(plan.chosen(suite, choice.only)) - len(tasks) - len(failed)
-    print(f'{suite.name}: {len(tasks)} rows and seeds to do' + (f', {done} are done' if done else '')
-          + f'; results go to {choice.work_dir}', file=sys.stderr, flush=True)
+    print(
+        f'{suite.name}: {len(tasks)} rows and seeds to do'
+        + (f', {done} are done' if done else '')
+        + f'; results go to {choice.work_dir}',
+        file=sys.stderr,
+        flush=True,
+    )
     from replk_mm.engine.results import environment  # imports torch
+
     failed += Runner(settings, environment).run(tasks)
     if failed:
         print(f'\n{len(failed)} failed; --resume tries them again:')

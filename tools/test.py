@@ -1,4 +1,5 @@
 """Evaluate a checkpoint: mIoU or mAP, as the config's data set and recipe say."""
+
 import sys
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from replk_mm.errors import command
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__,
-                   'python tools/test.py configs/upernet_replk-nano_ade20k.py work_dirs/x/iter_1300.pth --out out')
+    p = cli.parser(
+        __doc__, 'python tools/test.py configs/upernet_replk-nano_ade20k.py work_dirs/x/iter_1300.pth --out out'
+    )
     p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     p.add_argument('checkpoint', help='trained checkpoint, merged or not: file or address')
     cli.add_run_arguments(p)
@@ -27,8 +29,14 @@ def main() -> None:
     if out:
         prepare_work_dir(out, option='--out')
     cfg = load_config(args.config, args.cfg_options)
-    result = evaluate(cfg, args.checkpoint, cli.options_of(args), reparam=args.reparam, tta=args.tta,
-                  predictions=out / 'predictions' if out else None)
+    result = evaluate(
+        cfg,
+        args.checkpoint,
+        cli.options_of(args),
+        reparam=args.reparam,
+        tta=args.tta,
+        predictions=out / 'predictions' if out else None,
+    )
     if get_rank() != 0:
         return
     for note in result.notes:
@@ -37,8 +45,13 @@ def main() -> None:
     if result.changes:
         print(f'reparameterized: {result.changes}')
     print(f'{result.images} images in {result.seconds:.1f} s')
-    print('  '.join(f'{name} {value:.4g}' for name, value in result.metrics.items()
-                    if isinstance(value, (int, float)) and name not in ('data_time', 'time')))
+    print(
+        '  '.join(
+            f'{name} {value:.4g}'
+            for name, value in result.metrics.items()
+            if isinstance(value, (int, float)) and name not in ('data_time', 'time')
+        )
+    )
     if out:
         results.write(results.record(cfg, args.checkpoint, result, args.tta), out / 'metrics.json')
         print(f'written: {out}')

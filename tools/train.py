@@ -1,4 +1,5 @@
 """Train the model of a config on this machine: one CPU, one GPU, or many processes under torchrun or Slurm."""
+
 import argparse
 import sys
 
@@ -23,13 +24,22 @@ def main() -> None:
     p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     cli.add_run_arguments(p)
     p.add_argument('--max-iters', type=cli.positive, metavar='N', help='train N iterations, the schedule in proportion')
-    p.add_argument('--resume', nargs='?', const='auto', metavar='CKPT',
-                   help='go on from a checkpoint (default: the last one of the work dir)')
+    p.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CKPT',
+        help='go on from a checkpoint (default: the last one of the work dir)',
+    )
     p.add_argument('--pretrained', metavar='FILE', help="weights of the backbone, or 'none' for random ones")
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
     p.add_argument('--seed', type=seed, metavar='N', help='of all randomness (default: drawn and recorded)')
-    p.add_argument('--no-preflight', dest='preflight', action='store_false',
-                   help='skip the dry run of loss, validation and checkpoint')
+    p.add_argument(
+        '--no-preflight',
+        dest='preflight',
+        action='store_false',
+        help='skip the dry run of loss, validation and checkpoint',
+    )
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
     notes = prepare_training(cfg, cli.options_of(args))

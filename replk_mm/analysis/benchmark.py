@@ -1,4 +1,5 @@
 """How fast backbones and whole models run beside the same networks in plain torch."""
+
 import copy
 import functools
 import tempfile
@@ -32,7 +33,7 @@ class Settings:
     dtypes: Sequence[str] = ('float32',)
     repeats: int = 15  #: rounds at most
     warmup: int = 2  #: rounds before that do not count, at most
-    seconds: float = 60.  #: budget of a measurement, see :func:`replk_mm.analysis.speed.measure`
+    seconds: float = 60.0  #: budget of a measurement, see :func:`replk_mm.analysis.speed.measure`
     memory: bool = True  #: measure memory too, each network in a process of its own
     engines: Sequence[str] = ()  #: names in :data:`replk_mm.analysis.engines.ENGINES`
     #: let plain torch keep freed memory too, which otherwise only this project's commands do
@@ -72,17 +73,27 @@ class Bench:
         self.cfg, self.notes = fitted_config(job)
         self.networks, changes = networks(self.cfg, job.whole, job.form, job.checkpoint)
         # Training steps at one shape change the statistics of BatchNorm, of each network separately.
-        self._buffers = {name: {key: value.clone() for key, value in net.to(job.device).named_buffers()}
-                         for name, net in self.networks.items()}
+        self._buffers = {
+            name: {key: value.clone() for key, value in net.to(job.device).named_buffers()}
+            for name, net in self.networks.items()
+        }
         backbone = self.cfg.model.backbone
         if job.mode == 'train':
-            step = ('forward, loss, backward, optimizer (learning rate 0)' if job.whole else
-                    'forward, mean squares of the features as a loss, backward; no optimizer')
-            self.note(f'train: {step}; from the config: with_cp={backbone.get("with_cp", False)} (activation '
-                      f'checkpointing), drop_path_rate={backbone.get("drop_path_rate", 0.)}')
+            step = (
+                'forward, loss, backward, optimizer (learning rate 0)'
+                if job.whole
+                else 'forward, mean squares of the features as a loss, backward; no optimizer'
+            )
+            self.note(
+                f'train: {step}; from the config: with_cp={backbone.get("with_cp", False)} (activation '
+                f'checkpointing), drop_path_rate={backbone.get("drop_path_rate", 0.0)}'
+            )
         elif changes is not None:
-            self.note(f'inference: {changes}' if len(self.networks) == 3 else
-                      'inference: nothing to merge or fold, the training form is the same network')
+            self.note(
+                f'inference: {changes}'
+                if len(self.networks) == 3
+                else 'inference: nothing to merge or fold, the training form is the same network'
+            )
         if kind_of(self.networks[OURS]) == 'detector' and not job.checkpoint:
             self.note('random weights find few objects: a trained detector has more to do behind its proposals')
 
@@ -108,32 +119,58 @@ class Bench:
         job = replace(self.job, shape=shape, batch=batch or least)
         say(f'{job.mode} {job.batch}x3x{shape[0]}x{shape[1]}')
         if job.batch < least:
-            raise UserError(f'{job.config}: --batch {job.batch}: in training BatchNorm of maps pooled to 1x1 needs two '
-                            f'values\nUse --batch {least} or more, or --mode inference.')
+            raise UserError(
+                f'{job.config}: --batch {job.batch}: in training BatchNorm of maps pooled to 1x1 needs two '
+                f'values\nUse --batch {least} or more, or --mode inference.'
+            )
         for name, net in self.networks.items():
             net.load_state_dict(self._buffers[name], strict=False)
         set_shape(self.networks.values(), shape)
-        failing = explained(f'{job.config}: {job.mode} of {job.batch}x3x{shape[0]}x{shape[1]} fails',
-                            'Try another --shape or a smaller --batch.')
+        failing = explained(
+            f'{job.config}: {job.mode} of {job.batch}x3x{shape[0]}x{shape[1]} fails',
+            'Try another --shape or a smaller --batch.',
+        )
         with failing, tempfile.TemporaryDirectory() as folder:
             work = Workload(self.cfg, self.networks[OURS], job.batch, shape, job.device)
             rows = self._inference(work, Path(folder)) if job.mode == 'inference' else self._training(work)
             try:
-                found = measure({row.name: row.call for row in rows}, self.settings.repeats, self.settings.warmup,
-                                self.settings.seconds, _PAUSE if self.settings.engines else 0.,
-                                before=self._allocators(rows))
+                found = measure(
+                    {row.name: row.call for row in rows},
+                    self.settings.repeats,
+                    self.settings.warmup,
+                    self.settings.seconds,
+                    _PAUSE if self.settings.engines else 0.0,
+                    before=self._allocators(rows),
+                )
             finally:
                 keep_freed_memory()
         done = []
         for row in rows:
             gap = row.gap or Gap()
-            done.append(dict(
-                name=row.name, dtype=row.dtype, how=row.how, milliseconds=asdict(found.timing(row.name)),
-                times_as_fast=asdict(found.times_as_fast(row.name, PLAIN)), samples=found.milliseconds[row.name],
-                memory_bytes=self._memory(job, row), difference=gap.relative, differing_pixels=gap.pixels,
-                equal=None if row.gap is None else gap.within(TOLERANCES[job.mode, row.dtype])))
-        return dict(mode=job.mode, form=job.form, batch=job.batch, height=shape[0], width=shape[1],
-                    rounds=found.rounds, warmup=found.warmup, rows=done)
+            done.append(
+                dict(
+                    name=row.name,
+                    dtype=row.dtype,
+                    how=row.how,
+                    milliseconds=asdict(found.timing(row.name)),
+                    times_as_fast=asdict(found.times_as_fast(row.name, PLAIN)),
+                    samples=found.milliseconds[row.name],
+                    memory_bytes=self._memory(job, row),
+                    difference=gap.relative,
+                    differing_pixels=gap.pixels,
+                    equal=None if row.gap is None else gap.within(TOLERANCES[job.mode, row.dtype]),
+                )
+            )
+        return dict(
+            mode=job.mode,
+            form=job.form,
+            batch=job.batch,
+            height=shape[0],
+            width=shape[1],
+            rounds=found.rounds,
+            warmup=found.warmup,
+            rows=done,
+        )
 
     def _allocators(self, rows: list[Row]) -> dict[str, Call]:
         """Untimed calls that give each network the allocator settings of a process of its own."""
@@ -161,8 +198,10 @@ class Bench:
             convert(converted)
             # Which of the two is faster depends on the network and the machine.
             for how, net, suffix in (('autocast', ours, ''), ('converted', converted, ' weights')):
-                rows += self._bfloat16(Row(f'{OURS}, bfloat16{suffix}', work.inference(net, how), None, OURS, how),
-                                       functools.partial(gap_of, net, how))
+                rows += self._bfloat16(
+                    Row(f'{OURS}, bfloat16{suffix}', work.inference(net, how), None, OURS, how),
+                    functools.partial(gap_of, net, how),
+                )
         return rows + self._engines(work, reference, folder)
 
     def _training(self, work: Workload) -> list[Row]:
@@ -172,8 +211,10 @@ class Bench:
         if 'float32' in self.settings.dtypes:
             rows.append(Row(OURS, work.training(net), gap_of_gradients(reference, work.gradients(net)), OURS))
         if 'bfloat16' in self.settings.dtypes:
-            rows += self._bfloat16(Row(f'{OURS}, bfloat16', work.training(net, 'autocast'), None, OURS, 'autocast'),
-                                   lambda: gap_of_gradients(reference, work.gradients(net, 'autocast'), True))
+            rows += self._bfloat16(
+                Row(f'{OURS}, bfloat16', work.training(net, 'autocast'), None, OURS, 'autocast'),
+                lambda: gap_of_gradients(reference, work.gradients(net, 'autocast'), True),
+            )
         return rows
 
     def _bfloat16(self, row: Row, compare: Callable[[], Gap]) -> list[Row]:
@@ -204,10 +245,17 @@ class Bench:
                 for dtype in ('float32', *(dtype for dtype in self.settings.dtypes if dtype != 'float32')):
                     run = engines.load(engine, path, self.job.threads, dtype)
                     outputs = map(torch.from_numpy, infer(run))
-                    gap = gap_of_results({name: reference[name] for name in names},
-                                         dict(zip(names, outputs, strict=True)))
-                    rows.append(Row(engine if dtype == 'float32' else f'{engine}, {dtype}',
-                                    functools.partial(infer, run), gap, how=dtype))
+                    gap = gap_of_results(
+                        {name: reference[name] for name in names}, dict(zip(names, outputs, strict=True))
+                    )
+                    rows.append(
+                        Row(
+                            engine if dtype == 'float32' else f'{engine}, {dtype}',
+                            functools.partial(infer, run),
+                            gap,
+                            how=dtype,
+                        )
+                    )
             except Exception as error:  # of an exporter or an engine: the other rows are measured all the same
                 self.note(f'{engine}: {first_line(error)}')
         return rows
@@ -229,8 +277,9 @@ def _change_allocator(keep: bool, call: Call) -> None:
     call()  # allocates what this network will reuse
 
 
-def run(job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tuple[int, int]],
-        batches: Sequence[int]) -> dict:
+def run(
+    job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tuple[int, int]], batches: Sequence[int]
+) -> dict:
     """Measure a backbone or a whole model in every mode, shape and batch.
 
     Args:
@@ -246,9 +295,11 @@ def run(job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tup
     Raises:
         UserError: If an argument does not fit.
     """
-    notes = [f'weights: {job.checkpoint or "random, including statistics of BatchNorm and layer scales"}',
-             "plain torch: the same network and weights in float32, with torch's own depthwise convolutions, torch's "
-             "default memory layout, activations not in place and the libraries' own heads"]
+    notes = [
+        f'weights: {job.checkpoint or "random, including statistics of BatchNorm and layer scales"}',
+        "plain torch: the same network and weights in float32, with torch's own depthwise convolutions, torch's "
+        "default memory layout, activations not in place and the libraries' own heads",
+    ]
     points = []
     for mode in modes:
         bench = Bench(replace(job, mode=mode, form=job.form if mode == 'inference' else 'training'), settings)
@@ -256,7 +307,14 @@ def run(job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tup
         notes += [note for note in bench.notes if note not in notes]
     backbone = bench.cfg.model.backbone
     arch = backbone.get('arch', '')
-    return dict(what='model' if job.whole else 'backbone', config=job.config, cfg_options=job.options or {},
-                checkpoint=job.checkpoint, backbone=f'{backbone.type} {arch if isinstance(arch, str) else ""}'.strip(),
-                parameters=complexity.parameters(bench.networks[OURS]), settings=asdict(settings), notes=notes,
-                points=points)
+    return dict(
+        what='model' if job.whole else 'backbone',
+        config=job.config,
+        cfg_options=job.options or {},
+        checkpoint=job.checkpoint,
+        backbone=f'{backbone.type} {arch if isinstance(arch, str) else ""}'.strip(),
+        parameters=complexity.parameters(bench.networks[OURS]),
+        settings=asdict(settings),
+        notes=notes,
+        points=points,
+    )

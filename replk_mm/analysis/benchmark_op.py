@@ -1,4 +1,5 @@
 """How fast the depthwise convolution runs beside torch's own: its three computations and a training step."""
+
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -43,8 +44,15 @@ class Shape:
         return f'{self.kernel}x{self.kernel} on {self.batch}x{self.channels}x{self.size}x{self.size}'
 
 
-def run(shapes: Sequence[Shape], dtype: str = 'float32', implementations: Sequence[str] = (), device: str = 'cpu',
-        repeats: int = 15, warmup: int = 2, seconds: float = 2.) -> dict:
+def run(
+    shapes: Sequence[Shape],
+    dtype: str = 'float32',
+    implementations: Sequence[str] = (),
+    device: str = 'cpu',
+    repeats: int = 15,
+    warmup: int = 2,
+    seconds: float = 2.0,
+) -> dict:
     """Measure the operator at several shapes.
 
     Args:
@@ -66,13 +74,16 @@ def run(shapes: Sequence[Shape], dtype: str = 'float32', implementations: Sequen
     known = sorted({name for names in IMPLEMENTATIONS.values() for name in names})
     for name in implementations:
         if name not in known:
-            raise UserError(f'--implementations {name}: there is no such implementation\n'
-                            f'Choose from {", ".join(known)}.')
+            raise UserError(
+                f'--implementations {name}: there is no such implementation\nChoose from {", ".join(known)}.'
+            )
     for shape in shapes:
         if shape.kernel % 2 == 0:
             raise UserError(f'--kernels {shape.kernel}: kernels must be odd, so that padding keeps the size of the map')
-    notes = ["plain torch: nn.Conv2d on tensors in torch's default memory layout; ours: on tensors "
-             + ('in channels-last memory, as in the backbones' if device == 'cpu' else 'in the same layout')]
+    notes = [
+        "plain torch: nn.Conv2d on tensors in torch's default memory layout; ours: on tensors "
+        + ('in channels-last memory, as in the backbones' if device == 'cpu' else 'in the same layout')
+    ]
     if implementations and device != 'cpu':
         notes.append("--implementations: on CPUs only; elsewhere all of them are torch's own")
         implementations = ()
@@ -86,30 +97,63 @@ def run(shapes: Sequence[Shape], dtype: str = 'float32', implementations: Sequen
         inputs = {name: _laid_out(x.to(device, getattr(torch, dtype)), name) for name in layers}
         results = {name: _results(layer, inputs[name]) for name, layer in layers.items()}
         for computation in COMPUTATIONS:
-            found = measure({name: _call(layer, inputs[name], computation) for name, layer in layers.items()
-                             if _has(layer, inputs[name], computation)}, repeats, warmup, seconds)
+            found = measure(
+                {
+                    name: _call(layer, inputs[name], computation)
+                    for name, layer in layers.items()
+                    if _has(layer, inputs[name], computation)
+                },
+                repeats,
+                warmup,
+                seconds,
+            )
             parts = [part for part in COMPUTATIONS if part != 'step' and computation in (part, 'step')]
             rows = []
             for name, samples in found.milliseconds.items():
-                gap = None if name == PLAIN else gap_of_results(
-                    {part: results[PLAIN][part] for part in parts}, results[name])
+                gap = (
+                    None
+                    if name == PLAIN
+                    else gap_of_results({part: results[PLAIN][part] for part in parts}, results[name])
+                )
                 rate = 1e3 * shape.gflop(computation) / found.timing(name).median
-                rows.append(dict(
-                    name=name, milliseconds=asdict(found.timing(name)), samples=samples,
-                    times_as_fast=asdict(found.times_as_fast(name, PLAIN)), gflops=rate, of_matrix_product=rate / peak,
-                    difference=gap and gap.relative, equal=gap and gap.within(TOLERANCES['inference', dtype])))
-            points.append(dict(
-                asdict(shape), computation=computation, gflop=shape.gflop(computation), rounds=found.rounds,
-                warmup=found.warmup, rows=rows,
-                chosen=str(plan(_problem(layers[OURS], inputs[OURS]))) if device == 'cpu' else None))
-    return dict(what='op', dtype=dtype, matrix_product_gflops=peak, notes=notes, points=points,
-                settings=dict(repeats=repeats, warmup=warmup, seconds=seconds, implementations=list(implementations)))
+                rows.append(
+                    dict(
+                        name=name,
+                        milliseconds=asdict(found.timing(name)),
+                        samples=samples,
+                        times_as_fast=asdict(found.times_as_fast(name, PLAIN)),
+                        gflops=rate,
+                        of_matrix_product=rate / peak,
+                        difference=gap and gap.relative,
+                        equal=gap and gap.within(TOLERANCES['inference', dtype]),
+                    )
+                )
+            points.append(
+                dict(
+                    asdict(shape),
+                    computation=computation,
+                    gflop=shape.gflop(computation),
+                    rounds=found.rounds,
+                    warmup=found.warmup,
+                    rows=rows,
+                    chosen=str(plan(_problem(layers[OURS], inputs[OURS]))) if device == 'cpu' else None,
+                )
+            )
+    return dict(
+        what='op',
+        dtype=dtype,
+        matrix_product_gflops=peak,
+        notes=notes,
+        points=points,
+        settings=dict(repeats=repeats, warmup=warmup, seconds=seconds, implementations=list(implementations)),
+    )
 
 
 def _layers(shape: Shape, dtype: str, implementations: Sequence[str], device: str) -> Iterator[tuple[str, nn.Conv2d]]:
     torch.manual_seed(0)
-    plain = nn.Conv2d(shape.channels, shape.channels, shape.kernel, shape.stride, shape.kernel // 2,
-                      groups=shape.channels, bias=False).to(device, getattr(torch, dtype))
+    plain = nn.Conv2d(
+        shape.channels, shape.channels, shape.kernel, shape.stride, shape.kernel // 2, groups=shape.channels, bias=False
+    ).to(device, getattr(torch, dtype))
     yield PLAIN, plain
     for name in (None, *implementations):
         ours = DepthwiseConv2d(shape.channels, shape.kernel, shape.stride, bias=False, implementation=name)

@@ -5,6 +5,7 @@ The published figures come from ``tools/analysis_tools/get_flops.py`` of mmdetec
 the first 100 of them, and a segmentor ends with its class scores. The pass here is the same one. Today's versions count
 what a real image happens to give; a cascade's mask heads then see all 1000 proposals.
 """
+
 import copy
 import inspect
 from collections import Counter
@@ -110,8 +111,12 @@ def count(model: nn.Module, shape: tuple[int, int]) -> Count:
             parts.append(Part(path, sum(own.values()), training.macs(path, part), TRAINING))
         elif own:
             parts.append(Part(path, sum(own.values()), 0, NEVER))
-    rest = Part(WHOLE, parameters(model) - sum(part.parameters for part in parts),
-                inference.total - sum(part.macs for part in parts if part.runs == INFERENCE), INFERENCE)
+    rest = Part(
+        WHOLE,
+        parameters(model) - sum(part.parameters for part in parts),
+        inference.total - sum(part.macs for part in parts if part.runs == INFERENCE),
+        INFERENCE,
+    )
     return Count([rest, *parts] if rest.parameters or rest.macs else parts, inference.uncounted(), inference.notes)
 
 
@@ -127,6 +132,7 @@ def mmcv_macs(model: nn.Module, shape: tuple[int, int]) -> int:
         shape: Height and width of the image in pixels.
     """
     from mmcv.cnn import get_model_complexity_info
+
     model = on_meta(model)
     layers: list[Any] = [module for module in model.modules() if type(module) is DepthwiseConv2d]
     for layer in layers:
@@ -207,8 +213,11 @@ class _Run(TorchDispatchMode):
 
     def uncounted(self) -> list[Operator]:
         """Operators that have no formula."""
-        found = [Operator(str(packet), len(elements), sum(elements)) for packet, elements in self._operators.items()
-                 if packet not in self._counter.flop_registry]
+        found = [
+            Operator(str(packet), len(elements), sum(elements))
+            for packet, elements in self._operators.items()
+            if packet not in self._counter.flop_registry
+        ]
         return sorted(found, key=lambda operator: (-operator.elements, operator.name))
 
 
@@ -228,11 +237,21 @@ def forward(model: Any, image: Tensor) -> list[str]:
         model(image)
         return []
     size = tuple(image.shape[2:])
-    model(image, [BaseDataElement(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
-                                                scale_factor=(1., 1.)))])
+    model(
+        image,
+        [
+            BaseDataElement(
+                metainfo=dict(
+                    img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0)
+                )
+            )
+        ],
+    )
     if hasattr(model, 'decode_head'):
-        return ['not run: resizing the class scores to the image and the argmax; sliding windows and scales of a test '
-                'recipe multiply the whole']
+        return [
+            'not run: resizing the class scores to the image and the argmax; sliding windows and scales of a test '
+            'recipe multiply the whole'
+        ]
     return ['not run: decoding of boxes and non-maximum suppression (NMS)']
 
 
@@ -261,11 +280,14 @@ def _two_stages(model: Any, image: Tensor) -> list[str]:
         head._bbox_forward(*stage, features, boxes)
     for stage in stages if head.with_mask else []:
         head._mask_forward(*stage, features, boxes[:MASK_REGIONS])
-    sizes = ', '.join(f'{times} x {regions} regions of {height}x{width}'
-                      for (regions, height, width), times in cut.items())
+    sizes = ', '.join(
+        f'{times} x {regions} regions of {height}x{width}' for (regions, height, width), times in cut.items()
+    )
     masks, pasting = (f', every mask head {MASK_REGIONS}', ', pasting of masks') if head.with_mask else ('', '')
-    return [f'regions: every box head takes {PROPOSALS}{masks}',
-            f'not run: RoIAlign ({sizes}), decoding of boxes and non-maximum suppression (NMS){pasting}']
+    return [
+        f'regions: every box head takes {PROPOSALS}{masks}',
+        f'not run: RoIAlign ({sizes}), decoding of boxes and non-maximum suppression (NMS){pasting}',
+    ]
 
 
 def _regions(extractor: Any, cut: Counter, features: tuple[Tensor, ...], regions: Tensor, *_: object) -> Tensor:

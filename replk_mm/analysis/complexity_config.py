@@ -1,4 +1,5 @@
 """What the network of a config costs, before and after reparameterization."""
+
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -36,9 +37,16 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; ``tools/complexity.py --help`` describes the fields."""
-        return dict(config=self.config, shape=list(self.shape), shape_from=self.shape_from,
-                    training=_plain(self.training), reparameterized=_plain(self.deployed), changes=self.changes,
-                    notes=self.training.notes, versions=versions())
+        return dict(
+            config=self.config,
+            shape=list(self.shape),
+            shape_from=self.shape_from,
+            training=_plain(self.training),
+            reparameterized=_plain(self.deployed),
+            changes=self.changes,
+            notes=self.training.notes,
+            versions=versions(),
+        )
 
 
 def report(config: str, shape: tuple[int, int] | None = None, options: dict | None = None) -> Report:
@@ -65,9 +73,13 @@ def count_forms(cfg: Config, config: str, shape: tuple[int, int], shape_from: st
     """
     model = build(cfg)
     merged, changes = merge(model)
-    with warnings.catch_warnings(), explained(
+    with (
+        warnings.catch_warnings(),
+        explained(
             f'{config}: {type(model).__name__} cannot be counted at 1x3x{shape[0]}x{shape[1]}',
-            'Try another --shape; networks whose control flow depends on values cannot be counted.'):
+            'Try another --shape; networks whose control flow depends on values cannot be counted.',
+        ),
+    ):
         warnings.simplefilter('ignore')
         return Report(config, shape, shape_from, count(model, shape), count(merged, shape), str(changes)), model
 
@@ -96,8 +108,10 @@ def default_shape(cfg: Config, config: str) -> tuple[tuple[int, int], str]:
         return row.input, 'the published row'
     crop = crop_of(cfg)
     if not crop:
-        raise UserError(f'{config}: the config has no published row, no crop_size and no Resize with a scale\n'
-                        f'Name a size with --shape H W.')
+        raise UserError(
+            f'{config}: the config has no published row, no crop_size and no Resize with a scale\n'
+            f'Name a size with --shape H W.'
+        )
     divisor = cfg.model.get('data_preprocessor', {}).get('pad_size_divisor') or 1
     height, width = (-(-side // divisor) * divisor for side in crop)
     return (height, width), "the config's crop" if (height, width) == crop else "the config's size, padded"
@@ -110,9 +124,13 @@ def versions() -> dict[str, str]:
 
 
 def _plain(counts: Count) -> dict[str, Any]:
-    return dict(parameters=counts.parameters, inference_parameters=counts.inference_parameters, macs=counts.macs,
-                parts=[asdict(part) for part in counts.parts],
-                uncounted=[asdict(operator) for operator in counts.uncounted])
+    return dict(
+        parameters=counts.parameters,
+        inference_parameters=counts.inference_parameters,
+        macs=counts.macs,
+        parts=[asdict(part) for part in counts.parts],
+        uncounted=[asdict(operator) for operator in counts.uncounted],
+    )
 
 
 def to_text(found: Report) -> str:
@@ -127,8 +145,9 @@ def to_text(found: Report) -> str:
 
     rows = [['', 'parameters', 'MACs', 'reparameterized: parameters', 'MACs']]
     for part in found.training.parts:
-        pairs = [(parts[part.name].parameters, parts[part.name].macs) if part.name in parts else (0, 0)
-                 for parts in by_name]
+        pairs = [
+            (parts[part.name].parameters, parts[part.name].macs) if part.name in parts else (0, 0) for parts in by_name
+        ]
         rows.append(row(part.name + marks[part.runs], *pairs))
     rows.append(row('inference', *((form.inference_parameters, form.macs) for form in forms)))
     if TRAINING in runs:
@@ -138,13 +157,19 @@ def to_text(found: Report) -> str:
         lines.append('* runs in training only')
     if NEVER in runs:
         lines.append('+ not called: its weights are used elsewhere, or it depends on the image')
-    lines += ['', f'reparameterized: {found.changes}', *found.training.notes,
-              f'not counted, because torch has no formula: {operators(found.training.uncounted)}',
-              f'versions: {", ".join(f"{name} {number}" for name, number in versions().items())}']
+    lines += [
+        '',
+        f'reparameterized: {found.changes}',
+        *found.training.notes,
+        f'not counted, because torch has no formula: {operators(found.training.uncounted)}',
+        f'versions: {", ".join(f"{name} {number}" for name, number in versions().items())}',
+    ]
     paper = published.for_config(found.config)
     if paper and paper.input == found.shape:
-        lines.append(f'published: {paper.params_m:g} M parameters, {paper.flops_g:g} G ({paper.source}); '
-                     f'see docs/complexity.md for how they were counted')
+        lines.append(
+            f'published: {paper.params_m:g} M parameters, {paper.flops_g:g} G ({paper.source}); '
+            f'see docs/complexity.md for how they were counted'
+        )
     return '\n'.join(lines)
 
 

@@ -1,4 +1,5 @@
 """Every published result counted at its published size beside the published figure, and the page docs/complexity.md."""
+
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from replk_mm.reparam import reparameterize
 CONFIGS = 'configs'
 COMMAND = 'python tools/complexity.py --published'
 #: Accepted deviations from the published figures, in percent.
-TOLERANCES = {'parameters': 2., 'macs': 1.}
+TOLERANCES = {'parameters': 2.0, 'macs': 1.0}
 #: Ways to count: which form of the network, which counter, with the auxiliary heads' parameters or without.
 COUNTINGS = {
     'deployed': "torch's counter; kernels merged, BatchNorm folded; parameters without auxiliary heads",
@@ -63,14 +64,18 @@ def run(pattern: str | None = None, say: Callable[[str], None] = print) -> dict[
     except re.error as error:
         raise UserError(f'--rows {pattern}: not a regular expression: {error}') from error
     if not chosen:
-        raise UserError(f'--rows {pattern}: matches none of the published configs\n'
-                        f'They are: {", ".join(str(row.config) for row in published.results())}')
+        raise UserError(
+            f'--rows {pattern}: matches none of the published configs\n'
+            f'They are: {", ".join(str(row.config) for row in published.results())}'
+        )
     rows = []
     for number, result in enumerate(chosen, 1):
         row = count_row(result)
         rows.append(row)
-        say(f'{number}/{len(chosen)} {row["config"]}: ours {shown(row["counts"][OURS], row)}; as the authors count '
-            f'{shown(row["authors"], row)}: {row["status"]}')
+        say(
+            f'{number}/{len(chosen)} {row["config"]}: ours {shown(row["counts"][OURS], row)}; as the authors count '
+            f'{shown(row["authors"], row)}: {row["status"]}'
+        )
     return dict(command=COMMAND, versions=versions(), tolerance_percent=TOLERANCES, countings=COUNTINGS, rows=rows)
 
 
@@ -84,18 +89,27 @@ def count_row(result: Result) -> dict[str, Any]:
         deployed=dict(parameters=deployed.inference_parameters, macs=deployed.macs),
         training=dict(parameters=training.parameters, macs=training.macs),
         mmcv_training=dict(parameters=training.parameters, macs=complexity.mmcv_macs(model, result.input)),
-        mmcv_merged=_mmcv_merged(model, result))
+        mmcv_merged=_mmcv_merged(model, result),
+    )
     kernels = AUTHORS_KERNELS.get(result.backbone)
     authors = counts[AUTHORS[result.family]]
     if kernels:
         authors = _mmcv_merged(build(_with_kernels(cfg, kernels)), result)
     row = dict(
-        config=result.config, task=result.task, backbone=result.backbone, pretraining=result.pretraining,
-        dataset=result.dataset, method=result.method, input=list(result.input),
-        published=dict(parameters_m=result.params_m, macs_g=result.flops_g), counts=counts,
+        config=result.config,
+        task=result.task,
+        backbone=result.backbone,
+        pretraining=result.pretraining,
+        dataset=result.dataset,
+        method=result.method,
+        input=list(result.input),
+        published=dict(parameters_m=result.params_m, macs_g=result.flops_g),
+        counts=counts,
         authors=dict(counting=AUTHORS[result.family], kernels=kernels, **authors),
         parts=[asdict(part) for part in deployed.parts],
-        uncounted=[asdict(operator) for operator in deployed.uncounted], notes=deployed.notes)
+        uncounted=[asdict(operator) for operator in deployed.uncounted],
+        notes=deployed.notes,
+    )
     return {**row, 'status': status_of(row)}
 
 
@@ -144,8 +158,11 @@ def shown(count: dict[str, Any], row: dict[str, Any], what: str | None = None) -
 
 def agreement(record: dict[str, Any], family: str, way: str, what: str) -> str:
     """How many rows of a family a way of counting reproduces when rounded, and its largest difference in percent."""
-    members = [(row['authors'] if way == 'authors' else row['counts'][way], row)
-               for row in record['rows'] if row['backbone'].startswith(family)]
+    members = [
+        (row['authors'] if way == 'authors' else row['counts'][way], row)
+        for row in record['rows']
+        if row['backbone'].startswith(family)
+    ]
     worst = max((difference(count, row, what) for count, row in members), key=abs)
     return f'{sum(rounds(count, row, what) for count, row in members)} of {len(members)}, {worst:+.2f} %'
 
@@ -153,13 +170,24 @@ def agreement(record: dict[str, Any], family: str, way: str, what: str) -> str:
 def page(record: dict[str, Any], tables_only: bool = False) -> str:
     """The text of docs/complexity.md, from a record of :func:`run`."""
     rows = record['rows']
-    deviation, config = max((sum(operator['elements'] for operator in row['uncounted']) / row['counts'][OURS]['macs'],
-                             row['config']) for row in rows)
+    deviation, config = max(
+        (sum(operator['elements'] for operator in row['uncounted']) / row['counts'][OURS]['macs'], row['config'])
+        for row in rows
+    )
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(_PAGE.read_text(encoding='utf-8')).render(
-        record, tables_only=tables_only, ours=OURS, shown=shown, agreement=agreement, record=record,
+        record,
+        tables_only=tables_only,
+        ours=OURS,
+        shown=shown,
+        agreement=agreement,
+        record=record,
         families=[family for family in AUTHORS if any(row['backbone'].startswith(family) for row in rows)],
-        authors=AUTHORS, authors_kernels=AUTHORS_KERNELS, share=100 * deviation, largest=config,
+        authors=AUTHORS,
+        authors_kernels=AUTHORS_KERNELS,
+        share=100 * deviation,
+        largest=config,
         operators=sorted({operator['name'] for row in rows for operator in row['uncounted']}),
         notes=list(dict.fromkeys(note for row in rows for note in row['notes'])),
-        missed=[row for row in rows if not all(rounds(row['authors'], row, what) for what in _UNITS)])
+        missed=[row for row in rows if not all(rounds(row['authors'], row, what) for what in _UNITS)],
+    )

@@ -1,4 +1,5 @@
 """Whether two networks that are timed compute the same: a speed-up with other results is an error."""
+
 import math
 from dataclasses import dataclass
 
@@ -11,8 +12,12 @@ CLASS_MAP = 'class map'
 #: float32. A wrong weight or layer is off by 0.1 and more in the results, by 1 in its gradient. In the backward pass
 #: rounding decides at every ReLU whose input is nearly zero: a share s of them that flip gives a difference of sqrt(s),
 #: in bfloat16 and with few pixels almost half of the gradient.
-TOLERANCES = {('inference', 'float32'): 1e-3, ('inference', 'bfloat16'): 0.3,
-              ('train', 'float32'): 1e-2, ('train', 'bfloat16'): 0.8}
+TOLERANCES = {
+    ('inference', 'float32'): 1e-3,
+    ('inference', 'bfloat16'): 0.3,
+    ('train', 'float32'): 1e-2,
+    ('train', 'bfloat16'): 0.8,
+}
 
 
 @dataclass
@@ -62,8 +67,10 @@ def gap_of_gradients(reference: dict[str, Tensor], found: dict[str, Tensor], tog
     if reference.keys() != found.keys():
         return Gap(math.inf)
     norms = {name: torch.linalg.vector_norm(value.double()).item() for name, value in reference.items()}
-    gaps = {name: torch.linalg.vector_norm(found[name].double() - value.double()).item()
-            for name, value in reference.items()}
+    gaps = {
+        name: torch.linalg.vector_norm(found[name].double() - value.double()).item()
+        for name, value in reference.items()
+    }
     if together:
         return Gap(_relative(math.hypot(*gaps.values()), math.hypot(*norms.values())))
     floor = 1e-3 * max(norms.values())

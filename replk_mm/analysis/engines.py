@@ -1,4 +1,5 @@
 """Other inference engines on the same network: exported to ONNX once, with the same threads and images."""
+
 import contextlib
 import importlib.util
 import io
@@ -63,8 +64,10 @@ def export(net: Any, image: Tensor, path: Path) -> None:
         raise UserError('a whole detector has no plain ONNX form; compare its backbone: benchmark.py backbone')
     test = (net.test_cfg or {}) if kind == 'segmentor' else {}
     if test.get('mode') == 'slide' and any(a > b for a, b in zip(image.shape[2:], test['crop_size'], strict=True)):
-        raise UserError('the config tests with sliding windows, which cannot be exported; for a comparison use '
-                        '--cfg-options model.test_cfg.mode=whole')
+        raise UserError(
+            'the config tests with sliding windows, which cannot be exported; for a comparison use '
+            '--cfg-options model.test_cfg.mode=whole'
+        )
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter('ignore')
         torch.onnx.export(Deployed(net).eval(), (image,), str(path), dynamo=True, input_names=['image'], verbose=False)
@@ -87,23 +90,32 @@ def load(engine: str, path: Path, threads: int, dtype: str = 'float32') -> Run:
             raise UserError(f'no {dtype} on CPUs')
         return _onnxruntime(path, threads)
     import openvino
+
     core = openvino.Core()
     if dtype == 'bfloat16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
         raise UserError('this CPU has no bfloat16 for it')
     # Its default precision is bfloat16 on CPUs that have it.
-    network = core.compile_model(str(path), 'CPU', {
-        'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype], 'INFERENCE_NUM_THREADS': threads,
-        'PERFORMANCE_HINT': 'LATENCY'})
+    network = core.compile_model(
+        str(path),
+        'CPU',
+        {
+            'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype],
+            'INFERENCE_NUM_THREADS': threads,
+            'PERFORMANCE_HINT': 'LATENCY',
+        },
+    )
     request = network.create_infer_request()
 
     def run(image: Tensor) -> list[np.ndarray]:
         found = request.infer([image.contiguous().numpy()], share_inputs=True)
         return [found[output] for output in network.outputs]
+
     return run
 
 
 def _onnxruntime(path: Path, threads: int) -> Run:
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3

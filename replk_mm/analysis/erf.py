@@ -14,6 +14,7 @@ of the centre with respect to the image. This is that gradient as Ding et al. me
 Where gradients are small, log10(score + 1) is proportional to the score; where they are large it is flat, so that
 multiplying all gradients by ten changes the areas. They are therefore also given of the scores themselves.
 """
+
 import copy
 import hashlib
 import json
@@ -97,24 +98,35 @@ class Erf(BaseModel):
 
     def values(self) -> dict[str, Any]:
         """What a suite records: areas in the paper's scale and of the scores themselves; None if all scores are 0."""
-        return dict(areas=areas(paper_scale(self.scores)), areas_of_scores=areas(self.scores), size=self.size,
-                    images=self.images, trained=self.trained, weights=self.weights)
+        return dict(
+            areas=areas(paper_scale(self.scores)),
+            areas_of_scores=areas(self.scores),
+            size=self.size,
+            images=self.images,
+            trained=self.trained,
+            weights=self.weights,
+        )
 
     def protocol(self) -> dict[str, Any]:
         """What two measurements must have in common to be compared."""
-        return dict(size=self.size, images=self.images, image_set=self.image_set, stage=self.stage,
-                    trained=self.trained)
+        return dict(
+            size=self.size, images=self.images, image_set=self.image_set, stage=self.stage, trained=self.trained
+        )
 
     def notes(self) -> list[str]:
         """Warnings for the reader, one line each."""
         found = []
         if not self.trained:
-            found.append('WEIGHTS: UNTRAINED. This is the receptive field of random weights, not what the network '
-                         "learns to look at; name a CHECKPOINT, or a backbone's weights with --pretrained FILE")
+            found.append(
+                'WEIGHTS: UNTRAINED. This is the receptive field of random weights, not what the network '
+                "learns to look at; name a CHECKPOINT, or a backbone's weights with --pretrained FILE"
+            )
         if self.silent:
-            found.append(f'{self.silent} of {self.images} images contribute nothing: the centre of the map is at most '
-                         f'0 in every channel there, or its gradient is nowhere positive'
-                         + ('; there are no areas' if self.silent == self.images else ''))
+            found.append(
+                f'{self.silent} of {self.images} images contribute nothing: the centre of the map is at most '
+                f'0 in every channel there, or its gradient is nowhere positive'
+                + ('; there are no areas' if self.silent == self.images else '')
+            )
         return found
 
     def save(self, folder: Path) -> None:
@@ -126,11 +138,23 @@ class Erf(BaseModel):
         try:
             np.savez_compressed(folder / 'erf.npz', scores=self.scores)
         except OSError as error:
-            raise UserError(f'{folder / "erf.npz"}: cannot be written ({error.strerror})\n'
-                            f'Free some space, or choose another folder with --out DIR.') from error
-        results.write(dict(kind=KIND, version=_VERSION, **self.model_dump(exclude={'scores'}), stride=self.stride,
-                           offset=self.offset, values=self.values(), protocol=self.protocol(), matrix='erf.npz'),
-                      folder / 'erf.json')
+            raise UserError(
+                f'{folder / "erf.npz"}: cannot be written ({error.strerror})\n'
+                f'Free some space, or choose another folder with --out DIR.'
+            ) from error
+        results.write(
+            dict(
+                kind=KIND,
+                version=_VERSION,
+                **self.model_dump(exclude={'scores'}),
+                stride=self.stride,
+                offset=self.offset,
+                values=self.values(),
+                protocol=self.protocol(),
+                matrix='erf.npz',
+            ),
+            folder / 'erf.json',
+        )
 
     @classmethod
     def load(cls, path: Path) -> 'Erf':
@@ -155,8 +179,9 @@ class Erf(BaseModel):
         except FileNotFoundError as error:
             raise UserError(f'{error.filename}: no such file\n{advice}') from error
         except Exception as error:  # a damaged archive raises one of a dozen types
-            raise UserError(f'{path}: not an effective receptive field: {type(error).__name__}: {error}\n'
-                            f'{advice}') from error
+            raise UserError(
+                f'{path}: not an effective receptive field: {type(error).__name__}: {error}\n{advice}'
+            ) from error
         return found
 
 
@@ -184,7 +209,7 @@ def areas(matrix: np.ndarray) -> dict[str, dict[str, Any]]:
     for share in SHARES:
         if held[-1] > 0:
             side = min(2 * int(np.searchsorted(held, share * held[-1])) + 1, size)
-            found[str(share)] = dict(side=side, ratio=(side / size)**2)
+            found[str(share)] = dict(side=side, ratio=(side / size) ** 2)
         else:
             found[str(share)] = dict(side=None, ratio=None)
     return found
@@ -209,13 +234,17 @@ def contributions(backbone: nn.Module, image: Tensor, stage: int | None = None) 
     outputs = [found] if isinstance(found, Tensor) else list(found.values() if isinstance(found, dict) else found)
     index = len(outputs) - 1 if stage is None else stage
     if not 0 <= index < len(outputs):
-        raise UserError(f'--stage {stage}: {type(backbone).__name__} has {len(outputs)} outputs\n'
-                        f'Choose one of 0..{len(outputs) - 1}; out_indices of the backbone selects them.')
+        raise UserError(
+            f'--stage {stage}: {type(backbone).__name__} has {len(outputs)} outputs\n'
+            f'Choose one of 0..{len(outputs) - 1}; out_indices of the backbone selects them.'
+        )
     feature = outputs[index]
     if not isinstance(feature, Tensor) or feature.dim() != 4:
         what = f'has shape {tuple(feature.shape)}' if isinstance(feature, Tensor) else f'is a {type(feature).__name__}'
-        raise UserError(f'{type(backbone).__name__}: output {index} {what}; it is no feature map (N, C, H, W)\n'
-                        f'Choose another output with --stage.')
+        raise UserError(
+            f'{type(backbone).__name__}: output {index} {what}; it is no feature map (N, C, H, W)\n'
+            f'Choose another output with --stage.'
+        )
     height, width = feature.shape[2:]
     # Not autograd.grad, which rejects networks that recompute their activations.
     feature[:, :, height // 2, width // 2].relu().sum().backward()
@@ -223,9 +252,21 @@ def contributions(backbone: nn.Module, image: Tensor, stage: int | None = None) 
     return leaf.grad.double().relu().sum((0, 1)), index, feature.shape
 
 
-def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: int, count: int, out: Path,
-                stage: int | None = None, device: str | None = 'cpu', *, pretrained: str | None = None, seed: int = 0,
-                randomize: bool = False, progress: bool = False) -> Erf:
+def measure_erf(
+    cfg: Config | str,
+    checkpoint: str | None,
+    images: Path,
+    size: int,
+    count: int,
+    out: Path,
+    stage: int | None = None,
+    device: str | None = 'cpu',
+    *,
+    pretrained: str | None = None,
+    seed: int = 0,
+    randomize: bool = False,
+    progress: bool = False,
+) -> Erf:
     """Measure the effective receptive field of a config's backbone; write it with its heat map to a folder.
 
     Args:
@@ -246,6 +287,7 @@ def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: i
         UserError: If one of the above cannot be used, or a gradient is not finite.
     """
     from replk_mm.analysis.erf_report import draw
+
     where = select_device(device)
     files = image_files(Path(images), count)
     folder = prepare_work_dir(out, option='--out')
@@ -262,18 +304,32 @@ def measure_erf(cfg: Config | str, checkpoint: str | None, images: Path, size: i
             with explained(f'{config}: {name} fails on an image of {size}x{size}', 'Try another --size.'):
                 scores, index, shape = contributions(backbone, image, stage)
             if not scores.isfinite().all():
-                raise UserError(f'{path}: the gradient of {name} is not finite with this image\n'
-                                f'Weights: {weights}. Remove the image, or use other weights.')
+                raise UserError(
+                    f'{path}: the gradient of {name} is not finite with this image\n'
+                    f'Weights: {weights}. Remove the image, or use other weights.'
+                )
             total += scores.cpu()
             silent += not scores.any().item()
     source = checkpoint or pretrained
     file = checkpoints.fetch(source) if source else None
     mean, std, rgb = mean_std_rgb
-    found = Erf(scores=total.numpy() / len(files), backbone=name, config=config, weights=weights,
-                trained=file is not None, checkpoint=dict(path=str(file), sha256=sha256(file)) if file else None,
-                stage=index, channels=shape[1], map_size=(shape[2], shape[3]), size=size, images=len(files),
-                image_set=fingerprint(files), silent=silent, environment=results.environment(),
-                preprocessing=dict(mean=list(mean), std=list(std), channels='RGB' if rgb else 'BGR'))
+    found = Erf(
+        scores=total.numpy() / len(files),
+        backbone=name,
+        config=config,
+        weights=weights,
+        trained=file is not None,
+        checkpoint=dict(path=str(file), sha256=sha256(file)) if file else None,
+        stage=index,
+        channels=shape[1],
+        map_size=(shape[2], shape[3]),
+        size=size,
+        images=len(files),
+        image_set=fingerprint(files),
+        silent=silent,
+        environment=results.environment(),
+        preprocessing=dict(mean=list(mean), std=list(std), channels='RGB' if rgb else 'BGR'),
+    )
     found.save(folder)
     draw([found], folder / 'erf.png')
     return found
@@ -297,22 +353,33 @@ def read_image(path: Path, size: int, mean: Sequence[float], std: Sequence[float
         with Image.open(path) as opened:
             square = opened.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
     except Exception as error:  # Pillow's readers raise many types for damaged files
-        raise UserError(f'{path}: not a readable image ({error or type(error).__name__})\n'
-                        f'Repair or remove it; --images takes every image of a folder.') from error
+        raise UserError(
+            f'{path}: not a readable image ({error or type(error).__name__})\n'
+            f'Repair or remove it; --images takes every image of a folder.'
+        ) from error
     pixels = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1)[None]
     pixels = pixels if rgb else pixels.flip(1)
     return (pixels - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
 
 
-def _build(cfg: Config, node: ConfigDict, checkpoint: str | None, pretrained: str | None, seed: int, randomize: bool,
-           device: str) -> tuple[nn.Module, str]:
+def _build(
+    cfg: Config,
+    node: ConfigDict,
+    checkpoint: str | None,
+    pretrained: str | None,
+    seed: int,
+    randomize: bool,
+    device: str,
+) -> tuple[nn.Module, str]:
     """The backbone in evaluation mode without gradients of its weights, and their origin as text."""
     if checkpoint and pretrained:
-        raise UserError(f'--pretrained {pretrained}: the checkpoint {checkpoint} already has all weights\n'
-                        f'Use one of the two.')
+        raise UserError(
+            f'--pretrained {pretrained}: the checkpoint {checkpoint} already has all weights\nUse one of the two.'
+        )
     if randomize and (checkpoint or pretrained):
-        raise UserError(f'--randomize: is for random weights; {checkpoint or pretrained} has its own\n'
-                        f'Leave one of the two out.')
+        raise UserError(
+            f'--randomize: is for random weights; {checkpoint or pretrained} has its own\nLeave one of the two out.'
+        )
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the libraries' remarks are about training
         if checkpoint:
@@ -329,8 +396,9 @@ def _build(cfg: Config, node: ConfigDict, checkpoint: str | None, pretrained: st
     return backbone, weights
 
 
-def _start(cfg: Config, node: ConfigDict, pretrained: str | None, seed: int,
-           draw_constants: bool) -> tuple[nn.Module, str]:
+def _start(
+    cfg: Config, node: ConfigDict, pretrained: str | None, seed: int, draw_constants: bool
+) -> tuple[nn.Module, str]:
     """The backbone as training starts with it, and the origin of its weights."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     with explaining(cfg, 'model'), torch.random.fork_rng(), _quiet():  # the log of every weight
@@ -353,8 +421,11 @@ def _forget_files(node: ConfigDict) -> None:
         if isinstance(part, dict):
             _forget_files(part)
     init = node.pop('init_cfg', None)
-    init = [part for part in (init if isinstance(init, (list, tuple)) else [init])
-            if part and part.get('type', 'Pretrained') != 'Pretrained']  # mmdet's PVT names a file without a type
+    init = [
+        part
+        for part in (init if isinstance(init, (list, tuple)) else [init])
+        if part and part.get('type', 'Pretrained') != 'Pretrained'
+    ]  # mmdet's PVT names a file without a type
     if init:
         node['init_cfg'] = init
     node.pop('pretrained', None)
@@ -364,8 +435,9 @@ def _normalization(node: ConfigDict | None) -> tuple[tuple[float, ...], tuple[fl
     """Mean, standard deviation and whether channels are RGB, of a config's preprocessor; ImageNet's without one."""
     if not node:
         return _MEAN, _STD, True
-    mean, std = (tuple(float(value) for value in node.get(key) or (default,) * 3)
-                 for key, default in (('mean', 0), ('std', 1)))
+    mean, std = (
+        tuple(float(value) for value in node.get(key) or (default,) * 3) for key, default in (('mean', 0), ('std', 1))
+    )
     return mean, std, bool(node.get('bgr_to_rgb') or node.get('rgb_to_bgr'))  # both swap images read as BGR
 
 
@@ -391,8 +463,10 @@ def image_files(folder: Path, count: int) -> list[Path]:
         raise UserError(f'--images {folder}: no such folder' + (' (it is a file)' if folder.is_file() else ''))
     found = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
-        raise UserError(f'--images {folder}: no image in it or its subfolders\n'
-                        f'Images are files that end with {", ".join(SUFFIXES)}.')
+        raise UserError(
+            f'--images {folder}: no image in it or its subfolders\n'
+            f'Images are files that end with {", ".join(SUFFIXES)}.'
+        )
     return found[:count]
 
 

@@ -1,4 +1,5 @@
 """Effective receptive fields as tables and pictures, alone and side by side."""
+
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,31 +22,48 @@ _STYLES = dict(zip(SHARES, ('-', '--', '-.', ':'), strict=True))
 def disambiguate(found: Sequence[Erf], paths: Sequence[Path]) -> list[Erf]:
     """Add the folder's name to backbones that a table could not tell apart, such as those whose kernels differ."""
     alike = Counter((erf.backbone, erf.weights, erf.stage) for erf in found)
-    return [erf.model_copy(update=dict(backbone=f'{erf.backbone} ({path.resolve().parent.name})'))
-            if alike[erf.backbone, erf.weights, erf.stage] > 1 else erf
-            for erf, path in zip(found, paths, strict=True)]
+    return [
+        erf.model_copy(update=dict(backbone=f'{erf.backbone} ({path.resolve().parent.name})'))
+        if alike[erf.backbone, erf.weights, erf.stage] > 1
+        else erf
+        for erf, path in zip(found, paths, strict=True)
+    ]
 
 
 def tables(found: Sequence[Erf]) -> str:
     """Receptive fields as Markdown: the smallest centred squares in both scales, and their protocol."""
     head = f'| Backbone | Weights | Map | {" | ".join(f"{100 * share:g} %" for share in SHARES)} |'
     lines: list[str] = []
-    for title, scale in (('in the scale of the RepLKNet paper, log10(score + 1)', paper_scale),
-                         ('of the contribution scores themselves', lambda scores: scores)):
-        lines += [f'Smallest centred square that holds a share {title}: side in pixels, share of the image', '', head,
-                  f'|{" --- |" * (3 + len(SHARES))}']
+    for title, scale in (
+        ('in the scale of the RepLKNet paper, log10(score + 1)', paper_scale),
+        ('of the contribution scores themselves', lambda scores: scores),
+    ):
+        lines += [
+            f'Smallest centred square that holds a share {title}: side in pixels, share of the image',
+            '',
+            head,
+            f'|{" --- |" * (3 + len(SHARES))}',
+        ]
         for erf in found:
-            cells = [f'{area["side"]} ({100 * area["ratio"]:.1f} %)' if area['side'] else 'none'
-                     for area in areas(scale(erf.scores)).values()]
-            lines.append(f'| {erf.backbone} | {"" if erf.trained else "**untrained**: "}{erf.weights} | '
-                         f'output {erf.stage}, stride {erf.stride:g}, {erf.channels} channels | {" | ".join(cells)} |')
+            cells = [
+                f'{area["side"]} ({100 * area["ratio"]:.1f} %)' if area['side'] else 'none'
+                for area in areas(scale(erf.scores)).values()
+            ]
+            lines.append(
+                f'| {erf.backbone} | {"" if erf.trained else "**untrained**: "}{erf.weights} | '
+                f'output {erf.stage}, stride {erf.stride:g}, {erf.channels} channels | {" | ".join(cells)} |'
+            )
         lines.append('')
     offsets = (f'{erf.backbone} {erf.offset[0]:+.1f}, {erf.offset[1]:+.1f}' for erf in found if erf.offset)
-    lines += [f'Centre of gravity of the scores, pixels below and right of the middle: '
-              f'{"; ".join(offsets) or "none"}.', '']
+    lines += [
+        f'Centre of gravity of the scores, pixels below and right of the middle: {"; ".join(offsets) or "none"}.',
+        '',
+    ]
     sets = sorted({erf.image_set[:12] for erf in found})
-    lines.append(f'Images: {_image_count(found)} resized to {found[0].size} x {found[0].size} pixels; '
-                 f'SHA-256 of the set {" and ".join(sets)}.')
+    lines.append(
+        f'Images: {_image_count(found)} resized to {found[0].size} x {found[0].size} pixels; '
+        f'SHA-256 of the set {" and ".join(sets)}.'
+    )
     return '\n'.join(lines) + '\n'
 
 
@@ -57,13 +75,21 @@ def remarks(found: Sequence[Erf]) -> list[str]:
     """
     if len({erf.size for erf in found}) > 1:
         sizes = ', '.join(f'{erf.backbone} ({erf.config}) {erf.size}' for erf in found)
-        raise UserError(f'--compare: the images differ in size: {sizes} pixels\n'
-                        f'A share of the image means something else at each size. Measure all with one --size.')
+        raise UserError(
+            f'--compare: the images differ in size: {sizes} pixels\n'
+            f'A share of the image means something else at each size. Measure all with one --size.'
+        )
     lines = []
     untrained = [erf.backbone for erf in found if not erf.trained]
     if untrained:
-        lines.append('warning: untrained weights: ' + ('all' if len(untrained) == len(found) else
-                     f'{", ".join(untrained)}; the others are trained: these are different questions'))
+        lines.append(
+            'warning: untrained weights: '
+            + (
+                'all'
+                if len(untrained) == len(found)
+                else f'{", ".join(untrained)}; the others are trained: these are different questions'
+            )
+        )
     if len({erf.image_set for erf in found}) > 1:
         lines.append('warning: the images are not the same')
     if len({erf.stride for erf in found}) > 1:
@@ -82,8 +108,12 @@ def draw(found: Sequence[Erf], path: Path) -> None:
     panels = figure.subplots(2, len(found), squeeze=False)
     rows: tuple[tuple[str, Callable[[np.ndarray], np.ndarray], Normalize], ...] = (
         ('log10(score + 1) over its largest value', paper_scale, Normalize(0, 1)),
-        ('score over the largest score', lambda scores: scores / max(scores.max(), np.finfo(float).tiny),
-         LogNorm(_FLOOR, 1)))
+        (
+            'score over the largest score',
+            lambda scores: scores / max(scores.max(), np.finfo(float).tiny),
+            LogNorm(_FLOOR, 1),
+        ),
+    )
     for row, (title, scale, norm) in zip(panels, rows, strict=True):
         for panel, erf in zip(row, found, strict=True):
             matrix = scale(erf.scores)
@@ -91,19 +121,35 @@ def draw(found: Sequence[Erf], path: Path) -> None:
             for share, area in areas(matrix).items():
                 if area['side']:
                     corner = erf.size // 2 - area['side'] // 2 - 0.5
-                    panel.add_patch(Rectangle((corner, corner), area['side'], area['side'], fill=False,
-                                              edgecolor='white', linewidth=0.9, linestyle=_STYLES[float(share)]))
+                    panel.add_patch(
+                        Rectangle(
+                            (corner, corner),
+                            area['side'],
+                            area['side'],
+                            fill=False,
+                            edgecolor='white',
+                            linewidth=0.9,
+                            linestyle=_STYLES[float(share)],
+                        )
+                    )
             ticks = [0, erf.size // 2, erf.size - 1]
             panel.set(xticks=ticks, yticks=ticks)
             panel.tick_params(labelsize=7)
             weights = erf.weights if len(erf.weights) <= 44 else f'...{erf.weights[-41:]}'
             panel.set_title(f'{erf.backbone}\n{"" if erf.trained else "UNTRAINED: "}{weights}', fontsize=8)
         figure.colorbar(shown, ax=list(row), label=title, shrink=0.85)
-    figure.suptitle(f'Effective receptive field, {found[0].size} x {found[0].size} pixels, {_image_count(found)}',
-                    fontsize=10)
+    figure.suptitle(
+        f'Effective receptive field, {found[0].size} x {found[0].size} pixels, {_image_count(found)}', fontsize=10
+    )
     squares = [Rectangle((0, 0), 1, 1, fill=False, edgecolor='black', linestyle=style) for style in _STYLES.values()]
-    figure.legend(squares, [f'holds {100 * share:g} %' for share in _STYLES], loc='outside lower center', ncols=4,
-                  frameon=False, fontsize=8)
+    figure.legend(
+        squares,
+        [f'holds {100 * share:g} %' for share in _STYLES],
+        loc='outside lower center',
+        ncols=4,
+        frameon=False,
+        fontsize=8,
+    )
     figure.set_dpi(110)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -111,8 +157,9 @@ def draw(found: Sequence[Erf], path: Path) -> None:
         # A palette takes a third of the space of full colour, in which these noisy maps hardly compress.
         Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256).save(path, optimize=True)
     except OSError as error:
-        raise UserError(f'{path}: cannot be written ({error.strerror})\n'
-                        f'Choose another folder with --out DIR.') from error
+        raise UserError(
+            f'{path}: cannot be written ({error.strerror})\nChoose another folder with --out DIR.'
+        ) from error
 
 
 def _image_count(found: Sequence[Erf]) -> str:

@@ -1,4 +1,5 @@
 """A network to measure, as plain data: for this process, and for a process of its own that measures memory."""
+
 import contextlib
 import io
 from collections.abc import Iterable
@@ -59,8 +60,9 @@ def default_shape(config: str, options: dict | None) -> tuple[int, int]:
         if 'Resize' in str(step.get('type')) and isinstance(scale, (tuple, list)) and len(scale) == 2:
             short, long = (-(-side // 32) * 32 for side in sorted(scale))
             return short, long
-    raise UserError(f'{config}: the config has neither crop_size nor a Resize with a scale\n'
-                    f'Name a size with --shape H W.')
+    raise UserError(
+        f'{config}: the config has neither crop_size nor a Resize with a scale\nName a size with --shape H W.'
+    )
 
 
 def set_shape(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:

@@ -1,4 +1,5 @@
 """The network as its authors' code runs it: torch's own depthwise convolution, in the default memory layout."""
+
 import copy
 from typing import Any
 
@@ -20,8 +21,9 @@ from replk_mm.reparam import Changes, reparameterize
 PLAIN, PLAIN_TRAINING, OURS = 'plain torch', 'plain torch, training form', 'ours'
 
 
-def networks(cfg: Config, whole: bool, form: str, checkpoint: str | None = None,
-             seed: int = 0) -> tuple[dict[str, nn.Module], Changes | None]:
+def networks(
+    cfg: Config, whole: bool, form: str, checkpoint: str | None = None, seed: int = 0
+) -> tuple[dict[str, nn.Module], Changes | None]:
     """The same network several times, with the same weights.
 
     Args:
@@ -46,8 +48,10 @@ def networks(cfg: Config, whole: bool, form: str, checkpoint: str | None = None,
         meta = load_model(ours, checkpoint)[1]
         load_model(plain, checkpoint)
         if form == 'training' and meta.get(SCOPE, {}).get('reparameterized'):
-            raise UserError(f'{checkpoint}: is reparameterized; it has no training form\n'
-                            f'Use --mode inference --form reparameterized, or the checkpoint that training wrote.')
+            raise UserError(
+                f'{checkpoint}: is reparameterized; it has no training form\n'
+                f'Use --mode inference --form reparameterized, or the checkpoint that training wrote.'
+            )
     else:
         randomize(ours, seed)
         plain.load_state_dict(ours.state_dict())
@@ -64,8 +68,9 @@ def networks(cfg: Config, whole: bool, form: str, checkpoint: str | None = None,
 
 
 def _build(cfg: Config, model: ConfigDict, whole: bool) -> nn.Module:
-    part = Config(dict(model=copy.deepcopy(model), default_scope=cfg.get('default_scope', 'mmengine')),
-                  filename=cfg.filename)
+    part = Config(
+        dict(model=copy.deepcopy(model), default_scope=cfg.get('default_scope', 'mmengine')), filename=cfg.filename
+    )
     backbone = part.model.get('backbone')
     if not backbone:
         raise UserError(f'{cfg.filename}: model {part.model.get("type")} has no backbone')
@@ -83,8 +88,9 @@ def _of_the_libraries(model: Any, scope: str) -> Any:
         return [_of_the_libraries(part, scope) for part in model]
     if not isinstance(model, dict):
         return model
-    new = ConfigDict({key: value if key == 'backbone' else _of_the_libraries(value, scope)
-                      for key, value in model.items()})
+    new = ConfigDict(
+        {key: value if key == 'backbone' else _of_the_libraries(value, scope) for key, value in model.items()}
+    )
     prefix, _, name = str(new.get('type', '')).rpartition('.')
     if prefix == SCOPE and MODELS.get(f'{scope}.{name}') is not None:
         new['type'] = f'{scope}.{name}'
@@ -121,8 +127,17 @@ class PlainConv2d(nn.Conv2d):
 
 
 def _plain_convolution(conv: Any) -> nn.Conv2d:
-    new: Any = PlainConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                           conv.dilation, conv.groups, conv.bias is not None, device='meta')
+    new: Any = PlainConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.bias is not None,
+        device='meta',
+    )
     new.weight, new.bias = conv.weight, conv.bias
     return new.train(conv.training)
 

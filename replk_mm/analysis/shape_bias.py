@@ -5,6 +5,7 @@ shape bias improves accuracy and robustness", ICLR 2019, arXiv:1811.12231: of th
 shape or that of the texture, the share for the shape. There a decision is a classifier's answer. Here it is the class
 that most pixels of an object are predicted as, among the classes of objects: background inside an object is no answer.
 """
+
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,10 +31,12 @@ from replk_mm.files import sha256
 from replk_mm.visualize import overlay
 
 #: Part of the protocol of records: figures of another text are not compared.
-DEFINITION = ('of the objects decided for the class of their shape or that of their texture, the share decided for the '
-              'shape (Geirhos et al., ICLR 2019); an object is decided for the class that most of its pixels are '
-              'predicted as, of the classes of objects alone; neither of the two, a tie, or no pixel of any such class '
-              "is 'other', which does not count in the share")
+DEFINITION = (
+    'of the objects decided for the class of their shape or that of their texture, the share decided for the '
+    'shape (Geirhos et al., ICLR 2019); an object is decided for the class that most of its pixels are '
+    'predicted as, of the classes of objects alone; neither of the two, a tie, or no pixel of any such class '
+    "is 'other', which does not count in the share"
+)
 #: Objects in the picture at most, and in one row of it, and the side of each in pixels.
 _SHOWN, _COLUMNS, _SIDE = 12, 4, 144
 # Colours of Okabe and Ito, which are safe for colour-blind readers; the text repeats them.
@@ -67,11 +70,15 @@ class ShapeBias:
         """Counts, ``shape_bias`` from 0 (texture) to 1 (shape), both also by the class of the shape, and the share of
         right decisions where the cues agree. A share of nothing is None."""
         right = sum(d.cue == 'shape' for d in self.agreeing)
-        return dict(**_figures(self.conflict),
-                    per_class={name: _figures([d for d in self.conflict if d.item.shape == name])
-                               for name in sorted({d.item.shape for d in self.conflict})},
-                    agreeing_accuracy=right / len(self.agreeing) if self.agreeing else None,
-                    agreeing_objects=len(self.agreeing))
+        return dict(
+            **_figures(self.conflict),
+            per_class={
+                name: _figures([d for d in self.conflict if d.item.shape == name])
+                for name in sorted({d.item.shape for d in self.conflict})
+            },
+            agreeing_accuracy=right / len(self.agreeing) if self.agreeing else None,
+            agreeing_objects=len(self.agreeing),
+        )
 
     def protocol(self) -> dict[str, Any]:
         """What figures must have in common to be compared."""
@@ -81,8 +88,12 @@ class ShapeBias:
 def _figures(decisions: Sequence[Decision]) -> dict[str, Any]:
     count = Counter(d.cue for d in decisions)
     either = count['shape'] + count['texture']
-    return dict(shape_decisions=count['shape'], texture_decisions=count['texture'], other=count['other'],
-                shape_bias=count['shape'] / either if either else None)
+    return dict(
+        shape_decisions=count['shape'],
+        texture_decisions=count['texture'],
+        other=count['other'],
+        shape_bias=count['shape'] / either if either else None,
+    )
 
 
 def decide(predicted: np.ndarray, mask: np.ndarray, known: Mapping[str, int]) -> str | None:
@@ -125,29 +136,55 @@ def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: st
         if (decision.scene, decision.item) in chosen:
             panels.append((decision, image, predicted))
     agreeing = [decision for decision, _, _ in _decisions(model, found, found.agreeing, known)]
-    bias = ShapeBias(conflict, agreeing, dict(
-        **found.about, sha256=found.sha256, conflict=len(found.conflict), agreeing=len(found.agreeing)))
+    bias = ShapeBias(
+        conflict,
+        agreeing,
+        dict(**found.about, sha256=found.sha256, conflict=len(found.conflict), agreeing=len(found.agreeing)),
+    )
     _draw(panels, bias.values(), known, model.dataset_meta['palette'], out / 'shape_bias.png')
     path = checkpoints.fetch(checkpoint)
-    results.write(dict(values=bias.values(), protocol=bias.protocol(), config=str(cfg.filename),
-                       checkpoint=dict(path=str(path), sha256=sha256(path)),
-                       decisions=[dict(image=d.scene.name, box=list(d.item.box), shape=d.item.shape,
-                                       texture=d.item.texture, decided=d.decided) for d in (*conflict, *agreeing)],
-                       environment=results.environment()), out / 'shape_bias.json')
+    results.write(
+        dict(
+            values=bias.values(),
+            protocol=bias.protocol(),
+            config=str(cfg.filename),
+            checkpoint=dict(path=str(path), sha256=sha256(path)),
+            decisions=[
+                dict(
+                    image=d.scene.name,
+                    box=list(d.item.box),
+                    shape=d.item.shape,
+                    texture=d.item.texture,
+                    decided=d.decided,
+                )
+                for d in (*conflict, *agreeing)
+            ],
+            environment=results.environment(),
+        ),
+        out / 'shape_bias.json',
+    )
     return bias
 
 
 def _known(model: Any, found: ConflictSet, cfg: Config) -> dict[str, int]:
     """The index of each class of objects in the model's predictions, by name."""
     if not is_segmentor(model):
-        raise UserError(f'{cfg.filename}: a detector; shape bias is measured on the label maps of segmentors\n'
-                        f'Name a segmentation config and its checkpoint.')
+        raise UserError(
+            f'{cfg.filename}: a detector; shape bias is measured on the label maps of segmentors\n'
+            f'Name a segmentation config and its checkpoint.'
+        )
     classes = list(model.dataset_meta['classes'])
-    needed = {name for scene in (*found.conflict, *found.agreeing) for item in scene.objects
-              for name in (item.shape, item.texture)}
+    needed = {
+        name
+        for scene in (*found.conflict, *found.agreeing)
+        for item in scene.objects
+        for name in (item.shape, item.texture)
+    }
     if absent := [name for name in found.object_classes if name in needed and name not in classes]:
-        raise UserError(f'{cfg.filename}: its network has no class {", ".join(absent)}, of which there are objects\n'
-                        f'It has: {", ".join(classes)}. Train it on the training scenes of the same data set.')
+        raise UserError(
+            f'{cfg.filename}: its network has no class {", ".join(absent)}, of which there are objects\n'
+            f'It has: {", ".join(classes)}. Train it on the training scenes of the same data set.'
+        )
     return {name: classes.index(name) for name in found.object_classes if name in classes}
 
 
@@ -162,21 +199,29 @@ def _chosen(scenes: Sequence[ConflictScene]) -> set[tuple[ConflictScene, Conflic
     return {pairs[i] for i in sorted(range(len(pairs)), key=order.__getitem__)[:_SHOWN]}
 
 
-def _decisions(model: nn.Module, found: ConflictSet, scenes: Sequence[ConflictScene],
-               known: Mapping[str, int]) -> Iterator[tuple[Decision, np.ndarray, np.ndarray]]:
+def _decisions(
+    model: nn.Module, found: ConflictSet, scenes: Sequence[ConflictScene], known: Mapping[str, int]
+) -> Iterator[tuple[Decision, np.ndarray, np.ndarray]]:
     """The decision about each object, with the image (BGR) and the predicted class indices of its scene."""
     predictions = predict(model, [str(scene.image) for scene in scenes])
     for scene, (path, image, prediction) in zip(scenes, predictions, strict=True):
         predicted, labels = label_map(prediction), read_labels(scene.labels)
         if predicted.shape != labels.shape:
-            raise UserError(f'{scene.labels}: {labels.shape[0]}x{labels.shape[1]} pixels, and its image {path} has '
-                            f'{predicted.shape[0]}x{predicted.shape[1]}\nWrite the data set again.')
+            raise UserError(
+                f'{scene.labels}: {labels.shape[0]}x{labels.shape[1]} pixels, and its image {path} has '
+                f'{predicted.shape[0]}x{predicted.shape[1]}\nWrite the data set again.'
+            )
         for item in scene.objects:
             yield Decision(scene, item, decide(predicted, found.mask(scene, item, labels), known)), image, predicted
 
 
-def _draw(shown: Sequence[tuple[Decision, np.ndarray, np.ndarray]], values: Mapping[str, Any], known: Mapping[str, int],
-          palette: Sequence[Sequence[int]], path: Path) -> None:
+def _draw(
+    shown: Sequence[tuple[Decision, np.ndarray, np.ndarray]],
+    values: Mapping[str, Any],
+    known: Mapping[str, int],
+    palette: Sequence[Sequence[int]],
+    path: Path,
+) -> None:
     """Write the picture: each object as it is and with its prediction, titled with its decision."""
     ordered = sorted(shown, key=lambda panel: (panel[0].item.shape, panel[0].item.texture))
     columns = min(_COLUMNS, len(ordered))
@@ -191,17 +236,26 @@ def _draw(shown: Sequence[tuple[Decision, np.ndarray, np.ndarray]], values: Mapp
         # Only classes of objects are coloured: what else is predicted inside an object decides nothing.
         painted = overlay(image, np.where(np.isin(predicted, list(known.values())), predicted, 255), palette)
         panel.imshow(np.hstack([_cut(image, item), _cut(painted, item)])[:, :, ::-1])
-        panel.set_title(f'shape {item.shape}, texture {item.texture}\n'
-                        f'decided: {decision.decided or "nothing"} ({decision.cue})', fontsize=8.5,
-                        color=_COLOURS[decision.cue])
+        panel.set_title(
+            f'shape {item.shape}, texture {item.texture}\ndecided: {decision.decided or "nothing"} ({decision.cue})',
+            fontsize=8.5,
+            color=_COLOURS[decision.cue],
+        )
     used = [name for name, index in known.items() if any((predicted == index).any() for _, _, predicted in ordered)]
-    figure.legend(handles=[Patch(color=f'#{bytes(palette[known[name]]).hex()}', label=f'predicted {name}')
-                           for name in used],
-                  loc='outside lower center', ncols=max(1, len(used)), frameon=False, fontsize=8.5)
+    figure.legend(
+        handles=[Patch(color=f'#{bytes(palette[known[name]]).hex()}', label=f'predicted {name}') for name in used],
+        loc='outside lower center',
+        ncols=max(1, len(used)),
+        frameon=False,
+        fontsize=8.5,
+    )
     bias, agreeing = values['shape_bias'], values['agreeing_accuracy']
-    figure.suptitle(f'shape bias {"-" if bias is None else f"{bias:.2f}"}: {values["shape_decisions"]} by shape, '
-                    f'{values["texture_decisions"]} by texture, {values["other"]} other'
-                    + ('' if agreeing is None else f'\ncues agree: {100 * agreeing:.0f} % right'), fontsize=10)
+    figure.suptitle(
+        f'shape bias {"-" if bias is None else f"{bias:.2f}"}: {values["shape_decisions"]} by shape, '
+        f'{values["texture_decisions"]} by texture, {values["other"]} other'
+        + ('' if agreeing is None else f'\ncues agree: {100 * agreeing:.0f} % right'),
+        fontsize=10,
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -211,4 +265,4 @@ def _cut(image: np.ndarray, item: ConflictObject) -> np.ndarray:
     half = round(0.7 * max(right - left, bottom - top))
     x, y = (left + right) // 2, (top + bottom) // 2
     padded = cv2.copyMakeBorder(image, half, half, half, half, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-    return cv2.resize(padded[y:y + 2 * half, x:x + 2 * half], (_SIDE, _SIDE), interpolation=cv2.INTER_NEAREST)
+    return cv2.resize(padded[y : y + 2 * half, x : x + 2 * half], (_SIDE, _SIDE), interpolation=cv2.INTER_NEAREST)

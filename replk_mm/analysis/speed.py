@@ -1,4 +1,5 @@
 """Wall time and memory, measured so that two networks can be compared on a noisy machine."""
+
 import ctypes
 import gc
 import sys
@@ -56,9 +57,15 @@ class Measurement:
         return Timing.of([slow / fast for slow, fast in pairs])
 
 
-def measure(calls: Mapping[str, Call], repeats: int = 15, warmup: int = 2, seconds: float | None = None,
-            pause: float = 0., clock: Callable[[], float] = time.perf_counter,
-            before: Mapping[str, Call] | None = None) -> Measurement:
+def measure(
+    calls: Mapping[str, Call],
+    repeats: int = 15,
+    warmup: int = 2,
+    seconds: float | None = None,
+    pause: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+    before: Mapping[str, Call] | None = None,
+) -> Measurement:
     """Time several calls in turns, so that other load on the machine affects all of them alike.
 
     Args:
@@ -72,7 +79,7 @@ def measure(calls: Mapping[str, Call], repeats: int = 15, warmup: int = 2, secon
         before: Untimed calls before each call, by name.
     """
     found: dict[str, list[float]] = {name: [] for name in calls}
-    begin, longest, warmed, done = clock(), 0., 0, 0
+    begin, longest, warmed, done = clock(), 0.0, 0, 0
 
     def fits(share: float) -> bool:
         return seconds is None or clock() - begin + longest <= share * seconds
@@ -97,14 +104,14 @@ def measure(calls: Mapping[str, Call], repeats: int = 15, warmup: int = 2, secon
     while warmed < warmup and (warmed == 0 or fits(0.25)):
         one_round()
         warmed += 1
-    while done < repeats and (done < MIN_ROUNDS or fits(1.)):
+    while done < repeats and (done < MIN_ROUNDS or fits(1.0)):
         for name, milliseconds in one_round().items():
             found[name].append(milliseconds)
         done += 1
     return Measurement(found, warmed)
 
 
-def matrix_product(dtype: torch.dtype, device: str = 'cpu', side: int = 2048, seconds: float = 1.) -> float:
+def matrix_product(dtype: torch.dtype, device: str = 'cpu', side: int = 2048, seconds: float = 1.0) -> float:
     """GFLOP/s of the product of two square matrices: the roofline with the present number of threads.
 
     Args:

@@ -1,4 +1,5 @@
 """Synthetic batches, and what a network does with them: inference from image to result, and a training step."""
+
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -43,14 +44,17 @@ class Workload:
         UserError: If ``net`` is a whole model of unknown kind.
     """
 
-    def __init__(self, cfg: Config, net: Any, batch: int, shape: tuple[int, int], device: str = 'cpu',
-                 seed: int = 0) -> None:
+    def __init__(
+        self, cfg: Config, net: Any, batch: int, shape: tuple[int, int], device: str = 'cpu', seed: int = 0
+    ) -> None:
         self.cfg, self.shape, self.device = cfg, shape, device
         generator = torch.Generator().manual_seed(seed)
         self.kind = kind_of(net)
         if self.kind == 'unknown':
-            raise UserError(f'{cfg.filename}: {type(net).__name__} is neither a segmentor nor a detector\n'
-                            f'Its backbone alone can be measured: benchmark.py backbone.')
+            raise UserError(
+                f'{cfg.filename}: {type(net).__name__} is neither a segmentor nor a detector\n'
+                f'Its backbone alone can be measured: benchmark.py backbone.'
+            )
         pixels = torch.stack([_scene(shape, generator) for _ in range(batch)])
         self._pixels = list(pixels)
         #: Normalized images, ``(batch, 3, H, W)``: what a backbone sees.
@@ -69,6 +73,7 @@ class Workload:
         def run() -> object:
             with torch.no_grad(), self._autocast(how == 'autocast'):
                 return net(self.image) if self.kind == 'backbone' else net.test_step(self._batch(False))
+
         return run
 
     def training(self, net: Any, how: str = 'float32') -> Callable[[], object]:
@@ -82,9 +87,11 @@ class Workload:
         """
         net.train()
         if self.kind == 'backbone':
+
             def run() -> None:
                 net.zero_grad()
                 self._loss(net, how).backward()
+
             return run
         wrapper = self._optimizer(net, how)
         return lambda: net.train_step(self._batch(True), wrapper)
@@ -121,7 +128,7 @@ class Workload:
         net = copy.deepcopy(net).train()
         for module in net.modules():
             if isinstance(module, (_DropoutNd, DropPath)):
-                setattr(module, 'p' if isinstance(module, _DropoutNd) else 'drop_prob', 0.)
+                setattr(module, 'p' if isinstance(module, _DropoutNd) else 'drop_prob', 0.0)
         detects = self.kind == 'detector'
         with torch.no_grad():
             found = {} if detects else {'loss': self._loss(net, how)}
@@ -150,8 +157,9 @@ class Workload:
 
     def _optimizer(self, net: nn.Module, how: str) -> OptimWrapper:
         if not self.cfg.get('optim_wrapper'):
-            raise UserError(f"{self.cfg.filename}: the config has no 'optim_wrapper' to train with\n"
-                            f'Use --mode inference.')
+            raise UserError(
+                f"{self.cfg.filename}: the config has no 'optim_wrapper' to train with\nUse --mode inference."
+            )
         cfg = copy.deepcopy(self.cfg)
         if cfg.optim_wrapper.get('type') in ('AmpOptimWrapper', 'replk_mm.BFloat16OptimWrapper'):
             cfg.optim_wrapper.type = 'OptimWrapper'
@@ -161,14 +169,19 @@ class Workload:
         with explaining(cfg, 'optim_wrapper'):
             wrapper = build_optim_wrapper(net, cfg.optim_wrapper)
         for group in wrapper.optimizer.param_groups:
-            group['lr'] = 0.
+            group['lr'] = 0.0
         return wrapper
 
     def _batch(self, training: bool) -> dict:
         # Anew for every call: models write into the samples, and a loader's batch lives for a step.
         height, width = self.shape
-        meta = dict(ori_shape=self.shape, img_shape=self.shape, pad_shape=self.shape, scale_factor=(1., 1.),
-                    batch_input_shape=(height, width))
+        meta = dict(
+            ori_shape=self.shape,
+            img_shape=self.shape,
+            pad_shape=self.shape,
+            scale_factor=(1.0, 1.0),
+            batch_input_shape=(height, width),
+        )
         if self.kind == 'segmentor':
             from mmseg.structures import SegDataSample as Sample
         else:
@@ -185,6 +198,7 @@ class Workload:
         height, width = self.shape
         if self.kind == 'segmentor':
             from mmengine.structures import PixelData
+
             # Patches of one class, a few pixels without label.
             grid = (1, 1, -(-height // 32), -(-width // 32))
             patches = torch.randint(0, num_classes_of(net) or 1, grid, generator=generator)
@@ -193,6 +207,7 @@ class Workload:
             return {'gt_sem_seg': PixelData(data=labels)}
         from mmdet.structures.mask import BitmapMasks
         from mmengine.structures import InstanceData
+
         size = torch.tensor([width, height])
         sides = (0.1 + 0.4 * torch.rand(_OBJECTS, 2, generator=generator)) * size
         corner = torch.rand(_OBJECTS, 2, generator=generator) * (size - sides)

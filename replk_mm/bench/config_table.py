@@ -1,4 +1,5 @@
 """The table of configs: what each trains, what was published for it, and the parameters that it really builds."""
+
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,8 +35,13 @@ TASKS = {
 }
 
 #: What the end of a config's name stands for.
-DATA = {'ade20k': 'ADE20K', 'cityscapes': 'Cityscapes', 'coco': 'COCO', 'demo': 'demo scenes',
-        'context': 'context scenes'}
+DATA = {
+    'ade20k': 'ADE20K',
+    'cityscapes': 'Cityscapes',
+    'coco': 'COCO',
+    'demo': 'demo scenes',
+    'context': 'context scenes',
+}
 
 #: What mmdet's classes are called in the papers.
 METHODS = {'CascadeRCNN': 'Cascade Mask R-CNN', 'MaskRCNN': 'Mask R-CNN'}
@@ -70,8 +76,11 @@ class Row:
 
 def count_params_m(cfg: Config) -> float:
     """Parameters, in millions, of the model of a config; nothing is allocated or initialised."""
-    with warnings.catch_warnings(), MODELS.switch_scope_and_registry(cfg.default_scope) as registry, \
-            torch.device('meta'):
+    with (
+        warnings.catch_warnings(),
+        MODELS.switch_scope_and_registry(cfg.default_scope) as registry,
+        torch.device('meta'),
+    ):
         warnings.simplefilter('ignore')
         model = registry.build(cfg.model)
     return sum(p.numel() for p in model.parameters()) / 1e6
@@ -84,8 +93,10 @@ def read_config(path: Path) -> Row:
     backbone = cfg.model.backbone
     weights = (backbone.get('init_cfg') or {}).get('checkpoint')
     # What the backbone starts from names it as the papers do, also where a config has no published row of its own.
-    known: dict = next((entry for entry in published.table('weights') if entry['url'] == weights),
-                       dict(backbone=_name(backbone), pretraining='none'))
+    known: dict = next(
+        (entry for entry in published.table('weights') if entry['url'] == weights),
+        dict(backbone=_name(backbone), pretraining='none'),
+    )
     length = cfg.train_cfg.get('max_iters')
     schedule = f'{length / 1000:g}k iterations' if length else f'{cfg.train_cfg.max_epochs} epochs'
     data = path.stem.rpartition('_')[2].partition('-')[0]
@@ -98,7 +109,8 @@ def read_config(path: Path) -> Row:
         kind=(str(cfg.crop_size[0]) if cfg.default_scope == 'mmseg' else METHODS.get(cfg.model.type, cfg.model.type)),
         schedule=f'{schedule}, batch {cfg.auto_scale_lr.base_batch_size}',
         result=result,
-        params_m=count_params_m(cfg))
+        params_m=count_params_m(cfg),
+    )
 
 
 def _name(backbone: Config) -> str:
@@ -133,16 +145,28 @@ def to_markdown(rows: Iterable[Row], link_to: str = 'configs') -> str:
         chosen = [row for row in rows if row.scope == scope]
         if not chosen:
             continue
-        lines = [f'**{task.title}**', '',
-                 f'| Config | Backbone | Pretraining | Data | {task.kind} | Schedule | {task.metric_names} (quoted) '
-                 '| Params, M (quoted) | Params, M |',
-                 f'|{" --- |" * 9}']
+        lines = [
+            f'**{task.title}**',
+            '',
+            f'| Config | Backbone | Pretraining | Data | {task.kind} | Schedule | {task.metric_names} (quoted) '
+            '| Params, M (quoted) | Params, M |',
+            f'|{" --- |" * 9}',
+        ]
         for row in chosen:
             stated = row.result.metrics if row.result else {}
             figures = ' / '.join(f'{stated[m]:.1f}' if m in stated else '–' for m in task.metrics)
             quoted = f'{row.result.params_m:g}' if row.result else '–'
-            cells = (f'[{row.path.stem}]({link_to}/{row.path.name})', row.backbone, row.pretraining, row.data, row.kind,
-                     row.schedule, figures, quoted, f'{row.params_m:.1f}')
+            cells = (
+                f'[{row.path.stem}]({link_to}/{row.path.name})',
+                row.backbone,
+                row.pretraining,
+                row.data,
+                row.kind,
+                row.schedule,
+                figures,
+                quoted,
+                f'{row.params_m:.1f}',
+            )
             lines.append(f'| {" | ".join(cells)} |')
         parts.append('\n'.join(lines) + '\n')
     return '\n'.join(parts)
@@ -150,7 +174,7 @@ def to_markdown(rows: Iterable[Row], link_to: str = 'configs') -> str:
 
 def page(rows: Iterable[Row]) -> str:
     """The text of ``docs/configs.md``."""
-    return (f'<!-- Do not edit: written by `{COMMAND}` -->\n# Configs\n\n{to_markdown(rows, "../configs")}\n{NOTES}')
+    return f'<!-- Do not edit: written by `{COMMAND}` -->\n# Configs\n\n{to_markdown(rows, "../configs")}\n{NOTES}'
 
 
 def update_readme(text: str, rows: Iterable[Row], name: str = 'README.md') -> str:

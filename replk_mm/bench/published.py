@@ -2,6 +2,7 @@
 
 The rows live in ``published.yaml``; nothing in it was measured by this project.
 """
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,11 +57,18 @@ def _result(task: str, row: Mapping[str, Any]) -> Result:
     source = table('sources')[row['source']]
     schedule = f'{row["iters"] // 1000}k iterations' if 'iters' in row else f'{row["epochs"]} epochs'
     return Result(
-        task=task, schedule=schedule, method=row.get('method', 'UperNet'), crop=row.get('crop'),
+        task=task,
+        schedule=schedule,
+        method=row.get('method', 'UperNet'),
+        crop=row.get('crop'),
         metrics={name: row[name] for name in METRICS if row.get(name) is not None},
-        input=tuple(row['input']), source=f'{source["paper"]}, {source["repository"]}',
-        **{name: row[name] for name in ('backbone', 'pretraining', 'dataset', 'params_m', 'flops_g', 'recipe',
-                                        'variant', 'config')})
+        input=tuple(row['input']),
+        source=f'{source["paper"]}, {source["repository"]}',
+        **{
+            name: row[name]
+            for name in ('backbone', 'pretraining', 'dataset', 'params_m', 'flops_g', 'recipe', 'variant', 'config')
+        },
+    )
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 Files are only appended to, and reading skips a line that is not whole. So a process may be killed at any moment, and
 results of several machines merge by copying their files into one folder.
 """
+
 import json
 import os
 import statistics
@@ -78,8 +79,10 @@ def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
         what = tuple(new[1][field] for field in ('suite', 'row', 'seed', 'measurement'))
         older, newer = sorted([counting.get(what, new), new], key=lambda entry: entry[1]['started'])
         if older is not newer and older[1]['status'] == 'done':
-            complaints.append(f'{older[0]}: {", ".join(map(str, what[1:]))}: its row is defined differently than in '
-                              f'the later record at {newer[0]}')
+            complaints.append(
+                f'{older[0]}: {", ".join(map(str, what[1:]))}: its row is defined differently than in '
+                f'the later record at {newer[0]}'
+            )
         counting[what] = newer
     return [record for _, record in counting.values()], [printable(complaint) for complaint in complaints]
 
@@ -96,6 +99,7 @@ def latest(path: Path) -> dict[str, dict[str, Any]]:
 
 def left(task: Task) -> tuple[str, ...]:
     """The measurements of a task that are not recorded as done, for this definition of the row and these weights."""
+
     def is_done(record: Mapping[str, Any]) -> bool:
         measured, weights = (record['checkpoint'] or {}).get('sha256'), task.checkpoint
         same = not weights or not measured or not Path(weights).is_file() or sha256(weights) == measured

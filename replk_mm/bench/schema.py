@@ -4,6 +4,7 @@ The descriptions of the fields are the documentation; the tables of ``docs/suite
 
     python -m replk_mm.bench.schema docs/suites.md
 """
+
 import hashlib
 import json
 import math
@@ -71,21 +72,25 @@ class Data(_Strict):
 class Defaults(_Strict):
     """What rows may have in common: every key of a row but ``name`` and ``label``."""
 
-    config: str | None = Field(None, description='a path, also relative to the suite file; a name in `configs/`; '
-                               '`mmseg::...`; `mmdet::...`')
+    config: str | None = Field(
+        None, description='a path, also relative to the suite file; a name in `configs/`; `mmseg::...`; `mmdet::...`'
+    )
     options: dict[str, Any] = Field({}, description='as `--cfg-options`; added to the options of `defaults`')
     seeds: list[Seed] = Field([0], min_length=1, description='one training each; default: `[0]`')
     iterations: PositiveInt | None = Field(None, description='train this long, warm-up and decay in proportion')
     schedule: Literal['full'] | None = Field(None, description='`full`: train as the config says')
     checkpoint: str | None = Field(None, description='trained weights; `{row}` and `{seed}` are replaced')
-    measure: list[Asked] = Field(['complexity', 'metric', 'speed', 'memory'], description='see below; default: '
-                                 '`metric`, `complexity`, `speed` and `memory`')
+    measure: list[Asked] = Field(
+        ['complexity', 'metric', 'speed', 'memory'],
+        description='see below; default: `metric`, `complexity`, `speed` and `memory`',
+    )
     published: bool = Field(True, description='`false`: show no published figures next to this row')
     pretraining: str | None = Field(None, description='of the backbone; default: known from the name of the weights')
     shape: Shape | None = Field(None, description="`[HEIGHT, WIDTH]` for `speed` and `memory`; default: config's crop")
     batch: PositiveInt | None = Field(None, description='images for `speed` and `memory`; default: as few as possible')
-    macs_shape: Shape | None = Field(None, description='`[HEIGHT, WIDTH]` for `complexity`; default: as published, or '
-                                     "config's crop")
+    macs_shape: Shape | None = Field(
+        None, description="`[HEIGHT, WIDTH]` for `complexity`; default: as published, or config's crop"
+    )
     erf: Erf = Field(Erf(), description="`{size: PIXELS, count: IMAGES}`; default: config's crop, 50 images")
     data_root: str | None = Field(None, description='data of this row')
 
@@ -100,8 +105,10 @@ class Defaults(_Strict):
     def _one_budget(self) -> 'Defaults':
         budgets = [key for key in _BUDGETS if getattr(self, key) is not None]
         if len(budgets) > 1:
-            raise ValueError(f'has both {budgets[0]} and {budgets[1]}\n'
-                             f'A row is trained (iterations, or schedule: full) or has a checkpoint.')
+            raise ValueError(
+                f'has both {budgets[0]} and {budgets[1]}\n'
+                f'A row is trained (iterations, or schedule: full) or has a checkpoint.'
+            )
         return self
 
 
@@ -123,11 +130,15 @@ class Row(Defaults):
         if not self.measurements():
             raise ValueError('has nothing to train and nothing to measure')
         if self.checkpoint and '{seed}' not in self.checkpoint and len(self.seeds) > 1:
-            raise ValueError(f'{len(self.seeds)} seeds, but one checkpoint for all: {self.checkpoint}\n'
-                             f'Put {{seed}} into its name, or set seeds: [0].')
+            raise ValueError(
+                f'{len(self.seeds)} seeds, but one checkpoint for all: {self.checkpoint}\n'
+                f'Put {{seed}} into its name, or set seeds: [0].'
+            )
         if not self.trains and not self.checkpoint and needs:
-            raise ValueError(f'{needs[0]} needs trained weights\nSet iterations, schedule: full or checkpoint; random '
-                             f'weights allow {", ".join(WITHOUT_WEIGHTS)}.')
+            raise ValueError(
+                f'{needs[0]} needs trained weights\nSet iterations, schedule: full or checkpoint; random '
+                f'weights allow {", ".join(WITHOUT_WEIGHTS)}.'
+            )
         if 'curve' in self.measure and not self.trains:
             raise ValueError('curve needs a training\nSet iterations or schedule: full.')
         return self
@@ -200,8 +211,10 @@ def _with_defaults(row: dict, defaults: dict) -> dict:
 
 def _file_name(name: str, marks: str) -> str:
     if not re.fullmatch(f'[a-z0-9][a-z0-9{marks}]*', name) or name.isdigit():
-        raise ValueError(f'{name!r} cannot name files\nUse lower-case letters, digits and {" ".join(marks)}, beginning '
-                         f'with a letter or digit; not digits alone, which number rows for --only.')
+        raise ValueError(
+            f'{name!r} cannot name files\nUse lower-case letters, digits and {" ".join(marks)}, beginning '
+            f'with a letter or digit; not digits alone, which number rows for --only.'
+        )
     return name
 
 
@@ -209,8 +222,9 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 whose numbers are those of Python: ``1e-3``, without a point, is one."""
 
 
-_Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$'),
-                              list('-+0123456789'))
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:float', re.compile(r'[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$'), list('-+0123456789')
+)
 
 
 def read_suite(path: str | Path) -> Suite:
@@ -227,8 +241,10 @@ def read_suite(path: str | Path) -> Suite:
     except Exception as error:  # PyYAML raises anything on values that it cannot construct
         raise UserError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from error
     if not isinstance(content, dict):
-        raise UserError(f'{path}: expected a mapping with name and rows; found {reprlib.repr(content)}\n'
-                        f'docs/suites.md shows a whole suite.')
+        raise UserError(
+            f'{path}: expected a mapping with name and rows; found {reprlib.repr(content)}\n'
+            f'docs/suites.md shows a whole suite.'
+        )
     try:
         return Suite.model_validate(content).model_copy(update=dict(path=path))
     except ValidationError as error:
@@ -376,14 +392,33 @@ class Task(BaseModel):
         """The same with only some of its measurements."""
         return self.model_copy(update=dict(measures=measures, launcher=launcher))
 
-    def record(self, measurement: str, started: datetime, environment: Mapping[str, Any],
-               **content: Any) -> dict[str, Any]:
+    def record(
+        self, measurement: str, started: datetime, environment: Mapping[str, Any], **content: Any
+    ) -> dict[str, Any]:
         """A record of a measurement that ends now; ``content`` holds the fields that only the measurement knows."""
-        return {**self.shared, **dict(
-            version=VERSION, row=self.row.name, label=self.row.label, seed=self.seed, measurement=measurement,
-            status='done', reason=None, values={}, protocol={}, facts={}, files={}, checkpoint=None,
-            started=started.isoformat(timespec='microseconds'), seconds=round((now() - started).total_seconds(), 3),
-            environment=environment, key=self.keys[measurement], asked=list(self.keys)), **content}
+        return {
+            **self.shared,
+            **dict(
+                version=VERSION,
+                row=self.row.name,
+                label=self.row.label,
+                seed=self.seed,
+                measurement=measurement,
+                status='done',
+                reason=None,
+                values={},
+                protocol={},
+                facts={},
+                files={},
+                checkpoint=None,
+                started=started.isoformat(timespec='microseconds'),
+                seconds=round((now() - started).total_seconds(), 3),
+                environment=environment,
+                key=self.keys[measurement],
+                asked=list(self.keys),
+            ),
+            **content,
+        }
 
 
 def table(model: type[BaseModel]) -> str:

@@ -3,6 +3,7 @@
 Source: the label table of the Cityscapes data set (Cordts et al., The Cityscapes Dataset for Semantic Urban Scene
 Understanding, CVPR 2016): 34 ids, of which 19 have a trainId.
 """
+
 import functools
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -70,8 +71,15 @@ def convert(root: str | Path, jobs: int | None = None, force: bool = False, prog
         what = f'no file ends with {RAW_SUFFIX}' if root.is_dir() else 'no such folder'
         raise UserError(f'{root}: {what}\nName the folder that contains gtFine (of gtFine_trainvaltest.zip, unpacked).')
     with ThreadPoolExecutor(jobs) as pool:
-        outcomes = list(track(pool.map(functools.partial(_convert, force=force), files), 'label maps', len(files),
-                              console=Console(stderr=True), disable=not (progress and sys.stderr.isatty())))
+        outcomes = list(
+            track(
+                pool.map(functools.partial(_convert, force=force), files),
+                'label maps',
+                len(files),
+                console=Console(stderr=True),
+                disable=not (progress and sys.stderr.isatty()),
+            )
+        )
     problems = [outcome for outcome in outcomes if outcome not in ('written', 'kept')]
     return Conversion(outcomes.count('written'), outcomes.count('kept'), problems)
 

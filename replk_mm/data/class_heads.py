@@ -1,4 +1,5 @@
 """The heads in a model's config that predict the data's classes: their number of classes, and how to change it."""
+
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -39,8 +40,9 @@ def head_counts(model: dict) -> dict[str, int]:
 
 def _panoptic_parts(model: dict) -> dict[str, dict]:
     """Parts of a model's config that count things and stuff, by path."""
-    return {f'model.{key}': part for key, part in model.items()
-            if isinstance(part, dict) and 'num_things_classes' in part}
+    return {
+        f'model.{key}': part for key, part in model.items() if isinstance(part, dict) and 'num_things_classes' in part
+    }
 
 
 def reject_stuff(model: dict) -> None:
@@ -51,8 +53,10 @@ def reject_stuff(model: dict) -> None:
     """
     for path, part in _panoptic_parts(model).items():
         if part.get('num_stuff_classes'):
-            raise UserError(f'--classes: {path} predicts things and stuff, and names do not say which are which\n'
-                            f'Set num_things_classes, num_stuff_classes and the classes of the data in a config.')
+            raise UserError(
+                f'--classes: {path} predicts things and stuff, and names do not say which are which\n'
+                f'Set num_things_classes, num_stuff_classes and the classes of the data in a config.'
+            )
 
 
 def set_counts(model: dict, count: int, former: set[int]) -> list[str]:

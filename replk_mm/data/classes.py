@@ -2,6 +2,7 @@
 
 A class that only one of them has is an error that no library reports: mmdet drops annotations of other names.
 """
+
 import contextlib
 import json
 from collections.abc import Sequence
@@ -101,8 +102,10 @@ def found_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str,
             # A demo in the layout of Cityscapes has Cityscapes' labels.
             if meta.get('classes') and 'train_ids' not in meta:
                 return list(meta['classes']), str(tried[-1]), True
-    raise UserError(f'--classes auto: no file names the classes; tried {", ".join(map(str, dict.fromkeys(tried)))}\n'
-                    f'Name them: --classes NAME,NAME,... or --classes FILE with one name a line.')
+    raise UserError(
+        f'--classes auto: no file names the classes; tried {", ".join(map(str, dict.fromkeys(tried)))}\n'
+        f'Name them: --classes NAME,NAME,... or --classes FILE with one name a line.'
+    )
 
 
 def set_classes(cfg: Config, names: Sequence[str], counted: bool = False) -> list[str]:
@@ -129,19 +132,24 @@ def set_classes(cfg: Config, names: Sequence[str], counted: bool = False) -> lis
         # mmseg's ADE20K has a class 'bed ', with a space that no one gives.
         spelling = {name.strip(): name for name in own.get('classes') or ()}
         classes = tuple(spelling.get(name.strip(), name) for name in names)
-        dataset['metainfo'] = ConfigDict({**(dataset.get('metainfo') or {}), 'classes': classes,
-                                          'palette': _palette(classes, own)})
+        dataset['metainfo'] = ConfigDict(
+            {**(dataset.get('metainfo') or {}), 'classes': classes, 'palette': _palette(classes, own)}
+        )
         if not hasattr(builder, 'get_label_map') or not own.get('classes') or list(own['classes']) == list(classes):
             continue
         if set(classes) <= set(own['classes']) and not counted:
-            notes[f'labels: ids in the files are those of the {len(own["classes"])} classes of {dataset["type"]}; '
-                  f'{len(names)} of them are used'] = None
+            notes[
+                f'labels: ids in the files are those of the {len(own["classes"])} classes of {dataset["type"]}; '
+                f'{len(names)} of them are used'
+            ] = None
             continue
         for key in ('img_suffix', 'seg_map_suffix', 'reduce_zero_label'):
             dataset[key] = dataset_option(dataset, builder, key, None)
         first = 1 if dataset['reduce_zero_label'] else 0
-        notes[f'data: BaseSegDataset with the files of {dataset["type"]}, which has other classes; label ids '
-              f'{first}..{first + len(names) - 1} are these' + (', 0 is ignored' if first else '')] = None
+        notes[
+            f'data: BaseSegDataset with the files of {dataset["type"]}, which has other classes; label ids '
+            f'{first}..{first + len(names) - 1} are these' + (', 0 is ignored' if first else '')
+        ] = None
         dataset['type'] = 'mmseg.BaseSegDataset'
     return [*notes, *dict.fromkeys(class_heads.set_counts(cfg.model, len(names), former))]
 

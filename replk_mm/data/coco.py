@@ -1,4 +1,5 @@
 """COCO-style annotation files: reading and validating them, and decoding their masks."""
+
 import functools
 from collections import Counter
 from pathlib import Path
@@ -104,9 +105,16 @@ def _problems(path: Path, error: ValidationError) -> list[Problem]:
         else:
             text = f'{field} {one["input"]!r:.60}: {text}'.strip()
         found.setdefault((place[:1], field, one['type']), {}).setdefault(entry, Item(text, entry))
-    return [Problem('coco-structure', str(path), f'{len(items):,} entries: ' * (len(items) > 1) + some(
-        f'{entry or "file"}: {item.found}' for entry, item in items.items()), items=tuple(items.values()))
-        for items in found.values()]
+    return [
+        Problem(
+            'coco-structure',
+            str(path),
+            f'{len(items):,} entries: ' * (len(items) > 1)
+            + some(f'{entry or "file"}: {item.found}' for entry, item in items.items()),
+            items=tuple(items.values()),
+        )
+        for items in found.values()
+    ]
 
 
 def category_counts(data: Any) -> dict[str, int]:
@@ -162,8 +170,9 @@ def mask_problem(mask: object, height: int, width: int) -> str | None:
             if runs.ndim != 1 or runs.dtype.kind not in 'iu' or (runs < 0).any() or (runs > height * width).any():
                 return 'runs that are no numbers of pixels'
             total = int(runs.sum())
-            return None if total == height * width else (
-                f'runs of {total:,} pixels, but the image has {height * width:,}')
+            return (
+                None if total == height * width else (f'runs of {total:,} pixels, but the image has {height * width:,}')
+            )
         if not isinstance(mask, list) or not mask:
             return f'{mask!r:.40} is neither polygons nor RLE'
         for polygon in mask:

@@ -1,4 +1,5 @@
 """COCO-style data whose labels are matched by name."""
+
 from typing import Any
 
 from mmdet.datasets import CocoDataset as MMDetCocoDataset

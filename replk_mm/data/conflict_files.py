@@ -8,6 +8,7 @@ replk_mm/data/demo_conflict.py writes such a set. One of real pictures is read t
 - of each object ``shape`` and ``texture``, both among the object classes, and ``box`` (left, top, right, bottom in
   pixels, ends excluded). Its pixels are those inside its box that have the id of its shape in the label map.
 """
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,9 +69,11 @@ class ConflictSet:
         mask = np.zeros(labels.shape, bool)
         mask[top:bottom, left:right] = labels[top:bottom, left:right] == self.object_classes[item.shape]
         if bottom > labels.shape[0] or right > labels.shape[1] or not mask.any():
-            raise UserError(f'{scene.labels}: {labels.shape[1]}x{labels.shape[0]} pixels; the box {list(item.box)} of '
-                            f'a {item.shape} in {LISTING} leaves them, or has no pixel of {item.shape}\n'
-                            f'Make the box or the label map fit the other.')
+            raise UserError(
+                f'{scene.labels}: {labels.shape[1]}x{labels.shape[0]} pixels; the box {list(item.box)} of '
+                f'a {item.shape} in {LISTING} leaves them, or has no pixel of {item.shape}\n'
+                f'Make the box or the label map fit the other.'
+            )
         return mask
 
 
@@ -103,16 +106,21 @@ def read_conflict(root: Path) -> ConflictSet:
     try:
         found = _Listing.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror}); it lists shapes and textures of the objects\n'
-                        f'Write such a data set with: python tools/make_demo_data.py DIR --scenes conflict') from error
+        raise UserError(
+            f'{path}: cannot be read ({error.strerror}); it lists shapes and textures of the objects\n'
+            f'Write such a data set with: python tools/make_demo_data.py DIR --scenes conflict'
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = '.'.join(map(str, first['loc'])) or 'the file'
-        raise UserError(f'{path}: {place}: {first["msg"]}\n'
-                        f'Write the data set again; replk_mm/data/conflict_files.py describes the file.') from error
+        raise UserError(
+            f'{path}: {place}: {first["msg"]}\n'
+            f'Write the data set again; replk_mm/data/conflict_files.py describes the file.'
+        ) from error
     about = found.model_dump(include={'generator', 'generator_version', 'seed', 'size'}, exclude_none=True)
-    return ConflictSet(found.object_classes, _scenes(path, found, 'conflict'), _scenes(path, found, 'agreeing'), about,
-                       sha256(path))
+    return ConflictSet(
+        found.object_classes, _scenes(path, found, 'conflict'), _scenes(path, found, 'agreeing'), about, sha256(path)
+    )
 
 
 def _scenes(path: Path, found: _Listing, key: str) -> tuple[ConflictScene, ...]:
@@ -124,11 +132,14 @@ def _scenes(path: Path, found: _Listing, key: str) -> tuple[ConflictScene, ...]:
         for item in scene.objects:
             unknown = {item.shape, item.texture} - found.object_classes.keys()
             if unknown or (item.shape == item.texture) != (key == 'agreeing'):
-                raise UserError(f'{path}: {key}.{i}: an object has shape {item.shape!r} and texture {item.texture!r}\n'
-                                f'Both are among {", ".join(found.object_classes)}; they are equal in "agreeing" and '
-                                f'differ in "conflict".')
-        scenes.append(ConflictScene(scene.image, path.parent / scene.image, path.parent / scene.labels,
-                                    tuple(scene.objects)))
+                raise UserError(
+                    f'{path}: {key}.{i}: an object has shape {item.shape!r} and texture {item.texture!r}\n'
+                    f'Both are among {", ".join(found.object_classes)}; they are equal in "agreeing" and '
+                    f'differ in "conflict".'
+                )
+        scenes.append(
+            ConflictScene(scene.image, path.parent / scene.image, path.parent / scene.labels, tuple(scene.objects))
+        )
     return tuple(scenes)
 
 

@@ -1,4 +1,5 @@
 """The data sets and metrics in a config: where they are, what class each is, what its arguments are."""
+
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,8 +16,9 @@ def datasets_of(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test'))
         yield dataset
 
 
-def placed_datasets(cfg: Config,
-                    splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[tuple[str, ConfigDict]]:
+def placed_datasets(
+    cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')
+) -> Iterator[tuple[str, ConfigDict]]:
     """As :func:`datasets_of`, with the path of each, such as ``train_dataloader.dataset.dataset``.
 
     Raises:
@@ -31,8 +33,9 @@ def placed_datasets(cfg: Config,
 
 def _leaves(dataset: Any, path: str) -> Iterator[tuple[str, ConfigDict]]:
     if not isinstance(dataset, dict) or 'type' not in dataset:
-        raise UserError(f'{path}={dataset!r:.80}: this is no data set\n'
-                        f'Write {path}=dict(type=..., data_root=..., ...).')
+        raise UserError(
+            f'{path}={dataset!r:.80}: this is no data set\nWrite {path}=dict(type=..., data_root=..., ...).'
+        )
     inner = [(f'{path}.dataset', part) for part in as_list(dataset.get('dataset'))]
     inner += [(f'{path}.datasets.{i}', part) for i, part in enumerate(as_list(dataset.get('datasets')))]
     if not inner:
@@ -49,8 +52,10 @@ def placed_metrics(cfg: Config, split: str) -> dict[str, ConfigDict]:
     """
     key = f'{split}_evaluator'
     evaluator = cfg.get(key)
-    metrics = {f'{key}.{i}' if isinstance(evaluator, (list, tuple)) else key: metric
-               for i, metric in enumerate(as_list(evaluator))}
+    metrics = {
+        f'{key}.{i}' if isinstance(evaluator, (list, tuple)) else key: metric
+        for i, metric in enumerate(as_list(evaluator))
+    }
     for place, metric in metrics.items():
         if not isinstance(metric, dict):
             raise UserError(f'{place}={metric!r:.80}: this is no metric\nWrite {place}=dict(type=..., ...).')
@@ -73,8 +78,10 @@ def dataset_class(dataset: dict, scope: str) -> type:
     with DATASETS.switch_scope_and_registry(dataset.get('_scope_', scope)) as registry:
         found = registry.get(dataset['type'])
     if found is None:
-        raise UserError(f'data set type {dataset["type"]!r}: there is no such data set in {scope} (data root '
-                        f'{dataset.get("data_root")})\nCheck its spelling, and that its package is installed.')
+        raise UserError(
+            f'data set type {dataset["type"]!r}: there is no such data set in {scope} (data root '
+            f'{dataset.get("data_root")})\nCheck its spelling, and that its package is installed.'
+        )
     return found
 
 
@@ -104,8 +111,9 @@ def crop_of(cfg: Config) -> tuple[int, int] | None:
     """Training crop (height, width) in pixels, or what images are resized to at most; None if neither is configured."""
     size = cfg.model.get('data_preprocessor', {}).get('size') or cfg.get('crop_size')
     if size is None:
-        scales = [scale for dataset in datasets_of(cfg, ('train',))
-                  for scale in _last_scales(dataset.get('pipeline', ()))]
+        scales = [
+            scale for dataset in datasets_of(cfg, ('train',)) for scale in _last_scales(dataset.get('pipeline', ()))
+        ]
         if not scales:
             return None
         # Images keep their aspect and may lie or stand; more of them lie.
@@ -136,6 +144,9 @@ def _scales_of(step: dict) -> list[tuple[int, int]]:
     if not scales:
         return []
     largest = max(step.get('ratio_range') or (1,))
-    pairs = [(scales, scales)] if isinstance(scales, (int, float)) else (
-        [scales] if isinstance(scales[0], (int, float)) else scales)
+    pairs = (
+        [(scales, scales)]
+        if isinstance(scales, (int, float))
+        else ([scales] if isinstance(scales[0], (int, float)) else scales)
+    )
     return [(int(a * largest), int(b * largest)) for a, b in pairs]

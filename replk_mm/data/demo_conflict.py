@@ -17,6 +17,7 @@ The textures have two levels of brightness that take half of the object each; th
 are deeper than those of the demo scenes, so that they survive being made smaller. The beacon of the demo scenes stays;
 it names nothing here, and is not scored.
 """
+
 import json
 from dataclasses import replace
 from typing import Any
@@ -58,8 +59,9 @@ def make_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int]
     spec = _agreeing(seed, 'val', index // 2, size)
     step = 1 + index % 2
     foreign = {shape: TEXTURE_OF[SHAPES[(k + step) % len(SHAPES)]] for k, shape in enumerate(SHAPES)}
-    return render_scene(replace(spec, objects=tuple(replace(item, texture=foreign[item.shape])
-                                                    for item in spec.objects)))
+    return render_scene(
+        replace(spec, objects=tuple(replace(item, texture=foreign[item.shape]) for item in spec.objects))
+    )
 
 
 def texture_class(item: ObjectSpec) -> str:
@@ -99,16 +101,30 @@ def _listing(meta: dict[str, Any]) -> str:
         for index in range(meta['scenes'][split]):
             scene = make_conflict_scene(meta['seed'], split, index, (meta['size'][0], meta['size'][1]))
             image, labels = layout.files(split, stem_of(split, index))
-            objects = [dict(shape=item.spec.shape, texture=texture_class(item.spec), box=list(item.box))
-                       for item in scene.instances]
+            objects = [
+                dict(shape=item.spec.shape, texture=texture_class(item.spec), box=list(item.box))
+                for item in scene.instances
+            ]
             found.append(dict(image=image, labels=labels, objects=objects))
         return found
 
-    return json.dumps(dict(
-        generator=meta['generator'], generator_version=meta['generator_version'], seed=meta['seed'], size=meta['size'],
-        textures=TEXTURE_OF, object_classes={name: DEMO_CLASSES.index(name) + 1 for name in THING_CLASSES},
-        agreeing=scenes('val'), conflict=scenes('conflict'))) + '\n'
+    return (
+        json.dumps(
+            dict(
+                generator=meta['generator'],
+                generator_version=meta['generator_version'],
+                seed=meta['seed'],
+                size=meta['size'],
+                textures=TEXTURE_OF,
+                object_classes={name: DEMO_CLASSES.index(name) + 1 for name in THING_CLASSES},
+                agreeing=scenes('val'),
+                conflict=scenes('conflict'),
+            )
+        )
+        + '\n'
+    )
 
 
-CONFLICT = SceneKind('conflict', CONFLICT_VERSION, make_conflict_scene, layouts=('ade20k',), more={'conflict': 2},
-                     listing=_listing)
+CONFLICT = SceneKind(
+    'conflict', CONFLICT_VERSION, make_conflict_scene, layouts=('ade20k',), more={'conflict': 2}, listing=_listing
+)

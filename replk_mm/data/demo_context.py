@@ -15,6 +15,7 @@ construction
 Whether a small kernel can carry the cue that far depends on how many layers it has and how they learn; nothing here
 excludes it. Scene ``index`` of a split depends only on (seed, split, index, size); everything is integer arithmetic.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,12 @@ CONTEXT_VERSION = 1
 #: Label 1 is the first class; nothing is labelled 0.
 CONTEXT_CLASSES: tuple[str, ...] = ('ground', 'cue_a', 'cue_b', 'object_a', 'object_b')
 CONTEXT_PALETTE: tuple[tuple[int, int, int], ...] = (
-    (125, 150, 75), (190, 40, 40), (40, 60, 190), (245, 130, 110), (120, 170, 245))
+    (125, 150, 75),
+    (190, 40, 40),
+    (40, 60, 190),
+    (245, 130, 110),
+    (120, 170, 245),
+)
 GROUND, CUE, OBJECT = 1, 2, 4  # labels; class b is the next one
 
 #: Pixels from the middle of a lane to that of the next one.
@@ -54,6 +60,7 @@ class Lane:
 @dataclass(frozen=True)
 class ContextScene:
     """A drawn scene: ``image`` (H, W, 3) RGB and ``label`` (H, W), both uint8, and what is in it."""
+
     image: np.ndarray
     label: np.ndarray
     lanes: tuple[Lane, ...]
@@ -78,7 +85,7 @@ def make_context_scene(seed: int, split: str, index: int, size: tuple[int, int] 
     lanes = tuple(_lane(rng, number, width, ground) for number in range(height // LANE))
     for lane in lanes:
         square = (abs(y - lane.y) <= CUE_HALF) & (abs(x - lane.cue_x) <= CUE_HALF)
-        disc = (y - lane.y)**2 + (x - lane.object_x)**2 <= OBJECT_RADIUS**2
+        disc = (y - lane.y) ** 2 + (x - lane.object_x) ** 2 <= OBJECT_RADIUS**2
         image[square], label[square] = lane.cue_colour, CUE + lane.kind
         image[disc], label[disc] = lane.object_colour, OBJECT + lane.kind
     grain = rng.integers(-16, 17, image.shape)
@@ -107,5 +114,10 @@ def _colour(rng: np.random.Generator, low: Colour, high: Colour) -> Colour:
     return red, green, blue
 
 
-CONTEXT = SceneKind('context', CONTEXT_VERSION, make_context_scene, layouts=('ade20k',),
-                    meta=dict(classes=list(CONTEXT_CLASSES), palette=[list(colour) for colour in CONTEXT_PALETTE]))
+CONTEXT = SceneKind(
+    'context',
+    CONTEXT_VERSION,
+    make_context_scene,
+    layouts=('ade20k',),
+    meta=dict(classes=list(CONTEXT_CLASSES), palette=[list(colour) for colour in CONTEXT_PALETTE]),
+)

@@ -1,5 +1,6 @@
 """The layouts of demo scenes on disk (those of ADE20K, COCO and Cityscapes, for whose configs they are valid data),
 and what a kind of scenes is."""
+
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -70,31 +71,45 @@ class CocoAnnotations:
 
     def __init__(self, split: str, seed: int) -> None:
         self._first = SPLITS.index(split) * (MAX_SCENES + 1) + 1
-        self._info = dict(description='procedural scenes of replk_mm', version=str(GENERATOR_VERSION), seed=seed,
-                          split=split)
+        self._info = dict(
+            description='procedural scenes of replk_mm', version=str(GENERATOR_VERSION), seed=seed, split=split
+        )
         self._images: list[dict] = []
         self._objects: list[dict] = []
 
     def add(self, index: int, name: str, scene: Scene) -> None:
         """Enter scene ``index``, whose image is ``name`` in the split's folder."""
         from pycocotools import mask  # the other layouts need no COCO API
+
         height, width = scene.label.shape
         image = dict(id=self._first + index, file_name=name, height=height, width=width)
         self._images.append(image)
         for instance in scene.instances:
             x0, y0, x1, y1 = instance.box
             runs = mask.encode(np.asfortranarray(instance.mask, np.uint8))
-            self._objects.append(dict(
-                id=len(self._objects) + 1,  # 0 would count as unmatched in the COCO API
-                image_id=image['id'], category_id=THING_CLASSES.index(DEMO_CLASSES[instance.label - 1]) + 1, iscrowd=0,
-                area=int(instance.mask.sum()), bbox=[x0, y0, x1 - x0, y1 - y0],
-                segmentation=dict(size=[height, width], counts=runs['counts'].decode('ascii'))))
+            self._objects.append(
+                dict(
+                    id=len(self._objects) + 1,  # 0 would count as unmatched in the COCO API
+                    image_id=image['id'],
+                    category_id=THING_CLASSES.index(DEMO_CLASSES[instance.label - 1]) + 1,
+                    iscrowd=0,
+                    area=int(instance.mask.sum()),
+                    bbox=[x0, y0, x1 - x0, y1 - y0],
+                    segmentation=dict(size=[height, width], counts=runs['counts'].decode('ascii')),
+                )
+            )
 
     def content(self) -> bytes:
         """The file."""
         categories = [dict(id=i, name=name, supercategory='shape') for i, name in enumerate(THING_CLASSES, 1)]
-        return (json.dumps(dict(info=self._info, licenses=[], images=self._images, annotations=self._objects,
-                                categories=categories)) + '\n').encode()
+        return (
+            json.dumps(
+                dict(
+                    info=self._info, licenses=[], images=self._images, annotations=self._objects, categories=categories
+                )
+            )
+            + '\n'
+        ).encode()
 
 
 _classes = dict(classes=list(DEMO_CLASSES), palette=[list(colour) for colour in DEMO_PALETTE])
@@ -103,24 +118,34 @@ _things = [DEMO_CLASSES.index(name) for name in THING_CLASSES]
 LAYOUTS: dict[str, Layout] = {
     'ade20k': Layout(
         folders=dict(train='training', val='validation', conflict='conflict'),
-        image='images/{folder}/{stem}.jpg', label='annotations/{folder}/{stem}.png', annotations=None,
+        image='images/{folder}/{stem}.jpg',
+        label='annotations/{folder}/{stem}.png',
+        annotations=None,
         values=tuple(range(len(DEMO_CLASSES) + 1)),
         meta=dict(**_classes, reduce_zero_label=True, jpeg_quality=JPEG_QUALITY),
-        advice='num_classes={classes}, and reduce_zero_label=True in a config'),
+        advice='num_classes={classes}, and reduce_zero_label=True in a config',
+    ),
     'coco': Layout(
         folders=dict(train='train2017', val='val2017'),
-        image='{folder}/{stem}.jpg', label=None, annotations='annotations/instances_{folder}.json', values=(),
-        meta=dict(classes=list(THING_CLASSES), palette=[list(DEMO_PALETTE[i]) for i in _things],
-                  jpeg_quality=JPEG_QUALITY),
-        advice=f'num_classes={len(THING_CLASSES)}, and metainfo.classes={THING_CLASSES} in a config'),
+        image='{folder}/{stem}.jpg',
+        label=None,
+        annotations='annotations/instances_{folder}.json',
+        values=(),
+        meta=dict(
+            classes=list(THING_CLASSES), palette=[list(DEMO_PALETTE[i]) for i in _things], jpeg_quality=JPEG_QUALITY
+        ),
+        advice=f'num_classes={len(THING_CLASSES)}, and metainfo.classes={THING_CLASSES} in a config',
+    ),
     # One city; the stem stands where Cityscapes has city, sequence and frame.
     'cityscapes': Layout(
         folders=dict(train='train', val='val'),
         image='leftImg8bit/{folder}/demo/{stem}_leftImg8bit.png',
-        label='gtFine/{folder}/demo/{stem}_gtFine_labelTrainIds.png', annotations=None,
+        label='gtFine/{folder}/demo/{stem}_gtFine_labelTrainIds.png',
+        annotations=None,
         values=(IGNORED, *CITYSCAPES_IDS),
         meta=dict(**_classes, train_ids=dict(zip(DEMO_CLASSES, CITYSCAPES_IDS, strict=True)), reduce_zero_label=False),
-        advice='num_classes=19 in a config; its classes stand in for 8 of the 19 of Cityscapes'),
+        advice='num_classes=19 in a config; its classes stand in for 8 of the 19 of Cityscapes',
+    ),
 }
 
 Meta = dict[str, Any]
@@ -140,6 +165,7 @@ class SceneKind:
         listing: Makes the content of :data:`LISTING` from that of ``meta.json``; None if there is no such file.
         meta: What ``meta.json`` says otherwise than for the demo scenes.
     """
+
     name: str
     version: int
     make: Callable[[int, str, int, tuple[int, int]], Any]

@@ -2,6 +2,7 @@
 
 Everything is integer arithmetic (or exact in double precision), so that the pixels are the same on every machine.
 """
+
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,7 @@ SUBPIXEL = 16
 @dataclass(frozen=True)
 class Instance:
     """A drawn object: its label (1..K), the bool mask (H, W) of its visible pixels, their tight box, ends excluded."""
+
     label: int
     mask: np.ndarray
     box: Box
@@ -37,6 +39,7 @@ class Instance:
 @dataclass(frozen=True)
 class Scene:
     """A drawn scene: ``image`` (H, W, 3) RGB and ``label`` (H, W), both uint8; label 0 is "other"."""
+
     image: np.ndarray
     label: np.ndarray
     instances: tuple[Instance, ...]
@@ -78,8 +81,7 @@ def _interpolation(length: int, cell: int) -> np.ndarray:
     return weights
 
 
-def _value_noise(rng: np.random.Generator, shape: tuple[int, int], cell: tuple[int, int],
-                 amplitude: int) -> np.ndarray:
+def _value_noise(rng: np.random.Generator, shape: tuple[int, int], cell: tuple[int, int], amplitude: int) -> np.ndarray:
     """Noise (H, W) in [-amplitude, amplitude] that is linear between random nodes ``cell`` pixels apart."""
     rows, columns = _interpolation(shape[0], cell[0]), _interpolation(shape[1], cell[1])
     nodes = rng.integers(-amplitude, amplitude + 1, (rows.shape[1], columns.shape[1])).astype(float)
@@ -97,8 +99,14 @@ def _regions(spec: SceneSpec) -> np.ndarray:
     if spec.backdrop.river is not None:
         start = min(left, right)
         middle = _bend(spec.backdrop.river, y - start, height - start)
-        half = _bend((spec.backdrop.river_width[0], sum(spec.backdrop.river_width) // 2, spec.backdrop.river_width[1]),
-                     y - start, height - start) // 2
+        half = (
+            _bend(
+                (spec.backdrop.river_width[0], sum(spec.backdrop.river_width) // 2, spec.backdrop.river_width[1]),
+                y - start,
+                height - start,
+            )
+            // 2
+        )
         regions[(regions == GROUND) & (abs(x - middle) <= half)] = WATER
     return regions
 
@@ -107,8 +115,11 @@ def _bend(values: tuple[int, int, int], position: np.ndarray, length: int) -> np
     """Go in straight lines from the first value to the second (half-way along ``length``) and to the third."""
     first, second, third = values
     doubled = 2 * position
-    return np.where(doubled < length, first + (second - first) * doubled // length,
-                    second + (third - second) * (doubled - length) // length)
+    return np.where(
+        doubled < length,
+        first + (second - first) * doubled // length,
+        second + (third - second) * (doubled - length) // length,
+    )
 
 
 def _draw_backdrop(rng: np.random.Generator, spec: SceneSpec, regions: np.ndarray) -> np.ndarray:
@@ -127,18 +138,19 @@ def _draw_backdrop(rng: np.random.Generator, spec: SceneSpec, regions: np.ndarra
     image = np.array(spec.backdrop.colours, np.int16)[regions]
     image += np.choose(regions, (clouds, grass, ripples)).astype(np.int16)[:, :, None]
     for x, mark_y, half, colour in spec.backdrop.clutter:
-        image[max(0, mark_y - half):mark_y + half, max(0, x - half):x + half] = colour
+        image[max(0, mark_y - half) : mark_y + half, max(0, x - half) : x + half] = colour
     light_x, light_y = spec.backdrop.light
     light = light_x * np.arange(width)[None, :] // width + light_y * y // height
     image += light.astype(np.int16)[:, :, None]
     return image
 
 
-def _draw_object(rng: np.random.Generator, spec: SceneSpec, item: ObjectSpec, image: np.ndarray,
-                 label: np.ndarray) -> np.ndarray:
+def _draw_object(
+    rng: np.random.Generator, spec: SceneSpec, item: ObjectSpec, image: np.ndarray, label: np.ndarray
+) -> np.ndarray:
     """Draw ``item`` into ``image`` and ``label``, in place. Returns the mask (H, W) of what it covers."""
     x0, y0 = max(0, item.x - item.radius - 1), max(0, item.y - item.radius - 1)
-    window = np.s_[y0:item.y + item.radius + 2, x0:item.x + item.radius + 2]
+    window = np.s_[y0 : item.y + item.radius + 2, x0 : item.x + item.radius + 2]
     patch = _shape_mask(item, x0, y0, label[window].shape)
     colours = np.array(item.colour, np.int16) + _texture(rng, item, patch.shape, spec.size)[:, :, None]
     image[window][patch] = colours[patch]
@@ -183,7 +195,7 @@ def _shape_mask(item: ObjectSpec, x0: int, y0: int, shape: tuple[int, ...]) -> n
     x = (np.arange(shape[1])[None, :] + x0 - item.x) * SUBPIXEL
     y = (np.arange(shape[0])[:, None] + y0 - item.y) * SUBPIXEL
     if item.shape == 'disc':
-        return x * x + y * y <= round(item.side * CIRCUMRADIUS['disc'] * SUBPIXEL)**2
+        return x * x + y * y <= round(item.side * CIRCUMRADIUS['disc'] * SUBPIXEL) ** 2
     # Even-odd rule: a point is inside when a ray to its right crosses the outline an odd number of times.
     points = _outline(item)
     inside = np.zeros(shape, bool)
@@ -193,8 +205,7 @@ def _shape_mask(item: ObjectSpec, x0: int, y0: int, shape: tuple[int, ...]) -> n
     return inside
 
 
-def _texture(rng: np.random.Generator, item: ObjectSpec, shape: tuple[int, ...],
-             size: tuple[int, int]) -> np.ndarray:
+def _texture(rng: np.random.Generator, item: ObjectSpec, shape: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
     """Brightness (h, w) to add to the object's colour, from -amplitude to amplitude."""
     height, width = shape
     if item.texture == 'plain':
@@ -211,7 +222,7 @@ def _texture(rng: np.random.Generator, item: ObjectSpec, shape: tuple[int, ...],
 def _draw_cue(cue: Cue, image: np.ndarray, label: np.ndarray) -> None:
     """Draw the beacon, in place: stripes inside a frame of one stripe, labelled as other."""
     x0, y0, x1, y1 = cue.box
-    inner = np.s_[y0 + cue.stripe:y1 - cue.stripe, x0 + cue.stripe:x1 - cue.stripe]
+    inner = np.s_[y0 + cue.stripe : y1 - cue.stripe, x0 + cue.stripe : x1 - cue.stripe]
     rows, columns = np.indices(label[inner].shape)
     stripes = (rows if cue.orientation == 'h' else columns) // cue.stripe % 2
     image[y0:y1, x0:x1] = cue.colours[0]

@@ -10,6 +10,7 @@ A scene is a sky over a ground, usually with a river, and a few objects. It is m
 Scene ``index`` of a split depends only on (seed, split, index, size). All sizes below are in pixels of a scene whose
 shorter side is 256 and scale with it.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -21,8 +22,15 @@ GENERATOR_VERSION = 1
 #: Label 1 is the first class: label 0 means "other" (the beacon) and is not scored.
 DEMO_CLASSES: tuple[str, ...] = ('sky', 'ground', 'water', 'disc', 'square', 'star', 'triangle_h', 'triangle_v')
 DEMO_PALETTE: tuple[tuple[int, int, int], ...] = (
-    (135, 190, 235), (125, 150, 75), (40, 85, 165), (230, 80, 60), (245, 190, 50), (170, 75, 190), (30, 170, 150),
-    (250, 130, 190))
+    (135, 190, 235),
+    (125, 150, 75),
+    (40, 85, 165),
+    (230, 80, 60),
+    (245, 190, 50),
+    (170, 75, 190),
+    (30, 170, 150),
+    (250, 130, 190),
+)
 
 #: The classes of objects, which can be counted; the others are regions.
 THING_CLASSES: tuple[str, ...] = DEMO_CLASSES[3:]
@@ -53,6 +61,7 @@ class ObjectSpec:
 
     ``texture`` is one of :data:`TEXTURES`, ``amplitude`` its depth in grey levels.
     """
+
     shape: str
     x: int
     y: int
@@ -71,6 +80,7 @@ class ObjectSpec:
 @dataclass(frozen=True)
 class Cue:
     """The beacon: a striped square whose stripes run along ``orientation`` and name the class of every triangle."""
+
     orientation: str
     box: Box
     stripe: int
@@ -86,6 +96,7 @@ class Backdrop:
     (x, y, half side, colour) that belong to what they lie on; ``light`` is the brightness gained from left to right
     and from top to bottom; ``noise`` the largest pixel noise. Brightness is in grey levels.
     """
+
     colours: tuple[Colour, Colour, Colour]
     horizon: tuple[int, int]
     river: tuple[int, int, int] | None
@@ -98,6 +109,7 @@ class Backdrop:
 @dataclass(frozen=True)
 class SceneSpec:
     """A scene before it is drawn. Replace a field (an object's texture, the cue) to draw a variant of the scene."""
+
     seed: int
     split: str
     index: int
@@ -163,8 +175,14 @@ def _draw_backdrop(rng: np.random.Generator, size: tuple[int, int]) -> Backdrop:
     middle = [_between(rng, 0.15 * width, 0.85 * width) for _ in range(3)]
     has_river = _between(rng, 1, 100) <= 80
     clutter = tuple(
-        (_between(rng, 0, width - 1), _between(rng, 0, height - 1), scaled(_between(rng, 2, 5), size),
-         _draw_colour(rng, (), 0)) for _ in range(_between(rng, 6, 12)))
+        (
+            _between(rng, 0, width - 1),
+            _between(rng, 0, height - 1),
+            scaled(_between(rng, 2, 5), size),
+            _draw_colour(rng, (), 0),
+        )
+        for _ in range(_between(rng, 6, 12))
+    )
     return Backdrop(
         colours=(sky, ground, water),
         horizon=(level + tilt, level - tilt),
@@ -172,7 +190,8 @@ def _draw_backdrop(rng: np.random.Generator, size: tuple[int, int]) -> Backdrop:
         river_width=(scaled(_between(rng, 30, 50), size), scaled(_between(rng, 60, 100), size)),
         clutter=clutter,
         light=(_between(rng, -24, 24), _between(rng, -24, 24)),
-        noise=_between(rng, 4, 10))
+        noise=_between(rng, 4, 10),
+    )
 
 
 def _draw_cue(rng: np.random.Generator, size: tuple[int, int], orientation: str) -> Cue:
@@ -184,8 +203,9 @@ def _draw_cue(rng: np.random.Generator, size: tuple[int, int], orientation: str)
     return Cue(orientation, (x, y, x + side, y + side), scaled(_between(rng, 5, 6), size), colours)
 
 
-def _draw_objects(rng: np.random.Generator, size: tuple[int, int], backdrop: Backdrop,
-                  cue: Cue) -> tuple[ObjectSpec, ...]:
+def _draw_objects(
+    rng: np.random.Generator, size: tuple[int, int], backdrop: Backdrop, cue: Cue
+) -> tuple[ObjectSpec, ...]:
     """One or two triangles far from the cue, then three shapes of any kind wherever there is room."""
     lowest = cue.box[3] + math.ceil(CUE_DISTANCE * size[0])
     half = (cue.box[2] - cue.box[0]) // 2
@@ -200,8 +220,14 @@ def _draw_objects(rng: np.random.Generator, size: tuple[int, int], backdrop: Bac
     return tuple(objects)
 
 
-def place(rng: np.random.Generator, size: tuple[int, int], shape: str, top: int, taken: list[tuple[int, int, int]],
-          backdrop: Backdrop) -> ObjectSpec | None:
+def place(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    shape: str,
+    top: int,
+    taken: list[tuple[int, int, int]],
+    backdrop: Backdrop,
+) -> ObjectSpec | None:
     """An object wholly inside the scene, below ``top``, clear of the circles ``taken``; None if there is no room."""
     height, width = size
     side = _between(rng, scaled(42, size), scaled(54, size))
@@ -213,6 +239,6 @@ def place(rng: np.random.Generator, size: tuple[int, int], shape: str, top: int,
     gap = scaled(2, size)
     for _ in range(60):
         x, y = _between(rng, radius, width - 1 - radius), _between(rng, top + radius, height - 1 - radius)
-        if all((x - u)**2 + (y - v)**2 >= (radius + r + gap)**2 for u, v, r in taken):
+        if all((x - u) ** 2 + (y - v) ** 2 >= (radius + r + gap) ** 2 for u, v, r in taken):
             return ObjectSpec(shape, x, y, side, angle, texture, amplitude, colour)
     return None

@@ -3,6 +3,7 @@
 A run first writes ``meta.partial.json``, then the scenes, and last renames it to ``meta.json``: an interrupted run is
 recognised by the partial file, and the same command resumes it.
 """
+
 import io
 import json
 import re
@@ -36,7 +37,9 @@ GENERATOR = re.compile(r'replk_mm [a-z]+ scenes')
 MIN_SIDE, MAX_SIDE = 64, 2048
 # Full-resolution chroma: the scenes' colours and fine textures are part of what a network is to see.
 _ENCODING: dict[str, dict[str, Any]] = {
-    '.jpg': {'format': 'JPEG', 'quality': JPEG_QUALITY, 'subsampling': 0}, '.png': {'format': 'PNG'}}
+    '.jpg': {'format': 'JPEG', 'quality': JPEG_QUALITY, 'subsampling': 0},
+    '.png': {'format': 'PNG'},
+}
 
 # Looked up when it is called, as every other name of this module.
 DEMO = SceneKind('demo', GENERATOR_VERSION, lambda *key: make_scene(*key))
@@ -44,9 +47,17 @@ DEMO = SceneKind('demo', GENERATOR_VERSION, lambda *key: make_scene(*key))
 SCENES: dict[str, SceneKind] = {kind.name: kind for kind in (DEMO, CONTEXT, CONFLICT)}
 
 
-def write_demo_data(out: str | Path, layout: str = 'ade20k', train: int = 200, val: int = 40, seed: int = 0,
-                    size: tuple[int, int] = (256, 256), overwrite: bool = False, progress: bool = False,
-                    kind: SceneKind = DEMO) -> Meta:
+def write_demo_data(
+    out: str | Path,
+    layout: str = 'ade20k',
+    train: int = 200,
+    val: int = 40,
+    seed: int = 0,
+    size: tuple[int, int] = (256, 256),
+    overwrite: bool = False,
+    progress: bool = False,
+    kind: SceneKind = DEMO,
+) -> Meta:
     """Write ``train`` and ``val`` procedural scenes under ``out``.
 
     Args:
@@ -104,16 +115,19 @@ def _describe(kind: SceneKind, layout: str, train: int, val: int, seed: int, siz
     if layout not in LAYOUTS:
         raise UserError(f'layout: {layout!r} is not known; choose from: {", ".join(LAYOUTS)}')
     if layout not in kind.layouts:
-        raise UserError(f'layout: {kind.name} scenes cannot be written as {layout}; choose from: '
-                        f'{", ".join(kind.layouts)}')
+        raise UserError(
+            f'layout: {kind.name} scenes cannot be written as {layout}; choose from: {", ".join(kind.layouts)}'
+        )
     for name, count in (('train', train), ('val', val)):
         if not 1 <= count <= MAX_SCENES:
             raise UserError(f'{name}: the number of scenes must be from 1 to {MAX_SCENES}, not {count}')
     if seed < 0:
         raise UserError(f'seed: must be 0 or more, not {seed}')
     if len(size) != 2 or not all(MIN_SIDE <= side <= MAX_SIDE for side in size) or max(size) > 2 * min(size):
-        raise UserError(f'size: must be height and width, each {MIN_SIDE} to {MAX_SIDE} pixels and neither over twice '
-                        f'the other, not {" ".join(map(str, size))}')
+        raise UserError(
+            f'size: must be height and width, each {MIN_SIDE} to {MAX_SIDE} pixels and neither over twice '
+            f'the other, not {" ".join(map(str, size))}'
+        )
     return {
         'generator': f'replk_mm {kind.name} scenes',
         'generator_version': kind.version,

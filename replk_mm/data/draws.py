@@ -6,6 +6,7 @@ sampler is asked for indices only, and every iteration and every sample has a se
 and its own number. Neither workers nor validations nor interruptions nor the number of processes change what the
 network sees.
 """
+
 import random
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -137,8 +138,10 @@ class Draws:
         for number, batch in enumerate(batches, self._number):
             first = number * self.batch_size
             # Some samplers of videos yield pairs; their samples are drawn as torch's loader would.
-            yield [Draw(int(index), (first + i) * self.processes + self.rank) if isinstance(index, Integral) else index
-                   for i, index in enumerate(batch)]
+            yield [
+                Draw(int(index), (first + i) * self.processes + self.rank) if isinstance(index, Integral) else index
+                for i, index in enumerate(batch)
+            ]
 
 
 class DrawnLoader(DataLoader):
@@ -159,11 +162,23 @@ def drawn(loader: DataLoader, seed_for: Callable[[int], None], rank: int, proces
     """
     batches = loader.batch_sampler
     size: int = loader.batch_size or getattr(batches, 'batch_size', None) or 1
-    settings = {key: getattr(loader, key) for key in (
-        'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context', 'generator',
-        'prefetch_factor', 'persistent_workers')}
-    return DrawnLoader(DrawnDataset(loader.dataset, seed_for), batch_sampler=Draws(batches, size, rank, processes),
-                       **settings)
+    settings = {
+        key: getattr(loader, key)
+        for key in (
+            'num_workers',
+            'collate_fn',
+            'pin_memory',
+            'timeout',
+            'worker_init_fn',
+            'multiprocessing_context',
+            'generator',
+            'prefetch_factor',
+            'persistent_workers',
+        )
+    }
+    return DrawnLoader(
+        DrawnDataset(loader.dataset, seed_for), batch_sampler=Draws(batches, size, rank, processes), **settings
+    )
 
 
 def endless(loader: DrawnLoader, start: int) -> Iterator[Any]:
@@ -194,8 +209,10 @@ def endless(loader: DrawnLoader, start: int) -> Iterator[Any]:
 def no_batch(loader: DrawnLoader) -> UserError:
     """What to say of a loader whose pass has no batch."""
     draws: Draws = loader.batch_sampler  # type: ignore[assignment]
-    return UserError(f'train_dataloader: yields no batch: {len(loader.dataset)} samples, '  # type: ignore[arg-type]
-                     f'{draws.batch_size} a batch\nLower batch_size, or do without drop_last.')
+    return UserError(
+        f'train_dataloader: yields no batch: {len(loader.dataset)} samples, '  # type: ignore[arg-type]
+        f'{draws.batch_size} a batch\nLower batch_size, or do without drop_last.'
+    )
 
 
 def set_epoch(draws: Draws, epoch: int) -> None:

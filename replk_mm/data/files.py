@@ -1,4 +1,5 @@
 """Image files: a sample of them, reading one, recognizing one that is cut off."""
+
 import struct
 import zlib
 from collections.abc import Sequence
@@ -16,8 +17,21 @@ IGNORED = 255
 #: Files of a data set that are inspected before a run; the pipeline checks every file when it reads it.
 SAMPLE = 64
 #: What Pillow's decoders raise on damaged files.
-UNDECODABLE = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, EOFError,
-               MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
+UNDECODABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 _T = TypeVar('_T')
 
 

@@ -1,4 +1,5 @@
 """Problems of data sets: one finding, how severe its kind is, and what to do about it."""
+
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,11 @@ KINDS: dict[str, tuple[str, str]] = {
     'data-root-missing': ('error', 'Name the folder of the data set with --data-root DIR.'),
     'folder-missing': ('error', 'Name the data root with --data-root DIR, or set data_prefix of the data set.'),
     'annotation-file-missing': ('error', 'Name the data root with --data-root DIR, or set ann_file of the data set.'),
-    'ade-full-release': ('error', 'Download the benchmark, http://data.csail.mit.edu/places/ADEchallenge/'
-                                  'ADEChallengeData2016.zip, and name its folder with --data-root.'),
+    'ade-full-release': (
+        'error',
+        'Download the benchmark, http://data.csail.mit.edu/places/ADEchallenge/'
+        'ADEChallengeData2016.zip, and name its folder with --data-root.',
+    ),
     'dataset-invalid': ('error', 'Fix the fields of the data set in the config, or the file they name.'),
     'no-images': ('error', 'Check the data root, or set img_suffix of the data set.'),
     'image-missing': ('error', 'Add the images, or remove the entries that name them.'),
@@ -36,10 +40,16 @@ KINDS: dict[str, tuple[str, str]] = {
     # files
     'unreadable': ('error', _REPLACE),
     'size-mismatch': ('error', _REPLACE),
-    'exif-turned': ('error', 'Training rotates the image by its EXIF tag, but not the label: rotate the pixels and '
-                             'drop the tag (exiftran -ai), or rotate the label map.'),
-    'exif-orientation': ('warning', 'Training rotates the image by its EXIF tag: make sure that the label was drawn on '
-                                    'the rotated image, or drop the tag.'),
+    'exif-turned': (
+        'error',
+        'Training rotates the image by its EXIF tag, but not the label: rotate the pixels and '
+        'drop the tag (exiftran -ai), or rotate the label map.',
+    ),
+    'exif-orientation': (
+        'warning',
+        'Training rotates the image by its EXIF tag: make sure that the label was drawn on '
+        'the rotated image, or drop the tag.',
+    ),
     # label maps
     'label-channels': ('error', _LABELS),
     'label-lossy': ('error', f'JPEG changes label ids at every border. {_LABELS}'),
@@ -49,8 +59,11 @@ KINDS: dict[str, tuple[str, str]] = {
     'reduce-zero-on': ('warning', 'If 0 is a class, set reduce_zero_label=False: with True classes are off by one.'),
     'reduce-zero-off': ('warning', 'If 0 is unlabeled, set reduce_zero_label=True: with False classes are off by one.'),
     'class-absent': ('note', 'These classes can be neither learned nor scored here.'),
-    'classes-order': ('warning', "Match classes by name: type='replk_mm.CocoDataset' at the data sets, and "
-                                 "type='replk_mm.CocoMetric' at the evaluators."),
+    'classes-order': (
+        'warning',
+        "Match classes by name: type='replk_mm.CocoDataset' at the data sets, and "
+        "type='replk_mm.CocoMetric' at the evaluators.",
+    ),
     'classes-mismatch': ('error', 'Name the classes: --classes NAME,NAME,...'),
     # annotation files
     'json-invalid': ('error', 'Write or download the file again.'),
@@ -69,8 +82,11 @@ KINDS: dict[str, tuple[str, str]] = {
     'bbox-outside': ('error', _BOX),
     'bbox-corners': ('error', 'A bbox is [x, y, width, height]; these look like [x1, y1, x2, y2].'),
     'bbox-beyond': ('note', 'Training clips these boxes to the image.'),
-    'mask-undecodable': ('error', 'A segmentation is a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], ...], or an '
-                                  'RLE of the size of its image.'),
+    'mask-undecodable': (
+        'error',
+        'A segmentation is a list of polygons, [[x1, y1, x2, y2, x3, y3, ...], ...], or an '
+        'RLE of the size of its image.',
+    ),
     'metric-file': ('error', 'Set ann_file of the metric to that of the data set.'),
 }
 
@@ -143,8 +159,10 @@ def summary_lines(problems: Iterable[Problem]) -> list[str]:
     for problem in problems:
         if problem.severity != 'error':
             kinds[problem.severity, problem.kind].append(problem)
-    return [f'{severity}: {first}' + (f' (and {len(rest)} more)' if rest else '')
-            for (severity, _), (first, *rest) in sorted(kinds.items(), key=lambda item: SEVERITIES.index(item[0][0]))]
+    return [
+        f'{severity}: {first}' + (f' (and {len(rest)} more)' if rest else '')
+        for (severity, _), (first, *rest) in sorted(kinds.items(), key=lambda item: SEVERITIES.index(item[0][0]))
+    ]
 
 
 def some(values: Iterable) -> str:

@@ -1,4 +1,5 @@
 """Transforms of the data pipeline: loading that names the file it fails on, labels at the resolution of the logits."""
+
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,9 @@ class CheckedLoad(BaseTransform):
             out = self.load(results)
         except Exception as error:  # decoders raise anything from OSError to cv2.error
             where = path or f'annotations of {results.get("img_path")}'
-            raise UserError(f'{where}: cannot be read ({error})\n'
-                            f'Replace the file, or remove it and its partner from the data set.') from error
+            raise UserError(
+                f'{where}: cannot be read ({error})\nReplace the file, or remove it and its partner from the data set.'
+            ) from error
         if loads_labels and out is not None and 'gt_seg_map' in out:
             self._check_ids(out, path)
         return out
@@ -109,10 +111,12 @@ class ShrinkLabels(BaseTransform):
     def transform(self, results: dict) -> dict:
         labels = results['gt_seg_map']
         if labels.shape[0] % self.factor or labels.shape[1] % self.factor:
-            raise UserError(f'{results.get("seg_map_path")}: ShrinkLabels(factor={self.factor}) got a map of '
-                            f'{labels.shape[0]}x{labels.shape[1]} after cropping\n'
-                            f'Make the crop size a multiple of the factor, and resize images to at least the crop.')
+            raise UserError(
+                f'{results.get("seg_map_path")}: ShrinkLabels(factor={self.factor}) got a map of '
+                f'{labels.shape[0]}x{labels.shape[1]} after cropping\n'
+                f'Make the crop size a multiple of the factor, and resize images to at least the crop.'
+            )
         # The label nearest to the block's centre, where the logit of the block is.
         centre = self.factor // 2
-        results['gt_seg_map'] = np.ascontiguousarray(labels[centre::self.factor, centre::self.factor])
+        results['gt_seg_map'] = np.ascontiguousarray(labels[centre :: self.factor, centre :: self.factor])
         return results

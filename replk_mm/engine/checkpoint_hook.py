@@ -1,4 +1,5 @@
 """mmengine's checkpoint hook, which deletes a checkpoint only when the one that replaces it is written."""
+
 from collections import deque
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,5 @@
 """COCO's detection metrics that keep the figures of every class, unrounded."""
+
 import contextlib
 import io
 import tempfile
@@ -49,16 +50,33 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
     _coco_api: COCO | None
     cat_ids: list[int] | None
 
-    def __init__(self, ann_file: str | None = None, metric: str | list[str] = 'bbox', classwise: bool = False,
-                 format_only: bool = False, outfile_prefix: str | None = None, backend_args: dict | None = None,
-                 collect_device: str = 'gpu', prefix: str | None = None) -> None:
+    def __init__(
+        self,
+        ann_file: str | None = None,
+        metric: str | list[str] = 'bbox',
+        classwise: bool = False,
+        format_only: bool = False,
+        outfile_prefix: str | None = None,
+        backend_args: dict | None = None,
+        collect_device: str = 'gpu',
+        prefix: str | None = None,
+    ) -> None:
         names = [metric] if isinstance(metric, str) else list(metric)
         if not set(names) <= {'bbox', 'segm'}:
-            raise UserError(f"replk_mm.CocoMetric: metric={metric!r}; it computes 'bbox' and 'segm'\n"
-                            f"Use type='CocoMetric', which is mmdet's, for others.")
-        super().__init__(ann_file=ann_file, metric=names, classwise=classwise, format_only=format_only,
-                         outfile_prefix=outfile_prefix, backend_args=backend_args, collect_device=collect_device,
-                         prefix=prefix)
+            raise UserError(
+                f"replk_mm.CocoMetric: metric={metric!r}; it computes 'bbox' and 'segm'\n"
+                f"Use type='CocoMetric', which is mmdet's, for others."
+            )
+        super().__init__(
+            ann_file=ann_file,
+            metric=names,
+            classwise=classwise,
+            format_only=format_only,
+            outfile_prefix=outfile_prefix,
+            backend_args=backend_args,
+            collect_device=collect_device,
+            prefix=prefix,
+        )
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Metrics from the ground truth and detections of all images.
@@ -68,8 +86,10 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
         """
         truths, found = zip(*results, strict=True)
         if 'segm' in self.metrics and 'masks' not in found[0]:
-            raise UserError("evaluator: metric 'segm' scores masks, and the model finds boxes only\n"
-                            "Set metric='bbox' in val_evaluator and test_evaluator.")
+            raise UserError(
+                "evaluator: metric 'segm' scores masks, and the model finds boxes only\n"
+                "Set metric='bbox' in val_evaluator and test_evaluator."
+            )
         with tempfile.TemporaryDirectory() as folder:
             prefix = self.outfile_prefix or f'{folder}/results'
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -88,14 +108,26 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             for kind in self.metrics:
                 metrics.update(self._evaluate(kind, files[kind]))
         width = max([len(name) for name in self.per_class], default=0)
-        print_log('\n'.join([f'{len(self.per_class)} of {len(self.dataset_meta["classes"])} classes are annotated:', *(
-            f'  {name:{width}}  '
-            + '  '.join(f'{value} objects' if key == 'instances' else f'{key} {value:.3f}'
-                        for key, value in figures.items())
-            for name, figures in self.per_class.items())]), logger='current')
+        print_log(
+            '\n'.join(
+                [
+                    f'{len(self.per_class)} of {len(self.dataset_meta["classes"])} classes are annotated:',
+                    *(
+                        f'  {name:{width}}  '
+                        + '  '.join(
+                            f'{value} objects' if key == 'instances' else f'{key} {value:.3f}'
+                            for key, value in figures.items()
+                        )
+                        for name, figures in self.per_class.items()
+                    ),
+                ]
+            ),
+            logger='current',
+        )
         if self.classwise:  # as mmdet names them
-            metrics.update({f'{name}_precision': figures[f'{self.metrics[-1]}_mAP']
-                            for name, figures in self.per_class.items()})
+            metrics.update(
+                {f'{name}_precision': figures[f'{self.metrics[-1]}_mAP'] for name, figures in self.per_class.items()}
+            )
         return metrics
 
     def _of_known_categories(self, result: dict, by_label: list[int | None]) -> dict:
@@ -124,11 +156,17 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             if np.isnan(of_class).all():
                 continue
             objects = self._coco_api.loadAnns(self._coco_api.getAnnIds(catIds=[category], iscrowd=False))
-            self.per_class.setdefault(self._coco_api.cats[category]['name'], dict(instances=len(objects))).update({
-                f'{kind}_mAP': float(of_class.mean()), f'{kind}_mAP_50': float(of_class[0].mean()),
-                f'{kind}_mAP_75': float(of_class[5].mean())})
-        return {f'{kind}_{name}': float(evaluation.stats[i]) if evaluation.stats[i] >= 0 else float('nan')
-                for name, i in _STATS.items()}
+            self.per_class.setdefault(self._coco_api.cats[category]['name'], dict(instances=len(objects))).update(
+                {
+                    f'{kind}_mAP': float(of_class.mean()),
+                    f'{kind}_mAP_50': float(of_class[0].mean()),
+                    f'{kind}_mAP_75': float(of_class[5].mean()),
+                }
+            )
+        return {
+            f'{kind}_{name}': float(evaluation.stats[i]) if evaluation.stats[i] >= 0 else float('nan')
+            for name, i in _STATS.items()
+        }
 
     def _detections(self, file: str, kind: str) -> COCO:
         assert self._coco_api is not None
@@ -140,8 +178,9 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
                 return self._coco_api.loadRes(found)
             # pycocotools and mmdet refuse to evaluate a model that finds nothing, which an untrained one does.
             empty = COCO()
-            empty.dataset = dict(images=self._coco_api.dataset['images'], annotations=[],
-                                 categories=self._coco_api.dataset['categories'])
+            empty.dataset = dict(
+                images=self._coco_api.dataset['images'], annotations=[], categories=self._coco_api.dataset['categories']
+            )
             empty.createIndex()
         return empty
 

@@ -1,4 +1,5 @@
 """Read a config, apply the command line, and fit it to this machine: every change is one line of the log."""
+
 import difflib
 import inspect
 from importlib.util import find_spec
@@ -18,8 +19,9 @@ from replk_mm.errors import UserError
 from replk_mm.ops.spatial import bfloat16_instructions
 
 
-def load_config(path: str, options: dict | None = None,
-                needs: tuple[str, ...] = ('model', 'test_dataloader')) -> Config:
+def load_config(
+    path: str, options: dict | None = None, needs: tuple[str, ...] = ('model', 'test_dataloader')
+) -> Config:
     """Read a config file.
 
     Args:
@@ -40,14 +42,17 @@ def load_config(path: str, options: dict | None = None,
     try:
         cfg = Config.fromfile(str(found))
     except Exception as error:  # a config is a program, which may raise anything
-        raise UserError(f'{path}: the config cannot be read: {type(error).__name__}: {error}\n'
-                        f'Check the file and the files its _base_ names.') from error
+        raise UserError(
+            f'{path}: the config cannot be read: {type(error).__name__}: {error}\n'
+            f'Check the file and the files its _base_ names.'
+        ) from error
     if options:
         _override(cfg, options, path)
     for key in needs:
         if key not in cfg:
-            raise UserError(f'{path}: the config has no {key!r}; this is not a complete config\n'
-                            f'Files in _base_ are parts of one.')
+            raise UserError(
+                f'{path}: the config has no {key!r}; this is not a complete config\nFiles in _base_ are parts of one.'
+            )
     return cfg
 
 
@@ -65,8 +70,10 @@ def _override(cfg: Config, options: dict, path: str) -> None:
         raise UserError(f'--cfg-options {options!s:.500}: does not fit {path}: {error}') from error
     for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'optim_wrapper'):
         if cfg.get(key) is not None and not isinstance(cfg[key], dict):
-            raise UserError(f'--cfg-options {key}={cfg[key]!r}: {key} of {path} is a dict\n'
-                            f'Name the field below it: --cfg-options {key}.FIELD=VALUE.')
+            raise UserError(
+                f'--cfg-options {key}={cfg[key]!r}: {key} of {path} is a dict\n'
+                f'Name the field below it: --cfg-options {key}.FIELD=VALUE.'
+            )
 
 
 def file_of(path: str) -> Path:
@@ -94,7 +101,7 @@ def set_data_root(cfg: Config, root: str) -> None:
             # COCO's evaluator names its annotation file by full path.
             for old in former:
                 if str(metric.get('ann_file') or '').startswith(f'{old}/'):
-                    metric['ann_file'] = f'{root.rstrip("/")}{metric["ann_file"][len(old):]}'
+                    metric['ann_file'] = f'{root.rstrip("/")}{metric["ann_file"][len(old) :]}'
                     break
     cfg.data_root = root
 
@@ -109,7 +116,7 @@ def shorten(cfg: Config, iterations: int) -> str:
     for scheduler in as_list(cfg.get('param_scheduler')):
         same_unit = scheduler.get('by_epoch', True) == by_epoch
         # A warm-up counted in iterations keeps a tenth at most of a run that was counted in epochs.
-        factor = iterations / total if same_unit else min(1., iterations / 10 / max(scheduler.get('end', 1), 1))
+        factor = iterations / total if same_unit else min(1.0, iterations / 10 / max(scheduler.get('end', 1), 1))
         for key in ('begin', 'end', 'T_max'):
             if key in scheduler:
                 scheduler[key] = round(scheduler[key] * factor)
@@ -121,28 +128,38 @@ def shorten(cfg: Config, iterations: int) -> str:
         scheduler['by_epoch'] = False
         scheduler.pop('convert_to_iter_based', None)  # it is counted in iterations now
     # mmengine's warm-ups need two steps to come back from their first factor.
-    cfg.param_scheduler = [s for s in as_list(cfg.get('param_scheduler'))
-                           if s.get('end', iterations) - s.get('begin', 0) >= 2 or 'Poly' in s['type']]
+    cfg.param_scheduler = [
+        s
+        for s in as_list(cfg.get('param_scheduler'))
+        if s.get('end', iterations) - s.get('begin', 0) >= 2 or 'Poly' in s['type']
+    ]
     interval = iterations if by_epoch else min(iterations, loop.get('val_interval', iterations))
     scope = 'replk_mm.' if str(loop.get('type')).startswith('replk_mm.') else ''
     cfg.train_cfg = ConfigDict(type=f'{scope}IterBasedTrainLoop', max_iters=iterations, val_interval=interval)
     hooks = cfg.get('default_hooks') or {}
     checkpoint = hooks.get('checkpoint') or dict(type='CheckpointHook')
-    checkpoint.update(by_epoch=False, interval=interval if by_epoch and checkpoint.get('by_epoch', True) else
-                      min(iterations, checkpoint.get('interval', iterations)))
+    checkpoint.update(
+        by_epoch=False,
+        interval=interval
+        if by_epoch and checkpoint.get('by_epoch', True)
+        else min(iterations, checkpoint.get('interval', iterations)),
+    )
     logger = {'type': 'LoggerHook', **(hooks.get('logger') or {})}
     # The configured interval may be longer than the whole run, which would then say nothing.
     logger['interval'] = min(logger.get('interval', 10), max(1, iterations // 20))
     cfg.default_hooks = {**hooks, 'checkpoint': checkpoint, 'logger': logger}
     cfg.log_processor = {**cfg.get('log_processor', {}), 'by_epoch': False}
     unit = 'epochs' if by_epoch else 'iterations'
-    return (f'schedule: {iterations} iterations instead of {total} {unit} ({cfg.train_cfg.type}), warm-up and decay in '
-            f'proportion, validation every {interval}, checkpoints every {checkpoint["interval"]}, log every '
-            f'{logger["interval"]} iterations')
+    return (
+        f'schedule: {iterations} iterations instead of {total} {unit} ({cfg.train_cfg.type}), warm-up and decay in '
+        f'proportion, validation every {interval}, checkpoints every {checkpoint["interval"]}, log every '
+        f'{logger["interval"]} iterations'
+    )
 
 
-def fit_to_machine(cfg: Config, amp: str | None, device: str, local_processes: int,
-                   processes: int | None = None) -> list[str]:
+def fit_to_machine(
+    cfg: Config, amp: str | None, device: str, local_processes: int, processes: int | None = None
+) -> list[str]:
     """Fit a config to this machine: norms, process group, precision, data workers, learning rate.
 
     Nothing else changes what a config says. Call after :func:`shorten`.
@@ -178,10 +195,15 @@ def _norms(cfg: Config, device: str) -> list[str]:
     layers = replace_type(cfg.model, dict.fromkeys(former, norm))
     if not layers:
         return []
-    why = ('replk_mm.SyncBN is for CPUs' if norm == 'SyncBN' else
-           f"torch's SyncBN runs on {'GPUs only' if device == 'cpu' else 'several GPUs only'}")
-    return [f'norm: {why}; {norm} instead ({layers} places in the config)'
-            + ('' if alone else ', with the statistics of all processes')]
+    why = (
+        'replk_mm.SyncBN is for CPUs'
+        if norm == 'SyncBN'
+        else f"torch's SyncBN runs on {'GPUs only' if device == 'cpu' else 'several GPUs only'}"
+    )
+    return [
+        f'norm: {why}; {norm} instead ({layers} places in the config)'
+        + ('' if alone else ', with the statistics of all processes')
+    ]
 
 
 def _workers(cfg: Config, device: str, local_processes: int) -> list[str]:
@@ -192,8 +214,9 @@ def _workers(cfg: Config, device: str, local_processes: int) -> list[str]:
     for split in ('train', 'val', 'test'):
         loader = cfg.get(f'{split}_dataloader')
         if loader and loader.get('num_workers', 0) > workers:
-            notes.append(f'{split} data workers: {workers} instead of {loader["num_workers"]} '
-                         f'({share} cores a process)')
+            notes.append(
+                f'{split} data workers: {workers} instead of {loader["num_workers"]} ({share} cores a process)'
+            )
             loader['num_workers'] = workers
         if loader and not loader.get('num_workers', 0):  # torch rejects both without workers
             settings = [key for key in ('persistent_workers', 'prefetch_factor') if loader.pop(key, None)]
@@ -216,11 +239,15 @@ def _learning_rate(cfg: Config, processes: int) -> list[str]:
         return []
     base = scaling.base_batch_size
     if not scaling.get('enable'):
-        return [f'learning rate: {rate} as configured for {base} images a step; this run has {actual} '
-                f'(auto_scale_lr.enable=True scales)']
+        return [
+            f'learning rate: {rate} as configured for {base} images a step; this run has {actual} '
+            f'(auto_scale_lr.enable=True scales)'
+        ]
     # mmengine's runner multiplies by this ratio.
-    return [f'learning rate: {rate} x {actual}/{base} = {rate * actual / base:.3g}, for {actual} images a step instead '
-            f'of {base} (auto_scale_lr.enable=False keeps it)']
+    return [
+        f'learning rate: {rate} x {actual}/{base} = {rate * actual / base:.3g}, for {actual} images a step instead '
+        f'of {base} (auto_scale_lr.enable=False keeps it)'
+    ]
 
 
 def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
@@ -228,8 +255,9 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
     if not wrapper:
         return []
     if amp == 'fp16' and device == 'cpu':
-        raise UserError('--amp fp16: CPUs train in float32 or bfloat16; found device cpu\n'
-                        'Use --amp bf16, or leave it out.')
+        raise UserError(
+            '--amp fp16: CPUs train in float32 or bfloat16; found device cpu\nUse --amp bf16, or leave it out.'
+        )
     configured = None
     if wrapper.get('type') == 'AmpOptimWrapper':
         configured = 'bf16' if wrapper.get('dtype') == 'bfloat16' else 'fp16'
@@ -241,8 +269,11 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
     if device != 'cpu':
         if not amp and wrapper['type'] == 'AmpOptimWrapper':
             return []
-        wrapper.update(type='AmpOptimWrapper', dtype={'bf16': 'bfloat16', 'fp16': 'float16'}[wanted],
-                       loss_scale='dynamic' if wanted == 'fp16' else 1.0)
+        wrapper.update(
+            type='AmpOptimWrapper',
+            dtype={'bf16': 'bfloat16', 'fp16': 'float16'}[wanted],
+            loss_scale='dynamic' if wanted == 'fp16' else 1.0,
+        )
         return [f'precision: {wrapper["dtype"]} autocast']
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)

@@ -1,4 +1,5 @@
 """Stop a training at the first loss or gradient that is not finite: name the layer, save the batch."""
+
 import copy
 import math
 import time
@@ -52,8 +53,9 @@ class StopAtNonFinite(Hook):
         overflow = getattr(optimizer, 'found_inf', None)  # a fused optimizer skips the step itself
         self._check(runner, [] if overflow is not None and bool(overflow) else _gradients(optimizer))
 
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
-                         outputs: dict | None = None) -> None:
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
         """Check the losses, and gradients that accumulate.
 
         Raises:
@@ -67,9 +69,11 @@ class StopAtNonFinite(Hook):
             values += [gradient for wrapper in wrappers for gradient in _gradients(wrapper.optimizer)]
         self._check(runner, values)
         # The scaler skips the step, again and again if mmengine keeps the scale fixed, as for bfloat16.
-        skipped = not self._checked and any(getattr(wrapper, '_scale_update_param', None) is not None
-                                            and wrapper._inner_count % wrapper._accumulative_counts == 0
-                                            for wrapper in wrappers)
+        skipped = not self._checked and any(
+            getattr(wrapper, '_scale_update_param', None) is not None
+            and wrapper._inner_count % wrapper._accumulative_counts == 0
+            for wrapper in wrappers
+        )
         if scale is not None and (skipped or scale < _LEAST_SCALE):
             self._stop(runner, f' at a loss scale of {scale:.2g}')
 
@@ -94,8 +98,10 @@ class StopAtNonFinite(Hook):
         if causes and min(causes)[1] != get_rank():
             barrier()
             time.sleep(1)  # torchrun ends all once one process fails, and reports the first: let it be the cause
-            raise UserError(f'{where}: stopped, because rank {min(causes)[1]} met a loss or gradient that is not '
-                            f'finite\nThe message of that rank names the images and the layer.')
+            raise UserError(
+                f'{where}: stopped, because rank {min(causes)[1]} met a loss or gradient that is not '
+                f'finite\nThe message of that rank names the images and the layer.'
+            )
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         what = f'the loss is not finite ({", ".join(bad)})' if bad else 'the gradients are not finite'
         batch = plain(self._batch)
@@ -109,7 +115,8 @@ class StopAtNonFinite(Hook):
             f'images: {", ".join(images) or "unknown"}\n{saved}\n'
             + (f'last checkpoint: {last}; --resume without a change ends here again\n' if last else '')
             + 'Look at the batch, label or weight if one is named. Otherwise lower optim_wrapper.optimizer.lr, '
-            'lengthen the warm-up, set optim_wrapper.clip_grad.max_norm=1, or train without fp16.')
+            'lengthen the warm-up, set optim_wrapper.clip_grad.max_norm=1, or train without fp16.'
+        )
         if causes:
             barrier()
         raise message from error
@@ -140,8 +147,9 @@ def forward_backward(model: Any, batch: Any, context: Callable[[], AbstractConte
     return {name: value.item() for name, value in logged.items() if 'loss' in name}
 
 
-def first_non_finite(model: nn.Module, batch: Any, seed: tuple[int, int, int],
-                     context: Callable[[], AbstractContextManager]) -> tuple[str | None, dict[str, float]]:
+def first_non_finite(
+    model: nn.Module, batch: Any, seed: tuple[int, int, int], context: Callable[[], AbstractContextManager]
+) -> tuple[str | None, dict[str, float]]:
     """Repeat an iteration with every layer watched.
 
     All processes must call this together if layers communicate (SyncBN).
@@ -189,8 +197,10 @@ def first_non_finite(model: nn.Module, batch: Any, seed: tuple[int, int, int],
     handles = []
     for name, module in model.named_modules():
         place = f'{name or "the model"} ({type(module).__name__})'
-        handles += [module.register_forward_pre_hook(partial(before, place), with_kwargs=True),
-                    module.register_forward_hook(partial(after, place))]
+        handles += [
+            module.register_forward_pre_hook(partial(before, place), with_kwargs=True),
+            module.register_forward_hook(partial(after, place)),
+        ]
     seed_iteration(*seed)
     try:
         losses = forward_backward(model, batch, context)

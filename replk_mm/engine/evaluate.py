@@ -1,4 +1,5 @@
 """Evaluate a checkpoint."""
+
 import os
 import time
 from dataclasses import dataclass, field
@@ -47,8 +48,15 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
 
-def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = False, tta: bool = False,
-             predictions: Path | None = None) -> Evaluation:
+def evaluate(
+    cfg: Config,
+    checkpoint: str,
+    options: Options,
+    *,
+    reparam: bool = False,
+    tta: bool = False,
+    predictions: Path | None = None,
+) -> Evaluation:
     """Evaluate a checkpoint with the config's test loader and evaluators.
 
     Args:
@@ -72,8 +80,16 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     if options.classes is None and all(coco_style(dataset, scope) for dataset in datasets_of(cfg, ('test',))):
         notes += adopt_classes(cfg, checkpoint)
     notes += prepare_data(cfg, options, ('test',))
-    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg',
-                'val_evaluator', 'auto_scale_lr'):
+    for key in (
+        'train_dataloader',
+        'train_cfg',
+        'optim_wrapper',
+        'param_scheduler',
+        'val_dataloader',
+        'val_cfg',
+        'val_evaluator',
+        'auto_scale_lr',
+    ):
         cfg.pop(key, None)
     notes += fit_to_machine(cfg, None, device, processes_of(options.launcher)[1])
     model = build_model(cfg, 'meta')
@@ -107,8 +123,10 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
     per_class: dict[str, dict[str, float]] = {}
     for metric in runner.test_evaluator.metrics:
         if not hasattr(metric, 'per_class'):
-            notes.append(f'classes: {type(metric).__name__} has no figures of single classes; replk_mm.IoUMetric and '
-                         f'replk_mm.CocoMetric have')
+            notes.append(
+                f'classes: {type(metric).__name__} has no figures of single classes; replk_mm.IoUMetric and '
+                f'replk_mm.CocoMetric have'
+            )
         for name, of_class in getattr(metric, 'per_class', {}).items():
             per_class.setdefault(name, {}).update(of_class)
     images = len(runner.test_dataloader.dataset)
@@ -118,8 +136,10 @@ def evaluate(cfg: Config, checkpoint: str, options: Options, *, reparam: bool = 
 
 def _export_predictions(cfg: Config, folder: Path) -> list[str]:
     """Let the metrics write predictions: label maps as PNG, boxes and masks as COCO's ``instances.*.json``."""
-    roots = [Path(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img_path') or '').resolve()
-             for dataset in datasets_of(cfg, ('test',))]
+    roots = [
+        Path(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img_path') or '').resolve()
+        for dataset in datasets_of(cfg, ('test',))
+    ]
     notes = []
     detections = 0
     for place, metric in placed_metrics(cfg, 'test').items():

@@ -1,4 +1,5 @@
 """Name the field of a config when the libraries fail to build something from it."""
+
 import difflib
 import inspect
 import re
@@ -35,23 +36,29 @@ def explaining(cfg: Config, what: str) -> Iterator[None]:
 def _explain(cfg: Config, error: Exception, what: str) -> str:
     text = str(error.args[0]) if error.args else ''
     whole = what in cfg
-    fields = [(path, part) for path, part in walk(cfg[what] if whole else cfg._cfg_dict, what if whole else '')
-              if 'type' in part]
+    fields = [
+        (path, part)
+        for path, part in walk(cfg[what] if whole else cfg._cfg_dict, what if whole else '')
+        if 'type' in part
+    ]
     missing = re.match(r'(\S+) is not in the (?:\S+::)?(.+) registry', text)
     if missing:
         field = next((path for path, part in fields if part['type'] == missing[1]), what)
         close = difflib.get_close_matches(missing[1], _registered(missing[2]), n=2)
-        return (f'{field}.type={missing[1]!r}: there is no such {missing[2]}\n'
-                + (f'Did you mean {" or ".join(close)}?' if close else
-                   'Check its spelling, and that its package is installed.'))
+        return f'{field}.type={missing[1]!r}: there is no such {missing[2]}\n' + (
+            f'Did you mean {" or ".join(close)}?' if close else 'Check its spelling, and that its package is installed.'
+        )
     unknown = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     for path, part in fields:
         known = _arguments(part['type']) if unknown else []
         if unknown and unknown[2] in part and known and unknown[2] not in known:
-            return (f'{path}.{unknown[2]}: {part["type"]} has no such argument\n'
-                    f'{did_you_mean(unknown[2], known)}It takes: {", ".join(known)}')
-    strange = [(path, part['type']) for path, part in fields
-               if isinstance(part['type'], str) and not _known(part['type'])]
+            return (
+                f'{path}.{unknown[2]}: {part["type"]} has no such argument\n'
+                f'{did_you_mean(unknown[2], known)}It takes: {", ".join(known)}'
+            )
+    strange = [
+        (path, part['type']) for path, part in fields if isinstance(part['type'], str) and not _known(part['type'])
+    ]
     if isinstance(error, TypeError) and strange:  # as optimizers of unknown names end
         return f'{strange[0][0]}.type={strange[0][1]!r}: there is no such type\nCheck its spelling.'
     if not text:  # an assertion without words: quote its line of code
@@ -75,9 +82,13 @@ def _known(name: str) -> bool:
 
 
 def _registered(kind: str) -> list[str]:
-    return [name if registry.parent is None else f'{prefix}{name}'
-            for registry in _registries() if registry.name == kind
-            for name in _names(registry) for prefix in ('', f'{registry.scope}.')]
+    return [
+        name if registry.parent is None else f'{prefix}{name}'
+        for registry in _registries()
+        if registry.name == kind
+        for name in _names(registry)
+        for prefix in ('', f'{registry.scope}.')
+    ]
 
 
 def _arguments(kind: object) -> list[str]:

@@ -1,4 +1,5 @@
 """Lack of disk space and of memory during a run, explained."""
+
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +26,18 @@ def naming_failures(cfg: Config, runner: Runner) -> Iterator[None]:
     except (OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             last = last_checkpoint(cfg.work_dir) if split == 'train' else None
-            raise UserError(f'{error.filename or cfg.work_dir}: writing failed at iteration {runner.iter} '
-                            f'({error.strerror})\nFree disk space or fix the permissions'
-                            + (f', then continue with --resume {last}.' if last else '.')) from error
+            raise UserError(
+                f'{error.filename or cfg.work_dir}: writing failed at iteration {runner.iter} '
+                f'({error.strerror})\nFree disk space or fix the permissions'
+                + (f', then continue with --resume {last}.' if last else '.')
+            ) from error
         if not is_out_of_memory(error):
             raise
         size = crop_of(cfg)
         raise UserError(
             f'out of memory at iteration {runner.iter}, with {split}_dataloader.batch_size='
-            f'{cfg[f"{split}_dataloader"].batch_size}' + (f' and crops of {size[0]}x{size[1]} pixels' if size else '')
+            f'{cfg[f"{split}_dataloader"].batch_size}'
+            + (f' and crops of {size[0]}x{size[1]} pixels' if size else '')
             + f': {(str(error) or "no memory").splitlines()[0]}\n'
-            f'Lower the batch size or the crop size; for training, also set model.backbone.with_cp=True.') from error
+            f'Lower the batch size or the crop size; for training, also set model.backbone.with_cp=True.'
+        ) from error

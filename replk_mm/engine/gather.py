@@ -1,4 +1,5 @@
 """Metrics that are the same for any number of processes."""
+
 import torch
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.evaluator import BaseMetric
@@ -39,7 +40,9 @@ class GatheringMetric(BaseMetric):
         all_reduce(fewest, 'min')
         evaluated = int(fewest) * get_world_size()
         if evaluated < size and not getattr(self, 'format_only', False):
-            raise UserError(f'evaluation: {evaluated} of {size} images were evaluated by {get_world_size()} processes\n'
-                            f"Use sampler=dict(type='DefaultSampler') without round_up=False, and no drop_last, in "
-                            f'val_dataloader and test_dataloader.')
+            raise UserError(
+                f'evaluation: {evaluated} of {size} images were evaluated by {get_world_size()} processes\n'
+                f"Use sampler=dict(type='DefaultSampler') without round_up=False, and no drop_last, in "
+                f'val_dataloader and test_dataloader.'
+            )
         return super().evaluate(size)

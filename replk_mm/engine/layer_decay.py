@@ -4,6 +4,7 @@ Introduced for fine-tuning by BEiT (arXiv:2106.08254) and used by ConvNeXt (arXi
 layer-wise in detection, stage-wise in segmentation. RepLKNet was trained without; :meth:`Backbone.get_layer_depth` says
 how its blocks are grouped. The backbone tells which parameters share a rate; there is no table of names here.
 """
+
 from collections.abc import Iterable
 from typing import Any
 
@@ -78,13 +79,17 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             if not _is_number(value):
                 raise UserError(f'{name}={value!r}: must be a number\nUse 0 for none.')
         if not _is_number(rate) or not 0 < rate <= 1:
-            raise UserError(f'{FIELD}.decay_rate={rate!r}: must be above 0 and 1 at most\n'
-                            f'It is the factor from one layer to the one before it, such as 0.9.')
+            raise UserError(
+                f'{FIELD}.decay_rate={rate!r}: must be above 0 and 1 at most\n'
+                f'It is the factor from one layer to the one before it, such as 0.9.'
+            )
         if kind not in DEPTHS:
             raise UserError(f'{FIELD}.decay_type={kind!r}: is unknown\nUse one of: {", ".join(DEPTHS)}.')
         if layers is not None and (type(layers) is not int or layers < 1):
-            raise UserError(f'{FIELD}.num_layers={layers!r}: must be a whole number\n'
-                            f'Leave it out for the number that the backbone has.')
+            raise UserError(
+                f'{FIELD}.num_layers={layers!r}: must be a whole number\n'
+                f'Leave it out for the number that the backbone has.'
+            )
         # The longest first: mmengine's order.
         self.custom = dict(sorted(cfg.get('custom_keys', {}).items(), key=lambda item: (-len(item[0]), item[0])))
 
@@ -110,13 +115,23 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             if id(param) in first:
                 other, its_key = first[id(param)]
                 if key != its_key and not self.paramwise_cfg.get('bypass_duplicate', False):
-                    raise UserError(f'{FIELD}: {other} and {name} are one parameter, with different rates or weight '
-                                    f'decays\nbypass_duplicate=True gives it those of the first name.')
+                    raise UserError(
+                        f'{FIELD}: {other} and {name} are one parameter, with different rates or weight '
+                        f'decays\nbypass_duplicate=True gives it those of the first name.'
+                    )
                 continue
             first[id(param)] = name, key
-            group = groups.setdefault(key, {
-                'params': [], 'param_names': [], 'group_name': key[0], 'lr_scale': key[1],
-                'lr': key[1] * self.base_lr, 'weight_decay': decay_mult * self.base_wd})
+            group = groups.setdefault(
+                key,
+                {
+                    'params': [],
+                    'param_names': [],
+                    'group_name': key[0],
+                    'lr_scale': key[1],
+                    'lr': key[1] * self.base_lr,
+                    'weight_decay': decay_mult * self.base_wd,
+                },
+            )
             group['params'].append(param)
             group['param_names'].append(name)
         self._check_custom_keys(module)
@@ -127,28 +142,36 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         backbone, decay_type = getattr(model, 'backbone', None), self.paramwise_cfg.get('decay_type', 'layer_wise')
         method, kind = DEPTHS[decay_type], type(backbone).__name__
         if not isinstance(backbone, nn.Module):
-            raise UserError(f'optim_wrapper.constructor={type(self).__name__!r}: {type(model).__name__} has no '
-                            f'backbone\n'
-                            f'Leave the constructor out: all of the model learns at one rate.')
+            raise UserError(
+                f'optim_wrapper.constructor={type(self).__name__!r}: {type(model).__name__} has no '
+                f'backbone\n'
+                f'Leave the constructor out: all of the model learns at one rate.'
+            )
         if not hasattr(backbone, method):
-            raise UserError(f'model.backbone.type={kind!r}: has no {method}(name, prefix), which tells depths\n'
-                            f'Use a backbone that has, add it to a subclass, or leave the constructor out.')
+            raise UserError(
+                f'model.backbone.type={kind!r}: has no {method}(name, prefix), which tells depths\n'
+                f'Use a backbone that has, add it to a subclass, or leave the constructor out.'
+            )
         depths, own = {}, None
         for name, param in backbone.named_parameters('backbone', remove_duplicate=False):
             if param.requires_grad:
                 try:
                     depths[name], count = getattr(backbone, method)(name, 'backbone.')
                 except (ValueError, LookupError) as error:
-                    raise UserError(f'{name}: {kind}.{method} tells no depth for this parameter: {error}\n'
-                                    f'Freeze the parameter, or extend {method} in a subclass of {kind}.') from error
+                    raise UserError(
+                        f'{name}: {kind}.{method} tells no depth for this parameter: {error}\n'
+                        f'Freeze the parameter, or extend {method} in a subclass of {kind}.'
+                    ) from error
                 own = count - 2
         given = self.paramwise_cfg.get('num_layers')
         if own is None:
             return {}, given or 0
         if given is not None and given != own and (decay_type == 'layer_wise' or given < own):
             more = '' if decay_type == 'layer_wise' else ' or more'
-            raise UserError(f'{FIELD}.num_layers={given}: this {kind} has {own} {decay_type.split("_")[0]}s\n'
-                            f'Leave num_layers out, or set it to {own}{more}.')
+            raise UserError(
+                f'{FIELD}.num_layers={given}: this {kind} has {own} {decay_type.split("_")[0]}s\n'
+                f'Leave num_layers out, or set it to {own}{more}.'
+            )
         num_layers = given or own
         # The largest id of the backbone is the one for the full rate.
         return {name: num_layers + 1 if depth == own + 1 else depth for name, depth in depths.items()}, num_layers
@@ -158,8 +181,8 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         cfg, leaf = self.paramwise_cfg, name.rpartition('.')[2]
         norm, bias, flat = isinstance(owner, NORMS), leaf == 'bias', param.ndim == 1
         depthwise = isinstance(owner, nn.Conv2d) and owner.in_channels == owner.groups
-        lr = cfg.get('bias_lr_mult', 1.) if bias and not norm else 1.
-        decay = 0. if flat or bias or leaf in EMBEDDINGS else 1.
+        lr = cfg.get('bias_lr_mult', 1.0) if bias and not norm else 1.0
+        decay = 0.0 if flat or bias or leaf in EMBEDDINGS else 1.0
         # mmengine's order.
         for key, fits in (('norm', norm), ('bias', bias), ('dwconv', depthwise), ('flat', flat)):
             if fits and f'{key}_decay_mult' in cfg:
@@ -173,8 +196,10 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         for key in self.custom:
             if not any(key in name for name in names):
                 close = did_you_mean(key, {part for name in names for part in name.split('.')})
-                raise UserError(f'{FIELD}.custom_keys[{key!r}]: is part of no parameter name\n'
-                                f'{close}Names are such as {names[0]}, {names[-1]}.')
+                raise UserError(
+                    f'{FIELD}.custom_keys[{key!r}]: is part of no parameter name\n'
+                    f'{close}Names are such as {names[0]}, {names[-1]}.'
+                )
 
 
 def _is_number(value: object) -> bool:

@@ -1,4 +1,5 @@
 """mmengine's training loops, which stop on a signal and resume at the very sample where a run was stopped."""
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,8 +37,9 @@ class _Resumable(BaseLoop):
     def __init__(self, runner: Any, dataloader: DataLoader | dict, *args, **kwargs) -> None:
         loader = dataloader
         if isinstance(loader, dict):
-            loader = runner.build_dataloader(loader, seed=runner.seed,
-                                             diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False))
+            loader = runner.build_dataloader(
+                loader, seed=runner.seed, diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False)
+            )
         draws = drawn(loader, partial(seed_sample, runner.seed), get_rank(), get_world_size())
         super().__init__(runner, draws, *args, **kwargs)
 
@@ -69,8 +71,10 @@ class _Resumable(BaseLoop):
 
 def _between_steps(runner: Any) -> bool:
     """Whether no gradients are adding up: they are not saved, so that there is no state to go on from when some are."""
-    return all(getattr(wrapper, '_inner_count', 0) % getattr(wrapper, '_accumulative_counts', 1) == 0
-               for wrapper in each(runner.optim_wrapper))
+    return all(
+        getattr(wrapper, '_inner_count', 0) % getattr(wrapper, '_accumulative_counts', 1) == 0
+        for wrapper in each(runner.optim_wrapper)
+    )
 
 
 @LOOPS.register_module()

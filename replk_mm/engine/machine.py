@@ -1,4 +1,5 @@
 """The machine a run is on: its device, its processes, its disk."""
+
 import atexit
 import ctypes
 import os
@@ -58,8 +59,10 @@ def select_device(name: str | None) -> str:
     if kind == 'cuda':
         count = torch.cuda.device_count()
         if int(index or 0) >= count:
-            raise UserError(f'--device {name}: torch {torch.__version__} finds {count} GPUs\n'
-                            f'Use --device cpu; python tools/doctor.py says what is there.')
+            raise UserError(
+                f'--device {name}: torch {torch.__version__} finds {count} GPUs\n'
+                f'Use --device cpu; python tools/doctor.py says what is there.'
+            )
         if index:
             torch.cuda.set_device(int(index))
     chosen = kind or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -85,12 +88,17 @@ def keep_freed_memory(keep: bool = True) -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
-    return all([mallopt(mmap_threshold, largest if keep else 32 * 2**20),
-                mallopt(trim_threshold, largest if keep else 64 * 2**20)])
+    return all(
+        [
+            mallopt(mmap_threshold, largest if keep else 32 * 2**20),
+            mallopt(trim_threshold, largest if keep else 64 * 2**20),
+        ]
+    )
 
 
 def processes_of(launcher: str) -> tuple[int, int]:
     """Processes of the whole run, and of this machine, as torchrun or Slurm announce them."""
+
     def announced(*names: str) -> int:
         return next((int(os.environ[name]) for name in names if os.environ.get(name, '').isdigit()), 1)
 
@@ -112,8 +120,10 @@ def init_gloo(cfg: Config, device: str) -> None:
     # mmengine 0.10.7 selects a CUDA device whatever the backend; a process group that exists is left alone.
     if cfg.launcher == 'pytorch' and device == 'cpu' and not torch.distributed.is_initialized():
         if 'RANK' not in os.environ:
-            raise UserError('--launcher pytorch: no RANK in the environment\n'
-                            'Start with: torchrun --nproc-per-node N tools/train.py CONFIG --launcher pytorch')
+            raise UserError(
+                '--launcher pytorch: no RANK in the environment\n'
+                'Start with: torchrun --nproc-per-node N tools/train.py CONFIG --launcher pytorch'
+            )
         seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout', 600)
         torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
         atexit.register(_leave)  # its threads, still waiting when Python ends, may abort the process
@@ -126,8 +136,11 @@ def _leave() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch or Python means that there is too little memory."""
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ('out of memory', 'not enough memory', "can't allocate memory"))
+    return (
+        isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        or isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ('out of memory', 'not enough memory', "can't allocate memory"))
+    )
 
 
 def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-dir') -> Path:
@@ -149,10 +162,13 @@ def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-di
         probe.write_bytes(b'0')
         probe.unlink()
     except OSError as error:
-        raise UserError(f'{what}: cannot be written to ({error.strerror})\n'
-                        f'Choose another with {option} DIR.') from error
+        raise UserError(
+            f'{what}: cannot be written to ({error.strerror})\nChoose another with {option} DIR.'
+        ) from error
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f'{what}: {free / 2**30:.2f} GiB free; a checkpoint takes {needed / 2**30:.2f} GiB\n'
-                        f'Make room, or choose another place with {option} DIR.')
+        raise UserError(
+            f'{what}: {free / 2**30:.2f} GiB free; a checkpoint takes {needed / 2**30:.2f} GiB\n'
+            f'Make room, or choose another place with {option} DIR.'
+        )
     return folder

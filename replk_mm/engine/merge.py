@@ -1,4 +1,5 @@
 """Merge a trained checkpoint, with proof."""
+
 from pathlib import Path
 
 from mmengine.config import Config
@@ -11,8 +12,9 @@ from replk_mm.loading import build_for_inference
 from replk_mm.reparam import Changes, reparameterize
 
 
-def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path,
-                              shape: tuple[int, int] = (64, 64)) -> tuple[Changes, list]:
+def reparameterize_checkpoint(
+    cfg: Config, checkpoint: str, out: str | Path, shape: tuple[int, int] = (64, 64)
+) -> tuple[Changes, list]:
     """Merge and fold a trained checkpoint, prove that it computes the same, and write it.
 
     Args:
@@ -34,12 +36,18 @@ def reparameterize_checkpoint(cfg: Config, checkpoint: str, out: str | Path,
     merged, changes = reparameterize(model)
     differences = compare(model, merged, (1, 3, *shape))
     if not all(d.ok for d in differences):
-        raise UserError(f'{checkpoint}: the merged network computes something else, nothing was written\n'
-                        + '\n'.join(map(str, differences)))
+        raise UserError(
+            f'{checkpoint}: the merged network computes something else, nothing was written\n'
+            + '\n'.join(map(str, differences))
+        )
     former = checkpoints.reparameterization_of({'meta': meta}, merged.state_dict()) or {}
-    record = dict(merge=bool(changes.merged) or former.get('merge', True), fold=True,
-                  source=str(checkpoint), source_sha256=sha256(checkpoints.fetch(checkpoint)),
-                  differences=[dict(dtype=str(d.dtype), absolute=d.absolute, relative=d.relative) for d in differences])
+    record = dict(
+        merge=bool(changes.merged) or former.get('merge', True),
+        fold=True,
+        source=str(checkpoint),
+        source_sha256=sha256(checkpoints.fetch(checkpoint)),
+        differences=[dict(dtype=str(d.dtype), absolute=d.absolute, relative=d.relative) for d in differences],
+    )
     plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float, bool, dict, list, tuple))}
     meta = {**plain, 'replk_mm': {'reparameterized': record}}
     checkpoints.save({'meta': meta, 'state_dict': merged.state_dict()}, out)

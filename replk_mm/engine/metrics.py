@@ -1,4 +1,5 @@
 """Segmentation metrics that keep the figures of every class."""
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,17 +60,30 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
         # float32 counts whole numbers up to 16.7 million only: pixels of a class are more.
         totals = [sum(part.double() for part in histograms) for histograms in zip(*results, strict=True)]
         found = self.total_area_to_metrics(*totals, self.metrics, self.nan_to_num, self.beta)
-        metrics = {name if name == 'aAcc' else f'm{name}': 100 * float(np.nanmean(values))
-                   for name, values in found.items()}
+        metrics = {
+            name if name == 'aAcc' else f'm{name}': 100 * float(np.nanmean(values)) for name, values in found.items()
+        }
 
         intersect, union, _, label = (np.asarray(total, dtype=np.float64) for total in totals)
         present = np.flatnonzero(label)
         names = self.dataset_meta['classes']
-        self.per_class = {names[i]: dict(IoU=100 * intersect[i] / union[i], Acc=100 * intersect[i] / label[i],
-                                         pixels=int(label[i])) for i in present}
+        self.per_class = {
+            names[i]: dict(IoU=100 * intersect[i] / union[i], Acc=100 * intersect[i] / label[i], pixels=int(label[i]))
+            for i in present
+        }
         if len(present):
             metrics['mIoU_present'] = float(np.mean([c['IoU'] for c in self.per_class.values()]))
-        print_log('\n'.join([f'{len(present)} of {len(names)} classes are in the labels:', *(
-            f'  {name:20} IoU {c["IoU"]:6.2f}  Acc {c["Acc"]:6.2f}  {100 * c["pixels"] / label.sum():5.1f} % of pixels'
-            for name, c in self.per_class.items())]), logger='current')
+        print_log(
+            '\n'.join(
+                [
+                    f'{len(present)} of {len(names)} classes are in the labels:',
+                    *(
+                        f'  {name:20} IoU {c["IoU"]:6.2f}  Acc {c["Acc"]:6.2f}  '
+                        f'{100 * c["pixels"] / label.sum():5.1f} % of pixels'
+                        for name, c in self.per_class.items()
+                    ),
+                ]
+            ),
+            logger='current',
+        )
         return metrics

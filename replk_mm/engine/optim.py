@@ -1,4 +1,5 @@
 """Training on CPUs in bfloat16."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

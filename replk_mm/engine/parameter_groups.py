@@ -1,4 +1,5 @@
 """A table of what the optimizer does with which parameters, for the work directory of a run."""
+
 import json
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,22 @@ def parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module) -> list[dict
     rows: dict[tuple, list[nn.Parameter]] = {}
     # Not the wrapper's own groups, to which mmengine adds one of no parameter of the model for its log.
     for group in (group for wrapper in each(optim_wrapper) for group in wrapper.optimizer.param_groups):
-        settings = group.get('group_name', '-'), group.get('initial_lr', group['lr']), group.get('weight_decay', 0.)
+        settings = group.get('group_name', '-'), group.get('initial_lr', group['lr']), group.get('weight_decay', 0.0)
         rows.setdefault(settings, []).extend(group['params'])
     taken = {id(param) for params in rows.values() for param in params}
     frozen = [param for param in model.parameters() if id(param) not in taken]
     if frozen:
-        rows['frozen', 0., 0.] = frozen
-    return [dict(zip(COLUMNS, (*settings, len(params), sum(p.numel() for p in params), names[id(params[0])],
-                               names[id(params[-1])]), strict=True)) for settings, params in rows.items()]
+        rows['frozen', 0.0, 0.0] = frozen
+    return [
+        dict(
+            zip(
+                COLUMNS,
+                (*settings, len(params), sum(p.numel() for p in params), names[id(params[0])], names[id(params[-1])]),
+                strict=True,
+            )
+        )
+        for settings, params in rows.items()
+    ]
 
 
 def write_parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module, path: str | Path) -> None:

@@ -1,4 +1,5 @@
 """Predict single images with a trained segmentor or detector."""
+
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -103,9 +104,16 @@ def instances(prediction: BaseDataElement, least_score: float) -> list[dict]:
     found = prediction.pred_instances.cpu().numpy()
     order = np.argsort(-found.scores, kind='stable')
     masks = found.get('masks')
-    return [dict(label=int(found.labels[i]), score=float(found.scores[i]), box=[float(v) for v in found.bboxes[i]],
-                 **({} if masks is None else {'mask': np.asarray(masks[i], dtype=bool)}))
-            for i in order if found.scores[i] >= least_score]
+    return [
+        dict(
+            label=int(found.labels[i]),
+            score=float(found.scores[i]),
+            box=[float(v) for v in found.bboxes[i]],
+            **({} if masks is None else {'mask': np.asarray(masks[i], dtype=bool)}),
+        )
+        for i in order
+        if found.scores[i] >= least_score
+    ]
 
 
 def described(objects: Sequence[dict], classes: Sequence[str]) -> list[dict]:
@@ -116,5 +124,12 @@ def described(objects: Sequence[dict], classes: Sequence[str]) -> list[dict]:
         found = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
         return dict(size=found['size'], counts=found['counts'].decode())
 
-    return [{'class': classes[thing['label']], 'score': thing['score'], 'box': thing['box'],
-             **({'segmentation': encoded(thing['mask'])} if 'mask' in thing else {})} for thing in objects]
+    return [
+        {
+            'class': classes[thing['label']],
+            'score': thing['score'],
+            'box': thing['box'],
+            **({'segmentation': encoded(thing['mask'])} if 'mask' in thing else {}),
+        }
+        for thing in objects
+    ]

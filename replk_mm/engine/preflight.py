@@ -1,4 +1,5 @@
 """A dry run before training: what would fail after hours fails in the first minute."""
+
 import logging
 import resource
 import sys
@@ -61,8 +62,10 @@ def _naming(part: str) -> Iterator[None]:
         if is_out_of_memory(error) or isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise  # training explains these
         name = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
-        raise UserError(f'dry run, {part}: {name}{message_of(error)}\nREPLK_MM_TRACEBACK=1 shows where; --no-preflight '
-                        f'trains without the dry run.') from error
+        raise UserError(
+            f'dry run, {part}: {name}{message_of(error)}\nREPLK_MM_TRACEBACK=1 shows where; --no-preflight '
+            f'trains without the dry run.'
+        ) from error
 
 
 def _batch(loader: Any, size: int) -> Any:
@@ -84,8 +87,10 @@ def _loss_and_backward(runner: Runner) -> str:
             buffer.copy_(before)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 2**10)
     peak = torch.cuda.max_memory_allocated() if on_gpu else rss
-    return (f'loss {loss:.4g}; peak memory of the {"GPU" if on_gpu else "process"} {peak / 2**30:.2f} GiB, without the '
-            f'state of the optimizer')
+    return (
+        f'loss {loss:.4g}; peak memory of the {"GPU" if on_gpu else "process"} {peak / 2**30:.2f} GiB, without the '
+        f'state of the optimizer'
+    )
 
 
 def _validate(runner: Runner) -> dict[str, Any]:

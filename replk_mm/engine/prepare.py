@@ -1,4 +1,5 @@
 """Between a config and its run: options applied, data checked, the config fitted to the machine."""
+
 import math
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     """
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
         if not cfg.get(key):
-            raise UserError(f'{cfg.filename}: the config has no {key!r}, so there is nothing to train\n'
-                            f'Inherit a schedule and a data set from configs/_base_/ or from mmseg.')
+            raise UserError(
+                f'{cfg.filename}: the config has no {key!r}, so there is nothing to train\n'
+                f'Inherit a schedule and a data set from configs/_base_/ or from mmseg.'
+            )
     device = select_device(options.device)
     processes, local_processes = processes_of(options.launcher)
     cfg.launcher = options.launcher
@@ -74,25 +77,38 @@ def prepare_data(cfg: Config, options: Options, splits: tuple[str, ...]) -> list
 
 def counts_of(model: nn.Module) -> dict[str, int]:
     """Number of classes of every head of a model that tells all of them apart, by path."""
-    return {f'model.{name}': module.num_classes for name, module in model.named_modules()
-            if is_head(name, type(module)) and isinstance(getattr(module, 'num_classes', None), int)
-            and 'rpn_head' not in name}
+    return {
+        f'model.{name}': module.num_classes
+        for name, module in model.named_modules()
+        if is_head(name, type(module))
+        and isinstance(getattr(module, 'num_classes', None), int)
+        and 'rpn_head' not in name
+    }
 
 
 def _limits_of_resuming(cfg: Config) -> list[str]:
     """What resuming this run cannot restore, a line each."""
     loop, hook = cfg.train_cfg.get('type'), (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-    notes = [] if loop in RESUMABLE else [
-        f'resume: train_cfg.type is {loop or "not set"}: a resumed run sees its data in another order, and a signal '
-        f'does not save it; {" and ".join(RESUMABLE)} resume exactly']
+    notes = (
+        []
+        if loop in RESUMABLE
+        else [
+            f'resume: train_cfg.type is {loop or "not set"}: a resumed run sees its data in another order, and a '
+            f'signal '
+            f'does not save it; {" and ".join(RESUMABLE)} resume exactly'
+        ]
+    )
     wrapper = cfg.optim_wrapper
-    steps = math.lcm(*(part.get('accumulative_counts', 1) for part in (wrapper, *wrapper.values())
-                       if isinstance(part, dict)))
+    steps = math.lcm(
+        *(part.get('accumulative_counts', 1) for part in (wrapper, *wrapper.values()) if isinstance(part, dict))
+    )
     by_epoch, interval = hook.get('by_epoch', True), hook.get('interval', -1)
     if steps > 1 and interval > 0 and (by_epoch or interval % steps):
         often = 'after epochs' if by_epoch else f'every {interval} iterations'
-        notes.append(f'checkpoints: {often}, and a step takes {steps} iterations: gradients in between are not saved; '
-                     f'a checkpoint at a multiple of {steps} resumes exactly (default_hooks.checkpoint)')
+        notes.append(
+            f'checkpoints: {often}, and a step takes {steps} iterations: gradients in between are not saved; '
+            f'a checkpoint at a multiple of {steps} resumes exactly (default_hooks.checkpoint)'
+        )
     return notes
 
 
@@ -119,8 +135,9 @@ def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
     except checkpoints.DownloadError as error:
         # A shortened run is not the published recipe anyway; a full one must not start from the wrong weights.
         if options.max_iters is None:
-            raise UserError(f'{error}\nOr name a local file with --pretrained FILE; --pretrained none starts from '
-                            f'random weights.') from error
+            raise UserError(
+                f'{error}\nOr name a local file with --pretrained FILE; --pretrained none starts from random weights.'
+            ) from error
         backbone.pop('init_cfg')
         return [f'WEIGHTS: RANDOM. {str(error).splitlines()[0]}; going on because --max-iters makes this a trial run']
     return []

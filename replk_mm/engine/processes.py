@@ -1,4 +1,5 @@
 """What training with several processes needs at every step, so that it equals the training of one."""
+
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ class ProcessesHook(Hook):
 
     priority = 'HIGHEST'  # before the hook that notes the losses
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                         outputs: dict | None = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
         """Put the means over all processes into ``outputs``."""
         if outputs and get_world_size() > 1:
             means = {name: torch.as_tensor(value).detach().double() for name, value in outputs.items()}

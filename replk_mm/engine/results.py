@@ -1,4 +1,5 @@
 """What a test run is kept as: one JSON file that says under which protocol its figures were measured."""
+
 import json
 import math
 import platform
@@ -31,9 +32,19 @@ def environment() -> dict:
     import mmcv
     import mmengine
     import numpy
-    found = dict(python=platform.python_version(), torch=torch.__version__, mmengine=mmengine.__version__,
-                 mmcv=mmcv.__version__, numpy=numpy.__version__, replk_mm=__version__, system=platform.platform(),
-                 cpu=_cpu_name(), cores=psutil.cpu_count(), threads=torch.get_num_threads())
+
+    found = dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        mmengine=mmengine.__version__,
+        mmcv=mmcv.__version__,
+        numpy=numpy.__version__,
+        replk_mm=__version__,
+        system=platform.platform(),
+        cpu=_cpu_name(),
+        cores=psutil.cpu_count(),
+        threads=torch.get_num_threads(),
+    )
     if torch.cuda.is_available():
         found['gpu'] = torch.cuda.get_device_name()
     return found
@@ -41,8 +52,11 @@ def environment() -> dict:
 
 def _cpu_name() -> str:
     info = Path('/proc/cpuinfo')
-    names = [line.split(':', 1)[1].strip() for line in info.read_text().splitlines()
-             if line.startswith('model name')] if info.exists() else []
+    names = (
+        [line.split(':', 1)[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor()
 
 
@@ -51,14 +65,19 @@ def record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
     path = checkpoints.fetch(checkpoint)
     roots = dict.fromkeys(str(dataset.get('data_root')) for dataset in datasets_of(cfg, ('test',)))
     merged = result.meta.get('replk_mm', {}).get('reparameterized')
-    return finite(dict(
-        metrics=result.metrics, per_class=result.per_class, config=str(cfg.filename),
-        checkpoint=dict(path=str(path), sha256=sha256(path), iteration=result.meta.get('iter'),
-                        loaded=result.load),
-        reparameterized=str(result.changes) if result.changes else ('in the checkpoint' if merged else None),
-        protocol=protocol(cfg, tta),
-        data=dict(root=', '.join(roots), images=result.images),
-        seconds=round(result.seconds, 3), environment=environment()))
+    return finite(
+        dict(
+            metrics=result.metrics,
+            per_class=result.per_class,
+            config=str(cfg.filename),
+            checkpoint=dict(path=str(path), sha256=sha256(path), iteration=result.meta.get('iter'), loaded=result.load),
+            reparameterized=str(result.changes) if result.changes else ('in the checkpoint' if merged else None),
+            protocol=protocol(cfg, tta),
+            data=dict(root=', '.join(roots), images=result.images),
+            seconds=round(result.seconds, 3),
+            environment=environment(),
+        )
+    )
 
 
 def finite(node):
@@ -85,5 +104,6 @@ def write(found: dict, path: Path) -> None:
     try:
         write_atomic(path, json.dumps(found, indent=2, allow_nan=False) + '\n')
     except OSError as error:
-        raise UserError(f'{path}: cannot be written ({error.strerror})\n'
-                        f'Choose another place with --out DIR.') from error
+        raise UserError(
+            f'{path}: cannot be written ({error.strerror})\nChoose another place with --out DIR.'
+        ) from error

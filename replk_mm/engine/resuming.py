@@ -1,4 +1,5 @@
 """Which checkpoint a run resumes from, and whether it fits."""
+
 import re
 import zipfile
 from collections.abc import Mapping
@@ -30,8 +31,11 @@ def _checkpoints(work_dir: str | Path) -> list[Path]:
     named = Path(record.read_text(errors='replace').strip()) if record.is_file() else Path(work_dir)
     if (moved := Path(work_dir, named.name)).is_file():
         named = moved
-    numbers = {path: [int(n or 0) for n in match.groups()] for path in Path(work_dir).glob('*.pth')
-               if (match := _NAME.fullmatch(path.name)) and path.is_file()}
+    numbers = {
+        path: [int(n or 0) for n in match.groups()]
+        for path in Path(work_dir).glob('*.pth')
+        if (match := _NAME.fullmatch(path.name)) and path.is_file()
+    }
     latest = sorted(numbers, key=lambda path: (path.stat().st_mtime_ns, numbers[path]), reverse=True)
     return [*([named] if named.is_file() else []), *(path for path in latest if path != named)]
 
@@ -80,8 +84,11 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     if wanted == 'auto':
         newest, notes = _last_whole(cfg.work_dir)
         if newest is None and notes:
-            raise UserError(f'{cfg.work_dir}: no checkpoint of this run can be resumed from ({len(notes)} tried)\n'
-                            + '\n'.join(notes) + '\nCopy one from elsewhere, or start anew without --resume.')
+            raise UserError(
+                f'{cfg.work_dir}: no checkpoint of this run can be resumed from ({len(notes)} tried)\n'
+                + '\n'.join(notes)
+                + '\nCopy one from elsewhere, or start anew without --resume.'
+            )
         if newest is None:
             return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
         wanted = newest
@@ -89,20 +96,26 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
     loaded = checkpoints.read(last)
     if 'optimizer' not in loaded:
         merged = checkpoints.reparameterization_of(loaded, ())
-        raise UserError(f'{last}: cannot be resumed: it has no optimizer state'
-                        + (' (reparameterized checkpoints are for inference)' if merged else '')
-                        + '\nResume from a checkpoint that training wrote.')
+        raise UserError(
+            f'{last}: cannot be resumed: it has no optimizer state'
+            + (' (reparameterized checkpoints are for inference)' if merged else '')
+            + '\nResume from a checkpoint that training wrote.'
+        )
     meta = loaded.get('meta') or {}
     if None in (meta.get('iter'), meta.get('epoch')) or not isinstance(loaded.get('message_hub'), Mapping):
-        raise UserError(f'{last}: cannot be resumed: it lacks its iteration, its epoch or the state of the hooks\n'
-                        f'Resume from a checkpoint that training wrote.')
+        raise UserError(
+            f'{last}: cannot be resumed: it lacks its iteration, its epoch or the state of the hooks\n'
+            f'Resume from a checkpoint that training wrote.'
+        )
     compare_with_checkpoint(cfg, meta, last, ('train',))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, last).items()}
     differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
     if differing:
-        raise UserError(f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} '
-                        f'weights differ, {differing[0]} first\nResume with the config it was trained with.')
+        raise UserError(
+            f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} '
+            f'weights differ, {differing[0]} first\nResume with the config it was trained with.'
+        )
     cfg.load_from, cfg.resume = last, True
     seed = meta.get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
@@ -114,10 +127,15 @@ def _schedule_that_ends(cfg: Config, loaded: Mapping) -> list[str]:
     """A warning if the schedules of a checkpoint, which replace those of the config, end before this run does."""
     schedules = loaded.get('param_schedulers')
     iterations = (cfg.get('train_cfg') or {}).get('max_iters')
-    ends = [schedule['end'] for schedule in (schedules if isinstance(schedules, list) else ())
-            if isinstance(schedule, Mapping) and isinstance(schedule.get('end'), int) and not schedule.get('by_epoch')]
+    ends = [
+        schedule['end']
+        for schedule in (schedules if isinstance(schedules, list) else ())
+        if isinstance(schedule, Mapping) and isinstance(schedule.get('end'), int) and not schedule.get('by_epoch')
+    ]
     if not ends or not iterations or max(ends) >= iterations:
         return []
-    return [f'LEARNING RATE: the schedule is that of the checkpoint and ends at iteration {max(ends)}; this run has '
-            f'{iterations}, the rest of them at the last rate. For a longer schedule start a new run from the weights '
-            f'(--cfg-options load_from=CKPT, without --resume)']
+    return [
+        f'LEARNING RATE: the schedule is that of the checkpoint and ends at iteration {max(ends)}; this run has '
+        f'{iterations}, the rest of them at the last rate. For a longer schedule start a new run from the weights '
+        f'(--cfg-options load_from=CKPT, without --resume)'
+    ]

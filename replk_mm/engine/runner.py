@@ -1,4 +1,5 @@
 """mmengine's runner with the changes that our runs need."""
+
 import functools
 import os
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from replk_mm.plain_data import log_buffer, plain
 
 def _explained(build: Callable, part: str) -> Callable:
     """A builder of mmengine's runner whose errors name the field of ``cfg[part]``, and whose data fit the model."""
+
     @functools.wraps(build)
     def explained(runner: 'Runner', *args) -> Any:
         with explaining(runner.cfg, part):
@@ -50,8 +52,9 @@ class Runner(MMEngineRunner):
             return super().from_cfg(cfg)
 
     @staticmethod
-    def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None,
-                         diff_rank_seed: bool = False) -> DataLoader:
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
         """Build a loader whose worker processes ignore the signals that stop this one."""
         return shield_workers(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed))
 
@@ -64,8 +67,9 @@ class Runner(MMEngineRunner):
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for distributed training; on CPUs without device ids, which mmengine 0.10.7 always passes."""
         if self.distributed and get_device() == 'cpu' and not is_model_wrapper(model) and not model_wrapper_cfg:
-            return MMDistributedDataParallel(model, broadcast_buffers=False,
-                                             find_unused_parameters=self.cfg.get('find_unused_parameters', False))
+            return MMDistributedDataParallel(
+                model, broadcast_buffers=False, find_unused_parameters=self.cfg.get('find_unused_parameters', False)
+            )
         return super().wrap_model(model_wrapper_cfg, model)
 
     def load_or_resume(self) -> None:
@@ -78,11 +82,14 @@ class Runner(MMEngineRunner):
             if not self._resume:
                 raise
             what = str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
-            raise UserError(f'{self._load_from}: cannot be resumed: {what}\n'
-                            f'Resume with the optim_wrapper and param_scheduler of that run.') from error
+            raise UserError(
+                f'{self._load_from}: cannot be resumed: {what}\n'
+                f'Resume with the optim_wrapper and param_scheduler of that run.'
+            ) from error
 
-    def load_checkpoint(self, filename: str, map_location: Any = 'cpu', strict: bool = False,
-                        revise_keys: Any = ((r'^module\.', ''),)) -> dict:
+    def load_checkpoint(
+        self, filename: str, map_location: Any = 'cpu', strict: bool = False, revise_keys: Any = ((r'^module\.', ''),)
+    ) -> dict:
         """Load a checkpoint without running what is in it: mmengine unpickles it, and runs its config when it resumes.
 
         Args:
@@ -110,8 +117,11 @@ class Runner(MMEngineRunner):
         hub['log_scalars'] = {key: log_buffer(stored) for key, stored in hub['log_scalars'].items()}
         # The best checkpoint of another run is that run's: a better one here does not replace it.
         folder = Path(self.work_dir).absolute()
-        others = [key for key, value in hub['runtime_info'].items()
-                  if key.startswith('best_ckpt') and Path(str(value)).parent.absolute() != folder]
+        others = [
+            key
+            for key, value in hub['runtime_info'].items()
+            if key.startswith('best_ckpt') and Path(str(value)).parent.absolute() != folder
+        ]
         for key in others:
             hub['runtime_info'].pop(key)
             hub['resumed_keys'].pop(key, None)

@@ -1,4 +1,5 @@
 """Stopping on a signal: the current iteration is finished and the state saved; the exit status says to try again."""
+
 import atexit
 import contextlib
 import functools
@@ -54,8 +55,9 @@ def _remember(number: int, _frame: object) -> None:
         raise KeyboardInterrupt
     _asked.append(number)
     if len(_asked) == 1:
-        text = (f'\n{signal.Signals(number).name}: finishing this iteration, then saving'
-                + (' (again: stop at once)\n' if number == signal.SIGINT else '\n'))
+        text = f'\n{signal.Signals(number).name}: finishing this iteration, then saving' + (
+            ' (again: stop at once)\n' if number == signal.SIGINT else '\n'
+        )
         # Ctrl-C also ends the program that the output is piped to; a handler must not call `print`.
         with contextlib.suppress(OSError):
             os.write(2, text.encode())

@@ -1,4 +1,5 @@
 """Train a prepared config."""
+
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,12 +31,18 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
         KeyboardInterrupt: On a second Ctrl-C, after saying how to go on.
     """
     runner = Runner.from_cfg(cfg)
-    added = [f'replk_mm.{name}' for name in ('ParameterGroupsHook', 'ProcessesHook', 'StopAtNonFinite', 'PreflightHook')
-             if preflight or name != 'PreflightHook']
+    added = [
+        f'replk_mm.{name}'
+        for name in ('ParameterGroupsHook', 'ProcessesHook', 'StopAtNonFinite', 'PreflightHook')
+        if preflight or name != 'PreflightHook'
+    ]
     for name in added:
         runner.register_hook(dict(type=name))
-    notes = [*notes, f'hooks added to those of the config: {", ".join(added)}',
-             'loading transforms are wrapped to name the file that they fail on']
+    notes = [
+        *notes,
+        f'hooks added to those of the config: {", ".join(added)}',
+        'loading transforms are wrapped to name the file that they fail on',
+    ]
     for note in notes:
         runner.logger.info(note)
     try:
@@ -48,8 +55,11 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
     except KeyboardInterrupt:
         last = last_checkpoint(cfg.work_dir)
         if get_rank() == 0:
-            print(f'\nstopped at iteration {runner.iter}; '
-                  + (f'--resume goes on from {last}' if last else 'no checkpoint was written yet'), file=sys.stderr)
+            print(
+                f'\nstopped at iteration {runner.iter}; '
+                + (f'--resume goes on from {last}' if last else 'no checkpoint was written yet'),
+                file=sys.stderr,
+            )
         raise
     barrier()  # rank 0 may still be writing
     last = last_checkpoint(cfg.work_dir)

@@ -1,4 +1,5 @@
 """What mmengine wraps around a model and around optimizers, taken off."""
+
 from typing import Any
 
 import torch.nn as nn

@@ -1,4 +1,5 @@
 """Backbones, one family a file."""
+
 from replk_mm.models.convnext import ConvNeXt
 from replk_mm.models.layers import LayerNorm2d
 from replk_mm.models.replknet import RepLKNet

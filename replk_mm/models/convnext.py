@@ -5,6 +5,7 @@ normalization from "ConvNeXt V2", Woo et al., CVPR 2023, arXiv:2301.00808. Writt
 names of parameters are mmpretrain's (Apache-2.0), so that its configs and checkpoints work as they are; the authors'
 and timm's checkpoints are converted as they load.
 """
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,8 +64,18 @@ class ConvNeXtBlock(nn.Module):
         layer_scale_init_value: Start of the learned scale of each channel; no scale if 0.
     """
 
-    def __init__(self, channels: int, kernel_size: int, mlp_ratio: float, norm_cfg: dict, act_cfg: dict,
-                 linear_pw_conv: bool, use_grn: bool, drop_path: float, layer_scale_init_value: float) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        mlp_ratio: float,
+        norm_cfg: dict,
+        act_cfg: dict,
+        linear_pw_conv: bool,
+        use_grn: bool,
+        drop_path: float,
+        layer_scale_init_value: float,
+    ) -> None:
         super().__init__()
         self.linear_pw_conv = linear_pw_conv
         width = int(mlp_ratio * channels)
@@ -74,8 +85,9 @@ class ConvNeXtBlock(nn.Module):
         self.act = build_activation(act_cfg)
         self.grn = GlobalResponseNorm(width, -1 if linear_pw_conv else 1) if use_grn else None
         self.pointwise_conv2 = nn.Linear(width, channels) if linear_pw_conv else nn.Conv2d(width, channels, 1)
-        self.gamma = (nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
-                      if layer_scale_init_value > 0 else None)
+        self.gamma = (
+            nn.Parameter(torch.full((channels,), float(layer_scale_init_value))) if layer_scale_init_value > 0 else None
+        )
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,38 +138,40 @@ class ConvNeXt(Backbone):
 
     arch_settings = {
         # name:   blocks of the stages, channels
-        'atto':   dict(depths=[2, 2, 6, 2], channels=[40, 80, 160, 320]),
-        'femto':  dict(depths=[2, 2, 6, 2], channels=[48, 96, 192, 384]),
-        'pico':   dict(depths=[2, 2, 6, 2], channels=[64, 128, 256, 512]),
-        'nano':   dict(depths=[2, 2, 8, 2], channels=[80, 160, 320, 640]),
-        'tiny':   dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768]),
-        'small':  dict(depths=[3, 3, 27, 3], channels=[96, 192, 384, 768]),
-        'base':   dict(depths=[3, 3, 27, 3], channels=[128, 256, 512, 1024]),
-        'large':  dict(depths=[3, 3, 27, 3], channels=[192, 384, 768, 1536]),
+        'atto': dict(depths=[2, 2, 6, 2], channels=[40, 80, 160, 320]),
+        'femto': dict(depths=[2, 2, 6, 2], channels=[48, 96, 192, 384]),
+        'pico': dict(depths=[2, 2, 6, 2], channels=[64, 128, 256, 512]),
+        'nano': dict(depths=[2, 2, 8, 2], channels=[80, 160, 320, 640]),
+        'tiny': dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768]),
+        'small': dict(depths=[3, 3, 27, 3], channels=[96, 192, 384, 768]),
+        'base': dict(depths=[3, 3, 27, 3], channels=[128, 256, 512, 1024]),
+        'large': dict(depths=[3, 3, 27, 3], channels=[192, 384, 768, 1536]),
         'xlarge': dict(depths=[3, 3, 27, 3], channels=[256, 512, 1024, 2048]),
-        'huge':   dict(depths=[3, 3, 27, 3], channels=[352, 704, 1408, 2816]),
+        'huge': dict(depths=[3, 3, 27, 3], channels=[352, 704, 1408, 2816]),
     }
     #: What a row may also say: inner channels of a block relative to its own.
     arch_options: dict = dict(ffn_ratio=4)
 
-    def __init__(self,
-                 arch: str | dict = 'tiny',
-                 kernel_size: int | Sequence[int] = 7,
-                 in_channels: int = 3,
-                 stem_patch_size: int = 4,
-                 norm_cfg: dict = dict(type='LN2d', eps=1e-6),  # noqa: B006 (as in RepLKNet)
-                 act_cfg: dict = dict(type='GELU'),  # noqa: B006
-                 linear_pw_conv: bool = True,
-                 use_grn: bool = False,
-                 drop_path_rate: float = 0.,
-                 layer_scale_init_value: float = 1e-6,
-                 out_indices: int | Sequence[int] = -1,
-                 frozen_stages: int = 0,
-                 gap_before_final_norm: bool = True,
-                 with_cp: bool = False,
-                 norm_eval: bool = False,
-                 out_memory_format: str = 'contiguous_format',
-                 init_cfg: dict | list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        kernel_size: int | Sequence[int] = 7,
+        in_channels: int = 3,
+        stem_patch_size: int = 4,
+        norm_cfg: dict = dict(type='LN2d', eps=1e-6),  # noqa: B006 (as in RepLKNet)
+        act_cfg: dict = dict(type='GELU'),  # noqa: B006
+        linear_pw_conv: bool = True,
+        use_grn: bool = False,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        out_indices: int | Sequence[int] = -1,
+        frozen_stages: int = 0,
+        gap_before_final_norm: bool = True,
+        with_cp: bool = False,
+        norm_eval: bool = False,
+        out_memory_format: str = 'contiguous_format',
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         settings = resolve_arch(arch, self.arch_settings, self.arch_options, 'ConvNeXt')
         depths, channels = settings['depths'], settings['channels']
         kernels = [kernel_size] * len(depths) if isinstance(kernel_size, int) else list(kernel_size)
@@ -169,24 +183,47 @@ class ConvNeXt(Backbone):
             raise ValueError(f'ConvNeXt: frozen_stages={frozen_stages} must be in 0..{len(depths)}')
         if layer_scale_init_value < 0:
             raise ValueError(f'ConvNeXt: layer_scale_init_value={layer_scale_init_value} must not be negative')
-        super().__init__(out_indices, len(depths), norm_eval,
-                         init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=.02, bias=0.),
-                         out_memory_format)
+        super().__init__(
+            out_indices,
+            len(depths),
+            norm_eval,
+            init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0),
+            out_memory_format,
+        )
         self.frozen_stages = frozen_stages
         self.gap_before_final_norm = gap_before_final_norm
         self.with_cp = with_cp
 
-        self.downsample_layers = nn.ModuleList([nn.Sequential(
-            nn.Conv2d(in_channels, channels[0], stem_patch_size, stem_patch_size), build_norm(norm_cfg, channels[0]))])
+        self.downsample_layers = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.Conv2d(in_channels, channels[0], stem_patch_size, stem_patch_size),
+                    build_norm(norm_cfg, channels[0]),
+                )
+            ]
+        )
         for width, following in zip(channels, channels[1:], strict=False):
-            self.downsample_layers.append(nn.Sequential(
-                build_norm(norm_cfg, width), nn.Conv2d(width, following, 2, 2)))
+            self.downsample_layers.append(nn.Sequential(build_norm(norm_cfg, width), nn.Conv2d(width, following, 2, 2)))
         drop_path = iter(drop_path_rates(drop_path_rate, sum(depths), 'ConvNeXt'))
         self.stages: Any = nn.ModuleList(
-            nn.Sequential(*(
-                ConvNeXtBlock(width, kernel, settings['ffn_ratio'], norm_cfg, act_cfg, linear_pw_conv, use_grn,
-                              next(drop_path), layer_scale_init_value) for _ in range(depth)))
-            for depth, width, kernel in zip(depths, channels, kernels, strict=True))
+            nn.Sequential(
+                *(
+                    ConvNeXtBlock(
+                        width,
+                        kernel,
+                        settings['ffn_ratio'],
+                        norm_cfg,
+                        act_cfg,
+                        linear_pw_conv,
+                        use_grn,
+                        next(drop_path),
+                        layer_scale_init_value,
+                    )
+                    for _ in range(depth)
+                )
+            )
+            for depth, width, kernel in zip(depths, channels, kernels, strict=True)
+        )
         for i in self.out_indices:
             self.add_module(f'norm{i}', build_norm(norm_cfg, channels[i]))
         self._freeze()
@@ -226,4 +263,4 @@ class ConvNeXt(Backbone):
         raise ValueError(f'ConvNeXt has no parameter {".".join(parts)!r}')
 
     def _frozen_modules(self) -> list[nn.Module]:
-        return [*self.downsample_layers[:self.frozen_stages], *self.stages[:self.frozen_stages]]
+        return [*self.downsample_layers[: self.frozen_stages], *self.stages[: self.frozen_stages]]

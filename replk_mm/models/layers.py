@@ -1,4 +1,5 @@
 """Parts that more than one family uses."""
+
 import inspect
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -38,10 +39,9 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def build_norm(cfg: dict, num_features: int) -> nn.Module:
-    """The normalization layer that ``cfg`` describes. ``LN2d`` is ours in every scope: mmpretrain's configs name it.
-    """
+    """The normalization layer that ``cfg`` describes. ``LN2d`` is ours in every scope: mmpretrain's configs name it."""
     if cfg['type'] in ('LN2d', 'LayerNorm2d'):
-        cfg = {**cfg, 'type': f"replk_mm.{cfg['type']}"}
+        cfg = {**cfg, 'type': f'replk_mm.{cfg["type"]}'}
     return build_norm_layer(cfg, num_features)[1]
 
 
@@ -55,10 +55,13 @@ def build_activation(cfg: dict) -> nn.Module:
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of every BatchNorm in ``module``; what it computes while training stays the same."""
-    tracking = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules()
-                if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    tracking = [
+        (m, m.momentum, m.num_batches_tracked.clone())
+        for m in module.modules()
+        if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
+    ]
     for norm, *_ in tracking:
-        norm.momentum = 0.
+        norm.momentum = 0.0
     try:
         yield
     finally:
@@ -96,8 +99,10 @@ def resolve_arch(arch: str | dict, table: dict[str, dict], options: dict, family
     needed = set(next(iter(table.values())))
     missing, unknown = needed - set(arch), set(arch) - needed - set(options)
     if missing or unknown:
-        raise ValueError(f'{family}: arch has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
-                         f'it takes {sorted(needed | set(options))}')
+        raise ValueError(
+            f'{family}: arch has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
+            f'it takes {sorted(needed | set(options))}'
+        )
     return options | arch
 
 
@@ -134,17 +139,27 @@ class Backbone(BaseModule):
     init_cfg: Any
     channels_last: bool = True
 
-    def __init__(self, out_indices: int | Sequence[int], num_stages: int, norm_eval: bool,
-                 init_cfg: dict | list[dict] | None, out_memory_format: str) -> None:
+    def __init__(
+        self,
+        out_indices: int | Sequence[int],
+        num_stages: int,
+        norm_eval: bool,
+        init_cfg: dict | list[dict] | None,
+        out_memory_format: str,
+    ) -> None:
         super().__init__(init_cfg)
         given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         self.out_indices = tuple(i + num_stages if i < 0 else i for i in given)
         if not given or len(set(self.out_indices)) < len(given) or not set(self.out_indices) <= set(range(num_stages)):
-            raise ValueError(f'{type(self).__name__}: out_indices={out_indices} must name different stages out of '
-                             f'0..{num_stages - 1}')
+            raise ValueError(
+                f'{type(self).__name__}: out_indices={out_indices} must name different stages out of '
+                f'0..{num_stages - 1}'
+            )
         if out_memory_format not in ('contiguous_format', 'preserve_format'):
-            raise ValueError(f'{type(self).__name__}: out_memory_format={out_memory_format!r} must be '
-                             f'contiguous_format or preserve_format')
+            raise ValueError(
+                f'{type(self).__name__}: out_memory_format={out_memory_format!r} must be '
+                f'contiguous_format or preserve_format'
+            )
         self.norm_eval = norm_eval
         self.out_memory_format = out_memory_format
 
@@ -186,7 +201,7 @@ class Backbone(BaseModule):
         """
 
     def _place_of(self, name: str, prefix: str) -> tuple[int, int | None] | None:
-        return self._place(name[len(prefix):].split('.')) if name.startswith(prefix) else None
+        return self._place(name[len(prefix) :].split('.')) if name.startswith(prefix) else None
 
     def get_layer_depth(self, name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter by layers; mmpretrain's interface.

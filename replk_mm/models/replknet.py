@@ -4,6 +4,7 @@
 2022, arXiv:2203.06717. Written anew from the paper; the names of parameters are those of the authors' code (MIT
 licence), so that their checkpoints load, and mmpretrain's, which are the same.
 """
+
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -39,8 +40,18 @@ class ConvNorm(nn.Sequential):
         act_cfg: Activation layer, None for none.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1,
-                 depthwise: bool = False, dilation: int = 1, *, norm_cfg: dict, act_cfg: dict | None = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        depthwise: bool = False,
+        dilation: int = 1,
+        *,
+        norm_cfg: dict,
+        act_cfg: dict | None = None,
+    ) -> None:
         super().__init__()
         if depthwise:
             self.conv: nn.Conv2d = DepthwiseConv2d(out_channels, kernel_size, stride, dilation=dilation, bias=False)
@@ -75,18 +86,22 @@ class ReparamLargeKernelConv(nn.Module):
         ValueError: If the small kernel is larger than the large one or beside a dilated one, or one side is even.
     """
 
-    def __init__(self, channels: int, kernel_size: int, small_kernel: int | None, dilation: int, merged: bool,
-                 norm_cfg: dict) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int, small_kernel: int | None, dilation: int, merged: bool, norm_cfg: dict
+    ) -> None:
         super().__init__()
         if small_kernel is not None and small_kernel > kernel_size:
             raise ValueError(f'RepLKNet: small_kernel={small_kernel} is larger than the large kernel of {kernel_size}')
         if kernel_size % 2 == 0 or (small_kernel is not None and small_kernel % 2 == 0):
-            raise ValueError(f'RepLKNet: kernel sizes must be odd to keep the map centred; found {kernel_size} and '
-                             f'{small_kernel}')
+            raise ValueError(
+                f'RepLKNet: kernel sizes must be odd to keep the map centred; found {kernel_size} and {small_kernel}'
+            )
         if dilation < 1 or (dilation > 1 and small_kernel is not None):
             # Taps of the two kernels would not fall on each other, so that nothing could be merged.
-            raise ValueError(f'RepLKNet: dilation={dilation} with small_kernel={small_kernel}; dilation must be 1 or '
-                             f'more, and above 1 small_kernel must be None')
+            raise ValueError(
+                f'RepLKNet: dilation={dilation} with small_kernel={small_kernel}; dilation must be 1 or '
+                f'more, and above 1 small_kernel must be None'
+            )
         if merged:
             self.lkb_reparam = DepthwiseConv2d(channels, kernel_size, dilation=dilation)
             return
@@ -136,8 +151,19 @@ class RepLKBlock(nn.Module):
         act_cfg: Activation after the first 1x1 and the large convolution.
     """
 
-    def __init__(self, channels: int, kernel_size: int, small_kernel: int | None, dilation: int, dw_ratio: float,
-                 shortcut: bool, drop_path: float, merged: bool, norm_cfg: dict, act_cfg: dict) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        small_kernel: int | None,
+        dilation: int,
+        dw_ratio: float,
+        shortcut: bool,
+        drop_path: float,
+        merged: bool,
+        norm_cfg: dict,
+        act_cfg: dict,
+    ) -> None:
         super().__init__()
         width = int(channels * dw_ratio)
         self.prelkb_bn = build_norm(norm_cfg, channels)
@@ -195,15 +221,36 @@ class RepLKNetStage(nn.Module):
         act_cfg: Activation around the large kernels.
     """
 
-    def __init__(self, channels: int, drop_path: Sequence[float], kernel_size: int, settings: dict, merged: bool,
-                 with_cp: bool, norm_output: bool, norm_cfg: dict, act_cfg: dict) -> None:
+    def __init__(
+        self,
+        channels: int,
+        drop_path: Sequence[float],
+        kernel_size: int,
+        settings: dict,
+        merged: bool,
+        with_cp: bool,
+        norm_output: bool,
+        norm_cfg: dict,
+        act_cfg: dict,
+    ) -> None:
         super().__init__()
         self.with_cp = with_cp
         self.blocks = nn.ModuleList()
         for p in drop_path:
             self.blocks.append(
-                RepLKBlock(channels, kernel_size, settings['small_kernel'], settings['dilation'], settings['dw_ratio'],
-                           settings['shortcut'], p, merged, norm_cfg, act_cfg))
+                RepLKBlock(
+                    channels,
+                    kernel_size,
+                    settings['small_kernel'],
+                    settings['dilation'],
+                    settings['dw_ratio'],
+                    settings['shortcut'],
+                    p,
+                    merged,
+                    norm_cfg,
+                    act_cfg,
+                )
+            )
             self.blocks.append(ConvFFN(channels, settings['ffn_ratio'], p, norm_cfg))
         self.norm = build_norm(norm_cfg, channels) if norm_output else nn.Identity()
 
@@ -245,78 +292,139 @@ class RepLKNet(Backbone):
 
     arch_settings: dict[str, dict] = {
         # name:  kernels of the stages, small kernel, pairs of blocks, channels,     dw_ratio
-        '31B':  dict(large_kernel_sizes=[31, 29, 27, 13], small_kernel=5, layers=[2, 2, 18, 2],
-                     channels=[128, 256, 512, 1024], dw_ratio=1),
-        '31L':  dict(large_kernel_sizes=[31, 29, 27, 13], small_kernel=5, layers=[2, 2, 18, 2],
-                     channels=[192, 384, 768, 1536], dw_ratio=1),
-        'XL':   dict(large_kernel_sizes=[27, 27, 27, 13], small_kernel=None, layers=[2, 2, 18, 2],
-                     channels=[256, 512, 1024, 2048], dw_ratio=1.5),
+        '31B': dict(
+            large_kernel_sizes=[31, 29, 27, 13],
+            small_kernel=5,
+            layers=[2, 2, 18, 2],
+            channels=[128, 256, 512, 1024],
+            dw_ratio=1,
+        ),
+        '31L': dict(
+            large_kernel_sizes=[31, 29, 27, 13],
+            small_kernel=5,
+            layers=[2, 2, 18, 2],
+            channels=[192, 384, 768, 1536],
+            dw_ratio=1,
+        ),
+        'XL': dict(
+            large_kernel_sizes=[27, 27, 27, 13],
+            small_kernel=None,
+            layers=[2, 2, 18, 2],
+            channels=[256, 512, 1024, 2048],
+            dw_ratio=1.5,
+        ),
         # The kernel size study, table 5 of the paper; 31B is its last row.
-        '3':    dict(large_kernel_sizes=[3, 3, 3, 3], small_kernel=None, layers=[2, 2, 18, 2],
-                     channels=[128, 256, 512, 1024], dw_ratio=1),
-        '7':    dict(large_kernel_sizes=[7, 7, 7, 7], small_kernel=5, layers=[2, 2, 18, 2],
-                     channels=[128, 256, 512, 1024], dw_ratio=1),
-        '13':   dict(large_kernel_sizes=[13, 13, 13, 13], small_kernel=5, layers=[2, 2, 18, 2],
-                     channels=[128, 256, 512, 1024], dw_ratio=1),
-        '25':   dict(large_kernel_sizes=[25, 25, 25, 13], small_kernel=5, layers=[2, 2, 18, 2],
-                     channels=[128, 256, 512, 1024], dw_ratio=1),
+        '3': dict(
+            large_kernel_sizes=[3, 3, 3, 3],
+            small_kernel=None,
+            layers=[2, 2, 18, 2],
+            channels=[128, 256, 512, 1024],
+            dw_ratio=1,
+        ),
+        '7': dict(
+            large_kernel_sizes=[7, 7, 7, 7],
+            small_kernel=5,
+            layers=[2, 2, 18, 2],
+            channels=[128, 256, 512, 1024],
+            dw_ratio=1,
+        ),
+        '13': dict(
+            large_kernel_sizes=[13, 13, 13, 13],
+            small_kernel=5,
+            layers=[2, 2, 18, 2],
+            channels=[128, 256, 512, 1024],
+            dw_ratio=1,
+        ),
+        '25': dict(
+            large_kernel_sizes=[25, 25, 25, 13],
+            small_kernel=5,
+            layers=[2, 2, 18, 2],
+            channels=[128, 256, 512, 1024],
+            dw_ratio=1,
+        ),
         # Ours, for work on a CPU: the same design, small. Not from the paper.
-        'nano': dict(large_kernel_sizes=[31, 29, 27, 13], small_kernel=5, layers=[2, 2, 4, 2],
-                     channels=[32, 64, 128, 256], dw_ratio=1),
+        'nano': dict(
+            large_kernel_sizes=[31, 29, 27, 13],
+            small_kernel=5,
+            layers=[2, 2, 4, 2],
+            channels=[32, 64, 128, 256],
+            dw_ratio=1,
+        ),
     }
     #: What a row may also say: inner channels of the feed-forward blocks, whether the large-kernel blocks have an
     #: identity shortcut, and the distance of their kernels' taps in pixels.
     arch_options: dict = dict(ffn_ratio=4, shortcut=True, dilation=1)
 
-    def __init__(self,
-                 arch: str | dict = '31B',
-                 in_channels: int = 3,
-                 drop_path_rate: float = 0.,
-                 small_kernel_merged: bool = False,
-                 norm_cfg: dict = dict(type='BN'),  # noqa: B006 (configs never mutate it; the house form of OpenMMLab)
-                 act_cfg: dict = dict(type='ReLU'),  # noqa: B006
-                 out_indices: int | Sequence[int] = (0, 1, 2, 3),
-                 frozen_stages: int = -1,
-                 norm_eval: bool = False,
-                 with_cp: bool = False,
-                 norm_intermediate_features: bool = False,
-                 out_memory_format: str = 'contiguous_format',
-                 init_cfg: dict | list[dict] | None = None) -> None:
+    def __init__(
+        self,
+        arch: str | dict = '31B',
+        in_channels: int = 3,
+        drop_path_rate: float = 0.0,
+        small_kernel_merged: bool = False,
+        norm_cfg: dict = dict(type='BN'),  # noqa: B006 (configs never mutate it; the house form of OpenMMLab)
+        act_cfg: dict = dict(type='ReLU'),  # noqa: B006
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        norm_intermediate_features: bool = False,
+        out_memory_format: str = 'contiguous_format',
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
         settings = resolve_arch(arch, self.arch_settings, self.arch_options, 'RepLKNet')
         kernels, layers, channels = (settings[k] for k in ('large_kernel_sizes', 'layers', 'channels'))
         if type(settings['shortcut']) is not bool or type(settings['dilation']) is not int:
-            raise ValueError(f'RepLKNet: in arch, shortcut must be True or False and dilation a whole number; found '
-                             f'{settings["shortcut"]!r} and {settings["dilation"]!r}')
+            raise ValueError(
+                f'RepLKNet: in arch, shortcut must be True or False and dilation a whole number; found '
+                f'{settings["shortcut"]!r} and {settings["dilation"]!r}'
+            )
         if not len(kernels) == len(layers) == len(channels):
-            raise ValueError(f'RepLKNet: large_kernel_sizes={kernels}, layers={layers} and channels={channels} must '
-                             f'have one entry a stage')
+            raise ValueError(
+                f'RepLKNet: large_kernel_sizes={kernels}, layers={layers} and channels={channels} must '
+                f'have one entry a stage'
+            )
         if not -1 <= frozen_stages <= len(layers):
             raise ValueError(f'RepLKNet: frozen_stages={frozen_stages} must be in -1..{len(layers)}')
         if drop_path_rate > 0 and not settings['shortcut']:
-            raise ValueError(f'RepLKNet: drop_path_rate={drop_path_rate} drops the branch beside a shortcut, and arch '
-                             f'has shortcut=False')
+            raise ValueError(
+                f'RepLKNet: drop_path_rate={drop_path_rate} drops the branch beside a shortcut, and arch '
+                f'has shortcut=False'
+            )
         super().__init__(out_indices, len(layers), norm_eval, init_cfg, out_memory_format)
         self.frozen_stages = frozen_stages
 
         width = channels[0]
         layer = partial(ConvNorm, norm_cfg=norm_cfg, act_cfg=act_cfg)
-        self.stem = nn.ModuleList([
-            layer(in_channels, width, 3, 2),
-            layer(width, width, 3, depthwise=True),
-            layer(width, width),
-            layer(width, width, 3, 2, depthwise=True),
-        ])
+        self.stem = nn.ModuleList(
+            [
+                layer(in_channels, width, 3, 2),
+                layer(width, width, 3, depthwise=True),
+                layer(width, width),
+                layer(width, width, 3, 2, depthwise=True),
+            ]
+        )
         drop_path = iter(drop_path_rates(drop_path_rate, sum(layers), 'RepLKNet'))
         self.stages: Any = nn.ModuleList()
         self.transitions = nn.ModuleList()
         for i, width in enumerate(channels):
             norm_output = norm_intermediate_features and i in self.out_indices
-            self.stages.append(RepLKNetStage(
-                width, [next(drop_path) for _ in range(layers[i])], kernels[i], settings, small_kernel_merged, with_cp,
-                norm_output, norm_cfg, act_cfg))
-            for following in channels[i + 1:i + 2]:
-                self.transitions.append(nn.Sequential(
-                    layer(width, following), layer(following, following, 3, 2, depthwise=True)))
+            self.stages.append(
+                RepLKNetStage(
+                    width,
+                    [next(drop_path) for _ in range(layers[i])],
+                    kernels[i],
+                    settings,
+                    small_kernel_merged,
+                    with_cp,
+                    norm_output,
+                    norm_cfg,
+                    act_cfg,
+                )
+            )
+            for following in channels[i + 1 : i + 2]:
+                self.transitions.append(
+                    nn.Sequential(layer(width, following), layer(following, following, 3, 2, depthwise=True))
+                )
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -359,4 +467,4 @@ class RepLKNet(Backbone):
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
-        return [self.stem, *self.stages[:self.frozen_stages], *self.transitions[:max(self.frozen_stages - 1, 0)]]
+        return [self.stem, *self.stages[: self.frozen_stages], *self.transitions[: max(self.frozen_stages - 1, 0)]]

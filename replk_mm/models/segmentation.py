@@ -4,6 +4,7 @@
 the same parameters and state dicts and log the same names; losses, gradients, accuracies and predictions are the same
 up to rounding. See :mod:`replk_mm.ops.upsampled` and :mod:`replk_mm.ops.class_map` for how.
 """
+
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,14 +47,23 @@ class UpsampledLoss(BaseDecodeHead):
         # mmseg's own constants, which decide what a batch without labels gives.
         eps = torch.finfo(torch.float32).eps
         mean = total / ((counted.to(total.dtype) if loss.avg_non_ignore else labels.numel()) + eps)
-        return {loss.loss_name: loss.loss_weight * mean,
-                'acc_seg': ((correct + eps) * 100 / (counted + eps)).float().view(1)}
+        return {
+            loss.loss_name: loss.loss_weight * mean,
+            'acc_seg': ((correct + eps) * 100 / (counted + eps)).float().view(1),
+        }
 
     def _plain_cross_entropy(self) -> CrossEntropyLoss | None:
         losses = list(self.loss_decode) if isinstance(self.loss_decode, nn.ModuleList) else [self.loss_decode]
-        plain = (len(losses) == 1 and type(losses[0]) is CrossEntropyLoss and not losses[0].use_sigmoid
-                 and not losses[0].use_mask and losses[0].class_weight is None and losses[0].reduction == 'mean'
-                 and self.sampler is None and self.ignore_index is not None)
+        plain = (
+            len(losses) == 1
+            and type(losses[0]) is CrossEntropyLoss
+            and not losses[0].use_sigmoid
+            and not losses[0].use_mask
+            and losses[0].class_weight is None
+            and losses[0].reduction == 'mean'
+            and self.sampler is None
+            and self.ignore_index is not None
+        )
         return losses[0] if plain else None
 
 
@@ -106,12 +116,22 @@ def _computes_plainly(module: ConvModule, maps: list[Tensor]) -> bool:
     """Whether ``module`` is a 3x3 convolution, a norm and an activation on a CPU, not in half precision nor watched."""
     conv = module.conv
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else maps[0].dtype
-    return (maps[0].device.type == 'cpu' and dtype in (torch.float32, torch.float64, torch.bfloat16)
-            and not observed() and not hooked(module, conv) and type(conv) is nn.Conv2d
-            and conv.kernel_size == (3, 3) and conv.padding == (1, 1) and conv.stride == conv.dilation == (1, 1)
-            and conv.groups == 1 and conv.padding_mode == 'zeros' and not module.with_explicit_padding
-            and not module.with_spectral_norm and module.order == ('conv', 'norm', 'act')
-            and module.efficient_conv_bn_eval_forward is None)
+    return (
+        maps[0].device.type == 'cpu'
+        and dtype in (torch.float32, torch.float64, torch.bfloat16)
+        and not observed()
+        and not hooked(module, conv)
+        and type(conv) is nn.Conv2d
+        and conv.kernel_size == (3, 3)
+        and conv.padding == (1, 1)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == 'zeros'
+        and not module.with_explicit_padding
+        and not module.with_spectral_norm
+        and module.order == ('conv', 'norm', 'act')
+        and module.efficient_conv_bn_eval_forward is None
+    )
 
 
 class DeferredLogits(PixelData):
@@ -194,8 +214,10 @@ class EncoderDecoder(MMSegEncoderDecoder):
     @property
     def in_bands(self) -> bool:
         """Whether class maps are made without the large logits."""
-        own = any(getattr(type(self), name) is not getattr(MMSegEncoderDecoder, name) for name in (
-            'encode_decode', 'inference', 'whole_inference', 'slide_inference', 'postprocess_result'))
+        own = any(
+            getattr(type(self), name) is not getattr(MMSegEncoderDecoder, name)
+            for name in ('encode_decode', 'inference', 'whole_inference', 'slide_inference', 'postprocess_result')
+        )
         return not (own or self.keep_logits or self.out_channels == 1)
 
     def predict(self, inputs: Tensor, data_samples: list[SegDataSample] | None = None) -> list[SegDataSample]:
@@ -204,8 +226,12 @@ class EncoderDecoder(MMSegEncoderDecoder):
             return super().predict(inputs, data_samples)
         samples = data_samples or [SegDataSample() for _ in inputs]
         for logits, sample in zip(self.logits_of(inputs, data_samples), samples, strict=True):
-            sample.set_data(dict(seg_logits=DeferredLogits(logits.large),
-                                 pred_sem_seg=PixelData(data=class_map([logits.rows]).unsqueeze(0))))
+            sample.set_data(
+                dict(
+                    seg_logits=DeferredLogits(logits.large),
+                    pred_sem_seg=PixelData(data=class_map([logits.rows]).unsqueeze(0)),
+                )
+            )
         return samples
 
     def logits_of(self, inputs: Tensor, data_samples: list[SegDataSample] | None = None) -> Iterator[ImageLogits]:
@@ -228,12 +254,13 @@ class EncoderDecoder(MMSegEncoderDecoder):
             raise UserError(f"model.test_cfg.mode={mode!r}: 'whole' or 'slide' is needed")
         for i, meta in enumerate(metas):
             if mode == 'whole':
-                small = logits[i:i + 1]
+                small = logits[i : i + 1]
                 compute = partial(_only, small[0])
-                large = partial(resize, small, size=size, mode='bilinear', align_corners=self.align_corners,
-                                warning=False)
+                large = partial(
+                    resize, small, size=size, mode='bilinear', align_corners=self.align_corners, warning=False
+                )
             else:
-                image = inputs[i:i + 1]
+                image = inputs[i : i + 1]
                 compute = partial(self._windows, image, meta, rows, columns)
                 large = partial(self.slide_inference, image, [dict(meta)])
             padding = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
@@ -253,7 +280,7 @@ class EncoderDecoder(MMSegEncoderDecoder):
         """Logits ``(K, h, w)`` of a row of windows of ``image``, ``(1, C, H, W)``."""
         top, found = rows.starts[number], []
         for left in columns.starts:
-            window = image[..., top:top + rows.length, left:left + columns.length]
+            window = image[..., top : top + rows.length, left : left + columns.length]
             found.append(self._head_logits(window, [{**meta, 'img_shape': window.shape[2:]}])[0][0])
         return found
 

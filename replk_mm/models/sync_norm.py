@@ -5,6 +5,7 @@
 are combined as in Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37
 (1983), equation 2.1.
 """
+
 from typing import Any
 
 import torch
@@ -59,11 +60,12 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
     parts = [torch.empty_like(own) for _ in range(get_world_size())]
     dist.all_gather(parts, own)
     table = torch.stack(parts)
-    means, variances, counts = table[:, :x.shape[1]], table[:, x.shape[1]:-1], table[:, -1:]
+    means, variances, counts = table[:, : x.shape[1]], table[:, x.shape[1] : -1], table[:, -1:]
     count = float(counts.sum())
     if count <= 1:
-        raise ValueError(f'BatchNorm needs more than one value a channel to train on, found {int(count)} in all '
-                         f'processes')
+        raise ValueError(
+            f'BatchNorm needs more than one value a channel to train on, found {int(count)} in all processes'
+        )
     mean = (means * counts).sum(0) / count
     return mean, ((variances + (means - mean).square()) * counts).sum(0) / count, count
 
@@ -76,8 +78,16 @@ class _Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
-                count: float, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: float,
+        eps: float,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var)
         ctx.count, ctx.eps = count, eps
         if not x.numel():
@@ -91,9 +101,13 @@ class _Normalize(torch.autograd.Function):
         scale = torch.ones_like(mean) if weight is None else weight
         # As if the statistics were constants: gradient of x, sums of the gradient times the normalized x, and of the
         # gradient.
-        grad_x, with_x, alone = torch.ops.aten.native_batch_norm_backward(
-            grad, x, scale, mean, var, None, None, False, ctx.eps, [True, True, True]
-        ) if x.numel() else (torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(scale))
+        grad_x, with_x, alone = (
+            torch.ops.aten.native_batch_norm_backward(
+                grad, x, scale, mean, var, None, None, False, ctx.eps, [True, True, True]
+            )
+            if x.numel()
+            else (torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(scale))
+        )
         if ctx.needs_input_grad[0]:
             sums = torch.cat([with_x, alone]).double()
             dist.all_reduce(sums)
@@ -112,9 +126,15 @@ def pooled_norm(model: nn.Module) -> str | None:
     """Path of a module that trains BatchNorm on maps pooled to 1x1, where one image has no variance, or None."""
     for name, module in model.named_modules():
         children = list(module.children())
-        if (isinstance(module, nn.Sequential) and children and isinstance(children[0], nn.AdaptiveAvgPool2d)
-                and children[0].output_size in (1, (1, 1))
-                and any(isinstance(m, _BatchNorm) and not isinstance(m, (nn.SyncBatchNorm, SyncBatchNorm))
-                        for m in module.modules())):
+        if (
+            isinstance(module, nn.Sequential)
+            and children
+            and isinstance(children[0], nn.AdaptiveAvgPool2d)
+            and children[0].output_size in (1, (1, 1))
+            and any(
+                isinstance(m, _BatchNorm) and not isinstance(m, (nn.SyncBatchNorm, SyncBatchNorm))
+                for m in module.modules()
+            )
+        ):
             return name
     return None

@@ -1,4 +1,5 @@
 """Operators."""
+
 from replk_mm.ops.choice import IMPLEMENTATIONS, implementation
 from replk_mm.ops.depthwise import DepthwiseConv2d, depthwise_conv2d
 from replk_mm.ops.fused import convolve, pack

@@ -5,6 +5,7 @@ differ little between machines with AVX-512. A formula rather than a trial at ru
 always take the
 same path: two runs, or a run and its resumption, agree bit by bit.
 """
+
 import logging
 import math
 import os
@@ -106,8 +107,14 @@ def _plan(problem: Problem, spec: str, kept: bool) -> Plan:
     decision = problem.kernel, problem.dtype, problem.channels_last, found
     if decision not in _announced:  # other sizes with the same outcome say nothing new
         _announced.add(decision)
-        why = spec if forced else 'expected ms ' + '; '.join(
-            f'{name.replace("grad_", "gradient of the ")} {_table(times)}' for name, times in expected.items())
+        why = (
+            spec
+            if forced
+            else 'expected ms '
+            + '; '.join(
+                f'{name.replace("grad_", "gradient of the ")} {_table(times)}' for name, times in expected.items()
+            )
+        )
         print_log(f'depthwise convolution {problem}: {found} ({why})', 'current', logging.INFO)
     return found
 
@@ -132,7 +139,8 @@ def _parse(spec: str) -> dict[str, str]:
         if not concerned:
             raise ValueError(
                 f'{VARIABLE} (or implementation=): {spec!r} names nothing that exists; use auto, a name, or '
-                f'COMPUTATION=NAME,... of ' + '; '.join(f'{c}: {", ".join(n)}' for c, n in IMPLEMENTATIONS.items()))
+                f'COMPUTATION=NAME,... of ' + '; '.join(f'{c}: {", ".join(n)}' for c, n in IMPLEMENTATIONS.items())
+            )
         forced.update(dict.fromkeys(concerned, name))
     return forced
 
@@ -141,16 +149,16 @@ def _parse(spec: str) -> dict[str, str]:
 # in picoseconds times S^2 log2 S^2; all of two threads.
 
 _RATES: dict[str, dict[int, float]] = {  # by kernel side, the last one holds for all beyond
-    'channels_last':       {1: 15, 3: 45, 5: 85, 7: 110, 9: 110, 11: 85, 13: 44, 15: 140, 21: 155},
-    'padded':              {1: 10, 3: 22, 5: 66, 7: 88, 9: 106, 11: 130, 13: 136, 15: 118},
-    'grad_kernel':         {1: 10, 3: 30, 5: 55, 7: 60, 9: 70, 13: 85, 15: 97},
+    'channels_last': {1: 15, 3: 45, 5: 85, 7: 110, 9: 110, 11: 85, 13: 44, 15: 140, 21: 155},
+    'padded': {1: 10, 3: 22, 5: 66, 7: 88, 9: 106, 11: 130, 13: 136, 15: 118},
+    'grad_kernel': {1: 10, 3: 30, 5: 55, 7: 60, 9: 70, 13: 85, 15: 97},
     'grad_kernel_channels_last': {1: 10, 3: 40, 5: 70, 7: 75, 11: 75, 13: 85, 15: 105, 21: 118, 31: 115},
-    'native grad_input':   {1: 10, 3: 40, 5: 60, 7: 70, 13: 50, 27: 75, 31: 110},
-    'native grad_weight':  {1: 10, 3: 35, 4: 3, 9: 2.5},
+    'native grad_input': {1: 10, 3: 40, 5: 60, 7: 70, 13: 50, 27: 75, 31: 110},
+    'native grad_weight': {1: 10, 3: 35, 4: 3, 9: 2.5},
     'native grad_weight channels_last': {1: 20, 3: 50, 4: 5, 5: 5.5, 7: 9, 9: 12, 13: 3, 15: 2.5},
 }
-_TRANSPOSE, _COPY = 3.5, 20.
-_FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 118., 162.
+_TRANSPOSE, _COPY = 3.5, 20.0
+_FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 118.0, 162.0
 #: Milliseconds of a call of one of torch's operators, which a block of spectra needs a dozen of.
 _CALL = 0.006
 #: Threads divide arithmetic evenly, copies by their number to this power (1.6 from one to two), calls not at all.
@@ -193,12 +201,24 @@ def _transform(problem: Problem, area: tuple[int, int], picoseconds: float = _FO
 def _rows_inside(problem: Problem) -> float:
     """Share of the kernel's rows on the map; oneDNN's channels-last kernels skip those on the padding."""
     (height, _), (kernel, _), (stride, _), (padding, _), (dilation, _) = (
-        problem.size, problem.kernel, problem.stride, problem.padding, problem.dilation)
+        problem.size,
+        problem.kernel,
+        problem.stride,
+        problem.padding,
+        problem.dilation,
+    )
     rows = problem.out[0]
     # Without a loop over every pair: a tap k meets the map for the outputs i with 0 <= i * stride + k * dilation -
     # padding.
-    met = sum(max(0, min(rows - 1, (height - 1 - k * dilation + padding) // stride)
-                  - max(0, -((k * dilation - padding) // stride)) + 1) for k in range(kernel))
+    met = sum(
+        max(
+            0,
+            min(rows - 1, (height - 1 - k * dilation + padding) // stride)
+            - max(0, -((k * dilation - padding) // stride))
+            + 1,
+        )
+        for k in range(kernel)
+    )
     return met / (rows * kernel)
 
 
@@ -207,9 +227,9 @@ def milliseconds(problem: Problem, kept: bool = False) -> dict[str, dict[str, fl
     side = round(math.sqrt(math.prod(problem.kernel)))
     work = 2e-6 * problem.macs * 2 / problem.threads
     last = problem.channels_last
-    to_padded = (_transposed(problem, problem.size) + _transposed(problem, problem.out)) if last else 0.
-    to_last = 0. if last else _transposed(problem, problem.size) + _transposed(problem, problem.out)
-    filled = _copied(problem, problem.size, _COPY) if max(problem.padding) > 6 else 0.
+    to_padded = (_transposed(problem, problem.size) + _transposed(problem, problem.out)) if last else 0.0
+    to_last = 0.0 if last else _transposed(problem, problem.size) + _transposed(problem, problem.out)
+    filled = _copied(problem, problem.size, _COPY) if max(problem.padding) > 6 else 0.0
 
     grown = (15 / side) ** 2 if spatial.widened(problem) else 1
     inside = _rows_inside(problem)
@@ -219,8 +239,9 @@ def milliseconds(problem: Problem, kept: bool = False) -> dict[str, dict[str, fl
     }
     # As it is, torch's convolution is the first or the second; in the default layout only with little padding.
     slow = not last and max(problem.padding) > 6
-    forward['native'] = 1e-3 + (work * inside / _rate('channels_last', side) if last else
-                                work / 4 if slow else forward['padded'])
+    forward['native'] = 1e-3 + (
+        work * inside / _rate('channels_last', side) if last else work / 4 if slow else forward['padded']
+    )
     gradient = spatial.input_gradient_problem(problem)
     grad_input = dict(native=work / (4 if slow else _rate('native grad_input', side)))
     if gradient is not None:
@@ -230,15 +251,19 @@ def milliseconds(problem: Problem, kept: bool = False) -> dict[str, dict[str, fl
         grad_kernel=work / _rate('grad_kernel', side) + to_padded + filled,
         # The output's gradient is rearranged twice: here where it is in channels-last memory, and by oneDNN as a
         # kernel.
-        grad_kernel_channels_last=(work * inside / _rate('grad_kernel_channels_last', side) + problem.batch * 16 * _CALL
-                                   + 1.7 * _transposed(problem, problem.out)))
+        grad_kernel_channels_last=(
+            work * inside / _rate('grad_kernel_channels_last', side)
+            + problem.batch * 16 * _CALL
+            + 1.7 * _transposed(problem, problem.out)
+        ),
+    )
     if spectral.supports(problem):
         kernels = math.prod(spectral.transform_size(problem)) * problem.channels
-        kernels_ms = (kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9
-                      * 2 / problem.threads)
+        kernels_ms = (
+            kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9 * 2 / problem.threads
+        )
         back, there = _transform(problem, problem.out, _INVERSE_TRANSFORM), _transform(problem, problem.size)
         forward['fft'] = there + back + (0 if kept else kernels_ms)
         grad_input['fft'] = there + back + kernels_ms
         grad_weight['fft'] = there + _transform(problem, problem.out) + kernels_ms
     return {'forward': forward, 'grad_input': grad_input, 'grad_weight': grad_weight}
-

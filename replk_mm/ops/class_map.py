@@ -8,6 +8,7 @@ in columns separately: a row of the result is a sum over a few rows of the head'
 brought to the result's. Here some rows of the result exist at a time, and the windows behind them; the argmax, or the
 mean of several views' probabilities and its argmax, leaves one label a pixel.
 """
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -55,8 +56,10 @@ class Windows:
         """
         count = max(size - length + stride - 1, 0) // stride + 1
         if count > 1 and stride > length:
-            raise UserError(f'test_cfg.stride: windows of {length} pixels every {stride} pixels leave gaps\n'
-                            f'Set stride to at most crop_size.')
+            raise UserError(
+                f'test_cfg.stride: windows of {length} pixels every {stride} pixels leave gaps\n'
+                f'Set stride to at most crop_size.'
+            )
         starts = (max(min(i * stride + length, size) - length, 0) for i in range(count))
         return cls(tuple(starts), min(length, size), size)
 
@@ -64,7 +67,7 @@ class Windows:
         """Number of windows over each sample, in float64."""
         counts = torch.zeros(self.size, dtype=torch.float64)
         for start in self.starts:
-            counts[start:start + self.length] += 1
+            counts[start : start + self.length] += 1
         return counts
 
     def over(self, first: int, last: int) -> list[int]:
@@ -100,9 +103,16 @@ class LogitRows:
         ValueError: If ``flip`` is none of these.
     """
 
-    def __init__(self, compute: Callable[[int], Sequence[Tensor]], rows: Windows, columns: Windows,
-                 padding: Sequence[int] = (0, 0, 0, 0), flip: str | None = None, out_size: Sequence[int] | None = None,
-                 align_corners: bool = False) -> None:
+    def __init__(
+        self,
+        compute: Callable[[int], Sequence[Tensor]],
+        rows: Windows,
+        columns: Windows,
+        padding: Sequence[int] = (0, 0, 0, 0),
+        flip: str | None = None,
+        out_size: Sequence[int] | None = None,
+        align_corners: bool = False,
+    ) -> None:
         if flip not in (None, 'horizontal', 'vertical'):
             raise ValueError(f"flip={flip!r} must be None, 'horizontal' or 'vertical'")
         self.compute, self.rows, self.columns, self.align_corners = compute, rows, columns, align_corners
@@ -141,8 +151,9 @@ class LogitRows:
             first, last = max(part.first, start), min(part.last, start + self.rows.length)
             before = self.to_windows.part(first - start, last - start)
             rows.append((number, before.first, before.last))
-            matrices.append((before.transposed() * self.row_share[first:last])
-                            @ to_output[first - part.first:last - part.first])
+            matrices.append(
+                (before.transposed() * self.row_share[first:last]) @ to_output[first - part.first : last - part.first]
+            )
         return Taps(rows, torch.cat(matrices).t().to(like))
 
     def write(self, taps: Taps, room: Tensor, out: Tensor) -> None:
@@ -151,7 +162,7 @@ class LogitRows:
         for number, first, last in taps.rows:
             wide = self._columns(number, first, last)
             # Classes come before columns: reductions then run along columns.
-            room[at:at + len(wide)].view(wide.shape).copy_(wide)
+            room[at : at + len(wide)].view(wide.shape).copy_(wide)
             at += len(wide)
         room[:at].nan_to_num_(0)  # which a product would spread over all rows
         torch.mm(taps.matrix, room[:at], out=out)
@@ -164,7 +175,7 @@ class LogitRows:
         if len(windows) > 1:
             x = _zeros(windows[0], self.columns.size)
             for start, window in zip(self.columns.starts, windows, strict=True):
-                x[..., start:start + length] += window
+                x[..., start : start + length] += window
             x *= self.column_share.to(x)
         x = x[..., self.unpadded]
         return self._widen(x.flip(2) if self.mirrored else x, self.width)
@@ -220,8 +231,9 @@ def class_map(views: Sequence[LogitRows]) -> Tensor:
     return result
 
 
-def _reduce(views: Sequence[LogitRows], chunks: list[tuple[Part, ...]], like: Tensor, classes: int,
-            result: Tensor) -> None:
+def _reduce(
+    views: Sequence[LogitRows], chunks: list[tuple[Part, ...]], like: Tensor, classes: int, result: Tensor
+) -> None:
     """Fill the rows of ``chunks`` that all lie behind the same rows of windows."""
     for view, part in zip(views, chunks[0], strict=True):
         view.hold(view.behind(part))
@@ -235,14 +247,14 @@ def _reduce(views: Sequence[LogitRows], chunks: list[tuple[Part, ...]], like: Te
         part = chunks[i][0]
         mean = None
         with buffers.lent() as buffer:
-            out = buffer[room:room + part.stop - part.start]
+            out = buffer[room : room + part.stop - part.start]
             for view, of_view in zip(views, taps[i], strict=True):
                 view.write(of_view, buffer[:room], out)
                 x = out.view(-1, classes, width)
                 if len(views) > 1:
                     x = x.softmax(1)
                     mean = x if mean is None else mean.add_(x)
-            result[part.start:part.stop] = _argmax(x if mean is None else mean)
+            result[part.start : part.stop] = _argmax(x if mean is None else mean)
 
     # In float32 under autocast too. Windows are computed outside: the network keeps the precision that it was given.
     with torch.autocast(like.device.type, enabled=False):

@@ -6,6 +6,7 @@ whichever :mod:`replk_mm.ops.choice` expects to win. Whatever looks at the opera
 exporters, counters) sees torch's plain convolution, and so does every device but the CPU, whose libraries choose among
 such algorithms themselves.
 """
+
 from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,8 +21,12 @@ from replk_mm.ops import choice, spatial, spectral
 from replk_mm.ops.problem import Pair, Problem, observed
 
 _PRECISIONS = {torch.float32, torch.float64, torch.bfloat16}
-_FORWARD = {'native': spatial.native, 'channels_last': spatial.channels_last, 'padded': spatial.padded,
-            'fft': spectral.forward}
+_FORWARD = {
+    'native': spatial.native,
+    'channels_last': spatial.channels_last,
+    'padded': spatial.padded,
+    'fft': spectral.forward,
+}
 _GRAD_WEIGHT = {'grad_kernel': spatial.grad_kernel, 'grad_kernel_channels_last': spatial.grad_kernel_channels_last}
 
 
@@ -54,8 +59,16 @@ class _Depthwise(torch.autograd.Function):
         return grad_x, grad_weight, grad.sum((0, 2, 3)) if of_bias else None, None, None
 
 
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, plan: choice.Plan, of_input: bool,
-               of_weight: bool, spectra: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    problem: Problem,
+    plan: choice.Plan,
+    of_input: bool,
+    of_weight: bool,
+    spectra: list[Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
     grad_x = grad_weight = None
     by_fft = of_input and plan.grad_input == 'fft', of_weight and plan.grad_weight == 'fft'
     if any(by_fft):
@@ -74,9 +87,15 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, plan: 
     return grad_x, grad_weight
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | Pair = 1,
-                     padding: int | Pair | None = None, dilation: int | Pair = 1,
-                     implementation: str | None = None) -> Tensor:
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair | None = None,
+    dilation: int | Pair = 1,
+    implementation: str | None = None,
+) -> Tensor:
     """Convolve every channel with its own kernel: ``torch.nn.functional.conv2d(..., groups=channels)``, fast.
 
     Args:
@@ -180,16 +199,22 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding
     if x.dim() != 4:
         raise ValueError(f'depthwise_conv2d: the input must be (N, C, H, W) or (C, H, W); found {found}')
     if weight.shape[0] != x.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
-        raise ValueError(f'depthwise_conv2d: input, weight and bias differ in channels; found {found}, bias '
-                         f'{None if bias is None else tuple(bias.shape)}')
+        raise ValueError(
+            f'depthwise_conv2d: input, weight and bias differ in channels; found {found}, bias '
+            f'{None if bias is None else tuple(bias.shape)}'
+        )
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
-        raise ValueError(f'depthwise_conv2d: stride={stride} and dilation={dilation} must be at least 1, '
-                         f'padding={padding} at least 0')
+        raise ValueError(
+            f'depthwise_conv2d: stride={stride} and dilation={dilation} must be at least 1, '
+            f'padding={padding} at least 0'
+        )
     axes = zip(x.shape[2:], padding, dilation, weight.shape[2:], strict=True)
     reach = [size + 2 * p - d * (k - 1) for size, p, d, k in axes]
     if min(x.shape[2:]) < 1 or min(reach) < 1:
-        raise ValueError(f'depthwise_conv2d: the map is empty or smaller than the kernel: {found}, padding={padding}, '
-                         f'dilation={dilation}')
+        raise ValueError(
+            f'depthwise_conv2d: the map is empty or smaller than the kernel: {found}, padding={padding}, '
+            f'dilation={dilation}'
+        )
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -206,9 +231,16 @@ class DepthwiseConv2d(nn.Conv2d):
         implementation: See :func:`depthwise_conv2d`. Defaults to None.
     """
 
-    def __init__(self, channels: int, kernel_size: int | Pair, stride: int | Pair = 1,
-                 padding: int | Pair | None = None, dilation: int | Pair = 1, bias: bool = True,
-                 implementation: str | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair | None = None,
+        dilation: int | Pair = 1,
+        bias: bool = True,
+        implementation: str | None = None,
+    ) -> None:
         if padding is None:
             padding = _same(pair(kernel_size), pair(dilation))
         super().__init__(channels, channels, kernel_size, stride, padding, dilation, channels, bias)

@@ -4,6 +4,7 @@ torch's CPU backend (oneDNN) applies both while a tile of the output is still in
 does not train, on CPUs; everywhere else, and for every other kind of layer, the parts run one after the other. The
 results are the same up to rounding.
 """
+
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -47,11 +48,13 @@ def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, sh
     weight, padding = _weight(conv, x)
     layout = padding, conv.stride, conv.dilation, conv.groups
     if shortcut is not None:
-        return torch.ops.mkldnn._convolution_pointwise.binary(x, shortcut, weight, bias, *layout, 'add', 1.0, None,
-                                                              [], None)
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            x, shortcut, weight, bias, *layout, 'add', 1.0, None, [], None
+        )
     name = _UNARY[type(activation)] if activation is not None else 'none'
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *layout, name, [],
-                                                   getattr(activation, 'approximate', ''))
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, *layout, name, [], getattr(activation, 'approximate', '')
+    )
 
 
 def pack(model: nn.Module) -> int:
@@ -69,8 +72,11 @@ def pack(model: nn.Module) -> int:
     Returns:
         The number of convolutions that will keep theirs, from their first inference on.
     """
-    convolutions = [conv for conv in model.modules() if isinstance(conv, nn.Conv2d)
-                    and type(conv) in (nn.Conv2d, DepthwiseConv2d) and _usable(conv)]
+    convolutions = [
+        conv
+        for conv in model.modules()
+        if isinstance(conv, nn.Conv2d) and type(conv) in (nn.Conv2d, DepthwiseConv2d) and _usable(conv)
+    ]
     for conv in convolutions:
         _packed[conv] = {}
         if isinstance(conv, DepthwiseConv2d) and not conv.weight.is_inference():
@@ -88,7 +94,8 @@ def _weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
         with torch.no_grad():
             weight, padding = _plain_weight(conv, x)
             arranged = torch.ops.aten.mkldnn_reorder_conv2d_weight(
-                weight.to_mkldnn(), padding, conv.stride, conv.dilation, conv.groups, x.shape)
+                weight.to_mkldnn(), padding, conv.stride, conv.dilation, conv.groups, x.shape
+            )
         kept[key] = conv.weight.detach(), conv.weight._version, arranged, padding
     return kept[key][2:]
 
@@ -106,21 +113,37 @@ def _problem(conv: nn.Conv2d, x: Tensor) -> Problem:
 
 def _usable(conv: nn.Conv2d) -> bool:
     backend = torch.backends.mkldnn
-    return bool(conv.weight.device.type == 'cpu' and backend.is_available() and backend.enabled
-                and not isinstance(conv.padding, str) and conv.padding_mode == 'zeros')
+    return bool(
+        conv.weight.device.type == 'cpu'
+        and backend.is_available()
+        and backend.enabled
+        and not isinstance(conv.padding, str)
+        and conv.padding_mode == 'zeros'
+    )
 
 
 def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | None, x: Tensor) -> bool:
-    if (observed() or not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, DepthwiseConv2d)
-            or 'forward' in vars(conv) or not _usable(conv) or not (activation is None or type(activation) in _UNARY)):
+    if (
+        observed()
+        or not isinstance(conv, nn.Conv2d)
+        or type(conv) not in (nn.Conv2d, DepthwiseConv2d)
+        or 'forward' in vars(conv)
+        or not _usable(conv)
+        or not (activation is None or type(activation) in _UNARY)
+    ):
         return False
     parameters: list[Tensor] = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, shortcut) if t is not None):
         return False
     if hooked(conv, activation):
         return False
-    if (x.dim() != 4 or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last)
-            or x.shape[1] != conv.in_channels or conv.weight.is_inference()):
+    if (
+        x.dim() != 4
+        or x.numel() == 0
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or x.shape[1] != conv.in_channels
+        or conv.weight.is_inference()
+    ):
         return False
     autocast = torch.is_autocast_enabled('cpu')
     dtype = torch.get_autocast_dtype('cpu') if autocast else x.dtype

@@ -1,4 +1,5 @@
 """Linear interpolation along one axis, a part of its samples at a time: the half of a bilinear one."""
+
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -54,7 +55,7 @@ class Interpolation:
     def __init__(self, size: int, out_size: int, align_corners: bool, like: Tensor) -> None:
         at = torch.arange(out_size, dtype=like.dtype)
         if align_corners:
-            at *= (size - 1) / (out_size - 1) if out_size > 1 else 0.
+            at *= (size - 1) / (out_size - 1) if out_size > 1 else 0.0
         else:
             at = ((at + 0.5) * (size / out_size) - 0.5).clamp_(min=0)
         low = at.long().clamp_(max=size - 1)
@@ -63,8 +64,9 @@ class Interpolation:
 
     def read_from(self, offset: int, size: int, flipped: bool) -> None:
         """Let the input be the ``size`` samples behind ``offset`` of a longer one, back to front if ``flipped``."""
-        self.low, self.high = ([offset + (size - 1 - i if flipped else i) for i in taps]
-                               for taps in (self.low, self.high))
+        self.low, self.high = (
+            [offset + (size - 1 - i if flipped else i) for i in taps] for taps in (self.low, self.high)
+        )
 
     def part(self, start: int, stop: int) -> Part:
         """The samples from ``start`` to ``stop``."""

@@ -1,4 +1,5 @@
 """The shapes of a depthwise convolution, for which an implementation is chosen; whether operators are observed."""
+
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,14 +46,26 @@ class Problem:
         # Memory that is both (one channel, maps of one pixel) counts as the default layout.
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         n, c, h, w = x.shape
-        return cls(n, c, (h, w), (weight.shape[2], weight.shape[3]), stride, padding, dilation, x.dtype, channels_last,
-                   torch.get_num_threads())
+        return cls(
+            n,
+            c,
+            (h, w),
+            (weight.shape[2], weight.shape[3]),
+            stride,
+            padding,
+            dilation,
+            x.dtype,
+            channels_last,
+            torch.get_num_threads(),
+        )
 
     @cached_property
     def out(self) -> Pair:
         """Height and width of the output in pixels."""
-        rows, cols = ((s + 2 * p - d * (k - 1) - 1) // step + 1 for s, p, d, k, step in zip(
-            self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True))
+        rows, cols = (
+            (s + 2 * p - d * (k - 1) - 1) // step + 1
+            for s, p, d, k, step in zip(self.size, self.padding, self.dilation, self.kernel, self.stride, strict=True)
+        )
         return rows, cols
 
     @property
@@ -67,25 +80,35 @@ class Problem:
 
     def empty(self, like: Tensor, size: Pair) -> Tensor:
         """An uninitialized ``(N, C, *size)`` in the problem's layout."""
-        return torch.empty(self.batch, self.channels, *size, dtype=like.dtype, device=like.device,
-                           memory_format=self.memory_format)
+        return torch.empty(
+            self.batch, self.channels, *size, dtype=like.dtype, device=like.device, memory_format=self.memory_format
+        )
 
     def __str__(self) -> str:
         step = '' if self.stride == (1, 1) else f' stride {self.stride[0]}x{self.stride[1]}'
         layout = 'channels-last' if self.channels_last else 'default layout'
         kernel, size = ('x'.join(map(str, pair)) for pair in (self.kernel, self.size))
-        return (f'{kernel}{step} on {self.batch}x{self.channels}x{size} {str(self.dtype)[6:]} {layout}, '
-                f'{self.threads} threads')
+        return (
+            f'{kernel}{step} on {self.batch}x{self.channels}x{size} {str(self.dtype)[6:]} {layout}, '
+            f'{self.threads} threads'
+        )
 
 
 def observed() -> bool:
     """Whether operators are observed: by a compiler, exporter, counter, transform or forward-mode derivative."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or forward_ad._current_level >= 0
-            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.maybe_current_level() is not None)
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
 
 
 def hooked(*modules: nn.Module | None) -> bool:
     """Whether calls of any of ``modules`` run hooks, their own or global ones."""
     return _has_any_global_hook() or any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules if module is not None)
+        for module in modules
+        if module is not None
+    )

@@ -8,6 +8,7 @@ channel by itself, the weights of one tap on each pixel by itself, so that the t
 1x1 convolutions of the small map, interpolated, shifted by one pixel or none, and summed. The result is the same up to
 rounding.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -72,8 +73,9 @@ def _share(small: Tensor, weight: Tensor, size: tuple[int, int], align_corners: 
     return x.permute(0, 3, 1, 2)
 
 
-def conv_of_resized(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None,
-                    align_corners: bool = False) -> Tensor:
+def conv_of_resized(
+    maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, align_corners: bool = False
+) -> Tensor:
     """``F.conv2d(torch.cat([maps[0], *resized], 1), weight, bias, padding=1)``, ``resized`` to the size of the first.
 
     Fastest in channels-last memory.

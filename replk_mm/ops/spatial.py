@@ -6,6 +6,7 @@ memory. The first gives way to a reference loop, 25 times slower, where the padd
 and the gradient of the weight is such a loop for every size. Both are arranged here as convolutions that have fast
 kernels.
 """
+
 from functools import cache
 
 import torch
@@ -48,16 +49,27 @@ def native(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> 
     return F.conv2d(x, weight, bias, problem.stride, problem.padding, problem.dilation, problem.channels)
 
 
-def native_gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_input: bool,
-                     of_weight: bool) -> tuple[Tensor | None, Tensor | None]:
+def native_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_input: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """torch's gradients as they are; None for the one not asked."""
     dtype = x.dtype
     if dtype == torch.bfloat16 and problem.channels_last and problem.dilation != (1, 1):
         # torch 2.13 with oneDNN 3.12 leaves parts of this weight gradient unwritten.
         grad, x, weight = grad.float(), x.float(), weight.float()
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, list(problem.stride), list(problem.padding), list(problem.dilation), False, [0, 0],
-        problem.channels, [of_input, of_weight, False])
+        grad,
+        x,
+        weight,
+        None,
+        list(problem.stride),
+        list(problem.padding),
+        list(problem.dilation),
+        False,
+        [0, 0],
+        problem.channels,
+        [of_input, of_weight, False],
+    )
     return (grad_x.to(dtype) if of_input else None), (grad_weight.to(dtype) if of_weight else None)
 
 
@@ -71,8 +83,11 @@ def channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Probl
 
 def widened(problem: Problem) -> bool:
     """Whether :func:`channels_last` surrounds the kernel with zeros."""
-    return (problem.stride == problem.dilation == (1, 1) and all(k in _WIDENED for k in problem.kernel)
-            and _PADDING_LIMIT - 2 <= min(problem.padding) <= _PADDING_LIMIT)
+    return (
+        problem.stride == problem.dilation == (1, 1)
+        and all(k in _WIDENED for k in problem.kernel)
+        and _PADDING_LIMIT - 2 <= min(problem.padding) <= _PADDING_LIMIT
+    )
 
 
 def widen(weight: Tensor, problem: Problem) -> tuple[Tensor, Pair]:
@@ -109,8 +124,18 @@ def input_gradient_problem(problem: Problem) -> Problem | None:
     padding = tuple(d * (k - 1) - p for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True))
     if problem.stride != (1, 1) or min(padding) < 0:
         return None
-    return Problem(problem.batch, problem.channels, problem.out, problem.kernel, (1, 1), (padding[0], padding[1]),
-                   problem.dilation, problem.dtype, problem.channels_last, problem.threads)
+    return Problem(
+        problem.batch,
+        problem.channels,
+        problem.out,
+        problem.kernel,
+        (1, 1),
+        (padding[0], padding[1]),
+        problem.dilation,
+        problem.dtype,
+        problem.channels_last,
+        problem.threads,
+    )
 
 
 def grad_kernel(grad: Tensor, x: Tensor, problem: Problem) -> Tensor:
@@ -126,7 +151,7 @@ def grad_kernel(grad: Tensor, x: Tensor, problem: Problem) -> Tensor:
     x, grad = x.contiguous().view(1, maps, *problem.size), grad.contiguous().view(maps, 1, *problem.out)
     lags = _conv_padded(x, grad, None, problem.padding, problem.dilation, problem.stride)
     # Rows that the stride never reached leave lags behind the last tap.
-    lags = lags[..., :problem.kernel[0], :problem.kernel[1]]
+    lags = lags[..., : problem.kernel[0], : problem.kernel[1]]
     return lags.reshape(problem.batch, problem.channels, 1, *problem.kernel).sum(0)
 
 
@@ -143,7 +168,7 @@ def grad_kernel_channels_last(grad: Tensor, x: Tensor, problem: Problem) -> Tens
         kernel = gradient.contiguous().unsqueeze(1)
         found = F.conv2d(image, kernel, None, problem.dilation, problem.padding, problem.stride, problem.channels)
         # Sums over images are taken in float32, as torch does within one convolution.
-        found = found[0, :, :problem.kernel[0], :problem.kernel[1]].to(torch.promote_types(x.dtype, torch.float32))
+        found = found[0, :, : problem.kernel[0], : problem.kernel[1]].to(torch.promote_types(x.dtype, torch.float32))
         lags = found if lags is None else lags.add_(found)
     assert lags is not None  # an empty batch never comes here
     return lags.to(x.dtype).contiguous().unsqueeze(1)

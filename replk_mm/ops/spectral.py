@@ -12,6 +12,7 @@ buffer of zeros, gradient and kernel at offset 0, and then
 * ``dx[j] = sum_i g[i] w[j - i]``: convolution, rows and columns ``padding .. padding + size``;
 * ``dw[k] = sum_i g[i] x[i + k]``: correlation, rows and columns ``0 .. kernel``.
 """
+
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -58,12 +59,19 @@ def supports(problem: Problem) -> bool:
 def kernel_spectra(weight: Tensor, problem: Problem) -> list[Tensor]:
     """What :func:`forward` multiplies by, for each of its blocks."""
     size = transform_size(problem)
-    return [_kernel_spectrum(weight[channels], size, problem.dtype).conj_physical_()
-            for channels, _ in _blocks(problem)]
+    return [
+        _kernel_spectrum(weight[channels], size, problem.dtype).conj_physical_() for channels, _ in _blocks(problem)
+    ]
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, keep: list[Tensor] | None = None,
-            kernels: Sequence[Tensor] = ()) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: Problem,
+    keep: list[Tensor] | None = None,
+    kernels: Sequence[Tensor] = (),
+) -> Tensor:
     """Convolve ``(N, C, H, W)`` to ``(N, C, H', W')``.
 
     Args:
@@ -103,8 +111,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, ke
     return out
 
 
-def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_input: bool, of_weight: bool,
-              kept: Sequence[Tensor] = ()) -> tuple[Tensor | None, Tensor | None]:
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    problem: Problem,
+    of_input: bool,
+    of_weight: bool,
+    kept: Sequence[Tensor] = (),
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients with respect to the input ``(N, C, H, W)`` and to the weight ``(C, 1, kh, kw)``; None for the one not
     asked.
 
@@ -126,10 +141,15 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_inpu
 
     def work(i: int) -> None:
         channels, parts = blocks[i]
-        spectra = list(kept[i * per_block:(i + 1) * per_block])
+        spectra = list(kept[i * per_block : (i + 1) * per_block])
         grads, inputs = _Buffer(size, (0, 0), problem.out), _Buffer(size, problem.padding, problem.size)
-        kernel = (None if not of_input else spectra[0] if spectra and with_kernels else
-                  _kernel_spectrum(weight[channels], size, grad.dtype))
+        kernel = (
+            None
+            if not of_input
+            else spectra[0]
+            if spectra and with_kernels
+            else _kernel_spectrum(weight[channels], size, grad.dtype)
+        )
         lags: Tensor | None = None
         for j, part in enumerate(parts):
             spectrum = grads.transform(grad[part, channels])
@@ -140,8 +160,9 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_inpu
                 # Sums over images are taken of spectra: one inverse transform a channel, however large the batch.
                 lags = products if lags is None else lags.add_(products)
             if grad_x is not None and kernel is not None:
-                grad_x[part, channels] = _inverse(spectrum.mul_(kernel), size, slice(top, top + height),
-                                                  slice(left, left + width))
+                grad_x[part, channels] = _inverse(
+                    spectrum.mul_(kernel), size, slice(top, top + height), slice(left, left + width)
+                )
         if grad_weight is not None and lags is not None:
             grad_weight[channels, 0] = _inverse(lags, size, slice(0, problem.kernel[0]), slice(0, problem.kernel[1]))
 

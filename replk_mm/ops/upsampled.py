@@ -8,6 +8,7 @@ interpolated, reduced, and taken back through the transpose of the interpolation
 Bilinear interpolation is separable. The columns of the few small rows behind a chunk come first, by torch's own
 interpolation in channels-last memory; then the rows, two taps each, into a buffer that all chunks use.
 """
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -74,10 +75,16 @@ class _CrossEntropy(torch.autograd.Function):
         n, classes, h, w = logits.shape
         height, width = ids.shape[1:]
         like = logits.new_empty(0, dtype=torch.promote_types(logits.dtype, torch.float32))
-        parts = [(part, part.transposed()) for part in Interpolation(h, height, align_corners, like).parts(
-            min(rows_at_a_time(width, classes, like), height))]
-        bands = [(slice(part.start, part.stop), slice(part.first, part.last), part.transposed())
-                 for part in Interpolation(w, width, align_corners, like).parts(_BAND)]
+        parts = [
+            (part, part.transposed())
+            for part in Interpolation(h, height, align_corners, like).parts(
+                min(rows_at_a_time(width, classes, like), height)
+            )
+        ]
+        bands = [
+            (slice(part.start, part.stop), slice(part.first, part.last), part.transposed())
+            for part in Interpolation(w, width, align_corners, like).parts(_BAND)
+        ]
         chunks = [(image, part, transposed) for image in range(n) for part, transposed in parts]
         buffers = Buffers(like, 2, parts[0][0].stop * width, classes)
         losses, corrects, grads = ([like.new_empty(0)] * len(chunks) for _ in range(3))
@@ -86,12 +93,12 @@ class _CrossEntropy(torch.autograd.Function):
             image, part, transposed = chunks[i]
             rows = part.stop - part.start
             with buffers.lent() as (x, p):
-                x, p = x[:rows * width], p[:rows * width]
-                wide = _resize_columns(pixels_first(logits[image, :, part.first:part.last]), width, align_corners)
+                x, p = x[: rows * width], p[: rows * width]
+                wide = _resize_columns(pixels_first(logits[image, :, part.first : part.last]), width, align_corners)
                 part.apply(wide.reshape(len(wide), -1), x.view(rows, -1))
                 torch.softmax(x, 1, out=p)
-                label = ids[image, part.start:part.stop].reshape(-1, 1)
-                skip = ignored[image, part.start:part.stop].reshape(-1, 1)
+                label = ids[image, part.start : part.stop].reshape(-1, 1)
+                skip = ignored[image, part.start : part.stop].reshape(-1, 1)
                 score, probability = x.gather(1, label), p.gather(1, label)
                 corrects[i] = ((score >= x.amax(1, keepdim=True)) & ~skip).sum()
                 loss = -probability.log()
@@ -111,7 +118,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad = like.new_zeros(n, h, w, classes) if with_grad else None
         if grad is not None:
             for (image, part, _), share in zip(chunks, grads, strict=True):
-                grad[image, part.first:part.last] += share
+                grad[image, part.first : part.last] += share
         total = torch.stack(losses).sum() if chunks else like.new_zeros(())
         correct = torch.stack(corrects).sum() if chunks else ids.new_zeros(())
         ctx.save_for_backward(grad)  # freed by the backward pass
@@ -122,12 +129,13 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_total: Tensor, _):
-        grad, = ctx.saved_tensors
+        (grad,) = ctx.saved_tensors
         return (grad * grad_total).to(ctx.dtype).permute(0, 3, 1, 2), None, None, None, None
 
 
-def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255,
-                            align_corners: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def upsampled_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int = 255, align_corners: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of logits that are interpolated to the size of the labels.
 
     What ``F.cross_entropy(F.interpolate(logits, size, mode='bilinear'), labels, reduction='sum')`` computes, with one
@@ -148,20 +156,30 @@ def upsampled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 
         ValueError: If shapes do not fit or the labels are no integers.
         UserError: If a label is no class.
     """
-    if (logits.dim() != 4 or labels.dim() != 3 or len(logits) != len(labels) or labels.is_floating_point()
-            or not all((*logits.shape[1:], *labels.shape[1:]))):
-        raise ValueError(f'logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, '
-                         f'{labels.dtype}; (N, K, h, w) and integers (N, H, W) are needed')
+    if (
+        logits.dim() != 4
+        or labels.dim() != 3
+        or len(logits) != len(labels)
+        or labels.is_floating_point()
+        or not all((*logits.shape[1:], *labels.shape[1:]))
+    ):
+        raise ValueError(
+            f'logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, '
+            f'{labels.dtype}; (N, K, h, w) and integers (N, H, W) are needed'
+        )
     ignored = labels == ignore_index
     ids = labels.masked_fill(ignored, 0).long()
     if ids.numel():
         lowest, highest = (int(value) for value in torch.stack(ids.aminmax()))
         if lowest < 0 or highest >= logits.shape[1]:
             wrong = highest if highest >= logits.shape[1] else lowest
-            raise UserError(f'labels: class {wrong} among the labels of a batch; the head has {logits.shape[1]} '
-                            f'classes (0..{logits.shape[1] - 1}; {ignore_index} is ignored)\n'
-                            f'Set num_classes of every head to the labels, or fix the label maps (reduce_zero_label?).')
+            raise UserError(
+                f'labels: class {wrong} among the labels of a batch; the head has {logits.shape[1]} '
+                f'classes (0..{logits.shape[1] - 1}; {ignore_index} is ignored)\n'
+                f'Set num_classes of every head to the labels, or fix the label maps (reduce_zero_label?).'
+            )
     with torch.autocast(logits.device.type, enabled=False):
-        total, correct = _CrossEntropy.apply(logits, ids, ignored, align_corners,
-                                             logits.requires_grad and torch.is_grad_enabled())
+        total, correct = _CrossEntropy.apply(
+            logits, ids, ignored, align_corners, logits.requires_grad and torch.is_grad_enabled()
+        )
     return total, correct, ids.numel() - ignored.sum()

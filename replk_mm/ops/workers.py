@@ -3,6 +3,7 @@
 A dozen small operators on a block that stays in one core's cache are much faster in a thread of their own than each of
 them spread over all cores, which then wait for each other after every operator.
 """
+
 import os
 import threading
 from collections.abc import Callable, Iterable

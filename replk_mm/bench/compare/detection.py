@@ -1,4 +1,5 @@
 """Two detection results image by image: exported detections matched with the annotated objects as COCO does."""
+
 import contextlib
 import io
 import json
@@ -27,7 +28,8 @@ IOU = 0.5
 DEFINITION = (
     'an object is found if a detection of its class, not below the score threshold, has IoU 0.5 with it, matched as '
     'COCO does (surest first, each object once; detections in crowds count neither way); F1 of an image is 2 found / '
-    '(2 found + missed + false), and 1 where there is nothing to find and nothing was found')
+    '(2 found + missed + false), and 1 where there is nothing to find and nothing was found'
+)
 #: Images matched at a time, which bounds the memory.
 _CHUNK = 100
 
@@ -82,8 +84,10 @@ def open_objects(a: Result, source: Source, root: str | None, kind: str) -> Obje
     parts = list(datasets_of(cfg, ('test',)))
     file = annotation_file(parts[0]) if len(parts) == 1 else None
     if file is None:
-        raise UserError(f'{cfg.filename}: images can be compared with one COCO-style annotation file only\n'
-                        f'--no-images compares the figures alone.')
+        raise UserError(
+            f'{cfg.filename}: images can be compared with one COCO-style annotation file only\n'
+            f'--no-images compares the figures alone.'
+        )
     if not file.is_file():
         raise UserError(f'{file}: no such annotation file\nName the folder of the data set with --data-root DIR.')
     data: Any = coco.read(file)
@@ -93,8 +97,10 @@ def open_objects(a: Result, source: Source, root: str | None, kind: str) -> Obje
     for name, size in expected.items():
         now = len(data['images']) if name == 'images' else counts.get(name)
         if now != size:
-            raise UserError(f'{file}: the annotations are not those of the test: {name}: {now} now, {size} in '
-                            f'{a.file}\nName the data of the test with --data-root DIR.')
+            raise UserError(
+                f'{file}: the annotations are not those of the test: {name}: {now} now, {size} in '
+                f'{a.file}\nName the data of the test with --data-root DIR.'
+            )
     classes = {category['id']: category['name'] for category in data['categories']}
     # A test may score some of the categories only; crowds of the others change nothing.
     scored = [o for o in data['annotations'] if classes[o['category_id']] in a.record.per_class or o.get('iscrowd')]
@@ -103,9 +109,12 @@ def open_objects(a: Result, source: Source, root: str | None, kind: str) -> Obje
     # Ids may be texts, or 0, which pycocotools takes for "no match".
     objects = [{**o, 'id': i, 'iscrowd': int(o.get('iscrowd') or 0)} for i, o in enumerate(scored, 1)]
     folder = Path(parts[0].get('data_root') or '', (parts[0].get('data_prefix') or {}).get('img') or '')
-    return Objects(_index(data['images'], data['categories'], objects),
-                   {image['id']: image for image in data['images']},
-                   folder, classes)
+    return Objects(
+        _index(data['images'], data['categories'], objects),
+        {image['id']: image for image in data['images']},
+        folder,
+        classes,
+    )
 
 
 def _index(images: list[dict], categories: list[dict], annotations: list[dict]) -> COCO:
@@ -124,29 +133,45 @@ def open_detections(result: Result, objects: Objects, kind: str, least_score: fl
     """
     file = result.predictions / f'instances.{kind}.json'
     if not file.is_file():
-        raise UserError(f'{file}: no such file, so that images of {result.letter} cannot be compared'
-                        + (' by masks (--kind bbox compares boxes)' if kind == 'segm' else '')
-                        + f'\ntools/test.py --out {result.file.parent} writes it; --no-images compares figures alone.')
+        raise UserError(
+            f'{file}: no such file, so that images of {result.letter} cannot be compared'
+            + (' by masks (--kind bbox compares boxes)' if kind == 'segm' else '')
+            + f'\ntools/test.py --out {result.file.parent} writes it; --no-images compares figures alone.'
+        )
     try:
-        sure = [_detection(entry, objects, kind) for entry in json.loads(file.read_bytes())
-                if entry['score'] >= least_score]
+        sure = [
+            _detection(entry, objects, kind) for entry in json.loads(file.read_bytes()) if entry['score'] >= least_score
+        ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f'{file}: not a list of detections as COCO has them ({error})\n'
-                        f'Test again with --out {result.file.parent}.') from error
-    strange = ({d['image_id'] for d in sure} - objects.images.keys()
-               or {d['category_id'] for d in sure} - objects.classes.keys())
+        raise UserError(
+            f'{file}: not a list of detections as COCO has them ({error})\nTest again with --out {result.file.parent}.'
+        ) from error
+    strange = {d['image_id'] for d in sure} - objects.images.keys() or {
+        d['category_id'] for d in sure
+    } - objects.classes.keys()
     if strange:
-        raise UserError(f'{file}: detections are in images or of categories that the annotations do not have: ids '
-                        f'{some(sorted(strange, key=str))}\nName the data of the test with --data-root DIR.')
-    return _index(objects.api.dataset['images'], objects.api.dataset['categories'],
-                  [{**detection, 'id': i} for i, detection in enumerate(sure, 1)])
+        raise UserError(
+            f'{file}: detections are in images or of categories that the annotations do not have: ids '
+            f'{some(sorted(strange, key=str))}\nName the data of the test with --data-root DIR.'
+        )
+    return _index(
+        objects.api.dataset['images'],
+        objects.api.dataset['categories'],
+        [{**detection, 'id': i} for i, detection in enumerate(sure, 1)],
+    )
 
 
 def _detection(entry: dict, objects: Objects, kind: str) -> dict:
     """A detection as pycocotools, which is compiled and checks nothing, takes it."""
     x, y, width, height = map(float, entry['bbox'])
-    found = dict(image_id=entry['image_id'], category_id=entry['category_id'], score=float(entry['score']), iscrowd=0,
-                 bbox=[x, y, width, height], area=width * height)
+    found = dict(
+        image_id=entry['image_id'],
+        category_id=entry['category_id'],
+        score=float(entry['score']),
+        iscrowd=0,
+        bbox=[x, y, width, height],
+        area=width * height,
+    )
     image = objects.images.get(entry['image_id'])
     if kind == 'segm' and image:
         mask = entry['segmentation']
@@ -170,7 +195,7 @@ def match(objects: Objects, detections: COCO, ids: Sequence[int | str], kind: st
     starts = range(0, len(ids), _CHUNK)
     for start in track(starts, 'images', console=Console(stderr=True), disable=not sys.stderr.isatty()):
         evaluation = COCOeval(objects.api, detections, kind)
-        evaluation.params.imgIds = ids[start:start + _CHUNK]
+        evaluation.params.imgIds = ids[start : start + _CHUNK]
         evaluation.params.iouThrs, evaluation.params.areaRng = np.array([IOU]), [[0, 1e10]]
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation.evaluate()

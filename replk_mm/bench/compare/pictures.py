@@ -1,4 +1,5 @@
 """Sheets that show, for each image: itself, the ground truth, what A and B found, and where they differ."""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,16 +67,30 @@ def label_difference(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.
         ignored: Label of pixels that are not scored.
     """
     found, right_a, right_b = _pale(image), a == label, b == label
-    for where, colour in ((right_a & ~right_b, A), (right_b & ~right_a, B), (~right_a & ~right_b, NEITHER),
-                          (label == ignored, NO_LABEL)):
+    for where, colour in (
+        (right_a & ~right_b, A),
+        (right_b & ~right_a, B),
+        (~right_a & ~right_b, NEITHER),
+        (label == ignored, NO_LABEL),
+    ):
         found[where] = colour[::-1]
     return found
 
 
 def label_rows(labels: 'Labels', pair: tuple[Result, Result], changed: Sequence[dict]) -> Rows:
     """Pictures of label maps of the images that changed."""
-    found = Rows([], [(A, 'right in A only'), (B, 'right in B only'), (NEITHER, 'wrong in both'),
-                      (BOTH, 'right in both'), (NO_LABEL, 'no label')], labels.classes, labels.palette)
+    found = Rows(
+        [],
+        [
+            (A, 'right in A only'),
+            (B, 'right in B only'),
+            (NEITHER, 'wrong in both'),
+            (BOTH, 'right in both'),
+            (NO_LABEL, 'no label'),
+        ],
+        labels.classes,
+        labels.palette,
+    )
     for scores in changed:
         label = labels.read(scores['index'])
         a, b = (labels.prediction(scores['index'], result) for result in pair)
@@ -88,17 +103,25 @@ def label_rows(labels: 'Labels', pair: tuple[Result, Result], changed: Sequence[
         def over(ids: np.ndarray, grey: np.ndarray = grey) -> np.ndarray:
             return overlay(grey, ids, labels.palette, _OPACITY)
 
-        found.rows.append([
-            (image, scores['image']), (over(label), f'{100 * counted.mean():.0f}% labelled'),
-            (over(a), f'mIoU {scores["a"]:.1f}, acc {scores["accuracy_a"]:.1f}'),
-            (over(b), f'mIoU {scores["b"]:.1f}, acc {scores["accuracy_b"]:.1f}'),
-            (label_difference(image, label, a, b, labels.ignore_index), f'only A {only_a:.1f}%, only B {only_b:.1f}%')])
+        found.rows.append(
+            [
+                (image, scores['image']),
+                (over(label), f'{100 * counted.mean():.0f}% labelled'),
+                (over(a), f'mIoU {scores["a"]:.1f}, acc {scores["accuracy_a"]:.1f}'),
+                (over(b), f'mIoU {scores["b"]:.1f}, acc {scores["accuracy_b"]:.1f}'),
+                (
+                    label_difference(image, label, a, b, labels.ignore_index),
+                    f'only A {only_a:.1f}%, only B {only_b:.1f}%',
+                ),
+            ]
+        )
         found.occurring.append(np.unique(np.concatenate([label[counted], a[counted], b[counted]])))
     return found
 
 
-def object_rows(objects: 'Objects', detections: Sequence, matches: Sequence[dict], changed: Sequence[dict],
-                kind: str) -> Rows:
+def object_rows(
+    objects: 'Objects', detections: Sequence, matches: Sequence[dict], changed: Sequence[dict], kind: str
+) -> Rows:
     """Pictures of detected objects of the images that changed; see :mod:`replk_mm.bench.compare.detection`."""
     rows = []
     masks = [api.annToMask if kind == 'segm' else None for api in (objects.api, *detections)]
@@ -109,26 +132,56 @@ def object_rows(objects: 'Objects', detections: Sequence, matches: Sequence[dict
         a, b, pale = *(part[scores['id']] for part in matches), _pale(image)
         truth = [objects.api.anns[i] for i in sorted(a.found | a.missed)]
 
-        def drawn(groups: Sequence, mask_of: Callable | None, pale: np.ndarray = pale, scale: float = scale,
-                  size: tuple[int, int] = size) -> np.ndarray:
-            entries = [(entry, colour) for part, colour in groups
-                       for entry in sorted(part, key=lambda e: -e.get('score', 1))]
-            things = [{**{key: entry[key] for key in ('score',) if key in entry}, 'label': i,
-                       'box': _corners(entry, scale),
-                       **({'mask': cv2.resize(mask_of(entry), size, interpolation=cv2.INTER_NEAREST).astype(bool)}
-                          if mask_of else {})} for i, (entry, _) in enumerate(entries)]
+        def drawn(
+            groups: Sequence,
+            mask_of: Callable | None,
+            pale: np.ndarray = pale,
+            scale: float = scale,
+            size: tuple[int, int] = size,
+        ) -> np.ndarray:
+            entries = [
+                (entry, colour) for part, colour in groups for entry in sorted(part, key=lambda e: -e.get('score', 1))
+            ]
+            things = [
+                {
+                    **{key: entry[key] for key in ('score',) if key in entry},
+                    'label': i,
+                    'box': _corners(entry, scale),
+                    **(
+                        {'mask': cv2.resize(mask_of(entry), size, interpolation=cv2.INTER_NEAREST).astype(bool)}
+                        if mask_of
+                        else {}
+                    ),
+                }
+                for i, (entry, _) in enumerate(entries)
+            ]
             names = [objects.classes[entry['category_id']] for entry, _ in entries]
             return draw_instances(pale, things, names, [colour for _, colour in entries])
 
-        rows.append([
-            (image, scores['image']), (drawn([(truth, TRUTH)], masks[0]), f'{len(truth)} objects'),
-            (drawn([(a.right, A), (a.false, NEITHER)], masks[1]), _tally(scores, 'a')),
-            (drawn([(b.right, B), (b.false, NEITHER)], masks[2]), _tally(scores, 'b')),
-            (_object_difference(pale.copy(), truth, a, b, scale), f'F1 {scores["a"]:.2f} -> {scores["b"]:.2f}')])
-    return Rows(rows, [
-        (TRUTH, 'object'), (A, 'A: found'), (B, 'B: found'), (NEITHER, 'A or B: false'), (A, 'differ: only A found'),
-        (B, 'differ: only B found'), (BOTH, 'differ: both found'), (NEITHER, 'differ: both missed'),
-        (A, 'crossed: false in A'), (B, 'crossed: false in B')])
+        rows.append(
+            [
+                (image, scores['image']),
+                (drawn([(truth, TRUTH)], masks[0]), f'{len(truth)} objects'),
+                (drawn([(a.right, A), (a.false, NEITHER)], masks[1]), _tally(scores, 'a')),
+                (drawn([(b.right, B), (b.false, NEITHER)], masks[2]), _tally(scores, 'b')),
+                (_object_difference(pale.copy(), truth, a, b, scale), f'F1 {scores["a"]:.2f} -> {scores["b"]:.2f}'),
+            ]
+        )
+    return Rows(
+        rows,
+        [
+            (TRUTH, 'object'),
+            (A, 'A: found'),
+            (B, 'B: found'),
+            (NEITHER, 'A or B: false'),
+            (A, 'differ: only A found'),
+            (B, 'differ: only B found'),
+            (BOTH, 'differ: both found'),
+            (NEITHER, 'differ: both missed'),
+            (A, 'crossed: false in A'),
+            (B, 'crossed: false in B'),
+        ],
+    )
 
 
 def _tally(scores: dict, letter: str) -> str:
@@ -140,8 +193,9 @@ def _corners(entry: dict, scale: float) -> list[float]:
     return [scale * v for v in (x, y, x + width, y + height)]
 
 
-def _object_difference(picture: np.ndarray, truth: Sequence[dict], a: 'Matches', b: 'Matches',
-                       scale: float) -> np.ndarray:
+def _object_difference(
+    picture: np.ndarray, truth: Sequence[dict], a: 'Matches', b: 'Matches', scale: float
+) -> np.ndarray:
     for entry in truth:
         in_a, in_b = entry['id'] in a.found, entry['id'] in b.found
         colour = BOTH if in_a and in_b else A if in_a else B if in_b else NEITHER
@@ -166,7 +220,7 @@ def _fit(picture: np.ndarray, height: int, enlarge: int) -> tuple[np.ndarray, fl
 def _cell(picture: np.ndarray, caption: str, height: int) -> np.ndarray:
     picture, _ = _fit(picture, height, cv2.INTER_NEAREST)
     cell = np.full((height + _CAPTION, WIDTH, 3), 255, np.uint8)
-    cell[:picture.shape[0], :picture.shape[1]] = picture
+    cell[: picture.shape[0], : picture.shape[1]] = picture
     put_text(cell, caption if len(caption) <= 40 else f'...{caption[-37:]}', (2, height + 13), 0.38)
     return cell
 
@@ -188,13 +242,14 @@ def write_sheets(out: Path, found: Rows, titles: Sequence[str]) -> list[str]:
     titles = [title if len(title) <= 30 else f'{title[:27]}...' for title in titles]
     names = []
     for start in range(0, len(found.rows), PER_SHEET):
-        rows = found.rows[start:start + PER_SHEET]
-        height = min(HEIGHT, max(round(picture.shape[0] * WIDTH / picture.shape[1])
-                                 for row in rows for picture, _ in row))
+        rows = found.rows[start : start + PER_SHEET]
+        height = min(
+            HEIGHT, max(round(picture.shape[0] * WIDTH / picture.shape[1]) for row in rows for picture, _ in row)
+        )
         canvas = sheet([[_cell(picture, caption, height) for picture, caption in row] for row in rows], titles)
         key = list(found.key)
         if found.palette:
-            ids = np.unique(np.concatenate(found.occurring[start:start + PER_SHEET]))
+            ids = np.unique(np.concatenate(found.occurring[start : start + PER_SHEET]))
             key += [(found.palette[i], found.classes[i]) for i in ids if i < len(found.classes)]
         panel = swatches(key, max(canvas.shape[0], 20 * min(len(key), 20) + 10))
         below = panel.shape[0] - canvas.shape[0]

@@ -1,4 +1,5 @@
 """Two results of ``tools/test.py --out``: found, read, and compared by their figures and conditions."""
+
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from replk_mm.engine.config import file_of, load_config, set_data_root
 from replk_mm.errors import UserError
 
 #: A figure; JSON holds numbers of any number of digits.
-Figure = Annotated[int, Field(ge=-10**18, le=10**18)] | FiniteFloat | None
+Figure = Annotated[int, Field(ge=-(10**18), le=10**18)] | FiniteFloat | None
 #: What the amount of a class in the data is called in a record.
 SIZE = {'segmentation': 'pixels', 'detection': 'instances'}
 #: Figures that do not measure quality.
@@ -74,10 +75,15 @@ class Result:
 
     def facts(self) -> dict[str, Any]:
         """What identifies this result in a report."""
-        return dict(name=self.name, path=str(self.file), config=self.record.config,
-                    images=self.record.data.get('images'),
-                    checkpoint=self.record.checkpoint.get('path'), sha256=self.record.checkpoint.get('sha256'),
-                    iteration=self.record.checkpoint.get('iteration'))
+        return dict(
+            name=self.name,
+            path=str(self.file),
+            config=self.record.config,
+            images=self.record.data.get('images'),
+            checkpoint=self.record.checkpoint.get('path'),
+            sha256=self.record.checkpoint.get('sha256'),
+            iteration=self.record.checkpoint.get('iteration'),
+        )
 
 
 @dataclass(frozen=True)
@@ -111,15 +117,19 @@ def open_result(path: str, letter: str) -> Result:
     places = [given / 'metrics.json', given / 'test' / 'metrics.json', given]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
-        raise UserError(f'{letter}, {path}: no metrics.json there\nName a folder that was written by: python '
-                        f'tools/test.py CONFIG CHECKPOINT --out DIR, or a row and seed of a suite (runs/ROW/SEED).')
+        raise UserError(
+            f'{letter}, {path}: no metrics.json there\nName a folder that was written by: python '
+            f'tools/test.py CONFIG CHECKPOINT --out DIR, or a row and seed of a suite (runs/ROW/SEED).'
+        )
     try:
         return Result(letter, file, TestRecord.model_validate_json(file.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
         place = '.'.join(map(str, first['loc'])) or 'the file'
-        raise UserError(f'{file}: not the result of a test with labels: {place}: {first["msg"]}\n'
-                        f'Test again: python tools/test.py CONFIG CHECKPOINT --out {file.parent}') from error
+        raise UserError(
+            f'{file}: not the result of a test with labels: {place}: {first["msg"]}\n'
+            f'Test again: python tools/test.py CONFIG CHECKPOINT --out {file.parent}'
+        ) from error
 
 
 def check_comparable(a: Result, b: Result) -> None:
@@ -128,17 +138,29 @@ def check_comparable(a: Result, b: Result) -> None:
     Raises:
         UserError: If task, number of images, classes, or the amount of some class in the labels differ.
     """
-    facts = [{'task': result.task, 'images': result.record.data.get('images'),
-              **{f'{SIZE[result.task]} of {name}': size for name, size in result.sizes().items()}} for result in (a, b)]
-    other = [f'{key}: {facts[0].get(key)} in A, {facts[1].get(key)} in B' for key in {**facts[0], **facts[1]}
-             if facts[0].get(key) != facts[1].get(key)]
+    facts = [
+        {
+            'task': result.task,
+            'images': result.record.data.get('images'),
+            **{f'{SIZE[result.task]} of {name}': size for name, size in result.sizes().items()},
+        }
+        for result in (a, b)
+    ]
+    other = [
+        f'{key}: {facts[0].get(key)} in A, {facts[1].get(key)} in B'
+        for key in {**facts[0], **facts[1]}
+        if facts[0].get(key) != facts[1].get(key)
+    ]
     if other:
-        raise UserError(f'{a.file} and {b.file}: measured on different data or classes: {listed(other, 3)}\nTest both '
-                        f'checkpoints on the same data (--data-root) with the same classes (--classes).')
+        raise UserError(
+            f'{a.file} and {b.file}: measured on different data or classes: {listed(other, 3)}\nTest both '
+            f'checkpoints on the same data (--data-root) with the same classes (--classes).'
+        )
 
 
 def differences(a: Result, b: Result) -> list[dict[str, str]]:
     """Conditions that differ: ``{'what', 'key', 'a', 'b'}``; what is test, training, data or environment."""
+
     def of(record: TestRecord) -> Iterator[tuple[tuple[str, str], object]]:
         yield ('training', 'iterations'), record.checkpoint.get('iteration')
         yield ('test', 'reparameterized'), record.reparameterized
@@ -148,11 +170,14 @@ def differences(a: Result, b: Result) -> list[dict[str, str]]:
 
     def shown(values: dict, key: tuple[str, str]) -> str:
         text = str(values.get(key, 'absent'))
-        return text if len(text) <= _LONGEST else f'{text[:_LONGEST - 4]} ...'
+        return text if len(text) <= _LONGEST else f'{text[: _LONGEST - 4]} ...'
 
     values = [dict(of(result.record)) for result in (a, b)]
-    return [dict(what=key[0], key=key[1], a=shown(values[0], key), b=shown(values[1], key))
-            for key in {**values[0], **values[1]} if values[0].get(key) != values[1].get(key)]
+    return [
+        dict(what=key[0], key=key[1], a=shown(values[0], key), b=shown(values[1], key))
+        for key in {**values[0], **values[1]}
+        if values[0].get(key) != values[1].get(key)
+    ]
 
 
 def metrics(a: Result, b: Result) -> list[dict[str, Any]]:
@@ -172,10 +197,14 @@ def per_class(a: Result, b: Result, figure: str) -> list[dict[str, Any]]:
     for result, classes in zip((a, b), found, strict=True):
         known = {key: None for figures in classes.values() for key in figures}
         if figure not in known:
-            raise UserError(f'{result.file}: the classes have no {figure}; there are {listed(list(known))}\n'
-                            f'Test both with the same evaluator.')
-    rows = [dict(name=name, **_pair(*(classes.get(name, {}).get(figure) for classes in found)), size=sizes.get(name))
-            for name in {**found[0], **found[1]}]
+            raise UserError(
+                f'{result.file}: the classes have no {figure}; there are {listed(list(known))}\n'
+                f'Test both with the same evaluator.'
+            )
+    rows = [
+        dict(name=name, **_pair(*(classes.get(name, {}).get(figure) for classes in found)), size=sizes.get(name))
+        for name in {**found[0], **found[1]}
+    ]
     return sorted(rows, key=lambda row: -abs(row['difference'] or 0))
 
 
@@ -191,11 +220,15 @@ def config_of(result: Result, source: Source, root: str | None) -> Config:
     """
     path = source.config or result.record.config
     if not source.config and '::' not in path and not Path(path).is_file():
-        raise UserError(f'{result.file}: its config is not there any more: {path} (from {Path.cwd()})\n'
-                        f'Start where the test was started, or name the file with --config FILE.')
+        raise UserError(
+            f'{result.file}: its config is not there any more: {path} (from {Path.cwd()})\n'
+            f'Start where the test was started, or name the file with --config FILE.'
+        )
     if not source.config and not _is_known(path):
-        raise UserError(f'{result.file}: its config, {path}, is a program, and neither in configs/ nor of a package\n'
-                        f'If it is yours, or you have read it: --config {shlex.quote(path)}')
+        raise UserError(
+            f'{result.file}: its config, {path}, is a program, and neither in configs/ nor of a package\n'
+            f'If it is yours, or you have read it: --config {shlex.quote(path)}'
+        )
     cfg = load_config(path, source.options)
     if root:
         set_data_root(cfg, root)
@@ -223,5 +256,7 @@ def data_root(a: Result, b: Result, source: Source) -> str | None:
             return root
         if all(Path(part).is_dir() for part in root.split(', ')):
             return None
-    raise UserError(f'the data set is not where it was tested: {", ".join(dict.fromkeys(roots))}; looked from '
-                    f'{Path.cwd()}\nName its folder with --data-root DIR. --no-images compares the figures alone.')
+    raise UserError(
+        f'the data set is not where it was tested: {", ".join(dict.fromkeys(roots))}; looked from '
+        f'{Path.cwd()}\nName its folder with --data-root DIR. --no-images compares the figures alone.'
+    )

@@ -2,6 +2,7 @@
 
 What is found is plain data, which :mod:`replk_mm.bench.compare.text` lays out.
 """
+
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +18,17 @@ from replk_mm.errors import UserError
 DRAWS = 1000
 
 
-def compare(path_a: str, path_b: str, source: Source | None = None, *, images: int | None = 8, kind: str = 'bbox',
-            score: float = 0.3, seed: int = 0, out: Path | None = None) -> dict:
+def compare(
+    path_a: str,
+    path_b: str,
+    source: Source | None = None,
+    *,
+    images: int | None = 8,
+    kind: str = 'bbox',
+    score: float = 0.3,
+    seed: int = 0,
+    out: Path | None = None,
+) -> dict:
     """Compare two results.
 
     Args:
@@ -42,9 +52,14 @@ def compare(path_a: str, path_b: str, source: Source | None = None, *, images: i
     source = source or Source()
     figure = 'IoU' if a.task == 'segmentation' else f'{kind}_mAP'
     found: dict[str, Any] = dict(
-        version=1, task=a.task, a=a.facts(), b=b.facts(), differences=results.differences(a, b),
+        version=1,
+        task=a.task,
+        a=a.facts(),
+        b=b.facts(),
+        differences=results.differences(a, b),
         metrics=results.metrics(a, b),
-        per_class=dict(figure=figure, size=results.SIZE[a.task], rows=results.per_class(a, b, figure)))
+        per_class=dict(figure=figure, size=results.SIZE[a.task], rows=results.per_class(a, b, figure)),
+    )
     if images is None:
         return found
     root = results.data_root(a, b, source)
@@ -53,52 +68,92 @@ def compare(path_a: str, path_b: str, source: Source | None = None, *, images: i
     return found | _detection((a, b), source, root, images, seed, out, kind, score)
 
 
-def _segmentation(pair: tuple[Result, Result], source: Source, root: str | None, images: int, seed: int,
-                  out: Path | None) -> dict:
+def _segmentation(
+    pair: tuple[Result, Result], source: Source, root: str | None, images: int, seed: int, out: Path | None
+) -> dict:
     from replk_mm.bench.compare import segmentation
+
     labels = segmentation.open_labels(pair, source, root)
     counts = segmentation.count(labels, pair)
     for which, result in enumerate(pair):
         segmentation.check_reproduced(result, labels, counts, which)
     miou, accuracy = segmentation.scores(counts)
-    scores = [dict(image=labels.names[i], index=int(i), a=float(miou[0, i]), b=float(miou[1, i]),
-                   difference=float(miou[1, i] - miou[0, i]), accuracy_a=float(accuracy[0, i]),
-                   accuracy_b=float(accuracy[1, i])) for i in np.flatnonzero(~np.isnan(miou[0]))]
+    scores = [
+        dict(
+            image=labels.names[i],
+            index=int(i),
+            a=float(miou[0, i]),
+            b=float(miou[1, i]),
+            difference=float(miou[1, i] - miou[0, i]),
+            accuracy_a=float(accuracy[0, i]),
+            accuracy_b=float(accuracy[1, i]),
+        )
+        for i in np.flatnonzero(~np.isnan(miou[0]))
+    ]
     interval = paired_bootstrap(segmentation.miou_difference(counts), len(labels.names), DRAWS, seed)
     labelled, predicted = counts.labelled.sum(0), counts.predicted.sum(1)
-    found = _found('mIoU', 'mIoU', '%', segmentation.DEFINITION, scores, _most_changed(scores, images),
-                   len(labels.names), interval)
+    found = _found(
+        'mIoU', 'mIoU', '%', segmentation.DEFINITION, scores, _most_changed(scores, images), len(labels.names), interval
+    )
     # mIoU counts a class that is in no label as 0 for the result that predicts it.
-    found['only_predicted'] = [dict(name=name, a=int(predicted[0, c]), b=int(predicted[1, c]))
-                               for c, name in enumerate(labels.classes) if not labelled[c] and predicted[:, c].any()]
+    found['only_predicted'] = [
+        dict(name=name, a=int(predicted[0, c]), b=int(predicted[1, c]))
+        for c, name in enumerate(labels.classes)
+        if not labelled[c] and predicted[:, c].any()
+    ]
     if out:
         from replk_mm.bench.compare.pictures import label_rows, write_sheets
+
         found['pictures'] = write_sheets(out, label_rows(labels, pair, found['images']['changed']), _titles(pair))
     return found
 
 
-def _detection(pair: tuple[Result, Result], source: Source, root: str | None, images: int, seed: int, out: Path | None,
-               kind: str, score: float) -> dict:
+def _detection(
+    pair: tuple[Result, Result],
+    source: Source,
+    root: str | None,
+    images: int,
+    seed: int,
+    out: Path | None,
+    kind: str,
+    score: float,
+) -> dict:
     from replk_mm.bench.compare import detection
+
     objects = detection.open_objects(pair[0], source, root, kind)
     detections = tuple(detection.open_detections(result, objects, kind, score) for result in pair)
     matches = [detection.match(objects, part, list(objects.images), kind) for part in detections]
     of = np.array([[(len(m.found), len(m.missed), len(m.false)) for m in part.values()] for part in matches])
     f1 = detection.f1(of)
-    scores = [dict(image=image['file_name'], id=key, a=float(f1[0, n]), b=float(f1[1, n]),
-                   difference=float(f1[1, n] - f1[0, n]),
-                   **{f'{what}_{letter}': int(of[j, n, k]) for j, letter in enumerate('ab')
-                      for k, what in enumerate(('found', 'missed', 'false'))})
-              for n, (key, image) in enumerate(objects.images.items())]
+    scores = [
+        dict(
+            image=image['file_name'],
+            id=key,
+            a=float(f1[0, n]),
+            b=float(f1[1, n]),
+            difference=float(f1[1, n] - f1[0, n]),
+            **{
+                f'{what}_{letter}': int(of[j, n, k])
+                for j, letter in enumerate('ab')
+                for k, what in enumerate(('found', 'missed', 'false'))
+            },
+        )
+        for n, (key, image) in enumerate(objects.images.items())
+    ]
     # Equal F1 may still hide a change: then by objects found less false detections.
     changed = _most_changed(scores, images, lambda s: s['found_b'] - s['false_b'] - s['found_a'] + s['false_a'])
     interval = paired_bootstrap(mean_difference(*f1), len(scores), DRAWS, seed)
     definition = f'{detection.DEFINITION}; score threshold {score:g}, IoU of {"boxes" if kind == "bbox" else "masks"}'
     found = _found('F1', 'mean F1 of the images', '', definition, scores, changed, len(scores), interval)
-    found['totals'] = {letter: dict(zip(('found', 'missed', 'false'), map(int, of[j].sum(0)), strict=True),
-                                    mean_f1=float(f1[j].mean())) for j, letter in enumerate('ab')}
+    found['totals'] = {
+        letter: dict(
+            zip(('found', 'missed', 'false'), map(int, of[j].sum(0)), strict=True), mean_f1=float(f1[j].mean())
+        )
+        for j, letter in enumerate('ab')
+    }
     if out:
         from replk_mm.bench.compare.pictures import object_rows, write_sheets
+
         found['pictures'] = write_sheets(out, object_rows(objects, detections, matches, changed, kind), _titles(pair))
     return found
 
@@ -108,14 +163,32 @@ def _most_changed(scores: list[dict], images: int, also: Callable[[dict], float]
     return sorted(changed, key=lambda s: (-abs(s['difference']), -abs(also(s)), s['image']))[:images]
 
 
-def _found(figure: str, overall: str, unit: str, definition: str, scores: list[dict], changed: list[dict], images: int,
-           interval: 'Interval') -> dict[str, Any]:
+def _found(
+    figure: str,
+    overall: str,
+    unit: str,
+    definition: str,
+    scores: list[dict],
+    changed: list[dict],
+    images: int,
+    interval: 'Interval',
+) -> dict[str, Any]:
     signs = [np.sign(score['difference']) for score in scores]
-    summary = dict(figure=figure, unit=unit, definition=definition, count=images, scored=len(scores),
-                   higher_in_b=signs.count(1), higher_in_a=signs.count(-1), equal=signs.count(0),
-                   median_difference=float(np.median([score['difference'] for score in scores])))
-    return dict(images=summary | dict(changed=changed, scores=scores),
-                statistics=dict(figure=overall, unit=unit, **asdict(interval), beyond_luck=interval.is_beyond_luck))
+    summary = dict(
+        figure=figure,
+        unit=unit,
+        definition=definition,
+        count=images,
+        scored=len(scores),
+        higher_in_b=signs.count(1),
+        higher_in_a=signs.count(-1),
+        equal=signs.count(0),
+        median_difference=float(np.median([score['difference'] for score in scores])),
+    )
+    return dict(
+        images=summary | dict(changed=changed, scores=scores),
+        statistics=dict(figure=overall, unit=unit, **asdict(interval), beyond_luck=interval.is_beyond_luck),
+    )
 
 
 def _titles(pair: tuple[Result, Result]) -> list[str]:
@@ -150,8 +223,9 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def paired_bootstrap(difference: Callable[[np.ndarray], np.ndarray], images: int, draws: int = 1000,
-                     seed: int = 0) -> Interval:
+def paired_bootstrap(
+    difference: Callable[[np.ndarray], np.ndarray], images: int, draws: int = 1000, seed: int = 0
+) -> Interval:
     """Percentile bootstrap (Efron 1979) of a difference between two results on the same images.
 
     Each draw takes as many images as there are, with replacement; both results are scored on the same ones. The
@@ -169,8 +243,12 @@ def paired_bootstrap(difference: Callable[[np.ndarray], np.ndarray], images: int
         UserError: If no draw has a score.
     """
     rng = np.random.default_rng(seed)
-    found = np.concatenate([difference(rng.multinomial(images, np.full(images, 1 / images), size=50).astype(float))
-                            for _ in range(0, draws, 50)])[:draws]  # 50 at a time bound the memory
+    found = np.concatenate(
+        [
+            difference(rng.multinomial(images, np.full(images, 1 / images), size=50).astype(float))
+            for _ in range(0, draws, 50)
+        ]
+    )[:draws]  # 50 at a time bound the memory
     found = found[~np.isnan(found)]  # an image without labels, drawn again and again, has no score
     if not len(found):
         raise UserError('no image has a labelled pixel\nName data with labels: --data-root DIR.')

@@ -1,4 +1,5 @@
 """Two segmentation results image by image: labels and predictions as the test read them, pixels counted and scored."""
+
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,8 +19,10 @@ from replk_mm.data.datasets import as_list, dataset_class, datasets_of
 from replk_mm.data.files import IGNORED, UNDECODABLE
 from replk_mm.errors import UserError
 
-DEFINITION = ('mIoU of an image: the mean of IoU over the classes in its labels or in its prediction; accuracy: the '
-              'share of its labelled pixels that are right; both in %, pixels without a label not counted')
+DEFINITION = (
+    'mIoU of an image: the mean of IoU over the classes in its labels or in its prediction; accuracy: the '
+    'share of its labelled pixels that are right; both in %, pixels without a label not counted'
+)
 
 
 @dataclass
@@ -73,37 +76,50 @@ def open_labels(pair: tuple[Result, Result], source: Source, root: str | None) -
     datasets = []
     for part in datasets_of(cfg, ('test',)):
         if not hasattr(dataset_class(part, scope), 'get_label_map'):
-            raise UserError(f'{cfg.filename}: {part["type"]} is not a data set of label maps, unlike that of '
-                            f'{result.file}\nName the config of the test with --config FILE.')
+            raise UserError(
+                f'{cfg.filename}: {part["type"]} is not a data set of label maps, unlike that of '
+                f'{result.file}\nName the config of the test with --config FILE.'
+            )
         with DATASETS.switch_scope_and_registry(scope) as registry:
             datasets.append(registry.build({**part, 'pipeline': [_loading_step(cfg, part)], 'test_mode': True}))
     entries = [(built.get_data_info(i), built.pipeline) for built in datasets for i in range(len(built))]
     meta = datasets[0].metainfo
     metric: dict = next((m for m in as_list(cfg.get('test_evaluator')) if str(m.get('type')).endswith('IoUMetric')), {})
-    labels = Labels(_exported_names([info['img_path'] for info, _ in entries], cfg), entries, list(meta['classes']),
-                    [list(c) for c in meta['palette']], metric.get('ignore_index', IGNORED),
-                    int(meta['reduce_zero_label']))
+    labels = Labels(
+        _exported_names([info['img_path'] for info, _ in entries], cfg),
+        entries,
+        list(meta['classes']),
+        [list(c) for c in meta['palette']],
+        metric.get('ignore_index', IGNORED),
+        int(meta['reduce_zero_label']),
+    )
     for result in pair:
         folder = result.predictions
         there = {str(path.relative_to(folder).with_suffix('')) for path in folder.rglob('*.png')}
         missing, strange = sorted(set(labels.names) - there), sorted(there - set(labels.names))
         if missing or strange:
             example = f'{missing[0]}.png is missing' if missing else f'{strange[0]}.png is of no image'
-            raise UserError(f'{folder}: not predictions of the {len(labels.names)} images: {len(missing)} '
-                            f'missing, {len(strange)} of other images ({example})\nName the data of the test with '
-                            f'--data-root DIR, or test again with --out {result.file.parent}. --no-images compares the '
-                            f'figures alone.')
+            raise UserError(
+                f'{folder}: not predictions of the {len(labels.names)} images: {len(missing)} '
+                f'missing, {len(strange)} of other images ({example})\nName the data of the test with '
+                f'--data-root DIR, or test again with --out {result.file.parent}. --no-images compares the '
+                f'figures alone.'
+            )
     return labels
 
 
 def _exported_names(images: list[str], cfg: Config) -> list[str]:
     # As `export_predictions` and `IoUMetric` name them; an image may be a link to somewhere else.
-    roots = [Path(part.get('data_root') or '', (part.get('data_prefix') or {}).get('img_path') or '').resolve()
-             for part in datasets_of(cfg, ('test',))]
+    roots = [
+        Path(part.get('data_root') or '', (part.get('data_prefix') or {}).get('img_path') or '').resolve()
+        for part in datasets_of(cfg, ('test',))
+    ]
     root = Path(os.path.commonpath(roots))
     folders = [Path(image).resolve().parent for image in images]
-    return [str(Path(folder.relative_to(root) if folder.is_relative_to(root) else '', Path(image).stem))
-            for image, folder in zip(images, folders, strict=True)]
+    return [
+        str(Path(folder.relative_to(root) if folder.is_relative_to(root) else '', Path(image).stem))
+        for image, folder in zip(images, folders, strict=True)
+    ]
 
 
 def _loading_step(cfg: Config, dataset: dict) -> dict:
@@ -116,8 +132,9 @@ def _loading_step(cfg: Config, dataset: dict) -> dict:
                 yield from steps(part)
 
     pipelines = steps([dataset.get('pipeline', []), cfg.get('tta_pipeline', [])])
-    return next((step for step in pipelines if str(step.get('type')).endswith('LoadAnnotations')),
-                dict(type='LoadAnnotations'))
+    return next(
+        (step for step in pipelines if str(step.get('type')).endswith('LoadAnnotations')), dict(type='LoadAnnotations')
+    )
 
 
 @dataclass
@@ -141,8 +158,11 @@ def count(labels: Labels, results: tuple[Result, Result]) -> Counts:
         UserError: If a prediction is not of its image's size.
     """
     images, classes = len(labels.names), len(labels.classes)
-    found = Counts(np.zeros((2, images, classes), np.uint32), np.zeros((2, images, classes), np.uint32),
-                   np.zeros((images, classes), np.uint32))
+    found = Counts(
+        np.zeros((2, images, classes), np.uint32),
+        np.zeros((2, images, classes), np.uint32),
+        np.zeros((images, classes), np.uint32),
+    )
 
     def amounts(ids: np.ndarray) -> np.ndarray:
         return np.bincount(ids, minlength=classes)[:classes]
@@ -154,9 +174,11 @@ def count(labels: Labels, results: tuple[Result, Result]) -> Counts:
         for j, result in enumerate(results):
             prediction = labels.prediction(i, result)
             if prediction.shape != label.shape:
-                raise UserError(f'{result.predictions / labels.names[i]}.png: {prediction.shape} pixels, the labels '
-                                f'{label.shape} ({labels.entries[i][0]["seg_map_path"]})\nName the data of the test '
-                                f'with --data-root DIR, or test again.')
+                raise UserError(
+                    f'{result.predictions / labels.names[i]}.png: {prediction.shape} pixels, the labels '
+                    f'{label.shape} ({labels.entries[i][0]["seg_map_path"]})\nName the data of the test '
+                    f'with --data-root DIR, or test again.'
+                )
             prediction, true = prediction[counted], label[counted]
             found.predicted[j, i] = amounts(prediction)
             found.intersect[j, i] = amounts(prediction[prediction == true])
@@ -169,21 +191,26 @@ def check_reproduced(result: Result, labels: Labels, counts: Counts, which: int)
     Raises:
         UserError: If a class has another number of labelled pixels, or another IoU.
     """
-    labelled, intersect, union = (part.sum(0, dtype=np.int64) for part in (
-        counts.labelled, counts.intersect[which], counts.union[which]))
+    labelled, intersect, union = (
+        part.sum(0, dtype=np.int64) for part in (counts.labelled, counts.intersect[which], counts.union[which])
+    )
     present = {name: int(labelled[c]) for c, name in enumerate(labels.classes) if labelled[c]}
     stated = result.sizes()
     for name in {**stated, **present}:
         if stated.get(name, 0) != present.get(name, 0):
-            raise UserError(f'{result.file}: the labels are not those of the test: {present.get(name, 0)} pixels of '
-                            f'{name} now, {stated.get(name, 0)} then\nName data and classes of the test with '
-                            f'--data-root, --config, --classes and --cfg-options.')
+            raise UserError(
+                f'{result.file}: the labels are not those of the test: {present.get(name, 0)} pixels of '
+                f'{name} now, {stated.get(name, 0)} then\nName data and classes of the test with '
+                f'--data-root, --config, --classes and --cfg-options.'
+            )
     for name in stated:  # classes of the labels, which are those of the test
         c, iou = labels.classes.index(name), result.record.per_class[name].get('IoU')
         if iou is None or abs(100 * intersect[c] / union[c] - iou) > 1e-6:
-            raise UserError(f'{result.predictions}: not the predictions of {result.file}: IoU of {name} is '
-                            f'{100 * intersect[c] / union[c]:.4f} by them, and {iou} there\nTest again with --out '
-                            f'{result.file.parent}.')
+            raise UserError(
+                f'{result.predictions}: not the predictions of {result.file}: IoU of {name} is '
+                f'{100 * intersect[c] / union[c]:.4f} by them, and {iou} there\nTest again with --out '
+                f'{result.file.parent}.'
+            )
 
 
 def scores(counts: Counts) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,5 @@
 """What :func:`replk_mm.bench.compare.compare` found, as Markdown that is aligned for a terminal."""
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +24,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [[cell.replace('|', r'\|') for cell in row] for row in [head, *rows]]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ['-' * widths[0], *(f'{"-" * (width - 1)}:' for width in widths[1:])])
-    return ['| ' + ' | '.join(cell.rjust(width) if i else cell.ljust(width)
-                              for i, (cell, width) in enumerate(zip(row, widths, strict=True))) + ' |' for row in cells]
+    return [
+        '| '
+        + ' | '.join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + ' |'
+        for row in cells
+    ]
 
 
 def lines(found: dict) -> list[str]:
@@ -34,17 +42,29 @@ def lines(found: dict) -> list[str]:
     for letter in 'ab':
         facts = found[letter]
         iteration = '' if facts['iteration'] is None else f', iteration {facts["iteration"]}'
-        out.append(f'- {letter.upper()}: {facts["path"]} ({facts["config"]}, {facts["checkpoint"]}{iteration}, '
-                   f'{facts["images"]} images)')
+        out.append(
+            f'- {letter.upper()}: {facts["path"]} ({facts["config"]}, {facts["checkpoint"]}{iteration}, '
+            f'{facts["images"]} images)'
+        )
     if found['a']['sha256'] and found['a']['sha256'] == found['b']['sha256']:
         out.append('- A and B are the same checkpoint.')
     out += _conditions(found['differences'])
-    out += ['', '## Figures', '', *_table(['metric', 'A', 'B', 'B - A'],
-                                          [[row['name'], *_pair(row, unit)] for row in found['metrics']])]
-    rows = [[row['name'], *_pair(row, unit), '-' if row['size'] is None else f'{row["size"]:,}']
-            for row in classes['rows']]
-    out += ['', f'## {classes["figure"]} of the classes, what differs most first', '',
-            *_table(['class', 'A', 'B', 'B - A', classes['size']], rows), '']
+    out += [
+        '',
+        '## Figures',
+        '',
+        *_table(['metric', 'A', 'B', 'B - A'], [[row['name'], *_pair(row, unit)] for row in found['metrics']]),
+    ]
+    rows = [
+        [row['name'], *_pair(row, unit), '-' if row['size'] is None else f'{row["size"]:,}'] for row in classes['rows']
+    ]
+    out += [
+        '',
+        f'## {classes["figure"]} of the classes, what differs most first',
+        '',
+        *_table(['class', 'A', 'B', 'B - A', classes['size']], rows),
+        '',
+    ]
     for row in classes['rows']:
         if (row['a'] is None) != (row['b'] is None):
             out.append(f'- {row["name"]}: only {"B" if row["a"] is None else "A"} has a figure')
@@ -60,8 +80,11 @@ def lines(found: dict) -> list[str]:
 def _conditions(differences: Sequence[dict]) -> list[str]:
     if not differences:
         return ['', 'Measured alike: the same test protocol, iterations, data and environment.']
-    title = ('NOT MEASURED ALIKE: the figures below differ for these reasons too'
-             if any(row['what'] != 'environment' for row in differences) else 'Measured in different environments')
+    title = (
+        'NOT MEASURED ALIKE: the figures below differ for these reasons too'
+        if any(row['what'] != 'environment' for row in differences)
+        else 'Measured in different environments'
+    )
     rows = [[row['what'], row['key'], row['a'], row['b']] for row in differences]
     return ['', f'## {title}', '', *_table(['what', 'key', 'A', 'B'], rows)]
 
@@ -70,37 +93,52 @@ def _images(found: dict) -> list[str]:
     images, unit = found['images'], found['images']['unit']
     out = [f'{images["definition"][0].upper()}{images["definition"][1:]}.']
     left_out = images['count'] - images['scored']
-    out.append(f'{images["scored"]} images: {images["figure"]} is higher in B in {images["higher_in_b"]}, higher in A '
-               f'in {images["higher_in_a"]}, equal in {images["equal"]}; median difference '
-               f'{_number(images["median_difference"], unit, True)}'
-               + (f'; {left_out} without a labelled pixel left out' if left_out else '') + '.')
+    out.append(
+        f'{images["scored"]} images: {images["figure"]} is higher in B in {images["higher_in_b"]}, higher in A '
+        f'in {images["higher_in_a"]}, equal in {images["equal"]}; median difference '
+        f'{_number(images["median_difference"], unit, True)}'
+        + (f'; {left_out} without a labelled pixel left out' if left_out else '')
+        + '.'
+    )
     if 'totals' in found:
-        out.append('In all: ' + '; '.join(
-            f'{letter.upper()} {total["found"]:,} found, {total["missed"]:,} missed, {total["false"]:,} false, mean F1 '
-            f'{total["mean_f1"]:.4f}' for letter, total in found['totals'].items()) + '.')
+        out.append(
+            'In all: '
+            + '; '.join(
+                f'{letter.upper()} {total["found"]:,} found, {total["missed"]:,} missed, {total["false"]:,} false, '
+                f'mean F1 '
+                f'{total["mean_f1"]:.4f}'
+                for letter, total in found['totals'].items()
+            )
+            + '.'
+        )
     if not images['changed']:
         return [*out, 'No image changed.']
     kept = [key for key in ('accuracy', 'found', 'missed', 'false') if f'{key}_a' in images['changed'][0]]
     head = ['image that changed most', f'{images["figure"]} A', 'B', 'B - A', *(f'{key} A, B' for key in kept)]
     digits = '.2f' if 'accuracy' in kept else 'd'
-    rows = [[row['image'], *_pair(row, unit),
-             *(f'{row[f"{key}_a"]:{digits}}, {row[f"{key}_b"]:{digits}}' for key in kept)]
-            for row in images['changed']]
+    rows = [
+        [row['image'], *_pair(row, unit), *(f'{row[f"{key}_a"]:{digits}}, {row[f"{key}_b"]:{digits}}' for key in kept)]
+        for row in images['changed']
+    ]
     return [*out, '', *_table(head, rows)]
 
 
 def _statistics(found: dict) -> list[str]:
     unit = found['unit']
     low, high = (_number(found[key], unit, True) for key in ('low', 'high'))
-    verdict = ('The interval does not contain 0: more than the luck of which images are in the data.'
-               if found['beyond_luck']
-               else 'The interval contains 0: other images of the same kind might well turn it round.')
+    verdict = (
+        'The interval does not contain 0: more than the luck of which images are in the data.'
+        if found['beyond_luck']
+        else 'The interval contains 0: other images of the same kind might well turn it round.'
+    )
     if found['low'] == found['high'] == 0:
         verdict = 'There is no difference in any resampling.'
-    out = [f'{found["figure"]}, B - A: {_number(found["difference"], unit, True)}; 95 % of {found["draws"]:,} '
-           f'resamplings of the {found["images"]} images (paired bootstrap, seed {found["seed"]}) are between {low} '
-           f'and {high}, {100 * found["b_higher"]:.1f} % have B higher. {verdict}',
-           'This is over images, not over training seeds, for which several trainings are needed.']
+    out = [
+        f'{found["figure"]}, B - A: {_number(found["difference"], unit, True)}; 95 % of {found["draws"]:,} '
+        f'resamplings of the {found["images"]} images (paired bootstrap, seed {found["seed"]}) are between {low} '
+        f'and {high}, {100 * found["b_higher"]:.1f} % have B higher. {verdict}',
+        'This is over images, not over training seeds, for which several trainings are needed.',
+    ]
     if found['images'] < FEW_IMAGES:
         out.append(f'With {found["images"]} images only, the interval is rough, rather too narrow.')
     return out

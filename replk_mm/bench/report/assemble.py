@@ -3,6 +3,7 @@
 Rows that were measured under different protocols are never ranked together. What was not measured is missing, never
 zero.
 """
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,10 +33,14 @@ SKIPPED_STATUS = 3
 RANKING = (
     '"Best" marks the leader of a column among rows of one protocol, and only where both it and every other row there '
     'have a spread and the ranges do not overlap: mean plus and minus one standard deviation over seeds, of times the '
-    'quartiles if there is one seed. A single seed of a metric has no spread, so that nothing is marked.')
+    'quartiles if there is one seed. A single seed of a metric has no spread, so that nothing is marked.'
+)
 #: Remarks on the columns and the marks.
-NOTES = (RANKING, *(column.note for column in COLUMNS if column.note),
-         'With several seeds a figure is their mean ± the standard deviation of the sample.')
+NOTES = (
+    RANKING,
+    *(column.note for column in COLUMNS if column.note),
+    'With several seeds a figure is their mean ± the standard deviation of the sample.',
+)
 
 
 @dataclass
@@ -67,8 +72,10 @@ class Row:
 
     def of(self, measurement: str) -> list[Record]:
         """Its records of a measurement that is done, by seed."""
-        return sorted((r for r in self.records if r['measurement'] == measurement and r['status'] == 'done'),
-                      key=lambda r: r['seed'])
+        return sorted(
+            (r for r in self.records if r['measurement'] == measurement and r['status'] == 'done'),
+            key=lambda r: r['seed'],
+        )
 
 
 @dataclass
@@ -129,9 +136,13 @@ class Suite:
     @property
     def differing(self) -> list[str]:
         """What differs between the protocols of each measurement besides the metric's, whose groups say it."""
-        return [f'{p.name} ({measurement.replace("_", " ")}) differs from {protocols[0].name} and is not ranked '
-                f'with it: {clean("; ".join(p.differences))}'
-                for measurement, protocols in self.protocols.items() if measurement != 'metric' for p in protocols[1:]]
+        return [
+            f'{p.name} ({measurement.replace("_", " ")}) differs from {protocols[0].name} and is not ranked '
+            f'with it: {clean("; ".join(p.differences))}'
+            for measurement, protocols in self.protocols.items()
+            if measurement != 'metric'
+            for p in protocols[1:]
+        ]
 
     def heading(self, column: Column) -> str:
         """The title of a column; the metric's is its name if all rows have the same."""
@@ -183,16 +194,22 @@ def read(paths: Sequence[str | Path]) -> Report:
     """
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f'{path}: no such results\nName work dirs of suites (work_dirs/suites/NAME), or '
-                            '.jsonl files.')
+            raise UserError(
+                f'{path}: no such results\nName work dirs of suites (work_dirs/suites/NAME), or .jsonl files.'
+            )
         if not records.files_in([path]):
-            raise UserError(f'{path}: no results in it (*.jsonl, or results/*.jsonl)\n'
-                            'Run the suite first: python tools/suite.py SUITE')
+            raise UserError(
+                f'{path}: no results in it (*.jsonl, or results/*.jsonl)\n'
+                'Run the suite first: python tools/suite.py SUITE'
+            )
     files = records.files_in(paths)
     found, complaints = records.read(files)
     places = {_occasion(r): file.absolute().parent.parent for file in files for r in records.read([file])[0]}
-    return Report([_suite(name, part) for name, part in records.by_suite(found).items()], complaints,
-                  {id(r): places.get(_occasion(r), Path()) for r in found})
+    return Report(
+        [_suite(name, part) for name, part in records.by_suite(found).items()],
+        complaints,
+        {id(r): places.get(_occasion(r), Path()) for r in found},
+    )
 
 
 def _occasion(record: Record) -> tuple[str, str, str]:
@@ -219,7 +236,7 @@ def _suite(name: str, found: Sequence[Record]) -> Suite:
         row.figures['published'], row.figures['difference'] = compared(record or row.records[0], row.figures['metric'])
     groups = [group for group in groups if group.rows]
     for group in groups:
-        group.rows.sort(key=lambda row: (row.figures['metric'].value is None, -(row.figures['metric'].value or 0.)))
+        group.rows.sort(key=lambda row: (row.figures['metric'].value is None, -(row.figures['metric'].value or 0.0)))
         for column in COLUMNS:
             for leader in _leaders(column, group.rows):
                 leader.figures[column.key] = replace(leader.figures[column.key], best=True)
@@ -260,8 +277,12 @@ def _figure(column: Column, row: Row, protocols: Mapping[str, Protocol]) -> Figu
     low, high = values[0][1:] if len(values) == 1 else (None, None)
     if seeds.deviation is not None:
         low, high = seeds.mean - seeds.deviation, seeds.mean + seeds.deviation
-    why = [f'seed {r["seed"]} was measured under protocol {protocols[kind].name} and is left out'
-           for kind, part in kinds.items() if kind != key for r, _ in part]
+    why = [
+        f'seed {r["seed"]} was measured under protocol {protocols[kind].name} and is left out'
+        for kind, part in kinds.items()
+        if kind != key
+        for r, _ in part
+    ]
     return Figure(seeds.mean, seeds.deviation, seeds.count, '; '.join(why), protocols[key].name, low, high)
 
 
@@ -278,7 +299,7 @@ def _absence(column: Column, row: Row) -> str:
 
 def _leaders(column: Column, rows: Sequence[Row]) -> list[Row]:
     """The best row of each protocol of a column, where its spread overlaps no other's; see :data:`RANKING`."""
-    sign = {'higher': 1., 'lower': -1.}.get(column.better, 0.)
+    sign = {'higher': 1.0, 'lower': -1.0}.get(column.better, 0.0)
     by_protocol: dict[str, list[tuple[float, list[float], Row]]] = {}
     for row in rows if sign else ():
         figure = row.figures[column.key]

@@ -1,4 +1,5 @@
 """The columns of a report: which measured value each shows, and how; measured figures beside published ones."""
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,10 @@ from replk_mm.bench.report.words import clean, in_words, number
 PUBLISHED_IMAGES = {'ADE20K': 2000, 'Cityscapes': 500, 'COCO': 5000}
 #: What a published row calls our metric: without and with test-time augmentation.
 _PUBLISHED_METRICS = {
-    'mIoU': ('miou_ss', 'miou_ms'), 'coco/bbox_mAP': ('ap_box', None), 'coco/segm_mAP': ('ap_mask', None)}
+    'mIoU': ('miou_ss', 'miou_ms'),
+    'coco/bbox_mAP': ('ap_box', None),
+    'coco/segm_mAP': ('ap_mask', None),
+}
 #: What readers call a metric, unit included.
 METRIC_TITLES = {'coco/bbox_mAP': 'Box AP', 'coco/segm_mAP': 'Mask AP'}
 #: Reason for a missing figure that the suite did not ask for.
@@ -64,7 +68,7 @@ class Column:
     unit: str
     measurement: str
     paths: tuple[tuple[str, ...], ...] = ()
-    scale: float = 1.
+    scale: float = 1.0
     digits: int = 2
     better: str = ''
     range: tuple[str, str] | None = None
@@ -78,7 +82,7 @@ class Column:
 
     def shown(self, figure: Figure) -> str:
         """A figure's text: the value, and its deviation if it has one that is not zero by nature."""
-        text = self.text(figure.value or 0.)
+        text = self.text(figure.value or 0.0)
         if figure.deviation is None or self.measurement == 'complexity' or self.key == 'difference':
             return text
         return f'{text} ± {self.text(figure.deviation)}'
@@ -87,28 +91,78 @@ class Column:
 _FORMS = (('forms', 'reparameterized'), ('forms', 'training'))
 COLUMNS = (
     Column('metric', 'Metric', '', 'metric', better='higher'),
-    Column('published', 'Published', '', '', digits=1,
-           note='Published figures are quoted from the papers, not measured.'),
-    Column('difference', 'Difference', 'points', '',
-           note='Difference: measured minus published, in points, and only where both are of the same data.'),
-    Column('parameters', 'Parameters', 'M', 'complexity', (('merged_parameters',), ('inference_parameters',)), 1e-6,
-           note='Parameters and MACs are of the network as it is deployed: no auxiliary heads, and merged if it '
-                'can be.'),
+    Column(
+        'published', 'Published', '', '', digits=1, note='Published figures are quoted from the papers, not measured.'
+    ),
+    Column(
+        'difference',
+        'Difference',
+        'points',
+        '',
+        note='Difference: measured minus published, in points, and only where both are of the same data.',
+    ),
+    Column(
+        'parameters',
+        'Parameters',
+        'M',
+        'complexity',
+        (('merged_parameters',), ('inference_parameters',)),
+        1e-6,
+        note='Parameters and MACs are of the network as it is deployed: no auxiliary heads, and merged if it can be.',
+    ),
     Column('macs', 'MACs', 'G', 'complexity', (('merged_macs',), ('macs',)), 1e-9),
-    Column('milliseconds', 'Time', 'ms', 'speed', tuple((*form, 'median_ms') for form in _FORMS), digits=1,
-           better='lower', range=('low_ms', 'high_ms'),
-           note='Time is the median of one batch, of the merged network where there is something to merge; images a '
-                'second go with it.'),
-    Column('throughput', 'Speed', 'images/s', 'speed', tuple((*form, 'throughput') for form in _FORMS), digits=1,
-           better='higher'),
-    Column('memory', 'Memory', 'MiB', 'memory', (('inference_bytes',),), 2.**-20, 1, better='lower',
-           note='Memory is what inference needs at its peak.'),
-    Column('erf50', 'ERF 50 %', 'px', 'erf', (('areas_of_scores', '0.5', 'side'),), digits=0,
-           note='ERF, the effective receptive field: side of the square about the centre that holds this share of the '
-           'contribution of all pixels. The areas of the RepLKNet paper, of its logarithm, are in the records.'),
+    Column(
+        'milliseconds',
+        'Time',
+        'ms',
+        'speed',
+        tuple((*form, 'median_ms') for form in _FORMS),
+        digits=1,
+        better='lower',
+        range=('low_ms', 'high_ms'),
+        note='Time is the median of one batch, of the merged network where there is something to merge; images a '
+        'second go with it.',
+    ),
+    Column(
+        'throughput',
+        'Speed',
+        'images/s',
+        'speed',
+        tuple((*form, 'throughput') for form in _FORMS),
+        digits=1,
+        better='higher',
+    ),
+    Column(
+        'memory',
+        'Memory',
+        'MiB',
+        'memory',
+        (('inference_bytes',),),
+        2.0**-20,
+        1,
+        better='lower',
+        note='Memory is what inference needs at its peak.',
+    ),
+    Column(
+        'erf50',
+        'ERF 50 %',
+        'px',
+        'erf',
+        (('areas_of_scores', '0.5', 'side'),),
+        digits=0,
+        note='ERF, the effective receptive field: side of the square about the centre that holds this share of the '
+        'contribution of all pixels. The areas of the RepLKNet paper, of its logarithm, are in the records.',
+    ),
     Column('erf99', 'ERF 99 %', 'px', 'erf', (('areas_of_scores', '0.99', 'side'),), digits=0),
-    Column('shape_bias', 'Shape bias', '', 'shape_bias', (('shape_bias',),), digits=3,
-           note='Shape bias: of the decisions for the shape or for the texture, the share of those for the shape.'),
+    Column(
+        'shape_bias',
+        'Shape bias',
+        '',
+        'shape_bias',
+        (('shape_bias',),),
+        digits=3,
+        note='Shape bias: of the decisions for the shape or for the texture, the share of those for the shape.',
+    ),
 )
 BY_KEY = {column.key: column for column in COLUMNS}
 
@@ -165,15 +219,21 @@ def _other_data(name: str, record: Mapping[str, Any]) -> str:
         return ''
     data = record['protocol'].get('data')
     root = data.get('root') or data.get('name') if isinstance(data, Mapping) else data
-    return (f'the published figure is of {name} ({PUBLISHED_IMAGES[name]:,} images), the measured one of '
-            f'{in_words(root)} ({f"{images:,.0f}" if images else "unknown number of"} images)')
+    return (
+        f'the published figure is of {name} ({PUBLISHED_IMAGES[name]:,} images), the measured one of '
+        f'{in_words(root)} ({f"{images:,.0f}" if images else "unknown number of"} images)'
+    )
 
 
 def _otherwise(record: Mapping[str, Any], result: published.Result | None) -> Iterator[str]:
     """What a difference from a published figure rests on besides the network."""
     iterations, crop = number(record['protocol'], 'iterations'), record['protocol'].get('crop')
-    if result and iterations and result.schedule.endswith('iterations') and (
-            result.schedule != f'{iterations / 1000:g}k iterations'):
+    if (
+        result
+        and iterations
+        and result.schedule.endswith('iterations')
+        and (result.schedule != f'{iterations / 1000:g}k iterations')
+    ):
         yield f'trained for {iterations:,.0f} iterations, published after {result.schedule}'
     if record['config'].get('options'):
         yield f'config with options: {clean(in_words(record["config"]["options"]), 200)}'

@@ -1,4 +1,5 @@
 """Pictures of a report: receptive fields, and the same images for every row with ground truth and predictions."""
+
 import base64
 import io
 import json
@@ -72,7 +73,7 @@ class Data(BaseModel):
 
     def model_post_init(self, _: Any) -> None:
         """Give every class a colour; where they are unknown, 255 labels."""
-        self.palette += spread_palette(len(self.classes) or 255)[len(self.palette):]
+        self.palette += spread_palette(len(self.classes) or 255)[len(self.palette) :]
 
     @property
     def first(self) -> int:
@@ -129,8 +130,9 @@ class Album:
         data = base64.b64encode(memory.getvalue()).decode()
         source = f'data:image/{"jpeg" if kind == "photo" else "png"};base64,{data}'
         if len(source) > self.left:
-            self.problems.append(f'{name}: left out, all pictures of a page together take {MOST_BYTES // 2**20} MiB '
-                                 'at most')
+            self.problems.append(
+                f'{name}: left out, all pictures of a page together take {MOST_BYTES // 2**20} MiB at most'
+            )
             return Shown()
         self.left -= len(source)
         return Shown(Markup(source), words, image.width, image.height)
@@ -248,8 +250,10 @@ def _label_maps(rows: Sequence[tuple[Row, Path]], data: Data, album: Album) -> l
             words = [f'{100 * np.mean(labels[scored] == truth[scored]):.0f}\u00a0% of the scored pixels right; ']
         values, counts = np.unique(labels[labels != data.ignored], return_counts=True)
         names = dict(enumerate(data.classes, data.first))
-        largest = [f'{names.get(int(values[i]), f"label {values[i]}")} {100 * counts[i] / labels.size:.0f}\u00a0%'
-                   for i in np.argsort(-counts)[:4]]
+        largest = [
+            f'{names.get(int(values[i]), f"label {values[i]}")} {100 * counts[i] / labels.size:.0f}\u00a0%'
+            for i in np.argsort(-counts)[:4]
+        ]
         picture = colorize(labels - np.uint8(data.first), data.palette)[..., ::-1]
         return album.add(picture, ''.join([*words, ', '.join(largest)]), name, kind='labels')
 
@@ -273,9 +277,12 @@ def _objects(rows: Sequence[tuple[Row, Path]], data: Data, album: Album) -> list
     colours = [data.palette[i % len(data.palette)] for i in range(len(order))]
 
     def drawn(pixels: np.ndarray, things: Sequence[dict], name: str) -> Shown:
-        surest = sorted(things, key=lambda thing: -thing.get('score', 1.))[:MOST_OBJECTS]
-        objects = [_object(thing, order, pixels.shape[:2]) for thing in surest
-                   if thing['category_id'] in classes and thing.get('score', 1.) >= LEAST_SCORE]
+        surest = sorted(things, key=lambda thing: -thing.get('score', 1.0))[:MOST_OBJECTS]
+        objects = [
+            _object(thing, order, pixels.shape[:2])
+            for thing in surest
+            if thing['category_id'] in classes and thing.get('score', 1.0) >= LEAST_SCORE
+        ]
         picture = draw_instances(pixels[..., ::-1], objects, [classes[c] for c in order], colours)
         counts = Counter(classes[order[thing['label']]] for thing in objects)
         words = ', '.join(f'{count} {of}' for of, count in counts.items()) or 'nothing'
@@ -332,6 +339,7 @@ def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     from pycocotools import mask
 
     from replk_mm.data.coco import mask_problem
+
     problem = mask_problem(segmentation, height, width)
     if problem:
         raise ValueError(problem)

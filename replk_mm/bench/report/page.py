@@ -1,4 +1,5 @@
 """A report as one HTML page that needs nothing else (no network, fonts or other files), and as Markdown."""
+
 import base64
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,9 +38,24 @@ def html(report: Report) -> str:
     """The page's text; fills ``report.outside``."""
     album = Album(report.folders)
     style, script = (Markup((_HERE / name).read_text(encoding='utf-8')) for name in ('page.css', 'page.js'))
-    text = _environment(clean).get_template('page.html.j2').render(
-        report=report, album=album, style=style, script=script, hash=_hash, plots=_plots, curves=_curves,
-        sample=plots.sample, heat_maps=_heat_maps, sheet=examples.sheet, distinct=_distinct, LEAST_SCORE=LEAST_SCORE)
+    text = (
+        _environment(clean)
+        .get_template('page.html.j2')
+        .render(
+            report=report,
+            album=album,
+            style=style,
+            script=script,
+            hash=_hash,
+            plots=_plots,
+            curves=_curves,
+            sample=plots.sample,
+            heat_maps=_heat_maps,
+            sheet=examples.sheet,
+            distinct=_distinct,
+            LEAST_SCORE=LEAST_SCORE,
+        )
+    )
     report.outside |= album.outside
     return text
 
@@ -61,14 +77,26 @@ def _markdown() -> Environment:
 def _environment(show: Callable[[object], str]) -> Environment:
     """Every value passes ``show``, then is escaped for HTML; only what is ``Markup`` already stays as it is."""
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-        finalize=lambda value: value if isinstance(value, Markup) else show(value))
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if isinstance(value, Markup) else show(value),
+    )
     environment.globals |= dict(
-        COLUMNS=COLUMNS, NOT_MEASURED=NOT_MEASURED, NOTES=assemble.NOTES, Notes=Notes, markdown_cell=_markdown_cell)
+        COLUMNS=COLUMNS, NOT_MEASURED=NOT_MEASURED, NOTES=assemble.NOTES, Notes=Notes, markdown_cell=_markdown_cell
+    )
     environment.filters |= dict(
-        clean=clean, in_words=in_words, leaves=lambda node: list(leaves(node)), checkpoint=_checkpoint, commit=_commit,
-        values=_values, origin=_origin)
+        clean=clean,
+        in_words=in_words,
+        leaves=lambda node: list(leaves(node)),
+        checkpoint=_checkpoint,
+        commit=_commit,
+        values=_values,
+        origin=_origin,
+    )
     return environment
 
 
@@ -96,14 +124,21 @@ def _plots(suite: Suite) -> Iterator[dict[str, Any]]:
                 if None not in (row.figures['metric'].value, row.figures[column.key].value):
                     by_protocol.setdefault(row.figures[column.key].protocol, []).append(row)
             for name, shown in by_protocol.items():
-                points = [plots.Point(row.number, row.label, x.value or 0., y.value or 0., y.deviation)
-                          for row in shown for x, y in [(row.figures[column.key], row.figures['metric'])]]
+                points = [
+                    plots.Point(row.number, row.label, x.value or 0.0, y.value or 0.0, y.deviation)
+                    for row in shown
+                    for x, y in [(row.figures[column.key], row.figures['metric'])]
+                ]
                 cost = column.title if column.key == 'macs' else column.title.lower()
                 title = f'{group.title.partition(",")[0]} against {cost}'
                 how = '; bars: ± one standard deviation over seeds' if any(p.deviation for p in points) else ''
-                yield dict(title=title, rows=shown, lines=False,
-                           caption=f'Protocol {group.name}, {name}{how}.',
-                           svg=plots.scatter(points, f'{column.title}, {column.unit}', group.title, title))
+                yield dict(
+                    title=title,
+                    rows=shown,
+                    lines=False,
+                    caption=f'Protocol {group.name}, {name}{how}.',
+                    svg=plots.scatter(points, f'{column.title}, {column.unit}', group.title, title),
+                )
 
 
 def _curves(suite: Suite) -> Iterator[dict[str, Any]]:
@@ -116,8 +151,11 @@ def _curves(suite: Suite) -> Iterator[dict[str, Any]]:
                 kinds.setdefault(key, []).append((row, [r for r in found if identity(r['protocol']) == key]))
         for rows in kinds.values():
             for what in ('loss', 'metric'):
-                lines = [(row, plots.Line(row.number, row.label, points)) for row, of_row in rows
-                         if (points := _over_seeds([_points(r['values'].get(what)) for r in of_row]))]
+                lines = [
+                    (row, plots.Line(row.number, row.label, points))
+                    for row, of_row in rows
+                    if (points := _over_seeds([_points(r['values'].get(what)) for r in of_row]))
+                ]
                 if not lines:
                     continue
                 name = str(rows[0][1][0]['values'].get('name') or 'metric')
@@ -125,9 +163,13 @@ def _curves(suite: Suite) -> Iterator[dict[str, Any]]:
                 title = 'Training loss' if what == 'loss' else f'{name} while training'
                 where = f'Protocol {group.name}. ' if group.protocol else ''
                 band = ', the band ± one standard deviation' if plots.has_bands([line for _, line in lines]) else ''
-                yield dict(title=title, rows=[row for row, _ in lines], lines=True,
-                           caption=f'{where}Mean over seeds{band}.',
-                           svg=plots.curves([line for _, line in lines], 'iterations', name, title))
+                yield dict(
+                    title=title,
+                    rows=[row for row, _ in lines],
+                    lines=True,
+                    caption=f'{where}Mean over seeds{band}.',
+                    svg=plots.curves([line for _, line in lines], 'iterations', name, title),
+                )
 
 
 def _points(found: object) -> dict[float, float]:
@@ -144,7 +186,7 @@ def _over_seeds(seeds: Sequence[Mapping[float, float]]) -> list[tuple[float, flo
     size = -(-len(common) // _MOST_POINTS) or 1
     found = []
     for start in range(0, len(common), size):
-        part = common[start:start + size]
+        part = common[start : start + size]
         spread = records.spread([records.spread([seed[x] for x in part]).mean for seed in seeds])
         found.append((records.spread(part).mean, spread.mean, spread.deviation))
     return found
@@ -154,8 +196,11 @@ def _heat_maps(suite: Suite, album: Album) -> Iterator[tuple[Row, Record, str, e
     """The receptive field of every row, of its first seed."""
     for row in suite.rows:
         for record in row.of('erf')[:1]:
-            sides = [f'{share}: {side:g} px' for share, at in (('50 %', '0.5'), ('99 %', '0.99'))
-                     if (side := number(record['values'], 'areas_of_scores', at, 'side')) is not None]
+            sides = [
+                f'{share}: {side:g} px'
+                for share, at in (('50 %', '0.5'), ('99 %', '0.99'))
+                if (side := number(record['values'], 'areas_of_scores', at, 'side')) is not None
+            ]
             words = ', '.join(sides) + ('' if record['values'].get('trained', True) else '; random weights')
             shown = examples.heat_map(record, words, album)
             if shown:
@@ -165,8 +210,9 @@ def _heat_maps(suite: Suite, album: Album) -> Iterator[tuple[Row, Record, str, e
 # -- origins ----------------------------------------------------------------------------------------------------------
 def _distinct(row: Row, name: str) -> list[Mapping[str, Any]]:
     """The different values of a field of a row's records, without empty entries."""
-    return list({identity(r[name]): {k: v for k, v in r[name].items() if v or name != 'config'}
-                 for r in row.records}.values())
+    return list(
+        {identity(r[name]): {k: v for k, v in r[name].items() if v or name != 'config'} for r in row.records}.values()
+    )
 
 
 def _checkpoint(record: Record) -> str:
@@ -174,9 +220,11 @@ def _checkpoint(record: Record) -> str:
     if not found:
         return 'none'
     iteration = found.get('iteration')
-    parts = [str(found.get('sha256') or 'hash not stated')[:12],
-             f'iteration {iteration}' if iteration is not None else '',
-             '' if found.get('trained', True) else 'random weights']
+    parts = [
+        str(found.get('sha256') or 'hash not stated')[:12],
+        f'iteration {iteration}' if iteration is not None else '',
+        '' if found.get('trained', True) else 'random weights',
+    ]
     return ', '.join(filter(None, parts))
 
 
@@ -202,8 +250,11 @@ def _origin(row: Row) -> str:
     last = row.records[-1]
     hashes = dict.fromkeys(str((r['checkpoint'] or {}).get('sha256') or '')[:12] for r in row.records)
     dates = sorted(r['started'] for r in row.records)
-    machine = ', '.join(str(last['environment'][key]) for key in ('cpu', 'gpu', 'torch')
-                        if last['environment'].get(key))
-    return (f'config {last["config"].get("path")} ({str(last["config"].get("sha256"))[:12]}); checkpoints '
-            f'{", ".join(filter(None, hashes)) or "none"}; commit {_commit(last)}; {machine}; {dates[0]} to '
-            f'{dates[-1]}')
+    machine = ', '.join(
+        str(last['environment'][key]) for key in ('cpu', 'gpu', 'torch') if last['environment'].get(key)
+    )
+    return (
+        f'config {last["config"].get("path")} ({str(last["config"].get("sha256"))[:12]}); checkpoints '
+        f'{", ".join(filter(None, hashes)) or "none"}; commit {_commit(last)}; {machine}; {dates[0]} to '
+        f'{dates[-1]}'
+    )

@@ -3,6 +3,7 @@
 The page's security policy allows no style within elements, and light and dark need colours that change, so that
 matplotlib's SVG is reduced to plain paths and texts whose colours are the page's CSS variables.
 """
+
 import io
 import re
 import warnings
@@ -26,19 +27,51 @@ COLOURS = ('#0063a3', '#b84700', '#00734f', '#a03a74', '#7a5c00', '#5a4fc0')
 DASHES = ('-', (0, (7, 3)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (1, 2)))
 MARKERS = ('o', 's', '^', 'D', 'x', '+', 'v')
 _INK, _FAINT, _LINE = '#1b1f24', '#59636e', '#d1d9e0'
-_VARIABLES = {**{colour: f'var(--c{i})' for i, colour in enumerate(COLOURS)},
-              _INK: 'var(--ink)', _FAINT: 'var(--faint)', _LINE: 'var(--line)'}
+_VARIABLES = {
+    **{colour: f'var(--c{i})' for i, colour in enumerate(COLOURS)},
+    _INK: 'var(--ink)',
+    _FAINT: 'var(--faint)',
+    _LINE: 'var(--line)',
+}
 #: A logarithmic axis from this ratio of the largest value to the smallest.
 _LOGARITHMIC = 8
 _STYLE: Any = {
-    'font.size': 12, 'text.parse_math': False, 'svg.fonttype': 'none', 'figure.dpi': 72,
-    'axes.edgecolor': _FAINT, 'axes.labelcolor': _FAINT, 'axes.spines.top': False, 'axes.spines.right': False,
-    'axes.grid': True, 'axes.axisbelow': True, 'axes.xmargin': 0.1, 'axes.ymargin': 0.12, 'axes.labelpad': 5,
-    'xtick.color': _FAINT, 'ytick.color': _FAINT, 'grid.color': _LINE, 'grid.linewidth': 0.6,
+    'font.size': 12,
+    'text.parse_math': False,
+    'svg.fonttype': 'none',
+    'figure.dpi': 72,
+    'axes.edgecolor': _FAINT,
+    'axes.labelcolor': _FAINT,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'axes.xmargin': 0.1,
+    'axes.ymargin': 0.12,
+    'axes.labelpad': 5,
+    'xtick.color': _FAINT,
+    'ytick.color': _FAINT,
+    'grid.color': _LINE,
+    'grid.linewidth': 0.6,
 }
 #: Attributes that an element of the page's SVG keeps, from its own or from its style.
-_KEPT = {'d', 'transform', 'x', 'y', 'viewBox', 'fill', 'fill-opacity', 'stroke', 'stroke-width', 'stroke-dasharray',
-         'stroke-opacity', 'opacity', 'stroke-linejoin', 'stroke-linecap', 'text-anchor'}
+_KEPT = {
+    'd',
+    'transform',
+    'x',
+    'y',
+    'viewBox',
+    'fill',
+    'fill-opacity',
+    'stroke',
+    'stroke-width',
+    'stroke-dasharray',
+    'stroke-opacity',
+    'opacity',
+    'stroke-linejoin',
+    'stroke-linecap',
+    'text-anchor',
+}
 _NUMBERS = FuncFormatter(lambda value, _: f'{value:g}')
 _CLASSES = {'row', 'name'}
 
@@ -76,17 +109,28 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> 
         for point in points:
             colour = _colour(point.number)
             if point.deviation:
-                axes.errorbar(point.x, point.y, point.deviation, fmt='none', color=colour, elinewidth=1.8,
-                              capsize=4, capthick=1.8)
-            axes.plot([point.x], [point.y], _marker(point.number), color=colour, ms=10, mew=1.8, clip_on=False,
-                      gid='row')
-            axes.annotate(str(point.number), (point.x, point.y), (10, 0), textcoords='offset points', color=_INK,
-                          va='center', gid='name')
-        _limit(axes, min(p.y - (p.deviation or 0.) for p in points))
+                axes.errorbar(
+                    point.x, point.y, point.deviation, fmt='none', color=colour, elinewidth=1.8, capsize=4, capthick=1.8
+                )
+            axes.plot(
+                [point.x], [point.y], _marker(point.number), color=colour, ms=10, mew=1.8, clip_on=False, gid='row'
+            )
+            axes.annotate(
+                str(point.number),
+                (point.x, point.y),
+                (10, 0),
+                textcoords='offset points',
+                color=_INK,
+                va='center',
+                gid='name',
+            )
+        _limit(axes, min(p.y - (p.deviation or 0.0) for p in points))
         if axes.get_xscale() == 'linear' and min(xs) >= 0:
-            axes.set_xlim(left=max(0., axes.get_xlim()[0]))
-        texts = [f'{p.label}: {x_title} {p.x:.4g}, {y_title} {p.y:.4g}'
-                 + (f' ± {p.deviation:.3g}' if p.deviation else '') for p in points]
+            axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+        texts = [
+            f'{p.label}: {x_title} {p.x:.4g}, {y_title} {p.y:.4g}' + (f' ± {p.deviation:.3g}' if p.deviation else '')
+            for p in points
+        ]
         return _svg(figure, title, f'{y_title} against {x_title} of {len(points)} rows', texts)
 
 
@@ -97,17 +141,28 @@ def curves(lines: Sequence[Line], x_title: str, y_title: str, title: str) -> Mar
         for line in lines:
             x, y, deviations = zip(*line.points, strict=True)
             every = max(1, len(x) // 6)
-            axes.plot(x, y, marker=_marker(line.number), ls=DASHES[(line.number - 1) % len(DASHES)], lw=1.8, ms=7,
-                      color=_colour(line.number), markevery=((line.number - 1) % every, every), clip_on=False,
-                      gid='row')
+            axes.plot(
+                x,
+                y,
+                marker=_marker(line.number),
+                ls=DASHES[(line.number - 1) % len(DASHES)],
+                lw=1.8,
+                ms=7,
+                color=_colour(line.number),
+                markevery=((line.number - 1) % every, every),
+                clip_on=False,
+                gid='row',
+            )
             if has_bands(lines) and None not in deviations:
                 low, high = ([v + sign * d for v, d in zip(y, deviations, strict=True)] for sign in (-1, 1))
                 axes.fill_between(x, low, high, color=_colour(line.number), alpha=0.14, lw=0)
-        _limit(axes, min(v[1] - (v[2] or 0.) for line in lines for v in line.points))
-        texts = [f'{line.label}: first {line.points[0][1]:.4g} at {line.points[0][0]:g}, '
-                 f'last {line.points[-1][1]:.4g} at {line.points[-1][0]:g}, lowest '
-                 f'{min(v[1] for v in line.points):.4g}, highest {max(v[1] for v in line.points):.4g}'
-                 for line in lines]
+        _limit(axes, min(v[1] - (v[2] or 0.0) for line in lines for v in line.points))
+        texts = [
+            f'{line.label}: first {line.points[0][1]:.4g} at {line.points[0][0]:g}, '
+            f'last {line.points[-1][1]:.4g} at {line.points[-1][0]:g}, lowest '
+            f'{min(v[1] for v in line.points):.4g}, highest {max(v[1] for v in line.points):.4g}'
+            for line in lines
+        ]
         return _svg(figure, title, f'{y_title} against {x_title} of {len(lines)} rows', texts)
 
 
@@ -149,11 +204,11 @@ def _axes(x_title: str, y_title: str) -> tuple[Figure, Axes]:
 def _limit(axes: Axes, lowest: float) -> None:
     """Let the axis start at 0 rather than below, if nothing is below."""
     if lowest >= 0:
-        axes.set_ylim(bottom=max(0., axes.get_ylim()[0]))
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
 
 
 def _short(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f'{text[:longest - 1]}…'
+    return text if len(text) <= longest else f'{text[: longest - 1]}…'
 
 
 def _svg(figure: Figure, title: str = '', description: str = '', rows: Sequence[str] = ()) -> Markup:

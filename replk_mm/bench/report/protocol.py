@@ -1,4 +1,5 @@
 """Which figures of a report may be ranked together: those measured under one protocol; of others, what differs."""
+
 import json
 import os
 import string
@@ -60,9 +61,12 @@ def name_protocols(measurement: str, contents: Iterable[Mapping[str, Any]]) -> d
     contents = list(contents)
     by_identity = {identity(content): content for content in contents}
     order = [key for key, _ in Counter(map(identity, contents)).most_common()]
-    return {key: Protocol(_name(measurement, i), by_identity[key],
-                          tuple(differences(by_identity[key], by_identity[order[0]])))
-            for i, key in enumerate(order)}
+    return {
+        key: Protocol(
+            _name(measurement, i), by_identity[key], tuple(differences(by_identity[key], by_identity[order[0]]))
+        )
+        for i, key in enumerate(order)
+    }
 
 
 def _name(measurement: str, index: int) -> str:
@@ -86,4 +90,4 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 def _around(text: str, at: int) -> str:
     """A long text's part about a place."""
     start = max(0, at - _QUOTED // 2) if len(text) > _QUOTED else 0
-    return f'{"…" * (start > 0)}{text[start:start + _QUOTED]}{"…" * (len(text) > start + _QUOTED)}'
+    return f'{"…" * (start > 0)}{text[start : start + _QUOTED]}{"…" * (len(text) > start + _QUOTED)}'

@@ -1,4 +1,5 @@
 """Values of records as text for a reader."""
+
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence

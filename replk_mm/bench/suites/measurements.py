@@ -2,6 +2,7 @@
 
 :data:`TABLE` holds them; :func:`_measure` adds what the records of all have in common.
 """
+
 import copy
 import json
 import math
@@ -49,7 +50,7 @@ PRIMARY = {'mIoU': '%', 'coco/bbox_mAP': 'AP'}
 #: Images of an effective receptive field, as in the paper.
 _ERF_IMAGES = 50
 #: Seconds that a measurement of speed takes at most, except for slow networks.
-_SECONDS = 30.
+_SECONDS = 30.0
 #: Prefixes of checkpoints of ImageNet-1K classifiers.
 _IMAGENET = ('torchvision://', 'open-mmlab://resnet')
 
@@ -66,6 +67,7 @@ def config_of(task: Task) -> Config:
 
 # ---- training
 
+
 @HOOKS.register_module()
 class SuiteHook(Hook):
     """Write how far the training is, for the progress of the suite.
@@ -78,11 +80,12 @@ class SuiteHook(Hook):
 
     def __init__(self, progress: str) -> None:
         self.path = Path(progress)
-        self._before = read_json(self.path).get('seconds', 0.)
+        self._before = read_json(self.path).get('seconds', 0.0)
         self._begin = self._written = time.monotonic()
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None,
-                         outputs: dict | None = None) -> None:
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
         """Write the file once a second."""
         if time.monotonic() - self._written >= 1:
             self._write(runner, runner.iter + 1)
@@ -96,8 +99,14 @@ class SuiteHook(Hook):
     def _write(self, runner: Runner, iteration: int) -> None:
         self._written = time.monotonic()
         if get_rank() == 0:
-            write_json(self.path, dict(iteration=iteration, iterations=runner.max_iters,
-                                       seconds=round(self._before + self._written - self._begin, 3)))
+            write_json(
+                self.path,
+                dict(
+                    iteration=iteration,
+                    iterations=runner.max_iters,
+                    seconds=round(self._before + self._written - self._begin, 3),
+                ),
+            )
 
 
 def train(task: Task) -> Found:
@@ -111,14 +120,29 @@ def train(task: Task) -> Found:
     hook = dict(type='replk_mm.SuiteHook', progress=str(folder / 'progress.json'))
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
     begun = last_checkpoint(folder) if folder.is_dir() else None
-    notes = prepare_training(cfg, Options(
-        data_root=task.data_root, work_dir=str(folder), max_iters=task.row.iterations, resume='auto' if begun else None,
-        seed=task.seed, launcher=task.launcher, device=task.device))
+    notes = prepare_training(
+        cfg,
+        Options(
+            data_root=task.data_root,
+            work_dir=str(folder),
+            max_iters=task.row.iterations,
+            resume='auto' if begun else None,
+            seed=task.seed,
+            launcher=task.launcher,
+            device=task.device,
+        ),
+    )
     batch, crop, processes = cfg.train_dataloader.batch_size, crop_of(cfg), processes_of(task.launcher)[0]
-    precision = {'AmpOptimWrapper': str(cfg.optim_wrapper.get('dtype') or 'float16'),
-                 'replk_mm.BFloat16OptimWrapper': 'bfloat16'}.get(cfg.optim_wrapper.get('type'), 'float32')
-    protocol = dict(crop=list(crop) if crop else None, batch=batch * processes,
-                    pretraining=task.pretraining or pretraining_of(cfg), precision=precision)
+    precision = {
+        'AmpOptimWrapper': str(cfg.optim_wrapper.get('dtype') or 'float16'),
+        'replk_mm.BFloat16OptimWrapper': 'bfloat16',
+    }.get(cfg.optim_wrapper.get('type'), 'float32')
+    protocol = dict(
+        crop=list(crop) if crop else None,
+        batch=batch * processes,
+        pretraining=task.pretraining or pretraining_of(cfg),
+        precision=precision,
+    )
     if begun:  # the config no longer has the initial weights
         protocol['pretraining'] = read_json(folder / 'protocol.json').get('pretraining', protocol['pretraining'])
     elif get_rank() == 0:
@@ -129,14 +153,23 @@ def train(task: Task) -> Found:
     iterations = done.get('iteration') or 0
     protocol.update(iterations=iterations, samples_seen=iterations * batch * processes)
     return Found(
-        dict(seconds=done.get('seconds'), iterations=iterations, samples_seen=protocol['samples_seen']), protocol,
-        dict(notes=notes, resumed_from=cfg.load_from if begun else None, processes=processes), dict(work_dir=folder))
+        dict(seconds=done.get('seconds'), iterations=iterations, samples_seen=protocol['samples_seen']),
+        protocol,
+        dict(notes=notes, resumed_from=cfg.load_from if begun else None, processes=processes),
+        dict(work_dir=folder),
+    )
 
 
 def pretraining_of(cfg: Config) -> str:
     """What a config's backbone was pretrained on, as the papers name it; for unknown weights their file name."""
-    named = next((initial['checkpoint'] for initial in as_list((cfg.model.get('backbone') or {}).get('init_cfg'))
-                  if initial.get('type') == 'Pretrained'), None)
+    named = next(
+        (
+            initial['checkpoint']
+            for initial in as_list((cfg.model.get('backbone') or {}).get('init_cfg'))
+            if initial.get('type') == 'Pretrained'
+        ),
+        None,
+    )
     if not named:
         return 'none'
     known = next((entry['pretraining'] for entry in published.table('weights') if entry['url'] == named), None)
@@ -176,8 +209,10 @@ def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not loss:
         raise UserError(f'{folder}: no log of a training (vis_data/scalars.json)')
     best = max(metric, key=lambda step: metric[step], default=None)
-    return (dict(loss=sorted(map(list, loss.items())), metric=sorted(map(list, metric.items())), name=name),
-            dict(best=None if best is None else dict(iteration=best, value=metric[best])))
+    return (
+        dict(loss=sorted(map(list, loss.items())), metric=sorted(map(list, metric.items())), name=name),
+        dict(best=None if best is None else dict(iteration=best, value=metric[best])),
+    )
 
 
 def _scalars(folder: Path) -> Iterator[dict[str, Any]]:
@@ -193,6 +228,7 @@ def _scalars(folder: Path) -> Iterator[dict[str, Any]]:
 
 # ---- weights and test
 
+
 def weights_of(task: Task) -> str | None:
     """The row's trained weights; None if they are random.
 
@@ -206,8 +242,10 @@ def weights_of(task: Task) -> str | None:
             raise UserError(f'{folder}: no checkpoint\nRemove {task.folder} and its records to train again.')
         return last
     if task.checkpoint and '://' not in task.checkpoint and not Path(task.checkpoint).is_file():
-        raise UserError(f'{task.checkpoint}: no such checkpoint\nPut the weights of {task.row.name} there, or change '
-                        f"the row's checkpoint.")
+        raise UserError(
+            f'{task.checkpoint}: no such checkpoint\nPut the weights of {task.row.name} there, or change '
+            f"the row's checkpoint."
+        )
     return task.checkpoint
 
 
@@ -237,8 +275,12 @@ def metric(task: Task) -> Found:
     if metrics[primary] is None:
         raise UserError(f'{primary} is not a finite number\nThe test labels may contain none of the classes.')
     values: dict[str, Any] = dict(
-        metrics=metrics, images=found.images, primary=primary, unit=PRIMARY[primary],
-        per_class={name: _finite(of) for name, of in found.per_class.items()})
+        metrics=metrics,
+        images=found.images,
+        primary=primary,
+        unit=PRIMARY[primary],
+        per_class={name: _finite(of) for name, of in found.per_class.items()},
+    )
     out = task.folder / 'test'
     if get_rank() == 0:
         results.write(results.record(cfg, checkpoint, found, False), out / 'metrics.json')
@@ -250,24 +292,32 @@ def metric(task: Task) -> Found:
     if root.is_relative_to(work_dir):  # stays valid when results are copied
         where['root'] = str(root.relative_to(work_dir))
     return Found(
-        values, protocol(task, cfg, data),
-        dict(data=where, loaded=found.load, seconds=found.seconds, notes=found.notes,
-             test=results.protocol(cfg, False)),
-        dict(predictions=out / 'predictions', metrics=out / 'metrics.json'))
+        values,
+        protocol(task, cfg, data),
+        dict(
+            data=where, loaded=found.load, seconds=found.seconds, notes=found.notes, test=results.protocol(cfg, False)
+        ),
+        dict(predictions=out / 'predictions', metrics=out / 'metrics.json'),
+    )
 
 
 def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluation]:
     cfg = config_of(task)
-    options = Options(data_root=task.data_root, work_dir=str(task.folder / 'test_logs'), launcher=task.launcher,
-                      device=task.device)
-    return cfg, evaluate(cfg, checkpoint, options, reparam=reparam,
-                         predictions=None if reparam else task.folder / 'test' / 'predictions')
+    options = Options(
+        data_root=task.data_root, work_dir=str(task.folder / 'test_logs'), launcher=task.launcher, device=task.device
+    )
+    return cfg, evaluate(
+        cfg, checkpoint, options, reparam=reparam, predictions=None if reparam else task.folder / 'test' / 'predictions'
+    )
 
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Metrics in percent, COCO's too; None for what is not finite, such as the AP of a size that no object has."""
-    return {name: (100 * value if 'mAP' in name else value) if math.isfinite(value) else None
-            for name, value in metrics.items() if isinstance(value, (int, float)) and name not in ('data_time', 'time')}
+    return {
+        name: (100 * value if 'mAP' in name else value) if math.isfinite(value) else None
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and name not in ('data_time', 'time')
+    }
 
 
 def protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, Any]:
@@ -282,15 +332,25 @@ def protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, Any]:
     test_cfg = cfg.model.get('test_cfg') or {}
     iteration = None if task.row.trains else (weights_record(task) or {}).get('iteration')
     steps = [step.get('load', step) for step in as_list(next(datasets_of(cfg, ('test',))).get('pipeline', []))]
-    scales = [{key: step[key] for key in ('scale', 'scale_factor', 'keep_ratio') if key in step}
-              for step in steps if 'Resize' in str(step.get('type'))]
+    scales = [
+        {key: step[key] for key in ('scale', 'scale_factor', 'keep_ratio') if key in step}
+        for step in steps
+        if 'Resize' in str(step.get('type'))
+    ]
     return dict(
-        task='detection' if cfg.get('default_scope') == 'mmdet' else 'segmentation', data=data,
+        task='detection' if cfg.get('default_scope') == 'mmdet' else 'segmentation',
+        data=data,
         mode=test_cfg.get('mode', 'whole'),
         **{key: list(test_cfg[key]) for key in ('crop_size', 'stride') if key in test_cfg},
-        scales=scales, tta=False, crop=trained.get('crop'), iterations=trained.get('iterations', iteration),
-        batch=trained.get('batch'), samples_seen=trained.get('samples_seen'),
-        pretraining=trained.get('pretraining', task.pretraining), precision=trained.get('precision'))
+        scales=scales,
+        tta=False,
+        crop=trained.get('crop'),
+        iterations=trained.get('iterations', iteration),
+        batch=trained.get('batch'),
+        samples_seen=trained.get('samples_seen'),
+        pretraining=trained.get('pretraining', task.pretraining),
+        precision=trained.get('precision'),
+    )
 
 
 def split_data(cfg: Config, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -314,8 +374,11 @@ def split_data(cfg: Config, split: str) -> tuple[dict[str, Any], dict[str, Any]]
         images += len(built)
         info = [built.get_data_info(i) for i in range(len(built))]
         named = [one.get(key) for one in info for key in ('img_path', 'seg_map_path')]
-        files += sorted((os.path.relpath(path, root), Path(path).stat().st_size)
-                        for path in (*named, getattr(built, 'ann_file', '')) if path and Path(path).is_file())
+        files += sorted(
+            (os.path.relpath(path, root), Path(path).stat().st_size)
+            for path in (*named, getattr(built, 'ann_file', ''))
+            if path and Path(path).is_file()
+        )
     return dict(root=Path(root).name, sha256=fingerprint(files), images=images), layout(dataset, scope)
 
 
@@ -330,15 +393,20 @@ def layout(dataset: dict, scope: str) -> dict[str, Any]:
         annotations = os.path.relpath(annotations, root)
     palette = (dataset.get('metainfo') or {}).get('palette') or getattr(kind, 'METAINFO', {}).get('palette') or ()
     return dict(
-        root=str(Path(root).resolve()), images=prefix.get('img_path') or prefix.get('img'),
+        root=str(Path(root).resolve()),
+        images=prefix.get('img_path') or prefix.get('img'),
         labels=None if coco else prefix.get('seg_map_path'),
         image_suffix=None if coco else dataset_option(dataset, kind, 'img_suffix', '.jpg'),
         label_suffix=None if coco else dataset_option(dataset, kind, 'seg_map_suffix', '.png'),
-        annotations=annotations, classes=list(classes_of(dataset, scope) or ()), palette=[list(c) for c in palette],
-        ignored=0 if dataset_option(dataset, kind, 'reduce_zero_label', False) else 255)
+        annotations=annotations,
+        classes=list(classes_of(dataset, scope) or ()),
+        palette=[list(c) for c in palette],
+        ignored=0 if dataset_option(dataset, kind, 'reduce_zero_label', False) else 255,
+    )
 
 
 # ---- cost
+
 
 def complexity(task: Task) -> Found:
     """Parameters and multiply-accumulates; needs no weights."""
@@ -347,11 +415,17 @@ def complexity(task: Task) -> Found:
     found = complexity_config.report(task.config, shape and (shape[0], shape[1]), task.row.options)
     before, after = found.training, found.deployed
     return Found(
-        dict(parameters=before.parameters, inference_parameters=before.inference_parameters, macs=before.macs,
-             merged_parameters=after.inference_parameters, merged_macs=after.macs,
-             parts=[asdict(part) for part in before.parts]),
+        dict(
+            parameters=before.parameters,
+            inference_parameters=before.inference_parameters,
+            macs=before.macs,
+            merged_parameters=after.inference_parameters,
+            merged_macs=after.macs,
+            parts=[asdict(part) for part in before.parts],
+        ),
         dict(shape=list(found.shape), counter='replk_mm.analysis.complexity'),
-        dict(changes=found.changes, notes=before.notes, uncounted=[asdict(operator) for operator in before.uncounted]))
+        dict(changes=found.changes, notes=before.notes, uncounted=[asdict(operator) for operator in before.uncounted]),
+    )
 
 
 def speed(task: Task) -> Found:
@@ -375,8 +449,11 @@ def speed(task: Task) -> Found:
         of = found.timing(form)
         forms[form] = dict(median_ms=of.median, low_ms=of.low, high_ms=of.high, throughput=1e3 * job.batch / of.median)
     faster = None if merged else asdict(found.times_as_fast('reparameterized', 'training'))
-    return Found(dict(forms=forms, times_as_fast=faster, batch=job.batch), _machine(job),
-                 dict(rounds=found.rounds, warmup=found.warmup, load_before=load))
+    return Found(
+        dict(forms=forms, times_as_fast=faster, batch=job.batch),
+        _machine(job),
+        dict(rounds=found.rounds, warmup=found.warmup, load_before=load),
+    )
 
 
 def memory(task: Task) -> Found:
@@ -401,41 +478,72 @@ def _memory(job: Job) -> int | None:
 
 def _job(task: Task) -> tuple[Job, Config]:
     height, width = task.row.shape or default_shape(task.config, task.row.options)
-    job = Job(task.config, True, batch=task.row.batch or 1, options=task.row.options, checkpoint=weights_of(task),
-              shape=(height, width), device=select_device(task.device), threads=torch.get_num_threads())
+    job = Job(
+        task.config,
+        True,
+        batch=task.row.batch or 1,
+        options=task.row.options,
+        checkpoint=weights_of(task),
+        shape=(height, width),
+        device=select_device(task.device),
+        threads=torch.get_num_threads(),
+    )
     return job, fitted_config(job)[0]
 
 
 def _machine(job: Job) -> dict[str, Any]:
     of = environment()
-    return dict(device=of['gpu'] if job.device != 'cpu' else 'cpu', cpu=of['cpu'], threads=job.threads,
-                shape=list(job.shape), batch=job.batch, precision='float32', torch=of['torch'])
+    return dict(
+        device=of['gpu'] if job.device != 'cpu' else 'cpu',
+        cpu=of['cpu'],
+        threads=job.threads,
+        shape=list(job.shape),
+        batch=job.batch,
+        precision='float32',
+        torch=of['torch'],
+    )
 
 
 # ---- what the network uses
 
+
 def erf(task: Task) -> Found:
     """Effective receptive field of the backbone on images of the test split."""
     from replk_mm.analysis.erf import measure_erf  # imports matplotlib
+
     cfg, out = config_of(task), task.folder / 'erf'
     of = layout(next(datasets_of(cfg, ('test',))), cfg.get('default_scope', 'mmengine'))
     size = task.row.erf.size or max(default_shape(task.config, task.row.options))
-    found = measure_erf(cfg, weights_of(task), Path(of['root'], of['images'] or ''), size,
-                        task.row.erf.count or _ERF_IMAGES, out, device=task.device, seed=task.seed)
-    return Found(found.values(), found.protocol(), dict(notes=found.notes(), backbone=found.backbone),
-                 dict(heat_map=out / 'erf.png', matrix=out / 'erf.npz'))
+    found = measure_erf(
+        cfg,
+        weights_of(task),
+        Path(of['root'], of['images'] or ''),
+        size,
+        task.row.erf.count or _ERF_IMAGES,
+        out,
+        device=task.device,
+        seed=task.seed,
+    )
+    return Found(
+        found.values(),
+        found.protocol(),
+        dict(notes=found.notes(), backbone=found.backbone),
+        dict(heat_map=out / 'erf.png', matrix=out / 'erf.npz'),
+    )
 
 
 def shape_bias(task: Task) -> Found:
     """Decisions by shape or by texture, on scenes where the two disagree."""
     from replk_mm.analysis import shape_bias  # imports matplotlib
+
     checkpoint = weights_of(task)
     assert checkpoint
     cfg, out = config_of(task), task.folder / 'shape_bias'
     root = str(next(datasets_of(cfg, ('test',))).get('data_root'))
     found = shape_bias.measure(cfg, checkpoint, Path(root), out, task.device)
-    return Found(found.values(), found.protocol(), {},
-                 dict(picture=out / 'shape_bias.png', decisions=out / 'shape_bias.json'))
+    return Found(
+        found.values(), found.protocol(), {}, dict(picture=out / 'shape_bias.png', decisions=out / 'shape_bias.json')
+    )
 
 
 def _measure(function: Callable[[Task], Found]) -> Measure:
@@ -447,5 +555,7 @@ def _measure(function: Callable[[Task], Found]) -> Measure:
     return measured
 
 
-TABLE: Mapping[str, Measure] = {function.__name__: _measure(function) for function in (
-    train, complexity, metric, curve, erf, shape_bias, speed, memory)}
+TABLE: Mapping[str, Measure] = {
+    function.__name__: _measure(function)
+    for function in (train, complexity, metric, curve, erf, shape_bias, speed, memory)
+}

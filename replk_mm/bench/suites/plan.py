@@ -1,4 +1,5 @@
 """From a suite to the tasks that are left: configs read, scenes written, finished measurements left out."""
+
 import contextlib
 import fcntl
 import json
@@ -22,9 +23,19 @@ from replk_mm.errors import UserError
 #: Measurements that read images of the data set.
 _NEED_IMAGES = {'train', 'metric', 'erf', 'shape_bias'}
 #: See :func:`_as_first_version`.
-_ONCE_IMPLICIT = [f'replk_mm.{name}' for name in (
-    'CheckpointHook', 'CocoDataset', 'CocoMetric', 'EpochBasedTrainLoop', 'IoUMetric', 'IterBasedTrainLoop',
-    'SegTTAModel', 'ValLoop')]
+_ONCE_IMPLICIT = [
+    f'replk_mm.{name}'
+    for name in (
+        'CheckpointHook',
+        'CocoDataset',
+        'CocoMetric',
+        'EpochBasedTrainLoop',
+        'IoUMetric',
+        'IterBasedTrainLoop',
+        'SegTTAModel',
+        'ValLoop',
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,11 @@ def chosen(suite: Suite, only: Sequence[str]) -> list[tuple[Row, int]]:
     for name in only:
         found = [i for i, (row, _) in enumerate(pairs) if str(i) == name or fnmatchcase(row.name, name)]
         if not found:
-            raise UserError(f'--only {name}: {suite.path} has no such row\nKnown rows: '
-                            f'{", ".join(row.name for row in suite.rows)}; or 0 to {len(pairs) - 1}, as --list numbers '
-                            f'them.')
+            raise UserError(
+                f'--only {name}: {suite.path} has no such row\nKnown rows: '
+                f'{", ".join(row.name for row in suite.rows)}; or 0 to {len(pairs) - 1}, as --list numbers '
+                f'them.'
+            )
         wanted.update(found)
     return [pair for i, pair in enumerate(pairs) if i in wanted or not only]
 
@@ -70,12 +83,17 @@ def tasks_left(suite: Suite, choice: Choice) -> tuple[list[Task], list[tuple[Tas
         UserError: If results exist and ``resume`` is not set, or a row has changed since its training began.
     """
     pairs = chosen(suite, choice.only)
-    begun = [f'{row.name} seed {seed}' for row, seed in pairs
-             if results_of(choice.work_dir, row.name, seed).exists()
-             or (choice.work_dir / 'runs' / row.name / str(seed)).exists()]
+    begun = [
+        f'{row.name} seed {seed}'
+        for row, seed in pairs
+        if results_of(choice.work_dir, row.name, seed).exists()
+        or (choice.work_dir / 'runs' / row.name / str(seed)).exists()
+    ]
     if begun and not choice.resume:
-        raise UserError(f'{choice.work_dir}: {len(begun)} of {len(pairs)} rows and seeds exist already: {begun[0]}'
-                        f'{" ..." * (len(begun) > 1)}\nContinue with --resume, or choose another --work-dir DIR.')
+        raise UserError(
+            f'{choice.work_dir}: {len(begun)} of {len(pairs)} rows and seeds exist already: {begun[0]}'
+            f'{" ..." * (len(begun) > 1)}\nContinue with --resume, or choose another --work-dir DIR.'
+        )
     git = _git_state()
     tasks, failed = list[Task](), list[tuple[Task, str]]()
     for row in {row.name: row for row, _ in pairs}.values():
@@ -101,21 +119,45 @@ def _tasks_of(suite: Suite, row: Row, seeds: list[int], choice: Choice, git: dic
         data_root, data = _data_of(suite, row, cfg, choice)
         sha256 = fingerprint(_as_first_version(cfg.to_dict()))
     # The keys of the first version's records: changing this makes --resume measure everything again.
-    definition = dict(row=row.name, config=sha256 or row.config, iterations=row.iterations, schedule=row.schedule,
-                      checkpoint=row.checkpoint, data=data)
+    definition = dict(
+        row=row.name,
+        config=sha256 or row.config,
+        iterations=row.iterations,
+        schedule=row.schedule,
+        checkpoint=row.checkpoint,
+        data=data,
+    )
     size = dict(shape=row.shape, batch=row.batch or 0)
-    extra: dict[str, dict] = dict(complexity=dict(shape=row.macs_shape), speed=size, memory=size,
-                                  erf=dict(erf=row.erf.model_dump(exclude_none=True)))
+    extra: dict[str, dict] = dict(
+        complexity=dict(shape=row.macs_shape),
+        speed=size,
+        memory=size,
+        erf=dict(erf=row.erf.model_dump(exclude_none=True)),
+    )
     paper = published.for_config(row.config.rpartition('::')[2]) if row.published else None
-    shared = dict(suite=suite.name, question=suite.question, git=git, published=paper and dict(
-        paper.metrics, params_m=paper.params_m, flops_g=paper.flops_g, input=list(paper.input), source=paper.source),
-        config=dict(path=row.config, sha256=sha256, options=row.options))
+    shared = dict(
+        suite=suite.name,
+        question=suite.question,
+        git=git,
+        published=paper
+        and dict(
+            paper.metrics, params_m=paper.params_m, flops_g=paper.flops_g, input=list(paper.input), source=paper.source
+        ),
+        config=dict(path=row.config, sha256=sha256, options=row.options),
+    )
     for seed in seeds:
         task = Task(
-            work_dir=choice.work_dir, row=row, seed=seed, config=path, data_root=data_root, device=choice.device,
-            measures=row.measurements(), shared=shared,
+            work_dir=choice.work_dir,
+            row=row,
+            seed=seed,
+            config=path,
+            data_root=data_root,
+            device=choice.device,
+            measures=row.measurements(),
+            shared=shared,
             keys={m: fingerprint([{**definition, **extra.get(m, {})}, seed, m]) for m in row.measurements()},
-            pretraining=row.pretraining or (paper.pretraining if paper and row.checkpoint else None))
+            pretraining=row.pretraining or (paper.pretraining if paper and row.checkpoint else None),
+        )
         if wrong:  # what was measured while the config could be read stays
             done = [name for name, record in records.latest(task.results).items() if record['status'] == 'done']
             left = tuple(name for name in task.measures if name not in done)
@@ -133,9 +175,13 @@ def _as_first_version(node: Any) -> Any:
     Our types replaced those of mmengine without being named, and features had one memory format.
     """
     if isinstance(node, dict):
-        return {key: value.removeprefix('replk_mm.') if key == 'type' and value in _ONCE_IMPLICIT
-                else _as_first_version(value)
-                for key, value in node.items() if (key, value) != ('out_memory_format', 'preserve_format')}
+        return {
+            key: value.removeprefix('replk_mm.')
+            if key == 'type' and value in _ONCE_IMPLICIT
+            else _as_first_version(value)
+            for key, value in node.items()
+            if (key, value) != ('out_memory_format', 'preserve_format')
+        }
     return [_as_first_version(part) for part in node] if isinstance(node, (list, tuple)) else node
 
 
@@ -161,9 +207,11 @@ def _check_unchanged(task: Task, definition: dict[str, Any]) -> None:
     if changed and (task.row.trains or before.get('iterations') or before.get('schedule')):
         # the hash of the config tells a reader nothing where the options do
         shown = next((key for key in changed if key != 'config'), 'config')
-        raise UserError(f'{task.folder}: was begun with another {shown} than the suite has now: '
-                        f'{str(before.get(shown)):.60} then, {str(after[shown]):.60} now\n'
-                        f'Remove that folder to run the row again, or choose another --work-dir DIR.')
+        raise UserError(
+            f'{task.folder}: was begun with another {shown} than the suite has now: '
+            f'{str(before.get(shown)):.60} then, {str(after[shown]):.60} now\n'
+            f'Remove that folder to run the row again, or choose another --work-dir DIR.'
+        )
     records.write_json(path, after)
 
 
@@ -180,8 +228,9 @@ def _data_of(suite: Suite, row: Row, cfg: Config, choice: Choice) -> tuple[str |
     wanted['layout'] = wanted['layout'] or _layout_of(cfg)
     kind = SCENES.get(wanted['scenes'])
     if kind is None:
-        raise UserError(f'{suite.path}: data: scenes: {wanted["scenes"]!r} is unknown\n'
-                        f'Known scenes: {", ".join(SCENES)}.')
+        raise UserError(
+            f'{suite.path}: data: scenes: {wanted["scenes"]!r} is unknown\nKnown scenes: {", ".join(SCENES)}.'
+        )
     wanted['version'] = kind.version
     if not _NEED_IMAGES & set(row.measurements()):
         return None, wanted
@@ -190,8 +239,16 @@ def _data_of(suite: Suite, row: Row, cfg: Config, choice: Choice) -> tuple[str |
     with (folder.parent / 'lock').open('a') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tasks of a job array start together
         if not (folder / META).is_file():
-            write_demo_data(folder, wanted['layout'], train=wanted['train'], val=wanted['val'], seed=wanted['seed'],
-                            size=tuple(wanted['size']), progress=True, kind=kind)
+            write_demo_data(
+                folder,
+                wanted['layout'],
+                train=wanted['train'],
+                val=wanted['val'],
+                seed=wanted['seed'],
+                size=tuple(wanted['size']),
+                progress=True,
+                kind=kind,
+            )
     return str(folder), wanted
 
 
@@ -207,8 +264,9 @@ def _git_state() -> dict[str, Any] | None:
     root = Path(replk_mm.__file__).resolve().parents[1]
 
     def ask(*arguments: str) -> str:
-        return subprocess.run(['git', '--no-optional-locks', '-C', str(root), *arguments], capture_output=True,
-                              text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ['git', '--no-optional-locks', '-C', str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         if Path(ask('rev-parse', '--show-toplevel')).resolve() == root:

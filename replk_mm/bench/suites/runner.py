@@ -1,4 +1,5 @@
 """Run what is left of a suite: every row and seed in a process of its own, so that one that dies harms no other."""
+
 import contextlib
 import os
 import queue
@@ -28,7 +29,7 @@ from replk_mm.files import write_atomic
 #: Measurements that a busy machine would falsify.
 ALONE = ('speed', 'memory')
 #: Seconds that processes have to end after SIGTERM, in which a training writes a checkpoint.
-_GRACE = 30.
+_GRACE = 30.0
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ def stages(tasks: Sequence[Task], settings: Settings) -> list[tuple[int, list[Ta
         return [(1, list(tasks))]
     first, last = [], []
     for task in tasks:
-        together = tuple(m for m in task.measures
-                         if (m not in ALONE if settings.launcher == 'none' else m in DISTRIBUTED))
+        together = tuple(
+            m for m in task.measures if (m not in ALONE if settings.launcher == 'none' else m in DISTRIBUTED)
+        )
         rest = tuple(m for m in task.measures if m not in together)
         if together:
             first.append(task.part(together, settings.launcher))
@@ -69,13 +71,20 @@ class Runner:
         console: Where progress is shown. Defaults to standard error.
     """
 
-    def __init__(self, settings: Settings, environment: Callable[[], dict[str, Any]],
-                 console: Console | None = None) -> None:
+    def __init__(
+        self, settings: Settings, environment: Callable[[], dict[str, Any]], console: Console | None = None
+    ) -> None:
         self.settings, self.environment = settings, environment
         self.console = console or Console(stderr=True)
         self.progress = Progress(
-            TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=self.console, transient=True, disable=not self.console.is_terminal)
+            TextColumn('{task.description}'),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
         self._running: set[subprocess.Popen] = set()
         self._lock, self._interrupted = threading.Lock(), False
         self._ended = self._count = 0
@@ -143,18 +152,28 @@ class Runner:
         self.progress.remove_task(bar)
         self._ended += 1
         line = f'FAILED: {"; ".join(r.splitlines()[0] for r in reasons)} ({task.log})' if reasons else figures(new)
-        self.console.print(printable(f'[{self._ended}/{self._count}] {task.name}: {line}  '
-                                     f'[{timedelta(seconds=round((now() - started).total_seconds()))}]'),
-                           markup=False, highlight=False, soft_wrap=True)
+        self.console.print(
+            printable(
+                f'[{self._ended}/{self._count}] {task.name}: {line}  '
+                f'[{timedelta(seconds=round((now() - started).total_seconds()))}]'
+            ),
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         return reasons
 
     def _start(self, task: Task, jobs: int, slot: int) -> subprocess.Popen:
         file = write_atomic(task.folder / 'task.json', task.model_dump_json(indent=1))
         processes = self.settings.processes if task.launcher != 'none' else 1
         # Under Slurm a process may be on another machine, and ends with its job step.
-        environment = {**os.environ, SUITE_PID: '' if task.launcher == 'slurm' else str(os.getpid()),
-                       'PYTHONPATH': os.pathsep.join(filter(None, [str(Path(replk_mm.__file__).parents[1]),
-                                                                   os.environ.get('PYTHONPATH')]))}
+        environment = {
+            **os.environ,
+            SUITE_PID: '' if task.launcher == 'slurm' else str(os.getpid()),
+            'PYTHONPATH': os.pathsep.join(
+                filter(None, [str(Path(replk_mm.__file__).parents[1]), os.environ.get('PYTHONPATH')])
+            ),
+        }
         if jobs * processes > 1:
             threads = min(usable_cores(), int(os.environ.get('OMP_NUM_THREADS') or 1 << 16))
             environment['OMP_NUM_THREADS'] = str(max(1, threads // (jobs * processes)))
@@ -162,8 +181,14 @@ class Runner:
         if jobs > 1 and len(visible) > processes and task.launcher != 'slurm':  # which assigns them itself
             environment['CUDA_VISIBLE_DEVICES'] = ','.join(devices_of(visible, slot, processes))
         with task.log.open('ab') as log:
-            return subprocess.Popen(command(task, file, self.settings), stdin=subprocess.DEVNULL, stdout=log,
-                                    stderr=log, env=environment, start_new_session=True)
+            return subprocess.Popen(
+                command(task, file, self.settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
 
     def _failures(self, task: Task, status: int, new: Mapping[str, dict], started: Any, logged: int) -> list[str]:
         """Why measurements of a process that has ended failed; if it died, that is recorded."""
@@ -188,7 +213,7 @@ class Runner:
         end = time.monotonic() + _GRACE
         for process in running:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0., end - time.monotonic()))
+                process.wait(max(0.0, end - time.monotonic()))
             _kill(process, signal.SIGKILL)
 
 
@@ -201,8 +226,15 @@ def command(task: Task, file: Path, settings: Settings) -> list[str]:
     """The command line of a task's process or processes."""
     worker = ['-m', settings.module, str(file)]
     if task.launcher == 'pytorch':
-        return [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                '--nproc-per-node', str(settings.processes), *worker]
+        return [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc-per-node',
+            str(settings.processes),
+            *worker,
+        ]
     if task.launcher == 'slurm':
         return ['srun', '--ntasks', str(settings.processes), '--kill-on-bad-exit=1', sys.executable, *worker]
     return [sys.executable, *worker]
@@ -236,8 +268,11 @@ def figures(found: Mapping[str, Mapping[str, Any]]) -> str:
         words.append(f'{of["inference_parameters"] / 1e6:.2f} M parameters, {of["macs"] / 1e9:.2f} G MACs')
     if speed := values.get('speed'):
         words += [f'{form} {of["median_ms"]:.1f} ms' for form, of in speed['forms'].items()]
-    words += [f'{name.removesuffix("_bytes")} {size / 2**20:.0f} MiB'
-              for name, size in values.get('memory', {}).items() if name.endswith('_bytes') and size]
+    words += [
+        f'{name.removesuffix("_bytes")} {size / 2**20:.0f} MiB'
+        for name, size in values.get('memory', {}).items()
+        if name.endswith('_bytes') and size
+    ]
     return ', '.join(words) or ', '.join(values) or 'nothing measured'
 
 

@@ -4,6 +4,7 @@
 
 Of several processes under torchrun or Slurm the first one records.
 """
+
 import contextlib
 import fcntl
 import importlib
@@ -85,7 +86,7 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, patience: float = 20.) -> Iterator[None]:
+def locked(folder: Path, patience: float = 20.0) -> Iterator[None]:
     """Keep other processes from the same row and seed.
 
     Args:
@@ -122,7 +123,7 @@ def end_with_suite() -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', patience: float = 20.) -> int:
+def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', patience: float = 20.0) -> int:
     """Run a task.
 
     Args:
@@ -152,5 +153,6 @@ def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', pa
 
 if __name__ == '__main__':
     from replk_mm.cli import setup_process
+
     setup_process()
     sys.exit(main(sys.argv[1]))

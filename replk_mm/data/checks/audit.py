@@ -1,4 +1,5 @@
 """Run the checks: on a sample of the files before a training, or on all of them."""
+
 import multiprocessing
 import signal
 import sys
@@ -97,8 +98,13 @@ def audit(cfg: Config, full: bool = False, jobs: int | None = None, splits: tupl
     result = Audit(str(cfg.filename), full, _survey(cfg, splits, full), crop=crop_of(cfg) if 'model' in cfg else None)
     work = [(one, task) for one in result.sets for task in (one.tasks if full else sample(one.tasks))]
     digests: dict[str, str] = {}
-    shown = track(_inspect_all(work, full, jobs), 'images', len(work), console=Console(stderr=True),
-                  disable=not (full and sys.stderr.isatty()))
+    shown = track(
+        _inspect_all(work, full, jobs),
+        'images',
+        len(work),
+        console=Console(stderr=True),
+        disable=not (full and sys.stderr.isatty()),
+    )
     for (one, task), seen in zip(work, shown, strict=True):
         one.add(seen)
         digests[task.image] = seen.digest
@@ -129,8 +135,11 @@ def _survey(cfg: Config, splits: Sequence[str], full: bool) -> list[DataSet]:
             missing = {problem.kind for problem in one.problems}
             if is_coco and not missing & {'data-root-missing', 'annotation-file-missing'}:
                 coco_checks.survey(one, dataset, scope, metrics, full)
-            elif not missing and hasattr(kind, 'get_label_map') and (
-                    dataset.get('data_prefix') or {}).get('seg_map_path'):
+            elif (
+                not missing
+                and hasattr(kind, 'get_label_map')
+                and (dataset.get('data_prefix') or {}).get('seg_map_path')
+            ):
                 pairs.survey(one, dataset, scope, labels[-1] if labels else None)
     return list(found.values())
 
@@ -147,8 +156,10 @@ def _inspect_all(work: Sequence[tuple[DataSet, Task]], full: bool, jobs: int | N
         try:
             yield from pool.map(images.inspect, tasks, rules, chunksize=_CHUNK)
         except BrokenProcessPool as error:
-            raise UserError('a process ended while it decoded images: out of memory, or a file that crashes its '
-                            'decoder\nRun again with --jobs 1.') from error
+            raise UserError(
+                'a process ended while it decoded images: out of memory, or a file that crashes its '
+                'decoder\nRun again with --jobs 1.'
+            ) from error
 
 
 def _ignore_interrupts() -> None:
@@ -171,8 +182,14 @@ def _shared_images(sets: Sequence[DataSet], digests: dict[str, str] | None) -> l
     trained = by_split.pop('train', {})
     if digests is None:
         names = {real.name: image for real, image in trained.items()}
-        same = sample([(names[real.name], image) for paths in by_split.values() for real, image in paths.items()
-                       if real.name in names and real not in trained])
+        same = sample(
+            [
+                (names[real.name], image)
+                for paths in by_split.values()
+                for real, image in paths.items()
+                if real.name in names and real not in trained
+            ]
+        )
         digests = {}
         for image in {image for pair in same for image in pair}:
             with suppress(OSError):
@@ -193,7 +210,14 @@ def _shared_images(sets: Sequence[DataSet], digests: dict[str, str] | None) -> l
                 seen[content] = image
         if split == 'train':
             in_training = seen
-        problems += [Problem(kind, f'{split} data', f'{len(items):,} of {len(paths):,} images: {items[0].path} has '
-                                                    f'{items[0].found}', items=tuple(items))
-                     for kind, items in found.items() if items]
+        problems += [
+            Problem(
+                kind,
+                f'{split} data',
+                f'{len(items):,} of {len(paths):,} images: {items[0].path} has {items[0].found}',
+                items=tuple(items),
+            )
+            for kind, items in found.items()
+            if items
+        ]
     return problems

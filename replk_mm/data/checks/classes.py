@@ -1,4 +1,5 @@
 """Check that data sets, annotation files, heads and checkpoints have the same classes."""
+
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -67,15 +68,21 @@ def _heads(cfg: Config, counts: Mapping[str, int], splits: Sequence[str]) -> lis
         wrong = {path: count for path, count in counts.items() if count != len(names)}
         if wrong:
             settings = ' '.join(f'{path}.num_classes={len(names)}' for path in wrong)
-            problems.append(Problem(
-                'classes-mismatch', str(cfg.filename), f'{place} has {len(names)} classes ({listed(names)}), but '
-                + ', '.join(f'{path}.num_classes={count}' for path, count in wrong.items()),
-                remedy=f'Name the classes (--classes NAME,NAME,...), or set the heads: --cfg-options {settings}'))
+            problems.append(
+                Problem(
+                    'classes-mismatch',
+                    str(cfg.filename),
+                    f'{place} has {len(names)} classes ({listed(names)}), but '
+                    + ', '.join(f'{path}.num_classes={count}' for path, count in wrong.items()),
+                    remedy=f'Name the classes (--classes NAME,NAME,...), or set the heads: --cfg-options {settings}',
+                )
+            )
     return problems
 
 
-def _categories(place: str, dataset: dict, scope: str, counts: Mapping[str, dict[str, int]],
-                all_names: Sequence[str]) -> list[Problem]:
+def _categories(
+    place: str, dataset: dict, scope: str, counts: Mapping[str, dict[str, int]], all_names: Sequence[str]
+) -> list[Problem]:
     """Categories with objects that are no classes, and would be ignored."""
     found, names = counts[place], classes_of(dataset, scope)
     strange = {name: count for name, count in found.items() if count and names and name not in names}
@@ -83,17 +90,33 @@ def _categories(place: str, dataset: dict, scope: str, counts: Mapping[str, dict
         return []
     # Leaving out categories is fine if the config names the others, and if all annotation files have the same.
     picked = (dataset.get('metainfo') or {}).get('classes') and set(names) <= set(found)
-    text = (f'{len(strange)} of its {len(found)} categories are none of the {len(names)} classes of {place} '
-            f'({listed(names)}): ')
+    text = (
+        f'{len(strange)} of its {len(found)} categories are none of the {len(names)} classes of {place} '
+        f'({listed(names)}): '
+    )
     hints = {name: f'; {hint.strip()}' for name in strange if (hint := did_you_mean(name, names))}
-    text += listed([f'{name} ({count:,} object{"s" * (count != 1)}{hints.get(name, "")})'
-                    for name, count in strange.items()])
+    text += listed(
+        [f'{name} ({count:,} object{"s" * (count != 1)}{hints.get(name, "")})' for name, count in strange.items()]
+    )
     if picked and not any(name not in other for name in strange for other in counts.values()):
-        return [Problem('classes-mismatch', str(annotation_file(dataset)), text, severity='note', remedy=(
-            'Objects of other categories are ignored.'))]
+        return [
+            Problem(
+                'classes-mismatch',
+                str(annotation_file(dataset)),
+                text,
+                severity='note',
+                remedy=('Objects of other categories are ignored.'),
+            )
+        ]
     text += f'; {sum(strange.values()):,} of {sum(found.values()):,} objects would be ignored'
-    return [Problem('classes-mismatch', str(annotation_file(dataset)), text, remedy=(
-        f'Use the categories of the annotation files as classes: {_option(all_names)}'))]
+    return [
+        Problem(
+            'classes-mismatch',
+            str(annotation_file(dataset)),
+            text,
+            remedy=(f'Use the categories of the annotation files as classes: {_option(all_names)}'),
+        )
+    ]
 
 
 def _order(place: str, dataset: dict, scope: str, found: Mapping[str, int]) -> list[Problem]:
@@ -101,11 +124,19 @@ def _order(place: str, dataset: dict, scope: str, found: Mapping[str, int]) -> l
     names = classes_of(dataset, scope) or ()
     shared = [name for name in found if name in names]
     by_name = dataset_class(dataset, scope).COCOAPI.__module__.startswith('replk_mm.')  # type: ignore[attr-defined]
-    if by_name or shared == list(names[:len(shared)]):
+    if by_name or shared == list(names[: len(shared)]):
         return []
-    return [Problem('classes-order', str(annotation_file(dataset)), (
-        f'{place}: mmdet numbers the {len(shared)} classes of this file as {listed(shared)}, and the config names '
-        f'{listed(names)}; replk_mm.CocoDataset matches them by name'))]
+    return [
+        Problem(
+            'classes-order',
+            str(annotation_file(dataset)),
+            (
+                f'{place}: mmdet numbers the {len(shared)} classes of this file as {listed(shared)}, and '
+                f'the config names '
+                f'{listed(names)}; replk_mm.CocoDataset matches them by name'
+            ),
+        )
+    ]
 
 
 def _option(names: Sequence[str]) -> str:
@@ -149,5 +180,7 @@ def compare_with_checkpoint(cfg: Config, meta: Mapping, checkpoint: str, splits:
         if not theirs or not names or names == theirs:
             continue
         order = ' in another order' if Counter(names) == Counter(theirs) else ''
-        raise UserError(f'{checkpoint}: was trained on {len(theirs)} classes: {listed(theirs)}; {place} has '
-                        f'{len(names)}{order}: {listed(names)}{advice_of(meta)}')
+        raise UserError(
+            f'{checkpoint}: was trained on {len(theirs)} classes: {listed(theirs)}; {place} has '
+            f'{len(names)}{order}: {listed(names)}{advice_of(meta)}'
+        )

@@ -1,4 +1,5 @@
 """Check a COCO-style annotation file: all annotations, and whether the images exist."""
+
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,10 +34,14 @@ def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | No
     assert file is not None
     one.where = str(file)
     folder = Path(one.root) / (prefix.get(image_key(prefix)) or '')
-    scored = [metric for metric in metrics or ()
-              if str(metric.get('type')).endswith('CocoMetric') and not metric.get('format_only')]
+    scored = [
+        metric
+        for metric in metrics or ()
+        if str(metric.get('type')).endswith('CocoMetric') and not metric.get('format_only')
+    ]
     masks = any('segm' in as_list(metric.get('metric', 'bbox')) for metric in scored) or any(
-        step.get('load', step).get('with_mask') for step in dataset.get('pipeline', ()) if isinstance(step, dict))
+        step.get('load', step).get('with_mask') for step in dataset.get('pipeline', ()) if isinstance(step, dict)
+    )
     for metric in metrics or ():
         if metric.get('ann_file') and Path(metric['ann_file']).resolve() != file.resolve():
             one.report('metric-file', one.place, f'the metric reads {metric["ann_file"]}, but the data set {file}')
@@ -93,13 +98,17 @@ def _find_images(one: DataSet, data: coco.AnnotationFile, folder: Path) -> None:
 def _repeated(one: DataSet, data: coco.AnnotationFile) -> None:
     images, objects, categories = data['images'], data.get('annotations', []), data['categories']
     for kind, section, key, values in (
-            ('id-repeated', 'images', 'id', [image['id'] for image in images]),
-            ('id-repeated', 'annotations', 'id', [a['id'] for a in objects]),
-            ('id-repeated', 'categories', 'id', [category['id'] for category in categories]),
-            ('name-repeated', 'categories', 'name', [category['name'] for category in categories]),
-            ('file-repeated', 'images', 'file_name', [image['file_name'] for image in images])):
-        twice = [Item(f'{key} {value!r} occurs {count} times', section) for value, count in Counter(values).items()
-                 if count > 1]
+        ('id-repeated', 'images', 'id', [image['id'] for image in images]),
+        ('id-repeated', 'annotations', 'id', [a['id'] for a in objects]),
+        ('id-repeated', 'categories', 'id', [category['id'] for category in categories]),
+        ('name-repeated', 'categories', 'name', [category['name'] for category in categories]),
+        ('file-repeated', 'images', 'file_name', [image['file_name'] for image in images]),
+    ):
+        twice = [
+            Item(f'{key} {value!r} occurs {count} times', section)
+            for value, count in Counter(values).items()
+            if count > 1
+        ]
         _report(one, kind, twice, f'{len(twice):,} {key}s of {section} occur more than once')
 
 
@@ -121,16 +130,20 @@ def _boxes(one: DataSet, data: coco.AnnotationFile) -> None:
     flat = (w < 1) | (h < 1) | (np.array([a['area'] for a in objects]) <= 0)
     outside = ~flat & ((inner_w <= 0) | (inner_h <= 0))
     beyond = ~flat & ~outside & ((x + w > width + 2) | (y + h > height + 2) | (x < -2) | (y < -2))
-    for kind, found, text in (('bbox-flat', flat, 'are less than a pixel wide or high, or have no area'),
-                              ('bbox-outside', outside, 'are outside of their image'),
-                              ('bbox-beyond', beyond, 'reach beyond their image')):
+    for kind, found, text in (
+        ('bbox-flat', flat, 'are less than a pixel wide or high, or have no area'),
+        ('bbox-outside', outside, 'are outside of their image'),
+        ('bbox-beyond', beyond, 'reach beyond their image'),
+    ):
         count, of = int(found.sum()), len(objects)
         accident = count <= max(1, _TOLERATED * of) and count < of
         severity = 'warning' if accident and kind != 'bbox-beyond' else ''
         if kind == 'bbox-beyond' and not accident and count >= _CORNERS * of:
             kind = 'bbox-corners'
-        items = [Item(f'{objects[i]["bbox"]} in {width[i]:g}x{height[i]:g} pixels', f'annotation {objects[i]["id"]}')
-                 for i in np.flatnonzero(found)]
+        items = [
+            Item(f'{objects[i]["bbox"]} in {width[i]:g}x{height[i]:g} pixels', f'annotation {objects[i]["id"]}')
+            for i in np.flatnonzero(found)
+        ]
         _report(one, kind, items, f'{count:,} of {of:,} boxes {text}', severity)
 
 

@@ -1,4 +1,5 @@
 """A data set under check: what is known before its images are opened, and what was counted in them."""
+
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,8 +117,14 @@ class DataSet:
     def line(self) -> str:
         """One line: how many images, of which sizes and classes."""
         unit = 'pixels' if self.objects is None else 'objects'
-        parts = [f'{len(self.tasks):,} images{" with labels" if self.objects is None else ""}',
-                 f'{self.inspected:,} inspected'] if self.tasks else ['no images inspected']
+        parts = (
+            [
+                f'{len(self.tasks):,} images{" with labels" if self.objects is None else ""}',
+                f'{self.inspected:,} inspected',
+            ]
+            if self.tasks
+            else ['no images inspected']
+        )
         if self.sizes:
             ordered = sorted(self.sizes, key=lambda size: size[0] * size[1])
             parts.append(f'{"x".join(map(str, ordered[0]))} to {"x".join(map(str, ordered[-1]))} pixels')
@@ -151,12 +158,19 @@ def report_doubts_about_zero(sets: Sequence[DataSet]) -> None:
         if not count or count < 2 or not ids:
             continue
         text = f'reduce_zero_label={reduce_zero} with {count} classes, but '
-        if reduce_zero and max(ids) == count - 1 and not any(other.files[count] for other in alike) and (
-                IGNORED in one.files or not zeros or len(ids) == count):
+        if (
+            reduce_zero
+            and max(ids) == count - 1
+            and not any(other.files[count] for other in alike)
+            and (IGNORED in one.files or not zeros or len(ids) == count)
+        ):
             text += f'the highest id is {max(ids)}' + (', and 255 occurs' if IGNORED in one.files else '')
             one.report('reduce-zero-on', one.where, text, allowed=f'0 (ignored) and 1..{count}')
         elif not reduce_zero and max(ids) == count:
             one.report('reduce-zero-off', one.where, f'{text}ids reach {count}', allowed=f'0..{count - 1}')
         elif not reduce_zero and count == _ADE_CLASSES and zeros >= _NEARLY_ALL * one.labels > 1:
-            one.report('reduce-zero-off', one.where, f'{text}{zeros:,} of {one.labels:,} label maps have 0, which is '
-                                                     f'"other" in ADE20K\'s files')
+            one.report(
+                'reduce-zero-off',
+                one.where,
+                f'{text}{zeros:,} of {one.labels:,} label maps have 0, which is "other" in ADE20K\'s files',
+            )

@@ -1,4 +1,5 @@
 """Inspect one image and its label map: can training read them, and do they fit each other and the classes?"""
+
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -97,8 +98,14 @@ def _against_image(task: Task, picture: Picture, pixels: np.ndarray) -> list[Pro
             return [Problem('exif-orientation', task.image, f'EXIF orientation {picture.orientation}', '1')]
         return []
     if size == picture.stored:
-        return [Problem('exif-turned', task.image, f'{picture} when rotated by its EXIF tag (orientation '
-                                                   f'{picture.orientation}), but its label {size[0]}x{size[1]}')]
+        return [
+            Problem(
+                'exif-turned',
+                task.image,
+                f'{picture} when rotated by its EXIF tag (orientation '
+                f'{picture.orientation}), but its label {size[0]}x{size[1]}',
+            )
+        ]
     return [Problem('size-mismatch', str(task.label), f'{size[0]}x{size[1]} pixels, but its image {picture}')]
 
 

@@ -1,4 +1,5 @@
 """A picture of data: how often each class occurs, and how large the images are beside the crop."""
+
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,8 +25,10 @@ def check_suffix(path: Path) -> None:
         UserError: With the formats that can.
     """
     if path.suffix.lower() not in _SUFFIXES:
-        raise UserError(f'{path}: no picture can be written as {path.suffix or "a file without suffix"}\n'
-                        f'Name a file that ends with {", ".join(_SUFFIXES)}.')
+        raise UserError(
+            f'{path}: no picture can be written as {path.suffix or "a file without suffix"}\n'
+            f'Name a file that ends with {", ".join(_SUFFIXES)}.'
+        )
 
 
 def draw(result: Audit, path: Path) -> bool:
@@ -56,11 +59,16 @@ def draw(result: Audit, path: Path) -> bool:
         colour, marker = _STYLES[split]
         counts = [totals[name][split] or np.nan for name in names]
         frequencies.plot(counts, np.arange(len(names)), marker, color=colour, markersize=4, label=split)
-    frequencies.set_yticks(range(len(names)), [printable(name).strip().replace('$', r'\$') for name in names],
-                           fontsize=7)
+    frequencies.set_yticks(
+        range(len(names)), [printable(name).strip().replace('$', r'\$') for name in names], fontsize=7
+    )
     unit = ' and '.join(sorted({'objects' if one.objects is not None else 'pixels' for one in sets}))
-    frequencies.set(xscale='log', xlabel=f'{unit}, log scale', ylim=(-0.6, max(1, len(names)) - 0.4),
-                    title=f'{len(names)} of {len(totals)} classes occur')
+    frequencies.set(
+        xscale='log',
+        xlabel=f'{unit}, log scale',
+        ylim=(-0.6, max(1, len(names)) - 0.4),
+        title=f'{len(names)} of {len(totals)} classes occur',
+    )
     _sizes(sizes, result, sets)
     for panel in (frequencies, sizes):
         panel.grid(True, color='#dddddd', linewidth=0.6)
@@ -81,10 +89,24 @@ def _sizes(panel: Axes, result: Audit, sets: list[DataSet]) -> None:
         colour, marker = _STYLES[one.split]
         if one.sizes:
             widths, heights = zip(*one.sizes, strict=True)
-            panel.scatter(widths, heights, s=[14 + 240 * count / most for count in one.sizes.values()], marker=marker,
-                          color=colour, alpha=0.4, label=f'{one.split}: {sum(one.sizes.values()):,} images')
+            panel.scatter(
+                widths,
+                heights,
+                s=[14 + 240 * count / most for count in one.sizes.values()],
+                marker=marker,
+                color=colour,
+                alpha=0.4,
+                label=f'{one.split}: {sum(one.sizes.values()):,} images',
+            )
     if result.crop:
         height, width = result.crop
         panel.add_patch(Rectangle((0, 0), width, height, fill=False, linestyle='--', label=f'crop {width}x{height}'))
-    panel.set(xlim=(0, None), ylim=(0, None), xlabel='width, pixels', ylabel='height, pixels',
-              title='sizes of the images (larger marks: more of them)', aspect='equal', anchor='N')
+    panel.set(
+        xlim=(0, None),
+        ylim=(0, None),
+        xlabel='width, pixels',
+        ylabel='height, pixels',
+        title='sizes of the images (larger marks: more of them)',
+        aspect='equal',
+        anchor='N',
+    )

@@ -1,4 +1,5 @@
 """Results of the checks: as text for a terminal, and as JSON with every problem."""
+
 import json
 from collections import defaultdict
 from typing import Any
@@ -41,9 +42,11 @@ def summary(result: Audit) -> str:
     """One line: how many findings of each severity, in how many images."""
     counts = result.counts()
     inspected, images = sum(one.inspected for one in result.sets), sum(len(one.tasks) for one in result.sets)
-    return (', '.join(f'{counts[severity]:,} {severity}{"s" * (counts[severity] != 1)}' for severity in SEVERITIES)
-            + f'; {inspected:,} of {images:,} images inspected in {result.seconds:.1f} s'
-            + ('' if result.full else ' (--full inspects all)'))
+    return (
+        ', '.join(f'{counts[severity]:,} {severity}{"s" * (counts[severity] != 1)}' for severity in SEVERITIES)
+        + f'; {inspected:,} of {images:,} images inspected in {result.seconds:.1f} s'
+        + ('' if result.full else ' (--full inspects all)')
+    )
 
 
 def record(result: Audit) -> dict[str, Any]:
@@ -52,22 +55,46 @@ def record(result: Audit) -> dict[str, Any]:
     kinds: dict[str, dict[str, Any]] = {}
     for split, problem in result.found():
         for path, entry, found in problem.listed():
-            problems.append(dict(
-                kind=problem.kind, severity=problem.severity, split=split, path=printable(path), entry=printable(entry),
-                found=printable(found), allowed=problem.allowed, remedy=printable(problem.remedy)))
+            problems.append(
+                dict(
+                    kind=problem.kind,
+                    severity=problem.severity,
+                    split=split,
+                    path=printable(path),
+                    entry=printable(entry),
+                    found=printable(found),
+                    allowed=problem.allowed,
+                    remedy=printable(problem.remedy),
+                )
+            )
         kind = kinds.setdefault(problem.kind, dict(severity=problem.severity, count=0, remedy=KINDS[problem.kind][1]))
         kind['count'] += max(1, len(problem.items))
         kind['severity'] = min(kind['severity'], problem.severity, key=SEVERITIES.index)  # the worst of them
     counts = result.counts()
     return dict(
-        format=FORMAT, version=__version__, config=result.config, full=result.full, seconds=round(result.seconds, 3),
-        counts={severity: counts[severity] for severity in SEVERITIES}, kinds=kinds, problems=problems,
-        data_sets=[dict(
-            place=one.place, split=one.split, type=one.type, root=printable(one.root), images=len(one.tasks),
-            looked_into=one.inspected, counted='pixels' if one.objects is None else 'objects',
-            classes={printable(name): count for name, count in one.class_counts().items()},
-            sizes=[dict(width=w, height=h, images=count) for (w, h), count in sorted(one.sizes.items())])
-            for one in result.sets])
+        format=FORMAT,
+        version=__version__,
+        config=result.config,
+        full=result.full,
+        seconds=round(result.seconds, 3),
+        counts={severity: counts[severity] for severity in SEVERITIES},
+        kinds=kinds,
+        problems=problems,
+        data_sets=[
+            dict(
+                place=one.place,
+                split=one.split,
+                type=one.type,
+                root=printable(one.root),
+                images=len(one.tasks),
+                looked_into=one.inspected,
+                counted='pixels' if one.objects is None else 'objects',
+                classes={printable(name): count for name, count in one.class_counts().items()},
+                sizes=[dict(width=w, height=h, images=count) for (w, h), count in sorted(one.sizes.items())],
+            )
+            for one in result.sets
+        ],
+    )
 
 
 def as_json(result: Audit) -> str:
