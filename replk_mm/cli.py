@@ -1,19 +1,13 @@
-"""What the commands share: arguments, and the settings of their process."""
+"""Arguments that several commands share."""
 
 import argparse
 import ast
 import os
-import warnings
 
 from mmengine.config import DictAction
 
-from replk_mm import register_configs
-from replk_mm.checkpoints import register_safe_loaders
-from replk_mm.engine.machine import Options, keep_freed_memory
+from replk_mm.engine.machine import Options
 from replk_mm.errors import printable
-
-# OpenCV reads this limit when it is imported, before setup_process(): Pillow's number of pixels, not six times as many.
-os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')
 
 
 class KeyValue(DictAction):
@@ -86,22 +80,3 @@ def options_of(args: argparse.Namespace) -> Options:
     if args.local_rank is not None:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return Options(**known)
-
-
-def setup_process() -> None:
-    """Settings of a whole process, which every command makes once at its start and importing this package never does.
-
-    mmengine loads checkpoints without running code in them, configs inherit ours as ``replk_mm::NAME.py``, the C
-    library keeps freed memory, and warnings about the libraries' own future are not shown.
-    """
-    register_safe_loaders()
-    register_configs()
-    keep_freed_memory()
-    for category in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings('ignore', category=category)
-    for message in (
-        'pkg_resources is deprecated',
-        '.*align_corners=.*',
-        'Fail to import.*MultiScaleDeformableAttention',
-    ):
-        warnings.filterwarnings('ignore', message=message, category=UserWarning)

@@ -43,8 +43,8 @@ MODELS = LazyRegistry(
     'model',
     scope=SCOPE,
     parent=MMENGINE_MODELS,
-    locations=['replk_mm.models'],
-    modules={'replk_mm.models.segmentation': ('EncoderDecoder', 'FCNHead', 'SegTTAModel', 'UPerHead')},
+    locations=['replk_mm.backbones'],
+    modules={'replk_mm.heads.segmentation': ('EncoderDecoder', 'FCNHead', 'SegTTAModel', 'UPerHead')},
 )
 
 #: Data sets that extend mmdet's, which they import.
@@ -65,7 +65,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     scope=SCOPE,
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
-    locations=['replk_mm.engine.layer_decay'],
+    locations=['replk_mm.engine.optim'],
 )
 
 #: What runs beside training. Building from it imports the engine.
@@ -73,10 +73,7 @@ HOOKS = Registry(
     'hook',
     scope=SCOPE,
     parent=MMENGINE_HOOKS,
-    locations=[
-        f'replk_mm.engine.{name}'
-        for name in ('checkpoint_hook', 'parameter_groups', 'preflight', 'divergence', 'processes')
-    ],
+    locations=['replk_mm.engine.hooks', 'replk_mm.engine.nonfinite', 'replk_mm.engine.preflight'],
 )
 
 #: Training that can be stopped anywhere. Building from it imports the engine.
@@ -87,5 +84,5 @@ METRICS = LazyRegistry(
     'metric',
     scope=SCOPE,
     parent=MMENGINE_METRICS,
-    modules={'replk_mm.engine.metrics': ('IoUMetric',), 'replk_mm.engine.coco_metric': ('CocoMetric',)},
+    modules={'replk_mm.evaluation.iou_metric': ('IoUMetric',), 'replk_mm.evaluation.coco_metric': ('CocoMetric',)},
 )

@@ -15,7 +15,7 @@ TINY = {
 BACKBONES = ', '.join(f"dict(type='replk_mm.{name}', {arguments})" for name, arguments in TINY.items())
 CHECK = """
 for backbone in backbones:
-    assert type(backbone).__module__.startswith('replk_mm.models'), backbone
+    assert type(backbone).__module__.startswith('replk_mm.backbones'), backbone
     assert [tuple(o.shape) for o in backbone(torch.zeros(1, 3, 64, 64))] == [(1, 8, s, s) for s in (16, 8, 4, 2)]
 """
 
@@ -30,7 +30,7 @@ def run(root, program: str) -> str:
 
 
 def test_importing_costs_nothing(root):
-    heavy = ('torch', 'mmcv', 'mmseg', 'mmdet', 'mmpretrain', 'replk_mm.models')
+    heavy = ('torch', 'mmcv', 'mmseg', 'mmdet', 'mmpretrain', 'replk_mm.backbones')
     run(
         root,
         f"""
@@ -201,8 +201,7 @@ def test_commands_set_up_their_process_once(root):
         root,
         f"""
 {STATE}
-from replk_mm.cli import setup_process
-assert os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'] == '178956970'
+from replk_mm.engine.machine import setup_process
 before = state()
 setup_process()
 setup_process()

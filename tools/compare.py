@@ -1,65 +1,11 @@
-"""Explain how two test results differ: conditions, classes, images that changed most, whether it is more than luck."""
+"""``replk compare``, from a checkout."""
 
 import sys
 from pathlib import Path
 
-from replk_mm import cli
-from replk_mm.bench.compare import text
-from replk_mm.bench.compare.results import Source
-from replk_mm.bench.compare.run import compare
-from replk_mm.engine.machine import prepare_work_dir
-from replk_mm.errors import command
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-@command
-def main() -> None:
-    p = cli.parser(__doc__, 'python tools/compare.py out/a out/b --out out/compared')
-    for name in 'ab':
-        p.add_argument(
-            name,
-            metavar=f'RESULT_{name.upper()}',
-            help='folder that tools/test.py --out wrote, its metrics.json, or runs/ROW/SEED of a suite',
-        )
-    p.add_argument('--out', metavar='DIR', help='write compare.json, compare.md and pictures there')
-    p.add_argument('--images', type=cli.positive, default=8, metavar='N', help='images that changed most (default: 8)')
-    p.add_argument(
-        '--no-images', action='store_true', help='compare the figures alone: needs neither data nor predictions'
-    )
-    p.add_argument(
-        '--kind', choices=['bbox', 'segm'], default='bbox', help='detection: by boxes or by masks (default: bbox)'
-    )
-    p.add_argument(
-        '--score',
-        type=float,
-        default=0.3,
-        metavar='S',
-        help='detection: least score of a detection when images are compared (default: 0.3)',
-    )
-    p.add_argument('--seed', type=int, default=0, metavar='S', help='of the resampling (default: 0)')
-    p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: where it was tested)')
-    p.add_argument('--config', metavar='FILE', help="for both, if the results' own is not there any more")
-    cli.add_classes(p)
-    cli.add_config_options(p)
-    args = p.parse_args()
-    out = Path(args.out) if args.out else None
-    if out:
-        prepare_work_dir(out, option='--out')
-    found = compare(
-        args.a,
-        args.b,
-        Source(args.data_root, args.config, args.classes, args.cfg_options),
-        images=None if args.no_images else args.images,
-        kind=args.kind,
-        score=args.score,
-        seed=args.seed,
-        out=out,
-    )
-    print('\n'.join(text.lines(found)))
-    if out:
-        written = text.write(found, out)
-        print(f'\nwritten: {", ".join(str(path) for path in written)}')
-
+from replk_mm.__main__ import main
 
 if __name__ == '__main__':
-    cli.setup_process()
-    sys.exit(main())
+    sys.exit(main('compare'))

@@ -1,53 +1,11 @@
-"""Convert a checkpoint of RepLKNet or ConvNeXt (the authors', mmpretrain's, timm's) to one set of key names.
-
-The configs load each of these formats as it is. Converting is for other programs, to strip a file to its weights, and,
-with --trust-checkpoint, for files of any network that ask for code to be run.
-"""
+"""``replk convert_checkpoint``, from a checkout."""
 
 import sys
+from pathlib import Path
 
-from replk_mm import checkpoints, cli
-from replk_mm.errors import UserError, command
-from replk_mm.key_formats import convert, to_official, unwrap
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-@command
-def main() -> None:
-    p = cli.parser(__doc__, 'python tools/convert_checkpoint.py convnext_tiny_1k_224.pth convnext_tiny.pth')
-    p.add_argument('checkpoint', help='file or address')
-    p.add_argument('out', help='file to write; .safetensors for weights that any program reads')
-    p.add_argument(
-        '--to',
-        choices=['mmpretrain', 'official'],
-        default='mmpretrain',
-        help="key names to write: mmpretrain's (ours), or those of the authors' code (default: mmpretrain)",
-    )
-    p.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='let the checkpoint run code, to write plain weights; only if you trust its author',
-    )
-    args = p.parse_args()
-    checkpoints.keep_apart(args.checkpoint, args.out)
-    loaded = checkpoints.read(args.checkpoint, trust=args.trust_checkpoint)
-    found = convert(unwrap(loaded, args.checkpoint))
-    if not found.family and not args.trust_checkpoint:
-        raise UserError(
-            f'{args.checkpoint}: neither RepLKNet nor ConvNeXt; its keys begin with '
-            f'{", ".join(list(found.backbone)[:3])}\nOnly these two families have other key names.'
-        )
-    backbone = to_official(found.backbone) if args.to == 'official' else found.backbone
-    prefix = 'backbone.' if found.whole_model else ''
-    weights = {**{prefix + key: value for key, value in backbone.items()}, **found.rest}
-    # What the weights mean stays with them: how they were merged, the classes.
-    meta = loaded.get('meta') if isinstance(loaded.get('meta'), dict) else {}
-    meta = {key: meta[key] for key in ('replk_mm', 'dataset_meta', 'iter', 'seed') if key in meta}
-    meta |= {'source': args.checkpoint, 'source_format': found.format}
-    checkpoints.save({'meta': meta, 'state_dict': weights}, args.out)
-    print(f'{args.checkpoint}: {found.describe()}')
-    print(f'written: {args.out}, {len(backbone)} backbone weights, {len(found.rest)} others, {args.to} key names')
-
+from replk_mm.__main__ import main
 
 if __name__ == '__main__':
-    cli.setup_process()
-    sys.exit(main())
+    sys.exit(main('convert_checkpoint'))

@@ -1,35 +1,11 @@
-"""Convert Cityscapes' label maps (_labelIds, 34 ids) to those that are trained on (_labelTrainIds, 19 classes)."""
+"""``replk convert_cityscapes``, from a checkout."""
 
 import sys
+from pathlib import Path
 
-from replk_mm import cli
-from replk_mm.data.cityscapes import convert
-from replk_mm.errors import UserError, command
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-@command
-def main() -> None:
-    p = cli.parser(__doc__, 'python tools/convert_cityscapes.py data/cityscapes --jobs 8')
-    p.add_argument('root', metavar='ROOT', help='folder with gtFine (or gtCoarse); maps are written beside the source')
-    p.add_argument('--jobs', type=cli.positive, metavar='N', help='files at a time (default: one a core)')
-    p.add_argument('--force', action='store_true', help='replace maps that are there and differ')
-    args = p.parse_args()
-    result = convert(args.root, args.jobs, args.force)
-    print(f'{args.root}: {result.written} label maps written, {result.kept} were there already')
-    if result.problems:
-        more = [f'... and {len(result.problems) - 20} more'] if len(result.problems) > 20 else []
-        raise UserError(
-            '\n'.join(
-                [
-                    f'{len(result.problems)} label maps not converted:',
-                    *result.problems[:20],
-                    *more,
-                    'Replace these files with those of gtFine_trainvaltest.zip, then run this again.',
-                ]
-            )
-        )
-
+from replk_mm.__main__ import main
 
 if __name__ == '__main__':
-    cli.setup_process()
-    sys.exit(main())
+    sys.exit(main('convert_cityscapes'))

@@ -1,76 +1,11 @@
-"""Draw what a trained segmentor or detector sees in images, and write it: label maps, or boxes and masks."""
+"""``replk predict``, from a checkout."""
 
-import argparse
-import itertools
-import json
 import sys
+from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from replk_mm import cli
-from replk_mm.engine import predict as prediction
-from replk_mm.engine.config import load_config
-from replk_mm.engine.machine import prepare_work_dir
-from replk_mm.errors import command
-from replk_mm.visualize import draw_instances, legend, overlay
-
-
-def score(text: str) -> float:
-    """A score, for argparse."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'{value} is not in 0..1')
-    return value
-
-
-@command
-def main() -> None:
-    p = cli.parser(
-        __doc__, 'python tools/predict.py configs/upernet_replk-nano_ade20k.py iter_1300.pth street.jpg --out out'
-    )
-    p.add_argument('config', help='config the checkpoint was trained with')
-    p.add_argument('checkpoint', help='trained checkpoint, merged or not')
-    p.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
-    p.add_argument(
-        '--out',
-        required=True,
-        metavar='DIR',
-        help='folder for NAME_overlay.png with NAME_labels.png (class indices from 0) or NAME_objects.json',
-    )
-    p.add_argument(
-        '--score',
-        type=score,
-        default=0.3,
-        metavar='S',
-        help='of detectors: leave out objects below this score, 0 to 1 (default: 0.3)',
-    )
-    p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
-    p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
-    cli.add_config_options(p)
-    args = p.parse_args()
-    out = prepare_work_dir(args.out, option='--out')
-    cfg = load_config(args.config, args.cfg_options)
-    model = prediction.load_trained(cfg, args.checkpoint, args.device, args.reparam)
-    classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
-    used: set[str] = set()
-    for i, (path, image, found) in enumerate(prediction.predict(model, args.images), 1):
-        # Images of one name from different folders must not overwrite each other.
-        names = itertools.chain([path.stem], (f'{path.stem}_{n}' for n in itertools.count(2)))
-        stem = next(name for name in names if name not in used)
-        used.add(stem)
-        if prediction.is_segmentor(model):
-            labels = prediction.label_map(found)
-            picture = np.hstack([overlay(image, labels, palette), legend(labels, classes, palette, image.shape[0])])
-            prediction.write_picture(out / f'{stem}_labels.png', labels)
-        else:
-            objects = prediction.instances(found, args.score)
-            picture = draw_instances(image, objects, classes, palette)
-            described = json.dumps(prediction.described(objects, classes), indent=2)
-            (out / f'{stem}_objects.json').write_text(described + '\n')
-        prediction.write_picture(out / f'{stem}_overlay.png', picture)
-        print(f'{i}/{len(args.images)} {out / stem}_overlay.png')
-
+from replk_mm.__main__ import main
 
 if __name__ == '__main__':
-    cli.setup_process()
-    sys.exit(main())
+    sys.exit(main('predict'))

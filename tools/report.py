@@ -1,60 +1,11 @@
-"""Show results of suites: one HTML page that needs nothing else, and the tables as Markdown.
-
-RESULTS are work dirs of suites (work_dirs/suites/NAME), folders of results or .jsonl files, of one machine or several.
-Rows that were measured under different protocols are not ranked together. What was not measured is shown as missing.
-"""
+"""``replk report``, from a checkout."""
 
 import sys
 from pathlib import Path
 
-from replk_mm import cli
-from replk_mm.bench.report import assemble, page
-from replk_mm.engine.machine import prepare_work_dir
-from replk_mm.errors import UserError, command, printable
-from replk_mm.pages import renew
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-STATUSES = f"""
-exit status:
-  0  written
-  2  nothing could be written: no such results, or no place to write to
-  {assemble.SKIPPED_STATUS}  written, but records were skipped: damaged, of an unknown version, of an earlier definition
-     of their row; each is named with the reason, on the page too
-"""
-
-
-@command
-def main() -> int:
-    p = cli.parser(__doc__, 'python tools/report.py work_dirs/suites/kernel_size --out report/')
-    p.epilog = f'{p.epilog}\n{STATUSES}'
-    p.add_argument('results', nargs='+', metavar='RESULTS', help='work dir, folder or .jsonl file')
-    p.add_argument('--out', required=True, metavar='DIR', help='for index.html and report.md')
-    p.add_argument(
-        '--page', metavar='FILE', help='update the block of each suite, marked by its name, in this Markdown page'
-    )
-    args = p.parse_args()
-    found = assemble.read(args.results)
-    out = prepare_work_dir(args.out, option='--out')
-    for name, text in (('index.html', page.html(found)), ('report.md', page.markdown(found))):
-        try:
-            Path(out, name).write_text(text, encoding='utf-8')
-        except OSError as error:
-            raise UserError(
-                f'{Path(out, name)}: cannot be written ({error.strerror})\n'
-                f'Name another folder: --out DIR, or make room there.'
-            ) from error
-        print(f'written: {Path(out, name)} ({Path(out, name).stat().st_size / 2**20:.2f} MiB)')
-    for folder in sorted(found.outside):
-        print(
-            f'index.html shows pictures from {printable(str(folder))}, as the records say; look before you pass it on'
-        )
-    for suite in found.suites if args.page else ():
-        renew(Path(args.page), suite.name, page.markdown_tables(suite))
-        print(f'{args.page}: renewed {suite.name}')
-    for complaint in found.complaints:
-        print(f'skipped: {complaint}', file=sys.stderr)
-    return assemble.SKIPPED_STATUS if found.complaints else 0
-
+from replk_mm.__main__ import main
 
 if __name__ == '__main__':
-    cli.setup_process()
-    sys.exit(main())
+    sys.exit(main('report'))

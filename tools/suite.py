@@ -1,110 +1,11 @@
-"""Run a suite of experiments: train and measure each of its rows in a process of its own.
+"""``replk suite``, from a checkout."""
 
-Each measurement appends a record to WORK_DIR/results. After a stop, a kill or a failure, --resume continues: finished
-measurements stay, a training continues from its last checkpoint, and what failed is repeated. docs/suites.md shows how
-to write a suite and how to spread it over machines.
-"""
-
-import argparse
-import shlex
-import shutil
 import sys
 from pathlib import Path
 
-from replk_mm import cli
-from replk_mm.bench.schema import read_suite
-from replk_mm.bench.suites import plan
-from replk_mm.bench.suites.runner import Runner, Settings
-from replk_mm.engine.machine import prepare_work_dir
-from replk_mm.errors import UserError, command, printable
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-def names(text: str) -> list[str]:
-    """Comma-separated names, for argparse."""
-    found = [name.strip() for name in text.split(',') if name.strip()]
-    if not found:  # as of a variable that is not set, which must not mean all rows
-        raise argparse.ArgumentTypeError(f'{text!r} names no row')
-    return found
-
-
-@command
-def main() -> int:
-    p = cli.parser(__doc__, 'python tools/suite.py configs/suites/demo.yaml --jobs 2')
-    p.add_argument('suite', help='suite file (YAML)')
-    p.add_argument(
-        '--only',
-        type=names,
-        default=[],
-        metavar='ROWS',
-        help="names, patterns such as 'replk-*', or numbers of --list, separated by commas",
-    )
-    p.add_argument('--resume', action='store_true', help='continue: finished measurements stay, failures are repeated')
-    p.add_argument('--list', action='store_true', help='only print number, row, seed and state')
-    p.add_argument('--work-dir', type=Path, metavar='DIR', help='where to write (default: work_dirs/suites/NAME)')
-    p.add_argument('--data-root', metavar='DIR', help='data of all rows (default: as the suite or the configs say)')
-    p.add_argument(
-        '--jobs',
-        type=cli.positive,
-        default=1,
-        metavar='N',
-        help='rows at a time, which share the cores; speed and memory are measured at the end, one row at a time',
-    )
-    p.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm'],
-        default='none',
-        help="start a row's training and test by torchrun (pytorch), or by srun (slurm)",
-    )
-    p.add_argument('--nproc', type=cli.positive, default=1, metavar='N', help='processes of a row, under a launcher')
-    p.add_argument('--device', metavar='D', help='cpu or cuda (default: a GPU if there is one)')
-    args = p.parse_args()
-    if args.nproc > 1 and args.launcher == 'none':
-        raise UserError(f'--nproc {args.nproc}: needs a launcher\nAdd --launcher pytorch or --launcher slurm.')
-    if args.launcher == 'slurm' and not args.list and not shutil.which('srun'):
-        raise UserError(
-            '--launcher slurm: there is no srun here\nRun it on a machine of the cluster, within an '
-            'allocation, or use --launcher pytorch.'
-        )
-    suite = read_suite(args.suite)
-    work_dir = args.work_dir or Path('work_dirs', 'suites', suite.name)
-    if args.list:
-        width = max(len(row.name) for row in suite.rows)
-        for number, row, seed, state in plan.states(suite, work_dir):
-            print(f'{number:4}  {row.name:{width}}  {seed:4}  {printable(state)}')
-        return 0
-    choice = plan.Choice(work_dir, args.resume, args.only, args.data_root, args.device)
-    try:
-        failed = _run(suite, choice, Settings(args.jobs, args.launcher, args.nproc))
-    except KeyboardInterrupt:
-        again = [part for part in sys.argv[1:] if part != '--resume']
-        print(f'\ninterrupted; continue with: python tools/suite.py {shlex.join(again)} --resume', file=sys.stderr)
-        return 130
-    return 1 if failed else 0
-
-
-def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
-    """Run what is left and say how it went; returns whether something failed."""
-    prepare_work_dir(choice.work_dir)
-    tasks, failed = plan.tasks_left(suite, choice)
-    done = len(plan.chosen(suite, choice.only)) - len(tasks) - len(failed)
-    print(
-        f'{suite.name}: {len(tasks)} rows and seeds to do'
-        + (f', {done} are done' if done else '')
-        + f'; results go to {choice.work_dir}',
-        file=sys.stderr,
-        flush=True,
-    )
-    from replk_mm.engine.results import environment  # imports torch
-
-    failed += Runner(settings, environment).run(tasks)
-    if failed:
-        print(f'\n{len(failed)} failed; --resume tries them again:')
-        for task, reason in failed:
-            print(f'  {task.name}: ' + printable(reason).replace('\n', '\n      '))
-    print(f'results: {choice.work_dir / "results"}')
-    return bool(failed)
-
+from replk_mm.__main__ import main
 
 if __name__ == '__main__':
-    cli.setup_process()
-    sys.exit(main())
+    sys.exit(main('suite'))

@@ -1,52 +1,11 @@
-"""Train the model of a config on this machine: one CPU, one GPU, or many processes under torchrun or Slurm."""
+"""``replk train``, from a checkout."""
 
-import argparse
 import sys
+from pathlib import Path
 
-from replk_mm import cli
-from replk_mm.engine.config import load_config
-from replk_mm.engine.prepare import prepare_training
-from replk_mm.engine.train import train
-from replk_mm.errors import command
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-def seed(text: str) -> int:
-    """A seed that numpy takes too, for argparse."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f'{value} is not in 0..{2**32 - 1}')
-    return value
-
-
-@command
-def main() -> None:
-    p = cli.parser(__doc__, 'python tools/train.py configs/upernet_replk-nano_demo.py --data-root demo/data')
-    p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
-    cli.add_run_arguments(p)
-    p.add_argument('--max-iters', type=cli.positive, metavar='N', help='train N iterations, the schedule in proportion')
-    p.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        metavar='CKPT',
-        help='go on from a checkpoint (default: the last one of the work dir)',
-    )
-    p.add_argument('--pretrained', metavar='FILE', help="weights of the backbone, or 'none' for random ones")
-    p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
-    p.add_argument('--seed', type=seed, metavar='N', help='of all randomness (default: drawn and recorded)')
-    p.add_argument(
-        '--no-preflight',
-        dest='preflight',
-        action='store_false',
-        help='skip the dry run of loss, validation and checkpoint',
-    )
-    args = p.parse_args()
-    cfg = load_config(args.config, args.cfg_options)
-    notes = prepare_training(cfg, cli.options_of(args))
-    last = train(cfg, notes, args.preflight)
-    print(f'trained: {last}')
-
+from replk_mm.__main__ import main
 
 if __name__ == '__main__':
-    cli.setup_process()
-    sys.exit(main())
+    sys.exit(main('train'))

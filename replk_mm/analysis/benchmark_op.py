@@ -14,7 +14,7 @@ from replk_mm.analysis.plain import OURS, PLAIN
 from replk_mm.analysis.speed import Call, matrix_product, measure, say
 from replk_mm.errors import UserError
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, Problem
-from replk_mm.ops.choice import plan
+from replk_mm.ops.cpu.cost_model import plan
 
 #: What is timed, and the arithmetic of each in convolutions.
 COMPUTATIONS = {'forward': 1, 'grad_input': 1, 'grad_weight': 1, 'step': 3}

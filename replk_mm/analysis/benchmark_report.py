@@ -20,7 +20,7 @@ from replk_mm.engine import results
 from replk_mm.environment import describe_machine
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
-from replk_mm.tables import text_table
+from replk_mm.text import text_table
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ('mmsegmentation', 'mmdet', 'openvino', 'onnxruntime', 'onnx')

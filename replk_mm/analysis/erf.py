@@ -37,15 +37,15 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from replk_mm import checkpoints
 from replk_mm.analysis.plain import randomize
+from replk_mm.checkpoints import io as checkpoints
 from replk_mm.engine import results
 from replk_mm.engine.config import fit_to_machine, load_config
 from replk_mm.engine.explain import explaining
+from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.machine import prepare_work_dir, select_device
 from replk_mm.errors import UserError, explained
 from replk_mm.files import sha256
-from replk_mm.loading import build_for_inference
 
 #: Shares of the contribution whose areas are given, as in the paper's table.
 SHARES = (0.2, 0.3, 0.5, 0.99)
@@ -275,7 +275,7 @@ def measure_erf(
         images: Folder of images, taken in the order of their paths.
         size: Side to which images are resized, in pixels.
         count: Largest number of images.
-        out: Folder for ``erf.json``, ``erf.npz`` and ``erf.png``.
+        out: Folder for ``erf.json`` and ``erf.npz``.
         stage: Index of the feature map among the backbone's outputs. Defaults to the last.
         device: See :func:`replk_mm.engine.machine.select_device`.
         pretrained: File of a backbone's weights, such as an ImageNet classifier's.
@@ -286,8 +286,6 @@ def measure_erf(
     Raises:
         UserError: If one of the above cannot be used, or a gradient is not finite.
     """
-    from replk_mm.analysis.erf_report import draw
-
     where = select_device(device)
     files = image_files(Path(images), count)
     folder = prepare_work_dir(out, option='--out')
@@ -331,7 +329,6 @@ def measure_erf(
         preprocessing=dict(mean=list(mean), std=list(std), channels='RGB' if rgb else 'BGR'),
     )
     found.save(folder)
-    draw([found], folder / 'erf.png')
     return found
 
 

@@ -14,11 +14,11 @@ from mmengine.config import Config
 from replk_mm.analysis.plain import networks
 from replk_mm.analysis.speed import memory_growth
 from replk_mm.analysis.workload import Workload, convert
+from replk_mm.backbones.sync_norm import pooled_norm
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.config import fit_to_machine, load_config
 from replk_mm.engine.machine import keep_freed_memory
 from replk_mm.errors import UserError, first_line
-from replk_mm.models.sync_norm import pooled_norm
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
+from replk_mm.backbones.layers import Backbone, LayerNorm2d
+from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model
 from replk_mm.engine.explain import explaining
+from replk_mm.engine.inference import load_model
 from replk_mm.errors import UserError
-from replk_mm.loading import load_model
-from replk_mm.models.layers import Backbone, LayerNorm2d
 from replk_mm.ops import DepthwiseConv2d, pack
 from replk_mm.registry import SCOPE
-from replk_mm.reparam import Changes, reparameterize
 
 #: Names of the networks.
 PLAIN, PLAIN_TRAINING, OURS = 'plain torch', 'plain torch, training form', 'ours'

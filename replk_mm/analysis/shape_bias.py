@@ -21,8 +21,8 @@ from matplotlib.patches import Patch
 from mmengine.config import Config
 from torch import nn
 
-from replk_mm import checkpoints
-from replk_mm.data.conflict_files import ConflictObject, ConflictScene, ConflictSet, read_conflict, read_labels
+from replk_mm.checkpoints import io as checkpoints
+from replk_mm.data.scenes.conflict import ConflictObject, ConflictScene, ConflictSet, read_conflict, read_labels
 from replk_mm.engine import results
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.engine.predict import is_segmentor, label_map, load_trained, predict
@@ -119,7 +119,7 @@ def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: st
     Args:
         cfg: The config it was trained with, on objects that carry both cues; left unchanged.
         checkpoint: Path or address.
-        data_root: Folder with ``conflict.json``, see :mod:`replk_mm.data.conflict_files`.
+        data_root: Folder with ``conflict.json``, see :mod:`replk_mm.data.scenes.conflict`.
         out: Folder for the two files.
         device: See :func:`replk_mm.engine.machine.select_device`.
 

@@ -18,10 +18,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from replk_mm.analysis.differences import CLASS_MAP
+from replk_mm.deploy.equivalence import network_outputs
 from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.explain import explaining
 from replk_mm.engine.wrappers import num_classes_of
-from replk_mm.equivalence import network_outputs
 from replk_mm.errors import UserError
 from replk_mm.ops import pack
 

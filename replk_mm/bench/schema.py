@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from replk_mm import pages
 from replk_mm.errors import UserError, did_you_mean
+from replk_mm.text import renew as renew_block
 
 VERSION = 1
 #: What a suite may ask for; ``train`` is added to a row with a training budget.
@@ -433,4 +433,4 @@ TABLES: dict[str, type[BaseModel]] = dict(suite=Suite, data=Data, row=Row, recor
 
 if __name__ == '__main__':
     for name, model in TABLES.items():
-        pages.renew(Path(sys.argv[1]), name, table(model))
+        renew_block(Path(sys.argv[1]), name, table(model))

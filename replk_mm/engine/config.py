@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from replk_mm.data.datasets import as_list, datasets_of, placed_metrics
 from replk_mm.engine.explain import explaining, walk
 from replk_mm.errors import UserError
-from replk_mm.ops.spatial import bfloat16_instructions
+from replk_mm.ops.cpu.spatial import bfloat16_instructions
 
 
 def load_config(

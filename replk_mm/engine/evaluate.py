@@ -7,19 +7,18 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from replk_mm import checkpoints
+from replk_mm.checkpoints import io as checkpoints
 from replk_mm.data.checks.classes import check_heads, compare_with_checkpoint
 from replk_mm.data.datasets import coco_style, datasets_of, placed_metrics
+from replk_mm.deploy.reparameterize import Changes
 from replk_mm.engine.config import build_model, fit_to_machine
-from replk_mm.engine.failures import naming_failures
+from replk_mm.engine.inference import adopt_classes, load_for_inference
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.prepare import counts_of, prepare_data
-from replk_mm.engine.runner import Runner
+from replk_mm.engine.runner import Runner, naming_failures
 from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError
-from replk_mm.loading import adopt_classes, load_for_inference
 from replk_mm.ops import pack
-from replk_mm.reparam import Changes
 
 
 @dataclass

@@ -12,7 +12,7 @@ from mmengine.runner import IterBasedTrainLoop as MMEngineIterLoop
 from mmengine.runner import ValLoop as MMEngineValLoop
 from torch.utils.data import DataLoader
 
-from replk_mm.data.draws import DrawnLoader, Draws, drawn, endless, no_batch, seed_iteration, seed_sample
+from replk_mm.data.sampler import DrawnLoader, Draws, drawn, endless, no_batch, seed_iteration, seed_sample
 from replk_mm.engine import stopping
 from replk_mm.engine.wrappers import each
 from replk_mm.errors import Stopped

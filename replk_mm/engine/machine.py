@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,8 @@ import mmengine.device.utils as devices
 import torch
 from mmengine.config import Config
 
+from replk_mm import register_configs
+from replk_mm.checkpoints.io import register_safe_loaders
 from replk_mm.errors import UserError
 
 
@@ -172,3 +175,22 @@ def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-di
             f'Make room, or choose another place with {option} DIR.'
         )
     return folder
+
+
+def setup_process() -> None:
+    """Settings of a whole process, which every command makes once at its start and importing this package never does.
+
+    mmengine loads checkpoints without running code in them, configs inherit ours as ``replk_mm::NAME.py``, the C
+    library keeps freed memory, and warnings about the libraries' own future are not shown.
+    """
+    register_safe_loaders()
+    register_configs()
+    keep_freed_memory()
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings('ignore', category=category)
+    for message in (
+        'pkg_resources is deprecated',
+        '.*align_corners=.*',
+        'Fail to import.*MultiScaleDeformableAttention',
+    ):
+        warnings.filterwarnings('ignore', message=message, category=UserWarning)

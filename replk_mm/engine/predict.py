@@ -13,10 +13,10 @@ from mmengine.structures import BaseDataElement
 from replk_mm.data.classes import classes_of
 from replk_mm.data.datasets import dataset_class, datasets_of
 from replk_mm.data.files import read_image
+from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.machine import select_device
 from replk_mm.engine.wrappers import num_classes_of
 from replk_mm.errors import UserError
-from replk_mm.loading import build_for_inference
 
 
 def load_trained(cfg: Config, checkpoint: str, device: str | None = None, reparam: bool = False) -> nn.Module:

@@ -17,10 +17,10 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.runner.amp import autocast
 
-from replk_mm import checkpoints
-from replk_mm.data.draws import Draw
-from replk_mm.engine.divergence import forward_backward, forward_context
+from replk_mm.checkpoints import io as checkpoints
+from replk_mm.data.sampler import Draw
 from replk_mm.engine.machine import is_out_of_memory
+from replk_mm.engine.nonfinite import forward_backward, forward_context
 from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError, message_of
 from replk_mm.registry import HOOKS

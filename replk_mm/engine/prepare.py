@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 
-from replk_mm import checkpoints
+from replk_mm.checkpoints import io as checkpoints
 from replk_mm.data.checks.audit import check_data
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import is_head

@@ -9,7 +9,8 @@ import psutil
 import torch
 from mmengine.config import Config
 
-from replk_mm import __version__, checkpoints
+from replk_mm import __version__
+from replk_mm.checkpoints import io as checkpoints
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.evaluate import Evaluation
 from replk_mm.errors import UserError

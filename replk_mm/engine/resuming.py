@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.nn as nn
 from mmengine.config import Config
 
-from replk_mm import checkpoints
+from replk_mm.checkpoints import io as checkpoints
 from replk_mm.data.checks.classes import compare_with_checkpoint
 from replk_mm.engine.machine import Options
 from replk_mm.errors import UserError, first_line

@@ -1,8 +1,10 @@
 """mmengine's runner with the changes that our runs need."""
 
+import errno
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ from mmengine.runner import Runner as MMEngineRunner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
-from replk_mm import checkpoints
+from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.plain_data import log_buffer, plain
+from replk_mm.data.datasets import crop_of
 from replk_mm.data.transforms import check_loading
-from replk_mm.engine.checkpoint_hook import INTERIM
 from replk_mm.engine.explain import explaining
+from replk_mm.engine.hooks import INTERIM
+from replk_mm.engine.machine import is_out_of_memory
+from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.stopping import shield_workers
 from replk_mm.engine.wrappers import bare, each, num_classes_of
 from replk_mm.errors import UserError
-from replk_mm.plain_data import log_buffer, plain
 
 
 def _explained(build: Callable, part: str) -> Callable:
@@ -187,3 +192,33 @@ def _check_settings(optim_wrapper: OptimWrapper) -> None:
         missing = {key for group in optimizer.param_groups for key in expected - group.keys()}
         if missing:
             raise ValueError(f'its optimizer is no {type(optimizer).__name__}: it has no {", ".join(sorted(missing))}')
+
+
+@contextmanager
+def naming_failures(cfg: Config, runner: Runner) -> Iterator[None]:
+    """Turn a full disk and a lack of memory into messages that say where and what to do.
+
+    Raises:
+        UserError: Instead of the libraries' errors for the two.
+    """
+    split = 'train' if 'train_dataloader' in cfg else 'test'
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            last = last_checkpoint(cfg.work_dir) if split == 'train' else None
+            raise UserError(
+                f'{error.filename or cfg.work_dir}: writing failed at iteration {runner.iter} '
+                f'({error.strerror})\nFree disk space or fix the permissions'
+                + (f', then continue with --resume {last}.' if last else '.')
+            ) from error
+        if not is_out_of_memory(error):
+            raise
+        size = crop_of(cfg)
+        raise UserError(
+            f'out of memory at iteration {runner.iter}, with {split}_dataloader.batch_size='
+            f'{cfg[f"{split}_dataloader"].batch_size}'
+            + (f' and crops of {size[0]}x{size[1]} pixels' if size else '')
+            + f': {(str(error) or "no memory").splitlines()[0]}\n'
+            f'Lower the batch size or the crop size; for training, also set model.backbone.with_cp=True.'
+        ) from error

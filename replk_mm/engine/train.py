@@ -8,9 +8,8 @@ from mmengine.config import Config
 from mmengine.dist import barrier, get_rank
 
 from replk_mm.engine import stopping
-from replk_mm.engine.failures import naming_failures
 from replk_mm.engine.resuming import RESUMABLE, last_checkpoint
-from replk_mm.engine.runner import Runner
+from replk_mm.engine.runner import Runner, naming_failures
 from replk_mm.errors import Stopped
 
 

@@ -1,6 +1,6 @@
 """Operators."""
 
-from replk_mm.ops.choice import IMPLEMENTATIONS, implementation
+from replk_mm.ops.cpu.cost_model import IMPLEMENTATIONS, implementation
 from replk_mm.ops.depthwise import DepthwiseConv2d, depthwise_conv2d
 from replk_mm.ops.fused import convolve, pack
 from replk_mm.ops.problem import Problem

@@ -1,10 +1,10 @@
 """The depthwise convolution: one function and one module in front of several implementations.
 
 Each of its three computations (output, gradient of the input, gradient of the weight) goes to torch's own kernels in
-the form that is fast for the shape (:mod:`replk_mm.ops.spatial`), or to spectra (:mod:`replk_mm.ops.spectral`),
-whichever :mod:`replk_mm.ops.choice` expects to win. Whatever looks at the operation rather than runs it (compilers,
-exporters, counters) sees torch's plain convolution, and so does every device but the CPU, whose libraries choose among
-such algorithms themselves.
+the form that is fast for the shape (:mod:`replk_mm.ops.cpu.spatial`), or to spectra (:mod:`replk_mm.ops.cpu.spectral`),
+whichever :mod:`replk_mm.ops.cpu.cost_model` expects to win. Whatever looks at the operation rather than runs it
+(compilers, exporters, counters) sees torch's plain convolution, and so does every device but the CPU, whose
+libraries choose among such algorithms themselves.
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from replk_mm.ops import choice, spatial, spectral
+from replk_mm.ops.cpu import cost_model as choice
+from replk_mm.ops.cpu import spatial, spectral
 from replk_mm.ops.problem import Pair, Problem, observed
 
 _PRECISIONS = {torch.float32, torch.float64, torch.bfloat16}

@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from replk_mm.ops import choice, spatial
+from replk_mm.ops.cpu import cost_model as choice
+from replk_mm.ops.cpu import spatial
 from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, keeps_spectra, pair, same_values
 from replk_mm.ops.problem import Pair, Problem, hooked, observed
 

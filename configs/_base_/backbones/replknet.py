@@ -2,7 +2,7 @@
 # backbone=dict(_delete_=True, **_base_.replknet, arch=...).
 replknet = dict(
     type='replk_mm.RepLKNet',
-    # the training form, which replk_mm.reparam merges for deployment
+    # the training form, which replk_mm.deploy.reparameterize merges for deployment
     small_kernel_merged=False,
     # BatchNorm statistics over all GPUs, trained like the rest (CPU runs use plain BatchNorm); nothing is frozen
     norm_cfg=dict(type='SyncBN', requires_grad=True),

@@ -4,7 +4,7 @@ model = dict(
         type='replk_mm.RepLKNet',
         # on CPUs: these heads are convolutions, which read channels-last features fastest
         out_memory_format='preserve_format',
-        # the training form, which replk_mm.reparam merges for deployment
+        # the training form, which replk_mm.deploy.reparameterize merges for deployment
         small_kernel_merged=False,
         # BatchNorm statistics over all GPUs, in the backbone too (CPU runs use plain BatchNorm)
         norm_cfg=dict(type='SyncBN', requires_grad=True),

@@ -16,11 +16,13 @@ from replk_mm.bench.report.columns import (
     NOT_MEASURED,
     Column,
     Figure,
+    Protocol,
     compared,
+    identity,
+    name_protocols,
     primary,
     value_of,
 )
-from replk_mm.bench.report.protocol import Protocol, identity, name_protocols
 from replk_mm.bench.report.words import clean
 from replk_mm.errors import UserError
 

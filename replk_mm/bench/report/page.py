@@ -12,9 +12,8 @@ from markupsafe import Markup
 from replk_mm.bench import records
 from replk_mm.bench.report import assemble, examples, plots
 from replk_mm.bench.report.assemble import Record, Report, Row, Suite
-from replk_mm.bench.report.columns import BY_KEY, COLUMNS, METRIC_TITLES, NOT_MEASURED, Column, Figure
+from replk_mm.bench.report.columns import BY_KEY, COLUMNS, METRIC_TITLES, NOT_MEASURED, Column, Figure, identity
 from replk_mm.bench.report.examples import LEAST_SCORE, Album
-from replk_mm.bench.report.protocol import identity
 from replk_mm.bench.report.words import clean, in_words, leaves, number, plain
 
 _HERE = Path(__file__).parent

@@ -20,30 +20,31 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 
-from replk_mm import checkpoints
-from replk_mm.analysis import complexity_config, plain
+from replk_mm import published
+from replk_mm.analysis import complexity_table, plain
 from replk_mm.analysis.job import Job, default_shape, fitted_config, memory_of, set_shape, smallest_batch
 from replk_mm.analysis.speed import measure
 from replk_mm.analysis.workload import Workload
-from replk_mm.bench import published, records
+from replk_mm.bench import records
 from replk_mm.bench.records import read_json, write_json
 from replk_mm.bench.schema import Task, fingerprint
 from replk_mm.bench.suites.worker import Found, Measure
+from replk_mm.checkpoints import io as checkpoints
 from replk_mm.data.classes import classes_of
 from replk_mm.data.datasets import as_list, coco_style, crop_of, dataset_class, dataset_option, datasets_of
+from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine import results
 from replk_mm.engine import train as engine
 from replk_mm.engine.config import load_config, set_data_root
 from replk_mm.engine.evaluate import Evaluation, evaluate
+from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.machine import Options, processes_of, select_device
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
 from replk_mm.files import sha256
-from replk_mm.loading import build_for_inference
 from replk_mm.ops import pack
 from replk_mm.registry import HOOKS
-from replk_mm.reparam import reparameterize
 
 #: The metric that ranks rows, with its unit: the first that a test reports.
 PRIMARY = {'mIoU': '%', 'coco/bbox_mAP': 'AP'}
@@ -284,7 +285,7 @@ def metric(task: Task) -> Found:
     out = task.folder / 'test'
     if get_rank() == 0:
         results.write(results.record(cfg, checkpoint, found, False), out / 'metrics.json')
-    merged = complexity_config.merge(complexity_config.build(config_of(task)))[1].merged
+    merged = complexity_table.merge(complexity_table.build(config_of(task)))[1].merged
     if merged and not found.meta.get('replk_mm', {}).get('reparameterized'):
         values['reparameterized'] = dict(metrics=_finite(_test(task, checkpoint, True)[1].metrics))
     data, where = split_data(cfg, 'test')
@@ -412,7 +413,7 @@ def complexity(task: Task) -> Found:
     """Parameters and multiply-accumulates; needs no weights."""
     paper = published.for_config(task.row.config.rpartition('::')[2])
     shape = task.row.macs_shape or (paper.input if paper else None)
-    found = complexity_config.report(task.config, shape and (shape[0], shape[1]), task.row.options)
+    found = complexity_table.report(task.config, shape and (shape[0], shape[1]), task.row.options)
     before, after = found.training, found.deployed
     return Found(
         dict(
@@ -461,7 +462,7 @@ def memory(task: Task) -> Found:
     job, cfg = _job(task)
     values: dict[str, int | None] = dict(inference_bytes=_memory(job), training_bytes=None)
     facts: dict[str, Any] = {}
-    batch = task.row.batch or smallest_batch(complexity_config.build(cfg), 'train')
+    batch = task.row.batch or smallest_batch(complexity_table.build(cfg), 'train')
     try:
         values['training_bytes'] = _memory(replace(job, mode='train', form='training', checkpoint=None, batch=batch))
     except UserError as error:  # what is too large to train here can still run
@@ -509,7 +510,8 @@ def _machine(job: Job) -> dict[str, Any]:
 
 def erf(task: Task) -> Found:
     """Effective receptive field of the backbone on images of the test split."""
-    from replk_mm.analysis.erf import measure_erf  # imports matplotlib
+    from replk_mm.analysis.erf import measure_erf
+    from replk_mm.analysis.erf_report import draw  # imports matplotlib
 
     cfg, out = config_of(task), task.folder / 'erf'
     of = layout(next(datasets_of(cfg, ('test',))), cfg.get('default_scope', 'mmengine'))
@@ -524,6 +526,7 @@ def erf(task: Task) -> Found:
         device=task.device,
         seed=task.seed,
     )
+    draw([found], out / 'erf.png')
     return Found(
         found.values(),
         found.protocol(),

@@ -13,10 +13,11 @@ from typing import Any
 from mmengine.config import Config
 
 import replk_mm
-from replk_mm.bench import published, records
+from replk_mm import published
+from replk_mm.bench import records
 from replk_mm.bench.schema import Row, Suite, Task, fingerprint, now, results_of
 from replk_mm.data.datasets import datasets_of
-from replk_mm.data.demo_writer import META, SCENES, write_demo_data
+from replk_mm.data.scenes.writer import META, SCENES, write_demo_data
 from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError
 

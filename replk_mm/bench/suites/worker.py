@@ -152,7 +152,7 @@ def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', pa
 
 
 if __name__ == '__main__':
-    from replk_mm.cli import setup_process
+    from replk_mm.engine.machine import setup_process
 
     setup_process()
     sys.exit(main(sys.argv[1]))

@@ -1,0 +1,8 @@
+"""Backbones, one family a file."""
+
+from replk_mm.backbones.convnext import ConvNeXt
+from replk_mm.backbones.layers import LayerNorm2d
+from replk_mm.backbones.replknet import RepLKNet
+from replk_mm.backbones.sync_norm import SyncBatchNorm
+
+__all__ = ['ConvNeXt', 'LayerNorm2d', 'RepLKNet', 'SyncBatchNorm']

@@ -1,0 +1,266 @@
+"""ConvNeXt, versions 1 and 2.
+
+"A ConvNet for the 2020s", Liu, Mao, Wu, Feichtenhofer, Darrell, Xie, CVPR 2022, arXiv:2201.03545; global response
+normalization from "ConvNeXt V2", Woo et al., CVPR 2023, arXiv:2301.00808. Written anew from the papers. Arguments and
+names of parameters are mmpretrain's (Apache-2.0), so that its configs and checkpoints work as they are; the authors'
+and timm's checkpoints are converted as they load.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmcv.cnn.bricks import DropPath
+from torch import Tensor
+
+from replk_mm.backbones.layers import (
+    Backbone,
+    build_activation,
+    build_norm,
+    drop_path_rates,
+    resolve_arch,
+    run_checkpointed,
+)
+from replk_mm.ops import DepthwiseConv2d
+from replk_mm.registry import MODELS
+
+
+class GlobalResponseNorm(nn.Module):
+    """Scale each channel by its share of the map's energy. ConvNeXt V2, section 3.2.
+
+    Args:
+        num_channels: Channels of the input.
+        channel_dim: Where they are: -1 for ``(N, H, W, C)``, 1 for ``(N, C, H, W)``.
+        eps: Added to the mean norm. Defaults to 1e-6.
+    """
+
+    def __init__(self, num_channels: int, channel_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(num_channels))
+        self.beta = nn.Parameter(torch.zeros(num_channels))
+        self.channel_dim, self.eps = channel_dim, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self.channel_dim == -1
+        energy = x.norm(p=2, dim=(1, 2) if last else (2, 3), keepdim=True)
+        share = energy / (energy.mean(dim=self.channel_dim, keepdim=True) + self.eps)
+        shape = (-1,) if last else (-1, 1, 1)
+        return self.gamma.view(shape) * (x * share) + self.beta.view(shape) + x
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise convolution, norm, two pointwise layers with an activation between, scaled, added to the input.
+
+    Args:
+        channels: Channels of input and output.
+        kernel_size: Side of the depthwise kernel in pixels.
+        mlp_ratio: Inner channels relative to ``channels``.
+        norm_cfg: Normalization layer.
+        act_cfg: Activation layer.
+        linear_pw_conv: Pointwise layers as ``nn.Linear`` on channels-last data instead of 1x1 convolutions.
+        use_grn: Add :class:`GlobalResponseNorm` after the activation.
+        drop_path: Probability of dropping the branch for a sample.
+        layer_scale_init_value: Start of the learned scale of each channel; no scale if 0.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        mlp_ratio: float,
+        norm_cfg: dict,
+        act_cfg: dict,
+        linear_pw_conv: bool,
+        use_grn: bool,
+        drop_path: float,
+        layer_scale_init_value: float,
+    ) -> None:
+        super().__init__()
+        self.linear_pw_conv = linear_pw_conv
+        width = int(mlp_ratio * channels)
+        self.depthwise_conv = DepthwiseConv2d(channels, kernel_size)
+        self.norm = build_norm(norm_cfg, channels)
+        self.pointwise_conv1 = nn.Linear(channels, width) if linear_pw_conv else nn.Conv2d(channels, width, 1)
+        self.act = build_activation(act_cfg)
+        self.grn = GlobalResponseNorm(width, -1 if linear_pw_conv else 1) if use_grn else None
+        self.pointwise_conv2 = nn.Linear(width, channels) if linear_pw_conv else nn.Conv2d(width, channels, 1)
+        self.gamma = (
+            nn.Parameter(torch.full((channels,), float(layer_scale_init_value))) if layer_scale_init_value > 0 else None
+        )
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.depthwise_conv(x))
+        if self.linear_pw_conv:
+            out = out.permute(0, 2, 3, 1)
+        out = self.act(self.pointwise_conv1(out))
+        if self.grn is not None:
+            out = self.grn(out)
+        out = self.pointwise_conv2(out)
+        if self.linear_pw_conv:
+            out = out.permute(0, 3, 1, 2)
+        if self.gamma is not None:
+            out = out * self.gamma.view(-1, 1, 1)
+        return x + self.drop_path(out)
+
+
+@MODELS.register_module()
+class ConvNeXt(Backbone):
+    """ConvNeXt backbone. A config of ``mmpretrain.ConvNeXt`` works with only the type changed.
+
+    Args:
+        arch: A row of :attr:`arch_settings` by its name, or a dict with its keys. Defaults to ``'tiny'``.
+        kernel_size: Side of the depthwise kernels in pixels, one for all stages or one each; odd. Defaults to 7.
+        in_channels: Channels of the image. Defaults to 3.
+        stem_patch_size: Side and step of the stem's patches in pixels. Defaults to 4.
+        norm_cfg: Normalization layer everywhere. Defaults to ``dict(type='LN2d', eps=1e-6)``.
+        act_cfg: Activation between the pointwise layers. Defaults to ``dict(type='GELU')``.
+        linear_pw_conv: Pointwise layers as ``nn.Linear``, as the authors do. Defaults to True.
+        use_grn: Global response normalization (version 2). Defaults to False.
+        drop_path_rate: Stochastic depth of the last block; block ``i`` of ``n`` has ``i / (n - 1)`` of it. Default: 0.
+        layer_scale_init_value: Start of the learned scale of each block; 0 for none. Defaults to 1e-6.
+        out_indices: Stages whose features are returned, strides ``[1/4, 1/8, 1/16, 1/32]``. Defaults to -1, the last.
+        frozen_stages: Stages to freeze from the first on, with what leads to them; 0 freezes nothing. Defaults to 0.
+        gap_before_final_norm: Average over the map before the output norm, for classification: features are then
+            ``(N, C)``. Defaults to True, which is mmpretrain's; dense prediction needs False.
+        with_cp: Recompute each block in the backward pass: less memory, about a third more time. Defaults to False.
+        norm_eval: Keep BatchNorm layers (of such a ``norm_cfg``) in evaluation mode while training. Defaults to False.
+        out_memory_format: Layout of the returned features: ``'contiguous_format'`` (default), which every operator
+            reads, or ``'preserve_format'``, which copies nothing: on CPUs channels-last memory, faster for heads of
+            convolutions, misread by mmcv's compiled operators (RoIAlign, deformable convolutions).
+        init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's, timm's and our checkpoints. Defaults
+            to a truncated normal of standard deviation 0.02 and zero biases.
+
+    Raises:
+        ValueError: If a value is out of its range, or ``arch`` is unknown or incomplete.
+    """
+
+    arch_settings = {
+        # name:   blocks of the stages, channels
+        'atto': dict(depths=[2, 2, 6, 2], channels=[40, 80, 160, 320]),
+        'femto': dict(depths=[2, 2, 6, 2], channels=[48, 96, 192, 384]),
+        'pico': dict(depths=[2, 2, 6, 2], channels=[64, 128, 256, 512]),
+        'nano': dict(depths=[2, 2, 8, 2], channels=[80, 160, 320, 640]),
+        'tiny': dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768]),
+        'small': dict(depths=[3, 3, 27, 3], channels=[96, 192, 384, 768]),
+        'base': dict(depths=[3, 3, 27, 3], channels=[128, 256, 512, 1024]),
+        'large': dict(depths=[3, 3, 27, 3], channels=[192, 384, 768, 1536]),
+        'xlarge': dict(depths=[3, 3, 27, 3], channels=[256, 512, 1024, 2048]),
+        'huge': dict(depths=[3, 3, 27, 3], channels=[352, 704, 1408, 2816]),
+    }
+    #: What a row may also say: inner channels of a block relative to its own.
+    arch_options: dict = dict(ffn_ratio=4)
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        kernel_size: int | Sequence[int] = 7,
+        in_channels: int = 3,
+        stem_patch_size: int = 4,
+        norm_cfg: dict = dict(type='LN2d', eps=1e-6),  # noqa: B006 (as in RepLKNet)
+        act_cfg: dict = dict(type='GELU'),  # noqa: B006
+        linear_pw_conv: bool = True,
+        use_grn: bool = False,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        out_indices: int | Sequence[int] = -1,
+        frozen_stages: int = 0,
+        gap_before_final_norm: bool = True,
+        with_cp: bool = False,
+        norm_eval: bool = False,
+        out_memory_format: str = 'contiguous_format',
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        settings = resolve_arch(arch, self.arch_settings, self.arch_options, 'ConvNeXt')
+        depths, channels = settings['depths'], settings['channels']
+        kernels = [kernel_size] * len(depths) if isinstance(kernel_size, int) else list(kernel_size)
+        if len(depths) != len(channels):
+            raise ValueError(f'ConvNeXt: depths={depths} and channels={channels} must have one entry a stage')
+        if len(kernels) != len(depths) or any(k < 1 or k % 2 == 0 for k in kernels):
+            raise ValueError(f'ConvNeXt: kernel_size={kernel_size} must be odd, one number or one for each stage')
+        if not 0 <= frozen_stages <= len(depths):
+            raise ValueError(f'ConvNeXt: frozen_stages={frozen_stages} must be in 0..{len(depths)}')
+        if layer_scale_init_value < 0:
+            raise ValueError(f'ConvNeXt: layer_scale_init_value={layer_scale_init_value} must not be negative')
+        super().__init__(
+            out_indices,
+            len(depths),
+            norm_eval,
+            init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0),
+            out_memory_format,
+        )
+        self.frozen_stages = frozen_stages
+        self.gap_before_final_norm = gap_before_final_norm
+        self.with_cp = with_cp
+
+        self.downsample_layers = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.Conv2d(in_channels, channels[0], stem_patch_size, stem_patch_size),
+                    build_norm(norm_cfg, channels[0]),
+                )
+            ]
+        )
+        for width, following in zip(channels, channels[1:], strict=False):
+            self.downsample_layers.append(nn.Sequential(build_norm(norm_cfg, width), nn.Conv2d(width, following, 2, 2)))
+        drop_path = iter(drop_path_rates(drop_path_rate, sum(depths), 'ConvNeXt'))
+        self.stages: Any = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    ConvNeXtBlock(
+                        width,
+                        kernel,
+                        settings['ffn_ratio'],
+                        norm_cfg,
+                        act_cfg,
+                        linear_pw_conv,
+                        use_grn,
+                        next(drop_path),
+                        layer_scale_init_value,
+                    )
+                    for _ in range(depth)
+                )
+            )
+            for depth, width, kernel in zip(depths, channels, kernels, strict=True)
+        )
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', build_norm(norm_cfg, channels[i]))
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Features of an image batch.
+
+        Args:
+            x: ``(N, in_channels, H, W)``.
+
+        Returns:
+            One ``(N, C_i, H / s_i, W / s_i)`` for each of ``out_indices``, ``s = 4, 8, 16, 32``, rounded down; with
+            ``gap_before_final_norm`` one ``(N, C_i)`` each.
+        """
+        x = self._enter(x)
+        outs = []
+        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            x = downsample(x)
+            for block in stage:
+                x = run_checkpointed(block, x, self.with_cp)
+            if i in self.out_indices:
+                norm = getattr(self, f'norm{i}')
+                outs.append(norm(x.mean((2, 3), keepdim=True)).flatten(1) if self.gap_before_final_norm else norm(x))
+        return self._leave(outs)
+
+    def _blocks_of_stages(self) -> list[int]:
+        return [len(stage) for stage in self.stages]
+
+    def _place(self, parts: list[str]) -> tuple[int, int | None] | None:
+        match parts:
+            case ['downsample_layers', stage, *_]:
+                return int(stage), None
+            case ['stages', stage, block, *_]:
+                return int(stage), int(block)
+            case [norm, *_] if norm in {f'norm{i}' for i in self.out_indices}:
+                return None
+        raise ValueError(f'ConvNeXt has no parameter {".".join(parts)!r}')
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        return [*self.downsample_layers[: self.frozen_stages], *self.stages[: self.frozen_stages]]

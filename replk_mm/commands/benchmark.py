@@ -1,0 +1,179 @@
+"""Measure speed and memory beside the same network in plain torch: op, backbone CONFIG, model CONFIG.
+
+Plain torch is the same network and weights with torch's own depthwise convolutions in the default memory layout. Both
+take turns in one run, and their results are compared: exit status 1 if they differ.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import torch
+from mmengine.logging import MMLogger
+
+from replk_mm import cli
+from replk_mm.analysis import benchmark, benchmark_op, benchmark_report
+from replk_mm.analysis.engines import ENGINES
+from replk_mm.analysis.job import Job, default_shape
+from replk_mm.analysis.speed import MIN_ROUNDS
+from replk_mm.engine.machine import keep_freed_memory, prepare_work_dir, select_device
+from replk_mm.errors import command
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f'{text} is not at least {least}')
+        return int(text)
+
+    return number
+
+
+def listed(*known: str) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        found = [name for name in text.split(',') if name]
+        if not found or not set(found) <= set(known):
+            raise argparse.ArgumentTypeError(f'{text!r} is not a list of {",".join(known)}')
+        return list(dict.fromkeys(found))
+
+    return names
+
+
+def arguments() -> argparse.Namespace:
+    p = cli.parser(__doc__, 'python tools/benchmark.py model configs/upernet_replk-nano_ade20k.py --sides 256 512')
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument('--threads', type=cli.positive, metavar='N', help="default: torch's, one for each core")
+    common.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
+    common.add_argument(
+        '--repeats', type=at_least(MIN_ROUNDS), default=15, metavar='N', help='rounds at most (default 15)'
+    )
+    common.add_argument(
+        '--warmup', type=at_least(0), default=2, metavar='N', help='rounds that do not count (default 2)'
+    )
+    common.add_argument(
+        '--seconds',
+        type=float,
+        metavar='S',
+        help='for each measurement: fewer rounds if they take '
+        f'longer, but at least {MIN_ROUNDS} (default 60; op: 2 for each computation)',
+    )
+    common.add_argument('--out', metavar='DIR', help='for table, JSON and plots (default: work_dirs/benchmark/WHAT)')
+    common.add_argument('--json', action='store_true', help='print the JSON, and nothing else, to standard output')
+    sub = p.add_subparsers(dest='what', required=True)
+    op = sub.add_parser('op', parents=[common], help='the depthwise convolution by itself')
+    for name, default, metavar in (
+        ('kernels', [3, 7, 13, 31], 'SIDE'),
+        ('maps', [32, 64, 128], 'SIDE'),
+        ('channels', [128], 'C'),
+        ('batch', [1], 'N'),
+    ):
+        op.add_argument(
+            f'--{name}',
+            type=cli.positive,
+            nargs='+',
+            default=default,
+            metavar=metavar,
+            help=f'default: {" ".join(map(str, default))}',
+        )
+    op.add_argument('--stride', type=cli.positive, default=1, metavar='S')
+    op.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32', help='of plain torch too')
+    op.add_argument('--implementations', nargs='+', default=[], metavar='NAME', help='a row for each of them too')
+    for what, text in (('backbone', "a config's backbone"), ('model', "a config's whole segmentor or detector")):
+        net = sub.add_parser(what, parents=[common], help=text)
+        net.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
+        net.add_argument('--checkpoint', metavar='FILE', help='weights (default: random ones)')
+        net.add_argument(
+            '--mode',
+            type=listed('inference', 'train'),
+            default=['inference', 'train'],
+            metavar='MODES',
+            help='inference, train, or inference,train (default)',
+        )
+        net.add_argument(
+            '--form',
+            choices=['training', 'reparameterized'],
+            default='reparameterized',
+            help='of all networks at inference (default: reparameterized, that is merged and folded)',
+        )
+        size = net.add_mutually_exclusive_group()
+        size.add_argument(
+            '--shape', type=cli.positive, nargs=2, metavar=('H', 'W'), help="in pixels (default: the config's crop)"
+        )
+        size.add_argument('--sides', type=cli.positive, nargs='+', metavar='SIDE', help='several square images')
+        net.add_argument(
+            '--batch',
+            '--batches',
+            type=cli.positive,
+            nargs='+',
+            default=[0],
+            metavar='N',
+            help='images, one number or several (default: 1, or 2 where training needs them)',
+        )
+        net.add_argument(
+            '--dtype',
+            nargs='+',
+            choices=['float32', 'bfloat16'],
+            default=['float32'],
+            help='of our network; plain torch is in float32',
+        )
+        net.add_argument('--compare', type=listed(*ENGINES), default=[], metavar='NAMES', help=f'{",".join(ENGINES)}')
+        net.add_argument('--no-memory', dest='memory', action='store_false', help='do not measure memory')
+        net.add_argument(
+            '--same-allocator',
+            action='store_true',
+            help='let plain torch keep freed memory too (a setting of the C library)',
+        )
+        cli.add_config_options(net)
+    return p.parse_args()
+
+
+def measure(args: argparse.Namespace) -> dict:
+    device, kept = select_device(args.device), keep_freed_memory()
+    # The libraries log what they build; a benchmark has its own notes.
+    MMLogger.get_instance('benchmark', log_level=logging.WARNING)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    if args.what == 'op':
+        points = [
+            benchmark_op.Shape(kernel, size, channels, batch, args.stride)
+            for channels, batch, size, kernel in product(args.channels, args.batch, args.maps, args.kernels)
+        ]
+        record = benchmark_op.run(
+            points, args.dtype, args.implementations, device, args.repeats, args.warmup, args.seconds or 2.0
+        )
+    else:
+        shapes = [(side, side) for side in args.sides or ()]
+        shapes = shapes or [tuple(args.shape or default_shape(args.config, args.cfg_options))]
+        job = Job(
+            args.config,
+            args.what == 'model',
+            form=args.form,
+            options=args.cfg_options,
+            checkpoint=args.checkpoint,
+            device=device,
+            threads=torch.get_num_threads(),
+        )
+        how = benchmark.Settings(
+            args.dtype, args.repeats, args.warmup, args.seconds or 60.0, args.memory, args.compare, args.same_allocator
+        )
+        record = benchmark.run(job, how, args.mode, shapes, args.batch)
+    return {**record, 'environment': benchmark_report.environment(kept)}
+
+
+@command
+def main() -> int:
+    args = arguments()
+    name = 'op' if args.what == 'op' else f'{Path(args.config.rpartition("::")[2]).stem}-{args.what}'
+    out = prepare_work_dir(args.out or Path('work_dirs', 'benchmark', name), option='--out')
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print too
+        record = measure(args)
+        files = benchmark_report.write(record, out)
+    print(
+        benchmark_report.to_json(record)
+        if args.json
+        else f'\n{benchmark_report.text(record)}\n\nwritten: {", ".join(map(str, files))}'
+    )
+    return 0 if benchmark_report.all_equal(record) else 1

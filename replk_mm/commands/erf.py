@@ -1,0 +1,111 @@
+"""Effective receptive field of a backbone: what part of an image contributes to the centre of its feature map.
+
+CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is installed with a package
+(mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). Writes erf.json (areas, protocol), erf.npz (scores of all
+pixels) and erf.png (heat maps), as docs/erf.md defines them. --compare puts measured ones side by side.
+"""
+
+import os
+from pathlib import Path
+
+from replk_mm import cli
+from replk_mm.analysis import erf_report
+from replk_mm.analysis.erf import Erf, measure_erf
+from replk_mm.engine.config import load_config
+from replk_mm.engine.machine import prepare_work_dir
+from replk_mm.errors import command
+from replk_mm.files import write_atomic
+from replk_mm.text import renew as renew_block
+
+
+@command
+def main() -> None:
+    p = cli.parser(
+        __doc__,
+        'python tools/erf.py configs/upernet_replk31b_ade20k.py x.pth --images photos --out erf\n'
+        '  python tools/erf.py --compare erf/31b/erf.json erf/r50/erf.json --out erf',
+    )
+    p.add_argument('config', nargs='?', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
+    p.add_argument(
+        'checkpoint', nargs='?', help='trained checkpoint of that model, merged or not (default: random weights)'
+    )
+    p.add_argument('--out', required=True, metavar='DIR', help='folder for what is written')
+    p.add_argument('--images', type=Path, metavar='DIR', help='folder of images, subfolders included')
+    p.add_argument(
+        '--size',
+        type=cli.positive,
+        default=1024,
+        metavar='N',
+        help='side to which images are resized, in pixels (default: 1024, as in the paper)',
+    )
+    p.add_argument('--count', type=cli.positive, default=50, metavar='N', help='first N images by path (default: 50)')
+    p.add_argument(
+        '--stage', type=int, metavar='N', help="index among the backbone's outputs, from 0 (default: the last)"
+    )
+    p.add_argument('--pretrained', metavar='FILE', help="a backbone's weights, such as an ImageNet classifier's")
+    p.add_argument('--seed', type=int, default=0, metavar='N', help='of random weights (default: 0)')
+    p.add_argument(
+        '--randomize',
+        action='store_true',
+        help='also draw norms and layer scales of random weights, which '
+        'start as constants (a ConvNeXt block is multiplied by 1e-6, and passes nothing on)',
+    )
+    p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
+    cli.add_config_options(p)
+    p.add_argument('--compare', nargs='+', type=Path, metavar='JSON', help='erf.json files: one table, one picture')
+    p.add_argument(
+        '--name', default='erf', metavar='NAME', help='with --compare: write NAME.md and NAME.png (default: erf)'
+    )
+    p.add_argument(
+        '--page',
+        type=Path,
+        metavar='FILE',
+        help='with --compare: renew the block NAME of this page instead of writing NAME.md',
+    )
+    args = p.parse_args()
+    if bool(args.compare) == bool(args.config):
+        p.error('name either a CONFIG or --compare JSON JSON ...')
+    if args.compare:
+        compare(args.compare, prepare_work_dir(args.out, option='--out'), args.name, args.page)
+        return
+    if not args.images:
+        p.error('--images DIR is needed')
+    if args.page:
+        p.error('--page belongs to --compare')
+    cfg = load_config(args.config, args.cfg_options, needs=('model',))
+    found = measure_erf(
+        cfg,
+        args.checkpoint,
+        args.images,
+        args.size,
+        args.count,
+        Path(args.out),
+        args.stage,
+        args.device,
+        pretrained=args.pretrained,
+        seed=args.seed,
+        randomize=args.randomize,
+        progress=True,
+    )
+    erf_report.draw([found], Path(args.out, 'erf.png'))
+    print(erf_report.tables([found]))
+    for note in found.notes():
+        print(note)
+    if found.images < args.count:
+        print(f'--images {args.images}: {found.images} images there, {args.count} asked for')
+    print(f'written: {args.out}')
+
+
+def compare(paths: list[Path], out: Path, name: str, page: Path | None) -> None:
+    """Put measured receptive fields side by side."""
+    found = erf_report.disambiguate([Erf.load(path) for path in paths], paths)
+    text = '\n'.join([erf_report.tables(found), *(f'{remark}  ' for remark in erf_report.remarks(found)), ''])
+    picture = out / f'{name}.png'
+    erf_report.draw(found, picture)
+    if page:
+        link = Path(os.path.relpath(picture, page.parent)).as_posix()
+        renew_block(page, name, f'![Heat maps of effective receptive fields]({link})\n\n{text}')
+    else:
+        page = write_atomic(picture.with_suffix('.md'), text)
+    print(text)
+    print(f'written: {page}, {picture}')

@@ -1,0 +1,32 @@
+"""Merge parallel kernels and fold BatchNorm of a trained checkpoint, after proving that the outputs stay the same."""
+
+from replk_mm import cli
+from replk_mm.engine.config import load_config
+from replk_mm.engine.inference import reparameterize_checkpoint
+from replk_mm.errors import command
+
+
+@command
+def main() -> None:
+    p = cli.parser(
+        __doc__, 'python tools/reparameterize.py configs/upernet_replk-nano_ade20k.py iter_1300.pth merged.pth'
+    )
+    p.add_argument('config', help='config the checkpoint was trained with')
+    p.add_argument('checkpoint', help='trained checkpoint')
+    p.add_argument('out', help='file to write; loads in tools/test.py with the same config')
+    p.add_argument(
+        '--shape',
+        type=cli.positive,
+        nargs=2,
+        default=(64, 64),
+        metavar=('H', 'W'),
+        help='size of the random image of the proof, in pixels (default: 64 64)',
+    )
+    cli.add_config_options(p)
+    args = p.parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    changes, differences = reparameterize_checkpoint(cfg, args.checkpoint, args.out, tuple(args.shape))
+    print(changes)
+    for difference in differences:
+        print(difference)
+    print(f'written: {args.out}')

@@ -1,0 +1,47 @@
+"""Measure whether a trained segmentation network decides by shape or by texture: docs/shape_bias.md."""
+
+from pathlib import Path
+
+from replk_mm import cli
+from replk_mm.analysis.shape_bias import DEFINITION, measure
+from replk_mm.engine.config import load_config
+from replk_mm.errors import command
+from replk_mm.text import text_table
+
+
+@command
+def main() -> None:
+    p = cli.parser(
+        __doc__,
+        'python tools/shape_bias.py configs/upernet_replk-nano_demo.py iter_600.pth '
+        '--data-root data/conflict --out out',
+    )
+    p.add_argument('config', help='config the checkpoint was trained with')
+    p.add_argument('checkpoint', help='trained on objects with both cues: file or address')
+    p.add_argument(
+        '--data-root',
+        required=True,
+        type=Path,
+        metavar='DIR',
+        help='what tools/make_demo_data.py DIR --scenes conflict wrote',
+    )
+    p.add_argument(
+        '--out', required=True, type=Path, metavar='DIR', help='folder for shape_bias.json and shape_bias.png'
+    )
+    p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
+    cli.add_config_options(p)
+    args = p.parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    bias = measure(cfg, args.checkpoint, args.data_root, args.out, args.device)
+    values = bias.values()
+    rows = [('shape of', 'by shape', 'by texture', 'other', 'shape bias')]
+    for name, row in (*values['per_class'].items(), ('all', values)):
+        share = '-' if row['shape_bias'] is None else f'{row["shape_bias"]:.3f}'
+        rows.append((name, *(str(row[key]) for key in ('shape_decisions', 'texture_decisions', 'other')), share))
+    print(f'{text_table(rows)}\nshape bias: {DEFINITION}')
+    if bias.agreeing:
+        print(
+            f'where shape and texture agree, {100 * values["agreeing_accuracy"]:.1f} % of '
+            f'{values["agreeing_objects"]} objects are decided right: shape bias is meaningful only if most are'
+        )
+    print(f'written: {args.out / "shape_bias.json"}, {args.out / "shape_bias.png"}')

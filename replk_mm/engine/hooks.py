@@ -1,0 +1,147 @@
+"""mmengine's checkpoint hook, which deletes a checkpoint only when the one that replaces it is written."""
+
+import json
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmengine.dist import all_reduce_dict, broadcast, get_world_size, is_main_process, master_only
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
+from rich.console import Console
+from rich.table import Table
+
+from replk_mm.engine.wrappers import bare, each
+from replk_mm.registry import HOOKS
+
+#: Key of the message hub: the checkpoint that a signal caused, which stays until the next regular one is written.
+INTERIM = 'interim_checkpoint'
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMEngineCheckpointHook):
+    """Save checkpoints. Arguments are those of :class:`mmengine.hooks.CheckpointHook`.
+
+    mmengine deletes the oldest checkpoint before it writes the next, so that a full disk would leave neither.
+
+    Attributes:
+        saved_iter: Iterations done when the last checkpoint that can be resumed was written, -1 if there was none.
+    """
+
+    keep_ckpt_ids: deque
+    file_backend: Any
+    saved_iter = -1
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        ids = self.keep_ckpt_ids if self.max_keep_ckpts > 0 else deque()
+        outdated = []
+        if len(ids) == self.max_keep_ckpts and ids[-1] != step:
+            outdated.append(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(ids.popleft())))
+        interim = runner.message_hub.get_info(INTERIM)
+        if interim:
+            outdated.append(str(Path(runner.work_dir, Path(interim).name)))
+        runner.message_hub.update_info(INTERIM, None)
+        super()._save_checkpoint_with_step(runner, step, meta)
+        if self.save_optimizer and self.save_param_scheduler:
+            self.saved_iter = meta['iter']
+        for path in outdated if is_main_process() else ():
+            if Path(path).name != Path(str(self.last_ckpt)).name and self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+
+
+@HOOKS.register_module()
+class ProcessesHook(Hook):
+    """Log the losses of the whole batch, and validate the network that checkpoints hold.
+
+    Every process computes the losses of its own images, and mmengine would log those of rank 0. BatchNorm that is not
+    synchronized has other running statistics in every process; checkpoints hold those of rank 0, so all validate with
+    them.
+    """
+
+    priority = 'HIGHEST'  # before the hook that notes the losses
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Put the means over all processes into ``outputs``."""
+        if outputs and get_world_size() > 1:
+            means = {name: torch.as_tensor(value).detach().double() for name, value in outputs.items()}
+            all_reduce_dict(means, 'mean')
+            outputs.update(means)
+
+    def before_val(self, runner: Runner) -> None:
+        """Give every process the buffers of rank 0."""
+        if get_world_size() > 1:
+            for buffer in runner.model.buffers():
+                broadcast(buffer)
+
+
+COLUMNS = ('group', 'lr', 'weight_decay', 'tensors', 'parameters', 'first', 'last')
+
+
+@HOOKS.register_module()
+class ParameterGroupsHook(Hook):
+    """Write ``parameter_groups.txt`` and ``.json`` to the work directory when training begins, after any resuming."""
+
+    @master_only
+    def before_train(self, runner: Runner) -> None:
+        """Write both."""
+        write_parameter_groups(runner.optim_wrapper, runner.model, Path(runner.work_dir, 'parameter_groups.txt'))
+
+
+def parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module) -> list[dict[str, Any]]:
+    """What the optimizer does with which parameters, one row for all groups of the same settings.
+
+    Args:
+        optim_wrapper: Any optimizer wrapper, several of them in mmengine's ``OptimWrapperDict`` included.
+        model: The model whose parameters it has, wrapped for distributed training or not.
+
+    Returns:
+        Rows in the order of the optimizer, the keys of which are :data:`COLUMNS`: ``group`` is the name that a
+        constructor gave, or ``'-'``; ``lr`` is the rate that schedules start from; ``tensors`` counts parameters,
+        ``parameters`` their values; ``first`` and ``last`` are names. The last row, ``'frozen'``, is for what no group
+        has, if there is any.
+    """
+    names = {id(param): name for name, param in reversed(list(bare(model).named_parameters(remove_duplicate=False)))}
+    rows: dict[tuple, list[nn.Parameter]] = {}
+    # Not the wrapper's own groups, to which mmengine adds one of no parameter of the model for its log.
+    for group in (group for wrapper in each(optim_wrapper) for group in wrapper.optimizer.param_groups):
+        settings = group.get('group_name', '-'), group.get('initial_lr', group['lr']), group.get('weight_decay', 0.0)
+        rows.setdefault(settings, []).extend(group['params'])
+    taken = {id(param) for params in rows.values() for param in params}
+    frozen = [param for param in model.parameters() if id(param) not in taken]
+    if frozen:
+        rows['frozen', 0.0, 0.0] = frozen
+    return [
+        dict(
+            zip(
+                COLUMNS,
+                (*settings, len(params), sum(p.numel() for p in params), names[id(params[0])], names[id(params[-1])]),
+                strict=True,
+            )
+        )
+        for settings, params in rows.items()
+    ]
+
+
+def write_parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module, path: str | Path) -> None:
+    """Write :func:`parameter_groups` as a table to ``path``, and as JSON beside it.
+
+    Args:
+        optim_wrapper: Any optimizer wrapper.
+        model: The model whose parameters it has.
+        path: The table's file; the other has the suffix ``.json``.
+    """
+    rows = parameter_groups(optim_wrapper, model)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify='left' if column in ('group', 'first', 'last') else 'right', no_wrap=True)
+    for row in rows:
+        table.add_row(*(f'{value:.6g}' if isinstance(value, float) else str(value) for value in row.values()))
+    with Path(path).open('w') as file:
+        Console(file=file, width=1000).print(table)
+    Path(path).with_suffix('.json').write_text(json.dumps(rows, indent=1) + '\n')

@@ -1,0 +1,185 @@
+"""Load a trained checkpoint into a whole segmentor or detector, merged or not."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch.nn as nn
+from mmengine.config import Config
+from mmengine.logging import print_log
+
+from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import TRAINING_ONLY, LoadReport, copy_weights, guess_cause, read, reparameterization_of
+from replk_mm.checkpoints.key_formats import convert, unwrap
+from replk_mm.data.checks.classes import advice_of, trained_on
+from replk_mm.data.classes import classes_of, listed, set_classes
+from replk_mm.data.datasets import datasets_of
+from replk_mm.deploy.equivalence import compare
+from replk_mm.deploy.reparameterize import Changes, reparameterize
+from replk_mm.engine.config import build_model, fit_to_machine
+from replk_mm.errors import UserError
+from replk_mm.files import sha256
+from replk_mm.ops import pack
+
+
+def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
+    """Give a config the classes that a checkpoint was trained on, where it has others.
+
+    Args:
+        cfg: Changed in place.
+        checkpoint: Path or address.
+
+    Returns:
+        What was changed, a line each.
+    """
+    names = trained_on(read(checkpoint).get('meta') or {})
+    scope = cfg.get('default_scope', 'mmengine')
+    if not names or all(list(classes_of(dataset, scope) or ()) == names for dataset in datasets_of(cfg, ('test',))):
+        return []
+    return [f'classes: the {len(names)} that {checkpoint} was trained on: {listed(names)}', *set_classes(cfg, names)]
+
+
+def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, dict]:
+    """Set all weights that inference needs, of a whole segmentor or detector (or a bare backbone).
+
+    A merged checkpoint brings ``model`` to its own structure first.
+
+    Args:
+        model: Built from the config; changed in place.
+        checkpoint: Path or address.
+
+    Returns:
+        The report, and the checkpoint's ``meta``.
+
+    Raises:
+        UserError: If the file cannot be read, or leaves a weight that inference uses unset.
+    """
+    loaded = read(checkpoint)
+    found = convert(unwrap(loaded, str(checkpoint)))
+    whole = hasattr(model, 'backbone')
+    weights = {f'backbone.{key}': value for key, value in found.backbone.items()} if whole else found.backbone
+    weights = {**weights, **found.rest}
+    how = reparameterization_of(loaded, weights)
+    if how:
+        reparameterize(model, **how, inplace=True)
+    report = copy_weights(model, weights, parts=whole)
+    report.missing = [
+        key for key in report.missing if not key.startswith(TRAINING_ONLY) and not key.endswith('num_batches_tracked')
+    ]
+    # Heads that only train, and statistics of a classifier, may be more than the model has.
+    surplus = [key for key in report.unexpected if not key.startswith(TRAINING_ONLY)]
+    mismatched = [key for key, *_ in report.mismatched if not key.startswith(TRAINING_ONLY)]
+    if report.missing or mismatched or surplus:
+        raise UserError(
+            f'{checkpoint}: does not fit this config: {report.summary()}\n{report.details()}\n'
+            f'{guess_cause(report, found, whole)}{advice_of(loaded.get("meta") or {})}'
+        )
+    print_log(
+        f'weights {checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; {report.summary()}',
+        logger='current',
+    )
+    return report, loaded.get('meta') or {}
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A network that is ready to predict, and how it came to be.
+
+    Attributes:
+        model: In evaluation mode, on its device.
+        meta: The checkpoint's own record; empty for random weights.
+        report: How many weights the checkpoint set, of each part; None for random weights.
+        changes: What reparameterization did; None if it was not asked for.
+        notes: What was changed in the config, a line each.
+    """
+
+    model: nn.Module
+    meta: dict = field(default_factory=dict)
+    report: LoadReport | None = None
+    changes: Changes | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def build_for_inference(
+    cfg: Config,
+    checkpoint: str | Path | None = None,
+    *,
+    device: str = 'cpu',
+    reparam: bool = False,
+    classes: bool = True,
+    packed: bool = True,
+) -> Inference:
+    """Build the model of a config and load a trained checkpoint into it.
+
+    Args:
+        cfg: The config it was trained with; changed in place to fit the checkpoint's classes and this machine.
+        checkpoint: Path or address, merged or not; None keeps random weights.
+        device: ``'cpu'`` or ``'cuda'``.
+        reparam: Merge parallel kernels and fold BatchNorm.
+        classes: Take the classes that the checkpoint was trained on.
+        packed: Keep the weights of convolutions in the form that CPUs compute with, see :func:`replk_mm.ops.pack`.
+
+    Raises:
+        UserError: If the model cannot be built or the checkpoint does not fit.
+    """
+    notes = adopt_classes(cfg, checkpoint) if checkpoint and classes else []
+    notes += fit_to_machine(cfg, None, device, 1)
+    if 'backbone' in cfg.model:
+        cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
+    model = build_model(cfg)
+    built = (
+        load_for_inference(model, checkpoint, reparam=reparam)
+        if checkpoint
+        else Inference(model, changes=reparameterize(model, inplace=True)[1] if reparam else None)
+    )
+    model.to(device).eval()
+    if packed:
+        pack(model)
+    return replace(built, notes=notes)
+
+
+def load_for_inference(model: nn.Module, checkpoint: str | Path, *, reparam: bool = False) -> Inference:
+    """The second half of :func:`build_for_inference`, for a model that a runner has built; changed in place."""
+    report, meta = load_model(model, checkpoint)
+    return Inference(model, meta, report, reparameterize(model, inplace=True)[1] if reparam else None)
+
+
+def reparameterize_checkpoint(
+    cfg: Config, checkpoint: str, out: str | Path, shape: tuple[int, int] = (64, 64)
+) -> tuple[Changes, list]:
+    """Merge and fold a trained checkpoint, prove that it computes the same, and write it.
+
+    Args:
+        cfg: The config it was trained with.
+        checkpoint: Path or address, in training form (or merged already: then it is written again as it is).
+        out: File to write. Nothing is written if the proof fails.
+        shape: Height and width of the random image of the proof, in pixels.
+
+    Returns:
+        What was changed, and the differences found.
+
+    Raises:
+        UserError: If the checkpoint does not fit, the outputs differ beyond the tolerance, or ``out`` cannot be
+            written.
+    """
+    checkpoints.keep_apart(checkpoint, out)
+    built = build_for_inference(cfg, checkpoint, packed=False)
+    model, meta = built.model, built.meta
+    merged, changes = reparameterize(model)
+    differences = compare(model, merged, (1, 3, *shape))
+    if not all(d.ok for d in differences):
+        raise UserError(
+            f'{checkpoint}: the merged network computes something else, nothing was written\n'
+            + '\n'.join(map(str, differences))
+        )
+    former = checkpoints.reparameterization_of({'meta': meta}, merged.state_dict()) or {}
+    record = dict(
+        merge=bool(changes.merged) or former.get('merge', True),
+        fold=True,
+        source=str(checkpoint),
+        source_sha256=sha256(checkpoints.fetch(checkpoint)),
+        differences=[dict(dtype=str(d.dtype), absolute=d.absolute, relative=d.relative) for d in differences],
+    )
+    plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float, bool, dict, list, tuple))}
+    meta = {**plain, 'replk_mm': {'reparameterized': record}}
+    checkpoints.save({'meta': meta, 'state_dict': merged.state_dict()}, out)
+    return changes, differences

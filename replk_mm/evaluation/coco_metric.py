@@ -1,0 +1,192 @@
+"""COCO's detection metrics that keep the figures of every class, unrounded."""
+
+import contextlib
+import io
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from mmdet.datasets.api_wrappers import COCO, COCOeval
+from mmdet.evaluation import CocoMetric as MMDetCocoMetric
+from mmengine.fileio import load
+from mmengine.logging import print_log
+
+from replk_mm.data.coco_dataset import categories_by_name
+from replk_mm.errors import UserError
+from replk_mm.evaluation.gather import GatheringMetric
+from replk_mm.registry import METRICS
+
+#: Figures of ``COCOeval.stats`` by mmdet's names: all of them averages over IoU 0.5 to 0.95 unless named otherwise.
+_STATS = {'mAP': 0, 'mAP_50': 1, 'mAP_75': 2, 'mAP_s': 3, 'mAP_m': 4, 'mAP_l': 5}
+
+
+@METRICS.register_module()
+class CocoMetric(GatheringMetric, MMDetCocoMetric):
+    """mmdet's COCO metric, computed by pycocotools on the very file of results that it writes, and not rounded.
+
+    Names and meaning are mmdet's: fractions, at most 100 detections an image; NaN where the annotations contain no
+    object of that size, 0 where a model finds nothing. Classes are matched by name, as in :class:`CocoDataset`; those
+    that the annotation file lacks are left out. The arguments are those of mmdet's metric that keep COCO's own
+    settings; ``type='CocoMetric'``, which is mmdet's, takes the others.
+
+    Args:
+        ann_file: File of the annotations; None for those of the data samples.
+        metric: ``'bbox'``, ``'segm'`` or a list of them.
+        classwise: Also report ``{class}_precision`` for every class.
+        format_only: Write the files of results and compute nothing.
+        outfile_prefix: Path and beginning of the name of the files of results; None for a temporary folder.
+        backend_args: Of mmengine's file backend.
+        collect_device: See :class:`GatheringMetric`.
+        prefix: Of the names of the figures. Defaults to ``'coco'``.
+
+    Raises:
+        UserError: If ``metric`` names another one.
+
+    Attributes:
+        per_class: ``{class: {'bbox_mAP', 'bbox_mAP_50', ..., 'instances'}}`` of the annotated classes; fractions, and
+            the number of annotated objects without crowds.
+    """
+
+    _coco_api: COCO | None
+    cat_ids: list[int] | None
+
+    def __init__(
+        self,
+        ann_file: str | None = None,
+        metric: str | list[str] = 'bbox',
+        classwise: bool = False,
+        format_only: bool = False,
+        outfile_prefix: str | None = None,
+        backend_args: dict | None = None,
+        collect_device: str = 'gpu',
+        prefix: str | None = None,
+    ) -> None:
+        names = [metric] if isinstance(metric, str) else list(metric)
+        if not set(names) <= {'bbox', 'segm'}:
+            raise UserError(
+                f"replk_mm.CocoMetric: metric={metric!r}; it computes 'bbox' and 'segm'\n"
+                f"Use type='CocoMetric', which is mmdet's, for others."
+            )
+        super().__init__(
+            ann_file=ann_file,
+            metric=names,
+            classwise=classwise,
+            format_only=format_only,
+            outfile_prefix=outfile_prefix,
+            backend_args=backend_args,
+            collect_device=collect_device,
+            prefix=prefix,
+        )
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Metrics from the ground truth and detections of all images.
+
+        Raises:
+            UserError: If masks are to be scored and the model has found none.
+        """
+        truths, found = zip(*results, strict=True)
+        if 'segm' in self.metrics and 'masks' not in found[0]:
+            raise UserError(
+                "evaluator: metric 'segm' scores masks, and the model finds boxes only\n"
+                "Set metric='bbox' in val_evaluator and test_evaluator."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            prefix = self.outfile_prefix or f'{folder}/results'
+            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            with _quiet():
+                if self._coco_api is None:
+                    self._coco_api = COCO(self.gt_to_coco_json(truths, prefix))
+            self.img_ids = self._coco_api.get_img_ids()
+            by_label = categories_by_name(self._coco_api, self.dataset_meta['classes'])
+            # In the order in which pycocotools hands out its figures.
+            self.cat_ids = sorted(category for category in by_label if category is not None)
+            kept = [self._of_known_categories(result, by_label) for result in found]
+            files = self.results2json(kept, prefix)
+            if self.format_only:
+                return {}
+            metrics: dict[str, float] = {}
+            for kind in self.metrics:
+                metrics.update(self._evaluate(kind, files[kind]))
+        width = max([len(name) for name in self.per_class], default=0)
+        print_log(
+            '\n'.join(
+                [
+                    f'{len(self.per_class)} of {len(self.dataset_meta["classes"])} classes are annotated:',
+                    *(
+                        f'  {name:{width}}  '
+                        + '  '.join(
+                            f'{value} objects' if key == 'instances' else f'{key} {value:.3f}'
+                            for key, value in figures.items()
+                        )
+                        for name, figures in self.per_class.items()
+                    ),
+                ]
+            ),
+            logger='current',
+        )
+        if self.classwise:  # as mmdet names them
+            metrics.update(
+                {f'{name}_precision': figures[f'{self.metrics[-1]}_mAP'] for name, figures in self.per_class.items()}
+            )
+        return metrics
+
+    def _of_known_categories(self, result: dict, by_label: list[int | None]) -> dict:
+        """Detections of the classes that the annotation file has, their labels as places in ``cat_ids``; mmdet fails on
+        others."""
+        assert self.cat_ids is not None
+        keep = [i for i, label in enumerate(result['labels']) if by_label[label] is not None]
+        chosen = {key: value if key == 'img_id' else [value[i] for i in keep] for key, value in result.items()}
+        return {**chosen, 'labels': [self.cat_ids.index(by_label[label]) for label in chosen['labels']]}
+
+    def _evaluate(self, kind: str, file: str) -> dict[str, float]:
+        assert self._coco_api is not None and self.cat_ids is not None
+        detections = self._detections(file, kind)
+        with _quiet() as table:
+            evaluation = COCOeval(self._coco_api, detections, kind)
+            evaluation.params.catIds, evaluation.params.imgIds = self.cat_ids, self.img_ids
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        lines = [line for line in table.getvalue().splitlines() if line.startswith(' Average')]
+        print_log('\n'.join([f'{kind}:', *lines]), logger='current')
+        # (IoU, recall, class, area, most detections); -1 where there is nothing to find
+        precision = evaluation.eval['precision'][:, :, :, 0, -1]
+        for i, category in enumerate(self.cat_ids):
+            of_class = np.where(precision[:, :, i] < 0, np.nan, precision[:, :, i])
+            if np.isnan(of_class).all():
+                continue
+            objects = self._coco_api.loadAnns(self._coco_api.getAnnIds(catIds=[category], iscrowd=False))
+            self.per_class.setdefault(self._coco_api.cats[category]['name'], dict(instances=len(objects))).update(
+                {
+                    f'{kind}_mAP': float(of_class.mean()),
+                    f'{kind}_mAP_50': float(of_class[0].mean()),
+                    f'{kind}_mAP_75': float(of_class[5].mean()),
+                }
+            )
+        return {
+            f'{kind}_{name}': float(evaluation.stats[i]) if evaluation.stats[i] >= 0 else float('nan')
+            for name, i in _STATS.items()
+        }
+
+    def _detections(self, file: str, kind: str) -> COCO:
+        assert self._coco_api is not None
+        found = load(file)
+        for detection in found if kind == 'segm' else ():
+            detection.pop('bbox', None)  # pycocotools would take the box's area for the mask's
+        with _quiet():
+            if found:
+                return self._coco_api.loadRes(found)
+            # pycocotools and mmdet refuse to evaluate a model that finds nothing, which an untrained one does.
+            empty = COCO()
+            empty.dataset = dict(
+                images=self._coco_api.dataset['images'], annotations=[], categories=self._coco_api.dataset['categories']
+            )
+            empty.createIndex()
+        return empty
+
+
+@contextlib.contextmanager
+def _quiet():
+    """pycocotools prints what it does; the caller gets it as text."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        yield text

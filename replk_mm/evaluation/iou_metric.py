@@ -1,0 +1,89 @@
+"""Segmentation metrics that keep the figures of every class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from mmengine.logging import print_log
+from mmseg.evaluation.metrics import IoUMetric as MMSegIoUMetric
+from PIL import Image
+
+from replk_mm.evaluation.gather import GatheringMetric
+from replk_mm.registry import METRICS
+
+
+@METRICS.register_module()
+class IoUMetric(GatheringMetric, MMSegIoUMetric):
+    """mmseg's IoU metric, which also reports ``mIoU_present`` and lists the classes in the labels only.
+
+    ``mIoU`` averages over the classes that occur in the labels or in the predictions; ``mIoU_present`` over those in
+    the labels, which is what compares on a data set that holds a few of the classes only.
+
+    Args:
+        images_root: Folder of the images; predictions are written in the folders that images have below it. Defaults to
+            one folder for all, in which images of one name overwrite each other.
+
+    Attributes:
+        per_class: ``{class: {'IoU', 'Acc', 'pixels'}}`` of the classes in the labels; percentages, and the number of
+            labelled pixels.
+    """
+
+    output_dir: str | None
+
+    def __init__(self, *args, images_root: str | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.images_root = images_root
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """Count the pixels of each image, and write its prediction if there is an ``output_dir``."""
+        folder, self.output_dir = self.output_dir, None  # mmseg would write into one folder
+        super().process(data_batch, data_samples)
+        self.output_dir = folder
+        if folder is not None:
+            for sample in data_samples:
+                self._write(sample, Path(folder))
+
+    def _write(self, sample: dict, place: Path) -> None:
+        path = Path(sample['img_path'])
+        if self.images_root is not None:
+            folder, root = path.resolve().parent, Path(self.images_root).resolve()
+            place /= folder.relative_to(root) if folder.is_relative_to(root) else ''
+        place.mkdir(parents=True, exist_ok=True)
+        # Labels that lost their zero when they were read get it back, as mmseg writes them.
+        labels = sample['pred_sem_seg']['data'].squeeze().cpu().numpy() + int(sample.get('reduce_zero_label', False))
+        Image.fromarray(labels.astype(np.uint8)).save(place / f'{path.stem}.png')
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Metrics in percent from the histograms of all images."""
+        if self.format_only:
+            return super().compute_metrics(results)
+        # float32 counts whole numbers up to 16.7 million only: pixels of a class are more.
+        totals = [sum(part.double() for part in histograms) for histograms in zip(*results, strict=True)]
+        found = self.total_area_to_metrics(*totals, self.metrics, self.nan_to_num, self.beta)
+        metrics = {
+            name if name == 'aAcc' else f'm{name}': 100 * float(np.nanmean(values)) for name, values in found.items()
+        }
+
+        intersect, union, _, label = (np.asarray(total, dtype=np.float64) for total in totals)
+        present = np.flatnonzero(label)
+        names = self.dataset_meta['classes']
+        self.per_class = {
+            names[i]: dict(IoU=100 * intersect[i] / union[i], Acc=100 * intersect[i] / label[i], pixels=int(label[i]))
+            for i in present
+        }
+        if len(present):
+            metrics['mIoU_present'] = float(np.mean([c['IoU'] for c in self.per_class.values()]))
+        print_log(
+            '\n'.join(
+                [
+                    f'{len(present)} of {len(names)} classes are in the labels:',
+                    *(
+                        f'  {name:20} IoU {c["IoU"]:6.2f}  Acc {c["Acc"]:6.2f}  '
+                        f'{100 * c["pixels"] / label.sum():5.1f} % of pixels'
+                        for name, c in self.per_class.items()
+                    ),
+                ]
+            ),
+            logger='current',
+        )
+        return metrics

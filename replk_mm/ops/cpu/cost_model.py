@@ -1,0 +1,269 @@
+"""Which implementation computes what: forced by name, or the one that a small measured model expects to be fastest.
+
+The model holds rates measured on one machine (two cores with AVX-512, torch 2.13); only their ratios matter, which
+differ little between machines with AVX-512. A formula rather than a trial at run time, because the same shapes then
+always take the
+same path: two runs, or a run and its resumption, agree bit by bit.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple
+
+from mmengine.logging import print_log
+
+from replk_mm.errors import UserError
+from replk_mm.ops.cpu import spatial, spectral
+from replk_mm.ops.problem import Problem
+
+#: Names of the implementations of each computation.
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    'forward': ('native', 'channels_last', 'padded', 'fft'),
+    'grad_input': ('native', 'channels_last', 'padded', 'fft'),
+    'grad_weight': ('native', 'grad_kernel', 'grad_kernel_channels_last', 'fft'),
+}
+#: Environment variable that forces implementations: one name, or ``forward=fft,grad_weight=native``.
+VARIABLE = 'REPLK_MM_DEPTHWISE'
+
+_forced: ContextVar[str | None] = ContextVar('replk_mm_depthwise', default=None)
+
+
+class Plan(NamedTuple):
+    """An implementation for each computation.
+
+    Attributes:
+        forward: Of the output.
+        grad_input: Of the gradient of the input.
+        grad_weight: Of the gradient of the weight.
+    """
+
+    forward: str
+    grad_input: str
+    grad_weight: str
+
+    def __str__(self) -> str:
+        return f'forward {self.forward}, input gradient {self.grad_input}, weight gradient {self.grad_weight}'
+
+
+@contextmanager
+def implementation(spec: str | None) -> Iterator[None]:
+    """Force implementations within this thread and context.
+
+    Args:
+        spec: A name of :data:`IMPLEMENTATIONS` for every computation that has it, ``'forward=fft,grad_weight=native'``
+            for some, ``'auto'`` for the model's choice, or None for what the environment says. Layers that are computed
+            again in the backward pass (``with_cp``) need the backward pass within the context too.
+
+    Raises:
+        ValueError: If it names what does not exist.
+    """
+    _parse(spec or '')
+    token = _forced.set(spec)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def plan(problem: Problem, spec: str | None = None, kept: bool = False) -> Plan:
+    """The implementations for ``problem``: forced by ``spec``, :func:`implementation` or the environment, or chosen.
+
+    A forced one that does not apply to the problem (a spectrum with a stride) leaves the choice to the model.
+
+    Args:
+        problem: The shapes.
+        spec: See :func:`implementation`.
+        kept: Whether the kernels' spectra are kept from one call to the next.
+
+    Raises:
+        ValueError: If ``spec`` or :func:`implementation` names what does not exist.
+        UserError: If the environment does.
+    """
+    spec = spec or _forced.get()
+    if spec:
+        return _plan(problem, spec, kept)
+    try:
+        return _plan(problem, os.environ.get(VARIABLE, ''), kept)
+    except ValueError as error:
+        raise UserError(f'environment: {error}') from error
+
+
+@cache
+def _plan(problem: Problem, spec: str, kept: bool) -> Plan:
+    forced, expected = _parse(spec), milliseconds(problem, kept)
+    chosen: dict[str, str] = {}
+    for computation in ('forward', 'grad_weight', 'grad_input'):
+        times = dict(expected[computation])
+        if computation == 'grad_input' and chosen['grad_weight'] == 'fft' and 'fft' in times:
+            times['fft'] -= _transform(problem, problem.out)  # the spectrum of the output's gradient is there already
+        name = forced.get(computation, '')
+        chosen[computation] = name if name in times else min(times, key=times.__getitem__)
+    found = Plan(**chosen)
+    decision = problem.kernel, problem.dtype, problem.channels_last, found
+    if decision not in _announced:  # other sizes with the same outcome say nothing new
+        _announced.add(decision)
+        why = (
+            spec
+            if forced
+            else 'expected ms '
+            + '; '.join(
+                f'{name.replace("grad_", "gradient of the ")} {_table(times)}' for name, times in expected.items()
+            )
+        )
+        print_log(f'depthwise convolution {problem}: {found} ({why})', 'current', logging.INFO)
+    return found
+
+
+#: Kernel, dtype, layout and plan of the decisions that the log has a line for.
+_announced: set[tuple] = set()
+
+
+def _table(times: dict[str, float]) -> str:
+    return ', '.join(f'{name} {ms:.2f}' for name, ms in sorted(times.items(), key=lambda item: item[1]))
+
+
+def _parse(spec: str) -> dict[str, str]:
+    if spec in ('', 'auto'):
+        return {}
+    forced: dict[str, str] = {}
+    for part in spec.split(','):
+        computation, equals, name = (text.strip() for text in part.partition('='))
+        if not equals:
+            name = computation
+        concerned = [c for c in IMPLEMENTATIONS if (not equals or c == computation) and name in IMPLEMENTATIONS[c]]
+        if not concerned:
+            raise ValueError(
+                f'{VARIABLE} (or implementation=): {spec!r} names nothing that exists; use auto, a name, or '
+                f'COMPUTATION=NAME,... of ' + '; '.join(f'{c}: {", ".join(n)}' for c, n in IMPLEMENTATIONS.items())
+            )
+        forced.update(dict.fromkeys(concerned, name))
+    return forced
+
+
+# The model: rates in GFLOP/s (a multiply-add is two operations), copies in gigabytes of the tensor a second, transforms
+# in picoseconds times S^2 log2 S^2; all of two threads.
+
+_RATES: dict[str, dict[int, float]] = {  # by kernel side, the last one holds for all beyond
+    'channels_last': {1: 15, 3: 45, 5: 85, 7: 110, 9: 110, 11: 85, 13: 44, 15: 140, 21: 155},
+    'padded': {1: 10, 3: 22, 5: 66, 7: 88, 9: 106, 11: 130, 13: 136, 15: 118},
+    'grad_kernel': {1: 10, 3: 30, 5: 55, 7: 60, 9: 70, 13: 85, 15: 97},
+    'grad_kernel_channels_last': {1: 10, 3: 40, 5: 70, 7: 75, 11: 75, 13: 85, 15: 105, 21: 118, 31: 115},
+    'native grad_input': {1: 10, 3: 40, 5: 60, 7: 70, 13: 50, 27: 75, 31: 110},
+    'native grad_weight': {1: 10, 3: 35, 4: 3, 9: 2.5},
+    'native grad_weight channels_last': {1: 20, 3: 50, 4: 5, 5: 5.5, 7: 9, 9: 12, 13: 3, 15: 2.5},
+}
+_TRANSPOSE, _COPY = 3.5, 20.0
+_FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 118.0, 162.0
+#: Milliseconds of a call of one of torch's operators, which a block of spectra needs a dozen of.
+_CALL = 0.006
+#: Threads divide arithmetic evenly, copies by their number to this power (1.6 from one to two), calls not at all.
+_COPIES_SCALE = 0.7
+
+
+def _rate(table: str, side: int) -> float:
+    known = _RATES[table]
+    below = max((k for k in known if k <= side), default=min(known))
+    above = min((k for k in known if k >= side), default=below)
+    if below == above:
+        return known[below]
+    share = (side - below) / (above - below)
+    return known[below] * (1 - share) + known[above] * share
+
+
+def _bytes(problem: Problem, size: tuple[int, int]) -> int:
+    return problem.batch * problem.channels * size[0] * size[1] * problem.dtype.itemsize
+
+
+def _copied(problem: Problem, size: tuple[int, int], gigabytes: float) -> float:
+    return _bytes(problem, size) / gigabytes * 1e-6 * (2 / problem.threads) ** _COPIES_SCALE
+
+
+def _transposed(problem: Problem, size: tuple[int, int]) -> float:
+    return _copied(problem, size, _TRANSPOSE)
+
+
+def _transform(problem: Problem, area: tuple[int, int], picoseconds: float = _FORWARD_TRANSFORM) -> float:
+    """Milliseconds of all maps' transforms, with the copy of their ``area`` in or out."""
+    pixels = math.prod(spectral.transform_size(problem))
+    maps = problem.batch * problem.channels
+    blocks = 4 * maps * pixels / spectral.BLOCK_BYTES
+    copied = _copied(problem, area, _TRANSPOSE if problem.channels_last else _COPY)
+    short = 1 + 20 / math.sqrt(pixels)  # the shorter the rows, the less efficient their transforms
+    work = maps * pixels * math.log2(pixels) * short * picoseconds * 1e-9 * 2 / problem.threads
+    return work + copied + (1 + blocks) * 4 * _CALL
+
+
+def _rows_inside(problem: Problem) -> float:
+    """Share of the kernel's rows on the map; oneDNN's channels-last kernels skip those on the padding."""
+    (height, _), (kernel, _), (stride, _), (padding, _), (dilation, _) = (
+        problem.size,
+        problem.kernel,
+        problem.stride,
+        problem.padding,
+        problem.dilation,
+    )
+    rows = problem.out[0]
+    # Without a loop over every pair: a tap k meets the map for the outputs i with 0 <= i * stride + k * dilation -
+    # padding.
+    met = sum(
+        max(
+            0,
+            min(rows - 1, (height - 1 - k * dilation + padding) // stride)
+            - max(0, -((k * dilation - padding) // stride))
+            + 1,
+        )
+        for k in range(kernel)
+    )
+    return met / (rows * kernel)
+
+
+def milliseconds(problem: Problem, kept: bool = False) -> dict[str, dict[str, float]]:
+    """What each implementation of each computation is expected to take on cores with AVX-512, one for each thread."""
+    side = round(math.sqrt(math.prod(problem.kernel)))
+    work = 2e-6 * problem.macs * 2 / problem.threads
+    last = problem.channels_last
+    to_padded = (_transposed(problem, problem.size) + _transposed(problem, problem.out)) if last else 0.0
+    to_last = 0.0 if last else _transposed(problem, problem.size) + _transposed(problem, problem.out)
+    filled = _copied(problem, problem.size, _COPY) if max(problem.padding) > 6 else 0.0
+
+    grown = (15 / side) ** 2 if spatial.widened(problem) else 1
+    inside = _rows_inside(problem)
+    forward = {
+        'channels_last': work * grown * inside / _rate('channels_last', 15 if grown > 1 else side) + to_last,
+        'padded': work / _rate('padded', side) + to_padded + filled,
+    }
+    # As it is, torch's convolution is the first or the second; in the default layout only with little padding.
+    slow = not last and max(problem.padding) > 6
+    forward['native'] = 1e-3 + (
+        work * inside / _rate('channels_last', side) if last else work / 4 if slow else forward['padded']
+    )
+    gradient = spatial.input_gradient_problem(problem)
+    grad_input = dict(native=work / (4 if slow else _rate('native grad_input', side)))
+    if gradient is not None:
+        grad_input.update(channels_last=forward['channels_last'], padded=forward['padded'])
+    grad_weight = dict(
+        native=work / _rate('native grad_weight' + (' channels_last' if last else ''), side),
+        grad_kernel=work / _rate('grad_kernel', side) + to_padded + filled,
+        # The output's gradient is rearranged twice: here where it is in channels-last memory, and by oneDNN as a
+        # kernel.
+        grad_kernel_channels_last=(
+            work * inside / _rate('grad_kernel_channels_last', side)
+            + problem.batch * 16 * _CALL
+            + 1.7 * _transposed(problem, problem.out)
+        ),
+    )
+    if spectral.supports(problem):
+        kernels = math.prod(spectral.transform_size(problem)) * problem.channels
+        kernels_ms = (
+            kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9 * 2 / problem.threads
+        )
+        back, there = _transform(problem, problem.out, _INVERSE_TRANSFORM), _transform(problem, problem.size)
+        forward['fft'] = there + back + (0 if kept else kernels_ms)
+        grad_input['fft'] = there + back + kernels_ms
+        grad_weight['fft'] = there + _transform(problem, problem.out) + kernels_ms
+    return {'forward': forward, 'grad_input': grad_input, 'grad_weight': grad_weight}

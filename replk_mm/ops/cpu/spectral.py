@@ -1,0 +1,222 @@
+"""Depthwise convolution and its gradients by the convolution theorem.
+
+A stride-1 convolution is an element-wise product of spectra ("Fast Training of Convolutional Networks through FFTs",
+Mathieu, Henaff and LeCun, arXiv:1312.5851): its cost hardly depends on the size of the kernel. Transforms run over
+blocks of channels and images that fit a CPU's cache, so that the spectra of the whole tensor exist only where a
+backward pass will need them; the two gradients share the spectrum of the output's gradient.
+
+With ``S >= size + padding`` on each axis nothing that is kept wraps around: the input lies at offset ``padding`` of a
+buffer of zeros, gradient and kernel at offset 0, and then
+
+* ``y[i] = sum_k w[k] x[i + k]``: correlation, rows and columns ``0 .. out``;
+* ``dx[j] = sum_i g[i] w[j - i]``: convolution, rows and columns ``padding .. padding + size``;
+* ``dw[k] = sum_i g[i] x[i + k]``: correlation, rows and columns ``0 .. kernel``.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from replk_mm.ops.cpu import workers
+from replk_mm.ops.problem import Pair, Problem
+
+#: Bytes of one real buffer of a block, where all threads work on one block and where each thread works on its own. With
+#: the spectrum and the product about four times this are in use for each block.
+BLOCK_BYTES, THREAD_BLOCK_BYTES = 2 * 1024 * 1024, 640 * 1024
+#: Pixels of all transforms from which threads of our own pay: torch's wait for more work for some milliseconds, in the
+#: way.
+THREADS_PAY = 4_000_000
+
+
+@cache
+def good_size(n: int) -> int:
+    """The smallest even product of 2, 3 and 5 that is at least ``n``: sizes that FFT libraries transform fast."""
+    while True:
+        rest = n
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1 and n % 2 == 0:
+            return n
+        n += 1
+
+
+def transform_size(problem: Problem) -> Pair:
+    """Height and width of the transforms in pixels."""
+    height, width = problem.size
+    return good_size(height + problem.padding[0]), good_size(width + problem.padding[1])
+
+
+def supports(problem: Problem) -> bool:
+    """Whether the transforms apply: stride and dilation 1, and no part of the kernel or of the output beyond them."""
+    axes = zip(problem.kernel, problem.out, transform_size(problem), strict=True)
+    return problem.stride == problem.dilation == (1, 1) and all(max(k, o) <= s for k, o, s in axes)
+
+
+def kernel_spectra(weight: Tensor, problem: Problem) -> list[Tensor]:
+    """What :func:`forward` multiplies by, for each of its blocks."""
+    size = transform_size(problem)
+    return [
+        _kernel_spectrum(weight[channels], size, problem.dtype).conj_physical_() for channels, _ in _blocks(problem)
+    ]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: Problem,
+    keep: list[Tensor] | None = None,
+    kernels: Sequence[Tensor] = (),
+) -> Tensor:
+    """Convolve ``(N, C, H, W)`` to ``(N, C, H', W')``.
+
+    Args:
+        x: Input.
+        weight: Kernels, ``(C, 1, kh, kw)``.
+        bias: ``(C,)`` or None.
+        problem: The shapes.
+        keep: Filled with the spectra of input and kernels, for :func:`gradients`.
+        kernels: From :func:`kernel_spectra`, in inference only; without them they are computed.
+    """
+    out = problem.empty(x, problem.out)
+    size, (rows, cols) = transform_size(problem), problem.out
+    blocks = _blocks(problem)
+    kept: list[list[Tensor]] = [[] for _ in blocks]
+
+    def work(i: int) -> None:
+        channels, parts = blocks[i]
+        kernel = None if kernels else _kernel_spectrum(weight[channels], size, x.dtype)
+        turned = kernels[i] if kernel is None else kernel.conj_physical()
+        shift = None if bias is None else bias[channels, None, None].to(turned.real.dtype)
+        buffer = _Buffer(size, problem.padding, problem.size)
+        if keep is not None and kernel is not None and _keeps_kernels(problem):
+            kept[i].append(kernel)
+        for part in parts:
+            spectrum = buffer.transform(x[part, channels])
+            if keep is None:
+                spectrum.mul_(turned)
+            else:
+                kept[i].append(spectrum)
+                spectrum = spectrum * turned
+            y = _inverse(spectrum, size, slice(0, rows), slice(0, cols))
+            out[part, channels] = y if shift is None else y.add_(shift)
+
+    workers.run(work, len(blocks), _own_threads(problem))
+    if keep is not None:
+        keep.extend(spectrum for block in kept for spectrum in block)
+    return out
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    problem: Problem,
+    of_input: bool,
+    of_weight: bool,
+    kept: Sequence[Tensor] = (),
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients with respect to the input ``(N, C, H, W)`` and to the weight ``(C, 1, kh, kw)``; None for the one not
+    asked.
+
+    Args:
+        grad: Gradient of the output, ``(N, C, H', W')``.
+        x: Input of the convolution.
+        weight: Its kernels.
+        problem: The shapes.
+        of_input: Whether to compute the first.
+        of_weight: Whether to compute the second.
+        kept: Spectra from :func:`forward`; without them they are computed again.
+    """
+    grad_x = problem.empty(grad, problem.size) if of_input else None
+    grad_weight = torch.empty_like(weight) if of_weight else None
+    size, (top, left), (height, width) = transform_size(problem), problem.padding, problem.size
+    blocks = _blocks(problem)
+    with_kernels = int(_keeps_kernels(problem))
+    per_block = with_kernels + len(blocks[0][1])  # the kernels, and each part of the batch
+
+    def work(i: int) -> None:
+        channels, parts = blocks[i]
+        spectra = list(kept[i * per_block : (i + 1) * per_block])
+        grads, inputs = _Buffer(size, (0, 0), problem.out), _Buffer(size, problem.padding, problem.size)
+        kernel = (
+            None
+            if not of_input
+            else spectra[0]
+            if spectra and with_kernels
+            else _kernel_spectrum(weight[channels], size, grad.dtype)
+        )
+        lags: Tensor | None = None
+        for j, part in enumerate(parts):
+            spectrum = grads.transform(grad[part, channels])
+            if grad_weight is not None:
+                turned = spectrum.conj_physical()
+                other = spectra[with_kernels + j] if spectra else inputs.transform(x[part, channels])
+                products = turned.mul_(other).sum(0)
+                # Sums over images are taken of spectra: one inverse transform a channel, however large the batch.
+                lags = products if lags is None else lags.add_(products)
+            if grad_x is not None and kernel is not None:
+                grad_x[part, channels] = _inverse(
+                    spectrum.mul_(kernel), size, slice(top, top + height), slice(left, left + width)
+                )
+        if grad_weight is not None and lags is not None:
+            grad_weight[channels, 0] = _inverse(lags, size, slice(0, problem.kernel[0]), slice(0, problem.kernel[1]))
+
+    workers.run(work, len(blocks), _own_threads(problem))
+    return grad_x, grad_weight
+
+
+def _keeps_kernels(problem: Problem) -> bool:
+    # Spectra are in float32 at least: beside tensors of two bytes a number they would more than double a layer's
+    # memory.
+    return problem.dtype != torch.bfloat16
+
+
+def _own_threads(problem: Problem) -> bool:
+    return problem.batch * problem.channels * math.prod(transform_size(problem)) >= THREADS_PAY
+
+
+@cache
+def _blocks(problem: Problem) -> list[tuple[slice, list[slice]]]:
+    """Channels of each block, and the parts of the batch to go through with them."""
+    threads, limit = (problem.threads, THREAD_BLOCK_BYTES) if _own_threads(problem) else (1, BLOCK_BYTES)
+    # Channels lie side by side in channels-last memory: fewer than eight would fetch every cache line several times.
+    maps = max(8 if problem.channels_last else 1, limit // (4 * math.prod(transform_size(problem))))
+    channels = min(-(-problem.channels // threads), maps)
+    images = max(1, maps // channels)
+    parts = [slice(i, i + images) for i in range(0, problem.batch, images)]
+    return [(slice(start, start + channels), parts) for start in range(0, problem.channels, channels)]
+
+
+def _precision(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _Buffer:
+    """Maps at an offset in zeros, transformed; the zeros around them stay from one part of the batch to the next."""
+
+    def __init__(self, size: Pair, offset: Pair, area: Pair) -> None:
+        self.size = size
+        self.rows, self.cols = (slice(o, o + a) for o, a in zip(offset, area, strict=True))
+        self.data: Tensor | None = None
+
+    def transform(self, maps: Tensor) -> Tensor:
+        """Spectrum ``(n, c, S_h, S_w / 2 + 1)`` of ``(n, c, h, w)``."""
+        if self.data is None or self.data.shape[:2] != maps.shape[:2]:
+            self.data = torch.zeros(*maps.shape[:2], *self.size, dtype=_precision(maps.dtype), device=maps.device)
+        # One pass changes layout, precision and place.
+        self.data[:, :, self.rows, self.cols] = maps
+        return torch.fft.rfft2(self.data)
+
+
+def _kernel_spectrum(kernel: Tensor, size: Pair, dtype: torch.dtype) -> Tensor:
+    return torch.fft.rfft2(kernel[:, 0].to(_precision(dtype)), s=size)
+
+
+def _inverse(spectrum: Tensor, size: Pair, rows: slice, cols: slice) -> Tensor:
+    # Along the rows only those that are kept are transformed back.
+    return torch.fft.irfft(torch.fft.ifft(spectrum, dim=-2)[..., rows, :], n=size[1])[..., cols]

@@ -1,0 +1,66 @@
+"""Tables as plain text, for terminals, logs and files."""
+
+import io
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from rich.box import Box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from replk_mm.errors import UserError
+
+#: A rule below the head, and nothing else.
+_BOX = Box('    \n    \n -- \n    \n    \n    \n    \n    \n', ascii=True)
+
+
+def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Rows in aligned columns, the first row underlined.
+
+    Args:
+        rows: Cells as text; the first row is the head.
+        left: Columns that are aligned to the left. Defaults to the first; all others are aligned to the right.
+    """
+    table = Table(box=_BOX, show_edge=False, pad_edge=False)
+    for i, name in enumerate(rows[0]):
+        table.add_column(Text(name), justify='left' if i in left else 'right', no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)
+    with console.capture() as text:
+        console.print(table)
+    return '\n'.join(line.rstrip() for line in text.get().splitlines())
+
+
+def renewed(text: str, name: str, content: str, page: str) -> str:
+    """A page's text with a block renewed.
+
+    Args:
+        text: Of the page.
+        name: Of the block.
+        content: What goes between its marks.
+        page: What messages call the page.
+
+    Raises:
+        UserError: If the page has not one such block.
+    """
+    begin, end = f'<!-- {name}:begin -->', f'<!-- {name}:end -->'
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f'{page}: expected one block from {begin} to {end}\nAdd both lines where the table belongs.')
+    return f'{text.partition(begin)[0]}{begin}\n{content}{end}{text.partition(end)[2]}'
+
+
+def renew(page: Path, name: str, content: str) -> None:
+    """Renew a block of a page; see :func:`renewed`.
+
+    Raises:
+        UserError: If the page cannot be read or written, or has not one such block.
+    """
+    try:
+        text = page.read_text(encoding='utf-8')
+        page.write_text(renewed(text, name, content, str(page)), encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'{page}: {error.strerror or error}') from error
+    except UnicodeDecodeError as error:
+        raise UserError(f'{page}: not a text in UTF-8 ({error.reason} at byte {error.start})') from error

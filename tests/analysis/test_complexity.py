@@ -1,0 +1,306 @@
+"""Parameters and multiply-accumulates against sums by hand, and the page made of them."""
+
+import importlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from tiny import CONFIG, ROOT
+
+from replk_mm import published
+from replk_mm.analysis import complexity, complexity_table
+from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, count
+from replk_mm.backbones import RepLKNet
+from replk_mm.deploy.reparameterize import reparameterize
+from replk_mm.errors import UserError
+from replk_mm.ops import DepthwiseConv2d
+
+DOCS = ROOT / 'docs'
+NANO = str(ROOT / 'configs' / 'upernet_replk-nano_ade20k.py')
+MASK_RCNN = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+#: Levels of a feature pyramid at 64x64 pixels, strides 4 to 64, in positions.
+LEVELS = [16 * 16, 8 * 8, 4 * 4, 2 * 2, 1]
+
+
+class Attention(nn.Module):
+    """A matrix product of what two layers put out, beside a layer that is not called and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False)
+        self.linear = nn.Linear(8, 6)
+        self.idle = nn.Linear(2, 2, bias=False)
+        self.scale = nn.Parameter(torch.ones(7))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        tokens = self.linear(self.depthwise(self.conv(image)).relu().flatten(2).transpose(1, 2))
+        return (tokens @ tokens.transpose(1, 2)).mean() * self.scale.sum()
+
+
+def test_closed_forms_by_part() -> None:
+    pixels = 16 * 24
+    found = count(Attention(), (32, 48))
+    assert {part.name: (part.parameters, part.macs, part.runs) for part in found.parts} == {
+        '(model)': (7, pixels * pixels * 6, INFERENCE),
+        'conv': (8 * 3 * 9 + 8, pixels * 8 * 3 * 9, INFERENCE),
+        'depthwise': (8 * 25, pixels * 8 * 25, INFERENCE),
+        'linear': (8 * 6 + 6, pixels * 8 * 6, INFERENCE),
+        'idle': (4, 0, NEVER),
+    }
+    assert found.macs == sum(part.macs for part in found.parts)
+    assert found.parameters == sum(p.numel() for p in Attention().parameters())
+
+
+def test_operators_without_a_formula_are_named() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GELU(), nn.Upsample(scale_factor=2, mode='bilinear'), nn.Flatten()
+    )
+    found = {operator.name: (operator.calls, operator.elements) for operator in count(net, (5, 6)).uncounted}
+    norm = next(name for name in found if 'batch_norm' in name)
+    assert found.pop(norm) == (1, 4 * 30)
+    assert found == {'aten.gelu': (1, 4 * 30), 'aten.upsample_bilinear2d': (1, 4 * 120)}
+
+
+def test_shared_weights_count_once() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.ReLU(), nn.Conv2d(3, 3, 1, bias=False))
+    net[2].weight = net[0].weight
+    found = count(net, (2, 2))
+    assert (found.parameters, found.macs) == (9, 2 * 9 * 4)
+
+
+def test_merging_saves_the_parallel_kernels_and_every_norm() -> None:
+    arch = dict(large_kernel_sizes=[9, 7], small_kernel=3, layers=[1, 2], channels=[8, 16], dw_ratio=1)
+    net = RepLKNet(arch, out_indices=(0, 1))
+    merged = reparameterize(net)[0]
+    # Small kernels of 3x3 on maps of 1/4 and 1/8; norms cost no multiply-accumulates that are counted.
+    saved = 9 * (8 * 16 * 16 + 2 * 16 * 8 * 8)
+    assert count(net, (64, 64)).macs - count(merged, (64, 64)).macs == saved
+    norms = sum(2 * m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    # Every convolution gets a bias; the merged one has one instead of the two that its branches would.
+    biases = sum(m.out_channels for m in merged.modules() if isinstance(m, nn.Conv2d))
+    small = 9 * (8 + 2 * 16)
+    assert complexity.parameters(net) - complexity.parameters(merged) == norms + small - biases
+
+
+def test_auxiliary_heads_do_not_infer() -> None:
+    net = nn.Module()
+    net.decode_head, net.auxiliary_head = nn.Linear(2, 3), nn.Linear(2, 50)
+    assert complexity.inference_parameters(net) == 9
+
+
+@pytest.mark.parametrize(
+    ('layer', 'macs'),
+    [
+        (nn.Conv2d(3, 8, 3, padding=1), 30 * 8 * (27 + 1)),
+        (nn.ReLU(), 90),
+        (nn.BatchNorm2d(3), 180),
+        (nn.GELU(), 0),
+        (nn.SyncBatchNorm(3), 0),
+        (nn.GroupNorm(1, 3), 180),
+    ],
+)
+def test_the_counter_of_the_papers_counts_as_the_page_says(layer: nn.Module, macs: int) -> None:
+    # It takes the number type of its input from a parameter.
+    first = nn.Conv2d(3, 3, 1, bias=False)
+    assert complexity.mmcv_macs(nn.Sequential(first, layer), (5, 6)) == 30 * 9 + macs
+
+
+def test_the_counter_of_the_papers_knows_our_convolution() -> None:
+    assert complexity.mmcv_macs(DepthwiseConv2d(3, 7, bias=False), (8, 8)) == 64 * 3 * 49
+
+
+@pytest.fixture(scope='module')
+def segmentor(tmp_path_factory: pytest.TempPathFactory) -> complexity_table.Report:
+    path = tmp_path_factory.mktemp('complexity') / 'tiny.py'
+    path.write_text(CONFIG)
+    return complexity_table.report(str(path))
+
+
+def test_parts_of_a_segmentor(segmentor: complexity_table.Report) -> None:
+    found = segmentor
+    assert found.shape == (64, 64) and 'crop' in found.shape_from
+    before, after = ({part.name: part for part in form.parts} for form in (found.training, found.deployed))
+    assert list(before) == list(after) == ['backbone', 'decode_head', 'auxiliary_head']
+    assert [part.runs for part in before.values()] == [INFERENCE, INFERENCE, TRAINING]
+    # Features of 32 channels at 1/16; a 3x3 convolution to 8 channels with BatchNorm, and 15 classes with biases.
+    classes = (before['auxiliary_head'].parameters - 9 * 32 * 8 - 2 * 8) // 9
+    assert before['auxiliary_head'].parameters == 9 * 32 * 8 + 2 * 8 + 9 * classes
+    assert before['auxiliary_head'].macs == 16 * (9 * 32 * 8 + 8 * classes)
+    # Merging takes the 3x3 kernels beside the 7x7 ones away, one block a stage, maps of 16, 8, 4 and 2 pixels.
+    assert before['backbone'].macs - after['backbone'].macs == 9 * sum(
+        c * s * s for c, s in ((8, 16), (16, 8), (32, 4), (64, 2))
+    )
+    assert before['decode_head'].macs == after['decode_head'].macs
+    for form in (found.training, found.deployed):
+        assert form.macs == form.parts[0].macs + form.parts[1].macs
+        assert form.parameters - form.inference_parameters == form.parts[2].parameters
+
+
+def mask_head(classes: int = 80) -> int:
+    return 4 * 14 * 14 * 9 * 256 * 256 + 14 * 14 * 4 * 256 * 256 + 28 * 28 * 256 * classes
+
+
+def test_parts_of_a_two_stage_detector() -> None:
+    found = complexity_table.report(MASK_RCNN, (64, 64))
+    parts = {part.name: part.macs for part in found.training.parts}
+    # The published count of ResNet-50 without its classifier, 4.09 G at 224x224, scales with the area.
+    assert parts['backbone'] == pytest.approx(4.09e9 * 64 * 64 / 224**2, rel=0.01)
+    assert parts['neck'] == sum(n * 256 * (c + 9 * 256) for n, c in zip(LEVELS, (256, 512, 1024, 2048), strict=False))
+    assert parts['rpn_head'] == sum(LEVELS) * (9 * 256 * 256 + 256 * 3 * 5)
+    assert parts['roi_head.bbox_head'] == 1000 * (49 * 256 * 1024 + 1024 * 1024 + 1024 * 81 + 1024 * 4 * 80)
+    assert parts['roi_head.mask_head'] == 100 * mask_head()
+    assert found.training.macs == sum(parts.values()) and len(parts) == 5
+    assert any('1 x 1000 regions of 7x7, 1 x 100 regions of 14x14' in note for note in found.training.notes)
+
+
+def test_parts_of_a_cascade() -> None:
+    config = str(ROOT / 'configs' / 'cascade-mask-rcnn_convnext-tiny_coco.py')
+    parts = {part.name: part.macs for part in complexity_table.report(config, (64, 64)).training.parts}
+    for stage in range(3):
+        assert parts[f'roi_head.bbox_head.{stage}'] == 1000 * (
+            4 * 49 * 9 * 256 * 256 + 49 * 256 * 1024 + 1024 * (81 + 320)
+        )
+        assert parts[f'roi_head.mask_head.{stage}'] == 100 * mask_head()
+
+
+def test_parts_of_a_dense_detector() -> None:
+    found = complexity_table.report(str(ROOT / 'configs' / 'fcos_replk31b_coco.py'), (128, 128))
+    parts = {part.name: part.macs for part in found.deployed.parts}
+    positions = 16 * 16 + 8 * 8 + 4 * 4 + 2 * 2 + 1
+    assert parts['bbox_head'] == positions * 9 * 256 * (8 * 256 + 80 + 4 + 1)
+    assert len(found.changes) and found.training.macs > found.deployed.macs == sum(parts.values())
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> str:
+    """A config of no more than a backbone."""
+    path = tmp_path / 'backbone.py'
+    path.write_text("model = dict(type='replk_mm.RepLKNet', arch='31B', out_indices=(3,))\n")
+    return str(path)
+
+
+def test_a_bare_backbone_needs_a_size(backbone: str) -> None:
+    with pytest.raises(UserError, match='--shape'):
+        complexity_table.report(backbone)
+    found = complexity_table.report(backbone, (224, 224))
+    # Published for the whole classifier, whose last layer is 1024 x 1000.
+    row = next(row for row in published.table('kernel_size_study') if row['name'] == 'RepLKNet-31')
+    assert (found.deployed.macs + 1024 * 1000) / 1e9 == pytest.approx(row['flops_g'], abs=0.1)
+    assert (found.deployed.parameters + 1024 * 1000 + 1000) / 1e6 == pytest.approx(row['params_m'], abs=0.1)
+
+
+def test_a_size_that_the_network_cannot_take() -> None:
+    with pytest.raises(UserError, match='cannot be counted at 1x3x2x2'):
+        complexity_table.report(NANO, (2, 2), {'model.backbone.norm_cfg': dict(type='IN')})
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command in this process."""
+    main = importlib.import_module('replk_mm.commands.complexity').main
+
+    def call(*args: object) -> int:
+        monkeypatch.setattr(sys, 'argv', ['complexity.py', *map(str, args)])
+        return main()
+
+    return call
+
+
+def test_json_of_the_command(tool: Callable[..., int], capsys: pytest.CaptureFixture, backbone: str) -> None:
+    assert tool(backbone, '--shape', 64, 96, '--json', '--cfg-options', 'model.arch=nano') == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    described = ' '.join(importlib.import_module('replk_mm.commands.complexity').FIELDS.split())
+    assert all(
+        re.search(rf'\b{key}\b', described)
+        for form in ('training', 'reparameterized')
+        for key in [*found, *found[form], *found[form]['parts'][0], *found[form]['uncounted'][0]]
+    )
+    assert found['shape'] == [64, 96] and set(found['versions']) >= {'torch', 'mmcv'}
+    for form in ('training', 'reparameterized'):
+        record = found[form]
+        assert record['macs'] == sum(part['macs'] for part in record['parts'] if part['runs'] == 'inference')
+        assert record['parameters'] == sum(part['parameters'] for part in record['parts'])
+
+
+@pytest.mark.parametrize(
+    'args', [(), ('x.py', '--published'), ('x.py', '--rows', 'a'), ('--published', '--shape', 1, 1)]
+)
+def test_arguments_that_contradict(tool: Callable[..., int], args: tuple, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tool(*args)
+    assert stopped.value.code == 2 and 'error:' in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def record() -> dict:
+    return json.loads((DOCS / 'complexity.json').read_text(encoding='utf-8'), parse_constant=pytest.fail)
+
+
+def test_two_rows_are_those_of_the_docs(
+    tool: Callable[..., int],
+    capsys: pytest.CaptureFixture,
+    record: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    wanted = ['upernet_convnext-tiny_ade20k.py', 'mask-rcnn_convnext-tiny_coco.py']
+    assert tool('--published', '--rows', f'^({"|".join(wanted)})$', '--out', tmp_path) == 0
+    found = json.loads((tmp_path / 'complexity.json').read_text())
+    assert found['rows'] == [row for row in record['rows'] if row['config'] in wanted] and len(found['rows']) == 2
+    assert (tmp_path / 'complexity.md').read_text() == complexity_table.page(found)
+    printed = capsys.readouterr()
+    assert all(row in printed.out for row in ('| 939 |', '| 262 |')) and '2/2' in printed.err
+
+
+@pytest.mark.parametrize(('pattern', 'said'), [('nonsense', 'matches none'), ('(', 'not a regular expression')])
+def test_rows_that_do_not_exist(pattern: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        complexity_table.run(pattern)
+
+
+def test_the_page_is_of_its_record(record: dict) -> None:
+    assert (DOCS / 'complexity.md').read_text(encoding='utf-8') == complexity_table.page(record)
+
+
+def test_every_published_row_is_counted_and_within_tolerance_or_explained(record: dict) -> None:
+    results = {result.config: result for result in published.results()}
+    assert [row['config'] for row in record['rows']] == list(results) and len(results) == 23
+    for row in record['rows']:
+        result = results[row['config']]
+        assert row['published'] == dict(parameters_m=result.params_m, macs_g=result.flops_g)
+        assert tuple(row['input']) == result.input
+        off = {
+            name: (
+                abs(figures['parameters'] / result.params_m / 1e6 - 1),
+                abs(figures['macs'] / result.flops_g / 1e9 - 1),
+            )
+            for name, figures in (('within', row['counts']['deployed']), ('explained', row['authors']))
+        }
+        fitting = [name for name, (held, used) in off.items() if held <= 0.02 and used <= 0.01]
+        assert row['status'] == (fitting[0] if fitting else 'unexplained'), row['config']
+        assert fitting, f'{row["config"]}: {off}'
+        deployed = row['counts']['deployed']
+        assert deployed['macs'] == sum(part['macs'] for part in row['parts'] if part['runs'] == 'inference')
+        assert all(math.isfinite(value) for figures in row['counts'].values() for value in figures.values())
+
+
+def test_a_row_that_fits_no_counting_is_called_unexplained(record: dict) -> None:
+    odd = json.loads(json.dumps(record['rows'][0]))
+    odd['published']['macs_g'] *= 1.05
+    odd['status'] = complexity_table.status_of(odd)
+    assert odd['status'] == 'unexplained'
+    assert f'Not explained: {odd["config"]}' in complexity_table.page({**record, 'rows': [odd]})
+
+
+@pytest.mark.slow
+def test_all_rows_are_those_of_the_docs(record: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert complexity_table.run()['rows'] == record['rows']

@@ -1,0 +1,245 @@
+"""Shape bias: the definition, counted by hand, of networks whose bias is known because they are given it."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmengine.config import Config
+from PIL import Image
+from tiny import run_tool, tiny, trained  # noqa: F401 (fixtures)
+
+from replk_mm.analysis import shape_bias
+from replk_mm.analysis.shape_bias import decide, measure
+from replk_mm.data.scenes.conflict import CONFLICT, ConflictObject, ConflictScene, ConflictSet, read_conflict
+from replk_mm.data.scenes.objects import DEMO_CLASSES, DEMO_PALETTE
+from replk_mm.data.scenes.writer import write_demo_data
+from replk_mm.engine.predict import load_trained
+from replk_mm.errors import UserError
+
+VAL = 3  # scenes, so that there are 6 conflict scenes, 18 objects in them, 3 of each ordered pair
+GROUND = DEMO_CLASSES.index('ground')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('shape_bias') / 'data'
+    write_demo_data(root, train=1, val=VAL, seed=1, size=(64, 64), kind=CONFLICT)
+    return root
+
+
+def objects_of(data: Path, image: Path) -> list[dict]:
+    listing = json.loads((data / 'conflict.json').read_text())
+    return next(s['objects'] for s in (*listing['conflict'], *listing['agreeing']) if str(image).endswith(s['image']))
+
+
+@pytest.fixture
+def network(data, tmp_path, monkeypatch):
+    """Run the measurement on a made-up network: ``paint`` fills in the class of an object that it predicts."""
+    checkpoint = tmp_path / 'made_up.pth'
+    torch.save({}, checkpoint)
+    (tmp_path / 'made_up.py').write_text('model = dict()\n')
+    cfg = Config.fromfile(tmp_path / 'made_up.py')
+
+    def measured(paint, classes=DEMO_CLASSES, root=data):
+        model = SimpleNamespace(decode_head=None, dataset_meta=dict(classes=list(classes), palette=list(DEMO_PALETTE)))
+
+        def predict(_, images):
+            for image in map(Path, images):
+                file = str(image).replace('/images/', '/annotations/').replace('.jpg', '.png')
+                labels = np.array(Image.open(file)).astype(int) - 1
+                predicted = np.full_like(labels, GROUND)
+                for item in objects_of(data, image):
+                    predicted[labels == DEMO_CLASSES.index(item['shape'])] = paint(item)
+                found = torch.from_numpy(predicted)[None]
+                yield image, cv2.imread(str(image)), SimpleNamespace(pred_sem_seg=SimpleNamespace(data=found))
+
+        monkeypatch.setattr(shape_bias, 'load_trained', lambda *args, **options: model)
+        monkeypatch.setattr(shape_bias, 'predict', predict)
+        return measure(cfg, str(checkpoint), root, tmp_path / 'out').values()
+
+    return measured
+
+
+def figures(shape: int, texture: int, other: int) -> dict:
+    bias = shape / (shape + texture) if shape + texture else None
+    return dict(shape_decisions=shape, texture_decisions=texture, other=other, shape_bias=bias)
+
+
+# -- networks of known bias -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ('answer', 'counts', 'per_class', 'agreeing'),
+    [
+        (lambda item: item['shape'], (18, 0, 0), dict(disc=(6, 0, 0), square=(6, 0, 0), star=(6, 0, 0)), 1.0),
+        (lambda item: item['texture'], (0, 18, 0), dict(disc=(0, 6, 0), square=(0, 6, 0), star=(0, 6, 0)), 1.0),
+        (lambda item: 'disc', (6, 6, 6), dict(disc=(6, 0, 0), square=(0, 3, 3), star=(0, 3, 3)), 1 / 3),
+        (lambda item: 'ground', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), 0.0),
+        (lambda item: 'triangle_h', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), 0.0),
+        (
+            lambda item: item['texture' if item['shape'] == 'square' else 'shape'],
+            (12, 6, 0),
+            dict(disc=(6, 0, 0), square=(0, 6, 0), star=(6, 0, 0)),
+            1.0,
+        ),
+    ],
+)
+def test_networks_of_known_bias(network, answer, counts, per_class, agreeing):
+    values = network(lambda item: DEMO_CLASSES.index(answer(item)))
+    assert values == dict(
+        **figures(*counts),
+        per_class={name: figures(*each) for name, each in per_class.items()},
+        agreeing_accuracy=pytest.approx(agreeing),
+        agreeing_objects=9,
+    )
+
+
+# -- the decision -----------------------------------------------------------------------------------------------------
+def test_decision_is_the_most_frequent_class_of_objects_counted_one_by_one():
+    rng = np.random.default_rng(0)
+    known = {'a': 2, 'b': 3, 'c': 5}
+    outcomes = set()
+    for _ in range(200):
+        predicted, mask = rng.integers(0, 7, (4, 5)), rng.random((4, 5)) < 0.5
+        counts = dict.fromkeys(known, 0)
+        for row in range(4):
+            for column in range(5):
+                for name, index in known.items():
+                    if mask[row, column] and predicted[row, column] == index:
+                        counts[name] += 1
+        best = sorted(counts, key=counts.__getitem__)[-1]
+        alone = counts[best] > 0 and sum(count == counts[best] for count in counts.values()) == 1
+        expected = best if alone else None
+        assert decide(predicted, mask, known) == expected
+        outcomes.add(expected)
+    assert outcomes == {'a', 'b', 'c', None}
+
+
+def test_an_object_is_told_from_its_like_by_its_box():
+    labels = np.zeros((6, 12), int)
+    labels[1:5, 1:5] = labels[1:5, 7:11] = 4
+    item = ConflictObject('a', 'b', (6, 0, 12, 6))
+    scene = ConflictScene('scene.jpg', Path('scene.jpg'), Path('scene.png'), (item,))
+    mask = ConflictSet({'a': 4, 'b': 5}, (scene,), (), {}, '').mask(scene, item, labels)
+    assert mask.sum() == 16 and mask[1:5, 7:11].all()
+
+
+# -- a network that learned -------------------------------------------------------------------------------------------
+def test_a_trained_checkpoint_is_counted_like_its_label_maps(tiny, trained, data, tmp_path):  # noqa: F811
+    """The same objects, decided from the label maps that mmseg's own inference gives."""
+    from mmseg.apis import inference_model
+
+    model = load_trained(tiny.cfg(), str(trained), 'cpu')
+    listing = json.loads((data / 'conflict.json').read_text())
+    count = dict(shape=0, texture=0, other=0)
+    for scene in listing['conflict']:
+        predicted = inference_model(model, str(data / scene['image'])).pred_sem_seg.data[0].numpy()
+        labels = np.array(Image.open(data / scene['labels']))
+        for item in scene['objects']:  # each shape occurs once
+            inside = predicted[labels == DEMO_CLASSES.index(item['shape']) + 1]
+            votes = [(inside == k).sum() if k > 2 else 0 for k in range(len(DEMO_CLASSES))]
+            top = [DEMO_CLASSES[k] for k in range(len(votes)) if votes[k] == max(votes) > 0]
+            cue = [key for key in ('shape', 'texture') if [item[key]] == top]
+            count[cue[0] if cue else 'other'] += 1
+    cfg = tiny.cfg()
+    before = str(cfg)
+    values = measure(cfg, str(trained), data, tmp_path / 'out').values()
+    assert str(cfg) == before
+    assert [values[f'{key}_decisions'] for key in ('shape', 'texture')] + [values['other']] == list(count.values())
+    assert sum(count.values()) == 6 * VAL
+
+
+def test_the_command_prints_and_writes_what_it_measured(tiny, trained, data, tmp_path):  # noqa: F811
+    result = run_tool(
+        'shape_bias', tiny.config, trained, '--data-root', data, '--out', tmp_path / 'out', '--device', 'cpu'
+    )
+    assert result.returncode == 0, result.stderr
+    kept = json.loads((tmp_path / 'out/shape_bias.json').read_text())
+    values = kept['values']
+    counted = [values[key] for key in ('shape_decisions', 'texture_decisions', 'other')]
+    printed = next(line for line in result.stdout.splitlines() if line.startswith('all '))
+    assert list(map(int, printed.split()[1:4])) == counted
+    assert kept['protocol']['definition'] in result.stdout and 'Geirhos' in result.stdout
+    assert kept['protocol']['scenes']['seed'] == 1 and kept['protocol']['scenes']['conflict'] == 2 * VAL
+    assert len(kept['decisions']) == 9 * VAL
+    by_shape = [d for d in kept['decisions'] if d['shape'] == d['decided'] != d['texture']]
+    assert len(by_shape) == values['shape_decisions']
+    assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
+    picture = cv2.imread(str(tmp_path / 'out/shape_bias.png'))
+    assert picture.std() > 20 and min(picture.shape[:2]) > 300
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+def changed(data: Path, folder: Path, change) -> Path:
+    """The data set with another listing."""
+    root = folder / 'changed'
+    root.mkdir()
+    for name in ('images', 'annotations'):
+        (root / name).symlink_to(data / name)
+    listing = json.loads((data / 'conflict.json').read_text())
+    text = change(listing)
+    (root / 'conflict.json').write_text(text if isinstance(text, str) else json.dumps(listing))
+    return root
+
+
+def first(found: dict) -> dict:
+    return found['conflict'][0]['objects'][0]
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda found: '{"conflict": [', 'the file: Invalid JSON'),
+        (lambda found: '[]', 'the file: .* object'),
+        (lambda found: found.pop('agreeing') and None, 'agreeing: Field required'),
+        (lambda found: found['conflict'].clear(), 'conflict: List should have at least 1 item'),
+        (lambda found: first(found).pop('box') and None, r'conflict\.0\.objects\.0\.box: Field required'),
+        (lambda found: first(found).update(box=[5, 5, 5, 9]), 'no pixel of'),
+        (lambda found: first(found).update(box=[0, 0, 10**9, 10**9]), 'leaves them'),
+        (lambda found: first(found).update(texture='fur'), "texture 'fur'\nBoth are among"),
+        (lambda found: first(found).update(texture=first(found)['shape']), 'differ in "conflict"'),
+        (lambda found: found['object_classes'].update(disc='4'), r'object_classes\.disc: .* valid integer'),
+        (lambda found: found['conflict'][2].update(image='images/none.jpg'), r'conflict\.2: .*none.jpg does not exist'),
+        (lambda found: found['conflict'][0].update(labels=found['conflict'][0]['image']), '3 channels'),
+    ],
+)
+def test_listings_that_do_not_fit(network, data, tmp_path, change, words):
+    with pytest.raises(UserError, match=words):
+        network(lambda item: 0, root=changed(data, tmp_path, change))
+
+
+values = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(['object_classes', 'conflict', 'agreeing', 'box', 'shape', 'image', 'labels', 'objects']),
+    values,
+    st.none() | st.binary(max_size=40),
+)
+def test_any_listing_is_read_or_rejected(data, tmp_path_factory, key, value, content):
+    root = tmp_path_factory.getbasetemp()
+    listing = json.loads((data / 'conflict.json').read_text())
+    for part in (listing, listing['conflict'][0], first(listing)):
+        if key in part:
+            part[key] = value
+            break
+    (root / 'conflict.json').write_bytes(json.dumps(listing).encode() if content is None else content)
+    with contextlib.suppress(UserError):
+        read_conflict(root)
+
+
+def test_networks_and_folders_that_do_not_fit(network, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match='--scenes conflict'):
+        network(lambda item: 0, root=tmp_path)
+    with pytest.raises(UserError, match='no class disc, star'):
+        network(lambda item: 0, classes=['sky', 'ground', 'square'])

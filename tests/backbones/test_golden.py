@@ -1,0 +1,41 @@
+"""Outputs of the authors' own code, for weights and an image that can be made anywhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden_fill import digest, fill, image
+
+from replk_mm.backbones import ConvNeXt, RepLKNet
+from replk_mm.checkpoints.key_formats import to_official
+from replk_mm.deploy.reparameterize import reparameterize
+
+DENSE = dict(out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
+NETWORKS = {
+    'replknet31b': lambda: RepLKNet('31B'),
+    'convnext_tiny': lambda: ConvNeXt('tiny', **DENSE),
+    'convnextv2_atto': lambda: ConvNeXt('atto', use_grn=True, layer_scale_init_value=0.0, **DENSE),
+}
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_outputs_of_the_authors(name):
+    golden = json.loads((Path(__file__).parents[1] / 'data' / 'golden' / f'{name}.json').read_text())
+    with torch.device('meta'):  # without the seconds of random weights
+        model = NETWORKS[name]().eval()
+    model.to_empty(device='cpu')
+    # Views of the network's own memory; the values follow from the authors' names and shapes.
+    fill(to_official(model.state_dict()))
+    networks = [model, reparameterize(model)[0]] if name == 'replknet31b' else [model]
+    for network in networks:
+        with torch.no_grad():
+            outs = network(image(tuple(golden['input']), golden['image_seed']))
+        assert len(outs) == len(golden['features'])
+        for out, expected in zip(outs, golden['features'], strict=True):
+            found = digest(out)
+            assert found['shape'] == expected['shape']
+            scale = max(map(abs, expected['samples']))
+            assert found['samples'] == pytest.approx(expected['samples'], rel=0, abs=1e-5 * scale)
+            assert found['mean'] == pytest.approx(expected['mean'], rel=0, abs=1e-5 * expected['std'])
+            assert found['std'] == pytest.approx(expected['std'], rel=1e-5)

@@ -1,0 +1,171 @@
+"""The quoted numbers against the facts they were carried over from, and the ways to ask for them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from replk_mm import published
+from replk_mm.commands import list_configs
+from replk_mm.errors import UserError
+
+FACTS = Path(__file__).parents[1] / 'data' / 'facts' / 'published.yaml'
+
+
+@pytest.fixture(scope='module')
+def facts() -> dict:
+    return yaml.safe_load(FACTS.read_text())
+
+
+def identity(row: dict) -> tuple:
+    return row['backbone'], row['pretraining'], row.get('dataset', 'COCO'), row.get('method', 'UperNet')
+
+
+@pytest.mark.parametrize('task', ['segmentation', 'detection'])
+def test_rows_are_those_of_the_facts(facts, task):
+    ours = {(r.backbone, r.pretraining, r.dataset, r.method): r for r in published.results() if r.task == task}
+    assert set(ours) == {identity(row) for row in facts[task]}
+    for row in facts[task]:
+        result = ours[identity(row)]
+        assert dict(result.metrics) == {k: row[k] for k in published.METRICS if row.get(k) is not None}
+        assert (result.params_m, result.flops_g, list(result.input)) == (row['params_m'], row['flops_g'], row['input'])
+        assert result.crop == row.get('crop')
+        length = f'{row["iters"]} iterations' if 'iters' in row else f'{row["epochs"]} epochs'
+        assert result.schedule == length
+
+
+@pytest.mark.parametrize('name', ['kernel_size_study', 'guidelines', 'effective_receptive_field'])
+def test_tables_are_those_of_the_facts(facts, name):
+    assert published.table(name) == facts[name]
+
+
+def test_recipe_values_are_those_of_the_facts(facts):
+    assert set(published.table('recipes')) | {'convnext_upernet_test'} == set(facts['recipes'])
+    for name, ours in published.table('recipes').items():
+        theirs = facts['recipes'][name]
+        for key in (
+            'optimizer',
+            'lr',
+            'betas',
+            'weight_decay',
+            'norm_decay_mult',
+            'drop_path',
+            'layer_scale_init',
+            'norm',
+            'checkpointing',
+            'align_corners',
+            'augmentation',
+        ):
+            assert key not in theirs or ours[key] == theirs[key], (name, key)
+        for key in ('milestones', 'epochs'):
+            assert ours['schedule'].get(key) == theirs.get(key), (name, key)
+        for variant, layers in ours.get('num_layers', {}).items():
+            assert layers == theirs['num_layers'].get(variant.split('-')[0], theirs['num_layers'].get('others'))
+
+
+def test_weights_are_those_of_the_facts(facts):
+    urls = []
+    for entry in facts['weights']:
+        head, brace, rest = entry['url'].partition('{')
+        names, _, tail = rest.partition('}')
+        urls += [head + name + tail for name in names.split(',')] if brace else [head]
+    assert [entry['url'] for entry in published.table('weights')] == urls
+
+
+def test_every_row_cites_a_paper_and_a_repository():
+    for result in published.results():
+        paper, repository = {
+            'RepLKNet': ('2203.06717', 'DingXiaoH/RepLKNet-pytorch'),
+            'ConvNeXt': ('2201.03545', 'facebookresearch/ConvNeXt'),
+        }[result.family]
+        assert paper in result.source and repository in result.source
+
+
+@pytest.mark.parametrize('config', ['configs/upernet_replk31b_ade20k.py', 'upernet_replk31b_ade20k'])
+def test_a_config_finds_its_row(config):
+    result = published.for_config(config)
+    assert (result.backbone, result.pretraining, result.crop) == ('RepLKNet-31B', 'ImageNet-1K', 512)
+    assert result.metrics == {'miou_ss': 49.9, 'miou_ms': 50.6}
+
+
+def test_a_detector_finds_its_row():
+    result = published.for_config('fcos_replk31b_coco.py')
+    assert (result.task, result.method, result.dataset, result.schedule) == ('detection', 'FCOS', 'COCO', '24 epochs')
+    assert result.metrics == {'ap_box': 47.0} and result.crop is None
+
+
+@pytest.mark.parametrize('config', ['upernet_replk-nano_ade20k.py', 'upernet_convnext-base_cityscapes.py'])
+def test_a_config_without_a_counterpart_has_no_row(config):
+    assert published.for_config(config) is None
+
+
+def test_every_recipe_and_variant_of_a_row_exists():
+    for result in published.results():
+        recipe = published.table('recipes')[result.recipe]
+        assert result.variant is None or result.variant in recipe['drop_path']
+
+
+ROW = list_configs.Row(
+    path=Path('configs/upernet_replk31b_ade20k.py'),
+    scope='mmseg',
+    backbone='RepLKNet-31B',
+    pretraining='ImageNet-1K',
+    data='ADE20K',
+    kind='512',
+    schedule='160k iterations, batch 32',
+    params_m=113.37,
+    result=published.for_config('upernet_replk31b_ade20k'),
+)
+
+
+def test_markdown_row():
+    line = list_configs.to_markdown([ROW], '../configs').splitlines()[-1]
+    assert [cell.strip() for cell in line.strip('|').split('|')] == [
+        '[upernet_replk31b_ade20k](../configs/upernet_replk31b_ade20k.py)',
+        'RepLKNet-31B',
+        'ImageNet-1K',
+        'ADE20K',
+        '512',
+        '160k iterations, batch 32',
+        '49.9 / 50.6',
+        '112',
+        '113.4',
+    ]
+
+
+def test_a_metric_that_is_not_stated_is_a_dash():
+    row = dataclasses.replace(
+        ROW,
+        path=Path('configs/fcos_replk31b_coco.py'),
+        scope='mmdet',
+        data='COCO',
+        kind='FCOS',
+        schedule='24 epochs, batch 16',
+        result=published.for_config('fcos_replk31b_coco'),
+    )
+    head, line = [list_configs.to_markdown([ROW, row]).splitlines()[i] for i in (-3, -1)]
+    assert '| Method |' in head and 'AP box / mask (quoted)' in head
+    assert line.endswith('| COCO | FCOS | 24 epochs, batch 16 | 47.0 / – | 87 | 113.4 |')
+
+
+BEGIN, END = '<!-- configs:begin -->', '<!-- configs:end -->'
+
+
+def test_readme_block_is_renewed_and_nothing_else():
+    text = f'before\n{BEGIN}\nold\n{END}\nafter\n'
+    new = list_configs.update_readme(text, [ROW])
+    assert new.startswith(f'before\n{BEGIN}\n') and new.endswith(f'{END}\nafter\n')
+    assert 'old' not in new and 'upernet_replk31b_ade20k' in new
+    assert list_configs.update_readme(new, [ROW]) == new
+
+
+@pytest.mark.parametrize('text', ['', BEGIN, f'{END}\n{BEGIN}', f'{BEGIN}{END}' * 2])
+def test_readme_without_one_block_is_refused(text):
+    with pytest.raises(UserError, match='PAGE.md'):
+        list_configs.update_readme(text, [ROW], 'PAGE.md')
+
+
+def test_a_folder_without_configs_is_refused(tmp_path):
+    with pytest.raises(UserError, match='no configs'):
+        list_configs.read_configs(tmp_path)

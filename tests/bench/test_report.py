@@ -1,0 +1,395 @@
+"""The report's figures, groups and marks, and what it does with damaged and odd records. All records are made up."""
+
+import importlib
+import re
+
+import numpy as np
+import pytest
+from report_records import (
+    PROTOCOL,
+    SPEED,
+    facts,
+    files_of,
+    found,  # noqa: F401
+    metric,
+    page,  # noqa: F401
+    record,
+    scenes,
+    speed,
+    suite,  # noqa: F401
+    write,
+)
+
+from replk_mm.bench.report import assemble
+from replk_mm.bench.report import page as rendered
+from replk_mm.bench.report.columns import differences
+from replk_mm.errors import UserError
+
+# ruff: noqa: F811 (fixtures that come from another file)
+CONFIG = 'configs/upernet_replk31b_ade20k.py'  # published: 49.9 of one scale, 50.6 of several
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Calls tools/report.py with arguments; gives its exit status."""
+    tool = importlib.import_module('replk_mm.commands.report')
+
+    def call(*args) -> int:
+        monkeypatch.setattr('sys.argv', ['report.py', *map(str, args)])
+        return tool.main()
+
+    return call
+
+
+def rows_of(folder, records) -> dict[str, assemble.Row]:
+    """The rows of some records, by name."""
+    suites = assemble.read([write(folder, records)]).suites
+    return {row.name: row for one in suites for row in one.rows}
+
+
+# -- figures and groups -----------------------------------------------------------------------------------------------
+def test_protocols_are_groups_and_differences_are_said(found) -> None:
+    groups = found.suites[0].groups
+    assert [[row.name for row in group.rows] for group in groups] == [
+        ['replk-31', 'replk-13', 'convnext'],
+        ['longer'],
+        ['broken'],
+    ]
+    assert [group.protocol and group.protocol.name for group in groups] == ['A', 'B', None]
+    assert groups[1].protocol.differences == ('iterations: 600 instead of 300', 'samples_seen: 4800 instead of 2400')
+    assert [row.number for row in found.suites[0].rows] == [1, 2, 3, 4, 5]
+
+
+def test_metrics_of_other_names_or_units_are_other_groups(tmp_path) -> None:
+    acc = record('b', 0, 'metric', dict(metrics=dict(mAcc=90.0), primary='mAcc', unit='%'), protocol=PROTOCOL)
+    share = record('c', 0, 'metric', dict(metrics=dict(mIoU=0.5), primary='mIoU', unit='of 1'), protocol=PROTOCOL)
+    groups = assemble.read([write(tmp_path, [metric('a', 0, 50.0), acc, share])]).suites[0].groups
+    assert [[row.name for row in group.rows] for group in groups] == [['a'], ['b'], ['c']]
+    assert [group.protocol.differences for group in groups] == [
+        (),
+        ('metric: mAcc, % instead of mIoU, %',),
+        ('metric: mIoU, of 1 instead of mIoU, %',),
+    ]
+
+
+def test_mean_and_deviation_over_seeds(tmp_path) -> None:
+    values = [61.25, 58.5, 60.125]
+    figure = rows_of(tmp_path, [metric('a', seed, value) for seed, value in enumerate(values)])['a'].figures['metric']
+    assert figure.value == pytest.approx(np.mean(values)) and figure.deviation == pytest.approx(np.std(values, ddof=1))
+    assert figure.count == 3
+
+
+def test_what_was_not_measured_is_missing(tmp_path) -> None:
+    records = [metric('a', 0, 50.0), record('a', 0, 'memory', dict(inference_bytes=None), protocol=SPEED)]
+    row = rows_of(tmp_path, records)['a']
+    absent = {key: figure.why for key, figure in row.figures.items() if figure.value is None}
+    assert set(row.figures) - set(absent) == {'metric'}
+    assert absent['milliseconds'] == 'not measured' and absent['memory'] == 'the record holds no such figure'
+    text = rendered.html(assemble.read([tmp_path]))
+    cells = re.findall(r'<td[^>]*data-value="([^"]*)"[^>]*>(.*?)</td>', text)
+    assert [value for value, _ in cells][:-1] == ['50.0', *[''] * 10]
+    assert all('–' in content and not re.search(r'\b0\b', content) for value, content in cells if not value)
+    assert '| 1 a | 50.00 (n = 1) | – (1) | – (1) | – | – |' in rendered.markdown(assemble.read([tmp_path]))
+
+
+def test_measured_zero_is_a_figure(tmp_path) -> None:
+    figure = rows_of(tmp_path, [metric('a', 0, 0.0)])['a'].figures['metric']
+    assert (figure.value, figure.count) == (0.0, 1)
+
+
+def test_a_failed_measurement_says_why(found, page) -> None:
+    row = found.suites[0].rows[-1]
+    assert row.state == 'failed, 1 of 1 seed' and row.problems == ['seed 0: train failed: loss is NaN at iteration 12']
+    assert row.figures['metric'].why == 'training failed: loss is NaN at iteration 12'
+    assert 'failed, 1 of 1 seed: seed 0: train failed: loss is NaN at iteration 12' in page
+
+
+def test_what_the_suite_asked_for_and_is_not_there_is_unfinished(tmp_path) -> None:
+    asked = ['train', 'metric', 'speed']
+    rows = rows_of(
+        tmp_path,
+        [
+            metric('union', 0, 50.0),
+            speed('union', 0, 9.0),
+            metric('union', 1, 51.0),  # does not tell what was asked for
+            metric('told', 0, 50.0, asked=asked),
+            speed('told', 0, 9.0, asked=asked),
+            *(record('whole', 0, name, {}, asked=asked) for name in asked),
+            metric('fewer', 0, 50.0, asked=['metric']),
+            record('begun', 0, 'train', {}, asked=asked),
+            record('bad', 0, 'train', {}, status='failed', reason='no', asked=asked),
+        ],
+    )
+    assert {name: (row.state, row.problems) for name, row in rows.items()} == dict(
+        union=('unfinished, 1 of 2 seeds', ['seed 1: not recorded yet: speed']),
+        begun=('unfinished, 1 of 1 seed', ['seed 0: not recorded yet: metric, speed']),
+        told=('unfinished, 1 of 1 seed', ['seed 0: not recorded yet: train']),
+        whole=('done, 1 seed', []),
+        fewer=('done, 1 seed', []),
+        bad=('failed, 1 of 1 seed', ['seed 0: train failed: no']),
+    )
+    missing = {name: row.figures['milliseconds'].why for name, row in rows.items() if name in ('begun', 'fewer', 'bad')}
+    assert missing == dict(begun='not recorded yet', fewer='not measured', bad='training failed: no')
+
+
+def test_figures_of_different_weights_are_told(tmp_path) -> None:
+    other = dict(sha256='f' * 64)
+    rows = rows_of(
+        tmp_path,
+        [
+            metric('mixed', 0, 50.0),
+            speed('mixed', 0, 9.0, checkpoint=other),
+            record('mixed', 0, 'complexity', {}, checkpoint=None),
+            metric('alike', 0, 50.0),
+            metric('alike', 1, 51.0, checkpoint=other),
+        ],
+    )
+    assert rows['mixed'].problems == [
+        f'seed 0: measured of different weights: metric of {"e" * 12}; speed of {"f" * 12}'
+    ]
+    assert rows['alike'].problems == []
+
+
+def test_seeds_of_two_protocols_are_two_rows(tmp_path) -> None:
+    short = {**PROTOCOL, 'iterations': 100}
+    records = [metric('a', 0, 50.0), metric('a', 1, 52.0), metric('a', 2, 20.0, protocol=short)]
+    suites = assemble.read([write(tmp_path, records)]).suites
+    assert [[(row.name, row.figures['metric'].value) for row in group.rows] for group in suites[0].groups] == [
+        [('a', 51.0)],
+        [('a', 20.0)],
+    ]
+
+
+def test_seeds_timed_on_other_machines_do_not_mix(tmp_path) -> None:
+    other = {**SPEED, 'cpu': 'another'}
+    row = rows_of(
+        tmp_path,
+        [metric('a', s, 50.0) for s in range(3)]
+        + [speed('a', 0, 10.0), speed('a', 1, 12.0), speed('a', 2, 99.0, protocol=other)],
+    )['a']
+    assert row.figures['milliseconds'].value == 11.0
+    assert row.figures['milliseconds'].why == 'seed 2 was measured under protocol S2 and is left out'
+
+
+def test_deployed_form_is_shown(tmp_path) -> None:
+    form = dict(median_ms=30.0, low_ms=29.0, high_ms=31.0, throughput=33.0)
+    figures = rows_of(
+        tmp_path,
+        [
+            metric('a', 0, 50.0),
+            record('a', 0, 'speed', dict(forms=dict(training=form), batch=1), protocol=SPEED),
+            record(
+                'a',
+                0,
+                'complexity',
+                dict(
+                    parameters=9_000_000,
+                    inference_parameters=8_000_000,
+                    macs=3e9,
+                    merged_parameters=7_000_000,
+                    merged_macs=2e9,
+                ),
+            ),
+        ],
+    )['a'].figures
+    assert (figures['parameters'].value, figures['macs'].value, figures['milliseconds'].value) == (7.0, 2.0, 30.0)
+
+
+# -- marks ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    'one, other, best',
+    [
+        ([60.0, 61.0], [50.0, 51.0], ['a']),  # 59.8 .. 61.2 and 49.8 .. 51.2
+        ([60.0, 70.0], [55.0, 66.0], []),  # overlap
+        ([60.0], [50.0, 51.0], []),  # one seed has no spread
+        ([60.0, 61.0], [50.0], []),
+    ],
+)
+def test_best_leads_by_more_than_the_spread(one, other, best, tmp_path) -> None:
+    rows = rows_of(
+        tmp_path,
+        [metric(name, seed, value) for name, values in (('a', one), ('b', other)) for seed, value in enumerate(values)],
+    )
+    assert [name for name, row in rows.items() if row.figures['metric'].best] == best
+
+
+def test_best_time_is_of_one_machine(tmp_path) -> None:
+    other = {**SPEED, 'threads': 64}
+    rows = rows_of(
+        tmp_path,
+        [metric(name, 0, 50.0) for name in 'abc']
+        + [speed('a', 0, 10.0), speed('b', 0, 20.0), speed('c', 0, 1.0, protocol=other)],
+    )
+    assert [name for name, row in rows.items() if row.figures['milliseconds'].best] == ['a']  # c is alone
+    assert rows['c'].figures['milliseconds'].protocol == 'S2'
+    close = rows_of(
+        tmp_path / 'close', [metric(name, 0, 50.0) for name in 'ab'] + [speed('a', 0, 10.0), speed('b', 0, 10.5)]
+    )
+    assert not any(row.figures['milliseconds'].best for row in close.values())
+
+
+# -- published --------------------------------------------------------------------------------------------------------
+def published(tmp_path, miou=48.9, images=2000, options=None, **changes):
+    stated = dict(miou_ss=49.9, miou_ms=50.6, params_m=112, source='arXiv:2203.06717')
+    one = metric(
+        'a',
+        0,
+        miou,
+        published=stated,
+        config=dict(path=CONFIG, sha256='0', options=options or {}),
+        protocol={**PROTOCOL, 'iterations': 160000, 'crop': [512, 512], **changes},
+    )
+    one['values']['images'] = images
+    return rows_of(tmp_path, [one])['a'].figures
+
+
+def test_difference_from_published(tmp_path) -> None:
+    figures = published(tmp_path)
+    assert figures['published'].value == 49.9 and figures['difference'].value == pytest.approx(-1.0)
+    assert figures['difference'].why == ''
+    augmented = published(tmp_path / 'tta', tta=True)
+    assert augmented['published'].value == 50.6 and augmented['difference'].value == pytest.approx(48.9 - 50.6)
+
+
+def test_other_data_have_no_difference(tmp_path) -> None:
+    figures = published(tmp_path, images=80)
+    assert figures['published'].value == 49.9 and figures['difference'].value is None
+    assert figures['difference'].why == (
+        'the published figure is of ADE20K (2,000 images), the measured one of scenes (80 images)'
+    )
+
+
+def test_difference_says_what_else_differs(tmp_path) -> None:
+    figures = published(tmp_path, iterations=300, crop=[96, 96], options={'model.backbone.arch': '3'})
+    assert figures['difference'].why == (
+        'trained for 300 iterations, published after 160k iterations; config with options: {"model.backbone.arch": '
+        '"3"}; crop 96 x 96, published with 512'
+    )
+
+
+def test_nothing_published(found) -> None:
+    assert found.suites[0].rows[0].figures['published'].why == 'nothing is published for this config'
+
+
+# -- protocols --------------------------------------------------------------------------------------------------------
+def test_differences_name_the_place() -> None:
+    one = dict(data=dict(root='a', images=2), steps=[dict(scale=[1, 2]), dict(flip=True)], only=1)
+    other = dict(data=dict(root='a', images=3), steps=[dict(scale=[1, 3]), dict(flip=True)])
+    assert differences(one, other) == [
+        'data.images: 2 instead of 3',
+        'steps.0.scale: 1 x 2 instead of 1 x 3',
+        'only: 1 instead of not stated',
+    ]
+    assert differences(one, dict(reversed(one.items()))) == []
+    assert differences(dict(a=True), dict(a=1)) == ['a: yes instead of 1']
+    long = differences(dict(a='x' * 500 + 'left'), dict(a='x' * 500 + 'right'))[0]
+    assert 'left' in long and 'right' in long and len(long) < 300
+
+
+# -- damaged, odd and hostile records ---------------------------------------------------------------------------------
+def test_damaged_files_are_named_and_the_page_is_written(run, tmp_path, capsys) -> None:
+    folder = write(tmp_path / 'work', [metric('a', 0, 50.0)])
+    good = (folder / 'results/a.0.jsonl').read_text()
+    nan = good.replace('50.0', 'NaN')
+    assert nan != good
+    for name, text in (
+        ('cut', good[: len(good) // 2]),
+        ('newer', good.replace('"version": 1', '"version": 99')),
+        ('nan', nan),
+        ('binary', '\xff\xfe'),
+        ('list', '[1]\n'),
+        ('asked', good.replace('{"version"', '{"asked": 5, "version"')),
+        ('deep', good.replace('"facts": {', '"facts": {"x": ' + '[' * 5000 + ']' * 5000)),
+    ):
+        (folder / f'results/{name}.jsonl').write_text(text, encoding='latin-1')
+    assert run(folder, '--out', tmp_path / 'out') == assemble.SKIPPED_STATUS == 3
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('skipped: ')]
+    for name, why in (
+        ('cut', 'not JSON'),
+        ('newer', 'version 99'),
+        ('nan', 'values.metrics.mIoU is not a finite number'),
+        ('binary', 'not JSON'),
+        ('list', 'list instead of an object'),
+        ('asked', 'asked: Input should be a valid list'),
+        ('deep', 'not JSON'),
+    ):
+        assert [line for line in lines if f'{name}.jsonl:1: ' in line and why in line], (name, lines)
+    text = (tmp_path / 'out/index.html').read_text()
+    assert '7 skipped' in text and 'nan.jsonl:1: values.metrics.mIoU is not a finite number' in text
+    assert 'data-value="50.0"' in text and 'nan' not in re.findall(r'data-value="([^"]*)"', text)
+    assert 'version 99' in (tmp_path / 'out/report.md').read_text()
+
+
+def test_the_command(run, suite, tmp_path, capsys) -> None:
+    assert run(suite, '--out', tmp_path / 'out') == 0
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'index.html', 'report.md'}
+    assert run(tmp_path / 'no', '--out', tmp_path / 'out') == 2
+    (tmp_path / 'file').touch()
+    assert run(suite, '--out', tmp_path / 'file') == 2
+    (tmp_path / 'taken' / 'index.html').mkdir(parents=True)
+    capsys.readouterr()
+    assert run(suite, '--out', tmp_path / 'taken') == 2
+    assert f'error: {tmp_path / "taken" / "index.html"}: cannot be written (Is a directory)' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run('--help')
+    assert re.search(r'^ +3 +written, but records were skipped', capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize('name, said', [('no', 'no such results'), ('empty', 'no results in it')])
+def test_no_results(name, said, tmp_path) -> None:
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match=said):
+        assemble.read([tmp_path / name])
+
+
+def test_no_record_is_left(tmp_path) -> None:
+    (tmp_path / 'x.jsonl').write_text('{\n')
+    found = assemble.read([tmp_path / 'x.jsonl'])
+    assert len(found.complaints) == 1
+    assert 'There are no records' in rendered.markdown(found) and '1 skipped' in rendered.html(found)
+
+
+@pytest.mark.parametrize(
+    'values',
+    [
+        {},
+        dict(metrics=None),
+        dict(metrics=dict(mIoU='50')),
+        dict(metrics=dict(mIoU=10**400)),
+        dict(metrics=dict(mIoU=True)),
+        dict(metrics=dict(mIoU=1e308)),
+        dict(metrics=[], primary=[], unit=3),
+    ],
+)
+def test_values_of_odd_kinds_are_missing(values, tmp_path) -> None:
+    row = rows_of(
+        tmp_path,
+        [
+            record('a', 0, 'metric', values, protocol=PROTOCOL),
+            record('a', 0, 'curve', dict(loss=[[1], 'x', [1, None], [2, 'y']], metric=7), protocol=PROTOCOL),
+        ],
+    )['a']
+    assert row.figures['metric'].value is None
+    found = assemble.read([tmp_path])
+    assert 'missing: the record holds no such figure' in rendered.html(found) and '– (1)' in rendered.markdown(found)
+
+
+def test_results_of_several_machines_merge(tmp_path) -> None:
+    folders = []
+    for seed, name in enumerate(('one', 'other')):
+        files = files_of(tmp_path / name, 'a', seed)
+        data = scenes(tmp_path / name / 'data')
+        folders.append(
+            write(
+                tmp_path / name,
+                [
+                    metric('a', seed, 50.0 + seed, files=files, facts=facts(data)),
+                    record('a', seed, 'erf', dict(areas_of_scores={}), files=files, protocol=dict(size=9)),
+                ],
+            )
+        )
+    found = assemble.read([folders[0], folders[1] / 'results/a.1.jsonl'])
+    row = found.suites[0].rows[0]
+    assert row.figures['metric'].value == 50.5 and row.state == 'done, 2 seeds'
+    assert [found.folders[id(r)] for r in row.of('metric')] == folders
+    assert 'Receptive field of a' in rendered.html(found)

@@ -1,0 +1,456 @@
+"""Suite files, and what is left of them to do."""
+
+import hashlib
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from replk_mm import published
+from replk_mm.bench import records, schema
+from replk_mm.bench.schema import Row, Suite, now, read_suite
+from replk_mm.bench.suites import plan
+from replk_mm.data.scenes.writer import META
+from replk_mm.engine.config import load_config
+from replk_mm.errors import UserError
+from replk_mm.text import renewed as renewed_block
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITES = sorted((ROOT / 'configs' / 'suites').glob('*.yaml'))
+FIRST_VERSION = Path(__file__).parents[1] / 'data' / 'first_version'
+TRAINED = dict(config='config.py', iterations=5)
+
+
+def write(folder: Path, **content) -> Path:
+    (folder / 'config.py').write_text("model = dict(a=1)\ntest_dataloader = dict()\ndefault_scope = 'mmseg'\n")
+    path = folder / 'suite.yaml'
+    path.write_text(yaml.safe_dump(dict(name='s', **content), sort_keys=False))
+    return path
+
+
+def test_rows_take_the_defaults_and_override_them(tmp_path):
+    suite = read_suite(
+        write(
+            tmp_path,
+            question='Why\n  not?',
+            defaults=dict(
+                config='a.py', seeds=[3, 4], iterations=10, options={'x.y': 1, 'z': 2}, measure=['speed', 'complexity']
+            ),
+            rows=[
+                dict(name='one'),
+                dict(
+                    name='two',
+                    label='Two',
+                    seeds=[0],
+                    options={'z': 3},
+                    config='b.py',
+                    schedule='full',
+                    measure=['curve'],
+                ),
+                dict(name='three', checkpoint='w/{row}.{seed}.pth', shape=[64, 96], erf=dict(size=7)),
+            ],
+        )
+    )
+    one = dict(
+        name='one',
+        label='one',
+        config='a.py',
+        options={'x.y': 1, 'z': 2},
+        seeds=[3, 4],
+        iterations=10,
+        measure=['speed', 'complexity'],
+    )
+    assert suite.rows == [
+        Row(**one),
+        Row(
+            name='two',
+            label='Two',
+            config='b.py',
+            options={'x.y': 1, 'z': 3},
+            schedule='full',
+            measure=['curve'],
+            seeds=[0],
+        ),
+        Row(
+            **{**one, 'name': 'three', 'label': 'three', 'iterations': None},
+            checkpoint='w/{row}.{seed}.pth',
+            shape=[64, 96],
+            erf=dict(size=7),
+        ),
+    ]
+    assert suite.question == 'Why not?'
+    assert [(row.name, seed) for row, seed in suite.pairs()] == [
+        ('one', 3),
+        ('one', 4),
+        ('two', 0),
+        ('three', 3),
+        ('three', 4),
+    ]
+    assert suite.rows[0].measurements() == ('train', 'complexity', 'speed')  # in the order of measuring
+    assert suite.rows[2].measurements() == ('complexity', 'speed')
+    assert suite.rows[2].checkpoint_of(4) == 'w/three.4.pth'
+
+
+def rows(**changes) -> dict:
+    """A suite of one valid row with changes."""
+    return dict(rows=[{**TRAINED, 'name': 'a', **changes}])
+
+
+UNTRAINED = dict(name='a', config='c.py')
+
+
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        (dict(), 'rows is missing'),
+        (dict(rows=[TRAINED]), 'rows[0] (?): name is missing'),
+        (dict(rows=[dict(name='a', iterations=5)]), 'rows[0] (a): config is missing'),
+        (rows(colour='red'), 'rows[0] (a): colour: unknown key\nKnown keys: batch, checkpoint, '),
+        (rows(option={}), 'rows[0] (a): option: unknown key\nDid you mean options? '),
+        (rows(erf=dict(side=5)), 'rows[0] (a): erf: side: unknown key\nDid you mean size? Known keys: count, size.'),
+        (dict(row=[]), 'row: unknown key\nDid you mean rows? Known keys: data, defaults, name, question, rows.'),
+        (dict(rows=[dict(TRAINED, name='a')] * 2), "rows: 'a' names 2 rows"),
+        (rows(name='A b'), "rows[0] (A b): name: 'A b' cannot name files\nUse lower-case"),
+        (rows(name='12'), 'not digits alone, which number rows for --only'),
+        (rows(checkpoint='x'), 'rows[0] (a): has both iterations and checkpoint'),
+        (rows(iterations='5'), "iterations: Input should be a valid integer; found '5'"),
+        (rows(seeds=[0, 0]), 'seeds: a seed is listed twice'),
+        (rows(measure=['metric', 'taste']), "measure[1]: Input should be 'complexity', 'metric', "),
+        (dict(rows=[dict(UNTRAINED, measure=['metric'])]), 'metric needs trained weights'),
+        (dict(rows=[dict(UNTRAINED, measure=[])]), 'nothing to train and nothing to measure'),
+        (dict(rows=[dict(UNTRAINED, checkpoint='x', measure=['curve'])]), 'curve needs a training'),
+        (dict(rows=[dict(UNTRAINED, checkpoint='x', seeds=[0, 1])]), '2 seeds, but one checkpoint'),
+        (dict(rows=['a']), 'rows[0]: Input should be'),
+        (dict(data=dict(root='x', scenes='demo'), **rows()), 'data: expected either root, or scenes'),
+        (dict(data=dict(train=4), **rows()), 'data: expected either root, or scenes'),
+    ],
+)
+def test_errors_name_file_row_and_field(tmp_path, content, words):
+    path = write(tmp_path, **content)
+    with pytest.raises(UserError) as caught:
+        read_suite(path)
+    assert str(caught.value).startswith(f'{path}: ') and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('rows: [', 'not valid YAML: .*line 1'),
+        ('- a', 'expected a mapping'),
+        ('name: !!python/object/apply:os.getcwd []', 'not valid YAML'),
+    ],
+)
+def test_files_that_are_not_suites(tmp_path, text, words):
+    (tmp_path / 'bad.yaml').write_text(text)
+    with pytest.raises(UserError, match=f'bad.yaml: {words}'):
+        read_suite(tmp_path / 'bad.yaml')
+    with pytest.raises(UserError, match='no such suite'):
+        read_suite(tmp_path / 'absent.yaml')
+
+
+def test_numbers_are_those_of_python_and_parts_may_be_merged(tmp_path):
+    path = write(tmp_path, **rows())
+    path.write_text(
+        f'{path.read_text()}  options: &a {{a: 1e-3, b: -2E5, c: 1.5e+2, d: 1e, e: 3, g: 1e3.py}}\n'
+        '- {name: b, config: config.py, iterations: 5, options: {<<: *a, e: 4}}\n'
+    )
+    one, two = read_suite(path).rows
+    assert one.options == dict(a=0.001, b=-200000.0, c=150.0, d='1e', e=3, g='1e3.py')
+    assert two.options == {**one.options, 'e': 4}
+
+
+KEYS = st.sampled_from([*Suite.model_fields, *Row.model_fields, *schema.Data.model_fields, *schema.Erf.model_fields])
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(['a', 'full', 'metric', 'x/{seed}'])
+)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | LEAVES, inner, max_size=5), max_leaves=15
+)
+ROW = st.fixed_dictionaries(
+    dict(name=st.just('a'), config=st.just('c')),
+    optional=dict.fromkeys(Row.model_fields.keys() - {'name', 'config'}, VALUES),
+)
+SUITE = st.fixed_dictionaries(
+    dict(name=st.just('s'), rows=st.lists(ROW, max_size=2) | VALUES),
+    optional=dict.fromkeys(('data', 'defaults', 'question', 'path'), VALUES),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(SUITE.map(yaml.safe_dump) | VALUES.map(yaml.safe_dump) | st.text(max_size=40))
+def test_any_file_is_a_suite_or_a_user_error(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / 'any.yaml'
+    path.write_bytes(text.encode(errors='replace'))
+    try:
+        assert read_suite(path).pairs()
+    except UserError as error:
+        assert str(error).startswith(f'{path}: ')
+
+
+def test_docs_describe_the_schema():
+    """``python -m replk_mm.bench.schema docs/suites.md`` writes the tables."""
+    text = (ROOT / 'docs' / 'suites.md').read_text()
+    for name, model in schema.TABLES.items():
+        assert renewed_block(text, name, schema.table(model), 'docs/suites.md') == text
+
+
+@pytest.mark.parametrize('path', SUITES, ids=lambda path: path.stem)
+def test_shipped_suites_can_be_read(path):
+    suite = read_suite(path)
+    assert suite.name == path.stem and suite.question.endswith('?')
+    for row in suite.rows:
+        if '::' in row.config:  # test_shipped_suites.py builds the others
+            load_config(plan.config_path(row, suite), dict(row.options) or None)
+        else:
+            assert (ROOT / 'configs' / row.config).is_file()
+
+
+def test_the_published_suite_has_every_published_row_once():
+    suite = read_suite(ROOT / 'configs' / 'suites' / 'published.yaml')
+    named = [row.config for row in suite.rows if '::' not in row.config]
+    assert sorted(named) == sorted(result.config for result in published.results()) and len(named) == 23
+    assert {row.config.partition('::')[0] for row in suite.rows if '::' in row.config} == {'mmseg', 'mmdet'}
+    for row in suite.rows:
+        result = published.for_config(row.config.rpartition('::')[2])
+        assert (result is None) == ('::' in row.config)
+        for word in (result.backbone, result.pretraining, result.dataset) if result else ():
+            assert word in row.label
+        assert row.checkpoint_of(0) == f'weights/{row.name}.pth'
+
+
+# ---- what is left to do
+
+ROWS = [dict(TRAINED, name='a'), dict(TRAINED, name='ab', seeds=[1, 2]), dict(TRAINED, name='c')]
+
+
+def tasks_left(folder: Path, work_dir: Path, resume: bool = True, only=(), data_root=None, **content):
+    return plan.tasks_left(read_suite(write(folder, **content)), plan.Choice(work_dir, resume, only, data_root))
+
+
+def finish(task, *measures) -> None:
+    for name in measures:
+        records.append(task.record(name, now(), {}), task.results)
+
+
+def test_records_of_the_first_version_count(tmp_path, monkeypatch):
+    """Its work dir is complete for --resume; a row that is defined differently is not."""
+    work_dir = tmp_path / 'w'
+    shutil.copytree(FIRST_VERSION, work_dir)
+    monkeypatch.chdir(FIRST_VERSION)
+    suite = read_suite('suite.yaml')
+    found, complaints = records.read([work_dir])
+    written = [json.loads(line) for path in work_dir.glob('results/*') for line in path.read_text().splitlines()]
+    assert sorted(map(str, found)) == sorted(map(str, written)) and len(found) == 14 and not complaints
+    assert plan.tasks_left(suite, plan.Choice(work_dir, resume=True)) == ([], [])
+    assert {state for *_, state in plan.states(suite, work_dir)} == {'done'}
+    changed = suite.model_copy(
+        update=dict(rows=[row.model_copy(update=dict(batch=3, erf=schema.Erf(size=65))) for row in suite.rows])
+    )
+    left, _ = plan.tasks_left(changed, plan.Choice(work_dir, resume=True))
+    assert [task.measures for task in left] == [('speed',), ('speed',), ('erf',), ('memory',)]
+
+
+def test_types_that_the_first_version_did_not_name_change_no_key(tmp_path):
+    def key(**options) -> str:
+        [task], _ = tasks_left(tmp_path, tmp_path / str(options), **rows(options=options))
+        return task.shared['config']['sha256']
+
+    keys = [key(val_cfg=dict(type=name)) for name in ('ValLoop', 'replk_mm.ValLoop', 'TestLoop')]
+    assert keys[0] == keys[1] != keys[2]
+    assert key(**{'model.backbone': dict(type='ConvNeXt')}) != key(**{'model.backbone': dict(type='replk_mm.ConvNeXt')})
+
+
+@pytest.mark.parametrize(
+    ('only', 'found'),
+    [([], 'a0 ab1 ab2 c0'), (['a'], 'a0'), (['a*'], 'a0 ab1 ab2'), (['2'], 'ab2'), (['c', '0'], 'a0 c0')],
+)
+def test_only(tmp_path, only, found):
+    tasks, failed = tasks_left(tmp_path, tmp_path / 'w', only=only, rows=ROWS)
+    assert [f'{task.row.name}{task.seed}' for task in tasks] == found.split() and not failed
+    for name in 'b', '4', 'A':
+        with pytest.raises(UserError, match=f'--only {name}: .* has no such row\nKnown rows: a, ab, c; or 0 to 3'):
+            tasks_left(tmp_path, tmp_path / 'w', only=[name], rows=ROWS)
+
+
+def test_finished_measurements_are_left_out_with_resume(tmp_path):
+    tasks, _ = tasks_left(tmp_path, tmp_path / 'w', rows=ROWS)
+    assert tasks[0].measures == ('train', 'complexity', 'metric', 'speed', 'memory')
+    finish(tasks[0], 'train', 'complexity', 'speed')
+    finish(tasks[1], *tasks[1].measures)
+    with pytest.raises(UserError, match='exist already.*\nContinue with --resume'):
+        tasks_left(tmp_path, tmp_path / 'w', resume=False, rows=ROWS)
+    left, _ = tasks_left(tmp_path, tmp_path / 'w', rows=ROWS)
+    assert [(task.row.name, task.seed, task.measures) for task in left] == [
+        ('a', 0, ('metric', 'memory')),
+        ('ab', 2, tasks[2].measures),
+        ('c', 0, tasks[3].measures),
+    ]
+    states = [state for *_, state in plan.states(read_suite(tmp_path / 'suite.yaml'), tmp_path / 'w')]
+    assert states == ['3 of 5 done', 'done', '-', '-']
+
+
+def test_a_changed_row_is_measured_again_or_rejected(tmp_path):
+    def left(**changes) -> tuple[str, ...]:
+        tasks, _ = tasks_left(tmp_path, tmp_path / 'w', rows=[{**ROWS[0], **changes}])
+        return tasks[0].measures if tasks else ()
+
+    [task], _ = tasks_left(tmp_path, tmp_path / 'w', rows=ROWS[:1])
+    finish(task, *task.measures)
+    assert left() == () == left(label='Another', published=False)
+    assert left(shape=[32, 32]) == ('speed', 'memory')
+    assert left(macs_shape=[32, 32]) == ('complexity',)
+    assert left(measure=['erf', 'metric']) == ('erf',)
+    for change, words in (
+        (dict(iterations=6), 'another iterations .*: 5 then, 6 now'),
+        (dict(options={'model.a': 2}), "another options .*: {} then, {'model.a': 2} now"),
+    ):
+        with pytest.raises(UserError, match=f'was begun with {words}\nRemove that folder'):
+            left(**change)
+
+
+def test_other_weights_are_measured_again(tmp_path):
+    content = dict(
+        rows=[dict(name='a', config='config.py', checkpoint=str(tmp_path / '{row}.pth'), measure=['metric'])]
+    )
+    (tmp_path / 'a.pth').write_bytes(b'weights')
+    [task], _ = tasks_left(tmp_path, tmp_path / 'w', **content)
+    digest = hashlib.sha256(b'weights').hexdigest()
+    records.append(task.record('metric', now(), {}, checkpoint=dict(path='a.pth', sha256=digest)), task.results)
+    assert tasks_left(tmp_path, tmp_path / 'w', **content)[0] == []
+    (tmp_path / 'a.pth').write_bytes(b'others')
+    assert [task.measures for task in tasks_left(tmp_path, tmp_path / 'w', **content)[0]] == [('metric',)]
+
+
+def test_a_config_that_cannot_be_read_fails_only_its_row(tmp_path):
+    content = dict(rows=[dict(TRAINED, name='a', config='nowhere.py'), dict(TRAINED, name='b')])
+    tasks, [(failed, reason)] = tasks_left(tmp_path, tmp_path / 'w', **content)
+    assert [task.row.name for task in tasks] == ['b']
+    assert failed.name == 'a seed 0' and reason.startswith('train: ') and 'nowhere.py: no such config' in reason
+    [found] = records.read([tmp_path / 'w'])[0]
+    assert (found['row'], found['status'], found['config']['sha256']) == ('a', 'failed', None)
+    (tmp_path / 'nowhere.py').write_text('model = dict()\ntest_dataloader = dict()\n')
+    [task, _], _ = tasks_left(tmp_path, tmp_path / 'w', **content)
+    finish(task, 'train')
+    (tmp_path / 'nowhere.py').unlink()  # what is done stays done
+    _, [(_, reason)] = tasks_left(tmp_path, tmp_path / 'w', **content)
+    assert reason.startswith('complexity: ')
+
+
+def test_data_of_a_row(tmp_path):
+    suite, row = dict(root='suite'), dict(data_root='row')
+    keys = set()
+    for i, (data, own, option, expected) in enumerate(
+        [({}, {}, None, None), (suite, {}, None, 'suite'), (suite, row, None, 'row'), (suite, row, 'cli', 'cli')]
+    ):
+        [task], _ = tasks_left(tmp_path, tmp_path / f'w{i}', data=data, data_root=option, **rows(**own))
+        assert task.data_root == expected
+        keys.add(task.keys['metric'])
+    assert len(keys) == 4
+
+
+def test_scenes_are_written_once_in_the_layout_of_the_config(tmp_path):
+    data = dict(scenes='demo', train=2, val=1, size=[64, 64])
+    content = dict(
+        rows=[
+            dict(TRAINED, name='a'),
+            dict(TRAINED, name='b', options={'default_scope': 'mmdet'}),
+            dict(name='c', config='config.py', measure=['complexity']),
+        ],
+        data=data,
+    )
+    tasks, _ = tasks_left(tmp_path, tmp_path / 'w', **content)
+    folders = [task.data_root for task in tasks]
+    assert [json.loads(Path(root, META).read_text())['layout'] for root in folders[:2]] == ['ade20k', 'coco']
+    assert folders[2] is None  # needs no images
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'w' / 'data').rglob('*.*')}
+    finish(tasks[2], 'complexity')
+    content['rows'][2]['measure'].append('erf')  # one that needs images may be added
+    again, _ = tasks_left(tmp_path, tmp_path / 'w', **content)
+    assert [task.data_root for task in again] == [*folders[:2], folders[0]] and again[2].measures == ('erf',)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / 'w' / 'data').rglob('*.*')} == before
+    with pytest.raises(UserError, match="scenes: 'mountains' is unknown\nKnown scenes: demo"):
+        tasks_left(tmp_path, tmp_path / 'v', data=dict(scenes='mountains'), **rows())
+
+
+@pytest.mark.parametrize(
+    ('name', 'found'),
+    [
+        ('config.py', '{beside}/config.py'),
+        ('mmseg::a/b.py', 'mmseg::a/b.py'),
+        ('upernet_replk31b_ade20k.py', 'replk_mm::upernet_replk31b_ade20k.py'),
+        (__file__, __file__),
+    ],
+)
+def test_config_path(tmp_path, name, found):
+    suite = read_suite(write(tmp_path, **rows(config=name)))
+    assert plan.config_path(suite.rows[0], suite) == found.format(beside=tmp_path)
+
+
+def test_published_figures_and_git_state_are_in_the_task(tmp_path):
+    row = dict(config='upernet_replk31b_ade20k.py', checkpoint='x.pth')
+    (one, other), _ = tasks_left(
+        tmp_path, tmp_path / 'w', rows=[dict(row, name='a'), dict(row, name='b', published=False)]
+    )
+    assert one.shared['published'] == dict(
+        miou_ss=49.9,
+        miou_ms=50.6,
+        params_m=112,
+        flops_g=1170,
+        input=[512, 2048],
+        source=published.for_config('upernet_replk31b_ade20k').source,
+    )
+    assert other.shared['published'] is None and (one.pretraining, other.pretraining) == ('ImageNet-1K', None)
+    if (ROOT / '.git').exists():
+        assert len(one.shared['git']['commit']) == 40 and isinstance(one.shared['git']['dirty'], bool)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Calls tools/suite.py with a suite of one row whose config cannot be built; returns its exit status."""
+    tool = importlib.import_module('replk_mm.commands.suite')
+    suite = write(tmp_path, rows=[dict(name='a', config='absent.py', measure=['complexity'])])
+
+    def call(*args) -> int:
+        monkeypatch.setattr('sys.argv', ['suite.py', str(suite), '--work-dir', str(tmp_path / 'w'), *map(str, args)])
+        return tool.main()
+
+    return call
+
+
+def test_command_lists_and_fails(command, capsys):
+    assert command('--list') == 0 and capsys.readouterr().out.split() == ['0', 'a', '0', '-']
+    assert command() == 1
+    said = capsys.readouterr().out
+    assert '1 failed; --resume tries them again:\n  a seed 0: complexity: replk_mm::absent.py: no such' in said
+    assert command('--list') == 0 and 'failed: complexity: replk_mm::absent.py' in capsys.readouterr().out
+    assert command() == 2 and 'Continue with --resume' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text', ['', ' , '])
+def test_only_of_nothing_is_not_everything(command, text, capsys):
+    with pytest.raises(SystemExit) as caught:  # an unset variable, as of a job array
+        command('--only', text, '--list')
+    assert caught.value.code == 2 and 'names no row' in capsys.readouterr().err
+
+
+def test_command_rejects_what_cannot_run(command, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    assert command('--launcher', 'slurm') == 2 and '--launcher slurm: there is no srun' in capsys.readouterr().err
+    assert command('--launcher', 'slurm', '--list') == 0
+    assert command('--nproc', 2) == 2 and 'needs a launcher' in capsys.readouterr().err
+    assert not (tmp_path / 'w').exists()
+    assert command('--work-dir', tmp_path / 'suite.yaml' / 'w') == 2
+    assert 'suite.yaml/w: cannot be written to' in capsys.readouterr().err

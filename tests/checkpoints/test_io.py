@@ -1,0 +1,192 @@
+"""Writing checkpoints: whole or not at all, and of plain data that every reader takes."""
+
+import collections
+import enum
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_cases import assert_same, first_line, tiny_backbone
+from mmengine.config import ConfigDict
+from mmengine.logging import HistoryBuffer
+from safetensors.torch import load_file, safe_open
+from tiny import tiny, tool_environment, trained  # noqa: F401
+from tool_cases import merged  # noqa: F401
+
+from replk_mm.checkpoints.io import load_pretrained, read, reparameterization_of, save
+from replk_mm.checkpoints.plain_data import log_buffer, plain
+from replk_mm.engine.inference import reparameterize_checkpoint
+from replk_mm.errors import UserError
+
+# ruff: noqa: F811 (fixtures that come from another file)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_save_round_trip(suffix, tmp_path):
+    path = tmp_path / 'deep' / 'er' / f'a.{suffix}'
+    meta = {'iter': 3, 'dataset_meta': {'classes': ['a', 'b']}}
+    save({'state_dict': {'w': torch.arange(3.0), 'shared': torch.ones(4)[::2]}, 'meta': meta}, path)
+    loaded = read(path)
+    assert loaded['state_dict']['w'].tolist() == [0, 1, 2] and loaded['state_dict']['shared'].tolist() == [1, 1]
+    assert loaded['meta'] == meta and names(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()], ids=repr)
+def test_failed_save_leaves_the_old_file(error, tmp_path, monkeypatch):
+    path = tmp_path / 'a.pth'
+    save({'state_dict': {'w': torch.ones(1)}}, path)
+
+    def fails(self, content):
+        self.open('wb').write(content[:100])
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'write_bytes', fails)
+        with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
+            save({'state_dict': {'w': torch.zeros(1)}}, path)
+    if isinstance(error, OSError):
+        assert first_line(caught).startswith(f'{path}: cannot be written') and str(error) in first_line(caught)
+    assert read(path)['state_dict']['w'].item() == 1 and names(tmp_path) == ['a.pth']
+
+
+def test_unwritable_places(tmp_path):
+    (tmp_path / 'file').write_text('in the way')
+    (tmp_path / 'folder').mkdir()
+    for path in (tmp_path / 'file' / 'a.pth', tmp_path / 'folder'):
+        with pytest.raises(UserError) as caught:
+            save({'w': torch.ones(1)}, path)
+        assert first_line(caught).startswith(f'{path}: cannot be written')
+    assert names(tmp_path) == ['file', 'folder']
+
+
+# ---- plain data
+class Colour(enum.IntEnum):
+    RED = 3
+
+
+def test_everything_in_a_checkpoint_becomes_plain(tmp_path):
+    weights = collections.OrderedDict(w=torch.ones(2))
+    weights._metadata = {'': {'version': 2}}
+    content = dict(
+        state_dict=weights,
+        config=ConfigDict(a=dict(b=1)),
+        nothing=None,
+        raw=b'x',
+        hook=print,
+        scalars=(np.float64(0.5), np.int64(2), np.bool_(True), np.str_('x')),
+        names={'a'},
+        number=Colour.RED,
+        grid=np.ones((2, 2), np.float32),
+        path=Path('x/y'),
+        queue=[collections.Counter(a=1)],
+        size=torch.Size([1]),
+        kinds=(torch.float32, torch.device('cpu')),
+        nested={'fine': 1, 'functions': [print]},
+        log=HistoryBuffer([1.0, 2.0], [1, 1]),
+    )
+    torch.save(plain(content), tmp_path / 'a.pth')
+    loaded = torch.load(tmp_path / 'a.pth', weights_only=True)
+    buffer = log_buffer(loaded.pop('log'))
+    assert type(buffer) is HistoryBuffer and buffer.data[0].tolist() == [1, 2] and buffer.max_length == 1_000_000
+    assert loaded.pop('state_dict')._metadata == weights._metadata
+    assert loaded == dict(
+        config={'a': {'b': 1}},
+        scalars=(0.5, 2, True, 'x'),
+        grid=[[1, 1], [1, 1]],
+        path='x/y',
+        number=3,
+        names={'a'},
+        queue=[{'a': 1}],
+        size=torch.Size([1]),
+        kinds=(torch.float32, torch.device('cpu')),
+        raw=b'x',
+        nothing=None,
+        nested={'fine': 1},
+    )
+
+
+#: A program of somebody else's: mmengine and torch, without a line of ours.
+STRANGER = """
+import sys, torch
+from mmengine.runner import load_checkpoint
+content = torch.load(sys.argv[1], weights_only=True)
+model = torch.nn.Module()
+model.register_module('backbone', torch.nn.Module())
+model.backbone.register_module('stem', torch.nn.ModuleList([torch.nn.Module()]))
+model.backbone.stem[0].register_module('conv', torch.nn.Conv2d(3, 8, 3, bias=False))
+load_checkpoint(model, sys.argv[1])
+assert torch.equal(model.backbone.stem[0].conv.weight, content['state_dict']['backbone.stem.0.conv.weight'])
+assert not any(name.startswith('replk_mm') for name in sys.modules)
+print(*content)
+"""
+
+
+def test_checkpoints_of_a_training_load_anywhere(tiny, tmp_path):
+    """With log, optimizer, schedules, averaged weights, a best score: strictly, and in a program without us."""
+    last = tiny.train(
+        tmp_path,
+        2,
+        {
+            'custom_hooks': [dict(type='EMAHook')],
+            'default_hooks.checkpoint.save_best': 'mIoU',
+            'train_cfg.val_interval': 1,
+            'default_hooks.checkpoint.interval': 1,
+        },
+    )
+    content = torch.load(last, weights_only=True)
+    assert content['message_hub']['runtime_info']['best_score'] >= 0
+    assert content['message_hub']['log_scalars']['train/loss']['values'].shape == (2,)
+    ran = subprocess.run(
+        [sys.executable, '-c', STRANGER, str(last)], capture_output=True, text=True, check=False, env=tool_environment()
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert set(ran.stdout.split()[-6:]) == {
+        'meta',
+        'state_dict',
+        'message_hub',
+        'optimizer',
+        'param_schedulers',
+        'ema_state_dict',
+    }
+
+
+# ---- safetensors
+def test_weights_of_others_in_safetensors(tmp_path):
+    """As timm and Hugging Face publish: bare tensors, half precision too."""
+    from safetensors.torch import save_file
+
+    source = tiny_backbone().state_dict()
+    for dtype in (torch.float32, torch.float16):
+        weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in source.items()}
+        save_file(weights, tmp_path / 'model.safetensors', {'format': 'pt'})
+        model = tiny_backbone(2)
+        load_pretrained(model, tmp_path / 'model.safetensors')
+        assert_same(model, weights)
+
+
+def test_merged_weights_as_safetensors_are_known_as_merged(merged, trained, tiny, tmp_path):
+    out = tmp_path / 'merged.safetensors'
+    reparameterize_checkpoint(tiny.cfg(), str(trained), out)
+    with safe_open(out, 'pt') as file:
+        record = json.loads(file.metadata()['meta'])['replk_mm']['reparameterized']
+    assert record['merge'] and record['fold']
+    expected = read(merged)
+    loaded = read(out)
+    assert reparameterization_of(loaded, ()) == {'merge': True, 'fold': True}
+    assert loaded['meta']['dataset_meta']['classes'] == list(expected['meta']['dataset_meta']['classes'])
+    weights = load_file(out)
+    assert weights.keys() == expected['state_dict'].keys()
+    assert all(torch.equal(value, expected['state_dict'][key]) for key, value in weights.items())
+
+
+def test_safetensors_hold_weights_only(tmp_path):
+    with pytest.raises(UserError, match='holds weights only, no optimizer'):
+        save({'state_dict': {}, 'optimizer': {}}, tmp_path / 'a.safetensors')

@@ -1,0 +1,195 @@
+"""Key formats of checkpoints: all that are published are told apart and load whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_cases import CONV, DENSE, TINY, assert_same, write
+from norms import randomize_norms
+from torch import nn
+
+from replk_mm.backbones import ConvNeXt, RepLKNet
+from replk_mm.checkpoints.io import load_pretrained
+from replk_mm.checkpoints.key_formats import convert, to_official, unwrap
+from replk_mm.deploy.reparameterize import reparameterize
+
+#: Names and shapes in published files.
+FACTS = Path(__file__).parents[1] / 'data' / 'facts'
+
+
+def empty(build) -> nn.Module:
+    """A large network without the seconds of its initialization."""
+    with torch.device('meta'):
+        model = build()
+    model.to_empty(device='cpu')
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.fill_(-1)
+    return model
+
+
+def listed(name: str) -> dict[str, torch.Tensor]:
+    """A state dict of published keys and shapes. Every weight is constant, its place in the list: a small file."""
+    weights = {}
+    for number, line in enumerate((FACTS / f'keys_{name}.txt').read_text().splitlines(), 1):
+        key, shape = line.split('\t')
+        shape = tuple(int(n) for n in shape.strip('()').split(',') if n.strip())
+        weights[key] = torch.tensor(float(number)).expand(shape)
+    assert len(weights) > 100
+    return weights
+
+
+# Written by hand: what becomes of some keys of each list. '=' is the same name.
+PLACES = {
+    'replknet31b_official': [
+        '=stem.3.bn.running_var',
+        '=stages.2.blocks.34.large_kernel.small_conv.conv.weight',
+        '=transitions.1.1.bn.bias',
+        '=stages.3.blocks.3.preffn_bn.running_mean',
+    ],
+    'replknet31b_official_merged': ['=stem.3.bn.running_var', '=stages.2.blocks.34.large_kernel.lkb_reparam.weight'],
+    'replknetxl_official': ['=stages.0.norm.weight', '=stages.1.blocks.2.large_kernel.lkb_origin.bn.bias'],
+    'convnext_tiny_official': [
+        'stages.2.8.pwconv1.weight=stages.2.8.pointwise_conv1.weight',
+        '=stages.0.1.gamma',
+        '=norm3.bias',
+        'stages.0.0.dwconv.bias=stages.0.0.depthwise_conv.bias',
+        '=downsample_layers.2.1.weight',
+    ],
+    'convnext_tiny_mmpretrain': [
+        'backbone.stages.2.8.pointwise_conv1.weight=stages.2.8.pointwise_conv1.weight',
+        'backbone.norm0.bias=norm0.bias',
+    ],
+    'convnext_tiny_timm': [
+        'stem.0.weight=downsample_layers.0.0.weight',
+        'stem.1.bias=downsample_layers.0.1.bias',
+        'stages.1.downsample.0.weight=downsample_layers.1.0.weight',
+        'stages.3.downsample.1.bias=downsample_layers.3.1.bias',
+        'stages.2.blocks.8.mlp.fc2.weight=stages.2.8.pointwise_conv2.weight',
+        'stages.0.blocks.2.gamma=stages.0.2.gamma',
+        'stages.0.blocks.0.conv_dw.weight=stages.0.0.depthwise_conv.weight',
+        'head.norm.weight=norm3.weight',
+    ],
+}
+BUILD = {
+    'replknet31b_official': lambda: RepLKNet('31B'),
+    'replknet31b_official_merged': lambda: RepLKNet('31B', small_kernel_merged=True),
+    'replknetxl_official': lambda: RepLKNet('XL', norm_intermediate_features=True),
+    'convnext_tiny_official': lambda: ConvNeXt('tiny', **DENSE),
+    'convnext_tiny_mmpretrain': lambda: ConvNeXt('tiny', **DENSE),
+    'convnext_tiny_timm': lambda: ConvNeXt('tiny', **DENSE),
+}
+
+
+@pytest.mark.parametrize('name', PLACES)
+def test_published_formats_load_whole(name, tmp_path):
+    weights = listed(name)
+    path = write(tmp_path / 'weights.pth', {'model': weights})
+    xl = name == 'replknetxl_official'  # 1.3 GB: names and shapes only
+    with torch.device('meta' if xl else 'cpu'):
+        model = BUILD[name]() if xl else empty(BUILD[name])
+    report = load_pretrained(model, path)
+    assert report.unexpected == report.missing == report.mismatched == []
+    own = model.state_dict()
+    classifier = {key for key in weights if key.startswith('head.fc.')}
+    assert len(classifier) == (2 if 'timm' in name else 0)
+    assert report.matched == {'backbone': len(weights) - len(classifier)}
+    if xl:
+        assert set(PLACES[name]) <= {f'={key}' for key in own.keys() & weights.keys()}
+        return
+    # Every weight of the file is in the network once: their constants are all different.
+    values = {value.flatten()[0].item() for value in own.values()}
+    assert all((value == value.flatten()[0]).all() for key, value in own.items() if value.numel() < 1e6)
+    unset = {'convnext_tiny_timm': {f'norm{i}.{end}' for i in range(3) for end in ('weight', 'bias')}}.get(name, set())
+    assert {key for key, value in own.items() if value.flatten()[0] == -1} == unset
+    assert values - {-1.0} == {value.flatten()[0].item() for key, value in weights.items() if key not in classifier}
+    for place in PLACES[name]:
+        theirs, ours = place.split('=')
+        assert own[ours].flatten()[0] == weights[theirs or ours].flatten()[0], place
+
+
+def test_classifier_is_reported():
+    found = convert(listed('convnext_tiny_timm'))
+    assert found.set_aside == ['head.fc.weight', 'head.fc.bias']
+    assert found.describe() == 'ConvNeXt, timm key names, 2 classifier keys set aside'
+    imagenet = {
+        **listed('replknet31b_official'),
+        'norm.weight': torch.ones(1024),
+        'head.weight': torch.ones(1),
+        'head.bias': torch.ones(1),
+    }
+    found = convert(imagenet)
+    assert sorted(found.set_aside) == ['head.bias', 'head.weight', 'norm.weight'] and found.format == 'official'
+
+
+@pytest.mark.parametrize(
+    'name, family, form, merged',
+    [
+        ('replknet31b_official', 'RepLKNet', 'official', False),
+        ('replknet31b_official_merged', 'RepLKNet', 'official', True),
+        ('convnext_tiny_official', 'ConvNeXt', 'official', False),
+        ('convnext_tiny_timm', 'ConvNeXt', 'timm', False),
+        ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False),
+    ],
+)
+def test_formats_are_told_apart(name, family, form, merged):
+    found = convert(listed(name))
+    assert (found.family, found.format, found.merged, found.whole_model) == (family, form, merged, form == 'mmpretrain')
+
+
+@pytest.mark.parametrize('family', ['replknet31b', 'convnext_tiny'])
+def test_to_official_round_trip(family):
+    theirs = listed(f'{family}_official')
+    ours = convert(theirs).backbone
+    back = to_official(ours)
+    assert list(back) == list(theirs) and all(back[key] is theirs[key] for key in theirs)
+    again = convert(back).backbone
+    assert list(again) == list(ours) and all(again[key] is ours[key] for key in ours)
+
+
+def test_linear_and_convolution(tmp_path):
+    linear = ConvNeXt(CONV, **DENSE)
+    conv = ConvNeXt(CONV, linear_pw_conv=False, **DENSE)
+    for source, target in ((linear, conv), (conv, linear)):
+        for value in source.parameters():
+            nn.init.normal_(value)
+        load_pretrained(target, write(tmp_path / 'a.pth', to_official(source.state_dict())))
+        assert all(torch.equal(v.flatten(), source.state_dict()[k].flatten()) for k, v in target.state_dict().items())
+
+
+def test_version_2_of_the_authors(tmp_path):
+    """Global response norm as (1, 1, 1, C), no layer scale, classifier with its norm."""
+    source = ConvNeXt(CONV, use_grn=True, layer_scale_init_value=0.0)
+    for value in source.parameters():
+        nn.init.normal_(value)
+    ours = source.state_dict()
+    theirs = {k: v.view(1, 1, 1, -1) if '.grn.' in k else v for k, v in to_official(ours).items()}
+    theirs = {k.replace('norm3.', 'norm.') if k.startswith('norm3.') else k: v for k, v in theirs.items()}
+    theirs |= {'head.weight': torch.ones(10, 24), 'head.bias': torch.ones(10)}
+    model = ConvNeXt(CONV, use_grn=True, layer_scale_init_value=0.0)
+    report = load_pretrained(model, write(tmp_path / 'a.pth', {'model': theirs}))
+    assert report.matched['backbone'] == len(ours)
+    assert_same(model, ours)
+
+
+@pytest.mark.parametrize(
+    'kwargs', [{}, dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(arch=dict(TINY, small_kernel=None))], ids=str
+)
+def test_merged_file_into_either_form(kwargs, tmp_path):
+    kwargs = {'arch': TINY, **kwargs}
+    merged, _ = reparameterize(randomize_norms(RepLKNet(**kwargs)), fold=False)
+    path = write(tmp_path / 'merged.pth', {'model': merged.state_dict()})
+    x = torch.randn(2, 3, 64, 64)
+    expected = merged(x)
+    for seed, form in ((3, True), (4, False)):
+        model = randomize_norms(RepLKNet(**kwargs, small_kernel_merged=form), seed)
+        report = load_pretrained(model, path)
+        assert report.missing == report.unexpected == report.mismatched == []
+        for a, b in zip(model.eval()(x), expected, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    assert hasattr(model.stages[0].blocks[0].large_kernel, 'lkb_origin')
+    sum(o.mean() for o in model.train()(x)).backward()  # and it trains
+
+
+def test_unwrap_of_a_wrapper_only():
+    assert list(unwrap({'module.model.a': torch.ones(1), 'module.model.b': torch.ones(1)})) == ['a', 'b']

@@ -1,0 +1,293 @@
+"""All configs: names, headers, weights to start from, a small build that learns, and their tables."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from config_cases import CONFIGS, LEAVES, NANO, PUBLISHED, ROOT, ROWS, build, dataset_of, load, meta_model, params_m
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from replk_mm.commands import list_configs
+from replk_mm.data.datasets import datasets_of
+from replk_mm.engine.config import fit_to_machine, set_data_root, shorten
+from replk_mm.engine.explain import walk
+from replk_mm.backbones import ConvNeXt, RepLKNet
+
+CLASSES = {'ade20k': 150, 'cityscapes': 19, 'coco': 80}
+UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']
+
+
+# ---- the files
+
+
+def test_file_names_and_published_rows_map_one_to_one():
+    rows = [row['config'] for task in ('segmentation', 'detection') for row in PUBLISHED[task]]
+    assert len(rows) == len(set(rows)) == 23
+    assert sorted([*rows, *NANO, *UNPUBLISHED]) == LEAVES
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_header_states_command_recipe_and_source(name):
+    text = (CONFIGS / name).read_text()
+    header = text[: text.index('_base_')]
+    assert f'python tools/train.py configs/{name}' in header
+    row = ROWS.get(name)
+    if row is None:
+        assert 'Published: none' in header and ('CPU' in header) == (name in NANO)
+        return
+    batch = load(name).train_dataloader.batch_size
+    length = f'{row["iters"] // 1000}k iterations' if 'iters' in row else f'{row["epochs"]} epochs'
+    assert f'8 GPUs x {batch} images (global batch {8 * batch}), {length}' in header
+    assert ('fp16' in header) == (PUBLISHED['recipes'][row['recipe']]['amp'] == 'float16')
+    for text, metric in (
+        ('mIoU {} single-scale', 'miou_ss'),
+        ('{} multi-scale', 'miou_ms'),
+        ('AP box {}', 'ap_box'),
+        ('AP mask {}', 'ap_mask'),
+    ):
+        assert (text.format(row.get(metric)) in header) == (row.get(metric) is not None)
+    source = PUBLISHED['sources'][row['source']]
+    assert source['paper'] in header and source['repository'] in header
+    assert 'quoted' in header and 'not reproduced' in header
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_weights_are_published_and_of_this_backbone(name):
+    init, row = load(name).model.backbone.init_cfg, ROWS[name]
+    entry = next(e for e in PUBLISHED['weights'] if e['url'] == init.checkpoint)
+    assert init.type == 'Pretrained' and entry['backbone'] == row['backbone']
+    assert init.get('prefix') == ('backbone.' if entry['keys'] == 'mmpretrain' else None)
+    header = (CONFIGS / name).read_text().partition('_base_')[0]
+    assert entry['pretraining'].startswith(row['pretraining'])
+    # Where only weights with one more training are public, the header must say so.
+    assert (entry['pretraining'] == row['pretraining']) != ('fine-tuned on ImageNet-1K' in header)
+
+
+# ---- what they build, with small backbones and heads
+
+TINY = {
+    'replk_mm.RepLKNet': dict(
+        layers=[1, 1, 1, 1], channels=[8, 16, 24, 40], large_kernel_sizes=[7, 7, 7, 5], dw_ratio=1
+    ),
+    'replk_mm.ConvNeXt': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
+}
+#: Smaller values of whatever has one of these keys. 32 is what GroupNorm of 32 groups takes.
+SMALLER = {
+    'channels': 8,
+    'fc_out_channels': 16,
+    'max_per_img': 8,
+    'nms_pre': 50,
+    'num': 16,
+    'num_convs': 1,
+    'score_thr': 0.0,
+}
+
+
+def arch_of(cfg: Config) -> dict:
+    """The row of the architecture table that a config's backbone is built from."""
+    table = {'replk_mm.RepLKNet': RepLKNet, 'replk_mm.ConvNeXt': ConvNeXt}[cfg.model.backbone.type].arch_settings
+    return table[cfg.model.backbone.arch]
+
+
+def tiny_on_cpu(name: str) -> Config:
+    """The config as it runs on a CPU, its backbone and heads small.
+
+    Inputs of the backbone's features are translated from the real widths to the small ones, so that a head or neck
+    whose channels are not those of its backbone fails here, with a KeyError.
+    """
+    cfg = copy.deepcopy(load(name))
+    fit_to_machine(cfg, None, 'cpu', 1)
+    model, arch = cfg.model, arch_of(cfg)
+    model.backbone.pop('init_cfg', None)
+    small = dict(TINY[model.backbone.type])
+    if model.backbone.type == 'replk_mm.RepLKNet':
+        small['small_kernel'] = arch['small_kernel'] and 3
+    model.backbone.arch = small
+    width = dict(zip(arch['channels'], small['channels'], strict=True))
+    if 'neck' in model:
+        model.neck.in_channels = [width[c] for c in model.neck.in_channels]
+        inner = model.neck.out_channels
+        for part in ('neck', 'rpn_head', 'roi_head', 'bbox_head', 'train_cfg', 'test_cfg'):
+            _shrink(model.get(part), {inner: 32})
+    else:
+        model.data_preprocessor.size = (64, 64)
+        model.decode_head.in_channels = [width[c] for c in model.decode_head.in_channels]
+        model.auxiliary_head.in_channels = width[model.auxiliary_head.in_channels]
+        for head in (model.decode_head, model.auxiliary_head):
+            _shrink(head, {})
+    return cfg
+
+
+def _shrink(node, width: dict[int, int]) -> None:
+    if isinstance(node, (list, tuple)):
+        for part in node:
+            _shrink(part, width)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key in SMALLER and isinstance(value, (int, float)):
+                node[key] = SMALLER[key]
+            elif key.endswith(('in_channels', 'out_channels', 'feat_channels')) and isinstance(value, int):
+                node[key] = width.get(value, value)
+            else:
+                _shrink(value, width)
+
+
+def batch(cfg, classes: int) -> dict:
+    """Two images of 64x64 with labels, as a data loader gives them."""
+    images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)]
+    meta = dict(img_shape=(64, 64), ori_shape=(64, 64), pad_shape=(64, 64), scale_factor=(1.0, 1.0))
+    if cfg.default_scope == 'mmseg':
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        samples = [
+            SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, classes, (1, 64, 64))), metainfo=meta)
+            for _ in images
+        ]
+        return dict(inputs=images, data_samples=samples)
+    import numpy as np
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    boxes = torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 10.0, 62.0, 60.0]])
+    masks = np.zeros((2, 64, 64), np.uint8)
+    masks[0, 4:40, 4:30] = masks[1, 10:60, 20:62] = 1
+    found = dict(bboxes=boxes, labels=torch.tensor([0, classes - 1]), masks=BitmapMasks(masks, 64, 64))
+    return dict(
+        inputs=images,
+        data_samples=[
+            DetDataSample(
+                gt_instances=InstanceData(**found),
+                ignored_instances=InstanceData(bboxes=torch.zeros(0, 4)),
+                metainfo=dict(meta, batch_input_shape=(64, 64)),
+            )
+            for _ in images
+        ],
+    )
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', LEAVES)
+def test_every_config_learns_and_predicts_on_a_cpu(name, one_thread):
+    cfg = tiny_on_cpu(name)
+    assert 'SyncBN' not in str(cfg.model) and cfg.optim_wrapper.type == 'OptimWrapper'
+    model, classes = build(cfg, 'cpu').train(), CLASSES[dataset_of(name)]
+    data = batch(cfg, classes)
+    loss, _ = model.parse_losses(model(**model.data_preprocessor(data, True), mode='loss'))
+    assert loss.isfinite() and loss > 0
+    loss.backward()
+    for parameter, value in model.named_parameters():
+        assert value.grad is not None and value.grad.isfinite().all(), parameter
+    model.eval()
+    with torch.no_grad():
+        predicted = model(**model.data_preprocessor(batch(cfg, classes), False), mode='predict')
+    assert len(predicted) == 2
+    for sample in predicted:
+        if cfg.default_scope == 'mmseg':
+            assert sample.pred_sem_seg.shape == (64, 64) and int(sample.pred_sem_seg.data.max()) < classes
+        else:
+            found = sample.pred_instances
+            assert len(found) > 0 and found.bboxes.shape == (len(found), 4) and int(found.labels.max()) < classes
+            assert ('masks' in found) == (cfg.model.type != 'FCOS')
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_every_config_takes_a_data_root_and_a_number_of_iterations(name):
+    cfg = copy.deepcopy(load(name))
+    set_data_root(cfg, 'elsewhere')
+    shorten(cfg, 40)
+    assert {dataset.data_root for dataset in datasets_of(cfg)} == {'elsewhere'}
+    if cfg.default_scope == 'mmdet':
+        assert {cfg[key].ann_file for key in ('val_evaluator', 'test_evaluator')} == {
+            'elsewhere/annotations/instances_val2017.json'
+        }
+    assert cfg.train_cfg == {'type': 'replk_mm.IterBasedTrainLoop', 'max_iters': 40, 'val_interval': 40}
+    assert max(schedule.end for schedule in cfg.param_scheduler) == 40
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_configs_name_our_types(name):
+    """Nothing replaces a type when a run is prepared."""
+    types = {part['type'] for _, part in walk(load(name)._cfg_dict) if isinstance(part.get('type'), str)}
+    replaced = {
+        'IoUMetric',
+        'CocoMetric',
+        'CocoDataset',
+        'SegTTAModel',
+        'CheckpointHook',
+        'IterBasedTrainLoop',
+        'EpochBasedTrainLoop',
+        'ValLoop',
+    }
+    assert not types & replaced
+    assert {'replk_mm.CheckpointHook', 'replk_mm.ValLoop'} <= types
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'upernet_replk31b_ade20k.py',
+        'upernet_replk-nano_ade20k.py',
+        'fcos_replk31b_coco.py',
+        'cascade-mask-rcnn_replk-nano_coco.py',
+    ],
+)
+def test_norms_alone_have_no_weight_decay(name):
+    model, norms = meta_model(name), (_BatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm)
+    of_norms = {f'{n}.{p}' for n, m in model.named_modules() if isinstance(m, norms) for p, _ in m.named_parameters()}
+    with MODELS.switch_scope_and_registry(load(name).default_scope):
+        groups = build_optim_wrapper(model, copy.deepcopy(load(name).optim_wrapper)).optimizer.param_groups
+    decay = {id(p): group['weight_decay'] for group in groups for p in group['params']}
+    for parameter, value in model.named_parameters():
+        assert decay[id(value)] == (0 if parameter in of_norms else 0.05), parameter
+    assert any(parameter.startswith('backbone.') for parameter in of_norms)
+
+
+# ---- the pages that a command writes
+
+
+@pytest.fixture(scope='module')
+def rows() -> list[list_configs.Row]:
+    with pytest.MonkeyPatch.context() as patch:  # each file is read once
+        patch.setattr(list_configs, 'Config', SimpleNamespace(fromfile=lambda path: copy.deepcopy(load(path.name))))
+        return list_configs.read_configs(CONFIGS)
+
+
+def test_the_table_names_every_config_and_its_published_figures(rows):
+    lines = {line.split('](')[0].lstrip('| ['): line for line in list_configs.to_markdown(rows).splitlines()}
+    assert {Path(name).stem for name in LEAVES} <= set(lines)
+    for name, row in ROWS.items():
+        figures = [row.get(m) for m in (('ap_box', 'ap_mask') if 'ap_box' in row else ('miou_ss', 'miou_ms'))]
+        figures = ' / '.join('–' if figure is None else f'{figure}' for figure in figures)
+        line = lines[Path(name).stem]
+        assert f'| {figures} | {row["params_m"]} | {params_m(meta_model(name)):.1f} |' in line
+        assert f'batch {PUBLISHED["recipes"][row["recipe"]]["global_batch"]} |' in line
+        kind = row.get('method', row.get('crop'))
+        assert f'| {row["backbone"]} | {row["pretraining"]} | {row["dataset"]} | {kind} |' in line
+
+
+def test_a_config_without_a_row_is_named_by_its_weights(rows):
+    row = next(row for row in rows if row.path.name == 'upernet_convnext-base_cityscapes.py')
+    assert (row.backbone, row.pretraining, row.data, row.kind) == ('ConvNeXt-B', 'ImageNet-1K', 'Cityscapes', '769')
+    row = next(row for row in rows if row.path.name == 'cascade-mask-rcnn_convnext-nano_coco.py')
+    assert (row.backbone, row.pretraining, row.data, row.kind) == (
+        'ConvNeXt-nano',
+        'none',
+        'COCO',
+        'Cascade Mask R-CNN',
+    )
+
+
+def test_the_page_and_the_readme_are_as_the_command_writes_them(rows):
+    assert (ROOT / 'docs' / 'configs.md').read_text() == list_configs.page(rows), list_configs.COMMAND
+    readme = (ROOT / 'README.md').read_text()
+    assert readme == list_configs.update_readme(readme, rows), list_configs.COMMAND

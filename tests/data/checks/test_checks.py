@@ -1,0 +1,380 @@
+"""The checks of label maps find every planted fault in its file and nothing else; training stops at the same errors."""
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from check_data_cases import data, found, full, image, kinds, label, seg_config, write_pairs  # noqa: F401 (a fixture)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from replk_mm.data import files
+from replk_mm.data.checks.audit import audit, check_data
+from replk_mm.data.checks.dataset import Rules, Task
+from replk_mm.data.checks.images import ORIENTATION, inspect
+from replk_mm.data.files import check_whole, read_image, sample
+from replk_mm.data.scenes.writer import write_demo_data
+from replk_mm.errors import UserError
+
+# ruff: noqa: F811 (fixtures that come from another file)
+NOISE = np.random.default_rng(0)
+
+
+def noise(height: int = 64, width: int = 64) -> Image.Image:
+    return Image.fromarray(NOISE.integers(0, 255, (height, width, 3), np.uint8))
+
+
+def ids(*values: int, size: tuple[int, int] = (64, 64), dtype: type = np.uint8) -> Image.Image:
+    return Image.fromarray(np.resize(np.array(values, dtype), size))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def break_inside(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = content.index(b'IDAT') + 8
+    content[middle : middle + 12] = bytes(12)
+    path.write_bytes(content)
+
+
+def rotated(path: Path, orientation: int, height: int = 64, width: int = 64) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    noise(height, width).save(path, exif=exif)
+
+
+def rotate_beside(root: Path, i: int) -> None:
+    rotated(image(root, i), 6, 48, 64)
+    ids(1, size=(48, 64)).save(label(root, i))
+
+
+def bomb(path: Path) -> None:
+    """A small PNG of 400 million pixels."""
+    buffer = io.BytesIO()
+    Image.new('1', (20_000, 20_000)).save(buffer, 'png')
+    path.write_bytes(buffer.getvalue())
+
+
+def rename(root: Path, i: int) -> None:
+    image(root, i).rename(image(root, i).with_suffix('.JPEG'))
+
+
+#: A fault, kind and file of the problems; each is planted in a pair of its own.
+FAULTS: list[tuple[Callable[[Path, int], object], dict[str, Callable]]] = [
+    (lambda r, i: cut(image(r, i)), {'unreadable': image}),
+    (lambda r, i: cut(label(r, i)), {'unreadable': label}),
+    (lambda r, i: image(r, i).write_bytes(b''), {'unreadable': image}),
+    (lambda r, i: label(r, i).write_bytes(b''), {'unreadable': label}),
+    (lambda r, i: image(r, i).write_text('<html>404</html>'), {'unreadable': image}),
+    (lambda r, i: label(r, i).write_text('<html>404</html>'), {'unreadable': label}),
+    (lambda r, i: break_inside(label(r, i)), {'unreadable': label}),
+    (lambda r, i: bomb(image(r, i)), {'unreadable': image}),
+    (lambda r, i: ids(1, size=(32, 48)).save(label(r, i)), {'size-mismatch': label}),
+    (lambda r, i: noise().save(label(r, i)), {'label-channels': label}),
+    (lambda r, i: noise().convert('RGBA').save(label(r, i)), {'label-channels': label}),
+    (lambda r, i: ids(1.5, dtype=np.float32).save(label(r, i), 'tiff'), {'label-channels': label}),
+    (lambda r, i: ids(3).save(label(r, i), 'jpeg'), {'label-lossy': label}),
+    (lambda r, i: ids(1, 257, dtype=np.uint16).save(label(r, i)), {'label-out-of-range': label}),
+    (lambda r, i: ids(1, 9, 200).save(label(r, i)), {'label-out-of-range': label}),
+    (lambda r, i: ids(0, 255).save(label(r, i)), {'label-all-ignored': label}),
+    (rotate_beside, {'exif-turned': image}),
+    (lambda r, i: rotated(image(r, i), 3), {'exif-orientation': image}),
+    (lambda r, i: label(r, i).unlink(), {'label-missing': label}),
+    (lambda r, i: image(r, i).unlink(), {'label-without-image': label}),
+    (rename, {'suffix-ignored': lambda r, i: image(r, i).with_suffix('.JPEG'), 'label-without-image': label}),
+    (lambda r, i: shutil.copy(image(r, i - 1), image(r, i)), {'duplicate-image': image}),
+]
+#: Changes that are no faults.
+HARMLESS: list[Callable[[Path, int], object]] = [
+    lambda r, i: ids(1, 2, dtype=np.uint16).save(label(r, i)),
+    lambda r, i: ids(1, 2, 8).convert('P').save(label(r, i)),
+    lambda r, i: noise().save(image(r, i), 'png'),
+    lambda r, i: noise().convert('CMYK').save(image(r, i)),
+    lambda r, i: noise().save(image(r, i), 'mpo', save_all=True, append_images=[noise()]),
+]
+
+
+def test_every_planted_fault_is_found_and_nothing_else(tmp_path):
+    write_pairs(tmp_path, 'train', 2 * len(FAULTS) + len(HARMLESS))
+    write_pairs(tmp_path, 'val', 3)
+    for i, plant in enumerate(HARMLESS):
+        plant(tmp_path, 2 * len(FAULTS) + i)
+    expected = set()
+    for i, (plant, kinds_and_files) in enumerate(FAULTS):
+        plant(tmp_path, 2 * i + 1)
+        expected |= {(kind, str(file(tmp_path, 2 * i + 1))) for kind, file in kinds_and_files.items()}
+    shutil.copy(image(tmp_path, 0), image(tmp_path, 1, 'val'))
+    result = full(seg_config(tmp_path), jobs=2)
+    assert found(result) == expected | {('leak', str(image(tmp_path, 1, 'val')))}
+    assert found(full(seg_config(tmp_path), jobs=1)) == found(result)
+    # A training finds the same errors in a sample, which is everything here.
+    quick = audit(seg_config(tmp_path), jobs=1)
+    hashed = {'duplicate-image', 'leak'}
+    quick_ones, all_ones = ({one for one in found(some) if one[0] not in hashed} for some in (quick, result))
+    assert quick_ones == all_ones
+    with pytest.raises(UserError) as info:
+        check_data(seg_config(tmp_path), ('train', 'val'))
+    assert '(tools/check_data.py lists all)' in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ('change', 'kind', 'path'),
+    [
+        (lambda r: shutil.rmtree(r), 'data-root-missing', ''),
+        (lambda r: shutil.rmtree(r / 'images'), 'folder-missing', 'images/training'),
+        (lambda r: shutil.rmtree(r / 'annotations'), 'folder-missing', 'annotations/training'),
+        (
+            lambda r: [p.rename(p.with_suffix('.webp')) for p in (r / 'images/training').iterdir()],
+            'no-images',
+            'images/training',
+        ),
+        (lambda r: (shutil.rmtree(r / 'annotations'), (r / 'index_ade20k.pkl').touch()), 'ade-full-release', ''),
+    ],
+)
+def test_folders(data, change, kind, path):
+    change(data)
+    cfg = seg_config(data, 150, type='ADE20KDataset', metainfo=None)
+    assert (kind, str(data / path)) in found(full(cfg)) and kind in kinds(full(cfg), 'error')
+    with pytest.raises(UserError, match=str(data / path)):
+        check_data(cfg, ('train', 'val'))
+
+
+def test_a_folder_deeper_is_proposed(data):
+    with pytest.raises(UserError, match=f'Did you mean --data-root {data}') as info:
+        check_data(seg_config(data.parent), ('train', 'val'))
+    assert 'the data root contains: data' in str(info.value)
+
+
+def test_list_of_images(data):
+    names = [image(data, i).stem for i in range(3)]
+    (data / 'list.txt').write_text('\n'.join([*names, 'ghost']))
+    cfg = seg_config(data, splits=('train',), ann_file='list.txt')
+    assert found(full(cfg)) == {
+        ('image-missing', str(data / 'images/training/ghost.jpg')),
+        ('label-missing', str(data / 'annotations/training/ghost.png')),
+    }
+    assert full(cfg).sets[0].inspected == 3
+    cfg = seg_config(data, splits=('train',), ann_file='gone.txt')
+    assert found(full(cfg)) == {('annotation-file-missing', str(data / 'gone.txt'))}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'kind', 'text'),
+    [
+        (
+            dict(pipeline=[dict(type='LoadAnnotations', reduce_zero_label=False)]),
+            'reduce-zero-pipeline',
+            'False in the pipeline',
+        ),
+        (dict(type='ADE20KDataset', metainfo=dict(classes=('wall', 'martian'))), 'dataset-invalid', 'martian'),
+        (dict(metainfo=dict(classes=tuple('abc'))), 'classes-mismatch', 'train_dataloader.dataset has 3 classes'),
+    ],
+)
+def test_config_that_contradicts_itself(data, changes, kind, text):
+    cfg = seg_config(data, splits=('train',), **changes)
+    problem = next(problem for _, problem in full(cfg).found() if problem.kind == kind)
+    assert text in problem.found and problem.severity == 'error'
+
+
+@pytest.mark.parametrize('changes', [dict(type='ADE20KDatset'), dict(type=None)])
+def test_config_that_names_no_data_set(data, changes):
+    with pytest.raises(UserError, match='ADE20KDatset|this is no data set'):
+        full(seg_config(data, **changes))
+
+
+def test_some_classes_of_a_type_may_be_picked(data):
+    """The files still hold the ids of all classes; mmseg maps them."""
+    ids(1, 150).save(label(data, 0))
+    cfg = seg_config(data, 2, splits=('train',), type='ADE20KDataset', metainfo=dict(classes=('wall', 'sky')))
+    assert not kinds(full(cfg), 'error')
+    ids(1, 151).save(label(data, 0))
+    assert kinds(full(cfg), 'error') == {'label-out-of-range'}
+
+
+@pytest.mark.parametrize(
+    ('layout', 'kind', 'classes'), [('ade20k', 'BaseSegDataset', 8), ('cityscapes', 'CityscapesDataset', 19)]
+)
+def test_generated_scenes_are_clean(tmp_path, layout, kind, classes):
+    write_demo_data(tmp_path, layout, train=4, val=2, size=(64, 64))
+    result = full(camvid(tmp_path, layout, kind, classes))
+    assert not kinds(result, 'error', 'warning') and [one.inspected for one in result.sets] == [4, 2]
+
+
+def camvid(root: Path, layout: str, kind: str, classes: int):
+    own = {} if kind == 'BaseSegDataset' else dict(metainfo=None)
+    cfg = seg_config(root, classes, type=kind, reduce_zero_label=layout != 'cityscapes', **own)
+    for split in ('train', 'val') if layout == 'cityscapes' else ():
+        prefix = dict(img_path=f'leftImg8bit/{split}', seg_map_path=f'gtFine/{split}')
+        cfg[f'{split}_dataloader'].dataset.data_prefix = prefix
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ('layout', 'kind', 'classes'), [('ade', 'ADE20KDataset', 150), ('cityscapes', 'CityscapesDataset', 19)]
+)
+def test_photographs_have_notes_only(reference, layout, kind, classes):
+    result = full(camvid(reference / 'data/camvid' / layout, layout, kind, classes))
+    assert kinds(result) == {'class-absent'} == kinds(result, 'note')
+    assert [one.inspected for one in result.sets] == [32, 16]
+    assert sum(result.sets[0].class_counts().values()) == 5_309_253
+
+
+@pytest.mark.parametrize('hidden', [False, True])
+def test_raw_label_ids_of_cityscapes(tmp_path, hidden):
+    """Under their own name, or under that of the trainIds."""
+    cfg = camvid(tmp_path, 'cityscapes', 'CityscapesDataset', 19)
+    for split in ('train', 'val'):
+        for i in range(2):
+            folder, labels = tmp_path / f'leftImg8bit/{split}/a', tmp_path / f'gtFine/{split}/a'
+            folder.mkdir(parents=True, exist_ok=True)
+            labels.mkdir(parents=True, exist_ok=True)
+            noise().save(folder / f'{i}_leftImg8bit.png')
+            ids(7, 26, 33).save(labels / f'{i}_gtFine_label{"TrainIds" if hidden else "Ids"}.png')
+    result = full(cfg)
+    assert found(result) >= {('cityscapes-raw-labels', str(path)) for path in (tmp_path / 'gtFine').rglob('*.png')}
+    assert kinds(result, 'error') == {'cityscapes-raw-labels'}
+    with pytest.raises(UserError, match='python tools/convert_cityscapes.py'):
+        check_data(cfg, ('train', 'val'))
+    cfg.train_dataloader.dataset.seg_map_suffix = '_gtFine_labelIds.png'
+    assert any('names raw label ids' in problem.found for _, problem in full(cfg).found())
+
+
+@pytest.mark.parametrize(
+    ('given', 'reduce', 'classes', 'kind'),
+    [
+        ((0, 1, 7, 255), True, 8, 'reduce-zero-on'),
+        ((1, 2, 7), True, 8, 'reduce-zero-on'),
+        (tuple(range(8)), True, 8, 'reduce-zero-on'),
+        ((0, 1, 8), True, 8, None),
+        ((0, 1, 7), True, 8, None),
+        ((0, 1, 6, 255), True, 8, None),
+        ((0, 1, 8), False, 8, 'reduce-zero-off'),
+        ((0, 1, 7, 255), False, 8, None),
+        ((0, 1, 9), False, 8, None),
+        ((0, 3, 20), False, 150, 'reduce-zero-off'),
+        ((1, 3, 20), False, 150, None),
+    ],
+)
+def test_doubts_whether_zero_is_a_class(data, given, reduce, classes, kind):
+    for path in data.glob('annotations/*/*'):
+        ids(*given).save(path)
+    metainfo = dict(metainfo=dict(classes=tuple(map(str, range(classes)))))
+    cfg = seg_config(data, classes, reduce_zero_label=reduce, **metainfo)
+    assert kinds(full(cfg)) & {'reduce-zero-on', 'reduce-zero-off'} == ({kind} if kind else set())
+    if kind == 'reduce-zero-on':
+        lines = check_data(cfg, ('train', 'val'))
+        assert any(line.startswith('warning: ') and 'reduce_zero_label=True with 8 classes' in line for line in lines)
+        ids(8).save(label(data, 0))  # one file of the same root is enough
+        assert kind not in kinds(full(cfg))
+
+
+def test_class_frequencies_and_sizes_are_those_of_a_count(data, monkeypatch):
+    noise(64, 80).save(image(data, 3))
+    ids(1, 8, size=(64, 80)).save(label(data, 3))
+    result = full(seg_config(data))
+    maps = [np.asarray(Image.open(path)) for path in label(data, 0).parent.iterdir()]
+    expected = {name: sum(int((m == i).sum()) for m in maps) for i, name in enumerate('abcdefgh', 1)}
+    assert result.sets[0].class_counts() == expected
+    assert result.sets[0].sizes == {(64, 64): 5, (80, 64): 1}
+    noise().save(image(data, 3))
+    for path in data.glob('annotations/*/*'):
+        ids(1, 2, 8).save(path)
+    assert [str(p) for _, p in full(seg_config(data)).found()] == [
+        f'{data}/annotations/{folder}: 5 of 8 classes do not occur: c, d, e, f, g'
+        for folder in ('training', 'validation')
+    ]
+    monkeypatch.setattr(files, 'SAMPLE', 2)
+    assert not kinds(audit(seg_config(data), jobs=1)), 'of a sample that is not certain'
+
+
+# -- images in two splits -------------------------------------------------------------------------------------
+@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('how', ['same files', 'linked folder', 'list', 'copies'])
+def test_images_that_are_trained_on_and_scored(data, whole, how):
+    cfg = seg_config(data)
+    val = cfg.val_dataloader.dataset
+    trained = [image(data, i) for i in range(6)]
+    shared = {str(path) for path in trained}
+    if how == 'same files':
+        val.data_prefix = dict(cfg.train_dataloader.dataset.data_prefix)
+    elif how == 'linked folder':
+        for kind in ('images', 'annotations'):
+            (data / kind / 'linked').symlink_to('training')
+        val.data_prefix = dict(img_path='images/linked', seg_map_path='annotations/linked')
+        shared = {path.replace('training', 'linked') for path in shared}
+    elif how == 'list':
+        (data / 'val.txt').write_text('\n'.join(path.stem for path in trained[1:4]))
+        val.data_prefix, val.ann_file = dict(cfg.train_dataloader.dataset.data_prefix), 'val.txt'
+        shared = {str(path) for path in trained[1:4]}
+    else:
+        shared = {str(shutil.copy(trained[0], image(data, 0, 'val').with_name(trained[0].name)))}
+        shutil.copy(label(data, 0), label(data, 0, 'val').with_name(label(data, 0).name))
+        shutil.copy(image(data, 2, 'val'), image(data, 2, 'val').with_name(trained[3].name))  # only the same name
+        shutil.copy(label(data, 2), label(data, 2, 'val').with_name(label(data, 3).name))
+    result = audit(cfg, full=whole, jobs=1)
+    assert {path for kind, path in found(result) if kind == 'leak'} == shared
+
+
+# -- single files ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'tiff'])
+def test_images_are_as_large_as_training_reads_them(tmp_path, orientation, suffix):
+    import mmcv
+
+    path = tmp_path / f'x.{suffix}'
+    rotated(path, orientation, 48, 64)
+    seen = inspect(Task(str(path)), Rules())
+    assert not seen.problems and seen.size[::-1] == mmcv.imread(path).shape[:2]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(['jpeg', 'png', 'gif', 'tiff', 'webp', 'bmp']),
+    at=st.floats(0, 1),
+    junk=st.binary(max_size=40),
+    keep=st.floats(0, 1),
+)
+def test_any_file_gives_problems_or_an_image(tmp_path, kind, at, junk, keep):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 9, (20, 30), np.uint8)).save(buffer, kind)
+    content = bytearray(buffer.getvalue())
+    place = int(at * len(content))
+    content[place : place + len(junk)] = junk
+    path = tmp_path / 'x.png'
+    path.write_bytes(content[: int(keep * len(content)) + 1])
+    seen = inspect(Task(str(path), str(path)), Rules(8, hashes=True))
+    assert seen.problems or seen.size and seen.pixels
+    try:
+        assert read_image(path).shape[-1] == 3
+    except UserError as error:
+        assert str(error).startswith(f'{path}: not a readable image')
+
+
+@pytest.mark.parametrize('options', [{}, {'progressive': True}])
+def test_a_jpeg_that_is_cut_off_is_told_from_one_with_something_behind(tmp_path, options):
+    """OpenCV reads the first as an image, its end grey; phones write the second."""
+    path = tmp_path / 'x.jpg'
+    noise(80, 80).save(path, **options)
+    content = path.read_bytes()
+    path.write_bytes(content + bytes(range(200)) * 100)
+    check_whole(path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match='cut off'):
+        check_whole(path)
+    with pytest.raises(UserError, match='not a readable image'):
+        read_image(path)
+
+
+@pytest.mark.parametrize('count', [0, 1, 2, 63, 64, 65, 1000])
+def test_a_sample_is_spread_over_all_files(count):
+    spread = sample(range(count))
+    assert len(spread) == min(64, count) and spread == sorted(set(spread))
+    assert not count or (spread[0], spread[-1]) == (0, count - 1)
+    steps = np.diff(spread)
+    assert count < 2 or steps.max() - steps.min() <= 1

@@ -1,0 +1,160 @@
+"""Class names: each disagreement between data, annotations, heads and checkpoints is named before a run."""
+
+import pytest
+import torch
+from class_cases import BOTH, OWN, at, own, rejection  # noqa: F401 (a fixture)
+from coco_files import change, write_coco_root
+from tiny import make_data, tiny  # noqa: F401 (a fixture)
+from tiny_detector import detector  # noqa: F401 (a fixture)
+
+from replk_mm.data.checks.classes import check_heads, compare_with_checkpoint, trained_on
+from replk_mm.data.class_heads import head_counts
+from replk_mm.data.classes import set_classes
+from replk_mm.data.scenes.objects import DEMO_CLASSES
+from replk_mm.engine.config import build_model
+from replk_mm.engine.machine import Options
+from replk_mm.engine.prepare import counts_of, prepare_data
+from replk_mm.errors import UserError
+
+# ruff: noqa: F811 (fixtures that come from another file)
+
+
+# -- annotation files and data sets -----------------------------------------------------------------------------------
+def test_categories_that_are_no_classes_are_rejected(own):
+    """mmdet itself leaves them out without a word: of 12 objects four remain."""
+    from mmdet.datasets import CocoDataset
+
+    file = own / 'annotations/instances_train2017.json'
+    data = CocoDataset(ann_file=str(file), data_prefix=dict(img=''), pipeline=[])
+    assert sum(len(data.get_data_info(i)['instances']) for i in range(len(data))) == 4
+    message = rejection(at(own))
+    first = message.splitlines()[0]
+    assert first.startswith(f'{file}: 2 of its 3 categories are none of the 80 classes of train_dataloader.dataset (')
+    assert 'helmet (4 objects), vest (4 objects); 8 of 12 objects would be ignored' in first
+    assert "Use the categories of the annotation files as classes: --classes 'helmet,vest,traffic light'" in message
+
+
+@pytest.mark.parametrize('classes', ['helmet,vest,traffic light', 'auto'])
+def test_named_classes_are_accepted(own, classes):
+    cfg = at(own)
+    notes = prepare_data(cfg, Options(classes=classes), BOTH)
+    assert head_counts(cfg.model) == {'model.roi_head.bbox_head': 3, 'model.roi_head.mask_head': 3}
+    assert notes[0].startswith('classes: 3, from') and 'helmet, vest, traffic light' in notes[0]
+
+
+def test_mmdets_order_of_classes_is_a_warning(own):
+    for kind, warned in (('CocoDataset', True), ('replk_mm.CocoDataset', False)):
+        cfg = at(own)
+        for loader in (cfg.train_dataloader, cfg.val_dataloader):
+            loader.dataset.type = kind
+        notes = prepare_data(cfg, Options(classes='vest,helmet,traffic light'), BOTH)
+        assert any('helmet, vest, traffic light' in note and 'replk_mm.CocoDataset' in note for note in notes) is warned
+
+
+def test_spelling_is_recognized(tmp_path):
+    root = write_coco_root(tmp_path / 'data', ('Person', 'traffic_light', 'car'))
+    message = rejection(at(root))
+    assert 'Person (4 objects; Did you mean person?)' in message
+    assert 'traffic_light (4 objects; Did you mean traffic light?)' in message
+
+
+@pytest.mark.parametrize('classes', ['auto', 'helmet,vest'])
+def test_files_that_disagree_are_named(tmp_path, classes):
+    root = write_coco_root(tmp_path / 'data', ('helmet', 'vest'), ('helmet', 'jacket'))
+    message = rejection(at(root), classes)
+    assert 'instances_val2017.json' in message.splitlines()[0] and 'jacket' in message.splitlines()[0]
+    assert '--classes helmet,vest,jacket' in message
+    assert prepare_data(at(root), Options(classes='helmet,vest,jacket'), BOTH)
+
+
+@pytest.mark.parametrize('names', [[f'kind {i}' for i in range(21)], ['helmet, yellow', 'vest']])
+def test_many_names_and_names_with_commas_need_a_file(tmp_path, names):
+    root = write_coco_root(tmp_path / 'data', names)
+    assert f'--classes FILE, with these {len(names)} names, one a line: {names[0]}' in rejection(at(root))
+
+
+def test_some_of_the_80_classes_are_enough(tmp_path):
+    """Categories without objects, as some programs write, do no harm."""
+    root = write_coco_root(tmp_path / 'data', ('person', 'bicycle', 'car'))
+    for file in (root / 'annotations').iterdir():
+        change(file, lambda d: d['categories'].insert(0, dict(id=0, name='objects')))
+    assert [n for n in prepare_data(at(root), Options(), BOTH) if '3 of 81 classes occur, 12 objects' in n]
+
+
+def test_some_of_the_categories_may_be_chosen(own):
+    notes = prepare_data(at(own), Options(classes='vest'), BOTH)
+    assert any('are none of the 1 classes of train_dataloader.dataset (vest): helmet' in note for note in notes)
+
+
+def test_photographs_train_with_three_of_80_classes(reference):
+    notes = prepare_data(at(reference / 'data/camvid/coco'), Options(), BOTH)
+    assert sum('3 of 80 classes occur' in note for note in notes) == 2
+
+
+# -- heads ------------------------------------------------------------------------------------------------------------
+def test_heads_and_data_must_have_one_number(own):
+    cfg = at(own)
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=OWN)
+    message = rejection(cfg)
+    assert 'train_dataloader.dataset has 3 classes (helmet, vest, traffic light)' in message
+    settings = ['model.roi_head.bbox_head.num_classes', 'model.roi_head.mask_head.num_classes']
+    assert all(f'{setting}=80' in message for setting in settings)
+    assert f'set the heads: --cfg-options {settings[0]}=3 {settings[1]}=3' in message
+    cfg.merge_from_dict(dict.fromkeys(settings, 3))
+    assert prepare_data(cfg, Options(), BOTH)
+
+
+def test_heads_whose_config_states_no_number_are_looked_at_too(own):
+    cfg = at(own)
+    for head in (cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head):
+        head.pop('num_classes')  # mmdet's default is COCO's 80
+    for split in ('train', 'val', 'test'):
+        cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=OWN)
+    prepare_data(cfg, Options(), BOTH)
+    with pytest.raises(UserError, match=r'has 3 classes .*model.roi_head.bbox_head.num_classes=80'):
+        check_heads(cfg, counts_of(build_model(cfg, 'meta')), BOTH)
+
+
+def test_segmentation_heads_and_data_must_have_one_number(tiny, tmp_path):
+    with pytest.raises(UserError, match=r'dataset has 3 classes .a, b, c.*model.decode_head.num_classes=8'):
+        tiny.prepare(tmp_path, 2, {f'{split}_dataloader.dataset.metainfo.classes': ['a', 'b', 'c'] for split in BOTH})
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+def test_a_checkpoint_carries_its_classes(detector, tmp_path):
+    data = write_coco_root(tmp_path / 'data', OWN)
+    last = detector.train(tmp_path / 'work', 1, data_root=str(data), classes='auto')
+    loaded = torch.load(last, weights_only=False)
+    assert trained_on(loaded['meta']) == list(OWN)
+    assert loaded['state_dict']['roi_head.bbox_head.2.fc_cls.weight'].shape[0] == 4
+    assert loaded['state_dict']['roi_head.mask_head.2.conv_logits.weight'].shape[0] == 3
+    cfg = at(data)
+    with pytest.raises(UserError, match='was trained on 3 classes') as info:
+        compare_with_checkpoint(cfg, loaded['meta'], str(last))
+    assert "--classes 'helmet,vest,traffic light'" in str(info.value)
+    set_classes(cfg, OWN)
+    compare_with_checkpoint(cfg, loaded['meta'], str(last))
+    set_classes(cfg, OWN[::-1])
+    with pytest.raises(UserError, match='test_dataloader.dataset has 3 in another order'):
+        compare_with_checkpoint(cfg, loaded['meta'], str(last))
+    with pytest.raises(UserError, match='in another order'):
+        detector.train(tmp_path / 'work', 2, data_root=str(data), classes='vest,helmet,traffic light', resume='auto')
+
+
+@pytest.mark.parametrize('meta', [{}, *({'dataset_meta': found} for found in (None, {'classes': None}, 'x'))])
+def test_checkpoints_without_names_pass(own, meta):
+    assert trained_on(meta) == []
+    compare_with_checkpoint(at(own), meta, 'x.pth')
+
+
+def test_older_checkpoints_name_their_classes_in_capitals():
+    assert trained_on({'dataset_meta': {'CLASSES': ('a', 'b')}}) == ['a', 'b']
+
+
+def test_segmentor_trains_with_classes_of_its_own(tiny, tmp_path):
+    data = make_data(tmp_path / 'data', 2, 1)
+    names = [f'kind {i}' for i in range(len(DEMO_CLASSES))]
+    (tmp_path / 'names.txt').write_text('\n'.join(names))
+    last = tiny.train(tmp_path / 'work', 1, data_root=str(data), classes=str(tmp_path / 'names.txt'))
+    assert trained_on(torch.load(last, weights_only=False)['meta']) == names

@@ -1,0 +1,64 @@
+"""The proof that two networks are equal notices when they are not."""
+
+import copy
+import math
+
+import pytest
+import torch
+from reparam_cases import backbone
+from torch import nn
+
+from replk_mm.deploy.equivalence import compare
+from replk_mm.deploy.reparameterize import reparameterize
+
+
+@pytest.mark.parametrize('corrupt', ['bias', 'weight', 'shift', 'nan', 'inf'])
+def test_wrong_fold_is_noticed(corrupt):
+    model = backbone().eval()
+    after, _ = reparameterize(model)
+    large = after.stages[2].blocks[2].large_kernel.lkb_reparam
+    with torch.no_grad():
+        if corrupt == 'bias':
+            large.bias[3] += 0.05 * large.bias.abs().max()
+        elif corrupt == 'weight':
+            large.weight[5, 0, 4, 4] *= -1
+        elif corrupt == 'shift':  # the small kernel one pixel off centre
+            large.weight.copy_(large.weight.roll(1, -1))
+        else:
+            large.bias[0] = math.nan if corrupt == 'nan' else math.inf
+    found = compare(model, after)
+    assert not any(d.ok for d in found)
+    assert all('DIFFERENT' in str(d) for d in found)
+    assert not any(d.ok for d in compare(after, model))
+
+
+def test_same_nan_is_no_equality():
+    model = backbone()
+    with torch.no_grad():
+        model.stem[0].bn.bias[0] = math.nan
+    assert not any(d.ok for d in compare(model, copy.deepcopy(model)))
+
+
+class Outputs(nn.Module):
+    def __init__(self, *shapes):
+        super().__init__()
+        self.shapes = shapes
+
+    def forward(self, x):
+        return [torch.ones(s, dtype=x.dtype) for s in self.shapes]
+
+
+def test_other_outputs_are_different():
+    assert all(d.ok for d in compare(Outputs((1, 2), (3,)), Outputs((1, 2), (3,))))
+    for other in (Outputs((1, 2)), Outputs((1, 2), (1,)), Outputs((1, 2), (3,), (3,)), Outputs()):
+        assert not any(d.ok for d in compare(Outputs((1, 2), (3,)), other))
+    with pytest.raises(ValueError, match='no output'):
+        compare(Outputs(), Outputs())
+
+
+def test_networks_are_not_changed_by_comparing():
+    model = backbone().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    compare(model, model)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())

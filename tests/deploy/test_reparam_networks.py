@@ -1,0 +1,222 @@
+"""Merging and folding whole segmentors and detectors."""
+
+import copy
+
+import pytest
+import torch
+from norms import randomize_norms
+from reparam_cases import BN, CHANNELS, REPLK, SEGMENTOR, build, norms
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from replk_mm.deploy.equivalence import compare, network_outputs
+from replk_mm.deploy.reparameterize import reparameterize
+
+CASCADE = dict(
+    type='CascadeEncoderDecoder',
+    num_stages=2,
+    backbone=REPLK,
+    decode_head=[
+        dict(
+            type='FCNHead',
+            in_channels=16,
+            in_index=2,
+            channels=8,
+            num_convs=1,
+            concat_input=False,
+            num_classes=5,
+            norm_cfg=BN,
+            align_corners=False,
+        ),
+        dict(
+            type='OCRHead',
+            in_channels=16,
+            in_index=2,
+            channels=8,
+            ocr_channels=4,
+            num_classes=5,
+            norm_cfg=BN,
+            align_corners=False,
+        ),
+    ],
+)
+
+
+def test_segmentor():
+    pytest.importorskip('mmseg')
+    model = build(SEGMENTOR, 'mmseg')
+    after, changes = reparameterize(model)
+    assert norms(after) == changes.left == [] and len(changes.merged) == 5
+    assert any(name.startswith('decode_head.') for name in changes.folded)
+    assert any(name.startswith('auxiliary_head.') for name in changes.folded)
+    found = compare(model, after)
+    assert all(d.ok and not d.unproven for d in found)
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(
+        after.encode_decode(image, [dict(img_shape=(64, 64))]),
+        model.encode_decode(image, [dict(img_shape=(64, 64))]),
+        atol=1e-4,
+    )
+
+
+def test_cascade_segmentor():
+    pytest.importorskip('mmseg')
+    model = build(CASCADE, 'mmseg')
+    after, changes = reparameterize(model)
+    assert all(d.ok and not d.unproven for d in compare(model, after))
+
+
+NECK = dict(type='FPN', in_channels=CHANNELS, out_channels=8, num_outs=5, norm_cfg=BN)
+ANCHORS = dict(type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64])
+CODER = dict(type='DeltaXYWHBBoxCoder')
+RPN = dict(type='RPNHead', in_channels=8, feat_channels=8, anchor_generator=ANCHORS, bbox_coder=CODER)
+EXTRACTOR = dict(
+    type='SingleRoIExtractor',
+    roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
+    out_channels=8,
+    featmap_strides=[4, 8, 16, 32],
+)
+BOX = dict(
+    type='Shared4Conv1FCBBoxHead',
+    in_channels=8,
+    conv_out_channels=8,
+    fc_out_channels=16,
+    roi_feat_size=7,
+    num_classes=3,
+    norm_cfg=BN,
+    bbox_coder=CODER,
+)
+MASK = dict(type='FCNMaskHead', num_convs=2, in_channels=8, conv_out_channels=8, num_classes=3, norm_cfg=BN)
+DENSE = dict(num_classes=3, in_channels=8, feat_channels=8, stacked_convs=2)
+TEST = dict(rpn=dict(nms_pre=10, max_per_img=10, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0), rcnn=dict())
+DETECTORS = {
+    'Mask R-CNN': dict(
+        type='MaskRCNN',
+        train_cfg=None,
+        test_cfg=TEST,
+        backbone=REPLK,
+        neck=NECK,
+        rpn_head=RPN,
+        roi_head=dict(
+            type='StandardRoIHead',
+            bbox_roi_extractor=EXTRACTOR,
+            bbox_head=BOX,
+            mask_roi_extractor=EXTRACTOR,
+            mask_head=MASK,
+        ),
+    ),
+    'Cascade Mask R-CNN': dict(
+        type='CascadeRCNN',
+        test_cfg=TEST,
+        backbone=REPLK,
+        neck=NECK,
+        rpn_head=RPN,
+        roi_head=dict(
+            type='CascadeRoIHead',
+            num_stages=3,
+            stage_loss_weights=[1, 0.5, 0.25],
+            bbox_roi_extractor=EXTRACTOR,
+            bbox_head=[BOX] * 3,
+            mask_roi_extractor=EXTRACTOR,
+            mask_head=[MASK] * 3,
+        ),
+    ),
+    'RetinaNet': dict(
+        type='RetinaNet',
+        backbone=REPLK,
+        neck=NECK,
+        bbox_head=dict(type='RetinaHead', norm_cfg=BN, anchor_generator=ANCHORS, bbox_coder=CODER, **DENSE),
+    ),
+    'FCOS': dict(
+        type='FCOS',
+        backbone=REPLK,
+        neck=NECK,
+        bbox_head=dict(type='FCOSHead', norm_cfg=BN, strides=[4, 8, 16, 32, 64], **DENSE),
+    ),
+}
+#: Layers whose output every detector's loss or prediction reads, as ends of their names.
+ENDS = {
+    'Mask R-CNN': [
+        'rpn_head.rpn_cls',
+        'rpn_head.rpn_reg',
+        'roi_head.bbox_head.fc_cls',
+        'roi_head.bbox_head.fc_reg',
+        'roi_head.mask_head.conv_logits',
+    ],
+    'Cascade Mask R-CNN': [
+        'rpn_head.rpn_cls',
+        'rpn_head.rpn_reg',
+        *(
+            f'roi_head.{head}.{i}.{end}'
+            for i in range(3)
+            for head, end in (('bbox_head', 'fc_cls'), ('bbox_head', 'fc_reg'), ('mask_head', 'conv_logits'))
+        ),
+    ],
+    'RetinaNet': ['bbox_head.retina_cls', 'bbox_head.retina_reg'],
+    'FCOS': ['bbox_head.conv_cls', 'bbox_head.conv_reg', 'bbox_head.conv_centerness'],
+}
+
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_detectors(name):
+    pytest.importorskip('mmdet')
+    model = build(DETECTORS[name], 'mmdet')
+    after, changes = reparameterize(model)
+    assert norms(after) == changes.left == [] and len(changes.merged) == 5
+    parts = {path.split('.')[0] for path in changes.folded}
+    assert parts == {'backbone', 'neck', 'roi_head' if 'R-CNN' in name else 'bbox_head'}
+    assert all(d.ok and d.unproven == [] for d in compare(model, after))
+    # Every head's output is in the comparison: it notices when the last layer of any of them is off by little.
+    for end in ENDS[name]:
+        wrong = copy.deepcopy(after)
+        with torch.no_grad():
+            wrong.get_submodule(end).bias[-1] += 0.1 * wrong.get_submodule(end).weight.abs().max() + 0.1
+        image = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            good, bad = (list(flat(network_outputs(m, image))) for m in (after, wrong))
+        assert any(not torch.equal(a, b) for a, b in zip(good, bad, strict=True)), end
+
+
+def flat(nest):
+    return [nest] if isinstance(nest, torch.Tensor) else [t for item in nest for t in flat(item)]
+
+
+def test_separate_norms_of_shared_convolutions():
+    pytest.importorskip('mmdet')
+    cfg = dict(
+        DETECTORS['RetinaNet'],
+        bbox_head=dict(
+            type='RetinaSepBNHead', num_ins=5, norm_cfg=BN, anchor_generator=ANCHORS, bbox_coder=CODER, **DENSE
+        ),
+    )
+    model = build(cfg, 'mmdet')
+    for i, m in enumerate(model.modules()):
+        if isinstance(m, _BatchNorm):
+            randomize_norms(m, seed=i)
+    after, changes = reparameterize(model)
+    left = [n for n in norms(model) if n.startswith('bbox_head.')]
+    assert len(left) == 2 * 2 * 5 and changes.left == left
+    assert all(d.ok and not d.unproven for d in compare(model, after))
+
+
+def test_part_that_does_not_run_is_named():
+    pytest.importorskip('mmdet')
+    # Two inputs, which are not features alone.
+    roi = dict(
+        DETECTORS['Mask R-CNN']['roi_head'],
+        bbox_head=dict(
+            type='DoubleConvFCBBoxHead',
+            num_convs=2,
+            num_fcs=1,
+            in_channels=8,
+            conv_out_channels=8,
+            fc_out_channels=8,
+            roi_feat_size=7,
+            num_classes=3,
+            norm_cfg=BN,
+            bbox_coder=CODER,
+        ),
+    )
+    model = build(dict(DETECTORS['Mask R-CNN'], roi_head=roi), 'mmdet')
+    found = compare(model, reparameterize(model)[0])
+    assert all(d.ok and d.unproven and all(n.startswith('roi_head.bbox_head.') for n in d.unproven) for d in found)
+    assert 'not compared' in str(found[0]) and found[0].unproven[0] in str(found[0])

@@ -1,0 +1,285 @@
+"""Merging and folding backbones: exact, against values by hand and float64."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmcv.cnn import ConvModule
+from norms import randomize_norms
+from reparam_cases import BN, TINY, backbone, largest_gap, norms, randomized
+from torch import nn
+from torch.nn.utils import parametrize
+
+from replk_mm.backbones import ConvNeXt, RepLKNet
+from replk_mm.backbones.replknet import ConvFFN, ReparamLargeKernelConv
+from replk_mm.deploy.equivalence import compare
+from replk_mm.deploy.reparameterize import reparameterize
+from replk_mm.ops import DepthwiseConv2d
+
+
+def test_merge_by_hand():
+    """Two channels, a 3x3 kernel beside a 1x1 kernel, every number worked out on paper."""
+    block = ReparamLargeKernelConv(2, 3, 1, 1, False, BN).double().eval()
+    with torch.no_grad():
+        large, small = block.lkb_origin, block.small_conv
+        large.conv.weight.copy_(torch.arange(18.0).view(2, 1, 3, 3))
+        small.conv.weight.copy_(torch.tensor([10.0, 20.0]).view(2, 1, 1, 1))
+        for branch, mean, var, weight, bias in (
+            (large, (1, 2), (4, 9), (2, 6), (5, 7)),
+            (small, (3, -1), (1, 0.25), (1, 2), (-1, 0)),
+        ):
+            branch.bn.eps = 0.0
+            for tensor, value in (
+                (branch.bn.running_mean, mean),
+                (branch.bn.running_var, var),
+                (branch.bn.weight, weight),
+                (branch.bn.bias, bias),
+            ):
+                tensor.copy_(torch.tensor(value))
+    merged, changes = reparameterize(block, fold=False)
+    # Scales: large 2/2 = 1 and 6/3 = 2; small 1/1 = 1 and 2/.5 = 4.
+    expected = torch.tensor([[0, 1, 2, 3, 4 + 10, 5, 6, 7, 8], [18, 20, 22, 24, 26 + 80, 28, 30, 32, 34]]).double()
+    assert merged.lkb_reparam.weight.equal(expected.view(2, 1, 3, 3))
+    # Biases: large 5 - 1 * 1 = 4 and 7 - 2 * 2 = 3; small -1 - 3 * 1 = -4 and 0 + 1 * 4 = 4.
+    assert merged.lkb_reparam.bias.tolist() == [0, 7]
+    assert changes.merged == [''] and changes.left == []
+
+
+def test_fold_by_hand():
+    """A norm behind a convolution and one in front of it."""
+    ffn = ConvFFN(2, 0.5, 0.0, BN).double().eval()
+    with torch.no_grad():
+        ffn.pw1.conv.weight.copy_(torch.tensor([[[[3.0]], [[5.0]]]]))
+        for bn, mean, var, weight, bias in (
+            (ffn.preffn_bn, (1, 2), (4, 1), (2, 3), (0, 1)),
+            (ffn.pw1.bn, (6,), (16,), (2,), (9,)),
+        ):
+            bn.eps = 0.0
+            for tensor, value in ((bn.running_mean, mean), (bn.running_var, var), (bn.weight, weight), (bn.bias, bias)):
+                tensor.copy_(torch.tensor(value))
+    folded, changes = reparameterize(ffn)
+    # In front: scales 1 and 3, shifts -1 and 1 - 6 = -5. The convolution becomes (3, 15), its bias -3 - 25 = -28.
+    # Behind: scale 2/4 = .5, shift 9 - 3 = 6. Together (1.5, 7.5) and -14 + 6 = -8.
+    assert folded.pw1.conv.weight.flatten().tolist() == [1.5, 7.5]
+    assert folded.pw1.conv.bias.tolist() == [-8]
+    assert sorted(changes.folded) == ['preffn_bn', 'pw1.bn', 'pw2.bn'] and norms(folded) == []
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {},
+        dict(arch=dict(TINY, small_kernel=None, dw_ratio=1.5)),
+        dict(arch=dict(TINY, small_kernel=None, dilation=2, shortcut=False)),
+        dict(act_cfg=dict(type='SiLU')),
+        dict(norm_cfg=dict(type='BN', eps=1e-2)),
+        dict(norm_cfg=dict(type='SyncBN')),
+    ],
+    ids=str,
+)
+def test_backbone_in_float64(kwargs):
+    model = randomize_norms(RepLKNet(**{'arch': TINY, **kwargs})).double().eval()
+    x = torch.randn(2, 3, 64, 48, dtype=torch.float64)
+    expected = model(x)
+    for merge, fold in ((True, False), (False, True), (True, True)):
+        after, changes = reparameterize(model, merge, fold)
+        assert largest_gap(expected, after(x)) <= 1e-10
+        assert len(changes.merged) == (5 if merge else 0)
+        before = len(norms(model))
+        branches = sum('.large_kernel.' in n for n in norms(model))
+        assert len(changes.folded) == (0 if not fold else before - branches if merge else before)
+        assert norms(after) == changes.left
+        assert (norms(after) == []) == fold
+
+
+def test_norms_of_features_stay():
+    model = backbone(norm_intermediate_features=True)
+    after, changes = reparameterize(model)
+    assert norms(after) == changes.left == [f'stages.{i}.norm' for i in range(4)]
+    assert all(d.ok for d in compare(model, after))
+    assert '4 BatchNorm layers stay (stages.0.norm' in str(changes)
+
+
+def test_float32_agrees():
+    model = backbone()
+    after, _ = reparameterize(model)
+    found = compare(model, after)
+    assert [d.dtype for d in found] == [torch.float64, torch.float32] and all(d.ok for d in found)
+    assert 0 < found[0].relative <= 1e-6 and found[1].relative <= 1e-5
+    assert all('equal' in str(d) for d in found)
+
+
+def test_keys_of_the_authors():
+    """The merged network has exactly the keys and shapes of the authors' merged files."""
+    with torch.device('meta'):
+        after, _ = reparameterize(RepLKNet('31B'), fold=False)
+        built = RepLKNet('31B', small_kernel_merged=True)
+    lines = (Path(__file__).parents[1] / 'data/facts/keys_replknet31b_official_merged.txt').read_text().splitlines()
+    for model in (after, built):
+        assert [f'{k}\t{tuple(v.shape)}' for k, v in sorted(model.state_dict().items())] == sorted(lines)
+
+
+def test_structure_equals_that_of_small_kernel_merged():
+    after, _ = reparameterize(backbone(), fold=False)
+    built = RepLKNet(TINY, small_kernel_merged=True).eval()
+    built.load_state_dict(after.state_dict(), strict=True)
+    assert all(d.relative == 0 for d in compare(after, built))
+
+
+def test_copy_and_in_place():
+    model = backbone().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    after, _ = reparameterize(model)
+    assert after is not model and model.training and not any(m.training for m in after.modules())
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    theirs = {p.data_ptr() for p in model.parameters()}
+    assert not [n for n, p in after.named_parameters() if p.data_ptr() in theirs]
+    same, _ = reparameterize(model, inplace=True)
+    assert same is model and norms(model) == [] and not any(m.training for m in model.modules())
+    assert model.state_dict().keys() == after.state_dict().keys()
+
+
+def test_twice_changes_nothing():
+    once, _ = reparameterize(backbone())
+    twice, changes = reparameterize(once)
+    assert changes.merged == changes.folded == changes.left == []
+    assert once.state_dict().keys() == twice.state_dict().keys()
+    assert all(torch.equal(v, twice.state_dict()[k]) for k, v in once.state_dict().items())
+
+
+def test_frozen_weights_stay_frozen():
+    model = backbone()
+    model.stages[0].requires_grad_(False)
+    after, _ = reparameterize(model)
+    for name, p in after.named_parameters():
+        assert p.requires_grad == (not name.startswith('stages.0.')), name
+
+
+def test_merged_network_trains():
+    after, _ = reparameterize(backbone())
+    sum(o.square().mean() for o in after.train()(torch.randn(2, 3, 64, 64))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in after.parameters())
+
+
+# what folding must leave alone, and what it must not
+
+
+class WeightFlip(nn.Conv2d):
+    """A convolution that computes something else with its weight."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.flip(-1), self.bias)
+
+
+class DoubledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def conv(**kwargs):
+    return nn.Conv2d(4, 4, 3, padding=1, **kwargs)
+
+
+def parametrized():
+    module = conv()
+    parametrize.register_parametrization(module, 'weight', Double())
+    return module
+
+
+def hooked():
+    module = conv()
+    module.register_forward_hook(lambda *args: args[-1] * 2)
+    return module
+
+
+LEFT = {
+    'another convolution class': lambda: nn.Sequential(WeightFlip(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
+    'weight standardization': lambda: ConvModule(4, 4, 3, padding=1, conv_cfg=dict(type='ConvAWS'), norm_cfg=BN),
+    'parametrized weight': lambda: nn.Sequential(parametrized(), nn.BatchNorm2d(4)),
+    'spectral norm': lambda: ConvModule(4, 4, 3, padding=1, norm_cfg=BN, with_spectral_norm=True),
+    'forward hook': lambda: nn.Sequential(hooked(), nn.BatchNorm2d(4)),
+    'transposed convolution': lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
+    'activation between': lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(4)),
+    'norm in front of padding': lambda: nn.Sequential(nn.BatchNorm2d(4), conv()),
+    'norm first': lambda: ConvModule(4, 4, 3, padding=1, norm_cfg=BN, order=('norm', 'conv', 'act')),
+    'activation before norm': lambda: ConvModule(4, 4, 3, padding=1, norm_cfg=BN, order=('conv', 'act', 'norm')),
+    'batch statistics': lambda: nn.Sequential(conv(), nn.BatchNorm2d(4, track_running_stats=False)),
+    'another norm class': lambda: nn.Sequential(conv(), DoubledNorm(4)),
+    'the norm of something else': lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.PixelShuffle(2), nn.BatchNorm2d(1)),
+}
+
+
+@pytest.mark.parametrize('case', LEFT)
+def test_left_alone(case):
+    model = randomized(LEFT[case]())
+    after, changes = reparameterize(model)
+    assert changes.folded == [] and changes.left == norms(model) and len(changes.left) == 1
+    x = torch.randn(1, 4, 6, 6)
+    assert torch.equal(after(x), model.eval()(x))
+
+
+FOLDED = {
+    'Sequential': lambda: nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU()),
+    'no affine': lambda: nn.Sequential(conv(bias=False), nn.BatchNorm2d(4, affine=False)),
+    'groups': lambda: nn.Sequential(conv(groups=2), nn.BatchNorm2d(4)),
+    'reflected padding': lambda: nn.Sequential(conv(padding_mode='reflect'), nn.BatchNorm2d(4)),
+    'stride and dilation': lambda: nn.Sequential(nn.Conv2d(4, 6, 3, 2, dilation=2), nn.BatchNorm2d(6)),
+    'ConvModule': lambda: ConvModule(4, 6, 3, padding=1, norm_cfg=BN),
+    'ConvModule folded at run time': lambda: ConvModule(4, 6, 3, padding=1, norm_cfg=BN, efficient_conv_bn_eval=True),
+    'ConvModule with circular padding': lambda: ConvModule(4, 6, 3, padding=1, padding_mode='reflect', norm_cfg=BN),
+    'SyncBN': lambda: ConvModule(4, 6, 3, padding=1, norm_cfg=dict(type='SyncBN')),
+    'depthwise': lambda: nn.Sequential(DepthwiseConv2d(4, 9, bias=False), nn.BatchNorm2d(4)),
+    '1d': lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4)),
+}
+
+
+@pytest.mark.parametrize('case', FOLDED)
+def test_folded(case):
+    model = randomize_norms(FOLDED[case]()).double().eval()
+    after, changes = reparameterize(model)
+    assert len(changes.folded) == 1 and changes.left == norms(after) == []
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    assert (after(x) - model(x)).abs().max() <= 1e-12 * model(x).abs().max()
+
+
+def test_group_norm_stays():
+    model = RepLKNet(TINY, norm_cfg=dict(type='GN', num_groups=2)).eval()
+    after, changes = reparameterize(model)
+    assert changes.merged == changes.folded == changes.left == []
+    assert after.state_dict().keys() == model.state_dict().keys()
+
+
+def test_norm_in_front_of_a_padded_convolution():
+    """Behind the norm the border is zero; folded, it would be something else."""
+    ffn = ConvFFN(4, 1, 0.0, BN)
+    ffn.pw1.conv = conv(bias=False)
+    randomize_norms(ffn).double().eval()
+    after, changes = reparameterize(ffn)
+    assert sorted(changes.folded) == ['pw1.bn', 'pw2.bn'] and changes.left == ['preffn_bn']
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    assert torch.allclose(after(x), ffn(x), rtol=0, atol=1e-12)
+
+
+def test_shared_convolution_serves_all_its_norms():
+    """As in heads that share convolutions between pyramid levels and keep a norm for each."""
+    shared = conv()
+    model = randomize_norms(nn.ModuleList([nn.Sequential(shared, nn.BatchNorm2d(4)) for _ in range(2)]))
+    for i, branch in enumerate(model):
+        randomize_norms(branch[1], seed=i)
+    after, changes = reparameterize(model)
+    assert changes.folded == [] and len(changes.left) == 2
+    x = torch.randn(1, 4, 6, 6)
+    assert all(torch.equal(a(x), b.eval()(x)) for a, b in zip(after, model, strict=True))
+
+
+def test_convnext_has_nothing_to_fold():
+    model = ConvNeXt(dict(depths=[1, 1, 1, 1], channels=[8, 8, 8, 8]))
+    after, changes = reparameterize(model)
+    assert changes.merged == changes.folded == changes.left == []
+    assert all(d.relative == 0 for d in compare(model, after))

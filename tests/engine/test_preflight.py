@@ -1,0 +1,165 @@
+"""What would fail after hours fails in the dry run, and one that succeeds leaves no trace."""
+
+import errno
+import re
+
+import pytest
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.fileio import LocalBackend
+from mmengine.model import BaseModule
+from mmengine.registry import METRICS, MODELS, TRANSFORMS
+from mmengine.runner import Runner
+from resume_cases import EMA, RANDOM, config_with_signals, differences
+from tiny import run_tool, tiny  # noqa: F401
+from tiny_detector import detector  # noqa: F401
+
+from replk_mm.engine.config import load_config
+from replk_mm.engine.preflight import PreflightHook
+from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.train import train
+from replk_mm.errors import UserError
+
+# ruff: noqa: F811 (fixtures that come from another file)
+LOSS = 'dry run, loss and backward of one batch: '
+
+
+def run(tiny, work, options=None, preflight=True, hook=None, metric=None):
+    cfg = tiny.cfg(options)
+    notes = prepare_training(cfg, tiny.options(work, max_iters=2, seed=1))
+    cfg.val_evaluator = metric or cfg.val_evaluator
+    cfg.custom_hooks = [hook] if hook else []
+    return train(cfg, notes, preflight)
+
+
+@METRICS.register_module()
+class BrokenMetric(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        raise KeyError('classes')
+
+
+@TRANSFORMS.register_module()
+class NeedsAFile:
+    def __init__(self, **kwargs):
+        pass
+
+    def __call__(self, results):
+        raise FileNotFoundError(errno.ENOENT, 'No such file or directory', 'depth/1.png')
+
+
+def test_it_leaves_no_trace(tiny, tmp_path):
+    config = config_with_signals(tmp_path, tiny.config, EMA, RANDOM)
+    last = []
+    for preflight in (True, False):
+        cfg = load_config(str(config))
+        cfg.experiment_name = f'trace{preflight}'
+        notes = prepare_training(cfg, tiny.options(tmp_path / str(preflight), max_iters=3, seed=1))
+        last.append(train(cfg, notes, preflight))
+    assert differences(*last) == []
+    assert not list(last[0].parent.glob('preflight*'))
+    log = next((tmp_path / 'True').glob('*/*.log')).read_text()
+    found = re.search(r'dry run: loss [\d.]+; peak memory of the process ([\d.]+) GiB, .*; validation: aAcc, mIoU', log)
+    assert found and 0.1 < float(found[1]) < 100
+    assert log.count('classes are in the labels') == 1, 'the metrics of one batch are not to be read as a result'
+
+
+def test_gradients_and_statistics_are_as_before(tiny, tmp_path, monkeypatch):
+    seen = {}
+    dry_run = PreflightHook.before_train
+
+    def before_train(self, runner: Runner):
+        before = {key: value.clone() for key, value in runner.model.state_dict().items()}
+        dry_run(self, runner)
+        seen.update(
+            same=all(torch.equal(before[key], value) for key, value in runner.model.state_dict().items()),
+            gradients=[p.grad for p in runner.model.parameters() if p.grad is not None],
+            state=list(runner.optim_wrapper.optimizer.state),
+            training=runner.model.training,
+        )
+
+    monkeypatch.setattr(PreflightHook, 'before_train', before_train)
+    run(tiny, tmp_path)
+    assert seen['same'] and not seen['gradients'] and not seen['state'] and seen['training']
+
+
+def test_a_detector(detector, tmp_path):
+    cfg = detector.cfg()
+    notes = prepare_training(cfg, detector.options(tmp_path, max_iters=1, seed=1))
+    assert train(cfg, notes).name == 'iter_1.pth'
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'dry run: loss' in log and 'coco/bbox_mAP' in log
+
+
+@pytest.mark.parametrize(
+    ('said', 'changes'),
+    [
+        (
+            r"dry run, validation of one batch: CheckpointHook.save_best='miou': the validation reports aAcc, mIoU",
+            dict(options={'default_hooks.checkpoint.save_best': 'miou'}),
+        ),
+        (
+            r"dry run, validation of one batch: EarlyStoppingHook.monitor='accuracy'",
+            dict(hook=dict(type='EarlyStoppingHook', monitor='accuracy')),
+        ),
+        (r"dry run, validation of one batch: KeyError: 'classes'", dict(metric=dict(type='mmengine.BrokenMetric'))),
+        (
+            rf'{LOSS}RuntimeError: weight tensor',
+            dict(options={'model.decode_head.loss_decode.class_weight': [1.0, 2.0]}),
+        ),
+        (
+            rf'{LOSS}.*FileNotFoundError: .*1.png',
+            dict(options={'train_dataloader.dataset.pipeline.2': dict(type='mmengine.NeedsAFile')}),
+        ),
+        (
+            rf'{LOSS}ValueError: Expected more than 1 value per channel',
+            dict(options={'train_dataloader.batch_size': 1}),
+        ),
+    ],
+)
+def test_what_fails_is_named_before_the_first_iteration(tiny, tmp_path, said, changes):
+    with pytest.raises(UserError, match=f'^{said}'):
+        run(tiny, tmp_path, **changes)
+    assert not list(tmp_path.glob('*.pth')), 'nothing was trained, and nothing is left of the checkpoint'
+
+
+def test_a_disk_that_is_full(tiny, tmp_path, monkeypatch):
+    def put(self, content, path):
+        raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+
+    monkeypatch.setattr(LocalBackend, 'put', put)
+    with pytest.raises(UserError, match='preflight.pth.*No space left on device'):
+        run(tiny, tmp_path)
+
+
+def test_without_it_the_same_fails_later(tiny, tmp_path):
+    with pytest.raises(Exception, match='miou'):  # mmengine's own KeyError
+        run(tiny, tmp_path, {'default_hooks.checkpoint.save_best': 'miou'}, preflight=False)
+    assert (tmp_path / 'iter_2.pth').is_file()
+
+
+@MODELS.register_module()
+class LooksAtValues(BaseModule):
+    """A backbone whose path depends on its input, which cannot run on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x[:, :, ::4, ::4] if x.mean() > -1e9 else x)
+        return [y, *(y[:, :, ::step, ::step].repeat(1, step, 1, 1) for step in (2, 4, 8))]
+
+
+def test_a_backbone_that_looks_at_values_trains(tiny, tmp_path):
+    last = run(
+        tiny,
+        tmp_path,
+        {
+            'model.backbone': dict(_delete_=True, type='mmengine.LooksAtValues'),
+            'optim_wrapper.constructor': 'DefaultOptimWrapperConstructor',
+        },
+    )
+    assert last.name == 'iter_2.pth'

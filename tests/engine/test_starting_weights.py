@@ -1,0 +1,99 @@
+"""Which weights a run starts from and which it tests: the config's, the command line's, or a checkpoint's."""
+
+import shutil
+
+import mmengine.device.utils as devices
+import pytest
+import torch
+from mmengine.device import get_device
+from tiny import tiny, trained  # noqa: F401
+from tool_cases import merged  # noqa: F401
+
+from replk_mm.backbones import RepLKNet
+from replk_mm.checkpoints import io as checkpoints
+from replk_mm.engine.evaluate import evaluate
+from replk_mm.engine.machine import select_device
+from replk_mm.errors import UserError
+
+# ruff: noqa: F811 (fixtures that come from another file)
+ADDRESS = 'https://weights.invalid/backbone.pth'
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise OSError('no route to host')
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', refuse)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+
+
+def pretrained(checkpoint=ADDRESS) -> dict:
+    return {'model.backbone.init_cfg': dict(type='Pretrained', checkpoint=str(checkpoint))}
+
+
+@pytest.mark.parametrize('reparam', [False, True])
+def test_weights_to_start_training_from_do_not_enter_a_test(tiny, trained, tmp_path, reparam):
+    other = tiny.train(tmp_path / 'other', 1, seed=5)
+    alone = evaluate(tiny.cfg(), str(trained), tiny.options(tmp_path / 'a'), reparam=reparam)
+    beside = evaluate(
+        tiny.cfg({'load_from': str(other), 'resume': True}), str(trained), tiny.options(tmp_path / 'b'), reparam=reparam
+    )
+    assert beside.per_class == alone.per_class
+
+
+def test_full_run_without_its_weights_is_refused(tiny, tmp_path, offline):
+    with pytest.raises(UserError, match=f'^{ADDRESS}: the checkpoint could not be downloaded') as refused:
+        tiny.prepare(tmp_path, iterations=None, options=pretrained())
+    assert '--pretrained none' in str(refused.value)
+
+
+def test_trial_without_weights_starts_at_random_says_so_and_can_be_resumed(tiny, tmp_path, offline):
+    cfg, notes = tiny.prepare(tmp_path / 'look', 2, pretrained())
+    assert any(note.startswith(f'WEIGHTS: RANDOM. {ADDRESS}') for note in notes)
+    assert 'init_cfg' not in cfg.model.backbone
+    tiny.train(tmp_path / 'run', 2, pretrained(), resume='auto')  # nothing there yet
+    cfg, notes = tiny.prepare(tmp_path / 'run', 4, pretrained(), resume='auto')
+    assert not any('RANDOM' in note for note in notes)
+    assert cfg.resume and 'init_cfg' not in cfg.model.backbone
+
+
+def test_random_weights_on_demand(tiny, tmp_path, offline):
+    _, notes = tiny.prepare(tmp_path, None, pretrained(), pretrained='none')
+    assert 'weights: random (--pretrained none)' in notes
+
+
+def test_weights_to_start_from_are_checked_before_training(tiny, tmp_path):
+    with pytest.raises(UserError, match='nowhere.pth: no such checkpoint'):
+        tiny.prepare(tmp_path, 2, {'load_from': 'nowhere.pth'})
+
+
+def test_downloaded_weights_to_start_from_run_no_code(tiny, trained, tmp_path, monkeypatch):
+    """The file is fetched and read by us; mmengine gets a local path."""
+    hub = tmp_path / 'hub'
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(hub))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, to, **_: shutil.copy(trained, to))
+    cfg, _ = tiny.prepare(tmp_path / 'run', 2, {'load_from': ADDRESS})
+    assert cfg.load_from == str(hub / 'checkpoints' / 'backbone.pth')
+
+
+def test_folded_weights_cannot_start_a_training(merged, tiny):
+    backbone = RepLKNet(tiny.cfg().model.backbone.arch)
+    with pytest.raises(UserError, match='BatchNorm is folded'):
+        checkpoints.load_pretrained(backbone, merged)
+
+
+@pytest.mark.parametrize('key', ['train_dataloader', 'train_cfg', 'optim_wrapper'])
+def test_config_without_training_is_named(tiny, tmp_path, key):
+    with pytest.raises(UserError, match=f"no '{key}'"):
+        tiny.prepare(tmp_path, 2, {key: None})
+
+
+def test_heads_must_agree_on_the_classes(tiny, tmp_path):
+    with pytest.raises(UserError, match='model.decode_head.num_classes=8, model.auxiliary_head.num_classes=3'):
+        tiny.prepare(tmp_path, 2, {'model.auxiliary_head.num_classes': 3})
+
+
+def test_chosen_device_is_the_one_mmengine_uses(monkeypatch):
+    monkeypatch.setattr(devices, 'DEVICE', 'cuda')  # as on a machine with a GPU, after the import
+    assert select_device('cpu') == 'cpu' and get_device() == 'cpu'

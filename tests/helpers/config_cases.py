@@ -1,0 +1,50 @@
+"""What tests of configs share: the files, the published rows that belong to them, their models."""
+
+import copy
+import functools
+from functools import cache
+from pathlib import Path
+
+import mmengine.config.utils
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / 'configs'
+# Those on generated scenes are commands more than recipes.
+LEAVES = sorted(p.name for p in CONFIGS.glob('*.py') if not p.stem.endswith(('_demo', '_context')))
+NANO = [name for name in LEAVES if '-nano_' in name]
+
+# Read here once more, not through the package's own reader: the published rows, by the name of their config.
+PUBLISHED = yaml.safe_load((ROOT / 'replk_mm' / 'published.yaml').read_text())
+ROWS = {row['config']: row for task in ('segmentation', 'detection') for row in PUBLISHED[task]}
+
+# mmengine reads all metafiles of a package for each base file that a config has there: a second a config.
+mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)
+
+
+@cache
+def load(name: str) -> Config:
+    """The config of that name; not to be changed."""
+    return Config.fromfile(CONFIGS / name)
+
+
+def build(cfg: Config, device: str = 'meta') -> torch.nn.Module:
+    with MODELS.switch_scope_and_registry(cfg.default_scope) as registry, torch.device(device):
+        return registry.build(copy.deepcopy(cfg.model))
+
+
+@cache
+def meta_model(name: str) -> torch.nn.Module:
+    return build(load(name))
+
+
+def params_m(model: torch.nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def dataset_of(name: str) -> str:
+    """``'ade20k'``, ``'cityscapes'`` or ``'coco'``."""
+    return Path(name).stem.rpartition('_')[2].partition('-')[0]

@@ -1,0 +1,201 @@
+"""Which implementation runs: forced or chosen, and said once."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_cases import DRAWN, convolutions, draw, fresh  # noqa: F401 (a fixture)
+
+from replk_mm.backbones import RepLKNet
+from replk_mm.errors import UserError
+from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, Problem, depthwise, depthwise_conv2d, implementation
+from replk_mm.ops.cpu import cost_model as choice
+from replk_mm.ops.cpu import spatial, spectral
+
+pytestmark = pytest.mark.usefixtures('fresh')
+PAIRS = [(computation, name) for computation, names in IMPLEMENTATIONS.items() for name in names]
+
+
+def problem(
+    shape=(2, 4, 12, 12),
+    kernel=(9, 9),
+    stride=(1, 1),
+    padding=None,
+    dilation=(1, 1),
+    dtype=torch.float32,
+    channels_last=False,
+    threads=2,
+) -> Problem:
+    padding = padding or tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True))
+    return Problem(
+        shape[0], shape[1], tuple(shape[2:]), kernel, stride, padding, dilation, dtype, channels_last, threads
+    )
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Names of the implementations that run, in order."""
+    calls = []
+
+    def spied(name, function):
+        return lambda *args, **kwargs: calls.append(name) or function(*args, **kwargs)
+
+    for name, function in depthwise._FORWARD.items():
+        monkeypatch.setitem(depthwise._FORWARD, name, spied(name, function))
+    for name, function in depthwise._GRAD_WEIGHT.items():
+        monkeypatch.setitem(depthwise._GRAD_WEIGHT, name, spied(name, function))
+    monkeypatch.setattr(spatial, 'native_gradients', spied('native', spatial.native_gradients))
+    # Where spectra are kept the operator calls these by their own names.
+    monkeypatch.setattr(spectral, 'forward', spied('fft', spectral.forward))
+    monkeypatch.setattr(spectral, 'gradients', spied('fft', spectral.gradients))
+    return calls
+
+
+# forcing
+
+
+@pytest.mark.parametrize('computation, name', PAIRS)
+def test_the_forced_implementation_is_the_one_that_runs(computation, name, used):
+    x, weight, _, grad = draw((2, 3, 10, 9), (5, 5))
+    others = {
+        c: next(n for n in ('native', 'padded', 'grad_kernel') if n in names and n != name)
+        for c, names in IMPLEMENTATIONS.items()
+    }
+    spec = ','.join(f'{c}={n}' for c, n in {**others, computation: name}.items())
+    out = depthwise_conv2d(
+        x.requires_grad_(computation == 'grad_input'),
+        weight.requires_grad_(computation == 'grad_weight'),
+        implementation=spec,
+    )
+    if computation != 'forward':
+        used.clear()
+        out.backward(grad)
+    assert used == [name]
+
+
+def test_argument_before_context_before_environment(used, monkeypatch):
+    x, weight = draw((1, 2, 8, 8), (5, 5))[:2]
+
+    def runs(**kwargs):
+        used.clear()
+        depthwise_conv2d(x, weight, **kwargs)
+        return used[0]
+
+    chosen = choice.plan(problem(x.shape, (5, 5))).forward
+    assert runs() == chosen
+    monkeypatch.setenv(choice.VARIABLE, 'forward=fft')
+    assert runs() == 'fft'
+    with implementation('padded'):
+        assert runs() == 'padded'
+        assert runs(implementation='channels_last') == 'channels_last'
+        assert runs(implementation='auto') == chosen
+        with implementation(None):
+            assert runs() == 'fft'
+        with implementation('auto'):
+            assert runs() == chosen
+        assert runs() == 'padded'
+    assert runs() == 'fft'
+    used.clear()
+    DepthwiseConv2d(2, 5, implementation='native')(x)
+    assert used[0] == 'native'
+
+
+@pytest.mark.parametrize('kwargs', [dict(stride=(2, 2)), dict(dilation=(2, 1)), dict(padding=(9, 9))], ids=str)
+def test_what_does_not_apply_is_left_to_the_choice(kwargs):
+    given_, auto = problem(**kwargs), choice.plan(problem(**kwargs))
+    for computation, name in PAIRS:
+        found = choice.plan(given_, f'{computation}={name}')
+        applies = name in choice.milliseconds(given_)[computation]
+        assert getattr(found, computation) == (name if applies else getattr(auto, computation))
+    assert ('fft' in choice.milliseconds(given_)['forward']) == ('padding' in kwargs)
+    assert ('padded' in choice.milliseconds(given_)['grad_input']) == ('dilation' in kwargs)
+
+
+def test_the_backward_pass_does_what_was_planned_with_the_forward_pass(used):
+    x, weight = (t.requires_grad_() for t in draw((1, 2, 8, 8), (5, 5))[:2])
+    with implementation('forward=fft,grad_input=padded,grad_weight=grad_kernel'):
+        out = depthwise_conv2d(x, weight)
+    used.clear()
+    with implementation('native'):
+        out.sum().backward()
+    assert used == ['padded', 'grad_kernel']
+
+
+@pytest.mark.parametrize(
+    'spec', ['fastest', 'forward=grad_kernel', 'backward=fft', 'fft,=', 'grad_weight=channels_last', ',']
+)
+def test_bad_names_are_refused(spec, monkeypatch):
+    x, weight = draw((1, 2, 8, 8), (5, 5))[:2]
+    message = r'REPLK_MM_DEPTHWISE.*names nothing that exists.*forward: native, channels_last, padded, fft; '
+    with pytest.raises(ValueError, match=message), implementation(spec):
+        pytest.fail('the context must not be entered')
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv2d(x, weight, implementation=spec)
+    monkeypatch.setenv(choice.VARIABLE, spec)
+    with pytest.raises(UserError, match=message) as caught:
+        depthwise_conv2d(x, weight)
+    assert repr(spec) in str(caught.value)
+
+
+# choosing
+
+
+@settings(DRAWN, max_examples=150)
+@given(
+    convolutions(st.integers(1, 2000)),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.booleans(),
+    st.integers(1, 64),
+)
+def test_every_problem_has_a_plan_and_always_the_same(shapes, dtype, channels_last, threads):
+    shape, kernel, kwargs = shapes
+    given_ = problem(shape, kernel, **kwargs, dtype=dtype, channels_last=channels_last, threads=threads)
+    for computation, times in choice.milliseconds(given_).items():
+        assert times and set(times) <= set(IMPLEMENTATIONS[computation])
+        assert all(0 <= ms < math.inf for ms in times.values())
+    found = choice.plan(given_)
+    choice._plan.cache_clear()
+    assert (
+        choice.plan(problem(shape, kernel, **kwargs, dtype=dtype, channels_last=channels_last, threads=threads))
+        == found
+    )
+    for computation, name in found._asdict().items():
+        assert name in choice.milliseconds(given_)[computation]
+
+
+@settings(DRAWN, max_examples=100)
+@given(convolutions(st.just(1)))
+def test_rows_on_the_map_are_counted(shapes):
+    shape, kernel, kwargs = shapes
+    given_ = problem(shape, kernel, **kwargs)
+    step, pad, dilation = kwargs['stride'][0], kwargs['padding'][0], kwargs['dilation'][0]
+    rows = F.conv2d(torch.ones(1, 1, *shape[2:]), torch.ones(1, 1, *kernel), None, **kwargs).shape[2]
+    met = [0 <= i * step + k * dilation - pad < shape[2] for i in range(rows) for k in range(kernel[0])]
+    assert choice._rows_inside(given_) == pytest.approx(sum(met) / len(met))
+
+
+@settings(DRAWN, max_examples=100)
+@given(convolutions(st.integers(1, 3)))
+def test_shapes_of_a_problem(shapes):
+    shape, kernel, kwargs = shapes
+    given_ = problem(shape, kernel, **kwargs)
+    out = F.conv2d(torch.ones(shape), torch.ones(shape[1], 1, *kernel), None, **kwargs, groups=shape[1])
+    assert given_.out == tuple(out.shape[2:]) and given_.macs == out.numel() * math.prod(kernel)
+    transform = spectral.transform_size(given_)
+    for size, k, o, s, p in zip(transform, kernel, given_.out, shape[2:], kwargs['padding'], strict=True):
+        assert size % 2 == 0 and size >= s + p
+        assert not spectral.supports(given_) or max(k, o) <= size
+
+
+@pytest.mark.parametrize('batch', [1, 2, 8])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_torchs_loop_over_weight_gradients_is_never_chosen_for_replknet(batch, dtype):
+    """It is twenty to fifty times slower than the others, and what training on CPUs would spend its time in."""
+    arch = RepLKNet.arch_settings['31B']
+    for channels, kernel, size in zip(arch['channels'], arch['large_kernel_sizes'], (128, 64, 32, 16), strict=True):
+        for side in (kernel, arch['small_kernel']):
+            given_ = problem((batch, channels, size, size), (side, side), dtype=dtype, channels_last=True)
+            assert choice.plan(given_).grad_weight != 'native', choice.milliseconds(given_)
