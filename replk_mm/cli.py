@@ -3,11 +3,12 @@
 import argparse
 import ast
 import os
+import shlex
 
 from mmengine.config import DictAction
 
 from replk_mm.engine.machine import Options
-from replk_mm.errors import printable
+from replk_mm.errors import command_line, printable
 
 
 class KeyValue(DictAction):
@@ -28,10 +29,18 @@ class KeyValue(DictAction):
         setattr(namespace, self.dest, options)
 
 
-def parser(doc: str, example: str) -> argparse.ArgumentParser:
-    """A parser whose help shows ``doc`` and an example."""
+def parser(doc: str | None, *examples: str) -> argparse.ArgumentParser:
+    """A parser whose help shows a command's docstring and examples.
+
+    Args:
+        doc: The docstring.
+        *examples: Command lines without the program, such as ``'test CONFIG CHECKPOINT'``.
+    """
+    lines = [command_line(*shlex.split(example)) for example in examples]
     return argparse.ArgumentParser(
-        description=doc, epilog=f'example:\n  {example}', formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc,
+        epilog='\n  '.join(['examples:' if len(lines) > 1 else 'example:', *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 

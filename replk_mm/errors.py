@@ -4,9 +4,11 @@ import contextlib
 import difflib
 import functools
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 #: Exit status of a command that was given something it cannot use.
 USER_ERROR_STATUS = 2
@@ -39,6 +41,23 @@ def did_you_mean(name: object, choices: Iterable[str]) -> str:
     """``'Did you mean X? '`` for a misspelt name, empty if none of the choices is close."""
     close = difflib.get_close_matches(str(name), list(choices), n=1)
     return f'Did you mean {close[0]}? ' if close else ''
+
+
+def command_line(name: str, *arguments: object) -> str:
+    """The shell command that runs one of this project's commands, in the form in which the current one was started.
+
+    Args:
+        name: Of the command, such as ``'test'``.
+        *arguments: Its arguments; quoted for the shell where necessary.
+
+    Returns:
+        ``'python tools/test.py ...'`` if this process runs a script of a checkout's ``tools/``, else
+        ``'replk test ...'``.
+    """
+    program = Path(sys.argv[0])
+    is_script = program.parent.name == 'tools' and program.suffix == '.py'
+    start = ['python', program.with_name(f'{name}.py')] if is_script else ['replk', name]
+    return shlex.join(map(str, [*start, *arguments]))
 
 
 class Stopped(KeyboardInterrupt):

@@ -44,7 +44,7 @@ from replk_mm.engine.config import fit_to_machine, load_config
 from replk_mm.engine.explain import explaining
 from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.machine import prepare_work_dir, select_device
-from replk_mm.errors import UserError, explained
+from replk_mm.errors import UserError, command_line, explained
 from replk_mm.files import sha256
 
 #: Shares of the contribution whose areas are given, as in the paper's table.
@@ -166,7 +166,7 @@ class Erf(BaseModel):
         Raises:
             UserError: If it is something else, or its matrix is missing or does not fit.
         """
-        advice = 'It must be an erf.json that tools/erf.py CONFIG --images DIR --out DIR wrote, with erf.npz beside it.'
+        advice = f'Use an erf.json that {command_line("erf")} wrote, with erf.npz beside it.'
         try:
             record = json.loads(path.read_text(encoding='utf-8'))
             if (record['kind'], record['version']) != (KIND, _VERSION):

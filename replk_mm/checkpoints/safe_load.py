@@ -10,7 +10,6 @@ import argparse
 import json
 import pickle
 import re
-import shlex
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ import safetensors.torch
 import torch
 from mmengine.logging import HistoryBuffer
 
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, command_line
 
 #: Key of the record (``meta``) in the header of a safetensors file, as JSON.
 META = 'meta'
@@ -115,11 +114,11 @@ def load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any:
         found = _REFUSED.search(str(error))
         if found is None:
             raise _damaged(path, error) from error
-        files = shlex.join(map(str, (path, path.with_suffix('.safetensors'))))
+        convert = command_line('convert_checkpoint', path, path.with_suffix('.safetensors'), '--trust-checkpoint')
         raise UserError(
             f'{path}: refused: to load it, {found[1]} would have to run\n'
             f'If you trust its author, convert it to plain weights, without the state to resume from: '
-            f'python tools/convert_checkpoint.py {files} --trust-checkpoint'
+            f'{convert}'
         ) from error
     except Exception as error:  # a few changed bytes make torch raise errors of a dozen kinds
         raise _damaged(path, error) from error

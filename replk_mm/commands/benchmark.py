@@ -44,7 +44,7 @@ def listed(*known: str) -> Callable[[str], list[str]]:
 
 
 def arguments() -> argparse.Namespace:
-    p = cli.parser(__doc__, 'python tools/benchmark.py model configs/upernet_replk-nano_ade20k.py --sides 256 512')
+    p = cli.parser(__doc__, 'benchmark model configs/upernet_replk-nano_ade20k.py --sides 256 512')
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument('--threads', type=cli.positive, metavar='N', help="default: torch's, one for each core")
     common.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')

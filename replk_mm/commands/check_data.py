@@ -219,7 +219,7 @@ def _sizes(panel: Axes, result: Audit, sets: list[DataSet]) -> None:
 
 @command
 def main() -> int:
-    p = cli.parser(__doc__, 'python tools/check_data.py configs/upernet_replk31b_ade20k.py --full --json data.json')
+    p = cli.parser(__doc__, 'check_data configs/upernet_replk31b_ade20k.py --full --json data.json')
     p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the config)')
     p.add_argument('--full', action='store_true', help='decode every image, label map and mask')

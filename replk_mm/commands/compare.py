@@ -11,12 +11,12 @@ from replk_mm.errors import command
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 'python tools/compare.py out/a out/b --out out/compared')
+    p = cli.parser(__doc__, 'compare out/a out/b --out out/compared')
     for name in 'ab':
         p.add_argument(
             name,
             metavar=f'RESULT_{name.upper()}',
-            help='folder that tools/test.py --out wrote, its metrics.json, or runs/ROW/SEED of a suite',
+            help='folder that the test command wrote with --out, its metrics.json, or runs/ROW/SEED of a suite',
         )
     p.add_argument('--out', metavar='DIR', help='write compare.json, compare.md and pictures there')
     p.add_argument('--images', type=cli.positive, default=8, metavar='N', help='images that changed most (default: 8)')

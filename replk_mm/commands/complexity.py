@@ -31,7 +31,7 @@ fields of --json:
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 'python tools/complexity.py configs/upernet_replk31b_ade20k.py --shape 512 512')
+    p = cli.parser(__doc__, 'complexity configs/upernet_replk31b_ade20k.py --shape 512 512')
     p.epilog = f'{p.epilog}\n{FIELDS}'
     p.add_argument('config', nargs='?', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     p.add_argument(

@@ -12,7 +12,7 @@ from replk_mm.errors import UserError, command
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 'python tools/convert_checkpoint.py convnext_tiny_1k_224.pth convnext_tiny.pth')
+    p = cli.parser(__doc__, 'convert_checkpoint convnext_tiny_1k_224.pth convnext_tiny.pth')
     p.add_argument('checkpoint', help='file or address')
     p.add_argument('out', help='file to write; .safetensors for weights that any program reads')
     p.add_argument(

@@ -7,7 +7,7 @@ from replk_mm.errors import UserError, command
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 'python tools/convert_cityscapes.py data/cityscapes --jobs 8')
+    p = cli.parser(__doc__, 'convert_cityscapes data/cityscapes --jobs 8')
     p.add_argument('root', metavar='ROOT', help='folder with gtFine (or gtCoarse); maps are written beside the source')
     p.add_argument('--jobs', type=cli.positive, metavar='N', help='files at a time (default: one a core)')
     p.add_argument('--force', action='store_true', help='replace maps that are there and differ')

@@ -314,7 +314,7 @@ def equal(rows: list[Row], tolerance: float = 0.01) -> bool:
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 'python tools/py --task detection --out demo/detection')
+    p = cli.parser(__doc__, 'demo --task detection --out demo/detection')
     p.add_argument(
         '--task',
         choices=sorted(STORIES),

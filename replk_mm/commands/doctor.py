@@ -4,7 +4,7 @@ import argparse
 import json
 
 from replk_mm.environment import examine, format_report
-from replk_mm.errors import command
+from replk_mm.errors import command, command_line
 
 
 @command
@@ -13,7 +13,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description='Check versions, compiled operators, processors, memory and disk, and try what the project needs. '
         'Exit status 0 if segmentation and detection both work, else 1.',
-        epilog='example: .venv/bin/python tools/doctor.py --json > environment.json',
+        epilog=f'example: {command_line("doctor", "--json")} > environment.json',
     )
     parser.add_argument('--json', action='store_true', help='print the report as JSON instead of text')
     args = parser.parse_args()

@@ -22,8 +22,8 @@ from replk_mm.text import renew as renew_block
 def main() -> None:
     p = cli.parser(
         __doc__,
-        'python tools/erf.py configs/upernet_replk31b_ade20k.py x.pth --images photos --out erf\n'
-        '  python tools/erf.py --compare erf/31b/erf.json erf/r50/erf.json --out erf',
+        'erf configs/upernet_replk31b_ade20k.py x.pth --images photos --out erf',
+        'erf --compare erf/31b/erf.json erf/r50/erf.json --out erf',
     )
     p.add_argument('config', nargs='?', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     p.add_argument(

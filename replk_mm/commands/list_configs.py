@@ -1,9 +1,4 @@
-"""List the configs: what each trains, what was published for it, and its parameters.
-
-Example:
-    python tools/list_configs.py
-    python tools/list_configs.py --write docs/configs.md --readme README.md
-"""
+"""List the configs: what each trains, what was published for it, and its parameters."""
 
 import argparse
 import warnings
@@ -15,7 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from replk_mm import published
+from replk_mm import cli, published
 from replk_mm.errors import UserError, command
 from replk_mm.text import renewed
 
@@ -193,7 +188,7 @@ def update_readme(text: str, rows: Iterable[Row], name: str = 'README.md') -> st
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__, 'list_configs', 'list_configs --write docs/configs.md --readme README.md')
     parser.add_argument(
         '--configs', type=Path, default=Path('configs'), metavar='DIR', help='folder of the configs (default: configs)'
     )

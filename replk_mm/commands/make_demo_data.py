@@ -5,22 +5,23 @@ Kinds of scenes, with what tells their classes apart:
     context    a cue 36 to 64 pixels away, and nothing else (replk_mm/data/scenes/context.py)
     conflict   shape or texture, which contradict each other in a separate test split (replk_mm/data/scenes/conflict.py)
 The same command resumes an interrupted run.
-
-Example:
-    python tools/make_demo_data.py data/demo --train 200 --val 40
-    python tools/make_demo_data.py data/demo --format coco --train 500 --val 100 --seed 1 --size 256 512 --overwrite
-    python tools/make_demo_data.py data/conflict --scenes conflict --train 400 --val 40 --size 160 160
 """
 
 import argparse
 from pathlib import Path
 
+from replk_mm import cli
 from replk_mm.data.scenes.writer import LAYOUTS, SCENES, write_demo_data
 from replk_mm.errors import command
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(
+        __doc__,
+        'make_demo_data data/demo --train 200 --val 40',
+        'make_demo_data data/demo --format coco --train 500 --val 100 --seed 1 --size 256 512 --overwrite',
+        'make_demo_data data/conflict --scenes conflict --train 400 --val 40 --size 160 160',
+    )
     parser.add_argument('out', type=Path, metavar='OUT', help='folder to write to: new, empty, or an interrupted run')
     parser.add_argument(
         '--scenes', choices=sorted(SCENES), default='demo', help='kind of scenes, see above (default: demo)'

@@ -25,9 +25,7 @@ def score(text: str) -> float:
 
 @command
 def main() -> None:
-    p = cli.parser(
-        __doc__, 'python tools/predict.py configs/upernet_replk-nano_ade20k.py iter_1300.pth street.jpg --out out'
-    )
+    p = cli.parser(__doc__, 'predict configs/upernet_replk-nano_ade20k.py iter_1300.pth street.jpg --out out')
     p.add_argument('config', help='config the checkpoint was trained with')
     p.add_argument('checkpoint', help='trained checkpoint, merged or not')
     p.add_argument('images', nargs='+', metavar='IMAGE', help='image files')

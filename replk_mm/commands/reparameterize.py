@@ -8,12 +8,10 @@ from replk_mm.errors import command
 
 @command
 def main() -> None:
-    p = cli.parser(
-        __doc__, 'python tools/reparameterize.py configs/upernet_replk-nano_ade20k.py iter_1300.pth merged.pth'
-    )
+    p = cli.parser(__doc__, 'reparameterize configs/upernet_replk-nano_ade20k.py iter_1300.pth merged.pth')
     p.add_argument('config', help='config the checkpoint was trained with')
     p.add_argument('checkpoint', help='trained checkpoint')
-    p.add_argument('out', help='file to write; loads in tools/test.py with the same config')
+    p.add_argument('out', help='file to write; the test command loads it with the same config')
     p.add_argument(
         '--shape',
         type=cli.positive,

@@ -24,7 +24,7 @@ exit status:
 
 @command
 def main() -> int:
-    p = cli.parser(__doc__, 'python tools/report.py work_dirs/suites/kernel_size --out report/')
+    p = cli.parser(__doc__, 'report work_dirs/suites/kernel_size --out report/')
     p.epilog = f'{p.epilog}\n{STATUSES}'
     p.add_argument('results', nargs='+', metavar='RESULTS', help='work dir, folder or .jsonl file')
     p.add_argument('--out', required=True, metavar='DIR', help='for index.html and report.md')

@@ -12,9 +12,7 @@ from replk_mm.text import text_table
 @command
 def main() -> None:
     p = cli.parser(
-        __doc__,
-        'python tools/shape_bias.py configs/upernet_replk-nano_demo.py iter_600.pth '
-        '--data-root data/conflict --out out',
+        __doc__, 'shape_bias configs/upernet_replk-nano_demo.py iter_600.pth --data-root data/conflict --out out'
     )
     p.add_argument('config', help='config the checkpoint was trained with')
     p.add_argument('checkpoint', help='trained on objects with both cues: file or address')
@@ -23,7 +21,7 @@ def main() -> None:
         required=True,
         type=Path,
         metavar='DIR',
-        help='what tools/make_demo_data.py DIR --scenes conflict wrote',
+        help='data set that make_demo_data wrote with --scenes conflict',
     )
     p.add_argument(
         '--out', required=True, type=Path, metavar='DIR', help='folder for shape_bias.json and shape_bias.png'

@@ -6,7 +6,6 @@ to write a suite and how to spread it over machines.
 """
 
 import argparse
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.runner import Runner, Settings
 from replk_mm.engine.machine import prepare_work_dir
-from replk_mm.errors import UserError, command, printable
+from replk_mm.errors import UserError, command, command_line, printable
 
 
 def names(text: str) -> list[str]:
@@ -29,7 +28,7 @@ def names(text: str) -> list[str]:
 
 @command
 def main() -> int:
-    p = cli.parser(__doc__, 'python tools/suite.py configs/suites/demo.yaml --jobs 2')
+    p = cli.parser(__doc__, 'suite configs/suites/demo.yaml --jobs 2')
     p.add_argument('suite', help='suite file (YAML)')
     p.add_argument(
         '--only',
@@ -77,7 +76,7 @@ def main() -> int:
         failed = _run(suite, choice, Settings(args.jobs, args.launcher, args.nproc))
     except KeyboardInterrupt:
         again = [part for part in sys.argv[1:] if part != '--resume']
-        print(f'\ninterrupted; continue with: python tools/suite.py {shlex.join(again)} --resume', file=sys.stderr)
+        print(f'\ninterrupted; continue with: {command_line("suite", *again, "--resume")}', file=sys.stderr)
         return 130
     return 1 if failed else 0
 

@@ -14,9 +14,7 @@ from replk_mm.errors import command
 
 @command
 def main() -> None:
-    p = cli.parser(
-        __doc__, 'python tools/test.py configs/upernet_replk-nano_ade20k.py work_dirs/x/iter_1300.pth --out out'
-    )
+    p = cli.parser(__doc__, 'test configs/upernet_replk-nano_ade20k.py work_dirs/x/iter_1300.pth --out out')
     p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     p.add_argument('checkpoint', help='trained checkpoint, merged or not: file or address')
     cli.add_run_arguments(p)

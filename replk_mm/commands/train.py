@@ -19,7 +19,7 @@ def seed(text: str) -> int:
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 'python tools/train.py configs/upernet_replk-nano_demo.py --data-root demo/data')
+    p = cli.parser(__doc__, 'train configs/upernet_replk-nano_demo.py --data-root demo/data')
     p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     cli.add_run_arguments(p)
     p.add_argument('--max-iters', type=cli.positive, metavar='N', help='train N iterations, the schedule in proportion')

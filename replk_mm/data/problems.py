@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, command_line
 
 SEVERITIES = ('error', 'warning', 'note')
 #: Examples of one kind in a message.
@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[str, str]] = {
     'label-missing': ('error', 'Add the label maps, or remove the images.'),
     'label-without-image': ('note', 'Nothing reads these label maps; add their images, or remove them.'),
     'suffix-ignored': ('warning', 'Rename or convert these images, or set img_suffix of the data set.'),
-    'cityscapes-raw-labels': ('error', 'Convert the labels: python tools/convert_cityscapes.py ROOT'),
+    'cityscapes-raw-labels': ('error', f'Convert the labels: {command_line("convert_cityscapes", "ROOT")}'),
     'leak': ('warning', 'Scores on images that were trained on are too good; remove them from one of the two.'),
     'duplicate-image': ('warning', 'These images count twice; remove all but one.'),
     # files
@@ -142,7 +142,7 @@ class BadData(UserError):
         errors = [problem for problem in problems if problem.severity == 'error']
         lines = [str(problem) for problem in errors[:SHOWN]]
         if len(errors) > SHOWN:
-            lines.append(f'... and {len(errors) - SHOWN:,} more (tools/check_data.py lists all)')
+            lines.append(f'... and {len(errors) - SHOWN:,} more ({command_line("check_data", "CONFIG")} lists all)')
         super().__init__('\n'.join([*lines, *dict.fromkeys(problem.remedy for problem in errors[:SHOWN])]))
         self.problems = list(problems)
 

@@ -15,7 +15,7 @@ from mmengine.config import Config
 
 from replk_mm import register_configs
 from replk_mm.checkpoints.io import register_safe_loaders
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, command_line
 
 
 @dataclass
@@ -64,7 +64,7 @@ def select_device(name: str | None) -> str:
         if int(index or 0) >= count:
             raise UserError(
                 f'--device {name}: torch {torch.__version__} finds {count} GPUs\n'
-                f'Use --device cpu; python tools/doctor.py says what is there.'
+                f'Use --device cpu; {command_line("doctor")} lists the devices.'
             )
         if index:
             torch.cuda.set_device(int(index))
@@ -125,7 +125,7 @@ def init_gloo(cfg: Config, device: str) -> None:
         if 'RANK' not in os.environ:
             raise UserError(
                 '--launcher pytorch: no RANK in the environment\n'
-                'Start with: torchrun --nproc-per-node N tools/train.py CONFIG --launcher pytorch'
+                'Start it with: torchrun --nproc-per-node N -m replk_mm train CONFIG --launcher pytorch'
             )
         seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout', 600)
         torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))

@@ -1,12 +1,15 @@
 """Arguments that several commands share."""
 
+import sys
+
 import pytest
 
 from replk_mm import cli
+from replk_mm.errors import command_line
 
 
 def parse(*words: str) -> dict:
-    p = cli.parser('A command.', 'python tools/a.py')
+    p = cli.parser('A command.', 'a')
     cli.add_config_options(p)
     return p.parse_args(['--cfg-options', *words]).cfg_options
 
@@ -42,3 +45,17 @@ def test_unreadable(word, told, capsys):
         parse(word)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and told in said and len(said) < 1000
+
+
+@pytest.mark.parametrize(
+    'program, expected',
+    [
+        ('tools/train.py', "python tools/test.py CONFIG 'a b'"),
+        ('/code/tools/train.py', "python /code/tools/test.py CONFIG 'a b'"),
+        ('replk train', "replk test CONFIG 'a b'"),
+        ('/usr/bin/pytest', "replk test CONFIG 'a b'"),
+    ],
+)
+def test_command_line(program, expected, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [program])
+    assert command_line('test', 'CONFIG', 'a b') == expected

@@ -21,7 +21,7 @@ from replk_mm.data import coco
 from replk_mm.data.classes import annotation_file
 from replk_mm.data.datasets import datasets_of
 from replk_mm.data.problems import some
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, command_line
 
 #: IoU from which a detection is right.
 IOU = 0.5
@@ -136,7 +136,8 @@ def open_detections(result: Result, objects: Objects, kind: str, least_score: fl
         raise UserError(
             f'{file}: no such file, so that images of {result.letter} cannot be compared'
             + (' by masks (--kind bbox compares boxes)' if kind == 'segm' else '')
-            + f'\ntools/test.py --out {result.file.parent} writes it; --no-images compares figures alone.'
+            + f'\n{command_line("test", "CONFIG", "CHECKPOINT", "--out", result.file.parent)} writes it; '
+            f'--no-images compares figures alone.'
         )
     try:
         sure = [

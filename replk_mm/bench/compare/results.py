@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from replk_mm.bench.report.words import leaves
 from replk_mm.data.classes import listed, use_classes
 from replk_mm.engine.config import file_of, load_config, set_data_root
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, command_line
 
 #: A figure; JSON holds numbers of any number of digits.
 Figure = Annotated[int, Field(ge=-(10**18), le=10**18)] | FiniteFloat | None
@@ -118,8 +118,9 @@ def open_result(path: str, letter: str) -> Result:
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise UserError(
-            f'{letter}, {path}: no metrics.json there\nName a folder that was written by: python '
-            f'tools/test.py CONFIG CHECKPOINT --out DIR, or a row and seed of a suite (runs/ROW/SEED).'
+            f'{letter}, {path}: no metrics.json there\nName a folder that was written by: '
+            f'{command_line("test", "CONFIG", "CHECKPOINT", "--out", "DIR")}, '
+            f'or a row and seed of a suite (runs/ROW/SEED).'
         )
     try:
         return Result(letter, file, TestRecord.model_validate_json(file.read_bytes()))
@@ -128,7 +129,7 @@ def open_result(path: str, letter: str) -> Result:
         place = '.'.join(map(str, first['loc'])) or 'the file'
         raise UserError(
             f'{file}: not the result of a test with labels: {place}: {first["msg"]}\n'
-            f'Test again: python tools/test.py CONFIG CHECKPOINT --out {file.parent}'
+            f'Test again: {command_line("test", "CONFIG", "CHECKPOINT", "--out", file.parent)}'
         ) from error
 
 

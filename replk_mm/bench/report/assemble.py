@@ -24,7 +24,7 @@ from replk_mm.bench.report.columns import (
     value_of,
 )
 from replk_mm.bench.report.words import clean
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, command_line
 
 Record = dict[str, Any]
 
@@ -202,7 +202,7 @@ def read(paths: Sequence[str | Path]) -> Report:
         if not records.files_in([path]):
             raise UserError(
                 f'{path}: no results in it (*.jsonl, or results/*.jsonl)\n'
-                'Run the suite first: python tools/suite.py SUITE'
+                f'Run the suite first: {command_line("suite", "SUITE")}'
             )
     files = records.files_in(paths)
     found, complaints = records.read(files)

@@ -11,6 +11,7 @@ from mmengine.registry import DATASETS
 from replk_mm.data import cityscapes
 from replk_mm.data.checks.dataset import DataSet, Rules, Task
 from replk_mm.data.problems import Item, some
+from replk_mm.errors import command_line
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 # What the full release of ADE20K has and the benchmark has not.
@@ -150,7 +151,7 @@ def _report_raw_labels(one: DataSet, found: str, paths: Sequence[str]) -> None:
         one.where,
         found,
         items=items,
-        remedy=f'Convert the labels: python tools/convert_cityscapes.py {shlex.quote(one.root)}',
+        remedy=f'Convert the labels: {command_line("convert_cityscapes", one.root)}',
     )
 
 

@@ -42,7 +42,7 @@ from replk_mm.data.scenes.objects import (
     scene_rng,
 )
 from replk_mm.data.scenes.render import Scene, render_scene
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, command_line
 from replk_mm.files import sha256
 
 #: Changes whenever the same seed gives other scenes than before.
@@ -224,7 +224,7 @@ def read_conflict(root: Path) -> ConflictSet:
     except OSError as error:
         raise UserError(
             f'{path}: cannot be read ({error.strerror}); it lists shapes and textures of the objects\n'
-            f'Write such a data set with: python tools/make_demo_data.py DIR --scenes conflict'
+            f'Write one with: {command_line("make_demo_data", "DIR", "--scenes", "conflict")}'
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -120,7 +120,7 @@ def test_every_planted_fault_is_found_and_nothing_else(tmp_path):
     assert quick_ones == all_ones
     with pytest.raises(UserError) as info:
         check_data(seg_config(tmp_path), ('train', 'val'))
-    assert '(tools/check_data.py lists all)' in str(info.value)
+    assert 'check_data CONFIG lists all)' in str(info.value)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_raw_label_ids_of_cityscapes(tmp_path, hidden):
     result = full(cfg)
     assert found(result) >= {('cityscapes-raw-labels', str(path)) for path in (tmp_path / 'gtFine').rglob('*.png')}
     assert kinds(result, 'error') == {'cityscapes-raw-labels'}
-    with pytest.raises(UserError, match='python tools/convert_cityscapes.py'):
+    with pytest.raises(UserError, match='convert_cityscapes'):
         check_data(cfg, ('train', 'val'))
     cfg.train_dataloader.dataset.seg_map_suffix = '_gtFine_labelIds.png'
     assert any('names raw label ids' in problem.found for _, problem in full(cfg).found())
