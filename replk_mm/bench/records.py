@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from replk_mm.bench.schema import MEASUREMENTS as MEASUREMENTS
-from replk_mm.bench.schema import Task, complaint
+from replk_mm.bench.schema import Task, record_problem
 from replk_mm.errors import printable
 from replk_mm.files import sha256, write_atomic
 
 
-def append(record: Mapping[str, Any], path: Path) -> None:
+def append_record(record: Mapping[str, Any], path: Path) -> None:
     """Add a record to a file: with one write, and on the disk when this returns.
 
     Args:
@@ -30,7 +30,7 @@ def append(record: Mapping[str, Any], path: Path) -> None:
         ValueError: If it is not a record, or holds a number that is not finite.
         OSError: If it cannot be written.
     """
-    wrong = complaint(record)
+    wrong = record_problem(record)
     if wrong:
         raise ValueError(f'{path}: {wrong}')
     line = json.dumps(record, default=str).encode() + b'\n'
@@ -45,7 +45,7 @@ def append(record: Mapping[str, Any], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def files_in(paths: Iterable[str | Path]) -> list[Path]:
+def record_files(paths: Iterable[str | Path]) -> list[Path]:
     """Files of records: the given ones, and of a folder those in its ``results`` or in itself."""
     found: list[Path] = []
     for path in map(Path, paths):
@@ -54,7 +54,7 @@ def files_in(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
+def read_records(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """Read records.
 
     Of several with one key the one that was started last counts, but a failure never replaces a result. Different keys
@@ -69,10 +69,10 @@ def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """
     complaints: list[str] = []
     by_key: dict[str, tuple[str, dict]] = {}
-    for path in files_in(paths):
+    for path in record_files(paths):
         for place, record in _lines(path, complaints):
             known = by_key.get(record['key'])
-            if known is None or _rank(record) >= _rank(known[1]):
+            if known is None or _precedence(record) >= _precedence(known[1]):
                 by_key[record['key']] = place, record
     counting: dict[tuple, tuple[str, dict]] = {}
     for new in by_key.values():
@@ -87,17 +87,19 @@ def read(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     return [record for _, record in counting.values()], [printable(complaint) for complaint in complaints]
 
 
-def fail(task: Task, measurement: str, started: datetime, environment: Mapping[str, Any], reason: str) -> None:
+def append_failure(
+    task: Task, measurement: str, started: datetime, environment: Mapping[str, Any], reason: str
+) -> None:
     """Append the record of a measurement that failed."""
-    append(task.record(measurement, started, environment, status='failed', reason=reason), task.results)
+    append_record(task.record(measurement, started, environment, status='failed', reason=reason), task.results)
 
 
-def latest(path: Path) -> dict[str, dict[str, Any]]:
+def latest_records(path: Path) -> dict[str, dict[str, Any]]:
     """The records of a row and seed that count, by measurement, from their file if there is one."""
-    return {record['measurement']: record for record in (read([path])[0] if path.exists() else [])}
+    return {record['measurement']: record for record in (read_records([path])[0] if path.exists() else [])}
 
 
-def left(task: Task) -> tuple[str, ...]:
+def unfinished(task: Task) -> tuple[str, ...]:
     """The measurements of a task that are not recorded as done, for this definition of the row and these weights."""
 
     def is_done(record: Mapping[str, Any]) -> bool:
@@ -105,16 +107,16 @@ def left(task: Task) -> tuple[str, ...]:
         same = not weights or not measured or not Path(weights).is_file() or sha256(weights) == measured
         return record['status'] == 'done' and record['key'] == task.keys.get(record['measurement']) and same
 
-    done = [name for name, record in latest(task.results).items() if is_done(record)]
+    done = [name for name, record in latest_records(task.results).items() if is_done(record)]
     return tuple(name for name in task.measures if name not in done)
 
 
-def since(path: Path, offset: int) -> list[dict[str, Any]]:
+def records_since(path: Path, offset: int) -> list[dict[str, Any]]:
     """Records that were added to a file since it had ``offset`` bytes."""
     return [record for _, record in _lines(path, [], offset)] if path.exists() else []
 
 
-def _rank(record: Mapping[str, Any]) -> tuple[bool, str]:
+def _precedence(record: Mapping[str, Any]) -> tuple[bool, str]:
     return record['status'] == 'done', record['started']
 
 
@@ -129,7 +131,7 @@ def _lines(path: Path, complaints: list[str], offset: int = 0) -> Iterator[tuple
             continue
         try:
             record = json.loads(line)
-            wrong = complaint(record)
+            wrong = record_problem(record)
         except (ValueError, RecursionError):
             wrong = 'not JSON; its process was killed while it wrote, or the file is damaged'
         if wrong:
@@ -152,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def by_suite(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def group_by_suite(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Records of every suite, in their order."""
     found: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -169,6 +171,6 @@ class Spread:
     count: int
 
 
-def spread(values: Sequence[float]) -> Spread:
+def spread_of(values: Sequence[float]) -> Spread:
     """Mean and deviation of at least one value."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))

@@ -24,8 +24,8 @@ from replk_mm.text import renew as renew_block
 
 VERSION = 1
 #: What a suite may ask for; ``train`` is added to a row with a training budget.
-Asked = Literal['complexity', 'metric', 'curve', 'erf', 'shape_bias', 'speed', 'memory']
-Measurement = Literal['train', Asked]
+Requested = Literal['complexity', 'metric', 'curve', 'erf', 'shape_bias', 'speed', 'memory']
+Measurement = Literal['train', Requested]
 #: In the order in which they are made.
 MEASUREMENTS: tuple[str, ...] = get_args(Measurement)
 #: What can be measured with random weights.
@@ -43,14 +43,14 @@ Shape = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class Erf(_Strict):
+class ErfImages(_Strict):
     """Images for the effective receptive field: their side in pixels, and how many."""
 
     size: PositiveInt | None = None
     count: PositiveInt | None = None
 
 
-class Data(_Strict):
+class SuiteData(_Strict):
     """The data of all rows of a suite."""
 
     root: str | None = Field(None, description='a data set; excludes the other keys')
@@ -62,7 +62,7 @@ class Data(_Strict):
     size: Shape = Field([256, 256], description='`[HEIGHT, WIDTH]` of the images in pixels')
 
     @model_validator(mode='after')
-    def _root_or_scenes(self) -> 'Data':
+    def _root_or_scenes(self) -> 'SuiteData':
         found = self.model_fields_set
         if found and found != {'root'} and ('root' in found or 'scenes' not in found):
             raise ValueError(f'expected either root, or scenes and the other keys; found {", ".join(sorted(found))}')
@@ -80,7 +80,7 @@ class Defaults(_Strict):
     iterations: PositiveInt | None = Field(None, description='train this long, warm-up and decay in proportion')
     schedule: Literal['full'] | None = Field(None, description='`full`: train as the config says')
     checkpoint: str | None = Field(None, description='trained weights; `{row}` and `{seed}` are replaced')
-    measure: list[Asked] = Field(
+    measure: list[Requested] = Field(
         ['complexity', 'metric', 'speed', 'memory'],
         description='see below; default: `metric`, `complexity`, `speed` and `memory`',
     )
@@ -91,7 +91,9 @@ class Defaults(_Strict):
     macs_shape: Shape | None = Field(
         None, description="`[HEIGHT, WIDTH]` for `complexity`; default: as published, or config's crop"
     )
-    erf: Erf = Field(Erf(), description="`{size: PIXELS, count: IMAGES}`; default: config's crop, 50 images")
+    erf: ErfImages = Field(
+        ErfImages(), description="`{size: PIXELS, count: IMAGES}`; default: config's crop, 50 images"
+    )
     data_root: str | None = Field(None, description='data of this row')
 
     @field_validator('seeds')
@@ -112,7 +114,7 @@ class Defaults(_Strict):
         return self
 
 
-class Row(Defaults):
+class SuiteRow(Defaults):
     """A network of a suite: trained, loaded from a checkpoint, or with random weights."""
 
     name: str = Field(description='unique; lower-case letters, digits, `.`, `_`, `-`; a letter or digit first')
@@ -125,7 +127,7 @@ class Row(Defaults):
         return _file_name(name, '._-')
 
     @model_validator(mode='after')
-    def _possible(self) -> 'Row':
+    def _possible(self) -> 'SuiteRow':
         needs = [name for name in self.measure if name not in WITHOUT_WEIGHTS]
         if not self.measurements():
             raise ValueError('has nothing to train and nothing to measure')
@@ -163,9 +165,11 @@ class Suite(_Strict):
     path: Path = Field(Path(), exclude=True)
     name: str = Field(description='names the work dir, `work_dirs/suites/NAME`')
     question: str = Field('', description='what the suite answers, a line for the report')
-    data: Data = Field(Data(), description="of all rows; default: each config's own. `--data-root DIR` overrides it")
+    data: SuiteData = Field(
+        SuiteData(), description="of all rows; default: each config's own. `--data-root DIR` overrides it"
+    )
     defaults: Defaults = Field(Defaults(), description='any key of a row but `name` and `label`')
-    rows: list[Row] = Field(min_length=1, description='at least one')
+    rows: list[SuiteRow] = Field(min_length=1, description='at least one')
 
     @model_validator(mode='before')
     @classmethod
@@ -187,14 +191,14 @@ class Suite(_Strict):
 
     @field_validator('rows')
     @classmethod
-    def _unique(cls, rows: list[Row]) -> list[Row]:
+    def _unique(cls, rows: list[SuiteRow]) -> list[SuiteRow]:
         names = [row.name for row in rows]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f'{twice!r} names {names.count(twice)} rows\nGive each row its own name.')
         return rows
 
-    def pairs(self) -> list[tuple[Row, int]]:
+    def pairs(self) -> list[tuple[SuiteRow, int]]:
         """Every row with each of its seeds; ``--only`` and ``--list`` number them in this order."""
         return [(row, seed) for row in self.rows for seed in row.seeds]
 
@@ -262,7 +266,7 @@ def _explain(error: ValidationError, content: dict) -> str:
             place += f' ({content["rows"][part].get("name", "?")})'
     if first['type'] == 'extra_forbidden':
         parent = next((part for part in reversed(parents) if isinstance(part, str)), '')
-        models: dict[str, type[BaseModel]] = dict(rows=Row, data=Data, defaults=Defaults, erf=Erf)
+        models: dict[str, type[BaseModel]] = dict(rows=SuiteRow, data=SuiteData, defaults=Defaults, erf=ErfImages)
         known = models.get(parent, Suite).model_fields.keys() - {'path'}
         return f'{place}: unknown key\n{did_you_mean(last, known)}Known keys: {", ".join(sorted(known))}.'
     if first['type'] == 'missing':
@@ -318,7 +322,7 @@ def _not_finite(node: object, place: str) -> Iterator[str]:
         yield from _not_finite(value, f'{place}.{key}' if place else str(key))
 
 
-def complaint(record: object) -> str | None:
+def record_problem(record: object) -> str | None:
     """Why something is not a record of this version; None if it is one."""
     if not isinstance(record, dict):
         return f'not a record: {type(record).__name__} instead of an object'
@@ -338,12 +342,12 @@ def fingerprint(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def results_of(work_dir: Path, row: str, seed: int) -> Path:
+def results_file(work_dir: Path, row: str, seed: int) -> Path:
     """The file that holds the records of a row and seed."""
     return work_dir / 'results' / f'{row}.{seed}.jsonl'
 
 
-def now() -> datetime:
+def utc_now() -> datetime:
     """The time, in UTC."""
     return datetime.now(timezone.utc)
 
@@ -352,7 +356,7 @@ class Task(BaseModel):
     """What the process of a row and seed is told: the row, and what is known before it runs."""
 
     work_dir: Path  # of the suite
-    row: Row
+    row: SuiteRow
     seed: int
     config: str  # what replk_mm.engine.config.load_config takes
     data_root: str | None  # None for the config's own
@@ -381,7 +385,7 @@ class Task(BaseModel):
     @property
     def results(self) -> Path:
         """The file of its records."""
-        return results_of(self.work_dir, self.row.name, self.seed)
+        return results_file(self.work_dir, self.row.name, self.seed)
 
     @property
     def checkpoint(self) -> str | None:
@@ -412,7 +416,7 @@ class Task(BaseModel):
                 files={},
                 checkpoint=None,
                 started=started.isoformat(timespec='microseconds'),
-                seconds=round((now() - started).total_seconds(), 3),
+                seconds=round((utc_now() - started).total_seconds(), 3),
                 environment=environment,
                 key=self.keys[measurement],
                 asked=list(self.keys),
@@ -423,13 +427,13 @@ class Task(BaseModel):
 
 def table(model: type[BaseModel]) -> str:
     """The fields of a model as a Markdown table."""
-    names = sorted(model.model_fields, key=lambda name: model is Row and name not in ('name', 'label'))
+    names = sorted(model.model_fields, key=lambda name: model is SuiteRow and name not in ('name', 'label'))
     lines = [f'| `{name}` | {text} |\n' for name in names if (text := model.model_fields[name].description)]
     return ''.join(['| Key | |\n', '| --- | --- |\n', *lines])
 
 
 #: The tables of ``docs/suites.md``, by the name of their block.
-TABLES: dict[str, type[BaseModel]] = dict(suite=Suite, data=Data, row=Row, record=Record)
+TABLES: dict[str, type[BaseModel]] = dict(suite=Suite, data=SuiteData, row=SuiteRow, record=Record)
 
 if __name__ == '__main__':
     for name, model in TABLES.items():

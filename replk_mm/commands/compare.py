@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from replk_mm import cli
+from replk_mm.bench.compare.compare import compare, lines, write
 from replk_mm.bench.compare.results import Source
-from replk_mm.bench.compare.run import compare, lines, write
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import command
 

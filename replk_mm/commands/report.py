@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.bench.report import assemble, page
+from replk_mm.bench.report.load import SKIPPED_STATUS, load_report
+from replk_mm.bench.report.render import render_html, render_markdown, render_suite_tables
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import UserError, command, printable
 from replk_mm.text import renew
@@ -17,7 +18,7 @@ STATUSES = f"""
 exit status:
   0  written
   2  nothing could be written: no such results, or no place to write to
-  {assemble.SKIPPED_STATUS}  written, but records were skipped: damaged, of an unknown version, of an earlier definition
+  {SKIPPED_STATUS}  written, but records were skipped: damaged, of an unknown version, of an earlier definition
      of their row; each is named with the reason, on the page too
 """
 
@@ -32,9 +33,9 @@ def main() -> int:
         '--page', metavar='FILE', help='update the block of each suite, marked by its name, in this Markdown page'
     )
     args = p.parse_args()
-    found = assemble.read(args.results)
+    found = load_report(args.results)
     out = prepare_work_dir(args.out, option='--out')
-    for name, text in (('index.html', page.html(found)), ('report.md', page.markdown(found))):
+    for name, text in (('index.html', render_html(found)), ('report.md', render_markdown(found))):
         try:
             Path(out, name).write_text(text, encoding='utf-8')
         except OSError as error:
@@ -48,8 +49,8 @@ def main() -> int:
             f'index.html shows pictures from {printable(str(folder))}, as the records say; look before you pass it on'
         )
     for suite in found.suites if args.page else ():
-        renew(Path(args.page), suite.name, page.markdown_tables(suite))
+        renew(Path(args.page), suite.name, render_suite_tables(suite))
         print(f'{args.page}: renewed {suite.name}')
     for complaint in found.complaints:
         print(f'skipped: {complaint}', file=sys.stderr)
-    return assemble.SKIPPED_STATUS if found.complaints else 0
+    return SKIPPED_STATUS if found.complaints else 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from replk_mm import cli
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import plan
-from replk_mm.bench.suites.runner import Runner, Settings
+from replk_mm.bench.suites.runner import Settings, SuiteRunner
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import UserError, command, command_line, printable
 
@@ -68,10 +68,10 @@ def main() -> int:
     work_dir = args.work_dir or Path('work_dirs', 'suites', suite.name)
     if args.list:
         width = max(len(row.name) for row in suite.rows)
-        for number, row, seed, state in plan.states(suite, work_dir):
+        for number, row, seed, state in plan.row_states(suite, work_dir):
             print(f'{number:4}  {row.name:{width}}  {seed:4}  {printable(state)}')
         return 0
-    choice = plan.Choice(work_dir, args.resume, args.only, args.data_root, args.device)
+    choice = plan.SuiteOptions(work_dir, args.resume, args.only, args.data_root, args.device)
     try:
         failed = _run(suite, choice, Settings(args.jobs, args.launcher, args.nproc))
     except KeyboardInterrupt:
@@ -81,11 +81,11 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
+def _run(suite, choice: plan.SuiteOptions, settings: Settings) -> bool:
     """Run what is left and say how it went; returns whether something failed."""
     prepare_work_dir(choice.work_dir)
-    tasks, failed = plan.tasks_left(suite, choice)
-    done = len(plan.chosen(suite, choice.only)) - len(tasks) - len(failed)
+    tasks, failed = plan.remaining_tasks(suite, choice)
+    done = len(plan.select_rows(suite, choice.only)) - len(tasks) - len(failed)
     print(
         f'{suite.name}: {len(tasks)} rows and seeds to do'
         + (f', {done} are done' if done else '')
@@ -95,7 +95,7 @@ def _run(suite, choice: plan.Choice, settings: Settings) -> bool:
     )
     from replk_mm.engine.results import environment  # imports torch
 
-    failed += Runner(settings, environment).run(tasks)
+    failed += SuiteRunner(settings, environment).run(tasks)
     if failed:
         print(f'\n{len(failed)} failed; --resume tries them again:')
         for task, reason in failed:

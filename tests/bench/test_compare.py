@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import run_tool, tiny, trained  # noqa: F401
 
+from replk_mm.bench.compare.compare import compare, lines, mean_difference, paired_bootstrap
 from replk_mm.bench.compare.pictures import NEITHER, A, B, label_difference
 from replk_mm.bench.compare.results import Source
-from replk_mm.bench.compare.run import compare, lines, mean_difference, paired_bootstrap
 from replk_mm.bench.compare.segmentation import Counts, miou_difference
 from replk_mm.engine import results
 from replk_mm.engine.evaluate import evaluate

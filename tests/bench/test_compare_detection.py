@@ -18,10 +18,10 @@ pytest.importorskip('pycocotools')
 
 from compare_cases import JSON
 
+from replk_mm.bench.compare.compare import compare, write  # noqa: E402
 from replk_mm.bench.compare.detection import match, open_detections, open_objects  # noqa: E402
 from replk_mm.bench.compare.pictures import A, B  # noqa: E402
-from replk_mm.bench.compare.results import Source, open_result  # noqa: E402
-from replk_mm.bench.compare.run import compare, write  # noqa: E402
+from replk_mm.bench.compare.results import Source, read_result  # noqa: E402
 from replk_mm.engine import results  # noqa: E402
 from replk_mm.engine.evaluate import evaluate  # noqa: E402
 from replk_mm.errors import UserError  # noqa: E402
@@ -180,7 +180,7 @@ def test_crowds_and_doubles(case):
     assert [entry[f'{key}_{letter}'] for letter in 'ab' for key in ('found', 'missed', 'false')] == [1, 0, 1, 0, 1, 1]
     assert (entry['a'], entry['b']) == (2 / 3, 0)
     assert [e['a'] for e in found['images']['scores'][1:]] == [1] * 11, 'nothing to find, nothing found'
-    result = open_result(str(folder / 'a'), 'A')
+    result = read_result(str(folder / 'a'), 'A')
     objects = open_objects(result, Source(), str(folder / 'data'), 'bbox')
     shown = match(objects, open_detections(result, objects, 'bbox', 0.3), [0], 'bbox')[0]
     assert ([d['score'] for d in shown.right], [d['score'] for d in shown.false]) == ([0.9], [0.8]), (

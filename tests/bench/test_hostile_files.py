@@ -7,14 +7,14 @@ from compare_cases import write_record
 
 from replk_mm import cli
 from replk_mm.bench import records
-from replk_mm.bench.compare.results import _is_known, open_result
-from replk_mm.bench.compare.run import compare
+from replk_mm.bench.compare.compare import compare
+from replk_mm.bench.compare.results import _is_known, read_result
 from replk_mm.errors import UserError
 
 
 def test_numbers_of_many_digits(tmp_path):
     (tmp_path / 'x.jsonl').write_text('{"version": ' + '9' * 5000 + '}\n')
-    found, complaints = records.read([tmp_path / 'x.jsonl'])
+    found, complaints = records.read_records([tmp_path / 'x.jsonl'])
     assert not found and 'not JSON' in complaints[0]
     path = tmp_path / 'metrics.json'
     path.write_text(
@@ -31,7 +31,7 @@ def test_numbers_of_many_digits(tmp_path):
         )
     )
     with pytest.raises(UserError, match='metrics.mIoU'):
-        open_result(str(path), 'A')
+        read_result(str(path), 'A')
 
 
 @pytest.mark.parametrize('place', ['beside the result', 'elsewhere', 'out of a package', 'of a package that is none'])

@@ -44,26 +44,26 @@ def test_append_and_read_give_the_same(tmp_path):
     path = tmp_path / 'results' / 'r.0.jsonl'
     written = [record(key=str(i), measurement=m, values={'ünï': i}) for i, m in enumerate(MEASUREMENTS)]
     for each in written:
-        records.append(each, path)
-    assert records.read([tmp_path]) == (written, [])
+        records.append_record(each, path)
+    assert records.read_records([tmp_path]) == (written, [])
     assert [json.loads(line) for line in path.read_text().splitlines()] == written
 
 
 @pytest.mark.parametrize('values', [{'a': math.nan}, {'a': [1, {'b': -math.inf}]}])
 def test_a_number_that_is_none_is_refused(tmp_path, values):
     with pytest.raises(ValueError, match=r'values\.a.* is not a finite number'):
-        records.append(record(values=values), tmp_path / 'f.jsonl')
+        records.append_record(record(values=values), tmp_path / 'f.jsonl')
     assert not (tmp_path / 'f.jsonl').exists()
 
 
 def test_a_line_cut_short_harms_no_other(tmp_path):
     path = tmp_path / 'r.jsonl'
-    records.append(record(key='a'), path)
+    records.append_record(record(key='a'), path)
     whole = path.read_bytes()
     for length in range(1, len(whole)):  # a process may be ended anywhere in its write
         path.write_bytes(whole + whole.replace(b'"a"', b'"b"')[:length])
-        records.append(record(key='c', measurement='speed'), path)
-        found, complaints = records.read([path])
+        records.append_record(record(key='c', measurement='speed'), path)
+        found, complaints = records.read_records([path])
         keys = [one['key'] for one in found]
         if length == len(whole) - 1:  # all but the newline
             assert keys == ['b', 'c']
@@ -87,7 +87,7 @@ def test_complaints_name_file_line_and_reason(tmp_path):
         'asked: Input should be a valid list': record(asked=5),
     }
     path.write_text('\n'.join(['', *map(json.dumps, bad.values()), '{"version": 1, ', json.dumps(record())]))
-    found, complaints = records.read([path, tmp_path / 'absent.jsonl'])
+    found, complaints = records.read_records([path, tmp_path / 'absent.jsonl'])
     assert found == [record()]
     for number, (why, complaint) in enumerate(zip([*bad, 'not JSON'], complaints[:-1], strict=True), 2):
         assert complaint.startswith(f'{path}:{number}: ') and why in complaint
@@ -116,7 +116,7 @@ LIKE_RECORDS = st.dictionaries(st.sampled_from(sorted(record())), JSON, max_size
 def test_any_lines_give_records_or_complaints(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / 'any.jsonl'
     path.write_bytes(b'\n'.join(lines))
-    found, complaints = records.read([path])
+    found, complaints = records.read_records([path])
     assert all(record().keys() <= one.keys() for one in found)
     assert all(complaint.startswith(f'{path}:') for complaint in complaints)
 
@@ -134,7 +134,7 @@ def test_the_later_record_counts_but_no_failure_takes_the_place_of_a_result(tmp_
     for i, (lines, expected) in enumerate(cases):
         path = tmp_path / f'{i}.jsonl'
         path.write_text(''.join(json.dumps(one) + '\n' for one in lines))
-        found, complaints = records.read([path])
+        found, complaints = records.read_records([path])
         assert [one['seconds'] for one in found] == [expected] and not complaints
 
 
@@ -144,7 +144,7 @@ def test_another_definition_of_a_row_gives_way_to_the_later_one(tmp_path):
     for name, lines in (('a', [first, second]), ('b', [second, first])):
         path = tmp_path / f'{name}.jsonl'
         path.write_text(''.join(json.dumps(one) + '\n' for one in lines))
-        found, complaints = records.read([path])
+        found, complaints = records.read_records([path])
         assert [one['key'] for one in found] == ['new']
         assert len(complaints) == 1 and 'its row is defined differently' in complaints[0]
         assert complaints[0].startswith(f'{path}:{1 + lines.index(first)}:')
@@ -152,17 +152,17 @@ def test_another_definition_of_a_row_gives_way_to_the_later_one(tmp_path):
 
 def test_files_of_several_machines_merge(tmp_path):
     for machine, seed in (('a', 0), ('b', 1)):
-        records.append(record(seed=seed, key=f'{seed}'), tmp_path / machine / 'results' / f'r.{seed}.jsonl')
+        records.append_record(record(seed=seed, key=f'{seed}'), tmp_path / machine / 'results' / f'r.{seed}.jsonl')
     (tmp_path / 'all').mkdir()
-    for file in records.files_in([tmp_path / 'a', tmp_path / 'b']):
+    for file in records.record_files([tmp_path / 'a', tmp_path / 'b']):
         (tmp_path / 'all' / file.name).write_bytes(file.read_bytes())
-    merged = records.read([tmp_path / 'all'])
-    assert merged == records.read([tmp_path / 'a', tmp_path / 'b'])
+    merged = records.read_records([tmp_path / 'all'])
+    assert merged == records.read_records([tmp_path / 'a', tmp_path / 'b'])
     assert sorted(one['seed'] for one in merged[0]) == [0, 1]
 
 
 def test_spread_by_hand():
-    found = records.spread([1.0, 2.0, 6.0])
+    found = records.spread_of([1.0, 2.0, 6.0])
     assert (found.mean, found.count) == (3.0, 3)
     assert found.deviation == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
-    assert records.spread([4.0]) == records.Spread(4.0, None, 1)
+    assert records.spread_of([4.0]) == records.Spread(4.0, None, 1)

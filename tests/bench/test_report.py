@@ -20,9 +20,9 @@ from report_records import (
     write,
 )
 
-from replk_mm.bench.report import assemble
-from replk_mm.bench.report import page as rendered
-from replk_mm.bench.report.columns import differences
+from replk_mm.bench.report.load import SKIPPED_STATUS, ReportRow, load_report
+from replk_mm.bench.report.render import render_html, render_markdown
+from replk_mm.bench.report.tables import protocol_differences
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -41,9 +41,9 @@ def run(monkeypatch):
     return call
 
 
-def rows_of(folder, records) -> dict[str, assemble.Row]:
+def rows_of(folder, records) -> dict[str, ReportRow]:
     """The rows of some records, by name."""
-    suites = assemble.read([write(folder, records)]).suites
+    suites = load_report([write(folder, records)]).suites
     return {row.name: row for one in suites for row in one.rows}
 
 
@@ -63,7 +63,7 @@ def test_protocols_are_groups_and_differences_are_said(found) -> None:
 def test_metrics_of_other_names_or_units_are_other_groups(tmp_path) -> None:
     acc = record('b', 0, 'metric', dict(metrics=dict(mAcc=90.0), primary='mAcc', unit='%'), protocol=PROTOCOL)
     share = record('c', 0, 'metric', dict(metrics=dict(mIoU=0.5), primary='mIoU', unit='of 1'), protocol=PROTOCOL)
-    groups = assemble.read([write(tmp_path, [metric('a', 0, 50.0), acc, share])]).suites[0].groups
+    groups = load_report([write(tmp_path, [metric('a', 0, 50.0), acc, share])]).suites[0].groups
     assert [[row.name for row in group.rows] for group in groups] == [['a'], ['b'], ['c']]
     assert [group.protocol.differences for group in groups] == [
         (),
@@ -85,11 +85,11 @@ def test_what_was_not_measured_is_missing(tmp_path) -> None:
     absent = {key: figure.why for key, figure in row.figures.items() if figure.value is None}
     assert set(row.figures) - set(absent) == {'metric'}
     assert absent['milliseconds'] == 'not measured' and absent['memory'] == 'the record holds no such figure'
-    text = rendered.html(assemble.read([tmp_path]))
+    text = render_html(load_report([tmp_path]))
     cells = re.findall(r'<td[^>]*data-value="([^"]*)"[^>]*>(.*?)</td>', text)
     assert [value for value, _ in cells][:-1] == ['50.0', *[''] * 10]
     assert all('–' in content and not re.search(r'\b0\b', content) for value, content in cells if not value)
-    assert '| 1 a | 50.00 (n = 1) | – (1) | – (1) | – | – |' in rendered.markdown(assemble.read([tmp_path]))
+    assert '| 1 a | 50.00 (n = 1) | – (1) | – (1) | – | – |' in render_markdown(load_report([tmp_path]))
 
 
 def test_measured_zero_is_a_figure(tmp_path) -> None:
@@ -153,7 +153,7 @@ def test_figures_of_different_weights_are_told(tmp_path) -> None:
 def test_seeds_of_two_protocols_are_two_rows(tmp_path) -> None:
     short = {**PROTOCOL, 'iterations': 100}
     records = [metric('a', 0, 50.0), metric('a', 1, 52.0), metric('a', 2, 20.0, protocol=short)]
-    suites = assemble.read([write(tmp_path, records)]).suites
+    suites = load_report([write(tmp_path, records)]).suites
     assert [[(row.name, row.figures['metric'].value) for row in group.rows] for group in suites[0].groups] == [
         [('a', 51.0)],
         [('a', 20.0)],
@@ -275,14 +275,14 @@ def test_nothing_published(found) -> None:
 def test_differences_name_the_place() -> None:
     one = dict(data=dict(root='a', images=2), steps=[dict(scale=[1, 2]), dict(flip=True)], only=1)
     other = dict(data=dict(root='a', images=3), steps=[dict(scale=[1, 3]), dict(flip=True)])
-    assert differences(one, other) == [
+    assert protocol_differences(one, other) == [
         'data.images: 2 instead of 3',
         'steps.0.scale: 1 x 2 instead of 1 x 3',
         'only: 1 instead of not stated',
     ]
-    assert differences(one, dict(reversed(one.items()))) == []
-    assert differences(dict(a=True), dict(a=1)) == ['a: yes instead of 1']
-    long = differences(dict(a='x' * 500 + 'left'), dict(a='x' * 500 + 'right'))[0]
+    assert protocol_differences(one, dict(reversed(one.items()))) == []
+    assert protocol_differences(dict(a=True), dict(a=1)) == ['a: yes instead of 1']
+    long = protocol_differences(dict(a='x' * 500 + 'left'), dict(a='x' * 500 + 'right'))[0]
     assert 'left' in long and 'right' in long and len(long) < 300
 
 
@@ -302,7 +302,7 @@ def test_damaged_files_are_named_and_the_page_is_written(run, tmp_path, capsys) 
         ('deep', good.replace('"facts": {', '"facts": {"x": ' + '[' * 5000 + ']' * 5000)),
     ):
         (folder / f'results/{name}.jsonl').write_text(text, encoding='latin-1')
-    assert run(folder, '--out', tmp_path / 'out') == assemble.SKIPPED_STATUS == 3
+    assert run(folder, '--out', tmp_path / 'out') == SKIPPED_STATUS == 3
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('skipped: ')]
     for name, why in (
         ('cut', 'not JSON'),
@@ -339,14 +339,14 @@ def test_the_command(run, suite, tmp_path, capsys) -> None:
 def test_no_results(name, said, tmp_path) -> None:
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match=said):
-        assemble.read([tmp_path / name])
+        load_report([tmp_path / name])
 
 
 def test_no_record_is_left(tmp_path) -> None:
     (tmp_path / 'x.jsonl').write_text('{\n')
-    found = assemble.read([tmp_path / 'x.jsonl'])
+    found = load_report([tmp_path / 'x.jsonl'])
     assert len(found.complaints) == 1
-    assert 'There are no records' in rendered.markdown(found) and '1 skipped' in rendered.html(found)
+    assert 'There are no records' in render_markdown(found) and '1 skipped' in render_html(found)
 
 
 @pytest.mark.parametrize(
@@ -370,8 +370,8 @@ def test_values_of_odd_kinds_are_missing(values, tmp_path) -> None:
         ],
     )['a']
     assert row.figures['metric'].value is None
-    found = assemble.read([tmp_path])
-    assert 'missing: the record holds no such figure' in rendered.html(found) and '– (1)' in rendered.markdown(found)
+    found = load_report([tmp_path])
+    assert 'missing: the record holds no such figure' in render_html(found) and '– (1)' in render_markdown(found)
 
 
 def test_results_of_several_machines_merge(tmp_path) -> None:
@@ -388,8 +388,8 @@ def test_results_of_several_machines_merge(tmp_path) -> None:
                 ],
             )
         )
-    found = assemble.read([folders[0], folders[1] / 'results/a.1.jsonl'])
+    found = load_report([folders[0], folders[1] / 'results/a.1.jsonl'])
     row = found.suites[0].rows[0]
     assert row.figures['metric'].value == 50.5 and row.state == 'done, 2 seeds'
     assert [found.folders[id(r)] for r in row.of('metric')] == folders
-    assert 'Receptive field of a' in rendered.html(found)
+    assert 'Receptive field of a' in render_html(found)

@@ -8,8 +8,8 @@ import pytest
 from browser import REQUIRED, Browser, find
 from report_records import made_up_suite
 
-from replk_mm.bench.report import assemble
-from replk_mm.bench.report import page as rendered
+from replk_mm.bench.report.load import load_report
+from replk_mm.bench.report.render import render_html
 
 WIDE, NARROW = 1280, 390
 ORDER = """[...document.querySelectorAll('.results tbody')].map(
@@ -22,7 +22,7 @@ def page(tmp_path_factory) -> Path:
     """The made-up suite's page."""
     folder = tmp_path_factory.mktemp('page')
     path = folder / 'index.html'
-    path.write_text(rendered.html(assemble.read([made_up_suite(folder / 'work')])), encoding='utf-8')
+    path.write_text(render_html(load_report([made_up_suite(folder / 'work')])), encoding='utf-8')
     return path
 
 

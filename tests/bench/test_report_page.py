@@ -31,10 +31,10 @@ from report_records import (
     write,
 )
 
-from replk_mm.bench.report import assemble, plots
-from replk_mm.bench.report import page as rendered
-from replk_mm.bench.report.examples import Album, Data
-from replk_mm.bench.report.page import _over_seeds
+from replk_mm.bench.report import plots
+from replk_mm.bench.report.load import COLUMNS, load_report
+from replk_mm.bench.report.pictures import Album, SplitFiles
+from replk_mm.bench.report.render import _over_seeds, render_html, render_markdown
 
 # ruff: noqa: F811 (fixtures that come from another file)
 
@@ -78,18 +78,18 @@ def test_texts_of_records_stay_texts(tmp_path) -> None:
             record('a', 0, 'curve', dict(loss=[[1, 2.0], [2, 1.0]], metric=[], name=HOSTILE), suite='s', label=HOSTILE),
         ],
     )
-    found = assemble.read([folder])
-    text = rendered.html(found)
+    found = load_report([folder])
+    text = render_html(found)
     text.encode()
     elements = parsed(text)
     assert sum(tag == 'script' for tag, _ in elements) == 1
     assert not [tag for tag, given in elements if any(name.startswith('on') for name in given) or tag == 'img']
     assert not re.search('[\ud800-\udfff\x00\u202e]', text) and 'x' * 601 not in text
-    written = rendered.markdown(found)
+    written = render_markdown(found)
     written.encode()
     assert '<script' not in re.sub(r'\\<', '', written) and not re.search(r'(?<!\\)<', written)
     rows = [line for line in written.splitlines() if line.startswith('| 1 ')]
-    assert len(re.findall(r'(?<!\\)\|', rows[0])) == len(assemble.COLUMNS) + 3
+    assert len(re.findall(r'(?<!\\)\|', rows[0])) == len(COLUMNS) + 3
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_provenance_of_every_row(page) -> None:
 
 
 def test_markdown_keeps_protocols_apart(found) -> None:
-    text = rendered.markdown(found)
+    text = render_markdown(found)
     tables = [part for part in text.split('\n\n') if part.startswith('| Row')]
     assert [part.count('\n') - 1 for part in tables] == [3, 1, 1]
     assert 'Differs from A, and is not ranked with it' in text and 'S2 (speed) differs from S1' in text
@@ -162,7 +162,7 @@ def test_pixels_that_are_not_scored_do_not_count(tmp_path) -> None:
     truth[:60] = 0
     Image.fromarray(truth).save(data / 'annotations/validation/000.png')
     files = files_of(tmp_path, 'a', 5, 1)
-    text = rendered.html(assemble.read([write(tmp_path, [metric('a', 0, 50.0, files=files, facts=facts(data))])]))
+    text = render_html(load_report([write(tmp_path, [metric('a', 0, 50.0, files=files, facts=facts(data))])]))
     right = 100 * np.mean(label_map(0)[60:] == label_map(0, 5)[60:])
     assert f'{right:.0f}\u00a0% of the scored pixels right' in text
 
@@ -176,7 +176,7 @@ def test_label_maps_of_cityscapes_are_found(tmp_path) -> None:
         label_suffix='_gtFine_labelTrainIds.png',
         ignored=255,
     )
-    data = Data.model_validate(of['data'])
+    data = SplitFiles.model_validate(of['data'])
     assert data.image_of('city/x_leftImg8bit.png') == tmp_path / 'i/city/x_leftImg8bit.png'
     assert data.label_of('city/x_leftImg8bit.png') == tmp_path / 'l/city/x_gtFine_labelTrainIds.png'
     assert data.first == 0
@@ -201,7 +201,7 @@ def test_missing_pictures_are_said(tmp_path) -> None:
         metric('b', 0, 49.0, files=dict(predictions='../../etc'), facts=facts(data)),
         record('a', 0, 'erf', dict(areas_of_scores={}), files=dict(heat_map=files['heat_map'])),
     ]
-    text = rendered.html(assemble.read([write(tmp_path, records)]))
+    text = render_html(load_report([write(tmp_path, records)]))
     missing = text[text.index('id="missing-pictures"') :]
     for said in (
         '000.jpg: not a readable picture',
@@ -249,7 +249,7 @@ def test_any_facts_and_files_cost_the_pictures_only(data, tmp_path) -> None:
     )
     one = metric('a', 0, 50.0, files=files, facts=dict(data={**known, **changes}))
     (tmp_path / 'one.jsonl').write_text(json.dumps(one))
-    assert 'data-value="50.0"' in rendered.html(assemble.read([tmp_path / 'one.jsonl']))
+    assert 'data-value="50.0"' in render_html(load_report([tmp_path / 'one.jsonl']))
 
 
 def test_pictures_from_elsewhere_are_told(tmp_path) -> None:
@@ -259,8 +259,8 @@ def test_pictures_from_elsewhere_are_told(tmp_path) -> None:
     outside = {}
     for name, root in (('own', tmp_path / 'work/data'), ('other', data)):
         one = metric('a', 0, 50.0, files=files, facts=facts(root), suite=name, key=name)
-        found = assemble.read([write(tmp_path / 'work', [one])])
-        assert rendered.html(found).count('<img') >= 3
+        found = load_report([write(tmp_path / 'work', [one])])
+        assert render_html(found).count('<img') >= 3
         outside[name] = set(found.outside)
     assert outside == dict(own=set(), other={data})
 
@@ -296,7 +296,7 @@ def test_odd_objects_are_drawn_or_reported(changes, tmp_path) -> None:
             files=dict(predictions='runs/a/0/test/predictions'),
             facts=facts(data, labels=None, annotations='ann.json'),
         )
-        text = rendered.html(assemble.read([write(tmp_path, [one])]))
+        text = render_html(load_report([write(tmp_path, [one])]))
         assert '1 disc' in text or 'examples cannot be shown' in text
 
 
@@ -335,7 +335,7 @@ def test_detections_are_drawn(tmp_path) -> None:
         files=dict(predictions='runs/a/0/test/predictions'),
         facts=facts(data, images='val2017', labels=None, annotations='ann.json', palette=[[255, 0, 0]]),
     )
-    text = rendered.html(assemble.read([write(tmp_path, [one])]))
+    text = render_html(load_report([write(tmp_path, [one])]))
     of = pictures(text, 'jpeg')
     assert {'Ground truth of a.jpg: 1 disc', 'a, a.jpg: 1 disc'} <= set(of)
     pixels = of['a, a.jpg: 1 disc']

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from replk_mm import published
 from replk_mm.bench import records, schema
-from replk_mm.bench.schema import Row, Suite, now, read_suite
+from replk_mm.bench.schema import Suite, SuiteRow, read_suite, utc_now
 from replk_mm.bench.suites import plan
 from replk_mm.data.scenes.writer import META
 from replk_mm.engine.config import load_config
@@ -66,8 +66,8 @@ def test_rows_take_the_defaults_and_override_them(tmp_path):
         measure=['speed', 'complexity'],
     )
     assert suite.rows == [
-        Row(**one),
-        Row(
+        SuiteRow(**one),
+        SuiteRow(
             name='two',
             label='Two',
             config='b.py',
@@ -76,7 +76,7 @@ def test_rows_take_the_defaults_and_override_them(tmp_path):
             measure=['curve'],
             seeds=[0],
         ),
-        Row(
+        SuiteRow(
             **{**one, 'name': 'three', 'label': 'three', 'iterations': None},
             checkpoint='w/{row}.{seed}.pth',
             shape=[64, 96],
@@ -164,7 +164,9 @@ def test_numbers_are_those_of_python_and_parts_may_be_merged(tmp_path):
     assert two.options == {**one.options, 'e': 4}
 
 
-KEYS = st.sampled_from([*Suite.model_fields, *Row.model_fields, *schema.Data.model_fields, *schema.Erf.model_fields])
+KEYS = st.sampled_from(
+    [*Suite.model_fields, *SuiteRow.model_fields, *schema.SuiteData.model_fields, *schema.ErfImages.model_fields]
+)
 LEAVES = (
     st.none()
     | st.booleans()
@@ -178,7 +180,7 @@ VALUES = st.recursive(
 )
 ROW = st.fixed_dictionaries(
     dict(name=st.just('a'), config=st.just('c')),
-    optional=dict.fromkeys(Row.model_fields.keys() - {'name', 'config'}, VALUES),
+    optional=dict.fromkeys(SuiteRow.model_fields.keys() - {'name', 'config'}, VALUES),
 )
 SUITE = st.fixed_dictionaries(
     dict(name=st.just('s'), rows=st.lists(ROW, max_size=2) | VALUES),
@@ -234,12 +236,14 @@ ROWS = [dict(TRAINED, name='a'), dict(TRAINED, name='ab', seeds=[1, 2]), dict(TR
 
 
 def tasks_left(folder: Path, work_dir: Path, resume: bool = True, only=(), data_root=None, **content):
-    return plan.tasks_left(read_suite(write(folder, **content)), plan.Choice(work_dir, resume, only, data_root))
+    return plan.remaining_tasks(
+        read_suite(write(folder, **content)), plan.SuiteOptions(work_dir, resume, only, data_root)
+    )
 
 
 def finish(task, *measures) -> None:
     for name in measures:
-        records.append(task.record(name, now(), {}), task.results)
+        records.append_record(task.record(name, utc_now(), {}), task.results)
 
 
 def test_records_of_the_first_version_count(tmp_path, monkeypatch):
@@ -248,15 +252,15 @@ def test_records_of_the_first_version_count(tmp_path, monkeypatch):
     shutil.copytree(FIRST_VERSION, work_dir)
     monkeypatch.chdir(FIRST_VERSION)
     suite = read_suite('suite.yaml')
-    found, complaints = records.read([work_dir])
+    found, complaints = records.read_records([work_dir])
     written = [json.loads(line) for path in work_dir.glob('results/*') for line in path.read_text().splitlines()]
     assert sorted(map(str, found)) == sorted(map(str, written)) and len(found) == 14 and not complaints
-    assert plan.tasks_left(suite, plan.Choice(work_dir, resume=True)) == ([], [])
-    assert {state for *_, state in plan.states(suite, work_dir)} == {'done'}
+    assert plan.remaining_tasks(suite, plan.SuiteOptions(work_dir, resume=True)) == ([], [])
+    assert {state for *_, state in plan.row_states(suite, work_dir)} == {'done'}
     changed = suite.model_copy(
-        update=dict(rows=[row.model_copy(update=dict(batch=3, erf=schema.Erf(size=65))) for row in suite.rows])
+        update=dict(rows=[row.model_copy(update=dict(batch=3, erf=schema.ErfImages(size=65))) for row in suite.rows])
     )
-    left, _ = plan.tasks_left(changed, plan.Choice(work_dir, resume=True))
+    left, _ = plan.remaining_tasks(changed, plan.SuiteOptions(work_dir, resume=True))
     assert [task.measures for task in left] == [('speed',), ('speed',), ('erf',), ('memory',)]
 
 
@@ -295,7 +299,7 @@ def test_finished_measurements_are_left_out_with_resume(tmp_path):
         ('ab', 2, tasks[2].measures),
         ('c', 0, tasks[3].measures),
     ]
-    states = [state for *_, state in plan.states(read_suite(tmp_path / 'suite.yaml'), tmp_path / 'w')]
+    states = [state for *_, state in plan.row_states(read_suite(tmp_path / 'suite.yaml'), tmp_path / 'w')]
     assert states == ['3 of 5 done', 'done', '-', '-']
 
 
@@ -325,7 +329,9 @@ def test_other_weights_are_measured_again(tmp_path):
     (tmp_path / 'a.pth').write_bytes(b'weights')
     [task], _ = tasks_left(tmp_path, tmp_path / 'w', **content)
     digest = hashlib.sha256(b'weights').hexdigest()
-    records.append(task.record('metric', now(), {}, checkpoint=dict(path='a.pth', sha256=digest)), task.results)
+    records.append_record(
+        task.record('metric', utc_now(), {}, checkpoint=dict(path='a.pth', sha256=digest)), task.results
+    )
     assert tasks_left(tmp_path, tmp_path / 'w', **content)[0] == []
     (tmp_path / 'a.pth').write_bytes(b'others')
     assert [task.measures for task in tasks_left(tmp_path, tmp_path / 'w', **content)[0]] == [('metric',)]
@@ -336,7 +342,7 @@ def test_a_config_that_cannot_be_read_fails_only_its_row(tmp_path):
     tasks, [(failed, reason)] = tasks_left(tmp_path, tmp_path / 'w', **content)
     assert [task.row.name for task in tasks] == ['b']
     assert failed.name == 'a seed 0' and reason.startswith('train: ') and 'nowhere.py: no such config' in reason
-    [found] = records.read([tmp_path / 'w'])[0]
+    [found] = records.read_records([tmp_path / 'w'])[0]
     assert (found['row'], found['status'], found['config']['sha256']) == ('a', 'failed', None)
     (tmp_path / 'nowhere.py').write_text('model = dict()\ntest_dataloader = dict()\n')
     [task, _], _ = tasks_left(tmp_path, tmp_path / 'w', **content)

@@ -19,7 +19,7 @@ from tiny import CONFIG, ROOT, make_data, run_tool, tiny, tool_environment, trai
 from replk_mm.bench import records
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import measurements, plan
-from replk_mm.bench.suites.worker import perform
+from replk_mm.bench.suites.worker import run_task
 
 _count = itertools.count()
 
@@ -27,14 +27,14 @@ _count = itertools.count()
 @pytest.fixture(autouse=True)
 def _a_process_of_its_own(monkeypatch):
     """mmengine logs all runs of a process to the folder of the first; a row has its own process."""
-    original = measurements.config_of
+    original = measurements.load_task_config
 
     def named(task):
         cfg = original(task)
         cfg.experiment_name = cfg.visualizer.name = f'row{next(_count)}'
         return cfg
 
-    monkeypatch.setattr(measurements, 'config_of', named)
+    monkeypatch.setattr(measurements, 'load_task_config', named)
 
 
 def task_of(folder: Path, tiny, **row):  # noqa: F811
@@ -45,7 +45,7 @@ def task_of(folder: Path, tiny, **row):  # noqa: F811
             dict(name='s', data=dict(root=str(tiny.data)), rows=[{'name': 'a', 'config': str(tiny.config), **row}])
         )
     )
-    [task], failed = plan.tasks_left(read_suite(path), plan.Choice(folder / 'w', resume=True, device='cpu'))
+    [task], failed = plan.remaining_tasks(read_suite(path), plan.SuiteOptions(folder / 'w', resume=True, device='cpu'))
     assert not failed
     return task
 
@@ -86,7 +86,7 @@ def test_data_of_another_size_is_other_data(tiny, tmp_path):  # noqa: F811
     for root in (tiny.data, make_data(tmp_path / 'same'), tmp_path / 'same'):
         cfg = tiny.cfg()
         set_data_root(cfg, str(root))
-        found.append(measurements.split_data(cfg, 'test')[0])
+        found.append(measurements.describe_split(cfg, 'test')[0])
         if root == tmp_path / 'same':
             image = next((root / 'annotations' / 'validation').glob('*.png'))
             image.write_bytes(image.read_bytes() + b' ')
@@ -125,8 +125,8 @@ def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_
 
 def test_absent_weights_fail_what_needs_them_only(tiny, tmp_path):  # noqa: F811
     task = task_of(tmp_path, tiny, checkpoint='nowhere/{row}.pth', measure=['metric', 'complexity'])
-    assert not perform(task, measurements.TABLE, {})
-    found = {one['measurement']: one for one in records.read([tmp_path / 'w'])[0]}
+    assert not run_task(task, measurements.TABLE, {})
+    found = {one['measurement']: one for one in records.read_records([tmp_path / 'w'])[0]}
     assert found['complexity']['status'] == 'done'
     assert found['metric']['reason'].startswith('nowhere/a.pth: no such checkpoint')
 
@@ -140,8 +140,8 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
         measure=['metric'],
         options={'optim_wrapper.optimizer.lr': 1e30, 'param_scheduler': [], 'default_hooks.checkpoint.interval': 1},
     )
-    assert not perform(task, measurements.TABLE, measurements.environment())
-    [found] = records.read([tmp_path / 'w'])[0]
+    assert not run_task(task, measurements.TABLE, measurements.environment())
+    [found] = records.read_records([tmp_path / 'w'])[0]
     assert (found['measurement'], found['status']) == ('train', 'failed')
     assert found['reason'].startswith('iteration 2: the loss is not finite (loss, decode.loss_ce, aux.loss_ce)')
     assert not (task.folder / 'train' / 'iter_2.pth').exists()
@@ -159,13 +159,13 @@ def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(measurements.SuiteHook, 'after_train_iter', cut)
-        assert not perform(task, measurements.TABLE, {})
-    [failed] = records.read([tmp_path / 'w'])[0]
+        assert not run_task(task, measurements.TABLE, {})
+    [failed] = records.read_records([tmp_path / 'w'])[0]
     assert 'out of memory at iteration 2' in failed['reason'] and 'a heavy image' in failed['reason']
     task = task_of(tmp_path, tiny, **row)
     assert task.measures == ('train', 'metric', 'curve')
-    assert perform(task, measurements.TABLE, {})
-    found = {one['measurement']: one for one in records.read([tmp_path / 'w'])[0]}
+    assert run_task(task, measurements.TABLE, {})
+    found = {one['measurement']: one for one in records.read_records([tmp_path / 'w'])[0]}
     assert [step for step, _ in found['curve']['values']['loss']] == [1, 2, 3, 4]
     assert found['curve']['values']['metric'][-1] == [4, pytest.approx(found['metric']['values']['metrics']['mIoU'])]
     assert found['train']['values']['iterations'] == 4 and found['train']['values']['samples_seen'] == 4 * 2
@@ -211,7 +211,7 @@ def test_curve_of_epochs_and_of_what_was_done_twice(tmp_path):
 def test_pretraining(tiny, weights, name):  # noqa: F811
     cfg = tiny.cfg()
     cfg.model.backbone.init_cfg = weights and dict(type='Pretrained', checkpoint=weights)
-    assert measurements.pretraining_of(cfg) == name
+    assert measurements.find_pretraining(cfg) == name
 
 
 # ---- whole commands
@@ -250,7 +250,7 @@ def test_a_suite_from_the_command_line_killed_while_it_trains(tmp_path):
     done = run_tool('suite', *arguments, '--resume', timeout=500)
     assert done.returncode == 1, done.stderr
     assert 'no-number seed 0: train: iteration 2: the loss is not finite' in done.stdout
-    found = {(one['row'], one['measurement']): one for one in records.read([tmp_path / 'w'])[0]}
+    found = {(one['row'], one['measurement']): one for one in records.read_records([tmp_path / 'w'])[0]}
     assert {key for key, one in found.items() if one['status'] == 'done'} == {
         ('long', m) for m in ('train', 'metric', 'complexity', 'memory', 'erf', 'curve')
     }
@@ -285,7 +285,7 @@ def test_two_processes_of_torchrun_train_and_test_together(tmp_path):
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + (tmp_path / 'w' / 'runs' / 'a' / '0' / 'log.txt').read_text()[-3000:]
-    found = {one['measurement']: one for one in records.read([tmp_path / 'w'])[0]}
+    found = {one['measurement']: one for one in records.read_records([tmp_path / 'w'])[0]}
     assert {name: one['status'] for name, one in found.items()} == dict(train='done', metric='done', complexity='done')
     assert found['train']['facts']['processes'] == 2 and found['train']['values']['samples_seen'] == 4 * 2 * 2
     assert found['metric']['values']['images'] == 4

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import plan, runner
-from replk_mm.bench.suites.runner import Runner, Settings
-from replk_mm.bench.suites.worker import locked
+from replk_mm.bench.suites.runner import Settings, SuiteRunner
+from replk_mm.bench.suites.worker import lock_folder
 
 MEASURES = ('train', 'complexity', 'metric', 'speed')
 FORK = multiprocessing.get_context('fork')
@@ -52,14 +52,14 @@ def write_suite(folder: Path, rows: dict[str, dict], seeds=(0,)) -> Path:
 
 
 def tasks_of(suite: Path, work_dir: Path, resume: bool = True, only=()):
-    tasks, failed = plan.tasks_left(read_suite(suite), plan.Choice(work_dir, resume, only))
+    tasks, failed = plan.remaining_tasks(read_suite(suite), plan.SuiteOptions(work_dir, resume, only))
     assert not failed
     return tasks
 
 
 def run(suite: Path, work_dir: Path, resume: bool = True, only=(), **settings):
     console = Console(file=io.StringIO())
-    result = Runner(Settings(module='suite_fake', **settings), suite_fake.environment, console).run(
+    result = SuiteRunner(Settings(module='suite_fake', **settings), suite_fake.environment, console).run(
         tasks_of(suite, work_dir, resume, only)
     )
     return [(task.name, reason) for task, reason in result], console.file.getvalue()
@@ -214,7 +214,7 @@ def test_an_interruption_ends_all_rows_and_records_nothing(tmp_path, number):
 
 def test_speed_is_measured_last_and_jobs_share_the_cores(tmp_path):
     suite = write_suite(tmp_path, {'a': {}, 'b': {'train': 'crash'}, 'c': {}})
-    first, last = runner.stages(tasks_of(suite, tmp_path / 'w'), Settings(jobs=2))
+    first, last = runner.schedule(tasks_of(suite, tmp_path / 'w'), Settings(jobs=2))
     assert first[0] == 2 and [task.measures for task in first[1]] == [('train', 'complexity', 'metric')] * 3
     assert last[0] == 1 and [task.measures for task in last[1]] == [('speed',)] * 3
     assert [name for name, _ in run(suite, tmp_path / 'w', jobs=2)[0]] == ['b seed 0']
@@ -251,7 +251,7 @@ def test_tasks_of_a_job_array_add_up(tmp_path):
 def test_launchers_start_training_and_test_only(tmp_path, launcher, start):
     tasks = tasks_of(write_suite(tmp_path, {'a': {}}), tmp_path / 'w')
     settings = Settings(launcher=launcher, processes=4, module='some.module')
-    (_, [first]), (_, [last]) = runner.stages(tasks, settings)
+    (_, [first]), (_, [last]) = runner.schedule(tasks, settings)
     assert (first.measures, last.measures) == (('train', 'metric'), ('complexity', 'speed'))
     line = runner.command(first, Path('task.json'), settings)
     assert line[line.index(start[0]) :][: len(start)] == start and line[-3:] == ['-m', 'some.module', 'task.json']
@@ -267,14 +267,14 @@ def test_devices_are_assigned_in_turn():
 def test_a_second_process_of_a_row_gives_way(tmp_path, monkeypatch):
     suite = write_suite(tmp_path, {'a': {}})
     [task] = tasks_of(suite, tmp_path / 'w')
-    with locked(task.folder):
-        with pytest.raises(BlockingIOError), locked(task.folder, 0.2):
+    with lock_folder(task.folder):
+        with pytest.raises(BlockingIOError), lock_folder(task.folder, 0.2):
             pass
         monkeypatch.setenv('SUITE_FAKE_PATIENCE', '0.2')
         [(_, reason)], _ = run(suite, tmp_path / 'w')
         assert reason == 'another process is running this row and seed'
     assert not lines(tmp_path / 'w')
-    again = Runner(Settings(module='suite_fake'), suite_fake.environment, Console(file=io.StringIO()))
+    again = SuiteRunner(Settings(module='suite_fake'), suite_fake.environment, Console(file=io.StringIO()))
     assert again.run([task]) == again.run([task]) == []  # the second time it is done
     assert set(counts(tmp_path / 'w', 'done').values()) == {1}
 
@@ -283,15 +283,15 @@ def test_death(tmp_path):
     log = tmp_path / 'log.txt'
     log.write_text('one\n\n  two\nthree ' + 'x' * 1000 + '\nfour\n')
     killed = 'ended by signal 9, SIGKILL (killed: out of memory?)'
-    assert [runner.death(status, log).splitlines()[0] for status in (3, -11, 137)] == [
+    assert [runner.describe_exit(status, log).splitlines()[0] for status in (3, -11, 137)] == [
         'ended with status 3',
         'ended by signal 11, SIGSEGV',
         killed,
     ]
-    quoted = runner.death(-9, log).splitlines()[1:]
+    quoted = runner.describe_exit(-9, log).splitlines()[1:]
     assert quoted[0] == 'two' and quoted[2] == 'four' and len(quoted[1]) == 300
     before = log.stat().st_size
-    assert runner.death(3, log, before) == 'ended with status 3'  # the words of an earlier process
+    assert runner.describe_exit(3, log, before) == 'ended with status 3'  # the words of an earlier process
     log.write_bytes(log.read_bytes() + b'five\n')
-    assert runner.death(3, log, before).splitlines()[1:] == ['five']
-    assert runner.death(-9, tmp_path / 'absent') == killed
+    assert runner.describe_exit(3, log, before).splitlines()[1:] == ['five']
+    assert runner.describe_exit(-9, tmp_path / 'absent') == killed

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replk_mm.bench.report import assemble
-from replk_mm.bench.report import page as rendered
+from replk_mm.bench.report.load import Report, load_report
+from replk_mm.bench.report.render import render_html
 
 CLASSES, PALETTE = ['sky', 'ground', 'water'], [[135, 190, 235], [125, 150, 75], [40, 85, 165]]
 PROTOCOL = dict(
@@ -232,10 +232,10 @@ def suite(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def found(suite) -> assemble.Report:
-    return assemble.read([suite])
+def found(suite) -> Report:
+    return load_report([suite])
 
 
 @pytest.fixture(scope='module')
 def page(found) -> str:
-    return rendered.html(found)
+    return render_html(found)

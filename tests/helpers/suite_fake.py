@@ -11,11 +11,11 @@ import time
 from replk_mm.bench.records import write_json
 from replk_mm.bench.schema import Task
 from replk_mm.bench.suites import worker
-from replk_mm.bench.suites.worker import Found
+from replk_mm.bench.suites.worker import MeasurementResult
 from replk_mm.errors import UserError
 
 
-def pretend(name: str, task: Task) -> Found:
+def pretend(name: str, task: Task) -> MeasurementResult:
     given = task.row.options.get('fake', {})
     time.sleep(given.get('seconds', 0))
     how = given.get(name)
@@ -45,7 +45,9 @@ def pretend(name: str, task: Task) -> Found:
         complexity=dict(inference_parameters=2_000_000, macs=value),
         speed=dict(forms=dict(training=dict(median_ms=value))),
     )
-    return Found(found.get(name, dict(value=value)), dict(crop=[8, 8]), dict(threads=os.environ.get('OMP_NUM_THREADS')))
+    return MeasurementResult(
+        found.get(name, dict(value=value)), dict(crop=[8, 8]), dict(threads=os.environ.get('OMP_NUM_THREADS'))
+    )
 
 
 TABLE = {

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from mmengine.config import Config
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from replk_mm.bench.report.words import leaves
+from replk_mm.bench.report.formatting import leaves
 from replk_mm.data.classes import listed, use_classes
 from replk_mm.engine.config import file_of, load_config, set_data_root
 from replk_mm.errors import UserError, command_line
@@ -24,7 +24,7 @@ _NO_METRICS = ('data_time', 'time')
 _LONGEST = 60
 
 
-class TestRecord(BaseModel):
+class MetricsFile(BaseModel):
     """The content of a metrics.json; see ``docs/suites.md``."""
 
     metrics: dict[str, Figure]
@@ -49,7 +49,7 @@ class Result:
 
     letter: str
     file: Path
-    record: TestRecord
+    record: MetricsFile
 
     @property
     def predictions(self) -> Path:
@@ -103,7 +103,7 @@ class Source:
     options: dict | None = None
 
 
-def open_result(path: str, letter: str) -> Result:
+def read_result(path: str, letter: str) -> Result:
     """Read a result.
 
     Args:
@@ -123,7 +123,7 @@ def open_result(path: str, letter: str) -> Result:
             f'or a row and seed of a suite (runs/ROW/SEED).'
         )
     try:
-        return Result(letter, file, TestRecord.model_validate_json(file.read_bytes()))
+        return Result(letter, file, MetricsFile.model_validate_json(file.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
         place = '.'.join(map(str, first['loc'])) or 'the file'
@@ -162,7 +162,7 @@ def check_comparable(a: Result, b: Result) -> None:
 def differences(a: Result, b: Result) -> list[dict[str, str]]:
     """Conditions that differ: ``{'what', 'key', 'a', 'b'}``; what is test, training, data or environment."""
 
-    def of(record: TestRecord) -> Iterator[tuple[tuple[str, str], object]]:
+    def of(record: MetricsFile) -> Iterator[tuple[tuple[str, str], object]]:
         yield ('training', 'iterations'), record.checkpoint.get('iteration')
         yield ('test', 'reparameterized'), record.reparameterized
         yield from ((('test', key), value) for key, value in leaves(record.protocol))

@@ -222,8 +222,10 @@ def scores(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def miou_difference(counts: Counts) -> Callable[[np.ndarray], np.ndarray]:
-    """The difference of the data set's mIoU in percent, for :func:`replk_mm.bench.compare.run.paired_bootstrap`: the
-    mean over the classes in labels or predictions of the images drawn."""
+    """The difference of the data set's mIoU in percent, for ``paired_bootstrap``.
+
+    The mean is over the classes in labels or predictions of the images drawn.
+    """
     parts = [(counts.intersect[j].astype(float), counts.union[j].astype(float)) for j in (0, 1)]
 
     def miou(times: np.ndarray, intersect: np.ndarray, union: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from replk_mm.analysis.workload import Workload
 from replk_mm.bench import records
 from replk_mm.bench.records import read_json, write_json
 from replk_mm.bench.schema import Task, fingerprint
-from replk_mm.bench.suites.worker import Found, Measure
+from replk_mm.bench.suites.worker import Measure, MeasurementResult
 from replk_mm.checkpoints import io as checkpoints
 from replk_mm.data.classes import classes_of
 from replk_mm.data.datasets import as_list, coco_style, crop_of, dataset_class, dataset_option, datasets_of
@@ -58,7 +58,7 @@ _IMAGENET = ('torchvision://', 'open-mmlab://resnet')
 environment = results.environment
 
 
-def config_of(task: Task) -> Config:
+def load_task_config(task: Task) -> Config:
     """The row's config, with its data root."""
     cfg = load_config(task.config, task.row.options)
     if task.data_root:
@@ -110,14 +110,14 @@ class SuiteHook(Hook):
             )
 
 
-def train(task: Task) -> Found:
+def train(task: Task) -> MeasurementResult:
     """Train; an interrupted training continues from its last checkpoint.
 
     Raises:
         UserError: If the config, the data or the machine do not allow it, or the loss is not finite.
     """
     folder = task.folder / 'train'
-    cfg = config_of(task)
+    cfg = load_task_config(task)
     hook = dict(type='replk_mm.SuiteHook', progress=str(folder / 'progress.json'))
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
     begun = last_checkpoint(folder) if folder.is_dir() else None
@@ -141,7 +141,7 @@ def train(task: Task) -> Found:
     protocol = dict(
         crop=list(crop) if crop else None,
         batch=batch * processes,
-        pretraining=task.pretraining or pretraining_of(cfg),
+        pretraining=task.pretraining or find_pretraining(cfg),
         precision=precision,
     )
     if begun:  # the config no longer has the initial weights
@@ -153,7 +153,7 @@ def train(task: Task) -> Found:
     done = read_json(folder / 'progress.json')
     iterations = done.get('iteration') or 0
     protocol.update(iterations=iterations, samples_seen=iterations * batch * processes)
-    return Found(
+    return MeasurementResult(
         dict(seconds=done.get('seconds'), iterations=iterations, samples_seen=protocol['samples_seen']),
         protocol,
         dict(notes=notes, resumed_from=cfg.load_from if begun else None, processes=processes),
@@ -161,7 +161,7 @@ def train(task: Task) -> Found:
     )
 
 
-def pretraining_of(cfg: Config) -> str:
+def find_pretraining(cfg: Config) -> str:
     """What a config's backbone was pretrained on, as the papers name it; for unknown weights their file name."""
     named = next(
         (
@@ -177,11 +177,11 @@ def pretraining_of(cfg: Config) -> str:
     return known or ('ImageNet-1K' if named.startswith(_IMAGENET) else Path(named).name)
 
 
-def curve(task: Task) -> Found:
+def curve(task: Task) -> MeasurementResult:
     """Loss and validation metric along the training, from its logs."""
-    cfg = config_of(task)
+    cfg = load_task_config(task)
     values, facts = read_curve(task.folder / 'train')
-    return Found(values, protocol(task, cfg, split_data(cfg, 'val')[0]), facts)
+    return MeasurementResult(values, metric_protocol(task, cfg, describe_split(cfg, 'val')[0]), facts)
 
 
 def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -230,7 +230,7 @@ def _scalars(folder: Path) -> Iterator[dict[str, Any]]:
 # ---- weights and test
 
 
-def weights_of(task: Task) -> str | None:
+def find_weights(task: Task) -> str | None:
     """The row's trained weights; None if they are random.
 
     Raises:
@@ -250,9 +250,9 @@ def weights_of(task: Task) -> str | None:
     return task.checkpoint
 
 
-def weights_record(task: Task) -> dict[str, Any] | None:
+def describe_weights(task: Task) -> dict[str, Any] | None:
     """The ``checkpoint`` of records; None for random weights."""
-    path = weights_of(task)
+    path = find_weights(task)
     if path is None:
         return None
     file = checkpoints.fetch(path)
@@ -260,13 +260,13 @@ def weights_record(task: Task) -> dict[str, Any] | None:
     return dict(path=path, sha256=sha256(file), iteration=meta.get('iter'), trained=task.row.trains)
 
 
-def metric(task: Task) -> Found:
+def metric(task: Task) -> MeasurementResult:
     """Test the row's weights, and once more reparameterized where there are kernels to merge.
 
     Raises:
         UserError: If the data or weights do not fit, or the metric is not finite.
     """
-    checkpoint = weights_of(task)
+    checkpoint = find_weights(task)
     assert checkpoint
     cfg, found = _test(task, checkpoint, False)
     metrics = _finite(found.metrics)
@@ -285,16 +285,16 @@ def metric(task: Task) -> Found:
     out = task.folder / 'test'
     if get_rank() == 0:
         results.write(results.record(cfg, checkpoint, found, False), out / 'metrics.json')
-    merged = complexity_table.merge(complexity_table.build(config_of(task)))[1].merged
+    merged = complexity_table.merge(complexity_table.build(load_task_config(task)))[1].merged
     if merged and not found.meta.get('replk_mm', {}).get('reparameterized'):
         values['reparameterized'] = dict(metrics=_finite(_test(task, checkpoint, True)[1].metrics))
-    data, where = split_data(cfg, 'test')
+    data, where = describe_split(cfg, 'test')
     root, work_dir = Path(where['root']), task.work_dir.resolve()
     if root.is_relative_to(work_dir):  # stays valid when results are copied
         where['root'] = str(root.relative_to(work_dir))
-    return Found(
+    return MeasurementResult(
         values,
-        protocol(task, cfg, data),
+        metric_protocol(task, cfg, data),
         dict(
             data=where, loaded=found.load, seconds=found.seconds, notes=found.notes, test=results.protocol(cfg, False)
         ),
@@ -303,7 +303,7 @@ def metric(task: Task) -> Found:
 
 
 def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluation]:
-    cfg = config_of(task)
+    cfg = load_task_config(task)
     options = Options(
         data_root=task.data_root, work_dir=str(task.folder / 'test_logs'), launcher=task.launcher, device=task.device
     )
@@ -321,17 +321,17 @@ def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, Any]:
+def metric_protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for two metrics to be ranked.
 
     Args:
         task: The row.
         cfg: Its config as it was tested.
-        data: From :func:`split_data`.
+        data: From :func:`describe_split`.
     """
-    trained = records.latest(task.results).get('train', {}).get('protocol', {})
+    trained = records.latest_records(task.results).get('train', {}).get('protocol', {})
     test_cfg = cfg.model.get('test_cfg') or {}
-    iteration = None if task.row.trains else (weights_record(task) or {}).get('iteration')
+    iteration = None if task.row.trains else (describe_weights(task) or {}).get('iteration')
     steps = [step.get('load', step) for step in as_list(next(datasets_of(cfg, ('test',))).get('pipeline', []))]
     scales = [
         {key: step[key] for key in ('scale', 'scale_factor', 'keep_ratio') if key in step}
@@ -354,7 +354,7 @@ def protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def split_data(cfg: Config, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def describe_split(cfg: Config, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The images and labels of a split.
 
     Args:
@@ -380,10 +380,10 @@ def split_data(cfg: Config, split: str) -> tuple[dict[str, Any], dict[str, Any]]
             for path in (*named, getattr(built, 'ann_file', ''))
             if path and Path(path).is_file()
         )
-    return dict(root=Path(root).name, sha256=fingerprint(files), images=images), layout(dataset, scope)
+    return dict(root=Path(root).name, sha256=fingerprint(files), images=images), dataset_layout(dataset, scope)
 
 
-def layout(dataset: dict, scope: str) -> dict[str, Any]:
+def dataset_layout(dataset: dict, scope: str) -> dict[str, Any]:
     """Where a data set has its images and labels, and what labels mean."""
     root = str(dataset.get('data_root') or '.')
     kind = dataset_class(dataset, scope)
@@ -409,13 +409,13 @@ def layout(dataset: dict, scope: str) -> dict[str, Any]:
 # ---- cost
 
 
-def complexity(task: Task) -> Found:
+def complexity(task: Task) -> MeasurementResult:
     """Parameters and multiply-accumulates; needs no weights."""
     paper = published.for_config(task.row.config.rpartition('::')[2])
     shape = task.row.macs_shape or (paper.input if paper else None)
     found = complexity_table.report(task.config, shape and (shape[0], shape[1]), task.row.options)
     before, after = found.training, found.deployed
-    return Found(
+    return MeasurementResult(
         dict(
             parameters=before.parameters,
             inference_parameters=before.inference_parameters,
@@ -429,7 +429,7 @@ def complexity(task: Task) -> Found:
     )
 
 
-def speed(task: Task) -> Found:
+def speed(task: Task) -> MeasurementResult:
     """Milliseconds of inference, from image to result, before and after reparameterization, in turns."""
     job, cfg = _job(task)
     built = build_for_inference(cfg, job.checkpoint, device=job.device, classes=False, packed=False)
@@ -450,14 +450,14 @@ def speed(task: Task) -> Found:
         of = found.timing(form)
         forms[form] = dict(median_ms=of.median, low_ms=of.low, high_ms=of.high, throughput=1e3 * job.batch / of.median)
     faster = None if merged else asdict(found.times_as_fast('reparameterized', 'training'))
-    return Found(
+    return MeasurementResult(
         dict(forms=forms, times_as_fast=faster, batch=job.batch),
         _machine(job),
         dict(rounds=found.rounds, warmup=found.warmup, load_before=load),
     )
 
 
-def memory(task: Task) -> Found:
+def memory(task: Task) -> MeasurementResult:
     """Peak bytes of inference and of a training step beyond the loaded network, each in its own process."""
     job, cfg = _job(task)
     values: dict[str, int | None] = dict(inference_bytes=_memory(job), training_bytes=None)
@@ -467,7 +467,7 @@ def memory(task: Task) -> Found:
         values['training_bytes'] = _memory(replace(job, mode='train', form='training', checkpoint=None, batch=batch))
     except UserError as error:  # what is too large to train here can still run
         facts['training'] = str(error)
-    return Found(values, {**_machine(job), 'training_batch': batch}, facts)
+    return MeasurementResult(values, {**_machine(job), 'training_batch': batch}, facts)
 
 
 def _memory(job: Job) -> int | None:
@@ -484,7 +484,7 @@ def _job(task: Task) -> tuple[Job, Config]:
         True,
         batch=task.row.batch or 1,
         options=task.row.options,
-        checkpoint=weights_of(task),
+        checkpoint=find_weights(task),
         shape=(height, width),
         device=select_device(task.device),
         threads=torch.get_num_threads(),
@@ -508,17 +508,17 @@ def _machine(job: Job) -> dict[str, Any]:
 # ---- what the network uses
 
 
-def erf(task: Task) -> Found:
+def erf(task: Task) -> MeasurementResult:
     """Effective receptive field of the backbone on images of the test split."""
     from replk_mm.analysis.erf import measure_erf
     from replk_mm.analysis.erf_report import draw  # imports matplotlib
 
-    cfg, out = config_of(task), task.folder / 'erf'
-    of = layout(next(datasets_of(cfg, ('test',))), cfg.get('default_scope', 'mmengine'))
+    cfg, out = load_task_config(task), task.folder / 'erf'
+    of = dataset_layout(next(datasets_of(cfg, ('test',))), cfg.get('default_scope', 'mmengine'))
     size = task.row.erf.size or max(default_shape(task.config, task.row.options))
     found = measure_erf(
         cfg,
-        weights_of(task),
+        find_weights(task),
         Path(of['root'], of['images'] or ''),
         size,
         task.row.erf.count or _ERF_IMAGES,
@@ -527,7 +527,7 @@ def erf(task: Task) -> Found:
         seed=task.seed,
     )
     draw([found], out / 'erf.png')
-    return Found(
+    return MeasurementResult(
         found.values(),
         found.protocol(),
         dict(notes=found.notes(), backbone=found.backbone),
@@ -535,25 +535,25 @@ def erf(task: Task) -> Found:
     )
 
 
-def shape_bias(task: Task) -> Found:
+def shape_bias(task: Task) -> MeasurementResult:
     """Decisions by shape or by texture, on scenes where the two disagree."""
     from replk_mm.analysis import shape_bias  # imports matplotlib
 
-    checkpoint = weights_of(task)
+    checkpoint = find_weights(task)
     assert checkpoint
-    cfg, out = config_of(task), task.folder / 'shape_bias'
+    cfg, out = load_task_config(task), task.folder / 'shape_bias'
     root = str(next(datasets_of(cfg, ('test',))).get('data_root'))
     found = shape_bias.measure(cfg, checkpoint, Path(root), out, task.device)
-    return Found(
+    return MeasurementResult(
         found.values(), found.protocol(), {}, dict(picture=out / 'shape_bias.png', decisions=out / 'shape_bias.json')
     )
 
 
-def _measure(function: Callable[[Task], Found]) -> Measure:
-    def measured(task: Task) -> Found:
+def _measure(function: Callable[[Task], MeasurementResult]) -> Measure:
+    def measured(task: Task) -> MeasurementResult:
         found = function(task)
         files = {name: str(Path(path).relative_to(task.work_dir)) for name, path in found.files.items()}
-        return replace(found, files=files, checkpoint=None if function is complexity else weights_record(task))
+        return replace(found, files=files, checkpoint=None if function is complexity else describe_weights(task))
 
     return measured
 

@@ -15,7 +15,7 @@ from mmengine.config import Config
 import replk_mm
 from replk_mm import published
 from replk_mm.bench import records
-from replk_mm.bench.schema import Row, Suite, Task, fingerprint, now, results_of
+from replk_mm.bench.schema import Suite, SuiteRow, Task, fingerprint, results_file, utc_now
 from replk_mm.data.datasets import datasets_of
 from replk_mm.data.scenes.writer import META, SCENES, write_demo_data
 from replk_mm.engine.config import load_config
@@ -40,7 +40,7 @@ _ONCE_IMPLICIT = [
 
 
 @dataclass(frozen=True)
-class Choice:
+class SuiteOptions:
     """What the command line says about a suite."""
 
     work_dir: Path  # where everything is written
@@ -50,7 +50,7 @@ class Choice:
     device: str | None = None  # None for a GPU if there is one
 
 
-def chosen(suite: Suite, only: Sequence[str]) -> list[tuple[Row, int]]:
+def select_rows(suite: Suite, only: Sequence[str]) -> list[tuple[SuiteRow, int]]:
     """Rows and seeds that ``--only`` names.
 
     Raises:
@@ -70,12 +70,12 @@ def chosen(suite: Suite, only: Sequence[str]) -> list[tuple[Row, int]]:
     return [pair for i, pair in enumerate(pairs) if i in wanted or not only]
 
 
-def tasks_left(suite: Suite, choice: Choice) -> tuple[list[Task], list[tuple[Task, str]]]:
+def remaining_tasks(suite: Suite, options: SuiteOptions) -> tuple[list[Task], list[tuple[Task, str]]]:
     """The tasks of the chosen rows that are not done, with their data written.
 
     Args:
         suite: The suite.
-        choice: What of it.
+        options: What of it.
 
     Returns:
         The tasks; and those whose config cannot be read, with the reason, which is recorded.
@@ -83,32 +83,34 @@ def tasks_left(suite: Suite, choice: Choice) -> tuple[list[Task], list[tuple[Tas
     Raises:
         UserError: If results exist and ``resume`` is not set, or a row has changed since its training began.
     """
-    pairs = chosen(suite, choice.only)
+    pairs = select_rows(suite, options.only)
     begun = [
         f'{row.name} seed {seed}'
         for row, seed in pairs
-        if results_of(choice.work_dir, row.name, seed).exists()
-        or (choice.work_dir / 'runs' / row.name / str(seed)).exists()
+        if results_file(options.work_dir, row.name, seed).exists()
+        or (options.work_dir / 'runs' / row.name / str(seed)).exists()
     ]
-    if begun and not choice.resume:
+    if begun and not options.resume:
         raise UserError(
-            f'{choice.work_dir}: {len(begun)} of {len(pairs)} rows and seeds exist already: {begun[0]}'
+            f'{options.work_dir}: {len(begun)} of {len(pairs)} rows and seeds exist already: {begun[0]}'
             f'{" ..." * (len(begun) > 1)}\nContinue with --resume, or choose another --work-dir DIR.'
         )
     git = _git_state()
     tasks, failed = list[Task](), list[tuple[Task, str]]()
     for row in {row.name: row for row, _ in pairs}.values():
         seeds = [seed for other, seed in pairs if other.name == row.name]
-        for task, wrong in _tasks_of(suite, row, seeds, choice, git):
+        for task, wrong in _tasks_of(suite, row, seeds, options, git):
             if wrong:
-                records.fail(task, task.measures[0], now(), {}, wrong)
+                records.append_failure(task, task.measures[0], utc_now(), {}, wrong)
                 failed.append((task, f'{task.measures[0]}: {wrong}'))
             else:
                 tasks.append(task)
     return tasks, failed
 
 
-def _tasks_of(suite: Suite, row: Row, seeds: list[int], choice: Choice, git: dict | None) -> Iterator[tuple[Task, str]]:
+def _tasks_of(
+    suite: Suite, row: SuiteRow, seeds: list[int], options: SuiteOptions, git: dict | None
+) -> Iterator[tuple[Task, str]]:
     """What is left of a row, with the error of its config."""
     path, sha256, data_root, wrong = config_path(row, suite), None, None, ''
     data: dict[str, Any] = {}
@@ -117,7 +119,7 @@ def _tasks_of(suite: Suite, row: Row, seeds: list[int], choice: Choice, git: dic
     except UserError as error:
         wrong = str(error)
     else:
-        data_root, data = _data_of(suite, row, cfg, choice)
+        data_root, data = _data_of(suite, row, cfg, options)
         sha256 = fingerprint(_as_first_version(cfg.to_dict()))
     # The keys of the first version's records: changing this makes --resume measure everything again.
     definition = dict(
@@ -148,22 +150,22 @@ def _tasks_of(suite: Suite, row: Row, seeds: list[int], choice: Choice, git: dic
     )
     for seed in seeds:
         task = Task(
-            work_dir=choice.work_dir,
+            work_dir=options.work_dir,
             row=row,
             seed=seed,
             config=path,
             data_root=data_root,
-            device=choice.device,
+            device=options.device,
             measures=row.measurements(),
             shared=shared,
             keys={m: fingerprint([{**definition, **extra.get(m, {})}, seed, m]) for m in row.measurements()},
             pretraining=row.pretraining or (paper.pretraining if paper and row.checkpoint else None),
         )
         if wrong:  # what was measured while the config could be read stays
-            done = [name for name, record in records.latest(task.results).items() if record['status'] == 'done']
+            done = [name for name, record in records.latest_records(task.results).items() if record['status'] == 'done']
             left = tuple(name for name in task.measures if name not in done)
         else:
-            left = records.left(task)
+            left = records.unfinished(task)
         if left:
             if not wrong:
                 _check_unchanged(task, {**definition, 'options': row.options})
@@ -186,7 +188,7 @@ def _as_first_version(node: Any) -> Any:
     return [_as_first_version(part) for part in node] if isinstance(node, (list, tuple)) else node
 
 
-def config_path(row: Row, suite: Suite) -> str:
+def config_path(row: SuiteRow, suite: Suite) -> str:
     """What to read for a row's config: a path, a file next to the suite file, or one of this project."""
     name = row.config
     if '::' in name or Path(name).is_file():
@@ -216,13 +218,13 @@ def _check_unchanged(task: Task, definition: dict[str, Any]) -> None:
     records.write_json(path, after)
 
 
-def _data_of(suite: Suite, row: Row, cfg: Config, choice: Choice) -> tuple[str | None, dict[str, Any]]:
+def _data_of(suite: Suite, row: SuiteRow, cfg: Config, options: SuiteOptions) -> tuple[str | None, dict[str, Any]]:
     """The data root of a row, None for the config's own, and what identifies the data; scenes are written if needed.
 
     Raises:
         UserError: If there is no such kind of scenes, or they cannot be written.
     """
-    root = choice.data_root or row.data_root or suite.data.root
+    root = options.data_root or row.data_root or suite.data.root
     if root or suite.data.scenes is None:
         return root, dict(root=root)
     wanted = suite.data.model_dump(exclude={'root'})
@@ -235,7 +237,7 @@ def _data_of(suite: Suite, row: Row, cfg: Config, choice: Choice) -> tuple[str |
     wanted['version'] = kind.version
     if not _NEED_IMAGES & set(row.measurements()):
         return None, wanted
-    folder = choice.work_dir / 'data' / f'{kind.name}-{wanted["layout"]}-{fingerprint(wanted)[:8]}'
+    folder = options.work_dir / 'data' / f'{kind.name}-{wanted["layout"]}-{fingerprint(wanted)[:8]}'
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / 'lock').open('a') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tasks of a job array start together
@@ -275,10 +277,10 @@ def _git_state() -> dict[str, Any] | None:
     return None
 
 
-def states(suite: Suite, work_dir: Path) -> Iterator[tuple[int, Row, int, str]]:
+def row_states(suite: Suite, work_dir: Path) -> Iterator[tuple[int, SuiteRow, int, str]]:
     """Number, row, seed and state of every pair, from the records alone."""
     for i, (row, seed) in enumerate(suite.pairs()):
-        known = records.latest(results_of(work_dir, row.name, seed))
+        known = records.latest_records(results_file(work_dir, row.name, seed))
         found = [known[name] for name in row.measurements() if name in known]
         failed = [record for record in found if record['status'] == 'failed']
         if failed:

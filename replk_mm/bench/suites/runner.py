@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import replk_mm
 from replk_mm.bench import records
-from replk_mm.bench.schema import Task, now
+from replk_mm.bench.schema import Task, utc_now
 from replk_mm.bench.suites.worker import BUSY, DISTRIBUTED, SUITE_PID
 from replk_mm.engine.config import usable_cores
 from replk_mm.errors import printable
@@ -42,7 +42,7 @@ class Settings:
     module: str = 'replk_mm.bench.suites.worker'  # what a process runs, python -m
 
 
-def stages(tasks: Sequence[Task], settings: Settings) -> list[tuple[int, list[Task]]]:
+def schedule(tasks: Sequence[Task], settings: Settings) -> list[tuple[int, list[Task]]]:
     """What runs one after the other: how many processes at a time, and their tasks.
 
     Measurements that the processes of a launcher make together come first, those that need a quiet machine at the end.
@@ -62,7 +62,7 @@ def stages(tasks: Sequence[Task], settings: Settings) -> list[tuple[int, list[Ta
     return [(jobs, part) for jobs, part in ((settings.jobs, first), (1, last)) if part]
 
 
-class Runner:
+class SuiteRunner:
     """Runs tasks in processes, and shows how far they are.
 
     Args:
@@ -93,7 +93,7 @@ class Runner:
         """Run tasks to their end.
 
         Args:
-            tasks: From :func:`replk_mm.bench.suites.plan.tasks_left`.
+            tasks: From :func:`replk_mm.bench.suites.plan.remaining_tasks`.
 
         Returns:
             What failed, with the reason.
@@ -102,7 +102,7 @@ class Runner:
             KeyboardInterrupt: On Ctrl-C or SIGTERM, after all processes have ended.
         """
         failed: list[tuple[Task, str]] = []
-        parts = stages(tasks, self.settings)
+        parts = schedule(tasks, self.settings)
         self._count = sum(len(part) for _, part in parts)
         with _sigterm_interrupts(), self.progress:
             for jobs, part in parts:
@@ -129,7 +129,7 @@ class Runner:
 
     def _run_one(self, task: Task, jobs: int, slots: 'queue.SimpleQueue[int]') -> list[str]:
         """Run a task in a process; returns why measurements failed, ``'MEASUREMENT: why'`` each."""
-        slot, started = slots.get(), now()
+        slot, started = slots.get(), utc_now()
         offset, logged = (path.stat().st_size if path.exists() else 0 for path in (task.results, task.log))
         bar = self.progress.add_task(task.name, total=None)
         with self._lock:
@@ -146,16 +146,16 @@ class Runner:
             if self._interrupted:
                 return []
         _kill(process, signal.SIGKILL)  # its data loaders may have survived it
-        new = {record['measurement']: record for record in records.since(task.results, offset)}
+        new = {record['measurement']: record for record in records.records_since(task.results, offset)}
         reasons = self._failures(task, process.returncode, new, started, logged)
         slots.put(slot)
         self.progress.remove_task(bar)
         self._ended += 1
-        line = f'FAILED: {"; ".join(r.splitlines()[0] for r in reasons)} ({task.log})' if reasons else figures(new)
+        line = f'FAILED: {"; ".join(r.splitlines()[0] for r in reasons)} ({task.log})' if reasons else summarize(new)
         self.console.print(
             printable(
                 f'[{self._ended}/{self._count}] {task.name}: {line}  '
-                f'[{timedelta(seconds=round((now() - started).total_seconds()))}]'
+                f'[{timedelta(seconds=round((utc_now() - started).total_seconds()))}]'
             ),
             markup=False,
             highlight=False,
@@ -195,12 +195,12 @@ class Runner:
         if status == BUSY:
             return ['another process is running this row and seed']
         reasons = [f'{name}: {record["reason"]}' for name, record in new.items() if record['status'] == 'failed']
-        missing = [name for name in records.left(task) if name not in new]
+        missing = [name for name in records.unfinished(task) if name not in new]
         # A process stops by itself after a failed training, and after any failure under a launcher.
         stopped = any(reason.startswith('train: ') for reason in reasons) or (reasons and task.launcher != 'none')
         if missing and not stopped:
-            reason = death(status, task.log, logged)
-            records.fail(task, missing[0], started, self.environment(), reason)
+            reason = describe_exit(status, task.log, logged)
+            records.append_failure(task, missing[0], started, self.environment(), reason)
             reasons.append(f'{missing[0]}: {reason}')
         return reasons
 
@@ -240,7 +240,7 @@ def command(task: Task, file: Path, settings: Settings) -> list[str]:
     return [sys.executable, *worker]
 
 
-def death(status: int, log: Path, start: int = 0) -> str:
+def describe_exit(status: int, log: Path, start: int = 0) -> str:
     """Why a process died that could not say so itself.
 
     Args:
@@ -258,7 +258,7 @@ def death(status: int, log: Path, start: int = 0) -> str:
     return '\n'.join([reason, *lines[-3:]])
 
 
-def figures(found: Mapping[str, Mapping[str, Any]]) -> str:
+def summarize(found: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures of a row in one line, from its records by measurement."""
     values = {name: record['values'] for name, record in found.items() if record['status'] == 'done'}
     words = []

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from replk_mm.bench import records
-from replk_mm.bench.schema import Task, now
+from replk_mm.bench.schema import Task, utc_now
 from replk_mm.errors import INTERRUPTED_STATUS, UserError, message_of
 
 #: Environment variable with the process id of the suite.
@@ -34,7 +34,7 @@ DISTRIBUTED = ('train', 'metric')
 
 
 @dataclass
-class Found:
+class MeasurementResult:
     """The result of a measurement; plain data."""
 
     values: dict[str, Any]  # the figures
@@ -44,10 +44,10 @@ class Found:
     checkpoint: dict[str, Any] | None = None  # the weights that were measured, None for random ones
 
 
-Measure = Callable[[Task], Found]
+Measure = Callable[[Task], MeasurementResult]
 
 
-def perform(task: Task, table: Mapping[str, Measure], environment: dict[str, Any], rank: int = 0) -> bool:
+def run_task(task: Task, table: Mapping[str, Measure], environment: dict[str, Any], rank: int = 0) -> bool:
     """Make the measurements of a task; one that fails is recorded with its reason, and the next one follows.
 
     Args:
@@ -61,24 +61,24 @@ def perform(task: Task, table: Mapping[str, Measure], environment: dict[str, Any
     """
     complete = True
     for name in task.measures:
-        started = now()
+        started = utc_now()
         if rank == 0:
             print(f'== {task.name}: {name}', flush=True)
         try:
             found = table[name](task)
             if rank == 0:
-                records.append(task.record(name, started, environment, **vars(found)), task.results)
+                records.append_record(task.record(name, started, environment, **vars(found)), task.results)
         except Exception as error:  # other measurements and rows go on
             traceback.print_exc()
             complete = False
             if rank == 0:
-                records.fail(task, name, started, environment, reason_of(error))
+                records.append_failure(task, name, started, environment, describe_error(error))
             if name == 'train' or task.launcher != 'none':
                 break  # without weights nothing else can be measured; other ranks may wait for this one
     return complete
 
 
-def reason_of(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error in words: the message of a user error, or type and first line of another one."""
     if isinstance(error, UserError):
         return message_of(error)
@@ -86,7 +86,7 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, patience: float = 20.0) -> Iterator[None]:
+def lock_folder(folder: Path, patience: float = 20.0) -> Iterator[None]:
     """Keep other processes from the same row and seed.
 
     Args:
@@ -110,7 +110,7 @@ def locked(folder: Path, patience: float = 20.0) -> Iterator[None]:
         yield
 
 
-def end_with_suite() -> None:
+def exit_with_suite() -> None:
     """End this process and its group when the suite that started it is gone: a killed suite cannot end them itself."""
     suite = int(os.environ.get(SUITE_PID) or 0)
 
@@ -129,20 +129,20 @@ def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', pa
     Args:
         path: The task's file.
         measurements: Module with ``TABLE`` and ``environment()``.
-        patience: See :func:`locked`.
+        patience: See :func:`lock_folder`.
 
     Returns:
         Status: 0 if all was measured, 1 if not, :data:`BUSY` if another process runs the row, 130 if interrupted.
     """
-    end_with_suite()
+    exit_with_suite()
     task = Task.model_validate_json(Path(path).read_text())
     rank = int(os.environ.get(dict(pytorch='RANK', slurm='SLURM_PROCID').get(task.launcher, ''), 0))
     try:
-        with locked(task.folder, patience) if rank == 0 else contextlib.nullcontext():
+        with lock_folder(task.folder, patience) if rank == 0 else contextlib.nullcontext():
             if task.launcher == 'none':  # the process of a killed suite may have gone further meanwhile
-                task = task.part(records.left(task))
+                task = task.part(records.unfinished(task))
             module = importlib.import_module(measurements)  # imports torch
-            return 0 if perform(task, module.TABLE, module.environment(), rank) else 1
+            return 0 if run_task(task, module.TABLE, module.environment(), rank) else 1
     except BlockingIOError:
         print(f'{task.folder}: another process is running this row and seed', flush=True)
         return BUSY

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from replk_mm.bench import records
-from replk_mm.bench.report.columns import (
+from replk_mm.bench.report.formatting import clean
+from replk_mm.bench.report.tables import (
     COLUMNS,
     METRIC_TITLES,
     NOT_MEASURED,
     Column,
     Figure,
     Protocol,
-    compared,
-    identity,
+    compare_with_published,
     name_protocols,
-    primary,
+    primary_metric,
+    protocol_key,
     value_of,
 )
-from replk_mm.bench.report.words import clean
 from replk_mm.errors import UserError, command_line
 
 Record = dict[str, Any]
@@ -46,7 +46,7 @@ NOTES = (
 
 
 @dataclass
-class Row:
+class ReportRow:
     """A row of the table: seeds of one row of a suite under one protocol.
 
     Attributes:
@@ -81,7 +81,7 @@ class Row:
 
 
 @dataclass
-class Group:
+class ProtocolGroup:
     """Rows that may be ranked by the metric.
 
     Attributes:
@@ -94,7 +94,7 @@ class Group:
     protocol: Protocol | None
     metric: str
     unit: str
-    rows: list[Row]
+    rows: list[ReportRow]
 
     @property
     def title(self) -> str:
@@ -115,7 +115,7 @@ class Group:
 
 
 @dataclass
-class Suite:
+class SuiteReport:
     """A suite's results.
 
     Attributes:
@@ -127,11 +127,11 @@ class Suite:
 
     name: str
     question: str
-    groups: list[Group]
+    groups: list[ProtocolGroup]
     protocols: dict[str, list[Protocol]]
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ReportRow]:
         """Of all groups."""
         return [row for group in self.groups for row in group.rows]
 
@@ -157,8 +157,10 @@ class Suite:
 
     def protocol_name(self, record: Record) -> str:
         """Of a record; '' if it has none."""
-        key = identity(protocol_of(record))
-        return next((p.name for p in self.protocols.get(record['measurement'], ()) if identity(p.content) == key), '')
+        key = protocol_key(protocol_of(record))
+        return next(
+            (p.name for p in self.protocols.get(record['measurement'], ()) if protocol_key(p.content) == key), ''
+        )
 
 
 @dataclass
@@ -172,7 +174,7 @@ class Report:
         outside: Data sets outside of the work dirs that pictures on the page are from; filled by ``page.html``.
     """
 
-    suites: list[Suite]
+    suites: list[SuiteReport]
     complaints: list[str]
     folders: dict[int, Path]
     outside: set[Path] = field(default_factory=set)
@@ -181,11 +183,11 @@ class Report:
 def protocol_of(record: Record) -> Mapping[str, Any]:
     """A record's protocol; of the metric with its name and unit, for figures of two of them are not ranked together."""
     if record['measurement'] == 'metric' and record['status'] == 'done':
-        return {**record['protocol'], 'metric': ', '.join(filter(None, primary(record)))}
+        return {**record['protocol'], 'metric': ', '.join(filter(None, primary_metric(record)))}
     return record['protocol']
 
 
-def read(paths: Sequence[str | Path]) -> Report:
+def load_report(paths: Sequence[str | Path]) -> Report:
     """Read and arrange results.
 
     Args:
@@ -199,16 +201,16 @@ def read(paths: Sequence[str | Path]) -> Report:
             raise UserError(
                 f'{path}: no such results\nName work dirs of suites (work_dirs/suites/NAME), or .jsonl files.'
             )
-        if not records.files_in([path]):
+        if not records.record_files([path]):
             raise UserError(
                 f'{path}: no results in it (*.jsonl, or results/*.jsonl)\n'
                 f'Run the suite first: {command_line("suite", "SUITE")}'
             )
-    files = records.files_in(paths)
-    found, complaints = records.read(files)
-    places = {_occasion(r): file.absolute().parent.parent for file in files for r in records.read([file])[0]}
+    files = records.record_files(paths)
+    found, complaints = records.read_records(files)
+    places = {_occasion(r): file.absolute().parent.parent for file in files for r in records.read_records([file])[0]}
     return Report(
-        [_suite(name, part) for name, part in records.by_suite(found).items()],
+        [_suite(name, part) for name, part in records.group_by_suite(found).items()],
         complaints,
         {id(r): places.get(_occasion(r), Path()) for r in found},
     )
@@ -218,8 +220,8 @@ def _occasion(record: Record) -> tuple[str, str, str]:
     return record['key'], record['started'], record['status']
 
 
-def _suite(name: str, found: Sequence[Record]) -> Suite:
-    entries = _entries(found)
+def _suite(name: str, found: Sequence[Record]) -> SuiteReport:
+    entries = _rows(found)
     metrics = [next(iter(row.of('metric')), None) for row in entries]
     names = name_protocols('metric', [protocol_of(record) for record in metrics if record])
     protocols = {'metric': names}
@@ -227,28 +229,32 @@ def _suite(name: str, found: Sequence[Record]) -> Suite:
         of_rows = name_protocols(measurement, [r['protocol'] for row in entries for r in row.of(measurement)])
         if of_rows:
             protocols[measurement] = of_rows
-    groups = [Group(protocol, '', '', []) for protocol in [*names.values(), None]]
+    groups = [ProtocolGroup(protocol, '', '', []) for protocol in [*names.values(), None]]
     by_identity = dict(zip([*names, None], groups, strict=True))
     for row, record in zip(entries, metrics, strict=True):
-        group = by_identity[identity(protocol_of(record)) if record else None]
-        group.metric, group.unit = primary(record) if record else ('', '')
+        group = by_identity[protocol_key(protocol_of(record)) if record else None]
+        group.metric, group.unit = primary_metric(record) if record else ('', '')
         group.rows.append(row)
         row.state, row.problems = _state(row.records)
         row.figures = {c.key: _figure(c, row, protocols.get(c.measurement, {})) for c in COLUMNS}
-        row.figures['published'], row.figures['difference'] = compared(record or row.records[0], row.figures['metric'])
+        row.figures['published'], row.figures['difference'] = compare_with_published(
+            record or row.records[0], row.figures['metric']
+        )
     groups = [group for group in groups if group.rows]
     for group in groups:
         group.rows.sort(key=lambda row: (row.figures['metric'].value is None, -(row.figures['metric'].value or 0.0)))
         for column in COLUMNS:
             for leader in _leaders(column, group.rows):
                 leader.figures[column.key] = replace(leader.figures[column.key], best=True)
-    suite = Suite(name, found[-1]['question'], groups, {key: list(part.values()) for key, part in protocols.items()})
+    suite = SuiteReport(
+        name, found[-1]['question'], groups, {key: list(part.values()) for key, part in protocols.items()}
+    )
     for number, row in enumerate(suite.rows, 1):
         row.number = number
     return suite
 
 
-def _entries(found: Iterable[Record]) -> list[Row]:
+def _rows(found: Iterable[Record]) -> list[ReportRow]:
     """Rows; one whose seeds have several protocols of the metric is there once for each."""
     by_row: dict[str, list[Record]] = {}
     for record in found:
@@ -256,26 +262,26 @@ def _entries(found: Iterable[Record]) -> list[Row]:
     entries = []
     for name, of_row in by_row.items():
         done = [r for r in of_row if r['measurement'] == 'metric' and r['status'] == 'done']
-        protocol_by_seed = {r['seed']: identity(protocol_of(r)) for r in done}
+        protocol_by_seed = {r['seed']: protocol_key(protocol_of(r)) for r in done}
         kinds = list(dict.fromkeys(protocol_by_seed.values())) or ['']
         for kind in kinds:  # a seed without a metric goes with the first
             mine = [r for r in of_row if protocol_by_seed.get(r['seed'], kinds[0]) == kind]
-            entries.append(Row(name, clean(mine[-1]['label'] or name, LONGEST_LABEL), mine))
+            entries.append(ReportRow(name, clean(mine[-1]['label'] or name, LONGEST_LABEL), mine))
     return entries
 
 
-def _figure(column: Column, row: Row, protocols: Mapping[str, Protocol]) -> Figure:
+def _figure(column: Column, row: ReportRow, protocols: Mapping[str, Protocol]) -> Figure:
     """The mean over the seeds that were measured under the most frequent protocol; the others are named."""
     kinds: dict[str, list[tuple[Record, tuple]]] = {}
     for record in row.of(column.measurement):
         found = value_of(column, record)
         if found[0] is not None:
-            kinds.setdefault(identity(protocol_of(record)), []).append((record, found))
+            kinds.setdefault(protocol_key(protocol_of(record)), []).append((record, found))
     if not kinds:
         return Figure(why=_absence(column, row))
     key = max(kinds, key=lambda k: len(kinds[k]))
     values = [found for _, found in kinds[key]]
-    seeds = records.spread([value for value, _, _ in values])
+    seeds = records.spread_of([value for value, _, _ in values])
     low, high = values[0][1:] if len(values) == 1 else (None, None)
     if seeds.deviation is not None:
         low, high = seeds.mean - seeds.deviation, seeds.mean + seeds.deviation
@@ -288,7 +294,7 @@ def _figure(column: Column, row: Row, protocols: Mapping[str, Protocol]) -> Figu
     return Figure(seeds.mean, seeds.deviation, seeds.count, '; '.join(why), protocols[key].name, low, high)
 
 
-def _absence(column: Column, row: Row) -> str:
+def _absence(column: Column, row: ReportRow) -> str:
     failed = {r['measurement']: r['reason'] for r in reversed(row.records) if r['status'] == 'failed'}
     if column.measurement in failed:
         return f'failed: {failed[column.measurement]}'
@@ -296,13 +302,13 @@ def _absence(column: Column, row: Row) -> str:
         return 'the record holds no such figure'
     if 'train' in failed:
         return f'training failed: {failed["train"]}'
-    return 'not recorded yet' if column.measurement in _asked(row.records) else NOT_MEASURED
+    return 'not recorded yet' if column.measurement in _requested(row.records) else NOT_MEASURED
 
 
-def _leaders(column: Column, rows: Sequence[Row]) -> list[Row]:
+def _leaders(column: Column, rows: Sequence[ReportRow]) -> list[ReportRow]:
     """The best row of each protocol of a column, where its spread overlaps no other's; see :data:`RANKING`."""
     sign = {'higher': 1.0, 'lower': -1.0}.get(column.better, 0.0)
-    by_protocol: dict[str, list[tuple[float, list[float], Row]]] = {}
+    by_protocol: dict[str, list[tuple[float, list[float], ReportRow]]] = {}
     for row in rows if sign else ():
         figure = row.figures[column.key]
         if figure.value is not None:
@@ -321,7 +327,7 @@ def _state(found: Sequence[Record]) -> tuple[str, list[str]]:
     seeds = sorted({record['seed'] for record in found})
     failures = [record for record in found if record['status'] == 'failed']
     problems = [f'seed {record["seed"]}: {record["measurement"]} failed: {record["reason"]}' for record in failures]
-    asked, bad, lacking = _asked(found), {record['seed'] for record in failures}, 0
+    asked, bad, lacking = _requested(found), {record['seed'] for record in failures}, 0
     for seed in seeds:
         have = {record['measurement'] for record in found if record['seed'] == seed}
         missing = [name for name in records.MEASUREMENTS if name in asked and name not in have]
@@ -343,7 +349,7 @@ def _state(found: Sequence[Record]) -> tuple[str, list[str]]:
     return f'unfinished, {lacking} of {counted}' if lacking else f'done, {counted}', problems
 
 
-def _asked(found: Sequence[Record]) -> list[Any]:
+def _requested(found: Sequence[Record]) -> list[Any]:
     """The measurements that the suite asked for of a row, by its latest record."""
     # Records of early versions do not tell: then what one seed has all of them should have.
     latest = max(found, key=lambda record: record['started'])

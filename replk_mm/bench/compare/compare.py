@@ -1,6 +1,6 @@
 """Compare two results: folders that ``tools/test.py --out DIR`` wrote.
 
-What is found is plain data, which :mod:`replk_mm.bench.compare.run` lays out.
+What is found is plain data, which :mod:`replk_mm.bench.compare.compare` lays out.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ def compare(
     """Compare two results.
 
     Args:
-        path_a: See :func:`replk_mm.bench.compare.results.open_result`.
+        path_a: See :func:`replk_mm.bench.compare.results.read_result`.
         path_b: The other.
         source: Where data, config and classes are, if not where the results say.
         images: How many of the most changed images are listed and shown; None looks at no image.
@@ -49,7 +49,7 @@ def compare(
     Raises:
         UserError: If the results cannot be compared, or data or predictions are missing.
     """
-    a, b = results.open_result(path_a, 'A'), results.open_result(path_b, 'B')
+    a, b = results.read_result(path_a, 'A'), results.read_result(path_b, 'B')
     results.check_comparable(a, b)
     source = source or Source()
     figure = 'IoU' if a.task == 'segmentation' else f'{kind}_mAP'

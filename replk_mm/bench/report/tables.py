@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from replk_mm import published
-from replk_mm.bench.report.words import clean, in_words, leaves, number
+from replk_mm.bench.report.formatting import clean, format_value, leaves, number
 
 #: What a difference quotes of a value at most, in characters.
 _QUOTED = 100
@@ -41,30 +41,32 @@ class Protocol:
             value = self.content.get(name)
             if name == 'data' and isinstance(value, Mapping):
                 images = f' ({value["images"]} images)' if value.get('images') else ''
-                value = f'{in_words(value.get("root") or value.get("name"))}{images}'
+                value = f'{format_value(value.get("root") or value.get("name"))}{images}'
             if value not in (None, '', [], {}):
-                parts.append(f'{name} {clean(in_words(value), 80)}')
+                parts.append(f'{name} {clean(format_value(value), 80)}')
         return ', '.join(parts) or 'not stated'
 
 
-def identity(protocol: Mapping[str, Any]) -> str:
+def protocol_key(protocol: Mapping[str, Any]) -> str:
     """A text that is the same for equal protocols only; the order of keys does not matter."""
     return json.dumps(protocol, sort_keys=True, default=str)
 
 
 def name_protocols(measurement: str, contents: Iterable[Mapping[str, Any]]) -> dict[str, Protocol]:
-    """Protocols by :func:`identity`, the most frequent first.
+    """Protocols by :func:`protocol_key`, the most frequent first.
 
     Args:
         measurement: What they are of.
         contents: One for each record.
     """
     contents = list(contents)
-    by_identity = {identity(content): content for content in contents}
-    order = [key for key, _ in Counter(map(identity, contents)).most_common()]
+    by_identity = {protocol_key(content): content for content in contents}
+    order = [key for key, _ in Counter(map(protocol_key, contents)).most_common()]
     return {
         key: Protocol(
-            _name(measurement, i), by_identity[key], tuple(differences(by_identity[key], by_identity[order[0]]))
+            _name(measurement, i),
+            by_identity[key],
+            tuple(protocol_differences(by_identity[key], by_identity[order[0]])),
         )
         for i, key in enumerate(order)
     }
@@ -76,13 +78,17 @@ def _name(measurement: str, index: int) -> str:
     return string.ascii_uppercase[index] if index < 26 else f'Z{index - 24}'
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def protocol_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What differs in ``one`` from ``other``, a phrase for each place: ``'data.images: 40 instead of 80'``."""
     ours, theirs = dict(leaves(one)), dict(leaves(other))
     found = []
     for place in {**theirs, **ours}:
-        here, there = (in_words(part[place]) if place in part else 'not stated' for part in (ours, theirs))
-        if place not in ours or place not in theirs or identity({'': ours[place]}) != identity({'': theirs[place]}):
+        here, there = (format_value(part[place]) if place in part else 'not stated' for part in (ours, theirs))
+        if (
+            place not in ours
+            or place not in theirs
+            or protocol_key({'': ours[place]}) != protocol_key({'': theirs[place]})
+        ):
             same = len(os.path.commonprefix([here, there]))
             found.append(f'{place}: {_around(here, same)} instead of {_around(there, same)}')
     return found
@@ -257,7 +263,7 @@ BY_KEY = {column.key: column for column in COLUMNS}
 def value_of(column: Column, record: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
     """A record's value of a column, and the quartiles about it; None what is not there."""
     values = record['values']
-    for path in (('metrics', primary(record)[0]),) if column.key == 'metric' else column.paths:
+    for path in (('metrics', primary_metric(record)[0]),) if column.key == 'metric' else column.paths:
         found = number(values, *path)
         if found is not None:
             low, high = (number(values, *path[:-1], end) for end in column.range) if column.range else (None, None)
@@ -265,12 +271,12 @@ def value_of(column: Column, record: Mapping[str, Any]) -> tuple[float | None, f
     return None, None, None
 
 
-def primary(record: Mapping[str, Any]) -> tuple[str, str]:
+def primary_metric(record: Mapping[str, Any]) -> tuple[str, str]:
     """The name and the unit of the metric that ranks."""
     return str(record['values'].get('primary') or 'mIoU'), str(record['values'].get('unit') or '')
 
 
-def compared(record: Mapping[str, Any], measured: Figure) -> tuple[Figure, Figure]:
+def compare_with_published(record: Mapping[str, Any], measured: Figure) -> tuple[Figure, Figure]:
     """The published figure of a row and the measured one's difference from it.
 
     Args:
@@ -281,7 +287,7 @@ def compared(record: Mapping[str, Any], measured: Figure) -> tuple[Figure, Figur
     if not stated:
         why = 'nothing is published for this config'
         return Figure(why=why), Figure(why=why)
-    metric, tta = primary(record)[0], bool(record['protocol'].get('tta'))
+    metric, tta = primary_metric(record)[0], bool(record['protocol'].get('tta'))
     name = _PUBLISHED_METRICS.get(metric, (None, None))[tta]
     value = number(stated, name) if name else None
     if value is None:
@@ -290,7 +296,7 @@ def compared(record: Mapping[str, Any], measured: Figure) -> tuple[Figure, Figur
     result = published.for_config(str(record['config'].get('path') or ''))
     name = str(stated.get('dataset') or (result.dataset if result else ''))
     conditions = result.schedule + (f', crop {result.crop}' if result.crop else '') if result else ''
-    quoted = Figure(value, why=', '.join(filter(None, (name, conditions, in_words(stated.get('source'))))))
+    quoted = Figure(value, why=', '.join(filter(None, (name, conditions, format_value(stated.get('source'))))))
     other = _other_data(name, record)
     if other or measured.value is None:
         return quoted, Figure(why=other or 'the metric is missing')
@@ -308,7 +314,7 @@ def _other_data(name: str, record: Mapping[str, Any]) -> str:
     root = data.get('root') or data.get('name') if isinstance(data, Mapping) else data
     return (
         f'the published figure is of {name} ({PUBLISHED_IMAGES[name]:,} images), the measured one of '
-        f'{in_words(root)} ({f"{images:,.0f}" if images else "unknown number of"} images)'
+        f'{format_value(root)} ({f"{images:,.0f}" if images else "unknown number of"} images)'
     )
 
 
@@ -323,7 +329,7 @@ def _otherwise(record: Mapping[str, Any], result: published.Result | None) -> It
     ):
         yield f'trained for {iterations:,.0f} iterations, published after {result.schedule}'
     if record['config'].get('options'):
-        yield f'config with options: {clean(in_words(record["config"]["options"]), 200)}'
+        yield f'config with options: {clean(format_value(record["config"]["options"]), 200)}'
     side = crop[0] if isinstance(crop, list) and crop else crop
     if result and result.crop and side and side != result.crop:
-        yield f'crop {in_words(crop)}, published with {result.crop}'
+        yield f'crop {format_value(crop)}, published with {result.crop}'

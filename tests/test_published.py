@@ -10,7 +10,7 @@ from replk_mm import published
 from replk_mm.commands import list_configs
 from replk_mm.errors import UserError
 
-FACTS = Path(__file__).parents[1] / 'data' / 'facts' / 'published.yaml'
+FACTS = Path(__file__).parent / 'data' / 'facts' / 'published.yaml'
 
 
 @pytest.fixture(scope='module')

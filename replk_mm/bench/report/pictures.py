@@ -15,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image
 from pydantic import BaseModel
 
-from replk_mm.bench.report.assemble import Group, Record, Row
+from replk_mm.bench.report.load import ProtocolGroup, Record, ReportRow
 from replk_mm.visualize import colorize, draw_instances, spread_palette
 
 #: Of all pictures of a page together, in bytes as they stand in it.
@@ -27,7 +27,7 @@ LEAST_SCORE, MOST_OBJECTS = 0.3, 40
 
 
 @dataclass(frozen=True)
-class Shown:
+class Picture:
     """A picture with what it shows in words; ``source`` is a ``data:`` address, or None if the picture is missing."""
 
     source: Markup | None = None
@@ -41,12 +41,12 @@ class Example:
     """One image with its ground truth, and the predictions of rows by their number."""
 
     name: str
-    image: Shown
-    truth: Shown
-    predictions: dict[int, Shown] = field(default_factory=dict)
+    image: Picture
+    truth: Picture
+    predictions: dict[int, Picture] = field(default_factory=dict)
 
 
-class Data(BaseModel):
+class SplitFiles(BaseModel):
     """Where images and labels of a test split are, and what they mean; ``facts['data']`` of a record of the metric.
 
     Attributes:
@@ -107,7 +107,7 @@ class Album:
         self.problems: list[str] = []
         self.outside: set[Path] = set()
 
-    def add(self, pixels: np.ndarray, words: str, name: str, width: int = WIDTH, kind: str = 'photo') -> Shown:
+    def add(self, pixels: np.ndarray, words: str, name: str, width: int = WIDTH, kind: str = 'photo') -> Picture:
         """Encode a picture, if the page has room left for it.
 
         Args:
@@ -133,9 +133,9 @@ class Album:
             self.problems.append(
                 f'{name}: left out, all pictures of a page together take {MOST_BYTES // 2**20} MiB at most'
             )
-            return Shown()
+            return Picture()
         self.left -= len(source)
-        return Shown(Markup(source), words, image.width, image.height)
+        return Picture(Markup(source), words, image.width, image.height)
 
     def read(self, path: Path, mode: str | None = 'RGB') -> np.ndarray | None:
         """A picture's pixels, ``(H, W, 3)`` uint8, or as the file has them; None and a problem if it is unreadable."""
@@ -154,10 +154,10 @@ class Album:
             return None
         return found
 
-    def photo(self, path: Path, name: str) -> Shown:
+    def photo(self, path: Path, name: str) -> Picture:
         """An image of the data."""
         pixels = self.read(path)
-        return Shown() if pixels is None else self.add(pixels, path.name, name)
+        return Picture() if pixels is None else self.add(pixels, path.name, name)
 
     def place(self, record: Record, what: str) -> Path | None:
         """A file or folder that a record names; None if it names none.
@@ -174,14 +174,14 @@ class Album:
             raise ValueError(f'{name!r:.100}: not in the work dir {self.folders[id(record)]}')
         return self.folders[id(record)] / place
 
-    def data_of(self, record: Record) -> Data:
+    def data_of(self, record: Record) -> SplitFiles:
         """The data that a record of the metric was measured on.
 
         Raises:
             ValueError: If it does not tell, or they are not there.
         """
         stated = record['facts'].get('data') or {}
-        data = Data.model_validate({k: v for k, v in stated.items() if v is not None and v != ''})
+        data = SplitFiles.model_validate({k: v for k, v in stated.items() if v is not None and v != ''})
         # Scenes of a suite are in its work dir, which may have been copied from another machine.
         copied = self.folders[id(record)] / 'data' / data.root.name
         if not data.root.is_dir() and not copied.is_dir():
@@ -189,22 +189,22 @@ class Album:
         return data if data.root.is_dir() else data.model_copy(update=dict(root=copied))
 
 
-def heat_map(record: Record, words: str, album: Album) -> Shown | None:
+def heat_map(record: Record, words: str, album: Album) -> Picture | None:
     """The receptive field of a record; None if it has no picture."""
     try:
         path = album.place(record, 'heat_map')
     except ValueError as error:
         album.problems.append(str(error))
-        return Shown()
+        return Picture()
     pixels = album.read(path) if path else None
     if pixels is None:
-        return Shown() if path else None
+        return Picture() if path else None
     return album.add(pixels, words, str(path), HEAT_MAP_WIDTH, 'drawing')
 
 
-def sheet(group: Group, album: Album) -> tuple[list[Row], Data, list[Example]] | None:
+def sheet(group: ProtocolGroup, album: Album) -> tuple[list[ReportRow], SplitFiles, list[Example]] | None:
     """The same images for every row of a group that has predictions; None if there are none."""
-    rows: list[tuple[Row, Path]] = []
+    rows: list[tuple[ReportRow, Path]] = []
     data = None
     for row in group.rows:
         for record in row.of('metric'):
@@ -240,10 +240,10 @@ def _choose(names_of_rows: Iterable[Iterable[str]]) -> list[str]:
     return [common[round(i)] for i in np.linspace(0, len(common) - 1, min(6 if len(sets) <= 4 else 4, len(common)))]
 
 
-def _label_maps(rows: Sequence[tuple[Row, Path]], data: Data, album: Album) -> list[Example]:
-    def drawn(labels: np.ndarray | None, truth: np.ndarray | None, name: str) -> Shown:
+def _label_maps(rows: Sequence[tuple[ReportRow, Path]], data: SplitFiles, album: Album) -> list[Example]:
+    def drawn(labels: np.ndarray | None, truth: np.ndarray | None, name: str) -> Picture:
         if labels is None:
-            return Shown()
+            return Picture()
         words = []
         if truth is not None and truth.shape == labels.shape and (truth != data.ignored).any():
             scored = truth != data.ignored
@@ -269,14 +269,14 @@ def _label_maps(rows: Sequence[tuple[Row, Path]], data: Data, album: Album) -> l
     return found
 
 
-def _objects(rows: Sequence[tuple[Row, Path]], data: Data, album: Album) -> list[Example]:
+def _objects(rows: Sequence[tuple[ReportRow, Path]], data: SplitFiles, album: Album) -> list[Example]:
     written = json.loads((data.root / str(data.annotations)).read_bytes())
     ids = {str(image['file_name']): image['id'] for image in written['images']}
     classes = {category['id']: str(category['name']) for category in written['categories']}
     order = sorted(classes)
     colours = [data.palette[i % len(data.palette)] for i in range(len(order))]
 
-    def drawn(pixels: np.ndarray, things: Sequence[dict], name: str) -> Shown:
+    def drawn(pixels: np.ndarray, things: Sequence[dict], name: str) -> Picture:
         surest = sorted(things, key=lambda thing: -thing.get('score', 1.0))[:MOST_OBJECTS]
         objects = [
             _object(thing, order, pixels.shape[:2])
@@ -293,7 +293,7 @@ def _objects(rows: Sequence[tuple[Row, Path]], data: Data, album: Album) -> list
     found = []
     for name in _choose([name for name, key in ids.items() if key in of_row] for of_row in of_rows.values()):
         path = data.root / data.images / name
-        example = Example(name, album.photo(path, name), Shown())
+        example = Example(name, album.photo(path, name), Picture())
         pixels = album.read(path) if example.image.source else None
         if pixels is not None:
             example.truth = drawn(pixels, truths.get(ids[name], []), f'ground truth of {name}')

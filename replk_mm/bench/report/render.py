@@ -10,11 +10,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from replk_mm.bench import records
-from replk_mm.bench.report import assemble, examples, plots
-from replk_mm.bench.report.assemble import Record, Report, Row, Suite
-from replk_mm.bench.report.columns import BY_KEY, COLUMNS, METRIC_TITLES, NOT_MEASURED, Column, Figure, identity
-from replk_mm.bench.report.examples import LEAST_SCORE, Album
-from replk_mm.bench.report.words import clean, in_words, leaves, number, plain
+from replk_mm.bench.report import load, pictures, plots
+from replk_mm.bench.report.formatting import clean, format_value, leaves, markdown_text, number
+from replk_mm.bench.report.load import Record, Report, ReportRow, SuiteReport
+from replk_mm.bench.report.pictures import LEAST_SCORE, Album
+from replk_mm.bench.report.tables import BY_KEY, COLUMNS, METRIC_TITLES, NOT_MEASURED, Column, Figure, protocol_key
 
 _HERE = Path(__file__).parent
 #: Columns that the metric is plotted against.
@@ -33,7 +33,7 @@ class Notes(list[str]):
         return self.index(text) + 1
 
 
-def html(report: Report) -> str:
+def render_html(report: Report) -> str:
     """The page's text; fills ``report.outside``."""
     album = Album(report.folders)
     style, script = (Markup((_HERE / name).read_text(encoding='utf-8')) for name in ('page.css', 'page.js'))
@@ -50,7 +50,7 @@ def html(report: Report) -> str:
             curves=_curves,
             sample=plots.sample,
             heat_maps=_heat_maps,
-            sheet=examples.sheet,
+            sheet=pictures.sheet,
             distinct=_distinct,
             LEAST_SCORE=LEAST_SCORE,
         )
@@ -59,18 +59,18 @@ def html(report: Report) -> str:
     return text
 
 
-def markdown(report: Report) -> str:
+def render_markdown(report: Report) -> str:
     """The text of the Markdown file: everything but plots and pictures."""
     return _markdown().get_template('report.md.j2').render(report=report)
 
 
-def markdown_tables(suite: Suite) -> str:
+def render_suite_tables(suite: SuiteReport) -> str:
     """The tables of a suite as Markdown, with remarks and origins."""
     return str(_markdown().get_template('report.md.j2').make_module().tables(suite))  # type: ignore[attr-defined]
 
 
 def _markdown() -> Environment:
-    return _environment(lambda value: Markup(plain(value)))
+    return _environment(lambda value: Markup(markdown_text(value)))
 
 
 def _environment(show: Callable[[object], str]) -> Environment:
@@ -85,11 +85,11 @@ def _environment(show: Callable[[object], str]) -> Environment:
         finalize=lambda value: value if isinstance(value, Markup) else show(value),
     )
     environment.globals |= dict(
-        COLUMNS=COLUMNS, NOT_MEASURED=NOT_MEASURED, NOTES=assemble.NOTES, Notes=Notes, markdown_cell=_markdown_cell
+        COLUMNS=COLUMNS, NOT_MEASURED=NOT_MEASURED, NOTES=load.NOTES, Notes=Notes, markdown_cell=_markdown_cell
     )
     environment.filters |= dict(
         clean=clean,
-        in_words=in_words,
+        format_value=format_value,
         leaves=lambda node: list(leaves(node)),
         checkpoint=_checkpoint,
         commit=_commit,
@@ -99,13 +99,13 @@ def _environment(show: Callable[[object], str]) -> Environment:
     return environment
 
 
-def _markdown_cell(suite: Suite, column: Column, figure: Figure, notes: Notes) -> Markup:
+def _markdown_cell(suite: SuiteReport, column: Column, figure: Figure, notes: Notes) -> Markup:
     source = column.key == 'published' and figure.value is not None
     mark = f' ({notes.number(figure.why)})' if figure.why and figure.why != NOT_MEASURED and not source else ''
     if figure.value is None:
         return Markup(f'–{mark}')
     text = column.shown(figure) + (f' (n = {figure.count})' if column.key == 'metric' else '')
-    text = plain(f'{text} {figure.protocol}' if suite.shows_protocol(column) else text)
+    text = markdown_text(f'{text} {figure.protocol}' if suite.shows_protocol(column) else text)
     return Markup(f'**{text}**{mark}' if figure.best else f'{text}{mark}')
 
 
@@ -114,11 +114,11 @@ def _hash(text: str) -> str:
 
 
 # -- plots and pictures -----------------------------------------------------------------------------------------------
-def _plots(suite: Suite) -> Iterator[dict[str, Any]]:
+def _plots(suite: SuiteReport) -> Iterator[dict[str, Any]]:
     """The metric against time, MACs and parameters: a plot for each pair of protocols."""
     for group in suite.groups:
         for column in map(BY_KEY.__getitem__, _AGAINST):
-            by_protocol: dict[str, list[Row]] = {}
+            by_protocol: dict[str, list[ReportRow]] = {}
             for row in group.rows if group.protocol else ():
                 if None not in (row.figures['metric'].value, row.figures[column.key].value):
                     by_protocol.setdefault(row.figures[column.key].protocol, []).append(row)
@@ -140,14 +140,14 @@ def _plots(suite: Suite) -> Iterator[dict[str, Any]]:
                 )
 
 
-def _curves(suite: Suite) -> Iterator[dict[str, Any]]:
+def _curves(suite: SuiteReport) -> Iterator[dict[str, Any]]:
     """Loss and metric over the training, of each protocol, the mean over seeds with its deviation."""
     for group in suite.groups:
-        kinds: dict[str, list[tuple[Row, list[Record]]]] = {}
+        kinds: dict[str, list[tuple[ReportRow, list[Record]]]] = {}
         for row in group.rows:
             found = row.of('curve')
-            for key in [identity(found[0]['protocol'])] if found else ():
-                kinds.setdefault(key, []).append((row, [r for r in found if identity(r['protocol']) == key]))
+            for key in [protocol_key(found[0]['protocol'])] if found else ():
+                kinds.setdefault(key, []).append((row, [r for r in found if protocol_key(r['protocol']) == key]))
         for rows in kinds.values():
             for what in ('loss', 'metric'):
                 lines = [
@@ -186,12 +186,12 @@ def _over_seeds(seeds: Sequence[Mapping[float, float]]) -> list[tuple[float, flo
     found = []
     for start in range(0, len(common), size):
         part = common[start : start + size]
-        spread = records.spread([records.spread([seed[x] for x in part]).mean for seed in seeds])
-        found.append((records.spread(part).mean, spread.mean, spread.deviation))
+        spread = records.spread_of([records.spread_of([seed[x] for x in part]).mean for seed in seeds])
+        found.append((records.spread_of(part).mean, spread.mean, spread.deviation))
     return found
 
 
-def _heat_maps(suite: Suite, album: Album) -> Iterator[tuple[Row, Record, str, examples.Shown]]:
+def _heat_maps(suite: SuiteReport, album: Album) -> Iterator[tuple[ReportRow, Record, str, pictures.Picture]]:
     """The receptive field of every row, of its first seed."""
     for row in suite.rows:
         for record in row.of('erf')[:1]:
@@ -201,16 +201,18 @@ def _heat_maps(suite: Suite, album: Album) -> Iterator[tuple[Row, Record, str, e
                 if (side := number(record['values'], 'areas_of_scores', at, 'side')) is not None
             ]
             words = ', '.join(sides) + ('' if record['values'].get('trained', True) else '; random weights')
-            shown = examples.heat_map(record, words, album)
+            shown = pictures.heat_map(record, words, album)
             if shown:
                 yield row, record, words, shown
 
 
 # -- origins ----------------------------------------------------------------------------------------------------------
-def _distinct(row: Row, name: str) -> list[Mapping[str, Any]]:
+def _distinct(row: ReportRow, name: str) -> list[Mapping[str, Any]]:
     """The different values of a field of a row's records, without empty entries."""
     return list(
-        {identity(r[name]): {k: v for k, v in r[name].items() if v or name != 'config'} for r in row.records}.values()
+        {
+            protocol_key(r[name]): {k: v for k, v in r[name].items() if v or name != 'config'} for r in row.records
+        }.values()
     )
 
 
@@ -232,7 +234,7 @@ def _commit(record: Record) -> str:
     git = record['git']
     if not git:
         return 'not in a git checkout'
-    return in_words(git.get('commit'))[:12] + (', with changes' if git.get('dirty') else '')
+    return format_value(git.get('commit'))[:12] + (', with changes' if git.get('dirty') else '')
 
 
 def _values(record: Record) -> dict[str, Any]:
@@ -244,7 +246,7 @@ def _values(record: Record) -> dict[str, Any]:
     return found | ({'protocol': record['protocol']} if found and record['measurement'] in ('curve', 'train') else {})
 
 
-def _origin(row: Row) -> str:
+def _origin(row: ReportRow) -> str:
     """Config, checkpoints, code and dates of a row, in a line."""
     last = row.records[-1]
     hashes = dict.fromkeys(str((r['checkpoint'] or {}).get('sha256') or '')[:12] for r in row.records)

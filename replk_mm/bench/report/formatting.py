@@ -20,12 +20,12 @@ def clean(text: object, longest: int = LONGEST) -> str:
     return _UNFIT.sub('\ufffd', found if len(found) <= longest else f'{found[:longest]}…')
 
 
-def plain(text: object) -> str:
+def markdown_text(text: object) -> str:
     """A text that Markdown shows as it is, in one line."""
     return _MARKDOWN.sub(r'\\\1', ' '.join(clean(text).split()))
 
 
-def in_words(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A plain value as text."""
     if value is None or value == [] or value == {}:
         return 'none'
@@ -36,7 +36,7 @@ def in_words(value: Any) -> str:
     if isinstance(value, Sequence) and all(isinstance(part, (int, float)) for part in value):
         return ' x '.join(map(str, value))
     if isinstance(value, list) and all(isinstance(part, (str, list)) for part in value):
-        return '; '.join(map(in_words, value))
+        return '; '.join(map(format_value, value))
     return json.dumps(value, default=str, ensure_ascii=False) if isinstance(value, (Mapping, Sequence)) else str(value)
 
 
