@@ -38,7 +38,8 @@ from rich.progress import track
 from torch import Tensor
 
 from replk_mm.analysis.plain import randomize
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import fetch_checkpoint
+from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.engine import results
 from replk_mm.engine.config import fit_to_machine, load_config
 from replk_mm.engine.explain import explaining
@@ -309,7 +310,7 @@ def measure_erf(
             total += scores.cpu()
             silent += not scores.any().item()
     source = checkpoint or pretrained
-    file = checkpoints.fetch(source) if source else None
+    file = fetch_checkpoint(source) if source else None
     mean, std, rgb = mean_std_rgb
     found = Erf(
         scores=total.numpy() / len(files),
@@ -404,7 +405,7 @@ def _start(
         if hasattr(backbone, 'init_weights'):
             backbone.init_weights()
     if pretrained:
-        checkpoints.load_pretrained(backbone, pretrained)
+        load_pretrained(backbone, pretrained)
         return backbone, f'{pretrained} (backbone)'
     if draw_constants:
         randomize(backbone, seed)

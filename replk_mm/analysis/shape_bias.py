@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from mmengine.config import Config
 from torch import nn
 
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import fetch_checkpoint
 from replk_mm.data.scenes.conflict import ConflictObject, ConflictScene, ConflictSet, read_conflict, read_labels
 from replk_mm.engine import results
 from replk_mm.engine.machine import prepare_work_dir
@@ -142,7 +142,7 @@ def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: st
         dict(**found.about, sha256=found.sha256, conflict=len(found.conflict), agreeing=len(found.agreeing)),
     )
     _draw(panels, bias.values(), known, model.dataset_meta['palette'], out / 'shape_bias.png')
-    path = checkpoints.fetch(checkpoint)
+    path = fetch_checkpoint(checkpoint)
     results.write(
         dict(
             values=bias.values(),

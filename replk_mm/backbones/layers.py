@@ -15,7 +15,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from replk_mm.checkpoints.io import load_pretrained
+from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.registry import MODELS
 
 

@@ -53,7 +53,7 @@ _CONVNEXT = {
 
 
 @dataclass
-class Converted:
+class ConvertedStateDict:
     """A checkpoint's weights under our names.
 
     Attributes:
@@ -83,7 +83,7 @@ class Converted:
         return f'{self.family}, {form}{aside}'
 
 
-def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
+def unwrap_state_dict(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
     """The flat state dict inside whatever a training program saved.
 
     Args:
@@ -116,11 +116,11 @@ def unwrap(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
     return weights
 
 
-def convert(weights: Mapping[str, Tensor], prefix: str | None = None) -> Converted:
+def convert_state_dict(weights: Mapping[str, Tensor], prefix: str | None = None) -> ConvertedStateDict:
     """Bring a flat state dict to our key names.
 
     Args:
-        weights: As :func:`unwrap` returns them.
+        weights: As the output of :func:`unwrap_state_dict` returns them.
         prefix: What precedes the backbone's keys. Defaults to ``backbone.`` if any key has it, else nothing.
     """
     if prefix is None or not any(key.startswith(prefix) for key in weights):
@@ -128,7 +128,7 @@ def convert(weights: Mapping[str, Tensor], prefix: str | None = None) -> Convert
     prefix = prefix if not prefix or prefix.endswith('.') else prefix + '.'
     backbone = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
     rest = {key: value for key, value in weights.items() if not key.startswith(prefix)}
-    out = Converted(backbone, rest, whole_model=bool(prefix))
+    out = ConvertedStateDict(backbone, rest, whole_model=bool(prefix))
     # With a prefix the classifier stands outside of it; a dense prediction head has other names.
     out.set_aside = [key for key in (rest if prefix else backbone) if _CLASSIFIER.match(key)]
     for key in out.set_aside:

@@ -25,7 +25,7 @@ from mmengine.logging import HistoryBuffer
 from replk_mm.errors import UserError, command_line
 
 #: Key of the record (``meta``) in the header of a safetensors file, as JSON.
-META = 'meta'
+META_KEY = 'meta'
 # How torch's messages name what a file asks for.
 _REFUSED = re.compile(r'(?:GLOBAL|Unsupported class|blocklisted module|unrecognized function) ([^\s,]+)')
 _NUMBERS = re.compile(r'b1|[iufc]\d{1,2}|[US]\d{1,6}')
@@ -91,7 +91,7 @@ _ALLOWED = [
 ]
 
 
-def load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any:
+def safe_load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any:
     """Read a file of torch or safetensors, without running anything in it unless told to trust it.
 
     Args:
@@ -127,7 +127,7 @@ def load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any:
 def _load_safetensors(path: Path, map_location: Any) -> dict:
     device = str(map_location) if isinstance(map_location, (str, torch.device)) else 'cpu'
     with safetensors.safe_open(path, 'pt', device=device) as file:
-        meta = json.loads((file.metadata() or {}).get(META, '{}'))
+        meta = json.loads((file.metadata() or {}).get(META_KEY, '{}'))
         keys = file.keys()  # no mapping
         return {'state_dict': {key: file.get_tensor(key) for key in keys}, 'meta': meta}
 

@@ -5,8 +5,8 @@ with --trust-checkpoint, for files of any network that ask for code to be run.
 """
 
 from replk_mm import cli
-from replk_mm.checkpoints import io as checkpoints
-from replk_mm.checkpoints.key_formats import convert, to_official, unwrap
+from replk_mm.checkpoints.io import read_checkpoint, require_different_files, save_checkpoint
+from replk_mm.checkpoints.key_formats import convert_state_dict, to_official, unwrap_state_dict
 from replk_mm.errors import UserError, command
 
 
@@ -27,9 +27,9 @@ def main() -> None:
         help='let the checkpoint run code, to write plain weights; only if you trust its author',
     )
     args = p.parse_args()
-    checkpoints.keep_apart(args.checkpoint, args.out)
-    loaded = checkpoints.read(args.checkpoint, trust=args.trust_checkpoint)
-    found = convert(unwrap(loaded, args.checkpoint))
+    require_different_files(args.checkpoint, args.out)
+    loaded = read_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+    found = convert_state_dict(unwrap_state_dict(loaded, args.checkpoint))
     if not found.family and not args.trust_checkpoint:
         raise UserError(
             f'{args.checkpoint}: neither RepLKNet nor ConvNeXt; its keys begin with '
@@ -43,6 +43,6 @@ def main() -> None:
     stored = stored if isinstance(stored, dict) else {}
     meta = {key: stored[key] for key in ('replk_mm', 'dataset_meta', 'iter', 'seed') if key in stored}
     meta |= {'source': args.checkpoint, 'source_format': found.format}
-    checkpoints.save({'meta': meta, 'state_dict': weights}, args.out)
+    save_checkpoint({'meta': meta, 'state_dict': weights}, args.out)
     print(f'{args.checkpoint}: {found.describe()}')
     print(f'written: {args.out}, {len(backbone)} backbone weights, {len(found.rest)} others, {args.to} key names')

@@ -17,7 +17,7 @@ from replk_mm import cli
 from replk_mm.analysis import complexity
 from replk_mm.analysis.complexity import MASK_REGIONS, PROPOSALS
 from replk_mm.analysis.speed import Call, Timing, measure
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.data.scenes.layouts import LAYOUTS
 from replk_mm.data.scenes.writer import META, write_demo_data
 from replk_mm.engine import results
@@ -263,7 +263,7 @@ def run(
             rows=[vars(r) | dict(milliseconds=vars(r.milliseconds)) for r in rows],
             size=list(size),
             seed=seed,
-            iterations=checkpoints.read(trained)['meta']['iter'],
+            iterations=read_checkpoint(trained)['meta']['iter'],
             tests=records,
         ),
         out / 'demo.json',

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import fetch_checkpoint
 from replk_mm.data.checks.classes import check_heads, compare_with_checkpoint
 from replk_mm.data.datasets import coco_style, datasets_of, placed_metrics
 from replk_mm.deploy.reparameterize import Changes
@@ -70,7 +70,7 @@ def evaluate(
         UserError: If data or checkpoint do not fit.
     """
     device = select_device(options.device)
-    checkpoints.fetch(checkpoint)
+    fetch_checkpoint(checkpoint)
     cfg.launcher = options.launcher
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     scope = cfg.get('default_scope', 'mmengine')

@@ -7,9 +7,9 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from replk_mm.checkpoints import io as checkpoints
-from replk_mm.checkpoints.io import TRAINING_ONLY, LoadReport, copy_weights, guess_cause, read, reparameterization_of
-from replk_mm.checkpoints.key_formats import convert, unwrap
+from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint, require_different_files, save_checkpoint
+from replk_mm.checkpoints.key_formats import convert_state_dict, unwrap_state_dict
+from replk_mm.checkpoints.loading import TRAINING_ONLY, LoadReport, copy_weights, get_reparameterization, guess_cause
 from replk_mm.data.checks.classes import advice_of, trained_on
 from replk_mm.data.classes import classes_of, listed, set_classes
 from replk_mm.data.datasets import datasets_of
@@ -31,7 +31,7 @@ def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
     Returns:
         What was changed, a line each.
     """
-    names = trained_on(read(checkpoint).get('meta') or {})
+    names = trained_on(read_checkpoint(checkpoint).get('meta') or {})
     scope = cfg.get('default_scope', 'mmengine')
     if not names or all(list(classes_of(dataset, scope) or ()) == names for dataset in datasets_of(cfg, ('test',))):
         return []
@@ -53,12 +53,12 @@ def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, di
     Raises:
         UserError: If the file cannot be read, or leaves a weight that inference uses unset.
     """
-    loaded = read(checkpoint)
-    found = convert(unwrap(loaded, str(checkpoint)))
+    loaded = read_checkpoint(checkpoint)
+    found = convert_state_dict(unwrap_state_dict(loaded, str(checkpoint)))
     whole = hasattr(model, 'backbone')
     weights = {f'backbone.{key}': value for key, value in found.backbone.items()} if whole else found.backbone
     weights = {**weights, **found.rest}
-    how = reparameterization_of(loaded, weights)
+    how = get_reparameterization(loaded, weights)
     if how:
         reparameterize(model, **how, inplace=True)
     report = copy_weights(model, weights, parts=whole)
@@ -161,7 +161,7 @@ def reparameterize_checkpoint(
         UserError: If the checkpoint does not fit, the outputs differ beyond the tolerance, or ``out`` cannot be
             written.
     """
-    checkpoints.keep_apart(checkpoint, out)
+    require_different_files(checkpoint, out)
     built = build_for_inference(cfg, checkpoint, packed=False)
     model, meta = built.model, built.meta
     merged, changes = reparameterize(model)
@@ -171,15 +171,15 @@ def reparameterize_checkpoint(
             f'{checkpoint}: the merged network computes something else, nothing was written\n'
             + '\n'.join(map(str, differences))
         )
-    former = checkpoints.reparameterization_of({'meta': meta}, merged.state_dict()) or {}
+    former = get_reparameterization({'meta': meta}, merged.state_dict()) or {}
     record = dict(
         merge=bool(changes.merged) or former.get('merge', True),
         fold=True,
         source=str(checkpoint),
-        source_sha256=sha256(checkpoints.fetch(checkpoint)),
+        source_sha256=sha256(fetch_checkpoint(checkpoint)),
         differences=[dict(dtype=str(d.dtype), absolute=d.absolute, relative=d.relative) for d in differences],
     )
     plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float, bool, dict, list, tuple))}
     meta = {**plain, 'replk_mm': {'reparameterized': record}}
-    checkpoints.save({'meta': meta, 'state_dict': merged.state_dict()}, out)
+    save_checkpoint({'meta': meta, 'state_dict': merged.state_dict()}, out)
     return changes, differences

@@ -17,7 +17,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from mmengine.runner.amp import autocast
 
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.data.sampler import Draw
 from replk_mm.engine.machine import is_out_of_memory
 from replk_mm.engine.nonfinite import forward_backward, forward_context
@@ -130,7 +130,7 @@ def _checkpoint(runner: Runner) -> int:
     path = Path(runner.work_dir, 'preflight.pth')
     try:
         runner.save_checkpoint(runner.work_dir, path.name, meta=dict(epoch=loop.epoch, iter=loop.iter))
-        checkpoints.read(path)
+        read_checkpoint(path)
         return path.stat().st_size
     finally:
         path.unlink(missing_ok=True)

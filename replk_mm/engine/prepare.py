@@ -6,7 +6,7 @@ from pathlib import Path
 import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import DownloadError, fetch_checkpoint, read_checkpoint
 from replk_mm.data.checks.audit import check_data
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import is_head
@@ -120,8 +120,8 @@ def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
     source = str(cfg.get('load_from') or '')
     if source and ('://' not in source or source.startswith('http')):
         # Read once here for its errors. Other kinds of address are left to mmengine.
-        checkpoints.read(source)
-        cfg.load_from = str(checkpoints.fetch(source))
+        read_checkpoint(source)
+        cfg.load_from = str(fetch_checkpoint(source))
     if options.pretrained == 'none':
         backbone.pop('init_cfg', None)
         return ['weights: random (--pretrained none)']
@@ -131,8 +131,8 @@ def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
     if initial is None or not (options.pretrained or str(backbone.get('type')).startswith('replk_mm.')):
         return []  # another package's backbone loads with mmengine, which knows more kinds of address
     try:
-        checkpoints.fetch(initial['checkpoint'])
-    except checkpoints.DownloadError as error:
+        fetch_checkpoint(initial['checkpoint'])
+    except DownloadError as error:
         # A shortened run is not the published recipe anyway; a full one must not start from the wrong weights.
         if options.max_iters is None:
             raise UserError(

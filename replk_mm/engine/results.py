@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 
 from replk_mm import __version__
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import fetch_checkpoint
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.evaluate import Evaluation
 from replk_mm.errors import UserError
@@ -63,7 +63,7 @@ def _cpu_name() -> str:
 
 def record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
     """A test's figures with everything that they depend on; finite numbers and None only."""
-    path = checkpoints.fetch(checkpoint)
+    path = fetch_checkpoint(checkpoint)
     roots = dict.fromkeys(str(dataset.get('data_root')) for dataset in datasets_of(cfg, ('test',)))
     merged = result.meta.get('replk_mm', {}).get('reparameterized')
     return finite(

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch.nn as nn
 from mmengine.config import Config
 
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import read_checkpoint
+from replk_mm.checkpoints.key_formats import unwrap_state_dict
+from replk_mm.checkpoints.loading import get_reparameterization
 from replk_mm.data.checks.classes import compare_with_checkpoint
 from replk_mm.engine.machine import Options
 from replk_mm.errors import UserError, first_line
@@ -93,9 +95,9 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
             return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
         wanted = newest
     last = str(wanted)
-    loaded = checkpoints.read(last)
+    loaded = read_checkpoint(last)
     if 'optimizer' not in loaded:
-        merged = checkpoints.reparameterization_of(loaded, ())
+        merged = get_reparameterization(loaded, ())
         raise UserError(
             f'{last}: cannot be resumed: it has no optimizer state'
             + (' (reparameterized checkpoints are for inference)' if merged else '')
@@ -109,7 +111,7 @@ def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
         )
     compare_with_checkpoint(cfg, meta, last, ('train',))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    stored = {key: value.shape for key, value in checkpoints.unwrap(loaded, last).items()}
+    stored = {key: value.shape for key, value in unwrap_state_dict(loaded, last).items()}
     differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
     if differing:
         raise UserError(

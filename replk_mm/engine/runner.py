@@ -19,8 +19,7 @@ from mmengine.runner import Runner as MMEngineRunner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
-from replk_mm.checkpoints import io as checkpoints
-from replk_mm.checkpoints.plain_data import log_buffer, plain
+from replk_mm.checkpoints.io import read_checkpoint, restore_log_buffer, to_plain_data
 from replk_mm.data.datasets import crop_of
 from replk_mm.data.transforms import check_loading
 from replk_mm.engine.explain import explaining
@@ -106,7 +105,7 @@ class Runner(MMEngineRunner):
         """
         if '://' in filename and not filename.startswith('http'):
             return super().load_checkpoint(filename, map_location, strict, list(revise_keys))
-        checkpoint = checkpoints.read(filename)
+        checkpoint = read_checkpoint(filename)
         checkpoint.get('meta', {}).pop('config', None)
         if self._resume:
             self._restore_hub(checkpoint)
@@ -119,7 +118,7 @@ class Runner(MMEngineRunner):
     def _restore_hub(self, checkpoint: dict) -> None:
         """Turn the plain data of a checkpoint's message hub into what mmengine's hooks expect."""
         hub = checkpoint['message_hub']
-        hub['log_scalars'] = {key: log_buffer(stored) for key, stored in hub['log_scalars'].items()}
+        hub['log_scalars'] = {key: restore_log_buffer(stored) for key, stored in hub['log_scalars'].items()}
         # The best checkpoint of another run is that run's: a better one here does not replace it.
         folder = Path(self.work_dir).absolute()
         others = [
@@ -136,7 +135,7 @@ class Runner(MMEngineRunner):
         super().call_hook(fn_name, **kwargs)
         if fn_name == 'before_save_checkpoint':
             checkpoint = kwargs['checkpoint']
-            content = plain(checkpoint)
+            content = to_plain_data(checkpoint)
             checkpoint.clear()
             checkpoint.update(content)
 

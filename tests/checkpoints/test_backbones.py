@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from replk_mm.backbones import ConvNeXt, RepLKNet
-from replk_mm.checkpoints.io import load_pretrained
+from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.errors import UserError
 
 NESTS = {

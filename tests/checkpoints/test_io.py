@@ -17,8 +17,8 @@ from safetensors.torch import load_file, safe_open
 from tiny import tiny, tool_environment, trained  # noqa: F401
 from tool_cases import merged  # noqa: F401
 
-from replk_mm.checkpoints.io import load_pretrained, read, reparameterization_of, save
-from replk_mm.checkpoints.plain_data import log_buffer, plain
+from replk_mm.checkpoints.io import read_checkpoint, restore_log_buffer, save_checkpoint, to_plain_data
+from replk_mm.checkpoints.loading import get_reparameterization, load_pretrained
 from replk_mm.engine.inference import reparameterize_checkpoint
 from replk_mm.errors import UserError
 
@@ -33,8 +33,8 @@ def names(folder) -> list[str]:
 def test_save_round_trip(suffix, tmp_path):
     path = tmp_path / 'deep' / 'er' / f'a.{suffix}'
     meta = {'iter': 3, 'dataset_meta': {'classes': ['a', 'b']}}
-    save({'state_dict': {'w': torch.arange(3.0), 'shared': torch.ones(4)[::2]}, 'meta': meta}, path)
-    loaded = read(path)
+    save_checkpoint({'state_dict': {'w': torch.arange(3.0), 'shared': torch.ones(4)[::2]}, 'meta': meta}, path)
+    loaded = read_checkpoint(path)
     assert loaded['state_dict']['w'].tolist() == [0, 1, 2] and loaded['state_dict']['shared'].tolist() == [1, 1]
     assert loaded['meta'] == meta and names(path.parent) == [path.name]
 
@@ -42,7 +42,7 @@ def test_save_round_trip(suffix, tmp_path):
 @pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), KeyboardInterrupt()], ids=repr)
 def test_failed_save_leaves_the_old_file(error, tmp_path, monkeypatch):
     path = tmp_path / 'a.pth'
-    save({'state_dict': {'w': torch.ones(1)}}, path)
+    save_checkpoint({'state_dict': {'w': torch.ones(1)}}, path)
 
     def fails(self, content):
         self.open('wb').write(content[:100])
@@ -51,10 +51,10 @@ def test_failed_save_leaves_the_old_file(error, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, 'write_bytes', fails)
         with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt) as caught:
-            save({'state_dict': {'w': torch.zeros(1)}}, path)
+            save_checkpoint({'state_dict': {'w': torch.zeros(1)}}, path)
     if isinstance(error, OSError):
         assert first_line(caught).startswith(f'{path}: cannot be written') and str(error) in first_line(caught)
-    assert read(path)['state_dict']['w'].item() == 1 and names(tmp_path) == ['a.pth']
+    assert read_checkpoint(path)['state_dict']['w'].item() == 1 and names(tmp_path) == ['a.pth']
 
 
 def test_unwritable_places(tmp_path):
@@ -62,7 +62,7 @@ def test_unwritable_places(tmp_path):
     (tmp_path / 'folder').mkdir()
     for path in (tmp_path / 'file' / 'a.pth', tmp_path / 'folder'):
         with pytest.raises(UserError) as caught:
-            save({'w': torch.ones(1)}, path)
+            save_checkpoint({'w': torch.ones(1)}, path)
         assert first_line(caught).startswith(f'{path}: cannot be written')
     assert names(tmp_path) == ['file', 'folder']
 
@@ -92,9 +92,9 @@ def test_everything_in_a_checkpoint_becomes_plain(tmp_path):
         nested={'fine': 1, 'functions': [print]},
         log=HistoryBuffer([1.0, 2.0], [1, 1]),
     )
-    torch.save(plain(content), tmp_path / 'a.pth')
+    torch.save(to_plain_data(content), tmp_path / 'a.pth')
     loaded = torch.load(tmp_path / 'a.pth', weights_only=True)
-    buffer = log_buffer(loaded.pop('log'))
+    buffer = restore_log_buffer(loaded.pop('log'))
     assert type(buffer) is HistoryBuffer and buffer.data[0].tolist() == [1, 2] and buffer.max_length == 1_000_000
     assert loaded.pop('state_dict')._metadata == weights._metadata
     assert loaded == dict(
@@ -129,6 +129,7 @@ print(*content)
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_training_load_anywhere(tiny, tmp_path):
     """With log, optimizer, schedules, averaged weights, a best score: strictly, and in a program without us."""
     last = tiny.train(
@@ -172,15 +173,16 @@ def test_weights_of_others_in_safetensors(tmp_path):
         assert_same(model, weights)
 
 
+@pytest.mark.slow
 def test_merged_weights_as_safetensors_are_known_as_merged(merged, trained, tiny, tmp_path):
     out = tmp_path / 'merged.safetensors'
     reparameterize_checkpoint(tiny.cfg(), str(trained), out)
     with safe_open(out, 'pt') as file:
         record = json.loads(file.metadata()['meta'])['replk_mm']['reparameterized']
     assert record['merge'] and record['fold']
-    expected = read(merged)
-    loaded = read(out)
-    assert reparameterization_of(loaded, ()) == {'merge': True, 'fold': True}
+    expected = read_checkpoint(merged)
+    loaded = read_checkpoint(out)
+    assert get_reparameterization(loaded, ()) == {'merge': True, 'fold': True}
     assert loaded['meta']['dataset_meta']['classes'] == list(expected['meta']['dataset_meta']['classes'])
     weights = load_file(out)
     assert weights.keys() == expected['state_dict'].keys()
@@ -188,5 +190,5 @@ def test_merged_weights_as_safetensors_are_known_as_merged(merged, trained, tiny
 
 
 def test_safetensors_hold_weights_only(tmp_path):
-    with pytest.raises(UserError, match='holds weights only, no optimizer'):
-        save({'state_dict': {}, 'optimizer': {}}, tmp_path / 'a.safetensors')
+    with pytest.raises(UserError, match='optimizer'):
+        save_checkpoint({'state_dict': {}, 'optimizer': {}}, tmp_path / 'a.safetensors')

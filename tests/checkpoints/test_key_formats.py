@@ -9,8 +9,8 @@ from norms import randomize_norms
 from torch import nn
 
 from replk_mm.backbones import ConvNeXt, RepLKNet
-from replk_mm.checkpoints.io import load_pretrained
-from replk_mm.checkpoints.key_formats import convert, to_official, unwrap
+from replk_mm.checkpoints.key_formats import convert_state_dict, to_official, unwrap_state_dict
+from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.deploy.reparameterize import reparameterize
 
 #: Names and shapes in published files.
@@ -109,7 +109,7 @@ def test_published_formats_load_whole(name, tmp_path):
 
 
 def test_classifier_is_reported():
-    found = convert(listed('convnext_tiny_timm'))
+    found = convert_state_dict(listed('convnext_tiny_timm'))
     assert found.set_aside == ['head.fc.weight', 'head.fc.bias']
     assert found.describe() == 'ConvNeXt, timm key names, 2 classifier keys set aside'
     imagenet = {
@@ -118,7 +118,7 @@ def test_classifier_is_reported():
         'head.weight': torch.ones(1),
         'head.bias': torch.ones(1),
     }
-    found = convert(imagenet)
+    found = convert_state_dict(imagenet)
     assert sorted(found.set_aside) == ['head.bias', 'head.weight', 'norm.weight'] and found.format == 'official'
 
 
@@ -133,17 +133,17 @@ def test_classifier_is_reported():
     ],
 )
 def test_formats_are_told_apart(name, family, form, merged):
-    found = convert(listed(name))
+    found = convert_state_dict(listed(name))
     assert (found.family, found.format, found.merged, found.whole_model) == (family, form, merged, form == 'mmpretrain')
 
 
 @pytest.mark.parametrize('family', ['replknet31b', 'convnext_tiny'])
 def test_to_official_round_trip(family):
     theirs = listed(f'{family}_official')
-    ours = convert(theirs).backbone
+    ours = convert_state_dict(theirs).backbone
     back = to_official(ours)
     assert list(back) == list(theirs) and all(back[key] is theirs[key] for key in theirs)
-    again = convert(back).backbone
+    again = convert_state_dict(back).backbone
     assert list(again) == list(ours) and all(again[key] is ours[key] for key in ours)
 
 
@@ -192,4 +192,4 @@ def test_merged_file_into_either_form(kwargs, tmp_path):
 
 
 def test_unwrap_of_a_wrapper_only():
-    assert list(unwrap({'module.model.a': torch.ones(1), 'module.model.b': torch.ones(1)})) == ['a', 'b']
+    assert list(unwrap_state_dict({'module.model.a': torch.ones(1), 'module.model.b': torch.ones(1)})) == ['a', 'b']

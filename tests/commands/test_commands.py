@@ -131,7 +131,7 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(tiny, trained, tmp_pat
 def test_converting_onto_the_input_is_refused(trained, monkeypatch, capsys):
     before = trained.stat().st_mtime_ns
     assert tool_main('convert_checkpoint', trained, trained, monkeypatch=monkeypatch) == 2
-    assert 'is the input itself' in capsys.readouterr().err and trained.stat().st_mtime_ns == before
+    assert 'same file' in capsys.readouterr().err and trained.stat().st_mtime_ns == before
 
 
 def test_converting_to_the_authors_names_and_back(trained, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from rank_cases import free_port
 from tiny import ROOT, make_data, tiny, tool_environment  # noqa: F401
 from tiny_detector import detector, trained_detector, write_coco  # noqa: F401
 
-from replk_mm.checkpoints.io import read
+from replk_mm.checkpoints.io import read_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +136,7 @@ def test_losses_and_weights_are_those_of_one_process(trainings, processes):
     assert len(losses) == ITERATIONS and max(losses) > 1.01 * min(losses)
     assert losses == pytest.approx(expected, rel=1e-9)
     assert [r['mIoU'] for r in ours if 'mIoU' in r] == pytest.approx([r['mIoU'] for r in one if 'mIoU' in r], abs=1e-6)
-    weights, expected = (read(trainings[p] / f'iter_{ITERATIONS}.pth')['state_dict'] for p in (processes, 1))
+    weights, expected = (read_checkpoint(trainings[p] / f'iter_{ITERATIONS}.pth')['state_dict'] for p in (processes, 1))
     assert list(weights) == list(expected)
     for name, value in weights.items():
         right = expected[name].double()

@@ -10,8 +10,8 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from norms import randomize_norms
 
-from replk_mm.checkpoints import io as checkpoints
-from replk_mm.checkpoints.key_formats import convert
+from replk_mm.checkpoints.key_formats import convert_state_dict
+from replk_mm.checkpoints.loading import LoadReport, guess_cause
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine.inference import load_model
 from replk_mm.errors import UserError
@@ -92,7 +92,7 @@ def test_other_number_of_classes(trained):
 def test_backbone_only(tmp_path):
     path = write(tmp_path / 'a.pth', {'model': tiny_backbone().state_dict()})
     message = misfit(segmentor(), path)
-    assert 'a backbone only' in message and 'missing: ' in message and 'decode_head 0/' in message.splitlines()[0]
+    assert 'only a backbone' in message and 'missing: ' in message and 'decode_head 0/' in message.splitlines()[0]
 
 
 def test_other_family(trained):
@@ -127,14 +127,16 @@ def test_training_form_into_a_merged_network(trained):
 
 
 def test_other_number_of_classes_of_a_detector():
-    found = convert({'backbone.stages.0.blocks.0.large_kernel.x': torch.ones(1), 'roi_head.x': torch.ones(1)})
+    found = convert_state_dict(
+        {'backbone.stages.0.blocks.0.large_kernel.x': torch.ones(1), 'roi_head.x': torch.ones(1)}
+    )
     heads = [
         ('roi_head.bbox_head.fc_cls.weight', (81, 9), (4, 9)),
         ('roi_head.bbox_head.fc_reg.weight', (320, 9), (12, 9)),
         ('roi_head.mask_head.conv_logits.weight', (80, 9, 1, 1), (3, 9, 1, 1)),
     ]
-    report = checkpoints.LoadReport(total={'backbone': 1}, matched={'backbone': 1}, mismatched=heads)
-    assert 'number of classes: roi_head.bbox_head.fc_cls.weight has 81' in checkpoints.guess_cause(report, found, True)
+    report = LoadReport(total={'backbone': 1}, matched={'backbone': 1}, mismatched=heads)
+    assert 'number of classes: roi_head.bbox_head.fc_cls.weight has 81' in guess_cause(report, found, True)
 
 
 @pytest.mark.parametrize('merge, fold', [(True, False), (False, True), (True, True)])

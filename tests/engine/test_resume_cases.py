@@ -15,8 +15,7 @@ from resume_cases import EPOCHS, config_with_signals, differences, run
 from tiny import ROOT, tiny, tool_environment  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 
-from replk_mm.checkpoints import io as checkpoints
-from replk_mm.checkpoints.plain_data import log_buffer
+from replk_mm.checkpoints.io import read_checkpoint, restore_log_buffer
 from replk_mm.engine import loops, prepare, stopping
 from replk_mm.engine.config import load_config
 from replk_mm.engine.prepare import prepare_training
@@ -136,17 +135,15 @@ def test_checkpoints_of_the_first_version_resume(tiny, tmp_path):
     """They held mmengine's log buffers and whatever numpy types hooks had left."""
     last = tiny.train(tmp_path / 'w', 2, seed=3)
     straight = tiny.train(tmp_path / 'w', 4, resume='auto')
-    content = checkpoints.read(last)
+    content = read_checkpoint(last)
     hub = content['message_hub']
-    hub['log_scalars'] = OrderedDict((key, log_buffer(value)) for key, value in hub['log_scalars'].items())
+    hub['log_scalars'] = OrderedDict((key, restore_log_buffer(value)) for key, value in hub['log_scalars'].items())
     hub['runtime_info']['best_score'] = np.float64(0.5)
     hub['resumed_keys']['best_score'] = True
     torch.save(content, tmp_path / 'old.pth')
     resumed = tiny.train(tmp_path / 'x', 4, resume=str(tmp_path / 'old.pth'))
     assert differences(straight, resumed) == []
-    logs = [
-        checkpoints.read(path)['message_hub']['log_scalars']['train/loss']['values'] for path in (straight, resumed)
-    ]
+    logs = [read_checkpoint(path)['message_hub']['log_scalars']['train/loss']['values'] for path in (straight, resumed)]
     assert len(logs[0]) == 4 and torch.equal(*logs)
 
 

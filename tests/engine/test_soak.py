@@ -10,7 +10,7 @@ import pytest
 from resume_cases import differences
 from tiny import ROOT, tiny, tool_environment  # noqa: F401
 
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.errors import STOPPED_STATUS
 
 INTERRUPTIONS = 6
@@ -46,7 +46,7 @@ def train(tiny, work: Path, number: signal.Signals | None = None, delay: float =
 
 def iteration(work: Path) -> int:
     """How far the newest checkpoint is; all of them must be whole."""
-    return max((checkpoints.read(path)['meta']['iter'] for path in work.glob('iter_*.pth')), default=0)
+    return max((read_checkpoint(path)['meta']['iter'] for path in work.glob('iter_*.pth')), default=0)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from tiny import tiny, trained  # noqa: F401
 from tool_cases import merged  # noqa: F401
 
 from replk_mm.backbones import RepLKNet
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.machine import select_device
 from replk_mm.errors import UserError
@@ -79,8 +79,8 @@ def test_downloaded_weights_to_start_from_run_no_code(tiny, trained, tmp_path, m
 
 def test_folded_weights_cannot_start_a_training(merged, tiny):
     backbone = RepLKNet(tiny.cfg().model.backbone.arch)
-    with pytest.raises(UserError, match='BatchNorm is folded'):
-        checkpoints.load_pretrained(backbone, merged)
+    with pytest.raises(UserError, match='folded BatchNorm'):
+        load_pretrained(backbone, merged)
 
 
 @pytest.mark.parametrize('key', ['train_dataloader', 'train_cfg', 'optim_wrapper'])

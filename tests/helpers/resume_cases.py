@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tiny import ROOT, Tiny, tool_environment
 
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.engine.config import load_config
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.train import train
@@ -85,7 +85,7 @@ def torchrun(config: Path, *args, signal: str | None = None, timeout: float = 30
 
 def differences(one: Path, other: Path) -> list[str]:
     """Where two checkpoints differ in a single bit: of weights, statistics, optimizer, schedules, averaged weights."""
-    first, second = checkpoints.read(one), checkpoints.read(other)
+    first, second = read_checkpoint(one), read_checkpoint(other)
     keys = ('state_dict', 'optimizer', 'param_schedulers', 'ema_state_dict')
     assert [key in first for key in keys] == [key in second for key in keys]
     found: list[str] = []

@@ -29,7 +29,7 @@ from replk_mm.bench import records
 from replk_mm.bench.records import read_json, write_json
 from replk_mm.bench.schema import Task, fingerprint
 from replk_mm.bench.suites.worker import Measure, MeasurementResult
-from replk_mm.checkpoints import io as checkpoints
+from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint
 from replk_mm.data.classes import classes_of
 from replk_mm.data.datasets import as_list, coco_style, crop_of, dataset_class, dataset_option, datasets_of
 from replk_mm.deploy.reparameterize import reparameterize
@@ -255,8 +255,8 @@ def describe_weights(task: Task) -> dict[str, Any] | None:
     path = find_weights(task)
     if path is None:
         return None
-    file = checkpoints.fetch(path)
-    meta = checkpoints.read(file).get('meta') or {}
+    file = fetch_checkpoint(path)
+    meta = read_checkpoint(file).get('meta') or {}
     return dict(path=path, sha256=sha256(file), iteration=meta.get('iter'), trained=task.row.trains)
 
 

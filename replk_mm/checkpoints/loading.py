@@ -1,0 +1,207 @@
+"""Load weights of any known format into a model, and report which ones matched."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmengine.logging import print_log
+from torch import Tensor
+
+from replk_mm.checkpoints.io import read_checkpoint
+from replk_mm.checkpoints.key_formats import ConvertedStateDict, convert_state_dict, unwrap_state_dict
+from replk_mm.errors import UserError
+
+#: Top-level modules that only training uses.
+TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
+# Norms of the output features, which classification checkpoints lack. They start as the identity.
+_OUTPUT_NORM = re.compile(r'(?:norm(\d)|stages\.(\d+)\.norm)\.')
+# Last layers of mmseg's and mmdet's heads, with one output for each class.
+_CLASS_LAYER = re.compile(r'\.(conv_seg|fc_cls|retina_cls|conv_cls|conv_logits|atss_cls|gfl_cls)\.(weight|bias)$')
+_MAX_SHOWN = 8
+
+
+@dataclass
+class LoadReport:
+    """How the weights of a checkpoint fit a model.
+
+    Attributes:
+        total: Number of weights in each top-level part of the model.
+        matched: Number of weights in each part that the checkpoint set.
+        missing: Keys of the model that the checkpoint lacks.
+        unexpected: Keys of the checkpoint that the model lacks.
+        mismatched: Key, the model's shape and the checkpoint's shape.
+    """
+
+    total: dict[str, int] = field(default_factory=dict)
+    matched: dict[str, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """Counts of each part, such as ``'backbone 1164/1164, decode_head 46/46'``."""
+        return ', '.join(f'{part} {self.matched.get(part, 0)}/{total}' for part, total in self.total.items())
+
+    def details(self) -> str:
+        """The first keys that did not match, by kind."""
+        shapes = [f'{key}: model {ours}, checkpoint {theirs}' for key, ours, theirs in self.mismatched]
+        lines = []
+        for title, items in (('missing', self.missing), ('unexpected', self.unexpected), ('shape differs', shapes)):
+            if items:
+                lines += [f'  {title}: {len(items)}', *(f'    {item}' for item in items[:_MAX_SHOWN])]
+            if len(items) > _MAX_SHOWN:
+                lines.append(f'    ... and {len(items) - _MAX_SHOWN} more')
+        return '\n'.join(lines)
+
+
+def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -> LoadReport:
+    """Copy every weight with a matching name and shape. A linear layer's weight fits a 1x1 convolution.
+
+    Args:
+        model: The model to fill.
+        weights: State dict with the model's key names.
+        parts: Count each top-level module by itself; otherwise count everything as ``backbone``.
+    """
+    report = LoadReport()
+    own = model.state_dict()
+    with torch.no_grad():
+        for key, target in own.items():
+            part = key.split('.')[0] if parts else 'backbone'
+            report.total[part] = report.total.get(part, 0) + 1
+            source = weights.get(key)
+            if source is None:
+                report.missing.append(key)
+            elif source.shape != target.shape and not (
+                source.numel() == target.numel() and source.squeeze().shape == target.squeeze().shape
+            ):
+                report.mismatched.append((key, tuple(target.shape), tuple(source.shape)))
+            else:
+                target.copy_(source.reshape(target.shape))
+                report.matched[part] = report.matched.get(part, 0) + 1
+    report.unexpected = [key for key in weights if key not in own]
+    return report
+
+
+def load_pretrained(
+    backbone: Any, checkpoint: str | Path, prefix: str | None = None, strict: bool = True, map_location: str = 'cpu'
+) -> LoadReport:
+    """Load pretrained weights of any known format, as in ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
+
+    Args:
+        backbone: A backbone of this package.
+        checkpoint: Path or URL.
+        prefix: Prefix of the backbone's keys in the file. Detected by default.
+        strict: Raise unless every weight is set, except norms of the output features. Defaults to True.
+        map_location: For compatibility with mmengine's configs. Weights are always read on the CPU and copied.
+
+    Raises:
+        UserError: If the file cannot be read, or does not fit and ``strict`` is True.
+    """
+    loaded = read_checkpoint(checkpoint)
+    converted = convert_state_dict(unwrap_state_dict(loaded, str(checkpoint)), prefix)
+    weights = converted.backbone
+    if (get_reparameterization(loaded, ()) or {}).get('fold'):
+        raise UserError(
+            f'{checkpoint}: training cannot start from a network with folded BatchNorm\n'
+            f'Start from the checkpoint before reparameterization.'
+        )
+    if converted.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
+        weights = _unmerge(weights, backbone)
+        print_log(
+            f'{checkpoint}: merged weights loaded into a network with parallel kernels. Outputs are equal in '
+            f'evaluation mode; training replaces the folded statistics with batch statistics. Set norm_eval=True or '
+            f'small_kernel_merged=True to keep them.',
+            logger='current',
+            level=logging.WARNING,
+        )
+    report = copy_weights(backbone, weights, parts=False)
+    report.missing = [
+        key for key in report.missing if not key.endswith('num_batches_tracked') and not _OUTPUT_NORM.match(key)
+    ]
+    # The backbone has no norms for stages outside out_indices.
+    report.unexpected = [
+        key
+        for key in report.unexpected
+        if not (norm := _OUTPUT_NORM.match(key)) or int(norm[1] or norm[2]) in backbone.out_indices
+    ]
+    print_log(f'pretrained weights {checkpoint}: {converted.describe()}; {report.summary()}', logger='current')
+    misfits = report.missing or report.mismatched or report.unexpected
+    if misfits and (strict or not report.matched):
+        raise UserError(
+            f'{checkpoint}: does not fit {type(backbone).__name__}: {report.summary()}\n'
+            f'{report.details()}\n{guess_cause(report, converted, whole=False)}'
+        )
+    return report
+
+
+def _unmerge(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
+    """Convert merged RepLKNet weights to the training form: large kernels take the weights, small ones start at 0."""
+    own, out = backbone.state_dict(), dict(weights)
+    for merged in [key for key in weights if key.endswith('.lkb_reparam.weight')]:
+        base = merged.removesuffix('.lkb_reparam.weight')
+        large, small = f'{base}.lkb_origin', f'{base}.small_conv'
+        if f'{large}.bn.weight' not in own:
+            continue
+        weight = out.pop(merged)
+        zeros, ones = torch.zeros(len(weight)), torch.ones(len(weight))
+        norm = {'weight': zeros, 'bias': zeros, 'running_mean': zeros, 'running_var': ones}
+        out |= {f'{small}.bn.{name}': value for name, value in norm.items()}
+        out[f'{small}.conv.weight'] = own.get(f'{small}.conv.weight', zeros)
+        # Cancels the norm's division by sqrt(1 + eps).
+        norm['weight'] = ones * (1 + backbone.get_submodule(f'{large}.bn').eps) ** 0.5
+        norm['bias'] = out.pop(f'{base}.lkb_reparam.bias', zeros)
+        out |= {f'{large}.conv.weight': weight, **{f'{large}.bn.{name}': value for name, value in norm.items()}}
+    return {key: value for key, value in out.items() if '.small_conv.' not in key or key in own}
+
+
+def get_reparameterization(checkpoint: Mapping, weights: Iterable[str]) -> dict | None:
+    """Return how the network of a checkpoint was reparameterized.
+
+    Args:
+        checkpoint: The loaded file, whose ``meta`` may record it.
+        weights: Key names, which show it for the authors' merged checkpoints.
+
+    Returns:
+        ``{'merge': bool, 'fold': bool}``, or None for a network in training form.
+    """
+    record = (checkpoint.get('meta') or {}).get('replk_mm', {}).get('reparameterized')
+    if record:
+        return {'merge': record['merge'], 'fold': record['fold']}
+    return {'merge': True, 'fold': False} if any('.lkb_reparam.' in key for key in weights) else None
+
+
+def guess_cause(report: LoadReport, converted: ConvertedStateDict, whole: bool) -> str:
+    """Return the most likely reason why a checkpoint does not fit, and what to do.
+
+    Args:
+        report: From :func:`copy_weights`.
+        converted: The checkpoint's weights.
+        whole: Whether the model is a whole segmentor or detector instead of a backbone.
+    """
+    mismatched = [item for item in report.mismatched if not item[0].startswith(TRAINING_ONLY)]
+    in_backbone = [key for key, *_ in mismatched if not whole or key.startswith('backbone.')]
+    classes = next((item for item in mismatched if _CLASS_LAYER.search(item[0])), None)
+    if not report.matched.get('backbone') and not in_backbone:
+        cause = f'another architecture ({converted.describe()}). Check that config and checkpoint belong together.'
+    elif whole and not converted.rest:
+        cause = (
+            'the file contains only a backbone, for example ImageNet weights, and no trained head. Use it as init_cfg '
+            'for training, then test the checkpoint that training writes.'
+        )
+    elif classes and not in_backbone:
+        key, ours, theirs = classes
+        cause = (
+            f'number of classes: {key} has {ours[0]} outputs in the config, {theirs[0]} in the checkpoint. '
+            f"Set num_classes of every head to the checkpoint's."
+        )
+    else:
+        cause = (
+            'another size or other options of the same family. Compare arch, small_kernel_merged and '
+            "norm_intermediate_features with the checkpoint's config."
+        )
+    return f'Likely cause: {cause}'
