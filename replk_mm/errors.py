@@ -60,6 +60,12 @@ def command_line(name: str, *arguments: object) -> str:
     return shlex.join(map(str, [*start, *arguments]))
 
 
+def format_list(values: Iterable, limit: int = 8) -> str:
+    """The first ``limit`` values, separated by commas, and their number if there are more."""
+    texts = [str(value) for value in values]
+    return ', '.join(texts[:limit]) + (f', ... ({len(texts):,})' if len(texts) > limit else '')
+
+
 class Stopped(KeyboardInterrupt):
     """A signal has stopped a training whose state is saved.
 

@@ -22,7 +22,13 @@ from mmengine.config import Config
 from torch import nn
 
 from replk_mm.checkpoints.io import fetch_checkpoint
-from replk_mm.data.scenes.conflict import ConflictObject, ConflictScene, ConflictSet, read_conflict, read_labels
+from replk_mm.data.scenes.cue_conflict import (
+    CueConflictDataset,
+    CueConflictObject,
+    CueConflictScene,
+    read_cue_conflict,
+    read_label_map,
+)
 from replk_mm.engine import results
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.engine.predict import is_segmentor, label_map, load_trained, predict
@@ -47,8 +53,8 @@ _COLOURS = {'shape': '#0072B2', 'texture': '#D55E00', 'other': '#555555'}
 class Decision:
     """The class that an object was decided for."""
 
-    scene: ConflictScene
-    item: ConflictObject
+    scene: CueConflictScene
+    item: CueConflictObject
     decided: str | None  #: a class of objects; None for a tie or no pixel of such a class
 
     @property
@@ -119,7 +125,7 @@ def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: st
     Args:
         cfg: The config it was trained with, on objects that carry both cues; left unchanged.
         checkpoint: Path or address.
-        data_root: Folder with ``conflict.json``, see :mod:`replk_mm.data.scenes.conflict`.
+        data_root: Folder with ``conflict.json``, see :mod:`replk_mm.data.scenes.cue_conflict`.
         out: Folder for the two files.
         device: See :func:`replk_mm.engine.machine.select_device`.
 
@@ -127,7 +133,7 @@ def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: st
         UserError: If the data set, the checkpoint or their classes do not fit, or nothing can be written.
     """
     out = prepare_work_dir(out, option='--out')
-    found = read_conflict(Path(data_root))
+    found = read_cue_conflict(Path(data_root))
     model: Any = load_trained(copy.deepcopy(cfg), checkpoint, device)
     known = _known(model, found, cfg)
     chosen, panels, conflict = _chosen(found.conflict), [], []
@@ -166,7 +172,7 @@ def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: st
     return bias
 
 
-def _known(model: Any, found: ConflictSet, cfg: Config) -> dict[str, int]:
+def _known(model: Any, found: CueConflictDataset, cfg: Config) -> dict[str, int]:
     """The index of each class of objects in the model's predictions, by name."""
     if not is_segmentor(model):
         raise UserError(
@@ -188,7 +194,7 @@ def _known(model: Any, found: ConflictSet, cfg: Config) -> dict[str, int]:
     return {name: classes.index(name) for name in found.object_classes if name in classes}
 
 
-def _chosen(scenes: Sequence[ConflictScene]) -> set[tuple[ConflictScene, ConflictObject]]:
+def _chosen(scenes: Sequence[CueConflictScene]) -> set[tuple[CueConflictScene, CueConflictObject]]:
     """Objects for the picture: the first of each pair of classes, then the second of each, and so on."""
     pairs = [(scene, item) for scene in scenes for item in scene.objects]
     turns = Counter[tuple[str, str]]()
@@ -200,12 +206,12 @@ def _chosen(scenes: Sequence[ConflictScene]) -> set[tuple[ConflictScene, Conflic
 
 
 def _decisions(
-    model: nn.Module, found: ConflictSet, scenes: Sequence[ConflictScene], known: Mapping[str, int]
+    model: nn.Module, found: CueConflictDataset, scenes: Sequence[CueConflictScene], known: Mapping[str, int]
 ) -> Iterator[tuple[Decision, np.ndarray, np.ndarray]]:
     """The decision about each object, with the image (BGR) and the predicted class indices of its scene."""
     predictions = predict(model, [str(scene.image) for scene in scenes])
     for scene, (path, image, prediction) in zip(scenes, predictions, strict=True):
-        predicted, labels = label_map(prediction), read_labels(scene.labels)
+        predicted, labels = label_map(prediction), read_label_map(scene.labels)
         if predicted.shape != labels.shape:
             raise UserError(
                 f'{scene.labels}: {labels.shape[0]}x{labels.shape[1]} pixels, and its image {path} has '
@@ -259,7 +265,7 @@ def _draw(
     figure.savefig(path, dpi=110)
 
 
-def _cut(image: np.ndarray, item: ConflictObject) -> np.ndarray:
+def _cut(image: np.ndarray, item: CueConflictObject) -> np.ndarray:
     """A square around the object, its side :data:`_SIDE` pixels; what lies outside of the image is white."""
     left, top, right, bottom = item.box
     half = round(0.7 * max(right - left, bottom - top))

@@ -19,7 +19,7 @@ from replk_mm import __version__, cli
 from replk_mm.data.checks.audit import Audit, audit
 from replk_mm.data.checks.dataset import DataSet
 from replk_mm.data.classes import use_classes
-from replk_mm.data.problems import KINDS, SEVERITIES, SHOWN, Problem
+from replk_mm.data.findings import KINDS, SEVERITIES, SHOWN, Problem
 from replk_mm.engine.config import load_config, set_data_root
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import UserError, command, printable
@@ -43,7 +43,7 @@ def text(result: Audit) -> str:
 
 
 def _block(severity: str, kind: str, problems: list[Problem]) -> list[str]:
-    listed = [single for problem in problems for single in problem.listed()]
+    listed = [single for problem in problems for single in problem.occurrences()]
     lines = [f'{severity} {kind}: {len(listed):,}']
     for path, entry, found in listed[:SHOWN]:
         found = found if len(found) <= _WIDTH else f'{found[:_WIDTH].rpartition(" ")[0]} ...'
@@ -70,7 +70,7 @@ def record(result: Audit) -> dict[str, Any]:
     problems = []
     kinds: dict[str, dict[str, Any]] = {}
     for split, problem in result.found():
-        for path, entry, found in problem.listed():
+        for path, entry, found in problem.occurrences():
             problems.append(
                 dict(
                     kind=problem.kind,

@@ -1,9 +1,9 @@
 """Write a procedural data set to train and test on in minutes, with nothing to download.
 
 Kinds of scenes, with what tells their classes apart:
-    demo       shape and a cue far away, never colour (replk_mm/data/scenes/objects.py)
+    demo       shape and a cue far away, never colour (replk_mm/data/scenes/spec.py)
     context    a cue 36 to 64 pixels away, and nothing else (replk_mm/data/scenes/context.py)
-    conflict   shape or texture, which contradict each other in a separate test split (replk_mm/data/scenes/conflict.py)
+    conflict   shape or texture, which contradict each other in a separate test split (cue_conflict.py there)
 The same command resumes an interrupted run.
 """
 

@@ -16,9 +16,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from replk_mm.data.files import IGNORED, UNDECODABLE
-from replk_mm.data.problems import some
-from replk_mm.errors import UserError
+from replk_mm.data.files import IGNORE_INDEX, UNDECODABLE
+from replk_mm.errors import UserError, format_list
 from replk_mm.files import write_atomic
 
 #: Ids of the classes, in the order of their trainIds 0..18: road, sidewalk, building, wall, fence, pole, traffic light,
@@ -26,7 +25,7 @@ from replk_mm.files import write_atomic
 IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 NUM_IDS = 34
 RAW_SUFFIX, TRAIN_SUFFIX = '_labelIds.png', '_labelTrainIds.png'
-_TABLE = np.full(256, IGNORED, np.uint8)
+_TABLE = np.full(256, IGNORE_INDEX, np.uint8)
 _TABLE[list(IDS)] = np.arange(len(IDS), dtype=np.uint8)
 
 
@@ -91,7 +90,7 @@ def _convert(path: Path, force: bool) -> str:
         labels = _labels(path)
         strange = [i for i in np.unique(labels).tolist() if i >= NUM_IDS]
         if strange:
-            return f"{path}: ids {some(strange)} are none of Cityscapes' 0..{NUM_IDS - 1}"
+            return f"{path}: ids {format_list(strange)} are none of Cityscapes' 0..{NUM_IDS - 1}"
         wanted = to_train_ids(labels)
         if target.exists() and not force:
             same = np.array_equal(_labels(target), wanted)

@@ -15,7 +15,7 @@ _OTHERS = ('backbone', 'rpn_head', 'semantic_head')
 _BORDERS = 'STDCHead'
 
 
-def is_head(path: str, kind: object = '') -> bool:
+def is_class_head(path: str, kind: object = '') -> bool:
     """Whether a part of a model (config or module) at a path, of a type, is a head that predicts all classes."""
     return re.sub(r'\.\d+$', '', path).rpartition('.')[2] in HEADS and _BORDERS not in str(kind)
 
@@ -33,9 +33,9 @@ def _parts(node: object, path: str) -> Iterator[tuple[str, dict]]:
             yield from _parts(value, f'{path}.{i}')
 
 
-def head_counts(model: dict) -> dict[str, int]:
+def classes_per_head(model: dict) -> dict[str, int]:
     """Number of classes of every head whose config states it, by path."""
-    return {path: head['num_classes'] for path, head in _parts(model, 'model') if is_head(path)}
+    return {path: head['num_classes'] for path, head in _parts(model, 'model') if is_class_head(path)}
 
 
 def _panoptic_parts(model: dict) -> dict[str, dict]:
@@ -71,10 +71,10 @@ def set_counts(model: dict, count: int, former: set[int]) -> list[str]:
         What else had to be changed, a line each.
     """
     notes = []
-    former = former | set(head_counts(model).values())
+    former = former | set(classes_per_head(model).values())
     for path, head in _parts(model, 'model'):
         old = head['num_classes']
-        if is_head(path) or old in former:
+        if is_class_head(path) or old in former:
             if head.get('out_channels') == old:
                 head.pop('out_channels', None)
             head['num_classes'] = count

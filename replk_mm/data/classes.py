@@ -11,8 +11,8 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 from replk_mm.data import class_heads, coco
-from replk_mm.data.datasets import dataset_class, dataset_option, placed_datasets
-from replk_mm.errors import UserError
+from replk_mm.data.datasets import dataset_class, dataset_option, named_datasets
+from replk_mm.errors import UserError, format_list
 from replk_mm.visualize import spread_palette
 
 #: Files in a data root that name its classes, one a line.
@@ -72,11 +72,11 @@ def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
         names, source, counted = found_classes(cfg, splits)
     else:
         names, source, counted = parse_classes(text), '--classes', _is_of_data(cfg, text)
-    return [f'classes: {len(names)}, from {source}: {listed(names)}', *set_classes(cfg, names, counted)]
+    return [f'classes: {len(names)}, from {source}: {format_list(names)}', *set_classes(cfg, names, counted)]
 
 
 def _is_of_data(cfg: Config, text: str) -> bool:
-    roots = {Path(dataset.get('data_root') or '.').resolve() for _, dataset in placed_datasets(cfg)}
+    roots = {Path(dataset.get('data_root') or '.').resolve() for _, dataset in named_datasets(cfg)}
     return Path(text).name == CLASSES_FILE and Path(text).is_file() and Path(text).resolve().parent in roots
 
 
@@ -87,10 +87,10 @@ def found_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str,
         UserError: If no file names the classes.
     """
     tried = []
-    for _, dataset in placed_datasets(cfg, tuple(dict.fromkeys(('train', *splits)))):
+    for _, dataset in named_datasets(cfg, tuple(dict.fromkeys(('train', *splits)))):
         file, root = annotation_file(dataset), Path(dataset.get('data_root') or '.')
         if file:
-            if file.is_file() and (categories := coco.read(file)['categories']):
+            if file.is_file() and (categories := coco.read_annotations(file)['categories']):
                 return [category['name'] for category in categories], str(file), False
             tried.append(file)
             continue
@@ -125,8 +125,8 @@ def set_classes(cfg: Config, names: Sequence[str], counted: bool = False) -> lis
     """
     scope = cfg.get('default_scope', 'mmengine')
     notes: dict[str, None] = {}
-    former = {len(found) for _, dataset in placed_datasets(cfg) if (found := classes_of(dataset, scope))}
-    for _, dataset in placed_datasets(cfg):
+    former = {len(found) for _, dataset in named_datasets(cfg) if (found := classes_of(dataset, scope))}
+    for _, dataset in named_datasets(cfg):
         builder = dataset_class(dataset, scope)
         own = getattr(builder, 'METAINFO', {})
         # mmseg's ADE20K has a class 'bed ', with a space that no one gives.
@@ -174,8 +174,3 @@ def annotation_file(dataset: dict) -> Path | None:
     """The COCO-style annotation file of a data set, None if it has none."""
     name = str(dataset.get('ann_file') or '')
     return Path(dataset.get('data_root') or '.') / name if name.endswith('.json') else None
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """Names for a message, shortened with their number."""
-    return ', '.join(names[:most]) + (f', ... ({len(names)})' if len(names) > most else '')

@@ -11,7 +11,8 @@ from pycocotools import mask as rle
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from replk_mm.data.problems import BadData, Item, Problem, some
+from replk_mm.data.findings import InvalidDataError, Item, Problem
+from replk_mm.errors import format_list
 
 _Id = int | str
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -60,16 +61,16 @@ class AnnotationFile(TypedDict):
 _FILE = TypeAdapter(AnnotationFile)
 
 
-def read(path: Path) -> AnnotationFile:
-    """The content of an annotation file; of the last few files it is kept until :func:`forget`.
+def read_annotations(path: Path) -> AnnotationFile:
+    """The content of an annotation file; of the last few files it is kept until :func:`invalidate_cache`.
 
     Raises:
-        BadData: If the file is no JSON, or lacks something that readers need.
+        InvalidDataError: If the file is no JSON, or lacks something that readers need.
     """
     try:
         state = path.stat()
     except OSError as error:
-        raise BadData([Problem('annotation-file-missing', str(path), error.strerror or str(error))]) from error
+        raise InvalidDataError([Problem('annotation-file-missing', str(path), error.strerror or str(error))]) from error
     return _read(path, state.st_size, state.st_mtime_ns)
 
 
@@ -78,12 +79,12 @@ def _read(path: Path, size: int, time: int) -> AnnotationFile:
     try:
         return _FILE.validate_json(path.read_bytes())
     except OSError as error:
-        raise BadData([Problem('json-invalid', str(path), f'cannot be read: {error.strerror}')]) from error
+        raise InvalidDataError([Problem('json-invalid', str(path), f'cannot be read: {error.strerror}')]) from error
     except ValidationError as error:
-        raise BadData(_problems(path, error)) from error
+        raise InvalidDataError(_problems(path, error)) from error
 
 
-def forget() -> None:
+def invalidate_cache() -> None:
     """Free the files that were read."""
     _read.cache_clear()
 
@@ -110,7 +111,7 @@ def _problems(path: Path, error: ValidationError) -> list[Problem]:
             'coco-structure',
             str(path),
             f'{len(items):,} entries: ' * (len(items) > 1)
-            + some(f'{entry or "file"}: {item.found}' for entry, item in items.items()),
+            + format_list(f'{entry or "file"}: {item.found}' for entry, item in items.items()),
             items=tuple(items.values()),
         )
         for items in found.values()
@@ -151,7 +152,7 @@ def _decompressed(counts: str | bytes) -> np.ndarray:
     return runs
 
 
-def mask_problem(mask: object, height: int, width: int) -> str | None:
+def mask_error(mask: object, height: int, width: int) -> str | None:
     """Why pycocotools cannot decode a mask; None if it can.
 
     Args:

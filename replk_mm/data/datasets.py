@@ -12,13 +12,11 @@ from replk_mm.errors import UserError
 
 def datasets_of(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[ConfigDict]:
     """The leaf data sets of the data loaders, wrappers (repeat, concatenate) opened."""
-    for _, dataset in placed_datasets(cfg, splits):
+    for _, dataset in named_datasets(cfg, splits):
         yield dataset
 
 
-def placed_datasets(
-    cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')
-) -> Iterator[tuple[str, ConfigDict]]:
+def named_datasets(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[tuple[str, ConfigDict]]:
     """As :func:`datasets_of`, with the path of each, such as ``train_dataloader.dataset.dataset``.
 
     Raises:
@@ -44,7 +42,7 @@ def _leaves(dataset: Any, path: str) -> Iterator[tuple[str, ConfigDict]]:
         yield from _leaves(part, place)
 
 
-def placed_metrics(cfg: Config, split: str) -> dict[str, ConfigDict]:
+def named_metrics(cfg: Config, split: str) -> dict[str, ConfigDict]:
     """Configs of the metrics of a split, by their path; none of the one that is trained on.
 
     Raises:
@@ -96,7 +94,7 @@ def dataset_option(dataset: dict, builder: type, key: str, fallback):
     return fallback
 
 
-def coco_style(dataset: dict, scope: str) -> bool:
+def is_coco_style(dataset: dict, scope: str) -> bool:
     """Whether a data set reads COCO's instance annotations, and images by the file names in them."""
     kind = dataset_class(dataset, scope)
     index = getattr(kind, 'COCOAPI', None)

@@ -13,7 +13,7 @@ from PIL import Image
 from replk_mm.errors import UserError
 
 #: The label of pixels that are neither trained nor scored.
-IGNORED = 255
+IGNORE_INDEX = 255
 #: Files of a data set that are inspected before a run; the pipeline checks every file when it reads it.
 SAMPLE = 64
 #: What Pillow's decoders raise on damaged files.
@@ -40,7 +40,7 @@ def sample(items: Sequence[_T]) -> list[_T]:
     return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, min(SAMPLE, len(items)))})]
 
 
-def check_whole(path: str | Path) -> None:
+def check_image_file(path: str | Path) -> None:
     """Raise an error for an image of too many pixels, and for a cut-off JPEG, which OpenCV would fill with grey.
 
     Raises:
@@ -70,7 +70,7 @@ def read_image(path: Path) -> np.ndarray:
     if not path.is_file():
         raise UserError(f'{path}: no such image' + (' (it is a folder; name files)' if path.is_dir() else ''))
     try:
-        check_whole(path)
+        check_image_file(path)
         image = cv2.imread(str(path))
     except (*UNDECODABLE, cv2.error) as error:
         raise UserError(f'{path}: not a readable image ({error})') from error

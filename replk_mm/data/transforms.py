@@ -7,8 +7,8 @@ from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
 from mmengine.dataset import Compose
 
 from replk_mm.data.checks.images import not_a_label_map, out_of_range
-from replk_mm.data.coco import mask_problem
-from replk_mm.data.files import IGNORED, check_whole
+from replk_mm.data.coco import mask_error
+from replk_mm.data.files import IGNORE_INDEX, check_image_file
 from replk_mm.errors import UserError
 from replk_mm.registry import TRANSFORMS
 
@@ -31,7 +31,7 @@ class CheckedLoad(BaseTransform):
         path = str(results.get('seg_map_path' if loads_labels else 'img_path') or '')
         try:
             if path:
-                check_whole(path)
+                check_image_file(path)
             elif loads_labels and getattr(self.load, 'with_mask', False):
                 _check_masks(results)
             out = self.load(results)
@@ -51,7 +51,7 @@ class CheckedLoad(BaseTransform):
         if self.num_classes is None:
             return
         ids = np.unique(labels)
-        wrong = ids[(ids >= self.num_classes) & (ids != IGNORED)]
+        wrong = ids[(ids >= self.num_classes) & (ids != IGNORE_INDEX)]
         if len(wrong):
             shift = bool(results.get('reduce_zero_label'))
             problem = out_of_range(path, (wrong + shift).tolist(), self.num_classes, shift)
@@ -85,7 +85,7 @@ def _with_checks(step: Any, num_classes: int | None) -> Any:
 
 def _check_masks(results: dict) -> None:
     for instance in results.get('instances', ()):
-        problem = mask_problem(instance['mask'], *results['ori_shape'][:2]) if 'mask' in instance else None
+        problem = mask_error(instance['mask'], *results['ori_shape'][:2]) if 'mask' in instance else None
         if problem:
             raise ValueError(f'mask of box {instance.get("bbox")}: {problem}')
 

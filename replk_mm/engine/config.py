@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch.overrides import TorchFunctionMode
 
-from replk_mm.data.datasets import as_list, datasets_of, placed_metrics
+from replk_mm.data.datasets import as_list, datasets_of, named_metrics
 from replk_mm.engine.explain import explaining, walk
 from replk_mm.errors import UserError
 from replk_mm.ops.cpu.spatial import bfloat16_instructions
@@ -97,7 +97,7 @@ def set_data_root(cfg: Config, root: str) -> None:
     for dataset in datasets_of(cfg):
         dataset['data_root'] = root
     for split in ('val', 'test'):
-        for metric in placed_metrics(cfg, split).values():
+        for metric in named_metrics(cfg, split).values():
             # COCO's evaluator names its annotation file by full path.
             for old in former:
                 if str(metric.get('ann_file') or '').startswith(f'{old}/'):

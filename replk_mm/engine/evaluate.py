@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 
 from replk_mm.checkpoints.io import fetch_checkpoint
 from replk_mm.data.checks.classes import check_heads, compare_with_checkpoint
-from replk_mm.data.datasets import coco_style, datasets_of, placed_metrics
+from replk_mm.data.datasets import datasets_of, is_coco_style, named_metrics
 from replk_mm.deploy.reparameterize import Changes
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.inference import adopt_classes, load_for_inference
@@ -76,7 +76,7 @@ def evaluate(
     scope = cfg.get('default_scope', 'mmengine')
     notes = []
     # Annotations of COCO's kind name their classes; label maps do not, and the user has to.
-    if options.classes is None and all(coco_style(dataset, scope) for dataset in datasets_of(cfg, ('test',))):
+    if options.classes is None and all(is_coco_style(dataset, scope) for dataset in datasets_of(cfg, ('test',))):
         notes += adopt_classes(cfg, checkpoint)
     notes += prepare_data(cfg, options, ('test',))
     for key in (
@@ -141,7 +141,7 @@ def _export_predictions(cfg: Config, folder: Path) -> list[str]:
     ]
     notes = []
     detections = 0
-    for place, metric in placed_metrics(cfg, 'test').items():
+    for place, metric in named_metrics(cfg, 'test').items():
         scope, _, kind = str(metric.get('type')).rpartition('.')
         if kind == 'IoUMetric':
             metric['output_dir'] = str(folder)

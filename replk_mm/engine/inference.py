@@ -10,13 +10,13 @@ from mmengine.logging import print_log
 from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint, require_different_files, save_checkpoint
 from replk_mm.checkpoints.key_formats import convert_state_dict, unwrap_state_dict
 from replk_mm.checkpoints.loading import TRAINING_ONLY, LoadReport, copy_weights, get_reparameterization, guess_cause
-from replk_mm.data.checks.classes import advice_of, trained_on
-from replk_mm.data.classes import classes_of, listed, set_classes
+from replk_mm.data.checks.classes import checkpoint_classes, classes_advice
+from replk_mm.data.classes import classes_of, set_classes
 from replk_mm.data.datasets import datasets_of
 from replk_mm.deploy.equivalence import compare
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, format_list
 from replk_mm.files import sha256
 from replk_mm.ops import pack
 
@@ -31,11 +31,14 @@ def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
     Returns:
         What was changed, a line each.
     """
-    names = trained_on(read_checkpoint(checkpoint).get('meta') or {})
+    names = checkpoint_classes(read_checkpoint(checkpoint).get('meta') or {})
     scope = cfg.get('default_scope', 'mmengine')
     if not names or all(list(classes_of(dataset, scope) or ()) == names for dataset in datasets_of(cfg, ('test',))):
         return []
-    return [f'classes: the {len(names)} that {checkpoint} was trained on: {listed(names)}', *set_classes(cfg, names)]
+    return [
+        f'classes: the {len(names)} that {checkpoint} was trained on: {format_list(names)}',
+        *set_classes(cfg, names),
+    ]
 
 
 def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, dict]:
@@ -71,7 +74,7 @@ def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, di
     if report.missing or mismatched or surplus:
         raise UserError(
             f'{checkpoint}: does not fit this config: {report.summary()}\n{report.details()}\n'
-            f'{guess_cause(report, found, whole)}{advice_of(loaded.get("meta") or {})}'
+            f'{guess_cause(report, found, whole)}{classes_advice(loaded.get("meta") or {})}'
         )
     print_log(
         f'weights {checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; {report.summary()}',

@@ -12,7 +12,14 @@ from mmengine.runner import IterBasedTrainLoop as MMEngineIterLoop
 from mmengine.runner import ValLoop as MMEngineValLoop
 from torch.utils.data import DataLoader
 
-from replk_mm.data.sampler import DrawnLoader, Draws, drawn, endless, no_batch, seed_iteration, seed_sample
+from replk_mm.data.sampler import (
+    ResumableLoader,
+    empty_loader_error,
+    infinite_batches,
+    make_resumable,
+    seed_iteration,
+    seed_sample,
+)
 from replk_mm.engine import stopping
 from replk_mm.engine.wrappers import each
 from replk_mm.errors import Stopped
@@ -27,7 +34,7 @@ _EPOCH = 'current_epoch'
 class _Resumable(BaseLoop):
     """What both loops share: seeds, validations, and the end when a signal asks for it."""
 
-    dataloader: DrawnLoader
+    dataloader: ResumableLoader
     val_begin: int
     val_interval: int
     _iter: int
@@ -40,8 +47,8 @@ class _Resumable(BaseLoop):
             loader = runner.build_dataloader(
                 loader, seed=runner.seed, diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False)
             )
-        draws = drawn(loader, partial(seed_sample, runner.seed), get_rank(), get_world_size())
-        super().__init__(runner, draws, *args, **kwargs)
+        loader = make_resumable(loader, partial(seed_sample, runner.seed), get_rank(), get_world_size())
+        super().__init__(runner, loader, *args, **kwargs)
 
     def _validate_if_due(self, done: int, total: int) -> None:
         """Validate after ``done`` of ``total`` iterations or epochs, unless it was done before the run was stopped."""
@@ -89,7 +96,7 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterLoop):
         """
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
-        batches = endless(self.dataloader, self._iter)
+        batches = infinite_batches(self.dataloader, self._iter)
         self._validate_if_due(self._iter, self._max_iters)  # if the run was stopped before it was done
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
@@ -130,8 +137,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
         self.runner.message_hub.update_info(_EPOCH, [self._epoch, begun])
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        draws: Draws = self.dataloader.batch_sampler  # type: ignore[assignment]
-        done = draws.begin(begun, self._iter - begun)
+        done = self.dataloader.batch_sampler.start_epoch(begun, self._iter - begun)
         for index, batch in enumerate(self.dataloader, done):
             seed_iteration(self.runner.seed, self._iter, get_rank())
             self.run_iter(index, batch)
@@ -139,7 +145,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
             if index + 1 < len(self.dataloader):
                 self._stop_if_asked()
         if self._iter == begun:
-            raise no_batch(self.dataloader)
+            raise empty_loader_error(self.dataloader)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
         self._stop_if_asked()

@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from mmengine.runner.amp import autocast
 
 from replk_mm.checkpoints.io import read_checkpoint
-from replk_mm.data.sampler import Draw
+from replk_mm.data.sampler import PositionedIndex
 from replk_mm.engine.machine import is_out_of_memory
 from replk_mm.engine.nonfinite import forward_backward, forward_context
 from replk_mm.engine.wrappers import bare
@@ -69,7 +69,7 @@ def _naming(part: str) -> Iterator[None]:
 
 
 def _batch(loader: Any, size: int) -> Any:
-    return loader.collate_fn([loader.dataset[Draw(i % len(loader.dataset), i)] for i in range(size)])
+    return loader.collate_fn([loader.dataset[PositionedIndex(i % len(loader.dataset), i)] for i in range(size)])
 
 
 def _loss_and_backward(runner: Runner) -> str:

@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 from replk_mm.checkpoints.io import DownloadError, fetch_checkpoint, read_checkpoint
 from replk_mm.data.checks.audit import check_data
 from replk_mm.data.checks.classes import check_heads
-from replk_mm.data.class_heads import is_head
+from replk_mm.data.class_heads import is_class_head
 from replk_mm.data.classes import use_classes
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
@@ -80,7 +80,7 @@ def counts_of(model: nn.Module) -> dict[str, int]:
     return {
         f'model.{name}': module.num_classes
         for name, module in model.named_modules()
-        if is_head(name, type(module))
+        if is_class_head(name, type(module))
         and isinstance(getattr(module, 'num_classes', None), int)
         and 'rpn_head' not in name
     }

@@ -18,8 +18,14 @@ from tiny import run_tool, tiny, trained  # noqa: F401 (fixtures)
 
 from replk_mm.analysis import shape_bias
 from replk_mm.analysis.shape_bias import decide, measure
-from replk_mm.data.scenes.conflict import CONFLICT, ConflictObject, ConflictScene, ConflictSet, read_conflict
-from replk_mm.data.scenes.objects import DEMO_CLASSES, DEMO_PALETTE
+from replk_mm.data.scenes.cue_conflict import (
+    CONFLICT,
+    CueConflictDataset,
+    CueConflictObject,
+    CueConflictScene,
+    read_cue_conflict,
+)
+from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.engine.predict import load_trained
 from replk_mm.errors import UserError
@@ -124,9 +130,9 @@ def test_decision_is_the_most_frequent_class_of_objects_counted_one_by_one():
 def test_an_object_is_told_from_its_like_by_its_box():
     labels = np.zeros((6, 12), int)
     labels[1:5, 1:5] = labels[1:5, 7:11] = 4
-    item = ConflictObject('a', 'b', (6, 0, 12, 6))
-    scene = ConflictScene('scene.jpg', Path('scene.jpg'), Path('scene.png'), (item,))
-    mask = ConflictSet({'a': 4, 'b': 5}, (scene,), (), {}, '').mask(scene, item, labels)
+    item = CueConflictObject('a', 'b', (6, 0, 12, 6))
+    scene = CueConflictScene('scene.jpg', Path('scene.jpg'), Path('scene.png'), (item,))
+    mask = CueConflictDataset({'a': 4, 'b': 5}, (scene,), (), {}, '').mask(scene, item, labels)
     assert mask.sum() == 16 and mask[1:5, 7:11].all()
 
 
@@ -235,7 +241,7 @@ def test_any_listing_is_read_or_rejected(data, tmp_path_factory, key, value, con
             break
     (root / 'conflict.json').write_bytes(json.dumps(listing).encode() if content is None else content)
     with contextlib.suppress(UserError):
-        read_conflict(root)
+        read_cue_conflict(root)
 
 
 def test_networks_and_folders_that_do_not_fit(network, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from replk_mm.analysis.speed import Timing
 from replk_mm.commands import demo
-from replk_mm.data.scenes.objects import DEMO_CLASSES, DEMO_PALETTE
+from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE
 
 
 def _rows(before: float, after: float, **others: float) -> list[demo.Row]:

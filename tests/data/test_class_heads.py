@@ -11,7 +11,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
 from replk_mm.data.checks.classes import check_heads
-from replk_mm.data.class_heads import head_counts, reject_stuff
+from replk_mm.data.class_heads import classes_per_head, reject_stuff
 from replk_mm.data.classes import set_classes, use_classes
 from replk_mm.engine.prepare import counts_of
 from replk_mm.errors import UserError
@@ -36,7 +36,7 @@ def test_a_head_of_borders_keeps_its_two_classes():
     """STDC's last auxiliary head tells borders from insides, whatever the classes are."""
     cfg = config(mmseg, 'stdc/stdc1_4xb12-80k_cityscapes-512x1024.py')
     cfg.model.backbone.backbone_cfg.pop('init_cfg', None)
-    check_heads(cfg, head_counts(cfg.model), ('train',))
+    check_heads(cfg, classes_per_head(cfg.model), ('train',))
     set_classes(cfg, OWN)
     assert [head.num_classes for head in cfg.model.auxiliary_head] == [3, 3, 2]
     assert cfg.model.decode_head.num_classes == 3
@@ -45,19 +45,19 @@ def test_a_head_of_borders_keeps_its_two_classes():
     check_heads(cfg, counts_of(model), ('train',))
     cfg.model.auxiliary_head[0].num_classes = 5
     with pytest.raises(UserError, match=r'auxiliary_head.0.num_classes=5'):
-        check_heads(cfg, head_counts(cfg.model))
+        check_heads(cfg, classes_per_head(cfg.model))
 
 
 def test_panoptic_data_name_more_classes_than_the_box_heads():
     cfg = config(mmdet, 'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py')
-    check_heads(cfg, head_counts(cfg.model), ('train', 'val'))
+    check_heads(cfg, classes_per_head(cfg.model), ('train', 'val'))
     with pytest.raises(UserError, match=r'model\.\w+ predicts things and stuff'):
         use_classes(cfg, 'a,b', ('train',))
     plain = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
     reject_stuff(plain.model)
     plain.model.roi_head.bbox_head.num_classes = plain.model.roi_head.mask_head.num_classes = 5
     with pytest.raises(UserError, match='has 80 classes'):
-        check_heads(plain, head_counts(plain.model), ('train',))
+        check_heads(plain, classes_per_head(plain.model), ('train',))
 
 
 def test_a_head_without_classes_is_given_none():

@@ -14,9 +14,9 @@ from PIL import Image
 from tiny import tiny  # noqa: F401 (a fixture)
 
 from replk_mm import cli
-from replk_mm.data.class_heads import head_counts
+from replk_mm.data.class_heads import classes_per_head
 from replk_mm.data.classes import CLASSES_FILE, parse_classes, set_classes, use_classes
-from replk_mm.data.scenes.objects import DEMO_CLASSES
+from replk_mm.data.scenes.spec import DEMO_CLASSES
 from replk_mm.engine.prepare import counts_of
 from replk_mm.errors import UserError
 
@@ -101,7 +101,7 @@ def test_parts_with_classes_of_their_own_keep_them():
     cfg.model.rpn_head.num_classes = cfg.model.backbone.num_classes = 1  # as many as the data have
     set_classes(cfg, OWN)
     assert cfg.model.rpn_head.num_classes == cfg.model.backbone.num_classes == 1
-    assert set(head_counts(cfg.model).values()) == {3}
+    assert set(classes_per_head(cfg.model).values()) == {3}
 
 
 def test_every_data_set_has_names_and_a_colour_for_each():
@@ -159,7 +159,11 @@ def labels_read(cfg: Config, pixels: np.ndarray, path: Path) -> list[int]:
 def test_segmentation_data_with_classes_of_its_own(tmp_path):
     cfg = segmentation(tmp_path, 'ADE20KDataset')
     notes = set_classes(cfg, OWN)
-    assert head_counts(cfg.model) == {'model.decode_head': 3, 'model.auxiliary_head.0': 3, 'model.auxiliary_head.1': 3}
+    assert classes_per_head(cfg.model) == {
+        'model.decode_head': 3,
+        'model.auxiliary_head.0': 3,
+        'model.auxiliary_head.1': 3,
+    }
     assert 'out_channels' not in cfg.model.decode_head and 'class_weight' not in cfg.model.decode_head.loss_decode[0]
     assert any('class_weight' in note for note in notes)
     assert any('label ids 1..3 are these, 0 is ignored' in note for note in notes)
@@ -208,7 +212,7 @@ def test_auto_for_label_maps(tiny, tmp_path):
     assert str(tmp_path / CLASSES_FILE) in str(info.value)
     (tmp_path / CLASSES_FILE).write_text('a\nb\n')
     use_classes(cfg, 'auto', ('train',))
-    assert head_counts(cfg.model)['model.decode_head'] == 2
+    assert classes_per_head(cfg.model)['model.decode_head'] == 2
 
 
 def test_auto_needs_names(own):

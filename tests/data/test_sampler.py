@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from replk_mm.data.sampler import Draw, drawn, endless, seed_iteration, seed_sample
+from replk_mm.data.sampler import PositionedIndex, infinite_batches, make_resumable, seed_iteration, seed_sample
 from replk_mm.errors import UserError
 
 
@@ -31,7 +31,7 @@ class Shuffled:
 def loader(size: int, drop_last: bool = False, batch_size: int = 2):
     seeds: list[int] = []
     plain = DataLoader(range(100, 100 + size), batch_sampler=BatchSampler(Shuffled(size), batch_size, drop_last))
-    return drawn(plain, seeds.append, rank=0, processes=1), seeds
+    return make_resumable(plain, seeds.append, rank=0, processes=1), seeds
 
 
 @pytest.mark.parametrize('size', [2, 4, 5])
@@ -41,7 +41,7 @@ def test_finite_passes_go_on_anywhere(size, start):
     rows = [(np.random.default_rng(epoch).permutation(size) + 100).tolist() for epoch in range(20)]
     whole = [row[i : i + 2] for row in rows for i in range(0, size, 2)]
     batches, seeds = loader(size)
-    found = [batch.tolist() for batch in islice(endless(batches, start), 6)]
+    found = [batch.tolist() for batch in islice(infinite_batches(batches, start), 6)]
     assert found == whole[start : start + 6]
     sizes = [len(batch) for batch in found]
     assert seeds[: sum(sizes)] == [2 * (start + i) + j for i, n in enumerate(sizes) for j in range(n)]
@@ -50,18 +50,18 @@ def test_finite_passes_go_on_anywhere(size, start):
 @pytest.mark.parametrize('start', [0, 3])
 def test_a_pass_without_a_batch_is_an_error_and_no_endless_loop(start):
     batches, _ = loader(1, drop_last=True)
-    with pytest.raises(UserError, match='train_dataloader: yields no batch: 1 samples, 2 a batch'):
-        next(endless(batches, start))
+    with pytest.raises(UserError, match='train_dataloader: yields no batch: 1 samples'):
+        next(infinite_batches(batches, start))
 
 
 def test_numpys_integers_have_positions_too():
     batches, _ = loader(4)
-    assert all(isinstance(index, Draw) for batch in batches.batch_sampler for index in batch)
+    assert all(isinstance(index, PositionedIndex) for batch in batches.batch_sampler for index in batch)
 
 
 def test_a_sampler_of_torch_is_taken_as_it_is():
     plain = DataLoader(range(5), batch_size=2, sampler=RandomSampler(range(5)))
-    batches = islice(endless(drawn(plain, lambda position: None, 0, 1), 0), 3)
+    batches = islice(infinite_batches(make_resumable(plain, lambda position: None, 0, 1), 0), 3)
     seen = [value for batch in batches for value in batch.tolist()]
     assert sorted(seen) == list(range(5))
 

@@ -9,7 +9,7 @@ from resume_cases import EMA, EPOCHS, RANDOM, config_with_signals, differences, 
 from tiny import Tiny, tiny  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 
-from replk_mm.data.sampler import DrawnDataset
+from replk_mm.data.sampler import SeededDataset
 from replk_mm.engine.config import load_config
 from replk_mm.engine.loops import ValLoop
 from replk_mm.engine.prepare import prepare_training
@@ -64,8 +64,8 @@ def test_the_past_is_not_loaded_again(segmentor, tiny, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         run(config, tiny, tmp_path / 'stopped')
     read = []
-    get = DrawnDataset.__getitem__
-    monkeypatch.setattr(DrawnDataset, '__getitem__', lambda data, draw: read.append(draw.position) or get(data, draw))
+    get = SeededDataset.__getitem__
+    monkeypatch.setattr(SeededDataset, '__getitem__', lambda data, draw: read.append(draw.position) or get(data, draw))
     run(config, tiny, tmp_path / 'stopped', resume='auto')
     assert read == [14, 15]  # of 8 iterations of 2, the seventh was the last
 

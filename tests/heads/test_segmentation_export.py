@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny import tiny, trained  # noqa: F401
 
-from replk_mm.data.scenes.objects import DEMO_CLASSES
+from replk_mm.data.scenes.spec import DEMO_CLASSES
 from replk_mm.engine import results
 from replk_mm.engine.evaluate import evaluate
 

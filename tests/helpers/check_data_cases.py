@@ -70,7 +70,7 @@ def full(cfg: Config, jobs: int = 1) -> Audit:
 
 def found(result: Audit) -> set[tuple[str, str]]:
     """Kind, and file or entry of an annotation file, of every problem."""
-    return {(problem.kind, entry or path) for _, problem in result.found() for path, entry, _ in problem.listed()}
+    return {(problem.kind, entry or path) for _, problem in result.found() for path, entry, _ in problem.occurrences()}
 
 
 def kinds(result: Audit, *severities: str) -> set[str]:

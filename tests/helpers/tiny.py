@@ -12,7 +12,7 @@ import mmengine.config.config
 import pytest
 from mmengine.config import Config
 
-from replk_mm.data.scenes.objects import DEMO_CLASSES, DEMO_PALETTE
+from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.engine.config import load_config
 from replk_mm.engine.machine import Options

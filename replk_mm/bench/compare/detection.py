@@ -20,8 +20,7 @@ from replk_mm.bench.compare.results import Result, Source, config_of
 from replk_mm.data import coco
 from replk_mm.data.classes import annotation_file
 from replk_mm.data.datasets import datasets_of
-from replk_mm.data.problems import some
-from replk_mm.errors import UserError, command_line
+from replk_mm.errors import UserError, command_line, format_list
 
 #: IoU from which a detection is right.
 IOU = 0.5
@@ -90,8 +89,8 @@ def open_objects(a: Result, source: Source, root: str | None, kind: str) -> Obje
         )
     if not file.is_file():
         raise UserError(f'{file}: no such annotation file\nName the folder of the data set with --data-root DIR.')
-    data: Any = coco.read(file)
-    coco.forget()
+    data: Any = coco.read_annotations(file)
+    coco.invalidate_cache()
     counts = coco.category_counts({**data, 'annotations': [o for o in data['annotations'] if not o.get('iscrowd')]})
     expected = {**a.sizes(), 'images': a.record.data.get('images')}
     for name, size in expected.items():
@@ -153,7 +152,7 @@ def open_detections(result: Result, objects: Objects, kind: str, least_score: fl
     if strange:
         raise UserError(
             f'{file}: detections are in images or of categories that the annotations do not have: ids '
-            f'{some(sorted(strange, key=str))}\nName the data of the test with --data-root DIR.'
+            f'{format_list(sorted(strange, key=str))}\nName the data of the test with --data-root DIR.'
         )
     return _index(
         objects.api.dataset['images'],
@@ -176,7 +175,7 @@ def _detection(entry: dict, objects: Objects, kind: str) -> dict:
     image = objects.images.get(entry['image_id'])
     if kind == 'segm' and image:
         mask = entry['segmentation']
-        wrong = coco.mask_problem(mask, image['height'], image['width'])
+        wrong = coco.mask_error(mask, image['height'], image['width'])
         if wrong or isinstance(mask, list):
             raise ValueError(wrong or 'a mask of polygons')
         found.update(segmentation=mask, area=float(masks.area(mask)))

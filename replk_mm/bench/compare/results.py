@@ -10,9 +10,9 @@ from mmengine.config import Config
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from replk_mm.bench.report.formatting import leaves
-from replk_mm.data.classes import listed, use_classes
+from replk_mm.data.classes import use_classes
 from replk_mm.engine.config import file_of, load_config, set_data_root
-from replk_mm.errors import UserError, command_line
+from replk_mm.errors import UserError, command_line, format_list
 
 #: A figure; JSON holds numbers of any number of digits.
 Figure = Annotated[int, Field(ge=-(10**18), le=10**18)] | FiniteFloat | None
@@ -154,7 +154,7 @@ def check_comparable(a: Result, b: Result) -> None:
     ]
     if other:
         raise UserError(
-            f'{a.file} and {b.file}: measured on different data or classes: {listed(other, 3)}\nTest both '
+            f'{a.file} and {b.file}: measured on different data or classes: {format_list(other, 3)}\nTest both '
             f'checkpoints on the same data (--data-root) with the same classes (--classes).'
         )
 
@@ -199,7 +199,7 @@ def per_class(a: Result, b: Result, figure: str) -> list[dict[str, Any]]:
         known = {key: None for figures in classes.values() for key in figures}
         if figure not in known:
             raise UserError(
-                f'{result.file}: the classes have no {figure}; there are {listed(list(known))}\n'
+                f'{result.file}: the classes have no {figure}; there are {format_list(list(known))}\n'
                 f'Test both with the same evaluator.'
             )
     rows = [

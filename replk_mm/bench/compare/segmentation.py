@@ -16,7 +16,7 @@ from rich.progress import track
 from replk_mm.bench.compare.results import Result, Source, config_of
 from replk_mm.data.checks.audit import check_data
 from replk_mm.data.datasets import as_list, dataset_class, datasets_of
-from replk_mm.data.files import IGNORED, UNDECODABLE
+from replk_mm.data.files import IGNORE_INDEX, UNDECODABLE
 from replk_mm.errors import UserError
 
 DEFINITION = (
@@ -90,7 +90,7 @@ def open_labels(pair: tuple[Result, Result], source: Source, root: str | None) -
         entries,
         list(meta['classes']),
         [list(c) for c in meta['palette']],
-        metric.get('ignore_index', IGNORED),
+        metric.get('ignore_index', IGNORE_INDEX),
         int(meta['reduce_zero_label']),
     )
     for result in pair:

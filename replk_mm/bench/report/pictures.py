@@ -338,9 +338,9 @@ def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """
     from pycocotools import mask
 
-    from replk_mm.data.coco import mask_problem
+    from replk_mm.data.coco import mask_error
 
-    problem = mask_problem(segmentation, height, width)
+    problem = mask_error(segmentation, height, width)
     if problem:
         raise ValueError(problem)
     if isinstance(segmentation, list):

@@ -31,7 +31,7 @@ from replk_mm.bench.schema import Task, fingerprint
 from replk_mm.bench.suites.worker import Measure, MeasurementResult
 from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint
 from replk_mm.data.classes import classes_of
-from replk_mm.data.datasets import as_list, coco_style, crop_of, dataset_class, dataset_option, datasets_of
+from replk_mm.data.datasets import as_list, crop_of, dataset_class, dataset_option, datasets_of, is_coco_style
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine import results
 from replk_mm.engine import train as engine
@@ -388,7 +388,7 @@ def dataset_layout(dataset: dict, scope: str) -> dict[str, Any]:
     root = str(dataset.get('data_root') or '.')
     kind = dataset_class(dataset, scope)
     prefix = dataset_option(dataset, kind, 'data_prefix', {}) or {}
-    coco = coco_style(dataset, scope)
+    coco = is_coco_style(dataset, scope)
     annotations = dataset['ann_file'] if coco else None
     if annotations and Path(annotations).is_absolute():
         annotations = os.path.relpath(annotations, root)

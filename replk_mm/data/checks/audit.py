@@ -21,10 +21,10 @@ from replk_mm.data.checks import coco as coco_checks
 from replk_mm.data.checks import images, pairs
 from replk_mm.data.checks.classes import class_problems
 from replk_mm.data.checks.dataset import DataSet, Seen, Task, report_absent_classes, report_doubts_about_zero
-from replk_mm.data.class_heads import head_counts
-from replk_mm.data.datasets import coco_style, crop_of, dataset_class, placed_datasets, placed_metrics
+from replk_mm.data.class_heads import classes_per_head
+from replk_mm.data.datasets import crop_of, dataset_class, is_coco_style, named_datasets, named_metrics
 from replk_mm.data.files import sample
-from replk_mm.data.problems import Item, Problem, reject_errors, summary_lines
+from replk_mm.data.findings import Item, Problem, reject_errors, summary_lines
 from replk_mm.errors import UserError
 from replk_mm.files import sha256
 
@@ -113,7 +113,7 @@ def audit(cfg: Config, full: bool = False, jobs: int | None = None, splits: tupl
     report_doubts_about_zero(result.sets)
     result.problems += class_problems(cfg, splits)
     result.problems += _shared_images(result.sets, digests if full else None)
-    coco.forget()
+    coco.invalidate_cache()
     result.seconds = time.monotonic() - start
     return result
 
@@ -121,12 +121,12 @@ def audit(cfg: Config, full: bool = False, jobs: int | None = None, splits: tupl
 def _survey(cfg: Config, splits: Sequence[str], full: bool) -> list[DataSet]:
     """The data sets, their images not opened; those of the same files and use once."""
     scope = cfg.get('default_scope', 'mmengine')
-    labels = [count for path, count in head_counts(cfg.get('model', {})).items() if '.decode_head' in path]
+    labels = [count for path, count in classes_per_head(cfg.get('model', {})).items() if '.decode_head' in path]
     found: dict[str, DataSet] = {}
     for split in splits:
-        for place, dataset in placed_datasets(cfg, (split,)):
-            kind, is_coco = dataset_class(dataset, scope), coco_style(dataset, scope)
-            metrics = None if split == 'train' else list(placed_metrics(cfg, split).values())
+        for place, dataset in named_datasets(cfg, (split,)):
+            kind, is_coco = dataset_class(dataset, scope), is_coco_style(dataset, scope)
+            metrics = None if split == 'train' else list(named_metrics(cfg, split).values())
             key = str(({**dataset, 'pipeline': None, 'test_mode': None}, metrics if is_coco else split == 'train'))
             if key in found:
                 continue

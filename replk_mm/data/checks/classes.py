@@ -8,11 +8,11 @@ from contextlib import suppress
 from mmengine.config import Config
 
 from replk_mm.data import coco
-from replk_mm.data.class_heads import head_counts
-from replk_mm.data.classes import annotation_file, classes_of, listed
-from replk_mm.data.datasets import coco_style, dataset_class, placed_datasets
-from replk_mm.data.problems import Problem, reject_errors
-from replk_mm.errors import UserError, did_you_mean
+from replk_mm.data.class_heads import classes_per_head
+from replk_mm.data.classes import annotation_file, classes_of
+from replk_mm.data.datasets import dataset_class, is_coco_style, named_datasets
+from replk_mm.data.findings import Problem, reject_errors
+from replk_mm.errors import UserError, did_you_mean, format_list
 
 #: With more names than these, a file is easier than the command line.
 _ON_A_LINE = 20
@@ -26,14 +26,14 @@ def class_problems(cfg: Config, splits: tuple[str, ...]) -> list[Problem]:
         splits: Whose data sets.
     """
     scope = cfg.get('default_scope', 'mmengine')
-    problems = _heads(cfg, head_counts(cfg.model), splits) if 'model' in cfg else []
+    problems = _heads(cfg, classes_per_head(cfg.model), splits) if 'model' in cfg else []
     counts: dict[str, dict[str, int]] = {}
-    for place, dataset in placed_datasets(cfg, splits):
-        if (file := annotation_file(dataset)) and coco_style(dataset, scope):
+    for place, dataset in named_datasets(cfg, splits):
+        if (file := annotation_file(dataset)) and is_coco_style(dataset, scope):
             with suppress(UserError):
-                counts[place] = coco.category_counts(coco.read(file))
+                counts[place] = coco.category_counts(coco.read_annotations(file))
     names = list(dict.fromkeys(name for found in counts.values() for name in found))
-    for place, dataset in placed_datasets(cfg, splits):
+    for place, dataset in named_datasets(cfg, splits):
         if place in counts:
             problems += _categories(place, dataset, scope, counts, names)
             problems += _order(place, dataset, scope, counts[place])
@@ -60,10 +60,10 @@ def _heads(cfg: Config, counts: Mapping[str, int], splits: Sequence[str]) -> lis
         return [Problem('classes-mismatch', str(cfg.filename), f'the heads have different numbers of classes: {found}')]
     scope = cfg.get('default_scope', 'mmengine')
     problems = []
-    for place, dataset in placed_datasets(cfg, tuple(splits)):
+    for place, dataset in named_datasets(cfg, tuple(splits)):
         names = classes_of(dataset, scope)
         # Panoptic data sets, for one, have classes that are not for these heads.
-        if not names or not (coco_style(dataset, scope) or hasattr(dataset_class(dataset, scope), 'get_label_map')):
+        if not names or not (is_coco_style(dataset, scope) or hasattr(dataset_class(dataset, scope), 'get_label_map')):
             continue
         wrong = {path: count for path, count in counts.items() if count != len(names)}
         if wrong:
@@ -72,7 +72,7 @@ def _heads(cfg: Config, counts: Mapping[str, int], splits: Sequence[str]) -> lis
                 Problem(
                     'classes-mismatch',
                     str(cfg.filename),
-                    f'{place} has {len(names)} classes ({listed(names)}), but '
+                    f'{place} has {len(names)} classes ({format_list(names)}), but '
                     + ', '.join(f'{path}.num_classes={count}' for path, count in wrong.items()),
                     remedy=f'Name the classes (--classes NAME,NAME,...), or set the heads: --cfg-options {settings}',
                 )
@@ -92,10 +92,10 @@ def _categories(
     picked = (dataset.get('metainfo') or {}).get('classes') and set(names) <= set(found)
     text = (
         f'{len(strange)} of its {len(found)} categories are none of the {len(names)} classes of {place} '
-        f'({listed(names)}): '
+        f'({format_list(names)}): '
     )
     hints = {name: f'; {hint.strip()}' for name in strange if (hint := did_you_mean(name, names))}
-    text += listed(
+    text += format_list(
         [f'{name} ({count:,} object{"s" * (count != 1)}{hints.get(name, "")})' for name, count in strange.items()]
     )
     if picked and not any(name not in other for name in strange for other in counts.values()):
@@ -131,9 +131,9 @@ def _order(place: str, dataset: dict, scope: str, found: Mapping[str, int]) -> l
             'classes-order',
             str(annotation_file(dataset)),
             (
-                f'{place}: mmdet numbers the {len(shared)} classes of this file as {listed(shared)}, and '
+                f'{place}: mmdet numbers the {len(shared)} classes of this file as {format_list(shared)}, and '
                 f'the config names '
-                f'{listed(names)}; replk_mm.CocoDataset matches them by name'
+                f'{format_list(names)}; replk_mm.CocoDataset matches them by name'
             ),
         )
     ]
@@ -142,11 +142,11 @@ def _order(place: str, dataset: dict, scope: str, found: Mapping[str, int]) -> l
 def _option(names: Sequence[str]) -> str:
     """The option that sets these classes."""
     if len(names) > _ON_A_LINE or any(',' in name or name != name.strip() for name in names):
-        return f'--classes FILE, with these {len(names)} names, one a line: {listed(names)}'
+        return f'--classes FILE, with these {len(names)} names, one a line: {format_list(names)}'
     return f'--classes {shlex.quote(",".join(names))}'
 
 
-def trained_on(meta: Mapping) -> list[str]:
+def checkpoint_classes(meta: Mapping) -> list[str]:
     """The classes that a checkpoint's record names; none if it names none."""
     found = meta.get('dataset_meta')
     lower = {str(key).lower(): value for key, value in found.items()} if isinstance(found, Mapping) else {}
@@ -154,9 +154,9 @@ def trained_on(meta: Mapping) -> list[str]:
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else []
 
 
-def advice_of(meta: Mapping) -> str:
+def classes_advice(meta: Mapping) -> str:
     """A line on the classes of a checkpoint that does not fit the config; empty if its record does not name them."""
-    names = trained_on(meta)
+    names = checkpoint_classes(meta)
     return f'\nIt was trained on {len(names)} classes; use them: {_option(names)}' if names else ''
 
 
@@ -174,13 +174,13 @@ def compare_with_checkpoint(cfg: Config, meta: Mapping, checkpoint: str, splits:
     Raises:
         UserError: With both lists, and a value for ``--classes``.
     """
-    theirs = [name.strip() for name in trained_on(meta)]
-    for place, dataset in placed_datasets(cfg, splits):
+    theirs = [name.strip() for name in checkpoint_classes(meta)]
+    for place, dataset in named_datasets(cfg, splits):
         names = [name.strip() for name in classes_of(dataset, cfg.get('default_scope', 'mmengine')) or ()]
         if not theirs or not names or names == theirs:
             continue
         order = ' in another order' if Counter(names) == Counter(theirs) else ''
         raise UserError(
-            f'{checkpoint}: was trained on {len(theirs)} classes: {listed(theirs)}; {place} has '
-            f'{len(names)}{order}: {listed(names)}{advice_of(meta)}'
+            f'{checkpoint}: was trained on {len(theirs)} classes: {format_list(theirs)}; {place} has '
+            f'{len(names)}{order}: {format_list(names)}{classes_advice(meta)}'
         )

@@ -12,7 +12,8 @@ from replk_mm.data.checks.pairs import image_key
 from replk_mm.data.classes import annotation_file, classes_of
 from replk_mm.data.datasets import as_list
 from replk_mm.data.files import sample
-from replk_mm.data.problems import BadData, Item, some
+from replk_mm.data.findings import InvalidDataError, Item
+from replk_mm.errors import format_list
 
 #: mmdetection ignores annotations without a usable box. COCO itself has two; one, or this share, is an accident.
 _TOLERATED = 0.01
@@ -46,8 +47,8 @@ def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | No
         if metric.get('ann_file') and Path(metric['ann_file']).resolve() != file.resolve():
             one.report('metric-file', one.place, f'the metric reads {metric["ann_file"]}, but the data set {file}')
     try:
-        data = coco.read(file)
-    except BadData as error:
+        data = coco.read_annotations(file)
+    except InvalidDataError as error:
         one.problems += error.problems
         return
     one.objects = {**dict.fromkeys(classes_of(dataset, scope) or (), 0), **coco.category_counts(data)}
@@ -72,7 +73,7 @@ def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | No
 def _report(one: DataSet, kind: str, items: Sequence[Item], text: str, severity: str = '') -> None:
     """Report items of the annotation file, if there are any."""
     if items:
-        examples = some(f'{item.entry}: {item.found}' for item in items)
+        examples = format_list(f'{item.entry}: {item.found}' for item in items)
         one.report(kind, one.where, f'{text}: {examples}', severity=severity, items=tuple(items))
 
 
@@ -155,5 +156,5 @@ def _masks(one: DataSet, data: coco.AnnotationFile, all_of_them: bool) -> None:
     sizes = {image['id']: (int(image['height']), int(image['width'])) for image in data['images']}
     having = [a for a in objects if a.get('segmentation') and a['image_id'] in sizes]
     having = having if all_of_them else sample(having)
-    bad = _items(having, lambda a: coco.mask_problem(a.get('segmentation'), *sizes[a['image_id']]))
+    bad = _items(having, lambda a: coco.mask_error(a.get('segmentation'), *sizes[a['image_id']]))
     _report(one, 'mask-undecodable', bad, f'{len(bad):,} of {len(having):,} masks cannot be decoded')

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from replk_mm.data.files import IGNORED
-from replk_mm.data.problems import Problem
+from replk_mm.data.files import IGNORE_INDEX
+from replk_mm.data.findings import Problem
 
 #: Share of files from which an id counts as occurring in nearly all of them.
 _NEARLY_ALL = 0.9
@@ -111,7 +111,7 @@ class DataSet:
         """Pixels or objects of every class by name."""
         if self.objects is not None:
             return self.objects
-        names = self.names or {i: f'id {i}' for i in sorted(self.pixels) if i != IGNORED}
+        names = self.names or {i: f'id {i}' for i in sorted(self.pixels) if i != IGNORE_INDEX}
         return {name: self.pixels[i] for i, name in names.items()}
 
     def line(self) -> str:
@@ -154,7 +154,7 @@ def report_doubts_about_zero(sets: Sequence[DataSet]) -> None:
     for one in sets:
         count, reduce_zero, zeros = one.rules.num_classes, one.rules.reduce_zero, one.files[0]
         alike = [other for other in sets if (other.root, other.rules) == (one.root, one.rules)]
-        ids = one.files.keys() - {IGNORED}
+        ids = one.files.keys() - {IGNORE_INDEX}
         if not count or count < 2 or not ids:
             continue
         text = f'reduce_zero_label={reduce_zero} with {count} classes, but '
@@ -162,9 +162,9 @@ def report_doubts_about_zero(sets: Sequence[DataSet]) -> None:
             reduce_zero
             and max(ids) == count - 1
             and not any(other.files[count] for other in alike)
-            and (IGNORED in one.files or not zeros or len(ids) == count)
+            and (IGNORE_INDEX in one.files or not zeros or len(ids) == count)
         ):
-            text += f'the highest id is {max(ids)}' + (', and 255 occurs' if IGNORED in one.files else '')
+            text += f'the highest id is {max(ids)}' + (', and 255 occurs' if IGNORE_INDEX in one.files else '')
             one.report('reduce-zero-on', one.where, text, allowed=f'0 (ignored) and 1..{count}')
         elif not reduce_zero and max(ids) == count:
             one.report('reduce-zero-off', one.where, f'{text}ids reach {count}', allowed=f'0..{count - 1}')

@@ -10,8 +10,9 @@ from PIL import Image
 
 from replk_mm.data import cityscapes
 from replk_mm.data.checks.dataset import Rules, Seen, Task
-from replk_mm.data.files import IGNORED
-from replk_mm.data.problems import Problem, some
+from replk_mm.data.files import IGNORE_INDEX
+from replk_mm.data.findings import Problem
+from replk_mm.errors import format_list
 from replk_mm.files import sha256
 
 #: EXIF's tag of the camera's orientation. Values 5 to 8 swap width and height; OpenCV, which training uses, follows it.
@@ -131,11 +132,11 @@ def _count_ids(path: str, pixels: np.ndarray, rules: Rules) -> tuple[list[Proble
     if rules.num_classes is None:
         return [], found
     valid = range(int(rules.reduce_zero), rules.num_classes + rules.reduce_zero)
-    ignored = {0, IGNORED} if rules.reduce_zero else {IGNORED}
+    ignored = {0, IGNORE_INDEX} if rules.reduce_zero else {IGNORE_INDEX}
     if strange := [i for i in found if i not in valid and i not in ignored]:
         return [out_of_range(path, strange, rules.num_classes, rules.reduce_zero)], found
     if not any(i in valid for i in found):
-        return [Problem('label-all-ignored', path, f'no pixel of a class, only {some(found)}')], found
+        return [Problem('label-all-ignored', path, f'no pixel of a class, only {format_list(found)}')], found
     return [], found
 
 
@@ -149,7 +150,7 @@ def not_a_label_map(pixels: np.ndarray) -> str:
 def out_of_range(path: str, found: Collection[int], num_classes: int, reduce_zero: bool) -> Problem:
     """The problem of label ids, as stored in the file, that belong to no class."""
     valid = f'1..{num_classes} (0 and 255 are ignored)' if reduce_zero else f'0..{num_classes - 1} (255 is ignored)'
-    text = f'label ids {some(found)} are out of range of the {num_classes} classes'
+    text = f'label ids {format_list(found)} are out of range of the {num_classes} classes'
     valid += f' with reduce_zero_label={reduce_zero}'
     if not reduce_zero and num_classes == len(cityscapes.IDS) and max(found) < cityscapes.NUM_IDS:
         return Problem('cityscapes-raw-labels', path, f'{text}; they may be raw ids of Cityscapes', valid)

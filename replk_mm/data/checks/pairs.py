@@ -10,8 +10,8 @@ from mmengine.registry import DATASETS
 
 from replk_mm.data import cityscapes
 from replk_mm.data.checks.dataset import DataSet, Rules, Task
-from replk_mm.data.problems import Item, some
-from replk_mm.errors import command_line
+from replk_mm.data.findings import Item
+from replk_mm.errors import command_line, format_list
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 # What the full release of ADE20K has and the benchmark has not.
@@ -140,7 +140,10 @@ def _report_missing(one: DataSet, infos: Sequence[dict], there: Collection[str],
 def _report_files(one: DataSet, kind: str, folder: str | Path, paths: Sequence[str], text: str, each: str) -> None:
     if paths:
         one.report(
-            kind, folder, f'{len(paths):,} {text}: {some(paths)}', items=tuple(Item(each, path=path) for path in paths)
+            kind,
+            folder,
+            f'{len(paths):,} {text}: {format_list(paths)}',
+            items=tuple(Item(each, path=path) for path in paths),
         )
 
 
@@ -182,4 +185,4 @@ def _report_unused(one: DataSet, images_dir: Path, labels_dir: Path, built: Any,
 
 def _content(folder: Path) -> str:
     """The first files and folders in a folder."""
-    return some(sorted(path.name for path in folder.iterdir())) or 'nothing'
+    return format_list(sorted(path.name for path in folder.iterdir())) or 'nothing'

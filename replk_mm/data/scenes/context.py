@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from replk_mm.data.scenes.layouts import SceneKind
-from replk_mm.data.scenes.objects import scene_rng
+from replk_mm.data.scenes.spec import scene_rng
 
 #: Changes whenever the same seed gives other scenes than before.
 CONTEXT_VERSION = 1

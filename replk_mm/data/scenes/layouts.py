@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from replk_mm.data.files import IGNORED
-from replk_mm.data.scenes.objects import DEMO_CLASSES, DEMO_PALETTE, GENERATOR_VERSION, SPLITS, THING_CLASSES
+from replk_mm.data.files import IGNORE_INDEX
 from replk_mm.data.scenes.render import Scene
+from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE, GENERATOR_VERSION, SPLITS, THING_CLASSES
 
 JPEG_QUALITY = 95
 MAX_SCENES = 999_999
@@ -142,7 +142,7 @@ LAYOUTS: dict[str, Layout] = {
         image='leftImg8bit/{folder}/demo/{stem}_leftImg8bit.png',
         label='gtFine/{folder}/demo/{stem}_gtFine_labelTrainIds.png',
         annotations=None,
-        values=(IGNORED, *CITYSCAPES_IDS),
+        values=(IGNORE_INDEX, *CITYSCAPES_IDS),
         meta=dict(**_classes, train_ids=dict(zip(DEMO_CLASSES, CITYSCAPES_IDS, strict=True)), reduce_zero_label=False),
         advice='num_classes=19 in a config; its classes stand in for 8 of the 19 of Cityscapes',
     ),

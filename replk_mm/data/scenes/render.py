@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from replk_mm.data.scenes.objects import (
+from replk_mm.data.scenes.spec import (
     CIRCUMRADIUS,
     DEMO_CLASSES,
     Box,

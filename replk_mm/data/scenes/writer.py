@@ -14,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from replk_mm.data.scenes.conflict import CONFLICT
 from replk_mm.data.scenes.context import CONTEXT
+from replk_mm.data.scenes.cue_conflict import CONFLICT
 from replk_mm.data.scenes.layouts import (
     JPEG_QUALITY,
     LAYOUTS,
@@ -27,8 +27,8 @@ from replk_mm.data.scenes.layouts import (
     SceneKind,
     stem_of,
 )
-from replk_mm.data.scenes.objects import GENERATOR_VERSION
 from replk_mm.data.scenes.render import Scene, make_scene
+from replk_mm.data.scenes.spec import GENERATOR_VERSION
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
 

@@ -16,7 +16,7 @@ from replk_mm.data import files
 from replk_mm.data.checks.audit import audit, check_data
 from replk_mm.data.checks.dataset import Rules, Task
 from replk_mm.data.checks.images import ORIENTATION, inspect
-from replk_mm.data.files import check_whole, read_image, sample
+from replk_mm.data.files import check_image_file, read_image, sample
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.errors import UserError
 
@@ -363,10 +363,10 @@ def test_a_jpeg_that_is_cut_off_is_told_from_one_with_something_behind(tmp_path,
     noise(80, 80).save(path, **options)
     content = path.read_bytes()
     path.write_bytes(content + bytes(range(200)) * 100)
-    check_whole(path)
+    check_image_file(path)
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(OSError, match='cut off'):
-        check_whole(path)
+        check_image_file(path)
     with pytest.raises(UserError, match='not a readable image'):
         read_image(path)
 

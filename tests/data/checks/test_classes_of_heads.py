@@ -7,10 +7,10 @@ from coco_files import change, write_coco_root
 from tiny import make_data, tiny  # noqa: F401 (a fixture)
 from tiny_detector import detector  # noqa: F401 (a fixture)
 
-from replk_mm.data.checks.classes import check_heads, compare_with_checkpoint, trained_on
-from replk_mm.data.class_heads import head_counts
+from replk_mm.data.checks.classes import check_heads, checkpoint_classes, compare_with_checkpoint
+from replk_mm.data.class_heads import classes_per_head
 from replk_mm.data.classes import set_classes
-from replk_mm.data.scenes.objects import DEMO_CLASSES
+from replk_mm.data.scenes.spec import DEMO_CLASSES
 from replk_mm.engine.config import build_model
 from replk_mm.engine.machine import Options
 from replk_mm.engine.prepare import counts_of, prepare_data
@@ -38,7 +38,7 @@ def test_categories_that_are_no_classes_are_rejected(own):
 def test_named_classes_are_accepted(own, classes):
     cfg = at(own)
     notes = prepare_data(cfg, Options(classes=classes), BOTH)
-    assert head_counts(cfg.model) == {'model.roi_head.bbox_head': 3, 'model.roi_head.mask_head': 3}
+    assert classes_per_head(cfg.model) == {'model.roi_head.bbox_head': 3, 'model.roi_head.mask_head': 3}
     assert notes[0].startswith('classes: 3, from') and 'helmet, vest, traffic light' in notes[0]
 
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_carries_its_classes(detector, tmp_path):
     data = write_coco_root(tmp_path / 'data', OWN)
     last = detector.train(tmp_path / 'work', 1, data_root=str(data), classes='auto')
     loaded = torch.load(last, weights_only=False)
-    assert trained_on(loaded['meta']) == list(OWN)
+    assert checkpoint_classes(loaded['meta']) == list(OWN)
     assert loaded['state_dict']['roi_head.bbox_head.2.fc_cls.weight'].shape[0] == 4
     assert loaded['state_dict']['roi_head.mask_head.2.conv_logits.weight'].shape[0] == 3
     cfg = at(data)
@@ -144,12 +144,12 @@ def test_a_checkpoint_carries_its_classes(detector, tmp_path):
 
 @pytest.mark.parametrize('meta', [{}, *({'dataset_meta': found} for found in (None, {'classes': None}, 'x'))])
 def test_checkpoints_without_names_pass(own, meta):
-    assert trained_on(meta) == []
+    assert checkpoint_classes(meta) == []
     compare_with_checkpoint(at(own), meta, 'x.pth')
 
 
 def test_older_checkpoints_name_their_classes_in_capitals():
-    assert trained_on({'dataset_meta': {'CLASSES': ('a', 'b')}}) == ['a', 'b']
+    assert checkpoint_classes({'dataset_meta': {'CLASSES': ('a', 'b')}}) == ['a', 'b']
 
 
 def test_segmentor_trains_with_classes_of_its_own(tiny, tmp_path):
@@ -157,4 +157,4 @@ def test_segmentor_trains_with_classes_of_its_own(tiny, tmp_path):
     names = [f'kind {i}' for i in range(len(DEMO_CLASSES))]
     (tmp_path / 'names.txt').write_text('\n'.join(names))
     last = tiny.train(tmp_path / 'work', 1, data_root=str(data), classes=str(tmp_path / 'names.txt'))
-    assert trained_on(torch.load(last, weights_only=False)['meta']) == names
+    assert checkpoint_classes(torch.load(last, weights_only=False)['meta']) == names

@@ -18,8 +18,8 @@ from pycocotools import mask as rle
 
 from replk_mm.data import coco
 from replk_mm.data.checks.audit import check_data
-from replk_mm.data.datasets import coco_style
-from replk_mm.data.problems import BadData
+from replk_mm.data.datasets import is_coco_style
+from replk_mm.data.findings import InvalidDataError
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.errors import UserError
 
@@ -164,8 +164,8 @@ def test_what_is_no_annotation_file(root, content, kind, text):
     file(root).write_bytes(content)
     problems = [problem for _, problem in full(config(root)).found() if problem.path == str(file(root))]
     assert {problem.kind for problem in problems} == {kind} and any(text in problem.found for problem in problems)
-    with pytest.raises(BadData, match=str(file(root))):
-        coco.read(file(root))
+    with pytest.raises(InvalidDataError, match=str(file(root))):
+        coco.read_annotations(file(root))
 
 
 KEYS = dict(
@@ -178,11 +178,11 @@ KEYS = dict(
 @pytest.mark.parametrize(('section', 'key'), [(section, key) for section, keys in KEYS.items() for key in keys])
 def test_missing_keys_and_wrong_types_are_counted_and_named(root, section, key):
     change(file(root), lambda d: [entry.pop(key) for entry in d[section][1:3]])
-    with pytest.raises(BadData, match=rf"2 entries: {section}\[1\]: no '{key}', {section}\[2\]: no '{key}'"):
-        coco.read(file(root))
+    with pytest.raises(InvalidDataError, match=rf"2 entries: {section}\[1\]: no '{key}', {section}\[2\]: no '{key}'"):
+        coco.read_annotations(file(root))
     change(file(root), lambda d: [entry.update({key: None}) for entry in d[section][1:3]])
-    with pytest.raises(BadData, match=rf'2 entries: {section}\[1\]: {key} None: Input should be a valid'):
-        coco.read(file(root))
+    with pytest.raises(InvalidDataError, match=rf'2 entries: {section}\[1\]: {key} None: Input should be a valid'):
+        coco.read_annotations(file(root))
 
 
 def test_what_mmdet_and_pycocotools_fail_on_is_what_is_rejected(root):
@@ -302,7 +302,7 @@ def test_photographs_have_notes_only(reference):
     ],
 )
 def test_which_types_read_the_file_as_it_is(tmp_path, kind, style):
-    assert coco_style(ConfigDict(type=kind, ann_file='x.json'), 'mmdet') == style
+    assert is_coco_style(ConfigDict(type=kind, ann_file='x.json'), 'mmdet') == style
     if not style:
         root = write_coco_root(tmp_path / 'data', NAMES)
         assert not kinds(full(config(root, splits=('train',), type=kind)))
@@ -335,7 +335,7 @@ def test_any_content_gives_problems_or_passes(root, section, index, data):
     file(root).write_text(json.dumps(content))
     full(config(root, splits=('train',)))  # raises nothing
     with contextlib.suppress(UserError):
-        coco.read(file(root))
+        coco.read_annotations(file(root))
 
 
 NUMBERS = st.integers(-5, 6000) | st.integers() | st.floats() | st.text(max_size=3) | st.none()
@@ -353,14 +353,14 @@ NUMBERS = st.integers(-5, 6000) | st.integers() | st.floats() | st.text(max_size
     | JSON
 )
 def test_any_mask_is_decoded_or_has_a_problem(mask):
-    if coco.mask_problem(mask, H, W) is None:
+    if coco.mask_error(mask, H, W) is None:
         encoded = rle.frPyObjects(mask, H, W) if isinstance(mask, list) or isinstance(mask['counts'], list) else mask
         assert rle.decode(encoded).shape[:2] == (H, W)
 
 
 @pytest.mark.parametrize('counts', ['p', '00P', '0`p', 'ÿÿ', '', '00\0'])
 def test_rle_that_makes_pycocotools_leave_its_memory_has_a_problem(counts):
-    assert coco.mask_problem(dict(size=[H, W], counts=counts), H, W)
+    assert coco.mask_error(dict(size=[H, W], counts=counts), H, W)
 
 
 def test_masks_that_pycocotools_writes_have_no_problem():
@@ -369,5 +369,5 @@ def test_masks_that_pycocotools_writes_have_no_problem():
         height, width = generator.integers(1, 40, 2).tolist()
         pixels = np.asfortranarray(generator.random((height, width)) < generator.random(), np.uint8)
         mask = dict(size=[height, width], counts=rle.encode(pixels)['counts'].decode())
-        assert coco.mask_problem(mask, height, width) is None
-        assert coco.mask_problem(mask, height + 1, width)
+        assert coco.mask_error(mask, height, width) is None
+        assert coco.mask_error(mask, height + 1, width)

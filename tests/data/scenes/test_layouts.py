@@ -15,8 +15,8 @@ from trees import tree
 
 from replk_mm.data.scenes import writer as demo_writer
 from replk_mm.data.scenes.layouts import CITYSCAPES_IDS, CocoAnnotations
-from replk_mm.data.scenes.objects import DEMO_CLASSES, THING_CLASSES, describe_scene
 from replk_mm.data.scenes.render import make_scene, render_scene
+from replk_mm.data.scenes.spec import DEMO_CLASSES, THING_CLASSES, describe_scene
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.errors import UserError
 

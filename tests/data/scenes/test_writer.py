@@ -13,8 +13,8 @@ from PIL import Image
 from trees import tree
 
 from replk_mm.data.scenes import writer as demo_writer
-from replk_mm.data.scenes.objects import CUE_DISTANCE, DEMO_CLASSES, SHAPES, TEXTURES, describe_scene
 from replk_mm.data.scenes.render import make_scene, render_scene
+from replk_mm.data.scenes.spec import CUE_DISTANCE, DEMO_CLASSES, SHAPES, TEXTURES, describe_scene
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.errors import UserError
 

@@ -1,7 +1,7 @@
 """Scenes that tell what a network goes by: objects whose shape and texture agree, and the same ones with a foreign
 texture.
 
-In the demo scenes (replk_mm/data/scenes/objects.py) texture does not depend on the class, and a network can only go by
+In the demo scenes (replk_mm/data/scenes/spec.py) texture does not depend on the class, and a network can only go by
 shape. Here each of three classes has a texture of its own besides its shape (:data:`TEXTURE_OF`):
 
 - in the splits 'train' and 'val' every object has shape and texture of one class: a network may go by either or both;
@@ -31,7 +31,8 @@ from pydantic.dataclasses import dataclass
 
 from replk_mm.data.files import UNDECODABLE
 from replk_mm.data.scenes.layouts import LAYOUTS, LISTING, SceneKind, stem_of
-from replk_mm.data.scenes.objects import (
+from replk_mm.data.scenes.render import Scene, render_scene
+from replk_mm.data.scenes.spec import (
     DEMO_CLASSES,
     SHAPES,
     THING_CLASSES,
@@ -41,12 +42,11 @@ from replk_mm.data.scenes.objects import (
     place,
     scene_rng,
 )
-from replk_mm.data.scenes.render import Scene, render_scene
 from replk_mm.errors import UserError, command_line
 from replk_mm.files import sha256
 
 #: Changes whenever the same seed gives other scenes than before.
-CONFLICT_VERSION = 1
+CUE_CONFLICT_VERSION = 1
 #: The texture that an object of each class has where the cues agree.
 TEXTURE_OF: dict[str, str] = {'disc': 'speckle', 'square': 'blotch', 'star': 'check'}
 #: Depth of the textures in grey levels, the least and the largest.
@@ -55,7 +55,7 @@ AMPLITUDE = (40, 56)
 _OBJECTS = 100
 
 
-def make_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int] = (256, 256)) -> Scene:
+def make_cue_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int] = (256, 256)) -> Scene:
     """Describe and draw one scene.
 
     Args:
@@ -109,7 +109,7 @@ def _listing(meta: dict[str, Any]) -> str:
     def scenes(split: str) -> list[dict]:
         found = []
         for index in range(meta['scenes'][split]):
-            scene = make_conflict_scene(meta['seed'], split, index, (meta['size'][0], meta['size'][1]))
+            scene = make_cue_conflict_scene(meta['seed'], split, index, (meta['size'][0], meta['size'][1]))
             image, labels = layout.files(split, stem_of(split, index))
             objects = [
                 dict(shape=item.spec.shape, texture=texture_class(item.spec), box=list(item.box))
@@ -136,12 +136,17 @@ def _listing(meta: dict[str, Any]) -> str:
 
 
 CONFLICT = SceneKind(
-    'conflict', CONFLICT_VERSION, make_conflict_scene, layouts=('ade20k',), more={'conflict': 2}, listing=_listing
+    'conflict',
+    CUE_CONFLICT_VERSION,
+    make_cue_conflict_scene,
+    layouts=('ade20k',),
+    more={'conflict': 2},
+    listing=_listing,
 )
 
 
 @dataclass(frozen=True)
-class ConflictObject:
+class CueConflictObject:
     """An object of a scene."""
 
     shape: str  #: class of its shape
@@ -151,32 +156,32 @@ class ConflictObject:
 
 
 @dataclass(frozen=True)
-class ConflictScene:
+class CueConflictScene:
     """An image with its name in the file, its label map, and its objects."""
 
     name: str
     image: Path
     labels: Path
-    objects: tuple[ConflictObject, ...]
+    objects: tuple[CueConflictObject, ...]
 
 
 @dataclass(frozen=True)
-class ConflictSet:
+class CueConflictDataset:
     """A data set with conflicting cues."""
 
     object_classes: Mapping[str, int]  #: the id of each class of objects in the label maps
-    conflict: tuple[ConflictScene, ...]  #: scenes whose objects have the shape of one class, the texture of another
-    agreeing: tuple[ConflictScene, ...]  #: scenes whose objects have both of one class
+    conflict: tuple[CueConflictScene, ...]  #: scenes whose objects have the shape of one class, the texture of another
+    agreeing: tuple[CueConflictScene, ...]  #: scenes whose objects have both of one class
     about: Mapping[str, Any]  #: what else the file says: generator, seed, size; empty if nothing
     sha256: str  #: of the file
 
-    def mask(self, scene: ConflictScene, item: ConflictObject, labels: np.ndarray) -> np.ndarray:
+    def mask(self, scene: CueConflictScene, item: CueConflictObject, labels: np.ndarray) -> np.ndarray:
         """The pixels ``(H, W)`` of bool of an object.
 
         Args:
             scene: Its scene.
             item: The object.
-            labels: The scene's label map, from :func:`read_labels`.
+            labels: The scene's label map, from :func:`read_label_map`.
 
         Raises:
             UserError: If there are none, or the box leaves the label map.
@@ -196,7 +201,7 @@ class ConflictSet:
 class _Scene(BaseModel):
     image: str
     labels: str
-    objects: list[ConflictObject]
+    objects: list[CueConflictObject]
 
 
 class _Listing(BaseModel):
@@ -209,7 +214,7 @@ class _Listing(BaseModel):
     agreeing: list[_Scene]
 
 
-def read_conflict(root: Path) -> ConflictSet:
+def read_cue_conflict(root: Path) -> CueConflictDataset:
     """The scenes of a data set with conflicting cues.
 
     Args:
@@ -231,15 +236,15 @@ def read_conflict(root: Path) -> ConflictSet:
         place = '.'.join(map(str, first['loc'])) or 'the file'
         raise UserError(
             f'{path}: {place}: {first["msg"]}\n'
-            f'Write the data set again; replk_mm/data/scenes/conflict.py describes the file.'
+            f'Write the data set again; replk_mm/data/scenes/cue_conflict.py describes the file.'
         ) from error
     about = found.model_dump(include={'generator', 'generator_version', 'seed', 'size'}, exclude_none=True)
-    return ConflictSet(
+    return CueConflictDataset(
         found.object_classes, _scenes(path, found, 'conflict'), _scenes(path, found, 'agreeing'), about, sha256(path)
     )
 
 
-def _scenes(path: Path, found: _Listing, key: str) -> tuple[ConflictScene, ...]:
+def _scenes(path: Path, found: _Listing, key: str) -> tuple[CueConflictScene, ...]:
     scenes = []
     for i, scene in enumerate(getattr(found, key)):
         for name in (scene.image, scene.labels):
@@ -254,12 +259,12 @@ def _scenes(path: Path, found: _Listing, key: str) -> tuple[ConflictScene, ...]:
                     f'differ in "conflict".'
                 )
         scenes.append(
-            ConflictScene(scene.image, path.parent / scene.image, path.parent / scene.labels, tuple(scene.objects))
+            CueConflictScene(scene.image, path.parent / scene.image, path.parent / scene.labels, tuple(scene.objects))
         )
     return tuple(scenes)
 
 
-def read_labels(path: Path) -> np.ndarray:
+def read_label_map(path: Path) -> np.ndarray:
     """A label map ``(H, W)``.
 
     Raises:

@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 from trees import tree
 
-from replk_mm.data.scenes.conflict import (
+from replk_mm.data.scenes.cue_conflict import (
     CONFLICT,
     TEXTURE_OF,
-    make_conflict_scene,
-    read_conflict,
-    read_labels,
+    make_cue_conflict_scene,
+    read_cue_conflict,
+    read_label_map,
     texture_class,
 )
-from replk_mm.data.scenes.objects import DEMO_CLASSES, SHAPES
+from replk_mm.data.scenes.spec import DEMO_CLASSES, SHAPES
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.errors import UserError
 
@@ -30,7 +30,7 @@ PAIRS = set(itertools.permutations(SHAPES, 2))
 
 @pytest.fixture(scope='module')
 def training():
-    return [make_conflict_scene(0, 'train', index, SIZE) for index in range(300)]
+    return [make_cue_conflict_scene(0, 'train', index, SIZE) for index in range(300)]
 
 
 @pytest.fixture(scope='module')
@@ -46,14 +46,14 @@ def digest(scene) -> str:
 
 # -- determinism ------------------------------------------------------------------------------------------------------
 def test_pixels_are_those_of_this_generator_version():
-    # Kept from the first run of version 1. If this fails, the scenes of old seeds changed: raise CONFLICT_VERSION.
-    assert digest(make_conflict_scene(0, 'train', 0, SIZE))[:16] == '24c20555ca9b42f3'
-    assert digest(make_conflict_scene(3, 'conflict', 7, (96, 128)))[:16] == '55a84f2aa999f910'
+    # Kept from the first run of version 1. If this fails, the scenes of old seeds changed: raise CUE_CONFLICT_VERSION.
+    assert digest(make_cue_conflict_scene(0, 'train', 0, SIZE))[:16] == '24c20555ca9b42f3'
+    assert digest(make_cue_conflict_scene(3, 'conflict', 7, (96, 128)))[:16] == '55a84f2aa999f910'
 
 
 # -- what the scenes hold ---------------------------------------------------------------------------------------------
 def test_cues_agree_where_they_should(training):
-    for scene in [*training[:50], *(make_conflict_scene(0, 'val', index, SIZE) for index in range(20))]:
+    for scene in [*training[:50], *(make_cue_conflict_scene(0, 'val', index, SIZE) for index in range(20))]:
         assert len(scene.instances) == 3
         for item in scene.instances:
             assert DEMO_CLASSES[item.label - 1] == item.spec.shape == texture_class(item.spec)
@@ -63,15 +63,15 @@ def test_every_ordered_pair_of_classes_is_equally_frequent():
     pairs = Counter(
         (item.spec.shape, texture_class(item.spec))
         for index in range(20)
-        for item in make_conflict_scene(1, 'conflict', index, SIZE).instances
+        for item in make_cue_conflict_scene(1, 'conflict', index, SIZE).instances
     )
     assert pairs == dict.fromkeys(PAIRS, 10)
 
 
 def test_a_conflict_scene_is_its_validation_scene_with_other_textures():
     for index in range(10):
-        plain = make_conflict_scene(0, 'val', index // 2, SIZE)
-        other = make_conflict_scene(0, 'conflict', index, SIZE)
+        plain = make_cue_conflict_scene(0, 'val', index // 2, SIZE)
+        other = make_cue_conflict_scene(0, 'conflict', index, SIZE)
         assert (plain.label == other.label).all()
         outside = np.ones(SIZE, bool)
         for item, same in zip(plain.instances, other.instances, strict=True):
@@ -135,13 +135,13 @@ def test_shape_and_texture_tell_the_class_and_nothing_else_does(training):
 def test_files_hold_the_scenes_and_the_listing_their_objects(written):
     meta = json.loads((written / 'meta.json').read_text())
     assert meta['scenes'] == {'train': 3, 'val': 3, 'conflict': 6} and meta['generator'] == 'replk_mm conflict scenes'
-    found = read_conflict(written)
+    found = read_cue_conflict(written)
     assert found.about == dict(generator='replk_mm conflict scenes', generator_version=1, seed=2, size=[64, 96])
     assert len(found.agreeing) == 3 and len(found.conflict) == 6
     for split, scenes in (('val', found.agreeing), ('conflict', found.conflict)):
         for index, listed in enumerate(scenes):
-            scene = make_conflict_scene(2, split, index, (64, 96))
-            labels = read_labels(listed.labels)
+            scene = make_cue_conflict_scene(2, split, index, (64, 96))
+            labels = read_label_map(listed.labels)
             assert (labels == scene.label).all()
             assert np.abs(np.array(Image.open(listed.image), int) - scene.image).mean() < 4  # JPEG
             for item, drawn in zip(listed.objects, scene.instances, strict=True):
@@ -159,7 +159,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_files(written, tmp_path):
         if len(drawn) == 8:  # among the conflict scenes
             raise KeyboardInterrupt
         drawn.append(key)
-        return make_conflict_scene(*key)
+        return make_cue_conflict_scene(*key)
 
     with pytest.raises(KeyboardInterrupt):
         write_demo_data(tmp_path / 'd', train=3, val=3, seed=2, size=(64, 96), kind=replace(CONFLICT, make=interrupted))

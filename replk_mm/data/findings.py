@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 from replk_mm.errors import UserError, command_line
@@ -129,13 +128,13 @@ class Problem:
     def __str__(self) -> str:
         return f'{self.path}: {self.found}' + (f'; allowed: {self.allowed}' if self.allowed else '')
 
-    def listed(self) -> Iterator[tuple[str, str, str]]:
+    def occurrences(self) -> Iterator[tuple[str, str, str]]:
         """Path, entry and finding of every single item."""
         for item in self.items or (Item(self.found),):
             yield item.path or self.path, item.entry, item.found
 
 
-class BadData(UserError):
+class InvalidDataError(UserError):
     """Data that cannot be used; ``problems`` has all findings."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
@@ -148,9 +147,9 @@ class BadData(UserError):
 
 
 def reject_errors(problems: Sequence[Problem]) -> None:
-    """Raise :class:`BadData` if any problem is an error."""
+    """Raise :class:`InvalidDataError` if any problem is an error."""
     if any(problem.severity == 'error' for problem in problems):
-        raise BadData(problems)
+        raise InvalidDataError(problems)
 
 
 def summary_lines(problems: Iterable[Problem]) -> list[str]:
@@ -163,9 +162,3 @@ def summary_lines(problems: Iterable[Problem]) -> list[str]:
         f'{severity}: {first}' + (f' (and {len(rest)} more)' if rest else '')
         for (severity, _), (first, *rest) in sorted(kinds.items(), key=lambda item: SEVERITIES.index(item[0][0]))
     ]
-
-
-def some(values: Iterable) -> str:
-    """The first few of ``values``, with an ellipsis if there are more."""
-    shown = [str(value) for value in islice(values, SHOWN + 1)]
-    return ', '.join(shown[:SHOWN]) + (' ...' if len(shown) > SHOWN else '')
