@@ -18,7 +18,7 @@ METRICS = ('miou_ss', 'miou_ms', 'ap_box', 'ap_mask')
 
 
 @dataclass(frozen=True)
-class Result:
+class PublishedResult:
     """One published row: a backbone, what it was trained on, and what it reached."""
 
     task: str  # 'segmentation' or 'detection'
@@ -53,10 +53,10 @@ def table(name: str) -> Any:
     return _tables()[name]
 
 
-def _result(task: str, row: Mapping[str, Any]) -> Result:
+def _result(task: str, row: Mapping[str, Any]) -> PublishedResult:
     source = table('sources')[row['source']]
     schedule = f'{row["iters"] // 1000}k iterations' if 'iters' in row else f'{row["epochs"]} epochs'
-    return Result(
+    return PublishedResult(
         task=task,
         schedule=schedule,
         method=row.get('method', 'UperNet'),
@@ -72,12 +72,12 @@ def _result(task: str, row: Mapping[str, Any]) -> Result:
 
 
 @lru_cache(maxsize=1)
-def results() -> tuple[Result, ...]:
+def results() -> tuple[PublishedResult, ...]:
     """Every published row, segmentation first, in the order of ``published.yaml``."""
     return tuple(_result(task, row) for task in ('segmentation', 'detection') for row in table(task))
 
 
-def for_config(config: str | Path) -> Result | None:
+def for_config(config: str | Path) -> PublishedResult | None:
     """The row whose recipe a config follows.
 
     Args:

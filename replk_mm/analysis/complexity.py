@@ -53,7 +53,7 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Count:
+class Complexity:
     """What a network costs."""
 
     parts: list[Part]  #: its parts, in the order of the network
@@ -76,17 +76,17 @@ class Count:
         return sum(part.macs for part in self.parts if part.runs == INFERENCE)
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Number of parameters, training-only heads included."""
     return sum(p.numel() for p in model.parameters())
 
 
-def inference_parameters(model: nn.Module) -> int:
+def count_inference_parameters(model: nn.Module) -> int:
     """Number of parameters without auxiliary heads, which run in training only."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith('auxiliary_head.'))
 
 
-def count(model: nn.Module, shape: tuple[int, int]) -> Count:
+def count_complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
     """Count parameters and multiply-accumulates by part.
 
     MACs are half of ``torch.utils.flop_counter``'s figure, on the meta device: convolutions and matrix products count;
@@ -113,11 +113,11 @@ def count(model: nn.Module, shape: tuple[int, int]) -> Count:
             parts.append(Part(path, sum(own.values()), 0, NEVER))
     rest = Part(
         WHOLE,
-        parameters(model) - sum(part.parameters for part in parts),
+        count_parameters(model) - sum(part.parameters for part in parts),
         inference.total - sum(part.macs for part in parts if part.runs == INFERENCE),
         INFERENCE,
     )
-    return Count([rest, *parts] if rest.parameters or rest.macs else parts, inference.uncounted(), inference.notes)
+    return Complexity([rest, *parts] if rest.parameters or rest.macs else parts, inference.uncounted(), inference.notes)
 
 
 def mmcv_macs(model: nn.Module, shape: tuple[int, int]) -> int:

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from replk_mm.analysis.plain import randomize
+from replk_mm.analysis.benchmark.baseline import randomize_constants
 from replk_mm.checkpoints.io import fetch_checkpoint
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.engine import results
@@ -281,7 +281,8 @@ def measure_erf(
         device: See :func:`replk_mm.engine.machine.select_device`.
         pretrained: File of a backbone's weights, such as an ImageNet classifier's.
         seed: Seed of random weights.
-        randomize: Also draw what starts as a constant, see :func:`replk_mm.analysis.plain.randomize`.
+        randomize: Also randomize norms and layer scales, see
+            :func:`replk_mm.analysis.benchmark.baseline.randomize_constants`.
         progress: Show a progress bar on standard error.
 
     Raises:
@@ -408,7 +409,7 @@ def _start(
         load_pretrained(backbone, pretrained)
         return backbone, f'{pretrained} (backbone)'
     if draw_constants:
-        randomize(backbone, seed)
+        randomize_constants(backbone, seed)
     return backbone, f'random, {"norms and scales too" if draw_constants else "as training starts"}, seed {seed}'
 
 

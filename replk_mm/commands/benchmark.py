@@ -16,10 +16,10 @@ import torch
 from mmengine.logging import MMLogger
 
 from replk_mm import cli
-from replk_mm.analysis import benchmark, benchmark_op, benchmark_report
-from replk_mm.analysis.engines import ENGINES
-from replk_mm.analysis.job import Job, default_shape
-from replk_mm.analysis.speed import MIN_ROUNDS
+from replk_mm.analysis.benchmark import network_benchmark, operator_benchmark, report
+from replk_mm.analysis.benchmark.case import BenchmarkCase, default_shape
+from replk_mm.analysis.benchmark.inference_engines import ENGINES
+from replk_mm.analysis.timing import MIN_ROUNDS
 from replk_mm.engine.machine import keep_freed_memory, prepare_work_dir, select_device
 from replk_mm.errors import command
 
@@ -138,16 +138,16 @@ def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.what == 'op':
         points = [
-            benchmark_op.Shape(kernel, size, channels, batch, args.stride)
+            operator_benchmark.Shape(kernel, size, channels, batch, args.stride)
             for channels, batch, size, kernel in product(args.channels, args.batch, args.maps, args.kernels)
         ]
-        record = benchmark_op.run(
+        record = operator_benchmark.run(
             points, args.dtype, args.implementations, device, args.repeats, args.warmup, args.seconds or 2.0
         )
     else:
         shapes = [(side, side) for side in args.sides or ()]
         shapes = shapes or [tuple(args.shape or default_shape(args.config, args.cfg_options))]
-        job = Job(
+        job = BenchmarkCase(
             args.config,
             args.what == 'model',
             form=args.form,
@@ -156,11 +156,11 @@ def measure(args: argparse.Namespace) -> dict:
             device=device,
             threads=torch.get_num_threads(),
         )
-        how = benchmark.Settings(
+        how = network_benchmark.Settings(
             args.dtype, args.repeats, args.warmup, args.seconds or 60.0, args.memory, args.compare, args.same_allocator
         )
-        record = benchmark.run(job, how, args.mode, shapes, args.batch)
-    return {**record, 'environment': benchmark_report.environment(kept)}
+        record = network_benchmark.run(job, how, args.mode, shapes, args.batch)
+    return {**record, 'environment': report.environment(kept)}
 
 
 @command
@@ -170,10 +170,6 @@ def main() -> int:
     out = prepare_work_dir(args.out or Path('work_dirs', 'benchmark', name), option='--out')
     with contextlib.redirect_stdout(sys.stderr):  # libraries print too
         record = measure(args)
-        files = benchmark_report.write(record, out)
-    print(
-        benchmark_report.to_json(record)
-        if args.json
-        else f'\n{benchmark_report.text(record)}\n\nwritten: {", ".join(map(str, files))}'
-    )
-    return 0 if benchmark_report.all_equal(record) else 1
+        files = report.write(record, out)
+    print(report.to_json(record) if args.json else f'\n{report.text(record)}\n\nwritten: {", ".join(map(str, files))}')
+    return 0 if report.all_equal(record) else 1

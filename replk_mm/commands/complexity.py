@@ -1,4 +1,4 @@
-"""Count parameters and multiply-accumulates (MACs, papers: FLOPs) by part, before and after reparameterization.
+"""Count parameters and multiply-accumulates (MACs, in papers FLOPs) by part, before and after reparameterization.
 
 CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is installed with a package
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). No weights are allocated and no image is read.
@@ -7,26 +7,94 @@ CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is ins
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from replk_mm import cli
-from replk_mm.analysis import complexity_table
+from replk_mm import cli, published
+from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, Operator
+from replk_mm.analysis.config_complexity import ConfigComplexity, config_complexity, library_versions
+from replk_mm.analysis.published_complexity import CONFIGS, count_published, render_page
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import UserError, command
 from replk_mm.files import write_atomic
+from replk_mm.text import text_table
 
 FIELDS = """
 fields of --json:
-  config, shape [H, W], shape_from  what was counted, at which size in pixels, and where the size comes from
+  config, shape [H, W], shape_from  network and size in pixels that were counted, and the origin of the size
   training, reparameterized         the two forms of the network, each with
     parameters                      all; inference_parameters: without auxiliary heads, which run in training only
     macs                            multiply-accumulates of one inference on one image, half of torch's count
     parts                           [{name, parameters, macs, runs: "inference" | "training" | "not run"}]
     uncounted                       [{name, calls, elements}]: operators without a formula; elements of their outputs
-  changes                           what was merged and folded
-  notes                             assumptions, and what was not run
+  changes                           summary of the merged and folded layers
+  notes                             assumptions, and operations that were not run
   versions                          of the libraries
 """
+#: Number of uncounted operators to describe in full.
+_DESCRIBED = 6
+
+
+def format_complexity(found: ConfigComplexity) -> str:
+    """A table of the parts of both forms, with notes."""
+    forms = found.training, found.deployed
+    marks = {INFERENCE: '', TRAINING: ' *', NEVER: ' +'}
+    by_name = [{part.name: (part.parameters, part.macs) for part in form.parts} for form in forms]
+    runs = {part.runs for part in found.training.parts}
+
+    def row(name: str, *pairs: tuple[int, int]) -> list[str]:
+        return [name, *(cell for parameters, macs in pairs for cell in (f'{parameters:,}', f'{macs / 1e9:.2f} G'))]
+
+    rows = [['', 'parameters', 'MACs', 'reparameterized: parameters', 'MACs']]
+    rows += [
+        row(part.name + marks[part.runs], *(parts.get(part.name, (0, 0)) for parts in by_name))
+        for part in found.training.parts
+    ]
+    rows.append(row('inference', *((form.inference_parameters, form.macs) for form in forms)))
+    if TRAINING in runs:
+        rows.append(row('in training', *((form.parameters, sum(part.macs for part in form.parts)) for form in forms)))
+    lines = [f'{found.config} at 1x3x{found.shape[0]}x{found.shape[1]} ({found.shape_from})', '', text_table(rows)]
+    if TRAINING in runs:
+        lines.append('* runs in training only')
+    if NEVER in runs:
+        lines.append('+ not called: its weights are used elsewhere, or its use depends on the image')
+    lines += [
+        '',
+        f'reparameterized: {found.changes}',
+        *found.training.notes,
+        f'not counted, because torch has no formula: {_format_operators(found.training.uncounted)}',
+        f'versions: {", ".join(f"{name} {number}" for name, number in library_versions().items())}',
+    ]
+    paper = published.for_config(found.config)
+    if paper and paper.input == found.shape:
+        lines.append(
+            f'published: {paper.params_m:g} M parameters, {paper.flops_g:g} G ({paper.source}); '
+            f'docs/complexity.md explains how they were counted'
+        )
+    return '\n'.join(lines)
+
+
+def _format_operators(uncounted: Iterable[Operator]) -> str:
+    """Operators as text, those with most elements in full."""
+    operators = list(uncounted)
+    described = [f'{o.name} ({o.calls} times, {o.elements / 1e6:.1f} M elements)' for o in operators[:_DESCRIBED]]
+    return ', '.join([*described, *(o.name for o in operators[_DESCRIBED:])]) or 'nothing'
+
+
+def _count_published(rows: str | None, out: str | None, as_json: bool) -> None:
+    if not Path(CONFIGS).is_dir():
+        raise UserError(f'{CONFIGS}: no such folder\nRun --published at the root of the repository.')
+    out = out or (None if rows else 'docs')
+    folder = prepare_work_dir(out, option='--out') if out else None
+    record = count_published(rows, lambda line: print(line, file=sys.stderr, flush=True))
+    text = json.dumps(record, indent=1, allow_nan=False) + '\n'
+    print(text if as_json else render_page(record, tables_only=True), end='')
+    if folder:
+        written = [
+            write_atomic(folder / 'complexity.md', render_page(record)),
+            write_atomic(folder / 'complexity.json', text),
+        ]
+        print(f'written: {", ".join(map(str, written))}', file=sys.stderr)
 
 
 @command
@@ -39,7 +107,7 @@ def main() -> None:
         type=cli.positive,
         nargs=2,
         metavar=('H', 'W'),
-        help="in pixels (default: the published row's, or else the config's crop)",
+        help="image size in pixels (default: the published row's, or else the config's crop)",
     )
     p.add_argument('--json', action='store_true', help='print JSON, and nothing else, to standard output')
     p.add_argument('--published', action='store_true', help='count every published result')
@@ -50,26 +118,17 @@ def main() -> None:
     cli.add_config_options(p)
     args = p.parse_args()
     if args.published == bool(args.config):
-        p.error('name either a CONFIG or --published')
-    if args.config:
-        if args.rows or args.out:
-            p.error('--rows and --out belong to --published')
-        found = complexity_table.report(args.config, tuple(args.shape) if args.shape else None, args.cfg_options)
-        print(json.dumps(found.to_dict(), indent=2) if args.json else complexity_table.to_text(found))
-        return
-    if args.shape or args.cfg_options:
-        p.error('--published counts at the published sizes, with the configs as they are')
-    configs = Path(complexity_table.CONFIGS)
-    if not configs.is_dir():
-        raise UserError(f'{configs}: no such folder\nRun --published at the root of the repository.')
-    out = args.out or (None if args.rows else 'docs')
-    folder = prepare_work_dir(out, option='--out') if out else None
-    record = complexity_table.run(args.rows, lambda line: print(line, file=sys.stderr, flush=True))
-    text = json.dumps(record, indent=1, allow_nan=False) + '\n'
-    print(text if args.json else complexity_table.page(record, tables_only=True), end='')
-    if folder:
-        written = [
-            write_atomic(folder / 'complexity.md', complexity_table.page(record)),
-            write_atomic(folder / 'complexity.json', text),
-        ]
-        print(f'written: {", ".join(map(str, written))}', file=sys.stderr)
+        p.error('give either a CONFIG or --published')
+    if args.published:
+        if args.shape or args.cfg_options:
+            p.error('--published takes sizes and configs as they are: no --shape, no --cfg-options')
+        return _count_published(args.rows, args.out, args.json)
+    if args.rows or args.out:
+        p.error('--rows and --out need --published')
+    found = config_complexity(args.config, tuple(args.shape) if args.shape else None, args.cfg_options)
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        size = f'{found.shape[0]} {found.shape[1]}'
+        print(format_complexity(found))
+        print(f'\nMeasure its speed: python tools/benchmark.py model {args.config} --shape {size}')

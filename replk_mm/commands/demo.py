@@ -16,7 +16,7 @@ from PIL import Image
 from replk_mm import cli
 from replk_mm.analysis import complexity
 from replk_mm.analysis.complexity import MASK_REGIONS, PROPOSALS
-from replk_mm.analysis.speed import Call, Timing, measure
+from replk_mm.analysis.timing import Call, Timing, time_interleaved
 from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.data.scenes.layouts import LAYOUTS
 from replk_mm.data.scenes.writer import META, write_demo_data
@@ -242,20 +242,20 @@ def run(
     }
     size = load_config(story.config).crop_size
     with torch.no_grad():
-        times = measure({name: story.inference(model, data) for name, model in models.items()})
+        times = time_interleaved({name: story.inference(model, data) for name, model in models.items()})
     for (form, model), checkpoint in zip(models.items(), (trained, merged), strict=True):
         cfg = load_config(story.config)
         where = Options(data_root=str(data), work_dir=str(out / f'test_{form}'), device='cpu')
         found = evaluate(cfg, str(checkpoint), where)
         records.append(results.record(cfg, str(checkpoint), found, tta=False))
-        cost = complexity.count(model, size)
+        cost = complexity.count_complexity(model, size)
         rows.append(
             Row(
                 form,
                 {name: of(found) for name, of in story.metrics.items()},
                 cost.inference_parameters,
                 cost.macs,
-                times.timing(form),
+                times.summary(form),
             )
         )
     results.write(

@@ -71,7 +71,7 @@ class Row:
     data: str
     kind: str
     schedule: str
-    result: published.Result | None
+    result: published.PublishedResult | None
     params_m: float
 
 

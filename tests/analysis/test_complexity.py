@@ -14,8 +14,9 @@ import torch.nn as nn
 from tiny import CONFIG, ROOT
 
 from replk_mm import published
-from replk_mm.analysis import complexity, complexity_table
-from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, count
+from replk_mm.analysis import complexity, published_complexity
+from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, count_complexity
+from replk_mm.analysis.config_complexity import ConfigComplexity, config_complexity
 from replk_mm.backbones import RepLKNet
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.errors import UserError
@@ -46,7 +47,7 @@ class Attention(nn.Module):
 
 def test_closed_forms_by_part() -> None:
     pixels = 16 * 24
-    found = count(Attention(), (32, 48))
+    found = count_complexity(Attention(), (32, 48))
     assert {part.name: (part.parameters, part.macs, part.runs) for part in found.parts} == {
         '(model)': (7, pixels * pixels * 6, INFERENCE),
         'conv': (8 * 3 * 9 + 8, pixels * 8 * 3 * 9, INFERENCE),
@@ -62,7 +63,7 @@ def test_operators_without_a_formula_are_named() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GELU(), nn.Upsample(scale_factor=2, mode='bilinear'), nn.Flatten()
     )
-    found = {operator.name: (operator.calls, operator.elements) for operator in count(net, (5, 6)).uncounted}
+    found = {operator.name: (operator.calls, operator.elements) for operator in count_complexity(net, (5, 6)).uncounted}
     norm = next(name for name in found if 'batch_norm' in name)
     assert found.pop(norm) == (1, 4 * 30)
     assert found == {'aten.gelu': (1, 4 * 30), 'aten.upsample_bilinear2d': (1, 4 * 120)}
@@ -71,7 +72,7 @@ def test_operators_without_a_formula_are_named() -> None:
 def test_shared_weights_count_once() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.ReLU(), nn.Conv2d(3, 3, 1, bias=False))
     net[2].weight = net[0].weight
-    found = count(net, (2, 2))
+    found = count_complexity(net, (2, 2))
     assert (found.parameters, found.macs) == (9, 2 * 9 * 4)
 
 
@@ -81,18 +82,18 @@ def test_merging_saves_the_parallel_kernels_and_every_norm() -> None:
     merged = reparameterize(net)[0]
     # Small kernels of 3x3 on maps of 1/4 and 1/8; norms cost no multiply-accumulates that are counted.
     saved = 9 * (8 * 16 * 16 + 2 * 16 * 8 * 8)
-    assert count(net, (64, 64)).macs - count(merged, (64, 64)).macs == saved
+    assert count_complexity(net, (64, 64)).macs - count_complexity(merged, (64, 64)).macs == saved
     norms = sum(2 * m.num_features for m in net.modules() if isinstance(m, nn.BatchNorm2d))
     # Every convolution gets a bias; the merged one has one instead of the two that its branches would.
     biases = sum(m.out_channels for m in merged.modules() if isinstance(m, nn.Conv2d))
     small = 9 * (8 + 2 * 16)
-    assert complexity.parameters(net) - complexity.parameters(merged) == norms + small - biases
+    assert complexity.count_parameters(net) - complexity.count_parameters(merged) == norms + small - biases
 
 
 def test_auxiliary_heads_do_not_infer() -> None:
     net = nn.Module()
     net.decode_head, net.auxiliary_head = nn.Linear(2, 3), nn.Linear(2, 50)
-    assert complexity.inference_parameters(net) == 9
+    assert complexity.count_inference_parameters(net) == 9
 
 
 @pytest.mark.parametrize(
@@ -117,13 +118,13 @@ def test_the_counter_of_the_papers_knows_our_convolution() -> None:
 
 
 @pytest.fixture(scope='module')
-def segmentor(tmp_path_factory: pytest.TempPathFactory) -> complexity_table.Report:
+def segmentor(tmp_path_factory: pytest.TempPathFactory) -> ConfigComplexity:
     path = tmp_path_factory.mktemp('complexity') / 'tiny.py'
     path.write_text(CONFIG)
-    return complexity_table.report(str(path))
+    return config_complexity(str(path))
 
 
-def test_parts_of_a_segmentor(segmentor: complexity_table.Report) -> None:
+def test_parts_of_a_segmentor(segmentor: ConfigComplexity) -> None:
     found = segmentor
     assert found.shape == (64, 64) and 'crop' in found.shape_from
     before, after = ({part.name: part for part in form.parts} for form in (found.training, found.deployed))
@@ -148,7 +149,7 @@ def mask_head(classes: int = 80) -> int:
 
 
 def test_parts_of_a_two_stage_detector() -> None:
-    found = complexity_table.report(MASK_RCNN, (64, 64))
+    found = config_complexity(MASK_RCNN, (64, 64))
     parts = {part.name: part.macs for part in found.training.parts}
     # The published count of ResNet-50 without its classifier, 4.09 G at 224x224, scales with the area.
     assert parts['backbone'] == pytest.approx(4.09e9 * 64 * 64 / 224**2, rel=0.01)
@@ -162,7 +163,7 @@ def test_parts_of_a_two_stage_detector() -> None:
 
 def test_parts_of_a_cascade() -> None:
     config = str(ROOT / 'configs' / 'cascade-mask-rcnn_convnext-tiny_coco.py')
-    parts = {part.name: part.macs for part in complexity_table.report(config, (64, 64)).training.parts}
+    parts = {part.name: part.macs for part in config_complexity(config, (64, 64)).training.parts}
     for stage in range(3):
         assert parts[f'roi_head.bbox_head.{stage}'] == 1000 * (
             4 * 49 * 9 * 256 * 256 + 49 * 256 * 1024 + 1024 * (81 + 320)
@@ -171,7 +172,7 @@ def test_parts_of_a_cascade() -> None:
 
 
 def test_parts_of_a_dense_detector() -> None:
-    found = complexity_table.report(str(ROOT / 'configs' / 'fcos_replk31b_coco.py'), (128, 128))
+    found = config_complexity(str(ROOT / 'configs' / 'fcos_replk31b_coco.py'), (128, 128))
     parts = {part.name: part.macs for part in found.deployed.parts}
     positions = 16 * 16 + 8 * 8 + 4 * 4 + 2 * 2 + 1
     assert parts['bbox_head'] == positions * 9 * 256 * (8 * 256 + 80 + 4 + 1)
@@ -188,8 +189,8 @@ def backbone(tmp_path: Path) -> str:
 
 def test_a_bare_backbone_needs_a_size(backbone: str) -> None:
     with pytest.raises(UserError, match='--shape'):
-        complexity_table.report(backbone)
-    found = complexity_table.report(backbone, (224, 224))
+        config_complexity(backbone)
+    found = config_complexity(backbone, (224, 224))
     # Published for the whole classifier, whose last layer is 1024 x 1000.
     row = next(row for row in published.table('kernel_size_study') if row['name'] == 'RepLKNet-31')
     assert (found.deployed.macs + 1024 * 1000) / 1e9 == pytest.approx(row['flops_g'], abs=0.1)
@@ -198,7 +199,7 @@ def test_a_bare_backbone_needs_a_size(backbone: str) -> None:
 
 def test_a_size_that_the_network_cannot_take() -> None:
     with pytest.raises(UserError, match='cannot be counted at 1x3x2x2'):
-        complexity_table.report(NANO, (2, 2), {'model.backbone.norm_cfg': dict(type='IN')})
+        config_complexity(NANO, (2, 2), {'model.backbone.norm_cfg': dict(type='IN')})
 
 
 @pytest.fixture
@@ -255,7 +256,7 @@ def test_two_rows_are_those_of_the_docs(
     assert tool('--published', '--rows', f'^({"|".join(wanted)})$', '--out', tmp_path) == 0
     found = json.loads((tmp_path / 'complexity.json').read_text())
     assert found['rows'] == [row for row in record['rows'] if row['config'] in wanted] and len(found['rows']) == 2
-    assert (tmp_path / 'complexity.md').read_text() == complexity_table.page(found)
+    assert (tmp_path / 'complexity.md').read_text() == published_complexity.render_page(found)
     printed = capsys.readouterr()
     assert all(row in printed.out for row in ('| 939 |', '| 262 |')) and '2/2' in printed.err
 
@@ -263,11 +264,11 @@ def test_two_rows_are_those_of_the_docs(
 @pytest.mark.parametrize(('pattern', 'said'), [('nonsense', 'matches none'), ('(', 'not a regular expression')])
 def test_rows_that_do_not_exist(pattern: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        complexity_table.run(pattern)
+        published_complexity.count_published(pattern)
 
 
 def test_the_page_is_of_its_record(record: dict) -> None:
-    assert (DOCS / 'complexity.md').read_text(encoding='utf-8') == complexity_table.page(record)
+    assert (DOCS / 'complexity.md').read_text(encoding='utf-8') == published_complexity.render_page(record)
 
 
 def test_every_published_row_is_counted_and_within_tolerance_or_explained(record: dict) -> None:
@@ -295,12 +296,12 @@ def test_every_published_row_is_counted_and_within_tolerance_or_explained(record
 def test_a_row_that_fits_no_counting_is_called_unexplained(record: dict) -> None:
     odd = json.loads(json.dumps(record['rows'][0]))
     odd['published']['macs_g'] *= 1.05
-    odd['status'] = complexity_table.status_of(odd)
+    odd['status'] = published_complexity.status_of(odd)
     assert odd['status'] == 'unexplained'
-    assert f'Not explained: {odd["config"]}' in complexity_table.page({**record, 'rows': [odd]})
+    assert f'Not explained: {odd["config"]}' in published_complexity.render_page({**record, 'rows': [odd]})
 
 
 @pytest.mark.slow
 def test_all_rows_are_those_of_the_docs(record: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert complexity_table.run()['rows'] == record['rows']
+    assert published_complexity.count_published()['rows'] == record['rows']

@@ -20,8 +20,8 @@ from PIL import Image
 from tiny import ROOT, tiny  # noqa: F401 (a fixture)
 
 from replk_mm.analysis import erf_report
+from replk_mm.analysis.benchmark.baseline import use_plain_torch
 from replk_mm.analysis.erf import KIND, Erf, areas, contributions, measure_erf, paper_scale
-from replk_mm.analysis.plain import default_layout
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.replknet import RepLKNet
 from replk_mm.deploy.reparameterize import reparameterize
@@ -219,7 +219,7 @@ def test_scores_by_finite_differences(name):
 @pytest.mark.parametrize('name', ['RepLKNet', 'ConvNeXt'])
 def test_our_operators_give_the_scores_of_torchs_own(name):
     net, image = backbones()[name].eval(), torch.randn(1, 3, 64, 64)
-    reference = contributions(default_layout(copy.deepcopy(net)).double(), image.double())[0]
+    reference = contributions(use_plain_torch(copy.deepcopy(net)).double(), image.double())[0]
     scores = contributions(net.requires_grad_(False), image)[0]
     assert scores.dtype == torch.float64 and (scores - reference).abs().max() < 1e-5 * reference.max()
 

@@ -112,7 +112,7 @@ def test_complexity_speed_and_memory(tiny, trained, tmp_path):  # noqa: F811
 def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_path, monkeypatch):  # noqa: F811
     # The config's SyncBN is BN here, which cannot train on one image pooled to a pixel.
     asked = []
-    monkeypatch.setattr(measurements, 'memory_of', lambda job, *args: asked.append(job) or 1000 * len(asked))
+    monkeypatch.setattr(measurements, 'peak_memory', lambda job, *args: asked.append(job) or 1000 * len(asked))
     found = measurements.TABLE['memory'](
         task_of(tmp_path, tiny, measure=['memory'], options={'model.decode_head.norm_cfg': dict(type='SyncBN')})
     )

@@ -9,7 +9,7 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
-from replk_mm.analysis.speed import Timing
+from replk_mm.analysis.timing import Timing
 from replk_mm.commands import demo
 from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE
 

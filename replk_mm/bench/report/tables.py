@@ -318,7 +318,7 @@ def _other_data(name: str, record: Mapping[str, Any]) -> str:
     )
 
 
-def _otherwise(record: Mapping[str, Any], result: published.Result | None) -> Iterator[str]:
+def _otherwise(record: Mapping[str, Any], result: published.PublishedResult | None) -> Iterator[str]:
     """What a difference from a published figure rests on besides the network."""
     iterations, crop = number(record['protocol'], 'iterations'), record['protocol'].get('crop')
     if (

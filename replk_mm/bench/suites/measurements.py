@@ -21,10 +21,18 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
 
 from replk_mm import published
-from replk_mm.analysis import complexity_table, plain
-from replk_mm.analysis.job import Job, default_shape, fitted_config, memory_of, set_shape, smallest_batch
-from replk_mm.analysis.speed import measure
-from replk_mm.analysis.workload import Workload
+from replk_mm.analysis.benchmark.baseline import OURS, randomize_constants
+from replk_mm.analysis.benchmark.case import (
+    BenchmarkCase,
+    default_shape,
+    load_case_config,
+    min_batch_size,
+    peak_memory,
+    set_input_size,
+)
+from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
+from replk_mm.analysis.config_complexity import build_on_meta, config_complexity, reparameterize_on_meta
+from replk_mm.analysis.timing import time_interleaved
 from replk_mm.bench import records
 from replk_mm.bench.records import read_json, write_json
 from replk_mm.bench.schema import Task, fingerprint
@@ -285,7 +293,7 @@ def metric(task: Task) -> MeasurementResult:
     out = task.folder / 'test'
     if get_rank() == 0:
         results.write(results.record(cfg, checkpoint, found, False), out / 'metrics.json')
-    merged = complexity_table.merge(complexity_table.build(load_task_config(task)))[1].merged
+    merged = reparameterize_on_meta(build_on_meta(load_task_config(task)))[1].merged
     if merged and not found.meta.get('replk_mm', {}).get('reparameterized'):
         values['reparameterized'] = dict(metrics=_finite(_test(task, checkpoint, True)[1].metrics))
     data, where = describe_split(cfg, 'test')
@@ -413,7 +421,7 @@ def complexity(task: Task) -> MeasurementResult:
     """Parameters and multiply-accumulates; needs no weights."""
     paper = published.for_config(task.row.config.rpartition('::')[2])
     shape = task.row.macs_shape or (paper.input if paper else None)
-    found = complexity_table.report(task.config, shape and (shape[0], shape[1]), task.row.options)
+    found = config_complexity(task.config, shape and (shape[0], shape[1]), task.row.options)
     before, after = found.training, found.deployed
     return MeasurementResult(
         dict(
@@ -435,21 +443,21 @@ def speed(task: Task) -> MeasurementResult:
     built = build_for_inference(cfg, job.checkpoint, device=job.device, classes=False, packed=False)
     net: Any = built.model
     if not job.checkpoint:
-        plain.randomize(net, task.seed)
+        randomize_constants(net, task.seed)
     merged = bool(built.meta.get('replk_mm', {}).get('reparameterized'))
     nets: dict[str, Any] = {} if merged else dict(training=net)
     nets['reparameterized'] = reparameterize(copy.deepcopy(net), inplace=True)[0]
     for each in nets.values():
         pack(each)
-    set_shape(nets.values(), job.shape)
+    set_input_size(nets.values(), job.shape)
     load = os.getloadavg()[0]
-    work = Workload(cfg, net, job.batch, job.shape, job.device)
-    found = measure({form: work.inference(each) for form, each in nets.items()}, seconds=_SECONDS)
+    work = SyntheticBatch(cfg, net, job.batch, job.shape, job.device)
+    found = time_interleaved({form: work.inference_call(each) for form, each in nets.items()}, seconds=_SECONDS)
     forms = {}
     for form in nets:
-        of = found.timing(form)
+        of = found.summary(form)
         forms[form] = dict(median_ms=of.median, low_ms=of.low, high_ms=of.high, throughput=1e3 * job.batch / of.median)
-    faster = None if merged else asdict(found.times_as_fast('reparameterized', 'training'))
+    faster = None if merged else asdict(found.speedup('reparameterized', 'training'))
     return MeasurementResult(
         dict(forms=forms, times_as_fast=faster, batch=job.batch),
         _machine(job),
@@ -462,7 +470,7 @@ def memory(task: Task) -> MeasurementResult:
     job, cfg = _job(task)
     values: dict[str, int | None] = dict(inference_bytes=_memory(job), training_bytes=None)
     facts: dict[str, Any] = {}
-    batch = task.row.batch or smallest_batch(complexity_table.build(cfg), 'train')
+    batch = task.row.batch or min_batch_size(build_on_meta(cfg), 'train')
     try:
         values['training_bytes'] = _memory(replace(job, mode='train', form='training', checkpoint=None, batch=batch))
     except UserError as error:  # what is too large to train here can still run
@@ -470,16 +478,16 @@ def memory(task: Task) -> MeasurementResult:
     return MeasurementResult(values, {**_machine(job), 'training_batch': batch}, facts)
 
 
-def _memory(job: Job) -> int | None:
-    grown = memory_of(job, plain.OURS, 'float32', True)
+def _memory(job: BenchmarkCase) -> int | None:
+    grown = peak_memory(job, OURS, 'float32', True)
     if isinstance(grown, str):
         raise UserError(f'memory of {job.mode}: {grown}')
     return grown
 
 
-def _job(task: Task) -> tuple[Job, Config]:
+def _job(task: Task) -> tuple[BenchmarkCase, Config]:
     height, width = task.row.shape or default_shape(task.config, task.row.options)
-    job = Job(
+    job = BenchmarkCase(
         task.config,
         True,
         batch=task.row.batch or 1,
@@ -489,10 +497,10 @@ def _job(task: Task) -> tuple[Job, Config]:
         device=select_device(task.device),
         threads=torch.get_num_threads(),
     )
-    return job, fitted_config(job)[0]
+    return job, load_case_config(job)[0]
 
 
-def _machine(job: Job) -> dict[str, Any]:
+def _machine(job: BenchmarkCase) -> dict[str, Any]:
     of = environment()
     return dict(
         device=of['gpu'] if job.device != 'cpu' else 'cpu',

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from replk_mm.analysis.workload import kind_of
+from replk_mm.analysis.benchmark.synthetic_batch import model_kind
 from replk_mm.errors import UserError
 
 #: Engines, with the distributions that they need.
@@ -35,7 +35,7 @@ class Deployed(nn.Module):
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
-        self.segments = kind_of(net) == 'segmentor'
+        self.segments = model_kind(net) == 'segmentor'
 
     def forward(self, image: Tensor) -> Any:
         """``(N, 3, H, W)`` to features ``(N, C_i, H_i, W_i)``, or to classes ``(N, H, W)``."""
@@ -59,7 +59,7 @@ def export(net: Any, image: Tensor, path: Path) -> None:
     Raises:
         UserError: If the network has no ONNX form. The exporter raises errors of its own.
     """
-    kind = kind_of(net)
+    kind = model_kind(net)
     if kind not in ('backbone', 'segmentor'):
         raise UserError('a whole detector has no plain ONNX form; compare its backbone: benchmark.py backbone')
     test = (net.test_cfg or {}) if kind == 'segmentor' else {}

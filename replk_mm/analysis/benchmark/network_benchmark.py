@@ -12,12 +12,25 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from replk_mm.analysis import complexity, engines
-from replk_mm.analysis.differences import CLASS_MAP, TOLERANCES, Gap, gap_of_gradients, gap_of_results
-from replk_mm.analysis.job import Job, fitted_config, memory_of, set_shape, smallest_batch
-from replk_mm.analysis.plain import OURS, PLAIN, PLAIN_TRAINING, networks
-from replk_mm.analysis.speed import Call, measure, say, trim
-from replk_mm.analysis.workload import Workload, convert, kind_of
+from replk_mm.analysis import complexity
+from replk_mm.analysis.benchmark import inference_engines as engines
+from replk_mm.analysis.benchmark.baseline import OURS, PLAIN, PLAIN_TRAINING, build_networks
+from replk_mm.analysis.benchmark.case import (
+    BenchmarkCase,
+    load_case_config,
+    min_batch_size,
+    peak_memory,
+    set_input_size,
+)
+from replk_mm.analysis.benchmark.numerical_difference import (
+    CLASS_MAP,
+    TOLERANCES,
+    NumericalDifference,
+    compare_gradients,
+    compare_outputs,
+)
+from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_to_bfloat16, model_kind
+from replk_mm.analysis.timing import Call, print_progress, time_interleaved, trim_heap
 from replk_mm.engine.machine import keep_freed_memory
 from replk_mm.errors import UserError, explained, first_line
 
@@ -33,9 +46,9 @@ class Settings:
     dtypes: Sequence[str] = ('float32',)
     repeats: int = 15  #: rounds at most
     warmup: int = 2  #: rounds before that do not count, at most
-    seconds: float = 60.0  #: budget of a measurement, see :func:`replk_mm.analysis.speed.measure`
+    seconds: float = 60.0  #: budget of a measurement, see :func:`replk_mm.analysis.timing.time_interleaved`
     memory: bool = True  #: measure memory too, each network in a process of its own
-    engines: Sequence[str] = ()  #: names in :data:`replk_mm.analysis.engines.ENGINES`
+    engines: Sequence[str] = ()  #: names in :data:`replk_mm.analysis.benchmark.inference_engines.ENGINES`
     #: let plain torch keep freed memory too, which otherwise only this project's commands do
     same_allocator: bool = False
 
@@ -46,9 +59,11 @@ class Row:
 
     name: str  #: name of the line
     call: Call  #: what is timed
-    gap: Gap | None = None  #: difference from the results of plain torch; None for plain torch itself
-    network: str = ''  #: its name among :func:`replk_mm.analysis.plain.networks`; empty for other engines
-    how: str = 'float32'  #: precision, see :class:`Workload`; for an engine its dtype
+    gap: NumericalDifference | None = None  #: difference from the results of plain torch; None for plain torch itself
+    network: str = (
+        ''  #: its name among :func:`replk_mm.analysis.benchmark.baseline.build_networks`; empty for other engines
+    )
+    how: str = 'float32'  #: precision, see :class:`SyntheticBatch`; for an engine its dtype
 
     @property
     def dtype(self) -> str:
@@ -67,11 +82,11 @@ class Bench:
         UserError: If config or checkpoint do not fit.
     """
 
-    def __init__(self, job: Job, settings: Settings) -> None:
+    def __init__(self, job: BenchmarkCase, settings: Settings) -> None:
         torch.set_num_threads(job.threads)
         self.job, self.settings = job, settings
-        self.cfg, self.notes = fitted_config(job)
-        self.networks, changes = networks(self.cfg, job.whole, job.form, job.checkpoint)
+        self.cfg, self.notes = load_case_config(job)
+        self.networks, changes = build_networks(self.cfg, job.whole, job.form, job.checkpoint)
         # Training steps at one shape change the statistics of BatchNorm, of each network separately.
         self._buffers = {
             name: {key: value.clone() for key, value in net.to(job.device).named_buffers()}
@@ -94,7 +109,7 @@ class Bench:
                 if len(self.networks) == 3
                 else 'inference: nothing to merge or fold, the training form is the same network'
             )
-        if kind_of(self.networks[OURS]) == 'detector' and not job.checkpoint:
+        if model_kind(self.networks[OURS]) == 'detector' and not job.checkpoint:
             self.note('random weights find few objects: a trained detector has more to do behind its proposals')
 
     def note(self, line: str) -> None:
@@ -115,9 +130,9 @@ class Bench:
         Raises:
             UserError: If the networks cannot run there.
         """
-        least = smallest_batch(self.networks[OURS], self.job.mode)
+        least = min_batch_size(self.networks[OURS], self.job.mode)
         job = replace(self.job, shape=shape, batch=batch or least)
-        say(f'{job.mode} {job.batch}x3x{shape[0]}x{shape[1]}')
+        print_progress(f'{job.mode} {job.batch}x3x{shape[0]}x{shape[1]}')
         if job.batch < least:
             raise UserError(
                 f'{job.config}: --batch {job.batch}: in training BatchNorm of maps pooled to 1x1 needs two '
@@ -125,16 +140,16 @@ class Bench:
             )
         for name, net in self.networks.items():
             net.load_state_dict(self._buffers[name], strict=False)
-        set_shape(self.networks.values(), shape)
+        set_input_size(self.networks.values(), shape)
         failing = explained(
             f'{job.config}: {job.mode} of {job.batch}x3x{shape[0]}x{shape[1]} fails',
             'Try another --shape or a smaller --batch.',
         )
         with failing, tempfile.TemporaryDirectory() as folder:
-            work = Workload(self.cfg, self.networks[OURS], job.batch, shape, job.device)
+            work = SyntheticBatch(self.cfg, self.networks[OURS], job.batch, shape, job.device)
             rows = self._inference(work, Path(folder)) if job.mode == 'inference' else self._training(work)
             try:
-                found = measure(
+                found = time_interleaved(
                     {row.name: row.call for row in rows},
                     self.settings.repeats,
                     self.settings.warmup,
@@ -146,14 +161,14 @@ class Bench:
                 keep_freed_memory()
         done = []
         for row in rows:
-            gap = row.gap or Gap()
+            gap = row.gap or NumericalDifference()
             done.append(
                 dict(
                     name=row.name,
                     dtype=row.dtype,
                     how=row.how,
-                    milliseconds=asdict(found.timing(row.name)),
-                    times_as_fast=asdict(found.times_as_fast(row.name, PLAIN)),
+                    milliseconds=asdict(found.summary(row.name)),
+                    times_as_fast=asdict(found.speedup(row.name, PLAIN)),
                     samples=found.milliseconds[row.name],
                     memory_bytes=self._memory(job, row),
                     difference=gap.relative,
@@ -183,41 +198,41 @@ class Bench:
                 before[row.name] = functools.partial(_change_allocator, keeps[i], row.call)
         return before
 
-    def _inference(self, work: Workload, folder: Path) -> list[Row]:
-        def gap_of(net: nn.Module, how: str = 'float32') -> Gap:
-            return gap_of_results(reference, work.results(net, how))
+    def _inference(self, work: SyntheticBatch, folder: Path) -> list[Row]:
+        def gap_of(net: nn.Module, how: str = 'float32') -> NumericalDifference:
+            return compare_outputs(reference, work.outputs(net, how))
 
-        reference = work.results(self.networks[PLAIN])
+        reference = work.outputs(self.networks[PLAIN])
         rows, ours = [], self.networks[OURS]
         for name, net in self.networks.items():
             if name != OURS or 'float32' in self.settings.dtypes:
                 gap = None if name == PLAIN else gap_of(net)
-                rows.append(Row(name, work.inference(net), gap, name))
+                rows.append(Row(name, work.inference_call(net), gap, name))
         if 'bfloat16' in self.settings.dtypes:
             converted = copy.deepcopy(ours)
-            convert(converted)
+            convert_to_bfloat16(converted)
             # Which of the two is faster depends on the network and the machine.
             for how, net, suffix in (('autocast', ours, ''), ('converted', converted, ' weights')):
                 rows += self._bfloat16(
-                    Row(f'{OURS}, bfloat16{suffix}', work.inference(net, how), None, OURS, how),
+                    Row(f'{OURS}, bfloat16{suffix}', work.inference_call(net, how), None, OURS, how),
                     functools.partial(gap_of, net, how),
                 )
         return rows + self._engines(work, reference, folder)
 
-    def _training(self, work: Workload) -> list[Row]:
+    def _training(self, work: SyntheticBatch) -> list[Row]:
         reference = work.gradients(self.networks[PLAIN])
-        rows = [Row(PLAIN, work.training(self.networks[PLAIN]), network=PLAIN)]
+        rows = [Row(PLAIN, work.training_call(self.networks[PLAIN]), network=PLAIN)]
         net = self.networks[OURS]
         if 'float32' in self.settings.dtypes:
-            rows.append(Row(OURS, work.training(net), gap_of_gradients(reference, work.gradients(net)), OURS))
+            rows.append(Row(OURS, work.training_call(net), compare_gradients(reference, work.gradients(net)), OURS))
         if 'bfloat16' in self.settings.dtypes:
             rows += self._bfloat16(
-                Row(f'{OURS}, bfloat16', work.training(net, 'autocast'), None, OURS, 'autocast'),
-                lambda: gap_of_gradients(reference, work.gradients(net, 'autocast'), True),
+                Row(f'{OURS}, bfloat16', work.training_call(net, 'autocast'), None, OURS, 'autocast'),
+                lambda: compare_gradients(reference, work.gradients(net, 'autocast'), True),
             )
         return rows
 
-    def _bfloat16(self, row: Row, compare: Callable[[], Gap]) -> list[Row]:
+    def _bfloat16(self, row: Row, compare: Callable[[], NumericalDifference]) -> list[Row]:
         """The row with its difference, or none and a note if a layer has no bfloat16."""
         try:
             row.gap = compare()
@@ -227,12 +242,12 @@ class Bench:
             return []
         return [row]
 
-    def _engines(self, work: Workload, reference: dict[str, Tensor], folder: Path) -> list[Row]:
+    def _engines(self, work: SyntheticBatch, reference: dict[str, Tensor], folder: Path) -> list[Row]:
         def infer(run: engines.Run) -> list[np.ndarray]:  # as in the other rows, from image to result
             return run(work.normalized(plain))
 
         rows, plain, path = list[Row](), self.networks[PLAIN], folder / 'network.onnx'
-        names = [CLASS_MAP] if kind_of(plain) == 'segmentor' else list(reference)
+        names = [CLASS_MAP] if model_kind(plain) == 'segmentor' else list(reference)
         for engine in self.settings.engines:
             lacking = engines.missing(engine) if self.job.device == 'cpu' else f'{engine}: compared on CPUs only'
             if lacking:
@@ -240,12 +255,12 @@ class Bench:
                 continue
             try:
                 if not path.exists():
-                    say('  exporting')
+                    print_progress('  exporting')
                     engines.export(plain, work.normalized(plain), path)
                 for dtype in ('float32', *(dtype for dtype in self.settings.dtypes if dtype != 'float32')):
                     run = engines.load(engine, path, self.job.threads, dtype)
                     outputs = map(torch.from_numpy, infer(run))
-                    gap = gap_of_results(
+                    gap = compare_outputs(
                         {name: reference[name] for name in names}, dict(zip(names, outputs, strict=True))
                     )
                     rows.append(
@@ -260,11 +275,11 @@ class Bench:
                 self.note(f'{engine}: {first_line(error)}')
         return rows
 
-    def _memory(self, job: Job, row: Row) -> int | None:
+    def _memory(self, job: BenchmarkCase, row: Row) -> int | None:
         if not self.settings.memory or not row.network:
             return None
-        say(f'  memory of {row.name}')
-        found = memory_of(job, row.network, row.how, self.settings.same_allocator or row.network == OURS)
+        print_progress(f'  memory of {row.name}')
+        found = peak_memory(job, row.network, row.how, self.settings.same_allocator or row.network == OURS)
         if isinstance(found, str):
             self.note(f'memory of {row.name}: not measured: {found}')
             return None
@@ -273,12 +288,16 @@ class Bench:
 
 def _change_allocator(keep: bool, call: Call) -> None:
     keep_freed_memory(keep)
-    trim()  # what the others left
+    trim_heap()  # what the others left
     call()  # allocates what this network will reuse
 
 
 def run(
-    job: Job, settings: Settings, modes: Sequence[str], shapes: Sequence[tuple[int, int]], batches: Sequence[int]
+    job: BenchmarkCase,
+    settings: Settings,
+    modes: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
 ) -> dict:
     """Measure a backbone or a whole model in every mode, shape and batch.
 
@@ -313,7 +332,7 @@ def run(
         cfg_options=job.options or {},
         checkpoint=job.checkpoint,
         backbone=f'{backbone.type} {arch if isinstance(arch, str) else ""}'.strip(),
-        parameters=complexity.parameters(bench.networks[OURS]),
+        parameters=complexity.count_parameters(bench.networks[OURS]),
         settings=asdict(settings),
         notes=notes,
         points=points,

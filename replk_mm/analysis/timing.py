@@ -1,4 +1,4 @@
-"""Wall time and memory, measured so that two networks can be compared on a noisy machine."""
+"""Wall time and memory of calls, measured so that a noisy machine affects all calls alike."""
 
 import ctypes
 import gc
@@ -13,20 +13,20 @@ import torch
 
 Call = Callable[[], object]
 
-#: Rounds of every measurement, whatever its time budget: fewer have no quartiles.
+#: Smallest number of rounds of a measurement, whatever its time budget. Fewer have no quartiles.
 MIN_ROUNDS = 3
 
 
 @dataclass
 class Timing:
-    """Milliseconds of one call, or a ratio of two."""
+    """Median and quartiles: milliseconds of a call, or a ratio of two calls."""
 
-    median: float  #: over all rounds
+    median: float
     low: float  #: first quartile
     high: float  #: third quartile
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> 'Timing':
+    def from_samples(cls, values: Sequence[float]) -> 'Timing':
         """Median and quartiles of at least one value."""
         low, median, high = np.percentile(values, (25, 50, 75)).tolist()
         return cls(median, low, high)
@@ -36,28 +36,28 @@ class Timing:
 
 
 @dataclass
-class Measurement:
-    """Result of :func:`measure`."""
+class Timings:
+    """Result of :func:`time_interleaved`."""
 
-    milliseconds: dict[str, list[float]]  #: of every call, by name; equal indices belong to the same round
-    warmup: int  #: rounds before, which do not count
+    milliseconds: dict[str, list[float]]  #: of each call, by name; equal indices belong to the same round
+    warmup: int  #: number of warm-up rounds, which are not among ``milliseconds``
 
     @property
     def rounds(self) -> int:
-        """Rounds that count."""
+        """Number of measured rounds."""
         return len(next(iter(self.milliseconds.values())))
 
-    def timing(self, name: str) -> Timing:
+    def summary(self, name: str) -> Timing:
         """Milliseconds of one call."""
-        return Timing.of(self.milliseconds[name])
+        return Timing.from_samples(self.milliseconds[name])
 
-    def times_as_fast(self, name: str, reference: str) -> Timing:
-        """How many times as fast as ``reference`` a call is: paired ratios, so that slow rounds cancel."""
+    def speedup(self, name: str, reference: str) -> Timing:
+        """Time of ``reference`` over time of ``name``, paired by round, so that slow rounds cancel."""
         pairs = zip(self.milliseconds[reference], self.milliseconds[name], strict=True)
-        return Timing.of([slow / fast for slow, fast in pairs])
+        return Timing.from_samples([slow / fast for slow, fast in pairs])
 
 
-def measure(
+def time_interleaved(
     calls: Mapping[str, Call],
     repeats: int = 15,
     warmup: int = 2,
@@ -65,20 +65,20 @@ def measure(
     pause: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
     before: Mapping[str, Call] | None = None,
-) -> Measurement:
+) -> Timings:
     """Time several calls in turns, so that other load on the machine affects all of them alike.
 
     Args:
-        calls: What to time, by name.
-        repeats: Rounds that count, at most.
-        warmup: Rounds that do not, at most.
-        seconds: Start no further round that would probably end later, except one warm-up and :data:`MIN_ROUNDS`. A
-            quarter is for the warm-up. Defaults to no limit.
-        pause: Seconds of rest before every call, in which threads of another library go to sleep.
-        clock: Seconds.
-        before: Untimed calls before each call, by name.
+        calls: Calls to time, by name.
+        repeats: Largest number of measured rounds.
+        warmup: Largest number of warm-up rounds.
+        seconds: Time budget, of which the warm-up takes at most a quarter. A round that would probably exceed it does
+            not start, except one warm-up round and :data:`MIN_ROUNDS`. Defaults to None: no limit.
+        pause: Seconds to sleep before each call, in which threads of other libraries become idle.
+        clock: Returns seconds.
+        before: Untimed calls to make before each call, by name.
     """
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     begin, longest, warmed, done = clock(), 0.0, 0, 0
 
     def fits(share: float) -> bool:
@@ -106,38 +106,32 @@ def measure(
         warmed += 1
     while done < repeats and (done < MIN_ROUNDS or fits(1.0)):
         for name, milliseconds in one_round().items():
-            found[name].append(milliseconds)
+            samples[name].append(milliseconds)
         done += 1
-    return Measurement(found, warmed)
+    return Timings(samples, warmed)
 
 
-def matrix_product(dtype: torch.dtype, device: str = 'cpu', side: int = 2048, seconds: float = 1.0) -> float:
-    """GFLOP/s of the product of two square matrices: the roofline with the present number of threads.
-
-    Args:
-        dtype: Of both matrices.
-        device: Of both matrices.
-        side: Rows and columns.
-        seconds: Approximate duration of the measurement.
-    """
+def matmul_gflops(dtype: torch.dtype, device: str = 'cpu') -> float:
+    """GFLOP/s of the product of two 2048x2048 matrices: the roofline of the current number of threads."""
+    side = 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    found = measure({'product': lambda: a @ b}, repeats=50, seconds=seconds)
-    return 2 * side**3 / found.timing('product').median / 1e6
+    timings = time_interleaved({'product': lambda: a @ b}, repeats=50, seconds=1.0)
+    return 2 * side**3 / timings.summary('product').median / 1e6
 
 
-def say(line: str) -> None:
-    """Print progress to standard error; standard output is for results."""
+def print_progress(line: str) -> None:
+    """Print a line to standard error; standard output is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
 def memory_growth(call: Call, device: str = 'cpu') -> int | None:
-    """Bytes that ``call`` needs at its peak beyond what is in use before it.
+    """Peak memory of ``call`` beyond the memory in use before it, in bytes.
 
-    On CPUs as the kernel counts for the whole process. Call it in a fresh process: memory that earlier calls returned
-    to the allocator only would not be counted.
+    On CPUs this is the resident memory of the whole process. Use a fresh process: memory that earlier calls have
+    returned to the allocator would not be counted.
 
     Returns:
-        None where the system does not tell, or if the growth is too small to be seen.
+        None where the system does not report it, or if the growth is too small to measure.
     """
     gc.collect()
     if device != 'cpu':
@@ -148,22 +142,22 @@ def memory_growth(call: Call, device: str = 'cpu') -> int | None:
         return torch.cuda.max_memory_allocated() - before or None
     if not Path('/proc/self/clear_refs').exists():
         return None
-    trim()
+    trim_heap()
     Path('/proc/self/clear_refs').write_text('5')  # resets the peak
-    before, peak = _resident()
+    before, peak = _resident_memory()
     call()
-    reached = _resident()[1]
+    reached = _resident_memory()[1]
     return reached - before if reached > peak else None
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Return freed memory to the system (glibc)."""
-    give_back = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
-    if give_back is not None:
-        give_back(0)
+    malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
-def _resident() -> tuple[int, int]:
-    """Resident memory of this process and its peak, in bytes."""
+def _resident_memory() -> tuple[int, int]:
+    """Resident memory of this process and its peak, in bytes; psutil does not report the peak."""
     lines = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
     return int(lines['VmRSS'].split()[0]) * 1024, int(lines['VmHWM'].split()[0]) * 1024

@@ -245,7 +245,8 @@ def draw(record: dict, folder: Path) -> list[Path]:
     """Write the plots of a record.
 
     Args:
-        record: Of :func:`replk_mm.analysis.benchmark.run` or :func:`replk_mm.analysis.benchmark_op.run`.
+        record: Of :func:`replk_mm.analysis.benchmark.network_benchmark.run`
+            or :func:`replk_mm.analysis.benchmark.operator_benchmark.run`.
         folder: Existing folder.
 
     Returns:

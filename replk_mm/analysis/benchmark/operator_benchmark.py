@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from replk_mm.analysis.differences import TOLERANCES, gap_of_results
-from replk_mm.analysis.plain import OURS, PLAIN
-from replk_mm.analysis.speed import Call, matrix_product, measure, say
+from replk_mm.analysis.benchmark.baseline import OURS, PLAIN
+from replk_mm.analysis.benchmark.numerical_difference import TOLERANCES, compare_outputs
+from replk_mm.analysis.timing import Call, matmul_gflops, print_progress, time_interleaved
 from replk_mm.errors import UserError
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, Problem
 from replk_mm.ops.cpu.cost_model import plan
@@ -87,17 +87,17 @@ def run(
     if implementations and device != 'cpu':
         notes.append("--implementations: on CPUs only; elsewhere all of them are torch's own")
         implementations = ()
-    say(f'matrix product, {dtype}')
+    print_progress(f'matrix product, {dtype}')
     points = []
-    peak = matrix_product(getattr(torch, dtype), device)
+    peak = matmul_gflops(getattr(torch, dtype), device)
     for shape in shapes:
-        say(str(shape))
+        print_progress(str(shape))
         layers = dict(_layers(shape, dtype, implementations, device))
         x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=torch.Generator().manual_seed(1))
         inputs = {name: _laid_out(x.to(device, getattr(torch, dtype)), name) for name in layers}
         results = {name: _results(layer, inputs[name]) for name, layer in layers.items()}
         for computation in COMPUTATIONS:
-            found = measure(
+            found = time_interleaved(
                 {
                     name: _call(layer, inputs[name], computation)
                     for name, layer in layers.items()
@@ -113,15 +113,15 @@ def run(
                 gap = (
                     None
                     if name == PLAIN
-                    else gap_of_results({part: results[PLAIN][part] for part in parts}, results[name])
+                    else compare_outputs({part: results[PLAIN][part] for part in parts}, results[name])
                 )
-                rate = 1e3 * shape.gflop(computation) / found.timing(name).median
+                rate = 1e3 * shape.gflop(computation) / found.summary(name).median
                 rows.append(
                     dict(
                         name=name,
-                        milliseconds=asdict(found.timing(name)),
+                        milliseconds=asdict(found.summary(name)),
                         samples=samples,
-                        times_as_fast=asdict(found.times_as_fast(name, PLAIN)),
+                        times_as_fast=asdict(found.speedup(name, PLAIN)),
                         gflops=rate,
                         of_matrix_product=rate / peak,
                         difference=gap and gap.relative,

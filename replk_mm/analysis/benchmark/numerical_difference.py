@@ -21,7 +21,7 @@ TOLERANCES = {
 
 
 @dataclass
-class Gap:
+class NumericalDifference:
     """How far a network's results are from the reference's."""
 
     #: worst difference relative to the reference's magnitude; None if nothing of the kind was compared
@@ -33,14 +33,14 @@ class Gap:
         return all(value is None or value <= tolerance for value in (self.relative, self.pixels))  # false for NaN
 
 
-def gap_of_results(reference: dict[str, Tensor], found: dict[str, Tensor]) -> Gap:
+def compare_outputs(reference: dict[str, Tensor], found: dict[str, Tensor]) -> NumericalDifference:
     """Largest difference of each output relative to its largest magnitude, the worst of all outputs.
 
     Args:
         reference: Outputs by name, possibly with :data:`CLASS_MAP`.
         found: The same outputs of the other network.
     """
-    gaps, gap = [], Gap()
+    gaps, gap = [], NumericalDifference()
     for name, expected in reference.items():
         actual = found[name]
         same_shape = actual.shape == expected.shape
@@ -53,7 +53,9 @@ def gap_of_results(reference: dict[str, Tensor], found: dict[str, Tensor]) -> Ga
     return gap
 
 
-def gap_of_gradients(reference: dict[str, Tensor], found: dict[str, Tensor], together: bool = False) -> Gap:
+def compare_gradients(
+    reference: dict[str, Tensor], found: dict[str, Tensor], together: bool = False
+) -> NumericalDifference:
     """Norm of the difference of each gradient relative to the norm of that gradient, the worst of all parameters.
 
     A gradient below a thousandth of the largest is taken relative to that: some are zero except for rounding, such as
@@ -65,16 +67,16 @@ def gap_of_gradients(reference: dict[str, Tensor], found: dict[str, Tensor], tog
         together: Take all gradients as one vector: in bfloat16 those of some parameters cancel to rounding errors.
     """
     if reference.keys() != found.keys():
-        return Gap(math.inf)
+        return NumericalDifference(math.inf)
     norms = {name: torch.linalg.vector_norm(value.double()).item() for name, value in reference.items()}
     gaps = {
         name: torch.linalg.vector_norm(found[name].double() - value.double()).item()
         for name, value in reference.items()
     }
     if together:
-        return Gap(_relative(math.hypot(*gaps.values()), math.hypot(*norms.values())))
+        return NumericalDifference(_relative(math.hypot(*gaps.values()), math.hypot(*norms.values())))
     floor = 1e-3 * max(norms.values())
-    return Gap(_worst([_relative(gap, max(norms[name], floor)) for name, gap in gaps.items()]))
+    return NumericalDifference(_worst([_relative(gap, max(norms[name], floor)) for name, gap in gaps.items()]))
 
 
 def _relative(difference: float, magnitude: float) -> float:

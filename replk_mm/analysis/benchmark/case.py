@@ -11,9 +11,9 @@ import torch
 import torch.nn as nn
 from mmengine.config import Config
 
-from replk_mm.analysis.plain import networks
-from replk_mm.analysis.speed import memory_growth
-from replk_mm.analysis.workload import Workload, convert
+from replk_mm.analysis.benchmark.baseline import build_networks
+from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_to_bfloat16
+from replk_mm.analysis.timing import memory_growth
 from replk_mm.backbones.sync_norm import pooled_norm
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.config import fit_to_machine, load_config
@@ -22,7 +22,7 @@ from replk_mm.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchmarkCase:
     """A network and what it does."""
 
     config: str  #: config file
@@ -37,7 +37,7 @@ class Job:
     threads: int = 1  #: of torch and of other engines
 
 
-def fitted_config(job: Job) -> tuple[Config, list[str]]:
+def load_case_config(job: BenchmarkCase) -> tuple[Config, list[str]]:
     """The job's config for this machine, and a line for each change."""
     cfg = load_config(job.config, job.options)
     for split in ('train', 'val', 'test'):
@@ -65,7 +65,7 @@ def default_shape(config: str, options: dict | None) -> tuple[int, int]:
     )
 
 
-def set_shape(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:
+def set_input_size(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:
     """Let data preprocessors pad to ``shape`` instead of the config's crop."""
     for net in nets:
         preprocessor = getattr(net, 'data_preprocessor', None)
@@ -73,20 +73,20 @@ def set_shape(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:
             setattr(preprocessor, 'size', shape)  # noqa: B010 (a module's plain attribute)
 
 
-def smallest_batch(net: nn.Module, mode: str) -> int:
+def min_batch_size(net: nn.Module, mode: str) -> int:
     """Images that a batch needs at least: two where BatchNorm trains on maps of one pixel."""
     return 2 if mode == 'train' and pooled_norm(net) else 1
 
 
-def memory_of(job: Job, network: str, how: str, keep: bool) -> int | None | str:
+def peak_memory(job: BenchmarkCase, network: str, how: str, keep: bool) -> int | None | str:
     """Bytes that a network's first three calls need at their peak beyond the loaded network.
 
     Measured in a process of its own, because memory that another network has freed would be used again unseen.
 
     Args:
         job: With batch and shape.
-        network: A name among :func:`replk_mm.analysis.plain.networks`.
-        how: Precision, see :class:`Workload`.
+        network: A name among :func:`replk_mm.analysis.benchmark.baseline.build_networks`.
+        how: Precision, see :class:`SyntheticBatch`.
         keep: See :func:`replk_mm.engine.machine.keep_freed_memory`.
 
     Returns:
@@ -100,17 +100,17 @@ def memory_of(job: Job, network: str, how: str, keep: bool) -> int | None | str:
             return first_line(error)
 
 
-def _memory(job: Job, network: str, how: str, keep: bool, gpu: int | None) -> int | None:
+def _memory(job: BenchmarkCase, network: str, how: str, keep: bool, gpu: int | None) -> int | None:
     if gpu is not None:
         torch.cuda.set_device(gpu)
     keep_freed_memory(keep)
     torch.set_num_threads(job.threads)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # libraries log
-        cfg, _ = fitted_config(job)
-        net = networks(cfg, job.whole, job.form, job.checkpoint)[0][network].to(job.device)
-        set_shape([net], job.shape)
-        work = Workload(cfg, net, job.batch, job.shape, job.device)
+        cfg, _ = load_case_config(job)
+        net = build_networks(cfg, job.whole, job.form, job.checkpoint)[0][network].to(job.device)
+        set_input_size([net], job.shape)
+        work = SyntheticBatch(cfg, net, job.batch, job.shape, job.device)
         if how == 'converted':
-            convert(net)
-        call = work.inference(net, how) if job.mode == 'inference' else work.training(net, how)
+            convert_to_bfloat16(net)
+        call = work.inference_call(net, how) if job.mode == 'inference' else work.training_call(net, how)
         return memory_growth(lambda: [call() for _ in range(3)], job.device)

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from tiny import ROOT, run_tool, tiny  # noqa: F401 (a fixture)
 from torch.utils.flop_counter import FlopCounterMode
 
-from replk_mm.analysis import benchmark, benchmark_op, benchmark_report, engines, plain, speed
-from replk_mm.analysis.benchmark import Bench, Settings
-from replk_mm.analysis.benchmark_op import Shape
-from replk_mm.analysis.job import Job, default_shape
-from replk_mm.analysis.plain import OURS, PLAIN, PLAIN_TRAINING
-from replk_mm.analysis.workload import Workload
+from replk_mm.analysis import timing
+from replk_mm.analysis.benchmark import baseline, network_benchmark, operator_benchmark, report
+from replk_mm.analysis.benchmark import inference_engines as engines
+from replk_mm.analysis.benchmark.baseline import OURS, PLAIN, PLAIN_TRAINING
+from replk_mm.analysis.benchmark.case import BenchmarkCase, default_shape
+from replk_mm.analysis.benchmark.network_benchmark import Bench, Settings
+from replk_mm.analysis.benchmark.operator_benchmark import Shape
+from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
 from replk_mm.backbones import ConvNeXt
 from replk_mm.errors import UserError
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d
@@ -36,8 +38,8 @@ def allocators():
     """Calls of the C library's settings, which are not made: this process runs other tests too."""
     told = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, 'keep_freed_memory', lambda keep=True: told.append(keep) or False)
-        patch.setattr(benchmark, 'trim', lambda: told.append('trimmed'))
+        patch.setattr(network_benchmark, 'keep_freed_memory', lambda keep=True: told.append(keep) or False)
+        patch.setattr(network_benchmark, 'trim_heap', lambda: told.append('trimmed'))
         yield told
 
 
@@ -52,8 +54,8 @@ def convnext(tmp_path):
 @pytest.fixture(scope='module')
 def operators():
     shapes = [Shape(kernel, size, 4, 1) for size in (8, 12) for kernel in (3, 9)]
-    record = benchmark_op.run(shapes, implementations=['fft', 'padded'], repeats=3, warmup=0, seconds=0.0)
-    return {**record, 'environment': benchmark_report.environment(False)}
+    record = operator_benchmark.run(shapes, implementations=['fft', 'padded'], repeats=3, warmup=0, seconds=0.0)
+    return {**record, 'environment': report.environment(False)}
 
 
 QUICK = Settings(repeats=3, warmup=0, seconds=0.0, memory=False)
@@ -77,14 +79,14 @@ def layouts(net: nn.Module, image: torch.Tensor) -> set[bool]:
 
 def test_plain_convnext_is_in_the_default_layout_and_computes_the_same() -> None:
     net = ConvNeXt(dict(depths=[1, 2], channels=[8, 16]), out_indices=(0, 1), gap_before_final_norm=False).eval()
-    plain.randomize(net)
+    baseline.randomize_constants(net)
     image = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = net(image)
         state = {key: value.clone() for key, value in net.state_dict().items()}
         other = ConvNeXt(dict(depths=[1, 2], channels=[8, 16]), out_indices=(0, 1), gap_before_final_norm=False).eval()
         other.load_state_dict(state)
-        plain.default_layout(other)
+        baseline.use_plain_torch(other)
         for a, b in zip(expected, other(image), strict=True):
             torch.testing.assert_close(a, b)
             assert b.is_contiguous()
@@ -95,7 +97,7 @@ def test_plain_convnext_is_in_the_default_layout_and_computes_the_same() -> None
 
 def test_networks_that_are_compared(tiny) -> None:
     """Plain torch and ours are merged and folded alike, in different layouts; the training form is a third network."""
-    found, changes = plain.networks(tiny.cfg(), True, 'reparameterized')
+    found, changes = baseline.build_networks(tiny.cfg(), True, 'reparameterized')
     keys = {name: net.state_dict().keys() for name, net in found.items()}
     assert keys[PLAIN] == keys[OURS] != keys[PLAIN_TRAINING]
     assert len(changes.merged) == 4 and all('lkb_reparam' in ' '.join(keys[name]) for name in (PLAIN, OURS))
@@ -109,7 +111,7 @@ def test_networks_that_are_compared(tiny) -> None:
 
 def test_images_have_the_shape_that_is_asked_for(tiny) -> None:
     """The config's preprocessor pads training images to its crop of 64."""
-    bench = Bench(Job(str(tiny.config), True, 'train', 'training'), QUICK)
+    bench = Bench(BenchmarkCase(str(tiny.config), True, 'train', 'training'), QUICK)
     seen = set()
     for net in bench.networks.values():
         net.backbone.register_forward_pre_hook(lambda module, args: seen.add(tuple(args[0].shape)))
@@ -120,11 +122,13 @@ def test_images_have_the_shape_that_is_asked_for(tiny) -> None:
 @pytest.mark.parametrize('same', [False, True])
 def test_each_network_has_the_memory_of_a_process_of_its_own(same, tiny, allocators) -> None:
     """Plain torch has the C library's settings, and an untimed call follows each change."""
-    bench = Bench(Job(str(tiny.config), False), replace(QUICK, same_allocator=same))
+    bench = Bench(BenchmarkCase(str(tiny.config), False), replace(QUICK, same_allocator=same))
     networks = {'a': PLAIN, 'b': PLAIN_TRAINING, 'c': OURS, 'd': OURS, 'engine': ''}
-    rows = [benchmark.Row(name, partial(allocators.append, name), network=net) for name, net in networks.items()]
+    rows = [
+        network_benchmark.Row(name, partial(allocators.append, name), network=net) for name, net in networks.items()
+    ]
     allocators.clear()
-    speed.measure({row.name: row.call for row in rows}, 3, 0, 0.0, before=bench._allocators(rows))
+    timing.time_interleaved({row.name: row.call for row in rows}, 3, 0, 0.0, before=bench._allocators(rows))
     once = [False, 'trimmed', 'a', 'a', 'b', True, 'trimmed', 'c', 'c', 'd', 'engine']
     once = list(networks) if same else once
     assert allocators == 3 * once
@@ -135,7 +139,7 @@ def test_each_network_has_the_memory_of_a_process_of_its_own(same, tiny, allocat
 
 def test_randomize_leaves_nothing_constant() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), ConvNeXt(dict(depths=[1], channels=[8]), in_channels=8))
-    plain.randomize(net)
+    baseline.randomize_constants(net)
     constant = [name for name, v in net.state_dict().items() if v.dim() == 1 and v.unique().numel() == 1]
     assert constant == []
     assert (net[1].running_var > 0).all()
@@ -144,10 +148,10 @@ def test_randomize_leaves_nothing_constant() -> None:
 @pytest.fixture(scope='module')
 def segmentor(tiny):
     """A record of the tiny segmentor at two sizes, both modes, in both precisions."""
-    job = Job(str(tiny.config), True, threads=torch.get_num_threads())
+    job = BenchmarkCase(str(tiny.config), True, threads=torch.get_num_threads())
     settings = replace(QUICK, dtypes=('float32', 'bfloat16'))
-    record = benchmark.run(job, settings, ['inference', 'train'], [(64, 64), (96, 96)], [0])
-    return {**record, 'environment': benchmark_report.environment(True)}
+    record = network_benchmark.run(job, settings, ['inference', 'train'], [(64, 64), (96, 96)], [0])
+    return {**record, 'environment': report.environment(True)}
 
 
 def test_segmentor_record(segmentor) -> None:
@@ -183,45 +187,45 @@ def test_texts_and_pictures(segmentor, operators, tmp_path) -> None:
     for record, names in ((segmentor, {'image_side.png'}), (operators, {'kernel_side_4x1.png'})):
         folder = tmp_path / record['what']
         folder.mkdir()
-        files = benchmark_report.write(record, folder)
+        files = report.write(record, folder)
         assert {f.name for f in files} == {'table.txt', 'benchmark.json'} | names == {f.name for f in folder.iterdir()}
         read = json.loads((folder / 'benchmark.json').read_text(), parse_constant=pytest.fail)
         assert read['environment']['torch'] == torch.__version__ and len(read['points']) == len(record['points'])
         table = (folder / 'table.txt').read_text()
         assert 'times as fast' in table and PLAIN in table and 'DIFFERENT' not in table and 'nan' not in table
     single = {**segmentor, 'points': segmentor['points'][:1]}
-    assert benchmark_report.draw(single, tmp_path) == []
+    assert report.draw(single, tmp_path) == []
 
 
 @pytest.mark.parametrize('mode', ['inference', 'train'])
 def test_wrong_network_is_found_out(convnext, mode) -> None:
     form = 'training' if mode == 'train' else 'reparameterized'
-    bench = Bench(Job(convnext, False, mode, form), QUICK)
+    bench = Bench(BenchmarkCase(convnext, False, mode, form), QUICK)
     assert row_of(bench.run(1, (32, 32)), OURS)['equal'] is True
     with torch.no_grad():
         bench.networks[OURS].stages[1][0].depthwise_conv.weight.mul_(1.1)
     point = bench.run(1, (32, 32))
     assert row_of(point, OURS)['equal'] is False
-    assert not benchmark_report.all_equal(dict(points=[point]))
+    assert not report.all_equal(dict(points=[point]))
 
 
 def test_timed_training_step_has_all_gradients_and_changes_no_weight(tiny) -> None:
-    bench = Bench(Job(str(tiny.config), True, 'train', 'training'), QUICK)
+    bench = Bench(BenchmarkCase(str(tiny.config), True, 'train', 'training'), QUICK)
     net = bench.networks[OURS]
     before = {name: p.clone() for name, p in net.named_parameters()}
     bench.run(2, (32, 32))
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
-    work = Workload(bench.cfg, net, 2, (64, 64))
+    work = SyntheticBatch(bench.cfg, net, 2, (64, 64))
     seen = []
     net.decode_head.conv_seg.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
-    work.training(net)()
+    work.training_call(net)()
     assert seen == [True]
     assert work.gradients(net).keys() == {'loss', *(name for name, p in net.named_parameters() if p.requires_grad)}
 
 
 def test_a_shape_that_the_network_cannot_take(convnext) -> None:
     with pytest.raises(UserError, match='inference of 1x3x4x4 fails'):
-        Bench(Job(convnext, False), QUICK).run(1, (4, 4))
+        Bench(BenchmarkCase(convnext, False), QUICK).run(1, (4, 4))
 
 
 def test_default_shape(tiny, tmp_path, convnext) -> None:
@@ -238,13 +242,15 @@ def test_merged_checkpoint_has_no_training_form(tiny, tmp_path) -> None:
     from replk_mm.engine.inference import reparameterize_checkpoint
 
     cfg = tiny.cfg()
-    Bench(Job(str(tiny.config), True), QUICK)
-    torch.save(dict(state_dict=plain.networks(cfg, True, 'training')[0][OURS].state_dict()), tmp_path / 'x.pth')
+    Bench(BenchmarkCase(str(tiny.config), True), QUICK)
+    torch.save(
+        dict(state_dict=baseline.build_networks(cfg, True, 'training')[0][OURS].state_dict()), tmp_path / 'x.pth'
+    )
     reparameterize_checkpoint(tiny.cfg(), str(tmp_path / 'x.pth'), tmp_path / 'merged.pth')
-    found, _ = plain.networks(tiny.cfg(), True, 'reparameterized', str(tmp_path / 'merged.pth'))
+    found, _ = baseline.build_networks(tiny.cfg(), True, 'reparameterized', str(tmp_path / 'merged.pth'))
     assert found.keys() == {PLAIN, OURS}
     with pytest.raises(UserError, match='no training form'):
-        plain.networks(tiny.cfg(), True, 'training', str(tmp_path / 'merged.pth'))
+        baseline.build_networks(tiny.cfg(), True, 'training', str(tmp_path / 'merged.pth'))
 
 
 # -- the operator ------------------------------------------------------------------------------------------------------
@@ -265,7 +271,7 @@ def test_arithmetic_is_what_torch_counts(shape) -> None:
 
 
 def test_operator_record(operators) -> None:
-    assert len(operators['points']) == 4 * len(benchmark_op.COMPUTATIONS)
+    assert len(operators['points']) == 4 * len(operator_benchmark.COMPUTATIONS)
     for point in operators['points']:
         names = [row['name'] for row in point['rows']]
         assert names[:2] == [PLAIN, OURS] and 'forward' in point['chosen']
@@ -278,23 +284,23 @@ def test_operator_record(operators) -> None:
             assert row['gflops'] == pytest.approx(1e3 * point['gflop'] / row['milliseconds']['median'])
             assert row['of_matrix_product'] == pytest.approx(row['gflops'] / operators['matrix_product_gflops'])
             assert row['equal'] is (None if row['name'] == PLAIN else True)
-    assert benchmark_report.all_equal(operators)
+    assert report.all_equal(operators)
 
 
 def test_wrong_operator_is_found_out(monkeypatch) -> None:
     right = DepthwiseConv2d.forward
     monkeypatch.setattr(DepthwiseConv2d, 'forward', lambda self, x: right(self, x) * 1.01)
-    record = benchmark_op.run([Shape(3, 8, 2, 1)], repeats=3, warmup=0, seconds=0.0)
-    assert not benchmark_report.all_equal(record)
-    assert 'DIFFERENT' in benchmark_report.text({**record, 'environment': benchmark_report.environment(True)})
+    record = operator_benchmark.run([Shape(3, 8, 2, 1)], repeats=3, warmup=0, seconds=0.0)
+    assert not report.all_equal(record)
+    assert 'DIFFERENT' in report.text({**record, 'environment': report.environment(True)})
 
 
 def test_layouts_that_are_timed() -> None:
     """Plain torch gets torch's default layout and ours channels-last, whatever came before."""
-    layers = dict(benchmark_op._layers(Shape(3, 8, 4, 2), 'float32', [], 'cpu'))
+    layers = dict(operator_benchmark._layers(Shape(3, 8, 4, 2), 'float32', [], 'cpu'))
     x = torch.randn(2, 4, 8, 8)
-    assert benchmark_op._laid_out(x.contiguous(memory_format=torch.channels_last), PLAIN).is_contiguous()
-    assert benchmark_op._laid_out(x, OURS).is_contiguous(memory_format=torch.channels_last)
+    assert operator_benchmark._laid_out(x.contiguous(memory_format=torch.channels_last), PLAIN).is_contiguous()
+    assert operator_benchmark._laid_out(x, OURS).is_contiguous(memory_format=torch.channels_last)
     assert type(layers[PLAIN]) is nn.Conv2d and layers[PLAIN].weight is layers[OURS].weight
 
 
@@ -302,7 +308,7 @@ def test_layouts_that_are_timed() -> None:
 def test_engines_that_are_not_installed_are_said(convnext, monkeypatch) -> None:
     monkeypatch.setattr(engines.importlib.util, 'find_spec', lambda name: None)
     settings = replace(QUICK, engines=['openvino', 'onnxruntime'])
-    record = benchmark.run(Job(convnext, False), settings, ['inference'], [(32, 32)], [1])
+    record = network_benchmark.run(BenchmarkCase(convnext, False), settings, ['inference'], [(32, 32)], [1])
     assert [line for line in record['notes'] if 'not installed' in line] == [
         'openvino: not installed (pip install openvino onnx onnxscript)',
         'onnxruntime: not installed (pip install onnxruntime onnx onnxscript)',
@@ -316,7 +322,7 @@ def test_engines_that_are_not_installed_are_said(convnext, monkeypatch) -> None:
 def test_engines_compute_the_same(engine, whole, tiny, convnext) -> None:
     if engines.missing(engine):
         pytest.skip(engines.missing(engine))
-    job = Job(str(tiny.config) if whole else convnext, whole, threads=torch.get_num_threads())
+    job = BenchmarkCase(str(tiny.config) if whole else convnext, whole, threads=torch.get_num_threads())
     point = Bench(job, replace(QUICK, engines=[engine])).run(1, (64, 64))
     found = row_of(point, engine)
     assert found['equal'] is True
@@ -345,9 +351,11 @@ model = dict(
         f'model.roi_head.bbox_head.{i}.{key}': 16 for i in range(3) for key in ('in_channels', 'fc_out_channels')
     }
     settings = replace(QUICK, dtypes=('float32', 'bfloat16'), engines=['openvino'])
-    record = benchmark.run(Job(str(path), True, options=options), settings, ['inference', 'train'], [(64, 64)], [0])
+    record = network_benchmark.run(
+        BenchmarkCase(str(path), True, options=options), settings, ['inference', 'train'], [(64, 64)], [0]
+    )
     assert [row['equal'] for point in record['points'] for row in point['rows'] if row['name'] == OURS] == [True, True]
-    assert benchmark_report.all_equal(record)
+    assert report.all_equal(record)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

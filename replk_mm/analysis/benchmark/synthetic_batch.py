@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
-from replk_mm.analysis.differences import CLASS_MAP
+from replk_mm.analysis.benchmark.numerical_difference import CLASS_MAP
 from replk_mm.deploy.equivalence import network_outputs
 from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.explain import explaining
@@ -29,7 +29,7 @@ from replk_mm.ops import pack
 _OBJECTS = 8
 
 
-class Workload:
+class SyntheticBatch:
     """Batches of one shape, and calls that run networks of one kind on them.
 
     Args:
@@ -49,7 +49,7 @@ class Workload:
     ) -> None:
         self.cfg, self.shape, self.device = cfg, shape, device
         generator = torch.Generator().manual_seed(seed)
-        self.kind = kind_of(net)
+        self.kind = model_kind(net)
         if self.kind == 'unknown':
             raise UserError(
                 f'{cfg.filename}: {type(net).__name__} is neither a segmentor nor a detector\n'
@@ -61,12 +61,12 @@ class Workload:
         self.image = ((pixels.float() - 128) / 64).to(device)
         self._targets = [self._target(net, generator) for _ in range(batch)] if self.kind != 'backbone' else []
 
-    def inference(self, net: Any, how: str = 'float32') -> Callable[[], object]:
+    def inference_call(self, net: Any, how: str = 'float32') -> Callable[[], object]:
         """A call that runs ``net`` as a test does: a backbone to its features, a model to class maps or boxes.
 
         Args:
             net: Set to evaluation mode.
-            how: ``'float32'``, ``'autocast'`` to bfloat16, or ``'converted'`` by :func:`convert`.
+            how: ``'float32'``, ``'autocast'`` to bfloat16, or ``'converted'`` by :func:`convert_to_bfloat16`.
         """
         net.eval()
 
@@ -76,7 +76,7 @@ class Workload:
 
         return run
 
-    def training(self, net: Any, how: str = 'float32') -> Callable[[], object]:
+    def training_call(self, net: Any, how: str = 'float32') -> Callable[[], object]:
         """A call that trains ``net`` for one step: forward, loss, backward, and for a model its config's optimizer.
 
         The learning rate is 0, so that the weights do not change.
@@ -96,7 +96,7 @@ class Workload:
         wrapper = self._optimizer(net, how)
         return lambda: net.train_step(self._batch(True), wrapper)
 
-    def results(self, net: Any, how: str = 'float32') -> dict[str, Tensor]:
+    def outputs(self, net: Any, how: str = 'float32') -> dict[str, Tensor]:
         """What inference computes: every dense output, and for a segmentor its class maps.
 
         Args:
@@ -221,9 +221,9 @@ class Workload:
         return {'gt_instances': InstanceData(bboxes=boxes, labels=labels, masks=BitmapMasks(masks, height, width))}
 
 
-def convert(net: Any) -> None:
+def convert_to_bfloat16(net: Any) -> None:
     """Convert the layers of ``net`` to bfloat16 in place; images may stay in float32."""
-    whole = kind_of(net) != 'backbone'
+    whole = model_kind(net) != 'backbone'
     for name, part in net.named_children() if whole else [('', net)]:
         if name != 'data_preprocessor':  # which needs float32
             part.to(torch.bfloat16)
@@ -243,7 +243,7 @@ def _scene(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     return (patches + 20 * torch.randn(3, *shape, generator=generator)).clamp(0, 255).to(torch.uint8)
 
 
-def kind_of(net: Any) -> str:
+def model_kind(net: Any) -> str:
     """``'backbone'``, ``'segmentor'``, ``'detector'`` or ``'unknown'``."""
     if not hasattr(net, 'data_preprocessor'):
         return 'backbone'

@@ -21,7 +21,7 @@ from replk_mm.registry import SCOPE
 PLAIN, PLAIN_TRAINING, OURS = 'plain torch', 'plain torch, training form', 'ours'
 
 
-def networks(
+def build_networks(
     cfg: Config, whole: bool, form: str, checkpoint: str | None = None, seed: int = 0
 ) -> tuple[dict[str, nn.Module], Changes | None]:
     """The same network several times, with the same weights.
@@ -53,7 +53,7 @@ def networks(
                 f'Use --mode inference --form reparameterized, or the checkpoint that training wrote.'
             )
     else:
-        randomize(ours, seed)
+        randomize_constants(ours, seed)
         plain.load_state_dict(ours.state_dict())
     found, changes = {PLAIN: plain, OURS: ours}, None
     if form == 'reparameterized':
@@ -61,8 +61,8 @@ def networks(
         changes = reparameterize(ours, inplace=True)[1]
         reparameterize(plain, inplace=True)
         if changes.merged or changes.folded:
-            found = {PLAIN: plain, PLAIN_TRAINING: default_layout(before), OURS: ours}
-    default_layout(plain)
+            found = {PLAIN: plain, PLAIN_TRAINING: use_plain_torch(before), OURS: ours}
+    use_plain_torch(plain)
     pack(ours)  # as for evaluation
     return found, changes
 
@@ -97,7 +97,7 @@ def _of_the_libraries(model: Any, scope: str) -> Any:
     return new
 
 
-def default_layout(net: nn.Module) -> nn.Module:
+def use_plain_torch(net: nn.Module) -> nn.Module:
     """Make ``net`` run torch's own depthwise convolutions in torch's default memory layout, in place.
 
     Norms over channels also return the default layout, as mmpretrain's do: ours otherwise return channels-last memory,
@@ -143,7 +143,7 @@ def _plain_convolution(conv: Any) -> nn.Conv2d:
 
 
 @torch.no_grad()
-def randomize(net: nn.Module, seed: int = 0) -> None:
+def randomize_constants(net: nn.Module, seed: int = 0) -> None:
     """Draw what starts as a constant: statistics and affine parameters of norms, layer scales.
 
     A norm that is the identity, or a block scaled by 1e-6, would hide errors in it.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from replk_mm.analysis import speed
+from replk_mm.analysis import timing
 
 
 class Clock:
@@ -27,7 +27,7 @@ class Clock:
 
 def test_calls_take_turns_and_warmup_does_not_count() -> None:
     clock = Clock()
-    found = speed.measure(
+    found = timing.time_interleaved(
         {'a': clock.spend('a', [9.0, 1.0, 2.0, 3.0]), 'b': clock.spend('b', [9.0, 4.0, 4.0, 4.0])},
         repeats=3,
         warmup=1,
@@ -36,27 +36,29 @@ def test_calls_take_turns_and_warmup_does_not_count() -> None:
     assert clock.calls == ['a', 'b'] * 4
     assert found.milliseconds == {'a': [1000, 2000, 3000], 'b': [4000, 4000, 4000]}
     assert (found.rounds, found.warmup) == (3, 1)
-    assert vars(found.timing('a')) == pytest.approx(dict(low=1500, median=2000, high=2500))
+    assert vars(found.summary('a')) == pytest.approx(dict(low=1500, median=2000, high=2500))
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
     """A round in which everything is slow has the ratio of the others; the ratio of medians would be 12 / 2."""
-    found = speed.Measurement({'slow': [4.0, 12.0, 90.0], 'fast': [2.0, 2.0, 30.0]}, 0)
-    assert vars(found.times_as_fast('fast', 'slow')) == pytest.approx(dict(low=2.5, median=3.0, high=4.5))
-    assert vars(found.times_as_fast('slow', 'slow')) == dict(low=1.0, median=1.0, high=1.0)
+    found = timing.Timings({'slow': [4.0, 12.0, 90.0], 'fast': [2.0, 2.0, 30.0]}, 0)
+    assert vars(found.speedup('fast', 'slow')) == pytest.approx(dict(low=2.5, median=3.0, high=4.5))
+    assert vars(found.speedup('slow', 'slow')) == dict(low=1.0, median=1.0, high=1.0)
 
 
 @pytest.mark.parametrize('seconds, rounds, warmup', [(None, 10, 2), (100, 10, 2), (21, 6, 1), (1, 3, 1)])
 def test_a_budget_lowers_the_rounds_but_not_below_three(seconds, rounds, warmup) -> None:
     """Rounds of 3 s: into a quarter of 21 s goes one to warm up, and six follow; a budget of 1 s has room for none."""
     clock = Clock()
-    found = speed.measure({'a': clock.spend('a', [3.0] * 12)}, repeats=10, warmup=2, seconds=seconds, clock=clock)
+    found = timing.time_interleaved(
+        {'a': clock.spend('a', [3.0] * 12)}, repeats=10, warmup=2, seconds=seconds, clock=clock
+    )
     assert (found.rounds, found.warmup) == (rounds, warmup)
 
 
 def test_memory_growth_is_the_peak_not_what_remains() -> None:
     mib = 2**20
-    growth = speed.memory_growth(lambda: torch.ones(96 * mib // 4).sum())
+    growth = timing.memory_growth(lambda: torch.ones(96 * mib // 4).sum())
     if growth is None:
         pytest.skip('this system does not tell of its peak memory')
     assert 90 * mib < growth < 130 * mib
