@@ -16,7 +16,7 @@ from replk_mm.text import renewed
 
 #: The block of the README that holds the tables; see :mod:`replk_mm.text`.
 BLOCK = 'configs'
-COMMAND = 'python tools/list_configs.py --write docs/configs.md --readme README.md'
+COMMAND = 'python tools/list_configs.py --write docs/configs.md'
 
 
 @dataclass(frozen=True)

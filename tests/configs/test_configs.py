@@ -287,7 +287,5 @@ def test_a_config_without_a_row_is_named_by_its_weights(rows):
     )
 
 
-def test_the_page_and_the_readme_are_as_the_command_writes_them(rows):
+def test_the_page_is_as_the_command_writes_it(rows):
     assert (ROOT / 'docs' / 'configs.md').read_text() == list_configs.page(rows), list_configs.COMMAND
-    readme = (ROOT / 'README.md').read_text()
-    assert readme == list_configs.update_readme(readme, rows), list_configs.COMMAND

@@ -44,7 +44,7 @@ def compare(
         out: Folder for pictures of the most changed images.
 
     Returns:
-        Plain data for JSON; see docs/compare.md.
+        Plain data for JSON; see docs/report.md.
 
     Raises:
         UserError: If the results cannot be compared, or data or predictions are missing.
