@@ -149,23 +149,6 @@ def test_a_metric_that_is_not_stated_is_a_dash():
     assert line.endswith('| COCO | FCOS | 24 epochs, batch 16 | 47.0 / – | 87 | 113.4 |')
 
 
-BEGIN, END = '<!-- configs:begin -->', '<!-- configs:end -->'
-
-
-def test_readme_block_is_renewed_and_nothing_else():
-    text = f'before\n{BEGIN}\nold\n{END}\nafter\n'
-    new = list_configs.update_readme(text, [ROW])
-    assert new.startswith(f'before\n{BEGIN}\n') and new.endswith(f'{END}\nafter\n')
-    assert 'old' not in new and 'upernet_replk31b_ade20k' in new
-    assert list_configs.update_readme(new, [ROW]) == new
-
-
-@pytest.mark.parametrize('text', ['', BEGIN, f'{END}\n{BEGIN}', f'{BEGIN}{END}' * 2])
-def test_readme_without_one_block_is_refused(text):
-    with pytest.raises(UserError, match='PAGE.md'):
-        list_configs.update_readme(text, [ROW], 'PAGE.md')
-
-
 def test_a_folder_without_configs_is_refused(tmp_path):
     with pytest.raises(UserError, match='no configs'):
         list_configs.read_configs(tmp_path)

@@ -12,10 +12,7 @@ from mmengine.registry import MODELS
 
 from replk_mm import cli, published
 from replk_mm.errors import UserError, command
-from replk_mm.text import renewed
 
-#: The block of the README that holds the tables; see :mod:`replk_mm.text`.
-BLOCK = 'configs'
 COMMAND = 'python tools/list_configs.py --write docs/configs.md'
 
 
@@ -178,23 +175,13 @@ def page(rows: Iterable[Row]) -> str:
     return f'<!-- Do not edit: written by `{COMMAND}` -->\n# Configs\n\n{to_markdown(rows, "../configs")}\n{NOTES}'
 
 
-def update_readme(text: str, rows: Iterable[Row], name: str = 'README.md') -> str:
-    """``text`` with the tables between its two marks renewed.
-
-    Raises:
-        UserError: if the marks are not there once each, in order.
-    """
-    return renewed(text, BLOCK, f'<!-- Do not edit: written by `{COMMAND}` -->\n{to_markdown(rows)}', name)
-
-
 def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__, 'list_configs', 'list_configs --write docs/configs.md --readme README.md')
+    parser = cli.parser(__doc__, 'list_configs', 'list_configs --write docs/configs.md')
     parser.add_argument(
         '--configs', type=Path, default=Path('configs'), metavar='DIR', help='folder of the configs (default: configs)'
     )
-    parser.add_argument('--write', type=Path, metavar='PAGE', help='write the page here, such as docs/configs.md')
     parser.add_argument(
-        '--readme', type=Path, metavar='FILE', help=f'renew the block of tables that is marked {BLOCK} in this file'
+        '--write', type=Path, metavar='PAGE', help='write the tables to this page, such as docs/configs.md'
     )
     return parser.parse_args()
 
@@ -213,13 +200,8 @@ def write_if_changed(path: Path, text: str) -> None:
 @command
 def main() -> None:
     args = parse_args()
-    if args.readme and not args.readme.is_file():
-        raise UserError(f'--readme {args.readme}: no such file')
     rows = read_configs(args.configs)
-    if not (args.write or args.readme):
-        print(to_markdown(rows, args.configs.as_posix()), end='')
     if args.write:
         write_if_changed(args.write, page(rows))
-    if args.readme:
-        text = args.readme.read_text(encoding='utf-8')
-        write_if_changed(args.readme, update_readme(text, rows, str(args.readme)))
+    else:
+        print(to_markdown(rows, args.configs.as_posix()), end='')

@@ -12,11 +12,11 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from replk_mm.backbones import ConvNeXt, RepLKNet
 from replk_mm.commands import list_configs
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.config import fit_to_machine, set_data_root, shorten
 from replk_mm.engine.explain import walk
-from replk_mm.backbones import ConvNeXt, RepLKNet
 
 CLASSES = {'ade20k': 150, 'cityscapes': 19, 'coco': 80}
 UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']
