@@ -34,7 +34,7 @@ class Requirement:
     needed_for: str = 'everything'
 
 
-#: The ranges of setup.py, and those of what setup.py leaves to the user.
+#: The ranges of pyproject.toml, and those of the dependencies that the user installs.
 REQUIREMENTS = (
     Requirement('torch', 'torch', '>=2.4,<3'),
     Requirement('numpy', 'numpy', '>=1.22,<3'),

@@ -69,7 +69,7 @@ def run(command: list, name: str, remedy: str) -> None:
 
 def fingerprint(torch: str) -> str:
     """Changes with anything that the finished environment depends on."""
-    parts = [(ROOT / name).read_text() for name in ('setup.py', *(option[2:] for option in OPTIONS))]
+    parts = [(ROOT / name).read_text() for name in ('pyproject.toml', *(option[2:] for option in OPTIONS))]
     return hashlib.sha256('\0'.join([*parts, torch, str(ROOT), version(PYTHON)]).encode()).hexdigest()
 
 

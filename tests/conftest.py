@@ -1,14 +1,19 @@
-"""Fixtures that several test files use."""
+"""Fixtures and settings for all tests."""
 
 import os
+import signal
+from collections import Counter
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', '2')
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported; each xdist worker has one core
 
 import pytest
 import torch
 
-# Assertions of theirs say what they compared, as those of tests do.
+# Some tests interrupt their children. Shells start background jobs with SIGINT ignored, which children would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Failed assertions in these helpers show the compared values, as in test files.
 pytest.register_assert_rewrite('backbone_contract', 'config_cases')
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,10 +27,10 @@ def root() -> Path:
 
 @pytest.fixture(scope='session')
 def reference() -> Path:
-    """Folder of photographs, which stands beside some checkouts."""
+    """Folder of photographs that are not part of the repository."""
     folder = Path(os.environ.get('REPLK_MM_REFERENCE', ROOT.parent / 'shared'))
     if not (folder / 'data').is_dir():
-        pytest.skip(f'no photographs at {folder} (REPLK_MM_REFERENCE names the folder)')
+        pytest.skip(f'no photographs in {folder} (set REPLK_MM_REFERENCE to their folder)')
     return folder
 
 
@@ -36,16 +41,27 @@ def _seeded():
 
 @pytest.fixture
 def one_thread():
-    """One thread of torch."""
+    """Run torch on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Number of workers for ``-n auto``: the cores that this process may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(cores, 8)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip GPU tests where there is no GPU, and start with the files that have the most slow tests.
+
+    xdist hands out whole files in this order: a long file at the end would leave the other workers idle.
+    """
     if not torch.cuda.is_available():
         for item in items:
             if 'gpu' in item.keywords:
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+    slow = Counter(item.path for item in items if 'slow' in item.keywords)
+    items.sort(key=lambda item: -slow[item.path])

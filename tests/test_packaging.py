@@ -1,144 +1,178 @@
-"""The built wheel: what it holds, what it asks for, and that mmengine finds configs in it."""
+"""The built wheel and sdist: their contents and metadata, the installed command, and configs inherited from them."""
 
+import ast
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement as PipRequirement
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import replk_mm
 from replk_mm.environment import REQUIREMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
+PIP = (sys.executable, '-m', 'pip')
 pytestmark = pytest.mark.slow
 
 
-def run(*command, **kwargs) -> str:
+def run(*command, **kwargs) -> subprocess.CompletedProcess:
+    """Run a command and capture its output."""
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, **kwargs)
+
+
+def check_run(*command, **kwargs) -> str:
     """The output of a command that has to succeed."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **kwargs)
+    done = run(*command, **kwargs)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope='module')
-def tree(tmp_path_factory) -> Path:
-    """A copy of this tree to build in: setuptools leaves files behind."""
-    folder = tmp_path_factory.mktemp('packaging')
-    names = ('replk_mm', 'configs', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE')
-    for name in names:
-        if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, folder / 'tree' / name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__')
-            )
-        else:
-            (folder / 'tree').mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, folder / 'tree' / name)
-    return folder / 'tree'
+def source(tmp_path_factory) -> Path:
+    """A copy of the source tree to build in, since setuptools leaves files behind."""
+    folder = tmp_path_factory.mktemp('packaging') / 'source'
+    folder.mkdir()
+    for name in ('replk_mm', 'configs', 'requirements'):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md', 'CHANGELOG.md', 'CITATION.cff'):
+        shutil.copy(ROOT / name, folder)
+    return folder
 
 
-@pytest.fixture(scope='module')
-def wheel(tree) -> Path:
-    """A wheel of the tree."""
-    dist = tree.parent / 'dist'
-    run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-w', dist, tree)
+def build_wheel(source: Path, dist: Path) -> Path:
+    check_run(*PIP, 'wheel', '--no-deps', '--no-build-isolation', '-w', dist, source)
     return next(dist.glob('*.whl'))
 
 
 @pytest.fixture(scope='module')
-def installed(wheel, tmp_path_factory) -> Path:
-    """A folder with the installed wheel, far from this tree."""
-    folder = tmp_path_factory.mktemp('installed')
-    run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', folder, wheel)
+def wheel(source) -> Path:
+    return build_wheel(source, source.parent / 'dist')
+
+
+@pytest.fixture(scope='module')
+def installed(wheel) -> Path:
+    """A folder with the installed wheel, outside the source tree."""
+    folder = wheel.parent.parent / 'installed'
+    check_run(*PIP, 'install', '-q', '--no-deps', '--target', folder, wheel)
     return folder
 
 
-def run_installed(code: str, installed: Path, tmp_path: Path) -> dict:
-    """Run code that sees the installed wheel and not this tree; the answer is the JSON on its last line."""
-    environment = {**os.environ, 'PYTHONPATH': str(installed)}
-    return json.loads(run(sys.executable, '-c', code, cwd=tmp_path, env=environment).splitlines()[-1])
-
-
-def test_wheel_holds_every_source_and_config(wheel):
-    """Everything git would ship from the package and the configs is in the wheel as a file, and no more than that."""
+def contents(wheel: Path) -> set[str]:
+    """Names of the files in a wheel, without its metadata."""
     with zipfile.ZipFile(wheel) as archive:
-        entries = [entry for entry in archive.infolist() if '.dist-info/' not in entry.filename]
-    held = {entry.filename for entry in entries}
-    sources = {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / 'replk_mm').rglob('*')
-        if path.is_file()
-        and '.mim' not in path.parts
-        and path.suffix in ('.py', '.yaml', '.yml', '.typed', '.css', '.js', '.j2')
+        return {name for name in archive.namelist() if '.dist-info/' not in name}
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith('.dist-info/METADATA'))
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def run_installed(code: str, installed: Path, cwd: Path):
+    """Run code that imports the installed wheel; return the JSON on the last line of its output."""
+    environment = {**os.environ, 'PYTHONPATH': str(installed)}
+    return json.loads(check_run(sys.executable, '-c', code, cwd=cwd, env=environment).splitlines()[-1])
+
+
+def test_wheel_contains_every_tracked_source_and_config(wheel):
+    tracked = check_run('git', 'ls-files', 'replk_mm', 'configs', cwd=ROOT).split()
+    expected = {
+        f'replk_mm/.mim/{name}' if name.startswith('configs/') else name
+        for name in tracked
+        if name != 'replk_mm/.mim/configs' and (ROOT / name).exists()
     }
-    sources.add('replk_mm/py.typed')
-    configs = {
-        f'replk_mm/.mim/{path.relative_to(ROOT)}'
-        for path in (ROOT / 'configs').rglob('*')
-        if path.suffix in ('.py', '.yaml')
-    }
-    assert len(configs) > 10
-    assert held == sources | configs | {'replk_mm/.mim/model-index.yml'}
-    links = [entry.filename for entry in entries if (entry.external_attr >> 16) & 0o170000 == 0o120000]
+    assert len(expected) > 150
+    assert contents(wheel) == expected
+    with zipfile.ZipFile(wheel) as archive:
+        links = [entry.filename for entry in archive.infolist() if (entry.external_attr >> 16) & 0o170000 == 0o120000]
     assert not links
 
 
-def test_metadata_never_touches_torch_or_mmcv(wheel):
-    """Requirements are those of the environment report, without torch and mmcv."""
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(name for name in archive.namelist() if name.endswith('.dist-info/METADATA'))
-        message = Parser().parsestr(archive.read(name).decode())
-    asked = {asked.name.lower(): asked for asked in map(PipRequirement, message.get_all('Requires-Dist'))}
-    assert not {'torch', 'mmcv'} & set(asked)
-    assert set(message.get_all('Provides-Extra')) == {'seg', 'det'}
-    always = {name for name, requirement in asked.items() if requirement.marker is None}
-    assert always == {
-        'jinja2',
-        'matplotlib',
-        'mmengine',
-        'numpy',
-        'psutil',
-        'pydantic',
-        'pyyaml',
-        'rich',
-        'safetensors',
-        'setuptools',
+def test_sdist_builds_the_same_wheel(source, wheel, tmp_path):
+    build = 'import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])'
+    check_run(sys.executable, '-c', build, tmp_path, cwd=source)
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive:
+        archive.extractall(tmp_path / 'unpacked', filter='data')
+    (unpacked,) = (tmp_path / 'unpacked').iterdir()
+    assert {'LICENSE', 'README.md', 'CHANGELOG.md', 'CITATION.cff', 'requirements'} <= {
+        p.name for p in unpacked.iterdir()
     }
-    known = {requirement.name.lower(): requirement for requirement in REQUIREMENTS}
-    for name, requirement in asked.items():
-        assert set(requirement.specifier) <= set(SpecifierSet(known[name].range)), f'{name} differs from the report'
-    assert message['Version'] == re.search(r"__version__ = '(.+)'", (ROOT / 'replk_mm' / '__init__.py').read_text())[1]
+    assert contents(build_wheel(unpacked, tmp_path / 'dist')) == contents(wheel)
 
 
-def test_installed_configs_are_inherited_by_name(installed, tmp_path):
-    """`_base_ = 'replk_mm::...'` in a stranger's config takes the installed file and everything it inherits."""
+def test_metadata(wheel):
+    found = metadata(wheel)
+    tree = ast.parse((ROOT / 'replk_mm' / '__init__.py').read_text())
+    versions = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == '__version__'
+    ]
+    assert found['Version'] == ast.literal_eval(versions[0]) == replk_mm.__version__
+    assert found['License-Expression'] == 'Apache-2.0' and found['License-File'] == 'LICENSE'
+    assert found['Requires-Python'] == '>=3.10'
+    assert found.get_payload() == (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert f'version: {found["Version"]}\n' in (ROOT / 'CITATION.cff').read_text()
+
+
+def test_dependencies_match_the_environment_report_and_exclude_torch_and_mmcv(wheel):
+    found = metadata(wheel)
+    dependencies = {r.name.lower(): r for r in map(Requirement, found.get_all('Requires-Dist'))}
+    assert set(found.get_all('Provides-Extra')) == {'seg', 'det'}
+    known = {r.name.lower(): r for r in REQUIREMENTS}
+    assert dependencies.keys() == known.keys() - {'torch', 'mmcv', 'opencv-python', 'onnx', 'onnxruntime'}
+    for name, dependency in dependencies.items():
+        assert set(dependency.specifier) <= set(SpecifierSet(known[name].range)), f'{name}: ranges differ'
+        assert (dependency.marker is None) == (known[name].needed_for == 'everything'), f'{name}: extras differ'
+
+
+@pytest.mark.parametrize(
+    'arguments, status',
+    [
+        ([], 2),
+        (['--help'], 0),
+        (['nonsense'], 2),
+        (['make-demo-data', 'scenes', '--train', '1', '--val', '1'], 0),
+        (['test', 'nowhere.py', 'nowhere.pth'], 2),
+    ],
+    ids=lambda value: (' '.join(value[:1]) or 'none') if isinstance(value, list) else str(value),
+)
+def test_exit_status_of_the_console_script(arguments, status, installed, tmp_path):
+    script = installed / 'bin' / 'replk'
+    done = run(script, *arguments, cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(installed)})
+    assert done.returncode == status, done.stdout + done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_configs_of_an_installed_wheel_are_inherited_by_name(installed, tmp_path):
     (tmp_path / 'mine.py').write_text("_base_ = 'replk_mm::upernet_replk31b_ade20k.py'\nwork_dir = 'mine'\n")
-    answer = run_installed(
+    file, work_dir, backbone = run_installed(
         'import json, replk_mm\n'
         'from mmengine.config import Config\n'
         'replk_mm.register_configs()\n'
         'cfg = Config.fromfile("mine.py")\n'
-        'print(json.dumps([replk_mm.__file__, cfg.work_dir, cfg.model.backbone.type, cfg.model.type]))',
+        'print(json.dumps([replk_mm.__file__, cfg.work_dir, cfg.model.backbone.type]))',
         installed,
         tmp_path,
     )
-    assert Path(answer[0]).is_relative_to(installed)
-    assert answer[1:3] == ['mine', 'replk_mm.RepLKNet']
+    assert Path(file).is_relative_to(installed)
+    assert (work_dir, backbone) == ('mine', 'replk_mm.RepLKNet')
 
 
-def test_editable_install_finds_its_configs_from_anywhere(tree, tmp_path):
-    """With `pip install -e`, mmengine would look beside the metadata, in site-packages, where no package is."""
+def test_configs_of_an_editable_install_are_inherited_by_name(source, tmp_path):
+    """mmengine alone would search site-packages, where an editable install has no package."""
     site = tmp_path / 'site'
-    pip_install = [sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation']
-    run(*pip_install, '--target', site, '-e', tree)
+    check_run(*PIP, 'install', '-q', '--no-deps', '--no-build-isolation', '--target', site, '-e', source)
     (tmp_path / 'mine.py').write_text("_base_ = 'replk_mm::upernet_replk31b_ade20k.py'\n")
-    answer = run_installed(
+    backbone = run_installed(
         f'import json, site; site.addsitedir({str(site)!r})\n'
         'import replk_mm\n'
         'from mmengine.config import Config\n'
@@ -147,4 +181,4 @@ def test_editable_install_finds_its_configs_from_anywhere(tree, tmp_path):
         tmp_path / 'nothing',
         tmp_path,
     )
-    assert answer == 'replk_mm.RepLKNet'
+    assert backbone == 'replk_mm.RepLKNet'
