@@ -6,17 +6,13 @@ results of several machines merge by copying their files into one folder.
 
 import json
 import os
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from replk_mm.bench.schema import MEASUREMENTS as MEASUREMENTS
-from replk_mm.bench.schema import Task, record_problem
+from replk_mm.bench.schema import record_problem
 from replk_mm.errors import printable
-from replk_mm.files import sha256, write_atomic
+from replk_mm.files import write_atomic
 
 
 def append_record(record: Mapping[str, Any], path: Path) -> None:
@@ -87,28 +83,9 @@ def read_records(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], lis
     return [record for _, record in counting.values()], [printable(complaint) for complaint in complaints]
 
 
-def append_failure(
-    task: Task, measurement: str, started: datetime, environment: Mapping[str, Any], reason: str
-) -> None:
-    """Append the record of a measurement that failed."""
-    append_record(task.record(measurement, started, environment, status='failed', reason=reason), task.results)
-
-
 def latest_records(path: Path) -> dict[str, dict[str, Any]]:
     """The records of a row and seed that count, by measurement, from their file if there is one."""
     return {record['measurement']: record for record in (read_records([path])[0] if path.exists() else [])}
-
-
-def unfinished(task: Task) -> tuple[str, ...]:
-    """The measurements of a task that are not recorded as done, for this definition of the row and these weights."""
-
-    def is_done(record: Mapping[str, Any]) -> bool:
-        measured, weights = (record['checkpoint'] or {}).get('sha256'), task.checkpoint
-        same = not weights or not measured or not Path(weights).is_file() or sha256(weights) == measured
-        return record['status'] == 'done' and record['key'] == task.keys.get(record['measurement']) and same
-
-    done = [name for name, record in latest_records(task.results).items() if is_done(record)]
-    return tuple(name for name in task.measures if name not in done)
 
 
 def records_since(path: Path, offset: int) -> list[dict[str, Any]]:
@@ -160,17 +137,3 @@ def group_by_suite(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str
     for record in records:
         found.setdefault(record['suite'], []).append(record)
     return found
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Values of several seeds."""
-
-    mean: float
-    deviation: float | None  # of the sample (divided by n - 1); None for a single value
-    count: int
-
-
-def spread_of(values: Sequence[float]) -> Spread:
-    """Mean and deviation of at least one value."""
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))

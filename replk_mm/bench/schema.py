@@ -1,6 +1,6 @@
-"""The schema of the benchmark: suite files, what the process of a row is told, and the records it writes.
+"""The schema of the benchmark: suite files, and the records that measurements append.
 
-The descriptions of the fields are the documentation; the tables of ``docs/suites.md`` are generated from them::
+The field descriptions are the documentation. This command generates the tables of ``docs/suites.md`` from them::
 
     python -m replk_mm.bench.schema docs/suites.md
 """
@@ -11,8 +11,7 @@ import math
 import re
 import reprlib
 import sys
-from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -340,89 +339,6 @@ def record_problem(record: object) -> str | None:
 def fingerprint(data: object) -> str:
     """SHA-256 of plain data, in hexadecimal; the order of a dict's keys does not matter."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def results_file(work_dir: Path, row: str, seed: int) -> Path:
-    """The file that holds the records of a row and seed."""
-    return work_dir / 'results' / f'{row}.{seed}.jsonl'
-
-
-def utc_now() -> datetime:
-    """The time, in UTC."""
-    return datetime.now(timezone.utc)
-
-
-class Task(BaseModel):
-    """What the process of a row and seed is told: the row, and what is known before it runs."""
-
-    work_dir: Path  # of the suite
-    row: SuiteRow
-    seed: int
-    config: str  # what replk_mm.engine.config.load_config takes
-    data_root: str | None  # None for the config's own
-    device: str | None  # None for a GPU if there is one
-    launcher: str = 'none'  # or 'pytorch', 'slurm'
-    measures: tuple[str, ...]  # in order
-    keys: dict[str, str]  # of the records, by measurement
-    pretraining: str | None  # of the backbone; None if neither the suite nor the paper tells
-    shared: dict[str, Any]  # fields that all records of the row have in common
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f'{self.row.name} seed {self.seed}'
-
-    @property
-    def folder(self) -> Path:
-        """Everything that the row and seed write, except their records."""
-        return self.work_dir / 'runs' / self.row.name / str(self.seed)
-
-    @property
-    def log(self) -> Path:
-        """The output of its processes, one after the other."""
-        return self.folder / 'log.txt'
-
-    @property
-    def results(self) -> Path:
-        """The file of its records."""
-        return results_file(self.work_dir, self.row.name, self.seed)
-
-    @property
-    def checkpoint(self) -> str | None:
-        """Trained weights that the row names."""
-        return self.row.checkpoint_of(self.seed)
-
-    def part(self, measures: tuple[str, ...], launcher: str = 'none') -> 'Task':
-        """The same with only some of its measurements."""
-        return self.model_copy(update=dict(measures=measures, launcher=launcher))
-
-    def record(
-        self, measurement: str, started: datetime, environment: Mapping[str, Any], **content: Any
-    ) -> dict[str, Any]:
-        """A record of a measurement that ends now; ``content`` holds the fields that only the measurement knows."""
-        return {
-            **self.shared,
-            **dict(
-                version=VERSION,
-                row=self.row.name,
-                label=self.row.label,
-                seed=self.seed,
-                measurement=measurement,
-                status='done',
-                reason=None,
-                values={},
-                protocol={},
-                facts={},
-                files={},
-                checkpoint=None,
-                started=started.isoformat(timespec='microseconds'),
-                seconds=round((utc_now() - started).total_seconds(), 3),
-                environment=environment,
-                key=self.keys[measurement],
-                asked=list(self.keys),
-            ),
-            **content,
-        }
 
 
 def table(model: type[BaseModel]) -> str:

@@ -159,10 +159,3 @@ def test_files_of_several_machines_merge(tmp_path):
     merged = records.read_records([tmp_path / 'all'])
     assert merged == records.read_records([tmp_path / 'a', tmp_path / 'b'])
     assert sorted(one['seed'] for one in merged[0]) == [0, 1]
-
-
-def test_spread_by_hand():
-    found = records.spread_of([1.0, 2.0, 6.0])
-    assert (found.mean, found.count) == (3.0, 3)
-    assert found.deviation == pytest.approx(math.sqrt((4 + 1 + 9) / 2))
-    assert records.spread_of([4.0]) == records.Spread(4.0, None, 1)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from replk_mm import published
 from replk_mm.bench import records, schema
-from replk_mm.bench.schema import Suite, SuiteRow, read_suite, utc_now
+from replk_mm.bench.schema import Suite, SuiteRow, read_suite
 from replk_mm.bench.suites import plan
+from replk_mm.bench.suites.task import utc_now
 from replk_mm.data.scenes.writer import META
 from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError

@@ -18,7 +18,7 @@ from tiny import CONFIG, ROOT, make_data, run_tool, tiny, tool_environment, trai
 
 from replk_mm.bench import records
 from replk_mm.bench.schema import read_suite
-from replk_mm.bench.suites import measurements, plan
+from replk_mm.bench.suites import accuracy, cost, inputs, measurements, plan, training
 from replk_mm.bench.suites.worker import run_task
 
 _count = itertools.count()
@@ -27,14 +27,14 @@ _count = itertools.count()
 @pytest.fixture(autouse=True)
 def _a_process_of_its_own(monkeypatch):
     """mmengine logs all runs of a process to the folder of the first; a row has its own process."""
-    original = measurements.load_task_config
 
     def named(task):
-        cfg = original(task)
+        cfg = inputs.load_task_config(task)
         cfg.experiment_name = cfg.visualizer.name = f'row{next(_count)}'
         return cfg
 
-    monkeypatch.setattr(measurements, 'load_task_config', named)
+    for module in (accuracy, training):
+        monkeypatch.setattr(module, 'load_task_config', named)
 
 
 def task_of(folder: Path, tiny, **row):  # noqa: F811
@@ -86,7 +86,7 @@ def test_data_of_another_size_is_other_data(tiny, tmp_path):  # noqa: F811
     for root in (tiny.data, make_data(tmp_path / 'same'), tmp_path / 'same'):
         cfg = tiny.cfg()
         set_data_root(cfg, str(root))
-        found.append(measurements.describe_split(cfg, 'test')[0])
+        found.append(inputs.describe_split(cfg, 'test')[0])
         if root == tmp_path / 'same':
             image = next((root / 'annotations' / 'validation').glob('*.png'))
             image.write_bytes(image.read_bytes() + b' ')
@@ -112,7 +112,7 @@ def test_complexity_speed_and_memory(tiny, trained, tmp_path):  # noqa: F811
 def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_path, monkeypatch):  # noqa: F811
     # The config's SyncBN is BN here, which cannot train on one image pooled to a pixel.
     asked = []
-    monkeypatch.setattr(measurements, 'peak_memory', lambda job, *args: asked.append(job) or 1000 * len(asked))
+    monkeypatch.setattr(cost, 'peak_memory', lambda job, *args: asked.append(job) or 1000 * len(asked))
     found = measurements.TABLE['memory'](
         task_of(tmp_path, tiny, measure=['memory'], options={'model.decode_head.norm_cfg': dict(type='SyncBN')})
     )
@@ -150,7 +150,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
 def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):  # noqa: F811
     row = dict(iterations=4, measure=['curve', 'metric'], seeds=[3], options={'default_hooks.checkpoint.interval': 2})
     task = task_of(tmp_path, tiny, **row)
-    original = measurements.SuiteHook.after_train_iter
+    original = training.SuiteHook.after_train_iter
 
     def cut(self, runner, *args, **kwargs):
         original(self, runner, *args, **kwargs)
@@ -158,7 +158,7 @@ def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):
             raise MemoryError('a heavy image')
 
     with monkeypatch.context() as patched:
-        patched.setattr(measurements.SuiteHook, 'after_train_iter', cut)
+        patched.setattr(training.SuiteHook, 'after_train_iter', cut)
         assert not run_task(task, measurements.TABLE, {})
     [failed] = records.read_records([tmp_path / 'w'])[0]
     assert 'out of memory at iteration 2' in failed['reason'] and 'a heavy image' in failed['reason']
@@ -194,7 +194,7 @@ def test_curve_of_epochs_and_of_what_was_done_twice(tmp_path):
         folder = tmp_path / name / 'vis_data'
         folder.mkdir(parents=True)
         (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, rows)) + '\n{"loss": 5')
-    values, facts = measurements.read_curve(tmp_path)
+    values, facts = training.read_curve(tmp_path)
     assert values == dict(loss=[[2, 3.0], [4, 2.0], [6, 1.0]], metric=[[4, 10.0], [6, 30.0]], name='coco/bbox_mAP')
     assert facts['best'] == dict(iteration=6, value=30.0)
 
@@ -211,7 +211,7 @@ def test_curve_of_epochs_and_of_what_was_done_twice(tmp_path):
 def test_pretraining(tiny, weights, name):  # noqa: F811
     cfg = tiny.cfg()
     cfg.model.backbone.init_cfg = weights and dict(type='Pretrained', checkpoint=weights)
-    assert measurements.find_pretraining(cfg) == name
+    assert training.find_pretraining(cfg) == name
 
 
 # ---- whole commands

@@ -9,8 +9,8 @@ import sys
 import time
 
 from replk_mm.bench.records import write_json
-from replk_mm.bench.schema import Task
 from replk_mm.bench.suites import worker
+from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.worker import MeasurementResult
 from replk_mm.errors import UserError
 

@@ -4,6 +4,7 @@ Rows that were measured under different protocols are never ranked together. Wha
 zero.
 """
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from replk_mm.bench.report.tables import (
     protocol_key,
     value_of,
 )
+from replk_mm.bench.schema import MEASUREMENTS
 from replk_mm.errors import UserError, command_line
 
 Record = dict[str, Any]
@@ -281,17 +283,20 @@ def _figure(column: Column, row: ReportRow, protocols: Mapping[str, Protocol]) -
         return Figure(why=_absence(column, row))
     key = max(kinds, key=lambda k: len(kinds[k]))
     values = [found for _, found in kinds[key]]
-    seeds = records.spread_of([value for value, _, _ in values])
-    low, high = values[0][1:] if len(values) == 1 else (None, None)
-    if seeds.deviation is not None:
-        low, high = seeds.mean - seeds.deviation, seeds.mean + seeds.deviation
+    numbers = [value for value, _, _ in values]
+    mean, deviation = statistics.fmean(numbers), None
+    if len(numbers) == 1:
+        low, high = values[0][1:]
+    else:
+        deviation = statistics.stdev(numbers)
+        low, high = mean - deviation, mean + deviation
     why = [
         f'seed {r["seed"]} was measured under protocol {protocols[kind].name} and is left out'
         for kind, part in kinds.items()
         if kind != key
         for r, _ in part
     ]
-    return Figure(seeds.mean, seeds.deviation, seeds.count, '; '.join(why), protocols[key].name, low, high)
+    return Figure(mean, deviation, len(numbers), '; '.join(why), protocols[key].name, low, high)
 
 
 def _absence(column: Column, row: ReportRow) -> str:
@@ -330,7 +335,7 @@ def _state(found: Sequence[Record]) -> tuple[str, list[str]]:
     asked, bad, lacking = _requested(found), {record['seed'] for record in failures}, 0
     for seed in seeds:
         have = {record['measurement'] for record in found if record['seed'] == seed}
-        missing = [name for name in records.MEASUREMENTS if name in asked and name not in have]
+        missing = [name for name in MEASUREMENTS if name in asked and name not in have]
         if missing and seed not in bad:
             problems.append(f'seed {seed}: not recorded yet: {", ".join(missing)}')
             lacking += 1

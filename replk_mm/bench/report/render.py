@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from replk_mm.bench import records
 from replk_mm.bench.report import load, pictures, plots
 from replk_mm.bench.report.formatting import clean, format_value, leaves, markdown_text, number
 from replk_mm.bench.report.load import Record, Report, ReportRow, SuiteReport
@@ -183,12 +183,13 @@ def _over_seeds(seeds: Sequence[Mapping[float, float]]) -> list[tuple[float, flo
     seeds = [seed for seed in seeds if seed]
     common = sorted(set.intersection(*map(set, seeds))) if seeds else []
     size = -(-len(common) // _MOST_POINTS) or 1
-    found = []
+    points = []
     for start in range(0, len(common), size):
         part = common[start : start + size]
-        spread = records.spread_of([records.spread_of([seed[x] for x in part]).mean for seed in seeds])
-        found.append((records.spread_of(part).mean, spread.mean, spread.deviation))
-    return found
+        values = [statistics.fmean(seed[x] for x in part) for seed in seeds]
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        points.append((statistics.fmean(part), statistics.fmean(values), deviation))
+    return points
 
 
 def _heat_maps(suite: SuiteReport, album: Album) -> Iterator[tuple[ReportRow, Record, str, pictures.Picture]]:

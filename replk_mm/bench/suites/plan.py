@@ -15,7 +15,8 @@ from mmengine.config import Config
 import replk_mm
 from replk_mm import published
 from replk_mm.bench import records
-from replk_mm.bench.schema import Suite, SuiteRow, Task, fingerprint, results_file, utc_now
+from replk_mm.bench.schema import Suite, SuiteRow, fingerprint
+from replk_mm.bench.suites.task import Task, results_file, utc_now
 from replk_mm.data.datasets import datasets_of
 from replk_mm.data.scenes.writer import META, SCENES, write_demo_data
 from replk_mm.engine.config import load_config
@@ -101,7 +102,7 @@ def remaining_tasks(suite: Suite, options: SuiteOptions) -> tuple[list[Task], li
         seeds = [seed for other, seed in pairs if other.name == row.name]
         for task, wrong in _tasks_of(suite, row, seeds, options, git):
             if wrong:
-                records.append_failure(task, task.measures[0], utc_now(), {}, wrong)
+                task.append_failure(task.measures[0], utc_now(), {}, wrong)
                 failed.append((task, f'{task.measures[0]}: {wrong}'))
             else:
                 tasks.append(task)
@@ -165,11 +166,11 @@ def _tasks_of(
             done = [name for name, record in records.latest_records(task.results).items() if record['status'] == 'done']
             left = tuple(name for name in task.measures if name not in done)
         else:
-            left = records.unfinished(task)
+            left = task.unfinished()
         if left:
             if not wrong:
                 _check_unchanged(task, {**definition, 'options': row.options})
-            yield task.part(left), wrong
+            yield task.subset(left), wrong
 
 
 def _as_first_version(node: Any) -> Any:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import replk_mm
 from replk_mm.bench import records
-from replk_mm.bench.schema import Task, utc_now
+from replk_mm.bench.suites.task import Task, utc_now
 from replk_mm.bench.suites.worker import BUSY, DISTRIBUTED, SUITE_PID
 from replk_mm.engine.config import usable_cores
 from replk_mm.errors import printable
@@ -56,9 +56,9 @@ def schedule(tasks: Sequence[Task], settings: Settings) -> list[tuple[int, list[
         )
         rest = tuple(m for m in task.measures if m not in together)
         if together:
-            first.append(task.part(together, settings.launcher))
+            first.append(task.subset(together, settings.launcher))
         if rest:
-            last.append(task.part(rest))
+            last.append(task.subset(rest))
     return [(jobs, part) for jobs, part in ((settings.jobs, first), (1, last)) if part]
 
 
@@ -195,12 +195,12 @@ class SuiteRunner:
         if status == BUSY:
             return ['another process is running this row and seed']
         reasons = [f'{name}: {record["reason"]}' for name, record in new.items() if record['status'] == 'failed']
-        missing = [name for name in records.unfinished(task) if name not in new]
+        missing = [name for name in task.unfinished() if name not in new]
         # A process stops by itself after a failed training, and after any failure under a launcher.
         stopped = any(reason.startswith('train: ') for reason in reasons) or (reasons and task.launcher != 'none')
         if missing and not stopped:
             reason = describe_exit(status, task.log, logged)
-            records.append_failure(task, missing[0], started, self.environment(), reason)
+            task.append_failure(missing[0], started, self.environment(), reason)
             reasons.append(f'{missing[0]}: {reason}')
         return reasons
 

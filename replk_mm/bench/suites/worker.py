@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from replk_mm.bench import records
-from replk_mm.bench.schema import Task, utc_now
+from replk_mm.bench.suites.task import Task, utc_now
 from replk_mm.errors import INTERRUPTED_STATUS, UserError, message_of
 
 #: Environment variable with the process id of the suite.
@@ -72,7 +72,7 @@ def run_task(task: Task, table: Mapping[str, Measure], environment: dict[str, An
             traceback.print_exc()
             complete = False
             if rank == 0:
-                records.append_failure(task, name, started, environment, describe_error(error))
+                task.append_failure(name, started, environment, describe_error(error))
             if name == 'train' or task.launcher != 'none':
                 break  # without weights nothing else can be measured; other ranks may wait for this one
     return complete
@@ -140,7 +140,7 @@ def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', pa
     try:
         with lock_folder(task.folder, patience) if rank == 0 else contextlib.nullcontext():
             if task.launcher == 'none':  # the process of a killed suite may have gone further meanwhile
-                task = task.part(records.unfinished(task))
+                task = task.subset(task.unfinished())
             module = importlib.import_module(measurements)  # imports torch
             return 0 if run_task(task, module.TABLE, module.environment(), rank) else 1
     except BlockingIOError:

@@ -1,0 +1,188 @@
+"""Train a row, and read the curves of its training."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import barrier, get_rank
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from replk_mm import published
+from replk_mm.bench.records import read_json, write_json
+from replk_mm.bench.suites.accuracy import PRIMARY_METRICS, metric_protocol
+from replk_mm.bench.suites.inputs import describe_split, load_task_config
+from replk_mm.bench.suites.task import Task
+from replk_mm.bench.suites.worker import MeasurementResult
+from replk_mm.data.datasets import as_list, crop_of
+from replk_mm.engine import train as engine
+from replk_mm.engine.machine import Options, processes_of
+from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.resuming import last_checkpoint
+from replk_mm.errors import UserError
+from replk_mm.registry import HOOKS
+
+#: Prefixes of checkpoints of ImageNet-1K classifiers.
+_IMAGENET = ('torchvision://', 'open-mmlab://resnet')
+
+
+@HOOKS.register_module()
+class SuiteHook(Hook):
+    """Write how far the training is, for the progress of the suite.
+
+    Args:
+        progress: File for ``iteration``, ``iterations`` and ``seconds``, the latter summed over resumed runs.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, progress: str) -> None:
+        self.path = Path(progress)
+        self._before = read_json(self.path).get('seconds', 0.0)
+        self._begin = self._written = time.monotonic()
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Write the file once a second."""
+        if time.monotonic() - self._written >= 1:
+            self._write(runner, runner.iter + 1)
+
+    def before_train(self, runner: Runner) -> None:
+        """Write the file."""
+        self._write(runner, runner.iter)
+
+    after_train = before_train
+
+    def _write(self, runner: Runner, iteration: int) -> None:
+        self._written = time.monotonic()
+        if get_rank() == 0:
+            write_json(
+                self.path,
+                dict(
+                    iteration=iteration,
+                    iterations=runner.max_iters,
+                    seconds=round(self._before + self._written - self._begin, 3),
+                ),
+            )
+
+
+def train(task: Task) -> MeasurementResult:
+    """Train; an interrupted training continues from its last checkpoint.
+
+    Raises:
+        UserError: If the config, the data or the machine do not allow it, or the loss is not finite.
+    """
+    folder = task.folder / 'train'
+    cfg = load_task_config(task)
+    hook = dict(type='replk_mm.SuiteHook', progress=str(folder / 'progress.json'))
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
+    begun = last_checkpoint(folder) if folder.is_dir() else None
+    notes = prepare_training(
+        cfg,
+        Options(
+            data_root=task.data_root,
+            work_dir=str(folder),
+            max_iters=task.row.iterations,
+            resume='auto' if begun else None,
+            seed=task.seed,
+            launcher=task.launcher,
+            device=task.device,
+        ),
+    )
+    batch, crop, processes = cfg.train_dataloader.batch_size, crop_of(cfg), processes_of(task.launcher)[0]
+    precision = {
+        'AmpOptimWrapper': str(cfg.optim_wrapper.get('dtype') or 'float16'),
+        'replk_mm.BFloat16OptimWrapper': 'bfloat16',
+    }.get(cfg.optim_wrapper.get('type'), 'float32')
+    protocol = dict(
+        crop=list(crop) if crop else None,
+        batch=batch * processes,
+        pretraining=task.pretraining or find_pretraining(cfg),
+        precision=precision,
+    )
+    if begun:  # the config no longer has the initial weights
+        protocol['pretraining'] = read_json(folder / 'protocol.json').get('pretraining', protocol['pretraining'])
+    elif get_rank() == 0:
+        write_json(folder / 'protocol.json', protocol)
+    engine.train(cfg, notes)
+    barrier()  # the first process writes the checkpoint
+    done = read_json(folder / 'progress.json')
+    iterations = done.get('iteration') or 0
+    protocol.update(iterations=iterations, samples_seen=iterations * batch * processes)
+    return MeasurementResult(
+        dict(seconds=done.get('seconds'), iterations=iterations, samples_seen=protocol['samples_seen']),
+        protocol,
+        dict(notes=notes, resumed_from=cfg.load_from if begun else None, processes=processes),
+        dict(work_dir=folder),
+    )
+
+
+def find_pretraining(cfg: Config) -> str:
+    """What a config's backbone was pretrained on, as the papers name it; for unknown weights their file name."""
+    named = next(
+        (
+            initial['checkpoint']
+            for initial in as_list((cfg.model.get('backbone') or {}).get('init_cfg'))
+            if initial.get('type') == 'Pretrained'
+        ),
+        None,
+    )
+    if not named:
+        return 'none'
+    known = next((entry['pretraining'] for entry in published.table('weights') if entry['url'] == named), None)
+    return known or ('ImageNet-1K' if named.startswith(_IMAGENET) else Path(named).name)
+
+
+def curve(task: Task) -> MeasurementResult:
+    """Loss and validation metric along the training, from its logs."""
+    cfg = load_task_config(task)
+    values, facts = read_curve(task.folder / 'train')
+    return MeasurementResult(values, metric_protocol(task, cfg, describe_split(cfg, 'val')[0]), facts)
+
+
+def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values and facts of the curve of a training.
+
+    Args:
+        folder: Work dir of the training.
+
+    Raises:
+        UserError: If it has no logs.
+    """
+    loss: dict[int, float] = {}
+    metric: dict[int, float] = {}
+    epochs: dict[int, int] = {}
+    name = None
+    for line in _scalars(folder):
+        step: int = line.get('step', 0)
+        if 'loss' in line:
+            loss[step] = line['loss']
+            epochs[line.get('epoch', 0)] = step
+        for key in PRIMARY_METRICS:
+            if key in line and 'loss' not in line:
+                name = key
+                # where epochs are counted, the step of a validation is its epoch
+                metric[epochs.get(step, step)] = line[key] * (100 if 'mAP' in key else 1)
+    if not loss:
+        raise UserError(f'{folder}: no log of a training (vis_data/scalars.json)')
+    best = max(metric, key=lambda step: metric[step], default=None)
+    return (
+        dict(loss=sorted(map(list, loss.items())), metric=sorted(map(list, metric.items())), name=name),
+        dict(best=None if best is None else dict(iteration=best, value=metric[best])),
+    )
+
+
+def _scalars(folder: Path) -> Iterator[dict[str, Any]]:
+    # In the order of their start: what a later process has repeated counts.
+    for file in sorted(folder.glob('*/vis_data/scalars.json')):
+        for line in file.read_text().splitlines():
+            try:
+                found = json.loads(line)
+            except ValueError:  # a process was killed while it wrote
+                continue
+            yield {key: value for key, value in found.items() if not isinstance(value, float) or math.isfinite(value)}
