@@ -1,7 +1,7 @@
-"""Measure speed and memory beside the same network in plain torch: op, backbone CONFIG, model CONFIG.
+"""Measure speed and memory of a layer (op), a backbone or a whole model beside the same in plain torch.
 
 Plain torch is the same network and weights with torch's own depthwise convolutions in the default memory layout. Both
-take turns in one run, and their results are compared: exit status 1 if they differ.
+run in turns in one process, and their results are compared: exit status 1 if they differ.
 """
 
 import argparse
@@ -24,47 +24,57 @@ from replk_mm.engine.machine import keep_freed_memory, prepare_work_dir, select_
 from replk_mm.errors import command
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f'{text} is not at least {least}')
+def int_at_least(smallest: int) -> Callable[[str], int]:
+    """A type for argparse: an integer of at least ``smallest``."""
+
+    def parse(text: str) -> int:
+        if int(text) < smallest:
+            raise argparse.ArgumentTypeError(f'{text} is less than {smallest}')
         return int(text)
 
-    return number
+    return parse
 
 
-def listed(*known: str) -> Callable[[str], list[str]]:
-    def names(text: str) -> list[str]:
-        found = [name for name in text.split(',') if name]
-        if not found or not set(found) <= set(known):
-            raise argparse.ArgumentTypeError(f'{text!r} is not a list of {",".join(known)}')
-        return list(dict.fromkeys(found))
+def list_of(*choices: str) -> Callable[[str], list[str]]:
+    """A type for argparse: names among ``choices``, separated by commas."""
 
-    return names
+    def parse(text: str) -> list[str]:
+        names = [name for name in text.split(',') if name]
+        if not names or not set(names) <= set(choices):
+            raise argparse.ArgumentTypeError(f'{text!r} is not a list of {",".join(choices)}')
+        return list(dict.fromkeys(names))
+
+    return parse
 
 
-def arguments() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     p = cli.parser(__doc__, 'benchmark model configs/upernet_replk-nano_ade20k.py --sides 256 512')
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument('--threads', type=cli.positive, metavar='N', help="default: torch's, one for each core")
+    common.add_argument('--threads', type=cli.positive, metavar='N', help="default: torch's, one per core")
     common.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     common.add_argument(
-        '--repeats', type=at_least(MIN_ROUNDS), default=15, metavar='N', help='rounds at most (default 15)'
+        '--repeats',
+        type=int_at_least(MIN_ROUNDS),
+        default=15,
+        metavar='N',
+        help='largest number of measured rounds (default: 15)',
     )
     common.add_argument(
-        '--warmup', type=at_least(0), default=2, metavar='N', help='rounds that do not count (default 2)'
+        '--warmup', type=int_at_least(0), default=2, metavar='N', help='largest number of warm-up rounds (default: 2)'
     )
     common.add_argument(
         '--seconds',
         type=float,
         metavar='S',
-        help='for each measurement: fewer rounds if they take '
-        f'longer, but at least {MIN_ROUNDS} (default 60; op: 2 for each computation)',
+        help=f'time budget of each measurement, with at least {MIN_ROUNDS} rounds '
+        '(default: 60; op: 2 for each computation)',
     )
-    common.add_argument('--out', metavar='DIR', help='for table, JSON and plots (default: work_dirs/benchmark/WHAT)')
+    common.add_argument(
+        '--out', metavar='DIR', help='folder for table.txt and benchmark.json (default: work_dirs/benchmark/NAME)'
+    )
     common.add_argument('--json', action='store_true', help='print the JSON, and nothing else, to standard output')
     sub = p.add_subparsers(dest='what', required=True)
-    op = sub.add_parser('op', parents=[common], help='the depthwise convolution by itself')
+    op = sub.add_parser('op', parents=[common], help='the depthwise convolution alone')
     for name, default, metavar in (
         ('kernels', [3, 7, 13, 31], 'SIDE'),
         ('maps', [32, 64, 128], 'SIDE'),
@@ -80,30 +90,38 @@ def arguments() -> argparse.Namespace:
             help=f'default: {" ".join(map(str, default))}',
         )
     op.add_argument('--stride', type=cli.positive, default=1, metavar='S')
-    op.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32', help='of plain torch too')
-    op.add_argument('--implementations', nargs='+', default=[], metavar='NAME', help='a row for each of them too')
+    op.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32', help='precision, of plain torch too')
+    op.add_argument(
+        '--implementations', nargs='+', default=[], metavar='NAME', help='also measure each of these implementations'
+    )
     for what, text in (('backbone', "a config's backbone"), ('model', "a config's whole segmentor or detector")):
         net = sub.add_parser(what, parents=[common], help=text)
         net.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
         net.add_argument('--checkpoint', metavar='FILE', help='weights (default: random ones)')
         net.add_argument(
             '--mode',
-            type=listed('inference', 'train'),
+            type=list_of('inference', 'train'),
             default=['inference', 'train'],
             metavar='MODES',
-            help='inference, train, or inference,train (default)',
+            help='inference, train, or both separated by a comma (default)',
         )
         net.add_argument(
             '--form',
             choices=['training', 'reparameterized'],
             default='reparameterized',
-            help='of all networks at inference (default: reparameterized, that is merged and folded)',
+            help='form of all networks at inference (default: reparameterized)',
         )
         size = net.add_mutually_exclusive_group()
         size.add_argument(
-            '--shape', type=cli.positive, nargs=2, metavar=('H', 'W'), help="in pixels (default: the config's crop)"
+            '--shape',
+            type=cli.positive,
+            nargs=2,
+            metavar=('H', 'W'),
+            help="image size in pixels (default: the config's crop)",
         )
-        size.add_argument('--sides', type=cli.positive, nargs='+', metavar='SIDE', help='several square images')
+        size.add_argument(
+            '--sides', type=cli.positive, nargs='+', metavar='SIDE', help='square images of several sizes'
+        )
         net.add_argument(
             '--batch',
             '--batches',
@@ -111,16 +129,22 @@ def arguments() -> argparse.Namespace:
             nargs='+',
             default=[0],
             metavar='N',
-            help='images, one number or several (default: 1, or 2 where training needs them)',
+            help='images per batch, one or several numbers (default: 1, or 2 where training needs it)',
         )
         net.add_argument(
             '--dtype',
             nargs='+',
             choices=['float32', 'bfloat16'],
             default=['float32'],
-            help='of our network; plain torch is in float32',
+            help='precision of our network; plain torch runs in float32 (default: float32)',
         )
-        net.add_argument('--compare', type=listed(*ENGINES), default=[], metavar='NAMES', help=f'{",".join(ENGINES)}')
+        net.add_argument(
+            '--compare',
+            type=list_of(*ENGINES),
+            default=[],
+            metavar='NAMES',
+            help=f'other engines to measure: {",".join(ENGINES)}',
+        )
         net.add_argument('--no-memory', dest='memory', action='store_false', help='do not measure memory')
         net.add_argument(
             '--same-allocator',
@@ -131,23 +155,23 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def measure(args: argparse.Namespace) -> dict:
+def run_benchmark(args: argparse.Namespace) -> dict:
     device, kept = select_device(args.device), keep_freed_memory()
-    # The libraries log what they build; a benchmark has its own notes.
+    # Suppresses what the libraries log while they build networks.
     MMLogger.get_instance('benchmark', log_level=logging.WARNING)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.what == 'op':
         points = [
-            operator_benchmark.Shape(kernel, size, channels, batch, args.stride)
+            operator_benchmark.LayerShape(kernel, size, channels, batch, args.stride)
             for channels, batch, size, kernel in product(args.channels, args.batch, args.maps, args.kernels)
         ]
-        record = operator_benchmark.run(
+        record = operator_benchmark.benchmark_operator(
             points, args.dtype, args.implementations, device, args.repeats, args.warmup, args.seconds or 2.0
         )
     else:
         shapes = [(side, side) for side in args.sides or ()]
         shapes = shapes or [tuple(args.shape or default_shape(args.config, args.cfg_options))]
-        job = BenchmarkCase(
+        case = BenchmarkCase(
             args.config,
             args.what == 'model',
             form=args.form,
@@ -156,20 +180,24 @@ def measure(args: argparse.Namespace) -> dict:
             device=device,
             threads=torch.get_num_threads(),
         )
-        how = network_benchmark.Settings(
+        settings = network_benchmark.BenchmarkSettings(
             args.dtype, args.repeats, args.warmup, args.seconds or 60.0, args.memory, args.compare, args.same_allocator
         )
-        record = network_benchmark.run(job, how, args.mode, shapes, args.batch)
-    return {**record, 'environment': report.environment(kept)}
+        record = network_benchmark.benchmark_networks(case, settings, args.mode, shapes, args.batch)
+    return {**record, 'environment': report.describe_environment(kept)}
 
 
 @command
 def main() -> int:
-    args = arguments()
+    args = parse_args()
     name = 'op' if args.what == 'op' else f'{Path(args.config.rpartition("::")[2]).stem}-{args.what}'
     out = prepare_work_dir(args.out or Path('work_dirs', 'benchmark', name), option='--out')
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print too
-        record = measure(args)
-        files = report.write(record, out)
-    print(report.to_json(record) if args.json else f'\n{report.text(record)}\n\nwritten: {", ".join(map(str, files))}')
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print to it
+        record = run_benchmark(args)
+        files = report.write_record(record, out)
+    print(
+        report.record_to_json(record)
+        if args.json
+        else f'\n{report.format_record(record)}\n\nwritten: {", ".join(map(str, files))}'
+    )
     return 0 if report.all_equal(record) else 1

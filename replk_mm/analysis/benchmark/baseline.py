@@ -1,4 +1,4 @@
-"""The network as its authors' code runs it: torch's own depthwise convolution, in the default memory layout."""
+"""The networks of a benchmark: ours, and the baseline, which runs in plain torch as the authors' code does."""
 
 import copy
 from typing import Any
@@ -17,33 +17,34 @@ from replk_mm.errors import UserError
 from replk_mm.ops import DepthwiseConv2d, pack
 from replk_mm.registry import SCOPE
 
-#: Names of the networks.
+#: Names of the networks in tables and records.
 PLAIN, PLAIN_TRAINING, OURS = 'plain torch', 'plain torch, training form', 'ours'
+#: Seed of random weights.
+_SEED = 0
 
 
 def build_networks(
-    cfg: Config, whole: bool, form: str, checkpoint: str | None = None, seed: int = 0
+    cfg: Config, whole_model: bool, form: str, checkpoint: str | None = None
 ) -> tuple[dict[str, nn.Module], Changes | None]:
-    """The same network several times, with the same weights.
+    """Build the networks that a benchmark compares, all with the same weights.
 
     Args:
         cfg: The config, fitted to this machine.
-        whole: The segmentor or detector, rather than its backbone.
-        form: ``'training'``, or ``'reparameterized'``: kernels merged and BatchNorm folded, in every network except
+        whole_model: Whether to build the segmentor or detector instead of its backbone alone.
+        form: ``'training'``, or ``'reparameterized'``: kernels merged and BatchNorm folded in every network except
             :data:`PLAIN_TRAINING`.
-        checkpoint: Weights; None for random ones, including random statistics of BatchNorm.
-        seed: Of random weights.
+        checkpoint: Path of the weights. None for random weights, with random statistics of BatchNorm.
 
     Returns:
-        :data:`PLAIN` (the reference), :data:`PLAIN_TRAINING` if that is another network, and :data:`OURS`; and the
-        changes of the reparameterization.
+        :data:`PLAIN` (the baseline), :data:`PLAIN_TRAINING` if it differs from the baseline, and :data:`OURS`; and the
+        changes made by the reparameterization.
 
     Raises:
-        UserError: If the config has no such network, or the checkpoint does not fit or has no training form.
+        UserError: If the config has no backbone, or the checkpoint does not fit or has no training form.
     """
-    torch.manual_seed(seed)
-    ours = _build(cfg, cfg.model, whole)
-    plain = _build(cfg, _of_the_libraries(cfg.model, cfg.get('default_scope', 'mmengine')), whole)
+    torch.manual_seed(_SEED)
+    ours = _build(cfg, cfg.model, whole_model)
+    plain = _build(cfg, _with_library_heads(cfg.model, cfg.get('default_scope', 'mmengine')), whole_model)
     if checkpoint:
         meta = load_model(ours, checkpoint)[1]
         load_model(plain, checkpoint)
@@ -53,21 +54,21 @@ def build_networks(
                 f'Use --mode inference --form reparameterized, or the checkpoint that training wrote.'
             )
     else:
-        randomize_constants(ours, seed)
+        randomize_constants(ours, _SEED)
         plain.load_state_dict(ours.state_dict())
-    found, changes = {PLAIN: plain, OURS: ours}, None
+    networks, changes = {PLAIN: plain, OURS: ours}, None
     if form == 'reparameterized':
         before = copy.deepcopy(plain)
         changes = reparameterize(ours, inplace=True)[1]
         reparameterize(plain, inplace=True)
         if changes.merged or changes.folded:
-            found = {PLAIN: plain, PLAIN_TRAINING: use_plain_torch(before), OURS: ours}
+            networks = {PLAIN: plain, PLAIN_TRAINING: use_plain_torch(before), OURS: ours}
     use_plain_torch(plain)
-    pack(ours)  # as for evaluation
-    return found, changes
+    pack(ours)  # as evaluation does
+    return networks, changes
 
 
-def _build(cfg: Config, model: ConfigDict, whole: bool) -> nn.Module:
+def _build(cfg: Config, model: ConfigDict, whole_model: bool) -> nn.Module:
     part = Config(
         dict(model=copy.deepcopy(model), default_scope=cfg.get('default_scope', 'mmengine')), filename=cfg.filename
     )
@@ -75,21 +76,21 @@ def _build(cfg: Config, model: ConfigDict, whole: bool) -> nn.Module:
     if not backbone:
         raise UserError(f'{cfg.filename}: model {part.model.get("type")} has no backbone')
     backbone.pop('init_cfg', None)
-    if whole:
+    if whole_model:
         return build_model(part)
     init_default_scope(part.default_scope)
     with explaining(part, 'model'):
         return MODELS.build(part.model.backbone)
 
 
-def _of_the_libraries(model: Any, scope: str) -> Any:
-    """``model`` with the libraries' own heads instead of our faster ones of the same names and weights."""
+def _with_library_heads(model: Any, scope: str) -> Any:
+    """A copy of a model's config with the heads of mmseg or mmdet instead of ours, which have the same weights."""
     if isinstance(model, (list, tuple)):
-        return [_of_the_libraries(part, scope) for part in model]
+        return [_with_library_heads(part, scope) for part in model]
     if not isinstance(model, dict):
         return model
     new = ConfigDict(
-        {key: value if key == 'backbone' else _of_the_libraries(value, scope) for key, value in model.items()}
+        {key: value if key == 'backbone' else _with_library_heads(value, scope) for key, value in model.items()}
     )
     prefix, _, name = str(new.get('type', '')).rpartition('.')
     if prefix == SCOPE and MODELS.get(f'{scope}.{name}') is not None:
@@ -98,16 +99,16 @@ def _of_the_libraries(model: Any, scope: str) -> Any:
 
 
 def use_plain_torch(net: nn.Module) -> nn.Module:
-    """Make ``net`` run torch's own depthwise convolutions in torch's default memory layout, in place.
+    """Make a network use torch's own depthwise convolutions in torch's default memory layout, in place.
 
-    Norms over channels also return the default layout, as mmpretrain's do: ours otherwise return channels-last memory,
-    and torch's convolutions keep the layout of their input.
+    Norms over channels return the default layout too, as those of mmpretrain do. Ours return channels-last memory
+    otherwise, and torch's convolutions keep the layout of their input.
     """
-    swapped: dict[int, nn.Conv2d] = {}
+    replaced: dict[int, nn.Conv2d] = {}
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, DepthwiseConv2d):
-                module._modules[name] = swapped.setdefault(id(child), _plain_convolution(child))
+                module._modules[name] = replaced.setdefault(id(child), _plain_convolution(child))
         if type(module) is nn.Conv2d:
             module.__class__ = PlainConv2d
         elif isinstance(module, Backbone):
@@ -123,7 +124,7 @@ def use_plain_torch(net: nn.Module) -> nn.Module:
 
 
 class PlainConv2d(nn.Conv2d):
-    """torch's convolution, which our blocks do not compute together with what follows it."""
+    """torch's convolution under another type, which our blocks do not fuse with the layers after it."""
 
 
 def _plain_convolution(conv: Any) -> nn.Conv2d:
@@ -144,7 +145,7 @@ def _plain_convolution(conv: Any) -> nn.Conv2d:
 
 @torch.no_grad()
 def randomize_constants(net: nn.Module, seed: int = 0) -> None:
-    """Draw what starts as a constant: statistics and affine parameters of norms, layer scales.
+    """Randomize what is constant before training, in place: affine parameters and statistics of norms, layer scales.
 
     A norm that is the identity, or a block scaled by 1e-6, would hide errors in it.
     """

@@ -1,4 +1,4 @@
-"""A network to measure, as plain data: for this process, and for a process of its own that measures memory."""
+"""One case of a benchmark as plain data, and its peak memory in a process of its own."""
 
 import contextlib
 import io
@@ -23,33 +23,33 @@ from replk_mm.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class BenchmarkCase:
-    """A network and what it does."""
+    """A network, its input, and whether it infers or trains."""
 
-    config: str  #: config file
-    whole: bool  #: the segmentor or detector, rather than its backbone
+    config: str  #: path or name of the config
+    whole_model: bool  #: measure the segmentor or detector instead of its backbone alone
     mode: str = 'inference'  #: ``'inference'`` or ``'train'``
     form: str = 'reparameterized'  #: ``'training'`` or ``'reparameterized'``
-    batch: int = 0  #: images; 0 for the smallest that the mode allows
+    batch: int = 0  #: number of images; 0 for the smallest that the mode allows
     shape: tuple[int, int] = (0, 0)  #: height and width in pixels
     options: dict | None = None  #: overrides of config fields
-    checkpoint: str | None = None  #: weights, None for random ones
+    checkpoint: str | None = None  #: path of the weights; None for random ones
     device: str = 'cpu'  #: ``'cpu'`` or ``'cuda'``
-    threads: int = 1  #: of torch and of other engines
+    threads: int = 1  #: threads of torch and of other engines
 
 
-def load_case_config(job: BenchmarkCase) -> tuple[Config, list[str]]:
-    """The job's config for this machine, and a line for each change."""
-    cfg = load_config(job.config, job.options)
+def load_case_config(case: BenchmarkCase) -> tuple[Config, list[str]]:
+    """The config of a case, fitted to this machine, and one line per change."""
+    cfg = load_config(case.config, case.options)
     for split in ('train', 'val', 'test'):
         cfg.pop(f'{split}_dataloader', None)  # no data is read
-    return cfg, fit_to_machine(cfg, None, job.device, 1)
+    return cfg, fit_to_machine(cfg, None, case.device, 1)
 
 
 def default_shape(config: str, options: dict | None) -> tuple[int, int]:
-    """Height and width in pixels of a config's training crop, or of its test pipeline's Resize.
+    """Height and width in pixels of a config's training crop, or of the Resize in its test pipeline.
 
     Raises:
-        UserError: If it has neither.
+        UserError: If the config has neither.
     """
     cfg = load_config(config, options)
     crop = crop_of(cfg)
@@ -61,12 +61,12 @@ def default_shape(config: str, options: dict | None) -> tuple[int, int]:
             short, long = (-(-side // 32) * 32 for side in sorted(scale))
             return short, long
     raise UserError(
-        f'{config}: the config has neither crop_size nor a Resize with a scale\nName a size with --shape H W.'
+        f'{config}: the config has neither crop_size nor a Resize with a scale\nSet the size with --shape H W.'
     )
 
 
 def set_input_size(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:
-    """Let data preprocessors pad to ``shape`` instead of the config's crop."""
+    """Make the data preprocessors pad to ``shape`` (height, width) instead of the config's crop."""
     for net in nets:
         preprocessor = getattr(net, 'data_preprocessor', None)
         if getattr(preprocessor, 'size', None) is not None:
@@ -74,43 +74,45 @@ def set_input_size(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:
 
 
 def min_batch_size(net: nn.Module, mode: str) -> int:
-    """Images that a batch needs at least: two where BatchNorm trains on maps of one pixel."""
+    """Smallest number of images per batch: two where BatchNorm trains on maps of one pixel."""
     return 2 if mode == 'train' and pooled_norm(net) else 1
 
 
-def peak_memory(job: BenchmarkCase, network: str, how: str, keep: bool) -> int | None | str:
-    """Bytes that a network's first three calls need at their peak beyond the loaded network.
+def peak_memory(case: BenchmarkCase, network: str, precision: str, keep_freed: bool) -> int | None | str:
+    """Peak memory of the first three calls of a network beyond the loaded network, in bytes.
 
-    Measured in a process of its own, because memory that another network has freed would be used again unseen.
+    Runs in a new process, because memory that another network has freed would be reused without being counted.
 
     Args:
-        job: With batch and shape.
-        network: A name among :func:`replk_mm.analysis.benchmark.baseline.build_networks`.
-        how: Precision, see :class:`SyntheticBatch`.
-        keep: See :func:`replk_mm.engine.machine.keep_freed_memory`.
+        case: With batch and shape.
+        network: A name from :func:`replk_mm.analysis.benchmark.baseline.build_networks`.
+        precision: See :class:`SyntheticBatch`.
+        keep_freed: See :func:`replk_mm.engine.machine.keep_freed_memory`.
 
     Returns:
-        None where the system does not tell; a text if the process failed.
+        None where the system does not report memory; the error's first line if the process failed.
     """
-    gpu = None if job.device == 'cpu' else torch.cuda.current_device()
+    gpu = None if case.device == 'cpu' else torch.cuda.current_device()
     with ProcessPoolExecutor(1, get_context('spawn')) as pool:
         try:
-            return pool.submit(_memory, job, network, how, keep, gpu).result()
-        except Exception as error:  # of the network, or of a process that the system has ended
+            return pool.submit(_memory_of_three_calls, case, network, precision, keep_freed, gpu).result()
+        except Exception as error:  # from the network, or because the system has killed the process
             return first_line(error)
 
 
-def _memory(job: BenchmarkCase, network: str, how: str, keep: bool, gpu: int | None) -> int | None:
+def _memory_of_three_calls(
+    case: BenchmarkCase, network: str, precision: str, keep_freed: bool, gpu: int | None
+) -> int | None:
     if gpu is not None:
         torch.cuda.set_device(gpu)
-    keep_freed_memory(keep)
-    torch.set_num_threads(job.threads)
+    keep_freed_memory(keep_freed)
+    torch.set_num_threads(case.threads)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # libraries log
-        cfg, _ = load_case_config(job)
-        net = build_networks(cfg, job.whole, job.form, job.checkpoint)[0][network].to(job.device)
-        set_input_size([net], job.shape)
-        work = SyntheticBatch(cfg, net, job.batch, job.shape, job.device)
-        if how == 'converted':
+        cfg, _ = load_case_config(case)
+        net = build_networks(cfg, case.whole_model, case.form, case.checkpoint)[0][network].to(case.device)
+        set_input_size([net], case.shape)
+        batch = SyntheticBatch(cfg, net, case.batch, case.shape, case.device)
+        if precision == 'converted':
             convert_to_bfloat16(net)
-        call = work.inference_call(net, how) if job.mode == 'inference' else work.training_call(net, how)
-        return memory_growth(lambda: [call() for _ in range(3)], job.device)
+        call = batch.inference_call(net, precision) if case.mode == 'inference' else batch.training_call(net, precision)
+        return memory_growth(lambda: [call() for _ in range(3)], case.device)

@@ -1,4 +1,4 @@
-"""Other inference engines on the same network: exported to ONNX once, with the same threads and images."""
+"""OpenVINO and ONNX Runtime on the same network, exported to ONNX, with the same number of threads."""
 
 import contextlib
 import importlib.util
@@ -20,17 +20,17 @@ from replk_mm.errors import UserError
 #: Engines, with the distributions that they need.
 ENGINES = {'openvino': ('openvino', 'onnx', 'onnxscript'), 'onnxruntime': ('onnxruntime', 'onnx', 'onnxscript')}
 
-Run = Callable[[Tensor], list[np.ndarray]]
+#: Runs a network: images ``(N, 3, H, W)`` to its outputs.
+EngineCall = Callable[[Tensor], list[np.ndarray]]
 
 
-def missing(engine: str) -> str | None:
-    """The note for an engine whose distributions are not installed; None if they are."""
-    lacking = [name for name in ENGINES[engine] if importlib.util.find_spec(name) is None]
-    return f'{engine}: not installed (pip install {" ".join(lacking)})' if lacking else None
+def missing_distributions(engine: str) -> list[str]:
+    """The distributions of an engine that are not installed."""
+    return [name for name in ENGINES[engine] if importlib.util.find_spec(name) is None]
 
 
-class Deployed(nn.Module):
-    """What is exported: a backbone to its features, or a segmentor from the normalized image to its class map."""
+class ExportedModel(nn.Module):
+    """A backbone up to its features, or a segmentor from the normalized image to its class map."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class Deployed(nn.Module):
         return logits.argmax(1)
 
 
-def export(net: Any, image: Tensor, path: Path) -> None:
-    """Write a network as ONNX.
+def export_onnx(net: Any, image: Tensor, path: Path) -> None:
+    """Export a network to ONNX.
 
     Args:
-        net: With plain convolutions, reparameterized.
-        image: An input of the shape to export for.
-        path: File to write; large weights go into another one beside it.
+        net: Reparameterized network with plain convolutions.
+        image: Input ``(N, 3, H, W)`` of the shape to export for.
+        path: File to write; large weights go into another file beside it.
 
     Raises:
         UserError: If the network has no ONNX form. The exporter raises errors of its own.
@@ -65,16 +65,17 @@ def export(net: Any, image: Tensor, path: Path) -> None:
     test = (net.test_cfg or {}) if kind == 'segmentor' else {}
     if test.get('mode') == 'slide' and any(a > b for a, b in zip(image.shape[2:], test['crop_size'], strict=True)):
         raise UserError(
-            'the config tests with sliding windows, which cannot be exported; for a comparison use '
-            '--cfg-options model.test_cfg.mode=whole'
+            'the config tests with sliding windows, which cannot be exported; '
+            'add --cfg-options model.test_cfg.mode=whole'
         )
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter('ignore')
-        torch.onnx.export(Deployed(net).eval(), (image,), str(path), dynamo=True, input_names=['image'], verbose=False)
+        model = ExportedModel(net).eval()
+        torch.onnx.export(model, (image,), str(path), dynamo=True, input_names=['image'], verbose=False)
 
 
-def load(engine: str, path: Path, threads: int, dtype: str = 'float32') -> Run:
-    """A function that runs an exported network.
+def load_engine(engine: str, path: Path, threads: int, dtype: str = 'float32') -> EngineCall:
+    """Load an exported network into an engine.
 
     Args:
         engine: A name in :data:`ENGINES`.
@@ -83,43 +84,40 @@ def load(engine: str, path: Path, threads: int, dtype: str = 'float32') -> Run:
         dtype: Precision of the computation, ``'float32'`` or ``'bfloat16'``.
 
     Raises:
-        UserError: If the engine does not have this precision here. Engines raise errors of their own.
+        UserError: If the engine does not support this precision on this CPU. Engines raise errors of their own.
     """
     if engine == 'onnxruntime':
         if dtype != 'float32':
             raise UserError(f'no {dtype} on CPUs')
-        return _onnxruntime(path, threads)
+        return _load_onnxruntime(path, threads)
     import openvino
 
     core = openvino.Core()
     if dtype == 'bfloat16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
         raise UserError('this CPU has no bfloat16 for it')
-    # Its default precision is bfloat16 on CPUs that have it.
-    network = core.compile_model(
-        str(path),
-        'CPU',
-        {
-            'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype],
-            'INFERENCE_NUM_THREADS': threads,
-            'PERFORMANCE_HINT': 'LATENCY',
-        },
-    )
+    settings = {
+        # Without the hint it computes in bfloat16 on CPUs that support it.
+        'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[dtype],
+        'INFERENCE_NUM_THREADS': threads,
+        'PERFORMANCE_HINT': 'LATENCY',
+    }
+    network = core.compile_model(str(path), 'CPU', settings)
     request = network.create_infer_request()
 
-    def run(image: Tensor) -> list[np.ndarray]:
-        found = request.infer([image.contiguous().numpy()], share_inputs=True)
-        return [found[output] for output in network.outputs]
+    def call(image: Tensor) -> list[np.ndarray]:
+        outputs = request.infer([image.contiguous().numpy()], share_inputs=True)
+        return [outputs[output] for output in network.outputs]
 
-    return run
+    return call
 
 
-def _onnxruntime(path: Path, threads: int) -> Run:
+def _load_onnxruntime(path: Path, threads: int) -> EngineCall:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    # Threads that wait busily after a run would take the processors from whatever is timed next.
+    # Threads that spin after a call would slow down the call that is timed next.
     options.add_session_config_entry('session.force_spinning_stop', '1')
     session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     return lambda image: session.run(None, {'image': image.contiguous().numpy()})

@@ -1,4 +1,4 @@
-"""How fast backbones and whole models run beside the same networks in plain torch."""
+"""Speed and memory of backbones and whole models beside the same networks in plain torch."""
 
 import copy
 import functools
@@ -12,7 +12,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from replk_mm.analysis import complexity
 from replk_mm.analysis.benchmark import inference_engines as engines
 from replk_mm.analysis.benchmark.baseline import OURS, PLAIN, PLAIN_TRAINING, build_networks
 from replk_mm.analysis.benchmark.case import (
@@ -30,23 +29,24 @@ from replk_mm.analysis.benchmark.numerical_difference import (
     compare_outputs,
 )
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_to_bfloat16, model_kind
+from replk_mm.analysis.complexity import count_parameters
 from replk_mm.analysis.timing import Call, print_progress, time_interleaved, trim_heap
 from replk_mm.engine.machine import keep_freed_memory
 from replk_mm.errors import UserError, explained, first_line
 
-#: Seconds of rest before each call while other engines take part: their threads and torch's wait busily for a while.
+#: Seconds of sleep before each call if other engines take part: their threads and torch's spin for a while.
 _PAUSE = 0.01
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to measure."""
+class BenchmarkSettings:
+    """Settings of all measurements of a run."""
 
     #: precisions of our network, of ``'float32'`` and ``'bfloat16'``; plain torch always runs in float32
     dtypes: Sequence[str] = ('float32',)
-    repeats: int = 15  #: rounds at most
-    warmup: int = 2  #: rounds before that do not count, at most
-    seconds: float = 60.0  #: budget of a measurement, see :func:`replk_mm.analysis.timing.time_interleaved`
+    repeats: int = 15  #: largest number of measured rounds
+    warmup: int = 2  #: largest number of warm-up rounds
+    seconds: float = 60.0  #: time budget of a measurement, see :func:`replk_mm.analysis.timing.time_interleaved`
     memory: bool = True  #: measure memory too, each network in a process of its own
     engines: Sequence[str] = ()  #: names in :data:`replk_mm.analysis.benchmark.inference_engines.ENGINES`
     #: let plain torch keep freed memory too, which otherwise only this project's commands do
@@ -54,49 +54,47 @@ class Settings:
 
 
 @dataclass
-class Row:
-    """A line of the table before it is timed."""
+class BenchmarkRow:
+    """A row of the table before it is timed."""
 
-    name: str  #: name of the line
-    call: Call  #: what is timed
-    gap: NumericalDifference | None = None  #: difference from the results of plain torch; None for plain torch itself
-    network: str = (
-        ''  #: its name among :func:`replk_mm.analysis.benchmark.baseline.build_networks`; empty for other engines
-    )
-    how: str = 'float32'  #: precision, see :class:`SyntheticBatch`; for an engine its dtype
+    name: str  #: name of the row
+    call: Call  #: the call to time
+    difference: NumericalDifference | None = None  #: from plain torch; None for plain torch itself
+    network: str = ''  #: name in :func:`replk_mm.analysis.benchmark.baseline.build_networks`; empty for other engines
+    precision: str = 'float32'  #: see :class:`SyntheticBatch`; for another engine its dtype
 
     @property
     def dtype(self) -> str:
         """Precision of the layers."""
-        return 'float32' if self.how == 'float32' else 'bfloat16'
+        return 'float32' if self.precision == 'float32' else 'bfloat16'
 
 
-class Bench:
-    """The networks of one mode, to be measured at one shape after the other.
+class NetworkBenchmark:
+    """The networks of one mode, to be measured at several shapes.
 
     Args:
-        job: What to measure, without batch and shape.
-        settings: How to measure.
+        case: The network; batch and shape are set by :meth:`measure`.
+        settings: Settings of all measurements.
 
     Raises:
         UserError: If config or checkpoint do not fit.
     """
 
-    def __init__(self, job: BenchmarkCase, settings: Settings) -> None:
-        torch.set_num_threads(job.threads)
-        self.job, self.settings = job, settings
-        self.cfg, self.notes = load_case_config(job)
-        self.networks, changes = build_networks(self.cfg, job.whole, job.form, job.checkpoint)
+    def __init__(self, case: BenchmarkCase, settings: BenchmarkSettings) -> None:
+        torch.set_num_threads(case.threads)
+        self.case, self.settings = case, settings
+        self.cfg, self.notes = load_case_config(case)
+        self.networks, changes = build_networks(self.cfg, case.whole_model, case.form, case.checkpoint)
         # Training steps at one shape change the statistics of BatchNorm, of each network separately.
         self._buffers = {
-            name: {key: value.clone() for key, value in net.to(job.device).named_buffers()}
+            name: {key: value.clone() for key, value in net.to(case.device).named_buffers()}
             for name, net in self.networks.items()
         }
         backbone = self.cfg.model.backbone
-        if job.mode == 'train':
+        if case.mode == 'train':
             step = (
                 'forward, loss, backward, optimizer (learning rate 0)'
-                if job.whole
+                if case.whole_model
                 else 'forward, mean squares of the features as a loss, backward; no optimizer'
             )
             self.note(
@@ -106,91 +104,93 @@ class Bench:
         elif changes is not None:
             self.note(
                 f'inference: {changes}'
-                if len(self.networks) == 3
+                if PLAIN_TRAINING in self.networks
                 else 'inference: nothing to merge or fold, the training form is the same network'
             )
-        if model_kind(self.networks[OURS]) == 'detector' and not job.checkpoint:
-            self.note('random weights find few objects: a trained detector has more to do behind its proposals')
+        if model_kind(self.networks[OURS]) == 'detector' and not case.checkpoint:
+            self.note('random weights find few objects; a trained detector spends more time after its proposals')
 
     def note(self, line: str) -> None:
         """Keep a line for the report, once."""
         if line not in self.notes:
             self.notes.append(line)
 
-    def run(self, batch: int, shape: tuple[int, int]) -> dict:
+    def measure(self, batch: int, shape: tuple[int, int]) -> dict:
         """Measure the networks at one shape.
 
         Args:
-            batch: Images; 0 for as few as the mode allows.
+            batch: Number of images; 0 for the smallest that the mode allows.
             shape: Height and width in pixels.
 
         Returns:
-            Plain data: the measured point, with a row for each network.
+            Plain data: the measured point, with one row per network.
 
         Raises:
-            UserError: If the networks cannot run there.
+            UserError: If the networks cannot run at this shape.
         """
-        least = min_batch_size(self.networks[OURS], self.job.mode)
-        job = replace(self.job, shape=shape, batch=batch or least)
-        print_progress(f'{job.mode} {job.batch}x3x{shape[0]}x{shape[1]}')
-        if job.batch < least:
+        smallest = min_batch_size(self.networks[OURS], self.case.mode)
+        case = replace(self.case, shape=shape, batch=batch or smallest)
+        size = f'{case.batch}x3x{shape[0]}x{shape[1]}'
+        print_progress(f'{case.mode} {size}')
+        if case.batch < smallest:
             raise UserError(
-                f'{job.config}: --batch {job.batch}: in training BatchNorm of maps pooled to 1x1 needs two '
-                f'values\nUse --batch {least} or more, or --mode inference.'
+                f'{case.config}: --batch {case.batch}: in training, BatchNorm of maps pooled to 1x1 needs two '
+                f'values\nUse --batch {smallest} or more, or --mode inference.'
             )
         for name, net in self.networks.items():
             net.load_state_dict(self._buffers[name], strict=False)
         set_input_size(self.networks.values(), shape)
-        failing = explained(
-            f'{job.config}: {job.mode} of {job.batch}x3x{shape[0]}x{shape[1]} fails',
-            'Try another --shape or a smaller --batch.',
-        )
+        failing = explained(f'{case.config}: {case.mode} of {size} fails', 'Try another --shape or a smaller --batch.')
         with failing, tempfile.TemporaryDirectory() as folder:
-            work = SyntheticBatch(self.cfg, self.networks[OURS], job.batch, shape, job.device)
-            rows = self._inference(work, Path(folder)) if job.mode == 'inference' else self._training(work)
+            synthetic = SyntheticBatch(self.cfg, self.networks[OURS], case.batch, shape, case.device)
+            rows = (
+                self._inference_rows(synthetic, Path(folder))
+                if case.mode == 'inference'
+                else self._training_rows(synthetic)
+            )
             try:
-                found = time_interleaved(
+                timings = time_interleaved(
                     {row.name: row.call for row in rows},
                     self.settings.repeats,
                     self.settings.warmup,
                     self.settings.seconds,
                     _PAUSE if self.settings.engines else 0.0,
-                    before=self._allocators(rows),
+                    before=self._allocator_changes(rows),
                 )
             finally:
                 keep_freed_memory()
-        done = []
+        measured = []
         for row in rows:
-            gap = row.gap or NumericalDifference()
-            done.append(
+            difference = row.difference or NumericalDifference()
+            measured.append(
                 dict(
                     name=row.name,
                     dtype=row.dtype,
-                    how=row.how,
-                    milliseconds=asdict(found.summary(row.name)),
-                    times_as_fast=asdict(found.speedup(row.name, PLAIN)),
-                    samples=found.milliseconds[row.name],
-                    memory_bytes=self._memory(job, row),
-                    difference=gap.relative,
-                    differing_pixels=gap.pixels,
-                    equal=None if row.gap is None else gap.within(TOLERANCES[job.mode, row.dtype]),
+                    how=row.precision,
+                    milliseconds=asdict(timings.summary(row.name)),
+                    times_as_fast=asdict(timings.speedup(row.name, PLAIN)),
+                    samples=timings.milliseconds[row.name],
+                    memory_bytes=self._memory(case, row),
+                    difference=difference.relative,
+                    differing_pixels=difference.pixels,
+                    equal=row.difference and difference.within(TOLERANCES[case.mode, row.dtype]),
                 )
             )
         return dict(
-            mode=job.mode,
-            form=job.form,
-            batch=job.batch,
+            mode=case.mode,
+            form=case.form,
+            batch=case.batch,
             height=shape[0],
             width=shape[1],
-            rounds=found.rounds,
-            warmup=found.warmup,
-            rows=done,
+            rounds=timings.rounds,
+            warmup=timings.warmup,
+            rows=measured,
         )
 
-    def _allocators(self, rows: list[Row]) -> dict[str, Call]:
+    def _allocator_changes(self, rows: list[BenchmarkRow]) -> dict[str, Call]:
         """Untimed calls that give each network the allocator settings of a process of its own."""
         before: dict[str, Call] = {}
-        if self.settings.same_allocator or self.job.device != 'cpu':
+        if self.settings.same_allocator or self.case.device != 'cpu':
             return before
         keeps = [row.network not in (PLAIN, PLAIN_TRAINING) for row in rows]
         for i, row in enumerate(rows):
@@ -198,103 +198,99 @@ class Bench:
                 before[row.name] = functools.partial(_change_allocator, keeps[i], row.call)
         return before
 
-    def _inference(self, work: SyntheticBatch, folder: Path) -> list[Row]:
-        def gap_of(net: nn.Module, how: str = 'float32') -> NumericalDifference:
-            return compare_outputs(reference, work.outputs(net, how))
+    def _inference_rows(self, synthetic: SyntheticBatch, folder: Path) -> list[BenchmarkRow]:
+        def compare(net: nn.Module, precision: str) -> NumericalDifference:
+            return compare_outputs(reference, synthetic.outputs(net, precision))
 
-        reference = work.outputs(self.networks[PLAIN])
+        reference = synthetic.outputs(self.networks[PLAIN])
         rows, ours = [], self.networks[OURS]
         for name, net in self.networks.items():
             if name != OURS or 'float32' in self.settings.dtypes:
-                gap = None if name == PLAIN else gap_of(net)
-                rows.append(Row(name, work.inference_call(net), gap, name))
+                difference = None if name == PLAIN else compare(net, 'float32')
+                rows.append(BenchmarkRow(name, synthetic.inference_call(net), difference, name))
         if 'bfloat16' in self.settings.dtypes:
             converted = copy.deepcopy(ours)
             convert_to_bfloat16(converted)
-            # Which of the two is faster depends on the network and the machine.
-            for how, net, suffix in (('autocast', ours, ''), ('converted', converted, ' weights')):
-                rows += self._bfloat16(
-                    Row(f'{OURS}, bfloat16{suffix}', work.inference_call(net, how), None, OURS, how),
-                    functools.partial(gap_of, net, how),
-                )
-        return rows + self._engines(work, reference, folder)
+            # Which one is faster depends on the network and the machine.
+            for precision, net, suffix in (('autocast', ours, ''), ('converted', converted, ' weights')):
+                call = synthetic.inference_call(net, precision)
+                row = BenchmarkRow(f'{OURS}, bfloat16{suffix}', call, None, OURS, precision)
+                rows += self._compared_bfloat16(row, functools.partial(compare, net, precision))
+        return rows + self._engine_rows(synthetic, reference, folder)
 
-    def _training(self, work: SyntheticBatch) -> list[Row]:
-        reference = work.gradients(self.networks[PLAIN])
-        rows = [Row(PLAIN, work.training_call(self.networks[PLAIN]), network=PLAIN)]
-        net = self.networks[OURS]
+    def _training_rows(self, synthetic: SyntheticBatch) -> list[BenchmarkRow]:
+        plain, net = self.networks[PLAIN], self.networks[OURS]
+        reference = synthetic.gradients(plain)
+        rows = [BenchmarkRow(PLAIN, synthetic.training_call(plain), network=PLAIN)]
         if 'float32' in self.settings.dtypes:
-            rows.append(Row(OURS, work.training_call(net), compare_gradients(reference, work.gradients(net)), OURS))
+            difference = compare_gradients(reference, synthetic.gradients(net))
+            rows.append(BenchmarkRow(OURS, synthetic.training_call(net), difference, OURS))
         if 'bfloat16' in self.settings.dtypes:
-            rows += self._bfloat16(
-                Row(f'{OURS}, bfloat16', work.training_call(net, 'autocast'), None, OURS, 'autocast'),
-                lambda: compare_gradients(reference, work.gradients(net, 'autocast'), True),
+            call = synthetic.training_call(net, 'autocast')
+            row = BenchmarkRow(f'{OURS}, bfloat16', call, None, OURS, 'autocast')
+            rows += self._compared_bfloat16(
+                row, lambda: compare_gradients(reference, synthetic.gradients(net, 'autocast'), as_one_vector=True)
             )
         return rows
 
-    def _bfloat16(self, row: Row, compare: Callable[[], NumericalDifference]) -> list[Row]:
-        """The row with its difference, or none and a note if a layer has no bfloat16."""
+    def _compared_bfloat16(self, row: BenchmarkRow, compare: Callable[[], NumericalDifference]) -> list[BenchmarkRow]:
+        """The row with its difference, or no row and a note if a layer does not support bfloat16."""
         try:
-            row.gap = compare()
+            row.difference = compare()
             row.call()
         except (RuntimeError, TypeError) as error:
-            self.note(f'{self.job.mode}, {row.name} {row.how}: not possible: {first_line(error)}')
+            self.note(f'{self.case.mode}, {row.name} {row.precision}: not possible: {first_line(error)}')
             return []
         return [row]
 
-    def _engines(self, work: SyntheticBatch, reference: dict[str, Tensor], folder: Path) -> list[Row]:
-        def infer(run: engines.Run) -> list[np.ndarray]:  # as in the other rows, from image to result
-            return run(work.normalized(plain))
+    def _engine_rows(self, synthetic: SyntheticBatch, reference: dict[str, Tensor], folder: Path) -> list[BenchmarkRow]:
+        def infer(call: engines.EngineCall) -> list[np.ndarray]:  # from image to result, as in the other rows
+            return call(synthetic.normalized(plain))
 
-        rows, plain, path = list[Row](), self.networks[PLAIN], folder / 'network.onnx'
+        rows, plain, path = list[BenchmarkRow](), self.networks[PLAIN], folder / 'network.onnx'
         names = [CLASS_MAP] if model_kind(plain) == 'segmentor' else list(reference)
         for engine in self.settings.engines:
-            lacking = engines.missing(engine) if self.job.device == 'cpu' else f'{engine}: compared on CPUs only'
-            if lacking:
-                self.note(lacking)
+            if missing := engines.missing_distributions(engine):
+                self.note(f'{engine}: not installed (pip install {" ".join(missing)})')
+                continue
+            if self.case.device != 'cpu':
+                self.note(f'{engine}: compared on CPUs only')
                 continue
             try:
                 if not path.exists():
                     print_progress('  exporting')
-                    engines.export(plain, work.normalized(plain), path)
+                    engines.export_onnx(plain, synthetic.normalized(plain), path)
                 for dtype in ('float32', *(dtype for dtype in self.settings.dtypes if dtype != 'float32')):
-                    run = engines.load(engine, path, self.job.threads, dtype)
-                    outputs = map(torch.from_numpy, infer(run))
-                    gap = compare_outputs(
-                        {name: reference[name] for name in names}, dict(zip(names, outputs, strict=True))
-                    )
-                    rows.append(
-                        Row(
-                            engine if dtype == 'float32' else f'{engine}, {dtype}',
-                            functools.partial(infer, run),
-                            gap,
-                            how=dtype,
-                        )
-                    )
-            except Exception as error:  # of an exporter or an engine: the other rows are measured all the same
+                    call = engines.load_engine(engine, path, self.case.threads, dtype)
+                    outputs = dict(zip(names, map(torch.from_numpy, infer(call)), strict=True))
+                    difference = compare_outputs({name: reference[name] for name in names}, outputs)
+                    name = engine if dtype == 'float32' else f'{engine}, {dtype}'
+                    rows.append(BenchmarkRow(name, functools.partial(infer, call), difference, precision=dtype))
+            except Exception as error:  # from an exporter or an engine; the other rows are measured nevertheless
                 self.note(f'{engine}: {first_line(error)}')
         return rows
 
-    def _memory(self, job: BenchmarkCase, row: Row) -> int | None:
+    def _memory(self, case: BenchmarkCase, row: BenchmarkRow) -> int | None:
         if not self.settings.memory or not row.network:
             return None
         print_progress(f'  memory of {row.name}')
-        found = peak_memory(job, row.network, row.how, self.settings.same_allocator or row.network == OURS)
-        if isinstance(found, str):
-            self.note(f'memory of {row.name}: not measured: {found}')
+        keep_freed = self.settings.same_allocator or row.network == OURS
+        memory = peak_memory(case, row.network, row.precision, keep_freed)
+        if isinstance(memory, str):
+            self.note(f'memory of {row.name}: not measured: {memory}')
             return None
-        return found
+        return memory
 
 
-def _change_allocator(keep: bool, call: Call) -> None:
-    keep_freed_memory(keep)
-    trim_heap()  # what the others left
-    call()  # allocates what this network will reuse
+def _change_allocator(keep_freed: bool, call: Call) -> None:
+    keep_freed_memory(keep_freed)
+    trim_heap()  # memory that the other networks have freed
+    call()  # allocates the memory that the timed call reuses
 
 
-def run(
-    job: BenchmarkCase,
-    settings: Settings,
+def benchmark_networks(
+    case: BenchmarkCase,
+    settings: BenchmarkSettings,
     modes: Sequence[str],
     shapes: Sequence[tuple[int, int]],
     batches: Sequence[int],
@@ -302,37 +298,38 @@ def run(
     """Measure a backbone or a whole model in every mode, shape and batch.
 
     Args:
-        job: What to measure; its form is that of inference. Training is in the training form.
-        settings: How to measure.
+        case: The network. Its form applies to inference; training runs in the training form.
+        settings: Settings of all measurements.
         modes: Of ``'inference'`` and ``'train'``.
         shapes: Heights and widths in pixels.
-        batches: Images; 0 for as few as the mode allows.
+        batches: Numbers of images; 0 for the smallest that the mode allows.
 
     Returns:
-        Plain data: what was measured, notes, and a point for each combination.
+        Plain data: the network, notes, and a point for each combination.
 
     Raises:
         UserError: If an argument does not fit.
     """
     notes = [
-        f'weights: {job.checkpoint or "random, including statistics of BatchNorm and layer scales"}',
+        f'weights: {case.checkpoint or "random, including statistics of BatchNorm and layer scales"}',
         "plain torch: the same network and weights in float32, with torch's own depthwise convolutions, torch's "
         "default memory layout, activations not in place and the libraries' own heads",
     ]
     points = []
     for mode in modes:
-        bench = Bench(replace(job, mode=mode, form=job.form if mode == 'inference' else 'training'), settings)
-        points += [bench.run(batch, shape) for shape in shapes for batch in batches]
-        notes += [note for note in bench.notes if note not in notes]
-    backbone = bench.cfg.model.backbone
+        form = case.form if mode == 'inference' else 'training'
+        benchmark = NetworkBenchmark(replace(case, mode=mode, form=form), settings)
+        points += [benchmark.measure(batch, shape) for shape in shapes for batch in batches]
+        notes += [note for note in benchmark.notes if note not in notes]
+    backbone = benchmark.cfg.model.backbone
     arch = backbone.get('arch', '')
     return dict(
-        what='model' if job.whole else 'backbone',
-        config=job.config,
-        cfg_options=job.options or {},
-        checkpoint=job.checkpoint,
+        what='model' if case.whole_model else 'backbone',
+        config=case.config,
+        cfg_options=case.options or {},
+        checkpoint=case.checkpoint,
         backbone=f'{backbone.type} {arch if isinstance(arch, str) else ""}'.strip(),
-        parameters=complexity.count_parameters(bench.networks[OURS]),
+        parameters=count_parameters(benchmark.networks[OURS]),
         settings=asdict(settings),
         notes=notes,
         points=points,

@@ -1,4 +1,4 @@
-"""Whether two networks that are timed compute the same: a speed-up with other results is an error."""
+"""Numerical difference between the outputs or gradients of a measured network and those of the baseline."""
 
 import math
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Name of a segmentor's class maps among its results.
+#: Name of a segmentor's class maps among its outputs.
 CLASS_MAP = 'class map'
-#: Largest relative difference that rounding explains, by mode and precision of the faster network; the reference is in
-#: float32. A wrong weight or layer is off by 0.1 and more in the results, by 1 in its gradient. In the backward pass
-#: rounding decides at every ReLU whose input is nearly zero: a share s of them that flip gives a difference of sqrt(s),
-#: in bfloat16 and with few pixels almost half of the gradient.
+#: Largest relative difference that rounding explains, by mode and precision; the baseline is in float32. A wrong
+#: weight or layer changes outputs by 0.1 and more, and its own gradient by 1. In the backward pass rounding decides at
+#: each ReLU whose input is near zero. If a share s of them flips, gradients differ by sqrt(s): in bfloat16 and with few
+#: pixels by almost half of the gradient.
 TOLERANCES = {
     ('inference', 'float32'): 1e-3,
     ('inference', 'bfloat16'): 0.3,
@@ -22,66 +22,67 @@ TOLERANCES = {
 
 @dataclass
 class NumericalDifference:
-    """How far a network's results are from the reference's."""
+    """Difference between two networks."""
 
-    #: worst difference relative to the reference's magnitude; None if nothing of the kind was compared
+    #: largest difference relative to the magnitude in the baseline; None if no tensors were compared
     relative: float | None = None
-    pixels: float | None = None  #: share of the pixels of class maps that have another class; None without class maps
+    pixels: float | None = None  #: share of the pixels whose class differs; None without class maps
 
     def within(self, tolerance: float) -> bool:
-        """Whether results are finite and equal up to ``tolerance``, which also limits the share of pixels."""
+        """Whether all values are finite and at most ``tolerance``, which also limits the share of pixels."""
         return all(value is None or value <= tolerance for value in (self.relative, self.pixels))  # false for NaN
 
 
-def compare_outputs(reference: dict[str, Tensor], found: dict[str, Tensor]) -> NumericalDifference:
-    """Largest difference of each output relative to its largest magnitude, the worst of all outputs.
+def compare_outputs(reference: dict[str, Tensor], outputs: dict[str, Tensor]) -> NumericalDifference:
+    """Largest difference of each output relative to its largest magnitude; the maximum over all outputs.
 
     Args:
-        reference: Outputs by name, possibly with :data:`CLASS_MAP`.
-        found: The same outputs of the other network.
+        reference: Outputs of the baseline by name, with or without :data:`CLASS_MAP`.
+        outputs: The same outputs of the other network.
     """
-    gaps, gap = [], NumericalDifference()
+    relative, result = [], NumericalDifference()
     for name, expected in reference.items():
-        actual = found[name]
+        actual = outputs[name]
         same_shape = actual.shape == expected.shape
         if name == CLASS_MAP:
-            gap.pixels = (actual != expected).double().mean().item() if same_shape else math.inf
+            result.pixels = (actual != expected).double().mean().item() if same_shape else math.inf
         else:
-            difference = (actual.double() - expected.double()).abs().max().item() if same_shape else math.inf
-            gaps.append(_relative(difference, expected.double().abs().max().item()))
-    gap.relative = _worst(gaps) if gaps else None
-    return gap
+            largest = (actual.double() - expected.double()).abs().max().item() if same_shape else math.inf
+            relative.append(_ratio(largest, expected.double().abs().max().item()))
+    result.relative = _max(relative) if relative else None
+    return result
 
 
 def compare_gradients(
-    reference: dict[str, Tensor], found: dict[str, Tensor], together: bool = False
+    reference: dict[str, Tensor], gradients: dict[str, Tensor], as_one_vector: bool = False
 ) -> NumericalDifference:
-    """Norm of the difference of each gradient relative to the norm of that gradient, the worst of all parameters.
+    """Norm of the difference of each gradient relative to its norm; the maximum over all parameters.
 
-    A gradient below a thousandth of the largest is taken relative to that: some are zero except for rounding, such as
-    that of a bias before BatchNorm.
+    Differences of gradients below a thousandth of the largest are relative to that thousandth: some are zero except
+    for rounding, such as that of a bias before BatchNorm.
 
     Args:
-        reference: The loss and the gradients by the names of the parameters.
-        found: The same of the other network.
-        together: Take all gradients as one vector: in bfloat16 those of some parameters cancel to rounding errors.
+        reference: Loss and gradients of the baseline, by name of the parameter.
+        gradients: The same of the other network.
+        as_one_vector: Whether to compare all gradients as one vector. In bfloat16 the gradients of some parameters
+            cancel to rounding errors.
     """
-    if reference.keys() != found.keys():
+    if reference.keys() != gradients.keys():
         return NumericalDifference(math.inf)
     norms = {name: torch.linalg.vector_norm(value.double()).item() for name, value in reference.items()}
-    gaps = {
-        name: torch.linalg.vector_norm(found[name].double() - value.double()).item()
+    differences = {
+        name: torch.linalg.vector_norm(gradients[name].double() - value.double()).item()
         for name, value in reference.items()
     }
-    if together:
-        return NumericalDifference(_relative(math.hypot(*gaps.values()), math.hypot(*norms.values())))
+    if as_one_vector:
+        return NumericalDifference(_ratio(math.hypot(*differences.values()), math.hypot(*norms.values())))
     floor = 1e-3 * max(norms.values())
-    return NumericalDifference(_worst([_relative(gap, max(norms[name], floor)) for name, gap in gaps.items()]))
+    return NumericalDifference(_max([_ratio(value, max(norms[name], floor)) for name, value in differences.items()]))
 
 
-def _relative(difference: float, magnitude: float) -> float:
+def _ratio(difference: float, magnitude: float) -> float:
     return difference / magnitude if magnitude else difference
 
 
-def _worst(gaps: list[float]) -> float:
-    return math.nan if any(map(math.isnan, gaps)) else max(gaps)
+def _max(values: list[float]) -> float:
+    return math.nan if any(map(math.isnan, values)) else max(values)

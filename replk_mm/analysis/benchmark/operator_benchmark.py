@@ -1,4 +1,4 @@
-"""How fast the depthwise convolution runs beside torch's own: its three computations and a training step."""
+"""Speed of the depthwise convolution beside torch's own: its three computations and a training step."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -16,36 +16,36 @@ from replk_mm.errors import UserError
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, Problem
 from replk_mm.ops.cpu.cost_model import plan
 
-#: What is timed, and the arithmetic of each in convolutions.
+#: Timed computations, with the number of convolutions in each.
 COMPUTATIONS = {'forward': 1, 'grad_input': 1, 'grad_weight': 1, 'step': 3}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """One layer and its input."""
+class LayerShape:
+    """A depthwise layer and its input."""
 
     kernel: int  #: side of the kernel in pixels
     size: int  #: side of the map in pixels
-    channels: int  #: of input and output
-    batch: int  #: images
+    channels: int  #: channels of input and output
+    batch: int  #: number of images
     stride: int = 1  #: in pixels
 
     @property
-    def out(self) -> int:
+    def out_size(self) -> int:
         """Side of the output in pixels, with padding of half the kernel."""
         return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
 
     def gflop(self, computation: str) -> float:
-        """10^9 operations of a computation, a multiply-add as two, zeros of the padding included."""
-        one = 2 * self.batch * self.channels * self.out**2 * self.kernel**2
-        return COMPUTATIONS[computation] * one / 1e9
+        """10^9 operations of a computation; a multiply-add is two, and zeros of the padding count."""
+        convolution = 2 * self.batch * self.channels * self.out_size**2 * self.kernel**2
+        return COMPUTATIONS[computation] * convolution / 1e9
 
     def __str__(self) -> str:
         return f'{self.kernel}x{self.kernel} on {self.batch}x{self.channels}x{self.size}x{self.size}'
 
 
-def run(
-    shapes: Sequence[Shape],
+def benchmark_operator(
+    shapes: Sequence[LayerShape],
     dtype: str = 'float32',
     implementations: Sequence[str] = (),
     device: str = 'cpu',
@@ -53,19 +53,20 @@ def run(
     warmup: int = 2,
     seconds: float = 2.0,
 ) -> dict:
-    """Measure the operator at several shapes.
+    """Measure the depthwise convolution at several shapes.
 
     Args:
         shapes: Layers and inputs.
         dtype: ``'float32'`` or ``'bfloat16'``, of plain torch too.
-        implementations: Names in :data:`replk_mm.ops.IMPLEMENTATIONS` that get rows of their own, where they apply.
+        implementations: Names in :data:`replk_mm.ops.IMPLEMENTATIONS` to measure in rows of their own, where they
+            apply.
         device: ``'cpu'`` or ``'cuda'``.
-        repeats: Rounds at most.
-        warmup: Rounds before that do not count, at most.
-        seconds: Budget of each shape and computation.
+        repeats: Largest number of measured rounds.
+        warmup: Largest number of warm-up rounds.
+        seconds: Time budget of each shape and computation.
 
     Returns:
-        Plain data: the machine's matrix product, and a point for each shape and computation with a row for each
+        Plain data: the speed of a matrix product, and a point for each shape and computation with one row per
         implementation.
 
     Raises:
@@ -79,7 +80,9 @@ def run(
             )
     for shape in shapes:
         if shape.kernel % 2 == 0:
-            raise UserError(f'--kernels {shape.kernel}: kernels must be odd, so that padding keeps the size of the map')
+            raise UserError(
+                f'--kernels {shape.kernel}: an even kernel would change the size of the map\nUse odd kernels.'
+            )
     notes = [
         "plain torch: nn.Conv2d on tensors in torch's default memory layout; ours: on tensors "
         + ('in channels-last memory, as in the backbones' if device == 'cpu' else 'in the same layout')
@@ -88,44 +91,37 @@ def run(
         notes.append("--implementations: on CPUs only; elsewhere all of them are torch's own")
         implementations = ()
     print_progress(f'matrix product, {dtype}')
+    roofline = matmul_gflops(getattr(torch, dtype), device)
     points = []
-    peak = matmul_gflops(getattr(torch, dtype), device)
     for shape in shapes:
         print_progress(str(shape))
-        layers = dict(_layers(shape, dtype, implementations, device))
+        layers = dict(_build_layers(shape, dtype, implementations, device))
         x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=torch.Generator().manual_seed(1))
-        inputs = {name: _laid_out(x.to(device, getattr(torch, dtype)), name) for name in layers}
-        results = {name: _results(layer, inputs[name]) for name, layer in layers.items()}
+        inputs = {name: _to_layout(x.to(device, getattr(torch, dtype)), name) for name in layers}
+        outputs = {name: _outputs_and_gradients(layer, inputs[name]) for name, layer in layers.items()}
         for computation in COMPUTATIONS:
-            found = time_interleaved(
-                {
-                    name: _call(layer, inputs[name], computation)
-                    for name, layer in layers.items()
-                    if _has(layer, inputs[name], computation)
-                },
-                repeats,
-                warmup,
-                seconds,
-            )
+            calls = {
+                name: _computation_call(layer, inputs[name], computation)
+                for name, layer in layers.items()
+                if _uses_its_implementation(layer, inputs[name], computation)
+            }
+            timings = time_interleaved(calls, repeats, warmup, seconds)
             parts = [part for part in COMPUTATIONS if part != 'step' and computation in (part, 'step')]
+            reference = {part: outputs[PLAIN][part] for part in parts}
             rows = []
-            for name, samples in found.milliseconds.items():
-                gap = (
-                    None
-                    if name == PLAIN
-                    else compare_outputs({part: results[PLAIN][part] for part in parts}, results[name])
-                )
-                rate = 1e3 * shape.gflop(computation) / found.summary(name).median
+            for name, samples in timings.milliseconds.items():
+                difference = None if name == PLAIN else compare_outputs(reference, outputs[name])
+                gflops = 1e3 * shape.gflop(computation) / timings.summary(name).median
                 rows.append(
                     dict(
                         name=name,
-                        milliseconds=asdict(found.summary(name)),
+                        milliseconds=asdict(timings.summary(name)),
                         samples=samples,
-                        times_as_fast=asdict(found.speedup(name, PLAIN)),
-                        gflops=rate,
-                        of_matrix_product=rate / peak,
-                        difference=gap and gap.relative,
-                        equal=gap and gap.within(TOLERANCES['inference', dtype]),
+                        times_as_fast=asdict(timings.speedup(name, PLAIN)),
+                        gflops=gflops,
+                        of_matrix_product=gflops / roofline,
+                        difference=difference and difference.relative,
+                        equal=difference and difference.within(TOLERANCES['inference', dtype]),
                     )
                 )
             points.append(
@@ -133,8 +129,8 @@ def run(
                     asdict(shape),
                     computation=computation,
                     gflop=shape.gflop(computation),
-                    rounds=found.rounds,
-                    warmup=found.warmup,
+                    rounds=timings.rounds,
+                    warmup=timings.warmup,
                     rows=rows,
                     chosen=str(plan(_problem(layers[OURS], inputs[OURS]))) if device == 'cpu' else None,
                 )
@@ -142,14 +138,17 @@ def run(
     return dict(
         what='op',
         dtype=dtype,
-        matrix_product_gflops=peak,
+        matrix_product_gflops=roofline,
         notes=notes,
         points=points,
         settings=dict(repeats=repeats, warmup=warmup, seconds=seconds, implementations=list(implementations)),
     )
 
 
-def _layers(shape: Shape, dtype: str, implementations: Sequence[str], device: str) -> Iterator[tuple[str, nn.Conv2d]]:
+def _build_layers(
+    shape: LayerShape, dtype: str, implementations: Sequence[str], device: str
+) -> Iterator[tuple[str, nn.Conv2d]]:
+    """torch's layer, ours, and ours with each forced implementation; all share one weight."""
     torch.manual_seed(0)
     plain = nn.Conv2d(
         shape.channels, shape.channels, shape.kernel, shape.stride, shape.kernel // 2, groups=shape.channels, bias=False
@@ -161,17 +160,18 @@ def _layers(shape: Shape, dtype: str, implementations: Sequence[str], device: st
         yield f'{OURS}, {name}' if name else OURS, ours
 
 
-def _laid_out(x: Tensor, name: str) -> Tensor:
-    last = name != PLAIN and x.device.type == 'cpu'
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+def _to_layout(x: Tensor, name: str) -> Tensor:
+    """Default layout for plain torch and on GPUs, channels-last for ours on CPUs."""
+    channels_last = name != PLAIN and x.device.type == 'cpu'
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _problem(layer: Any, x: Tensor) -> Problem:
     return Problem.of(x, layer.weight, layer.stride, layer.padding, layer.dilation)
 
 
-def _has(layer: nn.Conv2d, x: Tensor, computation: str) -> bool:
-    """Whether a layer with a forced implementation uses it for a computation, or for any of a step's."""
+def _uses_its_implementation(layer: nn.Conv2d, x: Tensor, computation: str) -> bool:
+    """Whether a forced implementation runs in a computation, or in any of a step; true if none is forced."""
     forced = getattr(layer, 'implementation', None)
     if forced is None:
         return True
@@ -179,7 +179,7 @@ def _has(layer: nn.Conv2d, x: Tensor, computation: str) -> bool:
     return forced in (used.values() if computation == 'step' else [used[computation]])
 
 
-def _call(layer: nn.Conv2d, x: Tensor, computation: str) -> Call:
+def _computation_call(layer: nn.Conv2d, x: Tensor, computation: str) -> Call:
     layer, x = copy.deepcopy(layer), x.detach()
     x.requires_grad_(computation in ('grad_input', 'step'))
     layer.requires_grad_(computation in ('grad_weight', 'step'))
@@ -198,10 +198,10 @@ def _call(layer: nn.Conv2d, x: Tensor, computation: str) -> Call:
     return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
 
 
-def _results(layer: nn.Conv2d, x: Tensor) -> dict[str, Tensor]:
-    """Output and both gradients, for comparison."""
+def _outputs_and_gradients(layer: nn.Conv2d, x: Tensor) -> dict[str, Tensor]:
+    """Output and both gradients by name of the computation, for comparison."""
     x = x.detach().requires_grad_()
     out = layer(x)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
-    of_input, of_weight = torch.autograd.grad(out, (x, layer.weight), grad)
-    return {'forward': out.detach(), 'grad_input': of_input, 'grad_weight': of_weight}
+    grad_input, grad_weight = torch.autograd.grad(out, (x, layer.weight), grad)
+    return {'forward': out.detach(), 'grad_input': grad_input, 'grad_weight': grad_weight}

@@ -1,4 +1,4 @@
-"""Synthetic batches, and what a network does with them: inference from image to result, and a training step."""
+"""Synthetic batches: random images and labels, with calls that run inference or a training step on them."""
 
 import copy
 from collections.abc import Callable
@@ -25,137 +25,134 @@ from replk_mm.engine.wrappers import num_classes_of
 from replk_mm.errors import UserError
 from replk_mm.ops import pack
 
-#: Objects of a synthetic image for detectors.
+#: Number of objects in a synthetic image for detectors.
 _OBJECTS = 8
 
 
 class SyntheticBatch:
-    """Batches of one shape, and calls that run networks of one kind on them.
+    """A batch of random images and labels, and calls that run networks of one kind on it.
 
     Args:
         cfg: The config, fitted to this machine.
-        net: One of the networks, for its kind and its classes.
-        batch: Images.
+        net: One of the networks; determines the kind and the number of classes.
+        batch: Number of images.
         shape: Height and width in pixels.
         device: ``'cpu'`` or ``'cuda'``.
-        seed: Of images and labels.
 
     Raises:
-        UserError: If ``net`` is a whole model of unknown kind.
+        UserError: If ``net`` is a model of unknown kind.
     """
 
-    def __init__(
-        self, cfg: Config, net: Any, batch: int, shape: tuple[int, int], device: str = 'cpu', seed: int = 0
-    ) -> None:
+    def __init__(self, cfg: Config, net: Any, batch: int, shape: tuple[int, int], device: str = 'cpu') -> None:
         self.cfg, self.shape, self.device = cfg, shape, device
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         self.kind = model_kind(net)
         if self.kind == 'unknown':
             raise UserError(
                 f'{cfg.filename}: {type(net).__name__} is neither a segmentor nor a detector\n'
-                f'Its backbone alone can be measured: benchmark.py backbone.'
+                f'Measure its backbone alone: benchmark.py backbone.'
             )
-        pixels = torch.stack([_scene(shape, generator) for _ in range(batch)])
+        pixels = torch.stack([_random_image(shape, generator) for _ in range(batch)])
         self._pixels = list(pixels)
-        #: Normalized images, ``(batch, 3, H, W)``: what a backbone sees.
+        #: Normalized images ``(batch, 3, H, W)``, the input of a backbone.
         self.image = ((pixels.float() - 128) / 64).to(device)
         self._targets = [self._target(net, generator) for _ in range(batch)] if self.kind != 'backbone' else []
 
-    def inference_call(self, net: Any, how: str = 'float32') -> Callable[[], object]:
-        """A call that runs ``net`` as a test does: a backbone to its features, a model to class maps or boxes.
+    def inference_call(self, net: Any, precision: str = 'float32') -> Callable[[], object]:
+        """A call that runs inference: a backbone up to its features, a model up to class maps or boxes.
 
         Args:
             net: Set to evaluation mode.
-            how: ``'float32'``, ``'autocast'`` to bfloat16, or ``'converted'`` by :func:`convert_to_bfloat16`.
+            precision: ``'float32'``, ``'autocast'`` to bfloat16, or ``'converted'`` by :func:`convert_to_bfloat16`.
         """
         net.eval()
 
-        def run() -> object:
-            with torch.no_grad(), self._autocast(how == 'autocast'):
+        def infer() -> object:
+            with torch.no_grad(), self._autocast(precision):
                 return net(self.image) if self.kind == 'backbone' else net.test_step(self._batch(False))
 
-        return run
+        return infer
 
-    def training_call(self, net: Any, how: str = 'float32') -> Callable[[], object]:
-        """A call that trains ``net`` for one step: forward, loss, backward, and for a model its config's optimizer.
+    def training_call(self, net: Any, precision: str = 'float32') -> Callable[[], object]:
+        """A call that runs a training step: forward, loss, backward, and for a model the config's optimizer.
 
-        The learning rate is 0, so that the weights do not change.
+        The learning rate is 0, so that weights do not change.
 
         Args:
             net: Set to training mode.
-            how: ``'float32'``, or ``'autocast'`` to bfloat16.
+            precision: ``'float32'``, or ``'autocast'`` to bfloat16.
         """
         net.train()
         if self.kind == 'backbone':
 
-            def run() -> None:
+            def train() -> None:
                 net.zero_grad()
-                self._loss(net, how).backward()
+                self._loss(net, precision).backward()
 
-            return run
-        wrapper = self._optimizer(net, how)
+            return train
+        wrapper = self._optimizer(net, precision)
         return lambda: net.train_step(self._batch(True), wrapper)
 
-    def outputs(self, net: Any, how: str = 'float32') -> dict[str, Tensor]:
-        """What inference computes: every dense output, and for a segmentor its class maps.
+    def outputs(self, net: Any, precision: str = 'float32') -> dict[str, Tensor]:
+        """Every dense output of inference, and the class maps of a segmentor, by name.
 
         Args:
             net: Set to evaluation mode.
-            how: See :meth:`inference`.
+            precision: See :meth:`inference_call`.
         """
         net.eval()
-        image = self.image.to(torch.bfloat16) if how == 'converted' else self.image
-        with torch.no_grad(), self._autocast(how == 'autocast'):
-            # The last bit decides which boxes a detector selects; its dense outputs can be compared.
-            found = {f'output {i}': output.float() for i, output in enumerate(_outputs(net, image))}
+        image = self.image.to(torch.bfloat16) if precision == 'converted' else self.image
+        with torch.no_grad(), self._autocast(precision):
+            # The last bit decides which boxes a detector selects, so only dense outputs are comparable.
+            outputs = {f'output {i}': output.float() for i, output in enumerate(_dense_outputs(net, image))}
             if self.kind == 'segmentor':
                 samples = net.test_step(self._batch(False))
-                found[CLASS_MAP] = torch.stack([sample.pred_sem_seg.data[0] for sample in samples]).long()
-        return found
+                outputs[CLASS_MAP] = torch.stack([sample.pred_sem_seg.data[0] for sample in samples]).long()
+        return outputs
 
-    def gradients(self, net: nn.Module, how: str = 'float32') -> dict[str, Tensor]:
-        """Loss and gradients of all parameters, by name, for comparison.
+    def gradients(self, net: nn.Module, precision: str = 'float32') -> dict[str, Tensor]:
+        """The training loss and the gradients of all parameters, by name, for a comparison of networks.
 
-        The loss is that of training. Gradients are of a step with fixed statistics of BatchNorm, because through batch
-        statistics of a random network they depend on the last bit of every activation, and without dropout, whose
-        random numbers depend on the memory layout. A detector's are of the mean squares of its dense outputs, because
-        its losses depend on which boxes it selects, which the last bit decides too.
+        Gradients are computed with fixed statistics of BatchNorm and without dropout. Through batch statistics of a
+        random network they would depend on the last bit of every activation, and the random numbers of dropout depend
+        on the memory layout. For a detector they are those of the mean squares of its dense outputs, because its losses
+        depend on the boxes that it selects, and those on the last bit.
 
         Args:
-            net: A copy is run.
-            how: See :meth:`training`.
+            net: Left unchanged; a copy runs.
+            precision: See :meth:`training_call`.
         """
         net = copy.deepcopy(net).train()
         for module in net.modules():
             if isinstance(module, (_DropoutNd, DropPath)):
                 setattr(module, 'p' if isinstance(module, _DropoutNd) else 'drop_prob', 0.0)
-        detects = self.kind == 'detector'
+        is_detector = self.kind == 'detector'
         with torch.no_grad():
-            found = {} if detects else {'loss': self._loss(net, how)}
+            loss = {} if is_detector else {'loss': self._loss(net, precision)}
         for module in net.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
-        (self._mean_squares(net, how) if detects else self._loss(net, how)).backward()
-        return found | {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        (self._mean_squares(net, precision) if is_detector else self._loss(net, precision)).backward()
+        return loss | {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
     def normalized(self, net: Any) -> Tensor:
-        """The batch after ``net``'s data preprocessor, ``(batch, 3, H, W)``."""
+        """The images after the data preprocessor of ``net``, ``(batch, 3, H, W)``."""
         return self.image if self.kind == 'backbone' else net.data_preprocessor(self._batch(False), False)['inputs']
 
-    def _loss(self, net: Any, how: str) -> Tensor:
+    def _loss(self, net: Any, precision: str) -> Tensor:
         if self.kind == 'backbone':
-            return self._mean_squares(net, how)
-        with self._autocast(how == 'autocast'):
+            return self._mean_squares(net, precision)
+        with self._autocast(precision):
             return net.parse_losses(net(**net.data_preprocessor(self._batch(True), True), mode='loss'))[0]
 
-    def _mean_squares(self, net: Any, how: str) -> Tensor:
-        with self._autocast(how == 'autocast'):
-            return torch.stack([output.float().square().mean() for output in _outputs(net, self.image)]).sum()
+    def _mean_squares(self, net: Any, precision: str) -> Tensor:
+        with self._autocast(precision):
+            return torch.stack([output.float().square().mean() for output in _dense_outputs(net, self.image)]).sum()
 
-    def _autocast(self, enabled: bool) -> Any:
-        return torch.autocast(self.device, torch.bfloat16) if enabled else nullcontext()
+    def _autocast(self, precision: str) -> Any:
+        return torch.autocast(self.device, torch.bfloat16) if precision == 'autocast' else nullcontext()
 
-    def _optimizer(self, net: nn.Module, how: str) -> OptimWrapper:
+    def _optimizer(self, net: nn.Module, precision: str) -> OptimWrapper:
         if not self.cfg.get('optim_wrapper'):
             raise UserError(
                 f"{self.cfg.filename}: the config has no 'optim_wrapper' to train with\nUse --mode inference."
@@ -165,7 +162,7 @@ class SyntheticBatch:
             cfg.optim_wrapper.type = 'OptimWrapper'
             for key in ('dtype', 'loss_scale'):
                 cfg.optim_wrapper.pop(key, None)
-        fit_to_machine(cfg, 'bf16' if how == 'autocast' else None, self.device, 1)
+        fit_to_machine(cfg, 'bf16' if precision == 'autocast' else None, self.device, 1)
         with explaining(cfg, 'optim_wrapper'):
             wrapper = build_optim_wrapper(net, cfg.optim_wrapper)
         for group in wrapper.optimizer.param_groups:
@@ -173,7 +170,7 @@ class SyntheticBatch:
         return wrapper
 
     def _batch(self, training: bool) -> dict:
-        # Anew for every call: models write into the samples, and a loader's batch lives for a step.
+        # A new batch for each call: models write into the samples.
         height, width = self.shape
         meta = dict(
             ori_shape=self.shape,
@@ -199,7 +196,7 @@ class SyntheticBatch:
         if self.kind == 'segmentor':
             from mmengine.structures import PixelData
 
-            # Patches of one class, a few pixels without label.
+            # Patches of one class, and a few unlabelled pixels.
             grid = (1, 1, -(-height // 32), -(-width // 32))
             patches = torch.randint(0, num_classes_of(net) or 1, grid, generator=generator)
             labels = F.interpolate(patches.float(), size=self.shape)[0].long()
@@ -222,29 +219,31 @@ class SyntheticBatch:
 
 
 def convert_to_bfloat16(net: Any) -> None:
-    """Convert the layers of ``net`` to bfloat16 in place; images may stay in float32."""
-    whole = model_kind(net) != 'backbone'
-    for name, part in net.named_children() if whole else [('', net)]:
-        if name != 'data_preprocessor':  # which needs float32
+    """Convert the weights of ``net`` to bfloat16 in place; it then accepts float32 images too."""
+    is_model = model_kind(net) != 'backbone'
+    for name, part in net.named_children() if is_model else [('', net)]:
+        if name != 'data_preprocessor':  # needs float32
             part.to(torch.bfloat16)
-    (net.backbone if whole else net).register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16),))
+    (net.backbone if is_model else net).register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16),))
     pack(net)
 
 
-def _outputs(net: nn.Module, image: Tensor) -> list[Tensor]:
+def _dense_outputs(net: nn.Module, image: Tensor) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(network_outputs(net, image)) if isinstance(leaf, Tensor)]
 
 
-def _scene(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """An image of coloured patches with noise, ``(3, H, W)`` uint8. Noise alone has the same mean everywhere, and norms
-    over pooled maps would amplify rounding errors."""
+def _random_image(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """An image of coloured patches with noise, ``(3, H, W)`` uint8.
+
+    Noise alone has the same mean everywhere, and norms over pooled maps would amplify rounding errors.
+    """
     coarse = torch.randint(0, 256, (1, 3, -(-shape[0] // 32), -(-shape[1] // 32)), generator=generator).float()
     patches = F.interpolate(coarse, size=shape)[0] * 0.7 + 30 * torch.rand(3, 1, 1, generator=generator)
     return (patches + 20 * torch.randn(3, *shape, generator=generator)).clamp(0, 255).to(torch.uint8)
 
 
 def model_kind(net: Any) -> str:
-    """``'backbone'``, ``'segmentor'``, ``'detector'`` or ``'unknown'``."""
+    """Kind of a network: ``'backbone'``, ``'segmentor'``, ``'detector'`` or ``'unknown'``."""
     if not hasattr(net, 'data_preprocessor'):
         return 'backbone'
     if hasattr(net, 'decode_head'):

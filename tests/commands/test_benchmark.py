@@ -1,0 +1,60 @@
+"""The command ``benchmark``: its errors and its output."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from replk_mm.commands import benchmark
+
+CONVNEXT = """
+model = dict(backbone=dict(type='replk_mm.ConvNeXt', arch=dict(depths=[1, 1], channels=[8, 16]), out_indices=(0, 1),
+                           gap_before_final_norm=False))
+test_dataloader = dict()
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run the command in this process; CONVNEXT among the arguments is a config with a backbone only."""
+    monkeypatch.setattr(benchmark, 'keep_freed_memory', lambda: False)  # this process runs other tests too
+    monkeypatch.setattr('replk_mm.analysis.benchmark.network_benchmark.keep_freed_memory', lambda keep=True: False)
+    path = tmp_path / 'convnext.py'
+    path.write_text(CONVNEXT)
+
+    def call(arguments: str) -> int:
+        arguments = arguments.replace('CONVNEXT', str(path))
+        monkeypatch.setattr(sys, 'argv', ['benchmark.py', *arguments.split(), '--out', str(tmp_path / 'out')])
+        return benchmark.main()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'fragment'),
+    [
+        ('model nope.py', 'nope.py'),
+        ('backbone CONVNEXT', '--shape'),
+        ('backbone CONVNEXT --shape 32 32 --checkpoint no.pth', 'no.pth'),
+        ('model CONVNEXT --shape 32 32', 'model'),
+        ('op --kernels 2', '--kernels 2'),
+        ('op --implementations winograd', 'channels_last'),
+    ],
+)
+def test_user_errors(run, arguments, fragment, capsys) -> None:
+    assert run(arguments) == 2
+    assert fragment in capsys.readouterr().err
+
+
+def test_json_is_the_only_output(run, capsys, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    assert run('backbone CONVNEXT --shape 64 32 --repeats 3 --batch 1 2 --seconds 0.01 --no-memory --json') == 0
+    assert torch.get_num_threads() == threads
+    record = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert record == json.loads((tmp_path / 'out' / 'benchmark.json').read_text())
+    assert [(p['mode'], p['batch'], p['height'], p['width']) for p in record['points']] == [
+        (mode, batch, 64, 32) for mode in ('inference', 'train') for batch in (1, 2)
+    ]
+    assert {f.name for f in (tmp_path / 'out').iterdir()} == {'table.txt', 'benchmark.json'}
