@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Compile and install mmcv for the torch of the Python that runs this. Imports the standard library only.
+"""Compile and install mmcv for the torch of the running Python. Imports the standard library only.
 
-mmcv publishes no wheel for current torch releases, and a wheel built for another torch crashes or refuses to load.
+There are no mmcv wheels for current torch releases, and a wheel built for another torch crashes or does not load.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = '2.1.0'
 PIP = [sys.executable, '-m', 'pip']
-#: Processor seconds of a CPU build without debug symbols: 8 min 22 s on 2 cores.
+#: CPU seconds of a build without CUDA and debug symbols; measured: 8 min 22 s on 2 cores.
 BUILD_SECONDS = 1000
-#: Suppresses one of three boxes on the CPU, and on every GPU if mmcv was compiled for them.
+#: Program that runs NMS on three boxes, of which it must keep two; on each GPU too if its argument is "cuda".
 CHECK = """
 import sys, torch
 from mmcv.ops import nms
@@ -31,14 +31,14 @@ for device in ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()) if
     kept = nms(boxes.to(device), torch.tensor([.9, .8, .7]).to(device), iou_threshold=.5)[1].tolist()
     assert kept == [0, 2], f'{device}: nms kept boxes {kept} instead of [0, 2]'
 """
-#: What a log contains, what that means, and what to do. The first match wins.
+#: Pattern in a build log, cause, remedy. The first match wins.
 CAUSES = (
     (
         r'Killed signal terminated program|virtual memory exhausted|Cannot allocate memory|std::bad_alloc|: Killed',
         'the compiler ran out of memory',
-        'compile one file at a time: MAX_JOBS=1 make setup',
+        'Compile one file at a time: MAX_JOBS=1 make setup',
     ),
-    (r'No space left on device', 'the disk is full', 'free about 1 GB and run the same command again'),
+    (r'No space left on device', 'the disk is full', 'Free about 1 GB and run the same command again.'),
     (
         r"Python\.h: No such file|'Python\.h' file not found",
         "Python's header files are missing (Python.h)",
@@ -58,22 +58,22 @@ CAUSES = (
     (
         r'\.cuh?[(:].*error|nvcc (fatal|error)|CUDA_HOME environment variable is not set|The detected CUDA version',
         'the CUDA operators do not compile with this CUDA toolkit',
-        'leave them out: MMCV_CUDA=0 make setup',
+        'Build without them: MMCV_CUDA=0 make setup',
     ),
 )
 
 
 def find_cause(log: str) -> tuple[str, str]:
-    """The cause of a failed build and the remedy; the first error line if the cause is unknown."""
+    """Cause and remedy of a failed build; the first error line if the cause is unknown."""
     for pattern, cause, remedy in CAUSES:
         if re.search(pattern, log):
             return cause, remedy
     first = re.search(r'^.*\berror:.*$', log, re.MULTILINE | re.IGNORECASE)
-    return (first.group(0).strip() if first else 'the log names no cause'), 'read the log'
+    return (first.group(0).strip() if first else 'the log names no cause'), 'Read the log.'
 
 
-def jobs() -> int:
-    """Compiler processes to run at once: ``MAX_JOBS``, or as many as processors and memory (2 GiB each) allow."""
+def parallel_jobs() -> int:
+    """Number of parallel compiler processes: ``MAX_JOBS``, or what cores and memory (2 GiB each) allow."""
     asked = os.environ.get('MAX_JOBS', '')
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
@@ -88,25 +88,25 @@ def jobs() -> int:
     return max(1, min(cpus, memory // 2**31))
 
 
-def failure_of(cuda: bool) -> str:
-    """Why mmcv's operators do not run; empty if they do."""
+def check_operators(cuda: bool) -> str:
+    """Run an operator of the installed mmcv; return the error, '' if it works."""
     done = subprocess.run([sys.executable, '-c', CHECK, 'cuda' if cuda else 'cpu'], capture_output=True, text=True)
     return '' if not done.returncode else (done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]
 
 
 def install(wheel: Path, cuda: bool) -> str:
-    """Install a wheel; if its operators do not run, uninstall it and return why."""
+    """Install a wheel and return ''; if its operators do not run, uninstall it and return the error."""
     done = subprocess.run(
         [*PIP, 'install', '-q', '--no-deps', '--force-reinstall', str(wheel)], capture_output=True, text=True
     )
-    failure = done.stderr.strip() or 'pip failed' if done.returncode else failure_of(cuda)
+    failure = done.stderr.strip() or 'pip failed' if done.returncode else check_operators(cuda)
     if failure:
         subprocess.run([*PIP, 'uninstall', '-q', '-y', 'mmcv'], capture_output=True)
     return failure
 
 
 def fetch_sources(folder: Path) -> Path:
-    """The unpacked sources. Unpacked once only: new time stamps would make every object look outdated."""
+    """Download and unpack the sources, once: new time stamps would make every object file look outdated."""
     source = folder / 'source'
     if source.is_dir():
         return source
@@ -129,7 +129,7 @@ def fetch_sources(folder: Path) -> Path:
     if done.returncode or not archives:
         sys.exit(
             f'error: pip could not fetch the sources of mmcv\n{done.stderr.strip()[-1500:]}\n'
-            f'Is there a network connection, and does pip know your mirror (PIP_INDEX_URL)?'
+            f'Check the network connection, or name a mirror of the package index in PIP_INDEX_URL.'
         )
     unpacked = folder / 'unpacked'
     shutil.rmtree(unpacked, ignore_errors=True)
@@ -140,13 +140,13 @@ def fetch_sources(folder: Path) -> Path:
 
 
 def compile_wheel(folder: Path, cuda: bool) -> Path:
-    """Compile in ``folder`` and return the wheel; objects stay there, so that an interrupted build resumes."""
+    """Compile in ``folder`` and return the wheel. Object files stay there, so that an interrupted build can resume."""
     if not shutil.which(os.environ.get('CXX', 'c++').split()[0]) and not shutil.which('g++'):
         sys.exit('error: mmcv cannot be compiled: {}\n{}'.format(*find_cause('c++: command not found')))
     if not Path(sysconfig.get_path('include'), 'Python.h').is_file():
         sys.exit('error: mmcv cannot be compiled: {}\n{}'.format(*find_cause('Python.h: No such file')))
     folder.mkdir(parents=True, exist_ok=True)
-    source, log_path, count = fetch_sources(folder), folder / 'build.log', jobs()
+    source, log_path, count = fetch_sources(folder), folder / 'build.log', parallel_jobs()
     print(
         f'compiling mmcv {VERSION}: about {BUILD_SECONDS / count / 60:.0f} minutes with {count} processes'
         f'{", longer with CUDA" if cuda else ""}; log: {log_path}',
@@ -157,15 +157,15 @@ def compile_wheel(folder: Path, cuda: bool) -> Path:
         'MMCV_WITH_OPS': '1',
         'MAX_JOBS': str(count),
         'FORCE_CUDA': '1' if cuda else '0',
-        # Debug symbols double the time and make the wheel twenty times as large.
+        # Debug symbols double the build time and make the wheel twenty times as large.
         'CFLAGS': f'{os.environ.get("CFLAGS", "")} -g0'.strip(),
-        # torch calls ninja by name, which lies beside a Python that may not be activated.
+        # torch finds ninja in PATH; its folder is not there unless the environment is activated.
         'PATH': os.pathsep.join((str(Path(sys.executable).parent), os.environ.get('PATH', ''))),
     }
-    if not cuda:  # where torch sees a GPU, setup.py would insist on a CUDA toolkit
+    if not cuda:  # with a visible GPU, mmcv's setup.py requires a CUDA toolkit
         environment['CUDA_VISIBLE_DEVICES'] = ''
-    # Not `pip wheel`: when a build fails, pip removes all that was compiled. The process gets a group of its own,
-    # so that an interruption reaches setup.py, ninja and the compilers alike, from here.
+    # Not `pip wheel`, which removes all object files when a build fails. The process has its own group, so that Ctrl-C
+    # can be passed on to setup.py, ninja and the compilers together.
     process = subprocess.Popen(
         [sys.executable, 'setup.py', 'bdist_wheel', '--dist-dir', str(folder / 'wheel')],
         cwd=source,
@@ -193,12 +193,12 @@ def compile_wheel(folder: Path, cuda: bool) -> Path:
                     )
         status = process.wait()
     except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGINT)  # ninja then removes what is half written
+        os.killpg(process.pid, signal.SIGINT)  # ninja then removes unfinished object files
         process.wait()
         raise
     if status:
         cause, remedy = find_cause(log_path.read_text(encoding='utf-8'))
-        sys.exit(f'error: mmcv does not compile: {cause}\n{remedy}\nthe whole log: {log_path}')
+        sys.exit(f'error: mmcv does not compile: {cause}\n{remedy}\nfull log: {log_path}')
     return next((folder / 'wheel').glob('*.whl'))
 
 
@@ -207,14 +207,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=f'Install mmcv {VERSION} with compiled operators: from the cache of earlier builds, or compiled, '
         'which takes minutes. An interrupted build resumes.',
-        epilog='example: MAX_JOBS=4 python scripts/build_mmcv.py. Other variables: MMCV_CACHE=0 neither reads nor '
-        'fills the cache (~/.cache/replk_mm), MMCV_CUDA=0 omits the CUDA operators.',
+        epilog='example: MAX_JOBS=4 python scripts/build_mmcv.py. Other variables: MMCV_CACHE=0 ignores the cache '
+        '(~/.cache/replk_mm), MMCV_CUDA=0 omits the CUDA operators.',
     )
-    parser.add_argument('--build-dir', type=Path, default=ROOT / '.setup', help='where sources and objects stay')
+    parser.add_argument('--build-dir', type=Path, default=ROOT / '.setup', help='folder for sources and object files')
     parser.add_argument('--rebuild', action='store_true', help='compile even if a working mmcv is installed or cached')
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the compilers too
-    # OpenCV is imported now, or else a good wheel would be blamed for its missing system libraries.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the compilers too
+    # Importing OpenCV here tells its missing system libraries from a broken mmcv wheel.
     facts = subprocess.run(
         [sys.executable, '-c', 'import cv2, torch; print(torch.__version__, torch.version.cuda)'],
         capture_output=True,
@@ -228,7 +228,7 @@ def main() -> None:
     torch, with_cuda = facts.stdout.split()
     cuda = with_cuda != 'None' and os.environ.get('MMCV_CUDA') != '0' and shutil.which('nvcc') is not None
     if with_cuda != 'None' and not cuda:
-        print("mmcv's operators will be CPU only: no CUDA toolkit (nvcc), or MMCV_CUDA=0", flush=True)
+        print("mmcv's operators will be built for the CPU only: no CUDA toolkit (nvcc), or MMCV_CUDA=0", flush=True)
     libc = '-'.join(filter(None, platform.libc_ver())) or 'libc'
     key = '-'.join(
         (
@@ -246,21 +246,21 @@ def main() -> None:
     if args.rebuild:
         shutil.rmtree(folder, ignore_errors=True)
     else:
-        if not failure_of(cuda):
+        if not check_operators(cuda):
             print(f'mmcv {VERSION}: the installed operators run')
             return
         for wheel in cache.glob('*.whl') if use_cache else ():
             if not install(wheel, cuda):
                 print(f'mmcv {VERSION}: installed from {wheel}, the operators run')
                 return
-            print(f'the operators in {wheel} do not run: building again', flush=True)
+            print(f'the operators in {wheel} do not run: rebuilding', flush=True)
             wheel.unlink()
     wheel = compile_wheel(folder, cuda)
     failure = install(wheel, cuda)
     if failure:
         sys.exit(
             f'error: mmcv is compiled, but its operators do not run: {failure}\n'
-            f'Remove {folder} to start again; the log there shows how it was built.'
+            f'Remove {folder} to start again; its build.log shows how mmcv was built.'
         )
     if use_cache:
         cache.mkdir(parents=True, exist_ok=True)
@@ -274,4 +274,4 @@ if __name__ == '__main__':
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit('\ninterrupted; the same command resumes')
+        sys.exit('\ninterrupted; run the same command to resume')
