@@ -22,7 +22,7 @@ from replk_mm.backbones.layers import (
     resolve_arch,
     run_checkpointed,
 )
-from replk_mm.ops import DepthwiseConv2d, convolve
+from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
 
@@ -65,7 +65,7 @@ class ConvNorm(nn.Sequential):
         """The layers one after the other, then ``activation``, or the sum with ``shortcut``."""
         activation = activation or self._modules.get('nonlinear')
         if isinstance(self.bn, nn.Identity):
-            return convolve(self.conv, x, activation, shortcut)
+            return fused_conv2d(self.conv, x, activation, shortcut)
         x = self.bn(self.conv(x))
         x = x if activation is None else activation(x)
         return x if shortcut is None else shortcut + x
@@ -118,7 +118,7 @@ class ReparamLargeKernelConv(nn.Module):
     def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
         """The convolution or the sum of its branches, then ``activation``."""
         if self.merged:
-            return convolve(self.lkb_reparam, x, activation)
+            return fused_conv2d(self.lkb_reparam, x, activation)
         if not hasattr(self, 'small_conv'):
             return self.lkb_origin(x, activation)
         out = self.lkb_origin(x) + self.small_conv(x)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from replk_mm.data.datasets import as_list, datasets_of, named_metrics
 from replk_mm.engine.explain import explaining, walk
 from replk_mm.errors import UserError
-from replk_mm.ops.cpu.spatial import bfloat16_instructions
+from replk_mm.ops.cpu.direct import has_bfloat16_instructions
 
 
 def load_config(
@@ -279,7 +279,7 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
         wrapper.pop(key, None)
     if wanted == 'bf16':
         wrapper['type'] = 'replk_mm.BFloat16OptimWrapper'
-        gain = '' if bfloat16_instructions() else '; this CPU has no bfloat16 instructions: it gains nothing'
+        gain = '' if has_bfloat16_instructions() else '; this CPU has no bfloat16 instructions: it gains nothing'
         return [f'precision: bfloat16 autocast{gain}']
     wrapper['type'] = 'OptimWrapper'
     return ['precision: float32 instead of float16 autocast, which needs a GPU (--amp bf16 is possible)']

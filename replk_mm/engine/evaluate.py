@@ -18,7 +18,7 @@ from replk_mm.engine.prepare import counts_of, prepare_data
 from replk_mm.engine.runner import Runner, naming_failures
 from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError
-from replk_mm.ops import pack
+from replk_mm.ops import prepack
 
 
 @dataclass
@@ -114,7 +114,7 @@ def evaluate(
     model = bare(runner.model).module if tta else bare(runner.model)
     built = load_for_inference(model, checkpoint, reparam=reparam)
     compare_with_checkpoint(cfg, built.meta, checkpoint)
-    pack(model)
+    prepack(model)
     start = time.perf_counter()
     with naming_failures(cfg, runner):
         figures = runner.test()

@@ -18,7 +18,7 @@ from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.errors import UserError, format_list
 from replk_mm.files import sha256
-from replk_mm.ops import pack
+from replk_mm.ops import prepack
 
 
 def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
@@ -119,7 +119,7 @@ def build_for_inference(
         device: ``'cpu'`` or ``'cuda'``.
         reparam: Merge parallel kernels and fold BatchNorm.
         classes: Take the classes that the checkpoint was trained on.
-        packed: Keep the weights of convolutions in the form that CPUs compute with, see :func:`replk_mm.ops.pack`.
+        packed: Keep the weights of convolutions in the form that CPUs compute with, see :func:`replk_mm.ops.prepack`.
 
     Raises:
         UserError: If the model cannot be built or the checkpoint does not fit.
@@ -136,7 +136,7 @@ def build_for_inference(
     )
     model.to(device).eval()
     if packed:
-        pack(model)
+        prepack(model)
     return replace(built, notes=notes)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from replk_mm.errors import UserError
 from replk_mm.heads.upsampling import Buffers, Interpolation, Part, pixels_first, rows_at_a_time
-from replk_mm.ops.cpu import workers
+from replk_mm.ops.cpu import threads
 
 #: Rows of the result that are computed together at least: they share interpolated columns with their neighbours.
 MIN_ROWS = 8
@@ -257,7 +257,7 @@ def _reduce(
 
     # In float32 under autocast too. Windows are computed outside: the network keeps the precision that it was given.
     with torch.autocast(like.device.type, enabled=False):
-        workers.run(work, len(chunks), spread=like.device.type == 'cpu')
+        threads.parallel_for(work, len(chunks), spread=like.device.type == 'cpu')
 
 
 def _argmax(x: Tensor) -> Tensor:

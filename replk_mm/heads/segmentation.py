@@ -26,7 +26,8 @@ from replk_mm.errors import UserError
 from replk_mm.heads.class_map import LogitRows, Windows, class_map
 from replk_mm.heads.pyramid import conv_of_resized
 from replk_mm.heads.upsampling import upsampled_cross_entropy
-from replk_mm.ops.problem import hooked, observed
+from replk_mm.ops.depthwise import is_traced
+from replk_mm.ops.fused import has_hooks
 from replk_mm.registry import MODELS
 
 
@@ -119,8 +120,8 @@ def _computes_plainly(module: ConvModule, maps: list[Tensor]) -> bool:
     return (
         maps[0].device.type == 'cpu'
         and dtype in (torch.float32, torch.float64, torch.bfloat16)
-        and not observed()
-        and not hooked(module, conv)
+        and not is_traced()
+        and not has_hooks(module, conv)
         and type(conv) is nn.Conv2d
         and conv.kernel_size == (3, 3)
         and conv.padding == (1, 1)

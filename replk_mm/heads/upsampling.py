@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from replk_mm.errors import UserError
-from replk_mm.ops.cpu import workers
+from replk_mm.ops.cpu import threads
 
 
 @dataclass
@@ -193,7 +193,7 @@ class _CrossEntropy(torch.autograd.Function):
                     for columns, behind, matrix in bands:
                         grads[i][:, behind] += matrix @ back[:, columns]
 
-        workers.run(work, len(chunks), spread=logits.device.type == 'cpu')
+        threads.parallel_for(work, len(chunks), spread=logits.device.type == 'cpu')
         grad = like.new_zeros(n, h, w, classes) if with_grad else None
         if grad is not None:
             for (image, part, _), share in zip(chunks, grads, strict=True):

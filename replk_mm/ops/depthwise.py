@@ -1,7 +1,7 @@
 """The depthwise convolution: one function and one module in front of several implementations.
 
 Each of its three computations (output, gradient of the input, gradient of the weight) goes to torch's own kernels in
-the form that is fast for the shape (:mod:`replk_mm.ops.cpu.spatial`), or to spectra (:mod:`replk_mm.ops.cpu.spectral`),
+the form that is fast for the shape (:mod:`replk_mm.ops.cpu.direct`), or to spectra (:mod:`replk_mm.ops.cpu.fft`),
 whichever :mod:`replk_mm.ops.cpu.cost_model` expects to win. Whatever looks at the operation rather than runs it
 (compilers, exporters, counters) sees torch's plain convolution, and so does every device but the CPU, whose
 libraries choose among such algorithms themselves.
@@ -15,31 +15,28 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from replk_mm.ops.cpu import cost_model as choice
-from replk_mm.ops.cpu import spatial, spectral
-from replk_mm.ops.problem import Pair, Problem, observed
+from replk_mm.ops.cpu import cost_model, direct, fft
+from replk_mm.ops.cpu.problem import DepthwiseProblem, Pair
 
 _PRECISIONS = {torch.float32, torch.float64, torch.bfloat16}
-_FORWARD = {
-    'native': spatial.native,
-    'channels_last': spatial.channels_last,
-    'padded': spatial.padded,
-    'fft': spectral.forward,
-}
-_GRAD_WEIGHT = {'grad_kernel': spatial.grad_kernel, 'grad_kernel_channels_last': spatial.grad_kernel_channels_last}
+_FORWARD = {'native': direct.native, 'channels_last': direct.channels_last, 'padded': direct.padded, 'fft': fft.forward}
+_GRAD_WEIGHT = {'grad_kernel': direct.grad_kernel, 'grad_kernel_channels_last': direct.grad_kernel_channels_last}
 
 
 class _Depthwise(torch.autograd.Function):
     """The implementations of a plan, forwards and backwards."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem, plan: choice.Plan) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwiseProblem, plan: cost_model.Plan
+    ) -> Tensor:
         ctx.problem, ctx.plan = problem, plan
         spectra: list[Tensor] = []
         if plan.forward == plan.grad_weight == 'fft' and ctx.needs_input_grad[1]:
-            out = spectral.forward(x, weight, bias, problem, keep=spectra)
+            out = fft.forward(x, weight, bias, problem, keep=spectra)
         else:
             out = _FORWARD[plan.forward](x, weight, bias, problem)
         ctx.save_for_backward(x, weight, *spectra)
@@ -54,7 +51,7 @@ class _Depthwise(torch.autograd.Function):
         with torch.autocast('cpu', enabled=False):  # as torch's own gradients, which autocast leaves alone
             if torch.is_grad_enabled():
                 # Gradients of gradients are rare, and torch's own operator has them.
-                grad_x, grad_weight = spatial.native_gradients(grad, x, weight, problem, of_input, of_weight)
+                grad_x, grad_weight = direct.native_gradients(grad, x, weight, problem, of_input, of_weight)
             else:
                 grad_x, grad_weight = _gradients(grad, x, weight, problem, plan, of_input, of_weight, spectra)
         return grad_x, grad_weight, grad.sum((0, 2, 3)) if of_bias else None, None, None
@@ -64,8 +61,8 @@ def _gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    problem: Problem,
-    plan: choice.Plan,
+    problem: DepthwiseProblem,
+    plan: cost_model.Plan,
     of_input: bool,
     of_weight: bool,
     spectra: list[Tensor],
@@ -73,16 +70,16 @@ def _gradients(
     grad_x = grad_weight = None
     by_fft = of_input and plan.grad_input == 'fft', of_weight and plan.grad_weight == 'fft'
     if any(by_fft):
-        grad_x, grad_weight = spectral.gradients(grad, x, weight, problem, *by_fft, spectra)
+        grad_x, grad_weight = fft.gradients(grad, x, weight, problem, *by_fft, spectra)
     if of_input and not by_fft[0]:
-        turned = spatial.input_gradient_problem(problem)
+        turned = direct.input_gradient_problem(problem)
         if plan.grad_input == 'native' or turned is None:
-            grad_x = spatial.native_gradients(grad, x, weight, problem, True, False)[0]
+            grad_x = direct.native_gradients(grad, x, weight, problem, True, False)[0]
         else:
             grad_x = _FORWARD[plan.grad_input](grad, weight.flip(2, 3), None, turned)
     if of_weight and not by_fft[1]:
         if plan.grad_weight == 'native':
-            grad_weight = spatial.native_gradients(grad, x, weight, problem, False, True)[1]
+            grad_weight = direct.native_gradients(grad, x, weight, problem, False, True)[1]
         else:
             grad_weight = _GRAD_WEIGHT[plan.grad_weight](grad, x, problem)
     return grad_x, grad_weight
@@ -106,7 +103,7 @@ def depthwise_conv2d(
         stride: Step in pixels. Defaults to 1.
         padding: Zeros on both sides of each axis in pixels. Defaults to ``dilation * (kernel // 2)``.
         dilation: Distance of the kernel's taps in pixels. Defaults to 1.
-        implementation: Forces an implementation, see :func:`replk_mm.ops.implementation`. Defaults to None: the
+        implementation: Forces an implementation, see :func:`replk_mm.ops.force_implementation`. Defaults to None: the
             environment variable ``REPLK_MM_DEPTHWISE``, or the one expected to be fastest.
 
     Returns:
@@ -115,13 +112,13 @@ def depthwise_conv2d(
     Raises:
         ValueError: If the shapes do not fit each other, the output would be empty, or ``implementation`` names nothing.
     """
-    stride, dilation = pair(stride), pair(dilation)
+    stride, dilation = to_pair(stride), to_pair(dilation)
     if weight.dim() != 4 or weight.shape[1] != 1:
         raise ValueError(f'depthwise_conv2d: weight must be (C, 1, kh, kw); found {tuple(weight.shape)}')
-    padding = _same(weight.shape[2:], dilation) if padding is None else pair(padding)
+    padding = _same(weight.shape[2:], dilation) if padding is None else to_pair(padding)
     if x.dim() == 3:
         return depthwise_conv2d(x[None], weight, bias, stride, padding, dilation, implementation)[0]
-    plain = observed()  # whose shapes may be symbols
+    plain = is_traced()  # whose shapes may be symbols
     if not plain:
         _check(x, weight, bias, stride, padding, dilation)
     on_cpu = x.device.type == 'cpu'
@@ -133,25 +130,36 @@ def depthwise_conv2d(
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
     if plain or not on_cpu or x.numel() == 0 or len(dtypes) > 1 or not dtypes <= _PRECISIONS:
         return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
-    problem = Problem.of(x, weight, stride, padding, dilation)
-    if spatial.needs_float32(problem):
+    problem = DepthwiseProblem.of(x, weight, stride, padding, dilation)
+    if direct.needs_float32(problem):
         x, weight, bias = _cast(torch.float32, x, weight, bias)
         problem = replace(problem, dtype=torch.float32)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    kept = original in _kept_spectra and not recorded
-    chosen = choice.plan(problem, implementation, kept)
+    kept = original in _spectra_cache and not recorded
+    chosen = cost_model.choose_plan(problem, implementation, kept)
     # A weight in channels-last memory would impose its layout on the output.
     x, weight = x.contiguous(memory_format=problem.memory_format), weight.contiguous()
-    if recorded and original in _kept_spectra and original.requires_grad:
-        _kept_spectra[original] = None  # what trains will change, and fused optimizers do not say so
+    if recorded and original in _spectra_cache and original.requires_grad:
+        _spectra_cache[original] = None  # what trains will change, and fused optimizers do not say so
     with torch.autocast('cpu', enabled=False):
         if recorded:
             out = _Depthwise.apply(x, weight, bias, problem, chosen)
         elif chosen.forward == 'fft' and kept:
-            out = spectral.forward(x, weight, bias, problem, kernels=_spectra_of(original, weight, problem))
+            out = fft.forward(x, weight, bias, problem, kernels=_cached_spectra(original, weight, problem))
         else:
             out = _FORWARD[chosen.forward](x, weight, bias, problem)
     return out.to(out_dtype)
+
+
+def is_traced() -> bool:
+    """Return whether a compiler, exporter, counter, transform or forward-mode derivative observes operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
+    )
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
@@ -159,33 +167,35 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
 
 
 #: Weights whose spectra are kept: the weight and its version, the problem, and the spectra.
-_kept_spectra: MutableMapping[Tensor, tuple[Tensor, int, Problem, list[Tensor]] | None] = WeakTensorKeyDictionary()
+_spectra_cache: MutableMapping[Tensor, tuple[Tensor, int, DepthwiseProblem, list[Tensor]] | None] = (
+    WeakTensorKeyDictionary()
+)
 
 
-def keep_spectra(weight: Tensor) -> None:
+def cache_spectra(weight: Tensor) -> None:
     """Keep the spectra of ``weight`` for the size of map that was last convolved, from its next inference on."""
-    _kept_spectra[weight] = None
+    _spectra_cache[weight] = None
 
 
-def keeps_spectra(weight: Tensor) -> bool:
-    """Whether :func:`keep_spectra` has been called for ``weight``."""
-    return weight in _kept_spectra
+def caches_spectra(weight: Tensor) -> bool:
+    """Whether :func:`cache_spectra` has been called for ``weight``."""
+    return weight in _spectra_cache
 
 
-def _spectra_of(original: Tensor, weight: Tensor, problem: Problem) -> list[Tensor]:
-    kept = _kept_spectra[original]
-    if kept is None or kept[2] != problem or not same_values(original, *kept[:2]):
-        kept = original.detach(), original._version, problem, spectral.kernel_spectra(weight, problem)
-        _kept_spectra[original] = kept
+def _cached_spectra(original: Tensor, weight: Tensor, problem: DepthwiseProblem) -> list[Tensor]:
+    kept = _spectra_cache[original]
+    if kept is None or kept[2] != problem or not is_unchanged(original, *kept[:2]):
+        kept = original.detach(), original._version, problem, fft.kernel_spectra(weight, problem)
+        _spectra_cache[original] = kept
     return kept[3]
 
 
-def same_values(weight: Tensor, known: Tensor, version: int) -> bool:
+def is_unchanged(weight: Tensor, known: Tensor, version: int) -> bool:
     """Whether ``weight`` still is the memory of ``known``, whose holder keeps it from being used again, unchanged."""
     return weight.data_ptr() == known.data_ptr() and weight._version == version and weight.dtype == known.dtype
 
 
-def pair(value: Any) -> Pair:
+def to_pair(value: Any) -> Pair:
     """Height and width from one number or two."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
@@ -243,11 +253,11 @@ class DepthwiseConv2d(nn.Conv2d):
         implementation: str | None = None,
     ) -> None:
         if padding is None:
-            padding = _same(pair(kernel_size), pair(dilation))
+            padding = _same(to_pair(kernel_size), to_pair(dilation))
         super().__init__(channels, channels, kernel_size, stride, padding, dilation, channels, bias)
         self.implementation = implementation
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(N, C, H, W)`` to ``(N, C, H', W')``."""
-        stride, padding, dilation = (pair(value) for value in (self.stride, self.padding, self.dilation))
+        stride, padding, dilation = (to_pair(value) for value in (self.stride, self.padding, self.dilation))
         return depthwise_conv2d(x, self.weight, self.bias, stride, padding, dilation, self.implementation)

@@ -11,19 +11,21 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
-from replk_mm.ops.cpu import cost_model as choice
-from replk_mm.ops.cpu import spatial
-from replk_mm.ops.depthwise import DepthwiseConv2d, keep_spectra, keeps_spectra, pair, same_values
-from replk_mm.ops.problem import Pair, Problem, hooked, observed
+from replk_mm.ops.cpu import cost_model, direct
+from replk_mm.ops.cpu.problem import DepthwiseProblem, Pair
+from replk_mm.ops.depthwise import DepthwiseConv2d, cache_spectra, caches_spectra, is_traced, is_unchanged, to_pair
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
 #: For each convolution that keeps its weight, by precision and arguments: the weight and its version, how the backend
 #: wants it, and with which padding.
-_packed: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Tensor, int, Tensor, Pair]]] = WeakKeyDictionary()
+_prepacked: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Tensor, int, Tensor, Pair]]] = WeakKeyDictionary()
 
 
-def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
+def fused_conv2d(
+    conv: nn.Module, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None
+) -> Tensor:
     """``activation(conv(x))`` or ``shortcut + conv(x)``.
 
     Args:
@@ -36,10 +38,10 @@ def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, sh
         ValueError: If both an activation and a shortcut are given.
     """
     if activation is not None and shortcut is not None:
-        raise ValueError('convolve: give an activation or a shortcut, not both')
-    if not _fuses(conv, activation, shortcut, x):
-        if torch.is_grad_enabled() and _packed.get(conv):
-            _packed[conv].clear()  # what trains will change, and fused optimizers do not say so
+        raise ValueError('fused_conv2d: give an activation or a shortcut, not both')
+    if not _can_fuse(conv, activation, shortcut, x):
+        if torch.is_grad_enabled() and _prepacked.get(conv):
+            _prepacked[conv].clear()  # what trains will change, and fused optimizers do not say so
         y = conv(x)
         y = y if activation is None else activation(y)
         return y if shortcut is None else shortcut + y
@@ -58,7 +60,7 @@ def convolve(conv: nn.Module, x: Tensor, activation: nn.Module | None = None, sh
     )
 
 
-def pack(model: nn.Module) -> int:
+def prepack(model: nn.Module) -> int:
     """Let a network's convolutions keep their weights in the form that is computed with: plain ones as the CPU backend
     arranges them, depthwise ones as spectra where those are used.
 
@@ -76,22 +78,22 @@ def pack(model: nn.Module) -> int:
     convolutions = [
         conv
         for conv in model.modules()
-        if isinstance(conv, nn.Conv2d) and type(conv) in (nn.Conv2d, DepthwiseConv2d) and _usable(conv)
+        if isinstance(conv, nn.Conv2d) and type(conv) in (nn.Conv2d, DepthwiseConv2d) and _runs_on_onednn(conv)
     ]
     for conv in convolutions:
-        _packed[conv] = {}
+        _prepacked[conv] = {}
         if isinstance(conv, DepthwiseConv2d) and not conv.weight.is_inference():
-            keep_spectra(conv.weight)
+            cache_spectra(conv.weight)
     return len(convolutions)
 
 
 def _weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
     """The weight in ``x``'s precision, arranged and kept if ``conv`` is packed, and the padding that belongs to it."""
-    kept = _packed.get(conv)
+    kept = _prepacked.get(conv)
     if kept is None:
         return _plain_weight(conv, x)
     key = x.dtype, conv.padding, conv.stride, conv.dilation
-    if key not in kept or not same_values(conv.weight, *kept[key][:2]):
+    if key not in kept or not is_unchanged(conv.weight, *kept[key][:2]):
         with torch.no_grad():
             weight, padding = _plain_weight(conv, x)
             arranged = torch.ops.aten.mkldnn_reorder_conv2d_weight(
@@ -104,15 +106,15 @@ def _weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
 def _plain_weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
     weight = conv.weight.to(x.dtype)
     if isinstance(conv, DepthwiseConv2d):
-        return spatial.widen(weight, _problem(conv, x))
-    return weight, pair(conv.padding)
+        return direct.widen(weight, _problem(conv, x))
+    return weight, to_pair(conv.padding)
 
 
-def _problem(conv: nn.Conv2d, x: Tensor) -> Problem:
-    return Problem.of(x, conv.weight, pair(conv.stride), pair(conv.padding), pair(conv.dilation))
+def _problem(conv: nn.Conv2d, x: Tensor) -> DepthwiseProblem:
+    return DepthwiseProblem.of(x, conv.weight, to_pair(conv.stride), to_pair(conv.padding), to_pair(conv.dilation))
 
 
-def _usable(conv: nn.Conv2d) -> bool:
+def _runs_on_onednn(conv: nn.Conv2d) -> bool:
     backend = torch.backends.mkldnn
     return bool(
         conv.weight.device.type == 'cpu'
@@ -123,20 +125,29 @@ def _usable(conv: nn.Conv2d) -> bool:
     )
 
 
-def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | None, x: Tensor) -> bool:
+def has_hooks(*modules: nn.Module | None) -> bool:
+    """Return whether calling any of ``modules`` runs hooks, its own or global ones."""
+    return _has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+        if module is not None
+    )
+
+
+def _can_fuse(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | None, x: Tensor) -> bool:
     if (
-        observed()
+        is_traced()
         or not isinstance(conv, nn.Conv2d)
         or type(conv) not in (nn.Conv2d, DepthwiseConv2d)
         or 'forward' in vars(conv)
-        or not _usable(conv)
+        or not _runs_on_onednn(conv)
         or not (activation is None or type(activation) in _UNARY)
     ):
         return False
     parameters: list[Tensor] = [conv.weight] if conv.bias is None else [conv.weight, conv.bias]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, shortcut) if t is not None):
         return False
-    if hooked(conv, activation):
+    if has_hooks(conv, activation):
         return False
     if (
         x.dim() != 4
@@ -153,14 +164,14 @@ def _fuses(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | Non
         return False
     others += [] if autocast else parameters
     # What torch adds in a wider precision, or refuses, is left to it.
-    if dtype == torch.bfloat16 and not spatial.bfloat16_instructions():
+    if dtype == torch.bfloat16 and not direct.has_bfloat16_instructions():
         return False
     if {x.dtype, dtype} - {torch.float32, torch.bfloat16} or any(t.dtype != dtype for t in others):
         return False
     if not isinstance(conv, DepthwiseConv2d):
         return True
     problem = replace(_problem(conv, x), dtype=dtype)
-    if spatial.needs_float32(problem) or not problem.channels_last:
+    if direct.needs_float32(problem) or not problem.channels_last:
         return False
-    plan = choice.plan(problem, conv.implementation, keeps_spectra(conv.weight))
+    plan = cost_model.choose_plan(problem, conv.implementation, caches_spectra(conv.weight))
     return plan.forward in ('native', 'channels_last')

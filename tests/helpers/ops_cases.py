@@ -7,8 +7,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from replk_mm.ops import depthwise_conv2d
-from replk_mm.ops.cpu import cost_model as choice
-from replk_mm.ops.cpu import spectral
+from replk_mm.ops.cpu import cost_model, fft
 
 #: What can be forced: every implementation of every computation, and the ways in which spectra serve several of them.
 SPECS = [
@@ -128,9 +127,9 @@ DRAWN = settings(
 @pytest.fixture
 def fresh(monkeypatch):
     """No decision known yet, nothing forced from outside, two threads."""
-    monkeypatch.delenv(choice.VARIABLE, raising=False)
-    monkeypatch.setattr(choice, '_announced', set())
-    caches = choice._plan, spectral._blocks
+    monkeypatch.delenv(cost_model.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(cost_model, '_announced', set())
+    caches = cost_model._plan, fft._blocks
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     [cache.cache_clear() for cache in caches]

@@ -11,9 +11,15 @@ from ops_cases import DRAWN, convolutions, draw, fresh  # noqa: F401 (a fixture)
 
 from replk_mm.backbones import RepLKNet
 from replk_mm.errors import UserError
-from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, Problem, depthwise, depthwise_conv2d, implementation
-from replk_mm.ops.cpu import cost_model as choice
-from replk_mm.ops.cpu import spatial, spectral
+from replk_mm.ops import (
+    IMPLEMENTATIONS,
+    DepthwiseConv2d,
+    DepthwiseProblem,
+    depthwise,
+    depthwise_conv2d,
+    force_implementation,
+)
+from replk_mm.ops.cpu import cost_model, direct, fft
 
 pytestmark = pytest.mark.usefixtures('fresh')
 PAIRS = [(computation, name) for computation, names in IMPLEMENTATIONS.items() for name in names]
@@ -28,9 +34,9 @@ def problem(
     dtype=torch.float32,
     channels_last=False,
     threads=2,
-) -> Problem:
+) -> DepthwiseProblem:
     padding = padding or tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True))
-    return Problem(
+    return DepthwiseProblem(
         shape[0], shape[1], tuple(shape[2:]), kernel, stride, padding, dilation, dtype, channels_last, threads
     )
 
@@ -47,10 +53,10 @@ def used(monkeypatch):
         monkeypatch.setitem(depthwise._FORWARD, name, spied(name, function))
     for name, function in depthwise._GRAD_WEIGHT.items():
         monkeypatch.setitem(depthwise._GRAD_WEIGHT, name, spied(name, function))
-    monkeypatch.setattr(spatial, 'native_gradients', spied('native', spatial.native_gradients))
+    monkeypatch.setattr(direct, 'native_gradients', spied('native', direct.native_gradients))
     # Where spectra are kept the operator calls these by their own names.
-    monkeypatch.setattr(spectral, 'forward', spied('fft', spectral.forward))
-    monkeypatch.setattr(spectral, 'gradients', spied('fft', spectral.gradients))
+    monkeypatch.setattr(fft, 'forward', spied('fft', fft.forward))
+    monkeypatch.setattr(fft, 'gradients', spied('fft', fft.gradients))
     return calls
 
 
@@ -84,17 +90,17 @@ def test_argument_before_context_before_environment(used, monkeypatch):
         depthwise_conv2d(x, weight, **kwargs)
         return used[0]
 
-    chosen = choice.plan(problem(x.shape, (5, 5))).forward
+    chosen = cost_model.choose_plan(problem(x.shape, (5, 5))).forward
     assert runs() == chosen
-    monkeypatch.setenv(choice.VARIABLE, 'forward=fft')
+    monkeypatch.setenv(cost_model.ENVIRONMENT_VARIABLE, 'forward=fft')
     assert runs() == 'fft'
-    with implementation('padded'):
+    with force_implementation('padded'):
         assert runs() == 'padded'
         assert runs(implementation='channels_last') == 'channels_last'
         assert runs(implementation='auto') == chosen
-        with implementation(None):
+        with force_implementation(None):
             assert runs() == 'fft'
-        with implementation('auto'):
+        with force_implementation('auto'):
             assert runs() == chosen
         assert runs() == 'padded'
     assert runs() == 'fft'
@@ -105,21 +111,21 @@ def test_argument_before_context_before_environment(used, monkeypatch):
 
 @pytest.mark.parametrize('kwargs', [dict(stride=(2, 2)), dict(dilation=(2, 1)), dict(padding=(9, 9))], ids=str)
 def test_what_does_not_apply_is_left_to_the_choice(kwargs):
-    given_, auto = problem(**kwargs), choice.plan(problem(**kwargs))
+    given_, auto = problem(**kwargs), cost_model.choose_plan(problem(**kwargs))
     for computation, name in PAIRS:
-        found = choice.plan(given_, f'{computation}={name}')
-        applies = name in choice.milliseconds(given_)[computation]
+        found = cost_model.choose_plan(given_, f'{computation}={name}')
+        applies = name in cost_model.estimate_milliseconds(given_)[computation]
         assert getattr(found, computation) == (name if applies else getattr(auto, computation))
-    assert ('fft' in choice.milliseconds(given_)['forward']) == ('padding' in kwargs)
-    assert ('padded' in choice.milliseconds(given_)['grad_input']) == ('dilation' in kwargs)
+    assert ('fft' in cost_model.estimate_milliseconds(given_)['forward']) == ('padding' in kwargs)
+    assert ('padded' in cost_model.estimate_milliseconds(given_)['grad_input']) == ('dilation' in kwargs)
 
 
 def test_the_backward_pass_does_what_was_planned_with_the_forward_pass(used):
     x, weight = (t.requires_grad_() for t in draw((1, 2, 8, 8), (5, 5))[:2])
-    with implementation('forward=fft,grad_input=padded,grad_weight=grad_kernel'):
+    with force_implementation('forward=fft,grad_input=padded,grad_weight=grad_kernel'):
         out = depthwise_conv2d(x, weight)
     used.clear()
-    with implementation('native'):
+    with force_implementation('native'):
         out.sum().backward()
     assert used == ['padded', 'grad_kernel']
 
@@ -129,12 +135,12 @@ def test_the_backward_pass_does_what_was_planned_with_the_forward_pass(used):
 )
 def test_bad_names_are_refused(spec, monkeypatch):
     x, weight = draw((1, 2, 8, 8), (5, 5))[:2]
-    message = r'REPLK_MM_DEPTHWISE.*names nothing that exists.*forward: native, channels_last, padded, fft; '
-    with pytest.raises(ValueError, match=message), implementation(spec):
+    message = r'REPLK_MM_DEPTHWISE.*.*forward: native, channels_last, padded, fft; '
+    with pytest.raises(ValueError, match=message), force_implementation(spec):
         pytest.fail('the context must not be entered')
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(x, weight, implementation=spec)
-    monkeypatch.setenv(choice.VARIABLE, spec)
+    monkeypatch.setenv(cost_model.ENVIRONMENT_VARIABLE, spec)
     with pytest.raises(UserError, match=message) as caught:
         depthwise_conv2d(x, weight)
     assert repr(spec) in str(caught.value)
@@ -153,17 +159,19 @@ def test_bad_names_are_refused(spec, monkeypatch):
 def test_every_problem_has_a_plan_and_always_the_same(shapes, dtype, channels_last, threads):
     shape, kernel, kwargs = shapes
     given_ = problem(shape, kernel, **kwargs, dtype=dtype, channels_last=channels_last, threads=threads)
-    for computation, times in choice.milliseconds(given_).items():
+    for computation, times in cost_model.estimate_milliseconds(given_).items():
         assert times and set(times) <= set(IMPLEMENTATIONS[computation])
         assert all(0 <= ms < math.inf for ms in times.values())
-    found = choice.plan(given_)
-    choice._plan.cache_clear()
+    found = cost_model.choose_plan(given_)
+    cost_model._plan.cache_clear()
     assert (
-        choice.plan(problem(shape, kernel, **kwargs, dtype=dtype, channels_last=channels_last, threads=threads))
+        cost_model.choose_plan(
+            problem(shape, kernel, **kwargs, dtype=dtype, channels_last=channels_last, threads=threads)
+        )
         == found
     )
     for computation, name in found._asdict().items():
-        assert name in choice.milliseconds(given_)[computation]
+        assert name in cost_model.estimate_milliseconds(given_)[computation]
 
 
 @settings(DRAWN, max_examples=100)
@@ -174,7 +182,7 @@ def test_rows_on_the_map_are_counted(shapes):
     step, pad, dilation = kwargs['stride'][0], kwargs['padding'][0], kwargs['dilation'][0]
     rows = F.conv2d(torch.ones(1, 1, *shape[2:]), torch.ones(1, 1, *kernel), None, **kwargs).shape[2]
     met = [0 <= i * step + k * dilation - pad < shape[2] for i in range(rows) for k in range(kernel[0])]
-    assert choice._rows_inside(given_) == pytest.approx(sum(met) / len(met))
+    assert cost_model._rows_inside(given_) == pytest.approx(sum(met) / len(met))
 
 
 @settings(DRAWN, max_examples=100)
@@ -184,10 +192,10 @@ def test_shapes_of_a_problem(shapes):
     given_ = problem(shape, kernel, **kwargs)
     out = F.conv2d(torch.ones(shape), torch.ones(shape[1], 1, *kernel), None, **kwargs, groups=shape[1])
     assert given_.out == tuple(out.shape[2:]) and given_.macs == out.numel() * math.prod(kernel)
-    transform = spectral.transform_size(given_)
+    transform = fft.transform_size(given_)
     for size, k, o, s, p in zip(transform, kernel, given_.out, shape[2:], kwargs['padding'], strict=True):
         assert size % 2 == 0 and size >= s + p
-        assert not spectral.supports(given_) or max(k, o) <= size
+        assert not fft.supports(given_) or max(k, o) <= size
 
 
 @pytest.mark.parametrize('batch', [1, 2, 8])
@@ -198,4 +206,4 @@ def test_torchs_loop_over_weight_gradients_is_never_chosen_for_replknet(batch, d
     for channels, kernel, size in zip(arch['channels'], arch['large_kernel_sizes'], (128, 64, 32, 16), strict=True):
         for side in (kernel, arch['small_kernel']):
             given_ = problem((batch, channels, size, size), (side, side), dtype=dtype, channels_last=True)
-            assert choice.plan(given_).grad_weight != 'native', choice.milliseconds(given_)
+            assert cost_model.choose_plan(given_).grad_weight != 'native', cost_model.estimate_milliseconds(given_)

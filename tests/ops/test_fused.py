@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from replk_mm.backbones import RepLKNet
 from replk_mm.deploy.reparameterize import reparameterize
-from replk_mm.ops import DepthwiseConv2d, convolve, fused, pack
+from replk_mm.ops import DepthwiseConv2d, fused, fused_conv2d, prepack
 
 # ruff: noqa: F811 (fixtures that come from another file)
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -44,7 +44,7 @@ FUSED = {'none', 'relu', 'relu in place', 'gelu', 'gelu tanh'}
 def test_equals_the_parts(name, dtype, relative, packed):
     conv = build(name, dtype)
     if packed:
-        assert pack(conv) == (name not in ("padding='same'", "padding='valid'", 'mirrored border'))
+        assert prepack(conv) == (name not in ("padding='same'", "padding='valid'", 'mirrored border'))
     for layout in LAYOUTS:
         x = image(conv.in_channels, dtype=dtype, layout=layout)
         kept = x.clone()
@@ -53,7 +53,7 @@ def test_equals_the_parts(name, dtype, relative, packed):
             cases = [(ACTIVATIONS[a], None, a) for a in ACTIVATIONS] + [(None, shortcut, 'shortcut')]
             for activation, other, what in cases:
                 before = None if other is None else other.clone()
-                found = convolve(conv, x, activation, other)
+                found = fused_conv2d(conv, x, activation, other)
                 assert found.dtype == dtype
                 assert_close(found, truth(conv, x, activation, other), relative, f'{what}, {layout}')
                 assert other is None or torch.equal(other, before), 'the shortcut was written to'
@@ -67,7 +67,7 @@ def test_what_is_fused_and_what_is_not(apart):
             x = image(conv.in_channels)
             for activation in ACTIVATIONS:
                 apart.clear()
-                convolve(conv, x, ACTIVATIONS[activation])
+                fused_conv2d(conv, x, ACTIVATIONS[activation])
                 assert len(apart) == (whole or activation not in FUSED), (name, activation)
         apart.clear()
         for other, x in (
@@ -78,9 +78,9 @@ def test_what_is_fused_and_what_is_not(apart):
             (build('3x3', torch.float64), image(dtype=torch.float64)),
         ):
             expected = truth(other, x, nn.ReLU())
-            assert convolve(other, x, nn.ReLU()).shape == expected.shape
+            assert fused_conv2d(other, x, nn.ReLU()).shape == expected.shape
             if x.shape[0]:
-                assert_close(convolve(other, x, nn.ReLU()), expected)
+                assert_close(fused_conv2d(other, x, nn.ReLU()), expected)
         assert len(apart) >= 3
 
 
@@ -102,12 +102,12 @@ def test_any_memory_of_the_shortcut(memory, layout):
         shortcut = shortcut.transpose(2, 3).contiguous().transpose(2, 3)
     x = x.transpose(2, 3).contiguous().transpose(2, 3) if memory == 'transposed' else x
     with torch.no_grad():
-        assert_close(convolve(conv, x, None, shortcut), truth(conv, x, None, shortcut))
+        assert_close(fused_conv2d(conv, x, None, shortcut), truth(conv, x, None, shortcut))
 
 
 def test_an_activation_or_a_shortcut():
     with pytest.raises(ValueError, match='an activation or a shortcut, not both'):
-        convolve(build('1x1'), image(), nn.ReLU(), torch.zeros(2, 16, 9, 10))
+        fused_conv2d(build('1x1'), image(), nn.ReLU(), torch.zeros(2, 16, 9, 10))
 
 
 # gradients, hooks, modes
@@ -133,7 +133,7 @@ def test_gradients(name, trains):
             added = None if added is None else added.clone()
             leaf = dict(weight=module.weight, bias=module.bias, input=image_, shortcut=added)[trains].requires_grad_()
             if module is conv:
-                out = convolve(module, image_, activation, added)
+                out = fused_conv2d(module, image_, activation, added)
             else:
                 out = module(image_) if added is None else added + module(image_)
                 out = out if activation is None else activation(out)
@@ -153,15 +153,15 @@ def test_hooks_fire():
         for module in (conv, activation):
             for register in (module.register_forward_hook, module.register_forward_pre_hook):
                 handle = register(lambda *args: seen.append(args[0]))
-                assert_close(convolve(conv, x, activation), expected)
+                assert_close(fused_conv2d(conv, x, activation), expected)
                 handle.remove()
                 assert seen.pop() is module and not seen
-            assert_close(convolve(conv, x, activation), expected)
+            assert_close(fused_conv2d(conv, x, activation), expected)
             assert not seen
         with conv.register_forward_hook(lambda module, args, out: 2 * out):
-            assert_close(convolve(conv, x, activation), 2 * expected)
+            assert_close(fused_conv2d(conv, x, activation), 2 * expected)
         with register_module_forward_hook(lambda module, args, out: seen.append(module)):
-            convolve(conv, x, activation)
+            fused_conv2d(conv, x, activation)
         assert seen == [conv, activation]
 
 
@@ -170,9 +170,9 @@ def test_changed_weights_behind_the_layer(apart):
     conv, x = build('1x1'), image()
     conv = parametrizations.weight_norm(conv)
     with torch.no_grad():
-        expected = convolve(conv, x, nn.ReLU()).clone()
+        expected = fused_conv2d(conv, x, nn.ReLU()).clone()
         conv.parametrizations.weight.original0.mul_(2)
-        found = convolve(conv, x, nn.ReLU())
+        found = fused_conv2d(conv, x, nn.ReLU())
         assert not torch.equal(found, expected)
         assert torch.equal(found, torch.relu(conv(x)))
 
@@ -182,39 +182,39 @@ def test_changed_weights_behind_the_layer(apart):
 def test_autocast_equals_the_parts(dtype, packed):
     conv, x = build('3x3'), image()
     if packed:
-        pack(conv)
+        prepack(conv)
     plain = copy.deepcopy(conv)
     for shortcut_dtype in (torch.float32, dtype):
         with torch.no_grad(), torch.autocast('cpu', dtype):
             shortcut = torch.randn_like(plain(x)).to(shortcut_dtype)
             for name in ('relu', 'gelu', 'silu'):
-                found, expected = convolve(conv, x, ACTIVATIONS[name]), ACTIVATIONS[name](plain(x))
+                found, expected = fused_conv2d(conv, x, ACTIVATIONS[name]), ACTIVATIONS[name](plain(x))
                 assert found.dtype == expected.dtype
                 assert_close(found, truth(conv, x, ACTIVATIONS[name]), 2e-2)
-            found, expected = convolve(conv, x, None, shortcut), shortcut + plain(x)
+            found, expected = fused_conv2d(conv, x, None, shortcut), shortcut + plain(x)
             assert found.dtype == expected.dtype, 'torch adds in the wider of both precisions'
             assert_close(found, truth(conv, x, None, shortcut), 2e-2)
     with torch.no_grad():
         # float32 again, from a weight kept for bfloat16
-        assert_close(convolve(conv, x, nn.GELU()), truth(conv, x, nn.GELU()))
+        assert_close(fused_conv2d(conv, x, nn.GELU()), truth(conv, x, nn.GELU()))
 
 
 def test_inference_mode():
     conv, x = build('3x3'), image()
-    pack(conv)
+    prepack(conv)
     for _ in range(2):
         with torch.inference_mode():
-            found = convolve(conv, x, nn.ReLU())
+            found = fused_conv2d(conv, x, nn.ReLU())
             assert found.is_inference()
             assert_close(found, truth(conv, x, nn.ReLU()))
-            assert_close(convolve(conv, image() * 1, nn.ReLU()).sum() * 0, torch.zeros((), dtype=torch.float64))
+            assert_close(fused_conv2d(conv, image() * 1, nn.ReLU()).sum() * 0, torch.zeros((), dtype=torch.float64))
         with torch.no_grad():
-            assert_close(convolve(conv, x, nn.ReLU()), truth(conv, x, nn.ReLU()))
+            assert_close(fused_conv2d(conv, x, nn.ReLU()), truth(conv, x, nn.ReLU()))
     with torch.inference_mode():  # a network that is made and lives there has no versions to follow
         inner = nn.Sequential(build('3x3'), DepthwiseConv2d(16, 5, implementation='fft'))
-        pack(inner)
+        prepack(inner)
         inner[0].weight.mul_(2)
-        assert_close(convolve(inner[0], x, nn.ReLU()), truth(inner[0], x, nn.ReLU()))
+        assert_close(fused_conv2d(inner[0], x, nn.ReLU()), truth(inner[0], x, nn.ReLU()))
         assert inner(x).shape == (2, 16, 9, 10)
 
 
@@ -225,10 +225,10 @@ def test_what_looks_at_operators_sees_the_parts():
             self.conv, self.act = build('1x1'), nn.ReLU()
 
         def forward(self, x):
-            return convolve(self.conv, x, self.act)
+            return fused_conv2d(self.conv, x, self.act)
 
     network, x = Network().eval().requires_grad_(False), image()
-    pack(network)
+    prepack(network)
     with FlopCounterMode(display=False) as counter:
         network(x)
     assert counter.get_total_flops() == 2 * 2 * 8 * 16 * 9 * 10
@@ -257,14 +257,14 @@ def test_network_fused_and_apart(layout, packed, monkeypatch, apart):
     plain = sum(type(m) is nn.Conv2d for m in network.modules())
     assert plain == 2 * 20 + 3 + 2
     if packed:
-        assert pack(network) == sum(isinstance(m, nn.Conv2d) for m in network.modules())
+        assert prepack(network) == sum(isinstance(m, nn.Conv2d) for m in network.modules())
     with torch.no_grad():
         found = network(x)
         together = plain - sum(type(conv) is nn.Conv2d for conv in apart)
         assert together == plain or layout == 'default'
         exact = copy.deepcopy(network).double()(x.double())
         with monkeypatch.context() as patch:
-            patch.setattr(fused, '_fuses', lambda *args: False)
+            patch.setattr(fused, '_can_fuse', lambda *args: False)
             apart.clear()
             separate = network(x)
         assert sum(type(conv) is nn.Conv2d for conv in apart) == plain
@@ -290,7 +290,7 @@ def test_training_is_unaffected(fold, monkeypatch):
     state = copy.deepcopy(network.state_dict())
     found = [t.detach().clone() for t in gradients(network, x)]
     network.load_state_dict(state)
-    monkeypatch.setattr(fused, '_fuses', lambda *args: False)
+    monkeypatch.setattr(fused, '_can_fuse', lambda *args: False)
     expected = gradients(network, x)
     assert len(found) == len(expected) > 100 and all(map(torch.equal, found, expected))
     others = gradients(network, x, seed=1)

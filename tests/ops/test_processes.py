@@ -84,13 +84,13 @@ def test_after_a_fork():
 import os, torch
 from torch.utils.data import DataLoader
 from replk_mm.ops import depthwise_conv2d
-from replk_mm.ops.cpu import spectral, workers
+from replk_mm.ops.cpu import fft, threads
 from ops_cases import *
-spectral.THREADS_PAY = 0
+fft.MIN_PIXELS_FOR_THREADS = 0
 torch.manual_seed(0)
 tensors = draw((2, 4, 12, 12), (9, 9))
 expected = ours(*tensors, 'fft')
-assert len(workers._pools) == 1
+assert len(threads._pools) == 1
 
 class Data(torch.utils.data.Dataset):
     def __len__(self):
@@ -104,7 +104,7 @@ child = os.fork()
 if child == 0:
     # torch's own operators must not share out work here, where their threads are gone; ours are made anew.
     found = ours(*tensors, 'fft')
-    same = torch.get_num_threads() == 2 and all(map(torch.equal, found, expected)) and len(workers._pools) == 2
+    same = torch.get_num_threads() == 2 and all(map(torch.equal, found, expected)) and len(threads._pools) == 2
     os._exit(0 if same else 1)
 assert os.waitpid(child, 0)[1] == 0
 for batch in DataLoader(Data(), batch_size=2, num_workers=2, multiprocessing_context='fork', timeout=50):

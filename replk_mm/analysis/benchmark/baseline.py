@@ -14,7 +14,7 @@ from replk_mm.engine.config import build_model
 from replk_mm.engine.explain import explaining
 from replk_mm.engine.inference import load_model
 from replk_mm.errors import UserError
-from replk_mm.ops import DepthwiseConv2d, pack
+from replk_mm.ops import DepthwiseConv2d, prepack
 from replk_mm.registry import SCOPE
 
 #: Names of the networks in tables and records.
@@ -64,7 +64,7 @@ def build_networks(
         if changes.merged or changes.folded:
             networks = {PLAIN: plain, PLAIN_TRAINING: use_plain_torch(before), OURS: ours}
     use_plain_torch(plain)
-    pack(ours)  # as evaluation does
+    prepack(ours)  # as evaluation does
     return networks, changes
 
 

@@ -13,8 +13,8 @@ from replk_mm.analysis.benchmark.baseline import OURS, PLAIN
 from replk_mm.analysis.benchmark.numerical_difference import TOLERANCES, compare_outputs
 from replk_mm.analysis.timing import Call, matmul_gflops, print_progress, time_interleaved
 from replk_mm.errors import UserError
-from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, Problem
-from replk_mm.ops.cpu.cost_model import plan
+from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, DepthwiseProblem
+from replk_mm.ops.cpu.cost_model import choose_plan
 
 #: Timed computations, with the number of convolutions in each.
 COMPUTATIONS = {'forward': 1, 'grad_input': 1, 'grad_weight': 1, 'step': 3}
@@ -132,7 +132,7 @@ def benchmark_operator(
                     rounds=timings.rounds,
                     warmup=timings.warmup,
                     rows=rows,
-                    chosen=str(plan(_problem(layers[OURS], inputs[OURS]))) if device == 'cpu' else None,
+                    chosen=str(choose_plan(_problem(layers[OURS], inputs[OURS]))) if device == 'cpu' else None,
                 )
             )
     return dict(
@@ -166,8 +166,8 @@ def _to_layout(x: Tensor, name: str) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _problem(layer: Any, x: Tensor) -> Problem:
-    return Problem.of(x, layer.weight, layer.stride, layer.padding, layer.dilation)
+def _problem(layer: Any, x: Tensor) -> DepthwiseProblem:
+    return DepthwiseProblem.of(x, layer.weight, layer.stride, layer.padding, layer.dilation)
 
 
 def _uses_its_implementation(layer: nn.Conv2d, x: Tensor, computation: str) -> bool:
@@ -175,7 +175,7 @@ def _uses_its_implementation(layer: nn.Conv2d, x: Tensor, computation: str) -> b
     forced = getattr(layer, 'implementation', None)
     if forced is None:
         return True
-    used = plan(_problem(layer, x), forced)._asdict()
+    used = choose_plan(_problem(layer, x), forced)._asdict()
     return forced in (used.values() if computation == 'step' else [used[computation]])
 
 

@@ -23,7 +23,7 @@ from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.explain import explaining
 from replk_mm.engine.wrappers import num_classes_of
 from replk_mm.errors import UserError
-from replk_mm.ops import pack
+from replk_mm.ops import prepack
 
 #: Number of objects in a synthetic image for detectors.
 _OBJECTS = 8
@@ -225,7 +225,7 @@ def convert_to_bfloat16(net: Any) -> None:
         if name != 'data_preprocessor':  # needs float32
             part.to(torch.bfloat16)
     (net.backbone if is_model else net).register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16),))
-    pack(net)
+    prepack(net)
 
 
 def _dense_outputs(net: nn.Module, image: Tensor) -> list[Tensor]:

@@ -29,7 +29,7 @@ from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.machine import select_device
 from replk_mm.engine.results import environment
 from replk_mm.errors import UserError
-from replk_mm.ops import pack
+from replk_mm.ops import prepack
 
 #: Time limit in seconds of a speed measurement; slow networks take longer.
 _SECONDS = 30.0
@@ -66,7 +66,7 @@ def speed(task: Task) -> MeasurementResult:
     nets: dict[str, Any] = {} if merged else dict(training=net)
     nets['reparameterized'] = reparameterize(copy.deepcopy(net), inplace=True)[0]
     for each in nets.values():
-        pack(each)
+        prepack(each)
     set_input_size(nets.values(), case.shape)
     load = os.getloadavg()[0]
     work = SyntheticBatch(cfg, net, case.batch, case.shape, case.device)

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from mmengine.logging import print_log
 
 from replk_mm.errors import UserError
-from replk_mm.ops.cpu import spatial, spectral
-from replk_mm.ops.problem import Problem
+from replk_mm.ops.cpu import direct, fft
+from replk_mm.ops.cpu.problem import DepthwiseProblem
 
 #: Names of the implementations of each computation.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -28,7 +28,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     'grad_weight': ('native', 'grad_kernel', 'grad_kernel_channels_last', 'fft'),
 }
 #: Environment variable that forces implementations: one name, or ``forward=fft,grad_weight=native``.
-VARIABLE = 'REPLK_MM_DEPTHWISE'
+ENVIRONMENT_VARIABLE = 'REPLK_MM_DEPTHWISE'
 
 _forced: ContextVar[str | None] = ContextVar('replk_mm_depthwise', default=None)
 
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
 
 
 @contextmanager
-def implementation(spec: str | None) -> Iterator[None]:
+def force_implementation(spec: str | None) -> Iterator[None]:
     """Force implementations within this thread and context.
 
     Args:
@@ -70,7 +70,7 @@ def implementation(spec: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def plan(problem: Problem, spec: str | None = None, kept: bool = False) -> Plan:
+def choose_plan(problem: DepthwiseProblem, spec: str | None = None, kept: bool = False) -> Plan:
     """The implementations for ``problem``: forced by ``spec``, :func:`implementation` or the environment, or chosen.
 
     A forced one that does not apply to the problem (a spectrum with a stride) leaves the choice to the model.
@@ -88,14 +88,14 @@ def plan(problem: Problem, spec: str | None = None, kept: bool = False) -> Plan:
     if spec:
         return _plan(problem, spec, kept)
     try:
-        return _plan(problem, os.environ.get(VARIABLE, ''), kept)
+        return _plan(problem, os.environ.get(ENVIRONMENT_VARIABLE, ''), kept)
     except ValueError as error:
         raise UserError(f'environment: {error}') from error
 
 
 @cache
-def _plan(problem: Problem, spec: str, kept: bool) -> Plan:
-    forced, expected = _parse(spec), milliseconds(problem, kept)
+def _plan(problem: DepthwiseProblem, spec: str, kept: bool) -> Plan:
+    forced, expected = _parse(spec), estimate_milliseconds(problem, kept)
     chosen: dict[str, str] = {}
     for computation in ('forward', 'grad_weight', 'grad_input'):
         times = dict(expected[computation])
@@ -138,7 +138,7 @@ def _parse(spec: str) -> dict[str, str]:
         concerned = [c for c in IMPLEMENTATIONS if (not equals or c == computation) and name in IMPLEMENTATIONS[c]]
         if not concerned:
             raise ValueError(
-                f'{VARIABLE} (or implementation=): {spec!r} names nothing that exists; use auto, a name, or '
+                f'{ENVIRONMENT_VARIABLE} (or implementation=): {spec!r} is unknown; use auto, a name, or '
                 f'COMPUTATION=NAME,... of ' + '; '.join(f'{c}: {", ".join(n)}' for c, n in IMPLEMENTATIONS.items())
             )
         forced.update(dict.fromkeys(concerned, name))
@@ -175,30 +175,30 @@ def _rate(table: str, side: int) -> float:
     return known[below] * (1 - share) + known[above] * share
 
 
-def _bytes(problem: Problem, size: tuple[int, int]) -> int:
+def _bytes(problem: DepthwiseProblem, size: tuple[int, int]) -> int:
     return problem.batch * problem.channels * size[0] * size[1] * problem.dtype.itemsize
 
 
-def _copied(problem: Problem, size: tuple[int, int], gigabytes: float) -> float:
+def _copied(problem: DepthwiseProblem, size: tuple[int, int], gigabytes: float) -> float:
     return _bytes(problem, size) / gigabytes * 1e-6 * (2 / problem.threads) ** _COPIES_SCALE
 
 
-def _transposed(problem: Problem, size: tuple[int, int]) -> float:
+def _transposed(problem: DepthwiseProblem, size: tuple[int, int]) -> float:
     return _copied(problem, size, _TRANSPOSE)
 
 
-def _transform(problem: Problem, area: tuple[int, int], picoseconds: float = _FORWARD_TRANSFORM) -> float:
+def _transform(problem: DepthwiseProblem, area: tuple[int, int], picoseconds: float = _FORWARD_TRANSFORM) -> float:
     """Milliseconds of all maps' transforms, with the copy of their ``area`` in or out."""
-    pixels = math.prod(spectral.transform_size(problem))
+    pixels = math.prod(fft.transform_size(problem))
     maps = problem.batch * problem.channels
-    blocks = 4 * maps * pixels / spectral.BLOCK_BYTES
+    blocks = 4 * maps * pixels / fft.BLOCK_BYTES
     copied = _copied(problem, area, _TRANSPOSE if problem.channels_last else _COPY)
     short = 1 + 20 / math.sqrt(pixels)  # the shorter the rows, the less efficient their transforms
     work = maps * pixels * math.log2(pixels) * short * picoseconds * 1e-9 * 2 / problem.threads
     return work + copied + (1 + blocks) * 4 * _CALL
 
 
-def _rows_inside(problem: Problem) -> float:
+def _rows_inside(problem: DepthwiseProblem) -> float:
     """Share of the kernel's rows on the map; oneDNN's channels-last kernels skip those on the padding."""
     (height, _), (kernel, _), (stride, _), (padding, _), (dilation, _) = (
         problem.size,
@@ -222,7 +222,7 @@ def _rows_inside(problem: Problem) -> float:
     return met / (rows * kernel)
 
 
-def milliseconds(problem: Problem, kept: bool = False) -> dict[str, dict[str, float]]:
+def estimate_milliseconds(problem: DepthwiseProblem, kept: bool = False) -> dict[str, dict[str, float]]:
     """What each implementation of each computation is expected to take on cores with AVX-512, one for each thread."""
     side = round(math.sqrt(math.prod(problem.kernel)))
     work = 2e-6 * problem.macs * 2 / problem.threads
@@ -231,7 +231,7 @@ def milliseconds(problem: Problem, kept: bool = False) -> dict[str, dict[str, fl
     to_last = 0.0 if last else _transposed(problem, problem.size) + _transposed(problem, problem.out)
     filled = _copied(problem, problem.size, _COPY) if max(problem.padding) > 6 else 0.0
 
-    grown = (15 / side) ** 2 if spatial.widened(problem) else 1
+    grown = (15 / side) ** 2 if direct.widened(problem) else 1
     inside = _rows_inside(problem)
     forward = {
         'channels_last': work * grown * inside / _rate('channels_last', 15 if grown > 1 else side) + to_last,
@@ -242,7 +242,7 @@ def milliseconds(problem: Problem, kept: bool = False) -> dict[str, dict[str, fl
     forward['native'] = 1e-3 + (
         work * inside / _rate('channels_last', side) if last else work / 4 if slow else forward['padded']
     )
-    gradient = spatial.input_gradient_problem(problem)
+    gradient = direct.input_gradient_problem(problem)
     grad_input = dict(native=work / (4 if slow else _rate('native grad_input', side)))
     if gradient is not None:
         grad_input.update(channels_last=forward['channels_last'], padded=forward['padded'])
@@ -257,8 +257,8 @@ def milliseconds(problem: Problem, kept: bool = False) -> dict[str, dict[str, fl
             + 1.7 * _transposed(problem, problem.out)
         ),
     )
-    if spectral.supports(problem):
-        kernels = math.prod(spectral.transform_size(problem)) * problem.channels
+    if fft.supports(problem):
+        kernels = math.prod(fft.transform_size(problem)) * problem.channels
         kernels_ms = (
             kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9 * 2 / problem.threads
         )

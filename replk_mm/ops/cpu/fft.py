@@ -20,15 +20,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from replk_mm.ops.cpu import workers
-from replk_mm.ops.problem import Pair, Problem
+from replk_mm.ops.cpu import threads
+from replk_mm.ops.cpu.problem import DepthwiseProblem, Pair
 
 #: Bytes of one real buffer of a block, where all threads work on one block and where each thread works on its own. With
 #: the spectrum and the product about four times this are in use for each block.
 BLOCK_BYTES, THREAD_BLOCK_BYTES = 2 * 1024 * 1024, 640 * 1024
 #: Pixels of all transforms from which threads of our own pay: torch's wait for more work for some milliseconds, in the
 #: way.
-THREADS_PAY = 4_000_000
+MIN_PIXELS_FOR_THREADS = 4_000_000
 
 
 @cache
@@ -44,19 +44,19 @@ def good_size(n: int) -> int:
         n += 1
 
 
-def transform_size(problem: Problem) -> Pair:
+def transform_size(problem: DepthwiseProblem) -> Pair:
     """Height and width of the transforms in pixels."""
     height, width = problem.size
     return good_size(height + problem.padding[0]), good_size(width + problem.padding[1])
 
 
-def supports(problem: Problem) -> bool:
+def supports(problem: DepthwiseProblem) -> bool:
     """Whether the transforms apply: stride and dilation 1, and no part of the kernel or of the output beyond them."""
     axes = zip(problem.kernel, problem.out, transform_size(problem), strict=True)
     return problem.stride == problem.dilation == (1, 1) and all(max(k, o) <= s for k, o, s in axes)
 
 
-def kernel_spectra(weight: Tensor, problem: Problem) -> list[Tensor]:
+def kernel_spectra(weight: Tensor, problem: DepthwiseProblem) -> list[Tensor]:
     """What :func:`forward` multiplies by, for each of its blocks."""
     size = transform_size(problem)
     return [
@@ -68,7 +68,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    problem: Problem,
+    problem: DepthwiseProblem,
     keep: list[Tensor] | None = None,
     kernels: Sequence[Tensor] = (),
 ) -> Tensor:
@@ -105,7 +105,7 @@ def forward(
             y = _inverse(spectrum, size, slice(0, rows), slice(0, cols))
             out[part, channels] = y if shift is None else y.add_(shift)
 
-    workers.run(work, len(blocks), _own_threads(problem))
+    threads.parallel_for(work, len(blocks), _own_threads(problem))
     if keep is not None:
         keep.extend(spectrum for block in kept for spectrum in block)
     return out
@@ -115,7 +115,7 @@ def gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    problem: Problem,
+    problem: DepthwiseProblem,
     of_input: bool,
     of_weight: bool,
     kept: Sequence[Tensor] = (),
@@ -166,22 +166,22 @@ def gradients(
         if grad_weight is not None and lags is not None:
             grad_weight[channels, 0] = _inverse(lags, size, slice(0, problem.kernel[0]), slice(0, problem.kernel[1]))
 
-    workers.run(work, len(blocks), _own_threads(problem))
+    threads.parallel_for(work, len(blocks), _own_threads(problem))
     return grad_x, grad_weight
 
 
-def _keeps_kernels(problem: Problem) -> bool:
+def _keeps_kernels(problem: DepthwiseProblem) -> bool:
     # Spectra are in float32 at least: beside tensors of two bytes a number they would more than double a layer's
     # memory.
     return problem.dtype != torch.bfloat16
 
 
-def _own_threads(problem: Problem) -> bool:
-    return problem.batch * problem.channels * math.prod(transform_size(problem)) >= THREADS_PAY
+def _own_threads(problem: DepthwiseProblem) -> bool:
+    return problem.batch * problem.channels * math.prod(transform_size(problem)) >= MIN_PIXELS_FOR_THREADS
 
 
 @cache
-def _blocks(problem: Problem) -> list[tuple[slice, list[slice]]]:
+def _blocks(problem: DepthwiseProblem) -> list[tuple[slice, list[slice]]]:
     """Channels of each block, and the parts of the batch to go through with them."""
     threads, limit = (problem.threads, THREAD_BLOCK_BYTES) if _own_threads(problem) else (1, BLOCK_BYTES)
     # Channels lie side by side in channels-last memory: fewer than eight would fetch every cache line several times.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from replk_mm.ops.problem import Pair, Problem
+from replk_mm.ops.cpu.problem import DepthwiseProblem, Pair
 
 #: Padding in pixels up to which oneDNN's kernel for the default layout applies, and beyond which its better one for
 #: channels-last memory does.
@@ -25,12 +25,12 @@ _MAY_HANG = 16
 
 
 @cache
-def bfloat16_instructions() -> bool:
+def has_bfloat16_instructions() -> bool:
     """Whether torch's CPU kernels compute in bfloat16 itself."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def needs_float32(problem: Problem) -> bool:
+def needs_float32(problem: DepthwiseProblem) -> bool:
     """Whether bfloat16 is computed in float32 and rounded once.
 
     Without bfloat16 instructions torch's convolutions round at every step, which puts their input gradients off by up
@@ -38,19 +38,19 @@ def needs_float32(problem: Problem) -> bool:
     """
     if problem.dtype != torch.bfloat16:
         return False
-    if not bfloat16_instructions():
+    if not has_bfloat16_instructions():
         return True
     of_gradient = (d * (k - 1) - p for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True))
     return problem.channels <= _MAY_HANG and (widened(problem) or max(*problem.padding, *of_gradient) > _PADDING_LIMIT)
 
 
-def native(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+def native(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwiseProblem) -> Tensor:
     """torch's convolution as it is."""
     return F.conv2d(x, weight, bias, problem.stride, problem.padding, problem.dilation, problem.channels)
 
 
 def native_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, problem: Problem, of_input: bool, of_weight: bool
+    grad: Tensor, x: Tensor, weight: Tensor, problem: DepthwiseProblem, of_input: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """torch's gradients as they are; None for the one not asked."""
     dtype = x.dtype
@@ -73,7 +73,7 @@ def native_gradients(
     return (grad_x.to(dtype) if of_input else None), (grad_weight.to(dtype) if of_weight else None)
 
 
-def channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+def channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwiseProblem) -> Tensor:
     """torch's convolution of channels-last memory."""
     weight, padding = widen(weight, problem)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -81,7 +81,7 @@ def channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Probl
     return y.contiguous(memory_format=problem.memory_format)
 
 
-def widened(problem: Problem) -> bool:
+def widened(problem: DepthwiseProblem) -> bool:
     """Whether :func:`channels_last` surrounds the kernel with zeros."""
     return (
         problem.stride == problem.dilation == (1, 1)
@@ -90,7 +90,7 @@ def widened(problem: Problem) -> bool:
     )
 
 
-def widen(weight: Tensor, problem: Problem) -> tuple[Tensor, Pair]:
+def widen(weight: Tensor, problem: DepthwiseProblem) -> tuple[Tensor, Pair]:
     """Kernels and padding with which oneDNN computes the problem fastest in channels-last memory."""
     padding = problem.padding
     if not widened(problem):
@@ -100,7 +100,7 @@ def widen(weight: Tensor, problem: Problem) -> tuple[Tensor, Pair]:
     return F.pad(weight, (ring,) * 4), (padding[0] + ring, padding[1] + ring)
 
 
-def padded(x: Tensor, weight: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
+def padded(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwiseProblem) -> Tensor:
     """torch's convolution of the default layout, with large paddings written out as zeros in memory."""
     y = _conv_padded(x.contiguous(), weight, bias, problem.padding, problem.stride, problem.dilation)
     return y.contiguous(memory_format=problem.memory_format)
@@ -116,7 +116,7 @@ def _write_out(x: Tensor, padding: Pair) -> Tensor:
     return F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
 
 
-def input_gradient_problem(problem: Problem) -> Problem | None:
+def input_gradient_problem(problem: DepthwiseProblem) -> DepthwiseProblem | None:
     """The forward convolution that is the gradient of the input: of the output's gradient, with turned kernels.
 
     None where there is none: with a stride, or with padding beyond the kernel.
@@ -124,7 +124,7 @@ def input_gradient_problem(problem: Problem) -> Problem | None:
     padding = tuple(d * (k - 1) - p for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True))
     if problem.stride != (1, 1) or min(padding) < 0:
         return None
-    return Problem(
+    return DepthwiseProblem(
         problem.batch,
         problem.channels,
         problem.out,
@@ -138,7 +138,7 @@ def input_gradient_problem(problem: Problem) -> Problem | None:
     )
 
 
-def grad_kernel(grad: Tensor, x: Tensor, problem: Problem) -> Tensor:
+def grad_kernel(grad: Tensor, x: Tensor, problem: DepthwiseProblem) -> Tensor:
     """Gradient of the weight as a convolution of the input with the output's gradient as its kernel.
 
     ``dw[k] = sum_i g[i] x[i * stride + k * dilation - padding]``: stride and dilation change places, and every channel
@@ -155,7 +155,7 @@ def grad_kernel(grad: Tensor, x: Tensor, problem: Problem) -> Tensor:
     return lags.reshape(problem.batch, problem.channels, 1, *problem.kernel).sum(0)
 
 
-def grad_kernel_channels_last(grad: Tensor, x: Tensor, problem: Problem) -> Tensor:
+def grad_kernel_channels_last(grad: Tensor, x: Tensor, problem: DepthwiseProblem) -> Tensor:
     """:func:`grad_kernel` of channels-last memory, an image at a time: only the output's gradient is rearranged.
 
     Returns:

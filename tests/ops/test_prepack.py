@@ -9,7 +9,7 @@ import torch.nn as nn
 from fused_cases import assert_close, build, image, truth
 from ops_cases import LAYOUTS
 
-from replk_mm.ops import DepthwiseConv2d, convolve, implementation, pack
+from replk_mm.ops import DepthwiseConv2d, force_implementation, fused_conv2d, prepack
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -58,61 +58,61 @@ KEEPING = {'plain': lambda: build('3x3'), 'spectra': lambda: DepthwiseConv2d(8, 
 @pytest.mark.parametrize('change', CHANGES)
 def test_kept_weights_follow_changes(kind, change):
     conv, x = KEEPING[kind]().requires_grad_(False), image()
-    assert pack(conv) == 1
+    assert prepack(conv) == 1
     activation = nn.GELU()
     with torch.no_grad():
         for _ in range(12):  # memory is handed out again sooner or later
             nn.init.normal_(conv.weight)
-            before = convolve(conv, x, activation)
+            before = fused_conv2d(conv, x, activation)
             assert_close(before, truth(conv, x, activation))
             CHANGES[change](conv)
-            assert_close(convolve(conv, x, activation), truth(conv, x, activation), what=change)
-        assert_close(convolve(conv, x[:1], activation), truth(conv, x[:1], activation))
+            assert_close(fused_conv2d(conv, x, activation), truth(conv, x, activation), what=change)
+        assert_close(fused_conv2d(conv, x[:1], activation), truth(conv, x[:1], activation))
 
 
 @pytest.mark.parametrize('kind', KEEPING)
 def test_kept_weights_in_another_precision(kind):
     conv, x = KEEPING[kind]().requires_grad_(False), image()
-    pack(conv)
+    prepack(conv)
     with torch.no_grad():
         for _ in range(2):
-            assert_close(convolve(conv, x), truth(conv, x))
+            assert_close(fused_conv2d(conv, x), truth(conv, x))
             with torch.autocast('cpu', torch.bfloat16):
-                assert_close(convolve(conv, x), truth(conv, x), 2e-2)
+                assert_close(fused_conv2d(conv, x), truth(conv, x), 2e-2)
         expected = truth(conv, x)
         conv.to(torch.bfloat16)
-        assert_close(convolve(conv, x.bfloat16()), expected, 2e-2)
+        assert_close(fused_conv2d(conv, x.bfloat16()), expected, 2e-2)
         conv.to(torch.float64)
-        assert_close(convolve(conv, x.double()), truth(conv, x), 1e-12)
+        assert_close(fused_conv2d(conv, x.double()), truth(conv, x), 1e-12)
 
 
 @pytest.mark.parametrize('kind', KEEPING)
 def test_kept_weights_on_maps_of_changing_sizes(kind):
     conv = KEEPING[kind]().requires_grad_(False)
-    pack(conv)
+    prepack(conv)
     with torch.no_grad():
         for size in ((9, 10), (3, 4), (30, 17), (9, 10), (1, 1)):
             for layout in LAYOUTS:
                 for batch in (1, 4):
                     x = image(size=size, layout=layout, batch=batch)
-                    assert_close(convolve(conv, x), truth(conv, x), what=f'{size} {layout}')
+                    assert_close(fused_conv2d(conv, x), truth(conv, x), what=f'{size} {layout}')
 
 
 @pytest.mark.parametrize('kind', KEEPING)
 def test_kept_weights_and_copies(kind):
     conv, x = KEEPING[kind]().requires_grad_(False), image()
-    pack(conv)
+    prepack(conv)
     with torch.no_grad():
-        expected = convolve(conv, x)
+        expected = fused_conv2d(conv, x)
         twins = copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))
         for twin in twins:
             assert list(twin.state_dict()) == ['weight', 'bias']
-            assert_close(convolve(twin, x), expected.double())
+            assert_close(fused_conv2d(twin, x), expected.double())
             twin.weight.mul_(2)
-            assert_close(convolve(twin, x), truth(twin, x))
-        assert torch.equal(convolve(conv, x), expected)
+            assert_close(fused_conv2d(twin, x), truth(twin, x))
+        assert torch.equal(fused_conv2d(conv, x), expected)
     conv.requires_grad_().train()
-    convolve(conv, x).sum().backward()
+    fused_conv2d(conv, x).sum().backward()
     assert_close(conv.bias.grad, torch.full((conv.out_channels,), 2.0 * 9 * 10, dtype=torch.float64))
 
 
@@ -123,19 +123,19 @@ def test_training_makes_packed_weights_be_forgotten(name, spec):
     conv = build(name)
     optimizer = torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
     x = image(conv.in_channels)
-    pack(conv)
-    with implementation(spec):
+    prepack(conv)
+    with force_implementation(spec):
         for _ in range(2):
             with torch.no_grad():
-                assert_close(convolve(conv, x, nn.ReLU()), truth(conv, x, nn.ReLU()))
-            convolve(conv, x, nn.ReLU()).sum().backward()
+                assert_close(fused_conv2d(conv, x, nn.ReLU()), truth(conv, x, nn.ReLU()))
+            fused_conv2d(conv, x, nn.ReLU()).sum().backward()
             optimizer.step()
 
 
 def test_packed_weights_know_the_arguments_they_are_for():
     conv, x = build('3x3'), image()
-    pack(conv)
+    prepack(conv)
     with torch.no_grad():
         for padding, dilation, stride in ((1, 1, 1), (2, 2, 1), (1, 1, 2)):
             conv.padding, conv.dilation, conv.stride = (padding,) * 2, (dilation,) * 2, (stride,) * 2
-            assert_close(convolve(conv, x), truth(conv, x))
+            assert_close(fused_conv2d(conv, x), truth(conv, x))

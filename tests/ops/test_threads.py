@@ -7,9 +7,8 @@ import pytest
 import torch
 from ops_cases import CASES, LAYOUTS, assert_close, draw, fresh, ours, reference  # noqa: F401 (a fixture)
 
-from replk_mm.ops import Problem, depthwise_conv2d
-from replk_mm.ops.cpu import cost_model as choice
-from replk_mm.ops.cpu import spectral, workers
+from replk_mm.ops import DepthwiseProblem, depthwise_conv2d
+from replk_mm.ops.cpu import cost_model, fft, threads
 
 pytestmark = pytest.mark.usefixtures('fresh')
 
@@ -19,7 +18,7 @@ def worker_threads(monkeypatch):
     """Every problem counts as large enough for threads of our own; the names of the threads that transform."""
     names = set()
     rfft2 = torch.fft.rfft2
-    monkeypatch.setattr(spectral, 'THREADS_PAY', 0)
+    monkeypatch.setattr(fft, 'MIN_PIXELS_FOR_THREADS', 0)
     monkeypatch.setattr(
         torch.fft, 'rfft2', lambda *a, **k: names.add(threading.current_thread().name) or rfft2(*a, **k)
     )
@@ -30,7 +29,7 @@ def test_work_is_done_once_whoever_does_it():
     for spread in (False, True):
         for count in (0, 1, 2, 7):
             done = []
-            workers.run(done.append, count, spread)
+            threads.parallel_for(done.append, count, spread)
             assert sorted(done) == list(range(count))
 
 
@@ -43,14 +42,14 @@ def test_threads_have_one_thread_of_torch_each_and_leave_the_others_alone():
             ready.wait(30)  # so that each thread has one of them
         seen.append((threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled()))
 
-    workers.run(work, 4, True)
+    threads.parallel_for(work, 4, True)
     assert len({name for name, *_ in seen}) == 2 and threading.current_thread().name not in {name for name, *_ in seen}
     assert {(threads, grad) for _, threads, grad in seen} == {(1, False)}
     assert torch.get_num_threads() == 2 and torch.is_grad_enabled()
     other = ThreadPoolExecutor(1).submit(torch.get_num_threads)  # a thread made later has what the process was told
     assert other.result(30) == 2
     torch.set_num_threads(3)
-    workers.run(work, 0, True)
+    threads.parallel_for(work, 0, True)
     assert torch.get_num_threads() == 3
 
 
@@ -60,10 +59,10 @@ def test_an_error_in_a_thread_surfaces(worker_threads, monkeypatch):
             raise MemoryError('block 3')
 
     with pytest.raises(MemoryError, match='block 3'):
-        workers.run(work, 5, True)
+        threads.parallel_for(work, 5, True)
     tensors = draw((2, 8, 12, 12), (9, 9))
     with monkeypatch.context() as patch:
-        patch.setattr(spectral, '_inverse', lambda *args: work(3))
+        patch.setattr(fft, '_inverse', lambda *args: work(3))
         with pytest.raises(MemoryError, match='block 3'):
             depthwise_conv2d(*tensors[:2], implementation='fft')
     assert_close(ours(*tensors, 'fft'), reference(*tensors), 1e-5)
@@ -102,9 +101,9 @@ def test_small_blocks_change_nothing(monkeypatch):
         x = tensors[0].contiguous(memory_format=LAYOUTS[layout])
         for maps in (1, 2, 7, 10, 14, 100):
             # A map is transformed as 18x18 numbers.
-            monkeypatch.setattr(spectral, 'BLOCK_BYTES', maps * 4 * 18 * 18)
-            spectral._blocks.cache_clear()
-            blocks = spectral._blocks(Problem.of(x, tensors[1], (1, 1), (5, 5), (1, 1)))
+            monkeypatch.setattr(fft, 'BLOCK_BYTES', maps * 4 * 18 * 18)
+            fft._blocks.cache_clear()
+            blocks = fft._blocks(DepthwiseProblem.of(x, tensors[1], (1, 1), (5, 5), (1, 1)))
             sizes = [len(range(7)[channels]) * sum(len(range(3)[p]) for p in parts) for channels, parts in blocks]
             assert sum(sizes) == 21
             assert_close(ours(x, *tensors[1:], 'fft'), expected, 1e-5, what=f'{maps} maps')
@@ -114,12 +113,12 @@ def test_small_blocks_change_nothing(monkeypatch):
 def test_thread_safe(threaded, monkeypatch):
     """Eight threads at once, on shapes of their own and on common ones, forwards and backwards, from cold caches."""
     if threaded:
-        monkeypatch.setattr(spectral, 'THREADS_PAY', 0)
+        monkeypatch.setattr(fft, 'MIN_PIXELS_FOR_THREADS', 0)
     shapes = ((2, 4, 12, 11), (9, 9)), ((1, 6, 7, 9), (13, 5))
     specs = 'fft', 'auto', 'channels_last,grad_weight=grad_kernel'
     cases = [(draw(*shape, layout=layout), spec) for shape in shapes for layout in LAYOUTS for spec in specs]
     expected = [ours(*tensors, spec) for tensors, spec in cases]
-    choice._plan.cache_clear(), spectral._blocks.cache_clear()
+    cost_model._plan.cache_clear(), fft._blocks.cache_clear()
     start = threading.Barrier(8)
 
     def work(first):

@@ -15,7 +15,7 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 
 
-def run(work: Callable[[int], None], count: int, spread: bool) -> None:
+def parallel_for(work: Callable[[int], None], count: int, spread: bool) -> None:
     """Call ``work(0) .. work(count - 1)``; gradients are not recorded.
 
     Args:

@@ -1,19 +1,16 @@
-"""The shapes of a depthwise convolution, for which an implementation is chosen; whether operators are observed."""
+"""The shapes of a depthwise convolution, for which an implementation is chosen."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn as nn
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Problem:
+class DepthwiseProblem:
     """Shapes, dtype, layout and threads of a depthwise convolution.
 
     Attributes:
@@ -41,7 +38,7 @@ class Problem:
     threads: int
 
     @classmethod
-    def of(cls, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> 'Problem':
+    def of(cls, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> 'DepthwiseProblem':
         """The problem that ``x`` and ``weight`` pose."""
         # Memory that is both (one channel, maps of one pixel) counts as the default layout.
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -92,23 +89,3 @@ class Problem:
             f'{kernel}{step} on {self.batch}x{self.channels}x{size} {str(self.dtype)[6:]} {layout}, '
             f'{self.threads} threads'
         )
-
-
-def observed() -> bool:
-    """Whether operators are observed: by a compiler, exporter, counter, transform or forward-mode derivative."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-    )
-
-
-def hooked(*modules: nn.Module | None) -> bool:
-    """Whether calls of any of ``modules`` run hooks, their own or global ones."""
-    return _has_any_global_hook() or any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
-        if module is not None
-    )
