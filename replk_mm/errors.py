@@ -60,7 +60,7 @@ def command_line(name: str, *arguments: object) -> str:
     return shlex.join(map(str, [*start, *arguments]))
 
 
-def format_list(values: Iterable, limit: int = 8) -> str:
+def format_list(values: Iterable, limit: int = 5) -> str:
     """The first ``limit`` values, separated by commas, and their number if there are more."""
     texts = [str(value) for value in values]
     return ', '.join(texts[:limit]) + (f', ... ({len(texts):,})' if len(texts) > limit else '')

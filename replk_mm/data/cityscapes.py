@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from replk_mm.data.files import IGNORE_INDEX, UNDECODABLE
+from replk_mm.data.files import IGNORE_INDEX
 from replk_mm.errors import UserError, format_list
 from replk_mm.files import write_atomic
 
@@ -96,7 +96,7 @@ def _convert(path: Path, force: bool) -> str:
             same = np.array_equal(_labels(target), wanted)
             return 'kept' if same else f'{target}: exists already, and differs from {path.name} (--force replaces it)'
         write_atomic(target, cv2.imencode('.png', wanted)[1].tobytes())
-    except UNDECODABLE as error:
+    except Exception as error:  # decoders raise anything
         return f'{path}: {error}'
     return 'written'
 

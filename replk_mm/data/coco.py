@@ -11,22 +11,22 @@ from pycocotools import mask as rle
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from replk_mm.data.findings import InvalidDataError, Item, Problem
+from replk_mm.data.findings import Finding, InvalidDataError, Occurrence
 from replk_mm.errors import format_list
 
 _Id = int | str
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Side = Annotated[float, Field(ge=1, lt=1e6)]
 _STRICT = ConfigDict(extra='allow', strict=True)
-#: Pixels beyond which a polygon's coordinates are a mistake; pycocotools needs memory for the whole outline.
-_FARTHEST = 1e5
-_MOST_POINTS = 1e5
-#: Pixels of the largest image that Pillow decodes; no measure in pixels is larger.
-_LARGEST = 2 * (PILImage.MAX_IMAGE_PIXELS or 2**27)
+#: Largest coordinate of a polygon, pixels: pycocotools needs memory for the whole outline.
+_MAX_COORDINATE = 1e5
+_MAX_VALUES = 1e5
+#: Pixels of the largest image that Pillow decodes.
+_MAX_PIXELS = 2 * (PILImage.MAX_IMAGE_PIXELS or 2**27)
 
 
 class Image(TypedDict):
-    """What mmdetection and pycocotools need of an image; so do the following of theirs."""
+    """An image, with the keys that mmdetection and pycocotools need."""
 
     __pydantic_config__ = _STRICT  # type: ignore[misc]
     id: _Id
@@ -62,7 +62,7 @@ _FILE = TypeAdapter(AnnotationFile)
 
 
 def read_annotations(path: Path) -> AnnotationFile:
-    """The content of an annotation file; of the last few files it is kept until :func:`invalidate_cache`.
+    """The content of an annotation file; the last few files are cached until :func:`invalidate_cache`.
 
     Raises:
         InvalidDataError: If the file is no JSON, or lacks something that readers need.
@@ -70,69 +70,67 @@ def read_annotations(path: Path) -> AnnotationFile:
     try:
         state = path.stat()
     except OSError as error:
-        raise InvalidDataError([Problem('annotation-file-missing', str(path), error.strerror or str(error))]) from error
-    return _read(path, state.st_size, state.st_mtime_ns)
+        message = error.strerror or str(error)
+        raise InvalidDataError([Finding('annotation-file-missing', str(path), message)]) from error
+    return _read_annotations(path, state.st_size, state.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: Path, size: int, time: int) -> AnnotationFile:
+def _read_annotations(path: Path, size: int, time: int) -> AnnotationFile:
     try:
         return _FILE.validate_json(path.read_bytes())
     except OSError as error:
-        raise InvalidDataError([Problem('json-invalid', str(path), f'cannot be read: {error.strerror}')]) from error
+        raise InvalidDataError([Finding('json-invalid', str(path), f'cannot be read: {error.strerror}')]) from error
     except ValidationError as error:
-        raise InvalidDataError(_problems(path, error)) from error
+        raise InvalidDataError(_findings(path, error)) from error
 
 
 def invalidate_cache() -> None:
-    """Free the files that were read."""
-    _read.cache_clear()
+    """Free the memory of the files that were read."""
+    _read_annotations.cache_clear()
 
 
-def _problems(path: Path, error: ValidationError) -> list[Problem]:
-    """A problem for each field that is wrong, with all entries where it is."""
-    found: dict[tuple, dict[str, Item]] = {}
-    for one in error.errors(include_url=False, include_context=False):
-        place, text = one['loc'], one['msg']
-        if one['type'] == 'json_invalid':
-            what = 'the file is cut off' if 'EOF' in text else 'not valid JSON'
+def _findings(path: Path, error: ValidationError) -> list[Finding]:
+    """A finding for each invalid field, with all its entries."""
+    groups: dict[tuple, dict[str, Occurrence]] = {}
+    for fault in error.errors(include_url=False, include_context=False):
+        location, message = fault['loc'], fault['msg']
+        if fault['type'] == 'json_invalid':
+            what = 'the file is cut off' if 'EOF' in message else 'not valid JSON'
             what = what if path.stat().st_size else 'the file is empty'
-            return [Problem('json-invalid', str(path), f'{what} ({text})')]
-        entry = f'{place[0]}[{place[1]}]' if len(place) > 1 else ''
-        field = str(place[2]) if len(place) > 2 else ''
-        if one['type'] == 'missing':
-            entry, field = (entry, str(place[-1])) if entry else (str(place[0]), '')
-            text = f'no {field!r}' if field else 'this section is missing'
+            return [Finding('json-invalid', str(path), f'{what} ({message})')]
+        entry = f'{location[0]}[{location[1]}]' if len(location) > 1 else ''
+        field = str(location[2]) if len(location) > 2 else ''
+        if fault['type'] == 'missing':
+            entry, field = (entry, str(location[-1])) if entry else (str(location[0]), '')
+            message = f'no {field!r}' if field else 'this section is missing'
         else:
-            text = f'{field} {one["input"]!r:.60}: {text}'.strip()
-        found.setdefault((place[:1], field, one['type']), {}).setdefault(entry, Item(text, entry))
-    return [
-        Problem(
-            'coco-structure',
-            str(path),
-            f'{len(items):,} entries: ' * (len(items) > 1)
-            + format_list(f'{entry or "file"}: {item.found}' for entry, item in items.items()),
-            items=tuple(items.values()),
-        )
-        for items in found.values()
-    ]
+            message = f'{field} {fault["input"]!r:.60}: {message}'.strip()
+        group = groups.setdefault((location[:1], field, fault['type']), {})
+        group.setdefault(entry, Occurrence(message, entry))
+    findings = []
+    for group in groups.values():
+        message = f'{len(group):,} entries: ' if len(group) > 1 else ''
+        message += format_list(f'{entry or "file"}: {found.message}' for entry, found in group.items())
+        findings.append(Finding('coco-structure', str(path), message, occurrences=tuple(group.values())))
+    return findings
 
 
 def category_counts(data: Any) -> dict[str, int]:
-    """Objects of every category by name, in the order of the file."""
+    """Number of objects of every category, in the order of the file."""
     objects = Counter(a['category_id'] for a in data.get('annotations', ()))
     counts: dict[str, int] = {}
-    for category in data['categories']:  # of which two may have one name
+    for category in data['categories']:  # two may have the same name
         counts[category['name']] = counts.get(category['name'], 0) + objects[category['id']]
     return counts
 
 
-def _decompressed(counts: str | bytes) -> np.ndarray:
-    """The runs of a compressed RLE (pycocotools, common/maskApi.c), which pycocotools 2.0.11 itself reads unchecked.
+def _decompress(counts: str | bytes) -> np.ndarray:
+    """The runs of a compressed RLE (pycocotools, common/maskApi.c). pycocotools 2.0.11 does not validate them.
 
-    A character holds five bits of a number, the lowest first, and whether more follow; from the fourth run on, numbers
-    are differences to the run before the last. A string that ends within a number makes pycocotools read and write past
-    the end of its memory.
+    Each character holds five bits of a number, lowest first, and a bit that says whether more follow. From the fourth
+    run on, numbers are differences to the run before the last. If a string ends within a number, pycocotools reads and
+    writes past the end of its memory.
 
     Raises:
         ValueError: If the string is malformed.
@@ -153,7 +151,7 @@ def _decompressed(counts: str | bytes) -> np.ndarray:
 
 
 def mask_error(mask: object, height: int, width: int) -> str | None:
-    """Why pycocotools cannot decode a mask; None if it can.
+    """The reason why pycocotools cannot decode a mask; None if it can.
 
     Args:
         mask: The ``segmentation`` of an annotation or detection: polygons, or RLE.
@@ -165,23 +163,21 @@ def mask_error(mask: object, height: int, width: int) -> str | None:
             counts = mask['counts']
             if mask['size'] != [height, width]:
                 return f'RLE of size {mask["size"]!r:.40}, but the image is {height}x{width} (height x width)'
-            if height * width > _LARGEST:
-                return f'more than {_LARGEST:,} pixels'
-            runs = _decompressed(counts) if isinstance(counts, (str, bytes)) else np.array(counts)
+            if height * width > _MAX_PIXELS:
+                return f'more than {_MAX_PIXELS:,} pixels'
+            runs = _decompress(counts) if isinstance(counts, (str, bytes)) else np.array(counts)
             if runs.ndim != 1 or runs.dtype.kind not in 'iu' or (runs < 0).any() or (runs > height * width).any():
-                return 'runs that are no numbers of pixels'
+                return 'runs that are not pixel counts'
             total = int(runs.sum())
-            return (
-                None if total == height * width else (f'runs of {total:,} pixels, but the image has {height * width:,}')
-            )
+            return None if total == height * width else f'runs of {total:,} pixels of {height * width:,} in the image'
         if not isinstance(mask, list) or not mask:
             return f'{mask!r:.40} is neither polygons nor RLE'
         for polygon in mask:
             points = np.array(polygon, np.float64)
-            if points.ndim != 1 or len(points) < 6 or len(points) % 2 or len(points) > _MOST_POINTS:
+            if points.ndim != 1 or len(points) < 6 or len(points) % 2 or len(points) > _MAX_VALUES:
                 return f'a polygon of {len(polygon)} values; it needs pairs of coordinates, three or more'
-            if not np.abs(points).max() < _FARTHEST:
-                return 'a polygon with coordinates that are no pixels'
+            if not np.abs(points).max() < _MAX_COORDINATE:
+                return 'a polygon with coordinates far outside of any image'
         rle.frPyObjects(mask, height, width)
     except (ValueError, TypeError, KeyError, OverflowError, MemoryError) as error:
         return f'cannot be decoded ({error})'

@@ -1,7 +1,5 @@
-"""Image files: a sample of them, reading one, recognizing one that is cut off."""
+"""Read image files, and recognize truncated ones."""
 
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,37 +12,22 @@ from replk_mm.errors import UserError
 
 #: The label of pixels that are neither trained nor scored.
 IGNORE_INDEX = 255
-#: Files of a data set that are inspected before a run; the pipeline checks every file when it reads it.
-SAMPLE = 64
-#: What Pillow's decoders raise on damaged files.
-UNDECODABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+#: Files of a data set that are inspected before a run; the pipeline checks every file that it reads.
+INSPECTED_FILES = 64
 _T = TypeVar('_T')
 
 
-def sample(items: Sequence[_T]) -> list[_T]:
-    """Evenly spread items, :data:`SAMPLE` at most: the first, the last, and others between."""
-    return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, min(SAMPLE, len(items)))})]
+def pick_evenly(items: Sequence[_T]) -> list[_T]:
+    """At most :data:`INSPECTED_FILES` items at even distances, the first and the last among them."""
+    count = min(INSPECTED_FILES, len(items))
+    return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, count)})]
 
 
 def check_image_file(path: str | Path) -> None:
-    """Raise an error for an image of too many pixels, and for a cut-off JPEG, which OpenCV would fill with grey.
+    """Reject images with too many pixels, and truncated JPEGs, which OpenCV would fill with grey.
 
     Raises:
-        OSError: If the file cannot be read, or is cut off.
+        OSError: If the file cannot be read, or is truncated.
         Image.DecompressionBombError: If the image has more than ``2 * Image.MAX_IMAGE_PIXELS`` pixels.
     """
     with Path(path).open('rb') as file:
@@ -53,7 +36,7 @@ def check_image_file(path: str | Path) -> None:
     if not end:
         raise OSError('the file is empty')
     with Image.open(path) as image:
-        # Phones append data to a JPEG; then only decoding tells.
+        # Phones append data to a JPEG: without the end marker near the end, decode it to be sure.
         if image.format in ('JPEG', 'MPO') and b'\xff\xd9' not in end:
             try:
                 image.load()
@@ -62,7 +45,7 @@ def check_image_file(path: str | Path) -> None:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """An image, ``(H, W, 3)`` BGR.
+    """An image ``(H, W, 3)``, uint8 BGR.
 
     Raises:
         UserError: If it does not exist, cannot be read, or has too many pixels.
@@ -72,7 +55,7 @@ def read_image(path: Path) -> np.ndarray:
     try:
         check_image_file(path)
         image = cv2.imread(str(path))
-    except (*UNDECODABLE, cv2.error) as error:
+    except Exception as error:  # decoders raise anything
         raise UserError(f'{path}: not a readable image ({error})') from error
     if image is None:
         raise UserError(f'{path}: not a readable image (OpenCV cannot decode it)')

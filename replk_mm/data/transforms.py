@@ -1,4 +1,4 @@
-"""Transforms of the data pipeline: loading that names the file it fails on, labels at the resolution of the logits."""
+"""Transforms of the data pipeline: loading that names the file on failure, labels at the resolution of the logits."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import numpy as np
 from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
 from mmengine.dataset import Compose
 
-from replk_mm.data.checks.images import not_a_label_map, out_of_range
+from replk_mm.data.checks.dataset import LabelFormat
+from replk_mm.data.checks.images import describe_channels, out_of_range
 from replk_mm.data.coco import mask_error
 from replk_mm.data.files import IGNORE_INDEX, check_image_file
 from replk_mm.errors import UserError
@@ -15,7 +16,9 @@ from replk_mm.registry import TRANSFORMS
 
 @TRANSFORMS.register_module()
 class CheckedLoad(BaseTransform):
-    """Run a loading transform; name the file if it cannot be read or contains labels of no class.
+    """Run a loading transform; on failure, raise an error that names the file.
+
+    Label maps with ids of no class fail too.
 
     Args:
         load: The transform or its config, such as ``dict(type='LoadAnnotations')``.
@@ -47,23 +50,23 @@ class CheckedLoad(BaseTransform):
     def _check_ids(self, results: dict, path: str) -> None:
         labels = results['gt_seg_map']
         if labels.ndim != 2:
-            raise UserError(f'{path}: {not_a_label_map(labels)}\nReplace the file, or remove it and its image.')
+            raise UserError(f'{path}: {describe_channels(labels)}\nReplace the file, or remove it and its image.')
         if self.num_classes is None:
             return
         ids = np.unique(labels)
         wrong = ids[(ids >= self.num_classes) & (ids != IGNORE_INDEX)]
         if len(wrong):
-            shift = bool(results.get('reduce_zero_label'))
-            problem = out_of_range(path, (wrong + shift).tolist(), self.num_classes, shift)
-            raise UserError(f'{problem}\n{problem.remedy}')
+            reduces = bool(results.get('reduce_zero_label'))
+            finding = out_of_range(path, (wrong + reduces).tolist(), LabelFormat(self.num_classes, reduces))
+            raise UserError(f'{finding}\n{finding.fix}')
 
 
 def check_loading(dataset: Any, num_classes: int | None) -> None:
-    """Let the loading transforms of a built data set name the file that they fail on; what they return stays the same.
+    """Wrap the loading transforms of a built data set in :class:`CheckedLoad`, in place.
 
     Args:
-        dataset: The data set, or one that wraps others (repeat, concatenate).
-        num_classes: As for :class:`CheckedLoad`.
+        dataset: The data set, or a wrapper (repeat, concatenate).
+        num_classes: See :class:`CheckedLoad`.
     """
     for key in ('dataset', 'wrapped'):
         if vars(dataset).get(key) is not None:
@@ -77,7 +80,7 @@ def check_loading(dataset: Any, num_classes: int | None) -> None:
 def _with_checks(step: Any, num_classes: int | None) -> Any:
     if isinstance(step, (LoadImageFromFile, LoadAnnotations)):
         return CheckedLoad(step, num_classes)
-    for key in ('transforms', 'subroutines'):  # those of pipelines and random choices, and of test-time augmentation
+    for key in ('transforms', 'subroutines'):  # of pipelines, random choices and test-time augmentation
         if isinstance(getattr(step, key, None), list):
             setattr(step, key, [_with_checks(part, num_classes) for part in getattr(step, key)])
     return step
@@ -85,9 +88,9 @@ def _with_checks(step: Any, num_classes: int | None) -> Any:
 
 def _check_masks(results: dict) -> None:
     for instance in results.get('instances', ()):
-        problem = mask_error(instance['mask'], *results['ori_shape'][:2]) if 'mask' in instance else None
-        if problem:
-            raise ValueError(f'mask of box {instance.get("bbox")}: {problem}')
+        error = mask_error(instance['mask'], *results['ori_shape'][:2]) if 'mask' in instance else None
+        if error:
+            raise ValueError(f'mask of box {instance.get("bbox")}: {error}')
 
 
 @TRANSFORMS.register_module()
@@ -95,14 +98,14 @@ class ShrinkLabels(BaseTransform):
     """Keep one label of every ``factor`` x ``factor`` block, to compute the loss at the resolution of the logits.
 
     With 150 classes, upsampled logits and their log-softmax take most of a small model's training step on a CPU. Images
-    keep their size. Put it after every transform that moves pixels, and make sure that no image is smaller than the
-    crop: padding is counted in image pixels.
+    keep their size. Place this transform after all that move pixels. Resize images to at least the crop size, since
+    padding is counted in image pixels.
 
     Args:
         factor: Side of a block in pixels; the stride of the logits, 4 for UperNet.
 
     Raises:
-        UserError: If an image's sides are no multiples of ``factor``.
+        UserError: If the sides of a label map are not multiples of ``factor``.
     """
 
     def __init__(self, factor: int) -> None:

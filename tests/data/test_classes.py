@@ -13,7 +13,6 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from PIL import Image
 from tiny import tiny  # noqa: F401 (a fixture)
 
-from replk_mm import cli
 from replk_mm.data.class_heads import classes_per_head
 from replk_mm.data.classes import CLASSES_FILE, parse_classes, set_classes, use_classes
 from replk_mm.data.scenes.spec import DEMO_CLASSES
@@ -52,13 +51,6 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
     path.write_bytes('M\u00fctze'.encode('latin-1'))
     with pytest.raises(UserError, match=f'--classes {path}: the file cannot be read as UTF-8 text'):
         parse_classes(str(path))
-
-
-def test_commands_have_the_option():
-    parser = cli.parser('', '')
-    cli.add_run_arguments(parser)
-    assert cli.options_of(parser.parse_args(['--classes', 'a,b'])).classes == 'a,b'
-    assert cli.options_of(parser.parse_args([])).classes is None
 
 
 # -- setting them -----------------------------------------------------------------------------------------------------

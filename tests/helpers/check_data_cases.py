@@ -1,4 +1,4 @@
-"""Small data sets in ADE20K's layout, their config, and what the checks found in them."""
+"""Small data sets in ADE20K's layout, their config, and the findings of the checks."""
 
 from pathlib import Path
 
@@ -69,9 +69,9 @@ def full(cfg: Config, jobs: int = 1) -> Audit:
 
 
 def found(result: Audit) -> set[tuple[str, str]]:
-    """Kind, and file or entry of an annotation file, of every problem."""
-    return {(problem.kind, entry or path) for _, problem in result.found() for path, entry, _ in problem.occurrences()}
+    """The code, and the entry or else the file, of every occurrence."""
+    return {(finding.code, o.entry or o.path) for _, finding in result.findings() for o in finding.occurrences}
 
 
-def kinds(result: Audit, *severities: str) -> set[str]:
-    return {problem.kind for _, problem in result.found() if not severities or problem.severity in severities}
+def codes(result: Audit, *severities: str) -> set[str]:
+    return {finding.code for _, finding in result.findings() if not severities or finding.severity in severities}

@@ -16,7 +16,7 @@ from rich.progress import track
 from replk_mm.bench.compare.results import Result, Source, config_of
 from replk_mm.data.checks.audit import check_data
 from replk_mm.data.datasets import as_list, dataset_class, datasets_of
-from replk_mm.data.files import IGNORE_INDEX, UNDECODABLE
+from replk_mm.data.files import IGNORE_INDEX
 from replk_mm.errors import UserError
 
 DEFINITION = (
@@ -59,7 +59,7 @@ class Labels:
         path = result.predictions / f'{self.names[index]}.png'
         try:
             return np.asarray(Image.open(path)) - np.uint8(self.first)
-        except UNDECODABLE as error:
+        except Exception as error:  # decoders raise anything
             raise UserError(f'{path}: cannot be read ({error})\nTest again with --out {result.file.parent}.') from error
 
 

@@ -6,121 +6,118 @@ from pathlib import Path
 
 import numpy as np
 
-from replk_mm.data import coco
-from replk_mm.data.checks.dataset import DataSet, Task
+from replk_mm.data.checks.dataset import DatasetReport, Sample
 from replk_mm.data.checks.pairs import image_key
 from replk_mm.data.classes import annotation_file, classes_of
+from replk_mm.data.coco import Annotation, AnnotationFile, category_counts, mask_error, read_annotations
 from replk_mm.data.datasets import as_list
-from replk_mm.data.files import sample
-from replk_mm.data.findings import InvalidDataError, Item
+from replk_mm.data.files import pick_evenly
+from replk_mm.data.findings import InvalidDataError, Occurrence
 from replk_mm.errors import format_list
 
-#: mmdetection ignores annotations without a usable box. COCO itself has two; one, or this share, is an accident.
+#: mmdetection ignores annotations without a usable box. COCO itself has two: this share of all is only a warning.
 _TOLERATED = 0.01
-#: Share of boxes reaching beyond their image from which they are taken for two corners instead of corner and size.
+#: Share of boxes beyond their image from which they look like [x1, y1, x2, y2].
 _CORNERS = 0.25
 
 
-def survey(one: DataSet, dataset: dict, scope: str, metrics: Sequence[dict] | None, full: bool) -> None:
+def check_annotations(
+    report: DatasetReport, dataset: dict, scope: str, metrics: Sequence[dict] | None, full: bool
+) -> None:
     """Check all annotations of a data set.
 
     Args:
-        one: Receives problems, tasks and the number of objects of every class.
+        report: Receives findings, samples and the number of objects of every class.
         dataset: Its config; its annotation file exists.
         scope: Default scope of the config.
-        metrics: Configs of its metrics; None if it is trained with.
-        full: Whether to decode all masks; otherwise all that are scored, and a sample of those that are trained with.
+        metrics: Configs of its metrics; None for training data.
+        full: Whether to decode all masks. Otherwise all scored masks and a sample of the training masks are decoded.
     """
     file, prefix = annotation_file(dataset), dataset.get('data_prefix') or {}
     assert file is not None
-    one.where = str(file)
-    folder = Path(one.root) / (prefix.get(image_key(prefix)) or '')
-    scored = [
-        metric
-        for metric in metrics or ()
-        if str(metric.get('type')).endswith('CocoMetric') and not metric.get('format_only')
-    ]
-    masks = any('segm' in as_list(metric.get('metric', 'bbox')) for metric in scored) or any(
-        step.get('load', step).get('with_mask') for step in dataset.get('pipeline', ()) if isinstance(step, dict)
-    )
+    report.labels_at = str(file)
+    scoring = [m for m in metrics or () if str(m.get('type')).endswith('CocoMetric') and not m.get('format_only')]
     for metric in metrics or ():
         if metric.get('ann_file') and Path(metric['ann_file']).resolve() != file.resolve():
-            one.report('metric-file', one.place, f'the metric reads {metric["ann_file"]}, but the data set {file}')
+            report.add('metric-file', report.key, f'the metric reads {metric["ann_file"]}, but the data set {file}')
     try:
-        data = coco.read_annotations(file)
+        data = read_annotations(file)
     except InvalidDataError as error:
-        one.problems += error.problems
+        report.findings += error.findings
         return
-    one.objects = {**dict.fromkeys(classes_of(dataset, scope) or (), 0), **coco.category_counts(data)}
-    if folder.is_dir():  # otherwise that is reported
-        _find_images(one, data, folder)
+    report.object_counts = {**dict.fromkeys(classes_of(dataset, scope) or (), 0), **category_counts(data)}
+    folder = Path(report.root) / (prefix.get(image_key(prefix)) or '')
+    if folder.is_dir():  # a missing folder is reported elsewhere
+        _find_images(report, data, folder)
     images, objects = data['images'], data.get('annotations', [])
-    if not images or not objects and (metrics is None or scored):
-        one.report('coco-no-annotations', file, f'there are no {"annotations" if images else "images"}')
-    _repeated(one, data)
-    _unknown(one, objects, 'image', {image['id'] for image in images})
-    _unknown(one, objects, 'category', {category['id'] for category in data['categories']})
-    if any(metric.get('ann_file') for metric in scored):  # pycocotools reads the file, not a copy by mmdetection
-        lost = _items(objects, lambda a: '' if 'iscrowd' in a else "no 'iscrowd'")
-        _report(one, 'iscrowd-missing', lost, f"{len(lost):,} of {len(objects):,} annotations have no 'iscrowd'")
-        lost = _items(objects, lambda a: '' if isinstance(a['id'], int) and a['id'] else f'id {a["id"]!r}')
-        _report(one, 'id-unscorable', lost, f'pycocotools cannot score {len(lost):,} of {len(objects):,} annotations')
-    _boxes(one, data)
-    if masks:
-        _masks(one, data, all_of_them=full or bool(scored))
+    if not images or not objects and (metrics is None or scoring):
+        report.add('coco-no-annotations', file, f'there are no {"annotations" if images else "images"}')
+    _check_repeated(report, data)
+    _check_references(report, objects, 'image', {image['id'] for image in images})
+    _check_references(report, objects, 'category', {category['id'] for category in data['categories']})
+    if any(metric.get('ann_file') for metric in scoring):  # then pycocotools reads the file itself
+        of = f'of {len(objects):,} annotations'
+        lost = _occurrences(objects, lambda a: '' if 'iscrowd' in a else "no 'iscrowd'")
+        _report(report, 'iscrowd-missing', lost, f"{len(lost):,} {of} have no 'iscrowd'")
+        lost = _occurrences(objects, lambda a: '' if isinstance(a['id'], int) and a['id'] else f'id {a["id"]!r}')
+        _report(report, 'id-unscorable', lost, f'pycocotools cannot score {len(lost):,} {of}')
+    _check_boxes(report, data)
+    loads_masks = any(s.get('load', s).get('with_mask') for s in dataset.get('pipeline', ()) if isinstance(s, dict))
+    if loads_masks or any('segm' in as_list(metric.get('metric', 'bbox')) for metric in scoring):
+        _check_masks(report, data, check_all=full or bool(scoring))
 
 
-def _report(one: DataSet, kind: str, items: Sequence[Item], text: str, severity: str = '') -> None:
-    """Report items of the annotation file, if there are any."""
-    if items:
-        examples = format_list(f'{item.entry}: {item.found}' for item in items)
-        one.report(kind, one.where, f'{text}: {examples}', severity=severity, items=tuple(items))
+def _report(
+    report: DatasetReport, code: str, occurrences: Sequence[Occurrence], message: str, severity: str = ''
+) -> None:
+    """Report occurrences in the annotation file, if there are any."""
+    if occurrences:
+        message = f'{message}: {format_list(f"{found.entry}: {found.message}" for found in occurrences)}'
+        report.add(code, report.labels_at, message, severity=severity, occurrences=tuple(occurrences))
 
 
-def _items(objects: Sequence[coco.Annotation], found: Callable[[coco.Annotation], str | None]) -> list[Item]:
-    """The annotations for which ``found`` returns a text."""
-    return [Item(text, f'annotation {a["id"]}') for a in objects if (text := found(a))]
+def _occurrences(objects: Sequence[Annotation], check: Callable[[Annotation], str | None]) -> list[Occurrence]:
+    """The annotations for which ``check`` returns a message."""
+    return [Occurrence(message, f'annotation {a["id"]}') for a in objects if (message := check(a))]
 
 
-def _find_images(one: DataSet, data: coco.AnnotationFile, folder: Path) -> None:
-    there: dict[Path, set[Path]] = {}  # by folder: listing each is faster than looking for every image
-    absent: list[Item] = []
+def _find_images(report: DatasetReport, data: AnnotationFile, folder: Path) -> None:
+    existing: dict[Path, set[Path]] = {}  # by folder: listing one is faster than looking for every image
+    absent: list[Occurrence] = []
     for image in data['images']:
         path = folder / image['file_name']
-        if path.parent not in there:
-            there[path.parent] = set(path.parent.iterdir()) if path.parent.is_dir() else set()
-        if path in there[path.parent]:
-            one.tasks.append(Task(str(path), stated=(image['width'], image['height'])))
+        if path.parent not in existing:
+            existing[path.parent] = set(path.parent.iterdir()) if path.parent.is_dir() else set()
+        if path in existing[path.parent]:
+            report.samples.append(Sample(str(path), stated_size=(image['width'], image['height'])))
         else:
-            absent.append(Item(f'no file {image["file_name"]}', f'image {image["id"]}', str(path)))
-    _report(one, 'image-missing', absent, f'{len(absent):,} of {len(data["images"]):,} images are not in {folder}')
+            absent.append(Occurrence(f'no file {image["file_name"]}', f'image {image["id"]}', str(path)))
+    _report(report, 'image-missing', absent, f'{len(absent):,} of {len(data["images"]):,} images are not in {folder}')
 
 
-def _repeated(one: DataSet, data: coco.AnnotationFile) -> None:
-    images, objects, categories = data['images'], data.get('annotations', []), data['categories']
-    for kind, section, key, values in (
-        ('id-repeated', 'images', 'id', [image['id'] for image in images]),
-        ('id-repeated', 'annotations', 'id', [a['id'] for a in objects]),
-        ('id-repeated', 'categories', 'id', [category['id'] for category in categories]),
-        ('name-repeated', 'categories', 'name', [category['name'] for category in categories]),
-        ('file-repeated', 'images', 'file_name', [image['file_name'] for image in images]),
+def _check_repeated(report: DatasetReport, data: AnnotationFile) -> None:
+    """Report ids, names and files that occur more than once."""
+    for code, section, key in (
+        ('id-repeated', 'images', 'id'),
+        ('id-repeated', 'annotations', 'id'),
+        ('id-repeated', 'categories', 'id'),
+        ('name-repeated', 'categories', 'name'),
+        ('file-repeated', 'images', 'file_name'),
     ):
-        twice = [
-            Item(f'{key} {value!r} occurs {count} times', section)
-            for value, count in Counter(values).items()
-            if count > 1
-        ]
-        _report(one, kind, twice, f'{len(twice):,} {key}s of {section} occur more than once')
+        counts = Counter(entry[key] for entry in data.get(section, ()))  # type: ignore[attr-defined]
+        repeated = [Occurrence(f'{key} {v!r} occurs {n} times', section) for v, n in counts.items() if n > 1]
+        _report(report, code, repeated, f'{len(repeated):,} {key}s of {section} occur more than once')
 
 
-def _unknown(one: DataSet, objects: Sequence[coco.Annotation], what: str, known: set) -> None:
-    key = f'{what}_id'
-    lost = [Item(f'{key} {a[key]!r}', f'annotation {a["id"]}') for a in objects if a[key] not in known]  # type: ignore
-    _report(one, f'{what}-unknown', lost, f'{len(lost):,} of {len(objects):,} annotations have an unknown {key}')
+def _check_references(report: DatasetReport, objects: Sequence[Annotation], section: str, ids: set) -> None:
+    """Report annotations of an image or category that the file lacks."""
+    key = f'{section}_id'
+    lost = _occurrences(objects, lambda a: '' if a[key] in ids else f'{key} {a[key]!r}')  # type: ignore[literal-required]
+    _report(report, f'{section}-unknown', lost, f'{len(lost):,} of {len(objects):,} annotations have an unknown {key}')
 
 
-def _boxes(one: DataSet, data: coco.AnnotationFile) -> None:
-    """Boxes that mmdetection ignores, or that reach beyond their image."""
+def _check_boxes(report: DatasetReport, data: AnnotationFile) -> None:
+    """Report boxes that mmdetection ignores, or that reach beyond their image."""
     sizes = {image['id']: (image['width'], image['height']) for image in data['images']}
     objects = [a for a in data.get('annotations', ()) if a['image_id'] in sizes]
     if not objects:
@@ -131,30 +128,30 @@ def _boxes(one: DataSet, data: coco.AnnotationFile) -> None:
     flat = (w < 1) | (h < 1) | (np.array([a['area'] for a in objects]) <= 0)
     outside = ~flat & ((inner_w <= 0) | (inner_h <= 0))
     beyond = ~flat & ~outside & ((x + w > width + 2) | (y + h > height + 2) | (x < -2) | (y < -2))
-    for kind, found, text in (
+    for code, found, message in (
         ('bbox-flat', flat, 'are less than a pixel wide or high, or have no area'),
         ('bbox-outside', outside, 'are outside of their image'),
         ('bbox-beyond', beyond, 'reach beyond their image'),
     ):
-        count, of = int(found.sum()), len(objects)
-        accident = count <= max(1, _TOLERATED * of) and count < of
-        severity = 'warning' if accident and kind != 'bbox-beyond' else ''
-        if kind == 'bbox-beyond' and not accident and count >= _CORNERS * of:
-            kind = 'bbox-corners'
-        items = [
-            Item(f'{objects[i]["bbox"]} in {width[i]:g}x{height[i]:g} pixels', f'annotation {objects[i]["id"]}')
+        count, total = int(found.sum()), len(objects)
+        is_rare = count <= max(1, _TOLERATED * total) and count < total
+        severity = 'warning' if is_rare and code != 'bbox-beyond' else ''
+        if code == 'bbox-beyond' and not is_rare and count >= _CORNERS * total:
+            code = 'bbox-corners'
+        occurrences = [
+            Occurrence(f'{objects[i]["bbox"]} in {width[i]:g}x{height[i]:g} pixels', f'annotation {objects[i]["id"]}')
             for i in np.flatnonzero(found)
         ]
-        _report(one, kind, items, f'{count:,} of {of:,} boxes {text}', severity)
+        _report(report, code, occurrences, f'{count:,} of {total:,} boxes {message}', severity)
 
 
-def _masks(one: DataSet, data: coco.AnnotationFile, all_of_them: bool) -> None:
-    """Missing masks, and those that pycocotools cannot decode; of all, or of a sample."""
+def _check_masks(report: DatasetReport, data: AnnotationFile, check_all: bool) -> None:
+    """Report missing masks, and masks that pycocotools cannot decode."""
     objects = data.get('annotations', [])
-    lost = _items(objects, lambda a: '' if a.get('segmentation') else "no 'segmentation'")
-    _report(one, 'segmentation-missing', lost, f'{len(lost):,} of {len(objects):,} annotations have no mask')
+    lost = _occurrences(objects, lambda a: '' if a.get('segmentation') else "no 'segmentation'")
+    _report(report, 'segmentation-missing', lost, f'{len(lost):,} of {len(objects):,} annotations have no mask')
     sizes = {image['id']: (int(image['height']), int(image['width'])) for image in data['images']}
-    having = [a for a in objects if a.get('segmentation') and a['image_id'] in sizes]
-    having = having if all_of_them else sample(having)
-    bad = _items(having, lambda a: coco.mask_error(a.get('segmentation'), *sizes[a['image_id']]))
-    _report(one, 'mask-undecodable', bad, f'{len(bad):,} of {len(having):,} masks cannot be decoded')
+    masked = [a for a in objects if a.get('segmentation') and a['image_id'] in sizes]
+    masked = masked if check_all else pick_evenly(masked)
+    bad = _occurrences(masked, lambda a: mask_error(a.get('segmentation'), *sizes[a['image_id']]))
+    _report(report, 'mask-undecodable', bad, f'{len(bad):,} of {len(masked):,} masks cannot be decoded')

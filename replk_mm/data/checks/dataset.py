@@ -1,4 +1,4 @@
-"""A data set under check: what is known before its images are opened, and what was counted in them."""
+"""The report on one data set, and the checks that need the counts of all its label maps."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,170 +7,162 @@ from pathlib import Path
 from typing import Any
 
 from replk_mm.data.files import IGNORE_INDEX
-from replk_mm.data.findings import Problem
+from replk_mm.data.findings import Finding
 
-#: Share of files from which an id counts as occurring in nearly all of them.
+#: Share of label maps from which an id counts as present in nearly all of them.
 _NEARLY_ALL = 0.9
 _ADE_CLASSES = 150
 
 
 @dataclass(frozen=True)
-class Task:
-    """An image to inspect, with its label map, or with the width and height that an annotation file states."""
+class Sample:
+    """An image to inspect, with its label map, or with its (width, height) according to the annotation file."""
 
     image: str
     label: str | None = None
-    stated: tuple[float, float] | None = None
+    stated_size: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What holds for every image of a data set.
+class LabelFormat:
+    """The ids that label maps of a data set may contain.
 
     Attributes:
-        num_classes: Number of classes that label maps may hold; None does not check ids.
-        reduce_zero: Whether 0 is ignored and 1 is the first class.
-        hashes: Whether to hash the image files, to find duplicates.
+        num_classes: Number of classes; None does not check ids.
+        reduce_zero_label: Whether 0 is ignored and 1 is the first class.
     """
 
     num_classes: int | None = None
-    reduce_zero: bool = False
-    hashes: bool = False
+    reduce_zero_label: bool = False
 
 
 @dataclass
-class Seen:
-    """What was found in an image and its label map.
+class Inspection:
+    """What one image and its label map contain.
 
     Attributes:
-        problems: What is wrong.
-        size: Width and height of the image, pixels; None if it cannot be read.
-        pixels: Pixels of every id of the label map.
+        findings: What is wrong.
+        size: Width and height of the image, pixels; None if it is unreadable.
+        pixel_counts: Pixels of every label id.
         digest: SHA-256 of the image file, if requested.
     """
 
-    problems: list[Problem] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     size: tuple[int, int] | None = None
-    pixels: Mapping[int, int] = field(default_factory=dict)
+    pixel_counts: Mapping[int, int] = field(default_factory=dict)
     digest: str = ''
 
 
 @dataclass
-class DataSet:
-    """A data set and what was found in it.
+class DatasetReport:
+    """A data set, its findings and its statistics.
 
     Attributes:
-        place: Its path in the config.
+        key: Its path in the config, such as ``train_dataloader.dataset``.
         split: ``'train'``, ``'val'`` or ``'test'``.
-        type: Its class, as the config names it.
+        type: Its type in the config.
         root: Its folder.
-        where: Folder of the label maps, or annotation file.
-        problems: All problems found.
-        tasks: Its images.
-        rules: What holds for each of them.
-        names: Class names by label id (label maps).
-        objects: Number of objects of every class (annotations); None for label maps.
+        labels_at: Folder of the label maps, or annotation file.
+        findings: All findings.
+        samples: Its images.
+        label_format: Valid label ids.
+        class_names: Class names by label id (label maps).
+        object_counts: Number of objects of every class (annotations); None for label maps.
         inspected: Number of images inspected.
-        pixels: Pixels of every label id.
-        files: Number of label maps that contain an id.
-        labels: Number of label maps read.
+        pixel_counts: Pixels of every label id.
+        map_counts: Number of label maps that contain an id.
+        maps_read: Number of label maps read.
         sizes: Number of images of each width and height.
     """
 
-    place: str
+    key: str
     split: str
     type: str
     root: str
-    where: str = ''
-    problems: list[Problem] = field(default_factory=list)
-    tasks: list[Task] = field(default_factory=list)
-    rules: Rules = Rules()
-    names: dict[int, str] = field(default_factory=dict)
-    objects: dict[str, int] | None = None
+    labels_at: str = ''
+    findings: list[Finding] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    label_format: LabelFormat = LabelFormat()
+    class_names: dict[int, str] = field(default_factory=dict)
+    object_counts: dict[str, int] | None = None
     inspected: int = 0
-    pixels: Counter[int] = field(default_factory=Counter)
-    files: Counter[int] = field(default_factory=Counter)
-    labels: int = 0
+    pixel_counts: Counter[int] = field(default_factory=Counter)
+    map_counts: Counter[int] = field(default_factory=Counter)
+    maps_read: int = 0
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
-    def report(self, kind: str, path: str | Path, found: str, **more: Any) -> None:
-        """Add a :class:`Problem`."""
-        self.problems.append(Problem(kind, str(path), found, **more))
+    def add(self, code: str, path: str | Path, message: str, **more: Any) -> None:
+        """Add a :class:`Finding`."""
+        self.findings.append(Finding(code, str(path), message, **more))
 
-    def add(self, seen: Seen) -> None:
-        """Count what was found in one image."""
+    def count(self, inspection: Inspection) -> None:
+        """Add the findings and statistics of one image."""
         self.inspected += 1
-        self.problems += seen.problems
-        self.pixels.update(seen.pixels)
-        self.files.update(seen.pixels.keys())
-        self.labels += bool(seen.pixels)
-        if seen.size:
-            self.sizes[seen.size] += 1
+        self.findings += inspection.findings
+        self.pixel_counts.update(inspection.pixel_counts)
+        self.map_counts.update(inspection.pixel_counts.keys())
+        self.maps_read += bool(inspection.pixel_counts)
+        if inspection.size:
+            self.sizes[inspection.size] += 1
+
+    @property
+    def unit(self) -> str:
+        """The unit of :meth:`class_counts`."""
+        return 'pixels' if self.object_counts is None else 'objects'
 
     def class_counts(self) -> dict[str, int]:
-        """Pixels or objects of every class by name."""
-        if self.objects is not None:
-            return self.objects
-        names = self.names or {i: f'id {i}' for i in sorted(self.pixels) if i != IGNORE_INDEX}
-        return {name: self.pixels[i] for i, name in names.items()}
+        """Pixels or objects of every class."""
+        if self.object_counts is not None:
+            return self.object_counts
+        names = self.class_names or {i: f'id {i}' for i in sorted(self.pixel_counts) if i != IGNORE_INDEX}
+        return {name: self.pixel_counts[i] for i, name in names.items()}
 
-    def line(self) -> str:
-        """One line: how many images, of which sizes and classes."""
-        unit = 'pixels' if self.objects is None else 'objects'
-        parts = (
-            [
-                f'{len(self.tasks):,} images{" with labels" if self.objects is None else ""}',
-                f'{self.inspected:,} inspected',
-            ]
-            if self.tasks
-            else ['no images inspected']
-        )
+    def __str__(self) -> str:
+        parts = [f'{len(self.samples):,} images' if self.samples else 'no images inspected']
+        if self.samples and self.object_counts is None:
+            parts.append(f'{sum(sample.label is not None for sample in self.samples):,} with labels')
+        if self.samples:
+            parts.append(f'{self.inspected:,} inspected')
         if self.sizes:
             ordered = sorted(self.sizes, key=lambda size: size[0] * size[1])
             parts.append(f'{"x".join(map(str, ordered[0]))} to {"x".join(map(str, ordered[-1]))} pixels')
-        counts = self.class_counts()
-        if counts:
+        if counts := self.class_counts():
             occurring = sum(map(bool, counts.values()))
-            parts.append(f'{occurring} of {len(counts)} classes occur, {sum(counts.values()):,} {unit}')
+            parts.append(f'{occurring} of {len(counts)} classes occur, {sum(counts.values()):,} {self.unit}')
         return f'{self.split}: {self.root} ({self.type}): {", ".join(parts)}'
 
 
-def report_absent_classes(one: DataSet) -> None:
-    """Report classes that do not occur, if that is certain, or if none occurs in the files inspected."""
-    counts = one.class_counts()
+def check_absent_classes(report: DatasetReport) -> None:
+    """Report classes that do not occur in the data set, and a sample of images without any class."""
+    counts = report.class_counts()
     absent = [name for name, count in counts.items() if not count]
-    complete = one.objects is not None or 0 < one.labels == len(one.tasks)
-    none = one.labels > 0 and len(absent) == len(counts)
-    if absent and (complete or none):
-        text = f'{len(absent)} of {len(counts)} classes do not occur: {", ".join(absent)}'
-        one.report('class-absent', one.where, text, severity='warning' if none else '')
+    complete = report.object_counts is not None or 0 < report.maps_read == len(report.samples)
+    none_occur = report.maps_read > 0 and len(absent) == len(counts)
+    if absent and (complete or none_occur):
+        message = f'{len(absent)} of {len(counts)} classes do not occur: {", ".join(absent)}'
+        report.add('class-absent', report.labels_at, message, severity='warning' if none_occur else '')
 
 
-def report_doubts_about_zero(sets: Sequence[DataSet]) -> None:
-    """Report a ``reduce_zero_label`` that seems to be the wrong way round, from the ids in the label maps.
+def check_reduce_zero_label(reports: Sequence[DatasetReport]) -> None:
+    """Report a ``reduce_zero_label`` that contradicts the ids in the label maps.
 
-    Data sets of one root and the same rules are judged together: a small one may lack the last class.
+    A small data set may lack the last class: data sets of one root and format are judged together.
     """
-    for one in sets:
-        count, reduce_zero, zeros = one.rules.num_classes, one.rules.reduce_zero, one.files[0]
-        alike = [other for other in sets if (other.root, other.rules) == (one.root, one.rules)]
-        ids = one.files.keys() - {IGNORE_INDEX}
+    for report in reports:
+        count, reduces = report.label_format.num_classes, report.label_format.reduce_zero_label
+        zeros, ids = report.map_counts[0], report.map_counts.keys() - {IGNORE_INDEX}
         if not count or count < 2 or not ids:
             continue
-        text = f'reduce_zero_label={reduce_zero} with {count} classes, but '
-        if (
-            reduce_zero
-            and max(ids) == count - 1
-            and not any(other.files[count] for other in alike)
-            and (IGNORE_INDEX in one.files or not zeros or len(ids) == count)
-        ):
-            text += f'the highest id is {max(ids)}' + (', and 255 occurs' if IGNORE_INDEX in one.files else '')
-            one.report('reduce-zero-on', one.where, text, allowed=f'0 (ignored) and 1..{count}')
-        elif not reduce_zero and max(ids) == count:
-            one.report('reduce-zero-off', one.where, f'{text}ids reach {count}', allowed=f'0..{count - 1}')
-        elif not reduce_zero and count == _ADE_CLASSES and zeros >= _NEARLY_ALL * one.labels > 1:
-            one.report(
-                'reduce-zero-off',
-                one.where,
-                f'{text}{zeros:,} of {one.labels:,} label maps have 0, which is "other" in ADE20K\'s files',
-            )
+        alike = [r for r in reports if (r.root, r.label_format) == (report.root, report.label_format)]
+        last_class_occurs = any(other.map_counts[count] for other in alike)
+        has_ignored = IGNORE_INDEX in report.map_counts
+        message = f'reduce_zero_label={reduces} with {count} classes, but '
+        if reduces and max(ids) == count - 1 and not last_class_occurs:
+            if has_ignored or not zeros or len(ids) == count:
+                message += f'the highest id is {max(ids)}' + (', and 255 occurs' if has_ignored else '')
+                report.add('reduce-zero-on', report.labels_at, message, expected=f'0 (ignored) and 1..{count}')
+        elif not reduces and max(ids) == count:
+            report.add('reduce-zero-off', report.labels_at, f'{message}ids reach {count}', expected=f'0..{count - 1}')
+        elif not reduces and count == _ADE_CLASSES and zeros >= _NEARLY_ALL * report.maps_read > 1:
+            message += f'{zeros:,} of {report.maps_read:,} label maps have 0, which is "other" in the files of ADE20K'
+            report.add('reduce-zero-off', report.labels_at, message)

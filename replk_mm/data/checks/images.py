@@ -1,4 +1,4 @@
-"""Inspect one image and its label map: can training read them, and do they fit each other and the classes?"""
+"""Inspect one image and its label map: are both readable, and do they fit each other and the classes?"""
 
 import warnings
 from collections.abc import Collection
@@ -9,149 +9,147 @@ import numpy as np
 from PIL import Image
 
 from replk_mm.data import cityscapes
-from replk_mm.data.checks.dataset import Rules, Seen, Task
+from replk_mm.data.checks.dataset import Inspection, LabelFormat, Sample
 from replk_mm.data.files import IGNORE_INDEX
-from replk_mm.data.findings import Problem
+from replk_mm.data.findings import Finding
 from replk_mm.errors import format_list
 from replk_mm.files import sha256
 
-#: EXIF's tag of the camera's orientation. Values 5 to 8 swap width and height; OpenCV, which training uses, follows it.
+#: The EXIF tag of the orientation, which OpenCV applies in training. Values 5 to 8 swap width and height.
 ORIENTATION = 0x0112
-#: Pillow's modes with one channel of integers.
+#: Modes of Pillow with one channel of integers.
 _LABEL_MODES = ('1', 'L', 'P', 'I', 'I;16', 'I;16B')
-#: JPEGs are decoded at an eighth of their size: every byte is read, and the pixels are not needed.
+#: JPEGs are decoded at an eighth of their size: that reads every byte, and the pixels are not needed.
 _REDUCTION = 8
 
 
-class Picture(NamedTuple):
-    """Width and height as training reads them, as stored in the file, and the EXIF orientation (1: none)."""
+class ImageSize(NamedTuple):
+    """(width, height) as training reads the image, as stored in the file, and the EXIF orientation (1: none)."""
 
     size: tuple[int, int]
     stored: tuple[int, int]
     orientation: int
 
     def __str__(self) -> str:
-        return f'{self.size[0]}x{self.size[1]} pixels'
+        rotated = f' after rotation by EXIF orientation {self.orientation}' if self.size != self.stored else ''
+        return f'{self.size[0]}x{self.size[1]} pixels{rotated}'
 
 
-def inspect(task: Task, rules: Rules) -> Seen:
+def inspect_sample(sample: Sample, label_format: LabelFormat, hash_image: bool = False) -> Inspection:
     """Inspect an image, and its label map if it has one. Raises nothing, whatever the files contain."""
-    seen = Seen()
+    result = Inspection()
+    size = None
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)
         try:
-            picture = _read_image(task.image)
+            size = _read_size(sample.image)
+            result.size = size.size
+            result.findings += _check_stated_size(sample, size)
+            result.digest = sha256(sample.image) if hash_image else ''
         except Exception as error:  # decoders raise anything
-            seen.problems.append(_unreadable('image-missing', task.image, error))
-            picture = None
-        if picture:
-            seen.size = picture.size
-            seen.problems += _against_stated(task, picture)
-            seen.digest = sha256(task.image) if rules.hashes else ''
-        if task.label is not None:
+            result.findings.append(_unreadable('image-missing', sample.image, error))
+        if sample.label is not None:
             try:
-                pixels = _read_label(task.label, seen.problems)
+                labels = _read_labels(sample.label, result.findings)
             except Exception as error:
-                seen.problems.append(_unreadable('label-missing', task.label, error))
-                pixels = None
-            if pixels is not None:
-                seen.problems += _against_image(task, picture, pixels) if picture else []
-                problems, seen.pixels = _count_ids(task.label, pixels, rules)
-                seen.problems += problems
-    return seen
+                result.findings.append(_unreadable('label-missing', sample.label, error))
+            else:
+                if labels is not None:
+                    result.findings += _check_label_size(sample, size, labels) if size else []
+                    findings, result.pixel_counts = _count_ids(sample.label, labels, label_format)
+                    result.findings += findings
+    return result
 
 
-def _unreadable(missing: str, path: str, error: Exception) -> Problem:
+def _unreadable(missing: str, path: str, error: Exception) -> Finding:
     if isinstance(error, FileNotFoundError):
-        link = ' (a link that leads nowhere)' if Path(path).is_symlink() else ''
-        return Problem(missing, path, f'no such file{link}')
+        return Finding(missing, path, 'no such file' + ' (a broken link)' * Path(path).is_symlink())
     if isinstance(error, OSError) and error.strerror:
-        return Problem('unreadable', path, f'cannot be read: {error.strerror}')
+        return Finding('unreadable', path, f'cannot be read: {error.strerror}')
     if Path(path).stat().st_size == 0:
-        return Problem('unreadable', path, 'the file is empty')
+        return Finding('unreadable', path, 'the file is empty')
     what = 'the file is cut off' if 'truncated' in str(error).lower() else 'cannot be decoded'
-    return Problem('unreadable', path, f'{what} ({error})')
+    return Finding('unreadable', path, f'{what} ({error})')
 
 
-def _read_image(path: str) -> Picture:
+def _read_size(path: str) -> ImageSize:
     with Image.open(path) as image:
         stored, kind = image.size, image.format
         image.draft(None, (max(1, image.width // _REDUCTION), max(1, image.height // _REDUCTION)))
         image.load()
-        # Pillow rotates a TIFF by itself.
-        turned = image.getexif().get(ORIENTATION, 1) if kind != 'TIFF' else 1
-    turned = turned if turned in range(1, 9) else 1
-    return Picture(stored[::-1] if turned > 4 else stored, stored, turned)
+        # Pillow itself rotates a TIFF.
+        orientation = image.getexif().get(ORIENTATION, 1) if kind != 'TIFF' else 1
+    orientation = orientation if orientation in range(1, 9) else 1
+    return ImageSize(stored[::-1] if orientation > 4 else stored, stored, orientation)
 
 
-def _against_stated(task: Task, picture: Picture) -> list[Problem]:
-    if task.stated is None or picture.size == task.stated:
+def _check_stated_size(sample: Sample, image: ImageSize) -> list[Finding]:
+    if sample.stated_size in (None, image.size):
         return []
-    width, height = task.stated
-    return [Problem('stated-size', task.image, f'{picture}, but {width:g}x{height:g} in the annotation file')]
+    width, height = sample.stated_size
+    return [Finding('stated-size', sample.image, f'{image}, but {width:g}x{height:g} in the annotation file')]
 
 
-def _against_image(task: Task, picture: Picture, pixels: np.ndarray) -> list[Problem]:
-    size = pixels.shape[::-1]
-    if size == picture.size:
-        # A rotation by 180 degrees, or of a square, does not show in the size.
-        if picture.orientation in (2, 3, 4) or picture.orientation > 4 and size[0] == size[1]:
-            return [Problem('exif-orientation', task.image, f'EXIF orientation {picture.orientation}', '1')]
+def _check_label_size(sample: Sample, image: ImageSize, labels: np.ndarray) -> list[Finding]:
+    size = labels.shape[::-1]
+    if size == image.size:
+        # The size does not show a rotation by 180 degrees, or that of a square.
+        if image.orientation in (2, 3, 4) or image.orientation > 4 and size[0] == size[1]:
+            return [Finding('exif-orientation', sample.image, f'EXIF orientation {image.orientation}', '1')]
         return []
-    if size == picture.stored:
-        return [
-            Problem(
-                'exif-turned',
-                task.image,
-                f'{picture} when rotated by its EXIF tag (orientation '
-                f'{picture.orientation}), but its label {size[0]}x{size[1]}',
-            )
-        ]
-    return [Problem('size-mismatch', str(task.label), f'{size[0]}x{size[1]} pixels, but its image {picture}')]
+    message = f'{size[0]}x{size[1]}'
+    if size == image.stored:
+        return [Finding('exif-turned', sample.image, f'{image}, but its label map has {message}')]
+    return [Finding('size-mismatch', str(sample.label), f'{message} pixels, but its image has {image}')]
 
 
-def _read_label(path: str, problems: list[Problem]) -> np.ndarray | None:
-    """Ids of a label map ``(H, W)``; None if the file is no label map, which is added to ``problems``."""
+def _read_labels(path: str, findings: list[Finding]) -> np.ndarray | None:
+    """Ids of a label map ``(H, W)``; None if the file is no label map, which is added to ``findings``."""
     with Image.open(path) as image:
         pixels = np.asarray(image)
         if image.mode not in _LABEL_MODES:
-            problems.append(Problem('label-channels', path, not_a_label_map(pixels)))
+            findings.append(Finding('label-channels', path, describe_channels(pixels)))
             return None
         if image.format in ('JPEG', 'MPO'):
-            problems.append(Problem('label-lossy', path, 'a JPEG file', 'PNG'))
+            findings.append(Finding('label-lossy', path, 'a JPEG file', 'PNG'))
     return pixels
 
 
-def _count_ids(path: str, pixels: np.ndarray, rules: Rules) -> tuple[list[Problem], dict[int, int]]:
-    """Problems of the ids of a label map ``(H, W)``, and the number of pixels of each id."""
-    if pixels.dtype.itemsize == 1:
-        counts = np.bincount(pixels.view(np.uint8).ravel(), minlength=256)
-        found = {int(i): int(counts[i]) for i in np.flatnonzero(counts)}
+def _count_ids(path: str, labels: np.ndarray, label_format: LabelFormat) -> tuple[list[Finding], dict[int, int]]:
+    """Findings for the ids of a label map ``(H, W)``, and the number of pixels of each id."""
+    if labels.dtype.itemsize == 1:  # many times faster than sorting
+        numbers = np.bincount(labels.view(np.uint8).ravel(), minlength=256)
+        ids = np.flatnonzero(numbers)
+        numbers = numbers[ids]
     else:
-        found = {int(i): int(n) for i, n in zip(*np.unique(pixels, return_counts=True), strict=True)}
-    if rules.num_classes is None:
-        return [], found
-    valid = range(int(rules.reduce_zero), rules.num_classes + rules.reduce_zero)
-    ignored = {0, IGNORE_INDEX} if rules.reduce_zero else {IGNORE_INDEX}
-    if strange := [i for i in found if i not in valid and i not in ignored]:
-        return [out_of_range(path, strange, rules.num_classes, rules.reduce_zero)], found
-    if not any(i in valid for i in found):
-        return [Problem('label-all-ignored', path, f'no pixel of a class, only {format_list(found)}')], found
-    return [], found
+        ids, numbers = np.unique(labels, return_counts=True)
+    counts = dict(zip(ids.tolist(), numbers.tolist(), strict=True))
+    if label_format.num_classes is None:
+        return [], counts
+    first = int(label_format.reduce_zero_label)
+    valid = range(first, label_format.num_classes + first)
+    ignored = {0, IGNORE_INDEX} if first else {IGNORE_INDEX}
+    if invalid := [i for i in counts if i not in valid and i not in ignored]:
+        return [out_of_range(path, invalid, label_format)], counts
+    if not any(i in valid for i in counts):
+        return [Finding('label-all-ignored', path, f'no pixel of a class, only ids {format_list(counts)}')], counts
+    return [], counts
 
 
-def not_a_label_map(pixels: np.ndarray) -> str:
-    """What to report of a label file with colour channels, or with something else than integers."""
+def describe_channels(pixels: np.ndarray) -> str:
+    """The message for a label file with colour channels, or with values other than integers."""
     if pixels.ndim == 2:
         return f'pixels of type {pixels.dtype}; a label map has integers, the class index of each pixel'
     return f'{pixels.shape[-1]} channels; a label map has one, the class index of each pixel'
 
 
-def out_of_range(path: str, found: Collection[int], num_classes: int, reduce_zero: bool) -> Problem:
-    """The problem of label ids, as stored in the file, that belong to no class."""
-    valid = f'1..{num_classes} (0 and 255 are ignored)' if reduce_zero else f'0..{num_classes - 1} (255 is ignored)'
-    text = f'label ids {format_list(found)} are out of range of the {num_classes} classes'
-    valid += f' with reduce_zero_label={reduce_zero}'
-    if not reduce_zero and num_classes == len(cityscapes.IDS) and max(found) < cityscapes.NUM_IDS:
-        return Problem('cityscapes-raw-labels', path, f'{text}; they may be raw ids of Cityscapes', valid)
-    return Problem('label-out-of-range', path, text, valid)
+def out_of_range(path: str, ids: Collection[int], label_format: LabelFormat) -> Finding:
+    """The finding for label ids, as stored in the file, that belong to no class."""
+    count, reduces = label_format.num_classes, label_format.reduce_zero_label
+    assert count is not None
+    expected = f'1..{count} (0 and 255 are ignored)' if reduces else f'0..{count - 1} (255 is ignored)'
+    expected += f' with reduce_zero_label={reduces}'
+    message = f'label ids {format_list(ids)} are out of range of the {count} classes'
+    if not reduces and count == len(cityscapes.IDS) and max(ids) < cityscapes.NUM_IDS:
+        return Finding('cityscapes-raw-labels', path, f'{message}; they may be raw ids of Cityscapes', expected)
+    return Finding('label-out-of-range', path, message, expected)

@@ -1,7 +1,7 @@
-"""Folders of a data set, and its pairs of images and label maps, before any file is opened."""
+"""Check the folders of a data set, and its pairs of images and label maps, without opening the files."""
 
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,55 +9,49 @@ from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS
 
 from replk_mm.data import cityscapes
-from replk_mm.data.checks.dataset import DataSet, Rules, Task
-from replk_mm.data.findings import Item
+from replk_mm.data.checks.dataset import DatasetReport, LabelFormat, Sample
+from replk_mm.data.findings import Occurrence
 from replk_mm.errors import command_line, format_list
 
-_IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
-# What the full release of ADE20K has and the benchmark has not.
+_IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+# Files that the full release of ADE20K has and the benchmark lacks.
 _FULL_ADE = ('index_ade20k.*', 'ADE20K_*', 'images/ADE', 'images/training/*/', 'images/training/*_seg.png')
 
 
 def image_key(prefix: dict) -> str:
-    """The key of the image folder in a ``data_prefix``: mmsegmentation's or mmdetection's."""
+    """The key of the image folder in a ``data_prefix`` of mmsegmentation or mmdetection."""
     return 'img_path' if 'img_path' in prefix else 'img'
 
 
-def missing_folders(one: DataSet, dataset: dict) -> None:
-    """Report the data root, annotation file and folders of a data set that do not exist."""
-    root, prefix = Path(one.root), dataset.get('data_prefix') or {}
+def check_folders(report: DatasetReport, dataset: dict) -> None:
+    """Report a data root, annotation file or folder that does not exist."""
+    root, prefix = Path(report.root), dataset.get('data_prefix') or {}
     if not root.is_dir():
-        one.report('data-root-missing', root, 'no such folder (the data root)')
+        report.add('data-root-missing', root, 'no such folder (the data root)')
         return
-    holds = f'(the data root contains: {_content(root)})'
+    content = f'(the data root contains: {_content(root)})'
     if dataset.get('ann_file') and not (root / dataset['ann_file']).is_file():
-        one.report('annotation-file-missing', root / dataset['ann_file'], f'no such annotation file {holds}')
+        report.add('annotation-file-missing', root / dataset['ann_file'], f'no such annotation file {content}')
+    is_ade = report.type.endswith('ADE20KDataset')
     for key in (image_key(prefix), 'seg_map_path'):
-        place = prefix.get(key)
-        if place is None or (root / place).is_dir():
+        folder = prefix.get(key)
+        if folder is None or (root / folder).is_dir():
             continue
-        if (
-            key == 'seg_map_path'
-            and one.type.endswith('ADE20KDataset')
-            and any(True for pattern in _FULL_ADE for _ in root.glob(pattern))
-        ):
-            one.report('ade-full-release', root, f'the full release of ADE20K, not the benchmark: there is no {place}')
+        if is_ade and key == 'seg_map_path' and any(list(root.glob(pattern)) for pattern in _FULL_ADE):
+            message = f'the full release of ADE20K, not the benchmark: there is no {folder}'
+            report.add('ade-full-release', root, message)
             continue
-        depth = len(Path(place).parts)
-        nested = [found.parents[depth - 1] for found in sorted(root.glob(f'*/{place}'))] if depth else []
-        one.report(
-            'folder-missing',
-            root / place,
-            f'no such folder {holds}',
-            remedy=(f'Did you mean --data-root {shlex.quote(str(nested[0]))}?' if nested else ''),
-        )
+        depth = len(Path(folder).parts)
+        nested = [found.parents[depth - 1] for found in sorted(root.glob(f'*/{folder}'))] if depth else []
+        fix = f'Did you mean --data-root {shlex.quote(str(nested[0]))}?' if nested else ''
+        report.add('folder-missing', root / folder, f'no such folder {content}', fix=fix)
 
 
-def survey(one: DataSet, dataset: dict, scope: str, num_classes: int | None) -> None:
-    """List the pairs of a data set in mmsegmentation's layout, as the data set itself does.
+def check_pairs(report: DatasetReport, dataset: dict, scope: str, num_classes: int | None) -> None:
+    """List the pairs of a data set in the layout of mmsegmentation, as the data set itself does.
 
     Args:
-        one: Receives problems, tasks, rules and class names.
+        report: Receives findings, samples, label format and class names.
         dataset: Config of a data set whose folders exist.
         scope: Default scope of the config.
         num_classes: Number of classes of the model; None does not check label ids.
@@ -65,47 +59,39 @@ def survey(one: DataSet, dataset: dict, scope: str, num_classes: int | None) -> 
     try:
         built, infos = _build(dataset, scope)
     except Exception as error:  # data sets of any package
-        one.report('dataset-invalid', one.place, f'{type(error).__name__}: {error}')
+        report.add('dataset-invalid', report.key, f'{type(error).__name__}: {error}')
         return
-    labels_dir = Path(one.root, dataset['data_prefix']['seg_map_path'])
-    images_dir = Path(one.root, dataset['data_prefix'].get(image_key(dataset['data_prefix'])) or '')
-    one.where = str(labels_dir)
-    reduce_zero, picked = bool(built.reduce_zero_label), built.label_map is not None
-    names = type(built).METAINFO['classes'] if picked else built.metainfo.get('classes') or ()
-    one.names = {i + reduce_zero: name for i, name in enumerate(names)}
-    # The data set maps the ids of its type's classes to those that were picked.
-    one.rules = Rules(len(names) if picked and num_classes is not None else num_classes, reduce_zero)
+    prefix = dataset['data_prefix']
+    images_dir = Path(report.root, prefix.get(image_key(prefix)) or '')
+    report.labels_at = str(Path(report.root, prefix['seg_map_path']))
+    reduces, is_subset = bool(built.reduce_zero_label), built.label_map is not None
+    # The files contain the ids of all classes of the type, even if the config names a subset.
+    names = type(built).METAINFO['classes'] if is_subset else built.metainfo.get('classes') or ()
+    report.class_names = {i + reduces: name for i, name in enumerate(names)}
+    report.label_format = LabelFormat(len(names) if is_subset and num_classes is not None else num_classes, reduces)
     for step in dataset.get('pipeline', ()):
-        given = step.get('load', step).get('reduce_zero_label')
-        if given not in (None, reduce_zero):
-            one.report(
-                'reduce-zero-pipeline',
-                one.place,
-                f'reduce_zero_label={given} in the pipeline, but {reduce_zero} in {one.type}',
-            )
+        if (given := step.get('load', step).get('reduce_zero_label')) not in (None, reduces):
+            message = f'reduce_zero_label={given} in the pipeline, but {reduces} in {report.type}'
+            report.add('reduce-zero-pipeline', report.key, message)
     if built.seg_map_suffix.endswith(cityscapes.RAW_SUFFIX) and num_classes == len(cityscapes.IDS):
-        _report_raw_labels(
-            one,
-            f'seg_map_suffix={built.seg_map_suffix!r} of {one.type} names raw label ids; the model '
-            f'has {num_classes} classes',
-            [],
-        )
+        suffix = f'seg_map_suffix={built.seg_map_suffix!r} of {report.type}'
+        _report_raw_labels(report, f'{suffix} names raw label ids; the model has {num_classes} classes', [])
         return
     if not infos:
-        one.report(
-            'no-images',
-            images_dir,
-            f'no image ends with {built.img_suffix}; the folder contains: {_content(images_dir)}',
-        )
+        content = f'the folder contains: {_content(images_dir)}'
+        report.add('no-images', images_dir, f'no image ends with {built.img_suffix}; {content}')
         return
-    there = {path for info in infos for path in (info['img_path'], info['seg_map_path']) if Path(path).is_file()}
-    _report_missing(one, infos, there, built.seg_map_suffix)
+    existing = {path for info in infos for path in (info['img_path'], info['seg_map_path']) if Path(path).is_file()}
+    of = f'of {len(infos):,} images'
+    absent = [info['img_path'] for info in infos if info['img_path'] not in existing]
+    _report_files(report, 'image-missing', report.root, absent, f'{of} do not exist', 'no such file')
+    _check_labels_exist(report, [i['seg_map_path'] for i in infos if i['seg_map_path'] not in existing], built, of)
     if not dataset.get('ann_file'):
-        _report_unused(one, images_dir, labels_dir, built, infos)
-    one.tasks = [
-        Task(info['img_path'], info['seg_map_path'] if info['seg_map_path'] in there else None)
+        _check_unused_files(report, images_dir, built, infos)
+    report.samples = [
+        Sample(info['img_path'], info['seg_map_path'] if info['seg_map_path'] in existing else None)
         for info in infos
-        if info['img_path'] in there
+        if info['img_path'] in existing
     ]
 
 
@@ -116,71 +102,45 @@ def _build(dataset: dict, scope: str) -> tuple[Any, list[dict]]:
     return built, sorted(built.load_data_list(), key=lambda info: info['img_path'])
 
 
-def _report_missing(one: DataSet, infos: Sequence[dict], there: Collection[str], label_suffix: str) -> None:
-    """Report images in a list that do not exist, and images without a label map."""
-    absent = [info['img_path'] for info in infos if info['img_path'] not in there]
-    _report_files(one, 'image-missing', one.root, absent, f'of {len(infos):,} images do not exist', 'no such file')
-    missing = [info['seg_map_path'] for info in infos if info['seg_map_path'] not in there]
-    raw = (
-        [
-            path
-            for path in (label.replace(cityscapes.TRAIN_SUFFIX, cityscapes.RAW_SUFFIX) for label in missing)
-            if Path(path).is_file()
-        ]
-        if label_suffix.endswith(cityscapes.TRAIN_SUFFIX)
-        else []
-    )
-    text = f'of {len(infos):,} images have no label map'
+def _check_labels_exist(report: DatasetReport, missing: Sequence[str], built: Any, of: str) -> None:
+    message = f'{of} have no label map'
+    raw: list[str] = []
+    if built.seg_map_suffix.endswith(cityscapes.TRAIN_SUFFIX):
+        raw = [path.replace(cityscapes.TRAIN_SUFFIX, cityscapes.RAW_SUFFIX) for path in missing]
+        raw = [path for path in raw if Path(path).is_file()]
     if raw:
-        _report_raw_labels(one, f'{len(missing):,} {text} (*{label_suffix}), but {len(raw):,} raw ones', raw)
+        message = f'{len(missing):,} {message} (*{built.seg_map_suffix}), but {len(raw):,} have raw ids'
+        _report_raw_labels(report, message, raw)
     else:
-        _report_files(one, 'label-missing', one.where, missing, text, 'no such file')
+        _report_files(report, 'label-missing', report.labels_at, missing, message, 'no such file')
 
 
-def _report_files(one: DataSet, kind: str, folder: str | Path, paths: Sequence[str], text: str, each: str) -> None:
+def _report_files(
+    report: DatasetReport, code: str, folder: str | Path, paths: Sequence[str], message: str, each: str
+) -> None:
     if paths:
-        one.report(
-            kind,
-            folder,
-            f'{len(paths):,} {text}: {format_list(paths)}',
-            items=tuple(Item(each, path=path) for path in paths),
-        )
+        occurrences = tuple(Occurrence(each, path=path) for path in paths)
+        report.add(code, folder, f'{len(paths):,} {message}: {format_list(paths)}', occurrences=occurrences)
 
 
-def _report_raw_labels(one: DataSet, found: str, paths: Sequence[str]) -> None:
-    items = tuple(Item('raw label ids', path=path) for path in paths)
-    one.report(
-        'cityscapes-raw-labels',
-        one.where,
-        found,
-        items=items,
-        remedy=f'Convert the labels: {command_line("convert_cityscapes", one.root)}',
-    )
+def _report_raw_labels(report: DatasetReport, message: str, paths: Sequence[str]) -> None:
+    occurrences = tuple(Occurrence('raw label ids', path=path) for path in paths)
+    fix = f'Convert the labels: {command_line("convert_cityscapes", report.root)}'
+    report.add('cityscapes-raw-labels', report.labels_at, message, occurrences=occurrences, fix=fix)
 
 
-def _report_unused(one: DataSet, images_dir: Path, labels_dir: Path, built: Any, infos: Sequence[dict]) -> None:
-    """Report images of another suffix, which the data set ignores, and label maps without an image."""
-    ends = (built.img_suffix, built.seg_map_suffix) if images_dir == labels_dir else (built.img_suffix,)
-    others = sorted(
-        str(images_dir / name)
-        for name in list_dir_or_file(str(images_dir), list_dir=False, recursive=True)
-        if name.lower().endswith(_IMAGES) and not name.endswith(ends)
-    )
-    each = f'not end with {built.img_suffix}'
-    _report_files(one, 'suffix-ignored', images_dir, others, f'images do {each} and are ignored', f'does {each}')
-    used = {info['seg_map_path'] for info in infos}
-    labels = (
-        str(labels_dir / name)
-        for name in list_dir_or_file(str(labels_dir), list_dir=False, suffix=built.seg_map_suffix, recursive=True)
-    )
-    _report_files(
-        one,
-        'label-without-image',
-        labels_dir,
-        sorted(path for path in labels if path not in used),
-        'label maps have no image',
-        'no image',
-    )
+def _check_unused_files(report: DatasetReport, images_dir: Path, built: Any, infos: Sequence[dict]) -> None:
+    """Report images with another suffix, which the data set ignores, and label maps without an image."""
+    same_folder = str(images_dir) == report.labels_at
+    used = (built.img_suffix, built.seg_map_suffix) if same_folder else (built.img_suffix,)
+    names = list_dir_or_file(str(images_dir), list_dir=False, recursive=True)
+    others = sorted(n for n in names if n.lower().endswith(_IMAGE_SUFFIXES) and not n.endswith(used))
+    paths, each = [str(images_dir / name) for name in others], f'not end with {built.img_suffix}'
+    _report_files(report, 'suffix-ignored', images_dir, paths, f'images do {each} and are ignored', f'does {each}')
+    names = list_dir_or_file(report.labels_at, list_dir=False, suffix=built.seg_map_suffix, recursive=True)
+    labels = {str(Path(report.labels_at, name)) for name in names} - {info['seg_map_path'] for info in infos}
+    message = 'label maps have no image'
+    _report_files(report, 'label-without-image', report.labels_at, sorted(labels), message, 'no image')
 
 
 def _content(folder: Path) -> str:

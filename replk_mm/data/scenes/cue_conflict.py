@@ -29,7 +29,6 @@ from PIL import Image
 from pydantic import BaseModel, Field, NonNegativeInt, StrictInt, ValidationError
 from pydantic.dataclasses import dataclass
 
-from replk_mm.data.files import UNDECODABLE
 from replk_mm.data.scenes.layouts import LAYOUTS, LISTING, SceneKind, stem_of
 from replk_mm.data.scenes.render import Scene, render_scene
 from replk_mm.data.scenes.spec import (
@@ -273,7 +272,7 @@ def read_label_map(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as opened:
             labels = np.array(opened)
-    except UNDECODABLE as error:
+    except Exception as error:  # decoders raise anything
         raise UserError(f'{path}: not a readable label map ({error})\nWrite the data set again.') from error
     if labels.ndim != 2:
         raise UserError(f'{path}: {labels.shape[2]} channels; a label map has one\nWrite the data set again.')

@@ -1,4 +1,4 @@
-"""The checks of label maps find every planted fault in its file and nothing else; training stops at the same errors."""
+"""The checks of images and label maps find every planted fault and nothing else; training stops at the same errors."""
 
 import io
 import shutil
@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from check_data_cases import data, found, full, image, kinds, label, seg_config, write_pairs  # noqa: F401 (a fixture)
+from check_data_cases import codes, data, found, full, image, label, seg_config, write_pairs  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from replk_mm.data import files
 from replk_mm.data.checks.audit import audit, check_data
-from replk_mm.data.checks.dataset import Rules, Task
-from replk_mm.data.checks.images import ORIENTATION, inspect
-from replk_mm.data.files import check_image_file, read_image, sample
+from replk_mm.data.checks.dataset import LabelFormat, Sample
+from replk_mm.data.checks.images import ORIENTATION, inspect_sample
+from replk_mm.data.files import check_image_file, pick_evenly, read_image
+from replk_mm.data.findings import InvalidDataError
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.errors import UserError
 
@@ -65,7 +66,7 @@ def rename(root: Path, i: int) -> None:
     image(root, i).rename(image(root, i).with_suffix('.JPEG'))
 
 
-#: A fault, kind and file of the problems; each is planted in a pair of its own.
+#: A fault, and the codes and files of its findings. Each is planted in its own pair.
 FAULTS: list[tuple[Callable[[Path, int], object], dict[str, Callable]]] = [
     (lambda r, i: cut(image(r, i)), {'unreadable': image}),
     (lambda r, i: cut(label(r, i)), {'unreadable': label}),
@@ -100,31 +101,43 @@ HARMLESS: list[Callable[[Path, int], object]] = [
 ]
 
 
-def test_every_planted_fault_is_found_and_nothing_else(tmp_path):
+@pytest.fixture
+def faulty(tmp_path) -> tuple[Path, set[tuple[str, str]]]:
+    """A data set with every fault, and what the checks must find."""
     write_pairs(tmp_path, 'train', 2 * len(FAULTS) + len(HARMLESS))
     write_pairs(tmp_path, 'val', 3)
     for i, plant in enumerate(HARMLESS):
         plant(tmp_path, 2 * len(FAULTS) + i)
     expected = set()
-    for i, (plant, kinds_and_files) in enumerate(FAULTS):
+    for i, (plant, files_by_code) in enumerate(FAULTS):
         plant(tmp_path, 2 * i + 1)
-        expected |= {(kind, str(file(tmp_path, 2 * i + 1))) for kind, file in kinds_and_files.items()}
+        expected |= {(code, str(file(tmp_path, 2 * i + 1))) for code, file in files_by_code.items()}
     shutil.copy(image(tmp_path, 0), image(tmp_path, 1, 'val'))
-    result = full(seg_config(tmp_path), jobs=2)
-    assert found(result) == expected | {('leak', str(image(tmp_path, 1, 'val')))}
-    assert found(full(seg_config(tmp_path), jobs=1)) == found(result)
-    # A training finds the same errors in a sample, which is everything here.
-    quick = audit(seg_config(tmp_path), jobs=1)
-    hashed = {'duplicate-image', 'leak'}
-    quick_ones, all_ones = ({one for one in found(some) if one[0] not in hashed} for some in (quick, result))
-    assert quick_ones == all_ones
-    with pytest.raises(UserError) as info:
-        check_data(seg_config(tmp_path), ('train', 'val'))
-    assert 'check_data CONFIG lists all)' in str(info.value)
+    return tmp_path, expected | {('leak', str(image(tmp_path, 1, 'val')))}
+
+
+def test_full_audit_finds_every_fault_and_nothing_else(faulty):
+    root, expected = faulty
+    assert found(full(seg_config(root))) == expected
+
+
+def test_training_finds_the_same_errors_in_a_sample(faulty):
+    """The sample is all files here. Copies under another name take the hashes of all images."""
+    root, expected = faulty
+    result = audit(seg_config(root), jobs=1)
+    assert found(result) == {one for one in expected if one[0] not in ('duplicate-image', 'leak')}
+    with pytest.raises(InvalidDataError, match='check_data CONFIG lists all') as info:
+        check_data(seg_config(root), ('train', 'val'))
+    assert len(info.value.findings) == sum(1 for _ in result.findings())
+
+
+@pytest.mark.slow
+def test_processes_find_the_same_as_one(faulty):
+    assert found(full(seg_config(faulty[0]), jobs=2)) == faulty[1]
 
 
 @pytest.mark.parametrize(
-    ('change', 'kind', 'path'),
+    ('change', 'code', 'path'),
     [
         (lambda r: shutil.rmtree(r), 'data-root-missing', ''),
         (lambda r: shutil.rmtree(r / 'images'), 'folder-missing', 'images/training'),
@@ -137,15 +150,15 @@ def test_every_planted_fault_is_found_and_nothing_else(tmp_path):
         (lambda r: (shutil.rmtree(r / 'annotations'), (r / 'index_ade20k.pkl').touch()), 'ade-full-release', ''),
     ],
 )
-def test_folders(data, change, kind, path):
+def test_folders(data, change, code, path):
     change(data)
     cfg = seg_config(data, 150, type='ADE20KDataset', metainfo=None)
-    assert (kind, str(data / path)) in found(full(cfg)) and kind in kinds(full(cfg), 'error')
+    assert (code, str(data / path)) in found(full(cfg)) and code in codes(full(cfg), 'error')
     with pytest.raises(UserError, match=str(data / path)):
         check_data(cfg, ('train', 'val'))
 
 
-def test_a_folder_deeper_is_proposed(data):
+def test_nested_data_root_is_suggested(data):
     with pytest.raises(UserError, match=f'Did you mean --data-root {data}') as info:
         check_data(seg_config(data.parent), ('train', 'val'))
     assert 'the data root contains: data' in str(info.value)
@@ -159,13 +172,13 @@ def test_list_of_images(data):
         ('image-missing', str(data / 'images/training/ghost.jpg')),
         ('label-missing', str(data / 'annotations/training/ghost.png')),
     }
-    assert full(cfg).sets[0].inspected == 3
+    assert full(cfg).datasets[0].inspected == 3
     cfg = seg_config(data, splits=('train',), ann_file='gone.txt')
     assert found(full(cfg)) == {('annotation-file-missing', str(data / 'gone.txt'))}
 
 
 @pytest.mark.parametrize(
-    ('changes', 'kind', 'text'),
+    ('changes', 'code', 'text'),
     [
         (
             dict(pipeline=[dict(type='LoadAnnotations', reduce_zero_label=False)]),
@@ -176,25 +189,25 @@ def test_list_of_images(data):
         (dict(metainfo=dict(classes=tuple('abc'))), 'classes-mismatch', 'train_dataloader.dataset has 3 classes'),
     ],
 )
-def test_config_that_contradicts_itself(data, changes, kind, text):
+def test_contradictory_config(data, changes, code, text):
     cfg = seg_config(data, splits=('train',), **changes)
-    problem = next(problem for _, problem in full(cfg).found() if problem.kind == kind)
-    assert text in problem.found and problem.severity == 'error'
+    finding = next(finding for _, finding in full(cfg).findings() if finding.code == code)
+    assert text in finding.message and finding.severity == 'error'
 
 
 @pytest.mark.parametrize('changes', [dict(type='ADE20KDatset'), dict(type=None)])
-def test_config_that_names_no_data_set(data, changes):
+def test_unknown_data_set_type(data, changes):
     with pytest.raises(UserError, match='ADE20KDatset|this is no data set'):
         full(seg_config(data, **changes))
 
 
-def test_some_classes_of_a_type_may_be_picked(data):
+def test_subset_of_the_classes_of_a_type(data):
     """The files still hold the ids of all classes; mmseg maps them."""
     ids(1, 150).save(label(data, 0))
     cfg = seg_config(data, 2, splits=('train',), type='ADE20KDataset', metainfo=dict(classes=('wall', 'sky')))
-    assert not kinds(full(cfg), 'error')
+    assert not codes(full(cfg), 'error')
     ids(1, 151).save(label(data, 0))
-    assert kinds(full(cfg), 'error') == {'label-out-of-range'}
+    assert codes(full(cfg), 'error') == {'label-out-of-range'}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +216,7 @@ def test_some_classes_of_a_type_may_be_picked(data):
 def test_generated_scenes_are_clean(tmp_path, layout, kind, classes):
     write_demo_data(tmp_path, layout, train=4, val=2, size=(64, 64))
     result = full(camvid(tmp_path, layout, kind, classes))
-    assert not kinds(result, 'error', 'warning') and [one.inspected for one in result.sets] == [4, 2]
+    assert not codes(result, 'error', 'warning') and [one.inspected for one in result.datasets] == [4, 2]
 
 
 def camvid(root: Path, layout: str, kind: str, classes: int):
@@ -220,9 +233,9 @@ def camvid(root: Path, layout: str, kind: str, classes: int):
 )
 def test_photographs_have_notes_only(reference, layout, kind, classes):
     result = full(camvid(reference / 'data/camvid' / layout, layout, kind, classes))
-    assert kinds(result) == {'class-absent'} == kinds(result, 'note')
-    assert [one.inspected for one in result.sets] == [32, 16]
-    assert sum(result.sets[0].class_counts().values()) == 5_309_253
+    assert codes(result) == {'class-absent'} == codes(result, 'note')
+    assert [one.inspected for one in result.datasets] == [32, 16]
+    assert sum(result.datasets[0].class_counts().values()) == 5_309_253
 
 
 @pytest.mark.parametrize('hidden', [False, True])
@@ -238,15 +251,15 @@ def test_raw_label_ids_of_cityscapes(tmp_path, hidden):
             ids(7, 26, 33).save(labels / f'{i}_gtFine_label{"TrainIds" if hidden else "Ids"}.png')
     result = full(cfg)
     assert found(result) >= {('cityscapes-raw-labels', str(path)) for path in (tmp_path / 'gtFine').rglob('*.png')}
-    assert kinds(result, 'error') == {'cityscapes-raw-labels'}
+    assert codes(result, 'error') == {'cityscapes-raw-labels'}
     with pytest.raises(UserError, match='convert_cityscapes'):
         check_data(cfg, ('train', 'val'))
     cfg.train_dataloader.dataset.seg_map_suffix = '_gtFine_labelIds.png'
-    assert any('names raw label ids' in problem.found for _, problem in full(cfg).found())
+    assert any('names raw label ids' in finding.message for _, finding in full(cfg).findings())
 
 
 @pytest.mark.parametrize(
-    ('given', 'reduce', 'classes', 'kind'),
+    ('values', 'reduce', 'classes', 'code'),
     [
         ((0, 1, 7, 255), True, 8, 'reduce-zero-on'),
         ((1, 2, 7), True, 8, 'reduce-zero-on'),
@@ -261,42 +274,41 @@ def test_raw_label_ids_of_cityscapes(tmp_path, hidden):
         ((1, 3, 20), False, 150, None),
     ],
 )
-def test_doubts_whether_zero_is_a_class(data, given, reduce, classes, kind):
+def test_reduce_zero_label_that_contradicts_the_ids(data, values, reduce, classes, code):
     for path in data.glob('annotations/*/*'):
-        ids(*given).save(path)
+        ids(*values).save(path)
     metainfo = dict(metainfo=dict(classes=tuple(map(str, range(classes)))))
     cfg = seg_config(data, classes, reduce_zero_label=reduce, **metainfo)
-    assert kinds(full(cfg)) & {'reduce-zero-on', 'reduce-zero-off'} == ({kind} if kind else set())
-    if kind == 'reduce-zero-on':
+    assert codes(full(cfg)) & {'reduce-zero-on', 'reduce-zero-off'} == ({code} if code else set())
+    if code == 'reduce-zero-on':
         lines = check_data(cfg, ('train', 'val'))
         assert any(line.startswith('warning: ') and 'reduce_zero_label=True with 8 classes' in line for line in lines)
         ids(8).save(label(data, 0))  # one file of the same root is enough
-        assert kind not in kinds(full(cfg))
+        assert code not in codes(full(cfg))
 
 
-def test_class_frequencies_and_sizes_are_those_of_a_count(data, monkeypatch):
+def test_class_frequencies_and_sizes(data, monkeypatch):
     noise(64, 80).save(image(data, 3))
     ids(1, 8, size=(64, 80)).save(label(data, 3))
     result = full(seg_config(data))
     maps = [np.asarray(Image.open(path)) for path in label(data, 0).parent.iterdir()]
     expected = {name: sum(int((m == i).sum()) for m in maps) for i, name in enumerate('abcdefgh', 1)}
-    assert result.sets[0].class_counts() == expected
-    assert result.sets[0].sizes == {(64, 64): 5, (80, 64): 1}
+    assert result.datasets[0].class_counts() == expected
+    assert result.datasets[0].sizes == {(64, 64): 5, (80, 64): 1}
     noise().save(image(data, 3))
     for path in data.glob('annotations/*/*'):
         ids(1, 2, 8).save(path)
-    assert [str(p) for _, p in full(seg_config(data)).found()] == [
+    assert [str(p) for _, p in full(seg_config(data)).findings()] == [
         f'{data}/annotations/{folder}: 5 of 8 classes do not occur: c, d, e, f, g'
         for folder in ('training', 'validation')
     ]
-    monkeypatch.setattr(files, 'SAMPLE', 2)
-    assert not kinds(audit(seg_config(data), jobs=1)), 'of a sample that is not certain'
+    monkeypatch.setattr(files, 'INSPECTED_FILES', 2)
+    assert not codes(audit(seg_config(data), jobs=1)), 'of a sample that is not certain'
 
 
-# -- images in two splits -------------------------------------------------------------------------------------
 @pytest.mark.parametrize('whole', [True, False])
 @pytest.mark.parametrize('how', ['same files', 'linked folder', 'list', 'copies'])
-def test_images_that_are_trained_on_and_scored(data, whole, how):
+def test_training_images_in_validation_data(data, whole, how):
     cfg = seg_config(data)
     val = cfg.val_dataloader.dataset
     trained = [image(data, i) for i in range(6)]
@@ -307,7 +319,7 @@ def test_images_that_are_trained_on_and_scored(data, whole, how):
         for kind in ('images', 'annotations'):
             (data / kind / 'linked').symlink_to('training')
         val.data_prefix = dict(img_path='images/linked', seg_map_path='annotations/linked')
-        shared = {path.replace('training', 'linked') for path in shared}
+        shared = {path.replace('images/training', 'images/linked') for path in shared}
     elif how == 'list':
         (data / 'val.txt').write_text('\n'.join(path.stem for path in trained[1:4]))
         val.data_prefix, val.ann_file = dict(cfg.train_dataloader.dataset.data_prefix), 'val.txt'
@@ -318,19 +330,20 @@ def test_images_that_are_trained_on_and_scored(data, whole, how):
         shutil.copy(image(data, 2, 'val'), image(data, 2, 'val').with_name(trained[3].name))  # only the same name
         shutil.copy(label(data, 2), label(data, 2, 'val').with_name(label(data, 3).name))
     result = audit(cfg, full=whole, jobs=1)
-    assert {path for kind, path in found(result) if kind == 'leak'} == shared
+    assert {path for code, path in found(result) if code == 'leak'} == shared
+    assert 'leak' in codes(result, 'error')
+    assert any(line.startswith('warning: val data: ') for line in check_data(cfg, ('train', 'val')))
 
 
-# -- single files ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('suffix', ['jpg', 'png', 'tiff'])
-def test_images_are_as_large_as_training_reads_them(tmp_path, orientation, suffix):
+def test_image_size_is_that_of_mmcv(tmp_path, orientation, suffix):
     import mmcv
 
     path = tmp_path / f'x.{suffix}'
     rotated(path, orientation, 48, 64)
-    seen = inspect(Task(str(path)), Rules())
-    assert not seen.problems and seen.size[::-1] == mmcv.imread(path).shape[:2]
+    seen = inspect_sample(Sample(str(path)), LabelFormat())
+    assert not seen.findings and seen.size[::-1] == mmcv.imread(path).shape[:2]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -340,7 +353,7 @@ def test_images_are_as_large_as_training_reads_them(tmp_path, orientation, suffi
     junk=st.binary(max_size=40),
     keep=st.floats(0, 1),
 )
-def test_any_file_gives_problems_or_an_image(tmp_path, kind, at, junk, keep):
+def test_any_file_has_findings_or_pixels(tmp_path, kind, at, junk, keep):
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 9, (20, 30), np.uint8)).save(buffer, kind)
     content = bytearray(buffer.getvalue())
@@ -348,8 +361,8 @@ def test_any_file_gives_problems_or_an_image(tmp_path, kind, at, junk, keep):
     content[place : place + len(junk)] = junk
     path = tmp_path / 'x.png'
     path.write_bytes(content[: int(keep * len(content)) + 1])
-    seen = inspect(Task(str(path), str(path)), Rules(8, hashes=True))
-    assert seen.problems or seen.size and seen.pixels
+    seen = inspect_sample(Sample(str(path), str(path)), LabelFormat(8), hash_image=True)
+    assert seen.findings or seen.size and seen.pixel_counts
     try:
         assert read_image(path).shape[-1] == 3
     except UserError as error:
@@ -357,7 +370,7 @@ def test_any_file_gives_problems_or_an_image(tmp_path, kind, at, junk, keep):
 
 
 @pytest.mark.parametrize('options', [{}, {'progressive': True}])
-def test_a_jpeg_that_is_cut_off_is_told_from_one_with_something_behind(tmp_path, options):
+def test_truncated_jpeg_but_not_one_with_data_appended(tmp_path, options):
     """OpenCV reads the first as an image, its end grey; phones write the second."""
     path = tmp_path / 'x.jpg'
     noise(80, 80).save(path, **options)
@@ -372,8 +385,8 @@ def test_a_jpeg_that_is_cut_off_is_told_from_one_with_something_behind(tmp_path,
 
 
 @pytest.mark.parametrize('count', [0, 1, 2, 63, 64, 65, 1000])
-def test_a_sample_is_spread_over_all_files(count):
-    spread = sample(range(count))
+def test_files_are_picked_evenly(count):
+    spread = pick_evenly(range(count))
     assert len(spread) == min(64, count) and spread == sorted(set(spread))
     assert not count or (spread[0], spread[-1]) == (0, count - 1)
     steps = np.diff(spread)

@@ -70,7 +70,7 @@ def test_files_that_disagree_are_named(tmp_path, classes):
 @pytest.mark.parametrize('names', [[f'kind {i}' for i in range(21)], ['helmet, yellow', 'vest']])
 def test_many_names_and_names_with_commas_need_a_file(tmp_path, names):
     root = write_coco_root(tmp_path / 'data', names)
-    assert f'--classes FILE, with these {len(names)} names, one a line: {names[0]}' in rejection(at(root))
+    assert f'--classes FILE, with these {len(names)} names, one per line: {names[0]}' in rejection(at(root))
 
 
 def test_some_of_the_80_classes_are_enough(tmp_path):
