@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from replk_mm.visualize import colorize, legend, overlay, sheet
+from replk_mm.visualize import class_legend, colorize, image_grid, overlay
 
 PALETTE = [[255, 0, 0], [0, 255, 0], [10, 20, 30]]
 
@@ -27,7 +27,7 @@ def test_overlay_mixes_classes_and_leaves_ignored_pixels():
 def test_legend_shows_the_colours_of_what_is_there(height):
     labels = np.zeros((10, 10), int)
     labels[:3] = 1
-    panel = legend(labels, ['red', 'green', 'dark'], PALETTE, height)
+    panel = class_legend(labels, ['red', 'green', 'dark'], PALETTE, height)
     assert panel.shape == (height, 210, 3)
     colours = {tuple(c) for c in panel.reshape(-1, 3).tolist()}
     assert ((0, 0, 255) in colours) == (height > 12), 'with one row, the row counts the others'
@@ -40,7 +40,7 @@ def test_legend_shows_the_colours_of_what_is_there(height):
 
 def test_sheet_places_every_picture():
     pictures = [[np.full((20, 30, 3), 10 * r + c + 1, np.uint8) for c in range(3)] for r in range(2)]
-    found = sheet(pictures, ['a', 'b', 'c'], gap=4)
+    found = image_grid(pictures, ['a', 'b', 'c'], gap=4)
     for r in range(2):
         for c in range(3):
             assert (found == 10 * r + c + 1).all(-1).sum() == 600

@@ -122,7 +122,7 @@ class _Normalize(torch.autograd.Function):
         return grad_x, *of_affine, None, None, None, None
 
 
-def pooled_norm(model: nn.Module) -> str | None:
+def find_pooled_batch_norm(model: nn.Module) -> str | None:
     """Path of a module that trains BatchNorm on maps pooled to 1x1, where one image has no variance, or None."""
     for name, module in model.named_modules():
         children = list(module.children())

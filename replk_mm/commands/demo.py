@@ -29,7 +29,7 @@ from replk_mm.engine.predict import instances, label_map, load_trained, predict
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.train import train
 from replk_mm.errors import UserError, command
-from replk_mm.visualize import colorize, draw_instances, legend, sheet
+from replk_mm.visualize import class_legend, colorize, draw_instances, image_grid
 
 _SHOWN = 6
 _LEAST_SCORE = 0.5
@@ -96,9 +96,9 @@ def draw_objects(model: Any, data: Path, out: Path) -> Path:
 
 
 def _write(rows: list[list[np.ndarray]], titles: list[str], classes: list[str], palette: list, out: Path) -> Path:
-    picture = sheet(rows, titles)
+    picture = image_grid(rows, titles)
     everything = np.arange(len(classes)).repeat(2).reshape(-1, 2)
-    key = legend(everything, classes, palette, picture.shape[0], shares=False)
+    key = class_legend(everything, classes, palette, picture.shape[0], shares=False)
     cv2.imwrite(str(out), np.hstack([picture, key]))
     return out
 

@@ -12,7 +12,7 @@ from replk_mm.engine import predict as prediction
 from replk_mm.engine.config import load_config
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import command
-from replk_mm.visualize import draw_instances, legend, overlay
+from replk_mm.visualize import class_legend, draw_instances, overlay
 
 
 def score(text: str) -> float:
@@ -58,7 +58,9 @@ def main() -> None:
         used.add(stem)
         if prediction.is_segmentor(model):
             labels = prediction.label_map(found)
-            picture = np.hstack([overlay(image, labels, palette), legend(labels, classes, palette, image.shape[0])])
+            picture = np.hstack(
+                [overlay(image, labels, palette), class_legend(labels, classes, palette, image.shape[0])]
+            )
             prediction.write_picture(out / f'{stem}_labels.png', labels)
         else:
             objects = prediction.instances(found, args.score)

@@ -13,7 +13,7 @@ from mmengine.config import Config, ConfigDict
 from replk_mm.data import class_heads, coco
 from replk_mm.data.datasets import dataset_class, dataset_option, named_datasets
 from replk_mm.errors import UserError, format_list
-from replk_mm.visualize import spread_palette
+from replk_mm.visualize import make_palette
 
 #: Files in a data root that name its classes, one a line.
 CLASSES_FILE = 'classes.txt'
@@ -157,7 +157,7 @@ def set_classes(cfg: Config, names: Sequence[str], counted: bool = False) -> lis
 def _palette(names: Sequence[str], metainfo: dict) -> list[list[int]]:
     """Colours: the data set type's own for names that it knows, others spread over the hues."""
     known = dict(zip(metainfo.get('classes') or (), metainfo.get('palette') or (), strict=False))
-    made = spread_palette(len(names))
+    made = make_palette(len(names))
     return [list(known.get(name, colour)) for name, colour in zip(names, made, strict=True)]
 
 

@@ -1,12 +1,12 @@
-"""Structural reparameterization: merge parallel kernels and fold BatchNorm.
+"""Structural reparameterization: merge parallel kernels and fold BatchNorm into convolutions.
 
 "RepVGG: Making VGG-style ConvNets Great Again", Ding et al., CVPR 2021, arXiv:2101.03697, section 3.3, applied as in
 the RepLKNet paper (arXiv:2203.06717, guideline 3). In evaluation mode BatchNorm is an affine map of each channel, so
 
-* behind a convolution it scales the kernel's output channels and moves its bias;
-* in front of a convolution without padding it scales the input channels (with padding the zeros around the map would
-  have to be something else, so that it is left alone there);
-* two parallel convolutions of one input are one, with the small kernel in the centre of the large one.
+* after a convolution, it scales the kernel's output channels and shifts its bias;
+* before a convolution without padding, it scales the kernel's input channels. With padding it stays, because the zeros
+  around the map would need another value;
+* two parallel convolutions of the same input are one convolution, with the small kernel at the centre of the large one.
 """
 
 import copy
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.backbones.sync_norm import SyncBatchNorm
-from replk_mm.deploy.equivalence import batch_norms
+from replk_mm.deploy.equivalence import named_batch_norms
 from replk_mm.ops import DepthwiseConv2d
 
-# Subclasses may compute something else with their weight (weight standardization, deformable sampling); torch gives a
-# convolution with a parametrized weight a class of its own, too.
+# Subclasses may use their weight in another way (weight standardization, deformable sampling). torch also creates a
+# subclass for a convolution with a parametrized weight.
 _PLAIN_CONVOLUTIONS = {
     'torch.nn.modules.conv.Conv1d',
     'torch.nn.modules.conv.Conv2d',
@@ -37,18 +37,18 @@ _PLAIN_CONVOLUTIONS = {
     'mmcv.cnn.bricks.wrappers.Conv3d',
     'replk_mm.ops.depthwise.DepthwiseConv2d',
 }
-# What a BatchNorm layer must run to be the affine map that is folded; a subclass may run something else.
+# The forward methods that are an affine map in evaluation mode; a subclass may override them.
 _PLAIN_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
 
 
 @dataclass
 class Changes:
-    """What :func:`reparameterize` did, as module paths.
+    """Changes made by :func:`reparameterize`, as module paths.
 
     Attributes:
         merged: Parallel branches that became one convolution.
-        folded: BatchNorm layers that went into a convolution.
-        left: BatchNorm layers that stay, because no convolution takes them exactly.
+        folded: BatchNorm layers folded into a convolution.
+        left: BatchNorm layers that no convolution can absorb exactly.
     """
 
     merged: list[str] = field(default_factory=list)
@@ -65,16 +65,16 @@ def reparameterize(
 ) -> tuple[nn.Module, Changes]:
     """Merge parallel kernels and fold BatchNorm wherever that is exact in evaluation mode.
 
-    Works on any module tree, a whole segmentor or detector too. Doing it twice changes nothing the second time.
+    Works on any module tree, including whole segmentors and detectors. A second call changes nothing.
 
     Args:
-        model: Any module. Its BatchNorm layers are taken as they are in evaluation mode.
+        model: Any module.
         merge: Merge the parallel kernels of RepLKNet. Defaults to True.
         fold: Fold BatchNorm layers into convolutions. Defaults to True.
         inplace: Change ``model`` itself instead of a copy. Defaults to False.
 
     Returns:
-        The network in evaluation mode, and what was changed.
+        The network in evaluation mode, and the list of changes.
     """
     model = (model if inplace else copy.deepcopy(model)).eval()
     changes = Changes()
@@ -83,7 +83,7 @@ def reparameterize(
             if isinstance(module, ReparamLargeKernelConv) and _merge_branches(module):
                 changes.merged.append(name)
     if fold:
-        # A convolution that several parents use (heads shared between pyramid levels) must serve all of their norms.
+        # A convolution with several parents, as in heads shared between pyramid levels, serves several norms.
         uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
         for name, norm_owner, norm_name, conv_owner, conv_name, norm_first in list(_pairs(model)):
             norm, conv = norm_owner.get_submodule(norm_name), conv_owner.get_submodule(conv_name)
@@ -92,15 +92,18 @@ def reparameterize(
             conv_owner._modules[conv_name] = _fold(norm, conv, norm_first)
             norm_owner._modules[norm_name] = nn.Identity().eval()
             if isinstance(norm_owner, ConvModule):
-                norm_owner.turn_on_efficient_conv_bn_eval(False)  # mmcv's own folding at run time expects the norm
+                norm_owner.turn_on_efficient_conv_bn_eval(False)  # it needs the norm
             changes.folded.append(f'{name}.{norm_name}'.lstrip('.'))
-    changes.left = [name for name, _ in batch_norms(model)]
+    changes.left = [name for name, _ in named_batch_norms(model)]
     return model, changes
 
 
 def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module, str, bool]]:
-    """Norms and convolutions that follow each other with nothing between: (path, norm's owner, its name there,
-    convolution's owner, its name there, whether the norm comes first)."""
+    """Yield adjacent norms and convolutions.
+
+    Each is a tuple of the path, the norm's parent and name, the convolution's parent and name, and whether the norm
+    comes first.
+    """
     for name, module in model.named_modules():
         if isinstance(module, ConvModule):
             if module.with_norm and module.order[:2] == ('conv', 'norm') and not module.with_spectral_norm:
@@ -134,7 +137,7 @@ def _foldable(norm: Any, conv: Any, norm_first: bool) -> bool:
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a BatchNorm layer in evaluation mode, ``(C,)`` each, in float64."""
+    """Return scale and shift of a BatchNorm layer in evaluation mode, each ``(C,)`` in float64."""
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.affine:
         scale = scale * norm.weight.detach().double()
@@ -144,7 +147,7 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
 
 def _fold(norm: Any, conv: Any, norm_first: bool) -> Any:
     scale, shift = _affine(norm)
-    weight = conv.weight.detach().double()  # (out, in / groups, ...); products in float64 are rounded once
+    weight = conv.weight.detach().double()  # (out, in / groups, ...), in float64 to round once
     bias = torch.zeros_like(scale) if conv.bias is None else conv.bias.detach().double()
     kernel = (1,) * (weight.dim() - 2)
     if norm_first:
@@ -171,7 +174,7 @@ def _with_weights(conv: Any, weight: Tensor, bias: Tensor) -> Any:
 
 
 def _merge_branches(block: Any) -> bool:
-    """Make one convolution with bias of a block's branches. Only BatchNorm and the identity can go into a kernel."""
+    """Replace a block's branches with one convolution, if every norm is BatchNorm or the identity."""
     if block.merged:
         return False
     branches = [block.lkb_origin] + ([block.small_conv] if hasattr(block, 'small_conv') else [])
@@ -202,5 +205,5 @@ def _merge_branches(block: Any) -> bool:
 
 
 def _fold_double(branch: Any) -> Any:
-    """A branch's convolution with its norm folded in float64, so that the sum of branches is rounded once."""
+    """Fold a branch's norm in float64, so that the sum of branches is rounded once."""
     return _fold(branch.bn, copy.deepcopy(branch.conv).double(), False)

@@ -13,7 +13,7 @@ from replk_mm.checkpoints.loading import TRAINING_ONLY, LoadReport, copy_weights
 from replk_mm.data.checks.classes import checkpoint_classes, classes_advice
 from replk_mm.data.classes import classes_of, set_classes
 from replk_mm.data.datasets import datasets_of
-from replk_mm.deploy.equivalence import compare
+from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.errors import UserError, format_list
@@ -168,7 +168,7 @@ def reparameterize_checkpoint(
     built = build_for_inference(cfg, checkpoint, packed=False)
     model, meta = built.model, built.meta
     merged, changes = reparameterize(model)
-    differences = compare(model, merged, (1, 3, *shape))
+    differences = compare_networks(model, merged, (1, 3, *shape))
     if not all(d.ok for d in differences):
         raise UserError(
             f'{checkpoint}: the merged network computes something else, nothing was written\n'

@@ -7,7 +7,7 @@ from mmcv.cnn import build_norm_layer
 from mmengine.config import Config
 from rank_cases import in_new_python
 
-from replk_mm.backbones.sync_norm import SyncBatchNorm, pooled_norm
+from replk_mm.backbones.sync_norm import SyncBatchNorm, find_pooled_batch_norm
 from replk_mm.engine.config import fit_to_machine
 
 SCRIPT = """
@@ -190,7 +190,7 @@ def test_one_image_a_process_can_train_on_a_map_pooled_to_one_pixel():
     def pool(norm):
         return nn.Sequential(nn.Sequential(nn.AdaptiveAvgPool2d(1), norm(3)))
 
-    assert pooled_norm(pool(nn.BatchNorm2d)) and not pooled_norm(pool(SyncBatchNorm))
+    assert find_pooled_batch_norm(pool(nn.BatchNorm2d)) and not find_pooled_batch_norm(pool(SyncBatchNorm))
 
 
 @pytest.mark.parametrize('before', ['SyncBN', 'MMSyncBN', 'replk_mm.SyncBN'])

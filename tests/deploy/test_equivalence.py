@@ -8,7 +8,7 @@ import torch
 from reparam_cases import backbone
 from torch import nn
 
-from replk_mm.deploy.equivalence import compare
+from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import reparameterize
 
 
@@ -26,17 +26,17 @@ def test_wrong_fold_is_noticed(corrupt):
             large.weight.copy_(large.weight.roll(1, -1))
         else:
             large.bias[0] = math.nan if corrupt == 'nan' else math.inf
-    found = compare(model, after)
+    found = compare_networks(model, after)
     assert not any(d.ok for d in found)
     assert all('DIFFERENT' in str(d) for d in found)
-    assert not any(d.ok for d in compare(after, model))
+    assert not any(d.ok for d in compare_networks(after, model))
 
 
 def test_same_nan_is_no_equality():
     model = backbone()
     with torch.no_grad():
         model.stem[0].bn.bias[0] = math.nan
-    assert not any(d.ok for d in compare(model, copy.deepcopy(model)))
+    assert not any(d.ok for d in compare_networks(model, copy.deepcopy(model)))
 
 
 class Outputs(nn.Module):
@@ -49,16 +49,16 @@ class Outputs(nn.Module):
 
 
 def test_other_outputs_are_different():
-    assert all(d.ok for d in compare(Outputs((1, 2), (3,)), Outputs((1, 2), (3,))))
+    assert all(d.ok for d in compare_networks(Outputs((1, 2), (3,)), Outputs((1, 2), (3,))))
     for other in (Outputs((1, 2)), Outputs((1, 2), (1,)), Outputs((1, 2), (3,), (3,)), Outputs()):
-        assert not any(d.ok for d in compare(Outputs((1, 2), (3,)), other))
+        assert not any(d.ok for d in compare_networks(Outputs((1, 2), (3,)), other))
     with pytest.raises(ValueError, match='no output'):
-        compare(Outputs(), Outputs())
+        compare_networks(Outputs(), Outputs())
 
 
 def test_networks_are_not_changed_by_comparing():
     model = backbone().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    compare(model, model)
+    compare_networks(model, model)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())

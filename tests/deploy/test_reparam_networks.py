@@ -8,7 +8,7 @@ from norms import randomize_norms
 from reparam_cases import BN, CHANNELS, REPLK, SEGMENTOR, build, norms
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from replk_mm.deploy.equivalence import compare, network_outputs
+from replk_mm.deploy.equivalence import compare_networks, network_outputs
 from replk_mm.deploy.reparameterize import reparameterize
 
 CASCADE = dict(
@@ -48,8 +48,8 @@ def test_segmentor():
     assert norms(after) == changes.left == [] and len(changes.merged) == 5
     assert any(name.startswith('decode_head.') for name in changes.folded)
     assert any(name.startswith('auxiliary_head.') for name in changes.folded)
-    found = compare(model, after)
-    assert all(d.ok and not d.unproven for d in found)
+    found = compare_networks(model, after)
+    assert all(d.ok and not d.not_compared for d in found)
     image = torch.randn(1, 3, 64, 64)
     assert torch.allclose(
         after.encode_decode(image, [dict(img_shape=(64, 64))]),
@@ -62,7 +62,7 @@ def test_cascade_segmentor():
     pytest.importorskip('mmseg')
     model = build(CASCADE, 'mmseg')
     after, changes = reparameterize(model)
-    assert all(d.ok and not d.unproven for d in compare(model, after))
+    assert all(d.ok and not d.not_compared for d in compare_networks(model, after))
 
 
 NECK = dict(type='FPN', in_channels=CHANNELS, out_channels=8, num_outs=5, norm_cfg=BN)
@@ -164,7 +164,7 @@ def test_detectors(name):
     assert norms(after) == changes.left == [] and len(changes.merged) == 5
     parts = {path.split('.')[0] for path in changes.folded}
     assert parts == {'backbone', 'neck', 'roi_head' if 'R-CNN' in name else 'bbox_head'}
-    assert all(d.ok and d.unproven == [] for d in compare(model, after))
+    assert all(d.ok and d.not_compared == [] for d in compare_networks(model, after))
     # Every head's output is in the comparison: it notices when the last layer of any of them is off by little.
     for end in ENDS[name]:
         wrong = copy.deepcopy(after)
@@ -195,7 +195,7 @@ def test_separate_norms_of_shared_convolutions():
     after, changes = reparameterize(model)
     left = [n for n in norms(model) if n.startswith('bbox_head.')]
     assert len(left) == 2 * 2 * 5 and changes.left == left
-    assert all(d.ok and not d.unproven for d in compare(model, after))
+    assert all(d.ok and not d.not_compared for d in compare_networks(model, after))
 
 
 def test_part_that_does_not_run_is_named():
@@ -217,6 +217,8 @@ def test_part_that_does_not_run_is_named():
         ),
     )
     model = build(dict(DETECTORS['Mask R-CNN'], roi_head=roi), 'mmdet')
-    found = compare(model, reparameterize(model)[0])
-    assert all(d.ok and d.unproven and all(n.startswith('roi_head.bbox_head.') for n in d.unproven) for d in found)
-    assert 'not compared' in str(found[0]) and found[0].unproven[0] in str(found[0])
+    found = compare_networks(model, reparameterize(model)[0])
+    assert all(
+        d.ok and d.not_compared and all(n.startswith('roi_head.bbox_head.') for n in d.not_compared) for d in found
+    )
+    assert 'not compared' in str(found[0]) and found[0].not_compared[0] in str(found[0])

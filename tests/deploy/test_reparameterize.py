@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from replk_mm.backbones import ConvNeXt, RepLKNet
 from replk_mm.backbones.replknet import ConvFFN, ReparamLargeKernelConv
-from replk_mm.deploy.equivalence import compare
+from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.ops import DepthwiseConv2d
 
@@ -96,14 +96,14 @@ def test_norms_of_features_stay():
     model = backbone(norm_intermediate_features=True)
     after, changes = reparameterize(model)
     assert norms(after) == changes.left == [f'stages.{i}.norm' for i in range(4)]
-    assert all(d.ok for d in compare(model, after))
+    assert all(d.ok for d in compare_networks(model, after))
     assert '4 BatchNorm layers stay (stages.0.norm' in str(changes)
 
 
 def test_float32_agrees():
     model = backbone()
     after, _ = reparameterize(model)
-    found = compare(model, after)
+    found = compare_networks(model, after)
     assert [d.dtype for d in found] == [torch.float64, torch.float32] and all(d.ok for d in found)
     assert 0 < found[0].relative <= 1e-6 and found[1].relative <= 1e-5
     assert all('equal' in str(d) for d in found)
@@ -123,7 +123,7 @@ def test_structure_equals_that_of_small_kernel_merged():
     after, _ = reparameterize(backbone(), fold=False)
     built = RepLKNet(TINY, small_kernel_merged=True).eval()
     built.load_state_dict(after.state_dict(), strict=True)
-    assert all(d.relative == 0 for d in compare(after, built))
+    assert all(d.relative == 0 for d in compare_networks(after, built))
 
 
 def test_copy_and_in_place():
@@ -282,4 +282,4 @@ def test_convnext_has_nothing_to_fold():
     model = ConvNeXt(dict(depths=[1, 1, 1, 1], channels=[8, 8, 8, 8]))
     after, changes = reparameterize(model)
     assert changes.merged == changes.folded == changes.left == []
-    assert all(d.relative == 0 for d in compare(model, after))
+    assert all(d.relative == 0 for d in compare_networks(model, after))

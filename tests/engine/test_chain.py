@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import tiny, trained  # noqa: F401
 from tool_cases import merged, plain, read  # noqa: F401
 
-from replk_mm.deploy.equivalence import Difference
+from replk_mm.deploy.equivalence import NetworkDifference
 from replk_mm.engine import inference, results
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.inference import reparameterize_checkpoint
@@ -129,7 +129,7 @@ def test_merging_onto_the_input_is_refused(tiny, trained):
 
 
 def test_failing_proof_writes_nothing(tiny, trained, tmp_path, monkeypatch):
-    bad = [Difference(torch.float32, 1.0, 1.0, 1e-4)]
+    bad = [NetworkDifference(torch.float32, 1.0, 1.0, 1e-4)]
     monkeypatch.setattr(inference, 'compare', lambda *args: bad)
     with pytest.raises(UserError, match='nothing was written') as info:
         reparameterize_checkpoint(tiny.cfg(), str(trained), tmp_path / 'x' / 'out.pth')

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from replk_mm.analysis.benchmark.baseline import build_networks
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_to_bfloat16
 from replk_mm.analysis.timing import memory_growth
-from replk_mm.backbones.sync_norm import pooled_norm
+from replk_mm.backbones.sync_norm import find_pooled_batch_norm
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.config import fit_to_machine, load_config
 from replk_mm.engine.machine import keep_freed_memory
@@ -75,7 +75,7 @@ def set_input_size(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:
 
 def min_batch_size(net: nn.Module, mode: str) -> int:
     """Smallest number of images per batch: two where BatchNorm trains on maps of one pixel."""
-    return 2 if mode == 'train' and pooled_norm(net) else 1
+    return 2 if mode == 'train' and find_pooled_batch_norm(net) else 1
 
 
 def peak_memory(case: BenchmarkCase, network: str, precision: str, keep_freed: bool) -> int | None | str:

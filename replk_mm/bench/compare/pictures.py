@@ -11,7 +11,7 @@ import numpy as np
 from replk_mm.bench.compare.results import Result
 from replk_mm.data.files import read_image
 from replk_mm.engine.predict import write_picture
-from replk_mm.visualize import draw_instances, overlay, put_text, sheet, swatches
+from replk_mm.visualize import color_legend, draw_instances, draw_text, image_grid, overlay
 
 if TYPE_CHECKING:
     from replk_mm.bench.compare.detection import Matches, Objects
@@ -221,7 +221,7 @@ def _cell(picture: np.ndarray, caption: str, height: int) -> np.ndarray:
     picture, _ = _fit(picture, height, cv2.INTER_NEAREST)
     cell = np.full((height + _CAPTION, WIDTH, 3), 255, np.uint8)
     cell[: picture.shape[0], : picture.shape[1]] = picture
-    put_text(cell, caption if len(caption) <= 40 else f'...{caption[-37:]}', (2, height + 13), 0.38)
+    draw_text(cell, caption if len(caption) <= 40 else f'...{caption[-37:]}', (2, height + 13), 0.38)
     return cell
 
 
@@ -246,12 +246,12 @@ def write_sheets(out: Path, found: Rows, titles: Sequence[str]) -> list[str]:
         height = min(
             HEIGHT, max(round(picture.shape[0] * WIDTH / picture.shape[1]) for row in rows for picture, _ in row)
         )
-        canvas = sheet([[_cell(picture, caption, height) for picture, caption in row] for row in rows], titles)
+        canvas = image_grid([[_cell(picture, caption, height) for picture, caption in row] for row in rows], titles)
         key = list(found.key)
         if found.palette:
             ids = np.unique(np.concatenate(found.occurring[start : start + PER_SHEET]))
             key += [(found.palette[i], found.classes[i]) for i in ids if i < len(found.classes)]
-        panel = swatches(key, max(canvas.shape[0], 20 * min(len(key), 20) + 10))
+        panel = color_legend(key, max(canvas.shape[0], 20 * min(len(key), 20) + 10))
         below = panel.shape[0] - canvas.shape[0]
         canvas = cv2.copyMakeBorder(canvas, 0, below, 0, 0, cv2.BORDER_CONSTANT, value=NO_LABEL)
         names.append(f'changed_{start // PER_SHEET + 1}.png')

@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from replk_mm.bench.report.load import ProtocolGroup, Record, ReportRow
-from replk_mm.visualize import colorize, draw_instances, spread_palette
+from replk_mm.visualize import colorize, draw_instances, make_palette
 
 #: Of all pictures of a page together, in bytes as they stand in it.
 MOST_BYTES = 12 * 2**20
@@ -73,7 +73,7 @@ class SplitFiles(BaseModel):
 
     def model_post_init(self, _: Any) -> None:
         """Give every class a colour; where they are unknown, 255 labels."""
-        self.palette += spread_palette(len(self.classes) or 255)[len(self.palette) :]
+        self.palette += make_palette(len(self.classes) or 255)[len(self.palette) :]
 
     @property
     def first(self) -> int:
