@@ -1,9 +1,9 @@
 """Parameters and multiply-accumulates (MACs) of a network and of its parts.
 
-The published figures come from ``tools/analysis_tools/get_flops.py`` of mmdetection 2.x and mmsegmentation 0.x, whose
+The published figures come from ``tools/analysis_tools/get_flops.py`` of mmdetection 2.x and mmsegmentation 0.x. Their
 ``forward_dummy`` selects no boxes: every box head of a two-stage detector takes the same 1000 regions, every mask head
-the first 100 of them, and a segmentor ends with its class scores. The pass here is the same one. Today's versions count
-what a real image happens to give; a cascade's mask heads then see all 1000 proposals.
+the first 100 of them, and a segmentor ends with its class scores. :func:`forward` runs the same pass. Current versions
+of ``get_flops.py`` run on a real image, where the mask heads of a cascade take all 1000 proposals.
 """
 
 import copy
@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from replk_mm.ops import DepthwiseConv2d
 
-#: When a part of a network runs.
+#: Phases in which a part of a network runs.
 INFERENCE, TRAINING, NEVER = 'inference', 'training', 'not run'
-#: Name of what belongs to the network itself rather than to one of its parts.
+#: Name of the remainder that belongs to none of the parts.
 WHOLE = '(model)'
-#: Regions that each box head takes, and each mask head.
+#: Number of regions of each box head, and of each mask head.
 PROPOSALS, MASK_REGIONS = 1000, 100
 
 
@@ -38,27 +38,27 @@ class Part:
     """A part of a network: a child, or an element of one of its lists or of its RoI head."""
 
     name: str  #: path of the module
-    parameters: int  #: number of its parameters
+    parameters: int
     macs: int  #: multiply-accumulates on one image
-    runs: str  #: :data:`INFERENCE`, :data:`TRAINING` for auxiliary heads, or :data:`NEVER` for modules not called here
+    runs: str  #: :data:`INFERENCE`, :data:`TRAINING` for auxiliary heads, or :data:`NEVER`
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator that ran and for which torch has no formula, so that it counts as zero."""
+    """An operator that counts as zero, because torch has no formula for it."""
 
-    name: str  #: torch's name of it
+    name: str  #: its name in torch
     calls: int  #: number of calls
     elements: int  #: elements of the first output, summed over the calls
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a network costs."""
+    """Parameters and MACs of a network."""
 
-    parts: list[Part]  #: its parts, in the order of the network
+    parts: list[Part]  #: in the order of the network
     uncounted: list[Operator]  #: operators of inference without a formula, most elements first
-    notes: list[str]  #: assumptions of the count and what it leaves out, one line each
+    notes: list[str]  #: assumptions of the count and operations left out, one line each
 
     @property
     def parameters(self) -> int:
@@ -67,7 +67,7 @@ class Complexity:
 
     @property
     def inference_parameters(self) -> int:
-        """Parameters without the parts that run in training only."""
+        """Parameters without parts that run in training only."""
         return sum(part.parameters for part in self.parts if part.runs != TRAINING)
 
     @property
@@ -87,20 +87,20 @@ def count_inference_parameters(model: nn.Module) -> int:
 
 
 def count_complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
-    """Count parameters and multiply-accumulates by part.
+    """Count parameters and multiply-accumulates by part, for one image, on the meta device.
 
-    MACs are half of ``torch.utils.flop_counter``'s figure, on the meta device: convolutions and matrix products count;
-    norms, activations, pooling, interpolation and additions (including biases) do not.
+    MACs are half of the figure of ``torch.utils.flop_counter``. Convolutions and matrix products count; norms,
+    activations, pooling, interpolation and additions (biases included) do not.
 
     Args:
         model: A segmentor, detector or backbone, on any device; left unchanged.
         shape: Height and width of the image in pixels.
 
     Raises:
-        RuntimeError: Or whatever the network raises for a shape that it cannot take.
+        RuntimeError: If the network cannot take the shape; networks may raise other types too.
     """
     model = on_meta(model)
-    inference, training = _Run(model, shape, forward), _Run(model, shape, forward_auxiliary)
+    inference, training = _CountedPass(model, shape, forward), _CountedPass(model, shape, forward_auxiliary)
     parts, seen = [], set[int]()
     for path, part in _parts(model):
         own = {id(p): p.numel() for p in part.parameters() if id(p) not in seen}
@@ -125,7 +125,7 @@ def mmcv_macs(model: nn.Module, shape: tuple[int, int]) -> int:
 
     It counts by layer class. Besides convolutions and linear layers it counts a bias, a ReLU and pooling once for each
     output element, and BatchNorm, GroupNorm and LayerNorm twice. SyncBN, GELU, layer scales, interpolation, custom norm
-    classes and everything that is not a layer count as zero.
+    classes and functions count as zero.
 
     Args:
         model: A segmentor, detector or backbone, on any device; left unchanged.
@@ -136,8 +136,8 @@ def mmcv_macs(model: nn.Module, shape: tuple[int, int]) -> int:
     model = on_meta(model)
     layers: list[Any] = [module for module in model.modules() if type(module) is DepthwiseConv2d]
     for layer in layers:
-        layer.__class__ = nn.Conv2d  # the authors' class: the counter knows only torch's and mmcv's
-    # Under torch's counter every network runs layer by layer.
+        layer.__class__ = nn.Conv2d  # the counter knows only the classes of torch and mmcv
+    # Under torch's counter our networks run layer by layer, without fused calls.
     with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False):
         return int(get_model_complexity_info(_Pass(model, forward), (3, *shape), False, False)[0])
 
@@ -160,7 +160,7 @@ def _parts(owner: nn.Module, prefix: str = '') -> Iterator[tuple[str, nn.Module]
 
 
 class _Pass(nn.Module):
-    """Runs a function of a model and an image as a forward pass, so that all module names begin alike."""
+    """Runs a function of a model and an image as a forward pass, so that all module names have the same prefix."""
 
     def __init__(self, model: nn.Module, run: Callable[[Any, Tensor], list[str]]) -> None:
         super().__init__()
@@ -170,8 +170,8 @@ class _Pass(nn.Module):
         return self.run(self.model, image)
 
 
-class _Run(TorchDispatchMode):
-    """One pass on the meta device: the flops of each module, the modules that were called, all other operators."""
+class _CountedPass(TorchDispatchMode):
+    """One pass on the meta device: the flops of each module, the called modules, and all other operators."""
 
     def __init__(self, model: nn.Module, shape: tuple[int, int], run: Callable[[Any, Tensor], list[str]]) -> None:
         super().__init__()
@@ -188,16 +188,16 @@ class _Run(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         takes_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
-        if takes_tensors and not func.is_view:  # neither creates a tensor nor reinterprets one
-            # Outputs after the first are for the backward pass.
+        if takes_tensors and not func.is_view:  # neither creates nor reinterprets a tensor
+            # Further outputs are for the backward pass.
             elements = next((leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), 0)
             self._operators.setdefault(func.overloadpacket, []).append(elements)
         return out
 
     def macs(self, path: str, part: nn.Module) -> int:
-        """Multiply-accumulates of a part, the modules in it included."""
+        """Multiply-accumulates of a part with all modules in it."""
         flops = self._counter.get_flop_counts().get(f'_Pass.model.{path}')
-        if flops is None:  # detectors call the method forward of a head, and modules only inside it
+        if flops is None:  # detectors call methods of a head other than forward
             return sum(self.macs(f'{path}.{name}', child) for name, child in part.named_children())
         return sum(flops.values()) // 2
 
@@ -207,29 +207,29 @@ class _Run(TorchDispatchMode):
         return self._counter.get_total_flops() // 2
 
     def uses(self, path: str, part: nn.Module) -> bool:
-        """Whether a part computes something: some modules are called without being used."""
+        """Whether a part computes something; some modules are called without effect."""
         weighted = (module for module in part.modules() if next(module.parameters(recurse=False), None) is not None)
         return self.macs(path, part) > 0 or not self._called.isdisjoint(weighted)
 
     def uncounted(self) -> list[Operator]:
-        """Operators that have no formula."""
-        found = [
+        """Operators without a formula."""
+        operators = [
             Operator(str(packet), len(elements), sum(elements))
             for packet, elements in self._operators.items()
             if packet not in self._counter.flop_registry
         ]
-        return sorted(found, key=lambda operator: (-operator.elements, operator.name))
+        return sorted(operators, key=lambda operator: (-operator.elements, operator.name))
 
 
 def forward(model: Any, image: Tensor) -> list[str]:
-    """Run everything that inference runs and that does not depend on pixel values.
+    """Run the part of inference that does not depend on pixel values.
 
     Args:
         model: A segmentor, detector or backbone on the meta device; its RoI extractors are replaced.
         image: ``(1, 3, H, W)``.
 
     Returns:
-        Assumptions and what was left out, one line each.
+        Assumptions and operations left out, one line each.
     """
     if isinstance(getattr(model, 'roi_head', None), nn.Module):
         return _two_stages(model, image)
@@ -291,7 +291,7 @@ def _two_stages(model: Any, image: Tensor) -> list[str]:
 
 
 def _regions(extractor: Any, cut: Counter, features: tuple[Tensor, ...], regions: Tensor, *_: object) -> Tensor:
-    """What an RoI extractor would return: ``(regions, channels, height, width)``."""
+    """A tensor of the shape that an RoI extractor returns: ``(regions, channels, height, width)``."""
     size = extractor.roi_layers[0].output_size
     height, width = (size, size) if isinstance(size, int) else size
     cut[len(regions), height, width] += 1

@@ -1,18 +1,19 @@
-"""Effective receptive field: how much each pixel of an image contributes to the centre of a feature map.
+"""Effective receptive field: the contribution of each pixel of an image to the centre of a feature map.
 
 Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", 2016, take the gradient
-of the centre with respect to the image. This is that gradient as Ding et al. measure it, "Scaling Up Your Kernels to
-31x31" (arXiv 2203.06717; the folder erf/ of their repository):
+of the centre with respect to the image. This module follows Ding et al., "Scaling Up Your Kernels to 31x31"
+(arXiv 2203.06717; the folder erf/ of their repository):
 
-- the centre is position ``[H // 2, W // 2]`` of the map, ReLU applied, summed over the channels;
-- negative parts of its gradient are dropped; the rest is summed over the image's channels and averaged over images: the
-  *contribution scores*, one for each pixel;
-- the paper's *scale* is log10(score + 1) over its largest value; heat maps show it, and the published areas use it;
-- the *area* for a share t is that of the smallest square around pixel ``[size // 2, size // 2]`` that holds t of the
+- The centre is position ``[H // 2, W // 2]`` of the map, after ReLU, summed over the channels.
+- The *contribution score* of a pixel is the positive part of the gradient, summed over the channels of the image and
+  averaged over images.
+- The *paper's scale* is log10(score + 1) divided by its largest value. Heat maps show it, and the published areas use
+  it.
+- The *area* for a share t is that of the smallest square around pixel ``[size // 2, size // 2]`` that holds t of the
   sum.
 
-Where gradients are small, log10(score + 1) is proportional to the score; where they are large it is flat, so that
-multiplying all gradients by ten changes the areas. They are therefore also given of the scores themselves.
+Where gradients are small, log10(score + 1) is proportional to the score; where they are large it is flat. Gradients
+ten times as large therefore give other areas in that scale, and areas of the scores themselves are reported too.
 """
 
 import copy
@@ -40,15 +41,16 @@ from torch import Tensor
 from replk_mm.analysis.benchmark.baseline import randomize_constants
 from replk_mm.checkpoints.io import fetch_checkpoint
 from replk_mm.checkpoints.loading import load_pretrained
+from replk_mm.data.datasets import as_list
 from replk_mm.engine import results
-from replk_mm.engine.config import fit_to_machine, load_config
+from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.explain import explaining
 from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.machine import prepare_work_dir, select_device
 from replk_mm.errors import UserError, command_line, explained
 from replk_mm.files import sha256
 
-#: Shares of the contribution whose areas are given, as in the paper's table.
+#: Shares of the contribution whose areas are reported, as in the paper's table.
 SHARES = (0.2, 0.3, 0.5, 0.99)
 KIND = 'effective receptive field'
 _VERSION = 1
@@ -63,19 +65,19 @@ class Erf(BaseModel):
 
     model_config = dict(frozen=True, arbitrary_types_allowed=True)
 
-    scores: np.ndarray  #: contribution scores, ``(size, size)`` float64; kept in ``erf.npz``
+    scores: np.ndarray  #: contribution scores ``(size, size)`` in float64; stored in ``erf.npz``
     backbone: str  #: type and size of the network
     config: str  #: name of its config
-    weights: str  #: origin of its weights, as text
+    weights: str  #: description of its weights
     trained: bool  #: false for random weights
-    checkpoint: dict[str, Any] | None  #: path and hash of the file of weights; None for random ones
+    checkpoint: dict[str, Any] | None  #: path and hash of the file with the weights; None for random ones
     stage: NonNegativeInt  #: index of the feature map among the backbone's outputs
     channels: PositiveInt  #: channels of that map
     map_size: tuple[PositiveInt, PositiveInt]  #: its height and width
     size: PositiveInt  #: side of the images in pixels
     images: PositiveInt  #: number of images
     image_set: str  #: SHA-256 of their contents
-    silent: NonNegativeInt  #: number of images that gave no gradient at all
+    silent: NonNegativeInt  #: number of images without any gradient
     preprocessing: dict[str, Any]  #: mean, standard deviation and order of channels
     environment: dict[str, Any]  #: versions and hardware
 
@@ -89,7 +91,7 @@ class Erf(BaseModel):
         """Centre of gravity of the scores in pixels below and to the right of the middle; None if all are 0.
 
         A map's middle position lies over pixel ``size // 2`` in networks whose strided convolutions are padded
-        (ResNet); in those that cut the image into patches (ConvNeXt, Swin) it lies over the patch that starts there.
+        (ResNet). In networks that cut the image into patches (ConvNeXt, Swin) it lies over the patch that starts there.
         """
         total = self.scores.sum()
         if not total > 0:
@@ -98,7 +100,7 @@ class Erf(BaseModel):
         return float(self.scores.sum(1) @ at / total), float(self.scores.sum(0) @ at / total)
 
     def values(self) -> dict[str, Any]:
-        """What a suite records: areas in the paper's scale and of the scores themselves; None if all scores are 0."""
+        """The values in a suite's record: areas in the paper's scale and of the scores; None if all scores are 0."""
         return dict(
             areas=areas(paper_scale(self.scores)),
             areas_of_scores=areas(self.scores),
@@ -109,29 +111,29 @@ class Erf(BaseModel):
         )
 
     def protocol(self) -> dict[str, Any]:
-        """What two measurements must have in common to be compared."""
+        """The settings that two comparable measurements share."""
         return dict(
             size=self.size, images=self.images, image_set=self.image_set, stage=self.stage, trained=self.trained
         )
 
     def notes(self) -> list[str]:
         """Warnings for the reader, one line each."""
-        found = []
+        notes = []
         if not self.trained:
-            found.append(
-                'WEIGHTS: UNTRAINED. This is the receptive field of random weights, not what the network '
-                "learns to look at; name a CHECKPOINT, or a backbone's weights with --pretrained FILE"
+            notes.append(
+                'WEIGHTS: UNTRAINED. This is the receptive field of random weights, not of a trained network; '
+                "give a CHECKPOINT, or a backbone's weights with --pretrained FILE"
             )
         if self.silent:
-            found.append(
-                f'{self.silent} of {self.images} images contribute nothing: the centre of the map is at most '
-                f'0 in every channel there, or its gradient is nowhere positive'
+            notes.append(
+                f'{self.silent} of {self.images} images contribute nothing: in every channel, the centre of the map '
+                f'is at most 0 or its gradient is nowhere positive'
                 + ('; there are no areas' if self.silent == self.images else '')
             )
-        return found
+        return notes
 
     def save(self, folder: Path) -> None:
-        """Write ``erf.json`` and ``erf.npz`` (the scores).
+        """Write ``erf.json``, and the scores as ``erf.npz``.
 
         Raises:
             UserError: If they cannot be written.
@@ -140,8 +142,7 @@ class Erf(BaseModel):
             np.savez_compressed(folder / 'erf.npz', scores=self.scores)
         except OSError as error:
             raise UserError(
-                f'{folder / "erf.npz"}: cannot be written ({error.strerror})\n'
-                f'Free some space, or choose another folder with --out DIR.'
+                f'{folder / "erf.npz"}: cannot be written ({error.strerror})\nChoose another folder with --out DIR.'
             ) from error
         results.write(
             dict(
@@ -159,13 +160,13 @@ class Erf(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> 'Erf':
-        """Read what :meth:`save` wrote.
+        """Read the files that :meth:`save` has written.
 
         Args:
             path: Path of ``erf.json``; ``erf.npz`` lies beside it.
 
         Raises:
-            UserError: If it is something else, or its matrix is missing or does not fit.
+            UserError: If the file is something else, or its matrix is missing or does not fit.
         """
         advice = f'Use an erf.json that {command_line("erf")} wrote, with erf.npz beside it.'
         try:
@@ -174,21 +175,21 @@ class Erf(BaseModel):
                 raise ValueError(f'kind {record["kind"]!r}, version {record["version"]!r}')
             with np.load(path.with_name(str(record['matrix']))) as stored:
                 scores = stored['scores'].astype(float)
-            found = cls.model_validate({**record, 'scores': scores})
-            if scores.shape != (found.size,) * 2 or not np.isfinite(scores).all() or scores.min() < 0:
-                raise ValueError(f'its matrix must be {found.size}x{found.size}, finite and nowhere negative')
+            erf = cls.model_validate({**record, 'scores': scores})
+            if scores.shape != (erf.size,) * 2 or not np.isfinite(scores).all() or scores.min() < 0:
+                raise ValueError(f'its matrix must be {erf.size}x{erf.size}, finite and nowhere negative')
         except FileNotFoundError as error:
             raise UserError(f'{error.filename}: no such file\n{advice}') from error
         except Exception as error:  # a damaged archive raises one of a dozen types
             raise UserError(
                 f'{path}: not an effective receptive field: {type(error).__name__}: {error}\n{advice}'
             ) from error
-        return found
+        return erf
 
 
 def paper_scale(scores: np.ndarray) -> np.ndarray:
-    """log10(score + 1) over its largest value; zeros stay zeros."""
-    logs = np.log1p(scores)  # base does not matter; score + 1 itself would lose scores below 1e-16
+    """log10(score + 1) divided by its largest value; zeros stay zeros."""
+    logs = np.log1p(scores)  # the base cancels; score + 1 itself would lose scores below 1e-16
     largest = logs.max()
     return logs / largest if largest > 0 else logs
 
@@ -200,16 +201,16 @@ def areas(matrix: np.ndarray) -> dict[str, dict[str, Any]]:
         matrix: ``(size, size)``, nowhere negative.
 
     Returns:
-        By share, ``side`` in pixels and ``ratio`` of the image's area; both None if the sum is 0. Sides are odd, like
-        the authors'; a square that would leave the image is the whole image.
+        By share, ``side`` in pixels and ``ratio`` of the image's area; both None if the sum is 0. Sides are odd, as
+        the authors' are. A square that would leave the image is the whole image.
     """
     size = len(matrix)
-    away = np.abs(np.arange(size) - size // 2)
-    held = np.cumsum(np.bincount(np.maximum.outer(away, away).ravel(), weights=matrix.ravel()))
+    distance = np.abs(np.arange(size) - size // 2)
+    cumulative = np.cumsum(np.bincount(np.maximum.outer(distance, distance).ravel(), weights=matrix.ravel()))
     found: dict[str, dict[str, Any]] = {}
     for share in SHARES:
-        if held[-1] > 0:
-            side = min(2 * int(np.searchsorted(held, share * held[-1])) + 1, size)
+        if cumulative[-1] > 0:
+            side = min(2 * int(np.searchsorted(cumulative, share * cumulative[-1])) + 1, size)
             found[str(share)] = dict(side=side, ratio=(side / size) ** 2)
         else:
             found[str(share)] = dict(side=None, ratio=None)
@@ -231,8 +232,8 @@ def contributions(backbone: nn.Module, image: Tensor, stage: int | None = None) 
         UserError: If there is no such output, or it is not a feature map.
     """
     leaf = image.detach().clone().requires_grad_()
-    found = backbone(leaf)
-    outputs = [found] if isinstance(found, Tensor) else list(found.values() if isinstance(found, dict) else found)
+    out = backbone(leaf)
+    outputs = [out] if isinstance(out, Tensor) else list(out.values() if isinstance(out, dict) else out)
     index = len(outputs) - 1 if stage is None else stage
     if not 0 <= index < len(outputs):
         raise UserError(
@@ -247,14 +248,14 @@ def contributions(backbone: nn.Module, image: Tensor, stage: int | None = None) 
             f'Choose another output with --stage.'
         )
     height, width = feature.shape[2:]
-    # Not autograd.grad, which rejects networks that recompute their activations.
+    # Not autograd.grad, which does not work with activation checkpointing.
     feature[:, :, height // 2, width // 2].relu().sum().backward()
     assert leaf.grad is not None
     return leaf.grad.double().relu().sum((0, 1)), index, feature.shape
 
 
 def measure_erf(
-    cfg: Config | str,
+    cfg: Config,
     checkpoint: str | None,
     images: Path,
     size: int,
@@ -268,15 +269,15 @@ def measure_erf(
     randomize: bool = False,
     progress: bool = False,
 ) -> Erf:
-    """Measure the effective receptive field of a config's backbone; write it with its heat map to a folder.
+    """Measure the effective receptive field of a config's backbone, and write ``erf.json`` and ``erf.npz``.
 
     Args:
-        cfg: Config, left unchanged, or its name. Its model is a segmentor, a detector or a bare backbone.
+        cfg: Config of a segmentor, a detector or a bare backbone; left unchanged.
         checkpoint: Weights of that model; None for ``pretrained`` or random weights.
         images: Folder of images, taken in the order of their paths.
-        size: Side to which images are resized, in pixels.
+        size: Side in pixels to which images are resized.
         count: Largest number of images.
-        out: Folder for ``erf.json`` and ``erf.npz``.
+        out: Folder for the two files.
         stage: Index of the feature map among the backbone's outputs. Defaults to the last.
         device: See :func:`replk_mm.engine.machine.select_device`.
         pretrained: File of a backbone's weights, such as an ImageNet classifier's.
@@ -286,21 +287,20 @@ def measure_erf(
         progress: Show a progress bar on standard error.
 
     Raises:
-        UserError: If one of the above cannot be used, or a gradient is not finite.
+        UserError: If an argument does not fit, or a gradient is not finite.
     """
-    where = select_device(device)
+    target = select_device(device)
     files = image_files(Path(images), count)
     folder = prepare_work_dir(out, option='--out')
-    cfg = load_config(cfg, needs=('model',)) if isinstance(cfg, str) else copy.deepcopy(cfg)
-    node, mean_std_rgb = cfg.model.get('backbone') or cfg.model, _normalization(cfg.model.get('data_preprocessor'))
+    cfg = copy.deepcopy(cfg)
+    node, (mean, std, rgb) = cfg.model.get('backbone') or cfg.model, _normalization(cfg.model.get('data_preprocessor'))
     size_of = next((node[key] for key in ('arch', 'depth') if isinstance(node.get(key), (str, int))), '')
     name, config = f'{str(node.type).rpartition(".")[2]} {size_of}'.strip(), Path(str(cfg.filename)).stem
-    backbone, weights = _build(cfg, node, checkpoint, pretrained, seed, randomize, where)
+    backbone, weights = _load_backbone(cfg, node, checkpoint, pretrained, seed, randomize, target)
     total, silent, index, shape = torch.zeros(size, size, dtype=torch.float64), 0, 0, torch.Size()
-    hidden = Console(stderr=True, quiet=not progress)
-    with _quiet():  # the log of how each convolution is computed
-        for path in track(files, 'images', console=hidden, disable=not progress):
-            image = read_image(path, size, *mean_std_rgb).to(where)
+    with _log_warnings_only():
+        for path in track(files, 'images', console=Console(stderr=True), disable=not progress):
+            image = read_image(path, size, mean, std, rgb).to(target)
             with explained(f'{config}: {name} fails on an image of {size}x{size}', 'Try another --size.'):
                 scores, index, shape = contributions(backbone, image, stage)
             if not scores.isfinite().all():
@@ -312,8 +312,7 @@ def measure_erf(
             silent += not scores.any().item()
     source = checkpoint or pretrained
     file = fetch_checkpoint(source) if source else None
-    mean, std, rgb = mean_std_rgb
-    found = Erf(
+    erf = Erf(
         scores=total.numpy() / len(files),
         backbone=name,
         config=config,
@@ -325,25 +324,27 @@ def measure_erf(
         map_size=(shape[2], shape[3]),
         size=size,
         images=len(files),
-        image_set=fingerprint(files),
+        image_set=hash_images(files),
         silent=silent,
         environment=results.environment(),
         preprocessing=dict(mean=list(mean), std=list(std), channels='RGB' if rgb else 'BGR'),
     )
-    found.save(folder)
-    return found
+    erf.save(folder)
+    return erf
 
 
 def read_image(path: Path, size: int, mean: Sequence[float], std: Sequence[float], rgb: bool) -> Tensor:
-    """An image as a network takes it, ``(1, 3, size, size)``: resized to a square by bicubic interpolation, as the
-    authors of RepLKNet do, and normalized.
+    """Read an image, resize it to a square by bicubic interpolation as the RepLKNet authors do, and normalize it.
 
     Args:
         path: The file.
         size: Side in pixels.
         mean: Mean of each channel, values 0..255.
         std: Standard deviation of each channel.
-        rgb: Order of the channels, else BGR.
+        rgb: Whether channels are in the order RGB; otherwise BGR.
+
+    Returns:
+        ``(1, 3, size, size)``.
 
     Raises:
         UserError: If it cannot be read.
@@ -361,7 +362,7 @@ def read_image(path: Path, size: int, mean: Sequence[float], std: Sequence[float
     return (pixels - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
 
 
-def _build(
+def _load_backbone(
     cfg: Config,
     node: ConfigDict,
     checkpoint: str | None,
@@ -370,17 +371,17 @@ def _build(
     randomize: bool,
     device: str,
 ) -> tuple[nn.Module, str]:
-    """The backbone in evaluation mode without gradients of its weights, and their origin as text."""
+    """The backbone in evaluation mode, with frozen weights, and a description of its weights."""
     if checkpoint and pretrained:
         raise UserError(
-            f'--pretrained {pretrained}: the checkpoint {checkpoint} already has all weights\nUse one of the two.'
+            f'--pretrained {pretrained}: the checkpoint {checkpoint} already has all weights\nGive one of the two.'
         )
     if randomize and (checkpoint or pretrained):
         raise UserError(
-            f'--randomize: is for random weights; {checkpoint or pretrained} has its own\nLeave one of the two out.'
+            f'--randomize: applies to random weights; {checkpoint or pretrained} has its own\nGive one of the two.'
         )
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the libraries' remarks are about training
+        warnings.simplefilter('ignore')  # the libraries' warnings concern training
         if checkpoint:
             built = build_for_inference(cfg, checkpoint, device=device, packed=False)
             backbone = getattr(built.model, 'backbone', built.model)
@@ -388,19 +389,19 @@ def _build(
             weights = f'{checkpoint}, iteration {iteration}' if iteration else checkpoint
         else:
             fit_to_machine(cfg, None, device, 1)
-            _forget_files(node)
-            backbone, weights = _start(cfg, node, pretrained, seed, randomize)
+            _drop_pretrained(node)
+            backbone, weights = _build_backbone(cfg, node, pretrained, seed, randomize)
     backbone.to(device).requires_grad_(False)
-    backbone.eval()  # on its own: mmseg's and mmdet's backbones return None
+    backbone.eval()  # a statement of its own: in mmseg and mmdet it returns None
     return backbone, weights
 
 
-def _start(
-    cfg: Config, node: ConfigDict, pretrained: str | None, seed: int, draw_constants: bool
+def _build_backbone(
+    cfg: Config, node: ConfigDict, pretrained: str | None, seed: int, randomize: bool
 ) -> tuple[nn.Module, str]:
-    """The backbone as training starts with it, and the origin of its weights."""
+    """The backbone as it is before training, and a description of its weights."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with explaining(cfg, 'model'), torch.random.fork_rng(), _quiet():  # the log of every weight
+    with explaining(cfg, 'model'), torch.random.fork_rng(), _log_warnings_only():
         torch.manual_seed(seed)
         backbone = MODELS.build(node)
         if hasattr(backbone, 'init_weights'):
@@ -408,25 +409,24 @@ def _start(
     if pretrained:
         load_pretrained(backbone, pretrained)
         return backbone, f'{pretrained} (backbone)'
-    if draw_constants:
+    if randomize:
         randomize_constants(backbone, seed)
-    return backbone, f'random, {"norms and scales too" if draw_constants else "as training starts"}, seed {seed}'
+    return backbone, f'random, {"norms and scales too" if randomize else "as training starts"}, seed {seed}'
 
 
-def _forget_files(node: ConfigDict) -> None:
-    """Drop the files that a backbone's config starts from, and those of networks inside it (mmseg's BiSeNet, ICNet and
-    STDC have one); settings for random weights stay."""
+def _drop_pretrained(node: ConfigDict) -> None:
+    """Remove the weight files from a backbone's config and from the networks inside it (mmseg's BiSeNet has one).
+
+    Settings for random weights stay.
+    """
     for part in node.values():
         if isinstance(part, dict):
-            _forget_files(part)
-    init = node.pop('init_cfg', None)
-    init = [
-        part
-        for part in (init if isinstance(init, (list, tuple)) else [init])
-        if part and part.get('type', 'Pretrained') != 'Pretrained'
-    ]  # mmdet's PVT names a file without a type
-    if init:
-        node['init_cfg'] = init
+            _drop_pretrained(part)
+    initial = as_list(node.pop('init_cfg', None))
+    # mmdet's PVT gives a file without a type.
+    initial = [part for part in initial if part and part.get('type', 'Pretrained') != 'Pretrained']
+    if initial:
+        node['init_cfg'] = initial
     node.pop('pretrained', None)
 
 
@@ -437,11 +437,11 @@ def _normalization(node: ConfigDict | None) -> tuple[tuple[float, ...], tuple[fl
     mean, std = (
         tuple(float(value) for value in node.get(key) or (default,) * 3) for key, default in (('mean', 0), ('std', 1))
     )
-    return mean, std, bool(node.get('bgr_to_rgb') or node.get('rgb_to_bgr'))  # both swap images read as BGR
+    return mean, std, bool(node.get('bgr_to_rgb') or node.get('rgb_to_bgr'))  # both swap the channels of BGR images
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _log_warnings_only() -> Iterator[None]:
     """Limit mmengine's log to warnings."""
     logger = MMLogger.get_current_instance()
     level = logger.level
@@ -453,24 +453,24 @@ def _quiet() -> Iterator[None]:
 
 
 def image_files(folder: Path, count: int) -> list[Path]:
-    """The first ``count`` images of a folder and its subfolders, sorted by path; all if there are fewer.
+    """The first ``count`` images in a folder and its subfolders, sorted by path; all if there are fewer.
 
     Raises:
         UserError: If there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise UserError(f'--images {folder}: no such folder' + (' (it is a file)' if folder.is_file() else ''))
-    found = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not found:
+        raise UserError(f'--images {folder}: {"it is a file" if folder.is_file() else "no such folder"}')
+    files = sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
         raise UserError(
             f'--images {folder}: no image in it or its subfolders\n'
             f'Images are files that end with {", ".join(SUFFIXES)}.'
         )
-    return found[:count]
+    return files[:count]
 
 
-def fingerprint(files: Sequence[Path]) -> str:
-    """SHA-256 of the images' contents in their order, independent of their names."""
+def hash_images(files: Sequence[Path]) -> str:
+    """SHA-256 of the contents of images in their order, independent of their names."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(bytes.fromhex(sha256(path)))

@@ -1,4 +1,4 @@
-"""Effective receptive fields as tables and pictures, alone and side by side."""
+"""Tables and heat maps of effective receptive fields, alone and side by side."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,24 +14,24 @@ from PIL import Image
 from replk_mm.analysis.erf import SHARES, Erf, areas, paper_scale
 from replk_mm.errors import UserError
 
-#: Lower end of the scale-free heat map, relative to the largest score.
+#: Lower end of the heat map of the scores, relative to the largest score.
 _FLOOR = 1e-4
 _STYLES = dict(zip(SHARES, ('-', '--', '-.', ':'), strict=True))
 
 
 def disambiguate(found: Sequence[Erf], paths: Sequence[Path]) -> list[Erf]:
-    """Add the folder's name to backbones that a table could not tell apart, such as those whose kernels differ."""
-    alike = Counter((erf.backbone, erf.weights, erf.stage) for erf in found)
+    """Add the folder's name to backbones that share name, weights and stage, such as those whose kernels differ."""
+    counts = Counter((erf.backbone, erf.weights, erf.stage) for erf in found)
     return [
         erf.model_copy(update=dict(backbone=f'{erf.backbone} ({path.resolve().parent.name})'))
-        if alike[erf.backbone, erf.weights, erf.stage] > 1
+        if counts[erf.backbone, erf.weights, erf.stage] > 1
         else erf
         for erf, path in zip(found, paths, strict=True)
     ]
 
 
-def tables(found: Sequence[Erf]) -> str:
-    """Receptive fields as Markdown: the smallest centred squares in both scales, and their protocol."""
+def format_tables(found: Sequence[Erf]) -> str:
+    """Markdown tables of the smallest centred squares in both scales, with their protocol."""
     head = f'| Backbone | Weights | Map | {" | ".join(f"{100 * share:g} %" for share in SHARES)} |'
     lines: list[str] = []
     for title, scale in (
@@ -67,28 +67,24 @@ def tables(found: Sequence[Erf]) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def remarks(found: Sequence[Erf]) -> list[str]:
-    """What limits the comparison of receptive fields.
+def comparison_warnings(found: Sequence[Erf]) -> list[str]:
+    """Limits of a comparison of receptive fields, one line each.
 
     Raises:
-        UserError: If their images differ in size, which makes them incomparable.
+        UserError: If their images differ in size.
     """
     if len({erf.size for erf in found}) > 1:
         sizes = ', '.join(f'{erf.backbone} ({erf.config}) {erf.size}' for erf in found)
         raise UserError(
             f'--compare: the images differ in size: {sizes} pixels\n'
-            f'A share of the image means something else at each size. Measure all with one --size.'
+            f'Areas are comparable at one size only. Measure all with the same --size.'
         )
     lines = []
     untrained = [erf.backbone for erf in found if not erf.trained]
     if untrained:
         lines.append(
             'warning: untrained weights: '
-            + (
-                'all'
-                if len(untrained) == len(found)
-                else f'{", ".join(untrained)}; the others are trained: these are different questions'
-            )
+            + ('all' if len(untrained) == len(found) else f'{", ".join(untrained)}; the others are trained')
         )
     if len({erf.image_set for erf in found}) > 1:
         lines.append('warning: the images are not the same')
@@ -97,9 +93,11 @@ def remarks(found: Sequence[Erf]) -> list[str]:
     return lines
 
 
-def draw(found: Sequence[Erf], path: Path) -> None:
-    """Write the heat maps of receptive fields, one column each: above in the paper's scale, below relative to the
-    largest score. Squares hold 20, 30, 50 and 99 % of what each heat map shows.
+def draw_heat_maps(found: Sequence[Erf], path: Path) -> None:
+    """Draw the heat maps of receptive fields as PNG, one column each.
+
+    The upper row shows the paper's scale, the lower row scores relative to the largest. Squares hold 20, 30, 50 and
+    99 % of the sum of each heat map.
 
     Raises:
         UserError: If the file cannot be written.
@@ -154,7 +152,7 @@ def draw(found: Sequence[Erf], path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     try:
-        # A palette takes a third of the space of full colour, in which these noisy maps hardly compress.
+        # A palette needs a third of the space of full colour, because noisy maps hardly compress.
         Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256).save(path, optimize=True)
     except OSError as error:
         raise UserError(

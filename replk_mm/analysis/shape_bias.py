@@ -1,9 +1,9 @@
-"""Does a segmentation network decide by shape or by texture? Objects with two cues tell.
+"""Shape bias of a segmentation network: does it decide by shape or by texture, on objects whose cues conflict?
 
 Geirhos, Rubisch, Michaelis, Bethge, Wichmann, Brendel, "ImageNet-trained CNNs are biased towards texture; increasing
-shape bias improves accuracy and robustness", ICLR 2019, arXiv:1811.12231: of the decisions for either the class of the
-shape or that of the texture, the share for the shape. There a decision is a classifier's answer. Here it is the class
-that most pixels of an object are predicted as, among the classes of objects: background inside an object is no answer.
+shape bias improves accuracy and robustness", ICLR 2019, arXiv:1811.12231, define shape bias: among decisions for the
+class of the shape or that of the texture, the share of decisions for the shape. There a decision is the prediction of a
+classifier. Here it is the class that most pixels of an object are predicted as, among the classes of objects.
 """
 
 import copy
@@ -36,62 +36,64 @@ from replk_mm.errors import UserError
 from replk_mm.files import sha256
 from replk_mm.visualize import overlay
 
-#: Part of the protocol of records: figures of another text are not compared.
+#: Part of the protocol of records: only results with the same text are compared.
 DEFINITION = (
     'of the objects decided for the class of their shape or that of their texture, the share decided for the '
     'shape (Geirhos et al., ICLR 2019); an object is decided for the class that most of its pixels are '
     'predicted as, of the classes of objects alone; neither of the two, a tie, or no pixel of any such class '
     "is 'other', which does not count in the share"
 )
-#: Objects in the picture at most, and in one row of it, and the side of each in pixels.
+#: Largest number of objects in the picture and in one of its rows; side of each in pixels.
 _SHOWN, _COLUMNS, _SIDE = 12, 4, 144
-# Colours of Okabe and Ito, which are safe for colour-blind readers; the text repeats them.
+# Colours of Okabe and Ito, distinct for colour-blind readers.
 _COLOURS = {'shape': '#0072B2', 'texture': '#D55E00', 'other': '#555555'}
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The class that an object was decided for."""
+    """The decision of a network about an object."""
 
     scene: CueConflictScene
     item: CueConflictObject
-    decided: str | None  #: a class of objects; None for a tie or no pixel of such a class
+    decided: str | None  #: a class of objects; None for a tie, or if no pixel has a class of objects
 
     @property
     def cue(self) -> str:
-        """``'shape'``, ``'texture'`` or ``'other'``: the cue whose class was decided for."""
-        cues = {self.item.texture: 'texture', self.item.shape: 'shape'}  # of agreeing cues: shape
+        """The cue whose class was decided for: ``'shape'``, ``'texture'`` or ``'other'``."""
+        cues = {self.item.texture: 'texture', self.item.shape: 'shape'}  # agreeing cues count as shape
         return cues.get(self.decided or '', 'other')
 
 
 @dataclass(frozen=True)
 class ShapeBias:
-    """The decisions of a network."""
+    """All decisions of a network."""
 
-    conflict: Sequence[Decision]  #: about objects whose shape and texture are of two classes
+    conflict: Sequence[Decision]  #: about objects whose shape and texture are of different classes
     agreeing: Sequence[Decision]  #: about objects whose shape and texture are of one class
-    scenes: Mapping[str, Any]  #: which data set it is
+    scenes: Mapping[str, Any]  #: identity of the data set
 
     def values(self) -> dict[str, Any]:
-        """Counts, ``shape_bias`` from 0 (texture) to 1 (shape), both also by the class of the shape, and the share of
-        right decisions where the cues agree. A share of nothing is None."""
-        right = sum(d.cue == 'shape' for d in self.agreeing)
+        """Numbers of decisions, ``shape_bias`` from 0 (texture) to 1 (shape), and both by class of the shape.
+
+        ``agreeing_accuracy`` is the share of correct decisions where the cues agree. Shares of no objects are None.
+        """
+        correct = sum(d.cue == 'shape' for d in self.agreeing)
         return dict(
-            **_figures(self.conflict),
+            **_bias_of(self.conflict),
             per_class={
-                name: _figures([d for d in self.conflict if d.item.shape == name])
+                name: _bias_of([d for d in self.conflict if d.item.shape == name])
                 for name in sorted({d.item.shape for d in self.conflict})
             },
-            agreeing_accuracy=right / len(self.agreeing) if self.agreeing else None,
+            agreeing_accuracy=correct / len(self.agreeing) if self.agreeing else None,
             agreeing_objects=len(self.agreeing),
         )
 
     def protocol(self) -> dict[str, Any]:
-        """What figures must have in common to be compared."""
+        """The settings that comparable results share."""
         return dict(scenes=dict(self.scenes), definition=DEFINITION)
 
 
-def _figures(decisions: Sequence[Decision]) -> dict[str, Any]:
+def _bias_of(decisions: Sequence[Decision]) -> dict[str, Any]:
     count = Counter(d.cue for d in decisions)
     either = count['shape'] + count['texture']
     return dict(
@@ -102,29 +104,31 @@ def _figures(decisions: Sequence[Decision]) -> dict[str, Any]:
     )
 
 
-def decide(predicted: np.ndarray, mask: np.ndarray, known: Mapping[str, int]) -> str | None:
-    """The class that most pixels of an object are predicted as.
+def majority_class(predicted: np.ndarray, mask: np.ndarray, classes: Mapping[str, int]) -> str | None:
+    """The class that most pixels of an object are predicted as, among the classes of objects.
 
     Args:
         predicted: Class indices ``(H, W)``.
         mask: The object's pixels ``(H, W)``.
-        known: Index of each class of objects in ``predicted``; other classes are no answer.
+        classes: Index in ``predicted`` of each class of objects.
 
     Returns:
-        Its name; None if no pixel has such a class, or several classes have equally many.
+        Its name; None for a tie, or if no pixel has a class of objects.
     """
-    counts = {name: int((predicted[mask] == index).sum()) for name, index in known.items()}
+    counts = {name: int((predicted[mask] == index).sum()) for name, index in classes.items()}
     most = max(counts.values())
-    first = [name for name, count in counts.items() if count == most]
-    return first[0] if most and len(first) == 1 else None
+    names = [name for name, count in counts.items() if count == most]
+    return names[0] if most and len(names) == 1 else None
 
 
-def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: str | None = 'cpu') -> ShapeBias:
+def measure_shape_bias(
+    cfg: Config, checkpoint: str, data_root: Path, out: Path, device: str | None = 'cpu'
+) -> ShapeBias:
     """Measure the shape bias of a trained segmentation network; write ``shape_bias.json`` and ``shape_bias.png``.
 
     Args:
-        cfg: The config it was trained with, on objects that carry both cues; left unchanged.
-        checkpoint: Path or address.
+        cfg: The config it was trained with, on objects with both cues; left unchanged.
+        checkpoint: Path or URL.
         data_root: Folder with ``conflict.json``, see :mod:`replk_mm.data.scenes.cue_conflict`.
         out: Folder for the two files.
         device: See :func:`replk_mm.engine.machine.select_device`.
@@ -133,21 +137,21 @@ def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: st
         UserError: If the data set, the checkpoint or their classes do not fit, or nothing can be written.
     """
     out = prepare_work_dir(out, option='--out')
-    found = read_cue_conflict(Path(data_root))
+    dataset = read_cue_conflict(Path(data_root))
     model: Any = load_trained(copy.deepcopy(cfg), checkpoint, device)
-    known = _known(model, found, cfg)
-    chosen, panels, conflict = _chosen(found.conflict), [], []
-    for decision, image, predicted in _decisions(model, found, found.conflict, known):
+    classes = _object_classes(model, dataset, cfg)
+    shown, panels, conflict = _select_objects(dataset.conflict), [], []
+    for decision, image, predicted in _decisions(model, dataset, dataset.conflict, classes):
         conflict.append(decision)
-        if (decision.scene, decision.item) in chosen:
+        if (decision.scene, decision.item) in shown:
             panels.append((decision, image, predicted))
-    agreeing = [decision for decision, _, _ in _decisions(model, found, found.agreeing, known)]
+    agreeing = [decision for decision, _, _ in _decisions(model, dataset, dataset.agreeing, classes)]
     bias = ShapeBias(
         conflict,
         agreeing,
-        dict(**found.about, sha256=found.sha256, conflict=len(found.conflict), agreeing=len(found.agreeing)),
+        dict(**dataset.about, sha256=dataset.sha256, conflict=len(dataset.conflict), agreeing=len(dataset.agreeing)),
     )
-    _draw(panels, bias.values(), known, model.dataset_meta['palette'], out / 'shape_bias.png')
+    _draw_decisions(panels, bias.values(), classes, model.dataset_meta['palette'], out / 'shape_bias.png')
     path = fetch_checkpoint(checkpoint)
     results.write(
         dict(
@@ -172,30 +176,30 @@ def measure(cfg: Config, checkpoint: str, data_root: Path, out: Path, device: st
     return bias
 
 
-def _known(model: Any, found: CueConflictDataset, cfg: Config) -> dict[str, int]:
-    """The index of each class of objects in the model's predictions, by name."""
+def _object_classes(model: Any, dataset: CueConflictDataset, cfg: Config) -> dict[str, int]:
+    """Index of each class of objects in the model's predictions, by name."""
     if not is_segmentor(model):
         raise UserError(
-            f'{cfg.filename}: a detector; shape bias is measured on the label maps of segmentors\n'
-            f'Name a segmentation config and its checkpoint.'
+            f'{cfg.filename}: a detector; shape bias needs the label maps of a segmentor\n'
+            f'Use a segmentation config and its checkpoint.'
         )
     classes = list(model.dataset_meta['classes'])
     needed = {
         name
-        for scene in (*found.conflict, *found.agreeing)
+        for scene in (*dataset.conflict, *dataset.agreeing)
         for item in scene.objects
         for name in (item.shape, item.texture)
     }
-    if absent := [name for name in found.object_classes if name in needed and name not in classes]:
+    if absent := [name for name in dataset.object_classes if name in needed and name not in classes]:
         raise UserError(
-            f'{cfg.filename}: its network has no class {", ".join(absent)}, of which there are objects\n'
+            f'{cfg.filename}: its network lacks classes of the objects: {", ".join(absent)}\n'
             f'It has: {", ".join(classes)}. Train it on the training scenes of the same data set.'
         )
-    return {name: classes.index(name) for name in found.object_classes if name in classes}
+    return {name: classes.index(name) for name in dataset.object_classes if name in classes}
 
 
-def _chosen(scenes: Sequence[CueConflictScene]) -> set[tuple[CueConflictScene, CueConflictObject]]:
-    """Objects for the picture: the first of each pair of classes, then the second of each, and so on."""
+def _select_objects(scenes: Sequence[CueConflictScene]) -> set[tuple[CueConflictScene, CueConflictObject]]:
+    """Objects for the picture: the first of each pair of classes, then the second of each pair, and so on."""
     pairs = [(scene, item) for scene in scenes for item in scene.objects]
     turns = Counter[tuple[str, str]]()
     order = []
@@ -206,50 +210,51 @@ def _chosen(scenes: Sequence[CueConflictScene]) -> set[tuple[CueConflictScene, C
 
 
 def _decisions(
-    model: nn.Module, found: CueConflictDataset, scenes: Sequence[CueConflictScene], known: Mapping[str, int]
+    model: nn.Module, dataset: CueConflictDataset, scenes: Sequence[CueConflictScene], classes: Mapping[str, int]
 ) -> Iterator[tuple[Decision, np.ndarray, np.ndarray]]:
-    """The decision about each object, with the image (BGR) and the predicted class indices of its scene."""
+    """The decision about each object, with the image (BGR) and the predicted classes ``(H, W)`` of its scene."""
     predictions = predict(model, [str(scene.image) for scene in scenes])
     for scene, (path, image, prediction) in zip(scenes, predictions, strict=True):
         predicted, labels = label_map(prediction), read_label_map(scene.labels)
         if predicted.shape != labels.shape:
             raise UserError(
                 f'{scene.labels}: {labels.shape[0]}x{labels.shape[1]} pixels, and its image {path} has '
-                f'{predicted.shape[0]}x{predicted.shape[1]}\nWrite the data set again.'
+                f'{predicted.shape[0]}x{predicted.shape[1]}\nGenerate the data set again.'
             )
         for item in scene.objects:
-            yield Decision(scene, item, decide(predicted, found.mask(scene, item, labels), known)), image, predicted
+            mask = dataset.mask(scene, item, labels)
+            yield Decision(scene, item, majority_class(predicted, mask, classes)), image, predicted
 
 
-def _draw(
-    shown: Sequence[tuple[Decision, np.ndarray, np.ndarray]],
+def _draw_decisions(
+    panels: Sequence[tuple[Decision, np.ndarray, np.ndarray]],
     values: Mapping[str, Any],
-    known: Mapping[str, int],
+    classes: Mapping[str, int],
     palette: Sequence[Sequence[int]],
     path: Path,
 ) -> None:
-    """Write the picture: each object as it is and with its prediction, titled with its decision."""
-    ordered = sorted(shown, key=lambda panel: (panel[0].item.shape, panel[0].item.texture))
+    """Draw each object beside its prediction, with the decision as title."""
+    ordered = sorted(panels, key=lambda panel: (panel[0].item.shape, panel[0].item.texture))
     columns = min(_COLUMNS, len(ordered))
     rows = -(-len(ordered) // columns)
     figure = Figure(figsize=(3.1 * columns + 0.3, 2.05 * rows + 1.3), layout='constrained')
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for panel in panels:
-        panel.axis('off')
-    for panel, (decision, image, predicted) in zip(panels, ordered, strict=False):
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis('off')
+    for axis, (decision, image, predicted) in zip(axes, ordered, strict=False):
         item = decision.item
-        # Only classes of objects are coloured: what else is predicted inside an object decides nothing.
-        painted = overlay(image, np.where(np.isin(predicted, list(known.values())), predicted, 255), palette)
-        panel.imshow(np.hstack([_cut(image, item), _cut(painted, item)])[:, :, ::-1])
-        panel.set_title(
+        # Only classes of objects are coloured, since others do not count for the decision.
+        painted = overlay(image, np.where(np.isin(predicted, list(classes.values())), predicted, 255), palette)
+        axis.imshow(np.hstack([_crop(image, item), _crop(painted, item)])[:, :, ::-1])
+        axis.set_title(
             f'shape {item.shape}, texture {item.texture}\ndecided: {decision.decided or "nothing"} ({decision.cue})',
             fontsize=8.5,
             color=_COLOURS[decision.cue],
         )
-    used = [name for name, index in known.items() if any((predicted == index).any() for _, _, predicted in ordered)]
+    used = [name for name, index in classes.items() if any((predicted == index).any() for _, _, predicted in ordered)]
     figure.legend(
-        handles=[Patch(color=f'#{bytes(palette[known[name]]).hex()}', label=f'predicted {name}') for name in used],
+        handles=[Patch(color=f'#{bytes(palette[classes[name]]).hex()}', label=f'predicted {name}') for name in used],
         loc='outside lower center',
         ncols=max(1, len(used)),
         frameon=False,
@@ -259,14 +264,14 @@ def _draw(
     figure.suptitle(
         f'shape bias {"-" if bias is None else f"{bias:.2f}"}: {values["shape_decisions"]} by shape, '
         f'{values["texture_decisions"]} by texture, {values["other"]} other'
-        + ('' if agreeing is None else f'\ncues agree: {100 * agreeing:.0f} % right'),
+        + ('' if agreeing is None else f'\ncues agree: {100 * agreeing:.0f} % correct'),
         fontsize=10,
     )
     figure.savefig(path, dpi=110)
 
 
-def _cut(image: np.ndarray, item: CueConflictObject) -> np.ndarray:
-    """A square around the object, its side :data:`_SIDE` pixels; what lies outside of the image is white."""
+def _crop(image: np.ndarray, item: CueConflictObject) -> np.ndarray:
+    """A square around the object, resized to :data:`_SIDE` pixels; pixels outside the image are white."""
     left, top, right, bottom = item.box
     half = round(0.7 * max(right - left, bottom - top))
     x, y = (left + right) // 2, (top + bottom) // 2

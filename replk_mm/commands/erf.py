@@ -1,19 +1,19 @@
-"""Effective receptive field of a backbone: what part of an image contributes to the centre of its feature map.
+"""Measure the effective receptive field of a backbone: the pixels that contribute to the centre of its feature map.
 
 CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is installed with a package
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). Writes erf.json (areas, protocol), erf.npz (scores of all
-pixels) and erf.png (heat maps), as docs/erf.md defines them. --compare puts measured ones side by side.
+pixels) and erf.png (heat maps), as docs/erf.md defines them. --compare shows several results side by side.
 """
 
 import os
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.analysis import erf_report
 from replk_mm.analysis.erf import Erf, measure_erf
+from replk_mm.analysis.erf_report import comparison_warnings, disambiguate, draw_heat_maps, format_tables
 from replk_mm.engine.config import load_config
 from replk_mm.engine.machine import prepare_work_dir
-from replk_mm.errors import command
+from replk_mm.errors import command, command_line
 from replk_mm.files import write_atomic
 from replk_mm.text import renew as renew_block
 
@@ -29,30 +29,32 @@ def main() -> None:
     p.add_argument(
         'checkpoint', nargs='?', help='trained checkpoint of that model, merged or not (default: random weights)'
     )
-    p.add_argument('--out', required=True, metavar='DIR', help='folder for what is written')
+    p.add_argument('--out', required=True, metavar='DIR', help='folder for the results')
     p.add_argument('--images', type=Path, metavar='DIR', help='folder of images, subfolders included')
     p.add_argument(
         '--size',
         type=cli.positive,
         default=1024,
         metavar='N',
-        help='side to which images are resized, in pixels (default: 1024, as in the paper)',
+        help='side in pixels to which images are resized (default: 1024, as in the paper)',
     )
     p.add_argument('--count', type=cli.positive, default=50, metavar='N', help='first N images by path (default: 50)')
     p.add_argument(
         '--stage', type=int, metavar='N', help="index among the backbone's outputs, from 0 (default: the last)"
     )
     p.add_argument('--pretrained', metavar='FILE', help="a backbone's weights, such as an ImageNet classifier's")
-    p.add_argument('--seed', type=int, default=0, metavar='N', help='of random weights (default: 0)')
+    p.add_argument('--seed', type=int, default=0, metavar='N', help='seed of random weights (default: 0)')
     p.add_argument(
         '--randomize',
         action='store_true',
-        help='also draw norms and layer scales of random weights, which '
-        'start as constants (a ConvNeXt block is multiplied by 1e-6, and passes nothing on)',
+        help='with random weights: also randomize norms and layer scales, which start as constants '
+        '(1e-6 in ConvNeXt, so that a block contributes nothing)',
     )
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     cli.add_config_options(p)
-    p.add_argument('--compare', nargs='+', type=Path, metavar='JSON', help='erf.json files: one table, one picture')
+    p.add_argument(
+        '--compare', nargs='+', type=Path, metavar='JSON', help='erf.json files for one table and one picture'
+    )
     p.add_argument(
         '--name', default='erf', metavar='NAME', help='with --compare: write NAME.md and NAME.png (default: erf)'
     )
@@ -60,18 +62,18 @@ def main() -> None:
         '--page',
         type=Path,
         metavar='FILE',
-        help='with --compare: renew the block NAME of this page instead of writing NAME.md',
+        help='with --compare: replace the block NAME of this page instead of writing NAME.md',
     )
     args = p.parse_args()
     if bool(args.compare) == bool(args.config):
-        p.error('name either a CONFIG or --compare JSON JSON ...')
+        p.error('give either a CONFIG or --compare JSON JSON ...')
     if args.compare:
         compare(args.compare, prepare_work_dir(args.out, option='--out'), args.name, args.page)
         return
     if not args.images:
-        p.error('--images DIR is needed')
+        p.error('--images DIR is missing')
     if args.page:
-        p.error('--page belongs to --compare')
+        p.error('--page needs --compare')
     cfg = load_config(args.config, args.cfg_options, needs=('model',))
     found = measure_erf(
         cfg,
@@ -87,21 +89,23 @@ def main() -> None:
         randomize=args.randomize,
         progress=True,
     )
-    erf_report.draw([found], Path(args.out, 'erf.png'))
-    print(erf_report.tables([found]))
+    draw_heat_maps([found], Path(args.out, 'erf.png'))
+    print(format_tables([found]))
     for note in found.notes():
         print(note)
     if found.images < args.count:
-        print(f'--images {args.images}: {found.images} images there, {args.count} asked for')
+        print(f'--images {args.images}: the folder has {found.images} of the {args.count} requested images')
     print(f'written: {args.out}')
+    record = Path(args.out, 'erf.json')
+    print(f'Compare with others: {command_line("erf", "--compare", record, "OTHER/erf.json", "--out", "DIR")}')
 
 
 def compare(paths: list[Path], out: Path, name: str, page: Path | None) -> None:
-    """Put measured receptive fields side by side."""
-    found = erf_report.disambiguate([Erf.load(path) for path in paths], paths)
-    text = '\n'.join([erf_report.tables(found), *(f'{remark}  ' for remark in erf_report.remarks(found)), ''])
+    """Write one table and one picture of several receptive fields."""
+    found = disambiguate([Erf.load(path) for path in paths], paths)
+    text = '\n'.join([format_tables(found), *(f'{warning}  ' for warning in comparison_warnings(found)), ''])
     picture = out / f'{name}.png'
-    erf_report.draw(found, picture)
+    draw_heat_maps(found, picture)
     if page:
         link = Path(os.path.relpath(picture, page.parent)).as_posix()
         renew_block(page, name, f'![Heat maps of effective receptive fields]({link})\n\n{text}')

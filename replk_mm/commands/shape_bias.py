@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.analysis.shape_bias import DEFINITION, measure
+from replk_mm.analysis.shape_bias import DEFINITION, measure_shape_bias
 from replk_mm.engine.config import load_config
 from replk_mm.errors import command
 from replk_mm.text import text_table
@@ -15,7 +15,7 @@ def main() -> None:
         __doc__, 'shape_bias configs/upernet_replk-nano_demo.py iter_600.pth --data-root data/conflict --out out'
     )
     p.add_argument('config', help='config the checkpoint was trained with')
-    p.add_argument('checkpoint', help='trained on objects with both cues: file or address')
+    p.add_argument('checkpoint', help='checkpoint trained on objects with both cues: file or URL')
     p.add_argument(
         '--data-root',
         required=True,
@@ -30,7 +30,7 @@ def main() -> None:
     cli.add_config_options(p)
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    bias = measure(cfg, args.checkpoint, args.data_root, args.out, args.device)
+    bias = measure_shape_bias(cfg, args.checkpoint, args.data_root, args.out, args.device)
     values = bias.values()
     rows = [('shape of', 'by shape', 'by texture', 'other', 'shape bias')]
     for name, row in (*values['per_class'].items(), ('all', values)):
@@ -40,6 +40,6 @@ def main() -> None:
     if bias.agreeing:
         print(
             f'where shape and texture agree, {100 * values["agreeing_accuracy"]:.1f} % of '
-            f'{values["agreeing_objects"]} objects are decided right: shape bias is meaningful only if most are'
+            f'{values["agreeing_objects"]} objects are decided correctly; shape bias is meaningful only if most are'
         )
     print(f'written: {args.out / "shape_bias.json"}, {args.out / "shape_bias.png"}')

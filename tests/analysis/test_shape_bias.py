@@ -1,8 +1,6 @@
-"""Shape bias: the definition, counted by hand, of networks whose bias is known because they are given it."""
+"""Shape bias of networks with known decisions, and of a trained checkpoint by mmseg's own inference."""
 
-import contextlib
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,21 +8,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mmengine.config import Config
 from PIL import Image
-from tiny import run_tool, tiny, trained  # noqa: F401 (fixtures)
+from tiny import tiny, trained  # noqa: F401 (fixtures)
 
 from replk_mm.analysis import shape_bias
-from replk_mm.analysis.shape_bias import decide, measure
-from replk_mm.data.scenes.cue_conflict import (
-    CONFLICT,
-    CueConflictDataset,
-    CueConflictObject,
-    CueConflictScene,
-    read_cue_conflict,
-)
+from replk_mm.analysis.shape_bias import majority_class, measure_shape_bias
+from replk_mm.commands import shape_bias as command
+from replk_mm.data.scenes.cue_conflict import CONFLICT, CueConflictDataset, CueConflictObject, CueConflictScene
 from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.engine.predict import load_trained
@@ -48,13 +39,13 @@ def objects_of(data: Path, image: Path) -> list[dict]:
 
 @pytest.fixture
 def network(data, tmp_path, monkeypatch):
-    """Run the measurement on a made-up network: ``paint`` fills in the class of an object that it predicts."""
-    checkpoint = tmp_path / 'made_up.pth'
+    """Measure a fake network; ``answer`` returns the class that it predicts for an object."""
+    checkpoint = tmp_path / 'fake.pth'
     torch.save({}, checkpoint)
-    (tmp_path / 'made_up.py').write_text('model = dict()\n')
-    cfg = Config.fromfile(tmp_path / 'made_up.py')
+    (tmp_path / 'fake.py').write_text('model = dict()\n')
+    cfg = Config.fromfile(tmp_path / 'fake.py')
 
-    def measured(paint, classes=DEMO_CLASSES, root=data):
+    def measured(answer, classes=DEMO_CLASSES, root=data):
         model = SimpleNamespace(decode_head=None, dataset_meta=dict(classes=list(classes), palette=list(DEMO_PALETTE)))
 
         def predict(_, images):
@@ -63,20 +54,21 @@ def network(data, tmp_path, monkeypatch):
                 labels = np.array(Image.open(file)).astype(int) - 1
                 predicted = np.full_like(labels, GROUND)
                 for item in objects_of(data, image):
-                    predicted[labels == DEMO_CLASSES.index(item['shape'])] = paint(item)
+                    predicted[labels == DEMO_CLASSES.index(item['shape'])] = answer(item)
                 found = torch.from_numpy(predicted)[None]
                 yield image, cv2.imread(str(image)), SimpleNamespace(pred_sem_seg=SimpleNamespace(data=found))
 
         monkeypatch.setattr(shape_bias, 'load_trained', lambda *args, **options: model)
         monkeypatch.setattr(shape_bias, 'predict', predict)
-        return measure(cfg, str(checkpoint), root, tmp_path / 'out').values()
+        monkeypatch.setattr(shape_bias, '_draw_decisions', lambda *args: None)
+        return measure_shape_bias(cfg, str(checkpoint), root, tmp_path / 'out').values()
 
     return measured
 
 
-def figures(shape: int, texture: int, other: int) -> dict:
-    bias = shape / (shape + texture) if shape + texture else None
-    return dict(shape_decisions=shape, texture_decisions=texture, other=other, shape_bias=bias)
+def bias(shape: int, texture: int, other: int) -> dict:
+    share = shape / (shape + texture) if shape + texture else None
+    return dict(shape_decisions=shape, texture_decisions=texture, other=other, shape_bias=share)
 
 
 # -- networks of known bias -------------------------------------------------------------------------------------------
@@ -99,15 +91,15 @@ def figures(shape: int, texture: int, other: int) -> dict:
 def test_networks_of_known_bias(network, answer, counts, per_class, agreeing):
     values = network(lambda item: DEMO_CLASSES.index(answer(item)))
     assert values == dict(
-        **figures(*counts),
-        per_class={name: figures(*each) for name, each in per_class.items()},
+        **bias(*counts),
+        per_class={name: bias(*each) for name, each in per_class.items()},
         agreeing_accuracy=pytest.approx(agreeing),
         agreeing_objects=9,
     )
 
 
 # -- the decision -----------------------------------------------------------------------------------------------------
-def test_decision_is_the_most_frequent_class_of_objects_counted_one_by_one():
+def test_majority_class_by_counting_pixels():
     rng = np.random.default_rng(0)
     known = {'a': 2, 'b': 3, 'c': 5}
     outcomes = set()
@@ -122,12 +114,12 @@ def test_decision_is_the_most_frequent_class_of_objects_counted_one_by_one():
         best = sorted(counts, key=counts.__getitem__)[-1]
         alone = counts[best] > 0 and sum(count == counts[best] for count in counts.values()) == 1
         expected = best if alone else None
-        assert decide(predicted, mask, known) == expected
+        assert majority_class(predicted, mask, known) == expected
         outcomes.add(expected)
     assert outcomes == {'a', 'b', 'c', None}
 
 
-def test_an_object_is_told_from_its_like_by_its_box():
+def test_mask_of_an_object_is_limited_to_its_box():
     labels = np.zeros((6, 12), int)
     labels[1:5, 1:5] = labels[1:5, 7:11] = 4
     item = CueConflictObject('a', 'b', (6, 0, 12, 6))
@@ -137,8 +129,8 @@ def test_an_object_is_told_from_its_like_by_its_box():
 
 
 # -- a network that learned -------------------------------------------------------------------------------------------
-def test_a_trained_checkpoint_is_counted_like_its_label_maps(tiny, trained, data, tmp_path):  # noqa: F811
-    """The same objects, decided from the label maps that mmseg's own inference gives."""
+@pytest.mark.slow
+def test_trained_checkpoint_by_mmsegs_inference(tiny, trained, data, tmp_path):  # noqa: F811
     from mmseg.apis import inference_model
 
     model = load_trained(tiny.cfg(), str(trained), 'cpu')
@@ -155,28 +147,28 @@ def test_a_trained_checkpoint_is_counted_like_its_label_maps(tiny, trained, data
             count[cue[0] if cue else 'other'] += 1
     cfg = tiny.cfg()
     before = str(cfg)
-    values = measure(cfg, str(trained), data, tmp_path / 'out').values()
+    values = measure_shape_bias(cfg, str(trained), data, tmp_path / 'out').values()
     assert str(cfg) == before
     assert [values[f'{key}_decisions'] for key in ('shape', 'texture')] + [values['other']] == list(count.values())
     assert sum(count.values()) == 6 * VAL
 
 
-def test_the_command_prints_and_writes_what_it_measured(tiny, trained, data, tmp_path):  # noqa: F811
-    result = run_tool(
-        'shape_bias', tiny.config, trained, '--data-root', data, '--out', tmp_path / 'out', '--device', 'cpu'
-    )
-    assert result.returncode == 0, result.stderr
-    kept = json.loads((tmp_path / 'out/shape_bias.json').read_text())
-    values = kept['values']
-    counted = [values[key] for key in ('shape_decisions', 'texture_decisions', 'other')]
-    printed = next(line for line in result.stdout.splitlines() if line.startswith('all '))
-    assert list(map(int, printed.split()[1:4])) == counted
-    assert kept['protocol']['definition'] in result.stdout and 'Geirhos' in result.stdout
-    assert kept['protocol']['scenes']['seed'] == 1 and kept['protocol']['scenes']['conflict'] == 2 * VAL
-    assert len(kept['decisions']) == 9 * VAL
-    by_shape = [d for d in kept['decisions'] if d['shape'] == d['decided'] != d['texture']]
+@pytest.mark.slow
+def test_command(tiny, trained, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    arguments = [tiny.config, trained, '--data-root', data, '--out', tmp_path / 'out', '--device', 'cpu']
+    monkeypatch.setattr('sys.argv', ['shape_bias.py', *map(str, arguments)])
+    assert command.main() == 0
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / 'out/shape_bias.json').read_text(), parse_constant=pytest.fail)
+    values = record['values']
+    total = next(line for line in printed.splitlines() if line.startswith('all '))
+    keys = ('shape_decisions', 'texture_decisions', 'other')
+    assert list(map(int, total.split()[1:4])) == [values[key] for key in keys]
+    assert record['protocol']['definition'] in printed and 'Geirhos' in printed
+    assert record['protocol']['scenes']['seed'] == 1 and record['protocol']['scenes']['conflict'] == 2 * VAL
+    assert len(record['decisions']) == 9 * VAL
+    by_shape = [d for d in record['decisions'] if d['shape'] == d['decided'] != d['texture']]
     assert len(by_shape) == values['shape_decisions']
-    assert all(math.isfinite(v) for v in values.values() if isinstance(v, float))
     picture = cv2.imread(str(tmp_path / 'out/shape_bias.png'))
     assert picture.std() > 20 and min(picture.shape[:2]) > 300
 
@@ -199,53 +191,29 @@ def first(found: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    'change, words',
+    ('change', 'fragment'),
     [
-        (lambda found: '{"conflict": [', 'the file: Invalid JSON'),
-        (lambda found: '[]', 'the file: .* object'),
-        (lambda found: found.pop('agreeing') and None, 'agreeing: Field required'),
-        (lambda found: found['conflict'].clear(), 'conflict: List should have at least 1 item'),
-        (lambda found: first(found).pop('box') and None, r'conflict\.0\.objects\.0\.box: Field required'),
+        (lambda found: '{"conflict": [', 'Invalid JSON'),
+        (lambda found: '[]', 'object'),
+        (lambda found: found.pop('agreeing') and None, 'agreeing'),
+        (lambda found: found['conflict'].clear(), 'conflict'),
+        (lambda found: first(found).pop('box') and None, r'conflict\.0\.objects\.0\.box'),
         (lambda found: first(found).update(box=[5, 5, 5, 9]), 'no pixel of'),
         (lambda found: first(found).update(box=[0, 0, 10**9, 10**9]), 'leaves them'),
-        (lambda found: first(found).update(texture='fur'), "texture 'fur'\nBoth are among"),
+        (lambda found: first(found).update(texture='fur'), 'fur'),
         (lambda found: first(found).update(texture=first(found)['shape']), 'differ in "conflict"'),
-        (lambda found: found['object_classes'].update(disc='4'), r'object_classes\.disc: .* valid integer'),
-        (lambda found: found['conflict'][2].update(image='images/none.jpg'), r'conflict\.2: .*none.jpg does not exist'),
+        (lambda found: found['object_classes'].update(disc='4'), r'object_classes\.disc'),
+        (lambda found: found['conflict'][2].update(image='images/none.jpg'), r'none\.jpg'),
         (lambda found: found['conflict'][0].update(labels=found['conflict'][0]['image']), '3 channels'),
     ],
 )
-def test_listings_that_do_not_fit(network, data, tmp_path, change, words):
-    with pytest.raises(UserError, match=words):
+def test_invalid_listings(network, data, tmp_path, change, fragment):
+    with pytest.raises(UserError, match=fragment):
         network(lambda item: 0, root=changed(data, tmp_path, change))
 
 
-values = st.recursive(
-    st.none() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.sampled_from(['object_classes', 'conflict', 'agreeing', 'box', 'shape', 'image', 'labels', 'objects']),
-    values,
-    st.none() | st.binary(max_size=40),
-)
-def test_any_listing_is_read_or_rejected(data, tmp_path_factory, key, value, content):
-    root = tmp_path_factory.getbasetemp()
-    listing = json.loads((data / 'conflict.json').read_text())
-    for part in (listing, listing['conflict'][0], first(listing)):
-        if key in part:
-            part[key] = value
-            break
-    (root / 'conflict.json').write_bytes(json.dumps(listing).encode() if content is None else content)
-    with contextlib.suppress(UserError):
-        read_cue_conflict(root)
-
-
-def test_networks_and_folders_that_do_not_fit(network, tmp_path, monkeypatch):
+def test_networks_and_folders_that_do_not_fit(network, tmp_path):
     with pytest.raises(UserError, match='--scenes conflict'):
         network(lambda item: 0, root=tmp_path)
-    with pytest.raises(UserError, match='no class disc, star'):
+    with pytest.raises(UserError, match='disc, star'):
         network(lambda item: 0, classes=['sky', 'ground', 'square'])

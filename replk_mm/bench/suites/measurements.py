@@ -21,7 +21,7 @@ _ERF_IMAGES = 50
 def erf(task: Task) -> MeasurementResult:
     """Effective receptive field of the backbone on images of the test split."""
     from replk_mm.analysis.erf import measure_erf
-    from replk_mm.analysis.erf_report import draw  # imports matplotlib
+    from replk_mm.analysis.erf_report import draw_heat_maps  # imports matplotlib
 
     cfg, out = load_task_config(task), task.folder / 'erf'
     of = dataset_layout(next(datasets_of(cfg, ('test',))), cfg.get('default_scope', 'mmengine'))
@@ -36,7 +36,7 @@ def erf(task: Task) -> MeasurementResult:
         device=task.device,
         seed=task.seed,
     )
-    draw([found], out / 'erf.png')
+    draw_heat_maps([found], out / 'erf.png')
     return MeasurementResult(
         found.values(),
         found.protocol(),
@@ -53,7 +53,7 @@ def shape_bias(task: Task) -> MeasurementResult:
     assert checkpoint
     cfg, out = load_task_config(task), task.folder / 'shape_bias'
     root = str(next(datasets_of(cfg, ('test',))).get('data_root'))
-    found = shape_bias.measure(cfg, checkpoint, Path(root), out, task.device)
+    found = shape_bias.measure_shape_bias(cfg, checkpoint, Path(root), out, task.device)
     return MeasurementResult(
         found.values(), found.protocol(), {}, dict(picture=out / 'shape_bias.png', decisions=out / 'shape_bias.json')
     )
