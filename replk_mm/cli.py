@@ -16,6 +16,7 @@ class KeyValue(DictAction):
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         options = dict(getattr(namespace, self.dest) or {})
+        namespace.cfg_texts = [*getattr(namespace, 'cfg_texts', ()), *(values or ())]
         for text in values or ():
             key, given, value = text.partition('=')
             if not given:
@@ -73,6 +74,24 @@ def add_run_arguments(p: argparse.ArgumentParser) -> None:
     )
     add_config_options(p)
     p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
+
+
+def follow_up(name: str, args: argparse.Namespace, *arguments: object) -> str:
+    """The command line of the next step, with the data, classes and overrides of this one.
+
+    Args:
+        name: Of the next command, which takes a config first.
+        args: Arguments of this command.
+        *arguments: Those that follow the config.
+    """
+    words = [args.config, *arguments]
+    takes_data = name in ('train', 'test')
+    for option in ('data_root', 'classes', 'device') if takes_data else ('device',):
+        if getattr(args, option, None):
+            words += [f'--{option.replace("_", "-")}', getattr(args, option)]
+    if getattr(args, 'cfg_texts', None):
+        words += ['--cfg-options', *args.cfg_texts]
+    return command_line(name, *words)
 
 
 def positive(text: str) -> int:

@@ -1,7 +1,8 @@
 """Tables as plain text, for terminals, logs and files."""
 
 import io
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.box import Box
@@ -31,6 +32,26 @@ def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> s
     with console.capture() as text:
         console.print(table)
     return '\n'.join(line.rstrip() for line in text.get().splitlines())
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in its two largest units: ``'0.4 s'``, ``'24 s'``, ``'3 min 20 s'``, ``'2 h 5 min'``."""
+    if seconds < 10:
+        return f'{seconds:.2g} s'
+    whole = round(seconds)
+    for size, unit, smaller, name in ((86400, 'd', 3600, 'h'), (3600, 'h', 60, 'min'), (60, 'min', 1, 's')):
+        if whole >= size:
+            return f'{whole // size} {unit} {whole % size // smaller} {name}'
+    return f'{whole} s'
+
+
+def format_metrics(metrics: Mapping[str, object]) -> str:
+    """The figures among metrics in one line, with four significant digits, without NaN and durations."""
+    return '  '.join(
+        f'{name} {value:.4g}'
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and not math.isnan(value) and name not in ('data_time', 'time')
+    )
 
 
 def renewed(text: str, name: str, content: str, page: str) -> str:

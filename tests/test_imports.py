@@ -18,7 +18,7 @@ FLOORS = (
     ('backbones',),
     ('ops', 'checkpoints'),
     ('visualize', 'published', 'text'),
-    ('registry', 'files', 'environment'),
+    ('registry', 'files', 'logs', 'environment'),
     ('errors', '__init__'),
 )
 

@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import numpy as np
 import safetensors.torch
 import torch
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import HistoryBuffer
 from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, ValidationError
 
 from replk_mm.checkpoints.safe_load import META_KEY, safe_load
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
+from replk_mm.logs import announce
 
 
 class DownloadError(UserError):
@@ -54,9 +55,9 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
     path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / name.rsplit('/', 1)[-1]
     try:
         if path.is_file():
-            print_log(f'{name}: not downloaded; using {path}, which has the same name', logger='current')
+            announce(f'{name}: already downloaded to {path}')
             return path
-        print_log(f'downloading {name}', logger='current')
+        announce(f'downloading {name} to {path}')
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(name, str(path), progress=progress)
     except (OSError, ValueError, HTTPException) as error:
@@ -235,7 +236,7 @@ def _to_plain_dict(mapping: Mapping, name: str) -> dict:
         try:
             out[to_plain_data(key, name)] = to_plain_data(value, f'{name}.{key}')
         except TypeError as error:
-            print_log(f'not saved in the checkpoint: {error}', logger='current', level=logging.WARNING)
+            announce(f'warning: not saved in the checkpoint: {error}', logging.WARNING)
     if hasattr(mapping, '_metadata'):  # module versions of a state dict
         out._metadata = mapping._metadata  # type: ignore[attr-defined]
     return out

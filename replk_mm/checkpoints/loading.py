@@ -15,6 +15,7 @@ from torch import Tensor
 from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.checkpoints.key_formats import ConvertedStateDict, convert_state_dict, unwrap_state_dict
 from replk_mm.errors import UserError
+from replk_mm.logs import announce
 
 #: Top-level modules that only training uses.
 TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
@@ -112,12 +113,11 @@ def load_pretrained(
         )
     if converted.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
         weights = _unmerge(weights, backbone)
-        print_log(
-            f'{checkpoint}: merged weights loaded into a network with parallel kernels. Outputs are equal in '
+        announce(
+            f'warning: {checkpoint}: merged weights loaded into a network with parallel kernels. Outputs are equal in '
             f'evaluation mode; training replaces the folded statistics with batch statistics. Set norm_eval=True or '
             f'small_kernel_merged=True to keep them.',
-            logger='current',
-            level=logging.WARNING,
+            logging.WARNING,
         )
     report = copy_weights(backbone, weights, parts=False)
     report.missing = [

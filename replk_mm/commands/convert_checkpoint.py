@@ -7,7 +7,7 @@ with --trust-checkpoint, for files of any network that ask for code to be run.
 from replk_mm import cli
 from replk_mm.checkpoints.io import read_checkpoint, require_different_files, save_checkpoint
 from replk_mm.checkpoints.key_formats import convert_state_dict, to_official, unwrap_state_dict
-from replk_mm.errors import UserError, command
+from replk_mm.errors import UserError, command, command_line
 
 
 @command
@@ -46,3 +46,5 @@ def main() -> None:
     save_checkpoint({'meta': meta, 'state_dict': weights}, args.out)
     print(f'{args.checkpoint}: {found.describe()}')
     print(f'written: {args.out}, {len(backbone)} backbone weights, {len(found.rest)} others, {args.to} key names')
+    use = ('test', 'CONFIG', args.out) if found.whole_model else ('train', 'CONFIG', '--pretrained', args.out)
+    print(f'next: {command_line(*use)}')

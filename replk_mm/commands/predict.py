@@ -68,4 +68,4 @@ def main() -> None:
             described = json.dumps(prediction.described(objects, classes), indent=2)
             (out / f'{stem}_objects.json').write_text(described + '\n')
         prediction.write_picture(out / f'{stem}_overlay.png', picture)
-        print(f'{i}/{len(args.images)} {out / stem}_overlay.png')
+        print(f'{i}/{len(args.images)} {out / stem}_overlay.png', flush=True)

@@ -28,3 +28,4 @@ def main() -> None:
     for difference in differences:
         print(difference)
     print(f'written: {args.out}')
+    print(f'next: {cli.follow_up("test", args, args.out)}')

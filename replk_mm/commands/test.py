@@ -10,6 +10,7 @@ from replk_mm.engine.config import load_config
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import command
+from replk_mm.text import format_duration, format_metrics, text_table
 
 
 @command
@@ -36,19 +37,28 @@ def main() -> None:
     )
     if get_rank() != 0:
         return
-    for note in result.notes:
-        print(note)
-    print(f'weights: {result.load}')
+    if result.per_class:
+        print(class_table(result.per_class))
+    elif result.metrics:
+        print("no table of classes: the config's metric does not report single classes")
     if result.changes:
         print(f'reparameterized: {result.changes}')
-    print(f'{result.images} images in {result.seconds:.1f} s')
-    print(
-        '  '.join(
-            f'{name} {value:.4g}'
-            for name, value in result.metrics.items()
-            if isinstance(value, (int, float)) and name not in ('data_time', 'time')
-        )
-    )
+    print(f'{result.images} images in {format_duration(result.seconds)}: {format_metrics(result.metrics)}')
     if out:
         results.write(results.record(cfg, args.checkpoint, result, args.tta), out / 'metrics.json')
-        print(f'written: {out}')
+        print(f'written: {out / "metrics.json"}, and predictions in {out / "predictions"}')
+    pictures = Path(out or cfg.work_dir, 'pictures')
+    print(f'next: {cli.follow_up("predict", args, args.checkpoint, result.image or "IMAGE", "--out", pictures)}')
+
+
+def class_table(per_class: dict[str, dict[str, float]]) -> str:
+    """The figures of each class, largest classes first; pixels as their share."""
+    size = next(name for name in ('pixels', 'instances') if name in next(iter(per_class.values())))
+    total = sum(figures[size] for figures in per_class.values())
+    names = [name for name in next(iter(per_class.values())) if name != size]
+    rows = [('class', *names, 'share of pixels' if size == 'pixels' else 'objects')]
+    for name, figures in sorted(per_class.items(), key=lambda item: -item[1][size]):
+        amount = f'{100 * figures[size] / total:.1f} %' if size == 'pixels' else f'{figures[size]}'
+        digits = 2 if size == 'pixels' else 3
+        rows.append((name, *(f'{figures[key]:.{digits}f}' if key in figures else '' for key in names), amount))
+    return text_table(rows)

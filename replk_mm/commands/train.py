@@ -1,12 +1,17 @@
 """Train the model of a config on this machine: one CPU, one GPU, or many processes under torchrun or Slurm."""
 
 import argparse
+import time
+from pathlib import Path
+
+from mmengine.dist import get_rank
 
 from replk_mm import cli
 from replk_mm.engine.config import load_config
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.train import train
 from replk_mm.errors import command
+from replk_mm.text import format_duration
 
 
 def seed(text: str) -> int:
@@ -42,5 +47,9 @@ def main() -> None:
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
     notes = prepare_training(cfg, cli.options_of(args))
+    start = time.monotonic()
     last = train(cfg, notes, args.preflight)
-    print(f'trained: {last}')
+    if get_rank() == 0:
+        print(f'trained in {format_duration(time.monotonic() - start)}: {last}')
+        if last.is_file():
+            print(f'next: {cli.follow_up("test", args, last, "--out", Path(cfg.work_dir, "test"))}')

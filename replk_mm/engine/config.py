@@ -106,8 +106,12 @@ def set_data_root(cfg: Config, root: str) -> None:
     cfg.data_root = root
 
 
-def shorten(cfg: Config, iterations: int) -> str:
-    """Train for ``iterations`` only, warm-up and decay shortened in proportion. Returns a line for the log."""
+#: A line of :func:`shorten` that does not hold for a resumed run, which keeps the schedule of its checkpoint.
+SHORTENED_RATES = 'learning rate: warm-up and decay shortened in proportion'
+
+
+def shorten(cfg: Config, iterations: int) -> list[str]:
+    """Train for ``iterations`` only, warm-up and decay shortened in proportion. Returns lines for the log."""
     loop = cfg.train_cfg
     by_epoch = loop.get('by_epoch', 'max_epochs' in loop)
     total = loop.get('max_epochs') if by_epoch else loop.get('max_iters')
@@ -150,11 +154,11 @@ def shorten(cfg: Config, iterations: int) -> str:
     cfg.default_hooks = {**hooks, 'checkpoint': checkpoint, 'logger': logger}
     cfg.log_processor = {**cfg.get('log_processor', {}), 'by_epoch': False}
     unit = 'epochs' if by_epoch else 'iterations'
-    return (
-        f'schedule: {iterations} iterations instead of {total} {unit} ({cfg.train_cfg.type}), warm-up and decay in '
-        f'proportion, validation every {interval}, checkpoints every {checkpoint["interval"]}, log every '
-        f'{logger["interval"]} iterations'
-    )
+    return [
+        f'schedule: {iterations} iterations instead of {total} {unit} ({cfg.train_cfg.type}), validation every '
+        f'{interval}, checkpoints every {checkpoint["interval"]}, log every {logger["interval"]} iterations',
+        SHORTENED_RATES,
+    ]
 
 
 def fit_to_machine(

@@ -18,6 +18,7 @@ from replk_mm.engine.prepare import counts_of, prepare_data
 from replk_mm.engine.runner import Runner, naming_failures
 from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError
+from replk_mm.logs import log_notes
 from replk_mm.ops import prepack
 
 
@@ -34,6 +35,7 @@ class Evaluation:
         load: How many weights the checkpoint set, of each part.
         images: Images evaluated.
         seconds: Of the evaluation, data loading included.
+        image: The first image, for an example of a prediction; None if the data set does not name it.
         notes: What was changed for this machine.
     """
 
@@ -44,6 +46,7 @@ class Evaluation:
     load: str
     images: int
     seconds: float
+    image: str | None
     notes: list[str] = field(default_factory=list)
 
 
@@ -111,6 +114,8 @@ def evaluate(
     cfg.visualizer = {**cfg.get('visualizer', {}), 'vis_backends': []}
     init_gloo(cfg, device)
     runner = Runner.from_cfg(cfg)
+    runner.register_hook(dict(type='replk_mm.ProgressHook'))
+    log_notes(notes)
     model = bare(runner.model).module if tta else bare(runner.model)
     built = load_for_inference(model, checkpoint, reparam=reparam)
     compare_with_checkpoint(cfg, built.meta, checkpoint)
@@ -128,9 +133,19 @@ def evaluate(
             )
         for name, of_class in getattr(metric, 'per_class', {}).items():
             per_class.setdefault(name, {}).update(of_class)
-    images = len(runner.test_dataloader.dataset)
+    dataset = runner.test_dataloader.dataset
     assert built.report is not None
-    return Evaluation(figures, per_class, built.changes, built.meta, built.report.summary(), images, seconds, notes)
+    return Evaluation(
+        figures,
+        per_class,
+        built.changes,
+        built.meta,
+        built.report.summary(),
+        len(dataset),
+        seconds,
+        dataset.get_data_info(0).get('img_path'),
+        notes,
+    )
 
 
 def _export_predictions(cfg: Config, folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """mmengine's checkpoint hook, which deletes a checkpoint only when the one that replaces it is written."""
 
 import json
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 import torch.nn as nn
 from mmengine.dist import all_reduce_dict, broadcast, get_world_size, is_main_process, master_only
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, LoggerHook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from replk_mm.engine.wrappers import bare, each
 from replk_mm.registry import HOOKS
+from replk_mm.text import format_duration, format_metrics
 
 #: Key of the message hub: the checkpoint that a signal caused, which stays until the next regular one is written.
 INTERIM = 'interim_checkpoint'
@@ -78,6 +80,74 @@ class ProcessesHook(Hook):
         if get_world_size() > 1:
             for buffer in runner.model.buffers():
                 broadcast(buffer)
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """Print the progress of training, validation and test, and the results of validations, to the terminal.
+
+    mmengine's ``LoggerHook``, whose interval it follows, writes more figures to the log file.
+    """
+
+    priority = 'VERY_LOW'  # after the hooks that measure losses and times
+    #: Seconds after which validation and test print again.
+    pause = 10
+
+    @master_only
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Print loss, learning rate, time of an iteration and remaining time."""
+        done, hub = runner.iter + 1, runner.message_hub
+        interval = next((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), 10)
+        if done % interval and done != runner.max_iters:
+            return
+        scalars = hub.log_scalars
+        parts = [f'iteration {done}/{runner.max_iters}']
+        if 'train/loss' in scalars:
+            parts.append(f'loss {scalars["train/loss"].mean(interval):.4g}')
+        if 'train/base_lr' in scalars:
+            parts.append(f'lr {scalars["train/base_lr"].current():.3g}')
+        if 'train/time' in scalars:
+            parts.append(f'{scalars["train/time"].mean(interval):.2g} s/iteration')
+            parts.append(f'eta {format_duration(hub.get_info("eta", 0))}')
+        print('  '.join(parts), flush=True)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Begin to count."""
+        self._begin()
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Begin to count."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self.started = self.printed = time.monotonic()
+
+    @master_only
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Print the remaining time, measured without the first batch, in which everything warms up."""
+        self._print_progress('validation', batch_idx + 1, len(runner.val_dataloader))
+
+    @master_only
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Print the remaining time, measured without the first batch, in which everything warms up."""
+        self._print_progress('test', batch_idx + 1, len(runner.test_dataloader))
+
+    def _print_progress(self, name: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == 1:
+            self.started = now
+            return
+        remaining = (now - self.started) / (done - 1) * (total - done)
+        if now - self.printed >= self.pause or done == 2 and remaining > self.pause:
+            self.printed = now
+            print(f'{name}: {done} of {total} batches, about {format_duration(remaining)} left', flush=True)
+
+    @master_only
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Print the metrics."""
+        print(f'validation at iteration {runner.iter}: {format_metrics(metrics or {})}', flush=True)
 
 
 COLUMNS = ('group', 'lr', 'weight_decay', 'tensors', 'parameters', 'first', 'last')

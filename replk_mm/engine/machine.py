@@ -12,10 +12,12 @@ from pathlib import Path
 import mmengine.device.utils as devices
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 
 from replk_mm import register_configs
 from replk_mm.checkpoints.io import register_safe_loaders
 from replk_mm.errors import UserError, command_line
+from replk_mm.logs import limit_terminal, log_python_warnings
 
 
 @dataclass
@@ -181,16 +183,12 @@ def setup_process() -> None:
     """Settings of a whole process, which every command makes once at its start and importing this package never does.
 
     mmengine loads checkpoints without running code in them, configs inherit ours as ``replk_mm::NAME.py``, the C
-    library keeps freed memory, and warnings about the libraries' own future are not shown.
+    library keeps freed memory, and the terminal shows less than the log file.
     """
     register_safe_loaders()
     register_configs()
     keep_freed_memory()
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings('ignore', category=category)
-    for message in (
-        'pkg_resources is deprecated',
-        '.*align_corners=.*',
-        'Fail to import.*MultiScaleDeformableAttention',
-    ):
-        warnings.filterwarnings('ignore', message=message, category=UserWarning)
+    limit_terminal(MMLogger.get_current_instance())
+    log_python_warnings()

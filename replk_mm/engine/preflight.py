@@ -1,6 +1,7 @@
 """A dry run before training: what would fail after hours fails in the first minute."""
 
 import logging
+import math
 import resource
 import sys
 import time
@@ -23,7 +24,12 @@ from replk_mm.engine.machine import is_out_of_memory
 from replk_mm.engine.nonfinite import forward_backward, forward_context
 from replk_mm.engine.wrappers import bare
 from replk_mm.errors import UserError, message_of
+from replk_mm.logs import announce
 from replk_mm.registry import HOOKS
+from replk_mm.text import format_duration
+
+#: Seconds of a step below which a second one is measured.
+_SHORT = 10.0
 
 
 @HOOKS.register_module()
@@ -42,16 +48,43 @@ class PreflightHook(Hook):
             UserError: If a part fails, with the part and the reason.
         """
         started, done = time.perf_counter(), []
+        step = validation = 0.0
         if type(bare(runner.model)).train_step is BaseModel.train_step:  # others may have several losses
             with _naming('loss and backward of one batch'):
-                done.append(_loss_and_backward(runner))
+                line, step = _loss_and_backward(runner)
+                done.append(line)
         if runner.val_loop is not None:
             with _naming('validation of one batch'):
-                done.append(f'validation: {", ".join(_validate(runner)) or "no metrics"}')
+                metrics, validation = _validate(runner)
+                done.append(f'validation: {", ".join(metrics) or "no metrics"}')
         if is_main_process():
             with _naming('writing and reading a checkpoint'):
                 done.append(f'checkpoint {_checkpoint(runner) / 2**20:.0f} MiB')
-        runner.logger.info(f'dry run: {"; ".join(done)}; {time.perf_counter() - started:.1f} s')
+        taken = time.perf_counter() - started
+        runner.logger.info(f'dry run: {"; ".join(done)}; {taken:.1f} s')
+        expected = f'; training takes {_estimate(runner, step, validation)}' if step else ''
+        announce(f'dry run passed in {format_duration(taken)}{expected}')
+
+
+def _estimate(runner: Runner, step: float, validation: float) -> str:
+    """The expected duration of a training.
+
+    Args:
+        runner: About to train.
+        step: Seconds of one iteration.
+        validation: Seconds of one validation batch.
+    """
+    loop: Any = runner.train_loop
+    iterations = runner.max_iters - runner.iter
+    done, total = (loop.epoch, loop.max_epochs) if hasattr(loop, 'max_epochs') else (runner.iter, runner.max_iters)
+    seconds, text = iterations * step, f'{iterations} iterations of {format_duration(step)}'
+    if runner.val_loop is not None:
+        interval = max(1, runner.val_interval)
+        validations = math.ceil(total / interval) - done // interval
+        each_one = validation * len(runner.val_dataloader)
+        seconds += validations * each_one
+        text += f', {validations} validation{"s" if validations > 1 else ""} of {format_duration(each_one)}'
+    return f'about {format_duration(seconds)}: {text}'
 
 
 @contextmanager
@@ -72,38 +105,52 @@ def _batch(loader: Any, size: int) -> Any:
     return loader.collate_fn([loader.dataset[PositionedIndex(i % len(loader.dataset), i)] for i in range(size)])
 
 
-def _loss_and_backward(runner: Runner) -> str:
+def _loss_and_backward(runner: Runner) -> tuple[str, float]:
+    """A line with loss and memory, and the seconds that an iteration will take."""
     loader: Any = runner.train_dataloader
+    start = time.perf_counter()
     batch, model = _batch(loader, loader.batch_sampler.batch_size), bare(runner.model)
+    loading = time.perf_counter() - start
     on_gpu = next(model.parameters()).is_cuda
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()
+    start = time.perf_counter()
     loss = forward_backward(model, batch, forward_context(runner))['loss']
+    computing = time.perf_counter() - start
+    if computing < _SHORT:  # then most of it may be warming up
+        start = time.perf_counter()
+        forward_backward(model, batch, forward_context(runner))
+        computing = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         for buffer, before in buffers:
             buffer.copy_(before)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 2**10)
     peak = torch.cuda.max_memory_allocated() if on_gpu else rss
+    workers = loader.num_workers
     return (
         f'loss {loss:.4g}; peak memory of the {"GPU" if on_gpu else "process"} {peak / 2**30:.2f} GiB, without the '
-        f'state of the optimizer'
+        f'state of the optimizer',
+        max(computing, loading / workers) if workers else computing + loading,
     )
 
 
-def _validate(runner: Runner) -> dict[str, Any]:
+def _validate(runner: Runner) -> tuple[dict[str, Any], float]:
+    """The metrics of one batch, and the seconds that it takes."""
     loop: Any = runner.val_loop
     model: Any = runner.model
+    start = time.perf_counter()
     size = min(loop.dataloader.batch_size or 1, len(loop.dataloader.dataset))
     batch = _batch(loop.dataloader, size)
     model.eval()
     with torch.no_grad(), autocast(enabled=getattr(loop, 'fp16', False)):
         outputs = model.val_step(batch)
+    seconds = time.perf_counter() - start
     model.train()
     if type(getattr(loop, 'evaluator', None)) is not Evaluator:
-        return {}  # a loop of the user's own, or several data sets
+        return {}, seconds  # a loop of the user's own, or several data sets
     loop.evaluator.process(data_samples=outputs, data_batch=batch)
     level = runner.logger.level
     runner.logger.setLevel(logging.ERROR)  # the metrics of one batch are not a result
@@ -117,7 +164,7 @@ def _validate(runner: Runner) -> dict[str, Any]:
         elif isinstance(hook, CheckpointHook) and hook.save_best:
             for key in hook.key_indicators or ():
                 _check_key(metrics, 'CheckpointHook.save_best', key)
-    return metrics
+    return metrics, seconds
 
 
 def _check_key(metrics: dict[str, Any], field: str, key: str) -> None:

@@ -11,10 +11,10 @@ from replk_mm.data.checks.audit import check_data
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import is_class_head
 from replk_mm.data.classes import use_classes
-from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten
+from replk_mm.engine.config import SHORTENED_RATES, as_list, build_model, fit_to_machine, set_data_root, shorten
 from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.resuming import RESUMABLE, resume
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, first_line
 
 
 def prepare_training(cfg: Config, options: Options) -> list[str]:
@@ -43,7 +43,7 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     notes = prepare_data(cfg, options, ('train', 'val'))
     if options.max_iters is not None:
-        notes.append(shorten(cfg, options.max_iters))
+        notes += shorten(cfg, options.max_iters)
     notes += fit_to_machine(cfg, options.amp, device, local_processes, processes)
     model = build_model(cfg, 'meta')
     check_heads(cfg, counts_of(model), ('train', 'val'))
@@ -51,6 +51,8 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     # Weights and Adam's moments; the old checkpoint goes only when the new one is written.
     prepare_work_dir(cfg.work_dir, needed=2 * 12 * parameters)
     notes += resume(cfg, options, model)
+    if cfg.get('resume'):
+        notes = [note for note in notes if note != SHORTENED_RATES]
     notes += _weights_to_start_from(cfg, options)
     return notes + _limits_of_resuming(cfg)
 
@@ -139,5 +141,5 @@ def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
                 f'{error}\nOr name a local file with --pretrained FILE; --pretrained none starts from random weights.'
             ) from error
         backbone.pop('init_cfg')
-        return [f'WEIGHTS: RANDOM. {str(error).splitlines()[0]}; going on because --max-iters makes this a trial run']
+        return [f'warning: training starts from random weights, as --max-iters makes this a trial: {first_line(error)}']
     return []

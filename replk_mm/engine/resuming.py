@@ -137,7 +137,7 @@ def _schedule_that_ends(cfg: Config, loaded: Mapping) -> list[str]:
     if not ends or not iterations or max(ends) >= iterations:
         return []
     return [
-        f'LEARNING RATE: the schedule is that of the checkpoint and ends at iteration {max(ends)}; this run has '
-        f'{iterations}, the rest of them at the last rate. For a longer schedule start a new run from the weights '
-        f'(--cfg-options load_from=CKPT, without --resume)'
+        f"warning: the learning rate follows the checkpoint's schedule, which ends at iteration {max(ends)}; this run "
+        f'has {iterations}, the rest of them at the last rate. For a longer schedule, start a new run with '
+        f'--cfg-options load_from=CKPT, without --resume'
     ]

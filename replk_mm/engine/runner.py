@@ -1,7 +1,9 @@
 """mmengine's runner with the changes that our runs need."""
 
+import contextlib
 import errno
 import functools
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import barrier, is_main_process, master_only
+from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop
@@ -29,6 +32,8 @@ from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.stopping import shield_workers
 from replk_mm.engine.wrappers import bare, each, num_classes_of
 from replk_mm.errors import UserError
+from replk_mm.files import write_atomic
+from replk_mm.logs import limit_terminal
 
 
 def _explained(build: Callable, part: str) -> Callable:
@@ -36,7 +41,8 @@ def _explained(build: Callable, part: str) -> Callable:
 
     @functools.wraps(build)
     def explained(runner: 'Runner', *args) -> Any:
-        with explaining(runner.cfg, part):
+        # pycocotools prints while it reads annotations.
+        with explaining(runner.cfg, part), contextlib.redirect_stdout(io.StringIO()):
             built = build(runner, *args)
             if isinstance(built, BaseLoop):
                 check_loading(built.dataloader.dataset, num_classes_of(bare(runner.model)))
@@ -54,6 +60,10 @@ class Runner(MMEngineRunner):
         """Build a runner; loaders, optimizer and schedules follow when it trains or tests."""
         with explaining(cfg, 'run'):
             return super().from_cfg(cfg)
+
+    def build_logger(self, *args, **kwargs) -> MMLogger:
+        """Build the logger, which prints less than it writes to its file; see :mod:`replk_mm.logs`."""
+        return limit_terminal(super().build_logger(*args, **kwargs))
 
     @staticmethod
     def build_dataloader(
@@ -157,7 +167,7 @@ class Runner(MMEngineRunner):
         self.message_hub.update_info(INTERIM, str(path))
         self.save_checkpoint(self.work_dir, name, meta=dict(epoch=loop.epoch, iter=loop.iter))
         if is_main_process():
-            Path(self.work_dir, 'last_checkpoint').write_text(str(path))
+            write_atomic(Path(self.work_dir, 'last_checkpoint'), str(path))
             if former and Path(former).name != name:
                 Path(self.work_dir, Path(former).name).unlink(missing_ok=True)
         barrier()  # what starts processes may end all of them, saving or not, once the first has ended

@@ -11,6 +11,7 @@ from replk_mm.engine import stopping
 from replk_mm.engine.resuming import RESUMABLE, last_checkpoint
 from replk_mm.engine.runner import Runner, naming_failures
 from replk_mm.errors import Stopped
+from replk_mm.logs import log_notes
 
 
 def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
@@ -30,20 +31,10 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
         KeyboardInterrupt: On a second Ctrl-C, after saying how to go on.
     """
     runner = Runner.from_cfg(cfg)
-    added = [
-        f'replk_mm.{name}'
-        for name in ('ParameterGroupsHook', 'ProcessesHook', 'StopAtNonFinite', 'PreflightHook')
-        if preflight or name != 'PreflightHook'
-    ]
-    for name in added:
-        runner.register_hook(dict(type=name))
-    notes = [
-        *notes,
-        f'hooks added to those of the config: {", ".join(added)}',
-        'loading transforms are wrapped to name the file that they fail on',
-    ]
-    for note in notes:
-        runner.logger.info(note)
+    hooks = ['ParameterGroupsHook', 'ProcessesHook', 'StopAtNonFinite', 'ProgressHook', 'PreflightHook']
+    for name in hooks if preflight else hooks[:-1]:
+        runner.register_hook(dict(type=f'replk_mm.{name}'))
+    log_notes([*notes, f'log file: {runner.logger.log_file}'], shown=('log file: ', 'classes: ', 'resume: '))
     try:
         # Loops of the user's own would hear a signal and go on.
         heeding = stopping.listening() if runner.cfg.train_cfg.get('type') in RESUMABLE else nullcontext()

@@ -44,7 +44,7 @@ def test_help_shows_an_example(name, monkeypatch, capsys):
         tool_main(name, '--help', monkeypatch=monkeypatch)
     assert info.value.code == 0
     text = capsys.readouterr().out
-    assert f'example:\n  python tools/{name}.py ' in text
+    assert f'\n  replk {name} ' in text
 
 
 MISTAKES = {
@@ -151,14 +151,15 @@ def test_commands_from_training_to_a_merged_test(tiny, tmp_path):
     found = run_tool('train', tiny.config, *place, '--max-iters', 4, '--seed', 1)
     assert found.returncode == 0, found.stderr
     last = work / 'iter_4.pth'
-    assert f'trained: {last}' in found.stdout
+    assert f'{last}\nnext: python {ROOT}/tools/test.py {tiny.config} {last} ' in found.stdout
+    assert len(found.stdout.splitlines()) < 20 and not found.stderr
     found = run_tool('reparameterize', tiny.config, last, merged)
     assert found.returncode == 0, found.stderr
     assert '4 parallel kernels merged' in found.stdout
     assert 'equal' in found.stdout
     found = run_tool('test', tiny.config, merged, *place, '--out', tmp_path / 'out')
     assert found.returncode == 0, found.stderr
-    assert 'mIoU' in found.stdout.splitlines()[-2]
+    assert 'mIoU' in found.stdout and 'next: ' in found.stdout and not found.stderr
     assert json.loads((tmp_path / 'out' / 'metrics.json').read_text())['reparameterized'] == 'in the checkpoint'
     assert len(list((tmp_path / 'out' / 'predictions').iterdir())) == 2
     found = run_tool('train', tmp_path / 'no.py')

@@ -75,9 +75,10 @@ def test_mmengines_own_field_resumes_and_a_schedule_that_ends_too_early_is_logge
     assert any('iter_2.pth, iteration 2, seed 11' in note for note in notes)
     assert cfg.randomness.seed == 11
     assert any(
-        note.startswith('LEARNING RATE: the schedule') and 'ends at iteration 2; this run has 4' in note
+        note.startswith('warning: the learning rate') and 'ends at iteration 2; this run has 4' in note
         for note in notes
     )
+    assert not any('in proportion' in note for note in notes)
 
 
 def test_the_best_checkpoint_of_another_folder_stays(tiny, tmp_path):

@@ -1,0 +1,56 @@
+"""What of the log appears in the terminal: progress, results, and warnings that a user can act on.
+
+Log files keep everything. mmengine's logger prints the whole config, the list of hooks and a line for each parameter;
+mmseg and mmdet warn about their own defaults.
+"""
+
+import logging
+import re
+import warnings
+
+from mmengine.logging import MMLogger
+
+#: Packages whose Python warnings concern their developers.
+_UPSTREAM = re.compile(r'[\\/](mmcv|mmdet|mmengine|mmseg|pkg_resources|torch[\\/](functional|nn))[\\/.]')
+
+
+def announce(message: str, level: int = logging.INFO) -> None:
+    """Log a message and print it. Messages of ``mmengine.logging.print_log`` go to the log file only."""
+    MMLogger.get_current_instance().log(level, message, extra={'terminal': True})
+
+
+def log_notes(notes: list[str], shown: tuple[str, ...] = ('classes: ', 'resume: ')) -> None:
+    """Log what a command has changed or found.
+
+    Args:
+        notes: A line each. Those that begin with ``'warning: '`` are warnings, which are printed.
+        shown: Beginnings of other lines that are printed.
+    """
+    for note in notes:
+        is_warning = note.startswith('warning: ')
+        MMLogger.get_current_instance().log(
+            logging.WARNING if is_warning else logging.INFO,
+            note,
+            extra={'terminal': is_warning or note.startswith(shown)},
+        )
+
+
+def limit_terminal(logger: MMLogger) -> MMLogger:
+    """Print only announced messages and errors of a logger, without a time stamp. Its log file stays as it is."""
+    for handler in logger.handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(lambda record: getattr(record, 'terminal', record.levelno >= logging.ERROR))
+            handler.setFormatter(logging.Formatter('%(message)s'))
+    return logger
+
+
+def log_python_warnings() -> None:
+    """Send Python's warnings to mmengine's logger. Warnings of upstream packages go to the log file only."""
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        MMLogger.get_current_instance().warning(
+            f'warning: {message} ({category.__name__}, {filename}:{lineno})',
+            extra={'terminal': not _UPSTREAM.search(filename)},
+        )
+
+    warnings.showwarning = show

@@ -1,0 +1,47 @@
+"""What of the log is printed: announced lines and warnings that a user can act on. The log file has everything."""
+
+import logging
+import warnings
+
+import pytest
+from mmengine.logging import MMLogger, print_log
+
+from replk_mm.logs import announce, limit_terminal, log_notes, log_python_warnings
+from replk_mm.text import format_duration, format_metrics
+
+
+def test_terminal_shows_less_than_the_file(tmp_path, capsys):
+    limit_terminal(MMLogger.get_instance(str(tmp_path), log_file=str(tmp_path / 'x.log')))
+    print_log('Config: ...', logger='current')
+    print_log('an upstream default', logger='current', level=logging.WARNING)
+    announce('downloading')
+    log_notes(['data workers: 1', 'warning: random weights', 'resume: iter_2.pth'])
+    with warnings.catch_warnings():
+        log_python_warnings()
+        warnings.warn_explicit('use another argument', UserWarning, '/lib/mmseg/models/builder.py', 1)
+        warnings.warn_explicit('mine', UserWarning, '/home/me/transforms.py', 1)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:3] == ['downloading', 'warning: random weights', 'resume: iter_2.pth']
+    assert len(shown) == 4 and 'mine' in shown[3]
+    text = (tmp_path / 'x.log').read_text()
+    assert all(words in text for words in ('Config', 'upstream', 'downloading', 'workers', 'another argument', 'mine'))
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'text'),
+    [
+        (0.42, '0.42 s'),
+        (24.4, '24 s'),
+        (59.7, '1 min 0 s'),
+        (200, '3 min 20 s'),
+        (7500, '2 h 5 min'),
+        (111600, '1 d 7 h'),
+    ],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_metrics_in_a_line():
+    found = dict(mIoU=61.2345, mAP=0.12345, nothing=float('nan'), time=1.0)
+    assert format_metrics(found) == 'mIoU 61.23  mAP 0.1235'
