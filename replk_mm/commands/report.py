@@ -43,7 +43,7 @@ def main() -> int:
                 f'{Path(out, name)}: cannot be written ({error.strerror})\n'
                 f'Name another folder: --out DIR, or make room there.'
             ) from error
-        print(f'written: {Path(out, name)} ({Path(out, name).stat().st_size / 2**20:.2f} MiB)')
+        print(f'written: {Path(out, name)}')
     for folder in sorted(found.outside):
         print(
             f'index.html shows pictures from {printable(str(folder))}, as the records say; look before you pass it on'

@@ -1,8 +1,8 @@
-"""Run a suite of experiments: train and measure each of its rows in a process of its own.
+"""Run a suite of experiments: train and measure each row in a process of its own.
 
-Each measurement appends a record to WORK_DIR/results. After a stop, a kill or a failure, --resume continues: finished
-measurements stay, a training continues from its last checkpoint, and what failed is repeated. docs/suites.md shows how
-to write a suite and how to spread it over machines.
+Each measurement appends a record to WORK_DIR/results. --resume continues after a stop, a kill or a failure: it keeps
+finished measurements, continues a training from its last checkpoint, and repeats failures. docs/suites.md shows how to
+write a suite and how to spread it over machines.
 """
 
 import argparse
@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.bench.schema import read_suite
+from replk_mm.bench.report.load import load_report, render_text
+from replk_mm.bench.schema import Suite, read_suite
 from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.runner import Settings, SuiteRunner
 from replk_mm.engine.machine import prepare_work_dir
@@ -20,10 +21,10 @@ from replk_mm.errors import UserError, command, command_line, printable
 
 def names(text: str) -> list[str]:
     """Comma-separated names, for argparse."""
-    found = [name.strip() for name in text.split(',') if name.strip()]
-    if not found:  # as of a variable that is not set, which must not mean all rows
+    parts = [name.strip() for name in text.split(',') if name.strip()]
+    if not parts:  # an unset variable must not select all rows
         raise argparse.ArgumentTypeError(f'{text!r} names no row')
-    return found
+    return parts
 
 
 @command
@@ -71,9 +72,9 @@ def main() -> int:
         for number, row, seed, state in plan.row_states(suite, work_dir):
             print(f'{number:4}  {row.name:{width}}  {seed:4}  {printable(state)}')
         return 0
-    choice = plan.SuiteOptions(work_dir, args.resume, args.only, args.data_root, args.device)
+    options = plan.SuiteOptions(work_dir, args.resume, args.only, args.data_root, args.device)
     try:
-        failed = _run(suite, choice, Settings(args.jobs, args.launcher, args.nproc))
+        failed = _run(suite, options, Settings(args.jobs, args.launcher, args.nproc))
     except KeyboardInterrupt:
         again = [part for part in sys.argv[1:] if part != '--resume']
         print(f'\ninterrupted; continue with: {command_line("suite", *again, "--resume")}', file=sys.stderr)
@@ -81,24 +82,26 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _run(suite, choice: plan.SuiteOptions, settings: Settings) -> bool:
-    """Run what is left and say how it went; returns whether something failed."""
-    prepare_work_dir(choice.work_dir)
-    tasks, failed = plan.remaining_tasks(suite, choice)
-    done = len(plan.select_rows(suite, choice.only)) - len(tasks) - len(failed)
+def _run(suite: Suite, options: plan.SuiteOptions, settings: Settings) -> bool:
+    """Run the remaining rows and print a summary; returns whether something failed."""
+    prepare_work_dir(options.work_dir)
+    tasks, failed = plan.remaining_tasks(suite, options)
+    done = len(plan.select_rows(suite, options.only)) - len(tasks) - len(failed)
     print(
-        f'{suite.name}: {len(tasks)} rows and seeds to do'
-        + (f', {done} are done' if done else '')
-        + f'; results go to {choice.work_dir}',
+        f'{suite.name}: {len(tasks)} rows and seeds to do{f", {done} done before" if done else ""}; '
+        f'results go to {options.work_dir}',
         file=sys.stderr,
         flush=True,
     )
     from replk_mm.engine.results import environment  # imports torch
 
     failed += SuiteRunner(settings, environment).run(tasks)
+    for found in load_report([options.work_dir]).suites:
+        print(f'\n{render_text(found)}')
     if failed:
         print(f'\n{len(failed)} failed; --resume tries them again:')
         for task, reason in failed:
             print(f'  {task.name}: ' + printable(reason).replace('\n', '\n      '))
-    print(f'results: {choice.work_dir / "results"}')
+    print(f'\nwritten: {options.work_dir / "results"}')
+    print(f'report:  {command_line("report", options.work_dir, "--out", options.work_dir / "report")}')
     return bool(failed)

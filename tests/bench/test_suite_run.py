@@ -16,9 +16,12 @@ import pytest
 import suite_fake
 from rich.console import Console
 
+from replk_mm.bench.records import append_record, write_json
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import plan, runner
+from replk_mm.bench.suites.remaining import time_left
 from replk_mm.bench.suites.runner import Settings, SuiteRunner
+from replk_mm.bench.suites.task import utc_now
 from replk_mm.bench.suites.worker import lock_folder
 
 MEASURES = ('train', 'complexity', 'metric', 'speed')
@@ -137,7 +140,7 @@ def test_rows_fail_independently(tmp_path):
         ('killed', 0, 'metric'): 1,
         ('no-number', 0, 'metric'): 1,
     }
-    assert '[1/7] good seed 0: mIoU 2.50, 2.00 M parameters' in said
+    assert '[1/7] good seed 0: mIoU 2.50; 2.00 M parameters' in said
     assert '[5/7] killed seed 0: FAILED: metric: ended by signal 9' in said
 
 
@@ -256,6 +259,19 @@ def test_launchers_start_training_and_test_only(tmp_path, launcher, start):
     line = runner.command(first, Path('task.json'), settings)
     assert line[line.index(start[0]) :][: len(start)] == start and line[-3:] == ['-m', 'some.module', 'task.json']
     assert runner.command(last, Path('task.json'), settings) == [sys.executable, '-m', 'some.module', 'task.json']
+
+
+def test_time_left_is_extrapolated_from_iterations_and_other_rows(tmp_path):
+    work_dir = tmp_path / 'w'
+    a, b = tasks_of(write_suite(tmp_path, {'a': {}, 'b': {}}), work_dir)
+    assert time_left(work_dir, [(1, [a, b])]) == ''  # nothing was timed
+    write_json(a.folder / 'train' / 'progress.json', dict(iteration=3, iterations=12, seconds=6.0))
+    assert time_left(work_dir, [(1, [a, b])]) == f'at least {2 * 9 + 2 * 12} s left'
+    assert time_left(work_dir, [(2, [a, b])]) == f'at least {2 * 9 // 2 + 2 * 12 // 2} s left'
+    for name, seconds in (('train', 30.0), ('complexity', 1.0), ('metric', 500.0), ('speed', 9.0)):
+        append_record({**a.record(name, utc_now(), {}), 'seconds': seconds}, a.results)
+    assert time_left(work_dir, [(1, [a, b])]) == 'about 9 min left'
+    assert time_left(work_dir, [(1, [a])]) == ''
 
 
 def test_devices_are_assigned_in_turn():

@@ -5,6 +5,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+#: Names of figures whose keys in records are ambiguous: ``training`` is an unmerged network, not a training step.
+FIGURE_NAMES = {
+    'training': 'forward, unmerged',
+    'reparameterized': 'forward, merged',
+    'inference_bytes': 'memory of inference',
+    'training_bytes': 'memory of a training step',
+}
 #: Longest text of a record that is shown, in characters.
 LONGEST = 600
 

@@ -27,6 +27,7 @@ from replk_mm.bench.report.tables import (
 )
 from replk_mm.bench.schema import MEASUREMENTS
 from replk_mm.errors import UserError, command_line
+from replk_mm.text import text_table
 
 Record = dict[str, Any]
 
@@ -359,3 +360,18 @@ def _requested(found: Sequence[Record]) -> list[Any]:
     # Records of early versions do not tell: then what one seed has all of them should have.
     latest = max(found, key=lambda record: record['started'])
     return latest.get('asked') or [record['measurement'] for record in found]
+
+
+def render_text(suite: SuiteReport) -> str:
+    """The tables of a suite for a terminal: the columns that have figures, without remarks."""
+    columns = [c for c in COLUMNS if any(row.figures[c.key].value is not None for row in suite.rows)]
+    tables = []
+    for group in suite.groups:
+        head = ['row', *(f'{suite.heading(c)}{f", {c.unit}" if c.unit else ""}' for c in columns), 'state']
+        rows = []
+        for row in group.rows:
+            figures = [(c, row.figures[c.key]) for c in columns]
+            rows.append([row.label, *('-' if f.value is None else c.shown(f) for c, f in figures), row.state])
+        heading = [group.heading] if len(suite.groups) > 1 else []
+        tables.append('\n'.join([*heading, text_table([head, *rows], left=(0, len(columns) + 1))]))
+    return '\n\n'.join(tables)

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from replk_mm.bench.report import load, pictures, plots
-from replk_mm.bench.report.formatting import clean, format_value, leaves, markdown_text, number
+from replk_mm.bench.report.formatting import FIGURE_NAMES, clean, format_value, leaves, markdown_text, number
 from replk_mm.bench.report.load import Record, Report, ReportRow, SuiteReport
 from replk_mm.bench.report.pictures import LEAST_SCORE, Album
 from replk_mm.bench.report.tables import BY_KEY, COLUMNS, METRIC_TITLES, NOT_MEASURED, Column, Figure, protocol_key
@@ -239,10 +239,12 @@ def _commit(record: Record) -> str:
 
 
 def _values(record: Record) -> dict[str, Any]:
-    """Of a record's values and facts, what is not shown elsewhere and not too long."""
-    found = {**record['values'], **record['facts']}
+    """A record's values and facts that are neither shown elsewhere nor too long."""
+    found = {FIGURE_NAMES.get(key, key): value for key, value in {**record['values'], **record['facts']}.items()}
     for key in ('per_class', 'loss', 'metric', 'parts', 'data'):
         found.pop(key, None)
+    if record['measurement'] == 'speed' and isinstance(forms := found.pop('forms', None), Mapping):
+        found |= {FIGURE_NAMES.get(form, form): times for form, times in forms.items()}
     # The protocols of other measurements stand below the table.
     return found | ({'protocol': record['protocol']} if found and record['measurement'] in ('curve', 'train') else {})
 

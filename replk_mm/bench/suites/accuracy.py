@@ -11,6 +11,7 @@ from mmengine.dist import get_rank
 from replk_mm.analysis.config_complexity import build_on_meta, reparameterize_on_meta
 from replk_mm.bench import records
 from replk_mm.bench.suites.inputs import describe_split, describe_weights, find_weights, load_task_config
+from replk_mm.bench.suites.progress_hook import add_progress_hook
 from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.worker import MeasurementResult
 from replk_mm.data.datasets import as_list, datasets_of
@@ -67,6 +68,7 @@ def metric(task: Task) -> MeasurementResult:
 
 def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluation]:
     cfg = load_task_config(task)
+    add_progress_hook(cfg, task.folder / 'test' / 'progress.json')
     options = Options(
         data_root=task.data_root, work_dir=str(task.folder / 'test_logs'), launcher=task.launcher, device=task.device
     )

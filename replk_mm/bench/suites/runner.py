@@ -9,17 +9,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import replk_mm
 from replk_mm.bench import records
+from replk_mm.bench.report.formatting import FIGURE_NAMES
+from replk_mm.bench.suites.remaining import format_duration, read_progress, time_left
 from replk_mm.bench.suites.task import Task, utc_now
 from replk_mm.bench.suites.worker import BUSY, DISTRIBUTED, SUITE_PID
 from replk_mm.engine.config import usable_cores
@@ -30,6 +31,7 @@ from replk_mm.files import write_atomic
 ALONE = ('speed', 'memory')
 #: Seconds that processes have to end after SIGTERM, in which a training writes a checkpoint.
 _GRACE = 30.0
+_SECONDS_BETWEEN_ESTIMATES = 2.0
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ def schedule(tasks: Sequence[Task], settings: Settings) -> list[tuple[int, list[
 
 
 class SuiteRunner:
-    """Runs tasks in processes, and shows how far they are.
+    """Runs each task in a process of its own, and shows the progress and the time left.
 
     Args:
-        settings: How.
+        settings: How to run tasks.
         environment: Returns versions and hardware, for the records of processes that died.
         console: Where progress is shown. Defaults to standard error.
     """
@@ -80,14 +82,15 @@ class SuiteRunner:
             TextColumn('{task.description}'),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
         )
         self._running: set[subprocess.Popen] = set()
         self._lock, self._interrupted = threading.Lock(), False
+        self._stages: list[tuple[int, list[Task]]] = []  # with the tasks that have not ended
         self._ended = self._count = 0
+        self._announced = False  # the time left
 
     def run(self, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
         """Run tasks to their end.
@@ -96,36 +99,58 @@ class SuiteRunner:
             tasks: From :func:`replk_mm.bench.suites.plan.remaining_tasks`.
 
         Returns:
-            What failed, with the reason.
+            Tasks that failed, with the reason.
 
         Raises:
             KeyboardInterrupt: On Ctrl-C or SIGTERM, after all processes have ended.
         """
         failed: list[tuple[Task, str]] = []
-        parts = schedule(tasks, self.settings)
-        self._count = sum(len(part) for _, part in parts)
+        self._stages = schedule(tasks, self.settings)
+        self._count = sum(len(part) for _, part in self._stages)
+        self._overall = self.progress.add_task('all rows', total=self._count)
         with _sigterm_interrupts(), self.progress:
-            for jobs, part in parts:
+            for jobs, part in self._stages:
                 untrained = {task.name for task, reason in failed if reason.startswith('train: ')}
-                left = [task for task in part if task.name not in untrained]
-                self._count -= len(part) - len(left)
-                failed += self._together(left, jobs)
+                self._count -= sum(task.name in untrained for task in part)
+                part[:] = [task for task in part if task.name not in untrained]
+                failed += self._run_stage(list(part), jobs)
         return failed
 
-    def _together(self, tasks: list[Task], jobs: int) -> list[tuple[Task, str]]:
+    def _run_stage(self, tasks: list[Task], jobs: int) -> list[tuple[Task, str]]:
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(jobs):
             slots.put(slot)
         with ThreadPoolExecutor(jobs) as pool:
             futures = {pool.submit(self._run_one, task, jobs, slots): task for task in tasks}
+            running = set(futures)
             try:
-                for future in as_completed(futures):
-                    future.result()
+                while running:
+                    ended, running = wait(running, _SECONDS_BETWEEN_ESTIMATES, FIRST_COMPLETED)
+                    for future in ended:
+                        future.result()
+                    self._show_time_left()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self._end()
                 raise
         return [(task, reason) for future, task in futures.items() for reason in future.result()]
+
+    def _show_time_left(self) -> None:
+        """Update the estimate in the progress bar; print the first one."""
+        left = self._time_left()
+        if left:
+            self.progress.update(self._overall, description=f'all rows, {left}')
+            if not self._announced:
+                self._announced = True
+                self._print(f'{left}, measured on the first iterations')
+
+    def _time_left(self) -> str:
+        stages = [(jobs, list(part)) for jobs, part in self._stages]
+        tasks = [task for _, part in stages for task in part]
+        return time_left(tasks[0].work_dir, stages) if tasks else ''
+
+    def _print(self, text: str) -> None:
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def _run_one(self, task: Task, jobs: int, slots: 'queue.SimpleQueue[int]') -> list[str]:
         """Run a task in a process; returns why measurements failed, ``'MEASUREMENT: why'`` each."""
@@ -139,7 +164,7 @@ class SuiteRunner:
             self._running.add(process)
         while process.poll() is None:
             time.sleep(0.1)
-            training = records.read_json(task.folder / 'train' / 'progress.json')
+            training = read_progress(task, 'train')
             self.progress.update(bar, total=training.get('iterations'), completed=training.get('iteration', 0))
         with self._lock:
             self._running.discard(process)
@@ -150,17 +175,14 @@ class SuiteRunner:
         reasons = self._failures(task, process.returncode, new, started, logged)
         slots.put(slot)
         self.progress.remove_task(bar)
+        for _, part in self._stages:
+            part[:] = [other for other in part if other is not task]
         self._ended += 1
+        self.progress.update(self._overall, completed=self._ended)
+        left = self._time_left()
         line = f'FAILED: {"; ".join(r.splitlines()[0] for r in reasons)} ({task.log})' if reasons else summarize(new)
-        self.console.print(
-            printable(
-                f'[{self._ended}/{self._count}] {task.name}: {line}  '
-                f'[{timedelta(seconds=round((utc_now() - started).total_seconds()))}]'
-            ),
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        took = format_duration((utc_now() - started).total_seconds())
+        self._print(f'[{self._ended}/{self._count}] {task.name}: {line} [{took}{left and f", {left}"}]')
         return reasons
 
     def _start(self, task: Task, jobs: int, slot: int) -> subprocess.Popen:
@@ -264,16 +286,16 @@ def summarize(found: Mapping[str, Mapping[str, Any]]) -> str:
     words = []
     if metric := values.get('metric'):
         words.append(f'{metric["primary"]} {metric["metrics"][metric["primary"]]:.2f}')
-    if of := values.get('complexity'):
-        words.append(f'{of["inference_parameters"] / 1e6:.2f} M parameters, {of["macs"] / 1e9:.2f} G MACs')
-    if speed := values.get('speed'):
-        words += [f'{form} {of["median_ms"]:.1f} ms' for form, of in speed['forms'].items()]
-    words += [
-        f'{name.removesuffix("_bytes")} {size / 2**20:.0f} MiB'
-        for name, size in values.get('memory', {}).items()
-        if name.endswith('_bytes') and size
-    ]
-    return ', '.join(words) or ', '.join(values) or 'nothing measured'
+    if counts := values.get('complexity'):
+        parameters = counts.get('merged_parameters', counts['inference_parameters'])
+        macs = counts.get('merged_macs', counts['macs'])
+        words.append(f'{parameters / 1e6:.2f} M parameters, {macs / 1e9:.2f} G MACs')
+    for form, times in values.get('speed', {}).get('forms', {}).items():
+        words.append(f'{FIGURE_NAMES[form]} {times["median_ms"]:.1f} ms')
+    for name in ('inference_bytes', 'training_bytes'):
+        if size := values.get('memory', {}).get(name):
+            words.append(f'{FIGURE_NAMES[name]} {size / 2**20:.0f} MiB')
+    return '; '.join(words) or ', '.join(values) or 'nothing measured'
 
 
 def _kill(process: subprocess.Popen, number: int) -> None:

@@ -2,20 +2,18 @@
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import barrier, get_rank
-from mmengine.hooks import Hook
-from mmengine.runner import Runner
 
 from replk_mm import published
 from replk_mm.bench.records import read_json, write_json
 from replk_mm.bench.suites.accuracy import PRIMARY_METRICS, metric_protocol
 from replk_mm.bench.suites.inputs import describe_split, load_task_config
+from replk_mm.bench.suites.progress_hook import add_progress_hook
 from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.worker import MeasurementResult
 from replk_mm.data.datasets import as_list, crop_of
@@ -24,51 +22,9 @@ from replk_mm.engine.machine import Options, processes_of
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
-from replk_mm.registry import HOOKS
 
 #: Prefixes of checkpoints of ImageNet-1K classifiers.
 _IMAGENET = ('torchvision://', 'open-mmlab://resnet')
-
-
-@HOOKS.register_module()
-class SuiteHook(Hook):
-    """Write how far the training is, for the progress of the suite.
-
-    Args:
-        progress: File for ``iteration``, ``iterations`` and ``seconds``, the latter summed over resumed runs.
-    """
-
-    priority = 'NORMAL'
-
-    def __init__(self, progress: str) -> None:
-        self.path = Path(progress)
-        self._before = read_json(self.path).get('seconds', 0.0)
-        self._begin = self._written = time.monotonic()
-
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
-    ) -> None:
-        """Write the file once a second."""
-        if time.monotonic() - self._written >= 1:
-            self._write(runner, runner.iter + 1)
-
-    def before_train(self, runner: Runner) -> None:
-        """Write the file."""
-        self._write(runner, runner.iter)
-
-    after_train = before_train
-
-    def _write(self, runner: Runner, iteration: int) -> None:
-        self._written = time.monotonic()
-        if get_rank() == 0:
-            write_json(
-                self.path,
-                dict(
-                    iteration=iteration,
-                    iterations=runner.max_iters,
-                    seconds=round(self._before + self._written - self._begin, 3),
-                ),
-            )
 
 
 def train(task: Task) -> MeasurementResult:
@@ -79,8 +35,7 @@ def train(task: Task) -> MeasurementResult:
     """
     folder = task.folder / 'train'
     cfg = load_task_config(task)
-    hook = dict(type='replk_mm.SuiteHook', progress=str(folder / 'progress.json'))
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
+    add_progress_hook(cfg, folder / 'progress.json')
     begun = last_checkpoint(folder) if folder.is_dir() else None
     notes = prepare_training(
         cfg,
