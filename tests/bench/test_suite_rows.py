@@ -150,7 +150,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
 def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):  # noqa: F811
     row = dict(iterations=4, measure=['curve', 'metric'], seeds=[3], options={'default_hooks.checkpoint.interval': 2})
     task = task_of(tmp_path, tiny, **row)
-    original = progress_hook.ProgressHook.after_train_iter
+    original = progress_hook.ProgressFileHook.after_train_iter
 
     def cut(self, runner, *args, **kwargs):
         original(self, runner, *args, **kwargs)
@@ -158,7 +158,7 @@ def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):
             raise MemoryError('a heavy image')
 
     with monkeypatch.context() as patched:
-        patched.setattr(progress_hook.ProgressHook, 'after_train_iter', cut)
+        patched.setattr(progress_hook.ProgressFileHook, 'after_train_iter', cut)
         assert not run_task(task, measurements.TABLE, {})
     [failed] = records.read_records([tmp_path / 'w'])[0]
     assert 'out of memory at iteration 2' in failed['reason'] and 'a heavy image' in failed['reason']

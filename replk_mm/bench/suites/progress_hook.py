@@ -14,7 +14,7 @@ from replk_mm.registry import HOOKS
 
 
 @HOOKS.register_module()
-class ProgressHook(Hook):
+class ProgressFileHook(Hook):
     """Write the number of iterations done to a file.
 
     Args:
@@ -58,4 +58,4 @@ class ProgressHook(Hook):
 
 def add_progress_hook(cfg: Config, path: Path) -> None:
     """Let the run of a config write its progress to a file."""
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='replk_mm.ProgressHook', path=str(path))]
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='replk_mm.ProgressFileHook', path=str(path))]
