@@ -1,4 +1,4 @@
-"""Tables as plain text, for terminals, logs and files."""
+"""Tables and figures as plain text, and blocks of Markdown pages that commands write."""
 
 import io
 import math
@@ -12,16 +12,16 @@ from rich.text import Text
 
 from replk_mm.errors import UserError
 
-#: A rule below the head, and nothing else.
+#: A line below the head, and no other lines.
 _BOX = Box('    \n    \n -- \n    \n    \n    \n    \n    \n', ascii=True)
 
 
 def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Rows in aligned columns, the first row underlined.
+    """Format rows as a table with aligned columns and an underlined head.
 
     Args:
         rows: Cells as text; the first row is the head.
-        left: Columns that are aligned to the left. Defaults to the first; all others are aligned to the right.
+        left: Indices of left-aligned columns; the others are right-aligned. Defaults to the first.
     """
     table = Table(box=_BOX, show_edge=False, pad_edge=False)
     for i, name in enumerate(rows[0]):
@@ -54,17 +54,20 @@ def format_metrics(metrics: Mapping[str, object]) -> str:
     )
 
 
-def renewed(text: str, name: str, content: str, page: str) -> str:
-    """A page's text with a block renewed.
+def replace_block(text: str, name: str, content: str, page: str) -> str:
+    """Replace the content of a block in the text of a page.
 
     Args:
-        text: Of the page.
-        name: Of the block.
-        content: What goes between its marks.
-        page: What messages call the page.
+        text: Text of the page.
+        name: Name of the block, which starts with ``<!-- NAME:begin -->`` and ends with ``<!-- NAME:end -->``.
+        content: New content.
+        page: Name of the page for error messages.
+
+    Returns:
+        The new text.
 
     Raises:
-        UserError: If the page has not one such block.
+        UserError: If the page does not have exactly one block of that name.
     """
     begin, end = f'<!-- {name}:begin -->', f'<!-- {name}:end -->'
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -72,15 +75,15 @@ def renewed(text: str, name: str, content: str, page: str) -> str:
     return f'{text.partition(begin)[0]}{begin}\n{content}{end}{text.partition(end)[2]}'
 
 
-def renew(page: Path, name: str, content: str) -> None:
-    """Renew a block of a page; see :func:`renewed`.
+def update_page(page: Path, name: str, content: str) -> None:
+    """Replace the content of a block in a page; see :func:`replace_block`.
 
     Raises:
-        UserError: If the page cannot be read or written, or has not one such block.
+        UserError: If the page cannot be read or written, or does not have exactly one block of that name.
     """
     try:
         text = page.read_text(encoding='utf-8')
-        page.write_text(renewed(text, name, content, str(page)), encoding='utf-8')
+        page.write_text(replace_block(text, name, content, str(page)), encoding='utf-8')
     except OSError as error:
         raise UserError(f'{page}: {error.strerror or error}') from error
     except UnicodeDecodeError as error:

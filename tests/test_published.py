@@ -106,13 +106,13 @@ def test_every_recipe_and_variant_of_a_row_exists():
         assert result.variant is None or result.variant in recipe['drop_path']
 
 
-ROW = list_configs.Row(
+ROW = list_configs.ConfigRow(
     path=Path('configs/upernet_replk31b_ade20k.py'),
     scope='mmseg',
     backbone='RepLKNet-31B',
     pretraining='ImageNet-1K',
     data='ADE20K',
-    kind='512',
+    variant='512',
     schedule='160k iterations, batch 32',
     params_m=113.37,
     result=published.for_config('upernet_replk31b_ade20k'),
@@ -140,7 +140,7 @@ def test_a_metric_that_is_not_stated_is_a_dash():
         path=Path('configs/fcos_replk31b_coco.py'),
         scope='mmdet',
         data='COCO',
-        kind='FCOS',
+        variant='FCOS',
         schedule='24 epochs, batch 16',
         result=published.for_config('fcos_replk31b_coco'),
     )

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from replk_mm.errors import UserError, did_you_mean
-from replk_mm.text import renew as renew_block
+from replk_mm.text import update_page
 
 VERSION = 1
 #: What a suite may ask for; ``train`` is added to a row with a training budget.
@@ -353,4 +353,4 @@ TABLES: dict[str, type[BaseModel]] = dict(suite=Suite, data=SuiteData, row=Suite
 
 if __name__ == '__main__':
     for name, model in TABLES.items():
-        renew_block(Path(sys.argv[1]), name, table(model))
+        update_page(Path(sys.argv[1]), name, table(model))

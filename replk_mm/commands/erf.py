@@ -15,7 +15,7 @@ from replk_mm.engine.config import load_config
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import command, command_line
 from replk_mm.files import write_atomic
-from replk_mm.text import renew as renew_block
+from replk_mm.text import update_page
 
 
 @command
@@ -108,7 +108,7 @@ def compare(paths: list[Path], out: Path, name: str, page: Path | None) -> None:
     draw_heat_maps(found, picture)
     if page:
         link = Path(os.path.relpath(picture, page.parent)).as_posix()
-        renew_block(page, name, f'![Heat maps of effective receptive fields]({link})\n\n{text}')
+        update_page(page, name, f'![Heat maps of effective receptive fields]({link})\n\n{text}')
     else:
         page = write_atomic(picture.with_suffix('.md'), text)
     print(text)

@@ -1,38 +1,36 @@
-"""List the configs: what each trains, what was published for it, and its parameters."""
+"""List the configs: backbone, data, schedule, published results, and parameters."""
 
 import argparse
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
 
 from replk_mm import cli, published
+from replk_mm.analysis.complexity import count_parameters
+from replk_mm.analysis.config_complexity import build_on_meta
 from replk_mm.errors import UserError, command
 
 COMMAND = 'python tools/list_configs.py --write docs/configs.md'
 
 
 @dataclass(frozen=True)
-class Task:
-    """A table: its title, the name of its metrics and which they are, and what tells its configs apart."""
+class TaskTable:
+    """Headings of the table of one task."""
 
     title: str
-    metric_names: str
-    metrics: tuple[str, str]
-    kind: str
+    metrics: dict[str, str]  #: metrics of a published result, by heading
+    variant: str  #: heading of the column with the crop or the method
 
 
-#: By the scope of a config.
+#: Tables by default scope of the config.
 TASKS = {
-    'mmseg': Task('Segmentation', 'mIoU ss / ms', ('miou_ss', 'miou_ms'), 'Crop'),
-    'mmdet': Task('Detection', 'AP box / mask', ('ap_box', 'ap_mask'), 'Method'),
+    'mmseg': TaskTable('Segmentation', {'mIoU ss': 'miou_ss', 'ms': 'miou_ms'}, 'Crop'),
+    'mmdet': TaskTable('Detection', {'AP box': 'ap_box', 'mask': 'ap_mask'}, 'Method'),
 }
 
-#: What the end of a config's name stands for.
+#: Data sets by the last part of a config's name.
 DATA = {
     'ade20k': 'ADE20K',
     'cityscapes': 'Cityscapes',
@@ -41,7 +39,7 @@ DATA = {
     'context': 'context scenes',
 }
 
-#: What mmdet's classes are called in the papers.
+#: Names in the papers of mmdet's classes.
 METHODS = {'CascadeRCNN': 'Cascade Mask R-CNN', 'MaskRCNN': 'Mask R-CNN'}
 
 NOTES = """\
@@ -58,85 +56,74 @@ NOTES = """\
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a table says of one config."""
+class ConfigRow:
+    """The cells of one config."""
 
     path: Path
-    scope: str
+    scope: str  #: default scope, ``'mmseg'`` or ``'mmdet'``
     backbone: str
     pretraining: str
     data: str
-    kind: str
+    variant: str  #: crop size or method
     schedule: str
     result: published.PublishedResult | None
-    params_m: float
+    params_m: float  #: parameters of the model as built for training, in millions
 
 
-def count_params_m(cfg: Config) -> float:
-    """Parameters, in millions, of the model of a config; nothing is allocated or initialised."""
-    with (
-        warnings.catch_warnings(),
-        MODELS.switch_scope_and_registry(cfg.default_scope) as registry,
-        torch.device('meta'),
-    ):
-        warnings.simplefilter('ignore')
-        model = registry.build(cfg.model)
-    return sum(p.numel() for p in model.parameters()) / 1e6
-
-
-def read_config(path: Path) -> Row:
-    """The row of one config file."""
+def read_config(path: Path) -> ConfigRow:
+    """Read the cells of one config file, without allocating its model."""
     cfg = Config.fromfile(path)
     result = published.for_config(path)
     backbone = cfg.model.backbone
-    weights = (backbone.get('init_cfg') or {}).get('checkpoint')
-    # What the backbone starts from names it as the papers do, also where a config has no published row of its own.
-    known: dict = next(
-        (entry for entry in published.table('weights') if entry['url'] == weights),
-        dict(backbone=_name(backbone), pretraining='none'),
+    url = (backbone.get('init_cfg') or {}).get('checkpoint')
+    # The pretrained weights give the name in the papers, also for a config without a published row.
+    weights: dict = next(
+        (entry for entry in published.table('weights') if entry['url'] == url),
+        dict(backbone=_backbone_name(backbone), pretraining='none'),
     )
     length = cfg.train_cfg.get('max_iters')
     schedule = f'{length / 1000:g}k iterations' if length else f'{cfg.train_cfg.max_epochs} epochs'
     data = path.stem.rpartition('_')[2].partition('-')[0]
-    return Row(
+    is_segmentor = cfg.default_scope == 'mmseg'
+    return ConfigRow(
         path=path,
         scope=cfg.default_scope,
-        backbone=known['backbone'],
-        pretraining=result.pretraining if result else known['pretraining'],
+        backbone=weights['backbone'],
+        pretraining=result.pretraining if result else weights['pretraining'],
         data=DATA.get(data, data),
-        kind=(str(cfg.crop_size[0]) if cfg.default_scope == 'mmseg' else METHODS.get(cfg.model.type, cfg.model.type)),
+        variant=str(cfg.crop_size[0]) if is_segmentor else METHODS.get(cfg.model.type, cfg.model.type),
         schedule=f'{schedule}, batch {cfg.auto_scale_lr.base_batch_size}',
         result=result,
-        params_m=count_params_m(cfg),
+        params_m=count_parameters(build_on_meta(cfg)) / 1e6,
     )
 
 
-def _name(backbone: Config) -> str:
+def _backbone_name(backbone: Config) -> str:
     family = backbone.type.rpartition('.')[2]
     if isinstance(backbone.arch, str):
         return f'{family}-{backbone.arch}'
     return f'{family}, {len(backbone.arch.channels)} stages'
 
 
-def read_configs(folder: Path) -> list[Row]:
-    """The rows of all configs directly in ``folder``: those with published results first, in the papers' order.
+def read_configs(folder: Path) -> list[ConfigRow]:
+    """The rows of all configs directly in a folder; first those with published results, in the papers' order.
 
     Raises:
-        UserError: if there are none.
+        UserError: If there are none.
     """
     paths = sorted(folder.glob('*.py'))
     if not paths:
-        raise UserError(f'no configs in {folder}\nRun this at the root of the repository, or name their folder.')
+        raise UserError(f'{folder}: no configs\nRun this at the root of the repository, or use --configs DIR.')
     order = {result.config: i for i, result in enumerate(published.results())}
     return [read_config(path) for path in sorted(paths, key=lambda p: order.get(p.name, len(order)))]
 
 
-def to_markdown(rows: Iterable[Row], link_to: str = 'configs') -> str:
-    """Markdown tables of ``rows``, one a task.
+def to_markdown(rows: Iterable[ConfigRow], link_to: str = 'configs') -> str:
+    """Markdown tables of configs, one per task.
 
     Args:
-        rows: what :func:`read_configs` returned.
-        link_to: folder of the configs, relative to the page that the text goes to.
+        rows: From :func:`read_configs`.
+        link_to: Folder of the configs, relative to the page.
     """
     rows, parts = list(rows), []
     for scope, task in TASKS.items():
@@ -146,23 +133,21 @@ def to_markdown(rows: Iterable[Row], link_to: str = 'configs') -> str:
         lines = [
             f'**{task.title}**',
             '',
-            f'| Config | Backbone | Pretraining | Data | {task.kind} | Schedule | {task.metric_names} (quoted) '
-            '| Params, M (quoted) | Params, M |',
+            f'| Config | Backbone | Pretraining | Data | {task.variant} | Schedule '
+            f'| {" / ".join(task.metrics)} (quoted) | Params, M (quoted) | Params, M |',
             f'|{" --- |" * 9}',
         ]
         for row in chosen:
             stated = row.result.metrics if row.result else {}
-            figures = ' / '.join(f'{stated[m]:.1f}' if m in stated else '–' for m in task.metrics)
-            quoted = f'{row.result.params_m:g}' if row.result else '–'
             cells = (
                 f'[{row.path.stem}]({link_to}/{row.path.name})',
                 row.backbone,
                 row.pretraining,
                 row.data,
-                row.kind,
+                row.variant,
                 row.schedule,
-                figures,
-                quoted,
+                ' / '.join(f'{stated[m]:.1f}' if m in stated else '–' for m in task.metrics.values()),
+                f'{row.result.params_m:g}' if row.result else '–',
                 f'{row.params_m:.1f}',
             )
             lines.append(f'| {" | ".join(cells)} |')
@@ -170,7 +155,7 @@ def to_markdown(rows: Iterable[Row], link_to: str = 'configs') -> str:
     return '\n'.join(parts)
 
 
-def page(rows: Iterable[Row]) -> str:
+def render_page(rows: Iterable[ConfigRow]) -> str:
     """The text of ``docs/configs.md``."""
     return f'<!-- Do not edit: written by `{COMMAND}` -->\n# Configs\n\n{to_markdown(rows, "../configs")}\n{NOTES}'
 
@@ -186,22 +171,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_if_changed(path: Path, text: str) -> None:
-    """Write ``text``, and say whether that changed anything."""
-    if path.is_file() and path.read_text(encoding='utf-8') == text:
-        print(f'{path}: up to date')
-        return
-    if not path.parent.is_dir():
-        raise UserError(f'{path}: there is no folder {path.parent}\nCreate it first.')
-    path.write_text(text, encoding='utf-8')
-    print(f'{path}: written')
-
-
 @command
 def main() -> None:
     args = parse_args()
     rows = read_configs(args.configs)
-    if args.write:
-        write_if_changed(args.write, page(rows))
-    else:
+    if not args.write:
         print(to_markdown(rows, args.configs.as_posix()), end='')
+        return
+    try:
+        args.write.write_text(render_page(rows), encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'{args.write}: {error.strerror}\nUse --write with a file in an existing folder.') from error
+    print(f'written: {args.write}')

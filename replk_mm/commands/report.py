@@ -12,7 +12,7 @@ from replk_mm.bench.report.load import SKIPPED_STATUS, load_report
 from replk_mm.bench.report.render import render_html, render_markdown, render_suite_tables
 from replk_mm.engine.machine import prepare_work_dir
 from replk_mm.errors import UserError, command, printable
-from replk_mm.text import renew
+from replk_mm.text import update_page
 
 STATUSES = f"""
 exit status:
@@ -49,8 +49,8 @@ def main() -> int:
             f'index.html shows pictures from {printable(str(folder))}, as the records say; look before you pass it on'
         )
     for suite in found.suites if args.page else ():
-        renew(Path(args.page), suite.name, render_suite_tables(suite))
-        print(f'{args.page}: renewed {suite.name}')
+        update_page(Path(args.page), suite.name, render_suite_tables(suite))
+        print(f'{args.page}: block {suite.name} updated')
     for complaint in found.complaints:
         print(f'skipped: {complaint}', file=sys.stderr)
     return SKIPPED_STATUS if found.complaints else 0

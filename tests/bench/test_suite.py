@@ -19,7 +19,7 @@ from replk_mm.bench.suites.task import utc_now
 from replk_mm.data.scenes.writer import META
 from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError
-from replk_mm.text import renewed as renewed_block
+from replk_mm.text import replace_block
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = sorted((ROOT / 'configs' / 'suites').glob('*.yaml'))
@@ -204,7 +204,7 @@ def test_docs_describe_the_schema():
     """``python -m replk_mm.bench.schema docs/suites.md`` writes the tables."""
     text = (ROOT / 'docs' / 'suites.md').read_text()
     for name, model in schema.TABLES.items():
-        assert renewed_block(text, name, schema.table(model), 'docs/suites.md') == text
+        assert replace_block(text, name, schema.table(model), 'docs/suites.md') == text
 
 
 @pytest.mark.parametrize('path', SUITES, ids=lambda path: path.stem)

@@ -256,7 +256,7 @@ def test_norms_alone_have_no_weight_decay(name):
 
 
 @pytest.fixture(scope='module')
-def rows() -> list[list_configs.Row]:
+def rows() -> list[list_configs.ConfigRow]:
     with pytest.MonkeyPatch.context() as patch:  # each file is read once
         patch.setattr(list_configs, 'Config', SimpleNamespace(fromfile=lambda path: copy.deepcopy(load(path.name))))
         return list_configs.read_configs(CONFIGS)
@@ -277,9 +277,9 @@ def test_the_table_names_every_config_and_its_published_figures(rows):
 
 def test_a_config_without_a_row_is_named_by_its_weights(rows):
     row = next(row for row in rows if row.path.name == 'upernet_convnext-base_cityscapes.py')
-    assert (row.backbone, row.pretraining, row.data, row.kind) == ('ConvNeXt-B', 'ImageNet-1K', 'Cityscapes', '769')
+    assert (row.backbone, row.pretraining, row.data, row.variant) == ('ConvNeXt-B', 'ImageNet-1K', 'Cityscapes', '769')
     row = next(row for row in rows if row.path.name == 'cascade-mask-rcnn_convnext-nano_coco.py')
-    assert (row.backbone, row.pretraining, row.data, row.kind) == (
+    assert (row.backbone, row.pretraining, row.data, row.variant) == (
         'ConvNeXt-nano',
         'none',
         'COCO',
@@ -288,4 +288,4 @@ def test_a_config_without_a_row_is_named_by_its_weights(rows):
 
 
 def test_the_page_is_as_the_command_writes_it(rows):
-    assert (ROOT / 'docs' / 'configs.md').read_text() == list_configs.page(rows), list_configs.COMMAND
+    assert (ROOT / 'docs' / 'configs.md').read_text() == list_configs.render_page(rows), list_configs.COMMAND
