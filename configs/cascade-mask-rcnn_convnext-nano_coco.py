@@ -12,7 +12,7 @@ model = dict(
     backbone=dict(
         type='replk_mm.ConvNeXt',
         arch='nano',
-        # 1e-6, the default, is for long pretraining: blocks should contribute from the first iteration here
+        # 1.0 instead of the default 1e-6, which suits long pretraining: blocks contribute from the first iteration
         layer_scale_init_value=1.0,
         gap_before_final_norm=False,
         out_indices=[0, 1, 2, 3]),

@@ -12,7 +12,7 @@ _base_ = [
 crop_size = (160, 160)
 classes = ('disc', 'square', 'star', 'triangle_h', 'triangle_v')
 data_root = 'demo/detection/data'
-# Whole scenes: a cue at the top names objects far below it, so that nothing may be cropped or turned.
+# Whole scenes, no crops or rotations: a cue at the top decides the classes of objects far below it.
 resize = dict(type='Resize', scale=crop_size, keep_ratio=False)
 train_pipeline = [*_base_.load, resize, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]
 test_pipeline = [_base_.load[0], resize, *_base_.test_pipeline[2:]]

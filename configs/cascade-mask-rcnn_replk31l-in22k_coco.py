@@ -4,8 +4,8 @@
 # Recipe:    8 GPUs x 4 images (global batch 32), 36 epochs; the authors: 1 image a GPU, number of GPUs unknown
 # Published: AP box 53.9, AP mask 46.5
 #            quoted from arXiv:2203.06717 and DingXiaoH/RepLKNet-pytorch, not reproduced here
-# Weights:   the recipe starts from ImageNet-22K weights. The file below was fine-tuned on ImageNet-1K (384) after
-#            them: the nearest one with a public download address. Expect a small difference.
+# Weights:   the recipe starts from ImageNet-22K weights. The file below was then fine-tuned on ImageNet-1K (384).
+#            It is the closest public download; expect a small difference.
 _base_ = [
     './_base_/models/cascade-mask-rcnn.py',
     './_base_/backbones/replknet.py',

@@ -4,8 +4,8 @@
 # Recipe:    8 GPUs x 4 images (global batch 32), 36 epochs
 # Published: AP box 55.5, AP mask 48.0
 #            quoted from arXiv:2203.06717 and DingXiaoH/RepLKNet-pytorch, not reproduced here
-# Weights:   the recipe starts from MegData73M weights. The file below was fine-tuned on ImageNet-1K (320) after
-#            them: the nearest one with a public download address. Expect a small difference.
+# Weights:   the recipe starts from MegData73M weights. The file below was then fine-tuned on ImageNet-1K (320).
+#            It is the closest public download; expect a small difference.
 _base_ = [
     './_base_/models/cascade-mask-rcnn.py',
     './_base_/backbones/replknet.py',
@@ -14,7 +14,7 @@ _base_ = [
     './_base_/runtimes/detection.py',
 ]
 model = dict(
-    # mean and std are those of the MegData73M pretraining
+    # mean and std of the MegData73M pretraining
     data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
     backbone=dict(
         _delete_=True,

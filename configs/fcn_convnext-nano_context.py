@@ -1,4 +1,4 @@
-# A linear classifier on a ConvNeXt of two stages, on scenes where a cue far away decides what an object is.
+# A linear classifier on a ConvNeXt of two stages, on scenes where a distant cue decides the class of an object.
 #
 # Train:     python tools/make_demo_data.py context/data --scenes context --size 96 96 --train 400 --val 80 &&
 #            python tools/train.py configs/fcn_convnext-nano_context.py

@@ -1,4 +1,4 @@
-# A linear classifier on RepLKNet-nano's first two stages, on scenes where a cue far away decides what an object is.
+# A linear classifier on RepLKNet-nano's first two stages, on scenes where a distant cue decides the class of an object.
 #
 # Train:     python tools/make_demo_data.py context/data --scenes context --size 96 96 --train 400 --val 80 &&
 #            python tools/train.py configs/fcn_replk-nano_context.py
@@ -9,7 +9,7 @@ _base_ = ['./_base_/models/fcn_linear.py', './_base_/datasets/context.py', './_b
 model = dict(
     backbone=dict(
         type='replk_mm.RepLKNet',
-        # Six pairs of blocks at stride 8: 3x3 kernels too could reach the cues, 36 to 64 pixels away.
+        # Six pairs of blocks at stride 8, so that even 3x3 kernels could reach the cues, 36 to 64 pixels away.
         arch=dict(large_kernel_sizes=[31, 31], small_kernel=5, layers=[2, 6], channels=[32, 64], dw_ratio=1),
         out_indices=[1],
         norm_cfg=_base_.norm_cfg),

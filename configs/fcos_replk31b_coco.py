@@ -4,7 +4,7 @@
 # Recipe:    8 GPUs x 2 images (global batch 16), 24 epochs; the authors: 2 images a GPU, number of GPUs unknown
 # Published: AP box 47.0
 #            quoted from arXiv:2203.06717 and DingXiaoH/RepLKNet-pytorch, not reproduced here
-# mmdet's FCOS: GroupNorm in the head, centerness beside the classes, no centre sampling, FPN from stride 8 with extra
+# mmdet's FCOS: GroupNorm in the head, centerness in the classification branch, no centre sampling, FPN from stride 8 with extra
 # convolutions on its output, gradients clipped at 35, a third of the learning rate in the first 500 iterations.
 _base_ = ['mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py', './_base_/backbones/replknet.py']
 model = dict(

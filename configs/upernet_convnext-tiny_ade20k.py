@@ -20,6 +20,6 @@ model = dict(
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
     test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(341, 341)))
-# its stages learn at 0.9^6 ... 0.9^3 of lr; those of the larger models, with 12, at 0.9^12 ... 0.9^9
+# the stages learn at 0.9^6 ... 0.9^3 of lr; those of the larger models, with num_layers=12, at 0.9^12 ... 0.9^9
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=6))
 train_dataloader = dict(batch_size=2)

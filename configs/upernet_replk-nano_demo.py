@@ -7,10 +7,10 @@ _base_ = ['./_base_/models/upernet_nano.py', './_base_/datasets/scenes.py', './_
           './_base_/runtimes/segmentation.py']
 crop_size = (160, 160)
 num_classes = 8
-# Objects cover a sixth of the pixels; the Dice loss counts every class alike, so that their shapes are not learned last.
+# Objects cover a sixth of the pixels; the Dice loss weighs all classes equally.
 loss = [dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0), dict(type='DiceLoss', loss_weight=1.0)]
 load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
-# Whole scenes: a cue at the top names objects far below it, so that nothing may be cropped or turned.
+# Whole scenes, no crops or rotations: a cue at the top decides the classes of objects far below it.
 resize = dict(type='Resize', scale=crop_size, keep_ratio=False)
 train_pipeline = [*load, resize, dict(type='RandomFlip', prob=0.5), dict(type='PackSegInputs')]
 test_pipeline = [load[0], resize, load[1], dict(type='PackSegInputs')]

@@ -4,8 +4,8 @@
 # Recipe:    8 GPUs x 4 images (global batch 32), 160k iterations; the authors split it as 64 GPUs x 2 for 40k
 # Published: mIoU 51.5 single-scale, 52.3 multi-scale with flips
 #            quoted from arXiv:2203.06717 and DingXiaoH/RepLKNet-pytorch, not reproduced here
-# Weights:   the recipe starts from ImageNet-22K weights. The file below was fine-tuned on ImageNet-1K (224) after
-#            them: the nearest one with a public download address. Expect a small difference.
+# Weights:   the recipe starts from ImageNet-22K weights. The file below was then fine-tuned on ImageNet-1K (224).
+#            It is the closest public download; expect a small difference.
 _base_ = [
     './_base_/models/upernet_replknet.py',
     './_base_/datasets/ade20k_512_crop640.py',

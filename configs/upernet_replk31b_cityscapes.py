@@ -23,7 +23,7 @@ model = dict(
     auxiliary_head=dict(in_channels=512, num_classes=19, align_corners=True))
 train_dataloader = dict(batch_size=2)
 param_scheduler = [
-    # as many images as in the authors' warmup, which is 400 iterations of 64
+    # as many images as in the authors' warmup of 400 iterations with batch 64
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1600),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=80000),
 ]

@@ -4,8 +4,8 @@
 # Recipe:    8 GPUs x 4 images (global batch 32), 160k iterations; the authors split it as 64 GPUs x 1 for 80k
 # Published: mIoU 52.4 single-scale, 52.7 multi-scale with flips
 #            quoted from arXiv:2203.06717 and DingXiaoH/RepLKNet-pytorch, not reproduced here
-# Weights:   the recipe starts from ImageNet-22K weights. The file below was fine-tuned on ImageNet-1K (384) after
-#            them: the nearest one with a public download address. Expect a small difference.
+# Weights:   the recipe starts from ImageNet-22K weights. The file below was then fine-tuned on ImageNet-1K (384).
+#            It is the closest public download; expect a small difference.
 _base_ = [
     './_base_/models/upernet_replknet.py',
     './_base_/datasets/ade20k_512_crop640.py',

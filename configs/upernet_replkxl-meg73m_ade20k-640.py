@@ -4,8 +4,8 @@
 # Recipe:    8 GPUs x 4 images (global batch 32), 160k iterations; the authors split it as 16 GPUs x 2
 # Published: mIoU 55.2 single-scale, 56.0 multi-scale with flips
 #            quoted from arXiv:2203.06717 and DingXiaoH/RepLKNet-pytorch, not reproduced here
-# Weights:   the recipe starts from MegData73M weights. The file below was fine-tuned on ImageNet-1K (320) after
-#            them: the nearest one with a public download address. Expect a small difference.
+# Weights:   the recipe starts from MegData73M weights. The file below was then fine-tuned on ImageNet-1K (320).
+#            It is the closest public download; expect a small difference.
 _base_ = [
     './_base_/models/upernet_replknet.py',
     './_base_/datasets/ade20k_512_crop640.py',
@@ -13,7 +13,7 @@ _base_ = [
     './_base_/runtimes/segmentation.py',
 ]
 model = dict(
-    # mean and std are those of the MegData73M pretraining
+    # mean and std of the MegData73M pretraining
     data_preprocessor=dict(size=_base_.crop_size, mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
     backbone=dict(
         arch='XL',

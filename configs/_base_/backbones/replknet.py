@@ -1,10 +1,10 @@
-# What every recipe of RepLKNet has in common. mmdet's model files come with a ResNet; a detector's config replaces it by
+# Common to all RepLKNet recipes. mmdet's model files contain a ResNet; a detector's config replaces it with
 # backbone=dict(_delete_=True, **_base_.replknet, arch=...).
 replknet = dict(
     type='replk_mm.RepLKNet',
-    # the training form, which replk_mm.deploy.reparameterize merges for deployment
+    # training form; replk_mm.reparam.reparameterize merges it for deployment
     small_kernel_merged=False,
-    # BatchNorm statistics over all GPUs, trained like the rest (CPU runs use plain BatchNorm); nothing is frozen
+    # statistics over all GPUs (CPU runs use plain BatchNorm); nothing is frozen
     norm_cfg=dict(type='SyncBN', requires_grad=True),
     # recompute activations in the backward pass, as the recipe does: less memory, more time
     with_cp=True,

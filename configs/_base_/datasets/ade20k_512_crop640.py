@@ -1,5 +1,5 @@
-# ADE20K, crop 640 out of images resized around short side 512, tested at short side 512: what the released RepLKNet
-# configurations for 640x640 do (DingXiaoH/RepLKNet-pytorch, segmentation/configs). They enlarge the crop only.
+# ADE20K, crop 640, images resized around short side 512, tested at short side 512, as in the authors' configs for 640x640
+# (DingXiaoH/RepLKNet-pytorch, segmentation/configs): they enlarge the crop only.
 _base_ = 'mmseg::_base_/datasets/ade20k.py'
 crop_size = (640, 640)
 train_pipeline = [
@@ -12,7 +12,7 @@ train_pipeline = [
     dict(type='PackSegInputs')
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-# Multi-scale testing by factors of the test scale: see ade20k_512.py.
+# Multi-scale test by factors of the test scale; see ade20k_512.py.
 img_ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
 tta_pipeline = [
     dict(type='LoadImageFromFile', backend_args=None),
@@ -25,6 +25,6 @@ tta_pipeline = [
             [dict(type='PackSegInputs')],
         ])
 ]
-# mmseg's, which also reports mIoU_present and the figures of every class
+# mmseg's IoUMetric, plus mIoU_present and the scores of every class
 val_evaluator = dict(type='replk_mm.IoUMetric')
 test_evaluator = dict(type='replk_mm.IoUMetric')

@@ -1,4 +1,4 @@
-# Cityscapes, crop 769, tested whole at 2049x1025: sides of 8k + 1 pixels, so that aligned corners fall on pixels.
+# Cityscapes, crop 769, tested whole at 2049x1025: with sides of 8k + 1 pixels, aligned corners fall on pixels.
 _base_ = 'mmseg::_base_/datasets/cityscapes.py'
 crop_size = (769, 769)
 train_pipeline = [
@@ -13,11 +13,11 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2049, 1025), keep_ratio=True),
-    # after Resize: the metric compares at the annotation's own size
+    # after Resize: the metric compares at the size of the annotation
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]
-# Multi-scale testing by factors of the test scale: see ade20k_512.py.
+# Multi-scale test by factors of the test scale; see ade20k_512.py.
 img_ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
 tta_pipeline = [
     dict(type='LoadImageFromFile', backend_args=None),
@@ -33,6 +33,6 @@ tta_pipeline = [
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
-# mmseg's, which also reports mIoU_present and the figures of every class
+# mmseg's IoUMetric, plus mIoU_present and the scores of every class
 val_evaluator = dict(type='replk_mm.IoUMetric')
 test_evaluator = dict(type='replk_mm.IoUMetric')

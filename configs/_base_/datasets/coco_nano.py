@@ -1,5 +1,5 @@
-# COCO (or a small set of photographs in its layout) for models that a CPU trains: crops of 256x256 out of images of short
-# side 256 to 448, tested at short side 384.
+# COCO (or a small set of photographs in its layout) for training on a CPU: crops of 256x256 from images of short side
+# 256 to 448, tested at short side 384.
 _base_ = 'mmdet::_base_/datasets/coco_instance.py'
 crop_size = (256, 256)
 load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True)]
@@ -21,7 +21,7 @@ train_dataloader = dict(
     batch_size=4,
     sampler=dict(_delete_=True, type='InfiniteSampler', shuffle=True),
     batch_sampler=None,
-    # mmdet's, which match classes by name and report the figures of every class, unrounded
+    # like mmdet's, but they match classes by name and report unrounded scores of every class
     dataset=dict(type='replk_mm.CocoDataset', pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(type='replk_mm.CocoDataset', pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(type='replk_mm.CocoDataset', pipeline=test_pipeline))

@@ -1,4 +1,4 @@
-# Scenes of `tools/make_demo_data.py --scenes context`: a cue far away decides what an object is. Nothing is cropped or scaled.
+# Scenes of `tools/make_demo_data.py --scenes context`: a distant cue decides the class of an object. No crops, no scaling.
 _base_ = './scenes.py'
 crop_size = (96, 96)
 num_classes = 5

@@ -1,6 +1,6 @@
-# What ADE20K and Cityscapes (or small sets of photographs in their layouts) have in common at 256x256, for models that a CPU
-# trains: images are resized to short side 256 to 512, so that none needs padding, and the loss is taken at the logits' stride
-# (see ShrinkLabels). mmengine lets no two bases have a name in common, and mmseg's data sets have these without the number.
+# Common to ADE20K and Cityscapes at 256x256, for training on a CPU. Images are resized to short side 256 to 512, so that none
+# needs padding; the loss is computed at the stride of the logits (ShrinkLabels). The names end in a number, because mmengine
+# does not allow two bases to share a name.
 crop_size_256 = (256, 256)
 train_pipeline_256 = [
     dict(type='LoadImageFromFile'),
@@ -15,11 +15,11 @@ train_pipeline_256 = [
 test_pipeline_256 = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 384), keep_ratio=True),
-    # after Resize: the metric compares at the annotation's own size
+    # after Resize: the metric compares at the size of the annotation
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]
-# Multi-scale testing by factors of the test scale: see ade20k_512.py.
+# Multi-scale test by factors of the test scale; see ade20k_512.py.
 img_ratios_256 = [0.75, 1.0, 1.25]
 tta_pipeline_256 = [
     dict(type='LoadImageFromFile', backend_args=None),

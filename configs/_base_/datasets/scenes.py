@@ -1,5 +1,4 @@
-# Loaders, and the metric, for generated scenes in ADE20K's layout. A file that inherits this one says of every data set which
-# scenes and pipeline it has, and how large a batch is.
+# Loaders and metric for generated scenes in ADE20K's layout. Inheriting files set scenes, pipelines and batch size.
 train_dataloader = dict(
     num_workers=2, persistent_workers=True, sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(type='BaseSegDataset', reduce_zero_label=True,

@@ -1,6 +1,5 @@
-# Cascade Mask R-CNN as both papers use it. mmdet's, but for box heads of 4 shared convolutions and 1 fully connected layer
-# with SyncBN, which regress a box for each class and are trained by the GIoU of decoded boxes. The backbone (mmdet's is a
-# ResNet-50) and the input channels of the neck come from the files that inherit this one.
+# Cascade Mask R-CNN as in both papers: mmdet's, with box heads of 4 shared convolutions and 1 fully connected layer, SyncBN,
+# one box per class and a GIoU loss of decoded boxes. Inheriting files set the backbone and the neck's input channels.
 _base_ = 'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py'
 model = dict(
     roi_head=dict(
@@ -20,6 +19,6 @@ model = dict(
                 norm_cfg=dict(type='SyncBN', requires_grad=True),
                 loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
                 loss_bbox=dict(type='GIoULoss', loss_weight=10.0))
-            # each head refines the boxes of the one before it, so that its corrections are smaller
+            # each head refines the boxes of the previous one, with smaller corrections
             for stds in ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
         ]))

@@ -1,15 +1,15 @@
-# Cascade Mask R-CNN small enough for a CPU to train from scratch: three stages as ever, but thin ones on few proposals, with
-# BatchNorm, for nothing of it is pretrained. At full size the mask heads alone would take most of a step.
+# A small Cascade Mask R-CNN, trained from scratch on a CPU: three thin stages on few proposals. It uses BatchNorm, since nothing
+# is pretrained. At full size the mask heads alone would take most of a step.
 _base_ = 'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py'
 norm_cfg = dict(type='BN', requires_grad=True)
 width = 48
 num_classes = 80
-# Regions of up to 56 pixels from the finest level, and one sample a bin: about one a cell, as no bin is larger than two.
+# Regions up to 56 pixels use the finest level. One sample per bin suffices, since no bin is larger than two cells.
 roi_levels = dict(type='SingleRoIExtractor', out_channels=width, featmap_strides=[4, 8, 16, 32], finest_scale=28)
 model = dict(
     backbone=dict(_delete_=True, drop_path_rate=0.0),
     neck=dict(out_channels=width, norm_cfg=norm_cfg),
-    # Objects of 16 pixels and more: images are a third of the size that the defaults are for.
+    # Objects from 16 pixels on: images are a third of the usual size.
     rpn_head=dict(in_channels=width, feat_channels=width, anchor_generator=dict(scales=[4, 4 * 2**0.5])),
     roi_head=dict(
         bbox_roi_extractor=dict(**roi_levels, roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=1)),
@@ -36,7 +36,7 @@ model = dict(
             conv_out_channels=32,
             norm_cfg=norm_cfg,
             num_classes=num_classes,
-            # one mask a region, whatever its class: shapes are learned from all objects together
+            # one mask per region for all classes, so that shapes are learned from all objects
             class_agnostic=True)),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=200, max_per_img=100),

@@ -1,8 +1,8 @@
-# UperNet as both papers use it: 512 channels, an auxiliary FCN head on stage 3. The backbone and the input channels of
-# the heads come from the files that inherit this one. (mmseg's own upernet_convnext.py needs mmpretrain installed.)
+# UperNet as in both papers: 512 channels, an auxiliary FCN head on stage 3. Inheriting files set the backbone and the heads'
+# input channels. (mmseg's own upernet_convnext.py needs mmpretrain.)
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(
-    # mmseg's own, but for logits that are never held at the image's size: same parameters, losses and predictions
+    # mmseg's, without holding logits at image size: same parameters, losses and predictions
     type='replk_mm.EncoderDecoder',
     data_preprocessor=dict(
         type='SegDataPreProcessor',

@@ -2,12 +2,12 @@ _base_ = './upernet.py'
 model = dict(
     backbone=dict(
         type='replk_mm.ConvNeXt',
-        # on CPUs: these heads are convolutions, which read channels-last features fastest
+        # on CPUs these heads, all convolutions, are fastest with channels-last features
         out_memory_format='preserve_format',
-        # the recipe starts its layer scale at 1, not at the 1e-6 of the pretraining (the checkpoint then replaces it)
+        # the recipe sets 1 instead of the 1e-6 of pretraining; a checkpoint replaces both
         layer_scale_init_value=1.0,
-        # dense prediction wants feature maps, not pooled vectors
+        # dense prediction needs feature maps, not pooled vectors
         gap_before_final_norm=False,
         out_indices=[0, 1, 2, 3]))
-# The authors' multi-scale figures are of whole images; their single-scale ones of the windows that each config sets.
+# The authors test multi-scale on whole images, single-scale on the windows that each config sets.
 tta_test_cfg = dict(mode='whole')

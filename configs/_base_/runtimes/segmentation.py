@@ -1,3 +1,3 @@
 _base_ = 'mmseg::_base_/default_runtime.py'
-# mmseg's, but for the logits of all views, which are never held at the size of the photograph
+# mmseg's, without holding the logits of all views at image size
 tta_model = dict(type='replk_mm.SegTTAModel')

@@ -4,9 +4,9 @@ optim_wrapper = dict(
     dtype='float16',
     loss_scale='dynamic',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    # one learning rate a stage; weight decay is taken from biases, norms and layer scales
+    # one learning rate per stage; no weight decay for biases, norms and layer scales
     constructor='replk_mm.LayerDecayOptimizerConstructor',
     paramwise_cfg=dict(decay_rate=0.9, decay_type='stage_wise', num_layers=12),
     clip_grad=None)
-# lr belongs to this many images an iteration, all GPUs together
+# images per iteration on all GPUs that lr is for
 auto_scale_lr = dict(enable=True, base_batch_size=16)

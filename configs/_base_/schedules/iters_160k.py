@@ -1,10 +1,10 @@
 # 160k iterations: linear warmup over 1500, polynomial decay of power 1 to zero. The decay runs from iteration 0, under
-# the warmup, as it did where the published numbers come from.
+# the warmup, as in the code behind the published results.
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=160000),
 ]
-# Loops and hook of replk_mm: a run can be stopped at any iteration, and resumes exactly.
+# replk_mm's loops and hook: a run can stop at any iteration and resumes exactly.
 train_cfg = dict(type='replk_mm.IterBasedTrainLoop', max_iters=160000, val_interval=16000)
 val_cfg = dict(type='replk_mm.ValLoop')
 test_cfg = dict(type='TestLoop')

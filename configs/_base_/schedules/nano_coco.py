@@ -16,7 +16,7 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
-        # thousands of inputs and no norm: the rate that suits convolutions with BatchNorm is too high
+        # these layers have thousands of inputs and no norm, and need a lower rate than convolutions with BatchNorm
         custom_keys={'shared_fcs': dict(lr_mult=0.1)}),
     clip_grad=dict(max_norm=10.0))
 auto_scale_lr = dict(enable=False, base_batch_size=4)
