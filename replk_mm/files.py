@@ -1,4 +1,4 @@
-"""Reading and writing files: atomic writes and content hashes."""
+"""Atomic writes and content hashes."""
 
 import hashlib
 import os
@@ -6,17 +6,17 @@ from pathlib import Path
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
-    """Write a file so that a reader sees the old content or the new one, never a part.
+    """Write a file atomically: readers see either the old or the new content.
 
     Args:
         path: The file; its folder is created if needed.
         content: Bytes, or text to encode as UTF-8.
 
     Returns:
-        The path.
+        ``path``.
 
     Raises:
-        OSError: If the file cannot be written; an existing file is then unchanged.
+        OSError: If the file cannot be written; an existing file stays unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 hash of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with Path(path).open('rb') as file:
         while chunk := file.read(1 << 20):

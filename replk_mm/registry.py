@@ -1,7 +1,7 @@
 """Registries of the scope ``replk_mm``, children of mmengine's.
 
-mmengine imports this module by itself when it meets a type such as ``replk_mm.RepLKNet``, and the ``locations`` when it
-builds one, so a config of any OpenMMLab project can name our modules without ``custom_imports``.
+mmengine imports this module when it finds a type such as ``replk_mm.RepLKNet``, and imports the ``locations`` when it
+builds one. Configs of any OpenMMLab project can therefore use our types without ``custom_imports``.
 """
 
 from importlib import import_module
@@ -20,10 +20,10 @@ SCOPE = 'replk_mm'
 
 
 class LazyRegistry(Registry):
-    """A registry some of whose modules, which import mmseg or mmdet, are imported when a class of theirs is named.
+    """A registry that imports a module only when one of its classes is requested, because it imports mmseg or mmdet.
 
     Args:
-        modules: Names of classes, by the module that registers them.
+        modules: The class names that each module registers.
     """
 
     def __init__(self, *args, modules: dict[str, tuple[str, ...]], **kwargs) -> None:
@@ -31,14 +31,14 @@ class LazyRegistry(Registry):
         self.modules = {name: module for module, names in modules.items() for name in names}
 
     def get(self, key: str) -> type | None:
-        """The class of that name, with or without the scope before it."""
+        """Return the class of that name, with or without the scope as prefix."""
         module = self.modules.get(key.removeprefix(f'{self.scope}.')) if isinstance(key, str) else None
         if module is not None:
             import_module(module)
         return super().get(key)
 
 
-#: Backbones and their layers. Building those imports neither mmseg nor mmdet.
+#: Backbones, layers, heads and segmentors. Building a backbone imports neither mmseg nor mmdet.
 MODELS = LazyRegistry(
     'model',
     scope=SCOPE,
@@ -47,20 +47,20 @@ MODELS = LazyRegistry(
     modules={'replk_mm.heads.segmentation': ('EncoderDecoder', 'FCNHead', 'SegTTAModel', 'UPerHead')},
 )
 
-#: Data sets that extend mmdet's, which they import.
+#: Data sets. Building one imports mmdet.
 DATASETS = LazyRegistry(
     'dataset', scope=SCOPE, parent=MMENGINE_DATASETS, modules={'replk_mm.data.coco_dataset': ('CocoDataset',)}
 )
 
-#: Checks that run inside a data pipeline.
+#: Steps of data pipelines.
 TRANSFORMS = Registry('transform', scope=SCOPE, parent=MMENGINE_TRANSFORMS, locations=['replk_mm.data.transforms'])
 
-#: Training on CPUs in bfloat16.
+#: Optimizer wrappers, such as bfloat16 training on CPUs.
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper', scope=SCOPE, parent=MMENGINE_OPTIM_WRAPPERS, locations=['replk_mm.engine.optim']
 )
 
-#: Learning rates by layer. Building from it imports neither mmseg nor mmdet.
+#: Optimizer constructors, such as layer-wise learning-rate decay.
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     scope=SCOPE,
@@ -68,7 +68,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=['replk_mm.engine.optim'],
 )
 
-#: What runs beside training. Building from it imports the engine.
+#: Hooks of training.
 HOOKS = Registry(
     'hook',
     scope=SCOPE,
@@ -76,10 +76,10 @@ HOOKS = Registry(
     locations=['replk_mm.engine.hooks', 'replk_mm.engine.nonfinite', 'replk_mm.engine.preflight'],
 )
 
-#: Training that can be stopped anywhere. Building from it imports the engine.
+#: Training loops.
 LOOPS = Registry('loop', scope=SCOPE, parent=MMENGINE_LOOPS, locations=['replk_mm.engine.loops'])
 
-#: Metrics that keep the figures of every class. Building one imports the library whose metric it extends.
+#: Metrics. Building one imports mmseg or mmdet.
 METRICS = LazyRegistry(
     'metric',
     scope=SCOPE,

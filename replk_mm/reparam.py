@@ -1,4 +1,4 @@
-"""Public name of :mod:`replk_mm.deploy.reparameterize`."""
+"""Public import path of :mod:`replk_mm.deploy.reparameterize`."""
 
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 

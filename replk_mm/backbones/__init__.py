@@ -1,4 +1,4 @@
-"""Backbones, one family a file."""
+"""Backbones, one file for each family."""
 
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.layers import LayerNorm2d

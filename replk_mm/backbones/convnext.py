@@ -1,12 +1,13 @@
 """ConvNeXt, versions 1 and 2.
 
 "A ConvNet for the 2020s", Liu, Mao, Wu, Feichtenhofer, Darrell, Xie, CVPR 2022, arXiv:2201.03545; global response
-normalization from "ConvNeXt V2", Woo et al., CVPR 2023, arXiv:2301.00808. Written anew from the papers. Arguments and
-names of parameters are mmpretrain's (Apache-2.0), so that its configs and checkpoints work as they are; the authors'
-and timm's checkpoints are converted as they load.
+normalization from "ConvNeXt V2", Woo et al., CVPR 2023, arXiv:2301.00808. Reimplemented from the papers. Arguments and
+parameter names are mmpretrain's (Apache-2.0), so that its configs and checkpoints work unchanged. Checkpoints of the
+authors and of timm are converted when they are loaded.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ from replk_mm.registry import MODELS
 
 
 class GlobalResponseNorm(nn.Module):
-    """Scale each channel by its share of the map's energy. ConvNeXt V2, section 3.2.
+    """Global response normalization (GRN). ConvNeXt V2, section 3.2.
 
     Args:
         num_channels: Channels of the input.
-        channel_dim: Where they are: -1 for ``(N, H, W, C)``, 1 for ``(N, C, H, W)``.
+        channel_dim: Channel dimension: -1 for ``(N, H, W, C)``, 1 for ``(N, C, H, W)``.
         eps: Added to the mean norm. Defaults to 1e-6.
     """
 
@@ -50,18 +51,18 @@ class GlobalResponseNorm(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise convolution, norm, two pointwise layers with an activation between, scaled, added to the input.
+    """Depthwise convolution, norm, pointwise layer, activation, pointwise layer, layer scale, identity shortcut.
 
     Args:
         channels: Channels of input and output.
         kernel_size: Side of the depthwise kernel in pixels.
-        mlp_ratio: Inner channels relative to ``channels``.
+        mlp_ratio: Hidden channels relative to ``channels``.
         norm_cfg: Normalization layer.
         act_cfg: Activation layer.
-        linear_pw_conv: Pointwise layers as ``nn.Linear`` on channels-last data instead of 1x1 convolutions.
+        linear_pw_conv: Use ``nn.Linear`` on channels-last data instead of 1x1 convolutions.
         use_grn: Add :class:`GlobalResponseNorm` after the activation.
-        drop_path: Probability of dropping the branch for a sample.
-        layer_scale_init_value: Start of the learned scale of each channel; no scale if 0.
+        drop_path: Drop path rate.
+        layer_scale_init_value: Initial value of the layer scale; 0 for no layer scale.
     """
 
     def __init__(
@@ -107,49 +108,39 @@ class ConvNeXtBlock(nn.Module):
 
 @MODELS.register_module()
 class ConvNeXt(Backbone):
-    """ConvNeXt backbone. A config of ``mmpretrain.ConvNeXt`` works with only the type changed.
+    """ConvNeXt backbone. A config of ``mmpretrain.ConvNeXt`` works after changing only the type.
 
     Args:
-        arch: A row of :attr:`arch_settings` by its name, or a dict with its keys. Defaults to ``'tiny'``.
-        kernel_size: Side of the depthwise kernels in pixels, one for all stages or one each; odd. Defaults to 7.
+        arch: Name of a variant in :attr:`arch_settings`, or a dict with the same keys and optionally those of
+            :attr:`arch_options`. Defaults to ``'tiny'``.
+        kernel_size: Side of the depthwise kernels, odd; one number, or one for each stage. Defaults to 7.
         in_channels: Channels of the image. Defaults to 3.
-        stem_patch_size: Side and step of the stem's patches in pixels. Defaults to 4.
-        norm_cfg: Normalization layer everywhere. Defaults to ``dict(type='LN2d', eps=1e-6)``.
+        stem_patch_size: Kernel size and stride of the stem in pixels. Defaults to 4.
+        norm_cfg: Normalization layers. Defaults to ``dict(type='LN2d', eps=1e-6)``.
         act_cfg: Activation between the pointwise layers. Defaults to ``dict(type='GELU')``.
-        linear_pw_conv: Pointwise layers as ``nn.Linear``, as the authors do. Defaults to True.
-        use_grn: Global response normalization (version 2). Defaults to False.
-        drop_path_rate: Stochastic depth of the last block; block ``i`` of ``n`` has ``i / (n - 1)`` of it. Default: 0.
-        layer_scale_init_value: Start of the learned scale of each block; 0 for none. Defaults to 1e-6.
-        out_indices: Stages whose features are returned, strides ``[1/4, 1/8, 1/16, 1/32]``. Defaults to -1, the last.
-        frozen_stages: Stages to freeze from the first on, with what leads to them; 0 freezes nothing. Defaults to 0.
-        gap_before_final_norm: Average over the map before the output norm, for classification: features are then
-            ``(N, C)``. Defaults to True, which is mmpretrain's; dense prediction needs False.
-        with_cp: Recompute each block in the backward pass: less memory, about a third more time. Defaults to False.
-        norm_eval: Keep BatchNorm layers (of such a ``norm_cfg``) in evaluation mode while training. Defaults to False.
-        out_memory_format: Layout of the returned features: ``'contiguous_format'`` (default), which every operator
-            reads, or ``'preserve_format'``, which copies nothing: on CPUs channels-last memory, faster for heads of
-            convolutions, misread by mmcv's compiled operators (RoIAlign, deformable convolutions).
-        init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's, timm's and our checkpoints. Defaults
-            to a truncated normal of standard deviation 0.02 and zero biases.
+        linear_pw_conv: Use ``nn.Linear`` for pointwise layers, as the authors do. Defaults to True.
+        use_grn: Add global response normalization (version 2). Defaults to False.
+        drop_path_rate: Drop path rate of the last block; it grows linearly from 0 at the first. Defaults to 0.
+        layer_scale_init_value: Initial value of the layer scale; 0 for no layer scale. Defaults to 1e-6.
+        out_indices: Stages whose features are returned, at strides 4, 8, 16 and 32. Defaults to -1, the last.
+        frozen_stages: Number of stages to freeze, with the stem or downsampling layer before each. Defaults to 0.
+        gap_before_final_norm: Apply global average pooling before the output norm, for classification; features
+            are then ``(N, C)``. Defaults to True, as in mmpretrain. Dense prediction requires False.
+        with_cp: Recompute the activations of each block in the backward pass. This saves memory and takes about a third
+            more time. Defaults to False.
+        norm_eval: Keep BatchNorm layers, if there are any, in evaluation mode during training. Defaults to False.
+        out_memory_format: Memory layout of the returned features. ``'contiguous_format'`` (default) works with every
+            operator. ``'preserve_format'`` returns channels-last memory on CPUs: it copies nothing and is faster for
+            convolutional heads, but mmcv's compiled operators, such as RoIAlign, misread it.
+        init_cfg: Initialization. ``Pretrained`` loads the authors', mmpretrain's, timm's and our checkpoints. Defaults
+            to a truncated normal with standard deviation 0.02 and zero biases.
 
     Raises:
-        ValueError: If a value is out of its range, or ``arch`` is unknown or incomplete.
+        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
-    arch_settings = {
-        # name:   blocks of the stages, channels
-        'atto': dict(depths=[2, 2, 6, 2], channels=[40, 80, 160, 320]),
-        'femto': dict(depths=[2, 2, 6, 2], channels=[48, 96, 192, 384]),
-        'pico': dict(depths=[2, 2, 6, 2], channels=[64, 128, 256, 512]),
-        'nano': dict(depths=[2, 2, 8, 2], channels=[80, 160, 320, 640]),
-        'tiny': dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768]),
-        'small': dict(depths=[3, 3, 27, 3], channels=[96, 192, 384, 768]),
-        'base': dict(depths=[3, 3, 27, 3], channels=[128, 256, 512, 1024]),
-        'large': dict(depths=[3, 3, 27, 3], channels=[192, 384, 768, 1536]),
-        'xlarge': dict(depths=[3, 3, 27, 3], channels=[256, 512, 1024, 2048]),
-        'huge': dict(depths=[3, 3, 27, 3], channels=[352, 704, 1408, 2816]),
-    }
-    #: What a row may also say: inner channels of a block relative to its own.
+    arch_settings: dict[str, dict]  # at the end of the file
+    #: Optional key of ``arch``: hidden channels of a block relative to its channels.
     arch_options: dict = dict(ffn_ratio=4)
 
     def __init__(
@@ -176,52 +167,35 @@ class ConvNeXt(Backbone):
         depths, channels = settings['depths'], settings['channels']
         kernels = [kernel_size] * len(depths) if isinstance(kernel_size, int) else list(kernel_size)
         if len(depths) != len(channels):
-            raise ValueError(f'ConvNeXt: depths={depths} and channels={channels} must have one entry a stage')
+            raise ValueError(f'ConvNeXt: depths={depths} and channels={channels} must have one entry for each stage')
         if len(kernels) != len(depths) or any(k < 1 or k % 2 == 0 for k in kernels):
-            raise ValueError(f'ConvNeXt: kernel_size={kernel_size} must be odd, one number or one for each stage')
+            raise ValueError(f'ConvNeXt: kernel_size={kernel_size} must be one odd number, or one for each stage')
         if not 0 <= frozen_stages <= len(depths):
             raise ValueError(f'ConvNeXt: frozen_stages={frozen_stages} must be in 0..{len(depths)}')
         if layer_scale_init_value < 0:
             raise ValueError(f'ConvNeXt: layer_scale_init_value={layer_scale_init_value} must not be negative')
-        super().__init__(
-            out_indices,
-            len(depths),
-            norm_eval,
-            init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0),
-            out_memory_format,
-        )
+        init_cfg = init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
+        super().__init__(channels, out_indices, norm_eval, init_cfg, out_memory_format, stem_patch_size)
         self.frozen_stages = frozen_stages
         self.gap_before_final_norm = gap_before_final_norm
         self.with_cp = with_cp
 
-        self.downsample_layers = nn.ModuleList(
-            [
-                nn.Sequential(
-                    nn.Conv2d(in_channels, channels[0], stem_patch_size, stem_patch_size),
-                    build_norm(norm_cfg, channels[0]),
-                )
-            ]
-        )
+        stem = nn.Conv2d(in_channels, channels[0], stem_patch_size, stem_patch_size)
+        self.downsample_layers = nn.ModuleList([nn.Sequential(stem, build_norm(norm_cfg, channels[0]))])
         for width, following in zip(channels, channels[1:], strict=False):
             self.downsample_layers.append(nn.Sequential(build_norm(norm_cfg, width), nn.Conv2d(width, following, 2, 2)))
-        drop_path = iter(drop_path_rates(drop_path_rate, sum(depths), 'ConvNeXt'))
+        block = partial(
+            ConvNeXtBlock,
+            mlp_ratio=settings['ffn_ratio'],
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+            linear_pw_conv=linear_pw_conv,
+            use_grn=use_grn,
+            layer_scale_init_value=layer_scale_init_value,
+        )
+        rates = iter(drop_path_rates(drop_path_rate, sum(depths), 'ConvNeXt'))
         self.stages: Any = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    ConvNeXtBlock(
-                        width,
-                        kernel,
-                        settings['ffn_ratio'],
-                        norm_cfg,
-                        act_cfg,
-                        linear_pw_conv,
-                        use_grn,
-                        next(drop_path),
-                        layer_scale_init_value,
-                    )
-                    for _ in range(depth)
-                )
-            )
+            nn.Sequential(*(block(width, kernel, drop_path=next(rates)) for _ in range(depth)))
             for depth, width, kernel in zip(depths, channels, kernels, strict=True)
         )
         for i in self.out_indices:
@@ -229,16 +203,16 @@ class ConvNeXt(Backbone):
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features of an image batch.
+        """Compute the features of a batch of images.
 
         Args:
             x: ``(N, in_channels, H, W)``.
 
         Returns:
-            One ``(N, C_i, H / s_i, W / s_i)`` for each of ``out_indices``, ``s = 4, 8, 16, 32``, rounded down; with
-            ``gap_before_final_norm`` one ``(N, C_i)`` each.
+            One ``(N, C_i, H / s_i, W / s_i)``, rounded down, for each of ``out_indices``, with strides 4, 8, 16 and 32.
+            With ``gap_before_final_norm``, one ``(N, C_i)`` each.
         """
-        x = self._enter(x)
+        x = self._to_compute_format(x)
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = downsample(x)
@@ -247,12 +221,12 @@ class ConvNeXt(Backbone):
             if i in self.out_indices:
                 norm = getattr(self, f'norm{i}')
                 outs.append(norm(x.mean((2, 3), keepdim=True)).flatten(1) if self.gap_before_final_norm else norm(x))
-        return self._leave(outs)
+        return self._to_output_format(outs)
 
-    def _blocks_of_stages(self) -> list[int]:
+    def _stage_depths(self) -> list[int]:
         return [len(stage) for stage in self.stages]
 
-    def _place(self, parts: list[str]) -> tuple[int, int | None] | None:
+    def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
         match parts:
             case ['downsample_layers', stage, *_]:
                 return int(stage), None
@@ -264,3 +238,18 @@ class ConvNeXt(Backbone):
 
     def _frozen_modules(self) -> list[nn.Module]:
         return [*self.downsample_layers[: self.frozen_stages], *self.stages[: self.frozen_stages]]
+
+
+ConvNeXt.arch_settings = {
+    # version 1: tiny to xlarge; version 2 (use_grn=True, layer_scale_init_value=0): all but small and xlarge
+    'atto': dict(depths=[2, 2, 6, 2], channels=[40, 80, 160, 320]),
+    'femto': dict(depths=[2, 2, 6, 2], channels=[48, 96, 192, 384]),
+    'pico': dict(depths=[2, 2, 6, 2], channels=[64, 128, 256, 512]),
+    'nano': dict(depths=[2, 2, 8, 2], channels=[80, 160, 320, 640]),
+    'tiny': dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768]),
+    'small': dict(depths=[3, 3, 27, 3], channels=[96, 192, 384, 768]),
+    'base': dict(depths=[3, 3, 27, 3], channels=[128, 256, 512, 1024]),
+    'large': dict(depths=[3, 3, 27, 3], channels=[192, 384, 768, 1536]),
+    'xlarge': dict(depths=[3, 3, 27, 3], channels=[256, 512, 1024, 2048]),
+    'huge': dict(depths=[3, 3, 27, 3], channels=[352, 704, 1408, 2816]),
+}

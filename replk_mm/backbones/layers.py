@@ -1,4 +1,4 @@
-"""Parts that more than one family uses."""
+"""Layers that several backbones use, and their base class."""
 
 import inspect
 from abc import abstractmethod
@@ -21,9 +21,9 @@ from replk_mm.registry import MODELS
 
 @MODELS.register_module(name=['LayerNorm2d', 'LN2d'])
 class LayerNorm2d(nn.LayerNorm):
-    """Layer normalization over the channels of ``(N, C, H, W)``, at every pixel by itself.
+    """Layer normalization over the channels of each pixel of ``(N, C, H, W)``.
 
-    In channels-last memory both permutations are free: the layer then runs on contiguous rows of channels.
+    In channels-last memory the two permutations copy nothing.
 
     Args:
         num_channels: Channels of the input.
@@ -39,22 +39,22 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def build_norm(cfg: dict, num_features: int) -> nn.Module:
-    """The normalization layer that ``cfg`` describes. ``LN2d`` is ours in every scope: mmpretrain's configs name it."""
+    """Build a normalization layer. ``LN2d`` is ours in every scope, as configs of mmpretrain expect it."""
     if cfg['type'] in ('LN2d', 'LayerNorm2d'):
         cfg = {**cfg, 'type': f'replk_mm.{cfg["type"]}'}
     return build_norm_layer(cfg, num_features)[1]
 
 
 def build_activation(cfg: dict) -> nn.Module:
-    """The activation that ``cfg`` describes, in place where it can be: nothing else reads its input."""
-    kind = MODELS.get(cfg['type'])
-    takes = inspect.signature(kind).parameters if kind is not None else ()
-    return build_activation_layer({'inplace': True, **cfg} if 'inplace' in takes else cfg)
+    """Build an activation, in place if it supports that: no other layer reads its input."""
+    cls = MODELS.get(cfg['type'])
+    parameters = inspect.signature(cls).parameters if cls is not None else ()
+    return build_activation_layer({'inplace': True, **cfg} if 'inplace' in parameters else cfg)
 
 
 @contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of every BatchNorm in ``module``; what it computes while training stays the same."""
+def _freeze_running_stats(module: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of every BatchNorm in ``module``, which still normalizes by batch statistics."""
     tracking = [
         (m, m.momentum, m.num_batches_tracked.clone())
         for m in module.modules()
@@ -71,69 +71,74 @@ def _statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 def run_checkpointed(module: nn.Module, x: Tensor, enabled: bool) -> Tensor:
-    """``module(x)``, recomputed in the backward pass instead of kept in memory if ``enabled``."""
+    """Run ``module(x)``; if ``enabled``, recompute its activations in the backward pass instead of storing them."""
     if enabled and x.requires_grad:
-        # The second run sees the same batch, which must not count twice in the running statistics.
-        return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(module)))
+        # The recomputation must not update the running statistics a second time.
+        return checkpoint(
+            module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _freeze_running_stats(module))
+        )
     return module(x)
 
 
 def resolve_arch(arch: str | dict, table: dict[str, dict], options: dict, family: str) -> dict:
-    """The settings of a named or given variant.
+    """Return the settings of a variant.
 
     Args:
         arch: A name in ``table``, or a dict with the keys of its rows.
-        table: The family's variants.
-        options: Keys that a dict may leave out, with what they are then.
-        family: For messages.
+        table: Variants of the family.
+        options: Optional keys with their defaults.
+        family: Name of the family in error messages.
 
     Raises:
         ValueError: If the name is unknown, or the dict has missing or unknown keys.
     """
     if isinstance(arch, str):
         if arch not in table:
-            raise ValueError(f'{family}: arch={arch!r} is unknown; choose one of {", ".join(table)}, or give a dict')
+            raise ValueError(f'{family}: arch={arch!r} is unknown; choose one of {", ".join(table)}, or pass a dict')
         return options | table[arch]
     if not isinstance(arch, dict):
         raise ValueError(f'{family}: arch={arch!r} must be one of {", ".join(table)}, or a dict')
-    needed = set(next(iter(table.values())))
-    missing, unknown = needed - set(arch), set(arch) - needed - set(options)
+    required = set(next(iter(table.values())))
+    missing, unknown = required - set(arch), set(arch) - required - set(options)
     if missing or unknown:
         raise ValueError(
             f'{family}: arch has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
-            f'it takes {sorted(needed | set(options))}'
+            f'the keys are {sorted(required | set(options))}'
         )
     return options | arch
 
 
-def drop_path_rates(last: float, blocks: int, family: str) -> list[float]:
-    """Stochastic depth of each block, from 0 in even steps to ``last``.
+def drop_path_rates(max_rate: float, num_blocks: int, family: str) -> list[float]:
+    """Return the drop path rate of each block, from 0 to ``max_rate`` in equal steps.
 
     Raises:
-        ValueError: If ``last`` is no probability below 1.
+        ValueError: If ``max_rate`` is not in ``[0, 1)``.
     """
-    if not 0 <= last < 1:
-        raise ValueError(f'{family}: drop_path_rate={last} must be in 0 <= rate < 1')
-    return torch.linspace(0, last, blocks, device='cpu').tolist()
+    if not 0 <= max_rate < 1:
+        raise ValueError(f'{family}: drop_path_rate={max_rate} must be in 0 <= rate < 1')
+    return torch.linspace(0, max_rate, num_blocks, device='cpu').tolist()
 
 
 class Backbone(BaseModule):
-    """What every family shares: weights of any known format, frozen stages, depth of parameters, memory layout.
+    """Base class of all backbones: pretrained weights, frozen stages, depth of parameters, memory layout.
 
     Args:
-        out_indices: Stages whose features are returned; negative numbers count from the last stage.
-        num_stages: Stages the network has.
-        norm_eval: Keep BatchNorm layers in evaluation mode while training.
-        init_cfg: Initialization as in mmengine; ``dict(type='Pretrained', checkpoint=...)`` takes every format that
-            :mod:`replk_mm.checkpoints.io` knows, with or without ``prefix``.
-        out_memory_format: ``'contiguous_format'`` or ``'preserve_format'``: the layout of the returned features.
+        channels: Channels of each stage.
+        out_indices: Stages whose features are returned. Negative numbers count from the last stage.
+        norm_eval: Keep BatchNorm layers in evaluation mode during training.
+        init_cfg: Initialization as in mmengine. ``dict(type='Pretrained', checkpoint=...)`` loads every format that
+            :mod:`replk_mm.checkpoints.key_formats` supports, with an optional ``prefix``.
+        out_memory_format: Memory layout of the returned features, ``'contiguous_format'`` or ``'preserve_format'``.
+        stem_stride: Stride of the first stage; each later stage halves the resolution. Defaults to 4.
 
     Attributes:
-        channels_last: Compute in channels-last memory on CPUs, where most layers run fastest. Values stay the same.
+        feature_info: One dict for each returned feature, as in timm: channels ``num_chs``, stride ``reduction`` and
+            the name of the ``module``.
+        channels_last: Compute in channels-last memory on CPUs, where most layers are fastest. Values stay the same.
 
     Raises:
-        ValueError: If ``out_indices`` is empty, repeats or names a stage that does not exist, or ``out_memory_format``
-            is unknown.
+        ValueError: If ``out_indices`` is empty, repeats a stage or names one that does not exist, or
+            ``out_memory_format`` is unknown.
     """
 
     init_cfg: Any
@@ -141,40 +146,43 @@ class Backbone(BaseModule):
 
     def __init__(
         self,
+        channels: Sequence[int],
         out_indices: int | Sequence[int],
-        num_stages: int,
         norm_eval: bool,
         init_cfg: dict | list[dict] | None,
         out_memory_format: str,
+        stem_stride: int = 4,
     ) -> None:
         super().__init__(init_cfg)
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        self.out_indices = tuple(i + num_stages if i < 0 else i for i in given)
-        if not given or len(set(self.out_indices)) < len(given) or not set(self.out_indices) <= set(range(num_stages)):
+        num_stages = len(channels)
+        indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        self.out_indices = tuple(i + num_stages if i < 0 else i for i in indices)
+        unique = set(self.out_indices)
+        if not indices or len(unique) < len(indices) or not unique <= set(range(num_stages)):
             raise ValueError(
-                f'{type(self).__name__}: out_indices={out_indices} must name different stages out of '
-                f'0..{num_stages - 1}'
+                f'{type(self).__name__}: out_indices={out_indices} must be different stages in 0..{num_stages - 1}'
             )
         if out_memory_format not in ('contiguous_format', 'preserve_format'):
             raise ValueError(
                 f'{type(self).__name__}: out_memory_format={out_memory_format!r} must be '
                 f'contiguous_format or preserve_format'
             )
+        self.feature_info = [
+            dict(num_chs=channels[i], reduction=stem_stride * 2**i, module=f'stages.{i}') for i in sorted(unique)
+        ]
         self.norm_eval = norm_eval
         self.out_memory_format = out_memory_format
 
-    def _enter(self, x: Tensor) -> Tensor:
-        """``x`` in the layout that the backbone computes in."""
+    def _to_compute_format(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.device.type == 'cpu' else x
 
-    def _leave(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """``features`` in the layout that the backbone returns."""
+    def _to_output_format(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(x.contiguous() if self.out_memory_format == 'contiguous_format' else x for x in features)
 
     def init_weights(self) -> None:
-        """Initialize at random, then overwrite with the ``Pretrained`` checkpoint if ``init_cfg`` names one."""
-        given = self.init_cfg
-        cfgs = given if isinstance(given, list) else [given] if given else []
+        """Initialize the weights at random, then load the ``Pretrained`` checkpoint of ``init_cfg``."""
+        init_cfg = self.init_cfg
+        cfgs = init_cfg if isinstance(init_cfg, list) else [init_cfg] if init_cfg else []
         pretrained = [cfg for cfg in cfgs if cfg['type'] == 'Pretrained']
         if self.is_init:
             return
@@ -184,72 +192,79 @@ class Backbone(BaseModule):
         for cfg in pretrained:
             load_pretrained(self, **{key: value for key, value in cfg.items() if key != 'type'})
 
-    # Depth of parameters, for learning rates that fall towards the image. The rule is that of the authors of ConvNeXt
-    # (github.com/facebookresearch/ConvNeXt, optim_factory.py, and mmcv_custom/layer_decay_optimizer_constructor.py of
-    # its detection and segmentation; arXiv:2201.03545 follows BEiT, arXiv:2106.08254, in this).
+    # Depth of parameters for layer-wise learning-rate decay, as in the ConvNeXt authors' code:
+    # github.com/facebookresearch/ConvNeXt, optim_factory.py, and mmcv_custom/layer_decay_optimizer_constructor.py of
+    # its detection and segmentation code. The paper (arXiv:2201.03545) follows BEiT (arXiv:2106.08254).
 
     @abstractmethod
-    def _blocks_of_stages(self) -> list[int]:
-        """How many blocks each stage has."""
+    def _stage_depths(self) -> list[int]:
+        """Return the number of blocks in each stage."""
 
     @abstractmethod
-    def _place(self, parts: list[str]) -> tuple[int, int | None] | None:
-        """Stage and block, both from 0, of the parameter whose name in the backbone is ``parts``, joined by dots.
+    def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
+        """Return the stage and the block of a parameter, both from 0.
 
-        The block is None for what leads to the stage (to the first one: the stem). The place is None for norms of the
-        returned features. Raises ValueError if the backbone has no such parameter.
+        Args:
+            parts: The parameter's name in the backbone, split at the dots.
+
+        Returns:
+            The block is None for the stem and the downsampling layer before the stage. The result is None for norms of
+            the returned features.
+
+        Raises:
+            ValueError: If the backbone has no such parameter.
         """
 
-    def _place_of(self, name: str, prefix: str) -> tuple[int, int | None] | None:
-        return self._place(name[len(prefix) :].split('.')) if name.startswith(prefix) else None
+    def _locate(self, name: str, prefix: str) -> tuple[int, int | None] | None:
+        return self._locate_parameter(name[len(prefix) :].split('.')) if name.startswith(prefix) else None
 
     def get_layer_depth(self, name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter by layers; mmpretrain's interface.
+        """Return the layer id of a parameter; the interface is mmpretrain's.
 
-        Id 0 is the stem. With four stages the third has a layer for every three blocks, and each other stage is one
-        layer; with another number of stages each is one. What leads to a stage belongs to its first layer. The largest
-        id is for what learns at the full rate: all outside the backbone, and the norms of the returned features.
+        Id 0 is the stem. In a network of four stages, every three blocks of the third stage are a layer and each other
+        stage is one layer. In other networks each stage is one layer. A downsampling layer belongs to the first layer
+        of the stage after it. The largest id has the full learning rate: parameters outside the backbone, and norms of
+        the returned features.
 
         Args:
             name: Full name of the parameter.
-            prefix: What precedes the backbone's own names, such as ``'backbone.'``.
+            prefix: Prefix of the backbone's parameters, such as ``'backbone.'``.
 
         Returns:
-            The layer id of the parameter, and the number of ids: the layers and two.
+            The layer id, and the number of ids: the layers plus two.
 
         Raises:
-            ValueError: If the name has the prefix and the backbone has no such parameter.
+            ValueError: If the name starts with the prefix and the backbone has no such parameter.
         """
-        blocks = self._blocks_of_stages()
-        layers = [-(-n // 3) if len(blocks) == 4 and i == 2 else 1 for i, n in enumerate(blocks)]
+        depths = self._stage_depths()
+        layers = [-(-n // 3) if len(depths) == 4 and i == 2 else 1 for i, n in enumerate(depths)]
         count = sum(layers) + 2
-        place = self._place_of(name, prefix)
-        if place is None:
+        location = self._locate(name, prefix)
+        if location is None:
             return count - 1, count
-        stage, block = place
+        stage, block = location
         if block is None and stage == 0:
             return 0, count
         return 1 + sum(layers[:stage]) + min((block or 0) // 3, layers[stage] - 1), count
 
     def get_stage_depth(self, name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter by stages; arguments, errors and largest id as in :meth:`get_layer_depth`.
+        """Return the stage id of a parameter. Arguments, errors and largest id are those of :meth:`get_layer_depth`.
 
-        Id 0 is the stem, and everything else that leads to a stage: the authors give all downsampling layers the rate
-        of the stem. Then follow the stages.
+        Id 0 is the stem and, as in the authors' code, all downsampling layers. The stages follow.
 
         Returns:
-            The stage id of the parameter, and the number of ids: the stages and two.
+            The stage id, and the number of ids: the stages plus two.
         """
-        count = len(self._blocks_of_stages()) + 2
-        place = self._place_of(name, prefix)
-        if place is None:
+        count = len(self._stage_depths()) + 2
+        location = self._locate(name, prefix)
+        if location is None:
             return count - 1, count
-        stage, block = place
+        stage, block = location
         return (0 if block is None else stage + 1), count
 
     @abstractmethod
     def _frozen_modules(self) -> list[nn.Module]:
-        """Modules that ``frozen_stages`` fixes; each family knows its own."""
+        """Return the modules that ``frozen_stages`` freezes."""
 
     def _freeze(self) -> None:
         for module in self._frozen_modules():
@@ -257,7 +272,7 @@ class Backbone(BaseModule):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'Backbone':
-        """Switch modes, leaving frozen stages (and with ``norm_eval`` every BatchNorm) in evaluation mode."""
+        """Set the mode. Frozen stages, and with ``norm_eval`` all BatchNorm layers, stay in evaluation mode."""
         super().train(mode)
         self._freeze()
         if mode and self.norm_eval:

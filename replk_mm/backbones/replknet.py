@@ -1,8 +1,8 @@
-"""RepLKNet: 31x31 depthwise convolutions, with a parallel small kernel that is merged after training.
+"""RepLKNet: depthwise convolutions of up to 31x31, each with a parallel small kernel that is merged after training.
 
 "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs", Ding, Zhang, Zhou, Han, Ding, Sun, CVPR
-2022, arXiv:2203.06717. Written anew from the paper; the names of parameters are those of the authors' code (MIT
-licence), so that their checkpoints load, and mmpretrain's, which are the same.
+2022, arXiv:2203.06717. Reimplemented from the paper. Parameter names are those of the authors' code (MIT licence) and
+of mmpretrain, so that their checkpoints load.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ from replk_mm.registry import MODELS
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias, normalization, and an activation if one is given. Padding keeps the map's size.
+    """Convolution without bias, normalization and an optional activation. Padding keeps the size of the map.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         kernel_size: Side of the kernel in pixels.
-        stride: Step in pixels.
-        depthwise: Convolve each channel by itself; needs ``in_channels == out_channels``.
-        dilation: Distance of a depthwise kernel's taps in pixels.
+        stride: Stride in pixels.
+        depthwise: Use a depthwise convolution; requires ``in_channels == out_channels``.
+        dilation: Dilation of the depthwise kernel in pixels.
         norm_cfg: Normalization layer.
         act_cfg: Activation layer, None for none.
     """
@@ -62,9 +62,9 @@ class ConvNorm(nn.Sequential):
             self.nonlinear = build_activation(act_cfg)
 
     def forward(self, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None) -> Tensor:
-        """The layers one after the other, then ``activation``, or the sum with ``shortcut``."""
+        """Apply the layers, then ``activation`` or the addition of ``shortcut``."""
         activation = activation or self._modules.get('nonlinear')
-        if isinstance(self.bn, nn.Identity):
+        if isinstance(self.bn, nn.Identity):  # folded
             return fused_conv2d(self.conv, x, activation, shortcut)
         x = self.bn(self.conv(x))
         x = x if activation is None else activation(x)
@@ -72,18 +72,18 @@ class ConvNorm(nn.Sequential):
 
 
 class ReparamLargeKernelConv(nn.Module):
-    """Large depthwise convolution beside a small one, each with its normalization; their sum. Section 3, guideline 3.
+    """Sum of a large and a small depthwise convolution, each with a norm. Section 3, guideline 3.
 
     Args:
         channels: Channels of input and output.
-        kernel_size: Side of the large kernel in pixels.
-        small_kernel: Side of the parallel small kernel, None for no branch.
-        dilation: Distance of the large kernel's taps in pixels; more than 1 needs ``small_kernel=None``.
-        merged: Build the deployed form at once: a single convolution with bias.
+        kernel_size: Side of the large kernel in pixels, odd.
+        small_kernel: Side of the parallel small kernel, odd; None for no parallel branch.
+        dilation: Dilation of the large kernel in pixels; more than 1 requires ``small_kernel=None``.
+        merged: Build the deployed form, a single convolution with bias.
         norm_cfg: Normalization layer of both branches.
 
     Raises:
-        ValueError: If the small kernel is larger than the large one or beside a dilated one, or one side is even.
+        ValueError: If a kernel is even, the small one is the larger, or ``dilation`` does not fit.
     """
 
     def __init__(
@@ -93,14 +93,12 @@ class ReparamLargeKernelConv(nn.Module):
         if small_kernel is not None and small_kernel > kernel_size:
             raise ValueError(f'RepLKNet: small_kernel={small_kernel} is larger than the large kernel of {kernel_size}')
         if kernel_size % 2 == 0 or (small_kernel is not None and small_kernel % 2 == 0):
-            raise ValueError(
-                f'RepLKNet: kernel sizes must be odd to keep the map centred; found {kernel_size} and {small_kernel}'
-            )
+            raise ValueError(f'RepLKNet: kernel sizes must be odd; found {kernel_size} and {small_kernel}')
         if dilation < 1 or (dilation > 1 and small_kernel is not None):
-            # Taps of the two kernels would not fall on each other, so that nothing could be merged.
+            # The taps of a dilated kernel do not coincide with those of a small one, so they could not be merged.
             raise ValueError(
-                f'RepLKNet: dilation={dilation} with small_kernel={small_kernel}; dilation must be 1 or '
-                f'more, and above 1 small_kernel must be None'
+                f'RepLKNet: dilation={dilation} with small_kernel={small_kernel}; dilation must be at least 1, '
+                f'and small_kernel must be None if it is larger'
             )
         if merged:
             self.lkb_reparam = DepthwiseConv2d(channels, kernel_size, dilation=dilation)
@@ -112,11 +110,11 @@ class ReparamLargeKernelConv(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the branches are one convolution."""
+        """Whether the branches are merged into one convolution."""
         return hasattr(self, 'lkb_reparam')
 
     def forward(self, x: Tensor, activation: nn.Module | None = None) -> Tensor:
-        """The convolution or the sum of its branches, then ``activation``."""
+        """Apply the merged convolution or sum the branches, then apply ``activation``."""
         if self.merged:
             return fused_conv2d(self.lkb_reparam, x, activation)
         if not hasattr(self, 'small_conv'):
@@ -125,30 +123,31 @@ class ReparamLargeKernelConv(nn.Module):
         return out if activation is None else activation(out)
 
 
-def _with_shortcut(layer: ConvNorm, x: Tensor, shortcut: Tensor, drop_path: DropPath) -> Tensor:
+def _add_shortcut(layer: ConvNorm, x: Tensor, shortcut: Tensor, drop_path: DropPath) -> Tensor:
+    """Compute ``shortcut + drop_path(layer(x))``."""
     if not drop_path.training or drop_path.drop_prob == 0:
         return layer(x, shortcut=shortcut)
-    # As mmcv's DropPath draws and scales, with one pass over the map instead of three.
-    kept = 1 - drop_path.drop_prob
+    # Draws and scales like mmcv's DropPath, with one pass over the map instead of three.
+    keep_prob = 1 - drop_path.drop_prob
     y = layer(x)
-    scale = (kept + torch.rand(len(y), 1, 1, 1, dtype=y.dtype, device=y.device)).floor_().div_(kept)
+    scale = (keep_prob + torch.rand(len(y), 1, 1, 1, dtype=y.dtype, device=y.device)).floor_().div_(keep_prob)
     return torch.addcmul(shortcut, y, scale)
 
 
 class RepLKBlock(nn.Module):
-    """Pre-norm, 1x1 convolution, large depthwise convolution, 1x1 convolution, identity shortcut. Section 4.1.
+    """Norm, 1x1 convolution, large depthwise convolution, 1x1 convolution, identity shortcut. Section 4.1.
 
     Args:
         channels: Channels of input and output.
         kernel_size: Side of the large kernel in pixels.
-        small_kernel: Side of the parallel small kernel, None for no branch.
-        dilation: See :class:`ReparamLargeKernelConv`.
+        small_kernel: Side of the parallel small kernel, None for no parallel branch.
+        dilation: Dilation of the large kernel in pixels.
         dw_ratio: Channels of the large convolution relative to ``channels``.
-        shortcut: Add the input to the output; False only to study what the shortcut does (section 3, guideline 2).
-        drop_path: Probability of dropping the branch for a sample.
+        shortcut: Add the input to the output. False is for ablations (section 3, guideline 2).
+        drop_path: Drop path rate.
         merged: See :class:`ReparamLargeKernelConv`.
         norm_cfg: Normalization layer.
-        act_cfg: Activation after the first 1x1 and the large convolution.
+        act_cfg: Activation after the first 1x1 and after the large convolution.
     """
 
     def __init__(
@@ -177,16 +176,16 @@ class RepLKBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.pw1(self.prelkb_bn(x))
         out = self.large_kernel(out, self.lk_nonlinear)
-        return _with_shortcut(self.pw2, out, x, self.drop_path) if self.shortcut else self.pw2(out)
+        return _add_shortcut(self.pw2, out, x, self.drop_path) if self.shortcut else self.pw2(out)
 
 
 class ConvFFN(nn.Module):
-    """Pre-norm, two 1x1 convolutions with a GELU between them, identity shortcut. Section 4.1.
+    """Norm, 1x1 convolution, GELU, 1x1 convolution, identity shortcut. Section 4.1.
 
     Args:
         channels: Channels of input and output.
-        ffn_ratio: Inner channels relative to ``channels``.
-        drop_path: Probability of dropping the branch for a sample.
+        ffn_ratio: Hidden channels relative to ``channels``.
+        drop_path: Drop path rate.
         norm_cfg: Normalization layer.
     """
 
@@ -201,24 +200,22 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.pw1(self.preffn_bn(x), self.nonlinear)
-        return _with_shortcut(self.pw2, out, x, self.drop_path)
+        return _add_shortcut(self.pw2, out, x, self.drop_path)
 
 
 class RepLKNetStage(nn.Module):
-    """Alternating :class:`RepLKBlock` and :class:`ConvFFN` on maps of one size.
+    """Pairs of :class:`RepLKBlock` and :class:`ConvFFN`.
 
     Args:
         channels: Channels of input and output.
-        drop_path: One probability for each pair of blocks; its length is the number of pairs.
+        drop_path: Drop path rate of each pair.
         kernel_size: Side of the large kernels in pixels.
-        small_kernel: Side of the parallel small kernels, None for no branch.
-        dw_ratio: See :class:`RepLKBlock`.
-        ffn_ratio: See :class:`ConvFFN`.
+        settings: A row of :attr:`RepLKNet.arch_settings` with :attr:`RepLKNet.arch_options`.
         merged: See :class:`ReparamLargeKernelConv`.
-        with_cp: Recompute each block in the backward pass instead of keeping its activations.
-        norm_output: Add a normalization that :class:`RepLKNet` applies to the features it returns.
+        with_cp: Recompute the activations of each block in the backward pass.
+        norm_output: Add a norm that :class:`RepLKNet` applies to the returned features.
         norm_cfg: Normalization layer.
-        act_cfg: Activation around the large kernels.
+        act_cfg: Activation before and after the large kernels.
     """
 
     def __init__(
@@ -236,22 +233,20 @@ class RepLKNetStage(nn.Module):
         super().__init__()
         self.with_cp = with_cp
         self.blocks = nn.ModuleList()
-        for p in drop_path:
+        block_settings = {key: settings[key] for key in ('small_kernel', 'dilation', 'dw_ratio', 'shortcut')}
+        for rate in drop_path:
             self.blocks.append(
                 RepLKBlock(
                     channels,
                     kernel_size,
-                    settings['small_kernel'],
-                    settings['dilation'],
-                    settings['dw_ratio'],
-                    settings['shortcut'],
-                    p,
-                    merged,
-                    norm_cfg,
-                    act_cfg,
+                    **block_settings,
+                    drop_path=rate,
+                    merged=merged,
+                    norm_cfg=norm_cfg,
+                    act_cfg=act_cfg,
                 )
             )
-            self.blocks.append(ConvFFN(channels, settings['ffn_ratio'], p, norm_cfg))
+            self.blocks.append(ConvFFN(channels, settings['ffn_ratio'], rate, norm_cfg))
         self.norm = build_norm(norm_cfg, channels) if norm_output else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -265,94 +260,35 @@ class RepLKNet(Backbone):
     """RepLKNet backbone.
 
     Args:
-        arch: A row of :attr:`arch_settings` by its name, or a dict with the keys of a row and, for studies of the
-            design, any of :attr:`arch_options`. Defaults to ``'31B'``.
+        arch: Name of a variant in :attr:`arch_settings`, or a dict with the same keys and optionally those of
+            :attr:`arch_options`. Defaults to ``'31B'``.
         in_channels: Channels of the image. Defaults to 3.
-        drop_path_rate: Stochastic depth of the last block; block ``i`` of ``n`` has ``i / (n - 1)`` of it, and an FFN
-            that of the large-kernel block before it. Defaults to 0.
-        small_kernel_merged: Build the deployed form, the parallel kernels merged into the large ones.
-        norm_cfg: Normalization layer everywhere. Defaults to ``dict(type='BN')``.
-        act_cfg: Activation of the stem, the transitions and around the large kernels; the feed-forward blocks have the
-            GELU of the paper. Defaults to ``dict(type='ReLU')``.
-        out_indices: Stages whose features are returned, strides ``[1/4, 1/8, 1/16, 1/32]``. Defaults to all four.
+        drop_path_rate: Drop path rate of the last block. The rate grows linearly from 0 at the first block; a ConvFFN
+            has the rate of the RepLKBlock before it. Defaults to 0.
+        small_kernel_merged: Build the deployed form, with the small kernels merged into the large ones. Defaults to
+            False.
+        norm_cfg: Normalization layers. Defaults to ``dict(type='BN')``.
+        act_cfg: Activation of stem, transitions and RepLKBlocks; ConvFFN always uses GELU, as in the paper. Defaults to
+            ``dict(type='ReLU')``.
+        out_indices: Stages whose features are returned, at strides 4, 8, 16 and 32. Defaults to all four.
         frozen_stages: -1 freezes nothing, 0 the stem, ``n`` the stem, the first ``n`` stages and the transitions
             between them. Defaults to -1.
-        norm_eval: Keep BatchNorm layers in evaluation mode while training. Defaults to False.
-        with_cp: Recompute each block in the backward pass: less memory, about a third more time. Defaults to False.
+        norm_eval: Keep BatchNorm layers in evaluation mode during training. Defaults to False.
+        with_cp: Recompute the activations of each block in the backward pass. This saves memory and takes about a third
+            more time. Defaults to False.
         norm_intermediate_features: Normalize the returned features, as the authors do for XL. Defaults to False.
-        out_memory_format: Layout of the returned features: ``'contiguous_format'`` (default), which every operator
-            reads, or ``'preserve_format'``, which copies nothing: on CPUs channels-last memory, faster for heads of
-            convolutions, misread by mmcv's compiled operators (RoIAlign, deformable convolutions).
-        init_cfg: Initialization; ``Pretrained`` takes the authors', mmpretrain's and our checkpoints, merged or not,
-            but not folded ones. Defaults to torch's own initialization, as in the authors' code.
+        out_memory_format: Memory layout of the returned features. ``'contiguous_format'`` (default) works with every
+            operator. ``'preserve_format'`` returns channels-last memory on CPUs: it copies nothing and is faster for
+            convolutional heads, but mmcv's compiled operators, such as RoIAlign, misread it.
+        init_cfg: Initialization. ``Pretrained`` loads the authors', mmpretrain's and our checkpoints, merged or not,
+            but not folded ones. Defaults to torch's initialization, as in the authors' code.
 
     Raises:
-        ValueError: If a value is out of its range, or ``arch`` is unknown or incomplete.
+        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
-    arch_settings: dict[str, dict] = {
-        # name:  kernels of the stages, small kernel, pairs of blocks, channels,     dw_ratio
-        '31B': dict(
-            large_kernel_sizes=[31, 29, 27, 13],
-            small_kernel=5,
-            layers=[2, 2, 18, 2],
-            channels=[128, 256, 512, 1024],
-            dw_ratio=1,
-        ),
-        '31L': dict(
-            large_kernel_sizes=[31, 29, 27, 13],
-            small_kernel=5,
-            layers=[2, 2, 18, 2],
-            channels=[192, 384, 768, 1536],
-            dw_ratio=1,
-        ),
-        'XL': dict(
-            large_kernel_sizes=[27, 27, 27, 13],
-            small_kernel=None,
-            layers=[2, 2, 18, 2],
-            channels=[256, 512, 1024, 2048],
-            dw_ratio=1.5,
-        ),
-        # The kernel size study, table 5 of the paper; 31B is its last row.
-        '3': dict(
-            large_kernel_sizes=[3, 3, 3, 3],
-            small_kernel=None,
-            layers=[2, 2, 18, 2],
-            channels=[128, 256, 512, 1024],
-            dw_ratio=1,
-        ),
-        '7': dict(
-            large_kernel_sizes=[7, 7, 7, 7],
-            small_kernel=5,
-            layers=[2, 2, 18, 2],
-            channels=[128, 256, 512, 1024],
-            dw_ratio=1,
-        ),
-        '13': dict(
-            large_kernel_sizes=[13, 13, 13, 13],
-            small_kernel=5,
-            layers=[2, 2, 18, 2],
-            channels=[128, 256, 512, 1024],
-            dw_ratio=1,
-        ),
-        '25': dict(
-            large_kernel_sizes=[25, 25, 25, 13],
-            small_kernel=5,
-            layers=[2, 2, 18, 2],
-            channels=[128, 256, 512, 1024],
-            dw_ratio=1,
-        ),
-        # Ours, for work on a CPU: the same design, small. Not from the paper.
-        'nano': dict(
-            large_kernel_sizes=[31, 29, 27, 13],
-            small_kernel=5,
-            layers=[2, 2, 4, 2],
-            channels=[32, 64, 128, 256],
-            dw_ratio=1,
-        ),
-    }
-    #: What a row may also say: inner channels of the feed-forward blocks, whether the large-kernel blocks have an
-    #: identity shortcut, and the distance of their kernels' taps in pixels.
+    arch_settings: dict[str, dict]  # at the end of the file
+    #: Optional keys of ``arch`` for ablations: hidden channels of ConvFFN, shortcut and dilation of RepLKBlock.
     arch_options: dict = dict(ffn_ratio=4, shortcut=True, dilation=1)
 
     def __init__(
@@ -361,7 +297,7 @@ class RepLKNet(Backbone):
         in_channels: int = 3,
         drop_path_rate: float = 0.0,
         small_kernel_merged: bool = False,
-        norm_cfg: dict = dict(type='BN'),  # noqa: B006 (configs never mutate it; the house form of OpenMMLab)
+        norm_cfg: dict = dict(type='BN'),  # noqa: B006 (configs never mutate it, as everywhere in OpenMMLab)
         act_cfg: dict = dict(type='ReLU'),  # noqa: B006
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
@@ -375,22 +311,19 @@ class RepLKNet(Backbone):
         kernels, layers, channels = (settings[k] for k in ('large_kernel_sizes', 'layers', 'channels'))
         if type(settings['shortcut']) is not bool or type(settings['dilation']) is not int:
             raise ValueError(
-                f'RepLKNet: in arch, shortcut must be True or False and dilation a whole number; found '
+                f'RepLKNet: in arch, shortcut must be a bool and dilation an int; found '
                 f'{settings["shortcut"]!r} and {settings["dilation"]!r}'
             )
         if not len(kernels) == len(layers) == len(channels):
             raise ValueError(
-                f'RepLKNet: large_kernel_sizes={kernels}, layers={layers} and channels={channels} must '
-                f'have one entry a stage'
+                f'RepLKNet: large_kernel_sizes={kernels}, layers={layers} and channels={channels} must have one entry '
+                f'for each stage'
             )
         if not -1 <= frozen_stages <= len(layers):
             raise ValueError(f'RepLKNet: frozen_stages={frozen_stages} must be in -1..{len(layers)}')
         if drop_path_rate > 0 and not settings['shortcut']:
-            raise ValueError(
-                f'RepLKNet: drop_path_rate={drop_path_rate} drops the branch beside a shortcut, and arch '
-                f'has shortcut=False'
-            )
-        super().__init__(out_indices, len(layers), norm_eval, init_cfg, out_memory_format)
+            raise ValueError(f'RepLKNet: drop_path_rate={drop_path_rate} requires shortcut=True in arch')
+        super().__init__(channels, out_indices, norm_eval, init_cfg, out_memory_format)
         self.frozen_stages = frozen_stages
 
         width = channels[0]
@@ -403,40 +336,40 @@ class RepLKNet(Backbone):
                 layer(width, width, 3, 2, depthwise=True),
             ]
         )
-        drop_path = iter(drop_path_rates(drop_path_rate, sum(layers), 'RepLKNet'))
+        rates = iter(drop_path_rates(drop_path_rate, sum(layers), 'RepLKNet'))
         self.stages: Any = nn.ModuleList()
         self.transitions = nn.ModuleList()
         for i, width in enumerate(channels):
-            norm_output = norm_intermediate_features and i in self.out_indices
             self.stages.append(
                 RepLKNetStage(
                     width,
-                    [next(drop_path) for _ in range(layers[i])],
+                    [next(rates) for _ in range(layers[i])],
                     kernels[i],
                     settings,
-                    small_kernel_merged,
-                    with_cp,
-                    norm_output,
-                    norm_cfg,
-                    act_cfg,
+                    merged=small_kernel_merged,
+                    with_cp=with_cp,
+                    norm_output=norm_intermediate_features and i in self.out_indices,
+                    norm_cfg=norm_cfg,
+                    act_cfg=act_cfg,
                 )
             )
-            for following in channels[i + 1 : i + 2]:
+            if i + 1 < len(channels):
+                following = channels[i + 1]
                 self.transitions.append(
                     nn.Sequential(layer(width, following), layer(following, following, 3, 2, depthwise=True))
                 )
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Features of an image batch.
+        """Compute the features of a batch of images.
 
         Args:
-            x: ``(N, in_channels, H, W)``; any height and width, multiples of 32 lose nothing at the borders.
+            x: ``(N, in_channels, H, W)`` of any size; sizes that 32 divides lose nothing at the borders.
 
         Returns:
-            One ``(N, C_i, H / s_i, W / s_i)`` for each of ``out_indices``, ``s = 4, 8, 16, 32``, rounded up.
+            One ``(N, C_i, H / s_i, W / s_i)``, rounded up, for each of ``out_indices``, with strides 4, 8, 16 and 32.
         """
-        x = self._enter(x)
+        x = self._to_compute_format(x)
         for layer in self.stem:
             x = layer(x)
         outs = []
@@ -446,13 +379,13 @@ class RepLKNet(Backbone):
                 outs.append(stage.norm(x))
             if i < len(self.transitions):
                 x = self.transitions[i](x)
-        return self._leave(outs)
+        return self._to_output_format(outs)
 
-    def _blocks_of_stages(self) -> list[int]:
-        # A large-kernel block and the feed-forward block after it do what a block of ConvNeXt does.
+    def _stage_depths(self) -> list[int]:
+        # A RepLKBlock and the ConvFFN after it correspond to one block of ConvNeXt.
         return [len(stage.blocks) // 2 for stage in self.stages]
 
-    def _place(self, parts: list[str]) -> tuple[int, int | None] | None:
+    def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
         match parts:
             case ['stem', *_]:
                 return 0, None
@@ -468,3 +401,21 @@ class RepLKNet(Backbone):
         if self.frozen_stages < 0:
             return []
         return [self.stem, *self.stages[: self.frozen_stages], *self.transitions[: max(self.frozen_stages - 1, 0)]]
+
+
+_BASE = dict(layers=[2, 2, 18, 2], channels=[128, 256, 512, 1024], small_kernel=5, dw_ratio=1)
+_LARGE = dict(_BASE, channels=[192, 384, 768, 1536])
+_XL = dict(_BASE, channels=[256, 512, 1024, 2048], small_kernel=None, dw_ratio=1.5)
+
+RepLKNet.arch_settings = {
+    '31B': dict(_BASE, large_kernel_sizes=[31, 29, 27, 13]),
+    '31L': dict(_LARGE, large_kernel_sizes=[31, 29, 27, 13]),
+    'XL': dict(_XL, large_kernel_sizes=[27, 27, 27, 13]),
+    # Table 5 of the paper varies the kernel size; 31B is its last row.
+    '3': dict(_BASE, large_kernel_sizes=[3, 3, 3, 3], small_kernel=None),
+    '7': dict(_BASE, large_kernel_sizes=[7, 7, 7, 7]),
+    '13': dict(_BASE, large_kernel_sizes=[13, 13, 13, 13]),
+    '25': dict(_BASE, large_kernel_sizes=[25, 25, 25, 13]),
+    # Not from the paper: a small variant of the same design for CPUs.
+    'nano': dict(_BASE, large_kernel_sizes=[31, 29, 27, 13], layers=[2, 2, 4, 2], channels=[32, 64, 128, 256]),
+}

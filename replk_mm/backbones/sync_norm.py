@@ -1,8 +1,8 @@
-"""BatchNorm over the batches of all processes, on CPUs too, where torch has none.
+"""Synchronized BatchNorm for every device; torch's own runs on GPUs only.
 
 "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", Ioffe and Szegedy, ICML
-2015, arXiv:1502.03167, algorithm 1 and the gradients of section 3, with sums over all processes. Statistics of parts
-are combined as in Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37
+2015, arXiv:1502.03167, algorithm 1 and the gradients of section 3, with sums over all processes. The statistics of the
+processes are combined as in Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37
 (1983), equation 2.1.
 """
 
@@ -22,19 +22,19 @@ from replk_mm.registry import MODELS
 
 @MODELS.register_module(name='SyncBN')
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm whose batch, while training, is that of all processes; alone and in evaluation it is BatchNorm.
+    """BatchNorm that trains on the joint batch of all processes. With one process and in evaluation it is BatchNorm.
 
-    Arguments, attributes and keys are those of :class:`torch.nn.BatchNorm2d`; the input is ``(N, C, ...)``. Every
-    process must run the layer equally often; ``N`` may differ between them, and be 0.
+    Arguments, attributes and keys are those of :class:`torch.nn.BatchNorm2d`. The input is ``(N, C, ...)``; ``N`` may
+    differ between processes and may be 0. Every process must call the layer equally often.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
-            raise ValueError(f'expected an input of (N, C, ...), found one of {input.dim()} dimensions')
+            raise ValueError(f'SyncBatchNorm: the input must be (N, C, ...); found {input.dim()} dimensions')
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize; while training update the running statistics, which are the same in every process."""
-        # Shapes alone, whose memory one process counts for itself, need no others.
+        """Normalize the input; in training mode, update the running statistics, which are equal in all processes."""
+        # Meta tensors have shapes only: a single process can run them.
         if not self.training or get_world_size() == 1 or input.is_meta:
             return super().forward(input)
         self._check_input_dim(input)
@@ -46,12 +46,12 @@ class SyncBatchNorm(_BatchNorm):
                 unbiased = var * (count / (count - 1))
                 self.running_mean.lerp_(mean.to(self.running_mean), share)
                 self.running_var.lerp_(unbiased.to(self.running_var), share)
-        of = torch.promote_types(input.dtype, torch.float32)
-        return _Normalize.apply(input, self.weight, self.bias, mean.to(of), var.to(of), count, self.eps)
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return _Normalize.apply(input, self.weight, self.bias, mean.to(dtype), var.to(dtype), count, self.eps)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Mean and biased variance of each channel over all processes, ``(C,)`` in float64, and over how many values."""
+    """Return mean and biased variance of each channel, ``(C,)`` in float64, and their number of values."""
     own = torch.zeros(2 * x.shape[1] + 1, dtype=torch.float64, device=x.device)
     if x.numel():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -64,17 +64,17 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
     count = float(counts.sum())
     if count <= 1:
         raise ValueError(
-            f'BatchNorm needs more than one value a channel to train on, found {int(count)} in all processes'
+            f'SyncBatchNorm: training needs more than one value per channel; found {int(count)} in all processes'
         )
     mean = (means * counts).sum(0) / count
     return mean, ((variances + (means - mean).square()) * counts).sum(0) / count, count
 
 
 class _Normalize(torch.autograd.Function):
-    """``(x - mean) / sqrt(var + eps) * weight + bias``, where mean and variance depend on the inputs of all processes.
+    """``(x - mean) / sqrt(var + eps) * weight + bias``, with mean and variance over the inputs of all processes.
 
-    Gradients are those of the sum of all processes' losses with respect to ``x``; those of ``weight`` and ``bias`` are
-    this process's share, as of any other parameter, which distributed training adds up or averages.
+    The gradient of ``x`` is that of the sum of all losses. The gradients of ``weight`` and ``bias`` are the share of
+    this process; distributed training reduces them like those of any other parameter.
     """
 
     @staticmethod
@@ -91,7 +91,7 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var)
         ctx.count, ctx.eps = count, eps
         if not x.numel():
-            return torch.empty_like(x)  # torch's kernels divide by the number of images
+            return torch.empty_like(x)  # torch's kernels divide by the batch size
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
     @staticmethod
@@ -99,9 +99,8 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var = ctx.saved_tensors
         scale = torch.ones_like(mean) if weight is None else weight
-        # As if the statistics were constants: gradient of x, sums of the gradient times the normalized x, and of the
-        # gradient.
-        grad_x, with_x, alone = (
+        # For constant statistics: the gradient of x, sum(grad * normalized x) and sum(grad).
+        grad_x, sum_product, sum_grad = (
             torch.ops.aten.native_batch_norm_backward(
                 grad, x, scale, mean, var, None, None, False, ctx.eps, [True, True, True]
             )
@@ -109,21 +108,21 @@ class _Normalize(torch.autograd.Function):
             else (torch.empty_like(x), torch.zeros_like(scale), torch.zeros_like(scale))
         )
         if ctx.needs_input_grad[0]:
-            sums = torch.cat([with_x, alone]).double()
+            sums = torch.cat([sum_product, sum_grad]).double()
             dist.all_reduce(sums)
-            of_all_with_x, of_all = sums.chunk(2)
-            # What moves through mean and variance is the same line in x for every value of a channel.
+            total_product, total_grad = sums.chunk(2)
+            # The gradient through mean and variance is linear in x, with the same line for all values of a channel.
             inverse = (var.double() + ctx.eps).rsqrt()
-            slope = -scale.double() * inverse.square() * of_all_with_x / ctx.count
-            offset = -scale.double() * inverse * of_all / ctx.count - slope * mean.double()
+            slope = -scale.double() * inverse.square() * total_product / ctx.count
+            offset = -scale.double() * inverse * total_grad / ctx.count - slope * mean.double()
             shape = (-1, *[1] * (x.dim() - 2))
             grad_x += torch.addcmul(offset.to(mean).view(shape), x, slope.to(mean).view(shape))
-        of_affine = (None, None) if weight is None else (with_x, alone)
-        return grad_x, *of_affine, None, None, None, None
+        affine = (None, None) if weight is None else (sum_product, sum_grad)
+        return grad_x, *affine, None, None, None, None
 
 
 def find_pooled_batch_norm(model: nn.Module) -> str | None:
-    """Path of a module that trains BatchNorm on maps pooled to 1x1, where one image has no variance, or None."""
+    """Return the path of the first module with BatchNorm after pooling to 1x1, which cannot train on one image."""
     for name, module in model.named_modules():
         children = list(module.children())
         if (

@@ -167,7 +167,7 @@ def test_distributed_training_is_that_of_the_whole_batch(found):
 
 
 def test_one_value_in_all_processes_is_refused(found):
-    assert all('more than one value a channel' in message for message in found['one_value'])
+    assert all('more than one value per channel' in message for message in found['one_value'])
 
 
 def test_alone_it_is_batch_norm():

@@ -73,7 +73,10 @@ class BackboneContract:
         for indices, stages in (((1, 3), (1, 3)), ((0,), (0,)), (-1, (3,)), ([-2, 0], (0, 2)), (2, (2,))):
             part = self.build(out_indices=indices)
             part.load_state_dict({k: v for k, v in model.state_dict().items() if k in part.state_dict()})
-            self.assert_equal(part(x), [everything[i] for i in stages])
+            outs = part(x)
+            self.assert_equal(outs, [everything[i] for i in stages])
+            assert [info['num_chs'] for info in part.feature_info] == [out.shape[1] for out in outs]
+            assert [64 // info['reduction'] for info in part.feature_info] == [out.shape[2] for out in outs]
 
     # precision and layout
 
