@@ -1,4 +1,4 @@
-"""Cityscapes' label maps: from the ids of the annotation tool to the 19 classes that are trained and scored.
+"""Convert label maps of Cityscapes from the 34 ids of the annotation tool to the 19 training classes.
 
 Source: the label table of the Cityscapes data set (Cordts et al., The Cityscapes Dataset for Semantic Urban Scene
 Understanding, CVPR 2016): 34 ids, of which 19 have a trainId.
@@ -31,35 +31,35 @@ _TABLE[list(IDS)] = np.arange(len(IDS), dtype=np.uint8)
 
 @dataclass
 class Conversion:
-    """What a conversion did.
+    """The result of a conversion.
 
     Attributes:
         written: Number of label maps written.
-        kept: Number of label maps that existed already, and were right.
-        problems: What could not be converted, a line each.
+        kept: Number of existing label maps that were correct.
+        errors: One line per label map that could not be converted.
     """
 
     written: int = 0
     kept: int = 0
-    problems: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
 
 def to_train_ids(labels: np.ndarray) -> np.ndarray:
-    """Label map ``(H, W)`` of ids as one of trainIds, 255 where there is no class."""
+    """Convert a label map ``(H, W)`` of ids to trainIds; 255 where there is no class."""
     return _TABLE[labels]
 
 
-def convert(root: str | Path, jobs: int | None = None, force: bool = False, progress: bool = True) -> Conversion:
+def convert_labels(root: str | Path, jobs: int | None = None, force: bool = False, progress: bool = True) -> Conversion:
     """Write a ``*_labelTrainIds.png`` beside every ``*_labelIds.png`` of a Cityscapes tree.
 
-    An existing map is compared: a right one is kept, so that an interrupted run continues; another one is left alone
-    unless ``force``.
+    Existing maps are compared. Correct ones are kept, so that an interrupted run continues; others are an error unless
+    ``force``.
 
     Args:
-        root: Folder that contains ``gtFine``, or any folder with such files.
-        jobs: Threads. Defaults to a few a core.
+        root: Folder that contains ``gtFine``, or any folder with these files.
+        jobs: Number of threads. Defaults to a few per core.
         force: Whether to replace maps that differ. Defaults to False.
-        progress: Whether to show a bar on standard error. Defaults to True.
+        progress: Whether to show a progress bar on standard error. Defaults to True.
 
     Raises:
         UserError: If there is nothing to convert.
@@ -79,30 +79,29 @@ def convert(root: str | Path, jobs: int | None = None, force: bool = False, prog
                 disable=not (progress and sys.stderr.isatty()),
             )
         )
-    problems = [outcome for outcome in outcomes if outcome not in ('written', 'kept')]
-    return Conversion(outcomes.count('written'), outcomes.count('kept'), problems)
+    errors = [outcome for outcome in outcomes if outcome not in ('written', 'kept')]
+    return Conversion(outcomes.count('written'), outcomes.count('kept'), errors)
 
 
 def _convert(path: Path, force: bool) -> str:
-    """Convert one file: ``'written'``, ``'kept'``, or what is wrong."""
+    """Convert one file; return ``'written'``, ``'kept'``, or an error message."""
     target = path.with_name(path.name.removesuffix(RAW_SUFFIX) + TRAIN_SUFFIX)
     try:
-        labels = _labels(path)
-        strange = [i for i in np.unique(labels).tolist() if i >= NUM_IDS]
-        if strange:
-            return f"{path}: ids {format_list(strange)} are none of Cityscapes' 0..{NUM_IDS - 1}"
-        wanted = to_train_ids(labels)
+        labels = _read_ids(path)
+        if unknown := [i for i in np.unique(labels).tolist() if i >= NUM_IDS]:
+            return f'{path}: ids {format_list(unknown)} are not among the ids 0..{NUM_IDS - 1} of Cityscapes'
+        expected = to_train_ids(labels)
         if target.exists() and not force:
-            same = np.array_equal(_labels(target), wanted)
-            return 'kept' if same else f'{target}: exists already, and differs from {path.name} (--force replaces it)'
-        write_atomic(target, cv2.imencode('.png', wanted)[1].tobytes())
+            same = np.array_equal(_read_ids(target), expected)
+            return 'kept' if same else f'{target}: exists, and differs from {path.name} (--force replaces it)'
+        write_atomic(target, cv2.imencode('.png', expected)[1].tobytes())
     except Exception as error:  # decoders raise anything
         return f'{path}: {error}'
     return 'written'
 
 
-def _labels(path: Path) -> np.ndarray:
-    """A label map ``(H, W)`` as uint8; ValueError or what Pillow raises if the file is none."""
+def _read_ids(path: Path) -> np.ndarray:
+    """A label map ``(H, W)``, uint8."""
     with Image.open(path) as image:
         pixels = np.asarray(image)
     if pixels.ndim != 2 or pixels.dtype != np.uint8:

@@ -15,7 +15,8 @@ from tiny import tiny, trained  # noqa: F401 (fixtures)
 from replk_mm.analysis import shape_bias
 from replk_mm.analysis.shape_bias import majority_class, measure_shape_bias
 from replk_mm.commands import shape_bias as command
-from replk_mm.data.scenes.cue_conflict import CONFLICT, CueConflictDataset, CueConflictObject, CueConflictScene
+from replk_mm.data.scenes.cue_conflict import CueConflictDataset, CueConflictObject, CueConflictScene
+from replk_mm.data.scenes.kinds import SCENES
 from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.engine.predict import load_trained
@@ -28,7 +29,7 @@ GROUND = DEMO_CLASSES.index('ground')
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('shape_bias') / 'data'
-    write_demo_data(root, train=1, val=VAL, seed=1, size=(64, 64), kind=CONFLICT)
+    write_demo_data(root, train=1, val=VAL, seed=1, size=(64, 64), kind=SCENES['conflict'])
     return root
 
 
@@ -198,8 +199,8 @@ def first(found: dict) -> dict:
         (lambda found: found.pop('agreeing') and None, 'agreeing'),
         (lambda found: found['conflict'].clear(), 'conflict'),
         (lambda found: first(found).pop('box') and None, r'conflict\.0\.objects\.0\.box'),
-        (lambda found: first(found).update(box=[5, 5, 5, 9]), 'no pixel of'),
-        (lambda found: first(found).update(box=[0, 0, 10**9, 10**9]), 'leaves them'),
+        (lambda found: first(found).update(box=[5, 5, 5, 9]), 'contains no'),
+        (lambda found: first(found).update(box=[0, 0, 10**9, 10**9]), 'exceeds'),
         (lambda found: first(found).update(texture='fur'), 'fur'),
         (lambda found: first(found).update(texture=first(found)['shape']), 'differ in "conflict"'),
         (lambda found: found['object_classes'].update(disc='4'), r'object_classes\.disc'),

@@ -18,7 +18,8 @@ from replk_mm.bench import records
 from replk_mm.bench.schema import Suite, SuiteRow, fingerprint
 from replk_mm.bench.suites.task import Task, results_file, utc_now
 from replk_mm.data.datasets import datasets_of
-from replk_mm.data.scenes.writer import META, SCENES, write_demo_data
+from replk_mm.data.scenes.kinds import SCENES
+from replk_mm.data.scenes.writer import META, write_demo_data
 from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError
 

@@ -1,31 +1,28 @@
-"""Scenes in which the class of an object is decided far away: does a network see that far?
+"""Scenes with a distant cue for the class of each object: does a network use context that far away?
 
-A scene is a noisy ground with lanes across it. Each lane holds one *cue*, a red or a blue square, and one *object*, a
-disc of any colour; the object belongs to class ``a`` or ``b`` as the cue of its own lane is red or blue. By
-construction
+A scene is a noisy ground with lanes. Each lane has one *cue*, a red or a blue square, and one *object*, a disc of any
+colour. The object belongs to class ``a`` if the cue of its lane is red, and to ``b`` if it is blue.
 
-- the two classes of objects look alike: shape, size and colour are drawn without regard to the class;
-- the cue is :data:`NEAREST` to :data:`FARTHEST` of the scene's width away, on either side, which at a stride of 8
-  pixels and 96 of width is 4 to 8 radii of a 3x3 kernel, and about one radius of a 31x31 kernel at a stride of 4 at
-  most;
-- every lane draws its cue by itself, so that no other lane tells the class: a network that does not see the cue is
-  right half the time. One that pools over the whole scene without regard to place, the cue among the rest, can still
-  guess that all objects are of the colour that most cues have: with four lanes it is right 69 % of the time, 11 of 16.
+- Shape, size and colour of an object do not depend on its class.
+- The cue is :data:`NEAREST` to :data:`FARTHEST` of the scene's width away, on either side. With a width of 96 and a
+  stride of 8 pixels that is 4 to 8 radii of a 3x3 kernel. At a stride of 4 it is at most about one radius of a 31x31
+  kernel.
+- Cues of different lanes are independent. A network that does not see the cue is right half the time. A network that
+  pools over the whole scene can guess the colour of most cues, and is right 11 of 16 times with four lanes.
 
-Whether a small kernel can carry the cue that far depends on how many layers it has and how they learn; nothing here
-excludes it. Scene ``index`` of a split depends only on (seed, split, index, size); everything is integer arithmetic.
+Small kernels may still propagate the cue through many layers. Scene ``index`` of a split depends only on (seed, split,
+index, size). All arithmetic uses integers.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from replk_mm.data.scenes.layouts import SceneKind
 from replk_mm.data.scenes.spec import scene_rng
 
-#: Changes whenever the same seed gives other scenes than before.
+#: Increases whenever a seed gives other scenes than before.
 CONTEXT_VERSION = 1
-#: Label 1 is the first class; nothing is labelled 0.
+#: Label 1 is the first class; label 0 does not occur.
 CONTEXT_CLASSES: tuple[str, ...] = ('ground', 'cue_a', 'cue_b', 'object_a', 'object_b')
 CONTEXT_PALETTE: tuple[tuple[int, int, int], ...] = (
     (125, 150, 75),
@@ -36,10 +33,10 @@ CONTEXT_PALETTE: tuple[tuple[int, int, int], ...] = (
 )
 GROUND, CUE, OBJECT = 1, 2, 4  # labels; class b is the next one
 
-#: Pixels from the middle of a lane to that of the next one.
+#: Distance between the centres of neighbouring lanes, pixels.
 LANE = 24
 CUE_HALF, OBJECT_RADIUS = 5, 7
-#: Distance between the middles of cue and object, as fractions of the scene's width (numerator, denominator).
+#: Distance between the centres of cue and object, as fractions (numerator, denominator) of the scene's width.
 NEAREST, FARTHEST = (3, 8), (2, 3)
 
 Colour = tuple[int, int, int]
@@ -47,7 +44,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Lane:
-    """A lane: middles of the lane, the cue and the object in pixels; the class of the object (0 or 1); colours."""
+    """A lane: centres of the lane, the cue and the object in pixels, the class of the object (0 or 1), colours."""
 
     y: int
     cue_x: int
@@ -59,7 +56,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class ContextScene:
-    """A drawn scene: ``image`` (H, W, 3) RGB and ``label`` (H, W), both uint8, and what is in it."""
+    """A drawn scene: ``image`` (H, W, 3) RGB and ``label`` (H, W), both uint8, and its lanes."""
 
     image: np.ndarray
     label: np.ndarray
@@ -70,9 +67,9 @@ def make_context_scene(seed: int, split: str, index: int, size: tuple[int, int] 
     """Describe and draw a scene.
 
     Args:
-        seed: Names the data set, 0 or more.
-        split: 'train' or 'val': two streams that share no scene.
-        index: Which scene of the split.
+        seed: Seed of the data set, 0 or more.
+        split: 'train' or 'val', which share no scene.
+        index: Index of the scene in the split.
         size: Height and width in pixels. Defaults to (96, 96).
     """
     height, width = size
@@ -99,7 +96,7 @@ def _lane(rng: np.random.Generator, number: int, width: int, ground: Colour) -> 
     left = int(rng.integers(10, width - 10 - distance))
     cue, thing = (left, left + distance) if rng.integers(2) else (left + distance, left)
     kind = int(rng.integers(2))
-    # Red has its first channel bright, blue its last; the other two are dark, as no ground's are and few discs'.
+    # Red has a bright first channel, blue a bright last one. The other two are dark, unlike those of any ground.
     low, high = [0, 0, 0], [60, 60, 60]
     low[2 * kind], high[2 * kind] = 190, 256
     while True:
@@ -112,12 +109,3 @@ def _lane(rng: np.random.Generator, number: int, width: int, ground: Colour) -> 
 def _colour(rng: np.random.Generator, low: Colour, high: Colour) -> Colour:
     red, green, blue = rng.integers(low, high).tolist()
     return red, green, blue
-
-
-CONTEXT = SceneKind(
-    'context',
-    CONTEXT_VERSION,
-    make_context_scene,
-    layouts=('ade20k',),
-    meta=dict(classes=list(CONTEXT_CLASSES), palette=[list(colour) for colour in CONTEXT_PALETTE]),
-)

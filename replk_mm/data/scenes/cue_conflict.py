@@ -1,21 +1,18 @@
-"""Scenes that tell what a network goes by: objects whose shape and texture agree, and the same ones with a foreign
-texture.
+"""Scenes with a cue conflict between shape and texture, after Geirhos et al., ICLR 2019, arXiv:1811.12231.
 
-In the demo scenes (replk_mm/data/scenes/spec.py) texture does not depend on the class, and a network can only go by
-shape. Here each of three classes has a texture of its own besides its shape (:data:`TEXTURE_OF`):
+The texture of the demo scenes (``spec.py``) does not depend on the class. Here each of three classes has its own
+texture besides its shape (:data:`TEXTURE_OF`):
 
-- in the splits 'train' and 'val' every object has shape and texture of one class: a network may go by either or both;
-- scenes ``2 i`` and ``2 i + 1`` of the split 'conflict' are scene ``i`` of 'val' with the textures exchanged in the two
-  ways that leave none in its place. Nothing else differs, and the label is that of the shape.
+- In the splits 'train' and 'val', shape and texture of an object belong to the same class.
+- Scenes ``2 i`` and ``2 i + 1`` of the split 'conflict' are scene ``i`` of 'val' with exchanged textures, in the two
+  ways that leave no texture in place. Nothing else differs. The label is the class of the shape.
 
-A validation scene holds one object of each class, so that the conflict scenes hold every ordered pair (class of the
-shape, class of the texture) equally often. A training scene holds three objects whose shapes are drawn independently of
-each other, so that none tells what another is. Colour, depth of the texture, area, angle and place do not depend on the
-class.
+A validation scene has one object of each class. So the conflict scenes contain every ordered pair (class of the shape,
+class of the texture) equally often. A training scene has three objects with independent shapes. Colour, depth of the
+texture, area, angle and position do not depend on the class.
 
-The textures have two levels of brightness that take half of the object each; they differ in how these are arranged, and
-are deeper than those of the demo scenes, so that they survive being made smaller. The beacon of the demo scenes stays;
-it names nothing here, and is not scored.
+All textures have two brightness levels of equal area, in different arrangements. They are deeper than in the demo
+scenes, to survive downsampling. The beacon of the demo scenes has no meaning here, and no score.
 """
 
 import json
@@ -29,7 +26,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, NonNegativeInt, StrictInt, ValidationError
 from pydantic.dataclasses import dataclass
 
-from replk_mm.data.scenes.layouts import LAYOUTS, LISTING, SceneKind, stem_of
+from replk_mm.data.scenes.layouts import LAYOUTS, LISTING, Meta, scene_stem
 from replk_mm.data.scenes.render import Scene, render_scene
 from replk_mm.data.scenes.spec import (
     DEMO_CLASSES,
@@ -38,19 +35,19 @@ from replk_mm.data.scenes.spec import (
     ObjectSpec,
     SceneSpec,
     describe_scene,
-    place,
+    place_object,
     scene_rng,
 )
 from replk_mm.errors import UserError, command_line
 from replk_mm.files import sha256
 
-#: Changes whenever the same seed gives other scenes than before.
+#: Increases whenever a seed gives other scenes than before.
 CUE_CONFLICT_VERSION = 1
-#: The texture that an object of each class has where the cues agree.
+#: The texture of each class.
 TEXTURE_OF: dict[str, str] = {'disc': 'speckle', 'square': 'blotch', 'star': 'check'}
-#: Depth of the textures in grey levels, the least and the largest.
+#: Smallest and largest depth of the textures, grey levels.
 AMPLITUDE = (40, 56)
-# Which stream of random numbers of a scene the objects come from: none of those that demo scenes use.
+# The random stream of the objects; demo scenes do not use it.
 _OBJECTS = 100
 
 
@@ -58,90 +55,69 @@ def make_cue_conflict_scene(seed: int, split: str, index: int, size: tuple[int, 
     """Describe and draw one scene.
 
     Args:
-        seed: Names the data set, 0 or more.
+        seed: Seed of the data set, 0 or more.
         split: 'train', 'val' or 'conflict'.
-        index: Which scene of the split.
+        index: Index of the scene in the split.
         size: Height and width in pixels. Defaults to (256, 256).
     """
     if split != 'conflict':
-        return render_scene(_agreeing(seed, split, index, size))
-    spec = _agreeing(seed, 'val', index // 2, size)
+        return render_scene(_describe(seed, split, index, size))
+    spec = _describe(seed, 'val', index // 2, size)
     step = 1 + index % 2
-    foreign = {shape: TEXTURE_OF[SHAPES[(k + step) % len(SHAPES)]] for k, shape in enumerate(SHAPES)}
-    return render_scene(
-        replace(spec, objects=tuple(replace(item, texture=foreign[item.shape]) for item in spec.objects))
-    )
+    textures = {shape: TEXTURE_OF[SHAPES[(k + step) % len(SHAPES)]] for k, shape in enumerate(SHAPES)}
+    return render_scene(replace(spec, objects=tuple(replace(o, texture=textures[o.shape]) for o in spec.objects)))
 
 
 def texture_class(item: ObjectSpec) -> str:
-    """The class that an object's texture is of."""
+    """The class of an object's texture."""
     return next(name for name, texture in TEXTURE_OF.items() if texture == item.texture)
 
 
-def _agreeing(seed: int, split: str, index: int, size: tuple[int, int]) -> SceneSpec:
+def _describe(seed: int, split: str, index: int, size: tuple[int, int]) -> SceneSpec:
+    """A scene whose objects have shape and texture of one class."""
     spec = describe_scene(seed, split, index, size)
     rng = scene_rng(seed, split, index, _OBJECTS)
     shapes = rng.permutation(len(SHAPES)) if split == 'val' else rng.integers(len(SHAPES), size=len(SHAPES))
-    left, top, right, bottom = spec.cue.box
-    half = (right - left) // 2
-    beacon = (left + half, top + half, round(1.42 * half))
-    while True:  # until all have found room, which they nearly always do at once
-        taken, objects = [beacon], []
+    while True:  # until there is room for all, nearly always at once
+        occupied, objects = [spec.cue.circle], []
         for shape in (SHAPES[k] for k in shapes.tolist()):
-            # Depth first: however many places are tried, the next object's depth must not follow from them.
+            # Depth first: the depth of an object must not depend on how often the one before was placed.
             depth = int(rng.integers(AMPLITUDE[0], AMPLITUDE[1] + 1))
-            item = place(rng, size, shape, 0, taken, spec.backdrop)
+            item = place_object(rng, size, shape, 0, occupied, spec.backdrop)
             if item is not None:
                 objects.append(replace(item, texture=TEXTURE_OF[shape], amplitude=depth))
-                taken.append((item.x, item.y, item.radius))
+                occupied.append(item.circle)
         if len(objects) == len(shapes):
             return replace(spec, objects=tuple(objects))
 
 
-def _listing(meta: dict[str, Any]) -> str:
-    """Every object of the validation and conflict scenes: class of its shape and of its texture, and its box.
+def list_objects(meta: Meta) -> str:
+    """The content of :data:`LISTING`: classes of shape and texture, and the box, of all 'val' and 'conflict' objects.
 
-    An object's pixels are those inside its box that have its shape's id in the label map.
+    The pixels of an object are those inside its box that have the id of its shape in the label map.
     """
     layout = LAYOUTS[meta['layout']]
 
-    def scenes(split: str) -> list[dict]:
-        found = []
+    def list_scenes(split: str) -> list[dict]:
+        listed = []
         for index in range(meta['scenes'][split]):
             scene = make_cue_conflict_scene(meta['seed'], split, index, (meta['size'][0], meta['size'][1]))
-            image, labels = layout.files(split, stem_of(split, index))
+            image, labels = layout.files(split, scene_stem(split, index))
             objects = [
                 dict(shape=item.spec.shape, texture=texture_class(item.spec), box=list(item.box))
                 for item in scene.instances
             ]
-            found.append(dict(image=image, labels=labels, objects=objects))
-        return found
+            listed.append(dict(image=image, labels=labels, objects=objects))
+        return listed
 
-    return (
-        json.dumps(
-            dict(
-                generator=meta['generator'],
-                generator_version=meta['generator_version'],
-                seed=meta['seed'],
-                size=meta['size'],
-                textures=TEXTURE_OF,
-                object_classes={name: DEMO_CLASSES.index(name) + 1 for name in THING_CLASSES},
-                agreeing=scenes('val'),
-                conflict=scenes('conflict'),
-            )
-        )
-        + '\n'
+    content = dict(
+        **{key: meta[key] for key in ('generator', 'generator_version', 'seed', 'size')},
+        textures=TEXTURE_OF,
+        object_classes={name: DEMO_CLASSES.index(name) + 1 for name in THING_CLASSES},
+        agreeing=list_scenes('val'),
+        conflict=list_scenes('conflict'),
     )
-
-
-CONFLICT = SceneKind(
-    'conflict',
-    CUE_CONFLICT_VERSION,
-    make_cue_conflict_scene,
-    layouts=('ade20k',),
-    more={'conflict': 2},
-    listing=_listing,
-)
+    return json.dumps(content) + '\n'
 
 
 @dataclass(frozen=True)
@@ -150,13 +126,13 @@ class CueConflictObject:
 
     shape: str  #: class of its shape
     texture: str  #: class of its texture
-    #: left, top, right, bottom in pixels; ends excluded
+    #: left, top, right, bottom in pixels, ends excluded
     box: tuple[NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt]
 
 
 @dataclass(frozen=True)
 class CueConflictScene:
-    """An image with its name in the file, its label map, and its objects."""
+    """An image, its name in the listing, its label map, and its objects."""
 
     name: str
     image: Path
@@ -166,33 +142,32 @@ class CueConflictScene:
 
 @dataclass(frozen=True)
 class CueConflictDataset:
-    """A data set with conflicting cues."""
+    """A data set with cue conflicts."""
 
-    object_classes: Mapping[str, int]  #: the id of each class of objects in the label maps
-    conflict: tuple[CueConflictScene, ...]  #: scenes whose objects have the shape of one class, the texture of another
-    agreeing: tuple[CueConflictScene, ...]  #: scenes whose objects have both of one class
-    about: Mapping[str, Any]  #: what else the file says: generator, seed, size; empty if nothing
-    sha256: str  #: of the file
+    object_classes: Mapping[str, int]  #: id of each class of objects in the label maps
+    conflict: tuple[CueConflictScene, ...]  #: shape and texture of each object belong to different classes
+    agreeing: tuple[CueConflictScene, ...]  #: shape and texture of each object belong to the same class
+    about: Mapping[str, Any]  #: generator, seed and size, if the listing has them
+    sha256: str  #: of the listing
 
     def mask(self, scene: CueConflictScene, item: CueConflictObject, labels: np.ndarray) -> np.ndarray:
-        """The pixels ``(H, W)`` of bool of an object.
+        """The pixels of an object, bool ``(H, W)``.
 
         Args:
             scene: Its scene.
             item: The object.
-            labels: The scene's label map, from :func:`read_label_map`.
+            labels: Label map of the scene, from :func:`read_label_map`.
 
         Raises:
-            UserError: If there are none, or the box leaves the label map.
+            UserError: If there are none, or the box exceeds the label map.
         """
         left, top, right, bottom = item.box
         mask = np.zeros(labels.shape, bool)
         mask[top:bottom, left:right] = labels[top:bottom, left:right] == self.object_classes[item.shape]
         if bottom > labels.shape[0] or right > labels.shape[1] or not mask.any():
             raise UserError(
-                f'{scene.labels}: {labels.shape[1]}x{labels.shape[0]} pixels; the box {list(item.box)} of '
-                f'a {item.shape} in {LISTING} leaves them, or has no pixel of {item.shape}\n'
-                f'Make the box or the label map fit the other.'
+                f'{scene.labels}: the box {list(item.box)} of {LISTING} exceeds {labels.shape[1]}x{labels.shape[0]} '
+                f'pixels or contains no {item.shape}\nCorrect the box or the label map.'
             )
         return mask
 
@@ -214,17 +189,17 @@ class _Listing(BaseModel):
 
 
 def read_cue_conflict(root: Path) -> CueConflictDataset:
-    """The scenes of a data set with conflicting cues.
+    """Read the listing of a data set with cue conflicts.
 
     Args:
-        root: Its folder.
+        root: Folder of the data set.
 
     Raises:
-        UserError: If ``conflict.json`` is absent, damaged or contradicts itself, or names files that are absent.
+        UserError: If ``conflict.json`` is missing or invalid, or names files that do not exist.
     """
     path = root / LISTING
     try:
-        found = _Listing.model_validate_json(path.read_bytes())
+        listing = _Listing.model_validate_json(path.read_bytes())
     except OSError as error:
         raise UserError(
             f'{path}: cannot be read ({error.strerror}); it lists shapes and textures of the objects\n'
@@ -232,34 +207,29 @@ def read_cue_conflict(root: Path) -> CueConflictDataset:
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = '.'.join(map(str, first['loc'])) or 'the file'
-        raise UserError(
-            f'{path}: {place}: {first["msg"]}\n'
-            f'Write the data set again; replk_mm/data/scenes/cue_conflict.py describes the file.'
-        ) from error
-    about = found.model_dump(include={'generator', 'generator_version', 'seed', 'size'}, exclude_none=True)
-    return CueConflictDataset(
-        found.object_classes, _scenes(path, found, 'conflict'), _scenes(path, found, 'agreeing'), about, sha256(path)
-    )
+        field = '.'.join(map(str, first['loc'])) or 'the file'
+        raise UserError(f'{path}: {field}: {first["msg"]}\nWrite the data set again.') from error
+    about = listing.model_dump(include={'generator', 'generator_version', 'seed', 'size'}, exclude_none=True)
+    scenes = _resolve_scenes(path, listing, 'conflict'), _resolve_scenes(path, listing, 'agreeing')
+    return CueConflictDataset(listing.object_classes, *scenes, about, sha256(path))
 
 
-def _scenes(path: Path, found: _Listing, key: str) -> tuple[CueConflictScene, ...]:
+def _resolve_scenes(path: Path, listing: _Listing, key: str) -> tuple[CueConflictScene, ...]:
     scenes = []
-    for i, scene in enumerate(getattr(found, key)):
-        for name in (scene.image, scene.labels):
-            if not (path.parent / name).is_file():
-                raise UserError(f'{path}: {key}.{i}: {path.parent / name} does not exist\nWrite the data set again.')
+    for i, scene in enumerate(getattr(listing, key)):
+        image, labels = path.parent / scene.image, path.parent / scene.labels
+        for file in (image, labels):
+            if not file.is_file():
+                raise UserError(f'{path}: {key}.{i}: {file} does not exist\nWrite the data set again.')
         for item in scene.objects:
-            unknown = {item.shape, item.texture} - found.object_classes.keys()
+            unknown = {item.shape, item.texture} - listing.object_classes.keys()
             if unknown or (item.shape == item.texture) != (key == 'agreeing'):
                 raise UserError(
                     f'{path}: {key}.{i}: an object has shape {item.shape!r} and texture {item.texture!r}\n'
-                    f'Both are among {", ".join(found.object_classes)}; they are equal in "agreeing" and '
+                    f'Both must be among {", ".join(listing.object_classes)}; they are equal in "agreeing" and '
                     f'differ in "conflict".'
                 )
-        scenes.append(
-            CueConflictScene(scene.image, path.parent / scene.image, path.parent / scene.labels, tuple(scene.objects))
-        )
+        scenes.append(CueConflictScene(scene.image, image, labels, tuple(scene.objects)))
     return tuple(scenes)
 
 

@@ -1,6 +1,6 @@
-"""Draw a demo scene: from its description to an image, a label map and one mask an object.
+"""Draw a demo scene: from its description to an image, a label map and one mask per object.
 
-Everything is integer arithmetic (or exact in double precision), so that the pixels are the same on every machine.
+All arithmetic uses integers, or is exact in double precision, so that the pixels are the same on every machine.
 """
 
 import math
@@ -22,7 +22,7 @@ from replk_mm.data.scenes.spec import (
 )
 
 SKY, GROUND, WATER = 0, 1, 2
-# Outlines are kept in sixteenths of a pixel: fine enough to look smooth, and exact to compare.
+# Outlines are in sixteenths of a pixel: fine enough to look smooth, and exact to compare.
 SUBPIXEL = 16
 
 
@@ -52,8 +52,8 @@ def make_scene(seed: int, split: str, index: int, size: tuple[int, int] = (256, 
 
 
 def render_scene(spec: SceneSpec) -> Scene:
-    """Draw a scene. Two descriptions that differ in one part give images that differ in that part alone."""
-    # Each part draws from a generator of its own, so that changing one leaves the noise of the others as it was.
+    """Draw a scene. Descriptions that differ in one part give images that differ in that part only."""
+    # Each part has its own generator: changing one part does not change the noise of the others.
     backdrop_rng = scene_rng(spec.seed, spec.split, spec.index, 2)
     regions = _regions(spec)
     image = _draw_backdrop(backdrop_rng, spec, regions)
@@ -72,7 +72,7 @@ def render_scene(spec: SceneSpec) -> Scene:
 
 @lru_cache(maxsize=64)
 def _interpolation(length: int, cell: int) -> np.ndarray:
-    """Integer weights (length, nodes), a row adding up to ``cell``, between nodes that lie ``cell`` pixels apart."""
+    """Integer interpolation weights (length, nodes) between nodes ``cell`` pixels apart; rows add up to ``cell``."""
     position = np.arange(length)
     node, offset = position // cell, position % cell
     weights = np.zeros((length, length // cell + 2))
@@ -82,15 +82,15 @@ def _interpolation(length: int, cell: int) -> np.ndarray:
 
 
 def _value_noise(rng: np.random.Generator, shape: tuple[int, int], cell: tuple[int, int], amplitude: int) -> np.ndarray:
-    """Noise (H, W) in [-amplitude, amplitude] that is linear between random nodes ``cell`` pixels apart."""
+    """Noise (H, W) in [-amplitude, amplitude], linear between random nodes ``cell`` pixels apart."""
     rows, columns = _interpolation(shape[0], cell[0]), _interpolation(shape[1], cell[1])
     nodes = rng.integers(-amplitude, amplitude + 1, (rows.shape[1], columns.shape[1])).astype(float)
-    # Sums of products of small integers: exact in double precision in whatever order they are added.
+    # Sums of products of small integers are exact in double precision, in any order.
     return np.floor(rows @ nodes @ columns.T / (cell[0] * cell[1])).astype(np.int16)
 
 
 def _regions(spec: SceneSpec) -> np.ndarray:
-    """Which of SKY, GROUND and WATER each pixel (H, W) shows."""
+    """The region, SKY, GROUND or WATER, of each pixel (H, W)."""
     height, width = spec.size
     y, x = np.arange(height)[:, None], np.arange(width)[None, :]
     left, right = spec.backdrop.horizon
@@ -98,21 +98,16 @@ def _regions(spec: SceneSpec) -> np.ndarray:
     regions = np.where(y < horizon, SKY, GROUND)
     if spec.backdrop.river is not None:
         start = min(left, right)
-        middle = _bend(spec.backdrop.river, y - start, height - start)
-        half = (
-            _bend(
-                (spec.backdrop.river_width[0], sum(spec.backdrop.river_width) // 2, spec.backdrop.river_width[1]),
-                y - start,
-                height - start,
-            )
-            // 2
-        )
+        top_width, bottom_width = spec.backdrop.river_width
+        widths = (top_width, (top_width + bottom_width) // 2, bottom_width)
+        middle = _interpolate(spec.backdrop.river, y - start, height - start)
+        half = _interpolate(widths, y - start, height - start) // 2
         regions[(regions == GROUND) & (abs(x - middle) <= half)] = WATER
     return regions
 
 
-def _bend(values: tuple[int, int, int], position: np.ndarray, length: int) -> np.ndarray:
-    """Go in straight lines from the first value to the second (half-way along ``length``) and to the third."""
+def _interpolate(values: tuple[int, int, int], position: np.ndarray, length: int) -> np.ndarray:
+    """Interpolate linearly from the first value to the second, half-way along ``length``, and to the third."""
     first, second, third = values
     doubled = 2 * position
     return np.where(
@@ -148,7 +143,7 @@ def _draw_backdrop(rng: np.random.Generator, spec: SceneSpec, regions: np.ndarra
 def _draw_object(
     rng: np.random.Generator, spec: SceneSpec, item: ObjectSpec, image: np.ndarray, label: np.ndarray
 ) -> np.ndarray:
-    """Draw ``item`` into ``image`` and ``label``, in place. Returns the mask (H, W) of what it covers."""
+    """Draw ``item`` into ``image`` and ``label``, in place. Return its mask (H, W)."""
     x0, y0 = max(0, item.x - item.radius - 1), max(0, item.y - item.radius - 1)
     window = np.s_[y0 : item.y + item.radius + 2, x0 : item.x + item.radius + 2]
     patch = _shape_mask(item, x0, y0, label[window].shape)
@@ -165,7 +160,7 @@ def _label_of(spec: SceneSpec, item: ObjectSpec) -> int:
 
 
 def _instances(spec: SceneSpec, masks: list[np.ndarray], label: np.ndarray) -> tuple[Instance, ...]:
-    """The objects of a scene as they are seen: without what later ones and the beacon cover, or not at all."""
+    """The visible objects of a scene, without the pixels that later objects or the beacon cover."""
     covered = label == 0
     found = []
     for item, mask in zip(reversed(spec.objects), reversed(masks), strict=True):
@@ -191,12 +186,12 @@ def _outline(item: ObjectSpec) -> list[tuple[int, int]]:
 
 
 def _shape_mask(item: ObjectSpec, x0: int, y0: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Which pixels of the window of ``shape`` whose corner is (x0, y0) the object covers."""
+    """The mask of an object in a window of ``shape`` with the corner (x0, y0)."""
     x = (np.arange(shape[1])[None, :] + x0 - item.x) * SUBPIXEL
     y = (np.arange(shape[0])[:, None] + y0 - item.y) * SUBPIXEL
     if item.shape == 'disc':
         return x * x + y * y <= round(item.side * CIRCUMRADIUS['disc'] * SUBPIXEL) ** 2
-    # Even-odd rule: a point is inside when a ray to its right crosses the outline an odd number of times.
+    # Even-odd rule: a point is inside if a ray to its right crosses the outline an odd number of times.
     points = _outline(item)
     inside = np.zeros(shape, bool)
     for (u0, v0), (u1, v1) in zip(points, points[1:] + points[:1], strict=True):
@@ -206,7 +201,7 @@ def _shape_mask(item: ObjectSpec, x0: int, y0: int, shape: tuple[int, ...]) -> n
 
 
 def _texture(rng: np.random.Generator, item: ObjectSpec, shape: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
-    """Brightness (h, w) to add to the object's colour, from -amplitude to amplitude."""
+    """Brightness (h, w) to add to the colour of an object, from -amplitude to amplitude."""
     height, width = shape
     if item.texture == 'plain':
         return np.zeros((height, width), np.int16)
@@ -220,7 +215,7 @@ def _texture(rng: np.random.Generator, item: ObjectSpec, shape: tuple[int, ...],
 
 
 def _draw_cue(cue: Cue, image: np.ndarray, label: np.ndarray) -> None:
-    """Draw the beacon, in place: stripes inside a frame of one stripe, labelled as other."""
+    """Draw the beacon, in place: stripes in a frame as wide as a stripe, with label 0."""
     x0, y0, x1, y1 = cue.box
     inner = np.s_[y0 + cue.stripe : y1 - cue.stripe, x0 + cue.stripe : x1 - cue.stripe]
     rows, columns = np.indices(label[inner].shape)
@@ -231,7 +226,7 @@ def _draw_cue(cue: Cue, image: np.ndarray, label: np.ndarray) -> None:
 
 
 def _soften(image: np.ndarray) -> np.ndarray:
-    """Blur (H, W, 3) with weights 1-2-1 along both axes: edges as a lens would give them."""
+    """Blur (H, W, 3) with weights 1-2-1 along both axes, as a lens does."""
     for axis in (0, 1):
         padded = np.pad(image, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode='edge')
         before, after = (padded[:-2], padded[2:]) if axis == 0 else (padded[:, :-2], padded[:, 2:])

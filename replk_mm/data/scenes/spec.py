@@ -1,11 +1,11 @@
-"""What is in a procedural demo scene: a description drawn from a seed, knowing nothing of pixels or files.
+"""The description of a procedural demo scene, drawn from a seed; ``render.py`` turns it into pixels.
 
-A scene is a sky over a ground, usually with a river, and a few objects. It is made so that shortcuts do not pay:
+A scene is a sky over a ground, usually with a river, and a few objects. Shortcuts do not help:
 
-- every colour is drawn anew in every scene, and neither colour nor texture nor area of an object depend on its class:
-  ``disc``, ``square`` and ``star`` can only be told apart by their shape;
-- ``triangle_h`` and ``triangle_v`` are drawn alike. Which one a triangle is depends on the stripes (horizontal or
-  vertical) of a beacon at the top of the scene, at least :data:`CUE_DISTANCE` of the scene's height away.
+- Colour, texture and area of an object do not depend on its class. Only the shape distinguishes ``disc``, ``square``
+  and ``star``.
+- ``triangle_h`` and ``triangle_v`` look alike. The class of a triangle depends on the stripes (horizontal or vertical)
+  of a beacon at the top of the scene, at least :data:`CUE_DISTANCE` of the scene's height away.
 
 Scene ``index`` of a split depends only on (seed, split, index, size). All sizes below are in pixels of a scene whose
 shorter side is 256 and scale with it.
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Changes whenever the same seed gives other scenes than before.
+#: Increases whenever a seed gives other scenes than before.
 GENERATOR_VERSION = 1
 
-#: Label 1 is the first class: label 0 means "other" (the beacon) and is not scored.
+#: Label 1 is the first class. Label 0 is "other" (the beacon), which is not scored.
 DEMO_CLASSES: tuple[str, ...] = ('sky', 'ground', 'water', 'disc', 'square', 'star', 'triangle_h', 'triangle_v')
 DEMO_PALETTE: tuple[tuple[int, int, int], ...] = (
     (135, 190, 235),
@@ -32,7 +32,7 @@ DEMO_PALETTE: tuple[tuple[int, int, int], ...] = (
     (250, 130, 190),
 )
 
-#: The classes of objects, which can be counted; the others are regions.
+#: The classes of countable objects; the others are regions.
 THING_CLASSES: tuple[str, ...] = DEMO_CLASSES[3:]
 
 SPLITS: tuple[str, ...] = ('train', 'val')
@@ -40,11 +40,13 @@ SHAPES: tuple[str, ...] = ('disc', 'square', 'star')
 TEXTURES: tuple[str, ...] = ('plain', 'speckle', 'blotch', 'check')
 ORIENTATIONS: tuple[str, ...] = ('h', 'v')
 
-#: The least vertical gap between the beacon and any triangle, as a fraction of the scene's height.
+#: Minimum vertical gap between the beacon and any triangle, as a fraction of the scene's height.
 CUE_DISTANCE = 0.4
 
 Colour = tuple[int, int, int]
 Box = tuple[int, int, int, int]
+#: Centre and radius in pixels.
+Circle = tuple[int, int, int]
 
 #: Circumradius of each shape of unit area; a star's inner vertices lie at half its radius.
 CIRCUMRADIUS = {
@@ -76,25 +78,40 @@ class ObjectSpec:
         """Circumradius in pixels, rounded up."""
         return math.ceil(self.side * CIRCUMRADIUS[self.shape])
 
+    @property
+    def circle(self) -> Circle:
+        """The circumcircle."""
+        return self.x, self.y, self.radius
+
 
 @dataclass(frozen=True)
 class Cue:
-    """The beacon: a striped square whose stripes run along ``orientation`` and name the class of every triangle."""
+    """The beacon: a square with stripes along ``orientation``, which decides the class of every triangle."""
 
     orientation: str
     box: Box
     stripe: int
     colours: tuple[Colour, Colour]
 
+    @property
+    def circle(self) -> Circle:
+        """A circle around the beacon."""
+        half = (self.box[2] - self.box[0]) // 2
+        return self.box[0] + half, self.box[1] + half, round(1.42 * half)
+
 
 @dataclass(frozen=True)
 class Backdrop:
     """Everything behind the objects.
 
-    ``colours`` are those of sky, ground and water; ``horizon`` its height at the left and at the right edge; ``river``
-    the x of its middle at the horizon, half-way and at the bottom, or None; ``clutter`` holds small marks as
-    (x, y, half side, colour) that belong to what they lie on; ``light`` is the brightness gained from left to right
-    and from top to bottom; ``noise`` the largest pixel noise. Brightness is in grey levels.
+    Attributes:
+        colours: Colours of sky, ground and water.
+        horizon: Its y at the left and at the right edge.
+        river: The x of its centre at the horizon, half-way and at the bottom; None without a river.
+        river_width: Its width at the horizon and at the bottom.
+        clutter: Small marks (x, y, half side, colour), which have the label of the region they lie on.
+        light: Increase in brightness from left to right and from top to bottom, grey levels.
+        noise: Maximum pixel noise, grey levels.
     """
 
     colours: tuple[Colour, Colour, Colour]
@@ -108,7 +125,7 @@ class Backdrop:
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """A scene before it is drawn. Replace a field (an object's texture, the cue) to draw a variant of the scene."""
+    """A scene before it is drawn. Replace a field, such as an object's texture, to draw a variant."""
 
     seed: int
     split: str
@@ -119,18 +136,18 @@ class SceneSpec:
     cue: Cue
 
     def class_of(self, item: ObjectSpec) -> str:
-        """The class of an object of this scene: its shape, and for a triangle what the cue says."""
+        """The class of an object: its shape, and for a triangle the orientation of the cue."""
         return f'triangle_{self.cue.orientation}' if item.shape == 'triangle' else item.shape
 
 
 def scene_rng(seed: int, split: str, index: int, purpose: int) -> np.random.Generator:
-    """A generator of its own for each (seed, split, index, purpose)."""
+    """An independent generator for each (seed, split, index, purpose)."""
     key = (SPLITS.index(split), index, purpose)
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
 
 
 def scaled(pixels: float, size: tuple[int, int]) -> int:
-    """A length given for a scene of 256 pixels, in pixels of a scene of ``size`` (H, W)."""
+    """Scale a length of a 256-pixel scene to a scene of ``size`` (H, W)."""
     return max(1, round(pixels * min(size) / 256))
 
 
@@ -138,15 +155,15 @@ def describe_scene(seed: int, split: str, index: int, size: tuple[int, int] = (2
     """Draw the description of one scene.
 
     Args:
-        seed: Names the data set, 0 or more.
-        split: 'train' or 'val': two streams that share no scene.
-        index: Which scene of the split.
+        seed: Seed of the data set, 0 or more.
+        split: 'train' or 'val', which share no scene.
+        index: Index of the scene in the split.
         size: Height and width in pixels. Defaults to (256, 256).
     """
-    # Only integers are drawn: floating-point draws may be rounded differently by another compiler.
+    # Integers only: other compilers may round random floats differently.
     rng = scene_rng(seed, split, index, 0)
     backdrop = _draw_backdrop(rng, size)
-    # Neighbouring scenes get one orientation each, so even a short split holds both triangle classes equally.
+    # Neighbouring scenes have different orientations, so that short splits are balanced too.
     first = int(scene_rng(seed, split, index // 2, 1).integers(2))
     cue = _draw_cue(rng, size, ORIENTATIONS[(first + index) % 2])
     return SceneSpec(seed, split, index, size, backdrop, _draw_objects(rng, size, backdrop, cue), cue)
@@ -197,7 +214,7 @@ def _draw_backdrop(rng: np.random.Generator, size: tuple[int, int]) -> Backdrop:
 def _draw_cue(rng: np.random.Generator, size: tuple[int, int], orientation: str) -> Cue:
     side = scaled(_between(rng, 42, 48), size)
     x, y = _between(rng, scaled(4, size), size[1] - side - scaled(4, size)), _between(rng, 3, scaled(8, size))
-    # Any hue, but always a dark and a bright one, either of them the frame's: the cue is far, not faint.
+    # Any hue, but one dark and one bright colour: the cue is distant, not faint.
     dark, bright = ((red, green, blue) for red, green, blue in rng.integers((15, 160), (90, 241), (3, 2)).T.tolist())
     colours = (dark, bright) if _between(rng, 0, 1) else (bright, dark)
     return Cue(orientation, (x, y, x + side, y + side), scaled(_between(rng, 5, 6), size), colours)
@@ -206,29 +223,23 @@ def _draw_cue(rng: np.random.Generator, size: tuple[int, int], orientation: str)
 def _draw_objects(
     rng: np.random.Generator, size: tuple[int, int], backdrop: Backdrop, cue: Cue
 ) -> tuple[ObjectSpec, ...]:
-    """One or two triangles far from the cue, then three shapes of any kind wherever there is room."""
+    """One or two triangles far from the cue, then three other shapes anywhere."""
     lowest = cue.box[3] + math.ceil(CUE_DISTANCE * size[0])
-    half = (cue.box[2] - cue.box[0]) // 2
-    taken = [(cue.box[0] + half, cue.box[1] + half, round(1.42 * half))]
+    occupied = [cue.circle]
     objects: list[ObjectSpec] = []
     wanted = ['triangle'] * _between(rng, 1, 2) + [SHAPES[k] for k in rng.integers(len(SHAPES), size=3).tolist()]
     for shape in wanted:
-        item = place(rng, size, shape, lowest if shape == 'triangle' else 0, taken, backdrop)
+        item = place_object(rng, size, shape, lowest if shape == 'triangle' else 0, occupied, backdrop)
         if item is not None:
             objects.append(item)
-            taken.append((item.x, item.y, item.radius))
+            occupied.append(item.circle)
     return tuple(objects)
 
 
-def place(
-    rng: np.random.Generator,
-    size: tuple[int, int],
-    shape: str,
-    top: int,
-    taken: list[tuple[int, int, int]],
-    backdrop: Backdrop,
+def place_object(
+    rng: np.random.Generator, size: tuple[int, int], shape: str, top: int, occupied: list[Circle], backdrop: Backdrop
 ) -> ObjectSpec | None:
-    """An object wholly inside the scene, below ``top``, clear of the circles ``taken``; None if there is no room."""
+    """An object inside the scene, below ``top`` and outside of the circles ``occupied``; None if there is no room."""
     height, width = size
     side = _between(rng, scaled(42, size), scaled(54, size))
     angle = _between(rng, -15, 15)
@@ -239,6 +250,6 @@ def place(
     gap = scaled(2, size)
     for _ in range(60):
         x, y = _between(rng, radius, width - 1 - radius), _between(rng, top + radius, height - 1 - radius)
-        if all((x - u) ** 2 + (y - v) ** 2 >= (radius + r + gap) ** 2 for u, v, r in taken):
+        if all((x - u) ** 2 + (y - v) ** 2 >= (radius + r + gap) ** 2 for u, v, r in occupied):
             return ObjectSpec(shape, x, y, side, angle, texture, amplitude, colour)
     return None

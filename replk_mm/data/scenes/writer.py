@@ -1,7 +1,7 @@
-"""Write procedural demo scenes to disk in the layout of a known data set (replk_mm/data/scenes/layouts.py).
+"""Write procedural scenes in the layout of a known data set.
 
-A run first writes ``meta.partial.json``, then the scenes, and last renames it to ``meta.json``: an interrupted run is
-recognised by the partial file, and the same command resumes it.
+A run writes ``meta.partial.json``, then the scenes, and finally renames that file to ``meta.json``. The partial file
+marks an interrupted run, which the same command resumes.
 """
 
 import io
@@ -14,8 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from replk_mm.data.scenes.context import CONTEXT
-from replk_mm.data.scenes.cue_conflict import CONFLICT
+from replk_mm.data.scenes.kinds import SCENES, SceneKind
 from replk_mm.data.scenes.layouts import (
     JPEG_QUALITY,
     LAYOUTS,
@@ -24,27 +23,20 @@ from replk_mm.data.scenes.layouts import (
     CocoAnnotations,
     Layout,
     Meta,
-    SceneKind,
-    stem_of,
+    scene_stem,
 )
-from replk_mm.data.scenes.render import Scene, make_scene
-from replk_mm.data.scenes.spec import GENERATOR_VERSION
+from replk_mm.data.scenes.render import Scene
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
 
 META, PARTIAL_META = 'meta.json', 'meta.partial.json'
 GENERATOR = re.compile(r'replk_mm [a-z]+ scenes')
 MIN_SIDE, MAX_SIDE = 64, 2048
-# Full-resolution chroma: the scenes' colours and fine textures are part of what a network is to see.
+# Full-resolution chroma keeps colours and fine textures.
 _ENCODING: dict[str, dict[str, Any]] = {
     '.jpg': {'format': 'JPEG', 'quality': JPEG_QUALITY, 'subsampling': 0},
     '.png': {'format': 'PNG'},
 }
-
-# Looked up when it is called, as every other name of this module.
-DEMO = SceneKind('demo', GENERATOR_VERSION, lambda *key: make_scene(*key))
-#: The kinds of procedural scenes, by the names that commands and suites know them by.
-SCENES: dict[str, SceneKind] = {kind.name: kind for kind in (DEMO, CONTEXT, CONFLICT)}
 
 
 def write_demo_data(
@@ -56,26 +48,26 @@ def write_demo_data(
     size: tuple[int, int] = (256, 256),
     overwrite: bool = False,
     progress: bool = False,
-    kind: SceneKind = DEMO,
+    kind: SceneKind = SCENES['demo'],
 ) -> Meta:
     """Write ``train`` and ``val`` procedural scenes under ``out``.
 
     Args:
-        out: A folder that does not exist, is empty, or holds an interrupted run of the same settings.
-        layout: A key of :data:`LAYOUTS`.
-        train: Number of training scenes.
-        val: Number of validation scenes.
-        seed: Names the data set: the same seed and size give the same scenes, however many are written.
+        out: A folder that does not exist, is empty, or contains an interrupted run with the same settings.
+        layout: A key of :data:`LAYOUTS`. Defaults to 'ade20k'.
+        train: Number of training scenes. Defaults to 200.
+        val: Number of validation scenes. Defaults to 40.
+        seed: Scenes depend only on seed and size, not on the number of scenes. Defaults to 0.
         size: Height and width of a scene in pixels. Defaults to (256, 256).
-        overwrite: Remove what an earlier run wrote there, and nothing else, before writing.
-        progress: Show a counter on standard error.
-        kind: Of the scenes. Defaults to the demo scenes.
+        overwrite: Whether to first remove the files of an earlier run, and no others. Defaults to False.
+        progress: Whether to show a progress bar on standard error. Defaults to False.
+        kind: The kind of scenes. Defaults to the demo scenes.
 
     Returns:
-        What ``meta.json`` holds: classes, palette, seed, size, number of scenes, version of the generator.
+        Content of ``meta.json``.
 
     Raises:
-        UserError: An argument is out of range, or ``out`` cannot be written or holds something else.
+        UserError: If an argument is out of range, or ``out`` cannot be written or contains other files.
     """
     out = Path(out)
     meta = _describe(kind, layout, train, val, seed, size)
@@ -83,8 +75,8 @@ def write_demo_data(
         _prepare(out, meta, overwrite)
         for split in meta['scenes']:
             _write_split(out, kind, split, meta, progress)
-        if kind.listing:
-            write_atomic(out / LISTING, kind.listing(meta))
+        if kind.list_objects:
+            write_atomic(out / LISTING, kind.list_objects(meta))
         (out / PARTIAL_META).replace(out / META)
     except OSError as error:
         raise UserError(f'{error.filename or out}: cannot write the demo data: {error.strerror or error}') from error
@@ -97,8 +89,8 @@ def _write_split(out: Path, kind: SceneKind, split: str, meta: Meta, progress: b
     annotation_file = layout.annotation_file(split)
     annotations = CocoAnnotations(split, seed) if annotation_file else None
     for index in track(range(count), f'{split} scenes', console=Console(stderr=True), disable=not progress):
-        files = [out / file for file in layout.files(split, stem_of(split, index))]
-        # A file appears under its name only when whole, so what an interrupted run left is good.
+        files = [out / file for file in layout.files(split, scene_stem(split, index))]
+        # Files are written atomically, so that those of an interrupted run are complete.
         absent = not all(file.exists() for file in files)
         if absent or annotations:
             scene = kind.make(seed, split, index, size)
@@ -111,7 +103,7 @@ def _write_split(out: Path, kind: SceneKind, split: str, meta: Meta, progress: b
 
 
 def _describe(kind: SceneKind, layout: str, train: int, val: int, seed: int, size: tuple[int, int]) -> Meta:
-    """Check the settings and lay out the content of ``meta.json``."""
+    """Check the settings and return the content of ``meta.json``."""
     if layout not in LAYOUTS:
         raise UserError(f'layout: {layout!r} is not known; choose from: {", ".join(LAYOUTS)}')
     if layout not in kind.layouts:
@@ -134,31 +126,31 @@ def _describe(kind: SceneKind, layout: str, train: int, val: int, seed: int, siz
         'layout': layout,
         'seed': seed,
         'size': list(size),
-        'scenes': {'train': train, 'val': val, **{split: each * val for split, each in kind.more.items()}},
-        **({'listing': LISTING} if kind.listing else {}),
+        'scenes': {'train': train, 'val': val, **{split: each * val for split, each in kind.extra_splits.items()}},
+        **({'listing': LISTING} if kind.list_objects else {}),
         **LAYOUTS[layout].meta,
         **kind.meta,
     }
 
 
 def _prepare(out: Path, meta: Meta, overwrite: bool) -> None:
-    """Leave in ``out`` a partial meta file of these settings, and no scene of other settings."""
+    """Write the partial meta file of these settings, and remove scenes of other settings if ``overwrite``."""
     if out.is_file():
-        raise UserError(f'{out}: is a file, not a folder; choose another path')
+        raise UserError(f'{out}: is a file, not a folder\nChoose another path.')
     if out.is_dir() and any(out.iterdir()):
         complete, partial = _read_meta(out / META), _read_meta(out / PARTIAL_META)
         if complete is None and partial is None:
-            raise UserError(f'{out}: is not empty, and not written by this command; choose another folder')
+            raise UserError(f'{out}: is not empty, and was not written by this command\nChoose another folder.')
         if complete or partial != meta:
             if not overwrite:
-                found = 'holds demo data already' if complete else 'holds an interrupted run with other settings'
-                raise UserError(f'{out}: {found}; choose another folder, or overwrite it (--overwrite)')
+                found = 'demo data' if complete else 'an interrupted run with other settings'
+                raise UserError(f'{out}: contains {found}\nChoose another folder, or overwrite it (--overwrite).')
             _remove(out)
     write_atomic(out / PARTIAL_META, json.dumps(meta, indent=2) + '\n')
 
 
 def _read_meta(path: Path) -> Meta | None:
-    """The content of a meta file that this command wrote, or None."""
+    """The content of a meta file of this command; None if it does not exist or is another file."""
     try:
         meta = json.loads(path.read_text(encoding='utf-8'))
     except (FileNotFoundError, ValueError):
@@ -168,8 +160,8 @@ def _read_meta(path: Path) -> Meta | None:
 
 
 def _remove(out: Path) -> None:
-    """Remove the scenes of an earlier run, and nothing else."""
-    if (out / META).is_file():  # an overwriting run that stops half-way must not leave it looking whole
+    """Remove the scenes of an earlier run, and no other files."""
+    if (out / META).is_file():  # a run that stops half-way must not look complete
         (out / META).replace(out / PARTIAL_META)
     for layout in LAYOUTS.values():
         for split in layout.folders:

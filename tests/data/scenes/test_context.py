@@ -1,4 +1,4 @@
-"""Scenes whose objects are told apart by a cue far away, and by nothing else."""
+"""Scenes in which only a distant cue reveals the class of an object."""
 
 import hashlib
 
@@ -16,7 +16,7 @@ def scenes():
 
 
 def test_pixels_are_the_same_everywhere():
-    """Integers only: the same bytes on every machine. A change of the generator needs a new CONTEXT_VERSION."""
+    """Integers only: the same bytes on every machine. If this fails, increase CONTEXT_VERSION."""
     digest = hashlib.sha256()
     for split in ('train', 'val'):
         for index in range(3):
@@ -25,7 +25,7 @@ def test_pixels_are_the_same_everywhere():
     assert digest.hexdigest() == 'ab62aa9b5f82bfd0754b08ef1ea365acc032ef328a7c066e7bfc533ae36bfe0d'
 
 
-def test_seed_split_and_index_name_a_scene():
+def test_seeds_splits_and_indices_give_different_scenes():
     first = make_context_scene(0, 'train', 0).image
     for other in ((1, 'train', 0), (0, 'val', 0), (0, 'train', 1)):
         assert not np.array_equal(first, make_context_scene(*other).image)
@@ -40,8 +40,8 @@ def test_size_and_lanes(size):
     assert set(np.unique(scene.label)) <= set(range(1, len(CONTEXT_CLASSES) + 1))
 
 
-def test_the_cue_of_its_own_lane_names_an_object(scenes):
-    """Found again from the pixels alone: the one red or blue square in the rows of a disc."""
+def test_cue_of_the_lane_decides_the_class(scenes):
+    """From the pixels alone: the colour of the square in the rows of a disc."""
     for scene in scenes:
         for number in range(SIZE[0] // LANE):
             rows = slice(number * LANE, (number + 1) * LANE)
@@ -51,8 +51,8 @@ def test_the_cue_of_its_own_lane_names_an_object(scenes):
             assert set(np.unique(label[disc])) == {OBJECT + (0 if red else 1)}
 
 
-def test_the_cue_is_far(scenes):
-    """A window around a disc, up to the least distance less half the sides of both, contains no part of its cue."""
+def test_cue_is_distant(scenes):
+    """The centres of disc and cue are as far apart as documented."""
     least, most = (SIZE[1] * part // whole for part, whole in (NEAREST, FARTHEST))
     for scene in scenes:
         for number in range(SIZE[0] // LANE):
@@ -61,8 +61,8 @@ def test_the_cue_is_far(scenes):
             assert least <= abs(at[0] - at[1]) <= most
 
 
-def test_nothing_else_tells_the_class(scenes):
-    """Classes are equally frequent, as large, and as bright in every channel; neighbouring lanes are no help."""
+def test_nothing_else_reveals_the_class(scenes):
+    """Both classes have the same frequency, area and brightness; neighbouring lanes are independent."""
     lanes = [lane for scene in scenes for lane in scene.lanes]
     kinds = np.array([lane.kind for lane in lanes])
     assert abs(kinds.mean() - 0.5) < 4 * 0.5 / len(kinds) ** 0.5
@@ -72,7 +72,7 @@ def test_nothing_else_tells_the_class(scenes):
     areas = [sum((scene.label == OBJECT + kind).sum() for scene in scenes) / (kinds == kind).sum() for kind in (0, 1)]
     assert areas[0] == areas[1]
     majority = [max(k := sum(lane.kind for lane in scene.lanes), 4 - k) / 4 for scene in scenes]
-    # A guess from cues pooled over the whole scene.
+    # The accuracy of a guess from the most frequent cue of the scene.
     assert abs(np.mean(majority) - 11 / 16) < 4 * np.std(majority) / len(scenes) ** 0.5
     pairs = np.array([[scene.lanes[0].kind, scene.lanes[1].kind] for scene in scenes])
     assert abs(np.corrcoef(pairs.T)[0, 1]) < 4 / len(pairs) ** 0.5

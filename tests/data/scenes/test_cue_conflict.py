@@ -1,28 +1,25 @@
-"""Scenes with conflicting cues: reproducible and balanced; only shape and texture reveal the class."""
+"""Scenes with cue conflicts: reproducible and balanced; only shape and texture reveal the class."""
 
-import hashlib
 import itertools
 import json
 from collections import Counter, defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from trees import tree
+from scene_cases import accuracy, digest
 
 from replk_mm.data.scenes.cue_conflict import (
-    CONFLICT,
     TEXTURE_OF,
     make_cue_conflict_scene,
     read_cue_conflict,
     read_label_map,
     texture_class,
 )
+from replk_mm.data.scenes.kinds import SCENES
 from replk_mm.data.scenes.spec import DEMO_CLASSES, SHAPES
 from replk_mm.data.scenes.writer import write_demo_data
-from replk_mm.errors import UserError
 
 SIZE = (160, 160)
 PAIRS = set(itertools.permutations(SHAPES, 2))
@@ -36,23 +33,17 @@ def training():
 @pytest.fixture(scope='module')
 def written(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('conflict') / 'd'
-    write_demo_data(root, train=3, val=3, seed=2, size=(64, 96), kind=CONFLICT)
+    write_demo_data(root, train=3, val=3, seed=2, size=(64, 96), kind=SCENES['conflict'])
     return root
 
 
-def digest(scene) -> str:
-    return hashlib.sha256(scene.image.tobytes() + scene.label.tobytes()).hexdigest()
-
-
-# -- determinism ------------------------------------------------------------------------------------------------------
 def test_pixels_are_those_of_this_generator_version():
-    # Kept from the first run of version 1. If this fails, the scenes of old seeds changed: raise CUE_CONFLICT_VERSION.
+    # From the first run of version 1. If this fails, the scenes of old seeds changed: increase CUE_CONFLICT_VERSION.
     assert digest(make_cue_conflict_scene(0, 'train', 0, SIZE))[:16] == '24c20555ca9b42f3'
     assert digest(make_cue_conflict_scene(3, 'conflict', 7, (96, 128)))[:16] == '55a84f2aa999f910'
 
 
-# -- what the scenes hold ---------------------------------------------------------------------------------------------
-def test_cues_agree_where_they_should(training):
+def test_cues_agree_in_training_and_validation(training):
     for scene in [*training[:50], *(make_cue_conflict_scene(0, 'val', index, SIZE) for index in range(20))]:
         assert len(scene.instances) == 3
         for item in scene.instances:
@@ -68,7 +59,7 @@ def test_every_ordered_pair_of_classes_is_equally_frequent():
     assert pairs == dict.fromkeys(PAIRS, 10)
 
 
-def test_a_conflict_scene_is_its_validation_scene_with_other_textures():
+def test_conflict_scene_is_its_validation_scene_with_other_textures():
     for index in range(10):
         plain = make_cue_conflict_scene(0, 'val', index // 2, SIZE)
         other = make_cue_conflict_scene(0, 'conflict', index, SIZE)
@@ -77,7 +68,7 @@ def test_a_conflict_scene_is_its_validation_scene_with_other_textures():
         for item, same in zip(plain.instances, other.instances, strict=True):
             assert (item.mask == same.mask).all() and item.box == same.box
             x0, y0, x1, y1 = item.box
-            outside[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1] = False  # the lens blurs a pixel far
+            outside[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1] = False  # the blur reaches a pixel further
             assert (plain.image[item.mask] != other.image[item.mask]).any()
         assert outside.any() and (plain.image[outside] == other.image[outside]).all()
 
@@ -92,18 +83,7 @@ def test_shapes_of_training_scenes_are_balanced_and_independent(training):
     assert chi2 < 26  # 8 degrees of freedom: one in a thousand
 
 
-def accuracy(features: np.ndarray, target: np.ndarray) -> float:
-    """Balanced accuracy of the better of two classifiers, nearest mean and 15 neighbours, on the second half."""
-    x = (features - features.mean(0)) / (features.std(0) + 1e-9)
-    half = len(x) // 2
-    means = np.stack([x[:half][target[:half] == c].mean(0) for c in range(3)])
-    near = ((x[half:, None] - means) ** 2).sum(2).argmin(1)
-    neighbours = ((x[half:, None] - x[None, :half]) ** 2).sum(2).argsort(1)[:, :15]
-    votes = np.stack([(target[:half][neighbours] == c).sum(1) for c in range(3)], 1).argmax(1)
-    return max(np.mean([(guess[target[half:] == c] == c).mean() for c in range(3)]) for guess in (near, votes))
-
-
-def test_shape_and_texture_tell_the_class_and_nothing_else_does(training):
+def test_only_shape_and_texture_reveal_the_class(training):
     features: dict[str, list] = defaultdict(list)
     target = []
     for scene in training:
@@ -131,8 +111,7 @@ def test_shape_and_texture_tell_the_class_and_nothing_else_does(training):
     assert found['shape'] > 0.95 and found['texture'] > 0.95, found
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-def test_files_hold_the_scenes_and_the_listing_their_objects(written):
+def test_files_and_listing(written):
     meta = json.loads((written / 'meta.json').read_text())
     assert meta['scenes'] == {'train': 3, 'val': 3, 'conflict': 6} and meta['generator'] == 'replk_mm conflict scenes'
     found = read_cue_conflict(written)
@@ -150,30 +129,3 @@ def test_files_hold_the_scenes_and_the_listing_their_objects(written):
     pairs = Counter((item.shape, item.texture) for scene in found.conflict for item in scene.objects)
     assert pairs == dict.fromkeys(PAIRS, 3)
     assert len(list((written / 'images/training').iterdir())) == 3
-
-
-def test_an_interrupted_run_is_resumed_to_the_same_files(written, tmp_path):
-    drawn = []
-
-    def interrupted(*key):
-        if len(drawn) == 8:  # among the conflict scenes
-            raise KeyboardInterrupt
-        drawn.append(key)
-        return make_cue_conflict_scene(*key)
-
-    with pytest.raises(KeyboardInterrupt):
-        write_demo_data(tmp_path / 'd', train=3, val=3, seed=2, size=(64, 96), kind=replace(CONFLICT, make=interrupted))
-    assert not (tmp_path / 'd/meta.json').exists() and not (tmp_path / 'd/conflict.json').exists()
-    write_demo_data(tmp_path / 'd', train=3, val=3, seed=2, size=(64, 96), kind=CONFLICT)
-    assert tree(tmp_path / 'd') == tree(written)
-
-
-def test_one_kind_overwrites_another_and_leaves_nothing_of_it(tmp_path):
-    out = tmp_path / 'd'
-    write_demo_data(tmp_path / 'plain', train=2, val=1, size=(64, 64))
-    write_demo_data(out, train=2, val=2, size=(64, 64), kind=CONFLICT)
-    with pytest.raises(UserError, match='--overwrite'):
-        write_demo_data(out, train=2, val=1, size=(64, 64))
-    (out / 'notes.txt').write_text('mine')
-    write_demo_data(out, train=2, val=1, size=(64, 64), overwrite=True)
-    assert tree(out) == {**tree(tmp_path / 'plain'), 'notes.txt': b'mine'}
