@@ -1,7 +1,7 @@
-"""What this machine has, what the project needs, and what works: the report of ``tools/doctor.py``.
+"""Checks of the environment for the command ``doctor``: dependencies, compiled operators, machine, working tasks.
 
-Imports the standard library only, so that it can report that torch or mmengine is missing. Each probe runs in its own
-process: a missing module, a binary that does not fit or a crash becomes a line of the report.
+This module imports the standard library only, so that it can report that torch or mmengine is missing. Each probe runs
+in its own process, so that a missing module, an incompatible binary or a crash becomes a line of the report.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ INSTRUCTION_SETS = ('avx2', 'avx512f', 'avx512_bf16', 'amx_tile', 'amx_bf16')
 
 @dataclass(frozen=True)
 class Requirement:
-    """A distribution, the module it provides, and the versions known to work."""
+    """A distribution, its module, and the range of versions that work."""
 
     name: str
     module: str
@@ -60,39 +60,39 @@ REQUIREMENTS = (
 
 
 @dataclass
-class Finding:
-    """One line of the report: what was checked, what was found, and the command that repairs it."""
+class CheckResult:
+    """One line of the report."""
 
-    name: str
-    status: str
-    found: str = ''
-    required: str = ''
-    fix: str = ''
+    name: str  #: the checked item
+    status: str  #: ``'ok'``, ``'missing'``, ``'outside range'`` or ``'no'``
+    found: str = ''  #: the installed version, or the error
+    required: str = ''  #: the required range of versions
+    fix: str = ''  #: the command that repairs it
 
 
 @dataclass
-class Report:
-    """Everything the doctor prints."""
+class EnvironmentReport:
+    """Results of all checks."""
 
     python: str
     executable: str
-    dependencies: list[Finding]
-    operators: list[Finding]
+    dependencies: list[CheckResult]
+    operators: list[CheckResult]
     machine: dict[str, Any]
-    abilities: list[Finding]
+    abilities: list[CheckResult]
 
     @property
     def healthy(self) -> bool:
         """Whether segmentation and detection both work."""
         return all(a.status == 'ok' for a in self.abilities if a.name in ('segmentation', 'detection'))
 
-    def as_dict(self) -> dict:
+    def to_dict(self) -> dict:
         """The report as plain data, ``healthy`` included."""
         return {**asdict(self), 'healthy': self.healthy}
 
 
-def examine() -> Report:
-    """Check everything. Takes some seconds: the packages are imported and run."""
+def check_environment() -> EnvironmentReport:
+    """Run all checks. Takes some seconds, because packages are imported and run."""
     names = ('torch', 'ops', 'segmentation', 'detection')
     with ThreadPoolExecutor(max_workers=2) as pool:
         answers = dict(zip(names, pool.map(run_probe, names), strict=True))
@@ -100,7 +100,7 @@ def examine() -> Report:
     operators = check_operators(answers['ops'], answers['torch'])
     abilities = [check_ability(name, answers[name], dependencies, operators) for name in ('segmentation', 'detection')]
     abilities += [check_gpu(answers['torch'], operators), check_export(dependencies)]
-    return Report(
+    return EnvironmentReport(
         platform.python_version(),
         sys.executable,
         dependencies,
@@ -112,22 +112,22 @@ def examine() -> Report:
 
 # -- dependencies -----------------------------------------------------------------------------------------------------
 def in_range(version: str, specifier: str) -> bool:
-    """Whether a version satisfies a specifier of ``>=`` and ``<`` parts; an empty one holds always."""
+    """Whether a version satisfies a specifier of ``>=`` and ``<`` parts; every version satisfies an empty one."""
 
-    def number(text: str) -> tuple[int, ...]:
+    def release(text: str) -> tuple[int, ...]:
         found = re.match(r'\d+(\.\d+)*', text)
         parts = tuple(map(int, found.group(0).split('.'))) if found else ()
         return (*parts, *(0,) * 8)[:8]
 
     return all(
-        number(version) >= number(part[2:]) if part.startswith('>=') else number(version) < number(part[1:])
+        release(version) >= release(part[2:]) if part.startswith('>=') else release(version) < release(part[1:])
         for part in specifier.split(',')
         if part
     )
 
 
-def check_dependency(requirement: Requirement) -> Finding:
-    """Find a distribution, or another one that provides the same module, without importing it."""
+def check_dependency(requirement: Requirement) -> CheckResult:
+    """Check the version of a distribution, or of another one with the same module, without importing it."""
     version = ''
     for name in (requirement.name, *metadata.packages_distributions().get(requirement.module, ())):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -136,25 +136,25 @@ def check_dependency(requirement: Requirement) -> Finding:
         status, version = 'missing', ''
     else:
         status = 'ok' if not version or in_range(version, requirement.range) else 'outside range'
-    return Finding(
+    return CheckResult(
         requirement.name,
         status,
         version or '-',
         requirement.range or 'any',
-        '' if status == 'ok' else fix_for(requirement),
+        '' if status == 'ok' else install_command(requirement),
     )
 
 
-def fix_for(requirement: Requirement, broken: bool = False) -> str:
+def install_command(requirement: Requirement, broken: bool = False) -> str:
     """The command that installs a requirement into this environment.
 
     Args:
-        requirement: What is missing; those of the export have one command together, see :func:`check_export`.
-        broken: Whether it is installed and does not work.
+        requirement: The distribution. Those for export share a command, see :func:`check_export`.
+        broken: Whether it is installed but does not work.
     """
     if requirement.needed_for == 'export':
         return ''
-    # The project's own environment, or none. In any other one the user chose the packages, torch above all.
+    # In an environment of the user's own, keep the installed torch.
     managed = Path(sys.prefix) == ROOT / '.venv' or sys.prefix == sys.base_prefix and 'CONDA_PREFIX' not in os.environ
     if requirement.name == 'mmcv' and (broken or not managed):
         return f'{sys.executable} {ROOT / "scripts" / "build_mmcv.py"}'
@@ -167,39 +167,45 @@ def fix_for(requirement: Requirement, broken: bool = False) -> str:
 
 
 # -- what works -------------------------------------------------------------------------------------------------------
-def check_operators(ops: dict, torch: dict) -> list[Finding]:
-    """One finding a device: whether mmcv's compiled operator ran there."""
+def check_operators(ops: dict, torch: dict) -> list[CheckResult]:
+    """Whether mmcv's compiled operators run, one result per device."""
     mmcv = next(requirement for requirement in REQUIREMENTS if requirement.name == 'mmcv')
     if not ops['ok']:
         cause = mmcv if torch['ok'] else REQUIREMENTS[0]
-        return [Finding('cpu', 'no', ops['error'], fix=fix_for(cause, broken=find_spec(cause.module) is not None))]
+        return [
+            CheckResult(
+                'cpu', 'no', ops['error'], fix=install_command(cause, broken=find_spec(cause.module) is not None)
+            )
+        ]
     models = {device['name']: device['model'] for device in torch.get('devices', ())}
     return [
-        Finding(device, 'ok', models.get(device, ''))
+        CheckResult(device, 'ok', models.get(device, ''))
         if answer == 'ok'
-        else Finding(device, 'no', answer, fix=fix_for(mmcv, broken=True))
+        else CheckResult(device, 'no', answer, fix=install_command(mmcv, broken=True))
         for device, answer in ops['devices'].items()
     ]
 
 
-def check_ability(name: str, answer: dict, dependencies: list[Finding], operators: list[Finding]) -> Finding:
-    """Whether the probe of ``name`` ran; if not, the fix is that of the first broken thing it needs."""
+def check_ability(
+    name: str, answer: dict, dependencies: list[CheckResult], operators: list[CheckResult]
+) -> CheckResult:
+    """Whether the probe of a task ran. If not, the fix is that of the first broken requirement."""
     if answer['ok']:
-        return Finding(name, 'ok')
+        return CheckResult(name, 'ok')
     needed = [requirement for requirement in REQUIREMENTS if requirement.needed_for in ('everything', name)]
     names = {'cpu', *(requirement.name for requirement in needed)}
     fixes = [finding.fix for finding in (*dependencies, *operators) if finding.name in names and finding.status != 'ok']
     package = next(requirement for requirement in needed if requirement.needed_for == name)
-    return Finding(name, 'no', answer['error'], fix=fixes[0] if fixes else fix_for(package, broken=True))
+    return CheckResult(name, 'no', answer['error'], fix=fixes[0] if fixes else install_command(package, broken=True))
 
 
-def check_gpu(torch: dict, operators: list[Finding]) -> Finding:
-    """Whether torch sees a CUDA device and mmcv's operators run on all of them."""
+def check_gpu(torch: dict, operators: list[CheckResult]) -> CheckResult:
+    """Whether torch sees a CUDA device, and mmcv's operators run on all devices."""
     if not torch['ok']:
-        return Finding('gpu', 'no', torch['error'])
+        return CheckResult('gpu', 'no', torch['error'])
     if not torch['devices']:
-        # No fix to run: a build for CUDA is several gigabytes, and of use only where there is a GPU.
-        return Finding(
+        # No command: a CUDA build has several gigabytes, and there may be no GPU.
+        return CheckResult(
             'gpu',
             'no',
             f'torch is built for CUDA {torch["cuda"]}, but sees no device'
@@ -209,17 +215,17 @@ def check_gpu(torch: dict, operators: list[Finding]) -> Finding:
         )
     failing = [finding for finding in operators if finding.name != 'cpu' and finding.status != 'ok']
     if failing:
-        return Finding('gpu', 'no', f"mmcv's operators fail on {failing[0].name}", fix=failing[0].fix)
-    return Finding('gpu', 'ok', ', '.join(f'{d["model"]} ({d["memory_gib"]:.0f} GiB)' for d in torch['devices']))
+        return CheckResult('gpu', 'no', f"mmcv's operators fail on {failing[0].name}", fix=failing[0].fix)
+    return CheckResult('gpu', 'ok', ', '.join(f'{d["model"]} ({d["memory_gib"]:.0f} GiB)' for d in torch['devices']))
 
 
-def check_export(dependencies: list[Finding]) -> Finding:
-    """Whether what exporting a network needs is installed; ``make setup`` does not install it."""
+def check_export(dependencies: list[CheckResult]) -> CheckResult:
+    """Whether the requirements of ONNX export are installed; ``make setup`` does not install them."""
     needed = {requirement.name for requirement in REQUIREMENTS if requirement.needed_for == 'export'}
     missing = [finding.name for finding in dependencies if finding.name in needed and finding.status != 'ok']
     if not missing:
-        return Finding('export', 'ok')
-    return Finding(
+        return CheckResult('export', 'ok')
+    return CheckResult(
         'export',
         'no',
         f'not installed: {", ".join(missing)}',
@@ -228,11 +234,12 @@ def check_export(dependencies: list[Finding]) -> Finding:
 
 
 def describe_machine(torch: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Processors, instruction sets, memory and disk; None where this system or a missing psutil does not tell.
+    """Processors, instruction sets, memory and disk; None for values that the system or a missing psutil hides.
 
     Args:
-        torch: The answer of the probe ``'torch'``, for its threads and instruction sets.
+        torch: Result of the probe ``'torch'``, for its threads and instruction sets.
     """
+    torch = torch or {}
     try:
         import psutil
 
@@ -246,8 +253,8 @@ def describe_machine(torch: dict[str, Any] | None = None) -> dict[str, Any]:
         'system': platform.platform(),
         'logical_cpus': os.cpu_count(),
         'usable_cpus': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-        'torch_threads': (torch or {}).get('threads'),
-        'torch_capability': (torch or {}).get('capability'),
+        'torch_threads': torch.get('threads'),
+        'torch_capability': torch.get('capability'),
         'instruction_sets': [name for name in INSTRUCTION_SETS if name in known],
         'memory_gib': memory and memory.total / 2**30,
         'memory_available_gib': memory and memory.available / 2**30,
@@ -275,7 +282,7 @@ def probe_torch() -> dict[str, Any]:
 
 
 def probe_ops() -> dict[str, Any]:
-    """Suppress one of three boxes by mmcv's compiled operator; ``devices`` maps each device to ``'ok'`` or an error."""
+    """Run mmcv's compiled NMS on three boxes; ``devices`` maps each device to ``'ok'`` or an error."""
     import torch
     from mmcv.ops import nms
 
@@ -285,7 +292,7 @@ def probe_ops() -> dict[str, Any]:
     report = {}
     for device in devices:
         try:
-            # The first two overlap by 81 / 119, so the second has to go.
+            # The first two overlap by 81 / 119, so NMS suppresses the second.
             _, kept = nms(boxes.to(device), scores.to(device), iou_threshold=0.5)
             report[device] = 'ok' if kept.tolist() == [0, 2] else f'nms kept boxes {kept.tolist()} instead of [0, 2]'
         except Exception as error:
@@ -317,7 +324,7 @@ def probe_segmentation() -> dict[str, Any]:
 
 
 def probe_detection() -> dict[str, Any]:
-    """Import mmdet, pool a region from a feature map, and encode a mask with pycocotools."""
+    """Import mmdet, run RoIAlign on a feature map, and encode a mask with pycocotools."""
     import mmdet.apis
     import numpy as np
     import torch
@@ -360,7 +367,7 @@ def run_probe(name: str, python: str = sys.executable, timeout: float = 300) -> 
         timeout: Seconds after which the probe counts as failed.
 
     Returns:
-        What the probe found with ``ok=True``, or ``ok=False`` and ``error``, one line.
+        The probe's result with ``ok=True``, or ``ok=False`` and ``error``, one line.
     """
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
     try:
@@ -382,8 +389,8 @@ def run_probe(name: str, python: str = sys.executable, timeout: float = 300) -> 
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
-def format_report(report: Report) -> str:
-    """The report as aligned text, ending in the commands that repair what does not work."""
+def format_report(report: EnvironmentReport) -> str:
+    """Format the report as aligned text that ends with the commands for repair."""
     machine = report.machine
     tables: list[list[tuple[str, ...]]] = [
         [
@@ -403,8 +410,8 @@ def format_report(report: Report) -> str:
                 f'{" ".join(machine["instruction_sets"]) or "unknown"}; '
                 f'torch uses {machine["torch_capability"] or "unknown"}',
             ),
-            ('memory', f'{_gib(machine["memory_available_gib"])} free of {_gib(machine["memory_gib"])}'),
-            ('disk', f'{_gib(machine["disk_free_gib"])} free at {machine["disk_path"]}'),
+            ('memory', f'{_format_gib(machine["memory_available_gib"])} free of {_format_gib(machine["memory_gib"])}'),
+            ('disk', f'{_format_gib(machine["disk_free_gib"])} free at {machine["disk_path"]}'),
         ],
         [('What works', 'Status', ''), *((f.name, f.status, f.found) for f in report.abilities)],
     ]
@@ -416,17 +423,17 @@ def format_report(report: Report) -> str:
         tables.append(
             [('Run', 'to repair'), *((fix, ', '.join(dict.fromkeys(names))) for fix, names in repairs.items())]
         )
-    return '\n\n'.join([f'Python {report.python} ({report.executable})', *map(_table, tables)])
+    return '\n\n'.join([f'Python {report.python} ({report.executable})', *map(_format_table, tables)])
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """Rows with aligned columns, the first row underlined; rich may be missing here."""
+def _format_table(rows: list[tuple[str, ...]]) -> str:
+    """Format rows with aligned columns and an underlined head, without rich, which may be missing."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return '\n'.join([lines[0], '-' * min(100, max(map(len, lines))), *lines[1:]])
 
 
-def _gib(amount: float | None) -> str:
+def _format_gib(amount: float | None) -> str:
     return 'unknown' if amount is None else f'{amount:.1f} GiB'
 
 

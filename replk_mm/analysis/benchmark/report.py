@@ -52,7 +52,7 @@ def describe_environment(keeps_freed_memory: bool) -> dict:
     Args:
         keeps_freed_memory: Result of :func:`replk_mm.engine.machine.keep_freed_memory`.
     """
-    machine = describe_machine({})
+    machine = describe_machine()
     installed = {distribution.metadata['Name'] for distribution in metadata.distributions()}
     return {
         **results.environment(),
