@@ -38,7 +38,7 @@ def main(name: str | None = None) -> int:
     # OpenCV reads its limit when it is imported: Pillow's number of pixels, not six times as many.
     os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')
     if name != 'doctor':  # which runs where torch or mmengine is missing
-        from replk_mm.engine.machine import setup_process
+        from replk_mm.engine.process import setup_process
 
         setup_process()
     return import_module(f'replk_mm.commands.{name}').main()

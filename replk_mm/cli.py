@@ -7,7 +7,7 @@ import shlex
 
 from mmengine.config import DictAction
 
-from replk_mm.engine.machine import Options
+from replk_mm.engine.process import RunOptions
 from replk_mm.errors import command_line, printable
 
 
@@ -94,7 +94,7 @@ def follow_up(name: str, args: argparse.Namespace, *arguments: object) -> str:
     return command_line(name, *words)
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     value = int(text)
     if value < 1:
@@ -102,9 +102,9 @@ def positive(text: str) -> int:
     return value
 
 
-def options_of(args: argparse.Namespace) -> Options:
+def run_options(args: argparse.Namespace) -> RunOptions:
     """The run options among parsed arguments."""
-    known = {key: value for key, value in vars(args).items() if key in Options.__dataclass_fields__}
+    known = {key: value for key, value in vars(args).items() if key in RunOptions.__dataclass_fields__}
     if args.local_rank is not None:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return Options(**known)
+    return RunOptions(**known)

@@ -87,7 +87,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explained(what: str, advice: str) -> Iterator[None]:
+def explain_errors(what: str, advice: str) -> Iterator[None]:
     """Turn whatever a network raises into a message.
 
     Args:
@@ -105,7 +105,7 @@ def explained(what: str, advice: str) -> Iterator[None]:
         raise UserError(f'{what}: {first_line(error)}\n{advice} REPLK_MM_TRACEBACK=1 shows where it fails.') from error
 
 
-def message_of(error: BaseException) -> str:
+def user_message(error: BaseException) -> str:
     """The user's text of ``error``, freed of the traceback that torch wraps around errors of its data workers."""
     text = str(error)
     marker = f'{UserError.__module__}.{UserError.__qualname__}: '
@@ -145,7 +145,7 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except UserError as error:
             if os.environ.get('REPLK_MM_TRACEBACK') == '1':
                 raise
-            _say(f'error: {message_of(error)}')
+            _say(f'error: {user_message(error)}')
             return USER_ERROR_STATUS
         except Stopped as stopped:
             if os.environ.get('RANK', '0') == '0':

@@ -93,7 +93,7 @@ def draw_instances(
 
     Args:
         image: ``(H, W, 3)`` BGR.
-        objects: From :func:`replk_mm.engine.predict.instances`, highest score first.
+        objects: From :func:`replk_mm.engine.predict.select_instances`, highest score first.
         classes: Class names.
         palette: RGB of each class.
         opacity: Opacity of the masks.

@@ -24,7 +24,7 @@ STEPS = (
     ('prepare', ('engine.prepare',)),
     ('runner', ('engine.runner', 'engine.loops')),
     ('metric', ('evaluation',)),
-    ('record', ('engine.results', 'bench.records')),
+    ('record', ('engine.record', 'bench.records')),
     ('report', ('bench.report',)),
 )
 #: Packages whose classes the engine builds by the names in a config, without importing them.

@@ -201,7 +201,7 @@ def test_commands_set_up_their_process_once(root):
         root,
         f"""
 {STATE}
-from replk_mm.engine.machine import setup_process
+from replk_mm.engine.process import setup_process
 before = state()
 setup_process()
 setup_process()

@@ -14,7 +14,7 @@ from replk_mm.analysis.complexity import Complexity, count_complexity
 from replk_mm.data.datasets import crop_of
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, load_config
-from replk_mm.errors import UserError, explained
+from replk_mm.errors import UserError, explain_errors
 
 #: Libraries whose versions may change a count.
 _LIBRARIES = ('torch', 'mmengine', 'mmcv', 'mmsegmentation', 'mmdet')
@@ -80,7 +80,7 @@ def count_model(model: nn.Module, config: str, shape: tuple[int, int], shape_fro
         UserError: If the network cannot take the size, or needs the values of tensors.
     """
     merged, changes = reparameterize_on_meta(model)
-    failing = explained(
+    failing = explain_errors(
         f'{config}: {type(model).__name__} cannot be counted at 1x3x{shape[0]}x{shape[1]}',
         'Try another --shape; networks whose control flow depends on values cannot be counted.',
     )

@@ -42,12 +42,12 @@ from replk_mm.analysis.benchmark.baseline import randomize_constants
 from replk_mm.checkpoints.io import fetch_checkpoint
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.data.datasets import as_list
-from replk_mm.engine import results
 from replk_mm.engine.config import fit_to_machine
-from replk_mm.engine.explain import explaining
+from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.inference import build_for_inference
-from replk_mm.engine.machine import prepare_work_dir, select_device
-from replk_mm.errors import UserError, command_line, explained
+from replk_mm.engine.process import prepare_work_dir, select_device
+from replk_mm.engine.record import environment_info, write_record
+from replk_mm.errors import UserError, command_line, explain_errors
 from replk_mm.files import sha256
 
 #: Shares of the contribution whose areas are reported, as in the paper's table.
@@ -144,7 +144,7 @@ class Erf(BaseModel):
             raise UserError(
                 f'{folder / "erf.npz"}: cannot be written ({error.strerror})\nChoose another folder with --out DIR.'
             ) from error
-        results.write(
+        write_record(
             dict(
                 kind=KIND,
                 version=_VERSION,
@@ -279,7 +279,7 @@ def measure_erf(
         count: Largest number of images.
         out: Folder for the two files.
         stage: Index of the feature map among the backbone's outputs. Defaults to the last.
-        device: See :func:`replk_mm.engine.machine.select_device`.
+        device: See :func:`replk_mm.engine.process.select_device`.
         pretrained: File of a backbone's weights, such as an ImageNet classifier's.
         seed: Seed of random weights.
         randomize: Also randomize norms and layer scales, see
@@ -301,7 +301,7 @@ def measure_erf(
     with _log_warnings_only():
         for path in track(files, 'images', console=Console(stderr=True), disable=not progress):
             image = read_image(path, size, mean, std, rgb).to(target)
-            with explained(f'{config}: {name} fails on an image of {size}x{size}', 'Try another --size.'):
+            with explain_errors(f'{config}: {name} fails on an image of {size}x{size}', 'Try another --size.'):
                 scores, index, shape = contributions(backbone, image, stage)
             if not scores.isfinite().all():
                 raise UserError(
@@ -326,7 +326,7 @@ def measure_erf(
         images=len(files),
         image_set=hash_images(files),
         silent=silent,
-        environment=results.environment(),
+        environment=environment_info(),
         preprocessing=dict(mean=list(mean), std=list(std), channels='RGB' if rgb else 'BGR'),
     )
     erf.save(folder)
@@ -401,7 +401,7 @@ def _build_backbone(
 ) -> tuple[nn.Module, str]:
     """The backbone as it is before training, and a description of its weights."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with explaining(cfg, 'model'), torch.random.fork_rng(), _log_warnings_only():
+    with explain_build_errors(cfg, 'model'), torch.random.fork_rng(), _log_warnings_only():
         torch.manual_seed(seed)
         backbone = MODELS.build(node)
         if hasattr(backbone, 'init_weights'):

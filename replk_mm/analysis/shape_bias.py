@@ -29,9 +29,9 @@ from replk_mm.data.scenes.cue_conflict import (
     read_cue_conflict,
     read_label_map,
 )
-from replk_mm.engine import results
-from replk_mm.engine.machine import prepare_work_dir
-from replk_mm.engine.predict import is_segmentor, label_map, load_trained, predict
+from replk_mm.engine.predict import is_segmentor, label_map, load_for_prediction, predict
+from replk_mm.engine.process import prepare_work_dir
+from replk_mm.engine.record import environment_info, write_record
 from replk_mm.errors import UserError
 from replk_mm.files import sha256
 from replk_mm.visualize import overlay
@@ -131,14 +131,14 @@ def measure_shape_bias(
         checkpoint: Path or URL.
         data_root: Folder with ``conflict.json``, see :mod:`replk_mm.data.scenes.cue_conflict`.
         out: Folder for the two files.
-        device: See :func:`replk_mm.engine.machine.select_device`.
+        device: See :func:`replk_mm.engine.process.select_device`.
 
     Raises:
         UserError: If the data set, the checkpoint or their classes do not fit, or nothing can be written.
     """
     out = prepare_work_dir(out, option='--out')
     dataset = read_cue_conflict(Path(data_root))
-    model: Any = load_trained(copy.deepcopy(cfg), checkpoint, device)
+    model: Any = load_for_prediction(copy.deepcopy(cfg), checkpoint, device)
     classes = _object_classes(model, dataset, cfg)
     shown, panels, conflict = _select_objects(dataset.conflict), [], []
     for decision, image, predicted in _decisions(model, dataset, dataset.conflict, classes):
@@ -153,7 +153,7 @@ def measure_shape_bias(
     )
     _draw_decisions(panels, bias.values(), classes, model.dataset_meta['palette'], out / 'shape_bias.png')
     path = fetch_checkpoint(checkpoint)
-    results.write(
+    write_record(
         dict(
             values=bias.values(),
             protocol=bias.protocol(),
@@ -169,7 +169,7 @@ def measure_shape_bias(
                 )
                 for d in (*conflict, *agreeing)
             ],
-            environment=results.environment(),
+            environment=environment_info(),
         ),
         out / 'shape_bias.json',
     )

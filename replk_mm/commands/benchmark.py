@@ -20,7 +20,7 @@ from replk_mm.analysis.benchmark import network_benchmark, operator_benchmark, r
 from replk_mm.analysis.benchmark.case import BenchmarkCase, default_shape
 from replk_mm.analysis.benchmark.inference_engines import ENGINES
 from replk_mm.analysis.timing import MIN_ROUNDS
-from replk_mm.engine.machine import keep_freed_memory, prepare_work_dir, select_device
+from replk_mm.engine.process import keep_freed_memory, prepare_work_dir, select_device
 from replk_mm.errors import command
 
 
@@ -50,7 +50,7 @@ def list_of(*choices: str) -> Callable[[str], list[str]]:
 def parse_args() -> argparse.Namespace:
     p = cli.parser(__doc__, 'benchmark model configs/upernet_replk-nano_ade20k.py --sides 256 512')
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument('--threads', type=cli.positive, metavar='N', help="default: torch's, one per core")
+    common.add_argument('--threads', type=cli.positive_int, metavar='N', help="default: torch's, one per core")
     common.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     common.add_argument(
         '--repeats',
@@ -83,13 +83,13 @@ def parse_args() -> argparse.Namespace:
     ):
         op.add_argument(
             f'--{name}',
-            type=cli.positive,
+            type=cli.positive_int,
             nargs='+',
             default=default,
             metavar=metavar,
             help=f'default: {" ".join(map(str, default))}',
         )
-    op.add_argument('--stride', type=cli.positive, default=1, metavar='S')
+    op.add_argument('--stride', type=cli.positive_int, default=1, metavar='S')
     op.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32', help='precision, of plain torch too')
     op.add_argument(
         '--implementations', nargs='+', default=[], metavar='NAME', help='also measure each of these implementations'
@@ -114,18 +114,18 @@ def parse_args() -> argparse.Namespace:
         size = net.add_mutually_exclusive_group()
         size.add_argument(
             '--shape',
-            type=cli.positive,
+            type=cli.positive_int,
             nargs=2,
             metavar=('H', 'W'),
             help="image size in pixels (default: the config's crop)",
         )
         size.add_argument(
-            '--sides', type=cli.positive, nargs='+', metavar='SIDE', help='square images of several sizes'
+            '--sides', type=cli.positive_int, nargs='+', metavar='SIDE', help='square images of several sizes'
         )
         net.add_argument(
             '--batch',
             '--batches',
-            type=cli.positive,
+            type=cli.positive_int,
             nargs='+',
             default=[0],
             metavar='N',

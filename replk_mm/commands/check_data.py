@@ -23,7 +23,7 @@ from replk_mm.data.classes import use_classes
 from replk_mm.data.datasets import crop_of
 from replk_mm.data.findings import CODES, SEVERITIES, SHOWN, Finding
 from replk_mm.engine.config import load_config, set_data_root
-from replk_mm.engine.machine import prepare_work_dir
+from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import UserError, command, command_line, printable
 from replk_mm.files import write_atomic
 
@@ -230,7 +230,7 @@ def main() -> int:
     cli.add_classes(p)
     p.add_argument('--json', type=Path, metavar='FILE', help='write all findings, class frequencies and image sizes')
     p.add_argument('--picture', type=Path, metavar='FILE.png', help='plot class frequencies and image sizes')
-    p.add_argument('--jobs', type=cli.positive, metavar='N', help='number of processes (default: one per core)')
+    p.add_argument('--jobs', type=cli.positive_int, metavar='N', help='number of processes (default: one per core)')
     cli.add_config_options(p)
     args = p.parse_args()
     _check_outputs(args)

@@ -5,7 +5,7 @@ from pathlib import Path
 from replk_mm import cli
 from replk_mm.bench.compare.compare import compare, lines, write
 from replk_mm.bench.compare.results import Source
-from replk_mm.engine.machine import prepare_work_dir
+from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import command
 
 
@@ -19,7 +19,9 @@ def main() -> None:
             help='folder that the test command wrote with --out, its metrics.json, or runs/ROW/SEED of a suite',
         )
     p.add_argument('--out', metavar='DIR', help='write compare.json, compare.md and pictures there')
-    p.add_argument('--images', type=cli.positive, default=8, metavar='N', help='images that changed most (default: 8)')
+    p.add_argument(
+        '--images', type=cli.positive_int, default=8, metavar='N', help='images that changed most (default: 8)'
+    )
     p.add_argument(
         '--no-images', action='store_true', help='compare the figures alone: needs neither data nor predictions'
     )

@@ -14,7 +14,7 @@ from replk_mm import cli, published
 from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, Operator
 from replk_mm.analysis.config_complexity import ConfigComplexity, config_complexity, library_versions
 from replk_mm.analysis.published_complexity import CONFIGS, count_published, render_page
-from replk_mm.engine.machine import prepare_work_dir
+from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import UserError, command
 from replk_mm.files import write_atomic
 from replk_mm.text import text_table
@@ -104,7 +104,7 @@ def main() -> None:
     p.add_argument('config', nargs='?', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     p.add_argument(
         '--shape',
-        type=cli.positive,
+        type=cli.positive_int,
         nargs=2,
         metavar=('H', 'W'),
         help="image size in pixels (default: the published row's, or else the config's crop)",

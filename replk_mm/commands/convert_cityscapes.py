@@ -11,7 +11,7 @@ _SHOWN = 20
 def main() -> None:
     p = cli.parser(__doc__, 'convert_cityscapes data/cityscapes --jobs 8')
     p.add_argument('root', metavar='ROOT', help='folder with gtFine (or gtCoarse); maps are written beside the source')
-    p.add_argument('--jobs', type=cli.positive, metavar='N', help='number of threads (default: one per core)')
+    p.add_argument('--jobs', type=cli.positive_int, metavar='N', help='number of threads (default: one per core)')
     p.add_argument('--force', action='store_true', help='replace existing maps that differ')
     args = p.parse_args()
     result = convert_labels(args.root, args.jobs, args.force)

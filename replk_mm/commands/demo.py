@@ -20,13 +20,13 @@ from replk_mm.analysis.timing import Call, Timing, time_interleaved
 from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.data.scenes.layouts import LAYOUTS
 from replk_mm.data.scenes.writer import META, write_demo_data
-from replk_mm.engine import results
 from replk_mm.engine.config import load_config
 from replk_mm.engine.evaluate import Evaluation, evaluate
 from replk_mm.engine.inference import reparameterize_checkpoint
-from replk_mm.engine.machine import Options, prepare_work_dir
-from replk_mm.engine.predict import instances, label_map, load_trained, predict
+from replk_mm.engine.predict import label_map, load_for_prediction, predict, select_instances
 from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.process import RunOptions, prepare_work_dir
+from replk_mm.engine.record import evaluation_record, write_record
 from replk_mm.engine.train import train
 from replk_mm.errors import UserError, command
 from replk_mm.visualize import class_legend, colorize, draw_instances, image_grid
@@ -89,7 +89,7 @@ def draw_objects(model: Any, data: Path, out: Path) -> Path:
             [
                 image,
                 draw_instances(image, truth, classes, palette),
-                draw_instances(image, instances(found, _LEAST_SCORE), classes, palette),
+                draw_instances(image, select_instances(found, _LEAST_SCORE), classes, palette),
             ]
         )
     return _write(rows, ['scene', 'ground truth', f'prediction (score {_LEAST_SCORE} and more)'], classes, palette, out)
@@ -221,7 +221,7 @@ def run(
         The two rows of the table, and the sheet of predictions.
     """
     data = prepare_data(out, seed, story.layout)
-    options = Options(
+    options = RunOptions(
         data_root=str(data),
         work_dir=str(out / 'train'),
         seed=seed,
@@ -237,17 +237,17 @@ def run(
 
     rows, records = [], []
     models = {
-        'trained': load_trained(load_config(story.config), str(trained), 'cpu'),
-        'reparameterized': load_trained(load_config(story.config), str(merged), 'cpu'),
+        'trained': load_for_prediction(load_config(story.config), str(trained), 'cpu'),
+        'reparameterized': load_for_prediction(load_config(story.config), str(merged), 'cpu'),
     }
     size = load_config(story.config).crop_size
     with torch.no_grad():
         times = time_interleaved({name: story.inference(model, data) for name, model in models.items()})
     for (form, model), checkpoint in zip(models.items(), (trained, merged), strict=True):
         cfg = load_config(story.config)
-        where = Options(data_root=str(data), work_dir=str(out / f'test_{form}'), device='cpu')
+        where = RunOptions(data_root=str(data), work_dir=str(out / f'test_{form}'), device='cpu')
         found = evaluate(cfg, str(checkpoint), where)
-        records.append(results.record(cfg, str(checkpoint), found, tta=False))
+        records.append(evaluation_record(cfg, str(checkpoint), found, tta=False))
         cost = complexity.count_complexity(model, size)
         rows.append(
             Row(
@@ -258,7 +258,7 @@ def run(
                 times.summary(form),
             )
         )
-    results.write(
+    write_record(
         dict(
             rows=[vars(r) | dict(milliseconds=vars(r.milliseconds)) for r in rows],
             size=list(size),
@@ -325,7 +325,9 @@ def main() -> None:
         '--out', default='demo', metavar='DIR', help='folder for data, checkpoints and pictures (default: demo)'
     )
     p.add_argument('--seed', type=int, default=0, metavar='N', help='of scenes and training (default: 0)')
-    p.add_argument('--max-iters', type=cli.positive, metavar='N', help='train N iterations instead of the full demo')
+    p.add_argument(
+        '--max-iters', type=cli.positive_int, metavar='N', help='train N iterations instead of the full demo'
+    )
     p.add_argument('--resume', action='store_true', help='go on where an interrupted demo stopped')
     args = p.parse_args()
     start, story = time.monotonic(), STORIES[args.task]

@@ -12,7 +12,7 @@ from replk_mm import cli
 from replk_mm.analysis.erf import Erf, measure_erf
 from replk_mm.analysis.erf_report import comparison_warnings, disambiguate, draw_heat_maps, format_tables
 from replk_mm.engine.config import load_config
-from replk_mm.engine.machine import prepare_work_dir
+from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import command, command_line
 from replk_mm.files import write_atomic
 from replk_mm.text import update_page
@@ -33,12 +33,14 @@ def main() -> None:
     p.add_argument('--images', type=Path, metavar='DIR', help='folder of images, subfolders included')
     p.add_argument(
         '--size',
-        type=cli.positive,
+        type=cli.positive_int,
         default=1024,
         metavar='N',
         help='side in pixels to which images are resized (default: 1024, as in the paper)',
     )
-    p.add_argument('--count', type=cli.positive, default=50, metavar='N', help='first N images by path (default: 50)')
+    p.add_argument(
+        '--count', type=cli.positive_int, default=50, metavar='N', help='first N images by path (default: 50)'
+    )
     p.add_argument(
         '--stage', type=int, metavar='N', help="index among the backbone's outputs, from 0 (default: the last)"
     )

@@ -10,7 +10,7 @@ import numpy as np
 from replk_mm import cli
 from replk_mm.engine import predict as prediction
 from replk_mm.engine.config import load_config
-from replk_mm.engine.machine import prepare_work_dir
+from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import command
 from replk_mm.visualize import class_legend, draw_instances, overlay
 
@@ -48,7 +48,7 @@ def main() -> None:
     args = p.parse_args()
     out = prepare_work_dir(args.out, option='--out')
     cfg = load_config(args.config, args.cfg_options)
-    model: Any = prediction.load_trained(cfg, args.checkpoint, args.device, args.reparam)
+    model: Any = prediction.load_for_prediction(cfg, args.checkpoint, args.device, args.reparam)
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
     used: set[str] = set()
     for i, (path, image, found) in enumerate(prediction.predict(model, args.images), 1):
@@ -63,9 +63,9 @@ def main() -> None:
             )
             prediction.write_picture(out / f'{stem}_labels.png', labels)
         else:
-            objects = prediction.instances(found, args.score)
+            objects = prediction.select_instances(found, args.score)
             picture = draw_instances(image, objects, classes, palette)
-            described = json.dumps(prediction.described(objects, classes), indent=2)
+            described = json.dumps(prediction.instances_to_json(objects, classes), indent=2)
             (out / f'{stem}_objects.json').write_text(described + '\n')
         prediction.write_picture(out / f'{stem}_overlay.png', picture)
         print(f'{i}/{len(args.images)} {out / stem}_overlay.png', flush=True)

@@ -14,7 +14,7 @@ def main() -> None:
     p.add_argument('out', help='file to write; the test command loads it with the same config')
     p.add_argument(
         '--shape',
-        type=cli.positive,
+        type=cli.positive_int,
         nargs=2,
         default=(64, 64),
         metavar=('H', 'W'),

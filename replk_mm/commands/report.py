@@ -10,7 +10,7 @@ from pathlib import Path
 from replk_mm import cli
 from replk_mm.bench.report.load import SKIPPED_STATUS, load_report
 from replk_mm.bench.report.render import render_html, render_markdown, render_suite_tables
-from replk_mm.engine.machine import prepare_work_dir
+from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import UserError, command, printable
 from replk_mm.text import update_page
 

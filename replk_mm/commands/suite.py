@@ -15,7 +15,7 @@ from replk_mm.bench.report.load import load_report, render_text
 from replk_mm.bench.schema import Suite, read_suite
 from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.runner import Settings, SuiteRunner
-from replk_mm.engine.machine import prepare_work_dir
+from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import UserError, command, command_line, printable
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     p.add_argument('--data-root', metavar='DIR', help='data of all rows (default: as the suite or the configs say)')
     p.add_argument(
         '--jobs',
-        type=cli.positive,
+        type=cli.positive_int,
         default=1,
         metavar='N',
         help='rows at a time, which share the cores; speed and memory are measured at the end, one row at a time',
@@ -55,7 +55,9 @@ def main() -> int:
         default='none',
         help="start a row's training and test by torchrun (pytorch), or by srun (slurm)",
     )
-    p.add_argument('--nproc', type=cli.positive, default=1, metavar='N', help='processes of a row, under a launcher')
+    p.add_argument(
+        '--nproc', type=cli.positive_int, default=1, metavar='N', help='processes of a row, under a launcher'
+    )
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: a GPU if there is one)')
     args = p.parse_args()
     if args.nproc > 1 and args.launcher == 'none':
@@ -93,9 +95,9 @@ def _run(suite: Suite, options: plan.SuiteOptions, settings: Settings) -> bool:
         file=sys.stderr,
         flush=True,
     )
-    from replk_mm.engine.results import environment  # imports torch
+    from replk_mm.engine.record import environment_info  # imports torch
 
-    failed += SuiteRunner(settings, environment).run(tasks)
+    failed += SuiteRunner(settings, environment_info).run(tasks)
     for found in load_report([options.work_dir]).suites:
         print(f'\n{render_text(found)}')
     if failed:

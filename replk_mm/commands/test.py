@@ -5,10 +5,10 @@ from pathlib import Path
 from mmengine.dist import get_rank
 
 from replk_mm import cli
-from replk_mm.engine import results
 from replk_mm.engine.config import load_config
 from replk_mm.engine.evaluate import evaluate
-from replk_mm.engine.machine import prepare_work_dir
+from replk_mm.engine.process import prepare_work_dir
+from replk_mm.engine.record import evaluation_record, write_record
 from replk_mm.errors import command
 from replk_mm.text import format_duration, format_metrics, text_table
 
@@ -30,7 +30,7 @@ def main() -> None:
     result = evaluate(
         cfg,
         args.checkpoint,
-        cli.options_of(args),
+        cli.run_options(args),
         reparam=args.reparam,
         tta=args.tta,
         predictions=out / 'predictions' if out else None,
@@ -45,7 +45,7 @@ def main() -> None:
         print(f'reparameterized: {result.changes}')
     print(f'{result.images} images in {format_duration(result.seconds)}: {format_metrics(result.metrics)}')
     if out:
-        results.write(results.record(cfg, args.checkpoint, result, args.tta), out / 'metrics.json')
+        write_record(evaluation_record(cfg, args.checkpoint, result, args.tta), out / 'metrics.json')
         print(f'written: {out / "metrics.json"}, and predictions in {out / "predictions"}')
     pictures = Path(out or cfg.work_dir, 'pictures')
     print(f'next: {cli.follow_up("predict", args, args.checkpoint, result.image or "IMAGE", "--out", pictures)}')

@@ -27,7 +27,9 @@ def main() -> None:
     p = cli.parser(__doc__, 'train configs/upernet_replk-nano_demo.py --data-root demo/data')
     p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     cli.add_run_arguments(p)
-    p.add_argument('--max-iters', type=cli.positive, metavar='N', help='train N iterations, the schedule in proportion')
+    p.add_argument(
+        '--max-iters', type=cli.positive_int, metavar='N', help='train N iterations, the schedule in proportion'
+    )
     p.add_argument(
         '--resume',
         nargs='?',
@@ -46,7 +48,7 @@ def main() -> None:
     )
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    notes = prepare_training(cfg, cli.options_of(args))
+    notes = prepare_training(cfg, cli.run_options(args))
     start = time.monotonic()
     last = train(cfg, notes, args.preflight)
     if get_rank() == 0:

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from torch.overrides import TorchFunctionMode
 
 from replk_mm.data.datasets import as_list, datasets_of, named_metrics
-from replk_mm.engine.explain import explaining, walk
+from replk_mm.engine.config_errors import explain_build_errors, walk_dicts
 from replk_mm.errors import UserError
 from replk_mm.ops.cpu.direct import has_bfloat16_instructions
 
@@ -33,7 +33,7 @@ def load_config(
         UserError: If the file or one of its bases does not exist or cannot be read, lacks something, or an override
             does not fit.
     """
-    found = file_of(path)
+    found = resolve_config_path(path)
     if not found.is_file():
         siblings = [str(p) for p in sorted(found.parent.glob('*.py'))] if found.parent.is_dir() else []
         close = difflib.get_close_matches(str(found), siblings, n=3, cutoff=0.5)
@@ -76,7 +76,7 @@ def _override(cfg: Config, options: dict, path: str) -> None:
             )
 
 
-def file_of(path: str) -> Path:
+def resolve_config_path(path: str) -> Path:
     """The file of a config that is named by path or as ``PACKAGE::NAME.py``; it may not be there.
 
     Raises:
@@ -106,11 +106,11 @@ def set_data_root(cfg: Config, root: str) -> None:
     cfg.data_root = root
 
 
-#: A line of :func:`shorten` that does not hold for a resumed run, which keeps the schedule of its checkpoint.
+#: A line of :func:`shorten_schedule` that does not hold for a resumed run, which keeps the schedule of its checkpoint.
 SHORTENED_RATES = 'learning rate: warm-up and decay shortened in proportion'
 
 
-def shorten(cfg: Config, iterations: int) -> list[str]:
+def shorten_schedule(cfg: Config, iterations: int) -> list[str]:
     """Train for ``iterations`` only, warm-up and decay shortened in proportion. Returns lines for the log."""
     loop = cfg.train_cfg
     by_epoch = loop.get('by_epoch', 'max_epochs' in loop)
@@ -166,7 +166,7 @@ def fit_to_machine(
 ) -> list[str]:
     """Fit a config to this machine: norms, process group, precision, data workers, learning rate.
 
-    Nothing else changes what a config says. Call after :func:`shorten`.
+    Nothing else changes what a config says. Call after :func:`shorten_schedule`.
 
     Args:
         cfg: Changed in place.
@@ -291,7 +291,7 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
 
 def replace_type(node: Any, names: dict[str, str]) -> int:
     """Replace ``type`` values anywhere in a nested config; returns how many."""
-    found = [part for _, part in walk(node) if part.get('type') in names]
+    found = [part for _, part in walk_dicts(node) if part.get('type') in names]
     for part in found:
         part['type'] = names[part['type']]
     return len(found)
@@ -308,11 +308,11 @@ def build_model(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
         UserError: If an argument is unknown or refused.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with explaining(cfg, 'model'), _Numbers(), torch.device(device):
+    with explain_build_errors(cfg, 'model'), _LinspaceOnCPU(), torch.device(device):
         return MODELS.build(cfg.model)
 
 
-class _Numbers(TorchFunctionMode):
+class _LinspaceOnCPU(TorchFunctionMode):
     """Rates of stochastic depth come from ``torch.linspace``, which has no numbers on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

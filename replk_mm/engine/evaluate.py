@@ -13,10 +13,10 @@ from replk_mm.data.datasets import datasets_of, is_coco_style, named_metrics
 from replk_mm.deploy.reparameterize import Changes
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.inference import adopt_classes, load_for_inference
-from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
-from replk_mm.engine.prepare import counts_of, prepare_data
-from replk_mm.engine.runner import Runner, naming_failures
-from replk_mm.engine.wrappers import bare
+from replk_mm.engine.prepare import head_class_counts, prepare_data
+from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
+from replk_mm.engine.runner import Runner, explain_failures
+from replk_mm.engine.wrappers import unwrap_model
 from replk_mm.errors import UserError
 from replk_mm.logs import log_notes
 from replk_mm.ops import prepack
@@ -53,7 +53,7 @@ class Evaluation:
 def evaluate(
     cfg: Config,
     checkpoint: str,
-    options: Options,
+    options: RunOptions,
     *,
     reparam: bool = False,
     tta: bool = False,
@@ -95,7 +95,7 @@ def evaluate(
         cfg.pop(key, None)
     notes += fit_to_machine(cfg, None, device, processes_of(options.launcher)[1])
     model = build_model(cfg, 'meta')
-    check_heads(cfg, counts_of(model), ('test',))
+    check_heads(cfg, head_class_counts(model), ('test',))
     prepare_work_dir(cfg.work_dir)
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
@@ -116,12 +116,12 @@ def evaluate(
     runner = Runner.from_cfg(cfg)
     runner.register_hook(dict(type='replk_mm.ProgressHook'))
     log_notes(notes)
-    model = bare(runner.model).module if tta else bare(runner.model)
+    model = unwrap_model(runner.model).module if tta else unwrap_model(runner.model)
     built = load_for_inference(model, checkpoint, reparam=reparam)
     compare_with_checkpoint(cfg, built.meta, checkpoint)
     prepack(model)
     start = time.perf_counter()
-    with naming_failures(cfg, runner):
+    with explain_failures(cfg, runner):
         figures = runner.test()
     seconds = time.perf_counter() - start
     per_class: dict[str, dict[str, float]] = {}

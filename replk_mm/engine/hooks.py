@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
-from replk_mm.engine.wrappers import bare, each
+from replk_mm.engine.wrappers import optim_wrappers, unwrap_model
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration, format_metrics
 
@@ -56,7 +56,7 @@ class CheckpointHook(MMEngineCheckpointHook):
 
 
 @HOOKS.register_module()
-class ProcessesHook(Hook):
+class DistributedSyncHook(Hook):
     """Log the losses of the whole batch, and validate the network that checkpoints hold.
 
     Every process computes the losses of its own images, and mmengine would log those of rank 0. BatchNorm that is not
@@ -176,10 +176,12 @@ def parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module) -> list[dict
         ``parameters`` their values; ``first`` and ``last`` are names. The last row, ``'frozen'``, is for what no group
         has, if there is any.
     """
-    names = {id(param): name for name, param in reversed(list(bare(model).named_parameters(remove_duplicate=False)))}
+    names = {
+        id(param): name for name, param in reversed(list(unwrap_model(model).named_parameters(remove_duplicate=False)))
+    }
     rows: dict[tuple, list[nn.Parameter]] = {}
     # Not the wrapper's own groups, to which mmengine adds one of no parameter of the model for its log.
-    for group in (group for wrapper in each(optim_wrapper) for group in wrapper.optimizer.param_groups):
+    for group in (group for wrapper in optim_wrappers(optim_wrapper) for group in wrapper.optimizer.param_groups):
         settings = group.get('group_name', '-'), group.get('initial_lr', group['lr']), group.get('weight_decay', 0.0)
         rows.setdefault(settings, []).extend(group['params'])
     taken = {id(param) for params in rows.values() for param in params}

@@ -21,7 +21,7 @@ from replk_mm.data.sampler import (
     seed_sample,
 )
 from replk_mm.engine import stopping
-from replk_mm.engine.wrappers import each
+from replk_mm.engine.wrappers import optim_wrappers
 from replk_mm.errors import Stopped
 from replk_mm.registry import LOOPS
 
@@ -66,12 +66,12 @@ class _Resumable(BaseLoop):
         hub.update_info(_VALIDATED, self._iter)
         try:
             self.runner.val_loop.run()
-        except stopping.Asked as asked:
+        except stopping.StopRequested as request:
             hub.update_info(_VALIDATED, before)
-            raise Stopped(asked.signal, self.runner.save_state()) from None
+            raise Stopped(request.signal, self.runner.save_state()) from None
 
-    def _stop_if_asked(self) -> None:
-        signal = stopping.asked() if _between_steps(self.runner) else None
+    def _stop_if_requested(self) -> None:
+        signal = stopping.requested_signal() if _between_steps(self.runner) else None
         if signal is not None:
             raise Stopped(signal, self.runner.save_state())
 
@@ -80,7 +80,7 @@ def _between_steps(runner: Any) -> bool:
     """Whether no gradients are adding up: they are not saved, so that there is no state to go on from when some are."""
     return all(
         getattr(wrapper, '_inner_count', 0) % getattr(wrapper, '_accumulative_counts', 1) == 0
-        for wrapper in each(runner.optim_wrapper)
+        for wrapper in optim_wrappers(runner.optim_wrapper)
     )
 
 
@@ -103,7 +103,7 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterLoop):
             batch = next(batches)
             seed_iteration(self.runner.seed, self._iter, get_rank())
             self.run_iter(batch)
-            self._stop_if_asked()
+            self._stop_if_requested()
             self._validate_if_due(self._iter, self._max_iters)
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')
@@ -143,12 +143,12 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
             self.run_iter(index, batch)
             # After the last iteration the epoch has an end first, with a checkpoint of its own.
             if index + 1 < len(self.dataloader):
-                self._stop_if_asked()
+                self._stop_if_requested()
         if self._iter == begun:
             raise empty_loader_error(self.dataloader)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
-        self._stop_if_asked()
+        self._stop_if_requested()
 
 
 @LOOPS.register_module()
@@ -159,14 +159,14 @@ class ValLoop(MMEngineValLoop):
         """Predict one batch.
 
         Raises:
-            stopping.Asked: When a signal has asked to stop; the model is then as it was before the validation.
+            stopping.StopRequested: When a signal has asked to stop; the model is then as it was before the validation.
         """
         super().run_iter(idx, data_batch)
         # Processes that do not take as many batches each cannot agree after each of them.
         agreeing = get_world_size() == 1 or getattr(self.dataloader.sampler, 'round_up', False)
-        signal = stopping.asked() if agreeing and _between_steps(self.runner) else None
+        signal = stopping.requested_signal() if agreeing and _between_steps(self.runner) else None
         if signal is not None:
             for hook in self.runner.hooks:
                 if isinstance(hook, EMAHook):
                     hook._swap_ema_parameters()  # what its after_val_epoch does; other hooks would count the validation
-            raise stopping.Asked(signal)
+            raise stopping.StopRequested(signal)

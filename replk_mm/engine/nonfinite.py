@@ -21,7 +21,7 @@ from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path, tree
 
 from replk_mm.data.sampler import seed_iteration
 from replk_mm.engine.resuming import last_checkpoint
-from replk_mm.engine.wrappers import bare, each
+from replk_mm.engine.wrappers import optim_wrappers, unwrap_model
 from replk_mm.errors import UserError
 from replk_mm.registry import HOOKS
 
@@ -41,7 +41,7 @@ class StopAtNonFinite(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Register the check before each step."""
-        for wrapper in each(runner.optim_wrapper):
+        for wrapper in optim_wrappers(runner.optim_wrapper):
             wrapper.optimizer.register_step_pre_hook(partial(self._before_step, runner))
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -61,7 +61,7 @@ class StopAtNonFinite(Hook):
         Raises:
             UserError: If one is not finite.
         """
-        wrappers = each(runner.optim_wrapper)
+        wrappers = optim_wrappers(runner.optim_wrapper)
         scalers = [wrapper.loss_scaler for wrapper in wrappers if hasattr(wrapper, 'loss_scaler')]
         scale = min((scaler.get_scale() for scaler in scalers if scaler.is_enabled()), default=None)
         values = [torch.as_tensor(value) for name, value in (outputs or {}).items() if 'loss' in name]
@@ -87,7 +87,7 @@ class StopAtNonFinite(Hook):
         seed, error = (runner.seed, runner.iter, get_rank()), None
         losses: dict[str, float] = {}
         try:
-            first, losses = first_non_finite(bare(runner.model), self._batch, seed, forward_context(runner))
+            first, losses = first_non_finite(unwrap_model(runner.model), self._batch, seed, forward_context(runner))
         except Exception as caught:  # indices and sizes made of NaN end in errors of all kinds
             first = f'not found, the pass that looks for it fails: {type(caught).__name__}: {caught}'
             error = caught
@@ -134,7 +134,11 @@ def _save(runner: Any, content: dict) -> str:
 def forward_context(runner: Any) -> Callable[[], AbstractContextManager]:
     """What a runner's forward passes run in: autocast, with mixed precision."""
     wrapper = runner.optim_wrapper
-    return nullcontext if isinstance(wrapper, OptimWrapperDict) else partial(wrapper.optim_context, bare(runner.model))
+    return (
+        nullcontext
+        if isinstance(wrapper, OptimWrapperDict)
+        else partial(wrapper.optim_context, unwrap_model(runner.model))
+    )
 
 
 def forward_backward(model: Any, batch: Any, context: Callable[[], AbstractContextManager]) -> dict[str, float]:

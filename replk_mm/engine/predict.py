@@ -14,12 +14,12 @@ from replk_mm.data.classes import classes_of
 from replk_mm.data.datasets import dataset_class, datasets_of
 from replk_mm.data.files import read_image
 from replk_mm.engine.inference import build_for_inference
-from replk_mm.engine.machine import select_device
+from replk_mm.engine.process import select_device
 from replk_mm.engine.wrappers import num_classes_of
 from replk_mm.errors import UserError
 
 
-def load_trained(cfg: Config, checkpoint: str, device: str | None = None, reparam: bool = False) -> nn.Module:
+def load_for_prediction(cfg: Config, checkpoint: str, device: str | None = None, reparam: bool = False) -> nn.Module:
     """A segmentor or detector ready to predict, with its classes and palette in ``dataset_meta``.
 
     Args:
@@ -69,7 +69,7 @@ def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.
     """Path, image ``(H, W, 3)`` BGR and prediction of each image.
 
     Args:
-        model: From :func:`load_trained`.
+        model: From :func:`load_for_prediction`.
         images: Files.
 
     Raises:
@@ -90,7 +90,7 @@ def label_map(prediction: BaseDataElement) -> np.ndarray:
     return prediction.pred_sem_seg.data.squeeze(0).cpu().numpy().astype(np.uint8)
 
 
-def instances(prediction: BaseDataElement, least_score: float) -> list[dict]:
+def select_instances(prediction: BaseDataElement, least_score: float) -> list[dict]:
     """A detector's prediction, the surest first.
 
     Args:
@@ -116,8 +116,8 @@ def instances(prediction: BaseDataElement, least_score: float) -> list[dict]:
     ]
 
 
-def described(objects: Sequence[dict], classes: Sequence[str]) -> list[dict]:
-    """Objects of :func:`instances` for JSON: class, score, box, and the mask as COCO's compressed run lengths."""
+def instances_to_json(objects: Sequence[dict], classes: Sequence[str]) -> list[dict]:
+    """Objects of :func:`select_instances` for JSON: class, score, box, and a mask in COCO's RLE."""
     from pycocotools import mask as rle
 
     def encoded(mask: np.ndarray) -> dict:

@@ -20,10 +20,10 @@ from mmengine.runner.amp import autocast
 
 from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.data.sampler import PositionedIndex
-from replk_mm.engine.machine import is_out_of_memory
 from replk_mm.engine.nonfinite import forward_backward, forward_context
-from replk_mm.engine.wrappers import bare
-from replk_mm.errors import UserError, message_of
+from replk_mm.engine.process import is_out_of_memory
+from replk_mm.engine.wrappers import unwrap_model
+from replk_mm.errors import UserError, user_message
 from replk_mm.logs import announce
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration
@@ -49,7 +49,7 @@ class PreflightHook(Hook):
         """
         started, done = time.perf_counter(), []
         step = validation = 0.0
-        if type(bare(runner.model)).train_step is BaseModel.train_step:  # others may have several losses
+        if type(unwrap_model(runner.model)).train_step is BaseModel.train_step:  # others may have several losses
             with _naming('loss and backward of one batch'):
                 line, step = _loss_and_backward(runner)
                 done.append(line)
@@ -96,7 +96,7 @@ def _naming(part: str) -> Iterator[None]:
             raise  # training explains these
         name = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
         raise UserError(
-            f'dry run, {part}: {name}{message_of(error)}\nREPLK_MM_TRACEBACK=1 shows where; --no-preflight '
+            f'dry run, {part}: {name}{user_message(error)}\nREPLK_MM_TRACEBACK=1 shows where; --no-preflight '
             f'trains without the dry run.'
         ) from error
 
@@ -109,7 +109,7 @@ def _loss_and_backward(runner: Runner) -> tuple[str, float]:
     """A line with loss and memory, and the seconds that an iteration will take."""
     loader: Any = runner.train_dataloader
     start = time.perf_counter()
-    batch, model = _batch(loader, loader.batch_sampler.batch_size), bare(runner.model)
+    batch, model = _batch(loader, loader.batch_sampler.batch_size), unwrap_model(runner.model)
     loading = time.perf_counter() - start
     on_gpu = next(model.parameters()).is_cuda
     if on_gpu:

@@ -11,13 +11,20 @@ from replk_mm.data.checks.audit import check_data
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import is_class_head
 from replk_mm.data.classes import use_classes
-from replk_mm.engine.config import SHORTENED_RATES, as_list, build_model, fit_to_machine, set_data_root, shorten
-from replk_mm.engine.machine import Options, init_gloo, prepare_work_dir, processes_of, select_device
+from replk_mm.engine.config import (
+    SHORTENED_RATES,
+    as_list,
+    build_model,
+    fit_to_machine,
+    set_data_root,
+    shorten_schedule,
+)
+from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.resuming import RESUMABLE, resume
 from replk_mm.errors import UserError, first_line
 
 
-def prepare_training(cfg: Config, options: Options) -> list[str]:
+def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
     """Apply the options, check the data, fit the config to this machine.
 
     Args:
@@ -43,10 +50,10 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     notes = prepare_data(cfg, options, ('train', 'val'))
     if options.max_iters is not None:
-        notes += shorten(cfg, options.max_iters)
+        notes += shorten_schedule(cfg, options.max_iters)
     notes += fit_to_machine(cfg, options.amp, device, local_processes, processes)
     model = build_model(cfg, 'meta')
-    check_heads(cfg, counts_of(model), ('train', 'val'))
+    check_heads(cfg, head_class_counts(model), ('train', 'val'))
     parameters = sum(p.numel() for p in model.parameters())
     # Weights and Adam's moments; the old checkpoint goes only when the new one is written.
     prepare_work_dir(cfg.work_dir, needed=2 * 12 * parameters)
@@ -57,7 +64,7 @@ def prepare_training(cfg: Config, options: Options) -> list[str]:
     return notes + _limits_of_resuming(cfg)
 
 
-def prepare_data(cfg: Config, options: Options, splits: tuple[str, ...]) -> list[str]:
+def prepare_data(cfg: Config, options: RunOptions, splits: tuple[str, ...]) -> list[str]:
     """Point the config to its data, give it the classes that the user named, and check both.
 
     Args:
@@ -77,7 +84,7 @@ def prepare_data(cfg: Config, options: Options, splits: tuple[str, ...]) -> list
     return notes + check_data(cfg, splits)
 
 
-def counts_of(model: nn.Module) -> dict[str, int]:
+def head_class_counts(model: nn.Module) -> dict[str, int]:
     """Number of classes of every head of a model that tells all of them apart, by path."""
     return {
         f'model.{name}': module.num_classes
@@ -114,7 +121,7 @@ def _limits_of_resuming(cfg: Config) -> list[str]:
     return notes
 
 
-def _weights_to_start_from(cfg: Config, options: Options) -> list[str]:
+def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
     backbone = cfg.model.get('backbone', {})
     if cfg.get('resume') and cfg.get('load_from'):
         backbone.pop('init_cfg', None)  # every weight comes from the checkpoint

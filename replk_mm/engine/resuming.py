@@ -12,7 +12,7 @@ from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.checkpoints.key_formats import unwrap_state_dict
 from replk_mm.checkpoints.loading import get_reparameterization
 from replk_mm.data.checks.classes import compare_with_checkpoint
-from replk_mm.engine.machine import Options
+from replk_mm.engine.process import RunOptions
 from replk_mm.errors import UserError, first_line
 
 # What training calls its checkpoints; a best one, which has a prefix, may be older.
@@ -62,7 +62,7 @@ def _damage(path: Path) -> str | None:
         return first_line(error)
 
 
-def resume(cfg: Config, options: Options, model: nn.Module) -> list[str]:
+def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
     """Choose the checkpoint to resume from, and the seed: the checkpoint's, as the data order depends on it.
 
     Args:

@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader
 from replk_mm.checkpoints.io import read_checkpoint, restore_log_buffer, to_plain_data
 from replk_mm.data.datasets import crop_of
 from replk_mm.data.transforms import check_loading
-from replk_mm.engine.explain import explaining
+from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.hooks import INTERIM
-from replk_mm.engine.machine import is_out_of_memory
+from replk_mm.engine.process import is_out_of_memory
 from replk_mm.engine.resuming import last_checkpoint
-from replk_mm.engine.stopping import shield_workers
-from replk_mm.engine.wrappers import bare, each, num_classes_of
+from replk_mm.engine.stopping import ignore_signals_in_workers
+from replk_mm.engine.wrappers import num_classes_of, optim_wrappers, unwrap_model
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
 from replk_mm.logs import limit_terminal
@@ -42,10 +42,10 @@ def _explained(build: Callable, part: str) -> Callable:
     @functools.wraps(build)
     def explained(runner: 'Runner', *args) -> Any:
         # pycocotools prints while it reads annotations.
-        with explaining(runner.cfg, part), contextlib.redirect_stdout(io.StringIO()):
+        with explain_build_errors(runner.cfg, part), contextlib.redirect_stdout(io.StringIO()):
             built = build(runner, *args)
             if isinstance(built, BaseLoop):
-                check_loading(built.dataloader.dataset, num_classes_of(bare(runner.model)))
+                check_loading(built.dataloader.dataset, num_classes_of(unwrap_model(runner.model)))
             return built
 
     return explained
@@ -58,7 +58,7 @@ class Runner(MMEngineRunner):
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'Runner':
         """Build a runner; loaders, optimizer and schedules follow when it trains or tests."""
-        with explaining(cfg, 'run'):
+        with explain_build_errors(cfg, 'run'):
             return super().from_cfg(cfg)
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
@@ -70,7 +70,7 @@ class Runner(MMEngineRunner):
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
         """Build a loader whose worker processes ignore the signals that stop this one."""
-        return shield_workers(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed))
+        return ignore_signals_in_workers(MMEngineRunner.build_dataloader(dataloader, seed, diff_rank_seed))
 
     build_train_loop = _explained(MMEngineRunner.build_train_loop, 'train_dataloader')
     build_val_loop = _explained(MMEngineRunner.build_val_loop, 'val_dataloader')
@@ -120,7 +120,7 @@ class Runner(MMEngineRunner):
         if self._resume:
             self._restore_hub(checkpoint)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-        _load_checkpoint_to_model(bare(self.model), checkpoint, strict, revise_keys=list(revise_keys))
+        _load_checkpoint_to_model(unwrap_model(self.model), checkpoint, strict, revise_keys=list(revise_keys))
         self._has_loaded = True
         self.logger.info(f'weights loaded from {filename}')
         return checkpoint
@@ -195,7 +195,7 @@ def _check_settings(optim_wrapper: OptimWrapper) -> None:
     Raises:
         ValueError: If they lack a setting, which the first step would only report as a KeyError.
     """
-    for optimizer in (wrapper.optimizer for wrapper in each(optim_wrapper)):
+    for optimizer in (wrapper.optimizer for wrapper in optim_wrappers(optim_wrapper)):
         # torch adds 'differentiable' to the defaults of every optimizer that it loads.
         expected = optimizer.defaults.keys() - {'differentiable'}
         missing = {key for group in optimizer.param_groups for key in expected - group.keys()}
@@ -204,7 +204,7 @@ def _check_settings(optim_wrapper: OptimWrapper) -> None:
 
 
 @contextmanager
-def naming_failures(cfg: Config, runner: Runner) -> Iterator[None]:
+def explain_failures(cfg: Config, runner: Runner) -> Iterator[None]:
     """Turn a full disk and a lack of memory into messages that say where and what to do.
 
     Raises:

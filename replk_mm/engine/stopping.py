@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 #: Ctrl-C; what Slurm, Kubernetes and spot machines send before they kill; what Slurm sends earlier if told to
 #: (``--signal``); what a closing terminal sends.
 SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP') if hasattr(signal, name))
-_asked: list[int] = []
+_received: list[int] = []
 
 
-class Asked(Exception):
+class StopRequested(Exception):
     """A signal has asked to stop, in the middle of something that is done again later.
 
     Attributes:
@@ -34,7 +34,7 @@ class Asked(Exception):
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def catch_signals() -> Iterator[None]:
     """Remember the first of :data:`SIGNALS` instead of dying of it; the second Ctrl-C interrupts at once."""
     if threading.current_thread() is not threading.main_thread():  # Python lets no other thread listen
         yield
@@ -45,16 +45,16 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _asked.clear()
+        _received.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _remember(number: int, _frame: object) -> None:
-    if _asked and number == signal.SIGINT:
+    if _received and number == signal.SIGINT:
         raise KeyboardInterrupt
-    _asked.append(number)
-    if len(_asked) == 1:
+    _received.append(number)
+    if len(_received) == 1:
         text = f'\n{signal.Signals(number).name}: finishing this iteration, then saving' + (
             ' (again: stop at once)\n' if number == signal.SIGINT else '\n'
         )
@@ -63,12 +63,12 @@ def _remember(number: int, _frame: object) -> None:
             os.write(2, text.encode())
 
 
-def asked() -> signal.Signals | None:
+def requested_signal() -> signal.Signals | None:
     """The signal by which any process of the run was asked to stop; the same answer in all of them.
 
     Call it at the same point in every process: they wait for one another.
     """
-    number = _asked[0] if _asked else 0
+    number = _received[0] if _received else 0
     if is_distributed():
         flag = torch.tensor(number, device=get_device())
         all_reduce(flag, 'max')
@@ -76,7 +76,7 @@ def asked() -> signal.Signals | None:
     return signal.Signals(number) if number else None
 
 
-def shield_workers(loader: DataLoader) -> DataLoader:
+def ignore_signals_in_workers(loader: DataLoader) -> DataLoader:
     """Let a loader's workers ignore :data:`SIGNALS`, which terminals and Slurm send to every process of a job.
 
     The training process still needs the workers until it has finished its iteration.

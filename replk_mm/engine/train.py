@@ -9,7 +9,7 @@ from mmengine.dist import barrier, get_rank
 
 from replk_mm.engine import stopping
 from replk_mm.engine.resuming import RESUMABLE, last_checkpoint
-from replk_mm.engine.runner import Runner, naming_failures
+from replk_mm.engine.runner import Runner, explain_failures
 from replk_mm.errors import Stopped
 from replk_mm.logs import log_notes
 
@@ -31,14 +31,14 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
         KeyboardInterrupt: On a second Ctrl-C, after saying how to go on.
     """
     runner = Runner.from_cfg(cfg)
-    hooks = ['ParameterGroupsHook', 'ProcessesHook', 'StopAtNonFinite', 'ProgressHook', 'PreflightHook']
+    hooks = ['ParameterGroupsHook', 'DistributedSyncHook', 'StopAtNonFinite', 'ProgressHook', 'PreflightHook']
     for name in hooks if preflight else hooks[:-1]:
         runner.register_hook(dict(type=f'replk_mm.{name}'))
     log_notes([*notes, f'log file: {runner.logger.log_file}'], shown=('log file: ', 'classes: ', 'resume: '))
     try:
         # Loops of the user's own would hear a signal and go on.
-        heeding = stopping.listening() if runner.cfg.train_cfg.get('type') in RESUMABLE else nullcontext()
-        with heeding, naming_failures(cfg, runner):
+        heeding = stopping.catch_signals() if runner.cfg.train_cfg.get('type') in RESUMABLE else nullcontext()
+        with heeding, explain_failures(cfg, runner):
             runner.train()
     except Stopped:
         raise

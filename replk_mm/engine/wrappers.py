@@ -7,12 +7,12 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 
-def bare(model: Any) -> Any:
+def unwrap_model(model: Any) -> Any:
     """A runner's model without what distributes it."""
     return model.module if is_model_wrapper(model) else model
 
 
-def each(wrapper: OptimWrapper) -> list[OptimWrapper]:
+def optim_wrappers(wrapper: OptimWrapper) -> list[OptimWrapper]:
     """The wrappers of single optimizers."""
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 

@@ -19,7 +19,7 @@ from replk_mm.data.scenes.cue_conflict import CueConflictDataset, CueConflictObj
 from replk_mm.data.scenes.kinds import SCENES
 from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE
 from replk_mm.data.scenes.writer import write_demo_data
-from replk_mm.engine.predict import load_trained
+from replk_mm.engine.predict import load_for_prediction
 from replk_mm.errors import UserError
 
 VAL = 3  # scenes, so that there are 6 conflict scenes, 18 objects in them, 3 of each ordered pair
@@ -59,7 +59,7 @@ def network(data, tmp_path, monkeypatch):
                 found = torch.from_numpy(predicted)[None]
                 yield image, cv2.imread(str(image)), SimpleNamespace(pred_sem_seg=SimpleNamespace(data=found))
 
-        monkeypatch.setattr(shape_bias, 'load_trained', lambda *args, **options: model)
+        monkeypatch.setattr(shape_bias, 'load_for_prediction', lambda *args, **options: model)
         monkeypatch.setattr(shape_bias, 'predict', predict)
         monkeypatch.setattr(shape_bias, '_draw_decisions', lambda *args: None)
         return measure_shape_bias(cfg, str(checkpoint), root, tmp_path / 'out').values()
@@ -134,7 +134,7 @@ def test_mask_of_an_object_is_limited_to_its_box():
 def test_trained_checkpoint_by_mmsegs_inference(tiny, trained, data, tmp_path):  # noqa: F811
     from mmseg.apis import inference_model
 
-    model = load_trained(tiny.cfg(), str(trained), 'cpu')
+    model = load_for_prediction(tiny.cfg(), str(trained), 'cpu')
     listing = json.loads((data / 'conflict.json').read_text())
     count = dict(shape=0, texture=0, other=0)
     for scene in listing['conflict']:

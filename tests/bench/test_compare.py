@@ -28,8 +28,8 @@ from replk_mm.bench.compare.compare import compare, lines, mean_difference, pair
 from replk_mm.bench.compare.pictures import NEITHER, A, B, label_difference
 from replk_mm.bench.compare.results import Source
 from replk_mm.bench.compare.segmentation import Counts, miou_difference
-from replk_mm.engine import results
 from replk_mm.engine.evaluate import evaluate
+from replk_mm.engine.record import evaluation_record, write_record
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -309,7 +309,7 @@ def test_what_a_test_wrote_is_reproduced(tiny, trained, tmp_path):
     ):
         cfg, out = tiny.cfg(options), tmp_path / name
         found = evaluate(cfg, str(trained), tiny.options(tmp_path / 'work'), predictions=out / 'predictions')
-        results.write(results.record(cfg, str(trained), found, False), out / 'metrics.json')
+        write_record(evaluation_record(cfg, str(trained), found, False), out / 'metrics.json')
         folders.append(out)
     run = run_tool('compare', *folders, '--out', tmp_path / 'out', '--config', tiny.config)
     assert run.returncode == 0, run.stderr

@@ -22,8 +22,8 @@ from replk_mm.bench.compare.compare import compare, write  # noqa: E402
 from replk_mm.bench.compare.detection import match, open_detections, open_objects  # noqa: E402
 from replk_mm.bench.compare.pictures import A, B  # noqa: E402
 from replk_mm.bench.compare.results import Source, read_result  # noqa: E402
-from replk_mm.engine import results  # noqa: E402
 from replk_mm.engine.evaluate import evaluate  # noqa: E402
+from replk_mm.engine.record import evaluation_record, write_record  # noqa: E402
 from replk_mm.errors import UserError  # noqa: E402
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -269,7 +269,7 @@ def test_what_a_test_wrote(detector, trained_detector, tmp_path):
     for name, checkpoint in (('early', detector.train(tmp_path / 'train', 1, seed=0)), ('late', trained_detector)):
         cfg, out = detector.cfg(), tmp_path / name
         found = evaluate(cfg, str(checkpoint), detector.options(tmp_path / 'work'), predictions=out / 'predictions')
-        results.write(results.record(cfg, str(checkpoint), found, False), out / 'metrics.json')
+        write_record(evaluation_record(cfg, str(checkpoint), found, False), out / 'metrics.json')
         folders.append(out)
     out = tmp_path / 'out'
     out.mkdir()

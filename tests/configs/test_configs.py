@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from replk_mm.backbones import ConvNeXt, RepLKNet
 from replk_mm.commands import list_configs
 from replk_mm.data.datasets import datasets_of
-from replk_mm.engine.config import fit_to_machine, set_data_root, shorten
-from replk_mm.engine.explain import walk
+from replk_mm.engine.config import fit_to_machine, set_data_root, shorten_schedule
+from replk_mm.engine.config_errors import walk_dicts
 
 CLASSES = {'ade20k': 150, 'cityscapes': 19, 'coco': 80}
 UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']
@@ -204,7 +204,7 @@ def test_every_config_learns_and_predicts_on_a_cpu(name, one_thread):
 def test_every_config_takes_a_data_root_and_a_number_of_iterations(name):
     cfg = copy.deepcopy(load(name))
     set_data_root(cfg, 'elsewhere')
-    shorten(cfg, 40)
+    shorten_schedule(cfg, 40)
     assert {dataset.data_root for dataset in datasets_of(cfg)} == {'elsewhere'}
     if cfg.default_scope == 'mmdet':
         assert {cfg[key].ann_file for key in ('val_evaluator', 'test_evaluator')} == {
@@ -217,7 +217,7 @@ def test_every_config_takes_a_data_root_and_a_number_of_iterations(name):
 @pytest.mark.parametrize('name', LEAVES)
 def test_configs_name_our_types(name):
     """Nothing replaces a type when a run is prepared."""
-    types = {part['type'] for _, part in walk(load(name)._cfg_dict) if isinstance(part.get('type'), str)}
+    types = {part['type'] for _, part in walk_dicts(load(name)._cfg_dict) if isinstance(part.get('type'), str)}
     replaced = {
         'IoUMetric',
         'CocoMetric',

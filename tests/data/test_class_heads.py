@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import classes_per_head, reject_stuff
 from replk_mm.data.classes import set_classes, use_classes
-from replk_mm.engine.prepare import counts_of
+from replk_mm.engine.prepare import head_class_counts
 from replk_mm.errors import UserError
 
 OWN = ('helmet', 'vest', 'traffic light')
@@ -42,7 +42,7 @@ def test_a_head_of_borders_keeps_its_two_classes():
     assert cfg.model.decode_head.num_classes == 3
     model = built(cfg)
     assert [head.num_classes for head in model.auxiliary_head] == [3, 3, 2]
-    check_heads(cfg, counts_of(model), ('train',))
+    check_heads(cfg, head_class_counts(model), ('train',))
     cfg.model.auxiliary_head[0].num_classes = 5
     with pytest.raises(UserError, match=r'auxiliary_head.0.num_classes=5'):
         check_heads(cfg, classes_per_head(cfg.model))

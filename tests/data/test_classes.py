@@ -16,7 +16,7 @@ from tiny import tiny  # noqa: F401 (a fixture)
 from replk_mm.data.class_heads import classes_per_head
 from replk_mm.data.classes import CLASSES_FILE, parse_classes, set_classes, use_classes
 from replk_mm.data.scenes.spec import DEMO_CLASSES
-from replk_mm.engine.prepare import counts_of
+from replk_mm.engine.prepare import head_class_counts
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -80,7 +80,7 @@ def test_all_heads_have_the_classes_by_mmdets_own_check(name):
     NumClassCheckHook()._check_head(
         SimpleNamespace(model=model, train_dataloader=SimpleNamespace(dataset=data), logger=None), 'train'
     )
-    assert set(counts_of(model).values()) == {3}
+    assert set(head_class_counts(model).values()) == {3}
     if hasattr(model, 'rpn_head'):
         assert model.rpn_head.num_classes == 1, 'proposals have no classes'
     if 'htc_' in name:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from replk_mm.data.transforms import CheckedLoad, ShrinkLabels, check_loading
-from replk_mm.errors import UserError, message_of
+from replk_mm.errors import UserError, user_message
 from replk_mm.registry import TRANSFORMS
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -124,7 +124,7 @@ def test_damage_is_named_from_a_data_worker_too(data, workers):
     loader = DataLoader(built, batch_size=1, num_workers=workers, collate_fn=lambda batch: batch)
     with pytest.raises(UserError) as info:
         list(loader)
-    message = message_of(info.value).splitlines()
+    message = user_message(info.value).splitlines()
     assert message[0].startswith(f'{label(data, 2)}: cannot be read') and len(message) == 2
 
 

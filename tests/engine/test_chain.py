@@ -12,9 +12,10 @@ from tiny import tiny, trained  # noqa: F401
 from tool_cases import merged, plain, read  # noqa: F401
 
 from replk_mm.deploy.equivalence import NetworkDifference
-from replk_mm.engine import inference, results
+from replk_mm.engine import inference
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.inference import reparameterize_checkpoint
+from replk_mm.engine.record import evaluation_record, test_protocol, write_record
 from replk_mm.engine.train import train
 from replk_mm.errors import UserError
 from replk_mm.files import sha256
@@ -143,7 +144,7 @@ def test_test_time_augmentation_runs_and_changes_the_result(tiny, trained, plain
     found = evaluate(cfg, str(trained), tiny.options(tmp_path), tta=True)
     assert found.metrics['mIoU'] > 5
     assert found.metrics != plain[1].metrics
-    protocol = results.protocol(cfg, True)
+    protocol = test_protocol(cfg, True)
     assert protocol['tta'] is True
     assert protocol['pipeline'] == tiny.cfg().tta_pipeline, 'without the checks around its loading steps'
 
@@ -158,7 +159,7 @@ def test_augmentation_that_the_config_does_not_have(tiny, trained, tmp_path):
 def test_record_is_strict_json_with_all_that_figures_depend_on(tiny, trained, plain, tmp_path):
     cfg, result, _ = plain
     result = dataclasses.replace(result, metrics={**result.metrics, 'nothing': float('nan'), 'one': np.float32(1)})
-    results.write(results.record(cfg, str(trained), result, False), tmp_path / 'deep' / 'metrics.json')
+    write_record(evaluation_record(cfg, str(trained), result, False), tmp_path / 'deep' / 'metrics.json')
 
     def refuse(constant):
         raise AssertionError(f'{constant} is no JSON')

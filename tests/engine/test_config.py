@@ -10,9 +10,16 @@ from mmengine.registry import PARAM_SCHEDULERS
 from tiny import ROOT, tiny  # noqa: F401
 
 from replk_mm.engine import config
-from replk_mm.engine.config import build_model, fit_to_machine, load_config, replace_type, set_data_root, shorten
-from replk_mm.engine.machine import Options
+from replk_mm.engine.config import (
+    build_model,
+    fit_to_machine,
+    load_config,
+    replace_type,
+    set_data_root,
+    shorten_schedule,
+)
 from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.process import RunOptions
 from replk_mm.errors import UserError
 
 SMALL = """
@@ -196,7 +203,7 @@ def test_shortened_schedule_gives_the_table_by_hand(iterations, warm_up):
         dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
         dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=2000),
     ]
-    line, _ = shorten(cfg, iterations)
+    line, _ = shorten_schedule(cfg, iterations)
     assert str(iterations) in line
     assert '2000' in line
     found = rates(cfg, iterations)
@@ -210,7 +217,7 @@ def test_shortened_schedule_gives_the_table_by_hand(iterations, warm_up):
 def test_shortened_run_logs_on_its_way(iterations, interval):
     cfg = nano()
     assert cfg.default_hooks.logger.interval == 20
-    shorten(cfg, iterations)
+    shorten_schedule(cfg, iterations)
     assert cfg.default_hooks.logger.interval == interval
 
 
@@ -230,7 +237,7 @@ def epoch_config(**scheduler) -> Config:
 @pytest.mark.parametrize('more', [{}, {'convert_to_iter_based': True}])
 def test_epochs_become_iterations_in_proportion(more):
     cfg = epoch_config(**more)
-    shorten(cfg, 120)
+    shorten_schedule(cfg, 120)
     found = rates(cfg, 120)
     rise = [min(1.0, 0.01 + 0.99 * i / 11) for i in range(120)]  # a tenth of the run
     steps = [1.0 if i < 80 else 0.1 if i < 110 else 0.01 for i in range(120)]
@@ -248,14 +255,14 @@ def test_shortening_a_step_schedule_moves_its_steps():
             param_scheduler=dict(type='StepLR', by_epoch=False, step_size=300, gamma=0.1),
         )
     )
-    shorten(cfg, 10)
+    shorten_schedule(cfg, 10)
     assert rates(cfg, 10) == pytest.approx([1.0] * 3 + [0.1] * 3 + [0.01] * 3 + [0.001])
     assert cfg.default_hooks.checkpoint.interval == 10
 
 
 def test_shortening_without_a_length_is_refused():
     with pytest.raises(UserError, match='--max-iters'):
-        shorten(Config(dict(train_cfg=dict(type='IterBasedTrainLoop'))), 3)
+        shorten_schedule(Config(dict(train_cfg=dict(type='IterBasedTrainLoop'))), 3)
 
 
 # -- this machine -----------------------------------------------------------------------------------------------------
@@ -397,7 +404,7 @@ def test_config_for_eight_gpus_is_ready_for_one_cpu(name, tiny, tmp_path):  # no
     cfg = load_config(str(ROOT / 'configs' / name))
     notes = '\n'.join(
         prepare_training(
-            cfg, Options(data_root=str(tiny.data), work_dir=str(tmp_path), pretrained='none', device='cpu')
+            cfg, RunOptions(data_root=str(tiny.data), work_dir=str(tmp_path), pretrained='none', device='cpu')
         )
     )
     assert 'SyncBN' not in str(cfg.model)

@@ -21,7 +21,7 @@ from tiny_detector import CLASSES, detector, trained_detector, write_coco  # noq
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.inference import reparameterize_checkpoint
-from replk_mm.engine.predict import described, instances, load_trained, predict
+from replk_mm.engine.predict import instances_to_json, load_for_prediction, predict, select_instances
 from replk_mm.errors import UserError
 from replk_mm.evaluation.coco_metric import CocoMetric
 
@@ -169,7 +169,7 @@ def test_classes_come_with_the_checkpoint(detector, tmp_path):  # noqa: F811
     reparameterize_checkpoint(detector.cfg(), str(trained), tmp_path / 'merged.pth')
     found = evaluate(detector.cfg(), str(tmp_path / 'merged.pth'), detector.options(tmp_path / 'test'))
     assert set(found.per_class) <= {'dog', 'car'} and any('dog, car' in note for note in found.notes)
-    assert load_trained(detector.cfg(), str(trained), 'cpu').dataset_meta['classes'] == ['dog', 'car']
+    assert load_for_prediction(detector.cfg(), str(trained), 'cpu').dataset_meta['classes'] == ['dog', 'car']
 
 
 def test_two_metrics_and_a_joined_data_set(detector, trained_detector, tmp_path):  # noqa: F811
@@ -224,11 +224,11 @@ def test_merged_network_has_the_same_ap(detector, trained_detector, tested, tmp_
 
 
 def test_predicted_objects_are_those_of_the_test(detector, trained_detector, tested):  # noqa: F811
-    model = load_trained(detector.cfg(), str(trained_detector), 'cpu')
+    model = load_for_prediction(detector.cfg(), str(trained_detector), 'cpu')
     exported = json.loads((tested[1] / 'instances.segm.json').read_text())
     image = sorted((detector.data / 'val2017').glob('*.png'))[0]
     [(path, picture, prediction)] = predict(model, [str(image)])
-    objects = described(instances(prediction, 0), model.dataset_meta['classes'])
+    objects = instances_to_json(select_instances(prediction, 0), model.dataset_meta['classes'])
     assert path == image and picture.shape == (96, 96, 3)
     scores = [thing['score'] for thing in objects]
     assert scores == sorted(scores, reverse=True)
@@ -244,16 +244,16 @@ def test_predicted_objects_are_those_of_the_test(detector, trained_detector, tes
         assert thing['box'] == pytest.approx([left, top, left + width, top + height], abs=1e-2)
         a, b = rle.decode(thing['segmentation']), rle.decode(expected['segmentation'])
         assert (a != b).mean() < 1e-3
-    assert len(instances(prediction, scores[0])) == scores.count(scores[0])
+    assert len(select_instances(prediction, scores[0])) == scores.count(scores[0])
 
 
 def test_memory_layout_of_the_features_changes_no_detection(detector, trained_detector):  # noqa: F811
-    model = load_trained(detector.cfg(), str(trained_detector), 'cpu')
+    model = load_for_prediction(detector.cfg(), str(trained_detector), 'cpu')
     image = str(sorted((detector.data / 'val2017').glob('*.png'))[0])
     found = []
     for model.backbone.channels_last in (True, False):
         [(_, _, prediction)] = predict(model, [image])
-        found.append(instances(prediction, 0))
+        found.append(select_instances(prediction, 0))
     assert len(found[0]) == len(found[1]) > 0
     for a, b in zip(*found, strict=True):
         assert a['label'] == b['label'] and a['score'] == pytest.approx(b['score'], abs=1e-5)

@@ -12,7 +12,7 @@ from tiny import tiny, trained  # noqa: F401
 
 from replk_mm.engine.inference import reparameterize_checkpoint
 from replk_mm.engine.train import train
-from replk_mm.errors import USER_ERROR_STATUS, UserError, command, message_of
+from replk_mm.errors import USER_ERROR_STATUS, UserError, command, user_message
 
 # ruff: noqa: F811 (fixtures that come from another file)
 Usage = namedtuple('Usage', 'total used free')
@@ -197,5 +197,5 @@ def test_message_of_a_worker_is_freed_of_its_traceback():
         'Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call '
         'last):\n  File "x", line 1\nreplk_mm.errors.UserError: a.png: is bad\nReplace it.\n'
     )
-    assert message_of(wrapped) == 'a.png: is bad\nReplace it.'
-    assert message_of(UserError('plain')) == 'plain'
+    assert user_message(wrapped) == 'a.png: is bad\nReplace it.'
+    assert user_message(UserError('plain')) == 'plain'

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny import tiny, trained  # noqa: F401
 from tool_cases import merged, plain, read  # noqa: F401
 
-from replk_mm.engine.predict import label_map, load_trained, predict
+from replk_mm.engine.predict import label_map, load_for_prediction, predict
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -16,7 +16,7 @@ from replk_mm.errors import UserError
 
 @pytest.fixture(scope='module')
 def segmentor(tiny, trained):
-    return load_trained(tiny.cfg(), str(trained), 'cpu')
+    return load_for_prediction(tiny.cfg(), str(trained), 'cpu')
 
 
 def test_prediction_of_an_image_equals_the_test_run(tiny, segmentor, plain):
@@ -34,7 +34,7 @@ def test_merged_network_predicts_the_same(tiny, trained, merged, segmentor):
     path = str(tiny.data / 'images/training/demo_train_000001.jpg')
     ((_, _, found),) = predict(segmentor, [path])
     for checkpoint, reparam in ((merged, False), (trained, True)):
-        other = load_trained(tiny.cfg(), str(checkpoint), 'cpu', reparam)
+        other = load_for_prediction(tiny.cfg(), str(checkpoint), 'cpu', reparam)
         ((_, _, again),) = predict(other, [path])
         assert np.mean(label_map(found) == label_map(again)) > 0.999
 
@@ -58,7 +58,7 @@ def test_classes_without_names_get_some(tiny, trained, tmp_path):
     torch.save(dict(state_dict=bare['state_dict']), tmp_path / 'bare.pth')
     cfg = tiny.cfg()
     cfg.test_dataloader.dataset.pop('metainfo')
-    meta = load_trained(cfg, str(tmp_path / 'bare.pth'), 'cpu').dataset_meta
+    meta = load_for_prediction(cfg, str(tmp_path / 'bare.pth'), 'cpu').dataset_meta
     assert len(meta['classes']) == len(meta['palette']) == 8
 
 

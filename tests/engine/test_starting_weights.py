@@ -12,7 +12,7 @@ from tool_cases import merged  # noqa: F401
 from replk_mm.backbones import RepLKNet
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.engine.evaluate import evaluate
-from replk_mm.engine.machine import select_device
+from replk_mm.engine.process import select_device
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)

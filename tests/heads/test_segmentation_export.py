@@ -9,8 +9,8 @@ from PIL import Image
 from tiny import tiny, trained  # noqa: F401
 
 from replk_mm.data.scenes.spec import DEMO_CLASSES
-from replk_mm.engine import results
 from replk_mm.engine.evaluate import evaluate
+from replk_mm.engine.record import evaluation_record, write_record
 
 # ruff: noqa: F811 (fixtures that come from another file)
 CLASSES = len(DEMO_CLASSES)
@@ -48,7 +48,7 @@ def test_figures_are_those_of_the_exported_maps(way, tiny, trained, tmp_path):
         tta=tta,
         predictions=tmp_path / 'predictions',
     )
-    results.write(results.record(cfg, str(trained), result, tta), tmp_path / 'metrics.json')
+    write_record(evaluation_record(cfg, str(trained), result, tta), tmp_path / 'metrics.json')
     record = json.loads((tmp_path / 'metrics.json').read_text())
 
     labels, found = label_maps(labels_of), label_maps(tmp_path / 'predictions')

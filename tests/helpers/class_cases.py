@@ -8,8 +8,8 @@ from coco_files import write_coco_root
 from mmengine.config import Config
 
 from replk_mm.engine.config import set_data_root
-from replk_mm.engine.machine import Options
 from replk_mm.engine.prepare import prepare_data
+from replk_mm.engine.process import RunOptions
 from replk_mm.errors import UserError
 
 MMDET = Path(mmdet.__file__).parent / '.mim' / 'configs'
@@ -38,5 +38,5 @@ def at(root: Path, **options) -> Config:
 
 def rejection(cfg: Config, classes: str | None = None, splits=BOTH) -> str:
     with pytest.raises(UserError) as info:
-        prepare_data(cfg, Options(classes=classes), splits)
+        prepare_data(cfg, RunOptions(classes=classes), splits)
     return str(info.value)

@@ -15,8 +15,8 @@ from mmengine.config import Config
 from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE
 from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.engine.config import load_config
-from replk_mm.engine.machine import Options
 from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.process import RunOptions
 from replk_mm.engine.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,8 +71,8 @@ class Tiny:
         cfg.experiment_name = f'tiny{os.getpid()}_{next(_count)}'
         return cfg
 
-    def options(self, work_dir: Path, **changes) -> Options:
-        return Options(**{'data_root': str(self.data), 'work_dir': str(work_dir), 'device': 'cpu', **changes})
+    def options(self, work_dir: Path, **changes) -> RunOptions:
+        return RunOptions(**{'data_root': str(self.data), 'work_dir': str(work_dir), 'device': 'cpu', **changes})
 
     def prepare(self, work_dir: Path, iterations: int | None = 2, options: dict | None = None, **changes):
         cfg = self.cfg(options)

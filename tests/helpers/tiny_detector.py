@@ -14,8 +14,8 @@ from mmengine.config import Config
 from PIL import Image
 
 from replk_mm.engine.config import load_config
-from replk_mm.engine.machine import Options
 from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.process import RunOptions
 from replk_mm.engine.train import train
 
 #: Three of COCO's 80 classes, in another order than COCO has them.
@@ -79,8 +79,8 @@ class TinyDetector:
         cfg.experiment_name = f'detector{os.getpid()}_{next(_count)}'
         return cfg
 
-    def options(self, work_dir: Path, **changes) -> Options:
-        return Options(**{'data_root': str(self.data), 'work_dir': str(work_dir), 'device': 'cpu', **changes})
+    def options(self, work_dir: Path, **changes) -> RunOptions:
+        return RunOptions(**{'data_root': str(self.data), 'work_dir': str(work_dir), 'device': 'cpu', **changes})
 
     def train(self, work_dir: Path, iterations: int = 2, options: dict | None = None, **changes) -> Path:
         cfg = self.cfg(options)

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from replk_mm.backbones.layers import Backbone, LayerNorm2d
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model
-from replk_mm.engine.explain import explaining
+from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.inference import load_model
 from replk_mm.errors import UserError
 from replk_mm.ops import DepthwiseConv2d, prepack
@@ -79,7 +79,7 @@ def _build(cfg: Config, model: ConfigDict, whole_model: bool) -> nn.Module:
     if whole_model:
         return build_model(part)
     init_default_scope(part.default_scope)
-    with explaining(part, 'model'):
+    with explain_build_errors(part, 'model'):
         return MODELS.build(part.model.backbone)
 
 

@@ -17,7 +17,7 @@ from replk_mm.analysis.timing import memory_growth
 from replk_mm.backbones.sync_norm import find_pooled_batch_norm
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.config import fit_to_machine, load_config
-from replk_mm.engine.machine import keep_freed_memory
+from replk_mm.engine.process import keep_freed_memory
 from replk_mm.errors import UserError, first_line
 
 
@@ -87,7 +87,7 @@ def peak_memory(case: BenchmarkCase, network: str, precision: str, keep_freed: b
         case: With batch and shape.
         network: A name from :func:`replk_mm.analysis.benchmark.baseline.build_networks`.
         precision: See :class:`SyntheticBatch`.
-        keep_freed: See :func:`replk_mm.engine.machine.keep_freed_memory`.
+        keep_freed: See :func:`replk_mm.engine.process.keep_freed_memory`.
 
     Returns:
         None where the system does not report memory; the error's first line if the process failed.

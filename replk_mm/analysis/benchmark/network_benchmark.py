@@ -31,8 +31,8 @@ from replk_mm.analysis.benchmark.numerical_difference import (
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_to_bfloat16, model_kind
 from replk_mm.analysis.complexity import count_parameters
 from replk_mm.analysis.timing import Call, print_progress, time_interleaved, trim_heap
-from replk_mm.engine.machine import keep_freed_memory
-from replk_mm.errors import UserError, explained, first_line
+from replk_mm.engine.process import keep_freed_memory
+from replk_mm.errors import UserError, explain_errors, first_line
 
 #: Seconds of sleep before each call if other engines take part: their threads and torch's spin for a while.
 _PAUSE = 0.01
@@ -140,7 +140,9 @@ class NetworkBenchmark:
         for name, net in self.networks.items():
             net.load_state_dict(self._buffers[name], strict=False)
         set_input_size(self.networks.values(), shape)
-        failing = explained(f'{case.config}: {case.mode} of {size} fails', 'Try another --shape or a smaller --batch.')
+        failing = explain_errors(
+            f'{case.config}: {case.mode} of {size} fails', 'Try another --shape or a smaller --batch.'
+        )
         with failing, tempfile.TemporaryDirectory() as folder:
             synthetic = SyntheticBatch(self.cfg, self.networks[OURS], case.batch, shape, case.device)
             rows = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from replk_mm.engine import results
+from replk_mm.engine.record import environment_info, replace_non_finite
 from replk_mm.environment import describe_machine
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
@@ -50,12 +50,12 @@ def describe_environment(keeps_freed_memory: bool) -> dict:
     """Everything about this machine that a time depends on; None for unknown values.
 
     Args:
-        keeps_freed_memory: Result of :func:`replk_mm.engine.machine.keep_freed_memory`.
+        keeps_freed_memory: Result of :func:`replk_mm.engine.process.keep_freed_memory`.
     """
     machine = describe_machine()
     installed = {distribution.metadata['Name'] for distribution in metadata.distributions()}
     return {
-        **results.environment(),
+        **environment_info(),
         'interop_threads': torch.get_num_interop_threads(),
         **{name: metadata.version(name) for name in _PACKAGES if name in installed},
         'cores': machine['usable_cpus'],
@@ -79,7 +79,7 @@ def _commit() -> str | None:
 
 def record_to_json(record: dict) -> str:
     """A record as strict JSON; null for missing values and for those that are not finite."""
-    return json.dumps(results.finite(record), indent=2, allow_nan=False)
+    return json.dumps(replace_non_finite(record), indent=2, allow_nan=False)
 
 
 def write_record(record: dict, folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from replk_mm.analysis.benchmark.numerical_difference import CLASS_MAP
 from replk_mm.deploy.equivalence import network_outputs
 from replk_mm.engine.config import fit_to_machine
-from replk_mm.engine.explain import explaining
+from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.wrappers import num_classes_of
 from replk_mm.errors import UserError
 from replk_mm.ops import prepack
@@ -163,7 +163,7 @@ class SyntheticBatch:
             for key in ('dtype', 'loss_scale'):
                 cfg.optim_wrapper.pop(key, None)
         fit_to_machine(cfg, 'bf16' if precision == 'autocast' else None, self.device, 1)
-        with explaining(cfg, 'optim_wrapper'):
+        with explain_build_errors(cfg, 'optim_wrapper'):
             wrapper = build_optim_wrapper(net, cfg.optim_wrapper)
         for group in wrapper.optimizer.param_groups:
             group['lr'] = 0.0

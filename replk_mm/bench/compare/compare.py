@@ -12,7 +12,7 @@ import numpy as np
 
 from replk_mm.bench.compare import results
 from replk_mm.bench.compare.results import Result, Source
-from replk_mm.engine.results import write as write_results
+from replk_mm.engine.record import write_record
 from replk_mm.errors import UserError, printable
 from replk_mm.files import write_atomic
 
@@ -416,7 +416,7 @@ def write(found: dict, out: Path) -> list[Path]:
     """
     pictures = found.get('pictures', [])
     files = [out / 'compare.json', out / 'compare.md']
-    write_results(found, files[0])
+    write_record(found, files[0])
     try:
         shown = [f'\n![Images that changed most]({name})' for name in pictures]
         write_atomic(files[1], '\n'.join([*lines(found), *shown, '']))

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from replk_mm.bench.report.formatting import leaves
 from replk_mm.data.classes import use_classes
-from replk_mm.engine.config import file_of, load_config, set_data_root
+from replk_mm.engine.config import load_config, resolve_config_path, set_data_root
 from replk_mm.errors import UserError, command_line, format_list
 
 #: A figure; JSON holds numbers of any number of digits.
@@ -241,8 +241,9 @@ def config_of(result: Result, source: Source, root: str | None) -> Config:
 def _is_known(path: str) -> bool:
     """Whether a config is one of an installed package, of this project, or in ``configs`` of the working directory."""
     package, installed, _ = path.partition('::')
-    roots = [file_of(f'{package}::.')] if installed else [Path('configs'), Path(__file__).parents[3] / 'configs']
-    return any(file_of(path).resolve().is_relative_to(root.resolve()) for root in roots)
+    folders = [Path('configs'), Path(__file__).parents[3] / 'configs']
+    roots = [resolve_config_path(f'{package}::.')] if installed else folders
+    return any(resolve_config_path(path).resolve().is_relative_to(root.resolve()) for root in roots)
 
 
 def data_root(a: Result, b: Result, source: Source) -> str | None:

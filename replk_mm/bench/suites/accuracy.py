@@ -15,9 +15,9 @@ from replk_mm.bench.suites.progress_hook import add_progress_hook
 from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.worker import MeasurementResult
 from replk_mm.data.datasets import as_list, datasets_of
-from replk_mm.engine import results
 from replk_mm.engine.evaluate import Evaluation, evaluate
-from replk_mm.engine.machine import Options
+from replk_mm.engine.process import RunOptions
+from replk_mm.engine.record import evaluation_record, test_protocol, write_record
 from replk_mm.errors import UserError
 
 #: The metric that ranks rows, with its unit: the first that a test reports.
@@ -48,7 +48,7 @@ def metric(task: Task) -> MeasurementResult:
     )
     out = task.folder / 'test'
     if get_rank() == 0:
-        results.write(results.record(cfg, checkpoint, found, False), out / 'metrics.json')
+        write_record(evaluation_record(cfg, checkpoint, found, False), out / 'metrics.json')
     merged = reparameterize_on_meta(build_on_meta(load_task_config(task)))[1].merged
     if merged and not found.meta.get('replk_mm', {}).get('reparameterized'):
         values['reparameterized'] = dict(metrics=_finite(_test(task, checkpoint, True)[1].metrics))
@@ -59,9 +59,7 @@ def metric(task: Task) -> MeasurementResult:
     return MeasurementResult(
         values,
         metric_protocol(task, cfg, data),
-        dict(
-            data=where, loaded=found.load, seconds=found.seconds, notes=found.notes, test=results.protocol(cfg, False)
-        ),
+        dict(data=where, loaded=found.load, seconds=found.seconds, notes=found.notes, test=test_protocol(cfg, False)),
         dict(predictions=out / 'predictions', metrics=out / 'metrics.json'),
     )
 
@@ -69,7 +67,7 @@ def metric(task: Task) -> MeasurementResult:
 def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluation]:
     cfg = load_task_config(task)
     add_progress_hook(cfg, task.folder / 'test' / 'progress.json')
-    options = Options(
+    options = RunOptions(
         data_root=task.data_root, work_dir=str(task.folder / 'test_logs'), launcher=task.launcher, device=task.device
     )
     return cfg, evaluate(

@@ -26,8 +26,8 @@ from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.worker import MeasurementResult
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine.inference import build_for_inference
-from replk_mm.engine.machine import select_device
-from replk_mm.engine.results import environment
+from replk_mm.engine.process import select_device
+from replk_mm.engine.record import environment_info
 from replk_mm.errors import UserError
 from replk_mm.ops import prepack
 
@@ -119,7 +119,7 @@ def _case(task: Task) -> tuple[BenchmarkCase, Config]:
 
 
 def _machine(case: BenchmarkCase) -> dict[str, Any]:
-    of = environment()
+    of = environment_info()
     return dict(
         device=of['gpu'] if case.device != 'cpu' else 'cpu',
         cpu=of['cpu'],

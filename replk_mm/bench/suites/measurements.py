@@ -12,7 +12,7 @@ from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.training import curve, train
 from replk_mm.bench.suites.worker import Measure, MeasurementResult
 from replk_mm.data.datasets import datasets_of
-from replk_mm.engine.results import environment as environment
+from replk_mm.engine.record import environment_info as environment  # noqa: F401 (the worker calls it)
 
 #: Images of an effective receptive field, as in the paper.
 _ERF_IMAGES = 50

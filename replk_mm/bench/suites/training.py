@@ -18,8 +18,8 @@ from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.worker import MeasurementResult
 from replk_mm.data.datasets import as_list, crop_of
 from replk_mm.engine import train as engine
-from replk_mm.engine.machine import Options, processes_of
 from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.process import RunOptions, processes_of
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
 
@@ -39,7 +39,7 @@ def train(task: Task) -> MeasurementResult:
     begun = last_checkpoint(folder) if folder.is_dir() else None
     notes = prepare_training(
         cfg,
-        Options(
+        RunOptions(
             data_root=task.data_root,
             work_dir=str(folder),
             max_iters=task.row.iterations,

@@ -23,7 +23,7 @@ import psutil
 
 from replk_mm.bench import records
 from replk_mm.bench.suites.task import Task, utc_now
-from replk_mm.errors import INTERRUPTED_STATUS, UserError, message_of
+from replk_mm.errors import INTERRUPTED_STATUS, UserError, user_message
 
 #: Environment variable with the process id of the suite.
 SUITE_PID = 'REPLK_MM_SUITE_PID'
@@ -81,7 +81,7 @@ def run_task(task: Task, table: Mapping[str, Measure], environment: dict[str, An
 def describe_error(error: BaseException) -> str:
     """An error in words: the message of a user error, or type and first line of another one."""
     if isinstance(error, UserError):
-        return message_of(error)
+        return user_message(error)
     return f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'
 
 
@@ -152,7 +152,7 @@ def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', pa
 
 
 if __name__ == '__main__':
-    from replk_mm.engine.machine import setup_process
+    from replk_mm.engine.process import setup_process
 
     setup_process()
     sys.exit(main(sys.argv[1]))

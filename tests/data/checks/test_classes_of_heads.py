@@ -12,8 +12,8 @@ from replk_mm.data.class_heads import classes_per_head
 from replk_mm.data.classes import set_classes
 from replk_mm.data.scenes.spec import DEMO_CLASSES
 from replk_mm.engine.config import build_model
-from replk_mm.engine.machine import Options
-from replk_mm.engine.prepare import counts_of, prepare_data
+from replk_mm.engine.prepare import head_class_counts, prepare_data
+from replk_mm.engine.process import RunOptions
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -37,7 +37,7 @@ def test_categories_that_are_no_classes_are_rejected(own):
 @pytest.mark.parametrize('classes', ['helmet,vest,traffic light', 'auto'])
 def test_named_classes_are_accepted(own, classes):
     cfg = at(own)
-    notes = prepare_data(cfg, Options(classes=classes), BOTH)
+    notes = prepare_data(cfg, RunOptions(classes=classes), BOTH)
     assert classes_per_head(cfg.model) == {'model.roi_head.bbox_head': 3, 'model.roi_head.mask_head': 3}
     assert notes[0].startswith('classes: 3, from') and 'helmet, vest, traffic light' in notes[0]
 
@@ -47,7 +47,7 @@ def test_mmdets_order_of_classes_is_a_warning(own):
         cfg = at(own)
         for loader in (cfg.train_dataloader, cfg.val_dataloader):
             loader.dataset.type = kind
-        notes = prepare_data(cfg, Options(classes='vest,helmet,traffic light'), BOTH)
+        notes = prepare_data(cfg, RunOptions(classes='vest,helmet,traffic light'), BOTH)
         assert any('helmet, vest, traffic light' in note and 'replk_mm.CocoDataset' in note for note in notes) is warned
 
 
@@ -64,7 +64,7 @@ def test_files_that_disagree_are_named(tmp_path, classes):
     message = rejection(at(root), classes)
     assert 'instances_val2017.json' in message.splitlines()[0] and 'jacket' in message.splitlines()[0]
     assert '--classes helmet,vest,jacket' in message
-    assert prepare_data(at(root), Options(classes='helmet,vest,jacket'), BOTH)
+    assert prepare_data(at(root), RunOptions(classes='helmet,vest,jacket'), BOTH)
 
 
 @pytest.mark.parametrize('names', [[f'kind {i}' for i in range(21)], ['helmet, yellow', 'vest']])
@@ -78,16 +78,16 @@ def test_some_of_the_80_classes_are_enough(tmp_path):
     root = write_coco_root(tmp_path / 'data', ('person', 'bicycle', 'car'))
     for file in (root / 'annotations').iterdir():
         change(file, lambda d: d['categories'].insert(0, dict(id=0, name='objects')))
-    assert [n for n in prepare_data(at(root), Options(), BOTH) if '3 of 81 classes occur, 12 objects' in n]
+    assert [n for n in prepare_data(at(root), RunOptions(), BOTH) if '3 of 81 classes occur, 12 objects' in n]
 
 
 def test_some_of_the_categories_may_be_chosen(own):
-    notes = prepare_data(at(own), Options(classes='vest'), BOTH)
+    notes = prepare_data(at(own), RunOptions(classes='vest'), BOTH)
     assert any('are none of the 1 classes of train_dataloader.dataset (vest): helmet' in note for note in notes)
 
 
 def test_photographs_train_with_three_of_80_classes(reference):
-    notes = prepare_data(at(reference / 'data/camvid/coco'), Options(), BOTH)
+    notes = prepare_data(at(reference / 'data/camvid/coco'), RunOptions(), BOTH)
     assert sum('3 of 80 classes occur' in note for note in notes) == 2
 
 
@@ -102,7 +102,7 @@ def test_heads_and_data_must_have_one_number(own):
     assert all(f'{setting}=80' in message for setting in settings)
     assert f'set the heads: --cfg-options {settings[0]}=3 {settings[1]}=3' in message
     cfg.merge_from_dict(dict.fromkeys(settings, 3))
-    assert prepare_data(cfg, Options(), BOTH)
+    assert prepare_data(cfg, RunOptions(), BOTH)
 
 
 def test_heads_whose_config_states_no_number_are_looked_at_too(own):
@@ -111,9 +111,9 @@ def test_heads_whose_config_states_no_number_are_looked_at_too(own):
         head.pop('num_classes')  # mmdet's default is COCO's 80
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=OWN)
-    prepare_data(cfg, Options(), BOTH)
+    prepare_data(cfg, RunOptions(), BOTH)
     with pytest.raises(UserError, match=r'has 3 classes .*model.roi_head.bbox_head.num_classes=80'):
-        check_heads(cfg, counts_of(build_model(cfg, 'meta')), BOTH)
+        check_heads(cfg, head_class_counts(build_model(cfg, 'meta')), BOTH)
 
 
 def test_segmentation_heads_and_data_must_have_one_number(tiny, tmp_path):

@@ -17,7 +17,7 @@ from replk_mm.errors import UserError
 from replk_mm.files import sha256, write_atomic
 
 
-def protocol(cfg: Config, tta: bool) -> dict:
+def test_protocol(cfg: Config, tta: bool) -> dict:
     """How images were tested: whole or sliding window, scales, flips."""
     model = cfg.model.get('module', cfg.model)  # wrapped for test-time augmentation
     found = dict(model.get('test_cfg') or {})
@@ -28,7 +28,7 @@ def protocol(cfg: Config, tta: bool) -> dict:
     return found
 
 
-def environment() -> dict:
+def environment_info() -> dict:
     """Versions and hardware that a figure depends on."""
     import mmcv
     import mmengine
@@ -61,32 +61,32 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
+def evaluation_record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
     """A test's figures with everything that they depend on; finite numbers and None only."""
     path = fetch_checkpoint(checkpoint)
     roots = dict.fromkeys(str(dataset.get('data_root')) for dataset in datasets_of(cfg, ('test',)))
     merged = result.meta.get('replk_mm', {}).get('reparameterized')
-    return finite(
+    return replace_non_finite(
         dict(
             metrics=result.metrics,
             per_class=result.per_class,
             config=str(cfg.filename),
             checkpoint=dict(path=str(path), sha256=sha256(path), iteration=result.meta.get('iter'), loaded=result.load),
             reparameterized=str(result.changes) if result.changes else ('in the checkpoint' if merged else None),
-            protocol=protocol(cfg, tta),
+            protocol=test_protocol(cfg, tta),
             data=dict(root=', '.join(roots), images=result.images),
             seconds=round(result.seconds, 3),
-            environment=environment(),
+            environment=environment_info(),
         )
     )
 
 
-def finite(node):
+def replace_non_finite(node):
     """A nest of plain data with None for numbers that are not finite."""
     if isinstance(node, dict):
-        return {str(key): finite(value) for key, value in node.items()}
+        return {str(key): replace_non_finite(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return [finite(value) for value in node]
+        return [replace_non_finite(value) for value in node]
     if isinstance(node, bool) or node is None or isinstance(node, (str, int)):
         return node
     try:
@@ -96,7 +96,7 @@ def finite(node):
     return number if math.isfinite(number) else None
 
 
-def write(found: dict, path: Path) -> None:
+def write_record(found: dict, path: Path) -> None:
     """Write a record as JSON.
 
     Raises:

@@ -15,7 +15,7 @@ from replk_mm.errors import UserError, did_you_mean
 
 
 @contextmanager
-def explaining(cfg: Config, what: str) -> Iterator[None]:
+def explain_build_errors(cfg: Config, what: str) -> Iterator[None]:
     """Turn errors of building into a message that names the field.
 
     Args:
@@ -38,7 +38,7 @@ def _explain(cfg: Config, error: Exception, what: str) -> str:
     whole = what in cfg
     fields = [
         (path, part)
-        for path, part in walk(cfg[what] if whole else cfg._cfg_dict, what if whole else '')
+        for path, part in walk_dicts(cfg[what] if whole else cfg._cfg_dict, what if whole else '')
         if 'type' in part
     ]
     missing = re.match(r'(\S+) is not in the (?:\S+::)?(.+) registry', text)
@@ -108,12 +108,12 @@ def _arguments(kind: object) -> list[str]:
     return []
 
 
-def walk(node: object, path: str = '') -> Iterator[tuple[str, dict]]:
+def walk_dicts(node: object, path: str = '') -> Iterator[tuple[str, dict]]:
     """Every dict in nested dicts, lists and tuples, outer ones first, with its path, such as ``model.bbox_head[0]``."""
     if isinstance(node, dict):
         yield path, node
         for key, value in node.items():
-            yield from walk(value, f'{path}.{key}' if path else str(key))
+            yield from walk_dicts(value, f'{path}.{key}' if path else str(key))
     elif isinstance(node, (list, tuple)):
         for i, value in enumerate(node):
-            yield from walk(value, f'{path}[{i}]')
+            yield from walk_dicts(value, f'{path}[{i}]')

@@ -21,7 +21,7 @@ from replk_mm.logs import limit_terminal, log_python_warnings
 
 
 @dataclass
-class Options:
+class RunOptions:
     """What a command line may say of a run.
 
     Attributes:
