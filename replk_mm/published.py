@@ -1,6 +1,6 @@
-"""Published results: what the papers and their repositories report, quoted, row by row.
+"""Published results, quoted from the papers and their repositories.
 
-The rows live in ``published.yaml``; nothing in it was measured by this project.
+The rows are in ``published.yaml``; none of them was measured by this project.
 """
 
 from collections.abc import Mapping
@@ -13,29 +13,29 @@ import yaml
 
 DATA = Path(__file__).with_name('published.yaml')
 
-#: The metrics a row may state, in the order in which a table shows them.
+#: Metrics that a row may have, in the order of the columns of a table.
 METRICS = ('miou_ss', 'miou_ms', 'ap_box', 'ap_mask')
 
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """One published row: a backbone, what it was trained on, and what it reached."""
+    """One published row: a backbone, its training, and its metrics."""
 
-    task: str  # 'segmentation' or 'detection'
-    backbone: str  # the paper's name, such as 'RepLKNet-31B'
-    pretraining: str  # of the backbone
-    dataset: str  # of training and evaluation
-    method: str  # 'UperNet', 'Cascade Mask R-CNN' ...
-    schedule: str  # length of the training, in words
-    crop: int | None  # side of the training crop in pixels; None for detection
-    metrics: Mapping[str, float]  # percent, by name; without those that the source does not state
-    params_m: float  # of the whole model, millions
-    flops_g: float  # billions of multiply-accumulates at `input`
-    input: tuple[int, int]  # height and width in pixels
-    source: str  # paper and repository
-    recipe: str  # name in table('recipes')
-    variant: str | None  # of the recipe, if it has several
-    config: str | None  # name of the file that follows the recipe, if there is one
+    task: str  #: ``'segmentation'`` or ``'detection'``
+    backbone: str  #: name in the paper, such as ``'RepLKNet-31B'``
+    pretraining: str  #: data of the pretraining
+    dataset: str  #: data of training and evaluation
+    method: str  #: ``'UperNet'``, ``'Cascade Mask R-CNN'`` ...
+    schedule: str  #: length of the training, as text
+    crop: int | None  #: side of the training crop in pixels; None for detection
+    metrics: Mapping[str, float]  #: in percent, by name; without those that the source does not report
+    params_m: float  #: parameters of the whole model, in millions
+    flops_g: float  #: multiply-accumulates at ``input``, in billions
+    input: tuple[int, int]  #: height and width in pixels
+    source: str  #: paper and repository
+    recipe: str  #: name in ``table('recipes')``
+    variant: str | None  #: variant of the recipe, if it has several
+    config: str | None  #: file name of the config that follows the recipe, if there is one
 
     @property
     def family(self) -> str:
@@ -81,7 +81,7 @@ def for_config(config: str | Path) -> PublishedResult | None:
     """The row whose recipe a config follows.
 
     Args:
-        config: path or bare name of the config file, with or without ``.py``.
+        config: Path or name of the config file, with or without ``.py``.
 
     Returns:
         The row, or None for a config without a published counterpart.

@@ -1,10 +1,10 @@
-"""Effective receptive field: the contribution of each pixel of an image to the centre of a feature map.
+"""Effective receptive field: the contribution of each pixel of an image to the center of a feature map.
 
 Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", 2016, take the gradient
-of the centre with respect to the image. This module follows Ding et al., "Scaling Up Your Kernels to 31x31"
+of the center with respect to the image. This module follows Ding et al., "Scaling Up Your Kernels to 31x31"
 (arXiv 2203.06717; the folder erf/ of their repository):
 
-- The centre is position ``[H // 2, W // 2]`` of the map, after ReLU, summed over the channels.
+- The center is position ``[H // 2, W // 2]`` of the map, after ReLU, summed over the channels.
 - The *contribution score* of a pixel is the positive part of the gradient, summed over the channels of the image and
   averaged over images.
 - The *paper's scale* is log10(score + 1) divided by its largest value. Heat maps show it, and the published areas use
@@ -19,10 +19,8 @@ ten times as large therefore give other areas in that scale, and areas of the sc
 import copy
 import hashlib
 import json
-import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from pydantic import BaseModel, NonNegativeInt, PositiveInt
@@ -88,7 +85,7 @@ class Erf(BaseModel):
 
     @property
     def offset(self) -> tuple[float, float] | None:
-        """Centre of gravity of the scores in pixels below and to the right of the middle; None if all are 0.
+        """Center of gravity of the scores in pixels below and to the right of the middle; None if all are 0.
 
         A map's middle position lies over pixel ``size // 2`` in networks whose strided convolutions are padded
         (ResNet). In networks that cut the image into patches (ConvNeXt, Swin) it lies over the patch that starts there.
@@ -126,7 +123,7 @@ class Erf(BaseModel):
             )
         if self.silent:
             notes.append(
-                f'{self.silent} of {self.images} images contribute nothing: in every channel, the centre of the map '
+                f'{self.silent} of {self.images} images contribute nothing: in every channel, the center of the map '
                 f'is at most 0 or its gradient is nowhere positive'
                 + ('; there are no areas' if self.silent == self.images else '')
             )
@@ -195,7 +192,7 @@ def paper_scale(scores: np.ndarray) -> np.ndarray:
 
 
 def areas(matrix: np.ndarray) -> dict[str, dict[str, Any]]:
-    """The smallest centred square that holds each of :data:`SHARES` of a matrix's sum.
+    """The smallest centered square that holds each of :data:`SHARES` of a matrix's sum.
 
     Args:
         matrix: ``(size, size)``, nowhere negative.
@@ -298,18 +295,17 @@ def measure_erf(
     name, config = f'{str(node.type).rpartition(".")[2]} {size_of}'.strip(), Path(str(cfg.filename)).stem
     backbone, weights = _load_backbone(cfg, node, checkpoint, pretrained, seed, randomize, target)
     total, silent, index, shape = torch.zeros(size, size, dtype=torch.float64), 0, 0, torch.Size()
-    with _log_warnings_only():
-        for path in track(files, 'images', console=Console(stderr=True), disable=not progress):
-            image = read_image(path, size, mean, std, rgb).to(target)
-            with explain_errors(f'{config}: {name} fails on an image of {size}x{size}', 'Try another --size.'):
-                scores, index, shape = contributions(backbone, image, stage)
-            if not scores.isfinite().all():
-                raise UserError(
-                    f'{path}: the gradient of {name} is not finite with this image\n'
-                    f'Weights: {weights}. Remove the image, or use other weights.'
-                )
-            total += scores.cpu()
-            silent += not scores.any().item()
+    for path in track(files, 'images', console=Console(stderr=True), disable=not progress):
+        image = read_image(path, size, mean, std, rgb).to(target)
+        with explain_errors(f'{config}: {name} fails on an image of {size}x{size}', 'Try another --size.'):
+            scores, index, shape = contributions(backbone, image, stage)
+        if not scores.isfinite().all():
+            raise UserError(
+                f'{path}: the gradient of {name} is not finite with this image\n'
+                f'Weights: {weights}. Remove the image, or use other weights.'
+            )
+        total += scores.cpu()
+        silent += not scores.any().item()
     source = checkpoint or pretrained
     file = fetch_checkpoint(source) if source else None
     erf = Erf(
@@ -401,7 +397,7 @@ def _build_backbone(
 ) -> tuple[nn.Module, str]:
     """The backbone as it is before training, and a description of its weights."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with explain_build_errors(cfg, 'model'), torch.random.fork_rng(), _log_warnings_only():
+    with explain_build_errors(cfg, 'model'), torch.random.fork_rng():
         torch.manual_seed(seed)
         backbone = MODELS.build(node)
         if hasattr(backbone, 'init_weights'):
@@ -438,18 +434,6 @@ def _normalization(node: ConfigDict | None) -> tuple[tuple[float, ...], tuple[fl
         tuple(float(value) for value in node.get(key) or (default,) * 3) for key, default in (('mean', 0), ('std', 1))
     )
     return mean, std, bool(node.get('bgr_to_rgb') or node.get('rgb_to_bgr'))  # both swap the channels of BGR images
-
-
-@contextmanager
-def _log_warnings_only() -> Iterator[None]:
-    """Limit mmengine's log to warnings."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def image_files(folder: Path, count: int) -> list[Path]:

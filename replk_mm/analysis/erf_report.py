@@ -31,7 +31,7 @@ def disambiguate(found: Sequence[Erf], paths: Sequence[Path]) -> list[Erf]:
 
 
 def format_tables(found: Sequence[Erf]) -> str:
-    """Markdown tables of the smallest centred squares in both scales, with their protocol."""
+    """Markdown tables of the smallest centered squares in both scales, with their protocol."""
     head = f'| Backbone | Weights | Map | {" | ".join(f"{100 * share:g} %" for share in SHARES)} |'
     lines: list[str] = []
     for title, scale in (
@@ -39,7 +39,7 @@ def format_tables(found: Sequence[Erf]) -> str:
         ('of the contribution scores themselves', lambda scores: scores),
     ):
         lines += [
-            f'Smallest centred square that holds a share {title}: side in pixels, share of the image',
+            f'Smallest centered square that holds a share {title}: side in pixels, share of the image',
             '',
             head,
             f'|{" --- |" * (3 + len(SHARES))}',
@@ -56,7 +56,7 @@ def format_tables(found: Sequence[Erf]) -> str:
         lines.append('')
     offsets = (f'{erf.backbone} {erf.offset[0]:+.1f}, {erf.offset[1]:+.1f}' for erf in found if erf.offset)
     lines += [
-        f'Centre of gravity of the scores, pixels below and right of the middle: {"; ".join(offsets) or "none"}.',
+        f'Center of gravity of the scores, pixels below and right of the middle: {"; ".join(offsets) or "none"}.',
         '',
     ]
     sets = sorted({erf.image_set[:12] for erf in found})
@@ -152,7 +152,7 @@ def draw_heat_maps(found: Sequence[Erf], path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     try:
-        # A palette needs a third of the space of full colour, because noisy maps hardly compress.
+        # A palette needs a third of the space of full color, because noisy maps hardly compress.
         Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256).save(path, optimize=True)
     except OSError as error:
         raise UserError(

@@ -45,8 +45,8 @@ DEFINITION = (
 )
 #: Largest number of objects in the picture and in one of its rows; side of each in pixels.
 _SHOWN, _COLUMNS, _SIDE = 12, 4, 144
-# Colours of Okabe and Ito, distinct for colour-blind readers.
-_COLOURS = {'shape': '#0072B2', 'texture': '#D55E00', 'other': '#555555'}
+# Colors of Okabe and Ito, distinct for color-blind readers.
+_COLORS = {'shape': '#0072B2', 'texture': '#D55E00', 'other': '#555555'}
 
 
 @dataclass(frozen=True)
@@ -244,13 +244,13 @@ def _draw_decisions(
         axis.axis('off')
     for axis, (decision, image, predicted) in zip(axes, ordered, strict=False):
         item = decision.item
-        # Only classes of objects are coloured, since others do not count for the decision.
+        # Only classes of objects are colored, since others do not count for the decision.
         painted = overlay(image, np.where(np.isin(predicted, list(classes.values())), predicted, 255), palette)
         axis.imshow(np.hstack([_crop(image, item), _crop(painted, item)])[:, :, ::-1])
         axis.set_title(
             f'shape {item.shape}, texture {item.texture}\ndecided: {decision.decided or "nothing"} ({decision.cue})',
             fontsize=8.5,
-            color=_COLOURS[decision.cue],
+            color=_COLORS[decision.cue],
         )
     used = [name for name, index in classes.items() if any((predicted == index).any() for _, _, predicted in ordered)]
     figure.legend(

@@ -6,14 +6,12 @@ run in turns in one process, and their results are compared: exit status 1 if th
 
 import argparse
 import contextlib
-import logging
 import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import torch
-from mmengine.logging import MMLogger
 
 from replk_mm import cli
 from replk_mm.analysis.benchmark import network_benchmark, operator_benchmark, report
@@ -157,8 +155,6 @@ def parse_args() -> argparse.Namespace:
 
 def run_benchmark(args: argparse.Namespace) -> dict:
     device, kept = select_device(args.device), keep_freed_memory()
-    # Suppresses what the libraries log while they build networks.
-    MMLogger.get_instance('benchmark', log_level=logging.WARNING)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.what == 'op':
         points = [

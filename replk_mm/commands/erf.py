@@ -1,4 +1,4 @@
-"""Measure the effective receptive field of a backbone: the pixels that contribute to the centre of its feature map.
+"""Measure the effective receptive field of a backbone: the pixels that contribute to the center of its feature map.
 
 CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is installed with a package
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). Writes erf.json (areas, protocol), erf.npz (scores of all

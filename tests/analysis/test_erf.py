@@ -79,12 +79,12 @@ def config(**model) -> Config:
     return Config(dict(model=model), cfg_text='given', filename='given.py')
 
 
-def paint(folder: Path, *colours) -> Path:
-    """A folder with an image of each colour (one number or three), of different shapes."""
+def paint(folder: Path, *colors) -> Path:
+    """A folder with an image of each color (one number or three), of different shapes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, colour in enumerate(colours):
+    for i, color in enumerate(colors):
         shape = 20 + 7 * i, 31, 3
-        Image.fromarray(np.broadcast_to(np.uint8(colour), shape).copy()).save(folder / f'{i}.png')
+        Image.fromarray(np.broadcast_to(np.uint8(color), shape).copy()).save(folder / f'{i}.png')
     return folder
 
 
@@ -130,7 +130,7 @@ def test_closed_form_of_ones(tmp_path, white):
 @pytest.mark.parametrize('size', [32, 33])
 @pytest.mark.parametrize('stage', [0, 1, 2])
 def test_closed_form_of_strided_ones(tmp_path, white, size, stage):
-    """Position p is centred at stride * p; the step of a layer is the product of the strides before it."""
+    """Position p is centered at stride * p; the step of a layer is the product of the strides before it."""
     strides = (2, 1, 2)
     found = measure_erf(
         config(type='test_erf_ones', strides=strides), None, white, size, 1, tmp_path / 'out', stage=stage
@@ -142,16 +142,16 @@ def test_closed_form_of_strided_ones(tmp_path, white, size, stage):
         axis = np.convolve(axis, taps)
         step *= stride
         side = (side - 1) // stride + 1
-    centre = step * (side // 2)
+    center = step * (side // 2)
     expected = np.zeros(size)
-    expected[centre - len(axis) // 2 : centre + len(axis) // 2 + 1] = axis
+    expected[center - len(axis) // 2 : center + len(axis) // 2 + 1] = axis
     assert np.abs(found.scores - 3 * np.outer(expected, expected)).max() < 1e-6
     assert found.map_size == (side, side)
-    assert found.offset == pytest.approx((centre - size // 2,) * 2)
+    assert found.offset == pytest.approx((center - size // 2,) * 2)
 
 
 def test_negative_parts_are_dropped_channel_by_channel(tmp_path, white):
-    """ReLU on the centre of every channel of the map, and on the gradient of every channel of the image."""
+    """ReLU on the center of every channel of the map, and on the gradient of every channel of the image."""
     weight = torch.randn(4, 3, 5, 5)
     net = config(type='test_erf_function', call=lambda x: torch.nn.functional.conv2d(x, weight, padding=2))
     found = measure_erf(net, None, white, 15, 1, tmp_path / 'out')
@@ -199,7 +199,7 @@ def test_scores_by_finite_differences(name):
     assert (stage, shape) == (3, (1, 64, 2, 2))
 
     @torch.no_grad()
-    def centre(x):
+    def center(x):
         return net(x)[-1][0, :, 1, 1].clamp(min=0).sum().item()
 
     step = 1e-5
@@ -209,7 +209,7 @@ def test_scores_by_finite_differences(name):
             moved = [image.clone() for _ in range(2)]
             for sign, x in zip((1, -1), moved, strict=True):
                 x[0, channel, row, column] += sign * step
-            expected += max(0.0, (centre(moved[0]) - centre(moved[1])) / (2 * step))
+            expected += max(0.0, (center(moved[0]) - center(moved[1])) / (2 * step))
         assert scores[row, column].item() == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
@@ -293,7 +293,7 @@ def test_weights_of_a_checkpoint(tiny, tmp_path):
         tmp_path / 'merged.pth',
     )
     found = measure_erf(cfg, str(tmp_path / 'model.pth'), photo, 64, 1, tmp_path / 'out')
-    # RGB as in the config's preprocessor; the image has one colour, so that resizing does not change it.
+    # RGB as in the config's preprocessor; the image has one color, so that resizing does not change it.
     mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
     image = (torch.tensor([200, 30, 90.0]) - mean) / std
     expected = contributions(model.eval().backbone, image.view(1, 3, 1, 1).expand(1, 3, 64, 64))[0].numpy()

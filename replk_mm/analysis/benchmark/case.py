@@ -46,23 +46,15 @@ def load_case_config(case: BenchmarkCase) -> tuple[Config, list[str]]:
 
 
 def default_shape(config: str, options: dict | None) -> tuple[int, int]:
-    """Height and width in pixels of a config's training crop, or of the Resize in its test pipeline.
+    """Height and width in pixels of a config's training crop, or of its largest resized image.
 
     Raises:
         UserError: If the config has neither.
     """
-    cfg = load_config(config, options)
-    crop = crop_of(cfg)
-    if crop:
-        return crop
-    for step in cfg.test_dataloader.get('dataset', {}).get('pipeline', []):
-        scale = step.get('scale')
-        if 'Resize' in str(step.get('type')) and isinstance(scale, (tuple, list)) and len(scale) == 2:
-            short, long = (-(-side // 32) * 32 for side in sorted(scale))
-            return short, long
-    raise UserError(
-        f'{config}: the config has neither crop_size nor a Resize with a scale\nSet the size with --shape H W.'
-    )
+    crop = crop_of(load_config(config, options))
+    if not crop:
+        raise UserError(f'{config}: the config has no crop_size and no Resize with a scale\nUse --shape H W.')
+    return crop
 
 
 def set_input_size(nets: Iterable[nn.Module], shape: tuple[int, int]) -> None:

@@ -233,7 +233,7 @@ def _dense_outputs(net: nn.Module, image: Tensor) -> list[Tensor]:
 
 
 def _random_image(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """An image of coloured patches with noise, ``(3, H, W)`` uint8.
+    """An image of colored patches with noise, ``(3, H, W)`` uint8.
 
     Noise alone has the same mean everywhere, and norms over pooled maps would amplify rounding errors.
     """

@@ -219,9 +219,9 @@ def test_shape_that_the_network_cannot_take(convnext) -> None:
 def test_default_shape(tiny, tmp_path, convnext) -> None:
     assert default_shape(str(tiny.config), None) == (64, 64)
     resized = tmp_path / 'resized.py'
-    steps = "dict(dataset=dict(pipeline=[dict(type='Resize', scale=(1333, 800))]))"
-    resized.write_text(CONVNEXT.replace('test_dataloader = dict()', f'test_dataloader = {steps}'))
-    assert default_shape(str(resized), None) == (800, 1344)
+    steps = "dict(dataset=dict(type='CocoDataset', pipeline=[dict(type='Resize', scale=(1333, 800))]))"
+    resized.write_text(f'{CONVNEXT}train_dataloader = {steps}')
+    assert default_shape(str(resized), None) == (800, 1333)
     with pytest.raises(UserError, match='--shape'):
         default_shape(convnext, None)
 
