@@ -31,17 +31,11 @@ _TABLE[list(IDS)] = np.arange(len(IDS), dtype=np.uint8)
 
 @dataclass
 class Conversion:
-    """The result of a conversion.
+    """The result of a conversion."""
 
-    Attributes:
-        written: Number of label maps written.
-        kept: Number of existing label maps that were correct.
-        errors: One line per label map that could not be converted.
-    """
-
-    written: int = 0
-    kept: int = 0
-    errors: list[str] = field(default_factory=list)
+    written: int = 0  #: number of label maps written
+    kept: int = 0  #: number of existing label maps that were correct
+    errors: list[str] = field(default_factory=list)  #: one line per label map that could not be converted
 
 
 def to_train_ids(labels: np.ndarray) -> np.ndarray:

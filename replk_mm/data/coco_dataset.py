@@ -1,4 +1,4 @@
-"""COCO-style data whose labels are matched by name."""
+"""COCO-style data with labels that are matched by name."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from replk_mm.registry import DATASETS
 
 
 def categories_by_name(api: COCO, classes: list[str] | tuple[str, ...]) -> list[int | None]:
-    """For each class the id of the annotation file's category of that name, None where the file has none."""
+    """The category id of each class; None for classes that the annotation file lacks."""
     ids = {category['name']: i for i, category in api.cats.items()}
     return [ids.get(name) for name in classes]
 
 
 class _ByName(COCO):
-    """pycocotools' index, which returns one id for each class asked for."""
+    """The index of pycocotools, with one id per class in the order of the classes."""
 
     def get_cat_ids(self, cat_names: Any = [], sup_names: Any = [], cat_ids: Any = []) -> list:  # noqa: B006 (mmdet's)
         return categories_by_name(self, cat_names)
@@ -23,10 +23,10 @@ class _ByName(COCO):
 
 @DATASETS.register_module()
 class CocoDataset(MMDetCocoDataset):
-    """mmdet's data set, where class ``i`` of the metainfo is label ``i`` whatever categories the annotation file has.
+    """The data set of mmdet, but label ``i`` is always class ``i`` of the metainfo.
 
-    mmdet numbers the categories that a file shares with the metainfo in the file's order: with a file that has only
-    some of the 80 classes, or another order, label 2 is another class than in the metainfo and in a checkpoint.
+    mmdet numbers the categories in the order of the annotation file. If the file lacks some of the 80 classes, or has
+    another order, its labels are other classes than in the metainfo and in checkpoints.
     """
 
     COCOAPI = _ByName

@@ -1,4 +1,4 @@
-"""The data sets and metrics in a config: where they are, what class each is, what its arguments are."""
+"""Find the data sets and metrics in a config, their types and their arguments."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -11,16 +11,16 @@ from replk_mm.errors import UserError
 
 
 def datasets_of(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[ConfigDict]:
-    """The leaf data sets of the data loaders, wrappers (repeat, concatenate) opened."""
+    """The data sets of the data loaders, without wrappers (repeat, concatenate)."""
     for _, dataset in named_datasets(cfg, splits):
         yield dataset
 
 
 def named_datasets(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[tuple[str, ConfigDict]]:
-    """As :func:`datasets_of`, with the path of each, such as ``train_dataloader.dataset.dataset``.
+    """The data sets with their paths in the config, such as ``train_dataloader.dataset.dataset``.
 
     Raises:
-        UserError: If one is no data set.
+        UserError: If an entry is no data set.
     """
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
@@ -31,60 +31,56 @@ def named_datasets(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test
 
 def _leaves(dataset: Any, path: str) -> Iterator[tuple[str, ConfigDict]]:
     if not isinstance(dataset, dict) or 'type' not in dataset:
-        raise UserError(
-            f'{path}={dataset!r:.80}: this is no data set\nWrite {path}=dict(type=..., data_root=..., ...).'
-        )
+        raise UserError(f'{path}={dataset!r:.80}: not a data set\nWrite {path}=dict(type=..., data_root=..., ...).')
     inner = [(f'{path}.dataset', part) for part in as_list(dataset.get('dataset'))]
     inner += [(f'{path}.datasets.{i}', part) for i, part in enumerate(as_list(dataset.get('datasets')))]
     if not inner:
         yield path, dataset
-    for place, part in inner:
-        yield from _leaves(part, place)
+    for key, part in inner:
+        yield from _leaves(part, key)
 
 
 def named_metrics(cfg: Config, split: str) -> dict[str, ConfigDict]:
-    """Configs of the metrics of a split, by their path; none of the one that is trained on.
+    """The metrics of a split by their paths in the config.
 
     Raises:
-        UserError: If one is no metric.
+        UserError: If an entry is no metric.
     """
     key = f'{split}_evaluator'
     evaluator = cfg.get(key)
-    metrics = {
-        f'{key}.{i}' if isinstance(evaluator, (list, tuple)) else key: metric
-        for i, metric in enumerate(as_list(evaluator))
-    }
-    for place, metric in metrics.items():
+    is_list = isinstance(evaluator, (list, tuple))
+    metrics = {f'{key}.{i}' if is_list else key: metric for i, metric in enumerate(as_list(evaluator))}
+    for path, metric in metrics.items():
         if not isinstance(metric, dict):
-            raise UserError(f'{place}={metric!r:.80}: this is no metric\nWrite {place}=dict(type=..., ...).')
+            raise UserError(f'{path}={metric!r:.80}: not a metric\nWrite {path}=dict(type=..., ...).')
     return metrics
 
 
 def as_list(value) -> list:
-    """``value`` as a list: itself, of one item, or empty for None."""
+    """``value`` as a list: empty for None, of one item if it is no list."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def dataset_class(dataset: dict, scope: str) -> type:
-    """The class that the ``type`` of a data set names.
+    """The Python class of a data set.
 
     Raises:
-        UserError: If there is none.
+        UserError: If its ``type`` is unknown.
     """
     init_default_scope(scope)
-    # Not `DATASETS.get`: it does not look into the default scope, whose data sets may not be imported yet.
+    # `DATASETS.get` does not search the default scope, whose data sets may not be imported yet.
     with DATASETS.switch_scope_and_registry(dataset.get('_scope_', scope)) as registry:
         found = registry.get(dataset['type'])
     if found is None:
         raise UserError(
-            f'data set type {dataset["type"]!r}: there is no such data set in {scope} (data root '
-            f'{dataset.get("data_root")})\nCheck its spelling, and that its package is installed.'
+            f'data set type {dataset["type"]!r}: unknown in {scope} (data root {dataset.get("data_root")})\n'
+            f'Check its spelling, and that its package is installed.'
         )
     return found
 
 
 def dataset_option(dataset: dict, builder: type, key: str, fallback):
-    """An argument of a data set: from its config, or its type's default, or ``fallback``."""
+    """An argument of a data set: from its config, else the default of its type, else ``fallback``."""
     if key in dataset:
         return dataset[key]
     for owner in builder.__mro__:
@@ -95,18 +91,18 @@ def dataset_option(dataset: dict, builder: type, key: str, fallback):
 
 
 def is_coco_style(dataset: dict, scope: str) -> bool:
-    """Whether a data set reads COCO's instance annotations, and images by the file names in them."""
+    """Whether a data set reads instance annotations of COCO, and images by the file names in them."""
     kind = dataset_class(dataset, scope)
     index = getattr(kind, 'COCOAPI', None)
     if index is None or 'Panoptic' in index.__name__ or not str(dataset.get('ann_file') or '').endswith('.json'):
         return False
-    # Others (LVIS, Objects365) have a loader of their own, which changes the file names.
+    # Others (LVIS, Objects365) have their own loader, which changes the file names.
     reader = next((base for base in kind.__mro__ if 'load_data_list' in vars(base)), None)
     return reader is not None and (reader.__module__, reader.__name__) == ('mmdet.datasets.coco', 'CocoDataset')
 
 
 def crop_of(cfg: Config) -> tuple[int, int] | None:
-    """Training crop (height, width) in pixels, or what images are resized to at most; None if neither is configured."""
+    """Training crop (height, width), or else the largest size of resized images, pixels; None if not configured."""
     size = cfg.model.get('data_preprocessor', {}).get('size') or cfg.get('crop_size')
     if size is None:
         scales = [
@@ -114,15 +110,15 @@ def crop_of(cfg: Config) -> tuple[int, int] | None:
         ]
         if not scales:
             return None
-        # Images keep their aspect and may lie or stand; more of them lie.
+        # Images keep their aspect ratio; most are landscapes.
         size = max(min(scale) for scale in scales), max(max(scale) for scale in scales)
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _last_scales(pipeline: Sequence) -> list[tuple[int, int]]:
-    """Sizes that the last resizing or cropping step of a pipeline can give; of every branch, if there are several."""
+    """Sizes of the last resizing or cropping step of a pipeline, of all its branches."""
     for step in reversed(pipeline):
-        if isinstance(step, (list, tuple)):  # a branch, as all steps of this list are
+        if isinstance(step, (list, tuple)):  # the pipeline is a list of branches
             found = [scale for branch in pipeline for scale in _last_scales(branch)]
         elif 'transforms' in step:
             found = _last_scales(step['transforms'])

@@ -91,40 +91,24 @@ CODES: dict[str, tuple[str, str]] = {
 
 
 class Occurrence(NamedTuple):
-    """One of several occurrences of a finding.
+    """One of several occurrences of a finding."""
 
-    Attributes:
-        message: What is wrong.
-        entry: The entry of the file, such as ``'annotation 7'``. Defaults to none.
-        path: The file. Defaults to that of the finding.
-    """
-
-    message: str
-    entry: str = ''
-    path: str = ''
+    message: str  #: what is wrong
+    entry: str = ''  #: the entry of the file, such as ``'annotation 7'``
+    path: str = ''  #: the file; default: that of the finding
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: one fault, or all faults of one kind in a file or folder.
+    """What a check found: one fault, or all faults of one kind in a file or folder."""
 
-    Attributes:
-        code: A key of :data:`CODES`.
-        path: File or folder.
-        message: What is wrong; of several occurrences, their number and the first ones.
-        expected: Valid values. Defaults to none.
-        fix: What to do. Defaults to that of the code.
-        severity: One of :data:`SEVERITIES`. Defaults to that of the code.
-        occurrences: All occurrences. Defaults to one, with the message.
-    """
-
-    code: str
-    path: str
-    message: str
-    expected: str = ''
-    fix: str = ''
-    severity: str = ''
-    occurrences: tuple[Occurrence, ...] = ()
+    code: str  #: a key of :data:`CODES`
+    path: str  #: file or folder
+    message: str  #: what is wrong; of several occurrences, their number and the first ones
+    expected: str = ''  #: valid values
+    fix: str = ''  #: what to do; default: that of the code
+    severity: str = ''  #: one of :data:`SEVERITIES`; default: that of the code
+    occurrences: tuple[Occurrence, ...] = ()  #: all occurrences; default: one, with the message
 
     def __post_init__(self) -> None:
         severity, fix = CODES[self.code]

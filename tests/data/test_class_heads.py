@@ -88,9 +88,9 @@ def test_mmsegs_mask2former_keeps_the_weight_of_no_object():
     ('weights', 'expected', 'noted'),
     [
         ([2.0] * 80 + [0.5], [2.0] * 3 + [0.5], ''),
-        ([1.0] + [2.0] * 79 + [0.5], [1.0] * 3 + [0.5], 'is 1 for every class'),
-        ([2.0] * 80, None, 'left out'),
-        ([2.0] * 7, None, 'left out'),
+        ([1.0] + [2.0] * 79 + [0.5], [1.0] * 3 + [0.5], 'set to 1'),
+        ([2.0] * 80, None, 'removed'),
+        ([2.0] * 7, None, 'removed'),
         ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], ''),
         ([1.0, 2.0, 3.0, 0.5], [1.0, 2.0, 3.0, 0.5], ''),
     ],

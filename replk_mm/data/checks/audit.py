@@ -44,21 +44,13 @@ _CHUNK = 16
 
 @dataclass
 class Audit:
-    """The result of all checks.
+    """The result of all checks."""
 
-    Attributes:
-        config: The config file.
-        full: Whether every file was decoded, or a sample.
-        datasets: The data sets, each once.
-        general: Findings that concern no single data set.
-        seconds: Duration.
-    """
-
-    config: str
-    full: bool
-    datasets: list[DatasetReport] = field(default_factory=list)
-    general: list[Finding] = field(default_factory=list)
-    seconds: float = 0.0
+    config: str  #: the config file
+    full: bool  #: whether every file was decoded, or a sample
+    datasets: list[DatasetReport] = field(default_factory=list)  #: the data sets, each once
+    general: list[Finding] = field(default_factory=list)  #: findings that concern no single data set
+    seconds: float = 0.0  #: duration
 
     def findings(self) -> Iterator[tuple[str, Finding]]:
         """All findings with their split; '' for those of no single data set."""

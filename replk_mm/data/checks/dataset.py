@@ -25,71 +25,41 @@ class Sample:
 
 @dataclass(frozen=True)
 class LabelFormat:
-    """The ids that label maps of a data set may contain.
+    """The ids that label maps of a data set may contain."""
 
-    Attributes:
-        num_classes: Number of classes; None does not check ids.
-        reduce_zero_label: Whether 0 is ignored and 1 is the first class.
-    """
-
-    num_classes: int | None = None
-    reduce_zero_label: bool = False
+    num_classes: int | None = None  #: number of classes; None does not check ids
+    reduce_zero_label: bool = False  #: whether 0 is ignored and 1 is the first class
 
 
 @dataclass
 class Inspection:
-    """What one image and its label map contain.
+    """What one image and its label map contain."""
 
-    Attributes:
-        findings: What is wrong.
-        size: Width and height of the image, pixels; None if it is unreadable.
-        pixel_counts: Pixels of every label id.
-        digest: SHA-256 of the image file, if requested.
-    """
-
-    findings: list[Finding] = field(default_factory=list)
-    size: tuple[int, int] | None = None
-    pixel_counts: Mapping[int, int] = field(default_factory=dict)
-    digest: str = ''
+    findings: list[Finding] = field(default_factory=list)  #: what is wrong
+    size: tuple[int, int] | None = None  #: width and height of the image, pixels; None if it is unreadable
+    pixel_counts: Mapping[int, int] = field(default_factory=dict)  #: pixels of every label id
+    digest: str = ''  #: SHA-256 of the image file, if requested
 
 
 @dataclass
 class DatasetReport:
-    """A data set, its findings and its statistics.
+    """A data set, its findings and its statistics."""
 
-    Attributes:
-        key: Its path in the config, such as ``train_dataloader.dataset``.
-        split: ``'train'``, ``'val'`` or ``'test'``.
-        type: Its type in the config.
-        root: Its folder.
-        labels_at: Folder of the label maps, or annotation file.
-        findings: All findings.
-        samples: Its images.
-        label_format: Valid label ids.
-        class_names: Class names by label id (label maps).
-        object_counts: Number of objects of every class (annotations); None for label maps.
-        inspected: Number of images inspected.
-        pixel_counts: Pixels of every label id.
-        map_counts: Number of label maps that contain an id.
-        maps_read: Number of label maps read.
-        sizes: Number of images of each width and height.
-    """
-
-    key: str
-    split: str
-    type: str
-    root: str
-    labels_at: str = ''
-    findings: list[Finding] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    label_format: LabelFormat = LabelFormat()
-    class_names: dict[int, str] = field(default_factory=dict)
-    object_counts: dict[str, int] | None = None
-    inspected: int = 0
-    pixel_counts: Counter[int] = field(default_factory=Counter)
-    map_counts: Counter[int] = field(default_factory=Counter)
-    maps_read: int = 0
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    key: str  #: its path in the config, such as ``train_dataloader.dataset``
+    split: str  #: ``'train'``, ``'val'`` or ``'test'``
+    type: str  #: its type in the config
+    root: str  #: its folder
+    labels_at: str = ''  #: folder of the label maps, or annotation file
+    findings: list[Finding] = field(default_factory=list)  #: all findings
+    samples: list[Sample] = field(default_factory=list)  #: its images
+    label_format: LabelFormat = LabelFormat()  #: valid label ids
+    class_names: dict[int, str] = field(default_factory=dict)  #: class names by label id (label maps)
+    object_counts: dict[str, int] | None = None  #: number of objects of every class (annotations); None for label maps
+    inspected: int = 0  #: number of images inspected
+    pixel_counts: Counter[int] = field(default_factory=Counter)  #: pixels of every label id
+    map_counts: Counter[int] = field(default_factory=Counter)  #: number of label maps that contain an id
+    maps_read: int = 0  #: number of label maps read
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  #: number of images of each width and height
 
     def add(self, code: str, path: str | Path, message: str, **more: Any) -> None:
         """Add a :class:`Finding`."""

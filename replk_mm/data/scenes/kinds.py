@@ -13,25 +13,19 @@ from replk_mm.data.scenes.spec import GENERATOR_VERSION
 
 @dataclass(frozen=True)
 class SceneKind:
-    """A kind of scenes.
+    """A kind of scenes."""
 
-    Attributes:
-        name: Its key in :data:`SCENES`; part of file names and of ``meta.json``.
-        version: Increases whenever a seed gives other scenes than before.
-        make: Draws a scene from (seed, split, index, size). The scene has ``image``, ``label`` and, for the layout of
-            COCO, ``instances``, as :class:`~replk_mm.data.scenes.render.Scene`.
-        layouts: Keys of :data:`LAYOUTS` that can store it. Defaults to all.
-        extra_splits: Further splits, and their scenes per validation scene. Defaults to none.
-        list_objects: Gives the content of :data:`LISTING`, from that of ``meta.json``. Defaults to no such file.
-        meta: Entries of ``meta.json`` that replace those of the layout. Defaults to none.
-    """
-
-    name: str
-    version: int
+    name: str  #: its key in :data:`SCENES`; part of file names and of ``meta.json``
+    version: int  #: increases whenever a seed gives other scenes than before
+    #: draws a scene from (seed, split, index, size). The scene has ``image``, ``label`` and, for the layout of
+    #: COCO, ``instances``, as :class:`~replk_mm.data.scenes.render.Scene`
     make: Callable[[int, str, int, tuple[int, int]], Any]
-    layouts: tuple[str, ...] = tuple(LAYOUTS)
+    layouts: tuple[str, ...] = tuple(LAYOUTS)  #: keys of :data:`LAYOUTS` that can store it
+    #: further splits, and their scenes per validation scene
     extra_splits: Mapping[str, int] = field(default_factory=dict)
+    #: gives the content of :data:`LISTING`, from that of ``meta.json``
     list_objects: Callable[[Meta], str] | None = None
+    #: entries of ``meta.json`` that replace those of the layout
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 

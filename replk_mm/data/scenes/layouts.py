@@ -23,25 +23,15 @@ CITYSCAPES_IDS: tuple[int, ...] = (10, 9, 0, 13, 11, 18, 15, 14)
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of the files of a data set.
+    """A layout of the files of a data set."""
 
-    Attributes:
-        folders: Folder of each split.
-        image: Path of an image below the data root, with ``{folder}`` and ``{stem}``. The suffix sets the format.
-        label: Path of a label map; None if the layout has none.
-        annotations: Path of the COCO annotation file of a split; None if the layout has none.
-        values: Pixel values of the label maps for the labels of a scene, 0 ("other") first.
-        meta: Entries of ``meta.json`` about the classes.
-        config: A config for this layout.
-    """
-
-    folders: Mapping[str, str]
-    image: str
-    label: str | None
-    annotations: str | None
-    values: tuple[int, ...]
-    meta: Mapping[str, Any]
-    config: str
+    folders: Mapping[str, str]  #: folder of each split
+    image: str  #: path of an image below the data root, with ``{folder}`` and ``{stem}``. The suffix sets the format
+    label: str | None  #: path of a label map; None if the layout has none
+    annotations: str | None  #: path of the COCO annotation file of a split; None if the layout has none
+    values: tuple[int, ...]  #: pixel values of the label maps for the labels of a scene, 0 ("other") first
+    meta: Mapping[str, Any]  #: entries of ``meta.json`` about the classes
+    config: str  #: a config for this layout
 
     def files(self, split: str, stem: str) -> list[str]:
         """The files of one scene: its image and, if the layout has them, its label map."""

@@ -102,25 +102,17 @@ class Cue:
 
 @dataclass(frozen=True)
 class Backdrop:
-    """Everything behind the objects.
+    """Everything behind the objects."""
 
-    Attributes:
-        colours: Colours of sky, ground and water.
-        horizon: Its y at the left and at the right edge.
-        river: The x of its centre at the horizon, half-way and at the bottom; None without a river.
-        river_width: Its width at the horizon and at the bottom.
-        clutter: Small marks (x, y, half side, colour), which have the label of the region they lie on.
-        light: Increase in brightness from left to right and from top to bottom, grey levels.
-        noise: Maximum pixel noise, grey levels.
-    """
-
-    colours: tuple[Colour, Colour, Colour]
-    horizon: tuple[int, int]
+    colours: tuple[Colour, Colour, Colour]  #: colours of sky, ground and water
+    horizon: tuple[int, int]  #: y of the horizon at the left and at the right edge
+    #: x of the centre of the river at the horizon, half-way and at the bottom; None without a river
     river: tuple[int, int, int] | None
-    river_width: tuple[int, int]
+    river_width: tuple[int, int]  #: width of the river at the horizon and at the bottom
+    #: small marks (x, y, half side, colour), which have the label of the region they lie on
     clutter: tuple[tuple[int, int, int, Colour], ...]
-    light: tuple[int, int]
-    noise: int
+    light: tuple[int, int]  #: increase in brightness from left to right and from top to bottom, grey levels
+    noise: int  #: maximum pixel noise, grey levels
 
 
 @dataclass(frozen=True)

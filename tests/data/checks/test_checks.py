@@ -197,7 +197,7 @@ def test_contradictory_config(data, changes, code, text):
 
 @pytest.mark.parametrize('changes', [dict(type='ADE20KDatset'), dict(type=None)])
 def test_unknown_data_set_type(data, changes):
-    with pytest.raises(UserError, match='ADE20KDatset|this is no data set'):
+    with pytest.raises(UserError, match='ADE20KDatset|not a data set'):
         full(seg_config(data, **changes))
 
 
