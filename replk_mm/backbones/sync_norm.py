@@ -1,9 +1,9 @@
 """Synchronized BatchNorm for every device; torch's own runs on GPUs only.
 
 "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", Ioffe and Szegedy, ICML
-2015, arXiv:1502.03167, algorithm 1 and the gradients of section 3, with sums over all processes. The statistics of the
-processes are combined as in Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", The American Statistician 37
-(1983), equation 2.1.
+2015, arXiv:1502.03167, algorithm 1 and the gradients of section 3, with sums over all processes. Statistics
+of the processes are combined as in Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", The
+American Statistician 37 (1983), equation 2.1.
 """
 
 from typing import Any

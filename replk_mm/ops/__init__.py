@@ -1,4 +1,4 @@
-"""Operators."""
+"""Depthwise convolution that is fast on CPUs, and fused inference of convolutions."""
 
 from replk_mm.ops.cpu.cost_model import IMPLEMENTATIONS, force_implementation
 from replk_mm.ops.cpu.problem import DepthwiseProblem

@@ -1,10 +1,9 @@
-"""The depthwise convolution: one function and one module in front of several implementations.
+"""Depthwise convolution: one function and one module for several implementations.
 
-Each of its three computations (output, gradient of the input, gradient of the weight) goes to torch's own kernels in
-the form that is fast for the shape (:mod:`replk_mm.ops.cpu.direct`), or to spectra (:mod:`replk_mm.ops.cpu.fft`),
-whichever :mod:`replk_mm.ops.cpu.cost_model` expects to win. Whatever looks at the operation rather than runs it
-(compilers, exporters, counters) sees torch's plain convolution, and so does every device but the CPU, whose
-libraries choose among such algorithms themselves.
+The output, the gradient of the input and the gradient of the weight are computed by torch's own kernels
+(:mod:`replk_mm.ops.cpu.direct`) or by FFTs (:mod:`replk_mm.ops.cpu.fft`). :mod:`replk_mm.ops.cpu.cost_model` chooses
+the implementation that it expects to be fastest. Compilers, exporters and counters see torch's plain convolution. Other
+devices than CPUs use it too, because their libraries choose among algorithms themselves.
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -27,7 +26,7 @@ _GRAD_WEIGHT = {'grad_kernel': direct.grad_kernel, 'grad_kernel_channels_last': 
 
 
 class _Depthwise(torch.autograd.Function):
-    """The implementations of a plan, forwards and backwards."""
+    """Forward and backward pass with the implementations of a plan."""
 
     @staticmethod
     def forward(
@@ -46,15 +45,15 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, *spectra = ctx.saved_tensors
         problem, plan = ctx.problem, ctx.plan
-        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = grad.contiguous(memory_format=problem.memory_format)
-        with torch.autocast('cpu', enabled=False):  # as torch's own gradients, which autocast leaves alone
+        with torch.autocast('cpu', enabled=False):  # autocast does not affect torch's own gradients either
             if torch.is_grad_enabled():
-                # Gradients of gradients are rare, and torch's own operator has them.
-                grad_x, grad_weight = direct.native_gradients(grad, x, weight, problem, of_input, of_weight)
+                # Second derivatives are rare; torch's own operator supports them.
+                grad_x, grad_weight = direct.native_gradients(grad, x, weight, problem, needs_input, needs_weight)
             else:
-                grad_x, grad_weight = _gradients(grad, x, weight, problem, plan, of_input, of_weight, spectra)
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if of_bias else None, None, None
+                grad_x, grad_weight = _gradients(grad, x, weight, problem, plan, needs_input, needs_weight, spectra)
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if needs_bias else None, None, None
 
 
 def _gradients(
@@ -63,21 +62,21 @@ def _gradients(
     weight: Tensor,
     problem: DepthwiseProblem,
     plan: cost_model.Plan,
-    of_input: bool,
-    of_weight: bool,
+    needs_input: bool,
+    needs_weight: bool,
     spectra: list[Tensor],
 ) -> tuple[Tensor | None, Tensor | None]:
     grad_x = grad_weight = None
-    by_fft = of_input and plan.grad_input == 'fft', of_weight and plan.grad_weight == 'fft'
+    by_fft = needs_input and plan.grad_input == 'fft', needs_weight and plan.grad_weight == 'fft'
     if any(by_fft):
         grad_x, grad_weight = fft.gradients(grad, x, weight, problem, *by_fft, spectra)
-    if of_input and not by_fft[0]:
-        turned = direct.input_gradient_problem(problem)
-        if plan.grad_input == 'native' or turned is None:
+    if needs_input and not by_fft[0]:
+        transposed = direct.input_gradient_problem(problem)
+        if plan.grad_input == 'native' or transposed is None:
             grad_x = direct.native_gradients(grad, x, weight, problem, True, False)[0]
         else:
-            grad_x = _FORWARD[plan.grad_input](grad, weight.flip(2, 3), None, turned)
-    if of_weight and not by_fft[1]:
+            grad_x = _FORWARD[plan.grad_input](grad, weight.flip(2, 3), None, transposed)
+    if needs_weight and not by_fft[1]:
         if plan.grad_weight == 'native':
             grad_weight = direct.native_gradients(grad, x, weight, problem, False, True)[1]
         else:
@@ -94,37 +93,37 @@ def depthwise_conv2d(
     dilation: int | Pair = 1,
     implementation: str | None = None,
 ) -> Tensor:
-    """Convolve every channel with its own kernel: ``torch.nn.functional.conv2d(..., groups=channels)``, fast.
+    """Apply a depthwise convolution: a fast ``torch.nn.functional.conv2d(..., groups=channels)``.
 
     Args:
-        x: Input, ``(N, C, H, W)`` or ``(C, H, W)``, in any layout; the output has the layout of the input.
+        x: Input, ``(N, C, H, W)`` or ``(C, H, W)``. The output has the same memory layout.
         weight: Kernels, ``(C, 1, kh, kw)``.
-        bias: Added to each channel, ``(C,)``. Defaults to None.
-        stride: Step in pixels. Defaults to 1.
+        bias: Bias of each channel, ``(C,)``. Defaults to None.
+        stride: Stride in pixels. Defaults to 1.
         padding: Zeros on both sides of each axis in pixels. Defaults to ``dilation * (kernel // 2)``.
-        dilation: Distance of the kernel's taps in pixels. Defaults to 1.
-        implementation: Forces an implementation, see :func:`replk_mm.ops.force_implementation`. Defaults to None: the
-            environment variable ``REPLK_MM_DEPTHWISE``, or the one expected to be fastest.
+        dilation: Dilation of the kernel in pixels. Defaults to 1.
+        implementation: Implementation to use, see :func:`replk_mm.ops.force_implementation`. Defaults to the
+            environment variable ``REPLK_MM_DEPTHWISE`` if it is set, otherwise to the one expected to be fastest.
 
     Returns:
         ``(N, C, H', W')`` with ``H' = (H + 2 * padding - dilation * (kh - 1) - 1) // stride + 1``.
 
     Raises:
-        ValueError: If the shapes do not fit each other, the output would be empty, or ``implementation`` names nothing.
+        ValueError: If the shapes do not match, the output would be empty, or ``implementation`` is unknown.
     """
     stride, dilation = to_pair(stride), to_pair(dilation)
     if weight.dim() != 4 or weight.shape[1] != 1:
         raise ValueError(f'depthwise_conv2d: weight must be (C, 1, kh, kw); found {tuple(weight.shape)}')
-    padding = _same(weight.shape[2:], dilation) if padding is None else to_pair(padding)
+    padding = _same_padding(weight.shape[2:], dilation) if padding is None else to_pair(padding)
     if x.dim() == 3:
         return depthwise_conv2d(x[None], weight, bias, stride, padding, dilation, implementation)[0]
-    plain = is_traced()  # whose shapes may be symbols
+    plain = is_traced()  # shapes may be symbolic
     if not plain:
-        _check(x, weight, bias, stride, padding, dilation)
+        _check_shapes(x, weight, bias, stride, padding, dilation)
     on_cpu = x.device.type == 'cpu'
     out_dtype, original = x.dtype, weight
     if not plain and on_cpu and torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:
-        # float64 is left alone by autocast
+        # Autocast does not affect float64.
         out_dtype = torch.get_autocast_dtype('cpu')
         x, weight, bias = _cast(out_dtype, x, weight, bias)
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
@@ -137,10 +136,10 @@ def depthwise_conv2d(
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     kept = original in _spectra_cache and not recorded
     chosen = cost_model.choose_plan(problem, implementation, kept)
-    # A weight in channels-last memory would impose its layout on the output.
+    # Otherwise a weight in channels-last memory would change the layout of the output.
     x, weight = x.contiguous(memory_format=problem.memory_format), weight.contiguous()
     if recorded and original in _spectra_cache and original.requires_grad:
-        _spectra_cache[original] = None  # what trains will change, and fused optimizers do not say so
+        _spectra_cache[original] = None  # training changes the weight; fused optimizers do not update its version
     with torch.autocast('cpu', enabled=False):
         if recorded:
             out = _Depthwise.apply(x, weight, bias, problem, chosen)
@@ -166,19 +165,19 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-#: Weights whose spectra are kept: the weight and its version, the problem, and the spectra.
+#: For each weight with cached spectra: the weight and its version, the problem and the spectra.
 _spectra_cache: MutableMapping[Tensor, tuple[Tensor, int, DepthwiseProblem, list[Tensor]] | None] = (
     WeakTensorKeyDictionary()
 )
 
 
 def cache_spectra(weight: Tensor) -> None:
-    """Keep the spectra of ``weight`` for the size of map that was last convolved, from its next inference on."""
+    """Cache the spectra of ``weight`` for the last input size, starting with the next inference."""
     _spectra_cache[weight] = None
 
 
 def caches_spectra(weight: Tensor) -> bool:
-    """Whether :func:`cache_spectra` has been called for ``weight``."""
+    """Return whether :func:`cache_spectra` was called for ``weight``."""
     return weight in _spectra_cache
 
 
@@ -191,24 +190,27 @@ def _cached_spectra(original: Tensor, weight: Tensor, problem: DepthwiseProblem)
 
 
 def is_unchanged(weight: Tensor, known: Tensor, version: int) -> bool:
-    """Whether ``weight`` still is the memory of ``known``, whose holder keeps it from being used again, unchanged."""
+    """Return whether ``weight`` still has the memory of ``known`` and the given version.
+
+    The caller holds ``known``, so that its memory cannot be reused.
+    """
     return weight.data_ptr() == known.data_ptr() and weight._version == version and weight.dtype == known.dtype
 
 
 def to_pair(value: Any) -> Pair:
-    """Height and width from one number or two."""
+    """Return height and width from one number or two."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _same(kernel: Sequence[int], dilation: Pair) -> Pair:
-    """Padding with which odd kernels keep the size of the map."""
+def _same_padding(kernel: Sequence[int], dilation: Pair) -> Pair:
+    """Return the padding that keeps the size of the map for odd kernels."""
     return kernel[0] // 2 * dilation[0], kernel[1] // 2 * dilation[1]
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> None:
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> None:
     found = f'input {tuple(x.shape)}, weight {tuple(weight.shape)}'
     if x.dim() != 4:
-        raise ValueError(f'depthwise_conv2d: the input must be (N, C, H, W) or (C, H, W); found {found}')
+        raise ValueError(f'depthwise_conv2d: input must be (N, C, H, W) or (C, H, W); found {found}')
     if weight.shape[0] != x.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(
             f'depthwise_conv2d: input, weight and bias differ in channels; found {found}, bias '
@@ -229,16 +231,15 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """``nn.Conv2d(channels, channels, kernel_size, groups=channels)`` by :func:`depthwise_conv2d`: same parameters,
-    same state dict.
+    """Depthwise ``nn.Conv2d`` that uses :func:`depthwise_conv2d`; its parameters and state dict are the same.
 
     Args:
         channels: Channels of the input and of the output.
         kernel_size: Side of the kernel in pixels, or height and width.
-        stride: Step in pixels. Defaults to 1.
+        stride: Stride in pixels. Defaults to 1.
         padding: Zeros added on each side in pixels. Defaults to ``kernel_size // 2``.
-        dilation: Distance of the kernel's taps in pixels. Defaults to 1.
-        bias: Whether to add a bias for each channel. Defaults to True.
+        dilation: Dilation of the kernel in pixels. Defaults to 1.
+        bias: Add a bias to each channel. Defaults to True.
         implementation: See :func:`depthwise_conv2d`. Defaults to None.
     """
 
@@ -253,7 +254,7 @@ class DepthwiseConv2d(nn.Conv2d):
         implementation: str | None = None,
     ) -> None:
         if padding is None:
-            padding = _same(to_pair(kernel_size), to_pair(dilation))
+            padding = _same_padding(to_pair(kernel_size), to_pair(dilation))
         super().__init__(channels, channels, kernel_size, stride, padding, dilation, channels, bias)
         self.implementation = implementation
 

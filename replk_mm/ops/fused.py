@@ -1,8 +1,7 @@
-"""Inference of a convolution together with what follows it: an activation, or the sum with a shortcut.
+"""Inference of a convolution fused with the activation or the shortcut addition that follows it.
 
-torch's CPU backend (oneDNN) applies both while a tile of the output is still in the cache. It is used where a network
-does not train, on CPUs; everywhere else, and for every other kind of layer, the parts run one after the other. The
-results are the same up to rounding.
+oneDNN, torch's CPU backend, applies both while the output is in the cache. In training, on other devices and for other
+kinds of layers, the operations run one after the other. The results are equal up to rounding.
 """
 
 from dataclasses import replace
@@ -18,37 +17,37 @@ from replk_mm.ops.cpu.problem import DepthwiseProblem, Pair
 from replk_mm.ops.depthwise import DepthwiseConv2d, cache_spectra, caches_spectra, is_traced, is_unchanged, to_pair
 
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
-#: For each convolution that keeps its weight, by precision and arguments: the weight and its version, how the backend
-#: wants it, and with which padding.
+#: For each prepacked convolution, by precision and arguments: the weight and its version, the weight in the backend's
+#: layout, and the padding to use with it.
 _prepacked: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Tensor, int, Tensor, Pair]]] = WeakKeyDictionary()
 
 
 def fused_conv2d(
     conv: nn.Module, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None
 ) -> Tensor:
-    """``activation(conv(x))`` or ``shortcut + conv(x)``.
+    """Compute ``activation(conv(x))`` or ``shortcut + conv(x)``.
 
     Args:
         conv: A convolution.
-        x: Its input, ``(N, C, H, W)``.
-        activation: What follows, None for nothing.
-        shortcut: What is added, in the shape of the output; None for nothing.
+        x: Input, ``(N, C, H, W)``.
+        activation: Activation after the convolution. Defaults to None.
+        shortcut: Tensor to add, of the shape of the output. Defaults to None.
 
     Raises:
         ValueError: If both an activation and a shortcut are given.
     """
     if activation is not None and shortcut is not None:
-        raise ValueError('fused_conv2d: give an activation or a shortcut, not both')
+        raise ValueError('fused_conv2d: pass an activation or a shortcut, not both')
     if not _can_fuse(conv, activation, shortcut, x):
         if torch.is_grad_enabled() and _prepacked.get(conv):
-            _prepacked[conv].clear()  # what trains will change, and fused optimizers do not say so
+            _prepacked[conv].clear()  # training changes the weight; fused optimizers do not update its version
         y = conv(x)
         y = y if activation is None else activation(y)
         return y if shortcut is None else shortcut + y
     assert isinstance(conv, nn.Conv2d)
     dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
     x, bias = x.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
-    weight, padding = _weight(conv, x)
+    weight, padding = _get_weight(conv, x)
     layout = padding, conv.stride, conv.dilation, conv.groups
     if shortcut is not None:
         return torch.ops.mkldnn._convolution_pointwise.binary(
@@ -61,19 +60,17 @@ def fused_conv2d(
 
 
 def prepack(model: nn.Module) -> int:
-    """Let a network's convolutions keep their weights in the form that is computed with: plain ones as the CPU backend
-    arranges them, depthwise ones as spectra where those are used.
+    """Cache the weights of a network's convolutions in the layout that the CPU backend uses, or as spectra for FFTs.
 
-    Otherwise both are made at every call, a tenth of an inference of single images. Costs the memory of the weights
-    once more, and that of the spectra. A weight that changes through torch's own functions (an optimizer,
-    ``load_state_dict``, ``to``) is seen to have changed; changes behind torch's back (``weight.data.copy_``) are not:
-    pack again after them.
+    Without it every call converts them, which takes a tenth of the inference of single images. The cache needs the
+    memory of the weights once more, and that of the spectra. Changes by torch's own functions (an optimizer,
+    ``load_state_dict``, ``to``) are detected. After other changes, such as ``weight.data.copy_``, prepack again.
 
     Args:
         model: A network on a CPU, in evaluation mode.
 
     Returns:
-        The number of convolutions that will keep theirs, from their first inference on.
+        The number of prepacked convolutions; each fills its cache at its first inference.
     """
     convolutions = [
         conv
@@ -87,8 +84,8 @@ def prepack(model: nn.Module) -> int:
     return len(convolutions)
 
 
-def _weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
-    """The weight in ``x``'s precision, arranged and kept if ``conv`` is packed, and the padding that belongs to it."""
+def _get_weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Pair]:
+    """Return the weight in the precision of ``x``, prepacked if ``conv`` is, and the padding to use with it."""
     kept = _prepacked.get(conv)
     if kept is None:
         return _plain_weight(conv, x)
@@ -163,7 +160,7 @@ def _can_fuse(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | 
     if shortcut is not None and tuple(shortcut.shape) != (len(x), conv.out_channels, *_problem(conv, x).out):
         return False
     others += [] if autocast else parameters
-    # What torch adds in a wider precision, or refuses, is left to it.
+    # torch itself handles mixed precisions.
     if dtype == torch.bfloat16 and not direct.has_bfloat16_instructions():
         return False
     if {x.dtype, dtype} - {torch.float32, torch.bfloat16} or any(t.dtype != dtype for t in others):

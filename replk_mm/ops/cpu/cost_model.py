@@ -1,9 +1,8 @@
-"""Which implementation computes what: forced by name, or the one that a small measured model expects to be fastest.
+"""Choice of the implementation: forced by name, or the one that a cost model expects to be fastest.
 
-The model holds rates measured on one machine (two cores with AVX-512, torch 2.13); only their ratios matter, which
-differ little between machines with AVX-512. A formula rather than a trial at run time, because the same shapes then
-always take the
-same path: two runs, or a run and its resumption, agree bit by bit.
+The model uses rates measured on one machine (two cores with AVX-512, torch 2.13). Only their ratios matter, and they
+differ little between machines with AVX-512. It is a formula instead of a trial at run time, so that equal shapes always
+use the same implementation: a resumed run is bit-identical to an uninterrupted one.
 """
 
 import logging
@@ -21,25 +20,25 @@ from replk_mm.errors import UserError
 from replk_mm.ops.cpu import direct, fft
 from replk_mm.ops.cpu.problem import DepthwiseProblem
 
-#: Names of the implementations of each computation.
+#: Names of the implementations for the output and for each gradient.
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     'forward': ('native', 'channels_last', 'padded', 'fft'),
     'grad_input': ('native', 'channels_last', 'padded', 'fft'),
     'grad_weight': ('native', 'grad_kernel', 'grad_kernel_channels_last', 'fft'),
 }
-#: Environment variable that forces implementations: one name, or ``forward=fft,grad_weight=native``.
+#: Environment variable that forces implementations, such as ``fft`` or ``forward=fft,grad_weight=native``.
 ENVIRONMENT_VARIABLE = 'REPLK_MM_DEPTHWISE'
 
 _forced: ContextVar[str | None] = ContextVar('replk_mm_depthwise', default=None)
 
 
 class Plan(NamedTuple):
-    """An implementation for each computation.
+    """Names of the chosen implementations.
 
     Attributes:
-        forward: Of the output.
-        grad_input: Of the gradient of the input.
-        grad_weight: Of the gradient of the weight.
+        forward: Implementation for the output.
+        grad_input: Implementation for the gradient of the input.
+        grad_weight: Implementation for the gradient of the weight.
     """
 
     forward: str
@@ -52,15 +51,15 @@ class Plan(NamedTuple):
 
 @contextmanager
 def force_implementation(spec: str | None) -> Iterator[None]:
-    """Force implementations within this thread and context.
+    """Force implementations in this thread and context.
 
     Args:
-        spec: A name of :data:`IMPLEMENTATIONS` for every computation that has it, ``'forward=fft,grad_weight=native'``
-            for some, ``'auto'`` for the model's choice, or None for what the environment says. Layers that are computed
-            again in the backward pass (``with_cp``) need the backward pass within the context too.
+        spec: A name in :data:`IMPLEMENTATIONS`, for every computation that has it; a list such as
+            ``'forward=fft,grad_weight=native'``; ``'auto'`` for the choice of the cost model; or None for the
+            environment variable. With gradient checkpointing, the backward pass must be in the context too.
 
     Raises:
-        ValueError: If it names what does not exist.
+        ValueError: If a name is unknown.
     """
     _parse(spec or '')
     token = _forced.set(spec)
@@ -70,42 +69,43 @@ def force_implementation(spec: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose_plan(problem: DepthwiseProblem, spec: str | None = None, kept: bool = False) -> Plan:
-    """The implementations for ``problem``: forced by ``spec``, :func:`implementation` or the environment, or chosen.
+def choose_plan(problem: DepthwiseProblem, spec: str | None = None, cached: bool = False) -> Plan:
+    """Return the implementations for a convolution.
 
-    A forced one that does not apply to the problem (a spectrum with a stride) leaves the choice to the model.
+    ``spec`` takes precedence over :func:`force_implementation`, which takes precedence over the environment variable.
+    The cost model chooses if nothing is forced, or if the forced one does not apply, such as FFTs with a stride.
 
     Args:
-        problem: The shapes.
-        spec: See :func:`implementation`.
-        kept: Whether the kernels' spectra are kept from one call to the next.
+        problem: The convolution.
+        spec: See :func:`force_implementation`.
+        cached: Whether the spectra of the kernels are cached between calls.
 
     Raises:
-        ValueError: If ``spec`` or :func:`implementation` names what does not exist.
-        UserError: If the environment does.
+        ValueError: If ``spec`` or :func:`force_implementation` has an unknown name.
+        UserError: If the environment variable has one.
     """
     spec = spec or _forced.get()
     if spec:
-        return _plan(problem, spec, kept)
+        return _plan(problem, spec, cached)
     try:
-        return _plan(problem, os.environ.get(ENVIRONMENT_VARIABLE, ''), kept)
+        return _plan(problem, os.environ.get(ENVIRONMENT_VARIABLE, ''), cached)
     except ValueError as error:
         raise UserError(f'environment: {error}') from error
 
 
 @cache
-def _plan(problem: DepthwiseProblem, spec: str, kept: bool) -> Plan:
-    forced, expected = _parse(spec), estimate_milliseconds(problem, kept)
+def _plan(problem: DepthwiseProblem, spec: str, cached: bool) -> Plan:
+    forced, expected = _parse(spec), estimate_milliseconds(problem, cached)
     chosen: dict[str, str] = {}
     for computation in ('forward', 'grad_weight', 'grad_input'):
         times = dict(expected[computation])
         if computation == 'grad_input' and chosen['grad_weight'] == 'fft' and 'fft' in times:
-            times['fft'] -= _transform(problem, problem.out)  # the spectrum of the output's gradient is there already
+            times['fft'] -= _transform(problem, problem.out)  # reuses the spectrum of the output's gradient
         name = forced.get(computation, '')
         chosen[computation] = name if name in times else min(times, key=times.__getitem__)
     found = Plan(**chosen)
     decision = problem.kernel, problem.dtype, problem.channels_last, found
-    if decision not in _announced:  # other sizes with the same outcome say nothing new
+    if decision not in _announced:  # log each decision once
         _announced.add(decision)
         why = (
             spec
@@ -119,7 +119,7 @@ def _plan(problem: DepthwiseProblem, spec: str, kept: bool) -> Plan:
     return found
 
 
-#: Kernel, dtype, layout and plan of the decisions that the log has a line for.
+#: Logged decisions: kernel, dtype, layout and plan.
 _announced: set[tuple] = set()
 
 
@@ -145,10 +145,10 @@ def _parse(spec: str) -> dict[str, str]:
     return forced
 
 
-# The model: rates in GFLOP/s (a multiply-add is two operations), copies in gigabytes of the tensor a second, transforms
-# in picoseconds times S^2 log2 S^2; all of two threads.
+# The cost model, for two threads: arithmetic in GFLOP/s (a multiply-add is two operations), copies in GB/s of the
+# tensor, transforms in picoseconds times S^2 log2 S^2.
 
-_RATES: dict[str, dict[int, float]] = {  # by kernel side, the last one holds for all beyond
+_RATES: dict[str, dict[int, float]] = {  # by kernel side; the last one applies to all larger kernels
     'channels_last': {1: 15, 3: 45, 5: 85, 7: 110, 9: 110, 11: 85, 13: 44, 15: 140, 21: 155},
     'padded': {1: 10, 3: 22, 5: 66, 7: 88, 9: 106, 11: 130, 13: 136, 15: 118},
     'grad_kernel': {1: 10, 3: 30, 5: 55, 7: 60, 9: 70, 13: 85, 15: 97},
@@ -159,9 +159,9 @@ _RATES: dict[str, dict[int, float]] = {  # by kernel side, the last one holds fo
 }
 _TRANSPOSE, _COPY = 3.5, 20.0
 _FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 118.0, 162.0
-#: Milliseconds of a call of one of torch's operators, which a block of spectra needs a dozen of.
+#: Milliseconds of one call of a torch operator; a block of spectra needs a dozen.
 _CALL = 0.006
-#: Threads divide arithmetic evenly, copies by their number to this power (1.6 from one to two), calls not at all.
+#: Threads speed up arithmetic linearly, copies by their number to this power (1.6 for two), and calls not at all.
 _COPIES_SCALE = 0.7
 
 
@@ -188,18 +188,18 @@ def _transposed(problem: DepthwiseProblem, size: tuple[int, int]) -> float:
 
 
 def _transform(problem: DepthwiseProblem, area: tuple[int, int], picoseconds: float = _FORWARD_TRANSFORM) -> float:
-    """Milliseconds of all maps' transforms, with the copy of their ``area`` in or out."""
+    """Return the milliseconds of the transforms of all maps, including the copy of their ``area``."""
     pixels = math.prod(fft.transform_size(problem))
     maps = problem.batch * problem.channels
     blocks = 4 * maps * pixels / fft.BLOCK_BYTES
     copied = _copied(problem, area, _TRANSPOSE if problem.channels_last else _COPY)
-    short = 1 + 20 / math.sqrt(pixels)  # the shorter the rows, the less efficient their transforms
+    short = 1 + 20 / math.sqrt(pixels)  # short transforms are less efficient
     work = maps * pixels * math.log2(pixels) * short * picoseconds * 1e-9 * 2 / problem.threads
     return work + copied + (1 + blocks) * 4 * _CALL
 
 
 def _rows_inside(problem: DepthwiseProblem) -> float:
-    """Share of the kernel's rows on the map; oneDNN's channels-last kernels skip those on the padding."""
+    """Return the share of kernel rows inside the map; oneDNN's channels-last kernels skip rows in the padding."""
     (height, _), (kernel, _), (stride, _), (padding, _), (dilation, _) = (
         problem.size,
         problem.kernel,
@@ -208,8 +208,7 @@ def _rows_inside(problem: DepthwiseProblem) -> float:
         problem.dilation,
     )
     rows = problem.out[0]
-    # Without a loop over every pair: a tap k meets the map for the outputs i with 0 <= i * stride + k * dilation -
-    # padding.
+    # Tap k is inside the map for the outputs i with 0 <= i * stride + k * dilation - padding < height.
     met = sum(
         max(
             0,
@@ -222,8 +221,8 @@ def _rows_inside(problem: DepthwiseProblem) -> float:
     return met / (rows * kernel)
 
 
-def estimate_milliseconds(problem: DepthwiseProblem, kept: bool = False) -> dict[str, dict[str, float]]:
-    """What each implementation of each computation is expected to take on cores with AVX-512, one for each thread."""
+def estimate_milliseconds(problem: DepthwiseProblem, cached: bool = False) -> dict[str, dict[str, float]]:
+    """Return the expected milliseconds of each implementation on cores with AVX-512, one for each thread."""
     side = round(math.sqrt(math.prod(problem.kernel)))
     work = 2e-6 * problem.macs * 2 / problem.threads
     last = problem.channels_last
@@ -237,7 +236,7 @@ def estimate_milliseconds(problem: DepthwiseProblem, kept: bool = False) -> dict
         'channels_last': work * grown * inside / _rate('channels_last', 15 if grown > 1 else side) + to_last,
         'padded': work / _rate('padded', side) + to_padded + filled,
     }
-    # As it is, torch's convolution is the first or the second; in the default layout only with little padding.
+    # torch's plain convolution uses one of these two; in the default layout only with little padding.
     slow = not last and max(problem.padding) > 6
     forward['native'] = 1e-3 + (
         work * inside / _rate('channels_last', side) if last else work / 4 if slow else forward['padded']
@@ -249,8 +248,7 @@ def estimate_milliseconds(problem: DepthwiseProblem, kept: bool = False) -> dict
     grad_weight = dict(
         native=work / _rate('native grad_weight' + (' channels_last' if last else ''), side),
         grad_kernel=work / _rate('grad_kernel', side) + to_padded + filled,
-        # The output's gradient is rearranged twice: here where it is in channels-last memory, and by oneDNN as a
-        # kernel.
+        # The output's gradient is rearranged twice: here if it is in channels-last memory, and by oneDNN.
         grad_kernel_channels_last=(
             work * inside / _rate('grad_kernel_channels_last', side)
             + problem.batch * 16 * _CALL
@@ -263,7 +261,7 @@ def estimate_milliseconds(problem: DepthwiseProblem, kept: bool = False) -> dict
             kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9 * 2 / problem.threads
         )
         back, there = _transform(problem, problem.out, _INVERSE_TRANSFORM), _transform(problem, problem.size)
-        forward['fft'] = there + back + (0 if kept else kernels_ms)
+        forward['fft'] = there + back + (0 if cached else kernels_ms)
         grad_input['fft'] = there + back + kernels_ms
         grad_weight['fft'] = there + _transform(problem, problem.out) + kernels_ms
     return {'forward': forward, 'grad_input': grad_input, 'grad_weight': grad_weight}

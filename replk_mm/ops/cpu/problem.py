@@ -1,4 +1,4 @@
-"""The shapes of a depthwise convolution, for which an implementation is chosen."""
+"""Description of a depthwise convolution, from which its implementation is chosen."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,16 +14,16 @@ class DepthwiseProblem:
     """Shapes, dtype, layout and threads of a depthwise convolution.
 
     Attributes:
-        batch: Images.
+        batch: Number of images.
         channels: Channels of input and output.
         size: Height and width of the input in pixels.
         kernel: Height and width of the kernels in pixels.
-        stride: Steps in pixels.
+        stride: Strides in pixels.
         padding: Zeros on both sides of each axis in pixels.
-        dilation: Distance of the kernel's taps in pixels.
-        dtype: Of input and weight.
+        dilation: Dilation in pixels.
+        dtype: Data type of input and weight.
         channels_last: Whether the input is in channels-last memory.
-        threads: Threads of torch.
+        threads: Number of threads of torch.
     """
 
     batch: int
@@ -39,8 +39,8 @@ class DepthwiseProblem:
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> 'DepthwiseProblem':
-        """The problem that ``x`` and ``weight`` pose."""
-        # Memory that is both (one channel, maps of one pixel) counts as the default layout.
+        """Describe the convolution of ``x`` with ``weight``."""
+        # Memory that has both layouts, as with one channel, counts as the default layout.
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         n, c, h, w = x.shape
         return cls(
@@ -67,16 +67,16 @@ class DepthwiseProblem:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of each of the three computations."""
+        """Multiply-accumulates of the output, and of each gradient."""
         return self.batch * self.channels * self.out[0] * self.out[1] * self.kernel[0] * self.kernel[1]
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Layout of the input, which every implementation gives its output too."""
+        """Memory format of the input and of the output."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def empty(self, like: Tensor, size: Pair) -> Tensor:
-        """An uninitialized ``(N, C, *size)`` in the problem's layout."""
+        """Return an uninitialized ``(N, C, *size)`` in this memory format."""
         return torch.empty(
             self.batch, self.channels, *size, dtype=like.dtype, device=like.device, memory_format=self.memory_format
         )

@@ -1,7 +1,7 @@
-"""Python threads that work on blocks of a tensor, each with one thread of torch's own.
+"""Parallel loops over blocks of a tensor, in Python threads that each use one torch thread.
 
-A dozen small operators on a block that stays in one core's cache are much faster in a thread of their own than each of
-them spread over all cores, which then wait for each other after every operator.
+A dozen small operators on a block in one core's cache are much faster in one thread than spread over all cores, which
+wait for each other after every operator.
 """
 
 import os
@@ -16,12 +16,13 @@ _lock = threading.Lock()
 
 
 def parallel_for(work: Callable[[int], None], count: int, spread: bool) -> None:
-    """Call ``work(0) .. work(count - 1)``; gradients are not recorded.
+    """Call ``work(0)``, ..., ``work(count - 1)`` without recording gradients.
 
     Args:
-        work: Must write to places that no other call touches: results then do not depend on the number of threads.
+        work: Function of the block number. It must write only to memory that no other call uses, so that results do not
+            depend on the number of threads.
         count: Number of calls.
-        spread: Make the calls in as many threads as torch has, rather than here.
+        spread: Use as many threads as torch has; otherwise run in the calling thread.
     """
     threads = min(torch.get_num_threads(), count) if spread else 1
     inference = torch.is_inference_mode_enabled()
@@ -34,7 +35,7 @@ def parallel_for(work: Callable[[int], None], count: int, spread: bool) -> None:
     if threads < 2:
         share(range(count))
         return
-    # The calls are dealt out in turns rather than on demand: blocks take equally long.
+    # Static assignment: all blocks take the same time.
     for done in [_pool(threads).submit(share, range(i, count, threads)) for i in range(threads)]:
         done.result()
 
@@ -46,7 +47,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
             ready = threading.Barrier(threads + 1)
 
             def start() -> None:
-                torch.get_num_threads()  # the first question in a thread sets what the process was told last
+                torch.get_num_threads()  # the first call in a thread resets its number of threads
                 torch.set_num_threads(1)
                 ready.wait()
 
@@ -55,6 +56,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
             for _ in range(threads):
                 pool.submit(int)
             ready.wait()
-            torch.set_num_threads(before)  # it counts for threads to come as well as for the one that calls it
+            torch.set_num_threads(before)  # the pool's initializers changed the default of new threads
             _pools[key] = pool
         return _pools[key]
