@@ -1,4 +1,4 @@
-"""Heads of other people's configs get the number of classes only where they predict them; the built network agrees."""
+"""Heads of mmseg and mmdet configs get the number of classes where they predict them; the built network agrees."""
 
 import copy
 from pathlib import Path
@@ -32,8 +32,8 @@ def built(cfg: Config):
         return MODELS.build(cfg.model)
 
 
-def test_a_head_of_borders_keeps_its_two_classes():
-    """STDC's last auxiliary head tells borders from insides, whatever the classes are."""
+def test_boundary_head_keeps_its_two_classes():
+    """The last auxiliary head of STDC predicts boundaries."""
     cfg = config(mmseg, 'stdc/stdc1_4xb12-80k_cityscapes-512x1024.py')
     cfg.model.backbone.backbone_cfg.pop('init_cfg', None)
     check_heads(cfg, classes_per_head(cfg.model), ('train',))
@@ -48,7 +48,7 @@ def test_a_head_of_borders_keeps_its_two_classes():
         check_heads(cfg, classes_per_head(cfg.model))
 
 
-def test_panoptic_data_name_more_classes_than_the_box_heads():
+def test_panoptic_data_have_more_classes_than_the_box_heads():
     cfg = config(mmdet, 'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py')
     check_heads(cfg, classes_per_head(cfg.model), ('train', 'val'))
     with pytest.raises(UserError, match=r'model\.\w+ predicts things and stuff'):
@@ -60,14 +60,14 @@ def test_panoptic_data_name_more_classes_than_the_box_heads():
         check_heads(plain, classes_per_head(plain.model), ('train',))
 
 
-def test_a_head_without_classes_is_given_none():
+def test_head_without_classes_gets_none():
     cfg = config(mmdet, 'condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py')
     set_classes(cfg, OWN)
     assert 'num_classes' not in cfg.model.mask_head
     assert built(cfg).bbox_head.num_classes == 3
 
 
-def test_mmdets_mask2former_for_instances_counts_things():
+def test_mask2former_of_mmdet_for_instances():
     cfg = config(mmdet, f'{M2F}-lsj-50e_coco.py')
     set_classes(cfg, OWN)
     head = built(copy.deepcopy(cfg)).panoptic_head
@@ -75,9 +75,9 @@ def test_mmdets_mask2former_for_instances_counts_things():
     assert head.class_weight == [1.0] * 3 + [0.1]
 
 
-def test_mmsegs_mask2former_keeps_the_weight_of_no_object():
+def test_mask2former_of_mmseg_keeps_the_weight_of_no_object():
     cfg = config(mmseg, f'{M2F}-160k_ade20k-512x512.py')
-    for names in (OWN, OWN[:2], OWN[:2]):  # the last time their number is right before
+    for names in (OWN, OWN[:2], OWN[:2]):  # the last time the number does not change
         set_classes(cfg, names)
         head = built(copy.deepcopy(cfg)).decode_head
         assert head.cls_embed.out_features == len(names) + 1
@@ -95,7 +95,7 @@ def test_mmsegs_mask2former_keeps_the_weight_of_no_object():
         ([1.0, 2.0, 3.0, 0.5], [1.0, 2.0, 3.0, 0.5], ''),
     ],
 )
-def test_weights_of_classes(weights, expected, noted):
+def test_class_weights(weights, expected, noted):
     cfg = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
     loss = cfg.model.roi_head.bbox_head.loss_cls = ConfigDict(type='CrossEntropyLoss', class_weight=weights)
     notes = set_classes(cfg, OWN)

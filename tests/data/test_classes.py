@@ -1,4 +1,4 @@
-"""Class names: read from a command line, a file or the data, and set everywhere at once."""
+"""Class names from a command line, a file or the data, and set everywhere."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,6 @@ from replk_mm.errors import UserError
 # ruff: noqa: F811 (fixtures that come from another file)
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
 def test_names_from_a_command_line_or_a_file(tmp_path):
     assert parse_classes('a, traffic light ,b') == ['a', 'traffic light', 'b']
     assert parse_classes('person') == ['person']
@@ -31,7 +30,7 @@ def test_names_from_a_command_line_or_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('text', 'said'),
+    ('text', 'message'),
     [
         ('a,,b', 'empty'),
         ('a,b,a', "'a' occurs twice"),
@@ -40,20 +39,19 @@ def test_names_from_a_command_line_or_a_file(tmp_path):
         ('no/such', 'no such file'),
     ],
 )
-def test_bad_names_are_refused(text, said):
-    with pytest.raises(UserError, match=said) as info:
+def test_invalid_names(text, message):
+    with pytest.raises(UserError, match=message) as info:
         parse_classes(text)
     assert str(info.value).startswith(f'--classes {text}: ')
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path):
+def test_file_that_is_no_text(tmp_path):
     path = tmp_path / 'names.txt'
     path.write_bytes('M\u00fctze'.encode('latin-1'))
-    with pytest.raises(UserError, match=f'--classes {path}: the file cannot be read as UTF-8 text'):
+    with pytest.raises(UserError, match=f'--classes {path}: '):
         parse_classes(str(path))
 
 
-# -- setting them -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     'name',
     [
@@ -67,8 +65,8 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
         'htc/htc_r50_fpn_1x_coco.py',
     ],
 )
-def test_all_heads_have_the_classes_by_mmdets_own_check(name):
-    """mmdet's hook looks at the built network."""
+def test_all_heads_pass_the_check_of_mmdet(name):
+    """The hook of mmdet inspects the built network."""
     from mmdet.engine.hooks import NumClassCheckHook
 
     cfg = coco_config(name)
@@ -87,7 +85,7 @@ def test_all_heads_have_the_classes_by_mmdets_own_check(name):
         assert model.roi_head.semantic_head.num_classes == 183, 'not classes of the objects'
 
 
-def test_parts_with_classes_of_their_own_keep_them():
+def test_parts_with_other_classes_keep_them():
     cfg = coco_config()
     set_classes(cfg, ['one'])
     cfg.model.rpn_head.num_classes = cfg.model.backbone.num_classes = 1  # as many as the data have
@@ -96,7 +94,7 @@ def test_parts_with_classes_of_their_own_keep_them():
     assert set(classes_per_head(cfg.model).values()) == {3}
 
 
-def test_every_data_set_has_names_and_a_colour_for_each():
+def test_every_data_set_has_names_and_colours():
     cfg = coco_config('rtmdet/rtmdet_tiny_8xb32-300e_coco.py')
     inner = cfg.val_dataloader.dataset
     cfg.train_dataloader.dataset = dict(
@@ -138,7 +136,7 @@ def segmentation(root: Path, kind: str, **options) -> Config:
 
 
 def labels_read(cfg: Config, pixels: np.ndarray, path: Path) -> list[int]:
-    """What mmseg makes of a label file."""
+    """Label ids as mmseg reads them."""
     Image.fromarray(pixels).save(path)
     init_default_scope('mmseg')
     data = DATASETS.build({**cfg.train_dataloader.dataset, 'lazy_init': True})
@@ -148,7 +146,7 @@ def labels_read(cfg: Config, pixels: np.ndarray, path: Path) -> list[int]:
     return out['gt_seg_map'].ravel().tolist()
 
 
-def test_segmentation_data_with_classes_of_its_own(tmp_path):
+def test_segmentation_data_with_other_classes(tmp_path):
     cfg = segmentation(tmp_path, 'ADE20KDataset')
     notes = set_classes(cfg, OWN)
     assert classes_per_head(cfg.model) == {
@@ -162,14 +160,14 @@ def test_segmentation_data_with_classes_of_its_own(tmp_path):
     assert labels_read(cfg, np.array([[0, 1, 2, 3]], np.uint8), tmp_path / 'x.png') == [255, 0, 1, 2]
 
 
-def test_segmentation_data_may_use_some_classes_of_its_type(tmp_path):
+def test_segmentation_data_with_a_subset_of_the_classes(tmp_path):
     cfg = segmentation(tmp_path, 'ADE20KDataset')
     notes = set_classes(cfg, ('sky', 'wall'))
     assert any('ids in the files are those of the 150 classes of ADE20KDataset' in note for note in notes)
     assert labels_read(cfg, np.array([[0, 1, 2, 3]], np.uint8), tmp_path / 'x.png') == [255, 1, 255, 0]
 
 
-def test_data_set_of_other_suffixes_keeps_them(tmp_path):
+def test_suffixes_are_kept(tmp_path):
     cfg = segmentation(tmp_path, 'CityscapesDataset')
     set_classes(cfg, OWN)
     data = cfg.train_dataloader.dataset
@@ -181,8 +179,7 @@ def test_data_set_of_other_suffixes_keeps_them(tmp_path):
     )
 
 
-# -- auto -------------------------------------------------------------------------------------------------------------
-def test_auto_takes_the_categories_in_the_files_order(own):
+def test_auto_keeps_the_order_of_the_file(own):
     change(own / 'annotations/instances_train2017.json', lambda d: d['categories'].reverse())
     cfg = at(own)
     notes = use_classes(cfg, 'auto', ('val',))
@@ -207,7 +204,7 @@ def test_auto_for_label_maps(tiny, tmp_path):
     assert classes_per_head(cfg.model)['model.decode_head'] == 2
 
 
-def test_auto_needs_names(own):
+def test_auto_without_categories(own):
     for file in (own / 'annotations').iterdir():
         change(file, lambda d: d.update(categories=[], annotations=[]))
     with pytest.raises(UserError, match=r'--classes auto: no file names the classes; tried .*instances_train2017.json'):

@@ -1,4 +1,4 @@
-"""Passes over a loader that begin anywhere."""
+"""Epochs that start at any batch."""
 
 import random
 from itertools import islice
@@ -13,7 +13,7 @@ from replk_mm.errors import UserError
 
 
 class Shuffled:
-    """Another order in every pass, as mmengine's DefaultSampler gives."""
+    """Another order in every epoch, as the DefaultSampler of mmengine."""
 
     def __init__(self, size: int) -> None:
         self.size, self.epoch = size, 0
@@ -36,8 +36,8 @@ def loader(size: int, drop_last: bool = False, batch_size: int = 2):
 
 @pytest.mark.parametrize('size', [2, 4, 5])
 @pytest.mark.parametrize('start', range(8))
-def test_finite_passes_go_on_anywhere(size, start):
-    """By hand: all passes in a row, of which the first ``start`` batches are cut off."""
+def test_batches_continue_from_any_iteration(size, start):
+    """All epochs in a row, without the first ``start`` batches."""
     rows = [(np.random.default_rng(epoch).permutation(size) + 100).tolist() for epoch in range(20)]
     whole = [row[i : i + 2] for row in rows for i in range(0, size, 2)]
     batches, seeds = loader(size)
@@ -48,25 +48,25 @@ def test_finite_passes_go_on_anywhere(size, start):
 
 
 @pytest.mark.parametrize('start', [0, 3])
-def test_a_pass_without_a_batch_is_an_error_and_no_endless_loop(start):
+def test_epoch_without_a_batch_is_an_error(start):
     batches, _ = loader(1, drop_last=True)
     with pytest.raises(UserError, match='train_dataloader: yields no batch: 1 samples'):
         next(infinite_batches(batches, start))
 
 
-def test_numpys_integers_have_positions_too():
+def test_numpy_integers_have_positions():
     batches, _ = loader(4)
     assert all(isinstance(index, PositionedIndex) for batch in batches.batch_sampler for index in batch)
 
 
-def test_a_sampler_of_torch_is_taken_as_it_is():
+def test_sampler_of_torch():
     plain = DataLoader(range(5), batch_size=2, sampler=RandomSampler(range(5)))
     batches = islice(infinite_batches(make_resumable(plain, lambda position: None, 0, 1), 0), 3)
     seen = [value for batch in batches for value in batch.tolist()]
     assert sorted(seen) == list(range(5))
 
 
-def test_seeds_are_of_the_run_the_iteration_the_process_and_the_sample():
+def test_seeds_depend_on_run_iteration_rank_and_sample():
     seen = []
     for seed, *words in (
         (seed_iteration, 1, 5),

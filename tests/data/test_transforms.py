@@ -1,4 +1,4 @@
-"""Images, label maps and annotations that cannot be used are named when the pipeline loads them."""
+"""The pipeline names images, label maps and annotations that it cannot load."""
 
 from pathlib import Path
 
@@ -66,13 +66,13 @@ def test_good_files_load(photo, data):
         (dict(bbox=None), 'cannot be read'),
     ],
 )
-def test_bad_annotations_are_named_with_their_image(photo, changes, text):
+def test_invalid_annotations_name_their_image(photo, changes, text):
     with pytest.raises(UserError, match=text) as info:
         load_objects(entry(photo, **changes))
     assert str(info.value).startswith(f'annotations of {photo}: ')
 
 
-def test_files_of_a_data_set_with_boxes_are_named_too(photo):
+def test_damaged_files_with_boxes(photo):
     semantic = photo.with_name('map.png')
     Image.new('L', SIZE).save(semantic)
     good = entry(photo) | dict(seg_map_path=str(semantic))
@@ -86,7 +86,7 @@ def test_files_of_a_data_set_with_boxes_are_named_too(photo):
 
 @pytest.mark.parametrize('which', [0, 1])
 @pytest.mark.parametrize('spoil', [cut, lambda p: p.write_bytes(b''), lambda p: p.write_text('text'), Path.unlink])
-def test_damage_is_named_when_it_is_read(data, which, spoil):
+def test_damaged_files(data, which, spoil):
     pair = image(data, 0), label(data, 0)
     spoil(pair[which])
     with pytest.raises(UserError) as info:
@@ -103,7 +103,7 @@ def test_damage_is_named_when_it_is_read(data, which, spoil):
         (np.full((64, 64), 255, np.uint8), False, None),
     ],
 )
-def test_labels_of_no_class_are_named_as_stored_in_the_file(data, pixels, reduce, text):
+def test_unknown_ids_are_those_of_the_file(data, pixels, reduce, text):
     path = label(data, 0)
     Image.fromarray(pixels).save(path)
     if text is None:
@@ -114,8 +114,8 @@ def test_labels_of_no_class_are_named_as_stored_in_the_file(data, pixels, reduce
     assert str(info.value).startswith(f'{path}: ')
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_damage_is_named_from_a_data_worker_too(data, workers):
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_damaged_file_in_a_data_worker(data, workers):
     cut(label(data, 2))
     init_default_scope('mmseg')
     dataset = seg_config(data).train_dataloader.dataset
@@ -128,13 +128,13 @@ def test_damage_is_named_from_a_data_worker_too(data, workers):
     assert message[0].startswith(f'{label(data, 2)}: cannot be read') and len(message) == 2
 
 
-def test_shrunk_labels_are_those_at_the_centres_of_the_blocks():
+def test_shrunk_labels_are_the_block_centres():
     labels = np.arange(8 * 12, dtype=np.uint8).reshape(8, 12)
     out = ShrinkLabels(4).transform({'gt_seg_map': labels, 'img': np.zeros((8, 12, 3), np.uint8)})
     assert out['gt_seg_map'].tolist() == [[2 * 12 + 2, 2 * 12 + 6, 2 * 12 + 10], [6 * 12 + 2, 6 * 12 + 6, 6 * 12 + 10]]
     assert out['img'].shape == (8, 12, 3)
 
 
-def test_shrinking_names_a_map_that_does_not_divide():
+def test_shrinking_needs_multiples_of_the_factor():
     with pytest.raises(UserError, match=r'^a\.png: ShrinkLabels\(factor=4\) got a map of 9x8'):
         ShrinkLabels(4).transform({'gt_seg_map': np.zeros((9, 8), np.uint8), 'seg_map_path': 'a.png'})

@@ -1,4 +1,4 @@
-"""What tests of class names share: configs for COCO, data sets with categories of their own, rejections."""
+"""What tests of classes share: configs for COCO, a data set with other categories, rejections."""
 
 from pathlib import Path
 
@@ -25,12 +25,12 @@ def coco_config(name: str = 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py') -> Config:
 
 @pytest.fixture
 def own(tmp_path) -> Path:
-    """A data set with categories of its own."""
+    """A data set with other categories than COCO."""
     return write_coco_root(tmp_path / 'data', OWN)
 
 
 def at(root: Path, **options) -> Config:
-    """A config for COCO, pointed to ``root``."""
+    """A config for COCO with the data root ``root``."""
     cfg = coco_config(**options)
     set_data_root(cfg, str(root))
     return cfg

@@ -1,4 +1,4 @@
-"""COCO-style annotation files of a few drawn images, to be spoiled by tests."""
+"""Small COCO-style data sets of noise, for tests to damage."""
 
 import json
 from collections.abc import Callable, Sequence

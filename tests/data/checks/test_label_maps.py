@@ -346,7 +346,7 @@ def test_image_size_is_that_of_mmcv(tmp_path, orientation, suffix):
     assert not seen.findings and seen.size[::-1] == mmcv.imread(path).shape[:2]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(['jpeg', 'png', 'gif', 'tiff', 'webp', 'bmp']),
     at=st.floats(0, 1),
