@@ -49,6 +49,7 @@ REQUIREMENTS = (
     Requirement('pydantic', 'pydantic', '>=2'),
     Requirement('rich', 'rich'),
     Requirement('safetensors', 'safetensors', '>=0.4.3'),
+    Requirement('scipy', 'scipy', '>=1.15'),
     Requirement('mmsegmentation', 'mmseg', '>=1.2,<2', 'segmentation'),
     Requirement('ftfy', 'ftfy', needed_for='segmentation'),
     Requirement('regex', 'regex', needed_for='segmentation'),

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.bench.compare.compare import compare, lines, write
-from replk_mm.bench.compare.results import Source
+from replk_mm.bench.compare.compare import compare_results
+from replk_mm.bench.compare.render import render_comparison, write_comparison
+from replk_mm.bench.compare.results import DataSource
 from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import command
 
@@ -44,17 +45,17 @@ def main() -> None:
     out = Path(args.out) if args.out else None
     if out:
         prepare_work_dir(out, option='--out')
-    found = compare(
+    found = compare_results(
         args.a,
         args.b,
-        Source(args.data_root, args.config, args.classes, args.cfg_options),
+        DataSource(args.data_root, args.config, args.classes, args.cfg_options),
         images=None if args.no_images else args.images,
         kind=args.kind,
         score=args.score,
         seed=args.seed,
         out=out,
     )
-    print('\n'.join(lines(found)))
+    print(render_comparison(found))
     if out:
-        written = write(found, out)
+        written = write_comparison(found, out)
         print(f'\nwritten: {", ".join(str(path) for path in written)}')

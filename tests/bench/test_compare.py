@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import run_tool, tiny, trained  # noqa: F401
 
-from replk_mm.bench.compare.compare import compare, lines, mean_difference, paired_bootstrap
-from replk_mm.bench.compare.pictures import NEITHER, A, B, label_difference
-from replk_mm.bench.compare.results import Source
-from replk_mm.bench.compare.segmentation import Counts, miou_difference
+from replk_mm.bench.compare.compare import bootstrap, compare_results
+from replk_mm.bench.compare.pictures import NEITHER, A, B, draw_label_difference
+from replk_mm.bench.compare.render import render_comparison
+from replk_mm.bench.compare.results import DataSource, read_result
+from replk_mm.bench.compare.segmentation import SegmentationImages
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.record import evaluation_record, write_record
 from replk_mm.errors import UserError
@@ -58,7 +59,7 @@ def write_case(tmp_path, reduce_zero):
 @pytest.mark.parametrize('reduce_zero', [True, False])
 def test_scores_are_those_of_counted_pixels(reduce_zero, tmp_path):
     labels, a, b, folder_a, folder_b = write_case(tmp_path, reduce_zero)
-    found = compare(str(folder_a), str(folder_b / 'metrics.json'))
+    found = compare_results(str(folder_a), str(folder_b / 'metrics.json'))
     scores = {entry['image']: entry for entry in found['images']['scores']}
     assert found['images']['count'] == 7 and scores.keys() == labels.keys() - {'07'}
     for name in scores:
@@ -76,46 +77,37 @@ def test_scores_are_those_of_counted_pixels(reduce_zero, tmp_path):
     assert whole[0][:, 3].sum() > 0
 
 
-def test_resampled_miou_is_that_of_the_images_drawn():
-    labels, a, b = (list(part.values()) for part in made_up(1))
-    one_by_one = np.array([[tally([label], [said], 4) for label, said in zip(labels, x, strict=True)] for x in (a, b)])
-    counts = Counts(
-        one_by_one.diagonal(axis1=2, axis2=3).astype(np.uint32),
-        one_by_one.sum(2).astype(np.uint32),
-        one_by_one[0].sum(2).astype(np.uint32),
-    )
-    drawn = [0, 0, 2, 5, 5, 5]
-    times = np.bincount(drawn, minlength=6)[None].astype(float)
-    expected = [mean_iou(tally([labels[i] for i in drawn], [x[i] for i in drawn], 4)) for x in (a, b)]
-    assert miou_difference(counts)(times)[0] == pytest.approx(expected[1] - expected[0], abs=1e-9)
+def test_miou_of_drawn_images_is_that_of_counted_pixels(tmp_path):
+    labels, a, b, folder_a, folder_b = write_case(tmp_path, True)
+    pair = read_result(str(folder_a), 'A'), read_result(str(folder_b), 'B')
+    images = SegmentationImages(pair, DataSource(), str(tmp_path / 'data'))
+    drawn = np.array([0, 0, 2, 5, 5, 5])
+    names = [images.names[i] for i in drawn]
+    expected = [mean_iou(tally([labels[n] for n in names], [x[n] for n in names], 4)) for x in (a, b)]
+    assert images.difference(drawn) == pytest.approx(expected[1] - expected[0], abs=1e-9)
     assert abs(expected[1] - expected[0]) > 1
 
 
 def test_interval_of_a_mean_is_the_textbooks():
     rng = np.random.default_rng(0)
-    a = rng.normal(0, 1, 400)
-    b = a + rng.normal(0.2, 0.5, 400)  # images vary more than the difference does
-    found = paired_bootstrap(mean_difference(a, b), 400, 1000)
-    change = b - a
+    change = rng.normal(0.2, 0.5, 400)
+    found = bootstrap(lambda chosen: change[chosen].mean(), 400)
     half = 1.96 * change.std() / np.sqrt(400)
-    assert found.difference == pytest.approx(change.mean())
-    assert found.low == pytest.approx(change.mean() - half, abs=0.15 * half)
-    assert found.high == pytest.approx(change.mean() + half, abs=0.15 * half)
-    assert found.is_beyond_luck and found.b_higher == 1
+    assert found['difference'] == pytest.approx(change.mean())
+    assert found['low'] == pytest.approx(change.mean() - half, abs=0.15 * half)
+    assert found['high'] == pytest.approx(change.mean() + half, abs=0.15 * half)
+    assert found['beyond_luck'] and found['b_higher'] == 1
     assert (
-        found
-        == paired_bootstrap(mean_difference(a, b), 400, 1000)
-        != paired_bootstrap(mean_difference(a, b), 400, seed=1)
+        found == bootstrap(lambda chosen: change[chosen].mean(), 400) != bootstrap(lambda c: change[c].mean(), 400, 1)
     )
-    opposite = paired_bootstrap(mean_difference(b, a), 400, 1000)
-    assert (opposite.low, opposite.high) == (-found.high, -found.low)
-    assert not paired_bootstrap(mean_difference(a, a + np.tile([-1.0, 1.0], 200)), 400).is_beyond_luck
+    assert not bootstrap(lambda chosen: np.tile([-1.0, 1.0], 200)[chosen].mean(), 400)['beyond_luck']
+    assert bootstrap(lambda chosen: 1.0, 1)['low'] is None  # one image has no interval
 
 
 def test_colours_tell_who_is_right():
     label = np.array([[0, 1, 2, 0, IGNORED]])
     a, b = np.array([[0, 1, 0, 1, 0]]), np.array([[0, 0, 2, 2, 0]])
-    found = label_difference(np.full((1, 5, 3), 100, np.uint8), label, a, b, IGNORED)
+    found = draw_label_difference(np.full((1, 5, 3), 100, np.uint8), label, a, b, IGNORED)
     assert [tuple(pixel[::-1]) for pixel in found[0].tolist()] == [(175, 175, 175), A, B, NEITHER, (255, 255, 255)]
 
 
@@ -129,14 +121,14 @@ def test_conditions_come_before_figures(case):
         environment__torch='2.4',
         metrics__mFscore=7.5,
     )
-    found = compare(str(folder_a), str(folder_b), images=None)
+    found = compare_results(str(folder_a), str(folder_b), images=None)
     assert [(d['what'], d['key'], d['a'], d['b']) for d in found['differences']] == [
         ('training', 'iterations', '40', '80'),
         ('test', 'tta', 'False', 'True'),
         ('test', 'pipeline.1.scale', '[64, 64]', '[128, 128]'),
         ('environment', 'torch', '2.13', '2.4'),
     ]
-    text = '\n'.join(lines(found))
+    text = render_comparison(found)
     assert text.index('NOT MEASURED ALIKE') < text.index('pipeline.1.scale') < text.index('mIoU')
     assert 'images' not in found and 'time' not in {row['name'] for row in found['metrics']}
     assert [row for row in found['metrics'] if row['name'] == 'mFscore'] == [
@@ -147,14 +139,14 @@ def test_conditions_come_before_figures(case):
 
 
 def test_equal_results_have_no_difference(case, tmp_path):
-    found = compare(str(case[3]), str(case[3]), out=tmp_path)
+    found = compare_results(str(case[3]), str(case[3]), out=tmp_path)
     assert found['differences'] == found['images']['changed'] == found['pictures'] == []
     assert (found['statistics']['low'], found['statistics']['high'], found['statistics']['beyond_luck']) == (
         0,
         0,
         False,
     )
-    text = '\n'.join(lines(found))
+    text = render_comparison(found)
     assert 'same checkpoint' in text and 'Measured alike' in text and 'No image changed' in text and 'NOT' not in text
 
 
@@ -214,7 +206,7 @@ def test_rejected(what, case, tmp_path):
     spoil, message = REFUSED[what]
     spoil(case[3], case[4], tmp_path / 'data')
     with pytest.raises(UserError) as raised:
-        compare(str(case[3]), str(case[4]))
+        compare_results(str(case[3]), str(case[4]))
     assert re.search(message, str(raised.value), re.DOTALL), raised.value
     assert '\n' in str(raised.value), 'no remedy'
 
@@ -229,25 +221,25 @@ def test_any_metrics_file_is_read_or_rejected(content, key, case):
     known = json.loads((case[4] / 'metrics.json').read_text())
     path.write_text(json.dumps({**known, key: content}))
     try:
-        lines(compare(str(path), str(case[4]), images=None))
+        render_comparison(compare_results(str(path), str(case[4]), images=None))
     except UserError as error:
         assert 'metrics.json' in str(error)
 
 
 def test_data_that_moved_are_named(case, tmp_path):
-    before = compare(str(case[3]), str(case[4]))
+    before = compare_results(str(case[3]), str(case[4]))
     (tmp_path / 'data').rename(tmp_path / 'moved')
-    source = Source(data_root=str(tmp_path / 'moved'), config=str(tmp_path / 'moved' / 'config.py'))
-    assert compare(str(case[3]), str(case[4]), source) == before
+    source = DataSource(data_root=str(tmp_path / 'moved'), config=str(tmp_path / 'moved' / 'config.py'))
+    assert compare_results(str(case[3]), str(case[4]), source) == before
 
 
 def test_classes_that_the_test_was_given_are_given_again(case, tmp_path):
-    before = compare(str(case[3]), str(case[4]))
+    before = compare_results(str(case[3]), str(case[4]))
     config = tmp_path / 'data' / 'config.py'
     config.write_text(config.read_text().replace("('sky', 'road', 'car', 'cat')", "('a', 'b', 'c', 'd')"))
     with pytest.raises(UserError, match='(?s)0 pixels of sky now.*--classes'):
-        compare(str(case[3]), str(case[4]))
-    assert compare(str(case[3]), str(case[4]), Source(classes='sky,road,car,cat')) == before
+        compare_results(str(case[3]), str(case[4]))
+    assert compare_results(str(case[3]), str(case[4]), DataSource(classes='sky,road,car,cat')) == before
 
 
 def test_suites_rows_and_figures_alone(case, tmp_path):
@@ -255,7 +247,7 @@ def test_suites_rows_and_figures_alone(case, tmp_path):
         (tmp_path / 'runs' / 'replk-31' / seed).mkdir(parents=True)
         (tmp_path / letter).rename(tmp_path / 'runs' / 'replk-31' / seed / 'test')
     shutil.rmtree(tmp_path / 'data')
-    found = compare(*(str(tmp_path / 'runs' / 'replk-31' / seed) for seed in '01'), images=None)
+    found = compare_results(*(str(tmp_path / 'runs' / 'replk-31' / seed) for seed in '01'), images=None)
     assert (found['a']['name'], found['b']['name']) == ('replk-31/0', 'replk-31/1')
     assert found['metrics'][1]['name'] == 'mIoU' and found['metrics'][1]['difference'] > 5
 
@@ -283,7 +275,7 @@ def test_picked_classes_in_folders_of_cities(tmp_path):
         )
     )
     folders = [write_result(tmp_path / x, config, root, labels, predictions[x], False, names) for x in 'ab']
-    found = compare(*map(str, folders))
+    found = compare_results(*map(str, folders))
     for entry in found['images']['scores']:
         confusion = tally([labels[entry['image']]], [predictions['a'][entry['image']]], 2)
         assert entry['a'] == pytest.approx(mean_iou(confusion), abs=1e-9)

@@ -18,10 +18,11 @@ pytest.importorskip('pycocotools')
 
 from compare_cases import JSON
 
-from replk_mm.bench.compare.compare import compare, write  # noqa: E402
+from replk_mm.bench.compare.compare import compare_results  # noqa: E402
 from replk_mm.bench.compare.detection import match, open_detections, open_objects  # noqa: E402
 from replk_mm.bench.compare.pictures import A, B  # noqa: E402
-from replk_mm.bench.compare.results import Source, read_result  # noqa: E402
+from replk_mm.bench.compare.render import write_comparison  # noqa: E402
+from replk_mm.bench.compare.results import DataSource, read_result  # noqa: E402
 from replk_mm.engine.evaluate import evaluate  # noqa: E402
 from replk_mm.engine.record import evaluation_record, write_record  # noqa: E402
 from replk_mm.errors import UserError  # noqa: E402
@@ -121,7 +122,7 @@ def case(tmp_path):
 @pytest.mark.parametrize('score', [0.3, 0.7])
 def test_objects_are_matched_as_by_hand(case, score):
     objects, found, folder = case
-    compared = compare(str(folder / 'a'), str(folder / 'b'), score=score)
+    compared = compare_results(str(folder / 'a'), str(folder / 'b'), score=score)
     seen = np.zeros(3, int)
     for entry in compared['images']['scores']:
         for letter in 'ab':
@@ -156,7 +157,9 @@ def test_masks_that_fill_their_boxes_match_as_the_boxes(case):
             detection['bbox'] = [x, y, min(w, 80 - x), min(h, 60 - y)]
         for kind in ('bbox', 'segm'):
             (folder / letter / 'predictions' / f'instances.{kind}.json').write_text(json.dumps(found[letter]))
-    boxes, masks = (compare(str(folder / 'a'), str(folder / 'b'), kind=kind, out=folder) for kind in ('bbox', 'segm'))
+    boxes, masks = (
+        compare_results(str(folder / 'a'), str(folder / 'b'), kind=kind, out=folder) for kind in ('bbox', 'segm')
+    )
     assert masks['images']['scores'] == boxes['images']['scores'] and masks['totals'] == boxes['totals']
     assert masks['per_class']['figure'] == 'segm_mAP' and masks['per_class'] != boxes['per_class']
 
@@ -175,13 +178,13 @@ def test_crowds_and_doubles(case):
             json.dumps([dict(image_id=0, category_id=3, bbox=box, score=0.9 - 0.1 * i) for i, box in enumerate(boxes)])
         )
         change_record(folder / letter, per_class={'dog': dict(instances=1, bbox_mAP=0.5)})
-    found = compare(str(folder / 'a'), str(folder / 'b'))
+    found = compare_results(str(folder / 'a'), str(folder / 'b'))
     entry = found['images']['scores'][0]
     assert [entry[f'{key}_{letter}'] for letter in 'ab' for key in ('found', 'missed', 'false')] == [1, 0, 1, 0, 1, 1]
     assert (entry['a'], entry['b']) == (2 / 3, 0)
     assert [e['a'] for e in found['images']['scores'][1:]] == [1] * 11, 'nothing to find, nothing found'
     result = read_result(str(folder / 'a'), 'A')
-    objects = open_objects(result, Source(), str(folder / 'data'), 'bbox')
+    objects = open_objects(result, DataSource(), str(folder / 'data'), 'bbox')
     shown = match(objects, open_detections(result, objects, 'bbox', 0.3), [0], 'bbox')[0]
     assert ([d['score'] for d in shown.right], [d['score'] for d in shown.false]) == ([0.9], [0.8]), (
         'crowds are neither'
@@ -191,7 +194,7 @@ def test_crowds_and_doubles(case):
 def test_none_found_at_all(case):
     _, _, folder = case
     (folder / 'b' / 'predictions' / 'instances.bbox.json').write_text('[]')
-    found = compare(str(folder / 'a'), str(folder / 'b'))
+    found = compare_results(str(folder / 'a'), str(folder / 'b'))
     assert found['totals']['b']['found'] == found['totals']['b']['false'] == 0 < found['totals']['b']['missed']
 
 
@@ -247,7 +250,7 @@ def test_rejected(what, case):
     spoil, kind, message = REFUSED[what]
     spoil(case[2])
     with pytest.raises(UserError, match=f'(?s){message}') as raised:
-        compare(str(case[2] / 'a'), str(case[2] / 'b'), kind=kind)
+        compare_results(str(case[2] / 'a'), str(case[2] / 'b'), kind=kind)
     assert '\n' in str(raised.value), 'no remedy'
 
 
@@ -257,7 +260,7 @@ def test_any_detections_are_compared_or_rejected(content, key, case):
     _, found, folder = case
     _write(folder, [{**found['b'][0], key: content}])
     try:
-        compare(str(folder / 'a'), str(folder / 'b'))
+        compare_results(str(folder / 'a'), str(folder / 'b'))
     except UserError as error:
         assert 'instances.bbox.json' in str(error)
 
@@ -273,7 +276,7 @@ def test_what_a_test_wrote(detector, trained_detector, tmp_path):
         folders.append(out)
     out = tmp_path / 'out'
     out.mkdir()
-    found = compare(*map(str, folders), kind='segm', score=0.05, out=out)
+    found = compare_results(*map(str, folders), kind='segm', score=0.05, out=out)
     read = [json.loads((folder / 'metrics.json').read_text()) for folder in folders]
     by_name = {row['name']: row for row in found['per_class']['rows']}
     for name, figures in read[1]['per_class'].items():
@@ -281,14 +284,14 @@ def test_what_a_test_wrote(detector, trained_detector, tmp_path):
     instances = sum(figures['instances'] for figures in read[0]['per_class'].values())
     for letter in 'ab':
         assert found['totals'][letter]['found'] + found['totals'][letter]['missed'] == instances == 6
-    written = write(found, out)
+    written = write_comparison(found, out)
     assert [path.name for path in written[:2]] == ['compare.json', 'compare.md']
     assert all(Path(path).is_file() for path in written)
 
 
 def test_pictures_show_whose_objects_were_found(case):
     _, _, folder = case
-    found = compare(str(folder / 'a'), str(folder / 'b'), images=10, out=folder)
+    found = compare_results(str(folder / 'a'), str(folder / 'b'), images=10, out=folder)
     assert found['pictures'] == ['changed_1.png', 'changed_2.png']
     first = cv2.imread(str(folder / 'changed_1.png'))
     for colour in (A, B):

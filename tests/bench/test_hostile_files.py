@@ -7,8 +7,8 @@ from compare_cases import write_record
 
 from replk_mm import cli
 from replk_mm.bench import records
-from replk_mm.bench.compare.compare import compare
-from replk_mm.bench.compare.results import _is_known, read_result
+from replk_mm.bench.compare.compare import compare_results
+from replk_mm.bench.compare.results import _is_trusted, read_result
 from replk_mm.errors import UserError
 
 
@@ -52,19 +52,19 @@ def test_a_result_does_not_say_what_is_run(place, tmp_path, monkeypatch):
         for name in 'ab'
     ]
     with pytest.raises(UserError) as info:
-        compare(str(folders[0]), str(folders[1]))
+        compare_results(str(folders[0]), str(folders[1]))
     assert not proof.exists()
     if place == 'beside the result':
         assert f'--config {evil}' in str(info.value)
 
 
 def test_configs_of_this_project_are_run_for_a_result(tmp_path, monkeypatch):
-    assert _is_known('configs/upernet_replk-nano_demo.py') and _is_known('replk_mm::upernet_replk-nano_demo.py')
+    assert _is_trusted('configs/upernet_replk-nano_demo.py') and _is_trusted('replk_mm::upernet_replk-nano_demo.py')
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'configs').mkdir()
-    assert _is_known('configs/mine.py') and not _is_known('mine.py') and not _is_known('configs/../mine.py')
+    assert _is_trusted('configs/mine.py') and not _is_trusted('mine.py') and not _is_trusted('configs/../mine.py')
     (tmp_path / 'configs' / 'link.py').symlink_to(tmp_path / 'mine.py')
-    assert not _is_known('configs/link.py')
+    assert not _is_trusted('configs/link.py')
 
 
 def test_messages_hold_nothing_that_a_terminal_obeys(tmp_path):
@@ -74,7 +74,7 @@ def test_messages_hold_nothing_that_a_terminal_obeys(tmp_path):
 
 @pytest.mark.parametrize('text', ['a={[1]}', 'a={__import__("os").system("true"): 1}', 'a={9**9**9: 1}'])
 def test_overrides_are_not_computed(text, capsys):
-    p = cli.parser('', '')
+    p = cli.parser('', 'test')
     cli.add_config_options(p)
     with pytest.raises(SystemExit) as info:
         p.parse_args(['--cfg-options', text])

@@ -1,4 +1,4 @@
-"""Two detection results image by image: exported detections matched with the annotated objects as COCO does."""
+"""Two detection results, image by image: exported detections matched with the annotated objects as in COCO."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 from rich.progress import track
 
-from replk_mm.bench.compare.results import Result, Source, config_of
+from replk_mm.bench.compare.results import DataSource, Result, load_result_config
 from replk_mm.data import coco
 from replk_mm.data.classes import annotation_file
 from replk_mm.data.datasets import datasets_of
@@ -24,11 +24,7 @@ from replk_mm.errors import UserError, command_line, format_list
 
 #: IoU from which a detection is right.
 IOU = 0.5
-DEFINITION = (
-    'an object is found if a detection of its class, not below the score threshold, has IoU 0.5 with it, matched as '
-    'COCO does (surest first, each object once; detections in crowds count neither way); F1 of an image is 2 found / '
-    '(2 found + missed + false), and 1 where there is nothing to find and nothing was found'
-)
+_COUNTED = ('found', 'missed', 'false')
 #: Images matched at a time, which bounds the memory.
 _CHUNK = 100
 
@@ -67,7 +63,83 @@ class Matches:
     right: list[dict] = field(default_factory=list)
 
 
-def open_objects(a: Result, source: Source, root: str | None, kind: str) -> Objects:
+class DetectionImages:
+    """The images of two detection results.
+
+    Args:
+        pair: The results.
+        source: Where data, config and classes are.
+        root: Data root, None for the config's own.
+        kind: ``'bbox'`` or ``'segm'``: what IoU is computed of.
+        min_score: Minimum score of detections.
+
+    Raises:
+        UserError: If annotations or detections are missing, or are not those of the tests.
+    """
+
+    figure = 'F1'
+    overall_figure = 'mean F1 of the images'
+    unit = ''
+
+    def __init__(
+        self, pair: tuple[Result, Result], source: DataSource, root: str | None, kind: str, min_score: float
+    ) -> None:
+        self.kind = kind
+        self.definition = (
+            'an object is found if a detection of its class, not below the score threshold, has IoU 0.5 with it, '
+            'matched as in COCO (highest score first, each object once; detections in crowds count neither way); F1 of '
+            'an image is 2 found / (2 found + missed + false), and 1 without objects and detections; score threshold '
+            f'{min_score:g}, IoU of {"boxes" if kind == "bbox" else "masks"}'
+        )
+        self.objects = open_objects(pair[0], source, root, kind)
+        self.detections = [open_detections(result, self.objects, kind, min_score) for result in pair]
+        self.matches = [match(self.objects, part, list(self.objects.images), kind) for part in self.detections]
+        #: Found, missed and false of A and B, ``(2, images, 3)``.
+        self.counts = np.array(
+            [[(len(m.found), len(m.missed), len(m.false)) for m in part.values()] for part in self.matches]
+        )
+        found, missed, false = np.moveaxis(self.counts, -1, 0)
+        total = 2 * found + missed + false
+        #: F1 of A and B in [0, 1], ``(2, images)``.
+        self.f1 = np.where(total > 0, 2 * found / np.maximum(total, 1), 1.0)
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.objects.images)
+
+    def difference(self, chosen: np.ndarray) -> float:
+        """Mean F1 of B minus that of A over the chosen images."""
+        return float((self.f1[1, chosen] - self.f1[0, chosen]).mean())
+
+    def scores(self) -> list[dict[str, Any]]:
+        """F1 and counts of each image."""
+        scores = []
+        for n, (key, image) in enumerate(self.objects.images.items()):
+            a, b = map(float, self.f1[:, n])
+            counts = {
+                f'{name}_{letter}': int(self.counts[j, n, k])
+                for j, letter in enumerate('ab')
+                for k, name in enumerate(_COUNTED)
+            }
+            scores.append(dict(image=image['file_name'], id=key, a=a, b=b, difference=b - a, **counts))
+        return scores
+
+    def extras(self) -> dict[str, Any]:
+        """Counts and mean F1 of all images."""
+        totals = {}
+        for letter, counts, f1 in zip('ab', self.counts, self.f1, strict=True):
+            totals[letter] = dict(zip(_COUNTED, map(int, counts.sum(0)), strict=True)) | dict(mean_f1=float(f1.mean()))
+        return dict(totals=totals)
+
+    def draw(self, changed: Sequence[dict]) -> Any:
+        """Pictures of the images that changed."""
+        from replk_mm.bench.compare.pictures import draw_objects
+
+        return draw_objects(self, changed)
+
+
+def open_objects(a: Result, source: DataSource, root: str | None, kind: str) -> Objects:
     """The objects that a result was scored with.
 
     Args:
@@ -79,7 +151,7 @@ def open_objects(a: Result, source: Source, root: str | None, kind: str) -> Obje
     Raises:
         UserError: If annotations are missing or have other objects than those of the test.
     """
-    cfg = config_of(a, source, root)
+    cfg = load_result_config(a, source, root)
     parts = list(datasets_of(cfg, ('test',)))
     file = annotation_file(parts[0]) if len(parts) == 1 else None
     if file is None:
@@ -124,7 +196,7 @@ def _index(images: list[dict], categories: list[dict], annotations: list[dict]) 
     return api
 
 
-def open_detections(result: Result, objects: Objects, kind: str, least_score: float) -> COCO:
+def open_detections(result: Result, objects: Objects, kind: str, min_score: float) -> COCO:
     """The exported detections of a result that are sure enough.
 
     Raises:
@@ -140,7 +212,7 @@ def open_detections(result: Result, objects: Objects, kind: str, least_score: fl
         )
     try:
         sure = [
-            _detection(entry, objects, kind) for entry in json.loads(file.read_bytes()) if entry['score'] >= least_score
+            _detection(entry, objects, kind) for entry in json.loads(file.read_bytes()) if entry['score'] >= min_score
         ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
@@ -208,10 +280,3 @@ def match(objects: Objects, detections: COCO, ids: Sequence[int | str], kind: st
                 if not ignored:
                     (to.right if taken else to.false).append(detections.anns[i])
     return found
-
-
-def f1(of: np.ndarray) -> np.ndarray:
-    """F1 in [0, 1] of found, missed and false, the last axis; see :data:`DEFINITION`."""
-    found, missed, false = np.moveaxis(of, -1, 0)
-    total = 2 * found + missed + false
-    return np.where(total > 0, 2 * found / np.maximum(total, 1), 1.0)

@@ -3,19 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 
-from replk_mm.bench.compare.results import Result
 from replk_mm.data.files import read_image
 from replk_mm.engine.predict import write_picture
 from replk_mm.visualize import color_legend, draw_instances, draw_text, image_grid, overlay
 
 if TYPE_CHECKING:
-    from replk_mm.bench.compare.detection import Matches, Objects
-    from replk_mm.bench.compare.segmentation import Labels
+    from replk_mm.bench.compare.detection import DetectionImages, Matches
+    from replk_mm.bench.compare.segmentation import SegmentationImages
 
 #: Okabe and Ito's blue, orange and bluish green (RGB), which readers with any colour vision tell apart, and greys.
 A, B, TRUTH = (0, 114, 178), (230, 159, 0), (0, 158, 115)
@@ -29,34 +28,36 @@ PER_SHEET = 8
 
 
 @dataclass
-class Rows:
-    """What a sheet shows.
+class Sheet:
+    """Content of a sheet.
 
     Attributes:
-        rows: Of five pictures ``(H, W, 3)`` BGR each, with a caption.
-        key: What colours (RGB) mean.
-        classes: Names of the classes.
-        palette: RGB of each class; empty if colours do not mean classes.
-        occurring: For each row, indices of the classes in it.
+        key: Meaning of the colours (RGB).
+        classes: Class names.
+        palette: RGB of each class; empty if colours do not stand for classes.
+        rows: Five pictures ``(H, W, 3)`` BGR for each image, with captions.
+        occurring: Indices of the classes in each row.
     """
 
-    rows: list[list[tuple[np.ndarray, str]]]
     key: list[tuple[Sequence[int], str]]
     classes: list[str] = field(default_factory=list)
     palette: list[list[int]] = field(default_factory=list)
+    rows: list[list[tuple[np.ndarray, str]]] = field(default_factory=list)
     occurring: list[np.ndarray] = field(default_factory=list)
 
 
-def _grey(image: np.ndarray) -> np.ndarray:
+def _gray(image: np.ndarray) -> np.ndarray:
     """Without colours of its own, so that those drawn over it can be told."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
 
 
 def _pale(image: np.ndarray) -> np.ndarray:
-    return (0.45 * _grey(image) + 130).astype(np.uint8)
+    return (0.45 * _gray(image) + 130).astype(np.uint8)
 
 
-def label_difference(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.ndarray, ignored: int) -> np.ndarray:
+def draw_label_difference(
+    image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.ndarray, ignored: int
+) -> np.ndarray:
     """Colour the pixels of an image by who is right, ``(H, W, 3)`` BGR; where both are, the image shows, pale.
 
     Args:
@@ -77,10 +78,9 @@ def label_difference(image: np.ndarray, label: np.ndarray, a: np.ndarray, b: np.
     return found
 
 
-def label_rows(labels: 'Labels', pair: tuple[Result, Result], changed: Sequence[dict]) -> Rows:
-    """Pictures of label maps of the images that changed."""
-    found = Rows(
-        [],
+def draw_label_maps(images: 'SegmentationImages', changed: Sequence[dict]) -> Sheet:
+    """Label maps of the images that changed."""
+    sheet = Sheet(
         [
             (A, 'right in A only'),
             (B, 'right in B only'),
@@ -88,87 +88,33 @@ def label_rows(labels: 'Labels', pair: tuple[Result, Result], changed: Sequence[
             (BOTH, 'right in both'),
             (NO_LABEL, 'no label'),
         ],
-        labels.classes,
-        labels.palette,
+        images.classes,
+        images.palette,
     )
     for scores in changed:
-        label = labels.read(scores['index'])
-        a, b = (labels.prediction(scores['index'], result) for result in pair)
-        image = read_image(Path(labels.entries[scores['index']][0]['img_path']))
+        label = images.label(scores['index'])
+        a, b = (images.prediction(scores['index'], result) for result in images.pair)
+        image = read_image(images.image_path(scores['index']))
         if image.shape[:2] != label.shape:
             image = cv2.resize(image, label.shape[::-1], interpolation=cv2.INTER_AREA)
-        counted, grey = label != labels.ignore_index, _grey(image)
-        only_a, only_b = (100 * ((x == label) & (y != label))[counted].mean() for x, y in ((a, b), (b, a)))
-
-        def over(ids: np.ndarray, grey: np.ndarray = grey) -> np.ndarray:
-            return overlay(grey, ids, labels.palette, _OPACITY)
-
-        found.rows.append(
-            [
-                (image, scores['image']),
-                (over(label), f'{100 * counted.mean():.0f}% labelled'),
-                (over(a), f'mIoU {scores["a"]:.1f}, acc {scores["accuracy_a"]:.1f}'),
-                (over(b), f'mIoU {scores["b"]:.1f}, acc {scores["accuracy_b"]:.1f}'),
-                (
-                    label_difference(image, label, a, b, labels.ignore_index),
-                    f'only A {only_a:.1f}%, only B {only_b:.1f}%',
-                ),
-            ]
-        )
-        found.occurring.append(np.unique(np.concatenate([label[counted], a[counted], b[counted]])))
-    return found
+        scored, gray = label != images.ignore_index, _gray(image)
+        maps = [overlay(gray, ids, images.palette, _OPACITY) for ids in (label, a, b)]
+        only_a, only_b = (100 * ((x == label) & (y != label))[scored].mean() for x, y in ((a, b), (b, a)))
+        captions = [
+            scores['image'],
+            f'{100 * scored.mean():.0f}% labelled',
+            *(f'mIoU {scores[x]:.1f}, acc {scores[f"accuracy_{x}"]:.1f}' for x in 'ab'),
+            f'only A {only_a:.1f}%, only B {only_b:.1f}%',
+        ]
+        pictures = [image, *maps, draw_label_difference(image, label, a, b, images.ignore_index)]
+        sheet.rows.append(list(zip(pictures, captions, strict=True)))
+        sheet.occurring.append(np.unique(np.concatenate([label[scored], a[scored], b[scored]])))
+    return sheet
 
 
-def object_rows(
-    objects: 'Objects', detections: Sequence, matches: Sequence[dict], changed: Sequence[dict], kind: str
-) -> Rows:
-    """Pictures of detected objects of the images that changed; see :mod:`replk_mm.bench.compare.detection`."""
-    rows = []
-    masks = [api.annToMask if kind == 'segm' else None for api in (objects.api, *detections)]
-    for scores in changed:
-        image = read_image(objects.folder / scores['image'])
-        image, scale = _fit(image, HEIGHT, cv2.INTER_CUBIC)
-        size = image.shape[1::-1]
-        a, b, pale = *(part[scores['id']] for part in matches), _pale(image)
-        truth = [objects.api.anns[i] for i in sorted(a.found | a.missed)]
-
-        def drawn(
-            groups: Sequence,
-            mask_of: Callable | None,
-            pale: np.ndarray = pale,
-            scale: float = scale,
-            size: tuple[int, int] = size,
-        ) -> np.ndarray:
-            entries = [
-                (entry, colour) for part, colour in groups for entry in sorted(part, key=lambda e: -e.get('score', 1))
-            ]
-            things = [
-                {
-                    **{key: entry[key] for key in ('score',) if key in entry},
-                    'label': i,
-                    'box': _corners(entry, scale),
-                    **(
-                        {'mask': cv2.resize(mask_of(entry), size, interpolation=cv2.INTER_NEAREST).astype(bool)}
-                        if mask_of
-                        else {}
-                    ),
-                }
-                for i, (entry, _) in enumerate(entries)
-            ]
-            names = [objects.classes[entry['category_id']] for entry, _ in entries]
-            return draw_instances(pale, things, names, [colour for _, colour in entries])
-
-        rows.append(
-            [
-                (image, scores['image']),
-                (drawn([(truth, TRUTH)], masks[0]), f'{len(truth)} objects'),
-                (drawn([(a.right, A), (a.false, NEITHER)], masks[1]), _tally(scores, 'a')),
-                (drawn([(b.right, B), (b.false, NEITHER)], masks[2]), _tally(scores, 'b')),
-                (_object_difference(pale.copy(), truth, a, b, scale), f'F1 {scores["a"]:.2f} -> {scores["b"]:.2f}'),
-            ]
-        )
-    return Rows(
-        rows,
+def draw_objects(images: 'DetectionImages', changed: Sequence[dict]) -> Sheet:
+    """Objects and detections of the images that changed."""
+    sheet = Sheet(
         [
             (TRUTH, 'object'),
             (A, 'A: found'),
@@ -180,12 +126,48 @@ def object_rows(
             (NEITHER, 'differ: both missed'),
             (A, 'crossed: false in A'),
             (B, 'crossed: false in B'),
-        ],
+        ]
     )
+    apis = (images.objects.api, *images.detections)
+    for scores in changed:
+        image, scale = _fit(read_image(images.objects.folder / scores['image']), HEIGHT, cv2.INTER_CUBIC)
+        a, b = (part[scores['id']] for part in images.matches)
+        pale = _pale(image)
+        truth = [images.objects.api.anns[i] for i in sorted(a.found | a.missed)]
+        groups = [(truth, TRUTH)], [(a.right, A), (a.false, NEITHER)], [(b.right, B), (b.false, NEITHER)]
+        drawn = [
+            _draw_entries(pale, part, images.objects.classes, scale, api.annToMask if images.kind == 'segm' else None)
+            for api, part in zip(apis, groups, strict=True)
+        ]
+        tallies = [', '.join(f'{scores[f"{name}_{x}"]} {name}' for name in ('found', 'missed', 'false')) for x in 'ab']
+        captions = [scores['image'], f'{len(truth)} objects', *tallies, f'F1 {scores["a"]:.2f} -> {scores["b"]:.2f}']
+        pictures = [image, *drawn, _draw_object_difference(pale.copy(), truth, a, b, scale)]
+        sheet.rows.append(list(zip(pictures, captions, strict=True)))
+    return sheet
 
 
-def _tally(scores: dict, letter: str) -> str:
-    return f'{scores[f"found_{letter}"]} found, {scores[f"missed_{letter}"]} missed, {scores[f"false_{letter}"]} false'
+def _draw_entries(
+    picture: np.ndarray,
+    groups: Sequence[tuple[Sequence[dict], Sequence[int]]],
+    classes: dict[int, str],
+    scale: float,
+    mask_of: Callable[[dict], np.ndarray] | None,
+) -> np.ndarray:
+    """Draw groups of COCO entries, each in its colour; ``mask_of`` decodes masks, None draws boxes only."""
+    objects: list[dict[str, Any]] = []
+    names, colors = [], []
+    for entries, color in groups:
+        for entry in sorted(entries, key=lambda e: -e.get('score', 1)):
+            thing = dict(label=len(objects), box=_corners(entry, scale))
+            if 'score' in entry:
+                thing['score'] = entry['score']
+            if mask_of:
+                mask = cv2.resize(mask_of(entry), picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+                thing['mask'] = mask.astype(bool)
+            objects.append(thing)
+            names.append(classes[entry['category_id']])
+            colors.append(color)
+    return draw_instances(picture, objects, names, colors)
 
 
 def _corners(entry: dict, scale: float) -> list[float]:
@@ -193,7 +175,7 @@ def _corners(entry: dict, scale: float) -> list[float]:
     return [scale * v for v in (x, y, x + width, y + height)]
 
 
-def _object_difference(
+def _draw_object_difference(
     picture: np.ndarray, truth: Sequence[dict], a: 'Matches', b: 'Matches', scale: float
 ) -> np.ndarray:
     for entry in truth:
@@ -225,12 +207,12 @@ def _cell(picture: np.ndarray, caption: str, height: int) -> np.ndarray:
     return cell
 
 
-def write_sheets(out: Path, found: Rows, titles: Sequence[str]) -> list[str]:
+def write_sheets(out: Path, sheet: Sheet, titles: Sequence[str]) -> list[str]:
     """Write ``changed_1.png`` and so on, eight images each, with a legend.
 
     Args:
         out: Folder, which is there.
-        found: What to show.
+        sheet: Pictures and their meaning.
         titles: Of the five columns.
 
     Returns:
@@ -241,16 +223,16 @@ def write_sheets(out: Path, found: Rows, titles: Sequence[str]) -> list[str]:
     """
     titles = [title if len(title) <= 30 else f'{title[:27]}...' for title in titles]
     names = []
-    for start in range(0, len(found.rows), PER_SHEET):
-        rows = found.rows[start : start + PER_SHEET]
+    for start in range(0, len(sheet.rows), PER_SHEET):
+        rows = sheet.rows[start : start + PER_SHEET]
         height = min(
             HEIGHT, max(round(picture.shape[0] * WIDTH / picture.shape[1]) for row in rows for picture, _ in row)
         )
         canvas = image_grid([[_cell(picture, caption, height) for picture, caption in row] for row in rows], titles)
-        key = list(found.key)
-        if found.palette:
-            ids = np.unique(np.concatenate(found.occurring[start : start + PER_SHEET]))
-            key += [(found.palette[i], found.classes[i]) for i in ids if i < len(found.classes)]
+        key = list(sheet.key)
+        if sheet.palette:
+            ids = np.unique(np.concatenate(sheet.occurring[start : start + PER_SHEET]))
+            key += [(sheet.palette[i], sheet.classes[i]) for i in ids if i < len(sheet.classes)]
         panel = color_legend(key, max(canvas.shape[0], 20 * min(len(key), 20) + 10))
         below = panel.shape[0] - canvas.shape[0]
         canvas = cv2.copyMakeBorder(canvas, 0, below, 0, 0, cv2.BORDER_CONSTANT, value=NO_LABEL)

@@ -87,7 +87,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where data and classes are, if not where the results say.
 
     Attributes:
@@ -159,7 +159,7 @@ def check_comparable(a: Result, b: Result) -> None:
         )
 
 
-def differences(a: Result, b: Result) -> list[dict[str, str]]:
+def compare_conditions(a: Result, b: Result) -> list[dict[str, str]]:
     """Conditions that differ: ``{'what', 'key', 'a', 'b'}``; what is test, training, data or environment."""
 
     def of(record: MetricsFile) -> Iterator[tuple[tuple[str, str], object]]:
@@ -181,14 +181,14 @@ def differences(a: Result, b: Result) -> list[dict[str, str]]:
     ]
 
 
-def metrics(a: Result, b: Result) -> list[dict[str, Any]]:
+def compare_metrics(a: Result, b: Result) -> list[dict[str, Any]]:
     """Overall figures side by side: ``{'name', 'a', 'b', 'difference'}``; None for what one does not have."""
     found = [result.record.metrics for result in (a, b)]
     rows = [dict(name=name, **_pair(found[0].get(name), found[1].get(name))) for name in {**found[0], **found[1]}]
     return [row for row in rows if row['name'] not in _NO_METRICS and (row['a'], row['b']) != (None, None)]
 
 
-def per_class(a: Result, b: Result, figure: str) -> list[dict[str, Any]]:
+def compare_classes(a: Result, b: Result, figure: str) -> list[dict[str, Any]]:
     """One figure of every class: ``{'name', 'a', 'b', 'difference', 'size'}``, what differs most first.
 
     Raises:
@@ -213,7 +213,7 @@ def _pair(a: float | None, b: float | None) -> dict[str, float | None]:
     return dict(a=a, b=b, difference=None if a is None or b is None else b - a)
 
 
-def config_of(result: Result, source: Source, root: str | None) -> Config:
+def load_result_config(result: Result, source: DataSource, root: str | None) -> Config:
     """The config of a result, its data sets at ``root`` and with the classes of ``source``.
 
     Raises:
@@ -225,7 +225,7 @@ def config_of(result: Result, source: Source, root: str | None) -> Config:
             f'{result.file}: its config is not there any more: {path} (from {Path.cwd()})\n'
             f'Start where the test was started, or name the file with --config FILE.'
         )
-    if not source.config and not _is_known(path):
+    if not source.config and not _is_trusted(path):
         raise UserError(
             f'{result.file}: its config, {path}, is a program, and neither in configs/ nor of a package\n'
             f'If it is yours, or you have read it: --config {shlex.quote(path)}'
@@ -238,7 +238,7 @@ def config_of(result: Result, source: Source, root: str | None) -> Config:
     return cfg
 
 
-def _is_known(path: str) -> bool:
+def _is_trusted(path: str) -> bool:
     """Whether a config is one of an installed package, of this project, or in ``configs`` of the working directory."""
     package, installed, _ = path.partition('::')
     folders = [Path('configs'), Path(__file__).parents[3] / 'configs']
@@ -246,7 +246,7 @@ def _is_known(path: str) -> bool:
     return any(resolve_config_path(path).resolve().is_relative_to(root.resolve()) for root in roots)
 
 
-def data_root(a: Result, b: Result, source: Source) -> str | None:
+def find_data_root(a: Result, b: Result, source: DataSource) -> str | None:
     """Where both results' data set is; None if it is several folders, which only the config tells apart.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Two segmentation results image by image: labels and predictions as the test read them, pixels counted and scored."""
+"""Two segmentation results, image by image: labels and predictions as the test read them."""
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmengine.config import Config
@@ -13,99 +13,209 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from replk_mm.bench.compare.results import Result, Source, config_of
+from replk_mm.bench.compare.results import DataSource, Result, load_result_config
 from replk_mm.data.checks.audit import check_data
 from replk_mm.data.datasets import as_list, dataset_class, datasets_of
 from replk_mm.data.files import IGNORE_INDEX
 from replk_mm.errors import UserError
 
-DEFINITION = (
-    'mIoU of an image: the mean of IoU over the classes in its labels or in its prediction; accuracy: the '
-    'share of its labelled pixels that are right; both in %, pixels without a label not counted'
-)
 
+class SegmentationImages:
+    """The images of two segmentation results.
 
-@dataclass
-class Labels:
-    """The labelled images of a config's test data, read as a test reads them.
+    Args:
+        pair: The results.
+        source: Where data, config and classes are.
+        root: Data root, None for the config's own.
 
     Attributes:
-        names: Of the images: their paths below the image folder without suffix, as predictions are named.
-        entries: What the data set knows of each, and its loading step.
-        classes: Names.
+        names: Paths of the images below the image folder, without suffix; predictions have the same names.
+        classes: Class names.
         palette: RGB of each class.
-        ignore_index: The label that is not scored.
-        first: Id of the first class in exported label maps.
+        ignore_index: Label of pixels that are not scored.
+        labelled: Labelled pixels, ``(images, classes)``.
+        predicted: Predicted pixels of A and B, ``(2, images, classes)``.
+        intersection: Correctly predicted pixels of A and B, ``(2, images, classes)``.
+
+    Raises:
+        UserError: If data or predictions are missing, or are not those of the tests.
     """
 
-    names: list[str]
-    entries: list[tuple[dict, Callable[[dict], dict]]]
-    classes: list[str]
-    palette: list[list[int]]
-    ignore_index: int
-    first: int
+    figure = overall_figure = 'mIoU'
+    unit = '%'
+    definition = (
+        'mIoU of an image: the mean IoU over the classes in its labels or its prediction; accuracy: the share of its '
+        'labelled pixels that are right; both in %, without pixels that have no label'
+    )
 
-    def read(self, index: int) -> np.ndarray:
+    def __init__(self, pair: tuple[Result, Result], source: DataSource, root: str | None) -> None:
+        self.pair = pair
+        self._open_labels(load_result_config(pair[0], source, root))
+        for result in pair:
+            self._check_predictions(result)
+        shape = self.count, len(self.classes)
+        self.labelled = np.zeros(shape, np.int64)
+        self.predicted, self.intersection = np.zeros((2, *shape), np.int64), np.zeros((2, *shape), np.int64)
+        images = range(self.count)
+        for i in track(images, 'images', console=Console(stderr=True), disable=not sys.stderr.isatty()):
+            self._count_pixels(i)
+        for which in (0, 1):
+            self._check_reproduced(which)
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.names)
+
+    def _open_labels(self, cfg: Config) -> None:
+        check_data(cfg, ('test',))
+        scope = cfg.get('default_scope', 'mmengine')
+        datasets = []
+        for part in datasets_of(cfg, ('test',)):
+            if not hasattr(dataset_class(part, scope), 'get_label_map'):
+                raise UserError(
+                    f'{cfg.filename}: {part["type"]} is not a data set of label maps, unlike that of '
+                    f'{self.pair[0].file}\nName the config of the test with --config FILE.'
+                )
+            with DATASETS.switch_scope_and_registry(scope) as registry:
+                datasets.append(registry.build({**part, 'pipeline': [_loading_step(cfg, part)], 'test_mode': True}))
+        self._entries: list[tuple[dict, Callable[[dict], dict]]] = [
+            (built.get_data_info(i), built.pipeline) for built in datasets for i in range(len(built))
+        ]
+        metrics: Iterator[dict] = (
+            m for m in as_list(cfg.get('test_evaluator')) if str(m.get('type')).endswith('IoUMetric')
+        )
+        meta = datasets[0].metainfo
+        self.names = _exported_names([info['img_path'] for info, _ in self._entries], cfg)
+        self.classes = list(meta['classes'])
+        self.palette = [list(color) for color in meta['palette']]
+        self.ignore_index = next(metrics, dict()).get('ignore_index', IGNORE_INDEX)
+        self._first = int(meta['reduce_zero_label'])  # id of the first class in exported label maps
+
+    def _check_predictions(self, result: Result) -> None:
+        folder = result.predictions
+        there = {str(path.relative_to(folder).with_suffix('')) for path in folder.rglob('*.png')}
+        missing, unknown = sorted(set(self.names) - there), sorted(there - set(self.names))
+        if missing or unknown:
+            example = f'{missing[0]}.png is missing' if missing else f'{unknown[0]}.png belongs to no image'
+            raise UserError(
+                f'{folder}: not the predictions of the {self.count} images: {len(missing)} missing, {len(unknown)} of '
+                f'other images ({example})\nName the data of the test with --data-root DIR, or test again with --out '
+                f'{result.file.parent}. --no-images compares metrics only.'
+            )
+
+    def image_path(self, index: int) -> Path:
+        """The file of an image."""
+        return Path(self._entries[index][0]['img_path'])
+
+    def label(self, index: int) -> np.ndarray:
         """Class indices ``(H, W)`` of an image."""
-        info, load = self.entries[index]
+        info, load = self._entries[index]
         return np.asarray(load({**info, 'seg_fields': []})['gt_seg_map'])
 
     def prediction(self, index: int, result: Result) -> np.ndarray:
-        """Class indices ``(H, W)`` that a result predicts, beyond the classes where none is.
+        """Class indices ``(H, W)`` that a result predicts; values beyond the classes where it predicts none.
 
         Raises:
             UserError: If the file cannot be read.
         """
         path = result.predictions / f'{self.names[index]}.png'
         try:
-            return np.asarray(Image.open(path)) - np.uint8(self.first)
+            return np.asarray(Image.open(path)) - np.uint8(self._first)
         except Exception as error:  # decoders raise anything
             raise UserError(f'{path}: cannot be read ({error})\nTest again with --out {result.file.parent}.') from error
 
+    def _count_pixels(self, index: int) -> None:
+        def count(ids: np.ndarray) -> np.ndarray:
+            return np.bincount(ids, minlength=len(self.classes))[: len(self.classes)]
 
-def open_labels(pair: tuple[Result, Result], source: Source, root: str | None) -> Labels:
-    """The labels that two results were tested against, by the config of the first.
+        label = self.label(index)
+        scored = label != self.ignore_index
+        self.labelled[index] = count(label[scored])
+        for j, result in enumerate(self.pair):
+            prediction = self.prediction(index, result)
+            if prediction.shape != label.shape:
+                raise UserError(
+                    f'{result.predictions / self.names[index]}.png: {prediction.shape} pixels, the labels '
+                    f'{label.shape} ({self._entries[index][0]["seg_map_path"]})\nName the data of the test with '
+                    f'--data-root DIR, or test again.'
+                )
+            prediction, true = prediction[scored], label[scored]
+            self.predicted[j, index] = count(prediction)
+            self.intersection[j, index] = count(prediction[prediction == true])
 
-    Raises:
-        UserError: If data or predictions are missing.
-    """
-    result = pair[0]
-    cfg = config_of(result, source, root)
-    check_data(cfg, ('test',))
-    scope = cfg.get('default_scope', 'mmengine')
-    datasets = []
-    for part in datasets_of(cfg, ('test',)):
-        if not hasattr(dataset_class(part, scope), 'get_label_map'):
-            raise UserError(
-                f'{cfg.filename}: {part["type"]} is not a data set of label maps, unlike that of '
-                f'{result.file}\nName the config of the test with --config FILE.'
+    def _check_reproduced(self, which: int) -> None:
+        """Labels and predictions must give the labelled pixels and the IoU of every class that the result states."""
+        result, now = self.pair[which], dict(zip(self.classes, map(int, self.labelled.sum(0)), strict=True))
+        then, iou = result.sizes(), self._iou(np.ones((1, self.count), int))[which, 0]
+        for name in {**then, **now}:
+            if then.get(name, 0) != now.get(name, 0):
+                raise UserError(
+                    f'{result.file}: the labels are not those of the test: {now.get(name, 0)} pixels of {name} now, '
+                    f'{then.get(name, 0)} then\nName data and classes of the test with --data-root, --config, '
+                    f'--classes and --cfg-options.'
+                )
+        for name, value in zip(self.classes, iou, strict=True):
+            stated = result.record.per_class.get(name, {}).get('IoU')
+            if now[name] and (stated is None or abs(value - stated) > 1e-6):
+                raise UserError(
+                    f'{result.predictions}: not the predictions of {result.file}: IoU of {name} is {value:.4f} by '
+                    f'them, and {stated} there\nTest again with --out {result.file.parent}.'
+                )
+
+    def _iou(self, times: np.ndarray) -> np.ndarray:
+        """IoU of A and B in percent over images, ``(2, rows, classes)``; NaN for classes in neither.
+
+        Args:
+            times: How often each image counts, ``(rows, images)``.
+        """
+        intersection = times @ self.intersection
+        union = times @ (self.labelled + self.predicted) - intersection
+        with np.errstate(invalid='ignore'):
+            return 100 * intersection / union
+
+    def difference(self, chosen: np.ndarray) -> float:
+        """mIoU of B minus that of A over the chosen images, in percent; 0 if none of them has a labelled pixel."""
+        iou = self._iou(np.bincount(chosen, minlength=self.count)[None])[:, 0]
+        return 0.0 if np.isnan(iou).all(1).any() else float(np.nanmean(iou[1]) - np.nanmean(iou[0]))
+
+    def scores(self) -> list[dict[str, Any]]:
+        """mIoU and accuracy of each image with labels.
+
+        Raises:
+            UserError: If no image has a labelled pixel.
+        """
+        pixels = self.labelled.sum(1)
+        if not pixels.any():
+            raise UserError('no image has a labelled pixel\nName data with labels: --data-root DIR.')
+        scores = []
+        for i in np.flatnonzero(pixels):
+            union = self.labelled[i] + self.predicted[:, i] - self.intersection[:, i]
+            present = union > 0
+            a, b = (float(100 * np.mean(self.intersection[j, i][present[j]] / union[j][present[j]])) for j in (0, 1))
+            accuracy_a, accuracy_b = map(float, 100 * self.intersection[:, i].sum(1) / pixels[i])
+            scores.append(
+                dict(image=self.names[i], index=int(i), a=a, b=b, difference=b - a)
+                | dict(accuracy_a=accuracy_a, accuracy_b=accuracy_b)
             )
-        with DATASETS.switch_scope_and_registry(scope) as registry:
-            datasets.append(registry.build({**part, 'pipeline': [_loading_step(cfg, part)], 'test_mode': True}))
-    entries = [(built.get_data_info(i), built.pipeline) for built in datasets for i in range(len(built))]
-    meta = datasets[0].metainfo
-    metric: dict = next((m for m in as_list(cfg.get('test_evaluator')) if str(m.get('type')).endswith('IoUMetric')), {})
-    labels = Labels(
-        _exported_names([info['img_path'] for info, _ in entries], cfg),
-        entries,
-        list(meta['classes']),
-        [list(c) for c in meta['palette']],
-        metric.get('ignore_index', IGNORE_INDEX),
-        int(meta['reduce_zero_label']),
-    )
-    for result in pair:
-        folder = result.predictions
-        there = {str(path.relative_to(folder).with_suffix('')) for path in folder.rglob('*.png')}
-        missing, strange = sorted(set(labels.names) - there), sorted(there - set(labels.names))
-        if missing or strange:
-            example = f'{missing[0]}.png is missing' if missing else f'{strange[0]}.png is of no image'
-            raise UserError(
-                f'{folder}: not predictions of the {len(labels.names)} images: {len(missing)} '
-                f'missing, {len(strange)} of other images ({example})\nName the data of the test with '
-                f'--data-root DIR, or test again with --out {result.file.parent}. --no-images compares the '
-                f'figures alone.'
-            )
-    return labels
+        return scores
+
+    def extras(self) -> dict[str, Any]:
+        """Classes that are predicted but in no label; mIoU counts them as 0."""
+        labelled, predicted = self.labelled.sum(0), self.predicted.sum(1)
+        return dict(
+            only_predicted=[
+                dict(name=name, a=int(predicted[0, c]), b=int(predicted[1, c]))
+                for c, name in enumerate(self.classes)
+                if not labelled[c] and predicted[:, c].any()
+            ]
+        )
+
+    def draw(self, changed: Sequence[dict]) -> Any:
+        """Pictures of the images that changed."""
+        from replk_mm.bench.compare.pictures import draw_label_maps
+
+        return draw_label_maps(self, changed)
 
 
 def _exported_names(images: list[str], cfg: Config) -> list[str]:
@@ -135,103 +245,3 @@ def _loading_step(cfg: Config, dataset: dict) -> dict:
     return next(
         (step for step in pipelines if str(step.get('type')).endswith('LoadAnnotations')), dict(type='LoadAnnotations')
     )
-
-
-@dataclass
-class Counts:
-    """Pixels of every image and class, ``(images, classes)`` uint32; the first axis of two is A and B."""
-
-    intersect: np.ndarray
-    predicted: np.ndarray
-    labelled: np.ndarray
-
-    @property
-    def union(self) -> np.ndarray:
-        """``(2, images, classes)``."""
-        return self.predicted + self.labelled - self.intersect
-
-
-def count(labels: Labels, results: tuple[Result, Result]) -> Counts:
-    """Count the pixels of all images, one image at a time.
-
-    Raises:
-        UserError: If a prediction is not of its image's size.
-    """
-    images, classes = len(labels.names), len(labels.classes)
-    found = Counts(
-        np.zeros((2, images, classes), np.uint32),
-        np.zeros((2, images, classes), np.uint32),
-        np.zeros((images, classes), np.uint32),
-    )
-
-    def amounts(ids: np.ndarray) -> np.ndarray:
-        return np.bincount(ids, minlength=classes)[:classes]
-
-    for i in track(range(images), 'images', console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        label = labels.read(i)
-        counted = label != labels.ignore_index
-        found.labelled[i] = amounts(label[counted])
-        for j, result in enumerate(results):
-            prediction = labels.prediction(i, result)
-            if prediction.shape != label.shape:
-                raise UserError(
-                    f'{result.predictions / labels.names[i]}.png: {prediction.shape} pixels, the labels '
-                    f'{label.shape} ({labels.entries[i][0]["seg_map_path"]})\nName the data of the test '
-                    f'with --data-root DIR, or test again.'
-                )
-            prediction, true = prediction[counted], label[counted]
-            found.predicted[j, i] = amounts(prediction)
-            found.intersect[j, i] = amounts(prediction[prediction == true])
-    return found
-
-
-def check_reproduced(result: Result, labels: Labels, counts: Counts, which: int) -> None:
-    """Compare the counts of all images with the result's own figures: same labels, same predictions.
-
-    Raises:
-        UserError: If a class has another number of labelled pixels, or another IoU.
-    """
-    labelled, intersect, union = (
-        part.sum(0, dtype=np.int64) for part in (counts.labelled, counts.intersect[which], counts.union[which])
-    )
-    present = {name: int(labelled[c]) for c, name in enumerate(labels.classes) if labelled[c]}
-    stated = result.sizes()
-    for name in {**stated, **present}:
-        if stated.get(name, 0) != present.get(name, 0):
-            raise UserError(
-                f'{result.file}: the labels are not those of the test: {present.get(name, 0)} pixels of '
-                f'{name} now, {stated.get(name, 0)} then\nName data and classes of the test with '
-                f'--data-root, --config, --classes and --cfg-options.'
-            )
-    for name in stated:  # classes of the labels, which are those of the test
-        c, iou = labels.classes.index(name), result.record.per_class[name].get('IoU')
-        if iou is None or abs(100 * intersect[c] / union[c] - iou) > 1e-6:
-            raise UserError(
-                f'{result.predictions}: not the predictions of {result.file}: IoU of {name} is '
-                f'{100 * intersect[c] / union[c]:.4f} by them, and {iou} there\nTest again with --out '
-                f'{result.file.parent}.'
-            )
-
-
-def scores(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-    """mIoU and accuracy of every image in percent, ``(2, images)`` each; NaN without labelled pixels."""
-    union, pixels = counts.union, counts.labelled.sum(1)
-    iou = np.divide(counts.intersect, union, out=np.zeros(union.shape), where=union > 0)
-    labelled, present = np.where(pixels > 0, pixels, np.nan), np.where(pixels > 0, (union > 0).sum(2), np.nan)
-    return 100 * iou.sum(2) / present, 100 * counts.intersect.sum(2) / labelled
-
-
-def miou_difference(counts: Counts) -> Callable[[np.ndarray], np.ndarray]:
-    """The difference of the data set's mIoU in percent, for ``paired_bootstrap``.
-
-    The mean is over the classes in labels or predictions of the images drawn.
-    """
-    parts = [(counts.intersect[j].astype(float), counts.union[j].astype(float)) for j in (0, 1)]
-
-    def miou(times: np.ndarray, intersect: np.ndarray, union: np.ndarray) -> np.ndarray:
-        of = times @ union
-        iou = np.divide(times @ intersect, of, out=np.zeros(of.shape), where=of > 0)
-        occurring = (of > 0).sum(1)
-        return 100 * iou.sum(1) / np.where(occurring > 0, occurring, np.nan)
-
-    return lambda times: miou(times, *parts[1]) - miou(times, *parts[0])
