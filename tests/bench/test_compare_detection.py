@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from compare_cases import change_record, known_configs, write_record  # noqa: F401
+from compare_cases import change_record, known_configs, write_metrics_file  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -113,7 +113,7 @@ def case(tmp_path):
     amount = Counter(names[o['category_id']] for o in objects if not o['iscrowd'])
     for letter, part in found.items():
         per_class = {name: dict(instances=amount[name], bbox_mAP=rng.random(), segm_mAP=rng.random()) for name in NAMES}
-        folder = write_record(tmp_path / letter, config, root, {'coco/bbox_mAP': rng.random()}, per_class, 12)
+        folder = write_metrics_file(tmp_path / letter, config, root, {'coco/bbox_mAP': rng.random()}, per_class, 12)
         (folder / 'predictions').mkdir()
         (folder / 'predictions' / 'instances.bbox.json').write_text(json.dumps(part))
     return objects, found, tmp_path

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from compare_cases import write_record
+from compare_cases import write_metrics_file
 
 from replk_mm import cli
 from replk_mm.bench import records
@@ -48,7 +48,7 @@ def test_a_result_does_not_say_what_is_run(place, tmp_path, monkeypatch):
         'of a package that is none': 'theirs::evil.py',
     }[place]
     folders = [
-        write_record(tmp_path / name, named, tmp_path, {'mIoU': 5.0}, {'a': dict(IoU=5.0, pixels=3)}, 1)
+        write_metrics_file(tmp_path / name, named, tmp_path, {'mIoU': 5.0}, {'a': dict(IoU=5.0, pixels=3)}, 1)
         for name in 'ab'
     ]
     with pytest.raises(UserError) as info:

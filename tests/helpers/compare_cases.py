@@ -105,10 +105,10 @@ def write_result(
                 pixels=int(confusion[c].sum()),
             )
     metrics = dict(aAcc=100 * np.trace(confusion) / confusion.sum(), mIoU=mean_iou(confusion), time=0.1)
-    return write_record(folder, config, root, metrics, per_class, len(labels), iteration)
+    return write_metrics_file(folder, config, root, metrics, per_class, len(labels), iteration)
 
 
-def write_record(
+def write_metrics_file(
     folder: Path, config: Path, root: Path, metrics: dict, per_class: dict, images: int, iteration: int = 40
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
