@@ -77,10 +77,11 @@ def compare_results(
     )
     found |= compared.extras()
     if out:
-        from replk_mm.bench.compare.pictures import write_sheets
+        from replk_mm.bench.compare.pictures import draw_label_maps, draw_objects, write_sheets
 
+        sheet = (draw_label_maps if a.task == 'segmentation' else draw_objects)(compared, changed)
         titles = ['image', 'ground truth', f'A: {a.name}', f'B: {b.name}', 'where they differ']
-        found['pictures'] = write_sheets(out, compared.draw(changed), titles)
+        found['pictures'] = write_sheets(out, sheet, titles)
     return found
 
 

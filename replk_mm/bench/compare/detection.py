@@ -132,12 +132,6 @@ class DetectionImages:
             totals[letter] = dict(zip(_COUNTED, map(int, counts.sum(0)), strict=True)) | dict(mean_f1=float(f1.mean()))
         return dict(totals=totals)
 
-    def draw(self, changed: Sequence[dict]) -> Any:
-        """Pictures of the images that changed."""
-        from replk_mm.bench.compare.pictures import draw_objects
-
-        return draw_objects(self, changed)
-
 
 def open_objects(a: Result, source: DataSource, root: str | None, kind: str) -> Objects:
     """The objects that a result was scored with.

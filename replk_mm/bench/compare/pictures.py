@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
+from replk_mm.bench.compare.segmentation import SegmentationImages
 from replk_mm.data.files import read_image
 from replk_mm.engine.predict import write_picture
 from replk_mm.visualize import color_legend, draw_instances, draw_text, image_grid, overlay
 
 if TYPE_CHECKING:
-    from replk_mm.bench.compare.detection import DetectionImages, Matches
-    from replk_mm.bench.compare.segmentation import SegmentationImages
+    from replk_mm.bench.compare.detection import DetectionImages, Matches  # needs pycocotools
 
 #: Okabe and Ito's blue, orange and bluish green (RGB), which readers with any colour vision tell apart, and greys.
 A, B, TRUTH = (0, 114, 178), (230, 159, 0), (0, 158, 115)
@@ -78,7 +78,7 @@ def draw_label_difference(
     return found
 
 
-def draw_label_maps(images: 'SegmentationImages', changed: Sequence[dict]) -> Sheet:
+def draw_label_maps(images: SegmentationImages, changed: Sequence[dict]) -> Sheet:
     """Label maps of the images that changed."""
     sheet = Sheet(
         [

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,12 +210,6 @@ class SegmentationImages:
                 if not labelled[c] and predicted[:, c].any()
             ]
         )
-
-    def draw(self, changed: Sequence[dict]) -> Any:
-        """Pictures of the images that changed."""
-        from replk_mm.bench.compare.pictures import draw_label_maps
-
-        return draw_label_maps(self, changed)
 
 
 def _exported_names(images: list[str], cfg: Config) -> list[str]:
