@@ -1,4 +1,4 @@
-"""The published recipes, written out by hand, against the configs; and the images that their pipelines deliver."""
+"""The configs against the published recipes, written out by hand; outputs of their data pipelines."""
 
 import copy
 import json
@@ -16,14 +16,14 @@ from PIL import Image
 
 
 class Recipe(NamedTuple):
-    """What the papers and the configurations released with them say of a row."""
+    """Settings in the papers and in the configurations released with them."""
 
     arch: str
     kind: int | str  # crop or method
     lr: float
     images: int  # on each of 8 GPUs
     drop_path: float
-    decay: tuple[str, float, int] | None = None  # type, rate, layers of layer-wise decay of the learning rate
+    decay: tuple[str, float, int] | None = None  # layer-wise learning-rate decay: type, rate, number of layers
 
 
 CASCADE = 'CascadeRCNN'
@@ -91,7 +91,7 @@ def model_of(name: str) -> torch.nn.Module:
     return meta_model(f'{name}.py')
 
 
-def test_every_published_config_has_a_recipe_here():
+def test_every_published_config_has_a_recipe():
     assert sorted(f'{name}.py' for name in RECIPES) == [name for name in LEAVES if name not in NANO]
 
 
@@ -99,7 +99,7 @@ def test_every_published_config_has_a_recipe_here():
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_row_backbone_and_input(name):
+def test_backbone_and_preprocessing(name):
     cfg, recipe, row = config(name), RECIPES[name], published(name)
     if row:
         assert row['backbone'] == BACKBONES[recipe.arch][0]
@@ -124,7 +124,7 @@ def test_row_backbone_and_input(name):
         assert backbone.type == 'replk_mm.ConvNeXt' and backbone.layer_scale_init_value == 1.0
         assert backbone.gap_before_final_norm is False
         own |= {'layer_scale_init_value', 'gap_before_final_norm'}
-    # Nothing of the ResNet that mmdet's base file comes with is left.
+    # No setting of the ResNet in mmdet's base file is left.
     assert name in SEGMENTORS or set(backbone) <= own
     mean, std = ([127.5] * 3,) * 2 if recipe.arch == 'XL' else ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
     assert (preprocessor.mean, preprocessor.std) == (mean, std)
@@ -148,7 +148,7 @@ def test_optimizer_and_learning_rates(name):
 
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_length_and_checkpoints(name):
+def test_schedule_and_checkpoints(name):
     cfg, row = config(name), published(name)
     loop, hook = cfg.train_cfg, cfg.default_hooks.checkpoint
     if name in SEGMENTORS:
@@ -224,7 +224,7 @@ def test_heads_and_testing_of_segmentors(name):
 @pytest.mark.parametrize('name', SEGMENTORS)
 def test_data_of_segmentors(name):
     cfg, recipe = config(name), RECIPES[name]
-    # The configurations released for RepLKNet enlarge only the crop.
+    # RepLKNet's configurations for 640 pixels change only the crop.
     short = recipe.kind if 'convnext' in name else 512
     scale = (2049, 1025) if 'cityscapes' in name else (4 * short, short)
     train = {t.type: t for t in cfg.train_dataloader.dataset.pipeline}
@@ -308,17 +308,17 @@ def test_neck_testing_and_data_of_detectors(name):
     assert (crop.crop_type, crop.crop_size, crop.allow_negative_crop) == ('absolute_range', (384, 600), True)
 
 
-# ---- what they build
+# ---- parameters of the models
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if published(name) and 'cityscapes' not in name])
-def test_parameters_are_the_published_ones(name):
+def test_parameters_equal_the_published_ones(name):
     tolerance = 0.02 if name in SEGMENTORS else 0.01
     assert params_m(model_of(name)) == pytest.approx(published(name)['params_m'], rel=tolerance)
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if 'replk' in name])
-def test_the_replknet_authors_count_the_deployed_model_without_the_auxiliary_head(name):
+def test_parameters_of_the_deployed_model_equal_the_replknet_authors(name):
     cfg = copy.deepcopy(config(name))
     cfg.model.backbone.small_kernel_merged = True
     if name in SEGMENTORS:
@@ -327,8 +327,8 @@ def test_the_replknet_authors_count_the_deployed_model_without_the_auxiliary_hea
     if name in DETECTORS:
         assert round(deployed) == quoted
         return
-    # The row of Cityscapes has 110, which their own 111.7 for ADE20K does not lead to: the heads are the same but for
-    # the last layer, of 512 weights and a bias for each class.
+    # Their 110 M for Cityscapes does not agree with their 111.7 M for ADE20K: the heads differ only in the last layer,
+    # which has 512 weights and a bias for each class.
     assert deployed == pytest.approx(quoted, rel=0.02 if 'cityscapes' in name else 0.004)
     if 'replk31b' in name:
         study = {row['name']: row['ade20k_params_m'] for row in PUBLISHED['kernel_size_study']}['RepLKNet-31']
@@ -341,7 +341,7 @@ def test_the_replknet_authors_count_the_deployed_model_without_the_auxiliary_hea
 
 def samples(cfg: Config, loader: str, root: Path, count: int = 1, **changes) -> list:
     dataset = copy.deepcopy(cfg[loader].dataset)
-    dataset.update(data_root=str(root), serialize_data=False, **changes)  # which would collect garbage first
+    dataset.update(data_root=str(root), serialize_data=False, **changes)  # serialization collects garbage first, which is slow
     with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
         built = registry.build(dataset)
         return [built[0] for _ in range(count)]
@@ -410,12 +410,12 @@ def data(tmp_path_factory) -> Path:
         ('upernet_replk31b_cityscapes', (1025, 1367), 769),
     ],
 )
-def test_pipelines_of_segmentors_deliver_the_sizes_and_labels(name, size, crop, data):
+def test_pipelines_of_segmentors_return_the_sizes_and_labels(name, size, crop, data):
     cfg, nano = config(name), 'nano' in name
     root, last = (data / 'ade20k', 149) if 'ade20k' in name else (data / 'cityscapes', 18)
     [train] = samples(cfg, 'train_dataloader', root)
     assert train['inputs'].shape[0] == 3 and max(train['inputs'].shape[1:]) <= crop
-    # The small models learn at the stride of their logits.
+    # The small models compute the loss at the stride of their logits.
     assert train['inputs'].shape[1:] == tuple(
         (4 if nano else 1) * side for side in train['data_samples'].gt_sem_seg.data.shape[1:]
     )
@@ -426,7 +426,7 @@ def test_pipelines_of_segmentors_deliver_the_sizes_and_labels(name, size, crop, 
     assert [x.shape[1] for x in tta['inputs']] == [int(size[0] * r) for r in ratios for _ in (False, True)]
     assert [s.flip for s in tta['data_samples']] == [False, True] * len(ratios)
     for sample in (val['data_samples'], *tta['data_samples']):
-        labels = sample.gt_sem_seg.data[0]  # never resized and never flipped: the metric's own size
+        labels = sample.gt_sem_seg.data[0]  # never resized or flipped: the size at which the metric is computed
         assert labels.shape == (360, 480)
         assert [int(labels[0, x]) for x in (0, 200, 479)] == [255, 0, last]
 

@@ -1,4 +1,4 @@
-"""What tests of configs share: the files, the published rows that belong to them, their models."""
+"""Shared by the tests of configs: the files, their published rows, their models."""
 
 import copy
 import functools
@@ -13,21 +13,21 @@ from mmengine.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / 'configs'
-# Those on generated scenes are commands more than recipes.
+# Without the configs for generated scenes.
 LEAVES = sorted(p.name for p in CONFIGS.glob('*.py') if not p.stem.endswith(('_demo', '_context')))
 NANO = [name for name in LEAVES if '-nano_' in name]
 
-# Read here once more, not through the package's own reader: the published rows, by the name of their config.
+# The published rows by name of their config, read without the package's reader.
 PUBLISHED = yaml.safe_load((ROOT / 'replk_mm' / 'published.yaml').read_text())
 ROWS = {row['config']: row for task in ('segmentation', 'detection') for row in PUBLISHED[task]}
 
-# mmengine reads all metafiles of a package for each base file that a config has there: a second a config.
+# mmengine reads all metafiles of a package for each base file of a config, which takes a second per config.
 mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)
 
 
 @cache
 def load(name: str) -> Config:
-    """The config of that name; not to be changed."""
+    """Load a config; do not change the result."""
     return Config.fromfile(CONFIGS / name)
 
 
