@@ -1,9 +1,9 @@
-# Small Cascade Mask R-CNN with RepLKNet-nano on procedural scenes: what `make demo-detection` trains.
+# Small Cascade Mask R-CNN with RepLKNet-nano on generated scenes. `make demo-detection` trains it.
 #
 # Train:     python tools/make_demo_data.py demo/detection/data --format coco
 #            python tools/train.py configs/cascade-mask-rcnn_replk-nano_demo.py
-# Recipe:    1 CPU x 4 images (global batch 4), 600 iterations, from scratch
-# Published: none; `make demo-detection` prints what it measures
+# Recipe:    1 CPU x 4 images (global batch 4), 450 iterations, from scratch
+# Published: none
 _base_ = [
     './_base_/models/cascade-mask-rcnn_nano.py',
     './_base_/datasets/coco_nano.py',
@@ -34,6 +34,6 @@ model = dict(
         mask_head=dict(num_classes=len(classes))))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=600),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=450),
 ]
-train_cfg = dict(max_iters=600, val_interval=300)
+train_cfg = dict(max_iters=450, val_interval=225)

@@ -1,11 +1,11 @@
-# Small UperNet with RepLKNet-nano on the procedural scenes of tools/make_demo_data.py: what `make demo` trains.
+# Small UperNet with RepLKNet-nano on the generated scenes of tools/make_demo_data.py. `make demo` trains it.
 #
 # Train:     python tools/make_demo_data.py demo/data && python tools/train.py configs/upernet_replk-nano_demo.py
 # Recipe:    1 CPU x 8 images (global batch 8), 600 iterations, from scratch
-# Published: none; `make demo` prints what it measures
+# Published: none
 _base_ = ['./_base_/models/upernet_nano.py', './_base_/datasets/scenes.py', './_base_/schedules/nano.py',
           './_base_/runtimes/segmentation.py']
-crop_size = (160, 160)
+crop_size = (128, 128)
 num_classes = 8
 # Objects cover a sixth of the pixels; the Dice loss weighs all classes equally.
 loss = [dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0), dict(type='DiceLoss', loss_weight=1.0)]

@@ -1,16 +1,21 @@
-"""See a large-kernel network train, get reparameterized and be evaluated, in minutes on a CPU."""
+"""Train a small RepLKNet on generated scenes, reparameterize it and evaluate it before and after.
 
+Needs no data and no GPU. On two cores it takes about 4 minutes, or 5 with --task detection.
+"""
+
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from replk_mm import cli
@@ -28,14 +33,18 @@ from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.process import RunOptions, prepare_work_dir
 from replk_mm.engine.record import evaluation_record, write_record
 from replk_mm.engine.train import train
-from replk_mm.errors import UserError, command
+from replk_mm.errors import UserError, command, command_line
 from replk_mm.visualize import class_legend, colorize, draw_instances, image_grid
 
-_SHOWN = 6
-_LEAST_SCORE = 0.5
+TRAIN_SCENES, VAL_SCENES = 800, 40
+#: Validation scenes in the picture.
+SHOWN_SCENES = 6
+#: Score from which the picture shows a detected object.
+MIN_SCORE = 0.5
 
 
-def scenes_of(data: Path) -> list[Path]:
+# -- pictures
+def find_images(data: Path) -> list[Path]:
     """Images of the validation scenes, in the layout of ADE20K or COCO."""
     return sorted(
         path
@@ -44,14 +53,14 @@ def scenes_of(data: Path) -> list[Path]:
     )
 
 
-def draw_label_maps(model: Any, data: Path, out: Path) -> Path:
-    """A sheet of validation scenes, their labels and the predicted ones, with a legend."""
+def draw_segmentation(model: Any, data: Path, out: Path) -> None:
+    """Write a picture of scenes, label maps, predictions and errors."""
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
     rows = []
-    for path, image, found in predict(model, [str(p) for p in scenes_of(data)[:_SHOWN]]):
-        labels = label_map(found)
-        written = Image.open(data / 'annotations' / 'validation' / f'{path.stem}.png')
-        truth = np.asarray(written, dtype=np.int16) - 1  # 0 is not scored
+    for path, image, prediction in predict(model, [str(p) for p in find_images(data)[:SHOWN_SCENES]]):
+        labels = label_map(prediction)
+        annotation = Image.open(data / 'annotations' / 'validation' / f'{path.stem}.png')
+        truth = np.asarray(annotation, dtype=np.int16) - 1  # 0 is ignored
         wrong = (truth >= 0) & (truth != labels)
         rows.append(
             [
@@ -61,88 +70,82 @@ def draw_label_maps(model: Any, data: Path, out: Path) -> Path:
                 np.where(wrong[..., None], np.array([40, 40, 220], np.uint8), image // 2 + 100),
             ]
         )
-    return _write(rows, ['scene', 'ground truth', 'prediction', 'errors (red)'], classes, palette, out)
+    _write_picture(rows, ['scene', 'ground truth', 'prediction', 'errors (red)'], classes, palette, out)
 
 
-def draw_objects(model: Any, data: Path, out: Path) -> Path:
-    """A sheet of validation scenes, their objects and the detected ones with their scores, with a legend."""
-    from pycocotools import mask
+def draw_detection(model: Any, data: Path, out: Path) -> None:
+    """Write a picture of scenes, annotated objects and detected objects with their scores."""
+    from pycocotools.coco import COCO
 
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
-    written = json.loads((data / 'annotations' / 'instances_val2017.json').read_text())
-    names = {category['id']: category['name'] for category in written['categories']}
-    ids = {image['file_name']: image['id'] for image in written['images']}
+    with contextlib.redirect_stdout(None):  # pycocotools prints its progress
+        coco = COCO(str(data / 'annotations' / 'instances_val2017.json'))
+    images = {image['file_name']: image['id'] for image in coco.imgs.values()}
     rows = []
-    for path, image, found in predict(model, [str(p) for p in scenes_of(data)[:_SHOWN]]):
+    for path, image, prediction in predict(model, [str(p) for p in find_images(data)[:SHOWN_SCENES]]):
         truth = []
-        for thing in written['annotations']:
-            if thing['image_id'] == ids[path.name]:
-                x, y, width, height = thing['bbox']
-                truth.append(
-                    dict(
-                        label=classes.index(names[thing['category_id']]),
-                        box=[x, y, x + width, y + height],
-                        mask=mask.decode(thing['segmentation']).astype(bool),
-                    )
-                )
+        for annotation in coco.imgToAnns[images[path.name]]:
+            x, y, width, height = annotation['bbox']
+            name = coco.cats[annotation['category_id']]['name']
+            box, mask = [x, y, x + width, y + height], coco.annToMask(annotation).astype(bool)
+            truth.append(dict(label=classes.index(name), box=box, mask=mask))
         rows.append(
             [
                 image,
                 draw_instances(image, truth, classes, palette),
-                draw_instances(image, select_instances(found, _LEAST_SCORE), classes, palette),
+                draw_instances(image, select_instances(prediction, MIN_SCORE), classes, palette),
             ]
         )
-    return _write(rows, ['scene', 'ground truth', f'prediction (score {_LEAST_SCORE} and more)'], classes, palette, out)
+    _write_picture(rows, ['scene', 'ground truth', f'prediction (score {MIN_SCORE} or more)'], classes, palette, out)
 
 
-def _write(rows: list[list[np.ndarray]], titles: list[str], classes: list[str], palette: list, out: Path) -> Path:
+def _write_picture(
+    rows: list[list[np.ndarray]], titles: list[str], classes: list[str], palette: list, out: Path
+) -> None:
     picture = image_grid(rows, titles)
-    everything = np.arange(len(classes)).repeat(2).reshape(-1, 2)
-    key = class_legend(everything, classes, palette, picture.shape[0], shares=False)
+    all_classes = np.arange(len(classes)).repeat(2).reshape(-1, 2)
+    key = class_legend(all_classes, classes, palette, picture.shape[0], shares=False)
     cv2.imwrite(str(out), np.hstack([picture, key]))
-    return out
 
 
-TRAIN_SCENES, VAL_SCENES = 800, 40
+# -- tasks
+def mean_iou(result: Evaluation) -> float:
+    """mIoU in percent from the figures of the classes, which are not rounded."""
+    return float(np.mean([figures['IoU'] for figures in result.per_class.values()]))
 
 
-def _mean_iou(found: Evaluation) -> float:
-    # From the per-class figures, which are not rounded.
-    return float(np.mean([figures['IoU'] for figures in found.per_class.values()]))
+def _coco_metric(key: str, result: Evaluation) -> float:
+    return 100 * result.metrics[key]
 
 
-def _percent(name: str, found: Evaluation) -> float:
-    return 100 * found.metrics[name]
-
-
-def _network(model: Any, data: Path) -> Call:
-    """The network on a random image."""
+def _segmentor_call(model: Any, data: Path) -> Call:
     image = torch.randn(1, 3, *model.cfg.crop_size, generator=torch.Generator().manual_seed(0))
     return functools.partial(model, image)
 
 
-def _detection(model: Any, data: Path) -> Call:
-    """The whole detector on the first scene: what its heads have to do depends on what is found."""
+def _detector_call(model: Any, data: Path) -> Call:
+    """The whole detector on the first scene, since the time of its heads depends on the number of objects."""
     from mmdet.utils import get_test_pipeline_cfg
     from mmengine.dataset import Compose
 
-    scene = Compose(get_test_pipeline_cfg(model.cfg))(dict(img_path=str(scenes_of(data)[0]), img_id=0))
+    scene = Compose(get_test_pipeline_cfg(model.cfg))(dict(img_path=str(find_images(data)[0]), img_id=0))
     batch = model.data_preprocessor(dict(inputs=[scene['inputs']], data_samples=[scene['data_samples']]))
     return functools.partial(model, **batch, mode='predict')
 
 
 @dataclass(frozen=True)
-class Story:
-    """What a demo trains and how it is judged.
+class DemoTask:
+    """What a demo trains, and how the result is measured.
 
     Attributes:
-        config: Of the network.
-        layout: Of the scenes on disk.
-        metrics: In percent, from a test, by their names in the table.
-        tolerance: By how much a metric of the two forms may differ, in percentage points.
-        inference: What is timed: a model and the data to a call.
-        draw: The picture of predictions: a model, the data and a file to the file.
-        remark: What else the figures need to be understood.
+        config: Config of the network.
+        layout: Layout of the scenes on disk.
+        metrics: Functions of a test's result that return percentages, by the metric's name in the table.
+        tolerance: Largest accepted difference between the two forms, in percentage points.
+        inference: Function of a model and the data folder that returns the call to time.
+        draw: Function of a model, the data folder and a file that writes the picture.
+        own_data: Arguments of the ``train`` command for the reader's own photographs.
+        note: Explanation of the figures.
     """
 
     config: str
@@ -150,42 +153,50 @@ class Story:
     metrics: Mapping[str, Callable[[Evaluation], float]]
     tolerance: float
     inference: Callable[[Any, Path], Call]
-    draw: Callable[[Any, Path, Path], Path]
-    remark: str = ''
+    draw: Callable[[Any, Path, Path], None]
+    own_data: Sequence[str]
+    note: str = ''
 
 
-STORIES = {
-    'segmentation': Story(
-        'replk_mm::upernet_replk-nano_demo.py', 'ade20k', {'mIoU': _mean_iou}, 0.01, _network, draw_label_maps
+TASKS = {
+    'segmentation': DemoTask(
+        config='replk_mm::upernet_replk-nano_demo.py',
+        layout='ade20k',
+        metrics={'mIoU': mean_iou},
+        tolerance=0.01,
+        inference=_segmentor_call,
+        draw=draw_segmentation,
+        own_data=('replk_mm::upernet_replk-nano_ade20k.py', '--data-root', 'DIR', '--classes', 'crop,weed,soil'),
     ),
-    'detection': Story(
-        'replk_mm::cascade-mask-rcnn_replk-nano_demo.py',
-        'coco',
-        {
-            f'{what} {name}': functools.partial(_percent, f'coco/{kind}_{key}')
+    'detection': DemoTask(
+        config='replk_mm::cascade-mask-rcnn_replk-nano_demo.py',
+        layout='coco',
+        metrics={
+            f'{what} {name}': functools.partial(_coco_metric, f'coco/{kind}_{key}')
             for what, kind in (('box', 'bbox'), ('mask', 'segm'))
             for name, key in (('AP', 'mAP'), ('AP50', 'mAP_50'))
         },
-        # 0.001 as COCO counts; scores that differ in their last bits may change places
-        0.1,
-        _detection,
-        draw_objects,
-        f'MACs: each box head on {PROPOSALS} regions, each mask head on {MASK_REGIONS}, as the papers '
-        f'count them; milliseconds: a whole scene, with what is found in it',
+        tolerance=0.1,  # rounding errors may swap detections of nearly equal scores
+        inference=_detector_call,
+        draw=draw_detection,
+        own_data=('replk_mm::cascade-mask-rcnn_replk-nano_coco.py', '--data-root', 'DIR', '--classes', 'auto'),
+        note=f'MACs: each box head on {PROPOSALS} regions and each mask head on {MASK_REGIONS}, as in the papers; '
+        f'milliseconds: a whole scene with the regions found in it',
     ),
 }
 
 
+# -- the demo
 @dataclass
-class Row:
-    """A line of the demo's table: the network in one form.
+class DemoRow:
+    """The network in one form.
 
     Attributes:
         form: ``'trained'`` or ``'reparameterized'``.
-        metrics: In percent.
-        parameters: That inference uses.
+        metrics: Percentages by name.
+        parameters: Number of parameters that inference uses.
         macs: Multiply-accumulates of one scene.
-        milliseconds: Of one scene, timed in turns with the other form.
+        milliseconds: Time of one scene, measured in turns with the other form.
     """
 
     form: str
@@ -195,32 +206,32 @@ class Row:
     milliseconds: Timing
 
 
-def prepare_data(out: Path, seed: int, layout: str) -> Path:
-    """Write the scenes, unless an earlier run has."""
+def write_scenes(out: Path, seed: int, layout: str) -> Path:
+    """Write the scenes to ``out/data``, unless an earlier run has, and return that folder."""
     data = out / 'data'
-    written = json.loads((data / META).read_text()) if (data / META).is_file() else {}
+    found = json.loads((data / META).read_text()) if (data / META).is_file() else {}
     wanted = dict(seed=seed, scenes=dict(train=TRAIN_SCENES, val=VAL_SCENES), layout=layout)
-    if {key: written.get(key) for key in wanted} != wanted:
+    if {key: found.get(key) for key in wanted} != wanted:
         write_demo_data(data, layout, train=TRAIN_SCENES, val=VAL_SCENES, seed=seed, overwrite=True, progress=True)
     return data
 
 
-def run(
-    out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = False, story: Story = STORIES['segmentation']
-) -> tuple[list[Row], Path]:
-    """Run the demo.
+def run_demo(
+    task: DemoTask, out: Path, seed: int = 0, max_iters: int | None = None, resume: bool = False
+) -> tuple[list[DemoRow], dict]:
+    """Train, reparameterize, evaluate and time a network; write checkpoints and the picture to ``out``.
 
     Args:
-        out: Folder for everything it writes.
-        seed: Of scenes and training.
-        max_iters: Shorten the training, None for the config's schedule.
-        resume: Go on from the last checkpoint in ``out``.
-        story: What to train, one of :data:`STORIES`.
+        task: One of :data:`TASKS`.
+        out: Folder for all files.
+        seed: Seed of scenes and training.
+        max_iters: Number of iterations. Defaults to the config's.
+        resume: Continue from the last checkpoint in ``out``.
 
     Returns:
-        The two rows of the table, and the sheet of predictions.
+        The rows of the table, and all figures with their protocol as plain data.
     """
-    data = prepare_data(out, seed, story.layout)
+    data = write_scenes(out, seed, task.layout)
     options = RunOptions(
         data_root=str(data),
         work_dir=str(out / 'train'),
@@ -229,87 +240,85 @@ def run(
         max_iters=max_iters,
         resume='auto' if resume else None,
     )
-    cfg = load_config(story.config)
+    cfg = load_config(task.config)
     trained = train(cfg, prepare_training(cfg, options))
     merged = out / 'reparameterized.pth'
-    changes, differences = reparameterize_checkpoint(load_config(story.config), str(trained), merged)
+    changes, differences = reparameterize_checkpoint(load_config(task.config), str(trained), merged)
     print('\n'.join(['', str(changes), *map(str, differences)]), flush=True)
 
-    rows, records = [], []
-    models = {
-        'trained': load_for_prediction(load_config(story.config), str(trained), 'cpu'),
-        'reparameterized': load_for_prediction(load_config(story.config), str(merged), 'cpu'),
-    }
-    size = load_config(story.config).crop_size
+    checkpoints = {'trained': str(trained), 'reparameterized': str(merged)}
+    models = {form: load_for_prediction(load_config(task.config), path, 'cpu') for form, path in checkpoints.items()}
+    crop_size = load_config(task.config).crop_size
     with torch.no_grad():
-        times = time_interleaved({name: story.inference(model, data) for name, model in models.items()})
-    for (form, model), checkpoint in zip(models.items(), (trained, merged), strict=True):
-        cfg = load_config(story.config)
-        where = RunOptions(data_root=str(data), work_dir=str(out / f'test_{form}'), device='cpu')
-        found = evaluate(cfg, str(checkpoint), where)
-        records.append(evaluation_record(cfg, str(checkpoint), found, tta=False))
-        cost = complexity.count_complexity(model, size)
-        rows.append(
-            Row(
-                form,
-                {name: of(found) for name, of in story.metrics.items()},
-                cost.inference_parameters,
-                cost.macs,
-                times.summary(form),
-            )
-        )
-    write_record(
-        dict(
-            rows=[vars(r) | dict(milliseconds=vars(r.milliseconds)) for r in rows],
-            size=list(size),
-            seed=seed,
-            iterations=read_checkpoint(trained)['meta']['iter'],
-            tests=records,
-        ),
-        out / 'demo.json',
+        times = time_interleaved({form: task.inference(model, data) for form, model in models.items()})
+    rows, tests = [], []
+    for form, checkpoint in checkpoints.items():
+        cfg = load_config(task.config)
+        options = RunOptions(data_root=str(data), work_dir=str(out / f'test_{form}'), device='cpu')
+        result = evaluate(cfg, checkpoint, options)
+        tests.append(evaluation_record(cfg, checkpoint, result, tta=False))
+        cost = complexity.count_complexity(models[form], crop_size)
+        metrics = {name: metric(result) for name, metric in task.metrics.items()}
+        rows.append(DemoRow(form, metrics, cost.inference_parameters, cost.macs, times.summary(form)))
+    task.draw(models['reparameterized'], data, out / 'predictions.png')
+    iterations = read_checkpoint(trained)['meta']['iter']
+    figures = dict(
+        rows=[asdict(row) for row in rows], size=list(crop_size), seed=seed, iterations=iterations, tests=tests
     )
-    return rows, story.draw(models['reparameterized'], data, out / 'predictions.png')
+    return rows, figures
 
 
-def table(rows: list[Row]) -> str:
-    """The result as text."""
+def table_cells(rows: Sequence[DemoRow]) -> list[list[str]]:
+    """The cells of the table: a heading, the two forms, and their difference."""
     before, after = rows
-    widths = {name: max(7, len(name) + 1) for name in before.metrics}
-
-    def line(form: str, metrics: list[str], parameters: str, macs: str, milliseconds: str) -> str:
-        figures = ' '.join(f'{figure:>{width}}' for figure, width in zip(metrics, widths.values(), strict=True))
-        return f'{form:16} {figures} {parameters:>12} {macs:>9} {milliseconds:>34}'
-
-    faster = before.milliseconds.median / after.milliseconds.median
-    return '\n'.join(
+    speedup = before.milliseconds.median / after.milliseconds.median
+    return [
+        ['', *before.metrics, 'parameters', 'MACs', 'ms per scene, median (quartiles)'],
+        *(
+            [
+                row.form,
+                *(f'{value:.2f}' for value in row.metrics.values()),
+                f'{row.parameters:,}',
+                f'{row.macs / 1e9:.2f} G',
+                str(row.milliseconds),
+            ]
+            for row in rows
+        ),
         [
-            '',
-            line('', list(widths), 'parameters', 'MACs', 'ms per scene, median (quartiles)'),
-            *(
-                line(
-                    r.form,
-                    [f'{value:.2f}' for value in r.metrics.values()],
-                    f'{r.parameters:,}',
-                    f'{r.macs / 1e9:.2f} G',
-                    str(r.milliseconds),
-                )
-                for r in rows
-            ),
-            line(
-                'difference',
-                [f'{after.metrics[name] - before.metrics[name]:+.2f}' for name in widths],
-                f'{after.parameters - before.parameters:+,}',
-                f'{(after.macs - before.macs) / 1e9:+.2f} G',
-                f'{faster:.2f} times as fast',
-            ),
-        ]
+            'difference',
+            *(f'{after.metrics[name] - value:+.2f}' for name, value in before.metrics.items()),
+            f'{after.parameters - before.parameters:+,}',
+            f'{(after.macs - before.macs) / 1e9:+.2f} G',
+            f'{speedup:.2f} times as fast',
+        ],
+    ]
+
+
+def format_table(cells: Sequence[Sequence[str]]) -> str:
+    """The table as text, with numbers aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return '\n'.join(
+        f'{first:{widths[0]}}  ' + '  '.join(f'{cell:>{width}}' for cell, width in zip(rest, widths[1:], strict=True))
+        for first, *rest in cells
     )
 
 
-def equal(rows: list[Row], tolerance: float = 0.01) -> bool:
-    """Whether both forms have the same metrics, to ``tolerance`` percentage points."""
+def metrics_match(rows: Sequence[DemoRow], tolerance: float) -> bool:
+    """Whether no metric of the two forms differs by more than ``tolerance`` percentage points."""
     before, after = rows
     return all(abs(before.metrics[name] - after.metrics[name]) <= tolerance for name in before.metrics)
+
+
+def render_report(**content: Any) -> str:
+    """The HTML page of the demo; it refers to ``predictions.png`` beside it."""
+    environment = Environment(
+        loader=PackageLoader('replk_mm', 'commands'),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template('demo.html.j2').render(content)
 
 
 @command
@@ -317,31 +326,32 @@ def main() -> None:
     p = cli.parser(__doc__, 'demo --task detection --out demo/detection')
     p.add_argument(
         '--task',
-        choices=sorted(STORIES),
+        choices=sorted(TASKS),
         default='segmentation',
-        help='label maps, or boxes and masks (default: segmentation)',
+        help='label maps, or boxes and masks (default: %(default)s)',
     )
+    p.add_argument('--out', default='demo', metavar='DIR', help='folder for all files (default: demo)')
+    p.add_argument('--seed', type=int, default=0, metavar='N', help='seed of scenes and training (default: 0)')
     p.add_argument(
-        '--out', default='demo', metavar='DIR', help='folder for data, checkpoints and pictures (default: demo)'
+        '--max-iters', type=cli.positive_int, metavar='N', help="iterations (default: as in the demo's config)"
     )
-    p.add_argument('--seed', type=int, default=0, metavar='N', help='of scenes and training (default: 0)')
-    p.add_argument(
-        '--max-iters', type=cli.positive_int, metavar='N', help='train N iterations instead of the full demo'
-    )
-    p.add_argument('--resume', action='store_true', help='go on where an interrupted demo stopped')
+    p.add_argument('--resume', action='store_true', help='continue an interrupted demo')
     args = p.parse_args()
-    start, story = time.monotonic(), STORIES[args.task]
-    rows, picture = run(prepare_work_dir(args.out, option='--out'), args.seed, args.max_iters, args.resume, story)
-    print(table(rows))
-    print(
-        f'\n{", ".join(story.metrics)} in percent over {VAL_SCENES} scenes never trained on; '
-        f'{(time.monotonic() - start) / 60:.1f} minutes'
-    )
-    if story.remark:
-        print(story.remark)
-    print(f'predictions: {picture}\nfigures with their protocol: {Path(args.out) / "demo.json"}')
-    if not equal(rows, story.tolerance):
+    start, task, out = time.monotonic(), TASKS[args.task], prepare_work_dir(args.out, option='--out')
+    rows, figures = run_demo(task, out, args.seed, args.max_iters, args.resume)
+    write_record(figures, out / 'demo.json')
+    cells, names = table_cells(rows), ', '.join(task.metrics)
+    caption = f'{names} in percent on {VAL_SCENES} scenes that were not used for training.'
+    own_data = command_line('train', *task.own_data)
+    page = render_report(figures=figures, task=task, cells=cells, caption=caption, own_data=own_data)
+    (out / 'report.html').write_text(page, encoding='utf-8')
+    print(f'\n{format_table(cells)}\n\n{caption} {(time.monotonic() - start) / 60:.1f} minutes.')
+    if task.note:
+        print(task.note)
+    print(f'\nnext, train on your own photographs in DIR (docs/data.md describes the folders):\n  {own_data}')
+    print(f'picture: {out / "predictions.png"}\nreport:  {out / "report.html"}')
+    if not metrics_match(rows, task.tolerance):
         raise UserError(
-            f'{", ".join(story.metrics)} before and after reparameterization differ by more than '
-            f'{story.tolerance:g} percentage points: see the table'
+            f'{names} before and after reparameterization differ by more than {task.tolerance:g} percentage points\n'
+            f'The table shows both.'
         )

@@ -1,4 +1,4 @@
-# From scratch on one CPU: a short warmup, a decay to zero, a validation halfway and at the end.
+# Training from scratch on one CPU: short warm-up, decay to zero, validation halfway and at the end.
 _base_ = './iters_160k.py'
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
