@@ -21,6 +21,7 @@ from replk_mm.errors import UserError
 from replk_mm.files import sha256
 
 # ruff: noqa: F811 (fixtures that come from another file)
+pytestmark = pytest.mark.slow
 
 
 def test_tiny_network_has_learned_something(plain):

@@ -19,23 +19,10 @@ from replk_mm.errors import INTERRUPTED_STATUS, STOPPED_STATUS
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks for processes in /proc')
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, STOPPED_STATUS), (signal.SIGINT, INTERRUPTED_STATUS)])
 def test_a_signal_to_all_processes_saves_the_state(number, status, tiny, tmp_path):
+    arguments = [tiny.config, '--data-root', tiny.data, '--work-dir', tmp_path, '--device', 'cpu', '--no-preflight']
+    arguments += ['--cfg-options', 'default_hooks.checkpoint.interval=5', 'train_cfg.val_interval=2000']
     process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / 'tools/train.py'),
-            str(tiny.config),
-            '--data-root',
-            str(tiny.data),
-            '--work-dir',
-            str(tmp_path),
-            '--device',
-            'cpu',
-            '--no-preflight',
-            '--cfg-options',
-            'default_hooks.checkpoint.interval=5',
-            'train_cfg.val_interval=2000',
-            'train_dataloader.num_workers=2',
-        ],
+        [sys.executable, ROOT / 'tools/train.py', *map(str, arguments), 'train_dataloader.num_workers=2'],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

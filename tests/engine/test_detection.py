@@ -25,7 +25,7 @@ from replk_mm.engine.predict import instances_to_json, load_for_prediction, pred
 from replk_mm.errors import UserError
 from replk_mm.evaluation.coco_metric import CocoMetric
 
-pytestmark = pytest.mark.filterwarnings('ignore')
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings('ignore')]
 
 
 def direct_ap(annotations, results, kind: str) -> list[float]:
@@ -297,7 +297,6 @@ def test_size_of_images_is_what_the_last_step_makes_it(pipeline, expected):
     assert crop_of(cfg) == expected
 
 
-@pytest.mark.slow
 def test_predict_draws_and_describes_objects(detector, trained_detector, tmp_path):  # noqa: F811
     args = (detector.config, trained_detector, detector.data / 'val2017' / '000.png', '--out', tmp_path)
     done = run_tool('predict', *args, '--score', 0)

@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from resume_cases import EMA, EPOCHS, RANDOM, config_with_signals, differences, forked, run, torchrun
-from tiny import Tiny, tiny  # noqa: F401
+from resume_cases import EMA, EPOCHS, RANDOM, config_with_signals, differences, forked, run
+from tiny import run_tool, tiny  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 
 from replk_mm.data.sampler import SeededDataset
@@ -17,6 +17,7 @@ from replk_mm.engine.train import train
 from replk_mm.errors import STOPPED_STATUS, Stopped
 
 # ruff: noqa: F811 (fixtures that come from another file)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +28,7 @@ def segmentor(tiny, tmp_path_factory):
     return config, run(config, tiny, folder / 'straight')
 
 
-@pytest.mark.parametrize(('name', 'place'), [('SIGTERM', 'train:0'), ('SIGINT', 'train:4'), ('SIGUSR1', 'val:4')])
+@pytest.mark.parametrize(('name', 'place'), [('SIGINT', 'train:4'), ('SIGUSR1', 'val:4')])
 def test_stopped_by_a_signal_it_goes_on_with_the_same_bits(name, place, segmentor, tiny, tmp_path, monkeypatch):
     config, straight = segmentor
     monkeypatch.setenv('TEST_SIGNAL', f'{name}:{place}')
@@ -120,11 +121,12 @@ def test_gradients_that_add_up_are_stopped_between_steps(segmentor, tiny, tmp_pa
     assert differences(straight, run(config, tiny, tmp_path / 'stopped', resume='auto', **settings)) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(('name', 'status'), [('SIGTERM', STOPPED_STATUS), ('SIGKILL', -signal.SIGKILL)])
-@pytest.mark.parametrize('kind', ['UperNet', 'Cascade Mask R-CNN'])
+@pytest.mark.parametrize(
+    ('kind', 'name', 'status'),
+    [('UperNet', 'SIGTERM', STOPPED_STATUS), ('Cascade Mask R-CNN', 'SIGKILL', -signal.SIGKILL)],
+)
 def test_stopped_at_five_random_iterations_it_ends_with_the_same_bits(
-    name, status, kind, request, tmp_path, monkeypatch
+    kind, name, status, request, tmp_path, monkeypatch
 ):
     data, more = (
         (request.getfixturevalue('tiny'), RANDOM) if kind == 'UperNet' else (request.getfixturevalue('detector'), '')
@@ -140,26 +142,15 @@ def test_stopped_at_five_random_iterations_it_ends_with_the_same_bits(
     assert differences(straight / 'iter_10.pth', stopped / 'iter_10.pth') == []
 
 
-@pytest.mark.slow
-def test_of_two_processes_one_is_told_to_stop_and_both_do(tiny, tmp_path):
+def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):
     config = config_with_signals(tmp_path / 'config', tiny.config, EMA, RANDOM)
-    common = [
-        '--data-root',
-        tiny.data,
-        '--seed',
-        7,
-        '--max-iters',
-        6,
-        '--no-preflight',
-        '--cfg-options',
-        'default_hooks.checkpoint.interval=5',
-    ]
+    common = [config, '--data-root', tiny.data, '--seed', 7, '--max-iters', 6, '--no-preflight']
+    common += ['--cfg-options', 'default_hooks.checkpoint.interval=5']
     straight, stopped = tmp_path / 'straight', tmp_path / 'stopped'
-    assert torchrun(config, '--work-dir', straight, *common).returncode == 0
-    found = torchrun(config, '--work-dir', stopped, *common, signal='SIGTERM:train:2')
+    assert run_tool('train', *common, '--work-dir', straight, processes=2).returncode == 0
+    found = run_tool('train', *common, '--work-dir', stopped, processes=2, TEST_SIGNAL='SIGTERM:train:2')
     assert found.returncode == 1, 'torchrun has a status of its own'
-    message = f'stopped by SIGTERM; --resume goes on from {stopped / "iter_3.pth"}'
-    assert found.stderr.count(message) == 1
+    assert found.stderr.count(f'--resume goes on from {stopped / "iter_3.pth"}') == 1
     assert found.stderr.count(f'exitcode  : {STOPPED_STATUS}') >= 1
-    assert torchrun(config, '--work-dir', stopped, '--resume', *common).returncode == 0
+    assert run_tool('train', *common, '--work-dir', stopped, '--resume', processes=2).returncode == 0
     assert differences(straight / 'iter_6.pth', stopped / 'iter_6.pth') == []

@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +13,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from nonfinite_cases import PoisonImage  # noqa: F401 (registers the cases)
-from rank_cases import free_port
-from tiny import ROOT, tiny, tool_environment  # noqa: F401
+from tiny import run_tool, tiny  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 from torch import nn
 
@@ -26,6 +23,7 @@ from replk_mm.engine.train import train
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
+pytestmark = pytest.mark.slow
 POISONED = dict(type='PoisonImage', name='demo_train_000002.jpg')
 EVERY = {'default_hooks.checkpoint.interval': 1, 'train_cfg.val_interval': 100}
 
@@ -82,13 +80,11 @@ def test_gradient_alone_is_found_before_the_step(tiny, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_std_of_zero_is_found_in_the_normalization(tiny, tmp_path):
     message = stopped(tiny, tmp_path, options={'model.data_preprocessor.std': [58.0, 0.0, 57.0]})
     assert 'first: output of data_preprocessor (SegDataPreProcessor), ' in message
 
 
-@pytest.mark.slow
 def test_step_too_large_stops_in_the_next_iteration_at_the_layer_that_overflows(tiny, tmp_path):
     message = stopped(
         tiny,
@@ -103,7 +99,6 @@ def test_step_too_large_stops_in_the_next_iteration_at_the_layer_that_overflows(
     assert re.match(r'iteration 2: the loss is not finite \(.*\); first: (output|input) of backbone\.\S+ \(', message)
 
 
-@pytest.mark.slow
 def test_weight_of_a_detector_is_named(detector, tmp_path):
     message = stopped(detector, tmp_path, spoil=dict(weight='rpn_head.rpn_reg.weight', before=2))
     assert re.match(
@@ -299,42 +294,13 @@ train_dataloader = dict(dataset=dict(pipeline={pipeline!r}))
 """
 
 
-@pytest.mark.slow
 def test_of_two_processes_the_one_at_fault_names_the_layer(tiny, tmp_path):
     pipeline = [dict(step) for step in tiny.cfg().train_dataloader.dataset.pipeline]
     pipeline.insert(-1, POISONED)
     (tmp_path / 'two.py').write_text(TWO.format(base=str(tiny.config), pipeline=pipeline))
-    found = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--nproc-per-node',
-            '2',
-            '--master-port',
-            str(free_port()),
-            str(ROOT / 'tools/train.py'),
-            str(tmp_path / 'two.py'),
-            '--data-root',
-            str(tiny.data),
-            '--work-dir',
-            str(tmp_path / 'work'),
-            '--device',
-            'cpu',
-            '--launcher',
-            'pytorch',
-            '--max-iters',
-            '4',
-            '--seed',
-            '1',
-            '--no-preflight',
-        ],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
-        env=tool_environment(PYTHONPATH=f'{ROOT}:{ROOT / "tests"}'),
-    )
+    place = ['--data-root', tiny.data, '--work-dir', tmp_path / 'work']
+    options = [*place, '--max-iters', 4, '--seed', 1, '--no-preflight']
+    found = run_tool('train', tmp_path / 'two.py', *options, processes=2)
     rank = re.search(r"error: iteration 1, rank (\d): the loss is not finite .*; first: batch\['inputs", found.stderr)
     assert rank, found.stderr[-3000:]
     assert f'error: iteration 1, rank {1 - int(rank[1])}: stopped, because' in found.stderr

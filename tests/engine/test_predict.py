@@ -12,6 +12,7 @@ from replk_mm.engine.predict import label_map, load_for_prediction, predict
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')

@@ -18,24 +18,9 @@ INTERRUPTIONS = 6
 
 def train(tiny, work: Path, number: signal.Signals | None = None, delay: float = 0.0) -> int:  # noqa: F811
     """Exit status of a training that resumes, and gets a signal after ``delay`` seconds."""
-    command = [
-        sys.executable,
-        ROOT / 'tools/train.py',
-        tiny.config,
-        '--data-root',
-        tiny.data,
-        '--work-dir',
-        work,
-        '--device',
-        'cpu',
-        '--seed',
-        0,
-        '--max-iters',
-        24,
-        '--resume',
-        '--cfg-options',
-        'default_hooks.checkpoint.interval=4',
-    ]
+    options = ['--max-iters', 24, '--resume', '--cfg-options', 'default_hooks.checkpoint.interval=4']
+    command = [sys.executable, ROOT / 'tools/train.py', tiny.config, '--data-root', tiny.data, '--work-dir', work]
+    command += ['--device', 'cpu', '--seed', 0, *options]
     with subprocess.Popen([*map(str, command)], env=tool_environment(), stdout=subprocess.DEVNULL) as process:
         try:
             return process.wait(delay if number else 300)

@@ -16,6 +16,7 @@ from replk_mm.engine.process import select_device
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
+pytestmark = pytest.mark.slow
 ADDRESS = 'https://weights.invalid/backbone.pth'
 
 
@@ -32,13 +33,10 @@ def pretrained(checkpoint=ADDRESS) -> dict:
     return {'model.backbone.init_cfg': dict(type='Pretrained', checkpoint=str(checkpoint))}
 
 
-@pytest.mark.parametrize('reparam', [False, True])
-def test_weights_to_start_training_from_do_not_enter_a_test(tiny, trained, tmp_path, reparam):
+def test_weights_to_start_training_from_do_not_enter_a_test(tiny, trained, tmp_path):
     other = tiny.train(tmp_path / 'other', 1, seed=5)
-    alone = evaluate(tiny.cfg(), str(trained), tiny.options(tmp_path / 'a'), reparam=reparam)
-    beside = evaluate(
-        tiny.cfg({'load_from': str(other), 'resume': True}), str(trained), tiny.options(tmp_path / 'b'), reparam=reparam
-    )
+    alone = evaluate(tiny.cfg(), str(trained), tiny.options(tmp_path / 'a'))
+    beside = evaluate(tiny.cfg({'load_from': str(other), 'resume': True}), str(trained), tiny.options(tmp_path / 'b'))
     assert beside.per_class == alone.per_class
 
 

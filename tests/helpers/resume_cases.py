@@ -1,15 +1,12 @@
-"""Trainings that are stopped at an iteration of choice, here, in a fork or with torchrun, and compared bit by bit."""
+"""Trainings that are stopped at an iteration of choice, here or in a fork, and compared bit by bit."""
 
 import os
-import socket
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tiny import ROOT, Tiny, tool_environment
+from tiny import Tiny
 
 from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.engine.config import load_config
@@ -48,39 +45,6 @@ def forked(train: Callable[[], object]) -> int:
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def torchrun(config: Path, *args, signal: str | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """A training by two processes."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    env = tool_environment(
-        PYTHONPATH=f'{ROOT}{os.pathsep}{ROOT / "tests"}', **({'TEST_SIGNAL': signal} if signal else {})
-    )
-    return subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--nproc-per-node',
-            '2',
-            '--master-port',
-            str(port),
-            str(ROOT / 'tools/train.py'),
-            str(config),
-            '--device',
-            'cpu',
-            '--launcher',
-            'pytorch',
-            *map(str, args),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        env=env,
-    )
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import mmengine.config.config
 import pytest
 from mmengine.config import Config
+from rank_cases import free_port
 
 from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE
 from replk_mm.data.scenes.writer import write_demo_data
@@ -110,10 +111,15 @@ def trained(tiny, tmp_path_factory) -> Path:
     return _made['trained']
 
 
-def run_tool(name: str, *args, timeout: float = 120, **env) -> subprocess.CompletedProcess:
-    """Run tools/NAME.py as a user does."""
+def run_tool(name: str, *args, processes: int = 1, timeout: float = 300, **env) -> subprocess.CompletedProcess:
+    """Run tools/NAME.py as a user does, with torchrun if ``processes`` is more than one."""
+    start = []
+    if processes > 1:
+        port = ['--master-port', str(free_port())]
+        start = ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes), *port]
+        args = (*args, '--device', 'cpu', '--launcher', 'pytorch')
     return subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / f'{name}.py'), *map(str, args)],
+        [sys.executable, *start, str(ROOT / 'tools' / f'{name}.py'), *map(str, args)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -123,4 +129,6 @@ def run_tool(name: str, *args, timeout: float = 120, **env) -> subprocess.Comple
 
 
 def tool_environment(**env) -> dict[str, str]:
-    return {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **env}
+    """The environment of a tool: one thread, and the modules of ``tests/helpers`` for ``custom_imports``."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / 'tests/helpers')])
+    return {**os.environ, 'PYTHONPATH': paths, 'OMP_NUM_THREADS': '1', **env}
