@@ -5,14 +5,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-if sys.version_info < (3, 10):  # noqa: UP036 (any interpreter may be used to find out what is missing)
+if sys.version_info < (3, 10):  # noqa: UP036 (doctor must start on any interpreter)
     sys.exit(f'error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}\nmake setup PYTHON=python3.11')
 
 USAGE = 'usage: replk COMMAND [ARGUMENTS]\n       replk COMMAND --help'
 
 
 def commands() -> dict[str, str]:
-    """One line about each command, by name."""
+    """Summary line of each command, by name."""
     found = {}
     for path in sorted(Path(__file__).with_name('commands').glob('[a-z]*.py')):
         found[path.stem] = path.read_text(encoding='utf-8').split('"""')[1].partition('\n')[0]

@@ -46,17 +46,17 @@ def parser(doc: str | None, *examples: str) -> argparse.ArgumentParser:
 
 
 def add_config_options(p: argparse.ArgumentParser) -> None:
-    """Overrides of config fields. A checkpoint trained with some is tested with the same ones."""
+    """Overrides of config fields. Test a checkpoint with the overrides it was trained with."""
     p.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE', help='override config fields')
 
 
 def add_classes(p: argparse.ArgumentParser) -> None:
-    """Classes other than the config's."""
+    """Classes that replace those of the config."""
     p.add_argument(
         '--classes',
         metavar='NAMES',
-        help='classes of the data, for data sets and heads: NAME,NAME,... or a file with one a line, or '
-        "'auto' for the annotation file's categories or classes.txt in the data root",
+        help='classes of data sets and heads: NAME,NAME,..., or a file with one name per line, or '
+        "'auto' for the categories of the annotation file or classes.txt in the data root",
     )
 
 
@@ -70,7 +70,7 @@ def add_run_arguments(p: argparse.ArgumentParser) -> None:
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
-        help='how the processes of a distributed run were started (torchrun: pytorch)',
+        help='launcher that started the processes of a distributed run (torchrun: pytorch)',
     )
     add_config_options(p)
     p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
@@ -95,7 +95,7 @@ def follow_up(name: str, args: argparse.Namespace, *arguments: object) -> str:
 
 
 def positive_int(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
+    """An argparse type: an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'{value} is not at least 1')
@@ -103,7 +103,7 @@ def positive_int(text: str) -> int:
 
 
 def run_options(args: argparse.Namespace) -> RunOptions:
-    """The run options among parsed arguments."""
+    """The options of a run, from parsed arguments."""
     known = {key: value for key, value in vars(args).items() if key in RunOptions.__dataclass_fields__}
     if args.local_rank is not None:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))

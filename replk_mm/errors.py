@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can make, and how a command reports it."""
+"""User errors, and how commands report them."""
 
 import contextlib
 import difflib
@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-#: Exit status of a command that was given something it cannot use.
+#: Exit status after a user error.
 USER_ERROR_STATUS = 2
-#: Exit status of a training that a signal has stopped and that ``--resume`` continues: EX_TEMPFAIL of sysexits.h.
+#: Exit status of a training that a signal stopped and ``--resume`` continues: EX_TEMPFAIL of sysexits.h.
 STOPPED_STATUS = 75
 #: Exit status after Ctrl-C.
 INTERRUPTED_STATUS = 130
@@ -21,9 +21,9 @@ INTERRUPTED_STATUS = 130
 class UserError(Exception):
     """Something the user can fix: a path, a config field, a file's content.
 
-    The first line of the message says what is wrong, where, and what was found; the following lines say what to do.
-    Commands print it without a traceback and exit with :data:`USER_ERROR_STATUS`. Control characters are escaped: parts
-    of the message may come from files that strangers wrote.
+    The first line of the message says what is wrong and where; the following lines say what to do. Commands print it
+    without a traceback and exit with :data:`USER_ERROR_STATUS`. Control characters are escaped, because parts of the
+    message may come from untrusted files.
     """
 
     def __init__(self, message: str = '') -> None:
@@ -31,15 +31,15 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters, and bytes of file names that are not UTF-8, escaped."""
+    """Escape control characters, and bytes of file names that are not UTF-8."""
     if text.replace('\n', '').replace('\t', '').isprintable():
         return text
     return ''.join(c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in text)
 
 
-def did_you_mean(name: object, choices: Iterable[str]) -> str:
-    """``'Did you mean X? '`` for a misspelt name, empty if none of the choices is close."""
-    close = difflib.get_close_matches(str(name), list(choices), n=1)
+def did_you_mean(name: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    """``'Did you mean X? '`` for a misspelled name, or ``''`` if no choice is close."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=cutoff)
     return f'Did you mean {close[0]}? ' if close else ''
 
 
@@ -67,17 +67,17 @@ def format_list(values: Iterable, limit: int = 5) -> str:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has stopped a training whose state is saved.
+    """A signal stopped a training after its state was saved.
 
     Commands print it and exit with :data:`STOPPED_STATUS`, after Ctrl-C with :data:`INTERRUPTED_STATUS`.
 
     Attributes:
-        signal: Which.
-        checkpoint: What to go on from.
+        signal: The signal.
+        checkpoint: The checkpoint to resume from.
     """
 
     def __init__(self, number: signal.Signals, checkpoint: str) -> None:
-        super().__init__(f'stopped by {number.name}; --resume goes on from {checkpoint}')
+        super().__init__(f'stopped by {number.name}; --resume continues from {checkpoint}')
         self.signal, self.checkpoint = number, checkpoint
 
 
@@ -88,11 +88,11 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def explain_errors(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever a network raises into a message.
+    """Turn any exception of a network into a user error.
 
     Args:
-        what: What fails, and where.
-        advice: What to try.
+        what: The part that fails, and where.
+        advice: How to fix it.
 
     Raises:
         UserError: With the first line of the error.
@@ -106,7 +106,7 @@ def explain_errors(what: str, advice: str) -> Iterator[None]:
 
 
 def user_message(error: BaseException) -> str:
-    """The user's text of ``error``, freed of the traceback that torch wraps around errors of its data workers."""
+    """The message of ``error`` without the traceback that torch adds to errors of data workers."""
     text = str(error)
     marker = f'{UserError.__module__}.{UserError.__qualname__}: '
     return text.rsplit(marker, 1)[-1].strip() if text.startswith('Caught ') else text
@@ -115,14 +115,14 @@ def user_message(error: BaseException) -> str:
 def _say(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
-    except OSError:  # what it was piped to has ended, by the same Ctrl-C; the status must stay what it is
+    except OSError:  # the same Ctrl-C ended the program at the other end of the pipe; keep the exit status
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
 
 
 def _recorded(main: Callable[..., int | None]) -> Callable[..., int | None]:
-    """``main``, whose exceptions torchrun's summary shows if torchrun started this process."""
+    """Let torchrun's summary show the exceptions of ``main`` if torchrun started this process."""
     if 'TORCHELASTIC_ERROR_FILE' not in os.environ:
         return main
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -133,7 +133,7 @@ def _recorded(main: Callable[..., int | None]) -> Callable[..., int | None]:
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
     """Turn ``main`` into a command.
 
-    User errors become one message and status 2, Ctrl-C status 130, other signals that stop a training status 75.
+    A user error prints one message and exits with 2, Ctrl-C with 130, another signal that stops a training with 75.
 
     ``REPLK_MM_TRACEBACK=1`` shows the traceback of a user error too.
     """

@@ -1,7 +1,7 @@
-"""Convert a checkpoint of RepLKNet or ConvNeXt (the authors', mmpretrain's, timm's) to one set of key names.
+"""Convert the key names of a RepLKNet or ConvNeXt checkpoint (from the authors' code, mmpretrain or timm).
 
-The configs load each of these formats as it is. Converting is for other programs, to strip a file to its weights, and,
-with --trust-checkpoint, for files of any network that ask for code to be run.
+The configs load all of these formats directly. Convert a file for other programs, to strip it to its weights, or, with
+--trust-checkpoint, if loading it requires running code.
 """
 
 from replk_mm import cli
@@ -13,8 +13,8 @@ from replk_mm.errors import UserError, command, command_line
 @command
 def main() -> None:
     p = cli.parser(__doc__, 'convert_checkpoint convnext_tiny_1k_224.pth convnext_tiny.pth')
-    p.add_argument('checkpoint', help='file or address')
-    p.add_argument('out', help='file to write; .safetensors for weights that any program reads')
+    p.add_argument('checkpoint', help='file or URL')
+    p.add_argument('out', help='file to write; .safetensors for a format that other programs read')
     p.add_argument(
         '--to',
         choices=['mmpretrain', 'official'],
@@ -38,7 +38,7 @@ def main() -> None:
     backbone = to_official(found.backbone) if args.to == 'official' else found.backbone
     prefix = 'backbone.' if found.whole_model else ''
     weights = {**{prefix + key: value for key, value in backbone.items()}, **found.rest}
-    # What the weights mean stays with them: how they were merged, the classes.
+    # Keep how the weights were merged, and the classes.
     stored = loaded.get('meta')
     stored = stored if isinstance(stored, dict) else {}
     meta = {key: stored[key] for key in ('replk_mm', 'dataset_meta', 'iter', 'seed') if key in stored}

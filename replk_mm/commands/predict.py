@@ -1,4 +1,4 @@
-"""Draw what a trained segmentor or detector sees in images, and write it: label maps, or boxes and masks."""
+"""Predict images with a trained segmentor or detector; draw and write label maps, or boxes and masks."""
 
 import argparse
 import itertools
@@ -16,7 +16,7 @@ from replk_mm.visualize import class_legend, draw_instances, overlay
 
 
 def score(text: str) -> float:
-    """A score, for argparse."""
+    """An argparse type: a score."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f'{value} is not in 0..1')
@@ -36,11 +36,7 @@ def main() -> None:
         help='folder for NAME_overlay.png with NAME_labels.png (class indices from 0) or NAME_objects.json',
     )
     p.add_argument(
-        '--score',
-        type=score,
-        default=0.3,
-        metavar='S',
-        help='of detectors: leave out objects below this score, 0 to 1 (default: 0.3)',
+        '--score', type=score, default=0.3, metavar='S', help='minimum score of detected objects, 0 to 1 (default: 0.3)'
     )
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')

@@ -1,4 +1,4 @@
-"""Merge parallel kernels and fold BatchNorm of a trained checkpoint, after proving that the outputs stay the same."""
+"""Merge parallel kernels and fold BatchNorm of a trained checkpoint, and check that the outputs stay the same."""
 
 from replk_mm import cli
 from replk_mm.engine.config import load_config
@@ -18,7 +18,7 @@ def main() -> None:
         nargs=2,
         default=(64, 64),
         metavar=('H', 'W'),
-        help='size of the random image of the proof, in pixels (default: 64 64)',
+        help='size of the random test image in pixels (default: 64 64)',
     )
     cli.add_config_options(p)
     args = p.parse_args()

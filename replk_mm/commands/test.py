@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: mIoU or mAP, as the config's data set and recipe say."""
+"""Evaluate a checkpoint with the data set and metrics of a config."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def main() -> None:
     p.add_argument('checkpoint', help='trained checkpoint, merged or not: file or address')
     cli.add_run_arguments(p)
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm before evaluating')
-    p.add_argument('--tta', action='store_true', help="the config's test-time augmentation (scales and flips)")
+    p.add_argument('--tta', action='store_true', help="use the config's test-time augmentation (scales and flips)")
     p.add_argument('--out', metavar='DIR', help='write metrics.json and the predicted label maps (PNG) there')
     args = p.parse_args()
     out = Path(args.out) if args.out else None

@@ -1,4 +1,4 @@
-"""Train the model of a config on this machine: one CPU, one GPU, or many processes under torchrun or Slurm."""
+"""Train the model of a config on a CPU, on a GPU, or with many processes under torchrun or Slurm."""
 
 import argparse
 import time
@@ -15,7 +15,7 @@ from replk_mm.text import format_duration
 
 
 def seed(text: str) -> int:
-    """A seed that numpy takes too, for argparse."""
+    """An argparse type: a seed that numpy accepts."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f'{value} is not in 0..{2**32 - 1}')
@@ -28,18 +28,18 @@ def main() -> None:
     p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     cli.add_run_arguments(p)
     p.add_argument(
-        '--max-iters', type=cli.positive_int, metavar='N', help='train N iterations, the schedule in proportion'
+        '--max-iters', type=cli.positive_int, metavar='N', help='train N iterations, with the schedule in proportion'
     )
     p.add_argument(
         '--resume',
         nargs='?',
         const='auto',
         metavar='CKPT',
-        help='go on from a checkpoint (default: the last one of the work dir)',
+        help='continue from a checkpoint (default: the last one of the work dir)',
     )
     p.add_argument('--pretrained', metavar='FILE', help="weights of the backbone, or 'none' for random ones")
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
-    p.add_argument('--seed', type=seed, metavar='N', help='of all randomness (default: drawn and recorded)')
+    p.add_argument('--seed', type=seed, metavar='N', help='random seed (default: drawn and recorded)')
     p.add_argument(
         '--no-preflight',
         dest='preflight',

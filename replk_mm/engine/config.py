@@ -1,6 +1,5 @@
-"""Read a config, apply the command line, and fit it to this machine: every change is one line of the log."""
+"""Read a config, apply the command line, and fit it to this machine. Every change is logged in one line."""
 
-import difflib
 import inspect
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from replk_mm.data.datasets import as_list, datasets_of, named_metrics
 from replk_mm.engine.config_errors import explain_build_errors, walk_dicts
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, command_line, did_you_mean
 from replk_mm.ops.cpu.direct import has_bfloat16_instructions
 
 
@@ -27,67 +26,66 @@ def load_config(
     Args:
         path: A file, or ``PACKAGE::NAME.py`` for one that is installed with replk_mm, mmseg, mmdet ...
         options: Overrides, as ``{'model.backbone.arch': 'nano'}``.
-        needs: What the config must have. Defaults to what every training config has.
+        needs: Keys that the config must have.
 
     Raises:
-        UserError: If the file or one of its bases does not exist or cannot be read, lacks something, or an override
-            does not fit.
+        UserError: If the file or one of its bases cannot be read, a key is missing, or an override does not fit.
     """
     found = resolve_config_path(path)
     if not found.is_file():
         siblings = [str(p) for p in sorted(found.parent.glob('*.py'))] if found.parent.is_dir() else []
-        close = difflib.get_close_matches(str(found), siblings, n=3, cutoff=0.5)
-        hint = f'Did you mean {" or ".join(close)}?' if close else 'Configs are in configs/, one file each.'
+        hint = did_you_mean(found, siblings) or f'{command_line("list_configs")} lists the configs.'
         raise UserError(f'{path}: no such config\n{hint}')
     try:
         cfg = Config.fromfile(str(found))
-    except Exception as error:  # a config is a program, which may raise anything
+    except Exception as error:  # a config is a program and may raise anything
         raise UserError(
-            f'{path}: the config cannot be read: {type(error).__name__}: {error}\n'
-            f'Check the file and the files its _base_ names.'
+            f'{path}: the config cannot be read: {type(error).__name__}: {error}\nCheck the file and its _base_ files.'
         ) from error
     if options:
         _override(cfg, options, path)
     for key in needs:
         if key not in cfg:
             raise UserError(
-                f'{path}: the config has no {key!r}; this is not a complete config\nFiles in _base_ are parts of one.'
+                f'{path}: the config has no {key!r}, so it is not complete\nUse a config that is not in _base_.'
             )
     return cfg
 
 
 def _override(cfg: Config, options: dict, path: str) -> None:
-    """Apply ``--cfg-options``. A new name may be for the user's own code; one close to an existing name is a typo."""
+    """Apply ``--cfg-options``. New names are accepted, unless they are close to an existing one."""
     known = [*cfg.keys(), *inspect.signature(Runner.__init__).parameters]
     for option in options:
         top = option.partition('.')[0]
-        close = difflib.get_close_matches(top, known, n=1, cutoff=0.8)
-        if close and top not in known:
-            raise UserError(f'--cfg-options {option}: {path} has no {top!r}\nDid you mean {close[0]}?')
+        hint = did_you_mean(top, known, cutoff=0.8)
+        if hint and top not in known:
+            raise UserError(f'--cfg-options {option}: {path} has no {top!r}\n{hint}')
     try:
         cfg.merge_from_dict(options)
-    except Exception as error:  # of half a dozen kinds
+    except Exception as error:  # mmengine raises several types
         raise UserError(f'--cfg-options {options!s:.500}: does not fit {path}: {error}') from error
     for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'optim_wrapper'):
         if cfg.get(key) is not None and not isinstance(cfg[key], dict):
             raise UserError(
                 f'--cfg-options {key}={cfg[key]!r}: {key} of {path} is a dict\n'
-                f'Name the field below it: --cfg-options {key}.FIELD=VALUE.'
+                f'Set a field of it: --cfg-options {key}.FIELD=VALUE.'
             )
 
 
 def resolve_config_path(path: str) -> Path:
-    """The file of a config that is named by path or as ``PACKAGE::NAME.py``; it may not be there.
+    """The file of a config given as a path or ``PACKAGE::NAME.py``. It may not exist.
 
     Raises:
-        UserError: If no such package is installed.
+        UserError: If the package is not installed.
     """
     package, installed, name = path.partition('::')
     if not installed:
         return Path(path)
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f'{path}: no package {package!r} is installed\nUse mmseg::, mmdet:: or replk_mm::, or a file.')
+        raise UserError(
+            f'{path}: the package {package!r} is not installed\nUse mmseg::, mmdet::, replk_mm:: or a file.'
+        )
     return Path(spec.submodule_search_locations[0], '.mim', 'configs', name)
 
 
@@ -98,7 +96,7 @@ def set_data_root(cfg: Config, root: str) -> None:
         dataset['data_root'] = root
     for split in ('val', 'test'):
         for metric in named_metrics(cfg, split).values():
-            # COCO's evaluator names its annotation file by full path.
+            # COCO's evaluator has the full path of its annotation file.
             for old in former:
                 if str(metric.get('ann_file') or '').startswith(f'{old}/'):
                     metric['ann_file'] = f'{root.rstrip("/")}{metric["ann_file"][len(old) :]}'
@@ -106,12 +104,12 @@ def set_data_root(cfg: Config, root: str) -> None:
     cfg.data_root = root
 
 
-#: A line of :func:`shorten_schedule` that does not hold for a resumed run, which keeps the schedule of its checkpoint.
+#: Line of :func:`shorten_schedule` that is wrong for a resumed run, which keeps the schedule of its checkpoint.
 SHORTENED_RATES = 'learning rate: warm-up and decay shortened in proportion'
 
 
 def shorten_schedule(cfg: Config, iterations: int) -> list[str]:
-    """Train for ``iterations`` only, warm-up and decay shortened in proportion. Returns lines for the log."""
+    """Shorten training to ``iterations``, with warm-up and decay in proportion. Returns lines for the log."""
     loop = cfg.train_cfg
     by_epoch = loop.get('by_epoch', 'max_epochs' in loop)
     total = loop.get('max_epochs') if by_epoch else loop.get('max_iters')
@@ -119,7 +117,7 @@ def shorten_schedule(cfg: Config, iterations: int) -> list[str]:
         raise UserError('--max-iters: train_cfg of the config has neither max_iters nor max_epochs')
     for scheduler in as_list(cfg.get('param_scheduler')):
         same_unit = scheduler.get('by_epoch', True) == by_epoch
-        # A warm-up counted in iterations keeps a tenth at most of a run that was counted in epochs.
+        # A warm-up in iterations takes at most a tenth of a run that was defined in epochs.
         factor = iterations / total if same_unit else min(1.0, iterations / 10 / max(scheduler.get('end', 1), 1))
         for key in ('begin', 'end', 'T_max'):
             if key in scheduler:
@@ -130,8 +128,8 @@ def shorten_schedule(cfg: Config, iterations: int) -> list[str]:
         if 'milestones' in scheduler:
             scheduler['milestones'] = [max(1, round(m * factor)) for m in scheduler['milestones']]
         scheduler['by_epoch'] = False
-        scheduler.pop('convert_to_iter_based', None)  # it is counted in iterations now
-    # mmengine's warm-ups need two steps to come back from their first factor.
+        scheduler.pop('convert_to_iter_based', None)
+    # mmengine's warm-ups need two steps to return to the full rate.
     cfg.param_scheduler = [
         s
         for s in as_list(cfg.get('param_scheduler'))
@@ -149,7 +147,7 @@ def shorten_schedule(cfg: Config, iterations: int) -> list[str]:
         else min(iterations, checkpoint.get('interval', iterations)),
     )
     logger = {'type': 'LoggerHook', **(hooks.get('logger') or {})}
-    # The configured interval may be longer than the whole run, which would then say nothing.
+    # Log at least 20 times in a short run.
     logger['interval'] = min(logger.get('interval', 10), max(1, iterations // 20))
     cfg.default_hooks = {**hooks, 'checkpoint': checkpoint, 'logger': logger}
     cfg.log_processor = {**cfg.get('log_processor', {}), 'by_epoch': False}
@@ -166,17 +164,17 @@ def fit_to_machine(
 ) -> list[str]:
     """Fit a config to this machine: norms, process group, precision, data workers, learning rate.
 
-    Nothing else changes what a config says. Call after :func:`shorten_schedule`.
+    No other function rewrites a config for a machine. Call after :func:`shorten_schedule`.
 
     Args:
         cfg: Changed in place.
-        amp: ``'bf16'`` or ``'fp16'`` to force mixed precision, None for that of the config.
+        amp: ``'bf16'`` or ``'fp16'`` for mixed precision; None keeps the precision of the config.
         device: ``'cpu'`` or ``'cuda'``.
         local_processes: Processes that share this machine.
-        processes: Processes of the whole run, which the learning rate depends on; None for inference.
+        processes: Processes of the whole run, for the learning rate; None for inference.
 
     Returns:
-        A line for every change.
+        One line per change.
 
     Raises:
         UserError: If the device does not support ``amp``.
@@ -194,7 +192,7 @@ def fit_to_machine(
 def _norms(cfg: Config, device: str) -> list[str]:
     alone = cfg.get('launcher', 'none') == 'none'
     norm = 'BN' if alone else 'replk_mm.SyncBN' if device == 'cpu' else 'SyncBN'
-    # The config in a work directory is that of its run, fitted to another machine maybe.
+    # A config from a work directory may be fitted to another machine.
     former = {'replk_mm.SyncBN'} if norm == 'SyncBN' else {'SyncBN', 'MMSyncBN', 'replk_mm.SyncBN'} - {norm}
     layers = replace_type(cfg.model, dict.fromkeys(former, norm))
     if not layers:
@@ -213,7 +211,7 @@ def _norms(cfg: Config, device: str) -> list[str]:
 def _workers(cfg: Config, device: str, local_processes: int) -> list[str]:
     notes = []
     share = max(1, usable_cores() // local_processes)
-    # The main process needs a core too when it computes on the CPU.
+    # On a CPU the main process computes too.
     workers = max(1, share // 2) if device == 'cpu' else share
     for split in ('train', 'val', 'test'):
         loader = cfg.get(f'{split}_dataloader')
@@ -222,7 +220,7 @@ def _workers(cfg: Config, device: str, local_processes: int) -> list[str]:
                 f'{split} data workers: {workers} instead of {loader["num_workers"]} ({share} cores a process)'
             )
             loader['num_workers'] = workers
-        if loader and not loader.get('num_workers', 0):  # torch rejects both without workers
+        if loader and not loader.get('num_workers', 0):  # torch rejects these without workers
             settings = [key for key in ('persistent_workers', 'prefetch_factor') if loader.pop(key, None)]
             if settings:
                 notes.append(f'{split} data workers: none, so no {" and no ".join(settings)}')
@@ -260,7 +258,7 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
         return []
     if amp == 'fp16' and device == 'cpu':
         raise UserError(
-            '--amp fp16: CPUs train in float32 or bfloat16; found device cpu\nUse --amp bf16, or leave it out.'
+            '--amp fp16: CPUs train in float32 or bfloat16; the device is cpu\nUse --amp bf16, or omit --amp.'
         )
     configured = None
     if wrapper.get('type') == 'AmpOptimWrapper':
@@ -269,7 +267,7 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
         configured = 'bf16'
     wanted = amp or configured
     if wanted is None:
-        return []  # a wrapper of the user's own stays as it is
+        return []  # keep the user's own wrapper
     if device != 'cpu':
         if not amp and wrapper['type'] == 'AmpOptimWrapper':
             return []
@@ -283,14 +281,14 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
         wrapper.pop(key, None)
     if wanted == 'bf16':
         wrapper['type'] = 'replk_mm.BFloat16OptimWrapper'
-        gain = '' if has_bfloat16_instructions() else '; this CPU has no bfloat16 instructions: it gains nothing'
+        gain = '' if has_bfloat16_instructions() else '; it gains nothing, as this CPU has no bfloat16 instructions'
         return [f'precision: bfloat16 autocast{gain}']
     wrapper['type'] = 'OptimWrapper'
     return ['precision: float32 instead of float16 autocast, which needs a GPU (--amp bf16 is possible)']
 
 
 def replace_type(node: Any, names: dict[str, str]) -> int:
-    """Replace ``type`` values anywhere in a nested config; returns how many."""
+    """Replace values of ``type`` anywhere in a nested config. Returns the number of replacements."""
     found = [part for _, part in walk_dicts(node) if part.get('type') in names]
     for part in found:
         part['type'] = names[part['type']]
@@ -305,7 +303,7 @@ def build_model(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
         device: ``'meta'`` builds the structure without memory.
 
     Raises:
-        UserError: If an argument is unknown or refused.
+        UserError: If an argument is unknown or invalid.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     with explain_build_errors(cfg, 'model'), _LinspaceOnCPU(), torch.device(device):
@@ -313,7 +311,7 @@ def build_model(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
 
 
 class _LinspaceOnCPU(TorchFunctionMode):
-    """Rates of stochastic depth come from ``torch.linspace``, which has no numbers on the meta device."""
+    """Compute ``torch.linspace`` on the CPU: networks read stochastic-depth rates from it, also on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return func(*args, **{**(kwargs or {}), **(dict(device='cpu') if func is torch.linspace else {})})

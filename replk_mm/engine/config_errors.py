@@ -1,6 +1,5 @@
-"""Name the field of a config when the libraries fail to build something from it."""
+"""Name the config field when building a part of a run fails."""
 
-import difflib
 import inspect
 import re
 import traceback
@@ -16,14 +15,14 @@ from replk_mm.errors import UserError, did_you_mean
 
 @contextmanager
 def explain_build_errors(cfg: Config, what: str) -> Iterator[None]:
-    """Turn errors of building into a message that names the field.
+    """Turn errors of constructors into a message that names the config field.
 
     Args:
         cfg: The whole config.
-        what: What is built; a top-level key of the config, such as ``'model'``.
+        what: The part that is built; a top-level key of the config, such as ``'model'``.
 
     Raises:
-        UserError: Instead of what a constructor raises.
+        UserError: If the part cannot be built.
     """
     try:
         yield
@@ -44,24 +43,24 @@ def _explain(cfg: Config, error: Exception, what: str) -> str:
     missing = re.match(r'(\S+) is not in the (?:\S+::)?(.+) registry', text)
     if missing:
         field = next((path for path, part in fields if part['type'] == missing[1]), what)
-        close = difflib.get_close_matches(missing[1], _registered(missing[2]), n=2)
-        return f'{field}.type={missing[1]!r}: there is no such {missing[2]}\n' + (
-            f'Did you mean {" or ".join(close)}?' if close else 'Check its spelling, and that its package is installed.'
+        hint = did_you_mean(missing[1], _registered(missing[2]))
+        return f'{field}.type={missing[1]!r}: unknown {missing[2]}\n' + (
+            hint or 'Check the spelling, and that the package of the type is installed.'
         )
     unknown = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     for path, part in fields:
         known = _arguments(part['type']) if unknown else []
         if unknown and unknown[2] in part and known and unknown[2] not in known:
             return (
-                f'{path}.{unknown[2]}: {part["type"]} has no such argument\n'
+                f'{path}.{unknown[2]}: {part["type"]} does not take this argument\n'
                 f'{did_you_mean(unknown[2], known)}It takes: {", ".join(known)}'
             )
     strange = [
         (path, part['type']) for path, part in fields if isinstance(part['type'], str) and not _known(part['type'])
     ]
-    if isinstance(error, TypeError) and strange:  # as optimizers of unknown names end
-        return f'{strange[0][0]}.type={strange[0][1]!r}: there is no such type\nCheck its spelling.'
-    if not text:  # an assertion without words: quote its line of code
+    if isinstance(error, TypeError) and strange:  # mmengine's error for an unknown optimizer
+        return f'{strange[0][0]}.type={strange[0][1]!r}: unknown type\nCheck the spelling.'
+    if not text:  # an assertion without a message: quote its line
         text = f'{type(error).__name__} at: {traceback.extract_tb(error.__traceback__)[-1].line}'
     return f'{text}\nCheck ' + (f'the fields of cfg.{what}.' if whole else 'the config and --cfg-options.')
 
@@ -74,7 +73,7 @@ def _registries() -> Iterator[Registry]:
 
 
 def _names(registry: Registry) -> list[str]:
-    return [*registry.module_dict, *getattr(registry, 'modules', ())]  # those of lazy registries too
+    return [*registry.module_dict, *getattr(registry, 'modules', ())]  # lazy registries too
 
 
 def _known(name: str) -> bool:
@@ -92,7 +91,7 @@ def _registered(kind: str) -> list[str]:
 
 
 def _arguments(kind: object) -> list[str]:
-    """Arguments of the class that a ``type`` names; empty if it takes any."""
+    """Arguments of the class of a ``type``; empty if it takes any."""
     if isinstance(kind, str):
         name = kind.rpartition('.')[2]
         kind = next((r.module_dict[name] for r in _registries() if name in r.module_dict), None)
@@ -109,7 +108,7 @@ def _arguments(kind: object) -> list[str]:
 
 
 def walk_dicts(node: object, path: str = '') -> Iterator[tuple[str, dict]]:
-    """Every dict in nested dicts, lists and tuples, outer ones first, with its path, such as ``model.bbox_head[0]``."""
+    """Yield path and dict of every dict in a nest, outer ones first. A path is such as ``model.bbox_head[0]``."""
     if isinstance(node, dict):
         yield path, node
         for key, value in node.items():

@@ -24,19 +24,19 @@ from replk_mm.ops import prepack
 
 @dataclass
 class Evaluation:
-    """What a test measured.
+    """Result of a test.
 
     Attributes:
-        metrics: As the config's evaluators name them.
-        per_class: Figures of every class in the labels or annotations; empty for metrics other than
-            ``replk_mm.IoUMetric`` and ``replk_mm.CocoMetric``, which do not report them.
-        changes: What ``--reparam`` did, None if it was not asked for.
-        meta: The checkpoint's own record.
-        load: How many weights the checkpoint set, of each part.
-        images: Images evaluated.
-        seconds: Of the evaluation, data loading included.
-        image: The first image, for an example of a prediction; None if the data set does not name it.
-        notes: What was changed for this machine.
+        metrics: Scores, under the names of the config's evaluators.
+        per_class: Scores of every class in the labels or annotations. Only ``replk_mm.IoUMetric`` and
+            ``replk_mm.CocoMetric`` report them.
+        changes: Changes by ``--reparam``; None without it.
+        meta: Metadata of the checkpoint.
+        load: Number of weights that the checkpoint set, for each part.
+        images: Number of images.
+        seconds: Duration, including data loading.
+        image: Path of the first image; None if the data set does not tell.
+        notes: Changes of the config, one line each.
     """
 
     metrics: dict[str, float]
@@ -63,11 +63,11 @@ def evaluate(
 
     Args:
         cfg: Changed in place.
-        checkpoint: Path or address; a merged one brings the model to its structure.
+        checkpoint: Path or URL. For a merged checkpoint, the model is merged too.
         options: Device, data root, launcher and work dir are used.
         reparam: Merge and fold before evaluating.
         tta: Evaluate with the config's test-time augmentation.
-        predictions: Folder for label maps (PNG) or boxes and masks (COCO's result files), None for none.
+        predictions: Folder for label maps (PNG) or boxes and masks (COCO result files); None writes none.
 
     Raises:
         UserError: If data or checkpoint do not fit.
@@ -78,7 +78,7 @@ def evaluate(
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     scope = cfg.get('default_scope', 'mmengine')
     notes = []
-    # Annotations of COCO's kind name their classes; label maps do not, and the user has to.
+    # COCO annotations name their classes; for label maps the user must.
     if options.classes is None and all(is_coco_style(dataset, scope) for dataset in datasets_of(cfg, ('test',))):
         notes += adopt_classes(cfg, checkpoint)
     notes += prepare_data(cfg, options, ('test',))
@@ -98,10 +98,10 @@ def evaluate(
     check_heads(cfg, head_class_counts(model), ('test',))
     prepare_work_dir(cfg.work_dir)
     if 'backbone' in cfg.model:
-        cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
+        cfg.model.backbone.pop('init_cfg', None)  # the checkpoint sets every weight
     if predictions:
         notes += _export_predictions(cfg, predictions)
-    # A config may name weights to start training from; mmengine would load them over the checkpoint's.
+    # mmengine would load the initial weights of the config over those of the checkpoint.
     cfg.load_from, cfg.resume = None, False
     if tta:
         if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
@@ -149,7 +149,7 @@ def evaluate(
 
 
 def _export_predictions(cfg: Config, folder: Path) -> list[str]:
-    """Let the metrics write predictions: label maps as PNG, boxes and masks as COCO's ``instances.*.json``."""
+    """Configure the metrics to write predictions: label maps as PNG, boxes and masks as ``instances.*.json``."""
     roots = [
         Path(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img_path') or '').resolve()
         for dataset in datasets_of(cfg, ('test',))

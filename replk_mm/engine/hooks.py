@@ -1,4 +1,4 @@
-"""mmengine's checkpoint hook, which deletes a checkpoint only when the one that replaces it is written."""
+"""Hooks: checkpoints, progress, agreement between processes, and the table of parameter groups."""
 
 import json
 import time
@@ -20,7 +20,7 @@ from replk_mm.engine.wrappers import optim_wrappers, unwrap_model
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration, format_metrics
 
-#: Key of the message hub: the checkpoint that a signal caused, which stays until the next regular one is written.
+#: Message hub key: the checkpoint written after a signal. The next regular checkpoint replaces it.
 INTERIM = 'interim_checkpoint'
 
 
@@ -28,10 +28,10 @@ INTERIM = 'interim_checkpoint'
 class CheckpointHook(MMEngineCheckpointHook):
     """Save checkpoints. Arguments are those of :class:`mmengine.hooks.CheckpointHook`.
 
-    mmengine deletes the oldest checkpoint before it writes the next, so that a full disk would leave neither.
+    An old checkpoint is deleted after the new one is written. mmengine deletes first, so a full disk can lose both.
 
     Attributes:
-        saved_iter: Iterations done when the last checkpoint that can be resumed was written, -1 if there was none.
+        saved_iter: Iteration of the last checkpoint that can be resumed, or -1.
     """
 
     keep_ckpt_ids: deque
@@ -59,24 +59,23 @@ class CheckpointHook(MMEngineCheckpointHook):
 class DistributedSyncHook(Hook):
     """Log the losses of the whole batch, and validate the network that checkpoints hold.
 
-    Every process computes the losses of its own images, and mmengine would log those of rank 0. BatchNorm that is not
-    synchronized has other running statistics in every process; checkpoints hold those of rank 0, so all validate with
-    them.
+    mmengine logs the losses of rank 0 only. Unsynchronized BatchNorm has different running statistics in each process;
+    checkpoints hold those of rank 0, so all processes validate with them.
     """
 
-    priority = 'HIGHEST'  # before the hook that notes the losses
+    priority = 'HIGHEST'  # before the hook that records the losses
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Put the means over all processes into ``outputs``."""
+        """Average ``outputs`` over all processes."""
         if outputs and get_world_size() > 1:
             means = {name: torch.as_tensor(value).detach().double() for name, value in outputs.items()}
             all_reduce_dict(means, 'mean')
             outputs.update(means)
 
     def before_val(self, runner: Runner) -> None:
-        """Give every process the buffers of rank 0."""
+        """Broadcast the buffers of rank 0."""
         if get_world_size() > 1:
             for buffer in runner.model.buffers():
                 broadcast(buffer)
@@ -155,11 +154,11 @@ COLUMNS = ('group', 'lr', 'weight_decay', 'tensors', 'parameters', 'first', 'las
 
 @HOOKS.register_module()
 class ParameterGroupsHook(Hook):
-    """Write ``parameter_groups.txt`` and ``.json`` to the work directory when training begins, after any resuming."""
+    """Write ``parameter_groups.txt`` and ``.json`` to the work directory before training, after resuming."""
 
     @master_only
     def before_train(self, runner: Runner) -> None:
-        """Write both."""
+        """Write both files."""
         write_parameter_groups(runner.optim_wrapper, runner.model, Path(runner.work_dir, 'parameter_groups.txt'))
 
 

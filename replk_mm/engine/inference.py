@@ -22,14 +22,14 @@ from replk_mm.ops import prepack
 
 
 def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
-    """Give a config the classes that a checkpoint was trained on, where it has others.
+    """Set the classes of a config to those of a checkpoint.
 
     Args:
         cfg: Changed in place.
-        checkpoint: Path or address.
+        checkpoint: Path or URL.
 
     Returns:
-        What was changed, a line each.
+        One line per change.
     """
     names = checkpoint_classes(read_checkpoint(checkpoint).get('meta') or {})
     scope = cfg.get('default_scope', 'mmengine')
@@ -44,17 +44,17 @@ def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
 def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, dict]:
     """Set all weights that inference needs, of a whole segmentor or detector (or a bare backbone).
 
-    A merged checkpoint brings ``model`` to its own structure first.
+    For a merged checkpoint, ``model`` is merged first.
 
     Args:
         model: Built from the config; changed in place.
-        checkpoint: Path or address.
+        checkpoint: Path or URL.
 
     Returns:
         The report, and the checkpoint's ``meta``.
 
     Raises:
-        UserError: If the file cannot be read, or leaves a weight that inference uses unset.
+        UserError: If the file cannot be read, or lacks a weight that inference uses.
     """
     loaded = read_checkpoint(checkpoint)
     found = convert_state_dict(unwrap_state_dict(loaded, str(checkpoint)))
@@ -68,7 +68,7 @@ def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, di
     report.missing = [
         key for key in report.missing if not key.startswith(TRAINING_ONLY) and not key.endswith('num_batches_tracked')
     ]
-    # Heads that only train, and statistics of a classifier, may be more than the model has.
+    # The file may have heads that only training uses.
     surplus = [key for key in report.unexpected if not key.startswith(TRAINING_ONLY)]
     mismatched = [key for key, *_ in report.mismatched if not key.startswith(TRAINING_ONLY)]
     if report.missing or mismatched or surplus:
@@ -85,14 +85,14 @@ def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, di
 
 @dataclass(frozen=True)
 class Inference:
-    """A network that is ready to predict, and how it came to be.
+    """A network in evaluation mode, and how it was built.
 
     Attributes:
         model: In evaluation mode, on its device.
-        meta: The checkpoint's own record; empty for random weights.
-        report: How many weights the checkpoint set, of each part; None for random weights.
-        changes: What reparameterization did; None if it was not asked for.
-        notes: What was changed in the config, a line each.
+        meta: Metadata of the checkpoint; empty for random weights.
+        report: Number of weights that the checkpoint set, for each part; None for random weights.
+        changes: Changes by reparameterization; None without it.
+        notes: Changes of the config, one line each.
     """
 
     model: nn.Module
@@ -115,10 +115,10 @@ def build_for_inference(
 
     Args:
         cfg: The config it was trained with; changed in place to fit the checkpoint's classes and this machine.
-        checkpoint: Path or address, merged or not; None keeps random weights.
+        checkpoint: Path or URL, merged or not; None keeps random weights.
         device: ``'cpu'`` or ``'cuda'``.
         reparam: Merge parallel kernels and fold BatchNorm.
-        classes: Take the classes that the checkpoint was trained on.
+        classes: Whether to use the classes of the checkpoint.
         packed: Keep the weights of convolutions in the form that CPUs compute with, see :func:`replk_mm.ops.prepack`.
 
     Raises:
@@ -127,7 +127,7 @@ def build_for_inference(
     notes = adopt_classes(cfg, checkpoint) if checkpoint and classes else []
     notes += fit_to_machine(cfg, None, device, 1)
     if 'backbone' in cfg.model:
-        cfg.model.backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
+        cfg.model.backbone.pop('init_cfg', None)  # the checkpoint sets every weight
     model = build_model(cfg)
     built = (
         load_for_inference(model, checkpoint, reparam=reparam)
@@ -141,7 +141,7 @@ def build_for_inference(
 
 
 def load_for_inference(model: nn.Module, checkpoint: str | Path, *, reparam: bool = False) -> Inference:
-    """The second half of :func:`build_for_inference`, for a model that a runner has built; changed in place."""
+    """Load a checkpoint into a model that a runner has built. The model changes in place."""
     report, meta = load_model(model, checkpoint)
     return Inference(model, meta, report, reparameterize(model, inplace=True)[1] if reparam else None)
 
@@ -149,16 +149,16 @@ def load_for_inference(model: nn.Module, checkpoint: str | Path, *, reparam: boo
 def reparameterize_checkpoint(
     cfg: Config, checkpoint: str, out: str | Path, shape: tuple[int, int] = (64, 64)
 ) -> tuple[Changes, list]:
-    """Merge and fold a trained checkpoint, prove that it computes the same, and write it.
+    """Merge and fold a trained checkpoint, check that its outputs stay the same, and write it.
 
     Args:
         cfg: The config it was trained with.
-        checkpoint: Path or address, in training form (or merged already: then it is written again as it is).
-        out: File to write. Nothing is written if the proof fails.
-        shape: Height and width of the random image of the proof, in pixels.
+        checkpoint: Path or URL. A merged checkpoint is written again unchanged.
+        out: File to write. Nothing is written if the check fails.
+        shape: Height and width of the random test image, in pixels.
 
     Returns:
-        What was changed, and the differences found.
+        The changes, and the differences of the outputs.
 
     Raises:
         UserError: If the checkpoint does not fit, the outputs differ beyond the tolerance, or ``out`` cannot be
@@ -171,7 +171,7 @@ def reparameterize_checkpoint(
     differences = compare_networks(model, merged, (1, 3, *shape))
     if not all(d.ok for d in differences):
         raise UserError(
-            f'{checkpoint}: the merged network computes something else, nothing was written\n'
+            f'{checkpoint}: the outputs of the merged network differ; nothing was written\n'
             + '\n'.join(map(str, differences))
         )
     former = get_reparameterization({'meta': meta}, merged.state_dict()) or {}

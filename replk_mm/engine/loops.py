@@ -1,4 +1,4 @@
-"""mmengine's training loops, which stop on a signal and resume at the very sample where a run was stopped."""
+"""mmengine's loops, which stop on a signal and resume at the sample where a run stopped."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,14 +25,14 @@ from replk_mm.engine.wrappers import optim_wrappers
 from replk_mm.errors import Stopped
 from replk_mm.registry import LOOPS
 
-# Key of the message hub: the iteration that was last validated after. What begins with "val" mmengine logs.
+# Message hub key: iteration of the last validation. mmengine would log a key that begins with "val".
 _VALIDATED = 'last_validation'
-# The current epoch and the iteration at which it began; it may have fewer batches than its loader's length.
+# Message hub key: the current epoch and its first iteration.
 _EPOCH = 'current_epoch'
 
 
 class _Resumable(BaseLoop):
-    """What both loops share: seeds, validations, and the end when a signal asks for it."""
+    """Seeds, validation and stopping, for both loops."""
 
     dataloader: ResumableLoader
     val_begin: int
@@ -51,7 +51,7 @@ class _Resumable(BaseLoop):
         super().__init__(runner, loader, *args, **kwargs)
 
     def _validate_if_due(self, done: int, total: int) -> None:
-        """Validate after ``done`` of ``total`` iterations or epochs, unless it was done before the run was stopped."""
+        """Validate after ``done`` of ``total`` iterations or epochs, unless the stopped run has already done so."""
         self._decide_current_val_interval()
         due = done % self.val_interval == 0 or done == total
         if self.runner.val_loop is not None and done >= max(1, self.val_begin) and due:
@@ -62,7 +62,7 @@ class _Resumable(BaseLoop):
         before = hub.get_info(_VALIDATED, -1)
         if before == self._iter:
             return
-        # Said before it is true: a new best checkpoint is written at its end.
+        # Set before the validation: a new best checkpoint, written at its end, must contain it.
         hub.update_info(_VALIDATED, self._iter)
         try:
             self.runner.val_loop.run()
@@ -77,7 +77,7 @@ class _Resumable(BaseLoop):
 
 
 def _between_steps(runner: Any) -> bool:
-    """Whether no gradients are adding up: they are not saved, so that there is no state to go on from when some are."""
+    """Whether no gradients are accumulated. Checkpoints do not hold gradients, so a run cannot resume in between."""
     return all(
         getattr(wrapper, '_inner_count', 0) % getattr(wrapper, '_accumulative_counts', 1) == 0
         for wrapper in optim_wrappers(runner.optim_wrapper)
@@ -89,15 +89,15 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterLoop):
     """Train for a number of iterations. Arguments are those of :class:`mmengine.runner.IterBasedTrainLoop`."""
 
     def run(self) -> Any:
-        """Train, from where the run is.
+        """Train from the current iteration.
 
         Raises:
-            Stopped: When a signal has asked for it, and the state is saved.
+            Stopped: After a signal, when the state is saved.
         """
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
         batches = infinite_batches(self.dataloader, self._iter)
-        self._validate_if_due(self._iter, self._max_iters)  # if the run was stopped before it was done
+        self._validate_if_due(self._iter, self._max_iters)  # the stopped run may not have done it
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()
             batch = next(batches)
@@ -115,10 +115,10 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
     """Train for a number of epochs. Arguments are those of :class:`mmengine.runner.EpochBasedTrainLoop`."""
 
     def run(self) -> Any:
-        """Train, from where the run is, within an epoch too.
+        """Train from the current iteration, which may be within an epoch.
 
         Raises:
-            Stopped: When a signal has asked for it, and the state is saved.
+            Stopped: After a signal, when the state is saved.
         """
         self.runner.call_hook('before_train')
         epoch, begun, *_ = self.runner.message_hub.get_info(_EPOCH) or (-1, self._iter)
@@ -133,7 +133,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
         return self.runner.model
 
     def _train_epoch(self, begun: int) -> None:
-        """Train what is left of an epoch that began at an iteration."""
+        """Train the rest of the epoch that began at iteration ``begun``."""
         self.runner.message_hub.update_info(_EPOCH, [self._epoch, begun])
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
@@ -141,7 +141,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochLoop):
         for index, batch in enumerate(self.dataloader, done):
             seed_iteration(self.runner.seed, self._iter, get_rank())
             self.run_iter(index, batch)
-            # After the last iteration the epoch has an end first, with a checkpoint of its own.
+            # After its last iteration, the epoch ends with its own checkpoint first.
             if index + 1 < len(self.dataloader):
                 self._stop_if_requested()
         if self._iter == begun:
@@ -159,14 +159,14 @@ class ValLoop(MMEngineValLoop):
         """Predict one batch.
 
         Raises:
-            stopping.StopRequested: When a signal has asked to stop; the model is then as it was before the validation.
+            stopping.StopRequested: After a signal; the model is as it was before the validation.
         """
         super().run_iter(idx, data_batch)
-        # Processes that do not take as many batches each cannot agree after each of them.
+        # Processes with different numbers of batches cannot communicate after each of them.
         agreeing = get_world_size() == 1 or getattr(self.dataloader.sampler, 'round_up', False)
         signal = stopping.requested_signal() if agreeing and _between_steps(self.runner) else None
         if signal is not None:
             for hook in self.runner.hooks:
                 if isinstance(hook, EMAHook):
-                    hook._swap_ema_parameters()  # what its after_val_epoch does; other hooks would count the validation
+                    hook._swap_ema_parameters()  # as in its after_val_epoch
             raise stopping.StopRequested(signal)

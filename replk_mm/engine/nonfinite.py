@@ -1,4 +1,4 @@
-"""Stop a training at the first loss or gradient that is not finite: name the layer, save the batch."""
+"""Stop training at the first NaN or infinity in losses or gradients; name the layer and save the batch."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ from replk_mm.engine.wrappers import optim_wrappers, unwrap_model
 from replk_mm.errors import UserError
 from replk_mm.registry import HOOKS
 
-#: Below this loss scale float16 gradients overflow at any scale; fairseq stops at the same one (--min-loss-scale).
+#: Minimum loss scale, as fairseq's ``--min-loss-scale``.
 _LEAST_SCALE = 1e-4
 
 
@@ -33,8 +33,7 @@ _LEAST_SCALE = 1e-4
 class StopAtNonFinite(Hook):
     """Check the gradients before every step of the optimizer, and the losses after every iteration.
 
-    float16 gradients that overflow at the loss scale are no error: the scaler skips the step and lowers the scale. All
-    processes of a run stop together.
+    float16 gradients may overflow: the scaler skips the step and lowers the loss scale. All processes stop together.
     """
 
     priority = 'VERY_HIGH'  # before anything logs, averages or saves
@@ -68,7 +67,7 @@ class StopAtNonFinite(Hook):
         if not self._checked and scale is None:
             values += [gradient for wrapper in wrappers for gradient in _gradients(wrapper.optimizer)]
         self._check(runner, values)
-        # The scaler skips the step, again and again if mmengine keeps the scale fixed, as for bfloat16.
+        # With a fixed loss scale, the scaler would skip every step.
         skipped = not self._checked and any(
             getattr(wrapper, '_scale_update_param', None) is not None
             and wrapper._inner_count % wrapper._accumulative_counts == 0
@@ -88,19 +87,18 @@ class StopAtNonFinite(Hook):
         losses: dict[str, float] = {}
         try:
             first, losses = first_non_finite(unwrap_model(runner.model), self._batch, seed, forward_context(runner))
-        except Exception as caught:  # indices and sizes made of NaN end in errors of all kinds
+        except Exception as caught:  # NaN in indices and sizes raises many types
             first = f'not found, the pass that looks for it fails: {type(caught).__name__}: {caught}'
             error = caught
         where = f'iteration {runner.iter + 1}' + (f', rank {get_rank()}' if get_world_size() > 1 else '')
-        # SyncBN spreads what is not finite: the rank whose own batch is at fault is the cause, or else the first with a
-        # finding.
+        # SyncBN spreads NaN: the cause is the rank whose own batch has it, or else the first rank with a finding.
         causes = [(not place.startswith('batch'), rank) for rank, place in enumerate(all_gather_object(first)) if place]
         if causes and min(causes)[1] != get_rank():
             barrier()
-            time.sleep(1)  # torchrun ends all once one process fails, and reports the first: let it be the cause
+            time.sleep(1)  # torchrun reports the first process that fails: let it be the cause
             raise UserError(
-                f'{where}: stopped, because rank {min(causes)[1]} met a loss or gradient that is not '
-                f'finite\nThe message of that rank names the images and the layer.'
+                f'{where}: stopped, because rank {min(causes)[1]} found a loss or gradient that is '
+                f'not finite\nThe message of that rank names the images and the layer.'
             )
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         what = f'the loss is not finite ({", ".join(bad)})' if bad else 'the gradients are not finite'
@@ -111,10 +109,10 @@ class StopAtNonFinite(Hook):
         last = last_checkpoint(runner.work_dir)
         message = UserError(
             f'{where}: {what}{circumstance}; '
-            f'first: {first or "none when repeated, so some operation is not deterministic"}\n'
+            f'first: {first or "not found when repeated, so some operation is not deterministic"}\n'
             f'images: {", ".join(images) or "unknown"}\n{saved}\n'
-            + (f'last checkpoint: {last}; --resume without a change ends here again\n' if last else '')
-            + 'Look at the batch, label or weight if one is named. Otherwise lower optim_wrapper.optimizer.lr, '
+            + (f'last checkpoint: {last}; --resume without a change stops here again\n' if last else '')
+            + 'Check the batch, label or weight named above. Otherwise lower optim_wrapper.optimizer.lr, '
             'lengthen the warm-up, set optim_wrapper.clip_grad.max_norm=1, or train without fp16.'
         )
         if causes:
@@ -132,7 +130,7 @@ def _save(runner: Any, content: dict) -> str:
 
 
 def forward_context(runner: Any) -> Callable[[], AbstractContextManager]:
-    """What a runner's forward passes run in: autocast, with mixed precision."""
+    """Context of a runner's forward passes: autocast, with mixed precision."""
     wrapper = runner.optim_wrapper
     return (
         nullcontext
@@ -225,9 +223,9 @@ def _describe(place: str, tensor: Tensor) -> str:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all values are finite; one pass over them, and one wait for a GPU, if they are."""
+    """Whether all values are finite. If so, it takes one pass and one GPU synchronization."""
     tensors = [tensor.detach() for tensor in tensors if tensor.numel() and tensor.is_floating_point()]
-    # Sums of squares are fast, but large values overflow; the largest magnitudes do not.
+    # The 2-norm is fast, but overflows for large values; the maximum norm does not.
     for order in (2, math.inf):
         norms = torch._foreach_norm(tensors, order) if tensors else []
         if not norms or bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()):
@@ -240,7 +238,7 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def plain(value: Any) -> Any:
-    """A batch as lists, dicts, tensors, numbers and text, which load with ``weights_only=True``."""
+    """Convert a batch to lists, dicts, tensors, numbers and text, which load with ``weights_only=True``."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Training on CPUs in bfloat16."""
+"""Optimizers: bfloat16 on CPUs, and layer-wise learning-rate decay."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ from replk_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """Forward passes under CPU autocast to bfloat16; mmengine's own mixed precision wrapper refuses CPUs.
+    """Run forward passes under CPU autocast to bfloat16. mmengine's ``AmpOptimWrapper`` rejects CPUs.
 
-    bfloat16 has float32's range, so that there is no loss to scale.
+    bfloat16 has the range of float32, so the loss needs no scaling.
     """
 
     @contextmanager
@@ -27,18 +27,18 @@ class BFloat16OptimWrapper(OptimWrapper):
 
 
 FIELD = 'optim_wrapper.paramwise_cfg'
-#: Methods of the backbone that tell depths, by ``decay_type``.
+#: Backbone method that gives depths, by ``decay_type``.
 DEPTHS = {'layer_wise': 'get_layer_depth', 'stage_wise': 'get_stage_depth'}
 MULTIPLIERS = ('bias_lr_mult', 'norm_decay_mult', 'bias_decay_mult', 'dwconv_decay_mult', 'flat_decay_mult')
 FIELDS = ('decay_rate', 'decay_type', 'num_layers', *MULTIPLIERS, 'custom_keys', 'bypass_duplicate')
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
-#: Parameters of other families that are no weights of a layer, by the last part of their name.
+#: Embeddings and tokens, by the last part of their name. They have no weight decay.
 EMBEDDINGS = ('pos_embed', 'cls_token', 'mask_token')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
-    """Group parameters by their depth in ``model.backbone``; the learning rate falls by a factor with each group.
+    """Layer-wise learning-rate decay: group parameters by their depth in ``model.backbone``.
 
     A parameter of layer ``i`` learns at ``lr * decay_rate ** (num_layers + 1 - i)``: layer 0 is the stem, ``num_layers
     + 1`` everything outside the backbone and the norms of its output features. Parameters of one dimension, biases, and
@@ -91,26 +91,26 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
                 raise UserError(f'{name}={value!r}: must be a number\nUse 0 for none.')
         if not _is_number(rate) or not 0 < rate <= 1:
             raise UserError(
-                f'{FIELD}.decay_rate={rate!r}: must be above 0 and 1 at most\n'
-                f'It is the factor from one layer to the one before it, such as 0.9.'
+                f'{FIELD}.decay_rate={rate!r}: must be above 0 and at most 1\n'
+                f'It is the factor between adjacent layers, such as 0.9.'
             )
         if kind not in DEPTHS:
             raise UserError(f'{FIELD}.decay_type={kind!r}: is unknown\nUse one of: {", ".join(DEPTHS)}.')
         if layers is not None and (type(layers) is not int or layers < 1):
             raise UserError(
-                f'{FIELD}.num_layers={layers!r}: must be a whole number\n'
-                f'Leave it out for the number that the backbone has.'
+                f'{FIELD}.num_layers={layers!r}: must be a positive integer\n'
+                f'Omit it to use the number of layers of the backbone.'
             )
-        # The longest first: mmengine's order.
+        # Longest first, as mmengine does.
         self.custom = dict(sorted(cfg.get('custom_keys', {}).items(), key=lambda item: (-len(item[0]), item[0])))
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
-        """Add the groups of the whole model, in the order in which its parameters first ask for them.
+        """Add the groups of the whole model, in the order of its parameters.
 
         Args:
             params: Extended in place.
             module: The model.
-            **kwargs: Arguments of mmengine's recursion, which are not needed here.
+            **kwargs: Arguments of mmengine's recursion; unused.
         """
         layer_of, num_layers = self._layers(module)
         first: dict[int, tuple[str, tuple]] = {}
@@ -121,14 +121,14 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             layer = layer_of.get(name, num_layers + 1)
             scale = self.paramwise_cfg['decay_rate'] ** (num_layers + 1 - layer)
             lr_mult, decay_mult = self._multipliers(name, param, module.get_submodule(name.rpartition('.')[0]))
-            # The name and the factor are mmdet's and mmseg's.
+            # Name and factor as in mmdet and mmseg.
             key = (f'layer_{layer}_{"decay" if decay_mult else "no_decay"}', scale * lr_mult, decay_mult)
             if id(param) in first:
                 other, its_key = first[id(param)]
                 if key != its_key and not self.paramwise_cfg.get('bypass_duplicate', False):
                     raise UserError(
-                        f'{FIELD}: {other} and {name} are one parameter, with different rates or weight '
-                        f'decays\nbypass_duplicate=True gives it those of the first name.'
+                        f'{FIELD}: {other} and {name} share one parameter, but have different rates or '
+                        f'weight decays\nSet bypass_duplicate=True to use those of the first name.'
                     )
                 continue
             first[id(param)] = name, key
@@ -156,12 +156,12 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             raise UserError(
                 f'optim_wrapper.constructor={type(self).__name__!r}: {type(model).__name__} has no '
                 f'backbone\n'
-                f'Leave the constructor out: all of the model learns at one rate.'
+                f'Omit the constructor; the whole model then learns at one rate.'
             )
         if not hasattr(backbone, method):
             raise UserError(
-                f'model.backbone.type={kind!r}: has no {method}(name, prefix), which tells depths\n'
-                f'Use a backbone that has, add it to a subclass, or leave the constructor out.'
+                f'model.backbone.type={kind!r}: has no method {method}(name, prefix)\n'
+                f'Add it in a subclass, or omit the constructor.'
             )
         depths, own = {}, None
         for name, param in backbone.named_parameters('backbone', remove_duplicate=False):
@@ -170,7 +170,7 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
                     depths[name], count = getattr(backbone, method)(name, 'backbone.')
                 except (ValueError, LookupError) as error:
                     raise UserError(
-                        f'{name}: {kind}.{method} tells no depth for this parameter: {error}\n'
+                        f'{name}: {kind}.{method} gives no depth for this parameter: {error}\n'
                         f'Freeze the parameter, or extend {method} in a subclass of {kind}.'
                     ) from error
                 own = count - 2
@@ -181,20 +181,20 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             more = '' if decay_type == 'layer_wise' else ' or more'
             raise UserError(
                 f'{FIELD}.num_layers={given}: this {kind} has {own} {decay_type.split("_")[0]}s\n'
-                f'Leave num_layers out, or set it to {own}{more}.'
+                f'Omit num_layers, or set it to {own}{more}.'
             )
         num_layers = given or own
-        # The largest id of the backbone is the one for the full rate.
+        # The largest id of the backbone has the full rate.
         return {name: num_layers + 1 if depth == own + 1 else depth for name, depth in depths.items()}, num_layers
 
     def _multipliers(self, name: str, param: nn.Parameter, owner: nn.Module) -> tuple[float, float]:
-        """The factors of a parameter's learning rate, on top of its layer's, and of its weight decay."""
+        """Factors of the learning rate of a parameter, in addition to its layer's, and of its weight decay."""
         cfg, leaf = self.paramwise_cfg, name.rpartition('.')[2]
         norm, bias, flat = isinstance(owner, NORMS), leaf == 'bias', param.ndim == 1
         depthwise = isinstance(owner, nn.Conv2d) and owner.in_channels == owner.groups
         lr = cfg.get('bias_lr_mult', 1.0) if bias and not norm else 1.0
         decay = 0.0 if flat or bias or leaf in EMBEDDINGS else 1.0
-        # mmengine's order.
+        # In mmengine's order.
         for key, fits in (('norm', norm), ('bias', bias), ('dwconv', depthwise), ('flat', flat)):
             if fits and f'{key}_decay_mult' in cfg:
                 decay = cfg[f'{key}_decay_mult']
@@ -208,8 +208,8 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             if not any(key in name for name in names):
                 close = did_you_mean(key, {part for name in names for part in name.split('.')})
                 raise UserError(
-                    f'{FIELD}.custom_keys[{key!r}]: is part of no parameter name\n'
-                    f'{close}Names are such as {names[0]}, {names[-1]}.'
+                    f'{FIELD}.custom_keys[{key!r}]: matches no parameter name\n'
+                    f'{close}Examples of names: {names[0]}, {names[-1]}.'
                 )
 
 

@@ -20,13 +20,13 @@ from replk_mm.errors import UserError
 
 
 def load_for_prediction(cfg: Config, checkpoint: str, device: str | None = None, reparam: bool = False) -> nn.Module:
-    """A segmentor or detector ready to predict, with its classes and palette in ``dataset_meta``.
+    """Load a segmentor or detector for prediction, with classes and palette in ``dataset_meta``.
 
     Args:
         cfg: The config it was trained with; changed in place.
-        checkpoint: Path or address.
-        device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for what is there.
-        reparam: Merge and fold it.
+        checkpoint: Path or URL.
+        device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for a GPU if there is one.
+        reparam: Whether to merge and fold it.
 
     Raises:
         UserError: If the checkpoint does not fit, or the model is neither.
@@ -38,7 +38,7 @@ def load_for_prediction(cfg: Config, checkpoint: str, device: str | None = None,
     model.cfg = cfg
     scope = cfg.get('default_scope', 'mmengine')
     dataset = next(datasets_of(cfg, ('test',)))
-    cfg.test_pipeline = copy.deepcopy(dataset.get('pipeline', []))  # of which mmseg takes the steps
+    cfg.test_pipeline = copy.deepcopy(dataset.get('pipeline', []))  # mmseg reads it
     known = getattr(dataset_class(dataset, scope), 'METAINFO', {})
     stored = built.meta.get('dataset_meta') or {}
     found = {**known, **{k.lower(): v for k, v in stored.items() if v}, **(dataset.get('metainfo') or {})}
@@ -62,7 +62,7 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
         UserError: If it cannot be written.
     """
     if not cv2.imwrite(str(path), picture):
-        raise UserError(f'{path}: cannot be written\nMake room, check its permissions, or choose another folder.')
+        raise UserError(f'{path}: cannot be written\nFree disk space, check the permissions, or choose another folder.')
 
 
 def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.ndarray, BaseDataElement]]:
@@ -73,7 +73,7 @@ def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.
         images: Files.
 
     Raises:
-        UserError: If an image does not exist or cannot be read; those before it have been yielded.
+        UserError: If an image does not exist or cannot be read; earlier images have been yielded.
     """
     for name in images:
         path = Path(name)
@@ -91,11 +91,11 @@ def label_map(prediction: BaseDataElement) -> np.ndarray:
 
 
 def select_instances(prediction: BaseDataElement, least_score: float) -> list[dict]:
-    """A detector's prediction, the surest first.
+    """Objects of a detector's prediction, highest score first.
 
     Args:
         prediction: From :func:`predict`.
-        least_score: Below it a detection is left out.
+        least_score: Minimum score.
 
     Returns:
         For each object its ``label`` (class index), ``score``, ``box`` (left, top, right, bottom in pixels) and, of

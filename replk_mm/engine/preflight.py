@@ -1,4 +1,4 @@
-"""A dry run before training: what would fail after hours fails in the first minute."""
+"""A dry run before training, so that errors appear in the first minute."""
 
 import logging
 import math
@@ -28,28 +28,28 @@ from replk_mm.logs import announce
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration
 
-#: Seconds of a step below which a second one is measured.
+#: A first step of fewer seconds is repeated for the estimate, since it includes warm-up.
 _SHORT = 10.0
 
 
 @HOOKS.register_module()
 class PreflightHook(Hook):
-    """One batch through loss and backward, one validation batch through the metrics, one checkpoint written and read.
+    """Dry-run a training step, a validation batch with its metrics, and writing and reading a checkpoint.
 
-    Weights, statistics, optimizer and the randomness of the training stay as they are.
+    Weights, statistics, optimizer state and random numbers stay unchanged.
     """
 
     priority = 'LOWEST'  # after the hooks that set something up
 
     def before_train(self, runner: Runner) -> None:
-        """Run, and log the loss and the peak of the memory.
+        """Run, and log loss, peak memory and the expected duration.
 
         Raises:
-            UserError: If a part fails, with the part and the reason.
+            UserError: If a part fails.
         """
         started, done = time.perf_counter(), []
         step = validation = 0.0
-        if type(unwrap_model(runner.model)).train_step is BaseModel.train_step:  # others may have several losses
+        if type(unwrap_model(runner.model)).train_step is BaseModel.train_step:  # others may have several optimizers
             with _naming('loss and backward of one batch'):
                 line, step = _loss_and_backward(runner)
                 done.append(line)
@@ -93,11 +93,11 @@ def _naming(part: str) -> Iterator[None]:
         yield
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise  # training explains these
+            raise  # see explain_failures
         name = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
         raise UserError(
-            f'dry run, {part}: {name}{user_message(error)}\nREPLK_MM_TRACEBACK=1 shows where; --no-preflight '
-            f'trains without the dry run.'
+            f'dry run, {part}: {name}{user_message(error)}\nREPLK_MM_TRACEBACK=1 shows the traceback; '
+            f'--no-preflight skips the dry run.'
         ) from error
 
 
@@ -119,7 +119,7 @@ def _loss_and_backward(runner: Runner) -> tuple[str, float]:
     start = time.perf_counter()
     loss = forward_backward(model, batch, forward_context(runner))['loss']
     computing = time.perf_counter() - start
-    if computing < _SHORT:  # then most of it may be warming up
+    if computing < _SHORT:
         start = time.perf_counter()
         forward_backward(model, batch, forward_context(runner))
         computing = time.perf_counter() - start
@@ -158,7 +158,7 @@ def _validate(runner: Runner) -> tuple[dict[str, Any], float]:
         metrics = loop.evaluator.evaluate(size)
     finally:
         runner.logger.setLevel(level)
-    for hook in runner.hooks if metrics else ():  # some metrics report nothing as long as a model finds nothing
+    for hook in runner.hooks if metrics else ():  # some metrics are empty if a model finds nothing
         if isinstance(hook, EarlyStoppingHook):
             _check_key(metrics, 'EarlyStoppingHook.monitor', hook.monitor)
         elif isinstance(hook, CheckpointHook) and hook.save_best:

@@ -1,4 +1,8 @@
-"""Between a config and its run: options applied, data checked, the config fitted to the machine."""
+"""Prepare a config for training: apply options, check the data, fit the config to the machine.
+
+A run passes through config -> prepare -> runner -> metric -> record. :mod:`~replk_mm.engine.config` reads the config.
+This module is the only place that changes it. :mod:`~replk_mm.engine.runner` executes it, :mod:`replk_mm.evaluation`
+computes the metrics, and :mod:`~replk_mm.engine.record` writes them with protocol and environment."""
 
 import math
 from pathlib import Path
@@ -29,18 +33,18 @@ def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
 
     Args:
         cfg: Changed in place until :class:`Runner` can take it.
-        options: What the user said.
+        options: Command-line options.
 
     Returns:
-        What was changed or checked, a line each.
+        One line per change or check.
 
     Raises:
-        UserError: If something stands in the way of training.
+        UserError: If training is not possible.
     """
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
         if not cfg.get(key):
             raise UserError(
-                f'{cfg.filename}: the config has no {key!r}, so there is nothing to train\n'
+                f'{cfg.filename}: the config has no {key!r}, so it cannot be trained\n'
                 f'Inherit a schedule and a data set from configs/_base_/ or from mmseg.'
             )
     device = select_device(options.device)
@@ -55,7 +59,7 @@ def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
     model = build_model(cfg, 'meta')
     check_heads(cfg, head_class_counts(model), ('train', 'val'))
     parameters = sum(p.numel() for p in model.parameters())
-    # Weights and Adam's moments; the old checkpoint goes only when the new one is written.
+    # Two checkpoints with weights and Adam's moments: the old one is deleted after the new one is written.
     prepare_work_dir(cfg.work_dir, needed=2 * 12 * parameters)
     notes += resume(cfg, options, model)
     if cfg.get('resume'):
@@ -65,18 +69,18 @@ def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
 
 
 def prepare_data(cfg: Config, options: RunOptions, splits: tuple[str, ...]) -> list[str]:
-    """Point the config to its data, give it the classes that the user named, and check both.
+    """Set data root and classes of a config, and check the data.
 
     Args:
         cfg: Changed in place.
         options: ``data_root`` and ``classes`` are used.
-        splits: Whose data must be there.
+        splits: Splits that must exist.
 
     Returns:
-        What was changed or checked, a line each.
+        One line per change or check.
 
     Raises:
-        UserError: If data are missing or damaged, or data sets, annotations and heads have different classes.
+        UserError: If data are missing or damaged, or the classes of data sets, annotations and heads differ.
     """
     if options.data_root:
         set_data_root(cfg, options.data_root)
@@ -85,7 +89,7 @@ def prepare_data(cfg: Config, options: RunOptions, splits: tuple[str, ...]) -> l
 
 
 def head_class_counts(model: nn.Module) -> dict[str, int]:
-    """Number of classes of every head of a model that tells all of them apart, by path."""
+    """Number of classes of every head that classifies all classes, by path."""
     return {
         f'model.{name}': module.num_classes
         for name, module in model.named_modules()
@@ -96,7 +100,7 @@ def head_class_counts(model: nn.Module) -> dict[str, int]:
 
 
 def _limits_of_resuming(cfg: Config) -> list[str]:
-    """What resuming this run cannot restore, a line each."""
+    """Limits of resuming this run, one line each."""
     loop, hook = cfg.train_cfg.get('type'), (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     notes = (
         []
@@ -124,11 +128,11 @@ def _limits_of_resuming(cfg: Config) -> list[str]:
 def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
     backbone = cfg.model.get('backbone', {})
     if cfg.get('resume') and cfg.get('load_from'):
-        backbone.pop('init_cfg', None)  # every weight comes from the checkpoint
+        backbone.pop('init_cfg', None)  # the checkpoint sets every weight
         return []
     source = str(cfg.get('load_from') or '')
     if source and ('://' not in source or source.startswith('http')):
-        # Read once here for its errors. Other kinds of address are left to mmengine.
+        # Read it here for its errors. mmengine handles other URLs.
         read_checkpoint(source)
         cfg.load_from = str(fetch_checkpoint(source))
     if options.pretrained == 'none':
@@ -138,14 +142,14 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
         backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained)
     initial = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
     if initial is None or not (options.pretrained or str(backbone.get('type')).startswith('replk_mm.')):
-        return []  # another package's backbone loads with mmengine, which knows more kinds of address
+        return []  # mmengine loads the backbones of other packages
     try:
         fetch_checkpoint(initial['checkpoint'])
     except DownloadError as error:
-        # A shortened run is not the published recipe anyway; a full one must not start from the wrong weights.
+        # A full run must not start from the wrong weights. A shortened one is a trial.
         if options.max_iters is None:
             raise UserError(
-                f'{error}\nOr name a local file with --pretrained FILE; --pretrained none starts from random weights.'
+                f'{error}\nOr use a local file with --pretrained FILE; --pretrained none starts from random weights.'
             ) from error
         backbone.pop('init_cfg')
         return [f'warning: training starts from random weights, as --max-iters makes this a trial: {first_line(error)}']

@@ -1,4 +1,4 @@
-"""The machine a run is on: its device, its processes, its disk."""
+"""Setup of a process: global settings, device, process group and work directory."""
 
 import atexit
 import ctypes
@@ -22,18 +22,18 @@ from replk_mm.logs import limit_terminal, log_python_warnings
 
 @dataclass
 class RunOptions:
-    """What a command line may say of a run.
+    """Command-line options of a run.
 
     Attributes:
-        data_root: Folder of the data set; None for the config's.
-        classes: Names of the classes, see :func:`replk_mm.data.classes.use_classes`; None for the config's.
-        work_dir: Where logs and checkpoints go; None for ``work_dirs/CONFIG``.
-        max_iters: Train for so many iterations; None for the config's schedule.
-        resume: ``'auto'`` for the last checkpoint of the work dir, or a checkpoint; None starts anew.
+        data_root: Folder of the data set; None keeps that of the config.
+        classes: Names of the classes, see :func:`replk_mm.data.classes.use_classes`; None keeps those of the config.
+        work_dir: Folder for logs and checkpoints; None means ``work_dirs/CONFIG``.
+        max_iters: Number of iterations; None keeps the schedule of the config.
+        resume: ``'auto'`` for the last checkpoint of the work dir, or a path; None starts a new run.
         pretrained: Checkpoint for the backbone, ``'none'`` for random weights, None for the config's.
         amp: ``'bf16'``, ``'fp16'`` or None.
-        device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for what is there.
-        seed: Of all randomness; None draws one and records it.
+        device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for a GPU if there is one.
+        seed: Random seed; None draws and records one.
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
     """
 
@@ -50,7 +50,7 @@ class RunOptions:
 
 
 def select_device(name: str | None) -> str:
-    """Make ``name`` the device that everything after uses.
+    """Make ``name`` the device of this process.
 
     Returns:
         ``'cpu'`` or ``'cuda'``.
@@ -60,7 +60,7 @@ def select_device(name: str | None) -> str:
     """
     kind, colon, index = (name or '').partition(':')
     if kind not in ('', 'cpu', 'cuda') or (colon and not (kind == 'cuda' and index.isdigit())):
-        raise UserError(f'--device {name}: unknown; use cpu, cuda or cuda:N')
+        raise UserError(f'--device {name}: unknown device\nUse cpu, cuda or cuda:N.')
     if kind == 'cuda':
         count = torch.cuda.device_count()
         if int(index or 0) >= count:
@@ -71,19 +71,18 @@ def select_device(name: str | None) -> str:
         if index:
             torch.cuda.set_device(int(index))
     chosen = kind or ('cuda' if torch.cuda.is_available() else 'cpu')
-    devices.DEVICE = chosen  # mmengine has looked for a GPU when it was imported, and asks nobody afterwards
+    devices.DEVICE = chosen  # mmengine chooses it once, when it is imported
     return chosen
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
     """Let the C library keep freed memory for the next tensor instead of handing it back to the system.
 
-    Every activation of more than a few MiB is otherwise mapped, faulted in page by page and unmapped again: a fifth of
-    an inference on a CPU. For the commands of this project; a library does not change the process that imports it.
+    Otherwise every activation of more than a few MiB is mapped, faulted in page by page and unmapped. On a CPU this
+    takes a fifth of an inference. Only commands call this: importing the package does not change a process.
 
     Args:
-        keep: False for the state that glibc reaches by itself: blocks beyond 32 MiB are mapped on their own, and 64 MiB
-            of free memory at the end of the heap are kept.
+        keep: False restores glibc's dynamic limits: it maps blocks beyond 32 MiB and keeps 64 MiB of free heap.
 
     Returns:
         Whether the C library (glibc) has these settings.
@@ -102,7 +101,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
 
 def processes_of(launcher: str) -> tuple[int, int]:
-    """Processes of the whole run, and of this machine, as torchrun or Slurm announce them."""
+    """Number of processes of the whole run and of this machine, from the environment of torchrun, Slurm or MPI."""
 
     def announced(*names: str) -> int:
         return next((int(os.environ[name]) for name in names if os.environ.get(name, '').isdigit()), 1)
@@ -114,15 +113,15 @@ def processes_of(launcher: str) -> tuple[int, int]:
 
 
 def init_gloo(cfg: Config, device: str) -> None:
-    """Start the process group of a run that torchrun started on CPUs.
+    """Initialize the process group of a torchrun run on CPUs.
 
-    A collective that waits longer than ``env_cfg.dist_cfg.timeout`` seconds (default: 10 minutes, as NCCL's; gloo's own
-    is half an hour) ends the process with an error.
+    A collective that takes longer than ``env_cfg.dist_cfg.timeout`` seconds ends the process with an error. The default
+    is 10 minutes, as for NCCL.
 
     Raises:
         UserError: If torchrun did not start this process.
     """
-    # mmengine 0.10.7 selects a CUDA device whatever the backend; a process group that exists is left alone.
+    # mmengine 0.10.7 selects a CUDA device for any backend, but keeps an existing process group.
     if cfg.launcher == 'pytorch' and device == 'cpu' and not torch.distributed.is_initialized():
         if 'RANK' not in os.environ:
             raise UserError(
@@ -131,7 +130,7 @@ def init_gloo(cfg: Config, device: str) -> None:
             )
         seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout', 600)
         torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
-        atexit.register(_leave)  # its threads, still waiting when Python ends, may abort the process
+        atexit.register(_leave)  # waiting threads may abort Python at its exit
 
 
 def _leave() -> None:
@@ -140,7 +139,7 @@ def _leave() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python means that there is too little memory."""
+    """Whether torch or Python raised ``error`` for lack of memory."""
     return (
         isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
         or isinstance(error, RuntimeError)
@@ -149,15 +148,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-dir') -> Path:
-    """Create a folder and see that it can be written to and that ``needed`` bytes fit.
+    """Create a folder, and check that it is writable and has space for ``needed`` bytes.
 
     Args:
         path: The folder.
-        needed: Bytes that must be free.
-        option: What named it on the command line.
+        needed: Required free bytes.
+        option: Command-line option of the folder, for messages.
 
     Raises:
-        UserError: If not.
+        UserError: If the folder cannot be used.
     """
     folder = Path(path)
     what = f'{option[2:].replace("-", " ")} {folder}'
@@ -168,19 +167,19 @@ def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-di
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f'{what}: cannot be written to ({error.strerror})\nChoose another with {option} DIR.'
+            f'{what}: cannot be written to ({error.strerror})\nChoose another folder with {option} DIR.'
         ) from error
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f'{what}: {free / 2**30:.2f} GiB free; a checkpoint takes {needed / 2**30:.2f} GiB\n'
-            f'Make room, or choose another place with {option} DIR.'
+            f'Free disk space, or choose another folder with {option} DIR.'
         )
     return folder
 
 
 def setup_process() -> None:
-    """Settings of a whole process, which every command makes once at its start and importing this package never does.
+    """Set up the process of a command. Importing this package does none of this.
 
     mmengine loads checkpoints without running code in them, configs inherit ours as ``replk_mm::NAME.py``, the C
     library keeps freed memory, and the terminal shows less than the log file.

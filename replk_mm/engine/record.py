@@ -1,4 +1,4 @@
-"""What a test run is kept as: one JSON file that says under which protocol its figures were measured."""
+"""The record of a test: metrics.json with scores, protocol and environment."""
 
 import json
 import math
@@ -18,18 +18,18 @@ from replk_mm.files import sha256, write_atomic
 
 
 def test_protocol(cfg: Config, tta: bool) -> dict:
-    """How images were tested: whole or sliding window, scales, flips."""
+    """The test protocol: whole image or sliding window, pipeline, test-time augmentation."""
     model = cfg.model.get('module', cfg.model)  # wrapped for test-time augmentation
     found = dict(model.get('test_cfg') or {})
     found['pipeline'] = list(next(datasets_of(cfg, ('test',))).get('pipeline', []))
     found['tta'] = tta
-    if tta:  # how the views are merged
+    if tta:  # how it merges views
         found['tta_model'] = {key: value for key, value in cfg.model.items() if key != 'module'}
     return found
 
 
 def environment_info() -> dict:
-    """Versions and hardware that a figure depends on."""
+    """Versions and hardware."""
     import mmcv
     import mmengine
     import numpy
@@ -62,7 +62,7 @@ def _cpu_name() -> str:
 
 
 def evaluation_record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
-    """A test's figures with everything that they depend on; finite numbers and None only."""
+    """The scores of a test with their conditions, as JSON data without NaN and infinity."""
     path = fetch_checkpoint(checkpoint)
     roots = dict.fromkeys(str(dataset.get('data_root')) for dataset in datasets_of(cfg, ('test',)))
     merged = result.meta.get('replk_mm', {}).get('reparameterized')
@@ -82,7 +82,7 @@ def evaluation_record(cfg: Config, checkpoint: str, result: Evaluation, tta: boo
 
 
 def replace_non_finite(node):
-    """A nest of plain data with None for numbers that are not finite."""
+    """Replace NaN and infinity by None in nested data, and other objects by text."""
     if isinstance(node, dict):
         return {str(key): replace_non_finite(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
@@ -106,5 +106,5 @@ def write_record(found: dict, path: Path) -> None:
         write_atomic(path, json.dumps(found, indent=2, allow_nan=False) + '\n')
     except OSError as error:
         raise UserError(
-            f'{path}: cannot be written ({error.strerror})\nChoose another place with --out DIR.'
+            f'{path}: cannot be written ({error.strerror})\nChoose another folder with --out DIR.'
         ) from error

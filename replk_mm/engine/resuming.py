@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and whether it fits."""
+"""Choose the checkpoint that a run resumes from, and check that it fits."""
 
 import re
 import zipfile
@@ -15,20 +15,20 @@ from replk_mm.data.checks.classes import compare_with_checkpoint
 from replk_mm.engine.process import RunOptions
 from replk_mm.errors import UserError, first_line
 
-# What training calls its checkpoints; a best one, which has a prefix, may be older.
+# Names of regular checkpoints. A best checkpoint has a prefix and may be older.
 _NAME = re.compile(r'(?:epoch_(\d+))?_?(?:iter_(\d+))?\.pth')
 #: Training loops that resume exactly, by type.
 RESUMABLE = ('replk_mm.IterBasedTrainLoop', 'replk_mm.EpochBasedTrainLoop')
 
 
 def last_checkpoint(work_dir: str | Path) -> str | None:
-    """The checkpoint that training in ``work_dir`` wrote last, also if the folder has been moved since."""
+    """The last checkpoint of a training in ``work_dir``, also if the folder was moved."""
     found = _checkpoints(work_dir)
     return str(found[0]) if found else None
 
 
 def _checkpoints(work_dir: str | Path) -> list[Path]:
-    """All checkpoints of a work directory, the last first: the one that ``last_checkpoint`` names, then by time."""
+    """All checkpoints of a work directory: first that of the file ``last_checkpoint``, then the newest ones."""
     record = Path(work_dir, 'last_checkpoint')
     named = Path(record.read_text(errors='replace').strip()) if record.is_file() else Path(work_dir)
     if (moved := Path(work_dir, named.name)).is_file():
@@ -56,14 +56,14 @@ def _last_whole(work_dir: str) -> tuple[Path | None, list[str]]:
 def _damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()  # torch does not compare what it reads with the checksums that it writes
+            wrong = archive.testzip()  # torch does not verify the checksums
         return f'the content of {wrong} has changed' if wrong else None
-    except Exception as error:  # damage makes zipfile raise errors of half a dozen kinds
+    except Exception as error:  # zipfile raises several types
         return first_line(error)
 
 
 def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
-    """Choose the checkpoint to resume from, and the seed: the checkpoint's, as the data order depends on it.
+    """Choose the checkpoint to resume from. The seed is that of the checkpoint, since the data order depends on it.
 
     Args:
         cfg: Changed in place.
@@ -71,10 +71,10 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
         model: Built from the config, on any device.
 
     Returns:
-        What was chosen, a line each.
+        One line per choice.
 
     Raises:
-        UserError: If no checkpoint can be read, or it is none to resume from.
+        UserError: If no checkpoint can be read, or the checkpoint does not fit the run.
     """
     notes: list[str] = []
     if options.seed is not None:
@@ -89,10 +89,10 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
             raise UserError(
                 f'{cfg.work_dir}: no checkpoint of this run can be resumed from ({len(notes)} tried)\n'
                 + '\n'.join(notes)
-                + '\nCopy one from elsewhere, or start anew without --resume.'
+                + '\nCopy a checkpoint to it, or start a new run without --resume.'
             )
         if newest is None:
-            return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting anew']
+            return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting a new run']
         wanted = newest
     last = str(wanted)
     loaded = read_checkpoint(last)
@@ -115,18 +115,22 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
     differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
     if differing:
         raise UserError(
-            f'{last}: cannot be resumed: it is of another network; {len(differing)} of {len(shapes)} '
-            f'weights differ, {differing[0]} first\nResume with the config it was trained with.'
+            f'{last}: cannot be resumed: it belongs to another network; {len(differing)} of {len(shapes)} '
+            f'weights differ, such as {differing[0]}\nResume with the config of that run.'
         )
     cfg.load_from, cfg.resume = last, True
     seed = meta.get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
-    own = '' if options.seed in (None, seed) else f' (its own; --seed {options.seed} is for a new run)'
+    own = (
+        ''
+        if options.seed in (None, seed)
+        else f' (that of the checkpoint; --seed {options.seed} applies to new runs only)'
+    )
     return [*notes, *_schedule_that_ends(cfg, loaded), f'resume: {last}, iteration {meta["iter"]}, seed {seed}{own}']
 
 
 def _schedule_that_ends(cfg: Config, loaded: Mapping) -> list[str]:
-    """A warning if the schedules of a checkpoint, which replace those of the config, end before this run does."""
+    """Warn if the schedules of the checkpoint, which replace those of the config, end before the run."""
     schedules = loaded.get('param_schedulers')
     iterations = (cfg.get('train_cfg') or {}).get('max_iters')
     ends = [

@@ -1,4 +1,4 @@
-"""mmengine's runner with the changes that our runs need."""
+"""mmengine's runner, extended."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ from replk_mm.logs import limit_terminal
 
 
 def _explained(build: Callable, part: str) -> Callable:
-    """A builder of mmengine's runner whose errors name the field of ``cfg[part]``, and whose data fit the model."""
+    """Wrap a builder of mmengine's runner: errors name the field of ``cfg[part]``, loading checks the labels."""
 
     @functools.wraps(build)
     def explained(runner: 'Runner', *args) -> Any:
@@ -52,8 +52,9 @@ def _explained(build: Callable, part: str) -> Callable:
 
 
 class Runner(MMEngineRunner):
-    """mmengine's runner that trains with several processes on CPUs, names the config field behind an error,
-    writes plain checkpoints, whole or not at all, and runs no code of those that it loads."""
+    """mmengine's runner, which also trains with several processes on CPUs and names config fields in errors.
+
+    It writes checkpoints of plain data atomically, and loads checkpoints without running code in them."""
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'Runner':
@@ -79,7 +80,7 @@ class Runner(MMEngineRunner):
     build_param_scheduler = _explained(MMEngineRunner.build_param_scheduler, 'param_scheduler')
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Wrap the model for distributed training; on CPUs without device ids, which mmengine 0.10.7 always passes."""
+        """Wrap the model for distributed training. On CPUs without device ids, which mmengine 0.10.7 always passes."""
         if self.distributed and get_device() == 'cpu' and not is_model_wrapper(model) and not model_wrapper_cfg:
             return MMDistributedDataParallel(
                 model, broadcast_buffers=False, find_unused_parameters=self.cfg.get('find_unused_parameters', False)
@@ -87,7 +88,7 @@ class Runner(MMEngineRunner):
         return super().wrap_model(model_wrapper_cfg, model)
 
     def load_or_resume(self) -> None:
-        """Load or resume; the state of optimizer and schedules must fit those of the config."""
+        """Load or resume. The state of optimizer and schedules must fit the config."""
         try:
             super().load_or_resume()
             if self._resume:
@@ -104,14 +105,13 @@ class Runner(MMEngineRunner):
     def load_checkpoint(
         self, filename: str, map_location: Any = 'cpu', strict: bool = False, revise_keys: Any = ((r'^module\.', ''),)
     ) -> dict:
-        """Load a checkpoint without running what is in it: mmengine unpickles it, and runs its config when it resumes.
+        """Load a checkpoint without running code. mmengine unpickles it, and executes its config when it resumes.
 
         Args:
-            filename: Path or address; addresses other than of the web are left to mmengine.
-            map_location: For those. Defaults to 'cpu'.
-            strict: Whether every weight must be there. Defaults to False.
-            revise_keys: Patterns and what replaces them in the names of weights. Defaults to the prefix of distributed
-                models.
+            filename: Path or URL. mmengine loads URLs other than http and https.
+            map_location: Device, for those URLs.
+            strict: Whether every weight must be set.
+            revise_keys: Patterns in the names of weights, and replacements. The default removes ``module.``.
         """
         if '://' in filename and not filename.startswith('http'):
             return super().load_checkpoint(filename, map_location, strict, list(revise_keys))
@@ -126,10 +126,10 @@ class Runner(MMEngineRunner):
         return checkpoint
 
     def _restore_hub(self, checkpoint: dict) -> None:
-        """Turn the plain data of a checkpoint's message hub into what mmengine's hooks expect."""
+        """Restore the objects in a checkpoint's message hub that mmengine's hooks expect."""
         hub = checkpoint['message_hub']
         hub['log_scalars'] = {key: restore_log_buffer(stored) for key, stored in hub['log_scalars'].items()}
-        # The best checkpoint of another run is that run's: a better one here does not replace it.
+        # Do not replace the best checkpoint of another run.
         folder = Path(self.work_dir).absolute()
         others = [
             key
@@ -141,7 +141,7 @@ class Runner(MMEngineRunner):
             hub['resumed_keys'].pop(key, None)
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """Call a method of every hook. What the hooks leave of a checkpoint to save is made plain data."""
+        """Call a method of every hook. A checkpoint to save is converted to plain data afterwards."""
         super().call_hook(fn_name, **kwargs)
         if fn_name == 'before_save_checkpoint':
             checkpoint = kwargs['checkpoint']
@@ -150,10 +150,10 @@ class Runner(MMEngineRunner):
             checkpoint.update(content)
 
     def save_state(self) -> str:
-        """Save a checkpoint of this moment between two iterations, unless the last one is.
+        """Save a checkpoint between two iterations, unless a hook just saved one.
 
         Returns:
-            The checkpoint.
+            Path of the checkpoint.
         """
         loop: Any = self.train_loop
         for hook in self.hooks:
@@ -170,19 +170,19 @@ class Runner(MMEngineRunner):
             write_atomic(Path(self.work_dir, 'last_checkpoint'), str(path))
             if former and Path(former).name != name:
                 Path(self.work_dir, Path(former).name).unlink(missing_ok=True)
-        barrier()  # what starts processes may end all of them, saving or not, once the first has ended
+        barrier()  # a launcher may end all processes as soon as the first has ended
         return str(path)
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """Write a checkpoint that has its name only when it is whole."""
+        """Write a checkpoint atomically."""
         if '://' in str(out_dir):
             return super().save_checkpoint(out_dir, filename, *args, **kwargs)
         part = Path(out_dir, f'{filename}.part')
         try:
             super().save_checkpoint(out_dir, part.name, *args, **kwargs)
             with part.open('rb+') as file:
-                os.fsync(file.fileno())  # a name must not reach the disk before what it names
+                os.fsync(file.fileno())  # the content must reach the disk before the name
             part.replace(Path(out_dir, filename))
         finally:
             part.unlink(missing_ok=True)
@@ -190,25 +190,25 @@ class Runner(MMEngineRunner):
 
 
 def _check_settings(optim_wrapper: OptimWrapper) -> None:
-    """Check that a checkpoint's parameter groups, which replace those of the config, are of the same type of optimizer.
+    """Check that the parameter groups of a checkpoint belong to the same type of optimizer.
 
     Raises:
-        ValueError: If they lack a setting, which the first step would only report as a KeyError.
+        ValueError: If a setting is missing, which would be a KeyError in the first step.
     """
     for optimizer in (wrapper.optimizer for wrapper in optim_wrappers(optim_wrapper)):
-        # torch adds 'differentiable' to the defaults of every optimizer that it loads.
+        # torch adds 'differentiable' when it loads an optimizer.
         expected = optimizer.defaults.keys() - {'differentiable'}
         missing = {key for group in optimizer.param_groups for key in expected - group.keys()}
         if missing:
-            raise ValueError(f'its optimizer is no {type(optimizer).__name__}: it has no {", ".join(sorted(missing))}')
+            raise ValueError(f'not the state of {type(optimizer).__name__}, without {", ".join(sorted(missing))}')
 
 
 @contextmanager
 def explain_failures(cfg: Config, runner: Runner) -> Iterator[None]:
-    """Turn a full disk and a lack of memory into messages that say where and what to do.
+    """Turn a full disk and a lack of memory into user errors.
 
     Raises:
-        UserError: Instead of the libraries' errors for the two.
+        UserError: For both.
     """
     split = 'train' if 'train_dataloader' in cfg else 'test'
     try:

@@ -1,4 +1,4 @@
-"""Stopping on a signal: the current iteration is finished and the state saved; the exit status says to try again."""
+"""Stop on a signal: finish the current iteration, save the state, and exit with a status that means "try again"."""
 
 import atexit
 import contextlib
@@ -15,17 +15,16 @@ from mmengine.device import get_device
 from mmengine.dist import all_reduce, is_distributed
 from torch.utils.data import DataLoader
 
-#: Ctrl-C; what Slurm, Kubernetes and spot machines send before they kill; what Slurm sends earlier if told to
-#: (``--signal``); what a closing terminal sends.
+#: Sent by Ctrl-C; by Slurm, Kubernetes and spot machines before a kill; by Slurm's ``--signal``; by a closing terminal.
 SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP') if hasattr(signal, name))
 _received: list[int] = []
 
 
 class StopRequested(Exception):
-    """A signal has asked to stop, in the middle of something that is done again later.
+    """A signal requested a stop during work that will be repeated.
 
     Attributes:
-        signal: Which.
+        signal: The signal.
     """
 
     def __init__(self, number: signal.Signals) -> None:
@@ -35,11 +34,11 @@ class StopRequested(Exception):
 
 @contextmanager
 def catch_signals() -> Iterator[None]:
-    """Remember the first of :data:`SIGNALS` instead of dying of it; the second Ctrl-C interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread listen
+    """Record the first of :data:`SIGNALS` instead of exiting. A second Ctrl-C interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield
         return
-    # What is ignored stays so: nohup's SIGHUP, Ctrl-C of jobs in the background.
+    # Keep ignoring ignored signals: SIGHUP under nohup, Ctrl-C of background jobs.
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _remember) for number in heard}
     try:
@@ -58,15 +57,15 @@ def _remember(number: int, _frame: object) -> None:
         text = f'\n{signal.Signals(number).name}: finishing this iteration, then saving' + (
             ' (again: stop at once)\n' if number == signal.SIGINT else '\n'
         )
-        # Ctrl-C also ends the program that the output is piped to; a handler must not call `print`.
+        # Ctrl-C also ends the program at the other end of a pipe; a handler must not call `print`.
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
 
 
 def requested_signal() -> signal.Signals | None:
-    """The signal by which any process of the run was asked to stop; the same answer in all of them.
+    """The signal that requested a stop in any process of the run, or None. All processes get the same answer.
 
-    Call it at the same point in every process: they wait for one another.
+    A collective: call it at the same point in every process.
     """
     number = _received[0] if _received else 0
     if is_distributed():
@@ -77,9 +76,9 @@ def requested_signal() -> signal.Signals | None:
 
 
 def ignore_signals_in_workers(loader: DataLoader) -> DataLoader:
-    """Let a loader's workers ignore :data:`SIGNALS`, which terminals and Slurm send to every process of a job.
+    """Let the workers of a loader ignore :data:`SIGNALS`, which terminals and Slurm send to all processes of a job.
 
-    The training process still needs the workers until it has finished its iteration.
+    The training process needs them until its iteration ends.
     """
     _kill_workers_at_exit()
     loader.worker_init_fn = functools.partial(_ignore_signals, loader.worker_init_fn)
@@ -95,7 +94,7 @@ def _ignore_signals(then: Callable[[int], None] | None, worker: int) -> None:
 
 @functools.cache
 def _kill_workers_at_exit() -> None:
-    # After an exception workers may still run. Python then sends them SIGTERM and waits, which would be for ever.
+    # Workers may still run after an exception. Python would send them SIGTERM, which they ignore, and wait forever.
     def kill() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
         for process in multiprocessing.active_children():

@@ -26,9 +26,9 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
         The last checkpoint.
 
     Raises:
-        UserError: If the data, the disk or the memory fail on the way.
-        Stopped: When a signal has asked for it, and the state is saved.
-        KeyboardInterrupt: On a second Ctrl-C, after saying how to go on.
+        UserError: For bad data, a full disk or lack of memory.
+        Stopped: After a signal, when the state is saved.
+        KeyboardInterrupt: After a second Ctrl-C.
     """
     runner = Runner.from_cfg(cfg)
     hooks = ['ParameterGroupsHook', 'DistributedSyncHook', 'StopAtNonFinite', 'ProgressHook', 'PreflightHook']
@@ -36,9 +36,9 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
         runner.register_hook(dict(type=f'replk_mm.{name}'))
     log_notes([*notes, f'log file: {runner.logger.log_file}'], shown=('log file: ', 'classes: ', 'resume: '))
     try:
-        # Loops of the user's own would hear a signal and go on.
-        heeding = stopping.catch_signals() if runner.cfg.train_cfg.get('type') in RESUMABLE else nullcontext()
-        with heeding, explain_failures(cfg, runner):
+        # Other loops would ignore the recorded signal.
+        signals = stopping.catch_signals() if runner.cfg.train_cfg.get('type') in RESUMABLE else nullcontext()
+        with signals, explain_failures(cfg, runner):
             runner.train()
     except Stopped:
         raise
@@ -47,7 +47,7 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
         if get_rank() == 0:
             print(
                 f'\nstopped at iteration {runner.iter}; '
-                + (f'--resume goes on from {last}' if last else 'no checkpoint was written yet'),
+                + (f'--resume continues from {last}' if last else 'no checkpoint was written yet'),
                 file=sys.stderr,
             )
         raise

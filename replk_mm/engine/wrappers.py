@@ -1,4 +1,4 @@
-"""What mmengine wraps around a model and around optimizers, taken off."""
+"""Access to what mmengine wraps: models, optimizers."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 
 def unwrap_model(model: Any) -> Any:
-    """A runner's model without what distributes it."""
+    """The model inside a distributed wrapper; any other model unchanged."""
     return model.module if is_model_wrapper(model) else model
 
 
 def optim_wrappers(wrapper: OptimWrapper) -> list[OptimWrapper]:
-    """The wrappers of single optimizers."""
+    """The wrappers of all single optimizers."""
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 

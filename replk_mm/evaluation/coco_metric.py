@@ -1,4 +1,4 @@
-"""COCO's detection metrics that keep the figures of every class, unrounded."""
+"""COCO's detection metrics with per-class scores, unrounded."""
 
 import contextlib
 import io
@@ -16,35 +16,35 @@ from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import GatheringMetric
 from replk_mm.registry import METRICS
 
-#: Figures of ``COCOeval.stats`` by mmdet's names: all of them averages over IoU 0.5 to 0.95 unless named otherwise.
+#: Index in ``COCOeval.stats`` by mmdet's name. Scores without an IoU in the name average over IoU 0.5 to 0.95.
 _STATS = {'mAP': 0, 'mAP_50': 1, 'mAP_75': 2, 'mAP_s': 3, 'mAP_m': 4, 'mAP_l': 5}
 
 
 @METRICS.register_module()
 class CocoMetric(GatheringMetric, MMDetCocoMetric):
-    """mmdet's COCO metric, computed by pycocotools on the very file of results that it writes, and not rounded.
+    """mmdet's COCO metric, computed by pycocotools from the result file that it writes, and not rounded.
 
-    Names and meaning are mmdet's: fractions, at most 100 detections an image; NaN where the annotations contain no
-    object of that size, 0 where a model finds nothing. Classes are matched by name, as in :class:`CocoDataset`; those
-    that the annotation file lacks are left out. The arguments are those of mmdet's metric that keep COCO's own
-    settings; ``type='CocoMetric'``, which is mmdet's, takes the others.
+    Names and meaning are mmdet's: fractions, at most 100 detections per image; NaN if the annotations contain no object
+    of that size, 0 if the model finds nothing. Classes are matched by name, as in :class:`CocoDataset`; classes without
+    a category in the annotation file are ignored. COCO's own settings are fixed: use mmdet's ``type='CocoMetric'`` to
+    change them.
 
     Args:
-        ann_file: File of the annotations; None for those of the data samples.
+        ann_file: Annotation file; None uses the annotations of the data samples.
         metric: ``'bbox'``, ``'segm'`` or a list of them.
         classwise: Also report ``{class}_precision`` for every class.
-        format_only: Write the files of results and compute nothing.
-        outfile_prefix: Path and beginning of the name of the files of results; None for a temporary folder.
-        backend_args: Of mmengine's file backend.
+        format_only: Write the result files without computing scores.
+        outfile_prefix: Prefix of the paths of the result files; None uses a temporary folder.
+        backend_args: Arguments of mmengine's file backend.
         collect_device: See :class:`GatheringMetric`.
-        prefix: Of the names of the figures. Defaults to ``'coco'``.
+        prefix: Prefix of the names of the scores. Defaults to ``'coco'``.
 
     Raises:
-        UserError: If ``metric`` names another one.
+        UserError: If ``metric`` has another value.
 
     Attributes:
-        per_class: ``{class: {'bbox_mAP', 'bbox_mAP_50', ..., 'instances'}}`` of the annotated classes; fractions, and
-            the number of annotated objects without crowds.
+        per_class: ``{class: {'bbox_mAP', 'bbox_mAP_50', ..., 'instances'}}`` of the annotated classes: fractions, and
+            the number of annotated objects that are not crowds.
     """
 
     _coco_api: COCO | None
@@ -65,7 +65,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
         if not set(names) <= {'bbox', 'segm'}:
             raise UserError(
                 f"replk_mm.CocoMetric: metric={metric!r}; it computes 'bbox' and 'segm'\n"
-                f"Use type='CocoMetric', which is mmdet's, for others."
+                f"Use mmdet's type='CocoMetric' for others."
             )
         super().__init__(
             ann_file=ann_file,
@@ -79,28 +79,28 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
         )
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Metrics from the ground truth and detections of all images.
+        """Compute the scores from ground truth and detections of all images.
 
         Raises:
-            UserError: If masks are to be scored and the model has found none.
+            UserError: If ``metric`` includes ``'segm'`` and the model has no masks.
         """
         truths, found = zip(*results, strict=True)
         if 'segm' in self.metrics and 'masks' not in found[0]:
             raise UserError(
-                "evaluator: metric 'segm' scores masks, and the model finds boxes only\n"
+                "evaluator: metric 'segm' needs masks, but the model predicts boxes only\n"
                 "Set metric='bbox' in val_evaluator and test_evaluator."
             )
         with tempfile.TemporaryDirectory() as folder:
             prefix = self.outfile_prefix or f'{folder}/results'
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            with _quiet():
+            with _capture_stdout():
                 if self._coco_api is None:
                     self._coco_api = COCO(self.gt_to_coco_json(truths, prefix))
             self.img_ids = self._coco_api.get_img_ids()
             by_label = categories_by_name(self._coco_api, self.dataset_meta['classes'])
-            # In the order in which pycocotools hands out its figures.
+            # In pycocotools' order.
             self.cat_ids = sorted(category for category in by_label if category is not None)
-            kept = [self._of_known_categories(result, by_label) for result in found]
+            kept = [self._select_known_categories(result, by_label) for result in found]
             files = self.results2json(kept, prefix)
             if self.format_only:
                 return {}
@@ -124,15 +124,14 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             ),
             logger='current',
         )
-        if self.classwise:  # as mmdet names them
+        if self.classwise:  # mmdet's names
             metrics.update(
                 {f'{name}_precision': figures[f'{self.metrics[-1]}_mAP'] for name, figures in self.per_class.items()}
             )
         return metrics
 
-    def _of_known_categories(self, result: dict, by_label: list[int | None]) -> dict:
-        """Detections of the classes that the annotation file has, their labels as places in ``cat_ids``; mmdet fails on
-        others."""
+    def _select_known_categories(self, result: dict, by_label: list[int | None]) -> dict:
+        """Detections of the categories of the annotation file, with indices in ``cat_ids`` as labels."""
         assert self.cat_ids is not None
         keep = [i for i, label in enumerate(result['labels']) if by_label[label] is not None]
         chosen = {key: value if key == 'img_id' else [value[i] for i in keep] for key, value in result.items()}
@@ -141,7 +140,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
     def _evaluate(self, kind: str, file: str) -> dict[str, float]:
         assert self._coco_api is not None and self.cat_ids is not None
         detections = self._detections(file, kind)
-        with _quiet() as table:
+        with _capture_stdout() as table:
             evaluation = COCOeval(self._coco_api, detections, kind)
             evaluation.params.catIds, evaluation.params.imgIds = self.cat_ids, self.img_ids
             evaluation.evaluate()
@@ -172,11 +171,11 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
         assert self._coco_api is not None
         found = load(file)
         for detection in found if kind == 'segm' else ():
-            detection.pop('bbox', None)  # pycocotools would take the box's area for the mask's
-        with _quiet():
+            detection.pop('bbox', None)  # pycocotools would use the area of the box
+        with _capture_stdout():
             if found:
                 return self._coco_api.loadRes(found)
-            # pycocotools and mmdet refuse to evaluate a model that finds nothing, which an untrained one does.
+            # pycocotools and mmdet reject an empty list of detections, which an untrained model may give.
             empty = COCO()
             empty.dataset = dict(
                 images=self._coco_api.dataset['images'], annotations=[], categories=self._coco_api.dataset['categories']
@@ -186,7 +185,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
 
 
 @contextlib.contextmanager
-def _quiet():
-    """pycocotools prints what it does; the caller gets it as text."""
+def _capture_stdout():
+    """Capture what pycocotools prints."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
         yield text

@@ -1,4 +1,4 @@
-"""Metrics that are the same for any number of processes."""
+"""Metrics that do not depend on the number of processes."""
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
@@ -8,16 +8,16 @@ from replk_mm.errors import UserError
 
 
 class GatheringMetric(BaseMetric):
-    """A metric that rank 0 computes from the results of all processes, each image once.
+    """A metric that rank 0 computes from the results of all processes, with each image once.
 
-    mmengine's samplers give some images to two processes, so that all have equally many; mmengine drops the second.
+    mmengine's samplers repeat some images, so that all processes have the same number; mmengine drops the repetitions.
 
     Args:
-        collect_device: As in mmengine's metrics. Defaults to ``'gpu'``, which means the process group of the run, with
-            any backend; ``'cpu'`` means files in ``collect_dir``.
+        collect_device: As in mmengine's metrics: ``'gpu'`` uses the process group of the run, with any backend;
+            ``'cpu'`` uses files in ``collect_dir``.
 
     Attributes:
-        per_class: Figures of every class, see the subclass; on rank 0.
+        per_class: Scores of every class on rank 0; see the subclass.
     """
 
     results: list
@@ -27,13 +27,13 @@ class GatheringMetric(BaseMetric):
         super().__init__(*args, collect_device=collect_device, **kwargs)
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """Figures of a data set, the same in every process, with ``prefix`` before their names.
+        """Scores of a data set, the same in every process, with ``prefix`` before their names.
 
         Args:
-            size: Samples of the data set.
+            size: Number of samples.
 
         Raises:
-            UserError: If a sample was not evaluated.
+            UserError: If samples were not evaluated.
         """
         self.per_class = {}
         fewest = torch.tensor(len(self.results))

@@ -1,4 +1,4 @@
-"""Segmentation metrics that keep the figures of every class."""
+"""Segmentation metrics with per-class scores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,17 +14,17 @@ from replk_mm.registry import METRICS
 
 @METRICS.register_module()
 class IoUMetric(GatheringMetric, MMSegIoUMetric):
-    """mmseg's IoU metric, which also reports ``mIoU_present`` and lists the classes in the labels only.
+    """mmseg's IoU metric, which also reports ``mIoU_present`` and per-class scores.
 
-    ``mIoU`` averages over the classes that occur in the labels or in the predictions; ``mIoU_present`` over those in
-    the labels, which is what compares on a data set that holds a few of the classes only.
+    ``mIoU`` averages over the classes that occur in labels or predictions; ``mIoU_present`` over those in the labels.
+    Use the latter on a data set with few of the classes.
 
     Args:
-        images_root: Folder of the images; predictions are written in the folders that images have below it. Defaults to
-            one folder for all, in which images of one name overwrite each other.
+        images_root: Folder of the images; predictions are written to the same subfolders. By default, all go to one
+            folder, where equal names overwrite each other.
 
     Attributes:
-        per_class: ``{class: {'IoU', 'Acc', 'pixels'}}`` of the classes in the labels; percentages, and the number of
+        per_class: ``{class: {'IoU', 'Acc', 'pixels'}}`` of the classes in the labels: percentages, and the number of
             labelled pixels.
     """
 
@@ -35,7 +35,7 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
         self.images_root = images_root
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Count the pixels of each image, and write its prediction if there is an ``output_dir``."""
+        """Count the pixels of each image, and write its prediction to ``output_dir``, if set."""
         folder, self.output_dir = self.output_dir, None  # mmseg would write into one folder
         super().process(data_batch, data_samples)
         self.output_dir = folder
@@ -49,7 +49,7 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
             folder, root = path.resolve().parent, Path(self.images_root).resolve()
             place /= folder.relative_to(root) if folder.is_relative_to(root) else ''
         place.mkdir(parents=True, exist_ok=True)
-        # Labels that lost their zero when they were read get it back, as mmseg writes them.
+        # Undo reduce_zero_label, as mmseg does.
         labels = sample['pred_sem_seg']['data'].squeeze().cpu().numpy() + int(sample.get('reduce_zero_label', False))
         Image.fromarray(labels.astype(np.uint8)).save(place / f'{path.stem}.png')
 
@@ -57,7 +57,7 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
         """Metrics in percent from the histograms of all images."""
         if self.format_only:
             return super().compute_metrics(results)
-        # float32 counts whole numbers up to 16.7 million only: pixels of a class are more.
+        # float32 counts up to 16.7 million only, which is less than the pixels of a class.
         totals = [sum(part.double() for part in histograms) for histograms in zip(*results, strict=True)]
         found = self.total_area_to_metrics(*totals, self.metrics, self.nan_to_num, self.beta)
         metrics = {

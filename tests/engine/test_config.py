@@ -88,7 +88,7 @@ def test_installed_name_reads_the_same_config():
 def test_names_of_other_packages():
     cfg = load_config('mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512x512.py')
     assert (cfg.model.type, cfg.model.backbone.depth) == ('EncoderDecoder', 50)
-    with pytest.raises(UserError, match="no package 'nothere' is installed"):
+    with pytest.raises(UserError, match="'nothere'"):
         load_config('nothere::x.py')
     with pytest.raises(UserError, match='no such config') as info:
         load_config('mmseg::upernet/upernet_r50_4xb4-80k_ade20k-512.py')
@@ -365,9 +365,9 @@ def test_half_precision_on_a_cpu_is_refused():
 
 def test_bfloat16_without_instructions_is_said_to_gain_nothing(monkeypatch):
     for fast in (True, False):
-        monkeypatch.setattr(config, 'bfloat16_instructions', lambda fast=fast: fast)
+        monkeypatch.setattr(config, 'has_bfloat16_instructions', lambda fast=fast: fast)
         (note,) = [n for n in fit_to_machine(machine_config(), 'bf16', 'cpu', 1) if n.startswith('precision')]
-        assert ('gains nothing' in note) != fast
+        assert ('no bfloat16 instructions' in note) != fast
 
 
 def test_replace_type_counts():
@@ -410,6 +410,6 @@ def test_config_for_eight_gpus_is_ready_for_one_cpu(name, tiny, tmp_path):  # no
     assert 'SyncBN' not in str(cfg.model)
     assert cfg.optim_wrapper.type == 'OptimWrapper'
     assert 'init_cfg' not in cfg.model.backbone
-    for said in ('SyncBN runs on GPUs only; BN instead', 'weights: random', '4 images with labels', 'learning rate'):
+    for said in ('SyncBN runs on GPUs only; BN instead', 'weights: random', '4 with labels', 'learning rate'):
         assert said in notes
     build_model(cfg, 'meta')

@@ -38,7 +38,7 @@ def test_a_signal_to_all_processes_saves_the_state(number, status, tiny, tmp_pat
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=120)
     assert process.returncode == status, error
-    assert f'stopped by {number.name}; --resume goes on from {(tmp_path / "last_checkpoint").read_text()}' in error
+    assert f'stopped by {number.name}; --resume continues from {(tmp_path / "last_checkpoint").read_text()}' in error
     assert 'Traceback' not in error and all(gone(worker) for worker in workers)
 
 

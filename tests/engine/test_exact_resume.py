@@ -150,7 +150,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):
     assert run_tool('train', *common, '--work-dir', straight, processes=2).returncode == 0
     found = run_tool('train', *common, '--work-dir', stopped, processes=2, TEST_SIGNAL='SIGTERM:train:2')
     assert found.returncode == 1, 'torchrun has a status of its own'
-    assert found.stderr.count(f'--resume goes on from {stopped / "iter_3.pth"}') == 1
+    assert found.stderr.count(f'--resume continues from {stopped / "iter_3.pth"}') == 1
     assert found.stderr.count(f'exitcode  : {STOPPED_STATUS}') >= 1
     assert run_tool('train', *common, '--work-dir', stopped, '--resume', processes=2).returncode == 0
     assert differences(straight / 'iter_6.pth', stopped / 'iter_6.pth') == []

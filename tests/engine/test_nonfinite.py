@@ -241,7 +241,7 @@ def test_what_fails_on_the_way_leaves_the_message(tmp_path, monkeypatch, failure
     message, _ = run_toy(tmp_path, {3: 'gradient'})
     expected = {
         'disk': 'could not be saved: [Errno 28] No space left',
-        'no fault': 'first: none when repeated',
+        'no fault': 'first: not found when repeated',
         'second pass': 'first: not found, the pass that looks for it fails: OutOfMemoryError: CUDA out',
     }
     assert message.startswith('iteration 3: the gradients are not finite') and expected[failure] in message

@@ -160,4 +160,4 @@ def test_a_command_says_what_stopped_it(capsys):
         raise Stopped(signal.SIGTERM, 'w/iter_3.pth')
 
     assert main() == 75
-    assert capsys.readouterr().err == 'stopped by SIGTERM; --resume goes on from w/iter_3.pth\n'
+    assert capsys.readouterr().err == 'stopped by SIGTERM; --resume continues from w/iter_3.pth\n'

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 def test_resume_with_nothing_there_starts_anew_and_says_so(tiny, tmp_path):
     _, notes = tiny.prepare(tmp_path / 'new', 2, resume='auto')
-    assert any('starting anew' in n and str(tmp_path / 'new') in n for n in notes)
+    assert any('starting a new run' in n and str(tmp_path / 'new') in n for n in notes)
 
 
 def test_resume_of_a_merged_checkpoint_is_refused(tiny, merged, tmp_path):
