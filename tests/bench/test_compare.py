@@ -211,7 +211,7 @@ def test_rejected(what, case, tmp_path):
     assert '\n' in str(raised.value), 'no remedy'
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=JSON,
     key=st.sampled_from(['metrics', 'per_class', 'config', 'checkpoint', 'protocol', 'data', 'environment']),
@@ -282,6 +282,7 @@ def test_picked_classes_in_folders_of_cities(tmp_path):
     assert len(found['images']['scores']) == 2
 
 
+@pytest.mark.slow
 def test_what_a_test_wrote_is_reproduced(tiny, trained, tmp_path):
     """Real results: the figures of metrics.json come from the sums of the images, and the command shows all."""
     folders = []

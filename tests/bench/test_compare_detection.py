@@ -254,7 +254,7 @@ def test_rejected(what, case):
     assert '\n' in str(raised.value), 'no remedy'
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=JSON, key=st.sampled_from(['image_id', 'category_id', 'score', 'bbox']))
 def test_any_detections_are_compared_or_rejected(content, key, case):
     _, found, folder = case

@@ -11,6 +11,7 @@ from report_records import made_up_suite
 from replk_mm.bench.report.load import load_report
 from replk_mm.bench.report.render import render_html
 
+pytestmark = pytest.mark.slow
 WIDE, NARROW = 1280, 390
 ORDER = """[...document.querySelectorAll('.results tbody')].map(
     body => [...body.querySelectorAll('tr[data-row]')].map(row => Number(row.dataset.row)))"""

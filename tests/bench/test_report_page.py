@@ -228,7 +228,7 @@ def test_files_outside_of_the_work_dir_are_refused(name, tmp_path) -> None:
         Album({id(one): tmp_path}).place(one, 'predictions')
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_facts_and_files_cost_the_pictures_only(data, tmp_path) -> None:
     """Texts and values of any kind where a record has names, folders and colours."""

@@ -28,7 +28,8 @@ def model_of(suite_name: str, row_name: str):
     return build_model(cfg), row
 
 
-@pytest.mark.parametrize('suite, row', ROWS, ids='-'.join)
+@pytest.mark.slow
+@pytest.mark.parametrize(('suite', 'row'), ROWS)
 def test_row_takes_a_step(suite, row):
     model, _ = model_of(suite, row)
     torch.manual_seed(0)
@@ -52,6 +53,7 @@ def test_kernels_match_the_labels(side):
     assert f'{side}x{side}' in found.label
 
 
+@pytest.mark.slow
 def test_rows_of_a_question_differ_in_nothing_else():
     """Same data, budget, seeds and learning rate, for the networks of one family."""
     for path in SUITES.glob('*.yaml'):

@@ -50,6 +50,7 @@ def task_of(folder: Path, tiny, **row):  # noqa: F811
     return task
 
 
+@pytest.mark.slow
 def test_metric_is_what_the_test_command_writes(tiny, trained, tmp_path):  # noqa: F811
     task = task_of(tmp_path, tiny, checkpoint=str(trained), measure=['metric'])
     found = measurements.TABLE['metric'](task)
@@ -93,6 +94,7 @@ def test_data_of_another_size_is_other_data(tiny, tmp_path):  # noqa: F811
     assert found[0]['sha256'] == found[1]['sha256'] != found[2]['sha256']  # wherever they are
 
 
+@pytest.mark.slow
 def test_complexity_speed_and_memory(tiny, trained, tmp_path):  # noqa: F811
     task = task_of(tmp_path, tiny, checkpoint=str(trained), measure=['complexity', 'speed'], shape=[96, 64], batch=2)
     found = measurements.TABLE['complexity'](task)
@@ -131,6 +133,7 @@ def test_absent_weights_fail_what_needs_them_only(tiny, tmp_path):  # noqa: F811
     assert found['metric']['reason'].startswith('nowhere/a.pth: no such checkpoint')
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_path):  # noqa: F811
     # checkpoints and validation after every iteration, and a learning rate that breaks all weights in the first
     task = task_of(
@@ -147,6 +150,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
     assert not (task.folder / 'train' / 'iter_2.pth').exists()
 
 
+@pytest.mark.slow
 def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):  # noqa: F811
     row = dict(iterations=4, measure=['curve', 'metric'], seeds=[3], options={'default_hooks.checkpoint.interval': 2})
     task = task_of(tmp_path, tiny, **row)

@@ -99,6 +99,7 @@ def wait_for(condition, seconds: float = 50) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_rows_fail_independently(tmp_path):
     suite = write_suite(
         tmp_path,
@@ -144,6 +145,7 @@ def test_rows_fail_independently(tmp_path):
     assert '[5/7] killed seed 0: FAILED: metric: ended by signal 9' in said
 
 
+@pytest.mark.slow
 def test_resume_repeats_failures_and_nothing_else(tmp_path):
     suite = write_suite(tmp_path, {'a': {'metric': 'kill once'}, 'b': {'train': 'crash once'}, 'c': {}})
     failed, _ = run(suite, tmp_path / 'w', jobs=3)
@@ -160,7 +162,8 @@ def _suite_process(suite: Path, work_dir: Path, jobs: int) -> None:
     run(suite, work_dir, jobs=jobs)
 
 
-@pytest.mark.parametrize('jobs', [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize('jobs', [1, 3])
 def test_killed_at_random_moments_nothing_is_lost_or_repeated(tmp_path, jobs):
     suite = write_suite(tmp_path, {'a': {'seconds': 0.1}, 'b': {'seconds': 0.05}}, seeds=(0, 1, 2))
     work_dir, rng = tmp_path / 'w', random.Random(jobs)
@@ -184,6 +187,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_repeated(tmp_path, jobs):
     assert all(one['reason'].startswith('ended by signal 9') for one in lines(work_dir) if one['status'] == 'failed')
 
 
+@pytest.mark.slow
 def test_rows_end_when_the_suite_is_killed(tmp_path):
     suite = write_suite(tmp_path, {'a': {'train': 'hang'}})
     process = FORK.Process(target=_suite_process, args=(suite, tmp_path / 'w', 1))
@@ -196,6 +200,7 @@ def test_rows_end_when_the_suite_is_killed(tmp_path):
     wait_for(lambda: not processes_at(tmp_path / 'w'), 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_all_rows_and_records_nothing(tmp_path, number):
     suite = write_suite(tmp_path, {'a': {'train': 'hang'}, 'b': {'train': 'hang'}, 'c': {}})
@@ -215,6 +220,7 @@ def test_an_interruption_ends_all_rows_and_records_nothing(tmp_path, number):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_speed_is_measured_last_and_jobs_share_the_cores(tmp_path):
     suite = write_suite(tmp_path, {'a': {}, 'b': {'train': 'crash'}, 'c': {}})
     first, last = runner.schedule(tasks_of(suite, tmp_path / 'w'), Settings(jobs=2))
@@ -233,6 +239,7 @@ def _array_task(suite: Path, work_dir: Path, number: int) -> None:
     assert not run(suite, work_dir, only=[str(number)])[0]
 
 
+@pytest.mark.slow
 def test_tasks_of_a_job_array_add_up(tmp_path):
     suite = write_suite(tmp_path, {'a': {}, 'b': {}}, seeds=(5, 7))
     processes = [FORK.Process(target=_array_task, args=(suite, tmp_path / 'w', number)) for number in range(4)]
@@ -280,6 +287,7 @@ def test_devices_are_assigned_in_turn():
     assert [''.join(runner.devices_of(devices, slot, 4)) for slot in range(3)] == ['0123', '4567', '0123']
 
 
+@pytest.mark.slow
 def test_a_second_process_of_a_row_gives_way(tmp_path, monkeypatch):
     suite = write_suite(tmp_path, {'a': {}})
     [task] = tasks_of(suite, tmp_path / 'w')
