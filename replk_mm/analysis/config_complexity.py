@@ -32,7 +32,7 @@ class ConfigComplexity:
     changes: str  #: summary of the merged and folded layers
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; ``tools/complexity.py --help`` describes the fields."""
+        """Plain data; the help of the command ``complexity`` describes the fields."""
         return dict(
             config=self.config,
             shape=list(self.shape),

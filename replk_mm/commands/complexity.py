@@ -15,7 +15,7 @@ from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, Operator
 from replk_mm.analysis.config_complexity import ConfigComplexity, config_complexity, library_versions
 from replk_mm.analysis.published_complexity import CONFIGS, count_published, render_page
 from replk_mm.engine.process import prepare_work_dir
-from replk_mm.errors import UserError, command
+from replk_mm.errors import UserError, command, command_line
 from replk_mm.files import write_atomic
 from replk_mm.text import text_table
 
@@ -129,6 +129,5 @@ def main() -> None:
     if args.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        size = f'{found.shape[0]} {found.shape[1]}'
         print(format_complexity(found))
-        print(f'\nMeasure its speed: python tools/benchmark.py model {args.config} --shape {size}')
+        print(f'\nMeasure its speed: {command_line("benchmark", "model", args.config, "--shape", *found.shape)}')

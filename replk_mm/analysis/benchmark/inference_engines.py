@@ -61,7 +61,7 @@ def export_onnx(net: Any, image: Tensor, path: Path) -> None:
     """
     kind = model_kind(net)
     if kind not in ('backbone', 'segmentor'):
-        raise UserError('a whole detector has no plain ONNX form; compare its backbone: benchmark.py backbone')
+        raise UserError("a whole detector has no plain ONNX form; compare its backbone with 'benchmark backbone'")
     test = (net.test_cfg or {}) if kind == 'segmentor' else {}
     if test.get('mode') == 'slide' and any(a > b for a, b in zip(image.shape[2:], test['crop_size'], strict=True)):
         raise UserError(

@@ -22,7 +22,7 @@ from replk_mm.deploy.equivalence import network_outputs
 from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.wrappers import num_classes_of
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, command_line
 from replk_mm.ops import prepack
 
 #: Number of objects in a synthetic image for detectors.
@@ -50,7 +50,7 @@ class SyntheticBatch:
         if self.kind == 'unknown':
             raise UserError(
                 f'{cfg.filename}: {type(net).__name__} is neither a segmentor nor a detector\n'
-                f'Measure its backbone alone: benchmark.py backbone.'
+                f'Measure its backbone alone: {command_line("benchmark", "backbone", cfg.filename)}'
             )
         pixels = torch.stack([_random_image(shape, generator) for _ in range(batch)])
         self._pixels = list(pixels)
