@@ -163,7 +163,11 @@ def render_page(rows: Iterable[ConfigRow]) -> str:
 def parse_args() -> argparse.Namespace:
     parser = cli.parser(__doc__, 'list_configs', 'list_configs --write docs/configs.md')
     parser.add_argument(
-        '--configs', type=Path, default=Path('configs'), metavar='DIR', help='folder of the configs (default: configs)'
+        '--configs',
+        type=Path,
+        default=Path('configs') if Path('configs').is_dir() else Path(__file__).parents[1] / '.mim' / 'configs',
+        metavar='DIR',
+        help='folder of the configs (default: configs, or those of the installed package)',
     )
     parser.add_argument(
         '--write', type=Path, metavar='PAGE', help='write the tables to this page, such as docs/configs.md'
