@@ -1,12 +1,10 @@
-"""The convolution that joins a feature pyramid, at the levels' own resolutions.
+"""Convolution over the concatenated levels of a feature pyramid, at the resolution of each level.
 
-UperNet brings all levels of its pyramid to the finest one's size, concatenates them and runs a 3x3 convolution over all
-those
-channels: most of the arithmetic of the whole segmentor, and most of that on maps that were small. Interpolation acts on
-    each
-channel by itself, the weights of one tap on each pixel by itself, so that the two commute: a small map's share is nine
-1x1 convolutions of the small map, interpolated, shifted by one pixel or none, and summed. The result is the same up to
-rounding.
+UperNet upsamples all levels of its pyramid to the size of the finest, concatenates them and applies a 3x3 convolution.
+This is most of the arithmetic of the segmentor, and most of it on maps that were small. Interpolation acts on each
+channel separately, and a kernel tap on each pixel separately, so the two commute. The contribution of a small map is
+therefore the sum of nine 1x1 convolutions of it, each interpolated and shifted by at most one pixel. The result is
+equal up to rounding.
 """
 
 from collections.abc import Sequence
@@ -16,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Multiply-accumulates of a level in the joint convolution from which its own resolution pays; below, calls cost more.
+#: Above this number of multiply-accumulates of a level, its own resolution is faster; below, the calls cost more.
 MIN_MACS = 50_000_000
 
 
 class _SumOfNeighbours(torch.autograd.Function):
-    """``out[i] = x[i - 1, 0] + x[i, 1] + x[i + 1, 2]``, with zeros around.
+    """``out[i] = x[i - 1, 0] + x[i, 1] + x[i + 1, 2]``, with zero padding.
 
-    Takes ``(N, S, ..., 3, C)`` and sums along its second axis, with the tap in the last but one.
+    The input is ``(N, S, ..., 3, C)``: positions on the second axis, taps on the second to last.
     """
 
     @staticmethod
@@ -52,20 +50,17 @@ def _resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
 
 
 def _resize_pixels(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """The same for ``(N, H, W, C)``, which is channels-last memory."""
+    """Resize ``(N, H, W, C)``."""
     return _resize(x.permute(0, 3, 1, 2), size, align_corners).permute(0, 2, 3, 1)
 
 
-def _share(small: Tensor, weight: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """``F.conv2d(resized small, weight, padding=1)`` for a 3x3 ``weight``, with the products at the small resolution.
-
-    In float32 at least.
-    """
+def _conv_resized(small: Tensor, weight: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Compute ``F.conv2d(resize(small), weight, padding=1)`` for a 3x3 ``weight``, in at least float32."""
     n, _, h, w = small.shape
     channels = len(weight)
     taps = weight.permute(2, 3, 0, 1).reshape(9 * channels, -1, 1, 1)
     x = F.conv2d(small, taps).permute(0, 2, 3, 1)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))  # rounded once; nine of them are weighted and summed
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # nine terms are summed and rounded once
     x = _resize_pixels(x.reshape(n * h, 1, w, -1), (1, size[1]), align_corners)
     x = _SumOfNeighbours.apply(x.reshape(n * h, size[1], 3, 3, channels))
     x = _resize_pixels(x.reshape(n, h, 1, -1), (size[0], 1), align_corners)
@@ -73,15 +68,15 @@ def _share(small: Tensor, weight: Tensor, size: tuple[int, int], align_corners: 
     return x.permute(0, 3, 1, 2)
 
 
-def conv_of_resized(
+def pyramid_conv2d(
     maps: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, align_corners: bool = False
 ) -> Tensor:
-    """``F.conv2d(torch.cat([maps[0], *resized], 1), weight, bias, padding=1)``, ``resized`` to the size of the first.
+    """Convolve the concatenation of ``maps[0]`` and all other maps resized to its size, with padding 1.
 
-    Fastest in channels-last memory.
+    This is fastest in channels-last memory.
 
     Args:
-        maps: ``(N, C_i, h_i, w_i)``; the first has the size of the result.
+        maps: ``(N, C_i, h_i, w_i)``; the first has the size of the output.
         weight: ``(C, sum of C_i, 3, 3)``.
         bias: ``(C,)``.
         align_corners: As in ``F.interpolate``. Defaults to False.
@@ -90,10 +85,10 @@ def conv_of_resized(
         ``(N, C, h_0, w_0)``.
 
     Raises:
-        ValueError: If the weight is not of 3x3 pixels.
+        ValueError: If the kernel is not 3x3.
     """
     if weight.shape[2:] != (3, 3):
-        raise ValueError(f'weight of shape {tuple(weight.shape)}: a kernel of 3x3 pixels is needed')
+        raise ValueError(f'pyramid_conv2d: the kernel must be 3x3; found a weight of shape {tuple(weight.shape)}')
     n, _, height, width = maps[0].shape
     parts = list(zip(maps, weight.split([x.shape[1] for x in maps], dim=1), strict=True))
     direct: list[tuple[Tensor, Tensor]] = parts[:1]
@@ -104,10 +99,10 @@ def conv_of_resized(
         (small if pays else direct).append((x, w))
     resized = [_resize(x, (height, width), align_corners) for x, _ in direct[1:]]
     joined = torch.cat([maps[0], *resized], 1) if resized else maps[0]
-    if maps[0].is_contiguous(memory_format=torch.channels_last):  # which maps of 1x1 cannot hand on
+    if maps[0].is_contiguous(memory_format=torch.channels_last):  # maps of 1x1 do not define a layout
         joined = joined.contiguous(memory_format=torch.channels_last)
     out = F.conv2d(joined, torch.cat([w for _, w in direct], 1) if small else weight, bias, padding=1)
     dtype = out.dtype
     for x, w in small:
-        out = out + _share(x, w, (height, width), align_corners)
+        out = out + _conv_resized(x, w, (height, width), align_corners)
     return out.to(dtype)

@@ -1,12 +1,12 @@
-"""Cross-entropy of logits brought to a larger size, without the large logits.
+"""Cross-entropy of upsampled logits, without the large logits.
 
-A segmentor's logits are a quarter of the image's height and width, or less, and are interpolated before the loss. With
-many classes the interpolated logits, their log-softmax and its gradient are most of a small model's training step and
-most of its memory. Here they exist for some rows of one image at a time, while the processor's caches hold them:
-interpolated, reduced, and taken back through the transpose of the interpolation.
+A segmentor interpolates its logits from a quarter of the image's height and width, or less, before the loss. With many
+classes the large logits, their log-softmax and its gradient take most of the time and memory of a small model's
+training step. Here they exist for a few rows of one image at a time, which fit the caches of the CPU: rows are
+interpolated, reduced, and propagated back through the transposed interpolation.
 
-Bilinear interpolation is separable. The columns of the few small rows behind a chunk come first, by torch's own
-interpolation in channels-last memory; then the rows, two taps each, into a buffer that all chunks use.
+Bilinear interpolation is separable. Each chunk first interpolates the columns of its small rows, with torch's own
+function in channels-last memory, and then the rows, with two taps each, into a reused buffer.
 """
 
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ from replk_mm.ops.cpu import threads
 
 @dataclass
 class Part:
-    """Some samples of an interpolation, and what they are made of.
+    """A range of interpolated samples and the inputs that they depend on.
 
     Attributes:
-        start, stop: The samples.
-        first, last: The range of input samples that they read.
-        runs: ``(start, stop, low, high)``: samples between the same two inputs, counted from ``start`` and ``first``.
-        weight: Share of the upper input in each sample, ``(stop - start, 1)``.
+        start, stop: Range of the samples.
+        first, last: Range of the input samples.
+        runs: ``(start, stop, low, high)``: samples between the same two inputs, relative to ``start`` and ``first``.
+        weight: Weight of the upper input in each sample, ``(stop - start, 1)``.
     """
 
     start: int
@@ -42,30 +42,30 @@ class Part:
     weight: Tensor
 
     def apply(self, x: Tensor, out: Tensor) -> Tensor:
-        """Interpolate along the first axis: ``x`` holds the inputs ``first`` to ``last``, ``out`` takes the samples."""
+        """Interpolate the inputs ``first`` to ``last`` along the first axis into ``out``."""
         for start, stop, low, high in self.runs:
             torch.lerp(x[low], x[high], self.weight[start:stop], out=out[start:stop])
         return out
 
     def transposed(self) -> Tensor:
-        """The transpose of the interpolation as a matrix, ``(last - first, stop - start)``."""
+        """Return the transposed interpolation matrix, ``(last - first, stop - start)``."""
         taps = torch.tensor([run[2:] for run in self.runs for _ in range(run[0], run[1])])
         low, high = taps.unbind(1)
         sample, weight = torch.arange(len(low)), self.weight[:, 0].cpu()
         matrix = weight.new_zeros(self.last - self.first, len(low))
         matrix[low, sample] = 1 - weight
-        matrix[high, sample] += weight  # which may be the same place
+        matrix[high, sample] += weight  # low and high may be equal
         return matrix.to(self.weight.device)
 
 
 class Interpolation:
-    """Linear interpolation along one axis with the sampling points of ``F.interpolate``.
+    """Linear interpolation along one axis, with the sampling points of ``F.interpolate``.
 
     Args:
-        size: Samples of the input.
-        out_size: Samples of the output.
+        size: Size of the input.
+        out_size: Size of the output.
         align_corners: As in ``F.interpolate``.
-        like: Tensor with the dtype and device of what will be interpolated.
+        like: Tensor with the dtype and device of the input.
     """
 
     def __init__(self, size: int, out_size: int, align_corners: bool, like: Tensor) -> None:
@@ -78,14 +78,14 @@ class Interpolation:
         self.low, self.high = low.tolist(), (low + 1).clamp_(max=size - 1).tolist()
         self.weight = (at - low).unsqueeze(1).to(like.device)
 
-    def read_from(self, offset: int, size: int, flipped: bool) -> None:
-        """Let the input be the ``size`` samples behind ``offset`` of a longer one, back to front if ``flipped``."""
+    def set_source(self, offset: int, size: int, flipped: bool) -> None:
+        """Read the input from ``size`` samples of a longer one, starting at ``offset`` and reversed if ``flipped``."""
         self.low, self.high = (
             [offset + (size - 1 - i if flipped else i) for i in taps] for taps in (self.low, self.high)
         )
 
     def part(self, start: int, stop: int) -> Part:
-        """The samples from ``start`` to ``stop``."""
+        """Return the samples from ``start`` to ``stop``."""
         taps = list(zip(self.low[start:stop], self.high[start:stop], strict=True))
         first, last = min(map(min, taps)), max(map(max, taps)) + 1
         runs, begin = [], 0
@@ -103,41 +103,41 @@ class Interpolation:
 #: Bytes of interpolated logits at a time: on CPUs what their caches hold, elsewhere what keeps the device busy.
 CPU_CHUNK_BYTES = 4 * 1024 * 1024
 DEVICE_CHUNK_BYTES = 128 * 1024 * 1024
-#: Columns whose gradient is taken back at a time: each depends on a few small columns, and all others are zeros.
+#: Number of columns to propagate back at a time: they depend on a few small columns.
 _BAND = 128
-#: Probability below which its logarithm is computed from the logits: float32 has few digits left there, or none.
+#: Below this probability, its logarithm is computed from the logits, because float32 has few digits left.
 _TINY = 1e-30
 
 
 def rows_at_a_time(width: int, classes: int, like: Tensor) -> int:
-    """Rows of interpolated logits that make a chunk, at least one."""
+    """Return the number of rows of interpolated logits in a chunk, at least one."""
     room = CPU_CHUNK_BYTES if like.device.type == 'cpu' else DEVICE_CHUNK_BYTES
     return max(1, room // (width * classes * like.element_size()))
 
 
-def pixels_first(logits: Tensor) -> Tensor:
-    """``(K, h, w)`` to ``(h, w, K)`` in at least float32; no copy of channels-last memory in that precision."""
+def to_pixels_first(logits: Tensor) -> Tensor:
+    """Convert ``(K, h, w)`` to ``(h, w, K)`` in at least float32; channels-last float32 is not copied."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits.permute(1, 2, 0).to(dtype).contiguous()
 
 
 def _resize_columns(x: Tensor, width: int, align_corners: bool) -> Tensor:
-    """``(rows, w, K)`` to ``(rows, width, K)``."""
+    """Interpolate ``(rows, w, K)`` to ``(rows, width, K)``."""
     if x.shape[1] == width:
         return x
-    images = x.transpose(1, 2).unsqueeze(2)  # each row an image of one row, in channels-last memory
+    images = x.transpose(1, 2).unsqueeze(2)  # each row is an image of one row in channels-last memory
     return F.interpolate(images, (1, width), mode='bilinear', align_corners=align_corners).squeeze(2).transpose(1, 2)
 
 
-class Buffers:
-    """Tensors for the intermediate results of one chunk, as many sets as chunks are computed at a time."""
+class BufferPool:
+    """Reusable tensors for the intermediate results of chunks, one for each concurrent chunk."""
 
     def __init__(self, like: Tensor, *shape: int) -> None:
         self.like, self.shape = like, shape
         self.free: list[Tensor] = []
 
     @contextmanager
-    def lent(self) -> Iterator[Tensor]:
+    def borrow(self) -> Iterator[Tensor]:
         try:
             buffer = self.free.pop()
         except IndexError:
@@ -147,7 +147,7 @@ class Buffers:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Sum of the losses and number of correct pixels; the gradient is computed on the way."""
+    """Sum of the losses and number of correct pixels; the forward pass also computes the gradient."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, ids: Tensor, ignored: Tensor, align_corners: bool, with_grad: bool):
@@ -165,15 +165,15 @@ class _CrossEntropy(torch.autograd.Function):
             for part in Interpolation(w, width, align_corners, like).parts(_BAND)
         ]
         chunks = [(image, part, transposed) for image in range(n) for part, transposed in parts]
-        buffers = Buffers(like, 2, parts[0][0].stop * width, classes)
+        buffers = BufferPool(like, 2, parts[0][0].stop * width, classes)
         losses, corrects, grads = ([like.new_empty(0)] * len(chunks) for _ in range(3))
 
         def work(i: int) -> None:
             image, part, transposed = chunks[i]
             rows = part.stop - part.start
-            with buffers.lent() as (x, p):
+            with buffers.borrow() as (x, p):
                 x, p = x[: rows * width], p[: rows * width]
-                wide = _resize_columns(pixels_first(logits[image, :, part.first : part.last]), width, align_corners)
+                wide = _resize_columns(to_pixels_first(logits[image, :, part.first : part.last]), width, align_corners)
                 part.apply(wide.reshape(len(wide), -1), x.view(rows, -1))
                 torch.softmax(x, 1, out=p)
                 label = ids[image, part.start : part.stop].reshape(-1, 1)
@@ -200,7 +200,7 @@ class _CrossEntropy(torch.autograd.Function):
                 grad[image, part.first : part.last] += share
         total = torch.stack(losses).sum() if chunks else like.new_zeros(())
         correct = torch.stack(corrects).sum() if chunks else ids.new_zeros(())
-        ctx.save_for_backward(grad)  # freed by the backward pass
+        ctx.save_for_backward(grad)  # freed in the backward pass
         ctx.dtype = logits.dtype
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -215,25 +215,25 @@ class _CrossEntropy(torch.autograd.Function):
 def upsampled_cross_entropy(
     logits: Tensor, labels: Tensor, ignore_index: int = 255, align_corners: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of logits that are interpolated to the size of the labels.
+    """Compute the cross-entropy of logits that are interpolated to the size of the labels.
 
-    What ``F.cross_entropy(F.interpolate(logits, size, mode='bilinear'), labels, reduction='sum')`` computes, with one
-    image's rows of a few megabytes at a time in place of ``(N, K, H, W)``, and with the gradient ready when it is asked
-    for. Sums run in float32 whatever the logits' precision (float64 for float64).
+    Equals ``F.cross_entropy(F.interpolate(logits, size, mode='bilinear'), labels, reduction='sum')``, with a few
+    megabytes of one image's rows at a time instead of ``(N, K, H, W)``. The forward pass also computes the gradient.
+    Sums use float32 for any precision of the logits, and float64 for float64.
 
     Args:
         logits: ``(N, K, h, w)``, fastest in channels-last memory.
         labels: Class of each pixel, ``(N, H, W)`` integers.
-        ignore_index: Label of pixels that do not count. Defaults to 255.
+        ignore_index: Label of pixels to ignore. Defaults to 255.
         align_corners: As in ``F.interpolate``. Defaults to False.
 
     Returns:
-        Sum of the losses, differentiable; number of pixels whose label has the largest logit; number of pixels that
-        count. Scalars.
+        Three scalars: the sum of the losses (differentiable), the number of pixels whose label has the largest logit,
+        and the number of pixels that are not ignored.
 
     Raises:
-        ValueError: If shapes do not fit or the labels are no integers.
-        UserError: If a label is no class.
+        ValueError: If the shapes do not match or the labels are not integers.
+        UserError: If a label is out of range.
     """
     if (
         logits.dim() != 4
@@ -244,7 +244,7 @@ def upsampled_cross_entropy(
     ):
         raise ValueError(
             f'logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, '
-            f'{labels.dtype}; (N, K, h, w) and integers (N, H, W) are needed'
+            f'{labels.dtype}; expected (N, K, h, w) and integers (N, H, W)'
         )
     ignored = labels == ignore_index
     ids = labels.masked_fill(ignored, 0).long()
@@ -253,9 +253,9 @@ def upsampled_cross_entropy(
         if lowest < 0 or highest >= logits.shape[1]:
             wrong = highest if highest >= logits.shape[1] else lowest
             raise UserError(
-                f'labels: class {wrong} among the labels of a batch; the head has {logits.shape[1]} '
-                f'classes (0..{logits.shape[1] - 1}; {ignore_index} is ignored)\n'
-                f'Set num_classes of every head to the labels, or fix the label maps (reduce_zero_label?).'
+                f'labels: found class {wrong}; the head has {logits.shape[1]} classes '
+                f'(0..{logits.shape[1] - 1}; {ignore_index} is ignored)\n'
+                f'Set num_classes of every head, or check the label maps and reduce_zero_label.'
             )
     with torch.autocast(logits.device.type, enabled=False):
         total, correct = _CrossEntropy.apply(

@@ -96,11 +96,11 @@ def test_windows_lie_where_mmseg_puts_them(size, length, stride):
     assert [(start, start + windows.length) for start in windows.starts] == expected
     counts = [sum(a <= i < b for a, b in expected) for i in range(size)]
     assert windows.counts().tolist() == counts and min(counts) > 0
-    assert windows.over(size // 2, size // 2 + 1) == [i for i, (a, b) in enumerate(expected) if a <= size // 2 < b]
+    assert windows.overlapping(size // 2, size // 2 + 1) == [i for i, (a, b) in enumerate(expected) if a <= size // 2 < b]
 
 
 def test_windows_with_gaps_are_refused():
-    with pytest.raises(UserError, match='windows of 20 pixels every 30 pixels leave gaps'):
+    with pytest.raises(UserError, match='test_cfg.stride'):
         Windows.sliding(100, 20, 30)
     assert Windows.sliding(20, 20, 30).starts == (0,)
 
@@ -158,7 +158,7 @@ def test_windows_are_computed_once_and_kept_while_needed(flip, out_size, monkeyp
 
     def compute(number):
         calls.append(number)
-        kept.append(len(view.held) + 1)
+        kept.append(len(view.loaded) + 1)
         return logits[number]
 
     view = LogitRows(compute, rows, columns, (0, 0, 0, 0), flip, out_size)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from replk_mm.heads import pyramid
-from replk_mm.heads.pyramid import conv_of_resized
+from replk_mm.heads.pyramid import pyramid_conv2d
 
 # Sizes of the maps.
 SIZES = {
@@ -32,15 +32,15 @@ def reference(maps, weight, bias, align_corners):
 @pytest.mark.parametrize('case', SIZES)
 def test_output_and_gradients(case, layout, align_corners, min_macs, monkeypatch):
     monkeypatch.setattr(pyramid, 'MIN_MACS', min_macs)
-    calls, real = [], pyramid._share
-    monkeypatch.setattr(pyramid, '_share', lambda *args: (calls.append(args), real(*args))[1])
+    calls, real = [], pyramid._conv_resized
+    monkeypatch.setattr(pyramid, '_conv_resized', lambda *args: (calls.append(args), real(*args))[1])
     maps = [
         torch.randn(2, 3 + i, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
         for i, size in enumerate(SIZES[case])
     ]
     weight = torch.randn(5, sum(x.shape[1] for x in maps), 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    expected, found = (conv(maps, weight, bias, align_corners) for conv in (reference, conv_of_resized))
+    expected, found = (conv(maps, weight, bias, align_corners) for conv in (reference, pyramid_conv2d))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(expected)
     gradients = [torch.autograd.grad(out, [*maps, weight, bias], grad) for out in (found, expected)]
@@ -67,7 +67,7 @@ def test_bfloat16_is_no_less_accurate_than_torchs(how, monkeypatch):
         assert out.dtype == (torch.float64 if precision == torch.float64 else torch.bfloat16)
         return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
-    exact, theirs, ours = run(reference, torch.float64), run(reference, dtype), run(conv_of_resized, dtype)
+    exact, theirs, ours = run(reference, torch.float64), run(reference, dtype), run(pyramid_conv2d, dtype)
     for e, t, o in zip(exact, theirs, ours, strict=True):
         off, usual = ((x.double() - e).square().mean().sqrt() for x in (o, t))
         assert 0 < off <= 1.3 * usual < 0.02 * e.square().mean().sqrt()
@@ -77,11 +77,11 @@ def test_second_derivative_is_refused_not_wrong(monkeypatch):
     monkeypatch.setattr(pyramid, 'MIN_MACS', 0)
     maps = [torch.randn(1, 2, s, s, dtype=torch.float64, requires_grad=True) for s in (8, 4)]
     weight = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(conv_of_resized(maps, weight).square().sum(), maps[1], create_graph=True)
+    (grad,) = torch.autograd.grad(pyramid_conv2d(maps, weight).square().sum(), maps[1], create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         grad.sum().backward()
 
 
 def test_other_kernels_are_refused():
     with pytest.raises(ValueError, match='3x3'):
-        conv_of_resized([torch.randn(1, 2, 4, 4)], torch.randn(2, 2, 5, 5))
+        pyramid_conv2d([torch.randn(1, 2, 4, 4)], torch.randn(2, 2, 5, 5))

@@ -188,7 +188,7 @@ def test_one_class_of_logits_is_mmsegs():
 
 def test_label_of_no_class_is_named():
     ours = build(config('replk_mm.'))
-    with pytest.raises(UserError, match=f'class {CLASSES} among the labels of a batch'):
+    with pytest.raises(UserError, match=f'class {CLASSES};'):
         ours(torch.randn(IMAGE, dtype=torch.float64), labelled(classes=CLASSES + 1, ignored=0), mode='loss')
 
 
@@ -200,8 +200,8 @@ def test_pyramid_at_its_own_resolution(align_corners, norm, monkeypatch):
     kwargs = dict(align_corners=align_corners, **(dict(norm_cfg=None) if norm == 'none' else {}))
     theirs, ours = pair(head=kwargs)
     joined = []
-    real = pyramid._share
-    monkeypatch.setattr(pyramid, '_share', lambda *args: (joined.append(args), real(*args))[1])
+    real = pyramid._conv_resized
+    monkeypatch.setattr(pyramid, '_conv_resized', lambda *args: (joined.append(args), real(*args))[1])
     x = torch.randn(2, 3, 67, 90, dtype=torch.float64)
     assert_same_training(theirs, ours, x, labelled((67, 90)))
     assert len(joined) == 5  # levels 2 to 4, and two of the three pooled maps are small enough beside 3x3
@@ -217,7 +217,7 @@ def test_pyramid_at_its_own_resolution(align_corners, norm, monkeypatch):
 @pytest.mark.parametrize('change', ['hook', 'half precision', 'dilation', 'meta'])
 def test_pyramid_is_mmsegs_where_it_must_be(change, monkeypatch):
     monkeypatch.setattr(pyramid, 'MIN_MACS', 0)
-    monkeypatch.setattr(pyramid, '_share', lambda *args: pytest.fail('the convolution was taken apart'))
+    monkeypatch.setattr(pyramid, '_conv_resized', lambda *args: pytest.fail('the convolution was taken apart'))
     theirs, ours = (model.float().eval() for model in pair())
     if change == 'meta':  # where multiply-accumulates are counted, which are to be the published network's
         counts = []
@@ -375,9 +375,9 @@ def test_a_segmentor_that_predicts_in_its_own_way_does(name, monkeypatch):
         pass
 
     setattr(Own, name, lambda self, *args: (called.append(name), getattr(type(theirs), name)(self, *args))[1])
-    assert ours.in_bands
+    assert ours.predicts_by_rows
     ours.__class__ = Own
-    assert not ours.in_bands
+    assert not ours.predicts_by_rows
     assert_same_predictions(theirs, ours, torch.randn(1, 3, 64, 96, dtype=torch.float64), [METAS['resized']])
     assert called
 
@@ -385,7 +385,7 @@ def test_a_segmentor_that_predicts_in_its_own_way_does(name, monkeypatch):
 @pytest.mark.parametrize(
     'test_cfg, words',
     [
-        (dict(mode='slide', crop_size=(16, 16), stride=(20, 16)), 'windows of 16 pixels every 20 pixels leave gaps'),
+        (dict(mode='slide', crop_size=(16, 16), stride=(20, 16)), 'test_cfg.stride'),
         (dict(mode='tiles'), "test_cfg.mode='tiles'"),
     ],
 )
@@ -448,6 +448,7 @@ def test_prediction_and_loss_hold_no_large_logits(monkeypatch):
     assert largest[ours][0] <= 2 * 256 * 256 and largest[ours][1] <= 300 * 400
 
 
+@pytest.mark.slow
 def test_other_programs_find_the_classes_and_pay_for_them_only_then(root):
     """Names resolve from mmengine's and mmseg's registries; a backbone alone imports neither mmseg nor mmdet."""
     program = """
