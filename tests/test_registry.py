@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
 TINY = {
     'RepLKNet': 'arch=dict(large_kernel_sizes=[5, 5, 5, 3], small_kernel=3, layers=[1, 1, 1, 1], '
     'channels=[8, 8, 8, 8], dw_ratio=1)',

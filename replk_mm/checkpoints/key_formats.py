@@ -1,6 +1,6 @@
-"""State-dict key names that are in circulation for RepLKNet and ConvNeXt, and how they map to ours.
+"""Key names of published RepLKNet and ConvNeXt checkpoints, and their conversion to ours.
 
-Ours are mmpretrain's, which for RepLKNet are the authors'. RepLKNet exists in no timm release, so it has no third form.
+Our names are mmpretrain's, which for RepLKNet are also the authors'. timm has no RepLKNet.
 """
 
 import re
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from replk_mm.errors import UserError
 
-#: Keys under which training programs put the weights. The first that is there is taken, at each level.
+#: Keys under which training programs store the weights. At each level, the first one that exists is used.
 NESTS = (
     'state_dict',
     'model',
@@ -26,13 +26,13 @@ NESTS = (
     'ema_state_dict',
     'state_dict_ema',
 )
-#: Prefixes that wrappers add to every key.
+#: Prefixes that wrapper modules add to every key.
 WRAPPERS = ('module.', '_orig_mod.', 'model.', 'state_dict.')
 
-#: Counters that averaging wrappers keep beside the weights they prefix.
+#: Counters that averaging wrappers store next to the weights.
 COUNTERS = ('n_averaged', 'steps')
 
-# Classifier weights of an ImageNet checkpoint: known, and of no use to a backbone.
+# Classifier weights of an ImageNet checkpoint, which a backbone does not use.
 _CLASSIFIER = re.compile(r'(head(\.fc|\.l\d|\.layers)?|fc|classifier)\.(weight|bias)$')
 _CONVNEXT = {
     'official': [
@@ -54,16 +54,16 @@ _CONVNEXT = {
 
 @dataclass
 class ConvertedStateDict:
-    """A checkpoint's weights under our names.
+    """State dict with our key names.
 
     Attributes:
         backbone: Weights of the backbone, without prefix.
-        rest: Everything else of a whole model, such as ``decode_head.*``, under its own names.
-        family: ``'RepLKNet'``, ``'ConvNeXt'``, or ``''`` if it is neither.
+        rest: All other weights of a whole model, such as ``decode_head.*``, with their original names.
+        family: ``'RepLKNet'``, ``'ConvNeXt'``, or ``''`` if unknown.
         format: ``'official'``, ``'mmpretrain'``, ``'timm'``, or ``''`` if the family is unknown.
         merged: Whether the parallel kernels of a RepLKNet are merged.
-        set_aside: Keys of an ImageNet classifier, which a backbone does not have.
-        whole_model: Whether the file named its backbone's weights ``backbone.*``.
+        ignored: Keys of an ImageNet classifier, which a backbone does not have.
+        whole_model: Whether the keys of the backbone had a prefix.
     """
 
     backbone: dict[str, Tensor]
@@ -71,30 +71,30 @@ class ConvertedStateDict:
     family: str = ''
     format: str = ''
     merged: bool = False
-    set_aside: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
     whole_model: bool = False
 
     def describe(self) -> str:
-        """One phrase for logs."""
+        """Return a short description for logs."""
         if not self.family:
             return 'weights of an unknown family'
         form = f'{"merged " if self.merged else ""}{self.format} key names'
-        aside = f', {len(self.set_aside)} classifier keys set aside' if self.set_aside else ''
+        aside = f', {len(self.ignored)} classifier keys ignored' if self.ignored else ''
         return f'{self.family}, {form}{aside}'
 
 
 def unwrap_state_dict(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
-    """The flat state dict inside whatever a training program saved.
+    """Return the flat state dict in a checkpoint of any training program.
 
     Args:
         checkpoint: The loaded file.
-        where: Name of the file, for messages.
+        where: Name of the file in error messages.
 
     Raises:
-        UserError: If there are no tensors in it.
+        UserError: If the checkpoint contains no tensors.
     """
     node = checkpoint
-    # Weights may stand beside tensors that are none, such as the best accuracy so far: nests go first.
+    # Search nested dicts first: other tensors, such as the best accuracy, may be next to them.
     while True:
         nest = next((key for key in NESTS if isinstance(node.get(key), Mapping)), None)
         if nest is None and any(isinstance(value, Tensor) for value in node.values()):
@@ -102,11 +102,11 @@ def unwrap_state_dict(checkpoint: Mapping, where: str = 'checkpoint') -> dict[st
         if nest is None:
             found = ', '.join(map(str, list(node)[:6])) or 'nothing'
             raise UserError(
-                f'{where}: no weights in it; found the keys: {found}\n'
-                f'A checkpoint holds tensors at its top level or under one of: {", ".join(NESTS)}.'
+                f'{where}: contains no weights; its keys are: {found}\n'
+                f'A checkpoint has tensors at its top level or under one of: {", ".join(NESTS)}.'
             )
         if nest == 'model' and isinstance(node.get('model_ema'), Mapping):
-            print_log(f'{where}: the weights under "model" are loaded; "model_ema" beside it is not', logger='current')
+            print_log(f'{where}: loading "model", not "model_ema"', logger='current')
         node = node[nest]
     weights = {str(key): value for key, value in node.items() if isinstance(value, Tensor) and key not in COUNTERS}
     while wrapper := next(
@@ -117,11 +117,11 @@ def unwrap_state_dict(checkpoint: Mapping, where: str = 'checkpoint') -> dict[st
 
 
 def convert_state_dict(weights: Mapping[str, Tensor], prefix: str | None = None) -> ConvertedStateDict:
-    """Bring a flat state dict to our key names.
+    """Convert a flat state dict to our key names.
 
     Args:
-        weights: As the output of :func:`unwrap_state_dict` returns them.
-        prefix: What precedes the backbone's keys. Defaults to ``backbone.`` if any key has it, else nothing.
+        weights: The output of :func:`unwrap_state_dict`.
+        prefix: Prefix of the backbone's keys. Defaults to ``backbone.`` if any key has it, otherwise none.
     """
     if prefix is None or not any(key.startswith(prefix) for key in weights):
         prefix = 'backbone.' if any(key.startswith('backbone.') for key in weights) else ''
@@ -129,17 +129,17 @@ def convert_state_dict(weights: Mapping[str, Tensor], prefix: str | None = None)
     backbone = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
     rest = {key: value for key, value in weights.items() if not key.startswith(prefix)}
     out = ConvertedStateDict(backbone, rest, whole_model=bool(prefix))
-    # With a prefix the classifier stands outside of it; a dense prediction head has other names.
-    out.set_aside = [key for key in (rest if prefix else backbone) if _CLASSIFIER.match(key)]
-    for key in out.set_aside:
+    # With a prefix, the classifier is outside of it. Dense prediction heads have other names.
+    out.ignored = [key for key in (rest if prefix else backbone) if _CLASSIFIER.match(key)]
+    for key in out.ignored:
         (rest if prefix else backbone).pop(key)
 
     if any('.large_kernel.' in key for key in backbone):
         out.family, out.format = 'RepLKNet', 'mmpretrain' if prefix else 'official'
         out.merged = any('.lkb_reparam.' in key for key in backbone)
-        # The classification network's last norm follows pooling-free features and has no place in a feature pyramid.
+        # The last norm of the classifier is not part of the backbone.
         for key in [key for key in backbone if re.match(r'norm\.', key)]:
-            out.set_aside.append(key)
+            out.ignored.append(key)
             del backbone[key]
     elif any(re.match(r'stages\.\d+\.\d+\.(depthwise_conv|dwconv)\.', key) for key in backbone):
         out.family = 'ConvNeXt'
@@ -157,16 +157,16 @@ def _convnext_keys(weights: dict[str, Tensor], form: str) -> dict[str, Tensor]:
     for key, value in weights.items():
         for pattern, replacement in _CONVNEXT.get(form, ()):
             key = pattern.sub(replacement, key)
-        # The classification network's only norm is that of the last stage (mmpretrain's converter does the same).
+        # The only norm of a classifier is that of the last stage, as in mmpretrain's converter.
         key = re.sub(r'^norm\.', f'norm{last}.', key)
-        if '.grn.' in key and value.shape[:-1].numel() == 1:  # the authors keep (1, 1, 1, C)
+        if '.grn.' in key and value.shape[:-1].numel() == 1:  # (1, 1, 1, C) in the authors' code
             value = value.reshape(value.shape[-1:])
         out[key] = value
     return out
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """ConvNeXt weights under our names, renamed to those of the authors' downstream code; RepLKNet's stay the same."""
+    """Rename ConvNeXt weights to the authors' names for dense prediction; RepLKNet's names are already theirs."""
     names = (('.depthwise_conv.', '.dwconv.'), ('.pointwise_conv1.', '.pwconv1.'), ('.pointwise_conv2.', '.pwconv2.'))
     out = {}
     for key, value in weights.items():

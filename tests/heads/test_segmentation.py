@@ -414,7 +414,7 @@ def test_copies_of_logits_are_plain(copied):
 
 
 @pytest.mark.usefixtures('one_thread')
-@pytest.mark.parametrize('factor', [4, 8])
+@pytest.mark.parametrize('factor', [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_sliding_windows_hold_no_large_logits(factor, monkeypatch):
     """Neither at the network's input's size nor at the photograph's."""
     monkeypatch.setattr(upsampled, 'CPU_CHUNK_BYTES', 2**16)

@@ -32,6 +32,7 @@ def label_maps(folder) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob('*.png'))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', WAYS)
 def test_figures_are_those_of_the_exported_maps(way, tiny, trained, tmp_path):
     data = tmp_path / 'data'
