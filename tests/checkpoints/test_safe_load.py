@@ -318,7 +318,7 @@ def test_a_file_that_is_there_already_is_logged(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda address, path, progress: torch.save({}, path))
     log = []
-    monkeypatch.setattr('replk_mm.checkpoints.io.print_log', lambda text, logger: log.append(text))
+    monkeypatch.setattr('replk_mm.checkpoints.io.announce', log.append)
     assert fetch_checkpoint('http://one/latest.pth') == fetch_checkpoint('http://two/other/latest.pth')
     assert 'http://one/' in log[0] and 'http://two/' in log[1] and f'{tmp_path}/checkpoints/latest.pth' in log[1]
 

@@ -136,7 +136,7 @@ def test_code_in_a_checkpoint_is_refused(resume, tiny, trained, tmp_path):
     proof = tmp_path / 'proof'
     exploit = Exploit(os.mkdir, str(proof))
     path = spoiled(trained, tmp_path / 'hostile.pth', lambda c: c['message_hub']['runtime_info'].update(x=exploit))
-    with pytest.raises(UserError, match='refused') as info:
+    with pytest.raises(UserError, match='rejected') as info:
         tiny.train(tmp_path / 'work', 2, **({'resume': path} if resume else {'options': {'load_from': path}}))
     assert not proof.exists() and str(info.value).startswith(path)
 
