@@ -1,7 +1,7 @@
 """Files of records (:class:`replk_mm.bench.schema.Record`), a line of JSON each.
 
-Files are only appended to, and reading skips a line that is not whole. So a process may be killed at any moment, and
-results of several machines merge by copying their files into one folder.
+Files are only appended to, and incomplete lines are skipped. Processes may be killed at any moment, and results of
+several machines merge by copying their files into one folder.
 """
 
 import json
@@ -53,15 +53,15 @@ def record_files(paths: Iterable[str | Path]) -> list[Path]:
 def read_records(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """Read records.
 
-    Of several with one key the one that was started last counts, but a failure never replaces a result. Different keys
-    of one measurement mean that the definition of the row has changed; the one that was started last counts, and
-    results under another key are a complaint.
+    Of several records with one key, the one started last counts, but a failure never replaces a result. Different keys
+    of one measurement mean that the definition of the row changed: the record started last counts, and results under
+    another key are reported.
 
     Args:
         paths: Files, work dirs or folders of files.
 
     Returns:
-        The records that count, in the order of their files; and what was skipped, ``'FILE:LINE: why'`` each.
+        The records that count, in the order of their files; and the skipped ones, ``'FILE:LINE: why'`` each.
     """
     complaints: list[str] = []
     by_key: dict[str, tuple[str, dict]] = {}

@@ -22,12 +22,12 @@ from replk_mm.errors import UserError, did_you_mean
 from replk_mm.text import update_page
 
 VERSION = 1
-#: What a suite may ask for; ``train`` is added to a row with a training budget.
+#: Measurements that a suite may request; ``train`` is added to rows with a training budget.
 Requested = Literal['complexity', 'metric', 'curve', 'erf', 'shape_bias', 'speed', 'memory']
 Measurement = Literal['train', Requested]
 #: In the order in which they are made.
 MEASUREMENTS: tuple[str, ...] = get_args(Measurement)
-#: What can be measured with random weights.
+#: Measurements that random weights allow.
 WITHOUT_WEIGHTS = ('complexity', 'erf', 'speed', 'memory')
 _BUDGETS = ('iterations', 'schedule', 'checkpoint')
 
@@ -69,7 +69,7 @@ class SuiteData(_Strict):
 
 
 class Defaults(_Strict):
-    """What rows may have in common: every key of a row but ``name`` and ``label``."""
+    """Keys that rows may have in common: all but ``name`` and ``label``."""
 
     config: str | None = Field(
         None, description='a path, also relative to the suite file; a name in `configs/`; `mmseg::...`; `mmdet::...`'
@@ -150,7 +150,7 @@ class SuiteRow(Defaults):
         return self.iterations is not None or self.schedule is not None
 
     def measurements(self) -> tuple[str, ...]:
-        """What is recorded, in the order in which it is measured."""
+        """Measurements of the row, in the order in which they are made."""
         return tuple(m for m in MEASUREMENTS if m in self.measure or (m == 'train' and self.trains))
 
     def checkpoint_of(self, seed: int) -> str | None:
@@ -322,7 +322,7 @@ def _not_finite(node: object, place: str) -> Iterator[str]:
 
 
 def record_problem(record: object) -> str | None:
-    """Why something is not a record of this version; None if it is one."""
+    """The reason why an object is not a record of this version; None if it is one."""
     if not isinstance(record, dict):
         return f'not a record: {type(record).__name__} instead of an object'
     if record.get('version') != VERSION:

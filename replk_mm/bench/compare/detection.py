@@ -34,7 +34,7 @@ class Objects:
     """The annotated objects of a config's test data.
 
     Attributes:
-        api: pycocotools' index of them, their ids counted from 1.
+        api: Their index in pycocotools, with ids counted from 1.
         images: Entries of the annotation file, by id.
         folder: Of the images.
         classes: Names of the file's categories by id.
@@ -48,7 +48,7 @@ class Objects:
 
 @dataclass
 class Matches:
-    """What became of the objects and detections of one image.
+    """The matched objects and detections of one image.
 
     Attributes:
         found: Ids of objects that were found.
@@ -191,7 +191,7 @@ def _index(images: list[dict], categories: list[dict], annotations: list[dict]) 
 
 
 def open_detections(result: Result, objects: Objects, kind: str, min_score: float) -> COCO:
-    """The exported detections of a result that are sure enough.
+    """The exported detections of a result with at least the minimum score.
 
     Raises:
         UserError: If there are none, or of other images or categories than the annotations'.
@@ -228,7 +228,7 @@ def open_detections(result: Result, objects: Objects, kind: str, min_score: floa
 
 
 def _detection(entry: dict, objects: Objects, kind: str) -> dict:
-    """A detection as pycocotools, which is compiled and checks nothing, takes it."""
+    """A validated detection for pycocotools, which checks nothing."""
     x, y, width, height = map(float, entry['bbox'])
     found = dict(
         image_id=entry['image_id'],

@@ -1,4 +1,4 @@
-"""Sheets that show, for each image: itself, the ground truth, what A and B found, and where they differ."""
+"""Sheets with image, ground truth, predictions of A and B, and their differences."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from replk_mm.visualize import color_legend, draw_instances, draw_text, image_gr
 if TYPE_CHECKING:
     from replk_mm.bench.compare.detection import DetectionImages, Matches  # needs pycocotools
 
-#: Okabe and Ito's blue, orange and bluish green (RGB), which readers with any colour vision tell apart, and greys.
+#: Okabe and Ito's blue, orange and bluish green (RGB), distinguishable with any colour vision, and grays.
 A, B, TRUTH = (0, 114, 178), (230, 159, 0), (0, 158, 115)
 NEITHER, BOTH, NO_LABEL = (40, 40, 40), (150, 150, 150), (255, 255, 255)
 #: Width of a picture, and its greatest height, in pixels.
@@ -47,7 +47,7 @@ class Sheet:
 
 
 def _gray(image: np.ndarray) -> np.ndarray:
-    """Without colours of its own, so that those drawn over it can be told."""
+    """The image without colours, so that drawn colours stand out."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), cv2.COLOR_GRAY2BGR)
 
 

@@ -1,4 +1,4 @@
-"""Two results of ``tools/test.py --out``: found, read, and compared by their figures and conditions."""
+"""Read two results of ``tools/test.py --out``, and compare their conditions, metrics and classes."""
 
 import shlex
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from replk_mm.errors import UserError, command_line, format_list
 
 #: A figure; JSON holds numbers of any number of digits.
 Figure = Annotated[int, Field(ge=-(10**18), le=10**18)] | FiniteFloat | None
-#: What the amount of a class in the data is called in a record.
+#: Key of a class's amount of data in a record.
 SIZE = {'segmentation': 'pixels', 'detection': 'instances'}
 #: Figures that do not measure quality.
 _NO_METRICS = ('data_time', 'time')
@@ -74,7 +74,7 @@ class Result:
         return {name: figures[size] for name, figures in self.record.per_class.items() if size in figures}
 
     def facts(self) -> dict[str, Any]:
-        """What identifies this result in a report."""
+        """Fields that identify this result in a report."""
         return dict(
             name=self.name,
             path=str(self.file),
@@ -88,7 +88,7 @@ class Result:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where data and classes are, if not where the results say.
+    """Places of data and classes, if they differ from those that the results state.
 
     Attributes:
         data_root: Folder of the data set.
@@ -111,7 +111,7 @@ def read_result(path: str, letter: str) -> Result:
         letter: ``'A'`` or ``'B'``.
 
     Raises:
-        UserError: If there is none, or it is not such a file.
+        UserError: If there is none, or the file is not valid.
     """
     given = Path(path)
     places = [given / 'metrics.json', given / 'test' / 'metrics.json', given]
@@ -160,7 +160,7 @@ def check_comparable(a: Result, b: Result) -> None:
 
 
 def compare_conditions(a: Result, b: Result) -> list[dict[str, str]]:
-    """Conditions that differ: ``{'what', 'key', 'a', 'b'}``; what is test, training, data or environment."""
+    """Conditions that differ: ``{'what', 'key', 'a', 'b'}``; ``what`` is test, training, data or environment."""
 
     def of(record: MetricsFile) -> Iterator[tuple[tuple[str, str], object]]:
         yield ('training', 'iterations'), record.checkpoint.get('iteration')
@@ -217,7 +217,7 @@ def load_result_config(result: Result, source: DataSource, root: str | None) -> 
     """The config of a result, its data sets at ``root`` and with the classes of ``source``.
 
     Raises:
-        UserError: If it is not there any more, or is not the user's: a config is a program.
+        UserError: If it is not there any more, or is not trusted: a config is a program.
     """
     path = source.config or result.record.config
     if not source.config and '::' not in path and not Path(path).is_file():
@@ -250,7 +250,7 @@ def find_data_root(a: Result, b: Result, source: DataSource) -> str | None:
     """Where both results' data set is; None if it is several folders, which only the config tells apart.
 
     Raises:
-        UserError: If it is where neither result says.
+        UserError: If it is in neither place that the results state.
     """
     roots = [source.data_root] if source.data_root else [str(result.record.data.get('root')) for result in (a, b)]
     for root in roots:

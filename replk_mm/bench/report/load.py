@@ -1,4 +1,4 @@
-"""What a report shows, as plain data: suites, their rows in groups of one protocol, the figures of every row.
+"""Load the data of a report: suites, their rows in groups of one protocol, and the figures of every row.
 
 Rows that were measured under different protocols are never ranked together. What was not measured is missing, never
 zero.
@@ -53,13 +53,13 @@ class ReportRow:
     """A row of the table: seeds of one row of a suite under one protocol.
 
     Attributes:
-        name: As in the suite.
-        label: As shown.
-        records: All of it, done or failed.
-        number: Counted through the suite; names the row in plots.
+        name: Name in the suite.
+        label: Label in the report.
+        records: All its records, done or failed.
+        number: Number within the suite, which names the row in plots.
         figures: By the key of their column.
-        state: In words.
-        problems: What failed or is left out, and why.
+        state: Text such as ``'done, 3 seeds'``.
+        problems: Failures and missing records, with the reason.
     """
 
     name: str
@@ -122,7 +122,7 @@ class SuiteReport:
     """A suite's results.
 
     Attributes:
-        name: As in its file.
+        name: Name in the suite file.
         question: What it asks.
         groups: The largest first.
         protocols: Of every measurement, the most frequent first.
@@ -140,7 +140,7 @@ class SuiteReport:
 
     @property
     def differing(self) -> list[str]:
-        """What differs between the protocols of each measurement besides the metric's, whose groups say it."""
+        """Differences between the protocols of each measurement, except those of the metric, which the groups state."""
         return [
             f'{p.name} ({measurement.replace("_", " ")}) differs from {protocols[0].name} and is not ranked '
             f'with it: {clean("; ".join(p.differences))}'
@@ -168,11 +168,11 @@ class SuiteReport:
 
 @dataclass
 class Report:
-    """Everything that is shown.
+    """The content of a report.
 
     Attributes:
         suites: In the order in which they were found.
-        complaints: Records that were skipped, and why.
+        complaints: Skipped records, with the reason.
         folders: The work dir of a record, by ``id``.
         outside: Data sets outside of the work dirs that pictures on the page are from; filled by ``page.html``.
     """
@@ -184,7 +184,7 @@ class Report:
 
 
 def protocol_of(record: Record) -> Mapping[str, Any]:
-    """A record's protocol; of the metric with its name and unit, for figures of two of them are not ranked together."""
+    """A record's protocol; of the metric with its name and unit, since different metrics are not ranked together."""
     if record['measurement'] == 'metric' and record['status'] == 'done':
         return {**record['protocol'], 'metric': ', '.join(filter(None, primary_metric(record)))}
     return record['protocol']
@@ -329,7 +329,7 @@ def _leaders(column: Column, rows: Sequence[ReportRow]) -> list[ReportRow]:
 
 
 def _state(found: Sequence[Record]) -> tuple[str, list[str]]:
-    """How far a row has come; and what failed, is not there yet or does not belong together, by seed."""
+    """The state of a row, and by seed: failures, missing records, and records of different weights."""
     seeds = sorted({record['seed'] for record in found})
     failures = [record for record in found if record['status'] == 'failed']
     problems = [f'seed {record["seed"]}: {record["measurement"]} failed: {record["reason"]}' for record in failures]
@@ -356,8 +356,8 @@ def _state(found: Sequence[Record]) -> tuple[str, list[str]]:
 
 
 def _requested(found: Sequence[Record]) -> list[Any]:
-    """The measurements that the suite asked for of a row, by its latest record."""
-    # Records of early versions do not tell: then what one seed has all of them should have.
+    """The measurements that the suite requests of a row, by its latest record."""
+    # Early records do not state them: then all seeds should have the measurements that one seed has.
     latest = max(found, key=lambda record: record['started'])
     return latest.get('asked') or [record['measurement'] for record in found]
 

@@ -28,7 +28,7 @@ LEAST_SCORE, MOST_OBJECTS = 0.3, 40
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with what it shows in words; ``source`` is a ``data:`` address, or None if the picture is missing."""
+    """A picture and its description; ``source`` is a ``data:`` URL, or None if the picture is missing."""
 
     source: Markup | None = None
     words: str = 'missing'
@@ -47,15 +47,15 @@ class Example:
 
 
 class SplitFiles(BaseModel):
-    """Where images and labels of a test split are, and what they mean; ``facts['data']`` of a record of the metric.
+    """Images and labels of a test split: ``facts['data']`` of the metric's record.
 
     Attributes:
         root: Folder of the data set.
         images: Folder of the images below it.
         labels: Folder of the label maps; None if it has none.
         annotations: COCO's annotation file; None if it has none.
-        image_suffix: End of an image's name that a label map's does not have.
-        label_suffix: What a label map's name ends with instead.
+        image_suffix: End of an image's name that label maps replace.
+        label_suffix: End of a label map's name in place of it.
         classes: Names.
         palette: RGB of each class.
         ignored: Value of label files that is not scored; if it is 0, classes count from 1 in them.
@@ -98,8 +98,8 @@ class Album:
         left: Bytes that it may take.
 
     Attributes:
-        problems: What could not be shown, and why.
-        outside: Data sets outside of the work dirs that pictures are from.
+        problems: Pictures that are missing, with the reason.
+        outside: Data sets outside of the work dirs that the page shows images of.
     """
 
     def __init__(self, folders: Mapping[int, Path], left: int = MOST_BYTES) -> None:
@@ -168,7 +168,7 @@ class Album:
         name = record['files'].get(what)
         if not name:
             return None
-        # By its name: a link within the work dir, to where there is room, is the user's own.
+        # Checked by name only: a link inside the work dir is the user's own.
         place = Path(os.path.normpath(str(name)))
         if place.is_absolute() or place.parts[:1] == (os.pardir,):
             raise ValueError(f'{name!r:.100}: not in the work dir {self.folders[id(record)]}')
@@ -178,7 +178,7 @@ class Album:
         """The data that a record of the metric was measured on.
 
         Raises:
-            ValueError: If it does not tell, or they are not there.
+            ValueError: If the record does not state them, or they are missing.
         """
         stated = record['facts'].get('data') or {}
         data = SplitFiles.model_validate({k: v for k, v in stated.items() if v is not None and v != ''})
@@ -220,7 +220,7 @@ def sheet(group: ProtocolGroup, album: Album) -> tuple[list[ReportRow], SplitFil
         return None
     try:
         found = (_objects if data.annotations and not data.labels else _label_maps)(rows, data, album)
-    except Exception as error:  # files of a stranger, which may hold anything, cost their pictures only
+    except Exception as error:  # a damaged file costs only its pictures
         album.problems.append(f'{data.root}: examples cannot be shown ({type(error).__name__}: {_first_line(error)})')
         return None
     if found and not any(data.root.resolve().is_relative_to(folder.resolve()) for folder in album.folders.values()):

@@ -1,4 +1,4 @@
-"""Plots as SVG within a page, drawn by matplotlib, in the page's colours; markers and dashes tell rows apart as well.
+"""Plots as SVG within a page, drawn by matplotlib, in the page's colours; markers and dashes distinguish rows as well.
 
 The page's security policy allows no style within elements, and light and dark need colours that change, so that
 matplotlib's SVG is reduced to plain paths and texts whose colours are the page's CSS variables.
@@ -135,7 +135,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> 
 
 
 def curves(lines: Sequence[Line], x_title: str, y_title: str, title: str) -> Markup:
-    """Curves, with bands of plus and minus one deviation, told apart by dashes and markers."""
+    """Curves, with bands of plus and minus one deviation, distinguished by dashes and markers."""
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes(x_title, y_title)
         for line in lines:

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else (no network, fonts or other files), and as Markdown."""
+"""Render a report as one self-contained HTML page, and as Markdown."""
 
 import base64
 import hashlib
@@ -34,7 +34,7 @@ class Notes(list[str]):
 
 
 def render_html(report: Report) -> str:
-    """The page's text; fills ``report.outside``."""
+    """The HTML page; fills ``report.outside``."""
     album = Album(report.folders)
     style, script = (Markup((_HERE / name).read_text(encoding='utf-8')) for name in ('page.css', 'page.js'))
     text = (
@@ -74,7 +74,7 @@ def _markdown() -> Environment:
 
 
 def _environment(show: Callable[[object], str]) -> Environment:
-    """Every value passes ``show``, then is escaped for HTML; only what is ``Markup`` already stays as it is."""
+    """``show`` formats every value, which is then escaped for HTML; ``Markup`` stays as it is."""
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""The columns of a report: which measured value each shows, and how; measured figures beside published ones."""
+"""The columns of the report's tables, protocols of measurements, and the comparison with published figures."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 from replk_mm import published
 from replk_mm.bench.report.formatting import clean, format_value, leaves, number
 
-#: What a difference quotes of a value at most, in characters.
+#: Maximum length of a value in a difference, in characters.
 _QUOTED = 100
 #: Prefix of the protocols of a measurement; the metric's are A, B ...
 _LETTERS = {'complexity': 'C', 'speed': 'S', 'memory': 'M', 'erf': 'E', 'shape_bias': 'B', 'curve': 'L'}
@@ -35,7 +35,7 @@ class Protocol:
 
     @property
     def summary(self) -> str:
-        """What a reader wants to know of a metric's protocol first."""
+        """The most important entries of a metric's protocol."""
         parts = []
         for name in _SUMMARY:
             value = self.content.get(name)
@@ -48,7 +48,7 @@ class Protocol:
 
 
 def protocol_key(protocol: Mapping[str, Any]) -> str:
-    """A text that is the same for equal protocols only; the order of keys does not matter."""
+    """A text that identifies a protocol; the order of its keys does not matter."""
     return json.dumps(protocol, sort_keys=True, default=str)
 
 
@@ -102,15 +102,15 @@ def _around(text: str, at: int) -> str:
 
 #: Images of the split that a published figure was measured on.
 PUBLISHED_IMAGES = {'ADE20K': 2000, 'Cityscapes': 500, 'COCO': 5000}
-#: What a published row calls our metric: without and with test-time augmentation.
+#: Names of our metrics in published rows: without and with test-time augmentation.
 _PUBLISHED_METRICS = {
     'mIoU': ('miou_ss', 'miou_ms'),
     'coco/bbox_mAP': ('ap_box', None),
     'coco/segm_mAP': ('ap_mask', None),
 }
-#: What readers call a metric, unit included.
+#: Titles of metrics, with the unit.
 METRIC_TITLES = {'coco/bbox_mAP': 'Box AP', 'coco/segm_mAP': 'Mask AP'}
-#: Reason for a missing figure that the suite did not ask for.
+#: Reason for a missing figure that the suite did not request.
 NOT_MEASURED = 'not measured'
 
 
@@ -126,7 +126,7 @@ class Figure:
         protocol: Name of its protocol.
         low: Lower end of its spread; None if that is unknown.
         high: Upper end.
-        best: Whether it leads the rows that it may be ranked with by more than the spread.
+        best: Whether it leads the rows of its protocol by more than the spread.
     """
 
     value: float | None = None
@@ -149,7 +149,7 @@ class Column:
         unit: Of its values.
         measurement: Whose values it shows; '' if it is quoted or derived.
         paths: Places in a record's ``values``, of which the first that is there counts.
-        scale: What a value is multiplied by.
+        scale: Factor of the values.
         digits: After the point.
         better: ``'higher'``, ``'lower'``, or '' where no row is the best.
         range: Places of the lower and the upper quartile, if there are.
@@ -213,8 +213,8 @@ COLUMNS = (
         digits=1,
         better='lower',
         range=('low_ms', 'high_ms'),
-        note='Time is the median of one batch, of the merged network where there is something to merge; images a '
-        'second go with it.',
+        note='Time is the median of one batch, of the merged network where there is something to merge; images per '
+        'second refer to it.',
     ),
     Column(
         'throughput',
@@ -234,7 +234,7 @@ COLUMNS = (
         2.0**-20,
         1,
         better='lower',
-        note='Memory is what inference needs at its peak.',
+        note='Memory is the peak of inference beyond the loaded network.',
     ),
     Column(
         'erf50',
@@ -261,7 +261,7 @@ BY_KEY = {column.key: column for column in COLUMNS}
 
 
 def value_of(column: Column, record: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
-    """A record's value of a column, and the quartiles about it; None what is not there."""
+    """A record's value of a column and its quartiles; None for missing ones."""
     values = record['values']
     for path in (('metrics', primary_metric(record)[0]),) if column.key == 'metric' else column.paths:
         found = number(values, *path)
@@ -319,7 +319,7 @@ def _other_data(name: str, record: Mapping[str, Any]) -> str:
 
 
 def _otherwise(record: Mapping[str, Any], result: published.PublishedResult | None) -> Iterator[str]:
-    """What a difference from a published figure rests on besides the network."""
+    """Other conditions that contribute to a difference from a published figure."""
     iterations, crop = number(record['protocol'], 'iterations'), record['protocol'].get('crop')
     if (
         result

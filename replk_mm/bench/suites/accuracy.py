@@ -76,7 +76,7 @@ def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluatio
 
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Metrics in percent, COCO's too; None for what is not finite, such as the AP of a size that no object has."""
+    """Metrics in percent, also of COCO; None for values that are not finite, as AP of an absent object size."""
     return {
         name: (100 * value if 'mAP' in name else value) if math.isfinite(value) else None
         for name, value in metrics.items()
@@ -85,7 +85,7 @@ def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def metric_protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for two metrics to be ranked.
+    """The conditions that must be equal for two metrics to be ranked.
 
     Args:
         task: The row.

@@ -56,7 +56,7 @@ def complexity(task: Task) -> MeasurementResult:
 
 
 def speed(task: Task) -> MeasurementResult:
-    """Milliseconds of inference, from image to result, before and after reparameterization, in turns."""
+    """Milliseconds of inference, from image to result, before and after reparameterization, timed in turns."""
     case, cfg = _case(task)
     built = build_for_inference(cfg, case.checkpoint, device=case.device, classes=False, packed=False)
     net: Any = built.model
@@ -91,7 +91,7 @@ def memory(task: Task) -> MeasurementResult:
     batch = task.row.batch or min_batch_size(build_on_meta(cfg), 'train')
     try:
         values['training_bytes'] = _memory(replace(case, mode='train', form='training', checkpoint=None, batch=batch))
-    except UserError as error:  # what is too large to train here can still run
+    except UserError as error:  # a network too large to train on this machine may still run
         facts['training'] = str(error)
     return MeasurementResult(values, {**_machine(case), 'training_batch': batch}, facts)
 

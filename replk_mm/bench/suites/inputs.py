@@ -1,4 +1,4 @@
-"""What a measurement reads: the config of a row, its weights, and the data set of a split."""
+"""Input of a measurement: the config of a row, its weights, and the data set of a split."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From a suite to the tasks that are left: configs read, scenes written, finished measurements left out."""
+"""The remaining tasks of a suite: reads configs, writes scenes, and leaves out finished measurements."""
 
 import contextlib
 import fcntl
@@ -43,7 +43,7 @@ _ONCE_IMPLICIT = [
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """What the command line says about a suite."""
+    """Options of the command line."""
 
     work_dir: Path  # where everything is written
     resume: bool = False  # continue an earlier run
@@ -77,7 +77,7 @@ def remaining_tasks(suite: Suite, options: SuiteOptions) -> tuple[list[Task], li
 
     Args:
         suite: The suite.
-        options: What of it.
+        options: From the command line.
 
     Returns:
         The tasks; and those whose config cannot be read, with the reason, which is recorded.
@@ -113,7 +113,7 @@ def remaining_tasks(suite: Suite, options: SuiteOptions) -> tuple[list[Task], li
 def _tasks_of(
     suite: Suite, row: SuiteRow, seeds: list[int], options: SuiteOptions, git: dict | None
 ) -> Iterator[tuple[Task, str]]:
-    """What is left of a row, with the error of its config."""
+    """The unfinished tasks of a row, each with the error of its config."""
     path, sha256, data_root, wrong = config_path(row, suite), None, None, ''
     data: dict[str, Any] = {}
     try:
@@ -163,7 +163,7 @@ def _tasks_of(
             keys={m: fingerprint([{**definition, **extra.get(m, {})}, seed, m]) for m in row.measurements()},
             pretraining=row.pretraining or (paper.pretraining if paper and row.checkpoint else None),
         )
-        if wrong:  # what was measured while the config could be read stays
+        if wrong:  # keep what was measured while the config was readable
             done = [name for name, record in records.latest_records(task.results).items() if record['status'] == 'done']
             left = tuple(name for name in task.measures if name not in done)
         else:
@@ -191,7 +191,7 @@ def _as_first_version(node: Any) -> Any:
 
 
 def config_path(row: SuiteRow, suite: Suite) -> str:
-    """What to read for a row's config: a path, a file next to the suite file, or one of this project."""
+    """Resolve a row's config: a path, a file next to the suite file, or a config of this project."""
     name = row.config
     if '::' in name or Path(name).is_file():
         return name
@@ -210,7 +210,7 @@ def _check_unchanged(task: Task, definition: dict[str, Any]) -> None:
     before = records.read_json(path)
     changed = [key for key in after if before and before.get(key) != after[key]]
     if changed and (task.row.trains or before.get('iterations') or before.get('schedule')):
-        # the hash of the config tells a reader nothing where the options do
+        # options tell a reader more than the hash of the config
         shown = next((key for key in changed if key != 'config'), 'config')
         raise UserError(
             f'{task.folder}: was begun with another {shown} than the suite has now: '

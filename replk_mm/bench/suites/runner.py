@@ -1,4 +1,4 @@
-"""Run what is left of a suite: every row and seed in a process of its own, so that one that dies harms no other."""
+"""Run the remaining rows of a suite, each row and seed in a process of its own, so that a crash affects no other."""
 
 import contextlib
 import os
@@ -45,7 +45,7 @@ class Settings:
 
 
 def schedule(tasks: Sequence[Task], settings: Settings) -> list[tuple[int, list[Task]]]:
-    """What runs one after the other: how many processes at a time, and their tasks.
+    """The stages of a run: the number of processes at a time, and their tasks.
 
     Measurements that the processes of a launcher make together come first, those that need a quiet machine at the end.
     """
@@ -213,7 +213,7 @@ class SuiteRunner:
             )
 
     def _failures(self, task: Task, status: int, new: Mapping[str, dict], started: Any, logged: int) -> list[str]:
-        """Why measurements of a process that has ended failed; if it died, that is recorded."""
+        """Reasons of a process's failed measurements; records the failure of a process that died."""
         if status == BUSY:
             return ['another process is running this row and seed']
         reasons = [f'{name}: {record["reason"]}' for name, record in new.items() if record['status'] == 'failed']
@@ -263,11 +263,11 @@ def command(task: Task, file: Path, settings: Settings) -> list[str]:
 
 
 def describe_exit(status: int, log: Path, start: int = 0) -> str:
-    """Why a process died that could not say so itself.
+    """Describe the end of a process that left no record of its failure.
 
     Args:
-        status: Of its end; negative for a signal.
-        log: Its output, whose last lines are quoted.
+        status: Exit status; negative for a signal.
+        log: Output of the process, whose last lines are quoted.
         start: Size of the log when the process began.
     """
     number = -status if status < 0 else status - 128
@@ -275,8 +275,8 @@ def describe_exit(status: int, log: Path, start: int = 0) -> str:
     if number in {*signal.Signals}:
         why = {signal.SIGKILL: ' (killed: out of memory?)', signal.SIGBUS: ' (shared memory full?)'}
         reason = f'ended by signal {number}, {signal.Signals(number).name}{why.get(signal.Signals(number), "")}'
-    said = log.read_bytes()[start:].decode(errors='replace') if log.exists() else ''
-    lines = [line.strip()[-300:] for line in said.splitlines() if line.strip()]
+    output = log.read_bytes()[start:].decode(errors='replace') if log.exists() else ''
+    lines = [line.strip()[-300:] for line in output.splitlines() if line.strip()]
     return '\n'.join([reason, *lines[-3:]])
 
 

@@ -28,7 +28,7 @@ _IMAGENET = ('torchvision://', 'open-mmlab://resnet')
 
 
 def train(task: Task) -> MeasurementResult:
-    """Train; an interrupted training continues from its last checkpoint.
+    """Train a row; an interrupted training continues from its last checkpoint.
 
     Raises:
         UserError: If the config, the data or the machine do not allow it, or the loss is not finite.
@@ -78,7 +78,7 @@ def train(task: Task) -> MeasurementResult:
 
 
 def find_pretraining(cfg: Config) -> str:
-    """What a config's backbone was pretrained on, as the papers name it; for unknown weights their file name."""
+    """The pretraining of a config's backbone as named in the papers; the file name of unknown weights."""
     named = next(
         (
             initial['checkpoint']
@@ -133,7 +133,7 @@ def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _scalars(folder: Path) -> Iterator[dict[str, Any]]:
-    # In the order of their start: what a later process has repeated counts.
+    # In the order of their start: the iterations that a later process repeated count.
     for file in sorted(folder.glob('*/vis_data/scalars.json')):
         for line in file.read_text().splitlines():
             try:

@@ -1,8 +1,8 @@
-"""The process of one row and seed of a suite: make the measurements of its task, and record each when it is made.
+"""The process of one row and seed: makes the measurements of its task, and records each at once.
 
     python -m replk_mm.bench.suites.worker runs/ROW/SEED/task.json
 
-Of several processes under torchrun or Slurm the first one records.
+Under torchrun or Slurm, the first process writes the records.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from replk_mm.errors import INTERRUPTED_STATUS, UserError, user_message
 SUITE_PID = 'REPLK_MM_SUITE_PID'
 #: Exit status of a process whose row another process is running.
 BUSY = 75
-#: Measurements that the processes of a launcher make together.
+#: Measurements that all processes of a launcher make together.
 DISTRIBUTED = ('train', 'metric')
 
 
@@ -48,10 +48,10 @@ Measure = Callable[[Task], MeasurementResult]
 
 
 def run_task(task: Task, table: Mapping[str, Measure], environment: dict[str, Any], rank: int = 0) -> bool:
-    """Make the measurements of a task; one that fails is recorded with its reason, and the next one follows.
+    """Make the measurements of a task; a failure is recorded, and the next measurement follows.
 
     Args:
-        task: What to do.
+        task: The row, seed and measurements.
         table: The function of each measurement.
         environment: Versions and hardware, for the records.
         rank: Of this process among those of the row.
@@ -74,12 +74,12 @@ def run_task(task: Task, table: Mapping[str, Measure], environment: dict[str, An
             if rank == 0:
                 task.append_failure(name, started, environment, describe_error(error))
             if name == 'train' or task.launcher != 'none':
-                break  # without weights nothing else can be measured; other ranks may wait for this one
+                break  # nothing else can be measured without weights; other ranks may wait for this one
     return complete
 
 
 def describe_error(error: BaseException) -> str:
-    """An error in words: the message of a user error, or type and first line of another one."""
+    """The message of a user error, or type and first line of another error."""
     if isinstance(error, UserError):
         return user_message(error)
     return f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'
@@ -87,11 +87,11 @@ def describe_error(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, patience: float = 20.0) -> Iterator[None]:
-    """Keep other processes from the same row and seed.
+    """Lock a row and seed against other processes.
 
     Args:
         folder: Of the row and seed.
-        patience: Seconds to wait for another process, as one whose suite was just killed.
+        patience: Seconds to wait for another process, such as one whose suite was just killed.
 
     Raises:
         BlockingIOError: If another process does not end in time.
@@ -111,7 +111,7 @@ def lock_folder(folder: Path, patience: float = 20.0) -> Iterator[None]:
 
 
 def exit_with_suite() -> None:
-    """End this process and its group when the suite that started it is gone: a killed suite cannot end them itself."""
+    """End this process and its group when the suite that started it was killed."""
     suite = int(os.environ.get(SUITE_PID) or 0)
 
     def watch() -> None:
@@ -139,7 +139,7 @@ def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', pa
     rank = int(os.environ.get(dict(pytorch='RANK', slurm='SLURM_PROCID').get(task.launcher, ''), 0))
     try:
         with lock_folder(task.folder, patience) if rank == 0 else contextlib.nullcontext():
-            if task.launcher == 'none':  # the process of a killed suite may have gone further meanwhile
+            if task.launcher == 'none':  # the process of a killed suite may have recorded more meanwhile
                 task = task.subset(task.unfinished())
             module = importlib.import_module(measurements)  # imports torch
             return 0 if run_task(task, module.TABLE, module.environment(), rank) else 1
