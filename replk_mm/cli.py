@@ -64,7 +64,7 @@ def add_run_arguments(p: argparse.ArgumentParser) -> None:
     """Arguments of training and testing."""
     p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the config)')
     add_classes(p)
-    p.add_argument('--work-dir', metavar='DIR', help='where logs and checkpoints go (default: work_dirs/CONFIG)')
+    p.add_argument('--work-dir', metavar='DIR', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument(
         '--launcher',

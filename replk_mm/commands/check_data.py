@@ -1,4 +1,4 @@
-"""Check the data sets of a config: folders, pairs, annotations, classes and images. List all findings.
+"""Check the data sets of a config: folders, pairs, annotations, classes and images.
 
 Without --full a sample of the images is decoded, as before training. Exit status: 0 without errors (there may be
 warnings and notes), 1 with errors, 2 for a mistake in the command.

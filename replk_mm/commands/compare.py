@@ -1,4 +1,4 @@
-"""Explain how two test results differ: conditions, classes, images that changed most, whether it is more than luck."""
+"""Compare two test results: conditions, metrics, classes, images, and a confidence interval of the difference."""
 
 from pathlib import Path
 
@@ -21,24 +21,26 @@ def main() -> None:
         )
     p.add_argument('--out', metavar='DIR', help='write compare.json, compare.md and pictures there')
     p.add_argument(
-        '--images', type=cli.positive_int, default=8, metavar='N', help='images that changed most (default: 8)'
+        '--images',
+        type=cli.positive_int,
+        default=8,
+        metavar='N',
+        help='number of images to show, most changed first (default: 8)',
     )
+    p.add_argument('--no-images', action='store_true', help='compare metrics only; needs neither data nor predictions')
     p.add_argument(
-        '--no-images', action='store_true', help='compare the figures alone: needs neither data nor predictions'
-    )
-    p.add_argument(
-        '--kind', choices=['bbox', 'segm'], default='bbox', help='detection: by boxes or by masks (default: bbox)'
+        '--kind', choices=['bbox', 'segm'], default='bbox', help='detection: compare boxes or masks (default: bbox)'
     )
     p.add_argument(
         '--score',
         type=float,
         default=0.3,
         metavar='S',
-        help='detection: least score of a detection when images are compared (default: 0.3)',
+        help='detection: ignore detections below this score when comparing images (default: 0.3)',
     )
-    p.add_argument('--seed', type=int, default=0, metavar='S', help='of the resampling (default: 0)')
-    p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: where it was tested)')
-    p.add_argument('--config', metavar='FILE', help="for both, if the results' own is not there any more")
+    p.add_argument('--seed', type=int, default=0, metavar='S', help='seed of the bootstrap (default: 0)')
+    p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the results)')
+    p.add_argument('--config', metavar='FILE', help='config of both results (default: as in the results)')
     cli.add_classes(p)
     cli.add_config_options(p)
     args = p.parse_args()

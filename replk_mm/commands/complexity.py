@@ -107,9 +107,9 @@ def main() -> None:
         type=cli.positive_int,
         nargs=2,
         metavar=('H', 'W'),
-        help="image size in pixels (default: the published row's, or else the config's crop)",
+        help="image size in pixels (default: as published, otherwise the config's crop)",
     )
-    p.add_argument('--json', action='store_true', help='print JSON, and nothing else, to standard output')
+    p.add_argument('--json', action='store_true', help='print JSON only')
     p.add_argument('--published', action='store_true', help='count every published result')
     p.add_argument(
         '--rows', metavar='REGEX', help='with --published: only configs whose name matches; writes only to --out'

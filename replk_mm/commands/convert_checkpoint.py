@@ -22,9 +22,7 @@ def main() -> None:
         help="key names to write: mmpretrain's (ours), or those of the authors' code (default: mmpretrain)",
     )
     p.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='let the checkpoint run code, to write plain weights; only if you trust its author',
+        '--trust-checkpoint', action='store_true', help='let the checkpoint run code; use only if you trust its author'
     )
     args = p.parse_args()
     require_different_files(args.checkpoint, args.out)

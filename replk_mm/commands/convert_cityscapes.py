@@ -10,7 +10,9 @@ _SHOWN = 20
 @command
 def main() -> None:
     p = cli.parser(__doc__, 'convert_cityscapes data/cityscapes --jobs 8')
-    p.add_argument('root', metavar='ROOT', help='folder with gtFine (or gtCoarse); maps are written beside the source')
+    p.add_argument(
+        'root', metavar='ROOT', help='folder with gtFine (or gtCoarse); new maps are written beside the originals'
+    )
     p.add_argument('--jobs', type=cli.positive_int, metavar='N', help='number of threads (default: one per core)')
     p.add_argument('--force', action='store_true', help='replace existing maps that differ')
     args = p.parse_args()

@@ -39,12 +39,16 @@ def main() -> None:
         help='side in pixels to which images are resized (default: 1024, as in the paper)',
     )
     p.add_argument(
-        '--count', type=cli.positive_int, default=50, metavar='N', help='first N images by path (default: 50)'
+        '--count',
+        type=cli.positive_int,
+        default=50,
+        metavar='N',
+        help='use the use the first N images by path (default: 50)',
     )
     p.add_argument(
         '--stage', type=int, metavar='N', help="index among the backbone's outputs, from 0 (default: the last)"
     )
-    p.add_argument('--pretrained', metavar='FILE', help="a backbone's weights, such as an ImageNet classifier's")
+    p.add_argument('--pretrained', metavar='FILE', help='weights of the backbone, such as an ImageNet classifier')
     p.add_argument('--seed', type=int, default=0, metavar='N', help='seed of random weights (default: 0)')
     p.add_argument(
         '--randomize',

@@ -1,10 +1,10 @@
-"""Write a procedural data set to train and test on in minutes, with nothing to download.
+"""Generate a data set of procedural scenes, without a download.
 
 Kinds of scenes, and the cues for their classes:
     demo       shape and a distant cue, never colour
     context    a cue 36 to 64 pixels away, and nothing else
     conflict   shape and texture, which contradict each other in an additional test split
-The same command resumes an interrupted run.
+Run the same command again to resume an interrupted run.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Show results of suites: one HTML page that needs nothing else, and the tables as Markdown.
+"""Report the results of suites: one self-contained HTML page, and its tables as Markdown.
 
-RESULTS are work dirs of suites (work_dirs/suites/NAME), folders of results or .jsonl files, of one machine or several.
-Rows that were measured under different protocols are not ranked together. What was not measured is shown as missing.
+RESULTS are work directories of suites (work_dirs/suites/NAME), folders of results or .jsonl files. Only rows
+under the same protocol are ranked together; figures that were not measured are shown as missing.
 """
 
 import sys
@@ -17,9 +17,9 @@ from replk_mm.text import update_page
 STATUSES = f"""
 exit status:
   0  written
-  2  nothing could be written: no such results, or no place to write to
-  {SKIPPED_STATUS}  written, but records were skipped: damaged, of an unknown version, of an earlier definition
-     of their row; each is named with the reason, on the page too
+  2  nothing was written: the results do not exist, or the output folder is not writable
+  {SKIPPED_STATUS}  written, but some records were skipped: damaged, of an unknown version, or of an earlier
+     definition of their row; the output and the page list them
 """
 
 
@@ -28,9 +28,11 @@ def main() -> int:
     p = cli.parser(__doc__, 'report work_dirs/suites/kernel_size --out report/')
     p.epilog = f'{p.epilog}\n{STATUSES}'
     p.add_argument('results', nargs='+', metavar='RESULTS', help='work dir, folder or .jsonl file')
-    p.add_argument('--out', required=True, metavar='DIR', help='for index.html and report.md')
+    p.add_argument('--out', required=True, metavar='DIR', help='output folder for index.html and report.md')
     p.add_argument(
-        '--page', metavar='FILE', help='update the block of each suite, marked by its name, in this Markdown page'
+        '--page',
+        metavar='FILE',
+        help='also update the tables in this Markdown page, between <!-- SUITE:begin --> and <!-- SUITE:end -->',
     )
     args = p.parse_args()
     found = load_report(args.results)

@@ -1,4 +1,4 @@
-"""Measure whether a trained segmentation network decides by shape or by texture: docs/erf.md."""
+"""Measure whether a trained segmentation network decides by shape or by texture (docs/erf.md)."""
 
 from pathlib import Path
 

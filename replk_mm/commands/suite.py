@@ -36,27 +36,31 @@ def main() -> int:
         type=names,
         default=[],
         metavar='ROWS',
-        help="names, patterns such as 'replk-*', or numbers of --list, separated by commas",
+        help="only these rows: only these rows: names, patterns such as 'replk-*', or numbers of --list, separated by commas",
     )
-    p.add_argument('--resume', action='store_true', help='continue: finished measurements stay, failures are repeated')
-    p.add_argument('--list', action='store_true', help='only print number, row, seed and state')
-    p.add_argument('--work-dir', type=Path, metavar='DIR', help='where to write (default: work_dirs/suites/NAME)')
-    p.add_argument('--data-root', metavar='DIR', help='data of all rows (default: as the suite or the configs say)')
+    p.add_argument('--resume', action='store_true', help='keep finished measurements, repeat failures')
+    p.add_argument('--list', action='store_true', help='print number, row, seed and state, and exit')
+    p.add_argument('--work-dir', type=Path, metavar='DIR', help='output folder (default: work_dirs/suites/NAME)')
+    p.add_argument(
+        '--data-root',
+        metavar='DIR',
+        help='folder of the data set of all rows (default: as in the suite or the configs)',
+    )
     p.add_argument(
         '--jobs',
         type=cli.positive_int,
         default=1,
         metavar='N',
-        help='rows at a time, which share the cores; speed and memory are measured at the end, one row at a time',
+        help='run N rows at a time; speed and memory are measured at the end, one row at a time',
     )
     p.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm'],
         default='none',
-        help="start a row's training and test by torchrun (pytorch), or by srun (slurm)",
+        help='start training and test of each row with torchrun (pytorch) or srun (slurm)',
     )
     p.add_argument(
-        '--nproc', type=cli.positive_int, default=1, metavar='N', help='processes of a row, under a launcher'
+        '--nproc', type=cli.positive_int, default=1, metavar='N', help='number of processes per row, with --launcher'
     )
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: a GPU if there is one)')
     args = p.parse_args()

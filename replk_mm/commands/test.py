@@ -17,11 +17,11 @@ from replk_mm.text import format_duration, format_metrics, text_table
 def main() -> None:
     p = cli.parser(__doc__, 'test configs/upernet_replk-nano_ade20k.py work_dirs/x/iter_1300.pth --out out')
     p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
-    p.add_argument('checkpoint', help='trained checkpoint, merged or not: file or address')
+    p.add_argument('checkpoint', help='trained checkpoint, merged or not: file or URL')
     cli.add_run_arguments(p)
-    p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm before evaluating')
-    p.add_argument('--tta', action='store_true', help="use the config's test-time augmentation (scales and flips)")
-    p.add_argument('--out', metavar='DIR', help='write metrics.json and the predicted label maps (PNG) there')
+    p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
+    p.add_argument('--tta', action='store_true', help="use use the config's test-time augmentation (scales and flips)")
+    p.add_argument('--out', metavar='DIR', help='write metrics.json and the predictions to this folder')
     args = p.parse_args()
     out = Path(args.out) if args.out else None
     if out:

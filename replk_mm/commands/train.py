@@ -37,7 +37,7 @@ def main() -> None:
         metavar='CKPT',
         help='continue from a checkpoint (default: the last one of the work dir)',
     )
-    p.add_argument('--pretrained', metavar='FILE', help="weights of the backbone, or 'none' for random ones")
+    p.add_argument('--pretrained', metavar='FILE', help="initial weights of the backbone, or 'none' for random weights")
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
     p.add_argument('--seed', type=seed, metavar='N', help='random seed (default: drawn and recorded)')
     p.add_argument(
