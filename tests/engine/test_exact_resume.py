@@ -89,25 +89,26 @@ def test_validations_are_neither_lost_nor_repeated(segmentor, tiny, tmp_path, mo
     assert validated == [4, 8]
 
 
-@pytest.mark.parametrize('at', [1, 2])
-def test_epochs_go_on_in_their_middle(at, tiny, tmp_path, monkeypatch):
+def test_epochs_go_on_in_their_middle_and_at_their_end(tiny, tmp_path, monkeypatch):
     config = config_with_signals(tmp_path, tiny.config, EMA, RANDOM + EPOCHS)
 
     def epochs(work: Path, **changes) -> Path:
         cfg = load_config(str(config))
-        cfg.experiment_name = f'{work.name}{at}'
+        cfg.experiment_name = work.name
         return train(cfg, prepare_training(cfg, tiny.options(work, **{'seed': 5, **changes})), preflight=False)
 
     straight = epochs(tmp_path / 'straight')
     assert straight.name == 'epoch_3.pth'
-    monkeypatch.setenv('TEST_SIGNAL', f'SIGTERM:train:{at}')
-    with pytest.raises(Stopped) as info:
-        epochs(tmp_path / 'stopped')
     # Two batches are an epoch of these four images.
-    assert Path(info.value.checkpoint).name == {1: 'epoch_1.pth', 2: 'epoch_1_iter_3.pth'}[at]
-    last = epochs(tmp_path / 'stopped', resume='auto')
-    assert differences(straight, last) == []
-    assert sorted(p.name for p in last.parent.glob('epoch_*.pth')) == ['epoch_2.pth', 'epoch_3.pth']
+    for at, name in ((1, 'epoch_1.pth'), (2, 'epoch_1_iter_3.pth')):
+        work = tmp_path / f'stopped_{at}'
+        monkeypatch.setenv('TEST_SIGNAL', f'SIGTERM:train:{at}')
+        with pytest.raises(Stopped) as info:
+            epochs(work)
+        assert Path(info.value.checkpoint).name == name
+        last = epochs(work, resume='auto')
+        assert differences(straight, last) == []
+        assert sorted(p.name for p in work.glob('epoch_*.pth')) == ['epoch_2.pth', 'epoch_3.pth']
 
 
 def test_gradients_that_add_up_are_stopped_between_steps(segmentor, tiny, tmp_path, monkeypatch):
