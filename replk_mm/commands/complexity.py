@@ -130,4 +130,5 @@ def main() -> None:
         print(json.dumps(found.to_dict(), indent=2))
     else:
         print(format_complexity(found))
-        print(f'\nMeasure its speed: {command_line("benchmark", "model", args.config, "--shape", *found.shape)}')
+        if any(part.name == 'backbone' for part in found.training.parts):
+            print(f'\nMeasure its speed: {command_line("benchmark", "model", args.config, "--shape", *found.shape)}')
