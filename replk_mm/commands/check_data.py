@@ -71,7 +71,8 @@ def _summarize(result: Audit) -> list[str]:
         f'found: {found}',
     ]
     if not result.full:
-        lines.insert(1, 'not checked without --full: other images, and copies of an image under another name')
+        others = 'other images, ' if inspected < total else ''
+        lines.insert(1, f'not checked without --full: {others}copies of an image under another name')
     return lines
 
 

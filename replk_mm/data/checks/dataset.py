@@ -95,7 +95,8 @@ class DatasetReport:
             parts.append(f'{self.inspected:,} inspected')
         if self.sizes:
             ordered = sorted(self.sizes, key=lambda size: size[0] * size[1])
-            parts.append(f'{"x".join(map(str, ordered[0]))} to {"x".join(map(str, ordered[-1]))} pixels')
+            extremes = dict.fromkeys(f'{width}x{height}' for width, height in (ordered[0], ordered[-1]))
+            parts.append(f'{" to ".join(extremes)} pixels')
         if counts := self.class_counts():
             occurring = sum(map(bool, counts.values()))
             parts.append(f'{occurring} of {len(counts)} classes occur, {sum(counts.values()):,} {self.unit}')
