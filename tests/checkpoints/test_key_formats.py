@@ -111,7 +111,7 @@ def test_published_formats_load_whole(name, tmp_path):
 def test_classifier_is_reported():
     found = convert_state_dict(listed('convnext_tiny_timm'))
     assert found.ignored == ['head.fc.weight', 'head.fc.bias']
-    assert found.describe() == 'ConvNeXt, timm key names, 2 classifier keys set aside'
+    assert found.describe() == 'ConvNeXt, timm key names, 2 classifier keys ignored'
     imagenet = {
         **listed('replknet31b_official'),
         'norm.weight': torch.ones(1024),
