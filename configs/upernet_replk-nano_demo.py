@@ -2,7 +2,7 @@
 #
 # Train:     python tools/make_demo_data.py demo/data && python tools/train.py configs/upernet_replk-nano_demo.py
 # Recipe:    1 CPU x 8 images (global batch 8), 600 iterations, from scratch
-# Published: none
+# Published: none. Measured with 500 iterations: 65.3 and 69.3 mIoU (seeds 0 and 1); with 600: 78.9 (seed 1)
 _base_ = ['./_base_/models/upernet_nano.py', './_base_/datasets/scenes.py', './_base_/schedules/nano.py',
           './_base_/runtimes/segmentation.py']
 crop_size = (128, 128)

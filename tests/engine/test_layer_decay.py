@@ -443,6 +443,7 @@ def test_the_table_serves_every_optimizer():
     assert parameter_groups(build_optim_wrapper(model, wrapper_cfg()), nn.DataParallel(model)) == plain
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_table(tiny, tmp_path):  # noqa: F811
     tiny.train(
         tmp_path,
