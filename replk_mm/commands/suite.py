@@ -36,7 +36,7 @@ def main() -> int:
         type=names,
         default=[],
         metavar='ROWS',
-        help="only these rows: only these rows: names, patterns such as 'replk-*', or numbers of --list, separated by commas",
+        help="only these rows: names, patterns such as 'replk-*', or numbers of --list, separated by commas",
     )
     p.add_argument('--resume', action='store_true', help='keep finished measurements, repeat failures')
     p.add_argument('--list', action='store_true', help='print number, row, seed and state, and exit')

@@ -20,7 +20,7 @@ def main() -> None:
     p.add_argument('checkpoint', help='trained checkpoint, merged or not: file or URL')
     cli.add_run_arguments(p)
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
-    p.add_argument('--tta', action='store_true', help="use use the config's test-time augmentation (scales and flips)")
+    p.add_argument('--tta', action='store_true', help="use the config's test-time augmentation (scales and flips)")
     p.add_argument('--out', metavar='DIR', help='write metrics.json and the predictions to this folder')
     args = p.parse_args()
     out = Path(args.out) if args.out else None
