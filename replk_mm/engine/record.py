@@ -17,7 +17,7 @@ from replk_mm.errors import UserError
 from replk_mm.files import sha256, write_atomic
 
 
-def test_protocol(cfg: Config, tta: bool) -> dict:
+def describe_protocol(cfg: Config, tta: bool) -> dict:
     """The test protocol: whole image or sliding window, pipeline, test-time augmentation."""
     model = cfg.model.get('module', cfg.model)  # wrapped for test-time augmentation
     found = dict(model.get('test_cfg') or {})
@@ -73,7 +73,7 @@ def evaluation_record(cfg: Config, checkpoint: str, result: Evaluation, tta: boo
             config=str(cfg.filename),
             checkpoint=dict(path=str(path), sha256=sha256(path), iteration=result.meta.get('iter'), loaded=result.load),
             reparameterized=str(result.changes) if result.changes else ('in the checkpoint' if merged else None),
-            protocol=test_protocol(cfg, tta),
+            protocol=describe_protocol(cfg, tta),
             data=dict(root=', '.join(roots), images=result.images),
             seconds=round(result.seconds, 3),
             environment=environment_info(),

@@ -15,7 +15,7 @@ from replk_mm.deploy.equivalence import NetworkDifference
 from replk_mm.engine import inference
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.inference import reparameterize_checkpoint
-from replk_mm.engine.record import evaluation_record, test_protocol, write_record
+from replk_mm.engine.record import describe_protocol, evaluation_record, write_record
 from replk_mm.engine.train import train
 from replk_mm.errors import UserError
 from replk_mm.files import sha256
@@ -132,7 +132,7 @@ def test_merging_onto_the_input_is_refused(tiny, trained):
 
 def test_failing_proof_writes_nothing(tiny, trained, tmp_path, monkeypatch):
     bad = [NetworkDifference(torch.float32, 1.0, 1.0, 1e-4)]
-    monkeypatch.setattr(inference, 'compare', lambda *args: bad)
+    monkeypatch.setattr(inference, 'compare_networks', lambda *args: bad)
     with pytest.raises(UserError, match='nothing was written') as info:
         reparameterize_checkpoint(tiny.cfg(), str(trained), tmp_path / 'x' / 'out.pth')
     assert str(trained) in str(info.value).splitlines()[0]
@@ -145,7 +145,7 @@ def test_test_time_augmentation_runs_and_changes_the_result(tiny, trained, plain
     found = evaluate(cfg, str(trained), tiny.options(tmp_path), tta=True)
     assert found.metrics['mIoU'] > 5
     assert found.metrics != plain[1].metrics
-    protocol = test_protocol(cfg, True)
+    protocol = describe_protocol(cfg, True)
     assert protocol['tta'] is True
     assert protocol['pipeline'] == tiny.cfg().tta_pipeline, 'without the checks around its loading steps'
 

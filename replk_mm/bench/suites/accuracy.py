@@ -17,7 +17,7 @@ from replk_mm.bench.suites.worker import MeasurementResult
 from replk_mm.data.datasets import as_list, datasets_of
 from replk_mm.engine.evaluate import Evaluation, evaluate
 from replk_mm.engine.process import RunOptions
-from replk_mm.engine.record import evaluation_record, test_protocol, write_record
+from replk_mm.engine.record import describe_protocol, evaluation_record, write_record
 from replk_mm.errors import UserError
 
 #: The metric that ranks rows, with its unit: the first that a test reports.
@@ -59,7 +59,9 @@ def metric(task: Task) -> MeasurementResult:
     return MeasurementResult(
         values,
         metric_protocol(task, cfg, data),
-        dict(data=where, loaded=found.load, seconds=found.seconds, notes=found.notes, test=test_protocol(cfg, False)),
+        dict(
+            data=where, loaded=found.load, seconds=found.seconds, notes=found.notes, test=describe_protocol(cfg, False)
+        ),
         dict(predictions=out / 'predictions', metrics=out / 'metrics.json'),
     )
 
