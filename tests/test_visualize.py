@@ -24,7 +24,7 @@ def test_overlay_mixes_classes_and_leaves_ignored_pixels():
 
 
 @pytest.mark.parametrize('height', [12, 64, 300])
-def test_legend_shows_the_colours_of_what_is_there(height):
+def test_legend_shows_the_present_classes(height):
     labels = np.zeros((10, 10), int)
     labels[:3] = 1
     panel = class_legend(labels, ['red', 'green', 'dark'], PALETTE, height)

@@ -56,7 +56,7 @@ def test_a_budget_lowers_the_rounds_but_not_below_three(seconds, rounds, warmup)
     assert (found.rounds, found.warmup) == (rounds, warmup)
 
 
-def test_memory_growth_is_the_peak_not_what_remains() -> None:
+def test_memory_growth_is_the_peak() -> None:
     mib = 2**20
     growth = timing.memory_growth(lambda: torch.ones(96 * mib // 4).sum())
     if growth is None:

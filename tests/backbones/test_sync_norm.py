@@ -169,7 +169,7 @@ def test_distributed_training_is_that_of_the_whole_batch(found):
 
 
 @pytest.mark.slow
-def test_one_value_in_all_processes_is_refused(found):
+def test_one_value_in_all_processes_is_rejected(found):
     assert all('more than one value per channel' in message for message in found['one_value'])
 
 

@@ -283,7 +283,7 @@ def test_picked_classes_in_folders_of_cities(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_test_wrote_is_reproduced(tiny, trained, tmp_path):
+def test_scores_of_a_test_are_reproduced(tiny, trained, tmp_path):
     """Real results: the figures of metrics.json come from the sums of the images, and the command shows all."""
     folders = []
     for name, options in (

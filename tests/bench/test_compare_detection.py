@@ -266,7 +266,7 @@ def test_any_detections_are_compared_or_rejected(content, key, case):
 
 
 @pytest.mark.slow
-def test_what_a_test_wrote(detector, trained_detector, tmp_path):
+def test_comparison_of_two_test_outputs(detector, trained_detector, tmp_path):
     """Real results: predictions of a test are read, and shown."""
     folders = []
     for name, checkpoint in (('early', detector.train(tmp_path / 'train', 1, seed=0)), ('late', trained_detector)):

@@ -35,7 +35,7 @@ def test_numbers_of_many_digits(tmp_path):
 
 
 @pytest.mark.parametrize('place', ['beside the result', 'elsewhere', 'out of a package', 'of a package that is none'])
-def test_a_result_does_not_say_what_is_run(place, tmp_path, monkeypatch):
+def test_a_result_does_not_choose_code_to_run(place, tmp_path, monkeypatch):
     """The config that a result names is a program; a stranger's may come with the result."""
     proof, evil = tmp_path / 'proof', tmp_path / 'theirs' / 'evil.py'
     evil.parent.mkdir()

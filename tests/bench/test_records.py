@@ -50,7 +50,7 @@ def test_append_and_read_give_the_same(tmp_path):
 
 
 @pytest.mark.parametrize('values', [{'a': math.nan}, {'a': [1, {'b': -math.inf}]}])
-def test_a_number_that_is_none_is_refused(tmp_path, values):
+def test_a_non_number_is_rejected(tmp_path, values):
     with pytest.raises(ValueError, match=r'values\.a.* is not a finite number'):
         records.append_record(record(values=values), tmp_path / 'f.jsonl')
     assert not (tmp_path / 'f.jsonl').exists()

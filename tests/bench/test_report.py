@@ -48,7 +48,7 @@ def rows_of(folder, records) -> dict[str, ReportRow]:
 
 
 # -- figures and groups -----------------------------------------------------------------------------------------------
-def test_protocols_are_groups_and_differences_are_said(found) -> None:
+def test_protocols_are_groups_and_differences_are_listed(found) -> None:
     groups = found.suites[0].groups
     assert [[row.name for row in group.rows] for group in groups] == [
         ['replk-31', 'replk-13', 'convnext'],
@@ -79,7 +79,7 @@ def test_mean_and_deviation_over_seeds(tmp_path) -> None:
     assert figure.count == 3
 
 
-def test_what_was_not_measured_is_missing(tmp_path) -> None:
+def test_unmeasured_values_are_missing(tmp_path) -> None:
     records = [metric('a', 0, 50.0), record('a', 0, 'memory', dict(inference_bytes=None), protocol=SPEED)]
     row = rows_of(tmp_path, records)['a']
     absent = {key: figure.why for key, figure in row.figures.items() if figure.value is None}
@@ -104,7 +104,7 @@ def test_a_failed_measurement_says_why(found, page) -> None:
     assert 'failed, 1 of 1 seed: seed 0: train failed: loss is NaN at iteration 12' in page
 
 
-def test_what_the_suite_asked_for_and_is_not_there_is_unfinished(tmp_path) -> None:
+def test_requested_but_missing_measurements_are_unfinished(tmp_path) -> None:
     asked = ['train', 'metric', 'speed']
     rows = rows_of(
         tmp_path,
@@ -132,7 +132,7 @@ def test_what_the_suite_asked_for_and_is_not_there_is_unfinished(tmp_path) -> No
     assert missing == dict(begun='not recorded yet', fewer='not measured', bad='training failed: no')
 
 
-def test_figures_of_different_weights_are_told(tmp_path) -> None:
+def test_figures_of_different_weights_are_marked(tmp_path) -> None:
     other = dict(sha256='f' * 64)
     rows = rows_of(
         tmp_path,
@@ -259,7 +259,7 @@ def test_other_data_have_no_difference(tmp_path) -> None:
     )
 
 
-def test_difference_says_what_else_differs(tmp_path) -> None:
+def test_difference_lists_other_differing_conditions(tmp_path) -> None:
     figures = published(tmp_path, iterations=300, crop=[96, 96], options={'model.backbone.arch': '3'})
     assert figures['difference'].why == (
         'trained for 300 iterations, published after 160k iterations; config with options: {"model.backbone.arch": '

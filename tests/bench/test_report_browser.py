@@ -77,7 +77,7 @@ def test_table(browser) -> None:
     assert 'Differs from A: iterations: 600 instead of 300' in groups[1]
 
 
-def test_sorting_keeps_protocols_apart_and_what_is_missing_last(browser) -> None:
+def test_sorting_keeps_protocols_apart_and_missing_values_last(browser) -> None:
     assert browser.run(ORDER) == [[1, 2, 3], [4], [5]]
     click(browser, 'Parameters')
     assert browser.run(ORDER) == [[3, 2, 1], [4], [5]] and browser.run(SORTS)[4] == 'ascending'
@@ -215,7 +215,7 @@ def test_print(browser) -> None:
     assert browser.run('document.documentElement.scrollWidth <= innerWidth') is True
 
 
-def test_links_open_what_they_lead_to(browser) -> None:
+def test_links_open_their_targets(browser) -> None:
     browser.run('document.querySelector(\'tr[data-row="2"] th a\').click()')
     browser.run('new Promise(done => setTimeout(done, 50))')
     assert browser.run("[...document.querySelectorAll('details.row')].map(d => d.open)") == [
@@ -227,7 +227,7 @@ def test_links_open_what_they_lead_to(browser) -> None:
     ]
 
 
-def test_what_a_screen_reader_gets(browser) -> None:
+def test_accessibility_tree(browser) -> None:
     nodes = browser.send('Accessibility.getFullAXTree')['nodes']
     found = [(node['role']['value'], node.get('name', {}).get('value', '')) for node in nodes if not node['ignored']]
     named = {role: [name for of, name in found if of == role] for role, _ in found}

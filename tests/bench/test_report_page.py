@@ -190,7 +190,7 @@ def test_data_of_a_copied_work_dir_are_found(tmp_path) -> None:
         Album({id(one): tmp_path}).data_of(one)
 
 
-def test_missing_pictures_are_said(tmp_path) -> None:
+def test_missing_pictures_are_listed(tmp_path) -> None:
     data = scenes(tmp_path / 'data', 2)
     files = files_of(tmp_path, 'a', 0, 2)
     (data / 'images/validation/000.jpg').write_bytes(b'no picture')
@@ -222,7 +222,7 @@ def test_pictures_of_a_page_are_bounded() -> None:
 
 
 @pytest.mark.parametrize('name', ['../x.png', '/etc/passwd', 'a/../../x.png'])
-def test_files_outside_of_the_work_dir_are_refused(name, tmp_path) -> None:
+def test_files_outside_of_the_work_dir_are_rejected(name, tmp_path) -> None:
     one = metric('a', 0, 50.0, files=dict(predictions=name))
     with pytest.raises(ValueError, match='not in the work dir'):
         Album({id(one): tmp_path}).place(one, 'predictions')
@@ -252,7 +252,7 @@ def test_any_facts_and_files_cost_the_pictures_only(data, tmp_path) -> None:
     assert 'data-value="50.0"' in render_html(load_report([tmp_path / 'one.jsonl']))
 
 
-def test_pictures_from_elsewhere_are_told(tmp_path) -> None:
+def test_pictures_outside_the_work_dir_are_reported(tmp_path) -> None:
     for name in ('work', 'elsewhere'):
         data = scenes(tmp_path / name / 'data', 1)
     files = files_of(tmp_path / 'work', 'a', 0, 1)

@@ -453,7 +453,7 @@ def test_only_of_nothing_is_not_everything(command, text, capsys):
     assert caught.value.code == 2 and 'names no row' in capsys.readouterr().err
 
 
-def test_command_rejects_what_cannot_run(command, monkeypatch, tmp_path, capsys):
+def test_command_rejects_impossible_requests(command, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv('PATH', str(tmp_path))
     assert command('--launcher', 'slurm') == 2 and '--launcher slurm: there is no srun' in capsys.readouterr().err
     assert command('--launcher', 'slurm', '--list') == 0

@@ -51,7 +51,7 @@ def task_of(folder: Path, tiny, **row):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_metric_is_what_the_test_command_writes(tiny, trained, tmp_path):  # noqa: F811
+def test_metric_equals_that_of_the_test_command(tiny, trained, tmp_path):  # noqa: F811
     task = task_of(tmp_path, tiny, checkpoint=str(trained), measure=['metric'])
     found = measurements.TABLE['metric'](task)
     written = json.loads((task.folder / 'test' / 'metrics.json').read_text())
@@ -125,7 +125,7 @@ def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_
     assert found.values == dict(inference_bytes=1000, training_bytes=2000) and found.protocol['training_batch'] == 2
 
 
-def test_absent_weights_fail_what_needs_them_only(tiny, tmp_path):  # noqa: F811
+def test_missing_weights_fail_only_measurements_that_need_them(tiny, tmp_path):  # noqa: F811
     task = task_of(tmp_path, tiny, checkpoint='nowhere/{row}.pth', measure=['metric', 'complexity'])
     assert not run_task(task, measurements.TABLE, {})
     found = {one['measurement']: one for one in records.read_records([tmp_path / 'w'])[0]}
@@ -151,7 +151,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
 
 
 @pytest.mark.slow
-def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_resumed_training_has_a_gapless_curve(tiny, tmp_path, monkeypatch):  # noqa: F811
     row = dict(iterations=4, measure=['curve', 'metric'], seeds=[3], options={'default_hooks.checkpoint.interval': 2})
     task = task_of(tmp_path, tiny, **row)
     original = progress_hook.ProgressFileHook.after_train_iter
@@ -179,7 +179,7 @@ def test_training_goes_on_and_its_curve_has_no_gap(tiny, tmp_path, monkeypatch):
     assert found['curve']['protocol'] == found['metric']['protocol']
 
 
-def test_curve_of_epochs_and_of_what_was_done_twice(tmp_path):
+def test_curve_of_epochs_and_repeated_iterations(tmp_path):
     for name, rows in (
         (
             '1',

@@ -1,4 +1,4 @@
-"""Key formats of checkpoints: all that are published are told apart and load whole."""
+"""Key formats of checkpoints: every published format is detected and loads completely."""
 
 from pathlib import Path
 
@@ -132,7 +132,7 @@ def test_classifier_is_reported():
         ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False),
     ],
 )
-def test_formats_are_told_apart(name, family, form, merged):
+def test_formats_are_detected(name, family, form, merged):
     found = convert_state_dict(listed(name))
     assert (found.family, found.format, found.merged, found.whole_model) == (family, form, merged, form == 'mmpretrain')
 

@@ -24,7 +24,7 @@ from replk_mm.errors import UserError
 
 # ---- code
 @pytest.mark.parametrize('legacy', [False, True])
-def test_code_is_refused_and_does_not_run(legacy, tmp_path):
+def test_code_is_rejected_and_does_not_run(legacy, tmp_path):
     proof, path = tmp_path / 'proof', tmp_path / 'evil.pth'
     torch.save(
         {'state_dict': {'w': torch.ones(2)}, 'x': Exploit(os.mkdir, str(proof))},
@@ -52,7 +52,7 @@ def test_code_is_refused_and_does_not_run(legacy, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else '',
 )
-def test_what_is_no_data_is_named(value, named, tmp_path):
+def test_other_objects_are_named(value, named, tmp_path):
     path = write(tmp_path / 'a.pth', {'state_dict': {'w': torch.ones(2)}, 'x': value})
     with pytest.raises(UserError) as caught:
         read_checkpoint(path)
@@ -304,7 +304,7 @@ def test_no_weights(content, tmp_path):
         'x\0y',
     ],
 )
-def test_what_is_no_address_and_no_path(name, tmp_path, monkeypatch):
+def test_neither_url_nor_path_is_rejected(name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     with pytest.raises(UserError) as caught:
         read_checkpoint(name)

@@ -104,7 +104,7 @@ def test_mistakes_exit_with_2_and_one_message(name, args, tiny, trained, tmp_pat
         ['--cfg-options', 'model.backbone.arch'],
     ],
 )
-def test_values_out_of_range_are_refused_by_name(args, tiny, monkeypatch, capsys):
+def test_values_out_of_range_are_rejected_by_name(args, tiny, monkeypatch, capsys):
     with pytest.raises(SystemExit) as info:
         tool_main('train', tiny.config, *args, monkeypatch=monkeypatch)
     assert info.value.code == 2
@@ -128,7 +128,7 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(tiny, trained, tmp_pat
     assert sorted(Image.open(f).size for f in overlays) == [(64 + 210, 40), (64 + 210, 41), (64 + 210, 42)]
 
 
-def test_converting_onto_the_input_is_refused(trained, monkeypatch, capsys):
+def test_converting_onto_the_input_is_rejected(trained, monkeypatch, capsys):
     before = trained.stat().st_mtime_ns
     assert tool_main('convert_checkpoint', trained, trained, monkeypatch=monkeypatch) == 2
     assert 'same file' in capsys.readouterr().err and trained.stat().st_mtime_ns == before

@@ -98,7 +98,7 @@ def test_merging_on_the_fly_tests_the_same(tiny, trained, plain, tmp_path):
     assert len(again.changes.folded) > 20
 
 
-def test_merged_file_is_small_and_says_what_it_is(trained, merged):
+def test_merged_file_is_small_and_self_describing(trained, merged):
     before, after = read(trained), read(merged)
     assert 'optimizer' in before
     assert set(after) == {'meta', 'state_dict'}
@@ -123,7 +123,7 @@ def test_merging_twice_changes_nothing(tiny, merged, tmp_path):
     assert read(out)['meta']['replk_mm']['reparameterized']['merge'] is True
 
 
-def test_merging_onto_the_input_is_refused(tiny, trained):
+def test_merging_onto_the_input_is_rejected(tiny, trained):
     before = trained.read_bytes()
     with pytest.raises(UserError, match='same file'):
         reparameterize_checkpoint(tiny.cfg(), str(trained), trained.parent / '..' / trained.parent.name / trained.name)

@@ -1,4 +1,4 @@
-"""Reading a config and fitting it to a machine: every mistake is named, every change is said."""
+"""Reading a config and fitting it to a machine: errors name the field, each change is logged."""
 
 import copy
 from functools import cache
@@ -260,7 +260,7 @@ def test_shortening_a_step_schedule_moves_its_steps():
     assert cfg.default_hooks.checkpoint.interval == 10
 
 
-def test_shortening_without_a_length_is_refused():
+def test_shortening_without_a_length_is_rejected():
     with pytest.raises(UserError, match='--max-iters'):
         shorten_schedule(Config(dict(train_cfg=dict(type='IterBasedTrainLoop'))), 3)
 
@@ -358,12 +358,12 @@ def test_precision_follows_the_device(configured, amp, device, kind, said):
         assert cfg.optim_wrapper.get('dtype') == wanted
 
 
-def test_half_precision_on_a_cpu_is_refused():
+def test_half_precision_on_a_cpu_is_rejected():
     with pytest.raises(UserError, match='--amp fp16.*cpu'):
         fit_to_machine(machine_config(), 'fp16', 'cpu', 1)
 
 
-def test_bfloat16_without_instructions_is_said_to_gain_nothing(monkeypatch):
+def test_bfloat16_without_instructions_logs_that_it_gains_nothing(monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(config, 'has_bfloat16_instructions', lambda fast=fast: fast)
         (note,) = [n for n in fit_to_machine(machine_config(), 'bf16', 'cpu', 1) if n.startswith('precision')]

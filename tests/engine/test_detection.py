@@ -123,7 +123,7 @@ def test_ap_of_detections_that_are_nearly_right(tmp_path, classes):
 
 @pytest.mark.parametrize('order', [('a', 'b'), ('b', 'a'), ('b', 'unheard-of', 'a')])
 @pytest.mark.parametrize('settings', [{}, dict(classwise=True)])
-def test_figures_belong_to_the_class_whatever_the_order(tmp_path, order, settings):
+def test_scores_belong_to_the_class_in_any_order(tmp_path, order, settings):
     root = write_coco(tmp_path / 'data', val=6, classes=('a', 'b'))
     annotations = root / 'annotations' / 'instances_val2017.json'
     truth = COCO(str(annotations))
@@ -186,7 +186,7 @@ def test_two_metrics_and_a_joined_data_set(detector, trained_detector, tmp_path)
     }
 
 
-def test_labels_go_by_name_whatever_the_order_of_the_file(detector, tmp_path):  # noqa: F811
+def test_labels_follow_names_in_any_order_of_the_file(detector, tmp_path):  # noqa: F811
     from mmdet.registry import DATASETS
     from mmengine.registry import init_default_scope
 
@@ -292,7 +292,7 @@ def test_memory_layout_of_the_features_changes_no_detection(detector, trained_de
         ([dict(type='RandomFlip')], None),
     ],
 )
-def test_size_of_images_is_what_the_last_step_makes_it(pipeline, expected):
+def test_image_size_is_that_of_the_last_transform(pipeline, expected):
     cfg = Config(dict(model=dict(), train_dataloader=dict(dataset=dict(type='CocoDataset', pipeline=pipeline))))
     assert crop_of(cfg) == expected
 

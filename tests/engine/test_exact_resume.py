@@ -29,7 +29,7 @@ def segmentor(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(('name', 'place'), [('SIGINT', 'train:4'), ('SIGUSR1', 'val:4')])
-def test_stopped_by_a_signal_it_goes_on_with_the_same_bits(name, place, segmentor, tiny, tmp_path, monkeypatch):
+def test_resume_after_a_signal_is_bit_identical(name, place, segmentor, tiny, tmp_path, monkeypatch):
     config, straight = segmentor
     monkeypatch.setenv('TEST_SIGNAL', f'{name}:{place}')
     with pytest.raises(Stopped) as info:
@@ -46,7 +46,7 @@ def test_stopped_by_a_signal_it_goes_on_with_the_same_bits(name, place, segmento
     assert sorted(p.name for p in last.parent.glob('iter_*.pth')) == ['iter_6.pth', 'iter_8.pth']
 
 
-def test_what_the_comparison_calls_equal_differs_with_another_seed(segmentor, tiny, tmp_path):
+def test_comparison_detects_another_seed(segmentor, tiny, tmp_path):
     config, straight = segmentor
     found = differences(straight, run(config, tiny, tmp_path / 'other', seed=6))
     assert any(path.startswith('state_dict') for path in found)

@@ -205,7 +205,7 @@ class Vit(nn.Module):
         return (int(rest[0]) + 1 if part == 'layers' else 4 if part == 'last' else 0), 5
 
 
-def test_any_backbone_that_tells_depths_works():
+def test_any_backbone_with_layer_depths_works():
     model = Net(Vit())
     model.table = nn.Module()
     model.table.bias = nn.Parameter(torch.zeros(2, 2))
@@ -225,7 +225,7 @@ def test_any_backbone_that_tells_depths_works():
         build(model, decay_type='stage_wise')
 
 
-def test_a_backbone_that_tells_none_is_refused():
+def test_backbone_without_layer_depths_is_rejected():
     with pytest.raises(UserError, match="model.backbone.type='Conv2d'.*get_layer_depth"):
         build(Net(nn.Conv2d(3, 8, 3)))
     with pytest.raises(UserError, match='Linear has no backbone'):
@@ -234,7 +234,7 @@ def test_a_backbone_that_tells_none_is_refused():
 
 @pytest.mark.parametrize('family', SMALL)
 @pytest.mark.parametrize('where', ['', 'stages.2'])
-def test_a_parameter_without_depth_is_refused(family, where):
+def test_a_parameter_without_depth_is_rejected(family, where):
     model = small(family)
     model.backbone.get_submodule(where).add_module('adapter', nn.Linear(2, 2))
     name = f'backbone.{where}.adapter.weight'.replace('..', '.')
@@ -289,7 +289,7 @@ def test_multipliers_are_mmengines(family, extra):
         assert decayed[name][0] == pytest.approx(plain[name][0] * expected[name][0] / 1e-3, rel=1e-12), name
 
 
-def test_custom_keys_change_only_what_they_name():
+def test_custom_keys_change_only_matching_parameters():
     model = small()
     plain = settings(model, build(model))
     found = settings(model, build(model, custom_keys={'head': dict(lr_mult=10.0), 'gamma': dict(decay_mult=1.0)}))

@@ -225,7 +225,7 @@ def test_loss_scale_that_cannot_help_stops(tmp_path, fixed, stop):
 
 
 @pytest.mark.parametrize('failure', ['disk', 'second pass', 'no fault'])
-def test_what_fails_on_the_way_leaves_the_message(tmp_path, monkeypatch, failure):
+def test_later_failures_keep_the_first_message(tmp_path, monkeypatch, failure):
     def fails(*args, **kwargs):
         raise (
             OSError(28, 'No space left on device')

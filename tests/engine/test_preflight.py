@@ -99,7 +99,7 @@ def test_a_detector(detector, tmp_path):
         ),
     ],
 )
-def test_what_fails_is_named_before_the_first_iteration(tiny, tmp_path, said, changes):
+def test_preflight_names_the_failing_part(tiny, tmp_path, said, changes):
     with pytest.raises(UserError, match=f'^{said}'):
         run(tiny, tmp_path, **changes)
     assert not list(tmp_path.glob('*.pth')), 'nothing was trained, and nothing is left of the checkpoint'

@@ -87,7 +87,7 @@ def test_the_best_checkpoint_of_another_folder_stays(tiny, tmp_path):
         (5, dict(accumulative_counts=2), ['every 5 iterations, and a step takes 2']),
     ],
 )
-def test_intervals_that_cut_a_step_are_said(interval, wrapper, said):
+def test_intervals_that_cut_a_step_are_logged(interval, wrapper, said):
     cfg = Config(
         dict(
             train_cfg=dict(type='replk_mm.IterBasedTrainLoop'),
@@ -154,7 +154,7 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_command_says_what_stopped_it(capsys):
+def test_command_prints_what_stopped_it(capsys):
     @command
     def main():
         raise Stopped(signal.SIGTERM, 'w/iter_3.pth')

@@ -26,13 +26,13 @@ def test_resume_with_nothing_there_starts_anew_and_says_so(tiny, tmp_path):
     assert any('starting a new run' in n and str(tmp_path / 'new') in n for n in notes)
 
 
-def test_resume_of_a_merged_checkpoint_is_refused(tiny, merged, tmp_path):
+def test_resume_of_a_merged_checkpoint_is_rejected(tiny, merged, tmp_path):
     with pytest.raises(UserError, match='for inference') as info:
         tiny.prepare(tmp_path, 2, resume=str(merged))
     assert str(merged) in str(info.value).splitlines()[0]
 
 
-def test_resume_from_a_missing_checkpoint_is_refused(tiny, tmp_path):
+def test_resume_from_a_missing_checkpoint_is_rejected(tiny, tmp_path):
     with pytest.raises(UserError, match='gone.pth: no such checkpoint'):
         tiny.prepare(tmp_path, 2, resume=str(tmp_path / 'gone.pth'))
 
@@ -58,7 +58,7 @@ def spoil(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize('kind', ['cut off', 'a changed bit'])
-def test_damaged_last_checkpoint_is_passed_over(kind, checkpoints_of_a_run, tiny, tmp_path):
+def test_damaged_last_checkpoint_is_skipped(kind, checkpoints_of_a_run, tiny, tmp_path):
     work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
     spoil(work / 'iter_6.pth', kind)
     _, notes = tiny.prepare(work, 6, resume='auto')
@@ -67,7 +67,7 @@ def test_damaged_last_checkpoint_is_passed_over(kind, checkpoints_of_a_run, tiny
     assert chosen.startswith(f'resume: {work / "iter_4.pth"}, iteration 4')
 
 
-def test_all_checkpoints_damaged_is_refused(checkpoints_of_a_run, tiny, tmp_path):
+def test_all_checkpoints_damaged_is_rejected(checkpoints_of_a_run, tiny, tmp_path):
     work = Path(shutil.copytree(checkpoints_of_a_run, tmp_path / 'work'))
     for path in work.glob('*.pth'):
         spoil(path, 'cut off')
@@ -132,7 +132,7 @@ def test_the_config_in_a_checkpoint_is_not_run(tiny, trained, tmp_path):
 
 
 @pytest.mark.parametrize('resume', [True, False])
-def test_code_in_a_checkpoint_is_refused(resume, tiny, trained, tmp_path):
+def test_code_in_a_checkpoint_is_rejected(resume, tiny, trained, tmp_path):
     proof = tmp_path / 'proof'
     exploit = Exploit(os.mkdir, str(proof))
     path = spoiled(trained, tmp_path / 'hostile.pth', lambda c: c['message_hub']['runtime_info'].update(x=exploit))

@@ -40,7 +40,7 @@ def test_weights_to_start_training_from_do_not_enter_a_test(tiny, trained, tmp_p
     assert beside.per_class == alone.per_class
 
 
-def test_full_run_without_its_weights_is_refused(tiny, tmp_path, offline):
+def test_full_run_without_its_weights_is_rejected(tiny, tmp_path, offline):
     with pytest.raises(UserError, match=f'^{ADDRESS}: the checkpoint could not be downloaded') as refused:
         tiny.prepare(tmp_path, iterations=None, options=pretrained())
     assert '--pretrained none' in str(refused.value)

@@ -1,4 +1,4 @@
-"""Figures of several processes are those of one, whatever they share out."""
+"""Metrics of several processes equal those of one."""
 
 import json
 

@@ -101,7 +101,7 @@ def test_windows_lie_where_mmseg_puts_them(size, length, stride):
     ]
 
 
-def test_windows_with_gaps_are_refused():
+def test_windows_with_gaps_are_rejected():
     with pytest.raises(UserError, match='test_cfg.stride'):
         Windows.sliding(100, 20, 30)
     assert Windows.sliding(20, 20, 30).starts == (0,)

@@ -73,7 +73,7 @@ def test_bfloat16_is_no_less_accurate_than_torchs(how, monkeypatch):
         assert 0 < off <= 1.3 * usual < 0.02 * e.square().mean().sqrt()
 
 
-def test_second_derivative_is_refused_not_wrong(monkeypatch):
+def test_second_derivative_is_rejected(monkeypatch):
     monkeypatch.setattr(pyramid, 'MIN_MACS', 0)
     maps = [torch.randn(1, 2, s, s, dtype=torch.float64, requires_grad=True) for s in (8, 4)]
     weight = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -82,6 +82,6 @@ def test_second_derivative_is_refused_not_wrong(monkeypatch):
         grad.sum().backward()
 
 
-def test_other_kernels_are_refused():
+def test_other_kernels_are_rejected():
     with pytest.raises(ValueError, match='3x3'):
         pyramid_conv2d([torch.randn(1, 2, 4, 4)], torch.randn(2, 2, 5, 5))

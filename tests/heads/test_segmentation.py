@@ -334,7 +334,7 @@ def test_heads_of_mmseg_in_our_segmentor():
 
 
 @pytest.mark.parametrize('mode', ['whole', 'slide'])
-def test_a_head_that_predicts_in_its_own_way_is_asked(mode):
+def test_head_with_its_own_predict_is_called(mode):
     ours = build(config('replk_mm.', **(dict(test_cfg=SLIDE) if mode == 'slide' else {})))
 
     sizes = []
@@ -389,7 +389,7 @@ def test_a_segmentor_that_predicts_in_its_own_way_does(name, monkeypatch):
         (dict(mode='tiles'), "test_cfg.mode='tiles'"),
     ],
 )
-def test_other_ways_to_slide_are_refused(test_cfg, words):
+def test_other_ways_to_slide_are_rejected(test_cfg, words):
     with pytest.raises(UserError, match=words):
         predict(build(config('replk_mm.', test_cfg=test_cfg)), torch.randn(1, 3, 64, 96, dtype=torch.float64), None)
 

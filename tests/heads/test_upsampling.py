@@ -133,7 +133,7 @@ def test_reduced_precision_is_computed_in_float32():
     assert_same((loss, grad, correct, counted), expected, 2**-8)
 
 
-def test_gradient_follows_what_comes_after():
+def test_gradient_includes_later_operations():
     logits, labels = torch.randn(1, 3, 4, 4, dtype=torch.float64), labels_of((1, 3), (8, 8))
     expected = reference(logits, labels)[1]
     logits.requires_grad_()
@@ -150,7 +150,7 @@ def test_empty_batch_is_torchs():
 
 
 @pytest.mark.parametrize('label', [4, 254, -1])
-def test_labels_of_no_class_are_refused(label):
+def test_labels_of_no_class_are_rejected(label):
     labels = torch.zeros(1, 8, 8, dtype=torch.long)
     labels[0, 3, 3] = label
     with pytest.raises(UserError, match=rf'class {label}; the head has 4 classes'):

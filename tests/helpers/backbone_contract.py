@@ -263,7 +263,7 @@ class BackboneContract:
         outputs = len(results[0]) != len(results[1]) or not all(map(torch.equal, *results))
         assert changed or modes or frozen or outputs, f'{argument}={value} changes nothing'
 
-    def test_bad_arguments_are_refused(self):
+    def test_bad_arguments_are_rejected(self):
         for kwargs in self.bad:
             name = next(iter(kwargs))
             with pytest.raises(ValueError, match=self.cls.__name__) as caught:

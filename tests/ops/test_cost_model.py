@@ -110,7 +110,7 @@ def test_argument_before_context_before_environment(used, monkeypatch):
 
 
 @pytest.mark.parametrize('kwargs', [dict(stride=(2, 2)), dict(dilation=(2, 1)), dict(padding=(9, 9))], ids=str)
-def test_what_does_not_apply_is_left_to_the_choice(kwargs):
+def test_inapplicable_implementation_falls_back_to_the_plan(kwargs):
     given_, auto = problem(**kwargs), cost_model.choose_plan(problem(**kwargs))
     for computation, name in PAIRS:
         found = cost_model.choose_plan(given_, f'{computation}={name}')
@@ -120,7 +120,7 @@ def test_what_does_not_apply_is_left_to_the_choice(kwargs):
     assert ('padded' in cost_model.estimate_milliseconds(given_)['grad_input']) == ('dilation' in kwargs)
 
 
-def test_the_backward_pass_does_what_was_planned_with_the_forward_pass(used):
+def test_backward_uses_the_plan_of_forward(used):
     x, weight = (t.requires_grad_() for t in draw((1, 2, 8, 8), (5, 5))[:2])
     with force_implementation('forward=fft,grad_input=padded,grad_weight=grad_kernel'):
         out = depthwise_conv2d(x, weight)
@@ -133,7 +133,7 @@ def test_the_backward_pass_does_what_was_planned_with_the_forward_pass(used):
 @pytest.mark.parametrize(
     'spec', ['fastest', 'forward=grad_kernel', 'backward=fft', 'fft,=', 'grad_weight=channels_last', ',']
 )
-def test_bad_names_are_refused(spec, monkeypatch):
+def test_bad_names_are_rejected(spec, monkeypatch):
     x, weight = draw((1, 2, 8, 8), (5, 5))[:2]
     message = r'REPLK_MM_DEPTHWISE.*.*forward: native, channels_last, padded, fft; '
     with pytest.raises(ValueError, match=message), force_implementation(spec):

@@ -304,6 +304,6 @@ def test_other_dtypes_are_torchs_business(spec):
         ((2, 3, 8, 8), (3, 1, 3, 3), dict(implementation='fastest'), "'fastest' .*forward: native"),
     ],
 )
-def test_refusals(x, weight, kwargs, message):
+def test_rejections(x, weight, kwargs, message):
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(torch.zeros(x), torch.zeros(weight), **kwargs)

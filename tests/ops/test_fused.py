@@ -1,4 +1,4 @@
-"""Inference of convolutions with what follows them: the values of the parts, in whatever mode."""
+"""Fused inference equals the sequence of its parts, in all modes."""
 
 import copy
 
@@ -60,7 +60,7 @@ def test_equals_the_parts(name, dtype, relative, packed):
         assert torch.equal(x, kept), 'the input was written to'
 
 
-def test_what_is_fused_and_what_is_not(apart):
+def test_fused_operations(apart):
     with torch.no_grad():
         for name in CONVOLUTIONS:
             conv, whole = build(name), name in ("padding='same'", "padding='valid'", 'mirrored border')
@@ -218,7 +218,7 @@ def test_inference_mode():
         assert inner(x).shape == (2, 16, 9, 10)
 
 
-def test_what_looks_at_operators_sees_the_parts():
+def test_tracers_see_plain_operators():
     class Network(nn.Module):
         def __init__(self):
             super().__init__()

@@ -25,7 +25,7 @@ def worker_threads(monkeypatch):
     return names
 
 
-def test_work_is_done_once_whoever_does_it():
+def test_each_item_is_done_once():
     for spread in (False, True):
         for count in (0, 1, 2, 7):
             done = []

@@ -22,7 +22,7 @@ def test_gap_of_results() -> None:
 
 
 @pytest.mark.parametrize('wrong', [torch.tensor([math.nan, 1.0]), torch.ones(3)])
-def test_what_is_not_a_number_or_not_of_the_shape_is_different(wrong) -> None:
+def test_non_finite_values_and_other_shapes_differ(wrong) -> None:
     gap = compare_outputs({'a': torch.ones(2), 'b': torch.ones(2)}, {'a': wrong, 'b': torch.ones(2)})
     assert not gap.within(1e3)
 
