@@ -15,5 +15,7 @@ model = dict(
         # 1.0 instead of the default 1e-6, which suits long pretraining: blocks contribute from the first iteration
         layer_scale_init_value=1.0,
         gap_before_final_norm=False,
-        out_indices=[0, 1, 2, 3]),
-    neck=dict(in_channels=[80, 160, 320, 640]))
+        out_indices=[0, 1, 2, 3],
+    ),
+    neck=dict(in_channels=[80, 160, 320, 640]),
+)

@@ -18,7 +18,10 @@ model = dict(
         arch='small',
         drop_path_rate=0.6,
         init_cfg=dict(
-            type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_small_1k_224.pth')),
-    neck=dict(in_channels=[96, 192, 384, 768]))
+            type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_small_1k_224.pth'
+        ),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
 optim_wrapper = dict(optimizer=dict(lr=2e-4), paramwise_cfg=dict(decay_rate=0.7))
 train_dataloader = dict(batch_size=2)

@@ -17,8 +17,9 @@ model = dict(
         **_base_.convnext,
         arch='tiny',
         drop_path_rate=0.4,
-        init_cfg=dict(
-            type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224.pth')),
-    neck=dict(in_channels=[96, 192, 384, 768]))
+        init_cfg=dict(type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224.pth'),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
 optim_wrapper = dict(optimizer=dict(lr=2e-4), paramwise_cfg=dict(decay_rate=0.7, num_layers=6))
 train_dataloader = dict(batch_size=2)

@@ -10,4 +10,5 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(type='replk_mm.RepLKNet', arch='nano', norm_cfg=_base_.norm_cfg),
-    neck=dict(in_channels=[32, 64, 128, 256]))
+    neck=dict(in_channels=[32, 64, 128, 256]),
+)

@@ -19,8 +19,9 @@ test_pipeline = [_base_.load[0], resize, *_base_.test_pipeline[2:]]
 dataset = dict(
     data_root=data_root,
     metainfo=dict(
-        classes=classes,
-        palette=[(230, 80, 60), (245, 190, 50), (170, 75, 190), (30, 170, 150), (250, 130, 190)]))
+        classes=classes, palette=[(230, 80, 60), (245, 190, 50), (170, 75, 190), (30, 170, 150), (250, 130, 190)]
+    ),
+)
 train_dataloader = dict(dataset=dict(**dataset, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(**dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
@@ -31,7 +32,9 @@ model = dict(
     neck=dict(in_channels=[32, 64, 128, 256]),
     roi_head=dict(
         bbox_head=[{**head, 'num_classes': len(classes)} for head in _base_.model.roi_head.bbox_head],
-        mask_head=dict(num_classes=len(classes))))
+        mask_head=dict(num_classes=len(classes)),
+    ),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=50),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=450),

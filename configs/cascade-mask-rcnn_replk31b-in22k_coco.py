@@ -22,6 +22,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://download.openmmlab.com/mmclassification/v0/replknet/replknet-31B_in21k-pre_3rdparty_in1k_20221118-54ed5c46.pth',  # noqa: E501
-            prefix='backbone.')),
-    neck=dict(in_channels=[128, 256, 512, 1024]))
+            prefix='backbone.',
+        ),
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
 train_dataloader = dict(batch_size=4)

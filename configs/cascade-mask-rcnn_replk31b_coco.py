@@ -20,6 +20,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://download.openmmlab.com/mmclassification/v0/replknet/replknet-31B_3rdparty_in1k_20221118-fd08e268.pth',  # noqa: E501
-            prefix='backbone.')),
-    neck=dict(in_channels=[128, 256, 512, 1024]))
+            prefix='backbone.',
+        ),
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
 train_dataloader = dict(batch_size=4)

@@ -22,6 +22,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://download.openmmlab.com/mmclassification/v0/replknet/replknet-31L_in21k-pre_3rdparty_in1k-384px_20221118-dc3fc07c.pth',  # noqa: E501
-            prefix='backbone.')),
-    neck=dict(in_channels=[192, 384, 768, 1536]))
+            prefix='backbone.',
+        ),
+    ),
+    neck=dict(in_channels=[192, 384, 768, 1536]),
+)
 train_dataloader = dict(batch_size=4)

@@ -25,6 +25,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://download.openmmlab.com/mmclassification/v0/replknet/replknet-XL_meg73m-pre_3rdparty_in1k-320px_20221118-88259b1d.pth',  # noqa: E501
-            prefix='backbone.')),
-    neck=dict(in_channels=[256, 512, 1024, 2048]))
+            prefix='backbone.',
+        ),
+    ),
+    neck=dict(in_channels=[256, 512, 1024, 2048]),
+)
 train_dataloader = dict(batch_size=4)

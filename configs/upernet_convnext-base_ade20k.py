@@ -15,9 +15,10 @@ model = dict(
     backbone=dict(
         arch='base',
         drop_path_rate=0.4,
-        init_cfg=dict(
-            type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_base_1k_224.pth')),
+        init_cfg=dict(type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_base_1k_224.pth'),
+    ),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
     auxiliary_head=dict(in_channels=512),
-    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(341, 341)))
+    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(341, 341)),
+)
 train_dataloader = dict(batch_size=2)

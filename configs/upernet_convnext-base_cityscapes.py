@@ -15,10 +15,11 @@ model = dict(
     backbone=dict(
         arch='base',
         drop_path_rate=0.4,
-        init_cfg=dict(
-            type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_base_1k_224.pth')),
+        init_cfg=dict(type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_base_1k_224.pth'),
+    ),
     decode_head=dict(in_channels=[128, 256, 512, 1024], num_classes=19, align_corners=True),
-    auxiliary_head=dict(in_channels=512, num_classes=19, align_corners=True))
+    auxiliary_head=dict(in_channels=512, num_classes=19, align_corners=True),
+)
 train_dataloader = dict(batch_size=2)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1600),

@@ -17,9 +17,11 @@ model = dict(
         # 1.0 instead of the default 1e-6, which suits long pretraining: blocks contribute from the first iteration
         layer_scale_init_value=1.0,
         gap_before_final_norm=False,
-        out_indices=[0, 1, 2, 3]),
+        out_indices=[0, 1, 2, 3],
+    ),
     decode_head=dict(in_channels=[80, 160, 320, 640]),
-    auxiliary_head=dict(in_channels=320))
+    auxiliary_head=dict(in_channels=320),
+)
 train_dataloader = dict(batch_size=4)
 # A step takes twice as long as RepLKNet-nano's, hence fewer iterations; layer norms need a lower rate.
 optim_wrapper = dict(optimizer=dict(lr=1e-3))

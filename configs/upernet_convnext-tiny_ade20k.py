@@ -15,11 +15,12 @@ model = dict(
     backbone=dict(
         arch='tiny',
         drop_path_rate=0.4,
-        init_cfg=dict(
-            type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224.pth')),
+        init_cfg=dict(type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224.pth'),
+    ),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
-    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(341, 341)))
+    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(341, 341)),
+)
 # the stages learn at 0.9^6 ... 0.9^3 of lr; those of the larger models, with num_layers=12, at 0.9^12 ... 0.9^9
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=6))
 train_dataloader = dict(batch_size=2)

@@ -16,9 +16,12 @@ model = dict(
         arch='xlarge',
         drop_path_rate=0.4,
         init_cfg=dict(
-            type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_xlarge_22k_224.pth')),
+            type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_xlarge_22k_224.pth'
+        ),
+    ),
     decode_head=dict(in_channels=[256, 512, 1024, 2048]),
     auxiliary_head=dict(in_channels=1024),
-    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(426, 426)))
+    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(426, 426)),
+)
 optim_wrapper = dict(optimizer=dict(lr=8e-5))
 train_dataloader = dict(batch_size=2)

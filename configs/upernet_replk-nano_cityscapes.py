@@ -16,7 +16,9 @@ model = dict(
         arch='nano',
         norm_cfg=_base_.norm_cfg,
         small_kernel_merged=False,
-        out_indices=(0, 1, 2, 3)),
+        out_indices=(0, 1, 2, 3),
+    ),
     decode_head=dict(in_channels=[32, 64, 128, 256], num_classes=19),
-    auxiliary_head=dict(in_channels=128, num_classes=19))
+    auxiliary_head=dict(in_channels=128, num_classes=19),
+)
 train_dataloader = dict(batch_size=4)

@@ -20,8 +20,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://download.openmmlab.com/mmclassification/v0/replknet/replknet-31B_in21k-pre_3rdparty_in1k_20221118-54ed5c46.pth',  # noqa: E501
-            prefix='backbone.')),
+            prefix='backbone.',
+        ),
+    ),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
     auxiliary_head=dict(in_channels=512),
-    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(426, 426)))
+    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(426, 426)),
+)
 train_dataloader = dict(batch_size=4)

@@ -18,9 +18,12 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://download.openmmlab.com/mmclassification/v0/replknet/replknet-31B_3rdparty_in1k_20221118-fd08e268.pth',  # noqa: E501
-            prefix='backbone.')),
+            prefix='backbone.',
+        ),
+    ),
     decode_head=dict(in_channels=[128, 256, 512, 1024], num_classes=19, align_corners=True),
-    auxiliary_head=dict(in_channels=512, num_classes=19, align_corners=True))
+    auxiliary_head=dict(in_channels=512, num_classes=19, align_corners=True),
+)
 train_dataloader = dict(batch_size=2)
 param_scheduler = [
     # as many images as in the authors' warmup of 400 iterations with batch 64

@@ -22,8 +22,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://download.openmmlab.com/mmclassification/v0/replknet/replknet-XL_meg73m-pre_3rdparty_in1k-320px_20221118-88259b1d.pth',  # noqa: E501
-            prefix='backbone.')),
+            prefix='backbone.',
+        ),
+    ),
     decode_head=dict(in_channels=[256, 512, 1024, 2048]),
     auxiliary_head=dict(in_channels=1024),
-    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(426, 426)))
+    test_cfg=dict(mode='slide', crop_size=_base_.crop_size, stride=(426, 426)),
+)
 train_dataloader = dict(batch_size=4)

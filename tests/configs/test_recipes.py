@@ -341,7 +341,9 @@ def test_parameters_of_the_deployed_model_equal_the_replknet_authors(name):
 
 def samples(cfg: Config, loader: str, root: Path, count: int = 1, **changes) -> list:
     dataset = copy.deepcopy(cfg[loader].dataset)
-    dataset.update(data_root=str(root), serialize_data=False, **changes)  # serialization collects garbage first, which is slow
+    dataset.update(
+        data_root=str(root), serialize_data=False, **changes
+    )  # serialization collects garbage first, which is slow
     with DATASETS.switch_scope_and_registry(cfg.default_scope) as registry:
         built = registry.build(dataset)
         return [built[0] for _ in range(count)]

@@ -5,4 +5,5 @@ convnext = dict(
     layer_scale_init_value=1.0,
     # dense prediction needs feature maps, not pooled vectors
     gap_before_final_norm=False,
-    out_indices=[0, 1, 2, 3])
+    out_indices=[0, 1, 2, 3],
+)

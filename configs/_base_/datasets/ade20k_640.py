@@ -11,7 +11,8 @@ tta_pipeline = [
             [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
             [dict(type='LoadAnnotations')],
             [dict(type='PackSegInputs')],
-        ])
+        ],
+    ),
 ]
 # mmseg's IoUMetric, plus mIoU_present and the scores of every class
 val_evaluator = dict(type='replk_mm.IoUMetric')

@@ -9,20 +9,21 @@ train_pipeline = [
     dict(type='RandomCrop', crop_size=crop_size, recompute_bbox=True),
     dict(type='FilterAnnotations', min_gt_bbox_wh=(4, 4)),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs')
+    dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     load[0],
     dict(type='Resize', scale=(2048, 384), keep_ratio=True),
     load[1],
-    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(
     batch_size=4,
     sampler=dict(_delete_=True, type='InfiniteSampler', shuffle=True),
     batch_sampler=None,
     # like mmdet's, but they match classes by name and report unrounded scores of every class
-    dataset=dict(type='replk_mm.CocoDataset', pipeline=train_pipeline))
+    dataset=dict(type='replk_mm.CocoDataset', pipeline=train_pipeline),
+)
 val_dataloader = dict(dataset=dict(type='replk_mm.CocoDataset', pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(type='replk_mm.CocoDataset', pipeline=test_pipeline))
 val_evaluator = dict(type='replk_mm.CocoMetric')

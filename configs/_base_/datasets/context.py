@@ -9,7 +9,9 @@ dataset = dict(
     data_root='context/data',
     metainfo=dict(
         classes=('ground', 'cue_a', 'cue_b', 'object_a', 'object_b'),
-        palette=[[125, 150, 75], [190, 40, 40], [40, 60, 190], [245, 130, 110], [120, 170, 245]]))
+        palette=[[125, 150, 75], [190, 40, 40], [40, 60, 190], [245, 130, 110], [120, 170, 245]],
+    ),
+)
 train_dataloader = dict(batch_size=16, dataset=dict(**dataset, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(**dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader

@@ -10,14 +10,14 @@ train_pipeline_256 = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
     dict(type='replk_mm.ShrinkLabels', factor=4),
-    dict(type='PackSegInputs')
+    dict(type='PackSegInputs'),
 ]
 test_pipeline_256 = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 384), keep_ratio=True),
     # after Resize: the metric compares at the size of the annotation
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs')
+    dict(type='PackSegInputs'),
 ]
 # Multi-scale test by factors of the test scale; see ade20k_512.py.
 img_ratios_256 = [0.75, 1.0, 1.25]
@@ -30,5 +30,6 @@ tta_pipeline_256 = [
             [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
             [dict(type='LoadAnnotations')],
             [dict(type='PackSegInputs')],
-        ])
+        ],
+    ),
 ]

@@ -8,6 +8,8 @@ model = dict(
         layer_scale_init_value=1.0,
         # dense prediction needs feature maps, not pooled vectors
         gap_before_final_norm=False,
-        out_indices=[0, 1, 2, 3]))
+        out_indices=[0, 1, 2, 3],
+    )
+)
 # The authors test multi-scale on whole images, single-scale on the windows that each config sets.
 tta_test_cfg = dict(mode='whole')

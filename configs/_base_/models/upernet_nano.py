@@ -5,6 +5,8 @@ model = dict(
     backbone=dict(
         # on CPUs these heads, all convolutions, are fastest with channels-last features
         out_memory_format='preserve_format',
-        drop_path_rate=0.0),
+        drop_path_rate=0.0,
+    ),
     decode_head=dict(channels=64, norm_cfg=norm_cfg),
-    auxiliary_head=dict(channels=32, norm_cfg=norm_cfg))
+    auxiliary_head=dict(channels=32, norm_cfg=norm_cfg),
+)

@@ -10,4 +10,6 @@ model = dict(
         norm_cfg=dict(type='SyncBN', requires_grad=True),
         # recompute activations in the backward pass, as the recipe does: less memory, more time
         with_cp=True,
-        out_indices=(0, 1, 2, 3)))
+        out_indices=(0, 1, 2, 3),
+    )
+)

@@ -9,7 +9,8 @@ val_cfg = dict(type='replk_mm.ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(type='replk_mm.CheckpointHook', by_epoch=False, interval=400, max_keep_ckpts=2))
+    checkpoint=dict(type='replk_mm.CheckpointHook', by_epoch=False, interval=400, max_keep_ckpts=2),
+)
 log_processor = dict(by_epoch=False)
 optim_wrapper = dict(
     type='OptimWrapper',
@@ -17,6 +18,8 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         # these layers have thousands of inputs and no norm, and need a lower rate than convolutions with BatchNorm
-        custom_keys={'shared_fcs': dict(lr_mult=0.1)}),
-    clip_grad=dict(max_norm=10.0))
+        custom_keys={'shared_fcs': dict(lr_mult=0.1)},
+    ),
+    clip_grad=dict(max_norm=10.0),
+)
 auto_scale_lr = dict(enable=False, base_batch_size=4)
