@@ -1,7 +1,11 @@
 """Imports go down only: a package imports those below it, inside functions too, and files form no cycles."""
 
 import ast
+import importlib
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Top to bottom. Entries of one line do not import each other.
@@ -12,7 +16,7 @@ FLOORS = (
     ('bench',),
     ('analysis',),
     ('engine',),
-    ('evaluation', 'reparam'),
+    ('evaluation', 'reparam', 'equivalence', 'models'),
     ('data', 'deploy'),
     ('heads',),
     ('backbones',),
@@ -73,3 +77,22 @@ def test_the_check_sees_imports_inside_functions(tmp_path):
     path = tmp_path / 'x.py'
     path.write_text('def f():\n    from replk_mm.engine import runner\n    import replk_mm.errors\n')
     assert imports_of(path, KNOWN) == {'replk_mm.engine.runner', 'replk_mm.errors'}
+
+
+@pytest.mark.parametrize(
+    ('module', 'name', 'current'),
+    [
+        ('models', 'RepLKNet', 'backbones.RepLKNet'),
+        ('equivalence', 'compare', 'deploy.equivalence.compare_networks'),
+        ('ops', 'convolve', 'ops.fused_conv2d'),
+        ('ops', 'pack', 'ops.prepack'),
+        ('ops', 'implementation', 'ops.force_implementation'),
+    ],
+)
+def test_names_of_the_first_version_warn_and_work(module, name, current):
+    package, _, attribute = current.rpartition('.')
+    expected = getattr(importlib.import_module(f'replk_mm.{package}'), attribute)
+    if module != 'ops':
+        sys.modules.pop(f'replk_mm.{module}', None)  # a module warns when it is imported first
+    with pytest.warns(DeprecationWarning, match=current.rpartition('.')[0]):
+        assert getattr(importlib.import_module(f'replk_mm.{module}'), name) is expected
