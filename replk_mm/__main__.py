@@ -8,6 +8,8 @@ from pathlib import Path
 if sys.version_info < (3, 10):  # noqa: UP036 (doctor must start on any interpreter)
     sys.exit(f'error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}\nmake setup PYTHON=python3.11')
 
+from replk_mm.errors import INTERRUPTED_STATUS, USER_ERROR_STATUS, did_you_mean  # noqa: E402
+
 USAGE = 'usage: replk COMMAND [ARGUMENTS]\n       replk COMMAND --help'
 
 
@@ -33,15 +35,26 @@ def main(name: str | None = None) -> int:
         name = sys.argv[1].replace('-', '_') if len(sys.argv) > 1 else ''
         if name not in known:
             print(USAGE + '\n\n' + '\n'.join(f'  {key:20} {line}' for key, line in known.items()))
-            return 0 if name in ('__help', '_h') else 2
+            if name in ('__help', '_h'):
+                return 0
+            print(
+                f'error: {f"no command {name!r}. {did_you_mean(name, known)}" if name else "no command"}',
+                file=sys.stderr,
+            )
+            return USER_ERROR_STATUS
         sys.argv[:2] = [f'replk {name}']
     # OpenCV reads its limit when it is imported: Pillow's number of pixels, not six times as many.
     os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')
-    if name != 'doctor':  # which runs where torch or mmengine is missing
-        from replk_mm.engine.process import setup_process
+    try:
+        if name != 'doctor':  # which runs where torch or mmengine is missing
+            from replk_mm.engine.process import setup_process
 
-        setup_process()
-    return import_module(f'replk_mm.commands.{name}').main()
+            setup_process()
+        command = import_module(f'replk_mm.commands.{name}')
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return INTERRUPTED_STATUS
+    return command.main()
 
 
 if __name__ == '__main__':

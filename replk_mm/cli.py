@@ -96,10 +96,9 @@ def follow_up(name: str, args: argparse.Namespace, *arguments: object) -> str:
 
 def positive_int(text: str) -> int:
     """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} is not at least 1')
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not an integer of at least 1')
+    return int(text)
 
 
 def run_options(args: argparse.Namespace) -> RunOptions:

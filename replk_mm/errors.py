@@ -14,6 +14,8 @@ from pathlib import Path
 USER_ERROR_STATUS = 2
 #: Exit status of a training that a signal stopped and ``--resume`` continues: EX_TEMPFAIL of sysexits.h.
 STOPPED_STATUS = 75
+#: Exit status after the reader of the output has ended: 128 and SIGPIPE, as shells report it.
+BROKEN_PIPE_STATUS = 141
 #: Exit status after Ctrl-C.
 INTERRUPTED_STATUS = 130
 
@@ -154,5 +156,10 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except KeyboardInterrupt:
             _say('interrupted')
             return INTERRUPTED_STATUS
+        except BrokenPipeError as error:  # the reader of a pipe, such as head, has ended
+            if error.filename is not None:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it at exit
+            return BROKEN_PIPE_STATUS
 
     return wrapped

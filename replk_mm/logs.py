@@ -19,19 +19,22 @@ def announce(message: str, level: int = logging.INFO) -> None:
     MMLogger.get_current_instance().log(level, message, extra={'terminal': True})
 
 
-def log_notes(notes: list[str], shown: tuple[str, ...] = ('classes: ', 'resume: ')) -> None:
+#: Beginnings of notes that are printed.
+_SHOWN = ('checkpoints: ', 'classes: ', 'learning rate: ', 'log file: ', 'note: ', 'precision: ', 'resume: ')
+
+
+def log_notes(notes: list[str]) -> None:
     """Log what a command has changed or found.
 
     Args:
         notes: A line each. Those that begin with ``'warning: '`` are warnings, which are printed.
-        shown: Beginnings of other lines that are printed.
     """
     for note in notes:
         is_warning = note.startswith('warning: ')
         MMLogger.get_current_instance().log(
             logging.WARNING if is_warning else logging.INFO,
             note,
-            extra={'terminal': is_warning or note.startswith(shown)},
+            extra={'terminal': is_warning or note.startswith(_SHOWN)},
         )
 
 

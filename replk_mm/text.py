@@ -46,12 +46,18 @@ def format_duration(seconds: float) -> str:
 
 
 def format_metrics(metrics: Mapping[str, object]) -> str:
-    """The figures among metrics in one line, with four significant digits, without NaN and durations."""
-    return '  '.join(
-        f'{name} {value:.4g}'
+    """The figures among metrics in one line, with four significant digits, without durations.
+
+    NaN is the value of an area or a class without ground truth. It is left out unless all figures are NaN.
+    """
+    figures = {
+        name: value
         for name, value in metrics.items()
-        if isinstance(value, (int, float)) and not math.isnan(value) and name not in ('data_time', 'time')
-    )
+        if isinstance(value, (int, float)) and name not in ('data_time', 'time')
+    }
+    if figures and all(math.isnan(value) for value in figures.values()):
+        return f'{", ".join(figures)}: nan (the ground truth has nothing to score)'
+    return '  '.join(f'{name} {value:.4g}' for name, value in figures.items() if not math.isnan(value))
 
 
 def replace_block(text: str, name: str, content: str, page: str) -> str:

@@ -24,7 +24,7 @@ from replk_mm.data.datasets import crop_of
 from replk_mm.data.findings import CODES, SEVERITIES, SHOWN, Finding
 from replk_mm.engine.config import load_config, set_data_root
 from replk_mm.engine.process import prepare_work_dir
-from replk_mm.errors import UserError, command, command_line, printable
+from replk_mm.errors import UserError, command, printable
 from replk_mm.files import write_atomic
 
 #: Version of the JSON format. It increases when a key is removed or changes its meaning.
@@ -216,10 +216,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 def _next_step(args: argparse.Namespace, has_errors: bool) -> str:
     if has_errors:
         return 'fix the errors, then run this command again'
-    options = ['--data-root', args.data_root] if args.data_root else []
-    options += ['--classes', args.classes] if args.classes is not None else []
-    options += ['--cfg-options', '...'] if args.cfg_options else []
-    return command_line('train', args.config, *options)
+    return cli.follow_up('train', args)
 
 
 @command

@@ -40,7 +40,7 @@ def main() -> None:
     if result.per_class:
         print(class_table(result.per_class))
     elif result.metrics:
-        print("no table of classes: the config's metric does not report single classes")
+        print('no table of classes: the metric does not report single classes, or the ground truth has none')
     if result.changes:
         print(f'reparameterized: {result.changes}')
     print(f'{result.images} images in {format_duration(result.seconds)}: {format_metrics(result.metrics)}')

@@ -29,6 +29,8 @@ def explain_build_errors(cfg: Config, what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # mmengine reports Ctrl-C as a faulty config
+            raise error.__context__ from None
         raise UserError(f'{cfg.filename}: the {what} cannot be built: {_explain(cfg, error, what)}') from error
 
 

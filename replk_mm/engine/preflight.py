@@ -15,7 +15,7 @@ from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.amp import autocast
 
 from replk_mm.checkpoints.io import read_checkpoint
@@ -76,7 +76,8 @@ def _estimate(runner: Runner, step: float, validation: float) -> str:
     """
     loop: Any = runner.train_loop
     iterations = runner.max_iters - runner.iter
-    done, total = (loop.epoch, loop.max_epochs) if hasattr(loop, 'max_epochs') else (runner.iter, runner.max_iters)
+    epochs = isinstance(loop, EpochBasedTrainLoop)  # other loops have max_epochs too
+    done, total = (loop.epoch, loop.max_epochs) if epochs else (runner.iter, runner.max_iters)
     seconds, text = iterations * step, f'{iterations} iterations of {format_duration(step)}'
     if runner.val_loop is not None:
         interval = max(1, runner.val_interval)

@@ -109,13 +109,20 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
             f'{last}: cannot be resumed: it lacks its iteration, its epoch or the state of the hooks\n'
             f'Resume from a checkpoint that training wrote.'
         )
+    limit = cfg.train_cfg.get('max_iters')
+    if limit is not None and meta['iter'] > limit:
+        raise UserError(
+            f'{last}: cannot be resumed: it is at iteration {meta["iter"]}, and the training ends at {limit}\n'
+            f'Train longer with --max-iters, or resume from an earlier checkpoint.'
+        )
     compare_with_checkpoint(cfg, meta, last, ('train',))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     stored = {key: value.shape for key, value in unwrap_state_dict(loaded, last).items()}
     differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
     if differing:
         raise UserError(
-            f'{last}: cannot be resumed: it belongs to another network; {len(differing)} of {len(shapes)} '
+            f'{last}: cannot be resumed: it belongs to another network; {len(differing)} of '
+            f'{len(shapes.keys() | stored.keys())} '
             f'weights differ, such as {differing[0]}\nResume with the config of that run.'
         )
     cfg.load_from, cfg.resume = last, True

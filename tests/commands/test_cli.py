@@ -1,11 +1,12 @@
 """Arguments that several commands share."""
 
+import os
 import sys
 
 import pytest
 
-from replk_mm import cli
-from replk_mm.errors import command_line
+from replk_mm import __main__, cli
+from replk_mm.errors import BROKEN_PIPE_STATUS, USER_ERROR_STATUS, command, command_line
 
 
 def parse(*words: str) -> dict:
@@ -59,3 +60,25 @@ def test_unreadable(word, told, capsys):
 def test_command_line(program, expected, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [program])
     assert command_line('test', 'CONFIG', 'a b') == expected
+
+
+def test_an_unknown_command_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['replk', 'trian'])
+    assert __main__.main() == USER_ERROR_STATUS
+    assert 'train' in capsys.readouterr().err
+    monkeypatch.setattr('sys.argv', ['replk', '--help'])
+    assert __main__.main() == 0
+    assert {'train', 'suite', 'report'} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()[3:]}
+
+
+def test_a_closed_pipe_is_no_traceback():
+    @command
+    def main() -> None:
+        raise BrokenPipeError(32, 'Broken pipe')
+
+    saved = os.dup(1)
+    try:
+        assert main() == BROKEN_PIPE_STATUS
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

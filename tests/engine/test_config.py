@@ -18,6 +18,7 @@ from replk_mm.engine.config import (
     set_data_root,
     shorten_schedule,
 )
+from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.process import RunOptions
 from replk_mm.errors import UserError
@@ -413,3 +414,11 @@ def test_config_for_eight_gpus_is_ready_for_one_cpu(name, tiny, tmp_path):  # no
     for said in ('SyncBN runs on GPUs only; BN instead', 'weights: random', '4 with labels', 'learning rate'):
         assert said in notes
     build_model(cfg, 'meta')
+
+
+def test_ctrl_c_that_mmengine_reports_as_a_faulty_config_stays_an_interruption():
+    with pytest.raises(KeyboardInterrupt), explain_build_errors(Config(dict(model=dict())), 'model'):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SyntaxError('Failed to format the config file')  # noqa: B904 (as mmengine does)

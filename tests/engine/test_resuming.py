@@ -158,3 +158,8 @@ def test_states_that_no_training_leaves_are_a_user_error(name, tiny, trained, tm
     with pytest.raises(UserError, match='cannot be resumed') as info:
         tiny.train(tmp_path / 'work', 32, resume=path)
     assert str(info.value).startswith(path)
+
+
+def test_a_checkpoint_beyond_the_end_of_the_training_is_rejected(tiny, trained, tmp_path):
+    with pytest.raises(UserError, match=r'at iteration \d+, and the training ends at 2'):
+        tiny.prepare(tmp_path, 2, resume=str(trained))

@@ -330,7 +330,8 @@ class BackboneContract:
             assert total == self.num_layers and 0 <= depth < total, name
             assert model.get_layer_depth(name) == (depth, total)
             depths[name] = depth
-        assert set(depths.values()) >= set(range(self.num_layers - 1)), 'a layer without parameters'
+        missing = set(range(self.num_layers - 1)) - set(depths.values())
+        assert not missing, f'no parameter in layers {sorted(missing)}; _locate_parameter returns (0, None) for a stem'
         # What runs later is never shallower: order by the first use in a forward pass.
         order, names = [], {id(m): n for n, m in model.named_modules()}
         hooks = [
