@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import os
+import select
 import shlex
 import signal
 import sys
@@ -118,9 +119,23 @@ def _say(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:  # the same Ctrl-C ended the program at the other end of the pipe; keep the exit status
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
+        _discard_output(1, 2)
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output, such as ``head``, has ended; what is left of the output is discarded."""
+    poll = select.poll()
+    poll.register(1, 0)  # errors are always reported
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        _discard_output(1)
+    return closed
+
+
+def _discard_output(*descriptors: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(null, descriptor)
 
 
 def _recorded(main: Callable[..., int | None]) -> Callable[..., int | None]:
@@ -156,10 +171,9 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
         except KeyboardInterrupt:
             _say('interrupted')
             return INTERRUPTED_STATUS
-        except BrokenPipeError as error:  # the reader of a pipe, such as head, has ended
-            if error.filename is not None:
+        except BrokenPipeError:
+            if not _output_is_closed():
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it at exit
             return BROKEN_PIPE_STATUS
 
     return wrapped
