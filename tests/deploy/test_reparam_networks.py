@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from norms import randomize_norms
-from reparam_cases import BN, CHANNELS, REPLK, SEGMENTOR, build, norms
+from reparam_cases import BN, CHANNELS, FCN_HEAD, REPLK, SEGMENTOR, build, norms
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from replk_mm.deploy.equivalence import compare_networks, network_outputs
@@ -16,17 +16,7 @@ CASCADE = dict(
     num_stages=2,
     backbone=REPLK,
     decode_head=[
-        dict(
-            type='FCNHead',
-            in_channels=16,
-            in_index=2,
-            channels=8,
-            num_convs=1,
-            concat_input=False,
-            num_classes=5,
-            norm_cfg=BN,
-            align_corners=False,
-        ),
+        FCN_HEAD,
         dict(
             type='OCRHead',
             in_channels=16,

@@ -2,6 +2,7 @@
 
 import errno
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny import run_tool, tiny  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 
 from replk_mm.engine.config import load_config
+from replk_mm.engine.preflight import _estimate
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.train import train
 from replk_mm.errors import UserError
@@ -137,3 +139,11 @@ def test_a_backbone_that_looks_at_values_trains(tiny, tmp_path):
         },
     )
     assert last.name == 'iter_2.pth'
+
+
+def test_the_estimate_counts_every_validation():
+    loop = SimpleNamespace(epoch=0, max_epochs=1)  # mmengine's iteration-based loops have one epoch
+    runner = SimpleNamespace(
+        train_loop=loop, iter=0, max_iters=6, val_loop=loop, val_interval=2, val_dataloader=[None, None]
+    )
+    assert _estimate(runner, 1.0, 0.5) == 'about 9 s: 6 iterations of 1 s, 3 validations of 1 s'

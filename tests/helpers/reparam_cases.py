@@ -16,6 +16,17 @@ TINY = dict(
 )
 CHANNELS = TINY['channels']
 BN = dict(type='BN')
+FCN_HEAD = dict(
+    type='FCNHead',
+    in_channels=16,
+    in_index=2,
+    channels=8,
+    num_convs=1,
+    concat_input=False,
+    num_classes=5,
+    norm_cfg=BN,
+    align_corners=False,
+)
 
 
 def backbone(**kwargs) -> RepLKNet:
@@ -59,15 +70,5 @@ SEGMENTOR = dict(
         norm_cfg=BN,
         align_corners=False,
     ),
-    auxiliary_head=dict(
-        type='FCNHead',
-        in_channels=16,
-        in_index=2,
-        channels=8,
-        num_convs=1,
-        concat_input=False,
-        num_classes=5,
-        norm_cfg=BN,
-        align_corners=False,
-    ),
+    auxiliary_head=FCN_HEAD,
 )
