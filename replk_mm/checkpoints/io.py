@@ -1,12 +1,13 @@
 """Read checkpoints without running code in them, and write them as tensors and plain data."""
 
+import hashlib
 import io
 import json
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from http.client import HTTPException
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Annotated, Any
 
 import numpy as np
@@ -32,6 +33,8 @@ class CheckpointNotFoundError(UserError, FileNotFoundError):
 def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, progress: bool = True) -> Path:
     """Return the local path of a checkpoint; download it first if ``checkpoint`` is a URL.
 
+    A download is cached under its whole URL, because many files share a name, such as ``pytorch_model.bin``.
+
     Args:
         checkpoint: Path or URL.
         folder: Where downloads go. Defaults to torch's cache.
@@ -52,7 +55,8 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
         except (OSError, RuntimeError) as error:  # a name that is too long, an unknown user
             why = f' ({error})'
         raise CheckpointNotFoundError(f'{path}: no such checkpoint{why}')
-    path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / name.rsplit('/', 1)[-1]
+    cached = f'{hashlib.sha256(name.encode()).hexdigest()[:16]}-{PurePosixPath(name.split("?")[0]).name}'
+    path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / cached
     try:
         if path.is_file():
             announce(f'{name}: already downloaded to {path}')

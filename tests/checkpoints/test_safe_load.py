@@ -5,6 +5,7 @@ import builtins
 import collections
 import os
 import pickle
+import shutil
 import zipfile
 
 import numpy as np
@@ -313,14 +314,31 @@ def test_neither_url_nor_path_is_rejected(name, tmp_path, monkeypatch):
     assert len(str(caught.value)) < 700
 
 
-def test_a_file_that_is_there_already_is_logged(tmp_path, monkeypatch):
-    """Two addresses that end alike have one place in the cache."""
+@pytest.mark.parametrize(
+    'urls',
+    [
+        ('http://hub/timm/tiny.in1k/resolve/main/a.pth', 'http://hub/timm/tiny.in22k/resolve/main/a.pth'),
+        ('http://one/a.pth', 'http://two/a.pth'),
+        ('http://drive/a.pth?id=1', 'http://drive/a.pth?id=2'),
+        ('http://hub/a.safetensors?revision=v1', 'http://hub/a.safetensors?revision=v2'),
+    ],
+    ids=['folder', 'host', 'query', 'revision'],
+)
+def test_downloads_with_the_same_file_name_are_different_files(urls, tmp_path, monkeypatch):
+    downloads, log = [], []
+
+    def download(url, path, progress):
+        save_checkpoint({'state_dict': {'w': torch.tensor(float(urls.index(url)))}}, path)
+        downloads.append(url)
+
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda address, path, progress: torch.save({}, path))
-    log = []
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
     monkeypatch.setattr('replk_mm.checkpoints.io.announce', log.append)
-    assert fetch_checkpoint('http://one/latest.pth') == fetch_checkpoint('http://two/other/latest.pth')
-    assert 'http://one/' in log[0] and 'http://two/' in log[1] and f'{tmp_path}/checkpoints/latest.pth' in log[1]
+    for _ in range(2):
+        assert [read_checkpoint(url)['state_dict']['w'].item() for url in urls] == [0, 1]
+    assert downloads == list(urls)  # the second time from the cache
+    path = fetch_checkpoint(urls[1])
+    assert path.parent == tmp_path / 'checkpoints' and f'already downloaded to {path}' in log[-1]
 
 
 # ---- mmengine's own loading
@@ -345,13 +363,13 @@ def safe_loaders(monkeypatch):
 
 def test_backbones_of_others_load_data_only_in_our_commands(safe_loaders, tmp_path, monkeypatch):
     """A local file and an address, of which mmengine would run the content."""
-    proof, cached = tmp_path / 'proof', tmp_path / 'checkpoints' / 'hostile.pth'
-    cached.parent.mkdir()
+    proof, source = tmp_path / 'proof', tmp_path / 'source.pth'
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path, progress: shutil.copy(source, path))
     address = 'https://example.org/hostile.pth'
     monkeypatch.setattr(safe_loaders, 'get_torchvision_models', lambda: {'hostile': address})
-    torch.save({'state_dict': {'conv.weight': Exploit(os.mkdir, str(proof))}}, cached)
-    for place in (str(cached), address, 'torchvision://hostile'):
+    torch.save({'state_dict': {'conv.weight': Exploit(os.mkdir, str(proof))}}, source)
+    for place in (str(source), address, 'torchvision://hostile'):
         with pytest.raises(UserError, match='mkdir'):
             Theirs(place).init_weights()
     assert not proof.exists()
@@ -360,11 +378,11 @@ def test_backbones_of_others_load_data_only_in_our_commands(safe_loaders, tmp_pa
             'state_dict': {'conv.weight': torch.full((1, 1, 1, 1), 3.0), 'conv.bias': torch.ones(1)},
             'log': HistoryBuffer([1.0], [1]),
         },
-        cached,
+        source,
     )
-    backbone = Theirs(address)
+    backbone = Theirs(f'{address}?version=2')  # the first one stays in the cache
     backbone.init_weights()
     assert backbone.conv.weight.item() == 3
-    assert safe_loaders.load_from_local(str(cached), 'meta')['state_dict']['conv.bias'].is_meta
+    assert safe_loaders.load_from_local(str(source), 'meta')['state_dict']['conv.bias'].is_meta
     with pytest.raises(FileNotFoundError, match='absent.pth: no such checkpoint'):
         safe_loaders.load_checkpoint(torch.nn.Linear(2, 2), str(tmp_path / 'absent.pth'))
