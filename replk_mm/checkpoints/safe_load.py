@@ -95,7 +95,7 @@ def safe_load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any
     """Read a torch or safetensors file without running code in it.
 
     Args:
-        path: The file. ``.safetensors`` returns ``{'state_dict': weights, 'meta': meta}``.
+        path: The file. The content decides its format; safetensors returns ``{'state_dict': weights, 'meta': meta}``.
         map_location: Device of the tensors, as in :func:`torch.load`. Defaults to ``'cpu'``.
         trust: Unpickle any object. A torch file can then run any code.
 
@@ -103,13 +103,23 @@ def safe_load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any
         UserError: If the file is damaged, or would run code.
     """
     try:
-        if path.suffix == '.safetensors':
-            return _load_safetensors(path, map_location)
-        # torch 2.4 does not have safe_globals.
-        safe_globals = getattr(torch.serialization, 'safe_globals', nullcontext)
-        with safe_globals(_ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch warns about unknown pickle versions
-            return torch.load(path, map_location=map_location, weights_only=not trust)
+        with path.open('rb') as file:
+            start = file.read(40)
+            if start[6:9] == b'\0\0{':  # the length of safetensors' header, and its begin
+                return _load_safetensors(path, map_location)
+            if not start.startswith((b'PK', b'\x80')):  # neither a zip archive nor a pickle
+                raise UserError(
+                    f'{path}: not a checkpoint: it begins with {start!r} ({path.stat().st_size:,} bytes)\n'
+                    f'Check the path. If this is a web page or a Git LFS pointer, the download failed: repeat it.'
+                )
+            file.seek(0)
+            # torch 2.4 does not have safe_globals.
+            safe_globals = getattr(torch.serialization, 'safe_globals', nullcontext)
+            with safe_globals(_ALLOWED), warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # torch warns about unknown pickle versions
+                return torch.load(file, map_location=map_location, weights_only=not trust)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         found = _REFUSED.search(str(error))
         if found is None:
@@ -133,7 +143,7 @@ def _load_safetensors(path: Path, map_location: Any) -> dict:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    text = str(error).strip()
+    text = str(error).rpartition('WeightsUnpickler error: ')[2].strip()  # after torch's advice to trust the file
     return UserError(
         f'{path}: cannot be read: the file is damaged, truncated or not a checkpoint '
         f'({path.stat().st_size:,} bytes)\n'

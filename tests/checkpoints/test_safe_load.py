@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
+from safetensors.torch import save_file
 
 from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint, register_safe_loaders, save_checkpoint
 from replk_mm.checkpoints.loading import load_pretrained
@@ -176,7 +177,9 @@ def plain(path):
 
 BROKEN = {
     'empty': lambda p: p.write_bytes(b''),
-    'text': lambda p: p.write_text('<!DOCTYPE html><html>not found</html>\n'),
+    'a page': lambda p: p.write_text('<!DOCTYPE html><html>not found</html>\n'),
+    'a readme': lambda p: p.write_text('# Model card\n\nWeights of a network.\n'),
+    'a Git LFS pointer': lambda p: p.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\n'),
     'text that begins like a number': lambda p: p.write_text('404: Not Found'),
     'cut in half': lambda p: p.write_bytes(plain(p)[:2500]),
     'cut by a byte': lambda p: p.write_bytes(plain(p)[:-1]),
@@ -195,6 +198,25 @@ BROKEN = {
 
 
 @pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+@pytest.mark.parametrize('length', [1, 2000])
+def test_content_decides_the_format(length, suffix, tmp_path):
+    """The header of safetensors begins with its length, which may look like a pickle or a zip archive."""
+    weights = {f'{i:04}' * 8: torch.full((1,), float(i)) for i in range(length)}
+    for write_file in (torch.save, save_file):
+        write_file(weights, tmp_path / f'a.{suffix}')
+        loaded = read_checkpoint(tmp_path / f'a.{suffix}')
+        assert loaded.get('state_dict', loaded) == weights
+
+
+def test_header_that_begins_like_a_pickle(tmp_path):
+    for size in range(1, 300):
+        save_file({'w': torch.ones(1)}, tmp_path / 'a.pth', {'x': 'x' * size})
+        if (tmp_path / 'a.pth').read_bytes()[:1] == b'\x80':
+            break
+    assert read_checkpoint(tmp_path / 'a.pth')['state_dict']['w'].item() == 1
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
 @pytest.mark.parametrize('kind', BROKEN)
 def test_broken_files_are_explained(kind, suffix, tmp_path):
     path = tmp_path / f'broken.{suffix}'
@@ -204,9 +226,13 @@ def test_broken_files_are_explained(kind, suffix, tmp_path):
     expected = {
         'a folder': 'folder',
         'nothing there': 'no such',
-        **({'a list': 'list', 'a tensor': 'Tensor'} if suffix == 'pth' else {}),
+        'a list': 'list',
+        'a tensor': 'Tensor',
+        **dict.fromkeys(('empty', 'a page', 'a readme', 'text that begins like a number'), 'not a checkpoint: '),
+        'a Git LFS pointer': 'git-lfs',
     }
     assert first_line(caught).startswith(f'{path}: ') and expected.get(kind, 'damaged') in first_line(caught)
+    assert 'weights_only' not in str(caught.value)  # torch's advice to trust the file
     assert len(str(caught.value)) < 700 and 'Traceback' not in str(caught.value)
 
 
