@@ -1,168 +1,328 @@
-"""Key names of published RepLKNet and ConvNeXt checkpoints, and their conversion to ours.
+"""Find the weights of a network in a checkpoint of any program, and convert their names to ours.
 
-Our names are mmpretrain's, which for RepLKNet are also the authors'. timm has no RepLKNet.
+One rule covers nesting and prefixes: the weights are those whose names and shapes fit the network after a common prefix
+is removed. :data:`FORMATS` has the names of other libraries. Ours are mmpretrain's, which for RepLKNet are also the
+authors'. timm, torchvision and transformers have no RepLKNet.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
+import torch.nn as nn
 from mmengine.logging import print_log
 from torch import Tensor
 
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, format_list
 
-#: Keys under which training programs store the weights. At each level, the first one that exists is used.
-NESTS = (
-    'state_dict',
-    'model',
-    'module',
-    'model_state_dict',
-    'model_state',
-    'net',
-    'network',
-    'params',
-    'model_ema',
-    'ema_state_dict',
-    'state_dict_ema',
-)
-#: Prefixes that wrapper modules add to every key.
-WRAPPERS = ('module.', '_orig_mod.', 'model.', 'state_dict.')
-
+#: Parts of a name that wrapper modules add at any place: DistributedDataParallel and averages, torch.compile, FSDP,
+#: activation checkpointing.
+WRAPPERS = frozenset({'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'})
 #: Counters that averaging wrappers store next to the weights.
 COUNTERS = ('n_averaged', 'steps')
+#: Momentum encoders of self-supervised training (MoCo, BYOL), which is evaluated with the other encoder.
+MOMENTUM_ENCODERS = frozenset({'encoder_k', 'momentum_encoder', 'target_net'})
+_EMA = re.compile(r'(^|[._])ema([._]|$)')
+_MAX_DEPTH = 5
+# First names of classifiers, which a backbone does not have.
+_CLASSIFIER = re.compile(r'(head|fc|classifier|norm)\.')
 
-# Classifier weights of an ImageNet checkpoint, which a backbone does not use.
-_CLASSIFIER = re.compile(r'(head(\.fc|\.l\d|\.layers)?|fc|classifier)\.(weight|bias)$')
-_CONVNEXT = {
-    'official': [
-        (re.compile(r'\.dwconv\.'), '.depthwise_conv.'),
-        (re.compile(r'\.pwconv([12])\.'), r'.pointwise_conv\1.'),
-    ],
-    'timm': [
-        (re.compile(r'^stem\.(\d)\.'), r'downsample_layers.0.\1.'),
-        (re.compile(r'^stages\.(\d+)\.downsample\.'), r'downsample_layers.\1.'),
-        (re.compile(r'^(stages\.\d+)\.blocks\.'), r'\1.'),
-        (re.compile(r'\.conv_dw\.'), '.depthwise_conv.'),
-        (re.compile(r'\.mlp\.fc([12])\.'), r'.pointwise_conv\1.'),
-        (re.compile(r'\.mlp\.grn\.weight$'), '.grn.gamma'),
-        (re.compile(r'\.mlp\.grn\.bias$'), '.grn.beta'),
-        (re.compile(r'^head\.norm\.'), 'norm.'),
-    ],
-}
+
+@dataclass(frozen=True)
+class KeyFormat:
+    """Names that a library gives to the weights of a family.
+
+    Attributes:
+        family: Class name of the backbone.
+        name: The library.
+        anchor: A weight of the first block, whose name occurs in no other format. The prefix is the text before it.
+        rules: Regular expressions and replacements, applied in order to each name without its prefix. They give our
+            names; ``{last}`` in a replacement is the number of the last stage.
+    """
+
+    family: str
+    name: str
+    anchor: str
+    rules: tuple[tuple[str, str], ...] = ()
+
+    def rename(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights under our names."""
+        out: dict[str, Tensor] = {}
+        for key, value in weights.items():
+            for pattern, replacement in self.rules:
+                key = re.sub(pattern, replacement, key)
+            # Layer scale and response norm are vectors here; in some libraries they have dimensions of size 1.
+            out[key] = value.flatten() if key.endswith(('.gamma', '.beta')) else value
+        stages = [int(match[1]) for key in out if (match := re.match(r'stages\.(\d{1,3})\.', key))]
+        return {key.replace('{last}', str(max(stages, default=0))): value for key, value in out.items()}
+
+
+_OWN = KeyFormat('', '', '')
+_FINAL_NORM = (r'^norm\.', 'norm{last}.')  # the only norm of a classifier is that of the last stage
+_GRN = ((r'\.grn\.weight$', '.grn.gamma'), (r'\.grn\.bias$', '.grn.beta'))
+_AUTHORS = ((r'\.dwconv\.', '.depthwise_conv.'), (r'\.pwconv([12])\.', r'.pointwise_conv\1.'))
+_TIMM = (
+    (r'^stem\.(\d)\.', r'downsample_layers.0.\1.'),
+    (r'^stages\.(\d+)\.downsample\.', r'downsample_layers.\1.'),
+    (r'^(stages\.\d+)\.blocks\.', r'\1.'),
+    (r'\.conv_dw\.', '.depthwise_conv.'),
+    (r'\.mlp\.fc([12])\.', r'.pointwise_conv\1.'),
+    (r'\.mlp\.grn\.', '.grn.'),
+    *_GRN,
+    (r'^head\.norm\.', 'norm{last}.'),
+)
+#: Key names in circulation. A new family or library is one entry.
+FORMATS = (
+    KeyFormat('RepLKNet', 'official', 'stages.0.blocks.0.pw1.conv.weight'),
+    KeyFormat('ConvNeXt', 'mmpretrain', 'stages.0.0.depthwise_conv.weight', (_FINAL_NORM,)),
+    # DINOv3 stores the final norm twice, as norm and as norms.3.
+    KeyFormat(
+        'ConvNeXt', 'official', 'stages.0.0.dwconv.weight', (*_AUTHORS, (r'^norms\.(\d)\.', r'norm\1.'), _FINAL_NORM)
+    ),
+    KeyFormat('ConvNeXt', 'timm', 'stages.0.blocks.0.conv_dw.weight', _TIMM),
+    KeyFormat(
+        'ConvNeXt', 'timm features_only', 'stages_0.blocks.0.conv_dw.weight', ((r'^(stem|stages)_', r'\1.'), *_TIMM)
+    ),
+    KeyFormat(
+        'ConvNeXt',
+        'torchvision',
+        'features.1.0.block.0.weight',
+        (
+            *((rf'^features\.{2 * i}\.', f'downsample_layers.{i}.') for i in range(4)),
+            *((rf'^features\.{2 * i + 1}\.(\d+)\.', rf'stages.{i}.\1.') for i in range(4)),
+            (r'\.layer_scale$', '.gamma'),
+            (r'\.block\.0\.', '.depthwise_conv.'),
+            (r'\.block\.2\.', '.norm.'),
+            (r'\.block\.3\.', '.pointwise_conv1.'),
+            (r'\.block\.5\.', '.pointwise_conv2.'),
+            (r'^classifier\.0\.', 'norm{last}.'),
+        ),
+    ),
+    KeyFormat(
+        'ConvNeXt',
+        'transformers',
+        'encoder.stages.0.layers.0.dwconv.weight',
+        (
+            (r'^embeddings\.patch_embeddings\.', 'downsample_layers.0.0.'),
+            (r'^embeddings\.layernorm\.', 'downsample_layers.0.1.'),
+            (r'^encoder\.stages\.(\d+)\.downsampling_layer\.', r'downsample_layers.\1.'),
+            (r'^encoder\.stages\.(\d+)\.layers\.', r'stages.\1.'),
+            (r'\.layernorm\.', '.norm.'),
+            (r'\.layer_scale_parameter$', '.gamma'),
+            *_GRN,
+            *_AUTHORS,
+            (r'^layernorm\.', 'norm{last}.'),
+            *((rf'^hidden_states_norms\.stage{i + 1}\.', f'norm{i}.') for i in range(4)),
+        ),
+    ),
+    KeyFormat(
+        'ConvNeXt',
+        'transformers DINOv3',
+        'stages.0.layers.0.depthwise_conv.weight',
+        (
+            (r'^stages\.(\d+)\.downsample_layers\.', r'downsample_layers.\1.'),
+            (r'^stages\.(\d+)\.layers\.', r'stages.\1.'),
+            (r'\.layer_norm\.', '.norm.'),
+            (r'^layer_norm\.', 'norm{last}.'),
+        ),
+    ),
+)
+_BY_ANCHOR = {form.anchor: form for form in FORMATS}
 
 
 @dataclass
-class ConvertedStateDict:
-    """State dict with our key names.
+class FoundWeights:
+    """Weights of a backbone in a checkpoint.
 
     Attributes:
-        backbone: Weights of the backbone, without prefix.
-        rest: All other weights of a whole model, such as ``decode_head.*``, with their original names.
+        backbone: Weights of the backbone with our names, without prefix.
+        rest: Other weights of a whole model, such as ``decode_head.*``, with their original names. Empty if the
+            backbone's prefix does not contain ``backbone.``.
         family: ``'RepLKNet'``, ``'ConvNeXt'``, or ``''`` if unknown.
-        format: ``'official'``, ``'mmpretrain'``, ``'timm'``, or ``''`` if the family is unknown.
-        merged: Whether the parallel kernels of a RepLKNet are merged.
-        ignored: Keys of an ImageNet classifier, which a backbone does not have.
-        whole_model: Whether the keys of the backbone had a prefix.
+        format: Name of the key format, or ``''`` if unknown.
+        prefix: What precedes the backbone's names, with the keys of the dicts around them, such as
+            ``'state_dict.backbone.'``. Parts that wrapper modules add are left out.
+        unused: Weights under the prefix that are in no module of the backbone, such as a classifier.
+        matched: Number of weights that fit the network.
     """
 
     backbone: dict[str, Tensor]
-    rest: dict[str, Tensor]
+    rest: dict[str, Tensor] = field(default_factory=dict)
     family: str = ''
     format: str = ''
-    merged: bool = False
-    ignored: list[str] = field(default_factory=list)
-    whole_model: bool = False
+    prefix: str = ''
+    unused: list[str] = field(default_factory=list)
+    matched: int = 0
+
+    @property
+    def merged(self) -> bool:
+        """Whether the parallel kernels of a RepLKNet are merged."""
+        return any('.lkb_reparam.' in key for key in self.backbone)
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether the weights are those of a whole segmentor or detector."""
+        return 'backbone' in self.prefix.split('.')
 
     def describe(self) -> str:
         """Return a short description for logs."""
-        if not self.family:
-            return 'weights of an unknown family'
-        form = f'{"merged " if self.merged else ""}{self.format} key names'
-        aside = f', {len(self.ignored)} classifier keys ignored' if self.ignored else ''
-        return f'{self.family}, {form}{aside}'
+        form = f'{self.family}, {"merged " if self.merged else ""}{self.format} key names' if self.family else ''
+        under = f', prefix {self.prefix!r}' if self.prefix else ''
+        unused = f', not used: {format_list(self.unused)}' if self.unused else ''
+        return (form or 'weights of an unknown family') + under + unused
 
 
-def unwrap_state_dict(checkpoint: Mapping, where: str = 'checkpoint') -> dict[str, Tensor]:
-    """Return the flat state dict in a checkpoint of any training program.
+def fits(target: Tensor, source: Tensor) -> bool:
+    """Whether two weights have the same shape, apart from dimensions of size 1: a linear layer fits a 1x1 convolution."""
+    return source.shape == target.shape or (
+        source.numel() == target.numel() and source.squeeze().shape == target.squeeze().shape
+    )
+
+
+def find_weights(
+    checkpoint: Mapping,
+    network: nn.Module | None = None,
+    where: str = 'checkpoint',
+    prefix: str | None = None,
+    use_ema: bool = True,
+) -> FoundWeights:
+    """Find the weights of a backbone in a checkpoint: those that fit after a common prefix is removed.
 
     Args:
         checkpoint: The loaded file.
-        where: Name of the file in error messages.
+        network: The backbone, or a model without one. By default, any backbone with a format in :data:`FORMATS`.
+        where: Name of the file in messages.
+        prefix: End of the prefix, such as ``'encoder.'``. By default, any.
+        use_ema: Of weights and their moving averages, return the averages, as timm's loader and mmengine's EMA hook do.
 
     Raises:
-        UserError: If the checkpoint contains no tensors.
+        UserError: If the checkpoint contains no tensors, none with this prefix, or several networks that fit.
     """
-    node = checkpoint
-    # Search nested dicts first: other tensors, such as the best accuracy, may be next to them.
-    while True:
-        nest = next((key for key in NESTS if isinstance(node.get(key), Mapping)), None)
-        if nest is None and any(isinstance(value, Tensor) for value in node.values()):
-            break
-        if nest is None:
-            found = ', '.join(map(str, list(node)[:6])) or 'nothing'
+    nests = dict(_nests(checkpoint))
+    if not nests:
+        raise UserError(
+            f'{where}: contains no weights; its keys are: {format_list(checkpoint) or "none"}\n'
+            f'A checkpoint is a dict of tensors, or has one inside, for example under "state_dict".'
+        )
+    own = {} if network is None else network.state_dict()
+    found = [one for nest, weights in nests.items() for one in _candidates(nest, weights, own)]
+    # Nothing fits: name what the checkpoint contains.
+    found = found or [one for nest, weights in nests.items() for one in _candidates(nest, weights, {})]
+    if prefix:
+        wanted = '.' + _unwrapped(prefix).strip('.') + '.'
+        under = [one for one in found if f'.{one.prefix}'.endswith(wanted)]
+        if not under:
             raise UserError(
-                f'{where}: contains no weights; its keys are: {found}\n'
-                f'A checkpoint has tensors at its top level or under one of: {", ".join(NESTS)}.'
+                f'{where}: no weights of the network under prefix={prefix!r}; '
+                f'they are under: {format_list(repr(one.prefix) for one in found) or "no prefix"}\n'
+                f'Omit prefix to find them by name and shape.'
             )
-        if nest == 'model' and isinstance(node.get('model_ema'), Mapping):
-            print_log(f'{where}: loading "model", not "model_ema"', logger='current')
-        node = node[nest]
-    weights = {str(key): value for key, value in node.items() if isinstance(value, Tensor) and key not in COUNTERS}
-    while wrapper := next(
-        (wrapper for wrapper in WRAPPERS if weights and all(key.startswith(wrapper) for key in weights)), None
-    ):
-        weights = {key.removeprefix(wrapper): value for key, value in weights.items()}
-    return weights
+        found = under
+    if not found:
+        nest = max(nests, key=lambda nest: len(nests[nest]))
+        return FoundWeights(nests[nest], prefix=nest)
+    best = max(one.matched for one in found)
+    selected = _select([one for one in found if one.matched == best], checkpoint, use_ema, where)
+    for one in found:
+        if best > one.matched > best / 2:
+            print_log(
+                f'{where}: weights {selected.prefix!r}, not {one.prefix!r}, of which only {one.matched} fit',
+                logger='current',
+            )
+    return selected
 
 
-def convert_state_dict(weights: Mapping[str, Tensor], prefix: str | None = None) -> ConvertedStateDict:
-    """Convert a flat state dict to our key names.
+def _unwrapped(key: str) -> str:
+    return '.'.join(part for part in key.split('.') if part not in WRAPPERS)
 
-    Args:
-        weights: The output of :func:`unwrap_state_dict`.
-        prefix: Prefix of the backbone's keys. Defaults to ``backbone.`` if any key has it, otherwise none.
+
+def _nests(node: Mapping, path: str = '', depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dict in a checkpoint that contains tensors, by its path."""
+    weights = {_unwrapped(str(key)): value for key, value in node.items() if isinstance(value, Tensor)}
+    weights = {key: value for key, value in weights.items() if key not in COUNTERS}
+    if weights:
+        yield path, weights
+    for key, value in node.items():
+        if isinstance(value, Mapping) and depth < _MAX_DEPTH:
+            name = _unwrapped(str(key))
+            yield from _nests(value, f'{path}{name}.' if name else path, depth + 1)
+
+
+def _candidates(nest: str, weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[FoundWeights]:
+    """The weights of each network in a dict: of its own names, or of a format that has its anchor."""
+    prefixes: dict[str, KeyFormat] = {}
+    for key in weights:
+        for start in (0, *(match.end() for match in re.finditer(r'\.', key))):
+            if (form := _BY_ANCHOR.get(key[start:])) or key[start:] in own:
+                prefixes[key[:start]] = form or prefixes.get(key[:start], _OWN)
+    modules = {key.split('.')[0] for key in own}
+    for prefix, form in prefixes.items():
+        theirs = {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
+        # The network may itself be another library's.
+        options = [(_count(renamed := f.rename(theirs), own), f, renamed) for f in dict.fromkeys((form, _OWN))]
+        matched, form, backbone = max(options, key=lambda option: option[0]) if own else options[0]
+        if own and not matched:
+            continue
+        unused = [key for key in backbone if (key.split('.')[0] not in modules if own else _CLASSIFIER.match(key))]
+        parts = prefix.split('.')
+        rest = {}
+        if 'backbone' in parts:
+            model = '.'.join(parts[: len(parts) - 1 - parts[::-1].index('backbone')] + [''])
+            rest = {
+                key.removeprefix(model): value
+                for key, value in weights.items()
+                if key.startswith(model) and not key.startswith(prefix)
+            }
+        backbone = {key: value for key, value in backbone.items() if key not in unused}
+        yield FoundWeights(backbone, rest, form.family, form.name, nest + prefix, unused, matched)
+
+
+def _count(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
+    return sum(key in own and fits(own[key], value) for key, value in weights.items())
+
+
+def _select(fitting: list[FoundWeights], checkpoint: Mapping, use_ema: bool, where: str) -> FoundWeights:
+    """Choose between weights that fit equally well, and log the choice.
+
+    Raises:
+        UserError: If it is ambiguous.
     """
-    if prefix is None or not any(key.startswith(prefix) for key in weights):
-        prefix = 'backbone.' if any(key.startswith('backbone.') for key in weights) else ''
-    prefix = prefix if not prefix or prefix.endswith('.') else prefix + '.'
-    backbone = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
-    rest = {key: value for key, value in weights.items() if not key.startswith(prefix)}
-    out = ConvertedStateDict(backbone, rest, whole_model=bool(prefix))
-    # With a prefix, the classifier is outside of it. Dense prediction heads have other names.
-    out.ignored = [key for key in (rest if prefix else backbone) if _CLASSIFIER.match(key)]
-    for key in out.ignored:
-        (rest if prefix else backbone).pop(key)
-
-    if any('.large_kernel.' in key for key in backbone):
-        out.family, out.format = 'RepLKNet', 'mmpretrain' if prefix else 'official'
-        out.merged = any('.lkb_reparam.' in key for key in backbone)
-        # The last norm of the classifier is not part of the backbone.
-        for key in [key for key in backbone if re.match(r'norm\.', key)]:
-            out.ignored.append(key)
-            del backbone[key]
-    elif any(re.match(r'stages\.\d+\.\d+\.(depthwise_conv|dwconv)\.', key) for key in backbone):
-        out.family = 'ConvNeXt'
-        out.format = 'official' if any('.dwconv.' in key for key in backbone) else 'mmpretrain'
-    elif any('.conv_dw.' in key for key in backbone):
-        out.family, out.format = 'ConvNeXt', 'timm'
-    if out.family == 'ConvNeXt':
-        out.backbone = _convnext_keys(backbone, out.format)
-    return out
+    distinct: list[FoundWeights] = []
+    for one in fitting:
+        if not any(_equal(one, other) for other in distinct):
+            distinct.append(one)
+    trained = [one for one in distinct if not MOMENTUM_ENCODERS & set(one.prefix.split('.'))] or distinct
+    averages = [one for one in trained if _is_average(one, trained, checkpoint)]
+    raw = [one for one in trained if one not in averages]
+    if len(averages) == 1 and len(raw) == 1:
+        trained = averages if use_ema else raw
+        print_log(
+            f'{where}: {"averaged" if use_ema else "raw"} weights {trained[0].prefix!r}, '
+            f'not {(raw if use_ema else averages)[0].prefix!r} (use_ema={use_ema})',
+            logger='current',
+        )
+    elif len(trained) > 1:
+        raise UserError(
+            f'{where}: several networks fit; their prefixes are: {format_list(repr(one.prefix) for one in trained)}\n'
+            f"Choose one with prefix=..., in init_cfg or as convert_checkpoint's --prefix."
+        )
+    return trained[0]
 
 
-def _convnext_keys(weights: dict[str, Tensor], form: str) -> dict[str, Tensor]:
-    last = max((int(match[1]) for key in weights if (match := re.match(r'stages\.(\d{1,3})\.', key))), default=0)
-    out = {}
-    for key, value in weights.items():
-        for pattern, replacement in _CONVNEXT.get(form, ()):
-            key = pattern.sub(replacement, key)
-        # The only norm of a classifier is that of the last stage, as in mmpretrain's converter.
-        key = re.sub(r'^norm\.', f'norm{last}.', key)
-        if '.grn.' in key and value.shape[:-1].numel() == 1:  # (1, 1, 1, C) in the authors' code
-            value = value.reshape(value.shape[-1:])
-        out[key] = value
-    return out
+def _equal(one: FoundWeights, other: FoundWeights) -> bool:
+    pairs = [(value, other.backbone.get(key)) for key, value in one.backbone.items()]
+    return len(one.backbone) == len(other.backbone) and all(b is not None and torch.equal(a, b) for a, b in pairs)
+
+
+def _is_average(one: FoundWeights, found: list[FoundWeights], checkpoint: Mapping) -> bool:
+    parts = one.prefix.split('.')
+    stored = checkpoint.get('ema_state_dict')
+    if isinstance(stored, Mapping) and 'steps' in stored:  # mmengine's hook stores the averages under 'state_dict'
+        return parts[0] == 'state_dict'
+    if 'teacher' in parts:
+        return any('student' in other.prefix.split('.') for other in found)
+    return bool(_EMA.search(one.prefix))
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from replk_mm.checkpoints.io import read_checkpoint
-from replk_mm.checkpoints.key_formats import ConvertedStateDict, convert_state_dict, unwrap_state_dict
+from replk_mm.checkpoints.key_formats import FoundWeights, find_weights, fits
 from replk_mm.errors import UserError
 from replk_mm.logs import announce
 
@@ -77,9 +77,7 @@ def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -
             source = weights.get(key)
             if source is None:
                 report.missing.append(key)
-            elif source.shape != target.shape and not (
-                source.numel() == target.numel() and source.squeeze().shape == target.squeeze().shape
-            ):
+            elif not fits(target, source):
                 report.mismatched.append((key, tuple(target.shape), tuple(source.shape)))
             else:
                 target.copy_(source.reshape(target.shape))
@@ -89,29 +87,36 @@ def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -
 
 
 def load_pretrained(
-    backbone: Any, checkpoint: str | Path, prefix: str | None = None, strict: bool = True, map_location: str = 'cpu'
+    backbone: Any,
+    checkpoint: str | Path,
+    prefix: str | None = None,
+    strict: bool = True,
+    map_location: str = 'cpu',
+    use_ema: bool = True,
 ) -> LoadReport:
     """Load pretrained weights of any known format, as in ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
 
     Args:
         backbone: A backbone of this package.
         checkpoint: Path or URL.
-        prefix: Prefix of the backbone's keys in the file. Detected by default.
+        prefix: End of the prefix of the backbone's keys in the file, such as ``'encoder.'``. Detected by default.
         strict: Raise unless every weight is set, except norms of the output features. Defaults to True.
         map_location: For compatibility with mmengine's configs. Weights are always read on the CPU and copied.
+        use_ema: Of weights and their moving averages, load the averages. Defaults to True.
 
     Raises:
-        UserError: If the file cannot be read, or does not fit and ``strict`` is True.
+        UserError: If the file cannot be read, does not fit and ``strict`` is True, or contains several networks that
+            fit.
     """
     loaded = read_checkpoint(checkpoint)
-    converted = convert_state_dict(unwrap_state_dict(loaded, str(checkpoint)), prefix)
-    weights = converted.backbone
+    found = find_weights(loaded, backbone, str(checkpoint), prefix, use_ema)
+    weights = found.backbone
     if (get_reparameterization(loaded, ()) or {}).get('fold'):
         raise UserError(
             f'{checkpoint}: training cannot start from a network with folded BatchNorm\n'
             f'Start from the checkpoint before reparameterization.'
         )
-    if converted.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
+    if found.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
         weights = _unmerge(weights, backbone)
         announce(
             f'warning: {checkpoint}: merged weights loaded into a network with parallel kernels. Outputs are equal in '
@@ -129,12 +134,12 @@ def load_pretrained(
         for key in report.unexpected
         if not (norm := _OUTPUT_NORM.match(key)) or int(norm[1] or norm[2]) in backbone.out_indices
     ]
-    print_log(f'pretrained weights {checkpoint}: {converted.describe()}; {report.summary()}', logger='current')
+    print_log(f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}', logger='current')
     misfits = report.missing or report.mismatched or report.unexpected
     if misfits and (strict or not report.matched):
         raise UserError(
             f'{checkpoint}: does not fit {type(backbone).__name__}: {report.summary()}\n'
-            f'{report.details()}\n{guess_cause(report, converted, whole=False)}'
+            f'{report.details()}\n{guess_cause(report, found, whole=False)}'
         )
     return report
 
@@ -175,20 +180,20 @@ def get_reparameterization(checkpoint: Mapping, weights: Iterable[str]) -> dict 
     return {'merge': True, 'fold': False} if any('.lkb_reparam.' in key for key in weights) else None
 
 
-def guess_cause(report: LoadReport, converted: ConvertedStateDict, whole: bool) -> str:
+def guess_cause(report: LoadReport, found: FoundWeights, whole: bool) -> str:
     """Return the most likely reason why a checkpoint does not fit, and what to do.
 
     Args:
         report: From :func:`copy_weights`.
-        converted: The checkpoint's weights.
+        found: The checkpoint's weights.
         whole: Whether the model is a whole segmentor or detector instead of a backbone.
     """
     mismatched = [item for item in report.mismatched if not item[0].startswith(TRAINING_ONLY)]
     in_backbone = [key for key, *_ in mismatched if not whole or key.startswith('backbone.')]
     classes = next((item for item in mismatched if _CLASS_LAYER.search(item[0])), None)
     if not report.matched.get('backbone') and not in_backbone:
-        cause = f'another architecture ({converted.describe()}). Check that config and checkpoint belong together.'
-    elif whole and not converted.rest:
+        cause = f'another architecture ({found.describe()}). Check that config and checkpoint belong together.'
+    elif whole and not found.rest:
         cause = (
             'the file contains only a backbone, for example ImageNet weights, and no trained head. Use it as init_cfg '
             'for training, then test the checkpoint that training writes.'

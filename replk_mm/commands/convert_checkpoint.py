@@ -1,13 +1,15 @@
-"""Convert the key names of a RepLKNet or ConvNeXt checkpoint (from the authors' code, mmpretrain or timm).
+"""Convert the key names of a RepLKNet or ConvNeXt checkpoint to mmpretrain's or the authors'.
 
 The configs load all of these formats directly. Convert a file for other programs, to strip it to its weights, or, with
 --trust-checkpoint, if loading it requires running code.
 """
 
+import argparse
+
 from replk_mm import cli
 from replk_mm.checkpoints.io import read_checkpoint, require_different_files, save_checkpoint
-from replk_mm.checkpoints.key_formats import convert_state_dict, to_official, unwrap_state_dict
-from replk_mm.errors import UserError, command, command_line
+from replk_mm.checkpoints.key_formats import FORMATS, find_weights, to_official
+from replk_mm.errors import UserError, command, command_line, format_list
 
 
 @command
@@ -24,14 +26,22 @@ def main() -> None:
     p.add_argument(
         '--trust-checkpoint', action='store_true', help='let the checkpoint run code; use only if you trust its author'
     )
+    p.add_argument('--prefix', help="end of the prefix of the backbone's keys (default: detected)")
+    p.add_argument(
+        '--use-ema',
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help='of weights and their moving averages, write the averages (default: yes)',
+    )
     args = p.parse_args()
     require_different_files(args.checkpoint, args.out)
     loaded = read_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
-    found = convert_state_dict(unwrap_state_dict(loaded, args.checkpoint))
+    found = find_weights(loaded, None, args.checkpoint, args.prefix, args.use_ema)
     if not found.family and not args.trust_checkpoint:
         raise UserError(
             f'{args.checkpoint}: neither RepLKNet nor ConvNeXt; its keys begin with '
-            f'{", ".join(list(found.backbone)[:3])}\nOnly these two families have other key names.'
+            f'{", ".join(list(found.backbone)[:3])}\n'
+            f'Key names are known from: {format_list(dict.fromkeys(form.name for form in FORMATS), 9)}.'
         )
     backbone = to_official(found.backbone) if args.to == 'official' else found.backbone
     prefix = 'backbone.' if found.whole_model else ''

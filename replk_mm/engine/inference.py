@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint, require_different_files, save_checkpoint
-from replk_mm.checkpoints.key_formats import convert_state_dict, unwrap_state_dict
+from replk_mm.checkpoints.key_formats import find_weights
 from replk_mm.checkpoints.loading import TRAINING_ONLY, LoadReport, copy_weights, get_reparameterization, guess_cause
 from replk_mm.data.checks.classes import checkpoint_classes, classes_advice
 from replk_mm.data.classes import classes_of, set_classes
@@ -57,8 +57,8 @@ def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, di
         UserError: If the file cannot be read, or lacks a weight that inference uses.
     """
     loaded = read_checkpoint(checkpoint)
-    found = convert_state_dict(unwrap_state_dict(loaded, str(checkpoint)))
     whole = hasattr(model, 'backbone')
+    found = find_weights(loaded, model.backbone if whole else model, str(checkpoint))
     weights = {f'backbone.{key}': value for key, value in found.backbone.items()} if whole else found.backbone
     weights = {**weights, **found.rest}
     how = get_reparameterization(loaded, weights)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch.nn as nn
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
+from mmengine.registry import HOOKS
 
 from replk_mm.checkpoints.io import read_checkpoint
-from replk_mm.checkpoints.key_formats import unwrap_state_dict
 from replk_mm.checkpoints.loading import get_reparameterization
 from replk_mm.data.checks.classes import compare_with_checkpoint
 from replk_mm.engine.process import RunOptions
@@ -104,9 +105,10 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
             + '\nResume from a checkpoint that training wrote.'
         )
     meta = loaded.get('meta') or {}
-    if None in (meta.get('iter'), meta.get('epoch')) or not isinstance(loaded.get('message_hub'), Mapping):
+    parts = (loaded.get('state_dict'), loaded.get('message_hub'))
+    if None in (meta.get('iter'), meta.get('epoch')) or not all(isinstance(part, Mapping) for part in parts):
         raise UserError(
-            f'{last}: cannot be resumed: it lacks its iteration, its epoch or the state of the hooks\n'
+            f'{last}: cannot be resumed: it lacks its weights, its iteration, its epoch or the state of the hooks\n'
             f'Resume from a checkpoint that training wrote.'
         )
     limit = cfg.train_cfg.get('max_iters')
@@ -117,7 +119,7 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
         )
     compare_with_checkpoint(cfg, meta, last, ('train',))
     shapes = {key: value.shape for key, value in model.state_dict().items()}
-    stored = {key: value.shape for key, value in unwrap_state_dict(loaded, last).items()}
+    stored = {key: value.shape for key, value in loaded['state_dict'].items()}
     differing = sorted(key for key in shapes.keys() | stored.keys() if shapes.get(key) != stored.get(key))
     if differing:
         raise UserError(
@@ -125,6 +127,7 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
             f'{len(shapes.keys() | stored.keys())} '
             f'weights differ, such as {differing[0]}\nResume with the config of that run.'
         )
+    notes += _averages(cfg, loaded, last)
     cfg.load_from, cfg.resume = last, True
     seed = meta.get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
@@ -134,6 +137,28 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
         else f' (that of the checkpoint; --seed {options.seed} applies to new runs only)'
     )
     return [*notes, *_schedule_that_ends(cfg, loaded), f'resume: {last}, iteration {meta["iter"]}, seed {seed}{own}']
+
+
+def _averages(cfg: Config, loaded: Mapping, last: str) -> list[str]:
+    """Check that a run with averaged weights is resumed with the hook that averages them.
+
+    mmengine's hook stores the averages as ``state_dict`` and the weights in training as ``ema_state_dict``.
+
+    Raises:
+        UserError: If training would continue from the averages.
+    """
+    hooks = [
+        HOOKS.get(hook['type']) if isinstance(hook, dict) else type(hook) for hook in cfg.get('custom_hooks') or ()
+    ]
+    averaging = any(isinstance(hook, type) and issubclass(hook, EMAHook) for hook in hooks)
+    if 'ema_state_dict' in loaded and not averaging:
+        raise UserError(
+            f'{last}: cannot be resumed: it has averaged weights, and custom_hooks has no EMAHook; training would '
+            f'continue from the averages\nAdd the EMAHook of that run to custom_hooks.'
+        )
+    if averaging and 'ema_state_dict' not in loaded:
+        return [f'warning: {last}: has no averaged weights; EMAHook averages from this iteration on']
+    return []
 
 
 def _schedule_that_ends(cfg: Config, loaded: Mapping) -> list[str]:

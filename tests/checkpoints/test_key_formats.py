@@ -9,7 +9,7 @@ from norms import randomize_norms
 from torch import nn
 
 from replk_mm.backbones import ConvNeXt, RepLKNet
-from replk_mm.checkpoints.key_formats import convert_state_dict, to_official, unwrap_state_dict
+from replk_mm.checkpoints.key_formats import find_weights, to_official
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.deploy.reparameterize import reparameterize
 
@@ -109,17 +109,17 @@ def test_published_formats_load_whole(name, tmp_path):
 
 
 def test_classifier_is_reported():
-    found = convert_state_dict(listed('convnext_tiny_timm'))
-    assert found.ignored == ['head.fc.weight', 'head.fc.bias']
-    assert found.describe() == 'ConvNeXt, timm key names, 2 classifier keys ignored'
+    found = find_weights(listed('convnext_tiny_timm'))
+    assert found.unused == ['head.fc.weight', 'head.fc.bias']
+    assert found.describe() == 'ConvNeXt, timm key names, not used: head.fc.weight, head.fc.bias'
     imagenet = {
         **listed('replknet31b_official'),
         'norm.weight': torch.ones(1024),
         'head.weight': torch.ones(1),
         'head.bias': torch.ones(1),
     }
-    found = convert_state_dict(imagenet)
-    assert sorted(found.ignored) == ['head.bias', 'head.weight', 'norm.weight'] and found.format == 'official'
+    found = find_weights(imagenet)
+    assert sorted(found.unused) == ['head.bias', 'head.weight', 'norm.weight'] and found.format == 'official'
 
 
 @pytest.mark.parametrize(
@@ -133,17 +133,17 @@ def test_classifier_is_reported():
     ],
 )
 def test_formats_are_detected(name, family, form, merged):
-    found = convert_state_dict(listed(name))
+    found = find_weights(listed(name))
     assert (found.family, found.format, found.merged, found.whole_model) == (family, form, merged, form == 'mmpretrain')
 
 
 @pytest.mark.parametrize('family', ['replknet31b', 'convnext_tiny'])
 def test_to_official_round_trip(family):
     theirs = listed(f'{family}_official')
-    ours = convert_state_dict(theirs).backbone
+    ours = find_weights(theirs).backbone
     back = to_official(ours)
     assert list(back) == list(theirs) and all(back[key] is theirs[key] for key in theirs)
-    again = convert_state_dict(back).backbone
+    again = find_weights(back).backbone
     assert list(again) == list(ours) and all(again[key] is ours[key] for key in ours)
 
 
@@ -189,7 +189,3 @@ def test_merged_file_into_either_form(kwargs, tmp_path):
             assert (a - b).abs().max() <= 1e-5 * b.abs().max()
     assert hasattr(model.stages[0].blocks[0].large_kernel, 'lkb_origin')
     sum(o.mean() for o in model.train()(x)).backward()  # and it trains
-
-
-def test_unwrap_of_a_wrapper_only():
-    assert list(unwrap_state_dict({'module.model.a': torch.ones(1), 'module.model.b': torch.ones(1)})) == ['a', 'b']

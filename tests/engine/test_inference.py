@@ -10,7 +10,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from norms import randomize_norms
 
-from replk_mm.checkpoints.key_formats import convert_state_dict
+from replk_mm.checkpoints.key_formats import FoundWeights
 from replk_mm.checkpoints.loading import LoadReport, guess_cause
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine.inference import load_model
@@ -127,9 +127,7 @@ def test_training_form_into_a_merged_network(trained):
 
 
 def test_other_number_of_classes_of_a_detector():
-    found = convert_state_dict(
-        {'backbone.stages.0.blocks.0.large_kernel.x': torch.ones(1), 'roi_head.x': torch.ones(1)}
-    )
+    found = FoundWeights({}, {'roi_head.x': torch.ones(1)})
     heads = [
         ('roi_head.bbox_head.fc_cls.weight', (81, 9), (4, 9)),
         ('roi_head.bbox_head.fc_reg.weight', (320, 9), (12, 9)),
