@@ -12,6 +12,8 @@ def register_configs() -> None:
     (0.10.7) resolves such names for a fixed table of packages only, and requires a folder in them.
     """
     from mmengine.config import Config
+    from mmengine.config.utils import MODULE2PACKAGE, _get_external_cfg_base_path
+    from mmengine.utils import get_installed_path, is_installed
 
     original = Config._get_cfg_path
     if getattr(original, 'knows_replk_mm', False):
@@ -21,6 +23,10 @@ def register_configs() -> None:
         scope, _, name = cfg_path.partition('::')
         if scope == 'replk_mm' and name:
             return str(Path(__file__).resolve().parent / '.mim' / 'configs' / name), scope
+        package = MODULE2PACKAGE.get(scope, '')
+        if name.startswith('_base_/') and is_installed(package):
+            # mmengine would parse all metafiles of the package, 0.2 s, and find no such name in them.
+            return _get_external_cfg_base_path(get_installed_path(package), name), scope
         return original(cfg_path, filename)
 
     path_of.knows_replk_mm = True  # type: ignore[attr-defined]

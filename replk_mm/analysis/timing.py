@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 Call = Callable[[], object]
 
 #: Smallest number of rounds of a measurement, whatever its time budget. Fewer have no quartiles.
 MIN_ROUNDS = 3
+#: Interquartile range over the median, from which on a timing is not reliable.
+MAX_SPREAD = 0.2
+#: Share of the usable CPUs that other processes use, from which on a timing is not reliable.
+MAX_LOAD = 0.1
+#: Seconds in which that share is measured at least, or the budget if it is smaller: the system's ticks are 10 ms.
+_LOAD_SECONDS = 0.5
 
 
 @dataclass
@@ -34,6 +42,18 @@ class Timing:
     def __str__(self) -> str:
         return f'{self.median:.1f} ({self.low:.1f}-{self.high:.1f})'
 
+    def problem(self, load: float = 0.0) -> str:
+        """Why the timing is not reliable and must not be ranked; ``''`` if it is reliable.
+
+        Args:
+            load: Share of the usable CPUs that other processes used.
+        """
+        if load > MAX_LOAD:
+            return f'other processes used {load:.0%} of the CPUs'
+        if self.high - self.low > MAX_SPREAD * self.median:
+            return f'the quartiles are {(self.high - self.low) / self.median:.0%} of the median apart'
+        return ''
+
 
 @dataclass
 class Timings:
@@ -41,6 +61,7 @@ class Timings:
 
     milliseconds: dict[str, list[float]]  #: of each call, by name; equal indices belong to the same round
     warmup: int  #: number of warm-up rounds, which are not among ``milliseconds``
+    load: float = 0.0  #: share of the usable CPUs that other processes used, 0 to 1
 
     @property
     def rounds(self) -> int:
@@ -50,6 +71,10 @@ class Timings:
     def summary(self, name: str) -> Timing:
         """Milliseconds of one call."""
         return Timing.from_samples(self.milliseconds[name])
+
+    def problem(self, name: str) -> str:
+        """Why the time of one call is not reliable; ``''`` if it is."""
+        return self.summary(name).problem(self.load)
 
     def speedup(self, name: str, reference: str) -> Timing:
         """Time of ``reference`` over time of ``name``, paired by round, so that slow rounds cancel."""
@@ -79,7 +104,7 @@ def time_interleaved(
         before: Untimed calls to make before each call, by name.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    begin, longest, warmed, done = clock(), 0.0, 0, 0
+    begin, longest, warmed, done, load = clock(), 0.0, 0, 0, _LoadMeter()
 
     def fits(share: float) -> bool:
         return seconds is None or clock() - begin + longest <= share * seconds
@@ -108,7 +133,23 @@ def time_interleaved(
         for name, milliseconds in one_round().items():
             samples[name].append(milliseconds)
         done += 1
-    return Timings(samples, warmed)
+    return Timings(samples, warmed, load.read(_LOAD_SECONDS if seconds is None else min(seconds, _LOAD_SECONDS)))
+
+
+class _LoadMeter:
+    """The share of the CPUs usable by this process that other processes use, from its construction on."""
+
+    def __init__(self) -> None:
+        self._process, self._begin = psutil.Process(), time.monotonic()
+        self._process.cpu_percent()  # the next call returns the average since this one
+        psutil.cpu_percent(percpu=True)
+
+    def read(self, at_least: float) -> float:
+        """The share, from 0 to 1, over a time of ``at_least`` so many seconds."""
+        time.sleep(max(0.0, self._begin + at_least - time.monotonic()))
+        busy, own = psutil.cpu_percent(percpu=True), self._process.cpu_percent()
+        usable = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(len(busy))
+        return max(0.0, (sum(busy[cpu] for cpu in usable if cpu < len(busy)) - own) / (100 * len(usable)))
 
 
 def matmul_gflops(dtype: torch.dtype, device: str = 'cpu') -> float:

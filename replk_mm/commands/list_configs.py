@@ -1,11 +1,14 @@
 """List the configs: backbone, data, schedule, published results, and parameters."""
 
 import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmengine.config import Config
+from rich.console import Console
+from rich.progress import track
 
 from replk_mm import cli, published
 from replk_mm.analysis.complexity import count_parameters
@@ -115,7 +118,9 @@ def read_configs(folder: Path) -> list[ConfigRow]:
     if not paths:
         raise UserError(f'{folder}: no configs\nRun this at the root of the repository, or use --configs DIR.')
     order = {result.config: i for i, result in enumerate(published.results())}
-    return [read_config(path) for path in sorted(paths, key=lambda p: order.get(p.name, len(order)))]
+    paths.sort(key=lambda p: order.get(p.name, len(order)))
+    console = Console(stderr=True)
+    return [read_config(path) for path in track(paths, 'configs', console=console, disable=not sys.stderr.isatty())]
 
 
 def to_markdown(rows: Iterable[ConfigRow], link_to: str = 'configs') -> str:

@@ -17,7 +17,7 @@ from replk_mm.text import update_page
 STATUSES = f"""
 exit status:
   0  written
-  2  nothing was written: the results do not exist, or the output folder is not writable
+  2  nothing was written: the results do not exist or hold no record, or the output folder is not writable
   {SKIPPED_STATUS}  written, but some records were skipped: damaged, of an unknown version, or of an earlier
      definition of their row; the output and the page list them
 """

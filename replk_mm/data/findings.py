@@ -125,7 +125,8 @@ class InvalidDataError(UserError):
     """Raised for data that cannot be used; ``findings`` has everything the checks found."""
 
     def __init__(self, findings: Sequence[Finding]) -> None:
-        errors = [finding for finding in findings if finding.severity == 'error']
+        # A missing data root is found by the checks of each split.
+        errors = list({str(finding): finding for finding in findings if finding.severity == 'error'}.values())
         lines = [str(finding) for finding in errors[:SHOWN]]
         if len(errors) > SHOWN:
             lines.append(f'... and {len(errors) - SHOWN:,} more ({command_line("check_data", "CONFIG")} lists all)')

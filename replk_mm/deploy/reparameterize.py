@@ -56,7 +56,8 @@ class Changes:
     left: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        left = f', {len(self.left)} BatchNorm layers stay ({", ".join(self.left[:4])})' if self.left else ''
+        names = ', '.join(self.left[:4])
+        left = f', {len(self.left)} kept, which no convolution can absorb exactly ({names})' if self.left else ''
         return f'{len(self.merged)} parallel kernels merged, {len(self.folded)} BatchNorm layers folded{left}'
 
 

@@ -1,5 +1,9 @@
 """Time and memory: known times, known memory."""
 
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
@@ -54,6 +58,36 @@ def test_a_budget_lowers_the_rounds_but_not_below_three(seconds, rounds, warmup)
         {'a': clock.spend('a', [3.0] * 12)}, repeats=10, warmup=2, seconds=seconds, clock=clock
     )
     assert (found.rounds, found.warmup) == (rounds, warmup)
+
+
+@pytest.mark.parametrize(
+    ('quartiles', 'load', 'fragment'),
+    [((9.0, 11.0), 0.0, ''), ((9.0, 11.1), 0.0, '21%'), ((9.9, 10.1), 0.1, ''), ((9.9, 10.1), 0.5, '50%')],
+)
+def test_wide_quartiles_and_a_loaded_machine_are_problems(quartiles, load, fragment) -> None:
+    problem = timing.Timing(10.0, *quartiles).problem(load)
+    assert fragment in problem and bool(problem) == bool(fragment)
+
+
+def test_load_is_that_of_other_processes_on_the_usable_cpus(monkeypatch) -> None:
+    """This process uses one of two usable CPUs; another one uses both to a quarter, and a third CPU is not usable."""
+    monkeypatch.setattr(timing.os, 'sched_getaffinity', lambda pid: {0, 2}, raising=False)
+    monkeypatch.setattr(timing.psutil, 'cpu_percent', lambda percpu: [100.0, 100.0, 50.0])
+    monkeypatch.setattr(timing.psutil.Process, 'cpu_percent', lambda self: 100.0)
+    found = timing.time_interleaved({'a': lambda: None}, 3, 0, 0.0)
+    assert found.load == pytest.approx(0.25) and '25%' in found.problem('a')
+
+
+@pytest.mark.slow
+def test_a_busy_neighbour_is_measured() -> None:
+    busy = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(timing.psutil.cpu_count())]
+    try:
+        time.sleep(0.5)
+        assert timing.time_interleaved({'a': lambda: time.sleep(0.2)}, 5, 0).load > timing.MAX_LOAD
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_memory_growth_is_the_peak() -> None:

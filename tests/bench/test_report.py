@@ -20,7 +20,7 @@ from report_records import (
     write,
 )
 
-from replk_mm.bench.report.load import SKIPPED_STATUS, ReportRow, load_report
+from replk_mm.bench.report.load import SKIPPED_STATUS, ReportRow, load_report, render_text
 from replk_mm.bench.report.render import render_html, render_markdown
 from replk_mm.bench.report.tables import protocol_differences
 from replk_mm.errors import UserError
@@ -165,7 +165,7 @@ def test_seeds_timed_on_other_machines_do_not_mix(tmp_path) -> None:
     row = rows_of(
         tmp_path,
         [metric('a', s, 50.0) for s in range(3)]
-        + [speed('a', 0, 10.0), speed('a', 1, 12.0), speed('a', 2, 99.0, protocol=other)],
+        + [speed('a', 0, 10.5), speed('a', 1, 11.5), speed('a', 2, 99.0, protocol=other)],
     )['a']
     assert row.figures['milliseconds'].value == 11.0
     assert row.figures['milliseconds'].why == 'seed 2 was measured under protocol S2 and is left out'
@@ -226,6 +226,36 @@ def test_best_time_is_of_one_machine(tmp_path) -> None:
         tmp_path / 'close', [metric(name, 0, 50.0) for name in 'ab'] + [speed('a', 0, 10.0), speed('b', 0, 10.5)]
     )
     assert not any(row.figures['milliseconds'].best for row in close.values())
+
+
+@pytest.mark.parametrize(
+    ('times', 'load', 'why'),
+    [
+        ([(10.0, 9.5, 10.5)], 0.0, ''),
+        ([(10.0, 7.0, 10.5)], 0.0, 'seed 0: the quartiles are 35%'),
+        ([(10.0, 9.9, 10.1)], 0.6, 'seed 0: other processes used 60%'),
+        ([(10.0, 9.9, 10.1), (30.0, 29.9, 30.1)], 0.0, 'standard deviation of 71%'),
+    ],
+    ids=['reliable', 'wide quartiles', 'loaded machine', 'seeds differ'],
+)
+def test_unreliable_times_are_marked_and_not_ranked(times, load, why, tmp_path) -> None:
+    """Such a time is neither the best, nor does it keep another row from being the best; it is in no plot."""
+    records = [metric(name, seed, 50.0 + seed) for name in 'abc' for seed in range(len(times))]
+    records += [speed(name, seed, ms) for name, ms in (('b', 50.0), ('c', 90.0)) for seed in range(len(times))]
+    for seed, (median, low, high) in enumerate(times):
+        forms = dict(reparameterized=dict(median_ms=median, low_ms=low, high_ms=high, throughput=1000 / median))
+        records.append(record('a', seed, 'speed', dict(forms=forms), protocol=SPEED, facts=dict(load=load)))
+    rows = rows_of(tmp_path, records)
+    for key in ('milliseconds', 'throughput'):
+        figure = rows['a'].figures[key]
+        assert why in figure.unreliable and bool(figure.unreliable) == bool(why) and figure.unreliable in figure.why
+    assert rows['a'].figures['milliseconds'].best == (not why)
+    assert rows['b'].figures['milliseconds'].best == bool(why)
+    found = load_report([tmp_path])
+    text, page = render_markdown(found), render_html(found)
+    assert (' ? (' in text) == (' ?</span>' in page) == (' ?' in render_text(found.suites[0])) == bool(why)
+    points = page.partition('against time')[2].partition('</figure>')[0]
+    assert ('1 a' in points) == (not why)
 
 
 # -- published --------------------------------------------------------------------------------------------------------
@@ -342,11 +372,12 @@ def test_no_results(name, said, tmp_path) -> None:
         load_report([tmp_path / name])
 
 
-def test_no_record_is_left(tmp_path) -> None:
-    (tmp_path / 'x.jsonl').write_text('{\n')
-    found = load_report([tmp_path / 'x.jsonl'])
-    assert len(found.complaints) == 1
-    assert 'There are no records' in render_markdown(found) and '1 skipped' in render_html(found)
+@pytest.mark.parametrize('content', ['{\n', 'a\nb\n', '', '{"version": 99}\n'])
+def test_files_without_a_record_end_in_one_sentence(content, run, tmp_path, capsys) -> None:
+    (tmp_path / 'x.jsonl').write_text(content)
+    assert run(tmp_path / 'x.jsonl', '--out', tmp_path / 'out') == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 2 and 'x.jsonl: no record' in error and not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize(

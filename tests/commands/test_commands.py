@@ -91,6 +91,8 @@ def test_mistakes_exit_with_2_and_one_message(name, args, tiny, trained, tmp_pat
     assert code == 2
     assert 'error: ' in error
     assert 'Traceback' not in error
+    lines = [line.removeprefix('error: ') for line in error.splitlines()]
+    assert len(lines) == len(set(lines)), error
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,7 @@ class NetworkBenchmark:
                     dtype=row.dtype,
                     how=row.precision,
                     milliseconds=asdict(timings.summary(row.name)),
+                    unreliable=timings.problem(row.name),
                     times_as_fast=asdict(timings.speedup(row.name, PLAIN)),
                     samples=timings.milliseconds[row.name],
                     memory_bytes=self._memory(case, row),
@@ -186,6 +187,7 @@ class NetworkBenchmark:
             width=shape[1],
             rounds=timings.rounds,
             warmup=timings.warmup,
+            load=timings.load,
             rows=measured,
         )
 

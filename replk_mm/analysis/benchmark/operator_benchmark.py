@@ -117,6 +117,7 @@ def benchmark_operator(
                         name=name,
                         milliseconds=asdict(timings.summary(name)),
                         samples=samples,
+                        unreliable=timings.problem(name),
                         times_as_fast=asdict(timings.speedup(name, PLAIN)),
                         gflops=gflops,
                         of_matrix_product=gflops / roofline,
@@ -131,6 +132,7 @@ def benchmark_operator(
                     gflop=shape.gflop(computation),
                     rounds=timings.rounds,
                     warmup=timings.warmup,
+                    load=timings.load,
                     rows=rows,
                     chosen=str(choose_plan(_problem(layers[OURS], inputs[OURS]))) if device == 'cpu' else None,
                 )

@@ -108,6 +108,9 @@ def format_record(record: dict) -> str:
     """A record as text: environment, tables, notes."""
     tables = _operator_tables(record) if record['what'] == 'op' else map(_network_table, record['points'])
     parts = [_format_head(record), *tables, '\n'.join(f'- {note}' for note in record['notes'])]
+    reasons = dict.fromkeys(row['unreliable'] for point in record['points'] for row in point['rows'])
+    if any(reasons):
+        parts.append(f'? not reliable, measure again on an idle machine: {"; ".join(filter(None, reasons))}')
     if not all_equal(record):
         parts.append('DIFFERENT: this network does not compute the same as plain torch, so its time means nothing.')
     return '\n\n'.join(parts)
@@ -157,7 +160,7 @@ def _network_table(point: dict) -> str:
             (
                 name,
                 _milliseconds(row),
-                _ratio(row),
+                _ratio(row, point['rows'][0]),
                 '-' if memory is None else f'{memory / 2**20:.0f}',
                 _difference(row),
                 '-' if pixels is None else f'{pixels:.3%}',
@@ -179,7 +182,7 @@ def _operator_tables(record: dict) -> list[str]:
             str(p['kernel']),
             str(p['size']),
             p['computation'],
-            f'{plain["milliseconds"]["median"]:.2f}',
+            f'{plain["milliseconds"]["median"]:.2f}{_mark(plain)}',
             f'{plain["gflops"]:.1f}',
         )
         for row in others:
@@ -190,7 +193,7 @@ def _operator_tables(record: dict) -> list[str]:
                     _milliseconds(row),
                     f'{row["gflops"]:.1f}',
                     f'{row["of_matrix_product"]:.0%}',
-                    _ratio(row),
+                    _ratio(row, plain),
                     _difference(row),
                 )
             )
@@ -211,8 +214,12 @@ def _difference(row: dict) -> str:
 def _milliseconds(row: dict) -> str:
     timing = row['milliseconds']
     digits = 0 if timing['median'] >= 1000 else 1 if timing['median'] >= 100 else 2
-    return '{median:.{d}f} ({low:.{d}f}-{high:.{d}f})'.format(**timing, d=digits)
+    return '{median:.{d}f} ({low:.{d}f}-{high:.{d}f})'.format(**timing, d=digits) + _mark(row)
 
 
-def _ratio(row: dict) -> str:
-    return '{median:.2f} ({low:.2f}-{high:.2f})'.format(**row['times_as_fast'])
+def _ratio(row: dict, plain: dict) -> str:
+    return '{median:.2f} ({low:.2f}-{high:.2f})'.format(**row['times_as_fast']) + _mark(row, plain)
+
+
+def _mark(*rows: dict) -> str:
+    return ' ?' if any(row['unreliable'] for row in rows) else ''

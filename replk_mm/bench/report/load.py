@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from replk_mm.analysis.timing import MAX_LOAD, MAX_SPREAD
 from replk_mm.bench import records
 from replk_mm.bench.report.formatting import clean
 from replk_mm.bench.report.tables import (
@@ -23,10 +24,11 @@ from replk_mm.bench.report.tables import (
     name_protocols,
     primary_metric,
     protocol_key,
+    timing_problem,
     value_of,
 )
 from replk_mm.bench.schema import MEASUREMENTS
-from replk_mm.errors import UserError, command_line
+from replk_mm.errors import UserError, command_line, format_list
 from replk_mm.text import text_table
 
 Record = dict[str, Any]
@@ -40,9 +42,14 @@ RANKING = (
     'have a spread and the ranges do not overlap: mean plus and minus one standard deviation over seeds, of times the '
     'quartiles if there is one seed. A single seed of a metric has no spread, so that nothing is marked.'
 )
+UNRELIABLE = (
+    f'A time with "?" is not reliable and not ranked: other processes used more than {MAX_LOAD:.0%} of the CPUs, or '
+    f'its quartiles, or mean plus and minus one standard deviation, are more than {MAX_SPREAD:.0%} apart.'
+)
 #: Remarks on the columns and the marks.
 NOTES = (
     RANKING,
+    UNRELIABLE,
     *(column.note for column in COLUMNS if column.note),
     'With several seeds a figure is their mean ± the standard deviation of the sample.',
 )
@@ -211,6 +218,12 @@ def load_report(paths: Sequence[str | Path]) -> Report:
             )
     files = records.record_files(paths)
     found, complaints = records.read_records(files)
+    if not found:
+        raise UserError(
+            f'{format_list(paths)}: no record in {len(files)} file{"s" * (len(files) != 1)}'
+            + (f'; {len(complaints):,} lines skipped, the first: {complaints[0]}' if complaints else '')
+            + f'\nName files that a suite has written: {command_line("suite", "SUITE")}'
+        )
     places = {_occasion(r): file.absolute().parent.parent for file in files for r in records.read_records([file])[0]}
     return Report(
         [_suite(name, part) for name, part in records.group_by_suite(found).items()],
@@ -297,7 +310,14 @@ def _figure(column: Column, row: ReportRow, protocols: Mapping[str, Protocol]) -
         if kind != key
         for r, _ in part
     ]
-    return Figure(mean, deviation, len(numbers), '; '.join(why), protocols[key].name, low, high)
+    problems = [
+        f'seed {record["seed"]}: {problem}' for record, _ in kinds[key] if (problem := timing_problem(column, record))
+    ]
+    if column.measurement == 'speed' and deviation and 2 * deviation > MAX_SPREAD * mean:
+        problems.append(f'the seeds have a standard deviation of {deviation / mean:.0%}')
+    unreliable = f'not ranked: {"; ".join(problems)}' if problems else ''
+    why += [unreliable] if unreliable else []
+    return Figure(mean, deviation, len(numbers), '; '.join(why), protocols[key].name, low, high, unreliable=unreliable)
 
 
 def _absence(column: Column, row: ReportRow) -> str:
@@ -317,7 +337,7 @@ def _leaders(column: Column, rows: Sequence[ReportRow]) -> list[ReportRow]:
     by_protocol: dict[str, list[tuple[float, list[float], ReportRow]]] = {}
     for row in rows if sign else ():
         figure = row.figures[column.key]
-        if figure.value is not None:
+        if figure.value is not None and not figure.unreliable:
             ends = sorted(sign * end for end in (figure.low, figure.high) if end is not None)
             by_protocol.setdefault(figure.protocol, []).append((sign * figure.value, ends, row))
     found = []

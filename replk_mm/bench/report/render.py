@@ -120,7 +120,8 @@ def _plots(suite: SuiteReport) -> Iterator[dict[str, Any]]:
         for column in map(BY_KEY.__getitem__, _AGAINST):
             by_protocol: dict[str, list[ReportRow]] = {}
             for row in group.rows if group.protocol else ():
-                if None not in (row.figures['metric'].value, row.figures[column.key].value):
+                cost_figure = row.figures[column.key]
+                if None not in (row.figures['metric'].value, cost_figure.value) and not cost_figure.unreliable:
                     by_protocol.setdefault(row.figures[column.key].protocol, []).append(row)
             for name, shown in by_protocol.items():
                 points = [

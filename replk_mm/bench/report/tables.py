@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from replk_mm import published
+from replk_mm.analysis.timing import Timing
 from replk_mm.bench.report.formatting import clean, format_value, leaves, number
 
 #: Maximum length of a value in a difference, in characters.
@@ -127,6 +128,7 @@ class Figure:
         low: Lower end of its spread; None if that is unknown.
         high: Upper end.
         best: Whether it leads the rows of its protocol by more than the spread.
+        unreliable: Why it is not ranked: the machine was loaded, or the times spread too much.
     """
 
     value: float | None = None
@@ -137,6 +139,7 @@ class Figure:
     low: float | None = None
     high: float | None = None
     best: bool = False
+    unreliable: str = ''
 
 
 @dataclass(frozen=True)
@@ -175,10 +178,10 @@ class Column:
 
     def shown(self, figure: Figure) -> str:
         """A figure's text: the value, and its deviation if it has one that is not zero by nature."""
-        text = self.text(figure.value or 0.0)
+        text, mark = self.text(figure.value or 0.0), ' ?' if figure.unreliable else ''
         if figure.deviation is None or self.measurement == 'complexity' or self.key == 'difference':
-            return text
-        return f'{text} ± {self.text(figure.deviation)}'
+            return text + mark
+        return f'{text} ± {self.text(figure.deviation)}{mark}'
 
 
 _FORMS = (('forms', 'reparameterized'), ('forms', 'training'))
@@ -269,6 +272,15 @@ def value_of(column: Column, record: Mapping[str, Any]) -> tuple[float | None, f
             low, high = (number(values, *path[:-1], end) for end in column.range) if column.range else (None, None)
             return found * column.scale, low, high
     return None, None, None
+
+
+def timing_problem(column: Column, record: Mapping[str, Any]) -> str:
+    """Why a record's time is not reliable; ``''`` if it is, or is not known to be unreliable, or is no time."""
+    for path in column.paths if column.measurement == 'speed' else ():
+        median, low, high = (number(record['values'], *path[:-1], name) for name in ('median_ms', 'low_ms', 'high_ms'))
+        if None not in (median, low, high):
+            return Timing(median, low, high).problem(number(record['facts'], 'load') or 0.0)
+    return ''
 
 
 def primary_metric(record: Mapping[str, Any]) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """The cost of a row: parameters and multiply-accumulates, speed, memory."""
 
 import copy
-import os
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -33,6 +32,8 @@ from replk_mm.ops import prepack
 
 #: Time limit in seconds of a speed measurement; slow networks take longer.
 _SECONDS = 30.0
+#: Largest number of rounds: of a small network, 15 would take a tenth of a second.
+_ROUNDS = 100
 
 
 def complexity(task: Task) -> MeasurementResult:
@@ -68,18 +69,25 @@ def speed(task: Task) -> MeasurementResult:
     for each in nets.values():
         prepack(each)
     set_input_size(nets.values(), case.shape)
-    load = os.getloadavg()[0]
     work = SyntheticBatch(cfg, net, case.batch, case.shape, case.device)
-    found = time_interleaved({form: work.inference_call(each) for form, each in nets.items()}, seconds=_SECONDS)
+    found = time_interleaved(
+        {form: work.inference_call(each) for form, each in nets.items()}, repeats=_ROUNDS, seconds=_SECONDS
+    )
     forms = {}
     for form in nets:
         of = found.summary(form)
-        forms[form] = dict(median_ms=of.median, low_ms=of.low, high_ms=of.high, throughput=1e3 * case.batch / of.median)
+        forms[form] = dict(
+            median_ms=of.median,
+            low_ms=of.low,
+            high_ms=of.high,
+            throughput=1e3 * case.batch / of.median,
+            unreliable=found.problem(form),
+        )
     faster = None if merged else asdict(found.speedup('reparameterized', 'training'))
     return MeasurementResult(
         dict(forms=forms, times_as_fast=faster, batch=case.batch),
         _machine(case),
-        dict(rounds=found.rounds, warmup=found.warmup, load_before=load),
+        dict(rounds=found.rounds, warmup=found.warmup, load=found.load),
     )
 
 

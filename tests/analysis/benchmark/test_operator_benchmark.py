@@ -74,6 +74,20 @@ def test_wrong_results_are_marked(monkeypatch) -> None:
     assert 'DIFFERENT' in report.format_record({**found, 'environment': report.describe_environment(True)})
 
 
+def test_unreliable_times_are_marked_with_the_reason(record) -> None:
+    for point in record['points']:
+        for row in point['rows']:
+            row['unreliable'] = ''
+    assert '?' not in report.format_record(record)
+    plain, ours, *_ = record['points'][0]['rows']
+    ours['unreliable'] = 'the quartiles are wide'
+    text = report.format_record(record)
+    assert text.count(') ?') == 2 and '? not reliable' in text and 'the quartiles are wide' in text
+    plain['unreliable'], ours['unreliable'] = 'busy', ''
+    rows = len(record['points'][0]['rows']) - 1  # the ratios to an unreliable time, and that time
+    assert report.format_record(record).count(') ?') == rows
+
+
 def test_memory_layouts() -> None:
     """Plain torch gets torch's default layout and ours channels-last, whatever the layout of the input."""
     layers = dict(operator_benchmark._build_layers(LayerShape(3, 8, 4, 2), 'float32', [], 'cpu'))
