@@ -15,14 +15,7 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.backbones.layers import (
-    Backbone,
-    build_activation,
-    build_norm,
-    drop_path_rates,
-    resolve_arch,
-    run_checkpointed,
-)
+from replk_mm.backbones.layers import Backbone, Stage, build_activation, build_norm
 from replk_mm.ops import DepthwiseConv2d
 from replk_mm.registry import MODELS
 
@@ -139,7 +132,6 @@ class ConvNeXt(Backbone):
         ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
-    arch_settings: dict[str, dict]  # at the end of the file
     #: Optional key of ``arch``: hidden channels of a block relative to its channels.
     arch_options: dict = dict(ffn_ratio=4)
 
@@ -163,22 +155,18 @@ class ConvNeXt(Backbone):
         out_memory_format: str = 'contiguous_format',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        settings = resolve_arch(arch, self.arch_settings, self.arch_options, 'ConvNeXt')
+        settings = self.resolve_arch(arch)
         depths, channels = settings['depths'], settings['channels']
+        init_cfg = init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
+        super().__init__(
+            depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg, stem_patch_size
+        )
+        self.gap_before_final_norm = gap_before_final_norm
         kernels = [kernel_size] * len(depths) if isinstance(kernel_size, int) else list(kernel_size)
-        if len(depths) != len(channels):
-            raise ValueError(f'ConvNeXt: depths={depths} and channels={channels} must have one entry for each stage')
         if len(kernels) != len(depths) or any(k < 1 or k % 2 == 0 for k in kernels):
             raise ValueError(f'ConvNeXt: kernel_size={kernel_size} must be one odd number, or one for each stage')
-        if not 0 <= frozen_stages <= len(depths):
-            raise ValueError(f'ConvNeXt: frozen_stages={frozen_stages} must be in 0..{len(depths)}')
         if layer_scale_init_value < 0:
             raise ValueError(f'ConvNeXt: layer_scale_init_value={layer_scale_init_value} must not be negative')
-        init_cfg = init_cfg or dict(type='TruncNormal', layer=['Conv2d', 'Linear'], std=0.02, bias=0.0)
-        super().__init__(channels, out_indices, norm_eval, init_cfg, out_memory_format, stem_patch_size)
-        self.frozen_stages = frozen_stages
-        self.gap_before_final_norm = gap_before_final_norm
-        self.with_cp = with_cp
 
         stem = nn.Conv2d(in_channels, channels[0], stem_patch_size, stem_patch_size)
         self.downsample_layers = nn.ModuleList([nn.Sequential(stem, build_norm(norm_cfg, channels[0]))])
@@ -193,9 +181,9 @@ class ConvNeXt(Backbone):
             use_grn=use_grn,
             layer_scale_init_value=layer_scale_init_value,
         )
-        rates = iter(drop_path_rates(drop_path_rate, sum(depths), 'ConvNeXt'))
+        rates = self.drop_path_rates(drop_path_rate)
         self.stages: Any = nn.ModuleList(
-            nn.Sequential(*(block(width, kernel, drop_path=next(rates)) for _ in range(depth)))
+            Stage(*(block(width, kernel, drop_path=next(rates)) for _ in range(depth)), with_cp=with_cp)
             for depth, width, kernel in zip(depths, channels, kernels, strict=True)
         )
         for i in self.out_indices:
@@ -215,16 +203,11 @@ class ConvNeXt(Backbone):
         x = self._to_compute_format(x)
         outs = []
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
-            x = downsample(x)
-            for block in stage:
-                x = run_checkpointed(block, x, self.with_cp)
+            x = stage(downsample(x))
             if i in self.out_indices:
                 norm = getattr(self, f'norm{i}')
                 outs.append(norm(x.mean((2, 3), keepdim=True)).flatten(1) if self.gap_before_final_norm else norm(x))
         return self._to_output_format(outs)
-
-    def _stage_depths(self) -> list[int]:
-        return [len(stage) for stage in self.stages]
 
     def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
         match parts:

@@ -80,98 +80,127 @@ def run_checkpointed(module: nn.Module, x: Tensor, enabled: bool) -> Tensor:
     return module(x)
 
 
-def resolve_arch(arch: str | dict, table: dict[str, dict], options: dict, family: str) -> dict:
-    """Return the settings of a variant.
+class Stage(nn.Sequential):
+    """Blocks of one resolution, each called as ``block(x)``.
 
     Args:
-        arch: A name in ``table``, or a dict with the keys of its rows.
-        table: Variants of the family.
-        options: Optional keys with their defaults.
-        family: Name of the family in error messages.
-
-    Raises:
-        ValueError: If the name is unknown, or the dict has missing or unknown keys.
+        *blocks: In the order of execution.
+        with_cp: Recompute the activations of each block in the backward pass.
     """
-    if isinstance(arch, str):
-        if arch not in table:
-            raise ValueError(f'{family}: arch={arch!r} is unknown; choose one of {", ".join(table)}, or pass a dict')
-        return options | table[arch]
-    if not isinstance(arch, dict):
-        raise ValueError(f'{family}: arch={arch!r} must be one of {", ".join(table)}, or a dict')
-    required = set(next(iter(table.values())))
-    missing, unknown = required - set(arch), set(arch) - required - set(options)
-    if missing or unknown:
-        raise ValueError(
-            f'{family}: arch has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
-            f'the keys are {sorted(required | set(options))}'
-        )
-    return options | arch
 
+    def __init__(self, *blocks: nn.Module, with_cp: bool = False) -> None:
+        super().__init__(*blocks)
+        self.with_cp = with_cp
 
-def drop_path_rates(max_rate: float, num_blocks: int, family: str) -> list[float]:
-    """Return the drop path rate of each block, from 0 to ``max_rate`` in equal steps.
-
-    Raises:
-        ValueError: If ``max_rate`` is not in ``[0, 1)``.
-    """
-    if not 0 <= max_rate < 1:
-        raise ValueError(f'{family}: drop_path_rate={max_rate} must be in 0 <= rate < 1')
-    return torch.linspace(0, max_rate, num_blocks, device='cpu').tolist()
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = run_checkpointed(block, x, self.with_cp)
+        return x
 
 
 class Backbone(BaseModule):
-    """Base class of all backbones: pretrained weights, frozen stages, depth of parameters, memory layout.
+    """Base class of all backbones: variants, pretrained weights, frozen stages, depth of parameters, memory layout.
 
     Args:
+        depths: Number of blocks of each stage.
         channels: Channels of each stage.
         out_indices: Stages whose features are returned. Negative numbers count from the last stage.
+        frozen_stages: Number of stages to freeze; the smallest value, :attr:`min_frozen_stages`, freezes nothing.
         norm_eval: Keep BatchNorm layers in evaluation mode during training.
+        out_memory_format: Memory layout of the returned features, ``'contiguous_format'`` or ``'preserve_format'``.
         init_cfg: Initialization as in mmengine. ``dict(type='Pretrained', checkpoint=...)`` loads every format that
             :mod:`replk_mm.checkpoints.key_formats` supports, with an optional ``prefix``.
-        out_memory_format: Memory layout of the returned features, ``'contiguous_format'`` or ``'preserve_format'``.
         stem_stride: Stride of the first stage; each later stage halves the resolution. Defaults to 4.
 
     Attributes:
+        arch_settings: Variants: name to settings. All have the same keys.
+        arch_options: Optional keys of a variant with their defaults.
         feature_info: One dict for each returned feature, as in timm: channels ``num_chs``, stride ``reduction`` and
             the name of the ``module``.
         channels_last: Compute in channels-last memory on CPUs, where most layers are fastest. Values stay the same.
 
     Raises:
-        ValueError: If ``out_indices`` is empty, repeats a stage or names one that does not exist, or
-            ``out_memory_format`` is unknown.
+        ValueError: If a value is out of range, ``depths`` and ``channels`` differ in length, or ``out_indices`` is
+            empty or repeats a stage.
     """
 
     init_cfg: Any
+    arch_settings: dict[str, dict]
+    arch_options: dict = {}
+    min_frozen_stages: int = 0
     channels_last: bool = True
 
     def __init__(
         self,
+        depths: Sequence[int],
         channels: Sequence[int],
         out_indices: int | Sequence[int],
+        frozen_stages: int,
         norm_eval: bool,
-        init_cfg: dict | list[dict] | None,
         out_memory_format: str,
+        init_cfg: dict | list[dict] | None,
         stem_stride: int = 4,
     ) -> None:
         super().__init__(init_cfg)
-        num_stages = len(channels)
+        num_stages, family = len(channels), type(self).__name__
+        if len(depths) != num_stages:
+            raise ValueError(
+                f'{family}: {num_stages} stages by their channels {channels}, but {len(depths)} by their numbers of '
+                f'blocks {depths}'
+            )
+        if not self.min_frozen_stages <= frozen_stages <= num_stages:
+            raise ValueError(
+                f'{family}: frozen_stages={frozen_stages} must be in {self.min_frozen_stages}..{num_stages}'
+            )
         indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         self.out_indices = tuple(i + num_stages if i < 0 else i for i in indices)
         unique = set(self.out_indices)
         if not indices or len(unique) < len(indices) or not unique <= set(range(num_stages)):
-            raise ValueError(
-                f'{type(self).__name__}: out_indices={out_indices} must be different stages in 0..{num_stages - 1}'
-            )
+            raise ValueError(f'{family}: out_indices={out_indices} must be different stages in 0..{num_stages - 1}')
         if out_memory_format not in ('contiguous_format', 'preserve_format'):
             raise ValueError(
-                f'{type(self).__name__}: out_memory_format={out_memory_format!r} must be '
-                f'contiguous_format or preserve_format'
+                f'{family}: out_memory_format={out_memory_format!r} must be contiguous_format or preserve_format'
             )
         self.feature_info = [
             dict(num_chs=channels[i], reduction=stem_stride * 2**i, module=f'stages.{i}') for i in sorted(unique)
         ]
-        self.norm_eval = norm_eval
+        self.depths, self.frozen_stages, self.norm_eval = list(depths), frozen_stages, norm_eval
         self.out_memory_format = out_memory_format
+
+    @classmethod
+    def resolve_arch(cls, arch: str | dict) -> dict:
+        """Return the settings of a variant, given its name in :attr:`arch_settings` or a dict with the same keys.
+
+        Raises:
+            ValueError: If the name is unknown, or the dict has missing or unknown keys.
+        """
+        family, table, options = cls.__name__, cls.arch_settings, cls.arch_options
+        if isinstance(arch, str):
+            if arch not in table:
+                raise ValueError(
+                    f'{family}: arch={arch!r} is unknown; choose one of {", ".join(table)}, or pass a dict'
+                )
+            return options | table[arch]
+        if not isinstance(arch, dict):
+            raise ValueError(f'{family}: arch={arch!r} must be one of {", ".join(table)}, or a dict')
+        required = set(next(iter(table.values())))
+        missing, unknown = required - set(arch), set(arch) - required - set(options)
+        if missing or unknown:
+            raise ValueError(
+                f'{family}: arch has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
+                f'the keys are {sorted(required | set(options))}'
+            )
+        return options | arch
+
+    def drop_path_rates(self, max_rate: float) -> Iterator[float]:
+        """Yield the drop path rate of each block, from 0 to ``max_rate`` in equal steps.
+
+        Raises:
+            ValueError: If ``max_rate`` is not in ``[0, 1)``.
+        """
+        if not 0 <= max_rate < 1:
+            raise ValueError(f'{type(self).__name__}: drop_path_rate={max_rate} must be in 0 <= rate < 1')
+        return iter(torch.linspace(0, max_rate, sum(self.depths), device='cpu').tolist())
 
     def _to_compute_format(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.device.type == 'cpu' else x
@@ -195,10 +224,6 @@ class Backbone(BaseModule):
     # Depth of parameters for layer-wise learning-rate decay, as in the ConvNeXt authors' code:
     # github.com/facebookresearch/ConvNeXt, optim_factory.py, and mmcv_custom/layer_decay_optimizer_constructor.py of
     # its detection and segmentation code. The paper (arXiv:2201.03545) follows BEiT (arXiv:2106.08254).
-
-    @abstractmethod
-    def _stage_depths(self) -> list[int]:
-        """Return the number of blocks in each stage."""
 
     @abstractmethod
     def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
@@ -236,8 +261,7 @@ class Backbone(BaseModule):
         Raises:
             ValueError: If the name starts with the prefix and the backbone has no such parameter.
         """
-        depths = self._stage_depths()
-        layers = [-(-n // 3) if len(depths) == 4 and i == 2 else 1 for i, n in enumerate(depths)]
+        layers = [-(-n // 3) if len(self.depths) == 4 and i == 2 else 1 for i, n in enumerate(self.depths)]
         count = sum(layers) + 2
         location = self._locate(name, prefix)
         if location is None:
@@ -255,7 +279,7 @@ class Backbone(BaseModule):
         Returns:
             The stage id, and the number of ids: the stages plus two.
         """
-        count = len(self._stage_depths()) + 2
+        count = len(self.depths) + 2
         location = self._locate(name, prefix)
         if location is None:
             return count - 1, count

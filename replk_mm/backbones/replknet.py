@@ -14,14 +14,7 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.backbones.layers import (
-    Backbone,
-    build_activation,
-    build_norm,
-    drop_path_rates,
-    resolve_arch,
-    run_checkpointed,
-)
+from replk_mm.backbones.layers import Backbone, build_activation, build_norm, run_checkpointed
 from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
@@ -213,7 +206,7 @@ class RepLKNetStage(nn.Module):
         settings: A row of :attr:`RepLKNet.arch_settings` with :attr:`RepLKNet.arch_options`.
         merged: See :class:`ReparamLargeKernelConv`.
         with_cp: Recompute the activations of each block in the backward pass.
-        norm_output: Add a norm that :class:`RepLKNet` applies to the returned features.
+        norm_output: Return the normalized features too.
         norm_cfg: Normalization layer.
         act_cfg: Activation before and after the large kernels.
     """
@@ -249,10 +242,12 @@ class RepLKNetStage(nn.Module):
             self.blocks.append(ConvFFN(channels, settings['ffn_ratio'], rate, norm_cfg))
         self.norm = build_norm(norm_cfg, channels) if norm_output else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the features; with ``norm_output`` a pair, the features and the normalized ones."""
         for block in self.blocks:
             x = run_checkpointed(block, x, self.with_cp)
-        return x
+        # The norm runs here, because FSDP gathers a stage's parameters only while the stage runs.
+        return x if isinstance(self.norm, nn.Identity) else (x, self.norm(x))
 
 
 @MODELS.register_module()
@@ -276,7 +271,8 @@ class RepLKNet(Backbone):
         norm_eval: Keep BatchNorm layers in evaluation mode during training. Defaults to False.
         with_cp: Recompute the activations of each block in the backward pass. This saves memory and takes about a third
             more time. Defaults to False.
-        norm_intermediate_features: Normalize the returned features, as the authors do for XL. Defaults to False.
+        norm_intermediate_features: Normalize the returned features, as the authors do for XL. Each of ``stages`` then
+            returns a pair, its features and the normalized ones. Defaults to False.
         out_memory_format: Memory layout of the returned features. ``'contiguous_format'`` (default) works with every
             operator. ``'preserve_format'`` returns channels-last memory on CPUs: it copies nothing and is faster for
             convolutional heads, but mmcv's compiled operators, such as RoIAlign, misread it.
@@ -287,7 +283,7 @@ class RepLKNet(Backbone):
         ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
-    arch_settings: dict[str, dict]  # at the end of the file
+    min_frozen_stages = -1
     #: Optional keys of ``arch`` for ablations: hidden channels of ConvFFN, shortcut and dilation of RepLKBlock.
     arch_options: dict = dict(ffn_ratio=4, shortcut=True, dilation=1)
 
@@ -307,24 +303,21 @@ class RepLKNet(Backbone):
         out_memory_format: str = 'contiguous_format',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        settings = resolve_arch(arch, self.arch_settings, self.arch_options, 'RepLKNet')
+        settings = self.resolve_arch(arch)
         kernels, layers, channels = (settings[k] for k in ('large_kernel_sizes', 'layers', 'channels'))
         if type(settings['shortcut']) is not bool or type(settings['dilation']) is not int:
             raise ValueError(
                 f'RepLKNet: in arch, shortcut must be a bool and dilation an int; found '
                 f'{settings["shortcut"]!r} and {settings["dilation"]!r}'
             )
-        if not len(kernels) == len(layers) == len(channels):
+        # A RepLKBlock and the ConvFFN after it correspond to one block of ConvNeXt.
+        super().__init__(layers, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg)
+        if len(kernels) != len(layers):
             raise ValueError(
-                f'RepLKNet: large_kernel_sizes={kernels}, layers={layers} and channels={channels} must have one entry '
-                f'for each stage'
+                f'RepLKNet: large_kernel_sizes={kernels} must have one entry for each of {len(layers)} stages'
             )
-        if not -1 <= frozen_stages <= len(layers):
-            raise ValueError(f'RepLKNet: frozen_stages={frozen_stages} must be in -1..{len(layers)}')
         if drop_path_rate > 0 and not settings['shortcut']:
             raise ValueError(f'RepLKNet: drop_path_rate={drop_path_rate} requires shortcut=True in arch')
-        super().__init__(channels, out_indices, norm_eval, init_cfg, out_memory_format)
-        self.frozen_stages = frozen_stages
 
         width = channels[0]
         layer = partial(ConvNorm, norm_cfg=norm_cfg, act_cfg=act_cfg)
@@ -336,7 +329,7 @@ class RepLKNet(Backbone):
                 layer(width, width, 3, 2, depthwise=True),
             ]
         )
-        rates = iter(drop_path_rates(drop_path_rate, sum(layers), 'RepLKNet'))
+        rates = self.drop_path_rates(drop_path_rate)
         self.stages: Any = nn.ModuleList()
         self.transitions = nn.ModuleList()
         for i, width in enumerate(channels):
@@ -375,15 +368,12 @@ class RepLKNet(Backbone):
         outs = []
         for i, stage in enumerate(self.stages):
             x = stage(x)
+            x, feature = x if isinstance(x, tuple) else (x, x)
             if i in self.out_indices:
-                outs.append(stage.norm(x))
+                outs.append(feature)
             if i < len(self.transitions):
                 x = self.transitions[i](x)
         return self._to_output_format(outs)
-
-    def _stage_depths(self) -> list[int]:
-        # A RepLKBlock and the ConvFFN after it correspond to one block of ConvNeXt.
-        return [len(stage.blocks) // 2 for stage in self.stages]
 
     def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
         match parts:

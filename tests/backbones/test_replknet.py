@@ -42,6 +42,7 @@ class TestRepLKNet(BackboneContract):
     }
     # Five pairs of blocks; a feed-forward block has the rate of the large-kernel block before it.
     drop_paths = [0, 0, 0.075, 0.075, 0.15, 0.15, 0.225, 0.225, 0.3, 0.3]
+    sharded = [{}, dict(with_cp=True), dict(norm_intermediate_features=True)]
     num_layers = 1 + (1 + 1 + 1 + 1) + 1  # the two blocks of the third stage are one layer
     bad = [
         dict(out_memory_format='channels'),

@@ -3,13 +3,26 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from mmcv.cnn.bricks import DropPath
 from norms import randomize_norms
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def single_process_group():
+    """This process alone as a process group."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 class BackboneContract:
@@ -27,6 +40,8 @@ class BackboneContract:
     #: drop_path_rate 0.3 in the tiny network: what each DropPath in order of execution has.
     drop_paths: list[float]
     bad: list[dict]
+    #: Further arguments for which FSDP of the stages is tested.
+    sharded: list[dict] = [{}, dict(with_cp=True)]
     #: Largest layer id plus one, and ids of some parameters of the tiny network.
     num_layers: int
 
@@ -77,6 +92,40 @@ class BackboneContract:
             self.assert_equal(outs, [everything[i] for i in stages])
             assert [info['num_chs'] for info in part.feature_info] == [out.shape[1] for out in outs]
             assert [64 // info['reduction'] for info in part.feature_info] == [out.shape[2] for out in outs]
+
+    @pytest.mark.parametrize('with_cp', [False, True])
+    def test_stages_are_called(self, with_cp):
+        """Forward hooks on them run, as of Grad-CAM and of feature extractors that read ``feature_info``."""
+        model = self.build(with_cp=with_cp)
+        seen = {info['module']: [] for info in model.feature_info}
+        for name, outputs in seen.items():
+            model.get_submodule(name).register_forward_hook(lambda *args, outputs=outputs: outputs.append(args[-1]))
+        model(self.image().requires_grad_())
+        for info in model.feature_info:
+            (output,) = seen[info['module']]
+            side = 64 // info['reduction']
+            assert output.shape == (2, info['num_chs'], side, side) and output.requires_grad
+
+    def test_a_hook_on_a_stage_changes_the_features(self):
+        model, x = self.build(), self.image()
+        before = model(x)
+        model.get_submodule(model.feature_info[1]['module']).register_forward_hook(lambda *args: args[-1] * 2)
+        after = model(x)
+        assert [torch.equal(a, b) for a, b in zip(after, before, strict=True)] == [True, False, False, False]
+
+    @pytest.mark.parametrize('whole', [False, True])
+    def test_fully_shard_of_the_stages(self, whole):
+        for kwargs in self.sharded:
+            model, x = self.build(**kwargs).train(), self.image()
+            outs, grads = self.run(copy.deepcopy(model), x)
+            with single_process_group():
+                for stage in model.stages:
+                    fully_shard(stage)
+                found, found_grads = self.run(fully_shard(model) if whole else model, x)
+                self.assert_equal(found, outs)
+                assert found_grads.keys() == grads.keys()
+                for name, grad in found_grads.items():
+                    assert torch.equal(grad.full_tensor() if hasattr(grad, 'full_tensor') else grad, grads[name]), name
 
     # precision and layout
 
