@@ -22,7 +22,7 @@ FLOORS = (
     ('backbones',),
     ('ops', 'checkpoints'),
     ('visualize', 'published', 'text'),
-    ('registry', 'files', 'logs', 'environment'),
+    ('registry', 'files', 'logs', 'environment', 'wrappers'),
     ('errors', '__init__'),
 )
 

@@ -16,10 +16,10 @@ from replk_mm.engine.inference import adopt_classes, load_for_inference
 from replk_mm.engine.prepare import head_class_counts, prepare_data
 from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.runner import Runner, explain_failures
-from replk_mm.engine.wrappers import unwrap_model
 from replk_mm.errors import UserError
 from replk_mm.logs import log_notes
 from replk_mm.ops import prepack
+from replk_mm.wrappers import unwrap_model
 
 
 @dataclass

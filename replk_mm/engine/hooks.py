@@ -16,9 +16,9 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
-from replk_mm.engine.wrappers import optim_wrappers, unwrap_model
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration, format_metrics
+from replk_mm.wrappers import named_unwrapped_parameters, optim_wrappers
 
 #: Message hub key: the checkpoint written after a signal. The next regular checkpoint replaces it.
 INTERIM = 'interim_checkpoint'
@@ -175,9 +175,7 @@ def parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module) -> list[dict
         ``parameters`` their values; ``first`` and ``last`` are names. The last row, ``'frozen'``, is for what no group
         has, if there is any.
     """
-    names = {
-        id(param): name for name, param in reversed(list(unwrap_model(model).named_parameters(remove_duplicate=False)))
-    }
+    names = {id(param): name for name, param, _ in reversed(list(named_unwrapped_parameters(model)))}
     rows: dict[tuple, list[nn.Parameter]] = {}
     # Not the wrapper's own groups, to which mmengine adds one of no parameter of the model for its log.
     for group in (group for wrapper in optim_wrappers(optim_wrapper) for group in wrapper.optimizer.param_groups):

@@ -21,9 +21,9 @@ from replk_mm.data.sampler import (
     seed_sample,
 )
 from replk_mm.engine import stopping
-from replk_mm.engine.wrappers import optim_wrappers
 from replk_mm.errors import Stopped
 from replk_mm.registry import LOOPS
+from replk_mm.wrappers import optim_wrappers
 
 # Message hub key: iteration of the last validation. mmengine would log a key that begins with "val".
 _VALIDATED = 'last_validation'

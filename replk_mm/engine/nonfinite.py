@@ -21,9 +21,9 @@ from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path, tree
 
 from replk_mm.data.sampler import seed_iteration
 from replk_mm.engine.resuming import last_checkpoint
-from replk_mm.engine.wrappers import optim_wrappers, unwrap_model
 from replk_mm.errors import UserError
 from replk_mm.registry import HOOKS
+from replk_mm.wrappers import optim_wrappers, unwrap_model
 
 #: Minimum loss scale, as fairseq's ``--min-loss-scale``.
 _LEAST_SCALE = 1e-4

@@ -8,9 +8,11 @@ import torch
 import torch.nn as nn
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm, _InstanceNorm
+from torch.nn.modules.conv import _ConvNd
 
 from replk_mm.errors import UserError, did_you_mean
 from replk_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from replk_mm.wrappers import named_unwrapped_parameters, unwrap_model
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -43,6 +45,9 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
     A parameter of layer ``i`` learns at ``lr * decay_rate ** (num_layers + 1 - i)``: layer 0 is the stem, ``num_layers
     + 1`` everything outside the backbone and the norms of its output features. Parameters of one dimension, biases, and
     position embeddings and tokens have no weight decay. Frozen parameters are in no group.
+
+    Wrappers of the model, or of modules in it, do not change the groups: data parallelism, ``fully_shard``,
+    ``torch.compile``, activation checkpointing.
 
     For ConvNeXt, groups, their order, rates and weight decays are those of mmdet's and mmseg's
     ``LearningRateDecayOptimizerConstructor``, so that their runs can be resumed. Unlike theirs, a layer-wise
@@ -112,15 +117,28 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             module: The model.
             **kwargs: Arguments of mmengine's recursion; unused.
         """
+        named = list(named_unwrapped_parameters(module))
+        for name, param, owner in named:
+            matrix = isinstance(owner, (nn.Linear, _ConvNd)) and name.endswith('.weight')
+            if name.endswith('_flat_param') or matrix and param.ndim == 1:
+                raise UserError(
+                    f'{name}: FSDP has flattened the parameters, so that their layers and shapes are unknown\n'
+                    f'Use fully_shard (FSDP2), which keeps them.'
+                )
         layer_of, num_layers = self._layers(module)
+        if not layer_of.keys() <= {name for name, *_ in named}:
+            raise UserError(
+                f'{type(module).__name__}: wraps a model in an unknown way, which hides the layers of its backbone\n'
+                f'Build the optimizer from the model inside, or register the wrapper in MODEL_WRAPPERS.'
+            )
         first: dict[int, tuple[str, tuple]] = {}
         groups: dict[tuple, dict[str, Any]] = {}
-        for name, param in module.named_parameters(remove_duplicate=False):
+        for name, param, owner in named:
             if not param.requires_grad:
                 continue
             layer = layer_of.get(name, num_layers + 1)
             scale = self.paramwise_cfg['decay_rate'] ** (num_layers + 1 - layer)
-            lr_mult, decay_mult = self._multipliers(name, param, module.get_submodule(name.rpartition('.')[0]))
+            lr_mult, decay_mult = self._multipliers(name, param, owner)
             # Name and factor as in mmdet and mmseg.
             key = (f'layer_{layer}_{"decay" if decay_mult else "no_decay"}', scale * lr_mult, decay_mult)
             if id(param) in first:
@@ -145,12 +163,13 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             )
             group['params'].append(param)
             group['param_names'].append(name)
-        self._check_custom_keys(module)
+        self._check_custom_keys([name for name, *_ in named])
         params.extend(groups.values())
 
     def _layers(self, model: nn.Module) -> tuple[dict[str, int], int]:
         """The layer of every parameter of the backbone that is trained, and the number of layers."""
-        backbone, decay_type = getattr(model, 'backbone', None), self.paramwise_cfg.get('decay_type', 'layer_wise')
+        backbone = unwrap_model(getattr(unwrap_model(model), 'backbone', None))
+        decay_type = self.paramwise_cfg.get('decay_type', 'layer_wise')
         method, kind = DEPTHS[decay_type], type(backbone).__name__
         if not isinstance(backbone, nn.Module):
             raise UserError(
@@ -164,7 +183,7 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
                 f'Add it in a subclass, or omit the constructor.'
             )
         depths, own = {}, None
-        for name, param in backbone.named_parameters('backbone', remove_duplicate=False):
+        for name, param, _ in named_unwrapped_parameters(backbone, 'backbone.'):
             if param.requires_grad:
                 try:
                     depths[name], count = getattr(backbone, method)(name, 'backbone.')
@@ -202,8 +221,7 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         custom = next((value for key, value in self.custom.items() if key in name), {})
         return custom.get('lr_mult', lr), custom.get('decay_mult', decay)
 
-    def _check_custom_keys(self, model: nn.Module) -> None:
-        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    def _check_custom_keys(self, names: list[str]) -> None:
         for key in self.custom:
             if not any(key in name for name in names):
                 close = did_you_mean(key, {part for name in names for part in name.split('.')})

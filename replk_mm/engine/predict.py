@@ -15,8 +15,8 @@ from replk_mm.data.datasets import dataset_class, datasets_of
 from replk_mm.data.files import read_image
 from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.process import select_device
-from replk_mm.engine.wrappers import num_classes_of
 from replk_mm.errors import UserError
+from replk_mm.wrappers import num_classes_of
 
 
 def load_for_prediction(cfg: Config, checkpoint: str, device: str | None = None, reparam: bool = False) -> nn.Module:

@@ -22,11 +22,11 @@ from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.data.sampler import PositionedIndex
 from replk_mm.engine.nonfinite import forward_backward, forward_context
 from replk_mm.engine.process import is_out_of_memory
-from replk_mm.engine.wrappers import unwrap_model
 from replk_mm.errors import UserError, user_message
 from replk_mm.logs import announce
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration
+from replk_mm.wrappers import unwrap_model
 
 #: A first step of fewer seconds is repeated for the estimate, since it includes warm-up.
 _SHORT = 10.0

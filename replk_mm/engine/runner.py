@@ -30,10 +30,10 @@ from replk_mm.engine.hooks import INTERIM
 from replk_mm.engine.process import is_out_of_memory
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.engine.stopping import ignore_signals_in_workers
-from replk_mm.engine.wrappers import num_classes_of, optim_wrappers, unwrap_model
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
 from replk_mm.logs import limit_terminal
+from replk_mm.wrappers import num_classes_of, optim_wrappers, unwrap_model
 
 
 def _explained(build: Callable, part: str) -> Callable:

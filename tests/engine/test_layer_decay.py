@@ -2,15 +2,19 @@
 
 import copy
 import json
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
+from process_group import single_process_group
 from tiny import ROOT, tiny  # noqa: F401 (a fixture)
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from replk_mm.backbones import ConvNeXt, RepLKNet
 from replk_mm.deploy import reparameterize as reparam
@@ -243,6 +247,87 @@ def test_a_parameter_without_depth_is_rejected(family, where):
             build(model, decay_type=decay_type)
     model.backbone.get_submodule(where).adapter.requires_grad_(False)
     assert name not in settings(model, build(model))
+
+
+def compile_parts(model: Net) -> Net:
+    """Compile some stages, and recompute another in the backward pass."""
+    for i in (0, 2):
+        model.backbone.stages[i] = torch.compile(model.backbone.stages[i], backend='eager')
+    model.backbone.stages[1] = checkpoint_wrapper(model.backbone.stages[1])
+    return model
+
+
+def wrap_backbone(wrap) -> Net:
+    model = small()
+    model.backbone = wrap(model.backbone)
+    return model
+
+
+WRAPPED = {
+    'compiled': lambda: torch.compile(small(), backend='eager'),
+    'compiled backbone': lambda: wrap_backbone(partial(torch.compile, backend='eager')),
+    'compiled and checkpointed stages': lambda: compile_parts(small()),
+    'data parallel': lambda: nn.DataParallel(small()),
+    'DDP': lambda: nn.parallel.DistributedDataParallel(small()),
+    'DDP of the backbone': lambda: wrap_backbone(MMDistributedDataParallel),
+    'compiled DDP of a compiled backbone': lambda: torch.compile(
+        nn.parallel.DistributedDataParallel(wrap_backbone(partial(torch.compile, backend='eager'))), backend='eager'
+    ),
+    'fully_shard': lambda: fully_shard(wrap_backbone(fully_shard)),
+    'FSDP with the original parameters': lambda: FullyShardedDataParallel(
+        wrap_backbone(partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device('cpu'))),
+        use_orig_params=True,
+        device_id=torch.device('cpu'),
+    ),
+}
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', WRAPPED)
+@pytest.mark.parametrize('paramwise', [{}, dict(decay_type='stage_wise', custom_keys={'backbone.stages.2.0': {}})])
+def test_wrappers_do_not_change_the_groups(kind, paramwise):
+    def groups(model):
+        wrapper = build(model, **paramwise)
+        found = [{k: v for k, v in group.items() if k != 'params'} for group in wrapper.optimizer.param_groups]
+        return found, parameter_groups(wrapper, model)
+
+    with single_process_group():
+        assert groups(WRAPPED[kind]()) == groups(small())
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('whole', [False, True])
+def test_flattened_parameters_are_rejected(whole):
+    """FSDP's first version hides the names and shapes, and with them layers and weight decay."""
+    flatten = partial(FullyShardedDataParallel, device_id=torch.device('cpu'))
+    with single_process_group():
+        model = flatten(small()) if whole else wrap_backbone(flatten)
+        with pytest.raises(UserError, match='_flat_param: FSDP has flattened.*\nUse fully_shard'):
+            build(model)
+    model = small()
+    weight = model.backbone.stages[0][0].pointwise_conv1
+    weight.weight = nn.Parameter(weight.weight.detach().flatten())  # what a process of several has
+    with pytest.raises(UserError, match='^backbone.stages.0.0.pointwise_conv1.weight: FSDP'):
+        build(model)
+
+
+class Forwards(nn.Module):
+    """A wrapper that nobody knows, with the attributes of the model inside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('inner'), name)
+
+
+def test_unknown_wrappers_are_rejected():
+    with pytest.raises(UserError, match='^Forwards: .*\n.*MODEL_WRAPPERS'):
+        build(Forwards(small()))
 
 
 def test_frozen_parameters_are_left_out():

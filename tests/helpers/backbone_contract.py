@@ -3,26 +3,15 @@
 import copy
 import pickle
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
 from mmcv.cnn.bricks import DropPath
 from norms import randomize_norms
+from process_group import single_process_group
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
-
-
-@contextmanager
-def single_process_group():
-    """This process alone as a process group."""
-    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 class BackboneContract:

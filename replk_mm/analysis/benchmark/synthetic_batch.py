@@ -21,9 +21,9 @@ from replk_mm.analysis.benchmark.numerical_difference import CLASS_MAP
 from replk_mm.deploy.equivalence import network_outputs
 from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.config_errors import explain_build_errors
-from replk_mm.engine.wrappers import num_classes_of
 from replk_mm.errors import UserError, command_line
 from replk_mm.ops import prepack
+from replk_mm.wrappers import num_classes_of
 
 #: Number of objects in a synthetic image for detectors.
 _OBJECTS = 8
