@@ -15,7 +15,8 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from replk_mm.checkpoints.loading import load_pretrained
+from replk_mm.checkpoints.loading import get_form, load_pretrained
+from replk_mm.errors import UserError
 from replk_mm.registry import MODELS
 
 
@@ -220,6 +221,27 @@ class Backbone(BaseModule):
         self.init_cfg = cfgs
         for cfg in pretrained:
             load_pretrained(self, **{key: value for key, value in cfg.items() if key != 'type'})
+
+    def mark_folded(self) -> None:
+        """Add the buffer ``folded``: the weights of this network fit no network with BatchNorm, in heads too."""
+        self.register_buffer('folded', torch.tensor(True))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Reject weights of the other form; mmengine, mmseg and mmdet would load a part of them and log the rest."""
+        names = [key for key in state_dict if key.startswith(prefix)]
+        theirs = get_form(names)
+        own = get_form([*(f'{name}.' for name, _ in self.named_modules()), *self._buffers])
+        if names and theirs != own:
+            form = {(True, True): 'merged and folded', (True, False): 'merged', (False, True): 'folded'}
+            merge, fold = theirs
+            raise UserError(
+                f'{type(self).__name__}: the network is {form.get(own, "in training form")}, but the weights are '
+                f'{form.get(theirs, "in training form")}\n'
+                f'Load them into a network in training form'
+                + f', after replk_mm.reparam.reparameterize(model, {merge=}, {fold=}, inplace=True)' * (merge or fold)
+                + '.'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Depth of parameters for layer-wise learning-rate decay, as in the ConvNeXt authors' code:
     # github.com/facebookresearch/ConvNeXt, optim_factory.py, and mmcv_custom/layer_decay_optimizer_constructor.py of

@@ -111,7 +111,7 @@ def load_pretrained(
     loaded = read_checkpoint(checkpoint)
     found = find_weights(loaded, backbone, str(checkpoint), prefix, use_ema)
     weights = found.backbone
-    if (get_reparameterization(loaded, ()) or {}).get('fold'):
+    if (get_reparameterization(loaded, found.unused) or {}).get('fold'):
         raise UserError(
             f'{checkpoint}: training cannot start from a network with folded BatchNorm\n'
             f'Start from the checkpoint before reparameterization.'
@@ -169,7 +169,7 @@ def get_reparameterization(checkpoint: Mapping, weights: Iterable[str]) -> dict 
 
     Args:
         checkpoint: The loaded file, whose ``meta`` may record it.
-        weights: Key names, which show it for the authors' merged checkpoints.
+        weights: Key names, which show it too.
 
     Returns:
         ``{'merge': bool, 'fold': bool}``, or None for a network in training form.
@@ -177,7 +177,18 @@ def get_reparameterization(checkpoint: Mapping, weights: Iterable[str]) -> dict 
     record = (checkpoint.get('meta') or {}).get('replk_mm', {}).get('reparameterized')
     if record:
         return {'merge': record['merge'], 'fold': record['fold']}
-    return {'merge': True, 'fold': False} if any('.lkb_reparam.' in key for key in weights) else None
+    merge, fold = get_form(weights)
+    return {'merge': merge, 'fold': fold} if merge or fold else None
+
+
+def get_form(weights: Iterable[str]) -> tuple[bool, bool]:
+    """Return whether weights are merged, and whether BatchNorm is folded into them.
+
+    Args:
+        weights: Key names. ``folded`` is a buffer that reparameterization adds to backbones of this package.
+    """
+    keys = list(weights)
+    return any('.lkb_reparam.' in key for key in keys), any(f'.{key}'.endswith('.folded') for key in keys)
 
 
 def guess_cause(report: LoadReport, found: FoundWeights, whole: bool) -> str:

@@ -22,6 +22,7 @@ from mmcv.cnn import ConvModule
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
 
+from replk_mm.backbones.layers import Backbone
 from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.backbones.sync_norm import SyncBatchNorm
 from replk_mm.deploy.equivalence import named_batch_norms
@@ -96,6 +97,10 @@ def reparameterize(
                 norm_owner.turn_on_efficient_conv_bn_eval(False)  # it needs the norm
             changes.folded.append(f'{name}.{norm_name}'.lstrip('.'))
     changes.left = [name for name, _ in named_batch_norms(model)]
+    if changes.folded:
+        for module in model.modules():
+            if isinstance(module, Backbone):
+                module.mark_folded()
     return model, changes
 
 

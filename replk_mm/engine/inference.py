@@ -9,7 +9,14 @@ from mmengine.logging import print_log
 
 from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint, require_different_files, save_checkpoint
 from replk_mm.checkpoints.key_formats import find_weights
-from replk_mm.checkpoints.loading import TRAINING_ONLY, LoadReport, copy_weights, get_reparameterization, guess_cause
+from replk_mm.checkpoints.loading import (
+    TRAINING_ONLY,
+    LoadReport,
+    copy_weights,
+    get_form,
+    get_reparameterization,
+    guess_cause,
+)
 from replk_mm.data.checks.classes import checkpoint_classes, classes_advice
 from replk_mm.data.classes import classes_of, set_classes
 from replk_mm.data.datasets import datasets_of
@@ -18,6 +25,7 @@ from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.errors import UserError, format_list
 from replk_mm.files import sha256
+from replk_mm.logs import announce
 from replk_mm.ops import prepack
 
 
@@ -61,12 +69,14 @@ def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, di
     found = find_weights(loaded, model.backbone if whole else model, str(checkpoint))
     weights = {f'backbone.{key}': value for key, value in found.backbone.items()} if whole else found.backbone
     weights = {**weights, **found.rest}
-    how = get_reparameterization(loaded, weights)
+    how = get_reparameterization(loaded, [*weights, *found.unused])
     if how:
         reparameterize(model, **how, inplace=True)
     report = copy_weights(model, weights, parts=whole)
     report.missing = [
-        key for key in report.missing if not key.startswith(TRAINING_ONLY) and not key.endswith('num_batches_tracked')
+        key
+        for key in report.missing
+        if not key.startswith(TRAINING_ONLY) and not key.endswith(('num_batches_tracked', 'folded'))
     ]
     # The file may have heads that only training uses.
     surplus = [key for key in report.unexpected if not key.startswith(TRAINING_ONLY)]
@@ -184,5 +194,7 @@ def reparameterize_checkpoint(
     )
     plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float, bool, dict, list, tuple))}
     meta = {**plain, 'replk_mm': {'reparameterized': record}}
+    if not get_form(merged.state_dict())[1]:
+        announce('note: this model has no backbone of replk_mm: programs other than ours do not notice merged weights')
     save_checkpoint({'meta': meta, 'state_dict': merged.state_dict()}, out)
     return changes, differences

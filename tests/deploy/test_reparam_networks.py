@@ -4,13 +4,17 @@ import copy
 
 import pytest
 import torch
+from mmengine.runner import load_checkpoint
 from norms import randomize_norms
 from reparam_cases import BN, CHANNELS, FCN_HEAD, REPLK, SEGMENTOR, build, norms
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from replk_mm.deploy.equivalence import compare_networks, network_outputs
 from replk_mm.deploy.reparameterize import reparameterize
+from replk_mm.errors import UserError
 
+CONVNEXT = dict(type='replk_mm.ConvNeXt', arch=dict(depths=[1] * 4, channels=CHANNELS), out_indices=(0, 1, 2, 3))
+CONVNEXT['gap_before_final_norm'] = False
 CASCADE = dict(
     type='CascadeEncoderDecoder',
     num_stages=2,
@@ -212,3 +216,48 @@ def test_part_that_does_not_run_is_named():
         d.ok and d.not_compared and all(n.startswith('roi_head.bbox_head.') for n in d.not_compared) for d in found
     )
     assert 'not compared' in str(found[0]) and found[0].not_compared[0] in str(found[0])
+
+
+# ---- the form of weights
+FORMS = {
+    'segmentor': (SEGMENTOR, True, True),
+    'merged only': (SEGMENTOR, True, False),
+    'BatchNorm in heads only': ({**SEGMENTOR, 'backbone': CONVNEXT}, False, True),
+    'our segmentor': ({**SEGMENTOR, 'type': 'replk_mm.EncoderDecoder'}, True, True),
+    'detector': (DETECTORS['RetinaNet'], True, True),
+    'backbone': (REPLK, False, True),
+}
+
+
+@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('loader', ['mmengine', 'torch'])
+def test_weights_in_another_form_are_rejected_by_other_loaders(name, loader, tmp_path):
+    """mmengine, mmseg and mmdet load what fits and log the rest; the outputs would be wrong."""
+    cfg, merge, fold = FORMS[name]
+    scope = 'mmdet' if name == 'detector' else 'mmseg'
+    pytest.importorskip(scope)
+    trained = build(cfg, scope)
+    merged, _ = reparameterize(trained, merge, fold)
+    paths = {}
+    for form, model in (('training', trained), ('merged', merged)):
+        paths[form] = tmp_path / f'{form}.pth'
+        torch.save({'meta': {}, 'state_dict': model.state_dict()}, paths[form])
+
+    def load(model, form):
+        if loader == 'mmengine':
+            load_checkpoint(model, str(paths[form]))
+        else:
+            model.load_state_dict(torch.load(paths[form])['state_dict'], strict=False)
+        return model
+
+    with pytest.raises(UserError, match='but the weights are (merged|folded)') as caught:
+        load(build(cfg, scope), 'merged')
+    assert f'merge={merge}, fold={fold}' in str(caught.value)
+    empty, _ = reparameterize(build(cfg, scope), merge, fold)
+    with pytest.raises(UserError, match='but the weights are in training form'):
+        load(empty, 'training')
+    for form in ('training', 'merged'):
+        model = build(cfg, scope) if form == 'training' else empty
+        for p in model.parameters():
+            torch.nn.init.zeros_(p)
+        assert all(d.ok for d in compare_networks(load(model, form), merged))
