@@ -15,6 +15,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from replk_mm.checkpoints.key_formats import FOLDED
 from replk_mm.checkpoints.loading import get_form, load_pretrained
 from replk_mm.errors import UserError
 from replk_mm.registry import MODELS
@@ -223,8 +224,8 @@ class Backbone(BaseModule):
             load_pretrained(self, **{key: value for key, value in cfg.items() if key != 'type'})
 
     def mark_folded(self) -> None:
-        """Add the buffer ``folded``: the weights of this network fit no network with BatchNorm, in heads too."""
-        self.register_buffer('folded', torch.tensor(True))
+        """Record in the state dict that BatchNorm is folded in this backbone, its neck or its heads."""
+        self.register_buffer(FOLDED, torch.tensor(True))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Reject weights of the other form; mmengine, mmseg and mmdet would load a part of them and log the rest."""

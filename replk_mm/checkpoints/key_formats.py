@@ -23,6 +23,8 @@ WRAPPERS = frozenset({'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoin
 COUNTERS = ('n_averaged', 'steps')
 #: Momentum encoders of self-supervised training (MoCo, BYOL), which is evaluated with the other encoder.
 MOMENTUM_ENCODERS = frozenset({'encoder_k', 'momentum_encoder', 'target_net'})
+#: Buffer that reparameterization adds to backbones of this package when it folds BatchNorm anywhere in the model.
+FOLDED = 'folded'
 _EMA = re.compile(r'(^|[._])ema([._]|$)')
 _MAX_DEPTH = 5
 # First names of classifiers, which a backbone does not have.
@@ -256,7 +258,7 @@ def _candidates(nest: str, weights: dict[str, Tensor], own: Mapping[str, Tensor]
         for start in (0, *(match.end() for match in re.finditer(r'\.', key))):
             if (form := _BY_ANCHOR.get(key[start:])) or key[start:] in own:
                 prefixes[key[:start]] = form or prefixes.get(key[:start], _OWN)
-    modules = {key.split('.')[0] for key in own}
+    modules = {key.split('.')[0] for key in own} | {FOLDED}
     for prefix, form in prefixes.items():
         theirs = {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
         # The network may itself be another library's.

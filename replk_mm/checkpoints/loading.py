@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from replk_mm.checkpoints.io import read_checkpoint
-from replk_mm.checkpoints.key_formats import FoundWeights, find_weights, fits
+from replk_mm.checkpoints.key_formats import FOLDED, FoundWeights, find_weights, fits
 from replk_mm.errors import UserError
 from replk_mm.logs import announce
 
@@ -111,7 +111,7 @@ def load_pretrained(
     loaded = read_checkpoint(checkpoint)
     found = find_weights(loaded, backbone, str(checkpoint), prefix, use_ema)
     weights = found.backbone
-    if (get_reparameterization(loaded, found.unused) or {}).get('fold'):
+    if (get_reparameterization(loaded, weights) or {}).get('fold'):
         raise UserError(
             f'{checkpoint}: training cannot start from a network with folded BatchNorm\n'
             f'Start from the checkpoint before reparameterization.'
@@ -185,10 +185,10 @@ def get_form(weights: Iterable[str]) -> tuple[bool, bool]:
     """Return whether weights are merged, and whether BatchNorm is folded into them.
 
     Args:
-        weights: Key names. ``folded`` is a buffer that reparameterization adds to backbones of this package.
+        weights: Key names.
     """
     keys = list(weights)
-    return any('.lkb_reparam.' in key for key in keys), any(f'.{key}'.endswith('.folded') for key in keys)
+    return any('.lkb_reparam.' in key for key in keys), any(key.split('.')[-1] == FOLDED for key in keys)
 
 
 def guess_cause(report: LoadReport, found: FoundWeights, whole: bool) -> str:

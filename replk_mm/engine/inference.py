@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 
 from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint, require_different_files, save_checkpoint
-from replk_mm.checkpoints.key_formats import find_weights
+from replk_mm.checkpoints.key_formats import FOLDED, find_weights
 from replk_mm.checkpoints.loading import (
     TRAINING_ONLY,
     LoadReport,
@@ -69,14 +69,14 @@ def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, di
     found = find_weights(loaded, model.backbone if whole else model, str(checkpoint))
     weights = {f'backbone.{key}': value for key, value in found.backbone.items()} if whole else found.backbone
     weights = {**weights, **found.rest}
-    how = get_reparameterization(loaded, [*weights, *found.unused])
+    how = get_reparameterization(loaded, weights)
     if how:
         reparameterize(model, **how, inplace=True)
     report = copy_weights(model, weights, parts=whole)
     report.missing = [
         key
         for key in report.missing
-        if not key.startswith(TRAINING_ONLY) and not key.endswith(('num_batches_tracked', 'folded'))
+        if not key.startswith(TRAINING_ONLY) and not key.endswith(('num_batches_tracked', FOLDED))
     ]
     # The file may have heads that only training uses.
     surplus = [key for key in report.unexpected if not key.startswith(TRAINING_ONLY)]
