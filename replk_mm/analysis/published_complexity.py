@@ -11,8 +11,14 @@ import torch
 from mmengine.config import Config
 
 from replk_mm import published
-from replk_mm.analysis.complexity import count_inference_parameters, mmcv_macs, on_meta
-from replk_mm.analysis.config_complexity import build_on_meta, count_model, library_versions
+from replk_mm.analysis.complexity import (
+    build_on_meta,
+    count_inference_parameters,
+    count_model,
+    library_versions,
+    mmcv_macs,
+    on_meta,
+)
 from replk_mm.backbones import RepLKNet
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine.config import load_config

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.bench.compare.compare import compare_results
-from replk_mm.bench.compare.render import render_comparison, write_comparison
+from replk_mm.bench.compare.compare import compare_results, render_comparison, write_comparison
 from replk_mm.bench.compare.results import DataSource
 from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import command

@@ -11,8 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from replk_mm import cli, published
-from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, Operator
-from replk_mm.analysis.config_complexity import ConfigComplexity, config_complexity, library_versions
+from replk_mm.analysis.complexity import (
+    INFERENCE,
+    NEVER,
+    TRAINING,
+    ConfigComplexity,
+    Operator,
+    config_complexity,
+    library_versions,
+)
 from replk_mm.analysis.published_complexity import CONFIGS, count_published, render_page
 from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import UserError, command, command_line

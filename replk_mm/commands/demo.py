@@ -34,6 +34,7 @@ from replk_mm.engine.process import RunOptions, prepare_work_dir
 from replk_mm.engine.record import evaluation_record, write_record
 from replk_mm.engine.train import train
 from replk_mm.errors import UserError, command, command_line
+from replk_mm.text import text_table
 from replk_mm.visualize import class_legend, colorize, draw_instances, image_grid
 
 TRAIN_SCENES, VAL_SCENES = 800, 40
@@ -197,6 +198,7 @@ class DemoRow:
         parameters: Number of parameters that inference uses.
         macs: Multiply-accumulates of one scene.
         milliseconds: Time of one scene, measured in turns with the other form.
+        unreliable: Why that time is not reliable; empty if it is.
     """
 
     form: str
@@ -204,6 +206,7 @@ class DemoRow:
     parameters: int
     macs: int
     milliseconds: Timing
+    unreliable: str = ''
 
 
 def write_scenes(out: Path, seed: int, layout: str) -> Path:
@@ -259,7 +262,9 @@ def run_demo(
         tests.append(evaluation_record(cfg, checkpoint, result, tta=False))
         cost = complexity.count_complexity(models[form], crop_size)
         metrics = {name: metric(result) for name, metric in task.metrics.items()}
-        rows.append(DemoRow(form, metrics, cost.inference_parameters, cost.macs, times.summary(form)))
+        rows.append(
+            DemoRow(form, metrics, cost.inference_parameters, cost.macs, times.summary(form), times.problem(form))
+        )
     task.draw(models['reparameterized'], data, out / 'predictions.png')
     iterations = read_checkpoint(trained)['meta']['iter']
     figures = dict(
@@ -280,7 +285,7 @@ def table_cells(rows: Sequence[DemoRow]) -> list[list[str]]:
                 *(f'{value:.2f}' for value in row.metrics.values()),
                 f'{row.parameters:,}',
                 f'{row.macs / 1e9:.2f} G',
-                str(row.milliseconds),
+                f'{row.milliseconds}{" ?" if row.unreliable else ""}',
             ]
             for row in rows
         ),
@@ -292,15 +297,6 @@ def table_cells(rows: Sequence[DemoRow]) -> list[list[str]]:
             f'{speedup:.2f} times as fast',
         ],
     ]
-
-
-def format_table(cells: Sequence[Sequence[str]]) -> str:
-    """The table as text, with numbers aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return '\n'.join(
-        f'{first:{widths[0]}}  ' + '  '.join(f'{cell:>{width}}' for cell, width in zip(rest, widths[1:], strict=True))
-        for first, *rest in cells
-    )
 
 
 def metrics_match(rows: Sequence[DemoRow], tolerance: float) -> bool:
@@ -345,9 +341,9 @@ def main() -> None:
     own_data = command_line('train', *task.own_data)
     page = render_report(figures=figures, task=task, cells=cells, caption=caption, own_data=own_data)
     (out / 'report.html').write_text(page, encoding='utf-8')
-    print(f'\n{format_table(cells)}\n\n{caption} {(time.monotonic() - start) / 60:.1f} minutes.')
-    if task.note:
-        print(task.note)
+    print(f'\n{text_table(cells)}\n\n{caption} {(time.monotonic() - start) / 60:.1f} minutes.')
+    for note in filter(None, (task.note, *{f'?: {row.unreliable}' for row in rows if row.unreliable})):
+        print(note)
     print(f'\nnext, train on your own photographs in DIR (docs/data.md describes the folders):\n  {own_data}')
     print(f'picture: {out / "predictions.png"}\nreport:  {out / "report.html"}')
     if not metrics_match(rows, task.tolerance):

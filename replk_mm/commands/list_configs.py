@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from replk_mm import cli, published
-from replk_mm.analysis.complexity import count_parameters
-from replk_mm.analysis.config_complexity import build_on_meta
+from replk_mm.analysis.complexity import build_on_meta, count_parameters
 from replk_mm.errors import UserError, command
 
 COMMAND = 'python tools/list_configs.py --write docs/configs.md'

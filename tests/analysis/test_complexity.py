@@ -14,8 +14,14 @@ from tiny import CONFIG, ROOT
 
 from replk_mm import published
 from replk_mm.analysis import complexity, published_complexity
-from replk_mm.analysis.complexity import INFERENCE, NEVER, TRAINING, count_complexity
-from replk_mm.analysis.config_complexity import ConfigComplexity, config_complexity
+from replk_mm.analysis.complexity import (
+    INFERENCE,
+    NEVER,
+    TRAINING,
+    ConfigComplexity,
+    config_complexity,
+    count_complexity,
+)
 from replk_mm.backbones import RepLKNet
 from replk_mm.commands import complexity as command
 from replk_mm.deploy.reparameterize import reparameterize

@@ -24,9 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import run_tool, tiny, trained  # noqa: F401
 
-from replk_mm.bench.compare.compare import bootstrap, compare_results
+from replk_mm.bench.compare.compare import bootstrap, compare_results, render_comparison
 from replk_mm.bench.compare.pictures import NEITHER, A, B, draw_label_difference
-from replk_mm.bench.compare.render import render_comparison
 from replk_mm.bench.compare.results import DataSource, read_result
 from replk_mm.bench.compare.segmentation import SegmentationImages
 from replk_mm.engine.evaluate import evaluate

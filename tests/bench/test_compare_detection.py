@@ -18,10 +18,12 @@ pytest.importorskip('pycocotools')
 
 from compare_cases import JSON
 
-from replk_mm.bench.compare.compare import compare_results  # noqa: E402
+from replk_mm.bench.compare.compare import (
+    compare_results,  # noqa: E402
+    write_comparison,  # noqa: E402
+)
 from replk_mm.bench.compare.detection import match, open_detections, open_objects  # noqa: E402
 from replk_mm.bench.compare.pictures import A, B  # noqa: E402
-from replk_mm.bench.compare.render import write_comparison  # noqa: E402
 from replk_mm.bench.compare.results import DataSource, read_result  # noqa: E402
 from replk_mm.engine.evaluate import evaluate  # noqa: E402
 from replk_mm.engine.record import evaluation_record, write_record  # noqa: E402

@@ -18,7 +18,7 @@ from tiny import CONFIG, ROOT, make_data, run_tool, tiny, tool_environment, trai
 
 from replk_mm.bench import records
 from replk_mm.bench.schema import read_suite
-from replk_mm.bench.suites import accuracy, cost, inputs, measurements, plan, progress_hook, training
+from replk_mm.bench.suites import inputs, measurements, plan, progress
 from replk_mm.bench.suites.worker import run_task
 
 _count = itertools.count()
@@ -33,8 +33,7 @@ def _a_process_of_its_own(monkeypatch):
         cfg.experiment_name = cfg.visualizer.name = f'row{next(_count)}'
         return cfg
 
-    for module in (accuracy, training):
-        monkeypatch.setattr(module, 'load_task_config', named)
+    monkeypatch.setattr(measurements, 'load_task_config', named)
 
 
 def task_of(folder: Path, tiny, **row):  # noqa: F811
@@ -114,7 +113,7 @@ def test_complexity_speed_and_memory(tiny, trained, tmp_path):  # noqa: F811
 def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_path, monkeypatch):  # noqa: F811
     # The config's SyncBN is BN here, which cannot train on one image pooled to a pixel.
     asked = []
-    monkeypatch.setattr(cost, 'peak_memory', lambda job, *args: asked.append(job) or 1000 * len(asked))
+    monkeypatch.setattr(measurements, 'peak_memory', lambda job, *args: asked.append(job) or 1000 * len(asked))
     found = measurements.TABLE['memory'](
         task_of(tmp_path, tiny, measure=['memory'], options={'model.decode_head.norm_cfg': dict(type='SyncBN')})
     )
@@ -154,7 +153,7 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
 def test_resumed_training_has_a_gapless_curve(tiny, tmp_path, monkeypatch):  # noqa: F811
     row = dict(iterations=4, measure=['curve', 'metric'], seeds=[3], options={'default_hooks.checkpoint.interval': 2})
     task = task_of(tmp_path, tiny, **row)
-    original = progress_hook.ProgressFileHook.after_train_iter
+    original = progress.ProgressFileHook.after_train_iter
 
     def cut(self, runner, *args, **kwargs):
         original(self, runner, *args, **kwargs)
@@ -162,7 +161,7 @@ def test_resumed_training_has_a_gapless_curve(tiny, tmp_path, monkeypatch):  # n
             raise MemoryError('a heavy image')
 
     with monkeypatch.context() as patched:
-        patched.setattr(progress_hook.ProgressFileHook, 'after_train_iter', cut)
+        patched.setattr(progress.ProgressFileHook, 'after_train_iter', cut)
         assert not run_task(task, measurements.TABLE, {})
     [failed] = records.read_records([tmp_path / 'w'])[0]
     assert 'out of memory at iteration 2' in failed['reason'] and 'a heavy image' in failed['reason']
@@ -198,7 +197,7 @@ def test_curve_of_epochs_and_repeated_iterations(tmp_path):
         folder = tmp_path / name / 'vis_data'
         folder.mkdir(parents=True)
         (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, rows)) + '\n{"loss": 5')
-    values, facts = training.read_curve(tmp_path)
+    values, facts = measurements.read_curve(tmp_path)
     assert values == dict(loss=[[2, 3.0], [4, 2.0], [6, 1.0]], metric=[[4, 10.0], [6, 30.0]], name='coco/bbox_mAP')
     assert facts['best'] == dict(iteration=6, value=30.0)
 
@@ -215,7 +214,7 @@ def test_curve_of_epochs_and_repeated_iterations(tmp_path):
 def test_pretraining(tiny, weights, name):  # noqa: F811
     cfg = tiny.cfg()
     cfg.model.backbone.init_cfg = weights and dict(type='Pretrained', checkpoint=weights)
-    assert training.find_pretraining(cfg) == name
+    assert measurements.find_pretraining(cfg) == name
 
 
 # ---- whole commands

@@ -19,7 +19,7 @@ from rich.console import Console
 from replk_mm.bench.records import append_record, write_json
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import plan, runner
-from replk_mm.bench.suites.remaining import time_left
+from replk_mm.bench.suites.progress import time_left
 from replk_mm.bench.suites.runner import Settings, SuiteRunner
 from replk_mm.bench.suites.task import utc_now
 from replk_mm.bench.suites.worker import lock_folder
@@ -277,7 +277,7 @@ def test_time_left_is_extrapolated_from_iterations_and_other_rows(tmp_path):
     assert time_left(work_dir, [(2, [a, b])]) == f'at least {2 * 9 // 2 + 2 * 12 // 2} s left'
     for name, seconds in (('train', 30.0), ('complexity', 1.0), ('metric', 500.0), ('speed', 9.0)):
         append_record({**a.record(name, utc_now(), {}), 'seconds': seconds}, a.results)
-    assert time_left(work_dir, [(1, [a, b])]) == 'about 9 min left'
+    assert time_left(work_dir, [(1, [a, b])]) == 'about 9 min 0 s left'
     assert time_left(work_dir, [(1, [a])]) == ''
 
 

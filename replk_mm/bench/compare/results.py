@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from mmengine.config import Config
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from replk_mm.bench.report.formatting import leaves
+from replk_mm.bench.report.tables import leaves
 from replk_mm.data.classes import use_classes
 from replk_mm.engine.config import load_config, resolve_config_path, set_data_root
 from replk_mm.errors import UserError, command_line, format_list

@@ -12,7 +12,6 @@ from typing import Any
 
 from replk_mm.analysis.timing import MAX_LOAD, MAX_SPREAD
 from replk_mm.bench import records
-from replk_mm.bench.report.formatting import clean
 from replk_mm.bench.report.tables import (
     COLUMNS,
     METRIC_TITLES,
@@ -20,6 +19,7 @@ from replk_mm.bench.report.tables import (
     Column,
     Figure,
     Protocol,
+    clean,
     compare_with_published,
     name_protocols,
     primary_metric,

@@ -11,10 +11,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from replk_mm.bench.report import load, pictures, plots
-from replk_mm.bench.report.formatting import FIGURE_NAMES, clean, format_value, leaves, markdown_text, number
 from replk_mm.bench.report.load import Record, Report, ReportRow, SuiteReport
 from replk_mm.bench.report.pictures import LEAST_SCORE, Album
-from replk_mm.bench.report.tables import BY_KEY, COLUMNS, METRIC_TITLES, NOT_MEASURED, Column, Figure, protocol_key
+from replk_mm.bench.report.tables import (
+    BY_KEY,
+    COLUMNS,
+    FIGURE_NAMES,
+    METRIC_TITLES,
+    NOT_MEASURED,
+    Column,
+    Figure,
+    clean,
+    format_value,
+    leaves,
+    markdown_text,
+    number,
+    protocol_key,
+)
 
 _HERE = Path(__file__).parent
 #: Columns that the metric is plotted against.

@@ -1,21 +1,380 @@
-"""The function of each measurement of a suite, in :data:`TABLE`."""
+"""The measurements of a suite, a function each: train, count, test, time; :data:`TABLE` names them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from replk_mm.analysis.benchmark.case import default_shape
-from replk_mm.bench.suites.accuracy import metric
-from replk_mm.bench.suites.cost import complexity, memory, speed
-from replk_mm.bench.suites.inputs import dataset_layout, describe_weights, find_weights, load_task_config
+import torch
+from mmengine.config import Config
+from mmengine.dist import barrier, get_rank
+
+from replk_mm import published
+from replk_mm.analysis.benchmark.baseline import OURS, randomize_constants
+from replk_mm.analysis.benchmark.case import (
+    BenchmarkCase,
+    default_shape,
+    load_case_config,
+    min_batch_size,
+    peak_memory,
+    set_input_size,
+)
+from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
+from replk_mm.analysis.complexity import build_on_meta, config_complexity, reparameterize_on_meta
+from replk_mm.analysis.timing import time_interleaved
+from replk_mm.bench import records
+from replk_mm.bench.suites.inputs import (
+    dataset_layout,
+    describe_split,
+    describe_weights,
+    find_weights,
+    load_task_config,
+)
+from replk_mm.bench.suites.progress import add_progress_hook
 from replk_mm.bench.suites.task import Task
-from replk_mm.bench.suites.training import curve, train
 from replk_mm.bench.suites.worker import Measure, MeasurementResult
-from replk_mm.data.datasets import datasets_of
+from replk_mm.data.datasets import as_list, crop_of, datasets_of
+from replk_mm.deploy.reparameterize import reparameterize
+from replk_mm.engine import train as engine
+from replk_mm.engine.evaluate import Evaluation, evaluate
+from replk_mm.engine.inference import build_for_inference
+from replk_mm.engine.prepare import prepare_training
+from replk_mm.engine.process import RunOptions, processes_of, select_device
+from replk_mm.engine.record import describe_protocol, environment_info, evaluation_record, write_record
 from replk_mm.engine.record import environment_info as environment  # noqa: F401 (the worker calls it)
+from replk_mm.engine.resuming import last_checkpoint
+from replk_mm.errors import UserError
+from replk_mm.ops import prepack
 
+#: The metric that ranks rows, with its unit: the first that a test reports.
+PRIMARY_METRICS = {'mIoU': '%', 'coco/bbox_mAP': 'AP'}
+#: Prefixes of checkpoints of ImageNet-1K classifiers.
+_IMAGENET = ('torchvision://', 'open-mmlab://resnet')
+#: Time limit in seconds of a speed measurement; slow networks take longer.
+_SECONDS = 30.0
+#: Largest number of rounds: of a small network, 15 would take a tenth of a second.
+_ROUNDS = 100
 #: Images of an effective receptive field, as in the paper.
 _ERF_IMAGES = 50
+
+
+def metric(task: Task) -> MeasurementResult:
+    """Test the row's weights, and once more reparameterized where there are kernels to merge.
+
+    Raises:
+        UserError: If the data or weights do not fit, or the metric is not finite.
+    """
+    checkpoint = find_weights(task)
+    assert checkpoint
+    cfg, found = _test(task, checkpoint, False)
+    metrics = _finite(found.metrics)
+    primary = next((name for name in PRIMARY_METRICS if name in metrics), None)
+    if primary is None:
+        raise UserError(f'{task.config}: the test reports none of {", ".join(PRIMARY_METRICS)}: {", ".join(metrics)}')
+    if metrics[primary] is None:
+        raise UserError(f'{primary} is not a finite number\nThe test labels may contain none of the classes.')
+    values: dict[str, Any] = dict(
+        metrics=metrics,
+        images=found.images,
+        primary=primary,
+        unit=PRIMARY_METRICS[primary],
+        per_class={name: _finite(of) for name, of in found.per_class.items()},
+    )
+    out = task.folder / 'test'
+    if get_rank() == 0:
+        write_record(evaluation_record(cfg, checkpoint, found, False), out / 'metrics.json')
+    merged = reparameterize_on_meta(build_on_meta(load_task_config(task)))[1].merged
+    if merged and not found.meta.get('replk_mm', {}).get('reparameterized'):
+        values['reparameterized'] = dict(metrics=_finite(_test(task, checkpoint, True)[1].metrics))
+    data, where = describe_split(cfg, 'test')
+    root, work_dir = Path(where['root']), task.work_dir.resolve()
+    if root.is_relative_to(work_dir):  # stays valid when results are copied
+        where['root'] = str(root.relative_to(work_dir))
+    return MeasurementResult(
+        values,
+        metric_protocol(task, cfg, data),
+        dict(
+            data=where, loaded=found.load, seconds=found.seconds, notes=found.notes, test=describe_protocol(cfg, False)
+        ),
+        dict(predictions=out / 'predictions', metrics=out / 'metrics.json'),
+    )
+
+
+def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluation]:
+    cfg = load_task_config(task)
+    add_progress_hook(cfg, task.folder / 'test' / 'progress.json')
+    options = RunOptions(
+        data_root=task.data_root, work_dir=str(task.folder / 'test_logs'), launcher=task.launcher, device=task.device
+    )
+    return cfg, evaluate(
+        cfg, checkpoint, options, reparam=reparam, predictions=None if reparam else task.folder / 'test' / 'predictions'
+    )
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Metrics in percent, also of COCO; None for values that are not finite, as AP of an absent object size."""
+    return {
+        name: (100 * value if 'mAP' in name else value) if math.isfinite(value) else None
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and name not in ('data_time', 'time')
+    }
+
+
+def metric_protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, Any]:
+    """The conditions that must be equal for two metrics to be ranked.
+
+    Args:
+        task: The row.
+        cfg: Its config as it was tested.
+        data: From :func:`describe_split`.
+    """
+    trained = records.latest_records(task.results).get('train', {}).get('protocol', {})
+    test_cfg = cfg.model.get('test_cfg') or {}
+    iteration = None if task.row.trains else (describe_weights(task) or {}).get('iteration')
+    steps = [step.get('load', step) for step in as_list(next(datasets_of(cfg, ('test',))).get('pipeline', []))]
+    scales = [
+        {key: step[key] for key in ('scale', 'scale_factor', 'keep_ratio') if key in step}
+        for step in steps
+        if 'Resize' in str(step.get('type'))
+    ]
+    return dict(
+        task='detection' if cfg.get('default_scope') == 'mmdet' else 'segmentation',
+        data=data,
+        mode=test_cfg.get('mode', 'whole'),
+        **{key: list(test_cfg[key]) for key in ('crop_size', 'stride') if key in test_cfg},
+        scales=scales,
+        tta=False,
+        crop=trained.get('crop'),
+        iterations=trained.get('iterations', iteration),
+        batch=trained.get('batch'),
+        samples_seen=trained.get('samples_seen'),
+        pretraining=trained.get('pretraining', task.pretraining),
+        precision=trained.get('precision'),
+    )
+
+
+def train(task: Task) -> MeasurementResult:
+    """Train a row; an interrupted training continues from its last checkpoint.
+
+    Raises:
+        UserError: If the config, the data or the machine do not allow it, or the loss is not finite.
+    """
+    folder = task.folder / 'train'
+    cfg = load_task_config(task)
+    add_progress_hook(cfg, folder / 'progress.json')
+    begun = last_checkpoint(folder) if folder.is_dir() else None
+    notes = prepare_training(
+        cfg,
+        RunOptions(
+            data_root=task.data_root,
+            work_dir=str(folder),
+            max_iters=task.row.iterations,
+            resume='auto' if begun else None,
+            seed=task.seed,
+            launcher=task.launcher,
+            device=task.device,
+        ),
+    )
+    batch, crop, processes = cfg.train_dataloader.batch_size, crop_of(cfg), processes_of(task.launcher)[0]
+    precision = {
+        'AmpOptimWrapper': str(cfg.optim_wrapper.get('dtype') or 'float16'),
+        'replk_mm.BFloat16OptimWrapper': 'bfloat16',
+    }.get(cfg.optim_wrapper.get('type'), 'float32')
+    protocol = dict(
+        crop=list(crop) if crop else None,
+        batch=batch * processes,
+        pretraining=task.pretraining or find_pretraining(cfg),
+        precision=precision,
+    )
+    if begun:  # the config no longer has the initial weights
+        protocol['pretraining'] = records.read_json(folder / 'protocol.json').get(
+            'pretraining', protocol['pretraining']
+        )
+    elif get_rank() == 0:
+        records.write_json(folder / 'protocol.json', protocol)
+    engine.train(cfg, notes)
+    barrier()  # the first process writes the checkpoint
+    done = records.read_json(folder / 'progress.json')
+    iterations = done.get('iteration') or 0
+    protocol.update(iterations=iterations, samples_seen=iterations * batch * processes)
+    return MeasurementResult(
+        dict(seconds=done.get('seconds'), iterations=iterations, samples_seen=protocol['samples_seen']),
+        protocol,
+        dict(notes=notes, resumed_from=cfg.load_from if begun else None, processes=processes),
+        dict(work_dir=folder),
+    )
+
+
+def find_pretraining(cfg: Config) -> str:
+    """The pretraining of a config's backbone as named in the papers; the file name of unknown weights."""
+    named = next(
+        (
+            initial['checkpoint']
+            for initial in as_list((cfg.model.get('backbone') or {}).get('init_cfg'))
+            if initial.get('type') == 'Pretrained'
+        ),
+        None,
+    )
+    if not named:
+        return 'none'
+    known = next((entry['pretraining'] for entry in published.table('weights') if entry['url'] == named), None)
+    return known or ('ImageNet-1K' if named.startswith(_IMAGENET) else Path(named).name)
+
+
+def curve(task: Task) -> MeasurementResult:
+    """Loss and validation metric along the training, from its logs."""
+    cfg = load_task_config(task)
+    values, facts = read_curve(task.folder / 'train')
+    return MeasurementResult(values, metric_protocol(task, cfg, describe_split(cfg, 'val')[0]), facts)
+
+
+def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values and facts of the curve of a training.
+
+    Args:
+        folder: Work dir of the training.
+
+    Raises:
+        UserError: If it has no logs.
+    """
+    loss: dict[int, float] = {}
+    metric: dict[int, float] = {}
+    epochs: dict[int, int] = {}
+    name = None
+    for line in _scalars(folder):
+        step: int = line.get('step', 0)
+        if 'loss' in line:
+            loss[step] = line['loss']
+            epochs[line.get('epoch', 0)] = step
+        for key in PRIMARY_METRICS:
+            if key in line and 'loss' not in line:
+                name = key
+                # where epochs are counted, the step of a validation is its epoch
+                metric[epochs.get(step, step)] = line[key] * (100 if 'mAP' in key else 1)
+    if not loss:
+        raise UserError(f'{folder}: no log of a training (vis_data/scalars.json)')
+    best = max(metric, key=lambda step: metric[step], default=None)
+    return (
+        dict(loss=sorted(map(list, loss.items())), metric=sorted(map(list, metric.items())), name=name),
+        dict(best=None if best is None else dict(iteration=best, value=metric[best])),
+    )
+
+
+def _scalars(folder: Path) -> Iterator[dict[str, Any]]:
+    # In the order of their start: the iterations that a later process repeated count.
+    for file in sorted(folder.glob('*/vis_data/scalars.json')):
+        for line in file.read_text().splitlines():
+            try:
+                found = json.loads(line)
+            except ValueError:  # a process was killed while it wrote
+                continue
+            yield {key: value for key, value in found.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def complexity(task: Task) -> MeasurementResult:
+    """Parameters and multiply-accumulates; needs no weights."""
+    paper = published.for_config(task.row.config.rpartition('::')[2])
+    shape = task.row.macs_shape or (paper.input if paper else None)
+    found = config_complexity(task.config, shape and (shape[0], shape[1]), task.row.options)
+    before, after = found.training, found.deployed
+    return MeasurementResult(
+        dict(
+            parameters=before.parameters,
+            inference_parameters=before.inference_parameters,
+            macs=before.macs,
+            merged_parameters=after.inference_parameters,
+            merged_macs=after.macs,
+            parts=[asdict(part) for part in before.parts],
+        ),
+        dict(shape=list(found.shape), counter='replk_mm.analysis.complexity'),
+        dict(changes=found.changes, notes=before.notes, uncounted=[asdict(operator) for operator in before.uncounted]),
+    )
+
+
+def speed(task: Task) -> MeasurementResult:
+    """Milliseconds of inference, from image to result, before and after reparameterization, timed in turns."""
+    case, cfg = _case(task)
+    built = build_for_inference(cfg, case.checkpoint, device=case.device, classes=False, packed=False)
+    net: Any = built.model
+    if not case.checkpoint:
+        randomize_constants(net, task.seed)
+    merged = bool(built.meta.get('replk_mm', {}).get('reparameterized'))
+    nets: dict[str, Any] = {} if merged else dict(training=net)
+    nets['reparameterized'] = reparameterize(copy.deepcopy(net), inplace=True)[0]
+    for each in nets.values():
+        prepack(each)
+    set_input_size(nets.values(), case.shape)
+    work = SyntheticBatch(cfg, net, case.batch, case.shape, case.device)
+    found = time_interleaved(
+        {form: work.inference_call(each) for form, each in nets.items()}, repeats=_ROUNDS, seconds=_SECONDS
+    )
+    forms = {}
+    for form in nets:
+        of = found.summary(form)
+        forms[form] = dict(
+            median_ms=of.median,
+            low_ms=of.low,
+            high_ms=of.high,
+            throughput=1e3 * case.batch / of.median,
+            unreliable=found.problem(form),
+        )
+    faster = None if merged else asdict(found.speedup('reparameterized', 'training'))
+    return MeasurementResult(
+        dict(forms=forms, times_as_fast=faster, batch=case.batch),
+        _machine(case),
+        dict(rounds=found.rounds, warmup=found.warmup, load=found.load),
+    )
+
+
+def memory(task: Task) -> MeasurementResult:
+    """Peak bytes of inference and of a training step beyond the loaded network, each in its own process."""
+    case, cfg = _case(task)
+    values: dict[str, int | None] = dict(inference_bytes=_memory(case), training_bytes=None)
+    facts: dict[str, Any] = {}
+    batch = task.row.batch or min_batch_size(build_on_meta(cfg), 'train')
+    try:
+        values['training_bytes'] = _memory(replace(case, mode='train', form='training', checkpoint=None, batch=batch))
+    except UserError as error:  # a network too large to train on this machine may still run
+        facts['training'] = str(error)
+    return MeasurementResult(values, {**_machine(case), 'training_batch': batch}, facts)
+
+
+def _memory(case: BenchmarkCase) -> int | None:
+    grown = peak_memory(case, OURS, 'float32', True)
+    if isinstance(grown, str):
+        raise UserError(f'memory of {case.mode}: {grown}')
+    return grown
+
+
+def _case(task: Task) -> tuple[BenchmarkCase, Config]:
+    height, width = task.row.shape or default_shape(task.config, task.row.options)
+    case = BenchmarkCase(
+        task.config,
+        True,
+        batch=task.row.batch or 1,
+        options=task.row.options,
+        checkpoint=find_weights(task),
+        shape=(height, width),
+        device=select_device(task.device),
+        threads=torch.get_num_threads(),
+    )
+    return case, load_case_config(case)[0]
+
+
+def _machine(case: BenchmarkCase) -> dict[str, Any]:
+    of = environment_info()
+    return dict(
+        device=of['gpu'] if case.device != 'cpu' else 'cpu',
+        cpu=of['cpu'],
+        threads=case.threads,
+        shape=list(case.shape),
+        batch=case.batch,
+        precision='float32',
+        torch=of['torch'],
+    )
 
 
 def erf(task: Task) -> MeasurementResult:

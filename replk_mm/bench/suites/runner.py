@@ -19,13 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import replk_mm
 from replk_mm.bench import records
-from replk_mm.bench.report.formatting import FIGURE_NAMES
-from replk_mm.bench.suites.remaining import format_duration, read_progress, time_left
+from replk_mm.bench.report.tables import FIGURE_NAMES
+from replk_mm.bench.suites.progress import read_progress, time_left
 from replk_mm.bench.suites.task import Task, utc_now
 from replk_mm.bench.suites.worker import BUSY, DISTRIBUTED, SUITE_PID
 from replk_mm.engine.config import usable_cores
 from replk_mm.errors import printable
 from replk_mm.files import write_atomic
+from replk_mm.text import format_duration
 
 #: Measurements that a busy machine would falsify.
 ALONE = ('speed', 'memory')
@@ -291,7 +292,7 @@ def summarize(found: Mapping[str, Mapping[str, Any]]) -> str:
         macs = counts.get('merged_macs', counts['macs'])
         words.append(f'{parameters / 1e6:.2f} M parameters, {macs / 1e9:.2f} G MACs')
     for form, times in values.get('speed', {}).get('forms', {}).items():
-        words.append(f'{FIGURE_NAMES[form]} {times["median_ms"]:.1f} ms')
+        words.append(f'{FIGURE_NAMES[form]} {times["median_ms"]:.1f} ms{" ?" if times.get("unreliable") else ""}')
     for name in ('inference_bytes', 'training_bytes'):
         if size := values.get('memory', {}).get(name):
             words.append(f'{FIGURE_NAMES[name]} {size / 2**20:.0f} MiB')

@@ -1,17 +1,73 @@
-"""Estimate how long the rest of a suite takes, from the measurements that were timed so far."""
+"""How far the rows of a suite are, and how long the rest takes."""
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mmengine.config import Config
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
 from replk_mm.bench import records
 from replk_mm.bench.suites.task import Task
+from replk_mm.registry import HOOKS
+from replk_mm.text import format_duration
 
 #: Folder of the progress file of each measurement that has one.
 PROGRESS_FOLDERS = {'train': 'train', 'metric': 'test'}
 _ANY_ROW = ''
+
+
+@HOOKS.register_module()
+class ProgressFileHook(Hook):
+    """Write the number of iterations done to a file.
+
+    Args:
+        path: JSON file with ``iteration``, ``iterations`` and ``seconds``; the seconds of resumed trainings add up.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self._seconds_before = 0.0
+        self._started = self._written = time.monotonic()
+
+    def before_train(self, runner: Runner) -> None:
+        """Write the file."""
+        self._seconds_before = records.read_json(self.path).get('seconds', 0.0)
+        self._write(runner.iter, runner.max_iters)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Write the file once a second."""
+        if time.monotonic() - self._written >= 1:
+            self._write(runner.iter + 1, runner.max_iters)
+
+    def after_train(self, runner: Runner) -> None:
+        """Write the file."""
+        self._write(runner.iter, runner.max_iters)
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Write the file once a second."""
+        if time.monotonic() - self._written >= 1:
+            self._write(batch_idx + 1, len(runner.test_dataloader))
+
+    def _write(self, iteration: int, iterations: int) -> None:
+        self._written = time.monotonic()
+        seconds = round(self._seconds_before + self._written - self._started, 3)
+        if get_rank() == 0:
+            records.write_json(self.path, dict(iteration=iteration, iterations=iterations, seconds=seconds))
+
+
+def add_progress_hook(cfg: Config, path: Path) -> None:
+    """Let the run of a config write its progress to a file."""
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='replk_mm.ProgressFileHook', path=str(path))]
 
 
 def read_progress(task: Task, measurement: str) -> dict[str, Any]:
@@ -66,11 +122,3 @@ def time_left(work_dir: Path, stages: Sequence[tuple[int, Sequence[Task]]]) -> s
     if not left or (untimed & PROGRESS_FOLDERS.keys() and not any(paces.values())):
         return ''
     return f'{"at least" if untimed else "about"} {format_duration(total)} left'
-
-
-def format_duration(seconds: float) -> str:
-    """A duration to two digits or so: ``'40 s'``, ``'12 min'``, ``'3 h 20 min'``."""
-    if seconds < 90:
-        return f'{seconds:.0f} s'
-    minutes = round(seconds / 60)
-    return f'{minutes} min' if minutes < 90 else f'{minutes // 60} h {minutes % 60} min'
