@@ -104,10 +104,6 @@ def set_data_root(cfg: Config, root: str) -> None:
     cfg.data_root = root
 
 
-#: Line of :func:`shorten_schedule` that is wrong for a resumed run, which keeps the schedule of its checkpoint.
-SHORTENED_RATES = 'learning rate: warm-up and decay shortened in proportion'
-
-
 def shorten_schedule(cfg: Config, iterations: int) -> list[str]:
     """Shorten training to ``iterations``, with warm-up and decay in proportion. Returns lines for the log."""
     loop = cfg.train_cfg
@@ -155,7 +151,7 @@ def shorten_schedule(cfg: Config, iterations: int) -> list[str]:
     return [
         f'schedule: {iterations} iterations instead of {total} {unit} ({cfg.train_cfg.type}), validation every '
         f'{interval}, checkpoints every {checkpoint["interval"]}, log every {logger["interval"]} iterations',
-        SHORTENED_RATES,
+        'learning rate: warm-up and decay shortened in proportion',
     ]
 
 

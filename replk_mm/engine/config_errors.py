@@ -51,7 +51,7 @@ def _explain(cfg: Config, error: Exception, what: str) -> str:
         )
     unknown = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     for path, part in fields:
-        known = _arguments(part['type']) if unknown else []
+        known = arguments_of(part['type']) if unknown else []
         if unknown and unknown[2] in part and known and unknown[2] not in known:
             return (
                 f'{path}.{unknown[2]}: {part["type"]} does not take this argument\n'
@@ -92,7 +92,7 @@ def _registered(kind: str) -> list[str]:
     ]
 
 
-def _arguments(kind: object) -> list[str]:
+def arguments_of(kind: object) -> list[str]:
     """Arguments of the class of a ``type``; empty if it takes any."""
     if isinstance(kind, str):
         name = kind.rpartition('.')[2]

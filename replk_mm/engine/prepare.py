@@ -15,14 +15,7 @@ from replk_mm.data.checks.audit import check_data
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import is_class_head
 from replk_mm.data.classes import use_classes
-from replk_mm.engine.config import (
-    SHORTENED_RATES,
-    as_list,
-    build_model,
-    fit_to_machine,
-    set_data_root,
-    shorten_schedule,
-)
+from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten_schedule
 from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.resuming import RESUMABLE, resume
 from replk_mm.errors import UserError, first_line
@@ -62,8 +55,8 @@ def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
     # Two checkpoints with weights and Adam's moments: the old one is deleted after the new one is written.
     prepare_work_dir(cfg.work_dir, needed=2 * 12 * parameters)
     notes += resume(cfg, options, model)
-    if cfg.get('resume'):
-        notes = [note for note in notes if note != SHORTENED_RATES]
+    if cfg.get('resume'):  # the checkpoint decides
+        notes = [note for note in notes if not note.startswith('learning rate: ')]
     notes += _weights_to_start_from(cfg, options)
     return notes + _limits_of_resuming(cfg)
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import io
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from mmengine.device import get_device
 from mmengine.dist import barrier, is_main_process, master_only
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
-from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
@@ -28,12 +28,12 @@ from replk_mm.data.transforms import check_loading
 from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.hooks import INTERIM
 from replk_mm.engine.process import is_out_of_memory
-from replk_mm.engine.resuming import last_checkpoint
+from replk_mm.engine.resuming import adopt_settings, check_schedules, last_checkpoint, settings_of
 from replk_mm.engine.stopping import ignore_signals_in_workers
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, format_list
 from replk_mm.files import write_atomic
-from replk_mm.logs import limit_terminal
-from replk_mm.wrappers import num_classes_of, optim_wrappers, unwrap_model
+from replk_mm.logs import announce, limit_terminal
+from replk_mm.wrappers import num_classes_of, unwrap_model
 
 
 def _explained(build: Callable, part: str) -> Callable:
@@ -88,15 +88,28 @@ class Runner(MMEngineRunner):
         return super().wrap_model(model_wrapper_cfg, model)
 
     def load_or_resume(self) -> None:
-        """Load or resume. The state of optimizer and schedules must fit the config."""
+        """Load or resume. The optimizer and the schedules of the checkpoint must be of the config's types.
+
+        mmengine restores their settings too. Where these differ from the config, the config is changed, with a warning.
+        """
+        configured = settings_of(self.optim_wrapper, self.param_schedulers) if self._resume else None
         try:
             super().load_or_resume()
-            if self._resume:
-                _check_settings(self.optim_wrapper)
+            if configured:
+                restored = settings_of(self.optim_wrapper, self.param_schedulers)
+                if changes := adopt_settings(self.cfg, configured, restored):
+                    self.dump_config()
+                    announce(
+                        f'warning: resume: the checkpoint sets {format_list(changes, 8)}. New settings need a new run: '
+                        f'--cfg-options load_from={self._load_from}, without --resume',
+                        logging.WARNING,
+                    )
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             if not self._resume:
                 raise
             what = str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
+            if isinstance(error, KeyError):
+                what = f'the state of its optimizer has no {error}'
             raise UserError(
                 f'{self._load_from}: cannot be resumed: {what}\n'
                 f'Resume with the optim_wrapper and param_scheduler of that run.'
@@ -119,6 +132,7 @@ class Runner(MMEngineRunner):
         checkpoint.get('meta', {}).pop('config', None)
         if self._resume:
             self._restore_hub(checkpoint)
+            check_schedules(self.param_schedulers, checkpoint.get('param_schedulers'))
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         _load_checkpoint_to_model(unwrap_model(self.model), checkpoint, strict, revise_keys=list(revise_keys))
         self._has_loaded = True
@@ -187,20 +201,6 @@ class Runner(MMEngineRunner):
         finally:
             part.unlink(missing_ok=True)
         return None
-
-
-def _check_settings(optim_wrapper: OptimWrapper) -> None:
-    """Check that the parameter groups of a checkpoint belong to the same type of optimizer.
-
-    Raises:
-        ValueError: If a setting is missing, which would be a KeyError in the first step.
-    """
-    for optimizer in (wrapper.optimizer for wrapper in optim_wrappers(optim_wrapper)):
-        # torch adds 'differentiable' when it loads an optimizer.
-        expected = optimizer.defaults.keys() - {'differentiable'}
-        missing = {key for group in optimizer.param_groups for key in expected - group.keys()}
-        if missing:
-            raise ValueError(f'not the state of {type(optimizer).__name__}, without {", ".join(sorted(missing))}')
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Resuming what is not the same run any more, and stopping what does not listen."""
 
+import re
 import signal
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -58,16 +59,99 @@ def test_a_loop_of_the_users_own_is_ended_by_a_signal_as_ever(tiny, tmp_path, mo
     assert heard == [signal.SIG_DFL]
 
 
-def test_mmengines_own_field_resumes_and_a_schedule_that_ends_too_early_is_logged(tiny, tmp_path):
+def test_mmengines_own_field_resumes(tiny, tmp_path):
     tiny.train(tmp_path, 2, seed=11)
     cfg, notes = tiny.prepare(tmp_path, 4, {'resume': True})
     assert any('iter_2.pth, iteration 2, seed 11' in note for note in notes)
     assert cfg.randomness.seed == 11
-    assert any(
-        note.startswith('warning: the learning rate') and 'ends at iteration 2; this run has 4' in note
-        for note in notes
-    )
     assert not any('in proportion' in note for note in notes)
+
+
+CONSTANT = dict(type='ConstantLR', factor=1.0, by_epoch=False, begin=0, end=2)
+SCALED = {'auto_scale_lr': dict(enable=True, base_batch_size=2), 'optim_wrapper.optimizer.lr': 0.004}
+ADAMW = {'type': 'AdamW', 'lr': 0.01, 'weight_decay': 0.05, '_delete_': True}
+SGD = {'optim_wrapper.optimizer': dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.05, _delete_=True)}
+DECAYED = {'constructor': 'replk_mm.LayerDecayOptimizerConstructor', 'paramwise_cfg': dict(decay_rate=0.5)}
+
+
+@pytest.mark.parametrize(
+    ('first', 'then', 'warned', 'saved', 'rates'),
+    [
+        # half the rate of the config, as the batch is twice as large
+        (SCALED, {'train_dataloader.batch_size': 4}, 'optimizer.lr=0.004 instead of 0.008', {'lr': 0.002}, {0.004}),
+        ({}, {'optim_wrapper.optimizer.lr': 0.1}, 'optimizer.lr=0.01 instead of 0.1', {'lr': 0.01}, {0.01}),
+        (
+            {'optim_wrapper.optimizer': ADAMW},
+            {'optim_wrapper.optimizer': ADAMW | {'betas': (0.5, 0.9), 'weight_decay': 0.1}},
+            'optimizer.betas=[0.9, 0.999] instead of [0.5, 0.9]',
+            {'betas': [0.9, 0.999], 'weight_decay': 0.05},
+            {0.01},
+        ),
+        (
+            {f'optim_wrapper.{key}': value for key, value in DECAYED.items()},
+            {'optim_wrapper.optimizer.lr': 0.04, **{f'optim_wrapper.{key}': value for key, value in DECAYED.items()}},
+            'optimizer.lr=0.01 instead of 0.04',
+            {'lr': 0.01},
+            {0.01 / 2**i for i in range(6)},
+        ),
+        ({}, {'param_scheduler': [CONSTANT | {'factor': 0.5}]}, 'factor=1.0 instead of 0.5', {'lr': 0.01}, {0.01}),
+        ({}, {}, None, {'lr': 0.01}, {0.01}),
+    ],
+    ids=['batch', 'rate', 'betas', 'rates of layers', 'schedule', 'nothing'],
+)
+def test_settings_of_the_checkpoint_are_announced_saved_and_used(
+    tiny, tmp_path, first, then, warned, saved, rates, capsys
+):
+    checkpoints = {'default_hooks.checkpoint.interval': 1, 'default_hooks.checkpoint.max_keep_ckpts': -1}
+    base = {'param_scheduler': [CONSTANT], 'train_cfg.max_iters': 3} | checkpoints
+    tiny.train(tmp_path / 'a', None, base | first, seed=0)
+    cfg, notes = tiny.prepare(tmp_path / 'b', None, base | first | then, resume=str(tmp_path / 'a/iter_1.pth'))
+    last = train(cfg, notes, preflight=False)
+    assert not any(note.startswith('learning rate') for note in notes)
+    [line] = re.findall('warning: resume: .*', ''.join(capsys.readouterr())) or [None]
+    assert (warned in line) if warned else line is None
+    config = Config.fromfile(tmp_path / 'b/tiny.py')
+    assert {key: config.optim_wrapper.optimizer[key] for key in saved} == saved
+    assert config.param_scheduler[0].factor == 1
+    groups = torch.load(last, weights_only=False)['optimizer']['param_groups']
+    assert {round(group['lr'], 9) for group in groups} <= rates
+
+
+@pytest.mark.parametrize(
+    ('first', 'then', 'named'),
+    [
+        (SGD, {'optim_wrapper.optimizer': ADAMW}, "no 'step'"),
+        ({}, SGD, 'SGD'),
+        ({}, {'optim_wrapper.optimizer': ADAMW | {'type': 'RAdam'}}, 'RAdam'),  # has all its settings and more
+        ({}, {'param_scheduler': [CONSTANT, CONSTANT]}, '2 schedules, and the checkpoint 1'),
+        ({}, {'param_scheduler': [dict(type='PolyLR', by_epoch=False, end=3)]}, 'other types'),
+        (
+            {},
+            {'optim_wrapper.paramwise_cfg': {'custom_keys': {'backbone': {'decay_mult': 0.1}}}},
+            'differs in decay_mult',
+        ),
+        (
+            {f'optim_wrapper.{key}': value for key, value in DECAYED.items()},
+            {'optim_wrapper.paramwise_cfg.decay_rate': 0.9},
+            'lr_scale is 0.[0-9]+, and 0.[0-9]+ in the checkpoint',
+        ),
+    ],
+    ids=['AdamW', 'SGD', 'RAdam', 'more schedules', 'other schedule', 'other groups', 'other decay'],
+)
+def test_another_optimizer_or_schedule_is_rejected(tiny, tmp_path, first, then, named):
+    base = {'param_scheduler': [CONSTANT], 'train_cfg.max_iters': 1}
+    tiny.train(tmp_path / 'a', None, base | first)
+    base['train_cfg.max_iters'] = 2
+    with pytest.raises(UserError, match=f'iter_1.pth: cannot be resumed: .*{named}'):
+        tiny.train(tmp_path / 'b', None, base | first | then, resume=str(tmp_path / 'a/iter_1.pth'))
+
+
+def test_epochs_that_end_before_the_checkpoint_are_rejected(tiny, tmp_path):
+    (tmp_path / 'epochs.py').write_text(f'_base_ = {str(tiny.config)!r}\n{EPOCHS}')
+    run(tmp_path / 'epochs.py', tiny, tmp_path / 'a', None, 1)
+    cfg = load_config(str(tmp_path / 'epochs.py'), {'train_cfg.max_epochs': 2})
+    with pytest.raises(UserError, match='it is at epoch 3, and the training ends at 2'):
+        prepare_training(cfg, tiny.options(tmp_path / 'b', resume=str(tmp_path / 'a/epoch_3.pth')))
 
 
 def test_the_best_checkpoint_of_another_folder_stays(tiny, tmp_path):
