@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, format_list
 
 #: A line below the head, and no other lines.
 _BOX = Box('    \n    \n -- \n    \n    \n    \n    \n    \n', ascii=True)
@@ -45,19 +45,17 @@ def format_duration(seconds: float) -> str:
     return f'{whole} s'
 
 
-def format_metrics(metrics: Mapping[str, object]) -> str:
-    """The figures among metrics in one line, with four significant digits, without durations.
+def format_metrics(metrics: Mapping[str, object], absent: Sequence[str] = ()) -> str:
+    """The figures among metrics in one line, with four significant digits, and the classes without ground truth.
 
-    NaN is the value of an area or a class without ground truth. It is left out unless all figures are NaN.
+    Durations are left out, and NaN, the value of an area or a class without ground truth.
     """
-    figures = {
-        name: value
+    text = '  '.join(
+        f'{name} {value:.4g}'
         for name, value in metrics.items()
-        if isinstance(value, (int, float)) and name not in ('data_time', 'time')
-    }
-    if figures and all(math.isnan(value) for value in figures.values()):
-        return f'{", ".join(figures)}: nan (the ground truth has nothing to score)'
-    return '  '.join(f'{name} {value:.4g}' for name, value in figures.items() if not math.isnan(value))
+        if isinstance(value, (int, float)) and name not in ('data_time', 'time') and not math.isnan(value)
+    )
+    return text + (f' ({len(absent)} classes have no ground truth: {format_list(absent)})' if absent else '')
 
 
 def replace_block(text: str, name: str, content: str, page: str) -> str:

@@ -45,4 +45,4 @@ def test_durations(seconds, text):
 def test_metrics_in_a_line():
     found = dict(mIoU=61.2345, mAP=0.12345, nothing=float('nan'), time=1.0)
     assert format_metrics(found) == 'mIoU 61.23  mAP 0.1235'
-    assert format_metrics(dict(bbox_mAP=float('nan'), time=1.0)).startswith('bbox_mAP: nan')
+    assert format_metrics(found, ['a', 'b']).endswith('0.1235 (2 classes have no ground truth: a, b)')

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint with the data set and metrics of a config."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.dist import get_rank
@@ -38,12 +39,14 @@ def main() -> None:
     if get_rank() != 0:
         return
     if result.per_class:
-        print(class_table(result.per_class))
+        print(class_table(result.per_class, result.absent))
     elif result.metrics:
         print('no table of classes: the metric does not report single classes, or the ground truth has none')
     if result.changes:
         print(f'reparameterized: {result.changes}')
-    print(f'{result.images} images in {format_duration(result.seconds)}: {format_metrics(result.metrics)}')
+    print(
+        f'{result.images} images in {format_duration(result.seconds)}: {format_metrics(result.metrics, result.absent)}'
+    )
     if out:
         write_record(evaluation_record(cfg, args.checkpoint, result, args.tta), out / 'metrics.json')
         print(f'written: {out / "metrics.json"}, and predictions in {out / "predictions"}')
@@ -51,8 +54,8 @@ def main() -> None:
     print(f'next: {cli.follow_up("predict", args, args.checkpoint, result.image or "IMAGE", "--out", pictures)}')
 
 
-def class_table(per_class: dict[str, dict[str, float]]) -> str:
-    """The figures of each class, largest classes first; pixels as their share."""
+def class_table(per_class: dict[str, dict[str, float]], absent: Sequence[str] = ()) -> str:
+    """The figures of each class, largest classes first; pixels as their share. ``absent`` have no ground truth."""
     size = next(name for name in ('pixels', 'instances') if name in next(iter(per_class.values())))
     total = sum(figures[size] for figures in per_class.values())
     names = [name for name in next(iter(per_class.values())) if name != size]
@@ -61,4 +64,5 @@ def class_table(per_class: dict[str, dict[str, float]]) -> str:
         amount = f'{100 * figures[size] / total:.1f} %' if size == 'pixels' else f'{figures[size]}'
         digits = 2 if size == 'pixels' else 3
         rows.append((name, *(f'{figures[key]:.{digits}f}' if key in figures else '' for key in names), amount))
-    return text_table(rows)
+    amount = 'no pixels' if size == 'pixels' else 'no objects'
+    return text_table([*rows, *((name, *('-' for _ in names), amount) for name in absent)])

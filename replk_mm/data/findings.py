@@ -53,8 +53,10 @@ CODES: dict[str, tuple[str, str]] = {
     # label maps
     'label-channels': ('error', _LABELS),
     'label-lossy': ('error', f'JPEG changes the ids along every border. {_LABELS}'),
-    'label-out-of-range': ('error', 'Set num_classes of every head and the classes of the data, or fix the labels.'),
+    'label-out-of-range': ('error', 'Name every class, or fix the labels.'),
     'label-all-ignored': ('warning', 'Check the labels: training learns nothing from these images.'),
+    'nothing-labelled': ('error', 'There is nothing to learn from these labels, and nothing to score.'),
+    'one-class': ('error', 'Training needs two classes to distinguish, the background among them.'),
     'reduce-zero-pipeline': ('error', 'Set reduce_zero_label of the data set only; the pipeline uses that value.'),
     'reduce-zero-on': ('warning', 'If 0 is a class, set reduce_zero_label=False: with True classes shift by one.'),
     'reduce-zero-off': ('warning', 'If 0 is unlabeled, set reduce_zero_label=True: with False classes shift by one.'),
@@ -75,6 +77,7 @@ CODES: dict[str, tuple[str, str]] = {
     'name-repeated': ('error', 'Give each category its own name.'),
     'file-repeated': ('warning', 'Merge the entries of each image: it counts twice, each time with some objects only.'),
     'id-unscorable': ('error', 'Number the annotations from 1: pycocotools reads id 0 as "not found".'),
+    'crowds': ('warning', 'Set iscrowd=0 for single objects: crowds are neither trained nor scored.'),
     'image-unknown': ('error', 'Add the images, or remove these annotations.'),
     'category-unknown': ('error', 'Add the categories, or remove these annotations.'),
     'stated-size': ('error', 'Replace these images, or correct their width and height in the annotation file.'),
@@ -141,12 +144,14 @@ def raise_for_errors(findings: Sequence[Finding]) -> None:
 
 
 def summarize(findings: Iterable[Finding]) -> list[str]:
-    """One line for each code of warnings and notes: the first finding, and the number of others."""
+    """One line for each code of warnings and notes: the first finding, the number of others, and what to do."""
     groups: dict[tuple[int, str], list[Finding]] = defaultdict(list)
     for finding in findings:
         if finding.severity != 'error':
             groups[SEVERITIES.index(finding.severity), finding.code].append(finding)
     return [
-        f'{first.severity}: {first}' + (f' (and {len(rest)} more)' if rest else '')
+        f'{first.severity}: {first}'
+        + (f' (and {len(rest)} more)' if rest else '')
+        + (f'. {first.fix}' if first.severity == 'warning' else '')
         for (_, _), (first, *rest) in sorted(groups.items(), key=lambda item: item[0][0])
     ]

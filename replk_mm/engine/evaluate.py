@@ -17,6 +17,7 @@ from replk_mm.engine.prepare import head_class_counts, prepare_data
 from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.runner import Runner, explain_failures
 from replk_mm.errors import UserError
+from replk_mm.evaluation.gather import absent_classes, require_ground_truth
 from replk_mm.logs import log_notes
 from replk_mm.ops import prepack
 from replk_mm.wrappers import unwrap_model
@@ -28,8 +29,9 @@ class Evaluation:
 
     Attributes:
         metrics: Scores, under the names of the config's evaluators.
-        per_class: Scores of every class in the labels or annotations. Only ``replk_mm.IoUMetric`` and
+        per_class: Scores of every class in the ground truth. Only ``replk_mm.IoUMetric`` and
             ``replk_mm.CocoMetric`` report them.
+        absent: Classes without ground truth; of these metrics.
         changes: Changes by ``--reparam``; None without it.
         meta: Metadata of the checkpoint.
         load: Number of weights that the checkpoint set, for each part.
@@ -41,6 +43,7 @@ class Evaluation:
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
+    absent: list[str]
     changes: Changes | None
     meta: dict
     load: str
@@ -123,6 +126,7 @@ def evaluate(
     start = time.perf_counter()
     with explain_failures(cfg, runner):
         figures = runner.test()
+    require_ground_truth(figures, 'test')
     seconds = time.perf_counter() - start
     per_class: dict[str, dict[str, float]] = {}
     for metric in runner.test_evaluator.metrics:
@@ -138,6 +142,7 @@ def evaluate(
     return Evaluation(
         figures,
         per_class,
+        absent_classes(runner.test_evaluator.metrics),
         built.changes,
         built.meta,
         built.report.summary(),

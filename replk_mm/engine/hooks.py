@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
+from replk_mm.evaluation.gather import absent_classes
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration, format_metrics
 from replk_mm.wrappers import named_unwrapped_parameters, optim_wrappers
@@ -146,7 +147,9 @@ class ProgressHook(Hook):
     @master_only
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Print the metrics."""
-        print(f'validation at iteration {runner.iter}: {format_metrics(metrics or {})}', flush=True)
+        evaluator = getattr(runner.val_loop, 'evaluator', None)
+        absent = absent_classes(getattr(evaluator, 'metrics', ()))
+        print(f'validation at iteration {runner.iter}: {format_metrics(metrics or {}, absent)}', flush=True)
 
 
 COLUMNS = ('group', 'lr', 'weight_decay', 'tensors', 'parameters', 'first', 'last')

@@ -22,6 +22,7 @@ from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path, tree
 from replk_mm.data.sampler import seed_iteration
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
+from replk_mm.evaluation.gather import require_ground_truth
 from replk_mm.registry import HOOKS
 from replk_mm.wrappers import optim_wrappers, unwrap_model
 
@@ -75,6 +76,14 @@ class StopAtNonFinite(Hook):
         )
         if scale is not None and (skipped or scale < _LEAST_SCALE):
             self._stop(runner, f' at a loss scale of {scale:.2g}')
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Stop if the validation data have no ground truth: no checkpoint could be the best.
+
+        Raises:
+            UserError: If no score is a number.
+        """
+        require_ground_truth(metrics or {}, 'val')
 
     def _check(self, runner: Any, values: Sequence[Tensor]) -> None:
         bad = torch.tensor(float(not all_finite(values)))

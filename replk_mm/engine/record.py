@@ -70,6 +70,7 @@ def evaluation_record(cfg: Config, checkpoint: str, result: Evaluation, tta: boo
         dict(
             metrics=result.metrics,
             per_class=result.per_class,
+            absent_classes=result.absent,
             config=str(cfg.filename),
             checkpoint=dict(path=str(path), sha256=sha256(path), iteration=result.meta.get('iter'), loaded=result.load),
             reparameterized=str(result.changes) if result.changes else ('in the checkpoint' if merged else None),

@@ -45,6 +45,9 @@ def _explained(build: Callable, part: str) -> Callable:
         with explain_build_errors(runner.cfg, part), contextlib.redirect_stdout(io.StringIO()):
             built = build(runner, *args)
             if isinstance(built, BaseLoop):
+                if getattr(built, 'max_iters', 1) == 0:  # mmengine would train nothing, and succeed
+                    count = len(built.dataloader.dataset)
+                    raise UserError(f'{part}: {count} images give no batch\nLower batch_size, or set drop_last=False.')
                 check_loading(built.dataloader.dataset, num_classes_of(unwrap_model(runner.model)))
             return built
 

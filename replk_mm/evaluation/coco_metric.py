@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 
 from replk_mm.data.coco_dataset import categories_by_name
 from replk_mm.errors import UserError
-from replk_mm.evaluation.gather import GatheringMetric
+from replk_mm.evaluation.gather import GatheringMetric, absent_classes
 from replk_mm.registry import METRICS
 
 #: Index in ``COCOeval.stats`` by mmdet's name. Scores without an IoU in the name average over IoU 0.5 to 0.95.
@@ -120,6 +120,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
                         )
                         for name, figures in self.per_class.items()
                     ),
+                    *(f'  {name:{width}}  no objects' for name in absent_classes([self])),
                 ]
             ),
             logger='current',

@@ -1,10 +1,13 @@
-"""Metrics that do not depend on the number of processes."""
+"""Metrics that do not depend on the number of processes, and what they say about missing ground truth."""
+
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.evaluator import BaseMetric
 
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, format_list
 
 
 class GatheringMetric(BaseMetric):
@@ -46,3 +49,28 @@ class GatheringMetric(BaseMetric):
                 f'val_dataloader and test_dataloader.'
             )
         return super().evaluate(size)
+
+
+def absent_classes(metrics: Iterable[BaseMetric]) -> list[str]:
+    """The classes that occur in no ground truth of the last evaluation; known on rank 0, by our metrics."""
+    ours = [metric for metric in metrics if isinstance(metric, GatheringMetric) and metric.per_class]
+    names = dict.fromkeys(name for metric in ours for name in metric.dataset_meta['classes'])
+    return [name for name in names if not any(name in metric.per_class for metric in ours)]
+
+
+def require_ground_truth(scores: Mapping[str, object], split: str) -> None:
+    """Reject the scores of a data set without ground truth.
+
+    Args:
+        scores: From an evaluator. They are NaN without ground truth, or -1 in mmdetection's metrics.
+        split: ``'val'`` or ``'test'``, for the message.
+
+    Raises:
+        UserError: If there are scores, and none is a number.
+    """
+    values = {name: value for name, value in scores.items() if isinstance(value, (int, float)) and 'time' not in name}
+    if values and all(math.isnan(value) or value == -1 and 'mAP' in name for name, value in values.items()):
+        raise UserError(
+            f'{split}_dataloader.dataset: the ground truth has nothing to score; no number: {format_list(values)}\n'
+            f'Check the labels, the classes and reduce_zero_label of this data set.'
+        )

@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from mmseg.evaluation.metrics import IoUMetric as MMSegIoUMetric
 from PIL import Image
 
-from replk_mm.evaluation.gather import GatheringMetric
+from replk_mm.evaluation.gather import GatheringMetric, absent_classes
 from replk_mm.registry import METRICS
 
 
@@ -82,6 +82,7 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
                         f'{100 * c["pixels"] / label.sum():5.1f} % of pixels'
                         for name, c in self.per_class.items()
                     ),
+                    *(f'  {name:20} no pixels' for name in absent_classes([self])),
                 ]
             ),
             logger='current',

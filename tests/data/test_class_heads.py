@@ -1,5 +1,6 @@
 """Heads of mmseg and mmdet configs get the number of classes where they predict them; the built network agrees."""
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -82,6 +83,37 @@ def test_mask2former_of_mmseg_keeps_the_weight_of_no_object():
         head = built(copy.deepcopy(cfg)).decode_head
         assert head.cls_embed.out_features == len(names) + 1
         assert head.class_weight == [1.0] * len(names) + [0.1]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'setting'),
+    [
+        (dict(num_classes=1), 'model.decode_head.num_classes=1'),
+        (dict(num_classes=1, loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True)), 'num_classes=1'),
+        (dict(num_classes=2, out_channels=1), 'model.decode_head.out_channels=1 without use_sigmoid'),
+        (dict(num_classes=2, out_channels=1, loss_decode=[dict(type='CrossEntropyLoss', use_sigmoid=True)]), None),
+        (dict(num_classes=2), None),
+        (dict(num_classes=1, loss_cls=dict(type='mmdet.CrossEntropyLoss')), None),  # MaskFormer has "no object"
+    ],
+)
+def test_heads_with_nothing_to_distinguish(changes, setting):
+    names = dict(classes=tuple('ab')[: changes['num_classes']])
+    data = dict(dataset=dict(type='BaseSegDataset', metainfo=names))
+    model = dict(decode_head=dict(type='FCNHead', **changes))
+    cfg = Config(dict(default_scope='mmseg', model=model, train_dataloader=data), cfg_text=' ', filename='own.py')
+    with pytest.raises(UserError, match=setting) if setting else contextlib.nullcontext():
+        check_heads(cfg, classes_per_head(cfg.model), ('train',))
+
+
+def test_one_of_the_classes_of_a_type():
+    cfg = config(mmseg, 'pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py')
+    use_classes(cfg, 'wall', ('train',))
+    with pytest.raises(UserError, match=r'model\.decode_head\.num_classes=1') as info:
+        check_heads(cfg, classes_per_head(cfg.model), ('train',))
+    assert '--classes background,NAME' in str(info.value)
+    cfg = config(mmdet, 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    use_classes(cfg, 'person', ('train',))
+    check_heads(cfg, classes_per_head(cfg.model), ('train',))  # boxes have a background
 
 
 @pytest.mark.parametrize(

@@ -143,3 +143,14 @@ def test_message_of_a_worker_is_freed_of_its_traceback():
     )
     assert user_message(wrapped) == 'a.png: is bad\nReplace it.'
     assert user_message(UserError('plain')) == 'plain'
+
+
+# -- nothing to train -------------------------------------------------------------------------------------------------
+def test_epochs_without_a_batch(tiny, tmp_path):
+    """mmengine itself trains nothing, and succeeds."""
+    sampler = dict(_delete_=True, type='DefaultSampler', shuffle=True)
+    changes = {'drop_last': True, 'batch_size': 16, 'sampler': sampler}
+    options = {f'train_dataloader.{key}': value for key, value in changes.items()}
+    options['train_cfg'] = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=1)
+    with pytest.raises(UserError, match='train_dataloader: 4 images give no batch'):
+        tiny.train(tmp_path, None, options)

@@ -1,5 +1,8 @@
 """Segmentation metrics against figures counted pixel by pixel."""
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,11 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from PIL import Image
 
+from replk_mm.commands.test import class_table
+from replk_mm.engine.hooks import ProgressHook
+from replk_mm.engine.nonfinite import StopAtNonFinite
+from replk_mm.errors import UserError
+from replk_mm.evaluation.gather import absent_classes, require_ground_truth
 from replk_mm.evaluation.iou_metric import IoUMetric
 
 CLASSES = tuple('abcdef')
@@ -83,10 +91,39 @@ def test_a_perfect_prediction_is_a_hundred_and_a_wrong_one_nothing():
     assert evaluate([label], [np.where(label == 255, 0, (label + 1) % 3)])[1]['mIoU_present'] == 0
 
 
+@pytest.mark.filterwarnings('ignore:Mean of empty slice:RuntimeWarning')
 def test_nothing_labelled_is_no_figure():
     metric, found = evaluate([np.full((3, 3), 255)], [np.zeros((3, 3), int)])
-    assert metric.per_class == {}
+    assert metric.per_class == {} and absent_classes([metric]) == []
     assert 'mIoU_present' not in found
+    with pytest.raises(UserError, match='val_dataloader.dataset: the ground truth has nothing'):
+        StopAtNonFinite().after_val_epoch(None, found)
+
+
+@pytest.mark.parametrize(
+    ('scores', 'is_scored'),
+    [
+        (dict(bbox_mAP=-1.0, bbox_mAP_50=-1.0), False),  # mmdet's
+        (dict(bbox_mAP=float('nan'), time=1.0), False),
+        (dict(bbox_mAP=0.0, bbox_mAP_s=float('nan')), True),
+        ({}, True),  # mmdet's, without detections
+    ],
+)
+def test_scores_without_ground_truth(scores, is_scored):
+    with contextlib.nullcontext() if is_scored else pytest.raises(UserError, match='test_dataloader.dataset'):
+        require_ground_truth(scores, 'test')
+
+
+def test_classes_without_ground_truth_stand_beside_the_scores(capsys):
+    metric, found = evaluate([np.zeros((3, 3), int)], [np.zeros((3, 3), int)])
+    assert found['mIoU'] == 100
+    evaluator = SimpleNamespace(metrics=[metric])
+    ProgressHook().after_val_epoch(SimpleNamespace(val_loop=SimpleNamespace(evaluator=evaluator), iter=3), found)
+    assert '(5 classes have no ground truth: b, c, d, e, f)' in capsys.readouterr().out
+    table = class_table(metric.per_class, absent_classes([metric])).splitlines()
+    assert table[2].split()[:2] == ['a', '100.00'] and [line.split() for line in table[3:]] == [
+        [name, '-', '-', 'no', 'pixels'] for name in 'bcdef'
+    ]
 
 
 def test_formatting_only_gives_no_figures(tmp_path):

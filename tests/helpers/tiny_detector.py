@@ -10,6 +10,7 @@ from pathlib import Path
 import mmengine.config.config
 import numpy as np
 import pytest
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from PIL import Image
 
@@ -20,6 +21,7 @@ from replk_mm.engine.train import train
 
 #: Three of COCO's 80 classes, in another order than COCO has them.
 CLASSES = ('car', 'person', 'dog')
+COCO_CLASSES = CocoDataset.METAINFO['classes']
 SIZE = 96
 _BN = "dict(type='SyncBN', requires_grad=True)"
 CONFIG = f"""
@@ -47,7 +49,7 @@ load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=T
         dict(type='Resize', scale=({SIZE}, {SIZE}), keep_ratio=True)]
 train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, batch_sampler=None,
                         sampler=dict(type='InfiniteSampler'), dataset=dict(
-    type='replk_mm.CocoDataset', filter_cfg=dict(min_size=1),
+    type='replk_mm.CocoDataset', filter_cfg=dict(min_size=1), metainfo=dict(classes={COCO_CLASSES!r}),
     pipeline=[*load, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]))
 test = [load[0], load[2], load[1], dict(type='PackDetInputs', meta_keys=(
     'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]

@@ -113,6 +113,7 @@ def audit(cfg: Config, full: bool = False, jobs: int | None = None, splits: tupl
         dataset.count(inspection)
         digests[sample.image] = inspection.digest
     for dataset in result.datasets:
+        _look_for_classes(dataset)
         check_absent_classes(dataset)
     check_reduce_zero_label(result.datasets)
     result.general += check_classes(cfg, splits)
@@ -143,7 +144,19 @@ def _list_datasets(cfg: Config, splits: Sequence[str], full: bool) -> list[Datas
                 check_annotations(report, dataset, scope, metrics, full)
             elif has_labels and not missing:
                 check_pairs(report, dataset, scope, counts[-1] if counts else None)
+                report.is_used &= metrics is None or not all(metric.get('format_only') for metric in metrics)
     return list(reports.values())
+
+
+def _look_for_classes(dataset: DatasetReport) -> None:
+    """Read more label maps while those of the sample have fewer than two classes."""
+    sample = set(pick_evenly(dataset.samples)) if dataset.maps_read < len(dataset.samples) else set()
+    for other in dataset.samples if dataset.maps_read and sample else ():
+        counts = dataset.class_counts().values()
+        if sum(map(bool, counts)) >= min(2, len(counts)):
+            break
+        if other not in sample:
+            dataset.count(images.inspect_sample(other, dataset.label_format))
 
 
 def _inspect_all(

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from mmengine.config import Config
 
-from replk_mm.data.class_heads import classes_per_head
+from replk_mm.data.class_heads import classes_per_head, constant_heads
 from replk_mm.data.classes import annotation_file, classes_of
 from replk_mm.data.coco import category_counts, read_annotations
 from replk_mm.data.datasets import dataset_class, is_coco_style, named_datasets
@@ -34,7 +34,7 @@ def check_classes(cfg: Config, splits: tuple[str, ...]) -> list[Finding]:
                 counts[key] = category_counts(read_annotations(file))
     for key, dataset in named_datasets(cfg, splits):
         if key in counts:
-            findings += _check_categories(key, dataset, scope, counts)
+            findings += _check_categories(key, dataset, scope, counts) or _check_surplus(key, dataset, scope, counts)
             findings += _check_order(key, dataset, scope, counts[key])
     return list(dict.fromkeys(findings))
 
@@ -61,10 +61,15 @@ def _check_heads(cfg: Config, counts: Mapping[str, int], splits: Sequence[str]) 
     scope = cfg.get('default_scope', 'mmengine')
     findings = []
     for key, dataset in named_datasets(cfg, tuple(splits)):
-        names = classes_of(dataset, scope)
+        names, has_label_maps = classes_of(dataset, scope), hasattr(dataset_class(dataset, scope), 'get_label_map')
         # Panoptic data sets, for example, have classes that are not for these heads.
-        if not names or not (is_coco_style(dataset, scope) or hasattr(dataset_class(dataset, scope), 'get_label_map')):
+        if not names or not (is_coco_style(dataset, scope) or has_label_maps):
             continue
+        for setting in constant_heads(cfg.model, counts) if has_label_maps else ():
+            message = f'{setting}: one output leaves nothing to distinguish, and the loss of its softmax is always 0'
+            fix = 'Name the background too: --classes background,NAME, with reduce_zero_label=False. '
+            fix += 'A sigmoid head has num_classes=2, out_channels=1 and loss_decode.use_sigmoid=True.'
+            findings.append(Finding('one-class', str(cfg.filename), message, fix=fix))
         if wrong := {path: count for path, count in counts.items() if count != len(names)}:
             found = ', '.join(f'{path}.num_classes={count}' for path, count in wrong.items())
             message = f'{key} has {len(names)} classes ({format_list(names)}), but {found}'
@@ -93,6 +98,19 @@ def _check_categories(key: str, dataset: dict, scope: str, counts: Mapping[str, 
         all_names = list(dict.fromkeys(name for other in counts.values() for name in other))
         severity, fix = '', f'Use the categories of the annotation files as classes: {_classes_option(all_names)}'
     return [Finding('classes-mismatch', str(annotation_file(dataset)), message, severity=severity, fix=fix)]
+
+
+def _check_surplus(key: str, dataset: dict, scope: str, counts: Mapping[str, dict[str, int]]) -> list[Finding]:
+    """Reject heads for classes that no training file has, unless the config names these classes itself."""
+    names, split = classes_of(dataset, scope) or (), key.partition('.')[0]
+    found = list(dict.fromkeys(name for other in counts if other.startswith(split) for name in counts[other]))
+    missing = [name for name in names if name not in found]
+    if not missing or split != 'train_dataloader' or (dataset.get('metainfo') or {}).get('classes'):
+        return []
+    message = f'has {len(found)} categories, but the heads have the {len(names)} classes of {dataset["type"]}'
+    fix = f'Use the categories of the file as classes: --classes auto. To train {len(names)} classes, name them: set '
+    fix += 'metainfo.classes of the data sets, or --classes FILE.'
+    return [Finding('classes-mismatch', str(annotation_file(dataset)), message, fix=fix)]
 
 
 def _check_order(key: str, dataset: dict, scope: str, found: Mapping[str, int]) -> list[Finding]:

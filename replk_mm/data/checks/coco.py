@@ -17,6 +17,8 @@ from replk_mm.errors import format_list
 
 #: mmdetection ignores annotations without a usable box. COCO itself has two: this share of all is only a warning.
 _TOLERATED = 0.01
+#: Share of crowds from which to warn; COCO itself has 1 %.
+_FEW_CROWDS = 0.1
 #: Share of boxes beyond their image from which they look like [x1, y1, x2, y2].
 _CORNERS = 0.25
 
@@ -45,13 +47,21 @@ def check_annotations(
     except InvalidDataError as error:
         report.findings += error.findings
         return
-    report.object_counts = {**dict.fromkeys(classes_of(dataset, scope) or (), 0), **category_counts(data)}
+    images, objects = data['images'], data.get('annotations', [])
+    # Training also leaves out what has 'ignore'; COCO's metric does not read it.
+    single = [a for a in objects if not (a.get('iscrowd') or metrics is None and a.get('ignore'))]
+    counts = category_counts({**data, 'annotations': single})
+    report.class_names = dict(enumerate(classes_of(dataset, scope) or ()))
+    report.object_counts = {**dict.fromkeys(report.class_names.values(), 0), **counts}
+    report.is_used = metrics is None or bool(scoring)
     folder = Path(report.root) / (prefix.get(image_key(prefix)) or '')
     if folder.is_dir():  # a missing folder is reported elsewhere
         _find_images(report, data, folder)
-    images, objects = data['images'], data.get('annotations', [])
-    if not images or not objects and (metrics is None or scoring):
+    if not images or not objects and report.is_used:
         report.add('coco-no-annotations', file, f'there are no {"annotations" if images else "images"}')
+    elif (crowds := len(objects) - len(single)) > _FEW_CROWDS * len(objects):
+        message = f"{crowds:,} of {len(objects):,} annotations have 'iscrowd': 1" + " or 'ignore'" * (metrics is None)
+        report.add('crowds', file, message, severity='' if single or not report.is_used else 'error')
     _check_repeated(report, data)
     _check_references(report, objects, 'image', {image['id'] for image in images})
     _check_references(report, objects, 'category', {category['id'] for category in data['categories']})

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from replk_mm.data.files import IGNORE_INDEX
-from replk_mm.data.findings import Finding
+from replk_mm.data.findings import CODES, Finding
+from replk_mm.errors import format_list
 
 #: Share of label maps from which an id counts as present in nearly all of them.
 _NEARLY_ALL = 0.9
@@ -53,7 +54,8 @@ class DatasetReport:
     findings: list[Finding] = field(default_factory=list)  #: all findings
     samples: list[Sample] = field(default_factory=list)  #: its images
     label_format: LabelFormat = LabelFormat()  #: valid label ids
-    class_names: dict[int, str] = field(default_factory=dict)  #: class names by label id (label maps)
+    class_names: dict[int, str] = field(default_factory=dict)  #: class names by label id
+    is_used: bool = True  #: whether its labels are trained or scored as they are in the files
     object_counts: dict[str, int] | None = None  #: number of objects of every class (annotations); None for label maps
     inspected: int = 0  #: number of images inspected
     pixel_counts: Counter[int] = field(default_factory=Counter)  #: pixels of every label id
@@ -104,14 +106,46 @@ class DatasetReport:
 
 
 def check_absent_classes(report: DatasetReport) -> None:
-    """Report classes that do not occur in the data set, and a sample of images without any class."""
-    counts = report.class_counts()
-    absent = [name for name, count in counts.items() if not count]
-    complete = report.object_counts is not None or 0 < report.maps_read == len(report.samples)
-    none_occur = report.maps_read > 0 and len(absent) == len(counts)
-    if absent and (complete or none_occur):
-        message = f'{len(absent)} of {len(counts)} classes do not occur: {", ".join(absent)}'
-        report.add('class-absent', report.labels_at, message, severity='warning' if none_occur else '')
+    """Report classes that do not occur in the labels, and labels that leave nothing to learn or to score."""
+    counts, are_maps = report.class_counts(), report.object_counts is None
+    names = list(report.class_names.values()) or list(counts)
+    absent = [name for name in names if not counts.get(name)]
+    errors = {finding.code for finding in report.findings if finding.severity == 'error'}
+    if not absent or are_maps and (not report.maps_read or errors & {'label-out-of-range', 'cityscapes-raw-labels'}):
+        return
+    occurring, trains = len(names) - len(absent), report.split == 'train'
+    message = f'{len(absent)} of {len(names)} classes do not occur: {format_list(absent, 10)}'
+    is_sample = are_maps and report.maps_read < len(report.samples)
+    if are_maps:
+        maps = f'{report.maps_read:,} of {len(report.samples):,}' if is_sample else f'the {report.maps_read:,}'
+        message += f'; ids in {maps} label maps: {format_list(sorted(report.pixel_counts), 10)}'
+    code = 'class-absent'
+    if not occurring:
+        if not are_maps and (errors or not report.is_used):
+            return
+        code, severity = 'nothing-labelled', '' if report.is_used else 'warning'
+    elif are_maps and occurring == 1:
+        code, severity = 'one-class', '' if report.is_used and trains else 'warning'
+    elif is_sample and 2 * occurring > len(names):
+        return  # a sample may lack rare classes
+    else:
+        severity = 'warning' if trains else ''
+    fix = _fitting_settings(report, occurring) if trains or occurring < 2 else ''
+    report.add(code, report.labels_at, message, severity=severity, fix=fix)
+
+
+def _fitting_settings(report: DatasetReport, occurring: int) -> str:
+    """The settings that fit the ids in the label maps, or the objects; '' if there is nothing to suggest."""
+    ids, first = report.map_counts.keys(), int(report.label_format.reduce_zero_label)
+    if not ids or not report.class_names:
+        return 'Name the classes that occur: --classes NAME,NAME,...' if occurring else ''
+    if occurring < 2:
+        advice = ['If 0 is a class, set reduce_zero_label=False of every data set.'] * (first and 0 in ids)
+        advice += ['If 255 is a class, replace it by the index of the class: 255 is ignored.'] * (IGNORE_INDEX in ids)
+        return ' '.join([*advice, CODES['one-class'][1]])
+    count = max(ids - {IGNORE_INDEX}) + 1 - first
+    surplus = len(report.class_names) - count
+    return f'If the data have {count} classes, name {count}: --classes NAME,NAME,...' if surplus > 0 else ''
 
 
 def check_reduce_zero_label(reports: Sequence[DatasetReport]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.fileio import list_dir_or_file
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, TRANSFORMS
 
 from replk_mm.data import cityscapes
 from replk_mm.data.checks.dataset import DatasetReport, LabelFormat, Sample
@@ -14,6 +14,8 @@ from replk_mm.data.findings import Occurrence
 from replk_mm.errors import command_line, format_list
 
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+# Packages whose transforms keep the ids of label maps.
+_PACKAGES = ('mmcv', 'mmengine', 'mmseg', 'mmdet', 'replk_mm')
 # Files that the full release of ADE20K has and the benchmark lacks.
 _FULL_ADE = ('index_ade20k.*', 'ADE20K_*', 'images/ADE', 'images/training/*/', 'images/training/*_seg.png')
 
@@ -66,10 +68,15 @@ def check_pairs(report: DatasetReport, dataset: dict, scope: str, num_classes: i
     report.labels_at = str(Path(report.root, prefix['seg_map_path']))
     reduces, is_subset = bool(built.reduce_zero_label), built.label_map is not None
     # The files contain the ids of all classes of the type, even if the config names a subset.
-    names = type(built).METAINFO['classes'] if is_subset else built.metainfo.get('classes') or ()
-    report.class_names = {i + reduces: name for i, name in enumerate(names)}
+    used = built.metainfo.get('classes') or ()
+    names = type(built).METAINFO['classes'] if is_subset else used
+    report.class_names = {i + reduces: name for i, name in enumerate(names) if name in used}
     report.label_format = LabelFormat(len(names) if is_subset and num_classes is not None else num_classes, reduces)
     for step in dataset.get('pipeline', ()):
+        with TRANSFORMS.switch_scope_and_registry(scope) as registry:
+            kind = registry.get(step['type']) if isinstance(step.get('type'), str) else step.get('type')
+        # A transform of another package may map the ids.
+        report.is_used &= getattr(kind, '__module__', 'mmcv').partition('.')[0] in _PACKAGES
         if (given := step.get('load', step).get('reduce_zero_label')) not in (None, reduces):
             message = f'reduce_zero_label={given} in the pipeline, but {reduces} in {report.type}'
             report.add('reduce-zero-pipeline', report.key, message)

@@ -12,6 +12,7 @@ from check_data_cases import codes, found, full
 from coco_files import SIZE, change, coco_dict, leaf, write_coco_root, write_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config, ConfigDict
 from PIL import Image
 from pycocotools import mask as rle
@@ -187,7 +188,6 @@ def test_missing_keys_and_wrong_types(root, section, key):
 
 def test_required_keys_are_those_of_mmdet_and_pycocotools(root):
     """The libraries themselves: without any of these keys they fail, or leave the objects out."""
-    from mmdet.datasets import CocoDataset
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -229,13 +229,21 @@ def test_required_keys_are_those_of_mmdet_and_pycocotools(root):
         (every(bbox=[60, 40, 76, 60]), 'train', 'bbox-corners', 'error'),
         (annotation(1, bbox=[4, 6, 0, 12]), 'train', 'bbox-flat', 'warning'),
         (annotation(1, bbox=[70, 6, 16, 12]), 'train', 'bbox-beyond', 'note'),
-        (every(category_id=15), 'train', 'class-absent', 'note'),
+        (every(category_id=15), 'train', 'class-absent', 'warning'),
+        (every(category_id=15), 'val', 'class-absent', 'note'),
+        (every(iscrowd=1), 'train', 'crowds', 'error'),
+        (every(iscrowd=1), 'val', 'crowds', 'error'),
+        (every(ignore=1), 'train', 'crowds', 'error'),
+        (every(ignore=1), 'val', None, ''),
+        (annotation(1, iscrowd=1), 'train', None, ''),
+        (lambda d: [a.update(iscrowd=1) for a in d['annotations'][::2]], 'val', 'crowds', 'warning'),
+        (lambda d: [a.update(iscrowd=1) for a in d['annotations'][::3]], 'train', 'class-absent', 'warning'),
     ],
 )
 def test_faults_of_a_whole_file(root, spoil, split, code, severity):
     change(file(root, split), spoil)
     result = full(config(root))
-    assert codes(result) - {'class-absent'} == ({code} if code else set()) - {'class-absent'}
+    assert codes(result) - {'class-absent'} <= ({code, 'crowds'} if code else set())
     assert not code or code in codes(result, severity)
 
 
@@ -248,8 +256,6 @@ def test_checks_depend_on_the_metric(root):
 
 
 def test_reported_boxes_are_those_that_mmdet_ignores(root):
-    from mmdet.datasets import CocoDataset
-
     boxes = [
         [4, 6, 0.5, 12],
         [4, 6, 16, 0.9],
@@ -283,9 +289,13 @@ def test_generated_scenes_are_clean(tmp_path):
     assert not codes(full(config(tmp_path, names=names, classes=5)), 'error', 'warning')
 
 
-def test_photographs_have_notes_only(reference):
+def test_photographs_with_the_classes_of_the_file_or_of_the_config(reference):
     result = full(config(reference / 'data/camvid/coco', 80, None))
-    assert codes(result) == {'class-absent'} == codes(result, 'note')
+    assert codes(result, 'error') == {'classes-mismatch'}, 'heads of 80 classes for 3 categories'
+    result = full(config(reference / 'data/camvid/coco', 3, ('person', 'bicycle', 'car')))
+    assert not codes(result)
+    result = full(config(reference / 'data/camvid/coco', 80, CocoDataset.METAINFO['classes']))
+    assert codes(result) == {'class-absent'} and not codes(result, 'error')
     assert len(result.datasets[0].class_counts()) == 80 and sum(result.datasets[0].class_counts().values()) == 136
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from class_cases import BOTH, OWN, at, own, rejection  # noqa: F401 (a fixture)
-from coco_files import change, write_coco_root
+from coco_files import change, coco_dict, write_coco_root
+from mmdet.datasets import CocoDataset
 from tiny import make_data, tiny  # noqa: F401 (a fixture)
 from tiny_detector import detector  # noqa: F401 (a fixture)
 
@@ -21,8 +22,6 @@ from replk_mm.errors import UserError
 
 def test_categories_that_are_no_classes(own):
     """mmdet itself ignores them silently: of 12 objects four remain."""
-    from mmdet.datasets import CocoDataset
-
     file = own / 'annotations/instances_train2017.json'
     data = CocoDataset(ann_file=str(file), data_prefix=dict(img=''), pipeline=[])
     assert sum(len(data.get_data_info(i)['instances']) for i in range(len(data))) == 4
@@ -71,12 +70,21 @@ def test_many_names_and_names_with_commas_need_a_file(tmp_path, names):
     assert f'--classes FILE, with these {len(names)} names, one per line: {names[0]}' in rejection(at(root))
 
 
-def test_file_with_a_subset_of_the_classes(tmp_path):
-    """Categories without objects are ignored."""
+def test_fewer_categories_than_heads(tmp_path):
+    """The user chooses: heads for the categories of the training data, or for all classes, which the config names."""
     root = write_coco_root(tmp_path / 'data', ('person', 'bicycle', 'car'))
     for file in (root / 'annotations').iterdir():
         change(file, lambda d: d['categories'].insert(0, dict(id=0, name='objects')))
-    assert [n for n in prepare_data(at(root), RunOptions(), BOTH) if '3 of 81 classes occur, 12 objects' in n]
+    message = rejection(at(root))
+    assert message.startswith(f'{root}/annotations/instances_train2017.json: has 4 categories') and '80' in message
+    assert '--classes auto' in message
+    (tmp_path / 'coco.txt').write_text('\n'.join(CocoDataset.METAINFO['classes']))
+    notes = prepare_data(at(root), RunOptions(classes=str(tmp_path / 'coco.txt')), BOTH)
+    assert any(note.startswith('warning: ') and '77 of 80 classes do not occur' in note for note in notes)
+    assert prepare_data(at(root), RunOptions(), ('test',)), 'a test set may lack classes'
+    train = root / 'annotations/instances_train2017.json'
+    change(train, lambda d: d.update(categories=coco_dict(CocoDataset.METAINFO['classes'])['categories']))
+    assert prepare_data(at(root), RunOptions(), BOTH), 'categories without objects'
 
 
 def test_subset_of_the_categories(own):
@@ -84,9 +92,9 @@ def test_subset_of_the_categories(own):
     assert any('are none of the 1 classes of train_dataloader.dataset (vest): helmet' in note for note in notes)
 
 
-def test_photographs_train_with_three_of_80_classes(reference):
-    notes = prepare_data(at(reference / 'data/camvid/coco'), RunOptions(), BOTH)
-    assert sum('3 of 80 classes occur' in note for note in notes) == 2
+def test_photographs_train_with_their_three_classes(reference):
+    notes = prepare_data(at(reference / 'data/camvid/coco'), RunOptions(classes='auto'), BOTH)
+    assert sum('3 of 3 classes occur' in note for note in notes) == 2
 
 
 def test_heads_with_another_number_than_the_data(own):

@@ -206,6 +206,10 @@ def test_subset_of_the_classes_of_a_type(data):
     ids(1, 150).save(label(data, 0))
     cfg = seg_config(data, 2, splits=('train',), type='ADE20KDataset', metainfo=dict(classes=('wall', 'sky')))
     assert not codes(full(cfg), 'error')
+    cfg.train_dataloader.dataset.metainfo = dict(classes=('sky', 'floor'))
+    for path in data.glob('annotations/training/*'):
+        ids(1, 2).save(path)
+    assert codes(full(cfg), 'error') == {'nothing-labelled'}, 'all pixels are of classes that are not used'
     ids(1, 151).save(label(data, 0))
     assert codes(full(cfg), 'error') == {'label-out-of-range'}
 
@@ -216,7 +220,10 @@ def test_subset_of_the_classes_of_a_type(data):
 def test_generated_scenes_are_clean(tmp_path, layout, kind, classes):
     write_demo_data(tmp_path, layout, train=4, val=2, size=(64, 64))
     result = full(camvid(tmp_path, layout, kind, classes))
-    assert not codes(result, 'error', 'warning') and [one.inspected for one in result.datasets] == [4, 2]
+    assert codes(result, 'error', 'warning') <= {'class-absent'} and [one.inspected for one in result.datasets] == [
+        4,
+        2,
+    ]
 
 
 def camvid(root: Path, layout: str, kind: str, classes: int):
@@ -231,9 +238,9 @@ def camvid(root: Path, layout: str, kind: str, classes: int):
 @pytest.mark.parametrize(
     ('layout', 'kind', 'classes'), [('ade', 'ADE20KDataset', 150), ('cityscapes', 'CityscapesDataset', 19)]
 )
-def test_photographs_have_notes_only(reference, layout, kind, classes):
+def test_photographs_lack_classes_only(reference, layout, kind, classes):
     result = full(camvid(reference / 'data/camvid' / layout, layout, kind, classes))
-    assert codes(result) == {'class-absent'} == codes(result, 'note')
+    assert codes(result) == {'class-absent'} and not codes(result, 'error')
     assert [one.inspected for one in result.datasets] == [32, 16]
     assert sum(result.datasets[0].class_counts().values()) == 5_309_253
 
@@ -298,12 +305,85 @@ def test_class_frequencies_and_sizes(data, monkeypatch):
     noise().save(image(data, 3))
     for path in data.glob('annotations/*/*'):
         ids(1, 2, 8).save(path)
-    assert [str(p) for _, p in full(seg_config(data)).findings()] == [
-        f'{data}/annotations/{folder}: 5 of 8 classes do not occur: c, d, e, f, g'
-        for folder in ('training', 'validation')
-    ]
+    for severity, folder, maps, (_, finding) in zip(
+        ('warning', 'note'), ('training', 'validation'), (6, 3), full(seg_config(data)).findings(), strict=True
+    ):
+        absent = f'5 of 8 classes do not occur: c, d, e, f, g; ids in the {maps} label maps: 1, 2, 8'
+        assert str(finding) == f'{data}/annotations/{folder}: {absent}' and finding.severity == severity
     monkeypatch.setattr(files, 'INSPECTED_FILES', 2)
-    assert not codes(audit(seg_config(data), jobs=1)), 'of a sample that is not certain'
+    assert 'ids in 2 of 6 label maps' in str(next(audit(seg_config(data), jobs=1).findings())[1])
+    for path in data.glob('annotations/*/*'):
+        ids(1, 2, 3, 4, 5).save(path)
+    assert not codes(audit(seg_config(data), jobs=1)), 'a sample may lack rare classes'
+
+
+@pytest.mark.parametrize(
+    ('values', 'reduce', 'classes', 'code', 'severity', 'advice'),
+    [
+        ((0, 255), False, 2, 'one-class', 'error', 'If 255 is a class'),
+        ((0,), False, 2, 'one-class', 'error', 'two classes'),
+        ((0, 1), True, 2, 'one-class', 'error', 'reduce_zero_label=False'),
+        ((255,), False, 2, 'nothing-labelled', 'error', 'If 255 is a class'),
+        ((0, 255), True, 8, 'nothing-labelled', 'error', 'reduce_zero_label=False'),
+        ((0, 1, 2), False, 8, 'class-absent', 'warning', 'name 3: --classes'),
+        ((0, 1, 3), True, 8, 'class-absent', 'warning', 'name 3: --classes'),
+    ],
+)
+def test_labels_that_leave_nothing_to_learn(data, values, reduce, classes, code, severity, advice):
+    for path in data.glob('annotations/training/*'):
+        ids(*values).save(path)
+    cfg = seg_config(data, classes, reduce_zero_label=reduce, metainfo=dict(classes=tuple('abcdefgh'[:classes])))
+    # Ids of the validation data are valid only for eight classes that start at 1.
+    result = audit(cfg, jobs=1, splits=('train',))
+    [finding] = [finding for _, finding in result.findings() if finding.code == code]
+    assert finding.severity == severity and advice in finding.fix
+    assert f'label maps: {", ".join(map(str, values))}' in finding.message
+    if severity == 'error':
+        with pytest.raises(InvalidDataError, match='classes do not occur'):
+            check_data(cfg, ('train',))
+    else:
+        [line] = [line for line in check_data(cfg, ('train',)) if line.startswith('warning: ')]
+        assert advice in line
+
+
+def test_one_class_to_score_is_a_warning_and_none_is_an_error(data):
+    for values, severity in (((1,), 'warning'), ((0, 255), 'error')):
+        for path in data.glob('annotations/validation/*'):
+            ids(*values).save(path)
+        cfg = seg_config(data)
+        cfg.val_evaluator = dict(type='IoUMetric')
+        assert codes(full(cfg), severity) & {'one-class', 'nothing-labelled'}
+    cfg.val_evaluator = dict(type='IoUMetric', format_only=True)
+    assert not codes(full(cfg), 'error'), 'nothing is scored'
+
+
+def test_a_transform_of_the_user_may_map_ids(data):
+    from mmengine.registry import TRANSFORMS
+
+    TRANSFORMS.register_module('MapIds', module=type('MapIds', (), {'__module__': 'own'}), force=True)
+    for path in data.glob('annotations/*/*'):
+        ids(0, 255).save(path)
+    pipeline = [dict(type='LoadAnnotations'), dict(type='MapIds')]
+    cfg = seg_config(data, 2, reduce_zero_label=False, pipeline=pipeline)
+    assert codes(full(cfg)) == {'one-class'} == codes(full(cfg), 'warning')
+
+
+def test_more_label_maps_are_read_until_two_classes_occur(data, monkeypatch):
+    monkeypatch.setattr(files, 'INSPECTED_FILES', 2)
+    for path in data.glob('annotations/*/*'):
+        ids(1, 255).save(path)
+    assert codes(audit(seg_config(data), jobs=1), 'error') == {'one-class'}
+    ids(2).save(label(data, 3))
+    result = audit(seg_config(data), jobs=1)
+    assert not codes(result, 'error') and result.datasets[0].inspected < 6
+
+
+def test_too_few_names_for_the_ids(data):
+    with pytest.raises(InvalidDataError, match=r'Name every class, 8 names in all \(--classes'):
+        check_data(seg_config(data, 2), ('train', 'val'))
+    ids(0, 254).save(label(data, 0))
+    with pytest.raises(InvalidDataError, match=r'rite the label maps with ids 1\.\.8'):
+        check_data(seg_config(data, 8), ('train', 'val'))
 
 
 @pytest.mark.parametrize('whole', [True, False])
