@@ -36,7 +36,7 @@ from rich.progress import track
 from torch import Tensor
 
 from replk_mm.analysis.benchmark.baseline import randomize_constants
-from replk_mm.checkpoints.io import fetch_checkpoint
+from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.data.datasets import as_list
 from replk_mm.engine.config import fit_to_machine
@@ -314,7 +314,7 @@ def measure_erf(
         config=config,
         weights=weights,
         trained=file is not None,
-        checkpoint=dict(path=str(file), sha256=sha256(file)) if file else None,
+        checkpoint=dict(path=str(file), sha256=hash_checkpoint(file)) if file else None,
         stage=index,
         channels=shape[1],
         map_size=(shape[2], shape[3]),

@@ -21,7 +21,7 @@ from matplotlib.patches import Patch
 from mmengine.config import Config
 from torch import nn
 
-from replk_mm.checkpoints.io import fetch_checkpoint
+from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.data.scenes.cue_conflict import (
     CueConflictDataset,
     CueConflictObject,
@@ -33,7 +33,6 @@ from replk_mm.engine.predict import is_segmentor, label_map, load_for_prediction
 from replk_mm.engine.process import prepare_work_dir
 from replk_mm.engine.record import environment_info, write_record
 from replk_mm.errors import UserError
-from replk_mm.files import sha256
 from replk_mm.visualize import overlay
 
 #: Part of the protocol of records: only results with the same text are compared.
@@ -158,7 +157,7 @@ def measure_shape_bias(
             values=bias.values(),
             protocol=bias.protocol(),
             config=str(cfg.filename),
-            checkpoint=dict(path=str(path), sha256=sha256(path)),
+            checkpoint=dict(path=str(path), sha256=hash_checkpoint(path)),
             decisions=[
                 dict(
                     image=d.scene.name,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import safetensors.torch
@@ -17,8 +18,8 @@ from mmengine.logging import HistoryBuffer
 from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, ValidationError
 
 from replk_mm.checkpoints.safe_load import META_KEY, safe_load
-from replk_mm.errors import UserError
-from replk_mm.files import write_atomic
+from replk_mm.errors import UserError, first_line, format_list
+from replk_mm.files import sha256, write_atomic
 from replk_mm.logs import announce
 
 
@@ -31,27 +32,33 @@ class CheckpointNotFoundError(UserError, FileNotFoundError):
 
 
 def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, progress: bool = True) -> Path:
-    """Return the local path of a checkpoint; download it first if ``checkpoint`` is a URL.
+    """Return the local path of a checkpoint; download it first if ``checkpoint`` is a URL or a name on Hugging Face.
 
     A download is cached under its whole URL, because many files share a name, such as ``pytorch_model.bin``.
 
     Args:
-        checkpoint: Path or URL.
+        checkpoint: Path, URL, ``hf-hub:OWNER/NAME`` with an optional ``@REVISION``, or a folder with the weights of
+            one model. For sharded weights, the index file.
         folder: Where downloads go. Defaults to torch's cache.
         progress: Show a progress bar. Defaults to True.
 
     Raises:
         DownloadError: If the download fails.
         CheckpointNotFoundError: If the file does not exist.
+        UserError: If a folder does not contain the weights of exactly one model.
     """
     name = str(checkpoint)
+    if name.startswith(_HUB):
+        return _fetch_from_hub(name)
     if not name.startswith(('http://', 'https://')):
-        path = Path(name)
+        path = Path(unquote(urlsplit(name).path) if name.startswith('file://') else name)
         try:
             path = path.expanduser()
+            if path.is_dir():
+                return _weights_in_folder(path)
             if path.is_file():
                 return path
-            why = ' (it is a folder)' if path.is_dir() else ''
+            why = ''
         except (OSError, RuntimeError) as error:  # a name that is too long, an unknown user
             why = f' ({error})'
         raise CheckpointNotFoundError(f'{path}: no such checkpoint{why}')
@@ -72,11 +79,75 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
     return path
 
 
+_HUB = ('hf-hub:', 'hf_hub:')  # the prefixes of timm
+_INDEX = '.index.json'
+#: Weights in a folder: the only file of the first pattern that matches.
+_WEIGHTS = (
+    *(f'{name}{end}' for name in ('model.safetensors', 'pytorch_model.bin') for end in ('', _INDEX)),
+    *('*.safetensors', '*.bin', '*.pth', '*.pt'),
+)
+
+
+def _weights_in_folder(folder: Path) -> Path:
+    files = next((files for pattern in _WEIGHTS if (files := sorted(folder.glob(pattern)))), [])
+    if len(files) != 1:
+        raise CheckpointNotFoundError(
+            f'{folder}: no such checkpoint (a folder with {format_list(file.name for file in files) or "no weights"})\n'
+            f'Pass the path of one file.'
+        )
+    return files[0]
+
+
+def _fetch_from_hub(name: str) -> Path:
+    repository, _, revision = name[len(_HUB[0]) :].partition('@')
+    announce(f'{name}: downloading, unless it is in the cache of Hugging Face')
+    try:
+        from huggingface_hub import snapshot_download
+
+        for pattern in ('*.safetensors', '*.bin'):
+            files = [pattern, pattern + _INDEX]
+            folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
+            if any(folder.glob(pattern)):
+                break
+    except Exception as error:  # of the package, its HTTP library or the system
+        raise DownloadError(
+            f'{name:.200}: cannot be downloaded ({first_line(error):.200})\n'
+            f'This needs a network and the package huggingface_hub (pip install huggingface_hub). '
+            f'Or download the file yourself and pass its path.'
+        ) from error
+    return _weights_in_folder(folder)
+
+
+def _shards(index: Path) -> dict[str, Path]:
+    """The file of each weight in an index of shards."""
+    try:
+        return {str(key): index.parent / name for key, name in json.loads(index.read_text())['weight_map'].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{index}: not an index of shards ({error!r:.200})\nDownload it again.') from error
+
+
+def _read_shards(index: Path, map_location: Any, trust: bool) -> dict:
+    shards, weights = _shards(index), {}
+    for path in sorted(set(shards.values())):
+        shard = safe_load(fetch_checkpoint(path), map_location, trust)
+        weights.update(shard.get('state_dict', shard))
+    if missing := sorted(shards.keys() - weights.keys()):
+        raise UserError(f'{shards[missing[0]]}: lacks {missing[0]}, which is in {index}\nDownload both again.')
+    return {'state_dict': weights}
+
+
+def hash_checkpoint(path: Path) -> str:
+    """SHA-256 of a checkpoint, in hexadecimal; for an index, of the hashes of its shards in order of name."""
+    if not path.name.endswith(_INDEX):
+        return sha256(path)
+    return hashlib.sha256(''.join(map(sha256, sorted(set(_shards(path).values())))).encode()).hexdigest()
+
+
 def read_checkpoint(checkpoint: str | Path, map_location: Any = 'cpu', trust: bool = False) -> dict:
     """Read a checkpoint without running code in it.
 
     Args:
-        checkpoint: Path or URL of a torch file or a ``.safetensors`` file.
+        checkpoint: A torch file, a safetensors file or an index of shards: as in :func:`fetch_checkpoint`.
         map_location: Device of the tensors, as in :func:`torch.load`. Defaults to ``'cpu'``.
         trust: Unpickle any object. The file can then run any code. Defaults to False.
 
@@ -84,7 +155,7 @@ def read_checkpoint(checkpoint: str | Path, map_location: Any = 'cpu', trust: bo
         UserError: If the file does not exist, is damaged, would run code, or does not contain a dict.
     """
     path = fetch_checkpoint(checkpoint)
-    loaded = safe_load(path, map_location, trust)
+    loaded = (_read_shards if path.name.endswith(_INDEX) else safe_load)(path, map_location, trust)
     if not isinstance(loaded, Mapping):
         raise UserError(f'{path}: contains a {type(loaded).__name__}\nA checkpoint is a dict of tensors.')
     if 'meta' in loaded:
@@ -143,18 +214,12 @@ def register_safe_loaders() -> None:
     """
     from mmengine.runner import checkpoint
 
-    def load_from_local(filename: str, map_location: Any = None) -> dict:
-        return read_checkpoint(filename, map_location or 'cpu')
-
-    def load_from_http(
-        filename: str, map_location: Any = None, model_dir: str | None = None, progress: bool = True
-    ) -> dict:
+    def load(filename: str, map_location: Any = None, model_dir: str | None = None, progress: bool = True) -> dict:
         return read_checkpoint(fetch_checkpoint(filename, model_dir, progress), map_location or 'cpu')
 
     # The loaders of other schemes call these functions by name.
-    checkpoint.load_from_local, checkpoint.load_from_http = load_from_local, load_from_http
-    checkpoint.CheckpointLoader.register_scheme('', load_from_local, force=True)
-    checkpoint.CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
+    checkpoint.load_from_local = checkpoint.load_from_http = load
+    checkpoint.CheckpointLoader.register_scheme(('', 'http://', 'https://'), load, force=True)
 
 
 def require_different_files(source: str | Path, out: str | Path) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
-from mmengine.logging import print_log
 from torch import Tensor
 
 from replk_mm.errors import UserError, format_list
+from replk_mm.logs import announce
 
 #: Parts of a name that wrapper modules add at any place: DistributedDataParallel and averages, torch.compile, FSDP,
 #: activation checkpointing.
@@ -27,6 +27,7 @@ MOMENTUM_ENCODERS = frozenset({'encoder_k', 'momentum_encoder', 'target_net'})
 FOLDED = 'folded'
 _EMA = re.compile(r'(^|[._])ema([._]|$)')
 _MAX_DEPTH = 5
+_STAGE = re.compile(r'.*stages[._](\d)\.')
 # First names of classifiers, which a backbone does not have.
 _CLASSIFIER = re.compile(r'(head|fc|classifier|norm)\.')
 
@@ -51,17 +52,21 @@ class KeyFormat:
     def rename(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights under our names."""
         out: dict[str, Tensor] = {}
+        last = max((match[1] for key in weights if (match := _STAGE.match(key))), default='0')
         for key, value in weights.items():
             for pattern, replacement in self.rules:
-                key = re.sub(pattern, replacement, key)
+                key = re.sub(pattern, replacement, key).replace('{last}', last)
             # Layer scale and response norm are vectors here; in some libraries they have dimensions of size 1.
-            out[key] = value.flatten() if key.endswith(('.gamma', '.beta')) else value
-        stages = [int(match[1]) for key in out if (match := re.match(r'stages\.(\d{1,3})\.', key))]
-        return {key.replace('{last}', str(max(stages, default=0))): value for key, value in out.items()}
+            value = value.flatten() if key.endswith(('.gamma', '.beta')) else value
+            if (other := out.setdefault(key, value)) is not value and not torch.equal(other, value):
+                raise UserError(f'the checkpoint has two different weights for {key}\nKeep one of them.')
+        return out
 
 
 _OWN = KeyFormat('', '', '')
 _FINAL_NORM = (r'^norm\.', 'norm{last}.')  # the only norm of a classifier is that of the last stage
+_DINOV3 = ((r'^norms\.(\d)\.', r'norm\1.'),)  # the final norm is stored twice, as norm and norms.3
+_FLAT = (r'^(stem|stages)_', r'\1.')
 _GRN = ((r'\.grn\.weight$', '.grn.gamma'), (r'\.grn\.bias$', '.grn.beta'))
 _AUTHORS = ((r'\.dwconv\.', '.depthwise_conv.'), (r'\.pwconv([12])\.', r'.pointwise_conv\1.'))
 _TIMM = (
@@ -74,61 +79,44 @@ _TIMM = (
     *_GRN,
     (r'^head\.norm\.', 'norm{last}.'),
 )
+_TORCHVISION = (
+    *((rf'^features\.{2 * i}\.', f'downsample_layers.{i}.') for i in range(4)),
+    *((rf'^features\.{2 * i + 1}\.(\d+)\.', rf'stages.{i}.\1.') for i in range(4)),
+    (r'\.layer_scale$', '.gamma'),
+    (r'\.block\.0\.', '.depthwise_conv.'),
+    (r'\.block\.2\.', '.norm.'),
+    (r'\.block\.3\.', '.pointwise_conv1.'),
+    (r'\.block\.5\.', '.pointwise_conv2.'),
+    (r'^classifier\.0\.', 'norm3.'),
+)
+_TRANSFORMERS = (
+    (r'^embeddings\.patch_embeddings\.', 'downsample_layers.0.0.'),
+    (r'^embeddings\.layernorm\.', 'downsample_layers.0.1.'),
+    (r'^encoder\.stages\.(\d+)\.downsampling_layer\.', r'downsample_layers.\1.'),
+    (r'^encoder\.stages\.(\d+)\.layers\.', r'stages.\1.'),
+    (r'\.layernorm\.', '.norm.'),
+    (r'\.layer_scale_parameter$', '.gamma'),
+    *_GRN,
+    *_AUTHORS,
+    (r'^layernorm\.', 'norm{last}.'),
+    *((rf'^hidden_states_norms\.stage{i + 1}\.', f'norm{i}.') for i in range(4)),
+)
+_TRANSFORMERS_DINOV3 = (
+    (r'^stages\.(\d+)\.downsample_layers\.', r'downsample_layers.\1.'),
+    (r'^stages\.(\d+)\.layers\.', r'stages.\1.'),
+    (r'\.layer_norm\.', '.norm.'),
+    (r'^layer_norm\.', 'norm{last}.'),
+)
 #: Key names in circulation. A new family or library is one entry.
 FORMATS = (
     KeyFormat('RepLKNet', 'official', 'stages.0.blocks.0.pw1.conv.weight'),
     KeyFormat('ConvNeXt', 'mmpretrain', 'stages.0.0.depthwise_conv.weight', (_FINAL_NORM,)),
-    # DINOv3 stores the final norm twice, as norm and as norms.3.
-    KeyFormat(
-        'ConvNeXt', 'official', 'stages.0.0.dwconv.weight', (*_AUTHORS, (r'^norms\.(\d)\.', r'norm\1.'), _FINAL_NORM)
-    ),
+    KeyFormat('ConvNeXt', 'official', 'stages.0.0.dwconv.weight', (*_AUTHORS, *_DINOV3, _FINAL_NORM)),
     KeyFormat('ConvNeXt', 'timm', 'stages.0.blocks.0.conv_dw.weight', _TIMM),
-    KeyFormat(
-        'ConvNeXt', 'timm features_only', 'stages_0.blocks.0.conv_dw.weight', ((r'^(stem|stages)_', r'\1.'), *_TIMM)
-    ),
-    KeyFormat(
-        'ConvNeXt',
-        'torchvision',
-        'features.1.0.block.0.weight',
-        (
-            *((rf'^features\.{2 * i}\.', f'downsample_layers.{i}.') for i in range(4)),
-            *((rf'^features\.{2 * i + 1}\.(\d+)\.', rf'stages.{i}.\1.') for i in range(4)),
-            (r'\.layer_scale$', '.gamma'),
-            (r'\.block\.0\.', '.depthwise_conv.'),
-            (r'\.block\.2\.', '.norm.'),
-            (r'\.block\.3\.', '.pointwise_conv1.'),
-            (r'\.block\.5\.', '.pointwise_conv2.'),
-            (r'^classifier\.0\.', 'norm{last}.'),
-        ),
-    ),
-    KeyFormat(
-        'ConvNeXt',
-        'transformers',
-        'encoder.stages.0.layers.0.dwconv.weight',
-        (
-            (r'^embeddings\.patch_embeddings\.', 'downsample_layers.0.0.'),
-            (r'^embeddings\.layernorm\.', 'downsample_layers.0.1.'),
-            (r'^encoder\.stages\.(\d+)\.downsampling_layer\.', r'downsample_layers.\1.'),
-            (r'^encoder\.stages\.(\d+)\.layers\.', r'stages.\1.'),
-            (r'\.layernorm\.', '.norm.'),
-            (r'\.layer_scale_parameter$', '.gamma'),
-            *_GRN,
-            *_AUTHORS,
-            (r'^layernorm\.', 'norm{last}.'),
-            *((rf'^hidden_states_norms\.stage{i + 1}\.', f'norm{i}.') for i in range(4)),
-        ),
-    ),
-    KeyFormat(
-        'ConvNeXt',
-        'transformers DINOv3',
-        'stages.0.layers.0.depthwise_conv.weight',
-        (
-            (r'^stages\.(\d+)\.downsample_layers\.', r'downsample_layers.\1.'),
-            (r'^stages\.(\d+)\.layers\.', r'stages.\1.'),
-            (r'\.layer_norm\.', '.norm.'),
-            (r'^layer_norm\.', 'norm{last}.'),
-        ),
-    ),
+    KeyFormat('ConvNeXt', 'timm features_only', 'stages_0.blocks.0.conv_dw.weight', (_FLAT, *_TIMM)),
+    KeyFormat('ConvNeXt', 'torchvision', 'features.1.0.block.0.weight', _TORCHVISION),
+    KeyFormat('ConvNeXt', 'transformers', 'encoder.stages.0.layers.0.dwconv.weight', _TRANSFORMERS),
+    KeyFormat('ConvNeXt', 'transformers DINOv3', 'stages.0.layers.0.depthwise_conv.weight', _TRANSFORMERS_DINOV3),
 )
 _BY_ANCHOR = {form.anchor: form for form in FORMATS}
 
@@ -138,13 +126,11 @@ class FoundWeights:
     """Weights of a backbone in a checkpoint.
 
     Attributes:
-        backbone: Weights of the backbone with our names, without prefix.
-        rest: Other weights of a whole model, such as ``decode_head.*``, with their original names. Empty if the
-            backbone's prefix does not contain ``backbone.``.
+        backbone: Weights with our names, without prefix.
+        rest: Other weights of a whole model, such as ``decode_head.*``, with their own names.
         family: ``'RepLKNet'``, ``'ConvNeXt'``, or ``''`` if unknown.
         format: Name of the key format, or ``''`` if unknown.
-        prefix: What precedes the backbone's names, with the keys of the dicts around them, such as
-            ``'state_dict.backbone.'``. Parts that wrapper modules add are left out.
+        prefix: What precedes the backbone's names, such as ``'state_dict.backbone.'``, without parts of wrappers.
         unused: Weights under the prefix that are in no module of the backbone, such as a classifier.
         matched: Number of weights that fit the network.
     """
@@ -176,7 +162,7 @@ class FoundWeights:
 
 
 def fits(target: Tensor, source: Tensor) -> bool:
-    """Whether two weights have the same shape, apart from dimensions of size 1: a linear layer fits a 1x1 convolution."""
+    """Whether two weights differ in dimensions of size 1 at most: a linear layer fits a 1x1 convolution."""
     return source.shape == target.shape or (
         source.numel() == target.numel() and source.squeeze().shape == target.squeeze().shape
     )
@@ -209,29 +195,26 @@ def find_weights(
         )
     own = {} if network is None else network.state_dict()
     found = [one for nest, weights in nests.items() for one in _candidates(nest, weights, own)]
-    # Nothing fits: name what the checkpoint contains.
+    # If nothing fits, errors name the family in the file.
     found = found or [one for nest, weights in nests.items() for one in _candidates(nest, weights, {})]
-    if prefix:
-        wanted = '.' + _unwrapped(prefix).strip('.') + '.'
-        under = [one for one in found if f'.{one.prefix}'.endswith(wanted)]
-        if not under:
-            raise UserError(
-                f'{where}: no weights of the network under prefix={prefix!r}; '
-                f'they are under: {format_list(repr(one.prefix) for one in found) or "no prefix"}\n'
-                f'Omit prefix to find them by name and shape.'
-            )
-        found = under
-    if not found:
+    if not found and not prefix:
         nest = max(nests, key=lambda nest: len(nests[nest]))
         return FoundWeights(nests[nest], prefix=nest)
-    best = max(one.matched for one in found)
-    selected = _select([one for one in found if one.matched == best], checkpoint, use_ema, where)
-    for one in found:
-        if best > one.matched > best / 2:
-            print_log(
-                f'{where}: weights {selected.prefix!r}, not {one.prefix!r}, of which only {one.matched} fit',
-                logger='current',
-            )
+    end = f'.{_unwrapped(prefix or "").strip(".")}.'
+    under = [one for one in found if not prefix or f'.{one.prefix}'.endswith(end)]
+    if not under:
+        raise UserError(
+            f'{where}: no weights of the network under prefix={prefix!r}; '
+            f'its prefixes are: {format_list(repr(one.prefix) for one in found) or "none"}\n'
+            f'Omit prefix to find the weights by name and shape.'
+        )
+    best = max(one.matched for one in under)
+    if own and not best:
+        return under[0]
+    selected = _select([one for one in under if one.matched == best], checkpoint, use_ema, where)
+    others = [one.prefix for one in found if one is not selected and one.matched >= best / 2]
+    if others:
+        announce(f'{where}: weights {selected.prefix!r}, not {format_list(map(repr, others))} (use_ema={use_ema})')
     return selected
 
 
@@ -267,15 +250,10 @@ def _candidates(nest: str, weights: dict[str, Tensor], own: Mapping[str, Tensor]
         if own and not matched:
             continue
         unused = [key for key in backbone if (key.split('.')[0] not in modules if own else _CLASSIFIER.match(key))]
-        parts = prefix.split('.')
-        rest = {}
-        if 'backbone' in parts:
-            model = '.'.join(parts[: len(parts) - 1 - parts[::-1].index('backbone')] + [''])
-            rest = {
-                key.removeprefix(model): value
-                for key, value in weights.items()
-                if key.startswith(model) and not key.startswith(prefix)
-            }
+        whole = re.match(r'(|.*\.)backbone\.', prefix)
+        outer = whole[1] if whole else prefix
+        others = {key: value for key, value in weights.items() if not key.startswith(prefix)}
+        rest = {key.removeprefix(outer): value for key, value in others.items() if key.startswith(outer)}
         backbone = {key: value for key, value in backbone.items() if key not in unused}
         yield FoundWeights(backbone, rest, form.family, form.name, nest + prefix, unused, matched)
 
@@ -285,26 +263,16 @@ def _count(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
 
 
 def _select(fitting: list[FoundWeights], checkpoint: Mapping, use_ema: bool, where: str) -> FoundWeights:
-    """Choose between weights that fit equally well, and log the choice.
-
-    Raises:
-        UserError: If it is ambiguous.
-    """
+    """Choose between weights that fit equally well."""
     distinct: list[FoundWeights] = []
     for one in fitting:
         if not any(_equal(one, other) for other in distinct):
             distinct.append(one)
     trained = [one for one in distinct if not MOMENTUM_ENCODERS & set(one.prefix.split('.'))] or distinct
     averages = [one for one in trained if _is_average(one, trained, checkpoint)]
-    raw = [one for one in trained if one not in averages]
-    if len(averages) == 1 and len(raw) == 1:
-        trained = averages if use_ema else raw
-        print_log(
-            f'{where}: {"averaged" if use_ema else "raw"} weights {trained[0].prefix!r}, '
-            f'not {(raw if use_ema else averages)[0].prefix!r} (use_ema={use_ema})',
-            logger='current',
-        )
-    elif len(trained) > 1:
+    if len(trained) == 2 and len(averages) == 1:
+        return next(one for one in trained if (one is averages[0]) == use_ema)
+    if len(trained) > 1:
         raise UserError(
             f'{where}: several networks fit; their prefixes are: {format_list(repr(one.prefix) for one in trained)}\n'
             f"Choose one with prefix=..., in init_cfg or as convert_checkpoint's --prefix."
@@ -329,10 +297,8 @@ def _is_average(one: FoundWeights, found: list[FoundWeights], checkpoint: Mappin
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename ConvNeXt weights to the authors' names for dense prediction; RepLKNet's names are already theirs."""
-    names = (('.depthwise_conv.', '.dwconv.'), ('.pointwise_conv1.', '.pwconv1.'), ('.pointwise_conv2.', '.pwconv2.'))
     out = {}
     for key, value in weights.items():
-        for ours, theirs in names:
-            key = key.replace(ours, theirs)
+        key = re.sub(r'\.pointwise_conv([12])\.', r'.pwconv\1.', key.replace('.depthwise_conv.', '.dwconv.'))
         out[key] = value.view(1, 1, 1, -1) if '.grn.' in key else value
     return out

@@ -7,7 +7,13 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint, require_different_files, save_checkpoint
+from replk_mm.checkpoints.io import (
+    fetch_checkpoint,
+    hash_checkpoint,
+    read_checkpoint,
+    require_different_files,
+    save_checkpoint,
+)
 from replk_mm.checkpoints.key_formats import FOLDED, find_weights
 from replk_mm.checkpoints.loading import (
     TRAINING_ONLY,
@@ -24,7 +30,6 @@ from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.errors import UserError, format_list
-from replk_mm.files import sha256
 from replk_mm.logs import announce
 from replk_mm.ops import prepack
 
@@ -66,7 +71,7 @@ def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, di
     """
     loaded = read_checkpoint(checkpoint)
     whole = hasattr(model, 'backbone')
-    found = find_weights(loaded, model.backbone if whole else model, str(checkpoint))
+    found = find_weights(loaded, getattr(model, 'backbone', model), str(checkpoint))
     weights = {f'backbone.{key}': value for key, value in found.backbone.items()} if whole else found.backbone
     weights = {**weights, **found.rest}
     how = get_reparameterization(loaded, weights)
@@ -189,7 +194,7 @@ def reparameterize_checkpoint(
         merge=bool(changes.merged) or former.get('merge', True),
         fold=True,
         source=str(checkpoint),
-        source_sha256=sha256(fetch_checkpoint(checkpoint)),
+        source_sha256=hash_checkpoint(fetch_checkpoint(checkpoint)),
         differences=[dict(dtype=str(d.dtype), absolute=d.absolute, relative=d.relative) for d in differences],
     )
     plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float, bool, dict, list, tuple))}

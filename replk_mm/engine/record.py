@@ -10,11 +10,11 @@ import torch
 from mmengine.config import Config
 
 from replk_mm import __version__
-from replk_mm.checkpoints.io import fetch_checkpoint
+from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.evaluate import Evaluation
 from replk_mm.errors import UserError
-from replk_mm.files import sha256, write_atomic
+from replk_mm.files import write_atomic
 
 
 def describe_protocol(cfg: Config, tta: bool) -> dict:
@@ -72,7 +72,9 @@ def evaluation_record(cfg: Config, checkpoint: str, result: Evaluation, tta: boo
             per_class=result.per_class,
             absent_classes=result.absent,
             config=str(cfg.filename),
-            checkpoint=dict(path=str(path), sha256=sha256(path), iteration=result.meta.get('iter'), loaded=result.load),
+            checkpoint=dict(
+                path=str(path), sha256=hash_checkpoint(path), iteration=result.meta.get('iter'), loaded=result.load
+            ),
             reparameterized=str(result.changes) if result.changes else ('in the checkpoint' if merged else None),
             protocol=describe_protocol(cfg, tta),
             data=dict(root=', '.join(roots), images=result.images),

@@ -135,7 +135,7 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
             f'{len(shapes.keys() | stored.keys())} '
             f'weights differ, such as {differing[0]}\nResume with the config of that run.'
         )
-    notes += _averages(cfg, loaded, last)
+    _check_averages(cfg, loaded, last)
     cfg.load_from, cfg.resume = last, True
     seed = meta.get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
@@ -147,26 +147,15 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
     return [*notes, f'resume: {last}, iteration {meta["iter"]}, seed {seed}{own}']
 
 
-def _averages(cfg: Config, loaded: Mapping, last: str) -> list[str]:
-    """Check that a run with averaged weights is resumed with the hook that averages them.
-
-    mmengine's hook stores the averages as ``state_dict`` and the weights in training as ``ema_state_dict``.
-
-    Raises:
-        UserError: If training would continue from the averages.
-    """
-    hooks = [
-        HOOKS.get(hook['type']) if isinstance(hook, dict) else type(hook) for hook in cfg.get('custom_hooks') or ()
-    ]
-    averaging = any(isinstance(hook, type) and issubclass(hook, EMAHook) for hook in hooks)
-    if 'ema_state_dict' in loaded and not averaging:
+def _check_averages(cfg: Config, loaded: Mapping, last: str) -> None:
+    """Reject a run without the EMA hook of the checkpoint, whose ``state_dict`` is the averages."""
+    kinds = [hook.get('type') for hook in cfg.get('custom_hooks') or ()]
+    hooks = [HOOKS.get(kind) if isinstance(kind, str) else kind for kind in kinds]
+    if 'ema_state_dict' in loaded and not any(hook is not None and issubclass(hook, EMAHook) for hook in hooks):
         raise UserError(
-            f'{last}: cannot be resumed: it has averaged weights, and custom_hooks has no EMAHook; training would '
-            f'continue from the averages\nAdd the EMAHook of that run to custom_hooks.'
+            f'{last}: cannot be resumed: it has averaged weights, and custom_hooks has no EMAHook, so that training '
+            f'would continue from the averages\nAdd the EMAHook of that run to custom_hooks.'
         )
-    if averaging and 'ema_state_dict' not in loaded:
-        return [f'warning: {last}: has no averaged weights; EMAHook averages from this iteration on']
-    return []
 
 
 def settings_of(wrapper: OptimWrapper, schedules: Any) -> dict[str, tuple[type, list[dict]]]:

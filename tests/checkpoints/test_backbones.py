@@ -1,14 +1,15 @@
-"""Loading a backbone: out of any nest, under any prefix, by init_cfg too, and what does not fit."""
+"""Load a backbone from any nest and under any prefix, also by init_cfg; files that do not fit."""
 
 import collections
 
 import pytest
 import torch
-from checkpoint_cases import CONV, DENSE, TINY, assert_same, tiny_backbone, write
+from checkpoint_cases import CONV, DENSE, TINY, assert_same, first_line, tiny_backbone, write
 from mmengine.registry import MODELS
 from torch import nn
 
 from replk_mm.backbones import ConvNeXt, RepLKNet
+from replk_mm.checkpoints.key_formats import find_weights
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.errors import UserError
 
@@ -34,6 +35,53 @@ NESTS = {
         }
     },
     'parameters': lambda w: {'model': {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in w.items()}},
+    # Programs and wrappers that others use; the rule does not know their names.
+    'Lightning': lambda w: {
+        'state_dict': {**{f'model.backbone.{k}': v for k, v in w.items()}, 'model.decode_head.x': torch.ones(1)},
+        'optimizer_states': [{}],
+    },
+    'registered twice': lambda w: {
+        'state_dict': {**{f'net.encoder.{k}': v for k, v in w.items()}, **{f'encoder.{k}': v for k, v in w.items()}}
+    },
+    'MoCo': lambda w: {
+        'state_dict': {
+            **{f'module.encoder_k.{k}': v + 1 for k, v in w.items()},
+            **{f'module.encoder_q.{k}': v for k, v in w.items()},
+            'module.queue': torch.ones(2, 3),
+        }
+    },
+    'DINO': lambda w: {
+        'student': {f'module.backbone.{k}': v + 1 for k, v in w.items()},
+        'teacher': {**{f'backbone.{k}': v for k, v in w.items()}, 'head.mlp.0.weight': torch.ones(2, 2)},
+    },
+    'FCMAE': lambda w: {
+        'model': {
+            **{f'encoder.{k}': v for k, v in w.items()},
+            'mask_token': torch.ones(1),
+            'decoder.0.x': torch.ones(1),
+        }
+    },
+    'mmrazor': lambda w: {
+        'state_dict': {
+            **{f'architecture.backbone.{k}': v for k, v in w.items()},
+            'distiller.teacher.backbone.stem.0.conv.weight': torch.ones(1),
+        }
+    },
+    'FSDP': lambda w: {'model': {k.replace('.blocks.', '._fsdp_wrapped_module.blocks.'): v for k, v in w.items()}},
+    'activation checkpointing': lambda w: {
+        k.replace('.pw1.', '._checkpoint_wrapped_module.pw1.'): v for k, v in w.items()
+    },
+    'regional compilation': lambda w: {k.replace('.pw1.', '._orig_mod.pw1.'): v for k, v in w.items()},
+    'one DDP per part': lambda w: {'state_dict': {f'backbone.module.{k}': v for k, v in w.items()}},
+    'unknown program': lambda w: {'run': {'best': {f'vision.tower.{k}': v for k, v in w.items()}}, 'step': 3},
+    'beside the optimizer': lambda w: {
+        **w,
+        'optimizer': {'state': {0: {'exp_avg': torch.ones(3)}, 'stem.0.conv.weight': {'exp_avg': torch.ones(3)}}},
+    },
+    'a part of a smaller network': lambda w: {
+        'teacher': {k: v + 1 for k, v in w.items() if not k.startswith('stages.3.')},
+        'student': w,
+    },
 }
 
 
@@ -44,6 +92,74 @@ def test_nests_and_prefixes(nest, tmp_path):
     model = tiny_backbone(2)
     assert load_pretrained(model, path).matched == {'backbone': len(source)}
     assert_same(model, source)
+
+
+def test_several_networks_that_fit(tmp_path):
+    source = tiny_backbone().state_dict()
+    other = {k: v + 1 for k, v in source.items()}
+    path = write(
+        tmp_path / 'a.pth', {'rgb': {f'net.{k}': v for k, v in source.items()}, 'depth': other, 'step': torch.ones(1)}
+    )
+    for load in (lambda: load_pretrained(tiny_backbone(2), path), lambda: find_weights(torch.load(path), None, path)):
+        with pytest.raises(UserError, match=r"'rgb\.net\.', 'depth\.'") as caught:
+            load()
+    assert first_line(caught).startswith(path) and 'prefix' in str(caught.value)
+    for prefix, expected in (('net', source), ('module.rgb.net.', source), ('depth', other)):
+        model = tiny_backbone(2)
+        load_pretrained(model, path, prefix)
+        assert_same(model, expected)
+    for prefix in ('backbone.', 'et.', 'rgb'):  # no such prefix; not a whole part of one
+        with pytest.raises(UserError, match=prefix):
+            load_pretrained(tiny_backbone(2), path, prefix)
+
+
+def _averaged_by_torch(weights):
+    return {'n_averaged': torch.tensor(7), **{f'module.{k}': v for k, v in weights.items()}}
+
+
+@pytest.mark.parametrize(
+    'file',
+    [
+        lambda raw, ema: {'model': raw, 'model_ema': ema},
+        lambda raw, ema: {'state_dict': raw, 'state_dict_ema': ema},
+        lambda raw, ema: {'model': raw, 'ema': _averaged_by_torch(ema)},
+        lambda raw, ema: {'net_ema.' + k: v for k, v in ema.items()} | {'net.' + k: v for k, v in raw.items()},
+        lambda raw, ema: {'student': raw, 'teacher': {f'module.{k}': v for k, v in ema.items()}},
+        # mmengine's hook exchanges both, and counts its steps.
+        lambda raw, ema: {'state_dict': ema, 'ema_state_dict': {**_averaged_by_torch(raw), 'steps': torch.tensor(7)}},
+    ],
+)
+def test_averaged_weights(file, tmp_path, monkeypatch):
+    log: list[str] = []
+    monkeypatch.setattr('replk_mm.checkpoints.key_formats.announce', log.append)
+    raw = tiny_backbone().state_dict()
+    averaged = {k: v + 1 for k, v in raw.items()}
+    path = write(tmp_path / 'a.pth', file(raw, averaged))
+    for options, expected in (({}, averaged), (dict(use_ema=True), averaged), (dict(use_ema=False), raw)):
+        model = RepLKNet(TINY, init_cfg=dict(type='Pretrained', checkpoint=path, **options))
+        model.init_weights()
+        assert_same(model, expected)
+        assert path in log[-1] and f'use_ema={options.get("use_ema", True)}' in log[-1]
+    assert len(log) == 3
+    assert_same(model, find_weights(torch.load(path), use_ema=False).backbone)  # without a network
+    assert len(log) == 4
+    # Averages that lack a weight are not loaded, which is logged.
+    load_pretrained(
+        tiny_backbone(2), write(tmp_path / 'b.pth', {'model': raw, 'model_ema': dict(list(averaged.items())[1:])})
+    )
+    assert "'model.', not 'model_ema.'" in log[-1]
+
+
+def test_weights_of_no_part_of_the_network(tmp_path):
+    """They are reported; those in a part of the network mean that it is another one."""
+    source = tiny_backbone().state_dict()
+    found = find_weights({**source, 'logit_scale': torch.ones(1)}, tiny_backbone(2))
+    assert found.unused == ['logit_scale'] and 'logit_scale' in found.describe()
+    path = write(tmp_path / 'a.pth', {**source, 'stages.3.blocks.9.pw1.conv.weight': torch.ones(1)})
+    with pytest.raises(UserError, match='stages.3.blocks.9'):
+        load_pretrained(tiny_backbone(2), path)
+    with pytest.raises(UserError, match='two different weights for norm3.weight'):
+        find_weights({'norm.weight': torch.ones(3), 'norm3.weight': torch.zeros(3)} | ConvNeXt(CONV).state_dict())
 
 
 @pytest.mark.parametrize('prefix', [None, 'backbone.', 'encoder.'])

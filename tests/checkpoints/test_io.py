@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,20 @@ import torch
 from checkpoint_cases import assert_same, first_line, tiny_backbone
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 from tiny import tiny, tool_environment, trained  # noqa: F401
 from tool_cases import merged  # noqa: F401
 
-from replk_mm.checkpoints.io import read_checkpoint, restore_log_buffer, save_checkpoint, to_plain_data
+from replk_mm.checkpoints.io import (
+    CheckpointNotFoundError,
+    DownloadError,
+    fetch_checkpoint,
+    hash_checkpoint,
+    read_checkpoint,
+    restore_log_buffer,
+    save_checkpoint,
+    to_plain_data,
+)
 from replk_mm.checkpoints.loading import get_reparameterization, load_pretrained
 from replk_mm.engine.inference import reparameterize_checkpoint
 from replk_mm.errors import UserError
@@ -162,8 +172,6 @@ def test_checkpoints_of_a_training_load_anywhere(tiny, tmp_path):
 # ---- safetensors
 def test_weights_of_others_in_safetensors(tmp_path):
     """As timm and Hugging Face publish: bare tensors, half precision too."""
-    from safetensors.torch import save_file
-
     source = tiny_backbone().state_dict()
     for dtype in (torch.float32, torch.float16):
         weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in source.items()}
@@ -171,6 +179,108 @@ def test_weights_of_others_in_safetensors(tmp_path):
         model = tiny_backbone(2)
         load_pretrained(model, tmp_path / 'model.safetensors')
         assert_same(model, weights)
+
+
+def sharded(folder, weights, suffix='safetensors', parts=2):
+    """Write weights as transformers does; return the index."""
+    folder.mkdir(exist_ok=True)
+    stem = 'model' if suffix == 'safetensors' else 'pytorch_model'
+    place = {key: f'{stem}-0000{1 + i % parts}-of-0000{parts}.{suffix}' for i, key in enumerate(weights)}
+    for name in set(place.values()):
+        part = {key: weights[key] for key in weights if place[key] == name}
+        save_file(part, folder / name) if suffix == 'safetensors' else torch.save(part, folder / name)
+    index = folder / f'{stem}.{suffix}.index.json'
+    index.write_text(json.dumps({'metadata': {'total_size': 1}, 'weight_map': place}))
+    return index
+
+
+@pytest.mark.parametrize('suffix', ['safetensors', 'bin'])
+def test_shards(suffix, tmp_path):
+    source = tiny_backbone().state_dict()
+    index = sharded(tmp_path / 'snapshot', source, suffix)
+    for path in (index, index.parent):
+        model = tiny_backbone(2)
+        load_pretrained(model, path)
+        assert_same(model, source)
+    # The hash is that of the weights, not of their list.
+    before, (first, *_) = hash_checkpoint(index), sorted(index.parent.glob(f'*.{suffix}'))
+    place = json.loads(index.read_text())['weight_map']
+    part = {key: value + 1 for key, value in source.items() if place[key] == first.name}
+    save_file(part, first) if suffix == 'safetensors' else torch.save(part, first)
+    assert hash_checkpoint(index) != before
+    lost = part.popitem()[0]
+    save_file(part, first) if suffix == 'safetensors' else torch.save(part, first)
+    with pytest.raises(UserError, match=f'{first.name}: lacks {lost}'):
+        read_checkpoint(index)
+    first.unlink()
+    with pytest.raises(CheckpointNotFoundError, match=first.name):
+        read_checkpoint(index)
+    for text in ('{}', '[]', '{"weight_map": 3}', '{"weight_map": {"a": 3}}', 'not json'):
+        index.write_text(text)
+        with pytest.raises(UserError, match='not an index') as caught:
+            read_checkpoint(index)
+        assert str(caught.value).startswith(str(index))
+
+
+@pytest.mark.parametrize(
+    ('files', 'chosen'),
+    [
+        (['model.safetensors', 'pytorch_model.bin', 'open_clip_model.safetensors'], 'model.safetensors'),
+        (['pytorch_model.bin', 'tf_model.h5', 'config.json'], 'pytorch_model.bin'),
+        (['open_clip_model.safetensors', 'open_clip_pytorch_model.bin'], 'open_clip_model.safetensors'),
+        (['convnext_tiny.pth'], 'convnext_tiny.pth'),
+        (['iter_1.pth', 'iter_2.pth'], None),
+        (['config.json'], None),
+    ],
+)
+def test_folders(files, chosen, tmp_path):
+    for name in files:
+        (tmp_path / name).touch()
+    if chosen:
+        assert fetch_checkpoint(tmp_path) == tmp_path / chosen
+        return
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        fetch_checkpoint(tmp_path)
+    assert ('iter_1.pth, iter_2.pth' if len(files) > 1 else 'no weights') in first_line(caught)
+
+
+def test_other_ways_to_write_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    path = tmp_path / 'my weights.pth'
+    path.touch()
+    for name in ('~/my weights.pth', f'file://{path}', path.as_uri(), f'file://localhost{path}'):
+        assert fetch_checkpoint(name) == path
+    with pytest.raises(CheckpointNotFoundError, match='no such checkpoint'):
+        fetch_checkpoint(path.with_name('absent').as_uri())
+
+
+@pytest.mark.parametrize('name', ['hf-hub:timm/net', 'hf_hub:timm/net@v1'])
+def test_names_on_hugging_face(name, tmp_path, monkeypatch):
+    """With a stand-in for the package; its cache has one folder for each revision."""
+    calls: list = []
+
+    def snapshot_download(repository, *, revision=None, allow_patterns=()):
+        calls.append((repository, revision))
+        if '*.bin' in allow_patterns:
+            torch.save(tiny_backbone().state_dict(), tmp_path / 'pytorch_model.bin')
+        return str(tmp_path)
+
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', SimpleNamespace(snapshot_download=snapshot_download))
+    assert fetch_checkpoint(name) == tmp_path / 'pytorch_model.bin'
+    assert calls == [('timm/net', 'v1' if '@' in name else None)] * 2
+    save_file(tiny_backbone().state_dict(), tmp_path / 'model.safetensors')
+    assert load_pretrained(tiny_backbone(2), name).missing == [] and len(calls) == 3
+
+    def fail(*_, **__):
+        raise ConnectionError('no network\nsecond line')
+
+    monkeypatch.setattr(sys.modules['huggingface_hub'], 'snapshot_download', fail)
+    with pytest.raises(DownloadError, match='no network') as caught:
+        fetch_checkpoint(name)
+    assert first_line(caught).startswith(name)
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)  # not installed
+    with pytest.raises(DownloadError, match='pip install huggingface_hub'):
+        fetch_checkpoint(name)
 
 
 @pytest.mark.slow

@@ -3,12 +3,14 @@
 import re
 import signal
 from collections import OrderedDict
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import IterBasedTrainLoop
 from resume_cases import EPOCHS, config_with_signals, differences, run
@@ -16,7 +18,7 @@ from tiny import ROOT, tiny, tool_environment  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 
 from replk_mm.checkpoints.io import read_checkpoint, restore_log_buffer
-from replk_mm.engine import loops, prepare, stopping
+from replk_mm.engine import loops, prepare, resuming, stopping
 from replk_mm.engine.config import load_config
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.train import train
@@ -152,6 +154,34 @@ def test_epochs_that_end_before_the_checkpoint_are_rejected(tiny, tmp_path):
     cfg = load_config(str(tmp_path / 'epochs.py'), {'train_cfg.max_epochs': 2})
     with pytest.raises(UserError, match='it is at epoch 3, and the training ends at 2'):
         prepare_training(cfg, tiny.options(tmp_path / 'b', resume=str(tmp_path / 'a/epoch_3.pth')))
+
+
+def test_averages_cannot_be_resumed_without_their_hook(tiny, tmp_path):
+    tiny.train(tmp_path, 2, {'custom_hooks': [dict(type='EMAHook')]})
+    with pytest.raises(UserError, match='custom_hooks has no EMAHook') as caught:
+        tiny.prepare(tmp_path, 4, resume='auto')
+    assert str(caught.value).startswith(f'{tmp_path}/iter_2.pth')
+    tiny.prepare(tmp_path, 4, {'custom_hooks': [dict(type='EMAHook')]}, resume='auto')
+
+
+class OwnEMAHook(EMAHook):
+    pass
+
+
+@pytest.mark.parametrize(
+    ('hooks', 'fits'),
+    [
+        ([], False),
+        ([dict(type='NumClassCheckHook'), dict(type='CheckpointHook')], False),
+        ([dict(type='CheckpointHook'), dict(type='EMAHook', momentum=0.1)], True),
+        ([dict(type='mmengine.EMAHook')], True),
+        ([dict(type=OwnEMAHook)], True),
+    ],
+)
+def test_hooks_that_average(hooks, fits):
+    with nullcontext() if fits else pytest.raises(UserError, match='EMAHook'):
+        resuming._check_averages(Config(dict(custom_hooks=hooks)), {'ema_state_dict': {}}, 'x.pth')
+    resuming._check_averages(Config(dict(custom_hooks=hooks)), {}, 'x.pth')
 
 
 def test_the_best_checkpoint_of_another_folder_stays(tiny, tmp_path):

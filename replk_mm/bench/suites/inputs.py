@@ -9,13 +9,12 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from replk_mm.bench.schema import fingerprint
 from replk_mm.bench.suites.task import Task
-from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint
+from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint, read_checkpoint
 from replk_mm.data.classes import classes_of
 from replk_mm.data.datasets import dataset_class, dataset_option, datasets_of, is_coco_style
 from replk_mm.engine.config import load_config, set_data_root
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
-from replk_mm.files import sha256
 
 
 def load_task_config(task: Task) -> Config:
@@ -27,10 +26,10 @@ def load_task_config(task: Task) -> Config:
 
 
 def find_weights(task: Task) -> str | None:
-    """Path or URL of a row's trained weights; None for random weights.
+    """Path, URL or ``hf-hub:`` name of a row's trained weights; None for random weights.
 
     Raises:
-        UserError: If the file is missing.
+        UserError: If the file is missing or cannot be downloaded.
     """
     if task.row.trains:
         folder = task.folder / 'train'
@@ -38,11 +37,8 @@ def find_weights(task: Task) -> str | None:
         if last is None:
             raise UserError(f'{folder}: no checkpoint\nRemove {task.folder} and its records to train again.')
         return last
-    if task.checkpoint and '://' not in task.checkpoint and not Path(task.checkpoint).is_file():
-        raise UserError(
-            f'{task.checkpoint}: no such checkpoint\n'
-            f"Put the weights of {task.row.name} there, or change the row's checkpoint."
-        )
+    if task.checkpoint:
+        fetch_checkpoint(task.checkpoint)
     return task.checkpoint
 
 
@@ -53,7 +49,7 @@ def describe_weights(task: Task) -> dict[str, Any] | None:
         return None
     file = fetch_checkpoint(path)
     meta = read_checkpoint(file).get('meta') or {}
-    return dict(path=path, sha256=sha256(file), iteration=meta.get('iter'), trained=task.row.trains)
+    return dict(path=path, sha256=hash_checkpoint(file), iteration=meta.get('iter'), trained=task.row.trains)
 
 
 def describe_split(cfg: Config, split: str) -> tuple[dict[str, Any], dict[str, Any]]:

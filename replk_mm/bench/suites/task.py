@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from replk_mm.bench import records
 from replk_mm.bench.schema import VERSION, SuiteRow
-from replk_mm.files import sha256
+from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 
 
 def utc_now() -> datetime:
@@ -104,7 +104,8 @@ class Task(BaseModel):
 
         def is_done(record: Mapping[str, Any]) -> bool:
             measured, weights = (record['checkpoint'] or {}).get('sha256'), self.checkpoint
-            same = not weights or not measured or not Path(weights).is_file() or sha256(weights) == measured
+            known = weights and measured and Path(weights).exists()
+            same = not known or hash_checkpoint(fetch_checkpoint(str(weights))) == measured
             return record['status'] == 'done' and record['key'] == self.keys.get(record['measurement']) and same
 
         done = {name for name, record in records.latest_records(self.results).items() if is_done(record)}
