@@ -1,19 +1,18 @@
-"""Plots as SVG within a page, drawn by matplotlib, in the page's colours; markers and dashes distinguish rows as well.
+"""Plots of a report: SVG images by matplotlib, one for light and one for dark pages.
 
-The page's security policy allows no style within elements, and light and dark need colours that change, so that
-matplotlib's SVG is reduced to plain paths and texts whose colours are the page's CSS variables.
+Markers and dashes distinguish rows as well as colours do.
 """
 
+import base64
 import io
-import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-from xml.etree import ElementTree
 
 import matplotlib
+from cycler import cycler
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,57 +22,38 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 #: In CSS pixels, which are matplotlib's points here.
 WIDTH, HEIGHT = 360, 270
 #: Styles before they repeat; a row keeps its number's in all plots.
-COLOURS = ('#0063a3', '#b84700', '#00734f', '#a03a74', '#7a5c00', '#5a4fc0')
-DASHES = ('-', (0, (7, 3)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (1, 2)))
-MARKERS = ('o', 's', '^', 'D', 'x', '+', 'v')
-_INK, _FAINT, _LINE = '#1b1f24', '#59636e', '#d1d9e0'
-_VARIABLES = {
-    **{colour: f'var(--c{i})' for i, colour in enumerate(COLOURS)},
-    _INK: 'var(--ink)',
-    _FAINT: 'var(--faint)',
-    _LINE: 'var(--line)',
-}
+_COLOURS = 6
+_DASHES = ('-', (0, (7, 3)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (1, 2)))
+_MARKERS = ('o', 's', '^', 'D', 'x', '+', 'v')
 #: A logarithmic axis from this ratio of the largest value to the smallest.
 _LOGARITHMIC = 8
-_STYLE: Any = {
-    'font.size': 12,
-    'text.parse_math': False,
-    'svg.fonttype': 'none',
-    'figure.dpi': 72,
-    'axes.edgecolor': _FAINT,
-    'axes.labelcolor': _FAINT,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.grid': True,
-    'axes.axisbelow': True,
-    'axes.xmargin': 0.1,
-    'axes.ymargin': 0.12,
-    'axes.labelpad': 5,
-    'xtick.color': _FAINT,
-    'ytick.color': _FAINT,
-    'grid.color': _LINE,
-    'grid.linewidth': 0.6,
-}
-#: Attributes that an element of the page's SVG keeps, from its own or from its style.
-_KEPT = {
-    'd',
-    'transform',
-    'x',
-    'y',
-    'viewBox',
-    'fill',
-    'fill-opacity',
-    'stroke',
-    'stroke-width',
-    'stroke-dasharray',
-    'stroke-opacity',
-    'opacity',
-    'stroke-linejoin',
-    'stroke-linecap',
-    'text-anchor',
-}
 _NUMBERS = FuncFormatter(lambda value, _: f'{value:g}')
-_CLASSES = {'row', 'name'}
+
+
+def _style(ink: str, faint: str, line: str, *rows: str) -> dict[Any, Any]:
+    """Settings of matplotlib for a page with these colours of texts, axes, grids and rows."""
+    return {
+        'font.size': 12,
+        'text.parse_math': False,
+        'svg.fonttype': 'none',
+        'figure.dpi': 72,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'axes.grid': True,
+        'axes.axisbelow': True,
+        'axes.xmargin': 0.1,
+        'axes.ymargin': 0.12,
+        'axes.labelpad': 5,
+        'grid.linewidth': 0.6,
+        'text.color': ink,
+        'grid.color': line,
+        'axes.prop_cycle': cycler(color=rows),
+        **dict.fromkeys(('axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color'), faint),
+    }
+
+
+_LIGHT = _style('#1b1f24', '#59636e', '#d1d9e0', '#0063a3', '#b84700', '#00734f', '#a03a74', '#7a5c00', '#5a4fc0')
+_DARK = _style('#e6e9ed', '#a4adb8', '#3b444f', '#6bb8f0', '#ff9a5c', '#45cfa0', '#f09cc8', '#e0c04c', '#b0a8ff')
 
 
 @dataclass(frozen=True)
@@ -98,45 +78,37 @@ class Line:
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> Markup:
     """Rows as markers with their numbers, which the legend explains, and their deviations as bars."""
-    with matplotlib.rc_context(_STYLE):
+    xs = [point.x for point in points]
+
+    def draw() -> Figure:
         figure, axes = _axes(x_title, y_title)
-        xs = [point.x for point in points]
         if min(xs) > 0 and max(xs) / min(xs) >= _LOGARITHMIC:
             axes.set_xscale('log')
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
             axes.xaxis.set_major_formatter(_NUMBERS)
             axes.xaxis.set_minor_locator(NullLocator())
         for point in points:
-            colour = _colour(point.number)
+            style: dict[str, Any] = dict(color=_colour(point.number), ls='')
             if point.deviation:
-                axes.errorbar(
-                    point.x, point.y, point.deviation, fmt='none', color=colour, elinewidth=1.8, capsize=4, capthick=1.8
-                )
-            axes.plot(
-                [point.x], [point.y], _marker(point.number), color=colour, ms=10, mew=1.8, clip_on=False, gid='row'
-            )
-            axes.annotate(
-                str(point.number),
-                (point.x, point.y),
-                (10, 0),
-                textcoords='offset points',
-                color=_INK,
-                va='center',
-                gid='name',
-            )
+                axes.errorbar(point.x, point.y, point.deviation, elinewidth=1.8, capsize=4, capthick=1.8, **style)
+            axes.plot([point.x], [point.y], _marker(point.number), ms=10, mew=1.8, clip_on=False, **style)
+            axes.annotate(str(point.number), (point.x, point.y), (10, 0), textcoords='offset points', va='center')
         _limit(axes, min(p.y - (p.deviation or 0.0) for p in points))
         if axes.get_xscale() == 'linear' and min(xs) >= 0:
             axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
-        texts = [
-            f'{p.label}: {x_title} {p.x:.4g}, {y_title} {p.y:.4g}' + (f' ± {p.deviation:.3g}' if p.deviation else '')
-            for p in points
-        ]
-        return _svg(figure, title, f'{y_title} against {x_title} of {len(points)} rows', texts)
+        return figure
+
+    texts = [
+        f'{p.label}: {x_title} {p.x:.4g}, {y_title} {p.y:.4g}' + (f' ± {p.deviation:.3g}' if p.deviation else '')
+        for p in points
+    ]
+    return _image(draw, '; '.join([f'{title}: {y_title} against {x_title}', *texts]))
 
 
 def curves(lines: Sequence[Line], x_title: str, y_title: str, title: str) -> Markup:
     """Curves, with bands of plus and minus one deviation, distinguished by dashes and markers."""
-    with matplotlib.rc_context(_STYLE):
+
+    def draw() -> Figure:
         figure, axes = _axes(x_title, y_title)
         for line in lines:
             x, y, deviations = zip(*line.points, strict=True)
@@ -145,50 +117,58 @@ def curves(lines: Sequence[Line], x_title: str, y_title: str, title: str) -> Mar
                 x,
                 y,
                 marker=_marker(line.number),
-                ls=DASHES[(line.number - 1) % len(DASHES)],
+                ls=_dash(line.number),
                 lw=1.8,
                 ms=7,
                 color=_colour(line.number),
                 markevery=((line.number - 1) % every, every),
                 clip_on=False,
-                gid='row',
             )
             if has_bands(lines) and None not in deviations:
                 low, high = ([v + sign * d for v, d in zip(y, deviations, strict=True)] for sign in (-1, 1))
                 axes.fill_between(x, low, high, color=_colour(line.number), alpha=0.14, lw=0)
         _limit(axes, min(v[1] - (v[2] or 0.0) for line in lines for v in line.points))
-        texts = [
-            f'{line.label}: first {line.points[0][1]:.4g} at {line.points[0][0]:g}, '
-            f'last {line.points[-1][1]:.4g} at {line.points[-1][0]:g}, lowest '
-            f'{min(v[1] for v in line.points):.4g}, highest {max(v[1] for v in line.points):.4g}'
-            for line in lines
-        ]
-        return _svg(figure, title, f'{y_title} against {x_title} of {len(lines)} rows', texts)
+        return figure
+
+    texts = [
+        f'{line.label}: first {line.points[0][1]:.4g} at {line.points[0][0]:g}, last {line.points[-1][1]:.4g} at '
+        f'{line.points[-1][0]:g}, lowest {min(v[1] for v in line.points):.4g}, highest '
+        f'{max(v[1] for v in line.points):.4g}'
+        for line in lines
+    ]
+    return _image(draw, '; '.join([f'{title}: {y_title} against {x_title}', *texts]))
 
 
 def has_bands(lines: Sequence[Line]) -> bool:
     """Whether deviations are drawn: not about so many curves that the bands hide them."""
-    return len(lines) <= len(COLOURS) and any(deviation for line in lines for _, _, deviation in line.points)
+    return len(lines) <= _COLOURS and any(deviation for line in lines for _, _, deviation in line.points)
 
 
 @lru_cache
 def sample(number: int, line: bool) -> Markup:
     """The marker of a row for a legend, on a piece of its line if it has one."""
-    with matplotlib.rc_context(_STYLE):
+
+    def draw() -> Figure:
         figure = Figure(figsize=(34 / 72, 16 / 72))
-        common: dict[str, Any] = dict(color=_colour(number), lw=1.8, transform=figure.transFigure)
+        style: dict[str, Any] = dict(color=_colour(number), lw=1.8, transform=figure.transFigure)
         if line:
-            figure.add_artist(Line2D([0.03, 0.97], [0.5, 0.5], ls=DASHES[(number - 1) % len(DASHES)], **common))
-        figure.add_artist(Line2D([0.5], [0.5], marker=_marker(number), ms=8, mew=1.8, **common))
-        return _svg(figure)
+            figure.add_artist(Line2D([0.03, 0.97], [0.5, 0.5], ls=_dash(number), **style))
+        figure.add_artist(Line2D([0.5], [0.5], marker=_marker(number), ms=8, mew=1.8, **style))
+        return figure
+
+    return _image(draw, '')
 
 
 def _colour(number: int) -> str:
-    return COLOURS[(number - 1) % len(COLOURS)]
+    return f'C{(number - 1) % _COLOURS}'
 
 
 def _marker(number: int) -> str:
-    return MARKERS[(number - 1) % len(MARKERS)]
+    return _MARKERS[(number - 1) % len(_MARKERS)]
+
+
+def _dash(number: int) -> Any:
+    return _DASHES[(number - 1) % len(_DASHES)]
 
 
 def _axes(x_title: str, y_title: str) -> tuple[Figure, Axes]:
@@ -211,58 +191,16 @@ def _short(text: str, longest: int) -> str:
     return text if len(text) <= longest else f'{text[: longest - 1]}…'
 
 
-def _svg(figure: Figure, title: str = '', description: str = '', rows: Sequence[str] = ()) -> Markup:
-    """A figure as an element of the page; without a title, as a decoration of the text beside it.
-
-    Args:
-        figure: What to show.
-        title: For a screen reader.
-        description: Likewise.
-        rows: What each point or curve shows, in words: shown when the pointer is on it, and part of the description.
-    """
-    memory = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        figure.savefig(memory, format='svg', transparent=True)
-    root = ElementTree.fromstring(memory.getvalue())
-    found = _plain(root, {f'#{element.get("id")}': element for element in root.iter() if element.get('id')})
-    assert found is not None
-    if title:
-        found.attrib.update({'class': 'plot', 'role': 'img'})
-        for element, text in zip(found.findall('.//g[@class="row"]'), rows, strict=True):
-            _insert(element, 0, 'title', text)
-        _insert(found, 0, 'title', title)
-        _insert(found, 1, 'desc', f'{description}. {"; ".join(rows)}')
-    else:
-        found.attrib.update({'width': '34', 'height': '16', 'aria-hidden': 'true'})
-    return Markup(ElementTree.tostring(found, encoding='unicode'))
-
-
-def _insert(parent: ElementTree.Element, position: int, name: str, text: str) -> None:
-    element = ElementTree.Element(name)
-    element.text = text
-    parent.insert(position, element)
-
-
-def _plain(element: ElementTree.Element, shapes: dict[str, ElementTree.Element]) -> ElementTree.Element | None:
-    """An element of matplotlib's without ids, references and styles."""
-    name = element.tag.rpartition('}')[2]
-    if name in ('metadata', 'defs', 'style', 'clipPath'):
-        return None
-    given = _attributes(element)
-    if name == 'use':
-        given = {**_attributes(shapes[element.attrib['{http://www.w3.org/1999/xlink}href']]), **given}
-        given['transform'] = f'translate({given.pop("x", 0)} {given.pop("y", 0)})'
-        name = 'path'
-    found = ElementTree.Element(name, given)
-    if element.get('id') in _CLASSES:
-        found.set('class', element.attrib['id'])
-    found.text = element.text if name == 'text' else None
-    found.extend(part for child in element if (part := _plain(child, shapes)) is not None)
-    return None if name == 'g' and not len(found) else found
-
-
-def _attributes(element: ElementTree.Element) -> dict[str, str]:
-    declarations = re.findall(r'([\w-]+):\s*([^;]+)', element.get('style', ''))
-    given = {**element.attrib, **dict(declarations)}
-    return {key: _VARIABLES.get(value, value) for key, value in given.items() if key in _KEPT}
+def _image(draw: Callable[[], Figure], text: str) -> Markup:
+    """A figure as an element of the page; without a text, as a decoration of the text beside it."""
+    sources = []
+    for style in (_LIGHT, _DARK):
+        memory = io.BytesIO()
+        with matplotlib.rc_context(style), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            draw().savefig(memory, format='svg', transparent=True, metadata={'Date': None})
+        sources.append(f'data:image/svg+xml;base64,{base64.b64encode(memory.getvalue()).decode()}')
+    return Markup(
+        '<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{}">'
+        '<img class="{}" src="{}" alt="{}"></picture>'
+    ).format(sources[1], 'plot' if text else 'sample', sources[0], text)
