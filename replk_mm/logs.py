@@ -19,23 +19,22 @@ def announce(message: str, level: int = logging.INFO) -> None:
     MMLogger.get_current_instance().log(level, message, extra={'terminal': True})
 
 
-#: Beginnings of notes that are printed.
-_SHOWN = ('checkpoints: ', 'classes: ', 'learning rate: ', 'log file: ', 'note: ', 'precision: ', 'resume: ')
+class Note(str):
+    """A change or finding of a command that is printed, with a level of ``logging``; defaults to INFO."""
+
+    level: int
+
+    def __new__(cls, text: str, level: int = logging.INFO) -> 'Note':
+        note = super().__new__(cls, text)
+        note.level = level
+        return note
 
 
 def log_notes(notes: list[str]) -> None:
-    """Log what a command has changed or found.
-
-    Args:
-        notes: A line each. Those that begin with ``'warning: '`` are warnings, which are printed.
-    """
+    """Log what a command has changed or found, a line each. Each :class:`Note` is printed, too."""
     for note in notes:
-        is_warning = note.startswith('warning: ')
-        MMLogger.get_current_instance().log(
-            logging.WARNING if is_warning else logging.INFO,
-            note,
-            extra={'terminal': is_warning or note.startswith(_SHOWN)},
-        )
+        level = note.level if isinstance(note, Note) else logging.INFO
+        MMLogger.get_current_instance().log(level, note, extra={'terminal': isinstance(note, Note)})
 
 
 def limit_terminal(logger: MMLogger) -> MMLogger:

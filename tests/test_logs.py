@@ -6,7 +6,7 @@ import warnings
 import pytest
 from mmengine.logging import MMLogger, print_log
 
-from replk_mm.logs import announce, limit_terminal, log_notes, log_python_warnings
+from replk_mm.logs import Note, announce, limit_terminal, log_notes, log_python_warnings
 from replk_mm.text import format_duration, format_metrics
 
 
@@ -15,7 +15,7 @@ def test_terminal_shows_less_than_the_file(tmp_path, capsys):
     print_log('Config: ...', logger='current')
     print_log('an upstream default', logger='current', level=logging.WARNING)
     announce('downloading')
-    log_notes(['data workers: 1', 'warning: random weights', 'resume: iter_2.pth'])
+    log_notes(['warning: of a file', Note('warning: random weights', logging.WARNING), Note('resume: iter_2.pth')])
     with warnings.catch_warnings():
         log_python_warnings()
         warnings.warn_explicit('use another argument', UserWarning, '/lib/mmseg/models/builder.py', 1)
@@ -24,7 +24,9 @@ def test_terminal_shows_less_than_the_file(tmp_path, capsys):
     assert shown[:3] == ['downloading', 'warning: random weights', 'resume: iter_2.pth']
     assert len(shown) == 4 and 'mine' in shown[3]
     text = (tmp_path / 'x.log').read_text()
-    assert all(words in text for words in ('Config', 'upstream', 'downloading', 'workers', 'another argument', 'mine'))
+    assert all(
+        words in text for words in ('Config', 'upstream', 'downloading', 'of a file', 'another argument', 'mine')
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from replk_mm.data import class_heads
 from replk_mm.data.coco import read_annotations
 from replk_mm.data.datasets import dataset_class, dataset_option, named_datasets
 from replk_mm.errors import UserError, format_list
+from replk_mm.logs import Note
 from replk_mm.visualize import make_palette
 
 #: File in a data root that names its classes, one per line.
@@ -73,7 +74,7 @@ def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
         file = Path(text)
         are_ids = file.name == CLASSES_FILE and file.is_file() and file.resolve().parent in roots
         names, source = parse_classes(text), '--classes'
-    return [f'classes: {len(names)}, from {source}: {format_list(names)}', *set_classes(cfg, names, are_ids)]
+    return [Note(f'classes: {len(names)}, from {source}: {format_list(names)}'), *set_classes(cfg, names, are_ids)]
 
 
 def _find_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str, bool]:

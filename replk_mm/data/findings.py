@@ -1,11 +1,13 @@
 """Findings of the data checks: what is wrong, where, how severe it is, and how to fix it."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from replk_mm.errors import UserError, command_line
+from replk_mm.logs import Note
 
 SEVERITIES = ('error', 'warning', 'note')
 #: Occurrences of one code that a message shows.
@@ -150,8 +152,11 @@ def summarize(findings: Iterable[Finding]) -> list[str]:
         if finding.severity != 'error':
             groups[SEVERITIES.index(finding.severity), finding.code].append(finding)
     return [
-        f'{first.severity}: {first}'
-        + (f' (and {len(rest)} more)' if rest else '')
-        + (f'. {first.fix}' if first.severity == 'warning' else '')
+        Note(
+            f'{first.severity}: {first}'
+            + (f' (and {len(rest)} more)' if rest else '')
+            + (f'. {first.fix}' if first.severity == 'warning' else ''),
+            logging.WARNING if first.severity == 'warning' else logging.INFO,
+        )
         for (_, _), (first, *rest) in sorted(groups.items(), key=lambda item: item[0][0])
     ]

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from replk_mm.data.datasets import as_list, datasets_of, named_metrics
 from replk_mm.engine.config_errors import explain_build_errors, walk_dicts
 from replk_mm.errors import UserError, command_line, did_you_mean
+from replk_mm.logs import Note
 from replk_mm.ops.cpu.direct import has_bfloat16_instructions
 
 
@@ -151,7 +152,7 @@ def shorten_schedule(cfg: Config, iterations: int) -> list[str]:
     return [
         f'schedule: {iterations} iterations instead of {total} {unit} ({cfg.train_cfg.type}), validation every '
         f'{interval}, checkpoints every {checkpoint["interval"]}, log every {logger["interval"]} iterations',
-        'learning rate: warm-up and decay shortened in proportion',
+        Note('learning rate: warm-up and decay shortened in proportion'),
     ]
 
 
@@ -238,13 +239,17 @@ def _learning_rate(cfg: Config, processes: int) -> list[str]:
     base = scaling.base_batch_size
     if not scaling.get('enable'):
         return [
-            f'learning rate: {rate} as configured for {base} images a step; this run has {actual} '
-            f'(auto_scale_lr.enable=True scales)'
+            Note(
+                f'learning rate: {rate} as configured for {base} images a step; this run has {actual} '
+                f'(auto_scale_lr.enable=True scales)'
+            )
         ]
     # mmengine's runner multiplies by this ratio.
     return [
-        f'learning rate: {rate} x {actual}/{base} = {rate * actual / base:.3g}, for {actual} images a step instead '
-        f'of {base} (auto_scale_lr.enable=False keeps it)'
+        Note(
+            f'learning rate: {rate} x {actual}/{base} = {rate * actual / base:.3g}, for {actual} images a step instead '
+            f'of {base} (auto_scale_lr.enable=False keeps it)'
+        )
     ]
 
 
@@ -272,15 +277,15 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
             dtype={'bf16': 'bfloat16', 'fp16': 'float16'}[wanted],
             loss_scale='dynamic' if wanted == 'fp16' else 1.0,
         )
-        return [f'precision: {wrapper["dtype"]} autocast']
+        return [Note(f'precision: {wrapper["dtype"]} autocast')]
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)
     if wanted == 'bf16':
         wrapper['type'] = 'replk_mm.BFloat16OptimWrapper'
         gain = '' if has_bfloat16_instructions() else '; it gains nothing, as this CPU has no bfloat16 instructions'
-        return [f'precision: bfloat16 autocast{gain}']
+        return [Note(f'precision: bfloat16 autocast{gain}')]
     wrapper['type'] = 'OptimWrapper'
-    return ['precision: float32 instead of float16 autocast, which needs a GPU (--amp bf16 is possible)']
+    return [Note('precision: float32 instead of float16 autocast, which needs a GPU (--amp bf16 is possible)')]
 
 
 def replace_type(node: Any, names: dict[str, str]) -> int:

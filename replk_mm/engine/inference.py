@@ -30,7 +30,7 @@ from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.errors import UserError, format_list
-from replk_mm.logs import announce
+from replk_mm.logs import Note, announce
 from replk_mm.ops import prepack
 
 
@@ -49,7 +49,7 @@ def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
     if not names or all(list(classes_of(dataset, scope) or ()) == names for dataset in datasets_of(cfg, ('test',))):
         return []
     return [
-        f'classes: the {len(names)} that {checkpoint} was trained on: {format_list(names)}',
+        Note(f'classes: the {len(names)} that {checkpoint} was trained on: {format_list(names)}'),
         *set_classes(cfg, names),
     ]
 

@@ -4,6 +4,7 @@ A run passes through config -> prepare -> runner -> metric -> record. :mod:`~rep
 This module is the only place that changes it. :mod:`~replk_mm.engine.runner` executes it, :mod:`replk_mm.evaluation`
 computes the metrics, and :mod:`~replk_mm.engine.record` writes them with protocol and environment."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_dat
 from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.resuming import RESUMABLE, resume
 from replk_mm.errors import UserError, first_line
+from replk_mm.logs import Note
 
 
 def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
@@ -99,9 +101,11 @@ def _limits_of_resuming(cfg: Config) -> list[str]:
         []
         if loop in RESUMABLE
         else [
-            f'resume: train_cfg.type is {loop or "not set"}: a resumed run sees its data in another order, and a '
-            f'signal '
-            f'does not save it; {" and ".join(RESUMABLE)} resume exactly'
+            Note(
+                f'resume: train_cfg.type is {loop or "not set"}: a resumed run sees its data in another order, and a '
+                f'signal '
+                f'does not save it; {" and ".join(RESUMABLE)} resume exactly'
+            )
         ]
     )
     wrapper = cfg.optim_wrapper
@@ -112,8 +116,10 @@ def _limits_of_resuming(cfg: Config) -> list[str]:
     if steps > 1 and interval > 0 and (by_epoch or interval % steps):
         often = 'after epochs' if by_epoch else f'every {interval} iterations'
         notes.append(
-            f'checkpoints: {often}, and a step takes {steps} iterations: gradients in between are not saved; '
-            f'a checkpoint at a multiple of {steps} resumes exactly (default_hooks.checkpoint)'
+            Note(
+                f'checkpoints: {often}, and a step takes {steps} iterations: gradients in between are not saved; '
+                f'a checkpoint at a multiple of {steps} resumes exactly (default_hooks.checkpoint)'
+            )
         )
     return notes
 
@@ -145,5 +151,10 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
                 f'{error}\nOr use a local file with --pretrained FILE; --pretrained none starts from random weights.'
             ) from error
         backbone.pop('init_cfg')
-        return [f'warning: training starts from random weights, as --max-iters makes this a trial: {first_line(error)}']
+        return [
+            Note(
+                f'warning: training starts from random weights, as --max-iters makes this a trial: {first_line(error)}',
+                logging.WARNING,
+            )
+        ]
     return []

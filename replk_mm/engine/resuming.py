@@ -21,6 +21,7 @@ from replk_mm.data.checks.classes import compare_with_checkpoint
 from replk_mm.engine.config_errors import arguments_of
 from replk_mm.engine.process import RunOptions
 from replk_mm.errors import UserError, first_line
+from replk_mm.logs import Note
 
 # Names of regular checkpoints. A best checkpoint has a prefix and may be older.
 _NAME = re.compile(r'(?:epoch_(\d+))?_?(?:iter_(\d+))?\.pth')
@@ -56,7 +57,7 @@ def _last_whole(work_dir: str) -> tuple[Path | None, list[str]]:
         problem = _damage(path)
         if problem is None:
             return path, notes
-        notes.append(f'resume: {path} is damaged ({problem}); using the previous one')
+        notes.append(Note(f'resume: {path} is damaged ({problem}); using the previous one'))
     return None, notes
 
 
@@ -99,7 +100,7 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
                 + '\nCopy a checkpoint to it, or start a new run without --resume.'
             )
         if newest is None:
-            return [*of_new_run, f'resume: no checkpoint in {cfg.work_dir} yet, starting a new run']
+            return [*of_new_run, Note(f'resume: no checkpoint in {cfg.work_dir} yet, starting a new run')]
         wanted = newest
     last = str(wanted)
     loaded = read_checkpoint(last)
@@ -144,7 +145,7 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
         if options.seed in (None, seed)
         else f' (that of the checkpoint; --seed {options.seed} applies to new runs only)'
     )
-    return [*notes, f'resume: {last}, iteration {meta["iter"]}, seed {seed}{own}']
+    return [*notes, Note(f'resume: {last}, iteration {meta["iter"]}, seed {seed}{own}')]
 
 
 def _check_averages(cfg: Config, loaded: Mapping, last: str) -> None:

@@ -11,7 +11,7 @@ from replk_mm.engine import stopping
 from replk_mm.engine.resuming import RESUMABLE, last_checkpoint
 from replk_mm.engine.runner import Runner, explain_failures
 from replk_mm.errors import Stopped
-from replk_mm.logs import announce, log_notes
+from replk_mm.logs import Note, announce, log_notes
 
 
 def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
@@ -34,7 +34,7 @@ def train(cfg: Config, notes: list[str], preflight: bool = True) -> Path:
     hooks = ['ParameterGroupsHook', 'DistributedSyncHook', 'StopAtNonFinite', 'ProgressHook', 'PreflightHook']
     for name in hooks if preflight else hooks[:-1]:
         runner.register_hook(dict(type=f'replk_mm.{name}'))
-    log_notes([*notes, f'log file: {runner.logger.log_file}'])
+    log_notes([*notes, Note(f'log file: {runner.logger.log_file}')])
     try:
         # Other loops would ignore the recorded signal.
         signals = stopping.catch_signals() if runner.cfg.train_cfg.get('type') in RESUMABLE else nullcontext()
