@@ -15,8 +15,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from replk_mm.checkpoints.key_formats import FOLDED
-from replk_mm.checkpoints.loading import get_form, load_pretrained
+from replk_mm.checkpoints.loading import get_reparameterization, load_pretrained
 from replk_mm.errors import UserError
 from replk_mm.registry import MODELS
 
@@ -223,24 +222,17 @@ class Backbone(BaseModule):
         for cfg in pretrained:
             load_pretrained(self, **{key: value for key, value in cfg.items() if key != 'type'})
 
-    def mark_folded(self) -> None:
-        """Record in the state dict that BatchNorm is folded in this backbone, its neck or its heads."""
-        self.register_buffer(FOLDED, torch.tensor(True))
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Reject weights of the other form; mmengine, mmseg and mmdet would load a part of them and log the rest."""
-        names = [key for key in state_dict if key.startswith(prefix)]
-        theirs = get_form(names)
-        own = get_form([*(f'{name}.' for name, _ in self.named_modules()), *self._buffers])
-        if names and theirs != own:
-            form = {(True, True): 'merged and folded', (True, False): 'merged', (False, True): 'folded'}
-            merge, fold = theirs
+        keys = [key for key in state_dict if key.startswith(prefix)]
+        own = [*(f'{name}.' for name, _ in self.named_modules()), *self._buffers]
+        theirs = get_reparameterization({}, keys)
+        if keys and theirs != get_reparameterization({}, own):
+            form = ', '.join(f'{key}={value}' for key, value in (theirs or {}).items())
             raise UserError(
-                f'{type(self).__name__}: the network is {form.get(own, "in training form")}, but the weights are '
-                f'{form.get(theirs, "in training form")}\n'
-                f'Load them into a network in training form'
-                + f', after replk_mm.reparam.reparameterize(model, {merge=}, {fold=}, inplace=True)' * (merge or fold)
-                + '.'
+                f'{type(self).__name__}: the weights are in {f"the form {form}" if form else "training form"}, '
+                f'unlike the network\nLoad them into a network in training form'
+                + (f' after replk_mm.reparam.reparameterize(model, {form}, inplace=True).' if form else '.')
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -23,7 +23,7 @@ WRAPPERS = frozenset({'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoin
 COUNTERS = ('n_averaged', 'steps')
 #: Momentum encoders of self-supervised training (MoCo, BYOL), which is evaluated with the other encoder.
 MOMENTUM_ENCODERS = frozenset({'encoder_k', 'momentum_encoder', 'target_net'})
-#: Buffer that reparameterization adds to backbones of this package when it folds BatchNorm anywhere in the model.
+#: Buffer of a reparameterized backbone of this package: BatchNorm is folded in it, its neck or its heads.
 FOLDED = 'folded'
 _EMA = re.compile(r'(^|[._])ema([._]|$)')
 _MAX_DEPTH = 5

@@ -110,21 +110,7 @@ def load_pretrained(
     """
     loaded = read_checkpoint(checkpoint)
     found = find_weights(loaded, backbone, str(checkpoint), prefix, use_ema)
-    weights = found.backbone
-    if (get_reparameterization(loaded, weights) or {}).get('fold'):
-        raise UserError(
-            f'{checkpoint}: training cannot start from a network with folded BatchNorm\n'
-            f'Start from the checkpoint before reparameterization.'
-        )
-    if found.merged and any('.lkb_origin.' in key for key in backbone.state_dict()):
-        weights = _unmerge(weights, backbone)
-        announce(
-            f'warning: {checkpoint}: merged weights loaded into a network with parallel kernels. Outputs are equal in '
-            f'evaluation mode; training replaces the folded statistics with batch statistics. Set norm_eval=True or '
-            f'small_kernel_merged=True to keep them.',
-            logging.WARNING,
-        )
-    report = copy_weights(backbone, weights, parts=False)
+    report = copy_weights(backbone, weights_for_training(backbone, found, loaded, str(checkpoint)), parts=False)
     report.missing = [
         key for key in report.missing if not key.endswith('num_batches_tracked') and not _OUTPUT_NORM.match(key)
     ]
@@ -142,6 +128,34 @@ def load_pretrained(
             f'{report.details()}\n{guess_cause(report, found, whole=False)}'
         )
     return report
+
+
+def weights_for_training(backbone: nn.Module, found: FoundWeights, loaded: Mapping, where: str) -> dict[str, Tensor]:
+    """Return the weights of a backbone, in training form if the backbone is.
+
+    Args:
+        backbone: To load them into.
+        found: Its weights in the checkpoint.
+        loaded: The checkpoint.
+        where: Name of the file in messages.
+
+    Raises:
+        UserError: If BatchNorm is folded into them.
+    """
+    if (get_reparameterization(loaded, found.backbone) or {}).get('fold'):
+        raise UserError(
+            f'{where}: training cannot start from a network with folded BatchNorm\n'
+            f'Start from the checkpoint before reparameterization.'
+        )
+    if not found.merged or not any('.lkb_origin.' in key for key in backbone.state_dict()):
+        return found.backbone
+    announce(
+        f'warning: {where}: merged weights loaded into a network with parallel kernels. Outputs are equal in '
+        f'evaluation mode; training replaces the folded statistics with batch statistics. Set norm_eval=True or '
+        f'small_kernel_merged=True to keep them.',
+        logging.WARNING,
+    )
+    return _unmerge(found.backbone, backbone)
 
 
 def _unmerge(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
@@ -177,18 +191,12 @@ def get_reparameterization(checkpoint: Mapping, weights: Iterable[str]) -> dict 
     record = (checkpoint.get('meta') or {}).get('replk_mm', {}).get('reparameterized')
     if record:
         return {'merge': record['merge'], 'fold': record['fold']}
-    merge, fold = get_form(weights)
-    return {'merge': merge, 'fold': fold} if merge or fold else None
-
-
-def get_form(weights: Iterable[str]) -> tuple[bool, bool]:
-    """Return whether weights are merged, and whether BatchNorm is folded into them.
-
-    Args:
-        weights: Key names.
-    """
     keys = list(weights)
-    return any('.lkb_reparam.' in key for key in keys), any(key.split('.')[-1] == FOLDED for key in keys)
+    form = {
+        'merge': any('.lkb_reparam.' in key for key in keys),
+        'fold': any(key.split('.')[-1] == FOLDED for key in keys),
+    }
+    return form if any(form.values()) else None
 
 
 def guess_cause(report: LoadReport, found: FoundWeights, whole: bool) -> str:
@@ -204,16 +212,16 @@ def guess_cause(report: LoadReport, found: FoundWeights, whole: bool) -> str:
     classes = next((item for item in mismatched if _CLASS_LAYER.search(item[0])), None)
     if not report.matched.get('backbone') and not in_backbone:
         cause = f'another architecture ({found.describe()}). Check that config and checkpoint belong together.'
-    elif whole and not found.rest:
-        cause = (
-            'the file contains only a backbone, for example ImageNet weights, and no trained head. Use it as init_cfg '
-            'for training, then test the checkpoint that training writes.'
-        )
     elif classes and not in_backbone:
         key, ours, theirs = classes
         cause = (
             f'number of classes: {key} has {ours[0]} outputs in the config, {theirs[0]} in the checkpoint. '
             f"Set num_classes of every head to the checkpoint's."
+        )
+    elif whole and report.matched.keys() <= {'backbone'}:
+        cause = (
+            'only a backbone fits: the file has other heads or none, as ImageNet weights. Start a training from the '
+            'backbone with --pretrained FILE, and test the checkpoint that it writes.'
         )
     else:
         cause = (

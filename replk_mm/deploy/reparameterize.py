@@ -25,6 +25,7 @@ from torch import Tensor
 from replk_mm.backbones.layers import Backbone
 from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.backbones.sync_norm import SyncBatchNorm
+from replk_mm.checkpoints.key_formats import FOLDED
 from replk_mm.deploy.equivalence import named_batch_norms
 from replk_mm.ops import DepthwiseConv2d
 
@@ -100,7 +101,7 @@ def reparameterize(
     if changes.folded:
         for module in model.modules():
             if isinstance(module, Backbone):
-                module.mark_folded()
+                module.register_buffer(FOLDED, torch.tensor(True))
     return model, changes
 
 

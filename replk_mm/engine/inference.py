@@ -1,5 +1,6 @@
 """Load a trained checkpoint into a whole segmentor or detector, merged or not."""
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from replk_mm.checkpoints.loading import (
     TRAINING_ONLY,
     LoadReport,
     copy_weights,
-    get_form,
     get_reparameterization,
     guess_cause,
+    weights_for_training,
 )
 from replk_mm.data.checks.classes import checkpoint_classes, classes_advice
 from replk_mm.data.classes import classes_of, set_classes
@@ -54,47 +55,56 @@ def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
     ]
 
 
-def load_model(model: nn.Module, checkpoint: str | Path) -> tuple[LoadReport, dict]:
-    """Set all weights that inference needs, of a whole segmentor or detector (or a bare backbone).
+def load_model(model: nn.Module, checkpoint: str | Path, training: bool = False) -> tuple[LoadReport, dict]:
+    """Set the weights of a whole segmentor or detector (or a bare backbone).
 
-    For a merged checkpoint, ``model`` is merged first.
+    Inference needs every weight; for a merged checkpoint, ``model`` is merged first. Training needs the whole backbone
+    and a part of the heads, as for other classes; a warning shows what keeps its initial values.
 
     Args:
         model: Built from the config; changed in place.
         checkpoint: Path or URL.
+        training: Load for training. Defaults to False.
 
     Returns:
         The report, and the checkpoint's ``meta``.
 
     Raises:
-        UserError: If the file cannot be read, or lacks a weight that inference uses.
+        UserError: If the file cannot be read, or lacks a needed weight.
     """
     loaded = read_checkpoint(checkpoint)
     whole = hasattr(model, 'backbone')
-    found = find_weights(loaded, getattr(model, 'backbone', model), str(checkpoint))
-    weights = {f'backbone.{key}': value for key, value in found.backbone.items()} if whole else found.backbone
-    weights = {**weights, **found.rest}
-    how = get_reparameterization(loaded, weights)
-    if how:
+    backbone = getattr(model, 'backbone', model)
+    found = find_weights(loaded, backbone, str(checkpoint))
+    how = get_reparameterization(loaded, found.backbone)
+    if how and not training:
         reparameterize(model, **how, inplace=True)
-    report = copy_weights(model, weights, parts=whole)
+    weights = weights_for_training(backbone, found, loaded, str(checkpoint)) if training else found.backbone
+    weights = {f'backbone.{key}': value for key, value in weights.items()} if whole else weights
+    report = copy_weights(model, {**weights, **found.rest}, parts=whole)
+    optional = () if training else TRAINING_ONLY
     report.missing = [
         key
         for key in report.missing
-        if not key.startswith(TRAINING_ONLY) and not key.endswith(('num_batches_tracked', FOLDED))
+        if not key.startswith(optional) and not key.endswith(('num_batches_tracked', FOLDED))
     ]
     # The file may have heads that only training uses.
-    surplus = [key for key in report.unexpected if not key.startswith(TRAINING_ONLY)]
-    mismatched = [key for key, *_ in report.mismatched if not key.startswith(TRAINING_ONLY)]
-    if report.missing or mismatched or surplus:
+    keys = [*report.missing, *report.unexpected, *(key for key, *_ in report.mismatched)]
+    misfits = needed = [key for key in keys if not key.startswith(optional)]
+    if training and not found.rest.keys().isdisjoint(model.state_dict()):
+        needed = [key for key in misfits if key.startswith('backbone.')]
+    if needed:
         raise UserError(
             f'{checkpoint}: does not fit this config: {report.summary()}\n{report.details()}\n'
             f'{guess_cause(report, found, whole)}{classes_advice(loaded.get("meta") or {})}'
         )
-    print_log(
-        f'weights {checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; {report.summary()}',
-        logger='current',
-    )
+    text = f'{checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; {report.summary()}'
+    if misfits:
+        announce(
+            f'warning: loaded in part, the rest keeps its initial values: {text}\n{report.details()}', logging.WARNING
+        )
+    else:
+        print_log(f'weights {text}', logger='current')
     return report, loaded.get('meta') or {}
 
 
@@ -199,7 +209,7 @@ def reparameterize_checkpoint(
     )
     plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float, bool, dict, list, tuple))}
     meta = {**plain, 'replk_mm': {'reparameterized': record}}
-    if not get_form(merged.state_dict())[1]:
+    if not any(key.endswith(FOLDED) for key in merged.state_dict()):
         announce('note: this model has no backbone of replk_mm: programs other than ours do not notice merged weights')
     save_checkpoint({'meta': meta, 'state_dict': merged.state_dict()}, out)
     return changes, differences

@@ -130,7 +130,7 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
         backbone.pop('init_cfg', None)  # the checkpoint sets every weight
         return []
     source = str(cfg.get('load_from') or '')
-    if source and ('://' not in source or source.startswith('http')):
+    if source and ('://' not in source or source.startswith(('http', 'file:'))):
         # Read it here for its errors. mmengine handles other URLs.
         read_checkpoint(source)
         cfg.load_from = str(fetch_checkpoint(source))

@@ -27,6 +27,7 @@ from replk_mm.data.datasets import crop_of
 from replk_mm.data.transforms import check_loading
 from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.hooks import INTERIM
+from replk_mm.engine.inference import load_model
 from replk_mm.engine.process import is_out_of_memory
 from replk_mm.engine.resuming import adopt_settings, check_schedules, last_checkpoint, settings_of
 from replk_mm.engine.stopping import ignore_signals_in_workers
@@ -124,22 +125,31 @@ class Runner(MMEngineRunner):
         """Load a checkpoint without running code. mmengine unpickles it, and executes its config when it resumes.
 
         Args:
-            filename: Path or URL. mmengine loads URLs other than http and https.
+            filename: Path or URL. mmengine loads URLs such as s3://, in part if they do not fit.
             map_location: Device, for those URLs.
-            strict: Whether every weight must be set.
-            revise_keys: Patterns in the names of weights, and replacements. The default removes ``module.``.
+            strict: Whether every weight must be set, for those URLs and to resume.
+            revise_keys: Patterns in the names of weights, and replacements, for the same. The default removes
+                ``module.``.
+
+        Raises:
+            UserError: If the checkpoint does not fit; see :func:`~replk_mm.engine.inference.load_model`.
         """
-        if '://' in filename and not filename.startswith('http'):
+        if '://' in filename and not filename.startswith(('http', 'file:')):
             return super().load_checkpoint(filename, map_location, strict, list(revise_keys))
-        checkpoint = read_checkpoint(filename)
-        checkpoint.get('meta', {}).pop('config', None)
+        model = unwrap_model(self.model)
         if self._resume:
+            checkpoint = read_checkpoint(filename)
+            checkpoint['meta'].pop('config', None)
             self._restore_hub(checkpoint)
             check_schedules(self.param_schedulers, checkpoint.get('param_schedulers'))
-        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-        _load_checkpoint_to_model(unwrap_model(self.model), checkpoint, strict, revise_keys=list(revise_keys))
+            self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+            _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
+            self.logger.info(f'weights loaded from {filename}')
+        else:
+            _, meta = load_model(model, filename, training=True)
+            checkpoint = {'meta': meta, 'state_dict': model.state_dict()}  # EMAHook copies the weights
+            self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         self._has_loaded = True
-        self.logger.info(f'weights loaded from {filename}')
         return checkpoint
 
     def _restore_hub(self, checkpoint: dict) -> None:

@@ -10,8 +10,9 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from norms import randomize_norms
 
-from replk_mm.checkpoints.key_formats import FoundWeights
+from replk_mm.checkpoints.key_formats import FoundWeights, to_official
 from replk_mm.checkpoints.loading import LoadReport, guess_cause
+from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine.inference import load_model
 from replk_mm.errors import UserError
@@ -44,6 +45,15 @@ def segmentor(classes=4, backbone=None, channels=None, auxiliary=True, seed=0):
     torch.manual_seed(seed)
     with DefaultScope.overwrite_default_scope('mmseg'):
         return randomize_norms(MODELS.build(ConfigDict(copy.deepcopy(cfg))), seed).eval()
+
+
+@pytest.fixture
+def log(monkeypatch) -> list[str]:
+    """What the terminal shows."""
+    lines: list[str] = []
+    for module in ('replk_mm.engine.inference', 'replk_mm.checkpoints.loading'):
+        monkeypatch.setattr(f'{module}.announce', lambda text, level=None: lines.append(text))
+    return lines
 
 
 @pytest.fixture(scope='module')
@@ -92,7 +102,7 @@ def test_other_number_of_classes(trained):
 def test_backbone_only(tmp_path):
     path = write(tmp_path / 'a.pth', {'model': tiny_backbone().state_dict()})
     message = misfit(segmentor(), path)
-    assert 'only a backbone' in message and 'missing: ' in message and 'decode_head 0/' in message.splitlines()[0]
+    assert 'only a backbone fits' in message and 'missing: ' in message and 'decode_head 0/' in message.splitlines()[0]
 
 
 def test_other_family(trained):
@@ -118,6 +128,106 @@ def test_other_sizes(changes, named, trained):
     classes = 7 if 'channels' in changes else 4  # the larger difference is the one to name
     message = misfit(segmentor(classes, dict(type='replk_mm.RepLKNet', arch=arch), arch['channels']), trained)
     assert named in message and 'another size or other options of the same family' in message
+
+
+# ---- load_from: training starts from a whole model
+def renamed(rename):
+    return lambda weights: {rename(key): value for key, value in weights.items()}
+
+
+WRAPPED = {
+    'torch.compile': lambda weights: {'state_dict': renamed(lambda key: f'_orig_mod.{key}')(weights)},
+    'Lightning': lambda weights: {'state_dict': renamed(lambda key: f'model.{key}')(weights)},
+    'nested': lambda weights: {'model': weights, 'epoch': 3},
+    'DistributedDataParallel': renamed(lambda key: f'module.{key}'),
+    'FSDP': renamed(lambda key: key.replace('blocks.0.', 'blocks.0._fsdp_wrapped_module.')),
+    'official': lambda weights: {
+        'state_dict': {
+            **{f'backbone.{k}': v for k, v in to_official(part(weights, 'backbone.')).items()},
+            **{f'decode_head.{k}': v for k, v in part(weights, 'decode_head.').items()},
+        }
+    },
+}
+CONVNEXT = dict(type='replk_mm.ConvNeXt', arch=CONV, **DENSE)
+
+
+def part(weights, prefix):
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+@pytest.mark.parametrize('names', WRAPPED)
+def test_training_loads_a_model_under_other_names(names, tmp_path, log):
+    backbone = CONVNEXT if names == 'official' else None
+    source = segmentor(backbone=backbone, auxiliary=False, seed=1).state_dict()
+    model = segmentor(backbone=backbone, auxiliary=False)
+    load_model(model, write(tmp_path / 'a.pth', WRAPPED[names](source)), training=True)
+    assert_same(model, source)
+    assert log == []
+
+
+def test_training_takes_a_model_with_other_classes_and_reports_it(trained, tmp_path, log):
+    model = segmentor(classes=7)
+    before = model.decode_head.conv_seg.weight.clone()
+    load_model(model, trained, training=True)
+    weights = torch.load(trained)['state_dict']
+    heads = ('decode_head.conv_seg', 'auxiliary_head.conv_seg')
+    assert_same(model, {key: value for key, value in weights.items() if not key.startswith(heads)})
+    assert torch.equal(model.decode_head.conv_seg.weight, before)
+    [line] = log
+    assert line.startswith('warning: ') and 'decode_head.conv_seg.weight: model (7, 8, 1, 1)' in line
+
+
+def test_training_names_a_head_without_weights(trained, tmp_path, log):
+    weights = torch.load(trained)['state_dict']
+    path = write(tmp_path / 'a.pth', {k: v for k, v in weights.items() if not k.startswith('auxiliary_head')})
+    load_model(segmentor(), path, training=True)
+    assert 'auxiliary_head 0/' in log[0] and 'missing: ' in log[0]
+
+
+@pytest.mark.parametrize(
+    ('change', 'named'),
+    [
+        (lambda w: part(w, 'backbone.'), 'only a backbone fits'),
+        (lambda w: {k: v for k, v in w.items() if k.startswith('backbone.')}, 'only a backbone fits'),
+        (
+            lambda w: {k.replace('decode_head', 'head').replace('auxiliary_', ''): v for k, v in w.items()},
+            'decode_head 0',
+        ),
+        (lambda w: {k: v for k, v in w.items() if 'stages.3' not in k}, 'stages.3'),
+        (lambda w: {k: v for k, v in w.items() if not k.startswith('backbone.')}, 'another architecture'),
+        (lambda w: w | {'backbone.stages.2.blocks.9.bn.weight': torch.ones(1)}, 'blocks.9.bn.weight'),
+        (lambda w: {f'x{i}': v for i, v in enumerate(w.values())}, 'another architecture'),
+    ],
+    ids=[
+        'bare backbone',
+        'no heads',
+        'other heads',
+        'half a backbone',
+        'heads only',
+        'a larger network',
+        'other names',
+    ],
+)
+def test_training_rejects_what_leaves_the_network_random(change, named, trained, tmp_path):
+    path = write(tmp_path / 'a.pth', change(torch.load(trained)['state_dict']))
+    with pytest.raises(UserError, match='does not fit') as caught:
+        load_model(segmentor(), path, training=True)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize('fold', [False, True])
+def test_training_from_merged_weights(fold, tmp_path, log):
+    source = segmentor(seed=3)
+    merged, _ = reparameterize(source, fold=fold)
+    path = write(tmp_path / 'a.pth', merged.state_dict())
+    model = segmentor(seed=5)
+    if fold:
+        with pytest.raises(UserError, match='folded BatchNorm'):
+            load_model(model, path, training=True)
+    else:
+        load_model(model, path, training=True)
+        assert all(d.ok for d in compare_networks(model.eval(), merged))
+        assert 'small_kernel_merged' in log[0]
 
 
 def test_training_form_into_a_merged_network(trained):

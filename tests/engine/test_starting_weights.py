@@ -76,6 +76,31 @@ def test_downloaded_weights_to_start_from_run_no_code(tiny, trained, tmp_path, m
     assert Path(cfg.load_from).parent == hub / 'checkpoints' and cfg.load_from.endswith('-backbone.pth')
 
 
+def test_load_from_finds_weights_under_other_names(tiny, trained, tmp_path):
+    """Also for the averages of EMAHook, which starts from the loaded weights."""
+    source = {k: v for k, v in torch.load(trained)['state_dict'].items() if v.is_floating_point()}
+    torch.save({'state_dict': {f'_orig_mod.{key}': value for key, value in source.items()}}, tmp_path / 'compiled.pth')
+    options = {
+        'load_from': str(tmp_path / 'compiled.pth'),
+        'optim_wrapper.optimizer': dict(_delete_=True, type='SGD', lr=0.0, weight_decay=0.0),
+        'model.backbone.norm_eval': True,
+        'custom_hooks': [dict(type='EMAHook')],
+    }
+    saved = torch.load(tiny.train(tmp_path / 'run', 1, options))
+    for key, value in source.items():
+        if key.startswith('backbone.') or 'running_' not in key:
+            torch.testing.assert_close(saved['state_dict'][key], value)
+            torch.testing.assert_close(saved['ema_state_dict'][f'module.{key}'], value)
+
+
+def test_load_from_that_does_not_fit_ends_the_training(tiny, merged, tmp_path):
+    weights = {f'x.{key}': value for key, value in torch.load(merged)['state_dict'].items() if 'bias' in key}
+    torch.save({'state_dict': weights}, tmp_path / 'other.pth')
+    for path, message in ((tmp_path / 'other.pth', 'does not fit'), (merged, 'folded BatchNorm')):
+        with pytest.raises(UserError, match=f'{path.name}: .*{message}'):
+            tiny.train(tmp_path / 'run', 1, {'load_from': str(path)})
+
+
 def test_folded_weights_cannot_start_a_training(merged, tiny):
     backbone = RepLKNet(tiny.cfg().model.backbone.arch)
     with pytest.raises(UserError, match='folded BatchNorm'):
