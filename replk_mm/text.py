@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -45,15 +46,37 @@ def format_duration(seconds: float) -> str:
     return f'{whole} s'
 
 
-def format_metrics(metrics: Mapping[str, object], absent: Sequence[str] = ()) -> str:
-    """The figures among metrics in one line, with four significant digits, and the classes without ground truth.
+def in_percent(name: str, score: float) -> float:
+    """A score in percent, as those of mmseg are. AP and AR of mmdet are fractions."""
+    return 100 * score if re.search(r'AP|AR@|_precision$', name) else score
 
-    Durations are left out, and NaN, the value of an area or a class without ground truth.
+
+def class_table(per_class: dict[str, dict[str, float]], absent: Sequence[str] = ()) -> str:
+    """The scores of each class in percent, largest classes first; ``absent`` have no ground truth."""
+    size = next(name for name in ('pixels', 'instances') if name in next(iter(per_class.values())))
+    total = sum(figures[size] for figures in per_class.values())
+    names = [name for name in next(iter(per_class.values())) if name != size]
+    rows = [('class', *names, 'share of pixels' if size == 'pixels' else 'objects')]
+    for name, figures in sorted(per_class.items(), key=lambda item: -item[1][size]):
+        amount = f'{100 * figures[size] / total:.1f} %' if size == 'pixels' else f'{figures[size]}'
+        scores = [f'{in_percent(key, figures[key]):.2f}' if key in figures else '' for key in names]
+        rows.append((name, *scores, amount))
+    amount = 'no pixels' if size == 'pixels' else 'no objects'
+    return text_table([*rows, *((name, *('-' for _ in names), amount) for name in absent)])
+
+
+def format_metrics(metrics: Mapping[str, object], absent: Sequence[str] = ()) -> str:
+    """The scores among metrics in one line, AP in percent, and the classes without ground truth.
+
+    Durations are left out, and NaN (of mmdet: -1), the value of an area or a class without ground truth.
     """
     text = '  '.join(
-        f'{name} {value:.4g}'
+        f'{name} {in_percent(name, value):{".2f" if in_percent(name, 1) > 1 else ".4g"}}'
         for name, value in metrics.items()
-        if isinstance(value, (int, float)) and name not in ('data_time', 'time') and not math.isnan(value)
+        if isinstance(value, (int, float))
+        and name not in ('data_time', 'time')
+        and value != -1
+        and not math.isnan(value)
     )
     return text + (f' ({len(absent)} classes have no ground truth: {format_list(absent)})' if absent else '')
 

@@ -50,7 +50,7 @@ def class_legend(
     """Draw a legend of the classes in ``labels``, most frequent first.
 
     Args:
-        labels: ``(H, W)`` class indices.
+        labels: Class indices, of any shape.
         classes: Class names.
         palette: RGB of each class.
         height: Height in pixels. The last line counts the classes that do not fit.

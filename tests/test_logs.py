@@ -45,6 +45,8 @@ def test_durations(seconds, text):
 
 
 def test_metrics_in_a_line():
-    found = dict(mIoU=61.2345, mAP=0.12345, nothing=float('nan'), time=1.0)
-    assert format_metrics(found) == 'mIoU 61.23  mAP 0.1235'
-    assert format_metrics(found, ['a', 'b']).endswith('0.1235 (2 classes have no ground truth: a, b)')
+    found = {'mIoU': 61.2345, 'coco/bbox_mAP': 0.52234, 'coco/AR@100': 0.5, 'coco/cat_precision': 0.0001629}
+    found |= {'lvis/bbox_AP': 1.0, 'nothing': float('nan'), 'bbox_mAP_l': -1, 'time': 1.0}
+    shown = 'mIoU 61.23  coco/bbox_mAP 52.23  coco/AR@100 50.00  coco/cat_precision 0.02  lvis/bbox_AP 100.00'
+    assert format_metrics(found) == shown
+    assert format_metrics(found, ['a', 'b']).endswith('100.00 (2 classes have no ground truth: a, b)')

@@ -3,7 +3,6 @@
 Needs no data and no GPU. On two cores it takes about 4 minutes, or 5 with --task detection.
 """
 
-import contextlib
 import functools
 import json
 import time
@@ -57,12 +56,13 @@ def find_images(data: Path) -> list[Path]:
 def draw_segmentation(model: Any, data: Path, out: Path) -> None:
     """Write a picture of scenes, label maps, predictions and errors."""
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
-    rows = []
+    rows, shown = [], []
     for path, image, prediction in predict(model, [str(p) for p in find_images(data)[:SHOWN_SCENES]]):
         labels = label_map(prediction)
         annotation = Image.open(data / 'annotations' / 'validation' / f'{path.stem}.png')
         truth = np.asarray(annotation, dtype=np.int16) - 1  # 0 is ignored
         wrong = (truth >= 0) & (truth != labels)
+        shown += [labels.ravel(), truth[truth >= 0]]
         rows.append(
             [
                 image,
@@ -71,18 +71,17 @@ def draw_segmentation(model: Any, data: Path, out: Path) -> None:
                 np.where(wrong[..., None], np.array([40, 40, 220], np.uint8), image // 2 + 100),
             ]
         )
-    _write_picture(rows, ['scene', 'ground truth', 'prediction', 'errors (red)'], classes, palette, out)
+    _write_picture(rows, ['scene', 'ground truth', 'prediction', 'errors (red)'], shown, classes, palette, out)
 
 
 def draw_detection(model: Any, data: Path, out: Path) -> None:
     """Write a picture of scenes, annotated objects and detected objects with their scores."""
-    from pycocotools.coco import COCO
+    from replk_mm.data.coco_dataset import CocoIndex
 
     classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
-    with contextlib.redirect_stdout(None):  # pycocotools prints its progress
-        coco = COCO(str(data / 'annotations' / 'instances_val2017.json'))
+    coco = CocoIndex(data / 'annotations' / 'instances_val2017.json')
     images = {image['file_name']: image['id'] for image in coco.imgs.values()}
-    rows = []
+    rows, shown = [], []
     for path, image, prediction in predict(model, [str(p) for p in find_images(data)[:SHOWN_SCENES]]):
         truth = []
         for annotation in coco.imgToAnns[images[path.name]]:
@@ -90,22 +89,18 @@ def draw_detection(model: Any, data: Path, out: Path) -> None:
             name = coco.cats[annotation['category_id']]['name']
             box, mask = [x, y, x + width, y + height], coco.annToMask(annotation).astype(bool)
             truth.append(dict(label=classes.index(name), box=box, mask=mask))
-        rows.append(
-            [
-                image,
-                draw_instances(image, truth, classes, palette),
-                draw_instances(image, select_instances(prediction, MIN_SCORE), classes, palette),
-            ]
-        )
-    _write_picture(rows, ['scene', 'ground truth', f'prediction (score {MIN_SCORE} or more)'], classes, palette, out)
+        found = select_instances(prediction, MIN_SCORE)
+        rows.append([image, *(draw_instances(image, objects, classes, palette) for objects in (truth, found))])
+        shown.append(np.array([thing['label'] for thing in truth + found], int))
+    titles = ['scene', 'ground truth', f'prediction (score {MIN_SCORE} or more)']
+    _write_picture(rows, titles, shown, classes, palette, out)
 
 
 def _write_picture(
-    rows: list[list[np.ndarray]], titles: list[str], classes: list[str], palette: list, out: Path
+    rows: list, titles: list[str], shown: list[np.ndarray], classes: list[str], palette: list, out: Path
 ) -> None:
     picture = image_grid(rows, titles)
-    all_classes = np.arange(len(classes)).repeat(2).reshape(-1, 2)
-    key = class_legend(all_classes, classes, palette, picture.shape[0], shares=False)
+    key = class_legend(np.concatenate(shown), classes, palette, picture.shape[0], shares=False)
     cv2.imwrite(str(out), np.hstack([picture, key]))
 
 

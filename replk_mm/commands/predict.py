@@ -58,10 +58,12 @@ def main() -> None:
                 [overlay(image, labels, palette), class_legend(labels, classes, palette, image.shape[0])]
             )
             prediction.write_picture(out / f'{stem}_labels.png', labels)
+            summary = ''
         else:
             objects = prediction.select_instances(found, args.score)
             picture = draw_instances(image, objects, classes, palette)
+            summary = f': {prediction.describe_instances(found, objects, classes)}'
             described = json.dumps(prediction.instances_to_json(objects, classes), indent=2)
             (out / f'{stem}_objects.json').write_text(described + '\n')
         prediction.write_picture(out / f'{stem}_overlay.png', picture)
-        print(f'{i}/{len(args.images)} {out / stem}_overlay.png', flush=True)
+        print(f'{i}/{len(args.images)} {out / stem}_overlay.png{summary}', flush=True)

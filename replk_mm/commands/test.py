@@ -1,6 +1,5 @@
 """Evaluate a checkpoint with the data set and metrics of a config."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.dist import get_rank
@@ -11,7 +10,7 @@ from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.process import prepare_work_dir
 from replk_mm.engine.record import evaluation_record, write_record
 from replk_mm.errors import command
-from replk_mm.text import format_duration, format_metrics, text_table
+from replk_mm.text import class_table, format_duration, format_metrics
 
 
 @command
@@ -52,17 +51,3 @@ def main() -> None:
         print(f'written: {out / "metrics.json"}, and predictions in {out / "predictions"}')
     pictures = Path(out or cfg.work_dir, 'pictures')
     print(f'next: {cli.follow_up("predict", args, args.checkpoint, result.image or "IMAGE", "--out", pictures)}')
-
-
-def class_table(per_class: dict[str, dict[str, float]], absent: Sequence[str] = ()) -> str:
-    """The figures of each class, largest classes first; pixels as their share. ``absent`` have no ground truth."""
-    size = next(name for name in ('pixels', 'instances') if name in next(iter(per_class.values())))
-    total = sum(figures[size] for figures in per_class.values())
-    names = [name for name in next(iter(per_class.values())) if name != size]
-    rows = [('class', *names, 'share of pixels' if size == 'pixels' else 'objects')]
-    for name, figures in sorted(per_class.items(), key=lambda item: -item[1][size]):
-        amount = f'{100 * figures[size] / total:.1f} %' if size == 'pixels' else f'{figures[size]}'
-        digits = 2 if size == 'pixels' else 3
-        rows.append((name, *(f'{figures[key]:.{digits}f}' if key in figures else '' for key in names), amount))
-    amount = 'no pixels' if size == 'pixels' else 'no objects'
-    return text_table([*rows, *((name, *('-' for _ in names), amount) for name in absent)])

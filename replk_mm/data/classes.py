@@ -8,7 +8,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict
 
 from replk_mm.data import class_heads
-from replk_mm.data.coco import read_annotations
+from replk_mm.data.coco import annotation_path, category_counts, read_annotations
 from replk_mm.data.datasets import dataset_class, dataset_option, named_datasets
 from replk_mm.errors import UserError, format_list
 from replk_mm.logs import Note
@@ -83,8 +83,8 @@ def _find_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str,
     for _, dataset in named_datasets(cfg, tuple(dict.fromkeys(('train', *splits)))):
         file, root = annotation_file(dataset), Path(dataset.get('data_root') or '.')
         if file:
-            if file.is_file() and (categories := read_annotations(file)['categories']):
-                return [category['name'] for category in categories], str(file), False
+            if file.is_file() and (names := list(category_counts(read_annotations(file)))):
+                return names, str(file), False
             tried.append(file)
             continue
         listing, demo = root / CLASSES_FILE, root / 'meta.json'
@@ -159,5 +159,5 @@ def classes_of(dataset: dict, scope: str) -> tuple[str, ...] | None:
 
 def annotation_file(dataset: dict) -> Path | None:
     """The COCO-style annotation file of a data set; None if it has none."""
-    name = str(dataset.get('ann_file') or '')
-    return Path(dataset.get('data_root') or '.') / name if name.endswith('.json') else None
+    path = Path(dataset.get('data_root') or '.', str(dataset.get('ann_file') or ''))
+    return annotation_path(path) if path.name.endswith(('.json', '.json.gz')) else None

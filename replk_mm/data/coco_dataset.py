@@ -1,10 +1,14 @@
 """COCO-style data with labels that are matched by name."""
 
+import contextlib
+import functools
+from pathlib import Path
 from typing import Any
 
 from mmdet.datasets import CocoDataset as MMDetCocoDataset
 from mmdet.datasets.api_wrappers import COCO
 
+from replk_mm.data.coco import annotation_path, invalidate_cache, read_annotations
 from replk_mm.registry import DATASETS
 
 
@@ -14,8 +18,28 @@ def categories_by_name(api: COCO, classes: list[str] | tuple[str, ...]) -> list[
     return [ids.get(name) for name in classes]
 
 
-class _ByName(COCO):
-    """The index of pycocotools, with one id per class in the order of the classes."""
+class CocoIndex(COCO):
+    """The index of pycocotools, with one category id per class in the order of the classes.
+
+    Annotation ids count from 1: pycocotools takes 0 for "no match".
+
+    Args:
+        source: Annotation file for :func:`replk_mm.data.coco.read_annotations`, or its content.
+        images: Folder of the images.
+    """
+
+    def __init__(self, source: str | Path | dict | None = None, images: str | None = None) -> None:
+        super().__init__()
+        if source is not None:
+            data: Any = source
+            if not isinstance(source, dict):
+                data = read_annotations(Path(source), None if images is None else Path(images))
+                invalidate_cache()
+            objects = [{'iscrowd': 0, **a, 'id': i} for i, a in enumerate(data.get('annotations', ()), 1)]
+            self.dataset = {**data, 'annotations': objects}
+            with contextlib.redirect_stdout(None):  # pycocotools prints
+                self.createIndex()
+            self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
     def get_cat_ids(self, cat_names: Any = [], sup_names: Any = [], cat_ids: Any = []) -> list:  # noqa: B006 (mmdet's)
         return categories_by_name(self, cat_names)
@@ -29,4 +53,11 @@ class CocoDataset(MMDetCocoDataset):
     another order, its labels are other classes than in the metainfo and in checkpoints.
     """
 
-    COCOAPI = _ByName
+    ann_file: str
+    COCOAPI: Any = CocoIndex
+
+    def load_data_list(self) -> list[dict]:
+        """The images with their objects."""
+        self.ann_file = str(annotation_path(Path(self.ann_file))) if '://' not in self.ann_file else self.ann_file
+        self.COCOAPI = functools.partial(CocoIndex, images=self.data_prefix['img'])
+        return super().load_data_list()

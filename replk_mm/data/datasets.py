@@ -94,11 +94,20 @@ def is_coco_style(dataset: dict, scope: str) -> bool:
     """Whether a data set reads instance annotations of COCO, and images by the file names in them."""
     kind = dataset_class(dataset, scope)
     index = getattr(kind, 'COCOAPI', None)
-    if index is None or 'Panoptic' in index.__name__ or not str(dataset.get('ann_file') or '').endswith('.json'):
+    if (
+        index is None
+        or 'Panoptic' in index.__name__
+        or not str(dataset.get('ann_file')).endswith(('.json', '.json.gz'))
+    ):
         return False
     # Others (LVIS, Objects365) have their own loader, which changes the file names.
     reader = next((base for base in kind.__mro__ if 'load_data_list' in vars(base)), None)
-    return reader is not None and (reader.__module__, reader.__name__) == ('mmdet.datasets.coco', 'CocoDataset')
+    return reader is not None and reader.__module__ in ('mmdet.datasets.coco', 'replk_mm.data.coco_dataset')
+
+
+def has_own_index(dataset: dict, scope: str) -> bool:
+    """Whether a data set in COCO's style reads its file with :func:`replk_mm.data.coco.read_annotations`."""
+    return dataset_class(dataset, scope).COCOAPI.__module__.startswith('replk_mm.')  # type: ignore[attr-defined]
 
 
 def crop_of(cfg: Config) -> tuple[int, int] | None:

@@ -23,6 +23,11 @@ def pick_evenly(items: Sequence[_T]) -> list[_T]:
     return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, count)})]
 
 
+def list_names(folder: Path) -> set[str]:
+    """Names of the files in a folder; listing it once is faster than looking for every file."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
 def check_image_file(path: str | Path) -> None:
     """Reject images with too many pixels, and truncated JPEGs, which OpenCV would fill with grey.
 

@@ -44,13 +44,13 @@ CODES: dict[str, tuple[str, str]] = {
     'size-mismatch': ('error', _REPLACE),
     'exif-turned': (
         'error',
-        'Training rotates the image by its EXIF tag, but not the label map. Rotate the pixels and drop the tag '
-        '(exiftran -ai), or rotate the label map.',
+        'The annotation fits the pixels as stored, but training rotates them by the EXIF tag. Remove the tag and keep '
+        'the pixels: exiftool -Orientation= FILE',
     ),
     'exif-orientation': (
         'warning',
-        'Training rotates the image by its EXIF tag. Make sure that the label map fits the rotated image, or drop the '
-        'tag.',
+        'Training rotates or mirrors the image by its EXIF tag. If the annotation fits the pixels as stored, remove '
+        'the tag: exiftool -Orientation= FILE',
     ),
     # label maps
     'label-channels': ('error', _LABELS),
@@ -71,14 +71,15 @@ CODES: dict[str, tuple[str, str]] = {
     'classes-mismatch': ('error', _CLASSES),
     # annotation files
     'json-invalid': ('error', 'Write or download the file again.'),
+    'coco-variant': ('note', 'Only replk_mm.CocoDataset and replk_mm.CocoMetric read such a file: use both as types.'),
     'coco-structure': ('error', 'Correct the program that wrote the file: https://cocodataset.org/#format-data'),
     'coco-no-annotations': ('error', 'Name a file with images and annotations (ann_file of the data set).'),
-    'iscrowd-missing': ('error', "Add 'iscrowd': 0 to every annotation: pycocotools needs it to score."),
+    'iscrowd-missing': ('error', "Use replk_mm.CocoMetric, or add 'iscrowd': 0 to every annotation."),
     'segmentation-missing': ('error', 'Add the masks, or use a config without masks (FCOS, Faster R-CNN).'),
     'id-repeated': ('error', 'Give each entry its own id.'),
     'name-repeated': ('error', 'Give each category its own name.'),
     'file-repeated': ('warning', 'Merge the entries of each image: it counts twice, each time with some objects only.'),
-    'id-unscorable': ('error', 'Number the annotations from 1: pycocotools reads id 0 as "not found".'),
+    'id-unscorable': ('error', 'Use replk_mm.CocoMetric, or count ids from 1: pycocotools reads id 0 as "not found".'),
     'crowds': ('warning', 'Set iscrowd=0 for single objects: crowds are neither trained nor scored.'),
     'image-unknown': ('error', 'Add the images, or remove these annotations.'),
     'category-unknown': ('error', 'Add the categories, or remove these annotations.'),

@@ -7,7 +7,7 @@ from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
 from mmengine.dataset import Compose
 
 from replk_mm.data.checks.dataset import LabelFormat
-from replk_mm.data.checks.images import describe_channels, out_of_range
+from replk_mm.data.checks.images import check_annotated_size, describe_channels, out_of_range, read_size
 from replk_mm.data.coco import mask_error
 from replk_mm.data.files import IGNORE_INDEX, check_image_file
 from replk_mm.errors import UserError
@@ -45,6 +45,9 @@ class CheckedLoad(BaseTransform):
             ) from error
         if loads_labels and out is not None and 'gt_seg_map' in out:
             self._check_ids(out, path)
+            _check_size(out, out['gt_seg_map'].shape, path)
+        elif not loads_labels and out is not None and {'instances', 'height', 'width'} <= out.keys():
+            _check_size(out, (out['height'], out['width']), None)
         return out
 
     def _check_ids(self, results: dict, path: str) -> None:
@@ -58,6 +61,14 @@ class CheckedLoad(BaseTransform):
         if len(wrong):
             reduces = bool(results.get('reduce_zero_label'))
             finding = out_of_range(path, (wrong + reduces).tolist(), LabelFormat(self.num_classes, reduces))
+            raise UserError(f'{finding}\n{finding.fix}')
+
+
+def _check_size(results: dict, annotated: tuple[int, int], label: str | None) -> None:
+    """Reject an annotation of another (height, width) than the image, such as one without its EXIF rotation."""
+    if annotated != tuple(results['ori_shape'][:2]):
+        path = results['img_path']
+        for finding in check_annotated_size(path, read_size(path), (annotated[1], annotated[0]), label):
             raise UserError(f'{finding}\n{finding.fix}')
 
 

@@ -1,6 +1,7 @@
 """Predict single images with a trained segmentor or detector."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -114,6 +115,16 @@ def select_instances(prediction: BaseDataElement, least_score: float) -> list[di
         for i in order
         if found.scores[i] >= least_score
     ]
+
+
+def describe_instances(prediction: BaseDataElement, objects: Sequence[dict], classes: Sequence[str]) -> str:
+    """The number of selected objects of each class; without any, the highest score in the prediction."""
+    if objects:
+        names = Counter(classes[thing['label']] for thing in objects)
+        return f'objects: {", ".join(f"{count} {name}" for name, count in names.most_common())}'
+    scores = prediction.pred_instances.scores
+    best = f'the highest score is {float(scores.max()):.3f}' if len(scores) else 'the model predicts none'
+    return f'no object reaches the minimum score; {best}'
 
 
 def instances_to_json(objects: Sequence[dict], classes: Sequence[str]) -> list[dict]:

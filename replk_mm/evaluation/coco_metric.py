@@ -2,19 +2,21 @@
 
 import contextlib
 import io
+import re
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from mmdet.datasets.api_wrappers import COCO, COCOeval
 from mmdet.evaluation import CocoMetric as MMDetCocoMetric
-from mmengine.fileio import load
+from mmengine.fileio import dump, get_local_path, load
 from mmengine.logging import print_log
 
-from replk_mm.data.coco_dataset import categories_by_name
+from replk_mm.data.coco_dataset import CocoIndex, categories_by_name
 from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import GatheringMetric, absent_classes
 from replk_mm.registry import METRICS
+from replk_mm.text import class_table
 
 #: Index in ``COCOeval.stats`` by mmdet's name. Scores without an IoU in the name average over IoU 0.5 to 0.95.
 _STATS = {'mAP': 0, 'mAP_50': 1, 'mAP_75': 2, 'mAP_s': 3, 'mAP_m': 4, 'mAP_l': 5}
@@ -47,7 +49,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             the number of annotated objects that are not crowds.
     """
 
-    _coco_api: COCO | None
+    _coco_api: CocoIndex | None
     cat_ids: list[int] | None
 
     def __init__(
@@ -68,7 +70,6 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
                 f"Use mmdet's type='CocoMetric' for others."
             )
         super().__init__(
-            ann_file=ann_file,
             metric=names,
             classwise=classwise,
             format_only=format_only,
@@ -77,6 +78,9 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             collect_device=collect_device,
             prefix=prefix,
         )
+        if ann_file is not None:
+            with get_local_path(ann_file, backend_args=backend_args) as path:
+                self._coco_api = CocoIndex(path)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Compute the scores from ground truth and detections of all images.
@@ -93,38 +97,24 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
         with tempfile.TemporaryDirectory() as folder:
             prefix = self.outfile_prefix or f'{folder}/results'
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-            with _capture_stdout():
-                if self._coco_api is None:
-                    self._coco_api = COCO(self.gt_to_coco_json(truths, prefix))
+            if self._coco_api is None:
+                self._coco_api = CocoIndex(self.gt_to_coco_json(truths, prefix))
             self.img_ids = self._coco_api.get_img_ids()
             by_label = categories_by_name(self._coco_api, self.dataset_meta['classes'])
             # In pycocotools' order.
             self.cat_ids = sorted(category for category in by_label if category is not None)
             kept = [self._select_known_categories(result, by_label) for result in found]
             files = self.results2json(kept, prefix)
+            if 'segm' in files:  # pycocotools would take the area of a box for that of the mask
+                dump([{k: v for k, v in d.items() if k != 'bbox'} for d in load(files['segm'])], files['segm'])
             if self.format_only:
                 return {}
             metrics: dict[str, float] = {}
             for kind in self.metrics:
                 metrics.update(self._evaluate(kind, files[kind]))
-        width = max([len(name) for name in self.per_class], default=0)
-        print_log(
-            '\n'.join(
-                [
-                    f'{len(self.per_class)} of {len(self.dataset_meta["classes"])} classes are annotated:',
-                    *(
-                        f'  {name:{width}}  '
-                        + '  '.join(
-                            f'{value} objects' if key == 'instances' else f'{key} {value:.3f}'
-                            for key, value in figures.items()
-                        )
-                        for name, figures in self.per_class.items()
-                    ),
-                    *(f'  {name:{width}}  no objects' for name in absent_classes([self])),
-                ]
-            ),
-            logger='current',
-        )
+        heading = f'{len(self.per_class)} of {len(self.dataset_meta["classes"])} classes are annotated'
+        table = f':\n{class_table(self.per_class, absent_classes([self]))}' if self.per_class else ''
+        print_log(heading + table, logger='current')
         if self.classwise:  # mmdet's names
             metrics.update(
                 {f'{name}_precision': figures[f'{self.metrics[-1]}_mAP'] for name, figures in self.per_class.items()}
@@ -140,15 +130,16 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
 
     def _evaluate(self, kind: str, file: str) -> dict[str, float]:
         assert self._coco_api is not None and self.cat_ids is not None
-        detections = self._detections(file, kind)
-        with _capture_stdout() as table:
+        detections = self._detections(file)
+        with contextlib.redirect_stdout(io.StringIO()) as table:
             evaluation = COCOeval(self._coco_api, detections, kind)
             evaluation.params.catIds, evaluation.params.imgIds = self.cat_ids, self.img_ids
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         lines = [line for line in table.getvalue().splitlines() if line.startswith(' Average')]
-        print_log('\n'.join([f'{kind}:', *lines]), logger='current')
+        lines = [re.sub(r'= (\d\.\d+)$', lambda found: f'= {100 * float(found[1]):.1f}', line) for line in lines]
+        print_log('\n'.join([f'{kind}, in percent:', *lines]), logger='current')
         # (IoU, recall, class, area, most detections); -1 where there is nothing to find
         precision = evaluation.eval['precision'][:, :, :, 0, -1]
         for i, category in enumerate(self.cat_ids):
@@ -168,25 +159,10 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             for name, i in _STATS.items()
         }
 
-    def _detections(self, file: str, kind: str) -> COCO:
+    def _detections(self, file: str) -> COCO:
         assert self._coco_api is not None
         found = load(file)
-        for detection in found if kind == 'segm' else ():
-            detection.pop('bbox', None)  # pycocotools would use the area of the box
-        with _capture_stdout():
-            if found:
-                return self._coco_api.loadRes(found)
-            # pycocotools and mmdet reject an empty list of detections, which an untrained model may give.
-            empty = COCO()
-            empty.dataset = dict(
-                images=self._coco_api.dataset['images'], annotations=[], categories=self._coco_api.dataset['categories']
-            )
-            empty.createIndex()
-        return empty
-
-
-@contextlib.contextmanager
-def _capture_stdout():
-    """Capture what pycocotools prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        yield text
+        if not found:  # which pycocotools and mmdet reject; an untrained model may find nothing
+            return CocoIndex({**self._coco_api.dataset, 'annotations': []})
+        with contextlib.redirect_stdout(None):
+            return self._coco_api.loadRes(found)

@@ -280,10 +280,12 @@ def test_pictures_outside_the_work_dir_are_reported(tmp_path) -> None:
 )
 def test_odd_objects_are_drawn_or_reported(changes, tmp_path) -> None:
     data = scenes(tmp_path / 'data', 1)
-    thing = dict(id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30], score=0.9)
+    thing = dict(id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30], area=1500, score=0.9)
     for annotated, detected in ((thing, {**thing, **changes}), ({**thing, **changes}, thing)):
         coco = dict(
-            images=[dict(id=7, file_name='000.jpg')], categories=[dict(id=4, name='disc')], annotations=[annotated]
+            images=[dict(id=7, file_name='000.jpg', height=64, width=64)],
+            categories=[dict(id=4, name='disc')],
+            annotations=[annotated],
         )
         (data / 'ann.json').write_text(json.dumps(coco))
         folder = tmp_path / 'runs/a/0/test/predictions'
@@ -308,9 +310,8 @@ def test_detections_are_drawn(tmp_path) -> None:
     square = np.zeros((60, 80), np.uint8, order='F')
     square[20:50, 10:60] = 1
     runs = mask.encode(square)
-    square = dict(
-        id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30], segmentation=[[10, 20, 60, 20, 60, 50, 10, 50]]
-    )
+    outline = [[10, 20, 60, 20, 60, 50, 10, 50]]
+    square = dict(id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30], area=1500, segmentation=outline)
     coco = dict(
         images=[dict(id=7, file_name='a.jpg', height=60, width=80)],
         categories=[dict(id=4, name='disc')],
@@ -319,12 +320,7 @@ def test_detections_are_drawn(tmp_path) -> None:
     (data / 'ann.json').write_text(json.dumps(coco))
     results = tmp_path / 'runs/a/0/test/predictions'
     results.mkdir(parents=True)
-    detection = dict(
-        image_id=7,
-        category_id=4,
-        bbox=[10, 20, 50, 30],
-        segmentation=dict(size=[60, 80], counts=runs['counts'].decode()),
-    )
+    detection = dict(image_id=7, category_id=4, segmentation=dict(size=[60, 80], counts=runs['counts'].decode()))
     (results / 'instances.segm.json').write_text(json.dumps([{**detection, 'score': 0.9}, {**detection, 'score': 0.1}]))
     one = record(
         'a',

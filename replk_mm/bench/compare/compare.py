@@ -14,6 +14,7 @@ from replk_mm.bench.compare.results import DataSource
 from replk_mm.engine.record import write_record
 from replk_mm.errors import UserError, printable
 from replk_mm.files import write_atomic
+from replk_mm.text import in_percent
 
 #: Resamplings of the images.
 N_RESAMPLES = 1000
@@ -162,11 +163,9 @@ def render_comparison(found: dict[str, Any]) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else _one_line(value),  # names come from files
     )
     environment.globals |= dict(table=_table)
-    environment.filters |= dict(
-        figure=_figure, pair=_pair, fields=lambda row, *keys: [row[key] for key in keys], format_head='{} A, B'.format
-    )
-    unit = '%' if found['task'] == 'segmentation' else ''
-    return environment.get_template('compare.md.j2').render(found=found, unit=unit)
+    environment.filters |= dict(figure=_figure, pair=_pair, percent=_percent, format_head='{} A, B'.format)
+    environment.filters['fields'] = lambda row, *keys: [row[key] for key in keys]
+    return environment.get_template('compare.md.j2').render(found=found)
 
 
 def write_comparison(found: dict[str, Any], out: Path) -> list[Path]:
@@ -197,6 +196,12 @@ def _one_line(value: object) -> str:
 
 def _figure(value: float | None, unit: str, signed: bool = False) -> str:
     return '-' if value is None else f'{value:{"+" if signed else ""}.{2 if unit == "%" else 4}f}'
+
+
+def _percent(row: dict[str, Any], name: str = '') -> dict[str, Any]:
+    """A row of scores in percent."""
+    scores = {x: row[x] and in_percent(name or row['name'], row[x]) for x in ('a', 'b', 'difference')}
+    return {**row, **scores}
 
 
 def _pair(row: dict[str, Any], unit: str, more: Sequence[str] = ()) -> list[str]:

@@ -19,6 +19,7 @@ from rich.progress import track
 from replk_mm.bench.compare.results import DataSource, Result, load_result_config
 from replk_mm.data import coco
 from replk_mm.data.classes import annotation_file
+from replk_mm.data.coco_dataset import CocoIndex
 from replk_mm.data.datasets import datasets_of
 from replk_mm.errors import UserError, command_line, format_list
 
@@ -155,7 +156,8 @@ def open_objects(a: Result, source: DataSource, root: str | None, kind: str) -> 
         )
     if not file.is_file():
         raise UserError(f'{file}: no such annotation file\nName the folder of the data set with --data-root DIR.')
-    data: Any = coco.read_annotations(file)
+    folder = Path(parts[0].get('data_root') or '', (parts[0].get('data_prefix') or {}).get('img') or '')
+    data: Any = coco.read_annotations(file, folder)
     coco.invalidate_cache()
     counts = coco.category_counts({**data, 'annotations': [o for o in data['annotations'] if not o.get('iscrowd')]})
     expected = {**a.sizes(), 'images': a.record.data.get('images')}
@@ -171,23 +173,9 @@ def open_objects(a: Result, source: DataSource, root: str | None, kind: str) -> 
     scored = [o for o in data['annotations'] if classes[o['category_id']] in a.record.per_class or o.get('iscrowd')]
     if kind == 'segm' and any(not o.get('segmentation') for o in scored):
         raise UserError(f'{file}: there are objects without a mask (segmentation)\nCompare boxes: --kind bbox.')
-    # Ids may be texts, or 0, which pycocotools takes for "no match".
-    objects = [{**o, 'id': i, 'iscrowd': int(o.get('iscrowd') or 0)} for i, o in enumerate(scored, 1)]
-    folder = Path(parts[0].get('data_root') or '', (parts[0].get('data_prefix') or {}).get('img') or '')
     return Objects(
-        _index(data['images'], data['categories'], objects),
-        {image['id']: image for image in data['images']},
-        folder,
-        classes,
+        CocoIndex({**data, 'annotations': scored}), {image['id']: image for image in data['images']}, folder, classes
     )
-
-
-def _index(images: list[dict], categories: list[dict], annotations: list[dict]) -> COCO:
-    api = COCO()
-    api.dataset = dict(images=images, categories=categories, annotations=annotations)
-    with contextlib.redirect_stdout(io.StringIO()):
-        api.createIndex()
-    return api
 
 
 def open_detections(result: Result, objects: Objects, kind: str, min_score: float) -> COCO:
@@ -220,32 +208,21 @@ def open_detections(result: Result, objects: Objects, kind: str, min_score: floa
             f'{file}: detections are in images or of categories that the annotations do not have: ids '
             f'{format_list(sorted(strange, key=str))}\nName the data of the test with --data-root DIR.'
         )
-    return _index(
-        objects.api.dataset['images'],
-        objects.api.dataset['categories'],
-        [{**detection, 'id': i} for i, detection in enumerate(sure, 1)],
-    )
+    return CocoIndex({**objects.api.dataset, 'annotations': sure})
 
 
 def _detection(entry: dict, objects: Objects, kind: str) -> dict:
     """A validated detection for pycocotools, which checks nothing."""
-    x, y, width, height = map(float, entry['bbox'])
-    found = dict(
-        image_id=entry['image_id'],
-        category_id=entry['category_id'],
-        score=float(entry['score']),
-        iscrowd=0,
-        bbox=[x, y, width, height],
-        area=width * height,
-    )
+    found = dict(image_id=entry['image_id'], category_id=entry['category_id'], score=float(entry['score']), iscrowd=0)
     image = objects.images.get(entry['image_id'])
     if kind == 'segm' and image:
         mask = entry['segmentation']
         wrong = coco.mask_error(mask, image['height'], image['width'])
         if wrong or isinstance(mask, list):
             raise ValueError(wrong or 'a mask of polygons')
-        found.update(segmentation=mask, area=float(masks.area(mask)))
-    return found
+        return found | dict(segmentation=mask, bbox=masks.toBbox(mask).tolist(), area=float(masks.area(mask)))
+    x, y, width, height = map(float, entry['bbox'])
+    return found | dict(bbox=[x, y, width, height], area=width * height)
 
 
 def match(objects: Objects, detections: COCO, ids: Sequence[int | str], kind: str) -> dict[int | str, Matches]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
@@ -270,7 +271,10 @@ def _label_maps(rows: Sequence[tuple[ReportRow, Path]], data: SplitFiles, album:
 
 
 def _objects(rows: Sequence[tuple[ReportRow, Path]], data: SplitFiles, album: Album) -> list[Example]:
-    written = json.loads((data.root / str(data.annotations)).read_bytes())
+    from replk_mm.data.coco import invalidate_cache, read_annotations
+
+    written: Any = read_annotations(data.root / str(data.annotations), data.root / data.images)
+    invalidate_cache()
     ids = {str(image['file_name']): image['id'] for image in written['images']}
     classes = {category['id']: str(category['name']) for category in written['categories']}
     order = sorted(classes)
@@ -321,13 +325,13 @@ def _by_image(things: Iterable[dict]) -> dict[Any, list[dict]]:
 
 def _object(thing: Mapping[str, Any], order: Sequence[Any], size: tuple[int, ...]) -> dict[str, Any]:
     """A COCO object as :func:`replk_mm.visualize.draw_instances` takes it."""
-    x, y, width, height = map(float, thing['bbox'])
-    found: dict[str, Any] = dict(label=order.index(thing['category_id']), box=[x, y, x + width, y + height])
+    found: dict[str, Any] = dict(label=order.index(thing['category_id']))
     if 'score' in thing:
         found['score'] = float(thing['score'])
     if thing.get('segmentation'):
         found['mask'] = _mask(thing['segmentation'], *size)
-    return found
+    x, y, width, height = map(float, thing['bbox'] if 'bbox' in thing else cv2.boundingRect(found['mask'].astype('u1')))
+    return found | dict(box=[x, y, x + width, y + height])
 
 
 def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:

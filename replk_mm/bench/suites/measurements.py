@@ -48,6 +48,7 @@ from replk_mm.engine.record import environment_info as environment  # noqa: F401
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
 from replk_mm.ops import prepack
+from replk_mm.text import in_percent
 
 #: The metric that ranks rows, with its unit: the first that a test reports.
 PRIMARY_METRICS = {'mIoU': '%', 'coco/bbox_mAP': 'AP'}
@@ -117,7 +118,7 @@ def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluatio
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Metrics in percent, also of COCO; None for values that are not finite, as AP of an absent object size."""
     return {
-        name: (100 * value if 'mAP' in name else value) if math.isfinite(value) else None
+        name: in_percent(name, value) if math.isfinite(value) else None
         for name, value in metrics.items()
         if isinstance(value, (int, float)) and name not in ('data_time', 'time')
     }
@@ -253,7 +254,7 @@ def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             if key in line and 'loss' not in line:
                 name = key
                 # where epochs are counted, the step of a validation is its epoch
-                metric[epochs.get(step, step)] = line[key] * (100 if 'mAP' in key else 1)
+                metric[epochs.get(step, step)] = in_percent(key, line[key])
     if not loss:
         raise UserError(f'{folder}: no log of a training (vis_data/scalars.json)')
     best = max(metric, key=lambda step: metric[step], default=None)

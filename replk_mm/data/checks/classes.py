@@ -10,7 +10,7 @@ from mmengine.config import Config
 from replk_mm.data.class_heads import classes_per_head, constant_heads
 from replk_mm.data.classes import annotation_file, classes_of
 from replk_mm.data.coco import category_counts, read_annotations
-from replk_mm.data.datasets import dataset_class, is_coco_style, named_datasets
+from replk_mm.data.datasets import dataset_class, has_own_index, is_coco_style, named_datasets
 from replk_mm.data.findings import Finding, raise_for_errors
 from replk_mm.errors import UserError, did_you_mean, format_list
 
@@ -117,8 +117,7 @@ def _check_order(key: str, dataset: dict, scope: str, found: Mapping[str, int]) 
     """Report classes that mmdetection numbers in the order of the file, not of the config."""
     names = classes_of(dataset, scope) or ()
     shared = [name for name in found if name in names]
-    by_name = dataset_class(dataset, scope).COCOAPI.__module__.startswith('replk_mm.')  # type: ignore[attr-defined]
-    if by_name or shared == list(names[: len(shared)]):
+    if has_own_index(dataset, scope) or shared == list(names[: len(shared)]):
         return []
     message = f'{key}: mmdet numbers the {len(shared)} classes of this file as {format_list(shared)}, and the config '
     message += f'names {format_list(names)}; replk_mm.CocoDataset matches them by name'

@@ -1,17 +1,18 @@
 """Check a COCO-style annotation file: all annotations, and whether the images exist."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from replk_mm.data import coco
 from replk_mm.data.checks.dataset import DatasetReport, Sample
 from replk_mm.data.checks.pairs import image_key
 from replk_mm.data.classes import annotation_file, classes_of
-from replk_mm.data.coco import Annotation, AnnotationFile, category_counts, mask_error, read_annotations
-from replk_mm.data.datasets import as_list
-from replk_mm.data.files import pick_evenly
+from replk_mm.data.datasets import as_list, has_own_index
+from replk_mm.data.files import list_names, pick_evenly
 from replk_mm.data.findings import InvalidDataError, Occurrence
 from replk_mm.errors import format_list
 
@@ -40,21 +41,26 @@ def check_annotations(
     report.labels_at = str(file)
     scoring = [m for m in metrics or () if str(m.get('type')).endswith('CocoMetric') and not m.get('format_only')]
     for metric in metrics or ():
-        if metric.get('ann_file') and Path(metric['ann_file']).resolve() != file.resolve():
+        if metric.get('ann_file') and coco.annotation_path(Path(metric['ann_file'])).resolve() != file.resolve():
             report.add('metric-file', report.key, f'the metric reads {metric["ann_file"]}, but the data set {file}')
+    folder = Path(report.root) / (prefix.get(image_key(prefix)) or '')
     try:
-        data = read_annotations(file)
+        data = coco.read_annotations(file, folder)
     except InvalidDataError as error:
         report.findings += error.findings
         return
     images, objects = data['images'], data.get('annotations', [])
     # Training also leaves out what has 'ignore'; COCO's metric does not read it.
     single = [a for a in objects if not (a.get('iscrowd') or metrics is None and a.get('ignore'))]
-    counts = category_counts({**data, 'annotations': single})
+    counts = coco.category_counts({**data, 'annotations': single})
     report.class_names = dict(enumerate(classes_of(dataset, scope) or ()))
     report.object_counts = {**dict.fromkeys(report.class_names.values(), 0), **counts}
     report.is_used = metrics is None or bool(scoring)
-    folder = Path(report.root) / (prefix.get(image_key(prefix)) or '')
+    # pycocotools itself reads the file for the metric of mmdet.
+    strict_metric = any(m.get('ann_file') and not str(m['type']).startswith('replk_mm.') for m in scoring)
+    if variants := data['variants']:
+        is_error = strict_metric or not has_own_index(dataset, scope)
+        report.add('coco-variant', file, '; '.join(variants), severity='error' if is_error else '')
     if folder.is_dir():  # a missing folder is reported elsewhere
         _find_images(report, data, folder)
     if not images or not objects and report.is_used:
@@ -65,7 +71,7 @@ def check_annotations(
     _check_repeated(report, data)
     _check_references(report, objects, 'image', {image['id'] for image in images})
     _check_references(report, objects, 'category', {category['id'] for category in data['categories']})
-    if any(metric.get('ann_file') for metric in scoring):  # then pycocotools reads the file itself
+    if strict_metric:
         of = f'of {len(objects):,} annotations'
         lost = _occurrences(objects, lambda a: '' if 'iscrowd' in a else "no 'iscrowd'")
         _report(report, 'iscrowd-missing', lost, f"{len(lost):,} {of} have no 'iscrowd'")
@@ -86,26 +92,26 @@ def _report(
         report.add(code, report.labels_at, message, severity=severity, occurrences=tuple(occurrences))
 
 
-def _occurrences(objects: Sequence[Annotation], check: Callable[[Annotation], str | None]) -> list[Occurrence]:
+def _occurrences(
+    objects: Sequence[coco.Annotation], check: Callable[[coco.Annotation], str | None]
+) -> list[Occurrence]:
     """The annotations for which ``check`` returns a message."""
     return [Occurrence(message, f'annotation {a["id"]}') for a in objects if (message := check(a))]
 
 
-def _find_images(report: DatasetReport, data: AnnotationFile, folder: Path) -> None:
-    existing: dict[Path, set[Path]] = {}  # by folder: listing one is faster than looking for every image
+def _find_images(report: DatasetReport, data: coco.AnnotationFile, folder: Path) -> None:
+    listed = functools.cache(list_names)
     absent: list[Occurrence] = []
     for image in data['images']:
         path = folder / image['file_name']
-        if path.parent not in existing:
-            existing[path.parent] = set(path.parent.iterdir()) if path.parent.is_dir() else set()
-        if path in existing[path.parent]:
+        if path.name in listed(path.parent):
             report.samples.append(Sample(str(path), stated_size=(image['width'], image['height'])))
         else:
             absent.append(Occurrence(f'no file {image["file_name"]}', f'image {image["id"]}', str(path)))
     _report(report, 'image-missing', absent, f'{len(absent):,} of {len(data["images"]):,} images are not in {folder}')
 
 
-def _check_repeated(report: DatasetReport, data: AnnotationFile) -> None:
+def _check_repeated(report: DatasetReport, data: coco.AnnotationFile) -> None:
     """Report ids, names and files that occur more than once."""
     for code, section, key in (
         ('id-repeated', 'images', 'id'),
@@ -119,14 +125,15 @@ def _check_repeated(report: DatasetReport, data: AnnotationFile) -> None:
         _report(report, code, repeated, f'{len(repeated):,} {key}s of {section} occur more than once')
 
 
-def _check_references(report: DatasetReport, objects: Sequence[Annotation], section: str, ids: set) -> None:
+def _check_references(report: DatasetReport, objects: Sequence[coco.Annotation], section: str, ids: set) -> None:
     """Report annotations of an image or category that the file lacks."""
     key = f'{section}_id'
     lost = _occurrences(objects, lambda a: '' if a[key] in ids else f'{key} {a[key]!r}')  # type: ignore[literal-required]
-    _report(report, f'{section}-unknown', lost, f'{len(lost):,} of {len(objects):,} annotations have an unknown {key}')
+    message = f'{len(lost):,} of {len(objects):,} annotations have an unknown {key} (known: {format_list(ids)})'
+    _report(report, f'{section}-unknown', lost, message)
 
 
-def _check_boxes(report: DatasetReport, data: AnnotationFile) -> None:
+def _check_boxes(report: DatasetReport, data: coco.AnnotationFile) -> None:
     """Report boxes that mmdetection ignores, or that reach beyond their image."""
     sizes = {image['id']: (image['width'], image['height']) for image in data['images']}
     objects = [a for a in data.get('annotations', ()) if a['image_id'] in sizes]
@@ -155,7 +162,7 @@ def _check_boxes(report: DatasetReport, data: AnnotationFile) -> None:
         _report(report, code, occurrences, f'{count:,} of {total:,} boxes {message}', severity)
 
 
-def _check_masks(report: DatasetReport, data: AnnotationFile, check_all: bool) -> None:
+def _check_masks(report: DatasetReport, data: coco.AnnotationFile, check_all: bool) -> None:
     """Report missing masks, and masks that pycocotools cannot decode."""
     objects = data.get('annotations', [])
     lost = _occurrences(objects, lambda a: '' if a.get('segmentation') else "no 'segmentation'")
@@ -163,5 +170,5 @@ def _check_masks(report: DatasetReport, data: AnnotationFile, check_all: bool) -
     sizes = {image['id']: (int(image['height']), int(image['width'])) for image in data['images']}
     masked = [a for a in objects if a.get('segmentation') and a['image_id'] in sizes]
     masked = masked if check_all else pick_evenly(masked)
-    bad = _occurrences(masked, lambda a: mask_error(a.get('segmentation'), *sizes[a['image_id']]))
+    bad = _occurrences(masked, lambda a: coco.mask_error(a.get('segmentation'), *sizes[a['image_id']]))
     _report(report, 'mask-undecodable', bad, f'{len(bad):,} of {len(masked):,} masks cannot be decoded')

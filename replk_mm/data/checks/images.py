@@ -42,9 +42,10 @@ def inspect_sample(sample: Sample, label_format: LabelFormat, hash_image: bool =
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)
         try:
-            size = _read_size(sample.image)
+            size = read_size(sample.image)
             result.size = size.size
-            result.findings += _check_stated_size(sample, size)
+            if sample.stated_size:
+                result.findings += check_annotated_size(sample.image, size, sample.stated_size)
             result.digest = sha256(sample.image) if hash_image else ''
         except Exception as error:  # decoders raise anything
             result.findings.append(_unreadable('image-missing', sample.image, error))
@@ -55,7 +56,8 @@ def inspect_sample(sample: Sample, label_format: LabelFormat, hash_image: bool =
                 result.findings.append(_unreadable('label-missing', sample.label, error))
             else:
                 if labels is not None:
-                    result.findings += _check_label_size(sample, size, labels) if size else []
+                    if size:
+                        result.findings += check_annotated_size(sample.image, size, labels.shape[::-1], sample.label)
                     findings, result.pixel_counts = _count_ids(sample.label, labels, label_format)
                     result.findings += findings
     return result
@@ -72,35 +74,30 @@ def _unreadable(missing: str, path: str, error: Exception) -> Finding:
     return Finding('unreadable', path, f'{what} ({error})')
 
 
-def _read_size(path: str) -> ImageSize:
+def read_size(path: str) -> ImageSize:
+    """The size of an image, which is decoded to be sure that it can be."""
     with Image.open(path) as image:
         stored, kind = image.size, image.format
         image.draft(None, (max(1, image.width // _REDUCTION), max(1, image.height // _REDUCTION)))
         image.load()
-        # Pillow itself rotates a TIFF.
-        orientation = image.getexif().get(ORIENTATION, 1) if kind != 'TIFF' else 1
+        exif = Image.Exif()  # not `getexif`, which reads XMP too: OpenCV does not
+        exif.load(image.info.get('exif', b'') if kind != 'TIFF' else b'')  # Pillow itself rotates a TIFF
+        orientation = exif.get(ORIENTATION, 1)
     orientation = orientation if orientation in range(1, 9) else 1
     return ImageSize(stored[::-1] if orientation > 4 else stored, stored, orientation)
 
 
-def _check_stated_size(sample: Sample, image: ImageSize) -> list[Finding]:
-    if sample.stated_size in (None, image.size):
-        return []
-    width, height = sample.stated_size
-    return [Finding('stated-size', sample.image, f'{image}, but {width:g}x{height:g} in the annotation file')]
-
-
-def _check_label_size(sample: Sample, image: ImageSize, labels: np.ndarray) -> list[Finding]:
-    size = labels.shape[::-1]
+def check_annotated_size(path: str, image: ImageSize, size: tuple, label: str | None = None) -> list[Finding]:
+    """Findings for the (width, height) of an annotation: of a label map, or as an annotation file states it."""
     if size == image.size:
-        # The size does not show a rotation by 180 degrees, or that of a square.
-        if image.orientation in (2, 3, 4) or image.orientation > 4 and size[0] == size[1]:
-            return [Finding('exif-orientation', sample.image, f'EXIF orientation {image.orientation}', '1')]
-        return []
-    message = f'{size[0]}x{size[1]}'
-    if size == image.stored:
-        return [Finding('exif-turned', sample.image, f'{image}, but its label map has {message}')]
-    return [Finding('size-mismatch', str(sample.label), f'{message} pixels, but its image has {image}')]
+        # The size does not show a mirrored image, a rotation by 180 degrees, or that of a square.
+        is_hidden = image.orientation != 1 and image.size == image.stored
+        return [Finding('exif-orientation', path, f'EXIF orientation {image.orientation}', '1')] if is_hidden else []
+    if label and size != image.stored:
+        return [Finding('size-mismatch', label, f'{size[0]}x{size[1]} pixels, but its image has {image}')]
+    where = 'in its label map' if label else 'in the annotation file'
+    code = 'exif-turned' if size == image.stored else 'stated-size'
+    return [Finding(code, path, f'{image}, but {size[0]:g}x{size[1]:g} {where}')]
 
 
 def _read_labels(path: str, findings: list[Finding]) -> np.ndarray | None:

@@ -10,6 +10,7 @@ from mmengine.registry import DATASETS, TRANSFORMS
 
 from replk_mm.data import cityscapes
 from replk_mm.data.checks.dataset import DatasetReport, LabelFormat, Sample
+from replk_mm.data.coco import annotation_path
 from replk_mm.data.findings import Occurrence
 from replk_mm.errors import command_line, format_list
 
@@ -32,7 +33,7 @@ def check_folders(report: DatasetReport, dataset: dict) -> None:
         report.add('data-root-missing', root, 'no such folder (the data root)')
         return
     content = f'(the data root contains: {_content(root)})'
-    if dataset.get('ann_file') and not (root / dataset['ann_file']).is_file():
+    if dataset.get('ann_file') and not annotation_path(root / dataset['ann_file']).is_file():
         report.add('annotation-file-missing', root / dataset['ann_file'], f'no such annotation file {content}')
     is_ade = report.type.endswith('ADE20KDataset')
     for key in (image_key(prefix), 'seg_map_path'):
