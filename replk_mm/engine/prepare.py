@@ -97,17 +97,14 @@ def head_class_counts(model: nn.Module) -> dict[str, int]:
 def _limits_of_resuming(cfg: Config) -> list[str]:
     """Limits of resuming this run, one line each."""
     loop, hook = cfg.train_cfg.get('type'), (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-    notes = (
-        []
-        if loop in RESUMABLE
-        else [
+    notes: list[str] = []
+    if loop not in RESUMABLE:
+        notes.append(
             Note(
                 f'resume: train_cfg.type is {loop or "not set"}: a resumed run sees its data in another order, and a '
-                f'signal '
-                f'does not save it; {" and ".join(RESUMABLE)} resume exactly'
+                f'signal does not save it; {" and ".join(RESUMABLE)} resume exactly'
             )
-        ]
-    )
+        )
     wrapper = cfg.optim_wrapper
     steps = math.lcm(
         *(part.get('accumulative_counts', 1) for part in (wrapper, *wrapper.values()) if isinstance(part, dict))

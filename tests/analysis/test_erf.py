@@ -17,7 +17,6 @@ from PIL import Image
 from tiny import ROOT, tiny  # noqa: F401 (a fixture)
 
 from replk_mm.analysis import erf_report
-from replk_mm.analysis.benchmark.baseline import use_plain_torch
 from replk_mm.analysis.erf import KIND, Erf, areas, contributions, measure_erf, paper_scale
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.replknet import RepLKNet
@@ -213,14 +212,6 @@ def test_scores_by_finite_differences(name):
         assert scores[row, column].item() == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.parametrize('name', ['RepLKNet', 'ConvNeXt'])
-def test_our_operators_and_torchs_give_equal_scores(name):
-    net, image = backbones()[name].eval(), torch.randn(1, 3, 64, 64)
-    reference = contributions(use_plain_torch(copy.deepcopy(net)).double(), image.double())[0]
-    scores = contributions(net.requires_grad_(False), image)[0]
-    assert scores.dtype == torch.float64 and (scores - reference).abs().max() < 1e-5 * reference.max()
-
-
 @pytest.mark.parametrize(
     'cfg',
     [
@@ -337,15 +328,6 @@ def test_paper_scale_depends_on_the_size_of_gradients():
     assert paper_scale(1e-20 * scores) == pytest.approx(scores / scores.max())
     assert large.min() > 0.6 and paper_scale(np.zeros((3, 3))).max() == 0
     assert paper_scale(np.array([[9.0, 99.0]])) == pytest.approx(np.array([[0.5, 1]]))
-
-
-def test_save_and_load(tmp_path, white):
-    found = measure_erf(config(type='test_erf_ones'), None, white, 33, 1, tmp_path / 'out')
-    again = Erf.load(tmp_path / 'out' / 'erf.json')
-    assert (again.scores == found.scores).all()
-    assert (again.values(), again.protocol()) == (found.values(), found.protocol())
-    record = json.loads((tmp_path / 'out' / 'erf.json').read_text())
-    assert record['values'] == found.values() and record['image_set'] == found.image_set
 
 
 def test_comparison_warnings():

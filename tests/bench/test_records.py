@@ -4,40 +4,14 @@ import json
 import math
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import report_records
 
 from replk_mm.bench import records
 from replk_mm.bench.schema import MEASUREMENTS
 
 
 def record(**changes) -> dict:
-    return {
-        **dict(
-            version=1,
-            suite='s',
-            question='',
-            row='r',
-            label='R',
-            seed=0,
-            measurement='metric',
-            status='done',
-            reason=None,
-            values={'metrics': {'mIoU': 1.5}},
-            protocol={},
-            facts={},
-            config={},
-            checkpoint=None,
-            published=None,
-            git=None,
-            environment={},
-            started='2030-01-01T00:00:00+00:00',
-            seconds=1.5,
-            files={},
-            key='k',
-        ),
-        **changes,
-    }
+    return {**report_records.record('r', 0, 'metric', dict(metrics=dict(mIoU=1.5))), 'key': 'k', **changes}
 
 
 def test_append_and_read_give_the_same(tmp_path):
@@ -92,33 +66,6 @@ def test_complaints_name_file_line_and_reason(tmp_path):
     for number, (why, complaint) in enumerate(zip([*bad, 'not JSON'], complaints[:-1], strict=True), 2):
         assert complaint.startswith(f'{path}:{number}: ') and why in complaint
     assert complaints[-1].startswith(f'{tmp_path / "absent.jsonl"}: cannot be read')
-
-
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-JSON = st.recursive(
-    LEAVES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=8,
-)
-LIKE_RECORDS = st.dictionaries(st.sampled_from(sorted(record())), JSON, max_size=3).map(lambda found: record(**found))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        LIKE_RECORDS.map(json.dumps).map(str.encode)
-        | JSON.map(json.dumps).map(str.encode)
-        | st.binary(max_size=20)
-        | st.just(b'[' * 5000),
-        max_size=4,
-    )
-)
-def test_any_lines_give_records_or_complaints(tmp_path_factory, lines):
-    path = tmp_path_factory.getbasetemp() / 'any.jsonl'
-    path.write_bytes(b'\n'.join(lines))
-    found, complaints = records.read_records([path])
-    assert all(record().keys() <= one.keys() for one in found)
-    assert all(complaint.startswith(f'{path}:') for complaint in complaints)
 
 
 def test_the_later_record_counts_but_no_failure_takes_the_place_of_a_result(tmp_path):

@@ -11,8 +11,6 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from report_records import (
     PALETTE,
@@ -226,30 +224,6 @@ def test_files_outside_of_the_work_dir_are_rejected(name, tmp_path) -> None:
     one = metric('a', 0, 50.0, files=dict(predictions=name))
     with pytest.raises(ValueError, match='not in the work dir'):
         Album({id(one): tmp_path}).place(one, 'predictions')
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_facts_and_files_cost_the_pictures_only(data, tmp_path) -> None:
-    """Texts and values of any kind where a record has names, folders and colours."""
-    anything = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(-1e300, 1e300) | st.text(),
-        lambda part: st.lists(part, max_size=3),
-        max_leaves=5,
-    )
-    root = tmp_path / 'data'
-    if not root.exists():
-        scenes(root, 1)
-        files_of(tmp_path, 'a', 0, 1)
-    known = facts(root)['data']
-    changes = data.draw(st.dictionaries(st.sampled_from(list(known)), anything | st.just('x' * 5000), max_size=3))
-    files = data.draw(
-        st.just(dict(predictions='runs/a/0/test/predictions'))
-        | st.fixed_dictionaries(dict(predictions=anything, heat_map=anything))
-    )
-    one = metric('a', 0, 50.0, files=files, facts=dict(data={**known, **changes}))
-    (tmp_path / 'one.jsonl').write_text(json.dumps(one))
-    assert 'data-value="50.0"' in render_html(load_report([tmp_path / 'one.jsonl']))
 
 
 def test_pictures_outside_the_work_dir_are_reported(tmp_path) -> None:

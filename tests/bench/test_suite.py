@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from replk_mm import published
 from replk_mm.bench import records, schema
-from replk_mm.bench.schema import Suite, SuiteRow, read_suite
+from replk_mm.bench.schema import SuiteRow, read_suite
 from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.task import utc_now
 from replk_mm.data.scenes.writer import META
@@ -163,41 +161,6 @@ def test_numbers_are_those_of_python_and_parts_may_be_merged(tmp_path):
     one, two = read_suite(path).rows
     assert one.options == dict(a=0.001, b=-200000.0, c=150.0, d='1e', e=3, g='1e3.py')
     assert two.options == {**one.options, 'e': 4}
-
-
-KEYS = st.sampled_from(
-    [*Suite.model_fields, *SuiteRow.model_fields, *schema.SuiteData.model_fields, *schema.ErfImages.model_fields]
-)
-LEAVES = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(['a', 'full', 'metric', 'x/{seed}'])
-)
-VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | LEAVES, inner, max_size=5), max_leaves=15
-)
-ROW = st.fixed_dictionaries(
-    dict(name=st.just('a'), config=st.just('c')),
-    optional=dict.fromkeys(SuiteRow.model_fields.keys() - {'name', 'config'}, VALUES),
-)
-SUITE = st.fixed_dictionaries(
-    dict(name=st.just('s'), rows=st.lists(ROW, max_size=2) | VALUES),
-    optional=dict.fromkeys(('data', 'defaults', 'question', 'path'), VALUES),
-)
-
-
-@settings(max_examples=80, deadline=None)
-@given(SUITE.map(yaml.safe_dump) | VALUES.map(yaml.safe_dump) | st.text(max_size=40))
-def test_any_file_is_a_suite_or_a_user_error(tmp_path_factory, text):
-    path = tmp_path_factory.getbasetemp() / 'any.yaml'
-    path.write_bytes(text.encode(errors='replace'))
-    try:
-        assert read_suite(path).pairs()
-    except UserError as error:
-        assert str(error).startswith(f'{path}: ')
 
 
 def test_docs_describe_the_schema():

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from replk_mm import __main__, cli
-from replk_mm.errors import BROKEN_PIPE_STATUS, USER_ERROR_STATUS, command, command_line
+from replk_mm.errors import BROKEN_PIPE_STATUS, USER_ERROR_STATUS, UserError, command, command_line
 
 
 def parse(*words: str) -> dict:
@@ -38,8 +38,11 @@ def test_dict_in_braces():
         ("a={'b': ", 'cannot parse the value of a'),
         ('a={b: 1}', 'cannot parse the value of a'),
         ('a=' + '{' * 5000, 'cannot parse the value of a'),
+        ('a={[1]}', 'cannot parse the value of a'),
+        ('a={__import__("os").system("true"): 1}', 'cannot parse the value of a'),
+        ('a={9**9**9: 1}', 'cannot parse the value of a'),
     ],
-    ids=range(4),
+    ids=range(7),
 )
 def test_unreadable(word, told, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -60,6 +63,11 @@ def test_unreadable(word, told, capsys):
 def test_command_line(program, expected, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [program])
     assert command_line('test', 'CONFIG', 'a b') == expected
+
+
+def test_messages_hold_nothing_that_a_terminal_obeys():
+    error = UserError('a class called \x1b]0;owned\x07\x9b2J \u202egnp.exe\nnext line\t\ud800')
+    assert str(error) == 'a class called \\x1b]0;owned\\x07\\x9b2J \\u202egnp.exe\nnext line\t\\ud800'
 
 
 def test_an_unknown_command_is_an_error(capsys, monkeypatch):

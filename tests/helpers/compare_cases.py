@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 from PIL import Image
 
 from replk_mm.bench.compare import results
@@ -157,13 +156,3 @@ def made_up(seed: int, images: int = 6) -> tuple[dict[str, np.ndarray], dict[str
         for found, wrong, classes in ((a, 0.5, 4), (b, 0.1 * i, 3)):
             found[f'{i:02}'] = np.where(rng.random(shape) < wrong, rng.integers(0, classes, shape), label)
     return labels, a, b
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda part: (
-        st.lists(part, max_size=3)
-        | st.dictionaries(st.sampled_from(['sky', 'IoU', 'pixels', 'root', 'images', 'iteration']), part, max_size=3)
-    ),
-    max_leaves=6,
-)

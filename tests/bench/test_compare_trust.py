@@ -1,37 +1,11 @@
-"""Results, suites and overrides made to do harm: a message each, little memory and time."""
-
-import json
+"""A result does not choose the code that a comparison runs."""
 
 import pytest
 from compare_cases import write_metrics_file
 
-from replk_mm import cli
-from replk_mm.bench import records
 from replk_mm.bench.compare.compare import compare_results
-from replk_mm.bench.compare.results import _is_trusted, read_result
+from replk_mm.bench.compare.results import _is_trusted
 from replk_mm.errors import UserError
-
-
-def test_numbers_of_many_digits(tmp_path):
-    (tmp_path / 'x.jsonl').write_text('{"version": ' + '9' * 5000 + '}\n')
-    found, complaints = records.read_records([tmp_path / 'x.jsonl'])
-    assert not found and 'not JSON' in complaints[0]
-    path = tmp_path / 'metrics.json'
-    path.write_text(
-        json.dumps(
-            dict(
-                metrics={'mIoU': 10**400},
-                per_class={'a': {'IoU': 1}},
-                config='',
-                checkpoint={},
-                protocol={},
-                data={},
-                environment={},
-            )
-        )
-    )
-    with pytest.raises(UserError, match='metrics.mIoU'):
-        read_result(str(path), 'A')
 
 
 @pytest.mark.parametrize('place', ['beside the result', 'elsewhere', 'out of a package', 'of a package that is none'])
@@ -65,18 +39,3 @@ def test_configs_of_this_project_are_run_for_a_result(tmp_path, monkeypatch):
     assert _is_trusted('configs/mine.py') and not _is_trusted('mine.py') and not _is_trusted('configs/../mine.py')
     (tmp_path / 'configs' / 'link.py').symlink_to(tmp_path / 'mine.py')
     assert not _is_trusted('configs/link.py')
-
-
-def test_messages_hold_nothing_that_a_terminal_obeys(tmp_path):
-    error = UserError('a class called \x1b]0;owned\x07\x9b2J \u202egnp.exe\nnext line\t\ud800')
-    assert str(error) == 'a class called \\x1b]0;owned\\x07\\x9b2J \\u202egnp.exe\nnext line\t\\ud800'
-
-
-@pytest.mark.parametrize('text', ['a={[1]}', 'a={__import__("os").system("true"): 1}', 'a={9**9**9: 1}'])
-def test_overrides_are_not_computed(text, capsys):
-    p = cli.parser('', 'test')
-    cli.add_config_options(p)
-    with pytest.raises(SystemExit) as info:
-        p.parse_args(['--cfg-options', text])
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert info.value.code == 2 and 'cannot parse' in said and len(said) < 300
