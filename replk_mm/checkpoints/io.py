@@ -44,8 +44,7 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
 
     Raises:
         DownloadError: If the download fails.
-        CheckpointNotFoundError: If the file does not exist.
-        UserError: If a folder does not contain the weights of exactly one model.
+        CheckpointNotFoundError: If the file does not exist, or a folder does not contain exactly one model.
     """
     name = str(checkpoint)
     if name.startswith(_HUB):

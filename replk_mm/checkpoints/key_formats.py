@@ -65,8 +65,6 @@ class KeyFormat:
 
 _OWN = KeyFormat('', '', '')
 _FINAL_NORM = (r'^norm\.', 'norm{last}.')  # the only norm of a classifier is that of the last stage
-_DINOV3 = ((r'^norms\.(\d)\.', r'norm\1.'),)  # the final norm is stored twice, as norm and norms.3
-_FLAT = (r'^(stem|stages)_', r'\1.')
 _GRN = ((r'\.grn\.weight$', '.grn.gamma'), (r'\.grn\.bias$', '.grn.beta'))
 _AUTHORS = ((r'\.dwconv\.', '.depthwise_conv.'), (r'\.pwconv([12])\.', r'.pointwise_conv\1.'))
 _TIMM = (
@@ -92,31 +90,28 @@ _TORCHVISION = (
 _TRANSFORMERS = (
     (r'^embeddings\.patch_embeddings\.', 'downsample_layers.0.0.'),
     (r'^embeddings\.layernorm\.', 'downsample_layers.0.1.'),
-    (r'^encoder\.stages\.(\d+)\.downsampling_layer\.', r'downsample_layers.\1.'),
-    (r'^encoder\.stages\.(\d+)\.layers\.', r'stages.\1.'),
-    (r'\.layernorm\.', '.norm.'),
+    (r'^(encoder\.)?stages\.(\d+)\.downsampl(ing_layer|e_layers)\.', r'downsample_layers.\2.'),
+    (r'^(encoder\.)?stages\.(\d+)\.layers\.', r'stages.\2.'),
+    (r'\.layer_?norm\.', '.norm.'),
     (r'\.layer_scale_parameter$', '.gamma'),
     *_GRN,
     *_AUTHORS,
-    (r'^layernorm\.', 'norm{last}.'),
+    (r'^layer_?norm\.', 'norm{last}.'),
     *((rf'^hidden_states_norms\.stage{i + 1}\.', f'norm{i}.') for i in range(4)),
-)
-_TRANSFORMERS_DINOV3 = (
-    (r'^stages\.(\d+)\.downsample_layers\.', r'downsample_layers.\1.'),
-    (r'^stages\.(\d+)\.layers\.', r'stages.\1.'),
-    (r'\.layer_norm\.', '.norm.'),
-    (r'^layer_norm\.', 'norm{last}.'),
 )
 #: Key names in circulation. A new family or library is one entry.
 FORMATS = (
     KeyFormat('RepLKNet', 'official', 'stages.0.blocks.0.pw1.conv.weight'),
     KeyFormat('ConvNeXt', 'mmpretrain', 'stages.0.0.depthwise_conv.weight', (_FINAL_NORM,)),
-    KeyFormat('ConvNeXt', 'official', 'stages.0.0.dwconv.weight', (*_AUTHORS, *_DINOV3, _FINAL_NORM)),
+    # DINOv3 stores the final norm as norm and as norms.3.
+    KeyFormat('ConvNeXt', 'official', 'stages.0.0.dwconv.weight', (*_AUTHORS, (r'^norms\.', 'norm'), _FINAL_NORM)),
     KeyFormat('ConvNeXt', 'timm', 'stages.0.blocks.0.conv_dw.weight', _TIMM),
-    KeyFormat('ConvNeXt', 'timm features_only', 'stages_0.blocks.0.conv_dw.weight', (_FLAT, *_TIMM)),
+    KeyFormat(
+        'ConvNeXt', 'timm features_only', 'stages_0.blocks.0.conv_dw.weight', ((r'^(st[a-z]+)_', r'\1.'), *_TIMM)
+    ),
     KeyFormat('ConvNeXt', 'torchvision', 'features.1.0.block.0.weight', _TORCHVISION),
     KeyFormat('ConvNeXt', 'transformers', 'encoder.stages.0.layers.0.dwconv.weight', _TRANSFORMERS),
-    KeyFormat('ConvNeXt', 'transformers DINOv3', 'stages.0.layers.0.depthwise_conv.weight', _TRANSFORMERS_DINOV3),
+    KeyFormat('ConvNeXt', 'transformers DINOv3', 'stages.0.layers.0.depthwise_conv.weight', _TRANSFORMERS),
 )
 _BY_ANCHOR = {form.anchor: form for form in FORMATS}
 
@@ -148,11 +143,6 @@ class FoundWeights:
         """Whether the parallel kernels of a RepLKNet are merged."""
         return any('.lkb_reparam.' in key for key in self.backbone)
 
-    @property
-    def whole_model(self) -> bool:
-        """Whether the weights are those of a whole segmentor or detector."""
-        return 'backbone' in self.prefix.split('.')
-
     def describe(self) -> str:
         """Return a short description for logs."""
         form = f'{self.family}, {"merged " if self.merged else ""}{self.format} key names' if self.family else ''
@@ -163,9 +153,7 @@ class FoundWeights:
 
 def fits(target: Tensor, source: Tensor) -> bool:
     """Whether two weights differ in dimensions of size 1 at most: a linear layer fits a 1x1 convolution."""
-    return source.shape == target.shape or (
-        source.numel() == target.numel() and source.squeeze().shape == target.squeeze().shape
-    )
+    return source.squeeze().shape == target.squeeze().shape
 
 
 def find_weights(
@@ -225,8 +213,7 @@ def _unwrapped(key: str) -> str:
 def _nests(node: Mapping, path: str = '', depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every dict in a checkpoint that contains tensors, by its path."""
     weights = {_unwrapped(str(key)): value for key, value in node.items() if isinstance(value, Tensor)}
-    weights = {key: value for key, value in weights.items() if key not in COUNTERS}
-    if weights:
+    if weights := {key: value for key, value in weights.items() if key not in COUNTERS}:
         yield path, weights
     for key, value in node.items():
         if isinstance(value, Mapping) and depth < _MAX_DEPTH:
@@ -290,9 +277,8 @@ def _is_average(one: FoundWeights, found: list[FoundWeights], checkpoint: Mappin
     stored = checkpoint.get('ema_state_dict')
     if isinstance(stored, Mapping) and 'steps' in stored:  # mmengine's hook stores the averages under 'state_dict'
         return parts[0] == 'state_dict'
-    if 'teacher' in parts:
-        return any('student' in other.prefix.split('.') for other in found)
-    return bool(_EMA.search(one.prefix))
+    is_pair = any('student' in other.prefix.split('.') for other in found)
+    return bool(_EMA.search(one.prefix)) or ('teacher' in parts and is_pair)
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -120,7 +120,8 @@ def load_pretrained(
         for key in report.unexpected
         if not (norm := _OUTPUT_NORM.match(key)) or int(norm[1] or norm[2]) in backbone.out_indices
     ]
-    print_log(f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}', logger='current')
+    summary = f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}\n{report.details()}'
+    print_log(summary.rstrip(), logger='current')
     misfits = report.missing or report.mismatched or report.unexpected
     if misfits and (strict or not report.matched):
         raise UserError(

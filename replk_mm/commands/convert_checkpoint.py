@@ -27,12 +27,7 @@ def main() -> None:
         '--trust-checkpoint', action='store_true', help='let the checkpoint run code; use only if you trust its author'
     )
     p.add_argument('--prefix', help="end of the prefix of the backbone's keys (default: detected)")
-    p.add_argument(
-        '--use-ema',
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help='of weights and their moving averages, write the averages (default: yes)',
-    )
+    p.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer averaged weights')
     args = p.parse_args()
     require_different_files(args.checkpoint, args.out)
     loaded = read_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
@@ -44,15 +39,14 @@ def main() -> None:
             f'Key names are known from: {format_list(dict.fromkeys(form.name for form in FORMATS), 9)}.'
         )
     backbone = to_official(found.backbone) if args.to == 'official' else found.backbone
-    prefix = 'backbone.' if found.whole_model else ''
-    weights = {**{prefix + key: value for key, value in backbone.items()}, **found.rest}
+    whole = 'backbone' in found.prefix.split('.')
+    weights = {**{('backbone.' if whole else '') + key: value for key, value in backbone.items()}, **found.rest}
     # Keep how the weights were merged, and the classes.
-    stored = loaded.get('meta')
-    stored = stored if isinstance(stored, dict) else {}
+    stored = loaded.get('meta') or {}
     meta = {key: stored[key] for key in ('replk_mm', 'dataset_meta', 'iter', 'seed') if key in stored}
     meta |= {'source': args.checkpoint, 'source_format': found.format}
     save_checkpoint({'meta': meta, 'state_dict': weights}, args.out)
     print(f'{args.checkpoint}: {found.describe()}')
     print(f'written: {args.out}, {len(backbone)} backbone weights, {len(found.rest)} others, {args.to} key names')
-    use = ('test', 'CONFIG', args.out) if found.whole_model else ('train', 'CONFIG', '--pretrained', args.out)
+    use = ('test', 'CONFIG', args.out) if whole else ('train', 'CONFIG', '--pretrained', args.out)
     print(f'next: {command_line(*use)}')

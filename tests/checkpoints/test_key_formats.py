@@ -134,7 +134,8 @@ def test_classifier_is_reported():
 )
 def test_formats_are_detected(name, family, form, merged):
     found = find_weights(listed(name))
-    assert (found.family, found.format, found.merged, found.whole_model) == (family, form, merged, form == 'mmpretrain')
+    assert (found.family, found.format, found.merged) == (family, form, merged)
+    assert found.prefix == ('backbone.' if form == 'mmpretrain' else '')
 
 
 @pytest.mark.parametrize('family', ['replknet31b', 'convnext_tiny'])
