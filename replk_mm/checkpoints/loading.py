@@ -132,13 +132,7 @@ def load_pretrained(
 
 
 def weights_for_training(backbone: nn.Module, found: FoundWeights, loaded: Mapping, where: str) -> dict[str, Tensor]:
-    """Return the weights of a backbone, in training form if the backbone is.
-
-    Args:
-        backbone: To load them into.
-        found: Its weights in the checkpoint.
-        loaded: The checkpoint.
-        where: Name of the file in messages.
+    """Return the weights of ``backbone`` in a checkpoint, in training form if the backbone is.
 
     Raises:
         UserError: If BatchNorm is folded into them.

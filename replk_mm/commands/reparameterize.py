@@ -1,5 +1,7 @@
 """Merge parallel kernels and fold BatchNorm of a trained checkpoint, and check that the outputs stay the same."""
 
+from pathlib import Path
+
 from replk_mm import cli
 from replk_mm.engine.config import load_config
 from replk_mm.engine.inference import reparameterize_checkpoint
@@ -24,8 +26,12 @@ def main() -> None:
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
     changes, differences = reparameterize_checkpoint(cfg, args.checkpoint, args.out, tuple(args.shape))
-    print(changes)
+    nothing = '' if changes.merged or changes.folded else 'already merged, or without BatchNorm: '
+    print(f'{nothing}{changes}')
     for difference in differences:
         print(difference)
     print(f'written: {args.out}')
+    saved = Path(args.checkpoint).with_name(Path(str(cfg.filename)).name)
+    if saved.is_file():  # with the data and the classes of the training
+        args.config = saved
     print(f'next: {cli.follow_up("test", args, args.out)}')

@@ -127,9 +127,8 @@ class Runner(MMEngineRunner):
         Args:
             filename: Path or URL. mmengine loads URLs such as s3://, in part if they do not fit.
             map_location: Device, for those URLs.
-            strict: Whether every weight must be set, for those URLs and to resume.
-            revise_keys: Patterns in the names of weights, and replacements, for the same. The default removes
-                ``module.``.
+            strict: Whether every weight must be set; for those URLs and when a run is resumed.
+            revise_keys: Patterns in the names of weights, and replacements; for the same.
 
         Raises:
             UserError: If the checkpoint does not fit; see :func:`~replk_mm.engine.inference.load_model`.

@@ -1,6 +1,7 @@
 """The commands: help, mistakes, files that must not be overwritten, the whole chain."""
 
 import json
+import shlex
 import sys
 
 import cv2
@@ -159,7 +160,11 @@ def test_commands_from_training_to_a_merged_test(tiny, tmp_path):
     assert found.returncode == 0, found.stderr
     assert '4 parallel kernels merged' in found.stdout
     assert 'equal' in found.stdout
-    found = run_tool('test', tiny.config, merged, *place, '--out', tmp_path / 'out')
+    following = shlex.split(found.stdout.splitlines()[-1].removeprefix('next: '))  # with the data of the training
+    assert following[1:] == [f'{ROOT}/tools/test.py', str(work / 'tiny.py'), str(merged)]
+    found = run_tool('reparameterize', tiny.config, merged, tmp_path / 'again.pth')
+    assert found.returncode == 0 and found.stdout.startswith('already merged')
+    found = run_tool('test', *following[2:], '--work-dir', work, '--out', tmp_path / 'out')
     assert found.returncode == 0, found.stderr
     assert 'mIoU' in found.stdout and 'next: ' in found.stdout and not found.stderr
     assert json.loads((tmp_path / 'out' / 'metrics.json').read_text())['reparameterized'] == 'in the checkpoint'
