@@ -12,7 +12,7 @@ from replk_mm.errors import command_line, printable
 
 
 class KeyValue(DictAction):
-    """mmengine's action, which also takes a dict in braces."""
+    """mmengine's action, which also takes a Python dict, and a list or tuple of dicts."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         options = dict(getattr(namespace, self.dest) or {})
@@ -22,10 +22,11 @@ class KeyValue(DictAction):
             if not given:
                 parser.error(f'argument {option_string}: {text!r:.200} is not KEY=VALUE')
             try:
-                options[key] = ast.literal_eval(value) if value.startswith('{') else self._parse_iterable(value)
+                options[key] = ast.literal_eval(value) if '{' in value else self._parse_iterable(value)
             except (ValueError, TypeError, SyntaxError, AssertionError, RecursionError, MemoryError):
                 parser.error(
                     f'argument {option_string}: cannot parse the value of {printable(key):.80}: {printable(value):.80}'
+                    + (' (write a Python dict or list, quoted for the shell)' if '{' in value else '')
                 )
         setattr(namespace, self.dest, options)
 

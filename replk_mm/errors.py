@@ -8,6 +8,7 @@ import select
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -85,8 +86,28 @@ class Stopped(KeyboardInterrupt):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's text; of one without a text, its class and the line that raised it."""
+    text = str(error).strip()
+    for place in [] if text else traceback.extract_tb(error.__traceback__)[-1:]:
+        text = f'{type(error).__name__} at {"/".join(Path(place.filename).parts[-2:])}:{place.lineno}: {place.line}'
+    return (text or type(error).__name__).splitlines()[0]
+
+
+def import_error(error: BaseException | None) -> str | None:
+    """The first cause of ``error`` if it is a failed import: a missing package, or versions that do not fit."""
+    cause = None
+    while error is not None:
+        # Any error in the body of a module: torchvision raises a RuntimeError if it was built for another torch.
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == '<module>')
+        if isinstance(error, ImportError) or any(frame.f_globals.get('__spec__') for frame in frames):
+            cause = first_line(error)
+        error = error.__cause__ or error.__context__
+    return cause
+
+
+def install_advice() -> str:
+    """What to do about a package that is missing or does not fit."""
+    return f'Install the package, or a version that fits; {command_line("doctor")} lists the installed versions.'
 
 
 @contextlib.contextmanager
@@ -110,7 +131,7 @@ def explain_errors(what: str, advice: str) -> Iterator[None]:
 
 def user_message(error: BaseException) -> str:
     """The message of ``error`` without the traceback that torch adds to errors of data workers."""
-    text = str(error)
+    text = str(error) or first_line(error)
     marker = f'{UserError.__module__}.{UserError.__qualname__}: '
     return text.rsplit(marker, 1)[-1].strip() if text.startswith('Caught ') else text
 
@@ -175,5 +196,11 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             if not _output_is_closed():
                 raise
             return BROKEN_PIPE_STATUS
+        except Exception as error:
+            failed = import_error(error)
+            if not failed or os.environ.get('REPLK_MM_TRACEBACK') == '1':
+                raise
+            _say(f'error: a package cannot be imported: {failed}\n{install_advice()}')
+            return USER_ERROR_STATUS
 
     return wrapped

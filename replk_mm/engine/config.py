@@ -14,9 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 from replk_mm.data.datasets import as_list, datasets_of, named_metrics
 from replk_mm.engine.config_errors import explain_build_errors, walk_dicts
-from replk_mm.errors import UserError, command_line, did_you_mean
+from replk_mm.errors import UserError, command_line, did_you_mean, import_error, install_advice
 from replk_mm.logs import Note
 from replk_mm.ops.cpu.direct import has_bfloat16_instructions
+
+#: Top-level fields of a config that mmengine reads.
+_FIELDS = [*inspect.signature(Runner.__init__).parameters][1:]
 
 
 def load_config(
@@ -40,11 +43,19 @@ def load_config(
     try:
         cfg = Config.fromfile(str(found))
     except Exception as error:  # a config is a program and may raise anything
+        failed = import_error(error)
         raise UserError(
-            f'{path}: the config cannot be read: {type(error).__name__}: {error}\nCheck the file and its _base_ files.'
+            f'{path}: the config cannot be read: {failed or f"{type(error).__name__}: {error}"}\n'
+            f'{install_advice() if failed else "Check the file and its _base_ files."}'
         ) from error
     if options:
         _override(cfg, options, path)
+    for key in cfg:  # variables of the user's own are far from the names of fields
+        hint = did_you_mean(key, _FIELDS, cutoff=0.88)
+        if hint and key not in _FIELDS:
+            raise UserError(
+                f'{path}: {key}: no such field\n{hint}A variable of your own needs a name less like a field.'
+            )
     for key in needs:
         if key not in cfg:
             raise UserError(
@@ -55,12 +66,18 @@ def load_config(
 
 def _override(cfg: Config, options: dict, path: str) -> None:
     """Apply ``--cfg-options``. New names are accepted, unless they are close to an existing one."""
-    known = [*cfg.keys(), *inspect.signature(Runner.__init__).parameters]
+    known = [*cfg.keys(), *_FIELDS]
     for option in options:
         top = option.partition('.')[0]
         hint = did_you_mean(top, known, cutoff=0.8)
         if hint and top not in known:
             raise UserError(f'--cfg-options {option}: {path} has no {top!r}\n{hint}')
+        node: Any = cfg
+        for key in option.split('.')[:-1]:
+            if node.get(key, ...) is None:
+                node[key] = {}  # mmengine cannot set a field of None, such as clip_grad of many schedules
+            if not isinstance(node := node.get(key), dict):
+                break
     try:
         cfg.merge_from_dict(options)
     except Exception as error:  # mmengine raises several types

@@ -2,15 +2,15 @@
 
 import inspect
 import re
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import mmengine.registry
 from mmengine.config import Config
 from mmengine.registry import Registry
 
-from replk_mm.errors import UserError, did_you_mean
+from replk_mm.errors import UserError, did_you_mean, first_line, import_error, install_advice
 
 
 @contextmanager
@@ -44,10 +44,14 @@ def _explain(cfg: Config, error: Exception, what: str) -> str:
     ]
     missing = re.match(r'(\S+) is not in the (?:\S+::)?(.+) registry', text)
     if missing:
-        field = next((path for path, part in fields if part['type'] == missing[1]), what)
-        hint = did_you_mean(missing[1], _registered(missing[2]))
-        return f'{field}.type={missing[1]!r}: unknown {missing[2]}\n' + (
-            hint or 'Check the spelling, and that the package of the type is installed.'
+        values = ((f'{path}.{key}', value) for path, part in fields for key, value in part.items())
+        field = next((path for path, value in values if value == missing[1]), f'{what}.type')
+        package, dot, _ = missing[1].partition('.')
+        if dot and find_spec(package) is None:
+            return f'{field}={missing[1]!r}: the package {package} is not installed\n{install_advice()}'
+        return f'{field}={missing[1]!r}: unknown {missing[2]}\n' + (
+            did_you_mean(missing[1], _registered(missing[2]))
+            or 'Check the spelling, and that the package of the type is installed.'
         )
     unknown = re.search(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     for path, part in fields:
@@ -57,14 +61,17 @@ def _explain(cfg: Config, error: Exception, what: str) -> str:
                 f'{path}.{unknown[2]}: {part["type"]} does not take this argument\n'
                 f'{did_you_mean(unknown[2], known)}It takes: {", ".join(known)}'
             )
-    strange = [
-        (path, part['type']) for path, part in fields if isinstance(part['type'], str) and not _known(part['type'])
-    ]
-    if isinstance(error, TypeError) and strange:  # mmengine's error for an unknown optimizer
-        return f'{strange[0][0]}.type={strange[0][1]!r}: unknown type\nCheck the spelling.'
-    if not text:  # an assertion without a message: quote its line
-        text = f'{type(error).__name__} at: {traceback.extract_tb(error.__traceback__)[-1].line}'
-    return f'{text}\nCheck ' + (f'the fields of cfg.{what}.' if whole else 'the config and --cfg-options.')
+    if failed := import_error(error):
+        return f'a package cannot be imported: {failed}\n{install_advice()}'
+    if 'not installed' in text:
+        return f'{text}\n{install_advice()}'
+    for path, part in fields:  # mmengine's error for an unknown optimizer names nothing
+        if text == 'None is not a callable object' and path.endswith('optimizer') and not _known(part['type']):
+            return f'{path}.type={part["type"]!r}: unknown type\nCheck the spelling.'
+    kind = '' if isinstance(error, (AssertionError, ValueError)) else f'{type(error).__name__}: '
+    return f'{kind if text else ""}{text or first_line(error)}\nCheck ' + (
+        f'the fields of cfg.{what}.' if whole else 'the config and --cfg-options.'
+    )
 
 
 def _registries() -> Iterator[Registry]:

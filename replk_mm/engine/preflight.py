@@ -95,7 +95,7 @@ def _naming(part: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise  # see explain_failures
-        name = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
+        name = '' if isinstance(error, UserError) or not str(error) else f'{type(error).__name__}: '
         raise UserError(
             f'dry run, {part}: {name}{user_message(error)}\nREPLK_MM_TRACEBACK=1 shows the traceback; '
             f'--no-preflight skips the dry run.'

@@ -17,6 +17,7 @@ from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import is_class_head
 from replk_mm.data.classes import use_classes
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten_schedule
+from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.resuming import RESUMABLE, resume
 from replk_mm.errors import UserError, first_line
@@ -48,9 +49,10 @@ def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
     init_gloo(cfg, device)
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     notes = prepare_data(cfg, options, ('train', 'val'))
-    if options.max_iters is not None:
-        notes += shorten_schedule(cfg, options.max_iters)
-    notes += fit_to_machine(cfg, options.amp, device, local_processes, processes)
+    with explain_build_errors(cfg, 'run'):
+        if options.max_iters is not None:
+            notes += shorten_schedule(cfg, options.max_iters)
+        notes += fit_to_machine(cfg, options.amp, device, local_processes, processes)
     model = build_model(cfg, 'meta')
     check_heads(cfg, head_class_counts(model), ('train', 'val'))
     parameters = sum(p.numel() for p in model.parameters())

@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from replk_mm.engine.inference import load_model
 from replk_mm.engine.process import is_out_of_memory
 from replk_mm.engine.resuming import adopt_settings, check_schedules, last_checkpoint, settings_of
 from replk_mm.engine.stopping import ignore_signals_in_workers
-from replk_mm.errors import UserError, format_list
+from replk_mm.errors import UserError, first_line, format_list
 from replk_mm.files import write_atomic
 from replk_mm.logs import announce, limit_terminal
 from replk_mm.wrappers import num_classes_of, unwrap_model
@@ -217,14 +218,20 @@ class Runner(MMEngineRunner):
 
 @contextmanager
 def explain_failures(cfg: Config, runner: Runner) -> Iterator[None]:
-    """Turn a full disk and a lack of memory into user errors.
+    """Turn a full disk, a lack of memory, and settings that hooks or metrics cannot use into user errors.
 
     Raises:
-        UserError: For both.
+        UserError: For all of them. The log file has the traceback of the last kind.
     """
     split = 'train' if 'train_dataloader' in cfg else 'test'
     try:
         yield
+    except (TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError) as error:
+        runner.logger.error(traceback.format_exc(), extra={'terminal': False})
+        raise UserError(
+            f'{cfg.filename}: {split} stops at iteration {runner.iter}: {type(error).__name__}: {first_line(error)}\n'
+            f'Check the config; the log file {runner.logger.log_file} has the traceback.'
+        ) from error
     except (OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             last = last_checkpoint(cfg.work_dir) if split == 'train' else None

@@ -31,18 +31,24 @@ def test_dict_in_braces():
     }
 
 
+def test_lists_of_dicts():
+    hooks = [{'type': 'EMAHook', 'momentum': 0.5}, {'type': 'EarlyStoppingHook', 'monitor': 'mIoU'}]
+    assert parse(f'custom_hooks={hooks}', "a=({'b': [1]},)") == {'custom_hooks': hooks, 'a': ({'b': [1]},)}
+
+
 @pytest.mark.parametrize(
     'word, told',
     [
         ('a', "'a' is not KEY=VALUE"),
         ("a={'b': ", 'cannot parse the value of a'),
         ('a={b: 1}', 'cannot parse the value of a'),
+        ('a=[{type:EMAHook}]', 'quoted for the shell'),
         ('a=' + '{' * 5000, 'cannot parse the value of a'),
         ('a={[1]}', 'cannot parse the value of a'),
         ('a={__import__("os").system("true"): 1}', 'cannot parse the value of a'),
         ('a={9**9**9: 1}', 'cannot parse the value of a'),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_unreadable(word, told, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -96,3 +102,13 @@ def test_a_broken_pipe_of_a_data_worker_is_an_error():
 
     with pytest.raises(BrokenPipeError):
         main()
+
+
+def test_failed_import_names_the_package_and_the_doctor(capsys):
+    @command
+    def main() -> None:
+        import no_such_package_at_all  # noqa: F401
+
+    assert main() == USER_ERROR_STATUS
+    said = capsys.readouterr().err
+    assert "No module named 'no_such_package_at_all'" in said and 'doctor' in said and 'Traceback' not in said

@@ -134,6 +134,39 @@ def test_misspelt_override_gets_a_suggestion(tmp_path):
         load_config(write(tmp_path, SMALL), {'train_dataloder.batch_size': 3})
 
 
+@pytest.mark.parametrize(
+    'name', ['optim_wraper', 'train_dataloder', 'default_hook', 'val_evaluater', 'param_schedulers']
+)
+def test_misspelt_field_is_named(name, tmp_path):
+    with pytest.raises(UserError, match=f'{name}: no such field\nDid you mean'):
+        load_config(write(tmp_path, f'{SMALL}{name} = dict()\n'))
+
+
+def test_variables_of_ones_own_are_accepted(tmp_path):
+    names = ('optimizer', 'train_pipeline', 'train_dataset', 'val_evaluator_dice', 'conv_cfg', 'max_iters', 'norm_cfg')
+    load_config(write(tmp_path, SMALL + ''.join(f'{name} = dict()\n' for name in names)))
+
+
+@pytest.mark.parametrize(('field', 'value'), [('optim_wrapper.clip_grad', 'max_norm'), ('model.neck', 'channels')])
+def test_override_sets_fields_of_none(field, value, tmp_path):
+    text = SMALL + 'optim_wrapper.update(clip_grad=None)\nmodel.update(neck=None)\n'
+    assert load_config(write(tmp_path, text), {f'{field}.{value}': 1}).get(field.split('.')[0])[
+        field.split('.')[1]
+    ] == {value: 1}
+
+
+@pytest.mark.parametrize('base', ['upernet_replk31b_ade20k.py', 'cascade-mask-rcnn_convnext-tiny_coco.py'])
+def test_child_config_can_clip_gradients(base, tmp_path):
+    child = f'_base_ = {str(ROOT / "configs" / base)!r}\noptim_wrapper = dict(clip_grad=dict(max_norm=1))\n'
+    assert load_config(write(tmp_path, child)).optim_wrapper.clip_grad == {'max_norm': 1}
+
+
+def test_missing_custom_import_is_named(tmp_path):
+    text = SMALL + "custom_imports = dict(imports=['no_such_package_at_all'], allow_failed_imports=False)\n"
+    with pytest.raises(UserError, match="cannot be read: No module named 'no_such_package_at_all'\nInstall"):
+        load_config(write(tmp_path, text))
+
+
 # -- the model --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ('options', 'named', 'suggestion'),
@@ -170,6 +203,48 @@ def test_bad_value_is_a_user_error_with_the_config_and_a_reason(options):
     with pytest.raises(UserError, match='the model cannot be built: .') as info:
         build_model(nano(options), 'meta')
     assert NANO in first_line(info)
+
+
+def test_package_of_a_type_that_is_not_installed_is_named():
+    with pytest.raises(
+        UserError, match='model.backbone.type=.no_such_package.ConvNeXt.: the package no_such_package is'
+    ):
+        build_model(nano({'model.backbone.type': 'no_such_package.ConvNeXt'}), 'meta')
+
+
+@pytest.mark.parametrize(
+    ('module', 'cause'),
+    [
+        ("raise RuntimeError('operator torchvision::nms does not exist')", 'operator torchvision::nms does not exist'),
+        ('import no_such_package_at_all', "No module named 'no_such_package_at_all'"),
+        ('from torch import no_such_name', "cannot import name 'no_such_name'"),
+        ("assert False, 'MMCV==9 is used but incompatible'", 'MMCV==9 is used but incompatible'),
+    ],
+)
+def test_import_that_fails_while_building_is_the_cause(module, cause, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(write(tmp_path, module, 'imported_late.py').rpartition('/')[0])
+    with (
+        pytest.raises(UserError, match='a package cannot be imported: ') as info,
+        explain_build_errors(nano(), 'model'),
+    ):
+        import imported_late  # noqa: F401
+    assert cause in first_line(info) and 'doctor' in str(info.value) and 'fields of' not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ('error', 'told'),
+    [
+        (TypeError('hook should be a dict, but got 42'), 'TypeError: hook should be a dict, but got 42'),
+        (KeyError('lr'), 'KeyError: lr'),
+        (RuntimeError('timm is not installed'), 'timm is not installed\nInstall'),
+        (AssertionError(), 'AssertionError at engine/test_config.py:[0-9]+: raise error'),
+    ],
+)
+def test_true_cause_is_shown(error, told):
+    """The scope of a type, such as replk_mm.CheckedLoad, may not be imported yet; its types are not unknown."""
+    cfg = nano({'custom_hooks': [dict(type='mmdet.NotImportedYet')]})
+    with pytest.raises(UserError, match=f'the run cannot be built: {told}'), explain_build_errors(cfg, 'run'):
+        raise error
 
 
 # -- shortening -------------------------------------------------------------------------------------------------------

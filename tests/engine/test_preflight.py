@@ -96,6 +96,15 @@ def test_a_detector(detector, tmp_path):
             dict(options={'train_dataloader.dataset.pipeline.2': dict(type='mmengine.NeedsAFile')}),
         ),
         (
+            rf'{LOSS}AssertionError at losses/.*.py:[0-9]+: assert ',  # OHEM with Dice
+            dict(
+                options={
+                    'model.decode_head.loss_decode': dict(type='DiceLoss', _delete_=True),
+                    'model.decode_head.sampler': dict(type='OHEMPixelSampler', thresh=0.7),
+                }
+            ),
+        ),
+        (
             rf'{LOSS}ValueError: Expected more than 1 value per channel',
             dict(options={'train_dataloader.batch_size': 1}),
         ),
@@ -105,6 +114,20 @@ def test_preflight_names_the_failing_part(tiny, tmp_path, said, changes):
     with pytest.raises(UserError, match=f'^{said}'):
         run(tiny, tmp_path, **changes)
     assert not list(tmp_path.glob('*.pth')), 'nothing was trained, and nothing is left of the checkpoint'
+
+
+@pytest.mark.parametrize(
+    ('options', 'told'),
+    [
+        ({'log_processor.window_size': 'ten'}, 'AssertionError: The type of window size'),
+        ({'visualizer': None, 'default_hooks.logger.interval': 'two'}, 'TypeError: '),
+        ({'log_processor.custom_cfg': [dict(data_src='loss', method_name='media', window_size=2)]}, 'media'),
+    ],
+)
+def test_setting_that_a_hook_cannot_use_is_a_user_error(tiny, tmp_path, options, told):
+    with pytest.raises(UserError, match=told) as info:
+        tiny.train(tmp_path, 2, options)
+    assert str(tiny.config) in str(info.value).splitlines()[0]
 
 
 def test_a_disk_that_is_full(tiny, tmp_path, monkeypatch):

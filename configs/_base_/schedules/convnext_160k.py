@@ -7,7 +7,6 @@ optim_wrapper = dict(
     # one learning rate per stage; no weight decay for biases, norms and layer scales
     constructor='replk_mm.LayerDecayOptimizerConstructor',
     paramwise_cfg=dict(decay_rate=0.9, decay_type='stage_wise', num_layers=12),
-    clip_grad=None,
 )
 # images per iteration on all GPUs that lr is for
 auto_scale_lr = dict(enable=True, base_batch_size=16)

@@ -10,6 +10,5 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=3e-3, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0),
-    clip_grad=None,
 )
 auto_scale_lr = dict(enable=False, base_batch_size=4)

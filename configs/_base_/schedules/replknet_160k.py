@@ -3,7 +3,6 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0),
-    clip_grad=None,
 )
 # images per iteration on all GPUs that lr is for
 auto_scale_lr = dict(enable=True, base_batch_size=32)
