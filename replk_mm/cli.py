@@ -4,6 +4,7 @@ import argparse
 import ast
 import os
 import shlex
+from collections.abc import Callable
 
 from mmengine.config import DictAction
 
@@ -95,11 +96,18 @@ def follow_up(name: str, args: argparse.Namespace, *arguments: object) -> str:
     return command_line(name, *words)
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not an integer of at least 1')
-    return int(text)
+def int_at_least(smallest: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least ``smallest``."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f'{text!r} is not an integer of at least {smallest}')
+        return int(text)
+
+    return parse
+
+
+positive_int = int_at_least(1)
 
 
 def run_options(args: argparse.Namespace) -> RunOptions:

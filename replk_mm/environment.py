@@ -264,6 +264,19 @@ def describe_machine(torch: dict[str, Any] | None = None) -> dict[str, Any]:
     }
 
 
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout that this package runs from, and whether files differ from it; None outside of one."""
+
+    def ask(*arguments: str) -> str:
+        command = ['git', '--no-optional-locks', '-C', str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if Path(ask('rev-parse', '--show-toplevel')).resolve() == ROOT:
+            return dict(commit=ask('rev-parse', 'HEAD'), dirty=bool(ask('status', '--porcelain')))
+    return None
+
+
 # -- probes -----------------------------------------------------------------------------------------------------------
 def probe_torch() -> dict[str, Any]:
     """Version, threads and devices of torch."""

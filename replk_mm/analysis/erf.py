@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from replk_mm.analysis.benchmark.baseline import randomize_constants
+from replk_mm.analysis.benchmark.case import randomize_constants
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.data.datasets import as_list
@@ -280,7 +280,7 @@ def measure_erf(
         pretrained: File of a backbone's weights, such as an ImageNet classifier's.
         seed: Seed of random weights.
         randomize: Also randomize norms and layer scales, see
-            :func:`replk_mm.analysis.benchmark.baseline.randomize_constants`.
+            :func:`replk_mm.analysis.benchmark.case.randomize_constants`.
         progress: Show a progress bar on standard error.
 
     Raises:

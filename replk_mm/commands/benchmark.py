@@ -22,17 +22,6 @@ from replk_mm.engine.process import keep_freed_memory, prepare_work_dir, select_
 from replk_mm.errors import command
 
 
-def int_at_least(smallest: int) -> Callable[[str], int]:
-    """A type for argparse: an integer of at least ``smallest``."""
-
-    def parse(text: str) -> int:
-        if int(text) < smallest:
-            raise argparse.ArgumentTypeError(f'{text} is less than {smallest}')
-        return int(text)
-
-    return parse
-
-
 def list_of(*choices: str) -> Callable[[str], list[str]]:
     """A type for argparse: names among ``choices``, separated by commas."""
 
@@ -52,13 +41,13 @@ def parse_args() -> argparse.Namespace:
     common.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     common.add_argument(
         '--repeats',
-        type=int_at_least(MIN_ROUNDS),
+        type=cli.int_at_least(MIN_ROUNDS),
         default=15,
         metavar='N',
         help='largest number of measured rounds (default: 15)',
     )
     common.add_argument(
-        '--warmup', type=int_at_least(0), default=2, metavar='N', help='largest number of warm-up rounds (default: 2)'
+        '--warmup', type=cli.int_at_least(0), default=2, metavar='N', help='at most so many warm-up rounds (default: 2)'
     )
     common.add_argument(
         '--seconds',

@@ -1,24 +1,172 @@
-"""One case of a benchmark as plain data, and its peak memory in a process of its own."""
+"""One case of a benchmark: its config, its networks (ours, and those of plain torch), its peak memory."""
 
 import contextlib
+import copy
 import io
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 import torch.nn as nn
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, init_default_scope
 
-from replk_mm.analysis.benchmark.baseline import build_networks
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_to_bfloat16
 from replk_mm.analysis.timing import memory_growth
+from replk_mm.backbones.layers import Backbone, LayerNorm2d
 from replk_mm.backbones.sync_norm import find_pooled_batch_norm
 from replk_mm.data.datasets import crop_of
-from replk_mm.engine.config import fit_to_machine, load_config
+from replk_mm.deploy.reparameterize import Changes, reparameterize
+from replk_mm.engine.config import build_model, fit_to_machine, load_config
+from replk_mm.engine.config_errors import explain_build_errors
+from replk_mm.engine.inference import load_model
 from replk_mm.engine.process import keep_freed_memory
 from replk_mm.errors import UserError, first_line
+from replk_mm.ops import DepthwiseConv2d, prepack
+from replk_mm.registry import SCOPE
+
+#: Names of the networks in tables and records.
+PLAIN, PLAIN_TRAINING, OURS = 'plain torch', 'plain torch, training form', 'ours'
+#: Seed of random weights.
+_SEED = 0
+
+
+def build_networks(
+    cfg: Config, whole_model: bool, form: str, checkpoint: str | None = None
+) -> tuple[dict[str, nn.Module], Changes | None]:
+    """Build the networks that a benchmark compares, all with the same weights.
+
+    Args:
+        cfg: The config, fitted to this machine.
+        whole_model: Whether to build the segmentor or detector instead of its backbone alone.
+        form: ``'training'``, or ``'reparameterized'``: kernels merged and BatchNorm folded in every network except
+            :data:`PLAIN_TRAINING`.
+        checkpoint: Path of the weights. None for random weights, with random statistics of BatchNorm.
+
+    Returns:
+        :data:`PLAIN` (the baseline), :data:`PLAIN_TRAINING` if it differs from the baseline, and :data:`OURS`; and the
+        changes made by the reparameterization.
+
+    Raises:
+        UserError: If the config has no backbone, or the checkpoint does not fit or has no training form.
+    """
+    torch.manual_seed(_SEED)
+    ours = _build(cfg, cfg.model, whole_model)
+    plain = _build(cfg, _with_library_heads(cfg.model, cfg.get('default_scope', 'mmengine')), whole_model)
+    if checkpoint:
+        meta = load_model(ours, checkpoint)[1]
+        load_model(plain, checkpoint)
+        if form == 'training' and meta.get(SCOPE, {}).get('reparameterized'):
+            raise UserError(
+                f'{checkpoint}: is reparameterized; it has no training form\n'
+                f'Use --mode inference --form reparameterized, or the checkpoint that training wrote.'
+            )
+    else:
+        randomize_constants(ours, _SEED)
+        plain.load_state_dict(ours.state_dict())
+    networks, changes = {PLAIN: plain, OURS: ours}, None
+    if form == 'reparameterized':
+        before = copy.deepcopy(plain)
+        changes = reparameterize(ours, inplace=True)[1]
+        reparameterize(plain, inplace=True)
+        if changes.merged or changes.folded:
+            networks = {PLAIN: plain, PLAIN_TRAINING: use_plain_torch(before), OURS: ours}
+    use_plain_torch(plain)
+    prepack(ours)  # as evaluation does
+    return networks, changes
+
+
+def _build(cfg: Config, model: ConfigDict, whole_model: bool) -> nn.Module:
+    part = Config(
+        dict(model=copy.deepcopy(model), default_scope=cfg.get('default_scope', 'mmengine')), filename=cfg.filename
+    )
+    backbone = part.model.get('backbone')
+    if not backbone:
+        raise UserError(f'{cfg.filename}: model {part.model.get("type")} has no backbone')
+    backbone.pop('init_cfg', None)
+    if whole_model:
+        return build_model(part)
+    init_default_scope(part.default_scope)
+    with explain_build_errors(part, 'model'):
+        return MODELS.build(part.model.backbone)
+
+
+def _with_library_heads(model: Any, scope: str) -> Any:
+    """A copy of a model's config with the heads of mmseg or mmdet instead of ours, which have the same weights."""
+    if isinstance(model, (list, tuple)):
+        return [_with_library_heads(part, scope) for part in model]
+    if not isinstance(model, dict):
+        return model
+    new = ConfigDict(
+        {key: value if key == 'backbone' else _with_library_heads(value, scope) for key, value in model.items()}
+    )
+    prefix, _, name = str(new.get('type', '')).rpartition('.')
+    if prefix == SCOPE and MODELS.get(f'{scope}.{name}') is not None:
+        new['type'] = f'{scope}.{name}'
+    return new
+
+
+def use_plain_torch(net: nn.Module) -> nn.Module:
+    """Make a network use torch's own depthwise convolutions in torch's default memory layout, in place.
+
+    Norms over channels return the default layout too, as those of mmpretrain do. Ours return channels-last memory
+    otherwise, and torch's convolutions keep the layout of their input.
+    """
+    replaced: dict[int, nn.Conv2d] = {}
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, DepthwiseConv2d):
+                module._modules[name] = replaced.setdefault(id(child), _plain_convolution(child))
+        if type(module) is nn.Conv2d:
+            module.__class__ = PlainConv2d
+        elif isinstance(module, Backbone):
+            module.channels_last = False
+            for part in module.modules():
+                if isinstance(part, nn.ReLU):
+                    part.inplace = False  # as in the authors' code
+        elif isinstance(module, LayerNorm2d):
+            module.register_forward_hook(lambda module, args, output: output.contiguous())
+    for parameter in net.parameters():
+        parameter.data = parameter.data.contiguous()
+    return net
+
+
+class PlainConv2d(nn.Conv2d):
+    """torch's convolution under another type, which our blocks do not fuse with the layers after it."""
+
+
+def _plain_convolution(conv: Any) -> nn.Conv2d:
+    new: Any = PlainConv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.bias is not None,
+        device='meta',
+    )
+    new.weight, new.bias = conv.weight, conv.bias
+    return new.train(conv.training)
+
+
+@torch.no_grad()
+def randomize_constants(net: nn.Module, seed: int = 0) -> None:
+    """Randomize what is constant before training, in place: affine parameters and statistics of norms, layer scales.
+
+    A norm that is the identity, or a block scaled by 1e-6, would hide errors in it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, values in [*net.named_parameters(), *net.named_buffers()]:
+        if values.dim() != 1 or not values.is_floating_point() or values.unique().numel() > 1:
+            continue
+        noise = 0.3 * torch.randn(values.shape, generator=generator)
+        scales = name.endswith(('weight', 'gamma', 'running_var'))
+        values.copy_((1 + noise.clamp(-0.9, 2)) if scales else noise)
 
 
 @dataclass(frozen=True)
@@ -77,7 +225,7 @@ def peak_memory(case: BenchmarkCase, network: str, precision: str, keep_freed: b
 
     Args:
         case: With batch and shape.
-        network: A name from :func:`replk_mm.analysis.benchmark.baseline.build_networks`.
+        network: A name from :func:`replk_mm.analysis.benchmark.case.build_networks`.
         precision: See :class:`SyntheticBatch`.
         keep_freed: See :func:`replk_mm.engine.process.keep_freed_memory`.
 

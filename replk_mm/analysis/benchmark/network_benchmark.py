@@ -13,9 +13,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from replk_mm.analysis.benchmark import inference_engines as engines
-from replk_mm.analysis.benchmark.baseline import OURS, PLAIN, PLAIN_TRAINING, build_networks
 from replk_mm.analysis.benchmark.case import (
+    OURS,
+    PLAIN,
+    PLAIN_TRAINING,
     BenchmarkCase,
+    build_networks,
     load_case_config,
     min_batch_size,
     peak_memory,
@@ -60,7 +63,7 @@ class BenchmarkRow:
     name: str  #: name of the row
     call: Call  #: the call to time
     difference: NumericalDifference | None = None  #: from plain torch; None for plain torch itself
-    network: str = ''  #: name in :func:`replk_mm.analysis.benchmark.baseline.build_networks`; empty for other engines
+    network: str = ''  #: name in :func:`replk_mm.analysis.benchmark.case.build_networks`; empty for other engines
     precision: str = 'float32'  #: see :class:`SyntheticBatch`; for another engine its dtype
 
     @property

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from replk_mm.analysis.benchmark.baseline import OURS, PLAIN
+from replk_mm.analysis.benchmark.case import OURS, PLAIN
 from replk_mm.analysis.benchmark.numerical_difference import TOLERANCES, compare_outputs
 from replk_mm.analysis.timing import Call, matmul_gflops, print_progress, time_interleaved
 from replk_mm.errors import UserError

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -11,12 +9,11 @@ from pathlib import Path
 import torch
 
 from replk_mm.engine.record import environment_info, replace_non_finite
-from replk_mm.environment import describe_machine
+from replk_mm.environment import describe_machine, git_state
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
 from replk_mm.text import text_table
 
-_ROOT = Path(__file__).resolve().parents[3]
 _PACKAGES = ('mmsegmentation', 'mmdet', 'openvino', 'onnxruntime', 'onnx')
 #: Prefixes of the environment variables that change speed.
 _VARIABLES = (
@@ -52,7 +49,7 @@ def describe_environment(keeps_freed_memory: bool) -> dict:
     Args:
         keeps_freed_memory: Result of :func:`replk_mm.engine.process.keep_freed_memory`.
     """
-    machine = describe_machine()
+    machine, git = describe_machine(), git_state()
     installed = {distribution.metadata['Name'] for distribution in metadata.distributions()}
     return {
         **environment_info(),
@@ -63,18 +60,10 @@ def describe_environment(keeps_freed_memory: bool) -> dict:
         'torch_capability': torch.backends.cpu.get_cpu_capability(),
         'memory_gib': machine['memory_gib'],
         'keeps_freed_memory': keeps_freed_memory,
-        'commit': _commit(),
+        'commit': git and git['commit'] + ' with changes' * git['dirty'],
         'date': datetime.now(timezone.utc).isoformat('T', 'seconds'),
         'variables': {key: value for key, value in sorted(os.environ.items()) if key.startswith(_VARIABLES)},
     }
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, marked if files have changed since; None outside a checkout."""
-    if not (_ROOT / '.git').exists() or shutil.which('git') is None:
-        return None
-    command = ['git', '-C', str(_ROOT), 'describe', '--always', '--exclude=*', '--abbrev=40', '--dirty= with changes']
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def record_to_json(record: dict) -> str:

@@ -13,13 +13,14 @@ from mmengine.config import Config
 from mmengine.dist import barrier, get_rank
 
 from replk_mm import published
-from replk_mm.analysis.benchmark.baseline import OURS, randomize_constants
 from replk_mm.analysis.benchmark.case import (
+    OURS,
     BenchmarkCase,
     default_shape,
     load_case_config,
     min_batch_size,
     peak_memory,
+    randomize_constants,
     set_input_size,
 )
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch

@@ -1,9 +1,7 @@
 """The remaining tasks of a suite: reads configs, writes scenes, and leaves out finished measurements."""
 
-import contextlib
 import fcntl
 import json
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +10,6 @@ from typing import Any
 
 from mmengine.config import Config
 
-import replk_mm
 from replk_mm import published
 from replk_mm.bench import records
 from replk_mm.bench.schema import Suite, SuiteRow, fingerprint
@@ -21,6 +18,7 @@ from replk_mm.data.datasets import datasets_of
 from replk_mm.data.scenes.kinds import SCENES
 from replk_mm.data.scenes.writer import META, write_demo_data
 from replk_mm.engine.config import load_config
+from replk_mm.environment import git_state
 from replk_mm.errors import UserError
 
 #: Measurements that read images of the data set.
@@ -97,7 +95,7 @@ def remaining_tasks(suite: Suite, options: SuiteOptions) -> tuple[list[Task], li
             f'{options.work_dir}: {len(begun)} of {len(pairs)} rows and seeds exist already: {begun[0]}'
             f'{" ..." * (len(begun) > 1)}\nContinue with --resume, or choose another --work-dir DIR.'
         )
-    git = _git_state()
+    git = git_state()
     tasks, failed = list[Task](), list[tuple[Task, str]]()
     for row in {row.name: row for row, _ in pairs}.values():
         seeds = [seed for other, seed in pairs if other.name == row.name]
@@ -262,21 +260,6 @@ def _layout_of(cfg: Config) -> str:
         return 'coco'
     types = [str(dataset.get('type')) for dataset in datasets_of(cfg, ('test',))]
     return 'cityscapes' if types and types[0].endswith('CityscapesDataset') else 'ade20k'
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the repository that this package runs from, and whether files differ from it; None outside of one."""
-    root = Path(replk_mm.__file__).resolve().parents[1]
-
-    def ask(*arguments: str) -> str:
-        return subprocess.run(
-            ['git', '--no-optional-locks', '-C', str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        if Path(ask('rev-parse', '--show-toplevel')).resolve() == root:
-            return dict(commit=ask('rev-parse', 'HEAD'), dirty=bool(ask('status', '--porcelain')))
-    return None
 
 
 def row_states(suite: Suite, work_dir: Path) -> Iterator[tuple[int, SuiteRow, int, str]]:

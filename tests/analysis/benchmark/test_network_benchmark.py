@@ -11,15 +11,17 @@ from tiny import tiny  # noqa: F401 (a fixture)
 
 from replk_mm.analysis import timing
 from replk_mm.analysis.benchmark import inference_engines, network_benchmark, report
-from replk_mm.analysis.benchmark.baseline import (
+from replk_mm.analysis.benchmark.case import (
     OURS,
     PLAIN,
     PLAIN_TRAINING,
+    BenchmarkCase,
     build_networks,
+    default_shape,
+    peak_memory,
     randomize_constants,
     use_plain_torch,
 )
-from replk_mm.analysis.benchmark.case import BenchmarkCase, default_shape, peak_memory
 from replk_mm.analysis.benchmark.network_benchmark import BenchmarkSettings, NetworkBenchmark, benchmark_networks
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
 from replk_mm.backbones import ConvNeXt

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from replk_mm.analysis.benchmark import operator_benchmark, report
-from replk_mm.analysis.benchmark.baseline import OURS, PLAIN
+from replk_mm.analysis.benchmark.case import OURS, PLAIN
 from replk_mm.analysis.benchmark.operator_benchmark import COMPUTATIONS, LayerShape, benchmark_operator
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d
 
