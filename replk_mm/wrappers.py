@@ -29,13 +29,11 @@ def named_unwrapped_parameters(model: nn.Module, prefix: str = '') -> Iterator[t
 
     The names are those of the model without wrappers, also around single modules of it.
     """
-    for name, param in model.named_parameters(prefix.rstrip('.'), recurse=False):
-        yield name, param, model
-    inner = _inner_module(model)
-    children = [(prefix, inner)] if inner is not None else [(f'{prefix}{n}.', m) for n, m in model._modules.items()]
-    for name, child in children:
+    yield from ((prefix + name, param, model) for name, param in model._parameters.items() if param is not None)
+    for name, child in model._modules.items():
         if child is not None:
-            yield from named_unwrapped_parameters(child, name)
+            wrapped = child is _inner_module(model)
+            yield from named_unwrapped_parameters(child, prefix if wrapped else f'{prefix}{name}.')
 
 
 def optim_wrappers(wrapper: OptimWrapper) -> list[OptimWrapper]:

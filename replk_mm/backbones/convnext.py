@@ -119,12 +119,8 @@ class ConvNeXt(Backbone):
         frozen_stages: Number of stages to freeze, with the stem or downsampling layer before each. Defaults to 0.
         gap_before_final_norm: Apply global average pooling before the output norm, for classification; features
             are then ``(N, C)``. Defaults to True, as in mmpretrain. Dense prediction requires False.
-        with_cp: Recompute the activations of each block in the backward pass. This saves memory and takes about a third
-            more time. Defaults to False.
-        norm_eval: Keep BatchNorm layers, if there are any, in evaluation mode during training. Defaults to False.
-        out_memory_format: Memory layout of the returned features. ``'contiguous_format'`` (default) works with every
-            operator. ``'preserve_format'`` returns channels-last memory on CPUs: it copies nothing and is faster for
-            convolutional heads, but mmcv's compiled operators, such as RoIAlign, misread it.
+        with_cp: See :class:`Stage`. Defaults to False.
+        norm_eval, out_memory_format: See :class:`Backbone`. Default to False and ``'contiguous_format'``.
         init_cfg: Initialization. ``Pretrained`` loads the authors', mmpretrain's, timm's and our checkpoints. Defaults
             to a truncated normal with standard deviation 0.02 and zero biases.
 

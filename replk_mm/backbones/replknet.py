@@ -7,6 +7,7 @@ of mmpretrain, so that their checkpoints load.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.backbones.layers import Backbone, build_activation, build_norm, run_checkpointed
+from replk_mm.backbones.layers import Backbone, Stage, build_activation, build_norm
 from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
@@ -197,55 +198,15 @@ class ConvFFN(nn.Module):
 
 
 class RepLKNetStage(nn.Module):
-    """Pairs of :class:`RepLKBlock` and :class:`ConvFFN`.
+    """Pairs of :class:`RepLKBlock` and :class:`ConvFFN`, and the norm of the returned features or the identity."""
 
-    Args:
-        channels: Channels of input and output.
-        drop_path: Drop path rate of each pair.
-        kernel_size: Side of the large kernels in pixels.
-        settings: A row of :attr:`RepLKNet.arch_settings` with :attr:`RepLKNet.arch_options`.
-        merged: See :class:`ReparamLargeKernelConv`.
-        with_cp: Recompute the activations of each block in the backward pass.
-        norm_output: Return the normalized features too.
-        norm_cfg: Normalization layer.
-        act_cfg: Activation before and after the large kernels.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        drop_path: Sequence[float],
-        kernel_size: int,
-        settings: dict,
-        merged: bool,
-        with_cp: bool,
-        norm_output: bool,
-        norm_cfg: dict,
-        act_cfg: dict,
-    ) -> None:
+    def __init__(self, blocks: Stage, norm: nn.Module) -> None:
         super().__init__()
-        self.with_cp = with_cp
-        self.blocks = nn.ModuleList()
-        block_settings = {key: settings[key] for key in ('small_kernel', 'dilation', 'dw_ratio', 'shortcut')}
-        for rate in drop_path:
-            self.blocks.append(
-                RepLKBlock(
-                    channels,
-                    kernel_size,
-                    **block_settings,
-                    drop_path=rate,
-                    merged=merged,
-                    norm_cfg=norm_cfg,
-                    act_cfg=act_cfg,
-                )
-            )
-            self.blocks.append(ConvFFN(channels, settings['ffn_ratio'], rate, norm_cfg))
-        self.norm = build_norm(norm_cfg, channels) if norm_output else nn.Identity()
+        self.blocks, self.norm = blocks, norm
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the features; with ``norm_output`` a pair, the features and the normalized ones."""
-        for block in self.blocks:
-            x = run_checkpointed(block, x, self.with_cp)
+        """Return the features; with a norm a pair, the features and the normalized ones."""
+        x = self.blocks(x)
         # The norm runs here, because FSDP gathers a stage's parameters only while the stage runs.
         return x if isinstance(self.norm, nn.Identity) else (x, self.norm(x))
 
@@ -268,14 +229,10 @@ class RepLKNet(Backbone):
         out_indices: Stages whose features are returned, at strides 4, 8, 16 and 32. Defaults to all four.
         frozen_stages: -1 freezes nothing, 0 the stem, ``n`` the stem, the first ``n`` stages and the transitions
             between them. Defaults to -1.
-        norm_eval: Keep BatchNorm layers in evaluation mode during training. Defaults to False.
-        with_cp: Recompute the activations of each block in the backward pass. This saves memory and takes about a third
-            more time. Defaults to False.
+        norm_eval, out_memory_format: See :class:`Backbone`. Default to False and ``'contiguous_format'``.
+        with_cp: See :class:`Stage`. Defaults to False.
         norm_intermediate_features: Normalize the returned features, as the authors do for XL. Each of ``stages`` then
             returns a pair, its features and the normalized ones. Defaults to False.
-        out_memory_format: Memory layout of the returned features. ``'contiguous_format'`` (default) works with every
-            operator. ``'preserve_format'`` returns channels-last memory on CPUs: it copies nothing and is faster for
-            convolutional heads, but mmcv's compiled operators, such as RoIAlign, misread it.
         init_cfg: Initialization. ``Pretrained`` loads the authors', mmpretrain's and our checkpoints, merged or not,
             but not folded ones. Defaults to torch's initialization, as in the authors' code.
 
@@ -329,23 +286,26 @@ class RepLKNet(Backbone):
                 layer(width, width, 3, 2, depthwise=True),
             ]
         )
+        block = partial(
+            RepLKBlock,
+            **{key: settings[key] for key in ('small_kernel', 'dilation', 'dw_ratio', 'shortcut')},
+            merged=small_kernel_merged,
+            norm_cfg=norm_cfg,
+            act_cfg=act_cfg,
+        )
         rates = self.drop_path_rates(drop_path_rate)
         self.stages: Any = nn.ModuleList()
         self.transitions = nn.ModuleList()
         for i, width in enumerate(channels):
-            self.stages.append(
-                RepLKNetStage(
-                    width,
-                    [next(rates) for _ in range(layers[i])],
-                    kernels[i],
-                    settings,
-                    merged=small_kernel_merged,
-                    with_cp=with_cp,
-                    norm_output=norm_intermediate_features and i in self.out_indices,
-                    norm_cfg=norm_cfg,
-                    act_cfg=act_cfg,
-                )
-            )
+            blocks: list[nn.Module] = []
+            for rate in islice(rates, layers[i]):
+                blocks += [
+                    block(width, kernels[i], drop_path=rate),
+                    ConvFFN(width, settings['ffn_ratio'], rate, norm_cfg),
+                ]
+            normalized = norm_intermediate_features and i in self.out_indices
+            norm = build_norm(norm_cfg, width) if normalized else nn.Identity()
+            self.stages.append(RepLKNetStage(Stage(*blocks, with_cp=with_cp), norm))
             if i + 1 < len(channels):
                 following = channels[i + 1]
                 self.transitions.append(

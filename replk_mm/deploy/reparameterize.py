@@ -11,34 +11,34 @@ the RepLKNet paper (arXiv:2203.06717, guideline 3). In evaluation mode BatchNorm
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
+from mmcv.cnn.bricks import wrappers
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from replk_mm.backbones.layers import Backbone
 from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.backbones.sync_norm import SyncBatchNorm
 from replk_mm.checkpoints.key_formats import FOLDED
 from replk_mm.deploy.equivalence import named_batch_norms
+from replk_mm.errors import UserError
 from replk_mm.ops import DepthwiseConv2d
+from replk_mm.ops.fused import has_hooks
+from replk_mm.wrappers import unwrap_model
 
 # Subclasses may use their weight in another way (weight standardization, deformable sampling). torch also creates a
 # subclass for a convolution with a parametrized weight.
-_PLAIN_CONVOLUTIONS = {
-    'torch.nn.modules.conv.Conv1d',
-    'torch.nn.modules.conv.Conv2d',
-    'torch.nn.modules.conv.Conv3d',
-    'mmcv.cnn.bricks.wrappers.Conv2d',
-    'mmcv.cnn.bricks.wrappers.Conv3d',
-    'replk_mm.ops.depthwise.DepthwiseConv2d',
-}
+_PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d, DepthwiseConv2d)
 # The forward methods that are an affine map in evaluation mode; a subclass may override them.
 _PLAIN_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
 
@@ -68,7 +68,9 @@ def reparameterize(
 ) -> tuple[nn.Module, Changes]:
     """Merge parallel kernels and fold BatchNorm wherever that is exact in evaluation mode.
 
-    Works on any module tree, including whole segmentors and detectors. A second call changes nothing.
+    Works on any module tree, including whole segmentors and detectors. A second call changes nothing. A norm is folded
+    if the class that runs it after its convolution is known (``ConvModule``, blocks of RepLKNet), or if both are in an
+    ``nn.Sequential`` that its owner calls as a whole, which tracing by :mod:`torch.fx` shows.
 
     Args:
         model: Any module.
@@ -77,26 +79,41 @@ def reparameterize(
         inplace: Change ``model`` itself instead of a copy. Defaults to False.
 
     Returns:
-        The network in evaluation mode, and the list of changes.
+        The network in evaluation mode, without wrappers such as DDP and ``torch.compile``, and the list of changes.
+
+    Raises:
+        UserError: If FSDP shards the model.
     """
-    model = (model if inplace else copy.deepcopy(model)).eval()
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+        raise UserError(
+            'reparameterize: FSDP shards the model, so that no process has whole weights\n'
+            'Load the full state dict into a network that is not sharded.'
+        )
     changes = Changes()
-    if merge:
-        for name, module in model.named_modules():
-            if isinstance(module, ReparamLargeKernelConv) and _merge_branches(module):
-                changes.merged.append(name)
-    if fold:
+    with torch.inference_mode(False):  # its tensors could never be trained
+        model = unwrap_model(model)
+        model = (model if inplace else copy.deepcopy(model)).eval()
+        for module in list(model.modules()):
+            for name, child in module._modules.items():
+                module._modules[name] = unwrap_model(child)
         # A convolution with several parents, as in heads shared between pyramid levels, serves several norms.
         uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-        for name, norm_owner, norm_name, conv_owner, conv_name, norm_first in list(_pairs(model)):
-            norm, conv = norm_owner.get_submodule(norm_name), conv_owner.get_submodule(conv_name)
-            if uses[id(norm)] > 1 or uses[id(conv)] > 1 or not _foldable(norm, conv, norm_first):
-                continue
-            conv_owner._modules[conv_name] = _fold(norm, conv, norm_first)
-            norm_owner._modules[norm_name] = nn.Identity().eval()
-            if isinstance(norm_owner, ConvModule):
-                norm_owner.turn_on_efficient_conv_bn_eval(False)  # it needs the norm
-            changes.folded.append(f'{name}.{norm_name}'.lstrip('.'))
+        if merge:
+            for name, module in model.named_modules():
+                if _runs_as(module, ReparamLargeKernelConv) and _merge_branches(module, uses):
+                    changes.merged.append(name)
+        if fold:
+            calls = cache(partial(_calls, model))
+            for name, conv_path, norm_path, norm_first in list(_pairs(model)):
+                norm, conv = model.get_submodule(norm_path), model.get_submodule(conv_path)
+                if uses[id(norm)] > 1 or uses[id(conv)] > 1 or not _foldable(norm, conv, norm_first):
+                    continue
+                if _is_private(model, name, (conv_path, norm_path), calls):
+                    model.set_submodule(conv_path, _fold(norm, conv, norm_first))
+                    model.set_submodule(norm_path, nn.Identity().eval())
+                    if isinstance(owner := model.get_submodule(name), ConvModule):
+                        owner.turn_on_efficient_conv_bn_eval(False)  # it needs the norm
+                    changes.folded.append(norm_path)
     changes.left = [name for name, _ in named_batch_norms(model)]
     if changes.folded:
         for module in model.modules():
@@ -105,38 +122,76 @@ def reparameterize(
     return model, changes
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module, str, bool]]:
-    """Yield adjacent norms and convolutions.
+def _pairs(model: nn.Module) -> Iterator[tuple[str, str, str, bool]]:
+    """Yield convolutions and norms that one module runs one after the other.
 
-    Each is a tuple of the path, the norm's parent and name, the convolution's parent and name, and whether the norm
-    comes first.
+    Each is a tuple of the paths of that module, of the convolution and of the norm, and whether the norm comes first.
     """
     for name, module in model.named_modules():
-        if isinstance(module, ConvModule):
+        found: list[tuple[str, str, bool]] = []
+        if _runs_as(module, ConvModule):
             if module.with_norm and module.order[:2] == ('conv', 'norm') and not module.with_spectral_norm:
-                yield name, module, module.norm_name, module, 'conv', False
-        elif isinstance(module, ConvNorm):
-            yield name, module, 'bn', module, 'conv', False
-        elif type(module) is nn.Sequential:
+                found = [('conv', module.norm_name, False)]
+        elif _runs_as(module, ConvNorm):
+            found = [('conv', 'bn', False)]
+        elif _runs_as(module, nn.Sequential):
             children = list(module._modules)
-            for first, second in zip(children, children[1:], strict=False):
-                if isinstance(module._modules[second], _BatchNorm):
-                    yield name, module, second, module, first, False
-        if isinstance(module, RepLKBlock):
-            yield name, module, 'prelkb_bn', module.pw1, 'conv', True
-        elif isinstance(module, ConvFFN):
-            yield name, module, 'preffn_bn', module.pw1, 'conv', True
+            found = [(first, second, False) for first, second in zip(children, children[1:], strict=False)]
+        for cls, norm in ((RepLKBlock, 'prelkb_bn'), (ConvFFN, 'preffn_bn')):
+            if _runs_as(module, cls) and _runs_as(module.pw1, ConvNorm) and not has_hooks(module.pw1):
+                found = [('pw1.conv', norm, True)]
+        prefix = f'{name}.' if name else ''
+        yield from ((name, prefix + conv, prefix + norm, first) for conv, norm, first in found)
+
+
+def _runs_as(module: Any, cls: type[nn.Module]) -> bool:
+    """Return whether ``module`` runs the forward method of ``cls``, which a subclass or an instance may replace."""
+    return type(module).forward is cls.forward and 'forward' not in vars(module)
+
+
+class _Features(torch.fx.Proxy):
+    """Stands for a tensor or a list of tensors, whose items forward may replace."""
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+def _calls(model: nn.Module, path: str) -> list[str]:
+    """Return the paths of the modules and tensors that a module's forward uses; none if it cannot be traced."""
+    module, tracer = model.get_submodule(path), torch.fx.Tracer()
+    tracer.is_leaf_module = lambda *_: True
+    tracer.proxy = lambda node: _Features(node, tracer)
+    try:  # with a copy, in which forward may store something
+        nodes = [] if 'forward' in vars(module) else tracer.trace(copy.copy(module)).nodes
+    except Exception:  # control flow that depends on values, or whatever else proxies cannot do
+        return []
+    used = [node for node in nodes if node.op in ('call_module', 'get_attr')]
+    # ConvModule can be called without its norm.
+    names = [f'{node.target}{".conv" if node.kwargs.get("norm") is False else ""}' for node in used]
+    return [f'{path}.{name}' if path else name for name in names]
+
+
+def _is_private(model: nn.Module, name: str, members: tuple[str, ...], calls: Callable) -> bool:
+    """Return whether only the module at ``name`` uses its ``members``, as far as the forward methods can be traced."""
+    parts = name.split('.') if name else []
+    # The members of an nn.Sequential are public: the trace of its owner must show that it is called as a whole.
+    public = _runs_as(model.get_submodule(name), nn.Sequential)
+    for path in ('.'.join(parts[:i]) for i in reversed(range(len(parts)))):
+        module, used = model.get_submodule(path), calls(path)
+        if any(f'{call}.'.startswith(f'{member}.') for call in used for member in members):
+            return False
+        if public and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            if not any(f'{name}.'.startswith(f'{call}.') for call in used):
+                return False
+            public = _runs_as(module, nn.Sequential)
+    return True
 
 
 def _foldable(norm: Any, conv: Any, norm_first: bool) -> bool:
-    if not isinstance(norm, _BatchNorm) or type(norm).forward not in _PLAIN_NORMS:
+    if not isinstance(norm, _BatchNorm) or type(norm).forward not in _PLAIN_NORMS or 'forward' in vars(norm):
         return False
-    if norm.running_mean is None or conv is None:
+    if type(conv) not in _PLAIN_CONVOLUTIONS or 'forward' in vars(conv):
         return False
-    kind = type(conv)
-    if f'{kind.__module__}.{kind.__qualname__}' not in _PLAIN_CONVOLUTIONS:
-        return False
-    if conv._forward_hooks or conv._forward_pre_hooks or norm._forward_hooks or norm._forward_pre_hooks:
+    if norm.running_mean is None or has_hooks(conv, norm):
         return False
     if norm_first:
         return all(p == 0 for p in conv.padding) and conv.in_channels == norm.num_features
@@ -180,37 +235,35 @@ def _with_weights(conv: Any, weight: Tensor, bias: Tensor) -> Any:
     return new
 
 
-def _merge_branches(block: Any) -> bool:
+def _merge_branches(block: Any, uses: Counter[int]) -> bool:
     """Replace a block's branches with one convolution, if every norm is BatchNorm or the identity."""
     if block.merged:
         return False
     branches = [block.lkb_origin] + ([block.small_conv] if hasattr(block, 'small_conv') else [])
+    parts = [part for branch in branches for part in branch.modules()]
+    shared = any(uses[id(part)] > uses[id(block)] for part in parts)
+    if shared or has_hooks(*parts) or not all(_runs_as(branch, ConvNorm) for branch in branches):
+        return False
     if not all(_foldable(b.bn, b.conv, False) or isinstance(b.bn, nn.Identity) for b in branches):
         return False
-    weights, biases = [], []
-    for branch in branches:
-        conv = branch.conv if isinstance(branch.bn, nn.Identity) else _fold_double(branch)
-        weights.append(conv.weight.detach().double())
-        biases.append(
-            conv.bias.detach().double()
-            if conv.bias is not None
-            else conv.weight.new_zeros(conv.out_channels, dtype=torch.float64)
-        )
+    # In float64, so that the sum of the branches is rounded once.
+    convs = [copy.deepcopy(branch.conv).double() for branch in branches]
+    convs = [
+        c if isinstance(b.bn, nn.Identity) else _fold(b.bn, c, False) for b, c in zip(branches, convs, strict=True)
+    ]
+    weights = [conv.weight.detach() for conv in convs]
     side = weights[0].shape[-1]
     weight = torch.stack([F.pad(w, [(side - w.shape[-1]) // 2] * 4) for w in weights]).sum(0)
     large = block.lkb_origin.conv
     merged: Any = DepthwiseConv2d(large.in_channels, side, dilation=large.dilation).to(large.weight)
     with torch.no_grad():
         merged.weight.copy_(weight)
-        merged.bias.copy_(torch.stack(biases).sum(0))
+        merged.bias.copy_(
+            sum((conv.bias for conv in convs if conv.bias is not None), torch.zeros_like(weight[:, 0, 0, 0]))
+        )
     merged.requires_grad_(large.weight.requires_grad).train(block.training)
     block.lkb_reparam = merged
     for name in ('lkb_origin', 'small_conv'):
         if hasattr(block, name):
             delattr(block, name)
     return True
-
-
-def _fold_double(branch: Any) -> Any:
-    """Fold a branch's norm in float64, so that the sum of branches is rounded once."""
-    return _fold(branch.bn, copy.deepcopy(branch.conv).double(), False)

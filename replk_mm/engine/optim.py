@@ -118,18 +118,15 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             **kwargs: Arguments of mmengine's recursion; unused.
         """
         named = list(named_unwrapped_parameters(module))
-        for name, param, owner in named:
-            matrix = isinstance(owner, (nn.Linear, _ConvNd)) and name.endswith('.weight')
-            if name.endswith('_flat_param') or matrix and param.ndim == 1:
-                raise UserError(
-                    f'{name}: FSDP has flattened the parameters, so that their layers and shapes are unknown\n'
-                    f'Use fully_shard (FSDP2), which keeps them.'
-                )
-        layer_of, num_layers = self._layers(module)
-        if not layer_of.keys() <= {name for name, *_ in named}:
+        names = [name for name, *_ in named]
+        matrices = [name for name, _, owner in named if isinstance(owner, (nn.Linear, _ConvNd)) and '.weight' in name]
+        hidden = [name for name, p, _ in named if '_flat_param' in name or p.ndim == 1 and name in matrices]
+        layer_of, num_layers = ({}, 0) if hidden else self._layers(module)
+        hidden += set(layer_of).difference(names)
+        if hidden:
             raise UserError(
-                f'{type(module).__name__}: wraps a model in an unknown way, which hides the layers of its backbone\n'
-                f'Build the optimizer from the model inside, or register the wrapper in MODEL_WRAPPERS.'
+                f'{hidden[0]}: {type(module).__name__} hides the layer or the shape of this parameter\n'
+                f'Use a wrapper that keeps them, such as fully_shard instead of FSDP.'
             )
         first: dict[int, tuple[str, tuple]] = {}
         groups: dict[tuple, dict[str, Any]] = {}
@@ -163,7 +160,7 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             )
             group['params'].append(param)
             group['param_names'].append(name)
-        self._check_custom_keys([name for name, *_ in named])
+        self._check_custom_keys(names)
         params.extend(groups.values())
 
     def _layers(self, model: nn.Module) -> tuple[dict[str, int], int]:

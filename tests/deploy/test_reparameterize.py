@@ -1,19 +1,25 @@
 """Merging and folding backbones: exact, against values by hand and float64."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from mmcv.cnn import ConvModule
+from mmengine.model import Sequential
 from norms import randomize_norms
+from process_group import single_process_group
 from reparam_cases import BN, TINY, backbone, largest_gap, norms, randomized
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrize
 
 from replk_mm.backbones import ConvNeXt, RepLKNet
-from replk_mm.backbones.replknet import ConvFFN, ReparamLargeKernelConv
+from replk_mm.backbones.replknet import ConvFFN, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import reparameterize
+from replk_mm.errors import UserError
 from replk_mm.ops import DepthwiseConv2d
 
 
@@ -192,18 +198,12 @@ def parametrized():
     return module
 
 
-def hooked():
-    module = conv()
-    module.register_forward_hook(lambda *args: args[-1] * 2)
-    return module
-
-
 LEFT = {
     'another convolution class': lambda: nn.Sequential(WeightFlip(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
     'weight standardization': lambda: ConvModule(4, 4, 3, padding=1, conv_cfg=dict(type='ConvAWS'), norm_cfg=BN),
     'parametrized weight': lambda: nn.Sequential(parametrized(), nn.BatchNorm2d(4)),
     'spectral norm': lambda: ConvModule(4, 4, 3, padding=1, norm_cfg=BN, with_spectral_norm=True),
-    'forward hook': lambda: nn.Sequential(hooked(), nn.BatchNorm2d(4)),
+    'forward hook': lambda: nn.Sequential(doubled(conv()), nn.BatchNorm2d(4)),
     'transposed convolution': lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
     'activation between': lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(4)),
     'norm in front of padding': lambda: nn.Sequential(nn.BatchNorm2d(4), conv()),
@@ -246,6 +246,198 @@ def test_folded(case):
     assert len(changes.folded) == 1 and changes.left == norms(after) == []
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     assert (after(x) - model(x)).abs().max() <= 1e-12 * model(x).abs().max()
+
+
+# what calls the convolution and the norm
+
+
+class Owner(nn.Module):
+    """Has a convolution with a norm, and runs a function of itself and the input."""
+
+    def __init__(self, run, proj=None) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(conv(), nn.BatchNorm2d(4)) if proj is None else proj
+        self.other, self.run = conv(), run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+class Reuses(nn.Sequential):
+    def forward(self, x):
+        return self[0](x) + super().forward(x)
+
+
+class NoNorm(ConvModule):
+    def forward(self, x):
+        return self.conv(x)
+
+
+def doubled(module):
+    module.register_forward_hook(lambda *args: args[-1] * 2)
+    return module
+
+
+def replaced(module):
+    module.forward = module[0].forward
+    return module
+
+
+def block_with_hook(path, kind):
+    def build():
+        model = RepLKBlock(4, 5, 3, 1, 1, True, 0.0, False, BN, dict(type='ReLU'))
+        hook = (lambda m, args: args[0] * 2) if 'pre' in kind else (lambda m, args, out: out * 2)
+        getattr(model.get_submodule(path), kind)(hook)
+        return model
+
+    return build
+
+
+def module_list():
+    return nn.ModuleList([nn.Sequential(nn.Sequential(conv(), nn.BatchNorm2d(4)))])
+
+
+def conv_module():
+    return ConvModule(4, 4, 3, padding=1, norm_cfg=BN)
+
+
+EXPOSED = {
+    'called by index': lambda: Owner(lambda m, x: m.proj[0](x) + m.proj(x)),
+    'called by its parent': lambda: Owner(lambda m, x: m.proj.proj[0](x) + m.proj(x), Owner(lambda m, x: m.proj(x))),
+    'weight read': lambda: Owner(lambda m, x: nn.functional.conv2d(x, m.proj[0].weight, padding=1) + m.proj(x)),
+    'norm of two convolutions': lambda: Owner(lambda m, x: m.proj[1](m.other(x)) + m.proj(x)),
+    'sliced': lambda: Owner(lambda m, x: m.proj[:1](x) + m.proj(x)),
+    'nested, by index': lambda: Owner(lambda m, x: m.proj[0][0][0](x) + m.proj[0](x), module_list()),
+    'owner that cannot be traced': lambda: Owner(lambda m, x: m.proj(x) if x.sum() > 1e9 else m.proj[0](x)),
+    'owner with its own forward': lambda: Owner(
+        lambda m, x: m.proj(x), replaced(nn.Sequential(conv(), nn.BatchNorm2d(4)))
+    ),
+    'subclass of Sequential': lambda: Reuses(conv(), nn.BatchNorm2d(4)),
+    'subclass of ConvModule': lambda: NoNorm(4, 4, 3, padding=1, norm_cfg=BN),
+    'convolution of ConvModule': lambda: Owner(lambda m, x: m.proj.conv(x) + m.proj(x), conv_module()),
+    'ConvModule without its norm': lambda: Owner(lambda m, x: m.proj(x, norm=False) + m.proj(x), conv_module()),
+}
+
+
+@pytest.mark.parametrize('case', EXPOSED)
+def test_convolutions_with_another_user_are_left_alone(case):
+    model = randomize_norms(EXPOSED[case]()).eval()
+    after, changes = reparameterize(model)
+    assert changes.folded == [] and changes.left == norms(model)
+    x = torch.randn(1, 4, 6, 6)
+    assert torch.equal(after(x), model(x))
+
+
+WHOLE = {
+    'owner': lambda: Owner(lambda m, x: m.proj(x) + m.other(x)),
+    'hook of the pair': lambda: Owner(lambda m, x: m.proj(x), doubled(nn.Sequential(conv(), nn.BatchNorm2d(4)))),
+    'subclass of Sequential': lambda: Owner(lambda m, x: m.proj(x), Sequential(conv(), nn.BatchNorm2d(4))),
+    'nested in lists': lambda: Owner(lambda m, x: sum(each(x) for each in m.proj), module_list()),
+    'nested, by its parent': lambda: Owner(lambda m, x: m.proj[0][0](x), module_list()),
+    'list of features': lambda: Owner(lambda m, x: m.proj([x])[0], Owner(lambda m, x: replace_item(x, m.proj))),
+    'owner that cannot be traced': lambda: Owner(lambda m, x: m.proj(x) if x.sum() > 1e9 else m.proj(x), conv_module()),
+}
+
+
+def replace_item(features, module):
+    features[0] = module(features[0])
+    return features
+
+
+@pytest.mark.parametrize('case', WHOLE)
+def test_pairs_that_are_called_as_a_whole_are_folded(case):
+    model = randomize_norms(WHOLE[case]()).double().eval()
+    after, changes = reparameterize(model)
+    assert len(changes.folded) == 1 and norms(after) == changes.left == []
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    assert (after(x) - model(x)).abs().max() <= 1e-12 * model(x).abs().max()
+
+
+@pytest.mark.parametrize(
+    'path, kind, merged, left',
+    [
+        ('pw1', 'register_forward_pre_hook', 1, ['prelkb_bn']),
+        ('large_kernel.lkb_origin', 'register_forward_hook', 0, []),
+        ('large_kernel.small_conv.bn', 'register_forward_hook', 0, ['large_kernel.small_conv.bn']),
+        ('large_kernel', 'register_forward_hook', 1, []),
+        ('pw2', 'register_forward_hook', 1, []),
+    ],
+)
+def test_hooks_keep_their_place(path, kind, merged, left):
+    model = randomize_norms(block_with_hook(path, kind)()).double().eval()
+    after, changes = reparameterize(model)
+    assert len(changes.merged) == merged and changes.left == left
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    assert (after(x) - model(x)).abs().max() <= 1e-12 * model(x).abs().max()
+
+
+def test_a_branch_with_another_user_is_not_merged():
+    model = randomize_norms(RepLKBlock(4, 5, 3, 1, 1, True, 0.0, False, BN, dict(type='ReLU'))).eval()
+    model.borrowed = model.large_kernel.small_conv
+    after, changes = reparameterize(model)
+    assert changes.merged == [] and hasattr(after.large_kernel, 'small_conv')
+
+
+# wrappers and modes
+
+
+class Net(nn.Module):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+compiled = partial(torch.compile, backend='eager')
+ddp = nn.parallel.DistributedDataParallel
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        ddp,
+        compiled,
+        nn.DataParallel,
+        checkpoint_wrapper,
+        lambda model: compiled(ddp(model)),
+        lambda model: Net(ddp(model)),
+        lambda model: Net(compiled(model)),
+    ],
+)
+def test_wrapped_models(wrap, inplace):
+    model, x = backbone().eval(), torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    with single_process_group():
+        wrapped = wrap(model)
+        after, changes = reparameterize(wrapped, inplace=inplace)
+        assert len(changes.merged) == 5 and norms(after) == changes.left == []
+        assert not [name for name in after.state_dict() if '_orig_mod' in name or 'module' in name]
+        assert largest_gap(expected, after(x)) <= 1e-5
+        assert inplace or norms(wrapped)
+
+
+@pytest.mark.parametrize('build', [fully_shard, partial(FullyShardedDataParallel, device_id=torch.device('cpu'))])
+def test_sharded_models_are_rejected(build):
+    with single_process_group(), pytest.raises(UserError, match='FSDP.*\n.*full state dict'):
+        reparameterize(Net(build(backbone())))
+
+
+@pytest.mark.parametrize('built_inside', [False, True])
+@pytest.mark.parametrize('inplace', [False, True])
+def test_inference_mode_gives_a_network_that_trains(built_inside, inplace):
+    with torch.inference_mode(built_inside):
+        model = backbone()
+    with torch.inference_mode():
+        after, _ = reparameterize(model, inplace=inplace)
+    changed = [p for name, p in after.named_parameters() if 'lkb_reparam' in name or 'pw1' in name]
+    assert changed and not any(p.is_inference() for p in (changed if inplace else after.parameters()))
+    if not built_inside or not inplace:
+        sum(o.square().mean() for o in after.train()(torch.randn(2, 3, 64, 64))).backward()
+        assert all(p.grad is not None for p in after.parameters())
 
 
 def test_group_norm_stays():
