@@ -1,0 +1,102 @@
+"""mmsegmentation's and mmdetection's own inference with our configs and checkpoints, in processes that do not import us."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import tiny, tool_environment, trained  # noqa: F401
+from tiny_detector import detector, trained_detector  # noqa: F401
+
+from replk_mm.engine.inference import reparameterize_checkpoint
+
+# ruff: noqa: F811 (fixtures that come from another file)
+pytestmark = pytest.mark.slow
+SEGMENTATION = """
+import json, sys
+from mmengine.runner import load_checkpoint
+from mmseg.apis import MMSegInferencer, inference_model, init_model
+image, given, saved, trained, merged = sys.argv[1:]
+assert not any(name.startswith('replk_mm') for name in sys.modules)
+maps = {'init_model': inference_model(init_model(given, trained, device='cpu'), image).pred_sem_seg.data.flatten()}
+for name, config in dict(given=given, saved=saved, inside=None).items():
+    maps[name] = MMSegInferencer(config, trained, device='cpu')(image, show=False)['predictions'].flatten()
+found = {name: [int(value) for value in map] for name, map in maps.items()}
+for name, run in dict(init=lambda: init_model(given, merged, device='cpu'),
+                      inferencer=lambda: MMSegInferencer(saved, merged, device='cpu')).items():
+    try:
+        found[name] = repr(run())
+    except Exception as error:
+        found[name] = f'{type(error).__name__}: {error}'
+from replk_mm.reparam import reparameterize
+model, _ = reparameterize(init_model(given, device='cpu'), inplace=True)
+load_checkpoint(model, merged)
+found['merged'] = [int(value) for value in inference_model(model, image).pred_sem_seg.data.flatten()]
+print(json.dumps(found))
+"""
+
+
+def run(program: str, folder, *args) -> dict:
+    """Run a program in a folder outside of the repository; its last line is JSON."""
+    ran = subprocess.run(
+        [sys.executable, '-c', program, *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=tool_environment(),
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert 'is not installed' not in ran.stderr + ran.stdout
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_segmentation(tiny, trained, tmp_path):
+    reparameterize_checkpoint(tiny.cfg(), str(trained), tmp_path / 'merged.pth')
+    image = min((tiny.data / 'images' / 'validation').iterdir())
+    saved = trained.with_name(tiny.config.name)
+    found = run(SEGMENTATION, tmp_path, image, tiny.config, saved, trained, tmp_path / 'merged.pth')
+    expected = found.pop('init_model')
+    assert len(set(expected)) > 1 and len(expected) == 64 * 64
+    assert found['given'] == found['saved'] == found['inside'] == expected
+    assert np.mean(np.array(found['merged']) == expected) > 0.999
+    for name in ('init', 'inferencer'):
+        assert found[name].startswith('UserError: RepLKNet: the weights are in the form merge=True, fold=True')
+
+
+DETECTION = """
+import json, sys
+from mmdet.apis import DetInferencer, inference_detector, init_detector
+image, saved, trained, merged = sys.argv[1:]
+assert not any(name.startswith('replk_mm') for name in sys.modules)
+model = init_detector(saved, trained, device='cpu')
+found = {'init_detector': inference_detector(model, image).pred_instances.scores.tolist()}
+for name, config in dict(saved=saved, inside=None).items():
+    run = DetInferencer(config, trained, device='cpu', show_progress=False)
+    found[name] = run(image, no_save_vis=True)['predictions'][0]['scores']
+for name, run in dict(init=lambda: init_detector(saved, merged, device='cpu'),
+                      inferencer=lambda: DetInferencer(saved, merged, device='cpu')).items():
+    try:
+        found[name] = repr(run())
+    except Exception as error:
+        found[name] = f'{type(error).__name__}: {error}'
+print(json.dumps(found))
+"""
+
+
+def test_detection(detector, trained_detector, tmp_path):
+    reparameterize_checkpoint(detector.cfg(), str(trained_detector), tmp_path / 'merged.pth')
+    image = min((detector.data / 'val2017').iterdir())
+    saved = trained_detector.with_name(detector.config.name)
+    found = run(DETECTION, tmp_path, image, saved, trained_detector, tmp_path / 'merged.pth')
+    expected = found.pop('init_detector')
+    assert len(expected) > 1 and found['saved'] == found['inside'] == expected
+    for name in ('init', 'inferencer'):
+        assert found[name].startswith('UserError: RepLKNet: the weights are in the form merge=True, fold=True')
+
+
+def test_logs_do_not_claim_that_a_package_is_missing(tiny, trained, detector, trained_detector):
+    for last in (trained, trained_detector):
+        [log] = last.parent.glob('*/*.log')
+        assert 'Iter(train)' in log.read_text() and 'is not installed' not in log.read_text()
