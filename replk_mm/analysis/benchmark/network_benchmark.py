@@ -141,7 +141,8 @@ class NetworkBenchmark:
                 f'values\nUse --batch {smallest} or more, or --mode inference.'
             )
         for name, net in self.networks.items():
-            net.load_state_dict(self._buffers[name], strict=False)
+            for key, buffer in net.named_buffers():
+                buffer.copy_(self._buffers[name][key])
         set_input_size(self.networks.values(), shape)
         failing = explain_errors(
             f'{case.config}: {case.mode} of {size} fails', 'Try another --shape or a smaller --batch.'
