@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import os
+import re
 import select
 import shlex
 import signal
@@ -27,11 +28,11 @@ class UserError(Exception):
 
     The first line of the message says what is wrong and where; the following lines say what to do. Commands print it
     without a traceback and exit with :data:`USER_ERROR_STATUS`. Control characters are escaped, because parts of the
-    message may come from untrusted files.
+    message may come from untrusted files. Configs of packages are named ``PACKAGE::NAME.py``.
     """
 
     def __init__(self, message: str = '') -> None:
-        super().__init__(printable(message))
+        super().__init__(re.sub(r'[^\s\'"]*/(\w+)/\.mim/configs/', r'\1::', printable(message)))
 
 
 def printable(text: str) -> str:

@@ -46,6 +46,7 @@ def main() -> int:
         metavar='DIR',
         help='folder of the data set of all rows (default: as in the suite or the configs)',
     )
+    cli.add_classes(p)
     p.add_argument(
         '--jobs',
         type=cli.positive_int,
@@ -78,7 +79,7 @@ def main() -> int:
         for number, row, seed, state in plan.row_states(suite, work_dir):
             print(f'{number:4}  {row.name:{width}}  {seed:4}  {printable(state)}')
         return 0
-    options = plan.SuiteOptions(work_dir, args.resume, args.only, args.data_root, args.device)
+    options = plan.SuiteOptions(work_dir, args.resume, args.only, args.data_root, args.classes, args.device)
     try:
         failed = _run(suite, options, Settings(args.jobs, args.launcher, args.nproc))
     except KeyboardInterrupt:
@@ -91,8 +92,8 @@ def main() -> int:
 def _run(suite: Suite, options: plan.SuiteOptions, settings: Settings) -> bool:
     """Run the remaining rows and print a summary; returns whether something failed."""
     prepare_work_dir(options.work_dir)
-    tasks, failed = plan.remaining_tasks(suite, options)
-    done = len(plan.select_rows(suite, options.only)) - len(tasks) - len(failed)
+    tasks = plan.remaining_tasks(suite, options)
+    done = len(plan.select_rows(suite, options.only)) - len(tasks)
     print(
         f'{suite.name}: {len(tasks)} rows and seeds to do{f", {done} done before" if done else ""}; '
         f'results go to {options.work_dir}',
@@ -101,7 +102,7 @@ def _run(suite: Suite, options: plan.SuiteOptions, settings: Settings) -> bool:
     )
     from replk_mm.engine.record import environment_info  # imports torch
 
-    failed += SuiteRunner(settings, environment_info).run(tasks)
+    failed = SuiteRunner(settings, environment_info).run(tasks)
     for found in load_report([options.work_dir]).suites:
         print(f'\n{render_text(found)}')
     if failed:

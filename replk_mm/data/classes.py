@@ -51,13 +51,14 @@ def _check_names(names: list[str], text: str) -> list[str]:
     return names
 
 
-def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
+def use_classes(cfg: Config, text: str | Sequence[str], splits: tuple[str, ...]) -> list[str]:
     """Apply ``--classes``: set the names in every data set, and their number in every head.
 
     Args:
         cfg: Changed in place.
-        text: See :func:`parse_classes`. ``'auto'`` takes the categories of the annotation file (of the training data,
-            if it exists); for label maps, ``classes.txt`` or the ``meta.json`` of a demo in the data root.
+        text: The names, or see :func:`parse_classes`. ``'auto'`` takes the categories of the annotation file (of the
+            training data, if it exists); for label maps, ``classes.txt`` or the ``meta.json`` of a demo in the data
+            root.
         splits: Data sets that exist.
 
     Returns:
@@ -69,6 +70,8 @@ def use_classes(cfg: Config, text: str, splits: tuple[str, ...]) -> list[str]:
     class_heads.reject_stuff(cfg.model)
     if text == 'auto':
         names, source, are_ids = _find_classes(cfg, splits)
+    elif not isinstance(text, str):
+        names, source, are_ids = _check_names(list(text), ','.join(text)), 'the suite', False
     else:
         roots = {Path(dataset.get('data_root') or '.').resolve() for _, dataset in named_datasets(cfg)}
         file = Path(text)

@@ -37,8 +37,9 @@ def load_config(
     """
     found = resolve_config_path(path)
     if not found.is_file():
-        siblings = [str(p) for p in sorted(found.parent.glob('*.py'))] if found.parent.is_dir() else []
-        hint = did_you_mean(found, siblings) or f'{command_line("list_configs")} lists the configs.'
+        folder = str(Path(path)).removesuffix(found.name)  # as given, without the folder of the package
+        siblings = [f'{folder}{p.name}' for p in sorted(found.parent.glob('*.py'))]
+        hint = did_you_mean(path, siblings) or f'{command_line("list_configs")} lists the configs.'
         raise UserError(f'{path}: no such config\n{hint}')
     try:
         cfg = Config.fromfile(str(found))

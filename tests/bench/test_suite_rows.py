@@ -38,14 +38,14 @@ def _a_process_of_its_own(monkeypatch):
 
 def task_of(folder: Path, tiny, **row):  # noqa: F811
     """The task of a row with the tiny network."""
+    folder.mkdir(exist_ok=True)
     path = folder / 'suite.yaml'
     path.write_text(
         json.dumps(
             dict(name='s', data=dict(root=str(tiny.data)), rows=[{'name': 'a', 'config': str(tiny.config), **row}])
         )
     )
-    [task], failed = plan.remaining_tasks(read_suite(path), plan.SuiteOptions(folder / 'w', resume=True, device='cpu'))
-    assert not failed
+    [task] = plan.remaining_tasks(read_suite(path), plan.SuiteOptions(folder / 'w', resume=True, device='cpu'))
     return task
 
 
@@ -77,6 +77,19 @@ def test_metric_equals_that_of_the_test_command(tiny, trained, tmp_path):  # noq
     assert found.values['reparameterized']['metrics']['mIoU'] == pytest.approx(np.mean(ious), abs=0.05)
     assert found.checkpoint['trained'] is False and found.checkpoint['iteration'] == 30
     assert found.protocol['iterations'] == 30 and found.protocol['mode'] == 'whole' and found.protocol['batch'] is None
+
+
+@pytest.mark.slow
+def test_all_measurements_have_the_classes_of_the_row(tiny, tmp_path):  # noqa: F811
+    names = [f'kind {i}' for i in range(9)]  # one more than the config has
+    row = dict(iterations=1, measure=['metric', 'complexity', 'speed'], shape=[64, 64])
+    task = task_of(tmp_path, tiny, classes=names, **row)
+    assert run_task(task, measurements.TABLE, measurements.environment())
+    found = {one['measurement']: one for one in records.read_records([tmp_path / 'w'])[0]}
+    assert set(found['metric']['values']['per_class']) <= set(names)
+    assert found['metric']['facts']['data']['classes'] == names
+    plain = measurements.TABLE['complexity'](task_of(tmp_path / 'plain', tiny, **row))
+    assert found['complexity']['values']['parameters'] == plain.values['parameters'] + 2 * (8 + 1)  # two heads
 
 
 def test_data_of_another_size_is_other_data(tiny, tmp_path):  # noqa: F811

@@ -1,5 +1,7 @@
 """The remaining tasks of a suite: reads configs, writes scenes, and leaves out finished measurements."""
 
+import contextlib
+import copy
 import fcntl
 import json
 from collections.abc import Iterator, Sequence
@@ -11,15 +13,19 @@ from typing import Any
 from mmengine.config import Config
 
 from replk_mm import published
+from replk_mm.analysis.complexity import build_on_meta
 from replk_mm.bench import records
 from replk_mm.bench.schema import Suite, SuiteRow, fingerprint
-from replk_mm.bench.suites.task import Task, results_file, utc_now
+from replk_mm.bench.suites.task import Task, results_file
+from replk_mm.bench.suites.worker import in_suite_terms
+from replk_mm.data.classes import use_classes
 from replk_mm.data.datasets import datasets_of
 from replk_mm.data.scenes.kinds import SCENES
 from replk_mm.data.scenes.writer import META, write_demo_data
-from replk_mm.engine.config import load_config
+from replk_mm.engine.config import load_config, set_data_root
 from replk_mm.environment import git_state
 from replk_mm.errors import UserError
+from replk_mm.files import write_atomic
 
 #: Measurements that read images of the data set.
 _NEED_IMAGES = {'train', 'metric', 'erf', 'shape_bias'}
@@ -47,6 +53,7 @@ class SuiteOptions:
     resume: bool = False  # continue an earlier run
     only: Sequence[str] = ()  # names or patterns of rows, or numbers of pairs of row and seed; empty for all
     data_root: str | None = None  # of all rows; None for what the suite says
+    classes: str | None = None  # of all rows; None for what the suite says
     device: str | None = None  # None for a GPU if there is one
 
 
@@ -70,18 +77,17 @@ def select_rows(suite: Suite, only: Sequence[str]) -> list[tuple[SuiteRow, int]]
     return [pair for i, pair in enumerate(pairs) if i in wanted or not only]
 
 
-def remaining_tasks(suite: Suite, options: SuiteOptions) -> tuple[list[Task], list[tuple[Task, str]]]:
+def remaining_tasks(suite: Suite, options: SuiteOptions, build: bool = True) -> list[Task]:
     """The tasks of the chosen rows that are not done, with their data written.
 
     Args:
         suite: The suite.
         options: From the command line.
-
-    Returns:
-        The tasks; and those whose config cannot be read, with the reason, which is recorded.
+        build: Build each model, without memory, so that a suite fails before its first row. Defaults to True.
 
     Raises:
-        UserError: If results exist and ``resume`` is not set, or a row has changed since its training began.
+        UserError: If results exist and ``resume`` is not set, a row has changed since its training began, or the
+            config, the classes or the model of a row cannot be used.
     """
     pairs = select_rows(suite, options.only)
     begun = [
@@ -96,39 +102,48 @@ def remaining_tasks(suite: Suite, options: SuiteOptions) -> tuple[list[Task], li
             f'{" ..." * (len(begun) > 1)}\nContinue with --resume, or choose another --work-dir DIR.'
         )
     git = git_state()
-    tasks, failed = list[Task](), list[tuple[Task, str]]()
-    for row in {row.name: row for row, _ in pairs}.values():
-        seeds = [seed for other, seed in pairs if other.name == row.name]
-        for task, wrong in _tasks_of(suite, row, seeds, options, git):
-            if wrong:
-                task.append_failure(task.measures[0], utc_now(), {}, wrong)
-                failed.append((task, f'{task.measures[0]}: {wrong}'))
-            else:
-                tasks.append(task)
-    return tasks, failed
+    found = [
+        entry
+        for row in {row.name: row for row, _ in pairs}.values()
+        for entry in _tasks_of(suite, row, [seed for other, seed in pairs if other.name == row.name], options, git)
+    ]
+    for row, cfg in {task.row.name: cfg for task, _, cfg in found}.items() if build else ():
+        with _naming(suite, row, 'config'):
+            build_on_meta(copy.deepcopy(cfg))
+    return [_begin(task, definition, cfg) for task, definition, cfg in found]
+
+
+@contextlib.contextmanager
+def _naming(suite: Suite, name: str, field: str) -> Iterator[None]:
+    """Put the place in the suite file before an error."""
+    try:
+        yield
+    except UserError as error:
+        number = next(i for i, row in enumerate(suite.rows) if row.name == name)
+        raise UserError(f'{suite.path}: rows[{number}] ({name}): {field}: {in_suite_terms(str(error))}') from error
 
 
 def _tasks_of(
     suite: Suite, row: SuiteRow, seeds: list[int], options: SuiteOptions, git: dict | None
-) -> Iterator[tuple[Task, str]]:
-    """The unfinished tasks of a row, each with the error of its config."""
-    path, sha256, data_root, wrong = config_path(row, suite), None, None, ''
-    data: dict[str, Any] = {}
-    try:
+) -> Iterator[tuple[Task, dict[str, Any], Config]]:
+    """The unfinished tasks of a row, its definition and its config."""
+    path = config_path(row, suite)
+    with _naming(suite, row.name, 'config'):
         cfg = load_config(path, row.options)
-    except UserError as error:
-        wrong = str(error)
-    else:
-        data_root, data = _data_of(suite, row, cfg, options)
-        sha256 = fingerprint(_as_first_version(cfg.to_dict()))
+    sha256 = fingerprint(_as_first_version(cfg.to_dict()))
+    if options.classes is not None:
+        row = row.model_copy(update=dict(classes=options.classes))
+    data_root, data = _data_of(suite, row, cfg, options)
+    names = _set_classes(suite, row, cfg, data_root)
     # The keys of the first version's records: changing this makes --resume measure everything again.
     definition = dict(
         row=row.name,
-        config=sha256 or row.config,
+        config=sha256,
         iterations=row.iterations,
         schedule=row.schedule,
         checkpoint=row.checkpoint,
         data=data,
+        **(dict(classes=names) if names else {}),
     )
     size = dict(shape=row.shape, batch=row.batch or 0)
     extra: dict[str, dict] = dict(
@@ -161,15 +176,31 @@ def _tasks_of(
             keys={m: fingerprint([{**definition, **extra.get(m, {})}, seed, m]) for m in row.measurements()},
             pretraining=row.pretraining or (paper.pretraining if paper and row.checkpoint else None),
         )
-        if wrong:  # keep what was measured while the config was readable
-            done = [name for name, record in records.latest_records(task.results).items() if record['status'] == 'done']
-            left = tuple(name for name in task.measures if name not in done)
-        else:
-            left = task.unfinished()
-        if left:
-            if not wrong:
-                _check_unchanged(task, {**definition, 'options': row.options})
-            yield task.subset(left), wrong
+        if left := task.unfinished():
+            yield task.subset(left), {**definition, 'options': row.options, 'classes': names}, cfg
+
+
+def _begin(task: Task, definition: dict[str, Any], cfg: Config) -> Task:
+    """Keep the definition of a task, and the config with its classes, which all measurements then read."""
+    _check_unchanged(task, definition)
+    if task.row.classes is None:
+        return task
+    file = write_atomic(task.folder / 'config.py', cfg.pretty_text)
+    return task.model_copy(update=dict(config=str(file), row=task.row.model_copy(update=dict(options={}))))
+
+
+def _set_classes(suite: Suite, row: SuiteRow, cfg: Config, data_root: str | None) -> list[str] | None:
+    """Set the classes that a row names in its config; returns their names."""
+    if row.classes is None:
+        return None
+    if data_root:
+        set_data_root(cfg, data_root)
+    classes = row.classes
+    if isinstance(classes, str) and (beside := suite.path.parent / classes).is_file():
+        classes = str(beside)
+    with _naming(suite, row.name, 'classes'):
+        use_classes(cfg, classes, ('train', 'val', 'test'))
+    return list(next(datasets_of(cfg)).metainfo.classes)
 
 
 def _as_first_version(node: Any) -> Any:
@@ -235,7 +266,7 @@ def _data_of(suite: Suite, row: SuiteRow, cfg: Config, options: SuiteOptions) ->
             f'{suite.path}: data: scenes: {wanted["scenes"]!r} is unknown\nKnown scenes: {", ".join(SCENES)}.'
         )
     wanted['version'] = kind.version
-    if not _NEED_IMAGES & set(row.measurements()):
+    if not _NEED_IMAGES & set(row.measurements()) and row.classes is None:
         return None, wanted
     folder = options.work_dir / 'data' / f'{kind.name}-{wanted["layout"]}-{fingerprint(wanted)[:8]}'
     folder.parent.mkdir(parents=True, exist_ok=True)

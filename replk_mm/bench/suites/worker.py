@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -29,6 +30,8 @@ from replk_mm.errors import INTERRUPTED_STATUS, UserError, user_message
 SUITE_PID = 'REPLK_MM_SUITE_PID'
 #: Exit status of a process whose row another process is running.
 BUSY = 75
+#: Options of commands, and the fields of a row that set the same.
+_FIELDS = {'--classes ': 'classes: ', '--cfg-options ': 'options: ', '--max-iters': 'iterations'}
 #: Measurements that all processes of a launcher make together.
 DISTRIBUTED = ('train', 'metric')
 
@@ -78,10 +81,15 @@ def run_task(task: Task, table: Mapping[str, Measure], environment: dict[str, An
     return complete
 
 
+def in_suite_terms(message: str) -> str:
+    """Name the fields of a row instead of the options of a command that set the same."""
+    return re.sub('|'.join(_FIELDS), lambda found: _FIELDS[found[0]], message)
+
+
 def describe_error(error: BaseException) -> str:
     """The message of a user error, or type and first line of another error."""
     if isinstance(error, UserError):
-        return user_message(error)
+        return in_suite_terms(user_message(error))
     return f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'
 
 
