@@ -7,7 +7,7 @@ import pytest
 from mmengine.logging import MMLogger, print_log
 
 from replk_mm.logs import Note, announce, limit_terminal, log_notes, log_python_warnings
-from replk_mm.text import format_duration, format_metrics
+from replk_mm.text import class_table, format_duration, format_metrics
 
 
 def test_terminal_shows_less_than_the_file(tmp_path, capsys):
@@ -50,3 +50,11 @@ def test_metrics_in_a_line():
     shown = 'mIoU 61.23  coco/bbox_mAP 52.23  coco/AR@100 50.00  coco/cat_precision 0.02  lvis/bbox_AP 100.00'
     assert format_metrics(found) == shown
     assert format_metrics(found, ['a', 'b']).endswith('100.00 (2 classes have no ground truth: a, b)')
+
+
+def test_scores_of_classes_are_percent():
+    detection = class_table({'dog': dict(bbox_mAP=0.52234, bbox_mAP_50=1.0, instances=3)}, ['cat']).splitlines()
+    assert detection[2].split() == ['dog', '52.23', '100.00', '3']
+    assert detection[3].split() == ['cat', '-', '-', 'no', 'objects']
+    segmentation = class_table({'sky': dict(IoU=61.2345, pixels=5)}).splitlines()
+    assert segmentation[-1].split() == ['sky', '61.23', '100.0', '%']

@@ -123,7 +123,7 @@ def describe_instances(prediction: BaseDataElement, objects: Sequence[dict], cla
         names = Counter(classes[thing['label']] for thing in objects)
         return f'objects: {", ".join(f"{count} {name}" for name, count in names.most_common())}'
     scores = prediction.pred_instances.scores
-    best = f'the highest score is {float(scores.max()):.3f}' if len(scores) else 'the model predicts none'
+    best = f'the highest score is {float(scores.max()):.4g}' if len(scores) else 'the model predicts none'
     return f'no object reaches the minimum score; {best}'
 
 

@@ -17,6 +17,7 @@ pytest.importorskip('pycocotools')
 
 from replk_mm.bench.compare.compare import (
     compare_results,  # noqa: E402
+    render_comparison,
     write_comparison,  # noqa: E402
 )
 from replk_mm.bench.compare.detection import match, open_detections, open_objects  # noqa: E402
@@ -161,6 +162,29 @@ def test_masks_that_fill_their_boxes_match_as_the_boxes(case):
     )
     assert masks['images']['scores'] == boxes['images']['scores'] and masks['totals'] == boxes['totals']
     assert masks['per_class']['figure'] == 'segm_mAP' and masks['per_class'] != boxes['per_class']
+
+
+def test_file_names_with_other_folders(case):
+    _, _, folder = case
+    results = [str(folder / letter) for letter in 'ab']
+    plain = compare_results(*results)['images']
+    data = json.loads((folder / 'data/val.json').read_text())
+    for image in data['images']:
+        image['file_name'] = f'C:\\images\\{image["file_name"]}'
+    (folder / 'data/val.json').write_text(json.dumps(data), encoding='utf-16')
+    assert compare_results(*results, out=folder)['images'] == plain
+
+
+def test_ap_is_shown_in_percent(case):
+    _, _, folder = case
+    found = compare_results(*(str(folder / letter) for letter in 'ab'), images=None)
+    (metric,), text = found['metrics'], render_comparison(found)
+    assert metric['name'] == 'coco/bbox_mAP' and 0 < metric['a'] < 1
+    rows = [(metric['name'], metric), *((row['name'], row) for row in found['per_class']['rows'])]
+    for name, row in rows:
+        cells = [f'{100 * row[key]:.2f}' for key in 'ab'] + [f'{100 * row["difference"]:+.2f}']
+        (line,) = [line for line in text.splitlines() if line.startswith(f'| {name} ')]
+        assert [cell.strip() for cell in line.split('|')[2:5]] == cells
 
 
 def test_crowds_and_doubles(case):

@@ -276,7 +276,9 @@ def test_odd_objects_are_drawn_or_reported(changes, tmp_path) -> None:
         assert '1 disc' in text or 'examples cannot be shown' in text
 
 
-def test_detections_are_drawn(tmp_path) -> None:
+@pytest.mark.parametrize('file_name', ['a.jpg', 'images\\a.jpg'])
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig'])
+def test_detections_are_drawn(tmp_path, file_name, encoding) -> None:
     mask = pytest.importorskip('pycocotools.mask')
     data = tmp_path / 'data'
     (data / 'val2017').mkdir(parents=True)
@@ -287,11 +289,11 @@ def test_detections_are_drawn(tmp_path) -> None:
     outline = [[10, 20, 60, 20, 60, 50, 10, 50]]
     square = dict(id=1, image_id=7, category_id=4, bbox=[10, 20, 50, 30], area=1500, segmentation=outline)
     coco = dict(
-        images=[dict(id=7, file_name='a.jpg', height=60, width=80)],
+        images=[dict(id=7, file_name=file_name, height=60, width=80)],
         categories=[dict(id=4, name='disc')],
         annotations=[square],
     )
-    (data / 'ann.json').write_text(json.dumps(coco))
+    (data / 'ann.json').write_text(json.dumps(coco), encoding=encoding)
     results = tmp_path / 'runs/a/0/test/predictions'
     results.mkdir(parents=True)
     detection = dict(image_id=7, category_id=4, segmentation=dict(size=[60, 80], counts=runs['counts'].decode()))

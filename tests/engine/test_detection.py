@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -33,8 +34,6 @@ def direct_ap(annotations, results, kind: str) -> list[float]:
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         found = json.loads(results.read_text())
-        if kind == 'segm':
-            found = [{k: v for k, v in d.items() if k != 'bbox'} for d in found]
         evaluation = COCOeval(truth, truth.loadRes(found), kind)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -237,11 +236,13 @@ def test_predicted_objects_are_those_of_the_test(detector, trained_detector, tes
     of_image = sorted((d for d in exported if d['image_id'] == truth['images'][0]['id']), key=lambda d: -d['score'])
     known = [thing for thing in objects if thing['class'] in CLASSES]  # others are not exported: the file lacks them
     assert len(known) == len(of_image) > 0
-    for thing, expected in zip(known, of_image, strict=True):
+    boxes = json.loads((tested[1] / 'instances.bbox.json').read_text())
+    box_of = [d['bbox'] for d in sorted(boxes, key=lambda d: -d['score']) if d['image_id'] == of_image[0]['image_id']]
+    for thing, expected, expected_box in zip(known, of_image, box_of, strict=True):
         assert thing['class'] == names[expected['category_id']]
         assert thing['score'] == pytest.approx(expected['score'], abs=1e-5)
-        left, top, width, height = expected['bbox']
-        assert thing['box'] == pytest.approx([left, top, left + width, top + height], abs=1e-2)
+        left, top, right, bottom = thing['box']
+        assert expected_box == pytest.approx([left, top, right - left, bottom - top], abs=1e-2)
         a, b = rle.decode(thing['segmentation']), rle.decode(expected['segmentation'])
         assert (a != b).mean() < 1e-3
     assert len(select_instances(prediction, scores[0])) == scores.count(scores[0])
@@ -301,6 +302,12 @@ def test_predict_draws_and_describes_objects(detector, trained_detector, tmp_pat
     args = (detector.config, trained_detector, detector.data / 'val2017' / '000.png', '--out', tmp_path)
     done = run_tool('predict', *args, '--score', 0)
     assert done.returncode == 0, done.stderr
+    objects = json.loads((tmp_path / '000_objects.json').read_text())
+    first = Counter(thing['class'] for thing in objects).most_common(1)[0]
+    assert f'000_overlay.png: objects: {first[1]} {first[0]}' in done.stdout and len(objects) > 1
+    done = run_tool('predict', *args, '--score', 1)
+    assert f'the highest score is {max(thing["score"] for thing in objects):.4g}' in done.stdout
+    assert json.loads((tmp_path / '000_objects.json').read_text()) == []
     assert cv2.imread(str(tmp_path / '000_overlay.png')).shape == (96, 96, 3)
     assert isinstance(json.loads((tmp_path / '000_objects.json').read_text()), list)
     done = run_tool('predict', *args, '--score', 2)

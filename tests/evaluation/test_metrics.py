@@ -10,12 +10,12 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from PIL import Image
 
-from replk_mm.commands.test import class_table
 from replk_mm.engine.hooks import ProgressHook
 from replk_mm.engine.nonfinite import StopAtNonFinite
 from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import absent_classes, require_ground_truth
 from replk_mm.evaluation.iou_metric import IoUMetric
+from replk_mm.text import class_table
 
 CLASSES = tuple('abcdef')
 
