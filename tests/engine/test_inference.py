@@ -86,6 +86,38 @@ def test_heads_that_only_train_may_differ(trained, tmp_path):
     assert [key for key, *_ in report.mismatched] == ['auxiliary_head.conv_seg.weight']
 
 
+WHOLE = {
+    'compiled': lambda w: {'state_dict': {f'_orig_mod.{k}': v for k, v in w.items()}},
+    'Lightning': lambda w: {'state_dict': {f'model.{k}': v for k, v in w.items()}, 'loops': {}},
+    'mean teacher': lambda w: {
+        'state_dict': {f'student.{k}': v + 1 for k, v in w.items()} | {f'teacher.{k}': v for k, v in w.items()}
+    },
+    'one DDP per part': lambda w: {k.replace('.', '.module.', 1): v for k, v in w.items()},
+    'averaged by torch': lambda w: {'model': {'n_averaged': torch.ones(1), **{f'module.{k}': v for k, v in w.items()}}},
+}
+
+
+@pytest.mark.parametrize('form', WHOLE)
+def test_whole_model_of_other_programs(form, trained, tmp_path):
+    weights = torch.load(trained)['state_dict']
+    model = segmentor()
+    report, _ = load_model(model, write(tmp_path / 'a.pth', WHOLE[form](weights)))
+    assert report.matched == report.total and report.unexpected == []
+    assert_same(model, weights)
+
+
+def test_whole_model_with_names_of_the_authors(tmp_path):
+    """As in their ADE20K files."""
+    convnext = dict(type='replk_mm.ConvNeXt', arch=CONV, **DENSE)
+    source = segmentor(backbone=convnext, seed=1).state_dict()
+    heads = {key: value for key, value in source.items() if not key.startswith('backbone.')}
+    theirs = to_official({key: source[key] for key in source.keys() - heads.keys()})
+    assert theirs.keys() != source.keys() - heads.keys()
+    model = segmentor(backbone=convnext)
+    load_model(model, write(tmp_path / 'a.pth', {'state_dict': theirs | heads}))
+    assert_same(model, source)
+
+
 def misfit(model, path) -> str:
     with pytest.raises(UserError) as caught:
         load_model(model, path)
