@@ -94,8 +94,8 @@ def count_inference_parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith('auxiliary_head.'))
 
 
-def count_complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
-    """Count parameters and multiply-accumulates by part, for one image, on the meta device.
+def count_complexity(model: nn.Module, shape: tuple[int, int], device: str = 'meta') -> Complexity:
+    """Count parameters and multiply-accumulates by part, for one image.
 
     MACs are half of the figure of ``torch.utils.flop_counter``. Convolutions and matrix products count; norms,
     activations, pooling, interpolation and additions (biases included) do not.
@@ -103,12 +103,13 @@ def count_complexity(model: nn.Module, shape: tuple[int, int]) -> Complexity:
     Args:
         model: A segmentor, detector or backbone, on any device; left unchanged.
         shape: Height and width of the image in pixels.
+        device: ``'meta'`` (default) computes no values; ``'cpu'`` is for networks on the CPU that need them.
 
     Raises:
         RuntimeError: If the network cannot take the shape; networks may raise other types too.
     """
-    model = on_meta(model)
-    inference, training = _CountedPass(model, shape, forward), _CountedPass(model, shape, forward_auxiliary)
+    model = on_meta(model) if device == 'meta' else copy.deepcopy(model).eval()
+    inference, training = (_CountedPass(model, shape, run, device) for run in (forward, forward_auxiliary))
     parts, seen = [], set[int]()
     for path, part in _parts(model):
         own = {id(p): p.numel() for p in part.parameters() if id(p) not in seen}
@@ -179,17 +180,19 @@ class _Pass(nn.Module):
 
 
 class _CountedPass(TorchDispatchMode):
-    """One pass on the meta device: the flops of each module, the called modules, and all other operators."""
+    """One pass: the flops of each module, the called modules, and all other operators."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, int], run: Callable[[Any, Tensor], list[str]]) -> None:
+    def __init__(
+        self, model: nn.Module, shape: tuple[int, int], run: Callable[[Any, Tensor], list[str]], device: str
+    ) -> None:
         super().__init__()
         self._called: set[nn.Module] = set()
         self._operators: dict[Any, list[int]] = {}
         self._counter = FlopCounterMode(display=False)
         hook = register_module_forward_pre_hook(lambda module, args: self._called.add(module))
         try:
-            with torch.device('meta'), torch.no_grad(), self, self._counter:
-                self.notes = _Pass(model, run)(torch.empty(1, 3, *shape))
+            with torch.device(device), torch.no_grad(), self, self._counter:
+                self.notes = _Pass(model, run)(torch.zeros(1, 3, *shape))
         finally:
             hook.remove()
 
@@ -360,23 +363,31 @@ def config_complexity(
     """
     cfg = load_config(config, options, needs=('model',))
     size, source = (shape, 'given') if shape else _default_shape(cfg, config)
-    return count_model(build_on_meta(cfg), config, size, source)
+    try:
+        return count_model(build_on_meta(cfg), config, size, source)
+    except UserError as error:
+        if 'meta' not in str(error).lower():
+            raise
+    found = count_model(build_model(cfg), config, size, source)
+    found.training.notes.append('computed with random weights, since the network reads the values of tensors')
+    return found
 
 
 def count_model(model: nn.Module, config: str, shape: tuple[int, int], shape_from: str) -> ConfigComplexity:
-    """Count a network that :func:`build_on_meta` has built from ``config``.
+    """Count a network built from ``config``, on the meta device or the CPU.
 
     Raises:
-        UserError: If the network cannot take the size, or needs the values of tensors.
+        UserError: If the network cannot take the size, or on the meta device needs the values of tensors.
     """
-    merged, changes = reparameterize_on_meta(model)
+    device = next(model.parameters()).device.type
+    with torch.device(device):
+        merged, changes = reparameterize(model)
     failing = explain_errors(
-        f'{config}: {type(model).__name__} cannot be counted at 1x3x{shape[0]}x{shape[1]}',
-        'Try another --shape; networks whose control flow depends on values cannot be counted.',
+        f'{config}: {type(model).__name__} cannot be counted at 1x3x{shape[0]}x{shape[1]}', 'Try another --shape.'
     )
     with warnings.catch_warnings(), failing:
         warnings.simplefilter('ignore')
-        training, deployed = count_complexity(model, shape), count_complexity(merged, shape)
+        training, deployed = (count_complexity(form, shape, device) for form in (model, merged))
     return ConfigComplexity(config, shape, shape_from, training, deployed, str(changes))
 
 
@@ -384,7 +395,12 @@ def build_on_meta(cfg: Config) -> Any:
     """Build the config's model on the meta device, without weights."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the libraries' warnings concern training
-        return build_model(cfg, 'meta')
+        try:
+            return build_model(cfg, 'meta')
+        except UserError as error:
+            if 'meta' not in str(error).lower():
+                raise
+            return on_meta(build_model(cfg))  # its constructor reads values
 
 
 def reparameterize_on_meta(model: nn.Module) -> tuple[nn.Module, Changes]:

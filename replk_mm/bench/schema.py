@@ -97,6 +97,7 @@ class Defaults(_Strict):
     classes: str | list[str] | None = Field(
         None, description='of data sets and heads: a list of names, or a value of `--classes`, such as `auto`'
     )
+    preflight: bool = Field(True, description='`false`: skip the dry run before the training')
 
     @field_validator('seeds')
     @classmethod

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from mmengine.dist import is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
@@ -36,7 +37,7 @@ _SHORT = 10.0
 class PreflightHook(Hook):
     """Dry-run a training step, a validation batch with its metrics, and writing and reading a checkpoint.
 
-    Weights, statistics, optimizer state and random numbers stay unchanged.
+    Weights, statistics, counters, optimizer state and random numbers stay unchanged.
     """
 
     priority = 'LOWEST'  # after the hooks that set something up
@@ -49,12 +50,13 @@ class PreflightHook(Hook):
         """
         started, done = time.perf_counter(), []
         step = validation = 0.0
-        if type(unwrap_model(runner.model)).train_step is BaseModel.train_step:  # others may have several optimizers
-            with _naming('loss and backward of one batch'):
+        model = unwrap_model(runner.model)
+        if type(model).train_step is BaseModel.train_step:  # others may have several optimizers
+            with _naming('loss and backward of one batch'), _restored_state(model):
                 line, step = _loss_and_backward(runner)
                 done.append(line)
         if runner.val_loop is not None:
-            with _naming('validation of one batch'):
+            with _naming('validation of one batch'), _restored_state(model):
                 metrics, validation = _validate(runner)
                 done.append(f'validation: {", ".join(metrics) or "no metrics"}')
         if is_main_process():
@@ -98,8 +100,23 @@ def _naming(part: str) -> Iterator[None]:
         name = '' if isinstance(error, UserError) or not str(error) else f'{type(error).__name__}: '
         raise UserError(
             f'dry run, {part}: {name}{user_message(error)}\nREPLK_MM_TRACEBACK=1 shows the traceback; '
-            f'--no-preflight skips the dry run.'
+            f'--no-preflight, in a suite `preflight: false`, skips the dry run.'
         ) from error
+
+
+@contextmanager
+def _restored_state(model: nn.Module) -> Iterator[None]:
+    """Restore buffers, also those that forward replaces, and numbers such as counters in attributes of modules."""
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    kept = [(vars(m), {k: v for k, v in vars(m).items() if type(v) in (int, float)}) for m in model.modules()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer.copy_(before) if buffer.shape == before.shape else before
+        for attributes, numbers in kept:
+            attributes.update(numbers)
 
 
 def _batch(loader: Any, size: int) -> Any:
@@ -115,7 +132,6 @@ def _loss_and_backward(runner: Runner) -> tuple[str, float]:
     on_gpu = next(model.parameters()).is_cuda
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()
     start = time.perf_counter()
     loss = forward_backward(model, batch, forward_context(runner))['loss']
@@ -125,9 +141,6 @@ def _loss_and_backward(runner: Runner) -> tuple[str, float]:
         forward_backward(model, batch, forward_context(runner))
         computing = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 2**10)
     peak = torch.cuda.max_memory_allocated() if on_gpu else rss
     workers = loader.num_workers

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from mmengine.registry import MODELS
 from tiny import CONFIG, ROOT
 
 from replk_mm import published
@@ -202,6 +203,41 @@ def test_bare_backbone_needs_a_size(backbone: str) -> None:
     row = next(row for row in published.table('kernel_size_study') if row['name'] == 'RepLKNet-31')
     assert (found.deployed.macs + 1024 * 1000) / 1e9 == pytest.approx(row['flops_g'], abs=0.1)
     assert (found.deployed.parameters + 1024 * 1000 + 1000) / 1e6 == pytest.approx(row['params_m'], abs=0.1)
+
+
+@MODELS.register_module()
+class ReadsValues(nn.Module):
+    """A network that reads the values of tensors, which meta tensors do not have."""
+
+    def __init__(self, read: str) -> None:
+        super().__init__()
+        self.conv, self.read = nn.Conv2d(3, 8, 3, padding=1), read
+        if read == 'constructor':
+            torch.ones(1).item()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.read == 'numpy':
+            x.numpy()
+        elif self.read == 'nonzero':
+            x.flatten().nonzero()
+        elif self.read == 'branch' and x.mean() > 1e9:
+            return x
+        return self.conv(x)
+
+
+@pytest.mark.parametrize('read', ['branch', 'numpy', 'nonzero', 'constructor'])
+def test_networks_that_read_values_are_counted(tmp_path: Path, read: str) -> None:
+    path = tmp_path / 'reads.py'
+    path.write_text(f"model = dict(type='mmengine.ReadsValues', read={read!r})\n")
+    found = config_complexity(str(path), (16, 24))
+    assert found.training.macs == found.deployed.macs == 16 * 24 * 8 * 3 * 9
+    assert found.training.parameters == 8 * 3 * 9 + 8
+    assert bool(found.training.notes) == (read != 'constructor')
+
+
+def test_counts_on_the_cpu_are_those_on_the_meta_device() -> None:
+    model = RepLKNet('nano')
+    assert count_complexity(model, (32, 64), 'cpu').parts == count_complexity(model, (32, 64)).parts
 
 
 def test_size_that_the_network_cannot_take() -> None:

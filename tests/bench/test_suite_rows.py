@@ -20,6 +20,7 @@ from replk_mm.bench import records
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import inputs, measurements, plan, progress
 from replk_mm.bench.suites.worker import run_task
+from replk_mm.errors import UserError
 
 _count = itertools.count()
 
@@ -160,6 +161,20 @@ def test_a_loss_that_is_no_number_ends_the_training_before_it_is_kept(tiny, tmp_
     assert (found['measurement'], found['status']) == ('train', 'failed')
     assert found['reason'].startswith('iteration 2: the loss is not finite (loss, decode.loss_ce, aux.loss_ce)')
     assert not (task.folder / 'train' / 'iter_2.pth').exists()
+
+
+@pytest.mark.parametrize('preflight', [True, False])
+def test_a_row_can_skip_the_dry_run(tiny, tmp_path, monkeypatch, preflight):  # noqa: F811
+    started = []
+
+    def train(cfg, notes, preflight=True):
+        started.append(preflight)
+        raise UserError('enough')
+
+    monkeypatch.setattr(measurements.engine, 'train', train)
+    with pytest.raises(UserError, match='enough'):
+        measurements.train(task_of(tmp_path, tiny, iterations=3, measure=['metric'], preflight=preflight))
+    assert started == [preflight]
 
 
 @pytest.mark.slow

@@ -141,27 +141,31 @@ def test_a_disk_that_is_full(tiny, tmp_path, monkeypatch):
 
 @MODELS.register_module()
 class LooksAtValues(BaseModule):
-    """A backbone whose path depends on its input, which cannot run on the meta device."""
+    """A backbone whose path depends on its input, on a statistic that forward replaces, and on a counter."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.register_buffer('mean', torch.zeros(()))
+        self.register_buffer('history', torch.zeros(1))
+        self.calls = 0
 
     def forward(self, x):
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean().detach()
+        self.history = torch.cat([self.history, self.mean[None]])
+        x = x + self.mean * self.calls + len(self.history)
         y = self.conv(x[:, :, ::4, ::4] if x.mean() > -1e9 else x)
         return [y, *(y[:, :, ::step, ::step].repeat(1, step, 1, 1) for step in (2, 4, 8))]
 
 
 def test_a_backbone_that_looks_at_values_trains(tiny, tmp_path):
-    last = run(
-        tiny,
-        tmp_path,
-        {
-            'model.backbone': dict(_delete_=True, type='mmengine.LooksAtValues'),
-            'optim_wrapper.constructor': 'DefaultOptimWrapperConstructor',
-        },
-    )
-    assert last.name == 'iter_2.pth'
+    options = {
+        'model.backbone': dict(_delete_=True, type='mmengine.LooksAtValues'),
+        'optim_wrapper.constructor': 'DefaultOptimWrapperConstructor',
+    }
+    last = [run(tiny, tmp_path / str(preflight), options, preflight) for preflight in (True, False)]
+    assert last[0].name == 'iter_2.pth' and differences(*last) == []
 
 
 def test_the_estimate_counts_every_validation():

@@ -197,7 +197,7 @@ def train(task: Task) -> MeasurementResult:
         )
     elif get_rank() == 0:
         records.write_json(folder / 'protocol.json', protocol)
-    engine.train(cfg, notes)
+    engine.train(cfg, notes, task.row.preflight)
     barrier()  # the first process writes the checkpoint
     done = records.read_json(folder / 'progress.json')
     iterations = done.get('iteration') or 0
