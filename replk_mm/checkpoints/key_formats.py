@@ -181,7 +181,7 @@ def find_weights(
             f'{where}: contains no weights; its keys are: {format_list(checkpoint) or "none"}\n'
             f'A checkpoint is a dict of tensors, or has one inside, for example under "state_dict".'
         )
-    own = {} if network is None else network.state_dict()
+    own = {} if network is None else own_weights(network)
     found = [one for nest, weights in nests.items() for one in _candidates(nest, weights, own)]
     # If nothing fits, errors name the family in the file.
     found = found or [one for nest, weights in nests.items() for one in _candidates(nest, weights, {})]
@@ -204,6 +204,11 @@ def find_weights(
     if others:
         announce(f'{where}: weights {selected.prefix!r}, not {format_list(map(repr, others))} (use_ema={use_ema})')
     return selected
+
+
+def own_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network, without the parts of names that wrappers in it add."""
+    return {_unwrapped(key): value for key, value in network.state_dict().items()}
 
 
 def _unwrapped(key: str) -> str:

@@ -94,6 +94,18 @@ def test_nests_and_prefixes(nest, tmp_path):
     assert_same(model, source)
 
 
+@pytest.mark.parametrize('wrap', [torch.compile, nn.DataParallel])
+def test_networks_with_wrapped_parts(wrap, tmp_path):
+    source = tiny_backbone().state_dict()
+    path = write(tmp_path / 'a.pth', source)
+    model = tiny_backbone(2)
+    for stage in model.stages:
+        stage.blocks[0] = wrap(stage.blocks[0])
+    assert model.state_dict().keys() != source.keys()
+    assert load_pretrained(model, path).matched == {'backbone': len(source)}
+    assert all(map(torch.equal, model.state_dict().values(), source.values()))
+
+
 def test_several_networks_that_fit(tmp_path):
     source = tiny_backbone().state_dict()
     other = {k: v + 1 for k, v in source.items()}
