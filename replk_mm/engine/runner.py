@@ -20,7 +20,6 @@ from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
-from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch.utils.data import DataLoader
 
 from replk_mm.checkpoints.io import read_checkpoint, restore_log_buffer, to_plain_data
@@ -120,31 +119,27 @@ class Runner(MMEngineRunner):
                 f'Resume with the optim_wrapper and param_scheduler of that run.'
             ) from error
 
-    def load_checkpoint(
-        self, filename: str, map_location: Any = 'cpu', strict: bool = False, revise_keys: Any = ((r'^module\.', ''),)
-    ) -> dict:
+    def load_checkpoint(self, filename: str, map_location: Any = 'cpu', *args, **kwargs) -> dict:
         """Load a checkpoint without running code. mmengine unpickles it, and executes its config when it resumes.
 
         Args:
             filename: Path or URL. mmengine loads URLs such as s3://, in part if they do not fit.
             map_location: Device, for those URLs.
-            strict: Whether every weight must be set; for those URLs and when a run is resumed.
-            revise_keys: Patterns in the names of weights, and replacements; for the same.
+            *args: Other arguments of mmengine's method, for those URLs.
+            **kwargs: The same by name.
 
         Raises:
             UserError: If the checkpoint does not fit; see :func:`~replk_mm.engine.inference.load_model`.
         """
         if '://' in filename and not filename.startswith(('http', 'file:')):
-            return super().load_checkpoint(filename, map_location, strict, list(revise_keys))
+            return super().load_checkpoint(filename, map_location, *args, **kwargs)
         model = unwrap_model(self.model)
         if self._resume:
             checkpoint = read_checkpoint(filename)
-            checkpoint['meta'].pop('config', None)
             self._restore_hub(checkpoint)
             check_schedules(self.param_schedulers, checkpoint.get('param_schedulers'))
             self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-            _load_checkpoint_to_model(model, checkpoint, strict, revise_keys=list(revise_keys))
-            self.logger.info(f'weights loaded from {filename}')
+            model.load_state_dict(checkpoint['state_dict'])
         else:
             _, meta = load_model(model, filename, training=True)
             checkpoint = {'meta': meta, 'state_dict': model.state_dict()}  # EMAHook copies the weights
@@ -154,6 +149,7 @@ class Runner(MMEngineRunner):
 
     def _restore_hub(self, checkpoint: dict) -> None:
         """Restore the objects in a checkpoint's message hub that mmengine's hooks expect."""
+        checkpoint['meta'].pop('config', None)  # mmengine would execute it
         hub = checkpoint['message_hub']
         hub['log_scalars'] = {key: restore_log_buffer(stored) for key, stored in hub['log_scalars'].items()}
         # Do not replace the best checkpoint of another run.
