@@ -1,6 +1,8 @@
 """Read checkpoints without running code in them, and write them as tensors and plain data."""
 
+import functools
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -21,6 +23,7 @@ from replk_mm.checkpoints.safe_load import META_KEY, safe_load
 from replk_mm.errors import UserError, first_line, format_list
 from replk_mm.files import sha256, write_atomic
 from replk_mm.logs import announce
+from replk_mm.wrappers import unwrap_model
 
 
 class DownloadError(UserError):
@@ -209,13 +212,28 @@ def register_safe_loaders() -> None:
     """Make mmengine's own loading in this process, such as ``init_cfg`` of any package, use :func:`read_checkpoint`.
 
     mmengine 0.10.7 unpickles downloads with any code in them. With torch 2.6 and newer it cannot read the log buffers
-    in its own checkpoints. This changes mmengine for the whole process; only our commands call it.
+    in its own checkpoints. It also accepts weights of which none fits, such as those under another prefix. This changes
+    mmengine for the whole process; only our commands call it.
     """
     from mmengine.runner import checkpoint
 
     def load(filename: str, map_location: Any = None, model_dir: str | None = None, progress: bool = True) -> dict:
         return read_checkpoint(fetch_checkpoint(filename, model_dir, progress), map_location or 'cpu')
 
+    load_weights = inspect.unwrap(checkpoint.load_state_dict)
+
+    @functools.wraps(load_weights)
+    def load_some(module: torch.nn.Module, weights: Mapping, *args, **kwargs) -> None:
+        own = {key: value for key, value in unwrap_model(module).state_dict().items() if not key.endswith('_tracked')}
+        missing = [key for key in own if getattr(weights.get(key), 'shape', None) != own[key].shape]
+        what = f'{type(module).__name__}: the checkpoint fits {len(own) - len(missing)} of {len(own)} weights'
+        if own and len(missing) == len(own):
+            raise UserError(f'{what}; its keys begin with {format_list(weights, 3)}\nSet the prefix in init_cfg.')
+        if missing:
+            announce(f'warning: {what}, not {format_list(missing)}', logging.WARNING)
+        load_weights(module, weights, *args, **kwargs)
+
+    checkpoint.load_state_dict = load_some
     # The loaders of other schemes call these functions by name.
     checkpoint.load_from_local = checkpoint.load_from_http = load
     checkpoint.CheckpointLoader.register_scheme(('', 'http://', 'https://'), load, force=True)

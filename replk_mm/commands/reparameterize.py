@@ -26,8 +26,7 @@ def main() -> None:
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
     changes, differences = reparameterize_checkpoint(cfg, args.checkpoint, args.out, tuple(args.shape))
-    nothing = '' if changes.merged or changes.folded else 'already merged, or without BatchNorm: '
-    print(f'{nothing}{changes}')
+    print(changes if changes.merged or changes.folded else f'already merged, or without BatchNorm: {changes}')
     for difference in differences:
         print(difference)
     print(f'written: {args.out}')

@@ -115,10 +115,9 @@ def reparameterize(
                         owner.turn_on_efficient_conv_bn_eval(False)  # it needs the norm
                     changes.folded.append(norm_path)
     changes.left = [name for name, _ in named_batch_norms(model)]
-    if changes.folded:
-        for module in model.modules():
-            if isinstance(module, Backbone):
-                module.register_buffer(FOLDED, torch.tensor(True))
+    for module in model.modules() if changes.folded else ():
+        if isinstance(module, Backbone):
+            module.register_buffer(FOLDED, torch.tensor(True))
     return model, changes
 
 

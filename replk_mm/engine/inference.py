@@ -1,7 +1,7 @@
 """Load a trained checkpoint into a whole segmentor or detector, merged or not."""
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.nn as nn
@@ -31,7 +31,7 @@ from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.errors import UserError, format_list
-from replk_mm.logs import Note, announce
+from replk_mm.logs import Note, announce, log_notes
 from replk_mm.ops import prepack
 
 
@@ -117,14 +117,12 @@ class Inference:
         meta: Metadata of the checkpoint; empty for random weights.
         report: Number of weights that the checkpoint set, for each part; None for random weights.
         changes: Changes by reparameterization; None without it.
-        notes: Changes of the config, one line each.
     """
 
     model: nn.Module
     meta: dict = field(default_factory=dict)
     report: LoadReport | None = None
     changes: Changes | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def build_for_inference(
@@ -149,25 +147,20 @@ def build_for_inference(
     Raises:
         UserError: If the model cannot be built or the checkpoint does not fit.
     """
-    notes = adopt_classes(cfg, checkpoint) if checkpoint and classes else []
-    notes += fit_to_machine(cfg, None, device, 1)
+    log_notes(adopt_classes(cfg, checkpoint) if checkpoint and classes else [])
+    log_notes(fit_to_machine(cfg, None, device, 1))
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)  # the checkpoint sets every weight
-    model = build_model(cfg)
-    built = (
-        load_for_inference(model, checkpoint, reparam=reparam)
-        if checkpoint
-        else Inference(model, changes=reparameterize(model, inplace=True)[1] if reparam else None)
-    )
-    model.to(device).eval()
+    built = load_for_inference(build_model(cfg), checkpoint, reparam=reparam)
+    built.model.to(device).eval()
     if packed:
-        prepack(model)
-    return replace(built, notes=notes)
+        prepack(built.model)
+    return built
 
 
-def load_for_inference(model: nn.Module, checkpoint: str | Path, *, reparam: bool = False) -> Inference:
-    """Load a checkpoint into a model that a runner has built. The model changes in place."""
-    report, meta = load_model(model, checkpoint)
+def load_for_inference(model: nn.Module, checkpoint: str | Path | None, *, reparam: bool = False) -> Inference:
+    """Load a checkpoint into a model, which changes in place; None keeps its weights."""
+    report, meta = load_model(model, checkpoint) if checkpoint else (None, {})
     return Inference(model, meta, report, reparameterize(model, inplace=True)[1] if reparam else None)
 
 

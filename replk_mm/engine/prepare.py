@@ -4,7 +4,6 @@ A run passes through config -> prepare -> runner -> metric -> record. :mod:`~rep
 This module is the only place that changes it. :mod:`~replk_mm.engine.runner` executes it, :mod:`replk_mm.evaluation`
 computes the metrics, and :mod:`~replk_mm.engine.record` writes them with protocol and environment."""
 
-import logging
 import math
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_dat
 from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.resuming import RESUMABLE, resume
-from replk_mm.errors import UserError, first_line
+from replk_mm.errors import UserError
 from replk_mm.logs import Note
 
 
@@ -129,6 +128,8 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
         backbone.pop('init_cfg', None)  # the checkpoint sets every weight
         return []
     source = str(cfg.get('load_from') or '')
+    if source and options.pretrained:
+        raise UserError(f'--pretrained: load_from={source} sets the same weights\nUse one of them.')
     if source and ('://' not in source or source.startswith(('http', 'file:'))):
         # Read it here for its errors. mmengine handles other URLs.
         read_checkpoint(source)
@@ -139,21 +140,12 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
     if options.pretrained:
         backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained)
     initial = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
-    if initial is None or not (options.pretrained or str(backbone.get('type')).startswith('replk_mm.')):
-        return []  # mmengine loads the backbones of other packages
-    try:
-        fetch_checkpoint(initial['checkpoint'])
-    except DownloadError as error:
-        # A full run must not start from the wrong weights. A shortened one is a trial.
-        if options.max_iters is None:
+    # mmengine loads the backbones of other packages.
+    if initial and (options.pretrained or str(backbone.get('type')).startswith('replk_mm.')):
+        try:
+            fetch_checkpoint(initial['checkpoint'])
+        except DownloadError as error:
             raise UserError(
                 f'{error}\nOr use a local file with --pretrained FILE; --pretrained none starts from random weights.'
             ) from error
-        backbone.pop('init_cfg')
-        return [
-            Note(
-                f'warning: training starts from random weights, as --max-iters makes this a trial: {first_line(error)}',
-                logging.WARNING,
-            )
-        ]
     return []

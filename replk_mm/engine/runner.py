@@ -125,8 +125,7 @@ class Runner(MMEngineRunner):
         Args:
             filename: Path or URL. mmengine loads URLs such as s3://, in part if they do not fit.
             map_location: Device, for those URLs.
-            *args: Other arguments of mmengine's method, for those URLs.
-            **kwargs: The same by name.
+            *args, **kwargs: Other arguments of mmengine's method, for those URLs.
 
         Raises:
             UserError: If the checkpoint does not fit; see :func:`~replk_mm.engine.inference.load_model`.
@@ -138,12 +137,11 @@ class Runner(MMEngineRunner):
             checkpoint = read_checkpoint(filename)
             self._restore_hub(checkpoint)
             check_schedules(self.param_schedulers, checkpoint.get('param_schedulers'))
-            self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-            model.load_state_dict(checkpoint['state_dict'])
         else:
             _, meta = load_model(model, filename, training=True)
-            checkpoint = {'meta': meta, 'state_dict': model.state_dict()}  # EMAHook copies the weights
-            self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+            checkpoint = {'meta': meta, 'state_dict': model.state_dict()}
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)  # EMAHook reads and exchanges the weights
+        model.load_state_dict(checkpoint['state_dict'])
         self._has_loaded = True
         return checkpoint
 

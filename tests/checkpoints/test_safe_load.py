@@ -381,7 +381,7 @@ def safe_loaders(monkeypatch):
     from mmengine.runner import checkpoint
 
     monkeypatch.setattr(checkpoint.CheckpointLoader, '_schemes', dict(checkpoint.CheckpointLoader._schemes))
-    for name in ('load_from_local', 'load_from_http'):
+    for name in ('load_from_local', 'load_from_http', 'load_state_dict'):
         monkeypatch.setattr(checkpoint, name, getattr(checkpoint, name))
     register_safe_loaders()
     return checkpoint
@@ -412,3 +412,21 @@ def test_backbones_of_others_load_data_only_in_our_commands(safe_loaders, tmp_pa
     assert safe_loaders.load_from_local(str(source), 'meta')['state_dict']['conv.bias'].is_meta
     with pytest.raises(FileNotFoundError, match='absent.pth: no such checkpoint'):
         safe_loaders.load_checkpoint(torch.nn.Linear(2, 2), str(tmp_path / 'absent.pth'))
+
+
+@pytest.mark.parametrize(
+    'weights',
+    [{'backbone.conv.weight': torch.ones(1, 1, 1, 1)}, {'conv.weight': torch.ones(2)}, {'other': torch.ones(1)}],
+    ids=['prefix', 'shape', 'names'],
+)
+def test_backbones_of_others_do_not_stay_random(weights, safe_loaders, tmp_path, monkeypatch):
+    log = []
+    monkeypatch.setattr('replk_mm.checkpoints.io.announce', lambda text, level: log.append(text))
+    path = write(tmp_path / 'a.pth', {'state_dict': weights})
+    with pytest.raises(UserError, match='fits 0 of 2 weights'):
+        Theirs(path).init_weights()
+    backbone = Theirs(write(tmp_path / 'b.pth', {**weights, 'conv.bias': torch.full((1,), 3.0)}))
+    backbone.init_weights()
+    assert backbone.conv.bias.item() == 3 and '1 of 2 weights, not conv.weight' in log[0]
+    register_safe_loaders()  # a second call changes nothing
+    assert Theirs(write(tmp_path / 'c.pth', Theirs(None).state_dict())).init_weights() is None and len(log) == 1

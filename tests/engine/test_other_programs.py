@@ -1,4 +1,4 @@
-"""mmsegmentation's and mmdetection's own inference with our configs and checkpoints, in processes that do not import us."""
+"""mmsegmentation's and mmdetection's own inference with our configs and checkpoints, in programs of others."""
 
 import json
 import subprocess

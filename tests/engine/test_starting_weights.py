@@ -41,20 +41,22 @@ def test_weights_to_start_training_from_do_not_enter_a_test(tiny, trained, tmp_p
     assert beside.per_class == alone.per_class
 
 
-def test_full_run_without_its_weights_is_rejected(tiny, tmp_path, offline):
+@pytest.mark.parametrize('iterations', [None, 2])
+def test_run_without_its_weights_is_rejected(iterations, tiny, tmp_path, offline):
     with pytest.raises(UserError, match=f'^{ADDRESS}: the checkpoint could not be downloaded') as refused:
-        tiny.prepare(tmp_path, iterations=None, options=pretrained())
+        tiny.prepare(tmp_path, iterations, options=pretrained())
     assert '--pretrained none' in str(refused.value)
 
 
-def test_trial_without_weights_starts_at_random_says_so_and_can_be_resumed(tiny, tmp_path, offline):
-    cfg, notes = tiny.prepare(tmp_path / 'look', 2, pretrained())
-    assert any(note.startswith('warning: ') and ADDRESS in note for note in notes)
-    assert 'init_cfg' not in cfg.model.backbone
-    tiny.train(tmp_path / 'run', 2, pretrained(), resume='auto')  # nothing there yet
+def test_resumed_run_needs_no_initial_weights(tiny, tmp_path, offline):
+    tiny.train(tmp_path / 'run', 2, pretrained(), resume='auto', pretrained='none')  # nothing there yet
     cfg, notes = tiny.prepare(tmp_path / 'run', 4, pretrained(), resume='auto')
-    assert not any('random' in note for note in notes)
     assert cfg.resume and 'init_cfg' not in cfg.model.backbone
+
+
+def test_two_checkpoints_to_start_from_are_rejected(tiny, trained, tmp_path):
+    with pytest.raises(UserError, match='load_from='):
+        tiny.prepare(tmp_path, 2, {'load_from': str(trained)}, pretrained=str(trained))
 
 
 def test_random_weights_on_demand(tiny, tmp_path, offline):
