@@ -33,63 +33,20 @@ def write(folder: Path, **content) -> Path:
 
 
 def test_rows_take_the_defaults_and_override_them(tmp_path):
-    suite = read_suite(
-        write(
-            tmp_path,
-            question='Why\n  not?',
-            defaults=dict(
-                config='a.py', seeds=[3, 4], iterations=10, options={'x.y': 1, 'z': 2}, measure=['speed', 'complexity']
-            ),
-            rows=[
-                dict(name='one'),
-                dict(
-                    name='two',
-                    label='Two',
-                    seeds=[0],
-                    options={'z': 3},
-                    config='b.py',
-                    schedule='full',
-                    measure=['curve'],
-                ),
-                dict(name='three', checkpoint='w/{row}.{seed}.pth', shape=[64, 96], erf=dict(size=7)),
-            ],
-        )
-    )
-    one = dict(
-        name='one',
-        label='one',
-        config='a.py',
-        options={'x.y': 1, 'z': 2},
-        seeds=[3, 4],
-        iterations=10,
-        measure=['speed', 'complexity'],
-    )
+    common = dict(config='a.py', seeds=[3, 4], options={'x.y': 1, 'z': 2}, measure=['speed', 'complexity'])
+    two = dict(label='Two', seeds=[0], config='b.py', schedule='full', measure=['curve'])
+    three = dict(checkpoint='w/{row}.{seed}.pth', shape=[64, 96], erf=dict(size=7))
+    given = [dict(name='one'), dict(two, name='two', options={'z': 3}), dict(three, name='three')]
+    path = write(tmp_path, question='Why\n  not?', defaults=dict(common, iterations=10), rows=given)
+    suite = read_suite(path)
     assert suite.rows == [
-        SuiteRow(**one),
-        SuiteRow(
-            name='two',
-            label='Two',
-            config='b.py',
-            options={'x.y': 1, 'z': 3},
-            schedule='full',
-            measure=['curve'],
-            seeds=[0],
-        ),
-        SuiteRow(
-            **{**one, 'name': 'three', 'label': 'three', 'iterations': None},
-            checkpoint='w/{row}.{seed}.pth',
-            shape=[64, 96],
-            erf=dict(size=7),
-        ),
+        SuiteRow(name='one', label='one', iterations=10, **common),
+        SuiteRow(name='two', options={'x.y': 1, 'z': 3}, **two),
+        SuiteRow(name='three', label='three', **common, **three),
     ]
     assert suite.question == 'Why not?'
-    assert [(row.name, seed) for row, seed in suite.pairs()] == [
-        ('one', 3),
-        ('one', 4),
-        ('two', 0),
-        ('three', 3),
-        ('three', 4),
-    ]
+    pairs = [(row.name, seed) for row, seed in suite.pairs()]
+    assert pairs == [('one', 3), ('one', 4), ('two', 0), ('three', 3), ('three', 4)]
     assert suite.rows[0].measurements() == ('train', 'complexity', 'speed')  # in the order of measuring
     assert suite.rows[2].measurements() == ('complexity', 'speed')
     assert suite.rows[2].checkpoint_of(4) == 'w/three.4.pth'

@@ -238,27 +238,12 @@ def test_peak_memory_of_a_process_of_its_own(convnext) -> None:
 @pytest.mark.slow
 def test_detector(tmp_path) -> None:
     pytest.importorskip('mmdet')
+    from tiny_detector import CONFIG
+
     path = tmp_path / 'detector.py'
-    path.write_text("""
-_base_ = ['mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py', 'mmdet::_base_/datasets/coco_instance.py',
-          'mmdet::_base_/schedules/schedule_1x.py', 'mmdet::_base_/default_runtime.py']
-model = dict(
-    backbone=dict(_delete_=True, type='replk_mm.RepLKNet', arch=dict(
-        large_kernel_sizes=[7, 7, 7, 7], small_kernel=3, layers=[1, 1, 1, 1], channels=[8, 8, 8, 8], dw_ratio=1)),
-    neck=dict(in_channels=[8, 8, 8, 8], out_channels=16),
-    rpn_head=dict(in_channels=16, feat_channels=16),
-    roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=16), mask_roi_extractor=dict(out_channels=16),
-        mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1)),
-    train_cfg=dict(rpn_proposal=dict(nms_pre=20, max_per_img=20)),
-    test_cfg=dict(rpn=dict(nms_pre=20, max_per_img=20)))
-""")
-    options = {
-        f'model.roi_head.bbox_head.{i}.{key}': 16 for i in range(3) for key in ('in_channels', 'fc_out_channels')
-    }
+    path.write_text(CONFIG)
     settings = replace(QUICK, dtypes=('float32', 'bfloat16'), engines=['openvino'])
-    case = BenchmarkCase(str(path), True, options=options)
-    found = benchmark_networks(case, settings, ['inference', 'train'], [(64, 64)], [0])
+    found = benchmark_networks(BenchmarkCase(str(path), True), settings, ['inference', 'train'], [(64, 64)], [0])
     assert [row['equal'] for point in found['points'] for row in point['rows'] if row['name'] == OURS] == [True, True]
     assert report.all_equal(found)
 
