@@ -154,14 +154,10 @@ class Backbone(BaseModule):
         super().__init__(init_cfg)
         num_stages, family = len(channels), type(self).__name__
         if len(depths) != num_stages:
-            raise ValueError(
-                f'{family}: {num_stages} stages by their channels {channels}, but {len(depths)} by their numbers of '
-                f'blocks {depths}'
-            )
+            raise ValueError(f'{family}: depths {depths} and channels {channels} must have one entry for each stage')
         if not self.min_frozen_stages <= frozen_stages <= num_stages:
-            raise ValueError(
-                f'{family}: frozen_stages={frozen_stages} must be in {self.min_frozen_stages}..{num_stages}'
-            )
+            bounds = f'{self.min_frozen_stages}..{num_stages}'
+            raise ValueError(f'{family}: frozen_stages={frozen_stages} must be in {bounds}')
         indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         self.out_indices = tuple(i + num_stages if i < 0 else i for i in indices)
         unique = set(self.out_indices)

@@ -300,7 +300,7 @@ class RepLKNet(Backbone):
             blocks: list[nn.Module] = []
             for rate in islice(rates, layers[i]):
                 blocks += [
-                    block(width, kernels[i], drop_path=rate),
+                    block(channels=width, kernel_size=kernels[i], drop_path=rate),
                     ConvFFN(width, settings['ffn_ratio'], rate, norm_cfg),
                 ]
             normalized = norm_intermediate_features and i in self.out_indices

@@ -156,16 +156,17 @@ class _Features(torch.fx.Proxy):
 
 def _calls(model: nn.Module, path: str) -> list[str]:
     """Return the paths of the modules and tensors that a module's forward uses; none if it cannot be traced."""
-    module, tracer = model.get_submodule(path), torch.fx.Tracer()
+    module = model.get_submodule(path)
+    tracer: Any = torch.fx.Tracer()
     tracer.is_leaf_module = lambda *_: True
     tracer.proxy = lambda node: _Features(node, tracer)
     try:  # with a copy, in which forward may store something
-        nodes = [] if 'forward' in vars(module) else tracer.trace(copy.copy(module)).nodes
+        nodes: Any = [] if 'forward' in vars(module) else tracer.trace(copy.copy(module)).nodes
     except Exception:  # control flow that depends on values, or whatever else proxies cannot do
         return []
     used = [node for node in nodes if node.op in ('call_module', 'get_attr')]
     # ConvModule can be called without its norm.
-    names = [f'{node.target}{".conv" if node.kwargs.get("norm") is False else ""}' for node in used]
+    names = [f'{node.target}.conv' if node.kwargs.get('norm') is False else node.target for node in used]
     return [f'{path}.{name}' if path else name for name in names]
 
 

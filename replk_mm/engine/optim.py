@@ -46,8 +46,7 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
     + 1`` everything outside the backbone and the norms of its output features. Parameters of one dimension, biases, and
     position embeddings and tokens have no weight decay. Frozen parameters are in no group.
 
-    Wrappers of the model, or of modules in it, do not change the groups: data parallelism, ``fully_shard``,
-    ``torch.compile``, activation checkpointing.
+    Wrappers of the model or of its modules, such as DDP, ``fully_shard`` and ``torch.compile``, change nothing.
 
     For ConvNeXt, groups, their order, rates and weight decays are those of mmdet's and mmseg's
     ``LearningRateDecayOptimizerConstructor``, so that their runs can be resumed. Unlike theirs, a layer-wise
