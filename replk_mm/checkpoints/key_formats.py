@@ -26,7 +26,6 @@ MOMENTUM_ENCODERS = frozenset({'encoder_k', 'momentum_encoder', 'target_net'})
 #: Buffer of a reparameterized backbone of this package: BatchNorm is folded in it, its neck or its heads.
 FOLDED = 'folded'
 _EMA = re.compile(r'(^|[._])ema([._]|$)')
-_MAX_DEPTH = 5
 _STAGE = re.compile(r'.*stages[._](\d)\.')
 # First names of classifiers, which a backbone does not have.
 _CLASSIFIER = re.compile(r'(head|fc|classifier|norm)\.')
@@ -181,14 +180,14 @@ def find_weights(
             f'{where}: contains no weights; its keys are: {format_list(checkpoint) or "none"}\n'
             f'A checkpoint is a dict of tensors, or has one inside, for example under "state_dict".'
         )
-    own = {} if network is None else own_weights(network)
+    own = {unwrap_key(key): value for key, value in network.state_dict().items()} if network is not None else {}
     found = [one for nest, weights in nests.items() for one in _candidates(nest, weights, own)]
     # If nothing fits, errors name the family in the file.
     found = found or [one for nest, weights in nests.items() for one in _candidates(nest, weights, {})]
     if not found and not prefix:
         nest = max(nests, key=lambda nest: len(nests[nest]))
         return FoundWeights(nests[nest], prefix=nest)
-    end = f'.{_unwrapped(prefix or "").strip(".")}.'
+    end = f'.{unwrap_key(prefix or "").strip(".")}.'
     under = [one for one in found if not prefix or f'.{one.prefix}'.endswith(end)]
     if not under:
         raise UserError(
@@ -206,23 +205,19 @@ def find_weights(
     return selected
 
 
-def own_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a network, without the parts of names that wrappers in it add."""
-    return {_unwrapped(key): value for key, value in network.state_dict().items()}
-
-
-def _unwrapped(key: str) -> str:
+def unwrap_key(key: str) -> str:
+    """Remove the parts of a name that wrapper modules add."""
     return '.'.join(part for part in key.split('.') if part not in WRAPPERS)
 
 
 def _nests(node: Mapping, path: str = '', depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every dict in a checkpoint that contains tensors, by its path."""
-    weights = {_unwrapped(str(key)): value for key, value in node.items() if isinstance(value, Tensor)}
+    weights = {unwrap_key(str(key)): value for key, value in node.items() if isinstance(value, Tensor)}
     if weights := {key: value for key, value in weights.items() if key not in COUNTERS}:
         yield path, weights
     for key, value in node.items():
-        if isinstance(value, Mapping) and depth < _MAX_DEPTH:
-            name = _unwrapped(str(key))
+        if isinstance(value, Mapping) and depth < 5:  # a file may contain itself
+            name = unwrap_key(str(key))
             yield from _nests(value, f'{path}{name}.' if name else path, depth + 1)
 
 
@@ -242,8 +237,7 @@ def _candidates(nest: str, weights: dict[str, Tensor], own: Mapping[str, Tensor]
         if own and not matched:
             continue
         unused = [key for key in backbone if (key.split('.')[0] not in modules if own else _CLASSIFIER.match(key))]
-        whole = re.match(r'(|.*\.)backbone\.', prefix)
-        outer = whole[1] if whole else prefix
+        outer = re.sub(r'(^|\.)backbone\..*', r'\1', prefix)
         others = {key: value for key, value in weights.items() if not key.startswith(prefix)}
         rest = {key.removeprefix(outer): value for key, value in others.items() if key.startswith(outer)}
         backbone = {key: value for key, value in backbone.items() if key not in unused}
@@ -278,12 +272,11 @@ def _equal(one: FoundWeights, other: FoundWeights) -> bool:
 
 
 def _is_average(one: FoundWeights, found: list[FoundWeights], checkpoint: Mapping) -> bool:
-    parts = one.prefix.split('.')
     stored = checkpoint.get('ema_state_dict')
     if isinstance(stored, Mapping) and 'steps' in stored:  # mmengine's hook stores the averages under 'state_dict'
-        return parts[0] == 'state_dict'
+        return one.prefix.startswith('state_dict.')
     is_pair = any('student' in other.prefix.split('.') for other in found)
-    return bool(_EMA.search(one.prefix)) or ('teacher' in parts and is_pair)
+    return bool(_EMA.search(one.prefix)) or (is_pair and 'teacher' in one.prefix.split('.'))
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

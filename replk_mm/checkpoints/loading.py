@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from replk_mm.checkpoints.io import read_checkpoint
-from replk_mm.checkpoints.key_formats import FOLDED, FoundWeights, find_weights, fits, own_weights
+from replk_mm.checkpoints.key_formats import FOLDED, FoundWeights, find_weights, fits, unwrap_key
 from replk_mm.errors import UserError
 from replk_mm.logs import announce
 
@@ -69,7 +69,7 @@ def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -
         parts: Count each top-level module by itself; otherwise count everything as ``backbone``.
     """
     report = LoadReport()
-    own = own_weights(model)
+    own = {unwrap_key(key): value for key, value in model.state_dict().items()}
     with torch.no_grad():
         for key, target in own.items():
             part = key.split('.')[0] if parts else 'backbone'

@@ -34,8 +34,7 @@ def main() -> None:
     found = find_weights(loaded, None, args.checkpoint, args.prefix, args.use_ema)
     if not found.family and not args.trust_checkpoint:
         raise UserError(
-            f'{args.checkpoint}: neither RepLKNet nor ConvNeXt; its keys begin with '
-            f'{", ".join(list(found.backbone)[:3])}\n'
+            f'{args.checkpoint}: neither RepLKNet nor ConvNeXt; its keys begin with {format_list(found.backbone, 3)}\n'
             f'Key names are known from: {format_list(dict.fromkeys(form.name for form in FORMATS), 9)}.'
         )
     backbone = to_official(found.backbone) if args.to == 'official' else found.backbone
