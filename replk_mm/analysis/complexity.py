@@ -31,7 +31,6 @@ from replk_mm.data.datasets import crop_of
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, load_config
 from replk_mm.errors import UserError, explain_errors
-from replk_mm.ops import DepthwiseConv2d
 
 #: Phases in which a part of a network runs.
 INFERENCE, TRAINING, NEVER = 'inference', 'training', 'not run'
@@ -127,28 +126,6 @@ def count_complexity(model: nn.Module, shape: tuple[int, int], device: str = 'me
         INFERENCE,
     )
     return Complexity([rest, *parts] if rest.parameters or rest.macs else parts, inference.uncounted(), inference.notes)
-
-
-def mmcv_macs(model: nn.Module, shape: tuple[int, int]) -> int:
-    """Multiply-accumulates by ``mmcv.cnn.get_model_complexity_info``, the counter that the papers used.
-
-    It counts by layer class. Besides convolutions and linear layers it counts a bias, a ReLU and pooling once for each
-    output element, and BatchNorm, GroupNorm and LayerNorm twice. SyncBN, GELU, layer scales, interpolation, custom norm
-    classes and functions count as zero.
-
-    Args:
-        model: A segmentor, detector or backbone, on any device; left unchanged.
-        shape: Height and width of the image in pixels.
-    """
-    from mmcv.cnn import get_model_complexity_info
-
-    model = on_meta(model)
-    layers: list[Any] = [module for module in model.modules() if type(module) is DepthwiseConv2d]
-    for layer in layers:
-        layer.__class__ = nn.Conv2d  # the counter knows only the classes of torch and mmcv
-    # Under torch's counter our networks run layer by layer, without fused calls.
-    with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False):
-        return int(get_model_complexity_info(_Pass(model, forward), (3, *shape), False, False)[0])
 
 
 def on_meta(model: nn.Module) -> Any:

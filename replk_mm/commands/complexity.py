@@ -2,13 +2,10 @@
 
 CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is installed with a package
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). No weights are allocated and no image is read.
---published counts every published result at its published size, and writes docs/complexity.md and docs/complexity.json.
 """
 
 import json
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from replk_mm import cli, published
 from replk_mm.analysis.complexity import (
@@ -20,10 +17,7 @@ from replk_mm.analysis.complexity import (
     config_complexity,
     library_versions,
 )
-from replk_mm.analysis.published_complexity import CONFIGS, count_published, render_page
-from replk_mm.engine.process import prepare_work_dir
-from replk_mm.errors import UserError, command, command_line
-from replk_mm.files import write_atomic
+from replk_mm.errors import command, command_line
 from replk_mm.text import text_table
 
 FIELDS = """
@@ -88,27 +82,11 @@ def _format_operators(uncounted: Iterable[Operator]) -> str:
     return ', '.join([*described, *(o.name for o in operators[_DESCRIBED:])]) or 'nothing'
 
 
-def _count_published(rows: str | None, out: str | None, as_json: bool) -> None:
-    if not Path(CONFIGS).is_dir():
-        raise UserError(f'{CONFIGS}: no such folder\nRun --published at the root of the repository.')
-    out = out or (None if rows else 'docs')
-    folder = prepare_work_dir(out, option='--out') if out else None
-    record = count_published(rows, lambda line: print(line, file=sys.stderr, flush=True))
-    text = json.dumps(record, indent=1, allow_nan=False) + '\n'
-    print(text if as_json else render_page(record, tables_only=True), end='')
-    if folder:
-        written = [
-            write_atomic(folder / 'complexity.md', render_page(record)),
-            write_atomic(folder / 'complexity.json', text),
-        ]
-        print(f'written: {", ".join(map(str, written))}', file=sys.stderr)
-
-
 @command
 def main() -> None:
     p = cli.parser(__doc__, 'complexity configs/upernet_replk31b_ade20k.py --shape 512 512')
     p.epilog = f'{p.epilog}\n{FIELDS}'
-    p.add_argument('config', nargs='?', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
+    p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     p.add_argument(
         '--shape',
         type=cli.positive_int,
@@ -117,21 +95,8 @@ def main() -> None:
         help="image size in pixels (default: as published, otherwise the config's crop)",
     )
     p.add_argument('--json', action='store_true', help='print JSON only')
-    p.add_argument('--published', action='store_true', help='count every published result')
-    p.add_argument(
-        '--rows', metavar='REGEX', help='with --published: only configs whose name matches; writes only to --out'
-    )
-    p.add_argument('--out', metavar='DIR', help='with --published: folder of complexity.md and .json (default: docs)')
     cli.add_config_options(p)
     args = p.parse_args()
-    if args.published == bool(args.config):
-        p.error('give either a CONFIG or --published')
-    if args.published:
-        if args.shape or args.cfg_options:
-            p.error('--published takes sizes and configs as they are: no --shape, no --cfg-options')
-        return _count_published(args.rows, args.out, args.json)
-    if args.rows or args.out:
-        p.error('--rows and --out need --published')
     found = config_complexity(args.config, tuple(args.shape) if args.shape else None, args.cfg_options)
     if args.json:
         print(json.dumps(found.to_dict(), indent=2))
