@@ -134,8 +134,8 @@ def test_picture_names_every_class_that_occurs(data, tmp_path, classes, monkeypa
 @pytest.mark.slow
 def test_dead_process_is_an_error(tmp_path, monkeypatch):
     write_pairs(tmp_path, 'train', 40)
-    read = images._read_size
-    monkeypatch.setattr(images, '_read_size', lambda path: os._exit(1) if '000002' in path else read(path))
+    read = images.read_size
+    monkeypatch.setattr(images, 'read_size', lambda path: os._exit(1) if '000002' in path else read(path))
     with pytest.raises(UserError, match='process died'):
         full(seg_config(tmp_path, splits=('train',)), jobs=2)
 

@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
+import gzip
 import io
 import json
+import shutil
+from argparse import ArgumentTypeError
 from collections import Counter
 
 import cv2
@@ -19,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 from tiny import run_tool
 from tiny_detector import CLASSES, detector, trained_detector, write_coco  # noqa: F401
 
+from replk_mm.commands import predict as predict_command
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.inference import reparameterize_checkpoint
@@ -205,6 +209,28 @@ def test_labels_follow_names_in_any_order_of_the_file(detector, tmp_path):  # no
             assert [data.metainfo['classes'][label] for label in labels] == expected
 
 
+def test_variants_of_annotation_tools_train_and_score_as_the_plain_file(detector, trained_detector, tested, tmp_path):  # noqa: F811
+    shutil.copytree(detector.data, tmp_path / 'data')
+    for path in (tmp_path / 'data' / 'annotations').iterdir():
+        data = json.loads(path.read_text())
+        for image in data['images']:
+            image.update(file_name=f'C:\\images\\{image["file_name"]}', id=str(image['id']))
+        for annotation in data['annotations']:
+            annotation.update(id=annotation['id'] - 1, category_id=float(annotation['category_id']))
+            annotation.pop('iscrowd')
+        path.with_name(f'{path.name}.gz').write_bytes(gzip.compress(json.dumps(data).encode('utf-8-sig')))
+        path.unlink()
+    root = str(tmp_path / 'data')
+    weights = [
+        torch.load(detector.train(tmp_path / str(i), seed=0, **where), weights_only=True)['state_dict']
+        for i, where in enumerate(({}, dict(data_root=root)))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
+    found = evaluate(detector.cfg(), str(trained_detector), detector.options(tmp_path / 'test', data_root=root))
+    assert found.metrics == pytest.approx(tested[0].metrics, nan_ok=True) and found.per_class == tested[0].per_class
+    assert any('gzip' in note and 'images' in note for note in found.notes)
+
+
 def test_a_model_that_finds_nothing_has_no_ap_but_a_result(detector, trained_detector, tmp_path):  # noqa: F811
     cfg = detector.cfg({'model.test_cfg.rcnn.score_thr': 1.1})
     found = evaluate(cfg, str(trained_detector), detector.options(tmp_path), predictions=tmp_path / 'p')
@@ -310,5 +336,5 @@ def test_predict_draws_and_describes_objects(detector, trained_detector, tmp_pat
     assert json.loads((tmp_path / '000_objects.json').read_text()) == []
     assert cv2.imread(str(tmp_path / '000_overlay.png')).shape == (96, 96, 3)
     assert isinstance(json.loads((tmp_path / '000_objects.json').read_text()), list)
-    done = run_tool('predict', *args, '--score', 2)
-    assert done.returncode == 2 and '2.0 is not in 0..1' in done.stderr
+    with pytest.raises(ArgumentTypeError, match='not in 0..1'):
+        predict_command.score('2')
