@@ -185,10 +185,6 @@ def _findings(path: Path, content: bytes, error: ValidationError) -> list[Findin
     return findings
 
 
-#: Names of a category that stands for the absence of objects.
-_BACKGROUND = ('background', '_background_', '__background__')
-
-
 def category_counts(data: Any) -> dict[str, int]:
     """Number of objects of every category that is a class, in the order of the file.
 
@@ -200,7 +196,7 @@ def category_counts(data: Any) -> dict[str, int]:
     for category in data['categories']:  # two may have the same name
         name, own = category['name'], objects[category['id']]
         is_root = len(parents) > 1 and parents.count(name) == len(parents) - 1 and category.get('supercategory') != name
-        if own or not objects or not (is_root or name.lower() in _BACKGROUND):
+        if own or not objects or not (is_root or name.lower().strip('_') == 'background'):
             counts[name] = counts.get(name, 0) + own
     return counts
 

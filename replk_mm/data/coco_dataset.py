@@ -12,16 +12,8 @@ from replk_mm.data.coco import annotation_path, invalidate_cache, read_annotatio
 from replk_mm.registry import DATASETS
 
 
-def categories_by_name(api: COCO, classes: list[str] | tuple[str, ...]) -> list[int | None]:
-    """The category id of each class; None for classes that the annotation file lacks."""
-    ids = {category['name']: i for i, category in api.cats.items()}
-    return [ids.get(name) for name in classes]
-
-
 class CocoIndex(COCO):
-    """The index of pycocotools, with one category id per class in the order of the classes.
-
-    Annotation ids count from 1: pycocotools takes 0 for "no match".
+    """The index of pycocotools with a category id per class, in the order of the classes, and annotation ids from 1.
 
     Args:
         source: Annotation file for :func:`replk_mm.data.coco.read_annotations`, or its content.
@@ -42,7 +34,9 @@ class CocoIndex(COCO):
             self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
     def get_cat_ids(self, cat_names: Any = [], sup_names: Any = [], cat_ids: Any = []) -> list:  # noqa: B006 (mmdet's)
-        return categories_by_name(self, cat_names)
+        """The category id of each class; None for classes that the annotation file lacks."""
+        ids = {category['name']: i for i, category in self.cats.items()}
+        return [ids.get(name) for name in cat_names]
 
 
 @DATASETS.register_module()

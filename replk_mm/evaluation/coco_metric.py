@@ -7,12 +7,12 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from mmdet.datasets.api_wrappers import COCO, COCOeval
+from mmdet.datasets.api_wrappers import COCOeval
 from mmdet.evaluation import CocoMetric as MMDetCocoMetric
 from mmengine.fileio import dump, get_local_path, load
 from mmengine.logging import print_log
 
-from replk_mm.data.coco_dataset import CocoIndex, categories_by_name
+from replk_mm.data.coco_dataset import CocoIndex
 from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import GatheringMetric, absent_classes
 from replk_mm.registry import METRICS
@@ -100,7 +100,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             if self._coco_api is None:
                 self._coco_api = CocoIndex(self.gt_to_coco_json(truths, prefix))
             self.img_ids = self._coco_api.get_img_ids()
-            by_label = categories_by_name(self._coco_api, self.dataset_meta['classes'])
+            by_label = self._coco_api.get_cat_ids(self.dataset_meta['classes'])
             # In pycocotools' order.
             self.cat_ids = sorted(category for category in by_label if category is not None)
             kept = [self._select_known_categories(result, by_label) for result in found]
@@ -112,9 +112,9 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             metrics: dict[str, float] = {}
             for kind in self.metrics:
                 metrics.update(self._evaluate(kind, files[kind]))
-        heading = f'{len(self.per_class)} of {len(self.dataset_meta["classes"])} classes are annotated'
-        table = f':\n{class_table(self.per_class, absent_classes([self]))}' if self.per_class else ''
-        print_log(heading + table, logger='current')
+        table = class_table(self.per_class, absent_classes([self])) if self.per_class else ''
+        count = f'{len(self.per_class)} of {len(self.dataset_meta["classes"])}'
+        print_log(f'{count} classes are annotated\n{table}', logger='current')
         if self.classwise:  # mmdet's names
             metrics.update(
                 {f'{name}_precision': figures[f'{self.metrics[-1]}_mAP'] for name, figures in self.per_class.items()}
@@ -130,8 +130,9 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
 
     def _evaluate(self, kind: str, file: str) -> dict[str, float]:
         assert self._coco_api is not None and self.cat_ids is not None
-        detections = self._detections(file)
+        found, empty = load(file), {**self._coco_api.dataset, 'annotations': []}
         with contextlib.redirect_stdout(io.StringIO()) as table:
+            detections = self._coco_api.loadRes(found) if found else CocoIndex(empty)  # pycocotools rejects []
             evaluation = COCOeval(self._coco_api, detections, kind)
             evaluation.params.catIds, evaluation.params.imgIds = self.cat_ids, self.img_ids
             evaluation.evaluate()
@@ -158,11 +159,3 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             f'{kind}_{name}': float(evaluation.stats[i]) if evaluation.stats[i] >= 0 else float('nan')
             for name, i in _STATS.items()
         }
-
-    def _detections(self, file: str) -> COCO:
-        assert self._coco_api is not None
-        found = load(file)
-        if not found:  # which pycocotools and mmdet reject; an untrained model may find nothing
-            return CocoIndex({**self._coco_api.dataset, 'annotations': []})
-        with contextlib.redirect_stdout(None):
-            return self._coco_api.loadRes(found)

@@ -166,6 +166,15 @@ def test_the_metric_rejects_what_it_does_not_compute():
         CocoMetric(iou_thrs=[0.5, 0.75])
 
 
+def test_log_shows_ap_in_percent(detector, trained_detector, tmp_path, monkeypatch):  # noqa: F811
+    figures = {'bbox_mAP': 0.52234, 'segm_mAP_l': float('nan'), 'traffic light_precision': 0.0001629, 'other': 0.5}
+    monkeypatch.setattr(CocoMetric, 'compute_metrics', lambda self, results: figures)
+    evaluate(detector.cfg(), str(trained_detector), detector.options(tmp_path))
+    text = next(tmp_path.rglob('*.log')).read_text()
+    shown = 'coco/bbox_mAP: 52.23  coco/segm_mAP_l: nan  coco/traffic light_precision: 0.02  coco/other: 0.5000'
+    assert shown in text
+
+
 def test_classes_come_with_the_checkpoint(detector, tmp_path):  # noqa: F811
     trained = detector.train(tmp_path / 'train', 2, seed=0, classes='dog,car')
     # Nobody has to say them again: neither for merging nor for testing nor for predicting.

@@ -163,7 +163,7 @@ def render_comparison(found: dict[str, Any]) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else _one_line(value),  # names come from files
     )
     environment.globals |= dict(table=_table)
-    environment.filters |= dict(figure=_figure, pair=_pair, percent=_percent, format_head='{} A, B'.format)
+    environment.filters |= dict(figure=_figure, pair=_pair, format_head='{} A, B'.format)
     environment.filters['fields'] = lambda row, *keys: [row[key] for key in keys]
     return environment.get_template('compare.md.j2').render(found=found)
 
@@ -198,16 +198,11 @@ def _figure(value: float | None, unit: str, signed: bool = False) -> str:
     return '-' if value is None else f'{value:{"+" if signed else ""}.{2 if unit == "%" else 4}f}'
 
 
-def _percent(row: dict[str, Any], name: str = '') -> dict[str, Any]:
-    """A row of scores in percent."""
-    scores = {x: row[x] and in_percent(name or row['name'], row[x]) for x in ('a', 'b', 'difference')}
-    return {**row, **scores}
-
-
-def _pair(row: dict[str, Any], unit: str, more: Sequence[str] = ()) -> list[str]:
+def _pair(row: dict[str, Any], unit: str, more: Sequence[str] = (), score: str = '') -> list[str]:
     """Cells of a row: name or image, A, B, difference, and further keys or pairs of keys (``found_a, found_b``)."""
-    cells = [row.get('name') or row['image'], *(_figure(row[x], unit) for x in 'ab')]
-    cells.append(_figure(row['difference'], unit, True))
+    name = row.get('name') or row['image']
+    a, b, difference = (row[x] and in_percent(score or name, row[x]) for x in ('a', 'b', 'difference'))
+    cells = [name, _figure(a, unit), _figure(b, unit), _figure(difference, unit, True)]
     for key in more:
         values = [row[key]] if key in row else [row[f'{key}_a'], row[f'{key}_b']]
         cells.append(', '.join('-' if v is None else f'{v:.2f}' if isinstance(v, float) else f'{v:,}' for v in values))

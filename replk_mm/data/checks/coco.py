@@ -11,6 +11,7 @@ from replk_mm.data import coco
 from replk_mm.data.checks.dataset import DatasetReport, Sample
 from replk_mm.data.checks.pairs import image_key
 from replk_mm.data.classes import annotation_file, classes_of
+from replk_mm.data.coco import Annotation
 from replk_mm.data.datasets import as_list, has_own_index
 from replk_mm.data.files import list_names, pick_evenly
 from replk_mm.data.findings import InvalidDataError, Occurrence
@@ -92,9 +93,7 @@ def _report(
         report.add(code, report.labels_at, message, severity=severity, occurrences=tuple(occurrences))
 
 
-def _occurrences(
-    objects: Sequence[coco.Annotation], check: Callable[[coco.Annotation], str | None]
-) -> list[Occurrence]:
+def _occurrences(objects: Sequence[Annotation], check: Callable[[Annotation], str | None]) -> list[Occurrence]:
     """The annotations for which ``check`` returns a message."""
     return [Occurrence(message, f'annotation {a["id"]}') for a in objects if (message := check(a))]
 
@@ -125,7 +124,7 @@ def _check_repeated(report: DatasetReport, data: coco.AnnotationFile) -> None:
         _report(report, code, repeated, f'{len(repeated):,} {key}s of {section} occur more than once')
 
 
-def _check_references(report: DatasetReport, objects: Sequence[coco.Annotation], section: str, ids: set) -> None:
+def _check_references(report: DatasetReport, objects: Sequence[Annotation], section: str, ids: set) -> None:
     """Report annotations of an image or category that the file lacks."""
     key = f'{section}_id'
     lost = _occurrences(objects, lambda a: '' if a[key] in ids else f'{key} {a[key]!r}')  # type: ignore[literal-required]
