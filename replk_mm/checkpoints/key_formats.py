@@ -239,7 +239,8 @@ def _candidates(nest: str, weights: dict[str, Tensor], own: Mapping[str, Tensor]
         unused = [key for key in backbone if (key.split('.')[0] not in modules if own else _CLASSIFIER.match(key))]
         outer = re.sub(r'(^|\.)backbone\..*', r'\1', prefix)
         others = {key: value for key, value in weights.items() if not key.startswith(prefix)}
-        rest = {key.removeprefix(outer): value for key, value in others.items() if key.startswith(outer)}
+        others = {key.removeprefix(outer): value for key, value in others.items() if key.startswith(outer)}
+        rest = {key: value for key, value in others.items() if not _CLASSIFIER.match(key)}
         backbone = {key: value for key, value in backbone.items() if key not in unused}
         yield FoundWeights(backbone, rest, form.family, form.name, nest + prefix, unused, matched)
 

@@ -135,6 +135,10 @@ def test_backbone_only(tmp_path):
     path = write(tmp_path / 'a.pth', {'model': tiny_backbone().state_dict()})
     message = misfit(segmentor(), path)
     assert 'only a backbone fits' in message and 'missing: ' in message and 'decode_head 0/' in message.splitlines()[0]
+    weights = {f'backbone.{key}': value for key, value in tiny_backbone().state_dict().items()}
+    classifier = {'head.fc.weight': torch.ones(10, 24), 'head.fc.bias': torch.ones(10)}  # as in mmpretrain
+    message = misfit(segmentor(), write(tmp_path / 'b.pth', {'state_dict': weights | classifier}))
+    assert 'only a backbone fits' in message and 'unexpected' not in message
 
 
 def test_other_family(trained):
