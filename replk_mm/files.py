@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from replk_mm.errors import UserError
+
 
 def write_atomic(path: str | Path, content: bytes | str) -> Path:
     """Write a file atomically: readers see either the old or the new content.
@@ -27,6 +29,20 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def write_output(path: str | Path, content: bytes | str) -> Path:
+    """Write a result of a command, see :func:`write_atomic`.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
+        return write_atomic(path, content)
+    except OSError as error:
+        raise UserError(
+            f'{path}: cannot be written ({error.strerror})\nChoose another folder with --out DIR, or make room there.'
+        ) from error
 
 
 def sha256(path: str | Path) -> str:

@@ -18,6 +18,7 @@ ten times as large therefore give other areas in that scale, and areas of the sc
 
 import copy
 import hashlib
+import io
 import json
 import warnings
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.process import prepare_work_dir, select_device
 from replk_mm.engine.record import environment_info, write_record
 from replk_mm.errors import UserError, command_line, explain_errors
-from replk_mm.files import sha256
+from replk_mm.files import sha256, write_output
 
 #: Shares of the contribution whose areas are reported, as in the paper's table.
 SHARES = (0.2, 0.3, 0.5, 0.99)
@@ -135,12 +136,9 @@ class Erf(BaseModel):
         Raises:
             UserError: If they cannot be written.
         """
-        try:
-            np.savez_compressed(folder / 'erf.npz', scores=self.scores)
-        except OSError as error:
-            raise UserError(
-                f'{folder / "erf.npz"}: cannot be written ({error.strerror})\nChoose another folder with --out DIR.'
-            ) from error
+        matrix = io.BytesIO()
+        np.savez_compressed(matrix, scores=self.scores)
+        write_output(folder / 'erf.npz', matrix.getvalue())
         write_record(
             dict(
                 kind=KIND,

@@ -1,5 +1,6 @@
 """Tables and heat maps of effective receptive fields, alone and side by side."""
 
+import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from replk_mm.analysis.erf import SHARES, Erf, areas, paper_scale
 from replk_mm.errors import UserError
+from replk_mm.files import write_output
 
 #: Lower end of the heat map of the scores, relative to the largest score.
 _FLOOR = 1e-4
@@ -151,13 +153,10 @@ def draw_heat_maps(found: Sequence[Erf], path: Path) -> None:
     figure.set_dpi(110)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    try:
-        # A palette needs a third of the space of full color, because noisy maps hardly compress.
-        Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256).save(path, optimize=True)
-    except OSError as error:
-        raise UserError(
-            f'{path}: cannot be written ({error.strerror})\nChoose another folder with --out DIR.'
-        ) from error
+    # A palette needs a third of the space of full color, because noisy maps hardly compress.
+    png = io.BytesIO()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert('RGB').quantize(256).save(png, 'PNG', optimize=True)
+    write_output(path, png.getvalue())
 
 
 def _image_count(found: Sequence[Erf]) -> str:

@@ -33,6 +33,7 @@ from replk_mm.engine.process import RunOptions, prepare_work_dir
 from replk_mm.engine.record import evaluation_record, write_record
 from replk_mm.engine.train import train
 from replk_mm.errors import UserError, command, command_line
+from replk_mm.files import write_output
 from replk_mm.text import text_table
 from replk_mm.visualize import class_legend, colorize, draw_instances, image_grid
 
@@ -335,7 +336,7 @@ def main() -> None:
     caption = f'{names} in percent on {VAL_SCENES} scenes that were not used for training.'
     own_data = command_line('train', *task.own_data)
     page = render_report(figures=figures, task=task, cells=cells, caption=caption, own_data=own_data)
-    (out / 'report.html').write_text(page, encoding='utf-8')
+    write_output(out / 'report.html', page)
     print(f'\n{text_table(cells)}\n\n{caption} {(time.monotonic() - start) / 60:.1f} minutes.')
     for note in filter(None, (task.note, *{f'?: {row.unreliable}' for row in rows if row.unreliable})):
         print(note)

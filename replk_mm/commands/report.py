@@ -11,7 +11,8 @@ from replk_mm import cli
 from replk_mm.bench.report.load import SKIPPED_STATUS, load_report
 from replk_mm.bench.report.render import render_html, render_markdown, render_suite_tables
 from replk_mm.engine.process import prepare_work_dir
-from replk_mm.errors import UserError, command, printable
+from replk_mm.errors import command, printable
+from replk_mm.files import write_output
 from replk_mm.text import update_page
 
 STATUSES = f"""
@@ -38,13 +39,7 @@ def main() -> int:
     found = load_report(args.results)
     out = prepare_work_dir(args.out, option='--out')
     for name, text in (('index.html', render_html(found)), ('report.md', render_markdown(found))):
-        try:
-            Path(out, name).write_text(text, encoding='utf-8')
-        except OSError as error:
-            raise UserError(
-                f'{Path(out, name)}: cannot be written ({error.strerror})\n'
-                f'Name another folder: --out DIR, or make room there.'
-            ) from error
+        write_output(Path(out, name), text)
         print(f'written: {Path(out, name)}')
     for folder in sorted(found.outside):
         print(

@@ -13,8 +13,7 @@ from replk_mm import __version__
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.evaluate import Evaluation
-from replk_mm.errors import UserError
-from replk_mm.files import write_atomic
+from replk_mm.files import write_output
 
 
 def describe_protocol(cfg: Config, tta: bool) -> dict:
@@ -105,9 +104,4 @@ def write_record(found: dict, path: Path) -> None:
     Raises:
         UserError: If it cannot be written.
     """
-    try:
-        write_atomic(path, json.dumps(found, indent=2, allow_nan=False) + '\n')
-    except OSError as error:
-        raise UserError(
-            f'{path}: cannot be written ({error.strerror})\nChoose another folder with --out DIR.'
-        ) from error
+    write_output(path, json.dumps(found, indent=2, allow_nan=False) + '\n')

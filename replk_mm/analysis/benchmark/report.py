@@ -10,8 +10,7 @@ import torch
 
 from replk_mm.engine.record import environment_info, replace_non_finite
 from replk_mm.environment import describe_machine, git_state
-from replk_mm.errors import UserError
-from replk_mm.files import write_atomic
+from replk_mm.files import write_output
 from replk_mm.text import text_table
 
 _PACKAGES = ('mmsegmentation', 'mmdet', 'openvino', 'onnxruntime', 'onnx')
@@ -77,15 +76,10 @@ def write_record(record: dict, folder: Path) -> list[Path]:
     Raises:
         UserError: If one of them cannot be written.
     """
-    try:
-        return [
-            write_atomic(folder / 'table.txt', f'{format_record(record)}\n'),
-            write_atomic(folder / 'benchmark.json', f'{record_to_json(record)}\n'),
-        ]
-    except OSError as error:
-        raise UserError(
-            f'{folder}: cannot write to it ({error.strerror})\nChoose another folder with --out DIR.'
-        ) from error
+    return [
+        write_output(folder / 'table.txt', f'{format_record(record)}\n'),
+        write_output(folder / 'benchmark.json', f'{record_to_json(record)}\n'),
+    ]
 
 
 def all_equal(record: dict) -> bool:

@@ -12,8 +12,8 @@ from scipy import stats
 from replk_mm.bench.compare import results
 from replk_mm.bench.compare.results import DataSource
 from replk_mm.engine.record import write_record
-from replk_mm.errors import UserError, printable
-from replk_mm.files import write_atomic
+from replk_mm.errors import printable
+from replk_mm.files import write_output
 from replk_mm.text import in_percent
 
 #: Resamplings of the images.
@@ -183,10 +183,7 @@ def write_comparison(found: dict[str, Any], out: Path) -> list[Path]:
     """
     data, text = out / 'compare.json', out / 'compare.md'
     write_record(found, data)
-    try:
-        write_atomic(text, render_comparison(found))
-    except OSError as error:
-        raise UserError(f'{text}: cannot be written ({error.strerror})\nChoose another --out DIR.') from error
+    write_output(text, render_comparison(found))
     return [data, text, *(out / name for name in found.get('pictures', ()))]
 
 
