@@ -94,9 +94,7 @@ class Defaults(_Strict):
         ErfImages(), description="`{size: PIXELS, count: IMAGES}`; default: config's crop, 50 images"
     )
     data_root: str | None = Field(None, description='data of this row')
-    classes: str | list[str] | None = Field(
-        None, description='of data sets and heads: a list of names, or a value of `--classes`, such as `auto`'
-    )
+    classes: str | list[str] | None = Field(None, description='a list of names, or as `--classes`, such as `auto`')
     preflight: bool = Field(True, description='`false`: skip the dry run before the training')
 
     @field_validator('seeds')

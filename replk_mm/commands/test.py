@@ -40,12 +40,11 @@ def main() -> None:
     if result.per_class:
         print(class_table(result.per_class, result.absent))
     elif result.metrics:
-        print('no table of classes: the metric does not report single classes, or the ground truth has none')
+        print('no table of classes: only replk_mm.IoUMetric and replk_mm.CocoMetric report single classes')
     if result.changes:
         print(f'reparameterized: {result.changes}')
-    print(
-        f'{result.images} images in {format_duration(result.seconds)}: {format_metrics(result.metrics, result.absent)}'
-    )
+    scores = format_metrics(result.metrics, result.absent)
+    print(f'{result.images} images in {format_duration(result.seconds)}: {scores}')
     if out:
         write_record(evaluation_record(cfg, args.checkpoint, result, args.tta), out / 'metrics.json')
         print(f'written: {out / "metrics.json"}, and predictions in {out / "predictions"}')

@@ -1,7 +1,7 @@
 """The heads in a model's config that predict the classes of the data, and their number of classes."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from replk_mm.data.datasets import as_list
@@ -36,27 +36,6 @@ def _counting_parts(node: object, path: str) -> Iterator[tuple[str, dict]]:
 def classes_per_head(model: dict) -> dict[str, int]:
     """Number of classes of every head whose config states it, by path."""
     return {path: head['num_classes'] for path, head in _counting_parts(model, 'model') if is_class_head(path)}
-
-
-def constant_heads(model: dict, counts: Mapping[str, int]) -> Iterator[str]:
-    """Yield the setting of each segmentation head that has nothing to distinguish, such as ``PATH.num_classes=1``.
-
-    A softmax over one channel is 1, and its cross-entropy 0, for any output.
-
-    Args:
-        model: Config.
-        counts: Number of classes of every head by its path.
-    """
-    parts = dict(_counting_parts(model, 'model'))
-    for path, count in counts.items():
-        head: dict = parts.get(path, {})
-        if re.search(r'\.(decode|auxiliary)_head(\.\d+)?$', path) and 'loss_cls' not in head:  # not MaskFormer
-            losses = as_list(head.get('loss_decode') or dict(type='CrossEntropyLoss'))
-            is_softmax = any('CrossEntropy' in str(loss.get('type')) and not loss.get('use_sigmoid') for loss in losses)
-            if count == 1:
-                yield f'{path}.num_classes=1'
-            elif head.get('out_channels') == 1 and is_softmax:
-                yield f'{path}.out_channels=1 without use_sigmoid=True in loss_decode'
 
 
 def _panoptic_parts(model: dict) -> dict[str, dict]:

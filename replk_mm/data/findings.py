@@ -58,7 +58,7 @@ CODES: dict[str, tuple[str, str]] = {
     'label-out-of-range': ('error', 'Name every class, or fix the labels.'),
     'label-all-ignored': ('warning', 'Check the labels: training learns nothing from these images.'),
     'nothing-labelled': ('error', 'There is nothing to learn from these labels, and nothing to score.'),
-    'one-class': ('error', 'Training needs two classes to distinguish, the background among them.'),
+    'one-class': ('error', 'Use --classes background,NAME; a sigmoid head has out_channels=1 and use_sigmoid=True.'),
     'reduce-zero-pipeline': ('error', 'Set reduce_zero_label of the data set only; the pipeline uses that value.'),
     'reduce-zero-on': ('warning', 'If 0 is a class, set reduce_zero_label=False: with True classes shift by one.'),
     'reduce-zero-off': ('warning', 'If 0 is unlabeled, set reduce_zero_label=True: with False classes shift by one.'),

@@ -18,7 +18,7 @@ from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, pro
 from replk_mm.engine.runner import Runner, explain_failures
 from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import absent_classes, require_ground_truth
-from replk_mm.logs import Note, log_notes
+from replk_mm.logs import log_notes
 from replk_mm.ops import prepack
 from replk_mm.wrappers import unwrap_model
 
@@ -130,13 +130,6 @@ def evaluate(
     seconds = time.perf_counter() - start
     per_class: dict[str, dict[str, float]] = {}
     for metric in runner.test_evaluator.metrics:
-        if not hasattr(metric, 'per_class'):
-            notes.append(
-                Note(
-                    f'classes: {type(metric).__name__} has no figures of single classes; replk_mm.IoUMetric and '
-                    f'replk_mm.CocoMetric have'
-                )
-            )
         for name, of_class in getattr(metric, 'per_class', {}).items():
             per_class.setdefault(name, {}).update(of_class)
     dataset = runner.test_dataloader.dataset

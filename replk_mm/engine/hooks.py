@@ -147,8 +147,7 @@ class ProgressHook(Hook):
     @master_only
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Print the metrics."""
-        evaluator = getattr(runner.val_loop, 'evaluator', None)
-        absent = absent_classes(getattr(evaluator, 'metrics', ()))
+        absent = absent_classes(getattr(getattr(runner.val_loop, 'evaluator', None), 'metrics', ()))
         print(f'validation at iteration {runner.iter}: {format_metrics(metrics or {}, absent)}', flush=True)
 
 

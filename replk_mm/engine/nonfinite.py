@@ -78,11 +78,7 @@ class StopAtNonFinite(Hook):
             self._stop(runner, f' at a loss scale of {scale:.2g}')
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Stop if the validation data have no ground truth: no checkpoint could be the best.
-
-        Raises:
-            UserError: If no score is a number.
-        """
+        """Stop if the validation data have no ground truth."""
         require_ground_truth(metrics or {}, 'val')
 
     def _check(self, runner: Any, values: Sequence[Tensor]) -> None:

@@ -14,9 +14,8 @@ from mmengine.logging import print_log
 
 from replk_mm.data.coco_dataset import CocoIndex
 from replk_mm.errors import UserError
-from replk_mm.evaluation.gather import GatheringMetric, absent_classes
+from replk_mm.evaluation.gather import GatheringMetric
 from replk_mm.registry import METRICS
-from replk_mm.text import class_table
 
 #: Index in ``COCOeval.stats`` by mmdet's name. Scores without an IoU in the name average over IoU 0.5 to 0.95.
 _STATS = {'mAP': 0, 'mAP_50': 1, 'mAP_75': 2, 'mAP_s': 3, 'mAP_m': 4, 'mAP_l': 5}
@@ -112,9 +111,6 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             metrics: dict[str, float] = {}
             for kind in self.metrics:
                 metrics.update(self._evaluate(kind, files[kind]))
-        table = class_table(self.per_class, absent_classes([self])) if self.per_class else ''
-        count = f'{len(self.per_class)} of {len(self.dataset_meta["classes"])}'
-        print_log(f'{count} classes are annotated\n{table}', logger='current')
         if self.classwise:  # mmdet's names
             metrics.update(
                 {f'{name}_precision': figures[f'{self.metrics[-1]}_mAP'] for name, figures in self.per_class.items()}

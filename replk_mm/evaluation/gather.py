@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from mmengine.dist import all_reduce, get_world_size
 from mmengine.evaluator import BaseMetric
+from mmengine.logging import print_log
 
 from replk_mm.errors import UserError, format_list
+from replk_mm.text import class_table
 
 
 class GatheringMetric(BaseMetric):
@@ -48,7 +50,12 @@ class GatheringMetric(BaseMetric):
                 f"Use sampler=dict(type='DefaultSampler') without round_up=False, and no drop_last, in "
                 f'val_dataloader and test_dataloader.'
             )
-        return super().evaluate(size)
+        scores = super().evaluate(size)
+        if self.per_class:
+            absent = absent_classes([self])
+            heading = f'{len(self.per_class)} of {len(self.per_class) + len(absent)} classes are in the labels'
+            print_log(f'{heading}:\n{class_table(self.per_class, absent)}', logger='current')
+        return scores
 
 
 def absent_classes(metrics: Iterable[BaseMetric]) -> list[str]:
@@ -59,15 +66,7 @@ def absent_classes(metrics: Iterable[BaseMetric]) -> list[str]:
 
 
 def require_ground_truth(scores: Mapping[str, object], split: str) -> None:
-    """Reject the scores of a data set without ground truth.
-
-    Args:
-        scores: From an evaluator. They are NaN without ground truth, or -1 in mmdetection's metrics.
-        split: ``'val'`` or ``'test'``, for the message.
-
-    Raises:
-        UserError: If there are scores, and none is a number.
-    """
+    """Raise a ``UserError`` if no score of ``'val'`` or ``'test'`` data is a number: NaN, or -1 in mmdet's metrics."""
     values = {name: value for name, value in scores.items() if isinstance(value, (int, float)) and 'time' not in name}
     if values and all(math.isnan(value) or value == -1 and 'mAP' in name for name, value in values.items()):
         raise UserError(

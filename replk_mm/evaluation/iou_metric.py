@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from mmengine.logging import print_log
 from mmseg.evaluation.metrics import IoUMetric as MMSegIoUMetric
 from PIL import Image
 
-from replk_mm.evaluation.gather import GatheringMetric, absent_classes
+from replk_mm.evaluation.gather import GatheringMetric
 from replk_mm.registry import METRICS
 
 
@@ -73,18 +72,4 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
         }
         if len(present):
             metrics['mIoU_present'] = float(np.mean([c['IoU'] for c in self.per_class.values()]))
-        print_log(
-            '\n'.join(
-                [
-                    f'{len(present)} of {len(names)} classes are in the labels:',
-                    *(
-                        f'  {name:20} IoU {c["IoU"]:6.2f}  Acc {c["Acc"]:6.2f}  '
-                        f'{100 * c["pixels"] / label.sum():5.1f} % of pixels'
-                        for name, c in self.per_class.items()
-                    ),
-                    *(f'  {name:20} no pixels' for name in absent_classes([self])),
-                ]
-            ),
-            logger='current',
-        )
         return metrics

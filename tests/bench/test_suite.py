@@ -297,14 +297,12 @@ def plainly_written_configs(monkeypatch):
     [
         (dict(classes='auto'), None, 'ab'),
         (dict(classes=['x', 'y', 'z']), None, 'xyz'),
-        (dict(classes='names.txt'), None, 'pq'),  # beside the suite
         (dict(classes='x,y,z'), 's,t', 'st'),
         ({}, 's,t', 'st'),
     ],
 )
 def test_classes_of_a_row(tmp_path, plainly_written_configs, row, option, expected):
     (tmp_path / 'classes.txt').write_text('a\nb\n')
-    (tmp_path / 'names.txt').write_text('p\nq\n')
     row = dict(name='a', config=NANO, options={'crop_size': [32, 32]}, measure=['complexity'], **row)
     suite = read_suite(write(tmp_path, data=dict(root=str(tmp_path)), rows=[row]))
     [task] = plan.remaining_tasks(suite, plan.SuiteOptions(tmp_path / 'w', classes=option), build=False)

@@ -90,7 +90,6 @@ def test_mask2former_of_mmseg_keeps_the_weight_of_no_object():
     [
         (dict(num_classes=1), 'model.decode_head.num_classes=1'),
         (dict(num_classes=1, loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True)), 'num_classes=1'),
-        (dict(num_classes=2, out_channels=1), 'model.decode_head.out_channels=1 without use_sigmoid'),
         (dict(num_classes=2, out_channels=1, loss_decode=[dict(type='CrossEntropyLoss', use_sigmoid=True)]), None),
         (dict(num_classes=2), None),
         (dict(num_classes=1, loss_cls=dict(type='mmdet.CrossEntropyLoss')), None),  # MaskFormer has "no object"

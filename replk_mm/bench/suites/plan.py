@@ -86,8 +86,7 @@ def remaining_tasks(suite: Suite, options: SuiteOptions, build: bool = True) -> 
         build: Build each model, without memory, so that a suite fails before its first row. Defaults to True.
 
     Raises:
-        UserError: If results exist and ``resume`` is not set, a row has changed since its training began, or the
-            config, the classes or the model of a row cannot be used.
+        UserError: If results exist and ``resume`` is not set, or a row has changed or cannot be used.
     """
     pairs = select_rows(suite, options.only)
     begun = [
@@ -131,10 +130,15 @@ def _tasks_of(
     with _naming(suite, row.name, 'config'):
         cfg = load_config(path, row.options)
     sha256 = fingerprint(_as_first_version(cfg.to_dict()))
-    if options.classes is not None:
-        row = row.model_copy(update=dict(classes=options.classes))
+    row = row.model_copy(update=dict(classes=row.classes if options.classes is None else options.classes))
     data_root, data = _data_of(suite, row, cfg, options)
-    names = _set_classes(suite, row, cfg, data_root)
+    names = None
+    if row.classes is not None:
+        if data_root:
+            set_data_root(cfg, data_root)
+        with _naming(suite, row.name, 'classes'):
+            use_classes(cfg, row.classes, ('train', 'val', 'test'))
+        names = list(next(datasets_of(cfg)).metainfo.classes)
     # The keys of the first version's records: changing this makes --resume measure everything again.
     definition = dict(
         row=row.name,
@@ -183,24 +187,10 @@ def _tasks_of(
 def _begin(task: Task, definition: dict[str, Any], cfg: Config) -> Task:
     """Keep the definition of a task, and the config with its classes, which all measurements then read."""
     _check_unchanged(task, definition)
-    if task.row.classes is None:
+    if not definition['classes']:
         return task
     file = write_atomic(task.folder / 'config.py', cfg.pretty_text)
     return task.model_copy(update=dict(config=str(file), row=task.row.model_copy(update=dict(options={}))))
-
-
-def _set_classes(suite: Suite, row: SuiteRow, cfg: Config, data_root: str | None) -> list[str] | None:
-    """Set the classes that a row names in its config; returns their names."""
-    if row.classes is None:
-        return None
-    if data_root:
-        set_data_root(cfg, data_root)
-    classes = row.classes
-    if isinstance(classes, str) and (beside := suite.path.parent / classes).is_file():
-        classes = str(beside)
-    with _naming(suite, row.name, 'classes'):
-        use_classes(cfg, classes, ('train', 'val', 'test'))
-    return list(next(datasets_of(cfg)).metainfo.classes)
 
 
 def _as_first_version(node: Any) -> Any:

@@ -150,13 +150,12 @@ def _list_datasets(cfg: Config, splits: Sequence[str], full: bool) -> list[Datas
 
 def _look_for_classes(dataset: DatasetReport) -> None:
     """Read more label maps while those of the sample have fewer than two classes."""
-    sample = set(pick_evenly(dataset.samples)) if dataset.maps_read < len(dataset.samples) else set()
-    for other in dataset.samples if dataset.maps_read and sample else ():
-        counts = dataset.class_counts().values()
-        if sum(map(bool, counts)) >= min(2, len(counts)):
+    sample = set(pick_evenly(dataset.samples))
+    for other in (other for other in dataset.samples if other not in sample):
+        counts, is_read = dataset.class_counts().values(), dataset.inspected == len(dataset.samples)
+        if is_read or not dataset.maps_read or sum(map(bool, counts)) >= min(2, len(counts)):
             break
-        if other not in sample:
-            dataset.count(images.inspect_sample(other, dataset.label_format))
+        dataset.count(images.inspect_sample(other, dataset.label_format))
 
 
 def _inspect_all(

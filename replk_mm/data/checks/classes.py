@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from mmengine.config import Config
 
-from replk_mm.data.class_heads import classes_per_head, constant_heads
+from replk_mm.data.class_heads import classes_per_head
 from replk_mm.data.classes import annotation_file, classes_of
 from replk_mm.data.coco import category_counts, read_annotations
 from replk_mm.data.datasets import dataset_class, has_own_index, is_coco_style, named_datasets
@@ -65,11 +65,9 @@ def _check_heads(cfg: Config, counts: Mapping[str, int], splits: Sequence[str]) 
         # Panoptic data sets, for example, have classes that are not for these heads.
         if not names or not (is_coco_style(dataset, scope) or has_label_maps):
             continue
-        for setting in constant_heads(cfg.model, counts) if has_label_maps else ():
-            message = f'{setting}: one output leaves nothing to distinguish, and the loss of its softmax is always 0'
-            fix = 'Name the background too: --classes background,NAME, with reduce_zero_label=False. '
-            fix += 'A sigmoid head has num_classes=2, out_channels=1 and loss_decode.use_sigmoid=True.'
-            findings.append(Finding('one-class', str(cfg.filename), message, fix=fix))
+        if has_label_maps and 1 in counts.values() and 'loss_cls' not in str(cfg.model):  # MaskFormer has "no object"
+            message = f'{next(iter(counts))}.num_classes=1: the softmax of one output is always 1, and the loss 0'
+            findings.append(Finding('one-class', str(cfg.filename), message))
         if wrong := {path: count for path, count in counts.items() if count != len(names)}:
             found = ', '.join(f'{path}.num_classes={count}' for path, count in wrong.items())
             message = f'{key} has {len(names)} classes ({format_list(names)}), but {found}'
@@ -102,14 +100,12 @@ def _check_categories(key: str, dataset: dict, scope: str, counts: Mapping[str, 
 
 def _check_surplus(key: str, dataset: dict, scope: str, counts: Mapping[str, dict[str, int]]) -> list[Finding]:
     """Reject heads for classes that no training file has, unless the config names these classes itself."""
-    names, split = classes_of(dataset, scope) or (), key.partition('.')[0]
-    found = list(dict.fromkeys(name for other in counts if other.startswith(split) for name in counts[other]))
-    missing = [name for name in names if name not in found]
-    if not missing or split != 'train_dataloader' or (dataset.get('metainfo') or {}).get('classes'):
+    names = classes_of(dataset, scope) or ()
+    found = {name for other, of in counts.items() if other.startswith('train_') for name in of}
+    if set(names) <= found or not key.startswith('train_') or (dataset.get('metainfo') or {}).get('classes'):
         return []
     message = f'has {len(found)} categories, but the heads have the {len(names)} classes of {dataset["type"]}'
-    fix = f'Use the categories of the file as classes: --classes auto. To train {len(names)} classes, name them: set '
-    fix += 'metainfo.classes of the data sets, or --classes FILE.'
+    fix = f'Use its categories: --classes auto. To train {len(names)} classes, set metainfo.classes, or --classes FILE.'
     return [Finding('classes-mismatch', str(annotation_file(dataset)), message, fix=fix)]
 
 

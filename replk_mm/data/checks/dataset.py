@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from replk_mm.data.files import IGNORE_INDEX
-from replk_mm.data.findings import CODES, Finding
+from replk_mm.data.findings import Finding
 from replk_mm.errors import format_list
 
 #: Share of label maps from which an id counts as present in nearly all of them.
@@ -115,37 +115,30 @@ def check_absent_classes(report: DatasetReport) -> None:
         return
     occurring, trains = len(names) - len(absent), report.split == 'train'
     message = f'{len(absent)} of {len(names)} classes do not occur: {format_list(absent, 10)}'
-    is_sample = are_maps and report.maps_read < len(report.samples)
+    is_sample, fix = are_maps and report.maps_read < len(report.samples), ''
     if are_maps:
-        maps = f'{report.maps_read:,} of {len(report.samples):,}' if is_sample else f'the {report.maps_read:,}'
-        message += f'; ids in {maps} label maps: {format_list(sorted(report.pixel_counts), 10)}'
-    code = 'class-absent'
-    if not occurring:
-        if not are_maps and (errors or not report.is_used):
-            return
-        code, severity = 'nothing-labelled', '' if report.is_used else 'warning'
-    elif are_maps and occurring == 1:
-        code, severity = 'one-class', '' if report.is_used and trains else 'warning'
+        ids = format_list(sorted(report.pixel_counts), 10)
+        message += f'; ids in {report.maps_read:,} of {len(report.samples):,} label maps: {ids}'
+        fix = _fitting_settings(report, occurring)
+    if occurring < 2 and are_maps or not occurring and report.is_used and not errors:
+        code = 'one-class' if occurring else 'nothing-labelled'
+        severity = 'error' if report.is_used and (trains or not occurring) else 'warning'
     elif is_sample and 2 * occurring > len(names):
         return  # a sample may lack rare classes
     else:
-        severity = 'warning' if trains else ''
-    fix = _fitting_settings(report, occurring) if trains or occurring < 2 else ''
+        code, severity = 'class-absent', 'warning' if trains else 'note'
     report.add(code, report.labels_at, message, severity=severity, fix=fix)
 
 
 def _fitting_settings(report: DatasetReport, occurring: int) -> str:
-    """The settings that fit the ids in the label maps, or the objects; '' if there is nothing to suggest."""
+    """The settings that fit the ids in the label maps."""
     ids, first = report.map_counts.keys(), int(report.label_format.reduce_zero_label)
-    if not ids or not report.class_names:
-        return 'Name the classes that occur: --classes NAME,NAME,...' if occurring else ''
     if occurring < 2:
         advice = ['If 0 is a class, set reduce_zero_label=False of every data set.'] * (first and 0 in ids)
         advice += ['If 255 is a class, replace it by the index of the class: 255 is ignored.'] * (IGNORE_INDEX in ids)
-        return ' '.join([*advice, CODES['one-class'][1]])
+        return ' '.join(advice) or 'Add labels of another class, such as the background.'
     count = max(ids - {IGNORE_INDEX}) + 1 - first
-    surplus = len(report.class_names) - count
-    return f'If the data have {count} classes, name {count}: --classes NAME,NAME,...' if surplus > 0 else ''
+    return f'If these are all ids, name {count} classes: --classes NAME,...' if count < len(report.class_names) else ''
 
 
 def check_reduce_zero_label(reports: Sequence[DatasetReport]) -> None:

@@ -149,7 +149,5 @@ def out_of_range(path: str, ids: Collection[int], label_format: LabelFormat) -> 
     message = f'label ids {format_list(ids)} are out of range of the {count} classes'
     if not reduces and count == len(cityscapes.IDS) and max(ids) < cityscapes.NUM_IDS:
         return Finding('cityscapes-raw-labels', path, f'{message}; they may be raw ids of Cityscapes', expected)
-    names = max(ids) + 1 - reduces
-    fix = f'Name every class, {names} names in all (--classes NAME,NAME,...), or ' if names < IGNORE_INDEX else ''
-    fix += f'write the label maps with ids {expected.partition(" with")[0]}.'
-    return Finding('label-out-of-range', path, message, expected, fix[0].upper() + fix[1:])
+    fix = f'Write the label maps with these ids, or name {max(ids) + 1 - reduces} classes: --classes NAME,NAME,...'
+    return Finding('label-out-of-range', path, message, expected, fix)

@@ -15,8 +15,7 @@ from replk_mm.data.findings import Occurrence
 from replk_mm.errors import command_line, format_list
 
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
-# Packages whose transforms keep the ids of label maps.
-_PACKAGES = ('mmcv', 'mmengine', 'mmseg', 'mmdet', 'replk_mm')
+_PACKAGES = ('mmcv.', 'mmengine.', 'mmseg.', 'mmdet.', 'replk_mm.')
 # Files that the full release of ADE20K has and the benchmark lacks.
 _FULL_ADE = ('index_ade20k.*', 'ADE20K_*', 'images/ADE', 'images/training/*/', 'images/training/*_seg.png')
 
@@ -75,9 +74,8 @@ def check_pairs(report: DatasetReport, dataset: dict, scope: str, num_classes: i
     report.label_format = LabelFormat(len(names) if is_subset and num_classes is not None else num_classes, reduces)
     for step in dataset.get('pipeline', ()):
         with TRANSFORMS.switch_scope_and_registry(scope) as registry:
-            kind = registry.get(step['type']) if isinstance(step.get('type'), str) else step.get('type')
-        # A transform of another package may map the ids.
-        report.is_used &= getattr(kind, '__module__', 'mmcv').partition('.')[0] in _PACKAGES
+            kind = registry.get(str(step.get('type')))
+        report.is_used &= kind is None or kind.__module__.startswith(_PACKAGES)  # another transform may map the ids
         if (given := step.get('load', step).get('reduce_zero_label')) not in (None, reduces):
             message = f'reduce_zero_label={given} in the pipeline, but {reduces} in {report.type}'
             report.add('reduce-zero-pipeline', report.key, message)

@@ -308,7 +308,7 @@ def test_class_frequencies_and_sizes(data, monkeypatch):
     for severity, folder, maps, (_, finding) in zip(
         ('warning', 'note'), ('training', 'validation'), (6, 3), full(seg_config(data)).findings(), strict=True
     ):
-        absent = f'5 of 8 classes do not occur: c, d, e, f, g; ids in the {maps} label maps: 1, 2, 8'
+        absent = f'5 of 8 classes do not occur: c, d, e, f, g; ids in {maps} of {maps} label maps: 1, 2, 8'
         assert str(finding) == f'{data}/annotations/{folder}: {absent}' and finding.severity == severity
     monkeypatch.setattr(files, 'INSPECTED_FILES', 2)
     assert 'ids in 2 of 6 label maps' in str(next(audit(seg_config(data), jobs=1).findings())[1])
@@ -321,12 +321,12 @@ def test_class_frequencies_and_sizes(data, monkeypatch):
     ('values', 'reduce', 'classes', 'code', 'severity', 'advice'),
     [
         ((0, 255), False, 2, 'one-class', 'error', 'If 255 is a class'),
-        ((0,), False, 2, 'one-class', 'error', 'two classes'),
+        ((0,), False, 2, 'one-class', 'error', 'another class'),
         ((0, 1), True, 2, 'one-class', 'error', 'reduce_zero_label=False'),
         ((255,), False, 2, 'nothing-labelled', 'error', 'If 255 is a class'),
         ((0, 255), True, 8, 'nothing-labelled', 'error', 'reduce_zero_label=False'),
-        ((0, 1, 2), False, 8, 'class-absent', 'warning', 'name 3: --classes'),
-        ((0, 1, 3), True, 8, 'class-absent', 'warning', 'name 3: --classes'),
+        ((0, 1, 2), False, 8, 'class-absent', 'warning', 'name 3 classes: --classes'),
+        ((0, 1, 3), True, 8, 'class-absent', 'warning', 'name 3 classes: --classes'),
     ],
 )
 def test_labels_that_leave_nothing_to_learn(data, values, reduce, classes, code, severity, advice):
@@ -379,10 +379,10 @@ def test_more_label_maps_are_read_until_two_classes_occur(data, monkeypatch):
 
 
 def test_too_few_names_for_the_ids(data):
-    with pytest.raises(InvalidDataError, match=r'Name every class, 8 names in all \(--classes'):
+    with pytest.raises(InvalidDataError, match=r'name 8 classes: --classes'):
         check_data(seg_config(data, 2), ('train', 'val'))
     ids(0, 254).save(label(data, 0))
-    with pytest.raises(InvalidDataError, match=r'rite the label maps with ids 1\.\.8'):
+    with pytest.raises(InvalidDataError, match=r'expected: 1\.\.8'):
         check_data(seg_config(data, 8), ('train', 'val'))
 
 
