@@ -1,7 +1,10 @@
 """Arguments that several commands share."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +115,26 @@ def test_failed_import_names_the_package_and_the_doctor(capsys):
     assert main() == USER_ERROR_STATUS
     said = capsys.readouterr().err
     assert "No module named 'no_such_package_at_all'" in said and 'doctor' in said and 'Traceback' not in said
+
+
+def test_advice_names_options_that_exist():
+    """In messages, and in command lines that they show."""
+    package = Path(cli.__file__).parent
+    options = {
+        path.stem: set(re.findall(r"'(--[a-z][\w-]+)'", path.read_text()))
+        for path in (package / 'cli.py', *package.glob('commands/*.py'))
+    }
+    # Of git, pip, torchrun and Slurm.
+    others = {'--help', '--no-optional-locks', '--force-reinstall', '--no-deps', '--show-toplevel', '--porcelain'}
+    others |= {'--nproc-per-node', '--standalone', '--ntasks', '--kill-on-bad-exit', '--no-use-ema'}
+    known, strange = set().union(others, *options.values(), {'--kernels'}), []
+    for path in package.rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text, takes = getattr(node, 'value', None), known
+            if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'command_line':
+                words = [str(word.value) for word in node.args if isinstance(word, ast.Constant)]
+                text, takes = ' '.join(words), options['cli'] | options.get(words[0] if words else '', known)
+            if isinstance(text, str):
+                found = re.findall(r'(?<![\w-])--[a-z][\w-]+', text)
+                strange += [(path.name, option) for option in found if option not in takes]
+    assert strange == []
