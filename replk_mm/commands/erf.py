@@ -43,7 +43,7 @@ def main() -> None:
         type=cli.positive_int,
         default=50,
         metavar='N',
-        help='use the use the first N images by path (default: 50)',
+        help='use the first N images by path (default: 50)',
     )
     p.add_argument(
         '--stage', type=int, metavar='N', help="index among the backbone's outputs, from 0 (default: the last)"
