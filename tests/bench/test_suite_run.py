@@ -186,19 +186,6 @@ def test_killed_at_random_moments_nothing_is_lost_or_repeated(tmp_path, jobs):
 
 
 @pytest.mark.slow
-def test_rows_end_when_the_suite_is_killed(tmp_path):
-    suite = write_suite(tmp_path, {'a': {'train': 'hang'}})
-    process = FORK.Process(target=_suite_process, args=(suite, tmp_path / 'w', 1))
-    process.start()
-    log = tmp_path / 'w/runs/a/0/log.txt'
-    wait_for(lambda: log.exists() and '== a seed 0: train' in log.read_text())
-    assert processes_at(tmp_path / 'w')
-    process.kill()
-    process.join()
-    wait_for(lambda: not processes_at(tmp_path / 'w'), 10)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_all_rows_and_records_nothing(tmp_path, number):
     suite = write_suite(tmp_path, {'a': {'train': 'hang'}, 'b': {'train': 'hang'}, 'c': {}})
