@@ -39,11 +39,7 @@ def main() -> None:
         help='side in pixels to which images are resized (default: 1024, as in the paper)',
     )
     p.add_argument(
-        '--count',
-        type=cli.positive_int,
-        default=50,
-        metavar='N',
-        help='use the first N images by path (default: 50)',
+        '--count', type=cli.positive_int, default=50, metavar='N', help='use the first N images by path (default: 50)'
     )
     p.add_argument(
         '--stage', type=int, metavar='N', help="index among the backbone's outputs, from 0 (default: the last)"
