@@ -372,12 +372,7 @@ def build_on_meta(cfg: Config) -> Any:
     """Build the config's model on the meta device, without weights."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the libraries' warnings concern training
-        try:
-            return build_model(cfg, 'meta')
-        except UserError as error:
-            if 'meta' not in str(error).lower():
-                raise
-            return on_meta(build_model(cfg))  # its constructor reads values
+        return build_model(cfg, 'meta')
 
 
 def reparameterize_on_meta(model: nn.Module) -> tuple[nn.Module, Changes]:

@@ -325,8 +325,14 @@ def build_model(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
         UserError: If an argument is unknown or invalid.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with explain_build_errors(cfg, 'model'), _LinspaceOnCPU(), torch.device(device):
-        return MODELS.build(cfg.model)
+    with explain_build_errors(cfg, 'model'):
+        try:
+            with _LinspaceOnCPU(), torch.device(device):
+                return MODELS.build(cfg.model)
+        except Exception as error:
+            if device != 'meta' or 'meta' not in str(error).lower():
+                raise
+        return MODELS.build(cfg.model).to(device)  # its constructor reads the values of tensors
 
 
 class _LinspaceOnCPU(TorchFunctionMode):
