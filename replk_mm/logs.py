@@ -37,8 +37,17 @@ def log_notes(notes: list[str]) -> None:
         MMLogger.get_current_instance().log(level, note, extra={'terminal': isinstance(note, Note)})
 
 
+def _show_percent(record: logging.LogRecord) -> bool:
+    """Show AP, a fraction in mmdetection's metrics, in percent in mmengine's lines of results."""
+    if str(record.msg).startswith(('Iter(', 'Epoch(', 'The best checkpoint')):
+        scores = r'((?:AP\S*|_precision): )(\d\.\d+)|(?<= )(\d\.\d+)(?= \S*(?:AP|_precision))'
+        record.msg = re.sub(scores, lambda m: f'{m[1] or ""}{100 * float(m[2] or m[3]):.2f}', str(record.msg))
+    return True
+
+
 def limit_terminal(logger: MMLogger) -> MMLogger:
     """Print only announced messages and errors of a logger, without a time stamp. Its log file stays as it is."""
+    logger.addFilter(_show_percent)
     for handler in logger.handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.addFilter(lambda record: getattr(record, 'terminal', record.levelno >= logging.ERROR))

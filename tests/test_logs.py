@@ -58,3 +58,13 @@ def test_scores_of_classes_are_percent():
     assert detection[3].split() == ['cat', '-', '-', 'no', 'objects']
     segmentation = class_table({'sky': dict(IoU=61.2345, pixels=5)}).splitlines()
     assert segmentation[-1].split() == ['sky', '61.23', '100.0', '%']
+
+
+def test_log_shows_the_best_ap_in_percent(tmp_path):
+    logger = limit_terminal(MMLogger.get_instance('percent', log_file=str(tmp_path / 'x.log')))
+    logger.info('The best checkpoint with 0.5223 coco/bbox_mAP at 100 iter is saved to x.pth.')
+    logger.info('The best checkpoint with 61.2345 mIoU at 100 iter is saved to x.pth.')
+    logger.info('Iter(val) [3/3]    loss: 0.1234  coco/bbox_mAP: 1.0000  lvis/bbox_APr: 0.0500  data_time: 0.1')
+    text = (tmp_path / 'x.log').read_text()
+    assert 'with 52.23 coco/bbox_mAP at 100' in text and 'with 61.2345 mIoU' in text
+    assert 'loss: 0.1234  coco/bbox_mAP: 100.00  lvis/bbox_APr: 5.00  data_time: 0.1' in text

@@ -44,13 +44,11 @@ CODES: dict[str, tuple[str, str]] = {
     'size-mismatch': ('error', _REPLACE),
     'exif-turned': (
         'error',
-        'The annotation fits the pixels as stored, but training rotates them by the EXIF tag. Remove the tag and keep '
-        'the pixels: exiftool -Orientation= FILE',
+        'Remove the tag, which training applies to the image only, and keep the pixels: exiftool -Orientation= FILE',
     ),
     'exif-orientation': (
         'warning',
-        'Training rotates or mirrors the image by its EXIF tag. If the annotation fits the pixels as stored, remove '
-        'the tag: exiftool -Orientation= FILE',
+        'Training applies this tag. If the annotation fits the pixels as stored, run exiftool -Orientation= FILE.',
     ),
     # label maps
     'label-channels': ('error', _LABELS),

@@ -6,7 +6,6 @@ import functools
 import io
 import logging
 import os
-import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from mmengine.device import get_device
 from mmengine.dist import barrier, is_main_process, master_only
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop, LogProcessor
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch.utils.data import DataLoader
 
@@ -56,11 +55,6 @@ def _explained(build: Callable, part: str) -> Callable:
     return explained
 
 
-def _log_percent(describe: Callable, *args: Any, **kwargs: Any) -> tuple[dict, str]:
-    tag, line = describe(*args, **kwargs)
-    return tag, re.sub(r'(\S*AP\S*|\S*_precision): (\d\.\d+)', lambda m: f'{m[1]}: {100 * float(m[2]):.2f}', line)
-
-
 class Runner(MMEngineRunner):
     """mmengine's runner, which also trains with several processes on CPUs and names config fields in errors.
 
@@ -75,12 +69,6 @@ class Runner(MMEngineRunner):
     def build_logger(self, *args, **kwargs) -> MMLogger:
         """Build the logger, which prints less than it writes to its file; see :mod:`replk_mm.logs`."""
         return limit_terminal(super().build_logger(*args, **kwargs))
-
-    def build_log_processor(self, log_processor: Any) -> LogProcessor:
-        """Build the log processor, whose lines show AP in percent."""
-        built = super().build_log_processor(log_processor)
-        built.get_log_after_epoch = functools.partial(_log_percent, built.get_log_after_epoch)
-        return built
 
     @staticmethod
     def build_dataloader(

@@ -4,14 +4,22 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.structures import InstanceData, PixelData
+from mmseg.structures import SegDataSample
 from PIL import Image
 
 from replk_mm.analysis.timing import Timing
 from replk_mm.commands import demo
 from replk_mm.data.scenes.spec import DEMO_CLASSES, DEMO_PALETTE
+from replk_mm.data.scenes.writer import write_demo_data
+from replk_mm.visualize import make_palette
 
 
 def make_rows(before: dict[str, float], after: dict[str, float]) -> list[demo.DemoRow]:
@@ -41,6 +49,42 @@ def test_config_has_the_classes_of_the_scenes(root):
     assert tuple(cfg.metainfo.classes) == DEMO_CLASSES
     assert [tuple(colour) for colour in cfg.metainfo.palette] == [tuple(colour) for colour in DEMO_PALETTE]
     assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == len(DEMO_CLASSES)
+
+
+def shown_classes(monkeypatch, data: Path, classes: list[str], prediction: object) -> set[str]:
+    """The texts of the legend of a picture of scenes, with the same prediction for each."""
+    texts: set[str] = set()
+
+    def legend(entries: list, height: int) -> np.ndarray:
+        texts.update(text for _, text in entries)
+        return np.zeros((height, 9, 3), np.uint8)
+
+    monkeypatch.setattr('replk_mm.visualize.color_legend', legend)
+    found = [(path, np.zeros((64, 64, 3), np.uint8), prediction) for path in demo.find_images(data)]
+    monkeypatch.setattr(demo, 'predict', lambda model, paths: found)
+    model = SimpleNamespace(dataset_meta=dict(classes=classes, palette=make_palette(len(classes))))
+    draw = demo.draw_segmentation if isinstance(prediction, SegDataSample) else demo.draw_detection
+    draw(model, data, data / 'picture.png')
+    return texts
+
+
+def test_legend_of_label_maps_shows_only_the_classes_in_the_picture(tmp_path, monkeypatch):
+    write_demo_data(tmp_path, 'ade20k', train=1, val=2, size=(64, 64))
+    ids = {i for path in tmp_path.glob('annotations/validation/*') for i in np.unique(np.asarray(Image.open(path)))}
+    prediction = SegDataSample(pred_sem_seg=PixelData(data=torch.full((1, 64, 64), 70)))
+    shown = shown_classes(monkeypatch, tmp_path, [f'class {i}' for i in range(80)], prediction)
+    assert shown == {f'class {i - 1}' for i in ids - {0}} | {'class 70'} and len(shown) < 10
+
+
+def test_legend_of_objects_shows_only_the_classes_in_the_picture(tmp_path, monkeypatch):
+    write_demo_data(tmp_path, 'coco', train=1, val=2, size=(64, 64))
+    found = json.loads((tmp_path / 'annotations/instances_val2017.json').read_text())
+    names = {category['id']: category['name'] for category in found['categories']}
+    classes = [f'class {i}' for i in range(80)]
+    classes[40 : 40 + len(names)] = names.values()
+    things = dict(bboxes=torch.zeros(2, 4), scores=torch.tensor([1.0, 0.01]), labels=torch.tensor([70, 71]))
+    shown = shown_classes(monkeypatch, tmp_path, classes, DetDataSample(pred_instances=InstanceData(**things)))
+    assert shown == {names[a['category_id']] for a in found['annotations']} | {'class 70'}
 
 
 @pytest.mark.slow

@@ -205,11 +205,14 @@ def test_ambiguous_files_are_rejected_with_the_cause(root, change, code, fragmen
     assert findings and fragment in f'{findings[0].message} {findings[0].fix}'
 
 
-def test_ids_that_are_equal_as_text_only(root):
+def test_ids_that_are_partly_text(root):
+    """COCOeval turns all ids into text, and finds no ground truth."""
     data = coco_dict(NAMES)
-    data['images'][1]['id'] = '1'
+    data['images'][1]['id'] = '2b'
+    data['annotations'] = [a for a in data['annotations'] if a['image_id'] != 2]
     rewrite(root, lambda _: json.dumps(data).encode())
-    assert 'image-unknown' in codes(full(data_config(root)), 'error')  # those of image 2
+    (error,) = [finding for _, finding in full(data_config(root)).findings() if finding.severity == 'error'][:1]
+    assert error.code == 'coco-structure' and 'partly text' in error.message
 
 
 def test_equal_names_in_two_folders_are_not_one_image(root):

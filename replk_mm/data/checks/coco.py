@@ -69,6 +69,8 @@ def check_annotations(
     elif (crowds := len(objects) - len(single)) > _FEW_CROWDS * len(objects):
         message = f"{crowds:,} of {len(objects):,} annotations have 'iscrowd': 1" + " or 'ignore'" * (metrics is None)
         report.add('crowds', file, message, severity='' if single or not report.is_used else 'error')
+    if len({type(image['id']) for image in images}) > 1:  # COCO's evaluation would turn all of them into text
+        report.add('coco-structure', file, 'ids of images are partly numbers and partly text')
     _check_repeated(report, data)
     _check_references(report, objects, 'image', {image['id'] for image in images})
     _check_references(report, objects, 'category', {category['id'] for category in data['categories']})
