@@ -1,5 +1,6 @@
 """The commands: help, mistakes, files that must not be overwritten, the whole chain."""
 
+import argparse
 import json
 import shlex
 import sys
@@ -8,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from checkpoint_cases import tiny_backbone, write
 from PIL import Image
 from tiny import ROOT, run_tool, tiny, trained  # noqa: F401
 from tool_cases import merged, plain, read  # noqa: F401
@@ -145,6 +147,22 @@ def test_converting_to_the_authors_names_and_back(trained, tmp_path, monkeypatch
     first, last = read(trained)['state_dict'], read(back)['state_dict']
     assert first.keys() == last.keys()
     assert all(torch.equal(first[key], last[key]) for key in first)
+
+
+@pytest.mark.parametrize('choice', ['--use-ema', '--no-use-ema', '--prefix'])
+def test_converting_averaged_or_raw_weights(choice, tmp_path, monkeypatch, capsys):
+    """Checkpoints of the authors' main.py have both, and the command line as a Namespace."""
+    raw = tiny_backbone().state_dict()
+    averaged = {key: value + 1 for key, value in raw.items()}
+    source = write(
+        tmp_path / 'a.pth', {'model': raw, 'model_ema': averaged, 'args': argparse.Namespace(lr=1.0), 'epoch': 3}
+    )
+    options = ['--prefix', 'model.'] if choice == '--prefix' else [choice]
+    assert tool_main('convert_checkpoint', source, tmp_path / 'b.pth', *options, monkeypatch=monkeypatch) == 0
+    chosen = 'model_ema.' if choice == '--use-ema' else 'model.'
+    assert f"weights '{chosen}'" in ''.join(capsys.readouterr())
+    weights, expected = read(tmp_path / 'b.pth')['state_dict'], averaged if choice == '--use-ema' else raw
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in weights)
 
 
 @pytest.mark.slow
