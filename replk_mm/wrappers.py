@@ -45,3 +45,12 @@ def num_classes_of(model: nn.Module) -> int | None:
     """Number of classes of a segmentor's main head, the last one of a cascade; None for other models."""
     head = getattr(model, 'decode_head', None)
     return getattr(head[-1] if isinstance(head, nn.ModuleList) else head, 'num_classes', None)
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of a network's images: as many as the mean in its data preprocessor, or else as its stem takes."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    if mean is not None and len(mean) > 1:
+        return len(mean)
+    stem = next((part.in_channels for part in model.modules() if isinstance(part, nn.Conv2d)), 3)
+    return stem // 4 if any(type(part).__name__ == 'Focus' for part in model.modules()) else stem  # YOLOX: 2x2 pixels

@@ -31,6 +31,7 @@ from replk_mm.data.datasets import crop_of
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, load_config
 from replk_mm.errors import UserError, explain_errors
+from replk_mm.wrappers import input_channels
 
 #: Phases in which a part of a network runs.
 INFERENCE, TRAINING, NEVER = 'inference', 'training', 'not run'
@@ -169,7 +170,7 @@ class _CountedPass(TorchDispatchMode):
         hook = register_module_forward_pre_hook(lambda module, args: self._called.add(module))
         try:
             with torch.device(device), torch.no_grad(), self, self._counter:
-                self.notes = _Pass(model, run)(torch.zeros(1, 3, *shape))
+                self.notes = _Pass(model, run)(torch.zeros(1, input_channels(model), *shape))
         finally:
             hook.remove()
 
@@ -360,7 +361,8 @@ def count_model(model: nn.Module, config: str, shape: tuple[int, int], shape_fro
     with torch.device(device):
         merged, changes = reparameterize(model)
     failing = explain_errors(
-        f'{config}: {type(model).__name__} cannot be counted at 1x3x{shape[0]}x{shape[1]}', 'Try another --shape.'
+        f'{config}: {type(model).__name__} cannot be counted at 1x{input_channels(model)}x{shape[0]}x{shape[1]}',
+        'Try another --shape.',
     )
     with warnings.catch_warnings(), failing:
         warnings.simplefilter('ignore')

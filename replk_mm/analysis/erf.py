@@ -288,7 +288,8 @@ def measure_erf(
     files = image_files(Path(images), count)
     folder = prepare_work_dir(out, option='--out')
     cfg = copy.deepcopy(cfg)
-    node, (mean, std, rgb) = cfg.model.get('backbone') or cfg.model, _normalization(cfg.model.get('data_preprocessor'))
+    node = cfg.model.get('backbone') or cfg.model
+    mean, std, rgb = _normalization(cfg.model.get('data_preprocessor'), node.get('in_channels', 3))
     size_of = next((node[key] for key in ('arch', 'depth') if isinstance(node.get(key), (str, int))), '')
     name, config = f'{str(node.type).rpartition(".")[2]} {size_of}'.strip(), Path(str(cfg.filename)).stem
     backbone, weights = _load_backbone(cfg, node, checkpoint, pretrained, seed, randomize, target)
@@ -338,21 +339,26 @@ def read_image(path: Path, size: int, mean: Sequence[float], std: Sequence[float
         rgb: Whether channels are in the order RGB; otherwise BGR.
 
     Returns:
-        ``(1, 3, size, size)``.
+        ``(1, C, size, size)``.
 
     Raises:
         UserError: If it cannot be read.
     """
     try:
         with Image.open(path) as opened:
-            square = opened.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
+            bands = (opened.convert('RGB') if len(mean) == 3 else opened).split()
+            square = np.stack([band.resize((size, size), Image.Resampling.BICUBIC) for band in bands])
     except Exception as error:  # Pillow's readers raise many types for damaged files
         raise UserError(
             f'{path}: not a readable image ({error or type(error).__name__})\n'
             f'Repair or remove it; --images takes every image of a folder.'
         ) from error
-    pixels = torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1)[None]
-    pixels = pixels if rgb else pixels.flip(1)
+    if len(bands) != len(mean):
+        raise UserError(
+            f'{path}: {len(bands)} channels; the network takes {len(mean)}\nUse images like the training data.'
+        )
+    pixels = torch.from_numpy(square).float()[None]
+    pixels = pixels if rgb or len(bands) < 3 else pixels[:, [2, 1, 0, *range(3, len(bands))]]
     return (pixels - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
 
 
@@ -424,13 +430,13 @@ def _drop_pretrained(node: ConfigDict) -> None:
     node.pop('pretrained', None)
 
 
-def _normalization(node: ConfigDict | None) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
+def _normalization(node: ConfigDict | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...], bool]:
     """Mean, standard deviation and whether channels are RGB, of a config's preprocessor; ImageNet's without one."""
-    if not node:
+    if not node and channels == 3:
         return _MEAN, _STD, True
-    mean, std = (
-        tuple(float(value) for value in node.get(key) or (default,) * 3) for key, default in (('mean', 0), ('std', 1))
-    )
+    node = node or ConfigDict()
+    found = (tuple(map(float, node.get(key) or (default,))) for key, default in (('mean', 0), ('std', 1)))
+    mean, std = (values * channels if len(values) == 1 else values for values in found)
     return mean, std, bool(node.get('bgr_to_rgb') or node.get('rgb_to_bgr'))  # both swap the channels of BGR images
 
 

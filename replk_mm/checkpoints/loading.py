@@ -93,6 +93,7 @@ def load_pretrained(
     strict: bool = True,
     map_location: str = 'cpu',
     use_ema: bool = True,
+    adapt_input_conv: bool = False,
 ) -> LoadReport:
     """Load pretrained weights of any known format, as in ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
 
@@ -103,6 +104,8 @@ def load_pretrained(
         strict: Raise unless every weight is set, except norms of the output features. Defaults to True.
         map_location: For compatibility with mmengine's configs. Weights are always read on the CPU and copied.
         use_ema: Of weights and their moving averages, load the averages. Defaults to True.
+        adapt_input_conv: Repeat the weights of the first convolution, scaled, for images with another number of
+            channels, as timm does. Defaults to False.
 
     Raises:
         UserError: If the file cannot be read, does not fit and ``strict`` is True, or contains several networks that
@@ -110,7 +113,10 @@ def load_pretrained(
     """
     loaded = read_checkpoint(checkpoint)
     found = find_weights(loaded, backbone, str(checkpoint), prefix, use_ema)
-    report = copy_weights(backbone, weights_for_training(backbone, found, loaded, str(checkpoint)), parts=False)
+    weights = weights_for_training(backbone, found, loaded, str(checkpoint))
+    if adapt_input_conv:
+        weights = _adapt_input_conv(weights, backbone)
+    report = copy_weights(backbone, weights, parts=False)
     report.missing = [
         key for key in report.missing if not key.endswith('num_batches_tracked') and not _OUTPUT_NORM.match(key)
     ]
@@ -129,6 +135,16 @@ def load_pretrained(
             f'{report.details()}\n{guess_cause(report, found, whole=False)}'
         )
     return report
+
+
+def _adapt_input_conv(weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Fit the weights of the first convolution to the number of channels: sum them for one, repeat them for more."""
+    key, conv = next((f'{name}.weight', m) for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
+    weight, channels = weights[key], conv.in_channels
+    if channels == weight.shape[1]:
+        return weights
+    repeated = weight[:, torch.arange(channels) % weight.shape[1]] * (weight.shape[1] / channels)
+    return {**weights, key: repeated if channels > 1 else weight.sum(1, keepdim=True)}
 
 
 def weights_for_training(backbone: nn.Module, found: FoundWeights, loaded: Mapping, where: str) -> dict[str, Tensor]:
@@ -212,6 +228,11 @@ def guess_cause(report: LoadReport, found: FoundWeights, whole: bool) -> str:
         cause = (
             f'number of classes: {key} has {ours[0]} outputs in the config, {theirs[0]} in the checkpoint. '
             f"Set num_classes of every head to the checkpoint's."
+        )
+    elif len(mismatched) == 1 and all(a[:1] + a[2:] == b[:1] + b[2:] and len(a) == 4 for _, a, b in mismatched):
+        cause = (
+            f'number of image channels: {mismatched[0][0]}. model.backbone.init_cfg.adapt_input_conv=True repeats its '
+            f'weights.'
         )
     elif whole and report.matched.keys() <= {'backbone'}:
         cause = (

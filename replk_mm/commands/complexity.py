@@ -54,7 +54,7 @@ def format_complexity(found: ConfigComplexity) -> str:
     rows.append(row('inference', *((form.inference_parameters, form.macs) for form in forms)))
     if TRAINING in runs:
         rows.append(row('in training', *((form.parameters, sum(part.macs for part in form.parts)) for form in forms)))
-    lines = [f'{found.config} at 1x3x{found.shape[0]}x{found.shape[1]} ({found.shape_from})', '', text_table(rows)]
+    lines = [f'{found.config} at {found.shape[0]}x{found.shape[1]} pixels ({found.shape_from})', '', text_table(rows)]
     if TRAINING in runs:
         lines.append('* runs in training only')
     if NEVER in runs:

@@ -121,7 +121,7 @@ def network_outputs(model: Any, image: Tensor, boxes: int = 4, masks: int = 4) -
 
     Args:
         model: A segmentor, detector or backbone.
-        image: ``(N, 3, H, W)``.
+        image: ``(N, C, H, W)``.
         boxes: Number of regions for each box head.
         masks: Number of regions for each mask head.
 

@@ -1,22 +1,28 @@
 """Read a config, apply the command line, and fit it to this machine. Every change is logged in one line."""
 
 import inspect
+import traceback
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from replk_mm.data.datasets import as_list, datasets_of, named_metrics
+from replk_mm.data.datasets import as_list, crop_of, datasets_of, named_metrics
+from replk_mm.deploy.equivalence import network_outputs
 from replk_mm.engine.config_errors import explain_build_errors, walk_dicts
-from replk_mm.errors import UserError, command_line, did_you_mean, import_error, install_advice
+from replk_mm.errors import UserError, command_line, did_you_mean, format_list, import_error, install_advice
 from replk_mm.logs import Note
 from replk_mm.ops.cpu.direct import has_bfloat16_instructions
+from replk_mm.wrappers import input_channels
 
 #: Top-level fields of a config that mmengine reads.
 _FIELDS = [*inspect.signature(Runner.__init__).parameters][1:]
@@ -65,14 +71,16 @@ def load_config(
     return cfg
 
 
+def _check_field(name: str, known: Sequence[str], cutoff: float, where: str) -> None:
+    hint = did_you_mean(name, known, cutoff)
+    if hint and name not in known:
+        raise UserError(f'{where}: {name}: no such field\n{hint}')
+
+
 def _override(cfg: Config, options: dict, path: str) -> None:
     """Apply ``--cfg-options``. New names are accepted, unless they are close to an existing one."""
-    known = [*cfg.keys(), *_FIELDS]
     for option in options:
-        top = option.partition('.')[0]
-        hint = did_you_mean(top, known, cutoff=0.8)
-        if hint and top not in known:
-            raise UserError(f'--cfg-options {option}: {path} has no {top!r}\n{hint}')
+        _check_field(option.partition('.')[0], [*cfg.keys(), *_FIELDS], 0.8, f'--cfg-options {option}: {path}')
         node: Any = cfg
         for key in option.split('.')[:-1]:
             if node.get(key, ...) is None:
@@ -319,20 +327,64 @@ def build_model(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
 
     Args:
         cfg: The config.
-        device: ``'meta'`` builds the structure without memory.
+        device: ``'meta'`` builds the structure without memory, and checks the channels of all layers.
 
     Raises:
-        UserError: If an argument is unknown or invalid.
+        UserError: If an argument is unknown or invalid, or parts of the model do not fit together.
     """
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     with explain_build_errors(cfg, 'model'):
         try:
             with _LinspaceOnCPU(), torch.device(device):
-                return MODELS.build(cfg.model)
+                model = MODELS.build(cfg.model)
         except Exception as error:
             if device != 'meta' or 'meta' not in str(error).lower():
                 raise
-        return MODELS.build(cfg.model).to(device)  # its constructor reads the values of tensors
+            model = MODELS.build(cfg.model).to(device)  # its constructor reads the values of tensors
+    if device == 'meta' and hasattr(model, 'extract_feat'):
+        _check_channels(cfg, model.eval())
+    return model
+
+
+def _check_channels(cfg: Config, model: Any) -> None:
+    """Run a model on the meta device, to check that its parts fit together.
+
+    Raises:
+        UserError: For the first layer that was built for other channels, and for a backbone without feature maps.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    image = torch.empty(1, input_channels(model), *(crop_of(cfg) or (128, 128)), device='meta')
+    maps: list[Tensor] = []
+    try:
+        with torch.no_grad(), torch.device('meta'):
+            maps += as_list(model.backbone(image))
+            if any(x.dim() == 2 for x in maps):
+                gap = (
+                    'gap_before_final_norm=False' if hasattr(model.backbone, 'gap_before_final_norm') else 'out_indices'
+                )
+                raise UserError(f'{cfg.filename}: model.backbone returns pooled features\nSet {gap} of the backbone.')
+            network_outputs(model, image)
+    except UserError:
+        raise
+    except Exception as error:  # also of networks that read values, which the dry run of training checks
+        for values in (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)):
+            layer, given = values.get('self'), values.get('input')
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer not in names or not isinstance(given, Tensor):
+                continue
+            axis, wanted = (1, layer.in_channels) if isinstance(layer, nn.Conv2d) else (-1, layer.in_features)
+            if given.shape[axis] != wanted:
+                part = names[layer].partition('.')[0]
+                advice = f'Set model.{part}.in_channels'
+                if part == 'backbone':
+                    advice += ', and mean and std of model.data_preprocessor, to the channels of the images.'
+                elif part != 'neck' and hasattr(model, 'neck'):
+                    advice += ' to model.neck.out_channels.'
+                else:
+                    advice += f': the backbone returns {format_list(x.shape[1] for x in maps)} channels.'
+                raise UserError(
+                    f'{cfg.filename}: model.{names[layer]}: built for {wanted} channels, its input has '
+                    f'{given.shape[axis]}\n{advice}'
+                ) from error
 
 
 class _LinspaceOnCPU(TorchFunctionMode):

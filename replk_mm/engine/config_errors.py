@@ -66,7 +66,7 @@ def _explain(cfg: Config, error: Exception, what: str) -> str:
     if 'not installed' in text:
         return f'{text}\n{install_advice()}'
     for path, part in fields:  # mmengine's error for an unknown optimizer names nothing
-        if text == 'None is not a callable object' and path.endswith('optimizer') and not _known(part['type']):
+        if text == 'None is not a callable object' and path.endswith('optimizer'):
             return f'{path}.type={part["type"]!r}: unknown type\nCheck the spelling.'
     kind = '' if isinstance(error, (AssertionError, ValueError)) else f'{type(error).__name__}: '
     return f'{kind if text else ""}{text or first_line(error)}\nCheck ' + (
@@ -83,10 +83,6 @@ def _registries() -> Iterator[Registry]:
 
 def _names(registry: Registry) -> list[str]:
     return [*registry.module_dict, *getattr(registry, 'modules', ())]  # lazy registries too
-
-
-def _known(name: str) -> bool:
-    return any(name.rpartition('.')[2] in _names(registry) for registry in _registries())
 
 
 def _registered(kind: str) -> list[str]:

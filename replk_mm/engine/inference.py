@@ -33,6 +33,7 @@ from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.errors import UserError, format_list
 from replk_mm.logs import Note, announce, log_notes
 from replk_mm.ops import prepack
+from replk_mm.wrappers import input_channels
 
 
 def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
@@ -186,7 +187,7 @@ def reparameterize_checkpoint(
     built = build_for_inference(cfg, checkpoint, packed=False)
     model, meta = built.model, built.meta
     merged, changes = reparameterize(model)
-    differences = compare_networks(model, merged, (1, 3, *shape))
+    differences = compare_networks(model, merged, (1, input_channels(model), *shape))
     if not all(d.ok for d in differences):
         raise UserError(
             f'{checkpoint}: the outputs of the merged network differ; nothing was written\n'

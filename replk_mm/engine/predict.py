@@ -16,7 +16,7 @@ from replk_mm.data.datasets import dataset_class, datasets_of
 from replk_mm.data.files import read_image
 from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.process import select_device
-from replk_mm.errors import UserError
+from replk_mm.errors import UserError, explain_errors
 from replk_mm.wrappers import num_classes_of
 
 
@@ -83,7 +83,9 @@ def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.
             from mmseg.apis import inference_model as infer
         else:
             from mmdet.apis import inference_detector as infer
-        yield path, image, infer(model, image)
+        with explain_errors(f'{path}: prediction fails', 'Check that the image has the channels of the training data.'):
+            found = infer(model, str(path))  # loads it as the config does, with all channels
+        yield path, image, found
 
 
 def label_map(prediction: BaseDataElement) -> np.ndarray:

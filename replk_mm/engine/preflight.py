@@ -27,7 +27,7 @@ from replk_mm.errors import UserError, user_message
 from replk_mm.logs import announce
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration
-from replk_mm.wrappers import unwrap_model
+from replk_mm.wrappers import input_channels, unwrap_model
 
 #: A first step of fewer seconds is repeated for the estimate, since it includes warm-up.
 _SHORT = 10.0
@@ -97,6 +97,8 @@ def _naming(part: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise  # see explain_failures
+        if isinstance(error, UserError) and '\n' in str(error):
+            raise UserError(f'dry run, {part}: {user_message(error)}') from error  # it says what to do
         name = '' if isinstance(error, UserError) or not str(error) else f'{type(error).__name__}: '
         raise UserError(
             f'dry run, {part}: {name}{user_message(error)}\nREPLK_MM_TRACEBACK=1 shows the traceback; '
@@ -129,6 +131,12 @@ def _loss_and_backward(runner: Runner) -> tuple[str, float]:
     start = time.perf_counter()
     batch, model = _batch(loader, loader.batch_sampler.batch_size), unwrap_model(runner.model)
     loading = time.perf_counter() - start
+    image = next(iter(batch['inputs'])) if isinstance(batch, dict) and 'inputs' in batch else None
+    if isinstance(image, torch.Tensor) and image.dim() == 3 and len(image) not in (1, input_channels(model)):
+        raise UserError(
+            f'the images have {len(image)} channels, and the model takes {input_channels(model)}\nSet color_type of '
+            f'the loading step, or model.backbone.in_channels with mean and std of model.data_preprocessor.'
+        )
     on_gpu = next(model.parameters()).is_cuda
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -138,7 +138,9 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
         backbone.pop('init_cfg', None)
         return ['weights: random (--pretrained none)']
     if options.pretrained:
-        backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained)
+        given = backbone.get('init_cfg')
+        adapt = dict(adapt_input_conv=True) if isinstance(given, dict) and given.get('adapt_input_conv') else {}
+        backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained, **adapt)
     initial = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
     # mmengine loads the backbones of other packages.
     if initial and (options.pretrained or str(backbone.get('type')).startswith('replk_mm.')):

@@ -1,16 +1,15 @@
 """Choose the checkpoint that a run resumes from, and check that it fits."""
 
-import itertools
 import math
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
@@ -18,6 +17,7 @@ from mmengine.registry import HOOKS
 from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.checkpoints.loading import get_reparameterization
 from replk_mm.data.checks.classes import compare_with_checkpoint
+from replk_mm.data.datasets import as_list
 from replk_mm.engine.config_errors import arguments_of
 from replk_mm.engine.process import RunOptions
 from replk_mm.errors import UserError, first_line
@@ -25,6 +25,8 @@ from replk_mm.logs import Note
 
 # Names of regular checkpoints. A best checkpoint has a prefix and may be older.
 _NAME = re.compile(r'(?:epoch_(\d+))?_?(?:iter_(\d+))?\.pth')
+# Entries of a parameter group or a schedule that are no settings.
+_NO_SETTING = re.compile('params|param_names|differentiable|initial_|verbose|last_step')
 #: Training loops that resume exactly, by type.
 RESUMABLE = ('replk_mm.IterBasedTrainLoop', 'replk_mm.EpochBasedTrainLoop')
 
@@ -159,36 +161,25 @@ def _check_averages(cfg: Config, loaded: Mapping, last: str) -> None:
         )
 
 
-def settings_of(wrapper: OptimWrapper, schedules: Any) -> dict[str, tuple[type, list[dict]]]:
-    """Class and settings of every optimizer and schedule, by path in the config.
+def settings_of(wrapper: OptimWrapper, schedules: Any) -> dict[str, list[dict]]:
+    """Settings of all parameter groups, before schedules, and of each schedule, by path in the config.
 
-    An optimizer has a dict for each parameter group, with the values before schedules; a schedule has one dict.
+    Empty for several optimizers.
     """
-    found: dict[str, tuple[type, list[dict]]] = {}
-    for path, part in _paths(wrapper if isinstance(wrapper, OptimWrapperDict) else {'': wrapper}, 'optim_wrapper'):
-        groups = [
-            {
-                key: group.get(f'initial_{key}', value)
-                for key, value in group.items()
-                if not key.startswith('initial_') and key not in ('params', 'param_names', 'differentiable')
-            }
-            for group in part.optimizer.param_groups
+    if isinstance(wrapper, OptimWrapperDict):
+        return {}
+    found = {
+        'optim_wrapper.optimizer': [
+            {key: group.get(f'initial_{key}', value) for key, value in group.items() if not _NO_SETTING.match(key)}
+            for group in wrapper.optimizer.param_groups
         ]
-        found[f'{path}.optimizer'] = type(part.optimizer), groups
-    for path, part in _paths(schedules, 'param_scheduler'):
-        state, known = part.state_dict(), arguments_of(type(part))
-        settings = {key: value for key, value in state.items() if key in known and key not in ('verbose', 'last_step')}
-        found[path] = type(part), [settings]
+    }
+    for i, schedule in enumerate(schedules or ()):
+        known = arguments_of(type(schedule))
+        found[f'param_scheduler.{i}'] = [
+            {key: value for key, value in schedule.state_dict().items() if key in known and not _NO_SETTING.match(key)}
+        ]
     return found
-
-
-def _paths(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The objects in nested lists and dicts, with their paths."""
-    if isinstance(node, (list, tuple, Mapping, OptimWrapperDict)):
-        for key, part in enumerate(node) if isinstance(node, (list, tuple)) else node.items():
-            yield from _paths(part, f'{path}.{key}'.rstrip('.'))
-    elif node is not None:
-        yield path, node
 
 
 def check_schedules(schedules: Any, states: Any) -> None:
@@ -197,87 +188,58 @@ def check_schedules(schedules: Any, states: Any) -> None:
     Raises:
         ValueError: If their number or their types differ.
     """
-    own = [set(part.state_dict()) for _, part in _paths(schedules, '')]
-    stored = [
-        set(state) for group in (states.values() if isinstance(states, Mapping) else [states or ()]) for state in group
-    ]
-    if own != stored:
-        raise ValueError(
-            f'param_scheduler has {len(own)} schedules, and the checkpoint {len(stored)}'
-            if len(own) != len(stored)
-            else 'the schedules in param_scheduler are of other types than those of the checkpoint'
-        )
+    if not isinstance(schedules, dict):  # of several optimizers
+        own, stored = [part.state_dict().keys() for part in schedules or ()], [state.keys() for state in states or ()]
+        if own != stored:
+            raise ValueError(f'param_scheduler has {len(own)} schedules, the checkpoint {len(stored)} or other types')
 
 
-def adopt_settings(cfg: Config, configured: dict, restored: dict) -> list[str]:
-    """Set the optimizers and schedules of a config to what a checkpoint has restored.
+def adopt_settings(cfg: Config, configured: dict[str, list[dict]], restored: dict[str, list[dict]]) -> list[str]:
+    """Set optimizer and schedules of a config, in place, to what a checkpoint has restored.
 
     Args:
-        cfg: Changed in place.
+        cfg: The config of the run.
         configured: From :func:`settings_of`, before the checkpoint was loaded.
         restored: From :func:`settings_of`, afterwards.
 
     Returns:
-        Each change, with the value of the checkpoint and that of the config.
+        Each change, with both values.
 
     Raises:
-        ValueError: If the checkpoint belongs to another type of optimizer, or a config cannot express its settings.
+        ValueError: If the checkpoint is of another optimizer, or no config has its settings.
     """
     changes = []
-    for path, (kind, own) in configured.items():
-        groups = restored[path][1]
-        if strange := {key for a, b in zip(own, groups, strict=True) for key in a.keys() ^ b.keys()}:
-            raise ValueError(f'not the state of {kind.__name__}, which differs in {", ".join(sorted(strange))}')
+    for path, own in configured.items():
+        part, _, key = path.partition('.')
+        node = cfg[part][key] if key == 'optimizer' else as_list(cfg[part])[int(key)]
+        if strange := {key for a, b in zip(own, restored[path], strict=True) for key in a.keys() ^ b.keys()}:
+            raise ValueError(f'not the state of {node["type"]}, which differs in {", ".join(sorted(strange))}')
         for key in own[0]:
-            pairs = [(_plain(a[key]), _plain(b[key])) for a, b in zip(own, groups, strict=True)]
-            if all(a == b or _is_number(a) and math.isclose(a, b, rel_tol=1e-9) for a, b in pairs):
+            pairs = [(_plain(a[key]), _plain(b[key])) for a, b in zip(own, restored[path], strict=True)]
+            unequal = [(a, b) for a, b in pairs if a != b and not (_is_number(a) and math.isclose(a, b, rel_tol=1e-9))]
+            if not unequal:
                 continue
-            node = _node(cfg, path)
-            value = _one_value(pairs, node.get(key))
-            unequal = [pair for pair in pairs if pair[0] != pair[1]]
-            ours, theirs = max(unequal) if _is_number(pairs[0][0]) else unequal[0]
-            if value is None or key not in arguments_of(kind):
+            ours, theirs = max(unequal) if _is_number(unequal[0][0]) else unequal[0]
+            scale = theirs / ours if _is_number(ours) and ours else math.nan
+            is_argument = key in arguments_of(node['type'])
+            if is_argument and _plain(node.get(key, ours)) == ours and all(pair == pairs[0] for pair in pairs):
+                node[key] = theirs
+            elif is_argument and all(math.isclose(b, a * scale, rel_tol=1e-6) for a, b in pairs):
+                node[key] = float(f'{node[key] * scale:.9g}')  # factors of the groups and auto_scale_lr apply to it
+            else:
                 raise ValueError(f'{path}: {key} is {ours}, and {theirs} in the checkpoint')
-            node[key] = value
             changes.append(f'{path}.{key}={theirs} instead of {ours}')
             if node.pop('convert_to_iter_based', False):
-                node.update({key: value for key, value in groups[0].items() if key in node})
+                node.update({key: value for key, value in restored[path][0].items() if key in node})
     return changes
-
-
-def _node(cfg: Config, path: str) -> ConfigDict:
-    node: Any = cfg
-    for key in path.split('.'):
-        if isinstance(node, list):
-            node = node[int(key)]
-        elif key in node:
-            node = node[key]
-        elif key != '0':  # a single schedule needs no list
-            raise ValueError(f'{path} is not in the config')
-    return node
 
 
 def _plain(value: Any) -> Any:
     """A setting in a form that compares equal after saving: milestones and tuples as lists."""
     if isinstance(value, Mapping):
         return sorted(Counter(value).elements())
-    return list(value) if isinstance(value, (list, tuple)) else value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _one_value(pairs: list[tuple[Any, Any]], own: Any) -> Any:
-    """The value of a config field with which every group has the checkpoint's; None if there is none.
-
-    Args:
-        pairs: Values of each group: that of the config, and that of the checkpoint.
-        own: The field's value, of which factors per group and ``auto_scale_lr`` make those of the config.
-    """
-    if all(pair == pairs[0] for pair in pairs) and (own is None or _plain(own) == pairs[0][0]):
-        return pairs[0][1]
-    if not all(map(_is_number, [own, *itertools.chain(*pairs)])):
-        return None
-    ratio = next((b / a for a, b in pairs if a), math.nan)
-    return float(f'{own * ratio:.9g}') if all(math.isclose(b, a * ratio, rel_tol=1e-6) for a, b in pairs) else None

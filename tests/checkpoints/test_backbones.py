@@ -199,6 +199,36 @@ def test_init_cfg_that_does_not_fit(tmp_path):
     assert str(caught.value).startswith(path) and 'another size' in str(caught.value)
 
 
+@pytest.mark.parametrize('cls, args', [(RepLKNet, dict(arch=TINY)), (ConvNeXt, dict(arch=CONV, **DENSE))])
+@pytest.mark.parametrize('channels', [1, 4, 6])
+def test_first_convolution_is_adapted_to_other_images(cls, args, channels, tmp_path):
+    source = cls(**args).eval()
+    path = write(tmp_path / 'rgb.pth', source.state_dict())
+    settings = dict(type='Pretrained', checkpoint=path)
+    network = cls(**args, in_channels=channels, init_cfg=settings).eval()
+    with pytest.raises(UserError, match='number of image channels: .*adapt_input_conv=True'):
+        network.init_weights()
+    network = cls(**args, in_channels=channels, init_cfg=settings | dict(adapt_input_conv=True)).eval()
+    network.init_weights()
+    key = next(key for key, value in source.state_dict().items() if value.dim() == 4)
+    old, new = source.state_dict()[key], network.state_dict()[key]
+    if channels > 1:
+        for i in range(channels):
+            torch.testing.assert_close(new[:, i], old[:, i % 3] * 3 / channels)
+    if channels % 3 != 1 or channels == 1:  # each of red, green and blue as often
+        grey = torch.randn(1, 1, 64, 64)
+        for a, b in zip(network(grey.expand(1, channels, 64, 64)), source(grey.expand(1, 3, 64, 64)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_adapting_three_channels_changes_nothing(tmp_path):
+    source = ConvNeXt(arch=CONV)
+    path = write(tmp_path / 'rgb.pth', source.state_dict())
+    network = ConvNeXt(arch=CONV, init_cfg=dict(type='Pretrained', checkpoint=path, adapt_input_conv=True))
+    network.init_weights()
+    assert_same(network, source.state_dict())
+
+
 def test_strict_can_be_switched_off(tmp_path):
     source = tiny_backbone().state_dict()
     partial = {k: v for k, v in source.items() if not k.startswith('stages.3.')}

@@ -205,6 +205,62 @@ def test_bad_value_is_a_user_error_with_the_config_and_a_reason(options):
     assert NANO in first_line(info)
 
 
+CONVNEXT = {
+    '_delete_': True,
+    'type': 'replk_mm.ConvNeXt',
+    'arch': dict(depths=[1, 1, 1, 1], channels=[32, 64, 128, 48]),
+    'out_indices': (0, 1, 2, 3),
+    'gap_before_final_norm': False,
+}
+RESNET = {'_delete_': True, 'type': 'mmseg.ResNetV1c', 'depth': 18, 'norm_cfg': dict(type='BN')}
+MASK_RCNN, FCOS = 'cascade-mask-rcnn_replk-nano_coco.py', 'fcos_replk31b_coco.py'
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'told'),
+    [
+        (
+            NANO,
+            {'model.backbone': CONVNEXT},
+            'model.decode_head.*built for 256 channels, its input has 48\n.*32, 64, 128, 48',
+        ),
+        (
+            NANO,
+            {'model.backbone': RESNET},
+            'model.decode_head.*built for 32 channels, its input has 64\n.*64, 128, 256, 512',
+        ),
+        (
+            NANO,
+            {'model.auxiliary_head.in_channels': 9},
+            'model.auxiliary_head.*built for 9 channels, its input has 128',
+        ),
+        (
+            NANO,
+            {'model.backbone': CONVNEXT | {'gap_before_final_norm': True}},
+            'pooled .*\n.*gap_before_final_norm=False',
+        ),
+        (NANO, {'model.backbone.in_channels': 4}, 'model.backbone.*built for 4 channels, its input has 3\n.*data_prep'),
+        (NANO, {'model.data_preprocessor.mean': [1.0] * 5}, 'model.backbone.*built for 3 channels, its input has 5'),
+        (
+            MASK_RCNN,
+            {'model.neck.in_channels': [32, 64, 128, 255]},
+            'model.neck.*built for 255 channels, its input has 256',
+        ),
+        (MASK_RCNN, {'model.neck.out_channels': 8}, 'model.rpn_head.* 8\nSet .* to model.neck.out_channels'),
+        (FCOS, {'model.bbox_head.in_channels': 8}, 'model.bbox_head.*built for 8 channels, its input has 256'),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_named(name, options, told):
+    cfg = nano(options) if name == NANO else load_config(f'replk_mm::{name}', options)
+    with pytest.raises(UserError, match=told):
+        build_model(cfg, 'meta')
+
+
+@pytest.mark.parametrize('options', [{}, {'model.backbone.in_channels': 4, 'model.data_preprocessor.mean': [1.0] * 4}])
+def test_parts_that_fit_together(options):
+    assert not build_model(nano(options), 'meta').training
+
+
 def test_package_of_a_type_that_is_not_installed_is_named():
     with pytest.raises(
         UserError, match='model.backbone.type=.no_such_package.ConvNeXt.: the package no_such_package is'

@@ -22,6 +22,7 @@ from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
 pytestmark = pytest.mark.slow
+MEAN_STD = ('mean', 'std')
 LOSS = 'dry run, loss and backward of one batch: '
 
 
@@ -102,6 +103,12 @@ def test_a_detector(detector, tmp_path):
                     'model.decode_head.loss_decode': dict(type='DiceLoss', _delete_=True),
                     'model.decode_head.sampler': dict(type='OHEMPixelSampler', thresh=0.7),
                 }
+            ),
+        ),
+        (
+            rf'{LOSS}the images have 3 channels, and the model takes 4\nSet color_type',
+            dict(
+                options={'model.backbone.in_channels': 4, **{f'model.data_preprocessor.{k}': [1] * 4 for k in MEAN_STD}}
             ),
         ),
         (

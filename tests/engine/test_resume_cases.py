@@ -125,7 +125,7 @@ def test_settings_of_the_checkpoint_are_announced_saved_and_used(
         (SGD, {'optim_wrapper.optimizer': ADAMW}, "no 'step'"),
         ({}, SGD, 'SGD'),
         ({}, {'optim_wrapper.optimizer': ADAMW | {'type': 'RAdam'}}, 'RAdam'),  # has all its settings and more
-        ({}, {'param_scheduler': [CONSTANT, CONSTANT]}, '2 schedules, and the checkpoint 1'),
+        ({}, {'param_scheduler': [CONSTANT, CONSTANT]}, '2 schedules, the checkpoint 1'),
         ({}, {'param_scheduler': [dict(type='PolyLR', by_epoch=False, end=3)]}, 'other types'),
         (
             {},

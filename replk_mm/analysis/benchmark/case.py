@@ -53,6 +53,8 @@ def build_networks(
     Raises:
         UserError: If the config has no backbone, or the checkpoint does not fit or has no training form.
     """
+    if whole_model:
+        build_model(cfg, 'meta')  # rejects parts that do not fit together
     torch.manual_seed(_SEED)
     ours = _build(cfg, cfg.model, whole_model)
     plain = _build(cfg, _with_library_heads(cfg.model, cfg.get('default_scope', 'mmengine')), whole_model)

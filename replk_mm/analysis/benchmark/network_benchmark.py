@@ -36,6 +36,7 @@ from replk_mm.analysis.complexity import count_parameters
 from replk_mm.analysis.timing import Call, print_progress, time_interleaved, trim_heap
 from replk_mm.engine.process import keep_freed_memory
 from replk_mm.errors import UserError, explain_errors, first_line
+from replk_mm.wrappers import input_channels
 
 #: Seconds of sleep before each call if other engines take part: their threads and torch's spin for a while.
 _PAUSE = 0.01
@@ -133,7 +134,7 @@ class NetworkBenchmark:
         """
         smallest = min_batch_size(self.networks[OURS], self.case.mode)
         case = replace(self.case, shape=shape, batch=batch or smallest)
-        size = f'{case.batch}x3x{shape[0]}x{shape[1]}'
+        size = f'{case.batch}x{input_channels(self.networks[OURS])}x{shape[0]}x{shape[1]}'
         print_progress(f'{case.mode} {size}')
         if case.batch < smallest:
             raise UserError(

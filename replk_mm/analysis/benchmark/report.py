@@ -150,7 +150,7 @@ def _network_table(point: dict) -> str:
             )
         )
     return (
-        f'{point["mode"]}, {point["batch"]}x3x{point["height"]}x{point["width"]}, {point["form"]} form; '
+        f'{point["mode"]}, {point["batch"]} x {point["height"]}x{point["width"]} pixels, {point["form"]} form; '
         f'{point["rounds"]} rounds after {point["warmup"]} to warm up\n{text_table(rows)}'
     )
 

@@ -23,7 +23,7 @@ from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.errors import UserError, command_line
 from replk_mm.ops import prepack
-from replk_mm.wrappers import num_classes_of
+from replk_mm.wrappers import input_channels, num_classes_of
 
 #: Number of objects in a synthetic image for detectors.
 _OBJECTS = 8
@@ -52,9 +52,9 @@ class SyntheticBatch:
                 f'{cfg.filename}: {type(net).__name__} is neither a segmentor nor a detector\n'
                 f'Measure its backbone alone: {command_line("benchmark", "backbone", cfg.filename)}'
             )
-        pixels = torch.stack([_random_image(shape, generator) for _ in range(batch)])
+        pixels = torch.stack([_random_image((input_channels(net), *shape), generator) for _ in range(batch)])
         self._pixels = list(pixels)
-        #: Normalized images ``(batch, 3, H, W)``, the input of a backbone.
+        #: Normalized images ``(batch, C, H, W)``, the input of a backbone.
         self.image = ((pixels.float() - 128) / 64).to(device)
         self._targets = [self._target(net, generator) for _ in range(batch)] if self.kind != 'backbone' else []
 
@@ -136,7 +136,7 @@ class SyntheticBatch:
         return loss | {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
     def normalized(self, net: Any) -> Tensor:
-        """The images after the data preprocessor of ``net``, ``(batch, 3, H, W)``."""
+        """The images after the data preprocessor of ``net``, ``(batch, C, H, W)``."""
         return self.image if self.kind == 'backbone' else net.data_preprocessor(self._batch(False), False)['inputs']
 
     def _loss(self, net: Any, precision: str) -> Tensor:
@@ -232,14 +232,16 @@ def _dense_outputs(net: nn.Module, image: Tensor) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(network_outputs(net, image)) if isinstance(leaf, Tensor)]
 
 
-def _random_image(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """An image of colored patches with noise, ``(3, H, W)`` uint8.
+def _random_image(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
+    """An image of colored patches with noise, uint8 of shape ``(C, H, W)``.
 
     Noise alone has the same mean everywhere, and norms over pooled maps would amplify rounding errors.
     """
-    coarse = torch.randint(0, 256, (1, 3, -(-shape[0] // 32), -(-shape[1] // 32)), generator=generator).float()
-    patches = F.interpolate(coarse, size=shape)[0] * 0.7 + 30 * torch.rand(3, 1, 1, generator=generator)
-    return (patches + 20 * torch.randn(3, *shape, generator=generator)).clamp(0, 255).to(torch.uint8)
+    channels, height, width = shape
+    coarse = torch.randint(0, 256, (1, channels, -(-height // 32), -(-width // 32)), generator=generator).float()
+    patches = F.interpolate(coarse, size=(height, width))[0] * 0.7
+    patches += 30 * torch.rand(channels, 1, 1, generator=generator)
+    return (patches + 20 * torch.randn(shape, generator=generator)).clamp(0, 255).to(torch.uint8)
 
 
 def model_kind(net: Any) -> str:
