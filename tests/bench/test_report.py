@@ -258,6 +258,16 @@ def test_unreliable_times_are_marked_and_not_ranked(times, load, why, tmp_path) 
     assert ('1 a' in points) == (not why)
 
 
+def test_a_block_of_a_page_has_the_columns_with_figures(run, tmp_path) -> None:
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- made_up:begin -->\nold\n<!-- made_up:end -->\n')
+    work = write(tmp_path / 'work', [metric('a', 0, 50.0), speed('a', 0, 9.0)])
+    assert run(work, '--out', tmp_path / 'out', '--page', page) == 0
+    block = page.read_text().partition('begin -->\n')[2]
+    assert '| Row | mIoU, % | Time, ms | Speed, images/s | State |' in block and 'old' not in block
+    assert 'Provenance' not in block and 'Provenance' in (tmp_path / 'out/report.md').read_text()
+
+
 # -- published --------------------------------------------------------------------------------------------------------
 def published(tmp_path, miou=48.9, images=2000, options=None, **changes):
     stated = dict(miou_ss=49.9, miou_ms=50.6, params_m=112, source='arXiv:2203.06717')

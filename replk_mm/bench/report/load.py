@@ -146,6 +146,11 @@ class SuiteReport:
         return [row for group in self.groups for row in group.rows]
 
     @property
+    def columns(self) -> list[Column]:
+        """The columns that have figures."""
+        return [c for c in COLUMNS if any(row.figures[c.key].value is not None for row in self.rows)]
+
+    @property
     def differing(self) -> list[str]:
         """Differences between the protocols of each measurement, except those of the metric, which the groups state."""
         return [
@@ -384,8 +389,7 @@ def _requested(found: Sequence[Record]) -> list[Any]:
 
 def render_text(suite: SuiteReport) -> str:
     """The tables of a suite for a terminal: the columns that have figures, without remarks."""
-    columns = [c for c in COLUMNS if any(row.figures[c.key].value is not None for row in suite.rows)]
-    tables = []
+    columns, tables = suite.columns, []
     for group in suite.groups:
         head = ['row', *(f'{suite.heading(c)}{f", {c.unit}" if c.unit else ""}' for c in columns), 'state']
         rows = []

@@ -78,8 +78,9 @@ def render_markdown(report: Report) -> str:
 
 
 def render_suite_tables(suite: SuiteReport) -> str:
-    """The tables of a suite as Markdown, with remarks and origins."""
-    return str(_markdown().get_template('report.md.j2').make_module().tables(suite))  # type: ignore[attr-defined]
+    """The tables of a suite as Markdown: the columns that have figures, with notes on single figures."""
+    module: Any = _markdown().get_template('report.md.j2').make_module()
+    return str(module.tables(suite, suite.columns)).rstrip() + '\n'
 
 
 def _markdown() -> Environment:
