@@ -180,16 +180,16 @@ class Backbone(BaseModule):
         Raises:
             ValueError: If the name is unknown, or the dict has missing or unknown keys.
         """
-        family, table, options = cls.__name__, cls.arch_settings, cls.arch_options
-        if isinstance(arch, str) and arch in table:
-            return options | table[arch]
+        table, options = cls.arch_settings, cls.arch_options
         if not isinstance(arch, dict):
-            raise ValueError(f'{family}: arch={arch!r} must be one of {", ".join(table)}, or a dict')
+            if arch not in list(table):
+                raise ValueError(f'{cls.__name__}: arch={arch!r} must be one of {", ".join(table)}, or a dict')
+            arch = table[arch]
         required = set(next(iter(table.values())))
         missing, unknown = required - set(arch), set(arch) - required - set(options)
         if missing or unknown:
             raise ValueError(
-                f'{family}: arch has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
+                f'{cls.__name__}: arch has missing keys {sorted(missing)}, unknown keys {sorted(unknown)}; '
                 f'the keys are {sorted(required | set(options))}'
             )
         return options | arch

@@ -242,28 +242,22 @@ def _merge_branches(block: Any, uses: Counter[int]) -> bool:
     branches = [block.lkb_origin] + ([block.small_conv] if hasattr(block, 'small_conv') else [])
     parts = [part for branch in branches for part in branch.modules()]
     shared = any(uses[id(part)] > uses[id(block)] for part in parts)
-    if shared or has_hooks(*parts) or not all(_runs_as(branch, ConvNorm) for branch in branches):
-        return False
-    if not all(_foldable(b.bn, b.conv, False) or isinstance(b.bn, nn.Identity) for b in branches):
+    foldable = all(isinstance(b.bn, nn.Identity) or _foldable(b.bn, b.conv, False) for b in branches)
+    if shared or has_hooks(*parts) or not foldable or not all(_runs_as(branch, ConvNorm) for branch in branches):
         return False
     # In float64, so that the sum of the branches is rounded once.
     convs = [copy.deepcopy(branch.conv).double() for branch in branches]
     convs = [
         c if isinstance(b.bn, nn.Identity) else _fold(b.bn, c, False) for b, c in zip(branches, convs, strict=True)
     ]
-    weights = [conv.weight.detach() for conv in convs]
-    side = weights[0].shape[-1]
-    weight = torch.stack([F.pad(w, [(side - w.shape[-1]) // 2] * 4) for w in weights]).sum(0)
-    large = block.lkb_origin.conv
+    large, side = block.lkb_origin.conv, block.lkb_origin.conv.kernel_size[0]
+    weight = torch.stack([F.pad(c.weight.detach(), [(side - c.kernel_size[0]) // 2] * 4) for c in convs]).sum(0)
     merged: Any = DepthwiseConv2d(large.in_channels, side, dilation=large.dilation).to(large.weight)
     with torch.no_grad():
         merged.weight.copy_(weight)
-        merged.bias.copy_(
-            sum((conv.bias for conv in convs if conv.bias is not None), torch.zeros_like(weight[:, 0, 0, 0]))
-        )
+        merged.bias.copy_(sum(conv.bias for conv in convs if conv.bias is not None) + weight.new_zeros(len(weight)))
     merged.requires_grad_(large.weight.requires_grad).train(block.training)
     block.lkb_reparam = merged
     for name in ('lkb_origin', 'small_conv'):
-        if hasattr(block, name):
-            delattr(block, name)
+        block._modules.pop(name, None)
     return True
