@@ -225,10 +225,12 @@ class Backbone(BaseModule):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Reject weights of the other form; mmengine, mmseg and mmdet would load a part of them and log the rest."""
-        keys = [key for key in state_dict if key.startswith(prefix)]
-        own = [*(f'{name}.' for name, _ in self.named_modules()), *self._buffers]
+        keys = {key for key in state_dict if key.startswith(prefix)}
+        own = {f'{prefix}{name}' for name, _ in (*self.named_parameters(), *self.named_buffers())}
         theirs = get_reparameterization({}, keys)
-        if keys and theirs != get_reparameterization({}, own):
+        # A part of the weights, such as the buffers, may lack the keys that tell the form.
+        certain = len(keys) >= len(own) - 1 or get_reparameterization({}, keys - own)
+        if certain and theirs != get_reparameterization({}, own):
             form = ', '.join(f'{key}={value}' for key, value in (theirs or {}).items())
             raise UserError(
                 f'{type(self).__name__}: the weights are in {f"the form {form}" if form else "training form"}, '

@@ -260,3 +260,13 @@ def test_weights_in_another_form_are_rejected_by_other_loaders(name, loader, tmp
         for p in model.parameters():
             torch.nn.init.zeros_(p)
         assert all(d.ok for d in compare_networks(load(model, form), merged))
+
+
+@pytest.mark.parametrize('part', ['running_', 'large_kernel', 'stem', 'backbone.stages.0'])
+def test_parts_of_the_weights_load_into_both_forms(part):
+    trained = build(SEGMENTOR, 'mmseg')
+    for model in (trained, reparameterize(trained)[0]):
+        weights = {key: value for key, value in model.state_dict().items() if part in key}
+        zeros = {key: torch.zeros_like(value) for key, value in weights.items()}
+        model.load_state_dict(zeros, strict=False)
+        assert not any(value.any() for value in weights.values())
