@@ -19,8 +19,7 @@ from replk_mm.logs import announce
 #: Parts of a name that wrapper modules add at any place: DistributedDataParallel and averages, torch.compile, FSDP,
 #: activation checkpointing.
 WRAPPERS = frozenset({'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'})
-#: Counters that averaging wrappers store next to the weights.
-COUNTERS = ('n_averaged', 'steps')
+COUNTERS = ('n_averaged', 'steps')  #: which averaging wrappers store next to the weights
 #: Momentum encoders of self-supervised training (MoCo, BYOL), which is evaluated with the other encoder.
 MOMENTUM_ENCODERS = frozenset({'encoder_k', 'momentum_encoder', 'target_net'})
 #: Buffer of a reparameterized backbone of this package: BatchNorm is folded in it, its neck or its heads.
