@@ -347,7 +347,7 @@ def read_image(path: Path, size: int, mean: Sequence[float], std: Sequence[float
     try:
         with Image.open(path) as opened:
             bands = (opened.convert('RGB') if len(mean) == 3 else opened).split()
-            square = np.stack([band.resize((size, size), Image.Resampling.BICUBIC) for band in bands])
+            square = np.stack([np.asarray(band.resize((size, size), Image.Resampling.BICUBIC)) for band in bands])
     except Exception as error:  # Pillow's readers raise many types for damaged files
         raise UserError(
             f'{path}: not a readable image ({error or type(error).__name__})\n'
