@@ -148,11 +148,7 @@ def _adapt_input_conv(weights: dict[str, Tensor], backbone: nn.Module) -> dict[s
 
 
 def weights_for_training(backbone: nn.Module, found: FoundWeights, loaded: Mapping, where: str) -> dict[str, Tensor]:
-    """Return the weights of ``backbone`` in a checkpoint, in training form if the backbone is.
-
-    Raises:
-        UserError: If BatchNorm is folded into them.
-    """
+    """Return the weights of ``backbone``, in training form if the backbone is. Folded ones raise a ``UserError``."""
     if (get_reparameterization(loaded, found.backbone) or {}).get('fold'):
         raise UserError(
             f'{where}: training cannot start from a network with folded BatchNorm\n'

@@ -193,9 +193,8 @@ def reparameterize_checkpoint(
             f'{checkpoint}: the outputs of the merged network differ; nothing was written\n'
             + '\n'.join(map(str, differences))
         )
-    former = get_reparameterization({'meta': meta}, merged.state_dict()) or {}
     record = dict(
-        merge=bool(changes.merged) or former.get('merge', True),
+        merge=True,
         fold=True,
         source=str(checkpoint),
         source_sha256=hash_checkpoint(fetch_checkpoint(checkpoint)),
