@@ -114,10 +114,10 @@ def reparameterize(
                     if isinstance(owner := model.get_submodule(name), ConvModule):
                         owner.turn_on_efficient_conv_bn_eval(False)  # it needs the norm
                     changes.folded.append(norm_path)
+        for module in model.modules() if changes.folded else ():
+            if isinstance(module, Backbone):
+                module.register_buffer(FOLDED, torch.tensor(True))
     changes.left = [name for name, _ in named_batch_norms(model)]
-    for module in model.modules() if changes.folded else ():
-        if isinstance(module, Backbone):
-            module.register_buffer(FOLDED, torch.tensor(True))
     return model, changes
 
 

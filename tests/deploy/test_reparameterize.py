@@ -434,7 +434,8 @@ def test_inference_mode_gives_a_network_that_trains(built_inside, inplace):
     with torch.inference_mode():
         after, _ = reparameterize(model, inplace=inplace)
     changed = [p for name, p in after.named_parameters() if 'lkb_reparam' in name or 'pw1' in name]
-    assert changed and not any(p.is_inference() for p in (changed if inplace else after.parameters()))
+    assert changed and not any(t.is_inference() for t in [*changed, *after.buffers()])
+    assert inplace or not any(p.is_inference() for p in after.parameters())
     if not built_inside or not inplace:
         sum(o.square().mean() for o in after.train()(torch.randn(2, 3, 64, 64))).backward()
         assert all(p.grad is not None for p in after.parameters())
