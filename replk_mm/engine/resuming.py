@@ -195,15 +195,12 @@ def check_schedules(schedules: Any, states: Any) -> None:
 
 
 def adopt_settings(cfg: Config, configured: dict[str, list[dict]], restored: dict[str, list[dict]]) -> list[str]:
-    """Set optimizer and schedules of a config, in place, to what a checkpoint has restored.
+    """Set optimizer and schedules of a config, in place, to what a checkpoint has restored. Returns a text per change.
 
     Args:
         cfg: The config of the run.
         configured: From :func:`settings_of`, before the checkpoint was loaded.
         restored: From :func:`settings_of`, afterwards.
-
-    Returns:
-        Each change, with both values.
 
     Raises:
         ValueError: If the checkpoint is of another optimizer, or no config has its settings.

@@ -111,9 +111,8 @@ class Runner(MMEngineRunner):
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             if not self._resume:
                 raise
-            what = str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
-            if isinstance(error, KeyError):
-                what = f'the state of its optimizer has no {error}'
+            kind = 'its state has no' if isinstance(error, KeyError) else f'{type(error).__name__}:'
+            what = str(error) if isinstance(error, ValueError) else f'{kind} {error}'
             raise UserError(
                 f'{self._load_from}: cannot be resumed: {what}\n'
                 f'Resume with the optim_wrapper and param_scheduler of that run.'
