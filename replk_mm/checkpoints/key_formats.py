@@ -198,7 +198,7 @@ def find_weights(
     if own and not best:
         return under[0]
     selected = _select([one for one in under if one.matched == best], checkpoint, use_ema, where)
-    others = [one.prefix for one in found if one is not selected and one.matched >= best / 2]
+    others = [one.prefix for one in found if one is not selected and one.matched >= best / 3]
     if others:
         announce(f'{where}: weights {selected.prefix!r}, not {format_list(map(repr, others))} (use_ema={use_ema})')
     return selected

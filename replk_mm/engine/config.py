@@ -368,7 +368,12 @@ def _check_channels(cfg: Config, model: Any) -> None:
         raise
     except Exception as error:  # also of networks that read values, which the dry run of training checks
         for values in (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)):
-            layer, given = values.get('self'), values.get('input')
+            layer, given, inputs = (values.get(name) for name in ('self', 'input', 'inputs'))
+            if isinstance(error, IndexError) and isinstance(layer, nn.Module) and hasattr(layer, 'in_index') and inputs:
+                raise UserError(
+                    f'{cfg.filename}: model.{names[layer]}.in_index={layer.in_index}: there are {len(inputs)} feature '
+                    f'maps\nSet in_index of the head, or out_indices of the backbone.'
+                ) from error
             if not isinstance(layer, (nn.Conv2d, nn.Linear)) or layer not in names or not isinstance(given, Tensor):
                 continue
             axis, wanted = (1, layer.in_channels) if isinstance(layer, nn.Conv2d) else (-1, layer.in_features)

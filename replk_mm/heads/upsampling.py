@@ -255,7 +255,7 @@ def upsampled_cross_entropy(
             raise UserError(
                 f'labels: found class {wrong}; the head has {logits.shape[1]} classes '
                 f'(0..{logits.shape[1] - 1}; {ignore_index} is ignored)\n'
-                f'Set num_classes of every head, or check the label maps and reduce_zero_label.'
+                f'Set num_classes of every head, use_sigmoid=True for out_channels=1, or check reduce_zero_label.'
             )
     with torch.autocast(logits.device.type, enabled=False):
         total, correct = _CrossEntropy.apply(

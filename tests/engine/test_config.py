@@ -248,6 +248,8 @@ MASK_RCNN, FCOS = 'cascade-mask-rcnn_replk-nano_coco.py', 'fcos_replk31b_coco.py
         ),
         (MASK_RCNN, {'model.neck.out_channels': 8}, 'model.rpn_head.* 8\nSet .* to model.neck.out_channels'),
         (FCOS, {'model.bbox_head.in_channels': 8}, 'model.bbox_head.*built for 8 channels, its input has 256'),
+        (NANO, {'model.auxiliary_head.in_index': 4}, r'model.auxiliary_head.in_index=4: there are 4 feature maps'),
+        (NANO, {'model.backbone.out_indices': (1, 2, 3)}, r'model.decode_head.in_index=\[0, 1, 2, 3\]: there are 3 '),
     ],
 )
 def test_parts_that_do_not_fit_together_are_named(name, options, told):

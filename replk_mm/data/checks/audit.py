@@ -114,7 +114,8 @@ def audit(cfg: Config, full: bool = False, jobs: int | None = None, splits: tupl
         digests[sample.image] = inspection.digest
     for dataset in result.datasets:
         _look_for_classes(dataset)
-        check_absent_classes(dataset)
+    for dataset in result.datasets:
+        check_absent_classes(dataset, [other for other in result.datasets if other.split == dataset.split])
     check_reduce_zero_label(result.datasets)
     result.general += check_classes(cfg, splits)
     result.general += _check_shared_images(result.datasets, digests if full else None)

@@ -51,6 +51,7 @@ def check_annotations(
         report.findings += error.findings
         return
     images, objects = data['images'], data.get('annotations', [])
+    smallest = (dataset.get('filter_cfg') or {}).get('min_size', 0)
     # Training also leaves out what has 'ignore'; COCO's metric does not read it.
     single = [a for a in objects if not (a.get('iscrowd') or metrics is None and a.get('ignore'))]
     counts = coco.category_counts({**data, 'annotations': single})
@@ -66,6 +67,8 @@ def check_annotations(
         _find_images(report, data, folder)
     if not images or not objects and report.is_used:
         report.add('coco-no-annotations', file, f'there are no {"annotations" if images else "images"}')
+    elif metrics is None and all(min(i['width'], i['height']) < smallest for i in images):
+        report.add('no-images', file, f'filter_cfg.min_size={smallest} removes all images', fix='Set filter_cfg.')
     elif (crowds := len(objects) - len(single)) > _FEW_CROWDS * len(objects):
         message = f"{crowds:,} of {len(objects):,} annotations have 'iscrowd': 1" + " or 'ignore'" * (metrics is None)
         report.add('crowds', file, message, severity='' if single or not report.is_used else 'error')

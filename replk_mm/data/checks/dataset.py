@@ -105,8 +105,8 @@ class DatasetReport:
         return f'{self.split}: {self.root} ({self.type}): {", ".join(parts)}'
 
 
-def check_absent_classes(report: DatasetReport) -> None:
-    """Report classes that do not occur in the labels, and labels that leave nothing to learn or to score."""
+def check_absent_classes(report: DatasetReport, split: Sequence[DatasetReport]) -> None:
+    """Report classes that do not occur in the labels, and labels that leave a split nothing to learn or to score."""
     counts, are_maps = report.class_counts(), report.object_counts is None
     names = list(report.class_names.values()) or list(counts)
     absent = [name for name in names if not counts.get(name)]
@@ -114,6 +114,7 @@ def check_absent_classes(report: DatasetReport) -> None:
     if not absent or are_maps and (not report.maps_read or errors & {'label-out-of-range', 'cityscapes-raw-labels'}):
         return
     occurring, trains = len(names) - len(absent), report.split == 'train'
+    in_split = {name for other in split for name, count in other.class_counts().items() if count}
     message = f'{len(absent)} of {len(names)} classes do not occur: {format_list(absent, 10)}'
     is_sample, fix = are_maps and report.maps_read < len(report.samples), ''
     if are_maps:
@@ -122,7 +123,7 @@ def check_absent_classes(report: DatasetReport) -> None:
         fix = _fitting_settings(report, occurring)
     if occurring < 2 and are_maps or not occurring and report.is_used and not errors:
         code = 'one-class' if occurring else 'nothing-labelled'
-        severity = 'error' if report.is_used and (trains or not occurring) else 'warning'
+        severity = 'error' if report.is_used and len(in_split) < 1 + (trains and are_maps) else 'warning'
     elif is_sample and 2 * occurring > len(names):
         return  # a sample may lack rare classes
     else:

@@ -115,7 +115,7 @@ def _read_labels(path: str, findings: list[Finding]) -> np.ndarray | None:
 def _count_ids(path: str, labels: np.ndarray, label_format: LabelFormat) -> tuple[list[Finding], dict[int, int]]:
     """Findings for the ids of a label map ``(H, W)``, and the number of pixels of each id."""
     if labels.dtype.itemsize == 1:  # many times faster than sorting
-        numbers = np.bincount(labels.view(np.uint8).ravel(), minlength=256)
+        numbers = np.bincount(labels.astype(np.uint8).ravel(), minlength=256)  # of one bit: 0 and 1, as training reads
         ids = np.flatnonzero(numbers)
         numbers = numbers[ids]
     else:

@@ -247,6 +247,13 @@ def test_faults_of_a_whole_file(root, spoil, split, code, severity):
     assert not code or code in codes(result, severity)
 
 
+@pytest.mark.parametrize(('size', 'expected'), [(64, set()), (65, {'no-images'})])
+def test_images_that_the_filter_removes(root, size, expected):
+    cfg = config(root)
+    cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True, min_size=size)
+    assert codes(full(cfg), 'error') == expected
+
+
 def test_checks_depend_on_the_metric(root):
     change(file(root, 'val'), lambda d: [a.pop('segmentation') for a in d['annotations']])
     assert not codes(full(config(root, metric=('bbox',), masks=False)))

@@ -10,6 +10,7 @@ import pytest
 from check_data_cases import codes, data, found, full, image, label, seg_config, write_pairs  # noqa: F401 (a fixture)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
 from replk_mm.data import files
@@ -95,6 +96,7 @@ FAULTS: list[tuple[Callable[[Path, int], object], dict[str, Callable]]] = [
 HARMLESS: list[Callable[[Path, int], object]] = [
     lambda r, i: ids(1, 2, dtype=np.uint16).save(label(r, i)),
     lambda r, i: ids(1, 2, 8).convert('P').save(label(r, i)),
+    lambda r, i: Image.fromarray(np.eye(64, dtype=bool)).save(label(r, i)),
     lambda r, i: noise().save(image(r, i), 'png'),
     lambda r, i: noise().convert('CMYK').save(image(r, i)),
     lambda r, i: noise().save(image(r, i), 'mpo', save_all=True, append_images=[noise()]),
@@ -344,6 +346,34 @@ def test_labels_that_leave_nothing_to_learn(data, values, reduce, classes, code,
     else:
         [line] = [line for line in check_data(cfg, ('train',)) if line.startswith('warning: ')]
         assert advice in line
+
+
+@pytest.mark.parametrize(
+    ('values', 'others', 'error'),
+    [((0, 1), (0,), None), ((0, 1), (255,), None), ((1,), (0,), None), ((0,), (0, 255), 'one-class')],
+)
+def test_data_sets_that_are_joined_are_judged_together(data, values, others, error):
+    """Photographs without any object, for example, are often a data set of their own."""
+    write_pairs(data / 'others', 'train', 3)
+    for path in data.rglob('annotations/*/*'):
+        ids(*(others if 'others' in path.parts else values)).save(path)
+    cfg = seg_config(data, 2, splits=('train',), reduce_zero_label=False)
+    parts = [cfg.train_dataloader.dataset, {**cfg.train_dataloader.dataset, 'data_root': str(data / 'others')}]
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=parts)
+    assert codes(full(cfg), 'error') == ({error} if error else set())
+
+
+def test_one_bit_label_maps_are_read_as_training_does(data):
+    for path in data.glob('annotations/*/*'):
+        Image.fromarray(np.eye(64, dtype=bool)).save(path)
+    cfg = seg_config(data, 2, reduce_zero_label=False)
+    assert (
+        not codes(full(cfg))
+        and LoadAnnotations()(dict(seg_map_path=str(label(data, 0)), reduce_zero_label=False, seg_fields=[]))[
+            'gt_seg_map'
+        ].max()
+        == 1
+    )
 
 
 def test_one_class_to_score_is_a_warning_and_none_is_an_error(data):
