@@ -62,6 +62,8 @@ def convert_labels(root: str | Path, jobs: int | None = None, force: bool = Fals
     files = sorted(root.rglob(f'*{RAW_SUFFIX}'))
     if not files:
         what = f'no file ends with {RAW_SUFFIX}' if root.is_dir() else 'no such folder'
+        if any(root.rglob(f'*{TRAIN_SUFFIX}')):
+            what += f'; those that end with {TRAIN_SUFFIX} need no conversion'
         raise UserError(f'{root}: {what}\nName the folder that contains gtFine (of gtFine_trainvaltest.zip, unpacked).')
     with ThreadPoolExecutor(jobs) as pool:
         outcomes = list(

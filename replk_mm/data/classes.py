@@ -101,7 +101,7 @@ def _find_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str,
                 return list(meta['classes']), str(demo), True
     raise UserError(
         f'--classes auto: no file names the classes; tried {", ".join(map(str, dict.fromkeys(tried)))}\n'
-        f'Name them: --classes NAME,NAME,... or --classes FILE with one name per line.'
+        f'Name them: --classes NAME,NAME,... or --classes FILE with one name per line; or keep those of the config.'
     )
 
 

@@ -50,7 +50,7 @@ class Changes:
     Attributes:
         merged: Parallel branches that became one convolution.
         folded: BatchNorm layers folded into a convolution.
-        left: BatchNorm layers that no convolution can absorb exactly.
+        left: BatchNorm layers whose folding is not known to be exact.
     """
 
     merged: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Changes:
 
     def __str__(self) -> str:
         names = ', '.join(self.left[:4])
-        left = f', {len(self.left)} kept, which no convolution can absorb exactly ({names})' if self.left else ''
+        left = f', {len(self.left)} kept, whose folding is not known to be exact ({names})' if self.left else ''
         return f'{len(self.merged)} parallel kernels merged, {len(self.folded)} BatchNorm layers folded{left}'
 
 

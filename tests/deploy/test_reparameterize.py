@@ -103,7 +103,7 @@ def test_norms_of_features_stay():
     after, changes = reparameterize(model)
     assert norms(after) == changes.left == [f'stages.{i}.norm' for i in range(4)]
     assert all(d.ok for d in compare_networks(model, after))
-    assert '4 kept, which no convolution can absorb exactly (stages.0.norm' in str(changes)
+    assert '4 kept, whose folding is not known to be exact (stages.0.norm' in str(changes)
 
 
 def test_float32_agrees():

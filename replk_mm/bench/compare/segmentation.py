@@ -44,8 +44,8 @@ class SegmentationImages:
     figure = overall_figure = 'mIoU'
     unit = '%'
     definition = (
-        'mIoU of an image: the mean IoU over the classes in its labels or its prediction; accuracy: the share of its '
-        'labelled pixels that are right; both in %, without pixels that have no label'
+        'mIoU is the mean IoU over the classes in its labels or its prediction, accuracy the share of its labelled '
+        'pixels that are right; both in %, without unlabelled pixels'
     )
 
     def __init__(self, pair: tuple[Result, Result], source: DataSource, root: str | None) -> None:

@@ -139,7 +139,7 @@ def _fitting_settings(report: DatasetReport, occurring: int) -> str:
         advice += ['If 255 is a class, replace it by the index of the class: 255 is ignored.'] * (IGNORE_INDEX in ids)
         return ' '.join(advice) or 'Add labels of another class, such as the background.'
     count = max(ids - {IGNORE_INDEX}) + 1 - first
-    return f'If these are all ids, name {count} classes: --classes NAME,...' if count < len(report.class_names) else ''
+    return f'If no id is larger, name {count} classes: --classes NAME,...' if count < len(report.class_names) else ''
 
 
 def check_reduce_zero_label(reports: Sequence[DatasetReport]) -> None:

@@ -149,5 +149,5 @@ def out_of_range(path: str, ids: Collection[int], label_format: LabelFormat) -> 
     message = f'label ids {format_list(ids)} are out of range of the {count} classes'
     if not reduces and count == len(cityscapes.IDS) and max(ids) < cityscapes.NUM_IDS:
         return Finding('cityscapes-raw-labels', path, f'{message}; they may be raw ids of Cityscapes', expected)
-    fix = f'Write the label maps with these ids, or name {max(ids) + 1 - reduces} classes: --classes NAME,NAME,...'
+    fix = 'Write the label maps with these ids, or name a class for each id up to the largest: --classes NAME,...'
     return Finding('label-out-of-range', path, message, expected, fix)
