@@ -227,7 +227,7 @@ def register_safe_loaders() -> None:
         own = {key: value for key, value in unwrap_model(module).state_dict().items() if not key.endswith('_tracked')}
         missing = [key for key in own if getattr(weights.get(key), 'shape', None) != own[key].shape]
         what = f'{type(module).__name__}: the checkpoint fits {len(own) - len(missing)} of {len(own)} weights'
-        if own and len(missing) == len(own):
+        if own and (len(missing) == len(own) or any(key.startswith('backbone.') for key in missing)):
             raise UserError(f'{what}; its keys begin with {format_list(weights, 3)}\nSet the prefix in init_cfg.')
         if missing:
             announce(f'warning: {what}, not {format_list(missing)}', logging.WARNING)

@@ -428,5 +428,9 @@ def test_backbones_of_others_do_not_stay_random(weights, safe_loaders, tmp_path,
     backbone = Theirs(write(tmp_path / 'b.pth', {**weights, 'conv.bias': torch.full((1,), 3.0)}))
     backbone.init_weights()
     assert backbone.conv.bias.item() == 3 and '1 of 2 weights, not conv.weight' in log[0]
+    model = Theirs(write(tmp_path / 'd.pth', Theirs(None).state_dict()))  # has all but the backbone
+    model.backbone = torch.nn.Conv2d(1, 1, 1)
+    with pytest.raises(UserError, match='fits 2 of 4 weights'):
+        model.init_weights()
     register_safe_loaders()  # a second call changes nothing
     assert Theirs(write(tmp_path / 'c.pth', Theirs(None).state_dict())).init_weights() is None and len(log) == 1
