@@ -114,7 +114,7 @@ def check_absent_classes(report: DatasetReport, split: Sequence[DatasetReport]) 
     if not absent or are_maps and (not report.maps_read or errors & {'label-out-of-range', 'cityscapes-raw-labels'}):
         return
     occurring, trains = len(names) - len(absent), report.split == 'train'
-    in_split = {name for other in split for name, count in other.class_counts().items() if count}
+    in_split = {name for name in names if any(other.class_counts().get(name) for other in split)}
     message = f'{len(absent)} of {len(names)} classes do not occur: {format_list(absent, 10)}'
     is_sample, fix = are_maps and report.maps_read < len(report.samples), ''
     if are_maps:

@@ -247,6 +247,25 @@ def test_faults_of_a_whole_file(root, spoil, split, code, severity):
     assert not code or code in codes(result, severity)
 
 
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_objects_of_categories_that_are_no_classes_do_not_count(root, split):
+    """They are ignored on purpose, but something must remain to learn and to score."""
+    change(file(root, split), every(category_id=15))
+    result = full(config(root, 1, names=NAMES[:1]))
+    assert codes(result, 'error') == {'nothing-labelled'}
+
+
+def test_one_of_two_annotation_files_may_lack_the_classes(root):
+    cfg = config(root, 1, names=NAMES[:1], splits=('train',))
+    cfg.train_dataloader.dataset = dict(
+        type='ConcatDataset',
+        datasets=[leaf(root, split, metainfo=dict(classes=NAMES[:1])) for split in ('train', 'val')],
+    )
+    change(file(root, 'val'), every(category_id=15))
+    assert codes(full(config(root, 1, names=NAMES[:1], splits=('val',))), 'error') == {'nothing-labelled'}
+    assert not codes(full(cfg), 'error')
+
+
 @pytest.mark.parametrize(('size', 'expected'), [(64, set()), (65, {'no-images'})])
 def test_images_that_the_filter_removes(root, size, expected):
     cfg = config(root)
