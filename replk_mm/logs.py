@@ -11,7 +11,7 @@ import warnings
 from mmengine.logging import MMLogger
 
 #: Packages whose Python warnings concern their developers.
-_UPSTREAM = re.compile(r'[\\/](mmcv|mmdet|mmengine|mmseg|pkg_resources|torch[\\/](functional|nn))[\\/.]')
+_UPSTREAM = re.compile(r'[\\/](mmcv|mmdet|mmengine|mmseg|pkg_resources|torch[\\/](autograd|functional|nn))[\\/.]')
 
 
 def announce(message: str, level: int = logging.INFO) -> None:

@@ -233,8 +233,8 @@ class Backbone(BaseModule):
         if certain and theirs != get_reparameterization({}, own):
             form = ', '.join(f'{key}={value}' for key, value in (theirs or {}).items())
             raise UserError(
-                f'{type(self).__name__}: the weights are in {f"the form {form}" if form else "training form"}, '
-                f'unlike the network\nLoad them into a network in training form'
+                f'{type(self).__name__}: the weights are in {f"merged form ({form})" if form else "training form"}, '
+                f'but the network is not\nLoad them into a network in training form'
                 + (f' after replk_mm.reparam.reparameterize(model, {form}, inplace=True).' if form else '.')
             )
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.analysis.shape_bias import DEFINITION, measure_shape_bias
+from replk_mm.analysis.shape_bias import measure_shape_bias
 from replk_mm.engine.config import load_config
 from replk_mm.errors import command
 from replk_mm.text import text_table
@@ -36,7 +36,8 @@ def main() -> None:
     for name, row in (*values['per_class'].items(), ('all', values)):
         share = '-' if row['shape_bias'] is None else f'{row["shape_bias"]:.3f}'
         rows.append((name, *(str(row[key]) for key in ('shape_decisions', 'texture_decisions', 'other')), share))
-    print(f'{text_table(rows)}\nshape bias: {DEFINITION}')
+    print(f'{text_table(rows)}\nshape bias: by shape / (by shape + by texture). The decision about an object is the')
+    print('object class that most of its pixels are predicted as; a third class, a tie or no such pixel is other.')
     if bias.agreeing:
         print(
             f'where shape and texture agree, {100 * values["agreeing_accuracy"]:.1f} % of '

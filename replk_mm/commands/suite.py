@@ -95,7 +95,7 @@ def _run(suite: Suite, options: plan.SuiteOptions, settings: Settings) -> bool:
     tasks = plan.remaining_tasks(suite, options)
     done = len(plan.select_rows(suite, options.only)) - len(tasks)
     print(
-        f'{suite.name}: {len(tasks)} rows and seeds to do{f", {done} done before" if done else ""}; '
+        f'{suite.name}, rows and seeds: {len(tasks)} to do{f", {done} done before" if done else ""}; '
         f'results go to {options.work_dir}',
         file=sys.stderr,
         flush=True,

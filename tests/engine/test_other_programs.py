@@ -62,7 +62,7 @@ def test_segmentation(tiny, trained, tmp_path):
     assert found['given'] == found['saved'] == found['inside'] == expected
     assert np.mean(np.array(found['merged']) == expected) > 0.999
     for name in ('init', 'inferencer'):
-        assert found[name].startswith('UserError: RepLKNet: the weights are in the form merge=True, fold=True')
+        assert found[name].startswith('UserError: RepLKNet: the weights are in merged form (merge=True, fold=True)')
 
 
 DETECTION = """
@@ -93,7 +93,7 @@ def test_detection(detector, trained_detector, tmp_path):
     expected = found.pop('init_detector')
     assert len(expected) > 1 and found['saved'] == found['inside'] == expected
     for name in ('init', 'inferencer'):
-        assert found[name].startswith('UserError: RepLKNet: the weights are in the form merge=True, fold=True')
+        assert found[name].startswith('UserError: RepLKNet: the weights are in merged form (merge=True, fold=True)')
 
 
 def test_logs_do_not_claim_that_a_package_is_missing(tiny, trained, detector, trained_detector):
