@@ -4,7 +4,9 @@ import io
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from rich.box import Box
 from rich.console import Console
@@ -65,15 +67,15 @@ def class_table(per_class: dict[str, dict[str, float]], absent: Sequence[str] = 
     return text_table([*rows, *((name, *('-' for _ in names), amount) for name in absent)])
 
 
-def format_metrics(metrics: Mapping[str, object], absent: Sequence[str] = ()) -> str:
+def format_metrics(metrics: Mapping[str, Any], absent: Sequence[str] = ()) -> str:
     """The scores among metrics in one line, AP in percent, and the classes without ground truth.
 
     Durations are left out, and NaN (of mmdet: -1), the value of an area or a class without ground truth.
     """
     text = '  '.join(
-        f'{name} {in_percent(name, value):{".2f" if in_percent(name, 1) > 1 else ".4g"}}'
+        f'{name} {in_percent(name, float(value)):{".2f" if in_percent(name, 1) > 1 else ".4g"}}'
         for name, value in metrics.items()
-        if isinstance(value, (int, float))
+        if isinstance(value, Real)  # of numpy too
         and name not in ('data_time', 'time')
         and value != -1
         and not math.isnan(value)

@@ -3,6 +3,7 @@
 import logging
 import warnings
 
+import numpy as np
 import pytest
 from mmengine.logging import MMLogger, print_log
 
@@ -49,6 +50,7 @@ def test_metrics_in_a_line():
     found |= {'lvis/bbox_AP': 1.0, 'nothing': float('nan'), 'bbox_mAP_l': -1, 'time': 1.0}
     shown = 'mIoU 61.23  coco/bbox_mAP 52.23  coco/AR@100 50.00  coco/cat_precision 0.02  lvis/bbox_AP 100.00'
     assert format_metrics(found) == shown
+    assert format_metrics({'mIoU': np.float32(61.2345)}) == 'mIoU 61.23'  # mmseg's
     assert format_metrics(found, ['a', 'b']).endswith('100.00 (2 classes have no ground truth: a, b)')
 
 

@@ -56,13 +56,13 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
         path = Path(unquote(urlsplit(name).path) if name.startswith('file://') else name)
         try:
             path = path.expanduser()
-            if path.is_dir():
-                return _weights_in_folder(path)
             if path.is_file():
                 return path
-            why = ''
+            is_folder, why = path.is_dir(), ''
         except (OSError, RuntimeError) as error:  # a name that is too long, an unknown user
-            why = f' ({error})'
+            is_folder, why = False, f' ({error})'
+        if is_folder:
+            return _weights_in_folder(path)
         raise CheckpointNotFoundError(f'{path}: no such checkpoint{why}')
     cached = f'{hashlib.sha256(name.encode()).hexdigest()[:16]}-{PurePosixPath(name.split("?")[0]).name}'
     path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / cached

@@ -230,7 +230,7 @@ def guess_cause(report: LoadReport, found: FoundWeights, whole: bool) -> str:
             f'number of image channels: {mismatched[0][0]}. model.backbone.init_cfg.adapt_input_conv=True repeats its '
             f'weights.'
         )
-    elif whole and report.matched.keys() <= {'backbone'}:
+    elif whole and not in_backbone and report.matched.keys() <= {'backbone'}:
         cause = (
             'only a backbone fits: the file has other heads or none, as ImageNet weights. Start a training from the '
             'backbone with --pretrained FILE, and test the checkpoint that it writes.'

@@ -1,5 +1,6 @@
 """Read a config, apply the command line, and fit it to this machine. Every change is logged in one line."""
 
+import copy
 import inspect
 import traceback
 from collections.abc import Sequence
@@ -58,11 +59,7 @@ def load_config(
     if options:
         _override(cfg, options, path)
     for key in cfg:  # variables of the user's own are far from the names of fields
-        hint = did_you_mean(key, _FIELDS, cutoff=0.88)
-        if hint and key not in _FIELDS:
-            raise UserError(
-                f'{path}: {key}: no such field\n{hint}A variable of your own needs a name less like a field.'
-            )
+        _check_field(key, _FIELDS, 0.88, path, 'A variable of your own needs a name less like a field.')
     for key in needs:
         if key not in cfg:
             raise UserError(
@@ -71,10 +68,10 @@ def load_config(
     return cfg
 
 
-def _check_field(name: str, known: Sequence[str], cutoff: float, where: str) -> None:
+def _check_field(name: str, known: Sequence[str], cutoff: float, where: str, more: str = '') -> None:
     hint = did_you_mean(name, known, cutoff)
     if hint and name not in known:
-        raise UserError(f'{where}: {name}: no such field\n{hint}')
+        raise UserError(f'{where}: {name}: no such field\n{hint}{more}')
 
 
 def _override(cfg: Config, options: dict, path: str) -> None:
@@ -336,11 +333,11 @@ def build_model(cfg: Config, device: str = 'cpu') -> torch.nn.Module:
     with explain_build_errors(cfg, 'model'):
         try:
             with _LinspaceOnCPU(), torch.device(device):
-                model = MODELS.build(cfg.model)
+                model = MODELS.build(copy.deepcopy(cfg.model))  # segmentors of mmseg change theirs
         except Exception as error:
             if device != 'meta' or 'meta' not in str(error).lower():
                 raise
-            model = MODELS.build(cfg.model).to(device)  # its constructor reads the values of tensors
+            model = MODELS.build(copy.deepcopy(cfg.model)).to(device)  # its constructor reads the values of tensors
     if device == 'meta' and hasattr(model, 'extract_feat'):
         _check_channels(cfg, model.eval())
     return model

@@ -35,11 +35,12 @@ def explain_build_errors(cfg: Config, what: str) -> Iterator[None]:
 
 
 def _explain(cfg: Config, error: Exception, what: str) -> str:
-    text = str(error.args[0]) if error.args else ''
+    text = str(error.args[0]) if error.args and not isinstance(error, OSError) else str(error)
     whole = what in cfg
     fields = [
         (path, part)
-        for path, part in walk_dicts(cfg[what] if whole else cfg._cfg_dict, what if whole else '')
+        for node, start in ((cfg.get(what), what), (cfg._cfg_dict, ''))  # a loop is built with its loader
+        for path, part in walk_dicts(node, start)
         if 'type' in part
     ]
     missing = re.match(r'(\S+) is not in the (?:\S+::)?(.+) registry', text)
@@ -81,16 +82,12 @@ def _registries() -> Iterator[Registry]:
             yield from value.children.values()
 
 
-def _names(registry: Registry) -> list[str]:
-    return [*registry.module_dict, *getattr(registry, 'modules', ())]  # lazy registries too
-
-
 def _registered(kind: str) -> list[str]:
     return [
         name if registry.parent is None else f'{prefix}{name}'
         for registry in _registries()
         if registry.name == kind
-        for name in _names(registry)
+        for name in (*registry.module_dict, *getattr(registry, 'modules', ()))  # lazy registries too
         for prefix in ('', f'{registry.scope}.')
     ]
 

@@ -92,8 +92,9 @@ def load_model(model: nn.Module, checkpoint: str | Path, training: bool = False)
     # The file may have heads that only training uses.
     keys = [*report.missing, *report.unexpected, *(key for key, *_ in report.mismatched)]
     misfits = needed = [key for key in keys if not key.startswith(optional)]
-    if training and not found.rest.keys().isdisjoint(model.state_dict()):
-        needed = [key for key in misfits if key.startswith('backbone.')]
+    own = model.state_dict().keys()
+    if training and (not own.isdisjoint(found.rest) or not whole and any('.backbone.' in key for key in own)):
+        needed = [key for key in misfits if 'backbone' in key.split('.')]  # of a student and a teacher too
     if needed:
         raise UserError(
             f'{checkpoint}: does not fit this config: {report.summary()}\n{report.details()}\n'

@@ -124,9 +124,12 @@ def _limits_of_resuming(cfg: Config) -> list[str]:
 
 def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
     backbone = cfg.model.get('backbone', {})
-    if cfg.get('resume') and cfg.get('load_from'):
-        backbone.pop('init_cfg', None)  # the checkpoint sets every weight
-        return []
+    resumes = cfg.get('resume') and cfg.get('load_from')
+    if resumes or options.pretrained:
+        given = backbone.pop('init_cfg', None)
+        cfg.model.pop('pretrained', None)  # of mmseg
+    if resumes:
+        return []  # the checkpoint sets every weight
     source = str(cfg.get('load_from') or '')
     if source and options.pretrained:
         raise UserError(f'--pretrained: load_from={source} sets the same weights\nUse one of them.')
@@ -135,10 +138,8 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
         read_checkpoint(source)
         cfg.load_from = str(fetch_checkpoint(source))
     if options.pretrained == 'none':
-        backbone.pop('init_cfg', None)
         return ['weights: random (--pretrained none)']
     if options.pretrained:
-        given = backbone.get('init_cfg')
         adapt = dict(adapt_input_conv=True) if isinstance(given, dict) and given.get('adapt_input_conv') else {}
         backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained, **adapt)
     initial = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)

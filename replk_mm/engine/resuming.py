@@ -142,11 +142,8 @@ def resume(cfg: Config, options: RunOptions, model: nn.Module) -> list[str]:
     cfg.load_from, cfg.resume = last, True
     seed = meta.get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
-    own = (
-        ''
-        if options.seed in (None, seed)
-        else f' (that of the checkpoint; --seed {options.seed} applies to new runs only)'
-    )
+    own = f' (that of the checkpoint; --seed {options.seed} applies to new runs only)'
+    own *= options.seed not in (None, seed)
     return [*notes, Note(f'resume: {last}, iteration {meta["iter"]}, seed {seed}{own}')]
 
 
@@ -191,7 +188,13 @@ def check_schedules(schedules: Any, states: Any) -> None:
     if not isinstance(schedules, dict):  # of several optimizers
         own, stored = [part.state_dict().keys() for part in schedules or ()], [state.keys() for state in states or ()]
         if own != stored:
-            raise ValueError(f'param_scheduler has {len(own)} schedules, the checkpoint {len(stored)} or other types')
+            raise ValueError(f'param_scheduler has {len(own)} schedules, the checkpoint {len(stored)}, or types differ')
+
+
+def ended_at_zero(wrapper: OptimWrapper, schedules: Any) -> bool:
+    """Whether all schedules have ended, and have lowered all learning rates to 0."""
+    rates = [(group['lr'], group.get('initial_lr', 0)) for group in wrapper.optimizer.param_groups]
+    return all(s._global_step >= s.end for s in schedules or ()) and all(now == 0 < first for now, first in rates)
 
 
 def adopt_settings(cfg: Config, configured: dict[str, list[dict]], restored: dict[str, list[dict]]) -> list[str]:

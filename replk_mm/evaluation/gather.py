@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
@@ -65,9 +67,9 @@ def absent_classes(metrics: Iterable[BaseMetric]) -> list[str]:
     return [name for name in names if not any(name in metric.per_class for metric in ours)]
 
 
-def require_ground_truth(scores: Mapping[str, object], split: str) -> None:
+def require_ground_truth(scores: Mapping[str, Any], split: str) -> None:
     """Raise a ``UserError`` if no score of ``'val'`` or ``'test'`` data is a number: NaN, or -1 in mmdet's metrics."""
-    values = {name: value for name, value in scores.items() if isinstance(value, (int, float)) and 'time' not in name}
+    values = {name: value for name, value in scores.items() if isinstance(value, Real) and 'time' not in name}
     if values and all(math.isnan(value) or value == -1 and 'mAP' in name for name, value in values.items()):
         raise UserError(
             f'{split}_dataloader.dataset: the ground truth has nothing to score; no number: {format_list(values)}\n'

@@ -295,6 +295,7 @@ def test_import_that_fails_while_building_is_the_cause(module, cause, tmp_path, 
         (TypeError('hook should be a dict, but got 42'), 'TypeError: hook should be a dict, but got 42'),
         (KeyError('lr'), 'KeyError: lr'),
         (RuntimeError('timm is not installed'), 'timm is not installed\nInstall'),
+        (FileNotFoundError(2, 'No such file or directory', 'teacher.py'), ".*No such file or directory: 'teacher.py'"),
         (AssertionError(), 'AssertionError at engine/test_config.py:[0-9]+: raise error'),
     ],
 )
@@ -303,6 +304,15 @@ def test_true_cause_is_shown(error, told):
     cfg = nano({'custom_hooks': [dict(type='mmdet.NotImportedYet')]})
     with pytest.raises(UserError, match=f'the run cannot be built: {told}'), explain_build_errors(cfg, 'run'):
         raise error
+
+
+def test_loop_that_is_built_with_its_loader_is_named():
+    cfg = nano({'train_cfg': {'_delete_': True, 'type': 'replk_mm.EpochBasedTrainLoop', 'max_iters': 2}})
+    with (
+        pytest.raises(UserError, match='train_cfg.max_iters: replk_mm.EpochBasedTrainLoop does not'),
+        explain_build_errors(cfg, 'train_dataloader'),
+    ):
+        raise TypeError("EpochBasedTrainLoop.__init__() got an unexpected keyword argument 'max_iters'")
 
 
 # -- shortening -------------------------------------------------------------------------------------------------------

@@ -251,6 +251,22 @@ def test_training_rejects_what_leaves_the_network_random(change, named, trained,
     assert named in str(caught.value)
 
 
+class Pair(torch.nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.student, self.teacher = segmentor(**kwargs), segmentor(**kwargs)
+
+
+def test_training_of_student_and_teacher_takes_other_classes_but_whole_backbones(tmp_path, log):
+    weights = Pair(seed=1).state_dict()
+    model = Pair(classes=7)
+    load_model(model, write(tmp_path / 'a.pth', {'state_dict': weights}), training=True)
+    assert_same(model, {key: value for key, value in weights.items() if 'conv_seg' not in key})
+    assert 'student.decode_head.conv_seg.weight: model (7, 8, 1, 1)' in log[0]
+    with pytest.raises(UserError, match='does not fit'):
+        load_model(model, write(tmp_path / 'b.pth', part(weights, 'student.')), training=True)
+
+
 @pytest.mark.parametrize('fold', [False, True])
 def test_training_from_merged_weights(fold, tmp_path, log):
     source = segmentor(seed=3)

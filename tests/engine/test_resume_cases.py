@@ -126,7 +126,7 @@ def test_settings_of_the_checkpoint_are_announced_saved_and_used(
         ({}, SGD, 'SGD'),
         ({}, {'optim_wrapper.optimizer': ADAMW | {'type': 'RAdam'}}, 'RAdam'),  # has all its settings and more
         ({}, {'param_scheduler': [CONSTANT, CONSTANT]}, '2 schedules, the checkpoint 1'),
-        ({}, {'param_scheduler': [dict(type='PolyLR', by_epoch=False, end=3)]}, 'other types'),
+        ({}, {'param_scheduler': [dict(type='PolyLR', by_epoch=False, end=3)]}, 'or types differ'),
         (
             {},
             {'optim_wrapper.paramwise_cfg': {'custom_keys': {'backbone': {'decay_mult': 0.1}}}},
@@ -146,6 +146,19 @@ def test_another_optimizer_or_schedule_is_rejected(tiny, tmp_path, first, then, 
     base['train_cfg.max_iters'] = 2
     with pytest.raises(UserError, match=f'iter_1.pth: cannot be resumed: .*{named}'):
         tiny.train(tmp_path / 'b', None, base | first | then, resume=str(tmp_path / 'a/iter_1.pth'))
+
+
+def test_a_schedule_that_has_ended_at_0_is_not_resumed(tiny, tmp_path):
+    tiny.train(tmp_path, 2, seed=0)
+    with pytest.raises(UserError, match='iter_2.pth: cannot be resumed: .* learning rate of 0'):
+        tiny.train(tmp_path, 4, resume='auto')
+    tiny.train(tmp_path, 2, resume='auto')  # nothing is left to train
+
+
+def test_the_last_iteration_at_a_rate_of_0_is_resumed(tiny, tmp_path):
+    options = {'default_hooks.checkpoint.interval': 1, 'train_cfg.max_iters': 3, 'param_scheduler.0.end': 3}
+    tiny.train(tmp_path, None, options, seed=0)
+    assert tiny.train(tmp_path, None, options, resume=str(tmp_path / 'iter_2.pth')).name == 'iter_3.pth'
 
 
 def test_epochs_that_end_before_the_checkpoint_are_rejected(tiny, tmp_path):
@@ -186,6 +199,7 @@ def test_hooks_that_average(hooks, fits):
 
 def test_the_best_checkpoint_of_another_folder_stays(tiny, tmp_path):
     best = {'default_hooks.checkpoint.save_best': 'aAcc', 'default_hooks.checkpoint.rule': 'less'}
+    best['param_scheduler'] = None
     tiny.train(tmp_path / 'a', 2, best)
     [kept] = (tmp_path / 'a').glob('best_*.pth')
     best['default_hooks.checkpoint.rule'] = 'greater'
@@ -229,15 +243,16 @@ def test_gradients_of_any_of_several_optimizers_are_waited_for():
 
 def test_checkpoints_of_the_first_version_resume(tiny, tmp_path):
     """They held mmengine's log buffers and whatever numpy types hooks had left."""
-    last = tiny.train(tmp_path / 'w', 2, seed=3)
-    straight = tiny.train(tmp_path / 'w', 4, resume='auto')
+    constant: dict = {'param_scheduler': None}
+    last = tiny.train(tmp_path / 'w', 2, constant, seed=3)
+    straight = tiny.train(tmp_path / 'w', 4, constant, resume='auto')
     content = read_checkpoint(last)
     hub = content['message_hub']
     hub['log_scalars'] = OrderedDict((key, restore_log_buffer(value)) for key, value in hub['log_scalars'].items())
     hub['runtime_info']['best_score'] = np.float64(0.5)
     hub['resumed_keys']['best_score'] = True
     torch.save(content, tmp_path / 'old.pth')
-    resumed = tiny.train(tmp_path / 'x', 4, resume=str(tmp_path / 'old.pth'))
+    resumed = tiny.train(tmp_path / 'x', 4, constant, resume=str(tmp_path / 'old.pth'))
     assert differences(straight, resumed) == []
     logs = [read_checkpoint(path)['message_hub']['log_scalars']['train/loss']['values'] for path in (straight, resumed)]
     assert len(logs[0]) == 4 and torch.equal(*logs)

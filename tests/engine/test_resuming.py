@@ -42,7 +42,7 @@ def test_resume_from_a_missing_checkpoint_is_rejected(tiny, tmp_path):
 def checkpoints_of_a_run(tiny, tmp_path_factory):
     """A work directory with the checkpoints of iterations 2, 4 and 6."""
     work = tmp_path_factory.mktemp('run')
-    cfg, notes = tiny.prepare(work, 6, {'default_hooks.checkpoint.max_keep_ckpts': 3})
+    cfg, notes = tiny.prepare(work, 6, {'default_hooks.checkpoint.max_keep_ckpts': 3, 'param_scheduler': None})
     cfg.default_hooks.checkpoint.interval = 2
     train(cfg, notes, preflight=False)
     return work
@@ -105,7 +105,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_former(checkpoints_of_a
 
     def train_and_die():
         LocalBackend.put = put
-        tiny.train(work, 8, resume='auto')
+        tiny.train(work, 8, {'param_scheduler': None}, resume='auto')
 
     assert forked(train_and_die) == -signal.SIGKILL
     assert list(work.glob('*.part'))
@@ -121,14 +121,16 @@ def spoiled(trained, path, change) -> str:
     return str(path)
 
 
-def test_the_config_in_a_checkpoint_is_not_run(tiny, trained, tmp_path):
+def test_the_config_in_a_checkpoint_is_not_run(tiny, tmp_path):
     """mmengine compares it with the run's own, and to read it runs it."""
     proof = tmp_path / 'proof'
     hostile = f'open({str(proof)!r}, "w").close()\nmodel = dict()\n'
+    constant: dict = {'param_scheduler': None}
+    trained = tiny.train(tmp_path / 'run', 2, constant)
     path = spoiled(trained, tmp_path / 'hostile.pth', lambda c: c['meta'].update(config=hostile, cfg=hostile))
-    last = tiny.train(tmp_path / 'work', 32, resume=path)
+    last = tiny.train(tmp_path / 'work', 4, constant, resume=path)
     assert not proof.exists()
-    assert read(last)['meta']['iter'] == 32
+    assert read(last)['meta']['iter'] == 4
 
 
 @pytest.mark.parametrize('resume', [True, False])

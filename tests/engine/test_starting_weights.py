@@ -59,6 +59,13 @@ def test_two_checkpoints_to_start_from_are_rejected(tiny, trained, tmp_path):
         tiny.prepare(tmp_path, 2, {'load_from': str(trained)}, pretrained=str(trained))
 
 
+def test_weights_that_a_segmentor_of_mmseg_names_are_replaced(tiny, tmp_path):
+    options = {'model.pretrained': ADDRESS, 'model.backbone': dict(type='ResNet', depth=18, _delete_=True)}
+    options |= {'model.decode_head.in_channels': [64, 128, 256, 512], 'model.auxiliary_head.in_channels': 256}
+    options['optim_wrapper'] = dict(_delete_=True, type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    tiny.train(tmp_path, 1, options, pretrained='none')
+
+
 def test_random_weights_on_demand(tiny, tmp_path, offline):
     _, notes = tiny.prepare(tmp_path, None, pretrained(), pretrained='none')
     assert 'weights: random (--pretrained none)' in notes

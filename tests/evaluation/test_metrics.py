@@ -105,6 +105,7 @@ def test_nothing_labelled_is_no_figure():
     [
         (dict(bbox_mAP=-1.0, bbox_mAP_50=-1.0), False),  # mmdet's
         (dict(bbox_mAP=float('nan'), time=1.0), False),
+        (dict(mIoU=np.float32('nan')), False),  # mmseg's
         (dict(bbox_mAP=0.0, bbox_mAP_s=float('nan')), True),
         ({}, True),  # mmdet's, without detections
     ],

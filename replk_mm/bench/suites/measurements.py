@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,9 @@ def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluatio
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """Metrics in percent, also of COCO; None for values that are not finite, as AP of an absent object size."""
     return {
-        name: in_percent(name, value) if math.isfinite(value) else None
+        name: in_percent(name, float(value)) if math.isfinite(value) else None
         for name, value in metrics.items()
-        if isinstance(value, (int, float)) and name not in ('data_time', 'time')
+        if isinstance(value, Real) and name not in ('data_time', 'time')
     }
 
 
