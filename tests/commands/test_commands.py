@@ -150,8 +150,10 @@ def test_converting_to_the_authors_names_and_back(trained, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize('choice', ['--use-ema', '--no-use-ema', '--prefix'])
-def test_converting_averaged_or_raw_weights(choice, tmp_path, monkeypatch, capsys):
+def test_converting_averaged_or_raw_weights(choice, tmp_path, monkeypatch):
     """Checkpoints of the authors' main.py have both, and the command line as a Namespace."""
+    log: list[str] = []
+    monkeypatch.setattr('replk_mm.checkpoints.key_formats.announce', log.append)
     raw = tiny_backbone().state_dict()
     averaged = {key: value + 1 for key, value in raw.items()}
     source = write(
@@ -160,7 +162,7 @@ def test_converting_averaged_or_raw_weights(choice, tmp_path, monkeypatch, capsy
     options = ['--prefix', 'model.'] if choice == '--prefix' else [choice]
     assert tool_main('convert_checkpoint', source, tmp_path / 'b.pth', *options, monkeypatch=monkeypatch) == 0
     chosen = 'model_ema.' if choice == '--use-ema' else 'model.'
-    assert f"weights '{chosen}'" in ''.join(capsys.readouterr())
+    assert f"weights '{chosen}'" in log[0]
     weights, expected = read(tmp_path / 'b.pth')['state_dict'], averaged if choice == '--use-ema' else raw
     assert weights.keys() == expected.keys() and all(torch.equal(weights[key], expected[key]) for key in weights)
 
