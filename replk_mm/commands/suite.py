@@ -75,9 +75,11 @@ def main() -> int:
     suite = read_suite(args.suite)
     work_dir = args.work_dir or Path('work_dirs', 'suites', suite.name)
     if args.list:
-        width = max(len(row.name) for row in suite.rows)
+        shown = [(row.name, seed) for row, seed in plan.select_rows(suite, args.only)]
+        width = max(len(name) for name, _ in shown)
         for number, row, seed, state in plan.row_states(suite, work_dir):
-            print(f'{number:4}  {row.name:{width}}  {seed:4}  {printable(state)}')
+            if (row.name, seed) in shown:
+                print(f'{number:4}  {row.name:{width}}  {seed:4}  {printable(state)}')
         return 0
     options = plan.SuiteOptions(work_dir, args.resume, args.only, args.data_root, args.classes, args.device)
     try:

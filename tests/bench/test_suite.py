@@ -414,6 +414,11 @@ def test_command_lists_and_fails(command, capsys):
         assert 'rows[0] (a): config: replk_mm::absent.py: no such config' in capsys.readouterr().err
 
 
+def test_list_shows_the_rows_of_only(command, capsys):
+    assert command('--list', '--only', '0') == 0 and capsys.readouterr().out.split() == ['0', 'a', '0', '-']
+    assert command('--list', '--only', 'b') == 2 and 'no such row' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('text', ['', ' , '])
 def test_only_of_nothing_is_not_everything(command, text, capsys):
     with pytest.raises(SystemExit) as caught:  # an unset variable, as of a job array
