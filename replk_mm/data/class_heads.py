@@ -11,19 +11,19 @@ from replk_mm.errors import UserError
 HEADS = ('decode_head', 'auxiliary_head', 'bbox_head', 'mask_head')
 #: Parts with other classes.
 _OTHERS = ('backbone', 'rpn_head', 'semantic_head')
-#: A head that predicts boundaries.
-_BOUNDARIES = 'STDCHead'
+#: Heads that predict boundaries or objects of any class; the RPN of mmdet alone has it as ``bbox_head``.
+_NO_CLASSES = re.compile('STDCHead|RPNHead')
 
 
 def is_class_head(path: str, kind: object = '') -> bool:
     """Whether the part of a model (config or module) with this path and type is a head that predicts all classes."""
-    return re.sub(r'\.\d+$', '', path).rpartition('.')[2] in HEADS and _BOUNDARIES not in str(kind)
+    return re.sub(r'\.\d+$', '', path).rpartition('.')[2] in HEADS and not _NO_CLASSES.search(str(kind))
 
 
 def _counting_parts(node: object, path: str) -> Iterator[tuple[str, dict]]:
     """Parts of a model's config with ``num_classes`` that may be the classes of the data, with their paths."""
     if isinstance(node, dict):
-        if 'num_classes' in node and _BOUNDARIES not in str(node.get('type')):
+        if 'num_classes' in node and not _NO_CLASSES.search(str(node.get('type'))):
             yield path, node
         for key, value in node.items():
             if key not in _OTHERS:

@@ -33,6 +33,11 @@ def built(cfg: Config):
         return MODELS.build(cfg.model)
 
 
+def test_proposals_of_an_rpn_alone_are_no_classes():
+    cfg = config(mmdet, 'rpn/rpn_r50_fpn_1x_coco.py')
+    check_heads(cfg, head_class_counts(built(cfg)), ('train', 'val'))
+
+
 def test_boundary_head_keeps_its_two_classes():
     """The last auxiliary head of STDC predicts boundaries."""
     cfg = config(mmseg, 'stdc/stdc1_4xb12-80k_cityscapes-512x1024.py')
