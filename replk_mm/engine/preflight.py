@@ -144,6 +144,11 @@ def _loss_and_backward(runner: Runner) -> tuple[str, float]:
     start = time.perf_counter()
     loss = forward_backward(model, batch, forward_context(runner))['loss']
     computing = time.perf_counter() - start
+    if not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters()):
+        raise UserError(
+            f'the loss is {loss:.4g}, and the gradients of all weights are zero\nCheck the labels of the first images, '
+            f'and the loss of the heads: softmax over out_channels=1 is constant. --no-preflight skips the dry run.'
+        )
     if computing < _SHORT:
         start = time.perf_counter()
         forward_backward(model, batch, forward_context(runner))

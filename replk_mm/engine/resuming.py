@@ -191,10 +191,9 @@ def check_schedules(schedules: Any, states: Any) -> None:
             raise ValueError(f'param_scheduler has {len(own)} schedules, the checkpoint {len(stored)}, or types differ')
 
 
-def ended_at_zero(wrapper: OptimWrapper, schedules: Any) -> bool:
-    """Whether all schedules have ended, and have lowered all learning rates to 0."""
-    rates = [(group['lr'], group.get('initial_lr', 0)) for group in wrapper.optimizer.param_groups]
-    return all(s._global_step >= s.end for s in schedules or ()) and all(now == 0 < first for now, first in rates)
+def last_end(settings: dict[str, list[dict]]) -> float:
+    """Where the last schedule ends, of :func:`settings_of`."""
+    return max((part['end'] for group in settings.values() for part in group if 'end' in part), default=math.inf)
 
 
 def adopt_settings(cfg: Config, configured: dict[str, list[dict]], restored: dict[str, list[dict]]) -> list[str]:

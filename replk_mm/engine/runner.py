@@ -29,7 +29,7 @@ from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.hooks import INTERIM
 from replk_mm.engine.inference import load_model
 from replk_mm.engine.process import is_out_of_memory
-from replk_mm.engine.resuming import adopt_settings, check_schedules, ended_at_zero, last_checkpoint, settings_of
+from replk_mm.engine.resuming import adopt_settings, check_schedules, last_checkpoint, last_end, settings_of
 from replk_mm.engine.stopping import ignore_signals_in_workers
 from replk_mm.errors import UserError, first_line, format_list
 from replk_mm.files import write_atomic
@@ -101,17 +101,18 @@ class Runner(MMEngineRunner):
             super().load_or_resume()
             if configured:
                 restored = settings_of(self.optim_wrapper, self.param_schedulers)
+                if (end := last_end(restored)) < (wanted := last_end(configured)):
+                    raise UserError(
+                        f'{self._load_from}: cannot be resumed for a longer training: its schedule ends at {end}, that '
+                        f'of the config at {wanted}\nStart a new run from its weights: --cfg-options '
+                        f'load_from={self._load_from}, without --resume.'
+                    )
                 if changes := adopt_settings(self.cfg, configured, restored):
                     self.dump_config()
                     announce(
                         f'warning: resume: the checkpoint sets {format_list(changes, 8)}. New settings need a new run: '
                         f'--cfg-options load_from={self._load_from}, without --resume',
                         logging.WARNING,
-                    )
-                if self.iter < self.max_iters and ended_at_zero(self.optim_wrapper, self.param_schedulers):
-                    raise UserError(
-                        f'{self._load_from}: cannot be resumed: its schedules have ended with a learning rate of 0\n'
-                        f'Train longer in a new run: --cfg-options load_from={self._load_from}, without --resume.'
                     )
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             if not self._resume:

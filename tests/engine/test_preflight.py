@@ -112,6 +112,15 @@ def test_a_detector(detector, tmp_path):
             ),
         ),
         (
+            rf'{LOSS}the loss is .*, and the gradients of all weights are zero',
+            dict(
+                options={
+                    'model.decode_head.loss_decode.loss_weight': 0.0,
+                    'model.auxiliary_head.loss_decode.loss_weight': 0.0,
+                }
+            ),
+        ),
+        (
             rf'{LOSS}ValueError: Expected more than 1 value per channel',
             dict(options={'train_dataloader.batch_size': 1}),
         ),

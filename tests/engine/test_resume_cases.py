@@ -148,10 +148,12 @@ def test_another_optimizer_or_schedule_is_rejected(tiny, tmp_path, first, then, 
         tiny.train(tmp_path / 'b', None, base | first | then, resume=str(tmp_path / 'a/iter_1.pth'))
 
 
-def test_a_schedule_that_has_ended_at_0_is_not_resumed(tiny, tmp_path):
-    tiny.train(tmp_path, 2, seed=0)
-    with pytest.raises(UserError, match='iter_2.pth: cannot be resumed: .* learning rate of 0'):
-        tiny.train(tmp_path, 4, resume='auto')
+def test_a_longer_training_needs_a_new_run(tiny, tmp_path):
+    """Its last iterations would have a learning rate of 0, since the schedule of the checkpoint ends before them."""
+    tiny.train(tmp_path, 2, {'default_hooks.checkpoint.interval': 1}, seed=0)
+    for name in ('iter_1.pth', 'iter_2.pth'):
+        with pytest.raises(UserError, match=f'{name}: cannot be resumed for a longer training: .* 2, .* 4'):
+            tiny.train(tmp_path, 4, resume=str(tmp_path / name))
     tiny.train(tmp_path, 2, resume='auto')  # nothing is left to train
 
 
