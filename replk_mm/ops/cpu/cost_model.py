@@ -115,7 +115,7 @@ def _plan(problem: DepthwiseProblem, spec: str, cached: bool) -> Plan:
                 f'{name.replace("grad_", "gradient of the ")} {_table(times)}' for name, times in expected.items()
             )
         )
-        print_log(f'depthwise convolution {problem}: {found} ({why})', 'current', logging.INFO)
+        print_log(f'depthwise convolution {problem}: {found} ({why})', 'current', logging.DEBUG)
     return found
 
 
