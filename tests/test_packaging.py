@@ -126,7 +126,8 @@ def test_metadata(wheel):
 def test_dependencies_match_the_environment_report_and_exclude_torch_and_mmcv(wheel):
     found = metadata(wheel)
     dependencies = {r.name.lower(): r for r in map(Requirement, found.get_all('Requires-Dist'))}
-    assert set(found.get_all('Provides-Extra')) == {'seg', 'det'}
+    assert set(found.get_all('Provides-Extra')) == {'seg', 'det', 'hub'}
+    assert 'hub' in str(dependencies.pop('huggingface_hub').marker)  # the doctor does not report it
     known = {r.name.lower(): r for r in REQUIREMENTS}
     assert dependencies.keys() == known.keys() - {'torch', 'mmcv', 'opencv-python', 'onnx', 'onnxruntime'}
     for name, dependency in dependencies.items():

@@ -165,7 +165,7 @@ def test_command(tiny, trained, data, tmp_path, monkeypatch, capsys):  # noqa: F
     total = next(line for line in printed.splitlines() if line.startswith('all '))
     keys = ('shape_decisions', 'texture_decisions', 'other')
     assert list(map(int, total.split()[1:4])) == [values[key] for key in keys]
-    assert record['protocol']['definition'] in printed and 'Geirhos' in printed
+    assert 'by shape / (by shape + by texture)' in printed and 'Geirhos' in record['protocol']['definition']
     assert record['protocol']['scenes']['seed'] == 1 and record['protocol']['scenes']['conflict'] == 2 * VAL
     assert len(record['decisions']) == 9 * VAL
     by_shape = [d for d in record['decisions'] if d['shape'] == d['decided'] != d['texture']]
