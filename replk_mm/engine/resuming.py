@@ -191,11 +191,6 @@ def check_schedules(schedules: Any, states: Any) -> None:
             raise ValueError(f'param_scheduler has {len(own)} schedules, the checkpoint {len(stored)}, or types differ')
 
 
-def last_end(settings: dict[str, list[dict]]) -> float:
-    """Where the last schedule ends, of :func:`settings_of`."""
-    return max((part['end'] for group in settings.values() for part in group if 'end' in part), default=math.inf)
-
-
 def adopt_settings(cfg: Config, configured: dict[str, list[dict]], restored: dict[str, list[dict]]) -> list[str]:
     """Set optimizer and schedules of a config, in place, to what a checkpoint has restored. Returns a text per change.
 

@@ -29,7 +29,7 @@ from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.hooks import INTERIM
 from replk_mm.engine.inference import load_model
 from replk_mm.engine.process import is_out_of_memory
-from replk_mm.engine.resuming import adopt_settings, check_schedules, last_checkpoint, last_end, settings_of
+from replk_mm.engine.resuming import adopt_settings, check_schedules, last_checkpoint, settings_of
 from replk_mm.engine.stopping import ignore_signals_in_workers
 from replk_mm.errors import UserError, first_line, format_list
 from replk_mm.files import write_atomic
@@ -101,12 +101,13 @@ class Runner(MMEngineRunner):
             super().load_or_resume()
             if configured:
                 restored = settings_of(self.optim_wrapper, self.param_schedulers)
-                if (end := last_end(restored)) < (wanted := last_end(configured)):
-                    raise UserError(
-                        f'{self._load_from}: cannot be resumed for a longer training: its schedule ends at {end}, that '
-                        f'of the config at {wanted}\nStart a new run from its weights: --cfg-options '
-                        f'load_from={self._load_from}, without --resume.'
-                    )
+                for path, (first, *_) in configured.items():
+                    if (end := restored[path][0].get('end', 0)) < (wanted := first.get('end', 0)):
+                        raise UserError(
+                            f'{self._load_from}: cannot be resumed for a longer training: {path}.end is {end} in the '
+                            f'checkpoint, and {wanted} in the config\nStart a new run from its weights: --cfg-options '
+                            f'load_from={self._load_from}, without --resume.'
+                        )
                 if changes := adopt_settings(self.cfg, configured, restored):
                     self.dump_config()
                     announce(

@@ -13,6 +13,13 @@ from replk_mm.engine.inference import reparameterize_checkpoint
 
 # ruff: noqa: F811 (fixtures that come from another file)
 pytestmark = pytest.mark.slow
+OUTCOME = """
+def outcome(run):
+    try:
+        return repr(run())
+    except Exception as error:
+        return f'{type(error).__name__}: {error}'
+"""
 SEGMENTATION = """
 import json, sys
 from mmengine.runner import load_checkpoint
@@ -25,10 +32,7 @@ for name, config in dict(given=given, saved=saved, inside=None).items():
 found = {name: [int(value) for value in map] for name, map in maps.items()}
 for name, run in dict(init=lambda: init_model(given, merged, device='cpu'),
                       inferencer=lambda: MMSegInferencer(saved, merged, device='cpu')).items():
-    try:
-        found[name] = repr(run())
-    except Exception as error:
-        found[name] = f'{type(error).__name__}: {error}'
+    found[name] = outcome(run)
 from replk_mm.reparam import reparameterize
 model, _ = reparameterize(init_model(given, device='cpu'), inplace=True)
 load_checkpoint(model, merged)
@@ -40,7 +44,7 @@ print(json.dumps(found))
 def run(program: str, folder, *args) -> dict:
     """Run a program in a folder outside of the repository; its last line is JSON."""
     ran = subprocess.run(
-        [sys.executable, '-c', program, *map(str, args)],
+        [sys.executable, '-c', OUTCOME + program, *map(str, args)],
         capture_output=True,
         text=True,
         check=False,
@@ -77,10 +81,7 @@ for name, config in dict(saved=saved, inside=None).items():
     found[name] = run(image, no_save_vis=True)['predictions'][0]['scores']
 for name, run in dict(init=lambda: init_detector(saved, merged, device='cpu'),
                       inferencer=lambda: DetInferencer(saved, merged, device='cpu')).items():
-    try:
-        found[name] = repr(run())
-    except Exception as error:
-        found[name] = f'{type(error).__name__}: {error}'
+    found[name] = outcome(run)
 print(json.dumps(found))
 """
 
