@@ -17,7 +17,7 @@ from PIL import Image
 from tiny import ROOT, tiny  # noqa: F401 (a fixture)
 
 from replk_mm.analysis import erf_report
-from replk_mm.analysis.erf import KIND, Erf, areas, contributions, measure_erf, paper_scale
+from replk_mm.analysis.erf import KIND, Erf, areas, contributions, measure_erf, paper_scale, read_image
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.replknet import RepLKNet
 from replk_mm.deploy.reparameterize import reparameterize
@@ -160,6 +160,34 @@ def test_negative_parts_are_dropped_channel_by_channel(tmp_path, white):
     assert alive.any() and not alive.all()
     expected = np.maximum(kernels[alive].sum(0), 0).sum(0)
     assert np.abs(found.scores[5:10, 5:10] - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize('size', [13, 61])
+@pytest.mark.parametrize('rgb', [True, False])
+def test_images_are_resized_by_bicubic_interpolation(tmp_path, size, rgb):
+    """torch's bicubic interpolation with antialiasing has Pillow's weights; Pillow also rounds between the axes."""
+    pixels = np.random.default_rng(0).integers(80, 176, (29, 41, 3), dtype=np.uint8)  # overshoots stay in 0..255
+    Image.fromarray(pixels).save(tmp_path / 'noise.png')
+    mean, std = (10.0, 20.0, 30.0), (2.0, 3.0, 4.0)
+    found = read_image(tmp_path / 'noise.png', size, mean, std, rgb)
+    assert found.shape == (1, 3, size, size)
+    source = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
+    source = source if rgb else source.flip(1)
+
+    def error(mode: str) -> float:
+        expected = torch.nn.functional.interpolate(source, (size, size), mode=mode, antialias=True)
+        return (
+            (found * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1) - expected).abs().max().item()
+        )
+
+    assert error('bicubic') < 1.1 and error('bilinear') > 5
+
+
+def test_side_and_stride_of_a_map_are_along_its_height(tmp_path, white):
+    net = config(type='test_erf_function', call=lambda x: x[:, :2, ::2, ::4])
+    found = measure_erf(net, None, white, 32, 1, tmp_path / 'out')
+    assert (found.channels, found.map_size, found.stride) == (2, (16, 8), 2)
+    assert np.flatnonzero(found.scores).tolist() == [32 * (2 * 8) + 4 * 4]
 
 
 def test_average_includes_images_without_contribution(tmp_path):
