@@ -43,6 +43,25 @@ def test_calls_take_turns_and_warmup_does_not_count() -> None:
     assert vars(found.summary('a')) == pytest.approx(dict(low=1500, median=2000, high=2500))
 
 
+def test_pauses_and_preparations_are_not_timed(monkeypatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(timing.time, 'sleep', lambda seconds: setattr(clock, 'now', clock.now + seconds))
+    found = timing.time_interleaved(
+        {'a': clock.spend('a', [1.0] * 4)},
+        repeats=3,
+        warmup=1,
+        pause=5.0,
+        before={'a': clock.spend('prepare', [7.0] * 4)},
+        clock=clock,
+    )
+    assert found.milliseconds == {'a': [1000] * 3} and clock.calls == ['prepare', 'a'] * 4
+
+
+def test_a_multiply_add_of_the_roofline_is_two_operations(monkeypatch) -> None:
+    monkeypatch.setattr(timing, 'time_interleaved', lambda *args, **options: timing.Timings({'product': [4.0] * 3}, 0))
+    assert timing.matmul_gflops(torch.float32) == pytest.approx(2 * 2048**3 / 4e-3 / 1e9)
+
+
 def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
     """A round in which everything is slow has the ratio of the others; the ratio of medians would be 12 / 2."""
     found = timing.Timings({'slow': [4.0, 12.0, 90.0], 'fast': [2.0, 2.0, 30.0]}, 0)
@@ -88,6 +107,13 @@ def test_a_busy_neighbour_is_measured() -> None:
         for process in busy:
             process.kill()
             process.wait()
+
+
+def test_resident_memory_is_that_of_psutil() -> None:
+    if not timing.Path('/proc/self/status').exists():
+        pytest.skip('this system does not tell of its memory')
+    resident, peak = timing._resident_memory()
+    assert resident == pytest.approx(timing.psutil.Process().memory_info().rss, rel=5e-3) and peak >= resident
 
 
 def test_memory_growth_is_the_peak() -> None:

@@ -82,6 +82,8 @@ def test_miou_of_drawn_images_is_that_of_counted_pixels(tmp_path):
     expected = [mean_iou(tally([labels[n] for n in names], [x[n] for n in names], 4)) for x in (a, b)]
     assert images.difference(drawn) == pytest.approx(expected[1] - expected[0], abs=1e-9)
     assert abs(expected[1] - expected[0]) > 1
+    unlabelled = [i for i, name in enumerate(images.names) if (labels[name] == IGNORED).all()]
+    assert len(unlabelled) == 1 and images.difference(np.array(unlabelled * 2)) == 0
 
 
 def test_interval_of_a_mean_is_the_textbooks():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from replk_mm.bench import records
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import inputs, measurements, plan, progress
 from replk_mm.bench.suites.worker import run_task
+from replk_mm.engine.config import set_data_root
+from replk_mm.engine.evaluate import Evaluation
 from replk_mm.errors import UserError
 
 _count = itertools.count()
@@ -80,6 +83,45 @@ def test_metric_equals_that_of_the_test_command(tiny, trained, tmp_path):  # noq
     assert found.protocol['iterations'] == 30 and found.protocol['mode'] == 'whole' and found.protocol['batch'] is None
 
 
+def test_values_of_a_metric_are_finite_percentages(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """mmdet's scores are fractions; a class or size without objects is NaN, which records do not hold."""
+    torch.save(dict(state_dict={}, meta={}), tmp_path / 'x.pth')
+    metrics = {'coco/bbox_mAP': 0.25, 'coco/bbox_mAP_s': math.nan, 'coco/segm_mAP': math.inf, 'time': 1.0, 'file': 'x'}
+    per_class = dict(cat=dict(bbox_mAP=0.5, bbox_mAP_50=math.nan, instances=3))
+    meta = dict(replk_mm=dict(reparameterized=dict(merge=True, fold=True)))
+    found = Evaluation(metrics, per_class, [], None, meta, 'all', images=2, seconds=1.0, image=None)
+    monkeypatch.setattr(measurements, 'evaluate', lambda *args, **options: found)
+    cfg = tiny.cfg()
+    set_data_root(cfg, str(tiny.data))
+    monkeypatch.setattr(measurements, 'load_task_config', lambda task: cfg)  # reading it again takes a second
+    task = task_of(tmp_path, tiny, checkpoint=str(tmp_path / 'x.pth'), measure=['metric'])
+    values = measurements.metric(task).values
+    assert values['metrics'] == {'coco/bbox_mAP': 25.0, 'coco/bbox_mAP_s': None, 'coco/segm_mAP': None}
+    assert values['per_class'] == dict(cat=dict(bbox_mAP=50.0, bbox_mAP_50=None, instances=3))
+    assert (values['primary'], values['unit'], values['images']) == ('coco/bbox_mAP', 'AP', 2)
+    metrics['coco/bbox_mAP'] = math.nan
+    with pytest.raises(UserError, match='coco/bbox_mAP is not a finite number'):
+        measurements.metric(task)
+
+
+@pytest.mark.parametrize(('erf', 'size', 'count'), [({}, 96, 50), (dict(size=32, count=3), 32, 3)])
+def test_receptive_field_of_a_row(tiny, tmp_path, monkeypatch, erf, size, count):  # noqa: F811
+    """Images of the longer side of the crop, and as many as in the paper, unless the row states others."""
+    asked = []
+
+    def measure(cfg, checkpoint, images, size, count, out, *, device, seed):
+        asked.append((checkpoint, images, size, count, out, device, seed))
+        return SimpleNamespace(values=dict, protocol=dict, notes=list, backbone='')
+
+    monkeypatch.setattr('replk_mm.analysis.erf.measure_erf', measure)
+    monkeypatch.setattr('replk_mm.analysis.erf_report.draw_heat_maps', lambda found, path: None)
+    options = {'model.data_preprocessor.size': (96, 64)}
+    task = task_of(tmp_path, tiny, measure=['erf'], erf=erf, seeds=[7], options=options)
+    measurements.erf(task)
+    images = tiny.data / 'images' / 'validation'
+    assert asked == [(None, images, size, count, task.folder / 'erf', 'cpu', 7)]
+
+
 @pytest.mark.slow
 def test_all_measurements_have_the_classes_of_the_row(tiny, tmp_path):  # noqa: F811
     names = [f'kind {i}' for i in range(9)]  # one more than the config has
@@ -94,8 +136,6 @@ def test_all_measurements_have_the_classes_of_the_row(tiny, tmp_path):  # noqa: 
 
 
 def test_data_of_another_size_is_other_data(tiny, tmp_path):  # noqa: F811
-    from replk_mm.engine.config import set_data_root
-
     found = []
     for root in (tiny.data, make_data(tmp_path / 'same'), tmp_path / 'same'):
         cfg = tiny.cfg()
@@ -124,18 +164,26 @@ def test_complexity_speed_and_memory(tiny, trained, tmp_path):  # noqa: F811
     assert (found.protocol['shape'], found.protocol['batch'], found.protocol['device']) == ([96, 64], 2, 'cpu')
 
 
-def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize(('batch', 'batches'), [(None, (1, 2)), (5, (5, 5))])
+def test_memory_of_training_takes_a_batch_that_this_machine_can_train(tiny, tmp_path, monkeypatch, batch, batches):  # noqa: F811
     # The config's SyncBN is BN here, which cannot train on one image pooled to a pixel.
     asked = []
     monkeypatch.setattr(measurements, 'peak_memory', lambda job, *args: asked.append(job) or 1000 * len(asked))
     found = measurements.TABLE['memory'](
-        task_of(tmp_path, tiny, measure=['memory'], options={'model.decode_head.norm_cfg': dict(type='SyncBN')})
+        task_of(
+            tmp_path,
+            tiny,
+            measure=['memory'],
+            options={'model.decode_head.norm_cfg': dict(type='SyncBN')},
+            **(dict(batch=batch) if batch else {}),
+        )
     )
     assert [(job.mode, job.form, job.batch) for job in asked] == [
-        ('inference', 'reparameterized', 1),
-        ('train', 'training', 2),
+        ('inference', 'reparameterized', batches[0]),
+        ('train', 'training', batches[1]),
     ]
-    assert found.values == dict(inference_bytes=1000, training_bytes=2000) and found.protocol['training_batch'] == 2
+    assert found.values == dict(inference_bytes=1000, training_bytes=2000)
+    assert found.protocol['training_batch'] == batches[1]
 
 
 def test_missing_weights_fail_only_measurements_that_need_them(tiny, tmp_path):  # noqa: F811

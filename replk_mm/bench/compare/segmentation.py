@@ -177,7 +177,7 @@ class SegmentationImages:
     def difference(self, chosen: np.ndarray) -> float:
         """mIoU of B minus that of A over the chosen images, in percent; 0 if none of them has a labelled pixel."""
         iou = self._iou(np.bincount(chosen, minlength=self.count)[None])[:, 0]
-        return 0.0 if np.isnan(iou).all(1).any() else float(np.nanmean(iou[1]) - np.nanmean(iou[0]))
+        return 0.0 if np.isnan(iou).all() else float(np.nanmean(iou[1]) - np.nanmean(iou[0]))
 
     def scores(self) -> list[dict[str, Any]]:
         """mIoU and accuracy of each image with labels.

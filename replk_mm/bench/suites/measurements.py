@@ -89,8 +89,8 @@ def metric(task: Task) -> MeasurementResult:
     out = task.folder / 'test'
     if get_rank() == 0:
         write_record(evaluation_record(cfg, checkpoint, found, False), out / 'metrics.json')
-    merged = reparameterize_on_meta(build_on_meta(load_task_config(task)))[1].merged
-    if merged and not found.meta.get('replk_mm', {}).get('reparameterized'):
+    merged = found.meta.get('replk_mm', {}).get('reparameterized')
+    if not merged and reparameterize_on_meta(build_on_meta(load_task_config(task)))[1].merged:
         values['reparameterized'] = dict(metrics=_finite(_test(task, checkpoint, True)[1].metrics))
     data, where = describe_split(cfg, 'test')
     root, work_dir = Path(where['root']), task.work_dir.resolve()
