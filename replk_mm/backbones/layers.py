@@ -317,7 +317,7 @@ class Backbone(BaseModule):
         """Set the mode. Frozen stages, and with ``norm_eval`` all BatchNorm layers, stay in evaluation mode."""
         super().train(mode)
         self._freeze()
-        if mode and self.norm_eval:
+        if self.norm_eval:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()

@@ -106,7 +106,7 @@ def reparameterize(
             calls = cache(partial(_calls, model))
             for name, conv_path, norm_path, norm_first in list(_pairs(model)):
                 norm, conv = model.get_submodule(norm_path), model.get_submodule(conv_path)
-                if uses[id(norm)] > 1 or uses[id(conv)] > 1 or not _foldable(norm, conv, norm_first):
+                if uses[id(conv)] > 1 or not _foldable(norm, conv, norm_first):
                     continue
                 if _is_private(model, name, (conv_path, norm_path), calls):
                     model.set_submodule(conv_path, _fold(norm, conv, norm_first))

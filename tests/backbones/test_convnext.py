@@ -9,6 +9,7 @@ from torch import nn
 
 from replk_mm.backbones import ConvNeXt
 from replk_mm.backbones.convnext import ConvNeXtBlock
+from replk_mm.backbones.layers import LayerNorm2d, build_norm
 
 TINY = dict(depths=[1, 1, 4, 1], channels=[8, 12, 16, 24])
 
@@ -173,6 +174,14 @@ def test_defaults_are_those_of_mmpretrain():
         with_cp=False,
     )
     assert {k: defaults[k] for k in expected} == expected
+
+
+def test_layer_norm_by_hand():
+    """Where the variance is not far above eps, which is 1e-6 by default."""
+    x = torch.tensor([1e-3, -1e-3], dtype=torch.float64).view(1, 2, 1, 1)
+    for eps, norm in ((1e-6, LayerNorm2d(2)), (1e-4, LayerNorm2d(2, 1e-4)), (1e-5, build_norm(dict(type='LN2d'), 2))):
+        expected = 1e-3 / (1e-6 + eps) ** 0.5
+        assert norm.double()(x).flatten().tolist() == pytest.approx([expected, -expected], rel=1e-12)
 
 
 def test_block_by_hand():

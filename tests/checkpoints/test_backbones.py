@@ -73,6 +73,7 @@ NESTS = {
     },
     'regional compilation': lambda w: {k.replace('.pw1.', '._orig_mod.pw1.'): v for k, v in w.items()},
     'one DDP per part': lambda w: {'state_dict': {f'backbone.module.{k}': v for k, v in w.items()}},
+    'five levels': lambda w: {'a': {'b': {'c': {'d': {'e': w}}}}},
     'unknown program': lambda w: {'run': {'best': {f'vision.tower.{k}': v for k, v in w.items()}}, 'step': 3},
     'beside the optimizer': lambda w: {
         **w,
@@ -92,6 +93,27 @@ def test_nests_and_prefixes(nest, tmp_path):
     model = tiny_backbone(2)
     assert load_pretrained(model, path).matched == {'backbone': len(source)}
     assert_same(model, source)
+
+
+@pytest.mark.parametrize(
+    'nest, prefix',
+    [('flat', ''), ('module', ''), ('five levels', 'a.b.c.d.e.'), ('unknown program', 'run.best.vision.tower.')],
+)
+def test_prefix_is_the_whole_path_without_wrappers(nest, prefix):
+    assert find_weights(NESTS[nest](tiny_backbone().state_dict()), tiny_backbone()).prefix == prefix
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', 'backbone.', 'model.backbone.'])
+@pytest.mark.parametrize('network', [False, True])
+def test_classifiers_are_not_weights_of_the_network(prefix, network):
+    """Beside the weights or beside the backbone, under the names of timm, torchvision, mmpretrain and transformers."""
+    weights = {f'{prefix}{key}': value for key, value in tiny_backbone().state_dict().items()}
+    outer = prefix.replace('backbone.', '')
+    names = ('head.weight', 'head.fc.bias', 'fc.weight', 'classifier.2.weight', 'norm.bias')
+    weights |= {f'{outer}{name}': torch.ones(2) for name in names}
+    found = find_weights(weights, tiny_backbone() if network else None)
+    assert found.backbone.keys() == tiny_backbone().state_dict().keys() and found.rest == {}
+    assert set(found.unused) == (set() if 'backbone' in prefix else set(names))
 
 
 @pytest.mark.parametrize('wrap', [torch.compile, nn.DataParallel])

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrize
 
 from replk_mm.backbones import ConvNeXt, RepLKNet
-from replk_mm.backbones.replknet import ConvFFN, ReparamLargeKernelConv, RepLKBlock
+from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.errors import UserError
@@ -204,6 +204,8 @@ LEFT = {
     'parametrized weight': lambda: nn.Sequential(parametrized(), nn.BatchNorm2d(4)),
     'spectral norm': lambda: ConvModule(4, 4, 3, padding=1, norm_cfg=BN, with_spectral_norm=True),
     'forward hook': lambda: nn.Sequential(doubled(conv()), nn.BatchNorm2d(4)),
+    'forward hook of the norm': lambda: nn.Sequential(conv(), doubled(nn.BatchNorm2d(4))),
+    'backward hook of the norm': lambda: nn.Sequential(conv(), with_backward_hook(nn.BatchNorm2d(4))),
     'transposed convolution': lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
     'activation between': lambda: nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(4)),
     'norm in front of padding': lambda: nn.Sequential(nn.BatchNorm2d(4), conv()),
@@ -278,6 +280,11 @@ def doubled(module):
     return module
 
 
+def with_backward_hook(module):
+    module.register_full_backward_hook(lambda *_: None)
+    return module
+
+
 def replaced(module):
     module.forward = module[0].forward
     return module
@@ -309,6 +316,13 @@ EXPOSED = {
     'sliced': lambda: Owner(lambda m, x: m.proj[:1](x) + m.proj(x)),
     'nested, by index': lambda: Owner(lambda m, x: m.proj[0][0][0](x) + m.proj[0](x), module_list()),
     'owner that cannot be traced': lambda: Owner(lambda m, x: m.proj(x) if x.sum() > 1e9 else m.proj[0](x)),
+    'subclass of Sequential in an owner that cannot be traced': lambda: Owner(
+        lambda m, x: m.proj(x) if x.sum() > 1e9 else m.proj[0](x), Sequential(conv(), nn.BatchNorm2d(4))
+    ),
+    'nested, in an owner that cannot be traced': lambda: Owner(
+        lambda m, x: m.proj(x) if x.sum() > 1e9 else m.proj[0][0](x),
+        nn.Sequential(nn.Sequential(conv(), nn.BatchNorm2d(4)), nn.ReLU()),
+    ),
     'owner with its own forward': lambda: Owner(
         lambda m, x: m.proj(x), replaced(nn.Sequential(conv(), nn.BatchNorm2d(4)))
     ),
@@ -376,6 +390,35 @@ def test_a_branch_with_another_user_is_not_merged():
     model.borrowed = model.large_kernel.small_conv
     after, changes = reparameterize(model)
     assert changes.merged == [] and hasattr(after.large_kernel, 'small_conv')
+
+
+class DoubledBranch(ConvNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize('name', ['lkb_origin', 'small_conv'])
+def test_a_branch_with_its_own_forward_is_not_merged(name):
+    block = randomize_norms(ReparamLargeKernelConv(4, 5, 3, 1, False, BN)).eval()
+    getattr(block, name).__class__ = DoubledBranch
+    x = torch.randn(1, 4, 6, 6)
+    expected = block(x)
+    after, changes = reparameterize(block)
+    assert changes.merged == []
+    torch.testing.assert_close(after(x), expected)
+
+
+def test_merged_weights_are_rounded_once():
+    block = randomize_norms(ReparamLargeKernelConv(64, 5, 3, 1, False, BN)).eval()
+    weight, bias = 0, 0
+    for branch, ring in ((block.lkb_origin, 0), (block.small_conv, 1)):
+        scale = branch.bn.weight.double() / (branch.bn.running_var.double() + branch.bn.eps).sqrt()
+        weight = weight + nn.functional.pad(branch.conv.weight.double() * scale.view(-1, 1, 1, 1), (ring,) * 4)
+        bias = bias + branch.bn.bias.double() - branch.bn.running_mean.double() * scale
+    merged = reparameterize(block)[0].lkb_reparam
+    for found, exact in ((merged.weight, weight), (merged.bias, bias)):
+        # The nearest float32; of two values as near as this, either.
+        assert ((found.double() - exact).abs() <= (exact.float().double() - exact).abs() * (1 + 1e-6)).all()
 
 
 # wrappers and modes
@@ -457,6 +500,28 @@ def test_norm_in_front_of_a_padded_convolution():
     assert sorted(changes.folded) == ['pw1.bn', 'pw2.bn'] and changes.left == ['preffn_bn']
     x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
     assert torch.allclose(after(x), ffn(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_norm_in_front_of_a_grouped_convolution(bias):
+    ffn = ConvFFN(4, 2, 0.0, BN)
+    ffn.pw1.conv = nn.Conv2d(4, 8, 1, groups=2, bias=bias)
+    randomize_norms(ffn).double().eval()
+    after, changes = reparameterize(ffn)
+    assert changes.left == []
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    assert torch.allclose(after(x), ffn(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+def test_shared_norm_is_folded_into_all_its_convolutions(inplace):
+    norm = nn.BatchNorm2d(4)
+    model = randomize_norms(nn.ModuleList([nn.Sequential(conv(bias=i > 0), norm) for i in range(2)])).double().eval()
+    x = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    expected = [branch(x) for branch in model]
+    after, changes = reparameterize(model, inplace=inplace)
+    assert len(changes.folded) == 2 and changes.left == norms(after) == []
+    assert all(torch.allclose(branch(x), y, rtol=0, atol=1e-12) for branch, y in zip(after, expected, strict=True))
 
 
 def test_shared_convolution_serves_all_its_norms():

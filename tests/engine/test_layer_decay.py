@@ -38,7 +38,7 @@ class Net(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+        self.head = nn.Sequential(nn.Conv2d(8, 4, 3, groups=2), nn.BatchNorm2d(4))  # in groups, not depthwise
 
 
 def small(family: str = 'ConvNeXt', **kwargs) -> Net:
@@ -356,6 +356,9 @@ MULTIPLIERS = dict(
             custom_keys={
                 'backbone.stages.2': dict(lr_mult=3.0, decay_mult=0.5),
                 'stages.2': dict(lr_mult=9.0, decay_mult=9.0),
+                # Of equal length: the first in the alphabet counts.
+                'stages.1': dict(lr_mult=5.0, decay_mult=7.0),
+                'backbone': dict(lr_mult=4.0, decay_mult=0.25),
                 'head': dict(lr_mult=10.0, decay_mult=0.0),
             }
         ),

@@ -251,6 +251,24 @@ class BackboneContract:
         torch.manual_seed(1)
         assert any(not torch.equal(a, b) for a, b in zip(first, model(x), strict=True))
 
+    def test_drop_path_keeps_the_mean(self):
+        """A sample loses the branch of a block, or has it divided by the probability to keep it."""
+        model = self.build(drop_path_rate=0.2).double()
+        blocks = [m for m in model.modules() if isinstance(getattr(m, 'drop_path', None), DropPath)][-2:]
+        inputs: list[Tensor] = []
+        hooks = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in blocks]
+        with torch.no_grad():
+            model(self.image().double())
+            [hook.remove() for hook in hooks]
+            for block, x in zip(blocks, inputs, strict=True):
+                x = x[:1].repeat(500, 1, 1, 1)
+                branch, keep = block(x) - x, 1 - block.drop_path.drop_prob
+                block.drop_path.train()
+                found = block(x) - x
+                kept = found.flatten(1).any(1)
+                torch.testing.assert_close(found[kept], branch[kept] / keep, rtol=1e-9, atol=1e-12)
+                assert kept.double().mean() == pytest.approx(keep, abs=0.07)  # four standard deviations
+
     # arguments
 
     @pytest.mark.parametrize(

@@ -110,6 +110,22 @@ def test_an_activation_or_a_shortcut():
         fused_conv2d(build('1x1'), image(), nn.ReLU(), torch.zeros(2, 16, 9, 10))
 
 
+@pytest.mark.parametrize('packed', [False, True], ids=['', 'packed'])
+def test_what_torch_rejects_is_rejected(packed):
+    conv = build('3x3')
+    if packed:
+        prepack(conv)
+    with torch.no_grad(), pytest.raises(RuntimeError, match='expected input.* to have 8 channels'):
+        fused_conv2d(conv, image(channels=4))
+
+
+def test_a_layer_with_its_own_forward_runs_it():
+    conv, x = build('1x1'), image()
+    conv.forward = lambda x: x[:, :4]
+    with torch.no_grad():
+        assert torch.equal(fused_conv2d(conv, x, nn.ReLU()), x[:, :4].relu())
+
+
 # gradients, hooks, modes
 
 
