@@ -17,6 +17,24 @@ from replk_mm.errors import UserError, format_list
 
 #: A line below the head, and no other lines.
 _BOX = Box('    \n    \n -- \n    \n    \n    \n    \n    \n', ascii=True)
+#: Longest text of a record that is shown, in characters.
+LONGEST = 600
+
+# Characters that no page may hold (control characters, lone surrogates), and marks that change the direction of text.
+_UNFIT = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]')
+# What Markdown or the HTML within it would interpret; not the underscores within words.
+_MARKDOWN = re.compile(r'([\\`*{}\[\]<>#|~&]|(?<!\w)_|_(?!\w))')
+
+
+def clean(text: object, longest: int = LONGEST) -> str:
+    """A text without characters that disturb a page, cut to a bounded length. It is not escaped: Jinja2 does that."""
+    found = str(text)
+    return _UNFIT.sub('\ufffd', found if len(found) <= longest else f'{found[:longest]}…')
+
+
+def markdown_text(text: object) -> str:
+    """A text that Markdown shows as it is, in one line."""
+    return _MARKDOWN.sub(r'\\\1', ' '.join(clean(text).split()))
 
 
 def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:

@@ -52,6 +52,8 @@ from replk_mm.files import sha256, write_output
 SHARES = (0.2, 0.3, 0.5, 0.99)
 KIND = 'effective receptive field'
 _VERSION = 1
+#: Largest side of images in pixels.
+MAX_SIZE = 8192
 #: Suffixes of image files.
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 # ImageNet's mean and standard deviation of values 0..255, for configs without a data preprocessor.
@@ -169,10 +171,16 @@ class Erf(BaseModel):
             if (record['kind'], record['version']) != (KIND, _VERSION):
                 raise ValueError(f'kind {record["kind"]!r}, version {record["version"]!r}')
             with np.load(path.with_name(str(record['matrix']))) as stored:
+                # Its header is read first: a small file can hold an array of any size.
+                with stored.zip.open('scores.npy') as entry:
+                    np.lib.format.read_magic(entry)
+                    shape, _, kind = np.lib.format.read_array_header_1_0(entry)
+                if shape != (record['size'],) * 2 or max(shape) > MAX_SIZE or kind.kind != 'f':
+                    raise ValueError(f'its matrix is {kind} of shape {shape}, for images of {record["size"]} pixels')
                 scores = stored['scores'].astype(float)
             erf = cls.model_validate({**record, 'scores': scores})
-            if scores.shape != (erf.size,) * 2 or not np.isfinite(scores).all() or scores.min() < 0:
-                raise ValueError(f'its matrix must be {erf.size}x{erf.size}, finite and nowhere negative')
+            if not np.isfinite(scores).all() or scores.min() < 0:
+                raise ValueError('its matrix must be finite and nowhere negative')
         except FileNotFoundError as error:
             raise UserError(f'{error.filename}: no such file\n{advice}') from error
         except Exception as error:  # a damaged archive raises one of a dozen types
@@ -284,6 +292,8 @@ def measure_erf(
     Raises:
         UserError: If an argument does not fit, or a gradient is not finite.
     """
+    if size > MAX_SIZE:
+        raise UserError(f'--size {size}: the largest is {MAX_SIZE}')
     target = select_device(device)
     files = image_files(Path(images), count)
     folder = prepare_work_dir(out, option='--out')

@@ -15,6 +15,7 @@ from PIL import Image
 from replk_mm.analysis.erf import SHARES, Erf, areas, paper_scale
 from replk_mm.errors import UserError
 from replk_mm.files import write_output
+from replk_mm.text import markdown_text
 
 #: Lower end of the heat map of the scores, relative to the largest score.
 _FLOOR = 1e-4
@@ -51,17 +52,20 @@ def format_tables(found: Sequence[Erf]) -> str:
                 f'{area["side"]} ({100 * area["ratio"]:.1f} %)' if area['side'] else 'none'
                 for area in areas(scale(erf.scores)).values()
             ]
+            names = [markdown_text(text) for text in (erf.backbone, erf.weights)]
             lines.append(
-                f'| {erf.backbone} | {"" if erf.trained else "**untrained**: "}{erf.weights} | '
-                f'output {erf.stage}, stride {erf.stride:g}, {erf.channels} channels | {" | ".join(cells)} |'
+                f'| {names[0]} | {"" if erf.trained else "**untrained**: "}{names[1]} | output {erf.stage}, stride '
+                f'{erf.stride:g}, {erf.channels} channels | {" | ".join(cells)} |'
             )
         lines.append('')
-    offsets = (f'{erf.backbone} {erf.offset[0]:+.1f}, {erf.offset[1]:+.1f}' for erf in found if erf.offset)
+    offsets = (
+        f'{markdown_text(erf.backbone)} {erf.offset[0]:+.1f}, {erf.offset[1]:+.1f}' for erf in found if erf.offset
+    )
     lines += [
         f'Center of gravity of the scores, pixels below and right of the middle: {"; ".join(offsets) or "none"}.',
         '',
     ]
-    sets = sorted({erf.image_set[:12] for erf in found})
+    sets = sorted({markdown_text(erf.image_set[:12]) for erf in found})
     lines.append(
         f'Images: {_image_count(found)} resized to {found[0].size} x {found[0].size} pixels; '
         f'SHA-256 of the set {" and ".join(sets)}.'

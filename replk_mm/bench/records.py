@@ -2,6 +2,8 @@
 
 Files are only appended to, and incomplete lines are skipped. Processes may be killed at any moment, and results of
 several machines merge by copying their files into one folder.
+
+Records may be those of other people: :func:`resolve_inside` and :func:`read_inside` open every file that they name.
 """
 
 import json
@@ -13,6 +15,45 @@ from typing import Any
 from replk_mm.bench.schema import record_problem
 from replk_mm.errors import printable
 from replk_mm.files import write_atomic
+
+#: Largest file that is read for a record, and longest line of records, in bytes.
+MAX_FILE_BYTES, MAX_LINE_BYTES = 256 * 2**20, 4 * 2**20
+
+
+class StoredRecord(dict[str, Any]):
+    """A record, and the work dir that it was read from, without links."""
+
+    def __init__(self, content: Mapping[str, Any], folder: Path) -> None:
+        super().__init__(content)
+        self.folder = folder
+
+
+def resolve_inside(path: Path, *folders: Path) -> Path:
+    """The path of a file or folder that a record names, without links.
+
+    Raises:
+        ValueError: If it is in none of the folders, whose paths have no links.
+    """
+    found = Path(os.path.realpath(path))
+    if not any(found.is_relative_to(folder) for folder in folders):
+        raise ValueError(f'leads outside of {", ".join(map(str, folders))}')
+    return found
+
+
+def read_inside(path: Path, *folders: Path) -> bytes:
+    """The content of a file that a record names; see :func:`resolve_inside`.
+
+    Raises:
+        ValueError: If it is elsewhere, not a regular file, or larger than :data:`MAX_FILE_BYTES`.
+        OSError: If it cannot be read.
+    """
+    found = resolve_inside(path, *folders)
+    size = found.stat().st_size
+    if not found.is_file():  # opening a FIFO waits for its writer
+        raise ValueError('not a regular file')
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f'larger than {MAX_FILE_BYTES // 2**20} MiB')
+    return found.read_bytes()
 
 
 def append_record(record: Mapping[str, Any], path: Path) -> None:
@@ -50,12 +91,13 @@ def record_files(paths: Iterable[str | Path]) -> list[Path]:
     return found
 
 
-def read_records(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
+def read_records(paths: Iterable[str | Path]) -> tuple[list[StoredRecord], list[str]]:
     """Read records.
 
     Of several records with one key, the one started last counts, but a failure never replaces a result. Different keys
     of one measurement mean that the definition of the row changed: the record started last counts, and results under
-    another key are reported.
+    another key are reported. Of several work dirs, the first counts, and records of the others that differ are
+    reported.
 
     Args:
         paths: Files, work dirs or folders of files.
@@ -64,22 +106,28 @@ def read_records(paths: Iterable[str | Path]) -> tuple[list[dict[str, Any]], lis
         The records that count, in the order of their files; and the skipped ones, ``'FILE:LINE: why'`` each.
     """
     complaints: list[str] = []
-    by_key: dict[str, tuple[str, dict]] = {}
+    counting: dict[tuple, tuple[str, StoredRecord]] = {}
     for path in record_files(paths):
-        for place, record in _lines(path, complaints):
-            known = by_key.get(record['key'])
-            if known is None or _precedence(record) >= _precedence(known[1]):
-                by_key[record['key']] = place, record
-    counting: dict[tuple, tuple[str, dict]] = {}
-    for new in by_key.values():
-        what = tuple(new[1][field] for field in ('suite', 'row', 'seed', 'measurement'))
-        older, newer = sorted([counting.get(what, new), new], key=lambda entry: entry[1]['started'])
-        if older is not newer and older[1]['status'] == 'done':
-            complaints.append(
-                f'{older[0]}: {", ".join(map(str, what[1:]))}: its row is defined differently than in '
-                f'the later record at {newer[0]}'
-            )
-        counting[what] = newer
+        for new in _lines(path, complaints):
+            what = tuple(new[1][field] for field in ('suite', 'row', 'seed', 'measurement'))
+            kept = counting.setdefault(what, new)
+            old_record, record = kept[1], new[1]
+            differing = [name for name in ('key', 'status', 'values') if old_record[name] != record[name]]
+            merged = old_record.folder != record.folder
+            if merged:
+                replaces = old_record['status'] == 'failed' and record['status'] == 'done'
+            elif 'key' in differing:
+                replaces = record['started'] >= old_record['started']
+            else:
+                old, late = ((r['status'] == 'done', r['started']) for r in (old_record, record))
+                replaces = late >= old
+            counting[what], skipped = (new, kept) if replaces else (kept, new)
+            done = skipped[1]['status'] == 'done'
+            if (merged and differing and (done or replaces)) or ('key' in differing and done):
+                why = 'its row is defined differently than in the later record'
+                if merged:
+                    why = f'{" and ".join(differing)} differ from the record of another folder, which counts,'
+                complaints.append(f'{skipped[0]}: {", ".join(map(str, what[1:]))}: {why} at {counting[what][0]}')
     return [record for _, record in counting.values()], [printable(complaint) for complaint in complaints]
 
 
@@ -93,18 +141,24 @@ def records_since(path: Path, offset: int) -> list[dict[str, Any]]:
     return [record for _, record in _lines(path, [], offset)] if path.exists() else []
 
 
-def _precedence(record: Mapping[str, Any]) -> tuple[bool, str]:
-    return record['status'] == 'done', record['started']
+def _work_dir(path: Path) -> Path:
+    """The work dir of a file of records, without links: above ``results``, or else the file's folder."""
+    folder = path.absolute().parent
+    return Path(os.path.realpath(folder.parent if folder.name == 'results' else folder))
 
 
-def _lines(path: Path, complaints: list[str], offset: int = 0) -> Iterator[tuple[str, dict]]:
+def _lines(path: Path, complaints: list[str], offset: int = 0) -> Iterator[tuple[str, StoredRecord]]:
+    folder = _work_dir(path)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        complaints.append(f'{path}: cannot be read ({error.strerror})')
+        content = read_inside(path, folder)
+    except (OSError, ValueError) as error:
+        complaints.append(f'{path}: cannot be read ({getattr(error, "strerror", None) or error})')
         return
     for number, line in enumerate(content[offset:].split(b'\n'), 1):
         if not line.strip():
+            continue
+        if len(line) > MAX_LINE_BYTES:
+            complaints.append(f'{path}:{number}: longer than {MAX_LINE_BYTES // 2**20} MiB')
             continue
         try:
             record = json.loads(line)
@@ -114,7 +168,7 @@ def _lines(path: Path, complaints: list[str], offset: int = 0) -> Iterator[tuple
         if wrong:
             complaints.append(f'{path}:{number}: {wrong}')
         else:
-            yield f'{path}:{number}', record
+            yield f'{path}:{number}', StoredRecord(record, folder)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -131,9 +185,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def group_by_suite(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def group_by_suite(records: Iterable[StoredRecord]) -> dict[str, list[StoredRecord]]:
     """Records of every suite, in their order."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[StoredRecord]] = {}
     for record in records:
         found.setdefault(record['suite'], []).append(record)
     return found

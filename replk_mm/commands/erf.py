@@ -15,7 +15,7 @@ from replk_mm.engine.config import load_config
 from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import command, command_line
 from replk_mm.files import write_atomic
-from replk_mm.text import update_page
+from replk_mm.text import markdown_text, update_page
 
 
 @command
@@ -105,7 +105,9 @@ def main() -> None:
 def compare(paths: list[Path], out: Path, name: str, page: Path | None) -> None:
     """Write one table and one picture of several receptive fields."""
     found = disambiguate([Erf.load(path) for path in paths], paths)
-    text = '\n'.join([format_tables(found), *(f'{warning}  ' for warning in comparison_warnings(found)), ''])
+    text = '\n'.join(
+        [format_tables(found), *(f'{markdown_text(warning)}  ' for warning in comparison_warnings(found)), '']
+    )
     picture = out / f'{name}.png'
     draw_heat_maps(found, picture)
     if page:

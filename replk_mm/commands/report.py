@@ -4,6 +4,7 @@ RESULTS are work directories of suites (work_dirs/suites/NAME), folders of resul
 under the same protocol are ranked together; figures that were not measured are shown as missing.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -35,15 +36,23 @@ def main() -> int:
         metavar='FILE',
         help='also update the tables in this Markdown page, between <!-- SUITE:begin --> and <!-- SUITE:end -->',
     )
+    p.add_argument(
+        '--data-root',
+        action='append',
+        default=[],
+        metavar='DIR',
+        help='also show images of this data set; repeatable (default: only data in the work dirs themselves)',
+    )
     args = p.parse_args()
     found = load_report(args.results)
     out = prepare_work_dir(args.out, option='--out')
-    for name, text in (('index.html', render_html(found)), ('report.md', render_markdown(found))):
+    for name, text in (('index.html', render_html(found, args.data_root)), ('report.md', render_markdown(found))):
         write_output(Path(out, name), text)
         print(f'written: {Path(out, name)}')
-    for folder in sorted(found.outside):
+    for folder in map(str, sorted(found.outside)):
         print(
-            f'index.html shows pictures from {printable(str(folder))}, as the records say; look before you pass it on'
+            f'index.html shows no images of {printable(folder)}, which is outside of the results; if these are your '
+            f'data: --data-root {printable(shlex.quote(folder))}'
         )
     for suite in found.suites if args.page else ():
         update_page(Path(args.page), suite.name, render_suite_tables(suite))

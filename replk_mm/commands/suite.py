@@ -105,12 +105,14 @@ def _run(suite: Suite, options: plan.SuiteOptions, settings: Settings) -> bool:
     from replk_mm.engine.record import environment_info  # imports torch
 
     failed = SuiteRunner(settings, environment_info).run(tasks)
-    for found in load_report([options.work_dir]).suites:
-        print(f'\n{render_text(found)}')
+    found = load_report([options.work_dir])
+    for part in found.suites:
+        print(f'\n{render_text(part)}')
     if failed:
         print(f'\n{len(failed)} failed; --resume tries them again:')
         for task, reason in failed:
             print(f'  {task.name}: ' + printable(reason).replace('\n', '\n      '))
     print(f'\nwritten: {options.work_dir / "results"}')
-    print(f'report:  {command_line("report", options.work_dir, "--out", options.work_dir / "report")}')
+    roots = [argument for root in found.data_roots() for argument in ('--data-root', root)]
+    print(f'report:  {command_line("report", options.work_dir, *roots, "--out", options.work_dir / "report")}')
     return bool(failed)

@@ -1,10 +1,14 @@
-"""A result does not choose the code that a comparison runs."""
+"""A result does not choose the code that a comparison runs; its names stay text."""
+
+import re
 
 import pytest
 from compare_cases import write_metrics_file
+from PIL import Image
 
-from replk_mm.bench.compare.compare import compare_results
-from replk_mm.bench.compare.results import _is_trusted
+from replk_mm.bench.compare.compare import compare_results, write_comparison
+from replk_mm.bench.compare.results import _is_trusted, read_result
+from replk_mm.bench.compare.segmentation import SegmentationImages
 from replk_mm.errors import UserError
 
 
@@ -30,6 +34,30 @@ def test_a_result_does_not_choose_code_to_run(place, tmp_path, monkeypatch):
     assert not proof.exists()
     if place == 'beside the result':
         assert f'--config {evil}' in str(info.value)
+
+
+@pytest.mark.parametrize('link', ['predictions', 'predictions/x.png'])
+def test_predictions_are_in_the_folder_of_their_result(link, tmp_path):
+    (tmp_path / 'home/predictions').mkdir(parents=True)
+    Image.new('L', (4, 4), 1).save(tmp_path / 'home/predictions/x.png')
+    classes = {'a': dict(IoU=5.0, pixels=3)}
+    folder = write_metrics_file(tmp_path / 'theirs', 'x.py', tmp_path, {'mIoU': 5.0}, classes, 1)
+    (folder / link).parent.mkdir(exist_ok=True)
+    (folder / link).symlink_to(tmp_path / 'home' / link)
+    images = SegmentationImages.__new__(SegmentationImages)
+    images.names, images._first = ['x'], 0
+    with pytest.raises(UserError, match='outside of'):
+        images.prediction(0, read_result(str(folder), 'A'))
+
+
+def test_names_of_classes_and_metrics_stay_text(tmp_path):
+    hostile = '<img src=x onerror=alert(1)>|![](http://x)'
+    figures = {'mIoU': 5.0, hostile: 1.0}, {hostile: dict(IoU=5.0, pixels=3), 'b_c': dict(IoU=4.0, pixels=3)}
+    folders = [str(write_metrics_file(tmp_path / name, hostile, tmp_path, *figures, 1)) for name in 'ab']
+    write_comparison(compare_results(*folders, images=None), tmp_path)
+    text = (tmp_path / 'compare.md').read_text()
+    assert text.count(r'\<img src=x onerror=alert(1)\>\|!\[\](http://x)') == 4
+    assert not re.search(r'(?<!\\)<', text) and '| b_c ' in text
 
 
 def test_configs_of_this_project_are_run_for_a_result(tmp_path, monkeypatch):

@@ -432,5 +432,5 @@ def test_results_of_several_machines_merge(tmp_path) -> None:
     found = load_report([folders[0], folders[1] / 'results/a.1.jsonl'])
     row = found.suites[0].rows[0]
     assert row.figures['metric'].value == 50.5 and row.state == 'done, 2 seeds'
-    assert [found.folders[id(r)] for r in row.of('metric')] == folders
+    assert [r.folder for r in row.of('metric')] == folders
     assert 'Receptive field of a' in render_html(found)

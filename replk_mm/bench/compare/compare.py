@@ -12,9 +12,8 @@ from scipy import stats
 from replk_mm.bench.compare import results
 from replk_mm.bench.compare.results import DataSource
 from replk_mm.engine.record import write_record
-from replk_mm.errors import printable
 from replk_mm.files import write_output
-from replk_mm.text import in_percent
+from replk_mm.text import in_percent, markdown_text
 
 #: Resamplings of the images.
 N_RESAMPLES = 1000
@@ -160,7 +159,7 @@ def render_comparison(found: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=ChainableUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else _one_line(value),  # names come from files
+        finalize=lambda value: value if isinstance(value, Markup) else markdown_text(value),  # names come from files
     )
     environment.globals |= dict(table=_table)
     environment.filters |= dict(figure=_figure, pair=_pair, format_head='{} A, B'.format)
@@ -187,10 +186,6 @@ def write_comparison(found: dict[str, Any], out: Path) -> list[Path]:
     return [data, text, *(out / name for name in found.get('pictures', ()))]
 
 
-def _one_line(value: object) -> str:
-    return printable(str(value)).replace('\n', ' ')
-
-
 def _figure(value: float | None, unit: str, signed: bool = False) -> str:
     return '-' if value is None else f'{value:{"+" if signed else ""}.{2 if unit == "%" else 4}f}'
 
@@ -208,7 +203,7 @@ def _pair(row: dict[str, Any], unit: str, more: Sequence[str] = (), score: str =
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
     """A Markdown table with aligned columns, those after the first to the right."""
-    cells = [[_one_line(cell).replace('|', r'\|') for cell in row] for row in [head, *rows]]
+    cells = [[markdown_text(cell) for cell in row] for row in [head, *rows]]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ['-' * widths[0], *(f'{"-" * (width - 1)}:' for width in widths[1:])])
     first, *others = widths

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from replk_mm.bench.compare.results import DataSource, Result, load_result_config
+from replk_mm.bench.records import read_inside
 from replk_mm.data import coco
 from replk_mm.data.classes import annotation_file
 from replk_mm.data.coco_dataset import CocoIndex
@@ -194,7 +195,9 @@ def open_detections(result: Result, objects: Objects, kind: str, min_score: floa
         )
     try:
         sure = [
-            _detection(entry, objects, kind) for entry in json.loads(file.read_bytes()) if entry['score'] >= min_score
+            _detection(entry, objects, kind)
+            for entry in json.loads(read_inside(file, result.predictions))
+            if entry['score'] >= min_score
         ]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(

@@ -1,5 +1,6 @@
 """Read two results of ``tools/test.py --out``, and compare their conditions, metrics and classes."""
 
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,8 +54,8 @@ class Result:
 
     @property
     def predictions(self) -> Path:
-        """Folder of the exported predictions."""
-        return self.file.parent / 'predictions'
+        """Folder of the exported predictions; the result's own folder is resolved."""
+        return Path(os.path.realpath(self.file.parent), 'predictions')
 
     @property
     def name(self) -> str:

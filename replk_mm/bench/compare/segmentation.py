@@ -1,5 +1,6 @@
 """Two segmentation results, image by image: labels and predictions as the test read them."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from replk_mm.bench.compare.results import DataSource, Result, load_result_config
+from replk_mm.bench.records import read_inside
 from replk_mm.data.checks.audit import check_data
 from replk_mm.data.datasets import as_list, dataset_class, datasets_of
 from replk_mm.data.files import IGNORE_INDEX
@@ -121,7 +123,7 @@ class SegmentationImages:
         """
         path = result.predictions / f'{self.names[index]}.png'
         try:
-            return np.asarray(Image.open(path)) - np.uint8(self._first)
+            return np.asarray(Image.open(io.BytesIO(read_inside(path, result.predictions)))) - np.uint8(self._first)
         except Exception as error:  # decoders raise anything
             raise UserError(f'{path}: cannot be read ({error})\nTest again with --out {result.file.parent}.') from error
 

@@ -4,9 +4,11 @@ Rows that were measured under different protocols are never ranked together. Wha
 zero.
 """
 
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from replk_mm.bench.report.tables import (
     Column,
     Figure,
     Protocol,
-    clean,
     compare_with_published,
     name_protocols,
     primary_metric,
@@ -29,9 +30,9 @@ from replk_mm.bench.report.tables import (
 )
 from replk_mm.bench.schema import MEASUREMENTS
 from replk_mm.errors import UserError, command_line, format_list
-from replk_mm.text import text_table
+from replk_mm.text import clean, text_table
 
-Record = dict[str, Any]
+Record = records.StoredRecord
 
 #: Longest label of a row, in characters.
 LONGEST_LABEL = 100
@@ -67,6 +68,7 @@ class ReportRow:
         figures: By the key of their column.
         state: Text such as ``'done, 3 seeds'``.
         problems: Failures and missing records, with the reason.
+        source: Its folders, and the seeds of each; '' if the report has one folder.
     """
 
     name: str
@@ -76,6 +78,7 @@ class ReportRow:
     figures: dict[str, Figure] = field(default_factory=dict)
     state: str = ''
     problems: list[str] = field(default_factory=list)
+    source: str = ''
 
     @property
     def failed(self) -> bool:
@@ -172,10 +175,11 @@ class SuiteReport:
 
     def protocol_name(self, record: Record) -> str:
         """Of a record; '' if it has none."""
-        key = protocol_key(protocol_of(record))
-        return next(
-            (p.name for p in self.protocols.get(record['measurement'], ()) if protocol_key(p.content) == key), ''
-        )
+        return self._protocol_names.get((record['measurement'], protocol_key(protocol_of(record))), '')
+
+    @cached_property
+    def _protocol_names(self) -> dict[tuple[str, str], str]:
+        return {(name, protocol_key(p.content)): p.name for name, found in self.protocols.items() for p in found}
 
 
 @dataclass
@@ -185,14 +189,18 @@ class Report:
     Attributes:
         suites: In the order in which they were found.
         complaints: Skipped records, with the reason.
-        folders: The work dir of a record, by ``id``.
-        outside: Data sets outside of the work dirs that pictures on the page are from; filled by ``page.html``.
+        outside: Data sets outside of the work dirs, of which the page shows no images; filled by ``render_html``.
     """
 
     suites: list[SuiteReport]
     complaints: list[str]
-    folders: dict[int, Path]
     outside: set[Path] = field(default_factory=set)
+
+    def data_roots(self) -> list[str]:
+        """Data sets of its records that are outside of their work dirs."""
+        stated = (r['facts'].get('data') for suite in self.suites for row in suite.rows for r in row.of('metric'))
+        roots = {str(data.get('root')) for data in stated if isinstance(data, Mapping)}
+        return sorted(root for root in roots if Path(root).is_absolute())
 
 
 def protocol_of(record: Record) -> Mapping[str, Any]:
@@ -229,16 +237,21 @@ def load_report(paths: Sequence[str | Path]) -> Report:
             + (f'; {len(complaints):,} lines skipped, the first: {complaints[0]}' if complaints else '')
             + f'\nName files that a suite has written: {command_line("suite", "SUITE")}'
         )
-    places = {_occasion(r): file.absolute().parent.parent for file in files for r in records.read_records([file])[0]}
-    return Report(
-        [_suite(name, part) for name, part in records.group_by_suite(found).items()],
-        complaints,
-        {id(r): places.get(_occasion(r), Path()) for r in found},
+    suites = [_suite(name, part) for name, part in records.group_by_suite(found).items()]
+    if len({record.folder for record in found}) > 1:
+        for row in (row for suite in suites for row in suite.rows):
+            row.source = _source(row.records)
+    return Report(suites, complaints)
+
+
+def _source(found: Sequence[Record]) -> str:
+    """The folder of a row's records; the seeds of each if there are several."""
+    seeds: dict[str, set[int]] = {}
+    for record in found:
+        seeds.setdefault(os.path.relpath(record.folder), set()).add(record['seed'])
+    return '; '.join(
+        f'seed{"s" * (len(those) != 1)} {format_list(sorted(those))} from {folder}' for folder, those in seeds.items()
     )
-
-
-def _occasion(record: Record) -> tuple[str, str, str]:
-    return record['key'], record['started'], record['status']
 
 
 def _suite(name: str, found: Sequence[Record]) -> SuiteReport:
@@ -395,7 +408,8 @@ def render_text(suite: SuiteReport) -> str:
         rows = []
         for row in group.rows:
             figures = [(c, row.figures[c.key]) for c in columns]
-            rows.append([row.label, *('-' if f.value is None else c.shown(f) for c, f in figures), row.state])
+            state = '; '.join(filter(None, (row.state, row.source)))
+            rows.append([row.label, *('-' if f.value is None else c.shown(f) for c, f in figures), state])
         heading = [group.heading] if len(suite.groups) > 1 else []
         tables.append('\n'.join([*heading, text_table([head, *rows], left=(0, len(columns) + 1))]))
     return '\n\n'.join(tables)

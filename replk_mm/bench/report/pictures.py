@@ -1,11 +1,12 @@
 """Pictures of a report: receptive fields, and the same images for every row with ground truth and predictions."""
 
 import base64
+import gzip
 import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ from markupsafe import Markup
 from PIL import Image
 from pydantic import BaseModel
 
+from replk_mm.bench.records import MAX_FILE_BYTES, read_inside, resolve_inside
 from replk_mm.bench.report.load import ProtocolGroup, Record, ReportRow
 from replk_mm.visualize import colorize, draw_instances, make_palette
 
 #: Of all pictures of a page together, in bytes as they stand in it.
 MOST_BYTES = 12 * 2**20
+#: Pixels of a picture that is read, and its longer side.
+MOST_PIXELS, MOST_SIDE = 2**26, 2**14
+#: Rows of a protocol that plots and pictures show: the best ones.
+MOST_ROWS = 40
 #: Width of a picture, in pixels.
 WIDTH, HEAT_MAP_WIDTH = 256, 520
 #: Detections that are drawn: of at least this score, and this many at most.
@@ -29,10 +35,10 @@ LEAST_SCORE, MOST_OBJECTS = 0.3, 40
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and its description; ``source`` is a ``data:`` URL, or None if the picture is missing."""
+    """A picture and its description; ``source`` is None if it is missing, and ``words`` are the reason."""
 
     source: Markup | None = None
-    words: str = 'missing'
+    words: str = 'no such file'
     width: int = 0
     height: int = 0
 
@@ -60,6 +66,7 @@ class SplitFiles(BaseModel):
         classes: Names.
         palette: RGB of each class.
         ignored: Value of label files that is not scored; if it is 0, classes count from 1 in them.
+        folders: Where its files may be, links resolved; not part of a record.
     """
 
     root: Path
@@ -71,6 +78,7 @@ class SplitFiles(BaseModel):
     classes: list[str] = []
     palette: list[tuple[int, int, int]] = []
     ignored: int | None = 255
+    folders: tuple[Path, ...] = ()
 
     def model_post_init(self, _: Any) -> None:
         """Give every class a colour; where they are unknown, 255 labels."""
@@ -94,34 +102,53 @@ class SplitFiles(BaseModel):
 class Album:
     """The pictures of one page.
 
+    Records may be those of other people. Their ``files`` must be in ``runs`` of the work dir, their data in ``data``
+    there or in a folder that the user names; see :func:`replk_mm.bench.records.resolve_inside`.
+
     Args:
-        folders: The work dir of a record, by ``id``.
+        data_roots: Data sets that the page may show images of.
         left: Bytes that it may take.
 
     Attributes:
         problems: Pictures that are missing, with the reason.
-        outside: Data sets outside of the work dirs that the page shows images of.
+        outside: Data sets that are neither in ``data`` of a work dir nor in ``data_roots``.
     """
 
-    def __init__(self, folders: Mapping[int, Path], left: int = MOST_BYTES) -> None:
-        self.folders, self.left = folders, left
+    def __init__(self, data_roots: Iterable[str | Path] = (), left: int = MOST_BYTES) -> None:
+        self.data_roots, self.left = [Path(os.path.realpath(root)) for root in data_roots], left
         self.problems: list[str] = []
         self.outside: set[Path] = set()
 
-    def add(self, pixels: np.ndarray, words: str, name: str, width: int = WIDTH, kind: str = 'photo') -> Picture:
+    def missing(self, name: object, reason: object) -> Picture:
+        """A picture that is missing; the page shows why in its place, and below."""
+        words = ' '.join(str(reason).split('\n')[:3]) or type(reason).__name__
+        self.problems.append(f'{name}: {words}')
+        return Picture(words=words)
+
+    def attempt(self, name: str, draw: Callable[..., Picture], *args: Any) -> Picture:
+        """The picture ``draw(*args, name)``; it is missing if the drawing fails."""
+        try:
+            return draw(*args, name)
+        except Exception as error:  # damaged data raise anything
+            return self.missing(name, error)
+
+    def add(
+        self, pixels: np.ndarray | Picture, words: str, name: str, width: int = WIDTH, kind: str = 'photo'
+    ) -> Picture:
         """Encode a picture, if the page has room left for it.
 
         Args:
-            pixels: ``(H, W, 3)`` RGB, uint8.
+            pixels: ``(H, W, 3)`` RGB, uint8; a missing picture stays missing.
             words: What it shows.
             name: For the problem.
-            width: At most; wider ones are made smaller.
+            width: At most, and a quarter of the largest height; larger ones are made smaller.
             kind: ``'photo'``, which JPEG suits; ``'drawing'``; or ``'labels'``, whose colours are not mixed.
         """
+        if isinstance(pixels, Picture):
+            return pixels
         image, memory = Image.fromarray(pixels), io.BytesIO()
-        if image.width > width:
-            size = width, max(1, round(image.height * width / image.width))
-            image = image.resize(size, Image.Resampling.NEAREST if kind == 'labels' else Image.Resampling.LANCZOS)
+        method = Image.Resampling.NEAREST if kind == 'labels' else Image.Resampling.LANCZOS
+        image.thumbnail((width, 4 * width), method)
         if kind == 'photo':
             image.save(memory, 'JPEG', quality=82)
         else:
@@ -131,106 +158,79 @@ class Album:
         data = base64.b64encode(memory.getvalue()).decode()
         source = f'data:image/{"jpeg" if kind == "photo" else "png"};base64,{data}'
         if len(source) > self.left:
-            self.problems.append(
-                f'{name}: left out, all pictures of a page together take {MOST_BYTES // 2**20} MiB at most'
+            return self.missing(
+                name, f'left out, all pictures of a page together take {MOST_BYTES // 2**20} MiB at most'
             )
-            return Picture()
         self.left -= len(source)
         return Picture(Markup(source), words, image.width, image.height)
 
-    def read(self, path: Path, mode: str | None = 'RGB') -> np.ndarray | None:
-        """A picture's pixels, ``(H, W, 3)`` uint8, or as the file has them; None and a problem if it is unreadable."""
+    def read(self, path: Path, *folders: Path, mode: str | None = 'RGB') -> np.ndarray | Picture:
+        """The pixels of a file in ``folders``, ``(H, W, 3)`` uint8, of a label map ``(H, W)`` (``mode=None``)."""
         try:
-            with Image.open(path) as opened:
-                return np.array(opened.convert(mode) if mode else opened, np.uint8)
+            with Image.open(io.BytesIO(read_inside(path, *folders))) as opened:
+                width, height = opened.size
+                if max(width, height) > MOST_SIDE or width * height > MOST_PIXELS:
+                    raise ValueError(f'{width} x {height} pixels are too many')
+                pixels = np.array(opened.convert(mode) if mode else opened, np.uint8)
+                if mode is None and pixels.ndim != 2:
+                    raise ValueError(f'not a label map, {pixels.shape[-1]} channels')
+                return pixels
         except Exception as error:  # Pillow raises whatever a damaged file makes its decoders run into
-            self.problems.append(f'{path}: not a readable picture ({type(error).__name__})')
-            return None
-
-    def labels(self, path: Path) -> np.ndarray | None:
-        """A label map ``(H, W)``; None, and a problem, if it cannot be read."""
-        found = self.read(path, None)
-        if found is not None and found.ndim != 2:
-            self.problems.append(f'{path}: not a label map ({found.shape[-1]} channels)')
-            return None
-        return found
-
-    def photo(self, path: Path, name: str) -> Picture:
-        """An image of the data."""
-        pixels = self.read(path)
-        return Picture() if pixels is None else self.add(pixels, path.name, name)
-
-    def place(self, record: Record, what: str) -> Path | None:
-        """A file or folder that a record names; None if it names none.
-
-        Raises:
-            ValueError: If it does not lie in the record's work dir.
-        """
-        name = record['files'].get(what)
-        if not name:
-            return None
-        # Checked by name only: a link inside the work dir is the user's own.
-        place = Path(os.path.normpath(str(name)))
-        if place.is_absolute() or place.parts[:1] == (os.pardir,):
-            raise ValueError(f'{name!r:.100}: not in the work dir {self.folders[id(record)]}')
-        return self.folders[id(record)] / place
+            why = error if isinstance(error, ValueError) else getattr(error, 'strerror', None) or type(error).__name__
+            return self.missing(path, f'not a readable picture ({why})')
 
     def data_of(self, record: Record) -> SplitFiles:
         """The data that a record of the metric was measured on.
 
         Raises:
-            ValueError: If the record does not state them, or they are missing.
+            ValueError: If the record does not state them, or they are missing or elsewhere.
         """
         stated = record['facts'].get('data') or {}
         data = SplitFiles.model_validate({k: v for k, v in stated.items() if v is not None and v != ''})
-        # Scenes of a suite are in its work dir, which may have been copied from another machine.
-        copied = self.folders[id(record)] / 'data' / data.root.name
-        if not data.root.is_dir() and not copied.is_dir():
-            raise ValueError(f'{data.root}: no such data root here')
-        return data if data.root.is_dir() else data.model_copy(update=dict(root=copied))
+        folders = (record.folder / 'data', *self.data_roots)
+        # A work dir may have been copied from another machine, and have its scenes in it.
+        named = [root for root in folders[1:] if root.name == data.root.name]
+        for place in (record.folder / data.root, folders[0] / data.root.name, *named):
+            root = Path(os.path.realpath(place))
+            if root.is_dir() and any(root.is_relative_to(folder) for folder in folders):
+                return data.model_copy(update=dict(root=root, folders=folders))
+        if (record.folder / data.root).is_dir():
+            self.outside.add(record.folder / data.root)
+        raise ValueError(f'data root {data.root}: missing, or outside of {folders[0]} and not in --data-root')
 
 
 def heat_map(record: Record, words: str, album: Album) -> Picture | None:
     """The receptive field of a record; None if it has no picture."""
-    try:
-        path = album.place(record, 'heat_map')
-    except ValueError as error:
-        album.problems.append(str(error))
-        return Picture()
-    pixels = album.read(path) if path else None
-    if pixels is None:
-        return Picture() if path else None
-    return album.add(pixels, words, str(path), HEAT_MAP_WIDTH, 'drawing')
+    name = record['files'].get('heat_map')
+    if not name:
+        return None
+    pixels = album.read(record.folder / str(name), record.folder / 'runs')
+    return album.add(pixels, words, str(name), HEAT_MAP_WIDTH, 'drawing')
 
 
 def sheet(group: ProtocolGroup, album: Album) -> tuple[list[ReportRow], SplitFiles, list[Example]] | None:
-    """The same images for every row of a group that has predictions; None if there are none."""
+    """The same images for the best rows of a group that have predictions; None if there are none."""
     rows: list[tuple[ReportRow, Path]] = []
     data = None
-    for row in group.rows:
+    for row in group.rows[:MOST_ROWS]:
         for record in row.of('metric'):
+            name = record['files'].get('predictions')
             try:
-                folder = album.place(record, 'predictions')
-                if folder:
+                if name:
+                    folder = resolve_inside(record.folder / str(name), record.folder / 'runs')
                     data = data or album.data_of(record)
                     rows.append((row, folder))
                     break
-            except (ValueError, OSError) as error:
-                album.problems.append(f'{row.label}, seed {record["seed"]}: {_first_line(error)}')
+            except Exception as error:  # the record may hold anything
+                album.missing(f'{row.label}, seed {record["seed"]}, {name!r:.100}', error)
     if data is None:
         return None
     try:
         found = (_objects if data.annotations and not data.labels else _label_maps)(rows, data, album)
     except Exception as error:  # a damaged file costs only its pictures
-        album.problems.append(f'{data.root}: examples cannot be shown ({type(error).__name__}: {_first_line(error)})')
+        album.missing(f'{data.root}: examples cannot be shown', f'{type(error).__name__}: {error}')
         return None
-    if found and not any(data.root.resolve().is_relative_to(folder.resolve()) for folder in album.folders.values()):
-        album.outside.add(data.root)
     return ([row for row, _ in rows], data, found) if found else None
-
-
-def _first_line(error: Exception) -> str:
-    return ' '.join(str(error).split('\n')[:3])
 
 
 def _choose(names_of_rows: Iterable[Iterable[str]]) -> list[str]:
@@ -242,11 +242,11 @@ def _choose(names_of_rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def _label_maps(rows: Sequence[tuple[ReportRow, Path]], data: SplitFiles, album: Album) -> list[Example]:
-    def drawn(labels: np.ndarray | None, truth: np.ndarray | None, name: str) -> Picture:
-        if labels is None:
-            return Picture()
+    def drawn(labels: np.ndarray | Picture, truth: np.ndarray | Picture | None, name: str) -> Picture:
+        if isinstance(labels, Picture):
+            return labels
         words = []
-        if truth is not None and truth.shape == labels.shape and (truth != data.ignored).any():
+        if isinstance(truth, np.ndarray) and truth.shape == labels.shape and (truth != data.ignored).any():
             scored = truth != data.ignored
             words = [f'{100 * np.mean(labels[scored] == truth[scored]):.0f}\u00a0% of the scored pixels right; ']
         values, counts = np.unique(labels[labels != data.ignored], return_counts=True)
@@ -261,81 +261,101 @@ def _label_maps(rows: Sequence[tuple[ReportRow, Path]], data: SplitFiles, album:
     available = {row.number: {p.relative_to(folder).as_posix() for p in folder.rglob('*.png')} for row, folder in rows}
     found = []
     for name in _choose(available.values()):
-        truth = album.labels(data.label_of(name)) if data.labels else None
-        example = Example(name, album.photo(data.image_of(name), name), drawn(truth, None, f'ground truth of {name}'))
+        truth = album.read(data.label_of(name), *data.folders, mode=None) if data.labels else Picture()
+        image = album.add(album.read(data.image_of(name), *data.folders), data.image_of(name).name, name)
+        example = Example(name, image, drawn(truth, None, f'ground truth of {name}'))
         for row, folder in rows:
-            labels = album.labels(folder / name) if name in available[row.number] else None
-            example.predictions[row.number] = drawn(labels, truth, f'{row.label}: {name}')
+            if name in available[row.number]:
+                labels = album.read(folder / name, folder, mode=None)
+                example.predictions[row.number] = drawn(labels, truth, f'{row.label}: {name}')
         found.append(example)
     return found
 
 
 def _objects(rows: Sequence[tuple[ReportRow, Path]], data: SplitFiles, album: Album) -> list[Example]:
-    from replk_mm.data.coco import invalidate_cache, read_annotations
+    from replk_mm.data.coco import annotation_path, locate_images
 
-    written: Any = read_annotations(data.root / str(data.annotations), data.root / data.images)
-    invalidate_cache()
-    ids = {str(image['file_name']): image['id'] for image in written['images']}
+    written: Any = _read_json(annotation_path(data.root / str(data.annotations)), *data.folders)
+    ids = {str(image['file_name']): str(image['id']) for image in written['images'] if 'file_name' in image}
+    ids = dict(zip(locate_images(list(ids), data.root / data.images), ids.values(), strict=True))
     classes = {category['id']: str(category['name']) for category in written['categories']}
     order = sorted(classes)
     colours = [data.palette[i % len(data.palette)] for i in range(len(order))]
 
     def drawn(pixels: np.ndarray, things: Sequence[dict], name: str) -> Picture:
+        shown = Image.fromarray(pixels)
+        shown.thumbnail((2 * WIDTH, 8 * WIDTH))
         surest = sorted(things, key=lambda thing: -thing.get('score', 1.0))[:MOST_OBJECTS]
         objects = [
-            _object(thing, order, pixels.shape[:2])
+            _object(thing, order, pixels.shape[:2], (shown.height, shown.width))
             for thing in surest
             if thing['category_id'] in classes and thing.get('score', 1.0) >= LEAST_SCORE
         ]
-        picture = draw_instances(pixels[..., ::-1], objects, [classes[c] for c in order], colours)
+        picture = draw_instances(np.array(shown)[..., ::-1], objects, [classes[c] for c in order], colours)
         counts = Counter(classes[order[thing['label']]] for thing in objects)
         words = ', '.join(f'{count} {of}' for of, count in counts.items()) or 'nothing'
         return album.add(picture[..., ::-1], words, name, 2 * WIDTH)
 
-    truths = _by_image(written['annotations'])
-    of_rows = {row.number: _by_image(_detections(folder)) for row, folder in rows}
+    truths, of_rows, failed = _by_image(written.get('annotations', [])), {}, {}
+    for row, folder in rows:
+        try:
+            of_rows[row.number] = _by_image(_detections(folder))
+        except Exception as error:  # a damaged file costs only the pictures of its row
+            failed[row.number] = album.missing(f'{row.label}: detections', error)
     found = []
     for name in _choose([name for name, key in ids.items() if key in of_row] for of_row in of_rows.values()):
-        path = data.root / data.images / name
-        example = Example(name, album.photo(path, name), Picture())
-        pixels = album.read(path) if example.image.source else None
-        if pixels is not None:
-            example.truth = drawn(pixels, truths.get(ids[name], []), f'ground truth of {name}')
-            for row, _ in rows:
+        pixels = album.read(data.root / data.images / name, *data.folders)
+        if isinstance(pixels, Picture):
+            found.append(Example(name, pixels, pixels, {row.number: pixels for row, _ in rows}))
+            continue
+        example = Example(name, album.add(pixels, Path(name).name, name), Picture(), dict(failed))
+        example.truth = album.attempt(f'ground truth of {name}', drawn, pixels, truths.get(ids[name], []))
+        for row, _ in rows:
+            if row.number in of_rows:
                 things = of_rows[row.number].get(ids[name], [])
-                example.predictions[row.number] = drawn(pixels, things, f'{row.label}: {name}')
+                example.predictions[row.number] = album.attempt(f'{row.label}: {name}', drawn, pixels, things)
         found.append(example)
     return found
+
+
+def _read_json(path: Path, *folders: Path) -> Any:
+    content = read_inside(path, *folders)
+    if content.startswith(b'\x1f\x8b'):
+        content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_FILE_BYTES)
+    return json.loads(content)
 
 
 def _detections(folder: Path) -> list[dict]:
     """Those with masks if there are any."""
     for file in (folder / 'instances.segm.json', folder / 'instances.bbox.json'):
-        if file.is_file():
-            return json.loads(file.read_bytes())
+        if os.path.lexists(file):
+            return _read_json(file, folder)
     return []
 
 
-def _by_image(things: Iterable[dict]) -> dict[Any, list[dict]]:
-    found: dict[Any, list[dict]] = {}
+def _by_image(things: Iterable[dict]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
     for thing in things:
-        found.setdefault(thing['image_id'], []).append(thing)
+        found.setdefault(str(thing['image_id']), []).append(thing)
     return found
 
 
-def _object(thing: Mapping[str, Any], order: Sequence[Any], size: tuple[int, ...]) -> dict[str, Any]:
-    """A COCO object as :func:`replk_mm.visualize.draw_instances` takes it."""
+def _object(thing: Mapping[str, Any], order: Sequence[Any], size: Sequence[int], shown: Sequence[int]) -> dict:
+    """A COCO object of an image of ``size`` as :func:`replk_mm.visualize.draw_instances` takes it at size ``shown``."""
     found: dict[str, Any] = dict(label=order.index(thing['category_id']))
     if 'score' in thing:
         found['score'] = float(thing['score'])
     if thing.get('segmentation'):
-        found['mask'] = _mask(thing['segmentation'], *size)
-    x, y, width, height = map(float, thing['bbox'] if 'bbox' in thing else cv2.boundingRect(found['mask'].astype('u1')))
-    return found | dict(box=[x, y, x + width, y + height])
+        mask = _mask(thing['segmentation'], *size)
+        rows, columns = (np.arange(n) * of // n for n, of in zip(shown, size, strict=True))
+        found['mask'] = mask[np.ix_(rows, columns)].astype(bool)
+    x, y, width, height = map(float, thing['bbox'] if 'bbox' in thing else cv2.boundingRect(mask))
+    down, right = (n / of for n, of in zip(shown, size, strict=True))
+    return found | dict(box=[right * x, down * y, right * (x + width), down * (y + height)])
 
 
 def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A COCO segmentation, polygons or run lengths, as ``(H, W)`` bool.
+    """A COCO segmentation, polygons or run lengths, as ``(H, W)`` of 0 and 1.
 
     Raises:
         ValueError: If it is none, or of another size.
@@ -351,4 +371,4 @@ def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
         segmentation = mask.merge(mask.frPyObjects(segmentation, height, width))
     elif isinstance(segmentation['counts'], list):
         segmentation = mask.frPyObjects(segmentation, height, width)
-    return mask.decode(segmentation).astype(bool)
+    return mask.decode(segmentation)

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from replk_mm.bench.report import load, pictures, plots
 from replk_mm.bench.report.load import Record, Report, ReportRow, SuiteReport
-from replk_mm.bench.report.pictures import LEAST_SCORE, Album
+from replk_mm.bench.report.pictures import LEAST_SCORE, MOST_ROWS, Album
 from replk_mm.bench.report.tables import (
     BY_KEY,
     COLUMNS,
@@ -21,13 +21,12 @@ from replk_mm.bench.report.tables import (
     NOT_MEASURED,
     Column,
     Figure,
-    clean,
     format_value,
     leaves,
-    markdown_text,
     number,
     protocol_key,
 )
+from replk_mm.text import clean, markdown_text
 
 _HERE = Path(__file__).parent
 #: Columns that the metric is plotted against.
@@ -36,19 +35,17 @@ _AGAINST = ('milliseconds', 'macs', 'parameters')
 _MOST_POINTS = 120
 
 
-class Notes(list[str]):
+class Notes(dict[str, int]):
     """Numbered notes below a table; equal ones share a number."""
 
     def number(self, text: str) -> int:
         """The number of a note."""
-        if text not in self:
-            self.append(text)
-        return self.index(text) + 1
+        return self.setdefault(text, len(self) + 1)
 
 
-def render_html(report: Report) -> str:
-    """The HTML page; fills ``report.outside``."""
-    album = Album(report.folders)
+def render_html(report: Report, data_roots: Iterable[str | Path] = ()) -> str:
+    """The HTML page, with images of the data in work dirs and in ``data_roots``; fills ``report.outside``."""
+    album = Album(data_roots)
     style, script = (Markup((_HERE / name).read_text(encoding='utf-8')) for name in ('page.css', 'page.js'))
     text = (
         _environment(clean)
@@ -66,6 +63,7 @@ def render_html(report: Report) -> str:
             sheet=pictures.sheet,
             distinct=_distinct,
             LEAST_SCORE=LEAST_SCORE,
+            left_out=_left_out,
         )
     )
     report.outside |= album.outside
@@ -137,7 +135,8 @@ def _plots(suite: SuiteReport) -> Iterator[dict[str, Any]]:
                 cost_figure = row.figures[column.key]
                 if None not in (row.figures['metric'].value, cost_figure.value) and not cost_figure.unreliable:
                     by_protocol.setdefault(row.figures[column.key].protocol, []).append(row)
-            for name, shown in by_protocol.items():
+            for name, rows in by_protocol.items():
+                shown = rows[:MOST_ROWS]
                 points = [
                     plots.Point(row.number, row.label, x.value or 0.0, y.value or 0.0, y.deviation)
                     for row in shown
@@ -150,7 +149,7 @@ def _plots(suite: SuiteReport) -> Iterator[dict[str, Any]]:
                     title=title,
                     rows=shown,
                     lines=False,
-                    caption=f'Protocol {group.name}, {name}{how}.',
+                    caption=f'Protocol {group.name}, {name}{how}.{_left_out(rows)}',
                     svg=plots.scatter(points, f'{column.title}, {column.unit}', group.title, title),
                 )
 
@@ -167,7 +166,7 @@ def _curves(suite: SuiteReport) -> Iterator[dict[str, Any]]:
             for what in ('loss', 'metric'):
                 lines = [
                     (row, plots.Line(row.number, row.label, points))
-                    for row, of_row in rows
+                    for row, of_row in rows[:MOST_ROWS]
                     if (points := _over_seeds([_points(r['values'].get(what)) for r in of_row]))
                 ]
                 if not lines:
@@ -181,9 +180,13 @@ def _curves(suite: SuiteReport) -> Iterator[dict[str, Any]]:
                     title=title,
                     rows=[row for row, _ in lines],
                     lines=True,
-                    caption=f'{where}Mean over seeds{band}.',
+                    caption=f'{where}Mean over seeds{band}.{_left_out(rows)}',
                     svg=plots.curves([line for _, line in lines], 'iterations', name, title),
                 )
+
+
+def _left_out(rows: Sequence[Any]) -> str:
+    return f' The best {MOST_ROWS} of {len(rows):,} rows.' if len(rows) > MOST_ROWS else ''
 
 
 def _points(found: object) -> dict[float, float]:
@@ -208,8 +211,8 @@ def _over_seeds(seeds: Sequence[Mapping[float, float]]) -> list[tuple[float, flo
 
 
 def _heat_maps(suite: SuiteReport, album: Album) -> Iterator[tuple[ReportRow, Record, str, pictures.Picture]]:
-    """The receptive field of every row, of its first seed."""
-    for row in suite.rows:
+    """The receptive fields of the first rows, of their first seeds."""
+    for row in suite.rows[:MOST_ROWS]:
         for record in row.of('erf')[:1]:
             sides = [
                 f'{share}: {side:g} px'

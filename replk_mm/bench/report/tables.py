@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from replk_mm import published
 from replk_mm.analysis.timing import Timing
+from replk_mm.text import clean
 
 #: Names of figures whose keys in records are ambiguous: ``training`` is an unmerged network, not a training step.
 FIGURE_NAMES = {
@@ -19,24 +19,6 @@ FIGURE_NAMES = {
     'inference_bytes': 'memory of inference',
     'training_bytes': 'memory of a training step',
 }
-#: Longest text of a record that is shown, in characters.
-LONGEST = 600
-
-# Characters that no page may hold (control characters, lone surrogates), and marks that change the direction of text.
-_UNFIT = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]')
-# What Markdown or the HTML within it would interpret.
-_MARKDOWN = re.compile(r'([\\`*_{}\[\]<>#|~&])')
-
-
-def clean(text: object, longest: int = LONGEST) -> str:
-    """A text without characters that disturb a page, cut to a bounded length. It is not escaped: Jinja2 does that."""
-    found = str(text)
-    return _UNFIT.sub('\ufffd', found if len(found) <= longest else f'{found[:longest]}…')
-
-
-def markdown_text(text: object) -> str:
-    """A text that Markdown shows as it is, in one line."""
-    return _MARKDOWN.sub(r'\\\1', ' '.join(clean(text).split()))
 
 
 def format_value(value: Any) -> str:
