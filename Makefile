@@ -22,10 +22,10 @@ setup: ## Create .venv (resumes after an interruption; takes a second if it is u
 	@"$(BOOT)" scripts/setup_env.py $(if $(TORCH),--torch "$(TORCH)") $(if $(PYTHON),--python "$(PYTHON)")
 
 demo: setup ## Train, reparameterize and evaluate on generated images, into demo/ (4 minutes on 2 cores)
-	$(VENV_PYTHON) tools/demo.py --out demo
+	$(VENV_PYTHON) tools/demo.py --out demo --overwrite
 
 demo-detection: setup ## The same for boxes and masks, into demo/detection/ (5 minutes on 2 cores)
-	$(VENV_PYTHON) tools/demo.py --task detection --out demo/detection
+	$(VENV_PYTHON) tools/demo.py --task detection --out demo/detection --overwrite
 
 test: setup ## Fast tests: no training, no processes
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

@@ -4,12 +4,14 @@ import argparse
 import ast
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from mmengine.config import DictAction
 
-from replk_mm.engine.process import RunOptions
+from replk_mm.engine.process import RunOptions, prepare_work_dir
 from replk_mm.errors import command_line, printable
+from replk_mm.files import check_outputs
 
 
 class KeyValue(DictAction):
@@ -76,6 +78,24 @@ def add_run_arguments(p: argparse.ArgumentParser) -> None:
     )
     add_config_options(p)
     p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
+
+
+def add_overwrite(p: argparse.ArgumentParser) -> None:
+    """Permission to replace files, see :func:`replk_mm.files.check_outputs`."""
+    p.add_argument('--overwrite', action='store_true', help='replace files that this command did not write')
+
+
+def add_out(p: argparse.ArgumentParser, text: str, required: bool = True) -> None:
+    """The folder of the output, and ``--overwrite``."""
+    p.add_argument('--out', required=required, metavar='DIR', help=text)
+    add_overwrite(p)
+
+
+def prepare_out(args: argparse.Namespace, *names: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
+    """Create the folder of ``--out``, check that these files may be written there, and return it."""
+    out = prepare_work_dir(args.out, option='--out')
+    check_outputs((out / name for name in names), inputs=inputs, overwrite=args.overwrite)
+    return out
 
 
 def follow_up(name: str, args: argparse.Namespace, *arguments: object) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from replk_mm.errors import UserError, format_list
+from replk_mm.files import write_atomic
 
 #: A line below the head, and no other lines.
 _BOX = Box('    \n    \n -- \n    \n    \n    \n    \n    \n', ascii=True)
@@ -130,7 +131,7 @@ def update_page(page: Path, name: str, content: str) -> None:
     """
     try:
         text = page.read_text(encoding='utf-8')
-        page.write_text(replace_block(text, name, content, str(page)), encoding='utf-8')
+        write_atomic(page.resolve(), replace_block(text, name, content, str(page)))
     except OSError as error:
         raise UserError(f'{page}: {error.strerror or error}') from error
     except UnicodeDecodeError as error:

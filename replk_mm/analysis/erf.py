@@ -43,7 +43,7 @@ from replk_mm.data.datasets import as_list
 from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.inference import build_for_inference
-from replk_mm.engine.process import prepare_work_dir, select_device
+from replk_mm.engine.process import select_device
 from replk_mm.engine.record import environment_info, write_record
 from replk_mm.errors import UserError, command_line, explain_errors
 from replk_mm.files import sha256, write_output
@@ -296,7 +296,6 @@ def measure_erf(
         raise UserError(f'--size {size}: the largest is {MAX_SIZE}')
     target = select_device(device)
     files = image_files(Path(images), count)
-    folder = prepare_work_dir(out, option='--out')
     cfg = copy.deepcopy(cfg)
     node = cfg.model.get('backbone') or cfg.model
     mean, std, rgb = _normalization(cfg.model.get('data_preprocessor'), node.get('in_channels', 3))
@@ -334,7 +333,7 @@ def measure_erf(
         environment=environment_info(),
         preprocessing=dict(mean=list(mean), std=list(std), channels='RGB' if rgb else 'BGR'),
     )
-    erf.save(folder)
+    erf.save(Path(out))
     return erf
 
 

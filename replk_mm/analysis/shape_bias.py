@@ -7,6 +7,7 @@ classifier. Here it is the class that most pixels of an object are predicted as,
 """
 
 import copy
+import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ from replk_mm.data.scenes.cue_conflict import (
     read_label_map,
 )
 from replk_mm.engine.predict import is_segmentor, label_map, load_for_prediction, predict
-from replk_mm.engine.process import prepare_work_dir
 from replk_mm.engine.record import environment_info, write_record
 from replk_mm.errors import UserError
+from replk_mm.files import write_output
 from replk_mm.visualize import overlay
 
 #: Part of the protocol of records: only results with the same text are compared.
@@ -135,7 +136,6 @@ def measure_shape_bias(
     Raises:
         UserError: If the data set, the checkpoint or their classes do not fit, or nothing can be written.
     """
-    out = prepare_work_dir(out, option='--out')
     dataset = read_cue_conflict(Path(data_root))
     model: Any = load_for_prediction(copy.deepcopy(cfg), checkpoint, device)
     classes = _object_classes(model, dataset, cfg)
@@ -266,7 +266,8 @@ def _draw_decisions(
         + ('' if agreeing is None else f'\ncues agree: {100 * agreeing:.0f} % correct'),
         fontsize=10,
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(picture := io.BytesIO(), dpi=110)
+    write_output(path, picture.getvalue())
 
 
 def _crop(image: np.ndarray, item: CueConflictObject) -> np.ndarray:

@@ -239,16 +239,6 @@ def register_safe_loaders() -> None:
     checkpoint.CheckpointLoader.register_scheme(('', 'http://', 'https://'), load, force=True)
 
 
-def require_different_files(source: str | Path, out: str | Path) -> None:
-    """Check that a command does not overwrite its input.
-
-    Raises:
-        UserError: If both paths are the same file.
-    """
-    if Path(out).resolve() == Path(source).resolve():
-        raise UserError(f'{out}: input and output are the same file\nChoose another output path.')
-
-
 def save_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """Write a checkpoint atomically, as tensors and plain data.
 

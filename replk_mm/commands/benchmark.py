@@ -18,7 +18,7 @@ from replk_mm.analysis.benchmark import network_benchmark, operator_benchmark, r
 from replk_mm.analysis.benchmark.case import BenchmarkCase, default_shape
 from replk_mm.analysis.benchmark.inference_engines import ENGINES
 from replk_mm.analysis.timing import MIN_ROUNDS
-from replk_mm.engine.process import keep_freed_memory, prepare_work_dir, select_device
+from replk_mm.engine.process import keep_freed_memory, select_device
 from replk_mm.errors import command
 
 
@@ -56,9 +56,7 @@ def parse_args() -> argparse.Namespace:
         help=f'time budget of each measurement, with at least {MIN_ROUNDS} rounds '
         '(default: 60; op: 2 for each computation)',
     )
-    common.add_argument(
-        '--out', metavar='DIR', help='folder for table.txt and benchmark.json (default: work_dirs/benchmark/NAME)'
-    )
+    cli.add_out(common, 'folder for table.txt and benchmark.json (default: work_dirs/benchmark/NAME)', required=False)
     common.add_argument('--json', action='store_true', help='print the JSON, and nothing else, to standard output')
     sub = p.add_subparsers(dest='what', required=True)
     op = sub.add_parser('op', parents=[common], help='the depthwise convolution alone')
@@ -176,7 +174,8 @@ def run_benchmark(args: argparse.Namespace) -> dict:
 def main() -> int:
     args = parse_args()
     name = 'op' if args.what == 'op' else f'{Path(args.config.rpartition("::")[2]).stem}-{args.what}'
-    out = prepare_work_dir(args.out or Path('work_dirs', 'benchmark', name), option='--out')
+    args.out = args.out or Path('work_dirs', 'benchmark', name)
+    out = cli.prepare_out(args, 'table.txt', 'benchmark.json')
     with contextlib.redirect_stdout(sys.stderr):  # libraries print to it
         record = run_benchmark(args)
         files = report.write_record(record, out)

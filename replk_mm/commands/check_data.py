@@ -5,6 +5,7 @@ warnings and notes), 1 with errors, 2 for a mistake in the command.
 """
 
 import argparse
+import io
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from replk_mm.data.findings import CODES, SEVERITIES, SHOWN, Finding
 from replk_mm.engine.config import load_config, set_data_root
 from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import UserError, command, printable
-from replk_mm.files import write_atomic
+from replk_mm.files import GENERATOR, check_outputs, write_output
 
 #: Version of the JSON format. It increases when a key is removed or changes its meaning.
 FORMAT = 2
@@ -98,6 +99,7 @@ def to_json(result: Audit) -> str:
         code['severity'] = min(code['severity'], finding.severity, key=SEVERITIES.index)  # the worst of them
     counts = result.counts()
     content = dict(
+        **GENERATOR,
         format=FORMAT,
         version=__version__,
         config=result.config,
@@ -167,10 +169,8 @@ def plot(result: Audit, path: Path, crop: tuple[int, int] | None = None) -> bool
         panel.legend(fontsize=8)
     inspected = 'every file' if result.full else 'a sample of the images'
     figure.suptitle(f'{printable(Path(result.config).stem)}: {inspected} inspected')
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise UserError(f'{path}: the picture cannot be written: {error}\nName another file.') from error
+    figure.savefig(picture := io.BytesIO(), dpi=130, format=path.suffix[1:])
+    write_output(path, picture.getvalue())
     return True
 
 
@@ -207,10 +207,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
             f'Name a file that ends with .png, .jpg, .webp, .pdf or .svg.'
         )
     for option, path in (('--json', args.json), ('--picture', args.picture)):
-        if path and path.is_dir():
-            raise UserError(f'{option} {path}: is a folder\nName a file.')
         if path:
             prepare_work_dir(path.parent, option=option)
+            check_outputs([path], inputs=[args.config], overwrite=args.overwrite)
 
 
 def _next_step(args: argparse.Namespace, has_errors: bool) -> str:
@@ -229,6 +228,7 @@ def main() -> int:
     p.add_argument('--json', type=Path, metavar='FILE', help='write all findings, class frequencies and image sizes')
     p.add_argument('--picture', type=Path, metavar='FILE.png', help='plot class frequencies and image sizes')
     p.add_argument('--jobs', type=cli.positive_int, metavar='N', help='number of processes (default: one per core)')
+    cli.add_overwrite(p)
     cli.add_config_options(p)
     args = p.parse_args()
     _check_outputs(args)
@@ -240,7 +240,7 @@ def main() -> int:
     result = audit(cfg, args.full, args.jobs)
     print(format_audit(result))
     if args.json:
-        write_atomic(args.json, to_json(result))
+        write_output(args.json, to_json(result))
         print(f'written: {args.json}')
     if args.picture:
         crop = crop_of(cfg) if 'model' in cfg else None

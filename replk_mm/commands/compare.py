@@ -5,7 +5,6 @@ from pathlib import Path
 from replk_mm import cli
 from replk_mm.bench.compare.compare import compare_results, render_comparison, write_comparison
 from replk_mm.bench.compare.results import DataSource
-from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import command
 
 
@@ -18,7 +17,7 @@ def main() -> None:
             metavar=f'RESULT_{name.upper()}',
             help='folder that the test command wrote with --out, its metrics.json, or runs/ROW/SEED of a suite',
         )
-    p.add_argument('--out', metavar='DIR', help='write compare.json, compare.md and pictures there')
+    cli.add_out(p, 'write compare.json, compare.md and pictures there', required=False)
     p.add_argument(
         '--images',
         type=cli.positive_int,
@@ -45,7 +44,8 @@ def main() -> None:
     args = p.parse_args()
     out = Path(args.out) if args.out else None
     if out:
-        prepare_work_dir(out, option='--out')
+        pictures = (path.name for path in out.glob('changed_*.png'))
+        cli.prepare_out(args, 'compare.json', 'compare.md', *pictures, inputs=[args.a, args.b])
     found = compare_results(
         args.a,
         args.b,

@@ -7,9 +7,10 @@ The configs load all of these formats directly. Convert a file for other program
 import argparse
 
 from replk_mm import cli
-from replk_mm.checkpoints.io import read_checkpoint, require_different_files, save_checkpoint
+from replk_mm.checkpoints.io import read_checkpoint, save_checkpoint
 from replk_mm.checkpoints.key_formats import FORMATS, find_weights, to_official
 from replk_mm.errors import UserError, command, command_line, format_list
+from replk_mm.files import GENERATOR, check_outputs
 
 
 @command
@@ -28,8 +29,9 @@ def main() -> None:
     )
     p.add_argument('--prefix', help="end of the prefix of the backbone's keys (default: detected)")
     p.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer averaged weights')
+    cli.add_overwrite(p)
     args = p.parse_args()
-    require_different_files(args.checkpoint, args.out)
+    check_outputs([args.out], inputs=[args.checkpoint], overwrite=args.overwrite)
     loaded = read_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     found = find_weights(loaded, None, args.checkpoint, args.prefix, args.use_ema)
     if not found.family and not args.trust_checkpoint:
@@ -43,7 +45,7 @@ def main() -> None:
     # Keep how the weights were merged, and the classes.
     stored = loaded.get('meta') or {}
     meta = {key: stored[key] for key in ('replk_mm', 'dataset_meta', 'iter', 'seed') if key in stored}
-    meta |= {'source': args.checkpoint, 'source_format': found.format}
+    meta = {**GENERATOR, **meta, 'source': args.checkpoint, 'source_format': found.format}
     save_checkpoint({'meta': meta, 'state_dict': weights}, args.out)
     print(f'{args.checkpoint}: {found.describe()}')
     print(f'written: {args.out}, {len(backbone)} backbone weights, {len(found.rest)} others, {args.to} key names')

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,10 +26,11 @@ from replk_mm.data.scenes.writer import META, write_demo_data
 from replk_mm.engine.config import load_config
 from replk_mm.engine.evaluate import Evaluation, evaluate
 from replk_mm.engine.inference import reparameterize_checkpoint
-from replk_mm.engine.predict import label_map, load_for_prediction, predict, select_instances
+from replk_mm.engine.predict import label_map, load_for_prediction, predict, select_instances, write_picture
 from replk_mm.engine.prepare import prepare_training
-from replk_mm.engine.process import RunOptions, prepare_work_dir
+from replk_mm.engine.process import RunOptions
 from replk_mm.engine.record import evaluation_record, write_record
+from replk_mm.engine.resuming import require_no_run
 from replk_mm.engine.train import train
 from replk_mm.errors import UserError, command, command_line
 from replk_mm.files import write_output
@@ -102,7 +102,7 @@ def _write_picture(
 ) -> None:
     picture = image_grid(rows, titles)
     key = class_legend(np.concatenate(shown), classes, palette, picture.shape[0], shares=False)
-    cv2.imwrite(str(out), np.hstack([picture, key]))
+    write_picture(out, np.hstack([picture, key]))
 
 
 # -- tasks
@@ -225,7 +225,7 @@ def run_demo(
         out: Folder for all files.
         seed: Seed of scenes and training.
         max_iters: Number of iterations. Defaults to the config's.
-        resume: Continue from the last checkpoint in ``out``.
+        resume: Continue from the last checkpoint in ``out``. Defaults to False, which replaces an earlier training.
 
     Returns:
         The rows of the table, and all figures with their protocol as plain data.
@@ -238,11 +238,12 @@ def run_demo(
         device='cpu',
         max_iters=max_iters,
         resume='auto' if resume else None,
+        overwrite=not resume,
     )
     cfg = load_config(task.config)
-    trained = train(cfg, prepare_training(cfg, options))
+    trained = train(cfg, prepare_training(cfg, options), overwrite=not resume)
     merged = out / 'reparameterized.pth'
-    changes, differences = reparameterize_checkpoint(load_config(task.config), str(trained), merged)
+    changes, differences = reparameterize_checkpoint(load_config(task.config), str(trained), merged, overwrite=True)
     print('\n'.join(['', str(changes), *map(str, differences)]), flush=True)
 
     checkpoints = {'trained': str(trained), 'reparameterized': str(merged)}
@@ -327,9 +328,14 @@ def main() -> None:
     p.add_argument(
         '--max-iters', type=cli.positive_int, metavar='N', help="iterations (default: as in the demo's config)"
     )
-    p.add_argument('--resume', action='store_true', help='continue an interrupted demo')
+    former = p.add_mutually_exclusive_group()
+    former.add_argument('--resume', action='store_true', help='continue an interrupted demo')
+    former.add_argument('--overwrite', action='store_true', help='replace an earlier demo')
     args = p.parse_args()
-    start, task, out = time.monotonic(), TASKS[args.task], prepare_work_dir(args.out, option='--out')
+    start, task = time.monotonic(), TASKS[args.task]
+    if not (args.resume or args.overwrite):
+        require_no_run(Path(args.out, 'train'))
+    out = cli.prepare_out(args, 'demo.json', 'report.html', 'predictions.png', 'reparameterized.pth')
     rows, figures = run_demo(task, out, args.seed, args.max_iters, args.resume)
     write_record(figures, out / 'demo.json')
     cells, names = table_cells(rows), ', '.join(task.metrics)

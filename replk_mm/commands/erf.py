@@ -9,12 +9,11 @@ import os
 from pathlib import Path
 
 from replk_mm import cli
-from replk_mm.analysis.erf import Erf, measure_erf
+from replk_mm.analysis.erf import Erf, image_files, measure_erf
 from replk_mm.analysis.erf_report import comparison_warnings, disambiguate, draw_heat_maps, format_tables
 from replk_mm.engine.config import load_config
-from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import command, command_line
-from replk_mm.files import write_atomic
+from replk_mm.files import write_output
 from replk_mm.text import markdown_text, update_page
 
 
@@ -29,7 +28,7 @@ def main() -> None:
     p.add_argument(
         'checkpoint', nargs='?', help='trained checkpoint of that model, merged or not (default: random weights)'
     )
-    p.add_argument('--out', required=True, metavar='DIR', help='folder for the results')
+    cli.add_out(p, 'folder for the results')
     p.add_argument('--images', type=Path, metavar='DIR', help='folder of images, subfolders included')
     p.add_argument(
         '--size',
@@ -70,12 +69,14 @@ def main() -> None:
     if bool(args.compare) == bool(args.config):
         p.error('give either a CONFIG or --compare JSON JSON ...')
     if args.compare:
-        compare(args.compare, prepare_work_dir(args.out, option='--out'), args.name, args.page)
+        names = [f'{args.name}.png'] + [f'{args.name}.md'] * (not args.page)
+        compare(args.compare, cli.prepare_out(args, *names), args.name, args.page)
         return
     if not args.images:
         p.error('--images DIR is missing')
     if args.page:
         p.error('--page needs --compare')
+    cli.prepare_out(args, 'erf.json', 'erf.npz', 'erf.png', inputs=image_files(args.images, args.count))
     cfg = load_config(args.config, args.cfg_options, needs=('model',))
     found = measure_erf(
         cfg,
@@ -114,6 +115,6 @@ def compare(paths: list[Path], out: Path, name: str, page: Path | None) -> None:
         link = Path(os.path.relpath(picture, page.parent)).as_posix()
         update_page(page, name, f'![Heat maps of effective receptive fields]({link})\n\n{text}')
     else:
-        page = write_atomic(picture.with_suffix('.md'), text)
+        page = write_output(picture.with_suffix('.md'), text)
     print(text)
     print(f'written: {page}, {picture}')

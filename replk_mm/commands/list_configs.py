@@ -13,6 +13,7 @@ from rich.progress import track
 from replk_mm import cli, published
 from replk_mm.analysis.complexity import build_on_meta, count_parameters
 from replk_mm.errors import UserError, command
+from replk_mm.files import check_outputs, write_output
 
 COMMAND = 'python tools/list_configs.py --write docs/configs.md'
 
@@ -161,7 +162,8 @@ def to_markdown(rows: Iterable[ConfigRow], link_to: str = 'configs') -> str:
 
 def render_page(rows: Iterable[ConfigRow]) -> str:
     """The text of ``docs/configs.md``."""
-    return f'<!-- Do not edit: written by `{COMMAND}` -->\n# Configs\n\n{to_markdown(rows, "../configs")}\n{NOTES}'
+    head = f'<!-- generator: replk_mm. Do not edit: written by `{COMMAND}` -->\n# Configs'
+    return f'{head}\n\n{to_markdown(rows, "../configs")}\n{NOTES}'
 
 
 def parse_args() -> argparse.Namespace:
@@ -176,6 +178,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--write', type=Path, metavar='PAGE', help='write the tables to this page, such as docs/configs.md'
     )
+    cli.add_overwrite(parser)
     return parser.parse_args()
 
 
@@ -186,8 +189,6 @@ def main() -> None:
     if not args.write:
         print(to_markdown(rows, args.configs.as_posix()), end='')
         return
-    try:
-        args.write.write_text(render_page(rows), encoding='utf-8')
-    except OSError as error:
-        raise UserError(f'{args.write}: {error.strerror}\nUse --write with a file in an existing folder.') from error
+    check_outputs([args.write], overwrite=args.overwrite)
+    write_output(args.write, render_page(rows))
     print(f'written: {args.write}')

@@ -22,10 +22,11 @@ def main() -> None:
         metavar=('H', 'W'),
         help='size of the random test image in pixels (default: 64 64)',
     )
+    cli.add_overwrite(p)
     cli.add_config_options(p)
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    changes, differences = reparameterize_checkpoint(cfg, args.checkpoint, args.out, tuple(args.shape))
+    changes, differences = reparameterize_checkpoint(cfg, args.checkpoint, args.out, tuple(args.shape), args.overwrite)
     print(changes if changes.merged or changes.folded else f'already merged, or without BatchNorm: {changes}')
     for difference in differences:
         print(difference)

@@ -11,7 +11,6 @@ from pathlib import Path
 from replk_mm import cli
 from replk_mm.bench.report.load import SKIPPED_STATUS, load_report
 from replk_mm.bench.report.render import render_html, render_markdown, render_suite_tables
-from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import command, printable
 from replk_mm.files import write_output
 from replk_mm.text import update_page
@@ -30,7 +29,7 @@ def main() -> int:
     p = cli.parser(__doc__, 'report work_dirs/suites/kernel_size --out report/')
     p.epilog = f'{p.epilog}\n{STATUSES}'
     p.add_argument('results', nargs='+', metavar='RESULTS', help='work dir, folder or .jsonl file')
-    p.add_argument('--out', required=True, metavar='DIR', help='output folder for index.html and report.md')
+    cli.add_out(p, 'output folder for index.html and report.md')
     p.add_argument(
         '--page',
         metavar='FILE',
@@ -45,7 +44,7 @@ def main() -> int:
     )
     args = p.parse_args()
     found = load_report(args.results)
-    out = prepare_work_dir(args.out, option='--out')
+    out = cli.prepare_out(args, 'index.html', 'report.md')
     for name, text in (('index.html', render_html(found, args.data_root)), ('report.md', render_markdown(found))):
         write_output(Path(out, name), text)
         print(f'written: {Path(out, name)}')

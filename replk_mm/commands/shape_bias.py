@@ -23,14 +23,13 @@ def main() -> None:
         metavar='DIR',
         help='data set that make_demo_data wrote with --scenes conflict',
     )
-    p.add_argument(
-        '--out', required=True, type=Path, metavar='DIR', help='folder for shape_bias.json and shape_bias.png'
-    )
+    cli.add_out(p, 'folder for shape_bias.json and shape_bias.png')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     cli.add_config_options(p)
     args = p.parse_args()
+    out = cli.prepare_out(args, 'shape_bias.json', 'shape_bias.png')
     cfg = load_config(args.config, args.cfg_options)
-    bias = measure_shape_bias(cfg, args.checkpoint, args.data_root, args.out, args.device)
+    bias = measure_shape_bias(cfg, args.checkpoint, args.data_root, out, args.device)
     values = bias.values()
     rows = [('shape of', 'by shape', 'by texture', 'other', 'shape bias')]
     for name, row in (*values['per_class'].items(), ('all', values)):
@@ -43,4 +42,4 @@ def main() -> None:
             f'where shape and texture agree, {100 * values["agreeing_accuracy"]:.1f} % of '
             f'{values["agreeing_objects"]} objects are decided correctly; shape bias is meaningful only if most are'
         )
-    print(f'written: {args.out / "shape_bias.json"}, {args.out / "shape_bias.png"}')
+    print(f'written: {out / "shape_bias.json"}, {out / "shape_bias.png"}')

@@ -7,7 +7,6 @@ from mmengine.dist import get_rank
 from replk_mm import cli
 from replk_mm.engine.config import load_config
 from replk_mm.engine.evaluate import evaluate
-from replk_mm.engine.process import prepare_work_dir
 from replk_mm.engine.record import evaluation_record, write_record
 from replk_mm.errors import command
 from replk_mm.text import class_table, format_duration, format_metrics
@@ -21,11 +20,13 @@ def main() -> None:
     cli.add_run_arguments(p)
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
     p.add_argument('--tta', action='store_true', help="use the config's test-time augmentation (scales and flips)")
-    p.add_argument('--out', metavar='DIR', help='write metrics.json and the predictions to this folder')
+    cli.add_out(p, 'write metrics.json and the predictions to this folder', required=False)
     args = p.parse_args()
     out = Path(args.out) if args.out else None
     if out:
-        prepare_work_dir(out, option='--out')
+        former = [out / 'predictions', *(out / 'predictions').rglob('*')]
+        former = [path.relative_to(out) for path in former if path.is_symlink() or path.is_file()]
+        cli.prepare_out(args, 'metrics.json', *former)
     cfg = load_config(args.config, args.cfg_options)
     result = evaluate(
         cfg,

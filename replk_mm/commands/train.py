@@ -30,13 +30,15 @@ def main() -> None:
     p.add_argument(
         '--max-iters', type=cli.positive_int, metavar='N', help='train N iterations, with the schedule in proportion'
     )
-    p.add_argument(
+    former = p.add_mutually_exclusive_group()
+    former.add_argument(
         '--resume',
         nargs='?',
         const='auto',
         metavar='CKPT',
         help='continue from a checkpoint (default: the last one of the work dir)',
     )
+    former.add_argument('--overwrite', action='store_true', help='replace the run in the work dir')
     p.add_argument('--pretrained', metavar='FILE', help="initial weights of the backbone, or 'none' for random weights")
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
     p.add_argument('--seed', type=seed, metavar='N', help='random seed (default: drawn and recorded)')
@@ -50,7 +52,7 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     notes = prepare_training(cfg, cli.run_options(args))
     start = time.monotonic()
-    last = train(cfg, notes, args.preflight)
+    last = train(cfg, notes, args.preflight, args.overwrite)
     if get_rank() == 0:
         print(f'trained in {format_duration(time.monotonic() - start)}: {last}')
         if last.is_file():

@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
+from replk_mm.engine.resuming import former_run
 from replk_mm.evaluation.gather import absent_classes
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration, format_metrics
@@ -149,6 +150,19 @@ class ProgressHook(Hook):
         """Print the metrics."""
         absent = absent_classes(getattr(getattr(runner.val_loop, 'evaluator', None), 'metrics', ()))
         print(f'validation at iteration {runner.iter}: {format_metrics(metrics or {}, absent)}', flush=True)
+
+
+@HOOKS.register_module()
+class OverwriteHook(Hook):
+    """Remove the checkpoints of the former run, which ``--overwrite`` replaces."""
+
+    priority = 'LOWEST'  # after the dry run
+
+    @master_only
+    def before_train(self, runner: Runner) -> None:
+        """Remove them."""
+        for path in [*former_run(runner.work_dir), Path(runner.work_dir, 'last_checkpoint')]:
+            path.unlink(missing_ok=True)
 
 
 COLUMNS = ('group', 'lr', 'weight_decay', 'tensors', 'parameters', 'first', 'last')

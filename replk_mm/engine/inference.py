@@ -8,13 +8,7 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from replk_mm.checkpoints.io import (
-    fetch_checkpoint,
-    hash_checkpoint,
-    read_checkpoint,
-    require_different_files,
-    save_checkpoint,
-)
+from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint, read_checkpoint, save_checkpoint
 from replk_mm.checkpoints.key_formats import FOLDED, find_weights
 from replk_mm.checkpoints.loading import (
     TRAINING_ONLY,
@@ -31,6 +25,7 @@ from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.errors import UserError, format_list
+from replk_mm.files import GENERATOR, check_outputs
 from replk_mm.logs import Note, announce, log_notes
 from replk_mm.ops import prepack
 from replk_mm.wrappers import input_channels
@@ -167,7 +162,7 @@ def load_for_inference(model: nn.Module, checkpoint: str | Path | None, *, repar
 
 
 def reparameterize_checkpoint(
-    cfg: Config, checkpoint: str, out: str | Path, shape: tuple[int, int] = (64, 64)
+    cfg: Config, checkpoint: str, out: str | Path, shape: tuple[int, int] = (64, 64), overwrite: bool = False
 ) -> tuple[Changes, list]:
     """Merge and fold a trained checkpoint, check that its outputs stay the same, and write it.
 
@@ -176,6 +171,7 @@ def reparameterize_checkpoint(
         checkpoint: Path or URL. A merged checkpoint is written again unchanged.
         out: File to write. Nothing is written if the check fails.
         shape: Height and width of the random test image, in pixels.
+        overwrite: Whether to replace a file at ``out`` that this function did not write. Defaults to False.
 
     Returns:
         The changes, and the differences of the outputs.
@@ -184,7 +180,7 @@ def reparameterize_checkpoint(
         UserError: If the checkpoint does not fit, the outputs differ beyond the tolerance, or ``out`` cannot be
             written.
     """
-    require_different_files(checkpoint, out)
+    check_outputs([out], inputs=[checkpoint], overwrite=overwrite)
     built = build_for_inference(cfg, checkpoint, packed=False)
     model, meta = built.model, built.meta
     merged, changes = reparameterize(model)
@@ -202,7 +198,7 @@ def reparameterize_checkpoint(
         differences=[dict(dtype=str(d.dtype), absolute=d.absolute, relative=d.relative) for d in differences],
     )
     plain = {key: value for key, value in meta.items() if isinstance(value, (str, int, float, bool, dict, list, tuple))}
-    meta = {**plain, 'replk_mm': {'reparameterized': record}}
+    meta = {**GENERATOR, **plain, 'replk_mm': {'reparameterized': record}}
     if not any(key.endswith(FOLDED) for key in merged.state_dict()):
         announce('note: this model has no backbone of replk_mm: programs other than ours do not notice merged weights')
     save_checkpoint({'meta': meta, 'state_dict': merged.state_dict()}, out)

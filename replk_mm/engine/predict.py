@@ -17,6 +17,7 @@ from replk_mm.data.files import read_image
 from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.process import select_device
 from replk_mm.errors import UserError, explain_errors
+from replk_mm.files import write_output
 from replk_mm.wrappers import num_classes_of
 
 
@@ -62,8 +63,7 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
     Raises:
         UserError: If it cannot be written.
     """
-    if not cv2.imwrite(str(path), picture):
-        raise UserError(f'{path}: cannot be written\nFree disk space, check the permissions, or choose another folder.')
+    write_output(path, cv2.imencode(path.suffix, picture)[1].tobytes())
 
 
 def predict(model: nn.Module, images: Sequence[str]) -> Iterator[tuple[Path, np.ndarray, BaseDataElement]]:

@@ -18,7 +18,7 @@ from replk_mm.data.classes import use_classes
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten_schedule
 from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
-from replk_mm.engine.resuming import RESUMABLE, resume
+from replk_mm.engine.resuming import RESUMABLE, require_no_run, resume
 from replk_mm.errors import UserError
 from replk_mm.logs import Note
 
@@ -47,6 +47,8 @@ def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
     cfg.launcher = options.launcher
     init_gloo(cfg, device)
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
+    if not (options.resume or cfg.get('resume')):
+        require_no_run(cfg.work_dir, options.overwrite, filter(None, (options.pretrained, cfg.get('load_from'))))
     notes = prepare_data(cfg, options, ('train', 'val'))
     with explain_build_errors(cfg, 'run'):
         if options.max_iters is not None:

@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import os
 import shutil
+import tempfile
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +36,7 @@ class RunOptions:
         device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for a GPU if there is one.
         seed: Random seed; None draws and records one.
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+        overwrite: Whether a new training replaces the one in ``work_dir``.
     """
 
     data_root: str | None = None
@@ -47,6 +49,7 @@ class RunOptions:
     device: str | None = None
     seed: int | None = None
     launcher: str = 'none'
+    overwrite: bool = False
 
 
 def select_device(name: str | None) -> str:
@@ -162,9 +165,8 @@ def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-di
     what = f'{option[2:].replace("-", " ")} {folder}'
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f'.write-test-{os.getpid()}'
-        probe.write_bytes(b'0')
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b'0')
     except OSError as error:
         raise UserError(
             f'{what}: cannot be written to ({error.strerror})\nChoose another folder with {option} DIR.'

@@ -13,7 +13,7 @@ from replk_mm import __version__
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.evaluate import Evaluation
-from replk_mm.files import write_output
+from replk_mm.files import GENERATOR, write_output
 
 
 def describe_protocol(cfg: Config, tta: bool) -> dict:
@@ -104,4 +104,4 @@ def write_record(found: dict, path: Path) -> None:
     Raises:
         UserError: If it cannot be written.
     """
-    write_output(path, json.dumps(found, indent=2, allow_nan=False) + '\n')
+    write_output(path, json.dumps({**GENERATOR, **found}, indent=2, allow_nan=False) + '\n')

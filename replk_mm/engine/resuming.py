@@ -4,7 +4,7 @@ import math
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from replk_mm.data.checks.classes import compare_with_checkpoint
 from replk_mm.data.datasets import as_list
 from replk_mm.engine.config_errors import arguments_of
 from replk_mm.engine.process import RunOptions
-from replk_mm.errors import UserError, first_line
+from replk_mm.errors import UserError, first_line, format_list
+from replk_mm.files import check_outputs
 from replk_mm.logs import Note
 
 # Names of regular checkpoints. A best checkpoint has a prefix and may be older.
@@ -35,6 +36,28 @@ def last_checkpoint(work_dir: str | Path) -> str | None:
     """The last checkpoint of a training in ``work_dir``, also if the folder was moved."""
     found = _checkpoints(work_dir)
     return str(found[0]) if found else None
+
+
+def require_no_run(work_dir: str | Path, overwrite: bool = False, sources: Iterable[str] = ()) -> None:
+    """Check that a new training replaces no checkpoints, or, with ``overwrite``, none of its ``sources``.
+
+    Raises:
+        UserError: If it does.
+    """
+    found = former_run(work_dir)
+    if overwrite:
+        check_outputs(found, inputs=sources, overwrite=True)
+    elif found:
+        raise UserError(
+            f'{work_dir}: holds the checkpoints of a run ({format_list((path.name for path in found), 3)})\n'
+            f'Continue it with --resume, choose another --work-dir, or replace it with --overwrite.'
+        )
+
+
+def former_run(work_dir: str | Path) -> list[Path]:
+    """All checkpoints that training wrote to a work directory, the best ones too."""
+    found = {*_checkpoints(work_dir), *Path(work_dir).glob('best_*.pth')}
+    return sorted(path for path in found if path.parent == Path(work_dir))
 
 
 def _checkpoints(work_dir: str | Path) -> list[Path]:

@@ -66,6 +66,13 @@ class Runner(MMEngineRunner):
         with explain_build_errors(cfg, 'run'):
             return super().from_cfg(cfg)
 
+    def dump_config(self) -> None:
+        """Write the config to the work directory; that of a test, and one that was read there, to the log folder."""
+        name = Path(self.cfg.filename or f'{self.timestamp}.py').name
+        folder = Path(self.work_dir)
+        read = self.cfg.filename and os.path.realpath(self.cfg.filename) == os.path.realpath(folder / name)
+        write_atomic(Path(self._log_dir if read or self._train_loop is None else folder, name), self.cfg.pretty_text)
+
     def build_logger(self, *args, **kwargs) -> MMLogger:
         """Build the logger, which prints less than it writes to its file; see :mod:`replk_mm.logs`."""
         return limit_terminal(super().build_logger(*args, **kwargs))
@@ -206,6 +213,7 @@ class Runner(MMEngineRunner):
         if '://' in str(out_dir):
             return super().save_checkpoint(out_dir, filename, *args, **kwargs)
         part = Path(out_dir, f'{filename}.part')
+        part.unlink(missing_ok=True)  # a link would be followed
         try:
             super().save_checkpoint(out_dir, part.name, *args, **kwargs)
             with part.open('rb+') as file:

@@ -15,6 +15,7 @@ from mmengine.logging import print_log
 from replk_mm.data.coco_dataset import CocoIndex
 from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import GatheringMetric
+from replk_mm.files import write_output
 from replk_mm.registry import METRICS
 
 #: Index in ``COCOeval.stats`` by mmdet's name. Scores without an IoU in the name average over IoU 0.5 to 0.95.
@@ -94,8 +95,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
                 "Set metric='bbox' in val_evaluator and test_evaluator."
             )
         with tempfile.TemporaryDirectory() as folder:
-            prefix = self.outfile_prefix or f'{folder}/results'
-            Path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            prefix = f'{folder}/results'
             if self._coco_api is None:
                 self._coco_api = CocoIndex(self.gt_to_coco_json(truths, prefix))
             self.img_ids = self._coco_api.get_img_ids()
@@ -106,6 +106,8 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             files = self.results2json(kept, prefix)
             if 'segm' in files:  # pycocotools would take the area of a box for that of the mask
                 dump([{k: v for k, v in d.items() if k != 'bbox'} for d in load(files['segm'])], files['segm'])
+            for file in Path(folder).glob('*.json') if self.outfile_prefix else ():
+                write_output(f'{self.outfile_prefix}{file.name.removeprefix("results")}', file.read_bytes())
             if self.format_only:
                 return {}
             metrics: dict[str, float] = {}

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from mmseg.evaluation.metrics import IoUMetric as MMSegIoUMetric
-from PIL import Image
 
 from replk_mm.evaluation.gather import GatheringMetric
+from replk_mm.files import write_output
 from replk_mm.registry import METRICS
 
 
@@ -47,10 +48,9 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
         if self.images_root is not None:
             folder, root = path.resolve().parent, Path(self.images_root).resolve()
             place /= folder.relative_to(root) if folder.is_relative_to(root) else ''
-        place.mkdir(parents=True, exist_ok=True)
         # Undo reduce_zero_label, as mmseg does.
         labels = sample['pred_sem_seg']['data'].squeeze().cpu().numpy() + int(sample.get('reduce_zero_label', False))
-        Image.fromarray(labels.astype(np.uint8)).save(place / f'{path.stem}.png')
+        write_output(place / f'{path.stem}.png', cv2.imencode('.png', labels.astype(np.uint8))[1].tobytes())
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Metrics in percent from the histograms of all images."""

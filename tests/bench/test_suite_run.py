@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import suite_fake
+from filelock import FileLock
 from rich.console import Console
 
 from replk_mm.bench.records import append_record, write_json
@@ -22,7 +23,6 @@ from replk_mm.bench.suites import plan, runner
 from replk_mm.bench.suites.progress import time_left
 from replk_mm.bench.suites.runner import Settings, SuiteRunner
 from replk_mm.bench.suites.task import utc_now
-from replk_mm.bench.suites.worker import lock_folder
 
 MEASURES = ('train', 'complexity', 'metric', 'speed')
 FORK = multiprocessing.get_context('fork')
@@ -276,9 +276,8 @@ def test_devices_are_assigned_in_turn():
 def test_a_second_process_of_a_row_gives_way(tmp_path, monkeypatch):
     suite = write_suite(tmp_path, {'a': {}})
     [task] = tasks_of(suite, tmp_path / 'w')
-    with lock_folder(task.folder):
-        with pytest.raises(BlockingIOError), lock_folder(task.folder, 0.2):
-            pass
+    task.folder.mkdir(parents=True)
+    with FileLock(task.folder / 'lock'):
         monkeypatch.setenv('SUITE_FAKE_PATIENCE', '0.2')
         [(_, reason)], _ = run(suite, tmp_path / 'w')
         assert reason == 'another process is running this row and seed'

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-import sys
 
 import cv2
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from checkpoint_cases import tiny_backbone, write
 from PIL import Image
 from tiny import ROOT, run_tool, tiny, trained  # noqa: F401
-from tool_cases import merged, plain, read  # noqa: F401
+from tool_cases import merged, plain, read, tool_main  # noqa: F401
 
 # ruff: noqa: F811 (fixtures that come from another file)
 
@@ -30,15 +29,6 @@ TOOLS = [
     'suite',
     'report',
 ]
-
-
-def tool_main(name: str, *args, monkeypatch) -> int:
-    """Run a command in this process."""
-    import importlib
-
-    module = importlib.import_module(f'replk_mm.commands.{name}')
-    monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, args)])
-    return module.main()
 
 
 @pytest.mark.parametrize('name', TOOLS)
@@ -136,7 +126,7 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(tiny, trained, tmp_pat
 def test_converting_onto_the_input_is_rejected(trained, monkeypatch, capsys):
     before = trained.stat().st_mtime_ns
     assert tool_main('convert_checkpoint', trained, trained, monkeypatch=monkeypatch) == 2
-    assert 'same file' in capsys.readouterr().err and trained.stat().st_mtime_ns == before
+    assert 'is an input' in capsys.readouterr().err and trained.stat().st_mtime_ns == before
 
 
 def test_converting_to_the_authors_names_and_back(trained, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """What tests of the chain from training to a merged network share."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,13 @@ def plain(tiny, trained, tmp_path_factory):
     out = tmp_path_factory.mktemp('plain')
     cfg = tiny.cfg()
     return cfg, evaluate(cfg, str(trained), tiny.options(out), predictions=out / 'predictions'), out / 'predictions'
+
+
+def tool_main(name: str, *args, monkeypatch) -> int:
+    """Run a command in this process."""
+    module = importlib.import_module(f'replk_mm.commands.{name}')
+    monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, args)])
+    return module.main()
 
 
 def read(path) -> dict:

@@ -10,7 +10,7 @@ import torch
 
 from replk_mm.engine.record import environment_info, replace_non_finite
 from replk_mm.environment import describe_machine, git_state
-from replk_mm.files import write_output
+from replk_mm.files import GENERATOR, write_output
 from replk_mm.text import text_table
 
 _PACKAGES = ('mmsegmentation', 'mmdet', 'openvino', 'onnxruntime', 'onnx')
@@ -67,7 +67,7 @@ def describe_environment(keeps_freed_memory: bool) -> dict:
 
 def record_to_json(record: dict) -> str:
     """A record as strict JSON; null for missing values and for those that are not finite."""
-    return json.dumps(replace_non_finite(record), indent=2, allow_nan=False)
+    return json.dumps({**GENERATOR, **replace_non_finite(record)}, indent=2, allow_nan=False)
 
 
 def write_record(record: dict, folder: Path) -> list[Path]:

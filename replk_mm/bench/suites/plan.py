@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import fcntl
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from mmengine.config import Config
 
 from replk_mm import published
@@ -260,8 +260,7 @@ def _data_of(suite: Suite, row: SuiteRow, cfg: Config, options: SuiteOptions) ->
         return None, wanted
     folder = options.work_dir / 'data' / f'{kind.name}-{wanted["layout"]}-{fingerprint(wanted)[:8]}'
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / 'lock').open('a') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tasks of a job array start together
+    with FileLock(folder.parent / 'lock'):  # tasks of a job array start together
         if not (folder / META).is_file():
             write_demo_data(
                 folder,

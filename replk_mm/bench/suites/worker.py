@@ -6,7 +6,6 @@ Under torchrun or Slurm, the first process writes the records.
 """
 
 import contextlib
-import fcntl
 import importlib
 import os
 import re
@@ -15,12 +14,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from replk_mm.bench import records
 from replk_mm.bench.suites.task import Task, utc_now
@@ -93,31 +93,6 @@ def describe_error(error: BaseException) -> str:
     return f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path, patience: float = 20.0) -> Iterator[None]:
-    """Lock a row and seed against other processes.
-
-    Args:
-        folder: Of the row and seed.
-        patience: Seconds to wait for another process, such as one whose suite was just killed.
-
-    Raises:
-        BlockingIOError: If another process does not end in time.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / 'lock').open('a') as file:
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.05)
-        yield
-
-
 def exit_with_suite() -> None:
     """End this process and its group when the suite that started it was killed."""
     suite = int(os.environ.get(SUITE_PID) or 0)
@@ -137,7 +112,7 @@ def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', pa
     Args:
         path: The task's file.
         measurements: Module with ``TABLE`` and ``environment()``.
-        patience: See :func:`lock_folder`.
+        patience: Seconds to wait for another process, such as one whose suite was just killed.
 
     Returns:
         Status: 0 if all was measured, 1 if not, :data:`BUSY` if another process runs the row, 130 if interrupted.
@@ -146,12 +121,12 @@ def main(path: str, measurements: str = 'replk_mm.bench.suites.measurements', pa
     task = Task.model_validate_json(Path(path).read_text())
     rank = int(os.environ.get(dict(pytorch='RANK', slurm='SLURM_PROCID').get(task.launcher, ''), 0))
     try:
-        with lock_folder(task.folder, patience) if rank == 0 else contextlib.nullcontext():
+        with FileLock(task.folder / 'lock', patience) if rank == 0 else contextlib.nullcontext():
             if task.launcher == 'none':  # the process of a killed suite may have recorded more meanwhile
                 task = task.subset(task.unfinished())
             module = importlib.import_module(measurements)  # imports torch
             return 0 if run_task(task, module.TABLE, module.environment(), rank) else 1
-    except BlockingIOError:
+    except Timeout:
         print(f'{task.folder}: another process is running this row and seed', flush=True)
         return BUSY
     except KeyboardInterrupt as error:  # not a failure: the row continues when the suite does
