@@ -369,7 +369,7 @@ def test_the_command(run, suite, tmp_path, capsys) -> None:
     (tmp_path / 'taken' / 'index.html').mkdir(parents=True)
     capsys.readouterr()
     assert run(suite, '--out', tmp_path / 'taken') == 2
-    assert f'error: {tmp_path / "taken" / "index.html"}: cannot be written (Is a directory)' in capsys.readouterr().err
+    assert f'error: {tmp_path / "taken" / "index.html"}: is not a regular file' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run('--help')
     assert re.search(r'^ +3 +written, .*skipped', capsys.readouterr().out, re.MULTILINE)
