@@ -129,7 +129,7 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str, str, bool]]:
     for name, module in model.named_modules():
         found: list[tuple[str, str, bool]] = []
         if _runs_as(module, ConvModule):
-            if module.with_norm and module.order[:2] == ('conv', 'norm') and not module.with_spectral_norm:
+            if module.with_norm and module.order[:2] == ('conv', 'norm'):
                 found = [('conv', module.norm_name, False)]
         elif _runs_as(module, ConvNorm):
             found = [('conv', 'bn', False)]

@@ -128,8 +128,6 @@ def _is_plain_conv(module: ConvModule, maps: list[Tensor]) -> bool:
         and conv.stride == conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == 'zeros'
-        and not module.with_explicit_padding
-        and not module.with_spectral_norm
         and module.order == ('conv', 'norm', 'act')
         and module.efficient_conv_bn_eval_forward is None
     )

@@ -206,6 +206,10 @@ def test_init_cfg(prefix, tmp_path):
     model = MODELS.build(dict(type='replk_mm.RepLKNet', arch=TINY, init_cfg=cfg))
     model.init_weights()
     assert_same(model, source)
+    other = tiny_backbone(2).state_dict()
+    model.load_state_dict(other)
+    model.init_weights()  # of a parent: the file is loaded once
+    assert_same(model, other)
     # As part of a larger model, after other initializations; and before them in the list.
     model = MODELS.build(
         dict(type='replk_mm.RepLKNet', arch=TINY, init_cfg=[cfg, dict(type='Constant', layer='Conv2d', val=0.0)])

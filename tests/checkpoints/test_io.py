@@ -43,9 +43,12 @@ def names(folder) -> list[str]:
 def test_save_round_trip(suffix, tmp_path):
     path = tmp_path / 'deep' / 'er' / f'a.{suffix}'
     meta = {'iter': 3, 'dataset_meta': {'classes': ['a', 'b']}}
-    save_checkpoint({'state_dict': {'w': torch.arange(3.0), 'shared': torch.ones(4)[::2]}, 'meta': meta}, path)
+    weight = torch.arange(3.0, requires_grad=True)
+    weights = {'w': weight, 'tied': weight, 'part': weight[1:], 'strided': torch.ones(4)[::2]}
+    save_checkpoint({'state_dict': weights, 'meta': meta}, path)
     loaded = read_checkpoint(path)
-    assert loaded['state_dict']['w'].tolist() == [0, 1, 2] and loaded['state_dict']['shared'].tolist() == [1, 1]
+    found = {key: value.tolist() for key, value in loaded['state_dict'].items()}
+    assert found == {'w': [0, 1, 2], 'tied': [0, 1, 2], 'part': [1, 2], 'strided': [1, 1]}
     assert loaded['meta'] == meta and names(path.parent) == [path.name]
 
 
@@ -99,12 +102,12 @@ def test_everything_in_a_checkpoint_becomes_plain(tmp_path):
         size=torch.Size([1]),
         kinds=(torch.float32, torch.device('cpu')),
         nested={'fine': 1, 'functions': [print]},
-        log=HistoryBuffer([1.0, 2.0], [1, 1]),
+        log=HistoryBuffer([1.0, 2.0], [1, 1], max_length=3),
     )
     torch.save(to_plain_data(content), tmp_path / 'a.pth')
     loaded = torch.load(tmp_path / 'a.pth', weights_only=True)
     buffer = restore_log_buffer(loaded.pop('log'))
-    assert type(buffer) is HistoryBuffer and buffer.data[0].tolist() == [1, 2] and buffer.max_length == 1_000_000
+    assert type(buffer) is HistoryBuffer and buffer.data[0].tolist() == [1, 2] and buffer.max_length == 3
     assert loaded.pop('state_dict')._metadata == weights._metadata
     assert loaded == dict(
         config={'a': {'b': 1}},

@@ -101,7 +101,7 @@ def test_values_of_training_scripts_are_read(tmp_path):
         'rng': state,
         'legacy_rng': np.random.RandomState(1).get_state(),
         'grid': np.arange(6).reshape(2, 3).T,
-        'log': HistoryBuffer([1.0, 2.0, 6.0], [1, 1, 2]),
+        'log': HistoryBuffer([1.0, 2.0, 6.0], [1, 1, 2], max_length=3),
     }
     for legacy in (False, True):
         torch.save(content, tmp_path / 'a.pth', _use_new_zipfile_serialization=not legacy)
@@ -113,7 +113,7 @@ def test_values_of_training_scripts_are_read(tmp_path):
         log = loaded['log']
         assert type(log) is HistoryBuffer and (log.mean(), log.max(), log.current()) == (9 / 4, 6, 6)
         log.update(3.0)
-        assert log.current() == 3
+        assert log.current() == 3 and log.data[0].tolist() == [2, 6, 3]
 
 
 @pytest.mark.parametrize('dtype', ['bool', 'u1', 'i8', 'f2', '>f4', 'c8', 'U3'])

@@ -148,6 +148,10 @@ def test_test_time_augmentation_runs_and_changes_the_result(tiny, trained, plain
     protocol = describe_protocol(cfg, True)
     assert protocol['tta'] is True
     assert protocol['pipeline'] == tiny.cfg().tta_pipeline, 'without the checks around its loading steps'
+    cfg = tiny.cfg()
+    cfg.tta_test_cfg = dict(mode='its own')
+    with pytest.raises(UserError, match="mode='its own'"):
+        evaluate(cfg, str(trained), tiny.options(tmp_path), tta=True)
 
 
 def test_augmentation_that_the_config_does_not_have(tiny, trained, tmp_path):

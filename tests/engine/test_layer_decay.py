@@ -179,6 +179,23 @@ def test_replknet_by_hand(arch, layers, merged):
     assert_steps(model, STAGES, settings(model, build(model, decay_type='stage_wise')))
 
 
+@pytest.mark.parametrize(
+    'depths, layers',
+    [
+        ([4, 7, 7, 5], [[1] * 4, [2] * 7, [3, 3, 3, 4, 4, 4, 5], [6] * 5]),
+        ([4, 4, 7], [[1] * 4, [2] * 4, [3] * 7]),
+        ([1, 1, 7, 1, 4], [[1], [2], [3] * 7, [4], [5] * 4]),
+    ],
+)
+def test_only_the_third_stage_of_four_has_several_layers(depths, layers):
+    with torch.device('meta'):
+        model = ConvNeXt(dict(depths=depths, channels=[4] * len(depths)))
+    count = max(map(max, layers)) + 2
+    for stage, expected in enumerate(layers):
+        found = [model.get_layer_depth(f'stages.{stage}.{block}.gamma') for block in range(depths[stage])]
+        assert found == [(layer, count) for layer in expected]
+
+
 def test_folded_networks_keep_their_depths():
     model = small('RepLKNet')
     before = len(list(model.named_parameters()))

@@ -214,7 +214,24 @@ def test_pyramid_at_its_own_resolution(align_corners, norm, monkeypatch):
     assert any('fpn_bottleneck' in name for name in changes.folded) == (norm == 'BN')
 
 
-@pytest.mark.parametrize('change', ['hook', 'half precision', 'dilation', 'meta'])
+def in_groups(module):
+    module.conv.weight = nn.Parameter(module.conv.weight[:, : module.conv.in_channels // 2].clone())
+    module.conv.groups = 2
+
+
+CHANGES = {
+    'dilation': lambda module: vars(module.conv).update(dilation=(2, 2), padding=(2, 2)),
+    'stride': lambda module: vars(module.conv).update(stride=(2, 2)),
+    'padding': lambda module: vars(module.conv).update(padding=(2, 2)),
+    'reflected padding': lambda module: vars(module.conv).update(padding_mode='reflect'),
+    'groups': in_groups,
+    'order': lambda module: vars(module).update(order=('conv', 'act', 'norm')),
+    'spectral norm': lambda module: nn.utils.spectral_norm(module.conv),
+    'norm folded at run time': lambda module: module.turn_on_efficient_conv_bn_eval(True),
+}
+
+
+@pytest.mark.parametrize('change', ['hook', 'half precision', 'meta', *CHANGES])
 def test_pyramid_is_mmsegs_where_it_must_be(change, monkeypatch):
     monkeypatch.setattr(pyramid, 'MIN_MACS', 0)
     monkeypatch.setattr(pyramid, '_conv_resized', lambda *args: pytest.fail('the convolution was taken apart'))
@@ -233,8 +250,9 @@ def test_pyramid_is_mmsegs_where_it_must_be(change, monkeypatch):
         for module in (model.decode_head.fpn_bottleneck, model.decode_head.bottleneck):
             if change == 'hook':
                 module.conv.register_forward_hook(lambda module, args, out: seen.append(out))
-            if change == 'dilation':
-                module.conv.dilation = module.conv.padding = (2, 2)
+            if change in CHANGES:
+                torch.manual_seed(0)
+                CHANGES[change](module)
     features = theirs.extract_feat(x)  # in float32: only the head runs under autocast
     with torch.no_grad(), torch.autocast('cpu', torch.float16, enabled=change == 'half precision'):
         a, b = theirs.decode_head(features), ours.decode_head(features)
