@@ -294,6 +294,7 @@ def test_any_record_gives_a_result_or_a_user_error(meta, tmp_path_factory):
         ('seed', -1),
         ('seed', 2.5),
         ('iter', 'NaN'),
+        ('iter', '7'),
         ('epoch', [1]),
         ('replk_mm', 7),
         ('dataset_meta', {'classes': {'a': 1}}),

@@ -571,12 +571,14 @@ def test_one_channel_is_the_mean_probability(threshold):
     data = views(2)
     found = merged(SegTTAModel, ours, data)
     for i in range(2):
-        total = 0
+        shares = []
         for inputs, samples in zip(data['inputs'], data['data_samples'], strict=True):
             view = dict(inputs=[inputs[i]], data_samples=[copy.deepcopy(samples[i])])
             with torch.no_grad():
-                total = total + theirs.test_step(view)[0].seg_logits.data
-        assert torch.equal(found[i].pred_sem_seg.data, (total / len(VIEWS) > threshold).to(total))
+                shares.append(theirs.test_step(view)[0].seg_logits.data)
+        mean = sum(shares) / len(VIEWS)
+        assert torch.equal(found[i].pred_sem_seg.data, (mean > threshold).to(mean))
+        torch.testing.assert_close(found[i].seg_logits.data, shares[0])  # those of the first view stay
         assert len(found[i].pred_sem_seg.data.unique()) == 2
 
 

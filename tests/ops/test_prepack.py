@@ -10,6 +10,7 @@ from fused_cases import assert_close, build, image, truth
 from ops_cases import LAYOUTS
 
 from replk_mm.ops import DepthwiseConv2d, force_implementation, fused_conv2d, prepack
+from replk_mm.ops.cpu import cost_model
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -130,6 +131,18 @@ def test_training_makes_packed_weights_be_forgotten(name, spec):
                 assert_close(fused_conv2d(conv, x, nn.ReLU()), truth(conv, x, nn.ReLU()))
             fused_conv2d(conv, x, nn.ReLU()).sum().backward()
             optimizer.step()
+
+
+def test_kept_spectra_count_only_where_they_are_used(monkeypatch):
+    """Training computes them anew, so that FFTs are not as fast as in inference."""
+    conv, seen, choose = DepthwiseConv2d(8, 7), [], cost_model.choose_plan
+    monkeypatch.setattr(cost_model, 'choose_plan', lambda *args: seen.append(args[2]) or choose(*args))
+    for change in (lambda: None, lambda: prepack(conv)):
+        change()
+        conv(image())
+        with torch.no_grad():
+            conv(image())
+    assert seen == [False, False, False, True]
 
 
 def test_packed_weights_know_the_arguments_they_are_for():
