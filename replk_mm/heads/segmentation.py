@@ -345,7 +345,7 @@ class SegTTAModel(MMSegSegTTAModel):
                     found if binary else found.softmax(0)
                 )  # with one channel, mmseg's segmentors return the probability
                 if i == len(sums):
-                    sums.append(share.clone())
+                    sums.append(share)
                 else:
                     sums[i] += share
         if binary:

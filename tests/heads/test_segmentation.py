@@ -578,7 +578,6 @@ def test_one_channel_is_the_mean_probability(threshold):
                 shares.append(theirs.test_step(view)[0].seg_logits.data)
         mean = sum(shares) / len(VIEWS)
         assert torch.equal(found[i].pred_sem_seg.data, (mean > threshold).to(mean))
-        torch.testing.assert_close(found[i].seg_logits.data, shares[0])  # those of the first view stay
         assert len(found[i].pred_sem_seg.data.unique()) == 2
 
 
