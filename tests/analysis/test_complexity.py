@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from mmengine.config import Config
 from mmengine.registry import MODELS
 from tiny import CONFIG, ROOT
 
@@ -60,14 +61,16 @@ def test_closed_forms_by_part() -> None:
         'idle': (4, 0, NEVER),
     }
     assert found.macs == sum(part.macs for part in found.parts)
-    assert found.parameters == sum(p.numel() for p in Attention().parameters())
+    assert found.parameters == found.inference_parameters == sum(p.numel() for p in Attention().parameters())
 
 
 def test_operators_without_a_formula_are_listed() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GELU(), nn.Upsample(scale_factor=2, mode='bilinear'), nn.Flatten()
     )
-    found = {operator.name: (operator.calls, operator.elements) for operator in count_complexity(net, (5, 6)).uncounted}
+    uncounted = count_complexity(net, (5, 6)).uncounted
+    assert [operator.elements for operator in uncounted] == [4 * 120, 4 * 30, 4 * 30], 'most elements first'
+    found = {operator.name: (operator.calls, operator.elements) for operator in uncounted}
     norm = next(name for name in found if 'batch_norm' in name)
     assert found.pop(norm) == (1, 4 * 30)
     assert found == {'aten.gelu': (1, 4 * 30), 'aten.upsample_bilinear2d': (1, 4 * 120)}
@@ -96,8 +99,8 @@ def test_merging_removes_parallel_kernels_and_norms() -> None:
 
 def test_auxiliary_heads_are_not_inference_parameters() -> None:
     net = nn.Module()
-    net.decode_head, net.auxiliary_head = nn.Linear(2, 3), nn.Linear(2, 50)
-    assert complexity.count_inference_parameters(net) == 9
+    net.decode_head, net.auxiliary_head, net.auxiliary_neck = nn.Linear(2, 3), nn.Linear(2, 50), nn.Linear(1, 1)
+    assert complexity.count_inference_parameters(net) == 9 + 2
 
 
 @pytest.fixture(scope='module')
@@ -179,6 +182,17 @@ def test_bare_backbone_needs_a_size(backbone: str) -> None:
     row = next(row for row in published.table('kernel_size_study') if row['name'] == 'RepLKNet-31')
     assert (found.deployed.macs + 1024 * 1000) / 1e9 == pytest.approx(row['flops_g'], abs=0.1)
     assert (found.deployed.parameters + 1024 * 1000 + 1000) / 1e6 == pytest.approx(row['params_m'], abs=0.1)
+
+
+@pytest.mark.parametrize(('crop', 'shape'), [((33, 64), (64, 64)), ((64, 96), (64, 96)), ((65, 1), (96, 32))])
+def test_the_configs_size_is_padded_to_its_divisor(
+    tmp_path: Path, crop: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    path = tmp_path / 'padded.py'
+    preprocessor = dict(size=crop, pad_size_divisor=32)
+    path.write_text(f"model = dict(type='mmengine.ReadsValues', read='', data_preprocessor={preprocessor})\n")
+    found, source = complexity._default_shape(Config.fromfile(str(path)), str(path))
+    assert found == shape and ('padded' in source) == (crop != shape)
 
 
 @MODELS.register_module()

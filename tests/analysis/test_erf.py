@@ -352,6 +352,36 @@ def test_areas_by_summing_squares(size):
         assert area == dict(side=min(side, size), ratio=pytest.approx((min(side, size) / size) ** 2))
 
 
+def test_a_share_that_a_square_holds_exactly_needs_no_larger_one():
+    matrix = np.zeros((9, 9))
+    matrix[4, 4] = matrix[4, 6] = 1
+    assert [area['side'] for area in areas(matrix).values()] == [1, 1, 1, 5]
+
+
+def test_squares_of_a_heat_map_are_centered(tmp_path, drawn, monkeypatch):
+    """A square of side 2 r + 1 begins half a pixel before pixel ``size // 2 - r``."""
+    corners, scores = set(), np.zeros((8, 8))
+    scores[4, 4], scores[4, 5] = 3, 1
+
+    class Recorded(erf_report.Rectangle):
+        def __init__(self, corner, width, height, **style):
+            corners.add((*corner, width, height))
+            super().__init__(corner, width, height, **style)
+
+    monkeypatch.setattr(erf_report, 'Rectangle', Recorded)
+    erf_report.draw_heat_maps([result(scores=scores)], tmp_path / 'erf.png')
+    assert corners == {(3.5, 3.5, 1, 1), (2.5, 2.5, 3, 3), (0, 0, 1, 1)}, 'the last is of the legend'
+
+
+@pytest.mark.parametrize(('key', 'channels'), [('bgr_to_rgb', 'RGB'), ('rgb_to_bgr', 'RGB'), ('other', 'BGR')])
+def test_order_of_the_channels_is_that_of_the_preprocessor(tmp_path, white, key, channels):
+    """Both settings swap the channels, which are BGR as OpenCV reads them."""
+    preprocessor = dict(mean=[1.0, 2, 3], std=[4.0, 5, 6], **{key: True})
+    net = config(backbone=dict(type='test_erf_ones'), data_preprocessor=preprocessor)
+    found = measure_erf(net, None, white, 9, 1, tmp_path / 'out')
+    assert found.preprocessing == dict(mean=[1, 2, 3], std=[4, 5, 6], channels=channels)
+
+
 def test_paper_scale_depends_on_the_size_of_gradients():
     scores = np.outer([1.0, 9, 99, 9, 1], [1.0, 9, 99, 9, 1])
     small, large = paper_scale(1e-9 * scores), paper_scale(1e9 * scores)

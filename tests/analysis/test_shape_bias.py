@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import tiny, trained  # noqa: F401 (fixtures)
 
 from replk_mm.analysis import shape_bias
-from replk_mm.analysis.shape_bias import majority_class, measure_shape_bias
+from replk_mm.analysis.shape_bias import Decision, ShapeBias, majority_class, measure_shape_bias
 from replk_mm.commands import shape_bias as command
 from replk_mm.data.scenes.cue_conflict import CueConflictDataset, CueConflictObject, CueConflictScene
 from replk_mm.data.scenes.kinds import SCENES
@@ -97,6 +97,15 @@ def test_networks_of_known_bias(network, answer, counts, per_class, agreeing):
         agreeing_accuracy=pytest.approx(agreeing),
         agreeing_objects=9,
     )
+
+
+def test_shares_of_no_objects_are_none():
+    scene = CueConflictScene('', Path(), Path(), ())
+    decided = {('disc', 'star'): 'disc', ('disc', 'square'): 'star', ('star', 'disc'): 'disc', ('star', 'square'): None}
+    conflict = [Decision(scene, CueConflictObject(*cues, (0, 0, 1, 1)), name) for cues, name in decided.items()]
+    values = ShapeBias(conflict, [], {}).values()
+    per_class = dict(disc=bias(1, 0, 1), star=bias(0, 1, 1))
+    assert values == bias(1, 1, 2) | dict(per_class=per_class, agreeing_accuracy=None, agreeing_objects=0)
 
 
 # -- the decision -----------------------------------------------------------------------------------------------------

@@ -102,6 +102,16 @@ def test_interval_of_a_mean_is_the_textbooks():
     assert bootstrap(lambda chosen: 1.0, 1)['low'] is None  # one image has no interval
 
 
+def test_interval_of_a_skewed_sample_has_the_percentiles_of_its_resamplings():
+    change, rng = np.exp(np.linspace(-2, 4, 16)), np.random.default_rng(1)
+    means = np.sort(change[rng.integers(0, 16, (20_000, 16))].mean(1))
+    found, width = bootstrap(lambda chosen: change[chosen].mean(), 16), means[-500] - means[500]
+    assert found['low'] == pytest.approx(means[500], abs=0.05 * width)
+    assert found['high'] == pytest.approx(means[-500], abs=0.05 * width)
+    negative = bootstrap(lambda chosen: -1 - change[chosen].std(), 16)
+    assert negative['beyond_luck'] and negative['high'] < 0 == negative['b_higher']
+
+
 def test_colours_tell_who_is_right():
     label = np.array([[0, 1, 2, 0, IGNORED]])
     a, b = np.array([[0, 1, 0, 1, 0]]), np.array([[0, 0, 2, 2, 0]])

@@ -16,6 +16,7 @@ pytest.importorskip('pycocotools')
 
 
 from replk_mm.bench.compare.compare import (
+    _most_changed,
     compare_results,  # noqa: E402
     render_comparison,
     write_comparison,  # noqa: E402
@@ -120,7 +121,8 @@ def case(tmp_path):
 
 
 @pytest.mark.parametrize('score', [0.3, 0.7])
-def test_objects_are_matched_as_by_hand(case, score):
+def test_objects_are_matched_as_by_hand(case, score, monkeypatch):
+    monkeypatch.setattr('replk_mm.bench.compare.detection._CHUNK', 5)
     objects, found, folder = case
     compared = compare_results(str(folder / 'a'), str(folder / 'b'), score=score)
     seen = np.zeros(3, int)
@@ -212,6 +214,17 @@ def test_crowds_and_doubles(case):
     assert ([d['score'] for d in shown.right], [d['score'] for d in shown.false]) == ([0.9], [0.8]), (
         'crowds are neither'
     )
+    sure = open_detections(result, objects, 'bbox', 0.9)
+    assert [d['score'] for d in sure.dataset['annotations']] == [0.9], 'the threshold itself is enough'
+
+
+def test_changes_that_cancel_in_f1_are_ordered_by_objects_found_minus_false():
+    def image(name: str, difference: float, found: int, false: int) -> dict:
+        return dict(image=name, difference=difference, found_a=5, false_a=5, found_b=5 + found, false_b=5 + false)
+
+    scores = [image('same', 0, 0, 0), image('false', 0, 0, 3), image('both', 0, 2, 2), image('found', 0, -1, 0)]
+    scores += [image('f1', -0.1, 0, 0), image('more', 0.2, 0, 0)]
+    assert [score['image'] for score in _most_changed(scores, 9)] == ['more', 'f1', 'false', 'found']
 
 
 def test_none_found_at_all(case):

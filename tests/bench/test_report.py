@@ -22,7 +22,7 @@ from report_records import (
 
 from replk_mm.bench.report.load import SKIPPED_STATUS, ReportRow, load_report, render_text
 from replk_mm.bench.report.render import render_html, render_markdown
-from replk_mm.bench.report.tables import protocol_differences
+from replk_mm.bench.report.tables import BY_KEY, number, protocol_differences
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -128,6 +128,9 @@ def test_requested_but_missing_measurements_are_unfinished(tmp_path) -> None:
         fewer=('done, 1 seed', []),
         bad=('failed, 1 of 1 seed', ['seed 0: train failed: no']),
     )
+    later = dict(started='2002-01-01T00:00:00+00:00', asked=['metric'])
+    again = rows_of(tmp_path / 'again', [metric('a', 0, 50.0, asked=asked), metric('a', 1, 50.0, **later)])
+    assert again['a'].state == 'done, 2 seeds', 'the latest record tells'
     missing = {name: row.figures['milliseconds'].why for name, row in rows.items() if name in ('begun', 'fewer', 'bad')}
     assert missing == dict(begun='not recorded yet', fewer='not measured', bad='training failed: no')
 
@@ -195,6 +198,45 @@ def test_deployed_form_is_shown(tmp_path) -> None:
     assert (figures['parameters'].value, figures['macs'].value, figures['milliseconds'].value) == (7.0, 2.0, 30.0)
 
 
+def test_columns_show_their_own_figures(tmp_path) -> None:
+    areas = {share: dict(side=side, ratio=0.5) for share, side in (('0.3', 11), ('0.5', 21), ('0.99', 81))}
+    shape = dict(shape_bias=0.25, shape_decisions=1, texture_decisions=3, other=2)
+    rows = rows_of(
+        tmp_path,
+        [
+            metric('a', 0, 50.0),
+            record('a', 0, 'memory', dict(inference_bytes=3 * 2**20, training_bytes=9 * 2**20), protocol=SPEED),
+            record('a', 0, 'erf', dict(areas={}, areas_of_scores=areas)),
+            record('a', 0, 'shape_bias', shape),
+        ],
+    )
+    shown = {key: figure.value for key, figure in rows['a'].figures.items() if figure.value is not None}
+    assert shown == dict(metric=50, memory=3, erf50=21, erf99=81, shape_bias=0.25)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'text'),
+    [
+        ('metric', 1234.567, '1,234.57'),
+        ('metric', 0.05, '0.05'),
+        ('metric', 0.0456, '0.046'),
+        ('metric', -0.0456, '-0.046'),
+        ('metric', 0.0, '0.00'),
+        ('difference', 1.0, '+1.00'),
+        ('difference', -0.00123, '-0.0012'),
+        ('erf50', 0.4, '0.4'),
+    ],
+)
+def test_only_zero_reads_as_zero(key, value, text) -> None:
+    assert BY_KEY[key].text(value) == text
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf'), 1e30, 10**400, True, '5', None, [5]])
+def test_what_is_no_finite_number_is_none(value) -> None:
+    assert number(dict(a=dict(b=value)), 'a', 'b') is None is number(value)
+    assert number(dict(a=dict(b=-2)), 'a', 'b') == -2 and number(dict(a=3), 'a', 'b') is None
+
+
 # -- marks ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     'one, other, best',
@@ -226,6 +268,23 @@ def test_best_time_is_of_one_machine(tmp_path) -> None:
         tmp_path / 'close', [metric(name, 0, 50.0) for name in 'ab'] + [speed('a', 0, 10.0), speed('b', 0, 10.5)]
     )
     assert not any(row.figures['milliseconds'].best for row in close.values())
+
+
+@pytest.mark.parametrize(
+    ('key', 'best'), [('milliseconds', 'a'), ('throughput', 'a'), ('memory', 'b'), ('macs', None), ('erf50', None)]
+)
+def test_the_better_end_of_each_column_leads(key, best, tmp_path) -> None:
+    """Row a is the faster one, b the smaller one; more MACs or a larger field are neither better nor worse."""
+    records = [metric(name, seed, 50.0) for name in 'ab' for seed in (0, 1)]
+    for name, ms, size in (('a', 10.0, 9), ('b', 20.0, 5)):
+        for seed in (0, 1):
+            value = size * 2**20 + seed
+            records.append(speed(name, seed, ms + 0.1 * seed))
+            records.append(record(name, seed, 'memory', dict(inference_bytes=value), protocol=SPEED))
+            records.append(record(name, seed, 'complexity', dict(macs=value)))
+            records.append(record(name, seed, 'erf', dict(areas_of_scores={'0.5': dict(side=size)})))
+    rows = rows_of(tmp_path, records)
+    assert [name for name, row in rows.items() if row.figures[key].best] == ([best] if best else [])
 
 
 @pytest.mark.parametrize(

@@ -324,3 +324,5 @@ def test_curves_are_means_of_seeds(tmp_path) -> None:
     assert _over_seeds([{1.0: 2.0, 2.0: 3.0}, {2.0: 5.0}]) == [(2.0, 4.0, pytest.approx(math.sqrt(2)))]
     long = _over_seeds([{float(i): float(i) for i in range(1000)}])
     assert len(long) <= 120 and all(x == pytest.approx(y) for x, y, _ in long)
+    triples = _over_seeds([{float(i): 2.0 * i for i in range(241)}])  # three neighbours each, and the last one alone
+    assert triples == [(3.0 * k + 1, 6.0 * k + 2, None) for k in range(80)] + [(240.0, 480.0, None)]

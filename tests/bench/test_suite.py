@@ -11,7 +11,7 @@ import yaml
 
 from replk_mm import published
 from replk_mm.bench import records, schema
-from replk_mm.bench.schema import SuiteRow, read_suite
+from replk_mm.bench.schema import SuiteRow, fingerprint, read_suite
 from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.task import utc_now
 from replk_mm.data.scenes.writer import META
@@ -192,6 +192,11 @@ def test_types_that_the_first_version_did_not_name_change_no_key(tmp_path):
     keys = [key(val_cfg=dict(type=name)) for name in ('ValLoop', 'replk_mm.ValLoop', 'TestLoop')]
     assert keys[0] == keys[1] != keys[2]
     assert key(**{'model.backbone': dict(type='ConvNeXt')}) != key(**{'model.backbone': dict(type='replk_mm.ConvNeXt')})
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_of_keys():
+    one, other = dict(a=1, b=dict(c=2, d=[3, 4])), dict(b=dict(d=[3, 4], c=2), a=1)
+    assert fingerprint(one) == fingerprint(other) != fingerprint(one | dict(b=dict(c=2, d=[4, 3])))
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,21 @@ def test_a_row_can_skip_the_dry_run(tiny, tmp_path, monkeypatch, preflight):  # 
     assert started == [preflight]
 
 
+def test_images_of_all_processes_count(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """Four processes with two images each see 24 images in three iterations."""
+    task = task_of(tmp_path, tiny, iterations=3, measure=['metric'])
+    done = dict(iteration=3, iterations=3, seconds=1.5)
+    monkeypatch.setattr(measurements, 'processes_of', lambda launcher: (4, 4))
+    monkeypatch.setattr(
+        measurements.engine,
+        'train',
+        lambda cfg, notes, preflight: records.write_json(task.folder / 'train' / 'progress.json', done),
+    )
+    found = measurements.train(task)
+    assert (found.protocol['batch'], found.protocol['samples_seen']) == (2 * 4, 24)
+    assert found.values == dict(seconds=1.5, iterations=3, samples_seen=24)
+
+
 @pytest.mark.slow
 def test_resumed_training_has_a_gapless_curve(tiny, tmp_path, monkeypatch):  # noqa: F811
     row = dict(iterations=4, measure=['curve', 'metric'], seeds=[3], options={'default_hooks.checkpoint.interval': 2})

@@ -79,6 +79,16 @@ def test_figures_equal_a_count_by_hand(maps):
     assert metric.per_class['e']['IoU'] == 0
 
 
+def test_counts_beyond_the_precision_of_float32_are_exact():
+    """float32 has no 2^24 + 1; mmseg counts the pixels of each image in it."""
+    metric = IoUMetric()
+    metric.dataset_meta = dict(classes=('a', 'b'))
+    images = [2**24, 1, 1, 1]
+    found = metric.compute_metrics([(torch.tensor([float(n), 0.0]),) * 4 for n in images])
+    assert metric.per_class['a'] == dict(IoU=100, Acc=100, pixels=2**24 + 3)
+    assert found['aAcc'] == 100
+
+
 def test_ignored_pixels_do_not_count(maps):
     labels, predictions = maps
     changed = [np.where(a == 255, 5, b) for a, b in zip(labels, predictions, strict=True)]
@@ -155,3 +165,6 @@ def test_predictions_lie_in_the_folders_of_their_images(tmp_path):
         for p in (tmp_path / 'out').rglob('*.png')
     }
     assert found == {'x/1.png': 0, 'y/1.png': 1, '1.png': 0}
+    sample = dict(img_path='2.jpg', pred_sem_seg=dict(data=torch.ones_like(labels)), gt_sem_seg=dict(data=labels))
+    metric.process({}, [sample | dict(reduce_zero_label=True)])
+    assert np.unique(Image.open(tmp_path / 'out' / '2.png')).tolist() == [2], 'ids are those of the label files'

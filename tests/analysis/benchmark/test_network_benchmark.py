@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -148,6 +149,18 @@ def test_each_network_has_the_allocator_of_a_process_of_its_own(same, tiny, allo
     assert allocator_calls == ([True] if same else 3 * [False, 'trimmed', True, 'trimmed'] + [True])
 
 
+def test_every_measurement_starts_with_the_same_statistics(tiny) -> None:
+    """Training steps at one shape change the statistics of BatchNorm."""
+    benchmark = NetworkBenchmark(BenchmarkCase(str(tiny.config), True, 'train', 'training'), QUICK)
+    norm = next(m for m in benchmark.networks[OURS].modules() if isinstance(m, nn.BatchNorm2d))
+    seen, before = [], norm.running_mean.clone()
+    norm.register_forward_pre_hook(lambda module, args: seen.append(norm.running_mean.clone()))
+    for _ in range(2):
+        seen.clear()
+        benchmark.measure(2, (32, 32))
+        assert torch.equal(seen[0], before) and not torch.equal(seen[-1], before)
+
+
 @pytest.fixture(scope='module')
 def record(tiny) -> dict:
     """The tiny segmentor in both modes and both precisions."""
@@ -171,6 +184,8 @@ def test_record_of_a_segmentor(record) -> None:
         assert [row['how'] for row in point['rows'] if row['dtype'] == 'bfloat16'] == precisions
         assert all(row['memory_bytes'] is None and len(row['samples']) == 3 for row in point['rows'])
         assert row_of(point, PLAIN)['times_as_fast'] == dict(median=1.0, low=1.0, high=1.0)
+        ratios = np.divide(row_of(point, PLAIN)['samples'], row_of(point, OURS)['samples'])
+        assert row_of(point, OURS)['times_as_fast']['median'] == pytest.approx(np.median(ratios))
         assert [row['equal'] for row in point['rows']] == [None] + [True] * (len(names) - 1)
         assert (row_of(point, OURS)['differing_pixels'] is None) == (not is_inference)
     assert any('parallel kernels merged' in note for note in record['notes'])
@@ -178,6 +193,8 @@ def test_record_of_a_segmentor(record) -> None:
 
 
 def test_written_record(record, tmp_path) -> None:
+    row = {**record['points'][0]['rows'][0], 'memory_bytes': 777 * 2**20}
+    assert ' 777 ' in report.format_record({**record, 'points': [{**record['points'][0], 'rows': [row]}]})
     files = report.write_record(record, tmp_path)
     assert sorted(f.name for f in files) == ['benchmark.json', 'table.txt']
     read = json.loads((tmp_path / 'benchmark.json').read_text(), parse_constant=pytest.fail)

@@ -21,10 +21,10 @@ def test_gap_of_results() -> None:
     assert gap.within(0.25) and not gap.within(0.24)
 
 
-@pytest.mark.parametrize('wrong', [torch.tensor([math.nan, 1.0]), torch.ones(3)])
+@pytest.mark.parametrize('wrong', [torch.tensor([math.nan, 1.0]), torch.ones(3), torch.ones(1)])
 def test_non_finite_values_and_other_shapes_differ(wrong) -> None:
-    gap = compare_outputs({'a': torch.ones(2), 'b': torch.ones(2)}, {'a': wrong, 'b': torch.ones(2)})
-    assert not gap.within(1e3)
+    for found in ({'a': wrong, 'b': torch.ones(2)}, {'a': torch.ones(2), 'b': wrong}):
+        assert not compare_outputs({'a': torch.ones(2), 'b': torch.ones(2)}, found).within(1e3)
 
 
 def test_gap_of_gradients_ignores_the_noise_of_a_zero_gradient() -> None:

@@ -229,6 +229,8 @@ def test_required_keys_are_those_of_mmdet_and_pycocotools(root):
         (every(bbox=[60, 40, 76, 60]), 'train', 'bbox-corners', 'error'),
         (annotation(1, bbox=[4, 6, 0, 12]), 'train', 'bbox-flat', 'warning'),
         (annotation(1, bbox=[70, 6, 16, 12]), 'train', 'bbox-beyond', 'note'),
+        (annotation(1, bbox=[4, 60, 16, 12]), 'train', 'bbox-beyond', 'note'),
+        (lambda d: d.update(annotations=[d['annotations'][0] | dict(area=0)]), 'train', 'bbox-flat', 'error'),
         (every(category_id=15), 'train', 'class-absent', 'warning'),
         (every(category_id=15), 'val', 'class-absent', 'note'),
         (every(iscrowd=1), 'train', 'crowds', 'error'),

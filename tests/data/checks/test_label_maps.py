@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from replk_mm.data import files
 from replk_mm.data.checks.audit import audit, check_data
-from replk_mm.data.checks.dataset import LabelFormat, Sample
+from replk_mm.data.checks.dataset import DatasetReport, LabelFormat, Sample, check_reduce_zero_label
 from replk_mm.data.checks.images import ORIENTATION, inspect_sample
 from replk_mm.data.files import check_image_file, pick_evenly, read_image
 from replk_mm.data.findings import InvalidDataError
@@ -294,6 +295,14 @@ def test_reduce_zero_label_that_contradicts_the_ids(data, values, reduce, classe
         assert any(line.startswith('warning: ') and 'reduce_zero_label=True with 8 classes' in line for line in lines)
         ids(8).save(label(data, 0))  # one file of the same root is enough
         assert code not in codes(full(cfg))
+
+
+@pytest.mark.parametrize(('zeros', 'reported'), [(9, True), (8, False)])
+def test_zero_in_nine_of_ten_label_maps_of_ade20k_is_no_class(zeros, reported):
+    counts = Counter({0: zeros, 3: 10})
+    report = DatasetReport('', 'train', '', '', label_format=LabelFormat(150), map_counts=counts, maps_read=10)
+    check_reduce_zero_label([report])
+    assert [finding.code for finding in report.findings] == ['reduce-zero-off'] * reported
 
 
 def test_class_frequencies_and_sizes(data, monkeypatch):
