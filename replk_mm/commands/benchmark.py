@@ -17,9 +17,10 @@ from replk_mm import cli
 from replk_mm.analysis.benchmark import network_benchmark, operator_benchmark, report
 from replk_mm.analysis.benchmark.case import BenchmarkCase, default_shape
 from replk_mm.analysis.benchmark.inference_engines import ENGINES
-from replk_mm.analysis.timing import MIN_ROUNDS
+from replk_mm.analysis.timing import MIN_ROUNDS, print_progress
 from replk_mm.engine.process import keep_freed_memory, select_device
 from replk_mm.errors import command
+from replk_mm.ops.cpu.direct import FLOAT32_INSTEAD, has_bfloat16_instructions
 
 
 def list_of(*choices: str) -> Callable[[str], list[str]]:
@@ -141,8 +142,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def run_benchmark(args: argparse.Namespace) -> dict:
-    device, kept = select_device(args.device), keep_freed_memory()
+    device, kept, notes = select_device(args.device), keep_freed_memory(), []
     torch.set_num_threads(args.threads or torch.get_num_threads())
+    if device == 'cpu' and 'bfloat16' in args.dtype and not has_bfloat16_instructions():
+        notes.append(f'--dtype bfloat16: {FLOAT32_INSTEAD}')
+        print_progress(notes[0])
+        args.dtype = 'float32' if args.what == 'op' else ['float32']
     if args.what == 'op':
         points = [
             operator_benchmark.LayerShape(kernel, size, channels, batch, args.stride)
@@ -167,7 +172,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
             args.dtype, args.repeats, args.warmup, args.seconds or 60.0, args.memory, args.compare, args.same_allocator
         )
         record = network_benchmark.benchmark_networks(case, settings, args.mode, shapes, args.batch)
-    return {**record, 'environment': report.describe_environment(kept)}
+    return {**record, 'notes': notes + record['notes'], 'environment': report.describe_environment(kept)}
 
 
 @command

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import traceback
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from replk_mm.deploy.equivalence import network_outputs
 from replk_mm.engine.config_errors import explain_build_errors, walk_dicts
 from replk_mm.errors import UserError, command_line, did_you_mean, format_list, import_error, install_advice
 from replk_mm.logs import Note
-from replk_mm.ops.cpu.direct import has_bfloat16_instructions
+from replk_mm.ops.cpu.direct import FLOAT32_INSTEAD, has_bfloat16_instructions
 from replk_mm.wrappers import input_channels
 
 #: Top-level fields of a config that mmengine reads.
@@ -303,11 +304,12 @@ def _precision(cfg: Config, amp: str | None, device: str) -> list[str]:
         return [Note(f'precision: {wrapper["dtype"]} autocast')]
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)
-    if wanted == 'bf16':
+    if wanted == 'bf16' and has_bfloat16_instructions():
         wrapper['type'] = 'replk_mm.BFloat16OptimWrapper'
-        gain = '' if has_bfloat16_instructions() else '; it gains nothing, as this CPU has no bfloat16 instructions'
-        return [Note(f'precision: bfloat16 autocast{gain}')]
+        return [Note('precision: bfloat16 autocast')]
     wrapper['type'] = 'OptimWrapper'
+    if wanted == 'bf16':
+        return [Note(f'precision: {FLOAT32_INSTEAD}', logging.WARNING)]
     return [Note('precision: float32 instead of float16 autocast, which needs a GPU (--amp bf16 is possible)')]
 
 

@@ -45,18 +45,22 @@ def fused_conv2d(
         y = y if activation is None else activation(y)
         return y if shortcut is None else shortcut + y
     assert isinstance(conv, nn.Conv2d)
-    dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    out_dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+    slow = out_dtype == torch.bfloat16 and not direct.has_bfloat16_instructions()
+    if slow:
+        direct.warn_float32()
+    dtype = torch.float32 if slow else out_dtype
     x, bias = x.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
     weight, padding = _get_weight(conv, x)
     layout = padding, conv.stride, conv.dilation, conv.groups
     if shortcut is not None:
         return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, shortcut, weight, bias, *layout, 'add', 1.0, None, [], None
-        )
+            x, shortcut.to(dtype), weight, bias, *layout, 'add', 1.0, None, [], None
+        ).to(out_dtype)
     name = _UNARY[type(activation)] if activation is not None else 'none'
     return torch.ops.mkldnn._convolution_pointwise(
         x, weight, bias, *layout, name, [], getattr(activation, 'approximate', '')
-    )
+    ).to(out_dtype)
 
 
 def prepack(model: nn.Module) -> int:
@@ -161,8 +165,6 @@ def _can_fuse(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | 
         return False
     others += [] if autocast else parameters
     # torch itself handles mixed precisions.
-    if dtype == torch.bfloat16 and not direct.has_bfloat16_instructions():
-        return False
     if {x.dtype, dtype} - {torch.float32, torch.bfloat16} or any(t.dtype != dtype for t in others):
         return False
     if not isinstance(conv, DepthwiseConv2d):

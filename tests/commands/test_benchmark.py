@@ -58,3 +58,18 @@ def test_json_is_the_only_output(run, capsys, tmp_path: Path) -> None:
         (mode, batch, 64, 32) for mode in ('inference', 'train') for batch in (1, 2)
     ]
     assert {f.name for f in (tmp_path / 'out').iterdir()} == {'table.txt', 'benchmark.json'}
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    ['op --kernels 3 --maps 8 --channels 8', 'backbone CONVNEXT --mode inference --shape 32 32 --no-memory'],
+)
+def test_bfloat16_without_instructions_is_measured_in_float32(run, arguments, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(benchmark, 'has_bfloat16_instructions', lambda: False)
+    assert run(f'{arguments} --dtype bfloat16 --repeats 3 --seconds 0.01 --json') == 0
+    out, err = capsys.readouterr()
+    assert err.count('lacks bfloat16 instructions (AVX-512') == 1
+    record = json.loads(out)
+    assert 'float32 instead of bfloat16' in record['notes'][0]
+    assert record.get('dtype', 'float32') == 'float32'
+    assert {row.get('dtype', 'float32') for point in record['points'] for row in point['rows']} == {'float32'}

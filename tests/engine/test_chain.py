@@ -12,7 +12,7 @@ from tiny import tiny, trained  # noqa: F401
 from tool_cases import merged, plain, read  # noqa: F401
 
 from replk_mm.deploy.equivalence import NetworkDifference
-from replk_mm.engine import inference
+from replk_mm.engine import config, inference
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.inference import reparameterize_checkpoint
 from replk_mm.engine.record import describe_protocol, evaluation_record, write_record
@@ -185,7 +185,8 @@ def test_record_is_strict_json_with_all_that_figures_depend_on(tiny, trained, pl
     assert found['per_class'].keys() == result.per_class.keys()
 
 
-def test_bfloat16_trains(tiny, tmp_path):
+def test_bfloat16_trains(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, 'has_bfloat16_instructions', lambda: True)
     cfg, notes = tiny.prepare(tmp_path, 2, amp='bf16')
     assert any('bfloat16' in n for n in notes)
     autocast = []

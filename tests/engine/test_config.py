@@ -1,6 +1,7 @@
 """Reading a config and fitting it to a machine: errors name the field, each change is logged."""
 
 import copy
+import logging
 from functools import cache
 
 import pytest
@@ -490,7 +491,8 @@ BF16 = 'replk_mm.BFloat16OptimWrapper'
         (dict(type=BF16), None, 'cuda', 'AmpOptimWrapper', 'bfloat16'),
     ],
 )
-def test_precision_follows_the_device(configured, amp, device, kind, said):
+def test_precision_follows_the_device(configured, amp, device, kind, said, monkeypatch):
+    monkeypatch.setattr(config, 'has_bfloat16_instructions', lambda: True)
     cfg = machine_config(**configured)
     notes = [n for n in fit_to_machine(cfg, amp, device, 1) if n.startswith('precision')]
     assert cfg.optim_wrapper.type == kind
@@ -507,11 +509,13 @@ def test_half_precision_on_a_cpu_is_rejected():
         fit_to_machine(machine_config(), 'fp16', 'cpu', 1)
 
 
-def test_bfloat16_without_instructions_logs_that_it_gains_nothing(monkeypatch):
-    for fast in (True, False):
-        monkeypatch.setattr(config, 'has_bfloat16_instructions', lambda fast=fast: fast)
-        (note,) = [n for n in fit_to_machine(machine_config(), 'bf16', 'cpu', 1) if n.startswith('precision')]
-        assert ('no bfloat16 instructions' in note) != fast
+@pytest.mark.parametrize('configured', [{}, AMP | dict(dtype='bfloat16'), dict(type=BF16)], ids=str)
+def test_bfloat16_without_instructions_is_float32(configured, monkeypatch):
+    monkeypatch.setattr(config, 'has_bfloat16_instructions', lambda: False)
+    cfg = machine_config(**configured)
+    (note,) = [n for n in fit_to_machine(cfg, 'bf16', 'cpu', 1) if n.startswith('precision')]
+    assert cfg.optim_wrapper.type == 'OptimWrapper' and set(cfg.optim_wrapper) == {'type', 'optimizer'}
+    assert 'float32 instead of bfloat16' in note and 'AVX-512' in note and note.level == logging.WARNING
 
 
 def test_replace_type_counts():

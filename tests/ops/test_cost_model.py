@@ -198,10 +198,35 @@ def test_shapes_of_a_problem(shapes):
         assert not fft.supports(given_) or max(k, o) <= size
 
 
+@pytest.fixture
+def rates(monkeypatch):
+    """A function that replaces the rates of this CPU by those of an instruction set."""
+
+    def use(instructions):
+        monkeypatch.setattr(cost_model, '_CPU_RATES', cost_model._RATES[instructions])
+        cost_model._plan.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    cost_model._plan.cache_clear()
+
+
+@pytest.mark.parametrize('channels_last', [False, True], ids=['default layout', 'channels_last'])
+def test_unknown_cpus_use_torch_except_for_large_kernels(channels_last, rates):
+    rates('other')
+    for side in (3, 5, 7, 9, 11, 13):
+        plan = cost_model.choose_plan(problem((1, 64, 64, 64), (side, side), channels_last=channels_last))
+        same_as_native = {'native', 'channels_last' if channels_last else 'padded'}
+        assert plan.forward in same_as_native and set(plan[1:]) == {'native'}
+    assert set(cost_model.choose_plan(problem((1, 64, 64, 64), (31, 31), channels_last=channels_last))) == {'fft'}
+
+
+@pytest.mark.parametrize('instructions', ['AVX512', 'AVX2'])
 @pytest.mark.parametrize('batch', [1, 2, 8])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_torchs_loop_over_weight_gradients_is_never_chosen_for_replknet(batch, dtype):
+def test_torchs_loop_over_weight_gradients_is_never_chosen_for_replknet(batch, dtype, instructions, rates):
     """It is twenty to fifty times slower than the others, and what training on CPUs would spend its time in."""
+    rates(instructions)
     arch = RepLKNet.arch_settings['31B']
     for channels, kernel, size in zip(arch['channels'], arch['large_kernel_sizes'], (128, 64, 32, 16), strict=True):
         for side in (kernel, arch['small_kernel']):

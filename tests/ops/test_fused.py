@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from replk_mm.backbones import RepLKNet
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.ops import DepthwiseConv2d, fused, fused_conv2d, prepack
+from replk_mm.ops.cpu import direct
 
 # ruff: noqa: F811 (fixtures that come from another file)
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -191,6 +192,32 @@ def test_changed_weights_behind_the_layer(apart):
         found = fused_conv2d(conv, x, nn.ReLU())
         assert not torch.equal(found, expected)
         assert torch.equal(found, torch.relu(conv(x)))
+
+
+@pytest.mark.parametrize('packed', [False, True], ids=['', 'packed'])
+@pytest.mark.parametrize('activation', ['none', 'relu', 'gelu', 'shortcut'])
+def test_bfloat16_without_instructions_is_float32_rounded_once(activation, packed, monkeypatch):
+    warned = []
+    monkeypatch.setattr(direct, 'has_bfloat16_instructions', lambda: False)
+    monkeypatch.setattr(direct, 'print_log', lambda message, *_: warned.append(message))
+    direct.warn_float32.cache_clear()
+    conv, x = build('1x1', torch.bfloat16), image(dtype=torch.bfloat16)
+    if packed:
+        prepack(conv)
+    exact = copy.deepcopy(conv).double()
+    with torch.no_grad():
+        shortcut = torch.randn_like(exact(x.double())).bfloat16() if activation == 'shortcut' else None
+        found = fused_conv2d(conv, x, ACTIVATIONS.get(activation), shortcut)
+        expected = truth(
+            exact, x.double(), ACTIVATIONS.get(activation), None if shortcut is None else shortcut.double()
+        )
+        with torch.autocast('cpu', torch.bfloat16):
+            cast = fused_conv2d(conv.float(), x.float(), ACTIVATIONS.get(activation), shortcut)
+    assert found.dtype == cast.dtype == torch.bfloat16
+    assert warned == [direct.FLOAT32_INSTEAD]
+    # One rounding to eight bits: half a unit in the last place.
+    assert ((found.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all()
+    assert torch.equal(found, cast)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)

@@ -1,8 +1,9 @@
 """Choice of the implementation: forced by name, or the one that a cost model expects to be fastest.
 
-The model uses rates measured on one machine (two cores with AVX-512, torch 2.13). Only their ratios matter, and they
-differ little between machines with AVX-512. It is a formula instead of a trial at run time, so that equal shapes always
-use the same implementation: a resumed run is bit-identical to an uninterrupted one.
+The model uses rates measured on one machine (two cores, torch 2.13), once with AVX-512 and once limited to AVX2. Only
+their ratios matter, and they differ little between machines with the same instruction set. It is a formula instead of a
+trial at run time, so that equal shapes always use the same implementation: a resumed run is bit-identical to an
+uninterrupted one.
 """
 
 import logging
@@ -14,6 +15,7 @@ from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from mmengine.logging import print_log
 
 from replk_mm.errors import UserError
@@ -148,17 +150,49 @@ def _parse(spec: str) -> dict[str, str]:
 # The cost model, for two threads: arithmetic in GFLOP/s (a multiply-add is two operations), copies in GB/s of the
 # tensor, transforms in picoseconds times S^2 log2 S^2.
 
-_RATES: dict[str, dict[int, float]] = {  # by kernel side; the last one applies to all larger kernels
-    'channels_last': {1: 15, 3: 45, 5: 85, 7: 110, 9: 110, 11: 85, 13: 44, 15: 140, 21: 155},
-    'padded': {1: 10, 3: 22, 5: 66, 7: 88, 9: 106, 11: 130, 13: 136, 15: 118},
-    'grad_kernel': {1: 10, 3: 30, 5: 55, 7: 60, 9: 70, 13: 85, 15: 97},
-    'grad_kernel_channels_last': {1: 10, 3: 40, 5: 70, 7: 75, 11: 75, 13: 85, 15: 105, 21: 118, 31: 115},
-    'native grad_input': {1: 10, 3: 40, 5: 60, 7: 70, 13: 50, 27: 75, 31: 110},
-    'native grad_weight': {1: 10, 3: 35, 4: 3, 9: 2.5},
-    'native grad_weight channels_last': {1: 20, 3: 50, 4: 5, 5: 5.5, 7: 9, 9: 12, 13: 3, 15: 2.5},
+_RATES: dict[str, dict[str, dict[int, float]]] = {  # by instruction set, and by kernel side; the last applies above it
+    'AVX512': {
+        'channels_last': {1: 15, 3: 45, 5: 85, 7: 110, 9: 110, 11: 85, 13: 44, 15: 140, 21: 150},
+        'padded': {1: 10, 3: 28, 5: 66, 7: 93, 9: 118, 11: 130, 13: 150, 15: 122, 21: 130, 31: 143},
+        'grad_kernel': {1: 10, 3: 30, 5: 55, 7: 73, 9: 100, 11: 120, 13: 110, 15: 97},
+        'grad_kernel_channels_last': {1: 10, 3: 40, 5: 70, 7: 75, 11: 80, 13: 85, 15: 90, 21: 118, 31: 115},
+        'native grad_input': {1: 10, 3: 25, 5: 55, 7: 80, 9: 96, 11: 102, 21: 110, 27: 125},
+        'native grad_input channels_last': {1: 10, 3: 45, 5: 75, 7: 98, 11: 102},
+        'native grad_weight': {1: 10, 3: 35, 4: 3, 9: 5},
+        'native grad_weight channels_last': {1: 20, 3: 50, 4: 5, 5: 5.5, 7: 9, 9: 12, 13: 10, 15: 2.5},
+        'reference': {1: 4},  # the loop that torch's convolution uses in the default layout with large padding
+        'transform': {1: 118},
+        'inverse_transform': {1: 150},
+    },
+    'AVX2': {
+        'channels_last': {1: 15, 3: 40, 5: 60, 7: 63, 9: 68, 17: 70, 21: 66, 31: 60},
+        'padded': {1: 10, 3: 28, 5: 56, 7: 84, 9: 90, 13: 92, 15: 99, 21: 103, 31: 108},
+        'grad_kernel': {1: 10, 3: 21, 5: 38, 7: 58, 9: 69, 13: 75, 15: 80, 21: 84, 31: 94},
+        'grad_kernel_channels_last': {1: 10},  # compiled at the first call: up to eight seconds, for one shape
+        'native grad_input': {1: 10, 3: 23, 5: 48, 7: 70, 9: 80, 13: 95, 17: 102, 31: 106},
+        'native grad_input channels_last': {1: 10, 3: 37, 5: 46, 7: 66, 9: 70, 13: 76},
+        'native grad_weight': {1: 10, 3: 25, 4: 4, 9: 5},
+        'native grad_weight channels_last': {1: 20, 3: 25, 4: 8, 11: 11, 13: 8, 15: 2.5},
+        'reference': {1: 4},
+        'transform': {1: 118},
+        'inverse_transform': {1: 130},
+    },
+    # Not measured: torch's own kernels, and FFTs where they win by arithmetic even if a library without MKL runs them.
+    'other': {
+        **dict.fromkeys(('channels_last', 'padded', 'grad_kernel', 'grad_kernel_channels_last'), {1: 20}),
+        **{
+            f'native {gradient}{layout}': {1: 30}
+            for gradient in ('grad_input', 'grad_weight')
+            for layout in ('', ' channels_last')
+        },
+        'reference': {1: 30},
+        'transform': {1: 350},
+        'inverse_transform': {1: 480},
+    },
 }
+_CAPABILITY = 'AVX512' if direct.AVX512 else torch.backends.cpu.get_cpu_capability()
+_CPU_RATES = _RATES.get(_CAPABILITY, _RATES['other'])
 _TRANSPOSE, _COPY = 3.5, 20.0
-_FORWARD_TRANSFORM, _INVERSE_TRANSFORM = 118.0, 162.0
 #: Milliseconds of one call of a torch operator; a block of spectra needs a dozen.
 _CALL = 0.006
 #: Threads speed up arithmetic linearly, copies by their number to this power (1.6 for two), and calls not at all.
@@ -166,7 +200,7 @@ _COPIES_SCALE = 0.7
 
 
 def _rate(table: str, side: int) -> float:
-    known = _RATES[table]
+    known = _CPU_RATES[table]
     below = max((k for k in known if k <= side), default=min(known))
     above = min((k for k in known if k >= side), default=below)
     if below == above:
@@ -187,14 +221,14 @@ def _transposed(problem: DepthwiseProblem, size: tuple[int, int]) -> float:
     return _copied(problem, size, _TRANSPOSE)
 
 
-def _transform(problem: DepthwiseProblem, area: tuple[int, int], picoseconds: float = _FORWARD_TRANSFORM) -> float:
+def _transform(problem: DepthwiseProblem, area: tuple[int, int], table: str = 'transform') -> float:
     """Return the milliseconds of the transforms of all maps, including the copy of their ``area``."""
     pixels = math.prod(fft.transform_size(problem))
     maps = problem.batch * problem.channels
     blocks = 4 * maps * pixels / fft.BLOCK_BYTES
     copied = _copied(problem, area, _TRANSPOSE if problem.channels_last else _COPY)
     short = 1 + 20 / math.sqrt(pixels)  # short transforms are less efficient
-    work = maps * pixels * math.log2(pixels) * short * picoseconds * 1e-9 * 2 / problem.threads
+    work = maps * pixels * math.log2(pixels) * short * _rate(table, 1) * 1e-9 * 2 / problem.threads
     return work + copied + (1 + blocks) * 4 * _CALL
 
 
@@ -222,13 +256,13 @@ def _rows_inside(problem: DepthwiseProblem) -> float:
 
 
 def estimate_milliseconds(problem: DepthwiseProblem, cached: bool = False) -> dict[str, dict[str, float]]:
-    """Return the expected milliseconds of each implementation on cores with AVX-512, one for each thread."""
+    """Return the expected milliseconds of each implementation, with a core for each thread."""
     side = round(math.sqrt(math.prod(problem.kernel)))
     work = 2e-6 * problem.macs * 2 / problem.threads
     last = problem.channels_last
     to_padded = (_transposed(problem, problem.size) + _transposed(problem, problem.out)) if last else 0.0
     to_last = 0.0 if last else _transposed(problem, problem.size) + _transposed(problem, problem.out)
-    filled = _copied(problem, problem.size, _COPY) if max(problem.padding) > 6 else 0.0
+    filled = _copied(problem, problem.size, _COPY) if max(problem.padding) > direct.PADDING_LIMIT else 0.0
 
     grown = (15 / side) ** 2 if direct.widened(problem) else 1
     inside = _rows_inside(problem)
@@ -237,16 +271,21 @@ def estimate_milliseconds(problem: DepthwiseProblem, cached: bool = False) -> di
         'padded': work / _rate('padded', side) + to_padded + filled,
     }
     # torch's plain convolution uses one of these two; in the default layout only with little padding.
-    slow = not last and max(problem.padding) > 6
+    slow = not last and max(problem.padding) > direct.PADDING_LIMIT
     forward['native'] = 1e-3 + (
-        work * inside / _rate('channels_last', side) if last else work / 4 if slow else forward['padded']
+        work * inside / _rate('channels_last', side)
+        if last
+        else work / _rate('reference', 1)
+        if slow
+        else forward['padded']
     )
     gradient = direct.input_gradient_problem(problem)
-    grad_input = dict(native=work / (4 if slow else _rate('native grad_input', side)))
+    suffix = ' channels_last' if last else ''
+    grad_input = dict(native=work / _rate(f'native grad_input{suffix}', side))
     if gradient is not None:
         grad_input.update(channels_last=forward['channels_last'], padded=forward['padded'])
     grad_weight = dict(
-        native=work / _rate('native grad_weight' + (' channels_last' if last else ''), side),
+        native=work / _rate(f'native grad_weight{suffix}', side),
         grad_kernel=work / _rate('grad_kernel', side) + to_padded + filled,
         # The output's gradient is rearranged twice: here if it is in channels-last memory, and by oneDNN.
         grad_kernel_channels_last=(
@@ -258,9 +297,14 @@ def estimate_milliseconds(problem: DepthwiseProblem, cached: bool = False) -> di
     if fft.supports(problem):
         kernels = math.prod(fft.transform_size(problem)) * problem.channels
         kernels_ms = (
-            kernels * math.log2(max(2, kernels / problem.channels)) * _FORWARD_TRANSFORM * 0.65e-9 * 2 / problem.threads
+            kernels
+            * math.log2(max(2, kernels / problem.channels))
+            * _rate('transform', 1)
+            * 0.65e-9
+            * 2
+            / problem.threads
         )
-        back, there = _transform(problem, problem.out, _INVERSE_TRANSFORM), _transform(problem, problem.size)
+        back, there = _transform(problem, problem.out, 'inverse_transform'), _transform(problem, problem.size)
         forward['fft'] = there + back + (0 if cached else kernels_ms)
         grad_input['fft'] = there + back + kernels_ms
         grad_weight['fft'] = there + _transform(problem, problem.out) + kernels_ms

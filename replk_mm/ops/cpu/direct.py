@@ -1,32 +1,48 @@
 """Direct depthwise convolution and its gradients, with torch's own convolutions in the form that is fast on CPUs.
 
 torch calls oneDNN, which has one fast kernel for the default layout and two for channels-last memory. The first is
-replaced by a reference loop, 25 times slower, if the padding is larger than six pixels (a 15x15 kernel). The gradient
-of the weight uses such a loop for every size. Both are computed here by convolutions that have fast kernels.
+replaced by a reference loop, 25 times slower, if the padding is larger than six pixels (a 15x15 kernel), or than four
+without AVX-512. The gradient of the weight uses such a loop for every size. Both are computed here by convolutions that
+have fast kernels.
 """
 
+import logging
 from dataclasses import replace
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from torch import Tensor
 
 from replk_mm.ops.cpu.problem import DepthwiseProblem, Pair
 
+#: Whether torch uses AVX-512.
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith('AVX512')
 #: Up to this padding in pixels oneDNN uses its fast kernel for the default layout; with more padding it uses the better
 #: of its kernels for channels-last memory.
-_PADDING_LIMIT = 6
+PADDING_LIMIT = 6 if AVX512 else 4
 #: Kernel sides for which that better kernel is faster if zeros widen the convolution's kernel.
-_WIDENED = range(12, 15)
+_WIDENED = range(12, 15) if AVX512 else range(0)
 #: Up to this number of channels, that better kernel can hang in bfloat16 (oneDNN 3.12).
 _MAY_HANG = 16
+#: Warning of a command that was asked for bfloat16.
+FLOAT32_INSTEAD = (
+    'float32 instead of bfloat16: this CPU lacks bfloat16 instructions (AVX-512 or AVX-NE-CONVERT), without which '
+    'networks are 10 to 25 times slower in bfloat16'
+)
 
 
 @cache
 def has_bfloat16_instructions() -> bool:
     """Return whether this CPU has bfloat16 instructions that torch uses."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def warn_float32() -> None:
+    """Log once that layers compute in float32 although their input is in bfloat16."""
+    print_log(FLOAT32_INSTEAD, 'current', logging.WARNING)
 
 
 def needs_float32(problem: DepthwiseProblem) -> bool:
@@ -38,9 +54,10 @@ def needs_float32(problem: DepthwiseProblem) -> bool:
     if problem.dtype != torch.bfloat16:
         return False
     if not has_bfloat16_instructions():
+        warn_float32()
         return True
     of_gradient = (d * (k - 1) - p for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True))
-    return problem.channels <= _MAY_HANG and (widened(problem) or max(*problem.padding, *of_gradient) > _PADDING_LIMIT)
+    return problem.channels <= _MAY_HANG and (widened(problem) or max(*problem.padding, *of_gradient) > PADDING_LIMIT)
 
 
 def native(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwiseProblem) -> Tensor:
@@ -85,7 +102,7 @@ def widened(problem: DepthwiseProblem) -> bool:
     return (
         problem.stride == problem.dilation == (1, 1)
         and all(k in _WIDENED for k in problem.kernel)
-        and _PADDING_LIMIT - 2 <= min(problem.padding) <= _PADDING_LIMIT
+        and PADDING_LIMIT - 2 <= min(problem.padding) <= PADDING_LIMIT
     )
 
 
@@ -95,7 +112,7 @@ def widen(weight: Tensor, problem: DepthwiseProblem) -> tuple[Tensor, Pair]:
     if not widened(problem):
         return weight, padding
     # Rings of zeros around both the kernel and the map change no value.
-    ring = _PADDING_LIMIT + 1 - min(padding)
+    ring = PADDING_LIMIT + 1 - min(padding)
     return F.pad(weight, (ring,) * 4), (padding[0] + ring, padding[1] + ring)
 
 
@@ -106,7 +123,7 @@ def padded(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwisePro
 
 
 def _conv_padded(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, stride: Pair, dilation: Pair) -> Tensor:
-    if max(padding) > _PADDING_LIMIT:
+    if max(padding) > PADDING_LIMIT:
         x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0])), (0, 0)
     return F.conv2d(x, weight, bias, stride, padding, dilation, weight.shape[0])
 
