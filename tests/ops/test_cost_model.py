@@ -214,7 +214,7 @@ def rates(monkeypatch):
 @pytest.mark.parametrize('channels_last', [False, True], ids=['default layout', 'channels_last'])
 def test_unknown_cpus_use_torch_except_for_large_kernels(channels_last, rates):
     rates('other')
-    for side in (3, 5, 7, 9, 11, 13):
+    for side in (3, 5, 7, 9, 11):
         plan = cost_model.choose_plan(problem((1, 64, 64, 64), (side, side), channels_last=channels_last))
         same_as_native = {'native', 'channels_last' if channels_last else 'padded'}
         assert plan.forward in same_as_native and set(plan[1:]) == {'native'}

@@ -179,12 +179,10 @@ _RATES: dict[str, dict[str, dict[int, float]]] = {  # by instruction set, and by
     },
     # Not measured: torch's own kernels, and FFTs where they win by arithmetic even if a library without MKL runs them.
     'other': {
-        **dict.fromkeys(('channels_last', 'padded', 'grad_kernel', 'grad_kernel_channels_last'), {1: 20}),
-        **{
-            f'native {gradient}{layout}': {1: 30}
-            for gradient in ('grad_input', 'grad_weight')
-            for layout in ('', ' channels_last')
-        },
+        **dict.fromkeys(('channels_last', 'padded'), {1: 30}),
+        **dict.fromkeys(('grad_kernel', 'grad_kernel_channels_last'), {1: 10}),
+        **dict.fromkeys(('native grad_input', 'native grad_input channels_last'), {1: 40}),
+        **dict.fromkeys(('native grad_weight', 'native grad_weight channels_last'), {1: 40}),
         'reference': {1: 30},
         'transform': {1: 350},
         'inverse_transform': {1: 480},
