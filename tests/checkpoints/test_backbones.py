@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from replk_mm.backbones import ConvNeXt, RepLKNet
-from replk_mm.checkpoints.key_formats import find_weights
+from replk_mm.checkpoints.key_formats import find_weights, fits
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.errors import UserError
 
@@ -114,6 +114,31 @@ def test_classifiers_are_not_weights_of_the_network(prefix, network):
     found = find_weights(weights, tiny_backbone() if network else None)
     assert found.backbone.keys() == tiny_backbone().state_dict().keys() and found.rest == {}
     assert set(found.unused) == (set() if 'backbone' in prefix else set(names))
+
+
+@pytest.mark.parametrize(
+    'own, theirs, fit',
+    [((8, 4, 1, 1), (8, 4), True), ((4,), (1, 1, 4), True), ((8, 4), (4, 8), False), ((4, 4), (16,), False)],
+)
+def test_shapes_that_fit(own, theirs, fit):
+    assert fits(torch.empty(own), torch.empty(theirs)) == fit
+
+
+@pytest.mark.parametrize('stages', [2, 3, 5])
+def test_final_norm_is_that_of_the_last_stage(stages):
+    weights = ConvNeXt(dict(depths=[1] * stages, channels=[4] * stages)).state_dict()
+    file = {key.replace(f'norm{stages - 1}.', 'norm.'): value for key, value in weights.items()}
+    assert 'norm.weight' in file and find_weights(file).backbone.keys() == weights.keys()
+
+
+@pytest.mark.parametrize('larger', ['rgb', 'depth'])
+def test_a_network_and_a_part_of_it_are_two(larger):
+    """They share all weights, but loading the larger one reports what the other does not have."""
+    source = tiny_backbone().state_dict()
+    file = {'rgb': dict(source), 'depth': dict(source)}
+    file[larger]['stages.3.blocks.9.pw1.conv.weight'] = torch.ones(1)
+    with pytest.raises(UserError, match='several networks fit'):
+        find_weights(file, tiny_backbone())
 
 
 @pytest.mark.parametrize('wrap', [torch.compile, nn.DataParallel])

@@ -39,6 +39,21 @@ def test_same_nan_is_no_equality():
     assert not any(d.ok for d in compare_networks(model, copy.deepcopy(model)))
 
 
+class Constant(nn.Module):
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, x):
+        return [torch.tensor([value, 0.0], dtype=x.dtype) for value in self.values]
+
+
+@pytest.mark.parametrize('before, after, relative', [(1000, 1000.25, 2.5e-4), (-0.5, -0.25, 0.5), (0, 0.125, 0.125)])
+def test_differences_are_relative_to_the_largest_value_of_their_output(before, after, relative):
+    for found in compare_networks(Constant(1e9, before), Constant(1e9, after)):
+        assert (found.absolute, found.relative) == pytest.approx((abs(after - before), relative), rel=1e-6)
+
+
 class Outputs(nn.Module):
     def __init__(self, *shapes):
         super().__init__()
