@@ -201,8 +201,8 @@ def category_counts(data: Any) -> dict[str, int]:
     return counts
 
 
-def _decompress(counts: str | bytes) -> np.ndarray:
-    """The runs of a compressed RLE (pycocotools, common/maskApi.c). pycocotools 2.0.11 does not validate them.
+def run_lengths(counts: str | bytes | list) -> np.ndarray:
+    """The runs of an RLE, compressed (pycocotools, common/maskApi.c) or not. pycocotools 2.0.11 does not validate them.
 
     Each character holds five bits of a number, lowest first, and a bit that says whether more follow. From the fourth
     run on, numbers are differences to the run before the last. If a string ends within a number, pycocotools reads and
@@ -211,6 +211,8 @@ def _decompress(counts: str | bytes) -> np.ndarray:
     Raises:
         ValueError: If the string is malformed.
     """
+    if not isinstance(counts, (str, bytes)):
+        return np.array(counts)
     codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero((codes & 32) == 0)
     if len(codes) == 0 or codes.min() < 0 or codes.max() > 63 or len(ends) == 0 or ends[-1] != len(codes) - 1:
@@ -241,7 +243,7 @@ def mask_error(mask: object, height: int, width: int) -> str | None:
                 return f'RLE of size {mask["size"]!r:.40}, but the image is {height}x{width} (height x width)'
             if height * width > _MAX_PIXELS:
                 return f'more than {_MAX_PIXELS:,} pixels'
-            runs = _decompress(counts) if isinstance(counts, (str, bytes)) else np.array(counts)
+            runs = run_lengths(counts)
             if runs.ndim != 1 or runs.dtype.kind not in 'iu' or (runs < 0).any() or (runs > height * width).any():
                 return 'runs that are not pixel counts'
             total = int(runs.sum())

@@ -345,30 +345,32 @@ def _object(thing: Mapping[str, Any], order: Sequence[Any], size: Sequence[int],
     found: dict[str, Any] = dict(label=order.index(thing['category_id']))
     if 'score' in thing:
         found['score'] = float(thing['score'])
+    scale = np.array(shown[::-1]) / size[::-1]
     if thing.get('segmentation'):
-        mask = _mask(thing['segmentation'], *size)
-        rows, columns = (np.arange(n) * of // n for n, of in zip(shown, size, strict=True))
-        found['mask'] = mask[np.ix_(rows, columns)].astype(bool)
-    x, y, width, height = map(float, thing['bbox'] if 'bbox' in thing else cv2.boundingRect(mask))
-    down, right = (n / of for n, of in zip(shown, size, strict=True))
-    return found | dict(box=[right * x, down * y, right * (x + width), down * (y + height)])
+        found['mask'] = _mask(thing['segmentation'], size, shown, scale)
+    if 'bbox' in thing:
+        corner, extent = np.array(thing['bbox'], float).reshape(2, 2) * scale
+    else:
+        corner, extent = np.reshape(cv2.boundingRect(found['mask'].astype('u1')), (2, 2))
+    return found | dict(box=[*corner, *(corner + extent)])
 
 
-def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A COCO segmentation, polygons or run lengths, as ``(H, W)`` of 0 and 1.
+def _mask(segmentation: Any, size: Sequence[int], shown: Sequence[int], scale: np.ndarray) -> np.ndarray:
+    """A COCO segmentation, polygons or run lengths, as bool ``shown``; a full mask of each object would take seconds.
 
     Raises:
-        ValueError: If it is none, or of another size.
+        ValueError: If it is none, or not of an image of ``size``.
     """
     from pycocotools import mask
 
-    from replk_mm.data.coco import mask_error
+    from replk_mm.data.coco import mask_error, run_lengths
 
-    problem = mask_error(segmentation, height, width)
+    problem = mask_error(segmentation, *size)
     if problem:
         raise ValueError(problem)
     if isinstance(segmentation, list):
-        segmentation = mask.merge(mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation['counts'], list):
-        segmentation = mask.frPyObjects(segmentation, height, width)
-    return mask.decode(segmentation)
+        outlines = [(np.reshape(polygon, (-1, 2)) * scale).ravel().tolist() for polygon in segmentation]
+        return mask.decode(mask.merge(mask.frPyObjects(outlines, *shown))).astype(bool)
+    rows, columns = (np.arange(n) * of // n for n, of in zip(shown, size, strict=True))
+    ends = np.cumsum(run_lengths(segmentation['counts']))  # column by column, background first
+    return np.searchsorted(ends, rows[:, None] + size[0] * columns, side='right') % 2 == 1
