@@ -17,6 +17,7 @@ from tiny import run_tool, tiny  # noqa: F401
 from tiny_detector import detector  # noqa: F401
 from torch import nn
 
+from replk_mm.data.sampler import seed_iteration
 from replk_mm.engine.nonfinite import all_finite, first_non_finite, plain
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.train import train
@@ -256,6 +257,18 @@ def test_values_that_are_infinite_on_purpose_are_not_blamed():
     batch = dict(inputs=torch.randn(2, 4), fault=['gradient', ''])
     first, losses = first_non_finite(Masked().train(), batch, (0, 0, 0), torch.enable_grad)
     assert math.isfinite(losses['loss']) and first.startswith('gradient of the output of norm')
+
+
+def test_the_repetition_draws_the_random_numbers_of_the_iteration():
+    class Draws(Toy):
+        def forward(self, inputs, fault, mode='tensor'):
+            return dict(loss=self.second.bias * 0 + torch.rand(()))
+
+    seed = 3, 7, 0
+    seed_iteration(*seed)
+    expected = torch.rand(()).item()
+    batch = dict(inputs=torch.randn(2, 4), fault=['', ''])
+    assert first_non_finite(Draws().train(), batch, seed, torch.enable_grad) == (None, {'loss': expected})
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])

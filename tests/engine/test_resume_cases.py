@@ -179,6 +179,14 @@ def test_averages_cannot_be_resumed_without_their_hook(tiny, tmp_path):
     tiny.prepare(tmp_path, 4, {'custom_hooks': [dict(type='EMAHook')]}, resume='auto')
 
 
+def test_a_best_checkpoint_counts_as_none_of_those_to_keep(tiny, tmp_path):
+    """mmengine writes the last checkpoint again after a better one."""
+    keep = {'save_best': 'aAcc', 'rule': 'greater', 'max_keep_ckpts': 2}
+    run(tiny.config, tiny, tmp_path, 4, 2, {f'default_hooks.checkpoint.{key}': value for key, value in keep.items()})
+    assert sorted(p.name for p in tmp_path.glob('iter_*.pth')) == ['iter_2.pth', 'iter_4.pth']
+    assert len(list(tmp_path.glob('best_*.pth'))) == 1
+
+
 class OwnEMAHook(EMAHook):
     pass
 

@@ -262,8 +262,12 @@ def test_pyramid_is_mmsegs_where_it_must_be(change, monkeypatch):
     assert len(seen) == (4 if change == 'hook' else 0)
 
 
-def test_features_stay_in_channels_last_memory():
+@pytest.mark.parametrize('taken_apart', [False, True])
+def test_features_stay_in_channels_last_memory(taken_apart):
     ours = build(config('replk_mm.')).eval()
+    if not taken_apart:
+        for module in (ours.decode_head.fpn_bottleneck, ours.decode_head.bottleneck):
+            module.register_forward_hook(lambda *_: None)
     with torch.no_grad():
         logits = ours(torch.randn(1, 3, 96, 96, dtype=torch.float64))
     assert logits.is_contiguous(memory_format=torch.channels_last) and not logits.is_contiguous()
@@ -306,6 +310,7 @@ METAS = {
         padding_size=[0, 6, 0, 4],
     ),
     'not flipped': dict(img_shape=(64, 96), ori_shape=(50, 77), flip=False, flip_direction=None),
+    'not flipped either': dict(img_shape=(64, 96), ori_shape=(50, 77), flip=False, flip_direction='horizontal'),
 }
 SLIDE = dict(mode='slide', crop_size=(48, 48), stride=(32, 32))
 
