@@ -125,7 +125,7 @@ def test_merging_twice_changes_nothing(tiny, merged, tmp_path):
 
 def test_merging_onto_the_input_is_rejected(tiny, trained):
     before = trained.read_bytes()
-    with pytest.raises(UserError, match='same file'):
+    with pytest.raises(UserError, match='is an input'):
         reparameterize_checkpoint(tiny.cfg(), str(trained), trained.parent / '..' / trained.parent.name / trained.name)
     assert trained.read_bytes() == before
 
