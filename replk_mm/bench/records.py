@@ -183,11 +183,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def group_by_suite(records: Iterable[StoredRecord]) -> dict[str, list[StoredRecord]]:
-    """Records of every suite, in their order."""
-    found: dict[str, list[StoredRecord]] = {}
-    for record in records:
-        found.setdefault(record['suite'], []).append(record)
-    return found

@@ -344,3 +344,10 @@ def test_the_work_per_row_does_not_grow_with_the_number_of_rows(tmp_path, monkey
         return len(calls)
 
     assert work(60) < 4.5 * work(15)
+
+
+def test_plots_of_many_protocols_are_bounded(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(render, 'MOST_PLOTS', 2)
+    found = [r for i in 'abc' for r in (metric(i, 0, 50.0, protocol=dict(i=i)), speed(i, 0, 9.0))]
+    text = render_html(load_report([write(tmp_path, found)]))
+    assert text.count('class="plot"') == 2 and 'No more than 2 plots are shown.' in text

@@ -199,8 +199,7 @@ class Report:
     def data_roots(self) -> list[str]:
         """Data sets of its records that are outside of their work dirs."""
         stated = (r['facts'].get('data') for suite in self.suites for row in suite.rows for r in row.of('metric'))
-        roots = {str(data.get('root')) for data in stated if isinstance(data, Mapping)}
-        return sorted(root for root in roots if Path(root).is_absolute())
+        return sorted({d['root'] for d in stated if isinstance(d, Mapping) and str(d.get('root')).startswith('/')})
 
 
 def protocol_of(record: Record) -> Mapping[str, Any]:
@@ -237,7 +236,10 @@ def load_report(paths: Sequence[str | Path]) -> Report:
             + (f'; {len(complaints):,} lines skipped, the first: {complaints[0]}' if complaints else '')
             + f'\nName files that a suite has written: {command_line("suite", "SUITE")}'
         )
-    suites = [_suite(name, part) for name, part in records.group_by_suite(found).items()]
+    by_suite: dict[str, list[Record]] = {}
+    for record in found:
+        by_suite.setdefault(record['suite'], []).append(record)
+    suites = [_suite(name, part) for name, part in by_suite.items()]
     if len({record.folder for record in found}) > 1:
         for row in (row for suite in suites for row in suite.rows):
             row.source = _source(row.records)
@@ -249,9 +251,7 @@ def _source(found: Sequence[Record]) -> str:
     seeds: dict[str, set[int]] = {}
     for record in found:
         seeds.setdefault(os.path.relpath(record.folder), set()).add(record['seed'])
-    return '; '.join(
-        f'seed{"s" * (len(those) != 1)} {format_list(sorted(those))} from {folder}' for folder, those in seeds.items()
-    )
+    return '; '.join(f'seed{"s" * (len(s) > 1)} {format_list(sorted(s))} from {folder}' for folder, s in seeds.items())
 
 
 def _suite(name: str, found: Sequence[Record]) -> SuiteReport:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from replk_mm.text import clean, markdown_text
 _HERE = Path(__file__).parent
 #: Columns that the metric is plotted against.
 _AGAINST = ('milliseconds', 'macs', 'parameters')
-#: Points of a curve before neighbours are averaged.
-_MOST_POINTS = 120
+#: Points of a curve before neighbours are averaged; plots of a section, protocols with examples.
+_MOST_POINTS, MOST_PLOTS = 120, 24
 
 
 class Notes(dict[str, int]):
@@ -56,8 +57,9 @@ def render_html(report: Report, data_roots: Iterable[str | Path] = ()) -> str:
             style=style,
             script=script,
             hash=_hash,
-            plots=_plots,
-            curves=_curves,
+            plots=lambda suite: islice(_plots(suite), MOST_PLOTS),
+            curves=lambda suite: islice(_curves(suite), MOST_PLOTS),
+            MOST_PLOTS=MOST_PLOTS,
             sample=plots.sample,
             heat_maps=_heat_maps,
             sheet=pictures.sheet,
