@@ -255,6 +255,12 @@ def test_best_leads_by_more_than_the_spread(one, other, best, tmp_path) -> None:
     assert [name for name, row in rows.items() if row.figures['metric'].best] == best
 
 
+def test_a_leader_is_clear_of_every_other_row(tmp_path) -> None:
+    values = dict(a=[60.0, 61.0], b=[60.5, 61.5], c=[10.0, 11.0])
+    rows = rows_of(tmp_path, [metric(name, seed, v) for name, of in values.items() for seed, v in enumerate(of)])
+    assert not any(row.figures['metric'].best for row in rows.values()), 'a and b overlap'
+
+
 def test_best_time_is_of_one_machine(tmp_path) -> None:
     other = {**SPEED, 'threads': 64}
     rows = rows_of(
@@ -294,8 +300,9 @@ def test_the_better_end_of_each_column_leads(key, best, tmp_path) -> None:
         ([(10.0, 7.0, 10.5)], 0.0, 'seed 0: the quartiles are 35%'),
         ([(10.0, 9.9, 10.1)], 0.6, 'seed 0: other processes used 60%'),
         ([(10.0, 9.9, 10.1), (30.0, 29.9, 30.1)], 0.0, 'standard deviation of 71%'),
+        ([(10.0, 9.9, 10.1), (12.0, 11.9, 12.1)], 0.0, 'standard deviation of 13%'),
     ],
-    ids=['reliable', 'wide quartiles', 'loaded machine', 'seeds differ'],
+    ids=['reliable', 'wide quartiles', 'loaded machine', 'seeds differ', 'twice the deviation'],
 )
 def test_unreliable_times_are_marked_and_not_ranked(times, load, why, tmp_path) -> None:
     """Such a time is neither the best, nor does it keep another row from being the best; it is in no plot."""
@@ -364,6 +371,12 @@ def test_difference_lists_other_differing_conditions(tmp_path) -> None:
         'trained for 300 iterations, published after 160k iterations; config with options: {"model.backbone.arch": '
         '"3"}; crop 96 x 96, published with 512'
     )
+
+
+def test_a_crop_is_the_published_one_if_both_sides_are(tmp_path) -> None:
+    why = published(tmp_path, crop=[512, 1024])['difference'].why
+    assert why == 'crop 512 x 1024, published with 512'
+    assert not any(published(tmp_path / str(crop), crop=crop)['difference'].why for crop in (None, 512, [512, 512]))
 
 
 def test_nothing_published(found) -> None:

@@ -266,6 +266,15 @@ def test_time_left_is_extrapolated_from_iterations_and_other_rows(tmp_path):
     assert time_left(work_dir, [(1, [a])]) == ''
 
 
+def test_other_seeds_tell_how_long_a_row_takes(tmp_path):
+    """Measurements of 100 s for its first seed, two at a time; those of another row take longer."""
+    first, second, other, _ = tasks_of(write_suite(tmp_path, {'a': {}, 'b': {}}, seeds=(0, 1)), tmp_path / 'w')
+    for task, seconds in ((first, 100.0), (other, 700.0)):
+        for name in task.measures:
+            append_record({**task.record(name, utc_now(), {}), 'seconds': seconds}, task.results)
+    assert len(second.measures) == 4 and time_left(tmp_path / 'w', [(2, [second])]) == 'about 3 min 20 s left'
+
+
 def test_devices_are_assigned_in_turn():
     devices = [str(i) for i in range(8)]
     assert [runner.devices_of(devices, slot, 1) for slot in (0, 3, 9)] == [['0'], ['3'], ['1']]

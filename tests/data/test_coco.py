@@ -187,6 +187,10 @@ def test_a_root_with_objects_is_a_class(root):
     for category in data['categories'][1:]:
         category['supercategory'] = 'things'
     assert list(coco.category_counts(data)) == ['things', *NAMES]
+    data['annotations'] = [a for a in data['annotations'] if a['category_id'] != data['categories'][0]['id']]
+    assert list(coco.category_counts(data)) == list(NAMES)
+    data['categories'][1]['supercategory'] = 'others'  # then things are not the root of all
+    assert list(coco.category_counts(data)) == ['things', *NAMES]
 
 
 @pytest.mark.parametrize(

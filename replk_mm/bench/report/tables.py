@@ -389,6 +389,6 @@ def _otherwise(record: Mapping[str, Any], result: published.PublishedResult | No
         yield f'trained for {iterations:,.0f} iterations, published after {result.schedule}'
     if record['config'].get('options'):
         yield f'config with options: {clean(format_value(record["config"]["options"]), 200)}'
-    side = crop[0] if isinstance(crop, list) and crop else crop
-    if result and result.crop and side and side != result.crop:
+    sides = crop if isinstance(crop, list) else [crop]
+    if result and result.crop and any(side not in (None, result.crop) for side in sides):
         yield f'crop {format_value(crop)}, published with {result.crop}'
