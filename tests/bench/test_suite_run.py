@@ -285,7 +285,7 @@ def test_devices_are_assigned_in_turn():
 def test_a_second_process_of_a_row_gives_way(tmp_path, monkeypatch):
     suite = write_suite(tmp_path, {'a': {}})
     [task] = tasks_of(suite, tmp_path / 'w')
-    task.folder.mkdir(parents=True)
+    task.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(task.folder / 'lock'):
         monkeypatch.setenv('SUITE_FAKE_PATIENCE', '0.2')
         [(_, reason)], _ = run(suite, tmp_path / 'w')
