@@ -14,6 +14,7 @@ import mmengine.device.utils as devices
 import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from PIL import EpsImagePlugin
 
 from replk_mm import register_configs
 from replk_mm.checkpoints.io import register_safe_loaders
@@ -184,9 +185,10 @@ def setup_process() -> None:
     """Set up the process of a command. Importing this package does none of this.
 
     mmengine loads checkpoints without running code in them, configs inherit ours as ``replk_mm::NAME.py``, the C
-    library keeps freed memory, and the terminal shows less than the log file.
+    library keeps freed memory, and the terminal shows less than the log file. Pillow runs no Ghostscript.
     """
     register_safe_loaders()
+    EpsImagePlugin.gs_binary = False  # a .png of somebody else may be a PostScript program
     register_configs()
     keep_freed_memory()
     for category in (FutureWarning, DeprecationWarning):

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +227,26 @@ def test_extreme_pictures_cost_themselves_only(size, tmp_path) -> None:
     assert text.count(f'missing: not a readable picture ({size[0]} x {size[1]} pixels are too many)') == 2
     assert len(shown_pictures(text)) == 2  # the label map, and the receptive field: its sides are just allowed
     assert max(max(pixels.shape) for pixels in shown_pictures(text)) < 4000
+
+
+def test_pictures_run_no_program(tmp_path, monkeypatch) -> None:
+    """Pillow would give PostScript, whatever the name of its file, to Ghostscript."""
+    folder = work_dir(tmp_path / 'theirs')
+    (folder / RUN / 'erf/erf.png').write_bytes(
+        b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n'
+    )
+    (tmp_path / 'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/ran\n')
+    (tmp_path / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    tool = Path(__file__).parents[2] / 'tools/report.py'
+    subprocess.run([sys.executable, tool, folder, '--out', tmp_path / 'out'], check=True)
+    assert 'missing: not a readable picture' in (tmp_path / 'out/index.html').read_text()
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_images_are_chosen_quickly(alarm) -> None:
+    names = [f'{i}.jpg' for i in range(60_000)]
+    assert len(pictures._choose([names, names])) == 6 and pictures._choose([[], []]) == []
 
 
 def test_objects_that_fail_cost_one_picture(tmp_path) -> None:

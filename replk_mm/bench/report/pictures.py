@@ -237,7 +237,8 @@ def _choose(names_of_rows: Iterable[Iterable[str]]) -> list[str]:
     """Images that as many rows as possible have, evenly spread over their sorted names: six, or four of many rows."""
     sets = [set(names) for names in names_of_rows]
     counts = Counter(name for names in sets for name in names)
-    common = sorted(name for name, count in counts.items() if count == max(counts.values()))
+    most = max(counts.values(), default=0)
+    common = sorted(name for name, count in counts.items() if count == most)
     return [common[round(i)] for i in np.linspace(0, len(common) - 1, min(6 if len(sets) <= 4 else 4, len(common)))]
 
 
