@@ -14,6 +14,8 @@ from replk_mm.errors import UserError
 GENERATOR = {'generator': 'replk_mm'}
 _MARK = re.compile(rb'(?s)(generator|Software).{1,12}replk_mm')
 _COMMENT = b'<!-- generator: replk_mm -->\n'
+# Kinds in which text after the end is a comment, or is ignored.
+_TEXT_AT_END = ('.html', '.md', '.svg', '.pdf', '.jpg', '.jpeg', '.webp')
 _CHUNK = b'tEXtSoftware\0replk_mm'
 
 
@@ -43,14 +45,14 @@ def write_atomic(path: str | Path, content: bytes | str) -> Path:
 
 
 def write_output(path: str | Path, content: bytes | str) -> Path:
-    """Write a result of a command, see :func:`write_atomic`. HTML, Markdown and PNG are marked as written by us.
+    """Write a result of a command, see :func:`write_atomic`. Pages and pictures are marked as written by us.
 
     Raises:
         UserError: If it cannot be written.
     """
     data = content.encode() if isinstance(content, str) else content
     suffix = Path(path).suffix.lower()
-    if suffix in ('.html', '.md') and not _MARK.search(data[: 2**16]):
+    if suffix in _TEXT_AT_END and not _MARK.search(data[: 2**16]):
         data += _COMMENT
     elif suffix == '.png':  # a chunk after the header, with its length and checksum
         chunk = (len(_CHUNK) - 4).to_bytes(4, 'big') + _CHUNK + zlib.crc32(_CHUNK).to_bytes(4, 'big')
@@ -84,7 +86,7 @@ def check_outputs(paths: Iterable[str | Path], *, inputs: Iterable[str | Path] =
             raise UserError(f'{path}: is not a regular file\nChoose another output.')
         unmarked = marked and path.suffix.lower() not in ('.html', '.md', '.png') and not path.is_symlink()
         if os.path.lexists(path) and not (path in marked or unmarked or overwrite):
-            what = 'is a link' if path.is_symlink() else 'exists, and was not written by this command'
+            what = 'is a link' if path.is_symlink() else 'exists, and is not marked as written by replk_mm'
             raise UserError(f'{path}: {what}\nChoose another output, or replace it with --overwrite.')
 
 

@@ -71,7 +71,7 @@ def test_own_files_are_replaced_and_others_are_not(kind, tmp_path):
     for content in (b'', b'my thesis about replk_mm', b'\x89PNG\r\n\x1a\n' + bytes(200)):
         path.write_bytes(content)
         for paths in ([path], [path, beside], [beside, path]):
-            with pytest.raises(UserError, match='not written by this command\n.*--overwrite'):
+            with pytest.raises(UserError, match='not marked as written by .*\n.*--overwrite'):
                 check_outputs(paths)
         check_outputs([path], overwrite=True)
 
@@ -115,3 +115,10 @@ def test_a_marked_picture_has_the_same_pixels(tmp_path):
     with Image.open(write_output(tmp_path / 'a.png', plain.getvalue())) as image:
         assert np.array_equal(np.asarray(image), pixels) and image.text == {'Software': 'replk_mm'}
     assert np.array_equal(cv2.imread(str(tmp_path / 'a.png'))[..., ::-1], pixels)
+    for kind in ('JPEG', 'WEBP'):
+        plain = io.BytesIO()
+        Image.fromarray(pixels).save(plain, kind)
+        path = write_output(tmp_path / f'a.{kind.lower()}', plain.getvalue())
+        check_outputs([path])
+        with Image.open(path) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(Image.open(plain)))

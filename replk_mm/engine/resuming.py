@@ -50,7 +50,7 @@ def require_no_run(work_dir: str | Path, overwrite: bool = False, sources: Itera
     elif found:
         raise UserError(
             f'{work_dir}: holds the checkpoints of a run ({format_list((path.name for path in found), 3)})\n'
-            f'Continue it with --resume, choose another --work-dir, or replace it with --overwrite.'
+            f'Continue it with --resume, choose another folder, or replace it with --overwrite.'
         )
 
 

@@ -40,7 +40,7 @@ def train(cfg: Config, notes: list[str], preflight: bool = True, overwrite: bool
             return _train(cfg, notes, preflight, overwrite)
     except Timeout as error:
         raise UserError(
-            f'{cfg.work_dir}: another process is training there\nWait for it, or choose another --work-dir.'
+            f'{cfg.work_dir}: another process is training there\nWait for it, or choose another folder.'
         ) from error
 
 

@@ -23,7 +23,7 @@ from replk_mm.errors import UserError
 def test_a_run_is_protected(name, tiny, tmp_path):
     (tmp_path / name).touch()
     for check in (lambda: require_no_run(tmp_path), lambda: tiny.prepare(tmp_path)):
-        with pytest.raises(UserError, match=rf'{tmp_path}: holds .*{name}.*\n.*--resume.*--work-dir.*--overwrite'):
+        with pytest.raises(UserError, match=rf'{tmp_path}: holds .*{name}.*\n.*--resume.*another folder.*--overwrite'):
             check()
 
 
