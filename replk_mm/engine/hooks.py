@@ -1,5 +1,6 @@
 """Hooks: checkpoints, progress, agreement between processes, and the table of parameter groups."""
 
+import io
 import json
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from replk_mm.engine.resuming import former_run
 from replk_mm.evaluation.gather import absent_classes
+from replk_mm.files import write_atomic
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration, format_metrics
 from replk_mm.wrappers import named_unwrapped_parameters, optim_wrappers
@@ -227,6 +229,6 @@ def write_parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module, path: 
         table.add_column(column, justify='left' if column in ('group', 'first', 'last') else 'right', no_wrap=True)
     for row in rows:
         table.add_row(*(f'{value:.6g}' if isinstance(value, float) else str(value) for value in row.values()))
-    with Path(path).open('w') as file:
-        Console(file=file, width=1000).print(table)
-    Path(path).with_suffix('.json').write_text(json.dumps(rows, indent=1) + '\n')
+    Console(file=(text := io.StringIO()), width=1000).print(table)
+    write_atomic(path, text.getvalue())
+    write_atomic(Path(path).with_suffix('.json'), json.dumps(rows, indent=1) + '\n')

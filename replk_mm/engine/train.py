@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -35,13 +35,13 @@ def train(cfg: Config, notes: list[str], preflight: bool = True, overwrite: bool
     """
     names = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')  # there is no process group yet
     is_first = os.environ.get(names.get(cfg.launcher, ''), '0') == '0'
-    try:
-        with FileLock(Path(cfg.work_dir, 'lock'), timeout=1) if is_first else nullcontext():
-            return _train(cfg, notes, preflight, overwrite)
-    except Timeout as error:
-        raise UserError(
-            f'{cfg.work_dir}: another process is training there\nWait for it, or choose another folder.'
-        ) from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(Path(cfg.work_dir, 'lock'), timeout=1) if is_first else nullcontext())
+        except OSError as error:  # Timeout is one
+            why = 'another process is training there' if isinstance(error, Timeout) else f'cannot be locked ({error})'
+            raise UserError(f'{cfg.work_dir}: {why}\nWait for it, or choose another folder.') from error
+        return _train(cfg, notes, preflight, overwrite)
 
 
 def _train(cfg: Config, notes: list[str], preflight: bool, overwrite: bool) -> Path:

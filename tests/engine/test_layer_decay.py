@@ -522,7 +522,11 @@ def test_the_table_counts_every_parameter(tmp_path):
     ]
     assert sum(row['parameters'] for row in found) == sum(p.numel() for p in params.values())
 
+    (tmp_path / 'mine').write_text('my work')
+    for suffix in ('txt', 'json'):
+        (tmp_path / f'groups.{suffix}').symlink_to('mine')
     write_parameter_groups(wrapper, model, tmp_path / 'groups.txt')
+    assert (tmp_path / 'mine').read_text() == 'my work'  # links are replaced
     assert json.loads((tmp_path / 'groups.json').read_text()) == found
     lines = [line.split() for line in (tmp_path / 'groups.txt').read_text().splitlines()]
     assert lines[0] == ['group', 'lr', 'weight_decay', 'tensors', 'parameters', 'first', 'last']

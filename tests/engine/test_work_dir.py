@@ -70,6 +70,15 @@ def test_one_training_at_a_time(tmp_path, monkeypatch):
     assert training.train(cfg, []) == 'trained'
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, '_train', lambda *args: 'trained')
+    (tmp_path / 'mine').write_text('my work')
+    (tmp_path / 'lock').symlink_to(tmp_path / 'mine')
+    with pytest.raises(UserError, match='cannot be locked .*lock'):
+        training.train(Config(dict(work_dir=str(tmp_path), launcher='none')), [])
+    assert (tmp_path / 'mine').read_text() == 'my work'
+
+
 HOLD = """
 import sys
 from mmengine.config import Config
