@@ -170,7 +170,10 @@ class Erf(BaseModel):
             record = json.loads(path.read_text(encoding='utf-8'))
             if (record['kind'], record['version']) != (KIND, _VERSION):
                 raise ValueError(f'kind {record["kind"]!r}, version {record["version"]!r}')
-            with np.load(path.with_name(str(record['matrix']))) as stored:
+            matrix = path.with_name(str(record['matrix']))
+            if matrix.exists() and not matrix.is_file():  # a pipe would never end
+                raise ValueError(f'{matrix.name} is not a regular file')
+            with np.load(matrix) as stored:
                 # Its header is read first: a small file can hold an array of any size.
                 with stored.zip.open('scores.npy') as entry:
                     np.lib.format.read_magic(entry)

@@ -213,7 +213,9 @@ class Runner(MMEngineRunner):
         if '://' in str(out_dir):
             return super().save_checkpoint(out_dir, filename, *args, **kwargs)
         part = Path(out_dir, f'{filename}.part')
-        part.unlink(missing_ok=True)  # a link would be followed
+        for name in (part.name, 'last_checkpoint'):  # the hook that saves writes the second one
+            if Path(out_dir, name).is_symlink():  # it would be followed
+                Path(out_dir, name).unlink()
         try:
             super().save_checkpoint(out_dir, part.name, *args, **kwargs)
             with part.open('rb+') as file:

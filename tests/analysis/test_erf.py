@@ -5,6 +5,7 @@ import copy
 import importlib
 import io
 import json
+import os
 import re
 import tracemalloc
 import zipfile
@@ -455,6 +456,12 @@ def test_records_and_matrices_that_do_not_fit(tmp_path, changes, matrix, fragmen
     assert load(tmp_path, READABLE).scores.sum() == 8
     with pytest.raises(UserError, match=fragment):
         load(tmp_path, {**READABLE, **changes}, matrix)
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.npz')
+    with pytest.raises(UserError, match=r'pipe\.npz is not a regular file'):
+        load(tmp_path, {**READABLE, 'matrix': 'pipe.npz'})
 
 
 @pytest.mark.parametrize('size', [8, 1500, 10**6])

@@ -106,6 +106,19 @@ def test_the_lock_of_a_killed_training_is_gone(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_links_are_replaced_by_checkpoints(tiny, tmp_path):
+    mine, work = tmp_path / 'mine', tmp_path / 'work'
+    mine.write_text('my work')
+    work.mkdir()
+    for name in ('last_checkpoint', 'iter_2.pth.part'):
+        (work / name).symlink_to(mine)
+    cfg, notes = tiny.prepare(work, 2)
+    assert training.train(cfg, notes, preflight=False) == work / 'iter_2.pth'
+    assert mine.read_text() == 'my work'
+    assert (work / 'last_checkpoint').read_text() == str(work / 'iter_2.pth')
+
+
+@pytest.mark.slow
 def test_overwriting_a_run(tiny, tmp_path):
     """The former checkpoints go once the new training has passed its dry run."""
     former = [tmp_path / name for name in ('iter_9.pth', 'best_mIoU_iter_3.pth')]
