@@ -8,7 +8,7 @@ from pathlib import Path
 if sys.version_info < (3, 10):  # noqa: UP036 (doctor must start on any interpreter)
     sys.exit(f'error: Python 3.10 or newer is needed, this is {sys.version.split()[0]}\nmake setup PYTHON=python3.11')
 
-from replk_mm.errors import INTERRUPTED_STATUS, USER_ERROR_STATUS, did_you_mean  # noqa: E402
+from replk_mm.errors import USER_ERROR_STATUS, command, did_you_mean  # noqa: E402
 
 USAGE = 'usage: replk COMMAND [ARGUMENTS]\n       replk COMMAND --help'
 
@@ -45,16 +45,17 @@ def main(name: str | None = None) -> int:
         sys.argv[:2] = [f'replk {name}']
     # OpenCV reads its limit when it is imported: Pillow's number of pixels, not six times as many.
     os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')
-    try:
-        if name != 'doctor':  # which runs where torch or mmengine is missing
-            from replk_mm.engine.process import setup_process
+    return run(name)
 
-            setup_process()
-        command = import_module(f'replk_mm.commands.{name}')
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        return INTERRUPTED_STATUS
-    return command.main()
+
+@command
+def run(name: str) -> int:
+    """Set up this process and run a command; torch, mmengine or mmcv may be missing."""
+    if name != 'doctor':  # which reports what is missing
+        from replk_mm.engine.process import setup_process
+
+        setup_process()
+    return import_module(f'replk_mm.commands.{name}').main()
 
 
 if __name__ == '__main__':

@@ -44,6 +44,7 @@ REQUIREMENTS = (
     Requirement('opencv-python', 'cv2', '>=3'),
     Requirement('PyYAML', 'yaml'),
     Requirement('Jinja2', 'jinja2'),
+    Requirement('filelock', 'filelock'),
     Requirement('matplotlib', 'matplotlib'),
     Requirement('psutil', 'psutil'),
     Requirement('pydantic', 'pydantic', '>=2'),
@@ -57,6 +58,7 @@ REQUIREMENTS = (
     Requirement('pycocotools', 'pycocotools', needed_for='detection'),
     Requirement('onnx', 'onnx', needed_for='export'),
     Requirement('onnxruntime', 'onnxruntime', needed_for='export'),
+    Requirement('onnxscript', 'onnxscript', needed_for='export'),
 )
 
 
@@ -65,7 +67,7 @@ class CheckResult:
     """One line of the report."""
 
     name: str  #: the checked item
-    status: str  #: ``'ok'``, ``'missing'``, ``'outside range'`` or ``'no'``
+    status: str  #: ``'ok'``, ``'missing'``, ``'outside range'``, ``'conflict'`` or ``'no'``
     found: str = ''  #: the installed version, or the error
     required: str = ''  #: the required range of versions
     fix: str = ''  #: the command that repairs it
@@ -94,10 +96,12 @@ class EnvironmentReport:
 
 def check_environment() -> EnvironmentReport:
     """Run all checks. Takes some seconds, because packages are imported and run."""
-    names = ('torch', 'ops', 'segmentation', 'detection')
+    names = ['torch', 'ops', 'segmentation', 'detection', *(['torchvision'] if find_spec('torchvision') else [])]
     with ThreadPoolExecutor(max_workers=2) as pool:
         answers = dict(zip(names, pool.map(run_probe, names), strict=True))
     dependencies = [check_dependency(requirement) for requirement in REQUIREMENTS]
+    if answers['torch']['ok'] and 'torchvision' in answers:
+        dependencies.insert(1, check_torchvision(answers['torchvision']['ok']))
     operators = check_operators(answers['ops'], answers['torch'])
     abilities = [check_ability(name, answers[name], dependencies, operators) for name in ('segmentation', 'detection')]
     abilities += [check_gpu(answers['torch'], operators), check_export(dependencies)]
@@ -128,26 +132,57 @@ def in_range(version: str, specifier: str) -> bool:
 
 
 def check_dependency(requirement: Requirement) -> CheckResult:
-    """Check the version of a distribution, or of another one with the same module, without importing it."""
-    version = ''
+    """Check the version of a distribution, or of others with the same module, without importing it."""
+    found = {}
     for name in (requirement.name, *metadata.packages_distributions().get(requirement.module, ())):
         with contextlib.suppress(metadata.PackageNotFoundError):
-            version = version or metadata.version(name)
+            found[name] = metadata.version(name)
+    version = next(iter(found.values()), '')
     if find_spec(requirement.module) is None:
-        status, version = 'missing', ''
+        status, found = 'missing', {}
+    elif requirement.name == 'mmcv' and len(found) > 1:  # the one installed last has overwritten the other
+        status = 'conflict'
     else:
         status = 'ok' if not version or in_range(version, requirement.range) else 'outside range'
     return CheckResult(
         requirement.name,
         status,
-        version or '-',
+        ', '.join(v if name == requirement.name else f'{v} ({name})' for name, v in found.items()) or '-',
         requirement.range or 'any',
-        '' if status == 'ok' else install_command(requirement),
+        '' if status == 'ok' else install_command(requirement, broken=status == 'conflict'),
     )
 
 
+def check_torchvision(works: bool) -> CheckResult:
+    """Whether the installed torchvision fits torch. If not, packages that try to import it fail, such as mmseg."""
+    torch, version, pip = metadata.version('torch'), metadata.version('torchvision'), f'{sys.executable} -m pip'
+    # pip chooses the release for this torch, but cannot tell builds for a CPU from those for CUDA.
+    same_release = f'torch=={torch.partition("+")[0]}' in (metadata.requires('torchvision') or ())
+    repair = f'{pip} uninstall -y torchvision' if same_release else f"{pip} install 'torch=={torch}' torchvision"
+    return CheckResult(
+        'torchvision',
+        'ok' if works else 'no',
+        version,
+        f'built for torch {torch}',
+        '' if works else make_command('setup') or repair,
+    )
+
+
+def make_command(*arguments: str) -> str | None:
+    """The ``make`` command that repairs this environment; None if ``make setup`` did not create it.
+
+    Outside of any environment, it is the command that creates one.
+    """
+    folder = Path(sys.prefix)
+    bare = sys.prefix == sys.base_prefix and 'CONDA_PREFIX' not in os.environ
+    if not (ROOT / 'Makefile').is_file() or not (bare or folder.parent == ROOT):
+        return None
+    venv = [] if bare or folder.name == '.venv' else [f'VENV={folder.name}']
+    return ' '.join(['make', '-C', str(ROOT), *arguments, *venv])
+
+
 def install_command(requirement: Requirement, broken: bool = False) -> str:
-    """The command that installs a requirement into this environment.
+    """The command that installs a requirement into this environment, and keeps the installed torch.
 
     Args:
         requirement: The distribution. Those for export share a command, see :func:`check_export`.
@@ -155,21 +190,18 @@ def install_command(requirement: Requirement, broken: bool = False) -> str:
     """
     if requirement.needed_for == 'export':
         return ''
-    # In an environment of the user's own, keep the installed torch.
-    managed = Path(sys.prefix) == ROOT / '.venv' or sys.prefix == sys.base_prefix and 'CONDA_PREFIX' not in os.environ
-    if requirement.name == 'mmcv' and (broken or not managed):
-        return f'{sys.executable} {ROOT / "scripts" / "build_mmcv.py"}'
-    if managed:
-        return f'make -C {ROOT} {"distclean setup" if broken else "setup"}'
-    return (
-        f'{sys.executable} -m pip install {"--force-reinstall --no-deps " if broken else ""}'
-        f"'{requirement.name}{requirement.range}'"
+    pip = f'{sys.executable} -m pip'
+    if requirement.name == 'mmcv':  # one folder, two distributions: remove both before installing one
+        clean = f'{pip} uninstall -y mmcv mmcv-lite && ' if broken else ''
+        return make_command('setup', 'MMCV=lite') or f"{clean}{pip} install 'mmcv-lite{requirement.range}'"
+    return make_command(*(['distclean'] if broken else []), 'setup') or (
+        f"{pip} install {'--force-reinstall --no-deps ' if broken else ''}'{requirement.name}{requirement.range}'"
     )
 
 
 # -- what works -------------------------------------------------------------------------------------------------------
 def check_operators(ops: dict, torch: dict) -> list[CheckResult]:
-    """Whether mmcv's compiled operators run, one result per device."""
+    """Whether mmcv's operators run, one result per device."""
     mmcv = next(requirement for requirement in REQUIREMENTS if requirement.name == 'mmcv')
     if not ops['ok']:
         cause = mmcv if torch['ok'] else REQUIREMENTS[0]
@@ -194,7 +226,7 @@ def check_ability(
     if answer['ok']:
         return CheckResult(name, 'ok')
     needed = [requirement for requirement in REQUIREMENTS if requirement.needed_for in ('everything', name)]
-    names = {'cpu', *(requirement.name for requirement in needed)}
+    names = {'cpu', 'torchvision', *(requirement.name for requirement in needed)}
     fixes = [finding.fix for finding in (*dependencies, *operators) if finding.name in names and finding.status != 'ok']
     package = next(requirement for requirement in needed if requirement.needed_for == name)
     return CheckResult(name, 'no', answer['error'], fix=fixes[0] if fixes else install_command(package, broken=True))
@@ -230,7 +262,7 @@ def check_export(dependencies: list[CheckResult]) -> CheckResult:
         'export',
         'no',
         f'not installed: {", ".join(missing)}',
-        fix=f'{sys.executable} -m pip install {" ".join(missing)}',
+        fix=make_command('setup', 'EXTRAS=onnx') or f'{sys.executable} -m pip install {" ".join(missing)}',
     )
 
 
@@ -296,7 +328,7 @@ def probe_torch() -> dict[str, Any]:
 
 
 def probe_ops() -> dict[str, Any]:
-    """Run mmcv's compiled NMS on three boxes; ``devices`` maps each device to ``'ok'`` or an error."""
+    """Run mmcv's NMS on three boxes; ``devices`` maps each device to ``'ok'`` or an error."""
     import torch
     from mmcv.ops import nms
 
@@ -360,11 +392,19 @@ def probe_detection() -> dict[str, Any]:
     return {'version': mmdet.__version__}
 
 
+def probe_torchvision() -> dict[str, Any]:
+    """Import torchvision, which registers its operators in the torch that it was built for."""
+    import torchvision
+
+    return {'version': torchvision.__version__}
+
+
 PROBES: dict[str, Callable[[], dict[str, Any]]] = {
     'torch': probe_torch,
     'ops': probe_ops,
     'segmentation': probe_segmentation,
     'detection': probe_detection,
+    'torchvision': probe_torchvision,
 }
 
 
@@ -453,6 +493,10 @@ def _format_gib(amount: float | None) -> str:
 
 if __name__ == '__main__':  # a probe
     try:
+        if not sys.argv[1].startswith('torch'):
+            from replk_mm import mmcv_ops
+
+            mmcv_ops.install()
         answer = {'ok': True, **PROBES[sys.argv[1]]()}
     except Exception as caught:
         answer = {'ok': False, 'error': _one_line(caught)}

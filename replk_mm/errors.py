@@ -53,7 +53,8 @@ def command_line(name: str, *arguments: object) -> str:
 
     Args:
         name: Of the command, such as ``'test'``.
-        *arguments: Its arguments; quoted for the shell where necessary.
+        *arguments: Its arguments; quoted for the shell where necessary. Shipped configs, ``'configs/NAME'``, are named
+            ``'replk_mm::NAME'`` where the working directory has no such folder.
 
     Returns:
         ``'python tools/test.py ...'`` if this process runs a script of a checkout's ``tools/``, else
@@ -62,7 +63,8 @@ def command_line(name: str, *arguments: object) -> str:
     program = Path(sys.argv[0])
     is_script = program.parent.name == 'tools' and program.suffix == '.py'
     start = ['python', program.with_name(f'{name}.py')] if is_script else ['replk', name]
-    return shlex.join(map(str, [*start, *arguments]))
+    folder = 'configs/' if Path('configs').is_dir() else 'replk_mm::'
+    return shlex.join(re.sub('^configs/', folder, str(part)) for part in (*start, *arguments))
 
 
 def format_list(values: Iterable, limit: int = 5) -> str:

@@ -10,6 +10,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported; ea
 import pytest
 import torch
 
+import replk_mm.mmcv_ops  # noqa: F401 (before mmseg and mmdet, where mmcv has no compiled operators)
+
 # Some tests interrupt their children. Shells start background jobs with SIGINT ignored, which children would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -42,7 +42,7 @@ def test_in_range_agrees_with_packaging(version, specifier):
     assert in_range(version, specifier) == SpecifierSet(specifier).contains(Version(version).public)
 
 
-@pytest.mark.parametrize('name', ['build', 'runtime', 'dev'])
+@pytest.mark.parametrize('name', ['build', 'runtime', 'dev', 'extras'])
 def test_direct_dependencies_are_pinned_within_the_ranges(name):
     ranges = {requirement.name.lower(): requirement.range for requirement in REQUIREMENTS}
     for pin in pins(name):
@@ -55,7 +55,7 @@ def test_direct_dependencies_are_pinned_within_the_ranges(name):
 def test_every_python_version_has_one_pin_of_each_package(python):
     names = [
         pin.name
-        for name in ('build', 'runtime', 'dev')
+        for name in ('build', 'runtime', 'dev', 'extras')
         for pin in pins(name)
         if pin.marker is None or pin.marker.evaluate({'python_version': python})
     ]
@@ -76,8 +76,51 @@ def test_missing_and_outdated_dependencies():
     outdated = check_dependency(Requirement('pytest', 'pytest', '>=99'))
     assert outdated.status == 'outside range' and outdated.found == pytest.__version__
     present = check_dependency(Requirement('other-distribution', 'pytest', '>=1'))
-    assert present.status == 'ok' and present.found == pytest.__version__
+    assert present.status == 'ok' and present.found == f'{pytest.__version__} (pytest)'
     assert missing.fix and outdated.fix and not present.fix
+
+
+@pytest.fixture(params=['.venv', '.venv-extras', 'elsewhere'])
+def environment_at(request, monkeypatch, tmp_path):
+    """Environments of `make setup`, and one of the user's own, which has no make command."""
+    folder = request.param
+    monkeypatch.setattr(environment.sys, 'prefix', str(tmp_path / folder if folder == 'elsewhere' else ROOT / folder))
+    return {'.venv': '', '.venv-extras': ' VENV=.venv-extras', 'elsewhere': None}[folder]
+
+
+def test_mmcv_and_mmcv_lite_together_are_a_conflict(monkeypatch, environment_at):
+    """Both install the package mmcv: the later one overwrites files of the earlier one."""
+    (mmcv,) = (requirement for requirement in REQUIREMENTS if requirement.name == 'mmcv')
+    monkeypatch.setattr(environment, 'find_spec', lambda name: name)
+    monkeypatch.setattr(environment.metadata, 'version', lambda name: '2.1.0')
+
+    def check(*names: str) -> CheckResult:
+        monkeypatch.setattr(environment.metadata, 'packages_distributions', lambda: {'mmcv': names})
+        return check_dependency(mmcv)
+
+    both = check('mmcv', 'mmcv-lite')
+    assert both.status == 'conflict' and both.found == '2.1.0, 2.1.0 (mmcv-lite)'
+    if environment_at is None:
+        assert both.fix.index('uninstall -y mmcv mmcv-lite &&') < both.fix.index("install 'mmcv-lite>=")
+    else:
+        assert both.fix == f'make -C {ROOT} setup MMCV=lite{environment_at}'
+    assert check('mmcv').status == 'ok'
+
+
+@pytest.mark.parametrize(
+    ('built_for', 'repair'),
+    [('2.9.0', "pip install 'torch==2.13.0+cpu' torchvision"), ('2.13.0', 'pip uninstall -y torchvision')],
+)
+def test_torchvision_of_another_torch(built_for, repair, monkeypatch, environment_at):
+    versions = {'torch': '2.13.0+cpu', 'torchvision': '0.28.0'}
+    monkeypatch.setattr(environment.metadata, 'version', versions.__getitem__)
+    monkeypatch.setattr(environment.metadata, 'requires', lambda name: ['numpy', f'torch=={built_for}'])
+    broken = environment.check_torchvision(False)
+    assert (broken.status, broken.found, broken.required) == ('no', '0.28.0', 'built for torch 2.13.0+cpu')
+    assert broken.fix.endswith(repair if environment_at is None else f'make -C {ROOT} setup{environment_at}')
+    assert environment.check_torchvision(True).status == 'ok' and not environment.check_torchvision(True).fix
+    answer = {'ok': False, 'error': 'RuntimeError: operator torchvision::nms does not exist'}
+    assert environment.check_ability('segmentation', answer, [broken], []).fix == broken.fix
 
 
 def test_fix_of_a_task_is_that_of_its_first_broken_requirement():
@@ -94,7 +137,7 @@ def test_gpu_needs_torch_and_the_operators():
     works = environment.check_operators({'ok': True, 'devices': {'cpu': 'ok', 'cuda:0': 'ok'}}, torch)
     fails = environment.check_operators({'ok': True, 'devices': {'cpu': 'ok', 'cuda:0': 'RuntimeError: no'}}, torch)
     assert environment.check_gpu(torch, works) == CheckResult('gpu', 'ok', 'Some GPU (80 GiB)')
-    assert environment.check_gpu(torch, fails).fix.endswith('build_mmcv.py')
+    assert environment.check_gpu(torch, fails).fix
     without = {'ok': True, 'version': '2.13.0+cpu', 'cuda': None, 'devices': []}
     assert 'CPU build' in environment.check_gpu(without, works[:1]).found
 
@@ -148,7 +191,7 @@ def test_doctor_needs_only_the_standard_library(tmp_path):
     status = {finding['name']: finding['status'] for finding in report['dependencies']}
     assert {status[name] for name in ('torch', 'mmengine', 'mmcv', 'mmsegmentation', 'mmdet')} == {'missing'}
     fixes = {finding['name']: finding['fix'] for finding in report['dependencies'] + report['abilities']}
-    assert "pip install 'mmdet>=3.3,<4'" in fixes['mmdet'] and fixes['mmcv'].endswith('build_mmcv.py')
+    assert "pip install 'mmdet>=3.3,<4'" in fixes['mmdet'] and "pip install 'mmcv-lite>=2" in fixes['mmcv']
     assert fixes['segmentation'] and fixes['detection']
 
 

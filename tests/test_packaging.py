@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -119,17 +120,35 @@ def test_metadata(wheel):
     assert found['Version'] == ast.literal_eval(versions[0]) == replk_mm.__version__
     assert found['License-Expression'] == 'Apache-2.0' and found['License-File'] == 'LICENSE'
     assert found['Requires-Python'] == '>=3.10'
-    assert found.get_payload() == (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert found['Description-Content-Type'] == 'text/markdown'
+    # A package index has no files of the repository. Everything else stands there as in the README.
+    targets = re.findall(r'\]\(([^)]*)\)', found.get_payload())
+    assert targets and all(target.startswith('https://') for target in targets)
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert set(found.get_payload().split('\n\n')) >= {part for part in readme.split('\n\n') if '](' not in part}
     assert f'version: {found["Version"]}\n' in (ROOT / 'CITATION.cff').read_text()
+
+
+def required(found: Message, *extras: str) -> dict[str, Requirement]:
+    """The requirements of an installation with extras, by name."""
+    requirements = map(Requirement, found.get_all('Requires-Dist'))
+    environments = [{'extra': extra} for extra in ('', *extras)]
+    return {r.name.lower(): r for r in requirements if not r.marker or any(map(r.marker.evaluate, environments))}
 
 
 def test_dependencies_match_the_environment_report_and_exclude_torch_and_mmcv(wheel):
     found = metadata(wheel)
-    dependencies = {r.name.lower(): r for r in map(Requirement, found.get_all('Requires-Dist'))}
-    assert set(found.get_all('Provides-Extra')) == {'seg', 'det', 'hub'}
-    assert 'hub' in str(dependencies.pop('huggingface_hub').marker)  # the doctor does not report it
+    dependencies = required(found, 'seg', 'det')
     known = {r.name.lower(): r for r in REQUIREMENTS}
-    assert dependencies.keys() == known.keys() - {'torch', 'mmcv', 'opencv-python', 'onnx', 'onnxruntime'}
+    expected = {name for name, r in known.items() if r.needed_for != 'export'}
+    assert dependencies.keys() == expected - {'torch', 'mmcv', 'opencv-python'}
+    assert required(found, 'onnx').keys() - required(found).keys() == {
+        name for name, r in known.items() if r.needed_for == 'export'
+    }
+    lite = required(found, 'lite')['mmcv-lite']
+    assert set(lite.specifier) <= set(SpecifierSet(known['mmcv'].range))
+    everything = required(found, 'all')
+    assert set(everything.pop('replk_mm').extras) == {'seg', 'det', 'hub'} and everything.keys() < dependencies.keys()
     for name, dependency in dependencies.items():
         assert set(dependency.specifier) <= set(SpecifierSet(known[name].range)), f'{name}: ranges differ'
         assert (dependency.marker is None) == (known[name].needed_for == 'everything'), f'{name}: extras differ'

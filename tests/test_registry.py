@@ -73,11 +73,12 @@ def test_other_scopes(root):
 import sys
 import torch
 from mmengine.registry import DefaultScope
+import replk_mm.mmcv_ops
 import mmdet.registry
 import mmseg.registry
 for project in (mmdet, mmseg):
     with DefaultScope.overwrite_default_scope(project.__name__):
-        assert project is mmseg or 'replk_mm' not in sys.modules
+        assert project is mmseg or 'replk_mm.registry' not in sys.modules
         backbones = [project.registry.MODELS.build(cfg) for cfg in ({BACKBONES})]
 {CHECK.replace(chr(10), chr(10) + 8 * ' ')}
         assert project is mmseg or 'mmseg.models' not in sys.modules
@@ -87,9 +88,10 @@ for project in (mmdet, mmseg):
 
 # What a program has outside our package, before and after it imports us and trains our backbones.
 STATE = """
-import inspect, os, signal, warnings
+import inspect, os, signal, sys, warnings
 import torch
-import mmcv.ops, mmcv._ext
+import replk_mm.mmcv_ops
+import mmcv.ops
 import mmengine.config, mmengine.hub, mmengine.utils
 from mmengine.config import Config, config, utils
 from mmengine.runner import checkpoint
@@ -100,7 +102,7 @@ def functions(owner):
 def state():
     return dict(
         loaders=functions(checkpoint), schemes=dict(checkpoint.CheckpointLoader._schemes),
-        operators=functions(mmcv._ext),
+        operators=functions(sys.modules['mmcv._ext']),
         configs=[functions(owner) for owner in (config, utils, Config, mmengine.hub.hub, mmengine.utils)],
         packages=dict(utils.MODULE2PACKAGE), environment=dict(os.environ), warnings=list(warnings.filters),
         signals=[signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], torch=dict(

@@ -242,7 +242,9 @@ def read_suite(path: str | Path) -> Suite:
     try:
         content = yaml.load(path.read_text(encoding='utf-8'), _Loader)
     except OSError as error:
-        raise UserError(f'{path}: no such suite ({error.strerror})\nSuites are in configs/suites/.') from error
+        raise UserError(
+            f'{path}: no such suite ({error.strerror})\nShipped ones are named replk_mm::suites/NAME.yaml.'
+        ) from error
     except Exception as error:  # PyYAML raises anything on values that it cannot construct
         raise UserError(f'{path}: not valid YAML: {" ".join(str(error).split())}') from error
     if not isinstance(content, dict):

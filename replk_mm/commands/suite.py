@@ -15,6 +15,7 @@ from replk_mm.bench.report.load import load_report, render_text
 from replk_mm.bench.schema import Suite, read_suite
 from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.runner import Settings, SuiteRunner
+from replk_mm.engine.config import resolve_config_path
 from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import UserError, command, command_line, printable
 
@@ -30,7 +31,7 @@ def names(text: str) -> list[str]:
 @command
 def main() -> int:
     p = cli.parser(__doc__, 'suite configs/suites/demo.yaml --jobs 2')
-    p.add_argument('suite', help='suite file (YAML)')
+    p.add_argument('suite', help='suite file (YAML), or replk_mm::suites/NAME.yaml')
     p.add_argument(
         '--only',
         type=names,
@@ -72,7 +73,7 @@ def main() -> int:
             '--launcher slurm: there is no srun here\nRun it on a machine of the cluster, within an '
             'allocation, or use --launcher pytorch.'
         )
-    suite = read_suite(args.suite)
+    suite = read_suite(resolve_config_path(args.suite))
     work_dir = args.work_dir or Path('work_dirs', 'suites', suite.name)
     if args.list:
         shown = [(row.name, seed) for row, seed in plan.select_rows(suite, args.only)]

