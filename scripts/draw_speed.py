@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import NullLocator
 
 TITLES = {
     'forward': 'forward',
@@ -34,7 +34,7 @@ def draw(record: dict, out: Path) -> None:
             title=f'{title}\nmap {points[0]["size"]}x{points[0]["size"]}', xlabel='kernel side, pixels', yscale='log'
         )
         axis.set_xticks(sides)
-        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_major_formatter('{x:g}')
         axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(color='0.9')
     axes[0].set_ylabel('milliseconds')
