@@ -288,7 +288,7 @@ def _regions(extractor: Any, cut: Counter, features: tuple[Tensor, ...], regions
 
 
 #: Libraries whose versions may change a count.
-_LIBRARIES = ('torch', 'mmengine', 'mmcv', 'mmsegmentation', 'mmdet')
+_LIBRARIES = ('torch', 'mmengine', 'mmcv', 'mmcv-lite', 'mmsegmentation', 'mmdet')
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,8 @@ def test_json_has_the_documented_fields(run: Callable[..., int], capsys: pytest.
         for form in ('training', 'reparameterized')
         for key in [*found, *found[form], *found[form]['parts'][0], *found[form]['uncounted'][0]]
     )
-    assert found['shape'] == [64, 96] and set(found['versions']) >= {'torch', 'mmcv'}
+    assert found['shape'] == [64, 96] and 'torch' in found['versions']
+    assert ('mmcv' in found['versions']) != ('mmcv-lite' in found['versions'])
     for form in ('training', 'reparameterized'):
         record = found[form]
         assert record['macs'] == sum(part['macs'] for part in record['parts'] if part['runs'] == 'inference')

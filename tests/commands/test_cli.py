@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import replk_mm
 from replk_mm import __main__, cli
 from replk_mm.errors import BROKEN_PIPE_STATUS, USER_ERROR_STATUS, UserError, command, command_line
 
@@ -84,6 +86,7 @@ def test_shipped_configs_are_named_by_their_package_outside_the_repository(monke
 
 @pytest.mark.parametrize('missing', ['torch', 'mmengine'])
 def test_a_missing_package_is_no_traceback(missing, capsys, monkeypatch):
+    monkeypatch.setattr(replk_mm, 'engine', importlib.import_module('replk_mm.engine'))  # restored with the modules
     for name in [name for name in sys.modules if name.startswith('replk_mm.engine')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)  # its import fails

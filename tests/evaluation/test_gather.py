@@ -8,6 +8,7 @@ from tiny_detector import write_coco
 
 PROCESSES = (1, 2, 3, 7)  # of 5 images
 SCRIPT = """
+import replk_mm.mmcv_ops  # before mmdet
 import json, pathlib, sys
 import numpy as np
 import torch
