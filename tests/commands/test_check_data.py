@@ -156,7 +156,7 @@ def test_ctrl_c_ends_all_processes(tmp_path):
     end = time.monotonic() + 100
     while len(_children(child.pid)) < 2 and time.monotonic() < end:
         time.sleep(0.05)
-    time.sleep(1)  # a signal between the start of the workers and that of the pool's thread leaves Python waiting
+    time.sleep(0.1)  # a signal between the start of the workers and that of the pool's thread leaves Python waiting
     workers = _children(child.pid)
     os.killpg(child.pid, signal.SIGINT)
     _, text = child.communicate(timeout=30)
