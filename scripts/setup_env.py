@@ -67,6 +67,8 @@ class Environment:
     def __init__(self, folder: Path) -> None:
         self.python, self.stamp = folder / 'bin' / 'python', folder / 'setup.json'
         self.choices = json.loads(self.stamp.read_text()) if self.stamp.is_file() else {}
+        if not isinstance(self.choices.get('installed'), dict):
+            self.choices.pop('installed', None)  # a list of an earlier version
 
     def installed(self) -> dict[str, str]:
         """The version of each installed distribution, by its name in lower case."""

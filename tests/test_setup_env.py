@@ -145,3 +145,9 @@ def test_make_reports_a_missing_python():
     python = '/nowhere/python3'
     done = subprocess.run(['make', '-C', str(ROOT), 'setup', f'PYTHON={python}'], capture_output=True, text=True)
     assert done.returncode != 0 and f"no Python at '{python}'" in done.stdout + done.stderr
+
+
+def test_an_environment_of_an_earlier_version_is_updated(set_up):
+    """Its record has a list of distributions, without versions."""
+    assert set_up(READY, ready={'fingerprint': 'old', 'installed': sorted(READY)})
+    assert not set_up(READY)
