@@ -23,6 +23,7 @@ FLOORS = (
     ('ops', 'checkpoints'),
     ('visualize', 'published', 'text'),
     ('registry', 'files', 'logs', 'environment', 'wrappers'),
+    ('compat',),
     ('mmcv_ops',),
     ('errors', '__init__'),
 )
