@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import gc
 import os
 import shutil
 import tempfile
@@ -134,12 +135,14 @@ def init_gloo(cfg: Config, device: str) -> None:
             )
         seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout', 600)
         torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
-        atexit.register(_leave)  # waiting threads may abort Python at its exit
+        atexit.register(_leave)
 
 
 def _leave() -> None:
+    """Destroy the process group and its threads: one that still holds tensors may abort Python at its exit."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        gc.collect()  # the runner refers to itself and to the group, whose threads end with the last reference
 
 
 def is_out_of_memory(error: BaseException) -> bool:
