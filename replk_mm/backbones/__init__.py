@@ -4,5 +4,6 @@ from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.layers import LayerNorm2d
 from replk_mm.backbones.replknet import RepLKNet
 from replk_mm.backbones.sync_norm import SyncBatchNorm
+from replk_mm.backbones.unireplknet import UniRepLKNet
 
-__all__ = ['ConvNeXt', 'LayerNorm2d', 'RepLKNet', 'SyncBatchNorm']
+__all__ = ['ConvNeXt', 'LayerNorm2d', 'RepLKNet', 'SyncBatchNorm', 'UniRepLKNet']

@@ -27,12 +27,17 @@ class GlobalResponseNorm(nn.Module):
         num_channels: Channels of the input.
         channel_dim: Channel dimension: -1 for ``(N, H, W, C)``, 1 for ``(N, C, H, W)``.
         eps: Added to the mean norm. Defaults to 1e-6.
+        shape: Shape of scale and shift. Defaults to ``(num_channels,)``.
     """
 
-    def __init__(self, num_channels: int, channel_dim: int, eps: float = 1e-6) -> None:
+    beta: nn.Parameter | None  # None where it is merged into the next layer
+
+    def __init__(
+        self, num_channels: int, channel_dim: int, eps: float = 1e-6, shape: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(num_channels))
-        self.beta = nn.Parameter(torch.zeros(num_channels))
+        self.gamma = nn.Parameter(torch.zeros(shape or num_channels))
+        self.beta = nn.Parameter(torch.zeros(shape or num_channels))
         self.channel_dim, self.eps = channel_dim, eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +45,8 @@ class GlobalResponseNorm(nn.Module):
         energy = x.norm(p=2, dim=(1, 2) if last else (2, 3), keepdim=True)
         share = energy / (energy.mean(dim=self.channel_dim, keepdim=True) + self.eps)
         shape = (-1,) if last else (-1, 1, 1)
-        return self.gamma.view(shape) * (x * share) + self.beta.view(shape) + x
+        scale = 1 + self.gamma.view(shape) * share  # one pass over the map, instead of one for each operation
+        return x * scale if self.beta is None else torch.addcmul(self.beta.view(shape), x, scale)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -204,19 +210,6 @@ class ConvNeXt(Backbone):
                 norm = getattr(self, f'norm{i}')
                 outs.append(norm(x.mean((2, 3), keepdim=True)).flatten(1) if self.gap_before_final_norm else norm(x))
         return self._to_output_format(outs)
-
-    def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
-        match parts:
-            case ['downsample_layers', stage, *_]:
-                return int(stage), None
-            case ['stages', stage, block, *_]:
-                return int(stage), int(block)
-            case [norm, *_] if norm in {f'norm{i}' for i in self.out_indices}:
-                return None
-        raise ValueError(f'ConvNeXt has no parameter {".".join(parts)!r}')
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        return [*self.downsample_layers[: self.frozen_stages], *self.stages[: self.frozen_stages]]
 
 
 ConvNeXt.arch_settings = {

@@ -1,7 +1,6 @@
 """Layers that several backbones use, and their base class."""
 
 import inspect
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -101,6 +100,23 @@ class Stage(nn.Sequential):
         return x
 
 
+def add_residual(shortcut: Tensor, branch: Tensor, drop_path: nn.Module, scale: Tensor | None = None) -> Tensor:
+    """Compute ``shortcut + drop_path(scale * branch)`` in one pass over the map, with the draws of mmcv's DropPath.
+
+    Args:
+        shortcut: ``(N, C, H, W)``.
+        branch: Of the same shape.
+        drop_path: A ``DropPath``.
+        scale: Layer scale, ``(C,)``. Defaults to None.
+    """
+    factor = None if scale is None else scale.view(-1, 1, 1)
+    if drop_path.training and drop_path.drop_prob > 0:
+        keep = 1 - drop_path.drop_prob
+        kept = torch.rand(len(branch), 1, 1, 1, dtype=branch.dtype, device=branch.device).add_(keep).floor_().div_(keep)
+        factor = kept if factor is None else kept * factor
+    return shortcut + branch if factor is None else torch.addcmul(shortcut, branch, factor)
+
+
 @torch.fx.wrap  # opaque when traced, since it looks at the device
 def _to_channels_last_on_cpu(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == 'cpu' else x
@@ -135,6 +151,8 @@ class Backbone(BaseModule):
     """
 
     init_cfg: Any
+    stages: Any
+    downsample_layers: Any
     arch_settings: dict[str, dict]
     arch_options: dict = {}
     min_frozen_stages: int = 0
@@ -243,9 +261,10 @@ class Backbone(BaseModule):
     # github.com/facebookresearch/ConvNeXt, optim_factory.py, and mmcv_custom/layer_decay_optimizer_constructor.py of
     # its detection and segmentation code. The paper (arXiv:2201.03545) follows BEiT (arXiv:2106.08254).
 
-    @abstractmethod
     def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
         """Return the stage and the block of a parameter, both from 0.
+
+        This one is for modules ``downsample_layers``, ``stages`` and ``norm0`` to ``norm3``, as in ConvNeXt.
 
         Args:
             parts: The parameter's name in the backbone, split at the dots.
@@ -257,6 +276,14 @@ class Backbone(BaseModule):
         Raises:
             ValueError: If the backbone has no such parameter.
         """
+        match parts:
+            case ['downsample_layers', stage, *_]:
+                return int(stage), None
+            case ['stages', stage, block, *_]:
+                return int(stage), int(block)
+            case [norm, *_] if norm in {f'norm{i}' for i in self.out_indices}:
+                return None
+        raise ValueError(f'{type(self).__name__} has no parameter {".".join(parts)!r}')
 
     def _locate(self, name: str, prefix: str) -> tuple[int, int | None] | None:
         return self._locate_parameter(name[len(prefix) :].split('.')) if name.startswith(prefix) else None
@@ -304,9 +331,9 @@ class Backbone(BaseModule):
         stage, block = location
         return (0 if block is None else stage + 1), count
 
-    @abstractmethod
     def _frozen_modules(self) -> list[nn.Module]:
-        """Return the modules that ``frozen_stages`` freezes."""
+        """Return the modules that ``frozen_stages`` freezes: the first stages and the layers before each."""
+        return [*self.downsample_layers[: self.frozen_stages], *self.stages[: self.frozen_stages]]
 
     def _freeze(self) -> None:
         for module in self._frozen_modules():

@@ -10,12 +10,11 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
 import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
-from replk_mm.backbones.layers import Backbone, Stage, build_activation, build_norm
+from replk_mm.backbones.layers import Backbone, Stage, add_residual, build_activation, build_norm
 from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
@@ -121,11 +120,7 @@ def _add_shortcut(layer: ConvNorm, x: Tensor, shortcut: Tensor, drop_path: DropP
     """Compute ``shortcut + drop_path(layer(x))``."""
     if not drop_path.training or drop_path.drop_prob == 0:
         return layer(x, shortcut=shortcut)
-    # Draws and scales like mmcv's DropPath, with one pass over the map instead of three.
-    keep_prob = 1 - drop_path.drop_prob
-    y = layer(x)
-    scale = (keep_prob + torch.rand(len(y), 1, 1, 1, dtype=y.dtype, device=y.device)).floor_().div_(keep_prob)
-    return torch.addcmul(shortcut, y, scale)
+    return add_residual(shortcut, layer(x), drop_path)
 
 
 class RepLKBlock(nn.Module):

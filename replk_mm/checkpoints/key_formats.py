@@ -2,7 +2,7 @@
 
 One rule covers nesting and prefixes: the weights are those whose names and shapes fit the network after a common prefix
 is removed. :data:`FORMATS` has the names of other libraries. Ours are mmpretrain's, which for RepLKNet are also the
-authors'. timm, torchvision and transformers have no RepLKNet.
+authors'; for UniRepLKNet they are the authors'. timm, torchvision and transformers have neither.
 """
 
 import re
@@ -24,6 +24,9 @@ COUNTERS = ('n_averaged', 'steps')  #: which averaging wrappers store next to th
 MOMENTUM_ENCODERS = frozenset({'encoder_k', 'momentum_encoder', 'target_net'})
 #: Buffer of a reparameterized backbone of this package: BatchNorm is folded in it, its neck or its heads.
 FOLDED = 'folded'
+#: Weights that only merged networks have: RepLKNet's, UniRepLKNet's.
+MERGED = re.compile(r'\.(lkb_reparam\.|pwconv2\.0\.bias$)')
+_VECTORS = re.compile(r'(?<!\.act\.1)\.(gamma|beta)$')  # layer scale and response norm
 _EMA = re.compile(r'(^|[._])ema([._]|$)')
 _STAGE = re.compile(r'.*stages[._](\d)\.')
 # First names of classifiers, which a backbone does not have.
@@ -37,7 +40,7 @@ class KeyFormat:
     Attributes:
         family: Class name of the backbone.
         name: The library.
-        anchor: A weight of the first block, whose name occurs in no other format. The prefix is the text before it.
+        anchor: A weight of the first block, whose name occurs in no later format. The prefix is the text before it.
         rules: Regular expressions and replacements, applied in order to each name without its prefix. They give our
             names; ``{last}`` in a replacement is the number of the last stage.
     """
@@ -54,8 +57,8 @@ class KeyFormat:
         for key, value in weights.items():
             for pattern, replacement in self.rules:
                 key = re.sub(pattern, replacement, key).replace('{last}', last)
-            # Layer scale and response norm are vectors here; in some libraries they have dimensions of size 1.
-            value = value.flatten() if key.endswith(('.gamma', '.beta')) else value
+            # Vectors here, but for UniRepLKNet's response norm; in some libraries they have dimensions of size 1.
+            value = value.flatten() if _VECTORS.search(key) else value
             if (other := out.setdefault(key, value)) is not value and not torch.equal(other, value):
                 raise UserError(f'the checkpoint has two different weights for {key}\nKeep one of them.')
         return out
@@ -100,6 +103,7 @@ _TRANSFORMERS = (
 #: Key names in circulation. A new family or library is one entry.
 FORMATS = (
     KeyFormat('RepLKNet', 'official', 'stages.0.blocks.0.pw1.conv.weight'),
+    KeyFormat('UniRepLKNet', 'official', 'stages.0.0.pwconv1.1.weight'),
     KeyFormat('ConvNeXt', 'mmpretrain', 'stages.0.0.depthwise_conv.weight', (_FINAL_NORM,)),
     # DINOv3 stores the final norm as norm and as norms.3.
     KeyFormat('ConvNeXt', 'official', 'stages.0.0.dwconv.weight', (*_AUTHORS, (r'^norms\.', 'norm'), _FINAL_NORM)),
@@ -112,6 +116,7 @@ FORMATS = (
     KeyFormat('ConvNeXt', 'transformers DINOv3', 'stages.0.layers.0.depthwise_conv.weight', _TRANSFORMERS),
 )
 _BY_ANCHOR = {form.anchor: form for form in FORMATS}
+_PRECEDENCE = (*FORMATS, _OWN)
 
 
 @dataclass
@@ -121,7 +126,7 @@ class FoundWeights:
     Attributes:
         backbone: Weights with our names, without prefix.
         rest: Other weights of a whole model, such as ``decode_head.*``, with their own names.
-        family: ``'RepLKNet'``, ``'ConvNeXt'``, or ``''`` if unknown.
+        family: Class name of the backbone, or ``''`` if unknown.
         format: Name of the key format, or ``''`` if unknown.
         prefix: What precedes the backbone's names, such as ``'state_dict.backbone.'``, without parts of wrappers.
         unused: Weights under the prefix that are in no module of the backbone, such as a classifier.
@@ -138,8 +143,8 @@ class FoundWeights:
 
     @property
     def merged(self) -> bool:
-        """Whether the parallel kernels of a RepLKNet are merged."""
-        return any('.lkb_reparam.' in key for key in self.backbone)
+        """Whether the parallel kernels are merged."""
+        return any(map(MERGED.search, self.backbone))
 
     def describe(self) -> str:
         """Return a short description for logs."""
@@ -226,7 +231,7 @@ def _candidates(nest: str, weights: dict[str, Tensor], own: Mapping[str, Tensor]
     for key in weights:
         for start in (0, *(match.end() for match in re.finditer(r'\.', key))):
             if (form := _BY_ANCHOR.get(key[start:])) or key[start:] in own:
-                prefixes[key[:start]] = form or prefixes.get(key[:start], _OWN)
+                prefixes[key[:start]] = min(form or _OWN, prefixes.get(key[:start], _OWN), key=_PRECEDENCE.index)
     modules = {key.split('.')[0] for key in own} | {FOLDED}
     for prefix, form in prefixes.items():
         theirs = {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
@@ -280,7 +285,7 @@ def _is_average(one: FoundWeights, found: list[FoundWeights], checkpoint: Mappin
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename ConvNeXt weights to the authors' names for dense prediction; RepLKNet's names are already theirs."""
+    """Rename ConvNeXt weights to the authors' names for dense prediction; those of others are already theirs."""
     out = {}
     for key, value in weights.items():
         key = re.sub(r'\.pointwise_conv([12])\.', r'.pwconv\1.', key.replace('.depthwise_conv.', '.dwconv.'))

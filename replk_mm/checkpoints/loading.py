@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from replk_mm.checkpoints.io import read_checkpoint
-from replk_mm.checkpoints.key_formats import FOLDED, FoundWeights, find_weights, fits, unwrap_key
+from replk_mm.checkpoints.key_formats import FOLDED, MERGED, FoundWeights, find_weights, fits, unwrap_key
 from replk_mm.errors import UserError
 from replk_mm.logs import announce
 
@@ -199,10 +199,7 @@ def get_reparameterization(checkpoint: Mapping, weights: Iterable[str]) -> dict 
     if record:
         return {'merge': record['merge'], 'fold': record['fold']}
     keys = list(weights)
-    form = {
-        'merge': any('.lkb_reparam.' in key for key in keys),
-        'fold': any(key.split('.')[-1] == FOLDED for key in keys),
-    }
+    form = {'merge': any(map(MERGED.search, keys)), 'fold': any(key.split('.')[-1] == FOLDED for key in keys)}
     return form if any(form.values()) else None
 
 
@@ -237,7 +234,7 @@ def guess_cause(report: LoadReport, found: FoundWeights, whole: bool) -> str:
         )
     else:
         cause = (
-            'another size or other options of the same family. Compare arch, small_kernel_merged and '
-            "norm_intermediate_features with the checkpoint's config."
+            'another size or other options of the same family. Compare arch, small_kernel_merged, deploy '
+            "and norm_intermediate_features with the checkpoint's config."
         )
     return f'Likely cause: {cause}'

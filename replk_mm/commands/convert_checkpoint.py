@@ -1,4 +1,4 @@
-"""Convert the key names of a RepLKNet or ConvNeXt checkpoint to mmpretrain's or the authors'.
+"""Convert the key names of a checkpoint to mmpretrain's or the authors'.
 
 The configs load all of these formats directly. Convert a file for other programs, to strip it to its weights, or, with
 --trust-checkpoint, if loading it requires running code.
@@ -36,8 +36,8 @@ def main() -> None:
     found = find_weights(loaded, None, args.checkpoint, args.prefix, args.use_ema)
     if not found.family and not args.trust_checkpoint:
         raise UserError(
-            f'{args.checkpoint}: neither RepLKNet nor ConvNeXt; its keys begin with {format_list(found.backbone, 3)}\n'
-            f'Key names are known from: {format_list(dict.fromkeys(form.name for form in FORMATS), 9)}.'
+            f'{args.checkpoint}: no known backbone; its keys begin with {format_list(found.backbone, 3)}\n'
+            f'Key names are known of: {format_list(dict.fromkeys(f"{f.family} ({f.name})" for f in FORMATS), 9)}.'
         )
     backbone = to_official(found.backbone) if args.to == 'official' else found.backbone
     whole = 'backbone' in found.prefix.split('.')

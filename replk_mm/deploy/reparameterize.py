@@ -6,7 +6,8 @@ the RepLKNet paper (arXiv:2203.06717, guideline 3). In evaluation mode BatchNorm
 * after a convolution, it scales the kernel's output channels and shifts its bias;
 * before a convolution without padding, it scales the kernel's input channels. With padding it stays, because the zeros
   around the map would need another value;
-* two parallel convolutions of the same input are one convolution, with the small kernel at the centre of the large one.
+* parallel convolutions of the same input are one convolution, with the small kernels at the centre of the large one and
+  dilated ones spread over it.
 """
 
 import copy
@@ -19,16 +20,17 @@ from typing import Any
 import torch
 import torch.fx
 import torch.nn as nn
-import torch.nn.functional as F
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks import wrappers
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from replk_mm.backbones.convnext import GlobalResponseNorm
 from replk_mm.backbones.layers import Backbone
 from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.backbones.sync_norm import SyncBatchNorm
+from replk_mm.backbones.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from replk_mm.checkpoints.key_formats import FOLDED
 from replk_mm.deploy.equivalence import named_batch_norms
 from replk_mm.errors import UserError
@@ -48,7 +50,7 @@ class Changes:
     """Changes made by :func:`reparameterize`, as module paths.
 
     Attributes:
-        merged: Parallel branches that became one convolution.
+        merged: Modules whose parallel branches became one convolution; for UniRepLKNet, its blocks.
         folded: BatchNorm layers folded into a convolution.
         left: BatchNorm layers whose folding is not known to be exact.
     """
@@ -74,7 +76,8 @@ def reparameterize(
 
     Args:
         model: Any module.
-        merge: Merge the parallel kernels of RepLKNet. Defaults to True.
+        merge: Merge the parallel kernels of RepLKNet, and the blocks of UniRepLKNet as its authors do, with their
+            norms. Defaults to True.
         fold: Fold BatchNorm layers into convolutions. Defaults to True.
         inplace: Change ``model`` itself instead of a copy. Defaults to False.
 
@@ -100,8 +103,9 @@ def reparameterize(
         uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
         if merge:
             for name, module in model.named_modules():
-                if _runs_as(module, ReparamLargeKernelConv) and _merge_branches(module, uses):
-                    changes.merged.append(name)
+                for cls, merge_into_one in _MERGES.items():
+                    if _runs_as(module, cls) and merge_into_one(module, uses):
+                        changes.merged.append(name)
         if fold:
             calls = cache(partial(_calls, model))
             for name, conv_path, norm_path, norm_first in list(_pairs(model)):
@@ -186,12 +190,14 @@ def _is_private(model: nn.Module, name: str, members: tuple[str, ...], calls: Ca
     return True
 
 
-def _foldable(norm: Any, conv: Any, norm_first: bool) -> bool:
+def _is_affine(norm: Any) -> bool:
     if not isinstance(norm, _BatchNorm) or type(norm).forward not in _PLAIN_NORMS or 'forward' in vars(norm):
         return False
-    if type(conv) not in _PLAIN_CONVOLUTIONS or 'forward' in vars(conv):
-        return False
-    if norm.running_mean is None or has_hooks(conv, norm):
+    return norm.running_mean is not None and not has_hooks(norm)
+
+
+def _foldable(norm: Any, conv: Any, norm_first: bool) -> bool:
+    if not _is_affine(norm) or type(conv) not in _PLAIN_CONVOLUTIONS or 'forward' in vars(conv) or has_hooks(conv):
         return False
     if norm_first:
         return all(p == 0 for p in conv.padding) and conv.in_channels == norm.num_features
@@ -235,29 +241,80 @@ def _with_weights(conv: Any, weight: Tensor, bias: Tensor) -> Any:
     return new
 
 
+def _sum_branches(branches: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+    """Return kernel and bias, in float64, of the sum of depthwise convolutions with a norm each; the first is the
+    largest."""
+    large = branches[0][0]
+    weight = torch.zeros_like(large.weight, dtype=torch.float64)
+    bias = weight.new_zeros(large.out_channels)
+    for conv, norm in branches:
+        conv = copy.deepcopy(conv).double()
+        conv = conv if isinstance(norm, nn.Identity) else _fold(norm, conv, False)
+        taps = []
+        for whole, side, whole_dilation, dilation in zip(
+            large.kernel_size, conv.kernel_size, large.dilation, conv.dilation, strict=True
+        ):
+            step = dilation // whole_dilation
+            start = (whole - 1 - step * (side - 1)) // 2
+            taps.append(slice(start, whole - start, step))
+        weight[..., taps[0], taps[1]] += conv.weight.detach()
+        bias += 0 if conv.bias is None else conv.bias.detach()
+    return weight, bias
+
+
+def _mergeable(block: nn.Module, parts: list[nn.Module], branches: list[tuple[Any, Any]], uses: Counter[int]) -> bool:
+    """Return whether only ``block`` uses its ``parts``, no hook sees them, and the sum of the branches is affine."""
+    shared = any(uses[id(part)] > uses[id(block)] for part in parts)
+    foldable = all(isinstance(norm, nn.Identity) or _foldable(norm, conv, False) for conv, norm in branches)
+    return foldable and not shared and not has_hooks(*parts)
+
+
 def _merge_branches(block: Any, uses: Counter[int]) -> bool:
     """Replace a block's branches with one convolution, if every norm is BatchNorm or the identity."""
     if block.merged:
         return False
-    branches = [block.lkb_origin] + ([block.small_conv] if hasattr(block, 'small_conv') else [])
-    parts = [part for branch in branches for part in branch.modules()]
-    shared = any(uses[id(part)] > uses[id(block)] for part in parts)
-    foldable = all(isinstance(b.bn, nn.Identity) or _foldable(b.bn, b.conv, False) for b in branches)
-    if shared or has_hooks(*parts) or not foldable or not all(_runs_as(branch, ConvNorm) for branch in branches):
+    layers = [block.lkb_origin] + ([block.small_conv] if hasattr(block, 'small_conv') else [])
+    branches = [(layer.conv, layer.bn) for layer in layers if _runs_as(layer, ConvNorm)]
+    parts = [part for layer in layers for part in layer.modules()]
+    if len(branches) < len(layers) or not _mergeable(block, parts, branches, uses):
         return False
-    # In float64, so that the sum of the branches is rounded once.
-    convs = [copy.deepcopy(branch.conv).double() for branch in branches]
-    convs = [
-        c if isinstance(b.bn, nn.Identity) else _fold(b.bn, c, False) for b, c in zip(branches, convs, strict=True)
-    ]
-    large, side = block.lkb_origin.conv, block.lkb_origin.conv.kernel_size[0]
-    weight = torch.stack([F.pad(c.weight.detach(), [(side - c.kernel_size[0]) // 2] * 4) for c in convs]).sum(0)
-    merged: Any = DepthwiseConv2d(large.in_channels, side, dilation=large.dilation).to(large.weight)
-    with torch.no_grad():
-        merged.weight.copy_(weight)
-        merged.bias.copy_(sum(conv.bias for conv in convs if conv.bias is not None) + weight.new_zeros(len(weight)))
-    merged.requires_grad_(large.weight.requires_grad).train(block.training)
-    block.lkb_reparam = merged
+    block.lkb_reparam = _with_weights(block.lkb_origin.conv, *_sum_branches(branches))
     for name in ('lkb_origin', 'small_conv'):
         block._modules.pop(name, None)
     return True
+
+
+def _merge_unireplknet_block(block: Any, uses: Counter[int]) -> bool:
+    """Merge the kernels of a block, and fold its norms, its layer scale and the shift of its response norm."""
+    large, linear, norms = block.dwconv, block.pwconv2[0], [block.norm, *block.pwconv2[2:]]
+    if len(norms) < 2:  # deployed
+        return False
+    branches = [(large, nn.Identity())]
+    if dilated := _runs_as(large, DilatedReparamBlock):
+        branches, large = large.branches(), large.lk_origin
+    parts = [*block.dwconv.modules(), block.norm, block.act[1], *block.pwconv2.modules()]
+    plain = type(large) is DepthwiseConv2d and type(linear) is nn.Linear and type(block.act[1]) is GlobalResponseNorm
+    if not plain or not all(map(_is_affine, norms)) or not _mergeable(block, parts, branches, uses):
+        return False
+    weight, bias = _sum_branches(branches)
+    scale, shift = _affine(block.norm)
+    merged = _with_weights(large, weight * scale.view(-1, 1, 1, 1), bias * scale + shift)
+    scale, shift = (value if block.gamma is None else block.gamma.detach() * value for value in _affine(norms[1]))
+    weight = scale[:, None] * linear.weight.detach().double()
+    bias = weight @ block.act[1].beta.detach().double().flatten() + shift
+    block.pwconv2 = nn.Sequential(_with_weights(linear, weight, bias), block.pwconv2[1])
+    block.norm, block.act[1].beta, block.gamma = nn.Identity(), None, None
+    if dilated:
+        for name in list(block.dwconv._modules):
+            del block.dwconv._modules[name]
+        block.dwconv.lk_origin = merged
+    else:
+        block.dwconv = merged
+    block.eval()
+    return True
+
+
+_MERGES: dict[type[nn.Module], Callable] = {
+    ReparamLargeKernelConv: _merge_branches,
+    UniRepLKNetBlock: _merge_unireplknet_block,
+}

@@ -8,10 +8,11 @@ from checkpoint_cases import CONV, DENSE, TINY, assert_same, write
 from norms import randomize_norms
 from torch import nn
 
-from replk_mm.backbones import ConvNeXt, RepLKNet
+from replk_mm.backbones import ConvNeXt, RepLKNet, UniRepLKNet
 from replk_mm.checkpoints.key_formats import find_weights, to_official
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.deploy.reparameterize import reparameterize
+from replk_mm.errors import UserError
 
 #: Names and shapes in published files.
 FACTS = Path(__file__).parents[1] / 'data' / 'facts'
@@ -49,6 +50,14 @@ PLACES = {
     ],
     'replknet31b_official_merged': ['=stem.3.bn.running_var', '=stages.2.blocks.34.large_kernel.lkb_reparam.weight'],
     'replknetxl_official': ['=stages.0.norm.weight', '=stages.1.blocks.2.large_kernel.lkb_origin.bn.bias'],
+    'unireplknet_a_official': [
+        '=downsample_layers.0.3.weight',
+        '=stages.2.4.dwconv.dil_bn_k7_2.running_mean',
+        '=stages.0.1.act.1.beta',
+        '=stages.3.1.pwconv2.2.bias',
+        '=norm3.bias',
+    ],
+    'unireplknet_a_official_merged': ['=stages.3.0.dwconv.lk_origin.bias', '=stages.1.1.act.1.gamma'],
     'convnext_tiny_official': [
         'stages.2.8.pwconv1.weight=stages.2.8.pointwise_conv1.weight',
         '=stages.0.1.gamma',
@@ -75,6 +84,8 @@ BUILD = {
     'replknet31b_official': lambda: RepLKNet('31B'),
     'replknet31b_official_merged': lambda: RepLKNet('31B', small_kernel_merged=True),
     'replknetxl_official': lambda: RepLKNet('XL', norm_intermediate_features=True),
+    'unireplknet_a_official': lambda: UniRepLKNet('atto'),
+    'unireplknet_a_official_merged': lambda: UniRepLKNet('atto', deploy=True),
     'convnext_tiny_official': lambda: ConvNeXt('tiny', **DENSE),
     'convnext_tiny_mmpretrain': lambda: ConvNeXt('tiny', **DENSE),
     'convnext_tiny_timm': lambda: ConvNeXt('tiny', **DENSE),
@@ -127,18 +138,34 @@ def test_classifier_is_reported():
     [
         ('replknet31b_official', 'RepLKNet', 'official', False),
         ('replknet31b_official_merged', 'RepLKNet', 'official', True),
+        ('unireplknet_a_official', 'UniRepLKNet', 'official', False),
+        ('unireplknet_a_official_merged', 'UniRepLKNet', 'official', True),
         ('convnext_tiny_official', 'ConvNeXt', 'official', False),
         ('convnext_tiny_timm', 'ConvNeXt', 'timm', False),
         ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False),
     ],
 )
 def test_formats_are_detected(name, family, form, merged):
-    found = find_weights(listed(name))
-    assert (found.family, found.format, found.merged) == (family, form, merged)
+    weights = listed(name)
+    for file in (weights, dict(reversed(weights.items()))):
+        found = find_weights(file)
+        assert (found.family, found.format, found.merged) == (family, form, merged)
     assert found.prefix == ('backbone.' if form == 'mmpretrain' else '')
 
 
-@pytest.mark.parametrize('family', ['replknet31b', 'convnext_tiny'])
+def test_classifiers_of_unireplknet(tmp_path):
+    """The final norm is one of the classifier: those of the features start as the identity, as in the authors' code."""
+    theirs = listed('unireplknet_a_official')
+    theirs = {key: value for key, value in theirs.items() if not key.startswith('norm')}
+    classifier = dict.fromkeys(('norm.weight', 'norm.bias', 'head.weight', 'head.bias'), torch.zeros(320))
+    model = UniRepLKNet('atto')
+    report = load_pretrained(model, write(tmp_path / 'a.pth', {'model': {**theirs, **classifier}}))
+    assert report.matched == {'backbone': len(theirs)} and (model.norm3.weight == 1).all()
+    with pytest.raises(UserError, match='(?s)missing.*Compare arch.* deploy'):  # a merged file, another form
+        load_pretrained(model, write(tmp_path / 'b.pth', listed('unireplknet_a_official_merged')))
+
+
+@pytest.mark.parametrize('family', ['replknet31b', 'unireplknet_a', 'convnext_tiny'])
 def test_to_official_round_trip(family):
     theirs = listed(f'{family}_official')
     ours = find_weights(theirs).backbone

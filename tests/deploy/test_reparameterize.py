@@ -9,13 +9,13 @@ from mmcv.cnn import ConvModule
 from mmengine.model import Sequential
 from norms import randomize_norms
 from process_group import single_process_group
-from reparam_cases import BN, TINY, backbone, largest_gap, norms, randomized
+from reparam_cases import BN, TINY, UNIREPLKNET, backbone, largest_gap, norms, randomized, unireplknet
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrize
 
-from replk_mm.backbones import ConvNeXt, RepLKNet
+from replk_mm.backbones import ConvNeXt, RepLKNet, UniRepLKNet
 from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import reparameterize
@@ -130,6 +130,35 @@ def test_structure_equals_that_of_small_kernel_merged():
     built = RepLKNet(TINY, small_kernel_merged=True).eval()
     built.load_state_dict(after.state_dict(), strict=True)
     assert all(d.relative == 0 for d in compare_networks(after, built))
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(layer_scale_init_value=0.0), dict(norm_cfg=dict(type='SyncBN'))], ids=str)
+def test_unireplknet_in_float64(kwargs):
+    model = unireplknet(**kwargs).double()
+    x = torch.randn(2, 3, 96, 80, dtype=torch.float64)
+    after, changes = reparameterize(model, fold=False)
+    assert largest_gap(model(x), after(x)) <= 1e-10
+    assert len(changes.merged) == 8 and changes.left == norms(after) == []
+    built = UniRepLKNet(UNIREPLKNET, deploy=True).double()
+    assert list(built.state_dict()) == list(after.state_dict())
+    built.load_state_dict(after.state_dict())
+    assert largest_gap(after(x), built(x)) <= 1e-12
+    assert reparameterize(after)[1].merged == [] and reparameterize(model, merge=False)[1].left == norms(model)
+
+
+def test_unireplknet_keeps_what_it_cannot_merge():
+    """A norm of another kind, a forward hook, a convolution that a second block uses: in these blocks only."""
+    model = unireplknet()
+    seen = []
+    model.stages[0][1].norm.register_forward_hook(lambda *_: seen.append(1))
+    model.stages[1][0].norm = nn.GroupNorm(2, 8)
+    model.stages[2][1].pwconv2[0] = model.stages[2][0].pwconv2[0]
+    after, changes = reparameterize(model)
+    assert changes.merged == ['stages.0.0', 'stages.1.1', 'stages.3.0', 'stages.3.1']
+    assert all(d.ok for d in compare_networks(model, after)) and seen
+    frozen = unireplknet(frozen_stages=1)
+    trainable = {n for n, p in reparameterize(frozen)[0].named_parameters() if p.requires_grad}
+    assert {n.split('.')[1] for n in trainable if n.startswith('stages')} == {'1', '2', '3'}
 
 
 def test_copy_and_in_place():

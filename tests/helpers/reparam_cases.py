@@ -9,7 +9,7 @@ from norms import randomize_norms
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from replk_mm.backbones import RepLKNet
+from replk_mm.backbones import RepLKNet, UniRepLKNet
 
 TINY = dict(
     large_kernel_sizes=[13, 11, 9, 7], small_kernel=5, layers=[1, 1, 2, 1], channels=[8, 12, 16, 24], dw_ratio=1
@@ -31,6 +31,18 @@ FCN_HEAD = dict(
 
 def backbone(**kwargs) -> RepLKNet:
     return randomize_norms(RepLKNet(TINY, **kwargs))
+
+
+UNIREPLKNET = dict(depths=[2] * 4, channels=[4, 8, 12, 16], kernel_sizes=[[3, 5], [7, 9], [11, 13], [15, 17]])
+
+
+def unireplknet(**kwargs) -> UniRepLKNet:
+    """With BatchNorm statistics, response norm and layer scale far from the identity."""
+    model = randomize_norms(UniRepLKNet(UNIREPLKNET, **kwargs)).eval()
+    for name, value in model.named_parameters():
+        if name.endswith(('gamma', 'beta')):
+            nn.init.normal_(value, 0.5, 0.5)
+    return model
 
 
 def norms(model) -> list[str]:
