@@ -1,5 +1,7 @@
 """Large-kernel ConvNets (RepLKNet) and ConvNeXt as first-class OpenMMLab backbones."""
 
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 __version__ = '0.1.0'
@@ -9,11 +11,11 @@ def register_configs() -> None:
     """Let ``_base_`` of a config name ours: ``_base_ = 'replk_mm::upernet_replk31b_ade20k.py'``.
 
     The commands of this project call it; another program calls it once, before it reads such a config. mmengine
-    (0.10.7) resolves such names for a fixed table of packages only, and requires a folder in them.
+    (0.10.7) resolves such names for a fixed table of packages only, requires a folder in them, and needs
+    ``pkg_resources``, which setuptools 82 removed, to find those packages.
     """
     from mmengine.config import Config
-    from mmengine.config.utils import MODULE2PACKAGE, _get_external_cfg_base_path
-    from mmengine.utils import get_installed_path, is_installed
+    from mmengine.config.utils import MODULE2PACKAGE, _get_external_cfg_base_path, _get_external_cfg_path
 
     original = Config._get_cfg_path
     if getattr(original, 'knows_replk_mm', False):
@@ -23,11 +25,15 @@ def register_configs() -> None:
         scope, _, name = cfg_path.partition('::')
         if scope == 'replk_mm' and name:
             return str(Path(__file__).resolve().parent / '.mim' / 'configs' / name), scope
-        package = MODULE2PACKAGE.get(scope, '')
-        if name.startswith('_base_/') and is_installed(package):
-            # mmengine would parse all metafiles of the package, 0.2 s, and find no such name in them.
-            return _get_external_cfg_base_path(get_installed_path(package), name), scope
-        return original(cfg_path, filename)
+        spec = find_spec(scope) if name and scope in MODULE2PACKAGE else None
+        if spec is None or not spec.submodule_search_locations:
+            return original(cfg_path, filename)
+        package = spec.submodule_search_locations[0]
+        # Metafiles do not list the files in _base_, and mmengine would parse all of them, 0.2 s.
+        if not name.startswith('_base_/'):
+            with suppress(ValueError):
+                return _get_external_cfg_path(package, name), scope
+        return _get_external_cfg_base_path(package, name), scope
 
     path_of.knows_replk_mm = True  # type: ignore[attr-defined]
     Config._get_cfg_path = staticmethod(path_of)

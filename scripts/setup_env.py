@@ -162,8 +162,8 @@ def main() -> None:
     if other in found:  # both install the package mmcv: removing one breaks the other
         venv.pip('uninstall', '-y', 'mmcv', 'mmcv-lite', what='removing mmcv')
     print(f'installing {torch} and the other dependencies (a download of 0.3 GB, or 3 GB with CUDA)', flush=True)
-    # One command, since torch alone would pull in a setuptools without pkg_resources. Python compiles a module when it
-    # first imports it; compiling all of torch's takes longer than everything else.
+    # One command, since torch alone would pull in a newer setuptools. Python compiles a module when it is imported;
+    # compiling all of torch's takes longer than everything else.
     requirements = [*(f'-rrequirements/{name}.txt' for name in PINS), *([MMCV_LITE] if mmcv == 'lite' else [])]
     venv.pip('install', '--no-compile', *torch.split(), *requirements, *CONSTRAINTS)
     found = venv.installed()

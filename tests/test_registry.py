@@ -176,19 +176,19 @@ def test_configs_are_inherited_after_one_call(root, tmp_path):
     (tmp_path / 'mine.py').write_text(
         "_base_ = 'replk_mm::upernet_replk-nano_ade20k.py'\nmodel = dict(backbone=dict(drop_path_rate=.125))\n"
     )
+    (tmp_path / 'theirs.py').write_text("_base_ = 'mmseg::_base_/default_runtime.py'\n")
     (tmp_path / 'gone.py').write_text("_base_ = 'replk_mm::no-such.py'\n")
     run(
         root,
         f"""
 from mmengine.config import Config
-from mmengine.hub import get_config
 import replk_mm
 for _ in range(2):
     replk_mm.register_configs()
 cfg = Config.fromfile({str(tmp_path / 'mine.py')!r})
 assert cfg.model.backbone.type == 'replk_mm.RepLKNet' and cfg.model.backbone.arch == 'nano'
 assert cfg.model.backbone.drop_path_rate == .125
-assert get_config('mmseg::_base_/default_runtime.py').default_scope == 'mmseg'  # other packages' configs as before
+assert Config.fromfile({str(tmp_path / 'theirs.py')!r}).default_scope == 'mmseg'
 try:
     Config.fromfile({str(tmp_path / 'gone.py')!r})
 except Exception as error:

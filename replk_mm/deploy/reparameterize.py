@@ -24,7 +24,6 @@ from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks import wrappers
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from replk_mm.backbones.convnext import GlobalResponseNorm
 from replk_mm.backbones.layers import Backbone
@@ -87,7 +86,9 @@ def reparameterize(
     Raises:
         UserError: If FSDP shards the model.
     """
-    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+    # By name, since the place of FSDPModule depends on the release of torch.
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if classes & {'FSDPModule', 'FullyShardedDataParallel'}:
         raise UserError(
             'reparameterize: FSDP shards the model, so that no process has whole weights\n'
             'Load the full state dict into a network that is not sharded.'

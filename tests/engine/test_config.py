@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import sys
 from functools import cache
 
 import pytest
@@ -10,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS
 from tiny import ROOT, tiny  # noqa: F401
 
+from replk_mm import register_configs
 from replk_mm.engine import config
 from replk_mm.engine.config import (
     build_model,
@@ -85,6 +87,13 @@ def test_unreadable_config_is_named(tmp_path, text):
 
 def test_installed_name_reads_the_same_config():
     assert load_config('replk_mm::upernet_replk-nano_ade20k.py').model == nano().model
+
+
+@pytest.mark.parametrize('name', ['_base_/default_runtime.py', 'upernet/upernet_r50_4xb4-80k_ade20k-512x512.py'])
+def test_bases_of_other_packages_without_pkg_resources(name, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'pkg_resources', None)  # as setuptools 82
+    register_configs()
+    assert load_config(write(tmp_path, f"_base_ = 'mmseg::{name}'"), needs=()).default_scope == 'mmseg'
 
 
 def test_names_of_other_packages():

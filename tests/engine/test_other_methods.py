@@ -6,13 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from mmengine.config import ConfigDict
-from mmengine.hub import get_config
 from mmengine.registry import MODELS, DefaultScope
 from norms import randomize_norms
 from torch import nn
 
 from replk_mm.deploy.reparameterize import reparameterize
-from replk_mm.engine.config import replace_type
+from replk_mm.engine.config import load_config, replace_type
 
 CHANNELS = [8, 12, 16, 24]
 BACKBONES = {
@@ -81,7 +80,7 @@ def shrink(node) -> None:
 
 
 def build(scope: str, name: str, changes: dict, backbone: str) -> nn.Module:
-    cfg = get_config(f'{scope}::{name}').model
+    cfg = load_config(f'{scope}::{name}').model
     cfg.backbone = BACKBONES[backbone]
     cfg.pop('pretrained', None)
     cfg.data_preprocessor.pop('size', None)
