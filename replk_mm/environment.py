@@ -493,9 +493,9 @@ def _format_gib(amount: float | None) -> str:
 if __name__ == '__main__':  # a probe
     try:
         if not sys.argv[1].startswith('torch'):
-            from replk_mm import compat
+            from replk_mm import mmcv_ops
 
-            compat.install()
+            mmcv_ops.install()
         answer = {'ok': True, **PROBES[sys.argv[1]]()}
     except Exception as caught:
         answer = {'ok': False, 'error': _one_line(caught)}

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported; each xdist worker has one core
@@ -54,6 +55,14 @@ def pytest_xdist_auto_num_workers() -> int:
     """Number of workers for ``-n auto``: the cores that this process may use, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return min(cores, 8)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose extras are not installed; fail it if ``REPLK_MM_REQUIRE_EXTRAS`` is set, as CI does."""
+    names = [name for marker in item.iter_markers('extras') for name in marker.args]
+    if missing := [name for name in names if find_spec(name) is None]:
+        stop = pytest.fail if os.environ.get('REPLK_MM_REQUIRE_EXTRAS') else pytest.skip
+        stop(f'not installed: {", ".join(missing)} (make setup EXTRAS=...)')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

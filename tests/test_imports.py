@@ -23,8 +23,8 @@ FLOORS = (
     ('ops', 'checkpoints'),
     ('visualize', 'published', 'text'),
     ('registry', 'files', 'logs', 'environment', 'wrappers'),
-    ('compat',),
     ('mmcv_ops',),
+    ('compat',),
     ('errors', '__init__'),
 )
 

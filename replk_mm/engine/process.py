@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from PIL import EpsImagePlugin
 
-from replk_mm import compat, register_configs
+from replk_mm import mmcv_ops, register_configs
 from replk_mm.checkpoints.io import register_safe_loaders
 from replk_mm.errors import UserError, command_line
 from replk_mm.logs import limit_terminal, log_python_warnings
@@ -191,7 +191,7 @@ def setup_process() -> None:
     code in them, configs inherit ours as ``replk_mm::NAME.py``, the C library keeps freed memory, and the terminal
     shows less than the log file. Pillow runs no Ghostscript.
     """
-    compat.install()
+    mmcv_ops.install()
     register_safe_loaders()
     EpsImagePlugin.gs_binary = False  # a .png of somebody else may be a PostScript program
     register_configs()

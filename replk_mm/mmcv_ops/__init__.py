@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 
+from replk_mm import compat
+
 MODULE = 'mmcv._ext'
 
 
@@ -23,7 +25,11 @@ def is_compiled() -> bool:
 
 
 def install() -> None:
-    """Provide ``mmcv._ext`` to this process, unless it is loaded or compiled operators are installed."""
+    """Provide ``mmcv._ext`` to this process, unless it is loaded or compiled operators are installed.
+
+    Also let mmpretrain import beside transformers 5, since mmdet imports mmpretrain.
+    """
+    compat.disable_multimodal_models()
     if MODULE not in sys.modules and not is_compiled():
         sys.modules[MODULE] = import_module('replk_mm.mmcv_ops.ext')
 

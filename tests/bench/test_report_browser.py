@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ from replk_mm.bench.report.load import load_report
 from replk_mm.bench.report.render import render_html
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason='no Chromium on PATH')]
+REQUIRED = bool(os.environ.get('REPLK_MM_REQUIRE_BROWSER'))  # set by CI: fail instead of skip
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason='no Chromium on PATH')]
 #: Functions for the scripts of the tests.
 HELPERS = """
 const all = (what, where = document) => [...where.querySelectorAll(what)];

@@ -73,3 +73,14 @@ def test_bfloat16_without_instructions_is_measured_in_float32(run, arguments, mo
     assert 'float32 instead of bfloat16' in record['notes'][0]
     assert record.get('dtype', 'float32') == 'float32'
     assert {row.get('dtype', 'float32') for point in record['points'] for row in point['rows']} == {'float32'}
+
+
+@pytest.mark.slow
+@pytest.mark.extras('openvino', 'onnxruntime', 'onnx', 'onnxscript')
+def test_other_engines_compute_the_features_of_a_shipped_config(run, root, capsys) -> None:
+    config = root / 'configs' / 'upernet_replk-nano_demo.py'
+    options = '--mode inference --shape 64 64 --repeats 3 --seconds 0.01 --no-memory --json'
+    assert run(f'backbone {config} --compare openvino,onnxruntime {options}') == 0
+    rows = {row['name']: row for row in json.loads(capsys.readouterr().out)['points'][0]['rows']}
+    for engine in ('openvino', 'onnxruntime'):
+        assert rows[engine]['equal'] is True and rows[engine]['difference'] < 1e-5

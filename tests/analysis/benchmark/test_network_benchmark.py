@@ -278,11 +278,15 @@ def test_missing_engines_are_noted(convnext, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('engine', list(inference_engines.ENGINES))
+@pytest.mark.parametrize(
+    'engine',
+    [
+        pytest.param('openvino', marks=pytest.mark.extras('openvino', 'onnx', 'onnxscript')),
+        pytest.param('onnxruntime', marks=pytest.mark.extras('onnxruntime', 'onnx', 'onnxscript')),
+    ],
+)
 @pytest.mark.parametrize('whole_model', [True, False])
 def test_engines_compute_the_same(engine, whole_model, tiny, convnext) -> None:
-    if missing := inference_engines.missing_distributions(engine):
-        pytest.skip(f'not installed: {", ".join(missing)}')
     config = str(tiny.config) if whole_model else convnext
     case = BenchmarkCase(config, whole_model, threads=torch.get_num_threads())
     row = row_of(NetworkBenchmark(case, replace(QUICK, engines=[engine])).measure(1, (64, 64)), engine)
