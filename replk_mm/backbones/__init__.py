@@ -3,7 +3,8 @@
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.layers import LayerNorm2d
 from replk_mm.backbones.replknet import RepLKNet
+from replk_mm.backbones.slak import SLaK
 from replk_mm.backbones.sync_norm import SyncBatchNorm
 from replk_mm.backbones.unireplknet import UniRepLKNet
 
-__all__ = ['ConvNeXt', 'LayerNorm2d', 'RepLKNet', 'SyncBatchNorm', 'UniRepLKNet']
+__all__ = ['ConvNeXt', 'LayerNorm2d', 'RepLKNet', 'SLaK', 'SyncBatchNorm', 'UniRepLKNet']

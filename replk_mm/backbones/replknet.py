@@ -25,7 +25,7 @@ class ConvNorm(nn.Sequential):
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output.
-        kernel_size: Side of the kernel in pixels.
+        kernel_size: Side of the kernel in pixels; of a depthwise one also height and width.
         stride: Stride in pixels.
         depthwise: Use a depthwise convolution; requires ``in_channels == out_channels``.
         dilation: Dilation of the depthwise kernel in pixels.
@@ -37,7 +37,7 @@ class ConvNorm(nn.Sequential):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 1,
+        kernel_size: Any = 1,
         stride: int = 1,
         depthwise: bool = False,
         dilation: int = 1,

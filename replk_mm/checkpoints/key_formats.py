@@ -1,8 +1,8 @@
 """Find the weights of a network in a checkpoint of any program, and convert their names to ours.
 
 One rule covers nesting and prefixes: the weights are those whose names and shapes fit the network after a common prefix
-is removed. :data:`FORMATS` has the names of other libraries. Ours are mmpretrain's, which for RepLKNet are also the
-authors'; for UniRepLKNet they are the authors'. timm, torchvision and transformers have neither.
+is removed. :data:`FORMATS` has the names of other libraries. Ours are mmpretrain's, and the authors' for families
+that it lacks and for RepLKNet, where both are the same.
 """
 
 import re
@@ -104,6 +104,10 @@ _TRANSFORMERS = (
 FORMATS = (
     KeyFormat('RepLKNet', 'official', 'stages.0.blocks.0.pw1.conv.weight'),
     KeyFormat('UniRepLKNet', 'official', 'stages.0.0.pwconv1.1.weight'),
+    *(  # with strips or without, in training form and merged
+        KeyFormat('SLaK', 'official', f'stages.0.0.large_kernel.{part}.weight', (_FINAL_NORM,))
+        for part in ('LoRA1.conv', 'lkb_origin.conv', 'lkb_reparam.LoRA1', 'lkb_reparam')
+    ),
     KeyFormat('ConvNeXt', 'mmpretrain', 'stages.0.0.depthwise_conv.weight', (_FINAL_NORM,)),
     # DINOv3 stores the final norm as norm and as norms.3.
     KeyFormat('ConvNeXt', 'official', 'stages.0.0.dwconv.weight', (*_AUTHORS, (r'^norms\.', 'norm'), _FINAL_NORM)),

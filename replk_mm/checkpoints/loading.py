@@ -154,7 +154,9 @@ def weights_for_training(backbone: nn.Module, found: FoundWeights, loaded: Mappi
             f'{where}: training cannot start from a network with folded BatchNorm\n'
             f'Start from the checkpoint before reparameterization.'
         )
-    if not found.merged or not any('.lkb_origin.' in key for key in backbone.state_dict()):
+    if not found.merged or not any(
+        part in key for key in backbone.state_dict() for part in ('.lkb_origin.', '.LoRA1.conv.')
+    ):
         return found.backbone
     announce(
         f'warning: {where}: merged weights loaded into a network with parallel kernels. Outputs are equal in '
@@ -166,11 +168,11 @@ def weights_for_training(backbone: nn.Module, found: FoundWeights, loaded: Mappi
 
 
 def _unmerge(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
-    """Convert merged RepLKNet weights to the training form: large kernels take the weights, small ones start at 0."""
+    """Convert merged weights to the training form: large kernels take the weights, small ones start at 0."""
     own, out = backbone.state_dict(), dict(weights)
-    for merged in [key for key in weights if key.endswith('.lkb_reparam.weight')]:
-        base = merged.removesuffix('.lkb_reparam.weight')
-        large, small = f'{base}.lkb_origin', f'{base}.small_conv'
+    for merged in [key for key in weights if '.lkb_reparam.' in key and key.endswith('.weight')]:
+        base, _, strip = merged.removesuffix('.weight').partition('.lkb_reparam')
+        large, small = base + (strip or '.lkb_origin'), f'{base}.small_conv'
         if f'{large}.bn.weight' not in own:
             continue
         weight = out.pop(merged)
@@ -180,7 +182,7 @@ def _unmerge(weights: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
         out[f'{small}.conv.weight'] = own.get(f'{small}.conv.weight', zeros)
         # Cancels the norm's division by sqrt(1 + eps).
         norm['weight'] = ones * (1 + backbone.get_submodule(f'{large}.bn').eps) ** 0.5
-        norm['bias'] = out.pop(f'{base}.lkb_reparam.bias', zeros)
+        norm['bias'] = out.pop(f'{base}.lkb_reparam{strip}.bias', zeros)
         out |= {f'{large}.conv.weight': weight, **{f'{large}.bn.{name}': value for name, value in norm.items()}}
     return {key: value for key, value in out.items() if '.small_conv.' not in key or key in own}
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from replk_mm.backbones.convnext import GlobalResponseNorm
 from replk_mm.backbones.layers import Backbone
 from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
+from replk_mm.backbones.slak import DecomposedLargeKernelConv
 from replk_mm.backbones.sync_norm import SyncBatchNorm
 from replk_mm.backbones.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
 from replk_mm.checkpoints.key_formats import FOLDED
@@ -75,8 +76,8 @@ def reparameterize(
 
     Args:
         model: Any module.
-        merge: Merge the parallel kernels of RepLKNet, and the blocks of UniRepLKNet as its authors do, with their
-            norms. Defaults to True.
+        merge: Merge the parallel kernels of RepLKNet and SLaK, and the blocks of UniRepLKNet as its authors do, with
+            their norms. Defaults to True.
         fold: Fold BatchNorm layers into convolutions. Defaults to True.
         inplace: Change ``model`` itself instead of a copy. Defaults to False.
 
@@ -271,17 +272,24 @@ def _mergeable(block: nn.Module, parts: list[nn.Module], branches: list[tuple[An
 
 
 def _merge_branches(block: Any, uses: Counter[int]) -> bool:
-    """Replace a block's branches with one convolution, if every norm is BatchNorm or the identity."""
+    """Add each branch to the first large kernel that holds it, if every norm is BatchNorm or the identity."""
     if block.merged:
         return False
-    layers = [block.lkb_origin] + ([block.small_conv] if hasattr(block, 'small_conv') else [])
+    layers = list(block.children())
     branches = [(layer.conv, layer.bn) for layer in layers if _runs_as(layer, ConvNorm)]
     parts = [part for layer in layers for part in layer.modules()]
     if len(branches) < len(layers) or not _mergeable(block, parts, branches, uses):
         return False
-    block.lkb_reparam = _with_weights(block.lkb_origin.conv, *_sum_branches(branches))
-    for name in ('lkb_origin', 'small_conv'):
-        block._modules.pop(name, None)
+    for name in list(block._modules):
+        del block._modules[name]
+    first, *others = branches
+    if isinstance(block, DecomposedLargeKernelConv):
+        strip, small = others  # no strip holds the other
+        second = _with_weights(strip[0], *_sum_branches([strip]))
+        merged = dict(LoRA1=_with_weights(first[0], *_sum_branches([first, small])), LoRA2=second)
+        block.lkb_reparam = nn.ModuleDict(merged).eval()
+    else:
+        block.lkb_reparam = _with_weights(first[0], *_sum_branches(branches))
     return True
 
 
@@ -317,5 +325,6 @@ def _merge_unireplknet_block(block: Any, uses: Counter[int]) -> bool:
 
 _MERGES: dict[type[nn.Module], Callable] = {
     ReparamLargeKernelConv: _merge_branches,
+    DecomposedLargeKernelConv: _merge_branches,
     UniRepLKNetBlock: _merge_unireplknet_block,
 }

@@ -8,7 +8,7 @@ from checkpoint_cases import CONV, DENSE, TINY, assert_same, write
 from norms import randomize_norms
 from torch import nn
 
-from replk_mm.backbones import ConvNeXt, RepLKNet, UniRepLKNet
+from replk_mm.backbones import ConvNeXt, RepLKNet, SLaK, UniRepLKNet
 from replk_mm.checkpoints.key_formats import find_weights, to_official
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.deploy.reparameterize import reparameterize
@@ -79,6 +79,14 @@ PLACES = {
         'stages.0.blocks.0.conv_dw.weight=stages.0.0.depthwise_conv.weight',
         'head.norm.weight=norm3.weight',
     ],
+    'slak_tiny_official': [
+        '=stages.2.8.large_kernel.LoRA2.bn.running_var',
+        '=stages.0.0.large_kernel.small_conv.conv.weight',
+        '=stages.1.2.pwconv2.bias',
+        '=norm0.bias',
+    ],
+    'slak_tiny_k31_undecomposed_official': ['=stages.2.8.large_kernel.lkb_origin.conv.weight', '=stages.3.2.gamma'],
+    'slak_base_official': ['=stages.2.26.large_kernel.LoRA1.conv.weight', '=norm3.weight'],
 }
 BUILD = {
     'replknet31b_official': lambda: RepLKNet('31B'),
@@ -89,6 +97,11 @@ BUILD = {
     'convnext_tiny_official': lambda: ConvNeXt('tiny', **DENSE),
     'convnext_tiny_mmpretrain': lambda: ConvNeXt('tiny', **DENSE),
     'convnext_tiny_timm': lambda: ConvNeXt('tiny', **DENSE),
+    'slak_tiny_official': SLaK,
+    'slak_tiny_k31_undecomposed_official': lambda: SLaK(
+        dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768]), [31, 29, 27, 13], decomposed=False
+    ),
+    'slak_base_official': lambda: SLaK('base'),
 }
 
 
@@ -96,16 +109,16 @@ BUILD = {
 def test_published_formats_load_whole(name, tmp_path):
     weights = listed(name)
     path = write(tmp_path / 'weights.pth', {'model': weights})
-    xl = name == 'replknetxl_official'  # 1.3 GB: names and shapes only
-    with torch.device('meta' if xl else 'cpu'):
-        model = BUILD[name]() if xl else empty(BUILD[name])
+    large = name in ('replknetxl_official', 'slak_base_official')  # 1.3 GB: names and shapes only
+    with torch.device('meta' if large else 'cpu'):
+        model = BUILD[name]() if large else empty(BUILD[name])
     report = load_pretrained(model, path)
     assert report.unexpected == report.missing == report.mismatched == []
     own = model.state_dict()
     classifier = {key for key in weights if key.startswith('head.fc.')}
     assert len(classifier) == (2 if 'timm' in name else 0)
     assert report.matched == {'backbone': len(weights) - len(classifier)}
-    if xl:
+    if large:
         assert set(PLACES[name]) <= {f'={key}' for key in own.keys() & weights.keys()}
         return
     # Every weight of the file is in the network once: their constants are all different.
@@ -143,6 +156,8 @@ def test_classifier_is_reported():
         ('convnext_tiny_official', 'ConvNeXt', 'official', False),
         ('convnext_tiny_timm', 'ConvNeXt', 'timm', False),
         ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False),
+        ('slak_tiny_official', 'SLaK', 'official', False),
+        ('slak_tiny_k31_undecomposed_official', 'SLaK', 'official', False),
     ],
 )
 def test_formats_are_detected(name, family, form, merged):
@@ -165,7 +180,7 @@ def test_classifiers_of_unireplknet(tmp_path):
         load_pretrained(model, write(tmp_path / 'b.pth', listed('unireplknet_a_official_merged')))
 
 
-@pytest.mark.parametrize('family', ['replknet31b', 'unireplknet_a', 'convnext_tiny'])
+@pytest.mark.parametrize('family', ['replknet31b', 'unireplknet_a', 'convnext_tiny', 'slak_tiny'])
 def test_to_official_round_trip(family):
     theirs = listed(f'{family}_official')
     ours = find_weights(theirs).backbone
@@ -200,20 +215,43 @@ def test_version_2_of_the_authors(tmp_path):
     assert_same(model, ours)
 
 
+SLAK = dict(arch=CONV, kernel_size=[13, 11, 9, 7], layer_scale_init_value=1.0)
+
+
 @pytest.mark.parametrize(
-    'kwargs', [{}, dict(norm_cfg=dict(type='BN', eps=1e-2)), dict(arch=dict(TINY, small_kernel=None))], ids=str
+    'cls, kwargs',
+    [
+        (RepLKNet, dict(arch=TINY)),
+        (RepLKNet, dict(arch=TINY, norm_cfg=dict(type='BN', eps=1e-2))),
+        (RepLKNet, dict(arch=dict(TINY, small_kernel=None))),
+        (SLaK, SLAK),
+        (SLaK, dict(SLAK, decomposed=False)),
+    ],
+    ids=str,
 )
-def test_merged_file_into_either_form(kwargs, tmp_path):
-    kwargs = {'arch': TINY, **kwargs}
-    merged, _ = reparameterize(randomize_norms(RepLKNet(**kwargs)), fold=False)
-    path = write(tmp_path / 'merged.pth', {'model': merged.state_dict()})
+def test_merged_file_into_either_form(cls, kwargs, tmp_path):
+    merged, _ = reparameterize(randomize_norms(cls(**kwargs)), fold=False)
+    weights = merged.state_dict()
+    assert find_weights(weights).family == cls.__name__
+    path = write(tmp_path / 'merged.pth', {'model': weights})
     x = torch.randn(2, 3, 64, 64)
     expected = merged(x)
     for seed, form in ((3, True), (4, False)):
-        model = randomize_norms(RepLKNet(**kwargs, small_kernel_merged=form), seed)
+        model = randomize_norms(cls(**kwargs, small_kernel_merged=form), seed)
         report = load_pretrained(model, path)
         assert report.missing == report.unexpected == report.mismatched == []
         for a, b in zip(model.eval()(x), expected, strict=True):
             assert (a - b).abs().max() <= 1e-5 * b.abs().max()
-    assert hasattr(model.stages[0].blocks[0].large_kernel, 'lkb_origin')
+    assert not any('lkb_reparam' in name for name in model.state_dict())
     sum(o.mean() for o in model.train()(x)).backward()  # and it trains
+
+
+def test_imagenet_file_of_slak(tmp_path):
+    """The final norm of a classifier is that of the last stage; its head is not used."""
+    source = SLaK(**SLAK).state_dict()
+    file = {key.replace('norm3.', 'norm.'): value for key, value in source.items() if key[:5] not in ('norm0', 'norm1')}
+    file |= {'head.weight': torch.ones(10, 24), 'head.bias': torch.ones(10)}
+    model = SLaK(**SLAK)
+    report = load_pretrained(model, write(tmp_path / 'a.pth', {'model': file}))
+    assert report.missing == report.unexpected == [] and report.matched['backbone'] == len(source) - 4
+    assert_same(model, source)
