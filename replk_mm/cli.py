@@ -49,8 +49,23 @@ def parser(doc: str | None, *examples: str) -> argparse.ArgumentParser:
     )
 
 
+class Backbone(argparse.Action):
+    """``--backbone NAME``: stored as the override ``backbone``, which :func:`load_config` applies before all others."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        namespace.backbone = values
+        namespace.cfg_options = {**(namespace.cfg_options or {}), 'backbone': values}
+
+
 def add_config_options(p: argparse.ArgumentParser) -> None:
     """Overrides of config fields. Test a checkpoint with the overrides it was trained with."""
+    p.add_argument(
+        '--backbone',
+        action=Backbone,
+        metavar='NAME',
+        help='backbone of the catalogue instead of that of the config, with channels of heads, normalization of images '
+        'and recipe (the command backbones lists names)',
+    )
     p.add_argument('--cfg-options', nargs='+', action=KeyValue, metavar='KEY=VALUE', help='override config fields')
 
 
@@ -108,7 +123,7 @@ def follow_up(name: str, args: argparse.Namespace, *arguments: object) -> str:
     """
     words = [args.config, *arguments]
     takes_data = name in ('train', 'test')
-    for option in ('data_root', 'classes', 'device') if takes_data else ('device',):
+    for option in ('backbone', 'data_root', 'classes', 'device') if takes_data else ('backbone', 'device'):
         if getattr(args, option, None):
             words += [f'--{option.replace("_", "-")}', getattr(args, option)]
     if getattr(args, 'cfg_texts', None):

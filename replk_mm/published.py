@@ -29,11 +29,11 @@ class PublishedResult:
     schedule: str  #: length of the training, as text
     crop: int | None  #: side of the training crop in pixels; None for detection
     metrics: Mapping[str, float]  #: in percent, by name; without those that the source does not report
-    params_m: float  #: parameters of the whole model, in millions
+    params_m: float | None  #: parameters of the whole model, in millions; None if not stated
     flops_g: float  #: multiply-accumulates at ``input``, in billions
     input: tuple[int, int]  #: height and width in pixels
     source: str  #: paper and repository
-    recipe: str  #: name in ``table('recipes')``
+    recipe: str | None  #: name in ``table('recipes')``; None if the chosen values are not published
     variant: str | None  #: variant of the recipe, if it has several
     config: str | None  #: file name of the config that follows the recipe, if there is one
 
@@ -49,7 +49,7 @@ def _tables() -> dict[str, Any]:
 
 
 def table(name: str) -> Any:
-    """A table of ``published.yaml``: ``'kernel_size_study'``, ``'weights'``, ``'recipes'`` and so on."""
+    """A table of ``published.yaml``: ``'kernel_size_study'``, ``'recipes'`` and so on."""
     return _tables()[name]
 
 
@@ -64,10 +64,10 @@ def _result(task: str, row: Mapping[str, Any]) -> PublishedResult:
         metrics={name: row[name] for name in METRICS if row.get(name) is not None},
         input=tuple(row['input']),
         source=f'{source["paper"]}, {source["repository"]}',
-        **{
-            name: row[name]
-            for name in ('backbone', 'pretraining', 'dataset', 'params_m', 'flops_g', 'recipe', 'variant', 'config')
-        },
+        **{name: row[name] for name in ('backbone', 'pretraining', 'dataset', 'params_m', 'flops_g')},
+        recipe=row.get('recipe'),
+        variant=row.get('variant'),
+        config=row.get('config'),
     )
 
 

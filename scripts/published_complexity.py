@@ -86,7 +86,7 @@ def count_published(pattern: str | None = None, progress: Callable[[str], object
     if not chosen:
         raise UserError(
             f'--rows {pattern}: matches none of the published configs\n'
-            f'They are: {", ".join(str(row.config) for row in published.results())}'
+            f'They are: {", ".join(row.config for row in published.results() if row.config)}'
         )
     rows = []
     for number, result in enumerate(chosen, 1):

@@ -341,6 +341,8 @@ def config_complexity(
     """
     cfg = load_config(config, options, needs=('model',))
     size, source = (shape, 'given') if shape else _default_shape(cfg, config)
+    if named := cfg.get('catalogue', {}).get('backbone'):
+        config = f'{config} --backbone {named}'
     try:
         return count_model(build_on_meta(cfg), config, size, source)
     except UserError as error:

@@ -1,5 +1,6 @@
-"""Backbones, one file for each family."""
+"""Backbones, one file for each family, and their catalogue."""
 
+from replk_mm.backbones.catalogue import build_backbone, list_backbones
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.layers import LayerNorm2d
 from replk_mm.backbones.replknet import RepLKNet
@@ -7,4 +8,13 @@ from replk_mm.backbones.slak import SLaK
 from replk_mm.backbones.sync_norm import SyncBatchNorm
 from replk_mm.backbones.unireplknet import UniRepLKNet
 
-__all__ = ['ConvNeXt', 'LayerNorm2d', 'RepLKNet', 'SLaK', 'SyncBatchNorm', 'UniRepLKNet']
+__all__ = [
+    'ConvNeXt',
+    'LayerNorm2d',
+    'RepLKNet',
+    'SLaK',
+    'SyncBatchNorm',
+    'UniRepLKNet',
+    'build_backbone',
+    'list_backbones',
+]

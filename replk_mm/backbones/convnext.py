@@ -6,7 +6,7 @@ parameter names are mmpretrain's (Apache-2.0), so that its configs and checkpoin
 authors and of timm are converted when they are loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
+from replk_mm.backbones.catalogue import Weights, register_variants
 from replk_mm.backbones.layers import Backbone, Stage, build_activation, build_norm
 from replk_mm.ops import DepthwiseConv2d
 from replk_mm.registry import MODELS
@@ -225,3 +226,53 @@ ConvNeXt.arch_settings = {
     'xlarge': dict(depths=[3, 3, 27, 3], channels=[256, 512, 1024, 2048]),
     'huge': dict(depths=[3, 3, 27, 3], channels=[352, 704, 1408, 2816]),
 }
+
+# layer scale: recipes of dense prediction start at 1 instead of the 1e-6 of pretraining; a checkpoint replaces both
+_DENSE: dict = dict(gap_before_final_norm=False, out_indices=(0, 1, 2, 3), layer_scale_init_value=1.0)
+_DOWNLOADS = 'https://dl.fbaipublicfiles.com/convnext'
+_PRETRAINING = dict(tiny=['1k'], small=['1k'], base=['1k', '22k'], large=['22k'], xlarge=['22k'])
+
+register_variants(
+    ConvNeXt,
+    {
+        f'convnext-{arch}': dict(
+            config=dict(arch=arch),
+            paper_name=paper and f'ConvNeXt-{paper}',
+            weights=tuple(
+                Weights(f'in{data}', f'ImageNet-{data.upper()}', f'{_DOWNLOADS}/convnext_{arch}_{data}_224.pth')
+                for data in _PRETRAINING.get(arch, [])
+            ),
+        )
+        for arch, paper in dict(atto=None, nano=None, tiny='T', small='S', base='B', large='L', xlarge='XL').items()
+    },
+    _DENSE,
+    source='arXiv:2201.03545, facebookresearch/ConvNeXt',
+    licence='Apache-2.0',  # mmpretrain, whose arguments and key names these are
+)
+
+
+def _weights_v2(arch: str) -> Iterator[Weights]:
+    files = [('in1k', '1K', f'im1k/convnextv2_{arch}_1k_224_ema.pt')]
+    for side in dict(nano=(224, 384), tiny=(224, 384), base=(224, 384), large=(224, 384), huge=(384, 512)).get(
+        arch, ()
+    ):
+        tag = 'in22k-in1k' if side == 224 else f'in22k-in1k-{side}'
+        files.append((tag, '22K', f'im22k/convnextv2_{arch}_22k_{side}_ema.pt'))
+    for tag, data, file in files:
+        then = ', then 1K' if data == '22K' else ''
+        pretraining = f'FCMAE then ImageNet-{data} fine-tuning{then}'
+        yield Weights(f'fcmae-{tag}', pretraining, f'{_DOWNLOADS}/convnextv2/{file}', 'CC-BY-NC-4.0')
+
+
+register_variants(
+    ConvNeXt,
+    {
+        f'convnextv2-{arch}': dict(
+            config=dict(arch=arch), paper_name=f'ConvNeXtV2-{arch[0].upper()}', weights=tuple(_weights_v2(arch))
+        )
+        for arch in ('atto', 'femto', 'pico', 'nano', 'tiny', 'base', 'large', 'huge')
+    },
+    dict(_DENSE, use_grn=True, layer_scale_init_value=0.0),
+    source='arXiv:2301.00808, facebookresearch/ConvNeXt-V2',
+    licence='Apache-2.0',  # mmpretrain, whose arguments and key names these are
+)

@@ -14,6 +14,7 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
+from replk_mm.backbones.catalogue import Weights, register_variants
 from replk_mm.backbones.layers import Backbone, Stage, add_residual, build_activation, build_norm
 from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
@@ -364,3 +365,46 @@ RepLKNet.arch_settings = {
     # Not from the paper: a small variant of the same design for CPUs.
     'nano': dict(_BASE, large_kernel_sizes=[31, 29, 27, 13], layers=[2, 2, 4, 2], channels=[32, 64, 128, 256]),
 }
+
+
+def _weights(tag: str, pretraining: str, file: str) -> Weights:
+    return Weights(tag, pretraining, f'https://download.openmmlab.com/mmclassification/v0/replknet/replknet-{file}.pth')
+
+
+register_variants(
+    RepLKNet,
+    {
+        'replknet-nano': dict(config=dict(arch='nano')),
+        'replknet-31b': dict(
+            config=dict(arch='31B'),
+            paper_name='RepLKNet-31B',
+            weights=(
+                _weights('in1k', 'ImageNet-1K', '31B_3rdparty_in1k_20221118-fd08e268'),
+                _weights('in1k-384', 'ImageNet-1K', '31B_3rdparty_in1k-384px_20221118-03a170ce'),
+                _weights('in22k-in1k', 'ImageNet-22K then 1K', '31B_in21k-pre_3rdparty_in1k_20221118-54ed5c46'),
+                _weights(
+                    'in22k-in1k-384', 'ImageNet-22K then 1K', '31B_in21k-pre_3rdparty_in1k-384px_20221118-76c92b24'
+                ),
+            ),
+        ),
+        'replknet-31l': dict(
+            config=dict(arch='31L'),
+            paper_name='RepLKNet-31L',
+            weights=(
+                _weights(
+                    'in22k-in1k-384', 'ImageNet-22K then 1K', '31L_in21k-pre_3rdparty_in1k-384px_20221118-dc3fc07c'
+                ),
+            ),
+        ),
+        'replknet-xl': dict(
+            config=dict(arch='XL', norm_intermediate_features=True),
+            paper_name='RepLKNet-XL',
+            # fine-tuned on ImageNet-1K at 320x320 after MegData73M
+            weights=(_weights('meg73m', 'MegData73M then 1K', 'XL_meg73m-pre_3rdparty_in1k-320px_20221118-88259b1d'),),
+            mean=(127.5, 127.5, 127.5),
+            std=(127.5, 127.5, 127.5),
+        ),
+    },
+    source='arXiv:2203.06717, DingXiaoH/RepLKNet-pytorch',
+    licence='MIT',
+)

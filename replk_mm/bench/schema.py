@@ -75,6 +75,15 @@ class Defaults(_Strict):
         None, description='a path, also relative to the suite file; a name in `configs/`; `mmseg::...`; `mmdet::...`'
     )
     options: dict[str, Any] = Field({}, description='as `--cfg-options`; added to the options of `defaults`')
+    backbone: str | None = Field(
+        None, description='name in the catalogue, as `--backbone`; exchanges the backbone of the config'
+    )
+    recipe: Literal['authors', 'common', 'tries'] | None = Field(
+        None,
+        description='origin of learning rate and schedule: `authors`, as published; `common`, that of the config; '
+        '`tries`, chosen by you with the same number of tries for each row; default: `authors` for a backbone with '
+        'pretrained weights and a published recipe, else `common`',
+    )
     seeds: list[Seed] = Field([0], min_length=1, description='one training each; default: `[0]`')
     iterations: PositiveInt | None = Field(None, description='train this long, warm-up and decay in proportion')
     schedule: Literal['full'] | None = Field(None, description='`full`: train as the config says')
@@ -170,7 +179,9 @@ class Suite(_Strict):
         SuiteData(), description="of all rows; default: each config's own. `--data-root DIR` overrides it"
     )
     defaults: Defaults = Field(Defaults(), description='any key of a row but `name` and `label`')
-    rows: list[SuiteRow] = Field(min_length=1, description='at least one')
+    rows: list[SuiteRow] = Field(
+        min_length=1, description='at least one; a word is a row with that `backbone`, named after it'
+    )
 
     @model_validator(mode='before')
     @classmethod
@@ -178,6 +189,7 @@ class Suite(_Strict):
         defaults, rows = given.get('defaults', {}), given.get('rows')
         if not isinstance(defaults, dict) or not isinstance(rows, list):
             return given  # the fields are invalid, which their own errors tell
+        rows = [_named_row(row) if isinstance(row, str) else row for row in rows]
         return {**given, 'rows': [_with_defaults(row, defaults) if isinstance(row, dict) else row for row in rows]}
 
     @field_validator('name')
@@ -204,6 +216,11 @@ class Suite(_Strict):
         return [(row, seed) for row in self.rows for seed in row.seeds]
 
 
+def _named_row(backbone: str) -> dict:
+    """The row that a word in the list of rows stands for."""
+    return dict(name=re.sub(r'[^a-z0-9._-]+', '-', backbone.lower()), label=backbone, backbone=backbone)
+
+
 def _with_defaults(row: dict, defaults: dict) -> dict:
     if any(key in row for key in _BUDGETS):  # a row's budget replaces that of the defaults
         defaults = {key: value for key, value in defaults.items() if key not in _BUDGETS}
@@ -211,6 +228,9 @@ def _with_defaults(row: dict, defaults: dict) -> dict:
     common, own = defaults.get('options'), row.get('options')
     if isinstance(common, dict) and isinstance(own, dict):
         merged['options'] = {**common, **own}
+    exchange = {key: merged[key] for key in ('backbone', 'recipe') if merged.get(key) is not None}
+    if exchange and isinstance(merged.get('options', {}), dict):
+        merged['options'] = {**merged.get('options', {}), **exchange}
     return merged
 
 

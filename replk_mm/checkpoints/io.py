@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from http.client import HTTPException
@@ -37,7 +38,8 @@ class CheckpointNotFoundError(UserError, FileNotFoundError):
 def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, progress: bool = True) -> Path:
     """Return the local path of a checkpoint; download it first if ``checkpoint`` is a URL or a name on Hugging Face.
 
-    A download is cached under its whole URL, because many files share a name, such as ``pytorch_model.bin``.
+    A download is cached under its whole URL, because many files share a name, such as ``pytorch_model.bin``. If the
+    name has digits of its SHA-256, as ``NAME-1a2b3c4d.pth``, the file is verified.
 
     Args:
         checkpoint: Path, URL, ``hf-hub:OWNER/NAME`` with an optional ``@REVISION``, or a folder with the weights of
@@ -72,13 +74,21 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
             return path
         announce(f'downloading {name} to {path}')
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(name, str(path), progress=progress)
-    except (OSError, ValueError, HTTPException) as error:
+        expected = sha256_in_name(name)
+        verify = dict(hash_prefix=expected) if expected else {}
+        torch.hub.download_url_to_file(name, str(path), progress=progress, **verify)
+    except (OSError, ValueError, RuntimeError, HTTPException) as error:
         raise DownloadError(
-            f'{name:.200}: the checkpoint could not be downloaded ({error!s:.200})\n'
-            f'Check the URL, or download the file yourself and pass its path.'
+            f'{name:.200}: the checkpoint could not be downloaded ({error!s:.150})\n'
+            f'Check the URL, or copy the file to {path!s:.200}, or pass the path of your copy.'
         ) from error
     return path
+
+
+def sha256_in_name(url: str) -> str | None:
+    """The first digits of a file's SHA-256 that its name has, as in torch.hub; None if there are none."""
+    found = re.search(r'-([0-9a-f]{8,64})\.\w+$', url)
+    return found and found[1]
 
 
 _HUB = ('hf-hub:', 'hf_hub:')  # the prefixes of timm

@@ -103,4 +103,6 @@ def main() -> None:
     else:
         print(format_complexity(found))
         if any(part.name == 'backbone' for part in found.training.parts):
-            print(f'\nMeasure its speed: {command_line("benchmark", "model", args.config, "--shape", *found.shape)}')
+            exchanged = ['--backbone', args.backbone] if args.backbone else []
+            words = ('model', args.config, *exchanged, '--shape', *found.shape)
+            print(f'\nMeasure its speed: {command_line("benchmark", *words)}')

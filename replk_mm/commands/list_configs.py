@@ -12,6 +12,8 @@ from rich.progress import track
 
 from replk_mm import cli, published
 from replk_mm.analysis.complexity import build_on_meta, count_parameters
+from replk_mm.backbones.catalogue import weights_by_url
+from replk_mm.engine.backbone import METHODS
 from replk_mm.errors import UserError, command
 from replk_mm.files import check_outputs, write_output
 
@@ -41,9 +43,6 @@ DATA = {
     'demo': 'demo scenes',
     'context': 'context scenes',
 }
-
-#: Names in the papers of mmdet's classes.
-METHODS = {'CascadeRCNN': 'Cascade Mask R-CNN', 'MaskRCNN': 'Mask R-CNN'}
 
 NOTES = """\
 - mIoU (single-scale / multi-scale with flips) and AP (val2017) are **quoted** from the papers and their repositories;
@@ -80,10 +79,7 @@ def read_config(path: Path) -> ConfigRow:
     backbone = cfg.model.backbone
     url = (backbone.get('init_cfg') or {}).get('checkpoint')
     # The pretrained weights give the name in the papers, also for a config without a published row.
-    weights: dict = next(
-        (entry for entry in published.table('weights') if entry['url'] == url),
-        dict(backbone=_backbone_name(backbone), pretraining='none'),
-    )
+    entry, weights = weights_by_url().get(url, (None, None))
     length = cfg.train_cfg.get('max_iters')
     schedule = f'{length / 1000:g}k iterations' if length else f'{cfg.train_cfg.max_epochs} epochs'
     data = path.stem.rpartition('_')[2].partition('-')[0]
@@ -91,8 +87,8 @@ def read_config(path: Path) -> ConfigRow:
     return ConfigRow(
         path=path,
         scope=cfg.default_scope,
-        backbone=weights['backbone'],
-        pretraining=result.pretraining if result else weights['pretraining'],
+        backbone=(entry and entry.paper_name) or _backbone_name(backbone),
+        pretraining=result.pretraining if result else weights.pretraining if weights else 'none',
         data=DATA.get(data, data),
         variant=str(cfg.crop_size[0]) if is_segmentor else METHODS.get(cfg.model.type, cfg.model.type),
         schedule=f'{schedule}, batch {cfg.auto_scale_lr.base_batch_size}',

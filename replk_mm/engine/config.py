@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from replk_mm.data.datasets import as_list, crop_of, datasets_of, named_metrics
 from replk_mm.deploy.equivalence import network_outputs
+from replk_mm.engine.backbone import use_backbone
 from replk_mm.engine.config_errors import explain_build_errors, walk_dicts
 from replk_mm.errors import UserError, command_line, did_you_mean, format_list, import_error, install_advice
 from replk_mm.logs import Note
@@ -37,7 +38,8 @@ def load_config(
 
     Args:
         path: A file, or ``PACKAGE::NAME.py`` for one that is installed with replk_mm, mmseg, mmdet ...
-        options: Overrides, as ``{'model.backbone.arch': 'nano'}``.
+        options: Overrides, as ``{'model.backbone.arch': 'nano'}``. ``backbone`` and ``recipe`` are arguments of
+            :func:`use_backbone`, which runs before the others are applied.
         needs: Keys that the config must have.
 
     Raises:
@@ -57,8 +59,16 @@ def load_config(
             f'{path}: the config cannot be read: {failed or f"{type(error).__name__}: {error}"}\n'
             f'{install_advice() if failed else "Check the file and its _base_ files."}'
         ) from error
+    options = dict(options or {})
+    backbone, recipe = options.pop('backbone', None), options.pop('recipe', None)
+    if backbone:
+        use_backbone(cfg, backbone, recipe)
+    elif recipe:
+        cfg.catalogue = dict(recipe=recipe)
     if options:
         _override(cfg, options, path)
+    if any(key.startswith('optim_wrapper') for key in options) and cfg.get('catalogue', {}).get('recipe') == 'authors':
+        cfg.catalogue.recipe = 'common'  # no longer the authors' own
     for key in cfg:  # variables of the user's own are far from the names of fields
         _check_field(key, _FIELDS, 0.88, path, 'A variable of your own needs a name less like a field.')
     for key in needs:

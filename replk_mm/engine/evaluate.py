@@ -11,6 +11,7 @@ from replk_mm.checkpoints.io import fetch_checkpoint
 from replk_mm.data.checks.classes import check_heads, compare_with_checkpoint
 from replk_mm.data.datasets import datasets_of, is_coco_style, named_metrics
 from replk_mm.deploy.reparameterize import Changes
+from replk_mm.engine.backbone import backbone_notes
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.inference import adopt_classes, load_for_inference
 from replk_mm.engine.prepare import head_class_counts, prepare_data
@@ -80,7 +81,7 @@ def evaluate(
     cfg.launcher = options.launcher
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     scope = cfg.get('default_scope', 'mmengine')
-    notes = []
+    notes = backbone_notes(cfg)
     # COCO annotations name their classes; for label maps the user must.
     if options.classes is None and all(is_coco_style(dataset, scope) for dataset in datasets_of(cfg, ('test',))):
         notes += adopt_classes(cfg, checkpoint)

@@ -15,6 +15,7 @@ from replk_mm.data.checks.audit import check_data
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import is_class_head
 from replk_mm.data.classes import use_classes
+from replk_mm.engine.backbone import backbone_notes
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten_schedule
 from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
@@ -49,7 +50,7 @@ def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     if not (options.resume or cfg.get('resume')):
         require_no_run(cfg.work_dir, options.overwrite, filter(None, (options.pretrained, cfg.get('load_from'))))
-    notes = prepare_data(cfg, options, ('train', 'val'))
+    notes = backbone_notes(cfg) + prepare_data(cfg, options, ('train', 'val'))
     with explain_build_errors(cfg, 'run'):
         if options.max_iters is not None:
             notes += shorten_schedule(cfg, options.max_iters)

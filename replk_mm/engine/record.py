@@ -71,6 +71,7 @@ def evaluation_record(cfg: Config, checkpoint: str, result: Evaluation, tta: boo
             per_class=result.per_class,
             absent_classes=result.absent,
             config=str(cfg.filename),
+            backbone=cfg.get('catalogue'),
             checkpoint=dict(
                 path=str(path), sha256=hash_checkpoint(path), iteration=result.meta.get('iter'), loaded=result.load
             ),

@@ -7,10 +7,11 @@ import pytest
 import torch
 from golden_fill import assert_golden, fill, image
 
-from replk_mm.backbones import ConvNeXt, RepLKNet, SLaK, UniRepLKNet
+from replk_mm.backbones import ConvNeXt, RepLKNet, SLaK, UniRepLKNet, build_backbone
 from replk_mm.checkpoints.key_formats import to_official
 from replk_mm.deploy.reparameterize import reparameterize
 
+GOLDEN = Path(__file__).parents[1] / 'data' / 'golden'
 DENSE = dict(out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
 NETWORKS = {
     'replknet31b': lambda: RepLKNet('31B'),
@@ -24,7 +25,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize('name', NETWORKS)
 def test_outputs_of_the_authors(name):
-    golden = json.loads((Path(__file__).parents[1] / 'data' / 'golden' / f'{name}.json').read_text())
+    golden = json.loads((GOLDEN / f'{name}.json').read_text())
     with torch.device('meta'):  # without the seconds of random weights
         model = NETWORKS[name]().eval()
     model.to_empty(device='cpu')
@@ -36,3 +37,16 @@ def test_outputs_of_the_authors(name):
         with torch.no_grad():
             outs = network(image(tuple(golden['input']), golden['image_seed']))
         assert_golden(outs, golden['features'])
+
+
+def test_features_before_the_norm_of_convnextv2_atto():
+    golden = json.loads((GOLDEN / 'convnextv2_atto.json').read_text())
+    model = build_backbone('convnextv2-atto').eval()
+    fill(to_official(model.state_dict()))
+    plain: list = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda _module, _args, out: plain.append(out))
+    with torch.no_grad():
+        outs = model(image(tuple(golden['input']), golden['image_seed']))
+    assert_golden(outs, golden['features'])
+    assert_golden(plain, golden['features_before_norm'])

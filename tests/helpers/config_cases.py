@@ -19,7 +19,7 @@ NANO = [name for name in LEAVES if '-nano_' in name]
 
 # The published rows by name of their config, read without the package's reader.
 PUBLISHED = yaml.safe_load((ROOT / 'replk_mm' / 'published.yaml').read_text())
-ROWS = {row['config']: row for task in ('segmentation', 'detection') for row in PUBLISHED[task]}
+ROWS = {row['config']: row for task in ('segmentation', 'detection') for row in PUBLISHED[task] if row.get('config')}
 
 # mmengine reads all metafiles of a package for each base file of a config, which takes a second per config.
 mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)

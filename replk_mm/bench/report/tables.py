@@ -63,7 +63,7 @@ _QUOTED = 100
 #: Prefix of the protocols of a measurement; the metric's are A, B ...
 _LETTERS = {'complexity': 'C', 'speed': 'S', 'memory': 'M', 'erf': 'E', 'shape_bias': 'B', 'curve': 'L'}
 #: Entries of the metric's protocol that the heading of its group names.
-_SUMMARY = ('task', 'data', 'crop', 'mode', 'tta', 'iterations', 'batch', 'pretraining', 'precision')
+_SUMMARY = ('task', 'data', 'crop', 'mode', 'tta', 'iterations', 'batch', 'pretraining', 'precision', 'recipe')
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,9 @@ def compare_with_published(record: Mapping[str, Any], measured: Figure) -> tuple
     if value is None:
         why = f'no {metric}{" with test-time augmentation" if tta else ""} is published for this config'
         return Figure(why=why), Figure(why=why)
-    result = published.for_config(str(record['config'].get('path') or ''))
+    config = record['config']
+    exchanged = 'backbone' in (config.get('options') or {})  # then the figure is another config's
+    result = None if exchanged else published.for_config(str(config.get('path') or ''))
     name = str(stated.get('dataset') or (result.dataset if result else ''))
     conditions = result.schedule + (f', crop {result.crop}' if result.crop else '') if result else ''
     quoted = Figure(value, why=', '.join(filter(None, (name, conditions, format_value(stated.get('source'))))))

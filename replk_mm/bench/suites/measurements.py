@@ -27,6 +27,7 @@ from replk_mm.analysis.benchmark.case import (
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
 from replk_mm.analysis.complexity import build_on_meta, config_complexity, reparameterize_on_meta
 from replk_mm.analysis.timing import time_interleaved
+from replk_mm.backbones.catalogue import weights_by_url
 from replk_mm.bench import records
 from replk_mm.bench.suites.inputs import (
     dataset_layout,
@@ -41,6 +42,7 @@ from replk_mm.bench.suites.worker import Measure, MeasurementResult
 from replk_mm.data.datasets import as_list, crop_of, datasets_of
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine import train as engine
+from replk_mm.engine.backbone import describe_recipe
 from replk_mm.engine.evaluate import Evaluation, evaluate
 from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.prepare import prepare_training
@@ -156,6 +158,7 @@ def metric_protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, 
         samples_seen=trained.get('samples_seen'),
         pretraining=trained.get('pretraining', task.pretraining),
         precision=trained.get('precision'),
+        recipe=trained.get('recipe'),
     )
 
 
@@ -186,11 +189,15 @@ def train(task: Task) -> MeasurementResult:
         'AmpOptimWrapper': str(cfg.optim_wrapper.get('dtype') or 'float16'),
         'replk_mm.BFloat16OptimWrapper': 'bfloat16',
     }.get(cfg.optim_wrapper.get('type'), 'float32')
+    recipe = describe_recipe(cfg, task.row.config, task.row.options, batch * processes)
+    # Figures of one kind of recipe are ranked together; a common recipe has to be the same.
+    origin = recipe['origin'] if recipe['origin'] != 'common' else recipe
     protocol = dict(
         crop=list(crop) if crop else None,
         batch=batch * processes,
         pretraining=task.pretraining or find_pretraining(cfg),
         precision=precision,
+        recipe=origin,
     )
     if begun:  # the config no longer has the initial weights
         protocol['pretraining'] = records.read_json(folder / 'protocol.json').get(
@@ -206,7 +213,13 @@ def train(task: Task) -> MeasurementResult:
     return MeasurementResult(
         dict(seconds=done.get('seconds'), iterations=iterations, samples_seen=protocol['samples_seen']),
         protocol,
-        dict(notes=notes, resumed_from=cfg.load_from if begun else None, processes=processes),
+        dict(
+            notes=notes,
+            recipe=recipe,
+            backbone=cfg.get('catalogue'),
+            resumed_from=cfg.load_from if begun else None,
+            processes=processes,
+        ),
         dict(work_dir=folder),
     )
 
@@ -222,9 +235,10 @@ def find_pretraining(cfg: Config) -> str:
         None,
     )
     if not named:
-        return 'none'
-    known = next((entry['pretraining'] for entry in published.table('weights') if entry['url'] == named), None)
-    return known or ('ImageNet-1K' if named.startswith(_IMAGENET) else Path(named).name)
+        return (cfg.get('catalogue') or {}).get('pretraining', 'none')
+    if found := weights_by_url().get(named):
+        return found[1].pretraining
+    return 'ImageNet-1K' if named.startswith(_IMAGENET) else Path(named).name
 
 
 def curve(task: Task) -> MeasurementResult:

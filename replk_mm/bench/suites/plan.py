@@ -12,7 +12,6 @@ from typing import Any
 from filelock import FileLock
 from mmengine.config import Config
 
-from replk_mm import published
 from replk_mm.analysis.complexity import build_on_meta
 from replk_mm.bench import records
 from replk_mm.bench.schema import Suite, SuiteRow, fingerprint
@@ -22,6 +21,7 @@ from replk_mm.data.classes import use_classes
 from replk_mm.data.datasets import datasets_of
 from replk_mm.data.scenes.kinds import SCENES
 from replk_mm.data.scenes.writer import META, write_demo_data
+from replk_mm.engine.backbone import published_result
 from replk_mm.engine.config import load_config, set_data_root
 from replk_mm.environment import git_state
 from replk_mm.errors import UserError
@@ -156,14 +156,19 @@ def _tasks_of(
         memory=size,
         erf=dict(erf=row.erf.model_dump(exclude_none=True)),
     )
-    paper = published.for_config(row.config.rpartition('::')[2]) if row.published else None
+    paper = published_result(cfg, row.config) if row.published else None
     shared = dict(
         suite=suite.name,
         question=suite.question,
         git=git,
         published=paper
         and dict(
-            paper.metrics, params_m=paper.params_m, flops_g=paper.flops_g, input=list(paper.input), source=paper.source
+            paper.metrics,
+            dataset=paper.dataset,
+            params_m=paper.params_m,
+            flops_g=paper.flops_g,
+            input=list(paper.input),
+            source=paper.source,
         ),
         config=dict(path=row.config, sha256=sha256, options=row.options),
     )

@@ -1,0 +1,263 @@
+"""The catalogue of backbones: config, pretrained weights, published results and training recipes of each variant.
+
+A family registers its variants with :func:`register_variants`, at the end of its file. A name is the paper's name in
+lower case, a hyphen and the variant, and after a dot the pretraining: ``convnext-base.in22k``.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from mmengine.logging import MMLogger
+
+from replk_mm import published
+from replk_mm.checkpoints.io import sha256_in_name
+from replk_mm.checkpoints.loading import load_pretrained
+from replk_mm.errors import UserError, did_you_mean, format_list
+from replk_mm.published import PublishedResult
+from replk_mm.registry import MODELS
+
+#: Mean and standard deviation of ImageNet's pixels, RGB, 0 to 255.
+IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+#: Licences that allow commercial use, by SPDX identifier.
+PERMISSIVE = ('Apache-2.0', 'BSD-2-Clause', 'BSD-3-Clause', 'CC-BY-4.0', 'CC0-1.0', 'ISC', 'MIT')
+#: Side of the image that :func:`measure_features` uses, in pixels.
+_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Pretrained weights of a backbone."""
+
+    tag: str  #: what follows the dot in a name, such as ``'in22k'``
+    pretraining: str  #: data, as the papers' tables name it
+    url: str | None = None  #: address of the file; None if another library has the weights
+    licence: str | None = None  #: SPDX identifier; None if the authors do not state one for the weights
+    arguments: Mapping[str, Any] | None = None  #: of the backbone, to load them; by default an ``init_cfg``
+
+    @property
+    def sha256(self) -> str | None:
+        """The known first digits of the file's SHA-256; None if unknown."""
+        return sha256_in_name(self.url or '')
+
+    def to_config(self) -> dict[str, Any]:
+        """Arguments of the backbone that load the weights."""
+        return dict(self.arguments or dict(init_cfg=dict(type='Pretrained', checkpoint=self.url)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the authors fine-tuned a backbone for dense prediction, with AdamW."""
+
+    lr: float  #: for ``global_batch`` images
+    betas: tuple[float, float]
+    weight_decay: float
+    drop_path: float
+    global_batch: int  #: images of one iteration on all GPUs
+    paramwise_cfg: Mapping[str, Any]  #: layer-wise learning-rate decay, factors of weight decay
+    source: str  #: name in the published recipes, with the variant
+
+
+def recipe_of(result: PublishedResult) -> Recipe | None:
+    """The recipe of a published row; None if the authors did not publish the values that they chose."""
+    if result.recipe is None:
+        return None
+    table = published.table('recipes')[result.recipe]
+
+    def value(of: Any) -> Any:
+        return of[result.variant] if isinstance(of, Mapping) else of
+
+    decay = table.get('layer_decay')
+    return Recipe(
+        lr=value(table['lr']),
+        betas=tuple(table['betas']) if 'betas' in table else (0.9, 0.999),
+        weight_decay=value(table['weight_decay']),
+        drop_path=value(table['drop_path']),
+        global_batch=value(table['global_batch']),
+        paramwise_cfg=dict(
+            decay_rate=value(decay['rate']), decay_type=decay['type'], num_layers=value(table['num_layers'])
+        )
+        if decay
+        else dict(norm_decay_mult=0.0),
+        source=' '.join(filter(None, (result.recipe, result.variant))),
+    )
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """One variant of a backbone."""
+
+    name: str  #: without the pretraining
+    config: Mapping[str, Any]  #: for ``MODELS.build``; returns the feature maps that the authors hand to UperNet
+    source: str  #: paper and repository
+    licence: str | None  #: SPDX identifier of the code that it was written after
+    paper_name: str | None = None  #: in the tables of published results
+    weights: tuple[Weights, ...] = ()  #: the default first
+    mean: tuple[float, ...] = IMAGENET[0]  #: of the images, RGB, 0 to 255
+    std: tuple[float, ...] = IMAGENET[1]
+
+    def published(self, task: str, weights: Weights | None = None) -> list[PublishedResult]:
+        """Published rows of a task, ``'segmentation'`` or ``'detection'``; only those that start from ``weights``."""
+        return [
+            row
+            for row in published.results()
+            if (row.backbone, row.task) == (self.paper_name, task)
+            and (weights is None or weights.pretraining.startswith(row.pretraining))
+        ]
+
+    def full_name(self, weights: Weights | None) -> str:
+        """The name with the tag of the weights."""
+        return f'{self.name}.{weights.tag}' if weights and weights.tag else self.name
+
+    def require_weights(self) -> Weights:
+        """The default weights.
+
+        Raises:
+            UserError: If there are none.
+        """
+        if not self.weights:
+            raise UserError(f'{self.name}: there are no pretrained weights\nUse random weights, or the path of a file.')
+        return self.weights[0]
+
+
+#: Makes the entry of ``LIBRARY/NAME``, by library.
+ADAPTERS: dict[str, Callable[[str], CatalogueEntry]] = {}
+_ENTRIES: dict[str, CatalogueEntry] = {}
+
+
+def register_variants(
+    cls: type, variants: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any] | None = None, **common: Any
+) -> None:
+    """Add the variants of a family to the catalogue.
+
+    Args:
+        cls: The backbone, registered in the scope ``replk_mm``.
+        variants: Fields of each :class:`CatalogueEntry` by name. ``arch`` and other arguments of ``cls`` are in its
+            ``config``.
+        config: Arguments that all variants have in common.
+        **common: Fields that all variants have in common.
+    """
+    for name, fields in variants.items():
+        arguments = {'type': f'replk_mm.{cls.__name__}', **(config or {}), **fields.get('config', {})}
+        _ENTRIES[name] = CatalogueEntry(**{**common, **fields, 'name': name, 'config': arguments})
+
+
+def list_backbones(pattern: str = '*') -> list[str]:
+    """Names in the catalogue without their pretraining, such as ``'convnext-base'``.
+
+    Args:
+        pattern: Shell-style pattern, or a part of the name. Defaults to ``'*'``.
+    """
+    return [name for name in _ENTRIES if fnmatchcase(name, pattern) or pattern in name]
+
+
+def find_backbone(name: str) -> tuple[CatalogueEntry, Weights | None]:
+    """Look up a name.
+
+    Returns:
+        The entry, and the weights that the name gives after a dot.
+
+    Raises:
+        UserError: If the name is not in the catalogue.
+    """
+    library = name.partition('/')[0]
+    if library in ADAPTERS:
+        return ADAPTERS[library](name), None
+    base, _, tag = name.partition('.')
+    entry = _ENTRIES.get(base)
+    if entry is None:
+        hint = did_you_mean(base, _ENTRIES, 0.7) or 'list_backbones() and the command backbones show all names.'
+        raise UserError(f'{name}: no such backbone\n{hint}')
+    weights = next((w for w in entry.weights if w.tag == tag), None)
+    if tag and weights is None:
+        tags = format_list([f'{base}.{w.tag}' for w in entry.weights], 10) or 'none'
+        raise UserError(f'{name}: no such pretrained weights\nKnown weights: {tags}.')
+    return entry, weights
+
+
+@lru_cache(maxsize=1)
+def weights_by_url() -> dict[str | None, tuple[CatalogueEntry, Weights]]:
+    """Entry and weights by the address of the file."""
+    return {weights.url: (entry, weights) for entry in _ENTRIES.values() for weights in entry.weights}
+
+
+def build_backbone(name: str, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
+    """Build a backbone of the catalogue.
+
+    Args:
+        name: Such as ``'convnext-base'``, or ``'convnext-base.in22k'`` to choose the pretraining.
+        pretrained: True loads the weights that the name gives, or the default ones of the entry. A path or URL loads
+            weights under the key names of the authors or of another known library, whole or not at all. Defaults to
+            False: random weights.
+        **overrides: Arguments of the backbone.
+
+    Returns:
+        The module. ``forward`` takes ``(N, 3, H, W)`` and returns the feature maps; ``feature_info`` has a dict with
+        channels ``num_chs`` and stride ``reduction`` of each.
+
+    Raises:
+        UserError: If the name is unknown, or the weights cannot be downloaded, cannot be read or do not fit.
+    """
+    entry, weights = find_backbone(name)
+    config = {**entry.config, **overrides}
+    source: str | Path | None = None if isinstance(pretrained, bool) else pretrained
+    arguments: Mapping[str, Any] = {}
+    if pretrained is True:
+        chosen = weights or entry.require_weights()
+        source, arguments = chosen.url, chosen.arguments or {}
+    model: Any = MODELS.build(copy.deepcopy({**config, **arguments}))
+    if not any(p.is_meta for p in model.parameters()):
+        _initialize(model)
+        if source:
+            load_pretrained(model, source)
+    if not hasattr(model, 'feature_info'):
+        model.feature_info = measure_features(config)
+    return model
+
+
+def _initialize(model: Any) -> None:
+    """Initialize the weights without mmengine's lines about each parameter, which no training asked for."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        model.init_weights()
+    finally:
+        logger.setLevel(level)
+
+
+def measure_features(config: Mapping[str, Any]) -> list[dict[str, int]]:
+    """Channels ``num_chs`` and stride ``reduction`` of each feature map, found by a forward pass.
+
+    The pass runs on the meta device. A backbone that looks at values, which the meta device does not have, runs on a
+    small image on the CPU.
+
+    Args:
+        config: Of the backbone.
+
+    Raises:
+        UserError: If the backbone returns something else than feature maps.
+    """
+    config = {key: value for key, value in config.items() if key != 'init_cfg'}
+    for device in ('meta', 'cpu'):
+        try:
+            with torch.device(device), torch.no_grad():
+                model = MODELS.build(copy.deepcopy(config)).eval()
+                maps = model(torch.zeros(1, config.get('in_channels', 3), _SIDE, _SIDE))
+            break
+        except Exception:  # networks fail in any way where there are no values
+            if device == 'cpu':
+                raise
+    maps = list(maps) if isinstance(maps, (tuple, list)) else [maps]
+    if any(not isinstance(x, torch.Tensor) or x.dim() != 4 for x in maps):
+        raise UserError(
+            f'{config["type"]}: returns something else than feature maps (N, C, H, W)\nCheck its arguments.'
+        )
+    return [dict(num_chs=x.shape[1], reduction=round(_SIDE / x.shape[-1])) for x in maps]

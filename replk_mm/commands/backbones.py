@@ -1,0 +1,166 @@
+"""List the backbones of the catalogue: size, feature maps, published results, weights. Download their weights."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from replk_mm import cli
+from replk_mm.analysis.complexity import count_complexity, reparameterize_on_meta
+from replk_mm.backbones.catalogue import (
+    PERMISSIVE,
+    CatalogueEntry,
+    Weights,
+    find_backbone,
+    list_backbones,
+    measure_features,
+    recipe_of,
+)
+from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
+from replk_mm.errors import UserError, command, did_you_mean
+from replk_mm.published import METRICS
+from replk_mm.registry import MODELS
+from replk_mm.text import text_table, update_page
+
+#: Height and width at which multiply-accumulates are counted, in pixels.
+SHAPE = (512, 512)
+HEAD = ('Backbone', 'Pretraining', 'Params, M', 'MACs, G', 'Channels', 'Strides', 'mIoU', 'AP', 'Weights licence')
+NOTES = f"""\
+Parameters and multiply-accumulates (MACs) are those of the backbone alone, merged, at {SHAPE[0]}x{SHAPE[1]}.
+Results are quoted: mIoU single-scale / multi-scale of UperNet on ADE20K, @ the crop; AP box / mask of Cascade Mask
+R-CNN on COCO, or of Mask R-CNN (M), which for ConvNeXt V2 trains with large-scale jittering and tests with soft-NMS.
+A name without a tag takes the weights of its first line. Many authors state a licence for their code, but not for
+their weights.
+"""
+
+
+def describe(entry: CatalogueEntry) -> Iterator[dict[str, Any]]:
+    """Facts about an entry as plain data, once for each of its weights."""
+    features = measure_features(entry.config)
+    with torch.device('meta'):
+        model = MODELS.build(dict(entry.config))
+    size = count_complexity(reparameterize_on_meta(model)[0], SHAPE)
+    for weights in entry.weights or (None,):
+        rows = {task: entry.published(task, weights) if weights else [] for task in ('segmentation', 'detection')}
+        yield dict(
+            name=entry.full_name(weights),
+            config=dict(entry.config),
+            parameters=size.parameters,
+            macs=size.macs,
+            macs_shape=list(SHAPE),
+            channels=[f['num_chs'] for f in features],
+            strides=[f['reduction'] for f in features],
+            mean=list(entry.mean),
+            std=list(entry.std),
+            source=entry.source,
+            code_licence=entry.licence,
+            weights=weights
+            and dict(pretraining=weights.pretraining, url=weights.url, sha256=weights.sha256, licence=weights.licence),
+            published=[
+                dict(
+                    task=task,
+                    method=row.method,
+                    dataset=row.dataset,
+                    crop=row.crop,
+                    schedule=row.schedule,
+                    **{name: row.metrics.get(name) for name in METRICS},
+                    recipe=(recipe := recipe_of(row)) and asdict(recipe),
+                )
+                for task, found in rows.items()
+                for row in found
+            ],
+        )
+
+
+def licence_of(entry: CatalogueEntry, weights: Weights | None) -> str:
+    """The licence that a user of the weights finds; of the code where the weights have none of their own."""
+    code = entry.licence or 'not stated'
+    return (weights.licence or f'not stated (code: {code})') if weights else f'no weights (code: {code})'
+
+
+def is_permissive(entry: CatalogueEntry, weights: Weights | None) -> bool:
+    """Whether nothing is known that forbids commercial use."""
+    return ((weights and weights.licence) or entry.licence) in PERMISSIVE
+
+
+def cells(found: dict[str, Any], licence: str) -> tuple[str, ...]:
+    """One line of the table."""
+    rows = found['published']
+
+    def metrics(row: dict, first: str, second: str, after: str) -> str:
+        return ' / '.join(f'{row[k]:.1f}' if row[k] is not None else '-' for k in (first, second)) + after
+
+    miou = [metrics(r, 'miou_ss', 'miou_ms', f' @{r["crop"]}') for r in rows if r['dataset'] == 'ADE20K']
+    ap = [metrics(r, 'ap_box', 'ap_mask', '') for r in rows if r['method'] == 'Cascade Mask R-CNN']
+    ap += [metrics(r, 'ap_box', 'ap_mask', ' M') for r in rows if r['method'] == 'Mask R-CNN']
+    return (
+        found['name'],
+        found['weights']['pretraining'] if found['weights'] else 'none',
+        f'{found["parameters"] / 1e6:.1f}',
+        f'{found["macs"] / 1e9:.1f}',
+        ', '.join(map(str, found['channels'])),
+        ', '.join(map(str, found['strides'])),
+        '; '.join(miou) or '-',
+        '; '.join(ap) or '-',
+        licence,
+    )
+
+
+def download(name: str) -> Path:
+    """Fetch and verify the weights of a name.
+
+    Raises:
+        UserError: If there are none, they cannot be fetched, or the file is damaged.
+    """
+    entry, weights = find_backbone(name)
+    weights = weights or entry.require_weights()
+    if not weights.url:
+        raise UserError(f'{name}: another library loads these weights\nUse them with pretrained=True.')
+    path = fetch_checkpoint(weights.url)
+    digest = hash_checkpoint(path)
+    if not digest.startswith(weights.sha256 or ''):
+        raise UserError(
+            f'{path}: SHA-256 {digest}, expected {weights.sha256}...\nRemove the file and download it again.'
+        )
+    checked = 'verified' if weights.sha256 else 'no published SHA-256 to verify'
+    print(f'{entry.full_name(weights)}: {path} (SHA-256 {digest}, {checked})')
+    return path
+
+
+@command
+def main() -> None:
+    p = cli.parser(__doc__, 'backbones convnext', 'backbones convnext-base.in22k --download')
+    p.add_argument('pattern', nargs='?', default='*', help='part of the names, or a pattern such as "convnext-*.in22k"')
+    p.add_argument('--json', action='store_true', help='print JSON only, with sources, addresses and recipes')
+    p.add_argument('--licence', choices=['permissive'], help='leave out weights that forbid commercial use')
+    p.add_argument('--download', action='store_true', help='download and verify the weights of one name')
+    p.add_argument('--write', type=Path, metavar='PAGE', help='replace the block "backbones" of this page')
+    args = p.parse_args()
+    if args.download:
+        download(args.pattern)
+        return
+    base = args.pattern.partition('.')[0]
+    known = [find_backbone(name)[0] for name in list_backbones(base)] if '/' not in base else [find_backbone(base)[0]]
+    found: list[dict] = []
+    table: list[tuple[str, ...]] = [HEAD]
+    for entry in track(known, 'backbones', console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        for weights, facts in zip(entry.weights or (None,), describe(entry), strict=True):
+            matches = args.pattern == base or facts['name'].endswith(args.pattern.partition('.')[2])
+            if matches and (not args.licence or is_permissive(entry, weights)):
+                found.append(facts)
+                table.append(cells(facts, licence_of(entry, weights)))
+    if not found:
+        hint = did_you_mean(base, list_backbones()) or 'Without a pattern, all are listed.'
+        raise UserError(f'{args.pattern}: no such backbone in the catalogue\n{hint}')
+    if args.write:
+        lines = [f'| {" | ".join(row)} |\n' for row in table]
+        update_page(args.write, 'backbones', ''.join([lines[0], f'|{" --- |" * len(HEAD)}\n', *lines[1:], '\n', NOTES]))
+        print(f'written: {args.write}')
+    else:
+        print(json.dumps(found, indent=2) if args.json else f'{text_table(table, left=(0, 1))}\n\n{NOTES}', end='')

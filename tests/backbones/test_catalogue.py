@@ -1,0 +1,204 @@
+"""The catalogue: names, weights, recipes and sizes against published facts; networks by name."""
+
+import itertools
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import yaml
+
+from replk_mm.analysis.complexity import count_complexity
+from replk_mm.backbones import RepLKNet, build_backbone, list_backbones
+from replk_mm.backbones.catalogue import find_backbone, measure_features, recipe_of, weights_by_url
+from replk_mm.checkpoints.io import DownloadError
+from replk_mm.checkpoints.key_formats import to_official
+from replk_mm.errors import UserError
+from replk_mm.registry import MODELS
+
+DATA = Path(__file__).parents[1] / 'data' / 'facts'
+FACTS, MORE = (yaml.safe_load((DATA / f'{name}.yaml').read_text()) for name in ('published', 'published_more'))
+COMPUTED = MORE['computed_here']['classification_224']
+#: Variants of which the parameters and MACs of a whole classifier are known, and their names there.
+COUNTED = {name: f'ConvNeXtV2-{name.rpartition("-")[2][0].upper()}' for name in list_backbones('convnextv2')}
+
+
+def test_names():
+    assert list_backbones('replknet*') == ['replknet-nano', 'replknet-31b', 'replknet-31l', 'replknet-xl']
+    v1 = ['atto', 'nano', 'tiny', 'small', 'base', 'large', 'xlarge']
+    assert list_backbones('convnext-*') == [f'convnext-{arch}' for arch in v1]
+    v2 = ['atto', 'femto', 'pico', 'nano', 'tiny', 'base', 'large', 'huge']
+    assert list_backbones('convnextv2') == [f'convnextv2-{arch}' for arch in v2]
+    for name, tag in (('convnext-base', 'in22k'), ('convnextv2-base', 'fcmae-in1k'), ('replknet-xl', 'meg73m')):
+        entry, weights = find_backbone(f'{name}.{tag}')
+        assert entry.full_name(weights) == f'{name}.{tag}' and find_backbone(name) == (entry, None)
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('convnext-tinny', 'Did you mean convnext-tiny'),
+        ('convnext-tiny.in21k', 'convnext-tiny.in1k'),
+        ('convnext-nano.in1k', 'Known weights: none'),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(UserError, match=message):
+        build_backbone(name)
+
+
+def published_urls() -> set[str]:
+    """The addresses in the facts, with their lists in braces written out."""
+    urls = set()
+    for entry in (*FACTS['weights'], *MORE['weights']):
+        for text in re.split(r', (?=https|\w+_\w+_22k)', str(entry['url'])):
+            parts = [part.split(',') for part in re.split(r'[{}]', text)]
+            urls |= {''.join(choice) for choice in itertools.product(*parts)}
+    folder = 'https://dl.fbaipublicfiles.com/convnext/convnextv2/im22k/'
+    return urls | {f'{folder}{url}' for url in urls if url.startswith('convnextv2_huge')}
+
+
+def test_weights_are_those_of_the_authors():
+    known = published_urls()
+    for url, (_, weights) in weights_by_url().items():
+        assert url is None or url in known
+        digits = re.search(r'-([0-9a-f]{8})\.pth$', url or '')
+        assert weights.sha256 == (digits and digits[1])
+    theirs = {url for url in known if 'replknet' in url and 'mmclass' in url or '/convnext/convnext_' in url}
+    assert theirs and theirs <= set(weights_by_url())
+
+
+def test_entries_are_consistent():
+    for name in list_backbones():
+        entry, _ = find_backbone(name)
+        tags = [weights.tag for weights in entry.weights]
+        assert len(set(tags)) == len(tags) and entry.source.startswith('arXiv:')
+        for weights in entry.weights:
+            for row in entry.published('segmentation', weights):
+                assert row.backbone == entry.paper_name
+
+
+@pytest.mark.parametrize(
+    ('name', 'task', 'recipe', 'variant'),
+    [
+        ('convnext-xlarge.in22k', 'segmentation', 'convnext_upernet_ade20k', 'XL'),
+        ('replknet-31l.in22k-in1k-384', 'detection', 'replknet_cascade_mask_rcnn_coco', '31L'),
+        ('convnext-base.in22k', 'detection', 'convnext_cascade_mask_rcnn_coco', 'B-22K'),
+        ('replknet-xl.meg73m', 'segmentation', 'replknet_upernet_ade20k', 'XL'),
+    ],
+)
+def test_recipes_are_those_of_the_authors(name, task, recipe, variant):
+    entry, weights = find_backbone(name)
+    (row,) = entry.published(task, weights)
+    found, theirs = recipe_of(row), FACTS['recipes'][recipe]
+    assert found.lr == (theirs['lr'][variant] if isinstance(theirs['lr'], dict) else theirs['lr'])
+    assert found.drop_path == theirs['drop_path'][variant] and found.weight_decay == theirs['weight_decay']
+    decay = theirs.get('layer_decay')
+    rate = None if decay is None else decay[variant] if isinstance(decay, dict) else float(decay.split()[-1])
+    assert found.paramwise_cfg.get('decay_rate') == rate
+
+
+def test_where_authors_published_only_ranges_there_is_no_recipe():
+    entry, weights = find_backbone('convnextv2-base.fcmae-in1k')
+    assert [recipe_of(row) for task in ('segmentation', 'detection') for row in entry.published(task, weights)] == [
+        None,
+        None,
+    ]
+
+
+@pytest.mark.parametrize('name', COUNTED)
+def test_parameters_and_macs_are_those_of_the_authors_code(name):
+    """A classifier has one output norm and a linear layer; the backbone has a norm for each stage."""
+    with torch.device('meta'):
+        model = build_backbone(name)
+    found = count_complexity(model, (224, 224))
+    *others, last = [f['num_chs'] for f in model.feature_info]
+    parameters, macs = COMPUTED[COUNTED[name]]
+    # the facts have two decimals
+    classifier = found.parameters - 2 * sum(others) + 1000 * last + 1000
+    assert classifier == pytest.approx(parameters * 1e6, rel=1e-3, abs=5.1e3)
+    assert found.macs + 1000 * last == pytest.approx(macs * 1e9, rel=1e-3, abs=5.1e6)
+
+
+def test_a_plain_module():
+    model = build_backbone('replknet-nano', drop_path_rate=0.1).eval()
+    assert isinstance(model, RepLKNet)
+    with torch.no_grad():
+        maps = model(torch.zeros(1, 3, 64, 64))
+    info = [(f['num_chs'], f['reduction']) for f in model.feature_info]
+    assert [(x.shape[1], 64 // x.shape[2]) for x in maps] == info == [(32, 4), (64, 8), (128, 16), (256, 32)]
+
+
+def test_building_prints_nothing(capfd):
+    build_backbone('convnext-atto')
+    assert capfd.readouterr() == ('', '')
+
+
+def authors_file(folder: Path, name: str) -> tuple[Path, nn.Module]:
+    """A file of the authors' key names, without the output norms, and the network it is of."""
+    torch.manual_seed(1)
+    model = build_backbone(name)
+    weights = to_official(model.state_dict())
+    path = folder / 'weights.pth'
+    torch.save(dict(model={key: value for key, value in weights.items() if not re.match(r'norm\d', key)}), path)
+    return path, model
+
+
+def test_weights_of_the_authors_are_loaded_whole_or_rejected(tmp_path):
+    path, model = authors_file(tmp_path, 'convnext-atto')
+    loaded = build_backbone('convnext-atto', pretrained=path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    with pytest.raises(UserError, match='does not fit'):
+        build_backbone('convnextv2-atto', pretrained=path)
+
+
+def test_pretrained_weights_are_downloaded(tmp_path, monkeypatch):
+    path, model = authors_file(tmp_path, 'convnextv2-atto')
+    asked = []
+
+    def download(url, to, **_):
+        asked.append(url)
+        shutil.copy(path, to)
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    loaded = build_backbone('convnextv2-atto', pretrained=True)
+    assert torch.equal(loaded.stages[0][0].pointwise_conv1.weight, model.stages[0][0].pointwise_conv1.weight)
+    assert asked == ['https://dl.fbaipublicfiles.com/convnext/convnextv2/im1k/convnextv2_atto_1k_224_ema.pt']
+    with pytest.raises(UserError, match='convnext-nano: there are no pretrained weights'):
+        build_backbone('convnext-nano', pretrained=True)
+
+
+def test_without_a_network_the_error_says_what_to_download_and_where_to(tmp_path, monkeypatch):
+    def refuse(*_args, **_):
+        raise OSError('no network')
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', refuse)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    with pytest.raises(DownloadError, match='convnextv2_atto_1k_224_ema.pt') as caught:
+        build_backbone('convnextv2-atto.fcmae-in1k', pretrained=True)
+    assert f'copy the file to {tmp_path}' in str(caught.value)
+
+
+class ReadsValues(nn.Module):
+    """Looks at the values of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 4, 1)
+
+    def forward(self, x):
+        return (self.conv(x),) if x.sum().item() == 0 else None
+
+
+def test_a_backbone_that_reads_values_is_measured_on_a_small_image(monkeypatch):
+    monkeypatch.setitem(MODELS.module_dict, 'ReadsValues', ReadsValues)
+    assert measure_features(dict(type='replk_mm.ReadsValues')) == [dict(num_chs=8, reduction=4)]
+
+
+def test_pooled_features_are_rejected():
+    with pytest.raises(UserError, match='something else than feature maps'):
+        measure_features(dict(type='replk_mm.ConvNeXt', arch='atto'))
