@@ -35,7 +35,9 @@ LINE = '#35506b'
 
 
 def package_of(module: str) -> str:
-    """The package, or the single file at the top, that a module belongs to."""
+    """The package, or the single file at the top, that a module belongs to. Programs belong to the top."""
+    if module.endswith('.__main__'):
+        return '__main__'
     return module.split('.')[1] if '.' in module else '__init__'
 
 
@@ -79,7 +81,7 @@ def main(out: Path) -> None:
     if upward or missing:
         sys.exit(f'error: imports that do not go down: {upward}; modules of STEPS that do not exist: {missing}')
 
-    packages = [[name for name in floor if files[name] > 1] for floor in floors]
+    packages = [[name for name in floor if files[name] > 1 and name != '__main__'] for floor in floors]
     packages = [floor for floor in packages if floor]
     place = {
         name: (PLACES.get(name, 5 + 4 * (i - (len(floor) - 1) / 2)), len(packages) - row)

@@ -51,6 +51,7 @@ def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
 
 def floor_of(name: str) -> int:
     part = name.split('.')[1] if '.' in name else '__init__'
+    part = '__main__' if name.endswith('.__main__') else part  # a program, which nothing imports
     return next(height for height, names in enumerate(reversed(FLOORS)) if part in names)
 
 

@@ -189,6 +189,8 @@ cfg = Config.fromfile({str(tmp_path / 'mine.py')!r})
 assert cfg.model.backbone.type == 'replk_mm.RepLKNet' and cfg.model.backbone.arch == 'nano'
 assert cfg.model.backbone.drop_path_rate == .125
 assert Config.fromfile({str(tmp_path / 'theirs.py')!r}).default_scope == 'mmseg'
+assert Config.fromfile('replk_mm::upernet_replk-nano_ade20k.py').model.backbone.drop_path_rate == 0
+assert Config.fromfile('mmseg::_base_/default_runtime.py').default_scope == 'mmseg'
 try:
     Config.fromfile({str(tmp_path / 'gone.py')!r})
 except Exception as error:

@@ -223,7 +223,7 @@ def register_safe_loaders() -> None:
 
     mmengine 0.10.7 unpickles downloads with any code in them. With torch 2.6 and newer it cannot read the log buffers
     in its own checkpoints. It also accepts weights of which none fits, such as those under another prefix. This changes
-    mmengine for the whole process; only our commands call it.
+    mmengine for the whole process; only our commands and ``python -m replk_mm.mmcv_ops`` call it.
     """
     from mmengine.runner import checkpoint
 

@@ -9,6 +9,7 @@ import pytest
 from tiny import tiny, tool_environment, trained  # noqa: F401
 from tiny_detector import detector, trained_detector  # noqa: F401
 
+from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.inference import reparameterize_checkpoint
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -97,6 +98,41 @@ def test_detection(detector, trained_detector, tmp_path):
     assert len(expected) > 1 and found['saved'] == found['inside'] == expected
     for name in ('init', 'inferencer'):
         assert found[name].startswith('UserError: RepLKNet: the weights are in merged form (merge=True, fold=True)')
+
+
+SCRIPTS = """
+import json, sys
+from importlib.util import find_spec
+from replk_mm.mmcv_ops.__main__ import main
+import mmengine.config.config
+from mmengine.evaluator import Evaluator
+mmengine.config.config.FormatCode = lambda text, **options: (text, True)  # it lays out configs, slowly
+package, config, trained = sys.argv[1:]
+scripts = find_spec(package).submodule_search_locations[0] + '/.mim/tools/'
+evaluate, scores = Evaluator.evaluate, []
+Evaluator.evaluate = lambda self, size: scores.append(evaluate(self, size)) or scores[-1]
+short = ['train_cfg.val_interval=1', 'default_hooks.checkpoint.interval=1']
+for name, *arguments in (
+    ('train', config, '--cfg-options', 'load_from=' + trained, 'train_cfg.max_iters=1', *short),
+    ('train', config, '--resume', '--cfg-options', 'train_cfg.max_iters=2', *short),
+    ('test', config, 'work/iter_2.pth', '--cfg-options'),
+    ('test', config, trained, '--cfg-options'),
+):
+    sys.argv = ['', f'{scripts}{name}.py', *arguments, f'experiment_name={len(scores)}', 'work_dir=work']
+    main()
+print(json.dumps([{key: float(value) for key, value in found.items()} for found in scores]))
+"""
+
+
+@pytest.mark.parametrize(('package', 'metric'), [('mmseg', 'mIoU'), ('mmdet', 'coco/bbox_mAP')])
+def test_scripts_of_a_checkout(package, metric, request, tmp_path):
+    """They train, resume and test, as ``python -m replk_mm.mmcv_ops tools/train.py CONFIG``."""
+    names = ('tiny', 'trained') if package == 'mmseg' else ('detector', 'trained_detector')
+    ours, checkpoint = map(request.getfixturevalue, names)
+    found = run(SCRIPTS, tmp_path, package, checkpoint.with_name(ours.config.name), checkpoint)
+    *_, validated, tested, of_ours = (scores[metric] for scores in found)
+    assert validated == tested
+    assert of_ours == pytest.approx(evaluate(ours.cfg(), str(checkpoint), ours.options(tmp_path)).metrics[metric])
 
 
 def test_logs_do_not_claim_that_a_package_is_missing(tiny, trained, detector, trained_detector):

@@ -100,6 +100,8 @@ boxes = torch.tensor([[0., 0., 8., 8.], [0., 0., 8., 7.], [0., 0., 8., 7.]])
 cfg = dict(type='nms', iou_threshold=0.5)
 kept = batched_nms(boxes, torch.tensor([0.5, 0.9, 0.7]), torch.tensor([0, 0, 1]), cfg)[1]
 assert kept.tolist() == [1, 2]
+from mmengine.config import Config
+assert Config.fromfile('replk_mm::upernet_replk-nano_demo.py').model.backbone.arch == 'nano'
 print('done')
 """
 
