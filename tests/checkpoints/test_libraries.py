@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_cases import CONV, DENSE
+from mmengine.registry import DefaultScope
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -75,13 +76,14 @@ def of_transformers_backbone(folder: Path, v2: bool) -> Case:
 def of_mmpretrain(folder: Path, v2: bool) -> Case:
     from mmpretrain.models import build_classifier
 
-    model = build_classifier(
-        dict(
-            type='ImageClassifier',
-            backbone=dict(type='ConvNeXt', arch=CONV, **DENSE, **(V2 if v2 else {})),
-            head=dict(type='LinearClsHead', in_channels=CONV['channels'][-1], num_classes=5),
+    with DefaultScope.overwrite_default_scope('mmpretrain'):  # other tests leave theirs
+        model = build_classifier(
+            dict(
+                type='ImageClassifier',
+                backbone=dict(type='ConvNeXt', arch=CONV, **DENSE, **(V2 if v2 else {})),
+                head=dict(type='LinearClsHead', in_channels=CONV['channels'][-1], num_classes=5),
+            )
         )
-    )
     randomize(model)
     torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'model.pth')
     return model, folder / 'model.pth', lambda image: model.backbone(image)
