@@ -30,8 +30,8 @@ class PublishedResult:
     crop: int | None  #: side of the training crop in pixels; None for detection
     metrics: Mapping[str, float]  #: in percent, by name; without those that the source does not report
     params_m: float | None  #: parameters of the whole model, in millions; None if not stated
-    flops_g: float  #: multiply-accumulates at ``input``, in billions
-    input: tuple[int, int]  #: height and width in pixels
+    flops_g: float | None  #: multiply-accumulates at ``input``, in billions; None if not stated
+    input: tuple[int, int] | None  #: height and width in pixels; None if not stated
     source: str  #: paper and repository
     recipe: str | None  #: name in ``table('recipes')``; None if the chosen values are not published
     variant: str | None  #: variant of the recipe, if it has several
@@ -62,7 +62,7 @@ def _result(task: str, row: Mapping[str, Any]) -> PublishedResult:
         method=row.get('method', 'UperNet'),
         crop=row.get('crop'),
         metrics={name: row[name] for name in METRICS if row.get(name) is not None},
-        input=tuple(row['input']),
+        input=row['input'] and tuple(row['input']),
         source=f'{source["paper"]}, {source["repository"]}',
         **{name: row[name] for name in ('backbone', 'pretraining', 'dataset', 'params_m', 'flops_g')},
         recipe=row.get('recipe'),

@@ -392,7 +392,7 @@ def _default_shape(cfg: Config, config: str) -> tuple[tuple[int, int], str]:
         UserError: If the config has neither a published row nor a crop nor a Resize.
     """
     row = published.for_config(config)
-    if row:
+    if row and row.input:
         return row.input, 'the published row'
     crop = crop_of(cfg)
     if not crop:

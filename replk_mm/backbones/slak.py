@@ -14,6 +14,7 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
+from replk_mm.backbones.catalogue import Weights, register_variants
 from replk_mm.backbones.layers import Backbone, LayerNorm2d, Stage
 from replk_mm.backbones.replknet import ConvNorm, ReparamLargeKernelConv
 from replk_mm.ops import DepthwiseConv2d, fused_conv2d
@@ -195,3 +196,23 @@ class SLaK(Backbone):
 
     def _frozen_modules(self) -> list[nn.Module]:
         return [*self.downsample_layers[: self.frozen_stages], *self.stages[: self.frozen_stages]]
+
+
+register_variants(
+    SLaK,
+    {
+        f'slak-{arch}': dict(
+            config=dict(arch=arch),
+            paper_name=f'SLaK-{arch[0].upper()}',
+            weights=(Weights('in1k', 'ImageNet-1K (300 epochs)', f'https://drive.google.com/file/d/{file}'),),
+        )
+        for arch, file in dict(
+            tiny='1Iut2f5FMS_77jGPYoUJDQzDIXOsax1u4',
+            small='1etM6KQbnlsgDAZ37adsQJ3UI8Bbv2AVe',
+            base='1duUxUD3RSblQ6eDHd0n-u0aulwGypf1j',
+        ).items()
+    },
+    dict(layer_scale_init_value=1.0),  # as the authors' recipes of dense prediction; a checkpoint replaces the value
+    source='arXiv:2207.03620, VITA-Group/SLaK',
+    licence='MIT',
+)

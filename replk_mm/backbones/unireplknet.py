@@ -5,7 +5,7 @@ Recognition", Ding, Zhang, Ge, Zhao, Song, Yue, Shan, CVPR 2024, arXiv:2311.1559
 Parameter names and shapes are those of the authors' code (Apache-2.0), so that their checkpoints load.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -15,6 +15,7 @@ import torch.nn as nn
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
+from replk_mm.backbones.catalogue import Weights, register_variants
 from replk_mm.backbones.convnext import GlobalResponseNorm
 from replk_mm.backbones.layers import Backbone, LayerNorm2d, Stage, add_residual, build_norm
 from replk_mm.ops import DepthwiseConv2d
@@ -251,3 +252,28 @@ UniRepLKNet.arch_settings = {
     'large': dict(_LARGE, channels=[192, 384, 768, 1536]),
     'xlarge': dict(_LARGE, channels=[256, 512, 1024, 2048]),
 }
+
+
+def _weights(arch: str) -> Iterator[Weights]:
+    """ImageNet-1K for the variants up to S; ImageNet-22K and a fine-tuning at 384x384 from S on."""
+    top1 = dict(a='77.03', f='78.58', p='80.23', n='81.64', t='83.21', s='83.91').get(arch)
+    tuned = dict(s='86.44', b='87.40', l='87.88', xl='87.96').get(arch)
+    start = f'https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_{arch}'
+    if top1:
+        yield Weights('in1k', 'ImageNet-1K', f'{start}_in1k_224_acc{top1}.pth')
+    if tuned:
+        yield Weights('in22k-in1k-384', 'ImageNet-22K then 1K', f'{start}_in22k_to_in1k_384_acc{tuned}.pth')
+
+
+register_variants(
+    UniRepLKNet,
+    {
+        f'unireplknet-{short}': dict(
+            config=dict(arch=arch), paper_name=f'UniRepLKNet-{short.upper()}', weights=tuple(_weights(short))
+        )
+        for short, arch in zip(['a', 'f', 'p', 'n', 't', 's', 'b', 'l', 'xl'], UniRepLKNet.arch_settings, strict=True)
+    },
+    dict(layer_scale_init_value=1.0),  # for short trainings from scratch; a checkpoint replaces the value
+    source='arXiv:2311.15599, AILab-CVC/UniRepLKNet',
+    licence='Apache-2.0',
+)

@@ -72,6 +72,8 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
         if path.is_file():
             announce(f'{name}: already downloaded to {path}')
             return path
+        if urlsplit(name).hostname == 'drive.google.com':
+            raise OSError('the address is a page for browsers')
         announce(f'downloading {name} to {path}')
         path.parent.mkdir(parents=True, exist_ok=True)
         expected = sha256_in_name(name)

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import yaml
 
-from replk_mm.analysis.complexity import count_complexity
+from replk_mm.analysis.complexity import count_complexity, reparameterize_on_meta
 from replk_mm.backbones import RepLKNet, build_backbone, list_backbones
 from replk_mm.backbones.catalogue import find_backbone, measure_features, recipe_of, weights_by_url
 from replk_mm.checkpoints.io import DownloadError
@@ -20,13 +20,21 @@ from replk_mm.registry import MODELS
 
 DATA = Path(__file__).parents[1] / 'data' / 'facts'
 FACTS, MORE = (yaml.safe_load((DATA / f'{name}.yaml').read_text()) for name in ('published', 'published_more'))
-COMPUTED = MORE['computed_here']['classification_224']
-#: Variants of which the parameters and MACs of a whole classifier are known, and their names there.
-COUNTED = {name: f'ConvNeXtV2-{name.rpartition("-")[2][0].upper()}' for name in list_backbones('convnextv2')}
+COMPUTED = MORE['computed_here']
+#: Variants of which the parameters and MACs of a whole classifier are known: side of the image, name in the facts.
+COUNTED = [
+    *((name, 224, f'ConvNeXtV2-{name.rpartition("-")[2][0].upper()}') for name in list_backbones('convnextv2')),
+    *((f'unireplknet-{short}', 224, f'UniRepLKNet-{short.upper()} deploy') for short in 'afpnt'),
+    *((f'unireplknet-{short}', 384, f'UniRepLKNet-{short.upper()} deploy') for short in ('s', 'b', 'l', 'xl')),
+    ('unireplknet-s', 224, 'UniRepLKNet-S training'),
+    *((f'slak-{arch}', 224, f'SLaK-{arch[0].upper()} dense') for arch in ('tiny', 'small', 'base')),
+]
 
 
 def test_names():
     assert list_backbones('replknet*') == ['replknet-nano', 'replknet-31b', 'replknet-31l', 'replknet-xl']
+    assert list_backbones('unirep*') == [f'unireplknet-{v}' for v in ('a', 'f', 'p', 'n', 't', 's', 'b', 'l', 'xl')]
+    assert list_backbones('slak') == ['slak-tiny', 'slak-small', 'slak-base']
     v1 = ['atto', 'nano', 'tiny', 'small', 'base', 'large', 'xlarge']
     assert list_backbones('convnext-*') == [f'convnext-{arch}' for arch in v1]
     v2 = ['atto', 'femto', 'pico', 'nano', 'tiny', 'base', 'large', 'huge']
@@ -53,7 +61,10 @@ def published_urls() -> set[str]:
     """The addresses in the facts, with their lists in braces written out."""
     urls = set()
     for entry in (*FACTS['weights'], *MORE['weights']):
-        for text in re.split(r', (?=https|\w+_\w+_22k)', str(entry['url'])):
+        links = entry['url'] if isinstance(entry['url'], list) else [entry['url']]
+        if 'files' in entry:
+            links = [f'{links[0].replace("/tree/", "/resolve/")}/{file}' for file in entry['files']]
+        for text in (part for link in links for part in re.split(r', (?=https|\w+_\w+_22k)', link)):
             parts = [part.split(',') for part in re.split(r'[{}]', text)]
             urls |= {''.join(choice) for choice in itertools.product(*parts)}
     folder = 'https://dl.fbaipublicfiles.com/convnext/convnextv2/im22k/'
@@ -108,14 +119,22 @@ def test_where_authors_published_only_ranges_there_is_no_recipe():
     ]
 
 
-@pytest.mark.parametrize('name', COUNTED)
-def test_parameters_and_macs_are_those_of_the_authors_code(name):
+@pytest.mark.parametrize(
+    ('name', 'side', 'known'),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] if case[2] >= 'UniRepLKNet-S' or case[1] == 384 else [])
+        for case in COUNTED
+    ],
+)
+def test_parameters_and_macs_are_those_of_the_authors_code(name, side, known):
     """A classifier has one output norm and a linear layer; the backbone has a norm for each stage."""
     with torch.device('meta'):
         model = build_backbone(name)
-    found = count_complexity(model, (224, 224))
     *others, last = [f['num_chs'] for f in model.feature_info]
-    parameters, macs = COMPUTED[COUNTED[name]]
+    if known.endswith('deploy'):
+        model, _ = reparameterize_on_meta(model)
+    found = count_complexity(model, (side, side))
+    parameters, macs = COMPUTED[f'classification_{side}'][known]
     # the facts have two decimals
     classifier = found.parameters - 2 * sum(others) + 1000 * last + 1000
     assert classifier == pytest.approx(parameters * 1e6, rel=1e-3, abs=5.1e3)

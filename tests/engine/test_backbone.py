@@ -15,7 +15,7 @@ from replk_mm.errors import UserError
 UPERNET, CASCADE = (
     str(CONFIGS / f'{name}.py') for name in ('upernet_replk-nano_demo', 'cascade-mask-rcnn_replk-nano_coco')
 )
-SMALLEST = ('replknet-nano', 'convnext-atto', 'convnextv2-atto')
+SMALLEST = ('replknet-nano', 'convnext-atto', 'convnextv2-atto', 'unireplknet-a', 'slak-tiny')
 
 
 def exchanged(name: str, backbone: str, **options) -> Config:

@@ -167,7 +167,7 @@ def _tasks_of(
             dataset=paper.dataset,
             params_m=paper.params_m,
             flops_g=paper.flops_g,
-            input=list(paper.input),
+            input=paper.input and list(paper.input),
             source=paper.source,
         ),
         config=dict(path=row.config, sha256=sha256, options=row.options),
