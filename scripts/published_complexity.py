@@ -21,7 +21,7 @@ from mmcv.cnn import get_model_complexity_info
 from mmengine.config import Config
 from torch.utils.flop_counter import FlopCounterMode
 
-from replk_mm import published
+from replk_mm import compat, published
 from replk_mm.analysis.complexity import (
     _Pass,
     build_on_meta,
@@ -264,4 +264,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    compat.install()
     sys.exit(main())

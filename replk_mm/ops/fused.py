@@ -10,12 +10,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from replk_mm.ops.cpu import cost_model, direct
 from replk_mm.ops.cpu.problem import DepthwiseProblem, Pair
 from replk_mm.ops.depthwise import DepthwiseConv2d, cache_spectra, caches_spectra, is_traced, is_unchanged, to_pair
 
+_HOOKS = 'forward_pre', 'forward', 'backward_pre', 'backward'
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
 #: For each prepacked convolution, by precision and arguments: the weight and its version, the weight in the backend's
 #: layout, and the padding to use with it.
@@ -128,7 +129,7 @@ def _runs_on_onednn(conv: nn.Conv2d) -> bool:
 
 def has_hooks(*modules: nn.Module | None) -> bool:
     """Return whether calling any of ``modules`` runs hooks, its own or global ones."""
-    return _has_any_global_hook() or any(
+    return any(getattr(torch_module, f'_global_{kind}_hooks') for kind in _HOOKS) or any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules
         if module is not None

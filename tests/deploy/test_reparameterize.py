@@ -8,11 +8,11 @@ import torch
 from mmcv.cnn import ConvModule
 from mmengine.model import Sequential
 from norms import randomize_norms
-from process_group import single_process_group
+from process_group import fully_shard, single_process_group
 from reparam_cases import BN, TINY, UNIREPLKNET, backbone, largest_gap, norms, randomized, unireplknet
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrize
 
 from replk_mm.backbones import ConvNeXt, RepLKNet, UniRepLKNet

@@ -10,11 +10,11 @@ from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
-from process_group import single_process_group
+from process_group import fully_shard, single_process_group
 from tiny import ROOT, tiny  # noqa: F401 (a fixture)
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from replk_mm.backbones import ConvNeXt, RepLKNet
 from replk_mm.deploy import reparameterize as reparam

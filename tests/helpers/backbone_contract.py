@@ -9,9 +9,8 @@ import pytest
 import torch
 from mmcv.cnn.bricks import DropPath
 from norms import randomize_norms
-from process_group import single_process_group
+from process_group import fully_shard, single_process_group
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 

@@ -4,6 +4,13 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # torch 2.5 and older
+    from torch.distributed._composable.fsdp import fully_shard
+
+__all__ = ['fully_shard', 'single_process_group']
+
 
 @contextmanager
 def single_process_group():
