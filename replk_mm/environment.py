@@ -36,7 +36,7 @@ class Requirement:
 
 #: The ranges of pyproject.toml, and those of the dependencies that the user installs.
 REQUIREMENTS = (
-    Requirement('torch', 'torch', '>=2.4,<3'),
+    Requirement('torch', 'torch', '>=2.5,<3'),
     Requirement('numpy', 'numpy', '>=1.22,<3'),
     Requirement('mmengine', 'mmengine', '>=0.10.4,<1'),
     Requirement('mmcv', 'mmcv', '>=2.0.1,<2.2'),

@@ -42,7 +42,7 @@ COMBINATIONS = {
     'default': Combination('3.11', 'torch==2.13.0'),
     'torchvision': Combination('3.11', 'torch==2.14.1 torchvision==0.29.1'),
     'newest': Combination('3.13', 'torch==2.15.0'),
-    'oldest': Combination('3.10', 'torch==2.4.1', 'numpy==1.26.4 opencv-python==4.11.0.86'),
+    'oldest': Combination('3.10', 'torch==2.5.1', 'numpy==1.26.4 opencv-python==4.11.0.86'),
     'setuptools': Combination('3.11', 'torch==2.13.0', 'setuptools==84.0.0'),
     'between': Combination('3.12', 'torch==2.8.0'),
 }

@@ -177,7 +177,9 @@ class _CountedPass(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         takes_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
-        if takes_tensors and not func.is_view:  # neither creates nor reinterprets a tensor
+        # torch 2.15 reshapes the output of a linear layer with _unsafe_view.
+        is_view = func.is_view or func.overloadpacket is torch.ops.aten._unsafe_view
+        if takes_tensors and not is_view:  # neither creates nor reinterprets a tensor
             # Further outputs are for the backward pass.
             elements = next((leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), 0)
             self._operators.setdefault(func.overloadpacket, []).append(elements)

@@ -12,7 +12,6 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +112,7 @@ def safe_load(path: Path, map_location: Any = 'cpu', trust: bool = False) -> Any
                     f'Check the path. If this is a web page or a Git LFS pointer, the download failed: repeat it.'
                 )
             file.seek(0)
-            # torch 2.4 does not have safe_globals.
-            safe_globals = getattr(torch.serialization, 'safe_globals', nullcontext)
-            with safe_globals(_ALLOWED), warnings.catch_warnings():
+            with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # torch warns about unknown pickle versions
                 return torch.load(file, map_location=map_location, weights_only=not trust)
     except UserError:

@@ -40,7 +40,7 @@ def fused_conv2d(
     if activation is not None and shortcut is not None:
         raise ValueError('fused_conv2d: pass an activation or a shortcut, not both')
     if not _can_fuse(conv, activation, shortcut, x):
-        if torch.is_grad_enabled() and _prepacked.get(conv):
+        if torch.is_grad_enabled() and not is_traced() and _prepacked.get(conv):
             _prepacked[conv].clear()  # training changes the weight; fused optimizers do not update its version
         y = conv(x)
         y = y if activation is None else activation(y)

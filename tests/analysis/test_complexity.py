@@ -76,6 +76,14 @@ def test_operators_without_a_formula_are_listed() -> None:
     assert found == {'aten.gelu': (1, 4 * 30), 'aten.upsample_bilinear2d': (1, 4 * 120)}
 
 
+def test_views_are_no_operators() -> None:
+    class Reshaped(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten._unsafe_view(x.flatten(1), [x.shape[0], -1])
+
+    assert not count_complexity(Reshaped(), (5, 6)).uncounted
+
+
 def test_shared_weights_count_once() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.ReLU(), nn.Conv2d(3, 3, 1, bias=False))
     net[2].weight = net[0].weight

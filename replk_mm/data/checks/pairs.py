@@ -17,7 +17,7 @@ from replk_mm.errors import command_line, format_list
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 _PACKAGES = ('mmcv.', 'mmengine.', 'mmseg.', 'mmdet.', 'replk_mm.')
 # Files that the full release of ADE20K has and the benchmark lacks.
-_FULL_ADE = ('index_ade20k.*', 'ADE20K_*', 'images/ADE', 'images/training/*/', 'images/training/*_seg.png')
+_FULL_ADE = ('index_ade20k.*', 'ADE20K_*', 'images/ADE', 'images/training/*/*', 'images/training/*_seg.png')
 
 
 def image_key(prefix: dict) -> str:
@@ -39,7 +39,7 @@ def check_folders(report: DatasetReport, dataset: dict) -> None:
         folder = prefix.get(key)
         if folder is None or (root / folder).is_dir():
             continue
-        if is_ade and key == 'seg_map_path' and any(list(root.glob(pattern)) for pattern in _FULL_ADE):
+        if is_ade and key == 'seg_map_path' and any(next(root.glob(p), None) for p in _FULL_ADE):
             message = f'the full release of ADE20K, not the benchmark: there is no {folder}'
             report.add('ade-full-release', root, message)
             continue
