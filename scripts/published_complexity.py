@@ -54,7 +54,7 @@ COUNTINGS = {
 #: The counting that this project reports.
 OURS = 'deployed'
 #: For each family, the counting that fits the authors' figures best.
-AUTHORS = {'RepLKNet': 'mmcv_merged', 'ConvNeXt': 'mmcv_training'}
+AUTHORS = {'RepLKNet': 'mmcv_merged', 'ConvNeXt': 'mmcv_training', 'UniRepLKNet': 'mmcv_merged'}
 #: Kernel sizes of the four stages that reproduce the authors' figures, where the released network has others.
 AUTHORS_KERNELS = {'RepLKNet-XL': [31, 29, 27, 13]}
 #: Unit and decimals of a figure, and its key in ``published`` of a row.

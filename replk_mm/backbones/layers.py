@@ -100,7 +100,7 @@ class Stage(nn.Sequential):
         return x
 
 
-def add_residual(shortcut: Tensor, branch: Tensor, drop_path: nn.Module, scale: Tensor | None = None) -> Tensor:
+def add_residual(shortcut: Tensor, branch: Tensor, drop_path: Any, scale: Tensor | None = None) -> Tensor:
     """Compute ``shortcut + drop_path(scale * branch)`` in one pass over the map, with the draws of mmcv's DropPath.
 
     Args:

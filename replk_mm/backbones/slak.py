@@ -184,19 +184,6 @@ class SLaK(Backbone):
                 outs.append(getattr(self, f'norm{i}')(x))
         return self._to_output_format(outs)
 
-    def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
-        match parts:
-            case ['downsample_layers', stage, *_]:
-                return int(stage), None
-            case ['stages', stage, block, *_]:
-                return int(stage), int(block)
-            case [norm, *_] if norm in {f'norm{i}' for i in self.out_indices}:
-                return None
-        raise ValueError(f'SLaK has no parameter {".".join(parts)!r}')
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        return [*self.downsample_layers[: self.frozen_stages], *self.stages[: self.frozen_stages]]
-
 
 register_variants(
     SLaK,

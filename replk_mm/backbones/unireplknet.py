@@ -18,7 +18,7 @@ from torch import Tensor
 from replk_mm.backbones.catalogue import Weights, register_variants
 from replk_mm.backbones.convnext import GlobalResponseNorm
 from replk_mm.backbones.layers import Backbone, LayerNorm2d, Stage, add_residual, build_norm
-from replk_mm.ops import DepthwiseConv2d
+from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
 #: Sides and dilations of the branches beside a kernel of the given side.
@@ -71,7 +71,7 @@ class DilatedReparamBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.lk_origin.bias is not None:
-            return self.lk_origin(x)
+            return fused_conv2d(self.lk_origin, x)  # with a prepacked weight, if there is one
         (conv, norm), *others = self.branches()
         out = norm(conv(x))
         for conv, norm in others:
@@ -129,7 +129,7 @@ class UniRepLKNetBlock(nn.Module):
         self.pwconv1 = nn.Sequential(Permute(0, 2, 3, 1), nn.Linear(channels, width))
         self.act: Any = nn.Sequential(nn.GELU(), GlobalResponseNorm(width, -1, shape=(1, 1, 1, width)))
         self.pwconv2 = nn.Sequential(nn.Linear(width, channels, bias=deploy), Permute(0, 3, 1, 2))
-        self.gamma = None
+        self.gamma: nn.Parameter | None = None
         if deploy:
             self.act[1].beta = None
         else:
@@ -263,6 +263,7 @@ def _weights(arch: str) -> Iterator[Weights]:
         yield Weights('in1k', 'ImageNet-1K', f'{start}_in1k_224_acc{top1}.pth')
     if tuned:
         yield Weights('in22k-in1k-384', 'ImageNet-22K then 1K', f'{start}_in22k_to_in1k_384_acc{tuned}.pth')
+        yield Weights('in22k', 'ImageNet-22K', f'{start}_in22k_pretrain.pth')
 
 
 register_variants(

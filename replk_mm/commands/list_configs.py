@@ -48,9 +48,9 @@ NOTES = """\
 - mIoU (single-scale / multi-scale with flips) and AP (val2017) are **quoted** from the papers and their repositories;
   nobody reproduced them with this project.
 - "Params" counts the model that the config builds for training, in millions: all heads, with the parallel small kernels
-  and, for segmentation, the auxiliary head. The RepLKNet authors count the deployed model: small kernels merged, no
-  auxiliary head. The ConvNeXt authors count the auxiliary head in. Detectors have none; there merging saves half a
-  million at most, and the merged models round to the quoted numbers. For Cityscapes the RepLKNet authors state 110
+  and, for segmentation, the auxiliary head. The authors of RepLKNet and UniRepLKNet count the deployed model: kernels
+  merged, no auxiliary head. The ConvNeXt authors count the auxiliary head in. Detectors have none; there merging saves
+  a million at most, and the merged models round to the quoted numbers. For Cityscapes the RepLKNet authors state 110
   million; their network for 19 classes, counted as they count for ADE20K, comes to 111.7.
 - Batch is the images of one iteration on all GPUs together, which the learning rate belongs to. The RepLKNet authors do
   not state it for COCO: it is inferred from the images a GPU of their configurations.

@@ -77,8 +77,9 @@ def test_weights_are_those_of_the_authors():
         assert url is None or url in known
         digits = re.search(r'-([0-9a-f]{8})\.pth$', url or '')
         assert weights.sha256 == (digits and digits[1])
-    theirs = {url for url in known if 'replknet' in url and 'mmclass' in url or '/convnext/convnext_' in url}
-    assert theirs and theirs <= set(weights_by_url())
+    families = ('mmclass.*replknet', '/convnext/convnext_', 'main/unireplknet_')
+    theirs = {url for url in known if re.search('|'.join(families), url)}
+    assert len(theirs) == 12 + 14 and theirs <= set(weights_by_url())
 
 
 def test_entries_are_consistent():
@@ -98,12 +99,15 @@ def test_entries_are_consistent():
         ('replknet-31l.in22k-in1k-384', 'detection', 'replknet_cascade_mask_rcnn_coco', '31L'),
         ('convnext-base.in22k', 'detection', 'convnext_cascade_mask_rcnn_coco', 'B-22K'),
         ('replknet-xl.meg73m', 'segmentation', 'replknet_upernet_ade20k', 'XL'),
+        ('unireplknet-t.in1k', 'segmentation', 'unireplknet_upernet_ade20k', 'T'),
+        ('unireplknet-l.in22k-in1k-384', 'segmentation', 'unireplknet_upernet_ade20k', 'L'),
+        ('unireplknet-xl.in22k-in1k-384', 'detection', 'unireplknet_cascade_mask_rcnn_coco', 'XL'),
     ],
 )
 def test_recipes_are_those_of_the_authors(name, task, recipe, variant):
     entry, weights = find_backbone(name)
     (row,) = entry.published(task, weights)
-    found, theirs = recipe_of(row), FACTS['recipes'][recipe]
+    found, theirs = recipe_of(row), {**FACTS['recipes'], **MORE['recipes']}[recipe]
     assert found.lr == (theirs['lr'][variant] if isinstance(theirs['lr'], dict) else theirs['lr'])
     assert found.drop_path == theirs['drop_path'][variant] and found.weight_decay == theirs['weight_decay']
     decay = theirs.get('layer_decay')

@@ -11,7 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from replk_mm.backbones import ConvNeXt, RepLKNet
+from replk_mm.backbones import ConvNeXt, RepLKNet, UniRepLKNet
 from replk_mm.backbones.catalogue import weights_by_url
 from replk_mm.commands import list_configs
 from replk_mm.data.datasets import datasets_of
@@ -27,7 +27,7 @@ UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']
 
 def test_files_and_published_rows_match_one_to_one():
     rows = [row['config'] for task in ('segmentation', 'detection') for row in PUBLISHED[task] if row.get('config')]
-    assert len(rows) == len(set(rows)) == 23
+    assert len(rows) == len(set(rows)) == 31
     assert sorted([*rows, *NANO, *UNPUBLISHED]) == LEAVES
 
 
@@ -78,7 +78,9 @@ TINY = {
         layers=[1, 1, 1, 1], channels=[8, 16, 24, 40], large_kernel_sizes=[7, 7, 7, 5], dw_ratio=1
     ),
     'replk_mm.ConvNeXt': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
+    'replk_mm.UniRepLKNet': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40], kernel_sizes=[3, 7, 5, 7]),
 }
+FAMILIES = {'replk_mm.RepLKNet': RepLKNet, 'replk_mm.ConvNeXt': ConvNeXt, 'replk_mm.UniRepLKNet': UniRepLKNet}
 #: Smaller values for all settings with these keys.
 SMALLER = {
     'channels': 8,
@@ -93,8 +95,7 @@ SMALLER = {
 
 def arch_of(cfg: Config) -> dict:
     """The architecture of a config's backbone, from the table of its class."""
-    table = {'replk_mm.RepLKNet': RepLKNet, 'replk_mm.ConvNeXt': ConvNeXt}[cfg.model.backbone.type].arch_settings
-    return table[cfg.model.backbone.arch]
+    return FAMILIES[cfg.model.backbone.type].arch_settings[cfg.model.backbone.arch]
 
 
 def tiny_on_cpu(name: str) -> Config:

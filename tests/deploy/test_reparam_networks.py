@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.runner import load_checkpoint
 from norms import randomize_norms
-from reparam_cases import BN, CHANNELS, FCN_HEAD, REPLK, SEGMENTOR, build, norms
+from reparam_cases import BN, CHANNELS, FCN_HEAD, REPLK, SEGMENTOR, UNIREPLKNET, build, norms
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from replk_mm.deploy.equivalence import compare_networks, network_outputs
@@ -226,6 +226,7 @@ FORMS = {
     'our segmentor': ({**SEGMENTOR, 'type': 'replk_mm.EncoderDecoder'}, True, True),
     'detector': (DETECTORS['RetinaNet'], True, True),
     'backbone': (REPLK, False, True),
+    'UniRepLKNet': (dict(type='replk_mm.UniRepLKNet', arch=UNIREPLKNET), True, False),
 }
 
 
