@@ -12,17 +12,19 @@ import torch.nn as nn
 from mmengine.dist import all_reduce_dict, broadcast, get_world_size, is_main_process, master_only
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import Hook, LoggerHook
+from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
 from replk_mm.engine.resuming import former_run
+from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import absent_classes
 from replk_mm.files import write_atomic
 from replk_mm.registry import HOOKS
 from replk_mm.text import format_duration, format_metrics
-from replk_mm.wrappers import named_unwrapped_parameters, optim_wrappers
+from replk_mm.wrappers import named_unwrapped_parameters, optim_wrappers, unwrap_model
 
 #: Message hub key: the checkpoint written after a signal. The next regular checkpoint replaces it.
 INTERIM = 'interim_checkpoint'
@@ -165,6 +167,40 @@ class OverwriteHook(Hook):
         """Remove them."""
         for path in [*former_run(runner.work_dir), Path(runner.work_dir, 'last_checkpoint')]:
             path.unlink(missing_ok=True)
+
+
+@HOOKS.register_module()
+class SparsityHook(Hook):
+    """Keep the zeros in the linear and convolution weights of the backbone, as the SLaK authors do in fine-tuning.
+
+    The masks are where weights are zero when training starts or resumes.
+    """
+
+    priority = 'ABOVE_NORMAL'  # before moving averages and checkpoints
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the zeros.
+
+        Raises:
+            UserError: If there are none.
+        """
+        weights = [p for p in unwrap_model(runner.model).backbone.parameters() if p.dim() in (2, 4)]
+        self.masks = [(weight, weight.detach() != 0) for weight in weights]
+        kept, total = (sum(int(t.sum()) for _, t in self.masks), sum(weight.numel() for weight in weights))
+        if kept == total:
+            raise UserError(
+                'SparsityHook: no weight of the backbone is zero\n'
+                'Load sparse weights with --pretrained FILE, or remove the hook from custom_hooks.'
+            )
+        print_log(f'SparsityHook: {1 - kept / total:.1%} of the weights of the backbone stay zero', 'current')
+
+    @torch.no_grad()
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Set them to zero after the optimizer's step."""
+        for weight, mask in self.masks:
+            weight.mul_(mask)
 
 
 COLUMNS = ('group', 'lr', 'weight_decay', 'tensors', 'parameters', 'first', 'last')

@@ -171,7 +171,7 @@ def _can_fuse(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | 
     if not isinstance(conv, DepthwiseConv2d):
         return True
     problem = replace(_problem(conv, x), dtype=dtype)
-    if direct.needs_float32(problem) or not problem.channels_last:
+    if direct.needs_float32(problem) or direct.pads_dilated(problem) or not problem.channels_last:
         return False
     plan = cost_model.choose_plan(problem, conv.implementation, caches_spectra(conv.weight))
     return plan.forward in ('native', 'channels_last')

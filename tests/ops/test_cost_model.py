@@ -232,3 +232,41 @@ def test_torchs_loop_over_weight_gradients_is_never_chosen_for_replknet(batch, d
         for side in (kernel, arch['small_kernel']):
             given_ = problem((batch, channels, size, size), (side, side), dtype=dtype, channels_last=True)
             assert cost_model.choose_plan(given_).grad_weight != 'native', cost_model.estimate_milliseconds(given_)
+
+
+#: Shape, kernel and dilation in channels-last memory, and measured milliseconds (AVX-512, two threads): forward of
+#: channels_last, padded and fft; weight gradient of grad_kernel, grad_kernel_channels_last, fft and native.
+MEASURED = [
+    ((2, 124, 128, 128), (51, 5), 1, (18.0, 56.4, 32.1), (25.9, 53.3, 28.9, 187)),
+    ((2, 124, 128, 128), (5, 51), 1, (16.6, 57.9, 29.5), (37.7, 56.1, 27.8, 678)),
+    ((2, 249, 64, 64), (49, 5), 1, (8.1, 15.2, 17.1), (14.1, 17.8, 19.4, 94.5)),
+    ((2, 249, 64, 64), (5, 49), 1, (8.9, 14.7, 17.8), (16.6, 16.5, 18.9, 254)),
+    ((2, 499, 32, 32), (47, 5), 1, (3.3, 8.4, 9.2), (6.1, 7.6, 11.5, 63.6)),
+    ((2, 499, 32, 32), (5, 47), 1, (3.5, 7.8, 10.1), (8.4, 7.1, 10.8, 133)),
+    ((2, 998, 16, 16), (13, 5), 1, (0.52, 0.9, 4.2), (0.87, 1.34, 4.7, 24.6)),
+    ((2, 998, 16, 16), (5, 13), 1, (0.70, 0.9, 4.2), (0.94, 1.49, 4.6, 22.5)),
+    ((2, 80, 128, 128), (3, 3), 2, (0.67, 8.6), (7.6, 5.1, math.inf, 9.5)),
+    ((2, 80, 128, 128), (9, 9), 2, (4.3, 11.8), (11.8, 9.3, math.inf, 39.2)),
+    ((2, 160, 64, 64), (3, 3), 4, (0.23, 3.6), (3.2, 2.0, math.inf, 3.5)),
+    ((2, 160, 64, 64), (7, 7), 2, (0.82, 4.4), (3.7, 2.9, math.inf, 11.1)),
+    ((2, 320, 32, 32), (3, 3), 4, (0.16, 1.6), (0.95, 1.45, math.inf, 1.32)),
+    ((2, 320, 32, 32), (9, 9), 2, (1.31, 3.2), (1.72, 2.11, math.inf, 7.6)),
+    ((2, 640, 16, 16), (3, 3), 7, (0.20, 0.59), (0.60, 0.60, math.inf, 0.63)),
+    ((2, 640, 16, 16), (9, 9), 2, (1.05, 0.94), (0.96, 1.01, math.inf, 15.0)),
+]
+
+
+@pytest.mark.parametrize('shape, kernel, dilation, forward, grad_weight', MEASURED)
+def test_choices_for_strips_and_dilated_kernels_are_near_the_best(
+    shape, kernel, dilation, forward, grad_weight, rates, monkeypatch
+):
+    rates('AVX512')
+    monkeypatch.setattr(direct, 'PADDING_LIMIT', 6)
+    monkeypatch.setattr(direct, '_WIDENED', range(12, 15))
+    given_ = problem(shape, kernel, dilation=(dilation,) * 2, channels_last=True)
+    plan = cost_model.choose_plan(given_)
+    times = dict(zip(('channels_last', 'padded', 'fft'), forward, strict=False))
+    assert times[plan.forward] <= 1.2 * min(forward)
+    times = dict(zip(('grad_kernel', 'grad_kernel_channels_last', 'fft', 'native'), grad_weight, strict=True))
+    assert times[plan.grad_weight] <= 1.2 * min(grad_weight)
+    assert plan.grad_input == 'channels_last'

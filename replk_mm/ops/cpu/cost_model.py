@@ -160,6 +160,9 @@ _RATES: dict[str, dict[str, dict[int, float]]] = {  # by instruction set, and by
         'native grad_input channels_last': {1: 10, 3: 45, 5: 75, 7: 98, 11: 102},
         'native grad_weight': {1: 10, 3: 35, 4: 3, 9: 5},
         'native grad_weight channels_last': {1: 20, 3: 50, 4: 5, 5: 5.5, 7: 9, 9: 12, 13: 10, 15: 2.5},
+        'dilated': {
+            1: 5
+        },  # its loop for the weight gradient of dilated kernels, and for their output with large padding
         'reference': {1: 4},  # the loop that torch's convolution uses in the default layout with large padding
         'transform': {1: 118},
         'inverse_transform': {1: 150},
@@ -173,6 +176,7 @@ _RATES: dict[str, dict[str, dict[int, float]]] = {  # by instruction set, and by
         'native grad_input channels_last': {1: 10, 3: 37, 5: 46, 7: 66, 9: 70, 13: 76},
         'native grad_weight': {1: 10, 3: 25, 4: 4, 9: 5},
         'native grad_weight channels_last': {1: 20, 3: 25, 4: 8, 11: 11, 13: 8, 15: 2.5},
+        'dilated': {1: 5},
         'reference': {1: 4},
         'transform': {1: 118},
         'inverse_transform': {1: 100},
@@ -183,6 +187,7 @@ _RATES: dict[str, dict[str, dict[int, float]]] = {  # by instruction set, and by
         **dict.fromkeys(('grad_kernel', 'grad_kernel_channels_last'), {1: 10}),
         **dict.fromkeys(('native grad_input', 'native grad_input channels_last'), {1: 40}),
         **dict.fromkeys(('native grad_weight', 'native grad_weight channels_last'), {1: 40}),
+        'dilated': {1: 40},
         'reference': {1: 30},
         'transform': {1: 350},
         'inverse_transform': {1: 480},
@@ -191,6 +196,9 @@ _RATES: dict[str, dict[str, dict[int, float]]] = {  # by instruction set, and by
 _CAPABILITY = 'AVX512' if direct.AVX512 else torch.backends.cpu.get_cpu_capability()
 _CPU_RATES = _RATES.get(_CAPABILITY, _RATES['other'])
 _TRANSPOSE, _COPY = 3.5, 20.0
+#: For strips and dilated kernels: copies of up to so many bytes from channels-last memory, in the cache, and their
+#: GB/s; time of FFTs relative to the rates above.
+_CACHED_BYTES, _CACHED_TRANSPOSE, _STRIP_TRANSFORM = 5e6, 12.0, 0.85
 #: Milliseconds of one call of a torch operator; a block of spectra needs a dozen.
 _CALL = 0.006
 #: Threads speed up arithmetic linearly, copies by their number to this power (1.6 for two), and calls not at all.
@@ -219,6 +227,10 @@ def _transposed(problem: DepthwiseProblem, size: tuple[int, int]) -> float:
     return _copied(problem, size, _TRANSPOSE)
 
 
+def _gathered(problem: DepthwiseProblem, size: tuple[int, int]) -> float:
+    return _copied(problem, size, _CACHED_TRANSPOSE if _bytes(problem, size) <= _CACHED_BYTES else _TRANSPOSE)
+
+
 def _transform(problem: DepthwiseProblem, area: tuple[int, int], table: str = 'transform') -> float:
     """Return the milliseconds of the transforms of all maps, including the copy of their ``area``."""
     pixels = math.prod(fft.transform_size(problem))
@@ -227,7 +239,8 @@ def _transform(problem: DepthwiseProblem, area: tuple[int, int], table: str = 't
     copied = _copied(problem, area, _TRANSPOSE if problem.channels_last else _COPY)
     short = 1 + 20 / math.sqrt(pixels)  # short transforms are less efficient
     work = maps * pixels * math.log2(pixels) * short * _rate(table, 1) * 1e-9 * 2 / problem.threads
-    return work + copied + (1 + blocks) * 4 * _CALL
+    strip = 1.0 if problem.kernel[0] == problem.kernel[1] else _STRIP_TRANSFORM
+    return strip * (work + copied + (1 + blocks) * 4 * _CALL)
 
 
 def _rows_inside(problem: DepthwiseProblem) -> float:
@@ -256,22 +269,30 @@ def _rows_inside(problem: DepthwiseProblem) -> float:
 def estimate_milliseconds(problem: DepthwiseProblem, cached: bool = False) -> dict[str, dict[str, float]]:
     """Return the expected milliseconds of each implementation, with a core for each thread."""
     side = round(math.sqrt(math.prod(problem.kernel)))
+    square = problem.kernel[0] == problem.kernel[1] and problem.dilation == (1, 1)
     work = 2e-6 * problem.macs * 2 / problem.threads
     last = problem.channels_last
     to_padded = (_transposed(problem, problem.size) + _transposed(problem, problem.out)) if last else 0.0
     to_last = 0.0 if last else _transposed(problem, problem.size) + _transposed(problem, problem.out)
-    filled = _copied(problem, problem.size, _COPY) if max(problem.padding) > direct.PADDING_LIMIT else 0.0
+    filled = _copied(problem, problem.size, _COPY) if direct.writes_padding(problem.padding, problem.stride) else 0.0
 
-    grown = (15 / side) ** 2 if direct.widened(problem) else 1
+    rings, pads = direct.rings(problem), direct.pads_dilated(problem)
+    area = math.prod(15 if ring else k for ring, k in zip(rings, problem.kernel, strict=True))
+    grown, wide = area / math.prod(problem.kernel), round(math.sqrt(area))
     inside = _rows_inside(problem)
     forward = {
-        'channels_last': work * grown * inside / _rate('channels_last', 15 if grown > 1 else side) + to_last,
+        'channels_last': work * grown * inside / _rate('channels_last', wide)
+        + to_last
+        + (2 * _copied(problem, problem.size, _COPY) if pads else 0.0),
         'padded': work / _rate('padded', side) + to_padded + filled,
     }
     # torch's plain convolution uses one of these two; in the default layout only with little padding.
-    slow = not last and max(problem.padding) > direct.PADDING_LIMIT
+    slow = not last and problem.padding[1] > direct.PADDING_LIMIT
+    loop = work / _rate('dilated', 1) if last and problem.dilation != (1, 1) else 0.0
     forward['native'] = 1e-3 + (
-        work * inside / _rate('channels_last', side)
+        loop
+        if last and pads
+        else work * inside / _rate('channels_last', problem.kernel[1] if any(rings) else side)
         if last
         else work / _rate('reference', 1)
         if slow
@@ -280,17 +301,22 @@ def estimate_milliseconds(problem: DepthwiseProblem, cached: bool = False) -> di
     gradient = direct.input_gradient_problem(problem)
     suffix = ' channels_last' if last else ''
     grad_input = dict(native=work / _rate(f'native grad_input{suffix}', side))
+    if last and not square:  # never faster
+        grad_input['native'] = max(grad_input['native'], loop, forward['channels_last'] + 1e-3)
     if gradient is not None:
         grad_input.update(channels_last=forward['channels_last'], padded=forward['padded'])
+    arranged, calls = 1.7 * _transposed(problem, problem.out), problem.batch * 16 * _CALL
+    if not square:
+        size, out = (_gathered(problem, area) for area in (problem.size, problem.out))
+        to_padded = size + out if last else 0.0
+        filled = size if direct.writes_padding(problem.padding, problem.dilation) else 0.0
+        # This one skips no rows, and outputs of strips fill its registers badly.
+        inside, arranged, calls = 1.3 if problem.dilation == (1, 1) else 1.0, 1.7 * out, 2 * calls
     grad_weight = dict(
-        native=work / _rate(f'native grad_weight{suffix}', side),
+        native=max(work / _rate(f'native grad_weight{suffix}', side), loop),
         grad_kernel=work / _rate('grad_kernel', side) + to_padded + filled,
         # The output's gradient is rearranged twice: here if it is in channels-last memory, and by oneDNN.
-        grad_kernel_channels_last=(
-            work * inside / _rate('grad_kernel_channels_last', side)
-            + problem.batch * 16 * _CALL
-            + 1.7 * _transposed(problem, problem.out)
-        ),
+        grad_kernel_channels_last=work * inside / _rate('grad_kernel_channels_last', side) + calls + arranged,
     )
     if fft.supports(problem):
         kernels = math.prod(fft.transform_size(problem)) * problem.channels

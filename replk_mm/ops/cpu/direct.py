@@ -22,7 +22,7 @@ AVX512 = torch.backends.cpu.get_cpu_capability().startswith('AVX512')
 #: Up to this padding in pixels oneDNN uses its fast kernel for the default layout; with more padding it uses the better
 #: of its kernels for channels-last memory.
 PADDING_LIMIT = 6 if AVX512 else 4
-#: Kernel sides for which that better kernel is faster if zeros widen the convolution's kernel.
+#: Kernel widths for which that better kernel is faster if zeros widen the convolution's kernel.
 _WIDENED = range(12, 15) if AVX512 else range(0)
 #: Up to this number of channels, that better kernel can hang in bfloat16 (oneDNN 3.12).
 _MAY_HANG = 16
@@ -57,7 +57,9 @@ def needs_float32(problem: DepthwiseProblem) -> bool:
         warn_float32()
         return True
     of_gradient = (d * (k - 1) - p for d, k, p in zip(problem.dilation, problem.kernel, problem.padding, strict=True))
-    return problem.channels <= _MAY_HANG and (widened(problem) or max(*problem.padding, *of_gradient) > PADDING_LIMIT)
+    return problem.channels <= _MAY_HANG and (
+        any(rings(problem)) or max(*problem.padding, *of_gradient) > PADDING_LIMIT
+    )
 
 
 def native(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwiseProblem) -> Tensor:
@@ -90,30 +92,35 @@ def native_gradients(
 
 
 def channels_last(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwiseProblem) -> Tensor:
-    """torch's convolution in channels-last memory."""
+    """torch's convolution in channels-last memory, with explicit zeros for large paddings of dilated kernels."""
     weight, padding = widen(weight, problem)
+    if pads_dilated(problem):
+        x, padding = _pad(x, padding), (0, 0)
     x = x.contiguous(memory_format=torch.channels_last)
     y = F.conv2d(x, weight, bias, problem.stride, padding, problem.dilation, problem.channels)
     return y.contiguous(memory_format=problem.memory_format)
 
 
-def widened(problem: DepthwiseProblem) -> bool:
-    """Return whether :func:`channels_last` widens the kernel with zeros."""
-    return (
-        problem.stride == problem.dilation == (1, 1)
-        and all(k in _WIDENED for k in problem.kernel)
-        and PADDING_LIMIT - 2 <= min(problem.padding) <= PADDING_LIMIT
-    )
+def pads_dilated(problem: DepthwiseProblem) -> bool:
+    """Return whether torch would use a reference loop in channels-last memory."""
+    return problem.dilation != (1, 1) and max(problem.padding) > PADDING_LIMIT
+
+
+def rings(problem: DepthwiseProblem) -> Pair:
+    """Return how many rows and columns of zeros :func:`channels_last` adds on each side of the kernel."""
+    (height, width), padding = problem.kernel, problem.padding[1]
+    plain = problem.stride == problem.dilation == (1, 1)
+    if not plain or width not in _WIDENED or not PADDING_LIMIT - 2 <= padding <= PADDING_LIMIT:
+        return 0, 0
+    ring = PADDING_LIMIT + 1 - padding
+    return ring if height in _WIDENED else 0, ring
 
 
 def widen(weight: Tensor, problem: DepthwiseProblem) -> tuple[Tensor, Pair]:
     """Return the kernels and the padding that are fastest in channels-last memory."""
-    padding = problem.padding
-    if not widened(problem):
-        return weight, padding
+    rows, cols = rings(problem)
     # Rings of zeros around both the kernel and the map change no value.
-    ring = PADDING_LIMIT + 1 - min(padding)
-    return F.pad(weight, (ring,) * 4), (padding[0] + ring, padding[1] + ring)
+    return _pad(weight, (rows, cols)) if cols else weight, (problem.padding[0] + rows, problem.padding[1] + cols)
 
 
 def padded(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwiseProblem) -> Tensor:
@@ -122,9 +129,18 @@ def padded(x: Tensor, weight: Tensor, bias: Tensor | None, problem: DepthwisePro
     return y.contiguous(memory_format=problem.memory_format)
 
 
+def _pad(x: Tensor, padding: Pair) -> Tensor:
+    return F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+
+
+def writes_padding(padding: Pair, stride: Pair) -> bool:
+    """Return whether :func:`padded` writes the zeros to memory. oneDNN's fast kernel takes any padding of rows."""
+    return padding[1] > PADDING_LIMIT or max(stride) > 3
+
+
 def _conv_padded(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Pair, stride: Pair, dilation: Pair) -> Tensor:
-    if max(padding) > PADDING_LIMIT:
-        x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0])), (0, 0)
+    if writes_padding(padding, stride):
+        x, padding = _pad(x, padding), (0, 0)
     return F.conv2d(x, weight, bias, stride, padding, dilation, weight.shape[0])
 
 
