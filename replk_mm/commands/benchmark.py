@@ -178,7 +178,10 @@ def run_benchmark(args: argparse.Namespace) -> dict:
 @command
 def main() -> int:
     args = parse_args()
-    name = 'op' if args.what == 'op' else f'{Path(args.config.rpartition("::")[2]).stem}-{args.what}'
+    name = 'op'
+    if args.what != 'op':
+        exchanged = f'-{args.backbone.replace("/", "-")}' if args.backbone else ''
+        name = f'{Path(args.config.rpartition("::")[2]).stem}{exchanged}-{args.what}'
     args.out = args.out or Path('work_dirs', 'benchmark', name)
     out = cli.prepare_out(args, 'table.txt', 'benchmark.json')
     with contextlib.redirect_stdout(sys.stderr):  # libraries print to it

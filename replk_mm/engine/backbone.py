@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -82,6 +83,8 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
         f'{source["recipe"]}, {source["recipe_source"]})',
     )
     model.backbone = new
+    if not cfg.get('work_dir') and cfg.filename:
+        cfg.work_dir = f'work_dirs/{Path(cfg.filename).stem}-{full.replace("/", "-")}'
 
 
 def _keep_batch_norm(new: ConfigDict, accepted: Mapping[str, inspect.Parameter], parts: tuple[dict, ...]) -> None:

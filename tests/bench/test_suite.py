@@ -52,6 +52,16 @@ def test_rows_take_the_defaults_and_override_them(tmp_path):
     assert suite.rows[2].checkpoint_of(4) == 'w/three.4.pth'
 
 
+def test_a_word_is_a_row_with_that_backbone(tmp_path):
+    common = dict(config='upernet_replk-nano_demo.py', iterations=2, options={'a.b': 1}, recipe='tries')
+    suite = read_suite(write(tmp_path, defaults=common, rows=['convnext-atto', 'timm/resnet50.a1_in1k']))
+    assert [(row.name, row.label, row.backbone) for row in suite.rows] == [
+        ('convnext-atto', 'convnext-atto', 'convnext-atto'),
+        ('timm-resnet50.a1_in1k', 'timm/resnet50.a1_in1k', 'timm/resnet50.a1_in1k'),
+    ]
+    assert suite.rows[0].options == {'a.b': 1, 'backbone': 'convnext-atto', 'recipe': 'tries'}
+
+
 def rows(**changes) -> dict:
     """A suite of one valid row with changes."""
     return dict(rows=[{**TRAINED, 'name': 'a', **changes}])

@@ -1,12 +1,15 @@
 """``--backbone``: exchanged backbones in configs of ours, of mmseg and of mmdet, and their recipes."""
 
 import copy
+import json
 
 import pytest
+import torch
 from config_cases import CONFIGS, LEAVES, load
 from mmengine.config import Config
+from tool_cases import tool_main
 
-from replk_mm.backbones import list_backbones
+from replk_mm.backbones import build_backbone, list_backbones
 from replk_mm.backbones.catalogue import ADAPTERS, CatalogueEntry, find_backbone, measure_features, weights_by_url
 from replk_mm.engine.backbone import describe_recipe, published_result, use_backbone
 from replk_mm.engine.config import build_model, load_config
@@ -117,6 +120,7 @@ def test_configs_of_other_libraries(config):
 def test_a_config_from_scratch_stays_from_scratch_with_its_own_optimizer():
     cfg = exchanged('upernet_replk-nano_ade20k.py', 'convnextv2-atto')
     own = load('upernet_replk-nano_ade20k.py')
+    assert cfg.work_dir == 'work_dirs/upernet_replk-nano_ade20k-convnextv2-atto'
     assert 'init_cfg' not in cfg.model.backbone and cfg.optim_wrapper == own.optim_wrapper
     assert cfg.model.backbone.drop_path_rate == 0.0
     assert (cfg.catalogue.recipe, cfg.catalogue.pretraining) == ('common', 'none')
@@ -192,5 +196,17 @@ def test_recipes_of_rows():
     replk, convnext, published = kinds.values()
     assert (replk['origin'], replk['lr'], convnext['lr']) == ('common', 3e-3, 1e-3)
     assert (published['origin'], published['lr']) == ('authors', 2e-4 * 8 / 32)
+    assert describe_recipe(load('upernet_replk31b_ade20k.py'), 'configs/upernet_replk31b_ade20k.py', {}, 8) == published
     changed = describe_recipe(load('upernet_replk31b_ade20k.py'), 'x.py', {'optim_wrapper.optimizer.lr': 1}, 8)
     assert changed['origin'] == 'common'
+
+
+def test_commands_take_the_option(monkeypatch, capsys):
+    config = str(CONFIGS / 'upernet_replk-nano_demo.py')
+    args = (config, '--cfg-options', 'model.backbone.frozen_stages=1', '--backbone', 'convnext-atto', '--json')
+    assert tool_main('complexity', *args, monkeypatch=monkeypatch) == 0
+    found = json.loads(capsys.readouterr().out)
+    backbone = next(part for part in found['training']['parts'] if part['name'] == 'backbone')
+    with torch.device('meta'):
+        assert backbone['parameters'] == sum(p.numel() for p in build_backbone('convnext-atto').parameters())
+    assert found['config'] == f'{config} --backbone convnext-atto'

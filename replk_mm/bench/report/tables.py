@@ -89,6 +89,8 @@ class Protocol:
             if name == 'data' and isinstance(value, Mapping):
                 images = f' ({value["images"]} images)' if value.get('images') else ''
                 value = f'{format_value(value.get("root") or value.get("name"))}{images}'
+            if name == 'recipe' and isinstance(value, Mapping):
+                value = f'{value.get("origin")} ({value.get("optimizer")}, learning rate {value.get("lr")})'
             if value not in (None, '', [], {}):
                 parts.append(f'{name} {clean(format_value(value), 80)}')
         return ', '.join(parts) or 'not stated'
