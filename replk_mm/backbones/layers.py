@@ -228,6 +228,26 @@ class Backbone(BaseModule):
     def _to_output_format(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(x.contiguous() if self.out_memory_format == 'contiguous_format' else x for x in features)
 
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the features of a batch of images.
+
+        This one is for modules ``downsample_layers``, ``stages`` and ``norm0`` to ``norm3``, as in ConvNeXt.
+
+        Args:
+            x: ``(N, in_channels, H, W)``.
+
+        Returns:
+            One ``(N, C_i, H / s_i, W / s_i)`` for each of ``out_indices``, with strides 4, 8, 16 and 32; padded layers
+            round up, patches that do not fit are cut off.
+        """
+        x = self._to_compute_format(x)
+        outs = []
+        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            x = stage(downsample(x))
+            if i in self.out_indices:
+                outs.append(getattr(self, f'norm{i}')(x))
+        return self._to_output_format(outs)
+
     def init_weights(self) -> None:
         """Initialize the weights at random, then load the ``Pretrained`` checkpoint of ``init_cfg``."""
         init_cfg = self.init_cfg

@@ -167,23 +167,6 @@ class SLaK(Backbone):
             self.add_module(f'norm{i}', LayerNorm2d(channels[i]))
         self._freeze()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features of a batch of images.
-
-        Args:
-            x: ``(N, in_channels, H, W)``.
-
-        Returns:
-            One ``(N, C_i, H / s_i, W / s_i)``, rounded down, for each of ``out_indices``, with strides 4, 8, 16 and 32.
-        """
-        x = self._to_compute_format(x)
-        outs = []
-        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
-            x = stage(downsample(x))
-            if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x))
-        return self._to_output_format(outs)
-
 
 register_variants(
     SLaK,

@@ -127,11 +127,12 @@ class UniRepLKNetBlock(nn.Module):
         self.norm = nn.Identity() if deploy else build_norm(norm_cfg, channels)
         self.se = SEBlock(channels, channels // 4)
         self.pwconv1 = nn.Sequential(Permute(0, 2, 3, 1), nn.Linear(channels, width))
-        self.act: Any = nn.Sequential(nn.GELU(), GlobalResponseNorm(width, -1, shape=(1, 1, 1, width)))
+        grn = GlobalResponseNorm(width, -1, shape=(1, 1, 1, width))
+        self.act = nn.Sequential(nn.GELU(), grn)
         self.pwconv2 = nn.Sequential(nn.Linear(width, channels, bias=deploy), Permute(0, 3, 1, 2))
         self.gamma: nn.Parameter | None = None
         if deploy:
-            self.act[1].beta = None
+            grn.beta = None
         else:
             self.pwconv2.append(build_norm(norm_cfg, channels))
             if layer_scale_init_value > 0:
@@ -219,23 +220,6 @@ class UniRepLKNet(Backbone):
         for i in self.out_indices:
             self.add_module(f'norm{i}', LayerNorm2d(channels[i]))
         self._freeze()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features of a batch of images.
-
-        Args:
-            x: ``(N, in_channels, H, W)`` of any size.
-
-        Returns:
-            One ``(N, C_i, H / s_i, W / s_i)``, rounded up, for each of ``out_indices``, with strides 4, 8, 16 and 32.
-        """
-        x = self._to_compute_format(x)
-        outs = []
-        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
-            x = stage(downsample(x))
-            if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x))
-        return self._to_output_format(outs)
 
 
 _SMALL = dict(depths=[2, 2, 6, 2], kernel_sizes=[3, 13, 13, 13])

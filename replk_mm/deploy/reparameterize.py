@@ -314,8 +314,7 @@ def _merge_unireplknet_block(block: Any, uses: Counter[int]) -> bool:
     block.pwconv2 = nn.Sequential(_with_weights(linear, weight, bias), block.pwconv2[1])
     block.norm, block.act[1].beta, block.gamma = nn.Identity(), None, None
     if dilated:
-        for name in list(block.dwconv._modules):
-            del block.dwconv._modules[name]
+        block.dwconv._modules.clear()
         block.dwconv.lk_origin = merged
     else:
         block.dwconv = merged

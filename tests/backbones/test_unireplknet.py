@@ -139,6 +139,19 @@ def test_keys_and_shapes_of_the_authors(name, arch, deploy):
     assert [f'{key}\t{tuple(value.shape)}' for key, value in model.state_dict().items()] == lines
 
 
+@pytest.mark.parametrize('arch, num_layers', [('atto', 5), ('tiny', 9), ('small', 12)])
+def test_layer_ids_are_those_of_the_authors(arch, num_layers):
+    with torch.device('meta'):
+        model = UniRepLKNet(arch)
+    blocks = model.depths[2]
+    expected = {'downsample_layers.0.': 0, 'stages.0.': 1, 'downsample_layers.1.': 2, 'stages.1.': 2}
+    expected |= {'downsample_layers.2.': 3, **{f'stages.2.{j}.': 3 + j // 3 for j in range(blocks)}}
+    expected |= {'downsample_layers.3.': num_layers, 'stages.3.': num_layers, 'norm': num_layers + 1}
+    for name, _ in model.named_parameters():
+        (layer,) = (layer for prefix, layer in expected.items() if name.startswith(prefix))
+        assert model.get_layer_depth(name) == (layer, num_layers + 2), name
+
+
 @pytest.mark.parametrize(
     'side, branches',
     [
