@@ -15,7 +15,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from replk_mm.backbones.catalogue import Weights, register_variants
-from replk_mm.backbones.layers import Backbone, LayerNorm2d, Stage
+from replk_mm.backbones.layers import Backbone, LayerNorm2d, Stage, add_residual
 from replk_mm.backbones.replknet import ConvNorm, ReparamLargeKernelConv
 from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
@@ -80,8 +80,8 @@ class SLaKBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm(self.large_kernel(x)).permute(0, 2, 3, 1)
-        out = self.gamma * self.pwconv2(self.act(self.pwconv1(out)))
-        return x + self.drop_path(out.permute(0, 3, 1, 2))
+        out = self.pwconv2(self.act(self.pwconv1(out))).permute(0, 3, 1, 2)
+        return add_residual(x, out, self.drop_path, self.gamma)
 
 
 @MODELS.register_module()
