@@ -250,6 +250,8 @@ def test_resumed_training_has_a_gapless_curve(tiny, tmp_path, monkeypatch):  # n
     assert found['metric']['checkpoint']['trained'] is True and found['metric']['checkpoint']['iteration'] == 4
     assert found['metric']['protocol']['samples_seen'] == 8 and found['metric']['protocol']['crop'] == [64, 64]
     assert found['curve']['protocol'] == found['metric']['protocol']
+    recipe = found['metric']['protocol']['recipe']
+    assert recipe['origin'] == 'common' and recipe['lr'] > 0 and recipe == found['train']['facts']['recipe']
 
 
 def test_curve_of_epochs_and_repeated_iterations(tmp_path):
