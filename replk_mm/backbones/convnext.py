@@ -16,7 +16,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from replk_mm.backbones.catalogue import Weights, register_variants
-from replk_mm.backbones.layers import Backbone, Stage, add_residual, build_activation, build_norm
+from replk_mm.backbones.layers import Backbone, Stage, build_activation, build_norm
 from replk_mm.ops import DepthwiseConv2d
 from replk_mm.registry import MODELS
 
@@ -101,7 +101,9 @@ class ConvNeXtBlock(nn.Module):
         out = self.pointwise_conv2(out)
         if self.linear_pw_conv:
             out = out.permute(0, 3, 1, 2)
-        return add_residual(x, out, self.drop_path, self.gamma)
+        if self.gamma is not None:
+            out = out * self.gamma.view(-1, 1, 1)
+        return x + self.drop_path(out)
 
 
 @MODELS.register_module()
