@@ -1,5 +1,6 @@
 """Backbones, one file for each family, and their catalogue."""
 
+from replk_mm.backbones.adapters import HFBackbone, TimmBackbone
 from replk_mm.backbones.catalogue import build_backbone, list_backbones
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.layers import LayerNorm2d
@@ -10,10 +11,12 @@ from replk_mm.backbones.unireplknet import UniRepLKNet
 
 __all__ = [
     'ConvNeXt',
+    'HFBackbone',
     'LayerNorm2d',
     'RepLKNet',
     'SLaK',
     'SyncBatchNorm',
+    'TimmBackbone',
     'UniRepLKNet',
     'build_backbone',
     'list_backbones',

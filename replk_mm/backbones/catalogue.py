@@ -6,6 +6,7 @@ lower case, a hyphen and the variant, and after a dot the pretraining: ``convnex
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -102,6 +103,7 @@ class CatalogueEntry:
     weights: tuple[Weights, ...] = ()  #: the default first
     mean: tuple[float, ...] = IMAGENET[0]  #: of the images, RGB, 0 to 255
     std: tuple[float, ...] = IMAGENET[1]
+    bgr: bool = False  #: the network takes BGR images; mean and std have this order too
 
     def published(self, task: str, weights: Weights | None = None) -> list[PublishedResult]:
         """Published rows of a task, ``'segmentation'`` or ``'detection'``; only those that start from ``weights``."""
@@ -127,7 +129,7 @@ class CatalogueEntry:
         return self.weights[0]
 
 
-#: Makes the entry of ``LIBRARY/NAME``, by library.
+#: Makes the entry of a name such as ``timm/NAME`` or ``mmseg.NAME``, by what is before the slash or dot.
 ADAPTERS: dict[str, Callable[[str], CatalogueEntry]] = {}
 _ENTRIES: dict[str, CatalogueEntry] = {}
 
@@ -167,9 +169,10 @@ def find_backbone(name: str) -> tuple[CatalogueEntry, Weights | None]:
     Raises:
         UserError: If the name is not in the catalogue.
     """
-    library = name.partition('/')[0]
+    library = re.split('[/.]', name)[0]
     if library in ADAPTERS:
-        return ADAPTERS[library](name), None
+        adapted = ADAPTERS[library](name)
+        return adapted, next((w for w in adapted.weights if w.tag and adapted.full_name(w) == name), None)
     base, _, tag = name.partition('.')
     entry = _ENTRIES.get(base)
     if entry is None:
@@ -216,7 +219,7 @@ def build_backbone(name: str, pretrained: bool | str | Path = False, **overrides
     if not any(p.is_meta for p in model.parameters()):
         _initialize(model)
         if source:
-            load_pretrained(model, source)
+            model.load_checkpoint(source) if hasattr(model, 'load_checkpoint') else load_pretrained(model, source)
     if not hasattr(model, 'feature_info'):
         model.feature_info = measure_features(config)
     return model
@@ -249,7 +252,8 @@ def measure_features(config: Mapping[str, Any]) -> list[dict[str, int]]:
     for device in ('meta', 'cpu'):
         try:
             with torch.device(device), torch.no_grad():
-                model = MODELS.build(copy.deepcopy(config)).eval()
+                model = MODELS.build(copy.deepcopy(config))
+                model.eval()  # mmdet's returns None
                 maps = model(torch.zeros(1, config.get('in_channels', 3), _SIDE, _SIDE))
             break
         except Exception:  # networks fail in any way where there are no values

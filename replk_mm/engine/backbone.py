@@ -60,7 +60,7 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
     for preprocessor in (model.get('data_preprocessor'), cfg.get('data_preprocessor')):
         if preprocessor and len(preprocessor.get('mean') or ()) == 3:
             preprocessor.pop('rgb_to_bgr', None)
-            preprocessor.update(mean=list(entry.mean), std=list(entry.std), bgr_to_rgb=True)
+            preprocessor.update(mean=list(entry.mean), std=list(entry.std), bgr_to_rgb=not entry.bgr)
 
     initial = next((c for c in as_list(old.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
     if weights is None and entry.weights and (model.pop('pretrained', None) or initial):
@@ -71,6 +71,7 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
         if initial and initial.get('adapt_input_conv') and 'init_cfg' in new:
             new.init_cfg.adapt_input_conv = True
     cfg.load_from = None  # weights of the other network
+    decays = 'decay_rate' in (cfg.get('optim_wrapper', {}).get('paramwise_cfg') or {})
     source = _use_recipe(cfg, entry, weights, recipe, new, accepted, hasattr(cls, 'get_layer_depth'))
     full = entry.full_name(weights)
     channels = ', '.join(f'{f["num_chs"]} at stride {f["reduction"]}' for f in features)
@@ -80,7 +81,8 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
         pretraining=pretraining,
         **source,
         changes=f'backbone: {full} instead of {old.get("type")} ({channels}; pretraining: {pretraining}; recipe: '
-        f'{source["recipe"]}, {source["recipe_source"]})',
+        f'{source["recipe"]}, {source["recipe_source"]}'
+        + ('; without layer-wise learning-rate decay)' if decays and not hasattr(cls, 'get_layer_depth') else ')'),
     )
     model.backbone = new
     if not cfg.get('work_dir') and cfg.filename:

@@ -5,7 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from config_cases import CONFIGS, LEAVES, NANO, PUBLISHED, ROOT, ROWS, build, dataset_of, load, meta_model, params_m
+from config_cases import (
+    CONFIGS,
+    LEAVES,
+    NANO,
+    PUBLISHED,
+    ROOT,
+    ROWS,
+    batch,
+    build,
+    dataset_of,
+    load,
+    meta_model,
+    params_m,
+)
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
@@ -139,41 +152,6 @@ def _shrink(node, width: dict[int, int]) -> None:
                 node[key] = width.get(value, value)
             else:
                 _shrink(value, width)
-
-
-def batch(cfg, classes: int) -> dict:
-    """A batch of a data loader: two images of 64x64 with labels."""
-    images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)]
-    meta = dict(img_shape=(64, 64), ori_shape=(64, 64), pad_shape=(64, 64), scale_factor=(1.0, 1.0))
-    if cfg.default_scope == 'mmseg':
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
-
-        samples = [
-            SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, classes, (1, 64, 64))), metainfo=meta)
-            for _ in images
-        ]
-        return dict(inputs=images, data_samples=samples)
-    import numpy as np
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-    from mmengine.structures import InstanceData
-
-    boxes = torch.tensor([[4.0, 4.0, 30.0, 40.0], [20.0, 10.0, 62.0, 60.0]])
-    masks = np.zeros((2, 64, 64), np.uint8)
-    masks[0, 4:40, 4:30] = masks[1, 10:60, 20:62] = 1
-    found = dict(bboxes=boxes, labels=torch.tensor([0, classes - 1]), masks=BitmapMasks(masks, 64, 64))
-    return dict(
-        inputs=images,
-        data_samples=[
-            DetDataSample(
-                gt_instances=InstanceData(**found),
-                ignored_instances=InstanceData(bboxes=torch.zeros(0, 4)),
-                metainfo=dict(meta, batch_input_shape=(64, 64)),
-            )
-            for _ in images
-        ],
-    )
 
 
 @pytest.mark.filterwarnings('ignore')
