@@ -121,7 +121,7 @@ class _Adapter(nn.Module):
             raise UserError(f'{self.name}: out_indices={tuple(out_indices)}: there are four maps\nUse 0 to 3.')
         if init_cfg and init_cfg.get('type') != 'Pretrained':
             raise UserError(f'{self.name}: init_cfg={init_cfg!r}: must have type Pretrained\nOmit init_cfg.')
-        self.library = require(self.package, self.name)
+        require(self.package, self.name)
         self.options = {**kwargs, self.channels_argument: in_channels}
         with explain_errors(self.name, 'Choose another network, or correct the arguments.'):
             key = repr((self.name, sorted(self.options.items()), self.out_indices))
@@ -143,6 +143,10 @@ class _Adapter(nn.Module):
         self.unused = [name for name, _ in self.net.named_parameters() if name not in self.probe.used]
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(name in self.probe.used)
+
+    @property
+    def library(self) -> Any:
+        return import_module(self.package)  # a module as an attribute could not be copied
 
     @torch.enable_grad()
     def _probe(self, in_channels: int) -> _Probe:

@@ -1,6 +1,7 @@
 """List the backbones of the catalogue: size, feature maps, published results, weights. Download their weights."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from rich.progress import track
 from replk_mm import cli
 from replk_mm.analysis.complexity import count_complexity, reparameterize_on_meta
 from replk_mm.backbones.catalogue import (
+    ADAPTERS,
     PERMISSIVE,
     CatalogueEntry,
     Weights,
@@ -145,8 +147,9 @@ def main() -> None:
     if args.download:
         download(args.pattern)
         return
-    base = args.pattern.partition('.')[0]
-    known = [find_backbone(name)[0] for name in list_backbones(base)] if '/' not in base else [find_backbone(base)[0]]
+    adapted = re.split('[/.]', args.pattern)[0] in ADAPTERS
+    base = args.pattern if adapted else args.pattern.partition('.')[0]
+    known = [find_backbone(name)[0] for name in ([base] if adapted else list_backbones(base))]
     found: list[dict] = []
     table: list[tuple[str, ...]] = [HEAD]
     for entry in track(known, 'backbones', console=Console(stderr=True), disable=not sys.stderr.isatty()):

@@ -97,7 +97,8 @@ def reparameterize(
     changes = Changes()
     with torch.inference_mode(False):  # its tensors could never be trained
         model = unwrap_model(model)
-        model = (model if inplace else copy.deepcopy(model)).eval()
+        model = model if inplace else copy.deepcopy(model)
+        model.eval()  # mmdet's backbones return None
         for module in list(model.modules()):
             for name, child in module._modules.items():
                 module._modules[name] = unwrap_model(child)

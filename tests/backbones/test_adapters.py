@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from replk_mm.backbones import adapters, build_backbone
 from replk_mm.backbones.catalogue import ADAPTERS, find_backbone, measure_features
+from replk_mm.commands.backbones import describe
 from replk_mm.engine.config import build_model, load_config
 from replk_mm.errors import UserError
 
@@ -44,9 +45,9 @@ CASES = [pytest.param(n, marks=TIMM if n.startswith('timm/') else HF, id=n.parti
 @pytest.fixture(scope='module', autouse=True)
 def _imported():
     """Importing them takes seconds, which no test should be charged with."""
-    for name in ('timm', 'transformers'):
+    for name in ('timm', 'transformers', 'mmseg', 'mmdet'):
         if find_spec(name):
-            import_module(name)
+            import_module(f'{name}.models')
 
 
 @pytest.fixture
@@ -177,6 +178,7 @@ def test_out_indices_layer_depths_and_normalization():
     assert depth('neck.0.0.weight') == model.get_layer_depth('decode_head.weight', 'backbone.') == (5, 6)
     with pytest.raises(ValueError, match='no parameter'):
         depth('net.model.elsewhere')
+    assert next(describe(find_backbone('timm/resnet10t')[0]))['channels'] == [64, 128, 256, 512]
     entry, weights = find_backbone('timm/tf_efficientnet_lite0.in1k')
     assert entry.mean == entry.std == (127.5, 127.5, 127.5) and weights.tag == 'in1k'
     assert find_backbone('timm/tf_efficientnet_lite0')[1] is None and entry.full_name(weights).endswith('lite0.in1k')
@@ -206,6 +208,7 @@ def test_files_of_timm(kind, tmp_path):
 
 
 @HF
+@pytest.mark.slow
 def test_folders_and_files_of_transformers(tmp_path):
     import transformers
 
@@ -281,4 +284,5 @@ def test_names_and_arguments_that_do_not_fit(name, options, message):
 def test_backbones_of_openmmlab(name, channels):
     cfg = load_config(str(CONFIGS / 'upernet_replk-nano_demo.py'), dict(backbone=name))
     build_model(cfg, 'meta')
+    assert next(describe(find_backbone(name)[0]))['channels'] == channels
     assert list(cfg.model.decode_head.in_channels) == channels and cfg.catalogue.backbone == name
