@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
 
-from replk_mm.backbones.catalogue import ADAPTERS, IMAGENET, CatalogueEntry, Weights
+from replk_mm.backbones.catalogue import ADAPTERS, IMAGENET, PERMISSIVE, CatalogueEntry, Weights
 from replk_mm.backbones.layers import LayerNorm2d
 from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.errors import UserError, did_you_mean, explain_errors, format_list
@@ -365,7 +365,8 @@ def _timm_entry(name: str) -> CatalogueEntry:
     with explain_errors(name, f"timm.list_pretrained('{base}*') shows all tags."):
         cfg = timm.get_pretrained_cfg(model_name, allow_unregistered=False)
     tag = tag or cfg.tag or ''
-    weights = Weights(tag, tag or 'unknown', licence=cfg.license, arguments=dict(pretrained=True))
+    licence = next((known for known in PERMISSIVE if known.lower() == cfg.license), cfg.license)
+    weights = Weights(tag, tag or 'unknown', licence=licence, arguments=dict(pretrained=True))
     return CatalogueEntry(
         name=f'timm/{base}',
         config=dict(type='replk_mm.TimmBackbone', model_name=f'{base}.{tag}'.rstrip('.')),
