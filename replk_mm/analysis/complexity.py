@@ -108,7 +108,8 @@ def count_complexity(model: nn.Module, shape: tuple[int, int], device: str = 'me
     Raises:
         RuntimeError: If the network cannot take the shape; networks may raise other types too.
     """
-    model = on_meta(model) if device == 'meta' else copy.deepcopy(model).eval()
+    model = on_meta(model) if device == 'meta' else copy.deepcopy(model)
+    model.eval()  # mmdet's backbones return None
     inference, training = (_CountedPass(model, shape, run, device) for run in (forward, forward_auxiliary))
     parts, seen = [], set[int]()
     for path, part in _parts(model):
@@ -135,7 +136,9 @@ def on_meta(model: nn.Module) -> Any:
     for tensor in [*model.parameters(), *model.buffers()]:
         twin = torch.empty_like(tensor, device='meta')
         twins[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
-    return copy.deepcopy(model, twins).eval()
+    model = copy.deepcopy(model, twins)
+    model.eval()
+    return model
 
 
 def _parts(owner: nn.Module, prefix: str = '') -> Iterator[tuple[str, nn.Module]]:

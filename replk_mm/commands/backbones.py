@@ -45,7 +45,10 @@ their weights.
 def describe(entry: CatalogueEntry) -> Iterator[dict[str, Any]]:
     """Facts about an entry as plain data, once for each of its weights."""
     features = measure_features(entry.config)
-    with torch.device('meta'):
+    try:
+        with torch.device('meta'):
+            model = MODELS.build(dict(entry.config))
+    except RuntimeError:  # mmseg's read values, which the meta device does not have
         model = MODELS.build(dict(entry.config))
     size = count_complexity(reparameterize_on_meta(model)[0], SHAPE)
     for weights in entry.weights or (None,):

@@ -284,4 +284,5 @@ def test_names_and_arguments_that_do_not_fit(name, options, message):
 def test_backbones_of_openmmlab(name, channels):
     cfg = load_config(str(CONFIGS / 'upernet_replk-nano_demo.py'), dict(backbone=name))
     build_model(cfg, 'meta')
+    assert next(describe(find_backbone(name)[0]))['channels'] == channels
     assert list(cfg.model.decode_head.in_channels) == channels and cfg.catalogue.backbone == name
