@@ -242,8 +242,7 @@ def check_gpu(torch: dict, operators: list[CheckResult]) -> CheckResult:
             'no',
             f'torch is built for CUDA {torch["cuda"]}, but sees no device'
             if torch['cuda']
-            else f'torch {torch["version"]} is a CPU build; for a GPU, '
-            f'make setup TORCH="torch=={torch["version"].split("+")[0]}"',
+            else f'torch {torch["version"]} is a CPU build; for a GPU, install a CUDA build',
         )
     failing = [finding for finding in operators if finding.name != 'cpu' and finding.status != 'ok']
     if failing:

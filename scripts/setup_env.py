@@ -16,7 +16,7 @@ PINS = ('build', 'runtime', 'dev')
 CONSTRAINTS = [f'-crequirements/{name}.txt' for name in (*PINS, 'extras', 'constraints')]
 #: Program that prints name and version of each installed distribution.
 LIST_INSTALLED = 'from importlib.metadata import distributions as d; [print(x.name, x.version) for x in d()]'
-NETWORK = 'Check the network connection, or name a mirror of the package index in PIP_INDEX_URL.'
+NETWORK = 'Check the named versions and the network connection, or name a mirror of the package index in PIP_INDEX_URL.'
 
 
 def output_of(*command) -> str:
@@ -66,7 +66,12 @@ class Environment:
 
     def __init__(self, folder: Path) -> None:
         self.python, self.stamp = folder / 'bin' / 'python', folder / 'setup.json'
-        self.choices = json.loads(self.stamp.read_text()) if self.stamp.is_file() else {}
+        try:
+            self.choices = json.loads(self.stamp.read_text()) if self.stamp.is_file() else {}
+        except ValueError:
+            sys.exit(
+                f'error: {self.stamp} is damaged\nDelete it; then name TORCH and EXTRAS again if you had chosen them.'
+            )
         if not isinstance(self.choices.get('installed'), dict):
             self.choices.pop('installed', None)  # a list of an earlier version
 

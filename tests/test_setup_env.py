@@ -151,3 +151,9 @@ def test_an_environment_of_an_earlier_version_is_updated(set_up):
     """Its record has a list of distributions, without versions."""
     assert set_up(READY, ready={'fingerprint': 'old', 'installed': sorted(READY)})
     assert not set_up(READY)
+
+
+def test_a_damaged_record_is_a_user_error(set_up, tmp_path):
+    (tmp_path / '.venv' / 'setup.json').write_text('{"tor')
+    with pytest.raises(SystemExit, match='setup.json is damaged\nDelete it'):
+        set_up(READY)

@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Callable:
     def missing(*args, **kwargs) -> None:
         raise UserError(
             f'mmcv operator {name}: not available without the compiled operators of mmcv\n'
-            'Compile them: make setup MMCV=compiled'
+            'Compile them: make setup MMCV=compiled. Without the repository, install mmcv in place of mmcv-lite.'
         )
 
     return missing

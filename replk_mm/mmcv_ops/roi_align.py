@@ -197,7 +197,7 @@ def _axis_weights(samples: _Samples) -> tuple[Tensor, Tensor, Tensor]:
     last = samples.high.masked_fill(~inside, -1).amax(2)
     first = torch.minimum(samples.low.masked_fill(~inside, 2**31).amin(2), last + 1)
     count = last + 1 - first
-    share = inside / samples.valid.sum(2, keepdim=True).clamp(min=1)
+    share = inside.to(samples.fraction) / samples.valid.sum(2, keepdim=True).clamp(min=1)
     weights = samples.fraction.new_zeros(*first.shape, max(int(count.max()), 1))
     for cell, weight in ((samples.low, 1 - samples.fraction), (samples.high, samples.fraction)):
         weights.scatter_add_(2, (cell - first[:, :, None]).where(inside, 0), weight * share)

@@ -93,9 +93,9 @@ def test_other_types(dtype, tolerance):
     features, grad = torch.randn(2, 3, 6, 7).to(dtype), torch.randn(4, 3, 3, 3).to(dtype)
     rois = ROIS[:4].to(dtype)
     truth = definition(
-        features.double().numpy(), rois.double().numpy(), grad.double().numpy(), (3, 3), 1 / 8, 2, 1, True
+        features.double().numpy(), rois.double().numpy(), grad.double().numpy(), (3, 3), 1 / 8, 3, 1, True
     )
-    for result, expected in zip(run(features, rois, grad, (3, 3), 1 / 8, 2, 1, True), truth, strict=True):
+    for result, expected in zip(run(features, rois, grad, (3, 3), 1 / 8, 3, 1, True), truth, strict=True):
         assert result.dtype == dtype
         np.testing.assert_allclose(result.double(), expected, rtol=tolerance, atol=tolerance)
 
