@@ -21,7 +21,8 @@ from mmcv.cnn import get_model_complexity_info
 from mmengine.config import Config
 from torch.utils.flop_counter import FlopCounterMode
 
-from replk_mm import compat, published
+import replk_mm.mmcv_ops  # noqa: F401 (before mmseg and mmdet)
+from replk_mm import published
 from replk_mm.analysis.complexity import (
     _Pass,
     build_on_meta,
@@ -264,5 +265,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    compat.install()
     sys.exit(main())

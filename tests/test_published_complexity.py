@@ -46,6 +46,11 @@ def record() -> dict:
     return json.loads((DOCS / 'complexity.json').read_text(encoding='utf-8'), parse_constant=pytest.fail)
 
 
+def counted(rows: list[dict]) -> list[dict]:
+    """Rows without the operators that have no formula, such as copies: releases of torch differ in them."""
+    return [{key: value for key, value in row.items() if key != 'uncounted'} for row in rows]
+
+
 def test_recount_equals_a_row_of_the_docs(
     capsys: pytest.CaptureFixture, record: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +59,8 @@ def test_recount_equals_a_row_of_the_docs(
     monkeypatch.setattr(sys, 'argv', ['x.py', '--rows', f'^{config}$', '--out', str(tmp_path)])
     assert published_complexity.main() == 0
     found = json.loads((tmp_path / 'complexity.json').read_text())
-    assert found['rows'] == [row for row in record['rows'] if row['config'] == config] and len(found['rows']) == 1
+    assert counted(found['rows']) == counted([row for row in record['rows'] if row['config'] == config])
+    assert len(found['rows']) == 1
     assert (tmp_path / 'complexity.md').read_text() == published_complexity.render_page(found)
     printed = capsys.readouterr()
     assert '| 939 |' in printed.out and '1/1' in printed.err
@@ -103,4 +109,4 @@ def test_row_that_fits_no_counting_is_unexplained(record: dict) -> None:
 @pytest.mark.slow
 def test_recount_equals_all_rows_of_the_docs(record: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert published_complexity.count_published()['rows'] == record['rows']
+    assert counted(published_complexity.count_published()['rows']) == counted(record['rows'])

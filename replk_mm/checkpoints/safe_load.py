@@ -77,6 +77,7 @@ def _function(function: Callable) -> Callable:
 #: Allowed globals in addition to torch's own. numpy 2 moved the functions that unpickle its arrays.
 _ALLOWED = [
     argparse.Namespace,
+    set,  # torch 2.5 rejects it
     _named('numpy.dtype', _DType),
     _named('numpy.ndarray', _Array),
     _named('mmengine.logging.history_buffer.HistoryBuffer', _Log),

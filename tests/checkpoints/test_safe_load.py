@@ -101,6 +101,7 @@ def test_values_of_training_scripts_are_read(tmp_path):
         'rng': state,
         'legacy_rng': np.random.RandomState(1).get_state(),
         'grid': np.arange(6).reshape(2, 3).T,
+        'seen': {'a'},
         'log': HistoryBuffer([1.0, 2.0, 6.0], [1, 1, 2], max_length=3),
     }
     for legacy in (False, True):
@@ -108,7 +109,7 @@ def test_values_of_training_scripts_are_read(tmp_path):
         loaded = read_checkpoint(tmp_path / 'a.pth')
         assert loaded['args'].lr == 0.1 and loaded['rng'] == state
         assert (loaded['best'], loaded['n'], loaded['flag'], loaded['name']) == (1.5, 7, True, 'abc')
-        assert loaded['grid'].tolist() == [[0, 3], [1, 4], [2, 5]]
+        assert loaded['grid'].tolist() == [[0, 3], [1, 4], [2, 5]] and loaded['seen'] == {'a'}
         assert (loaded['legacy_rng'][1] == content['legacy_rng'][1]).all()
         log = loaded['log']
         assert type(log) is HistoryBuffer and (log.mean(), log.max(), log.current()) == (9 / 4, 6, 6)
