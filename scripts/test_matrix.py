@@ -132,7 +132,7 @@ def main() -> None:
         try:
             result = run(name, folder, args.pytest_args.split())
         finally:
-            if not args.keep:
+            if not args.keep and (folder / 'pyvenv.cfg').is_file():  # not a folder that was there before
                 shutil.rmtree(folder, ignore_errors=True)
         print(f'== {name}: {result}', flush=True)
         if result.get('failed', 1):

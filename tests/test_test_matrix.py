@@ -56,3 +56,14 @@ def test_rows_that_do_not_run_stay_and_failures_set_the_exit_status(matrix, tmp_
     assert json.loads(matrix.RESULTS.read_text()).keys() == {'default', 'newest', 'oldest'}
     with pytest.raises(SystemExit, match='2'):
         start('nonsense')
+
+
+def test_only_environments_are_removed(matrix, tmp_path, monkeypatch):
+    for name in ('newest', 'oldest'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ('pyvenv.cfg' if name == 'newest' else 'thesis.tex')).touch()
+    monkeypatch.setattr(matrix, 'set_up', lambda combination, folder: 'set-up failed')
+    monkeypatch.setattr(sys, 'argv', ['test_matrix.py', 'newest', 'oldest', '--venvs', str(tmp_path)])
+    with pytest.raises(SystemExit, match='failed: newest, oldest'):
+        matrix.main()
+    assert not (tmp_path / 'newest').exists() and (tmp_path / 'oldest' / 'thesis.tex').exists()
