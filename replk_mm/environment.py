@@ -40,6 +40,7 @@ REQUIREMENTS = (
     Requirement('numpy', 'numpy', '>=1.22,<3'),
     Requirement('mmengine', 'mmengine', '>=0.10.4,<1'),
     Requirement('mmcv', 'mmcv', '>=2.0.1,<2.2'),
+    Requirement('setuptools', 'pkg_resources', '<82'),
     Requirement('opencv-python', 'cv2', '>=3'),
     Requirement('PyYAML', 'yaml'),
     Requirement('Jinja2', 'jinja2'),

@@ -13,6 +13,8 @@ import torch
 
 import replk_mm.mmcv_ops  # noqa: F401 (before mmseg and mmdet, where mmcv has no compiled operators)
 
+replk_mm.register_configs()  # as our commands do; setuptools may lack pkg_resources, which mmengine needs
+
 # Some tests interrupt their children. Shells start background jobs with SIGINT ignored, which children would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
