@@ -21,8 +21,8 @@ from replk_mm.environment import (
     check_dependency,
     format_report,
     in_range,
-    run_probe,
 )
+from replk_mm.probes import run_probe
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -23,6 +23,7 @@ FLOORS = (
     ('ops', 'checkpoints'),
     ('visualize', 'published', 'text'),
     ('registry', 'files', 'logs', 'environment', 'wrappers'),
+    ('probes',),
     ('mmcv_ops',),
     ('compat',),
     ('errors', '__init__'),
