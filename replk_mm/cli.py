@@ -145,6 +145,14 @@ def int_at_least(smallest: int) -> Callable[[str], int]:
 positive_int = int_at_least(1)
 
 
+def kernel_size(text: str) -> tuple[int, int]:
+    """An argparse type: height and width of a kernel, from ``31`` or ``51x5``."""
+    sides = [positive_int(side) for side in text.split('x')]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a kernel such as 31 or 51x5')
+    return sides[0], sides[-1]
+
+
 def run_options(args: argparse.Namespace) -> RunOptions:
     """The options of a run, from parsed arguments."""
     known = {key: value for key, value in vars(args).items() if key in RunOptions.__dataclass_fields__}

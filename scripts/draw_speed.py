@@ -21,9 +21,9 @@ def draw(record: dict, out: Path) -> None:
     figure, axes = plt.subplots(1, len(TITLES), figsize=(17, 4.5), sharey=True, layout='constrained')
     for axis, (computation, title) in zip(axes, TITLES.items(), strict=True):
         points = sorted(
-            (point for point in record['points'] if point['computation'] == computation), key=lambda p: p['kernel']
+            (point for point in record['points'] if point['computation'] == computation), key=lambda p: p['kernel'][0]
         )
-        sides = [point['kernel'] for point in points]
+        sides = [point['kernel'][0] for point in points]
         for name, style in STYLES.items():
             times = [next(row['milliseconds'] for row in point['rows'] if row['name'] == name) for point in points]
             spread = [[t['median'] - t['low'] for t in times], [t['high'] - t['median'] for t in times]]

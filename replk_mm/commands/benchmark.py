@@ -61,12 +61,15 @@ def parse_args() -> argparse.Namespace:
     common.add_argument('--json', action='store_true', help='print the JSON, and nothing else, to standard output')
     sub = p.add_subparsers(dest='what', required=True)
     op = sub.add_parser('op', parents=[common], help='the depthwise convolution alone')
-    for name, default, metavar in (
-        ('kernels', [3, 7, 13, 31], 'SIDE'),
-        ('maps', [32, 64, 128], 'SIDE'),
-        ('channels', [128], 'C'),
-        ('batch', [1], 'N'),
-    ):
+    op.add_argument(
+        '--kernels',
+        type=cli.kernel_size,
+        nargs='+',
+        default=[(side, side) for side in (3, 7, 13, 31)],
+        metavar='K',
+        help='side, or HxW such as 51x5 (default: 3 7 13 31)',
+    )
+    for name, default, metavar in (('maps', [32, 64, 128], 'SIDE'), ('channels', [128], 'C'), ('batch', [1], 'N')):
         op.add_argument(
             f'--{name}',
             type=cli.positive_int,

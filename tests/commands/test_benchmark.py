@@ -40,12 +40,20 @@ def run(monkeypatch, tmp_path):
         ('backbone CONVNEXT --shape 32 32 --checkpoint no.pth', 'no.pth'),
         ('model CONVNEXT --shape 32 32', 'model'),
         ('op --kernels 2', '--kernels 2'),
+        ('op --kernels 5x4', '--kernels 5x4'),
         ('op --implementations winograd', 'channels_last'),
     ],
 )
 def test_user_errors(run, arguments, fragment, capsys) -> None:
     assert run(arguments) == 2
     assert fragment in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('kernel', ['5x5x5', 'x5', '0x5', 'five'])
+def test_kernels_that_are_none(run, kernel, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(f'op --kernels {kernel}')
+    assert stop.value.code == 2 and '--kernels' in capsys.readouterr().err
 
 
 def test_json_is_the_only_output(run, capsys, tmp_path: Path) -> None:

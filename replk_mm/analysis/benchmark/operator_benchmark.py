@@ -1,6 +1,7 @@
 """Speed of the depthwise convolution beside torch's own: its three computations and a training step."""
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,16 +16,22 @@ from replk_mm.analysis.timing import Call, matmul_gflops, print_progress, time_i
 from replk_mm.errors import UserError
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, DepthwiseProblem
 from replk_mm.ops.cpu.cost_model import choose_plan
+from replk_mm.ops.cpu.problem import Pair
 
 #: Timed computations, with the number of convolutions in each.
 COMPUTATIONS = {'forward': 1, 'grad_input': 1, 'grad_weight': 1, 'step': 3}
+
+
+def format_kernel(kernel: Sequence[int]) -> str:
+    """Height and width as text, ``'51x5'``."""
+    return 'x'.join(map(str, kernel))
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """A depthwise layer and its input."""
 
-    kernel: int  #: side of the kernel in pixels
+    kernel: Pair  #: height and width in pixels
     size: int  #: side of the map in pixels
     channels: int  #: channels of input and output
     batch: int  #: number of images
@@ -32,16 +39,16 @@ class LayerShape:
 
     @property
     def out_size(self) -> int:
-        """Side of the output in pixels, with padding of half the kernel."""
-        return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
+        """Side of the output in pixels, with padding of half the kernel, which is odd."""
+        return (self.size - 1) // self.stride + 1
 
     def gflop(self, computation: str) -> float:
         """10^9 operations of a computation; a multiply-add is two, and zeros of the padding count."""
-        convolution = 2 * self.batch * self.channels * self.out_size**2 * self.kernel**2
+        convolution = 2 * self.batch * self.channels * self.out_size**2 * math.prod(self.kernel)
         return COMPUTATIONS[computation] * convolution / 1e9
 
     def __str__(self) -> str:
-        return f'{self.kernel}x{self.kernel} on {self.batch}x{self.channels}x{self.size}x{self.size}'
+        return f'{format_kernel(self.kernel)} on {self.batch}x{self.channels}x{self.size}x{self.size}'
 
 
 def benchmark_operator(
@@ -79,9 +86,10 @@ def benchmark_operator(
                 f'--implementations {name}: there is no such implementation\nChoose from {", ".join(known)}.'
             )
     for shape in shapes:
-        if shape.kernel % 2 == 0:
+        if any(side % 2 == 0 for side in shape.kernel):
             raise UserError(
-                f'--kernels {shape.kernel}: an even kernel would change the size of the map\nUse odd kernels.'
+                f'--kernels {format_kernel(shape.kernel)}: an even kernel would change the size of the map\n'
+                'Use odd kernels.'
             )
     notes = [
         "plain torch: nn.Conv2d on tensors in torch's default memory layout; ours: on tensors "
@@ -153,7 +161,13 @@ def _build_layers(
     """torch's layer, ours, and ours with each forced implementation; all share one weight."""
     torch.manual_seed(0)
     plain = nn.Conv2d(
-        shape.channels, shape.channels, shape.kernel, shape.stride, shape.kernel // 2, groups=shape.channels, bias=False
+        shape.channels,
+        shape.channels,
+        shape.kernel,
+        shape.stride,
+        (shape.kernel[0] // 2, shape.kernel[1] // 2),
+        groups=shape.channels,
+        bias=False,
     ).to(device, getattr(torch, dtype))
     yield PLAIN, plain
     for name in (None, *implementations):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from replk_mm.analysis.benchmark.operator_benchmark import format_kernel
 from replk_mm.engine.record import environment_info, replace_non_finite
 from replk_mm.environment import describe_machine, git_state
 from replk_mm.files import GENERATOR, write_output
@@ -162,7 +163,7 @@ def _operator_tables(record: dict) -> list[str]:
         rows = tables.setdefault((p['channels'], p['batch'], p['stride']), [_OPERATOR_HEAD])
         plain, *others = p['rows']
         start = (
-            str(p['kernel']),
+            format_kernel(p['kernel']),
             str(p['size']),
             p['computation'],
             f'{plain["milliseconds"]["median"]:.2f}{_mark(plain)}',

@@ -22,17 +22,19 @@ def _no_roofline(monkeypatch) -> None:
 
 @pytest.fixture
 def record(_no_roofline) -> dict:
-    shapes = [LayerShape(kernel, size, 4, 1) for size in (8, 12) for kernel in (3, 9)]
+    shapes = [LayerShape(kernel, size, 4, 1) for size in (8, 12) for kernel in ((3, 3), (3, 9))]
     found = benchmark_operator(shapes, implementations=['fft', 'padded'], repeats=3, warmup=0, seconds=0.0)
     return {**found, 'environment': report.describe_environment(False)}
 
 
-@pytest.mark.parametrize('shape', [LayerShape(5, 12, 6, 2), LayerShape(7, 11, 4, 1, 2), LayerShape(3, 8, 5, 3)])
+@pytest.mark.parametrize(
+    'shape', [LayerShape((5, 5), 12, 6, 2), LayerShape((7, 3), 11, 4, 1, 2), LayerShape((1, 9), 8, 5, 3)]
+)
 def test_gflop_equals_torchs_count(shape) -> None:
     x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, requires_grad=True)
-    weight = torch.randn(shape.channels, 1, shape.kernel, shape.kernel)
+    weight = torch.randn(shape.channels, 1, *shape.kernel)
     with FlopCounterMode(display=False) as forward:
-        out = F.conv2d(x, weight, None, shape.stride, shape.kernel // 2, 1, shape.channels)
+        out = F.conv2d(x, weight, None, shape.stride, [side // 2 for side in shape.kernel], 1, shape.channels)
     assert out.shape[-1] == shape.out_size
     assert 1e9 * shape.gflop('forward') == pytest.approx(forward.get_total_flops())
     assert shape.gflop('grad_weight') == shape.gflop('grad_input') == shape.gflop('forward')
@@ -69,7 +71,7 @@ def test_record(record, tmp_path) -> None:
 def test_wrong_results_are_marked(monkeypatch) -> None:
     right = DepthwiseConv2d.forward
     monkeypatch.setattr(DepthwiseConv2d, 'forward', lambda self, x: right(self, x) * 1.01)
-    found = benchmark_operator([LayerShape(3, 8, 2, 1)], repeats=3, warmup=0, seconds=0.0)
+    found = benchmark_operator([LayerShape((3, 3), 8, 2, 1)], repeats=3, warmup=0, seconds=0.0)
     assert not report.all_equal(found)
     assert 'DIFFERENT' in report.format_record({**found, 'environment': report.describe_environment(True)})
 
@@ -90,7 +92,7 @@ def test_unreliable_times_are_marked_with_the_reason(record) -> None:
 
 def test_memory_layouts() -> None:
     """Plain torch gets torch's default layout and ours channels-last, whatever the layout of the input."""
-    layers = dict(operator_benchmark._build_layers(LayerShape(3, 8, 4, 2), 'float32', [], 'cpu'))
+    layers = dict(operator_benchmark._build_layers(LayerShape((3, 3), 8, 4, 2), 'float32', [], 'cpu'))
     x = torch.randn(2, 4, 8, 8)
     assert operator_benchmark._to_layout(x.contiguous(memory_format=torch.channels_last), PLAIN).is_contiguous()
     assert operator_benchmark._to_layout(x, OURS).is_contiguous(memory_format=torch.channels_last)
