@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
 
-from replk_mm.backbones.catalogue import ADAPTERS, IMAGENET, PERMISSIVE, CatalogueEntry, Weights
+from replk_mm.backbones.catalogue import ADAPTERS, IMAGENET, PERMISSIVE, CatalogueEntry, Weights, run_on_meta
 from replk_mm.backbones.layers import LayerNorm2d
 from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.errors import UserError, did_you_mean, explain_errors, format_list
@@ -150,18 +150,15 @@ class _Adapter(nn.Module):
 
     @torch.enable_grad()
     def _probe(self, in_channels: int) -> _Probe:
-        """Run the network on the meta device, or on the CPU if it reads values."""
-        for device in ('meta', 'cpu'):
-            try:
-                with torch.device(device):
-                    count, size, depths = self._describe()
-                    size = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-                    net = self._build(list(range(count))).eval()
-                    maps, strides, multiple = _try_sizes(net, in_channels, size)
-                break
-            except Exception:  # of any kind where there are no values
-                if device == 'cpu':
-                    raise
+        """Run the network as :func:`run_on_meta` does."""
+
+        def run() -> tuple:
+            count, size, depths = self._describe()
+            size = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+            net = self._build(list(range(count))).eval()
+            return net, size, depths, *_try_sizes(net, in_channels, size)
+
+        net, size, depths, maps, strides, multiple = run_on_meta(run)
         chosen = choose_maps(strides)
         named = dict(net.named_parameters())
         total: Any = sum(maps[chosen[i]].sum() for i in self.out_indices)

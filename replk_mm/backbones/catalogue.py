@@ -21,7 +21,7 @@ from mmengine.logging import MMLogger
 from replk_mm import published
 from replk_mm.checkpoints.io import sha256_in_name
 from replk_mm.checkpoints.loading import load_pretrained
-from replk_mm.errors import UserError, did_you_mean, format_list
+from replk_mm.errors import UserError, did_you_mean, explain_errors, format_list
 from replk_mm.published import PublishedResult
 from replk_mm.registry import MODELS
 
@@ -236,29 +236,37 @@ def _initialize(model: Any) -> None:
         logger.setLevel(level)
 
 
+def run_on_meta(function: Callable[[], Any]) -> Any:
+    """Call a function that builds a network, on the meta device; on the CPU if it reads values, which meta lacks."""
+    try:
+        with torch.device('meta'):
+            return function()
+    except Exception:  # networks fail in any way where there are no values
+        with torch.device('cpu'):
+            return function()
+
+
 def measure_features(config: Mapping[str, Any]) -> list[dict[str, int]]:
     """Channels ``num_chs`` and stride ``reduction`` of each feature map, found by a forward pass.
 
-    The pass runs on the meta device. A backbone that looks at values, which the meta device does not have, runs on a
-    small image on the CPU.
+    The pass has a small image and runs as :func:`run_on_meta` does.
 
     Args:
         config: Of the backbone.
 
     Raises:
-        UserError: If the backbone returns something else than feature maps.
+        UserError: If the backbone cannot be built or run, or returns something else than feature maps.
     """
     config = {key: value for key, value in config.items() if key != 'init_cfg'}
-    for device in ('meta', 'cpu'):
-        try:
-            with torch.device(device), torch.no_grad():
-                model = MODELS.build(copy.deepcopy(config))
-                model.eval()  # mmdet's returns None
-                maps = model(torch.zeros(1, config.get('in_channels', 3), _SIDE, _SIDE))
-            break
-        except Exception:  # networks fail in any way where there are no values
-            if device == 'cpu':
-                raise
+
+    @torch.no_grad()
+    def run() -> Any:
+        model = MODELS.build(copy.deepcopy(config))
+        model.eval()  # mmdet's returns None
+        return model(torch.zeros(1, config.get('in_channels', 3), _SIDE, _SIDE))
+
+    with explain_errors(str(config['type']), 'Check its arguments.'):
+        maps = run_on_meta(run)
     maps = list(maps) if isinstance(maps, (tuple, list)) else [maps]
     if any(not isinstance(x, torch.Tensor) or x.dim() != 4 for x in maps):
         raise UserError(

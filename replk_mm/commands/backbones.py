@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -23,6 +22,7 @@ from replk_mm.backbones.catalogue import (
     list_backbones,
     measure_features,
     recipe_of,
+    run_on_meta,
 )
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.errors import UserError, command, did_you_mean
@@ -45,11 +45,7 @@ their weights.
 def describe(entry: CatalogueEntry) -> Iterator[dict[str, Any]]:
     """Facts about an entry as plain data, once for each of its weights."""
     features = measure_features(entry.config)
-    try:
-        with torch.device('meta'):
-            model = MODELS.build(dict(entry.config))
-    except RuntimeError:  # mmseg's read values, which the meta device does not have
-        model = MODELS.build(dict(entry.config))
+    model = run_on_meta(lambda: MODELS.build(dict(entry.config)))
     size = count_complexity(reparameterize_on_meta(model)[0], SHAPE)
     for weights in entry.weights or (None,):
         rows = {task: entry.published(task, weights) if weights else [] for task in ('segmentation', 'detection')}

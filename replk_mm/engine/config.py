@@ -61,7 +61,7 @@ def load_config(
         ) from error
     options = dict(options or {})
     backbone, recipe = options.pop('backbone', None), options.pop('recipe', None)
-    if backbone:
+    if backbone is not None:
         use_backbone(cfg, backbone, recipe)
     elif recipe:
         cfg.catalogue = dict(recipe=recipe)

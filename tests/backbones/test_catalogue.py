@@ -225,3 +225,8 @@ def test_a_backbone_that_reads_values_is_measured_on_a_small_image(monkeypatch):
 def test_pooled_features_are_rejected():
     with pytest.raises(UserError, match='something else than feature maps'):
         measure_features(dict(type='replk_mm.ConvNeXt', arch='atto'))
+
+
+def test_arguments_that_a_network_rejects_are_a_user_error():
+    with pytest.raises(UserError, match='replk_mm.ConvNeXt: .*kernel_size=4'):
+        measure_features(dict(type='replk_mm.ConvNeXt', arch='atto', kernel_size=4))

@@ -158,8 +158,9 @@ def test_overrides_win_and_change_the_kind_of_recipe():
     assert (cfg.model.backbone.drop_path_rate, cfg.optim_wrapper.optimizer.lr) == (0.25, 7e-5)
     assert cfg.catalogue.recipe == 'common' and 'backbone' not in cfg
     assert options['backbone'] == 'convnext-tiny'  # the caller's dict stays
-    with pytest.raises(UserError, match='no such backbone'):
-        load_config(path, dict(backbone='convnext-titan'))
+    for name in ('convnext-titan', ''):
+        with pytest.raises(UserError, match='no such backbone'):
+            load_config(path, dict(backbone=name))
 
 
 def test_a_saved_config_is_plain(tmp_path):
