@@ -210,8 +210,9 @@ def check_operators(ops: dict, torch: dict) -> list[CheckResult]:
             )
         ]
     models = {device['name']: device['model'] for device in torch.get('devices', ())}
+    form = 'compiled' if ops['compiled'] else 'torch code'
     return [
-        CheckResult(device, 'ok', models.get(device, ''))
+        CheckResult(device, 'ok', ', '.join(filter(None, (form, models.get(device)))))
         if answer == 'ok'
         else CheckResult(device, 'no', answer, fix=install_command(mmcv, broken=True))
         for device, answer in ops['devices'].items()

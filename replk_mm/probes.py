@@ -37,6 +37,8 @@ def probe_ops() -> dict[str, Any]:
     import torch
     from mmcv.ops import nms
 
+    from replk_mm.mmcv_ops import is_compiled
+
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 11.0, 11.0], [20.0, 20.0, 30.0, 30.0]])
     scores = torch.tensor([0.9, 0.8, 0.7])
     devices = ['cpu'] + [f'cuda:{i}' for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
@@ -48,7 +50,7 @@ def probe_ops() -> dict[str, Any]:
             report[device] = 'ok' if kept.tolist() == [0, 2] else f'nms kept boxes {kept.tolist()} instead of [0, 2]'
         except Exception as error:
             report[device] = _one_line(error)
-    return {'devices': report}
+    return {'devices': report, 'compiled': is_compiled()}
 
 
 def probe_segmentation() -> dict[str, Any]:

@@ -136,7 +136,8 @@ def main() -> None:
     args = parser.parse_args()
     unknown = set(filter(None, args.extras.split(','))) - {*known_extras()}
     if unknown:
-        sys.exit(f'error: no extra {", ".join(sorted(unknown))}\nChoose from {", ".join(known_extras())}.')
+        other = ' For mmcv-lite, use MMCV=lite.' if 'lite' in unknown else ''
+        sys.exit(f'error: no extra {", ".join(sorted(unknown))}\nChoose from {", ".join(known_extras())}.{other}')
     LOG.parent.mkdir(exist_ok=True)
 
     venv = Environment(args.venv.resolve())

@@ -134,8 +134,11 @@ def test_fix_of_a_task_is_that_of_its_first_broken_requirement():
 def test_gpu_needs_torch_and_the_operators():
     device = {'name': 'cuda:0', 'model': 'Some GPU', 'memory_gib': 80.0}
     torch = {'ok': True, 'cuda': '13.0', 'devices': [device]}
-    works = environment.check_operators({'ok': True, 'devices': {'cpu': 'ok', 'cuda:0': 'ok'}}, torch)
-    fails = environment.check_operators({'ok': True, 'devices': {'cpu': 'ok', 'cuda:0': 'RuntimeError: no'}}, torch)
+    ops = {'ok': True, 'compiled': True, 'devices': {'cpu': 'ok', 'cuda:0': 'ok'}}
+    works = environment.check_operators(ops, torch)
+    fails = environment.check_operators({**ops, 'devices': {'cpu': 'ok', 'cuda:0': 'RuntimeError: no'}}, torch)
+    assert [result.found for result in works] == ['compiled', 'compiled, Some GPU']
+    assert environment.check_operators({**ops, 'compiled': False}, torch)[0].found == 'torch code'
     assert environment.check_gpu(torch, works) == CheckResult('gpu', 'ok', 'Some GPU (80 GiB)')
     assert environment.check_gpu(torch, fails).fix
     without = {'ok': True, 'version': '2.13.0+cpu', 'cuda': None, 'devices': []}

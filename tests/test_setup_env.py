@@ -118,6 +118,8 @@ def test_a_failed_run_keeps_the_earlier_choices(set_up, tmp_path):
 def test_an_unknown_extra_is_an_error(set_up):
     with pytest.raises(SystemExit, match='no extra tim\n.*timm'):
         set_up(READY, '--extras', 'tim')
+    with pytest.raises(SystemExit, match='MMCV=lite'):
+        set_up(READY, '--extras', 'lite')
 
 
 @pytest.mark.parametrize('extras', ['timm', 'onnx'])
