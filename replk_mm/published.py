@@ -33,6 +33,8 @@ class PublishedResult:
     flops_g: float | None  #: multiply-accumulates at ``input``, in billions; None if not stated
     input: tuple[int, int] | None  #: height and width in pixels; None if not stated
     source: str  #: paper and repository
+    where: str | None  #: place in the source, such as ``'readme'`` or ``'paper table 7'``
+    note: str | None  #: what is unclear or contradicts the row
     recipe: str | None  #: name in ``table('recipes')``; None if the chosen values are not published
     variant: str | None  #: variant of the recipe, if it has several
     config: str | None  #: file name of the config that follows the recipe, if there is one
@@ -56,6 +58,7 @@ def table(name: str) -> Any:
 def _result(task: str, row: Mapping[str, Any]) -> PublishedResult:
     source = table('sources')[row['source']]
     schedule = f'{row["iters"] // 1000}k iterations' if 'iters' in row else f'{row["epochs"]} epochs'
+    schedule += f', batch {row["batch"]}' if 'batch' in row else ''
     return PublishedResult(
         task=task,
         schedule=schedule,
@@ -65,9 +68,7 @@ def _result(task: str, row: Mapping[str, Any]) -> PublishedResult:
         input=row['input'] and tuple(row['input']),
         source=f'{source["paper"]}, {source["repository"]}',
         **{name: row[name] for name in ('backbone', 'pretraining', 'dataset', 'params_m', 'flops_g')},
-        recipe=row.get('recipe'),
-        variant=row.get('variant'),
-        config=row.get('config'),
+        **{name: row.get(name) for name in ('where', 'note', 'recipe', 'variant', 'config')},
     )
 
 

@@ -8,12 +8,11 @@ import pytest
 import yaml
 
 from replk_mm import published
+from replk_mm.backbones.catalogue import recipe_of
 from replk_mm.commands import list_configs
 from replk_mm.errors import UserError
 
 FACTS = Path(__file__).parent / 'data' / 'facts'
-#: Published in the first two papers; all their rows are here.
-FIRST = ('RepLKNet', 'ConvNeXt')
 
 
 @pytest.fixture(scope='module')
@@ -26,24 +25,35 @@ def more_facts() -> dict:
     return yaml.safe_load((FACTS / 'published_more.yaml').read_text())
 
 
+def schedule(row: dict) -> str:
+    text = str(row['iters']).replace('k', 'k iterations') if 'iters' in row else f'{row["epochs"]} epochs'
+    return re.sub(r' \((batch 32)\)', r', \1', text)
+
+
 def identity(row: dict) -> tuple:
-    parts = (row.get('dataset', 'COCO'), row.get('method', 'UperNet'), row.get('crop'))
+    # YAML ends the name of the method at the comma of "(4 convs + 1 fc, SyncBN, GIoU)".
+    method = row.get('method', 'UperNet').replace(' (4 convs + 1 fc', '')
+    parts = (row.get('dataset', 'COCO'), method, row.get('crop'), schedule(row))
     return row['backbone'], row['pretraining'], *parts
 
 
 @pytest.mark.parametrize('task', ['segmentation', 'detection'])
 def test_rows_equal_the_source(facts, more_facts, task):
-    ours = {(r.backbone, r.pretraining, r.dataset, r.method, r.crop): r for r in published.results() if r.task == task}
-    theirs = {identity(row): row for row in more_facts[task]} | {identity(row): row for row in facts[task]}
-    assert {key for key in ours if key[0].split('-')[0] in FIRST} == {identity(row) for row in facts[task]}
+    ours = {
+        (r.backbone, r.pretraining, r.dataset, r.method, r.crop, r.schedule): r
+        for r in published.results()
+        if r.task == task
+    }
+    theirs = {identity(row): row for row in (*more_facts[task], *facts[task])}
+    assert len(theirs) == len(more_facts[task]) + len(facts[task]) and set(ours) == set(theirs)
     for key, result in ours.items():
         row = theirs[key]
         assert dict(result.metrics) == {k: row[k] for k in published.METRICS if row.get(k) is not None}
         assert (result.params_m, result.flops_g) == (row['params_m'], row['flops_g'])
         assert (result.input and list(result.input)) == row['input']
-        assert result.crop == row.get('crop')
-        length = f'{row["iters"]} iterations' if 'iters' in row else f'{row["epochs"]} epochs'
-        assert result.schedule == length
+        source = row.get('source', '').partition(' (')[0]
+        assert result.where in ('readme and paper', 'Papers-with-Code listing') or result.where in source
+        assert result.note or 'note' not in row
 
 
 @pytest.mark.parametrize('name', ['kernel_size_study', 'guidelines', 'effective_receptive_field'])
@@ -77,14 +87,62 @@ def test_recipes_equal_the_source(facts):
             assert layers == theirs['num_layers'].get(variant.split('-')[0], theirs['num_layers'].get('others'))
 
 
+def test_further_recipes_equal_the_source(more_facts):
+    """Numbers of the facts: one for all variants, one for each, or the first one of a text."""
+    dense = {name for name in more_facts['recipes'] if not re.search('imagenet|convnextv2|internimage_coco', name)}
+    compared = set()
+    for name in dense:
+        ours, theirs = published.table('recipes')[name], more_facts['recipes'][name]
+        for key in ('lr', 'betas', 'weight_decay', 'drop_path', 'global_batch'):
+            variants = ours[key] if isinstance(ours.get(key), dict) else {None: ours.get(key)}
+            for variant, value in variants.items() if key in theirs and key in ours else ():
+                stated = theirs[key]
+                if isinstance(stated, dict):
+                    stated = next(
+                        (stated[part] for part in (variant, *str(variant).split('-')) if part in stated), stated
+                    )
+                if isinstance(stated, str) and re.match(r'[\d.]', stated) and '(XT' not in stated:
+                    stated = float(stated.split()[0])
+                if not isinstance(stated, (str, dict)):
+                    assert value == stated, (name, key, variant)
+                    compared.add(name)
+    assert compared == dense
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'method', 'lr', 'drop_path', 'paramwise'),
+    [
+        ('MogaNet-S', 'Cascade Mask R-CNN', 2e-4, 0.1, {'custom_keys': ['layer_scale', 'scale', 'norm']}),
+        ('MogaNet-B', 'Cascade Mask R-CNN', 1e-4, 0.2, {'decay_rate': 0.8, 'num_layers': 12}),
+        ('MogaNet-L', 'Cascade Mask R-CNN', 1e-4, 0.3, {'decay_rate': 0.8, 'num_layers': 12}),
+        ('MogaNet-B', 'Mask R-CNN', 1e-4, 0.2, {'custom_keys': ['layer_scale', 'scale', 'norm']}),
+        ('InternImage-B', 'Mask R-CNN', 1e-4, 0.4, {'decay_rate': 1.0}),
+        ('InternImage-XL', 'Cascade Mask R-CNN', 2e-4, 0.6, {'decay_rate': 0.9, 'custom_keys': ['offset']}),
+        ('MSCAN-L', 'SegNeXt', 6e-5, 0.3, {'custom_keys': ['head', 'norm', 'pos_block']}),
+        ('VAN-B6', 'UperNet', 6e-5, 0.5, {'custom_keys': ['norm']}),
+        ('RDNet-S', 'UperNet', 8e-5, 0.2, {'decay_rate': 0.9, 'decay_type': 'stage_wise', 'num_layers': None}),
+    ],
+)
+def test_recipe_of_a_row(backbone, method, lr, drop_path, paramwise):
+    row = next(r for r in published.results() if (r.backbone, r.method) == (backbone, method) and r.recipe)
+    recipe = recipe_of(row)
+    assert (recipe.lr, recipe.drop_path, recipe.global_batch) == (lr, drop_path, 16)
+    found = {**recipe.paramwise_cfg}
+    keys = found.pop('custom_keys', None)
+    assert keys is None or list(keys) == paramwise.pop('custom_keys')
+    for key, factors in (keys or {}).items():
+        expected = {'offset': {'lr_mult': 0.01}, 'head': {'lr_mult': 10}}.get(key, {'decay_mult': 0.0})
+        assert factors == expected
+    assert paramwise.items() <= found.items() and bool(found) == bool(paramwise)
+
+
 def test_every_row_cites_a_paper_and_a_repository():
+    sources = published.table('sources')
+    assert len({source['paper'] for source in sources.values()}) == len(sources) == 12
     for result in published.results():
-        cited = {
-            'RepLKNet': ('2203.06717', 'DingXiaoH/RepLKNet-pytorch'),
-            'ConvNeXt': ('2201.03545', 'facebookresearch/ConvNeXt'),
-            'ConvNeXtV2': ('2301.00808', 'facebookresearch/ConvNeXt-V2'),
-        }.get(result.family, ('arXiv:', '/'))
-        assert all(part in result.source for part in cited)
+        assert re.fullmatch(r'arXiv:\d{4}\.\d{5}, [\w-]+/[\w-]+', result.source) and result.where
+        if result.family not in ('MSCAN', 'ConvNeXt'):
+            assert result.family.lower() in result.source.lower().replace('convnext-v2', 'convnextv2')
 
 
 @pytest.mark.parametrize('config', ['configs/upernet_replk31b_ade20k.py', 'upernet_replk31b_ade20k'])

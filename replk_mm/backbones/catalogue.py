@@ -76,17 +76,21 @@ def recipe_of(result: PublishedResult) -> Recipe | None:
         return of[result.variant] if isinstance(of, Mapping) else of
 
     decay = table.get('layer_decay')
+    custom = {key: dict(lr_mult=factor) for key, factor in table.get('lr_mult', {}).items()}
+    if decay and value(decay['rate']) is not None:
+        paramwise = dict(
+            decay_rate=value(decay['rate']), decay_type=decay['type'], num_layers=value(table.get('num_layers'))
+        )
+    else:
+        paramwise = {} if 'no_decay' in table else dict(norm_decay_mult=0.0)
+        custom |= {key: dict(decay_mult=0.0) for key in table.get('no_decay', ())}
     return Recipe(
         lr=value(table['lr']),
         betas=tuple(table['betas']) if 'betas' in table else (0.9, 0.999),
         weight_decay=value(table['weight_decay']),
         drop_path=value(table['drop_path']),
         global_batch=value(table['global_batch']),
-        paramwise_cfg=dict(
-            decay_rate=value(decay['rate']), decay_type=decay['type'], num_layers=value(table['num_layers'])
-        )
-        if decay
-        else dict(norm_decay_mult=0.0),
+        paramwise_cfg={**paramwise, **(dict(custom_keys=custom) if custom else {})},
         source=' '.join(filter(None, (result.recipe, result.variant))),
     )
 

@@ -35,8 +35,9 @@ SHAPE = (512, 512)
 HEAD = ('Backbone', 'Pretraining', 'Params, M', 'MACs, G', 'Channels', 'Strides', 'mIoU', 'AP', 'Weights licence')
 NOTES = f"""\
 Parameters and multiply-accumulates (MACs) are those of the backbone alone, merged, at {SHAPE[0]}x{SHAPE[1]}.
-Results are quoted: mIoU single-scale / multi-scale of UperNet on ADE20K, @ the crop; AP box / mask of Cascade Mask
-R-CNN on COCO, or of Mask R-CNN (M), which for ConvNeXt V2 trains with large-scale jittering and tests with soft-NMS.
+Results are quoted: mIoU single-scale / multi-scale of UperNet (of MSCAN: of SegNeXt) on ADE20K, @ the crop; AP box /
+mask of Cascade Mask R-CNN on COCO after 36 epochs, or of Mask R-CNN (M), which for ConvNeXt V2 trains with large-scale
+jittering and tests with soft-NMS. --json has all rows.
 A name without a tag takes the weights of its first line. Many authors state a licence for their code, but not for
 their weights.
 """
@@ -97,9 +98,11 @@ def cells(found: dict[str, Any], licence: str) -> tuple[str, ...]:
     def metrics(row: dict, first: str, second: str, after: str) -> str:
         return ' / '.join(f'{row[k]:.1f}' if row[k] is not None else '-' for k in (first, second)) + after
 
-    miou = [metrics(r, 'miou_ss', 'miou_ms', f' @{r["crop"]}') for r in rows if r['dataset'] == 'ADE20K']
-    ap = [metrics(r, 'ap_box', 'ap_mask', '') for r in rows if r['method'] == 'Cascade Mask R-CNN']
-    ap += [metrics(r, 'ap_box', 'ap_mask', ' M') for r in rows if r['method'] == 'Mask R-CNN']
+    segmented = [r for r in rows if r['dataset'] == 'ADE20K' and r['method'] in ('UperNet', 'SegNeXt')]
+    miou = [metrics(r, 'miou_ss', 'miou_ms', f' @{r["crop"]}') for r in segmented]
+    detected = [r for r in rows if r['schedule'] == '36 epochs']
+    ap = [metrics(r, 'ap_box', 'ap_mask', '') for r in detected if r['method'] == 'Cascade Mask R-CNN']
+    ap += [metrics(r, 'ap_box', 'ap_mask', ' M') for r in detected if r['method'] == 'Mask R-CNN']
     return (
         found['name'],
         found['weights']['pretraining'] if found['weights'] else 'none',

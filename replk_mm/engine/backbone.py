@@ -16,8 +16,15 @@ from replk_mm.logs import Note
 from replk_mm.published import PublishedResult
 from replk_mm.registry import MODELS
 
-#: Names in the papers of mmdet's classes.
-METHODS = {'CascadeRCNN': 'Cascade Mask R-CNN', 'MaskRCNN': 'Mask R-CNN', 'FCOS': 'FCOS'}
+#: Names in the papers of mmdet's detectors and mmseg's heads.
+METHODS = {
+    'CascadeRCNN': 'Cascade Mask R-CNN',
+    'MaskRCNN': 'Mask R-CNN',
+    'FCOS': 'FCOS',
+    'RetinaNet': 'RetinaNet',
+    'FPNHead': 'Semantic FPN',
+    'LightHamHead': 'SegNeXt',
+}
 #: Arguments of a backbone that do not depend on its family.
 _KEPT = ('in_channels', 'out_indices', 'drop_path_rate', 'with_cp', 'out_memory_format')
 _BATCH_NORMS = ('BN', 'SyncBN', 'MMSyncBN', 'replk_mm.SyncBN')
@@ -137,17 +144,21 @@ def _fit(place: str, part: dict, channels: list[int], name: str) -> None:
 
 
 def _closest(rows: list[PublishedResult], cfg: Config) -> PublishedResult | None:
-    """The row whose data, method and crop are most like those of the config."""
+    """The row whose data, method, crop and length of training are most like those of the config."""
     return max(rows, key=lambda row: _likeness(row, cfg), default=None)
 
 
-def _likeness(row: PublishedResult, cfg: Config) -> tuple[bool, bool, bool]:
+def _likeness(row: PublishedResult, cfg: Config) -> tuple[bool, bool, bool, bool]:
     datasets = [str(dataset.get('type')) for dataset in datasets_of(cfg, ('train',))]
-    method = METHODS.get(str(cfg.model.get('type')), 'UperNet')
+    kinds = cfg.model.get('type'), as_list(cfg.model.get('decode_head') or [{}])[-1].get('type')
+    method = next((METHODS[kind] for kind in map(str, kinds) if kind in METHODS), 'UperNet')
+    loop = cfg.get('train_cfg') or {}
+    length = {f'{loop.get("max_epochs")} epochs', f'{loop.get("max_iters", 0) // 1000}k iterations'}
     return (
         any(row.dataset.lower() in dataset.lower() for dataset in datasets),
         row.method == method,
         row.crop is not None and crop_of(cfg) == (row.crop, row.crop),
+        row.schedule.partition(',')[0] in length,
     )
 
 
