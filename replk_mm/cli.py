@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
+from replk_mm.checkpoints.loading import RESIZE_KERNELS
 from replk_mm.engine.process import RunOptions, prepare_work_dir
 from replk_mm.errors import command_line, printable
 from replk_mm.files import check_outputs
@@ -49,19 +50,19 @@ def parser(doc: str | None, *examples: str) -> argparse.ArgumentParser:
     )
 
 
-class Backbone(argparse.Action):
-    """``--backbone NAME``: stored as the override ``backbone``, which :func:`load_config` applies before all others."""
+class Override(argparse.Action):
+    """An option that :func:`load_config` takes as an override of the config, such as ``backbone``."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        namespace.backbone = values
-        namespace.cfg_options = {**(namespace.cfg_options or {}), 'backbone': values}
+        setattr(namespace, self.dest, values)
+        namespace.cfg_options = {**(namespace.cfg_options or {}), self.dest: values}
 
 
 def add_config_options(p: argparse.ArgumentParser) -> None:
     """Overrides of config fields. Test a checkpoint with the overrides it was trained with."""
     p.add_argument(
         '--backbone',
-        action=Backbone,
+        action=Override,
         metavar='NAME',
         help='backbone of the catalogue instead of that of the config, with channels of heads, normalization of images '
         'and recipe (the command backbones lists names)',
@@ -79,6 +80,16 @@ def add_classes(p: argparse.ArgumentParser) -> None:
     )
 
 
+def add_resize_kernels(p: argparse.ArgumentParser) -> None:
+    """How to load weights into a network with depthwise kernels of another size."""
+    p.add_argument(
+        '--resize-kernels',
+        action=Override,
+        choices=RESIZE_KERNELS,
+        help='fit depthwise kernels of the weights that have another size: pad them with zeros, or interpolate them',
+    )
+
+
 def add_run_arguments(p: argparse.ArgumentParser) -> None:
     """Arguments of training and testing."""
     p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the config)')
@@ -92,6 +103,7 @@ def add_run_arguments(p: argparse.ArgumentParser) -> None:
         help='launcher that started the processes of a distributed run (torchrun: pytorch)',
     )
     add_config_options(p)
+    add_resize_kernels(p)
     p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
 
 
@@ -123,7 +135,9 @@ def follow_up(name: str, args: argparse.Namespace, *arguments: object) -> str:
     """
     words = [args.config, *arguments]
     takes_data = name in ('train', 'test')
-    for option in ('backbone', 'data_root', 'classes', 'device') if takes_data else ('backbone', 'device'):
+    for option in (
+        ('backbone', 'data_root', 'classes', 'device') if takes_data else ('backbone', 'resize_kernels', 'device')
+    ):
         if getattr(args, option, None):
             words += [f'--{option.replace("_", "-")}', getattr(args, option)]
     if getattr(args, 'cfg_texts', None):

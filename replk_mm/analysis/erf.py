@@ -419,7 +419,7 @@ def _build_backbone(
         if hasattr(backbone, 'init_weights'):
             backbone.init_weights()
     if pretrained:
-        load_pretrained(backbone, pretrained)
+        load_pretrained(backbone, pretrained, resize_kernels=cfg.get('resize_kernels'))
         return backbone, f'{pretrained} (backbone)'
     if randomize:
         randomize_constants(backbone, seed)

@@ -119,8 +119,10 @@ class _Adapter(nn.Module):
         self.init_cfg, self.out_indices = init_cfg, [i + 4 if i < 0 else i for i in out_indices]
         if not self.out_indices or not set(self.out_indices) <= set(range(4)):
             raise UserError(f'{self.name}: out_indices={tuple(out_indices)}: there are four maps\nUse 0 to 3.')
-        if init_cfg and init_cfg.get('type') != 'Pretrained':
-            raise UserError(f'{self.name}: init_cfg={init_cfg!r}: must have type Pretrained\nOmit init_cfg.')
+        if init_cfg and (init_cfg.get('type') != 'Pretrained' or init_cfg.keys() != {'type', 'checkpoint'}):
+            raise UserError(
+                f'{self.name}: init_cfg={init_cfg!r}: takes type Pretrained and checkpoint only\nOmit the rest.'
+            )
         require(self.package, self.name)
         self.options = {**kwargs, self.channels_argument: in_channels}
         with explain_errors(self.name, 'Choose another network, or correct the arguments.'):

@@ -104,7 +104,7 @@ class CatalogueEntry:
     source: str  #: paper and repository
     licence: str | None  #: SPDX identifier of the code that it was written after
     paper_name: str | None = None  #: in the tables of published results
-    weights: tuple[Weights, ...] = ()  #: the default first
+    weights: tuple[Weights, ...] = ()  #: the default first; of each pretraining, those of the published rows first
     mean: tuple[float, ...] = IMAGENET[0]  #: of the images, RGB, 0 to 255
     std: tuple[float, ...] = IMAGENET[1]
     bgr: bool = False  #: the network takes BGR images; mean and std have this order too
@@ -115,8 +115,12 @@ class CatalogueEntry:
             row
             for row in published.results()
             if (row.backbone, row.task) == (self.paper_name, task)
-            and (weights is None or weights.pretraining.startswith(row.pretraining))
+            and (weights is None or weights is self._start_of(row))
         ]
+
+    def _start_of(self, row: PublishedResult) -> Weights | None:
+        """The weights that the authors fine-tuned for a row: the first ones of its pretraining."""
+        return next((w for w in self.weights if w.pretraining.startswith(row.pretraining)), None)
 
     def full_name(self, weights: Weights | None) -> str:
         """The name with the tag of the weights."""
@@ -195,7 +199,9 @@ def weights_by_url() -> dict[str | None, tuple[CatalogueEntry, Weights]]:
     return {weights.url: (entry, weights) for entry in _ENTRIES.values() for weights in entry.weights}
 
 
-def build_backbone(name: str, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
+def build_backbone(
+    name: str, pretrained: bool | str | Path = False, resize_kernels: str | None = None, **overrides: Any
+) -> nn.Module:
     """Build a backbone of the catalogue.
 
     Args:
@@ -203,6 +209,8 @@ def build_backbone(name: str, pretrained: bool | str | Path = False, **overrides
         pretrained: True loads the weights that the name gives, or the default ones of the entry. A path or URL loads
             weights under the key names of the authors or of another known library, whole or not at all. Defaults to
             False: random weights.
+        resize_kernels: ``'pad'`` or ``'interpolate'`` depthwise kernels of another size, see
+            :func:`~replk_mm.checkpoints.loading.resize_kernel`. By default they are an error.
         **overrides: Arguments of the backbone.
 
     Returns:
@@ -219,11 +227,14 @@ def build_backbone(name: str, pretrained: bool | str | Path = False, **overrides
     if pretrained is True:
         chosen = weights or entry.require_weights()
         source, arguments = chosen.url, chosen.arguments or {}
+    if resize_kernels and (not source or name.partition('/')[0] in ADAPTERS):
+        raise UserError(f"{name}: resize_kernels={resize_kernels!r} needs weights of this package's families\nOmit it.")
     model: Any = MODELS.build(copy.deepcopy({**config, **arguments}))
     if not any(p.is_meta for p in model.parameters()):
         _initialize(model)
         if source:
-            model.load_checkpoint(source) if hasattr(model, 'load_checkpoint') else load_pretrained(model, source)
+            own = hasattr(model, 'load_checkpoint')
+            model.load_checkpoint(source) if own else load_pretrained(model, source, resize_kernels=resize_kernels)
     if not hasattr(model, 'feature_info'):
         model.feature_info = measure_features(config)
     return model

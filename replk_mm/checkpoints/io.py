@@ -72,17 +72,18 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
         if path.is_file():
             announce(f'{name}: already downloaded to {path}')
             return path
-        if urlsplit(name).hostname == 'drive.google.com':
-            raise OSError('the address is a page for browsers')
         announce(f'downloading {name} to {path}')
         path.parent.mkdir(parents=True, exist_ok=True)
         expected = sha256_in_name(name)
         verify = dict(hash_prefix=expected) if expected else {}
         torch.hub.download_url_to_file(name, str(path), progress=progress, **verify)
+        if _PAGE.match(path.read_bytes()[:512]):
+            path.unlink()
+            raise OSError('the address is a web page, not a file')
     except (OSError, ValueError, RuntimeError, HTTPException) as error:
         raise DownloadError(
             f'{name:.200}: the checkpoint could not be downloaded ({error!s:.150})\n'
-            f'Check the URL, or copy the file to {path!s:.200}, or pass the path of your copy.'
+            f'Check URL and network, or download it with a browser: copy the file to {path!s:.200}, or pass its path.'
         ) from error
     return path
 
@@ -93,6 +94,7 @@ def sha256_in_name(url: str) -> str | None:
     return found and found[1]
 
 
+_PAGE = re.compile(rb'\s*<(!doctype )?html', re.IGNORECASE)
 _HUB = ('hf-hub:', 'hf_hub:')  # the prefixes of timm
 _INDEX = '.index.json'
 #: Weights in a folder: the only file of the first pattern that matches.

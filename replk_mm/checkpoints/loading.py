@@ -2,13 +2,15 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
 
@@ -24,6 +26,8 @@ _OUTPUT_NORM = re.compile(r'(?:norm(\d)|stages\.(\d+)\.norm)\.')
 # Last layers of mmseg's and mmdet's heads, with one output for each class.
 _CLASS_LAYER = re.compile(r'\.(conv_seg|fc_cls|retina_cls|conv_cls|conv_logits|atss_cls|gfl_cls)\.(weight|bias)$')
 _MAX_SHOWN = 8
+#: Ways to fit depthwise kernels of another size, see :func:`resize_kernel`.
+RESIZE_KERNELS = ('pad', 'interpolate')
 
 
 @dataclass
@@ -36,6 +40,7 @@ class LoadReport:
         missing: Keys of the model that the checkpoint lacks.
         unexpected: Keys of the checkpoint that the model lacks.
         mismatched: Key, the model's shape and the checkpoint's shape.
+        resized: Sizes of depthwise kernels in the checkpoint and in the model, and how they were resized, with counts.
     """
 
     total: dict[str, int] = field(default_factory=dict)
@@ -43,10 +48,12 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+    resized: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:
-        """Counts of each part, such as ``'backbone 1164/1164, decode_head 46/46'``."""
-        return ', '.join(f'{part} {self.matched.get(part, 0)}/{total}' for part, total in self.total.items())
+        """Counts of each part, such as ``'backbone 1164/1164, decode_head 46/46'``, and of resized kernels."""
+        counts = [f'{part} {self.matched.get(part, 0)}/{total}' for part, total in self.total.items()]
+        return ', '.join([*counts, *(f'{count} kernels {how}' for how, count in self.resized.items())])
 
     def details(self) -> str:
         """The first keys that did not match, by kind."""
@@ -60,13 +67,50 @@ class LoadReport:
         return '\n'.join(lines)
 
 
-def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -> LoadReport:
+def resize_kernel(kernel: Tensor, size: Sequence[int], how: str, key: str = 'kernel') -> Tensor:
+    """Fit a depthwise kernel ``(C, 1, h, w)`` to another height and width.
+
+    Args:
+        kernel: The weight.
+        size: The new height and width, in pixels.
+        how: ``'pad'``: zeros on all sides. The convolution computes the same outputs. Smaller sizes are rejected.
+            ``'interpolate'``: bicubic interpolation to any size, times the ratio of the areas, so that constant images
+            have the same outputs.
+        key: Name of the weight in messages.
+
+    Raises:
+        UserError: If ``how`` is unknown, or padding cannot reach the size.
+    """
+    height, width = kernel.shape[2:]
+    if how == 'interpolate':
+        resized = F.interpolate(kernel.float(), tuple(size), mode='bicubic', antialias=True)
+        return (resized * (height * width / (size[0] * size[1]))).to(kernel.dtype)
+    if how != 'pad':
+        raise UserError(f'resize_kernels={how!r}: unknown\nUse {" or ".join(RESIZE_KERNELS)}.')
+    rows, columns = size[0] - height, size[1] - width
+    if min(rows, columns) < 0 or rows % 2 or columns % 2:
+        raise UserError(
+            f'{key}: cannot pad a kernel of {height}x{width} to {size[0]}x{size[1]}\n'
+            f'Use --resize-kernels interpolate (in code resize_kernels).'
+        )
+    return F.pad(kernel, (columns // 2, columns // 2, rows // 2, rows // 2))
+
+
+def _is_other_kernel(ours: Sequence[int], theirs: Sequence[int]) -> bool:
+    """Whether these are the shapes of depthwise kernels of different sizes."""
+    return len(ours) == len(theirs) == 4 and ours[:2] == theirs[:2] and ours[1] == 1 and ours[2:] != theirs[2:]
+
+
+def copy_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], parts: bool, resize_kernels: str | None = None
+) -> LoadReport:
     """Copy every weight with a matching name and shape. A linear layer's weight fits a 1x1 convolution.
 
     Args:
         model: The model to fill.
         weights: State dict with the model's key names.
         parts: Count each top-level module by itself; otherwise count everything as ``backbone``.
+        resize_kernels: How to fit depthwise kernels of another size, see :func:`resize_kernel`; None does not.
     """
     report = LoadReport()
     own = {unwrap_key(key): value for key, value in model.state_dict().items()}
@@ -75,6 +119,10 @@ def copy_weights(model: nn.Module, weights: Mapping[str, Tensor], parts: bool) -
             part = key.split('.')[0] if parts else 'backbone'
             report.total[part] = report.total.get(part, 0) + 1
             source = weights.get(key)
+            if source is not None and resize_kernels and _is_other_kernel(target.shape, source.shape):
+                old, new = ('x'.join(map(str, value.shape[2:])) for value in (source, target))
+                source = resize_kernel(source, target.shape[2:], resize_kernels, key)
+                report.resized[f'{old} to {new} ({resize_kernels})'] += 1
             if source is None:
                 report.missing.append(key)
             elif not fits(target, source):
@@ -94,6 +142,7 @@ def load_pretrained(
     map_location: str = 'cpu',
     use_ema: bool = True,
     adapt_input_conv: bool = False,
+    resize_kernels: str | None = None,
 ) -> LoadReport:
     """Load pretrained weights of any known format, as in ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
 
@@ -106,6 +155,8 @@ def load_pretrained(
         use_ema: Of weights and their moving averages, load the averages. Defaults to True.
         adapt_input_conv: Repeat the weights of the first convolution, scaled, for images with another number of
             channels, as timm does. Defaults to False.
+        resize_kernels: Fit depthwise kernels of another size, see :func:`resize_kernel`: ``'pad'`` or
+            ``'interpolate'``. By default they are an error.
 
     Raises:
         UserError: If the file cannot be read, does not fit and ``strict`` is True, or contains several networks that
@@ -116,7 +167,7 @@ def load_pretrained(
     weights = weights_for_training(backbone, found, loaded, str(checkpoint))
     if adapt_input_conv:
         weights = _adapt_input_conv(weights, backbone)
-    report = copy_weights(backbone, weights, parts=False)
+    report = copy_weights(backbone, weights, parts=False, resize_kernels=resize_kernels)
     report.missing = [
         key for key in report.missing if not key.endswith('num_batches_tracked') and not _OUTPUT_NORM.match(key)
     ]
@@ -223,6 +274,13 @@ def guess_cause(report: LoadReport, found: FoundWeights, whole: bool) -> str:
         cause = (
             f'number of classes: {key} has {ours[0]} outputs in the config, {theirs[0]} in the checkpoint. '
             f"Set num_classes of every head to the checkpoint's."
+        )
+    elif mismatched and not report.missing and all(_is_other_kernel(a, b) for _, a, b in mismatched):
+        (key, ours, theirs), smaller = mismatched[0], any(min(a[2] - b[2], a[3] - b[3]) < 0 for _, a, b in mismatched)
+        cause = (
+            f'size of depthwise kernels: {key} is {ours[2]}x{ours[3]} in the config, {theirs[2]}x{theirs[3]} in the '
+            f'checkpoint. --resize-kernels {"interpolate" if smaller else "pad or interpolate"} (in code '
+            f"resize_kernels) fits them; or set the config's kernel size to the checkpoint's."
         )
     elif len(mismatched) == 1 and all(a[:1] + a[2:] == b[:1] + b[2:] and len(a) == 4 for _, a, b in mismatched):
         cause = (

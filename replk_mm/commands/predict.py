@@ -37,6 +37,7 @@ def main() -> None:
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
     cli.add_config_options(p)
+    cli.add_resize_kernels(p)
     args = p.parse_args()
     cfg = load_config(args.config, args.cfg_options)
     model: Any = prediction.load_for_prediction(cfg, args.checkpoint, args.device, args.reparam)

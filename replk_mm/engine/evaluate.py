@@ -121,7 +121,7 @@ def evaluate(
     runner.register_hook(dict(type='replk_mm.ProgressHook'))
     log_notes(notes)
     model = unwrap_model(runner.model).module if tta else unwrap_model(runner.model)
-    built = load_for_inference(model, checkpoint, reparam=reparam)
+    built = load_for_inference(model, checkpoint, reparam, cfg.get('resize_kernels'))
     compare_with_checkpoint(cfg, built.meta, checkpoint)
     prepack(model)
     start = time.perf_counter()

@@ -51,7 +51,9 @@ def adopt_classes(cfg: Config, checkpoint: str | Path) -> list[str]:
     ]
 
 
-def load_model(model: nn.Module, checkpoint: str | Path, training: bool = False) -> tuple[LoadReport, dict]:
+def load_model(
+    model: nn.Module, checkpoint: str | Path, training: bool = False, resize_kernels: str | None = None
+) -> tuple[LoadReport, dict]:
     """Set the weights of a whole segmentor or detector (or a bare backbone).
 
     Inference needs every weight; for a merged checkpoint, ``model`` is merged first. Training needs the whole backbone
@@ -61,6 +63,8 @@ def load_model(model: nn.Module, checkpoint: str | Path, training: bool = False)
         model: Built from the config; changed in place.
         checkpoint: Path or URL.
         training: Load for training. Defaults to False.
+        resize_kernels: Fit depthwise kernels of another size, see
+            :func:`~replk_mm.checkpoints.loading.resize_kernel`. By default they are an error.
 
     Returns:
         The report, and the checkpoint's ``meta``.
@@ -77,7 +81,7 @@ def load_model(model: nn.Module, checkpoint: str | Path, training: bool = False)
         reparameterize(model, **how, inplace=True)
     weights = weights_for_training(backbone, found, loaded, str(checkpoint)) if training else found.backbone
     weights = {f'backbone.{key}': value for key, value in weights.items()} if whole else weights
-    report = copy_weights(model, {**weights, **found.rest}, parts=whole)
+    report = copy_weights(model, {**weights, **found.rest}, whole, resize_kernels)
     optional = () if training else TRAINING_ONLY
     report.missing = [
         key
@@ -148,16 +152,18 @@ def build_for_inference(
     log_notes(fit_to_machine(cfg, None, device, 1))
     if 'backbone' in cfg.model:
         cfg.model.backbone.pop('init_cfg', None)  # the checkpoint sets every weight
-    built = load_for_inference(build_model(cfg), checkpoint, reparam=reparam)
+    built = load_for_inference(build_model(cfg), checkpoint, reparam, cfg.get('resize_kernels'))
     built.model.to(device).eval()
     if packed:
         prepack(built.model)
     return built
 
 
-def load_for_inference(model: nn.Module, checkpoint: str | Path | None, *, reparam: bool = False) -> Inference:
+def load_for_inference(
+    model: nn.Module, checkpoint: str | Path | None, reparam: bool = False, resize_kernels: str | None = None
+) -> Inference:
     """Load a checkpoint into a model, which changes in place; None keeps its weights."""
-    report, meta = load_model(model, checkpoint) if checkpoint else (None, {})
+    report, meta = load_model(model, checkpoint, resize_kernels=resize_kernels) if checkpoint else (None, {})
     return Inference(model, meta, report, reparameterize(model, inplace=True)[1] if reparam else None)
 
 

@@ -125,6 +125,10 @@ def _limits_of_resuming(cfg: Config) -> list[str]:
     return notes
 
 
+#: Arguments of ``init_cfg`` that ``--pretrained`` keeps.
+_KEPT = ('adapt_input_conv', 'resize_kernels')
+
+
 def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
     backbone = cfg.model.get('backbone', {})
     resumes = cfg.get('resume') and cfg.get('load_from')
@@ -140,12 +144,19 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
         # Read it here for its errors. mmengine handles other URLs.
         read_checkpoint(source)
         cfg.load_from = str(fetch_checkpoint(source))
+    if options.pretrained and options.pretrained != 'none':
+        kept = {key: given[key] for key in _KEPT if given.get(key)} if isinstance(given, dict) else {}
+        backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained, **kept)
+    initial = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
+    if resize := cfg.get('resize_kernels'):
+        if not initial and not source:
+            raise UserError(
+                f'--resize-kernels {resize}: the training starts from random weights\nUse --pretrained FILE.'
+            )
+        if initial:
+            initial['resize_kernels'] = resize
     if options.pretrained == 'none':
         return ['weights: random (--pretrained none)']
-    if options.pretrained:
-        adapt = dict(adapt_input_conv=True) if isinstance(given, dict) and given.get('adapt_input_conv') else {}
-        backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained, **adapt)
-    initial = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
     # mmengine loads the backbones of other packages.
     if initial and (options.pretrained or str(backbone.get('type')).startswith('replk_mm.')):
         try:

@@ -151,7 +151,7 @@ class Runner(MMEngineRunner):
             self._restore_hub(checkpoint)
             check_schedules(self.param_schedulers, checkpoint.get('param_schedulers'))
         else:
-            _, meta = load_model(model, filename, training=True)
+            _, meta = load_model(model, filename, training=True, resize_kernels=self.cfg.get('resize_kernels'))
             checkpoint = {'meta': meta, 'state_dict': model.state_dict()}
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)  # EMAHook reads and exchanges the weights
         model.load_state_dict(checkpoint['state_dict'])

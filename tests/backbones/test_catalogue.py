@@ -3,22 +3,28 @@
 import itertools
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 import yaml
+from mmengine.config import Config
 
+from replk_mm import published
+from replk_mm.analysis.benchmark.case import randomize_constants
 from replk_mm.analysis.complexity import count_complexity, reparameterize_on_meta
 from replk_mm.backbones import RepLKNet, build_backbone, list_backbones
 from replk_mm.backbones.catalogue import find_backbone, measure_features, recipe_of, weights_by_url
 from replk_mm.checkpoints.io import DownloadError
 from replk_mm.checkpoints.key_formats import to_official
+from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.errors import UserError
 from replk_mm.registry import MODELS
 
-DATA = Path(__file__).parents[1] / 'data' / 'facts'
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / 'tests' / 'data' / 'facts'
 FACTS, MORE = (yaml.safe_load((DATA / f'{name}.yaml').read_text()) for name in ('published', 'published_more'))
 COMPUTED = MORE['computed_here']
 #: Variants of which the parameters and MACs of a whole classifier are known: side of the image, name in the facts.
@@ -115,6 +121,19 @@ def test_recipes_are_those_of_the_authors(name, task, recipe, variant):
     assert found.paramwise_cfg.get('decay_rate') == rate
 
 
+def test_a_row_belongs_to_the_weights_that_the_authors_fine_tuned():
+    """Those of the shipped config of the row; every row belongs to one file."""
+    for row in published.results():
+        entry = next((e for name in list_backbones() if (e := find_backbone(name)[0]).paper_name == row.backbone), None)
+        if entry is None:
+            continue
+        owners = [weights for weights in entry.weights if row in entry.published(row.task, weights)]
+        assert len(owners) <= 1
+        if row.config:
+            cfg = Config.fromfile(ROOT / 'configs' / row.config)
+            assert [weights.url for weights in owners] == [cfg.model.backbone.init_cfg.checkpoint]
+
+
 def test_where_authors_published_only_ranges_there_is_no_recipe():
     entry, weights = find_backbone('convnextv2-base.fcmae-in1k')
     assert [recipe_of(row) for task in ('segmentation', 'detection') for row in entry.published(task, weights)] == [
@@ -204,6 +223,64 @@ def test_without_a_network_the_error_says_what_to_download_and_where_to(tmp_path
     with pytest.raises(DownloadError, match='convnextv2_atto_1k_224_ema.pt') as caught:
         build_backbone('convnextv2-atto.fcmae-in1k', pretrained=True)
     assert f'copy the file to {tmp_path}' in str(caught.value)
+
+
+#: The first variant of each family, which is the smallest.
+SMALLEST = list({name.partition('-')[0]: name for name in reversed(list_backbones())}.values())
+
+
+@cache
+def smallest(name: str) -> tuple[nn.Module, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """A network, an image and the feature maps."""
+    torch.manual_seed(0)
+    model = build_backbone(name)
+    with torch.no_grad():
+        randomize_constants(model)
+        image = torch.randn(2, 3, 64, 64)
+        return model, image, model.eval()(image)
+
+
+def difference(found, expected) -> float:
+    """Largest norm of the difference of two feature maps, relative."""
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize('name', SMALLEST)
+def test_a_training_step(name):
+    model, image, expected = smallest(name)
+    model.train()
+    sum(x.square().mean() for x in model(image)).backward()
+    missing = [key for key, value in model.named_parameters() if value.grad is None or not value.grad.isfinite().all()]
+    model.zero_grad()
+    assert missing == [] and all(x.std() > 1e-3 for x in expected)
+    assert [x.shape[1] for x in expected] == [f['num_chs'] for f in model.feature_info]
+
+
+@pytest.mark.parametrize('name', SMALLEST)
+def test_merged(name):
+    model, image, _ = smallest(name)
+    merged, _ = reparameterize(model.eval())
+    with torch.no_grad():  # again, since training changes statistics of BatchNorm
+        assert difference(merged(image), model(image)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SMALLEST)
+def test_merged_and_exported(name):
+    model, image, _ = smallest(name)
+    merged, _ = reparameterize(model.eval())
+    with torch.no_grad():
+        exported = torch.export.export(merged, (image,), strict=False).module()
+        assert difference(exported(image), merged(image)) < 1e-5
+
+
+@pytest.mark.parametrize('name', SMALLEST)
+def test_bfloat16(name):
+    model, image, _ = smallest(name)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        found = model.eval()(image)
+    assert all(x.isfinite().all() for x in found)
+    assert difference(found, model(image)) < 0.05
 
 
 class ReadsValues(nn.Module):

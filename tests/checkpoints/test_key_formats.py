@@ -1,5 +1,6 @@
 """Key formats of checkpoints: every published format is detected and loads completely."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ from checkpoint_cases import CONV, DENSE, TINY, assert_same, write
 from norms import randomize_norms
 from torch import nn
 
-from replk_mm.backbones import ConvNeXt, RepLKNet, SLaK, UniRepLKNet
+from replk_mm.backbones import ConvNeXt, RepLKNet, SLaK, UniRepLKNet, build_backbone
 from replk_mm.checkpoints.key_formats import find_weights, to_official
-from replk_mm.checkpoints.loading import load_pretrained
+from replk_mm.checkpoints.loading import copy_weights, load_pretrained
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.errors import UserError
 
@@ -103,6 +104,56 @@ BUILD = {
     ),
     'slak_base_official': lambda: SLaK('base'),
 }
+
+
+#: Networks of the lists: name in the catalogue and arguments, by the beginning of the list's name.
+NETWORKS = {
+    'replknet31b_official_merged': ('replknet-31b', dict(small_kernel_merged=True)),
+    'replknet31b': ('replknet-31b', {}),
+    'replknetxl': ('replknet-xl', {}),
+    'unireplknet_a_official_merged': ('unireplknet-a', dict(deploy=True)),
+    'unireplknet_t_official_merged': ('unireplknet-t', dict(deploy=True)),
+    'slak_tiny_k31': (
+        'slak-tiny',
+        dict(decomposed=False, kernel_size=[31, 29, 27, 13], arch=ConvNeXt.arch_settings['tiny']),
+    ),
+    'slak_tiny_merged': ('slak-tiny', dict(decomposed=False, small_kernel_merged=True)),  # one dense kernel
+    'upernet_convnext_tiny': ('convnext-tiny', {}),
+    **{
+        f'{name}_{size}': (f'{name}-{size}', {})
+        for name, size in (
+            ('convnext', 'tiny'),
+            ('convnextv2', 'atto'),
+            ('convnextv2', 'base'),
+            ('slak', 'tiny'),
+            ('slak', 'base'),
+            ('unireplknet', 'a'),
+            ('unireplknet', 't'),
+            ('unireplknet', 'xl'),
+        )
+    },
+}
+FAMILIES = ('convnext', 'replknet', 'slak', 'unireplknet', 'upernet_convnext')
+LISTS = [path.stem.removeprefix('keys_') for path in sorted(FACTS.glob('keys_*.txt'))]
+#: Linear layers of classifiers, and heads.
+HEADS = re.compile(r'head\.(fc\.|weight|bias)|classifier\.(2\.|weight|bias)|(decode|auxiliary)_head\.')
+
+
+@pytest.mark.parametrize('name', [name for name in LISTS if name.startswith(FAMILIES)])
+def test_every_key_of_every_list_is_used(name):
+    """Names and shapes only: the network has no values."""
+    backbone, arguments = next(network for start, network in NETWORKS.items() if name.startswith(start))
+    with torch.device('meta'):
+        model = build_backbone(backbone, **arguments)
+    weights = {key: torch.zeros(()).expand(value.shape) for key, value in listed(name).items()}
+    found = find_weights(weights, model)
+    report = copy_weights(model, found.backbone, parts=False)
+    assert report.unexpected == report.mismatched == []
+    assert [key for key in report.missing if not re.match(r'norm\d\.', key)] == []  # which classifiers lack
+    assert all(HEADS.match(key) for key in (*found.rest, *found.unused))
+    used = [key for key in weights if not HEADS.match(key)]
+    # DINOv3 stores its last norm twice.
+    assert report.matched['backbone'] == len(used) - 2 * name.endswith('dinov3_official') > 100
 
 
 @pytest.mark.parametrize('name', PLACES)

@@ -35,9 +35,16 @@ LIBRARIES = {
     ],
     'convnext_tiny_dinov3_transformers': V1['dinov3_transformers'],
     'convnext_tiny_dinov3_official': [],
+    'convnextv2_atto_official': [],
+    'convnextv2_atto_official_imagenet': [],
     'convnextv2_atto_timm': V2['timm'],
     'convnextv2_atto_mmpretrain': V2['mmpretrain'],
     'convnextv2_atto_transformers': V2['transformers'],
+    'convnextv2_atto_transformers_backbone': [
+        *([f'^norm{i}\\.', f'hidden_states_norms.stage{i + 1}.'] for i in range(4)),
+        *V2['transformers'],
+        ['^convnextv2\\.', ''],
+    ],
 }
 
 
@@ -62,7 +69,7 @@ def test_outputs_after_loading(name, monkeypatch):
     model, official = filled(network)
     shapes, file = published_shapes(name), {}
     for key, value in official.items():
-        if not name.endswith('backbone'):
+        if not name.endswith(('backbone', 'atto_official')):  # of classifiers
             key = re.sub(r'^norm3\.', 'norm.', key)
         for pattern, replacement in LIBRARIES[name]:
             key = re.sub(pattern, replacement, key)

@@ -1,11 +1,18 @@
 """The command ``backbones``."""
 
+import hashlib
+import http.server
 import json
-import shutil
+import socket
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from tool_cases import tool_main
+
+from replk_mm.backbones.catalogue import Weights, find_backbone
+from replk_mm.checkpoints.io import fetch_checkpoint
 
 PAGE = 'before\n<!-- backbones:begin -->\n<!-- backbones:end -->\nafter\n'
 
@@ -60,19 +67,68 @@ def test_unknown_names_and_missing_networks_are_errors(tmp_path, monkeypatch, ca
     assert 'convnext_tiny_1k_224.pth' in (error := capsys.readouterr().err) and f'copy the file to {tmp_path}' in error
 
 
-def test_downloads_are_verified(tmp_path, monkeypatch, capsys):
-    """The name of this file has the first digits of its SHA-256."""
-    source = tmp_path / 'source'
-    source.write_bytes(b'other bytes')
-    asked = {}
+FILE = b'weights'
+DIGITS = hashlib.sha256(FILE).hexdigest()[:8]
+PAGE_OF_DRIVE = b'\n<!DOCTYPE html><html lang="en-US"><title>Google Drive</title>'
 
-    def download(url, to, hash_prefix=None, **_):
-        asked[url] = hash_prefix
-        shutil.copy(source, to)
 
+@pytest.fixture
+def address():
+    """A server on this machine with files of good and of wrong names, and pages for browsers."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = PAGE_OF_DRIVE if 'drive' in self.path else FILE if self.path.endswith('.pth') else None
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(found or b'')
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ('path', 'status', 'text'),
+    [
+        (f'/a-{DIGITS}.pth', 0, f'SHA-256 {hashlib.sha256(FILE).hexdigest()}, verified'),
+        ('/a.pth', 0, 'no published SHA-256'),
+        ('/a-0123abcd.pth', 2, 'invalid hash value'),
+        ('/missing', 2, 'HTTP Error 404'),
+        ('/drive/folders/1a2b', 2, 'the address is a web page'),
+        (None, 2, 'refused'),
+    ],
+)
+def test_downloads(path, status, text, address, tmp_path, monkeypatch, capsys):
+    if path is None:  # no server
+        with socket.socket() as unused:
+            unused.bind(('127.0.0.1', 0))
+            url = f'http://127.0.0.1:{unused.getsockname()[1]}/a.pth'
+    else:
+        url = f'{address}{path}'
+    entry = replace(find_backbone('convnext-tiny')[0], weights=(Weights('in1k', 'ImageNet-1K', url),))
+    monkeypatch.setattr('replk_mm.commands.backbones.find_backbone', lambda _: (entry, None))
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    assert tool_main('backbones', 'replknet-xl', '--download', monkeypatch=monkeypatch) == 2
-    assert list(asked.values()) == ['88259b1d'] and 'expected 88259b1d' in capsys.readouterr().err
-    assert tool_main('backbones', 'convnext-tiny', '--download', monkeypatch=monkeypatch) == 0
-    assert 'no published SHA-256' in capsys.readouterr().out
+    assert tool_main('backbones', 'convnext-tiny', '--download', monkeypatch=monkeypatch) == status
+    printed = capsys.readouterr()
+    files = [file.name for file in (tmp_path / 'checkpoints').iterdir()]
+    if status:
+        assert text in printed.err and f'{url}: the checkpoint could not be downloaded' in printed.err
+        assert f'copy the file to {tmp_path}' in printed.err and files == []
+    else:
+        assert text in printed.out and len(files) == 1
+        assert tool_main('backbones', 'convnext-tiny', '--download', monkeypatch=monkeypatch) == 0  # from the cache
+
+
+def test_a_damaged_copy_is_not_accepted(address, tmp_path, monkeypatch, capsys):
+    url = f'{address}/a-{DIGITS}.pth'
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    fetch_checkpoint(url).write_bytes(b'other bytes')
+    entry = replace(find_backbone('convnext-tiny')[0], weights=(Weights('in1k', 'ImageNet-1K', url),))
+    monkeypatch.setattr('replk_mm.commands.backbones.find_backbone', lambda _: (entry, None))
+    assert tool_main('backbones', 'convnext-tiny', '--download', monkeypatch=monkeypatch) == 2
+    assert f'expected {DIGITS}' in capsys.readouterr().err

@@ -130,3 +130,20 @@ def test_heads_must_agree_on_the_classes(tiny, tmp_path):
 def test_chosen_device_is_the_one_mmengine_uses(monkeypatch):
     monkeypatch.setattr(devices, 'DEVICE', 'cuda')  # as on a machine with a GPU, after the import
     assert select_device('cpu') == 'cpu' and get_device() == 'cpu'
+
+
+def test_kernels_are_resized_where_the_config_says_so(tiny, trained, tmp_path):
+    larger = {'model.backbone.arch.large_kernel_sizes': [9, 9, 9, 9]}
+    with pytest.raises(UserError, match='--resize-kernels pad'):
+        evaluate(tiny.cfg(larger), str(trained), tiny.options(tmp_path / 'a'))
+    same = evaluate(tiny.cfg(), str(trained), tiny.options(tmp_path / 'b'))
+    padded = evaluate(tiny.cfg({**larger, 'resize_kernels': 'pad'}), str(trained), tiny.options(tmp_path / 'c'))
+    assert padded.metrics == pytest.approx(same.metrics) and '4 kernels 7x7 to 9x9 (pad)' in padded.load
+    for name, start in (('d', dict(pretrained=str(trained))), ('e', {})):
+        options = {**larger, 'resize_kernels': 'pad', **({} if start else {'load_from': str(trained)})}
+        path = tiny.train(tmp_path / name, 1, options, **start)
+        assert torch.load(path)['state_dict']['backbone.stages.0.blocks.0.large_kernel.lkb_origin.conv.weight'].shape[
+            2:
+        ] == (9, 9)
+    with pytest.raises(UserError, match='--resize-kernels pad: the training starts from random weights'):
+        tiny.prepare(tmp_path / 'f', 1, {'resize_kernels': 'pad'}, pretrained='none')

@@ -59,8 +59,9 @@ def build_networks(
     ours = _build(cfg, cfg.model, whole_model)
     plain = _build(cfg, _with_library_heads(cfg.model, cfg.get('default_scope', 'mmengine')), whole_model)
     if checkpoint:
-        meta = load_model(ours, checkpoint)[1]
-        load_model(plain, checkpoint)
+        resize = cfg.get('resize_kernels')
+        meta = load_model(ours, checkpoint, resize_kernels=resize)[1]
+        load_model(plain, checkpoint, resize_kernels=resize)
         if form == 'training' and meta.get(SCOPE, {}).get('reparameterized'):
             raise UserError(
                 f'{checkpoint}: is reparameterized; it has no training form\n'
