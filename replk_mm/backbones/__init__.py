@@ -3,6 +3,7 @@
 from replk_mm.backbones.adapters import HFBackbone, TimmBackbone
 from replk_mm.backbones.catalogue import build_backbone, list_backbones
 from replk_mm.backbones.convnext import ConvNeXt
+from replk_mm.backbones.inceptionnext import InceptionNeXt
 from replk_mm.backbones.layers import LayerNorm2d
 from replk_mm.backbones.replknet import RepLKNet
 from replk_mm.backbones.slak import SLaK
@@ -12,6 +13,7 @@ from replk_mm.backbones.unireplknet import UniRepLKNet
 __all__ = [
     'ConvNeXt',
     'HFBackbone',
+    'InceptionNeXt',
     'LayerNorm2d',
     'RepLKNet',
     'SLaK',

@@ -108,6 +108,7 @@ FORMATS = (
         KeyFormat('SLaK', 'official', f'stages.0.0.large_kernel.{part}.weight', (_FINAL_NORM,))
         for part in ('LoRA1.conv', 'lkb_origin.conv', 'lkb_reparam.LoRA1', 'lkb_reparam')
     ),
+    KeyFormat('InceptionNeXt', 'official', 'stages.0.blocks.0.token_mixer.dwconv_hw.weight'),
     KeyFormat('ConvNeXt', 'mmpretrain', 'stages.0.0.depthwise_conv.weight', (_FINAL_NORM,)),
     # DINOv3 stores the final norm as norm and as norms.3.
     KeyFormat('ConvNeXt', 'official', 'stages.0.0.dwconv.weight', (*_AUTHORS, (r'^norms\.', 'norm'), _FINAL_NORM)),

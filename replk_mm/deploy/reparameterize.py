@@ -26,6 +26,7 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
 
 from replk_mm.backbones.convnext import GlobalResponseNorm
+from replk_mm.backbones.inceptionnext import InceptionNeXtBlock
 from replk_mm.backbones.layers import Backbone
 from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.backbones.slak import DecomposedLargeKernelConv
@@ -43,6 +44,12 @@ from replk_mm.wrappers import unwrap_model
 _PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d, DepthwiseConv2d)
 # The forward methods that are an affine map in evaluation mode; a subclass may override them.
 _PLAIN_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
+# Blocks that run a norm before the first convolution of another module: norm, convolution, class of that module.
+_NORM_FIRST: tuple[tuple[type[nn.Module], str, str, type[nn.Module]], ...] = (
+    (RepLKBlock, 'prelkb_bn', 'pw1.conv', ConvNorm),
+    (ConvFFN, 'preffn_bn', 'pw1.conv', ConvNorm),
+    (InceptionNeXtBlock, 'norm', 'mlp.fc1', nn.Sequential),
+)
 
 
 @dataclass
@@ -142,10 +149,13 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str, str, bool]]:
             found = [('conv', 'bn', False)]
         elif _runs_as(module, nn.Sequential):
             children = list(module._modules)
-            found = [(first, second, False) for first, second in zip(children, children[1:], strict=False)]
-        for cls, norm in ((RepLKBlock, 'prelkb_bn'), (ConvFFN, 'preffn_bn')):
-            if _runs_as(module, cls) and _runs_as(module.pw1, ConvNorm) and not has_hooks(module.pw1):
-                found = [('pw1.conv', norm, True)]
+            pairs = list(zip(children, children[1:], strict=False))
+            found = [(first, second, False) for first, second in pairs] + [(conv, norm, True) for norm, conv in pairs]
+        for cls, norm, conv, of in _NORM_FIRST:
+            if _runs_as(module, cls):
+                owner = module.get_submodule(conv.rpartition('.')[0])
+                if _runs_as(owner, of) and not has_hooks(owner):
+                    found = [(conv, norm, True)]
         prefix = f'{name}.' if name else ''
         yield from ((name, prefix + conv, prefix + norm, first) for conv, norm, first in found)
 

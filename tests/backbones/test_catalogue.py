@@ -40,6 +40,7 @@ COUNTED = [
 def test_names():
     assert list_backbones('replknet*') == ['replknet-nano', 'replknet-31b', 'replknet-31l', 'replknet-xl']
     assert list_backbones('unirep*') == [f'unireplknet-{v}' for v in ('a', 'f', 'p', 'n', 't', 's', 'b', 'l', 'xl')]
+    assert list_backbones('inceptionnext') == [f'inceptionnext-{v}' for v in ('atto', 'tiny', 'small', 'base')]
     assert list_backbones('slak') == ['slak-tiny', 'slak-small', 'slak-base']
     v1 = ['atto', 'nano', 'tiny', 'small', 'base', 'large', 'xlarge']
     assert list_backbones('convnext-*') == [f'convnext-{arch}' for arch in v1]

@@ -18,7 +18,7 @@ from replk_mm.errors import UserError
 UPERNET, CASCADE = (
     str(CONFIGS / f'{name}.py') for name in ('upernet_replk-nano_demo', 'cascade-mask-rcnn_replk-nano_coco')
 )
-SMALLEST = ('replknet-nano', 'convnext-atto', 'convnextv2-atto', 'unireplknet-a', 'slak-tiny')
+SMALLEST = ('replknet-nano', 'convnext-atto', 'convnextv2-atto', 'unireplknet-a', 'slak-tiny', 'inceptionnext-atto')
 
 
 def exchanged(name: str, backbone: str, **options) -> Config:
