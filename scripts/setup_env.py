@@ -110,7 +110,7 @@ def check_torchvision(venv: Environment, extras: str) -> None:
         return
     venv.pip('uninstall', '-y', 'torchvision')
     message = f'torchvision {found["torchvision"]} does not run with torch {found["torch"]}, and was removed: {error}'
-    if {'timm', 'mmpretrain'} & {*extras.split(',')}:
+    if {'timm', 'mmpretrain', 'weights'} & {*extras.split(',')}:
         sys.exit(
             f'error: {message}\nThe package index has no torchvision for this build of torch. Name another torch, or '
             f'an index that has both: make setup EXTRAS={extras} TORCH="torch==VERSION --extra-index-url URL"'

@@ -1,5 +1,6 @@
 """Backbones, one file for each family, and their catalogue."""
 
+import replk_mm.backbones.efficientnet_lite  # noqa: F401 (variants of the catalogue)
 from replk_mm.backbones.adapters import HFBackbone, TimmBackbone
 from replk_mm.backbones.catalogue import build_backbone, list_backbones
 from replk_mm.backbones.convnext import ConvNeXt

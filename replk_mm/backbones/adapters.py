@@ -19,6 +19,7 @@ from torch import Tensor
 from replk_mm.backbones.catalogue import ADAPTERS, IMAGENET, PERMISSIVE, CatalogueEntry, Weights, run_on_meta
 from replk_mm.backbones.layers import LayerNorm2d
 from replk_mm.checkpoints.io import read_checkpoint
+from replk_mm.checkpoints.key_formats import efficientnet_to_timm
 from replk_mm.errors import UserError, did_you_mean, explain_errors, format_list
 from replk_mm.registry import MODELS
 
@@ -282,7 +283,7 @@ class TimmBackbone(_Adapter):
 
     def _load(self, state: dict[str, Tensor] | None) -> None:
         """Let timm load the whole classifier, which it does strictly, and copy what is in ``net``."""
-        overlay = {} if state is None else {'pretrained_cfg_overlay': dict(state_dict=state)}
+        overlay = {} if state is None else {'pretrained_cfg_overlay': dict(state_dict=efficientnet_to_timm(state))}
         whole = self.library.create_model(self.model_name, pretrained=True, **overlay, **self.options)
         weights = {_flat(key): value for key, value in whole.state_dict().items()}
         self.net.load_state_dict({key: weights[_flat(key)] for key in self.net.state_dict()})

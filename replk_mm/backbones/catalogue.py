@@ -39,7 +39,7 @@ class Weights:
 
     tag: str  #: what follows the dot in a name, such as ``'in22k'``
     pretraining: str  #: data, as the papers' tables name it
-    url: str | None = None  #: address of the file; None if another library has the weights
+    url: str | None = None  #: for :func:`fetch_checkpoint`; None if another library has the weights
     licence: str | None = None  #: SPDX identifier; None if the authors do not state one for the weights
     arguments: Mapping[str, Any] | None = None  #: of the backbone, to load them; by default an ``init_cfg``
 
@@ -103,6 +103,7 @@ class CatalogueEntry:
     config: Mapping[str, Any]  #: for ``MODELS.build``; returns the feature maps that the authors hand to UperNet
     source: str  #: paper and repository
     licence: str | None  #: SPDX identifier of the code that it was written after
+    package: str | None = None  #: optional package that has the network
     paper_name: str | None = None  #: in the tables of published results
     weights: tuple[Weights, ...] = ()  #: the default first; of each pretraining, those of the published rows first
     mean: tuple[float, ...] = IMAGENET[0]  #: of the images, RGB, 0 to 255

