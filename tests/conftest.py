@@ -19,7 +19,7 @@ replk_mm.register_configs()  # as our commands do; setuptools may lack pkg_resou
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Failed assertions in these helpers show the compared values, as in test files.
-pytest.register_assert_rewrite('backbone_contract', 'config_cases')
+pytest.register_assert_rewrite('backbone_contract', 'config_cases', 'van_contract')
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,21 +6,25 @@ from replk_mm.backbones.catalogue import build_backbone, list_backbones
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.inceptionnext import InceptionNeXt
 from replk_mm.backbones.layers import LayerNorm2d
+from replk_mm.backbones.mscan import MSCAN
 from replk_mm.backbones.replknet import RepLKNet
 from replk_mm.backbones.slak import SLaK
 from replk_mm.backbones.sync_norm import SyncBatchNorm
 from replk_mm.backbones.unireplknet import UniRepLKNet
+from replk_mm.backbones.van import VAN
 
 __all__ = [
     'ConvNeXt',
     'HFBackbone',
     'InceptionNeXt',
     'LayerNorm2d',
+    'MSCAN',
     'RepLKNet',
     'SLaK',
     'SyncBatchNorm',
     'TimmBackbone',
     'UniRepLKNet',
+    'VAN',
     'build_backbone',
     'list_backbones',
 ]

@@ -100,6 +100,32 @@ _TRANSFORMERS = (
     (r'^layer_?norm\.', 'norm{last}.'),
     *((rf'^hidden_states_norms\.stage{i + 1}\.', f'norm{i}.') for i in range(4)),
 )
+_VAN_MMPRETRAIN = (
+    (r'^blocks', 'block'),
+    (r'^(patch_embed\d)\.projection\.', r'\1.proj.'),
+    (r'\.DW_conv\.', '.conv0.'),
+    (r'\.DW_D_conv\.', '.conv_spatial.'),
+    (r'\.mlp\.dwconv\.', '.mlp.dwconv.dwconv.'),
+)
+_VAN_TRANSFORMERS = (
+    *((rf'^encoder\.stages\.{i}\.layers\.', f'block{i + 1}.') for i in range(4)),
+    *((rf'^encoder\.stages\.{i}\.embeddings\.convolution\.', f'patch_embed{i + 1}.proj.') for i in range(4)),
+    *((rf'^encoder\.stages\.{i}\.embeddings\.normalization\.', f'patch_embed{i + 1}.norm.') for i in range(4)),
+    *((rf'^encoder\.stages\.{i}\.normalization\.', f'norm{i + 1}.') for i in range(4)),
+    (r'\.pre_normomalization\.', '.norm1.'),  # as they spell it
+    (r'\.post_normalization\.', '.norm2.'),
+    (r'\.attention\.pre_projection\.conv\.', '.attn.proj_1.'),
+    (r'\.attention\.post_projection\.', '.attn.proj_2.'),
+    (r'\.attention\.attention_layer\.attention\.', '.attn.spatial_gating_unit.'),
+    (r'\.attention_scaling\.weight$', '.layer_scale_1'),
+    (r'\.mlp_scaling\.weight$', '.layer_scale_2'),
+    (r'\.mlp\.in_dense\.', '.mlp.fc1.'),
+    (r'\.mlp\.out_dense\.', '.mlp.fc2.'),
+    (r'\.mlp\.depth_wise\.', '.mlp.dwconv.dwconv.'),
+    (r'\.depth_wise\.', '.conv0.'),
+    (r'\.depth_wise_dilated\.', '.conv_spatial.'),
+    (r'\.point_wise\.', '.conv1.'),
+)
 #: Key names in circulation. A new family or library is one entry.
 FORMATS = (
     KeyFormat('RepLKNet', 'official', 'stages.0.blocks.0.pw1.conv.weight'),
@@ -109,6 +135,16 @@ FORMATS = (
         for part in ('LoRA1.conv', 'lkb_origin.conv', 'lkb_reparam.LoRA1', 'lkb_reparam')
     ),
     KeyFormat('InceptionNeXt', 'official', 'stages.0.blocks.0.token_mixer.dwconv_hw.weight'),
+    KeyFormat('VAN', 'official', 'block1.0.attn.spatial_gating_unit.conv_spatial.weight'),
+    KeyFormat('VAN', 'mmpretrain', 'blocks1.0.attn.spatial_gating_unit.DW_D_conv.weight', _VAN_MMPRETRAIN),
+    KeyFormat(
+        'VAN',
+        'transformers',
+        'encoder.stages.0.layers.0.attention.attention_layer.attention.depth_wise_dilated.weight',
+        _VAN_TRANSFORMERS,
+    ),
+    KeyFormat('MSCAN', 'mmsegmentation', 'block1.0.mlp.dwconv.weight', ((r'\.mlp\.dwconv\.', '.mlp.dwconv.dwconv.'),)),
+    KeyFormat('MSCAN', 'official', 'block1.0.attn.spatial_gating_unit.conv0_1.weight'),
     KeyFormat('ConvNeXt', 'mmpretrain', 'stages.0.0.depthwise_conv.weight', (_FINAL_NORM,)),
     # DINOv3 stores the final norm as norm and as norms.3.
     KeyFormat('ConvNeXt', 'official', 'stages.0.0.dwconv.weight', (*_AUTHORS, (r'^norms\.', 'norm'), _FINAL_NORM)),

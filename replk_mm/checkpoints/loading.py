@@ -169,7 +169,7 @@ def load_pretrained(
         weights = _adapt_input_conv(weights, backbone)
     report = copy_weights(backbone, weights, parts=False, resize_kernels=resize_kernels)
     report.missing = [
-        key for key in report.missing if not key.endswith('num_batches_tracked') and not _OUTPUT_NORM.match(key)
+        key for key in report.missing if not key.endswith('num_batches_tracked') and not _is_output_norm(backbone, key)
     ]
     # The backbone has no norms for stages outside out_indices.
     report.unexpected = [
@@ -186,6 +186,12 @@ def load_pretrained(
             f'{report.details()}\n{guess_cause(report, found, whole=False)}'
         )
     return report
+
+
+def _is_output_norm(backbone: Any, key: str) -> bool:
+    """Return whether a weight is that of a norm of an output feature. VAN has norms of such names between stages."""
+    locate = getattr(backbone, '_locate_parameter', None)  # other libraries' networks have none
+    return bool(_OUTPUT_NORM.match(key)) and (locate is None or locate(key.split('.')) is None)
 
 
 def _adapt_input_conv(weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelCon
 from replk_mm.backbones.slak import DecomposedLargeKernelConv
 from replk_mm.backbones.sync_norm import SyncBatchNorm
 from replk_mm.backbones.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
+from replk_mm.backbones.van import ConvMLP, VANBlock
 from replk_mm.checkpoints.key_formats import FOLDED
 from replk_mm.deploy.equivalence import named_batch_norms
 from replk_mm.errors import UserError
@@ -49,6 +50,7 @@ _NORM_FIRST: tuple[tuple[type[nn.Module], str, str, type[nn.Module]], ...] = (
     (RepLKBlock, 'prelkb_bn', 'pw1.conv', ConvNorm),
     (ConvFFN, 'preffn_bn', 'pw1.conv', ConvNorm),
     (InceptionNeXtBlock, 'norm', 'mlp.fc1', nn.Sequential),
+    (VANBlock, 'norm2', 'mlp.fc1', ConvMLP),  # norm1 also feeds the shortcut of the attention
 )
 
 

@@ -209,6 +209,11 @@ def test_classifier_is_reported():
         ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False),
         ('slak_tiny_official', 'SLaK', 'official', False),
         ('slak_tiny_k31_undecomposed_official', 'SLaK', 'official', False),
+        ('van_b0_official', 'VAN', 'official', False),
+        ('van_b0_mmpretrain', 'VAN', 'mmpretrain', False),
+        ('van_b0_transformers', 'VAN', 'transformers', False),
+        ('mscan_t_official', 'MSCAN', 'official', False),
+        ('mscan_t_mmseg', 'MSCAN', 'mmsegmentation', False),
     ],
 )
 def test_formats_are_detected(name, family, form, merged):
@@ -216,7 +221,7 @@ def test_formats_are_detected(name, family, form, merged):
     for file in (weights, dict(reversed(weights.items()))):
         found = find_weights(file)
         assert (found.family, found.format, found.merged) == (family, form, merged)
-    assert found.prefix == ('backbone.' if form == 'mmpretrain' else '')
+    assert found.prefix == {'mmpretrain': 'backbone.', 'transformers': 'van.'}.get(form, '')
 
 
 def test_classifiers_of_unireplknet(tmp_path):

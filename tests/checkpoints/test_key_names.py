@@ -10,8 +10,9 @@ import torch
 import yaml
 from checkpoint_cases import DENSE
 from golden_fill import assert_golden, fill, image
+from torch import nn
 
-from replk_mm.backbones import ConvNeXt
+from replk_mm.backbones import MSCAN, VAN, ConvNeXt
 from replk_mm.checkpoints.key_formats import to_official
 from replk_mm.checkpoints.loading import load_pretrained
 
@@ -20,6 +21,8 @@ MAPS = yaml.safe_load((DATA / 'facts' / 'key_maps.yaml').read_text())
 NETWORKS = {
     'convnext_tiny': lambda: ConvNeXt('tiny', **DENSE),
     'convnextv2_atto': lambda: ConvNeXt('atto', use_grn=True, layer_scale_init_value=0.0, **DENSE),
+    'van_b0': lambda: VAN('b0'),
+    'mscan_t': lambda: MSCAN('t'),
 }
 V1, V2 = MAPS['convnext_v1'], MAPS['convnext_v2']
 # Maps of the authors' ImageNet names; None where the authors' names stay.
@@ -45,16 +48,25 @@ LIBRARIES = {
         *V2['transformers'],
         ['^convnextv2\\.', ''],
     ],
+    'van_b0_official': [],
+    'van_b0_mmpretrain': MAPS['van']['mmpretrain'],
+    'van_b0_transformers': MAPS['van']['transformers'],
+    'mscan_t_official': [],
+    'mscan_t_mmseg': MAPS['mscan']['mmsegmentation'],
 }
 
 
+def golden(network: str) -> dict:
+    return json.loads((DATA / 'golden' / f'{network}.json').read_text())
+
+
 @cache
-def filled(network: str) -> tuple[ConvNeXt, dict[str, torch.Tensor]]:
+def filled(network: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The network, and weights that follow from the authors' names and shapes, under those names."""
     with torch.device('meta'):
         model = NETWORKS[network]().eval()
     model.to_empty(device='cpu')
-    weights = fill(to_official(model.state_dict()))
+    weights = fill(to_official(model.state_dict()), golden(network).get('after_fill_multiply'))
     return model, {key: value.clone() for key, value in weights.items()}
 
 
@@ -69,7 +81,7 @@ def test_outputs_after_loading(name, monkeypatch):
     model, official = filled(network)
     shapes, file = published_shapes(name), {}
     for key, value in official.items():
-        if not name.endswith(('backbone', 'atto_official')):  # of classifiers
+        if network.startswith('convnext') and not name.endswith(('backbone', 'atto_official')):  # of classifiers
             key = re.sub(r'^norm3\.', 'norm.', key)
         for pattern, replacement in LIBRARIES[name]:
             key = re.sub(pattern, replacement, key)
@@ -77,7 +89,9 @@ def test_outputs_after_loading(name, monkeypatch):
             file[key] = value.reshape(shapes[key])
     if 'dinov3_official' in name:
         file |= {f'norms.3.{end}': file[f'norm.{end}'] for end in ('weight', 'bias')}
-    classifier = {key: torch.zeros(shapes[key]) for key in shapes if re.match(r'head\.|classifier\.', key)}
+    classifier = {
+        key: torch.zeros(shapes[key]) for key in shapes if re.match(r'head\.|classifier\.|van\.layernorm', key)
+    }
     file = {**classifier, **file}  # the norm of some classifiers is one of both
     assert file.keys() == shapes.keys(), 'the test renames as the library does'
 
@@ -85,8 +99,9 @@ def test_outputs_after_loading(name, monkeypatch):
     with torch.no_grad():
         for key, value in model.state_dict().items():
             # Files of classifiers have no norms of the first three stages.
-            value.copy_(official[key]) if re.match('norm[012]', key) else value.fill_(torch.nan)
+            given = re.match('norm[012]', key) and network.startswith('convnext')
+            value.copy_(official[key]) if given else value.fill_(torch.nan if value.is_floating_point() else -1)
         load_pretrained(model, 'file')
-        golden = json.loads((DATA / 'golden' / f'{network}.json').read_text())
-        outs = model(image(tuple(golden['input']), golden['image_seed']))
-    assert_golden(outs, golden['features'])
+        expected = golden(network)
+        outs = model(image(tuple(expected['input']), expected['image_seed']))
+    assert_golden(outs, expected['features'])

@@ -18,7 +18,16 @@ from replk_mm.errors import UserError
 UPERNET, CASCADE = (
     str(CONFIGS / f'{name}.py') for name in ('upernet_replk-nano_demo', 'cascade-mask-rcnn_replk-nano_coco')
 )
-SMALLEST = ('replknet-nano', 'convnext-atto', 'convnextv2-atto', 'unireplknet-a', 'slak-tiny', 'inceptionnext-atto')
+SMALLEST = (
+    'replknet-nano',
+    'convnext-atto',
+    'convnextv2-atto',
+    'unireplknet-a',
+    'slak-tiny',
+    'inceptionnext-atto',
+    'mscan-t',
+    'van-b0',
+)
 
 
 def need(package: str | None) -> list[pytest.MarkDecorator]:

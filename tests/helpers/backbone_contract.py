@@ -335,7 +335,7 @@ class BackboneContract:
                 self.cls(**{**self.tiny, **kwargs})
             shown = kwargs[name] if not isinstance(kwargs[name], dict) else ''
             assert str(shown) in str(caught.value), kwargs
-        with pytest.raises(ValueError, match='tiny|31B') as caught:
+        with pytest.raises(ValueError, match=next(iter(self.cls.arch_settings))) as caught:
             self.cls(arch='no-such')
         assert all(name in str(caught.value) for name in self.cls.arch_settings)
 
