@@ -6,6 +6,7 @@ from replk_mm.backbones.catalogue import build_backbone, list_backbones
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.inceptionnext import InceptionNeXt
 from replk_mm.backbones.layers import LayerNorm2d
+from replk_mm.backbones.moganet import MogaNet
 from replk_mm.backbones.mscan import MSCAN
 from replk_mm.backbones.replknet import RepLKNet
 from replk_mm.backbones.slak import SLaK
@@ -19,6 +20,7 @@ __all__ = [
     'InceptionNeXt',
     'LayerNorm2d',
     'MSCAN',
+    'MogaNet',
     'RepLKNet',
     'SLaK',
     'SyncBatchNorm',

@@ -130,6 +130,7 @@ _VAN_TRANSFORMERS = (
 FORMATS = (
     KeyFormat('RepLKNet', 'official', 'stages.0.blocks.0.pw1.conv.weight'),
     KeyFormat('UniRepLKNet', 'official', 'stages.0.0.pwconv1.1.weight'),
+    KeyFormat('MogaNet', 'official', 'blocks1.0.attn.value.PW_conv.weight'),
     *(  # with strips or without, in training form and merged
         KeyFormat('SLaK', 'official', f'stages.0.0.large_kernel.{part}.weight', (_FINAL_NORM,))
         for part in ('LoRA1.conv', 'lkb_origin.conv', 'lkb_reparam.LoRA1', 'lkb_reparam')

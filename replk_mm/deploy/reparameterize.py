@@ -28,6 +28,7 @@ from torch import Tensor
 from replk_mm.backbones.convnext import GlobalResponseNorm
 from replk_mm.backbones.inceptionnext import InceptionNeXtBlock
 from replk_mm.backbones.layers import Backbone
+from replk_mm.backbones.moganet import ChannelAggregationFFN, MogaBlock
 from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
 from replk_mm.backbones.slak import DecomposedLargeKernelConv
 from replk_mm.backbones.sync_norm import SyncBatchNorm
@@ -51,6 +52,7 @@ _NORM_FIRST: tuple[tuple[type[nn.Module], str, str, type[nn.Module]], ...] = (
     (ConvFFN, 'preffn_bn', 'pw1.conv', ConvNorm),
     (InceptionNeXtBlock, 'norm', 'mlp.fc1', nn.Sequential),
     (VANBlock, 'norm2', 'mlp.fc1', ConvMLP),  # norm1 also feeds the shortcut of the attention
+    (MogaBlock, 'norm2', 'mlp.fc1', ChannelAggregationFFN),
 )
 
 

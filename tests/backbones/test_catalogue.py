@@ -36,6 +36,7 @@ COUNTED = [
     *((f'slak-{arch}', 224, f'SLaK-{arch[0].upper()} dense') for arch in ('tiny', 'small', 'base')),
     *((f'mscan-{arch}', 224, f'MSCAN-{arch.upper()} backbone only') for arch in 'tsbl'),
     *((f'van-b{i}', 224, f'VAN-B{i}') for i in range(7)),
+    *((name, 224, find_backbone(name)[0].paper_name) for name in list_backbones('moganet')),
 ]
 
 
@@ -45,6 +46,7 @@ def test_names():
     assert list_backbones('inceptionnext') == [f'inceptionnext-{v}' for v in ('atto', 'tiny', 'small', 'base')]
     assert list_backbones('mscan') == [f'mscan-{v}' for v in ('t', 's', 'b', 'l')]
     assert list_backbones('van') == [f'van-b{i}' for i in range(7)]
+    assert list_backbones('moganet') == [f'moganet-{v}' for v in ('xtiny', 'tiny', 'small', 'base', 'large', 'xlarge')]
     assert list_backbones('slak') == ['slak-tiny', 'slak-small', 'slak-base']
     v1 = ['atto', 'nano', 'tiny', 'small', 'base', 'large', 'xlarge']
     assert list_backbones('convnext-*') == [f'convnext-{arch}' for arch in v1]
@@ -88,9 +90,9 @@ def test_weights_are_those_of_the_authors():
         assert url is None or url in known or url.startswith('package:efficientnet')
         digits = re.search(r'-([0-9a-f]{8})\.pth$', url or '')
         assert weights.sha256 == (digits and digits[1])
-    families = ('mmclass.*replknet', '/convnext/convnext_', 'main/unireplknet_')
+    families = ('mmclass.*replknet', '/convnext/convnext_', 'main/unireplknet_', 'in1k-weights/moganet_')
     theirs = {url for url in known if re.search('|'.join(families), url)}
-    assert len(theirs) == 12 + 14 and theirs <= set(weights_by_url())
+    assert len(theirs) == 12 + 14 + 6 and theirs <= set(weights_by_url())
 
 
 def test_entries_are_consistent():
@@ -168,6 +170,24 @@ def test_parameters_and_macs_are_those_of_the_authors_code(name, side, known):
     classifier = found.parameters - 2 * sum(others) * hasattr(model, 'norm0') + classes * (last + 1)
     assert classifier == pytest.approx(parameters * 1e6, rel=1e-3, abs=5.1e3)
     assert found.macs + classes * last == pytest.approx(macs * 1e9, rel=1e-3, abs=5.1e6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', {n.split('-')[0]: n for n in reversed(list_backbones()) if 'lite' not in n}.values())
+def test_the_smallest_of_each_family_runs_in_every_form(name):
+    """Forward and backward, reparameterized, exported and in bfloat16."""
+    torch.manual_seed(0)
+    model, image = build_backbone(name).train(), torch.randn(2, 3, 64, 64)
+    sum(x.square().mean() for x in model(image)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    merged, _ = reparameterize(model)
+    with torch.no_grad():
+        expected = model.eval()(image)
+        exported = torch.export.export(merged, (image,), strict=False).module()
+        for a, b, c in zip(expected, exported(image), merged.bfloat16()(image.bfloat16()), strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-4 * a.abs().max().item())
+            assert c.dtype == torch.bfloat16
+            torch.testing.assert_close(c.float(), a, rtol=0, atol=0.1 * a.abs().max().item())
 
 
 def test_a_plain_module():

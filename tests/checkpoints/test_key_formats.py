@@ -9,7 +9,7 @@ from checkpoint_cases import CONV, DENSE, TINY, assert_same, write
 from norms import randomize_norms
 from torch import nn
 
-from replk_mm.backbones import ConvNeXt, RepLKNet, SLaK, UniRepLKNet, build_backbone
+from replk_mm.backbones import ConvNeXt, MogaNet, RepLKNet, SLaK, UniRepLKNet, build_backbone
 from replk_mm.checkpoints.key_formats import find_weights, to_official
 from replk_mm.checkpoints.loading import copy_weights, load_pretrained
 from replk_mm.deploy.reparameterize import reparameterize
@@ -87,6 +87,13 @@ PLACES = {
         '=norm0.bias',
     ],
     'slak_tiny_k31_undecomposed_official': ['=stages.2.8.large_kernel.lkb_origin.conv.weight', '=stages.3.2.gamma'],
+    'moganet_xtiny_official': [
+        '=patch_embed1.projection.4.running_var',
+        '=blocks3.9.attn.value.DW_conv2.weight',
+        '=blocks1.0.layer_scale_1',
+        '=norm3.bias',
+    ],
+    'moganet_xlarge_official': ['=blocks4.3.mlp.sigma.scale', '=norm4.running_mean'],
     'slak_base_official': ['=stages.2.26.large_kernel.LoRA1.conv.weight', '=norm3.weight'],
 }
 BUILD = {
@@ -102,6 +109,8 @@ BUILD = {
     'slak_tiny_k31_undecomposed_official': lambda: SLaK(
         dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768]), [31, 29, 27, 13], decomposed=False
     ),
+    'moganet_xtiny_official': lambda: MogaNet('xtiny'),
+    'moganet_xlarge_official': lambda: MogaNet('xlarge'),
     'slak_base_official': lambda: SLaK('base'),
 }
 
@@ -160,7 +169,11 @@ def test_every_key_of_every_list_is_used(name):
 def test_published_formats_load_whole(name, tmp_path):
     weights = listed(name)
     path = write(tmp_path / 'weights.pth', {'model': weights})
-    large = name in ('replknetxl_official', 'slak_base_official')  # 1.3 GB: names and shapes only
+    large = name in (
+        'replknetxl_official',
+        'slak_base_official',
+        'moganet_xlarge_official',
+    )  # 1.3 GB: names and shapes only
     with torch.device('meta' if large else 'cpu'):
         model = BUILD[name]() if large else empty(BUILD[name])
     report = load_pretrained(model, path)
@@ -208,6 +221,7 @@ def test_classifier_is_reported():
         ('convnext_tiny_timm', 'ConvNeXt', 'timm', False),
         ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False),
         ('slak_tiny_official', 'SLaK', 'official', False),
+        ('moganet_xtiny_official', 'MogaNet', 'official', False),
         ('slak_tiny_k31_undecomposed_official', 'SLaK', 'official', False),
         ('van_b0_official', 'VAN', 'official', False),
         ('van_b0_mmpretrain', 'VAN', 'mmpretrain', False),

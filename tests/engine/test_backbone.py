@@ -27,6 +27,7 @@ SMALLEST = (
     'inceptionnext-atto',
     'mscan-t',
     'van-b0',
+    'moganet-xtiny',
 )
 
 

@@ -46,6 +46,10 @@ class BackboneContract:
                     value.normal_(0.5, 0.1)
         return model.eval()
 
+    def stages(self, model: nn.Module) -> list[nn.Module]:
+        """The stages, which FSDP may shard one by one."""
+        return list(model.stages)
+
     def image(self, *shape: int) -> Tensor:
         return torch.randn(*(shape or (2, 3, 64, 64)), generator=torch.Generator().manual_seed(1))
 
@@ -110,7 +114,7 @@ class BackboneContract:
             model, x = self.build(**kwargs).train(), self.image()
             outs, grads = self.run(copy.deepcopy(model), x)
             with single_process_group():
-                for stage in model.stages:
+                for stage in self.stages(model):
                     fully_shard(stage)
                 found, found_grads = self.run(fully_shard(model) if whole else model, x)
                 self.assert_equal(found, outs)
@@ -215,7 +219,7 @@ class BackboneContract:
             assert fixed == {n for n, _ in model.named_parameters() if n.startswith(self.frozen[stages])}
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm):
-                assert module.training == (not name.startswith(self.frozen[stages])), name
+                assert module.training == (not f'{name}.'.startswith(self.frozen[stages])), name
         before = {k: v.clone() for k, v in model.state_dict().items()}
         if stages == 4 and len(fixed) == len(list(model.parameters())):
             assert not any(o.requires_grad for o in model(self.image()))

@@ -40,8 +40,9 @@ class DepthwiseProblem:
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> 'DepthwiseProblem':
         """Describe the convolution of ``x`` with ``weight``."""
-        # Memory that has both layouts, as with one channel, counts as the default layout.
-        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        # Memory that has both layouts, as with one channel, counts as the default layout; a part of the channels of a
+        # channels-last map counts as channels-last.
+        channels_last = not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1
         n, c, h, w = x.shape
         return cls(
             n,
