@@ -5,6 +5,7 @@ from replk_mm.backbones.adapters import HFBackbone, TimmBackbone
 from replk_mm.backbones.catalogue import build_backbone, list_backbones
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.inceptionnext import InceptionNeXt
+from replk_mm.backbones.internimage import InternImage
 from replk_mm.backbones.layers import LayerNorm2d
 from replk_mm.backbones.moganet import MogaNet
 from replk_mm.backbones.mscan import MSCAN
@@ -18,6 +19,7 @@ __all__ = [
     'ConvNeXt',
     'HFBackbone',
     'InceptionNeXt',
+    'InternImage',
     'LayerNorm2d',
     'MSCAN',
     'MogaNet',

@@ -30,7 +30,7 @@ _VECTORS = re.compile(r'(?<!\.act\.1)\.(gamma|beta)$')  # layer scale and respon
 _EMA = re.compile(r'(^|[._])ema([._]|$)')
 _STAGE = re.compile(r'.*stages[._](\d)\.')
 # First names of classifiers, which a backbone does not have.
-_CLASSIFIER = re.compile(r'(head|fc|classifier|norm)\.')
+_CLASSIFIER = re.compile(r'((conv_)?head|fc|classifier|norm)\.')
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ FORMATS = (
     ),
     KeyFormat('MSCAN', 'mmsegmentation', 'block1.0.mlp.dwconv.weight', ((r'\.mlp\.dwconv\.', '.mlp.dwconv.dwconv.'),)),
     KeyFormat('MSCAN', 'official', 'block1.0.attn.spatial_gating_unit.conv0_1.weight'),
+    KeyFormat('InternImage', 'official', 'levels.0.blocks.0.dcn.dw_conv.0.weight'),
     KeyFormat('ConvNeXt', 'mmpretrain', 'stages.0.0.depthwise_conv.weight', (_FINAL_NORM,)),
     # DINOv3 stores the final norm as norm and as norms.3.
     KeyFormat('ConvNeXt', 'official', 'stages.0.0.dwconv.weight', (*_AUTHORS, (r'^norms\.', 'norm'), _FINAL_NORM)),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden_fill import assert_golden, fill, image
 
-from replk_mm.backbones import MSCAN, VAN, ConvNeXt, MogaNet, RepLKNet, SLaK, UniRepLKNet, build_backbone
+from replk_mm.backbones import MSCAN, VAN, ConvNeXt, InternImage, MogaNet, RepLKNet, SLaK, UniRepLKNet, build_backbone
 from replk_mm.checkpoints.key_formats import to_official
 from replk_mm.deploy.reparameterize import reparameterize
 
@@ -25,6 +25,7 @@ NETWORKS = {
     'mscan_t': lambda: MSCAN('t'),
     'moganet_xtiny': lambda: MogaNet('xtiny'),
     'moganet_xtiny_odd': lambda: MogaNet('xtiny'),
+    'internimage_t': InternImage,
 }
 
 

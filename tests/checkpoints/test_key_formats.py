@@ -9,7 +9,7 @@ from checkpoint_cases import CONV, DENSE, TINY, assert_same, write
 from norms import randomize_norms
 from torch import nn
 
-from replk_mm.backbones import ConvNeXt, MogaNet, RepLKNet, SLaK, UniRepLKNet, build_backbone
+from replk_mm.backbones import ConvNeXt, InternImage, MogaNet, RepLKNet, SLaK, UniRepLKNet, build_backbone
 from replk_mm.checkpoints.key_formats import find_weights, to_official
 from replk_mm.checkpoints.loading import copy_weights, load_pretrained
 from replk_mm.deploy.reparameterize import reparameterize
@@ -95,6 +95,8 @@ PLACES = {
     ],
     'moganet_xlarge_official': ['=blocks4.3.mlp.sigma.scale', '=norm4.running_mean'],
     'slak_base_official': ['=stages.2.26.large_kernel.LoRA1.conv.weight', '=norm3.weight'],
+    'internimage_t_official': ['=levels.2.blocks.17.dcn.dw_conv.1.1.bias', '=levels.3.norm.0.weight'],
+    'internimage_s_official': ['=levels.0.downsample.norm.1.weight', '=patch_embed.norm2.1.bias'],
 }
 BUILD = {
     'replknet31b_official': lambda: RepLKNet('31B'),
@@ -112,6 +114,8 @@ BUILD = {
     'moganet_xtiny_official': lambda: MogaNet('xtiny'),
     'moganet_xlarge_official': lambda: MogaNet('xlarge'),
     'slak_base_official': lambda: SLaK('base'),
+    'internimage_t_official': InternImage,
+    'internimage_s_official': lambda: InternImage('small'),
 }
 
 
