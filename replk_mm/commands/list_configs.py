@@ -148,7 +148,7 @@ def to_markdown(rows: Iterable[ConfigRow], link_to: str = 'configs') -> str:
                 row.variant,
                 row.schedule,
                 ' / '.join(f'{stated[m]:.1f}' if m in stated else '–' for m in task.metrics.values()),
-                f'{row.result.params_m:g}' if row.result else '–',
+                f'{row.result.params_m:g}' if row.result and row.result.params_m else '–',
                 f'{row.params_m:.1f}',
             )
             lines.append(f'| {" | ".join(cells)} |')

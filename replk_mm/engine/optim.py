@@ -49,9 +49,9 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
     Wrappers of the model or of its modules, such as DDP, ``fully_shard`` and ``torch.compile``, change nothing.
 
     For ConvNeXt, groups, their order, rates and weight decays are those of mmdet's and mmseg's
-    ``LearningRateDecayOptimizerConstructor``, so that their runs can be resumed. Unlike theirs, a layer-wise
-    ``num_layers`` that differs from the network's, parameters of the backbone without a depth, and other values of
-    ``decay_type`` are rejected; position embeddings and tokens are recognised inside the backbone too.
+    ``LearningRateDecayOptimizerConstructor``, so that their runs can be resumed. Unlike theirs, a ``num_layers`` below
+    the network's, parameters of the backbone without a depth, and other values of ``decay_type`` are rejected; position
+    embeddings and tokens are recognised inside the backbone too.
 
     Args:
         optim_wrapper_cfg: Config of the optimizer wrapper; its ``optimizer`` has ``lr`` and ``weight_decay``.
@@ -61,8 +61,8 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             - ``decay_type``: ``'layer_wise'`` (default) uses the backbone's ``get_layer_depth(name, prefix)``,
               ``'stage_wise'`` its ``get_stage_depth(name, prefix)``; both return an id and the number of ids.
             - ``num_layers``: layers without the stem and the heads; by default as many as the backbone has layers or
-              stages. Stage-wise it may be larger, as in the published recipes: then the last stage is as many steps
-              further from the full rate.
+              stages. It may be larger, as in published recipes: then all stages are as many steps further from the
+              full rate; layer-wise, the last stage is not.
             - ``norm_decay_mult``, ``bias_decay_mult``, ``dwconv_decay_mult``, ``flat_decay_mult``: factors of the
               weight decay of norms, biases, depthwise convolutions and parameters of one dimension; the first that fits
               replaces the rule above. ``bias_lr_mult``: factor of the rate of biases other than those of norms.
@@ -192,15 +192,15 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         given = self.paramwise_cfg.get('num_layers')
         if own is None:
             return {}, given or 0
-        if given is not None and given != own and (decay_type == 'layer_wise' or given < own):
-            more = '' if decay_type == 'layer_wise' else ' or more'
+        if given is not None and given < own:
             raise UserError(
                 f'{FIELD}.num_layers={given}: this {kind} has {own} {decay_type.split("_")[0]}s\n'
-                f'Omit num_layers, or set it to {own}{more}.'
+                f'Omit num_layers, or set it to {own} or more.'
             )
-        num_layers = given or own
-        # The largest id of the backbone has the full rate.
-        return {name: num_layers + 1 if depth == own + 1 else depth for name, depth in depths.items()}, num_layers
+        more = (given or own) - own
+        # The largest id of the backbone has the full rate; layer-wise, the last stage keeps its distance from it.
+        first = own if decay_type == 'layer_wise' else own + 1
+        return {name: depth + more * (depth >= first) for name, depth in depths.items()}, own + more
 
     def _multipliers(self, name: str, param: nn.Parameter, owner: nn.Module) -> tuple[float, float]:
         """Factors of the learning rate of a parameter, in addition to its layer's, and of its weight decay."""
