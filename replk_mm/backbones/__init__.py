@@ -9,6 +9,7 @@ from replk_mm.backbones.internimage import InternImage
 from replk_mm.backbones.layers import LayerNorm2d
 from replk_mm.backbones.moganet import MogaNet
 from replk_mm.backbones.mscan import MSCAN
+from replk_mm.backbones.rdnet import RDNet
 from replk_mm.backbones.replknet import RepLKNet
 from replk_mm.backbones.slak import SLaK
 from replk_mm.backbones.sync_norm import SyncBatchNorm
@@ -23,6 +24,7 @@ __all__ = [
     'LayerNorm2d',
     'MSCAN',
     'MogaNet',
+    'RDNet',
     'RepLKNet',
     'SLaK',
     'SyncBatchNorm',

@@ -76,7 +76,7 @@ def recipe_of(result: PublishedResult) -> Recipe | None:
         return of[result.variant] if isinstance(of, Mapping) else of
 
     decay = table.get('layer_decay')
-    custom = {key: dict(lr_mult=factor) for key, factor in table.get('lr_mult', {}).items()}
+    custom = {key: dict(lr_mult=value(factor)) for key, factor in table.get('lr_mult', {}).items()}
     if decay and value(decay['rate']) is not None:
         paramwise = dict(
             decay_rate=value(decay['rate']), decay_type=decay['type'], num_layers=value(table.get('num_layers'))

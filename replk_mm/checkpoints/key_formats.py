@@ -126,11 +126,20 @@ _VAN_TRANSFORMERS = (
     (r'\.depth_wise_dilated\.', '.conv_spatial.'),
     (r'\.point_wise\.', '.conv1.'),
 )
+_RDNET_STEM = (r'^stem\.', 'stem.stem.')
 #: Key names in circulation. A new family or library is one entry.
 FORMATS = (
     KeyFormat('RepLKNet', 'official', 'stages.0.blocks.0.pw1.conv.weight'),
     KeyFormat('UniRepLKNet', 'official', 'stages.0.0.pwconv1.1.weight'),
     KeyFormat('MogaNet', 'official', 'blocks1.0.attn.value.PW_conv.weight'),
+    KeyFormat('RDNet', 'official', 'stem.stem.0.weight'),
+    KeyFormat('RDNet', 'timm', 'dense_stages.0.0.dense_block0.gamma', (_RDNET_STEM,)),
+    KeyFormat(
+        'RDNet',
+        'timm features_only',
+        'dense_stages_0.0.dense_block0.gamma',
+        ((r'^(stem|dense_stages)_', r'\1.'), _RDNET_STEM),
+    ),
     *(  # with strips or without, in training form and merged
         KeyFormat('SLaK', 'official', f'stages.0.0.large_kernel.{part}.weight', (_FINAL_NORM,))
         for part in ('LoRA1.conv', 'lkb_origin.conv', 'lkb_reparam.LoRA1', 'lkb_reparam')

@@ -36,7 +36,7 @@ COUNTED = [
     *((f'slak-{arch}', 224, f'SLaK-{arch[0].upper()} dense') for arch in ('tiny', 'small', 'base')),
     *((f'mscan-{arch}', 224, f'MSCAN-{arch.upper()} backbone only') for arch in 'tsbl'),
     *((f'van-b{i}', 224, f'VAN-B{i}') for i in range(7)),
-    *((name, 224, find_backbone(name)[0].paper_name) for name in list_backbones('moganet')),
+    *((name, 224, find_backbone(name)[0].paper_name) for name in list_backbones('moganet') + list_backbones('rdnet')),
 ]
 
 
@@ -47,6 +47,7 @@ def test_names():
     assert list_backbones('mscan') == [f'mscan-{v}' for v in ('t', 's', 'b', 'l')]
     assert list_backbones('van') == [f'van-b{i}' for i in range(7)]
     assert list_backbones('moganet') == [f'moganet-{v}' for v in ('xtiny', 'tiny', 'small', 'base', 'large', 'xlarge')]
+    assert list_backbones('rdnet') == [f'rdnet-{v}' for v in ('tiny', 'small', 'base', 'large')]
     assert list_backbones('slak') == ['slak-tiny', 'slak-small', 'slak-base']
     assert list_backbones('internimage') == [f'internimage-{v}' for v in ('t', 's', 'b', 'l', 'xl')]
     v1 = ['atto', 'nano', 'tiny', 'small', 'base', 'large', 'xlarge']
@@ -82,7 +83,7 @@ def published_urls() -> set[str]:
             parts = [part.split(',') for part in re.split(r'[{}]', text)]
             folder = '' if text.startswith('https:') else f'{links[0].rpartition("/")[0]}/'
             urls |= {folder + ''.join(choice) for choice in itertools.product(*parts)}
-    return urls
+    return urls | {url.replace('https://huggingface.co/', 'hf-hub:') for url in urls if '/resolve/' not in url}
 
 
 def test_weights_are_those_of_the_authors():
@@ -91,9 +92,15 @@ def test_weights_are_those_of_the_authors():
         assert url is None or url in known or url.startswith('package:efficientnet')
         digits = re.search(r'-([0-9a-f]{8})\.pth$', url or '')
         assert weights.sha256 == (digits and digits[1])
-    families = ('mmclass.*replknet', '/convnext/convnext_', 'main/unireplknet_', 'in1k-weights/moganet_')
+    families = (
+        'mmclass.*replknet',
+        '/convnext/convnext_',
+        'main/unireplknet_',
+        'in1k-weights/moganet_',
+        'hf-hub:.*/rdnet_.*nv_',
+    )
     theirs = {url for url in known if re.search('|'.join(families), url)}
-    assert len(theirs) == 12 + 14 + 6 and theirs <= set(weights_by_url())
+    assert len(theirs) == 12 + 14 + 6 + 5 and theirs <= set(weights_by_url())
 
 
 def test_entries_are_consistent():

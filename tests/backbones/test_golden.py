@@ -7,7 +7,18 @@ import pytest
 import torch
 from golden_fill import assert_golden, fill, image
 
-from replk_mm.backbones import MSCAN, VAN, ConvNeXt, InternImage, MogaNet, RepLKNet, SLaK, UniRepLKNet, build_backbone
+from replk_mm.backbones import (
+    MSCAN,
+    VAN,
+    ConvNeXt,
+    InternImage,
+    MogaNet,
+    RDNet,
+    RepLKNet,
+    SLaK,
+    UniRepLKNet,
+    build_backbone,
+)
 from replk_mm.checkpoints.key_formats import to_official
 from replk_mm.deploy.reparameterize import reparameterize
 
@@ -23,6 +34,7 @@ NETWORKS = {
     'van_b0': lambda: VAN('b0'),
     'van_b0_odd': lambda: VAN('b0'),
     'mscan_t': lambda: MSCAN('t'),
+    'rdnet_tiny': RDNet,
     'moganet_xtiny': lambda: MogaNet('xtiny'),
     'moganet_xtiny_odd': lambda: MogaNet('xtiny'),
     'internimage_t': InternImage,

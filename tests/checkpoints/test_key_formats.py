@@ -9,7 +9,7 @@ from checkpoint_cases import CONV, DENSE, TINY, assert_same, write
 from norms import randomize_norms
 from torch import nn
 
-from replk_mm.backbones import ConvNeXt, InternImage, MogaNet, RepLKNet, SLaK, UniRepLKNet, build_backbone
+from replk_mm.backbones import ConvNeXt, InternImage, MogaNet, RDNet, RepLKNet, SLaK, UniRepLKNet, build_backbone
 from replk_mm.checkpoints.key_formats import find_weights, to_official
 from replk_mm.checkpoints.loading import copy_weights, load_pretrained
 from replk_mm.deploy.reparameterize import reparameterize
@@ -94,10 +94,14 @@ PLACES = {
         '=norm3.bias',
     ],
     'moganet_xlarge_official': ['=blocks4.3.mlp.sigma.scale', '=norm4.running_mean'],
+    'rdnet_tiny_official': ['=stem.stem.1.weight', '=dense_stages.5.2.dense_block2.layers.layers.5.fc.weight'],
+    'rdnet_tiny_timm': ['stem.0.weight=stem.stem.0.weight', '=dense_stages.6.1.weight'],
     'slak_base_official': ['=stages.2.26.large_kernel.LoRA1.conv.weight', '=norm3.weight'],
     'internimage_t_official': ['=levels.2.blocks.17.dcn.dw_conv.1.1.bias', '=levels.3.norm.0.weight'],
     'internimage_s_official': ['=levels.0.downsample.norm.1.weight', '=patch_embed.norm2.1.bias'],
 }
+#: Weights of the published classifiers that are in no backbone.
+CLASSIFIERS = {'convnext_tiny_timm': r'head\.fc\.', 'rdnet_tiny_timm': r'head\.'}
 BUILD = {
     'replknet31b_official': lambda: RepLKNet('31B'),
     'replknet31b_official_merged': lambda: RepLKNet('31B', small_kernel_merged=True),
@@ -113,6 +117,8 @@ BUILD = {
     ),
     'moganet_xtiny_official': lambda: MogaNet('xtiny'),
     'moganet_xlarge_official': lambda: MogaNet('xlarge'),
+    'rdnet_tiny_official': RDNet,
+    'rdnet_tiny_timm': RDNet,
     'slak_base_official': lambda: SLaK('base'),
     'internimage_t_official': InternImage,
     'internimage_s_official': lambda: InternImage('small'),
@@ -183,8 +189,8 @@ def test_published_formats_load_whole(name, tmp_path):
     report = load_pretrained(model, path)
     assert report.unexpected == report.missing == report.mismatched == []
     own = model.state_dict()
-    classifier = {key for key in weights if key.startswith('head.fc.')}
-    assert len(classifier) == (2 if 'timm' in name else 0)
+    classifier = {key for key in weights if re.match(CLASSIFIERS.get(name, '-'), key)}
+    assert bool(classifier) == (name in CLASSIFIERS)
     assert report.matched == {'backbone': len(weights) - len(classifier)}
     if large:
         assert set(PLACES[name]) <= {f'={key}' for key in own.keys() & weights.keys()}
@@ -225,6 +231,8 @@ def test_classifier_is_reported():
         ('convnext_tiny_timm', 'ConvNeXt', 'timm', False),
         ('convnext_tiny_mmpretrain', 'ConvNeXt', 'mmpretrain', False),
         ('slak_tiny_official', 'SLaK', 'official', False),
+        ('rdnet_tiny_official', 'RDNet', 'official', False),
+        ('rdnet_tiny_timm', 'RDNet', 'timm', False),
         ('moganet_xtiny_official', 'MogaNet', 'official', False),
         ('slak_tiny_k31_undecomposed_official', 'SLaK', 'official', False),
         ('van_b0_official', 'VAN', 'official', False),

@@ -12,7 +12,7 @@ from checkpoint_cases import DENSE
 from golden_fill import assert_golden, fill, image
 from torch import nn
 
-from replk_mm.backbones import MSCAN, VAN, ConvNeXt
+from replk_mm.backbones import MSCAN, VAN, ConvNeXt, RDNet
 from replk_mm.checkpoints.key_formats import to_official
 from replk_mm.checkpoints.loading import load_pretrained
 
@@ -23,6 +23,7 @@ NETWORKS = {
     'convnextv2_atto': lambda: ConvNeXt('atto', use_grn=True, layer_scale_init_value=0.0, **DENSE),
     'van_b0': lambda: VAN('b0'),
     'mscan_t': lambda: MSCAN('t'),
+    'rdnet_tiny': RDNet,
 }
 V1, V2 = MAPS['convnext_v1'], MAPS['convnext_v2']
 # Maps of the authors' ImageNet names; None where the authors' names stay.
@@ -53,6 +54,8 @@ LIBRARIES = {
     'van_b0_transformers': MAPS['van']['transformers'],
     'mscan_t_official': [],
     'mscan_t_mmseg': MAPS['mscan']['mmsegmentation'],
+    'rdnet_tiny_official_imagenet': [],
+    'rdnet_tiny_timm': MAPS['rdnet']['timm'],
 }
 
 

@@ -24,7 +24,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from replk_mm.backbones import ConvNeXt, RepLKNet, UniRepLKNet
+from replk_mm.backbones import RepLKNet
 from replk_mm.backbones.catalogue import weights_by_url
 from replk_mm.commands import list_configs
 from replk_mm.data.datasets import datasets_of
@@ -40,7 +40,7 @@ UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']
 
 def test_files_and_published_rows_match_one_to_one():
     rows = [row['config'] for task in ('segmentation', 'detection') for row in PUBLISHED[task] if row.get('config')]
-    assert len(rows) == len(set(rows)) == 31
+    assert len(rows) == len(set(rows)) == 35
     assert sorted([*rows, *NANO, *UNPUBLISHED]) == LEAVES
 
 
@@ -56,7 +56,7 @@ def test_header_has_command_recipe_and_source(name):
     batch = load(name).train_dataloader.batch_size
     length = f'{row["iters"] // 1000}k iterations' if 'iters' in row else f'{row["epochs"]} epochs'
     assert f'8 GPUs x {batch} images (global batch {8 * batch}), {length}' in header
-    assert ('fp16' in header) == (PUBLISHED['recipes'][row['recipe']]['amp'] == 'float16')
+    assert ('fp16' in header) == (PUBLISHED['recipes'][row['recipe']].get('amp') == 'float16')
     for text, metric in (
         ('mIoU {} single-scale', 'miou_ss'),
         ('{} multi-scale', 'miou_ms'),
@@ -92,8 +92,9 @@ TINY = {
     ),
     'replk_mm.ConvNeXt': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.UniRepLKNet': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40], kernel_sizes=[3, 7, 5, 7]),
+    'replk_mm.MogaNet': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
+    'replk_mm.RDNet': dict(stem_channels=16, growth_rates=[[8], [12], [8], [24]]),
 }
-FAMILIES = {'replk_mm.RepLKNet': RepLKNet, 'replk_mm.ConvNeXt': ConvNeXt, 'replk_mm.UniRepLKNet': UniRepLKNet}
 #: Smaller values for all settings with these keys.
 SMALLER = {
     'channels': 8,
@@ -106,9 +107,11 @@ SMALLER = {
 }
 
 
-def arch_of(cfg: Config) -> dict:
-    """The architecture of a config's backbone, from the table of its class."""
-    return FAMILIES[cfg.model.backbone.type].arch_settings[cfg.model.backbone.arch]
+def channels_of(backbone: Config, arch: str | dict) -> list[int]:
+    """Channels of the feature maps of a config's backbone in another architecture."""
+    with torch.device('meta'):
+        model = MODELS.build(dict(type=backbone.type, arch=arch, out_indices=(0, 1, 2, 3)))
+    return [info['num_chs'] for info in model.feature_info]
 
 
 def tiny_on_cpu(name: str) -> Config:
@@ -119,13 +122,14 @@ def tiny_on_cpu(name: str) -> Config:
     """
     cfg = copy.deepcopy(load(name))
     fit_to_machine(cfg, None, 'cpu', 1)
-    model, arch = cfg.model, arch_of(cfg)
+    model = cfg.model
+    arch = model.backbone.arch
     model.backbone.pop('init_cfg', None)
     small = dict(TINY[model.backbone.type])
     if model.backbone.type == 'replk_mm.RepLKNet':
-        small['small_kernel'] = arch['small_kernel'] and 3
+        small['small_kernel'] = RepLKNet.arch_settings[arch]['small_kernel'] and 3
     model.backbone.arch = small
-    width = dict(zip(arch['channels'], small['channels'], strict=True))
+    width = dict(zip(*(channels_of(model.backbone, a) for a in (arch, small)), strict=True))
     if 'neck' in model:
         model.neck.in_channels = [width[c] for c in model.neck.in_channels]
         inner = model.neck.out_channels

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from config_cases import LEAVES, NANO, PUBLISHED, ROWS, build, load, meta_model,
 from mmengine.config import Config
 from mmengine.registry import DATASETS, PARAM_SCHEDULERS
 from PIL import Image
+
+from replk_mm.backbones.catalogue import recipe_of
+from replk_mm.published import for_config
 
 
 class Recipe(NamedTuple):
@@ -109,8 +113,37 @@ def model_of(name: str) -> torch.nn.Module:
     return meta_model(f'{name}.py')
 
 
+#: Configs that are compared with the recipe of their row, which test_published.py compares with the facts.
+BY_ROW = [name for name in LEAVES if re.search('_(moganet|rdnet)-', name)]
+
+
 def test_every_published_config_has_a_recipe():
-    assert sorted(f'{name}.py' for name in RECIPES) == [name for name in LEAVES if name not in NANO]
+    assert sorted([*(f'{name}.py' for name in RECIPES), *BY_ROW]) == [name for name in LEAVES if name not in NANO]
+
+
+@pytest.mark.parametrize('name', BY_ROW)
+def test_settings_are_those_of_the_row(name):
+    """Optimizer, schedule, drop path and precision; the test of all configs compares channels."""
+    cfg, row = load(name), for_config(name)
+    recipe, table = recipe_of(row), PUBLISHED['recipes'][row.recipe]
+    wrapper, layered = cfg.optim_wrapper, 'decay_rate' in recipe.paramwise_cfg
+    optimizer = dict(type='AdamW', lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    assert wrapper.optimizer == optimizer and wrapper.get('clip_grad') is None
+    assert wrapper.paramwise_cfg == {key: value for key, value in recipe.paramwise_cfg.items() if value is not None}
+    assert wrapper.get('constructor') == ('replk_mm.LayerDecayOptimizerConstructor' if layered else None)
+    assert (wrapper.type == 'AmpOptimWrapper') == (table.get('amp') == 'float16')
+    assert cfg.model.backbone.drop_path_rate == recipe.drop_path
+    assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=recipe.global_batch)
+    assert 8 * cfg.train_dataloader.batch_size == recipe.global_batch
+    warmup, decay = cfg.param_scheduler
+    assert (warmup.start_factor, warmup.end) == (table['warmup'].get('start', 1e-3), table['warmup']['iters'])
+    schedule = table['schedule']
+    if schedule['policy'] == 'poly':
+        assert (decay.power, decay.end, cfg.train_cfg.max_iters) == (schedule['power'], *2 * [schedule['iters']])
+        assert cfg.model.data_preprocessor.size == cfg.crop_size == (row.crop,) * 2
+    else:
+        assert (decay.milestones, cfg.train_cfg.max_epochs) == (schedule['milestones'], schedule['epochs'])
+    assert all(p.requires_grad for p in meta_model(name).parameters())
 
 
 # ---- the recipe, row by row

@@ -28,6 +28,7 @@ SMALLEST = (
     'mscan-t',
     'van-b0',
     'moganet-xtiny',
+    'rdnet-tiny',
 )
 
 
