@@ -267,11 +267,16 @@ class TimmBackbone(_Adapter):
 
     package, channels_argument = 'timm', 'in_chans'
 
+    @classmethod
+    def accepts(cls, model_name: str, argument: str) -> bool:
+        """Whether the network has an argument, such as ``drop_path_rate``."""
+        return argument in _arguments(run_on_meta(lambda: import_module('timm').create_model(model_name)))
+
     def _describe(self) -> tuple[int, Any, dict[str, int]]:
         from timm.models import group_parameters
 
         base = self.library.create_model(self.model_name, **self.options)
-        accepted = inspect.signature(type(base).__init__).parameters
+        accepted = _arguments(base)
         flags = dict(dynamic_img_size=True, dynamic_img_pad=True, strict_img_size=False)
         self.options = {**{key: flag for key, flag in flags.items() if key in accepted}, **self.options}
         layers = group_parameters(base, base.group_matcher(coarse=False), reverse=True)
@@ -303,6 +308,10 @@ class TimmBackbone(_Adapter):
         return depths[flat], count
 
 
+def _arguments(net: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(net).__init__).parameters
+
+
 def _flat(name: str) -> str:
     """The name of a weight, with and without ``features_only``: timm then replaces some of the dots."""
     return name.removeprefix('model.').replace('.', '_')
@@ -325,9 +334,13 @@ class HFBackbone(_Adapter):
         config = self._config()
         return len(_stages(config)), getattr(config, 'image_size', None) or 224, {}
 
+    @classmethod
+    def accepts(cls, model_name: str, argument: str) -> bool:
+        """Whether the network's config has a field, such as ``drop_path_rate``."""
+        return hasattr(_hf_config(model_name), argument)
+
     def _config(self) -> Any:
-        auto, known = self.library.AutoConfig, self.model_name in self.library.CONFIG_MAPPING
-        config = (auto.for_model if known else auto.from_pretrained)(self.model_name, **self.options)
+        config = _hf_config(self.model_name, **self.options)
         for field, value in vars(config).items():
             if isinstance(value, tuple):  # defaults of some types, which their own networks reject
                 setattr(config, field, list(value))
@@ -350,6 +363,13 @@ class HFBackbone(_Adapter):
         if wrong:
             raise ValueError(f'missing, unexpected or of another shape: {format_list(sorted(wrong), 5)}')
         self.net.load_state_dict(whole.state_dict())
+
+
+def _hf_config(model_name: str, **fields: Any) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    read = AutoConfig.for_model if model_name in CONFIG_MAPPING else AutoConfig.from_pretrained
+    return read(model_name, **fields)
 
 
 def _stages(config: Any) -> list[str]:

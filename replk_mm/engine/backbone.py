@@ -55,7 +55,9 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
     if not isinstance(old, dict):
         raise UserError(f'{cfg.filename}: has no model.backbone to exchange for {name}\nUse a segmentor or a detector.')
     cls: Any = MODELS.get(entry.config['type'])
-    accepted = inspect.signature(cls).parameters
+    accepted = dict(inspect.signature(cls).parameters)
+    if hasattr(cls, 'accepts') and cls.accepts(entry.config['model_name'], 'drop_path_rate'):  # timm, transformers
+        accepted['drop_path_rate'] = accepted['kwargs']
     new = ConfigDict({**entry.config, **{key: old[key] for key in _KEPT if key in old and key in accepted}})
     _keep_batch_norm(new, accepted, (old, *(part for _, part in walk_dicts(model))))
     neck = as_list(model.get('neck'))

@@ -184,6 +184,25 @@ def test_out_indices_layer_depths_and_normalization():
     assert find_backbone('timm/tf_efficientnet_lite0')[1] is None and entry.full_name(weights).endswith('lite0.in1k')
 
 
+@pytest.mark.parametrize(
+    ('name', 'kept'),
+    [
+        pytest.param('timm/resnet10t', True, marks=TIMM),
+        pytest.param('timm/hrnet_w18_small', False, marks=TIMM),
+        pytest.param('hf/convnext', True, marks=HF),
+        pytest.param('hf/resnet', False, marks=HF),
+        ('mmseg.MixVisionTransformer', True),
+        ('mmdet.ResNet(depth=18)', False),
+    ],
+)
+def test_drop_path_is_that_of_the_config(name, kept):
+    cfg = load_config(str(CONFIGS / 'upernet_replk31b_ade20k.py'), dict(backbone=name))
+    assert cfg.model.backbone.get('drop_path_rate') == (0.5 if kept else None)
+    model = build_model(cfg, 'meta').backbone
+    rates = [m.drop_prob for m in model.modules() if hasattr(m, 'drop_prob')]
+    assert max(rates, default=0) == (0.5 if kept else 0)
+
+
 @pytest.mark.parametrize('kind', ['torch', 'safetensors'])
 @TIMM
 def test_files_of_timm(kind, tmp_path):
