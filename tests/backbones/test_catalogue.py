@@ -1,5 +1,6 @@
 """The catalogue: names, weights, recipes and sizes against published facts; networks by name."""
 
+import copy
 import itertools
 import re
 import shutil
@@ -260,7 +261,11 @@ def test_without_a_network_the_error_says_what_to_download_and_where_to(tmp_path
 
 
 #: The first variant of each family, which is the smallest.
-SMALLEST = list({name.partition('-')[0]: name for name in reversed(list_backbones())}.values())
+FIRST = {name.partition('-')[0]: name for name in reversed(list_backbones())}.values()
+SMALLEST = [
+    pytest.param(name, marks=[pytest.mark.extras('timm')] if 'Timm' in find_backbone(name)[0].config['type'] else [])
+    for name in FIRST
+]
 
 
 @cache
@@ -310,11 +315,18 @@ def test_merged_and_exported(name):
 
 @pytest.mark.parametrize('name', SMALLEST)
 def test_bfloat16(name):
+    """Differences are those of rounding: rounded weights alone change a network nearly as much."""
     model, image, _ = smallest(name)
-    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
-        found = model.eval()(image)
+    rounded = copy.deepcopy(model.eval())
+    with torch.no_grad():
+        for value in rounded.parameters():
+            value.copy_(value.bfloat16())
+        expected = model(image)
+        rounding = difference(rounded(image), expected)
+        with torch.autocast('cpu', torch.bfloat16):
+            found = model(image)
     assert all(x.isfinite().all() for x in found)
-    assert difference(found, model(image)) < 0.05
+    assert 0 < difference(found, expected) < 3 * rounding < 1
 
 
 class ReadsValues(nn.Module):
