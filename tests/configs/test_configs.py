@@ -40,7 +40,7 @@ UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']
 
 def test_files_and_published_rows_match_one_to_one():
     rows = [row['config'] for task in ('segmentation', 'detection') for row in PUBLISHED[task] if row.get('config')]
-    assert len(rows) == len(set(rows)) == 35
+    assert len(rows) == len(set(rows)) == 38
     assert sorted([*rows, *NANO, *UNPUBLISHED]) == LEAVES
 
 
@@ -77,7 +77,7 @@ def test_pretrained_weights_are_published_for_this_backbone(name):
     init, row = load(name).model.backbone.init_cfg, ROWS[name]
     entry, weights = weights_by_url()[init.checkpoint]
     assert init.type == 'Pretrained' and entry.paper_name == row['backbone']
-    assert init.get('prefix') == ('backbone.' if 'openmmlab' in init.checkpoint else None)
+    assert init.get('prefix') == ('backbone.' if 'mmclassification' in init.checkpoint else None)
     header = (CONFIGS / name).read_text().partition('_base_')[0]
     assert weights.pretraining.startswith(row['pretraining'])
     # Where only weights with one more training are public, the header must say so.
@@ -93,11 +93,15 @@ TINY = {
     'replk_mm.ConvNeXt': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.UniRepLKNet': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40], kernel_sizes=[3, 7, 5, 7]),
     'replk_mm.MogaNet': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
+    'replk_mm.VAN': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
+    'replk_mm.MSCAN': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.RDNet': dict(stem_channels=16, growth_rates=[[8], [12], [8], [24]]),
 }
 #: Smaller values for all settings with these keys.
 SMALLER = {
     'channels': 8,
+    'ham_channels': 8,
+    'num_groups': 4,
     'fc_out_channels': 16,
     'max_per_img': 8,
     'nms_pre': 50,
@@ -138,9 +142,10 @@ def tiny_on_cpu(name: str) -> Config:
     else:
         model.data_preprocessor.size = (64, 64)
         model.decode_head.in_channels = [width[c] for c in model.decode_head.in_channels]
-        model.auxiliary_head.in_channels = width[model.auxiliary_head.in_channels]
-        for head in (model.decode_head, model.auxiliary_head):
-            _shrink(head, {})
+        if 'auxiliary_head' in model:
+            model.auxiliary_head.in_channels = width[model.auxiliary_head.in_channels]
+        for head in ('decode_head', 'auxiliary_head'):
+            _shrink(model.get(head), {})
     return cfg
 
 
@@ -250,7 +255,7 @@ def test_page_has_every_config_with_its_published_figures():
         line = lines[Path(name).stem]
         assert f'| {figures} | {row["params_m"]} |' in line
         assert f'batch {PUBLISHED["recipes"][row["recipe"]]["global_batch"]} |' in line
-        variant = row.get('method', row.get('crop'))
+        variant = row.get('crop', row.get('method'))
         assert f'| {row["backbone"]} | {row["pretraining"]} | {row["dataset"]} | {variant} |' in line
 
 

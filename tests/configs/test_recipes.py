@@ -114,7 +114,7 @@ def model_of(name: str) -> torch.nn.Module:
 
 
 #: Configs that are compared with the recipe of their row, which test_published.py compares with the facts.
-BY_ROW = [name for name in LEAVES if re.search('_(moganet|rdnet)-', name)]
+BY_ROW = [name for name in LEAVES if re.search('_(moganet|mscan|rdnet|van)-', name)]
 
 
 def test_every_published_config_has_a_recipe():
@@ -295,6 +295,20 @@ def test_data_of_segmentors(name):
     assert cfg.train_dataloader.dataset.data_root == (
         'data/cityscapes/' if 'cityscapes' in name else 'data/ade/ADEChallengeData2016'
     )
+
+
+@pytest.mark.parametrize(
+    ('arch', 'channels', 'width', 'rank'), [('t', [64, 160, 256], 256, 16), ('b', [128, 320, 512], 512, 64)]
+)
+def test_head_of_segnext(arch, channels, width, rank):
+    model = config(f'segnext_mscan-{arch}_ade20k').model
+    head = model.decode_head
+    assert (head.type, head.in_channels, head.in_index) == ('LightHamHead', channels, [1, 2, 3])
+    assert head.channels == head.ham_channels == width and head.norm_cfg == dict(
+        type='GN', num_groups=32, requires_grad=True
+    )
+    assert head.ham_kwargs == dict(MD_S=1, MD_R=rank, train_steps=6, eval_steps=7, inv_t=100, rand_init=True)
+    assert 'auxiliary_head' not in model and model.test_cfg.mode == 'whole'
 
 
 # ---- detection
