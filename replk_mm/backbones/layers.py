@@ -1,6 +1,7 @@
 """Layers that several backbones use, and their base class."""
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -369,3 +370,59 @@ class Backbone(BaseModule):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+
+class PatchEmbedBackbone(Backbone):
+    """Base class for modules ``patch_embed1``, ``block1``, ``norm1``, ``patch_embed2`` and so on, as in PVT.
+
+    Each norm is in the trunk: its output is the feature of the stage, and the input of the next stage. Arguments are
+    those of :class:`Backbone`.
+
+    Attributes:
+        blocks_name: Name of the blocks of a stage, without its number.
+    """
+
+    blocks_name: str = 'block'
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        for i, info in zip(sorted(self.out_indices), self.feature_info, strict=True):
+            info['module'] = f'norm{i + 1}'
+
+    def _layers(self, name: str) -> list[Any]:
+        return [getattr(self, f'{name}{i + 1}') for i in range(len(self.depths))]
+
+    @property
+    def stages(self) -> list[Any]:
+        """The blocks of each stage."""
+        return self._layers(self.blocks_name)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the features of a batch of images.
+
+        Args:
+            x: ``(N, in_channels, H, W)``.
+
+        Returns:
+            One ``(N, C_i, H / s_i, W / s_i)``, rounded up, for each of ``out_indices``, with strides 4, 8, 16 and 32.
+        """
+        x, features = self._to_compute_format(x), []
+        layers = zip(self._layers('patch_embed'), self.stages, self._layers('norm'), strict=True)
+        for i, (embed, stage, norm) in enumerate(layers):
+            x = norm(stage(embed(x)))
+            if i in self.out_indices:
+                features.append(x)
+        return self._to_output_format(features)
+
+    def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
+        match = re.fullmatch(rf'(patch_embed|{self.blocks_name}|norm)(\d)', parts[0])
+        if match is None or not hasattr(self, parts[0]):
+            raise ValueError(f'{type(self).__name__} has no parameter {".".join(parts)!r}')
+        stage = int(match[2]) - 1
+        if match[1] == self.blocks_name:
+            return stage, int(parts[1])
+        return stage, self.depths[stage] if match[1] == 'norm' else None  # the norm is after the blocks
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        names = ('patch_embed', self.blocks_name, 'norm')
+        return [layer for name in names for layer in self._layers(name)[: self.frozen_stages]]

@@ -5,10 +5,8 @@ arXiv:2211.03295. Reimplemented from the paper. Parameter names and shapes are t
 so that their checkpoints load.
 """
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,7 +15,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from replk_mm.backbones.catalogue import Weights, register_variants
-from replk_mm.backbones.layers import Backbone, Stage, add_residual, build_norm
+from replk_mm.backbones.layers import PatchEmbedBackbone, Stage, add_residual, build_norm
 from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
@@ -133,7 +131,7 @@ class MogaBlock(nn.Module):
 
 
 @MODELS.register_module()
-class MogaNet(Backbone):
+class MogaNet(PatchEmbedBackbone):
     """MogaNet backbone.
 
     The norm after each stage is in the trunk: the next stage sees its output, which is also the feature.
@@ -157,6 +155,7 @@ class MogaNet(Backbone):
         ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
+    blocks_name = 'blocks'
     arch_settings = {
         'xtiny': dict(depths=[3, 3, 10, 2], channels=[32, 64, 96, 192]),
         'tiny': dict(depths=[3, 3, 12, 2], channels=[32, 64, 128, 256]),
@@ -187,8 +186,6 @@ class MogaNet(Backbone):
         super().__init__(depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg)
         if not len(depths) == len(ratios) == 4:
             raise ValueError(f'MogaNet: depths={depths} and ffn_ratios={ratios} must have four entries')
-        for info, i in zip(self.feature_info, sorted(self.out_indices), strict=True):
-            info['module'] = f'norm{i + 1}'
 
         def halve(before: int, after: int) -> list[tuple[str, nn.Module]]:
             return [('projection', nn.Conv2d(before, after, 3, 2, 1)), ('norm', build_norm(norm_cfg, after))]
@@ -211,33 +208,6 @@ class MogaNet(Backbone):
                 nn.init.zeros_(conv.bias)
         self._freeze()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features of a batch of images.
-
-        Args:
-            x: ``(N, in_channels, H, W)``.
-
-        Returns:
-            One ``(N, C_i, H / s_i, W / s_i)``, rounded up, for each of ``out_indices``, with strides 4, 8, 16 and 32.
-        """
-        x = self._to_compute_format(x)
-        features = []
-        for i in range(4):
-            for name in ('patch_embed', 'blocks', 'norm'):
-                x = getattr(self, f'{name}{i + 1}')(x)
-            if i in self.out_indices:
-                features.append(x)
-        return self._to_output_format(features)
-
-    def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
-        match = re.fullmatch(r'(patch_embed|blocks|norm)([1-4])', parts[0])
-        if match is None:
-            raise ValueError(f'MogaNet has no parameter {".".join(parts)!r}')
-        stage = int(match[2]) - 1
-        if match[1] == 'blocks':
-            return stage, int(parts[1])
-        return stage, self.depths[stage] if match[1] == 'norm' else None  # the norm is in the trunk, after the blocks
-
     def get_layer_depth(self, name: str, prefix: str = '') -> tuple[int, int]:
         """Return the layer id of a parameter, of 12 layers, as in the authors' detection code.
 
@@ -251,10 +221,6 @@ class MogaNet(Backbone):
         if block is None:
             return (0, 3, 4, 12)[stage], 14
         return (2, 3, min(3 + block // 2, 11), 12)[stage], 14
-
-    def _frozen_modules(self) -> list[Any]:
-        names = ('patch_embed', 'blocks', 'norm')
-        return [getattr(self, f'{name}{i + 1}') for i in range(self.frozen_stages) for name in names]
 
 
 register_variants(

@@ -4,7 +4,6 @@
 Parameter names and shapes are those of the authors' code (Apache-2.0), so that their checkpoints load.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from replk_mm.backbones.catalogue import Weights, register_variants
-from replk_mm.backbones.layers import Backbone, LayerNorm2d, Stage, add_residual, build_norm
+from replk_mm.backbones.layers import LayerNorm2d, PatchEmbedBackbone, Stage, add_residual, build_norm
 from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
@@ -128,7 +127,7 @@ class PatchEmbed(nn.Sequential):
 
 
 @MODELS.register_module()
-class VAN(Backbone):
+class VAN(PatchEmbedBackbone):
     """Visual Attention Network, in the form of the authors' segmentation code.
 
     Args:
@@ -205,39 +204,11 @@ class VAN(Backbone):
             )
             self.add_module(f'block{i}', Stage(*blocks, with_cp=with_cp))
             self.add_module(f'norm{i}', LayerNorm2d(width, eps=1e-5))
-        for i, info in zip(sorted(self.out_indices), self.feature_info, strict=True):
-            info['module'] = f'norm{i + 1}'
         self._freeze()
 
     @staticmethod
     def _build_stem(in_channels: int, channels: int, norm_cfg: dict) -> nn.Module:
         return PatchEmbed(in_channels, channels, 7, 4, norm_cfg)
-
-    @property
-    def stages(self) -> list[Any]:
-        """The blocks of each stage."""
-        return [getattr(self, f'block{i + 1}') for i in range(len(self.depths))]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        x, features = self._to_compute_format(x), []
-        for i, stage in enumerate(self.stages, 1):
-            x = getattr(self, f'norm{i}')(stage(getattr(self, f'patch_embed{i}')(x)))
-            if i - 1 in self.out_indices:
-                features.append(x)
-        return self._to_output_format(features)
-
-    def _locate_parameter(self, parts: list[str]) -> tuple[int, int | None] | None:
-        match re.split(r'(\d)$', parts[0])[:2], parts[1:]:
-            case ['patch_embed', stage], _:
-                return int(stage) - 1, None
-            case ['block', stage], [block, *_]:
-                return int(stage) - 1, int(block)
-            case ['norm', stage], _:  # between two stages
-                return int(stage) - 1, self.depths[int(stage) - 1] - 1
-        raise ValueError(f'{type(self).__name__} has no parameter {".".join(parts)!r}')
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        return list(self.children())[: 3 * self.frozen_stages]
 
 
 _WEIGHTS = 'https://huggingface.co/Visual-Attention-Network/VAN-{}-original/resolve/main/van_{}.pth.tar'

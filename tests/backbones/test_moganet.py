@@ -72,9 +72,6 @@ class TestMogaNet(BackboneContract):
                     m.weight *= 0.4
         return model
 
-    def stages(self, model):
-        return [model.blocks1, model.blocks2, model.blocks3, model.blocks4]
-
     @pytest.mark.parametrize('argument', inspect.signature(MogaNet).parameters)
     def test_every_argument_has_an_effect(self, argument):
         if argument not in ('with_cp', 'init_cfg', 'out_memory_format'):  # these have tests of their own

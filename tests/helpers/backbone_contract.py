@@ -46,10 +46,6 @@ class BackboneContract:
                     value.normal_(0.5, 0.1)
         return model.eval()
 
-    def stages(self, model: nn.Module) -> list[nn.Module]:
-        """The stages, which FSDP may shard one by one."""
-        return list(model.stages)
-
     def image(self, *shape: int) -> Tensor:
         return torch.randn(*(shape or (2, 3, 64, 64)), generator=torch.Generator().manual_seed(1))
 
@@ -114,7 +110,7 @@ class BackboneContract:
             model, x = self.build(**kwargs).train(), self.image()
             outs, grads = self.run(copy.deepcopy(model), x)
             with single_process_group():
-                for stage in self.stages(model):
+                for stage in model.stages:
                     fully_shard(stage)
                 found, found_grads = self.run(fully_shard(model) if whole else model, x)
                 self.assert_equal(found, outs)
