@@ -183,6 +183,11 @@ class MogaNet(PatchEmbedBackbone):
     ) -> None:
         settings = self.resolve_arch(arch)
         depths, channels, ratios = settings['depths'], settings['channels'], settings['ffn_ratios']
+        init_cfg = init_cfg or [
+            dict(type='Kaiming', layer='Conv2d'),
+            # the fan_out of a group, which torch calls fan_in here
+            dict(type='Kaiming', layer='DepthwiseConv2d', mode='fan_in'),
+        ]
         super().__init__(depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg)
         if not len(depths) == len(ratios) == 4:
             raise ValueError(f'MogaNet: depths={depths} and ffn_ratios={ratios} must have four entries')
@@ -201,11 +206,6 @@ class MogaNet(PatchEmbedBackbone):
             self.add_module(f'patch_embed{i}', embed)
             self.add_module(f'blocks{i}', Stage(*blocks, with_cp=with_cp))
             self.add_module(f'norm{i}', build_norm(norm_cfg, width))
-        for conv in self.modules():
-            if isinstance(conv, nn.Conv2d):
-                fan_out = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1] // conv.groups
-                nn.init.normal_(conv.weight, std=(2 / fan_out) ** 0.5)
-                nn.init.zeros_(conv.bias)
         self._freeze()
 
     def get_layer_depth(self, name: str, prefix: str = '') -> tuple[int, int]:

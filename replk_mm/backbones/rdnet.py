@@ -179,8 +179,9 @@ class RDNet(Backbone):
                 for j in range(BLOCKS)
             )
             self.dense_stages.append(nn.Sequential(*layers, DenseStage(*blocks, with_cp=with_cp)))
-        for i in self.out_indices if feature_norm_cfg else ():
-            self.add_module(f'norm{i}', build_norm(feature_norm_cfg, channels[i]))
+        if feature_norm_cfg:
+            for i in self.out_indices:
+                self.add_module(f'norm{i}', build_norm(feature_norm_cfg, channels[i]))
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

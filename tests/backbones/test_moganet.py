@@ -67,9 +67,6 @@ class TestMogaNet(BackboneContract):
             for name, value in model.named_parameters():
                 if name.endswith('sigma.scale'):  # 1e-5 would hide the decomposition
                     value.normal_(0.5, 0.1)
-            for m in model.modules():
-                if isinstance(m, nn.Conv2d):  # the gate squares the scale of each block, with the same statistics
-                    m.weight *= 0.4
         return model
 
     @pytest.mark.parametrize('argument', inspect.signature(MogaNet).parameters)
@@ -110,6 +107,7 @@ class TestMogaNet(BackboneContract):
 
     def test_initial_weights(self):
         model = self.cls('xtiny')
+        model.init_weights()
         for name in ('patch_embed2.projection', 'blocks3.0.mlp.fc1', 'blocks2.0.mlp.dwconv', 'blocks4.1.attn.proj_1'):
             conv = model.get_submodule(name)
             fan_out = conv.weight.shape[2] * conv.weight.shape[3] * (1 if conv.groups > 1 else conv.weight.shape[0])

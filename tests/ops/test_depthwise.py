@@ -307,3 +307,12 @@ def test_other_dtypes_are_torchs_business(spec):
 def test_rejections(x, weight, kwargs, message):
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(torch.zeros(x), torch.zeros(weight), **kwargs)
+
+
+def test_a_part_of_the_channels_keeps_the_layout():
+    """A slice of a channels-last map, as of networks that split channels, is contiguous in neither layout."""
+    x, weight = torch.randn(2, 64, 9, 10).contiguous(memory_format=torch.channels_last), torch.randn(32, 1, 5, 5)
+    part = x[:, 16:48]
+    out = depthwise_conv2d(part, weight)
+    assert_close([out], [F.conv2d(part.double(), weight.double(), padding=2, groups=32)], TOLERANCE[torch.float32])
+    assert out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
