@@ -154,21 +154,26 @@ def main() -> None:
     adapted = re.split('[/.]', args.pattern)[0] in ADAPTERS
     base = args.pattern if adapted else args.pattern.partition('.')[0]
     known = [find_backbone(name)[0] for name in ([base] if adapted else list_backbones(base))]
-    absent = [entry for entry in known if entry.package and find_spec(entry.package) is None]
-    if absent and (args.write or absent == known):
-        require(absent[0].package, absent[0].name)
-    if absent:
-        names = ', '.join(entry.name for entry in absent)
-        print(f'not listed: {names}: the package {absent[0].package} is not installed', file=sys.stderr)
-        known = [entry for entry in known if entry not in absent]
+    page = args.write.read_text(encoding='utf-8') if args.write and args.write.is_file() else ''
+    written = [tuple(line.strip('| ').split(' | ')) for line in page.splitlines() if line.startswith('| ')]
+    absent: list[CatalogueEntry] = []  # their lines in a page stay
     found: list[dict] = []
     table: list[tuple[str, ...]] = [HEAD]
     for entry in track(known, 'backbones', console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        if entry.package and find_spec(entry.package) is None:
+            absent.append(entry)
+            table += [row for row in written if row[0].partition('.')[0] == entry.name]
+            continue
         for weights, facts in zip(entry.weights or (None,), describe(entry), strict=True):
             matches = args.pattern == base or facts['name'].endswith(args.pattern.partition('.')[2])
             if matches and (not args.licence or is_permissive(entry, weights)):
                 found.append(facts)
                 table.append(cells(facts, licence_of(entry, weights)))
+    if absent and not found:
+        require(str(absent[0].package), absent[0].name)
+    if absent:
+        names = ', '.join(entry.name for entry in absent)
+        print(f'not measured: {names}: the package {absent[0].package} is not installed', file=sys.stderr)
     if not found:
         hint = did_you_mean(base, list_backbones()) or 'Without a pattern, all are listed.'
         raise UserError(f'{args.pattern}: no such backbone in the catalogue\n{hint}')

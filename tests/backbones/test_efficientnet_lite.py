@@ -73,15 +73,20 @@ def test_files_are_verified_and_loaded_whole(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(find_spec('timm') is not None, reason='timm is installed')
-def test_without_timm(monkeypatch, capsys):
+def test_without_timm(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match='timm is not installed'):
         build_backbone('efficientnet-lite0')
     assert tool_main('backbones', 'efficientnet', monkeypatch=monkeypatch) == 2
     assert 'efficientnet-lite0: the package timm' in capsys.readouterr().err
-    assert tool_main('backbones', '*t[et][0o]', '--json', monkeypatch=monkeypatch) == 0
-    printed = capsys.readouterr()
-    assert 'not listed: efficientnet-lite0: ' in printed.err
-    assert [found['name'] for found in json.loads(printed.out)] == ['convnext-atto', 'convnextv2-atto.fcmae-in1k']
+    page = tmp_path / 'page.md'
+    page.write_text(
+        '<!-- backbones:begin -->\n| Backbone |\n| efficientnet-lite0.in1k | kept |\n<!-- backbones:end -->\n'
+    )
+    assert tool_main('backbones', '[ce]*t[et][0o]', '--write', page, monkeypatch=monkeypatch) == 0
+    assert 'not measured: efficientnet-lite0: ' in capsys.readouterr().err
+    names = [line.split(' ')[1] for line in page.read_text().splitlines() if line.startswith('| ')]
+    assert sorted(names[2:]) == ['convnext-atto', 'convnextv2-atto.fcmae-in1k', 'efficientnet-lite0.in1k']
+    assert '| efficientnet-lite0.in1k | kept |' in page.read_text()
 
 
 def test_names():
