@@ -270,3 +270,36 @@ def test_choices_for_strips_and_dilated_kernels_are_near_the_best(
     times = dict(zip(('grad_kernel', 'grad_kernel_channels_last', 'fft', 'native'), grad_weight, strict=True))
     assert times[plan.grad_weight] <= 1.2 * min(grad_weight)
     assert plan.grad_input == 'channels_last'
+
+
+#: The same for strips of one pixel and dilation 3, in milliseconds of one thread: weight gradient of grad_kernel,
+#: grad_kernel_channels_last and native.
+MEASURED_THIN = [
+    ((1, 64, 64, 64), (1, 11), 1, (0.80, 0.72, 0.97)),
+    ((1, 64, 64, 64), (11, 1), 1, (0.96, 0.92, 0.21)),
+    ((1, 64, 64, 64), (1, 7), 1, (0.83, 0.71, 0.74)),
+    ((1, 64, 64, 64), (7, 1), 1, (0.82, 0.81, 0.18)),
+    ((1, 64, 64, 64), (1, 21), 1, (1.34, 0.81, 5.24)),
+    ((1, 64, 64, 64), (21, 1), 1, (1.24, 1.21, 0.34)),
+    ((1, 256, 16, 16), (21, 1), 1, (0.38, 0.28, 1.40)),
+    ((1, 256, 16, 16), (1, 21), 1, (0.38, 0.23, 1.91)),
+    ((1, 160, 32, 32), (1, 11), 1, (0.52, 0.48, 0.61)),
+    ((1, 512, 16, 16), (11, 1), 1, (0.85, 0.56, 0.15)),
+    ((2, 160, 32, 32), (21, 1), 1, (1.39, 1.52, 0.38)),
+    ((2, 512, 16, 16), (1, 21), 1, (2.19, 1.12, 8.46)),
+    ((1, 32, 128, 128), (7, 7), 3, (2.98, 1.95, 8.33)),
+    ((1, 64, 64, 64), (7, 7), 3, (1.71, 1.06, 3.91)),
+    ((1, 160, 32, 32), (7, 7), 3, (1.25, 0.73, 2.39)),
+    ((1, 256, 16, 16), (7, 7), 3, (0.78, 0.34, 3.51)),
+    ((2, 512, 16, 16), (7, 7), 3, (3.16, 1.34, 14.96)),
+]
+
+
+@pytest.mark.parametrize('shape, kernel, dilation, grad_weight', MEASURED_THIN)
+def test_choices_for_strips_of_one_pixel_and_dilation_3_are_near_the_best(shape, kernel, dilation, grad_weight, rates):
+    rates('AVX512')
+    given_ = problem(shape, kernel, dilation=(dilation,) * 2, channels_last=True, threads=1)
+    plan = cost_model.choose_plan(given_)
+    times = dict(zip(('grad_kernel', 'grad_kernel_channels_last', 'native'), grad_weight, strict=True))
+    assert times[plan.grad_weight] <= 1.15 * min(grad_weight)
+    assert plan[:2] == ('channels_last', 'channels_last')

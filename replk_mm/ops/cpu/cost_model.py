@@ -164,6 +164,7 @@ _RATES: dict[str, dict[str, dict[int, float]]] = {  # by instruction set, and by
             1: 5
         },  # its loop for the weight gradient of dilated kernels, and for their output with large padding
         'reference': {1: 4},  # the loop that torch's convolution uses in the default layout with large padding
+        'thin grad_kernel': {1: 2.5},  # times as long as others: strips of one pixel, and dilation 3
         'transform': {1: 118},
         'inverse_transform': {1: 150},
     },
@@ -178,6 +179,7 @@ _RATES: dict[str, dict[str, dict[int, float]]] = {  # by instruction set, and by
         'native grad_weight channels_last': {1: 20, 3: 25, 4: 8, 11: 11, 13: 8, 15: 2.5},
         'dilated': {1: 5},
         'reference': {1: 4},
+        'thin grad_kernel': {1: 1},
         'transform': {1: 118},
         'inverse_transform': {1: 100},
     },
@@ -189,6 +191,7 @@ _RATES: dict[str, dict[str, dict[int, float]]] = {  # by instruction set, and by
         **dict.fromkeys(('native grad_weight', 'native grad_weight channels_last'), {1: 40}),
         'dilated': {1: 40},
         'reference': {1: 30},
+        'thin grad_kernel': {1: 1},
         'transform': {1: 350},
         'inverse_transform': {1: 480},
     },
@@ -312,9 +315,15 @@ def estimate_milliseconds(problem: DepthwiseProblem, cached: bool = False) -> di
         filled = size if direct.writes_padding(problem.padding, problem.dilation) else 0.0
         # This one skips no rows, and outputs of strips fill its registers badly.
         inside, arranged, calls = 1.3 if problem.dilation == (1, 1) else 1.0, 1.7 * out, 2 * calls
+    thin = not square and (min(problem.kernel) == 1 or problem.dilation[1] == 3)
+    # torch's loop goes along rows. Columns are as fast as squares of 3x3, unless they are higher than the map.
+    width = problem.kernel[1]
+    if width == 1:
+        width = min(side, 3) if problem.kernel[0] <= problem.size[0] else 15
     grad_weight = dict(
-        native=max(work / _rate(f'native grad_weight{suffix}', side), loop),
-        grad_kernel=work / _rate('grad_kernel', side) + to_padded + filled,
+        native=max(work / _rate(f'native grad_weight{suffix}', width), loop),
+        grad_kernel=(work / _rate('grad_kernel', side) + to_padded + filled)
+        * (_rate('thin grad_kernel', 1) if thin else 1.0),
         # The output's gradient is rearranged twice: here if it is in channels-last memory, and by oneDNN.
         grad_kernel_channels_last=work * inside / _rate('grad_kernel_channels_last', side) + calls + arranged,
     )
