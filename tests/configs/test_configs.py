@@ -91,6 +91,7 @@ TINY = {
         layers=[1, 1, 1, 1], channels=[8, 16, 24, 40], large_kernel_sizes=[7, 7, 7, 5], dw_ratio=1
     ),
     'replk_mm.ConvNeXt': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
+    'replk_mm.SLaK': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.UniRepLKNet': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40], kernel_sizes=[3, 7, 5, 7]),
     'replk_mm.MogaNet': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.VAN': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
@@ -253,7 +254,7 @@ def test_page_has_every_config_with_its_published_figures():
         figures = [row.get(m) for m in (('ap_box', 'ap_mask') if 'ap_box' in row else ('miou_ss', 'miou_ms'))]
         figures = ' / '.join('–' if figure is None else f'{figure}' for figure in figures)
         line = lines[Path(name).stem]
-        assert f'| {figures} | {row["params_m"]} |' in line
+        assert f'| {figures} | {row["params_m"] or "–"} |' in line
         assert f'batch {PUBLISHED["recipes"][row["recipe"]]["global_batch"]} |' in line
         variant = row.get('crop', row.get('method'))
         assert f'| {row["backbone"]} | {row["pretraining"]} | {row["dataset"]} | {variant} |' in line
