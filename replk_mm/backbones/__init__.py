@@ -9,6 +9,7 @@ from replk_mm.backbones.internimage import InternImage
 from replk_mm.backbones.layers import LayerNorm2d
 from replk_mm.backbones.moganet import MogaNet
 from replk_mm.backbones.mscan import MSCAN
+from replk_mm.backbones.overlock import OverLoCK
 from replk_mm.backbones.rdnet import RDNet
 from replk_mm.backbones.replknet import RepLKNet
 from replk_mm.backbones.slak import SLaK
@@ -25,6 +26,7 @@ __all__ = [
     'MSCAN',
     'MogaNet',
     'RDNet',
+    'OverLoCK',
     'RepLKNet',
     'SLaK',
     'SyncBatchNorm',

@@ -72,18 +72,18 @@ def _freeze_running_stats(module: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(batches)
 
 
-def run_checkpointed(module: nn.Module, x: Tensor, enabled: bool) -> Tensor:
-    """Run ``module(x)``; if ``enabled``, recompute its activations in the backward pass instead of storing them."""
-    if enabled and x.requires_grad:
+def run_checkpointed(module: nn.Module, *inputs: Tensor, enabled: bool) -> Tensor:
+    """Run ``module``; if ``enabled``, recompute its activations in the backward pass instead of storing them."""
+    if enabled and inputs[0].requires_grad:
         # The recomputation must not update the running statistics a second time.
         return checkpoint(
-            module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _freeze_running_stats(module))
+            module, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _freeze_running_stats(module))
         )
-    return module(x)
+    return module(*inputs)
 
 
 class Stage(nn.Sequential):
-    """Blocks of one resolution, each called as ``block(x)``.
+    """Blocks of one resolution, each called as ``block(x)``, or with a context as ``block(x, context)``.
 
     Args:
         *blocks: In the order of execution.
@@ -95,9 +95,10 @@ class Stage(nn.Sequential):
         super().__init__(*blocks)
         self.with_cp = with_cp
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        others = () if context is None else (context,)
         for block in self:
-            x = run_checkpointed(block, x, self.with_cp)
+            x = run_checkpointed(block, x, *others, enabled=self.with_cp)
         return x
 
 

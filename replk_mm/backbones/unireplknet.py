@@ -48,21 +48,34 @@ class DilatedReparamBlock(nn.Module):
 
     Args:
         channels: Channels of input and output.
-        kernel_size: Side of the large kernel in pixels, a key of :data:`DILATED_BRANCHES`.
+        kernel_size: Side of the large kernel in pixels.
         deploy: Build the deployed form, a single convolution with bias.
         norm_cfg: Normalization layer of every branch.
+        branches: Sides and dilations of the other kernels. Defaults to those of :data:`DILATED_BRANCHES`.
     """
 
-    def __init__(self, channels: int, kernel_size: int, deploy: bool, norm_cfg: dict) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        deploy: bool,
+        norm_cfg: dict,
+        branches: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         super().__init__()
         self.lk_origin: Any = DepthwiseConv2d(channels, kernel_size, bias=deploy)
         if deploy:
             return
         self.origin_bn = build_norm(norm_cfg, channels)
-        for side, dilation in DILATED_BRANCHES[kernel_size]:
+        for side, dilation in branches or DILATED_BRANCHES[kernel_size]:
             conv = DepthwiseConv2d(channels, side, dilation=dilation, bias=False)
             self.add_module(f'dil_conv_k{side}_{dilation}', conv)
             self.add_module(f'dil_bn_k{side}_{dilation}', build_norm(norm_cfg, channels))
+
+    @property
+    def merged(self) -> bool:
+        """Whether the branches are merged into one convolution."""
+        return self.lk_origin.bias is not None
 
     def branches(self) -> list[tuple[Any, Any]]:
         """Return convolution and norm of each branch, the largest kernel first."""
@@ -70,7 +83,7 @@ class DilatedReparamBlock(nn.Module):
         return list(zip(layers[::2], layers[1::2], strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.lk_origin.bias is not None:
+        if self.merged:
             return fused_conv2d(self.lk_origin, x)  # with a prepacked weight, if there is one
         (conv, norm), *others = self.branches()
         out = norm(conv(x))

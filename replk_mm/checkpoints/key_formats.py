@@ -24,8 +24,8 @@ COUNTERS = ('n_averaged', 'steps')  #: which averaging wrappers store next to th
 MOMENTUM_ENCODERS = frozenset({'encoder_k', 'momentum_encoder', 'target_net'})
 #: Buffer of a reparameterized backbone of this package: BatchNorm is folded in it, its neck or its heads.
 FOLDED = 'folded'
-#: Weights that only merged networks have: RepLKNet's, UniRepLKNet's.
-MERGED = re.compile(r'\.(lkb_reparam\.|pwconv2\.0\.bias$)')
+#: Weights that only merged networks have: RepLKNet's, OverLoCK's, UniRepLKNet's.
+MERGED = re.compile(r'\.(lkb_reparam\.|lk_origin\.bias$|pwconv2\.0\.bias$)')
 _VECTORS = re.compile(r'(?<!\.act\.1)\.(gamma|beta)$')  # layer scale and response norm
 _EMA = re.compile(r'(^|[._])ema([._]|$)')
 _STAGE = re.compile(r'.*stages[._](\d)\.')
@@ -144,6 +144,7 @@ FORMATS = (
         KeyFormat('SLaK', 'official', f'stages.0.0.large_kernel.{part}.weight', (_FINAL_NORM,))
         for part in ('LoRA1.conv', 'lkb_origin.conv', 'lkb_reparam.LoRA1', 'lkb_reparam')
     ),
+    KeyFormat('OverLoCK', 'official', 'blocks1.0.proj.1.lk_origin.weight'),
     KeyFormat('InceptionNeXt', 'official', 'stages.0.blocks.0.token_mixer.dwconv_hw.weight'),
     KeyFormat('VAN', 'official', 'block1.0.attn.spatial_gating_unit.conv_spatial.weight'),
     KeyFormat('VAN', 'mmpretrain', 'blocks1.0.attn.spatial_gating_unit.DW_D_conv.weight', _VAN_MMPRETRAIN),

@@ -21,8 +21,9 @@ from replk_mm.logs import announce
 
 #: Top-level modules that only training uses.
 TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
-# Norms of the output features, which classification checkpoints lack. They start as the identity.
-_OUTPUT_NORM = re.compile(r'(?:norm(\d)|stages\.(\d+)\.norm)\.')
+# Norms of the output features, which classification checkpoints lack. They start as the identity. OverLoCK has one more
+# layer for its last feature.
+_OUTPUT_NORM = re.compile(r'(?:norm(\d)|stages\.(\d+)\.norm|extra_norm\.(\d)|h_proj)\.')
 # Last layers of mmseg's and mmdet's heads, with one output for each class.
 _CLASS_LAYER = re.compile(r'\.(conv_seg|fc_cls|retina_cls|conv_cls|conv_logits|atss_cls|gfl_cls)\.(weight|bias)$')
 _MAX_SHOWN = 8
@@ -175,7 +176,7 @@ def load_pretrained(
     report.unexpected = [
         key
         for key in report.unexpected
-        if not (norm := _OUTPUT_NORM.match(key)) or int(norm[1] or norm[2]) in backbone.out_indices
+        if not (norm := _OUTPUT_NORM.match(key)) or int(next(filter(None, norm.groups()), 3)) in backbone.out_indices
     ]
     summary = f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}\n{report.details()}'
     print_log(summary.rstrip(), logger='current')

@@ -61,7 +61,8 @@ class Changes:
     """Changes made by :func:`reparameterize`, as module paths.
 
     Attributes:
-        merged: Modules whose parallel branches became one convolution; for UniRepLKNet, its blocks.
+        merged: Modules whose parallel branches became one convolution; for UniRepLKNet its blocks, for OverLoCK the
+            sequences with them.
         folded: BatchNorm layers folded into a convolution.
         left: BatchNorm layers whose folding is not known to be exact.
     """
@@ -87,8 +88,8 @@ def reparameterize(
 
     Args:
         model: Any module.
-        merge: Merge the parallel kernels of RepLKNet and SLaK, and the blocks of UniRepLKNet as its authors do, with
-            their norms. Defaults to True.
+        merge: Merge the parallel kernels of RepLKNet, SLaK and OverLoCK, and the blocks of UniRepLKNet as its authors
+            do, with their norms. Defaults to True.
         fold: Fold BatchNorm layers into convolutions. Defaults to True.
         inplace: Change ``model`` itself instead of a copy. Defaults to False.
 
@@ -152,7 +153,10 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str, str, bool]]:
         elif _runs_as(module, ConvNorm):
             found = [('conv', 'bn', False)]
         elif _runs_as(module, nn.Sequential):
-            children = list(module._modules)
+            children = [
+                f'{path}.lk_origin' if _runs_as(layer, DilatedReparamBlock) and layer.merged else path
+                for path, layer in module._modules.items()
+            ]
             pairs = list(zip(children, children[1:], strict=False))
             found = [(first, second, False) for first, second in pairs] + [(conv, norm, True) for norm, conv in pairs]
         for cls, norm, conv, of in _NORM_FIRST:
@@ -308,6 +312,17 @@ def _merge_branches(block: Any, uses: Counter[int]) -> bool:
     return True
 
 
+def _merge_dilated(layers: Any, uses: Counter[int]) -> bool:
+    """Merge kernels in a sequence, as in OverLoCK; the norm after them stays, as in the authors' merged form."""
+    block = next((layer for layer in layers if _runs_as(layer, DilatedReparamBlock) and not layer.merged), None)
+    if block is None or not _mergeable(block, list(block.children()), block.branches(), uses):
+        return False
+    merged = _with_weights(block.lk_origin, *_sum_branches(block.branches()))
+    block._modules.clear()
+    block.lk_origin = merged
+    return True
+
+
 def _merge_unireplknet_block(block: Any, uses: Counter[int]) -> bool:
     """Merge the kernels of a block, and fold its norms, its layer scale and the shift of its response norm."""
     large, linear, norms = block.dwconv, block.pwconv2[0], [block.norm, *block.pwconv2[2:]]
@@ -341,4 +356,5 @@ _MERGES: dict[type[nn.Module], Callable] = {
     ReparamLargeKernelConv: _merge_branches,
     DecomposedLargeKernelConv: _merge_branches,
     UniRepLKNetBlock: _merge_unireplknet_block,
+    nn.Sequential: _merge_dilated,
 }

@@ -49,6 +49,7 @@ def test_names():
     assert list_backbones('van') == [f'van-b{i}' for i in range(7)]
     assert list_backbones('moganet') == [f'moganet-{v}' for v in ('xtiny', 'tiny', 'small', 'base', 'large', 'xlarge')]
     assert list_backbones('rdnet') == [f'rdnet-{v}' for v in ('tiny', 'small', 'base', 'large')]
+    assert list_backbones('overlock') == [f'overlock-{v}' for v in ('xt', 't', 's', 'b')]
     assert list_backbones('slak') == ['slak-tiny', 'slak-small', 'slak-base']
     assert list_backbones('internimage') == [f'internimage-{v}' for v in ('t', 's', 'b', 'l', 'xl')]
     v1 = ['atto', 'nano', 'tiny', 'small', 'base', 'large', 'xlarge']

@@ -29,6 +29,7 @@ SMALLEST = (
     'van-b0',
     'moganet-xtiny',
     'rdnet-tiny',
+    'overlock-xt',
 )
 
 

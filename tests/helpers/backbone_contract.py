@@ -26,6 +26,8 @@ class BackboneContract:
     batch_norm: dict
     #: Pattern of the names of norms that are not `norm_cfg`.
     fixed_norms = r'(?!)'
+    #: Start of the names of layers of the outputs, which stand beside the stages.
+    output_layers: str | tuple[str, ...] = 'norm'
     #: Names of the parameters that `frozen_stages=n` fixes: n to prefixes.
     frozen: dict[int, tuple[str, ...]]
     #: drop_path_rate 0.3 in the tiny network: what each DropPath in order of execution has.
@@ -406,7 +408,7 @@ class BackboneContract:
         ]
         model(self.image())
         [hook.remove() for hook in hooks]
-        inner = [n for n in order if not n.startswith('norm')]  # output norms stand beside the stages
+        inner = [n for n in order if not n.startswith(self.output_layers)]
         walk = [depths[next(p for p in depths if p.rpartition('.')[0] == n)] for n in inner]
         assert len(walk) > 10 and walk == sorted(walk)
         for name in ('decode_head.conv_seg.weight', 'neck.x', 'rpn_head.y'):
