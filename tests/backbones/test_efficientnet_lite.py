@@ -11,10 +11,11 @@ from config_cases import CONFIGS, batch
 from golden_fill import assert_golden, image
 from tool_cases import tool_main
 
-from replk_mm.backbones import build_backbone
+from replk_mm.backbones import adapters, build_backbone
 from replk_mm.backbones.catalogue import find_backbone
 from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.checkpoints.key_formats import efficientnet_to_timm
+from replk_mm.commands import backbones as command
 from replk_mm.engine.config import build_model, load_config
 from replk_mm.errors import UserError
 
@@ -72,8 +73,9 @@ def test_files_are_verified_and_loaded_whole(tmp_path, monkeypatch, capsys):
         build_backbone('efficientnet-lite0', pretrained=tmp_path / 'weights.pth')
 
 
-@pytest.mark.skipif(find_spec('timm') is not None, reason='timm is installed')
 def test_without_timm(tmp_path, monkeypatch, capsys):
+    for module in (adapters, command):
+        monkeypatch.setattr(module, 'find_spec', lambda package: None)
     with pytest.raises(UserError, match='timm is not installed'):
         build_backbone('efficientnet-lite0')
     assert tool_main('backbones', 'efficientnet', monkeypatch=monkeypatch) == 2
