@@ -40,7 +40,7 @@ UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']
 
 def test_files_and_published_rows_match_one_to_one():
     rows = [row['config'] for task in ('segmentation', 'detection') for row in PUBLISHED[task] if row.get('config')]
-    assert len(rows) == len(set(rows)) == 38
+    assert len(rows) == len(set(rows)) == 44
     assert sorted([*rows, *NANO, *UNPUBLISHED]) == LEAVES
 
 
@@ -96,6 +96,10 @@ TINY = {
     'replk_mm.MogaNet': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.VAN': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.MSCAN': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
+    'replk_mm.InceptionNeXt': dict(depths=[1] * 4, channels=[8, 16, 24, 40], band_kernel=5, branch_ratio=0.125),
+    'replk_mm.OverLoCK': dict(
+        depths=[1] * 4, focus_depths=[1, 1], channels=[8, 16, 24, 40], heads=[2, 4], kernel_sizes=[7] * 4
+    ),
     'replk_mm.RDNet': dict(stem_channels=16, growth_rates=[[8], [12], [8], [24]]),
 }
 #: Smaller values for all settings with these keys.
