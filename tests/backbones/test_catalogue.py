@@ -311,7 +311,7 @@ def test_merged_and_exported(name):
     merged, _ = reparameterize(model.eval())
     with torch.no_grad():
         exported = torch.export.export(merged, (image,), strict=False).module()
-        assert difference(exported(image), merged(image)) < 1e-5
+        assert difference(exported(image), merged(image)) < 1e-4
 
 
 @pytest.mark.parametrize('name', SMALLEST)
