@@ -93,7 +93,7 @@ class DenseStage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
-            x = torch.cat((x, run_checkpointed(block, x, self.with_cp)), 1)
+            x = torch.cat((x, run_checkpointed(block, x, enabled=self.with_cp)), 1)
         return x
 
 

@@ -182,24 +182,6 @@ def test_parameters_and_macs_are_those_of_the_authors_code(name, side, known):
     assert found.macs + classes * last == pytest.approx(macs * 1e9, rel=1e-3, abs=5.1e6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', {n.split('-')[0]: n for n in reversed(list_backbones()) if 'lite' not in n}.values())
-def test_the_smallest_of_each_family_runs_in_every_form(name):
-    """Forward and backward, reparameterized, exported and in bfloat16."""
-    torch.manual_seed(0)
-    model, image = build_backbone(name).train(), torch.randn(2, 3, 64, 64)
-    sum(x.square().mean() for x in model(image)).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    merged, _ = reparameterize(model)
-    with torch.no_grad():
-        expected = model.eval()(image)
-        exported = torch.export.export(merged, (image,), strict=False).module()
-        for a, b, c in zip(expected, exported(image), merged.bfloat16()(image.bfloat16()), strict=True):
-            torch.testing.assert_close(b, a, rtol=0, atol=1e-4 * a.abs().max().item())
-            assert c.dtype == torch.bfloat16
-            torch.testing.assert_close(c.float(), a, rtol=0, atol=0.1 * a.abs().max().item())
-
-
 def test_a_plain_module():
     model = build_backbone('replknet-nano', drop_path_rate=0.1).eval()
     assert isinstance(model, RepLKNet)
