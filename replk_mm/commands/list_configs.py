@@ -1,6 +1,7 @@
 """List the configs: backbone, data, schedule, published results, and parameters."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def read_configs(folder: Path) -> list[ConfigRow]:
     if not paths:
         raise UserError(f'{folder}: no configs\nRun this at the root of the repository, or use --configs DIR.')
     order = {result.config: i for i, result in enumerate(published.results())}
-    paths.sort(key=lambda p: order.get(p.name, len(order)))
+    paths.sort(key=lambda p: order.get(p.name, math.inf))
     console = Console(stderr=True)
     return [read_config(path) for path in track(paths, 'configs', console=console, disable=not sys.stderr.isatty())]
 

@@ -40,7 +40,7 @@ UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']
 
 def test_files_and_published_rows_match_one_to_one():
     rows = [row['config'] for task in ('segmentation', 'detection') for row in PUBLISHED[task] if row.get('config')]
-    assert len(rows) == len(set(rows)) == 44
+    assert len(rows) == len(set(rows)) == 46
     assert sorted([*rows, *NANO, *UNPUBLISHED]) == LEAVES
 
 
@@ -93,6 +93,9 @@ TINY = {
     'replk_mm.ConvNeXt': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.SLaK': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.UniRepLKNet': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40], kernel_sizes=[3, 7, 5, 7]),
+    'replk_mm.InternImage': dict(
+        depths=[1, 1, 1, 1], channels=[8, 16, 24, 40], groups=[1, 2, 3, 5], offset_scale=1.0, post_norm=True
+    ),
     'replk_mm.MogaNet': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.VAN': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
     'replk_mm.MSCAN': dict(depths=[1, 1, 1, 1], channels=[8, 16, 24, 40]),
