@@ -270,13 +270,14 @@ class TimmBackbone(_Adapter):
     @classmethod
     def accepts(cls, model_name: str, argument: str) -> bool:
         """Whether the network has an argument, such as ``drop_path_rate``."""
-        return argument in _arguments(run_on_meta(lambda: import_module('timm').create_model(model_name)))
+        network = run_on_meta(lambda: import_module('timm').create_model(model_name))
+        return argument in inspect.signature(type(network).__init__).parameters
 
     def _describe(self) -> tuple[int, Any, dict[str, int]]:
         from timm.models import group_parameters
 
         base = self.library.create_model(self.model_name, **self.options)
-        accepted = _arguments(base)
+        accepted = inspect.signature(type(base).__init__).parameters
         flags = dict(dynamic_img_size=True, dynamic_img_pad=True, strict_img_size=False)
         self.options = {**{key: flag for key, flag in flags.items() if key in accepted}, **self.options}
         layers = group_parameters(base, base.group_matcher(coarse=False), reverse=True)
@@ -306,10 +307,6 @@ class TimmBackbone(_Adapter):
         if (flat := _flat(key.removeprefix('net.'))) not in depths:
             raise ValueError(f'{self.name} has no parameter {key!r}')
         return depths[flat], count
-
-
-def _arguments(net: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(type(net).__init__).parameters
 
 
 def _flat(name: str) -> str:
@@ -353,9 +350,8 @@ class HFBackbone(_Adapter):
 
     def _load(self, state: dict[str, Tensor] | None) -> None:
         source = self.model_name if state is None else None
-        more = {} if state is None else dict(state_dict=state)
         load = type(self.net).from_pretrained
-        whole, report = load(source, config=self.net.config, output_loading_info=True, **more)
+        whole, report = load(source, state_dict=state, config=self.net.config, output_loading_info=True)
         own = {key.partition('.')[0] for key in self.net.state_dict()}
         wrong = [key for key in report['missing_keys'] if not key.startswith(_OUTPUT_NORMS)]
         wrong += [key for key in report['unexpected_keys'] if own & set(key.split('.')[:2])]
