@@ -170,7 +170,7 @@ def dynamic_conv2d(values: Tensor, kernels: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def mix_context(
-    x: Tensor, query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, tables: Sequence[Tensor], size: Sequence[int]
+    x: Tensor, query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, tables: Sequence[Tensor], size: Any
 ) -> Tensor:
     """Convolve with kernels that are mixed from the context, a small one and a large one for each head. Section 3.3.
 
@@ -241,7 +241,7 @@ class DynamicConvBlock(nn.Module):
         self.fusion = nn.Sequential(*layers, build_response_norm(channels))
         self.weight_query = nn.Sequential(conv(channels, half), norm(half))
         self.weight_key = nn.Sequential(nn.AdaptiveAvgPool2d(REGIONS), conv(context_channels, half), norm(half))
-        self.weight_proj = nn.Conv2d(REGIONS**2, SMALL_KERNEL**2 + kernel_size**2, 1)
+        self.weight_proj: Any = nn.Conv2d(REGIONS**2, SMALL_KERNEL**2 + kernel_size**2, 1)
         self.dyconv_proj = nn.Sequential(conv(channels, channels), norm(channels))
         reparam = DilatedReparamBlock(channels, kernel_size, deploy, norm_cfg, DILATED_BRANCHES[kernel_size])
         self.lepe = nn.Sequential(reparam, norm(channels))
