@@ -35,6 +35,7 @@ class PublishedResult:
     source: str  #: paper and repository
     where: str | None  #: place in the source, such as ``'readme'`` or ``'paper table 7'``
     note: str | None  #: what is unclear or contradicts the row
+    trained: str  #: address of the authors' trained weights
     recipe: str | None  #: name in ``table('recipes')``; None if the chosen values are not published
     variant: str | None  #: variant of the recipe, if it has several
     config: str | None  #: file name of the config that follows the recipe, if there is one
@@ -43,6 +44,14 @@ class PublishedResult:
     def family(self) -> str:
         """Name of the backbone without its size: ``'RepLKNet'`` or ``'ConvNeXt'``."""
         return self.backbone.split('-')[0]
+
+    @property
+    def link(self) -> str:
+        """Address of the paper, or of the repository if the row is in its readme."""
+        paper, repository = self.source.split(', ')
+        if (self.where or '').startswith('paper'):
+            return f'https://arxiv.org/abs/{paper.removeprefix("arXiv:")}'
+        return f'https://github.com/{repository}'
 
 
 @lru_cache(maxsize=1)
@@ -67,6 +76,7 @@ def _result(task: str, row: Mapping[str, Any]) -> PublishedResult:
         metrics={name: row[name] for name in METRICS if row.get(name) is not None},
         input=row['input'] and tuple(row['input']),
         source=f'{source["paper"]}, {source["repository"]}',
+        trained=source.get('trained', f'https://github.com/{source["repository"]}'),
         **{name: row[name] for name in ('backbone', 'pretraining', 'dataset', 'params_m', 'flops_g')},
         **{name: row.get(name) for name in ('where', 'note', 'recipe', 'variant', 'config')},
     )

@@ -26,7 +26,9 @@ def more_facts() -> dict:
 
 
 def schedule(row: dict) -> str:
-    text = str(row['iters']).replace('k', 'k iterations') if 'iters' in row else f'{row["epochs"]} epochs'
+    # The caption of table 6 of ConvNeXt V2 states the batch of all rows.
+    batch = ', batch 32' if 'epochs' in row and row.get('source', '').startswith('convnextv2') else ''
+    text = str(row['iters']).replace('k', 'k iterations') if 'iters' in row else f'{row["epochs"]} epochs{batch}'
     return re.sub(r' \((batch 32)\)', r', \1', text)
 
 

@@ -160,7 +160,16 @@ class _Pass(nn.Module):
         return self.run(self.model, image)
 
 
-class _CountedPass(TorchDispatchMode):
+class ShapeOfSamples(TorchDispatchMode):
+    """Only the shape of ``grid_sample`` on meta, where torch runs a hundred operators in Python for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten.grid_sampler_2d.default and args[0].is_meta:
+            return args[0].new_empty(*args[0].shape[:2], *args[1].shape[1:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _CountedPass(ShapeOfSamples):
     """One pass: the flops of each module, the called modules, and all other operators."""
 
     def __init__(
@@ -178,7 +187,7 @@ class _CountedPass(TorchDispatchMode):
             hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         takes_tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
         # torch 2.15 reshapes the output of a linear layer with _unsafe_view.
         is_view = func.is_view or func.overloadpacket is torch.ops.aten._unsafe_view

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +26,10 @@ from replk_mm.backbones.catalogue import (
     recipe_of,
     run_on_meta,
 )
+from replk_mm.bench.report.field import read_rows, render_field
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.errors import UserError, command, did_you_mean
+from replk_mm.files import write_atomic
 from replk_mm.published import METRICS
 from replk_mm.registry import MODELS
 from replk_mm.text import text_table, update_page
@@ -118,6 +120,49 @@ def cells(found: dict[str, Any], licence: str) -> tuple[str, ...]:
     )
 
 
+def write_field(page: Path, complexity: Path, benchmarks: Iterable[Path]) -> None:
+    """Write the picture of the field.
+
+    Args:
+        page: The HTML file.
+        complexity: Record of the command ``complexity --published``.
+        benchmarks: Records of the command ``benchmark backbone --backbone NAME``.
+
+    Raises:
+        UserError: If a record cannot be read or has other rows.
+    """
+    try:
+        record = json.loads(complexity.read_text(encoding='utf-8'))
+        measured = [json.loads(path.read_text(encoding='utf-8')) for path in benchmarks]
+    except (OSError, ValueError) as error:
+        raise UserError(f'--plot: {error}\nName the records with --complexity and --latency.') from error
+    entries = {name: find_backbone(name)[0] for name in list_backbones()}
+    licences = {
+        entry.paper_name: (licence_of(entry, weights), is_permissive(entry, weights))
+        for entry in entries.values()
+        if entry.paper_name
+        for weights in (entry.weights[0] if entry.weights else None,)
+    }
+    latencies: dict[str, float] = {}
+    machines: set[str] = set()
+    for found in measured:
+        name = str((found.get('cfg_options') or {}).get('backbone')).partition('.')[0]
+        points = [point for point in found.get('points', ()) if point['mode'] == 'inference']
+        if found.get('what') != 'backbone' or name not in entries or not points:
+            raise UserError('--latency: not a record of benchmark backbone --backbone NAME\nMeasure with this command.')
+        ours = next(row for row in points[0]['rows'] if row['name'] == 'ours')
+        latencies[entries[name].paper_name or name] = ours['milliseconds']['median']
+        where = found['environment']
+        machines.add(
+            f'{where.get("cpu") or where.get("gpu") or "one machine"}, {where.get("cores")} cores, '
+            f'1x3x{points[0]["height"]}x{points[0]["width"]}, float32'
+        )
+    if len(machines) > 1:
+        raise UserError(f'--latency: records of different conditions: {"; ".join(sorted(machines))}\nUse one machine.')
+    rows = read_rows(record, licences, latencies)
+    write_atomic(page, render_field(rows, ''.join(machines), f'python tools/backbones.py --plot {page.name}'))
+
+
 def download(name: str) -> Path:
     """Fetch and verify the weights of a name.
 
@@ -147,7 +192,18 @@ def main() -> None:
     p.add_argument('--licence', choices=['permissive'], help='leave out weights that forbid commercial use')
     p.add_argument('--download', action='store_true', help='download and verify the weights of one name')
     p.add_argument('--write', type=Path, metavar='PAGE', help='replace the block "backbones" of this page')
+    p.add_argument('--plot', type=Path, metavar='PAGE', help='write the picture of the field, an HTML page')
+    p.add_argument(
+        '--complexity', type=Path, default=Path('docs/complexity.json'), metavar='FILE', help='for --plot: %(default)s'
+    )
+    p.add_argument(
+        '--latency', type=Path, nargs='+', default=[], metavar='FILE', help='for --plot: benchmark.json of backbones'
+    )
     args = p.parse_args()
+    if args.plot:
+        write_field(args.plot, args.complexity, args.latency)
+        print(f'written: {args.plot}')
+        return
     if args.download:
         download(args.pattern)
         return

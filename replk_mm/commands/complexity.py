@@ -2,10 +2,13 @@
 
 CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is installed with a package
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). No weights are allocated and no image is read.
+--published counts the networks of all published rows beside the published figures.
 """
 
 import json
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from replk_mm import cli, published
 from replk_mm.analysis.complexity import (
@@ -17,7 +20,8 @@ from replk_mm.analysis.complexity import (
     config_complexity,
     library_versions,
 )
-from replk_mm.errors import command, command_line
+from replk_mm.analysis.published_complexity import count_published, render_page, write_pages
+from replk_mm.errors import UserError, command, command_line
 from replk_mm.text import text_table
 
 FIELDS = """
@@ -84,9 +88,13 @@ def _format_operators(uncounted: Iterable[Operator]) -> str:
 
 @command
 def main() -> None:
-    p = cli.parser(__doc__, 'complexity configs/upernet_replk31b_ade20k.py --shape 512 512')
+    p = cli.parser(
+        __doc__,
+        'complexity configs/upernet_replk31b_ade20k.py --shape 512 512',
+        'complexity --published --rows "ConvNeXt-T"',
+    )
     p.epilog = f'{p.epilog}\n{FIELDS}'
-    p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
+    p.add_argument('config', nargs='?', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     p.add_argument(
         '--shape',
         type=cli.positive_int,
@@ -95,8 +103,19 @@ def main() -> None:
         help="image size in pixels (default: as published, otherwise the config's crop)",
     )
     p.add_argument('--json', action='store_true', help='print JSON only')
+    p.add_argument('--published', action='store_true', help='count all published rows (minutes)')
+    p.add_argument('--rows', metavar='REGEX', help='only published rows whose config, backbone or method matches')
+    p.add_argument('--out', type=Path, metavar='DIR', help='write complexity.md, complexity.json and errata.md there')
     cli.add_config_options(p)
     args = p.parse_args()
+    if args.published:
+        record = count_published(args.rows, lambda line: print(line, file=sys.stderr, flush=True))
+        print(json.dumps(record, indent=2) if args.json else render_page(record, tables_only=True), end='')
+        if args.out:
+            write_pages(record, args.out)
+        return
+    if not args.config:
+        raise UserError('CONFIG: is missing\nName a config, or use --published.')
     found = config_complexity(args.config, tuple(args.shape) if args.shape else None, args.cfg_options)
     if args.json:
         print(json.dumps(found.to_dict(), indent=2))

@@ -6,14 +6,14 @@ Markers and dashes distinguish rows as well as colours do.
 import base64
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import matplotlib
 from cycler import cycler
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,6 +27,8 @@ _DASHES = ('-', (0, (7, 3)), (0, (2, 3)), (0, (9, 3, 2, 3)), (0, (1, 2)))
 _MARKERS = ('o', 's', '^', 'D', 'x', '+', 'v')
 #: A logarithmic axis from this ratio of the largest value to the smallest.
 _LOGARITHMIC = 8
+#: Custom properties of the rows' colours.
+_SERIES = tuple(f'c{i}' for i in range(1, _COLOURS + 1))
 _NUMBERS = FuncFormatter(lambda value, _: f'{value:g}')
 
 
@@ -81,17 +83,13 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> 
     xs = [point.x for point in points]
 
     def draw() -> Figure:
-        figure, axes = _axes(x_title, y_title)
-        if min(xs) > 0 and max(xs) / min(xs) >= _LOGARITHMIC:
-            axes.set_xscale('log')
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-            axes.xaxis.set_major_formatter(_NUMBERS)
-            axes.xaxis.set_minor_locator(NullLocator())
+        figure, axes = make_axes(x_title, y_title)
+        use_logarithm(axes, xs)
         for point in points:
-            style: dict[str, Any] = dict(color=_colour(point.number), ls='')
+            style: dict[str, Any] = dict(color=colour_of(point.number), ls='')
             if point.deviation:
                 axes.errorbar(point.x, point.y, point.deviation, elinewidth=1.8, capsize=4, capthick=1.8, **style)
-            axes.plot([point.x], [point.y], _marker(point.number), ms=10, mew=1.8, clip_on=False, **style)
+            axes.plot([point.x], [point.y], marker_of(point.number), ms=10, mew=1.8, clip_on=False, **style)
             axes.annotate(str(point.number), (point.x, point.y), (10, 0), textcoords='offset points', va='center')
         _limit(axes, min(p.y - (p.deviation or 0.0) for p in points))
         if axes.get_xscale() == 'linear' and min(xs) >= 0:
@@ -109,24 +107,24 @@ def curves(lines: Sequence[Line], x_title: str, y_title: str, title: str) -> Mar
     """Curves, with bands of plus and minus one deviation, distinguished by dashes and markers."""
 
     def draw() -> Figure:
-        figure, axes = _axes(x_title, y_title)
+        figure, axes = make_axes(x_title, y_title)
         for line in lines:
             x, y, deviations = zip(*line.points, strict=True)
             every = max(1, len(x) // 6)
             axes.plot(
                 x,
                 y,
-                marker=_marker(line.number),
+                marker=marker_of(line.number),
                 ls=_dash(line.number),
                 lw=1.8,
                 ms=7,
-                color=_colour(line.number),
+                color=colour_of(line.number),
                 markevery=((line.number - 1) % every, every),
                 clip_on=False,
             )
             if has_bands(lines) and None not in deviations:
                 low, high = ([v + sign * d for v, d in zip(y, deviations, strict=True)] for sign in (-1, 1))
-                axes.fill_between(x, low, high, color=_colour(line.number), alpha=0.14, lw=0)
+                axes.fill_between(x, low, high, color=colour_of(line.number), alpha=0.14, lw=0)
         _limit(axes, min(v[1] - (v[2] or 0.0) for line in lines for v in line.points))
         return figure
 
@@ -150,20 +148,29 @@ def sample(number: int, line: bool) -> Markup:
 
     def draw() -> Figure:
         figure = Figure(figsize=(34 / 72, 16 / 72))
-        style: dict[str, Any] = dict(color=_colour(number), lw=1.8, transform=figure.transFigure)
+        style: dict[str, Any] = dict(color=colour_of(number), lw=1.8, transform=figure.transFigure)
         if line:
             figure.add_artist(Line2D([0.03, 0.97], [0.5, 0.5], ls=_dash(number), **style))
-        figure.add_artist(Line2D([0.5], [0.5], marker=_marker(number), ms=8, mew=1.8, **style))
+        figure.add_artist(Line2D([0.5], [0.5], marker=marker_of(number), ms=8, mew=1.8, **style))
         return figure
 
     return _image(draw, '')
 
 
-def _colour(number: int) -> str:
+def use_logarithm(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis if the values differ much."""
+    if min(values) > 0 and max(values) / min(values) >= _LOGARITHMIC:
+        axes.set_xscale('log')
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.xaxis.set_major_formatter(_NUMBERS)
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
+def colour_of(number: int) -> str:
     return f'C{(number - 1) % _COLOURS}'
 
 
-def _marker(number: int) -> str:
+def marker_of(number: int) -> str:
     return _MARKERS[(number - 1) % len(_MARKERS)]
 
 
@@ -171,8 +178,9 @@ def _dash(number: int) -> Any:
     return _DASHES[(number - 1) % len(_DASHES)]
 
 
-def _axes(x_title: str, y_title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout='constrained')
+def make_axes(x_title: str, y_title: str, size: tuple[int, int] = (WIDTH, HEIGHT)) -> tuple[Figure, Axes]:
+    """A figure of this width and height with empty axes."""
+    figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout='constrained')
     axes = figure.add_subplot(xlabel=_short(x_title, 44), ylabel=_short(y_title, 34))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
@@ -204,3 +212,35 @@ def _image(draw: Callable[[], Figure], text: str) -> Markup:
         '<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{}">'
         '<img class="{}" src="{}" alt="{}"></picture>'
     ).format(sources[1], 'plot' if text else 'sample', sources[0], text)
+
+
+def inline(draw: Callable[[], Figure], text: str, titles: Mapping[str, str]) -> Markup:
+    """A figure as SVG inside the page; its colours are those of :func:`css_colours`.
+
+    Args:
+        draw: Draws the figure.
+        text: Describes it.
+        titles: Titles of links, by their addresses.
+    """
+    names = {f'#0000{i:02x}': name for i, name in enumerate(('ink', 'faint', 'line', *_SERIES), 1)}
+    memory = io.StringIO()
+    with matplotlib.rc_context({**_style(*names), 'svg.hashsalt': text}), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        draw().savefig(memory, format='svg', transparent=True, metadata={'Date': None})
+    svg = memory.getvalue()
+    svg = svg[svg.index('<svg') :]
+    for colour, name in names.items():
+        svg = svg.replace(colour, f'var(--{name})')
+    for url, title in titles.items():
+        link = f'<a xlink:href="{url}"'
+        svg = svg.replace(f'{link} target="_blank">', f'{link}><title>{escape(title)}</title>')
+    return Markup(svg.replace('<svg', f'<svg role="group" aria-label="{escape(text)}"', 1))
+
+
+def css_colours() -> Markup:
+    """Colours of the rows for light and dark pages, as custom properties."""
+    light, dark = (
+        ''.join(f'--{name}: {c}; ' for name, c in zip(_SERIES, style['axes.prop_cycle'].by_key()['color'], strict=True))
+        for style in (_LIGHT, _DARK)
+    )
+    return Markup(f':root {{ {light}}}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n')

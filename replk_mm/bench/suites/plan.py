@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,6 +27,7 @@ from replk_mm.engine.config import load_config, set_data_root
 from replk_mm.environment import git_state
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
+from replk_mm.published import PublishedResult
 
 #: Measurements that read images of the data set.
 _NEED_IMAGES = {'train', 'metric', 'erf', 'shape_bias'}
@@ -130,6 +132,8 @@ def _tasks_of(
     with _naming(suite, row.name, 'config'):
         cfg = load_config(path, row.options)
     sha256 = fingerprint(_as_first_version(cfg.to_dict()))
+    paper = published_result(cfg, row.config) if row.published else None
+    row = _without_weights(row, seeds[0], paper)
     row = row.model_copy(update=dict(classes=row.classes if options.classes is None else options.classes))
     data_root, data = _data_of(suite, row, cfg, options)
     names = None
@@ -156,7 +160,6 @@ def _tasks_of(
         memory=size,
         erf=dict(erf=row.erf.model_dump(exclude_none=True)),
     )
-    paper = published_result(cfg, row.config) if row.published else None
     shared = dict(
         suite=suite.name,
         question=suite.question,
@@ -187,6 +190,19 @@ def _tasks_of(
         )
         if left := task.unfinished():
             yield task.subset(left), {**definition, 'options': row.options, 'classes': names}, cfg
+
+
+def _without_weights(row: SuiteRow, seed: int, paper: PublishedResult | None) -> SuiteRow:
+    """The row with no measurement but the complexity, where a published network's trained weights are missing."""
+    file = row.checkpoint_of(seed)
+    if not paper or not file or ':' in file or Path(file).exists():
+        return row
+    skipped = [name for name in row.measure if name != 'complexity']
+    print(
+        f"{row.name}: {file} is missing: skips {', '.join(skipped)}; the authors' weights: {paper.trained}",
+        file=sys.stderr,
+    )
+    return row.model_copy(update=dict(measure=[name for name in row.measure if name == 'complexity']))
 
 
 def _begin(task: Task, definition: dict[str, Any], cfg: Config) -> Task:
