@@ -1,5 +1,7 @@
 """DCNv3, the deformable convolution of InternImage (arXiv:2211.05778, section 3.1), in torch's operators."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +24,7 @@ def dcnv3(value: Tensor, offset: Tensor, mask: Tensor, offset_scale: float = 1.0
     """
     (n, h, w, c), groups = value.shape, mask.shape[-1] // 9
     dtype = torch.promote_types(value.dtype, torch.float32)
-    options = dict(dtype=dtype, device=value.device)
+    options: Any = dict(dtype=dtype, device=value.device)
     # Coordinates as in grid_sample: x first, -1 to 1 from edge to edge.
     pixels = torch.stack(torch.meshgrid(torch.arange(w, **options), torch.arange(h, **options), indexing='xy'), -1)
     kernel = torch.arange(-1, 2, **options)
