@@ -162,8 +162,11 @@ def _can_fuse(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | 
     autocast = torch.is_autocast_enabled('cpu')
     dtype = torch.get_autocast_dtype('cpu') if autocast else x.dtype
     others = [] if shortcut is None else [shortcut]
-    if shortcut is not None and tuple(shortcut.shape) != (len(x), conv.out_channels, *_problem(conv, x).out):
-        return False
+    if shortcut is not None:
+        shape = len(x), conv.out_channels, *_problem(conv, x).out
+        # One channel or pixel has no layout; torch 2.8 then fails ("could not create a memory").
+        if tuple(shortcut.shape) != shape or shape[1] == 1 or shape[2:] == (1, 1):
+            return False
     others += [] if autocast else parameters
     # torch itself handles mixed precisions.
     if {x.dtype, dtype} - {torch.float32, torch.bfloat16} or any(t.dtype != dtype for t in others):
