@@ -78,7 +78,7 @@ def _result(task: str, row: Mapping[str, Any]) -> PublishedResult:
         source=f'{source["paper"]}, {source["repository"]}',
         trained=source.get('trained', f'https://github.com/{source["repository"]}'),
         **{name: row[name] for name in ('backbone', 'pretraining', 'dataset', 'params_m', 'flops_g')},
-        **{name: row.get(name) for name in ('where', 'note', 'recipe', 'variant', 'config')},
+        **dict[str, Any]((name, row.get(name)) for name in ('where', 'note', 'recipe', 'variant', 'config')),
     )
 
 
