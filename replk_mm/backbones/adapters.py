@@ -270,7 +270,7 @@ class TimmBackbone(_Adapter):
     @classmethod
     def accepts(cls, model_name: str, argument: str) -> bool:
         """Whether the network has an argument, such as ``drop_path_rate``."""
-        network = run_on_meta(lambda: import_module('timm').create_model(model_name))
+        network = run_on_meta(lambda: require('timm', model_name).create_model(model_name))
         return argument in inspect.signature(type(network).__init__).parameters
 
     def _describe(self) -> tuple[int, Any, dict[str, int]]:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from http.client import HTTPException
@@ -80,9 +81,11 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
         expected = sha256_in_name(name)
         verify = dict(hash_prefix=expected) if expected else {}
         torch.hub.download_url_to_file(name, str(path), progress=progress, **verify)
-        if _PAGE.match(path.read_bytes()[:512]):
+        with path.open('rb') as file:
+            page = _PAGE.match(begin := file.read(512))
+        if page or (begin.startswith(b'PK') and not zipfile.is_zipfile(path)):
             path.unlink()
-            raise OSError('the address is a web page, not a file')
+            raise OSError('the address is a web page, not a file' if page else 'the file is incomplete')
     except (OSError, ValueError, RuntimeError, HTTPException) as error:
         raise DownloadError(
             f'{name:.200}: the checkpoint could not be downloaded ({error!s:.150})\n'
@@ -142,7 +145,7 @@ def _find_in_package(name: str) -> Path:
     module, _, path = name.removeprefix(_PACKAGE).partition('/')
     spec = find_spec(module) if module.isidentifier() else None
     for folder in (spec and spec.submodule_search_locations) or ():
-        if (file := Path(folder, path)).is_file():
+        if '..' not in path and (file := Path(folder, path.lstrip('/'))).is_file():
             return file
     raise CheckpointNotFoundError(
         f'{name}: {f"the package {module} has no such file" if spec else "this package is not installed"}\n'

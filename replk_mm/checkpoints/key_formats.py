@@ -208,7 +208,9 @@ class FoundWeights:
 
 
 def fits(target: Tensor, source: Tensor) -> bool:
-    """Whether two weights differ in dimensions of size 1 at most: a linear layer fits a 1x1 convolution."""
+    """Whether a weight fits apart from dimensions of size 1: a linear layer a 1x1 convolution, but no strip another."""
+    if source.dim() == target.dim() and source.shape[:2] == target.shape[:2]:
+        return source.shape == target.shape
     return source.squeeze().shape == target.squeeze().shape
 
 

@@ -176,7 +176,8 @@ def load_pretrained(
     report.unexpected = [
         key
         for key in report.unexpected
-        if not (norm := _OUTPUT_NORM.match(key)) or int(next(filter(None, norm.groups()), 3)) in backbone.out_indices
+        if not (norm := _OUTPUT_NORM.match(key))
+        or int(next(filter(None, norm.groups()), 3)) in getattr(backbone, 'out_indices', range(4))
     ]
     summary = f'pretrained weights {checkpoint}: {found.describe()}; {report.summary()}\n{report.details()}'
     print_log(summary.rstrip(), logger='current')

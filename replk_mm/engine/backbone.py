@@ -67,7 +67,7 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
     features = measure_features(new)
     _fit_heads(cfg, entry.name, features)
     for preprocessor in (model.get('data_preprocessor'), cfg.get('data_preprocessor')):
-        if preprocessor and len(preprocessor.get('mean') or ()) == 3:
+        if preprocessor and len(preprocessor.get('mean') or entry.mean) == 3 == new.get('in_channels', 3):
             preprocessor.pop('rgb_to_bgr', None)
             preprocessor.update(mean=list(entry.mean), std=list(entry.std), bgr_to_rgb=not entry.bgr)
 

@@ -149,10 +149,9 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
         backbone['init_cfg'] = ConfigDict(type='Pretrained', checkpoint=options.pretrained, **kept)
     initial = next((c for c in as_list(backbone.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
     if resize := cfg.get('resize_kernels'):
-        if not initial and not source:
-            raise UserError(
-                f'--resize-kernels {resize}: the training starts from random weights\nUse --pretrained FILE.'
-            )
+        if not (initial or source) or (initial and not str(backbone.get('type')).startswith('replk_mm.')):
+            why = f'is not for {backbone.type}' if initial else 'the training starts from random weights'
+            raise UserError(f'--resize-kernels {resize}: {why}\nUse --pretrained FILE with a backbone of replk_mm.')
         if initial:
             initial['resize_kernels'] = resize
     if options.pretrained == 'none':

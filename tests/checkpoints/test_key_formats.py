@@ -282,6 +282,20 @@ def test_linear_and_convolution(tmp_path):
         assert all(torch.equal(v.flatten(), source.state_dict()[k].flatten()) for k, v in target.state_dict().items())
 
 
+def test_strips_of_the_other_direction_do_not_fit(tmp_path):
+    weights = build_backbone('mscan-t').state_dict()
+    key = 'block1.0.attn.spatial_gating_unit.conv0_1.weight'
+    weights[key] = weights[key].transpose(2, 3)
+    with pytest.raises(UserError, match=r'model \(32, 1, 1, 7\), checkpoint \(32, 1, 7, 1\)'):
+        build_backbone('mscan-t', pretrained=write(tmp_path / 'a.pth', weights))
+
+
+def test_a_file_of_another_family_does_not_fit_a_network_of_another_library(tmp_path):
+    path = write(tmp_path / 'a.pth', ConvNeXt(CONV, **DENSE).state_dict())
+    with pytest.raises(UserError, match='does not fit MSCAN'):
+        build_backbone('mmseg.MSCAN', pretrained=path)
+
+
 def test_version_2_of_the_authors(tmp_path):
     """Global response norm as (1, 1, 1, C), no layer scale, classifier with its norm."""
     source = ConvNeXt(CONV, use_grn=True, layer_scale_init_value=0.0)

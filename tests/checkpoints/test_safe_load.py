@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,13 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
 from safetensors.torch import save_file
 
-from replk_mm.checkpoints.io import fetch_checkpoint, read_checkpoint, register_safe_loaders, save_checkpoint
+from replk_mm.checkpoints.io import (
+    DownloadError,
+    fetch_checkpoint,
+    read_checkpoint,
+    register_safe_loaders,
+    save_checkpoint,
+)
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.engine.inference import load_model
 from replk_mm.errors import UserError
@@ -367,6 +374,20 @@ def test_downloads_with_the_same_file_name_are_different_files(urls, tmp_path, m
     assert downloads == list(urls)  # the second time from the cache
     path = fetch_checkpoint(urls[1])
     assert path.parent == tmp_path / 'checkpoints' and f'already downloaded to {path}' in log[-1]
+
+
+def test_a_download_that_broke_off_is_not_kept(tmp_path, monkeypatch):
+    """torch.hub notices it only if the name has digits of the SHA-256."""
+
+    def download(url, path, progress):
+        save_checkpoint({'state_dict': {'w': torch.ones(1000)}}, path)
+        Path(path).write_bytes(Path(path).read_bytes()[:2000])
+
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    with pytest.raises(DownloadError, match='the file is incomplete'):
+        fetch_checkpoint('http://host/a.pth')
+    assert list((tmp_path / 'checkpoints').iterdir()) == []
 
 
 # ---- mmengine's own loading

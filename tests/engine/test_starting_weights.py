@@ -6,14 +6,16 @@ from pathlib import Path
 import mmengine.device.utils as devices
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.device import get_device
 from tiny import tiny, trained  # noqa: F401
 from tool_cases import merged  # noqa: F401
 
 from replk_mm.backbones import RepLKNet
 from replk_mm.checkpoints.loading import load_pretrained
+from replk_mm.engine import prepare
 from replk_mm.engine.evaluate import evaluate
-from replk_mm.engine.process import select_device
+from replk_mm.engine.process import RunOptions, select_device
 from replk_mm.errors import UserError
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -147,3 +149,6 @@ def test_kernels_are_resized_where_the_config_says_so(tiny, trained, tmp_path):
         ] == (9, 9)
     with pytest.raises(UserError, match='--resize-kernels pad: the training starts from random weights'):
         tiny.prepare(tmp_path / 'f', 1, {'resize_kernels': 'pad'}, pretrained='none')
+    foreign = Config(dict(model=dict(backbone=dict(type='mmseg.MSCAN')), resize_kernels='pad'))
+    with pytest.raises(UserError, match='--resize-kernels pad: is not for mmseg.MSCAN'):
+        prepare._weights_to_start_from(foreign, RunOptions(pretrained='x'))
