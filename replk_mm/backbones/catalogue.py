@@ -185,7 +185,9 @@ def find_backbone(name: str) -> tuple[CatalogueEntry, Weights | None]:
     base, _, tag = name.partition('.')
     entry = _ENTRIES.get(base)
     if entry is None:
-        hint = did_you_mean(base, _ENTRIES, 0.7) or 'list_backbones() and the command backbones show all names.'
+        hint = did_you_mean(base.lower().replace('_', '-'), _ENTRIES, 0.7) or (
+            f'The command backbones lists all names. Names of other libraries: timm/{name}, hf/NAME, mmdet.TYPE.'
+        )
         raise UserError(f'{name}: no such backbone\n{hint}')
     weights = next((w for w in entry.weights if w.tag == tag), None)
     if tag and weights is None:

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from replk_mm.backbones.catalogue import (
 )
 from replk_mm.bench.report.field import read_rows, render_field
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
-from replk_mm.errors import UserError, command, did_you_mean
+from replk_mm.errors import UserError, command
 from replk_mm.files import write_atomic
 from replk_mm.published import METRICS
 from replk_mm.registry import MODELS
@@ -43,7 +44,7 @@ Results are quoted: mIoU single-scale / multi-scale of UperNet (of MSCAN: of Seg
 mask of Cascade Mask R-CNN on COCO after 36 epochs, or of Mask R-CNN (M), which for ConvNeXt V2 trains with large-scale
 jittering and tests with soft-NMS. --json has all rows.
 A name without a tag takes the weights of its first line. Many authors state a licence for their code, but not for
-their weights.
+their weights. Those of VAN and SegNeXt (MSCAN) ask commercial users to contact them.
 """
 
 
@@ -221,7 +222,8 @@ def main() -> None:
             table += [row for row in written if row[0].partition('.')[0] == entry.name]
             continue
         for weights, facts in zip(entry.weights or (None,), describe(entry), strict=True):
-            matches = args.pattern == base or facts['name'].endswith(args.pattern.partition('.')[2])
+            tag = facts['name'].partition('.')[2]
+            matches = args.pattern == base or fnmatchcase(tag, args.pattern.partition('.')[2])
             if matches and (not args.licence or is_permissive(entry, weights)):
                 found.append(facts)
                 table.append(cells(facts, licence_of(entry, weights)))
@@ -231,8 +233,9 @@ def main() -> None:
         names = ', '.join(entry.name for entry in absent)
         print(f'not measured: {names}: the package {absent[0].package} is not installed', file=sys.stderr)
     if not found:
-        hint = did_you_mean(base, list_backbones()) or 'Without a pattern, all are listed.'
-        raise UserError(f'{args.pattern}: no such backbone in the catalogue\n{hint}')
+        if not known or not args.licence:
+            find_backbone(args.pattern if known else base)  # its error has a hint
+        raise UserError(f'{args.pattern}: all weights forbid commercial use\nOmit --licence {args.licence}.')
     if args.write:
         lines = [f'| {" | ".join(row)} |\n' for row in table]
         update_page(args.write, 'backbones', ''.join([lines[0], f'|{" --- |" * len(HEAD)}\n', *lines[1:], '\n', NOTES]))

@@ -36,6 +36,8 @@ def test_json_has_sizes_features_and_published_results(monkeypatch, capsys):
         (['convnextv2-nano', '--licence', 'permissive'], None),
         (['convnext-base.in22k'], ['convnext-base.in22k']),
         (['replknet-nano', '--licence', 'permissive'], ['replknet-nano']),
+        (['replknet-31b.in1k'], ['replknet-31b.in1k']),  # not the tags that end with it
+        (['replknet-31b.in22k-*'], ['replknet-31b.in22k-in1k', 'replknet-31b.in22k-in1k-384']),
     ],
 )
 def test_choices(args, names, monkeypatch, capsys):
@@ -43,6 +45,21 @@ def test_choices(args, names, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert status == (0 if names else 2)
     assert names is None or [entry['name'] for entry in json.loads(printed.out)] == names
+
+
+@pytest.mark.parametrize(
+    ('args', 'hint'),
+    [
+        (['RepLKNet-31B'], 'Did you mean replknet-31b?'),
+        (['convnext_tiny'], 'Did you mean convnext-tiny?'),
+        (['resnet50'], 'timm/resnet50'),
+        (['replknet-31b.in99'], 'replknet-31b.in22k-in1k'),
+        (['convnextv2-na', '--licence', 'permissive'], 'Omit --licence'),
+    ],
+)
+def test_names_that_match_nothing(args, hint, monkeypatch, capsys):
+    assert tool_main('backbones', *args, monkeypatch=monkeypatch) == 2
+    assert hint in capsys.readouterr().err
 
 
 def test_a_page_is_written(tmp_path, monkeypatch):
