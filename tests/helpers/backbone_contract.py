@@ -106,13 +106,17 @@ class BackboneContract:
         after = model(x)
         assert [torch.equal(a, b) for a, b in zip(after, before, strict=True)] == [True, False, False, False]
 
+    def stages(self, model) -> list[nn.Module]:
+        """The modules that FSDP shards."""
+        return model.stages
+
     @pytest.mark.parametrize('whole', [False, True])
     def test_fully_shard_of_the_stages(self, whole):
         for kwargs in self.sharded:
             model, x = self.build(**kwargs).train(), self.image()
             outs, grads = self.run(copy.deepcopy(model), x)
             with single_process_group():
-                for stage in model.stages:
+                for stage in self.stages(model):
                     fully_shard(stage)
                 found, found_grads = self.run(fully_shard(model) if whole else model, x)
                 self.assert_equal(found, outs)
