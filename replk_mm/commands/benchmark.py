@@ -22,6 +22,9 @@ from replk_mm.engine.process import keep_freed_memory, select_device
 from replk_mm.errors import command
 from replk_mm.ops.cpu.direct import FLOAT32_INSTEAD, has_bfloat16_instructions
 
+#: Name of plain torch's other memory layout in ``--compare``.
+CHANNELS_LAST = 'channels-last'
+
 
 def list_of(*choices: str) -> Callable[[str], list[str]]:
     """A type for argparse: names among ``choices``, separated by commas."""
@@ -129,10 +132,10 @@ def parse_args() -> argparse.Namespace:
         )
         net.add_argument(
             '--compare',
-            type=list_of(*ENGINES),
+            type=list_of(CHANNELS_LAST, *ENGINES),
             default=[],
             metavar='NAMES',
-            help=f'other engines to measure: {",".join(ENGINES)}',
+            help=f'also measure {CHANNELS_LAST} (plain torch in this memory layout) or engines: {",".join(ENGINES)}',
         )
         net.add_argument('--no-memory', dest='memory', action='store_false', help='do not measure memory')
         net.add_argument(
@@ -172,7 +175,14 @@ def run_benchmark(args: argparse.Namespace) -> dict:
             threads=torch.get_num_threads(),
         )
         settings = network_benchmark.BenchmarkSettings(
-            args.dtype, args.repeats, args.warmup, args.seconds or 60.0, args.memory, args.compare, args.same_allocator
+            args.dtype,
+            args.repeats,
+            args.warmup,
+            args.seconds or 60.0,
+            args.memory,
+            [name for name in args.compare if name != CHANNELS_LAST],
+            CHANNELS_LAST in args.compare,
+            args.same_allocator,
         )
         record = network_benchmark.benchmark_networks(case, settings, args.mode, shapes, args.batch)
     return {**record, 'notes': notes + record['notes'], 'environment': report.describe_environment(kept)}

@@ -30,6 +30,7 @@ from replk_mm.registry import SCOPE
 
 #: Names of the networks in tables and records.
 PLAIN, PLAIN_TRAINING, OURS = 'plain torch', 'plain torch, training form', 'ours'
+PLAIN_CHANNELS_LAST = 'plain torch, channels-last'
 #: Seed of random weights.
 _SEED = 0
 
@@ -47,8 +48,8 @@ def build_networks(
         checkpoint: Path of the weights. None for random weights, with random statistics of BatchNorm.
 
     Returns:
-        :data:`PLAIN` (the baseline), :data:`PLAIN_TRAINING` if it differs from the baseline, and :data:`OURS`; and the
-        changes made by the reparameterization.
+        :data:`PLAIN` (the baseline), :data:`PLAIN_TRAINING` if it differs from the baseline,
+        :data:`PLAIN_CHANNELS_LAST`, and :data:`OURS`; and the changes made by the reparameterization.
 
     Raises:
         UserError: If the config has no backbone, or the checkpoint does not fit or has no training form.
@@ -70,13 +71,15 @@ def build_networks(
     else:
         randomize_constants(ours, _SEED)
         plain.load_state_dict(ours.state_dict())
-    networks, changes = {PLAIN: plain, OURS: ours}, None
+    networks, changes = {PLAIN: plain}, None
     if form == 'reparameterized':
         before = copy.deepcopy(plain)
         changes = reparameterize(ours, inplace=True)[1]
         reparameterize(plain, inplace=True)
         if changes.merged or changes.folded:
-            networks = {PLAIN: plain, PLAIN_TRAINING: use_plain_torch(before), OURS: ours}
+            networks[PLAIN_TRAINING] = use_plain_torch(before)
+    networks[PLAIN_CHANNELS_LAST] = use_plain_torch(copy.deepcopy(plain), torch.channels_last)
+    networks[OURS] = ours
     use_plain_torch(plain)
     prepack(ours)  # as evaluation does
     return networks, changes
@@ -112,12 +115,13 @@ def _with_library_heads(model: Any, scope: str) -> Any:
     return new
 
 
-def use_plain_torch(net: nn.Module) -> nn.Module:
-    """Make a network use torch's own depthwise convolutions in torch's default memory layout, in place.
+def use_plain_torch(net: nn.Module, memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
+    """Make a network use torch's own depthwise convolutions in one memory layout, in place.
 
-    Norms over channels return the default layout too, as those of mmpretrain do. Ours return channels-last memory
-    otherwise, and torch's convolutions keep the layout of their input.
+    In torch's default layout, norms over channels return it too, as those of mmpretrain do. Ours return channels-last
+    memory otherwise, and torch's convolutions keep the layout of their input.
     """
+    channels_last = memory_format == torch.channels_last
     replaced: dict[int, nn.Conv2d] = {}
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
@@ -126,14 +130,15 @@ def use_plain_torch(net: nn.Module) -> nn.Module:
         if type(module) is nn.Conv2d:
             module.__class__ = PlainConv2d
         elif isinstance(module, Backbone):
-            module.channels_last = False
+            module.channels_last = channels_last
             for part in module.modules():
                 if isinstance(part, nn.ReLU):
                     part.inplace = False  # as in the authors' code
-        elif isinstance(module, LayerNorm2d):
+        elif isinstance(module, LayerNorm2d) and not channels_last:
             module.register_forward_hook(lambda module, args, output: output.contiguous())
     for parameter in net.parameters():
-        parameter.data = parameter.data.contiguous()
+        if parameter.dim() == 4 or not channels_last:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
     return net
 
 

@@ -16,6 +16,7 @@ from replk_mm.analysis.benchmark import inference_engines as engines
 from replk_mm.analysis.benchmark.case import (
     OURS,
     PLAIN,
+    PLAIN_CHANNELS_LAST,
     PLAIN_TRAINING,
     BenchmarkCase,
     build_networks,
@@ -53,6 +54,7 @@ class BenchmarkSettings:
     seconds: float = 60.0  #: time budget of a measurement, see :func:`replk_mm.analysis.timing.time_interleaved`
     memory: bool = True  #: measure memory too, each network in a process of its own
     engines: Sequence[str] = ()  #: names in :data:`replk_mm.analysis.benchmark.inference_engines.ENGINES`
+    channels_last: bool = False  #: measure plain torch in channels-last memory too
     #: let plain torch keep freed memory too, which otherwise only this project's commands do
     same_allocator: bool = False
 
@@ -89,6 +91,8 @@ class NetworkBenchmark:
         self.case, self.settings = case, settings
         self.cfg, self.notes = load_case_config(case)
         self.networks, changes = build_networks(self.cfg, case.whole_model, case.form, case.checkpoint)
+        if not settings.channels_last:
+            del self.networks[PLAIN_CHANNELS_LAST]
         # Training steps at one shape change the statistics of BatchNorm, of each network separately.
         self._buffers = {
             name: {key: value.clone() for key, value in net.to(case.device).named_buffers()}
@@ -201,7 +205,7 @@ class NetworkBenchmark:
         before: dict[str, Call] = {}
         if self.settings.same_allocator or self.case.device != 'cpu':
             return before
-        keeps = [row.network not in (PLAIN, PLAIN_TRAINING) for row in rows]
+        keeps = [row.network not in (PLAIN, PLAIN_TRAINING, PLAIN_CHANNELS_LAST) for row in rows]
         for i, row in enumerate(rows):
             if i == 0 or keeps[i] != keeps[i - 1]:
                 before[row.name] = functools.partial(_change_allocator, keeps[i], row.call)
@@ -231,9 +235,10 @@ class NetworkBenchmark:
         plain, net = self.networks[PLAIN], self.networks[OURS]
         reference = synthetic.gradients(plain)
         rows = [BenchmarkRow(PLAIN, synthetic.training_call(plain), network=PLAIN)]
-        if 'float32' in self.settings.dtypes:
-            difference = compare_gradients(reference, synthetic.gradients(net))
-            rows.append(BenchmarkRow(OURS, synthetic.training_call(net), difference, OURS))
+        for name, other in self.networks.items():
+            if name == PLAIN_CHANNELS_LAST or (name == OURS and 'float32' in self.settings.dtypes):
+                difference = compare_gradients(reference, synthetic.gradients(other))
+                rows.append(BenchmarkRow(name, synthetic.training_call(other), difference, name))
         if 'bfloat16' in self.settings.dtypes:
             call = synthetic.training_call(net, 'autocast')
             row = BenchmarkRow(f'{OURS}, bfloat16', call, None, OURS, 'autocast')

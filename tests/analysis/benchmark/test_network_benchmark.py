@@ -15,6 +15,7 @@ from replk_mm.analysis.benchmark import inference_engines, network_benchmark, re
 from replk_mm.analysis.benchmark.case import (
     OURS,
     PLAIN,
+    PLAIN_CHANNELS_LAST,
     PLAIN_TRAINING,
     BenchmarkCase,
     build_networks,
@@ -99,6 +100,7 @@ def test_baseline_and_ours_are_merged_alike_in_different_layouts(tiny) -> None:
     assert {name: depthwise_layouts(net.backbone, image) for name, net in networks.items()} == {
         PLAIN: {True},
         PLAIN_TRAINING: {True},
+        PLAIN_CHANNELS_LAST: {False},
         OURS: {False},
     }
 
@@ -114,7 +116,11 @@ def test_reparameterized_checkpoint_has_no_training_form(tiny, tmp_path) -> None
     trained, merged = tmp_path / 'x.pth', tmp_path / 'merged.pth'
     torch.save(dict(state_dict=build_networks(tiny.cfg(), True, 'training')[0][OURS].state_dict()), trained)
     reparameterize_checkpoint(tiny.cfg(), str(trained), merged)
-    assert build_networks(tiny.cfg(), True, 'reparameterized', str(merged))[0].keys() == {PLAIN, OURS}
+    assert build_networks(tiny.cfg(), True, 'reparameterized', str(merged))[0].keys() == {
+        PLAIN,
+        PLAIN_CHANNELS_LAST,
+        OURS,
+    }
     with pytest.raises(UserError, match=r'merged\.pth'):
         build_networks(tiny.cfg(), True, 'training', str(merged))
 
@@ -165,7 +171,7 @@ def test_every_measurement_starts_with_the_same_statistics(tiny) -> None:
 def record(tiny) -> dict:
     """The tiny segmentor in both modes and both precisions."""
     case = BenchmarkCase(str(tiny.config), True, threads=torch.get_num_threads())
-    settings = replace(QUICK, dtypes=('float32', 'bfloat16'))
+    settings = replace(QUICK, dtypes=('float32', 'bfloat16'), channels_last=True)
     found = benchmark_networks(case, settings, ['inference', 'train'], [(32, 32)], [0])
     return {**found, 'environment': report.describe_environment(True)}
 
@@ -178,7 +184,9 @@ def test_record_of_a_segmentor(record) -> None:
     bfloat16, weights = f'{OURS}, bfloat16', f'{OURS}, bfloat16 weights'
     for point in record['points']:
         is_inference = point['mode'] == 'inference'
-        names = [PLAIN, PLAIN_TRAINING, OURS, bfloat16, weights] if is_inference else [PLAIN, OURS, bfloat16]
+        names = [PLAIN, PLAIN_CHANNELS_LAST, OURS, bfloat16]
+        if is_inference:
+            names = [PLAIN, PLAIN_TRAINING, *names[1:], weights]
         assert [row['name'] for row in point['rows']] == names
         precisions = ['autocast', 'converted'] if is_inference else ['autocast']
         assert [row['how'] for row in point['rows'] if row['dtype'] == 'bfloat16'] == precisions
