@@ -125,7 +125,9 @@ def use_plain_torch(net: nn.Module, memory_format: torch.memory_format = torch.c
     replaced: dict[int, nn.Conv2d] = {}
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, DepthwiseConv2d):
+            if isinstance(child, DepthwiseConv2d) and type(child) is not DepthwiseConv2d:
+                child.implementation = 'native'  # its forward pass does more than convolve
+            elif isinstance(child, DepthwiseConv2d):
                 module._modules[name] = replaced.setdefault(id(child), _plain_convolution(child))
         if type(module) is nn.Conv2d:
             module.__class__ = PlainConv2d

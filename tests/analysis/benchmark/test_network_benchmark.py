@@ -27,6 +27,7 @@ from replk_mm.analysis.benchmark.case import (
 from replk_mm.analysis.benchmark.network_benchmark import BenchmarkSettings, NetworkBenchmark, benchmark_networks
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
 from replk_mm.backbones import ConvNeXt
+from replk_mm.backbones.overlock import ResidualDepthwiseConv2d
 from replk_mm.engine.inference import reparameterize_checkpoint
 from replk_mm.errors import UserError
 from replk_mm.ops import DepthwiseConv2d
@@ -88,6 +89,15 @@ def test_plain_convnext_uses_the_default_layout_and_computes_the_same() -> None:
     assert not any(isinstance(layer, DepthwiseConv2d) for layer in plain.modules())
     assert plain.state_dict().keys() == ours.state_dict().keys()
     assert (depthwise_layouts(ours, image), depthwise_layouts(plain, image)) == ({False}, {True})
+
+
+def test_plain_torch_keeps_what_a_depthwise_layer_adds() -> None:
+    """OverLoCK has a subclass with a shortcut."""
+    torch.manual_seed(0)
+    net = nn.Sequential(ResidualDepthwiseConv2d(8))
+    x = torch.randn(2, 8, 9, 9)
+    expected = x + nn.functional.conv2d(x, net[0].weight, net[0].bias, padding=1, groups=8)
+    torch.testing.assert_close(use_plain_torch(net)(x), expected)
 
 
 def test_baseline_and_ours_are_merged_alike_in_different_layouts(tiny) -> None:
