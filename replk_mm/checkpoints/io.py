@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import socket
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -72,6 +73,7 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
         raise CheckpointNotFoundError(f'{path}: no such checkpoint{why}')
     cached = f'{hashlib.sha256(name.encode()).hexdigest()[:16]}-{PurePosixPath(name.split("?")[0]).name}'
     path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / cached
+    timeout = socket.getdefaulttimeout()
     try:
         if path.is_file():
             announce(f'{name}: already downloaded to {path}')
@@ -80,6 +82,7 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
         path.parent.mkdir(parents=True, exist_ok=True)
         expected = sha256_in_name(name)
         verify = dict(hash_prefix=expected) if expected else {}
+        socket.setdefaulttimeout(_TIMEOUT)  # torch.hub has none
         torch.hub.download_url_to_file(name, str(path), progress=progress, **verify)
         with path.open('rb') as file:
             page = _PAGE.match(begin := file.read(512))
@@ -91,6 +94,8 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
             f'{name:.200}: the checkpoint could not be downloaded ({error!s:.150})\n'
             f'Check URL and network, or download it with a browser: copy the file to {path!s:.200}, or pass its path.'
         ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
     return path
 
 
@@ -100,6 +105,8 @@ def sha256_in_name(url: str) -> str | None:
     return found and found[1]
 
 
+#: Seconds without an answer after which a download fails.
+_TIMEOUT = 30.0
 _PAGE = re.compile(rb'\s*<(!doctype )?html', re.IGNORECASE)
 _HUB = ('hf-hub:', 'hf_hub:')  # the prefixes of timm
 _PACKAGE = 'package:'

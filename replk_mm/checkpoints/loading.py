@@ -169,8 +169,12 @@ def load_pretrained(
     if adapt_input_conv:
         weights = _adapt_input_conv(weights, backbone)
     report = copy_weights(backbone, weights, parts=False, resize_kernels=resize_kernels)
+    present = {key.rpartition('.')[0] for key in weights}  # a norm may be absent, but not one of its weights
     report.missing = [
-        key for key in report.missing if not key.endswith('num_batches_tracked') and not _is_output_norm(backbone, key)
+        key
+        for key in report.missing
+        if not key.endswith('num_batches_tracked')
+        and (key.rpartition('.')[0] in present or not _is_output_norm(backbone, key))
     ]
     # The backbone has no norms for stages outside out_indices.
     report.unexpected = [

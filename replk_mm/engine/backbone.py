@@ -91,6 +91,7 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
         **source,
         changes=f'backbone: {full} instead of {old.get("type")} ({channels}; pretraining: {pretraining}; recipe: '
         f'{source["recipe"]}, {source["recipe_source"]}'
+        + (f'; drop path {new.drop_path_rate}' if 'drop_path_rate' in new else '')
         + ('; without layer-wise learning-rate decay)' if decays and not hasattr(cls, 'get_layer_depth') else ')'),
     )
     model.backbone = new

@@ -301,6 +301,8 @@ def test_norms_of_stages_that_are_not_returned(tmp_path):
     model = ConvNeXt(CONV, out_indices=(1, 2))
     assert load_pretrained(model, path).unexpected == []
     assert_same(model, {k: v for k, v in source.items() if not k.startswith(('norm0', 'norm3'))})
+    with pytest.raises(UserError, match='missing: 1'):  # half a norm
+        load_pretrained(ConvNeXt(CONV, **DENSE), write(tmp_path / 'c.pth', {**source, 'norm3.bias': None}))
     xl = RepLKNet(TINY, norm_intermediate_features=True).state_dict()
     path = write(tmp_path / 'b.pth', xl)
     load_pretrained(RepLKNet(TINY, norm_intermediate_features=True, out_indices=(3,)), path)

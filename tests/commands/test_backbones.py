@@ -12,7 +12,7 @@ import torch
 from tool_cases import tool_main
 
 from replk_mm.backbones.catalogue import Weights, find_backbone
-from replk_mm.checkpoints.io import fetch_checkpoint
+from replk_mm.checkpoints.io import DownloadError, fetch_checkpoint
 
 PAGE = 'before\n<!-- backbones:begin -->\n<!-- backbones:end -->\nafter\n'
 
@@ -139,6 +139,14 @@ def test_downloads(path, status, text, address, tmp_path, monkeypatch, capsys):
     else:
         assert text in printed.out and len(files) == 1
         assert tool_main('backbones', 'convnext-tiny', '--download', monkeypatch=monkeypatch) == 0  # from the cache
+
+
+def test_a_server_that_does_not_answer_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr('replk_mm.checkpoints.io._TIMEOUT', 0.2)
+    before = socket.getdefaulttimeout()
+    with socket.create_server(('127.0.0.1', 0)) as silent, pytest.raises(DownloadError, match='timed out'):
+        fetch_checkpoint(f'http://127.0.0.1:{silent.getsockname()[1]}/a.pth', tmp_path)
+    assert socket.getdefaulttimeout() == before and not list(tmp_path.iterdir())
 
 
 def test_a_damaged_copy_is_not_accepted(address, tmp_path, monkeypatch, capsys):

@@ -6,15 +6,17 @@ import copy
 import pytest
 import torch
 from checkpoint_cases import CONV, DENSE, TINY, assert_same, first_line, tiny_backbone, write
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from norms import randomize_norms
 
+from replk_mm.analysis.benchmark.case import build_networks
+from replk_mm.analysis.erf import _build_backbone
 from replk_mm.checkpoints.key_formats import FoundWeights, to_official
 from replk_mm.checkpoints.loading import LoadReport, guess_cause
 from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import reparameterize
-from replk_mm.engine.inference import load_model
+from replk_mm.engine.inference import build_for_inference, load_model
 from replk_mm.errors import UserError
 
 
@@ -86,6 +88,22 @@ def test_kernels_of_another_size(trained):
         assert report.matched == report.total and '1 kernels 13x13 to 15x15 (pad)' in report.summary()
     found, expected = model(image), source(image)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize('build', ['predict', 'benchmark', 'erf'])
+def test_the_config_resizes_kernels(build, trained):
+    larger = dict(type='replk_mm.RepLKNet', arch=dict(TINY, large_kernel_sizes=[15, 13, 11, 9]))
+    model = dict(type='EncoderDecoder', backbone=larger, decode_head=head(4, None), auxiliary_head=head(4, None))
+    cfg = Config(dict(model=copy.deepcopy(model), default_scope='mmseg', resize_kernels='pad'))
+    if build == 'predict':
+        network = build_for_inference(cfg, trained).model.backbone
+    elif build == 'benchmark':
+        network = build_networks(cfg, True, 'training', trained)[0]['ours'].backbone
+    else:
+        network = _build_backbone(cfg, cfg.model.backbone, trained, 0, False)[0]
+    key = next(k for k, v in network.state_dict().items() if v.shape[2:] == (15, 15))
+    expected = torch.load(trained)['state_dict'][f'backbone.{key}']
+    assert torch.equal(network.state_dict()[key], torch.nn.functional.pad(expected, (1, 1, 1, 1)))
 
 
 def test_heads_that_only_train_may_differ(trained, tmp_path):
