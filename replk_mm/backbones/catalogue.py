@@ -8,7 +8,7 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -106,6 +106,7 @@ class CatalogueEntry:
     package: str | None = None  #: optional package that has the network
     paper_name: str | None = None  #: in the tables of published results
     weights: tuple[Weights, ...] = ()  #: the default first; of each pretraining, those of the published rows first
+    detection: Mapping[str, Any] = field(default_factory=dict)  #: further arguments, which the authors use in detectors
     mean: tuple[float, ...] = IMAGENET[0]  #: of the images, RGB, 0 to 255
     std: tuple[float, ...] = IMAGENET[1]
     bgr: bool = False  #: the network takes BGR images; mean and std have this order too

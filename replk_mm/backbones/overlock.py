@@ -432,6 +432,7 @@ register_variants(
         )
         for short, arch in zip(['xt', 't', 's', 'b'], OverLoCK.arch_settings, strict=True)
     },
+    detection=dict(detection=True),
     source='arXiv:2502.20087, LMMMEng/OverLoCK',
     licence='Apache-2.0',
 )

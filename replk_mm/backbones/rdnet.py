@@ -243,6 +243,7 @@ register_variants(
         )
         for arch in RDNet.arch_settings
     },
+    detection=dict(feature_norm_cfg=dict(type='GN', num_groups=1)),
     source='arXiv:2403.19588, naver-ai/rdnet',
     licence='Apache-2.0',
 )

@@ -58,7 +58,8 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
     accepted = dict(inspect.signature(cls).parameters)
     if hasattr(cls, 'accepts') and cls.accepts(entry.config['model_name'], 'drop_path_rate'):  # timm, transformers
         accepted['drop_path_rate'] = accepted['kwargs']
-    new = ConfigDict({**entry.config, **{key: old[key] for key in _KEPT if key in old and key in accepted}})
+    config = {**entry.config, **(entry.detection if task_of(cfg) == 'detection' else {})}
+    new = ConfigDict({**config, **{key: old[key] for key in _KEPT if key in old and key in accepted}})
     _keep_batch_norm(new, accepted, (old, *(part for _, part in walk_dicts(model))))
     neck = as_list(model.get('neck'))
     indices, levels = as_list(old.get('out_indices')), as_list(neck[0].get('in_channels') if neck else None)

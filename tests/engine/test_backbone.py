@@ -163,6 +163,22 @@ def test_the_kind_of_recipe_can_be_chosen(kind):
     assert cfg.model.backbone.drop_path_rate == own.model.backbone.drop_path_rate
 
 
+@pytest.mark.parametrize(
+    ('name', 'key', 'shipped'),
+    [
+        ('overlock-xt', 'detection', 'mask-rcnn_overlock-s_coco.py'),
+        ('rdnet-tiny', 'feature_norm_cfg', 'cascade-mask-rcnn_rdnet-tiny_coco.py'),
+    ],
+)
+def test_a_detector_gets_the_form_for_detection(name, key, shipped):
+    expected = load_config(str(CONFIGS / shipped)).model.backbone[key]
+    detector, segmentor = (
+        load_config(str(CONFIGS / config), {'backbone': name}).model.backbone
+        for config in ('mask-rcnn_convnext-tiny_coco.py', 'upernet_convnext-nano_ade20k.py')
+    )
+    assert detector[key] == expected and key not in segmentor
+
+
 def test_the_authors_recipe_needs_pretrained_weights_and_published_values():
     with pytest.raises(UserError, match='random weights'):
         exchanged('upernet_replk-nano_ade20k.py', 'convnext-tiny', recipe='authors')
