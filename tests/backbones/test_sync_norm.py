@@ -56,7 +56,7 @@ def layer(sizes, dtype=torch.float64, layout=torch.contiguous_format, shape=(6, 
             expected.backward(grad)
             if step == 2 and (not sizes[rank] or theirs.running_mean is None):
                 continue  # of an evaluation every process has its own
-            found = run_checkpointed(ours, b, checkpointed)
+            found = run_checkpointed(ours, b, enabled=checkpointed)
             found.backward(grad[own].to(dtype))
             errors[f'output {step}'] = far(found, expected[own])
             errors[f'input {step}'] = far(b.grad, a.grad[own])
