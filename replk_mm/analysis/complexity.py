@@ -149,7 +149,7 @@ def _parts(owner: nn.Module, prefix: str = '') -> Iterator[tuple[str, nn.Module]
             yield f'{prefix}{name}', child
 
 
-class _Pass(nn.Module):
+class ForwardPass(nn.Module):
     """Runs a function of a model and an image as a forward pass, so that all module names have the same prefix."""
 
     def __init__(self, model: nn.Module, run: Callable[[Any, Tensor], list[str]]) -> None:
@@ -182,7 +182,7 @@ class _CountedPass(ShapeOfSamples):
         hook = register_module_forward_pre_hook(lambda module, args: self._called.add(module))
         try:
             with torch.device(device), torch.no_grad(), self, self._counter:
-                self.notes = _Pass(model, run)(torch.zeros(1, input_channels(model), *shape))
+                self.notes = ForwardPass(model, run)(torch.zeros(1, input_channels(model), *shape))
         finally:
             hook.remove()
 
@@ -199,7 +199,7 @@ class _CountedPass(ShapeOfSamples):
 
     def macs(self, path: str, part: nn.Module) -> int:
         """Multiply-accumulates of a part with all modules in it."""
-        flops = self._counter.get_flop_counts().get(f'_Pass.model.{path}')
+        flops = self._counter.get_flop_counts().get(f'ForwardPass.model.{path}')
         if flops is None:  # detectors call methods of a head other than forward
             return sum(self.macs(f'{path}.{name}', child) for name, child in part.named_children())
         return sum(flops.values()) // 2

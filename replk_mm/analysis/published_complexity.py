@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from replk_mm import published
 from replk_mm.analysis.complexity import (
+    ForwardPass,
     ShapeOfSamples,
-    _Pass,
     build_on_meta,
     count_complexity,
     count_inference_parameters,
@@ -251,7 +251,7 @@ def mmcv_macs(model: nn.Module, shape: tuple[int, int], depthwise: bool = True) 
         layer.__class__ = nn.Conv2d  # the counter knows only the classes of torch and mmcv
     # Under torch's counter our networks run layer by layer, without fused calls.
     with torch.device('meta'), torch.no_grad(), ShapeOfSamples(), FlopCounterMode(display=False):
-        return int(get_model_complexity_info(_Pass(model, forward), (3, *shape), False, False)[0])
+        return int(get_model_complexity_info(ForwardPass(model, forward), (3, *shape), False, False)[0])
 
 
 def relative_difference(count: Mapping[str, Any], row: Mapping[str, Any], what: str) -> float | None:

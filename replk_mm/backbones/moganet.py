@@ -183,12 +183,7 @@ class MogaNet(PatchEmbedBackbone):
     ) -> None:
         settings = self.resolve_arch(arch)
         depths, channels, ratios = settings['depths'], settings['channels'], settings['ffn_ratios']
-        init_cfg = init_cfg or [
-            dict(type='Kaiming', layer='Conv2d'),
-            # the fan_out of a group, which torch calls fan_in here
-            dict(type='Kaiming', layer='DepthwiseConv2d', mode='fan_in'),
-        ]
-        super().__init__(depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg)
+        super().__init__(depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg=init_cfg)
         if not len(depths) == len(ratios) == 4:
             raise ValueError(f'MogaNet: depths={depths} and ffn_ratios={ratios} must have four entries')
 

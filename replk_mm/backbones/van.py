@@ -182,12 +182,7 @@ class VAN(PatchEmbedBackbone):
     ) -> None:
         settings, family = self.resolve_arch(arch), type(self).__name__
         depths, channels, ratios = (settings[key] for key in ('depths', 'channels', 'mlp_ratios'))
-        init_cfg = init_cfg or [
-            dict(type='Kaiming', layer='Conv2d'),
-            # The fan_out of a group. That of torch is for ungrouped convolutions, and its fan_in has this value.
-            dict(type='Kaiming', layer='DepthwiseConv2d', mode='fan_in'),
-        ]
-        super().__init__(depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg)
+        super().__init__(depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg=init_cfg)
         if len(ratios) != len(depths):
             raise ValueError(f'{family}: mlp_ratios={ratios} must have one number for each of {len(depths)} stages')
         if layer_scale_init_value <= 0:

@@ -112,3 +112,18 @@ def test_parameters_and_macs(arch):
     # the facts have two decimals
     assert parameters / 1e6 == pytest.approx(COUNTED[arch][0], rel=1e-3, abs=5.1e-3)
     assert (found.macs + head) / 1e9 == pytest.approx(COUNTED[arch][1], rel=1e-3, abs=5.1e-3)
+
+
+@pytest.mark.parametrize(('arch', 'length'), [('atto', 9), ('tiny', 11), ('small', 11), ('base', 11)])
+def test_strips_have_the_length_of_the_paper(arch, length):
+    with torch.device('meta'):
+        state = InceptionNeXt(arch).state_dict()
+    assert {tuple(v.shape[2:]) for k, v in state.items() if 'dwconv_w.weight' in k} == {(1, length)}
+    assert {tuple(v.shape[2:]) for k, v in state.items() if 'dwconv_h.weight' in k} == {(length, 1)}
+
+
+def test_initial_weights_are_narrow():
+    net = InceptionNeXt(TINY)
+    net.init_weights()
+    weights = torch.cat([m.weight.flatten() for m in net.modules() if type(m) is torch.nn.Conv2d])
+    assert weights.std().item() == pytest.approx(0.02, rel=0.1)

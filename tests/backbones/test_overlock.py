@@ -195,3 +195,17 @@ def test_parameters_and_macs(arch):
     # the facts have two decimals
     assert parameters / 1e6 == pytest.approx(COUNTED[arch][0], rel=1e-3, abs=5.1e-3)
     assert sum(macs) / 1e9 == pytest.approx(COUNTED[arch][1], rel=1e-3, abs=5.1e-3)
+
+
+@pytest.mark.parametrize(
+    ('arch', 'heads'), [('xtiny', (8, 12)), ('tiny', (8, 16)), ('small', (16, 32)), ('base', (12, 18))]
+)
+def test_heads_are_those_of_the_authors(arch, heads):
+    """The paper's table lists half of these numbers."""
+    with torch.device('meta'):
+        net = OverLoCK(arch, detection=True)
+    assert tuple(len(stage[0].rpb1) for stage in (net.sub_blocks3, net.sub_blocks4)) == heads
+
+
+def test_the_overview_starts_small_in_detectors():
+    assert (OverLoCK('xtiny', detection=True).h_proj[1].weight == 1e-5).all()
