@@ -392,7 +392,7 @@ class PatchEmbedBackbone(Backbone):
             # The fan_out of a group. That of torch is for ungrouped convolutions, and its fan_in has this value.
             dict(type='Kaiming', layer='DepthwiseConv2d', mode='fan_in'),
         ]
-        super().__init__(*args, init_cfg)
+        super().__init__(*args, init_cfg=init_cfg)
         for i, info in zip(sorted(self.out_indices), self.feature_info, strict=True):
             info['module'] = f'norm{i + 1}'
 
