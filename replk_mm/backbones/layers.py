@@ -373,12 +373,19 @@ class Backbone(BaseModule):
         return self
 
 
+#: Initialization with weights of variance ``2 / fan_out`` and zero biases.
+FAN_OUT_INIT: list[dict] = [
+    dict(type='Kaiming', layer='Conv2d'),
+    # The fan_out of a group. That of torch is for ungrouped convolutions, and its fan_in has this value.
+    dict(type='Kaiming', layer='DepthwiseConv2d', mode='fan_in'),
+]
+
+
 class PatchEmbedBackbone(Backbone):
     """Base class for modules ``patch_embed1``, ``block1``, ``norm1``, ``patch_embed2`` and so on, as in PVT.
 
     Each norm is in the trunk: its output is the feature of the stage, and the input of the next stage. Arguments are
-    those of :class:`Backbone`. By default, weights of convolutions are normal with variance ``2 / fan_out``, and biases
-    zero.
+    those of :class:`Backbone`.
 
     Attributes:
         blocks_name: Name of the blocks of a stage, without its number.
@@ -386,13 +393,8 @@ class PatchEmbedBackbone(Backbone):
 
     blocks_name: str = 'block'
 
-    def __init__(self, *args: Any, init_cfg: dict | list[dict] | None) -> None:
-        init_cfg = init_cfg or [
-            dict(type='Kaiming', layer='Conv2d'),
-            # The fan_out of a group. That of torch is for ungrouped convolutions, and its fan_in has this value.
-            dict(type='Kaiming', layer='DepthwiseConv2d', mode='fan_in'),
-        ]
-        super().__init__(*args, init_cfg=init_cfg)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         for i, info in zip(sorted(self.out_indices), self.feature_info, strict=True):
             info['module'] = f'norm{i + 1}'
 

@@ -15,7 +15,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from replk_mm.backbones.catalogue import Weights, register_variants
-from replk_mm.backbones.layers import PatchEmbedBackbone, Stage, add_residual, build_norm
+from replk_mm.backbones.layers import FAN_OUT_INIT, PatchEmbedBackbone, Stage, add_residual, build_norm
 from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
@@ -183,7 +183,9 @@ class MogaNet(PatchEmbedBackbone):
     ) -> None:
         settings = self.resolve_arch(arch)
         depths, channels, ratios = settings['depths'], settings['channels'], settings['ffn_ratios']
-        super().__init__(depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg=init_cfg)
+        super().__init__(
+            depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg or FAN_OUT_INIT
+        )
         if not len(depths) == len(ratios) == 4:
             raise ValueError(f'MogaNet: depths={depths} and ffn_ratios={ratios} must have four entries')
 

@@ -13,7 +13,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import Tensor
 
 from replk_mm.backbones.catalogue import Weights, register_variants
-from replk_mm.backbones.layers import LayerNorm2d, PatchEmbedBackbone, Stage, add_residual, build_norm
+from replk_mm.backbones.layers import FAN_OUT_INIT, LayerNorm2d, PatchEmbedBackbone, Stage, add_residual, build_norm
 from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
@@ -182,7 +182,9 @@ class VAN(PatchEmbedBackbone):
     ) -> None:
         settings, family = self.resolve_arch(arch), type(self).__name__
         depths, channels, ratios = (settings[key] for key in ('depths', 'channels', 'mlp_ratios'))
-        super().__init__(depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg=init_cfg)
+        super().__init__(
+            depths, channels, out_indices, frozen_stages, norm_eval, out_memory_format, init_cfg or FAN_OUT_INIT
+        )
         if len(ratios) != len(depths):
             raise ValueError(f'{family}: mlp_ratios={ratios} must have one number for each of {len(depths)} stages')
         if layer_scale_init_value <= 0:
