@@ -1,0 +1,384 @@
+"""Intervals, paired differences and groups of metrics, over test images and training seeds; see docs/statistics.md.
+
+Every interval, p-value and group that a page or a command shows comes from here. A row of a table is a sequence of
+scores on the same images, one for each training seed; :class:`Scores` is what a score has to provide.
+
+- Images: the delete-one jackknife. An image's influence is what the metric loses without it (Tukey 1958); more than 200
+  images are left out in groups (Busing et al. 1999). The degrees of freedom follow from the influences (Welch 1947;
+  Johnson and Rust 1992), so that few images with a rare class widen the interval. Its centre is corrected for bias.
+- Seeds: the variance between trainings. A row's is the larger of its own and the one pooled over all rows. It contains
+  that trainings differ on the chosen images, which therefore is left out of the images' part (Cameron et al. 2011).
+- Both parts are combined as Howe (1974) does: the half-widths of the two t intervals, in quadrature.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+
+#: Most groups of images of the jackknife.
+_GROUPS = 200
+#: Most seeds, and images as a multiple of the present number, that a plan considers.
+_MOST_SEEDS, _MOST_TIMES = 100, 1000
+
+
+class Scores(Protocol):
+    """A metric of one checkpoint that can be computed for any weights of the test images."""
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Names of the images."""
+
+    def score(self, weights: NDArray | None = None) -> NDArray[np.float64]:
+        """The metric, ``(draws,)``, of data sets in which image ``i`` occurs ``weights[draw, i]`` times."""
+
+
+@dataclass(frozen=True)
+class MeanScores:
+    """A value per image, whose mean is the metric.
+
+    Attributes:
+        images: Names of the images, or of other independent units.
+        values: ``(images,)``.
+        bounds: Least and largest possible mean.
+    """
+
+    images: tuple[str, ...]
+    values: Sequence[float] | NDArray
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+
+    def score(self, weights: NDArray | None = None) -> NDArray[np.float64]:
+        weights = np.ones((1, len(self.images))) if weights is None else weights
+        return weights @ np.asarray(self.values, float) / weights.sum(1)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A metric and its confidence interval.
+
+    Attributes:
+        value: Mean over the seeds of the metric on all images.
+        low: Lower end; None if a single image, or a metric that is undefined without some image, allows no interval.
+        high: Upper end.
+        level: Confidence level.
+        seeds: Number of trainings.
+        images: Number of test images.
+        covers_seeds: Whether the interval covers other training seeds. If not, it is about these checkpoints only.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    level: float
+    seeds: int
+    images: int
+    covers_seeds: bool
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """The difference of two rows on the same images; ``seeds`` is the smaller number of the two.
+
+    Attributes:
+        first: Name of the row with the minuend.
+        second: Name of the other row.
+        p: Two-sided p-value of no difference; None where there is no interval.
+        p_adjusted: ``p`` after Holm's correction over all pairs of the table.
+    """
+
+    first: str
+    second: str
+    p: float | None
+    p_adjusted: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestGroup:
+    """The rows of a table that are not distinguishable from the best.
+
+    Attributes:
+        leader: The row with the highest value.
+        members: The leader, and every row whose difference from it is not significant after Holm's correction; the
+            highest value first. All rows, if no row has two seeds: that says nothing about other trainings.
+        intervals: Of each row.
+        differences: Of the leader from each other row, the smallest first.
+    """
+
+    leader: str
+    members: tuple[str, ...]
+    intervals: dict[str, Interval]
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What it takes to distinguish two rows of a table after Holm's correction.
+
+    Attributes:
+        difference: In points.
+        power: Probability of distinguishing them.
+        seeds: Seeds of each row that suffice on as many images; None if more than 100, or if no row has two seeds.
+        images: Images that suffice with as many seeds; None if more than 1000 times as many.
+        detectable: The difference that today's seeds and images distinguish with this power.
+    """
+
+    difference: float
+    power: float
+    seeds: int | None
+    images: int | None
+    detectable: float
+
+
+@dataclass(frozen=True)
+class _Error:
+    """The two parts of the variance of an estimate, with their degrees of freedom."""
+
+    image: float
+    image_freedom: float
+    seed: float
+    seed_freedom: float
+
+    def margin(self, alpha: float, seed_ratio: ArrayLike = 1.0) -> NDArray[np.float64]:
+        """Half the width of the ``1 - alpha`` interval (Howe 1974), of a seed variance times ``seed_ratio``."""
+        squares = special.stdtrit(self.image_freedom, alpha / 2) ** 2 * self.image
+        if self.seed > 0:
+            squares = squares + special.stdtrit(self.seed_freedom, alpha / 2) ** 2 * self.seed * np.asarray(seed_ratio)
+        return np.sqrt(squares)
+
+    def p_value(self, estimate: float) -> float:
+        """The ``alpha`` whose interval ends at 0."""
+        if self.image + self.seed == 0 or estimate == 0:
+            return float(estimate == 0)
+        return math.exp(_bisect(lambda log: self.margin(math.exp(log)) <= abs(estimate), -600.0, 0.0))
+
+    def power(self, difference: float, alpha: float) -> float:
+        """The probability that a true difference is significant, averaged over the estimate of the seed variance."""
+        ratio = special.chdtri(self.seed_freedom, (np.arange(64) + 0.5) / 64) / self.seed_freedom
+        excess = difference - self.margin(alpha, ratio)
+        return float(special.ndtr(excess / max(math.sqrt(self.image + self.seed), 1e-300)).mean())
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """The metric of a row, or a difference of two.
+
+    Attributes:
+        influence: ``(groups,)``, scaled so that its squares add up to the variance from the choice of images.
+        between: Variance between trainings on these images.
+        interaction: The part of the squares of ``influence`` that ``seed_variance`` has too: trainings that differ on
+            the chosen images.
+        seed_variance: Of ``value``, from the choice of seeds.
+        seed_freedom: Its degrees of freedom; 0 if it is unknown.
+    """
+
+    value: float
+    bias: float
+    influence: NDArray[np.float64]
+    seeds: int
+    images: list[str]
+    bounds: tuple[float, float]
+    between: float = 0.0
+    interaction: float = 0.0
+    seed_variance: float = 0.0
+    seed_freedom: float = 0.0
+
+    def __sub__(self, other: '_Estimate') -> '_Estimate':
+        return replace(
+            self,
+            value=self.value - other.value,
+            bias=self.bias - other.bias,
+            influence=self.influence - other.influence,
+            seeds=min(self.seeds, other.seeds),
+            bounds=(self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0]),
+            interaction=self.interaction + other.interaction,
+            seed_variance=self.seed_variance + other.seed_variance,
+        )
+
+    @property
+    def error(self) -> _Error:
+        squares = self.influence**2
+        freedom = _degrees_of_freedom(squares, 1, len(squares) - 1)
+        image = float(np.maximum(squares.sum() - self.interaction, 0))
+        return _Error(image, freedom, self.seed_variance, self.seed_freedom)
+
+    def interval(self, level: float) -> Interval:
+        margin, ends = float(self.error.margin(1 - level)), (None, None)
+        if math.isfinite(self.value + margin):
+            ends = np.clip([self.value - self.bias - margin, self.value - self.bias + margin], *self.bounds).tolist()
+        return Interval(self.value, *ends, level, self.seeds, len(self.images), bool(self.seed_freedom > 0))
+
+    def difference(self, level: float, first: str, second: str) -> Difference:
+        found = self.interval(level)
+        p = None if found.low is None else self.error.p_value(self.value - self.bias)
+        return Difference(*vars(found).values(), first, second, p, p)
+
+
+def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """The least number from which on a condition holds, which does at ``high``."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _degrees_of_freedom(parts: NDArray, each: ArrayLike, most: float) -> float:
+    """Of a sum of independent estimates of variance with degrees of freedom ``each``; Welch (1947)."""
+    squares = (parts**2 / (np.asarray(each) + 2)).sum()
+    return min(max(parts.sum() ** 2 / squares - 2, 1.0), most) if squares > 0 else most
+
+
+def _jackknife(row: Sequence[Scores]) -> _Estimate:
+    images = sorted(row[0].images) if row else []
+    if not images:
+        raise ValueError('a row has no scores, or they have no images')
+    count, groups = len(images), min(len(images), _GROUPS)
+    group = np.arange(count) * groups // count  # neighbours in the order of names, such as frames of a video
+    share = count / np.bincount(group)
+    values, influences, biases = np.zeros(len(row)), np.zeros((len(row), groups)), np.zeros(len(row))
+    for i, scores in enumerate(row):
+        if sorted(scores.images) != images:
+            raise ValueError('the scores of a row are of different images')
+        place = np.argsort(np.argsort(scores.images, kind='stable'))
+        values[i] = scores.score()[0]
+        left = scores.score((np.arange(groups)[:, None] != group[place]).astype(float)) if groups > 1 else math.nan
+        centre = groups * values[i] - ((1 - 1 / share) * left).sum()
+        with np.errstate(invalid='ignore', divide='ignore'):
+            influences[i] = (share * values[i] - (share - 1) * left - centre) / np.sqrt((share - 1) * groups)
+        biases[i] = values[i] - centre
+    influence, between, interaction = influences.mean(0), 0.0, 0.0
+    if len(row) > 1:
+        interaction = float(((influences - influence) ** 2).sum() / (len(row) - 1)) / len(row)
+        between = float(values.var(ddof=1))
+    bounds = getattr(row[0], 'bounds', (0.0, 100.0))  # metrics of a test are in percent
+    value, bias = float(values.mean()), float(biases.mean())
+    return _Estimate(value, bias, influence, len(row), images, bounds, between, interaction)
+
+
+def _estimate(rows: Mapping[str, Sequence[Scores]]) -> dict[str, _Estimate]:
+    """Rows of a table with the larger of their own and the pooled variance between seeds, as few may agree by luck."""
+    found = {name: _jackknife(row) for name, row in rows.items()}
+    freedom = np.array([row.seeds - 1 for row in found.values()])
+    if not freedom.any():
+        return found
+    between = np.array([row.between for row in found.values()])
+    seed_freedom = _degrees_of_freedom(freedom * between, freedom, float(freedom.sum()))
+    variances = np.maximum(between, np.average(between, weights=freedom))
+    return {
+        name: replace(row, seed_variance=float(variance) / row.seeds, seed_freedom=seed_freedom)
+        for (name, row), variance in zip(found.items(), variances, strict=True)
+    }
+
+
+def _differences(rows: Mapping[str, _Estimate], level: float) -> list[Difference]:
+    """Of all pairs, with adjusted p-values."""
+    if any(row.images != first.images for first, row in pairwise(rows.values())):
+        raise ValueError(f'{", ".join(rows)}: tested on different images')
+    found = [(rows[a] - rows[b]).difference(level, a, b) for a, b in combinations(rows, 2)]
+    adjusted = holm([1.0 if d.p is None else d.p for d in found]).tolist()
+    return [replace(d, p_adjusted=None if d.p is None else p) for d, p in zip(found, adjusted, strict=True)]
+
+
+def interval(row: Sequence[Scores], level: float = 0.95) -> Interval:
+    """The confidence interval of a metric.
+
+    Args:
+        row: One for each training seed, on the same images.
+        level: Confidence level.
+
+    Raises:
+        ValueError: If the scores are of different images, or there are none.
+    """
+    return _estimate({'': row})[''].interval(level)
+
+
+def paired_difference(
+    a: Sequence[Scores], b: Sequence[Scores], level: float = 0.95, names: tuple[str, str] = ('A', 'B')
+) -> Difference:
+    """The difference of two rows, ``a`` minus ``b``, on the same images.
+
+    Trainings count as independent. This is conservative if equal seeds share more than the images, such as a subset of
+    the training set.
+
+    Raises:
+        ValueError: If the scores are of different images, or there are none.
+    """
+    return _differences(_estimate(dict(zip(names, (a, b), strict=True))), level)[0]
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Adjusted p-values (Holm 1979): to call those up to ``alpha`` significant has that family-wise error."""
+    p = np.asarray(p_values, float)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted
+
+
+def best_group(rows: Mapping[str, Sequence[Scores]], level: float = 0.95) -> BestGroup:
+    """The rows of a table that are not distinguishable from the best.
+
+    Args:
+        rows: By name, each with one score for each training seed; all on the same images.
+        level: Confidence level; ``1 - level`` is the family-wise error.
+
+    Raises:
+        ValueError: If the scores are of different images, or there are none.
+    """
+    ranked = dict(sorted(_estimate(rows).items(), key=lambda row: -np.nan_to_num(row[1].value, nan=-math.inf)))
+    differences = _differences(ranked, level)[: max(0, len(ranked) - 1)]  # the leader's pairs are the first
+    beaten = {
+        d.second for d in differences if d.covers_seeds and d.p_adjusted is not None and d.p_adjusted <= 1 - level
+    }
+    return BestGroup(
+        leader=next(iter(ranked)),
+        members=tuple(name for name in ranked if name not in beaten),
+        intervals={name: row.interval(level) for name, row in ranked.items()},
+        differences=tuple(differences),
+    )
+
+
+def plan(rows: Mapping[str, Sequence[Scores]], difference: float, power: float = 0.8, level: float = 0.95) -> Plan:
+    """How many seeds or images distinguish two rows of a table, from the variances that its rows have shown.
+
+    Args:
+        rows: Two or more; see :func:`best_group`.
+        difference: To distinguish, in points.
+        power: Probability of distinguishing it.
+        level: Confidence level of the table.
+
+    Raises:
+        ValueError: If there are not two rows, or they are of different images.
+    """
+    found = list(_estimate(rows).values())
+    if len(found) < 2 or any(row.images != found[0].images for row in found):
+        raise ValueError('a plan needs two rows or more on the same images')
+    freedom = [row.seeds - 1 for row in found]
+    weights = freedom if any(freedom) else None
+    between = float(np.average([row.between for row in found], weights=weights))
+    interaction = float(np.average([row.interaction * row.seeds for row in found], weights=weights))
+    errors = [(a - b).error for a, b in combinations(found, 2)]
+    image, image_freedom = np.mean([(error.image, error.image_freedom) for error in errors], axis=0).tolist()
+
+    def distinguishes(points: float, seeds: int, times: float = 1.0) -> bool:
+        seed = (max(0.0, between - interaction) + interaction / times) / seeds
+        freedoms = max(1.0, image_freedom * times), max(sum(freedom), len(found) * (seeds - 1), 1)
+        expected = _Error(image / times, freedoms[0], 2 * seed, freedoms[1])
+        return expected.power(points, (1 - level) / len(errors)) >= power  # Holm's first step
+
+    present, images = min(row.seeds for row in found), len(found[0].images)
+    seeds = range(2, _MOST_SEEDS + 1 if weights else 0)
+    times = math.inf
+    if distinguishes(difference, present, _MOST_TIMES):
+        times = _bisect(lambda x: distinguishes(difference, present, x), 2 / images, _MOST_TIMES)
+    return Plan(
+        difference=difference,
+        power=power,
+        seeds=next((n for n in seeds if distinguishes(difference, n)), None),
+        images=math.ceil(times * images) if times < math.inf else None,
+        detectable=_bisect(lambda points: distinguishes(points, present), 0.0, 1e6),
+    )
