@@ -15,6 +15,7 @@ from mmengine.logging import print_log
 from replk_mm.data.coco_dataset import CocoIndex
 from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import GatheringMetric
+from replk_mm.evaluation.per_image import DetectionMatches
 from replk_mm.files import write_output
 from replk_mm.registry import METRICS
 
@@ -136,6 +137,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
+        self.statistics[self.key(f'{kind}_mAP')] = DetectionMatches.from_coco(evaluation)
         lines = [line for line in table.getvalue().splitlines() if line.startswith(' Average')]
         lines = [re.sub(r'= (\d\.\d+)$', lambda found: f'= {100 * float(found[1]):.1f}', line) for line in lines]
         print_log('\n'.join([f'{kind}, in percent:', *lines]), logger='current')

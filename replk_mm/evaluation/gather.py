@@ -11,6 +11,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 
 from replk_mm.errors import UserError, format_list
+from replk_mm.evaluation.per_image import PerImageScores
 from replk_mm.text import class_table
 
 
@@ -25,13 +26,20 @@ class GatheringMetric(BaseMetric):
 
     Attributes:
         per_class: Scores of every class on rank 0; see the subclass.
+        statistics: What the scores are made of, image by image, on rank 0, by the name of the score.
     """
 
     results: list
     per_class: dict[str, dict[str, float]]
+    statistics: dict[str, PerImageScores]
 
     def __init__(self, *args, collect_device: str = 'gpu', **kwargs) -> None:
         super().__init__(*args, collect_device=collect_device, **kwargs)
+        self.per_class, self.statistics = {}, {}
+
+    def key(self, name: str) -> str:
+        """The name of a score as mmengine reports it."""
+        return f'{self.prefix}/{name}' if self.prefix else name
 
     def evaluate(self, size: int) -> dict[str, float]:
         """Scores of a data set, the same in every process, with ``prefix`` before their names.
@@ -42,7 +50,7 @@ class GatheringMetric(BaseMetric):
         Raises:
             UserError: If samples were not evaluated.
         """
-        self.per_class = {}
+        self.per_class, self.statistics = {}, {}
         fewest = torch.tensor(len(self.results))
         all_reduce(fewest, 'min')
         evaluated = int(fewest) * get_world_size()

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from mmseg.evaluation.metrics import IoUMetric as MMSegIoUMetric
 
 from replk_mm.evaluation.gather import GatheringMetric
+from replk_mm.evaluation.per_image import SegmentationCounts
 from replk_mm.files import write_output
 from replk_mm.registry import METRICS
 
@@ -37,27 +39,36 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Count the pixels of each image, and write its prediction to ``output_dir``, if set."""
         folder, self.output_dir = self.output_dir, None  # mmseg would write into one folder
+        before = len(self.results)
         super().process(data_batch, data_samples)
         self.output_dir = folder
+        if not self.format_only:
+            names = [str(self._name(sample)) for sample in data_samples]
+            self.results[before:] = zip(self.results[before:], names, strict=True)
         if folder is not None:
             for sample in data_samples:
                 self._write(sample, Path(folder))
 
-    def _write(self, sample: dict, place: Path) -> None:
-        path = Path(sample['img_path'])
-        if self.images_root is not None:
-            folder, root = path.resolve().parent, Path(self.images_root).resolve()
-            place /= folder.relative_to(root) if folder.is_relative_to(root) else ''
+    def _name(self, sample: dict) -> Path:
+        """The image's path below ``images_root``, without suffix; its name if it is elsewhere."""
+        path = Path(sample.get('img_path') or '')
+        folder, root = path.resolve().parent, Path(self.images_root or '').resolve()
+        inside = self.images_root is not None and folder.is_relative_to(root)
+        return (folder.relative_to(root) if inside else Path()) / path.stem
+
+    def _write(self, sample: dict, folder: Path) -> None:
         # Undo reduce_zero_label, as mmseg does.
         labels = sample['pred_sem_seg']['data'].squeeze().cpu().numpy() + int(sample.get('reduce_zero_label', False))
-        write_output(place / f'{path.stem}.png', cv2.imencode('.png', labels.astype(np.uint8))[1].tobytes())
+        write_output(folder / f'{self._name(sample)}.png', cv2.imencode('.png', labels.astype(np.uint8))[1].tobytes())
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Metrics in percent from the histograms of all images."""
         if self.format_only:
             return super().compute_metrics(results)
         # float32 counts up to 16.7 million only, which is less than the pixels of a class.
-        totals = [sum(part.double() for part in histograms) for histograms in zip(*results, strict=True)]
+        histograms, images = zip(*results, strict=True)
+        areas = [torch.stack(parts).double() for parts in zip(*histograms, strict=True)]  # (images, classes)
+        totals = [area.sum(0) for area in areas]
         found = self.total_area_to_metrics(*totals, self.metrics, self.nan_to_num, self.beta)
         metrics = {
             name if name == 'aAcc' else f'm{name}': 100 * float(np.nanmean(values)) for name, values in found.items()
@@ -65,7 +76,12 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
 
         intersect, union, _, label = (np.asarray(total, dtype=np.float64) for total in totals)
         present = np.flatnonzero(label)
-        names = self.dataset_meta['classes']
+        names = tuple(self.dataset_meta['classes'])
+        if 'mIoU' in metrics and self.nan_to_num is None:
+            correct, _, predicted, labelled = map(np.asarray, areas)
+            self.statistics[self.key('mIoU')] = SegmentationCounts(
+                images=images, classes=names, intersection=correct, predicted=predicted, label=labelled
+            )
         self.per_class = {
             names[i]: dict(IoU=100 * intersect[i] / union[i], Acc=100 * intersect[i] / label[i], pixels=int(label[i]))
             for i in present

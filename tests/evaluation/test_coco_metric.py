@@ -74,6 +74,12 @@ def test_ap_of_detections_of_known_iou(tmp_path, monkeypatch):
     assert found == pytest.approx(expected)
     assert all(scores[f'coco/segm_{name}'] == pytest.approx(1) for name in expected)
     assert set(metric.per_class) == set(KNOWN)
+    kept = {name: float(matches.score()[0]) for name, matches in metric.statistics.items()}
+    assert kept == pytest.approx({'coco/bbox_mAP': 100 * mean, 'coco/segm_mAP': 100})
+    assert metric.statistics['coco/bbox_mAP'].per_class(np.eye(3))[0] == pytest.approx(
+        [100 * AP['cup'] if name == 'cup' else np.nan for name in metric.statistics['coco/bbox_mAP'].classes],
+        nan_ok=True,
+    )
     for name, (iou, _) in KNOWN.items():
         of_class = metric.per_class[name]
         boxes = [of_class[f'bbox_{score}'] for score in ('mAP', 'mAP_50', 'mAP_75')]

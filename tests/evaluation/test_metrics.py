@@ -84,7 +84,7 @@ def test_counts_beyond_the_precision_of_float32_are_exact():
     metric = IoUMetric()
     metric.dataset_meta = dict(classes=('a', 'b'))
     images = [2**24, 1, 1, 1]
-    found = metric.compute_metrics([(torch.tensor([float(n), 0.0]),) * 4 for n in images])
+    found = metric.compute_metrics([((torch.tensor([float(n), 0.0]),) * 4, str(n)) for n in images])
     assert metric.per_class['a'] == dict(IoU=100, Acc=100, pixels=2**24 + 3)
     assert found['aAcc'] == 100
 
@@ -168,3 +168,16 @@ def test_predictions_lie_in_the_folders_of_their_images(tmp_path):
     sample = dict(img_path='2.jpg', pred_sem_seg=dict(data=torch.ones_like(labels)), gt_sem_seg=dict(data=labels))
     metric.process({}, [sample | dict(reduce_zero_label=True)])
     assert np.unique(Image.open(tmp_path / 'out' / '2.png')).tolist() == [2], 'ids are those of the label files'
+
+
+def test_counts_of_each_image_are_kept(maps):
+    labels, predictions = maps
+    metric, scores = evaluate(labels, predictions)
+    counts = metric.statistics['mIoU']
+    assert counts.score() == pytest.approx(scores['mIoU']) and counts.classes == CLASSES
+    for i, pair in enumerate(zip(labels, predictions, strict=True)):
+        intersection, union, labelled = by_hand(*([part] for part in pair))
+        assert counts.intersection[i].tolist() == intersection and counts.label[i].tolist() == labelled
+        assert (counts.label[i] + counts.predicted[i] - counts.intersection[i]).tolist() == union
+    assert not evaluate(labels, predictions, nan_to_num=0)[0].statistics  # another mean
+    assert list(evaluate(labels, predictions, prefix='x')[0].statistics) == ['x/mIoU']
