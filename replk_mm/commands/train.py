@@ -7,6 +7,7 @@ from pathlib import Path
 from mmengine.dist import get_rank
 
 from replk_mm import cli
+from replk_mm.data.subsets import FRACTIONS
 from replk_mm.engine.config import load_config
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.train import train
@@ -40,6 +41,17 @@ def main() -> None:
     )
     former.add_argument('--overwrite', action='store_true', help='replace the run in the work dir')
     p.add_argument('--pretrained', metavar='FILE', help="initial weights of the backbone, or 'none' for random weights")
+    p.add_argument(
+        '--freeze-backbone', action='store_true', help='train the heads only, on the features of a fixed backbone'
+    )
+    p.add_argument(
+        '--fraction',
+        type=int,
+        choices=FRACTIONS,
+        default=100,
+        metavar='P',
+        help=f'train on a part of the images, in percent ({", ".join(map(str, FRACTIONS))}); --seed chooses them',
+    )
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
     p.add_argument('--seed', type=seed, metavar='N', help='random seed (default: drawn and recorded)')
     p.add_argument(
@@ -49,7 +61,8 @@ def main() -> None:
         help='skip the dry run of loss, validation and checkpoint',
     )
     args = p.parse_args()
-    cfg = load_config(args.config, args.cfg_options)
+    frozen = dict(freeze_backbone=True) if args.freeze_backbone else {}
+    cfg = load_config(args.config, {**(args.cfg_options or {}), **frozen})
     notes = prepare_training(cfg, cli.run_options(args))
     start = time.monotonic()
     last = train(cfg, notes, args.preflight, args.overwrite)

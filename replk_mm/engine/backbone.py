@@ -43,8 +43,8 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
         name: In the catalogue. Without a tag, a config that starts from pretrained weights takes the default ones, and
             a config that trains from scratch keeps random weights.
         recipe: ``'authors'``: as published for this backbone, pretraining and task. ``'common'``: the optimizer of the
-            config. ``'tries'``: the same, and the user chooses values in as many tries as for every other backbone.
-            Defaults to the authors' where weights are pretrained and the recipe is published, else the common one.
+            config. Defaults to the authors' where weights are pretrained and the recipe is published, else the common
+            one.
 
     Raises:
         UserError: If the name is unknown, the heads or the neck do not fit, or there is no recipe of the authors.
@@ -195,7 +195,9 @@ def _use_recipe(
     authors: Recipe | None = recipe_of(row) if row else None
     if kind == 'authors' and authors is None:
         why = 'starts from random weights' if weights is None else 'has no published recipe for this task'
-        raise UserError(f'recipe=authors: {entry.full_name(weights)} {why}\nUse recipe=common or recipe=tries.')
+        raise UserError(f'recipe=authors: {entry.full_name(weights)} {why}\nUse recipe=common.')
+    if kind not in (None, 'authors', 'common'):
+        raise UserError(f'recipe={kind}: is unknown\nUse recipe=authors or recipe=common.')
     wrapper = cfg.get('optim_wrapper')
     if authors and kind in (None, 'authors'):
         if 'drop_path_rate' in accepted:

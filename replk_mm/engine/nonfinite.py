@@ -30,6 +30,10 @@ from replk_mm.wrappers import optim_wrappers, unwrap_model
 _LEAST_SCALE = 1e-4
 
 
+class NonFiniteError(UserError):
+    """A loss or a gradient is not finite."""
+
+
 @HOOKS.register_module()
 class StopAtNonFinite(Hook):
     """Check the gradients before every step of the optimizer, and the losses after every iteration.
@@ -101,7 +105,7 @@ class StopAtNonFinite(Hook):
         if causes and min(causes)[1] != get_rank():
             barrier()
             time.sleep(1)  # torchrun reports the first process that fails: let it be the cause
-            raise UserError(
+            raise NonFiniteError(
                 f'{where}: stopped, because rank {min(causes)[1]} found a loss or gradient that is '
                 f'not finite\nThe message of that rank names the images and the layer.'
             )
@@ -112,7 +116,7 @@ class StopAtNonFinite(Hook):
         images = [str(leaf) for path, leaf in leaves if path[-1:] == (MappingKey('img_path'),)]
         saved = _save(runner, dict(images=images, batch=batch, first=first, losses=losses, iteration=runner.iter + 1))
         last = last_checkpoint(runner.work_dir)
-        message = UserError(
+        message = NonFiniteError(
             f'{where}: {what}{circumstance}; '
             f'first: {first or "not found when repeated, so some operation is not deterministic"}\n'
             f'images: {", ".join(images) or "unknown"}\n{saved}\n'

@@ -15,9 +15,11 @@ from replk_mm.data.checks.audit import check_data
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import is_class_head
 from replk_mm.data.classes import use_classes
+from replk_mm.data.subsets import use_subset
 from replk_mm.engine.backbone import backbone_notes
 from replk_mm.engine.config import as_list, build_model, fit_to_machine, set_data_root, shorten_schedule
 from replk_mm.engine.config_errors import explain_build_errors
+from replk_mm.engine.freezing import freeze_backbone
 from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.resuming import RESUMABLE, require_no_run, resume
 from replk_mm.errors import UserError
@@ -64,6 +66,16 @@ def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
     if cfg.get('resume'):  # the checkpoint decides
         notes = [note for note in notes if not note.startswith('learning rate: ')]
     notes += _weights_to_start_from(cfg, options)
+    if options.fraction != 100 or options.hold_out:
+        seed = cfg.get('randomness', {}).get('seed') or 0
+        cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}  # from the checkpoint, a resumed run takes it too
+        notes += use_subset(cfg, options.fraction, seed, options.hold_out)
+    if cfg.get('freeze_backbone'):
+        freeze_backbone(model)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        notes.append(
+            Note(f'backbone: frozen, in evaluation mode; {trained:,} of {parameters:,} parameters are trained')
+        )
     return notes + _limits_of_resuming(cfg)
 
 
@@ -134,7 +146,8 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
     resumes = cfg.get('resume') and cfg.get('load_from')
     if resumes or options.pretrained:
         given = backbone.pop('init_cfg', None)
-        cfg.model.pop('pretrained', None)  # of mmseg
+        for part in (cfg.model, backbone):  # of mmseg; of timm and transformers
+            part.pop('pretrained', None)
     if resumes:
         return []  # the checkpoint sets every weight
     source = str(cfg.get('load_from') or '')
@@ -155,6 +168,8 @@ def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
         if initial:
             initial['resize_kernels'] = resize
     if options.pretrained == 'none':
+        if cfg.get('catalogue'):
+            cfg.catalogue.pretraining = 'none'
         return ['weights: random (--pretrained none)']
     # mmengine loads the backbones of other packages.
     if initial and (options.pretrained or str(backbone.get('type')).startswith('replk_mm.')):

@@ -39,6 +39,8 @@ class RunOptions:
         seed: Random seed; None draws and records one.
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
         overwrite: Whether a new training replaces the one in ``work_dir``.
+        fraction: Percentage of the training images, see :func:`replk_mm.data.subsets.use_subset`.
+        hold_out: Whether to validate on held-out training images instead of the validation images.
     """
 
     data_root: str | None = None
@@ -52,6 +54,8 @@ class RunOptions:
     seed: int | None = None
     launcher: str = 'none'
     overwrite: bool = False
+    fraction: int = 100
+    hold_out: bool = False
 
 
 def select_device(name: str | None) -> str:

@@ -26,6 +26,7 @@ from replk_mm.checkpoints.io import read_checkpoint, restore_log_buffer, to_plai
 from replk_mm.data.datasets import crop_of
 from replk_mm.data.transforms import check_loading
 from replk_mm.engine.config_errors import explain_build_errors
+from replk_mm.engine.freezing import freeze_backbone
 from replk_mm.engine.hooks import INTERIM
 from replk_mm.engine.inference import load_model
 from replk_mm.engine.process import is_out_of_memory
@@ -89,6 +90,13 @@ class Runner(MMEngineRunner):
     build_test_loop = _explained(MMEngineRunner.build_test_loop, 'test_dataloader')
     build_optim_wrapper = _explained(MMEngineRunner.build_optim_wrapper, 'optim_wrapper')
     build_param_scheduler = _explained(MMEngineRunner.build_param_scheduler, 'param_scheduler')
+
+    def build_model(self, model: nn.Module | dict) -> nn.Module:
+        """Build the model; for a training with ``freeze_backbone = True``, with a frozen backbone."""
+        built = super().build_model(model)
+        if self.cfg.get('freeze_backbone') and self.cfg.get('train_cfg'):
+            freeze_backbone(built)
+        return built
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for distributed training. On CPUs without device ids, which mmengine 0.10.7 always passes."""

@@ -99,7 +99,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             prefix = f'{folder}/results'
             if self._coco_api is None:
                 self._coco_api = CocoIndex(self.gt_to_coco_json(truths, prefix))
-            self.img_ids = self._coco_api.get_img_ids()
+            self.img_ids = sorted({truth['img_id'] for truth in truths})  # of a part of the file, others are not missed
             by_label = self._coco_api.get_cat_ids(self.dataset_meta['classes'])
             # In pycocotools' order.
             self.cat_ids = sorted(category for category in by_label if category is not None)
@@ -147,7 +147,7 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             of_class = np.where(precision[:, :, i] < 0, np.nan, precision[:, :, i])
             if np.isnan(of_class).all():
                 continue
-            objects = self._coco_api.loadAnns(self._coco_api.getAnnIds(catIds=[category], iscrowd=False))
+            objects = self._coco_api.loadAnns(self._coco_api.getAnnIds(self.img_ids, [category], iscrowd=False))
             self.per_class.setdefault(self._coco_api.cats[category]['name'], dict(instances=len(objects))).update(
                 {
                     f'{kind}_mAP': float(of_class.mean()),

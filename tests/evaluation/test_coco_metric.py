@@ -22,11 +22,12 @@ def item(name: str, x: float, y: float, width: float, height: float) -> dict:
     return dict(name=name, bbox=[x, y, width, height])
 
 
-def evaluate(tmp_path, images: list[tuple[list[dict], list[dict]]], classwise: bool = False):
+def evaluate(tmp_path, images: list[tuple[list[dict], list[dict]]], classwise: bool = False, tested: int | None = None):
     """Score detections; masks are exact, so that their AP is 1. Returns the metric and its scores.
 
     Args:
         images: Objects and detections of each image.
+        tested: Number of images that are tested; all by default.
     """
     ids = {name: 9 - 2 * i for i, name in enumerate(('cup', 'fork', 'pea', 'extra'))}
     data: dict = dict(images=[], annotations=[], categories=[dict(id=i, name=name) for name, i in ids.items()])
@@ -42,7 +43,7 @@ def evaluate(tmp_path, images: list[tuple[list[dict], list[dict]]], classwise: b
     path.write_text(json.dumps(data))
     metric = CocoMetric(ann_file=str(path), metric=['bbox', 'segm'], classwise=classwise)
     metric.dataset_meta = dict(classes=ORDER)
-    for number, (objects, found) in enumerate(images):
+    for number, (objects, found) in enumerate(images[:tested]):
         masks = np.zeros((len(found), SIDE, SIDE), bool)
         for mask, one in zip(masks, objects, strict=False):
             x, y, w, h = map(int, one['bbox'])
@@ -55,7 +56,7 @@ def evaluate(tmp_path, images: list[tuple[list[dict], list[dict]]], classwise: b
             masks=torch.from_numpy(masks),
         )
         metric.process({}, [dict(img_id=number, ori_shape=(SIDE, SIDE), pred_instances=predicted)])
-    return metric, metric.evaluate(len(images))
+    return metric, metric.evaluate(len(images[:tested]))
 
 
 def test_ap_of_detections_of_known_iou(tmp_path, monkeypatch):
@@ -105,3 +106,11 @@ def test_all_objects_of_an_image_count_and_sizes_without_objects_are_nan(tmp_pat
     assert scores['coco/bbox_mAP'] == scores['coco/bbox_mAP_m'] == metric.per_class['cup']['bbox_mAP'] == 1
     assert metric.per_class['cup']['instances'] == 2
     assert np.isnan([scores['coco/bbox_mAP_s'], scores['coco/bbox_mAP_l']]).all()
+
+
+def test_images_of_the_file_that_are_not_tested_are_not_missed(tmp_path):
+    """As of a hold-out: the annotations of all training images, and predictions on some."""
+    objects = [item('cup', 10, 10, 40, 50)]
+    metric, scores = evaluate(tmp_path, [(objects, objects), (objects, [])], tested=1)
+    found = [scores['coco/bbox_mAP'], scores['coco/segm_mAP'], metric.per_class['cup']['instances']]
+    assert found == pytest.approx([1, 1, 1])

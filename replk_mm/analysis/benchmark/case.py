@@ -22,6 +22,7 @@ from replk_mm.data.datasets import crop_of
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine, load_config
 from replk_mm.engine.config_errors import explain_build_errors
+from replk_mm.engine.freezing import freeze_backbone
 from replk_mm.engine.inference import load_model
 from replk_mm.engine.process import keep_freed_memory
 from replk_mm.errors import UserError, first_line
@@ -82,6 +83,8 @@ def build_networks(
     networks[OURS] = ours
     use_plain_torch(plain)
     prepack(ours)  # as evaluation does
+    for net in networks.values() if whole_model and cfg.get('freeze_backbone') else ():
+        freeze_backbone(net)
     return networks, changes
 
 
