@@ -1,5 +1,6 @@
 """Transforms of the data pipeline: loading that names the file on failure, labels at the resolution of the logits."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -79,13 +80,17 @@ def check_loading(dataset: Any, num_classes: int | None) -> None:
         dataset: The data set, or a wrapper (repeat, concatenate).
         num_classes: See :class:`CheckedLoad`.
     """
-    for key in ('dataset', 'wrapped'):
-        if vars(dataset).get(key) is not None:
-            check_loading(vars(dataset)[key], num_classes)
-    for part in vars(dataset).get('datasets') or ():
-        check_loading(part, num_classes)
+    for part in datasets_with_pipeline(dataset):
+        part.pipeline = _with_checks(part.pipeline, num_classes)
+
+
+def datasets_with_pipeline(dataset: Any) -> Iterator[Any]:
+    """The built data sets that have a pipeline: this one and those within it (repeat, concatenate)."""
+    for part in (*(vars(dataset).get(key) for key in ('dataset', 'wrapped')), *(vars(dataset).get('datasets') or ())):
+        if part is not None:
+            yield from datasets_with_pipeline(part)
     if isinstance(vars(dataset).get('pipeline'), Compose):
-        dataset.pipeline = _with_checks(dataset.pipeline, num_classes)
+        yield dataset
 
 
 def _with_checks(step: Any, num_classes: int | None) -> Any:

@@ -13,7 +13,7 @@ from replk_mm.data.datasets import datasets_of, is_coco_style, named_metrics
 from replk_mm.deploy.reparameterize import Changes
 from replk_mm.engine.backbone import backbone_notes
 from replk_mm.engine.config import build_model, fit_to_machine
-from replk_mm.engine.inference import adopt_classes, load_for_inference
+from replk_mm.engine.inference import Inference, adopt_classes, load_for_inference
 from replk_mm.engine.prepare import head_class_counts, prepare_data
 from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, processes_of, select_device
 from replk_mm.engine.runner import Runner, explain_failures
@@ -76,6 +76,47 @@ def evaluate(
     Raises:
         UserError: If data or checkpoint do not fit.
     """
+    runner, built, notes = prepare_test(cfg, checkpoint, options, reparam=reparam, tta=tta, predictions=predictions)
+    runner.register_hook(dict(type='replk_mm.ProgressHook'))
+    start = time.perf_counter()
+    with explain_failures(cfg, runner):
+        figures = runner.test()
+    require_ground_truth(figures, 'test')
+    seconds = time.perf_counter() - start
+    per_class: dict[str, dict[str, float]] = {}
+    for metric in runner.test_evaluator.metrics:
+        for name, of_class in getattr(metric, 'per_class', {}).items():
+            per_class.setdefault(name, {}).update(of_class)
+    dataset = runner.test_dataloader.dataset
+    assert built.report is not None
+    return Evaluation(
+        figures,
+        per_class,
+        absent_classes(runner.test_evaluator.metrics),
+        built.changes,
+        built.meta,
+        built.report.summary(),
+        len(dataset),
+        seconds,
+        dataset.get_data_info(0).get('img_path'),
+        notes,
+    )
+
+
+def prepare_test(
+    cfg: Config,
+    checkpoint: str,
+    options: RunOptions,
+    *,
+    reparam: bool = False,
+    tta: bool = False,
+    predictions: Path | None = None,
+) -> tuple[Runner, Inference, list[str]]:
+    """Build the runner of a test and load the checkpoint. Arguments and errors are those of :func:`evaluate`.
+
+    Returns:
+        The runner, how the network was built, and changes of the config, one line each.
+    """
     device = select_device(options.device)
     fetch_checkpoint(checkpoint)
     cfg.launcher = options.launcher
@@ -118,35 +159,12 @@ def evaluate(
     cfg.visualizer = {**cfg.get('visualizer', {}), 'vis_backends': []}
     init_gloo(cfg, device)
     runner = Runner.from_cfg(cfg)
-    runner.register_hook(dict(type='replk_mm.ProgressHook'))
     log_notes(notes)
     model = unwrap_model(runner.model).module if tta else unwrap_model(runner.model)
     built = load_for_inference(model, checkpoint, reparam, cfg.get('resize_kernels'))
     compare_with_checkpoint(cfg, built.meta, checkpoint)
     prepack(model)
-    start = time.perf_counter()
-    with explain_failures(cfg, runner):
-        figures = runner.test()
-    require_ground_truth(figures, 'test')
-    seconds = time.perf_counter() - start
-    per_class: dict[str, dict[str, float]] = {}
-    for metric in runner.test_evaluator.metrics:
-        for name, of_class in getattr(metric, 'per_class', {}).items():
-            per_class.setdefault(name, {}).update(of_class)
-    dataset = runner.test_dataloader.dataset
-    assert built.report is not None
-    return Evaluation(
-        figures,
-        per_class,
-        absent_classes(runner.test_evaluator.metrics),
-        built.changes,
-        built.meta,
-        built.report.summary(),
-        len(dataset),
-        seconds,
-        dataset.get_data_info(0).get('img_path'),
-        notes,
-    )
+    return runner, built, notes
 
 
 def _export_predictions(cfg: Config, folder: Path) -> list[str]:
