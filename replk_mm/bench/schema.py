@@ -30,6 +30,8 @@ MEASUREMENTS: tuple[str, ...] = get_args(Measurement)
 #: Measurements that random weights allow.
 WITHOUT_WEIGHTS = ('complexity', 'erf', 'speed', 'memory')
 _BUDGETS = ('iterations', 'schedule', 'checkpoint')
+#: Keys that describe a training, with their defaults.
+_TRAINING = dict(protocol='finetune', fraction=100, pretrained=None, learning_rates=None)
 
 
 class _Strict(BaseModel):
@@ -78,16 +80,35 @@ class Defaults(_Strict):
     backbone: str | None = Field(
         None, description='name in the catalogue, as `--backbone`; exchanges the backbone of the config'
     )
-    recipe: Literal['authors', 'common', 'tries'] | None = Field(
+    protocol: Literal['finetune', 'linear', 'head', 'scratch'] = Field(
+        'finetune',
+        description='what is trained, see [protocols.md](protocols.md): `finetune`, the whole network; `linear`, a '
+        'linear layer on fixed features; `head`, the heads on a fixed backbone; `scratch`, the whole network from '
+        'random weights',
+    )
+    fraction: Literal[1, 5, 10, 25, 100] = Field(
+        100, description='of the training images, in percent; the seed chooses them, equally for all rows'
+    )
+    pretrained: str | None = Field(
+        None,
+        description='initial weights of the backbone, as `--pretrained`; `none` is random weights, the floor of '
+        '`linear` and `head`; `{row}`, `{seed}` and `{backbone}` are replaced',
+    )
+    recipe: Literal['authors', 'common'] | None = Field(
         None,
         description='origin of learning rate and schedule: `authors`, as published; `common`, that of the config; '
-        '`tries`, chosen by you with the same number of tries for each row; default: `authors` for a backbone with '
-        'pretrained weights and a published recipe, else `common`',
+        'default: `authors` to fine-tune pretrained weights with a published recipe, else `common`',
+    )
+    learning_rates: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        min_length=2,
+        description='of which the best is used: each trains on four fifths of the training images and is scored on the '
+        'others, never on test images; equally many for each row',
     )
     seeds: list[Seed] = Field([0], min_length=1, description='one training each; default: `[0]`')
     iterations: PositiveInt | None = Field(None, description='train this long, warm-up and decay in proportion')
     schedule: Literal['full'] | None = Field(None, description='`full`: train as the config says')
-    checkpoint: str | None = Field(None, description='trained weights; `{row}` and `{seed}` are replaced')
+    checkpoint: str | None = Field(None, description='trained weights; `{row}`, `{seed}` and `{backbone}` are replaced')
     measure: list[Requested] = Field(
         ['complexity', 'metric', 'speed', 'memory'],
         description='see below; default: `metric`, `complexity`, `speed` and `memory`',
@@ -106,21 +127,26 @@ class Defaults(_Strict):
     classes: str | list[str] | None = Field(None, description='a list of names, or as `--classes`, such as `auto`')
     preflight: bool = Field(True, description='`false`: skip the dry run before the training')
 
-    @field_validator('seeds')
+    @field_validator('seeds', 'learning_rates')
     @classmethod
-    def _different(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError('a seed is listed twice')
-        return seeds
+    def _different(cls, values: list | None) -> list | None:
+        if values and len(set(values)) < len(values):
+            raise ValueError('a value is listed twice')
+        return values
 
     @model_validator(mode='after')
     def _one_budget(self) -> 'Defaults':
         budgets = [key for key in _BUDGETS if getattr(self, key) is not None]
+        budgets += ['protocol: linear'] * (self.protocol == 'linear')
         if len(budgets) > 1:
             raise ValueError(
                 f'has both {budgets[0]} and {budgets[1]}\n'
-                f'A row is trained (iterations, or schedule: full) or has a checkpoint.'
+                f'A row is trained (iterations, schedule: full or protocol: linear) or has a checkpoint.'
             )
+        if self.protocol == 'scratch' and self.pretrained not in (None, 'none'):
+            raise ValueError(f'protocol scratch starts from random weights\nRemove pretrained: {self.pretrained}.')
+        if self.recipe == 'authors' and self.protocol != 'finetune':
+            raise ValueError(f'recipe authors is for fine-tuning, not for protocol {self.protocol}\nUse common.')
         return self
 
 
@@ -151,14 +177,20 @@ class SuiteRow(Defaults):
                 f'{needs[0]} needs trained weights\nSet iterations, schedule: full or checkpoint; random '
                 f'weights allow {", ".join(WITHOUT_WEIGHTS)}.'
             )
-        if 'curve' in self.measure and not self.trains:
-            raise ValueError('curve needs a training\nSet iterations or schedule: full.')
+        if 'curve' in self.measure and (not self.trains or self.protocol == 'linear'):
+            raise ValueError('curve needs a training\nSet iterations or schedule: full; linear has no curve.')
+        if not self.trains and self.training_keys():
+            raise ValueError(f'{next(iter(self.training_keys()))} has no effect without a training\nRemove it.')
         return self
+
+    def training_keys(self) -> dict[str, Any]:
+        """What differs from fine-tuning on all training images at the learning rate of the config."""
+        return {key: getattr(self, key) for key, usual in _TRAINING.items() if getattr(self, key) != usual}
 
     @property
     def trains(self) -> bool:
         """Whether there is something to train."""
-        return self.iterations is not None or self.schedule is not None
+        return self.iterations is not None or self.schedule is not None or self.protocol == 'linear'
 
     def measurements(self) -> tuple[str, ...]:
         """Measurements of the row, in the order in which they are made."""
@@ -166,7 +198,17 @@ class SuiteRow(Defaults):
 
     def checkpoint_of(self, seed: int) -> str | None:
         """The file of trained weights, if the row names one."""
-        return self.checkpoint and self.checkpoint.replace('{row}', self.name).replace('{seed}', str(seed))
+        return self._file(self.checkpoint, seed)
+
+    def pretrained_of(self, seed: int) -> str | None:
+        """Initial weights of the backbone; ``'none'`` for random ones, None for those of the config."""
+        return 'none' if self.protocol == 'scratch' else self._file(self.pretrained, seed)
+
+    def _file(self, name: str | None, seed: int) -> str | None:
+        places = dict(row=self.name, seed=str(seed), backbone=self.backbone or '')
+        for key, value in places.items() if name else ():
+            name = str(name).replace(f'{{{key}}}', value)
+        return name
 
 
 class Suite(_Strict):
@@ -204,11 +246,17 @@ class Suite(_Strict):
 
     @field_validator('rows')
     @classmethod
-    def _unique(cls, rows: list[SuiteRow]) -> list[SuiteRow]:
+    def _comparable(cls, rows: list[SuiteRow]) -> list[SuiteRow]:
         names = [row.name for row in rows]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f'{twice!r} names {names.count(twice)} rows\nGive each row its own name.')
+        counts = {row.name: len(row.learning_rates) for row in rows if row.learning_rates}
+        if len(set(counts.values())) > 1:
+            first, *_, last = sorted(counts, key=lambda name: counts[name])
+            raise ValueError(
+                f'{first} has {counts[first]} learning_rates, {last} has {counts[last]}\nTry equally many in each row.'
+            )
         return rows
 
     def pairs(self) -> list[tuple[SuiteRow, int]]:
@@ -222,13 +270,19 @@ def _named_row(backbone: str) -> dict:
 
 
 def _with_defaults(row: dict, defaults: dict) -> dict:
-    if any(key in row for key in _BUDGETS):  # a row's budget replaces that of the defaults
+    if (
+        any(key in row for key in _BUDGETS) or row.get('protocol') == 'linear'
+    ):  # a row's budget replaces that of the defaults
         defaults = {key: value for key, value in defaults.items() if key not in _BUDGETS}
     merged = {'label': row.get('name'), **defaults, **row}
     common, own = defaults.get('options'), row.get('options')
     if isinstance(common, dict) and isinstance(own, dict):
         merged['options'] = {**common, **own}
     exchange = {key: merged[key] for key in ('backbone', 'recipe') if merged.get(key) is not None}
+    if merged.get('protocol', 'finetune') != 'finetune':
+        exchange = {'recipe': 'common', **exchange}
+        if merged['protocol'] in ('linear', 'head'):
+            exchange['freeze_backbone'] = True
     if exchange and isinstance(merged.get('options', {}), dict):
         merged['options'] = {**merged.get('options', {}), **exchange}
     return merged

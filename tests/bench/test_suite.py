@@ -56,13 +56,28 @@ def test_rows_take_the_defaults_and_override_them(tmp_path):
 
 
 def test_a_word_is_a_row_with_that_backbone(tmp_path):
-    common = dict(config='upernet_replk-nano_demo.py', iterations=2, options={'a.b': 1}, recipe='tries')
+    common = dict(config='upernet_replk-nano_demo.py', iterations=2, options={'a.b': 1}, recipe='common')
     suite = read_suite(write(tmp_path, defaults=common, rows=['convnext-atto', 'timm/resnet50.a1_in1k']))
     assert [(row.name, row.label, row.backbone) for row in suite.rows] == [
         ('convnext-atto', 'convnext-atto', 'convnext-atto'),
         ('timm-resnet50.a1_in1k', 'timm/resnet50.a1_in1k', 'timm/resnet50.a1_in1k'),
     ]
-    assert suite.rows[0].options == {'a.b': 1, 'backbone': 'convnext-atto', 'recipe': 'tries'}
+    assert suite.rows[0].options == {'a.b': 1, 'backbone': 'convnext-atto', 'recipe': 'common'}
+
+
+def test_protocols_set_options_and_replace_budgets(tmp_path):
+    common = dict(config='a.py', iterations=5, pretrained='w/{backbone}.{seed}.pth', measure=['metric'])
+    protocols = [dict(name=name, protocol=name, backbone='b') for name in ('linear', 'head', 'finetune')]
+    suite = read_suite(write(tmp_path, defaults=common, rows=[*protocols, dict(name='d', pretrained='none')]))
+    assert [row.iterations for row in suite.rows] == [None, 5, 5, 5] and all(row.trains for row in suite.rows)
+    frozen = dict(backbone='b', recipe='common', freeze_backbone=True)
+    assert [row.options for row in suite.rows] == [frozen, frozen, dict(backbone='b'), {}]
+    assert [row.pretrained_of(3) for row in suite.rows] == [*['w/b.3.pth'] * 3, 'none']
+    scratch = read_suite(write(tmp_path, **rows(protocol='scratch', recipe='common'))).rows[0]
+    assert scratch.pretrained_of(0) == 'none' and scratch.options == dict(recipe='common')
+    assert scratch.training_keys() == dict(protocol='scratch') and suite.rows[2].training_keys().keys() == {
+        'pretrained'
+    }
 
 
 def rows(**changes) -> dict:
@@ -88,7 +103,20 @@ UNTRAINED = dict(name='a', config='c.py')
         (rows(name='12'), 'not digits alone, which number rows for --only'),
         (rows(checkpoint='x'), 'rows[0] (a): has both iterations and checkpoint'),
         (rows(iterations='5'), "iterations: Input should be a valid integer; found '5'"),
-        (rows(seeds=[0, 0]), 'seeds: a seed is listed twice'),
+        (rows(seeds=[0, 0]), 'seeds: a value is listed twice'),
+        (rows(learning_rates=[0.1, 0.1]), 'learning_rates: a value is listed twice'),
+        (rows(learning_rates=[0.1]), 'learning_rates: List should have at least 2 items'),
+        (rows(fraction=2), 'fraction: Input should be 1, 5, 10, 25 or 100'),
+        (rows(protocol='linear'), 'has both iterations and protocol: linear'),
+        (rows(protocol='scratch', pretrained='x.pth'), 'scratch starts from random weights'),
+        (rows(protocol='head', recipe='authors'), 'recipe authors is for fine-tuning'),
+        (rows(recipe='tries'), "recipe: Input should be 'authors' or 'common'"),
+        (dict(rows=[dict(UNTRAINED, fraction=5, measure=['speed'])]), 'fraction has no effect without a training'),
+        (dict(rows=[dict(UNTRAINED, protocol='linear', measure=['curve'])]), 'curve needs a training'),
+        (
+            dict(rows=[dict(TRAINED, name=str(n) + 'a', learning_rates=[0.1, 0.2, 0.3][:n]) for n in (2, 3)]),
+            'rows: 2a has 2 learning_rates, 3a has 3',
+        ),
         (rows(measure=['metric', 'taste']), "measure[1]: Input should be 'complexity', 'metric', "),
         (dict(rows=[dict(UNTRAINED, measure=['metric'])]), 'metric needs trained weights'),
         (dict(rows=[dict(UNTRAINED, measure=[])]), 'nothing to train and nothing to measure'),
@@ -295,9 +323,19 @@ def test_a_changed_row_is_measured_again_or_rejected(tmp_path):
     for change, words in (
         (dict(iterations=6), 'another iterations .*: 5 then, 6 now'),
         (dict(options={'model.a': 2}), "another options .*: {} then, {'model.a': 2} now"),
+        (dict(fraction=10), 'another fraction .*: None then, 10 now'),
+        (dict(protocol='scratch'), 'another protocol .*: None then, scratch now'),
     ):
         with pytest.raises(UserError, match=f'was begun with {words}\nRemove that folder'):
             left(**change)
+
+
+def test_a_changed_protocol_is_noticed_both_ways_and_weights_must_exist(tmp_path):
+    tasks_left(tmp_path, tmp_path / 'w', **rows(fraction=10))
+    with pytest.raises(UserError, match='another fraction .*: 10 then, None now'):
+        tasks_left(tmp_path, tmp_path / 'w', **rows())
+    with pytest.raises(UserError, match='a: pretrained: nowhere.pth: no such file'):
+        tasks_left(tmp_path, tmp_path / 'v', **rows(pretrained='nowhere.pth'))
 
 
 def test_other_weights_are_measured_again(tmp_path):

@@ -254,6 +254,35 @@ def test_resumed_training_has_a_gapless_curve(tiny, tmp_path, monkeypatch):  # n
     assert recipe['origin'] == 'common' and recipe['lr'] > 0 and recipe == found['train']['facts']['recipe']
 
 
+@pytest.mark.slow
+def test_the_best_learning_rate_on_held_out_training_images_is_used(tiny, tmp_path, monkeypatch):  # noqa: F811
+    """One rate diverges; the record has all scores, and the last training the best rate, the fraction and no tries."""
+    data = str(make_data(tmp_path / 'data', train=20))
+    rates = [1e30, 1e-2, 1e-12]
+    row = dict(protocol='head', fraction=25, learning_rates=rates, iterations=12, data_root=data)
+    task = task_of(tmp_path, tiny, **row, measure=['metric'], pretrained='none')
+    assert run_task(task, measurements.TABLE, {})
+    found = {one['measurement']: one for one in records.read_records([tmp_path / 'w'])[0]}
+    facts, protocol = found['train']['facts'], found['metric']['protocol']
+    scores = {one['learning_rate']: one['value'] for one in facts['learning_rates']}
+    assert list(scores) == rates and scores[1e30] is None and 0 <= scores[1e-12] < scores[1e-2] <= 100
+    assert 'not finite' in facts['learning_rates'][0]['reason'] and facts['recipe']['lr'] == 1e-2
+    assert protocol['recipe'] == 'best of 3 learning rates' and protocol['pretraining'] == 'none'
+    assert protocol['protocol'] == 'head' and protocol['fraction'] == 25
+    assert facts['training_images']['datasets'][0]['images'] == 5
+    assert facts['learning_rates'][1]['training_images']['datasets'][0]['images'] == 4
+    assert not list((task.folder / 'tries').rglob('iter_*.pth'))
+    monkeypatch.setattr(measurements.engine, 'train', None)  # a resumed row keeps the scores
+    assert measurements._score(task, 1e-2)['value'] == scores[1e-2]
+
+
+def test_without_a_finite_training_there_is_no_learning_rate(monkeypatch):
+    monkeypatch.setattr(measurements, '_score', lambda task, rate: dict(learning_rate=rate, value=None))
+    task = SimpleNamespace(row=SimpleNamespace(protocol='head', learning_rates=[1.0, 2.0]), folder=Path())
+    with pytest.raises(UserError, match='learning_rates: no training is finite'):
+        measurements.train(task)
+
+
 def test_curve_of_epochs_and_repeated_iterations(tmp_path):
     first = [dict(loss=3.0, epoch=1, step=2), dict(loss=2.0, epoch=1, step=4), {'coco/bbox_mAP': 0.1, 'step': 1}]
     second = [dict(loss=1.0, epoch=2, step=6), dict(loss=math.nan, epoch=2, step=8), {'coco/bbox_mAP': 0.3, 'step': 2}]

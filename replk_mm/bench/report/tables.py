@@ -63,7 +63,10 @@ _QUOTED = 100
 #: Prefix of the protocols of a measurement; the metric's are A, B ...
 _LETTERS = {'complexity': 'C', 'speed': 'S', 'memory': 'M', 'erf': 'E', 'shape_bias': 'B', 'curve': 'L'}
 #: Entries of the metric's protocol that the heading of its group names.
-_SUMMARY = ('task', 'data', 'crop', 'mode', 'tta', 'iterations', 'batch', 'pretraining', 'precision', 'recipe')
+_SUMMARY = (
+    *('protocol', 'fraction', 'task', 'data', 'crop', 'mode', 'tta', 'iterations', 'batch'),
+    *('pretraining', 'precision', 'recipe'),
+)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ def find_weights(task: Task) -> str | None:
     if task.row.trains:
         folder = task.folder / 'train'
         last = last_checkpoint(folder) if folder.is_dir() else None
+        if task.row.protocol == 'linear' and (folder / 'linear.pth').is_file():
+            last = str(folder / 'linear.pth')
         if last is None:
             raise UserError(f'{folder}: no checkpoint\nRemove {task.folder} and its records to train again.')
         return last

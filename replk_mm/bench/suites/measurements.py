@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from numbers import Real
@@ -40,11 +41,13 @@ from replk_mm.bench.suites.progress import add_progress_hook
 from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.worker import Measure, MeasurementResult
 from replk_mm.data.datasets import as_list, crop_of, datasets_of
+from replk_mm.data.subsets import use_subset
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine import train as engine
 from replk_mm.engine.backbone import describe_recipe
 from replk_mm.engine.evaluate import Evaluation, evaluate
 from replk_mm.engine.inference import build_for_inference
+from replk_mm.engine.nonfinite import NonFiniteError
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.process import RunOptions, processes_of, select_device
 from replk_mm.engine.record import describe_protocol, environment_info, evaluation_record, write_record
@@ -159,17 +162,18 @@ def metric_protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, 
         pretraining=trained.get('pretraining', task.pretraining),
         precision=trained.get('precision'),
         recipe=trained.get('recipe'),
+        **{key: value for key, value in task.row.training_keys().items() if key in ('protocol', 'fraction')},
     )
 
 
-def train(task: Task) -> MeasurementResult:
-    """Train a row; an interrupted training continues from its last checkpoint.
-
-    Raises:
-        UserError: If the config, the data or the machine do not allow it, or the loss is not finite.
-    """
-    folder = task.folder / 'train'
+def _prepare(task: Task, folder: Path, rate: float | None, hold_out: bool) -> tuple[Config, list[str], str | None]:
+    """The config of a training, lines for its log, and the checkpoint from which it continues, if it has begun."""
     cfg = load_task_config(task)
+    if rate is not None:
+        cfg.optim_wrapper.optimizer.lr = rate
+        # mmengine logs all runs of one name to the folder of the first.
+        cfg.experiment_name = f'{cfg.get("experiment_name", task.name)} {folder.name}'
+        cfg.visualizer = {**(cfg.get('visualizer') or {}), 'name': cfg.experiment_name}
     add_progress_hook(cfg, folder / 'progress.json')
     begun = last_checkpoint(folder) if folder.is_dir() else None
     notes = prepare_training(
@@ -179,11 +183,56 @@ def train(task: Task) -> MeasurementResult:
             work_dir=str(folder),
             max_iters=task.row.iterations,
             resume='auto' if begun else None,
+            pretrained=task.row.pretrained_of(task.seed),
             seed=task.seed,
             launcher=task.launcher,
             device=task.device,
+            fraction=task.row.fraction,
+            hold_out=hold_out,
         ),
     )
+    return cfg, notes, begun
+
+
+def _score(task: Task, rate: float) -> dict[str, Any]:
+    """Train at a learning rate, without the hold-out, and return the metric on it; None if the loss diverges."""
+    folder = task.folder / 'tries' / f'{rate:g}'
+    stored = records.read_json(folder / 'score.json')
+    if stored:
+        return stored
+    cfg, notes, _ = _prepare(task, folder, rate, hold_out=True)
+    loop = cfg.train_cfg
+    loop.val_interval = loop.get('max_iters') or loop.max_epochs  # the end counts
+    stored = dict(learning_rate=rate, value=None, training_images=cfg.training_images.to_dict())
+    try:
+        engine.train(cfg, notes, task.row.preflight)
+        curve = read_curve(folder)[0]
+        stored.update(metric=curve['name'], value=curve['metric'][-1][1])
+    except NonFiniteError as error:
+        stored.update(reason=str(error).splitlines()[0])
+    barrier()
+    if get_rank() == 0:
+        for path in folder.glob('*.pth'):
+            path.unlink()
+        records.write_json(folder / 'score.json', stored)
+    return stored
+
+
+def train(task: Task) -> MeasurementResult:
+    """Train a row; an interrupted training continues from its last checkpoint.
+
+    Raises:
+        UserError: If the config, the data or the machine do not allow it, or the loss is not finite.
+    """
+    if task.row.protocol == 'linear':
+        return _train_linear(task)
+    folder = task.folder / 'train'
+    scores = [_score(task, rate) for rate in task.row.learning_rates or ()]
+    finite = [score for score in scores if score['value'] is not None]
+    if scores and not finite:
+        raise UserError('learning_rates: no training is finite\nTry smaller ones.')
+    best = max(finite, key=lambda score: score['value'])['learning_rate'] if scores else None
+    cfg, notes, begun = _prepare(task, folder, best, hold_out=False)
     batch, crop, processes = cfg.train_dataloader.batch_size, crop_of(cfg), processes_of(task.launcher)[0]
     precision = {
         'AmpOptimWrapper': str(cfg.optim_wrapper.get('dtype') or 'float16'),
@@ -195,9 +244,9 @@ def train(task: Task) -> MeasurementResult:
     protocol = dict(
         crop=list(crop) if crop else None,
         batch=batch * processes,
-        pretraining=task.pretraining or find_pretraining(cfg),
+        pretraining=_pretraining(task, cfg),
         precision=precision,
-        recipe=origin,
+        recipe=f'best of {len(scores)} learning rates' if scores else origin,
     )
     if begun:  # the config no longer has the initial weights
         protocol['pretraining'] = records.read_json(folder / 'protocol.json').get(
@@ -219,9 +268,47 @@ def train(task: Task) -> MeasurementResult:
             backbone=cfg.get('catalogue'),
             resumed_from=cfg.load_from if begun else None,
             processes=processes,
+            learning_rates=scores,
+            training_images=cfg.get('training_images'),
         ),
         dict(work_dir=folder),
     )
+
+
+def _train_linear(task: Task) -> MeasurementResult:
+    """Train a linear layer on cached features; rows and seeds share the cache."""
+    from replk_mm.engine.probe import ProbeSettings, prepare_probe, probe  # imports mmseg
+
+    folder, row = task.folder / 'train', task.row
+    cfg, weights = load_task_config(task), row.pretrained_of(task.seed)
+    options = RunOptions(task.data_root, work_dir=str(folder), pretrained=weights, device=task.device, overwrite=True)
+    notes = prepare_probe(cfg, options)
+    pretraining = _pretraining(task, cfg)
+    if row.fraction != 100:
+        notes += use_subset(cfg, row.fraction, task.seed)
+    rates = dict(learning_rates=row.learning_rates) if row.learning_rates else {}
+    settings = ProbeSettings(seed=task.seed, cache=task.work_dir / 'features', **rates)
+    started = time.monotonic()
+    result = probe(cfg, notes, settings, select_device(task.device))
+    images = result.record['images']
+    steps = settings.epochs * -(-images // settings.batch_size)
+    recipe = f'best of {len(settings.learning_rates)} learning rates, {settings.epochs} epochs'
+    return MeasurementResult(
+        dict(seconds=round(time.monotonic() - started, 3), iterations=steps, samples_seen=settings.epochs * images),
+        dict(batch=settings.batch_size, pretraining=pretraining, precision='float32', recipe=recipe),
+        dict(
+            notes=notes,
+            backbone=cfg.get('catalogue'),
+            linear_probe=result.record,
+            training_images=cfg.get('training_images'),
+        ),
+        dict(work_dir=folder),
+    )
+
+
+def _pretraining(task: Task, cfg: Config) -> str:
+    none = task.row.pretrained_of(task.seed) == 'none'
+    return 'none' if none else task.pretraining or find_pretraining(cfg)
 
 
 def find_pretraining(cfg: Config) -> str:

@@ -132,7 +132,8 @@ def _tasks_of(
     with _naming(suite, row.name, 'config'):
         cfg = load_config(path, row.options)
     sha256 = fingerprint(_as_first_version(cfg.to_dict()))
-    paper = published_result(cfg, row.config) if row.published else None
+    comparable = row.published and row.protocol == 'finetune' and row.fraction == 100
+    paper = published_result(cfg, row.config) if comparable else None
     row = _without_weights(row, seeds[0], paper)
     row = row.model_copy(update=dict(classes=row.classes if options.classes is None else options.classes))
     data_root, data = _data_of(suite, row, cfg, options)
@@ -152,7 +153,13 @@ def _tasks_of(
         checkpoint=row.checkpoint,
         data=data,
         **(dict(classes=names) if names else {}),
+        **row.training_keys(),
     )
+    if row.protocol == 'linear':
+        from replk_mm.engine.probe import use_linear_head  # imports mmseg
+
+        with _naming(suite, row.name, 'protocol'):
+            use_linear_head(cfg)
     size = dict(shape=row.shape, batch=row.batch or 0)
     extra: dict[str, dict] = dict(
         complexity=dict(shape=row.macs_shape),
@@ -176,6 +183,9 @@ def _tasks_of(
         config=dict(path=row.config, sha256=sha256, options=row.options),
     )
     for seed in seeds:
+        weights = row.pretrained_of(seed) or 'none'
+        if weights != 'none' and ':' not in weights and not Path(weights).exists():
+            raise UserError(f'{suite.path}: {row.name}: pretrained: {weights}: no such file')
         task = Task(
             work_dir=options.work_dir,
             row=row,
@@ -206,9 +216,9 @@ def _without_weights(row: SuiteRow, seed: int, paper: PublishedResult | None) ->
 
 
 def _begin(task: Task, definition: dict[str, Any], cfg: Config) -> Task:
-    """Keep the definition of a task, and the config with its classes, which all measurements then read."""
+    """Keep the definition of a task, and a config with other classes or heads, which all measurements then read."""
     _check_unchanged(task, definition)
-    if not definition['classes']:
+    if not definition['classes'] and task.row.protocol != 'linear':
         return task
     file = write_atomic(task.folder / 'config.py', cfg.pretty_text)
     return task.model_copy(update=dict(config=str(file), row=task.row.model_copy(update=dict(options={}))))
@@ -248,13 +258,13 @@ def _check_unchanged(task: Task, definition: dict[str, Any]) -> None:
     path = task.folder / 'definition.json'
     after = json.loads(json.dumps(definition, default=str))
     before = records.read_json(path)
-    changed = [key for key in after if before and before.get(key) != after[key]]
+    changed = [key for key in {**after, **before} if before and before.get(key) != after.get(key)]
     if changed and (task.row.trains or before.get('iterations') or before.get('schedule')):
         # options tell a reader more than the hash of the config
         shown = next((key for key in changed if key != 'config'), 'config')
         raise UserError(
             f'{task.folder}: was begun with another {shown} than the suite has now: '
-            f'{str(before.get(shown)):.60} then, {str(after[shown]):.60} now\n'
+            f'{str(before.get(shown)):.60} then, {str(after.get(shown)):.60} now\n'
             f'Remove that folder to run the row again, or choose another --work-dir DIR.'
         )
     records.write_json(path, after)
