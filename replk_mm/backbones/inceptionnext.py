@@ -15,7 +15,7 @@ from torch import Tensor
 
 from replk_mm.backbones.catalogue import Weights, register_variants
 from replk_mm.backbones.layers import Backbone, Stage, add_residual, build_norm
-from replk_mm.ops import DepthwiseConv2d
+from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
 
@@ -72,7 +72,8 @@ class InceptionNeXtBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_residual(x, self.mlp(self.norm(self.token_mixer(x))), self.drop_path, self.gamma)
+        hidden = fused_conv2d(self.mlp.fc1, self.norm(self.token_mixer(x)), self.mlp.act)
+        return add_residual(x, self.mlp.fc2(hidden), self.drop_path, self.gamma)
 
 
 class InceptionNeXtStage(nn.Module):

@@ -7,7 +7,9 @@ devices than CPUs use it too, because their libraries choose among algorithms th
 """
 
 from collections.abc import MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -119,10 +121,10 @@ def depthwise_conv2d(
         return depthwise_conv2d(x[None], weight, bias, stride, padding, dilation, implementation)[0]
     plain = is_traced()  # shapes may be symbolic
     if not plain:
-        _check_shapes(x, weight, bias, stride, padding, dilation)
-    on_cpu = x.device.type == 'cpu'
+        _check_shapes(x.shape, weight.shape, None if bias is None else bias.shape, stride, padding, dilation)
+    on_cpu, autocast = x.device.type == 'cpu', torch.is_autocast_enabled('cpu')
     out_dtype, original = x.dtype, weight
-    if not plain and on_cpu and torch.is_autocast_enabled('cpu') and x.dtype != torch.float64:
+    if not plain and on_cpu and autocast and x.dtype != torch.float64:
         # Autocast does not affect float64.
         out_dtype = torch.get_autocast_dtype('cpu')
         x, weight, bias = _cast(out_dtype, x, weight, bias)
@@ -140,7 +142,7 @@ def depthwise_conv2d(
     x, weight = x.contiguous(memory_format=problem.memory_format), weight.contiguous()
     if recorded and original in _spectra_cache and original.requires_grad:
         _spectra_cache[original] = None  # training changes the weight; fused optimizers do not update its version
-    with torch.autocast('cpu', enabled=False):
+    with torch.autocast('cpu', enabled=False) if autocast else nullcontext():
         if recorded:
             out = _Depthwise.apply(x, weight, bias, problem, chosen)
         elif chosen.forward == 'fft' and kept:
@@ -199,6 +201,8 @@ def is_unchanged(weight: Tensor, known: Tensor, version: int) -> bool:
 
 def to_pair(value: Any) -> Pair:
     """Return height and width from one number or two."""
+    if type(value) is tuple:
+        return value
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
@@ -207,23 +211,26 @@ def _same_padding(kernel: Sequence[int], dilation: Pair) -> Pair:
     return kernel[0] // 2 * dilation[0], kernel[1] // 2 * dilation[1]
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> None:
-    found = f'input {tuple(x.shape)}, weight {tuple(weight.shape)}'
-    if x.dim() != 4:
+@cache
+def _check_shapes(
+    x: torch.Size, weight: torch.Size, bias: torch.Size | None, stride: Pair, padding: Pair, dilation: Pair
+) -> None:
+    found = f'input {tuple(x)}, weight {tuple(weight)}'
+    if len(x) != 4:
         raise ValueError(f'depthwise_conv2d: input must be (N, C, H, W) or (C, H, W); found {found}')
-    if weight.shape[0] != x.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+    if weight[0] != x[1] or (bias is not None and bias != weight[:1]):
         raise ValueError(
             f'depthwise_conv2d: input, weight and bias differ in channels; found {found}, bias '
-            f'{None if bias is None else tuple(bias.shape)}'
+            f'{None if bias is None else tuple(bias)}'
         )
     if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
         raise ValueError(
             f'depthwise_conv2d: stride={stride} and dilation={dilation} must be at least 1, '
             f'padding={padding} at least 0'
         )
-    axes = zip(x.shape[2:], padding, dilation, weight.shape[2:], strict=True)
+    axes = zip(x[2:], padding, dilation, weight[2:], strict=True)
     reach = [size + 2 * p - d * (k - 1) for size, p, d, k in axes]
-    if min(x.shape[2:]) < 1 or min(reach) < 1:
+    if min(x[2:]) < 1 or min(reach) < 1:
         raise ValueError(
             f'depthwise_conv2d: the map is empty or smaller than the kernel: {found}, padding={padding}, '
             f'dilation={dilation}'
@@ -260,5 +267,6 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(N, C, H, W)`` to ``(N, C, H', W')``."""
-        stride, padding, dilation = (to_pair(value) for value in (self.stride, self.padding, self.dilation))
-        return depthwise_conv2d(x, self.weight, self.bias, stride, padding, dilation, self.implementation)
+        return depthwise_conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.implementation
+        )

@@ -16,7 +16,7 @@ from replk_mm.ops.cpu import cost_model, direct
 from replk_mm.ops.cpu.problem import DepthwiseProblem, Pair
 from replk_mm.ops.depthwise import DepthwiseConv2d, cache_spectra, caches_spectra, is_traced, is_unchanged, to_pair
 
-_HOOKS = 'forward_pre', 'forward', 'backward_pre', 'backward'
+_GLOBAL_HOOKS = [f'_global_{kind}_hooks' for kind in ('forward_pre', 'forward', 'backward_pre', 'backward')]
 _UNARY = {nn.ReLU: 'relu', nn.GELU: 'gelu'}
 #: For each prepacked convolution, by precision and arguments: the weight and its version, the weight in the backend's
 #: layout, and the padding to use with it.
@@ -129,7 +129,7 @@ def _runs_on_onednn(conv: nn.Conv2d) -> bool:
 
 def has_hooks(*modules: nn.Module | None) -> bool:
     """Return whether calling any of ``modules`` runs hooks, its own or global ones."""
-    return any(getattr(torch_module, f'_global_{kind}_hooks') for kind in _HOOKS) or any(
+    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS) or any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules
         if module is not None
@@ -173,7 +173,8 @@ def _can_fuse(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | 
         return False
     if not isinstance(conv, DepthwiseConv2d):
         return True
-    problem = replace(_problem(conv, x), dtype=dtype)
+    problem = _problem(conv, x)
+    problem = problem if dtype == x.dtype else replace(problem, dtype=dtype)
     if direct.needs_float32(problem) or direct.pads_dilated(problem) or not problem.channels_last:
         return False
     plan = cost_model.choose_plan(problem, conv.implementation, caches_spectra(conv.weight))

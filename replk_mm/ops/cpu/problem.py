@@ -1,7 +1,8 @@
 """Description of a depthwise convolution, from which its implementation is chosen."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,19 +44,8 @@ class DepthwiseProblem:
         # Memory that has both layouts, as with one channel, counts as the default layout; a part of the channels of a
         # channels-last map counts as channels-last.
         channels_last = not x.is_contiguous() and x.shape[1] > 1 and x.stride(1) == 1
-        n, c, h, w = x.shape
-        return cls(
-            n,
-            c,
-            (h, w),
-            (weight.shape[2], weight.shape[3]),
-            stride,
-            padding,
-            dilation,
-            x.dtype,
-            channels_last,
-            torch.get_num_threads(),
-        )
+        threads = torch.get_num_threads()
+        return _describe(x.shape, weight.shape, stride, padding, dilation, x.dtype, channels_last, threads)
 
     @cached_property
     def out(self) -> Pair:
@@ -90,3 +80,8 @@ class DepthwiseProblem:
             f'{kernel}{step} on {self.batch}x{self.channels}x{size} {str(self.dtype)[6:]} {layout}, '
             f'{self.threads} threads'
         )
+
+
+@cache
+def _describe(x: torch.Size, weight: torch.Size, *others: Any) -> DepthwiseProblem:
+    return DepthwiseProblem(x[0], x[1], (x[2], x[3]), (weight[2], weight[3]), *others)
