@@ -59,7 +59,7 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
         return _fetch_from_hub(name)
     if name.startswith(_PACKAGE):
         return _find_in_package(name)
-    if not name.startswith(('http://', 'https://')):
+    if not name.startswith(_REMOTE):
         path = Path(unquote(urlsplit(name).path) if name.startswith('file://') else name)
         try:
             path = path.expanduser()
@@ -99,6 +99,17 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
     return path
 
 
+def local_files(checkpoint: str | Path) -> list[Path]:
+    """The files that reading a checkpoint opens; none if it does not exist or is downloaded."""
+    if str(checkpoint).startswith(_REMOTE):
+        return []
+    try:
+        path = fetch_checkpoint(checkpoint)
+        return [path, *set(_shards(path).values())] if path.name.endswith(_INDEX) else [path]
+    except UserError:  # reading it reports the reason
+        return []
+
+
 def sha256_in_name(url: str) -> str | None:
     """The first digits of a file's SHA-256 that its name has, as in torch.hub; None if there are none."""
     found = re.search(r'-([0-9a-f]{8,64})\.\w+$', url)
@@ -109,6 +120,7 @@ def sha256_in_name(url: str) -> str | None:
 _TIMEOUT = 30.0
 _PAGE = re.compile(rb'\s*<(!doctype )?html', re.IGNORECASE)
 _HUB = ('hf-hub:', 'hf_hub:')  # the prefixes of timm
+_REMOTE = ('http://', 'https://', *_HUB)
 _PACKAGE = 'package:'
 _INDEX = '.index.json'
 #: Weights in a folder: the only file of the first pattern that matches.

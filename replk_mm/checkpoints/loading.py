@@ -304,6 +304,8 @@ def guess_cause(report: LoadReport, found: FoundWeights, whole: bool) -> str:
             'only a backbone fits: the file has other heads or none, as ImageNet weights. Start a training from the '
             'backbone with --pretrained FILE, and test the checkpoint that it writes.'
         )
+    elif whole and not any(key.startswith('backbone.') for key in report.missing + report.unexpected + in_backbone):
+        cause = 'an incomplete file: the backbone fits, and a part of the heads is missing.'
     else:
         cause = (
             'another size or other options of the same family. Compare arch, small_kernel_merged, deploy '

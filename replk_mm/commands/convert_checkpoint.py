@@ -7,7 +7,7 @@ The configs load all of these formats directly. Convert a file for other program
 import argparse
 
 from replk_mm import cli
-from replk_mm.checkpoints.io import read_checkpoint, save_checkpoint
+from replk_mm.checkpoints.io import local_files, read_checkpoint, save_checkpoint
 from replk_mm.checkpoints.key_formats import FORMATS, find_weights, to_official
 from replk_mm.errors import UserError, command, command_line, format_list
 from replk_mm.files import GENERATOR, check_outputs
@@ -31,7 +31,7 @@ def main() -> None:
     p.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=True, help='prefer averaged weights')
     cli.add_overwrite(p)
     args = p.parse_args()
-    check_outputs([args.out], inputs=[args.checkpoint], overwrite=args.overwrite)
+    check_outputs([args.out], inputs=local_files(args.checkpoint), overwrite=args.overwrite)
     loaded = read_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     found = find_weights(loaded, None, args.checkpoint, args.prefix, args.use_ema)
     if not found.family and not args.trust_checkpoint:

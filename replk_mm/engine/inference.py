@@ -8,7 +8,7 @@ import torch.nn as nn
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint, read_checkpoint, save_checkpoint
+from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint, local_files, read_checkpoint, save_checkpoint
 from replk_mm.checkpoints.key_formats import FOLDED, find_weights
 from replk_mm.checkpoints.loading import (
     TRAINING_ONLY,
@@ -186,7 +186,7 @@ def reparameterize_checkpoint(
         UserError: If the checkpoint does not fit, the outputs differ beyond the tolerance, or ``out`` cannot be
             written.
     """
-    check_outputs([out], inputs=[checkpoint], overwrite=overwrite)
+    check_outputs([out], inputs=local_files(checkpoint), overwrite=overwrite)
     built = build_for_inference(cfg, checkpoint, packed=False)
     model, meta = built.model, built.meta
     merged, changes = reparameterize(model)

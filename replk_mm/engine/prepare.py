@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 
-from replk_mm.checkpoints.io import DownloadError, fetch_checkpoint, read_checkpoint
+from replk_mm.checkpoints.io import DownloadError, fetch_checkpoint, local_files, read_checkpoint
 from replk_mm.data.checks.audit import check_data
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.class_heads import is_class_head
@@ -51,7 +51,8 @@ def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
     init_gloo(cfg, device)
     cfg.work_dir = options.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(cfg.filename).stem}'
     if not (options.resume or cfg.get('resume')):
-        require_no_run(cfg.work_dir, options.overwrite, filter(None, (options.pretrained, cfg.get('load_from'))))
+        sources = [file for name in (options.pretrained, cfg.get('load_from')) if name for file in local_files(name)]
+        require_no_run(cfg.work_dir, options.overwrite, sources)
     notes = backbone_notes(cfg) + prepare_data(cfg, options, ('train', 'val'))
     with explain_build_errors(cfg, 'run'):
         if options.max_iters is not None:

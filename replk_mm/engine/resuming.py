@@ -38,7 +38,7 @@ def last_checkpoint(work_dir: str | Path) -> str | None:
     return str(found[0]) if found else None
 
 
-def require_no_run(work_dir: str | Path, overwrite: bool = False, sources: Iterable[str] = ()) -> None:
+def require_no_run(work_dir: str | Path, overwrite: bool = False, sources: Iterable[str | Path] = ()) -> None:
     """Check that a new training replaces no checkpoints, or, with ``overwrite``, none of its ``sources``.
 
     Raises:

@@ -23,6 +23,7 @@ from replk_mm.checkpoints.io import (
     DownloadError,
     fetch_checkpoint,
     hash_checkpoint,
+    local_files,
     read_checkpoint,
     restore_log_buffer,
     save_checkpoint,
@@ -202,6 +203,7 @@ def test_shards(suffix, tmp_path):
     source = tiny_backbone().state_dict()
     index = sharded(tmp_path / 'snapshot', source, suffix)
     for path in (index, index.parent):
+        assert sorted(local_files(path)) == sorted(index.parent.iterdir())
         model = tiny_backbone(2)
         load_pretrained(model, path)
         assert_same(model, source)
@@ -252,7 +254,8 @@ def test_other_ways_to_write_a_path(tmp_path, monkeypatch):
     path = tmp_path / 'my weights.pth'
     path.touch()
     for name in ('~/my weights.pth', f'file://{path}', path.as_uri(), f'file://localhost{path}'):
-        assert fetch_checkpoint(name) == path
+        assert fetch_checkpoint(name) == path and local_files(name) == [path]
+    assert local_files('https://host/a.pth') == local_files('hf-hub:a/b') == local_files('absent.pth') == []
     with pytest.raises(CheckpointNotFoundError, match='no such checkpoint'):
         fetch_checkpoint(path.with_name('absent').as_uri())
 

@@ -54,6 +54,18 @@ def test_boundary_head_keeps_its_two_classes():
         check_heads(cfg, classes_per_head(cfg.model))
 
 
+@pytest.mark.parametrize(('ignore_index', 'rejected'), [(0, True), (1, True), (255, False)])
+def test_a_head_that_ignores_one_of_two_classes(ignore_index, rejected):
+    cfg = config(mmseg, 'fcn/fcn_r50-d8_4xb4-20k_voc12aug-512x512.py')
+    set_classes(cfg, ('background', 'person'))
+    cfg.model.auxiliary_head.ignore_index = ignore_index
+    if rejected:
+        with pytest.raises(UserError, match='ignores one of two classes'):
+            check_heads(cfg, classes_per_head(cfg.model), ('train',))
+    else:
+        check_heads(cfg, classes_per_head(cfg.model), ('train',))
+
+
 def test_panoptic_data_have_more_classes_than_the_box_heads():
     cfg = config(mmdet, 'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py')
     check_heads(cfg, classes_per_head(cfg.model), ('train', 'val'))

@@ -127,6 +127,8 @@ def test_merging_onto_the_input_is_rejected(tiny, trained):
     before = trained.read_bytes()
     with pytest.raises(UserError, match='is an input'):
         reparameterize_checkpoint(tiny.cfg(), str(trained), trained.parent / '..' / trained.parent.name / trained.name)
+    with pytest.raises(UserError, match='is an input'):
+        reparameterize_checkpoint(tiny.cfg(), trained.as_uri(), trained)
     assert trained.read_bytes() == before
 
 

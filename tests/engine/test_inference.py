@@ -327,6 +327,13 @@ def test_other_number_of_classes_of_a_detector():
     assert 'number of classes: roi_head.bbox_head.fc_cls.weight has 81' in guess_cause(report, found, True)
 
 
+def test_file_without_the_classifier_is_incomplete():
+    report = LoadReport(
+        total={'backbone': 1}, matched={'backbone': 1, 'decode_head': 1}, missing=['decode_head.conv_seg.bias']
+    )
+    assert 'incomplete' in guess_cause(report, FoundWeights({}, {}), True)
+
+
 @pytest.mark.parametrize('merge, fold', [(True, False), (False, True), (True, True)])
 def test_reparameterized_whole_model(merge, fold, trained, tmp_path):
     source = segmentor()

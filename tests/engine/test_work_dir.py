@@ -46,11 +46,13 @@ def test_checkpoints_elsewhere_are_not_of_this_run(tmp_path):
     assert former_run(work) == [work / 'own.pth']
 
 
+@pytest.mark.parametrize('prefix', ['', 'file://'])
 @pytest.mark.parametrize('how', ['pretrained', 'load_from'])
-def test_weights_to_start_from_are_not_replaced(how, tiny, tmp_path):
+def test_weights_to_start_from_are_not_replaced(how, prefix, tiny, tmp_path):
     source = tmp_path / 'iter_3.pth'
     source.touch()
-    options, changes = ({}, {how: str(source)}) if how == 'pretrained' else ({how: str(source)}, {})
+    name = f'{prefix}{source}'
+    options, changes = ({}, {how: name}) if how == 'pretrained' else ({how: name}, {})
     with pytest.raises(UserError, match='iter_3.pth: is an input'):
         tiny.prepare(tmp_path, 2, options, overwrite=True, **changes)
 

@@ -228,7 +228,7 @@ def load_result_config(result: Result, source: DataSource, root: str | None) -> 
         )
     if not source.config and not _is_trusted(path):
         raise UserError(
-            f'{result.file}: its config, {path}, is a program, and neither in configs/ nor of a package\n'
+            f'{result.file}: its config, {path}, is a program, and not one of this project or of a package\n'
             f'If it is yours, or you have read it: --config {shlex.quote(path)}'
         )
     cfg = load_config(path, source.options)
@@ -240,11 +240,10 @@ def load_result_config(result: Result, source: DataSource, root: str | None) -> 
 
 
 def _is_trusted(path: str) -> bool:
-    """Whether a config is one of an installed package, of this project, or in ``configs`` of the working directory."""
+    """Whether a config is one of an installed package or of this project."""
     package, installed, _ = path.partition('::')
-    folders = [Path('configs'), Path(__file__).parents[3] / 'configs']
-    roots = [resolve_config_path(f'{package}::.')] if installed else folders
-    return any(resolve_config_path(path).resolve().is_relative_to(root.resolve()) for root in roots)
+    root = resolve_config_path(f'{package}::.') if installed else Path(__file__).parents[3] / 'configs'
+    return resolve_config_path(path).resolve().is_relative_to(root.resolve())
 
 
 def find_data_root(a: Result, b: Result, source: DataSource) -> str | None:

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from replk_mm.data.class_heads import classes_per_head
 from replk_mm.data.classes import annotation_file, classes_of
 from replk_mm.data.coco import category_counts, read_annotations
-from replk_mm.data.datasets import dataset_class, has_own_index, is_coco_style, named_datasets
+from replk_mm.data.datasets import as_list, dataset_class, has_own_index, is_coco_style, named_datasets
 from replk_mm.data.findings import Finding, raise_for_errors
 from replk_mm.errors import UserError, did_you_mean, format_list
 
@@ -66,8 +66,14 @@ def _check_heads(cfg: Config, counts: Mapping[str, int], splits: Sequence[str]) 
         if not names or not (is_coco_style(dataset, scope) or has_label_maps):
             continue
         if has_label_maps and 1 in counts.values() and 'loss_cls' not in str(cfg.model):  # MaskFormer has "no object"
-            message = f'{next(iter(counts))}.num_classes=1: the softmax of one output is always 1, and the loss 0'
+            message = (
+                f'{next(iter(counts))}.num_classes=1: the background is a class too; of one class there is no loss'
+            )
             findings.append(Finding('one-class', str(cfg.filename), message))
+        heads = [h for key in ('decode_head', 'auxiliary_head') for h in as_list(cfg.model.get(key) or [])]
+        if has_label_maps and len(names) == 2 and any(head.get('ignore_index') in (0, 1) for head in heads):
+            message = 'a head ignores one of two classes (ignore_index), which leaves one to learn'
+            findings.append(Finding('one-class', str(cfg.filename), message, fix='Set ignore_index=255 of all heads.'))
         if wrong := {path: count for path, count in counts.items() if count != len(names)}:
             found = ', '.join(f'{path}.num_classes={count}' for path, count in wrong.items())
             message = f'{key} has {len(names)} classes ({format_list(names)}), but {found}'
