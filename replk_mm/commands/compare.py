@@ -1,5 +1,7 @@
 """Compare two test results: conditions, metrics, classes, images, and a confidence interval of the difference."""
 
+import argparse
+import sys
 from pathlib import Path
 
 from replk_mm import cli
@@ -36,12 +38,14 @@ def main() -> None:
         metavar='S',
         help='detection: ignore detections below this score when comparing images (default: 0.3)',
     )
-    p.add_argument('--seed', type=int, default=0, metavar='S', help='seed of the bootstrap (default: 0)')
+    p.add_argument('--seed', type=int, help=argparse.SUPPRESS)
     p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the results)')
     p.add_argument('--config', metavar='FILE', help='config of both results (default: as in the results)')
     cli.add_classes(p)
     cli.add_config_options(p)
     args = p.parse_args()
+    if args.seed is not None:
+        print('--seed is deprecated and has no effect: the interval no longer draws images', file=sys.stderr)
     out = Path(args.out) if args.out else None
     if out:
         pictures = (path.name for path in out.glob('changed_*.png'))
@@ -53,7 +57,6 @@ def main() -> None:
         images=None if args.no_images else args.images,
         kind=args.kind,
         score=args.score,
-        seed=args.seed,
         out=out,
     )
     print(render_comparison(found))

@@ -7,7 +7,7 @@ from mmengine.dist import get_rank
 from replk_mm import cli
 from replk_mm.engine.config import load_config
 from replk_mm.engine.evaluate import evaluate
-from replk_mm.engine.record import evaluation_record, write_record
+from replk_mm.engine.record import evaluation_record, write_record, write_statistics
 from replk_mm.errors import command
 from replk_mm.text import class_table, format_duration, format_metrics
 
@@ -20,13 +20,13 @@ def main() -> None:
     cli.add_run_arguments(p)
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')
     p.add_argument('--tta', action='store_true', help="use the config's test-time augmentation (scales and flips)")
-    cli.add_out(p, 'write metrics.json and the predictions to this folder', required=False)
+    cli.add_out(p, 'write metrics.json, counts per image and the predictions to this folder', required=False)
     args = p.parse_args()
     out = Path(args.out) if args.out else None
     if out:
         former = [out / 'predictions', *(out / 'predictions').rglob('*')]
         former = [path.relative_to(out) for path in former if path.is_symlink() or path.is_file()]
-        cli.prepare_out(args, 'metrics.json', *former)
+        cli.prepare_out(args, 'metrics.json', *(path.name for path in out.glob('statistics*.npz')), *former)
     cfg = load_config(args.config, args.cfg_options)
     result = evaluate(
         cfg,
@@ -47,7 +47,9 @@ def main() -> None:
     scores = format_metrics(result.metrics, result.absent)
     print(f'{result.images} images in {format_duration(result.seconds)}: {scores}')
     if out:
-        write_record(evaluation_record(cfg, args.checkpoint, result, args.tta), out / 'metrics.json')
-        print(f'written: {out / "metrics.json"}, and predictions in {out / "predictions"}')
+        statistics = write_statistics(result, out)
+        write_record(evaluation_record(cfg, args.checkpoint, result, args.tta, statistics), out / 'metrics.json')
+        names = ['metrics.json', *(one['file'] for one in statistics.values())]
+        print(f'written: {", ".join(str(out / name) for name in names)}, and predictions in {out / "predictions"}')
     pictures = Path(out or cfg.work_dir, 'pictures')
     print(f'next: {cli.follow_up("predict", args, args.checkpoint, result.image or "IMAGE", "--out", pictures)}')

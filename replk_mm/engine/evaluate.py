@@ -19,6 +19,7 @@ from replk_mm.engine.process import RunOptions, init_gloo, prepare_work_dir, pro
 from replk_mm.engine.runner import Runner, explain_failures
 from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import absent_classes, require_ground_truth
+from replk_mm.evaluation.per_image import PerImageScores
 from replk_mm.logs import log_notes
 from replk_mm.ops import prepack
 from replk_mm.wrappers import unwrap_model
@@ -40,6 +41,7 @@ class Evaluation:
         seconds: Duration, including data loading.
         image: Path of the first image; None if the data set does not tell.
         notes: Changes of the config, one line each.
+        statistics: What the scores are made of, image by image, by the name of the score; of the same two metrics.
     """
 
     metrics: dict[str, float]
@@ -52,6 +54,7 @@ class Evaluation:
     seconds: float
     image: str | None
     notes: list[str] = field(default_factory=list)
+    statistics: dict[str, PerImageScores] = field(default_factory=dict)
 
 
 def evaluate(
@@ -84,9 +87,11 @@ def evaluate(
     require_ground_truth(figures, 'test')
     seconds = time.perf_counter() - start
     per_class: dict[str, dict[str, float]] = {}
+    statistics: dict[str, PerImageScores] = {}
     for metric in runner.test_evaluator.metrics:
         for name, of_class in getattr(metric, 'per_class', {}).items():
             per_class.setdefault(name, {}).update(of_class)
+        statistics |= getattr(metric, 'statistics', {})
     dataset = runner.test_dataloader.dataset
     assert built.report is not None
     return Evaluation(
@@ -100,6 +105,7 @@ def evaluate(
         seconds,
         dataset.get_data_info(0).get('img_path'),
         notes,
+        statistics,
     )
 
 

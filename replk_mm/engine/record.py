@@ -13,7 +13,7 @@ from replk_mm import __version__
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.data.datasets import datasets_of
 from replk_mm.engine.evaluate import Evaluation
-from replk_mm.files import GENERATOR, write_output
+from replk_mm.files import GENERATOR, sha256, write_output
 
 
 def describe_protocol(cfg: Config, tta: bool) -> dict:
@@ -60,8 +60,18 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def evaluation_record(cfg: Config, checkpoint: str, result: Evaluation, tta: bool) -> dict:
-    """The scores of a test with their conditions, as JSON data without NaN and infinity."""
+def evaluation_record(
+    cfg: Config, checkpoint: str, result: Evaluation, tta: bool, statistics: dict[str, dict[str, str]] | None = None
+) -> dict:
+    """The scores of a test with their conditions, as JSON data without NaN and infinity.
+
+    Args:
+        cfg: As tested.
+        checkpoint: Path or URL.
+        result: Of the test.
+        tta: Whether it used test-time augmentation.
+        statistics: From :func:`write_statistics`.
+    """
     path = fetch_checkpoint(checkpoint)
     roots = dict.fromkeys(str(dataset.get('data_root')) for dataset in datasets_of(cfg, ('test',)))
     merged = result.meta.get('replk_mm', {}).get('reparameterized')
@@ -70,6 +80,7 @@ def evaluation_record(cfg: Config, checkpoint: str, result: Evaluation, tta: boo
             metrics=result.metrics,
             per_class=result.per_class,
             absent_classes=result.absent,
+            statistics=statistics or {},
             config=str(cfg.filename),
             backbone=cfg.get('catalogue'),
             checkpoint=dict(
@@ -97,6 +108,23 @@ def replace_non_finite(node):
     except (TypeError, ValueError):
         return str(node)
     return number if math.isfinite(number) else None
+
+
+def write_statistics(result: Evaluation, folder: Path) -> dict[str, dict[str, str]]:
+    """Write the per-image counts of a test: of the first score to ``statistics.npz``.
+
+    Returns:
+        Name and SHA-256 of the file of each score.
+
+    Raises:
+        UserError: If a file cannot be written.
+    """
+    written = {}
+    for i, (name, scores) in enumerate(result.statistics.items()):
+        path = folder / (f'statistics_{name.replace("/", "_")}.npz' if i else 'statistics.npz')
+        scores.save(path)
+        written[name] = dict(file=path.name, sha256=sha256(path))
+    return written
 
 
 def write_record(found: dict, path: Path) -> None:

@@ -24,6 +24,8 @@ from replk_mm.bench.report.load import SKIPPED_STATUS, ReportRow, load_report, r
 from replk_mm.bench.report.render import render_html, render_markdown
 from replk_mm.bench.report.tables import BY_KEY, number, protocol_differences
 from replk_mm.errors import UserError
+from replk_mm.evaluation.per_image import SegmentationCounts
+from replk_mm.files import sha256
 
 # ruff: noqa: F811 (fixtures that come from another file)
 CONFIG = 'configs/upernet_replk31b_ade20k.py'  # published: 49.9 of one scale, 50.6 of several
@@ -237,6 +239,109 @@ def test_what_is_no_finite_number_is_none(value) -> None:
     assert number(dict(a=dict(b=-2)), 'a', 'b') == -2 and number(dict(a=3), 'a', 'b') is None
 
 
+def memory(row: str, seed: int, size: float) -> dict:
+    return record(row, seed, 'memory', dict(inference_bytes=size * 2**20), protocol=SPEED)
+
+
+# -- intervals of metrics ---------------------------------------------------------------------------------------------
+def counted(folder, row: str, seed: int, quality: float, images: int = 40) -> dict:
+    """A metric's record with counts per image, of two classes with 100 pixels in each image."""
+    correct = np.random.default_rng([seed, *row.encode()]).binomial(100, quality, (images, 2))
+    predicted, label = correct + 100 - correct[:, ::-1], np.full((images, 2), 100)
+    path = folder / 'runs' / row / str(seed) / 'test' / 'statistics.npz'
+    names = tuple(f'{i}.jpg' for i in range(images))
+    SegmentationCounts(images=names, classes=('a', 'b'), intersection=correct, predicted=predicted, label=label).save(
+        path
+    )
+    total = correct.sum(0)
+    miou = float((100 * total / (predicted.sum(0) + 100 * images - total)).mean())
+    stated = dict(mIoU=dict(file='statistics.npz', sha256=sha256(path)))
+    return metric(row, seed, miou, files=dict(statistics=str(path.relative_to(folder))), facts=dict(statistics=stated))
+
+
+def test_rows_that_the_data_do_not_distinguish_share_the_mark(tmp_path) -> None:
+    quality = dict(a=0.9, b=0.9, c=0.6)
+    records = [counted(tmp_path, row, seed, of) for row, of in quality.items() for seed in (0, 1, 2)]
+    report = load_report([write(tmp_path, records)])
+    (group,) = report.suites[0].groups
+    figures = {row.name: row.figures['metric'] for row in group.rows}
+    assert {name for name, figure in figures.items() if figure.best} == {'a', 'b'}
+    for figure in figures.values():
+        assert figure.value - 5 < figure.low < figure.value < figure.high < figure.value + 5 and not figure.images_only
+    worst = figures['c']
+    shown = f'{worst.value:.2f} [{worst.low:.2f}, {worst.high:.2f}]'
+    page, text = render_html(report), render_markdown(report)
+    assert shown in page and page.count('>best group<') == 2 and 'no interval' not in page.lower()
+    assert f'{worst.value:.2f}' in text and 'Not distinguishable from the best: ' in text
+    points, p = {row.name: (points, p) for row, points, _, p in group.differences}['c']
+    leader = max(figures.values(), key=lambda figure: figure.value)
+    assert points == f'{leader.value - worst.value:.2f}' and p == '< 0.001'
+    assert shown in render_text(report.suites[0])
+
+
+def test_one_seed_says_nothing_about_other_trainings(tmp_path) -> None:
+    """However far the rows are apart."""
+    report = load_report([write(tmp_path, [counted(tmp_path, 'a', 0, 0.9), counted(tmp_path, 'b', 0, 0.5)])])
+    (group,) = report.suites[0].groups
+    assert all(row.figures['metric'].images_only and not row.figures['metric'].best for row in group.rows)
+    assert 'not about other trainings' in render_markdown(report) and 'interval of images only' in render_html(report)
+
+
+def _old(folder, one) -> None:
+    one.update(facts={}, files={})
+
+
+def _changed(folder, one) -> None:
+    (folder / one['files']['statistics']).write_bytes(b'other')
+
+
+def _damaged(folder, one) -> None:
+    _changed(folder, one)
+    one['facts']['statistics']['mIoU']['sha256'] = sha256(folder / one['files']['statistics'])
+
+
+def _outside(folder, one) -> None:
+    (folder / one['files']['statistics']).rename(folder / 'statistics.npz')
+    one['files']['statistics'] = 'statistics.npz'
+
+
+def _other_value(folder, one) -> None:
+    one['values']['metrics']['mIoU'] += 0.01
+
+
+def _other_images(folder, one) -> None:
+    one.update(counted(folder, 'c', 0, 0.3, images=7))
+
+
+@pytest.mark.parametrize(
+    ('change', 'why'),
+    [
+        (_old, 'without counts per image'),
+        (_changed, 'not the file that was recorded'),
+        (_damaged, 'damaged'),
+        (_outside, 'leads outside'),
+        (_other_value, 'another mIoU than the record'),
+        (_other_images, 'other images'),
+    ],
+)
+def test_a_row_without_sound_counts_has_no_interval(change, why, tmp_path) -> None:
+    records = [counted(tmp_path, row, 0, quality) for row, quality in (('a', 0.9), ('b', 0.8), ('c', 0.3))]
+    change(tmp_path, records[2])
+    report = load_report([write(tmp_path, records)])
+    (group,) = report.suites[0].groups
+    assert {row.name for row in group.rows if row.figures['metric'].low is not None} == {'a', 'b'}
+    assert any('No interval for c: ' in text and why in text for text in group.remarks)
+    assert why in render_html(report) and 'No interval for c' in render_markdown(report)
+
+
+def test_few_rows_of_a_protocol_are_compared(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr('replk_mm.bench.report.load.MOST_COMPARED', 2)
+    records = [counted(tmp_path, row, 0, quality) for row, quality in (('a', 0.9), ('b', 0.8), ('c', 0.3))]
+    (group,) = load_report([write(tmp_path, records)]).suites[0].groups
+    assert [row.figures['metric'].low is not None for row in group.rows] == [True, True, False]
+    assert any('the first 2 of 3 rows' in text for text in group.remarks)
+
+
 # -- marks ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     'one, other, best',
@@ -248,17 +353,15 @@ def test_what_is_no_finite_number_is_none(value) -> None:
     ],
 )
 def test_best_leads_by_more_than_the_spread(one, other, best, tmp_path) -> None:
-    rows = rows_of(
-        tmp_path,
-        [metric(name, seed, value) for name, values in (('a', one), ('b', other)) for seed, value in enumerate(values)],
-    )
-    assert [name for name, row in rows.items() if row.figures['metric'].best] == best
+    values = dict(a=one, b=other)
+    rows = rows_of(tmp_path, [memory(name, seed, 90 - v) for name, of in values.items() for seed, v in enumerate(of)])
+    assert [name for name, row in rows.items() if row.figures['memory'].best] == best
 
 
 def test_a_leader_is_clear_of_every_other_row(tmp_path) -> None:
     values = dict(a=[60.0, 61.0], b=[60.5, 61.5], c=[10.0, 11.0])
-    rows = rows_of(tmp_path, [metric(name, seed, v) for name, of in values.items() for seed, v in enumerate(of)])
-    assert not any(row.figures['metric'].best for row in rows.values()), 'a and b overlap'
+    rows = rows_of(tmp_path, [memory(name, seed, 90 - v) for name, of in values.items() for seed, v in enumerate(of)])
+    assert not any(row.figures['memory'].best for row in rows.values()), 'a and b overlap'
 
 
 def test_best_time_is_of_one_machine(tmp_path) -> None:

@@ -24,6 +24,8 @@ from replk_mm.bench.suites.worker import run_task
 from replk_mm.engine.config import set_data_root
 from replk_mm.engine.evaluate import Evaluation
 from replk_mm.errors import UserError
+from replk_mm.evaluation.per_image import PerImageScores
+from replk_mm.files import sha256
 
 _count = itertools.count()
 
@@ -80,6 +82,10 @@ def test_metric_equals_that_of_the_test_command(tiny, trained, tmp_path):  # noq
     assert found.values['metrics']['mIoU'] == pytest.approx(np.mean(ious))
     assert found.values['reparameterized']['metrics']['mIoU'] == pytest.approx(np.mean(ious), abs=0.05)
     assert found.checkpoint['trained'] is False and found.checkpoint['iteration'] == 30
+    path = task.work_dir / found.files['statistics']
+    assert found.facts['statistics']['mIoU'] == dict(file='statistics.npz', sha256=sha256(path))
+    counts = PerImageScores.load(path)
+    assert counts.score() == pytest.approx(found.values['metrics']['mIoU']) and len(counts.images) == len(both)
     assert found.protocol['iterations'] == 30 and found.protocol['mode'] == 'whole' and found.protocol['batch'] is None
 
 

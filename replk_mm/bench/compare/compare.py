@@ -1,22 +1,19 @@
 """Compare two test results: conditions, metrics, classes, images, confidence interval; as data and as Markdown."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
-from scipy import stats
 
+from replk_mm.analysis.statistics import paired_difference
 from replk_mm.bench.compare import results
 from replk_mm.bench.compare.results import DataSource
 from replk_mm.engine.record import write_record
 from replk_mm.files import write_output
 from replk_mm.text import in_percent, markdown_text
-
-#: Resamplings of the images.
-N_RESAMPLES = 1000
 
 
 def compare_results(
@@ -27,7 +24,6 @@ def compare_results(
     images: int | None = 8,
     kind: str = 'bbox',
     score: float = 0.3,
-    seed: int = 0,
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Compare two results of the test command.
@@ -39,7 +35,6 @@ def compare_results(
         images: Number of most changed images to list and draw; None compares no images.
         kind: For detection: ``'bbox'`` or ``'segm'``, the AP of the classes and the IoU of the images.
         score: For detection: minimum score of detections in the comparison of images.
-        seed: Of the resampling.
         out: Folder for pictures of the most changed images.
 
     Returns:
@@ -54,7 +49,7 @@ def compare_results(
     source = source or DataSource()
     figure = 'IoU' if a.task == 'segmentation' else f'{kind}_mAP'
     found: dict[str, Any] = dict(
-        version=1,
+        version=2,
         task=a.task,
         a=a.facts(),
         b=b.facts(),
@@ -77,8 +72,16 @@ def compare_results(
     scores = compared.scores()
     changed = _most_changed(scores, images)
     found['images'] = _summarize(scores, compared) | dict(changed=changed, scores=scores)
+    one, other = compared.statistics
+    interval = paired_difference([other], [one])
     found['statistics'] = dict(
-        figure=compared.overall_figure, unit=compared.unit, **bootstrap(compared.difference, compared.count, seed)
+        figure=compared.overall_figure,
+        unit=compared.unit,
+        difference=interval.value,
+        low=interval.low,
+        high=interval.high,
+        p=interval.p,
+        images=interval.images,
     )
     found |= compared.extras()
     if out:
@@ -113,39 +116,6 @@ def _summarize(scores: Sequence[dict], compared: Any) -> dict[str, Any]:
         equal=int((differences == 0).sum()),
         median_difference=float(np.median(differences)),
     )
-
-
-def bootstrap(difference: Callable[[np.ndarray], float], images: int, seed: int = 0) -> dict[str, Any]:
-    """95 % percentile bootstrap interval (Efron 1979) of a difference between two results on the same images.
-
-    Each resampling draws as many images as there are, with replacement, and scores both results on them. The interval
-    covers the choice of test images, not other training seeds.
-
-    Args:
-        difference: Maps indices of images, which may repeat, to the difference B minus A.
-        images: Number of images.
-        seed: Of the random numbers.
-
-    Returns:
-        ``difference`` of all images; ``low`` and ``high`` ends of the interval; ``b_higher``, the share of resamplings
-        in which B is higher; ``beyond_luck``, whether the interval excludes 0; ``draws``, ``seed`` and ``images``. The
-        ends are None for a single image.
-    """
-    every = np.arange(images)
-    found = dict(difference=float(difference(every)), draws=N_RESAMPLES, seed=seed, images=images)
-    if images < 2:
-        return found | dict(low=None, high=None, b_higher=None, beyond_luck=False)
-    result = stats.bootstrap(
-        (every,),
-        difference,
-        n_resamples=N_RESAMPLES,
-        vectorized=False,
-        method='percentile',
-        rng=np.random.default_rng(seed),
-    )
-    low, high = map(float, result.confidence_interval)
-    higher = float((result.bootstrap_distribution > 0).mean())
-    return found | dict(low=low, high=high, b_higher=higher, beyond_luck=low > 0 or high < 0)
 
 
 def render_comparison(found: dict[str, Any]) -> str:

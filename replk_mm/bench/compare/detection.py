@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 from rich.progress import track
 
+from replk_mm.analysis.statistics import MeanScores
 from replk_mm.bench.compare.results import DataSource, Result, load_result_config
 from replk_mm.bench.records import read_inside
 from replk_mm.data import coco
@@ -104,15 +105,13 @@ class DetectionImages:
         total = 2 * found + missed + false
         #: F1 of A and B in [0, 1], ``(2, images)``.
         self.f1 = np.where(total > 0, 2 * found / np.maximum(total, 1), 1.0)
+        #: Of A and B.
+        self.statistics = tuple(MeanScores(tuple(map(str, self.objects.images)), f1, (0.0, 1.0)) for f1 in self.f1)
 
     @property
     def count(self) -> int:
         """Number of images."""
         return len(self.objects.images)
-
-    def difference(self, chosen: np.ndarray) -> float:
-        """Mean F1 of B minus that of A over the chosen images."""
-        return float((self.f1[1, chosen] - self.f1[0, chosen]).mean())
 
     def scores(self) -> list[dict[str, Any]]:
         """F1 and counts of each image."""

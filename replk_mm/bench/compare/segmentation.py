@@ -20,6 +20,7 @@ from replk_mm.data.checks.audit import check_data
 from replk_mm.data.datasets import as_list, dataset_class, datasets_of
 from replk_mm.data.files import IGNORE_INDEX
 from replk_mm.errors import UserError
+from replk_mm.evaluation.per_image import SegmentationCounts
 
 
 class SegmentationImages:
@@ -61,6 +62,17 @@ class SegmentationImages:
         images = range(self.count)
         for i in track(images, 'images', console=Console(stderr=True), disable=not sys.stderr.isatty()):
             self._count_pixels(i)
+        #: Of A and B.
+        self.statistics = tuple(
+            SegmentationCounts(
+                images=tuple(self.names),
+                classes=tuple(self.classes),
+                intersection=self.intersection[which],
+                predicted=self.predicted[which],
+                label=self.labelled,
+            )
+            for which in (0, 1)
+        )
         for which in (0, 1):
             self._check_reproduced(which)
 
@@ -149,7 +161,7 @@ class SegmentationImages:
     def _check_reproduced(self, which: int) -> None:
         """Labels and predictions must give the labelled pixels and the IoU of every class that the result states."""
         result, now = self.pair[which], dict(zip(self.classes, map(int, self.labelled.sum(0)), strict=True))
-        then, iou = result.sizes(), self._iou(np.ones((1, self.count), int))[which, 0]
+        then, iou = result.sizes(), self.statistics[which].per_class()[0]
         for name in {**then, **now}:
             if then.get(name, 0) != now.get(name, 0):
                 raise UserError(
@@ -164,22 +176,6 @@ class SegmentationImages:
                     f'{result.predictions}: not the predictions of {result.file}: IoU of {name} is {value:.4f} by '
                     f'them, and {stated} there\nTest again with --out {result.file.parent}.'
                 )
-
-    def _iou(self, times: np.ndarray) -> np.ndarray:
-        """IoU of A and B in percent over images, ``(2, rows, classes)``; NaN for classes in neither.
-
-        Args:
-            times: How often each image counts, ``(rows, images)``.
-        """
-        intersection = times @ self.intersection
-        union = times @ (self.labelled + self.predicted) - intersection
-        with np.errstate(invalid='ignore'):
-            return 100 * intersection / union
-
-    def difference(self, chosen: np.ndarray) -> float:
-        """mIoU of B minus that of A over the chosen images, in percent; 0 if none of them has a labelled pixel."""
-        iou = self._iou(np.bincount(chosen, minlength=self.count)[None])[:, 0]
-        return 0.0 if np.isnan(iou).all() else float(np.nanmean(iou[1]) - np.nanmean(iou[0]))
 
     def scores(self) -> list[dict[str, Any]]:
         """mIoU and accuracy of each image with labels.

@@ -4,6 +4,7 @@ Rows that were measured under different protocols are never ranked together. Wha
 zero.
 """
 
+import hashlib
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from replk_mm.analysis.statistics import BestGroup, best_group
 from replk_mm.analysis.timing import MAX_LOAD, MAX_SPREAD
 from replk_mm.bench import records
 from replk_mm.bench.report.tables import (
+    BY_KEY,
     COLUMNS,
     METRIC_TITLES,
     NOT_MEASURED,
@@ -30,18 +33,26 @@ from replk_mm.bench.report.tables import (
 )
 from replk_mm.bench.schema import MEASUREMENTS
 from replk_mm.errors import UserError, command_line, format_list
+from replk_mm.evaluation.per_image import PerImageScores
 from replk_mm.text import clean, text_table
 
 Record = records.StoredRecord
 
 #: Longest label of a row, in characters.
 LONGEST_LABEL = 100
+#: Rows of a protocol that are compared, the first, as each pair of them is a comparison; and protocols of a suite.
+MOST_COMPARED, MOST_GROUPS = 40, 24
 #: Exit status of a report that skips some records.
 SKIPPED_STATUS = 3
+GROUP = (
+    'A metric is the mean over seeds with its 95 % confidence interval. "Best group" marks the rows of a protocol that '
+    'are not distinguishable from its best (Holm-adjusted p above 0.05), where others are. The method: '
+    'docs/statistics.md.'
+)
 RANKING = (
-    '"Best" marks the leader of a column among rows of one protocol, and only where both it and every other row there '
-    'have a spread and the ranges do not overlap: mean plus and minus one standard deviation over seeds, of times the '
-    'quartiles if there is one seed. A single seed of a metric has no spread, so that nothing is marked.'
+    '"Best" marks the leader of a time, speed or memory among rows of one protocol, and only where both it and every '
+    'other row there have a spread and the ranges do not overlap: mean plus and minus one standard deviation over '
+    'seeds, or the quartiles of a time if there is one seed.'
 )
 UNRELIABLE = (
     f'A time with "?" is not reliable and not ranked: other processes used more than {MAX_LOAD:.0%} of the CPUs, or '
@@ -49,10 +60,11 @@ UNRELIABLE = (
 )
 #: Remarks on the columns and the marks.
 NOTES = (
+    GROUP,
     RANKING,
     UNRELIABLE,
     *(column.note for column in COLUMNS if column.note),
-    'With several seeds a figure is their mean ± the standard deviation of the sample.',
+    'With several seeds, figures without an interval are the mean ± the standard deviation of the sample.',
 )
 
 
@@ -102,12 +114,16 @@ class ProtocolGroup:
         metric: Its name.
         unit: Its unit.
         rows: The best first, those without a metric last.
+        comparison: Of the metrics of its rows, by their names; None if fewer than two have counts per image.
+        remarks: What the intervals do not cover, and which rows have none.
     """
 
     protocol: Protocol | None
     metric: str
     unit: str
     rows: list[ReportRow]
+    comparison: BestGroup | None = None
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -125,6 +141,20 @@ class ProtocolGroup:
         if self.protocol is None:
             return 'Rows without a metric: not ranked'
         return f'Protocol {self.name} ({self.title}): {self.protocol.summary}'
+
+    @property
+    def differences(self) -> list[tuple[ReportRow, str, str, str]]:
+        """Rows with what they lack to the leader: points, their interval, and the adjusted p-value."""
+        rows, metric = {row.name: row for row in self.rows}, BY_KEY['metric']
+        return [
+            (
+                rows[d.second],
+                metric.text(d.value),
+                '–' if d.low is None or d.high is None else f'[{metric.text(d.low)}, {metric.text(d.high)}]',
+                '–' if d.p_adjusted is None else f'{d.p_adjusted:.3f}' if d.p_adjusted >= 0.001 else '< 0.001',
+            )
+            for d in (self.comparison.differences if self.comparison else ())
+        ]
 
 
 @dataclass
@@ -280,6 +310,8 @@ def _suite(name: str, found: Sequence[Record]) -> SuiteReport:
         for column in COLUMNS:
             for leader in _leaders(column, group.rows):
                 leader.figures[column.key] = replace(leader.figures[column.key], best=True)
+    for group in groups[:MOST_GROUPS]:
+        _compare(group)
     suite = SuiteReport(
         name, found[-1]['question'], groups, {key: list(part.values()) for key, part in protocols.items()}
     )
@@ -321,7 +353,7 @@ def _figure(column: Column, row: ReportRow, protocols: Mapping[str, Protocol]) -
         low, high = values[0][1:]
     else:
         deviation = statistics.stdev(numbers)
-        low, high = mean - deviation, mean + deviation
+        low, high = (None, None) if column.key == 'metric' else (mean - deviation, mean + deviation)
     why = [
         f'seed {r["seed"]} was measured under protocol {protocols[kind].name} and is left out'
         for kind, part in kinds.items()
@@ -353,7 +385,7 @@ def _leaders(column: Column, rows: Sequence[ReportRow]) -> list[ReportRow]:
     """The best row of each protocol of a column, where its spread overlaps no other's; see :data:`RANKING`."""
     sign = {'higher': 1.0, 'lower': -1.0}.get(column.better, 0.0)
     by_protocol: dict[str, list[tuple[float, list[float], ReportRow]]] = {}
-    for row in rows if sign else ():
+    for row in rows if sign and column.key != 'metric' else ():
         figure = row.figures[column.key]
         if figure.value is not None and not figure.unreliable:
             ends = sorted(sign * end for end in (figure.low, figure.high) if end is not None)
@@ -363,6 +395,72 @@ def _leaders(column: Column, rows: Sequence[ReportRow]) -> list[ReportRow]:
         best, *others = sorted(members, key=lambda member: -member[0])
         if others and best[1] and all(ends and ends[1] < best[1][0] for _, ends, _ in others):
             found.append(best[2])
+    return found
+
+
+def _compare(group: ProtocolGroup) -> None:
+    """Set the intervals, the best group and the differences of the metric of a group's first rows."""
+    measured = [row for row in group.rows if row.figures['metric'].value is not None]
+    scores: dict[str, list[PerImageScores]] = {}
+    absent: dict[str, list[str]] = {}
+    for row in measured[:MOST_COMPARED]:
+        try:
+            found = [_read_scores(record) for record in row.of('metric')]
+            first = next(iter(scores.values()), found)[0]
+            if any(sorted(one.images) != sorted(first.images) for one in found):
+                raise ValueError('tested on other images than the rows above')
+            scores[row.name] = found
+        except (OSError, ValueError) as error:
+            absent.setdefault(getattr(error, 'strerror', None) or str(error), []).append(row.label)
+    group.remarks = [f'No interval for {format_list(labels, 5)}: {reason}.' for reason, labels in absent.items()]
+    if len(measured) > MOST_COMPARED:
+        group.remarks.append(f'Only the first {MOST_COMPARED} of {len(measured):,} rows have intervals.')
+    if not scores:
+        return
+    compared = best_group(scores)
+    distinguished = len(compared.members) < len(scores)
+    for row in (row for row in measured if row.name in scores):
+        found = compared.intervals[row.name]
+        row.figures['metric'] = replace(
+            row.figures['metric'],
+            low=found.low,
+            high=found.high,
+            best=distinguished and row.name in compared.members,
+            images_only=not found.covers_seeds,
+        )
+    if len(scores) > 1:
+        group.comparison = compared
+    if not all(found.covers_seeds for found in compared.intervals.values()):
+        group.remarks.append(
+            'One seed per row: intervals and p-values are about these checkpoints on other test images, not about '
+            'other trainings, so that no row is called better.'
+        )
+    elif group.comparison:
+        members = [row.label for row in measured if row.name in compared.members]
+        which = f'Not distinguishable from the best: {format_list(members, len(members))}.'
+        group.remarks.insert(0, which if len(members) > 1 else f'{members[0]} is better than every other row here.')
+
+
+def _read_scores(record: Record) -> PerImageScores:
+    """The counts per image of a record of the metric.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the record has none, or they are not what was recorded.
+    """
+    name, stated = primary_metric(record)[0], record['facts'].get('statistics')
+    path, of_metric = record['files'].get('statistics'), stated.get(name) if isinstance(stated, Mapping) else None
+    if not isinstance(path, str) or not isinstance(of_metric, Mapping):
+        raise ValueError('recorded without counts per image; run its metric again')
+    content = records.read_inside(record.folder / path, record.folder / 'runs')
+    if hashlib.sha256(content).hexdigest() != of_metric.get('sha256'):
+        raise ValueError(f'{path} is not the file that was recorded')
+    try:
+        found = PerImageScores.load(content)
+    except UserError as error:
+        raise ValueError(f'{path} is damaged') from error
+    if not abs(found.score()[0] - (value_of(BY_KEY['metric'], record)[0] or 0.0)) < 1e-6:
+        raise ValueError(f'{path} has another {name} than the record')
     return found
 
 
@@ -411,5 +509,5 @@ def render_text(suite: SuiteReport) -> str:
             state = '; '.join(filter(None, (row.state, row.source)))
             rows.append([row.label, *('-' if f.value is None else c.shown(f) for c, f in figures), state])
         heading = [group.heading] if len(suite.groups) > 1 else []
-        tables.append('\n'.join([*heading, text_table([head, *rows], left=(0, len(columns) + 1))]))
+        tables.append('\n'.join([*heading, text_table([head, *rows], left=(0, len(columns) + 1)), *group.remarks]))
     return '\n\n'.join(tables)

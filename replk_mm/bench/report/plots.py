@@ -60,13 +60,14 @@ _DARK = _style('#e6e9ed', '#a4adb8', '#3b444f', '#6bb8f0', '#ff9a5c', '#45cfa0',
 
 @dataclass(frozen=True)
 class Point:
-    """A row in a scatter plot: its number and label, where it is, and its deviation in y."""
+    """A row in a scatter plot: its number and label, where it is, and the ends of its interval in y."""
 
     number: int
     label: str
     x: float
     y: float
-    deviation: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Line:
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> Markup:
-    """Rows as markers with their numbers, which the legend explains, and their deviations as bars."""
+    """Rows as markers with their numbers, which the legend explains, and their intervals as bars."""
     xs = [point.x for point in points]
 
     def draw() -> Figure:
@@ -87,17 +88,19 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> 
         use_logarithm(axes, xs)
         for point in points:
             style: dict[str, Any] = dict(color=colour_of(point.number), ls='')
-            if point.deviation:
-                axes.errorbar(point.x, point.y, point.deviation, elinewidth=1.8, capsize=4, capthick=1.8, **style)
+            if point.low is not None and point.high is not None:
+                bar = [[max(0.0, point.y - point.low)], [max(0.0, point.high - point.y)]]
+                axes.errorbar(point.x, point.y, bar, elinewidth=1.8, capsize=4, capthick=1.8, **style)
             axes.plot([point.x], [point.y], marker_of(point.number), ms=10, mew=1.8, clip_on=False, **style)
             axes.annotate(str(point.number), (point.x, point.y), (10, 0), textcoords='offset points', va='center')
-        _limit(axes, min(p.y - (p.deviation or 0.0) for p in points))
+        _limit(axes, min(p.y if p.low is None else p.low for p in points))
         if axes.get_xscale() == 'linear' and min(xs) >= 0:
             axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
         return figure
 
     texts = [
-        f'{p.label}: {x_title} {p.x:.4g}, {y_title} {p.y:.4g}' + (f' ± {p.deviation:.3g}' if p.deviation else '')
+        f'{p.label}: {x_title} {p.x:.4g}, {y_title} {p.y:.4g}'
+        + (f' [{p.low:.4g}, {p.high:.4g}]' if p.low is not None and p.high is not None else '')
         for p in points
     ]
     return _image(draw, '; '.join([f'{title}: {y_title} against {x_title}', *texts]))

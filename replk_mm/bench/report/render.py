@@ -140,13 +140,13 @@ def _plots(suite: SuiteReport) -> Iterator[dict[str, Any]]:
             for name, rows in by_protocol.items():
                 shown = rows[:MOST_ROWS]
                 points = [
-                    plots.Point(row.number, row.label, x.value or 0.0, y.value or 0.0, y.deviation)
+                    plots.Point(row.number, row.label, x.value or 0.0, y.value or 0.0, y.low, y.high)
                     for row in shown
                     for x, y in [(row.figures[column.key], row.figures['metric'])]
                 ]
                 cost = column.title if column.key == 'macs' else column.title.lower()
                 title = f'{group.title.partition(",")[0]} against {cost}'
-                how = '; bars: ± one standard deviation over seeds' if any(p.deviation for p in points) else ''
+                how = '; bars: 95 % confidence intervals' if any(p.low is not None for p in points) else ''
                 yield dict(
                     title=title,
                     rows=shown,

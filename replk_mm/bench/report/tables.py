@@ -176,9 +176,11 @@ class Figure:
         count: Seeds that it is the mean of; 0 for a quoted one.
         why: Why it is missing, or a remark.
         protocol: Name of its protocol.
-        low: Lower end of its spread; None if that is unknown.
+        low: Lower end of a metric's confidence interval, or of a spread; None if that is unknown.
         high: Upper end.
-        best: Whether it leads the rows of its protocol by more than the spread.
+        best: Whether it leads the rows of its protocol by more than the spread; of a metric, whether it is not
+            distinguishable from the best, unlike some other row.
+        images_only: Whether the interval does not cover other training seeds.
         unreliable: Why it is not ranked: the machine was loaded, or the times spread too much.
     """
 
@@ -190,6 +192,7 @@ class Figure:
     low: float | None = None
     high: float | None = None
     best: bool = False
+    images_only: bool = False
     unreliable: str = ''
 
 
@@ -228,8 +231,10 @@ class Column:
         return f'{value:{sign}.2g}' if small else f'{value:{sign},.{self.digits}f}'
 
     def shown(self, figure: Figure) -> str:
-        """A figure's text: the value, and its deviation if it has one that is not zero by nature."""
+        """A figure's text: the value, and its interval, or its deviation if it has one that is not zero by nature."""
         text, mark = self.text(figure.value or 0.0), ' ?' if figure.unreliable else ''
+        if self.key == 'metric' and figure.low is not None and figure.high is not None:
+            return f'{text} [{self.text(figure.low)}, {self.text(figure.high)}]'
         if figure.deviation is None or self.measurement == 'complexity' or self.key == 'difference':
             return text + mark
         return f'{text} ± {self.text(figure.deviation)}{mark}'

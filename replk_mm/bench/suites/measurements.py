@@ -50,7 +50,13 @@ from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.nonfinite import NonFiniteError
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.process import RunOptions, processes_of, select_device
-from replk_mm.engine.record import describe_protocol, environment_info, evaluation_record, write_record
+from replk_mm.engine.record import (
+    describe_protocol,
+    environment_info,
+    evaluation_record,
+    write_record,
+    write_statistics,
+)
 from replk_mm.engine.record import environment_info as environment  # noqa: F401 (the worker calls it)
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
@@ -91,9 +97,12 @@ def metric(task: Task) -> MeasurementResult:
         unit=PRIMARY_METRICS[primary],
         per_class={name: _finite(of) for name, of in found.per_class.items()},
     )
-    out = task.folder / 'test'
+    out, files = task.folder / 'test', {}
+    statistics = write_statistics(found, out) if get_rank() == 0 else {}
+    if primary in statistics:
+        files['statistics'] = out / statistics[primary]['file']
     if get_rank() == 0:
-        write_record(evaluation_record(cfg, checkpoint, found, False), out / 'metrics.json')
+        write_record(evaluation_record(cfg, checkpoint, found, False, statistics), out / 'metrics.json')
     merged = found.meta.get('replk_mm', {}).get('reparameterized')
     if not merged and reparameterize_on_meta(build_on_meta(load_task_config(task)))[1].merged:
         values['reparameterized'] = dict(metrics=_finite(_test(task, checkpoint, True)[1].metrics))
@@ -105,9 +114,14 @@ def metric(task: Task) -> MeasurementResult:
         values,
         metric_protocol(task, cfg, data),
         dict(
-            data=where, loaded=found.load, seconds=found.seconds, notes=found.notes, test=describe_protocol(cfg, False)
+            data=where,
+            loaded=found.load,
+            seconds=found.seconds,
+            notes=found.notes,
+            test=describe_protocol(cfg, False),
+            statistics=statistics,
         ),
-        dict(predictions=out / 'predictions', metrics=out / 'metrics.json'),
+        dict(predictions=out / 'predictions', metrics=out / 'metrics.json', **files),
     )
 
 
