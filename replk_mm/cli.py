@@ -90,21 +90,27 @@ def add_resize_kernels(p: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_arguments(p: argparse.ArgumentParser) -> None:
+def add_run_arguments(p: argparse.ArgumentParser, distributed: bool = True) -> None:
     """Arguments of training and testing."""
     p.add_argument('--data-root', metavar='DIR', help='folder of the data set (default: as in the config)')
     add_classes(p)
     p.add_argument('--work-dir', metavar='DIR', help='folder for logs and checkpoints (default: work_dirs/CONFIG)')
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
-    p.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='launcher that started the processes of a distributed run (torchrun: pytorch)',
-    )
     add_config_options(p)
     add_resize_kernels(p)
-    p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
+    if distributed:
+        p.add_argument(
+            '--launcher',
+            choices=['none', 'pytorch', 'slurm', 'mpi'],
+            default='none',
+            help='launcher that started the processes of a distributed run (torchrun: pytorch)',
+        )
+        p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
+
+
+def add_pretrained(p: argparse.ArgumentParser) -> None:
+    """Initial weights."""
+    p.add_argument('--pretrained', metavar='FILE', help="initial weights of the backbone, or 'none' for random weights")
 
 
 def add_overwrite(p: argparse.ArgumentParser) -> None:
@@ -159,6 +165,14 @@ def int_at_least(smallest: int) -> Callable[[str], int]:
 positive_int = int_at_least(1)
 
 
+def seed(text: str) -> int:
+    """An argparse type: a seed that numpy accepts."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f'{value} is not in 0..{2**32 - 1}')
+    return value
+
+
 def kernel_size(text: str) -> tuple[int, int]:
     """An argparse type: height and width of a kernel, from ``31`` or ``51x5``."""
     sides = [positive_int(side) for side in text.split('x')]
@@ -170,6 +184,6 @@ def kernel_size(text: str) -> tuple[int, int]:
 def run_options(args: argparse.Namespace) -> RunOptions:
     """The options of a run, from parsed arguments."""
     known = {key: value for key, value in vars(args).items() if key in RunOptions.__dataclass_fields__}
-    if args.local_rank is not None:
+    if getattr(args, 'local_rank', None) is not None:
         os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return RunOptions(**known)

@@ -44,7 +44,10 @@ MODELS = LazyRegistry(
     scope=SCOPE,
     parent=MMENGINE_MODELS,
     locations=['replk_mm.backbones'],
-    modules={'replk_mm.heads.segmentation': ('EncoderDecoder', 'FCNHead', 'SegTTAModel', 'UPerHead')},
+    modules={
+        'replk_mm.heads.linear': ('LinearHead',),
+        'replk_mm.heads.segmentation': ('EncoderDecoder', 'FCNHead', 'SegTTAModel', 'UPerHead'),
+    },
 )
 
 #: Data sets. Building one imports mmdet.

@@ -112,6 +112,7 @@ class _Adapter(nn.Module):
         pretrained: bool = False,
         in_channels: int = 3,
         out_indices: Sequence[int] = (0, 1, 2, 3),
+        rescale: bool = True,
         init_cfg: dict | None = None,
         **kwargs: Any,
     ) -> None:
@@ -135,7 +136,7 @@ class _Adapter(nn.Module):
         self.maps = [sorted(set(maps)).index(i) for i in maps]
         #: Channels and stride of each map, as in timm.
         self.feature_info = [
-            dict(num_chs=self.probe.channels[i], reduction=STRIDES[j])
+            dict(num_chs=self.probe.channels[i], reduction=STRIDES[j] if rescale else self.probe.strides[i])
             for i, j in zip(maps, self.out_indices, strict=True)
         ]
         self.neck = nn.ModuleList(
@@ -257,6 +258,7 @@ class TimmBackbone(_Adapter):
         pretrained: Load timm's weights.
         in_channels: Of the images.
         out_indices: Of the four maps, those that are returned.
+        rescale: False returns the maps at the network's own strides, without the layers of :class:`Rescale`.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)`` loads a file under timm's names.
         **kwargs: Arguments of ``timm.create_model``, such as ``drop_path_rate``. ``img_size`` is for networks that
             process one size only; timm interpolates pretrained position embeddings to it.

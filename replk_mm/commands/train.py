@@ -1,6 +1,5 @@
 """Train the model of a config on a CPU, on a GPU, or with many processes under torchrun or Slurm."""
 
-import argparse
 import time
 from pathlib import Path
 
@@ -13,14 +12,6 @@ from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.train import train
 from replk_mm.errors import command
 from replk_mm.text import format_duration
-
-
-def seed(text: str) -> int:
-    """An argparse type: a seed that numpy accepts."""
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f'{value} is not in 0..{2**32 - 1}')
-    return value
 
 
 @command
@@ -40,7 +31,7 @@ def main() -> None:
         help='continue from a checkpoint (default: the last one of the work dir)',
     )
     former.add_argument('--overwrite', action='store_true', help='replace the run in the work dir')
-    p.add_argument('--pretrained', metavar='FILE', help="initial weights of the backbone, or 'none' for random weights")
+    cli.add_pretrained(p)
     p.add_argument(
         '--freeze-backbone', action='store_true', help='train the heads only, on the features of a fixed backbone'
     )
@@ -53,7 +44,7 @@ def main() -> None:
         help=f'train on a part of the images, in percent ({", ".join(map(str, FRACTIONS))}); --seed chooses them',
     )
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
-    p.add_argument('--seed', type=seed, metavar='N', help='random seed (default: drawn and recorded)')
+    p.add_argument('--seed', type=cli.seed, metavar='N', help='random seed (default: drawn and recorded)')
     p.add_argument(
         '--no-preflight',
         dest='preflight',

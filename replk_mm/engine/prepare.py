@@ -66,7 +66,7 @@ def prepare_training(cfg: Config, options: RunOptions) -> list[str]:
     notes += resume(cfg, options, model)
     if cfg.get('resume'):  # the checkpoint decides
         notes = [note for note in notes if not note.startswith('learning rate: ')]
-    notes += _weights_to_start_from(cfg, options)
+    notes += weights_to_start_from(cfg, options)
     if options.fraction != 100 or options.hold_out:
         seed = cfg.get('randomness', {}).get('seed') or 0
         cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}  # from the checkpoint, a resumed run takes it too
@@ -142,7 +142,8 @@ def _limits_of_resuming(cfg: Config) -> list[str]:
 _KEPT = ('adapt_input_conv', 'resize_kernels')
 
 
-def _weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
+def weights_to_start_from(cfg: Config, options: RunOptions) -> list[str]:
+    """Apply ``--pretrained``, and fetch the initial weights. Returns lines for the log."""
     backbone = cfg.model.get('backbone', {})
     resumes = cfg.get('resume') and cfg.get('load_from')
     if resumes or options.pretrained:

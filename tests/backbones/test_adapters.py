@@ -4,6 +4,7 @@ import dataclasses
 import json
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -224,6 +225,24 @@ def test_files_of_timm(kind, tmp_path):
     save(state, path)
     with pytest.raises(UserError, match='does not fit TimmBackbone'):
         build_backbone(f'timm/{name}', pretrained=path, **options)
+
+
+@TIMM
+def test_own_strides_have_no_layers_of_ours_and_interpolated_position_embeddings():
+    import timm
+
+    name = 'vit_tiny_patch16_224'
+    model: Any = build_backbone(f'timm/{name}', rescale=False, **VIT).eval()
+    torch.nn.init.normal_(model.net.model.pos_embed)
+    assert not [*model.neck.parameters()] and [info['reduction'] for info in model.feature_info] == [16] * 4
+    theirs = timm.create_model(name, img_size=(64, 96), **VIT).eval()
+    state = {key.removeprefix('model.'): value for key, value in model.net.state_dict().items()}
+    fitted = timm.models.vision_transformer.checkpoint_filter_fn({**theirs.state_dict(), **state}, theirs)
+    theirs.load_state_dict(fitted)
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        maps, want = model(x), theirs.forward_intermediates(x, norm=False, intermediates_only=True)
+    torch.testing.assert_close([*maps], [*want])
 
 
 @HF

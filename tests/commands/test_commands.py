@@ -25,6 +25,7 @@ TOOLS = [
     'convert_checkpoint',
     'compare',
     'erf',
+    'probe',
     'shape_bias',
     'suite',
     'report',
