@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from replk_mm.checkpoints.io import read_checkpoint, save_checkpoint
 from replk_mm.errors import UserError
@@ -36,7 +36,6 @@ class Recipe:
     """How to train: AdamW, a linear warm-up and a cosine to zero."""
 
     epochs: int = 300
-    batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.05  #: of weights with two or more dimensions
     warmup: float = 0.05  #: share of all iterations
@@ -53,27 +52,25 @@ class Recipe:
 
 def train_classifier(
     model: Classifier,
-    train: Dataset,
-    val: Dataset,
+    train: DataLoader,
+    val: DataLoader,
     out: str | Path,
     recipe: Recipe,
-    *,
     device: str = 'cpu',
-    num_workers: int = 0,
     report: Callable[[str], None] = print,
 ) -> list[float]:
-    """Train a classifier; continue after the last epoch of an earlier call with the same arguments, bit by bit.
+    """Train a classifier; continue after the last epoch of an earlier call with the same arguments.
 
-    ``out/backbone.pth`` then has the weights of the backbone, for ``--pretrained`` and ``build_backbone``.
+    ``out/backbone.pth`` then has the weights of the backbone, for ``--pretrained`` and ``build_backbone``. A resumed
+    training repeats an uninterrupted one bit by bit, unless workers load the images.
 
     Args:
         model: With its initial weights; changed in place.
-        train: Images ``(3, H, W)`` of one size, normalized, and their classes.
+        train: Batches of normalized images ``(N, 3, H, W)`` and their classes, shuffled.
         val: The same, for the accuracy.
         out: Folder for the checkpoints.
-        recipe: Batch size, schedule and seed.
+        recipe: Schedule and seed.
         device: Of the training.
-        num_workers: Processes that load images; with any, resuming is not exact.
         report: Called with one line per epoch.
 
     Returns:
@@ -83,29 +80,28 @@ def train_classifier(
         UserError: If the loss is not finite, or ``out`` has a training with other arguments.
     """
     last = Path(out) / 'last.pth'
-    arguments = dict(images=len(train), **asdict(recipe))  # type: ignore[arg-type]
+    arguments = dict(iterations=len(train), **asdict(recipe))
     torch.manual_seed(recipe.seed)
-    model.to(device)
     decayed, others = [], []
-    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+    for parameter in filter(lambda p: p.requires_grad, model.to(device).parameters()):
         (decayed if parameter.ndim > 1 else others).append(parameter)
     groups = [dict(params=decayed, weight_decay=recipe.weight_decay), dict(params=others, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, recipe.lr)
-    batches = DataLoader(train, recipe.batch_size, shuffle=True, drop_last=True, num_workers=num_workers)
-    total = recipe.epochs * len(batches)
+    total = recipe.epochs * len(train)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: recipe.lr_factor(i, total))
+    parts: dict[str, Any] = dict(state_dict=model, optimizer=optimizer, scheduler=scheduler)
     accuracies: list[float] = []
     if last.is_file():
-        state = read_checkpoint(last, device)
+        state = read_checkpoint(last)
         if state['meta']['arguments'] != arguments:
             raise UserError(f'{last}: is of a training with other arguments\nChoose another folder, or remove it.')
-        for part, name in ((model, 'state_dict'), (optimizer, 'optimizer'), (scheduler, 'scheduler')):
+        for name, part in parts.items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state['rng_state'].cpu())
+        torch.set_rng_state(state['rng_state'])
         accuracies = state['meta']['accuracies']
     for epoch in range(len(accuracies), recipe.epochs):
         model.train()
-        for images, labels in batches:
+        for images, labels in train:
             logits = model(images.to(device))
             loss = F.cross_entropy(logits, labels.to(device), label_smoothing=recipe.label_smoothing)
             if not torch.isfinite(loss):
@@ -115,12 +111,9 @@ def train_classifier(
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             scheduler.step()
-        accuracies.append(top1_accuracy(model, DataLoader(val, recipe.batch_size, num_workers=num_workers), device))
-        meta = dict(arguments=arguments, accuracies=accuracies)
-        state = dict(
-            optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), rng_state=torch.get_rng_state()
-        )
-        save_checkpoint(dict(state_dict=model.state_dict(), meta=meta, **state), last)
+        accuracies.append(top1_accuracy(model, val, device))
+        state = {name: part.state_dict() for name, part in parts.items()} | {'rng_state': torch.get_rng_state()}
+        save_checkpoint({'meta': dict(arguments=arguments, accuracies=accuracies), **state}, last)
         report(f'{out}: epoch {epoch + 1}/{recipe.epochs}, loss {loss.item():.3f}, top-1 {accuracies[-1]:.2f} %')
     meta = dict(arguments=arguments, accuracies=accuracies)
     save_checkpoint(dict(state_dict=model.backbone.state_dict(), meta=meta), Path(out) / 'backbone.pth')

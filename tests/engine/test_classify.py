@@ -12,7 +12,7 @@ from replk_mm.checkpoints.io import read_checkpoint
 from replk_mm.engine.classify import Classifier, Recipe, top1_accuracy, train_classifier
 from replk_mm.errors import UserError
 
-RECIPE = Recipe(epochs=3, batch_size=8, lr=0.02)
+RECIPE = Recipe(epochs=3, lr=0.02)
 
 
 class Tiny(nn.Module):
@@ -41,8 +41,9 @@ def data(count=40, classes=3):
     return TensorDataset(images, labels)
 
 
-def fit(out, recipe=RECIPE, model=None, report=lambda line: None):
-    return train_classifier(model or tiny(), data(), data(21), out, recipe, report=report)
+def fit(out, recipe=RECIPE, model=None, report=lambda line: None, batch=8):
+    loader = DataLoader(data(), batch, shuffle=True)
+    return train_classifier(model or tiny(), loader, DataLoader(data(21), 8), out, recipe, report=report)
 
 
 def test_logits_are_a_linear_layer_on_the_mean_of_the_last_feature_map():
@@ -79,10 +80,10 @@ def test_it_learns_and_an_interrupted_training_continues_bit_by_bit(tmp_path):
 
 def test_only_matrices_and_kernels_decay(tmp_path):
     """With a learning rate that changes nothing else, a step multiplies them by 1 - lr * weight_decay."""
-    recipe = Recipe(epochs=1, batch_size=40, lr=1e-9, weight_decay=1e8, warmup=0)
+    recipe = Recipe(epochs=1, lr=1e-9, weight_decay=1e8, warmup=0)
     model = tiny()
     before = {key: value.clone() for key, value in model.named_parameters()}
-    fit(tmp_path, recipe, model)
+    fit(tmp_path, recipe, model, batch=40)
     for key, value in model.named_parameters():
         torch.testing.assert_close(value, before[key] * (0.9 if value.ndim > 1 else 1), rtol=1e-5, atol=1e-7)
 
@@ -90,7 +91,7 @@ def test_only_matrices_and_kernels_decay(tmp_path):
 def test_a_folder_of_another_training_and_a_loss_that_is_not_finite_are_errors(tmp_path):
     fit(tmp_path)
     with pytest.raises(UserError, match=r'last\.pth.*other arguments'):
-        fit(tmp_path, Recipe(epochs=4, batch_size=8, lr=0.02))
+        fit(tmp_path, Recipe(epochs=4, lr=0.02))
     model = tiny()
     nn.init.constant_(model.head.bias, math.inf)
     with pytest.raises(UserError, match='epoch 1'):
@@ -109,10 +110,8 @@ def test_accuracy_counts_images_not_batches():
 def test_the_catalogue_takes_the_checkpoint_whole(tmp_path):
     arguments = dict(arch=dict(depths=[1, 1, 1, 1], channels=[4, 4, 8, 8]))
     trained = build_backbone('convnext-atto', **arguments)
-    images = TensorDataset(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1]))
-    train_classifier(
-        Classifier(trained, 2), images, images, tmp_path, Recipe(epochs=1, batch_size=4), report=lambda line: None
-    )
+    images = DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])), 4)
+    train_classifier(Classifier(trained, 2), images, images, tmp_path, Recipe(epochs=1), report=lambda line: None)
     loaded = build_backbone('convnext-atto', pretrained=tmp_path / 'backbone.pth', **arguments)
     x = torch.randn(1, 3, 64, 64)
     for found, expected in zip(loaded.eval()(x), trained.eval()(x), strict=True):
