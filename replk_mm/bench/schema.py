@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from replk_mm.analysis.corruptions import RobustnessSettings
 from replk_mm.errors import UserError, did_you_mean
 from replk_mm.text import update_page
 
 VERSION = 1
 #: Measurements that a suite may request; ``train`` is added to rows with a training budget.
-Requested = Literal['complexity', 'metric', 'curve', 'erf', 'shape_bias', 'speed', 'memory']
+Requested = Literal['complexity', 'metric', 'curve', 'erf', 'shape_bias', 'robustness', 'speed', 'memory']
 Measurement = Literal['train', Requested]
 #: In the order in which they are made.
 MEASUREMENTS: tuple[str, ...] = get_args(Measurement)
@@ -122,6 +123,11 @@ class Defaults(_Strict):
     )
     erf: ErfImages = Field(
         ErfImages(), description="`{size: PIXELS, count: IMAGES}`; default: config's crop, 50 images"
+    )
+    robustness: RobustnessSettings = Field(
+        RobustnessSettings(),
+        description='`{images: N, corruptions: [NAME, ...], severities: [1, ...], scales: [0.5, ...], '
+        'shifted_root: DIR, seed: N}`; default: 50 images, all corruptions and severities, 0.5 to 2, no other data',
     )
     data_root: str | None = Field(None, description='data of this row')
     classes: str | list[str] | None = Field(None, description='a list of names, or as `--classes`, such as `auto`')
@@ -343,7 +349,9 @@ def _explain(error: ValidationError, content: dict) -> str:
             place += f' ({content["rows"][part].get("name", "?")})'
     if first['type'] == 'extra_forbidden':
         parent = next((part for part in reversed(parents) if isinstance(part, str)), '')
-        models: dict[str, type[BaseModel]] = dict(rows=SuiteRow, data=SuiteData, defaults=Defaults, erf=ErfImages)
+        models: dict[str, type[BaseModel]] = dict(
+            rows=SuiteRow, data=SuiteData, defaults=Defaults, erf=ErfImages, robustness=RobustnessSettings
+        )
         known = models.get(parent, Suite).model_fields.keys() - {'path'}
         return f'{place}: unknown key\n{did_you_mean(last, known)}Known keys: {", ".join(sorted(known))}.'
     if first['type'] == 'missing':

@@ -89,7 +89,7 @@ def test_unmeasured_values_are_missing(tmp_path) -> None:
     assert absent['milliseconds'] == 'not measured' and absent['memory'] == 'the record holds no such figure'
     text = render_html(load_report([tmp_path]))
     cells = re.findall(r'<td[^>]*data-value="([^"]*)"[^>]*>(.*?)</td>', text)
-    assert [value for value, _ in cells][:-1] == ['50.0', *[''] * 10]
+    assert [value for value, _ in cells][:-1] == ['50.0', *[''] * 11]
     assert all('–' in content and not re.search(r'\b0\b', content) for value, content in cells if not value)
     assert '| 1 a | 50.00 (n = 1) | – (1) | – (1) | – | – |' in render_markdown(load_report([tmp_path]))
 
@@ -210,10 +210,11 @@ def test_columns_show_their_own_figures(tmp_path) -> None:
             record('a', 0, 'memory', dict(inference_bytes=3 * 2**20, training_bytes=9 * 2**20), protocol=SPEED),
             record('a', 0, 'erf', dict(areas={}, areas_of_scores=areas)),
             record('a', 0, 'shape_bias', shape),
+            record('a', 0, 'robustness', dict(relative=dict(value=61.5))),
         ],
     )
     shown = {key: figure.value for key, figure in rows['a'].figures.items() if figure.value is not None}
-    assert shown == dict(metric=50, memory=3, erf50=21, erf99=81, shape_bias=0.25)
+    assert shown == dict(metric=50, memory=3, erf50=21, erf99=81, shape_bias=0.25, robustness=61.5)
 
 
 @pytest.mark.parametrize(

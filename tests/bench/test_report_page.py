@@ -191,6 +191,15 @@ def test_data_of_a_copied_work_dir_are_found(tmp_path) -> None:
     assert Album([data]).data_of(elsewhere).root == data
 
 
+def test_profiles_of_robustness_stand_side_by_side(tmp_path) -> None:
+    files = dict(profile=files_of(tmp_path, 'a', 0, 1)['heat_map'])
+    values = dict(images=16, relative=dict(value=61.4))
+    records = [record(row, 0, 'robustness', values, files=files, protocol=dict(seed=0)) for row in 'ab']
+    page = render_html(load_report([write(tmp_path, records)]))
+    for row in 'ab':
+        assert f'alt="Robustness of {row}: R1, 16 images, 61 % of the clean metric"' in page
+
+
 def test_missing_pictures_are_listed(tmp_path) -> None:
     data = scenes(tmp_path / 'data', 2)
     files = files_of(tmp_path, 'a', 0, 2)

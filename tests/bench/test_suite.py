@@ -97,6 +97,8 @@ UNTRAINED = dict(name='a', config='c.py')
         (rows(colour='red'), 'rows[0] (a): colour: unknown key\nKnown keys: backbone, batch, checkpoint, '),
         (rows(option={}), 'rows[0] (a): option: unknown key\nDid you mean options? '),
         (rows(erf=dict(side=5)), 'rows[0] (a): erf: side: unknown key\nDid you mean size? Known keys: count, size.'),
+        (rows(robustness=dict(corruptions=['frost'])), 'rows[0] (a): robustness: corruptions: unknown: frost\n'),
+        (rows(robustness=dict(sizes=[1])), 'rows[0] (a): robustness: sizes: unknown key\n'),
         (dict(row=[]), 'row: unknown key\nDid you mean rows? Known keys: data, defaults, name, question, rows.'),
         (dict(rows=[dict(TRAINED, name='a')] * 2), "rows: 'a' names 2 rows"),
         (rows(name='A b'), "rows[0] (A b): name: 'A b' cannot name files\nUse lower-case"),

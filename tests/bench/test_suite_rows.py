@@ -128,6 +128,25 @@ def test_receptive_field_of_a_row(tiny, tmp_path, monkeypatch, erf, size, count)
     assert asked == [(None, images, size, count, task.folder / 'erf', 'cpu', 7)]
 
 
+def test_robustness_of_a_row(tiny, tmp_path, monkeypatch):  # noqa: F811
+    asked = []
+
+    def measure(cfg, checkpoint, options, settings, out):
+        asked.append((checkpoint, options.data_root, options.device, settings.images, settings.corruptions, out))
+        return dict(values=dict(images=9), protocol=dict(robustness=settings.model_dump()), tested=['x.jpg'])
+
+    monkeypatch.setattr('replk_mm.analysis.robustness.measure_robustness', measure)
+    torch.save(dict(state_dict={}, meta={}), tmp_path / 'x.pth')
+    row = dict(
+        measure=['robustness'], robustness=dict(images=9, corruptions=['fog']), checkpoint=str(tmp_path / 'x.pth')
+    )
+    task = task_of(tmp_path, tiny, **row)
+    found = measurements.TABLE['robustness'](task)
+    assert asked == [(row['checkpoint'], str(tiny.data), 'cpu', 9, ['fog'], task.folder / 'robustness')]
+    assert found.files['profile'] == 'runs/a/0/robustness/robustness.png' and found.facts == dict(tested=['x.jpg'])
+    assert found.protocol['mode'] == 'whole' and found.protocol['robustness']['severities'] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.slow
 def test_all_measurements_have_the_classes_of_the_row(tiny, tmp_path):  # noqa: F811
     names = [f'kind {i}' for i in range(9)]  # one more than the config has

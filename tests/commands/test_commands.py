@@ -27,6 +27,7 @@ TOOLS = [
     'erf',
     'probe',
     'shape_bias',
+    'robustness',
     'suite',
     'report',
 ]

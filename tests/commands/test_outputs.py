@@ -21,6 +21,7 @@ CASES = {
     'erf --compare': (['--compare', 'erf.json', '--out', '{out}', '--name', 'x'], ['x.png', 'x.md']),
     'benchmark': (['op', '--out', '{out}'], ['table.txt', 'benchmark.json']),
     'shape_bias': (['no.py', 'no.pth', '--data-root', 'no', '--out', '{out}'], ['shape_bias.json', 'shape_bias.png']),
+    'robustness': (['no.py', 'no.pth', '--out', '{out}'], ['robustness.json', 'robustness.png']),
     'test': (
         ['no.py', 'no.pth', '--out', '{out}'],
         ['metrics.json', 'predictions/a.png', 'predictions/b/instances.bbox.json'],

@@ -114,3 +114,13 @@ def test_images_of_the_file_that_are_not_tested_are_not_missed(tmp_path):
     metric, scores = evaluate(tmp_path, [(objects, objects), (objects, [])], tested=1)
     found = [scores['coco/bbox_mAP'], scores['coco/segm_mAP'], metric.per_class['cup']['instances']]
     assert found == pytest.approx([1, 1, 1])
+
+
+def test_images_that_were_not_tested_do_not_count(tmp_path):
+    """A test may take a part of the images of the annotation file."""
+    cup = item('cup', 0, 0, 100, 100)
+    metric, _ = evaluate(tmp_path, [([cup], [cup]), ([cup], [])])
+    found = dict(bboxes=torch.tensor([[0.0, 0, 100, 100]]), scores=torch.tensor([0.9]), labels=torch.tensor([3]))
+    found['masks'] = torch.ones(1, SIDE, SIDE, dtype=torch.bool)
+    metric.process({}, [dict(img_id=0, ori_shape=(SIDE, SIDE), pred_instances=found)])
+    assert metric.evaluate(1)['coco/bbox_mAP'] == pytest.approx(1)

@@ -200,8 +200,8 @@ class Album:
 
 
 def heat_map(record: Record, words: str, album: Album) -> Picture | None:
-    """The receptive field of a record; None if it has no picture."""
-    name = record['files'].get('heat_map')
+    """The receptive field or the profile of robustness of a record; None if it has no picture."""
+    name = record['files'].get('heat_map') or record['files'].get('profile')
     if not name:
         return None
     pixels = album.read(record.folder / str(name), record.folder / 'runs')

@@ -62,6 +62,7 @@ def render_html(report: Report, data_roots: Iterable[str | Path] = ()) -> str:
             MOST_PLOTS=MOST_PLOTS,
             sample=plots.sample,
             heat_maps=_heat_maps,
+            profiles=_profiles,
             sheet=pictures.sheet,
             distinct=_distinct,
             LEAST_SCORE=LEAST_SCORE,
@@ -185,6 +186,17 @@ def _curves(suite: SuiteReport) -> Iterator[dict[str, Any]]:
                     caption=f'{where}Mean over seeds{band}.{_left_out(rows)}',
                     svg=plots.curves([line for _, line in lines], 'iterations', name, title),
                 )
+
+
+def _profiles(suite: SuiteReport, album: Album) -> Iterator[tuple[ReportRow, Record, str, pictures.Picture]]:
+    """The metric by corruption, severity and test size of the first rows, of their first seeds."""
+    for row in suite.rows[:MOST_ROWS]:
+        for record in row.of('robustness')[:1]:
+            share, images = (number(record['values'], *at) for at in (('relative', 'value'), ('images',)))
+            words = f'{suite.protocol_name(record)}, {images or 0:.0f} images, {share or 0:.0f} % of the clean metric'
+            shown = pictures.heat_map(record, words, album)
+            if shown:
+                yield row, record, words, shown
 
 
 def _left_out(rows: Sequence[Any]) -> str:

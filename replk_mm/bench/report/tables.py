@@ -61,7 +61,7 @@ def number(node: Any, *place: str) -> float | None:
 #: Maximum length of a value in a difference, in characters.
 _QUOTED = 100
 #: Prefix of the protocols of a measurement; the metric's are A, B ...
-_LETTERS = {'complexity': 'C', 'speed': 'S', 'memory': 'M', 'erf': 'E', 'shape_bias': 'B', 'curve': 'L'}
+_LETTERS = dict(complexity='C', speed='S', memory='M', erf='E', shape_bias='B', robustness='R', curve='L')
 #: Entries of the metric's protocol that the heading of its group names.
 _SUMMARY = (
     *('protocol', 'fraction', 'task', 'data', 'crop', 'mode', 'tta', 'iterations', 'batch'),
@@ -314,6 +314,15 @@ COLUMNS = (
         (('shape_bias',),),
         digits=3,
         note='Shape bias: of the decisions for the shape or for the texture, the share of those for the shape.',
+    ),
+    Column(
+        'robustness',
+        'Corrupted',
+        '% of clean',
+        'robustness',
+        (('relative', 'value'),),
+        digits=0,
+        note='Corrupted: the mean metric over corruptions and severities, in percent of the clean one of these images.',
     ),
 )
 BY_KEY = {column.key: column for column in COLUMNS}

@@ -536,6 +536,23 @@ def shape_bias(task: Task) -> MeasurementResult:
     )
 
 
+def robustness(task: Task) -> MeasurementResult:
+    """The metric under corruptions, at other test sizes and on another data set."""
+    from replk_mm.analysis.robustness import measure_robustness  # imports matplotlib
+
+    checkpoint = find_weights(task)
+    assert checkpoint
+    cfg, out = load_task_config(task), task.folder / 'robustness'
+    options = RunOptions(data_root=task.data_root, work_dir=str(task.folder / 'robustness_logs'), device=task.device)
+    found = measure_robustness(cfg, checkpoint, options, task.row.robustness, out)
+    return MeasurementResult(
+        found['values'],
+        {**metric_protocol(task, cfg, describe_split(cfg, 'test')[0]), **found['protocol']},
+        dict(tested=found['tested']),
+        dict(profile=out / 'robustness.png', figures=out / 'robustness.json'),
+    )
+
+
 def _measure(function: Callable[[Task], MeasurementResult]) -> Measure:
     def measured(task: Task) -> MeasurementResult:
         found = function(task)
@@ -547,5 +564,5 @@ def _measure(function: Callable[[Task], MeasurementResult]) -> Measure:
 
 TABLE: Mapping[str, Measure] = {
     function.__name__: _measure(function)
-    for function in (train, complexity, metric, curve, erf, shape_bias, speed, memory)
+    for function in (train, complexity, metric, curve, erf, shape_bias, robustness, speed, memory)
 }

@@ -30,7 +30,7 @@ from replk_mm.files import write_atomic
 from replk_mm.published import PublishedResult
 
 #: Measurements that read images of the data set.
-_NEED_IMAGES = {'train', 'metric', 'erf', 'shape_bias'}
+_NEED_IMAGES = {'train', 'metric', 'erf', 'shape_bias', 'robustness'}
 #: See :func:`_as_first_version`.
 _ONCE_IMPLICIT = [
     f'replk_mm.{name}'
@@ -166,6 +166,7 @@ def _tasks_of(
         speed=size,
         memory=size,
         erf=dict(erf=row.erf.model_dump(exclude_none=True)),
+        robustness=dict(robustness=row.robustness.model_dump()),
     )
     shared = dict(
         suite=suite.name,

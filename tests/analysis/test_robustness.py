@@ -1,0 +1,199 @@
+"""Robustness against tests of data sets that were corrupted, resized and thinned out on disk, and means by hand."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+from mmcv.transforms import LoadAnnotations, LoadImageFromFile, Resize
+from mmengine.config import Config
+from pydantic import ValidationError
+from tiny import make_data, tiny, trained  # noqa: F401 (fixtures)
+from tiny_detector import detector  # noqa: F401 (fixture)
+
+from replk_mm.analysis import robustness
+from replk_mm.analysis.corruptions import RobustnessSettings, corrupt
+from replk_mm.analysis.robustness import Condition, Corrupt, measure_robustness
+from replk_mm.commands import robustness as command
+from replk_mm.data.transforms import CheckedLoad
+from replk_mm.engine.evaluate import evaluate
+from replk_mm.errors import UserError
+from replk_mm.evaluation.per_image import SegmentationCounts
+
+# ruff: noqa: F811 (fixtures that come from another file)
+
+
+def counts(seed: int) -> SegmentationCounts:
+    rng = np.random.default_rng(seed)
+    correct = rng.integers(1, 50, (6, 3))
+    return SegmentationCounts(
+        images=tuple('abcdef'),
+        classes=('x', 'y', 'z'),
+        intersection=correct,
+        predicted=correct + rng.integers(0, 50, (6, 3)),
+        label=correct + rng.integers(0, 50, (6, 3)),
+    )
+
+
+def test_means_and_ratios_of_metrics_for_any_weights():
+    parts, weights = [counts(i) for i in range(4)], np.random.default_rng(9).random((5, 6))
+    mean = robustness._Mean(parts[1:])
+    by_hand = sum(part.score(weights) for part in parts[1:]) / 3
+    for _ in range(2):  # the second time from memory
+        assert mean.score(weights) == pytest.approx(by_hand, rel=1e-12)
+        relative = robustness._Mean(parts[1:], parts[0]).score(weights)
+        assert relative == pytest.approx(100 * by_hand / parts[0].score(weights), rel=1e-12)
+    assert mean.score() == pytest.approx(sum(part.score() for part in parts[1:]) / 3)
+
+
+@pytest.mark.parametrize(
+    ('own', 'size'),
+    [
+        ([Resize(scale=(90, 60), keep_ratio=True)], (45, 30)),
+        ([Resize(scale_factor=0.8, keep_ratio=True)], (36, 24)),
+        ([], (45, 30)),
+    ],
+)
+def test_a_corruption_comes_first_and_a_size_multiplies_that_of_the_config(own, size):
+    steps = [CheckedLoad(LoadImageFromFile()), *own, LoadAnnotations()]
+    before = [copy.copy(vars(step)) for step in steps]
+    assert list(robustness._change(steps, Condition(), 0)) == steps
+    first, second, *others = robustness._change(steps, Condition('fog', 3), 7)
+    assert [first, *others] == steps
+    assert isinstance(second, Corrupt) and second.arguments == ('fog', 3, 7)
+    *resized, last = list(robustness._change(steps, Condition(scale=0.5), 0))[1:]
+    assert last is steps[-1] and len(resized) == 1
+    image = dict(img=np.zeros((60, 90, 3), np.uint8), img_shape=(60, 90))
+    assert resized[0](image)['img'].shape[1::-1] == size
+    assert [vars(step) for step in steps] == before
+
+
+@pytest.mark.parametrize('kind', [np.uint8, np.float32])
+def test_the_loaded_image_is_bgr_and_keeps_its_type(kind):
+    rgb = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    found = Corrupt('gaussian_noise', 5, 1)(dict(img=np.ascontiguousarray(rgb[..., ::-1]).astype(kind)))['img']
+    assert found.dtype == kind and found.flags.c_contiguous
+    assert np.array_equal(found, corrupt(rgb, 'gaussian_noise', 5, 1)[..., ::-1])
+
+
+def test_images_that_cannot_be_corrupted_are_named():
+    with pytest.raises(UserError, match=r'small\.png.*RGB'):
+        Corrupt('fog', 1, 0)(dict(img=np.zeros((20, 40, 3), np.uint8), img_path='small.png'))
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'fragment'),
+    [(dict(corruptions=['frost']), 'generated_frost'), (dict(severities=[6]), '5'), (dict(scales=[0]), '0')],
+)
+def test_unknown_settings(wrong, fragment):
+    with pytest.raises(ValidationError, match=fragment):
+        RobustnessSettings(**wrong)
+
+
+def test_images_are_a_seeded_choice_over_all_data_sets(monkeypatch):
+    monkeypatch.setattr(robustness, 'DATASETS', SimpleNamespace(build=lambda cfg: range(cfg['count'])))
+    found = []
+    for seed in (0, 0, 1):
+        parts = [dict(type='A', count=30), dict(type='B', count=10)]
+        loader = dict(dataset=dict(type='ConcatDataset', datasets=parts))
+        robustness._choose_images(loader, RobustnessSettings(images=20, seed=seed))
+        found.append([part['indices'] for part in loader['dataset']['datasets']])
+        assert sum(map(len, found[-1])) == 20
+        assert all(i in range(part['count']) for part in parts for i in part['indices'])
+    assert found[0] == found[1] != found[2]
+
+
+# -- trained networks -------------------------------------------------------------------------------------------------
+def changed_copy(root: Path, folder: Path, change) -> Path:
+    """A copy of a data set whose test images are replaced by ``change(rgb)``, without loss."""
+    shutil.copytree(root, folder)
+    for path in (folder / 'images/validation').iterdir():
+        rgb = cv2.imread(str(path))[..., ::-1]
+        path.write_bytes(cv2.imencode('.png', change(np.ascontiguousarray(rgb))[..., ::-1])[1].tobytes())
+    return folder
+
+
+@pytest.mark.slow
+def test_every_condition_is_the_ordinary_test_of_such_data(tiny, trained, tmp_path):
+    other = make_data(tmp_path / 'other', train=1, val=3)
+    settings = RobustnessSettings(
+        corruptions=['contrast', 'gaussian_noise'],
+        severities=[1, 5],
+        scales=[0.5, 1.0],
+        shifted_root=str(other),
+        seed=3,
+    )
+
+    def measured(name: str, **changes) -> dict:
+        options = tiny.options(tmp_path / name)
+        out = tmp_path / name / 'out'
+        found = measure_robustness(tiny.cfg(), str(trained), options, settings.model_copy(update=changes), out)
+        assert json.loads((out / 'robustness.json').read_text())['values'] == found['values']
+        assert cv2.imread(str(out / 'robustness.png')) is not None
+        return found
+
+    def tested(root: Path, options: dict | None = None) -> float:
+        work_dir = tmp_path / f'test{len(list(tmp_path.iterdir()))}'
+        found = evaluate(tiny.cfg(options), str(trained), tiny.options(work_dir, data_root=str(root)))
+        return pytest.approx(found.metrics['mIoU'], abs=1e-9)
+
+    first = measured('first')
+    values = first['values']
+    assert measured('again')['values'] == values
+    assert values['clean']['value'] == values['sizes']['1']['value'] == tested(tiny.data)
+    cells = {name: [of[s]['value'] for s in ('1', '5')] for name, of in values['corruptions'].items()}
+    for name, severity in (('contrast', 5), ('gaussian_noise', 1)):
+        folder = changed_copy(tiny.data, tmp_path / name, lambda rgb: corrupt(rgb, name, severity, 3))  # noqa: B023
+        assert cells[name][severity // 5] == tested(folder)
+    mean = np.mean(list(cells.values()))
+    assert values['mean_under_corruption']['value'] == pytest.approx(mean)
+    assert values['relative']['value'] == pytest.approx(100 * mean / values['clean']['value'])
+    half = [dict(type='LoadImageFromFile'), dict(type='Resize', scale_factor=0.5, keep_ratio=True)]
+    pipeline = [*half, dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
+    assert values['sizes']['0.5']['value'] == tested(tiny.data, {'test_dataloader.dataset.pipeline': pipeline})
+    assert values['shifted']['value'] == tested(other) and values['shifted']['images'] == 3
+    fewer = measured('fewer', images=1, corruptions=[], scales=[1.0], shifted_root=None)
+    assert len(fewer['tested']) == 1 and fewer['values']['clean']['low'] is None
+    thinned = changed_copy(tiny.data, tmp_path / 'thinned', lambda rgb: rgb)
+    for path in (thinned / 'images/validation').iterdir():
+        if path.stem != Path(fewer['tested'][0]).stem:
+            path.unlink()
+    assert fewer['values']['clean']['value'] == tested(thinned)
+
+
+@pytest.mark.slow
+def test_detectors_and_the_command(detector, tmp_path, monkeypatch, capsys):
+    checkpoint = detector.train(tmp_path / 'train', 60)
+    start = [detector.config, checkpoint, '--data-root', detector.data, '--device', 'cpu']
+    monkeypatch.setattr('sys.argv', ['robustness', *map(str, start), '--images', '2', '--out', str(tmp_path / 'out'),
+                                     '--corruptions', 'contrast', '--severities', '5', '--scales', '1'])  # fmt: skip
+    command.main()
+    printed = capsys.readouterr().out
+    values = json.loads((tmp_path / 'out' / 'robustness.json').read_text())['values']
+    assert values['metric'] == 'coco/bbox_mAP' and values['images'] == 2
+    assert (
+        values['clean']['value'] > 0
+        and f'{values["clean"]["value"]:.2f}' in printed
+        and 'mean under corruption' in printed
+    )
+    listing = json.loads(next((detector.data / 'annotations').glob('*val*')).read_text())
+    tested = json.loads((tmp_path / 'out' / 'robustness.json').read_text())['tested']
+    listing['images'] = [image for image in listing['images'] if image['file_name'] in tested]
+    ids = {image['id'] for image in listing['images']}
+    listing['annotations'] = [one for one in listing['annotations'] if one['image_id'] in ids]
+    folder = shutil.copytree(detector.data, tmp_path / 'thinned')
+    next((folder / 'annotations').glob('*val*')).write_text(json.dumps(listing))
+    cfg: Config = detector.cfg()
+    found = evaluate(cfg, str(checkpoint), detector.options(tmp_path / 'test', data_root=str(folder)))
+    assert values['clean']['value'] == pytest.approx(100 * found.metrics['coco/bbox_mAP'], abs=1e-9)
+
+
+def test_the_command_names_the_option(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['robustness', 'a.py', 'b.pth', '--out', 'o', '--corruptions', 'fogg'])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert '--corruptions: unknown: fogg\nDid you mean fog?' in capsys.readouterr().err
