@@ -211,10 +211,8 @@ class SuiteRow(Defaults):
         return 'none' if self.protocol == 'scratch' else self._file(self.pretrained, seed)
 
     def _file(self, name: str | None, seed: int) -> str | None:
-        places = dict(row=self.name, seed=str(seed), backbone=self.backbone or '')
-        for key, value in places.items() if name else ():
-            name = str(name).replace(f'{{{key}}}', value)
-        return name
+        backbone = self.backbone or ''
+        return name and name.replace('{row}', self.name).replace('{seed}', str(seed)).replace('{backbone}', backbone)
 
 
 class Suite(_Strict):

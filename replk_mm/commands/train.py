@@ -36,12 +36,7 @@ def main() -> None:
         '--freeze-backbone', action='store_true', help='train the heads only, on the features of a fixed backbone'
     )
     p.add_argument(
-        '--fraction',
-        type=int,
-        choices=FRACTIONS,
-        default=100,
-        metavar='P',
-        help=f'train on a part of the images, in percent ({", ".join(map(str, FRACTIONS))}); --seed chooses them',
+        '--fraction', type=int, choices=FRACTIONS, default=100, help='percentage of the training images; see --seed'
     )
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
     p.add_argument('--seed', type=cli.seed, metavar='N', help='random seed (default: drawn and recorded)')

@@ -32,7 +32,7 @@ def nested_subsets(presence: np.ndarray, percents: Sequence[int], seed: int) -> 
 
     Args:
         presence: ``(images, classes)``, whether the class is in the image.
-        percents: Sizes in percent, ascending; rounded up to whole images.
+        percents: Sizes in percent, ascending to 100; rounded up to whole images.
         seed: Equal seeds draw equal subsets.
 
     Returns:
@@ -58,16 +58,12 @@ def nested_subsets(presence: np.ndarray, percents: Sequence[int], seed: int) -> 
 
     for image in cover:
         put(image, 0)
-    while left.any() and room.any():
+    while left.any():
         rarest = np.argmin(np.where(left > 0, left, images + 1))
         for image in shuffled[(part[shuffled] < 0) & presence[shuffled, rarest]]:
-            if room.any():
-                put(image, max(np.flatnonzero(room), key=lambda p: (lacking[p, rarest], room[p])))
-        left[rarest] = 0
-    for image in shuffled[part[shuffled] < 0]:  # without a class
-        if room.any():
-            put(image, np.flatnonzero(room)[0])
-    return [np.flatnonzero((part >= 0) & (part <= last)) for last in range(len(percents))]
+            put(image, max(np.flatnonzero(room), key=lambda p: (lacking[p, rarest], room[p])))
+    part[shuffled[part[shuffled] < 0]] = np.repeat(np.arange(len(room)), room)  # images without a class
+    return [np.flatnonzero(part <= last) for last in range(len(percents))]
 
 
 def class_presence(dataset: dict, scope: str) -> tuple[np.ndarray, list[str]]:

@@ -10,12 +10,20 @@ from replk_mm.errors import UserError
 from replk_mm.wrappers import unwrap_model
 
 
-def freeze(module: nn.Module) -> None:
-    """Fix a module, in place: no gradients, and evaluation mode for good.
+def freeze_backbone(model: nn.Module) -> None:
+    """Freeze the backbone of a segmentor or detector, in place: no gradients, and evaluation mode for good.
 
-    ``train()`` does not undo it: stochastic depth and dropout stay inactive, statistics of BatchNorm stay fixed. The
-    forward pass records no gradients. Names of weights do not change.
+    ``train()`` does not undo it: stochastic depth and dropout stay inactive, statistics of BatchNorm stay fixed. Names
+    of weights do not change. Of a network of timm or transformers, the layers that make maps of other strides are new
+    and stay trainable.
+
+    Raises:
+        UserError: If the model has no backbone.
     """
+    backbone: Any = getattr(unwrap_model(model), 'backbone', None)
+    if not isinstance(backbone, nn.Module):
+        raise UserError(f'freeze_backbone: {type(model).__name__} has no backbone\nUse a segmentor or a detector.')
+    module = backbone.net if isinstance(backbone, (HFBackbone, TimmBackbone)) else backbone
     kind: Any = type(module)
 
     def train(self: Any, mode: bool = True) -> Any:
@@ -24,17 +32,3 @@ def freeze(module: nn.Module) -> None:
     # A subclass: a copy of the module, as for averaged weights, stays frozen. Functions on the instance would not.
     module.__class__ = type(kind.__name__, (kind,), dict(train=train, forward=torch.no_grad()(kind.forward)))
     module.requires_grad_(False).train()
-
-
-def freeze_backbone(model: nn.Module) -> None:
-    """Freeze the backbone of a segmentor or detector, in place.
-
-    Of a network of timm or transformers, the layers that make maps of other strides are new and stay trainable.
-
-    Raises:
-        UserError: If the model has no backbone.
-    """
-    backbone = getattr(unwrap_model(model), 'backbone', None)
-    if not isinstance(backbone, nn.Module):
-        raise UserError(f'freeze_backbone: {type(model).__name__} has no backbone\nUse a segmentor or a detector.')
-    freeze(backbone.net if isinstance(backbone, (HFBackbone, TimmBackbone)) else backbone)
