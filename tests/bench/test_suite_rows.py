@@ -308,6 +308,21 @@ def test_without_a_finite_training_there_is_no_learning_rate(monkeypatch):
         measurements.train(task)
 
 
+@pytest.mark.slow
+def test_a_linear_row_measures_the_linear_network(tiny, tmp_path):  # noqa: F811
+    row = dict(protocol='linear', fraction=25, data_root=str(make_data(tmp_path / 'data', train=20)))
+    task = task_of(tmp_path, tiny, **row, measure=['metric', 'complexity'])
+    assert run_task(task, measurements.TABLE, {})
+    found = {one['measurement']: one for one in records.read_records([tmp_path / 'w'])[0]}
+    protocol = found['metric']['protocol']
+    assert protocol['protocol'] == 'linear' and protocol['fraction'] == 25 and protocol['pretraining'] == 'none'
+    assert found['train']['facts']['linear_probe']['images'] == 5
+    assert found['metric']['values']['metrics']['mIoU'] > 0 and found['metric']['checkpoint']['trained']
+    parts = {part['name']: part['parameters'] for part in found['complexity']['values']['parts']}
+    classes, channels = 8, 8 + 16 + 32 + 64
+    assert parts['decode_head'] == classes * (channels + 1) and 'auxiliary_head' not in parts
+
+
 def test_curve_of_epochs_and_repeated_iterations(tmp_path):
     first = [dict(loss=3.0, epoch=1, step=2), dict(loss=2.0, epoch=1, step=4), {'coco/bbox_mAP': 0.1, 'step': 1}]
     second = [dict(loss=1.0, epoch=2, step=6), dict(loss=math.nan, epoch=2, step=8), {'coco/bbox_mAP': 0.3, 'step': 2}]

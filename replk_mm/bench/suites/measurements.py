@@ -300,7 +300,7 @@ def _train_linear(task: Task) -> MeasurementResult:
     pretraining = _pretraining(task, cfg)
     if row.fraction != 100:
         notes += use_subset(cfg, row.fraction, task.seed)
-    rates = dict(learning_rates=row.learning_rates) if row.learning_rates else {}
+    rates: dict[str, Any] = dict(learning_rates=row.learning_rates) if row.learning_rates else {}
     settings = ProbeSettings(seed=task.seed, cache=task.work_dir / 'features', **rates)
     started = time.monotonic()
     result = probe(cfg, notes, settings, select_device(task.device))
