@@ -63,15 +63,7 @@ def _cpu_name() -> str:
 def evaluation_record(
     cfg: Config, checkpoint: str, result: Evaluation, tta: bool, statistics: dict[str, dict[str, str]] | None = None
 ) -> dict:
-    """The scores of a test with their conditions, as JSON data without NaN and infinity.
-
-    Args:
-        cfg: As tested.
-        checkpoint: Path or URL.
-        result: Of the test.
-        tta: Whether it used test-time augmentation.
-        statistics: From :func:`write_statistics`.
-    """
+    """The scores of a test with their conditions, as JSON data without NaN; ``statistics`` names its counts."""
     path = fetch_checkpoint(checkpoint)
     roots = dict.fromkeys(str(dataset.get('data_root')) for dataset in datasets_of(cfg, ('test',)))
     merged = result.meta.get('replk_mm', {}).get('reparameterized')

@@ -8,8 +8,8 @@ and :class:`DetectionMatches`.
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -151,22 +151,21 @@ class DetectionMatches(PerImageScores):
         detection_image: Index of the image of each detection, ``(detections,)``; by class, then by falling score.
         matched: Bit ``t`` is set if the detection matches an object at IoU ``0.5 + 0.05 * t``; uint16.
         ignored: Bit ``t`` is set if it counts neither as right nor as false, as one that matches a crowd; uint16.
-        detections_end: Number of detections of each class and those before it, ``(classes,)``.
+        detection_bounds: Where the detections of each class begin and the last ends, ``(classes + 1,)``.
         object_image: Index of the image of each object that is not a crowd, ``(objects,)``; by class.
-        objects_end: Number of objects of each class and those before it, ``(classes,)``.
+        object_bounds: The same of the objects.
     """
 
     detection_image: NDArray[np.int32]
     matched: NDArray[np.uint16]
     ignored: NDArray[np.uint16]
-    detections_end: NDArray[np.int64]
+    detection_bounds: NDArray[np.int64]
     object_image: NDArray[np.int32]
-    objects_end: NDArray[np.int64]
+    object_bounds: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        for image, end in ((self.detection_image, self.detections_end), (self.object_image, self.objects_end)):
-            bounds = np.concatenate([[0], end, [len(image)]])
-            if len(end) != len(self.classes) or (np.diff(bounds) < 0).any() or bounds[-2] != len(image):
+        for image, bounds in ((self.detection_image, self.detection_bounds), (self.object_image, self.object_bounds)):
+            if len(bounds) != len(self.classes) + 1 or (np.diff(bounds, prepend=0, append=len(image)) < 0).any():
                 raise ValueError('the numbers of detections or objects per class do not add up')
             if len(image) and not 0 <= image.min() <= image.max() < len(self.images):
                 raise ValueError('a detection or an object is of none of the images')
@@ -184,7 +183,7 @@ class DetectionMatches(PerImageScores):
         position = {key: i for i, key in enumerate(ids)}
         bits = 1 << np.arange(_THRESHOLDS)
         detections, objects = [np.zeros((3, 0), np.int64)], [np.zeros(0, np.int64)]
-        ends = np.zeros((2, len(categories)), np.int64)
+        bounds = np.zeros((2, len(categories) + 1), np.int64)
         for k in range(len(categories)):
             first = k * len(evaluation.params.areaRng) * len(ids)  # the first range is of all areas
             of_class = [entry for entry in evaluation.evalImgs[first : first + len(ids)] if entry]
@@ -197,7 +196,7 @@ class DetectionMatches(PerImageScores):
                 columns.append(np.stack([np.full(ignored.shape[1], image), bits @ matched, bits @ ignored]))
                 objects.append(np.full(np.count_nonzero(np.asarray(entry['gtIgnore']) == 0), image))
             detections.append(np.concatenate(columns, axis=1)[:, order])
-            ends[:, k] = len(order), sum(map(len, objects))
+            bounds[:, k + 1] = bounds[0, k] + len(order), sum(map(len, objects))
         image, matched, ignored = np.concatenate(detections, axis=1)
         coco = evaluation.cocoGt
         return cls(
@@ -206,27 +205,20 @@ class DetectionMatches(PerImageScores):
             detection_image=image.astype(np.int32),
             matched=matched.astype(np.uint16),
             ignored=ignored.astype(np.uint16),
-            detections_end=ends[0].cumsum(),
+            detection_bounds=bounds[0],
             object_image=np.concatenate(objects).astype(np.int32),
-            objects_end=ends[1],
+            object_bounds=bounds[1],
         )
 
     def per_class(self, weights: NDArray | None = None) -> NDArray[np.float64]:
         weights = self._check_weights(weights)
-        step = max(1, _MOST_WEIGHTS // max(1, *np.diff(self.detections_end, prepend=0)))
-        parts = [weights[start : start + step] for start in range(0, len(weights), step)]
-        columns = [
-            np.stack([self._average_precision(part, *of_class) for of_class in self._classes()], axis=1)
-            for part in parts
-            if self.classes
-        ]
-        return np.concatenate(columns or [np.zeros((len(weights), 0))])
-
-    def _classes(self) -> Iterator[tuple[slice, slice]]:
-        """The detections and the objects of each class."""
-        pairs = np.stack([self.detections_end, self.objects_end])
-        for start, end in zip(np.diff(pairs, axis=1, prepend=0).T, pairs.T, strict=True):
-            yield slice(end[0] - start[0], end[0]), slice(end[1] - start[1], end[1])
+        step = max(1, _MOST_WEIGHTS // max(1, *np.diff(self.detection_bounds)))
+        values = np.zeros((len(weights), len(self.classes)))
+        bounds = zip(pairwise(self.detection_bounds), pairwise(self.object_bounds), strict=True)
+        for k, (detections, objects) in enumerate(bounds):
+            for draws in (slice(start, start + step) for start in range(0, len(weights), step)):
+                values[draws, k] = self._average_precision(weights[draws], slice(*detections), slice(*objects))
+        return values
 
     def _average_precision(self, weights: NDArray, detections: slice, objects: slice) -> NDArray[np.float64]:
         """AP of a class in percent, ``(draws,)``: the mean over IoU and recall thresholds of the precision envelope."""

@@ -97,12 +97,13 @@ def metric(task: Task) -> MeasurementResult:
         unit=PRIMARY_METRICS[primary],
         per_class={name: _finite(of) for name, of in found.per_class.items()},
     )
-    out, files = task.folder / 'test', {}
-    statistics = write_statistics(found, out) if get_rank() == 0 else {}
+    out, statistics = task.folder / 'test', {}
+    files = dict(predictions=out / 'predictions', metrics=out / 'metrics.json')
+    if get_rank() == 0:
+        statistics = write_statistics(found, out)
+        write_record(evaluation_record(cfg, checkpoint, found, False, statistics), out / 'metrics.json')
     if primary in statistics:
         files['statistics'] = out / statistics[primary]['file']
-    if get_rank() == 0:
-        write_record(evaluation_record(cfg, checkpoint, found, False, statistics), out / 'metrics.json')
     merged = found.meta.get('replk_mm', {}).get('reparameterized')
     if not merged and reparameterize_on_meta(build_on_meta(load_task_config(task)))[1].merged:
         values['reparameterized'] = dict(metrics=_finite(_test(task, checkpoint, True)[1].metrics))
@@ -121,7 +122,7 @@ def metric(task: Task) -> MeasurementResult:
             test=describe_protocol(cfg, False),
             statistics=statistics,
         ),
-        dict(predictions=out / 'predictions', metrics=out / 'metrics.json', **files),
+        files,
     )
 
 
