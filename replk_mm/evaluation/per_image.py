@@ -116,9 +116,9 @@ class SegmentationCounts(PerImageScores):
         label: Labelled pixels.
     """
 
-    intersection: NDArray[np.uint32]
-    predicted: NDArray[np.uint32]
-    label: NDArray[np.uint32]
+    intersection: NDArray[np.integer]
+    predicted: NDArray[np.integer]
+    label: NDArray[np.integer]
 
     def __post_init__(self) -> None:
         shape = len(self.images), len(self.classes)
