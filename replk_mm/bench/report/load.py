@@ -405,11 +405,11 @@ def _compare(group: ProtocolGroup) -> None:
     absent: dict[str, list[str]] = {}
     for row in measured[:MOST_COMPARED]:
         try:
-            found = [_read_scores(record) for record in row.of('metric')]
-            first = next(iter(scores.values()), found)[0]
-            if any(sorted(one.images) != sorted(first.images) for one in found):
+            of_row = [_read_scores(record) for record in row.of('metric')]
+            first = next(iter(scores.values()), of_row)[0]
+            if any(sorted(one.images) != sorted(first.images) for one in of_row):
                 raise ValueError('tested on other images than the rows above')
-            scores[row.name] = found
+            scores[row.name] = of_row
         except (OSError, ValueError) as error:
             absent.setdefault(getattr(error, 'strerror', None) or str(error), []).append(row.label)
     group.remarks = [f'No interval for {format_list(labels, 5)}: {reason}.' for reason, labels in absent.items()]
