@@ -82,7 +82,8 @@ def train_classifier(
     last = Path(out) / 'last.pth'
     arguments = dict(iterations=len(train), **asdict(recipe))
     torch.manual_seed(recipe.seed)
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in filter(lambda p: p.requires_grad, model.to(device).parameters()):
         (decayed if parameter.ndim > 1 else others).append(parameter)
     groups = [dict(params=decayed, weight_decay=recipe.weight_decay), dict(params=others, weight_decay=0.0)]
