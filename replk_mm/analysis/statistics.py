@@ -14,8 +14,9 @@ scores on the same images, one for each training seed; :class:`Scores` is what a
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations, pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -120,15 +121,11 @@ class Plan:
     """What it takes to distinguish two rows of a table after Holm's correction.
 
     Attributes:
-        difference: In points.
-        power: Probability of distinguishing them.
         seeds: Seeds of each row that suffice on as many images; None if more than 100, or if no row has two seeds.
         images: Images that suffice with as many seeds; None if more than 1000 times as many.
-        detectable: The difference that today's seeds and images distinguish with this power.
+        detectable: The difference, in points, that the present seeds and images distinguish with the same power.
     """
 
-    difference: float
-    power: float
     seeds: int | None
     images: int | None
     detectable: float
@@ -136,31 +133,24 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Error:
-    """The two parts of the variance of an estimate, with their degrees of freedom."""
+    """The two parts of the variance of an estimate, with their degrees of freedom; arrays for several of them."""
 
     image: float
     image_freedom: float
-    seed: float
-    seed_freedom: float
+    seed: Any
+    seed_freedom: Any
 
-    def margin(self, alpha: float, seed_ratio: ArrayLike = 1.0) -> NDArray[np.float64]:
-        """Half the width of the ``1 - alpha`` interval (Howe 1974), of a seed variance times ``seed_ratio``."""
-        squares = special.stdtrit(self.image_freedom, alpha / 2) ** 2 * self.image
-        if self.seed > 0:
-            squares = squares + special.stdtrit(self.seed_freedom, alpha / 2) ** 2 * self.seed * np.asarray(seed_ratio)
-        return np.sqrt(squares)
+    def margin(self, alpha: float) -> NDArray[np.float64]:
+        """Half the width of the ``1 - alpha`` interval (Howe 1974)."""
+        with np.errstate(over='ignore', invalid='ignore'):
+            seed = special.stdtrit(np.maximum(self.seed_freedom, 1), alpha / 2) ** 2 * self.seed
+            return np.sqrt(special.stdtrit(self.image_freedom, alpha / 2) ** 2 * self.image + seed)
 
     def p_value(self, estimate: float) -> float:
         """The ``alpha`` whose interval ends at 0."""
         if self.image + self.seed == 0 or estimate == 0:
             return float(estimate == 0)
         return math.exp(_bisect(lambda log: self.margin(math.exp(log)) <= abs(estimate), -600.0, 0.0))
-
-    def power(self, difference: float, alpha: float) -> float:
-        """The probability that a true difference is significant, averaged over the estimate of the seed variance."""
-        ratio = special.chdtri(self.seed_freedom, (np.arange(64) + 0.5) / 64) / self.seed_freedom
-        excess = difference - self.margin(alpha, ratio)
-        return float(special.ndtr(excess / max(math.sqrt(self.image + self.seed), 1e-300)).mean())
 
 
 @dataclass(frozen=True)
@@ -331,9 +321,8 @@ def best_group(rows: Mapping[str, Sequence[Scores]], level: float = 0.95) -> Bes
     """
     ranked = dict(sorted(_estimate(rows).items(), key=lambda row: -np.nan_to_num(row[1].value, nan=-math.inf)))
     differences = _differences(ranked, level)[: max(0, len(ranked) - 1)]  # the leader's pairs are the first
-    beaten = {
-        d.second for d in differences if d.covers_seeds and d.p_adjusted is not None and d.p_adjusted <= 1 - level
-    }
+    tested = [d for d in differences if d.covers_seeds and d.p_adjusted is not None]
+    beaten = [d.second for d in tested if (d.p_adjusted or 0.0) <= 1 - level]
     return BestGroup(
         leader=next(iter(ranked)),
         members=tuple(name for name in ranked if name not in beaten),
@@ -364,11 +353,19 @@ def plan(rows: Mapping[str, Sequence[Scores]], difference: float, power: float =
     errors = [(a - b).error for a, b in combinations(found, 2)]
     image, image_freedom = np.mean([(error.image, error.image_freedom) for error in errors], axis=0).tolist()
 
+    @cache
+    def estimates(each: float) -> tuple[NDArray, NDArray]:
+        """Of the seed variance of two rows, relative to it, as often simulated; with the degrees of freedom."""
+        own = np.random.default_rng(0).chisquare(each, (1000, len(found))) / each
+        freedoms = own.sum(1) ** 2 * (each + 2) / (own**2).sum(1) - 2
+        return np.maximum(own, own.mean(1, keepdims=True))[:, :2].mean(1), np.clip(freedoms, 1, len(found) * each)
+
     def distinguishes(points: float, seeds: int, times: float = 1.0) -> bool:
-        seed = (max(0.0, between - interaction) + interaction / times) / seeds
-        freedoms = max(1.0, image_freedom * times), max(sum(freedom), len(found) * (seeds - 1), 1)
-        expected = _Error(image / times, freedoms[0], 2 * seed, freedoms[1])
-        return expected.power(points, (1 - level) / len(errors)) >= power  # Holm's first step
+        seed = 2 * (max(0.0, between - interaction) + interaction / times) / seeds
+        ratio, freedoms = estimates(max(seeds - 1.0, sum(freedom) / len(found), 1.0))
+        error = _Error(image / times, max(1.0, image_freedom * times), seed * ratio, freedoms)
+        excess = points - error.margin((1 - level) / len(errors))  # Holm's first step
+        return float(special.ndtr(excess / max(math.sqrt(image / times + seed), 1e-300)).mean()) >= power
 
     present, images = min(row.seeds for row in found), len(found[0].images)
     seeds = range(2, _MOST_SEEDS + 1 if weights else 0)
@@ -376,8 +373,6 @@ def plan(rows: Mapping[str, Sequence[Scores]], difference: float, power: float =
     if distinguishes(difference, present, _MOST_TIMES):
         times = _bisect(lambda x: distinguishes(difference, present, x), 2 / images, _MOST_TIMES)
     return Plan(
-        difference=difference,
-        power=power,
         seeds=next((n for n in seeds if distinguishes(difference, n)), None),
         images=math.ceil(times * images) if times < math.inf else None,
         detectable=_bisect(lambda points: distinguishes(points, present), 0.0, 1e6),
