@@ -150,7 +150,7 @@ class _Error:
         """The ``alpha`` whose interval ends at 0."""
         if self.image + self.seed == 0 or estimate == 0:
             return float(estimate == 0)
-        return math.exp(_bisect(lambda log: self.margin(math.exp(log)) <= abs(estimate), -600.0, 0.0))
+        return math.exp(_bisect(lambda log: bool(self.margin(math.exp(log)) <= abs(estimate)), -600.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class _Estimate:
     def difference(self, level: float, first: str, second: str) -> Difference:
         found = self.interval(level)
         p = None if found.low is None else self.error.p_value(self.value - self.bias)
-        return Difference(*vars(found).values(), first, second, p, p)
+        return Difference(**vars(found), first=first, second=second, p=p, p_adjusted=p)
 
 
 def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
