@@ -175,7 +175,7 @@ CORRUPTIONS: dict[str, tuple[Callable[..., NDArray], tuple]] = {
     'defocus_blur': (_defocus_blur, ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))),
     'glass_blur': (_glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2))),
     'motion_blur': (
-        lambda x, rng, *c: _move(x, *c, rng.uniform(-45, 45)),
+        lambda x, rng, length, sigma: _move(x, length, sigma, rng.uniform(-45, 45)),
         ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
     ),
     'zoom_blur': (_zoom_blur, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))),

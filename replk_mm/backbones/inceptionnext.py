@@ -72,8 +72,9 @@ class InceptionNeXtBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = fused_conv2d(self.mlp.fc1, self.norm(self.token_mixer(x)), self.mlp.act)
-        return add_residual(x, self.mlp.fc2(hidden), self.drop_path, self.gamma)
+        fc1, act, fc2 = self.mlp
+        hidden = fused_conv2d(fc1, self.norm(self.token_mixer(x)), act)
+        return add_residual(x, fc2(hidden), self.drop_path, self.gamma)
 
 
 class InceptionNeXtStage(nn.Module):

@@ -61,7 +61,7 @@ def nested_subsets(presence: np.ndarray, percents: Sequence[int], seed: int) -> 
     while left.any():
         rarest = np.argmin(np.where(left > 0, left, images + 1))
         for image in shuffled[(part[shuffled] < 0) & presence[shuffled, rarest]]:
-            put(image, max(np.flatnonzero(room), key=lambda p: (lacking[p, rarest], room[p])))
+            put(image, int(max(np.flatnonzero(room), key=lambda p: (lacking[p, rarest], room[p]))))
     part[shuffled[part[shuffled] < 0]] = np.repeat(np.arange(len(room)), room)  # images without a class
     return [np.flatnonzero(part <= last) for last in range(len(percents))]
 

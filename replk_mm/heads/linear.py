@@ -97,4 +97,8 @@ class LinearHead(BaseDecodeHead):
 def _resize(x: Tensor, size: torch.Size) -> Tensor:
     if x.shape[2:] == size:
         return x
-    return F.interpolate(x, size, mode='bilinear') if x.shape[2] < size[0] else F.adaptive_avg_pool2d(x, size)
+    return (
+        F.interpolate(x, size, mode='bilinear')
+        if x.shape[2] < size[0]
+        else F.adaptive_avg_pool2d(x, (size[0], size[1]))
+    )

@@ -267,6 +267,5 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``(N, C, H, W)`` to ``(N, C, H', W')``."""
-        return depthwise_conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.implementation
-        )
+        stride, padding, dilation = to_pair(self.stride), to_pair(self.padding), to_pair(self.dilation)
+        return depthwise_conv2d(x, self.weight, self.bias, stride, padding, dilation, self.implementation)
