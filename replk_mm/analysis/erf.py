@@ -1,27 +1,13 @@
-"""Effective receptive field: the contribution of each pixel of an image to the center of a feature map.
-
-Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", 2016, take the gradient
-of the center with respect to the image. This module follows Ding et al., "Scaling Up Your Kernels to 31x31"
-(arXiv 2203.06717; the folder erf/ of their repository):
-
-- The center is position ``[H // 2, W // 2]`` of the map, after ReLU, summed over the channels.
-- The *contribution score* of a pixel is the positive part of the gradient, summed over the channels of the image and
-  averaged over images.
-- The *paper's scale* is log10(score + 1) divided by its largest value. Heat maps show it, and the published areas use
-  it.
-- The *area* for a share t is that of the smallest square around pixel ``[size // 2, size // 2]`` that holds t of the
-  sum.
-
-Where gradients are small, log10(score + 1) is proportional to the score; where they are large it is flat. Gradients
-ten times as large therefore give other areas in that scale, and areas of the scores themselves are reported too.
-"""
+"""Effective receptive field of a config's backbone; :mod:`replk_mm.analysis.receptive_field` defines it."""
 
 import copy
 import hashlib
 import io
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +23,17 @@ from rich.progress import track
 from torch import Tensor
 
 from replk_mm.analysis.benchmark.case import randomize_constants
+from replk_mm.analysis.receptive_field import (
+    CENTER,
+    GaussianFit,
+    ImageShares,
+    areas,
+    effective_receptive_field,
+    fit_gaussian,
+    paper_scale,
+    pixel_at,
+)
+from replk_mm.analysis.statistics import Interval, interval
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.checkpoints.loading import load_pretrained
 from replk_mm.data.datasets import as_list
@@ -48,8 +45,6 @@ from replk_mm.engine.record import environment_info, write_record
 from replk_mm.errors import UserError, command_line, explain_errors
 from replk_mm.files import sha256, write_output
 
-#: Shares of the contribution whose areas are reported, as in the paper's table.
-SHARES = (0.2, 0.3, 0.5, 0.99)
 KIND = 'effective receptive field'
 _VERSION = 1
 #: Largest side of images in pixels.
@@ -80,6 +75,9 @@ class Erf(BaseModel):
     silent: NonNegativeInt  #: number of images without any gradient
     preprocessing: dict[str, Any]  #: mean, standard deviation and order of channels
     environment: dict[str, Any]  #: versions and hardware
+    iteration: int | None = None  #: of the training that wrote the checkpoint
+    profiles: np.ndarray | None = None  #: of each image ``(images, size)``; stored in ``erf.npz``
+    position: tuple[float, float] = CENTER  #: of the map, as fractions of its height and width
 
     @property
     def stride(self) -> float:
@@ -87,8 +85,13 @@ class Erf(BaseModel):
         return self.size / self.map_size[0]
 
     @property
+    def pixel(self) -> tuple[int, int]:
+        """Row and column of the pixel at the position; the middle is ``size // 2``."""
+        return pixel_at(self.position, self.scores.shape)
+
+    @property
     def offset(self) -> tuple[float, float] | None:
-        """Center of gravity of the scores in pixels below and to the right of the middle; None if all are 0.
+        """Center of gravity of the scores in pixels below and to the right of :attr:`pixel`; None if all are 0.
 
         A map's middle position lies over pixel ``size // 2`` in networks whose strided convolutions are padded
         (ResNet). In networks that cut the image into patches (ConvNeXt, Swin) it lies over the patch that starts there.
@@ -96,14 +99,28 @@ class Erf(BaseModel):
         total = self.scores.sum()
         if not total > 0:
             return None
-        at = np.arange(self.size) - self.size // 2
-        return float(self.scores.sum(1) @ at / total), float(self.scores.sum(0) @ at / total)
+        rows, columns = (np.arange(self.size) - at for at in self.pixel)
+        return float(self.scores.sum(1) @ rows / total), float(self.scores.sum(0) @ columns / total)
+
+    @cached_property
+    def gaussian(self) -> GaussianFit | None:
+        """The Gaussian that fits the scores best; None if all are 0."""
+        return fit_gaussian(self.scores)
+
+    @cached_property
+    def side(self) -> Interval | None:
+        """Side of the square with 50 % of the scores, interpolated, and its interval over images; None if unknown."""
+        if self.profiles is None or not self.profiles.any():
+            return None
+        return interval([ImageShares(tuple(map(str, range(len(self.profiles)))), self.profiles)])
 
     def values(self) -> dict[str, Any]:
         """The values in a suite's record: areas in the paper's scale and of the scores; None if all scores are 0."""
         return dict(
-            areas=areas(paper_scale(self.scores)),
-            areas_of_scores=areas(self.scores),
+            areas=areas(paper_scale(self.scores), self.pixel),
+            areas_of_scores=areas(self.scores, self.pixel),
+            gaussian=asdict(gaussian) if (gaussian := self.gaussian) else None,
+            side_interval=[self.side.low, self.side.high] if self.side and self.side.low is not None else None,
             size=self.size,
             images=self.images,
             trained=self.trained,
@@ -139,13 +156,14 @@ class Erf(BaseModel):
             UserError: If they cannot be written.
         """
         matrix = io.BytesIO()
-        np.savez_compressed(matrix, scores=self.scores)
+        arrays: dict[str, Any] = dict(scores=self.scores, profiles=self.profiles)
+        np.savez_compressed(matrix, **{name: array for name, array in arrays.items() if array is not None})
         write_output(folder / 'erf.npz', matrix.getvalue())
         write_record(
             dict(
                 kind=KIND,
                 version=_VERSION,
-                **self.model_dump(exclude={'scores'}),
+                **self.model_dump(exclude={'scores', 'profiles'}),
                 stride=self.stride,
                 offset=self.offset,
                 values=self.values(),
@@ -173,16 +191,15 @@ class Erf(BaseModel):
             matrix = path.with_name(str(record['matrix']))
             if matrix.exists() and not matrix.is_file():  # a pipe would never end
                 raise ValueError(f'{matrix.name} is not a regular file')
+            size = record['size']
             with np.load(matrix) as stored:
-                # Its header is read first: a small file can hold an array of any size.
-                with stored.zip.open('scores.npy') as entry:
-                    np.lib.format.read_magic(entry)
-                    shape, _, kind = np.lib.format.read_array_header_1_0(entry)
-                if shape != (record['size'],) * 2 or max(shape) > MAX_SIZE or kind.kind != 'f':
-                    raise ValueError(f'its matrix is {kind} of shape {shape}, for images of {record["size"]} pixels')
-                scores = stored['scores'].astype(float)
-            erf = cls.model_validate({**record, 'scores': scores})
-            if not np.isfinite(scores).all() or scores.min() < 0:
+                arrays = {
+                    name: _read_array(stored, name, shape)
+                    for name, shape in dict(scores=(size, size), profiles=(record['images'], size)).items()
+                    if name == 'scores' or name in stored  # the first version has no profiles
+                }
+            erf = cls.model_validate({**record, **arrays})
+            if not all(np.isfinite(array).all() and array.min() >= 0 for array in arrays.values()):
                 raise ValueError('its matrix must be finite and nowhere negative')
         except FileNotFoundError as error:
             raise UserError(f'{error.filename}: no such file\n{advice}') from error
@@ -193,71 +210,14 @@ class Erf(BaseModel):
         return erf
 
 
-def paper_scale(scores: np.ndarray) -> np.ndarray:
-    """log10(score + 1) divided by its largest value; zeros stay zeros."""
-    logs = np.log1p(scores)  # the base cancels; score + 1 itself would lose scores below 1e-16
-    largest = logs.max()
-    return logs / largest if largest > 0 else logs
-
-
-def areas(matrix: np.ndarray) -> dict[str, dict[str, Any]]:
-    """The smallest centered square that holds each of :data:`SHARES` of a matrix's sum.
-
-    Args:
-        matrix: ``(size, size)``, nowhere negative.
-
-    Returns:
-        By share, ``side`` in pixels and ``ratio`` of the image's area; both None if the sum is 0. Sides are odd, as
-        the authors' are. A square that would leave the image is the whole image.
-    """
-    size = len(matrix)
-    distance = np.abs(np.arange(size) - size // 2)
-    cumulative = np.cumsum(np.bincount(np.maximum.outer(distance, distance).ravel(), weights=matrix.ravel()))
-    found: dict[str, dict[str, Any]] = {}
-    for share in SHARES:
-        if cumulative[-1] > 0:
-            side = min(2 * int(np.searchsorted(cumulative, share * cumulative[-1])) + 1, size)
-            found[str(share)] = dict(side=side, ratio=(side / size) ** 2)
-        else:
-            found[str(share)] = dict(side=None, ratio=None)
-    return found
-
-
-def contributions(backbone: nn.Module, image: Tensor, stage: int | None = None) -> tuple[Tensor, int, torch.Size]:
-    """Contribution scores of one image.
-
-    Args:
-        backbone: In evaluation mode.
-        image: ``(1, C, H, W)``.
-        stage: Index among the backbone's outputs. Defaults to the last.
-
-    Returns:
-        Scores ``(H, W)`` in float64; the index of the output; the shape ``(1, C', H', W')`` of the feature map.
-
-    Raises:
-        UserError: If there is no such output, or it is not a feature map.
-    """
-    leaf = image.detach().clone().requires_grad_()
-    out = backbone(leaf)
-    outputs = [out] if isinstance(out, Tensor) else list(out.values() if isinstance(out, dict) else out)
-    index = len(outputs) - 1 if stage is None else stage
-    if not 0 <= index < len(outputs):
-        raise UserError(
-            f'--stage {stage}: {type(backbone).__name__} has {len(outputs)} outputs\n'
-            f'Choose one of 0..{len(outputs) - 1}; out_indices of the backbone selects them.'
-        )
-    feature = outputs[index]
-    if not isinstance(feature, Tensor) or feature.dim() != 4:
-        what = f'has shape {tuple(feature.shape)}' if isinstance(feature, Tensor) else f'is a {type(feature).__name__}'
-        raise UserError(
-            f'{type(backbone).__name__}: output {index} {what}; it is no feature map (N, C, H, W)\n'
-            f'Choose another output with --stage.'
-        )
-    height, width = feature.shape[2:]
-    # Not autograd.grad, which does not work with activation checkpointing.
-    feature[:, :, height // 2, width // 2].relu().sum().backward()
-    assert leaf.grad is not None
-    return leaf.grad.double().relu().sum((0, 1)), index, feature.shape
+def _read_array(stored: Any, name: str, expected: tuple[int, int]) -> np.ndarray:
+    """An array of an open ``.npz``. Its header is read first: a small file can hold an array of any size."""
+    with stored.zip.open(f'{name}.npy') as entry:
+        np.lib.format.read_magic(entry)
+        shape, _, kind = np.lib.format.read_array_header_1_0(entry)
+    if shape != expected or np.prod(shape) > MAX_SIZE**2 or kind.kind != 'f':
+        raise ValueError(f'its matrix is {kind} of shape {shape}, not {expected}')
+    return stored[name].astype(float)
 
 
 def measure_erf(
@@ -274,6 +234,7 @@ def measure_erf(
     seed: int = 0,
     randomize: bool = False,
     progress: bool = False,
+    position: tuple[float, float] = CENTER,
 ) -> Erf:
     """Measure the effective receptive field of a config's backbone, and write ``erf.json`` and ``erf.npz``.
 
@@ -291,6 +252,7 @@ def measure_erf(
         randomize: Also randomize norms and layer scales, see
             :func:`replk_mm.analysis.benchmark.case.randomize_constants`.
         progress: Show a progress bar on standard error.
+        position: Of the map, as fractions of its height and width. Defaults to the center.
 
     Raises:
         UserError: If an argument does not fit, or a gradient is not finite.
@@ -304,35 +266,41 @@ def measure_erf(
     mean, std, rgb = _normalization(cfg.model.get('data_preprocessor'), node.get('in_channels', 3))
     size_of = next((node[key] for key in ('arch', 'depth') if isinstance(node.get(key), (str, int))), '')
     name, config = f'{str(node.type).rpartition(".")[2]} {size_of}'.strip(), Path(str(cfg.filename)).stem
-    backbone, weights = _load_backbone(cfg, node, checkpoint, pretrained, seed, randomize, target)
-    total, silent, index, shape = torch.zeros(size, size, dtype=torch.float64), 0, 0, torch.Size()
-    for path in track(files, 'images', console=Console(stderr=True), disable=not progress):
-        image = read_image(path, size, mean, std, rgb).to(target)
-        with explain_errors(f'{config}: {name} fails on an image of {size}x{size}', 'Try another --size.'):
-            scores, index, shape = contributions(backbone, image, stage)
-        if not scores.isfinite().all():
+    backbone, weights, iteration = _load_backbone(cfg, node, checkpoint, pretrained, seed, randomize, target)
+    path = files[0]
+
+    def load_images() -> Iterator[Tensor]:
+        nonlocal path
+        for path in track(files, 'images', console=Console(stderr=True), disable=not progress):
+            yield read_image(path, size, mean, std, rgb).to(target)
+
+    with explain_errors(f'{config}: {name} fails on an image of {size}x{size}', 'Try another --size.'):
+        try:
+            field = effective_receptive_field(backbone, load_images(), stage, position)
+        except FloatingPointError as error:
             raise UserError(
                 f'{path}: the gradient of {name} is not finite with this image\n'
                 f'Weights: {weights}. Remove the image, or use other weights.'
-            )
-        total += scores.cpu()
-        silent += not scores.any().item()
+            ) from error
     source = checkpoint or pretrained
     file = fetch_checkpoint(source) if source else None
     erf = Erf(
-        scores=total.numpy() / len(files),
+        scores=field.scores,
         backbone=name,
         config=config,
         weights=weights,
         trained=file is not None,
         checkpoint=dict(path=str(file), sha256=hash_checkpoint(file)) if file else None,
-        stage=index,
-        channels=shape[1],
-        map_size=(shape[2], shape[3]),
+        stage=field.stage,
+        channels=field.map_shape[1],
+        map_size=(field.map_shape[2], field.map_shape[3]),
         size=size,
         images=len(files),
         image_set=hash_images(files),
-        silent=silent,
+        silent=field.silent,
+        iteration=iteration,
+        profiles=field.profiles,
+        position=position,
         environment=environment_info(),
         preprocessing=dict(mean=list(mean), std=list(std), channels='RGB' if rgb else 'BGR'),
     )
@@ -382,8 +350,9 @@ def _load_backbone(
     seed: int,
     randomize: bool,
     device: str,
-) -> tuple[nn.Module, str]:
-    """The backbone in evaluation mode, with frozen weights, and a description of its weights."""
+) -> tuple[nn.Module, str, int | None]:
+    """The backbone in evaluation mode, a description of its weights, and their iteration in training."""
+    iteration = None
     if checkpoint and pretrained:
         raise UserError(
             f'--pretrained {pretrained}: the checkpoint {checkpoint} already has all weights\nGive one of the two.'
@@ -403,9 +372,8 @@ def _load_backbone(
             fit_to_machine(cfg, None, device, 1)
             _drop_pretrained(node)
             backbone, weights = _build_backbone(cfg, node, pretrained, seed, randomize)
-    backbone.to(device).requires_grad_(False)
-    backbone.eval()  # a statement of its own: in mmseg and mmdet it returns None
-    return backbone, weights
+    backbone.to(device).eval()  # a statement of its own: in mmseg and mmdet it returns None
+    return backbone, weights, iteration
 
 
 def _build_backbone(

@@ -1,8 +1,8 @@
 """Tables and heat maps of effective receptive fields, alone and side by side."""
 
 import io
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from replk_mm.analysis.erf import SHARES, Erf, areas, paper_scale
+from replk_mm.analysis.erf import Erf
+from replk_mm.analysis.receptive_field import CENTER, SHARES, areas, paper_scale
 from replk_mm.errors import UserError
 from replk_mm.files import write_output
 from replk_mm.text import markdown_text
@@ -50,14 +51,32 @@ def format_tables(found: Sequence[Erf]) -> str:
         for erf in found:
             cells = [
                 f'{area["side"]} ({100 * area["ratio"]:.1f} %)' if area['side'] else 'none'
-                for area in areas(scale(erf.scores)).values()
+                for area in areas(scale(erf.scores), erf.pixel).values()
             ]
             names = [markdown_text(text) for text in (erf.backbone, erf.weights)]
+            place = '' if erf.position == CENTER else ', position {:g}, {:g}'.format(*erf.position)
             lines.append(
                 f'| {names[0]} | {"" if erf.trained else "**untrained**: "}{names[1]} | output {erf.stage}, stride '
-                f'{erf.stride:g}, {erf.channels} channels | {" | ".join(cells)} |'
+                f'{erf.stride:g}, {erf.channels} channels{place} | {" | ".join(cells)} |'
             )
         lines.append('')
+    lines += [
+        'Square with 50 % of the scores and its 95 % interval over images, and Gaussian fit: pixels',
+        '',
+        '| Backbone | Weights | 50 % | Widths | Angle | Residual |',
+        f'|{" --- |" * 6}',
+    ]
+    for erf in found:
+        fit, side = erf.gaussian, 'not stored'
+        if erf.side:
+            ends = 'no interval' if erf.side.low is None else f'{erf.side.low:.0f} to {erf.side.high:.0f}'
+            side = f'{erf.side.value:.0f} ({ends})'
+        cells = ['-'] * 3
+        if fit:
+            cells = [f'{fit.widths[0]:.1f}, {fit.widths[1]:.1f}', f'{fit.angle:.0f}°', f'{fit.residual:.2f}']
+        names = [markdown_text(text) for text in (erf.backbone, erf.weights)]
+        lines.append(f'| {" | ".join([*names, side, *cells])} |')
+    lines.append('')
     offsets = (
         f'{markdown_text(erf.backbone)} {erf.offset[0]:+.1f}, {erf.offset[1]:+.1f}' for erf in found if erf.offset
     )
@@ -71,6 +90,34 @@ def format_tables(found: Sequence[Erf]) -> str:
         f'SHA-256 of the set {" and ".join(sets)}.'
     )
     return '\n'.join(lines) + '\n'
+
+
+def draw_lines(path: Path, x: str, y: str, lines: Mapping[str, Sequence[tuple]]) -> None:
+    """Draw a line for each name through points ``(x, y)`` or ``(x, y, low, high)``, as PNG."""
+    figure = Figure(figsize=(7, 4.4), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, points in lines.items():
+        at, values, *ends = zip(*points, strict=True)
+        (line,) = axes.plot(at, values, 'o-', label=name, markersize=4)
+        if ends and None not in (*ends[0], *ends[1]):
+            axes.vlines(at, *ends, color=line.get_color())
+    axes.set(xlabel=x, ylabel=y, ylim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(png := io.BytesIO(), dpi=110)
+    write_output(path, png.getvalue())
+
+
+def draw_training(found: Sequence[Erf], path: Path) -> None:
+    """Draw the side of the square with 50 %, and the widths of the Gaussian, against the iteration of checkpoints."""
+    lines: dict[str, list[tuple]] = defaultdict(list)
+    for erf in sorted(found, key=lambda erf: erf.iteration or 0):
+        if erf.iteration and erf.side and erf.gaussian:
+            sides = erf.iteration, erf.side.value, erf.side.low, erf.side.high
+            lines[f'{erf.config}: square with 50 %, 95 % interval'].append(sides)
+            for axis, width in zip(('long', 'short'), erf.gaussian.widths, strict=True):
+                lines[f'{erf.config}: Gaussian, {axis} axis'].append((erf.iteration, width))
+    draw_lines(path, 'iteration', 'pixels', lines)
 
 
 def comparison_warnings(found: Sequence[Erf]) -> list[str]:
@@ -122,12 +169,12 @@ def draw_heat_maps(found: Sequence[Erf], path: Path) -> None:
         for panel, erf in zip(row, found, strict=True):
             matrix = scale(erf.scores)
             shown = panel.imshow(np.maximum(matrix, norm.vmin or 0), cmap='viridis', norm=norm)
-            for share, area in areas(matrix).items():
+            for share, area in areas(matrix, erf.pixel).items():
                 if area['side']:
-                    corner = erf.size // 2 - area['side'] // 2 - 0.5
+                    top, left = (at - area['side'] // 2 - 0.5 for at in erf.pixel)
                     panel.add_patch(
                         Rectangle(
-                            (corner, corner),
+                            (left, top),
                             area['side'],
                             area['side'],
                             fill=False,

@@ -22,7 +22,8 @@ from PIL import Image
 from tiny import ROOT, tiny  # noqa: F401 (a fixture)
 
 from replk_mm.analysis import erf_report
-from replk_mm.analysis.erf import KIND, Erf, areas, contributions, measure_erf, paper_scale, read_image
+from replk_mm.analysis.erf import KIND, Erf, measure_erf, read_image
+from replk_mm.analysis.receptive_field import areas, contributions, paper_scale
 from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.replknet import RepLKNet
 from replk_mm.deploy.reparameterize import reparameterize
@@ -227,7 +228,7 @@ def backbones() -> dict[str, nn.Module]:
 def test_scores_by_finite_differences(name):
     net = backbones()[name].double().eval()
     image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    scores, stage, shape = contributions(net, image)
+    (scores,), stage, shape = contributions(net, image)
     assert (stage, shape) == (3, (1, 64, 2, 2))
 
     @torch.no_grad()
@@ -264,7 +265,7 @@ def test_backbones_of_other_packages(cfg, tmp_path, white):
     again = MODELS.build(cfg)
     again.eval()
     again.load_state_dict(net.state_dict())
-    assert torch.allclose(contributions(again, image, 1)[0].float(), expected)
+    assert torch.allclose(contributions(again, image, 1)[0][0].float(), expected)
 
 
 @pytest.mark.parametrize(
@@ -320,10 +321,13 @@ def test_weights_of_a_checkpoint(tiny, tmp_path):
     # RGB as in the config's preprocessor; the image has one color, so that resizing does not change it.
     mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])
     image = (torch.tensor([200, 30, 90.0]) - mean) / std
-    expected = contributions(model.eval().backbone, image.view(1, 3, 1, 1).expand(1, 3, 64, 64))[0].numpy()
+    expected = contributions(model.eval().backbone, image.view(1, 3, 1, 1).expand(1, 3, 64, 64))[0][0].numpy()
     assert np.abs(found.scores - expected).max() < 1e-6 * expected.max()
     assert found.trained and found.weights.endswith('model.pth, iteration 7') and found.notes() == []
-    assert found.values() == dict(
+    values = found.values()
+    assert values.pop('side_interval') is None, 'one image has none'
+    assert 0 < values.pop('gaussian')['widths'][1] < 64
+    assert values == dict(
         areas=areas(paper_scale(expected)),
         areas_of_scores=areas(expected),
         size=64,
@@ -508,7 +512,7 @@ def test_image_set_depends_on_content_and_order(tmp_path):
 @pytest.mark.parametrize(
     ('model', 'arguments', 'fragment'),
     [
-        *((dict(type='test_erf_ones'), dict(stage=stage), f'--stage {stage}') for stage in (3, -1)),
+        *((dict(type='test_erf_ones'), dict(stage=stage), f'stage {stage}') for stage in (3, -1)),
         (dict(type='test_erf_function', call=lambda x: x.mean((2, 3))), {}, r'\(1, 3\)'),
         (dict(type='test_erf_function', call=lambda x: x / 0), {}, r'0\.png'),
         (dict(type='test_erf_function', call=lambda x: x[:, :, :0]), {}, '9x9'),
@@ -558,7 +562,7 @@ def test_command(tiny, tmp_path, white, drawn, monkeypatch, capsys):
     assert 'UNTRAINED' in printed and '1 of the 2' in printed
     assert {path.name for path in (tmp_path / 'a').iterdir()} == {'erf.json', 'erf.npz', 'erf.png'}
     printed = run('--compare', *[tmp_path / 'a' / 'erf.json'] * 2, '--out', tmp_path / 'b', '--name', 'pair')
-    assert printed.count('| RepLKNet (a) |') == 4 and 'untrained weights: all' in printed
+    assert printed.count('| RepLKNet (a) |') == 6 and 'untrained weights: all' in printed
     assert {path.name for path in (tmp_path / 'b').iterdir()} == {'pair.md', 'pair.png'}
     picture = np.asarray(Image.open(tmp_path / 'b' / 'pair.png').convert('RGB'))
     assert np.unique(picture.reshape(-1, 3), axis=0).shape[0] > 100, 'heat maps are drawn'
