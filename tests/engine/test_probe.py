@@ -187,5 +187,7 @@ def test_command(tiny, tmp_path, monkeypatch, capfd):
     assert tool_main('test', tmp_path / 'a/linear.py', tmp_path / 'a/linear.pth', monkeypatch=monkeypatch) == 0
     assert 'mIoU' in capfd.readouterr().out
     assert tool_main('probe', *args, monkeypatch=monkeypatch) == 0  # replaces its own files
+    for name in ('linear.pth', 'probe.json'):
+        (tmp_path / 'a' / name).unlink()
     (tmp_path / 'a/linear.py').write_text('mine')
     assert tool_main('probe', *args, monkeypatch=monkeypatch) == 2
