@@ -149,7 +149,7 @@ def contributions(
             f'{type(network).__name__}: output {index} {what}; it is no feature map (N, C, H, W)\n'
             f'Choose another output (stage), or the part of the network before its pooling.'
         )
-    scores = []
+    scores: list[Tensor] = []
     for row, column in (pixel_at(position, feature.shape[2:]) for position in positions):
         leaf.grad = None
         # Not autograd.grad, which does not work with activation checkpointing.
