@@ -143,7 +143,9 @@ def depthwise_conv2d(
     if recorded and original in _spectra_cache and original.requires_grad:
         _spectra_cache[original] = None  # training changes the weight; fused optimizers do not update its version
     with torch.autocast('cpu', enabled=False) if autocast else nullcontext():
-        if recorded:
+        if chosen == cost_model.NATIVE and x.dtype != torch.bfloat16:
+            out = _FORWARD['native'](x, weight, bias, problem)  # with torch's own gradients
+        elif recorded:
             out = _Depthwise.apply(x, weight, bias, problem, chosen)
         elif chosen.forward == 'fft' and kept:
             out = fft.forward(x, weight, bias, problem, kernels=_cached_spectra(original, weight, problem))

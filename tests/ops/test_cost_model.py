@@ -302,4 +302,4 @@ def test_choices_for_strips_of_one_pixel_and_dilation_3_are_near_the_best(shape,
     plan = cost_model.choose_plan(given_)
     times = dict(zip(('grad_kernel', 'grad_kernel_channels_last', 'native'), grad_weight, strict=True))
     assert times[plan.grad_weight] <= 1.15 * min(grad_weight)
-    assert plan[:2] == ('channels_last', 'channels_last')
+    assert plan[:2] == ('channels_last', 'channels_last') or plan == cost_model.NATIVE and given_.macs < 2e6

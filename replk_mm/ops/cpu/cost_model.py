@@ -51,6 +51,11 @@ class Plan(NamedTuple):
         return f'forward {self.forward}, input gradient {self.grad_input}, weight gradient {self.grad_weight}'
 
 
+NATIVE = Plan('native', 'native', 'native')
+#: Multiply-accumulates below which a call takes longer than the arithmetic.
+_SMALL = 2e6
+
+
 @contextmanager
 def force_implementation(spec: str | None) -> Iterator[None]:
     """Force implementations in this thread and context.
@@ -95,6 +100,17 @@ def choose_plan(problem: DepthwiseProblem, spec: str | None = None, cached: bool
         raise UserError(f'environment: {error}') from error
 
 
+def _is_small(problem: DepthwiseProblem) -> bool:
+    """Whether calls take longer than the arithmetic, so that torch's own operator is the fastest."""
+    return (
+        problem.macs < _SMALL
+        and problem.channels_last
+        and problem.dtype == torch.float32
+        and problem.dilation == (1, 1)
+        and max(problem.padding) <= direct.PADDING_LIMIT
+    )
+
+
 @cache
 def _plan(problem: DepthwiseProblem, spec: str, cached: bool) -> Plan:
     forced, expected = _parse(spec), estimate_milliseconds(problem, cached)
@@ -106,6 +122,8 @@ def _plan(problem: DepthwiseProblem, spec: str, cached: bool) -> Plan:
         name = forced.get(computation, '')
         chosen[computation] = name if name in times else min(times, key=times.__getitem__)
     found = Plan(**chosen)
+    if not forced and found.grad_weight == 'native' and _is_small(problem):
+        found = NATIVE
     decision = problem.kernel, problem.dtype, problem.channels_last, found
     if decision not in _announced:  # log each decision once
         _announced.add(decision)
