@@ -89,9 +89,9 @@ def test_unmeasured_values_are_missing(tmp_path) -> None:
     assert absent['milliseconds'] == 'not measured' and absent['memory'] == 'the record holds no such figure'
     text = render_html(load_report([tmp_path]))
     cells = re.findall(r'<td[^>]*data-value="([^"]*)"[^>]*>(.*?)</td>', text)
-    assert [value for value, _ in cells][:-1] == ['50.0', *[''] * 11]
+    assert [value for value, _ in cells][:-1] == ['50.0', '']  # columns that nothing was requested for are left out
     assert all('–' in content and not re.search(r'\b0\b', content) for value, content in cells if not value)
-    assert '| 1 a | 50.00 (n = 1) | – (1) | – (1) | – | – |' in render_markdown(load_report([tmp_path]))
+    assert '| 1 a | 50.00 (n = 1) | – (1) |' in render_markdown(load_report([tmp_path]))
 
 
 def test_measured_zero_is_a_figure(tmp_path) -> None:

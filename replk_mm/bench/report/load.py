@@ -58,14 +58,7 @@ UNRELIABLE = (
     f'A time with "?" is not reliable and not ranked: other processes used more than {MAX_LOAD:.0%} of the CPUs, or '
     f'its quartiles, or mean plus and minus one standard deviation, are more than {MAX_SPREAD:.0%} apart.'
 )
-#: Remarks on the columns and the marks.
-NOTES = (
-    GROUP,
-    RANKING,
-    UNRELIABLE,
-    *(column.note for column in COLUMNS if column.note),
-    'With several seeds, figures without an interval are the mean ± the standard deviation of the sample.',
-)
+SEVERAL_SEEDS = 'With several seeds, figures without an interval are the mean ± the standard deviation of the sample.'
 
 
 @dataclass
@@ -180,8 +173,21 @@ class SuiteReport:
 
     @property
     def columns(self) -> list[Column]:
-        """The columns that have figures."""
-        return [c for c in COLUMNS if any(row.figures[c.key].value is not None for row in self.rows)]
+        """The columns that have figures, or reasons why a requested measurement has none."""
+        found = {c: [row.figures[c.key] for row in self.rows] for c in COLUMNS}
+        return [
+            c
+            for c, figures in found.items()
+            if any(f.value is not None or c.measurement and f.why not in ('', NOT_MEASURED) for f in figures)
+        ]
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks on the columns and the marks."""
+        columns = self.columns
+        ranked = [RANKING] * any(c.better and c.key != 'metric' for c in columns)
+        timed = [UNRELIABLE] * any(c.measurement == 'speed' for c in columns)
+        return [GROUP, *ranked, *timed, *(c.note for c in columns if c.note), SEVERAL_SEEDS]
 
     @property
     def differing(self) -> list[str]:

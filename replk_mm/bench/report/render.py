@@ -11,12 +11,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from replk_mm.bench.report import load, pictures, plots
+from replk_mm.bench.report import pictures, plots
 from replk_mm.bench.report.load import Record, Report, ReportRow, SuiteReport
 from replk_mm.bench.report.pictures import LEAST_SCORE, MOST_ROWS, Album
 from replk_mm.bench.report.tables import (
     BY_KEY,
-    COLUMNS,
     FIGURE_NAMES,
     METRIC_TITLES,
     NOT_MEASURED,
@@ -99,9 +98,7 @@ def _environment(show: Callable[[object], str]) -> Environment:
         keep_trailing_newline=True,
         finalize=lambda value: value if isinstance(value, Markup) else show(value),
     )
-    environment.globals |= dict(
-        COLUMNS=COLUMNS, NOT_MEASURED=NOT_MEASURED, NOTES=load.NOTES, Notes=Notes, markdown_cell=_markdown_cell
-    )
+    environment.globals |= dict(NOT_MEASURED=NOT_MEASURED, Notes=Notes, markdown_cell=_markdown_cell)
     environment.filters |= dict(
         clean=clean,
         format_value=format_value,
