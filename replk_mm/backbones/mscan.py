@@ -13,7 +13,7 @@ from torch import Tensor
 from replk_mm.backbones.catalogue import Weights, register_variants
 from replk_mm.backbones.layers import build_norm
 from replk_mm.backbones.van import VAN
-from replk_mm.ops import DepthwiseConv2d
+from replk_mm.ops import DepthwiseConv2d, fused_conv2d
 from replk_mm.registry import MODELS
 
 
@@ -41,7 +41,7 @@ class MultiScaleAttention(nn.Module):
         for i in range(len(self.strips)):
             horizontal, vertical = getattr(self, f'conv{i}_1'), getattr(self, f'conv{i}_2')
             total = total + vertical(horizontal(local))
-        return x * self.conv3(total)
+        return fused_conv2d(self.conv3, total, factor=x)
 
 
 @MODELS.register_module()

@@ -32,7 +32,7 @@ class LargeKernelAttention(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.conv1(self.conv_spatial(self.conv0(x)))
+        return fused_conv2d(self.conv1, self.conv_spatial(self.conv0(x)), factor=x)
 
 
 class GatedAttention(nn.Module):
@@ -71,7 +71,8 @@ class ConvMLP(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(fused_conv2d(self.dwconv.dwconv, self.fc1(x), self.act))
+        hidden = fused_conv2d(self.dwconv.dwconv, fused_conv2d(self.fc1, x), self.act)
+        return fused_conv2d(self.fc2, hidden)
 
 
 class VANBlock(nn.Module):

@@ -128,8 +128,8 @@ def depthwise_conv2d(
         # Autocast does not affect float64.
         out_dtype = torch.get_autocast_dtype('cpu')
         x, weight, bias = _cast(out_dtype, x, weight, bias)
-    dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
-    if plain or not on_cpu or x.numel() == 0 or len(dtypes) > 1 or not dtypes <= _PRECISIONS:
+    same = x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    if plain or not on_cpu or x.numel() == 0 or not same or x.dtype not in _PRECISIONS:
         return F.conv2d(x, weight, bias, stride, padding, dilation, x.shape[1])
     problem = DepthwiseProblem.of(x, weight, stride, padding, dilation)
     if direct.needs_float32(problem):
@@ -151,7 +151,7 @@ def depthwise_conv2d(
             out = fft.forward(x, weight, bias, problem, kernels=_cached_spectra(original, weight, problem))
         else:
             out = _FORWARD[chosen.forward](x, weight, bias, problem)
-    return out.to(out_dtype)
+    return out if out.dtype == out_dtype else out.to(out_dtype)
 
 
 def is_traced() -> bool:

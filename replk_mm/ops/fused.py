@@ -24,26 +24,33 @@ _prepacked: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Tensor, int, Tensor, 
 
 
 def fused_conv2d(
-    conv: nn.Module, x: Tensor, activation: nn.Module | None = None, shortcut: Tensor | None = None
+    conv: nn.Module,
+    x: Tensor,
+    activation: nn.Module | None = None,
+    shortcut: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``activation(conv(x))`` or ``shortcut + conv(x)``.
+    """Compute ``activation(conv(x))``, ``shortcut + conv(x)`` or ``factor * conv(x)``.
 
     Args:
         conv: A convolution.
         x: Input, ``(N, C, H, W)``.
         activation: Activation after the convolution. Defaults to None.
         shortcut: Tensor to add, of the shape of the output. Defaults to None.
+        factor: Tensor to multiply by, of the shape of the output. Defaults to None.
 
     Raises:
-        ValueError: If both an activation and a shortcut are given.
+        ValueError: If more than one of activation, shortcut and factor is given.
     """
-    if activation is not None and shortcut is not None:
-        raise ValueError('fused_conv2d: pass an activation or a shortcut, not both')
-    if not _can_fuse(conv, activation, shortcut, x):
+    if sum(part is not None for part in (activation, shortcut, factor)) > 1:
+        raise ValueError('fused_conv2d: pass one of activation, shortcut and factor')
+    other = shortcut if factor is None else factor
+    if not _can_fuse(conv, activation, other, x):
         if torch.is_grad_enabled() and not is_traced() and _prepacked.get(conv):
             _prepacked[conv].clear()  # training changes the weight; fused optimizers do not update its version
         y = conv(x)
         y = y if activation is None else activation(y)
+        y = y if factor is None else factor * y
         return y if shortcut is None else shortcut + y
     assert isinstance(conv, nn.Conv2d)
     out_dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
@@ -51,17 +58,24 @@ def fused_conv2d(
     if slow:
         direct.warn_float32()
     dtype = torch.float32 if slow else out_dtype
-    x, bias = x.to(dtype), None if conv.bias is None else conv.bias.to(dtype)
+    bias = conv.bias
+    if dtype != x.dtype:
+        x = x.to(dtype)
+    if bias is not None and dtype != bias.dtype:
+        bias = bias.to(dtype)
     weight, padding = _get_weight(conv, x)
     layout = padding, conv.stride, conv.dilation, conv.groups
-    if shortcut is not None:
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, shortcut.to(dtype), weight, bias, *layout, 'add', 1.0, None, [], None
-        ).to(out_dtype)
-    name = _UNARY[type(activation)] if activation is not None else 'none'
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, *layout, name, [], getattr(activation, 'approximate', '')
-    ).to(out_dtype)
+    if other is not None:
+        operation = 'add' if factor is None else 'mul'
+        y = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, other.to(dtype), weight, bias, *layout, operation, 1.0 if factor is None else None, None, [], None
+        )
+    else:
+        name = _UNARY[type(activation)] if activation is not None else 'none'
+        y = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, *layout, name, [], getattr(activation, 'approximate', '')
+        )
+    return y if y.dtype == out_dtype else y.to(out_dtype)
 
 
 def prepack(model: nn.Module) -> int:

@@ -318,4 +318,4 @@ def test_of_two_processes_the_one_at_fault_names_the_layer(tiny, tmp_path):
     assert rank, found.stderr[-3000:]
     assert f'error: iteration 1, rank {1 - int(rank[1])}: stopped, because' in found.stderr
     # torchrun's summary shows what its processes raised.
-    assert 'UserError: iteration 1, rank' in found.stderr.partition('Root Cause')[2]
+    assert 'NonFiniteError: iteration 1, rank' in found.stderr.partition('Root Cause')[2]

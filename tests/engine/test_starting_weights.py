@@ -151,4 +151,4 @@ def test_kernels_are_resized_where_the_config_says_so(tiny, trained, tmp_path):
         tiny.prepare(tmp_path / 'f', 1, {'resize_kernels': 'pad'}, pretrained='none')
     foreign = Config(dict(model=dict(backbone=dict(type='mmseg.MSCAN')), resize_kernels='pad'))
     with pytest.raises(UserError, match='--resize-kernels pad: is not for mmseg.MSCAN'):
-        prepare._weights_to_start_from(foreign, RunOptions(pretrained='x'))
+        prepare.weights_to_start_from(foreign, RunOptions(pretrained='x'))

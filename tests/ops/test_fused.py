@@ -58,6 +58,9 @@ def test_equals_the_parts(name, dtype, relative, packed):
                 assert found.dtype == dtype
                 assert_close(found, truth(conv, x, activation, other), relative, f'{what}, {layout}')
                 assert other is None or torch.equal(other, before), 'the shortcut was written to'
+            product, expected = fused_conv2d(conv, x, factor=shortcut), shortcut.double() * truth(conv, x)
+            assert product.dtype == dtype and torch.equal(shortcut, before), 'the factor was written to'
+            assert_close(product, expected, relative, f'factor, {layout}')
         assert torch.equal(x, kept), 'the input was written to'
 
 
@@ -106,9 +109,11 @@ def test_any_memory_of_the_shortcut(memory, layout):
         assert_close(fused_conv2d(conv, x, None, shortcut), truth(conv, x, None, shortcut))
 
 
-def test_an_activation_or_a_shortcut():
-    with pytest.raises(ValueError, match='an activation or a shortcut, not both'):
-        fused_conv2d(build('1x1'), image(), nn.ReLU(), torch.zeros(2, 16, 9, 10))
+def test_one_operation_after_a_convolution():
+    other = torch.zeros(2, 16, 9, 10)
+    for parts in ((nn.ReLU(), other), (None, other, other), (nn.ReLU(), None, other)):
+        with pytest.raises(ValueError, match='pass one of activation, shortcut and factor'):
+            fused_conv2d(build('1x1'), image(), *parts)
 
 
 @pytest.mark.parametrize('packed', [False, True], ids=['', 'packed'])
