@@ -8,6 +8,7 @@ and :class:`DetectionMatches`.
 import io
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ _RECALLS = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PerImageScores:
+class PerImageScores(ABC):
     """A metric of one checkpoint, as sums over the images of a data set.
 
     Attributes:
@@ -54,13 +55,13 @@ class PerImageScores:
         with np.errstate(invalid='ignore'):
             return np.where(present, values, 0).sum(1) / present.sum(1)
 
+    @abstractmethod
     def per_class(self, weights: NDArray | None = None) -> NDArray[np.float64]:
         """The metric of each class, ``(draws, classes)``, in percent; NaN where a class does not occur.
 
         Args:
             weights: See :meth:`score`.
         """
-        raise NotImplementedError
 
     def _check_weights(self, weights: NDArray | None) -> NDArray[np.float64]:
         found = np.ones((1, len(self.images))) if weights is None else np.asarray(weights, np.float64)

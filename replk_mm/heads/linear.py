@@ -44,8 +44,8 @@ def cell_cross_entropy(logits: Tensor, counts: Tensor) -> Tensor:
 class LinearHead(BaseDecodeHead):
     """BatchNorm without affine parameters, and a 1x1 convolution, on the concatenated feature maps.
 
-    Several maps are brought to the size of the second to last one, which has stride 16 in most backbones: smaller ones
-    by bilinear interpolation, larger ones by averaging. Segmentors predict logits first, and then resize them.
+    Several maps are resized to the second to last one, which has stride 16 in most backbones: smaller maps by bilinear
+    interpolation, larger ones by average pooling. Segmentors predict logits first, and then resize them.
 
     Args:
         in_channels: Channels of each map.

@@ -9,7 +9,7 @@ devices than CPUs use it too, because their libraries choose among algorithms th
 from collections.abc import MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -213,7 +213,7 @@ def _same_padding(kernel: Sequence[int], dilation: Pair) -> Pair:
     return kernel[0] // 2 * dilation[0], kernel[1] // 2 * dilation[1]
 
 
-@cache
+@lru_cache(4096)
 def _check_shapes(
     x: torch.Size, weight: torch.Size, bias: torch.Size | None, stride: Pair, padding: Pair, dilation: Pair
 ) -> None:

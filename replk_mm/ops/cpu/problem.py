@@ -1,7 +1,7 @@
 """Description of a depthwise convolution, from which its implementation is chosen."""
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -82,6 +82,6 @@ class DepthwiseProblem:
         )
 
 
-@cache
+@lru_cache(4096)  # images of many sizes have many shapes
 def _describe(x: torch.Size, weight: torch.Size, *others: Any) -> DepthwiseProblem:
     return DepthwiseProblem(x[0], x[1], (x[2], x[3]), (weight[2], weight[3]), *others)
