@@ -19,7 +19,7 @@ from tiny import CONFIG, ROOT, make_data, run_tool, tiny, tool_environment, trai
 
 from replk_mm.bench import records
 from replk_mm.bench.schema import read_suite
-from replk_mm.bench.suites import inputs, measurements, plan, progress
+from replk_mm.bench.suites import inputs, measurements, plan, progress, training
 from replk_mm.bench.suites.worker import run_task
 from replk_mm.engine.config import set_data_root
 from replk_mm.engine.evaluate import Evaluation
@@ -227,9 +227,9 @@ def test_a_row_can_skip_the_dry_run(tiny, tmp_path, monkeypatch, preflight):  # 
         started.append(preflight)
         raise UserError('enough')
 
-    monkeypatch.setattr(measurements.engine, 'train', train)
+    monkeypatch.setattr(training.engine, 'train', train)
     with pytest.raises(UserError, match='enough'):
-        measurements.train(task_of(tmp_path, tiny, iterations=3, measure=['metric'], preflight=preflight))
+        training.train(task_of(tmp_path, tiny, iterations=3, measure=['metric'], preflight=preflight))
     assert started == [preflight]
 
 
@@ -237,13 +237,13 @@ def test_images_of_all_processes_count(tiny, tmp_path, monkeypatch):  # noqa: F8
     """Four processes with two images each see 24 images in three iterations."""
     task = task_of(tmp_path, tiny, iterations=3, measure=['metric'])
     done = dict(iteration=3, iterations=3, seconds=1.5)
-    monkeypatch.setattr(measurements, 'processes_of', lambda launcher: (4, 4))
+    monkeypatch.setattr(training, 'processes_of', lambda launcher: (4, 4))
     monkeypatch.setattr(
-        measurements.engine,
+        training.engine,
         'train',
         lambda cfg, notes, preflight: records.write_json(task.folder / 'train' / 'progress.json', done),
     )
-    found = measurements.train(task)
+    found = training.train(task)
     assert (found.protocol['batch'], found.protocol['samples_seen']) == (2 * 4, 24)
     assert found.values == dict(seconds=1.5, iterations=3, samples_seen=24)
 
@@ -297,15 +297,15 @@ def test_the_best_learning_rate_on_held_out_training_images_is_used(tiny, tmp_pa
     assert facts['training_images']['datasets'][0]['images'] == 5
     assert facts['learning_rates'][1]['training_images']['datasets'][0]['images'] == 4
     assert not list((task.folder / 'tries').rglob('iter_*.pth'))
-    monkeypatch.setattr(measurements.engine, 'train', None)  # a resumed row keeps the scores
-    assert measurements._score(task, 1e-2)['value'] == scores[1e-2]
+    monkeypatch.setattr(training.engine, 'train', None)  # a resumed row keeps the scores
+    assert training._score(task, 1e-2)['value'] == scores[1e-2]
 
 
 def test_without_a_finite_training_there_is_no_learning_rate(monkeypatch):
-    monkeypatch.setattr(measurements, '_score', lambda task, rate: dict(learning_rate=rate, value=None))
+    monkeypatch.setattr(training, '_score', lambda task, rate: dict(learning_rate=rate, value=None))
     task = SimpleNamespace(row=SimpleNamespace(protocol='head', learning_rates=[1.0, 2.0]), folder=Path())
     with pytest.raises(UserError, match='learning_rates: no training is finite'):
-        measurements.train(task)
+        training.train(task)
 
 
 @pytest.mark.slow
@@ -330,7 +330,7 @@ def test_curve_of_epochs_and_repeated_iterations(tmp_path):
         folder = tmp_path / name / 'vis_data'
         folder.mkdir(parents=True)
         (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, rows)) + '\n{"loss": 5')
-    values, facts = measurements.read_curve(tmp_path)
+    values, facts = training.read_curve(tmp_path)
     assert values == dict(loss=[[2, 3.0], [4, 2.0], [6, 1.0]], metric=[[4, 10.0], [6, 30.0]], name='coco/bbox_mAP')
     assert facts['best'] == dict(iteration=6, value=30.0)
 
@@ -347,7 +347,7 @@ def test_curve_of_epochs_and_repeated_iterations(tmp_path):
 def test_pretraining(tiny, weights, name):  # noqa: F811
     cfg = tiny.cfg()
     cfg.model.backbone.init_cfg = weights and dict(type='Pretrained', checkpoint=weights)
-    assert measurements.find_pretraining(cfg) == name
+    assert training.find_pretraining(cfg) == name
 
 
 # ---- whole commands

@@ -1,10 +1,8 @@
-"""The measurements of a suite, a function each: train, count, test, time; :data:`TABLE` names them."""
+"""The measurements of a suite, a function each: count, test, time; :data:`TABLE` names them, and the training."""
 
 import copy
-import json
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from numbers import Real
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import barrier, get_rank
+from mmengine.dist import get_rank
 
 from replk_mm import published
 from replk_mm.analysis.benchmark.case import (
@@ -28,7 +26,6 @@ from replk_mm.analysis.benchmark.case import (
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
 from replk_mm.analysis.complexity import build_on_meta, config_complexity, reparameterize_on_meta
 from replk_mm.analysis.timing import time_interleaved
-from replk_mm.backbones.catalogue import weights_by_url
 from replk_mm.bench import records
 from replk_mm.bench.suites.inputs import (
     dataset_layout,
@@ -39,17 +36,13 @@ from replk_mm.bench.suites.inputs import (
 )
 from replk_mm.bench.suites.progress import add_progress_hook
 from replk_mm.bench.suites.task import Task
+from replk_mm.bench.suites.training import PRIMARY_METRICS, read_curve, train
 from replk_mm.bench.suites.worker import Measure, MeasurementResult
-from replk_mm.data.datasets import as_list, crop_of, datasets_of
-from replk_mm.data.subsets import use_subset
+from replk_mm.data.datasets import as_list, datasets_of
 from replk_mm.deploy.reparameterize import reparameterize
-from replk_mm.engine import train as engine
-from replk_mm.engine.backbone import describe_recipe
 from replk_mm.engine.evaluate import Evaluation, evaluate
 from replk_mm.engine.inference import build_for_inference
-from replk_mm.engine.nonfinite import NonFiniteError
-from replk_mm.engine.prepare import prepare_training
-from replk_mm.engine.process import RunOptions, processes_of, select_device
+from replk_mm.engine.process import RunOptions, select_device
 from replk_mm.engine.record import (
     describe_protocol,
     environment_info,
@@ -58,15 +51,10 @@ from replk_mm.engine.record import (
     write_statistics,
 )
 from replk_mm.engine.record import environment_info as environment  # noqa: F401 (the worker calls it)
-from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
 from replk_mm.ops import prepack
 from replk_mm.text import in_percent
 
-#: The metric that ranks rows, with its unit: the first that a test reports.
-PRIMARY_METRICS = {'mIoU': '%', 'coco/bbox_mAP': 'AP'}
-#: Prefixes of checkpoints of ImageNet-1K classifiers.
-_IMAGENET = ('torchvision://', 'open-mmlab://resnet')
 #: Time limit in seconds of a speed measurement; slow networks take longer.
 _SECONDS = 30.0
 #: Largest number of rounds: of a small network, 15 would take a tenth of a second.
@@ -181,216 +169,11 @@ def metric_protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, 
     )
 
 
-def _prepare(task: Task, folder: Path, rate: float | None, hold_out: bool) -> tuple[Config, list[str], str | None]:
-    """The config of a training, lines for its log, and the checkpoint from which it continues, if it has begun."""
-    cfg = load_task_config(task)
-    if rate is not None:
-        cfg.optim_wrapper.optimizer.lr = rate
-        # mmengine logs all runs of one name to the folder of the first.
-        cfg.experiment_name = f'{cfg.get("experiment_name", task.name)} {folder.name}'
-        cfg.visualizer = {**(cfg.get('visualizer') or {}), 'name': cfg.experiment_name}
-    add_progress_hook(cfg, folder / 'progress.json')
-    begun = last_checkpoint(folder) if folder.is_dir() else None
-    notes = prepare_training(
-        cfg,
-        RunOptions(
-            data_root=task.data_root,
-            work_dir=str(folder),
-            max_iters=task.row.iterations,
-            resume='auto' if begun else None,
-            pretrained=task.row.pretrained_of(task.seed),
-            seed=task.seed,
-            launcher=task.launcher,
-            device=task.device,
-            fraction=task.row.fraction,
-            hold_out=hold_out,
-        ),
-    )
-    return cfg, notes, begun
-
-
-def _score(task: Task, rate: float) -> dict[str, Any]:
-    """Train at a learning rate, without the hold-out, and return the metric on it; None if the loss diverges."""
-    folder = task.folder / 'tries' / f'{rate:g}'
-    stored = records.read_json(folder / 'score.json')
-    if stored:
-        return stored
-    cfg, notes, _ = _prepare(task, folder, rate, hold_out=True)
-    loop = cfg.train_cfg
-    loop.val_interval = loop.get('max_iters') or loop.max_epochs  # the end counts
-    stored = dict(learning_rate=rate, value=None, training_images=cfg.training_images.to_dict())
-    try:
-        engine.train(cfg, notes, task.row.preflight)
-        curve = read_curve(folder)[0]
-        stored.update(metric=curve['name'], value=curve['metric'][-1][1])
-    except NonFiniteError as error:
-        stored.update(reason=str(error).splitlines()[0])
-    barrier()
-    if get_rank() == 0:
-        for path in folder.glob('*.pth'):
-            path.unlink()
-        records.write_json(folder / 'score.json', stored)
-    return stored
-
-
-def train(task: Task) -> MeasurementResult:
-    """Train a row; an interrupted training continues from its last checkpoint.
-
-    Raises:
-        UserError: If the config, the data or the machine do not allow it, or the loss is not finite.
-    """
-    if task.row.protocol == 'linear':
-        return _train_linear(task)
-    folder = task.folder / 'train'
-    scores = [_score(task, rate) for rate in task.row.learning_rates or ()]
-    finite = [score for score in scores if score['value'] is not None]
-    if scores and not finite:
-        raise UserError('learning_rates: no training is finite\nTry smaller ones.')
-    best = max(finite, key=lambda score: score['value'])['learning_rate'] if scores else None
-    cfg, notes, begun = _prepare(task, folder, best, hold_out=False)
-    batch, crop, processes = cfg.train_dataloader.batch_size, crop_of(cfg), processes_of(task.launcher)[0]
-    precision = {
-        'AmpOptimWrapper': str(cfg.optim_wrapper.get('dtype') or 'float16'),
-        'replk_mm.BFloat16OptimWrapper': 'bfloat16',
-    }.get(cfg.optim_wrapper.get('type'), 'float32')
-    recipe = describe_recipe(cfg, task.row.config, task.row.options, batch * processes)
-    # Figures of one kind of recipe are ranked together; a common recipe has to be the same.
-    origin = recipe['origin'] if recipe['origin'] != 'common' else recipe
-    protocol = dict(
-        crop=list(crop) if crop else None,
-        batch=batch * processes,
-        pretraining=_pretraining(task, cfg),
-        precision=precision,
-        recipe=f'best of {len(scores)} learning rates' if scores else origin,
-    )
-    if begun:  # the config no longer has the initial weights
-        protocol['pretraining'] = records.read_json(folder / 'protocol.json').get(
-            'pretraining', protocol['pretraining']
-        )
-    elif get_rank() == 0:
-        records.write_json(folder / 'protocol.json', protocol)
-    engine.train(cfg, notes, task.row.preflight)
-    barrier()  # the first process writes the checkpoint
-    done = records.read_json(folder / 'progress.json')
-    iterations = done.get('iteration') or 0
-    protocol.update(iterations=iterations, samples_seen=iterations * batch * processes)
-    return MeasurementResult(
-        dict(seconds=done.get('seconds'), iterations=iterations, samples_seen=protocol['samples_seen']),
-        protocol,
-        dict(
-            notes=notes,
-            recipe=recipe,
-            backbone=cfg.get('catalogue'),
-            resumed_from=cfg.load_from if begun else None,
-            processes=processes,
-            learning_rates=scores,
-            training_images=cfg.get('training_images'),
-        ),
-        dict(work_dir=folder),
-    )
-
-
-def _train_linear(task: Task) -> MeasurementResult:
-    """Train a linear layer on cached features; rows and seeds share the cache."""
-    from replk_mm.engine.probe import ProbeSettings, prepare_probe, probe  # imports mmseg
-
-    folder, row = task.folder / 'train', task.row
-    cfg, weights = load_task_config(task), row.pretrained_of(task.seed)
-    options = RunOptions(task.data_root, work_dir=str(folder), pretrained=weights, device=task.device, overwrite=True)
-    notes = prepare_probe(cfg, options)
-    pretraining = _pretraining(task, cfg)
-    if row.fraction != 100:
-        notes += use_subset(cfg, row.fraction, task.seed)
-    rates: dict[str, Any] = dict(learning_rates=row.learning_rates) if row.learning_rates else {}
-    settings = ProbeSettings(seed=task.seed, cache=task.work_dir / 'features', **rates)
-    started = time.monotonic()
-    result = probe(cfg, notes, settings, select_device(task.device))
-    images = result.record['images']
-    steps = settings.epochs * -(-images // settings.batch_size)
-    recipe = f'best of {len(settings.learning_rates)} learning rates, {settings.epochs} epochs'
-    return MeasurementResult(
-        dict(seconds=round(time.monotonic() - started, 3), iterations=steps, samples_seen=settings.epochs * images),
-        dict(batch=settings.batch_size, pretraining=pretraining, precision='float32', recipe=recipe),
-        dict(
-            notes=notes,
-            backbone=cfg.get('catalogue'),
-            linear_probe=result.record,
-            training_images=cfg.get('training_images'),
-        ),
-        dict(work_dir=folder),
-    )
-
-
-def _pretraining(task: Task, cfg: Config) -> str:
-    none = task.row.pretrained_of(task.seed) == 'none'
-    return 'none' if none else task.pretraining or find_pretraining(cfg)
-
-
-def find_pretraining(cfg: Config) -> str:
-    """The pretraining of a config's backbone as named in the papers; the file name of unknown weights."""
-    named = next(
-        (
-            initial['checkpoint']
-            for initial in as_list((cfg.model.get('backbone') or {}).get('init_cfg'))
-            if initial.get('type') == 'Pretrained'
-        ),
-        None,
-    )
-    if not named:
-        return (cfg.get('catalogue') or {}).get('pretraining', 'none')
-    if found := weights_by_url().get(named):
-        return found[1].pretraining
-    return 'ImageNet-1K' if named.startswith(_IMAGENET) else Path(named).name
-
-
 def curve(task: Task) -> MeasurementResult:
     """Loss and validation metric along the training, from its logs."""
     cfg = load_task_config(task)
     values, facts = read_curve(task.folder / 'train')
     return MeasurementResult(values, metric_protocol(task, cfg, describe_split(cfg, 'val')[0]), facts)
-
-
-def read_curve(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values and facts of the curve of a training.
-
-    Args:
-        folder: Work dir of the training.
-
-    Raises:
-        UserError: If it has no logs.
-    """
-    loss: dict[int, float] = {}
-    metric: dict[int, float] = {}
-    epochs: dict[int, int] = {}
-    name = None
-    for line in _scalars(folder):
-        step: int = line.get('step', 0)
-        if 'loss' in line:
-            loss[step] = line['loss']
-            epochs[line.get('epoch', 0)] = step
-        for key in PRIMARY_METRICS:
-            if key in line and 'loss' not in line:
-                name = key
-                # where epochs are counted, the step of a validation is its epoch
-                metric[epochs.get(step, step)] = in_percent(key, line[key])
-    if not loss:
-        raise UserError(f'{folder}: no log of a training (vis_data/scalars.json)')
-    best = max(metric, key=lambda step: metric[step], default=None)
-    return (
-        dict(loss=sorted(map(list, loss.items())), metric=sorted(map(list, metric.items())), name=name),
-        dict(best=None if best is None else dict(iteration=best, value=metric[best])),
-    )
-
-
-def _scalars(folder: Path) -> Iterator[dict[str, Any]]:
-    # In the order of their start: the iterations that a later process repeated count.
-    for file in sorted(folder.glob('*/vis_data/scalars.json')):
-        for line in file.read_text().splitlines():
-            try:
-                found = json.loads(line)
-            except ValueError:  # a process was killed while it wrote
-                continue
-            yield {key: value for key, value in found.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
 def complexity(task: Task) -> MeasurementResult:
