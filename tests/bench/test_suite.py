@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,10 @@ def test_finished_measurements_are_left_out_with_resume(tmp_path):
     ]
     states = [state for *_, state in plan.row_states(read_suite(tmp_path / 'suite.yaml'), tmp_path / 'w')]
     assert states == ['3 of 5 done', 'done', '-', '-']
+    # A job that was killed together with its suite leaves no record.
+    records.write_json(tasks[3].folder / 'train' / 'progress.json', dict(iteration=3, iterations=5, seconds=1.0))
+    *_, (*_, state) = plan.row_states(read_suite(tmp_path / 'suite.yaml'), tmp_path / 'w')
+    assert state == 'training: iteration 3 of 5'
 
 
 def test_a_changed_row_is_measured_again_or_rejected(tmp_path):
@@ -529,6 +534,14 @@ def test_command_rejects_impossible_requests(command, monkeypatch, tmp_path, cap
     monkeypatch.setenv('PATH', str(tmp_path))
     assert command('--launcher', 'slurm') == 2 and '--launcher slurm: there is no srun' in capsys.readouterr().err
     assert command('--launcher', 'slurm', '--list') == 0
+    monkeypatch.setattr('shutil.which', lambda name: name)
+    monkeypatch.setitem(sys.modules, 'submitit', None)
+    monkeypatch.delenv('SLURM_JOB_ID', raising=False)
+    assert command('--launcher', 'slurm') == 2 and 'pip install submitit' in capsys.readouterr().err
+    assert command('--slurm', 'gpus=1') == 2 and '--slurm: has an effect only' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command('--launcher', 'slurm', '--slurm', 'time=4:00:00')
+    assert 'number of minutes' in capsys.readouterr().err
     assert command('--nproc', 2) == 2 and 'needs a launcher' in capsys.readouterr().err
     assert not (tmp_path / 'w').exists()
     assert command('--work-dir', tmp_path / 'suite.yaml' / 'w') == 2

@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import psutil
@@ -19,10 +21,11 @@ from rich.console import Console
 
 from replk_mm.bench.records import append_record, write_json
 from replk_mm.bench.schema import read_suite
-from replk_mm.bench.suites import plan, runner
+from replk_mm.bench.suites import plan, runner, slurm
 from replk_mm.bench.suites.progress import time_left
 from replk_mm.bench.suites.runner import Settings, SuiteRunner
 from replk_mm.bench.suites.task import utc_now
+from replk_mm.errors import UserError
 
 MEASURES = ('train', 'complexity', 'metric', 'speed')
 FORK = multiprocessing.get_context('fork')
@@ -312,3 +315,150 @@ def test_death(tmp_path):
     log.write_bytes(log.read_bytes() + b'five\n')
     assert runner.describe_exit(3, log, before).splitlines()[1:] == ['five']
     assert runner.describe_exit(-9, tmp_path / 'absent') == killed
+
+
+# Slurm jobs
+
+SBATCH = """#!{python}
+# Pretend to be sbatch, and keep the path of the script.
+import pathlib, sys
+pathlib.Path({log!r}).write_text(sys.argv[1])
+print('Submitted batch job 17')
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Programs of Slurm at the front of PATH; the file that sbatch writes to."""
+    log = tmp_path / 'submitted.txt'
+    for name in ('sbatch', 'srun'):
+        program = tmp_path / 'bin' / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(SBATCH.format(python=sys.executable, log=str(log)))
+        program.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path / "bin"}{os.pathsep}{os.environ["PATH"]}')
+    return log
+
+
+@pytest.mark.slow
+@pytest.mark.extras('submitit')
+def test_batch_script_runs_each_row_and_seed(tmp_path, cluster, monkeypatch):
+    """submitit's own batch script, run as Slurm would, but with rows that pretend."""
+    monkeypatch.setattr(slurm, 'Settings', lambda **kwargs: Settings(module='suite_fake', **kwargs))
+    tasks = tasks_of(write_suite(tmp_path, {'a': {}, 'b': {'metric': 'crash once'}}), tmp_path / 'w')
+    assert slurm.submit(tasks, jobs=1, options=dict(partition='gpu', gpus='2', exclusive=None, time='30')) == '17'
+    script = cluster.read_text()
+    options = {line for line in Path(script).read_text().splitlines() if line.startswith('#SBATCH')}
+    assert options > {
+        f'#SBATCH --{option}'
+        for option in (
+            *('array=0-1%1', 'partition=gpu', 'gpus=2', 'exclusive', 'time=30', 'requeue', 'job-name=pretended'),
+            *('ntasks=1', 'signal=B:USR2@120'),
+        )
+    }
+    job = dict(os.environ, SLURM_JOB_ID='17', SLURM_ARRAY_JOB_ID='17')
+
+    def start(number: int) -> int:
+        return subprocess.run(['bash', script], env=job | {'SLURM_ARRAY_TASK_ID': str(number)}).returncode
+
+    assert [start(0), start(1), start(1)] == [0, 1, 0]  # the last is a requeued job
+    assert counts(tmp_path / 'w', 'done') == {(row, 0, m): 1 for row in 'ab' for m in MEASURES}
+    assert counts(tmp_path / 'w', 'failed') == {('b', 0, 'metric'): 1}
+
+
+@pytest.fixture
+def fake_submitit(monkeypatch):
+    """What is given to submitit, which need not be installed; ``error`` is what its sbatch says."""
+    asked = types.SimpleNamespace(error='')
+    failed = type('FailedJobError', (Exception,), {})
+
+    class SlurmExecutor:
+        def __init__(self, folder, *args, **kwargs):
+            asked.folder = folder
+
+        def update_parameters(self, **parameters):
+            asked.parameters = parameters
+
+        def submit_array(self, jobs):
+            if asked.error:
+                raise failed(asked.error)
+            asked.jobs = jobs
+            return [types.SimpleNamespace(job_id=f'17_{i}') for i in range(len(jobs))]
+
+    environment = types.SimpleNamespace(USR_SIG='USR2')
+    for name, content in {
+        'submitit': dict(SlurmExecutor=SlurmExecutor, JobEnvironment=environment),
+        'submitit.core': {},
+        'submitit.core.utils': dict(FailedJobError=failed),
+    }.items():
+        module = types.ModuleType(name)
+        vars(module).update(content, __spec__=types.SimpleNamespace(name=name))
+        monkeypatch.setitem(sys.modules, name, module)
+    return asked
+
+
+@pytest.mark.parametrize('processes', [1, 4])
+def test_one_job_a_row_and_seed(tmp_path, fake_submitit, processes):
+    tasks = tasks_of(write_suite(tmp_path, {'a': {}, 'b': {}}, seeds=(5, 7)), tmp_path / 'w')
+    assert slurm.submit(tasks, processes) == '17' and fake_submitit.folder == tmp_path / 'w' / 'slurm'
+    assert [job.task.name for job in fake_submitit.jobs] == ['a seed 5', 'a seed 7', 'b seed 5', 'b seed 7']
+    # srun is needed for several processes only
+    assert {job.settings.launcher for job in fake_submitit.jobs} == {'none' if processes == 1 else 'slurm'}
+    assert fake_submitit.parameters['additional_parameters']['ntasks'] == processes
+    assert fake_submitit.parameters['array_parallelism'] == 4 and fake_submitit.parameters['time'] == 240
+
+
+def test_error_of_sbatch_is_shown(tmp_path, fake_submitit):
+    fake_submitit.error = 'sbatch: error: invalid partition specified: absent\n'
+    tasks = tasks_of(write_suite(tmp_path, {'a': {}}), tmp_path / 'w')
+    with pytest.raises(UserError, match='invalid partition specified: absent\n.*--resume'):
+        slurm.submit(tasks)
+
+
+def test_each_start_of_a_job_does_what_is_left(tmp_path, monkeypatch):
+    """The first start fails at the metric; the second repeats it, as after a requeue; the third has nothing to do."""
+    [task] = tasks_of(write_suite(tmp_path, {'a': {}}), tmp_path / 'w')
+    started, failures = [], [[(task, 'metric: no')], []]
+
+    class Runner:
+        def __init__(self, *args):
+            pass
+
+        def run(self, tasks):
+            [one] = tasks
+            started.append(one.measures)
+            for name in one.measures:
+                if (name, len(failures)) != ('metric', 2):
+                    append_record(one.record(name, utc_now(), {}), one.results)
+            return failures.pop(0)
+
+    monkeypatch.setattr(slurm, 'SuiteRunner', Runner)
+    job = slurm.RowJob(task, Settings())
+    with pytest.raises(SystemExit) as caught:
+        job()
+    assert caught.value.code == 1
+    job(), job()
+    assert started == [MEASURES, ('metric',)]
+
+
+def test_a_second_sigterm_leaves_the_rows_time_to_save(monkeypatch):
+    """Slurm sends one when it requeues a job, which is ending already."""
+
+    class Process:
+        pid, ended = 0, False
+
+        def wait(self, seconds):
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.ended = True
+
+    process = Process()
+    monkeypatch.setattr(runner, '_kill', lambda *args: None)
+    suite = SuiteRunner(Settings(), dict)
+    suite._running.add(process)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with runner._sigterm_interrupts():
+            suite._end()
+    except KeyboardInterrupt:
+        pytest.fail('the suite ends before its rows')
+    assert process.ended and signal.getsignal(signal.SIGTERM) is before

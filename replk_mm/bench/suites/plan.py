@@ -325,5 +325,9 @@ def row_states(suite: Suite, work_dir: Path) -> Iterator[tuple[int, SuiteRow, in
         elif len(found) == len(row.measurements()):
             state = 'done'
         else:
+            # No record: it runs, waits to be continued, or was killed together with the suite.
+            begun = records.read_json(work_dir / 'runs' / row.name / str(seed) / 'train' / 'progress.json')
             state = f'{len(found)} of {len(row.measurements())} done' if found else '-'
+            if begun and 'train' not in known:
+                state = f'training: iteration {begun["iteration"]} of {begun["iterations"]}'
         yield i, row, seed, state

@@ -228,6 +228,7 @@ class SuiteRunner:
         return reasons
 
     def _end(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends more of them to a job that it requeues
         with self._lock:
             self._interrupted = True
             running = list(self._running)
