@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,10 @@ class PerImageScores(ABC):
     Attributes:
         images: Names of the images.
         classes: Names of the classes.
+        image_figure: What :meth:`per_image` returns.
     """
 
+    image_figure: ClassVar[str]
     images: tuple[str, ...]
     classes: tuple[str, ...]
 
@@ -62,6 +64,10 @@ class PerImageScores(ABC):
         Args:
             weights: See :meth:`score`.
         """
+
+    @abstractmethod
+    def per_image(self) -> NDArray[np.float64]:
+        """A score of each image for itself, ``(images,)``, in percent; NaN where nothing is labelled or predicted."""
 
     def _check_weights(self, weights: NDArray | None) -> NDArray[np.float64]:
         found = np.ones((1, len(self.images))) if weights is None else np.asarray(weights, np.float64)
@@ -117,6 +123,7 @@ class SegmentationCounts(PerImageScores):
         label: Labelled pixels.
     """
 
+    image_figure = 'mIoU'
     intersection: NDArray[np.integer]
     predicted: NDArray[np.integer]
     label: NDArray[np.integer]
@@ -138,6 +145,12 @@ class SegmentationCounts(PerImageScores):
         with np.errstate(invalid='ignore'):
             return 100 * intersection / (predicted + label - intersection)
 
+    def per_image(self) -> NDArray[np.float64]:
+        """mIoU of each image over the classes in its labels or its prediction."""
+        union = self.predicted + self.label - self.intersection
+        with np.errstate(invalid='ignore'):
+            return 100 * (self.intersection / np.maximum(union, 1)).sum(1) / (union > 0).sum(1)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DetectionMatches(PerImageScores):
@@ -157,6 +170,7 @@ class DetectionMatches(PerImageScores):
         object_bounds: The same of the objects.
     """
 
+    image_figure = 'R-precision'
     detection_image: NDArray[np.int32]
     matched: NDArray[np.uint16]
     ignored: NDArray[np.uint16]
@@ -220,6 +234,25 @@ class DetectionMatches(PerImageScores):
             for draws in (slice(start, start + step) for start in range(0, len(weights), step)):
                 values[draws, k] = self._average_precision(weights[draws], slice(*detections), slice(*objects))
         return values
+
+    def per_image(self) -> NDArray[np.float64]:
+        """R-precision of each image at IoU 0.5: of the R detections with the highest scores, the share that is right.
+
+        R is the number of objects of a class in the image, and the sums are over the classes.
+        """
+        right, total = np.zeros((2, len(self.images)))
+        for detections, objects in zip(pairwise(self.detection_bounds), pairwise(self.object_bounds), strict=True):
+            of_class = slice(*detections)
+            counted = (self.ignored[of_class] & 1) == 0
+            image, matched = self.detection_image[of_class][counted], self.matched[of_class][counted]
+            count = np.bincount(self.object_image[slice(*objects)], minlength=len(self.images))
+            order = np.argsort(image, kind='stable')  # which keeps the order by score
+            image, matched = image[order], matched[order]
+            first = np.arange(len(image)) - np.searchsorted(image, image) < count[image]
+            right += np.bincount(image[first], matched[first] & 1, minlength=len(self.images))
+            total += count
+        with np.errstate(invalid='ignore'):
+            return 100 * right / total
 
     def _average_precision(self, weights: NDArray, detections: slice, objects: slice) -> NDArray[np.float64]:
         """AP of a class in percent, ``(draws,)``: the mean over IoU and recall thresholds of the precision envelope."""

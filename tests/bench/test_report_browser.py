@@ -78,7 +78,7 @@ def test_table_and_pictures(run):
     assert groups[0].startswith('Protocol A (mIoU, %): task segmentation')
     assert 'Differs from A: iterations: 600 instead of 300' in groups[1]
     # Receptive fields, examples, plots with a legend for each row.
-    assert len(pictures) == 3 + 6 * 5 + 6 + 5 * 3 + 1 and all(min(sizes) > 0 for sizes in pictures), (
+    assert len(pictures) == 3 + 5 * 5 + 6 + 5 * 3 + 1 and all(min(sizes) > 0 for sizes in pictures), (
         'loaded, light ones'
     )
 
@@ -107,7 +107,7 @@ def test_fits_the_window(run, width):
                 all('.scroll').map(part => [part.tabIndex, part.getAttribute('role')])];""",
         f'--window-size={width},900',
     )
-    assert fits and len(regions) == 7 and all(region == [0, 'region'] for region in regions)
+    assert fits and len(regions) == 6 and all(region == [0, 'region'] for region in regions)
 
 
 def test_links_and_the_printer_open_details(run):
@@ -120,6 +120,18 @@ def test_links_and_the_printer_open_details(run):
         return found;""")
     linked = [False, True, False, False, False]
     assert found == [linked, [True] * 5, linked]
+
+
+def test_a_picture_of_the_gallery_fills_the_window_and_closes(run):
+    before, opened, after = run("""
+        const summary = all('.zoom summary')[3], image = summary.querySelector('img'), sizes = [];
+        for (let i = 0; i < 3; i++) {
+            const box = summary.getBoundingClientRect();
+            sizes.push([box.width === innerWidth && box.height === innerHeight, image.clientHeight]);
+            summary.click();
+        }
+        return sizes;""")
+    assert not before[0] and opened[0] and opened[1] > 2 * before[1] and after == before
 
 
 def test_print(page, tmp_path):

@@ -136,6 +136,31 @@ def test_miou_of_repeated_images():
     assert np.isnan(found.score(np.zeros((1, IMAGES)))).all()
 
 
+def test_scores_of_single_images(scene) -> None:
+    found, maps = counts(np.random.default_rng(2))
+    by_hand = []
+    for label, predicted in maps:
+        label, predicted = label[label < 255], predicted[label < 255]
+        ious = [
+            np.mean((label == c)[(label == c) | (predicted == c)] == (predicted == c)[(label == c) | (predicted == c)])
+            for c in np.union1d(label, predicted)
+        ]
+        by_hand.append(100 * np.mean(ious) if ious else np.nan)
+    assert found.per_image() == pytest.approx(by_hand, nan_ok=True)
+    evaluation = coco_evaluation(scene, np.ones(IMAGES, int))
+    right, total = np.zeros((2, IMAGES))
+    for entry in filter(None, evaluation.evalImgs):
+        if entry['aRng'] == evaluation.params.areaRng[0]:
+            objects = int((np.array(entry['gtIgnore']) == 0).sum())
+            counted = [m > 0 for m, i in zip(entry['dtMatches'][0], entry['dtIgnore'][0], strict=True) if not i]
+            right[entry['image_id'] // 100] += sum(counted[:objects])
+            total[entry['image_id'] // 100] += objects
+    expected = [100 * r / n if n else np.nan for r, n in zip(right, total, strict=True)]
+    scores = DetectionMatches.from_coco(evaluation).per_image()
+    assert scores == pytest.approx(expected, nan_ok=True) and np.isnan(scores[3]) and scores[5] == 0
+    assert 0 < np.nanmean(scores) < 100
+
+
 def test_a_file_holds_everything(scene, tmp_path):
     matches = DetectionMatches.from_coco(coco_evaluation(scene, np.ones(IMAGES, int)))
     for found in (matches, counts(np.random.default_rng(4))[0]):

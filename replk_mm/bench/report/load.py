@@ -411,7 +411,7 @@ def _compare(group: ProtocolGroup) -> None:
     absent: dict[str, list[str]] = {}
     for row in measured[:MOST_COMPARED]:
         try:
-            of_row = [_read_scores(record) for record in row.of('metric')]
+            of_row = [read_scores(record) for record in row.of('metric')]
             first = next(iter(scores.values()), of_row)[0]
             if any(sorted(one.images) != sorted(first.images) for one in of_row):
                 raise ValueError('tested on other images than the rows above')
@@ -447,7 +447,7 @@ def _compare(group: ProtocolGroup) -> None:
         group.remarks.insert(0, which if len(members) > 1 else f'{members[0]} is better than every other row here.')
 
 
-def _read_scores(record: Record) -> PerImageScores:
+def read_scores(record: Record) -> PerImageScores:
     """The counts per image of a record of the metric.
 
     Raises:

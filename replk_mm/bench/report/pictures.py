@@ -1,36 +1,30 @@
-"""Pictures of a report: receptive fields, and the same images for every row with ground truth and predictions."""
+"""Pictures of a report: the album of a page, the data that it may show, and heat maps."""
 
 import base64
-import gzip
 import io
-import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
 from pydantic import BaseModel
 
-from replk_mm.bench.records import MAX_FILE_BYTES, read_inside, resolve_inside
-from replk_mm.bench.report.load import ProtocolGroup, Record, ReportRow
-from replk_mm.visualize import colorize, draw_instances, make_palette
+from replk_mm.bench.records import read_inside
+from replk_mm.bench.report.load import Record
+from replk_mm.visualize import make_palette
 
 #: Of all pictures of a page together, in bytes as they stand in it.
 MOST_BYTES = 12 * 2**20
 #: Pixels of a picture that is read, and its longer side.
 MOST_PIXELS, MOST_SIDE = 2**26, 2**14
-#: Rows of a protocol that plots and pictures show: the best ones.
+#: Rows of a protocol that plots and heat maps show: the best ones.
 MOST_ROWS = 40
-#: Width of a picture, in pixels.
-WIDTH, HEAT_MAP_WIDTH = 256, 520
-#: Detections that are drawn: of at least this score, and this many at most.
-LEAST_SCORE, MOST_OBJECTS = 0.3, 40
+#: Width of a heat map, in pixels.
+HEAT_MAP_WIDTH = 520
 
 
 @dataclass(frozen=True)
@@ -41,16 +35,6 @@ class Picture:
     words: str = 'no such file'
     width: int = 0
     height: int = 0
-
-
-@dataclass
-class Example:
-    """One image with its ground truth, and the predictions of rows by their number."""
-
-    name: str
-    image: Picture
-    truth: Picture
-    predictions: dict[int, Picture] = field(default_factory=dict)
 
 
 class SplitFiles(BaseModel):
@@ -132,9 +116,7 @@ class Album:
         except Exception as error:  # damaged data raise anything
             return self.missing(name, error)
 
-    def add(
-        self, pixels: np.ndarray | Picture, words: str, name: str, width: int = WIDTH, kind: str = 'photo'
-    ) -> Picture:
+    def add(self, pixels: np.ndarray | Picture, words: str, name: str, width: int, kind: str = 'photo') -> Picture:
         """Encode a picture, if the page has room left for it.
 
         Args:
@@ -185,7 +167,9 @@ class Album:
         Raises:
             ValueError: If the record does not state them, or they are missing or elsewhere.
         """
-        stated = record['facts'].get('data') or {}
+        stated = record['facts'].get('data')
+        if not stated:
+            raise ValueError('the record does not state its data')
         data = SplitFiles.model_validate({k: v for k, v in stated.items() if v is not None and v != ''})
         folders = (record.folder / 'data', *self.data_roots)
         # A work dir may have been copied from another machine, and have its scenes in it.
@@ -206,174 +190,3 @@ def heat_map(record: Record, words: str, album: Album) -> Picture | None:
         return None
     pixels = album.read(record.folder / str(name), record.folder / 'runs')
     return album.add(pixels, words, str(name), HEAT_MAP_WIDTH, 'drawing')
-
-
-def sheet(group: ProtocolGroup, album: Album) -> tuple[list[ReportRow], SplitFiles, list[Example]] | None:
-    """The same images for the best rows of a group that have predictions; None if there are none."""
-    rows: list[tuple[ReportRow, Path]] = []
-    data = None
-    for row in group.rows[:MOST_ROWS]:
-        for record in row.of('metric'):
-            name = record['files'].get('predictions')
-            try:
-                if name:
-                    folder = resolve_inside(record.folder / str(name), record.folder / 'runs')
-                    data = data or album.data_of(record)
-                    rows.append((row, folder))
-                    break
-            except Exception as error:  # the record may hold anything
-                album.missing(f'{row.label}, seed {record["seed"]}, {name!r:.100}', error)
-    if data is None:
-        return None
-    try:
-        found = (_objects if data.annotations and not data.labels else _label_maps)(rows, data, album)
-    except Exception as error:  # a damaged file costs only its pictures
-        album.missing(f'{data.root}: examples cannot be shown', f'{type(error).__name__}: {error}')
-        return None
-    return ([row for row, _ in rows], data, found) if found else None
-
-
-def _choose(names_of_rows: Iterable[Iterable[str]]) -> list[str]:
-    """Images that as many rows as possible have, evenly spread over their sorted names: six, or four of many rows."""
-    sets = [set(names) for names in names_of_rows]
-    counts = Counter(name for names in sets for name in names)
-    most = max(counts.values(), default=0)
-    common = sorted(name for name, count in counts.items() if count == most)
-    return [common[round(i)] for i in np.linspace(0, len(common) - 1, min(6 if len(sets) <= 4 else 4, len(common)))]
-
-
-def _label_maps(rows: Sequence[tuple[ReportRow, Path]], data: SplitFiles, album: Album) -> list[Example]:
-    def drawn(labels: np.ndarray | Picture, truth: np.ndarray | Picture | None, name: str) -> Picture:
-        if isinstance(labels, Picture):
-            return labels
-        words = []
-        if isinstance(truth, np.ndarray) and truth.shape == labels.shape and (truth != data.ignored).any():
-            scored = truth != data.ignored
-            right = np.count_nonzero((labels == truth) & scored) / np.count_nonzero(scored)
-            words = [f'{100 * right:.0f}\u00a0% of the scored pixels right; ']
-        counts = np.array(Image.fromarray(labels).histogram())  # a sort would take seconds
-        values = [value for value in np.flatnonzero(counts) if value != data.ignored]
-        names = dict(enumerate(data.classes, data.first))
-        largest = [
-            f'{names.get(int(value), f"label {value}")} {100 * counts[value] / labels.size:.0f}\u00a0%'
-            for value in sorted(values, key=lambda value: -counts[value])[:4]
-        ]
-        picture = colorize(labels - np.uint8(data.first), data.palette)[..., ::-1]
-        return album.add(picture, ''.join([*words, ', '.join(largest)]), name, kind='labels')
-
-    available = {row.number: {p.relative_to(folder).as_posix() for p in folder.rglob('*.png')} for row, folder in rows}
-    found = []
-    for name in _choose(available.values()):
-        truth = album.read(data.label_of(name), *data.folders, mode=None) if data.labels else Picture()
-        image = album.add(album.read(data.image_of(name), *data.folders), data.image_of(name).name, name)
-        example = Example(name, image, drawn(truth, None, f'ground truth of {name}'))
-        for row, folder in rows:
-            if name in available[row.number]:
-                labels = album.read(folder / name, folder, mode=None)
-                example.predictions[row.number] = drawn(labels, truth, f'{row.label}: {name}')
-        found.append(example)
-    return found
-
-
-def _objects(rows: Sequence[tuple[ReportRow, Path]], data: SplitFiles, album: Album) -> list[Example]:
-    from replk_mm.data.coco import annotation_path, locate_images
-
-    written: Any = _read_json(annotation_path(data.root / str(data.annotations)), *data.folders)
-    ids = {str(image['file_name']): str(image['id']) for image in written['images'] if 'file_name' in image}
-    ids = dict(zip(locate_images(list(ids), data.root / data.images), ids.values(), strict=True))
-    classes = {category['id']: str(category['name']) for category in written['categories']}
-    order = sorted(classes)
-    colours = [data.palette[i % len(data.palette)] for i in range(len(order))]
-
-    def drawn(pixels: np.ndarray, things: Sequence[dict], name: str) -> Picture:
-        shown = Image.fromarray(pixels)
-        shown.thumbnail((2 * WIDTH, 8 * WIDTH))
-        surest = sorted(things, key=lambda thing: -thing.get('score', 1.0))[:MOST_OBJECTS]
-        objects = [
-            _object(thing, order, pixels.shape[:2], (shown.height, shown.width))
-            for thing in surest
-            if thing['category_id'] in classes and thing.get('score', 1.0) >= LEAST_SCORE
-        ]
-        picture = draw_instances(np.array(shown)[..., ::-1], objects, [classes[c] for c in order], colours)
-        counts = Counter(classes[order[thing['label']]] for thing in objects)
-        words = ', '.join(f'{count} {of}' for of, count in counts.items()) or 'nothing'
-        return album.add(picture[..., ::-1], words, name, 2 * WIDTH)
-
-    truths, of_rows, failed = _by_image(written.get('annotations', [])), {}, {}
-    for row, folder in rows:
-        try:
-            of_rows[row.number] = _by_image(_detections(folder))
-        except Exception as error:  # a damaged file costs only the pictures of its row
-            failed[row.number] = album.missing(f'{row.label}: detections', error)
-    found = []
-    for name in _choose([name for name, key in ids.items() if key in of_row] for of_row in of_rows.values()):
-        pixels = album.read(data.root / data.images / name, *data.folders)
-        if isinstance(pixels, Picture):
-            found.append(Example(name, pixels, pixels, {row.number: pixels for row, _ in rows}))
-            continue
-        example = Example(name, album.add(pixels, Path(name).name, name), Picture(), dict(failed))
-        example.truth = album.attempt(f'ground truth of {name}', drawn, pixels, truths.get(ids[name], []))
-        for row, _ in rows:
-            if row.number in of_rows:
-                things = of_rows[row.number].get(ids[name], [])
-                example.predictions[row.number] = album.attempt(f'{row.label}: {name}', drawn, pixels, things)
-        found.append(example)
-    return found
-
-
-def _read_json(path: Path, *folders: Path) -> Any:
-    content = read_inside(path, *folders)
-    if content.startswith(b'\x1f\x8b'):
-        content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_FILE_BYTES)
-    return json.loads(content)
-
-
-def _detections(folder: Path) -> list[dict]:
-    """Those with masks if there are any."""
-    for file in (folder / 'instances.segm.json', folder / 'instances.bbox.json'):
-        if os.path.lexists(file):
-            return _read_json(file, folder)
-    return []
-
-
-def _by_image(things: Iterable[dict]) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
-    for thing in things:
-        found.setdefault(str(thing['image_id']), []).append(thing)
-    return found
-
-
-def _object(thing: Mapping[str, Any], order: Sequence[Any], size: Sequence[int], shown: Sequence[int]) -> dict:
-    """A COCO object of an image of ``size`` as :func:`replk_mm.visualize.draw_instances` takes it at size ``shown``."""
-    found: dict[str, Any] = dict(label=order.index(thing['category_id']))
-    if 'score' in thing:
-        found['score'] = float(thing['score'])
-    scale = np.array(shown[::-1]) / size[::-1]
-    if thing.get('segmentation'):
-        found['mask'] = _mask(thing['segmentation'], size, shown, scale)
-    if 'bbox' in thing:
-        corner, extent = np.array(thing['bbox'], float).reshape(2, 2) * scale
-    else:
-        corner, extent = np.reshape(cv2.boundingRect(found['mask'].astype('u1')), (2, 2))
-    return found | dict(box=[*corner, *(corner + extent)])
-
-
-def _mask(segmentation: Any, size: Sequence[int], shown: Sequence[int], scale: np.ndarray) -> np.ndarray:
-    """A COCO segmentation, polygons or run lengths, as bool ``shown``; a full mask of each object would take seconds.
-
-    Raises:
-        ValueError: If it is none, or not of an image of ``size``.
-    """
-    from pycocotools import mask
-
-    from replk_mm.data.coco import mask_error, run_lengths
-
-    problem = mask_error(segmentation, *size)
-    if problem:
-        raise ValueError(problem)
-    if isinstance(segmentation, list):
-        outlines = [(np.reshape(polygon, (-1, 2)) * scale).ravel().tolist() for polygon in segmentation]
-        return mask.decode(mask.merge(mask.frPyObjects(outlines, *shown))).astype(bool)
-    rows, columns = (np.arange(n) * of // n for n, of in zip(shown, size, strict=True))
-    ends = np.cumsum(run_lengths(segmentation['counts']))  # column by column, background first
-    return np.searchsorted(ends, rows[:, None] + size[0] * columns, side='right') % 2 == 1

@@ -12,8 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from replk_mm.bench.report import pictures, plots
+from replk_mm.bench.report.gallery import open_gallery
 from replk_mm.bench.report.load import Record, Report, ReportRow, SuiteReport
-from replk_mm.bench.report.pictures import LEAST_SCORE, MOST_ROWS, Album
+from replk_mm.bench.report.pictures import MOST_ROWS, Album
 from replk_mm.bench.report.tables import (
     BY_KEY,
     FIGURE_NAMES,
@@ -62,9 +63,8 @@ def render_html(report: Report, data_roots: Iterable[str | Path] = ()) -> str:
             sample=plots.sample,
             heat_maps=_heat_maps,
             profiles=_profiles,
-            sheet=pictures.sheet,
+            open_gallery=open_gallery,
             distinct=_distinct,
-            LEAST_SCORE=LEAST_SCORE,
             left_out=_left_out,
         )
     )
