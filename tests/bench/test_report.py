@@ -8,6 +8,7 @@ import pytest
 from report_records import (
     PROTOCOL,
     SPEED,
+    counted,
     facts,
     files_of,
     found,  # noqa: F401
@@ -24,7 +25,6 @@ from replk_mm.bench.report.load import SKIPPED_STATUS, ReportRow, load_report, r
 from replk_mm.bench.report.render import render_html, render_markdown
 from replk_mm.bench.report.tables import BY_KEY, number, protocol_differences
 from replk_mm.errors import UserError
-from replk_mm.evaluation.per_image import SegmentationCounts
 from replk_mm.files import sha256
 
 # ruff: noqa: F811 (fixtures that come from another file)
@@ -245,21 +245,6 @@ def memory(row: str, seed: int, size: float) -> dict:
 
 
 # -- intervals of metrics ---------------------------------------------------------------------------------------------
-def counted(folder, row: str, seed: int, quality: float, images: int = 40) -> dict:
-    """A metric's record with counts per image, of two classes with 100 pixels in each image."""
-    correct = np.random.default_rng([seed, *row.encode()]).binomial(100, quality, (images, 2))
-    predicted, label = correct + 100 - correct[:, ::-1], np.full((images, 2), 100)
-    path = folder / 'runs' / row / str(seed) / 'test' / 'statistics.npz'
-    names = tuple(f'{i}.jpg' for i in range(images))
-    SegmentationCounts(images=names, classes=('a', 'b'), intersection=correct, predicted=predicted, label=label).save(
-        path
-    )
-    total = correct.sum(0)
-    miou = float((100 * total / (predicted.sum(0) + 100 * images - total)).mean())
-    stated = dict(mIoU=dict(file='statistics.npz', sha256=sha256(path)))
-    return metric(row, seed, miou, files=dict(statistics=str(path.relative_to(folder))), facts=dict(statistics=stated))
-
-
 def test_rows_that_the_data_do_not_distinguish_share_the_mark(tmp_path) -> None:
     quality = dict(a=0.9, b=0.9, c=0.6)
     records = [counted(tmp_path, row, seed, of) for row, of in quality.items() for seed in (0, 1, 2)]

@@ -9,6 +9,8 @@ from PIL import Image
 
 from replk_mm.bench.report.load import Report, load_report
 from replk_mm.bench.report.render import render_html
+from replk_mm.evaluation.per_image import SegmentationCounts
+from replk_mm.files import sha256
 
 CLASSES, PALETTE = ['sky', 'ground', 'water'], [[135, 190, 235], [125, 150, 75], [40, 85, 165]]
 PROTOCOL = dict(
@@ -75,6 +77,22 @@ def metric(row: str, seed: int, miou: float, **changes) -> dict:
         dict(metrics=dict(mIoU=miou), per_class={}, images=80, primary='mIoU', unit='%'),
         **{'protocol': PROTOCOL, **changes},
     )
+
+
+def counted(folder, row: str, seed: int, quality: float, images: int = 40, **changes) -> dict:
+    """A metric's record with counts per image, of two classes with 100 pixels in each image."""
+    correct = np.random.default_rng([seed, *row.encode()]).binomial(100, quality, (images, 2))
+    predicted, label = correct + 100 - correct[:, ::-1], np.full((images, 2), 100)
+    path = folder / 'runs' / row / str(seed) / 'test' / 'statistics.npz'
+    names = tuple(f'{i}.jpg' for i in range(images))
+    SegmentationCounts(images=names, classes=('a', 'b'), intersection=correct, predicted=predicted, label=label).save(
+        path
+    )
+    total = correct.sum(0)
+    miou = float((100 * total / (predicted.sum(0) + 100 * images - total)).mean())
+    stated = dict(mIoU=dict(file='statistics.npz', sha256=sha256(path)))
+    files = dict(statistics=str(path.relative_to(folder)))
+    return metric(row, seed, miou, **{'files': files, 'facts': dict(statistics=stated), **changes})
 
 
 def speed(row: str, seed: int, ms: float, **changes) -> dict:

@@ -6,6 +6,7 @@ zero.
 
 import hashlib
 import os
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,9 @@ from replk_mm.bench.report.tables import (
     Figure,
     Protocol,
     compare_with_published,
+    format_value,
     name_protocols,
+    number,
     primary_metric,
     protocol_key,
     timing_problem,
@@ -90,6 +93,17 @@ class ReportRow:
         """Whether something of it failed."""
         return any(record['status'] == 'failed' for record in self.records)
 
+    @property
+    def schedule(self) -> str:
+        """Length of its training: ``'120 iterations, 20 % of the schedule'``; ``''`` if unknown."""
+        for record in self.of('train'):
+            iterations, notes = number(record['values'], 'iterations'), record['facts'].get('notes')
+            whole = re.search(r'schedule: \d+ iterations instead of (\d+) iterations', format_value(notes))
+            if iterations:
+                share = f', {100 * iterations / float(whole[1]):.0f} % of the schedule' if whole else ''
+                return f'{iterations:,.0f} iterations{share}'
+        return ''
+
     def of(self, measurement: str) -> list[Record]:
         """Its records of a measurement that is done, by seed."""
         return sorted(
@@ -109,6 +123,7 @@ class ProtocolGroup:
         rows: The best first, those without a metric last.
         comparison: Of the metrics of its rows, by their names; None if fewer than two have counts per image.
         remarks: What the intervals do not cover, and which rows have none.
+        scores: Per image, of each seed, by the names of the rows that have them.
     """
 
     protocol: Protocol | None
@@ -117,6 +132,7 @@ class ProtocolGroup:
     rows: list[ReportRow]
     comparison: BestGroup | None = None
     remarks: list[str] = field(default_factory=list)
+    scores: dict[str, list[PerImageScores]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -321,8 +337,8 @@ def _suite(name: str, found: Sequence[Record]) -> SuiteReport:
     suite = SuiteReport(
         name, found[-1]['question'], groups, {key: list(part.values()) for key, part in protocols.items()}
     )
-    for number, row in enumerate(suite.rows, 1):
-        row.number = number
+    for i, row in enumerate(suite.rows, 1):
+        row.number = i
     return suite
 
 
@@ -407,7 +423,7 @@ def _leaders(column: Column, rows: Sequence[ReportRow]) -> list[ReportRow]:
 def _compare(group: ProtocolGroup) -> None:
     """Set the intervals, the best group and the differences of the metric of a group's first rows."""
     measured = [row for row in group.rows if row.figures['metric'].value is not None]
-    scores: dict[str, list[PerImageScores]] = {}
+    scores = group.scores
     absent: dict[str, list[str]] = {}
     for row in measured[:MOST_COMPARED]:
         try:

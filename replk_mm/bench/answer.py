@@ -1,0 +1,252 @@
+"""Answer in plain language which backbone to take, from the statistics of a suite's report and from nothing else."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from replk_mm.analysis.statistics import BestGroup, best_group, plan
+from replk_mm.bench.report.load import ProtocolGroup, ReportRow, SuiteReport
+from replk_mm.bench.report.tables import BY_KEY
+from replk_mm.errors import command_line, format_list
+
+#: Costs of a row, and the words for the row with the least.
+_COSTS = dict(milliseconds='fastest', memory='smallest in memory', parameters='smallest')
+#: A cost is lower if it is at most this share of the other.
+_CLEARLY = 0.9
+#: Seeds that are asked for: at least, and at most; and at most this many times the test images.
+_LEAST_SEEDS, _MOST_SEEDS, _MOST_TIMES = 3, 20, 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user can afford; None is no limit.
+
+    Attributes:
+        max_latency: Of one batch, in milliseconds.
+        max_memory: Of inference, in MiB.
+        max_params: In millions.
+        excluded: Names of rows that are left out for another reason, such as their licence, with the reason.
+    """
+
+    max_latency: float | None = None
+    max_memory: float | None = None
+    max_params: float | None = None
+    excluded: Mapping[str, str] = field(default_factory=dict)
+
+    def problem(self, row: ReportRow) -> str:
+        """Why a row is left out; ``''`` if it is not. A cost that was not measured exceeds every limit."""
+        limits = dict(milliseconds=self.max_latency, memory=self.max_memory, parameters=self.max_params)
+        for key, limit in limits.items():
+            value = row.figures[key].value
+            if limit is not None and value is None:
+                return f'{BY_KEY[key].title.lower()} not measured'
+            if limit is not None and value is not None and value > limit:
+                return _cost(row, key)
+        return self.excluded.get(row.name, '')
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Which backbone to take.
+
+    Attributes:
+        verdict: One sentence.
+        sentences: What to take and why; what cannot be distinguished from it; what is cheaper; what would change the
+            answer, with the command that would decide.
+        take: Name of the row to take; None if nothing is decided.
+        candidates: Names of the rows that may be the best, by falling score; empty if no row has a score.
+        group: The rows that were compared; None if no row has a score.
+    """
+
+    verdict: str
+    sentences: tuple[str, ...]
+    take: str | None = None
+    candidates: tuple[str, ...] = ()
+    group: ProtocolGroup | None = None
+
+    @property
+    def text(self) -> str:
+        """All sentences, as a paragraph."""
+        return ' '.join([self.verdict, *self.sentences])
+
+
+def answer(suite: SuiteReport, limits: Limits | None = None, command: str = '') -> Answer:
+    """The answer of a suite.
+
+    Args:
+        suite: Loaded results. Of several protocols, whole networks count before fixed backbones, then all training
+            images before a share, then the larger group.
+        limits: Rows beyond them are left out before the rows are compared.
+        command: That measures more seeds or rows. Defaults to resuming the suite.
+    """
+    limits = limits or Limits()
+    command = command or f'set seeds in the suite file and run {command_line("suite", "SUITE.yaml", "--resume")}'
+    groups = [(g, [r for r in g.rows if r.figures['metric'].value is not None]) for g in suite.groups if g.protocol]
+    measured = [(group, rows) for group, rows in groups if rows]
+    if not measured:
+        return Answer('Not decided: no row has a score yet.', (f'To decide: {command}.',))
+    group, rows = max(measured, key=lambda found: _weight(*found))
+    left_out = {row.label: problem for row in rows if (problem := limits.problem(row))}
+    rows = [row for row in rows if row.label not in left_out]
+    remarks = []
+    if left_out:
+        remarks.append(f'Beyond your limits: {format_list([f"{n} ({why})" for n, why in left_out.items()])}.')
+    others = sum(len(part) for other, part in measured if other is not group)
+    if others:
+        remarks.append(f'{others} {_rows(others)} trained or tested in another way {_are(others)} not compared.')
+    if not rows:
+        return Answer('No row is within your limits.', tuple(remarks), None, (), group)
+    if len(rows) == 1:
+        only, score = rows[0], _score(group, rows[0])
+        if left_out:
+            verdict = f'Take {only.label}: it is the only row within your limits ({score}).'
+            return Answer(verdict, tuple(remarks), only.name, (only.name,), group)
+        verdict = f'Not decided: only {only.label} has a score ({score}).'
+        return Answer(verdict, (*remarks, f'To compare it, {command}.'), None, (only.name,), group)
+    return _compare(group, rows, tuple(remarks), command)
+
+
+def _weight(group: ProtocolGroup, rows: list[ReportRow]) -> tuple[bool, bool, float, int]:
+    """What a group counts: see :func:`answer`."""
+    content = group.protocol.content if group.protocol else {}
+    share = content.get('fraction', 100)
+    fixed = content.get('protocol') in ('linear', 'head')
+    return len(rows) > 1, not fixed, share if isinstance(share, (int, float)) else 0, len(rows)
+
+
+def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ...], command: str) -> Answer:
+    scores = {row.name: group.scores[row.name] for row in rows if row.name in group.scores}
+    by_name = {row.name: row for row in rows}
+    first, names = rows[0], tuple(row.name for row in rows)
+    top = f'{first.label} has the highest score, {_score(group, first)}'
+    lacking = [row.label for row in rows if row.name not in scores]
+    if len(scores) < 2:
+        why = f'the scores have no intervals: {group.remarks[0] if group.remarks else "no counts per image"}'
+        again = f'Measure again: {command}.'
+        return Answer(f'Not decided: {why}', (f'{top}.', *remarks, again), None, names, group)
+    if lacking:
+        remarks += (f'Without an interval, and not compared: {format_list(lacking)}.',)
+    found = best_group(scores)
+    leader, *ties = (by_name[name] for name in found.members)
+    beaten = [by_name[d.second] for d in found.differences if d.second not in found.members]
+    seeds = min(len(row) for row in scores.values())
+    conditions = _conditions(group, seeds)
+    needed = _needed(found, group, by_name, command)
+    if not all(one.covers_seeds for one in found.intervals.values()):
+        verdict = f'Not decided: {conditions}.'
+        why = 'One training of each row cannot say which is better.'
+        return Answer(verdict, (f'{top}. {why}', *remarks, needed), None, found.members, group)
+    best = f'{leader.label}: {_score(group, leader)}'
+    if not beaten:
+        verdict = f'Not decided: the {len(ties) + 1} rows cannot be told apart with {conditions}.'
+        cheaper = _cheapest([leader, *ties])
+        return Answer(verdict, (f'{top}.', *cheaper, *remarks, needed), None, found.members, group)
+    if ties:
+        verdict = f'Take {best}, or one of {len(ties)} that cannot be told apart from it.'
+        same = f'Not distinguishable from it: {format_list([row.label for row in ties], 6)}.'
+        less = f'The other {len(beaten)} {_rows(len(beaten))} {"score" if len(beaten) > 1 else "scores"} less.'
+        sentences = (f'{same} {less}', *_cheapest([leader, *ties]), *remarks, needed)
+    else:
+        verdict = f'Take {best}, more than every other row.'
+        behind = next(d for d in found.differences if d.second == beaten[0].name)
+        lead = f'{beaten[0].label} is next, {_points(behind.value, behind.low, behind.high)} behind.'
+        sentences = (lead, *_trades(leader, beaten, found), *remarks)
+    return Answer(verdict, (*sentences, f'Conditions: {conditions}.'), leader.name, found.members, group)
+
+
+def _needed(found: BestGroup, group: ProtocolGroup, rows: Mapping[str, ReportRow], command: str) -> str:
+    """What would decide between the leader and the closest row for which something does, with the command."""
+    if not all(one.covers_seeds for one in found.intervals.values()):
+        return f'To decide, train each row at least {_LEAST_SEEDS} times: {command}.'
+    leader, scores = rows[found.leader].label, {name: group.scores[name] for name in found.intervals}
+    ties = [d for d in found.differences if d.second in found.members]
+    for i, tie in enumerate(ties):
+        planned = plan(scores, tie.value) if tie.value > 0 else None
+        which = rows[tie.second].label + (' and those below it' if i and i < len(ties) - 1 else '')
+        if planned and planned.seeds and planned.seeds <= _MOST_SEEDS:
+            text = f'About {planned.seeds} seeds of each row would distinguish {leader} from {which}: {command}.'
+        elif planned and planned.images and planned.images <= _MOST_TIMES * tie.images:
+            text = f'About {planned.images:,} test images would distinguish {leader} from {which}; now {tie.images:,}.'
+        else:
+            continue
+        closer = f'Less than {_points(tie.value)} needs more than that: choose among those rows by cost.' if i else ''
+        return f'{text} {closer}'.strip()
+    detectable = plan(scores, 1.0).detectable
+    return (
+        f'These seeds and images distinguish rows from {_points(detectable)} on; {_MOST_SEEDS} seeds or '
+        f'{_MOST_TIMES} times as many images would not suffice either. Choose by cost, or train longer: {command}.'
+    )
+
+
+def _conditions(group: ProtocolGroup, seeds: int) -> str:
+    """Such as ``'one seed, 8 images, 30 iterations, no pretraining'``."""
+    content = group.protocol.content if group.protocol else {}
+    images = len(next(iter(group.scores.values()))[0].images)
+    pretraining = content.get('pretraining')
+    parts = [
+        'one seed' if seeds == 1 else f'{seeds} seeds',
+        f'{images:,} test image{"s" * (images != 1)}',
+        dict(linear='linear probe', head='fixed backbone').get(str(content.get('protocol')), ''),
+        next((text for row in group.rows if (text := row.schedule)), ''),
+        f'{content["fraction"]} % of the training images' if content.get('fraction', 100) != 100 else '',
+        'no pretraining' if pretraining in (None, 'none') else f'pretraining {pretraining}',
+    ]
+    return ', '.join(filter(None, parts))
+
+
+def _cheapest(rows: list[ReportRow]) -> list[str]:
+    """Of rows that cannot be told apart, those with the lowest costs."""
+    found: dict[str, list[str]] = {}
+    for key, word in _COSTS.items():
+        known = _comparable(rows[0], rows, key)
+        if len(known) == len(rows):
+            low, *others = sorted(known, key=lambda row: row.figures[key].value or 0.0)
+            if (low.figures[key].value or 0.0) <= _CLEARLY * (others[0].figures[key].value or 0.0):
+                found.setdefault(low.label, []).append(f'{word} ({_cost(low, key)})')
+    return [f'Cheapest of them: {"; ".join(f"{n}, {format_list(w)}" for n, w in found.items())}.'] if found else []
+
+
+def _trades(leader: ReportRow, beaten: list[ReportRow], found: BestGroup) -> list[str]:
+    """The best row that is clearly faster, or else smaller, than the leader, and what it scores less."""
+    less = {d.second: d for d in found.differences}
+    for key, word in dict(milliseconds='Faster', parameters='Smaller').items():
+        for row in _comparable(leader, beaten, key):
+            if (row.figures[key].value or 0.0) <= _CLEARLY * (leader.figures[key].value or 0.0):
+                d = less[row.name]
+                points = _points(d.value, d.low, d.high)
+                return [f'{word}: {row.label}, {_cost(row, key)} instead of {_cost(leader, key)}, for {points} less.']
+    return []
+
+
+def _comparable(like: ReportRow, rows: Iterable[ReportRow], key: str) -> list[ReportRow]:
+    """The rows with a reliable cost, measured as that of the row ``like``."""
+    figure = like.figures[key]
+    if figure.value is None or figure.unreliable:
+        return []
+    costs = ((row, row.figures[key]) for row in rows)
+    return [r for r, c in costs if c.value is not None and not c.unreliable and c.protocol == figure.protocol]
+
+
+def _score(group: ProtocolGroup, row: ReportRow) -> str:
+    name, _, unit = group.title.partition(', ')
+    figure = row.figures['metric']
+    interval = '' if figure.low is None or figure.high is None else f' [{figure.low:.1f}, {figure.high:.1f}]'
+    return f'{name} {figure.value or 0.0:.1f}{f" {unit}" if unit else ""}{interval}'
+
+
+def _cost(row: ReportRow, key: str) -> str:
+    column = BY_KEY[key]
+    value = f'{row.figures[key].value:.3g} {column.unit}'
+    return f'{value} parameters' if key == 'parameters' else value
+
+
+def _points(value: float, low: float | None = None, high: float | None = None) -> str:
+    interval = '' if low is None or high is None else f' [{low:.1f}, {high:.1f}]'
+    return f'{value:.1f}{interval} points'
+
+
+def _rows(count: int) -> str:
+    return 'row' if count == 1 else 'rows'
+
+
+def _are(count: int) -> str:
+    return 'is' if count == 1 else 'are'
