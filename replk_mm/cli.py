@@ -124,6 +124,17 @@ def add_out(p: argparse.ArgumentParser, text: str, required: bool = True) -> Non
     add_overwrite(p)
 
 
+def add_costs(p: argparse.ArgumentParser) -> None:
+    """``--costs``: measurements of another device."""
+    p.add_argument(
+        '--costs',
+        nargs='+',
+        default=[],
+        metavar='FILE',
+        help='speed and memory on another device instead: outputs of tools/benchmark.py --json there, one per network',
+    )
+
+
 def prepare_out(args: argparse.Namespace, *names: str | Path, inputs: Iterable[str | Path] = ()) -> Path:
     """Create the folder of ``--out``, check that these files may be written there, and return it."""
     out = prepare_work_dir(args.out, option='--out')

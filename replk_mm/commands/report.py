@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from replk_mm import cli
+from replk_mm.bench.costs import read_costs
 from replk_mm.bench.report.load import SKIPPED_STATUS, load_report
 from replk_mm.bench.report.render import render_html, render_markdown, render_suite_tables
 from replk_mm.errors import command, printable
@@ -42,8 +43,9 @@ def main() -> int:
         metavar='DIR',
         help='also show images of this data set; repeatable (default: only data in the work dirs themselves)',
     )
+    cli.add_costs(p)
     args = p.parse_args()
-    found = load_report(args.results)
+    found = load_report(args.results, read_costs(args.costs))
     out = cli.prepare_out(args, 'index.html', 'report.md')
     for name, text in (('index.html', render_html(found, args.data_root)), ('report.md', render_markdown(found))):
         write_output(Path(out, name), text)

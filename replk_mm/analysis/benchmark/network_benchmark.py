@@ -34,6 +34,7 @@ from replk_mm.analysis.benchmark.numerical_difference import (
 )
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_to_bfloat16, model_kind
 from replk_mm.analysis.complexity import count_parameters
+from replk_mm.analysis.energy import energy_per_call
 from replk_mm.analysis.timing import Call, print_progress, time_interleaved, trim_heap
 from replk_mm.engine.process import keep_freed_memory
 from replk_mm.errors import UserError, explain_errors, first_line
@@ -173,6 +174,7 @@ class NetworkBenchmark:
         measured = []
         for row in rows:
             difference = row.difference or NumericalDifference()
+            energy = energy_per_call(row.call, case.device) if row.network == OURS else None
             measured.append(
                 dict(
                     name=row.name,
@@ -183,6 +185,7 @@ class NetworkBenchmark:
                     times_as_fast=asdict(timings.speedup(row.name, PLAIN)),
                     samples=timings.milliseconds[row.name],
                     memory_bytes=self._memory(case, row),
+                    joules=energy and energy[0],
                     difference=difference.relative,
                     differing_pixels=difference.pixels,
                     equal=row.difference and difference.within(TOLERANCES[case.mode, row.dtype]),

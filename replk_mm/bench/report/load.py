@@ -17,6 +17,7 @@ from typing import Any
 from replk_mm.analysis.statistics import BestGroup, best_group
 from replk_mm.analysis.timing import MAX_LOAD, MAX_SPREAD
 from replk_mm.bench import records
+from replk_mm.bench.costs import DeviceCost, replace_costs
 from replk_mm.bench.report.tables import (
     BY_KEY,
     COLUMNS,
@@ -261,14 +262,15 @@ def protocol_of(record: Record) -> Mapping[str, Any]:
     return record['protocol']
 
 
-def load_report(paths: Sequence[str | Path]) -> Report:
+def load_report(paths: Sequence[str | Path], costs: Sequence[DeviceCost] = ()) -> Report:
     """Read and arrange results.
 
     Args:
         paths: Work dirs of suites, folders of results, or files.
+        costs: On another device, which replace speed and memory of the rows with these networks.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or a cost is of no row.
     """
     for path in map(Path, paths):
         if not path.exists():
@@ -289,6 +291,7 @@ def load_report(paths: Sequence[str | Path]) -> Report:
             + f'\nName files that a suite has written: {command_line("suite", "SUITE")}'
         )
     by_suite: dict[str, list[Record]] = {}
+    found = replace_costs(found, costs)
     for record in found:
         by_suite.setdefault(record['suite'], []).append(record)
     suites = [_suite(name, part) for name, part in by_suite.items()]

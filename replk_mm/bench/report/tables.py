@@ -285,6 +285,14 @@ COLUMNS = (
         better='higher',
     ),
     Column(
+        'energy',
+        'Energy',
+        'J',
+        'speed',
+        tuple((*form, 'joules') for form in _FORMS),
+        note='Energy is that of one batch, of all CPU packages (RAPL) or the GPU (NVML), their idle power included.',
+    ),
+    Column(
         'memory',
         'Memory',
         'MiB',

@@ -25,6 +25,7 @@ from replk_mm.analysis.benchmark.case import (
 )
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
 from replk_mm.analysis.complexity import build_on_meta, config_complexity, reparameterize_on_meta
+from replk_mm.analysis.energy import energy_per_call
 from replk_mm.analysis.timing import time_interleaved
 from replk_mm.bench import records
 from replk_mm.bench.suites.inputs import (
@@ -36,20 +37,14 @@ from replk_mm.bench.suites.inputs import (
 )
 from replk_mm.bench.suites.progress import add_progress_hook
 from replk_mm.bench.suites.task import Task
-from replk_mm.bench.suites.training import PRIMARY_METRICS, read_curve, train
+from replk_mm.bench.suites.training import PRIMARY_METRICS, describe_machine, read_curve, train
 from replk_mm.bench.suites.worker import Measure, MeasurementResult
 from replk_mm.data.datasets import as_list, datasets_of
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine.evaluate import Evaluation, evaluate
 from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.process import RunOptions, select_device
-from replk_mm.engine.record import (
-    describe_protocol,
-    environment_info,
-    evaluation_record,
-    write_record,
-    write_statistics,
-)
+from replk_mm.engine.record import describe_protocol, evaluation_record, write_record, write_statistics
 from replk_mm.engine.record import environment_info as environment  # noqa: F401 (the worker calls it)
 from replk_mm.errors import UserError
 from replk_mm.ops import prepack
@@ -197,7 +192,7 @@ def complexity(task: Task) -> MeasurementResult:
 
 
 def speed(task: Task) -> MeasurementResult:
-    """Milliseconds of inference, from image to result, before and after reparameterization, timed in turns."""
+    """Milliseconds and joules of inference, from image to result, before and after reparameterization, in turns."""
     case, cfg = _case(task)
     built = build_for_inference(cfg, case.checkpoint, device=case.device, classes=False, packed=False)
     net: Any = built.model
@@ -210,10 +205,10 @@ def speed(task: Task) -> MeasurementResult:
         prepack(each)
     set_input_size(nets.values(), case.shape)
     work = SyntheticBatch(cfg, net, case.batch, case.shape, case.device)
-    found = time_interleaved(
-        {form: work.inference_call(each) for form, each in nets.items()}, repeats=_ROUNDS, seconds=_SECONDS
-    )
-    forms = {}
+    calls = {form: work.inference_call(each) for form, each in nets.items()}
+    found = time_interleaved(calls, repeats=_ROUNDS, seconds=_SECONDS)
+    energy = energy_per_call(calls['reparameterized'], case.device)
+    forms: dict[str, dict[str, Any]] = {}
     for form in nets:
         of = found.summary(form)
         forms[form] = dict(
@@ -223,11 +218,13 @@ def speed(task: Task) -> MeasurementResult:
             throughput=1e3 * case.batch / of.median,
             unreliable=found.problem(form),
         )
+    if energy:
+        forms['reparameterized']['joules'] = energy[0]
     faster = None if merged else asdict(found.speedup('reparameterized', 'training'))
     return MeasurementResult(
         dict(forms=forms, times_as_fast=faster, batch=case.batch),
         _machine(case),
-        dict(rounds=found.rounds, warmup=found.warmup, load=found.load),
+        dict(rounds=found.rounds, warmup=found.warmup, load=found.load, energy=energy and energy[1]),
     )
 
 
@@ -267,16 +264,7 @@ def _case(task: Task) -> tuple[BenchmarkCase, Config]:
 
 
 def _machine(case: BenchmarkCase) -> dict[str, Any]:
-    of = environment_info()
-    return dict(
-        device=of['gpu'] if case.device != 'cpu' else 'cpu',
-        cpu=of['cpu'],
-        threads=case.threads,
-        shape=list(case.shape),
-        batch=case.batch,
-        precision='float32',
-        torch=of['torch'],
-    )
+    return dict(describe_machine(case.device), shape=list(case.shape), batch=case.batch, precision='float32')
 
 
 def erf(task: Task) -> MeasurementResult:

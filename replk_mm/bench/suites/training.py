@@ -23,6 +23,7 @@ from replk_mm.engine.backbone import describe_recipe
 from replk_mm.engine.nonfinite import NonFiniteError
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.process import RunOptions, processes_of, select_device
+from replk_mm.engine.record import environment_info
 from replk_mm.engine.resuming import last_checkpoint
 from replk_mm.errors import UserError
 from replk_mm.text import in_percent
@@ -74,6 +75,7 @@ def train(task: Task) -> MeasurementResult:
     done = records.read_json(folder / 'progress.json')
     iterations = done.get('iteration') or 0
     protocol.update(iterations=iterations, samples_seen=iterations * batch * processes)
+    protocol.update(describe_machine(select_device(task.device)), processes=processes)
     return MeasurementResult(
         dict(seconds=done.get('seconds'), iterations=iterations, samples_seen=protocol['samples_seen']),
         protocol,
@@ -162,7 +164,8 @@ def _train_linear(task: Task) -> MeasurementResult:
     recipe = f'best of {len(settings.learning_rates)} learning rates, {settings.epochs} epochs'
     return MeasurementResult(
         dict(seconds=round(time.monotonic() - started, 3), iterations=steps, samples_seen=settings.epochs * images),
-        dict(batch=settings.batch_size, pretraining=pretraining, precision='float32', recipe=recipe),
+        dict(batch=settings.batch_size, pretraining=pretraining, precision='float32', recipe=recipe)
+        | describe_machine(select_device(task.device)),
         dict(
             notes=notes,
             backbone=cfg.get('catalogue'),
@@ -171,6 +174,12 @@ def _train_linear(task: Task) -> MeasurementResult:
         ),
         dict(work_dir=folder),
     )
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Conditions of a time: device, CPU, threads, version of torch."""
+    of = environment_info()
+    return dict(device=of['gpu'] if device != 'cpu' else 'cpu', **{key: of[key] for key in ('cpu', 'threads', 'torch')})
 
 
 def _pretraining(task: Task, cfg: Config) -> str:

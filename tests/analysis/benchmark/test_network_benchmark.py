@@ -28,6 +28,7 @@ from replk_mm.analysis.benchmark.network_benchmark import BenchmarkSettings, Net
 from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
 from replk_mm.backbones import ConvNeXt
 from replk_mm.backbones.overlock import ResidualDepthwiseConv2d
+from replk_mm.bench import costs
 from replk_mm.engine.inference import reparameterize_checkpoint
 from replk_mm.errors import UserError
 from replk_mm.ops import DepthwiseConv2d
@@ -211,6 +212,9 @@ def test_record_of_a_segmentor(record) -> None:
 
 
 def test_written_record(record, tmp_path) -> None:
+    [cost] = costs.read_costs([report.write_record(record, tmp_path)[1]])
+    ours = row_of(record['points'][0], OURS)
+    assert cost.milliseconds == tuple(ours['milliseconds'].values()) and cost.protocol['shape'] == [32, 32]
     row = {**record['points'][0]['rows'][0], 'memory_bytes': 777 * 2**20}
     assert ' 777 ' in report.format_record({**record, 'points': [{**record['points'][0], 'rows': [row]}]})
     files = report.write_record(record, tmp_path)
