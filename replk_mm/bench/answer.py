@@ -9,7 +9,7 @@ from replk_mm.bench.report.tables import BY_KEY
 from replk_mm.errors import command_line, format_list
 
 #: Costs of a row, and the words for the row with the least.
-_COSTS = dict(milliseconds='fastest', memory='smallest in memory', parameters='smallest')
+_COSTS = dict(milliseconds='fastest', memory='least memory', parameters='smallest')
 #: A cost is lower if it is at most this share of the other.
 _CLEARLY = 0.9
 #: Seeds that are asked for: at least, and at most; and at most this many times the test images.
@@ -194,15 +194,14 @@ def _conditions(group: ProtocolGroup, seeds: int) -> str:
 
 
 def _cheapest(rows: list[ReportRow]) -> list[str]:
-    """Of rows that cannot be told apart, those with the lowest costs."""
-    found: dict[str, list[str]] = {}
+    """Of rows that cannot be told apart, the leader first, those with the lowest costs, where the costs differ."""
+    leader, found = rows[0], []
     for key, word in _COSTS.items():
-        known = _comparable(rows[0], rows, key)
-        if len(known) == len(rows):
-            low, *others = sorted(known, key=lambda row: row.figures[key].value or 0.0)
-            if (low.figures[key].value or 0.0) <= _CLEARLY * (others[0].figures[key].value or 0.0):
-                found.setdefault(low.label, []).append(f'{word} ({_cost(low, key)})')
-    return [f'Cheapest of them: {"; ".join(f"{n}, {format_list(w)}" for n, w in found.items())}.'] if found else []
+        known = sorted(_comparable(leader, rows, key), key=lambda row: row.figures[key].value or 0.0)
+        if len(known) > 1 and (known[0].figures[key].value or 0.0) <= _CLEARLY * (known[-1].figures[key].value or 0.0):
+            more = '' if known[0] is leader else f' instead of {_cost(leader, key)}'
+            found.append(f'{word}: {known[0].label} ({_cost(known[0], key)}{more})')
+    return [f'Of these rows, {"; ".join(found)}.'] if found else []
 
 
 def _trades(leader: ReportRow, beaten: list[ReportRow], found: BestGroup) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from replk_mm import cli
+from replk_mm.bench.answer import answer
 from replk_mm.bench.costs import read_costs
 from replk_mm.bench.report.load import SKIPPED_STATUS, load_report
 from replk_mm.bench.report.render import render_html, render_markdown, render_suite_tables
@@ -50,6 +51,8 @@ def main() -> int:
     for name, text in (('index.html', render_html(found, args.data_root)), ('report.md', render_markdown(found))):
         write_output(Path(out, name), text)
         print(f'written: {Path(out, name)}')
+    for part in found.suites:
+        print(printable(f'{part.name}: {answer(part).text}'))
     for folder in map(str, sorted(found.outside)):
         print(
             f'index.html shows no images of {printable(folder)}, which is outside of the results; if these are your '

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from replk_mm import cli
+from replk_mm.bench.answer import answer
 from replk_mm.bench.report.load import load_report, render_text
 from replk_mm.bench.schema import Suite, read_suite
 from replk_mm.bench.suites import plan
@@ -156,7 +157,8 @@ def _run(suite: Suite, options: plan.SuiteOptions, settings: Settings) -> bool:
     failed = SuiteRunner(settings, environment_info).run(tasks)
     found = load_report([options.work_dir])
     for part in found.suites:
-        print(f'\n{render_text(part)}')
+        again = f'set seeds in {suite.path} and run {command_line("suite", suite.path, "--resume")}'
+        print(f'\n{render_text(part)}\n\n{printable(answer(part, command=again).text)}')
     if failed:
         print(f'\n{len(failed)} failed; --resume tries them again:')
         for task, reason in failed:

@@ -240,10 +240,6 @@ def test_what_is_no_finite_number_is_none(value) -> None:
     assert number(dict(a=dict(b=-2)), 'a', 'b') == -2 and number(dict(a=3), 'a', 'b') is None
 
 
-def memory(row: str, seed: int, size: float) -> dict:
-    return record(row, seed, 'memory', dict(inference_bytes=size * 2**20), protocol=SPEED)
-
-
 # -- intervals of metrics ---------------------------------------------------------------------------------------------
 def test_rows_that_the_data_do_not_distinguish_share_the_mark(tmp_path) -> None:
     quality = dict(a=0.9, b=0.9, c=0.6)
@@ -251,13 +247,13 @@ def test_rows_that_the_data_do_not_distinguish_share_the_mark(tmp_path) -> None:
     report = load_report([write(tmp_path, records)])
     (group,) = report.suites[0].groups
     figures = {row.name: row.figures['metric'] for row in group.rows}
-    assert {name for name, figure in figures.items() if figure.best} == {'a', 'b'}
+    assert {name for name, figure in figures.items() if figure.mark} == {'a', 'b'}
     for figure in figures.values():
         assert figure.value - 5 < figure.low < figure.value < figure.high < figure.value + 5 and not figure.images_only
     worst = figures['c']
     shown = f'{worst.value:.2f} [{worst.low:.2f}, {worst.high:.2f}]'
     page, text = render_html(report), render_markdown(report)
-    assert shown in page and page.count('>best group<') == 2 and 'no interval' not in page.lower()
+    assert shown.replace(', ', ',\u00a0') in page and page.count('>best group<') == 2
     assert f'{worst.value:.2f}' in text and 'Not distinguishable from the best: ' in text
     points, p = {row.name: (points, p) for row, points, _, p in group.differences}['c']
     leader = max(figures.values(), key=lambda figure: figure.value)
@@ -269,7 +265,7 @@ def test_one_seed_says_nothing_about_other_trainings(tmp_path) -> None:
     """However far the rows are apart."""
     report = load_report([write(tmp_path, [counted(tmp_path, 'a', 0, 0.9), counted(tmp_path, 'b', 0, 0.5)])])
     (group,) = report.suites[0].groups
-    assert all(row.figures['metric'].images_only and not row.figures['metric'].best for row in group.rows)
+    assert all(row.figures['metric'].images_only and not row.figures['metric'].mark for row in group.rows)
     assert 'not about other trainings' in render_markdown(report) and 'interval of images only' in render_html(report)
 
 
@@ -329,57 +325,35 @@ def test_few_rows_of_a_protocol_are_compared(tmp_path, monkeypatch) -> None:
 
 
 # -- marks ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    'one, other, best',
-    [
-        ([60.0, 61.0], [50.0, 51.0], ['a']),  # 59.8 .. 61.2 and 49.8 .. 51.2
-        ([60.0, 70.0], [55.0, 66.0], []),  # overlap
-        ([60.0], [50.0, 51.0], []),  # one seed has no spread
-        ([60.0, 61.0], [50.0], []),
-    ],
-)
-def test_best_leads_by_more_than_the_spread(one, other, best, tmp_path) -> None:
-    values = dict(a=one, b=other)
-    rows = rows_of(tmp_path, [memory(name, seed, 90 - v) for name, of in values.items() for seed, v in enumerate(of)])
-    assert [name for name, row in rows.items() if row.figures['memory'].best] == best
+def front_of(rows: dict[str, ReportRow], key: str) -> set[str]:
+    return {name for name, row in rows.items() if row.figures[key].mark == 'front'}
 
 
-def test_a_leader_is_clear_of_every_other_row(tmp_path) -> None:
-    values = dict(a=[60.0, 61.0], b=[60.5, 61.5], c=[10.0, 11.0])
-    rows = rows_of(tmp_path, [memory(name, seed, 90 - v) for name, of in values.items() for seed, v in enumerate(of)])
-    assert not any(row.figures['memory'].best for row in rows.values()), 'a and b overlap'
+@pytest.mark.parametrize('key', ['milliseconds', 'memory', 'training', 'parameters'])
+def test_the_pareto_front_of_each_cost(key, tmp_path) -> None:
+    """Against brute force over all pairs, with equal scores and equal costs among them."""
+    points = dict(a=(50.0, 9), b=(50.0, 8), c=(60.0, 8), d=(60.0, 8), e=(70.0, 30), f=(65.0, 31), g=(10.0, 1))
+    records = []
+    for name, (miou, cost) in points.items():
+        records += [metric(name, 0, miou), speed(name, 0, float(cost)), record(name, 0, 'train', dict(seconds=cost))]
+        records.append(record(name, 0, 'memory', dict(inference_bytes=cost * 2**20), protocol=SPEED))
+        records.append(record(name, 0, 'complexity', dict(merged_parameters=cost)))
+    beaten = {
+        one for one, (x, y) in points.items() for u, v in points.values() if u >= x and v <= y and (u, v) != (x, y)
+    }
+    assert front_of(rows_of(tmp_path, records), key) == set(points) - beaten == {'c', 'd', 'e', 'g'}
+    page = render_html(load_report([tmp_path]))
+    assert page.count(', on the Pareto front') == 4 * 4 and page.count('>front<') == 4 * 4
 
 
-def test_best_time_is_of_one_machine(tmp_path) -> None:
-    other = {**SPEED, 'threads': 64}
-    rows = rows_of(
-        tmp_path,
-        [metric(name, 0, 50.0) for name in 'abc']
-        + [speed('a', 0, 10.0), speed('b', 0, 20.0), speed('c', 0, 1.0, protocol=other)],
-    )
-    assert [name for name, row in rows.items() if row.figures['milliseconds'].best] == ['a']  # c is alone
-    assert rows['c'].figures['milliseconds'].protocol == 'S2'
-    close = rows_of(
-        tmp_path / 'close', [metric(name, 0, 50.0) for name in 'ab'] + [speed('a', 0, 10.0), speed('b', 0, 10.5)]
-    )
-    assert not any(row.figures['milliseconds'].best for row in close.values())
-
-
-@pytest.mark.parametrize(
-    ('key', 'best'), [('milliseconds', 'a'), ('throughput', 'a'), ('memory', 'b'), ('macs', None), ('erf50', None)]
-)
-def test_the_better_end_of_each_column_leads(key, best, tmp_path) -> None:
-    """Row a is the faster one, b the smaller one; more MACs or a larger field are neither better nor worse."""
-    records = [metric(name, seed, 50.0) for name in 'ab' for seed in (0, 1)]
-    for name, ms, size in (('a', 10.0, 9), ('b', 20.0, 5)):
-        for seed in (0, 1):
-            value = size * 2**20 + seed
-            records.append(speed(name, seed, ms + 0.1 * seed))
-            records.append(record(name, seed, 'memory', dict(inference_bytes=value), protocol=SPEED))
-            records.append(record(name, seed, 'complexity', dict(macs=value)))
-            records.append(record(name, seed, 'erf', dict(areas_of_scores={'0.5': dict(side=size)})))
+def test_the_front_of_times_is_of_one_machine(tmp_path) -> None:
+    records = [metric(name, 0, 50.0) for name in 'abc']
+    records += [speed('a', 0, 10.0), speed('b', 0, 20.0), speed('c', 0, 1.0, protocol={**SPEED, 'threads': 64})]
+    for name, cpu in (('a', 'x'), ('b', 'x'), ('c', 'y')):
+        records.append(record(name, 0, 'train', dict(seconds=ord(name)), environment=dict(cpu=cpu)))
     rows = rows_of(tmp_path, records)
-    assert [name for name, row in rows.items() if row.figures[key].best] == ([best] if best else [])
+    assert front_of(rows, 'milliseconds') == front_of(rows, 'training') == {'a'}  # c is alone
+    assert rows['c'].figures['milliseconds'].protocol == 'S2' and rows['c'].figures['training'].protocol == 'T2'
 
 
 @pytest.mark.parametrize(
@@ -394,7 +368,7 @@ def test_the_better_end_of_each_column_leads(key, best, tmp_path) -> None:
     ids=['reliable', 'wide quartiles', 'loaded machine', 'seeds differ', 'twice the deviation'],
 )
 def test_unreliable_times_are_marked_and_not_ranked(times, load, why, tmp_path) -> None:
-    """Such a time is neither the best, nor does it keep another row from being the best; it is in no plot."""
+    """Such a time is neither on the front, nor does it keep another row from it; it is in no plot."""
     records = [metric(name, seed, 50.0 + seed) for name in 'abc' for seed in range(len(times))]
     records += [speed(name, seed, ms) for name, ms in (('b', 50.0), ('c', 90.0)) for seed in range(len(times))]
     for seed, (median, low, high) in enumerate(times):
@@ -404,8 +378,7 @@ def test_unreliable_times_are_marked_and_not_ranked(times, load, why, tmp_path) 
     for key in ('milliseconds', 'throughput'):
         figure = rows['a'].figures[key]
         assert why in figure.unreliable and bool(figure.unreliable) == bool(why) and figure.unreliable in figure.why
-    assert rows['a'].figures['milliseconds'].best == (not why)
-    assert rows['b'].figures['milliseconds'].best == bool(why)
+    assert front_of(rows, 'milliseconds') == ({'b'} if why else {'a'})
     found = load_report([tmp_path])
     text, page = render_markdown(found), render_html(found)
     assert (' ? (' in text) == (' ?</span>' in page) == (' ?' in render_text(found.suites[0])) == bool(why)

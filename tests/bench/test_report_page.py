@@ -105,7 +105,7 @@ def test_page_needs_nothing_else_and_hangs_together(page) -> None:
     ]
     assert all(len(given['alt']) > 5 for tag, given in elements if tag == 'img' and given.get('class') != 'sample')
     plotted = [given for tag, given in elements if given.get('class') == 'plot']
-    assert len(plotted) == 6 and 'RepLKNet made up, 31x31: Time, ms 24.1' in plotted[0]['alt']
+    assert len(plotted) == 7 and 'RepLKNet made up, 31x31: Time, ms 24.1' in plotted[0]['alt']
     assert all(given['srcset'].startswith('data:image/') for tag, given in elements if tag == 'source')
 
 

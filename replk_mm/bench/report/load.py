@@ -53,10 +53,9 @@ GROUP = (
     'are not distinguishable from its best (Holm-adjusted p above 0.05), where others are. The method: '
     'docs/statistics.md.'
 )
-RANKING = (
-    '"Best" marks the leader of a time, speed or memory among rows of one protocol, and only where both it and every '
-    'other row there have a spread and the ranges do not overlap: mean plus and minus one standard deviation over '
-    'seeds, or the quartiles of a time if there is one seed.'
+FRONT = (
+    '"Front" marks the Pareto front of the metric against a cost: no row of the protocol has as high a metric for '
+    'less. It compares the figures as they are, without their intervals.'
 )
 UNRELIABLE = (
     f'A time with "?" is not reliable and not ranked: other processes used more than {MAX_LOAD:.0%} of the CPUs, or '
@@ -104,6 +103,15 @@ class ReportRow:
                 share = f', {100 * iterations / float(whole[1]):.0f} % of the schedule' if whole else ''
                 return f'{iterations:,.0f} iterations{share}'
         return ''
+
+    @property
+    def recipe(self) -> str:
+        """How it was trained: the length, and the recipe."""
+        recipes = (r['protocol'].get('recipe') for r in self.of('metric'))
+        found = next((r for r in recipes if r), '')
+        if isinstance(found, Mapping):
+            found = f'{found.get("origin")} recipe, learning rate {found.get("lr")}'
+        return '; '.join(filter(None, (self.schedule, clean(found, 80))))
 
     def of(self, measurement: str) -> list[Record]:
         """Its records of a measurement that is done, by seed."""
@@ -153,6 +161,12 @@ class ProtocolGroup:
         return f'Protocol {self.name} ({self.title}): {self.protocol.summary}'
 
     @property
+    def recipe(self) -> str:
+        """How its rows were trained; ``''`` if they differ."""
+        found = {row.recipe for row in self.rows}
+        return found.pop() if len(found) == 1 else ''
+
+    @property
     def differences(self) -> list[tuple[ReportRow, str, str, str]]:
         """Rows with what they lack to the leader: points, their interval, and the adjusted p-value."""
         rows, metric = {row.name: row for row in self.rows}, BY_KEY['metric']
@@ -192,17 +206,22 @@ class SuiteReport:
     def columns(self) -> list[Column]:
         """The columns that have figures, or reasons why a requested measurement has none."""
         found = {c: [row.figures[c.key] for row in self.rows] for c in COLUMNS}
+        filled = {c.key: c.measurement for c, of in found.items() if any(f.value is not None for f in of)}
+        if 'difference' not in filled:
+            filled.pop('published', None)
         return [
             c
             for c, figures in found.items()
-            if any(f.value is not None or c.measurement and f.why not in ('', NOT_MEASURED) for f in figures)
+            if c.key in filled
+            or c.measurement not in ('', *filled.values())
+            and any(f.why not in ('', NOT_MEASURED) for f in figures)
         ]
 
     @property
     def notes(self) -> list[str]:
         """Remarks on the columns and the marks."""
         columns = self.columns
-        ranked = [RANKING] * any(c.better and c.key != 'metric' for c in columns)
+        ranked = [FRONT] * any(c.cost for c in columns)
         timed = [UNRELIABLE] * any(c.measurement == 'speed' for c in columns)
         return [GROUP, *ranked, *timed, *(c.note for c in columns if c.note), SEVERAL_SEEDS]
 
@@ -256,9 +275,11 @@ class Report:
 
 
 def protocol_of(record: Record) -> Mapping[str, Any]:
-    """A record's protocol; of the metric with its name and unit, since different metrics are not ranked together."""
+    """A record's protocol, with the metric's name and unit; of the time of a training, the machine."""
     if record['measurement'] == 'metric' and record['status'] == 'done':
         return {**record['protocol'], 'metric': ', '.join(filter(None, primary_metric(record)))}
+    if record['measurement'] == 'train':
+        return {key: record['environment'].get(key) for key in ('cpu', 'gpu', 'threads')}
     return record['protocol']
 
 
@@ -315,7 +336,7 @@ def _suite(name: str, found: Sequence[Record]) -> SuiteReport:
     names = name_protocols('metric', [protocol_of(record) for record in metrics if record])
     protocols = {'metric': names}
     for measurement in dict.fromkeys(c.measurement for c in COLUMNS if c.measurement not in ('', 'metric')):
-        of_rows = name_protocols(measurement, [r['protocol'] for row in entries for r in row.of(measurement)])
+        of_rows = name_protocols(measurement, [protocol_of(r) for row in entries for r in row.of(measurement)])
         if of_rows:
             protocols[measurement] = of_rows
     groups = [ProtocolGroup(protocol, '', '', []) for protocol in [*names.values(), None]]
@@ -333,8 +354,8 @@ def _suite(name: str, found: Sequence[Record]) -> SuiteReport:
     for group in groups:
         group.rows.sort(key=lambda row: (row.figures['metric'].value is None, -(row.figures['metric'].value or 0.0)))
         for column in COLUMNS:
-            for leader in _leaders(column, group.rows):
-                leader.figures[column.key] = replace(leader.figures[column.key], best=True)
+            for row in pareto_front(column, group.rows) if column.cost else ():
+                row.figures[column.key] = replace(row.figures[column.key], mark='front')
     for group in groups[:MOST_GROUPS]:
         _compare(group)
     suite = SuiteReport(
@@ -363,22 +384,16 @@ def _rows(found: Iterable[Record]) -> list[ReportRow]:
 
 def _figure(column: Column, row: ReportRow, protocols: Mapping[str, Protocol]) -> Figure:
     """The mean over the seeds that were measured under the most frequent protocol; the others are named."""
-    kinds: dict[str, list[tuple[Record, tuple]]] = {}
+    kinds: dict[str, list[tuple[Record, float]]] = {}
     for record in row.of(column.measurement):
         found = value_of(column, record)
-        if found[0] is not None:
+        if found is not None:
             kinds.setdefault(protocol_key(protocol_of(record)), []).append((record, found))
     if not kinds:
         return Figure(why=_absence(column, row))
     key = max(kinds, key=lambda k: len(kinds[k]))
-    values = [found for _, found in kinds[key]]
-    numbers = [value for value, _, _ in values]
-    mean, deviation = statistics.fmean(numbers), None
-    if len(numbers) == 1:
-        low, high = values[0][1:]
-    else:
-        deviation = statistics.stdev(numbers)
-        low, high = (None, None) if column.key == 'metric' else (mean - deviation, mean + deviation)
+    numbers = [value for _, value in kinds[key]]
+    mean, deviation = statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
     why = [
         f'seed {r["seed"]} was measured under protocol {protocols[kind].name} and is left out'
         for kind, part in kinds.items()
@@ -392,7 +407,7 @@ def _figure(column: Column, row: ReportRow, protocols: Mapping[str, Protocol]) -
         problems.append(f'the seeds have a standard deviation of {deviation / mean:.0%}')
     unreliable = f'not ranked: {"; ".join(problems)}' if problems else ''
     why += [unreliable] if unreliable else []
-    return Figure(mean, deviation, len(numbers), '; '.join(why), protocols[key].name, low, high, unreliable=unreliable)
+    return Figure(mean, deviation, len(numbers), '; '.join(why), protocols[key].name, unreliable=unreliable)
 
 
 def _absence(column: Column, row: ReportRow) -> str:
@@ -406,21 +421,19 @@ def _absence(column: Column, row: ReportRow) -> str:
     return 'not recorded yet' if column.measurement in _requested(row.records) else NOT_MEASURED
 
 
-def _leaders(column: Column, rows: Sequence[ReportRow]) -> list[ReportRow]:
-    """The best row of each protocol of a column, where its spread overlaps no other's; see :data:`RANKING`."""
-    sign = {'higher': 1.0, 'lower': -1.0}.get(column.better, 0.0)
-    by_protocol: dict[str, list[tuple[float, list[float], ReportRow]]] = {}
-    for row in rows if sign and column.key != 'metric' else ():
-        figure = row.figures[column.key]
-        if figure.value is not None and not figure.unreliable:
-            ends = sorted(sign * end for end in (figure.low, figure.high) if end is not None)
-            by_protocol.setdefault(figure.protocol, []).append((sign * figure.value, ends, row))
-    found = []
-    for members in by_protocol.values():
-        best, *others = sorted(members, key=lambda member: -member[0])
-        if others and best[1] and all(ends and ends[1] < best[1][0] for _, ends, _ in others):
-            found.append(best[2])
-    return found
+def pareto_front(column: Column, rows: Sequence[ReportRow]) -> list[ReportRow]:
+    """The rows of each protocol of a cost that no other row beats in metric and cost; none of a single row."""
+    by_protocol: dict[str, list[tuple[float, float, ReportRow]]] = {}
+    for row in rows:
+        metric, cost = row.figures['metric'].value, row.figures[column.key]
+        if metric is not None and cost.value is not None and not cost.unreliable:
+            by_protocol.setdefault(cost.protocol, []).append((-metric, cost.value, row))
+    return [
+        row
+        for members in by_protocol.values()
+        for loss, cost, row in members
+        if len(members) > 1 and not any(x <= loss and y <= cost and (x, y) != (loss, cost) for x, y, _ in members)
+    ]
 
 
 def _compare(group: ProtocolGroup) -> None:
@@ -450,7 +463,7 @@ def _compare(group: ProtocolGroup) -> None:
             row.figures['metric'],
             low=found.low,
             high=found.high,
-            best=distinguished and row.name in compared.members,
+            mark='best group' if distinguished and row.name in compared.members else '',
             images_only=not found.covers_seeds,
         )
     if len(scores) > 1:
@@ -484,7 +497,7 @@ def read_scores(record: Record) -> PerImageScores:
         found = PerImageScores.load(content)
     except UserError as error:
         raise ValueError(f'{path} is damaged') from error
-    if not abs(found.score()[0] - (value_of(BY_KEY['metric'], record)[0] or 0.0)) < 1e-6:
+    if not abs(found.score()[0] - (value_of(BY_KEY['metric'], record) or 0.0)) < 1e-6:
         raise ValueError(f'{path} has another {name} than the record')
     return found
 

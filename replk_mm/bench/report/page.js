@@ -35,7 +35,8 @@ for (const table of document.querySelectorAll('table.results')) {
 
 const openTarget = () => {
   const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
-  if (target instanceof HTMLDetailsElement) target.open = true;
+  const part = target && target.closest('details');
+  if (part) part.open = true;
 };
 addEventListener('hashchange', openTarget);
 openTarget();

@@ -60,7 +60,7 @@ _DARK = _style('#e6e9ed', '#a4adb8', '#3b444f', '#6bb8f0', '#ff9a5c', '#45cfa0',
 
 @dataclass(frozen=True)
 class Point:
-    """A row in a scatter plot: its number and label, where it is, and the ends of its interval in y."""
+    """A row in a scatter plot: number, label, place, ends of its interval in y, and whether it is on the front."""
 
     number: int
     label: str
@@ -68,6 +68,7 @@ class Point:
     y: float
     low: float | None = None
     high: float | None = None
+    front: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,22 @@ class Line:
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> Markup:
-    """Rows as markers with their numbers, which the legend explains, and their intervals as bars."""
+    """Rows as markers with their numbers, which the legend explains, and intervals as bars; the front as a line."""
     xs = [point.x for point in points]
 
     def draw() -> Figure:
         figure, axes = make_axes(x_title, y_title)
         use_logarithm(axes, xs)
+        front = sorted((point.x, point.y) for point in points if point.front)
+        if front:
+            axes.step(*zip(*front, strict=True), where='post', color=axes.yaxis.label.get_color(), lw=1.2, zorder=1)
         for point in points:
             style: dict[str, Any] = dict(color=colour_of(point.number), ls='')
             if point.low is not None and point.high is not None:
                 bar = [[max(0.0, point.y - point.low)], [max(0.0, point.high - point.y)]]
                 axes.errorbar(point.x, point.y, bar, elinewidth=1.8, capsize=4, capthick=1.8, **style)
-            axes.plot([point.x], [point.y], marker_of(point.number), ms=10, mew=1.8, clip_on=False, **style)
+            face = 'none' if front and not point.front else None
+            axes.plot([point.x], [point.y], marker_of(point.number), ms=10, mew=1.8, mfc=face, clip_on=False, **style)
             axes.annotate(str(point.number), (point.x, point.y), (10, 0), textcoords='offset points', va='center')
         _limit(axes, min(p.y if p.low is None else p.low for p in points))
         if axes.get_xscale() == 'linear' and min(xs) >= 0:
@@ -101,6 +106,7 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, title: str) -> 
     texts = [
         f'{p.label}: {x_title} {p.x:.4g}, {y_title} {p.y:.4g}'
         + (f' [{p.low:.4g}, {p.high:.4g}]' if p.low is not None and p.high is not None else '')
+        + ', on the Pareto front' * p.front
         for p in points
     ]
     return _image(draw, '; '.join([f'{title}: {y_title} against {x_title}', *texts]))

@@ -11,12 +11,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from replk_mm.bench.answer import Limits, answer
 from replk_mm.bench.report import pictures, plots
 from replk_mm.bench.report.gallery import open_gallery
-from replk_mm.bench.report.load import Record, Report, ReportRow, SuiteReport
+from replk_mm.bench.report.load import ProtocolGroup, Record, Report, ReportRow, SuiteReport
 from replk_mm.bench.report.pictures import MOST_ROWS, Album
 from replk_mm.bench.report.tables import (
-    BY_KEY,
+    COLUMNS,
     FIGURE_NAMES,
     METRIC_TITLES,
     NOT_MEASURED,
@@ -27,13 +28,13 @@ from replk_mm.bench.report.tables import (
     number,
     protocol_key,
 )
-from replk_mm.text import clean, markdown_text
+from replk_mm.text import clean, in_percent, markdown_text
 
 _HERE = Path(__file__).parent
-#: Columns that the metric is plotted against.
-_AGAINST = ('milliseconds', 'macs', 'parameters')
 #: Points of a curve before neighbours are averaged; plots of a section, protocols with examples.
 _MOST_POINTS, MOST_PLOTS = 120, 24
+#: Classes of a table.
+MOST_CLASSES = 1000
 
 
 class Notes(dict[str, int]):
@@ -44,8 +45,11 @@ class Notes(dict[str, int]):
         return self.setdefault(text, len(self) + 1)
 
 
-def render_html(report: Report, data_roots: Iterable[str | Path] = ()) -> str:
-    """The HTML page, with images of the data in work dirs and in ``data_roots``; fills ``report.outside``."""
+def render_html(report: Report, data_roots: Iterable[str | Path] = (), limits: Limits | None = None) -> str:
+    """The HTML page, with images of the data in work dirs and in ``data_roots``; fills ``report.outside``.
+
+    The answer on top is restricted to rows within ``limits``.
+    """
     album = Album(data_roots)
     style, script = (Markup((_HERE / name).read_text(encoding='utf-8')) for name in ('page.css', 'page.js'))
     text = (
@@ -57,7 +61,10 @@ def render_html(report: Report, data_roots: Iterable[str | Path] = ()) -> str:
             style=style,
             script=script,
             hash=_hash,
-            plots=lambda suite: islice(_plots(suite), MOST_PLOTS),
+            answer=lambda suite: answer(suite, limits),
+            plots=lambda suite, first: islice(_plots(suite, first), MOST_PLOTS),
+            classes=_classes,
+            MOST_ROWS=MOST_ROWS,
             curves=lambda suite: islice(_curves(suite), MOST_PLOTS),
             MOST_PLOTS=MOST_PLOTS,
             sample=plots.sample,
@@ -72,9 +79,9 @@ def render_html(report: Report, data_roots: Iterable[str | Path] = ()) -> str:
     return text
 
 
-def render_markdown(report: Report) -> str:
+def render_markdown(report: Report, limits: Limits | None = None) -> str:
     """The text of the Markdown file: everything but plots and pictures."""
-    return _markdown().get_template('report.md.j2').render(report=report)
+    return _markdown().get_template('report.md.j2').render(report=report, answer=lambda suite: answer(suite, limits))
 
 
 def render_suite_tables(suite: SuiteReport) -> str:
@@ -118,7 +125,7 @@ def _markdown_cell(suite: SuiteReport, column: Column, figure: Figure, notes: No
         return Markup(f'–{mark}')
     text = column.shown(figure) + (f' (n = {figure.count})' if column.key == 'metric' else '')
     text = markdown_text(f'{text} {figure.protocol}' if suite.shows_protocol(column) else text)
-    return Markup(f'**{text}**{mark}' if figure.best else f'{text}{mark}')
+    return Markup(f'**{text}**{mark}' if figure.mark else f'{text}{mark}')
 
 
 def _hash(text: str) -> str:
@@ -126,32 +133,50 @@ def _hash(text: str) -> str:
 
 
 # -- plots and pictures -----------------------------------------------------------------------------------------------
-def _plots(suite: SuiteReport) -> Iterator[dict[str, Any]]:
-    """The metric against time, MACs and parameters: a plot for each pair of protocols."""
-    for group in suite.groups:
-        for column in map(BY_KEY.__getitem__, _AGAINST):
+def _plots(suite: SuiteReport, first: ProtocolGroup | None) -> Iterator[dict[str, Any]]:
+    """The metric against each cost, with the Pareto front: a plot for each pair of protocols; ``first`` comes first."""
+    for group in sorted(suite.groups, key=lambda group: group is not first):
+        for column in (c for c in COLUMNS if c.cost):
             by_protocol: dict[str, list[ReportRow]] = {}
             for row in group.rows if group.protocol else ():
                 cost_figure = row.figures[column.key]
                 if None not in (row.figures['metric'].value, cost_figure.value) and not cost_figure.unreliable:
-                    by_protocol.setdefault(row.figures[column.key].protocol, []).append(row)
+                    by_protocol.setdefault(cost_figure.protocol, []).append(row)
             for name, rows in by_protocol.items():
+                if len(rows) < 2:
+                    continue
                 shown = rows[:MOST_ROWS]
                 points = [
-                    plots.Point(row.number, row.label, x.value or 0.0, y.value or 0.0, y.low, y.high)
+                    plots.Point(row.number, row.label, x.value or 0.0, y.value or 0.0, y.low, y.high, bool(x.mark))
                     for row in shown
                     for x, y in [(row.figures[column.key], row.figures['metric'])]
                 ]
                 cost = column.title if column.key == 'macs' else column.title.lower()
                 title = f'{group.title.partition(",")[0]} against {cost}'
+                front = '; filled, on the line: Pareto front' if any(p.front for p in points) else ''
                 how = '; bars: 95 % confidence intervals' if any(p.low is not None for p in points) else ''
                 yield dict(
                     title=title,
                     rows=shown,
                     lines=False,
-                    caption=f'Protocol {group.name}, {name}{how}.{_left_out(rows)}',
+                    caption=f'Protocol {group.name}, {name}{front}{how}.{_left_out(rows)}',
                     svg=plots.scatter(points, f'{column.title}, {column.unit}', group.title, title),
                 )
+
+
+def _classes(group: ProtocolGroup) -> tuple[str, list[tuple[str, str, list[str]]]]:
+    """The figure of classes, and of each class its name, its share of pixels or objects, and the figure of each row."""
+    of_rows = [[r['values'].get('per_class') for r in row.of('metric')] for row in group.rows[:MOST_ROWS]]
+    first = next((of for seeds in of_rows for of in seeds if isinstance(of, Mapping) and of), {})
+    segmentation = any(number(of, 'IoU') is not None for of in first.values())
+    figure, size = ('IoU', 'pixels') if segmentation else (group.metric.removeprefix('coco/'), 'instances')
+    sizes = {name: number(of, size) or 0.0 for name, of in first.items()}
+    found = []
+    for name in sorted(sizes, key=lambda name: -sizes[name])[:MOST_CLASSES]:
+        values = [[v for of in seeds if (v := number(of, name, figure)) is not None] for seeds in of_rows]
+        texts = [f'{in_percent(figure, statistics.fmean(of)):.1f}' if of else '–' for of in values]
+        found.append((name, f'{100 * sizes[name] / max(sum(sizes.values()), 1):.1f} %', texts))
+    return METRIC_TITLES.get(group.metric, figure), found
 
 
 def _curves(suite: SuiteReport) -> Iterator[dict[str, Any]]:

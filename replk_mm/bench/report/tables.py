@@ -61,7 +61,7 @@ def number(node: Any, *place: str) -> float | None:
 #: Maximum length of a value in a difference, in characters.
 _QUOTED = 100
 #: Prefix of the protocols of a measurement; the metric's are A, B ...
-_LETTERS = dict(complexity='C', speed='S', memory='M', erf='E', shape_bias='B', robustness='R', curve='L')
+_LETTERS = dict(complexity='C', speed='S', memory='M', train='T', erf='E', shape_bias='B', robustness='R', curve='L')
 #: Entries of the metric's protocol that the heading of its group names.
 _SUMMARY = (
     *('protocol', 'fraction', 'task', 'data', 'crop', 'mode', 'tta', 'iterations', 'batch'),
@@ -176,10 +176,10 @@ class Figure:
         count: Seeds that it is the mean of; 0 for a quoted one.
         why: Why it is missing, or a remark.
         protocol: Name of its protocol.
-        low: Lower end of a metric's confidence interval, or of a spread; None if that is unknown.
+        low: Lower end of a metric's confidence interval; None if that is unknown.
         high: Upper end.
-        best: Whether it leads the rows of its protocol by more than the spread; of a metric, whether it is not
-            distinguishable from the best, unlike some other row.
+        mark: ``'best group'`` of a metric that is not distinguishable from the best, unlike some other row's;
+            ``'front'`` of a cost below which no row has as high a metric.
         images_only: Whether the interval does not cover other training seeds.
         unreliable: Why it is not ranked: the machine was loaded, or the times spread too much.
     """
@@ -191,7 +191,7 @@ class Figure:
     protocol: str = ''
     low: float | None = None
     high: float | None = None
-    best: bool = False
+    mark: str = ''
     images_only: bool = False
     unreliable: str = ''
 
@@ -208,8 +208,7 @@ class Column:
         paths: Places in a record's ``values``, of which the first that is there counts.
         scale: Factor of the values.
         digits: After the point.
-        better: ``'higher'``, ``'lower'``, or '' where no row is the best.
-        range: Places of the lower and the upper quartile, if there are.
+        cost: Whether the metric is plotted against it, with the Pareto front.
         note: A remark on all of its values.
     """
 
@@ -220,8 +219,7 @@ class Column:
     paths: tuple[tuple[str, ...], ...] = ()
     scale: float = 1.0
     digits: int = 2
-    better: str = ''
-    range: tuple[str, str] | None = None
+    cost: bool = False
     note: str = ''
 
     def text(self, value: float) -> str:
@@ -242,27 +240,7 @@ class Column:
 
 _FORMS = (('forms', 'reparameterized'), ('forms', 'training'))
 COLUMNS = (
-    Column('metric', 'Metric', '', 'metric', better='higher'),
-    Column(
-        'published', 'Published', '', '', digits=1, note='Published figures are quoted from the papers, not measured.'
-    ),
-    Column(
-        'difference',
-        'Difference',
-        'points',
-        '',
-        note='Difference: measured minus published, in points, and only where both are of the same data.',
-    ),
-    Column(
-        'parameters',
-        'Parameters',
-        'M',
-        'complexity',
-        (('merged_parameters',), ('inference_parameters',)),
-        1e-6,
-        note='Parameters and MACs are of the network as it is deployed: no auxiliary heads, and merged if it can be.',
-    ),
-    Column('macs', 'MACs', 'G', 'complexity', (('merged_macs',), ('macs',)), 1e-9),
+    Column('metric', 'Metric', '', 'metric'),
     Column(
         'milliseconds',
         'Time',
@@ -270,26 +248,18 @@ COLUMNS = (
         'speed',
         tuple((*form, 'median_ms') for form in _FORMS),
         digits=1,
-        better='lower',
-        range=('low_ms', 'high_ms'),
+        cost=True,
         note='Time is the median of one batch, of the merged network where there is something to merge; images per '
         'second refer to it.',
     ),
-    Column(
-        'throughput',
-        'Speed',
-        'images/s',
-        'speed',
-        tuple((*form, 'throughput') for form in _FORMS),
-        digits=1,
-        better='higher',
-    ),
+    Column('throughput', 'Speed', 'images/s', 'speed', tuple((*form, 'throughput') for form in _FORMS), digits=1),
     Column(
         'energy',
         'Energy',
         'J',
         'speed',
         tuple((*form, 'joules') for form in _FORMS),
+        cost=True,
         note='Energy is that of one batch, of all CPU packages (RAPL) or the GPU (NVML), their idle power included.',
     ),
     Column(
@@ -300,8 +270,39 @@ COLUMNS = (
         (('inference_bytes',),),
         2.0**-20,
         1,
-        better='lower',
+        cost=True,
         note='Memory is the peak of inference beyond the loaded network.',
+    ),
+    Column(
+        'parameters',
+        'Parameters',
+        'M',
+        'complexity',
+        (('merged_parameters',), ('inference_parameters',)),
+        1e-6,
+        cost=True,
+        note='Parameters and MACs are of the network as it is deployed: no auxiliary heads, and merged if it can be.',
+    ),
+    Column('macs', 'MACs', 'G', 'complexity', (('merged_macs',), ('macs',)), 1e-9, cost=True),
+    Column(
+        'training',
+        'Training',
+        's',
+        'train',
+        (('seconds',),),
+        digits=0,
+        cost=True,
+        note='Training is the time of one seed, with whatever else ran on the machine.',
+    ),
+    Column(
+        'published', 'Published', '', '', digits=1, note='Published figures are quoted from the papers, not measured.'
+    ),
+    Column(
+        'difference',
+        'Difference',
+        'points',
+        '',
+        note='Difference: measured minus published, in points, and only where both are of the same data.',
     ),
     Column(
         'erf50',
@@ -336,15 +337,11 @@ COLUMNS = (
 BY_KEY = {column.key: column for column in COLUMNS}
 
 
-def value_of(column: Column, record: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
-    """A record's value of a column and its quartiles; None for missing ones."""
-    values = record['values']
-    for path in (('metrics', primary_metric(record)[0]),) if column.key == 'metric' else column.paths:
-        found = number(values, *path)
-        if found is not None:
-            low, high = (number(values, *path[:-1], end) for end in column.range) if column.range else (None, None)
-            return found * column.scale, low, high
-    return None, None, None
+def value_of(column: Column, record: Mapping[str, Any]) -> float | None:
+    """A record's value of a column; None if it is missing."""
+    paths = (('metrics', primary_metric(record)[0]),) if column.key == 'metric' else column.paths
+    found = (number(record['values'], *path) for path in paths)
+    return next((value * column.scale for value in found if value is not None), None)
 
 
 def timing_problem(column: Column, record: Mapping[str, Any]) -> str:
