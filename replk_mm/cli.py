@@ -10,6 +10,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from replk_mm.checkpoints.loading import RESIZE_KERNELS
+from replk_mm.data.subsets import FRACTIONS
 from replk_mm.engine.process import RunOptions, prepare_work_dir
 from replk_mm.errors import command_line, printable
 from replk_mm.files import check_outputs
@@ -111,6 +112,13 @@ def add_run_arguments(p: argparse.ArgumentParser, distributed: bool = True) -> N
 def add_pretrained(p: argparse.ArgumentParser) -> None:
     """Initial weights."""
     p.add_argument('--pretrained', metavar='FILE', help="initial weights of the backbone, or 'none' for random weights")
+
+
+def add_fraction(p: argparse.ArgumentParser) -> None:
+    """A part of the training images."""
+    p.add_argument(
+        '--fraction', type=int, choices=FRACTIONS, default=100, help='percentage of the training images; see --seed'
+    )
 
 
 def add_overwrite(p: argparse.ArgumentParser) -> None:

@@ -17,9 +17,12 @@ def main() -> None:
     p.add_argument('config', help='config of a segmentor; a linear layer replaces its heads')
     cli.add_run_arguments(p, distributed=False)
     cli.add_pretrained(p)
-    p.add_argument('--overwrite', action='store_true', help='replace files of others in the work dir')
+    cli.add_fraction(p)
+    cli.add_overwrite(p)
     p.add_argument('--features', choices=['last', 'all'], default='all', help='feature maps to use (default: all)')
-    p.add_argument('--learning-rates', nargs='+', type=float, metavar='LR', help='to try on a part of the images')
+    p.add_argument(
+        '--learning-rates', nargs='+', type=float, metavar='LR', help='to try (default: 4 from 0.001 to 0.03)'
+    )
     p.add_argument('--epochs', type=cli.positive_int, metavar='N', help='default: 50')
     p.add_argument('--seed', type=cli.seed, metavar='N', help='random seed (default: 0)')
     p.add_argument('--cache', type=Path, metavar='DIR', help='folder for features (default: work_dirs/features)')

@@ -6,7 +6,6 @@ from pathlib import Path
 from mmengine.dist import get_rank
 
 from replk_mm import cli
-from replk_mm.data.subsets import FRACTIONS
 from replk_mm.engine.config import load_config
 from replk_mm.engine.prepare import prepare_training
 from replk_mm.engine.train import train
@@ -35,9 +34,7 @@ def main() -> None:
     p.add_argument(
         '--freeze-backbone', action='store_true', help='train the heads only, on the features of a fixed backbone'
     )
-    p.add_argument(
-        '--fraction', type=int, choices=FRACTIONS, default=100, help='percentage of the training images; see --seed'
-    )
+    cli.add_fraction(p)
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
     p.add_argument('--seed', type=cli.seed, metavar='N', help='random seed (default: drawn and recorded)')
     p.add_argument(

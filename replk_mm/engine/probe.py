@@ -36,7 +36,7 @@ from replk_mm.backbones.catalogue import measure_features
 from replk_mm.checkpoints.io import save_checkpoint
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.datasets import as_list, datasets_of
-from replk_mm.data.subsets import KEPT, nested_subsets
+from replk_mm.data.subsets import KEPT, nested_subsets, use_subset
 from replk_mm.data.transforms import check_loading
 from replk_mm.engine.backbone import backbone_notes, task_of
 from replk_mm.engine.config import build_model, fit_to_machine
@@ -127,6 +127,8 @@ def prepare_probe(cfg: Config, options: RunOptions, features: str = 'all') -> li
     notes = backbone_notes(cfg) + weights_to_start_from(cfg, options)
     use_linear_head(cfg, features)
     notes += prepare_data(cfg, options, ('train', 'test'))
+    if options.fraction != 100:
+        notes += use_subset(cfg, options.fraction, options.seed or 0)
     for key in _ONLY_FOR_TRAINING:
         cfg.pop(key, None)
     notes += fit_to_machine(cfg, None, device, 1)
@@ -184,8 +186,8 @@ def probe(cfg: Config, notes: list[str], settings: ProbeSettings, device: str = 
         if rates[0] in (min(scores), max(scores)):
             announce('note: the best rate is the first or last one; try further ones with --learning-rates')
     trained, epoch = fit(range(count), rates)
-    times = f'{seconds * count / epoch:.0f} times as fast as computing the features' if seconds else ''
-    announce(f'trained: {settings.epochs} epochs of {count} images, {format_duration(epoch)} each {times}'.strip())
+    times = f', {seconds * count / epoch:.0f} times as fast as computing the features' if seconds else ''
+    announce(f'trained: {settings.epochs} epochs of {count} images, {format_duration(epoch)} each{times}')
     model.decode_head.bn.load_state_dict(trained.bn.state_dict())
     model.decode_head.conv_seg.load_state_dict(trained.convs[0].state_dict())
     record = dict(

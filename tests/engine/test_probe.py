@@ -102,6 +102,18 @@ def test_the_choice_scores_images_that_the_tries_have_not_seen(tiny, tmp_path, m
         run(tiny, tmp_path, learning_rates=[1e-1, 1e-2], options={'train_dataloader.dataset.indices': 1})
 
 
+def test_a_fraction_has_the_images_that_fine_tuning_has(tiny, tmp_path):
+    chosen = []
+    for seed in range(3):
+        given = dict(fraction=25, seed=seed)
+        prepare_probe(cfg := tiny.cfg(), tiny.options(tmp_path / 'probe', **given))
+        other, _ = tiny.prepare(tmp_path / 'train', **given)
+        chosen.append(cfg.train_dataloader.dataset.indices)
+        assert chosen[-1] == other.train_dataloader.dataset.indices
+        assert len(chosen[-1]) == cfg.training_images.datasets[0].images < 4
+    assert len({*map(tuple, chosen)}) > 1  # the seed decides
+
+
 def test_an_interrupted_run_continues_with_the_features_in_the_cache(tiny, done, tmp_path, monkeypatch):
     write, written = module.write_atomic, []
 

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from replk_mm.bench.suites.progress import add_progress_hook
 from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.worker import MeasurementResult
 from replk_mm.data.datasets import as_list, crop_of
-from replk_mm.data.subsets import use_subset
 from replk_mm.engine import train as engine
 from replk_mm.engine.backbone import describe_recipe
 from replk_mm.engine.nonfinite import NonFiniteError
@@ -151,10 +151,8 @@ def _train_linear(task: Task) -> MeasurementResult:
     folder, row = task.folder / 'train', task.row
     cfg, weights = load_task_config(task), row.pretrained_of(task.seed)
     options = RunOptions(task.data_root, work_dir=str(folder), pretrained=weights, device=task.device, overwrite=True)
-    notes = prepare_probe(cfg, options)
+    notes = prepare_probe(cfg, replace(options, fraction=row.fraction, seed=task.seed))
     pretraining = _pretraining(task, cfg)
-    if row.fraction != 100:
-        notes += use_subset(cfg, row.fraction, task.seed)
     rates: dict[str, Any] = dict(learning_rates=row.learning_rates) if row.learning_rates else {}
     settings = ProbeSettings(seed=task.seed, cache=task.work_dir / 'features', **rates)
     started = time.monotonic()
