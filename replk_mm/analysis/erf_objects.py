@@ -32,7 +32,7 @@ def find_objects(labels: np.ndarray, predicted: np.ndarray) -> Iterator[dict[str
     The center is the pixel farthest from the border of the region. The IoU is that with the predicted regions of the
     class that touch the object, without the other objects of the class.
     """
-    for label in np.unique(labels[labels != IGNORE_INDEX]):
+    for label in np.unique(labels[known := labels != IGNORE_INDEX]):
         of_class = labels == label
         regions = cv2.connectedComponents((predicted == label).astype(np.uint8))[1]
         count, objects = cv2.connectedComponents(of_class.astype(np.uint8))
@@ -41,7 +41,7 @@ def find_objects(labels: np.ndarray, predicted: np.ndarray) -> Iterator[dict[str
                 touching = np.isin(regions, np.setdiff1d(regions[mask], 0))
                 depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
                 center = np.unravel_index(depth[1:-1, 1:-1].argmax(), mask.shape)
-                iou = float((mask & touching).sum() / (mask | touching & ~of_class).sum())
+                iou = float((mask & touching).sum() / (mask | touching & ~of_class & known).sum())
                 yield dict(label=int(label), area=area, center=np.array(center), iou=iou)
 
 

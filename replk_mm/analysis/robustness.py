@@ -109,10 +109,11 @@ def measure_robustness(
     metric, found, notes = _test(copy.deepcopy(cfg), checkpoint, options, conditions, settings)
     scores = {condition: _Mean([counts]) for condition, counts in zip(conditions, found, strict=True)}
     clean, corrupted = scores[Condition()], [of for condition, of in scores.items() if condition.severity]
-    values: dict[str, Any] = dict(metric=metric, images=len(clean.images), clean=_interval(clean), corruptions={})
-    for name in settings.corruptions:
-        of = {str(severity): _interval(scores[Condition(name, severity)]) for severity in settings.severities}
-        values['corruptions'][name] = of
+    values: dict[str, Any] = dict(metric=metric, images=len(clean.images), clean=_interval(clean))
+    values['corruptions'] = {
+        name: {str(severity): _interval(scores[Condition(name, severity)]) for severity in settings.severities}
+        for name in settings.corruptions
+    }
     if corrupted:
         values['mean_under_corruption'] = _interval(_Mean(corrupted))
         values['relative'] = _interval(_Mean(corrupted, clean))
@@ -169,8 +170,8 @@ def _test(
             metric, scores = counts[0]
             found.append(scores)
             name = f'size x {condition.scale:g}' if condition.scale != 1 else condition.corruption
-            score = f'{metric} {scores.score()[0]:.2f}'
-            announce(f'{i}/{len(conditions)}  {name} {condition.severity or ""}: {score}'.replace(' :', ':'))
+            name += f' {condition.severity}' * bool(condition.severity)
+            announce(f'{i}/{len(conditions)}  {name}: {metric} {scores.score()[0]:.2f}')
     return metric, found, notes
 
 
@@ -182,7 +183,9 @@ def _choose_images(loader: Any, settings: RobustnessSettings) -> None:
     if settings.images < sum(sizes):
         chosen = np.sort(np.random.default_rng(settings.seed).choice(sum(sizes), settings.images, replace=False))
         for dataset, size, end in zip(datasets, sizes, np.cumsum(sizes), strict=True):
-            dataset['indices'] = [int(i - end + size) for i in chosen if end - size <= i < end]
+            places = of if isinstance(of := dataset.get('indices'), Sequence) else range(size)
+            dataset['serialize_data'] = False  # mmengine cannot serialize a part without images
+            dataset['indices'] = [int(places[i - end + size]) for i in chosen if end - size <= i < end]
 
 
 def _change(steps: Sequence[Any], condition: Condition, seed: int) -> Iterator[Any]:
@@ -205,14 +208,14 @@ def _change(steps: Sequence[Any], condition: Condition, seed: int) -> Iterator[A
 
 def draw_profile(values: Mapping[str, Any]) -> Figure:
     """Draw the metric by corruption and severity, colored by its share of the clean one, and by test size."""
-    rows, clean = values['corruptions'], values['clean']['value'] or math.nan
+    rows, clean = values['corruptions'], np.float64(values['clean']['value'])  # NaN for None
     severities = list(next(iter(rows.values()), {}))
     cells = np.array([[rows[name][s]['value'] for s in severities] for name in rows] or [[]], float)
     figure = Figure(figsize=(6.4, max(2.6, 1.3 + 0.26 * len(rows))), layout='constrained')
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     if rows:
-        left.imshow(100 * cells / clean, cmap='viridis', vmin=0, vmax=100, aspect='auto')
+        left.imshow(100 * cells / (clean or math.nan), cmap='viridis', vmin=0, vmax=100, aspect='auto')
     for (y, x), value in np.ndenumerate(cells):
         color = 'black' if value > 0.6 * clean else 'white'
         left.text(x, y, f'{value:.1f}', ha='center', va='center', fontsize=8, color=color)
@@ -221,12 +224,11 @@ def draw_profile(values: Mapping[str, Any]) -> Figure:
     left.set_xlabel('severity (colors: share of clean)')
     sizes = sorted((float(size), found) for size, found in values['sizes'].items())
     for x, found in sizes:
-        right.vlines(x, found['low'] or math.nan, found['high'] or math.nan, color='#0072B2')
+        right.vlines(x, np.float64(found['low']), np.float64(found['high']), color='#0072B2')
     right.plot([x for x, _ in sizes], [found['value'] for _, found in sizes], marker='o', color='#0072B2')
     right.set(xlabel='test size, factor (lines: 95 % interval)', ylabel=values['metric'])
     words = [f'{values["metric"]} of {values["images"]} images: clean {clean:.1f}']
-    for name, text in (('mean_under_corruption', 'corrupted {:.1f}'), ('relative', '{:.0f} % of clean')):
-        words += [text.format(values[name]['value'] or math.nan)] if name in values else []
-    words += [f'other data {values["shifted"]["value"] or math.nan:.1f}'] if 'shifted' in values else []
+    texts = dict(mean_under_corruption='corrupted {:.1f}', relative='{:.0f} % of clean', shifted='other data {:.1f}')
+    words += [text.format(np.float64(values[name]['value'])) for name, text in texts.items() if name in values]
     figure.suptitle(', '.join(words), fontsize=9)
     return figure

@@ -274,9 +274,7 @@ def _named_row(backbone: str) -> dict:
 
 
 def _with_defaults(row: dict, defaults: dict) -> dict:
-    if (
-        any(key in row for key in _BUDGETS) or row.get('protocol') == 'linear'
-    ):  # a row's budget replaces that of the defaults
+    if any(key in row for key in _BUDGETS) or row.get('protocol') == 'linear':  # replaces the budget of the defaults
         defaults = {key: value for key, value in defaults.items() if key not in _BUDGETS}
     merged = {'label': row.get('name'), **defaults, **row}
     common, own = defaults.get('options'), row.get('options')

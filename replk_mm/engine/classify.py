@@ -62,7 +62,7 @@ def train_classifier(
     """Train a classifier; continue after the last epoch of an earlier call with the same arguments.
 
     ``out/backbone.pth`` then has the weights of the backbone, for ``--pretrained`` and ``build_backbone``. A resumed
-    training repeats an uninterrupted one bit by bit, unless workers load the images.
+    training on a CPU repeats an uninterrupted one bit by bit, unless workers load the images.
 
     Args:
         model: With its initial weights; changed in place.

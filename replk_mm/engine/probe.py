@@ -56,6 +56,8 @@ from replk_mm.text import format_duration
 OUTPUTS = ('linear.py', 'linear.pth', 'probe.json')
 _WEIGHT_DECAY = 1e-4
 _GIB = 2**30
+#: Names of files of features. Others in the folder, such as weights, are not ours to remove.
+_CACHED = f'{"[0-9a-f]" * 32}.safetensors'
 _ONLY_FOR_TRAINING = ('train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr')
 
 #: Features ``(channels, cells)`` of an image, and pixels of each class, ``(cells, classes)``.
@@ -176,7 +178,7 @@ def probe(cfg: Config, notes: list[str], settings: ProbeSettings, device: str = 
         present = np.stack([(labels.sum(0) > 0).numpy() for _, labels in read(range(count))])
         share = min(KEPT, 100 * (count - 1) // count)  # at least one image is held out
         tried = nested_subsets(present, (share, 100), settings.seed)[0].tolist()
-        held = [i for i in range(count) if i not in tried]
+        held = [i for i in np.setdiff1d(range(count), tried).tolist() if present[i].any()]
         if not held or not tried:
             raise UserError(f'--learning-rates: {count} training images are too few to choose a rate\nGive only one.')
         scores = dict(zip(rates, _mean_iou(fit(tried, rates)[0], read(held), device), strict=True))
@@ -215,8 +217,11 @@ def _training_images(cfg: Config) -> Any:
         raise UserError(f'{cfg.filename}: test_dataloader.dataset.pipeline loads no labels\nAdd LoadAnnotations.')
     for leaf in datasets_of(cfg, ('train',)):
         leaf.pipeline = copy.deepcopy(pipeline)
+    config = cfg.train_dataloader.dataset
+    while 'dataset' in config:  # repetitions of an image would be held out and trained on
+        config = config.dataset
     with explain_build_errors(cfg, 'train_dataloader'):
-        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+        dataset = DATASETS.build(config)
     check_loading(dataset, cfg.model.decode_head.num_classes)
     return dataset
 
@@ -260,9 +265,9 @@ def _cache_paths(cfg: Config, model: Any, dataset: Any, folder: Path) -> list[Pa
 def _fill_cache(paths: Sequence[Path], read: Reader, settings: ProbeSettings) -> float | None:
     """Compute and write the features that are not in the cache; returns the seconds of an image."""
     folder = prepare_work_dir(paths[0].parent, option='--cache')
-    for path in folder.glob('*.safetensors') if settings.clear_cache else ():
+    for path in folder.glob(_CACHED) if settings.clear_cache else ():
         path.unlink()
-    used = sum(path.stat().st_size for path in folder.glob('*.safetensors'))
+    used = sum(path.stat().st_size for path in folder.glob(_CACHED))
     missing = [index for path, index in {path: i for i, path in enumerate(paths)}.items() if not path.is_file()]
     if not missing:
         announce(f'features: all {len(paths)} images are in {folder}')

@@ -25,11 +25,13 @@ def test_objects_of_a_label_map_by_hand():
     predicted[5:15, 5:10] = 0  # half of the first
     predicted[5:15, 15:20] = 1  # joins both
     predicted[55:60, 0:60] = 1  # touches neither
+    predicted[36:46, 35:46] = 2  # without a label
     found = {(o['label'], o['area']): o for o in find_objects(labels, predicted)}
     assert found.keys() == {(0, 60 * 60 - 25 - 210 - 441), (1, 100), (1, 110), (2, 441 - 121)}
     # Intersection 50; union the square and the bridge, without the other square.
     assert found[1, 100]['iou'] == pytest.approx(50 / 150) and found[1, 110]['iou'] == pytest.approx(110 / 160)
     assert tuple(found[1, 110]['center']) in {(r, c) for r in (9, 10) for c in range(24, 27)}
+    assert found[2, 320]['iou'] == 1
     row, column = found[2, 320]['center']
     assert labels[row, column] == 2, 'the center of a ring is in the ring'
     assert min(abs(row - 40), abs(column - 40)) <= 10 and max(abs(row - 40), abs(column - 40)) == 8

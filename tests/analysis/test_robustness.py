@@ -95,16 +95,30 @@ def test_unknown_settings(wrong, fragment):
 
 
 def test_images_are_a_seeded_choice_over_all_data_sets(monkeypatch):
-    monkeypatch.setattr(robustness, 'DATASETS', SimpleNamespace(build=lambda cfg: range(cfg['count'])))
+    built = SimpleNamespace(build=lambda cfg: cfg.get('indices') or range(cfg['count']))
+    monkeypatch.setattr(robustness, 'DATASETS', built)
     found = []
     for seed in (0, 0, 1):
-        parts = [dict(type='A', count=30), dict(type='B', count=10)]
+        parts = [dict(type='A', count=30), dict(type='B', count=90, indices=list(range(80, 90)))]
         loader = dict(dataset=dict(type='ConcatDataset', datasets=parts))
         robustness._choose_images(loader, RobustnessSettings(images=20, seed=seed))
         found.append([part['indices'] for part in loader['dataset']['datasets']])
-        assert sum(map(len, found[-1])) == 20
-        assert all(i in range(part['count']) for part in parts for i in part['indices'])
+        assert sum(len(set(indices)) for indices in found[-1]) == 20
+        assert set(found[-1][0]) <= set(range(30)) and set(found[-1][1]) <= set(range(80, 90))
     assert found[0] == found[1] != found[2]
+
+
+def test_a_profile_draws_zeros():
+    zero, clean = dict(value=0.0, low=0.0, high=4.0), dict(value=30.0, low=20.0, high=None)
+    values = dict(metric='mIoU', images=9, clean=clean, corruptions=dict(fog={'1': zero, '5': dict(zero, value=None)}))
+    values |= dict(sizes={'1': clean, '2': zero}, mean_under_corruption=zero, relative=zero, shifted=zero)
+    figure = robustness.draw_profile(values)
+    assert figure.get_suptitle().endswith('clean 30.0, corrupted 0.0, 0 % of clean, other data 0.0')
+    left, right = figure.axes
+    assert [text.get_text() for text in left.texts] == ['0.0', 'nan']
+    segments = [line.get_segments()[0].tolist() for line in right.collections]
+    assert segments == [[], [[2.0, 0.0], [2.0, 4.0]]]
+    robustness.draw_profile(values | dict(clean=zero))
 
 
 # -- trained networks -------------------------------------------------------------------------------------------------

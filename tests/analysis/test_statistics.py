@@ -124,6 +124,17 @@ def test_difference_is_the_paired_t_test(rng):
     assert (mirrored.low, mirrored.high, mirrored.p) == pytest.approx((-found.high, -found.low, found.p))
 
 
+def test_a_p_value_is_that_of_the_interval_that_ends_at_zero(rng):
+    """Also of a metric whose bias moves the interval."""
+    counts = rng.gamma(0.5, 1, (2, 9, 2, 3))
+    counts[:, :, 1] += counts[:, :, 0]
+    a, b = ([Counts(names(9), x)] for x in counts)
+    found = paired_difference(a, b)
+    assert abs((found.low + found.high) / 2 - found.value) > 0.05
+    ends = paired_difference(a, b, 1 - found.p)
+    assert min(abs(ends.low), abs(ends.high)) < 1e-6
+
+
 def test_difference_without_images_is_the_t_test():
     a, b = [40.0, 41.0, 42.0], [37.5, 38.5, 39.5]  # equal deviations: nothing to choose between own and pooled
     found = paired_difference(constant(*a), constant(*b))

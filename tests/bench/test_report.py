@@ -261,6 +261,14 @@ def test_rows_that_the_data_do_not_distinguish_share_the_mark(tmp_path) -> None:
     assert shown in render_text(report.suites[0])
 
 
+@pytest.mark.parametrize('old', [False, True])
+def test_a_row_without_counts_is_not_called_worse(old, tmp_path) -> None:
+    records = [counted(tmp_path, row, seed, of) for row, of in dict(a=0.9, b=0.6).items() for seed in (0, 1, 2)]
+    records += [metric('old', 0, 99.0)] * old
+    (group,) = load_report([write(tmp_path, records)]).suites[0].groups
+    assert group.remarks[0] == f'a is better than every other row {"with an interval" if old else "here"}.'
+
+
 def test_one_seed_says_nothing_about_other_trainings(tmp_path) -> None:
     """However far the rows are apart."""
     report = load_report([write(tmp_path, [counted(tmp_path, 'a', 0, 0.9), counted(tmp_path, 'b', 0, 0.5)])])

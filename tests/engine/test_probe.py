@@ -16,6 +16,7 @@ from replk_mm.backbones import RepLKNet
 from replk_mm.engine import probe as module
 from replk_mm.engine.probe import ProbeSettings, prepare_probe, probe
 from replk_mm.errors import UserError
+from replk_mm.heads.linear import LinearHead
 
 # ruff: noqa: F811 (fixtures that come from another file)
 DROP_PATH = {'model.backbone.drop_path_rate': 0.9}
@@ -100,6 +101,20 @@ def test_the_choice_scores_images_that_the_tries_have_not_seen(tiny, tmp_path, m
     assert final == [[0, 1, 2, 3]] * 2
     with pytest.raises(UserError, match='too few'):
         run(tiny, tmp_path, learning_rates=[1e-1, 1e-2], options={'train_dataloader.dataset.indices': 1})
+    reads.clear()
+    repeated = dict(type='RepeatDataset', times=3, dataset=tiny.cfg().train_dataloader.dataset, _delete_=True)
+    assert run(tiny, tmp_path, options={'train_dataloader.dataset': repeated}).record['images'] == 4
+    assert sorted(reads[0]) == [0, 1, 2, 3]
+
+
+def test_images_without_labels_choose_nothing(tiny, tmp_path):
+    shutil.copytree(tiny.data, tmp_path / 'data')
+    *_, last = sorted((tmp_path / 'data/annotations/training').iterdir())
+    cv2.imwrite(str(last), 0 * cv2.imread(str(last), cv2.IMREAD_UNCHANGED))
+    cfg = tiny.cfg({'train_dataloader.dataset.indices': [0, 3]})
+    notes = prepare_probe(cfg, tiny.options(tmp_path / 'x', data_root=str(tmp_path / 'data')))
+    with pytest.raises(UserError, match='too few'):
+        probe(cfg, notes, ProbeSettings([1e-1, 1e-2], cache=None))
 
 
 def test_a_fraction_has_the_images_that_fine_tuning_has(tiny, tmp_path):
@@ -135,7 +150,7 @@ def test_an_interrupted_run_continues_with_the_features_in_the_cache(tiny, done,
     assert first.record['seconds_per_image'] > 0 and again.record['seconds_per_image'] is None
 
 
-def test_names_of_features_have_all_that_they_depend_on(tiny, tmp_path):
+def test_names_of_features_have_all_that_they_depend_on(tiny, tmp_path, monkeypatch):
     cfg = tiny.cfg(DROP_PATH)
     data = Path(shutil.copytree(tiny.data, tmp_path / 'data'))
     prepare_probe(cfg, tiny.options(tmp_path / 'x', data_root=str(data)))
@@ -155,17 +170,24 @@ def test_names_of_features_have_all_that_they_depend_on(tiny, tmp_path):
     ):
         change()
         found.append(names())
-    assert len({row[1] for row in found}) == 6 and found[-1][0] == found[-2][0]
+    assert found[-1][0] == found[-2][0]
+    info = dataset.get_data_info
+    for changed in (dict(label_map={0: 1}), dict(reduce_zero_label=False)):
+        monkeypatch.setattr(dataset, 'get_data_info', lambda i, changed=changed: {**info(i), **changed})
+        found.append(names())
+    assert len({row[1] for row in found}) == 8
 
 
 def test_clearing_the_cache_and_damaged_files(tiny, done, tmp_path):
     folder = tmp_path / 'cache'
     folder.mkdir()
-    for name in ('old.safetensors', 'notes.txt'):
+    old, mine = f'{0:032}.safetensors', 'backbone.safetensors'
+    for name in (old, mine):
         (folder / name).write_text('x')
     run(tiny, tmp_path, clear_cache=True)
-    assert len([*folder.glob('*.safetensors')]) == 4 and (folder / 'notes.txt').exists()
-    next(folder.glob('*.safetensors')).write_bytes(b'x')
+    (folder / mine).unlink()  # other files stay
+    assert len([*folder.iterdir()]) == 4 and not (folder / old).exists()
+    next(folder.iterdir()).write_bytes(b'x')
     with pytest.raises(UserError, match=r'not readable.*\n.*--clear-cache'):
         run(tiny, tmp_path)
 
@@ -187,6 +209,36 @@ def test_labels_of_padded_images_stay_at_their_pixels(tiny, tmp_path):
     [(features, counts)] = module._extract(model, module._training_images(cfg), 0, [0])
     assert features.shape == (64, 9) and counts.shape == (9, 8)
     assert (counts.sum(1) > 0).tolist() == [True, True, False] * 2 + [False] * 3
+
+
+def random_cells(*cells: int, classes: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Features of three channels, and pixels of all classes but the last."""
+    counts = [torch.randint(0, 5, (n, classes)) * (torch.arange(classes) < classes - 1) for n in cells]
+    return [(torch.randn(3, n), count.int()) for n, count in zip(cells, counts, strict=True)]
+
+
+def test_miou_of_the_hold_out_by_a_count_of_pixels():
+    layers, cells = module._Layers(LinearHead([3], 4, [0]), 2).eval(), random_cells(6, 30)
+    for conv in layers.convs:
+        torch.nn.init.normal_(conv.weight)
+    for conv, found in zip(layers.convs, module._mean_iou(layers, cells, 'cpu'), strict=True):
+        pairs = [
+            (truth, int((conv.weight[:, :, 0, 0] @ features[:, i] / (1 + 1e-5) ** 0.5 + conv.bias).argmax()))
+            for features, counts in cells
+            for i in range(len(counts))
+            for truth in range(4)
+            for _ in range(counts[i, truth])
+        ]
+        iou = [pairs.count((k, k)) / sum(k in pair for pair in pairs) for k in range(3)]
+        assert found == pytest.approx(100 * sum(iou) / 3)
+
+
+def test_the_rate_falls_along_a_cosine():
+    """With one gradient, a step of Adam moves a weight by the rate; that of the second of two is half the first."""
+    head, [cell] = LinearHead([3], 4, [0]), random_cells(50)
+    layers, _ = module._fit(head, lambda images: iter([cell]), ProbeSettings(epochs=2), 'cpu', [0], [1e-4, 1e-5])
+    for conv, rate in zip(layers.convs, (1e-4, 1e-5), strict=True):
+        assert (conv.weight - head.conv_seg.weight).abs().max().item() == pytest.approx(1.5 * rate, rel=0.02)
 
 
 @pytest.mark.slow

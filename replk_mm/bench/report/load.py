@@ -476,7 +476,8 @@ def _compare(group: ProtocolGroup) -> None:
     elif group.comparison:
         members = [row.label for row in measured if row.name in compared.members]
         which = f'Not distinguishable from the best: {format_list(members, len(members))}.'
-        group.remarks.insert(0, which if len(members) > 1 else f'{members[0]} is better than every other row here.')
+        others = 'here' if len(scores) == len(measured) else 'with an interval'
+        group.remarks.insert(0, which if len(members) > 1 else f'{members[0]} is better than every other row {others}.')
 
 
 def read_scores(record: Record) -> PerImageScores:
