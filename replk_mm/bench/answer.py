@@ -85,14 +85,14 @@ def answer(suite: SuiteReport, limits: Limits | None = None, command: str = '') 
     if not measured:
         return Answer('Not decided: no row has a score yet.', (f'To decide: {command}.',))
     group, rows = max(measured, key=lambda found: _weight(*found))
-    left_out = {row.label: problem for row in rows if (problem := limits.problem(row))}
-    rows = [row for row in rows if row.label not in left_out]
+    left_out = [f'{row.label} ({problem})' for row in rows if (problem := limits.problem(row))]
+    rows = [row for row in rows if not limits.problem(row)]
     remarks = []
     if left_out:
-        remarks.append(f'Beyond your limits: {format_list([f"{n} ({why})" for n, why in left_out.items()])}.')
-    others = sum(len(part) for other, part in measured if other is not group)
+        remarks.append(f'Beyond your limits: {format_list(left_out)}.')
+    others = [_summary(other, part) for other, part in measured if other is not group]
     if others:
-        remarks.append(f'{others} {_rows(others)} trained or tested in another way {_are(others)} not compared.')
+        remarks.append(f'Rows of other protocols are not compared with these; the best there: {"; ".join(others)}.')
     if not rows:
         return Answer('No row is within your limits.', tuple(remarks), None, (), group)
     if len(rows) == 1:
@@ -113,6 +113,12 @@ def _weight(group: ProtocolGroup, rows: list[ReportRow]) -> tuple[bool, bool, fl
     return len(rows) > 1, not fixed, share if isinstance(share, (int, float)) else 0, len(rows)
 
 
+def _summary(group: ProtocolGroup, rows: list[ReportRow]) -> str:
+    """A protocol and its best group."""
+    members = [row.label for row in rows if row.figures['metric'].mark]
+    return f'{group.name}, {format_list(members, 3) or "undecided"}'
+
+
 def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ...], command: str) -> Answer:
     scores = {row.name: group.scores[row.name] for row in rows if row.name in group.scores}
     by_name = {row.name: row for row in rows}
@@ -129,7 +135,8 @@ def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ..
     leader, *ties = (by_name[name] for name in found.members)
     beaten = [by_name[d.second] for d in found.differences if d.second not in found.members]
     seeds = min(len(row) for row in scores.values())
-    conditions = _conditions(group, seeds)
+    images = len(next(iter(scores.values()))[0].images)
+    conditions = f'{"one seed" if seeds == 1 else f"{seeds} seeds"}, {images:,} test images, {group.conditions}'
     needed = _needed(found, group, by_name, command)
     if not all(one.covers_seeds for one in found.intervals.values()):
         verdict = f'Not decided: {conditions}.'
@@ -150,7 +157,8 @@ def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ..
         behind = next(d for d in found.differences if d.second == beaten[0].name)
         lead = f'{beaten[0].label} is next, {_points(behind.value, behind.low, behind.high)} behind.'
         sentences = (lead, *_trades(leader, beaten, found), *remarks)
-    return Answer(verdict, (*sentences, f'Conditions: {conditions}.'), leader.name, found.members, group)
+    valid = f'This is for {conditions}; other data or a longer training may change it.'
+    return Answer(verdict, (*sentences, valid), leader.name, found.members, group)
 
 
 def _needed(found: BestGroup, group: ProtocolGroup, rows: Mapping[str, ReportRow], command: str) -> str:
@@ -177,22 +185,6 @@ def _needed(found: BestGroup, group: ProtocolGroup, rows: Mapping[str, ReportRow
     )
 
 
-def _conditions(group: ProtocolGroup, seeds: int) -> str:
-    """Such as ``'one seed, 8 images, 30 iterations, no pretraining'``."""
-    content = group.protocol.content if group.protocol else {}
-    images = len(next(iter(group.scores.values()))[0].images)
-    pretraining = content.get('pretraining')
-    parts = [
-        'one seed' if seeds == 1 else f'{seeds} seeds',
-        f'{images:,} test image{"s" * (images != 1)}',
-        dict(linear='linear probe', head='fixed backbone').get(str(content.get('protocol')), ''),
-        next((text for row in group.rows if (text := row.schedule)), ''),
-        f'{content["fraction"]} % of the training images' if content.get('fraction', 100) != 100 else '',
-        'no pretraining' if pretraining in (None, 'none') else f'pretraining {pretraining}',
-    ]
-    return ', '.join(filter(None, parts))
-
-
 def _cheapest(rows: list[ReportRow]) -> list[str]:
     """Of rows that cannot be told apart, the leader first, those with the lowest costs, where the costs differ."""
     leader, found = rows[0], []
@@ -201,7 +193,7 @@ def _cheapest(rows: list[ReportRow]) -> list[str]:
         if len(known) > 1 and (known[0].figures[key].value or 0.0) <= _CLEARLY * (known[-1].figures[key].value or 0.0):
             more = '' if known[0] is leader else f' instead of {_cost(leader, key)}'
             found.append(f'{word}: {known[0].label} ({_cost(known[0], key)}{more})')
-    return [f'Of these rows, {"; ".join(found)}.'] if found else []
+    return [f'By cost, {"; ".join(found)}.'] if found else []
 
 
 def _trades(leader: ReportRow, beaten: list[ReportRow], found: BestGroup) -> list[str]:
@@ -245,7 +237,3 @@ def _points(value: float, low: float | None = None, high: float | None = None) -
 
 def _rows(count: int) -> str:
     return 'row' if count == 1 else 'rows'
-
-
-def _are(count: int) -> str:
-    return 'is' if count == 1 else 'are'

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import numpy as np
-from report_records import counted, write
+import pytest
+from report_records import PROTOCOL, SPEED, counted, metric, record, speed, write
 
 from replk_mm.analysis.statistics import Plan
-from replk_mm.bench.answer import Answer, answer
-from replk_mm.bench.report.load import load_report
+from replk_mm.bench.answer import Answer, Limits, answer
+from replk_mm.bench.report.load import SuiteReport, load_report
+from replk_mm.bench.report.render import render_html, render_markdown
 
-ROWS = ('a', 'b', 'c', 'd')
+ROWS = ('a', 'b', 'c')
 
 
 def answered(folder: Path, records: list[dict], **options) -> Answer:
@@ -17,7 +19,7 @@ def answered(folder: Path, records: list[dict], **options) -> Answer:
 
 
 def simulated(folder: Path, winner: str | None) -> list[Answer]:
-    """Answers of 20 tables: with a winner 0.1 ahead in the share of right pixels, or with four equal rows."""
+    """Answers of 20 tables: with a winner 0.1 ahead in the share of right pixels, or with three equal rows."""
     found = []
     for i in range(20):
         name = f'{winner}{i}'
@@ -43,5 +45,103 @@ def test_planted_ties_cannot_be_told_apart(tmp_path, monkeypatch) -> None:
     """A 95 % family-wise level allows one wrong winner in 20 tables of equal rows."""
     monkeypatch.setattr('replk_mm.bench.answer.plan', lambda scores, points: Plan(seeds=5, images=9, detectable=1.0))
     found = simulated(tmp_path, None)
-    tied = [one for one in found if one.take is None and 'the 4 rows cannot be told apart' in one.verdict]
+    tied = [one for one in found if one.take is None and 'the 3 rows cannot be told apart' in one.verdict]
     assert len(tied) >= 19 and all(set(one.candidates) == set(ROWS) for one in tied)
+
+
+def priced(folder: Path, rows: dict[str, tuple[float, float]], seeds: int = 3, **changes) -> SuiteReport:
+    """Rows with the share of right pixels, and a cost: ten times as many milliseconds, MiB and million parameters."""
+    records = []
+    for row, (quality, cost) in rows.items():
+        records += [counted(folder, row, seed, quality, 20, **changes) for seed in range(seeds)]
+        records += [
+            speed(row, 0, 10 * cost),
+            record(row, 0, 'memory', dict(inference_bytes=10 * cost * 2**20), protocol=SPEED),
+            record(row, 0, 'complexity', dict(merged_parameters=10e6 * cost)),
+        ]
+    return load_report([write(folder, records)]).suites[0]
+
+
+def test_one_seed_decides_nothing(tmp_path) -> None:
+    found = answer(priced(tmp_path, dict(a=(0.9, 1), b=(0.5, 1)), seeds=1), command='run X')
+    assert found.take is None and found.candidates == ('a', 'b')
+    assert found.verdict == 'Not decided: one seed, 20 test images, no pretraining.'
+    assert 'a has the highest score, mIoU ' in found.text and 'at least 3 times: run X.' in found.text
+
+
+def test_cheaper_rows_of_the_best_group(tmp_path) -> None:
+    found = answer(priced(tmp_path, dict(a=(0.9, 3), b=(0.898, 2), c=(0.5, 1))), command='run X')
+    assert found.take == found.candidates[0] and set(found.candidates) == {'a', 'b'}
+    leader, other = found.candidates
+    assert f'Not distinguishable from it: {other}. The other 1 row scores less.' in found.text
+    assert 'fastest: b (20 ms' in found.text and 'least memory: b (20 MiB' in found.text
+    assert 'smallest: b (20 M parameters' in found.text and ' c (' not in found.text
+    assert f'would distinguish {leader} from {other}' in found.text or 'Choose by cost' in found.text
+
+
+def test_a_faster_row_beyond_the_best_group_and_what_it_costs(tmp_path) -> None:
+    suite = priced(tmp_path, dict(a=(0.9, 3), b=(0.8, 2.9), c=(0.7, 1)))
+    found = answer(suite)
+    lost = {d.second: d.value for d in suite.groups[0].comparison.differences}
+    assert found.take == 'a' and f'b is next, {lost["b"]:.1f} [' in found.text
+    assert f'Faster: c, 10 ms instead of 30 ms, for {lost["c"]:.1f} [' in found.text
+
+
+@pytest.mark.parametrize(
+    ('limits', 'take', 'said'),
+    [
+        (dict(max_latency=25.0), 'b', 'Beyond your limits: a (30 ms).'),
+        (dict(max_memory=25.0), 'b', 'Beyond your limits: a (30 MiB).'),
+        (dict(max_params=15.0), 'c', 'c: it is the only row within your limits (mIoU '),
+        (dict(max_latency=1.0), None, 'No row is within your limits.'),
+        (dict(excluded=dict(a='licence CC-BY-NC-4.0')), 'b', 'Beyond your limits: a (licence CC-BY-NC-4.0).'),
+        ({}, 'a', 'Take a: mIoU '),
+    ],
+    ids=str,
+)
+def test_limits(limits, take, said, tmp_path) -> None:
+    """Rows beyond the limits are left out before the others are compared."""
+    found = answer(priced(tmp_path, dict(a=(0.9, 3), b=(0.8, 2), c=(0.7, 1))), Limits(**limits))
+    assert found.take == take and said in found.text
+    assert take is None or found.candidates == (take,)
+
+
+def test_a_cost_that_was_not_measured_is_beyond_a_limit(tmp_path) -> None:
+    suite = load_report([write(tmp_path, [counted(tmp_path, 'a', seed, 0.9, 20) for seed in range(2)])]).suites[0]
+    assert 'a (time not measured)' in answer(suite, Limits(max_latency=9.0)).text
+    assert answer(suite).verdict.startswith('Not decided: only a has a score')
+
+
+def test_whole_networks_count_before_probes_and_more_rows(tmp_path) -> None:
+    """And the best rows of the other protocols are named."""
+    records = [
+        counted(tmp_path, f'{row}{end}', seed, quality, 20, protocol={**PROTOCOL, **protocol})
+        for end, protocol in (('', {}), ('-probe', dict(protocol='linear')), ('-few', dict(fraction=10)))
+        for row, quality in (('a', 0.9), ('b', 0.7), ('c', 0.6))[: 3 if end else 2]
+        for seed in range(3)
+    ]
+    found = answer(load_report([write(tmp_path, records)]).suites[0])
+    assert found.take == 'a' and found.candidates == ('a',)
+    assert 'the best there: ' in found.text and 'a-probe' in found.text and 'a-few' in found.text
+
+
+@pytest.mark.parametrize(
+    ('records', 'said'),
+    [
+        ([record('a', 0, 'train', {}, status='failed', reason='NaN')], 'Not decided: no row has a score yet.'),
+        ([metric(row, seed, 50.0) for row in 'ab' for seed in (0, 1)], 'Not decided: the scores have no intervals'),
+    ],
+    ids=['failed', 'older records'],
+)
+def test_without_intervals_nothing_is_decided(records, said, tmp_path) -> None:
+    found = answer(load_report([write(tmp_path, records)]).suites[0])
+    assert found.take is None and found.verdict.startswith(said) and 'suite SUITE.yaml --resume' in found.text
+
+
+def test_the_answer_is_in_page_and_text_and_its_names_are_text(tmp_path) -> None:
+    evil = [{**one, 'label': '<b>|x'} for one in (metric('a', 0, 50.0), metric('b', 0, 40.0))]
+    report = load_report([write(tmp_path, evil)])
+    page, text = render_html(report), render_markdown(report)
+    assert page.index('class="verdict">Not decided: ') < page.index('class="results"') and '<b>' not in page
+    assert '**Not decided: the scores have no intervals' in text
+    assert '&lt;b&gt;|x: it is the only row' in render_html(report, limits=Limits(excluded=dict(b='no')))

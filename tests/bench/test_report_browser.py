@@ -73,23 +73,21 @@ def test_table_and_pictures(run):
         [...all('tr[data-row="1"]')[0].cells].map(cell => cell.innerText),
         all('.group').map(group => group.innerText),
         [...document.images].map(image => [image.naturalWidth, image.clientWidth, image.currentSrc === image.src])];""")
-    assert rows == 5 and cells[0] == '1 RepLKNet made up, 31x31' and cells[1].startswith('60.60 ± 0.60')
-    assert 'best' not in cells[1] and cells[2] == '7.00'
-    assert groups[0].startswith('Protocol A (mIoU, %): task segmentation')
+    assert rows == 5 and cells[0] == '1 RepLKNet made up, 31x31' and cells[1].startswith('60.60 ±\u00a00.60')
+    assert 'best' not in cells[1] and cells[5].startswith('7.00') and 'front' in cells[5]
+    assert groups[0].startswith('Protocol A: 300 iterations, no pretraining')
     assert 'Differs from A: iterations: 600 instead of 300' in groups[1]
     # Receptive fields, examples, plots with a legend for each row.
-    assert len(pictures) == 3 + 5 * 5 + 6 + 5 * 3 + 1 and all(min(sizes) > 0 for sizes in pictures), (
-        'loaded, light ones'
-    )
+    assert len(pictures) == 3 + 5 * 5 + 7 + 7 * 3 and all(min(sizes) > 0 for sizes in pictures), 'loaded, light ones'
 
 
 def test_sorting_keeps_protocols_apart_and_missing_values_last(run):
     found = run("""
         const found = [order(), click('Parameters'), sorts(), click('Parameters'), sorts(),
                        all('[role=status]')[0].textContent, click('Row')];
-        all('tr[data-row="2"]')[0].cells[2].dataset.value = '';
+        all('tr[data-row="2"]')[0].cells[5].dataset.value = '';
         found.push(click('Parameters')[0], click('Parameters')[0]);
-        all('tr[data-row="3"]')[0].cells[4].dataset.order = 'S2';
+        all('tr[data-row="3"]')[0].cells[2].dataset.order = 'S2';
         return [...found, click('Time')[0], click('Time')[0]];""")
     best_first, up, sorted_up, down, sorted_down, said, by_label, *others = found
     assert best_first == down == [[1, 2, 3], [4], [5]] and up == by_label == [[3, 2, 1], [4], [5]]
@@ -110,6 +108,16 @@ def test_fits_the_window(run, width):
     assert fits and len(regions) == 6 and all(region == [0, 'region'] for region in regions)
 
 
+def test_a_phone_shows_answer_name_score_and_time(run):
+    verdict, ends = run(
+        """document.documentElement.style.width = '390px';
+        return [all('.verdict')[0].getBoundingClientRect().bottom,
+                all('tr[data-row]')[0].cells[2].getBoundingClientRect().right];""",
+        '--window-size=500,844',
+    )
+    assert verdict < 500 and ends <= 390
+
+
 def test_links_and_the_printer_open_details(run):
     opened = "all('details.row').map(part => part.open)"
     found = run(f"""
@@ -127,7 +135,7 @@ def test_a_picture_of_the_gallery_fills_the_window_and_closes(run):
         const summary = all('.zoom summary')[3], image = summary.querySelector('img'), sizes = [];
         for (let i = 0; i < 3; i++) {
             const box = summary.getBoundingClientRect();
-            sizes.push([box.width === innerWidth && box.height === innerHeight, image.clientHeight]);
+            sizes.push([box.width === document.documentElement.clientWidth && box.height === innerHeight, image.clientHeight]);
             summary.click();
         }
         return sizes;""")

@@ -104,15 +104,6 @@ class ReportRow:
                 return f'{iterations:,.0f} iterations{share}'
         return ''
 
-    @property
-    def recipe(self) -> str:
-        """How it was trained: the length, and the recipe."""
-        recipes = (r['protocol'].get('recipe') for r in self.of('metric'))
-        found = next((r for r in recipes if r), '')
-        if isinstance(found, Mapping):
-            found = f'{found.get("origin")} recipe, learning rate {found.get("lr")}'
-        return '; '.join(filter(None, (self.schedule, clean(found, 80))))
-
     def of(self, measurement: str) -> list[Record]:
         """Its records of a measurement that is done, by seed."""
         return sorted(
@@ -161,10 +152,25 @@ class ProtocolGroup:
         return f'Protocol {self.name} ({self.title}): {self.protocol.summary}'
 
     @property
+    def conditions(self) -> str:
+        """How its rows were trained, such as ``'linear probe, 120 iterations, no pretraining'``."""
+        content = self.protocol.content if self.protocol else {}
+        share, pretraining = content.get('fraction', 100), content.get('pretraining')
+        parts = [
+            dict(linear='linear probe', head='fixed backbone').get(str(content.get('protocol')), ''),
+            f'{share} % of the training images' if share != 100 else '',
+            next((row.schedule for row in self.rows if row.schedule), ''),
+            'no pretraining' if pretraining in (None, 'none') else f'pretraining {pretraining}',
+        ]
+        return clean(', '.join(filter(None, parts)), 200)
+
+    @property
     def recipe(self) -> str:
-        """How its rows were trained; ``''`` if they differ."""
-        found = {row.recipe for row in self.rows}
-        return found.pop() if len(found) == 1 else ''
+        """The recipe of its rows; ``''`` if it is not stated."""
+        found = self.protocol.content.get('recipe') if self.protocol else None
+        if isinstance(found, Mapping):
+            found = f'{found.get("origin")} recipe, learning rate {found.get("lr")}'
+        return clean(found or '', 80)
 
     @property
     def differences(self) -> list[tuple[ReportRow, str, str, str]]:

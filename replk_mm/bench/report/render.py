@@ -194,7 +194,7 @@ def _curves(suite: SuiteReport) -> Iterator[dict[str, Any]]:
                     for row, of_row in rows[:MOST_ROWS]
                     if (points := _over_seeds([_points(r['values'].get(what)) for r in of_row]))
                 ]
-                if not lines:
+                if not any(len(line.points) > 1 for _, line in lines):
                     continue
                 name = str(rows[0][1][0]['values'].get('name') or 'metric')
                 name = 'loss' if what == 'loss' else METRIC_TITLES.get(name, name)

@@ -286,13 +286,13 @@ COLUMNS = (
     Column('macs', 'MACs', 'G', 'complexity', (('merged_macs',), ('macs',)), 1e-9, cost=True),
     Column(
         'training',
-        'Training',
+        'Training time',
         's',
         'train',
         (('seconds',),),
         digits=0,
         cost=True,
-        note='Training is the time of one seed, with whatever else ran on the machine.',
+        note='The training time is that of one seed, beside whatever else ran on the machine.',
     ),
     Column(
         'published', 'Published', '', '', digits=1, note='Published figures are quoted from the papers, not measured.'
