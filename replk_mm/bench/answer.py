@@ -125,10 +125,10 @@ def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ..
     first, names = rows[0], tuple(row.name for row in rows)
     top = f'{first.label} has the highest score, {_score(group, first)}'
     lacking = [row.label for row in rows if row.name not in scores]
-    if len(scores) < 2:
-        why = f'the scores have no intervals: {group.remarks[0] if group.remarks else "no counts per image"}'
-        again = f'Measure again: {command}.'
-        return Answer(f'Not decided: {why}', (f'{top}.', *remarks, again), None, names, group)
+    if len(scores) < 2 or first.name not in scores:
+        again = f'Measure their metric again: {command}.'
+        verdict = f'Not decided: no confidence interval for {format_list(lacking)}.'
+        return Answer(verdict, (f'{top}.', *remarks, again), None, names, group)
     if lacking:
         remarks += (f'Without an interval, and not compared: {format_list(lacking)}.',)
     found = best_group(scores)
@@ -150,14 +150,13 @@ def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ..
     if ties:
         verdict = f'Take {best}, or one of {len(ties)} that cannot be told apart from it.'
         same = f'Not distinguishable from it: {format_list([row.label for row in ties], 6)}.'
-        less = f'The other {len(beaten)} {_rows(len(beaten))} {"score" if len(beaten) > 1 else "scores"} less.'
-        sentences = (f'{same} {less}', *_cheapest([leader, *ties]), *remarks, needed)
+        sentences = (f'{same} Every other row scores less.', *_cheapest([leader, *ties]), *remarks, needed)
     else:
         verdict = f'Take {best}, more than every other row.'
         behind = next(d for d in found.differences if d.second == beaten[0].name)
         lead = f'{beaten[0].label} is next, {_points(behind.value, behind.low, behind.high)} behind.'
         sentences = (lead, *_trades(leader, beaten, found), *remarks)
-    valid = f'This is for {conditions}; other data or a longer training may change it.'
+    valid = f'Measured with {conditions}; other data or a longer training may change it.'
     return Answer(verdict, (*sentences, valid), leader.name, found.members, group)
 
 
@@ -165,6 +164,8 @@ def _needed(found: BestGroup, group: ProtocolGroup, rows: Mapping[str, ReportRow
     """What would decide between the leader and the closest row for which something does, with the command."""
     if not all(one.covers_seeds for one in found.intervals.values()):
         return f'To decide, train each row at least {_LEAST_SEEDS} times: {command}.'
+    if any(one.low is None for one in found.intervals.values()):
+        return 'The test images allow no interval: test on more of them.'
     leader, scores = rows[found.leader].label, {name: group.scores[name] for name in found.intervals}
     ties = [d for d in found.differences if d.second in found.members]
     for i, tie in enumerate(ties):
@@ -233,7 +234,3 @@ def _cost(row: ReportRow, key: str) -> str:
 def _points(value: float, low: float | None = None, high: float | None = None) -> str:
     interval = '' if low is None or high is None else f' [{low:.1f}, {high:.1f}]'
     return f'{value:.1f}{interval} points'
-
-
-def _rows(count: int) -> str:
-    return 'row' if count == 1 else 'rows'

@@ -73,7 +73,7 @@ def test_cheaper_rows_of_the_best_group(tmp_path) -> None:
     found = answer(priced(tmp_path, dict(a=(0.9, 3), b=(0.898, 2), c=(0.5, 1))), command='run X')
     assert found.take == found.candidates[0] and set(found.candidates) == {'a', 'b'}
     leader, other = found.candidates
-    assert f'Not distinguishable from it: {other}. The other 1 row scores less.' in found.text
+    assert f'Not distinguishable from it: {other}. Every other row scores less.' in found.text
     assert 'fastest: b (20 ms' in found.text and 'least memory: b (20 MiB' in found.text
     assert 'smallest: b (20 M parameters' in found.text and ' c (' not in found.text
     assert f'would distinguish {leader} from {other}' in found.text or 'Choose by cost' in found.text
@@ -129,7 +129,7 @@ def test_whole_networks_count_before_probes_and_more_rows(tmp_path) -> None:
     ('records', 'said'),
     [
         ([record('a', 0, 'train', {}, status='failed', reason='NaN')], 'Not decided: no row has a score yet.'),
-        ([metric(row, seed, 50.0) for row in 'ab' for seed in (0, 1)], 'Not decided: the scores have no intervals'),
+        ([metric(row, seed, 50.0) for row in 'ab' for seed in (0, 1)], 'Not decided: no confidence interval for a, b.'),
     ],
     ids=['failed', 'older records'],
 )
@@ -138,10 +138,23 @@ def test_without_intervals_nothing_is_decided(records, said, tmp_path) -> None:
     assert found.take is None and found.verdict.startswith(said) and 'suite SUITE.yaml --resume' in found.text
 
 
+def test_a_leader_without_interval_and_a_single_image_leave_it_open(tmp_path) -> None:
+    records = [counted(tmp_path / 'a', row, seed, of, 20) for row, of in (('b', 0.9), ('c', 0.6)) for seed in (0, 1, 2)]
+    found = answer(load_report([write(tmp_path / 'a', [*records, metric('a', 0, 95.0)])]).suites[0])
+    assert (
+        found.take is None
+        and 'no confidence interval for a.' in found.verdict
+        and 'a has the highest score' in found.text
+    )
+    records = [counted(tmp_path / 'b', row, seed, 0.7, 1) for row in 'ab' for seed in (0, 1)]
+    found = answer(load_report([write(tmp_path / 'b', records)]).suites[0])
+    assert found.take is None and 'test on more of them' in found.text
+
+
 def test_the_answer_is_in_page_and_text_and_its_names_are_text(tmp_path) -> None:
     evil = [{**one, 'label': '<b>|x'} for one in (metric('a', 0, 50.0), metric('b', 0, 40.0))]
     report = load_report([write(tmp_path, evil)])
     page, text = render_html(report), render_markdown(report)
     assert page.index('class="verdict">Not decided: ') < page.index('class="results"') and '<b>' not in page
-    assert '**Not decided: the scores have no intervals' in text
+    assert '**Not decided: no confidence interval for' in text
     assert '&lt;b&gt;|x: it is the only row' in render_html(report, limits=Limits(excluded=dict(b='no')))

@@ -135,7 +135,8 @@ def test_a_picture_of_the_gallery_fills_the_window_and_closes(run):
         const summary = all('.zoom summary')[3], image = summary.querySelector('img'), sizes = [];
         for (let i = 0; i < 3; i++) {
             const box = summary.getBoundingClientRect();
-            sizes.push([box.width === document.documentElement.clientWidth && box.height === innerHeight, image.clientHeight]);
+            const width = document.documentElement.clientWidth;  // without the scroll bar
+            sizes.push([box.width === width && box.height === innerHeight, image.clientHeight]);
             summary.click();
         }
         return sizes;""")
