@@ -19,7 +19,6 @@ from replk_mm.bench.schema import Suite, read_suite
 from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.runner import Settings, SuiteRunner
 from replk_mm.bench.suites.slurm import submit
-from replk_mm.bench.suites.task import Task
 from replk_mm.engine.config import resolve_config_path
 from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import UserError, command, command_line, printable
@@ -65,24 +64,21 @@ def main() -> int:
         '--jobs',
         type=cli.positive_int,
         metavar='N',
-        help='run N rows at a time (default: 1, or all if submitted to Slurm); speed and memory are measured at the '
-        'end, one row at a time',
+        help='run N rows at a time (default: 1, as Slurm jobs: all); speed and memory come last, one row at a time',
     )
     p.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm'],
         default='none',
-        help='start training and test of each row with torchrun (pytorch) or srun (slurm); outside of an allocation, '
-        'slurm submits the suite, one job a row and seed',
+        help='train and test each row with torchrun or srun; outside of an allocation, slurm submits each as a job',
     )
     p.add_argument(
         '--slurm',
         type=slurm_option,
         nargs='+',
-        action='extend',
         default=[],
         metavar='KEY=VALUE',
-        help='long options of sbatch for the submitted jobs, such as partition=gpu gpus=1 time=240 (minutes)',
+        help='options of sbatch for the submitted jobs, such as partition=gpu gpus=1 time=240 (minutes)',
     )
     p.add_argument(
         '--nproc', type=cli.positive_int, default=1, metavar='N', help='number of processes per row, with --launcher'
@@ -91,19 +87,14 @@ def main() -> int:
     args = p.parse_args()
     if args.nproc > 1 and args.launcher == 'none':
         raise UserError(f'--nproc {args.nproc}: needs a launcher\nAdd --launcher pytorch or --launcher slurm.')
-    if args.launcher == 'slurm' and not args.list and not shutil.which('srun'):
-        raise UserError(
-            '--launcher slurm: there is no srun here\nRun it on a machine of the cluster, within an '
-            'allocation, or use --launcher pytorch.'
-        )
     submits = args.launcher == 'slurm' and 'SLURM_JOB_ID' not in os.environ
     if args.slurm and not submits:
         raise UserError('--slurm: has an effect only with --launcher slurm, outside of an allocation\nRemove it.')
-    if submits and not args.list and not find_spec('submitit'):
-        raise UserError(
-            '--launcher slurm: submits the suite with submitit, which is not installed\nRun `pip install submitit`, or '
-            'start the command within an allocation.'
-        )
+    if args.launcher == 'slurm' and not args.list:
+        if not shutil.which('srun'):
+            raise UserError('--launcher slurm: there is no srun here\nRun it on a machine of the cluster.')
+        if submits and not find_spec('submitit'):
+            raise UserError('--launcher slurm: submits through submitit, which is missing\npip install submitit')
     suite = read_suite(resolve_config_path(args.suite))
     work_dir = args.work_dir or Path('work_dirs', 'suites', suite.name)
     if args.list:
@@ -114,10 +105,8 @@ def main() -> int:
                 print(f'{number:4}  {row.name:{width}}  {seed:4}  {printable(state)}')
         return 0
     options = plan.SuiteOptions(work_dir, args.resume, args.only, args.data_root, args.classes, args.device)
-    if submits:
-        return _submit(suite, options, args)
     try:
-        failed = _run(suite, options, Settings(args.jobs or 1, args.launcher, args.nproc))
+        failed = _run(suite, options, args, submits)
     except KeyboardInterrupt:
         again = [part for part in sys.argv[1:] if part != '--resume']
         print(f'\ninterrupted; continue with: {command_line("suite", *again, "--resume")}', file=sys.stderr)
@@ -125,8 +114,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _remaining(suite: Suite, options: plan.SuiteOptions) -> list[Task]:
-    """The tasks to do; prints their number."""
+def _run(suite: Suite, options: plan.SuiteOptions, args: argparse.Namespace, submits: bool) -> bool:
+    """Run or submit the remaining rows, and print a summary; returns whether something failed."""
     prepare_work_dir(options.work_dir)
     tasks = plan.remaining_tasks(suite, options)
     done = len(plan.select_rows(suite, options.only)) - len(tasks)
@@ -136,25 +125,14 @@ def _remaining(suite: Suite, options: plan.SuiteOptions) -> list[Task]:
         file=sys.stderr,
         flush=True,
     )
-    return tasks
-
-
-def _submit(suite: Suite, options: plan.SuiteOptions, args: argparse.Namespace) -> int:
-    """Submit the remaining rows to Slurm; print how to follow them."""
-    if tasks := _remaining(suite, options):
+    if submits and tasks:
         job = submit(tasks, args.nproc, args.jobs, dict(args.slurm))
-        print(f'submitted: Slurm job {job}, {len(tasks)} in the array; logs: {options.work_dir / "slurm"}')
-    print(f'states:  {command_line("suite", args.suite, "--work-dir", options.work_dir, "--list")}')
-    print(f'report:  {command_line("report", options.work_dir, "--out", options.work_dir / "report")}')
-    return 0
-
-
-def _run(suite: Suite, options: plan.SuiteOptions, settings: Settings) -> bool:
-    """Run the remaining rows and print a summary; returns whether something failed."""
-    tasks = _remaining(suite, options)
+        print(f'submitted as Slurm job {job}; output goes to {options.work_dir / "slurm"}')
+        print(f'states: {command_line("suite", args.suite, "--work-dir", options.work_dir, "--list")}')
+        return False
     from replk_mm.engine.record import environment_info  # imports torch
 
-    failed = SuiteRunner(settings, environment_info).run(tasks)
+    failed = SuiteRunner(Settings(args.jobs or 1, args.launcher, args.nproc), environment_info).run(tasks)
     found = load_report([options.work_dir])
     for part in found.suites:
         again = f'set seeds in {suite.path} and run {command_line("suite", suite.path, "--resume")}'

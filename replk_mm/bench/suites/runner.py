@@ -193,9 +193,7 @@ class SuiteRunner:
         environment = {
             **os.environ,
             SUITE_PID: '' if task.launcher == 'slurm' else str(os.getpid()),
-            'PYTHONPATH': os.pathsep.join(
-                filter(None, [str(Path(replk_mm.__file__).parents[1]), os.environ.get('PYTHONPATH')])
-            ),
+            'PYTHONPATH': python_path(),
         }
         if jobs * processes > 1:
             threads = min(usable_cores(), int(os.environ.get('OMP_NUM_THREADS') or 1 << 16))
@@ -239,6 +237,11 @@ class SuiteRunner:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, end - time.monotonic()))
             _kill(process, signal.SIGKILL)
+
+
+def python_path() -> str:
+    """``PYTHONPATH`` of processes that import this package."""
+    return os.pathsep.join(filter(None, [str(Path(replk_mm.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
 
 
 def devices_of(visible: Sequence[str], slot: int, count: int) -> list[str]:

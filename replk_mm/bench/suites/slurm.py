@@ -1,93 +1,76 @@
-"""Send tasks of a suite to Slurm through submitit: a job array with one job a row and seed."""
+"""Submit the tasks of a suite to Slurm, each as a job of one job array, through submitit."""
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import replk_mm
-from replk_mm.bench.suites.runner import Settings, SuiteRunner
+from replk_mm.bench.suites.runner import Settings, SuiteRunner, python_path
 from replk_mm.bench.suites.task import Task
-from replk_mm.errors import UserError, printable
-
-if TYPE_CHECKING:
-    from submitit.helpers import DelayedSubmission
-
-#: Time limit of a job in minutes, after which it is requeued.
-DEFAULT_MINUTES = 240
-#: Time limits that a job may reach before it is not requeued.
-_MAX_TIMEOUTS = 20
-#: Seconds from submitit's signal to the time limit; Slurm may send it up to a minute early.
-_SECONDS_TO_SAVE = 120
+from replk_mm.errors import UserError, command
 
 
 @dataclass(frozen=True)
 class RowJob:
-    """The job of a row and seed. It may start several times: each time, it continues what is unfinished."""
+    """What a job runs each time that it starts: everything unfinished of a row and seed."""
 
     task: Task
     settings: Settings
 
     def __call__(self) -> None:
-        """Run the task; exits with 1 if something failed."""
+        """Run the task, and exit: with 1 if something failed."""
+        sys.exit(command(self.run)())
+
+    def run(self) -> bool:
+        """Run the task; returns whether something failed."""
         from replk_mm.engine.record import environment_info  # imports torch
 
         left = self.task.unfinished()
-        if left and SuiteRunner(self.settings, environment_info).run([self.task.subset(left)]):
-            sys.exit(1)
+        return bool(left and SuiteRunner(self.settings, environment_info).run([self.task.subset(left)]))
 
-    def checkpoint(self) -> 'DelayedSubmission':
-        """What submitit queues before the time limit: the same again."""
+    def checkpoint(self) -> Any:
+        """What submitit requeues before the time limit."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
-def submit(
-    tasks: Sequence[Task], processes: int = 1, jobs: int | None = None, options: Mapping[str, str | None] | None = None
-) -> str:
+def submit(tasks: Sequence[Task], processes: int, jobs: int | None, options: Mapping[str, str | None]) -> str:
     """Submit tasks as a job array; returns its job id.
 
     Args:
         tasks: From :func:`replk_mm.bench.suites.plan.remaining_tasks`.
-        processes: For training and test of each task, started with ``srun`` if there are several. Defaults to 1.
-        jobs: Number of jobs that run at a time. Defaults to None: no limit.
-        options: Long options of sbatch, such as ``{'partition': 'gpu', 'exclusive': None}``; ``time`` in minutes.
+        processes: For training and test of each task.
+        jobs: Number of jobs that run at a time; None for no limit.
+        options: Long options of sbatch, None for a flag: ``{'partition': 'gpu', 'exclusive': None}``. Time in minutes.
 
     Raises:
-        UserError: If sbatch rejects the options.
+        UserError: If sbatch fails.
     """
     import submitit
     from submitit.core.utils import FailedJobError
 
-    options = dict(options or {})
-    minutes = int(options.pop('time', None) or DEFAULT_MINUTES)
-    path = os.pathsep.join(filter(None, [str(Path(replk_mm.__file__).parents[1]), os.environ.get('PYTHONPATH')]))
-    folder = tasks[0].work_dir / 'slurm'
-    # `exec` and `B:` let Python, in the place of the batch script, receive the signal and save before it exits.
-    executor = submitit.SlurmExecutor(folder, _MAX_TIMEOUTS, python=f'exec {shlex.quote(sys.executable)}')
+    # `exec` and `B:` make Python the process that Slurm signals two minutes before the time limit. It does not run in
+    # srun: one srun within another would wait for its CPUs.
+    python = f'exec {shlex.quote(sys.executable)}'
+    executor = submitit.SlurmExecutor(tasks[0].work_dir / 'slurm', max_num_timeout=20, python=python)
     executor.update_parameters(
-        time=minutes,
+        time=int(options.get('time') or 240),
         job_name=tasks[0].shared['suite'],
-        setup=[f'export PYTHONPATH={shlex.quote(path)}'],
+        setup=[f'export PYTHONPATH={shlex.quote(python_path())}'],
         stderr_to_stdout=True,
-        use_srun=False,  # srun within a job step would wait for the CPUs of that step
+        use_srun=False,
         array_parallelism=jobs or len(tasks),
-        additional_parameters=dict(
-            ntasks=processes,
-            requeue=True,
-            signal=f'B:{submitit.JobEnvironment.USR_SIG}@{_SECONDS_TO_SAVE}',
+        additional_parameters={
+            'ntasks': processes,
+            'requeue': True,
+            'signal': f'B:{submitit.JobEnvironment.USR_SIG}@120',
             **{key: True if value is None else value for key, value in options.items()},
-        ),
+        },
     )
     settings = Settings(launcher='slurm' if processes > 1 else 'none', processes=processes)
     try:
         return executor.submit_array([RowJob(task, settings) for task in tasks])[0].job_id.partition('_')[0]
     except FailedJobError as error:
-        raise UserError(
-            f'--launcher slurm: sbatch failed: {printable(str(error)).strip()}\n'
-            'Correct --slurm KEY=VALUE, and submit again with --resume.'
-        ) from error
+        raise UserError(f'--launcher slurm: {str(error).strip()}\nCorrect --slurm, and add --resume.') from error
