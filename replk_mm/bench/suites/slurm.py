@@ -8,7 +8,7 @@ from typing import Any
 
 from replk_mm.bench.suites.runner import Settings, SuiteRunner, python_path
 from replk_mm.bench.suites.task import Task
-from replk_mm.errors import UserError, command
+from replk_mm.errors import UserError, command, first_line
 
 
 @dataclass(frozen=True)
@@ -73,4 +73,4 @@ def submit(tasks: Sequence[Task], processes: int, jobs: int | None, options: Map
     try:
         return executor.submit_array([RowJob(task, settings) for task in tasks])[0].job_id.partition('_')[0]
     except FailedJobError as error:
-        raise UserError(f'--launcher slurm: {str(error).strip()}\nCorrect --slurm, and add --resume.') from error
+        raise UserError(f'--launcher slurm: {first_line(error)}\nCorrect --slurm, and add --resume.') from error
