@@ -405,7 +405,7 @@ def test_a_block_of_a_page_has_the_columns_with_figures(run, tmp_path) -> None:
 
 
 # -- published --------------------------------------------------------------------------------------------------------
-def published(tmp_path, miou=48.9, images=2000, options=None, **changes):
+def published(tmp_path, miou=48.9, images=2000, options=None, shown=True, **changes):
     stated = dict(miou_ss=49.9, miou_ms=50.6, params_m=112, source='arXiv:2203.06717')
     one = metric(
         'a',
@@ -416,7 +416,9 @@ def published(tmp_path, miou=48.9, images=2000, options=None, **changes):
         protocol={**PROTOCOL, 'iterations': 160000, 'crop': [512, 512], **changes},
     )
     one['values']['images'] = images
-    return rows_of(tmp_path, [one])['a'].figures
+    figures = rows_of(tmp_path, [one])['a'].figures
+    assert ('>Published<' in render_html(load_report([tmp_path]))) == shown
+    return figures
 
 
 def test_difference_from_published(tmp_path) -> None:
@@ -428,7 +430,7 @@ def test_difference_from_published(tmp_path) -> None:
 
 
 def test_other_data_have_no_difference(tmp_path) -> None:
-    figures = published(tmp_path, images=80)
+    figures = published(tmp_path, images=80, shown=False)
     assert figures['published'].value == 49.9 and figures['difference'].value is None
     assert figures['difference'].why == (
         'the published figure is of ADE20K (2,000 images), the measured one of scenes (80 images)'

@@ -134,6 +134,40 @@ def test_markdown_keeps_protocols_apart(found) -> None:
     assert '60.60 ± 0.60 (n = 3)' in tables[0]
 
 
+def class_rows(page: str) -> list[list[str]]:
+    """The cells of the table of classes."""
+    table = page.partition('<table class="classes">')[2].partition('</table>')[0]
+    return [re.findall('<t[hd][^>]*>(.*?)</t[hd]>', line) for line in re.findall('<tr>(.*?)</tr>', table)]
+
+
+def test_figures_of_every_class(tmp_path) -> None:
+    """The mean over seeds; a class that a row lacks is missing. AP is recorded as a fraction."""
+    records = []
+    for seed, sky in enumerate((80.0, 90.0)):
+        of = dict(ground=dict(IoU=50.0, pixels=25), sky=dict(IoU=sky, pixels=75))
+        records += [metric('a', seed, 60.0), metric('b', seed, 50.0)]
+        records[-2]['values']['per_class'], records[-1]['values']['per_class'] = of, dict(sky=of['sky'])
+    page = render_html(load_report([write(tmp_path / 'a', records)]))
+    assert class_rows(page) == [
+        ['Class', 'Share', '1 a', '2 b'],
+        ['sky', '75.0 %', '85.0', '85.0'],
+        ['ground', '25.0 %', '50.0', '–'],
+    ]
+    values = dict(metrics={'coco/segm_mAP': 31.5}, primary='coco/segm_mAP', unit='AP')
+    values['per_class'] = {'<b>': dict(instances=4, bbox_mAP=0.9, segm_mAP=0.25)}
+    page = render_html(load_report([write(tmp_path / 'b', [record('a', 0, 'metric', values, protocol=PROTOCOL)])]))
+    assert class_rows(page)[1:] == [['&lt;b&gt;', '100.0 %', '25.0']] and 'Mask AP of 1 class, protocol A' in page
+
+
+def test_the_heading_states_how_a_protocol_trained(tmp_path) -> None:
+    protocol = {**PROTOCOL, 'protocol': 'head', 'fraction': 10, 'recipe': dict(origin='common', lr=0.001)}
+    notes = ['schedule: 300 iterations instead of 1200 iterations (replk_mm.IterBasedTrainLoop)']
+    trained = record('a', 0, 'train', dict(seconds=9.0, iterations=300), facts=dict(notes=notes))
+    page = render_html(load_report([write(tmp_path, [metric('a', 0, 50.0, protocol=protocol), trained])]))
+    said = 'fixed backbone, 10 % of the training images, 300 iterations, 25 % of the schedule, no pretraining'
+    assert f'<strong>Protocol A</strong>: {said}; common recipe, learning rate 0.001</summary>' in page
+
+
 # -- pictures ---------------------------------------------------------------------------------------------------------
 def pictures(text: str, kind: str) -> dict[str, np.ndarray]:
     """RGB of the pictures of a page, by their texts."""
