@@ -155,7 +155,17 @@ STUDIES = {
     'coverage': (
         coverage,
         1000,
-        [(50, 0.1, 1), (500, 0.1, 1), (50, 0.04, 1), (500, 0.04, 1), (50, 0.1, 2), (50, 0.1, 3), (500, 0.1, 3)],
+        [
+            (50, 0.1, 1),
+            (500, 0.1, 1),
+            (50, 0.04, 1),
+            (500, 0.04, 1),
+            (50, 0.1, 2),
+            (50, 0.1, 3),
+            (500, 0.1, 3),
+            (50, 0.1, 5),
+            (500, 0.1, 5),
+        ],
         'Coverage of 95 % intervals of mIoU; {} data sets a line.',
         'Images | Rarest class on | Seeds | Percentile bootstrap, % | BCa, % | Here, % | Mean width, points',
     ),

@@ -8,7 +8,8 @@ scores on the same images, one for each training seed; :class:`Scores` is what a
   Johnson and Rust 1992), so that few images with a rare class widen the interval. Its centre is corrected for bias.
 - Seeds: the variance between trainings. A row's is the larger of its own and the one pooled over all rows. It contains
   that trainings differ on the chosen images, which therefore is left out of the images' part (Cameron et al. 2011).
-- Both parts are combined as Howe (1974) does: the half-widths of the two t intervals, in quadrature.
+- Both parts make a t interval of a row, with degrees of freedom by Satterthwaite (1946). Differences take the wider
+  interval of Howe (1974), the half-widths of two t intervals in quadrature, since Holm's correction needs its tails.
 """
 
 import math
@@ -140,8 +141,15 @@ class _Error:
     seed: Any
     seed_freedom: Any
 
+    def row_margin(self, alpha: float) -> float:
+        """Half the width of the ``1 - alpha`` interval of a row (Satterthwaite 1946)."""
+        parts = np.array([self.image, self.seed])
+        freedom = np.array([self.image_freedom, max(self.seed_freedom, 1)])
+        squares = (parts**2 / freedom).sum()
+        return float(stats.t.isf(alpha / 2, parts.sum() ** 2 / squares) * np.sqrt(parts.sum())) if squares else 0.0
+
     def margin(self, alpha: float) -> NDArray[np.float64]:
-        """Half the width of the ``1 - alpha`` interval (Howe 1974)."""
+        """Half the width of the ``1 - alpha`` interval of a difference (Howe 1974)."""
         with np.errstate(over='ignore', invalid='ignore'):
             seed = special.stdtrit(np.maximum(self.seed_freedom, 1), alpha / 2) ** 2 * self.seed
             return np.sqrt(special.stdtrit(self.image_freedom, alpha / 2) ** 2 * self.image + seed)
@@ -196,14 +204,14 @@ class _Estimate:
         image = float(np.maximum(squares.sum() - self.interaction, 0))
         return _Error(image, freedom, self.seed_variance, self.seed_freedom)
 
-    def interval(self, level: float) -> Interval:
-        margin, ends = float(self.error.margin(1 - level)), (None, None)
+    def interval(self, level: float, margin: float | None = None) -> Interval:
+        margin, ends = self.error.row_margin(1 - level) if margin is None else margin, (None, None)
         if math.isfinite(self.value + margin):
             ends = np.clip([self.value - self.bias - margin, self.value - self.bias + margin], *self.bounds).tolist()
         return Interval(self.value, *ends, level, self.seeds, len(self.images), bool(self.seed_freedom > 0))
 
     def difference(self, level: float, first: str, second: str) -> Difference:
-        found = self.interval(level)
+        found = self.interval(level, float(self.error.margin(1 - level)))
         p = None if found.low is None else self.error.p_value(self.value - self.bias)
         return Difference(**vars(found), first=first, second=second, p=p, p_adjusted=p)
 

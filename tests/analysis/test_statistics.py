@@ -80,8 +80,13 @@ def test_of_crossed_seeds_and_images_has_the_variance_of_anova(rng):
     rest = ((x - by_seed[:, None] - by_image + x.mean()) ** 2).sum() / ((s - 1) * (n - 1))
     assert of_images > rest
     freedom = welch((by_image - by_image.mean()) ** 2, 1)
-    squared = [stats.t.ppf(0.975, f) ** 2 for f in (s - 1, freedom)] @ np.array([of_seeds, of_images - rest]) / (s * n)
+    parts = np.array([of_seeds, of_images - rest]) / (s * n)
+    satterthwaite = parts.sum() ** 2 / (parts**2 / [s - 1, freedom]).sum()
     found = interval(seeds(*x))
+    np.testing.assert_allclose((found.high - found.low) / 2, stats.t.ppf(0.975, satterthwaite) * parts.sum() ** 0.5)
+    # Howe's, of a difference. The pooled variance between seeds, half of the first row's, counts for the other row.
+    found = paired_difference(seeds(*x), seeds(*np.full((s, n), 20.0)))
+    squared = [stats.t.ppf(0.975, f) ** 2 for f in (s - 1, freedom)] @ (parts * [1.5, 1])
     np.testing.assert_allclose((found.high - found.low) / 2, squared**0.5)
 
 
