@@ -95,7 +95,6 @@ def format_tables(found: Sequence[Erf]) -> str:
 def draw_lines(path: Path, x: str, y: str, lines: Mapping[str, Sequence[tuple]]) -> None:
     """Draw a line for each name through points ``(x, y)`` or ``(x, y, low, high)``, as PNG."""
     figure = Figure(figsize=(7, 4.4), layout='constrained')
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, points in lines.items():
         at, values, *ends = zip(*points, strict=True)

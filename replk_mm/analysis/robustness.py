@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from mmcv.transforms import BaseTransform, LoadImageFromFile, Resize
 from mmengine.config import Config
@@ -106,6 +105,8 @@ def measure_robustness(
     """
     conditions = [Condition(name, severity) for name in settings.corruptions for severity in settings.severities]
     conditions = [Condition(), *conditions, *(Condition(scale=scale) for scale in settings.scales if scale != 1)]
+    there = replace(options, data_root=settings.shifted_root)  # first, as its path may be wrong
+    shifted = _test(copy.deepcopy(cfg), checkpoint, there, [Condition()], settings)[1] if there.data_root else ()
     metric, found, notes = _test(copy.deepcopy(cfg), checkpoint, options, conditions, settings)
     scores = {condition: _Mean([counts]) for condition, counts in zip(conditions, found, strict=True)}
     clean, corrupted = scores[Condition()], [of for condition, of in scores.items() if condition.severity]
@@ -118,10 +119,8 @@ def measure_robustness(
         values['mean_under_corruption'] = _interval(_Mean(corrupted))
         values['relative'] = _interval(_Mean(corrupted, clean))
     values['sizes'] = {f'{scale:g}': _interval(scores[Condition(scale=scale)]) for scale in settings.scales}
-    if settings.shifted_root:
-        there = replace(options, data_root=settings.shifted_root)
-        shifted = _test(copy.deepcopy(cfg), checkpoint, there, [Condition()], settings)[1]
-        values['shifted'] = dict(_interval(shifted[0]), images=len(shifted[0].images))
+    for other in shifted:
+        values['shifted'] = dict(_interval(other), images=len(other.images))
     values = replace_non_finite(values)
     path = fetch_checkpoint(checkpoint)
     record = dict(
@@ -212,7 +211,6 @@ def draw_profile(values: Mapping[str, Any]) -> Figure:
     severities = list(next(iter(rows.values()), {}))
     cells = np.array([[rows[name][s]['value'] for s in severities] for name in rows] or [[]], float)
     figure = Figure(figsize=(6.4, max(2.6, 1.3 + 0.26 * len(rows))), layout='constrained')
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     if rows:
         left.imshow(100 * cells / (clean or math.nan), cmap='viridis', vmin=0, vmax=100, aspect='auto')

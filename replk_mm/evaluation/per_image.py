@@ -264,8 +264,6 @@ class DetectionMatches(PerImageScores):
         for bit in 1 << np.arange(_THRESHOLDS):
             # Only right detections raise the recall, and a false one never has the highest precision from there on.
             right = np.flatnonzero(matched & bit)
-            if not len(right):
-                continue
             hidden = (ignored & bit) != 0
             seen = (of_detection * ~hidden).cumsum(1) if hidden.any() else seen_by_all
             true = of_detection[:, right].cumsum(1)

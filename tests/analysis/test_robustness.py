@@ -21,6 +21,7 @@ from replk_mm.analysis.robustness import Condition, Corrupt, measure_robustness
 from replk_mm.commands import robustness as command
 from replk_mm.data.transforms import CheckedLoad
 from replk_mm.engine.evaluate import evaluate
+from replk_mm.engine.process import RunOptions
 from replk_mm.errors import UserError
 from replk_mm.evaluation.per_image import SegmentationCounts
 
@@ -106,6 +107,19 @@ def test_images_are_a_seeded_choice_over_all_data_sets(monkeypatch):
         assert sum(len(set(indices)) for indices in found[-1]) == 20
         assert set(found[-1][0]) <= set(range(30)) and set(found[-1][1]) <= set(range(80, 90))
     assert found[0] == found[1] != found[2]
+
+
+def test_a_wrong_path_of_the_other_data_set_costs_no_test(monkeypatch, tmp_path):
+    tested = []
+
+    def fail(cfg, checkpoint, options, *rest):
+        tested.append(options.data_root)
+        raise UserError('no such folder')
+
+    monkeypatch.setattr(robustness, '_test', fail)
+    with pytest.raises(UserError):
+        measure_robustness(Config(), 'x.pth', RunOptions('here'), RobustnessSettings(shifted_root='there'), tmp_path)
+    assert tested == ['there']
 
 
 def test_a_profile_draws_zeros():

@@ -90,6 +90,21 @@ def test_of_crossed_seeds_and_images_has_the_variance_of_anova(rng):
     np.testing.assert_allclose((found.high - found.low) / 2, squared**0.5)
 
 
+def test_difference_of_crossed_rows_has_the_variance_of_anova(rng):
+    s, n = 3, 12
+    rows = 30 + rng.normal(0, 1, (2, s, 1)) + rng.normal(0, 8, (2, 1, n)) + rng.normal(0, 4, (2, s, n))
+    by_image, by_seed = rows.mean(1), rows.mean(2)
+    rest = rows - by_seed[:, :, None] - by_image[:, None] + rows.mean((1, 2), keepdims=True)
+    paired = by_image[0] - by_image[1]
+    of_images = paired.var(ddof=1) / n - (rest**2).sum() / ((s - 1) * (n - 1)) / (s * n)
+    between = by_seed.var(1, ddof=1)
+    of_seeds = np.maximum(between, between.mean()).sum() / s
+    freedoms = min(2 * (s - 1), welch((s - 1) * between, s - 1)), welch((paired - paired.mean()) ** 2, 1)
+    squared = [stats.t.ppf(0.975, f) ** 2 for f in freedoms] @ np.array([of_seeds, of_images])
+    found = paired_difference(*(seeds(*row) for row in rows))
+    np.testing.assert_allclose((found.high - found.low) / 2, squared**0.5)
+
+
 @pytest.mark.parametrize('count', [40, 400])
 def test_of_a_ratio_by_brute_force(rng, count):
     counts = rng.gamma(0.5, 1, (count, 1, 3)) * np.array([[0.6], [1.0]]) + rng.random((count, 2, 3)) * [[0], [1]]
@@ -149,11 +164,12 @@ def test_difference_without_images_is_the_t_test():
 
 
 def test_seeds_that_agree_by_luck_take_the_pooled_variance():
-    rows = dict(a=constant(50, 50.001, 50.002), b=constant(49, 49.5, 50), c=constant(40, 40.5, 41))
+    rows = dict(a=constant(50, 50.001, 50.002), b=constant(49, 49.5, 50), c=constant(40, 40.4), d=constant(30))
     found = best_group(rows)
-    pooled = (0.001**2 + 0.5**2 + 0.5**2) / 3
-    freedom = min(6, welch([2 * 0.001**2, 2 * 0.5**2, 2 * 0.5**2], 2))
-    width = stats.t.ppf(0.975, freedom) * (pooled / 3) ** 0.5
+    squares = np.array([2 * 0.001**2, 2 * 0.5**2, 0.08])  # sums of them; a row with one seed has none
+    pooled = squares.sum() / 5
+    width = stats.t.ppf(0.975, min(5, welch(squares, [2, 2, 1]))) * (pooled / 3) ** 0.5
+    assert found.intervals['d'].high - 30 == pytest.approx(width * 3**0.5)
     assert found.intervals['a'].high - 50.001 == pytest.approx(width)
     assert found.intervals['b'].high - 49.5 == pytest.approx(width * (0.25 / pooled) ** 0.5)  # its own is larger
 
