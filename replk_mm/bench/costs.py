@@ -13,16 +13,10 @@ from replk_mm.errors import UserError, command_line, format_list
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Milliseconds(BaseModel):
-    median: _Positive
-    low: _Positive
-    high: _Positive
-
-
 class _Row(BaseModel):
     name: str
     dtype: str
-    milliseconds: _Milliseconds
+    milliseconds: dict[Literal['median', 'low', 'high'], _Positive] = Field(min_length=3)
     memory_bytes: PositiveInt | None = None
     joules: _Positive | None = None
 
@@ -49,41 +43,24 @@ class _Benchmark(BaseModel):
 
 @dataclass(frozen=True)
 class DeviceCost:
-    """What one network costs on a device.
+    """What a network costs on a device.
 
     Attributes:
         file: The output of the benchmark.
-        network: The backbone's name in the catalogue, or else the config's, and options that change the backbone.
-        protocol: Conditions, as of the measurement ``speed``: device, CPU, threads, shape, batch, precision, torch;
-            and ``timed``, the backbone alone or which model.
-        form: ``'reparameterized'`` or ``'training'``.
-        milliseconds: Median, first and third quartile of a batch.
-        memory_bytes: Peak of inference beyond the loaded network; None if it was not measured.
-        joules: Of a batch; None if the device does not tell.
-        load: Share of its CPUs that other processes used.
+        network: Name in the catalogue, or else of the config, and options that change the backbone.
+        protocol: Conditions, as of ``speed``, and ``timed``: the backbone alone, or which model.
+        facts: The file, and the share of the CPUs that other processes used.
+        values: Of its records, by measurement.
     """
 
     file: str
     network: tuple[str, str]
     protocol: dict[str, Any]
-    form: str
-    milliseconds: tuple[float, float, float]
-    memory_bytes: int | None
-    joules: float | None
-    load: float
-
-    def values(self) -> dict[str, dict[str, Any]]:
-        """The ``values`` of its records, by measurement."""
-        median, low, high = self.milliseconds
-        times = dict(median_ms=median, low_ms=low, high_ms=high, throughput=1e3 * self.protocol['batch'] / median) | (
-            dict(joules=self.joules) if self.joules else {}
-        )
-        memory = dict(memory=dict(inference_bytes=self.memory_bytes)) if self.memory_bytes else {}
-        return dict(speed=dict(forms={self.form: times}, batch=self.protocol['batch']), **memory)
+    facts: dict[str, Any]
+    values: dict[str, dict[str, Any]]
 
 
-def network_of(config: str, options: Mapping[str, Any]) -> tuple[str, str]:
-    """What identifies the network of a record or of a benchmark: see :attr:`DeviceCost.network`."""
+def _network(config: str, options: Mapping[str, Any]) -> tuple[str, str]:
     name = options.get('backbone') or Path(config.rpartition('::')[2]).stem
     return str(name), str(sorted((k, v) for k, v in options.items() if k.startswith('model.backbone')))
 
@@ -95,22 +72,18 @@ def read_costs(paths: Iterable[str | Path]) -> list[DeviceCost]:
         UserError: If a file is something else, has several sizes or batches, or repeats a network.
     """
     found: dict[tuple[str, str], DeviceCost] = {}
-    for path in paths:
-        cost = _read(Path(path))
-        if cost.network in found:
-            raise UserError(
-                f'{path}: {cost.network[0]} is also in {found[cost.network].file}\nName one of the two files.'
-            )
+    for cost in map(_read, paths):
+        if other := found.get(cost.network):
+            raise UserError(f'{cost.file}: {cost.network[0]} is also in {other.file}\nName one of the two files.')
         found[cost.network] = cost
     return list(found.values())
 
 
-def _read(path: Path) -> DeviceCost:
-    again = 'Write it there with: ' + command_line(
-        'benchmark', 'model', 'CONFIG', '--backbone', 'NAME', '--shape', 'H', 'W', '--mode', 'inference', '--json'
-    )
+def _read(path: str | Path) -> DeviceCost:
+    options = ('--backbone', 'NAME', '--shape', 'H', 'W', '--mode', 'inference', '--json')
+    again = f'Write it there with: {command_line("benchmark", "model", "CONFIG", *options)}'
     try:
-        content = _Benchmark.model_validate_json(path.read_bytes())
+        content = _Benchmark.model_validate_json(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror})\n{again}') from error
     except ValidationError as error:
@@ -118,67 +91,48 @@ def _read(path: Path) -> DeviceCost:
         place = '.'.join(map(str, first['loc'])) or 'the file'
         raise UserError(f'{path}: not the output of a benchmark: {place}: {first["msg"]}\n{again}') from error
     points = [point for point in content.points if point.mode == 'inference']
-    if len(points) != 1:
+    # The first precision that was asked for.
+    pairs = [(point, row) for point in points for row in point.rows if row.name.startswith('ours')][: len(points)]
+    if len(points) != 1 or not pairs:
         sizes = format_list(f'{p.batch} x {p.height} x {p.width}' for p in points) or 'training only'
-        raise UserError(f'{path}: points: expected one of inference; found {sizes}\n{again}')
-    [point] = points
-    ours = [row for row in point.rows if row.name.startswith('ours')]  # the first precision that was asked for
-    if not ours:
-        raise UserError(f"{path}: points: rows: none is named 'ours'\n{again}")
-    row, env = ours[0], content.environment
-    return DeviceCost(
-        str(path),
-        network_of(content.config, content.cfg_options),
-        dict(
-            device=env.get('gpu') or 'cpu',
-            **{key: env.get(key) for key in ('cpu', 'threads', 'torch')},
-            shape=[point.height, point.width],
-            batch=point.batch,
-            precision=row.dtype,
-            timed='backbone alone' if content.what == 'backbone' else f'model of {Path(content.config).name}',
-        ),
-        point.form,
-        (row.milliseconds.median, row.milliseconds.low, row.milliseconds.high),
-        row.memory_bytes,
-        row.joules,
-        point.load,
+        raise UserError(f"{path}: points: expected one of inference with a row 'ours'; found {sizes}\n{again}")
+    [(point, row)], env = pairs, content.environment
+    ms = row.milliseconds
+    times = dict(median_ms=ms['median'], low_ms=ms['low'], high_ms=ms['high'], joules=row.joules)
+    times['throughput'] = 1e3 * point.batch / ms['median']
+    protocol = dict(
+        device=env.get('gpu') or 'cpu',
+        **{key: env.get(key) for key in ('cpu', 'threads', 'torch')},
+        **dict(shape=[point.height, point.width], batch=point.batch, precision=row.dtype),
+        timed='backbone alone' if content.what == 'backbone' else f'model of {Path(content.config).name}',
     )
+    values: dict[str, dict] = dict(speed=dict(forms={point.form: times}, batch=point.batch))
+    if row.memory_bytes:
+        values['memory'] = dict(inference_bytes=row.memory_bytes)
+    facts = dict(load=point.load, costs=str(path))
+    return DeviceCost(str(path), _network(content.config, content.cfg_options), protocol, facts, values)
 
 
-def replace_costs(found: Sequence[StoredRecord], costs: Sequence[DeviceCost]) -> list[StoredRecord]:
+def replace_costs(found: Sequence[StoredRecord], costs: Sequence[DeviceCost]) -> tuple[list[StoredRecord], list[str]]:
     """Replace speed and memory of the rows whose networks were measured on another device; others keep theirs.
 
-    Args:
-        found: Records.
-        costs: From :func:`read_costs`.
-
-    Raises:
-        UserError: If a cost is of no row's network.
+    Returns:
+        The records, and a line for each cost of a network that no row has.
     """
     by_network = {cost.network: cost for cost in costs}
-    networks = {id(r): network_of(str(r['config'].get('path')), r['config'].get('options') or {}) for r in found}
-    for cost in costs:
-        if cost.network not in networks.values():
-            known = format_list(sorted({name for name, _ in networks.values()}))
-            raise UserError(
-                f'{cost.file}: no row has its network, {cost.network[0]}; those of the rows: {known}\n'
-                f'Measure one of them with the same --backbone and model.backbone options.'
-            )
-    kept, done = [], set()
+    kept, used = [], set()
     for record in found:
-        cost, row = by_network.get(networks[id(record)]), (record['suite'], record['row'])
-        if cost is None:
-            kept.append(record)
-            continue
-        # A device measures a network, not its seeds.
-        asked = [name for name in record.get('asked') or () if name not in ('speed', 'memory')]
-        if record['measurement'] not in ('speed', 'memory'):
+        network = _network(str(record['config'].get('path')), record['config'].get('options') or {})
+        cost, row, of_cost = by_network.get(network), (record['suite'], record['row']), ('speed', 'memory')
+        asked = [name for name in record.get('asked') or () if not cost or name not in of_cost]
+        if not cost or record['measurement'] not in of_cost:
             kept.append(StoredRecord({**record, 'asked': asked}, record.folder))
-        if row not in done:
-            done.add(row)
-            shared = dict(status='done', reason=None, protocol=cost.protocol, checkpoint=None, files={}, asked=asked)
-            facts = dict(load=cost.load, costs=cost.file)
-            for name, values in cost.values().items():
-                new = {**record, **shared, 'measurement': name, 'values': values, 'facts': facts}
-                kept.append(StoredRecord(new, record.folder))
-    return kept
+        if cost and row not in used:  # a device measures a network, not its seeds
+            done = dict(status='done', reason=None, asked=asked, checkpoint=None, files={}, protocol=cost.protocol)
+            for name, values in cost.values.items():
+                one = dict(record, **done, measurement=name, values=values, facts=cost.facts)
+                kept.append(StoredRecord(one, record.folder))
+            used.add(row)
+        used.add(network)
+    unused = [cost for cost in costs if cost.network not in used]
+    return kept, [f'{cost.file}: no row has its network, {cost.network[0]}' for cost in unused]

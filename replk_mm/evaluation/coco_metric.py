@@ -20,7 +20,7 @@ from replk_mm.files import write_output
 from replk_mm.registry import METRICS
 
 #: Index in ``COCOeval.stats`` by mmdet's name. Scores without an IoU in the name average over IoU 0.5 to 0.95.
-_STATS = {'mAP': 0, 'mAP_50': 1, 'mAP_75': 2, 'mAP_s': 3, 'mAP_m': 4, 'mAP_l': 5}
+STATS = {'mAP': 0, 'mAP_50': 1, 'mAP_75': 2, 'mAP_s': 3, 'mAP_m': 4, 'mAP_l': 5}
 
 
 @METRICS.register_module()
@@ -157,5 +157,5 @@ class CocoMetric(GatheringMetric, MMDetCocoMetric):
             )
         return {
             f'{kind}_{name}': float(evaluation.stats[i]) if evaluation.stats[i] >= 0 else float('nan')
-            for name, i in _STATS.items()
+            for name, i in STATS.items()
         }

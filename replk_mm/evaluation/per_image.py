@@ -29,6 +29,21 @@ _THRESHOLDS = 10
 _RECALLS = np.linspace(0, 1, 101)
 
 
+def count_pixels(prediction: NDArray, label: NDArray, classes: int, ignore_index: int) -> NDArray[np.int64]:
+    """Correct, predicted and labelled pixels of each class, ``(3, classes)``, where a map has a label.
+
+    Args:
+        prediction: Class indices ``(H, W)``; others count for no class.
+        label: Class indices ``(H, W)``.
+        classes: Their number.
+        ignore_index: Label of pixels that are not scored.
+    """
+    scored = label != ignore_index
+    prediction, label = prediction[scored], label[scored]
+    parts = (prediction[prediction == label], prediction, label)
+    return np.stack([np.bincount(ids, minlength=classes)[:classes] for ids in parts])
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PerImageScores(ABC):
     """A metric of one checkpoint, as sums over the images of a data set.

@@ -194,7 +194,7 @@ def open_detections(result: Result, objects: Objects, kind: str, min_score: floa
         )
     try:
         sure = [
-            _detection(entry, objects, kind)
+            check_detection(entry, objects, kind)
             for entry in json.loads(read_inside(file, result.predictions))
             if entry['score'] >= min_score
         ]
@@ -213,8 +213,13 @@ def open_detections(result: Result, objects: Objects, kind: str, min_score: floa
     return CocoIndex({**objects.api.dataset, 'annotations': sure})
 
 
-def _detection(entry: dict, objects: Objects, kind: str) -> dict:
-    """A validated detection for pycocotools, which checks nothing."""
+def check_detection(entry: dict, objects: Objects, kind: str) -> dict:
+    """A validated detection for pycocotools, which checks nothing.
+
+    Raises:
+        ValueError: If its mask cannot be decoded.
+        TypeError, KeyError: If it is no detection as COCO has them.
+    """
     found = dict(image_id=entry['image_id'], category_id=entry['category_id'], score=float(entry['score']), iscrowd=0)
     image = objects.images.get(entry['image_id'])
     if kind == 'segm' and image:

@@ -20,7 +20,7 @@ from replk_mm.data.checks.audit import check_data
 from replk_mm.data.datasets import as_list, dataset_class, datasets_of
 from replk_mm.data.files import IGNORE_INDEX
 from replk_mm.errors import UserError
-from replk_mm.evaluation.per_image import SegmentationCounts
+from replk_mm.evaluation.per_image import SegmentationCounts, count_pixels
 
 
 class SegmentationImages:
@@ -140,12 +140,7 @@ class SegmentationImages:
             raise UserError(f'{path}: cannot be read ({error})\nTest again with --out {result.file.parent}.') from error
 
     def _count_pixels(self, index: int) -> None:
-        def count(ids: np.ndarray) -> np.ndarray:
-            return np.bincount(ids, minlength=len(self.classes))[: len(self.classes)]
-
         label = self.label(index)
-        scored = label != self.ignore_index
-        self.labelled[index] = count(label[scored])
         for j, result in enumerate(self.pair):
             prediction = self.prediction(index, result)
             if prediction.shape != label.shape:
@@ -154,9 +149,9 @@ class SegmentationImages:
                     f'{label.shape} ({self._entries[index][0]["seg_map_path"]})\nName the data of the test with '
                     f'--data-root DIR, or test again.'
                 )
-            prediction, true = prediction[scored], label[scored]
-            self.predicted[j, index] = count(prediction)
-            self.intersection[j, index] = count(prediction[prediction == true])
+            self.intersection[j, index], self.predicted[j, index], self.labelled[index] = count_pixels(
+                prediction, label, len(self.classes), self.ignore_index
+            )
 
     def _check_reproduced(self, which: int) -> None:
         """Labels and predictions must give the labelled pixels and the IoU of every class that the result states."""

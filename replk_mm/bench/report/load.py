@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from replk_mm.analysis.statistics import BestGroup, best_group
 from replk_mm.analysis.timing import MAX_LOAD, MAX_SPREAD
-from replk_mm.bench import records
+from replk_mm.bench import records, submission
 from replk_mm.bench.costs import DeviceCost, replace_costs
 from replk_mm.bench.report.tables import (
     BY_KEY,
@@ -297,7 +298,25 @@ def load_report(paths: Sequence[str | Path], costs: Sequence[DeviceCost] = ()) -
         costs: On another device, which replace speed and memory of the rows with these networks.
 
     Raises:
-        UserError: If there are none, or a cost is of no row.
+        UserError: If there are none.
+    """
+    found, complaints = read_results(paths)
+    found, unused = replace_costs(found, costs)
+    by_suite: dict[str, list[Record]] = {}
+    for record in found:
+        by_suite.setdefault(record['suite'], []).append(record)
+    suites = [_suite(name, part) for name, part in by_suite.items()]
+    if len({record.folder for record in found}) > 1:
+        for row in (row for suite in suites for row in suite.rows):
+            row.source = _source(row.records)
+    return Report(suites, complaints + unused)
+
+
+def read_results(paths: Sequence[str | Path]) -> tuple[list[Record], list[str]]:
+    """The records that count and the skipped ones, see :func:`replk_mm.bench.records.read_records`.
+
+    Raises:
+        UserError: If there are none.
     """
     for path in map(Path, paths):
         if not path.exists():
@@ -317,22 +336,15 @@ def load_report(paths: Sequence[str | Path], costs: Sequence[DeviceCost] = ()) -
             + (f'; {len(complaints):,} lines skipped, the first: {complaints[0]}' if complaints else '')
             + f'\nName files that a suite has written: {command_line("suite", "SUITE")}'
         )
-    by_suite: dict[str, list[Record]] = {}
-    found = replace_costs(found, costs)
-    for record in found:
-        by_suite.setdefault(record['suite'], []).append(record)
-    suites = [_suite(name, part) for name, part in by_suite.items()]
-    if len({record.folder for record in found}) > 1:
-        for row in (row for suite in suites for row in suite.rows):
-            row.source = _source(row.records)
-    return Report(suites, complaints)
+    return found, complaints
 
 
 def _source(found: Sequence[Record]) -> str:
     """The folder of a row's records; the seeds of each if there are several."""
     seeds: dict[str, set[int]] = {}
     for record in found:
-        seeds.setdefault(os.path.relpath(record.folder), set()).add(record['seed'])
+        archive = unquote(record.folder.name) if record.folder.suffix == submission.SUFFIX else None
+        seeds.setdefault(archive or os.path.relpath(record.folder), set()).add(record['seed'])
     return '; '.join(f'seed{"s" * (len(s) > 1)} {format_list(sorted(s))} from {folder}' for folder, s in seeds.items())
 
 

@@ -50,6 +50,7 @@ class SplitFiles(BaseModel):
         classes: Names.
         palette: RGB of each class.
         ignored: Value of label files that is not scored; if it is 0, classes count from 1 in them.
+        label_map: Class of each value, counted from the first class, where a data set has more classes than are used.
         folders: Where its files may be, links resolved; not part of a record.
     """
 
@@ -62,6 +63,7 @@ class SplitFiles(BaseModel):
     classes: list[str] = []
     palette: list[tuple[int, int, int]] = []
     ignored: int | None = 255
+    label_map: dict[int, int] = {}
     folders: tuple[Path, ...] = ()
 
     def model_post_init(self, _: Any) -> None:

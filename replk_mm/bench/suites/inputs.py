@@ -86,12 +86,14 @@ def describe_split(cfg: Config, split: str) -> tuple[dict[str, Any], dict[str, A
 def dataset_layout(dataset: dict, scope: str) -> dict[str, Any]:
     """Folders of a data set's images and labels, and the meaning of its labels; plain data for reports."""
     root = str(dataset.get('data_root') or '.')
-    kind = dataset_class(dataset, scope)
+    kind: Any = dataset_class(dataset, scope)
     prefix = dataset_option(dataset, kind, 'data_prefix', {}) or {}
     coco = is_coco_style(dataset, scope)
     annotations = dataset['ann_file'] if coco else None
     if annotations and Path(annotations).is_absolute():
         annotations = os.path.relpath(annotations, root)
+    classes = list(classes_of(dataset, scope) or ())
+    label_map = kind.get_label_map(classes or None) if hasattr(kind, 'get_label_map') else None
     palette = (dataset.get('metainfo') or {}).get('palette') or getattr(kind, 'METAINFO', {}).get('palette') or ()
     return dict(
         root=str(Path(root).resolve()),
@@ -100,7 +102,8 @@ def dataset_layout(dataset: dict, scope: str) -> dict[str, Any]:
         image_suffix=None if coco else dataset_option(dataset, kind, 'img_suffix', '.jpg'),
         label_suffix=None if coco else dataset_option(dataset, kind, 'seg_map_suffix', '.png'),
         annotations=annotations,
-        classes=list(classes_of(dataset, scope) or ()),
+        classes=classes,
         palette=[list(c) for c in palette],
         ignored=0 if dataset_option(dataset, kind, 'reduce_zero_label', False) else 255,
+        **(dict(label_map=label_map) if label_map else {}),
     )
