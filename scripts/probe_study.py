@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does the order of backbones by linear probe predict their order after fine-tuning? The result: docs/statistics.md.
 
-1. Pretrain each network to classify generated patches (``replk_mm/data/scenes/patches.py``).
+1. Pretrain each network to classify generated patches (``patches.py``).
 2. Probe the frozen network, and fine-tune it, on generated scenes with other objects, with three seeds each.
 3. Correlate the scores, and count the points that the pick of the probe loses after fine-tuning.
 
@@ -29,16 +29,17 @@ warnings.simplefilter('ignore')
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from classify import Classifier, Recipe, train_classifier  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from mmengine.config import Config  # noqa: E402
+from numpy.typing import ArrayLike, NDArray  # noqa: E402
+from patches import PATCH_CLASSES, PatchDataset  # noqa: E402
+from scipy import stats  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from replk_mm.analysis.statistics import rank_agreement  # noqa: E402
 from replk_mm.backbones.catalogue import build_backbone  # noqa: E402
-from replk_mm.data.scenes.patches import PATCH_CLASSES, PatchDataset  # noqa: E402
 from replk_mm.data.scenes.writer import META, write_demo_data  # noqa: E402
-from replk_mm.engine.classify import Classifier, Recipe, train_classifier  # noqa: E402
 from replk_mm.engine.config import load_config  # noqa: E402
 from replk_mm.engine.evaluate import evaluate  # noqa: E402
 from replk_mm.engine.prepare import prepare_training  # noqa: E402
@@ -75,6 +76,8 @@ BATCH, PRETRAINING = 16, Recipe(epochs=3, lr=1e-3, label_smoothing=0.0)
 #: Target task: training scenes, and validation scenes. One half picks a network, the other half judges the pick.
 TRAIN, VAL, SCENE_SIDE = 200, 120, 128
 ITERATIONS, LR, PROBE_EPOCHS = 80, 1e-3, 20
+#: Of the bootstrap.
+DRAWS = 5000
 
 
 def seeds_of(step: str) -> tuple[int, ...]:
@@ -183,6 +186,50 @@ def read(out: Path) -> dict[tuple[str, str, int], float]:
     path = out / 'results.jsonl'
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return {(line['step'], line['network'], line['seed']): line['score'] for line in lines}
+
+
+def rank_agreement(predictor: ArrayLike, target: ArrayLike) -> dict[str, tuple[float, float, float]]:
+    """Whether a cheap score orders networks as an expensive one does: values and ends of 95 % intervals.
+
+    The intervals are for other networks and seeds: percentiles of a hierarchical bootstrap of networks, and of seeds
+    within each, of predictor and target independently. In simulations of 9 and 12 networks, those of Spearman's
+    correlation cover 95 to 99 %.
+
+    Args:
+        predictor: Scores ``(networks, seeds)``.
+        target: Scores ``(networks, seeds)`` of the same networks; the number of seeds may differ.
+
+    Returns:
+        ``'spearman'`` and ``'kendall'`` (tau-b) correlations of the means; ``'regret'``: what the network with the
+        highest predictor has less than the best one; ``'random_regret'``: the mean of that over all networks. NaN if
+        undefined.
+    """
+    scores = [np.asarray(values, float) for values in (predictor, target)]
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(scores[0]), size=(DRAWS, len(scores[0])))
+    values = [x[drawn] for x in scores]
+    means = [np.take_along_axis(x, rng.integers(x.shape[2], size=x.shape), 2).mean(2) for x in values]
+    found, samples = (_agreement(*pair) for pair in ([x.mean(1)[None] for x in scores], means))
+    ends = {
+        name: np.quantile(kept, [0.025, 0.975]) if len(kept := sample[np.isfinite(sample)]) else (np.nan, np.nan)
+        for name, sample in samples.items()
+    }
+    return {name: (float(value[0]), *map(float, ends[name])) for name, value in found.items()}
+
+
+def _agreement(x: NDArray, y: NDArray) -> dict[str, NDArray]:
+    """The statistics of :func:`rank_agreement` of each draw ``(draws, networks)``."""
+
+    def correlation(a: NDArray, b: NDArray) -> NDArray:
+        with np.errstate(invalid='ignore'):
+            return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+
+    ranks = [stats.rankdata(values, axis=1) - (values.shape[1] + 1) / 2 for values in (x, y)]
+    signs = [np.sign(values[:, :, None] - values[:, None]).reshape(len(values), -1) for values in (x, y)]
+    best, picked = y.max(1), np.take_along_axis(y, x.argmax(1)[:, None], 1)[:, 0]
+    return dict(
+        spearman=correlation(*ranks), kendall=correlation(*signs), regret=best - picked, random_regret=best - y.mean(1)
+    )
 
 
 def report(out: Path, page: Path) -> None:

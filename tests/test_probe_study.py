@@ -2,16 +2,16 @@
 
 import itertools
 import json
-import sys
+import math
 
+import numpy as np
 import pytest
+from scipy import stats
 
 
 @pytest.fixture
-def study(root, monkeypatch):
-    monkeypatch.syspath_prepend(root / 'scripts')
-    monkeypatch.setitem(sys.modules, 'probe_study', None)
-    del sys.modules['probe_study']
+def study(monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')  # as the script does
     import probe_study
 
     return probe_study
@@ -62,3 +62,31 @@ def test_finished_steps_are_not_repeated_and_none_begins_after_the_deadline(stud
     with pytest.raises(study.OutOfTime):
         study.run(tmp_path, ['mscan-t'], ['pretrain'], -1)
     assert len(called) == 4
+
+
+def test_rank_agreement_is_scipys_and_its_interval_the_paired_bootstrap(study):
+    rng = np.random.default_rng(3)
+    x = rng.normal(0, 1, 12).round(1)  # with ties
+    y = (x + rng.normal(0, 0.7, 12)).round(1)
+    found = study.rank_agreement(x[:, None], np.stack([y - 1, y + 1], 1))
+    for part, function in (('spearman', stats.spearmanr), ('kendall', stats.kendalltau)):
+        assert found[part][0] == pytest.approx(function(x, y)[0])
+    again = study.rank_agreement(x[:, None], y[:, None])
+
+    def statistic(a, b):
+        return stats.spearmanr(a, b)[0]
+
+    expected = stats.bootstrap((x, y), statistic, paired=True, method='percentile', n_resamples=1000, random_state=0)
+    _, low, high = again['spearman']
+    assert low == pytest.approx(expected.confidence_interval.low, abs=0.05)
+    assert high == pytest.approx(expected.confidence_interval.high, abs=0.03)
+    assert found['spearman'][1] < low  # other seeds would differ too
+
+
+def test_regret_is_what_the_pick_loses(study):
+    found = study.rank_agreement([[1, 3], [2.5, 2.5], [0, 0]], [[40.0], [50], [30]])
+    assert (found['regret'][0], found['random_regret'][0]) == (0, 10)
+    found = study.rank_agreement([[3, 3], [2.5, 2.5], [0, 0]], [[40.0], [50], [30]])
+    assert found['regret'] == (10, 0, 10)
+    same = study.rank_agreement([[1.0]] * 3, [[1.0]] * 3)
+    assert all(map(math.isnan, same['spearman'])) and same['regret'][2] == 0

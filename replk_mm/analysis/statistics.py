@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import special
 
 #: Most groups of images of the jackknife.
 _GROUPS = 200
@@ -384,65 +384,4 @@ def plan(rows: Mapping[str, Sequence[Scores]], difference: float, power: float =
         seeds=next((n for n in seeds if distinguishes(difference, n)), None),
         images=math.ceil(times * images) if times < math.inf else None,
         detectable=_bisect(lambda points: distinguishes(points, present), 0.0, 1e6),
-    )
-
-
-class Resampled(NamedTuple):
-    """A statistic and its bootstrap interval; None if no draw defines it."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-def rank_agreement(
-    predictor: ArrayLike, target: ArrayLike, level: float = 0.95, draws: int = 5000, seed: int = 0
-) -> dict[str, Resampled]:
-    """Whether a cheap score orders rows as an expensive one does, with intervals over other rows and seeds.
-
-    Percentiles of a hierarchical bootstrap: rows, and seeds within each row, of predictor and target independently.
-    In simulations of 9 and 12 rows, 95 % intervals of Spearman's correlation cover 95 to 99 %.
-
-    Args:
-        predictor: Scores ``(rows, seeds)``.
-        target: Scores ``(rows, seeds)`` of the same rows; the number of seeds may differ.
-        level: Of the intervals.
-        draws: Of the bootstrap.
-        seed: Of the bootstrap.
-
-    Returns:
-        ``'spearman'`` and ``'kendall'`` (tau-b) correlations of the means; ``'regret'``: what the row with the highest
-        predictor has less than the best row; ``'random_regret'``: the mean of that over all rows.
-
-    Raises:
-        ValueError: If there are fewer than three rows, or not the same rows.
-    """
-    scores = [np.asarray(values, float) for values in (predictor, target)]
-    rows = len(scores[0])
-    if rows < 3 or any(values.ndim != 2 or len(values) != rows for values in scores):
-        raise ValueError('rank_agreement needs scores (rows, seeds) of the same three rows or more')
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(rows, size=(draws, rows))
-    values = [x[drawn] for x in scores]
-    means = [np.take_along_axis(x, rng.integers(x.shape[2], size=x.shape), 2).mean(2) for x in values]
-    found, samples = (_agreement(*pair) for pair in ([x.mean(1)[None] for x in scores], means))
-    ends = {}
-    for name, sample in samples.items():
-        sample = sample[np.isfinite(sample)]
-        ends[name] = np.quantile(sample, [(1 - level) / 2, (1 + level) / 2]).tolist() if len(sample) else (None, None)
-    return {name: Resampled(float(value[0]), *ends[name]) for name, value in found.items()}
-
-
-def _agreement(x: NDArray, y: NDArray) -> dict[str, NDArray]:
-    """The statistics of :func:`rank_agreement` of each draw ``(draws, rows)``."""
-
-    def correlation(a: NDArray, b: NDArray) -> NDArray:
-        with np.errstate(invalid='ignore'):
-            return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
-
-    ranks = [stats.rankdata(values, axis=1) - (values.shape[1] + 1) / 2 for values in (x, y)]
-    signs = [np.sign(values[:, :, None] - values[:, None]).reshape(len(values), -1) for values in (x, y)]
-    best, picked = y.max(1), np.take_along_axis(y, x.argmax(1)[:, None], 1)[:, 0]
-    return dict(
-        spearman=correlation(*ranks), kendall=correlation(*signs), regret=best - picked, random_regret=best - y.mean(1)
     )

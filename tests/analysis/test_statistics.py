@@ -1,13 +1,12 @@
 """Intervals, differences, groups and plans: against closed forms, scipy, brute force and simulation."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from replk_mm.analysis.statistics import MeanScores, best_group, holm, interval, paired_difference, plan, rank_agreement
+from replk_mm.analysis.statistics import MeanScores, best_group, holm, interval, paired_difference, plan
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -272,34 +271,6 @@ def test_plan_is_the_power_in_simulations(rng):
         for _ in range(tries)
     ]
     assert np.mean(np.array(p) <= 0.05) == pytest.approx(0.8, abs=0.035)
-
-
-def test_rank_agreement_is_scipys_and_its_interval_the_paired_bootstrap(rng):
-    x = rng.normal(0, 1, 12).round(1)  # with ties
-    y = (x + rng.normal(0, 0.7, 12)).round(1)
-    found = rank_agreement(x[:, None], np.stack([y - 1, y + 1], 1))
-    for part, function in (('spearman', stats.spearmanr), ('kendall', stats.kendalltau)):
-        assert found[part].value == pytest.approx(function(x, y)[0])
-    again = rank_agreement(x[:, None], y[:, None])
-
-    def statistic(a, b):
-        return stats.spearmanr(a, b)[0]
-
-    expected = stats.bootstrap((x, y), statistic, paired=True, method='percentile', n_resamples=1000, random_state=0)
-    assert again['spearman'].low == pytest.approx(expected.confidence_interval.low, abs=0.05)
-    assert again['spearman'].high == pytest.approx(expected.confidence_interval.high, abs=0.03)
-    assert found['spearman'].low < again['spearman'].low  # other seeds would differ too
-
-
-def test_regret_is_what_the_pick_loses():
-    found = rank_agreement([[1, 3], [2.5, 2.5], [0, 0]], [[40.0], [50], [30]])
-    assert (found['regret'].value, found['random_regret'].value) == (0, 10)
-    found = rank_agreement([[3, 3], [2.5, 2.5], [0, 0]], [[40.0], [50], [30]])
-    assert found['regret'].value == 10 and found['regret'].low == 0 and found['regret'].high == 10
-    same = rank_agreement([[1.0]] * 3, [[1.0]] * 3)
-    assert math.isnan(same['spearman'].value) and same['spearman'].low is None and same['regret'].high == 0
-    with pytest.raises(ValueError, match='rows'):
-        rank_agreement([[1.0], [2], [3]], [[1.0], [2]])
 
 
 @pytest.mark.slow

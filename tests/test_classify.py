@@ -1,15 +1,15 @@
-"""The classification loop: schedule, exact resume, checkpoints for the catalogue."""
+"""scripts/classify.py: schedule, exact resume, checkpoints for the catalogue."""
 
 import math
 
 import pytest
 import torch
 import torch.nn as nn
+from classify import Classifier, Recipe, top1_accuracy, train_classifier
 from torch.utils.data import DataLoader, TensorDataset
 
 from replk_mm.backbones.catalogue import build_backbone
 from replk_mm.checkpoints.io import read_checkpoint
-from replk_mm.engine.classify import Classifier, Recipe, top1_accuracy, train_classifier
 from replk_mm.errors import UserError
 
 RECIPE = Recipe(epochs=3, lr=0.02)
