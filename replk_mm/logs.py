@@ -6,9 +6,16 @@ mmseg and mmdet warn about their own defaults.
 
 import logging
 import re
+import sys
 import warnings
+from collections.abc import Iterable
+from typing import TypeVar
 
 from mmengine.logging import MMLogger
+from rich.console import Console
+from rich.progress import track
+
+T = TypeVar('T')
 
 #: Packages whose Python warnings concern their developers.
 _UPSTREAM = re.compile(r'[\\/](mmcv|mmdet|mmengine|mmseg|pkg_resources|torch[\\/](autograd|functional|nn))[\\/.]')
@@ -35,6 +42,11 @@ def log_notes(notes: list[str]) -> None:
     for note in notes:
         level = note.level if isinstance(note, Note) else logging.INFO
         MMLogger.get_current_instance().log(level, note, extra={'terminal': isinstance(note, Note)})
+
+
+def show_progress(items: Iterable[T], what: str, total: int | None = None, show: bool = True) -> Iterable[T]:
+    """Iterate over ``items`` with a progress bar on standard error, if it is a terminal."""
+    return track(items, what, total, console=Console(stderr=True), disable=not (show and sys.stderr.isatty()))
 
 
 def _show_percent(record: logging.LogRecord) -> bool:

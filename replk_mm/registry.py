@@ -6,14 +6,7 @@ builds one. Configs of any OpenMMLab project can therefore use our types without
 
 from importlib import import_module
 
-from mmengine.registry import DATASETS as MMENGINE_DATASETS
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import LOOPS as MMENGINE_LOOPS
-from mmengine.registry import METRICS as MMENGINE_METRICS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
-from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry
 
 SCOPE = 'replk_mm'
@@ -42,7 +35,7 @@ class LazyRegistry(Registry):
 MODELS = LazyRegistry(
     'model',
     scope=SCOPE,
-    parent=MMENGINE_MODELS,
+    parent=mmengine_registry.MODELS,
     locations=['replk_mm.backbones'],
     modules={
         'replk_mm.heads.linear': ('LinearHead',),
@@ -52,22 +45,24 @@ MODELS = LazyRegistry(
 
 #: Data sets. Building one imports mmdet.
 DATASETS = LazyRegistry(
-    'dataset', scope=SCOPE, parent=MMENGINE_DATASETS, modules={'replk_mm.data.coco_dataset': ('CocoDataset',)}
+    'dataset', scope=SCOPE, parent=mmengine_registry.DATASETS, modules={'replk_mm.data.coco_dataset': ('CocoDataset',)}
 )
 
 #: Steps of data pipelines.
-TRANSFORMS = Registry('transform', scope=SCOPE, parent=MMENGINE_TRANSFORMS, locations=['replk_mm.data.transforms'])
+TRANSFORMS = Registry(
+    'transform', scope=SCOPE, parent=mmengine_registry.TRANSFORMS, locations=['replk_mm.data.transforms']
+)
 
 #: Optimizer wrappers, such as bfloat16 training on CPUs.
 OPTIM_WRAPPERS = Registry(
-    'optim_wrapper', scope=SCOPE, parent=MMENGINE_OPTIM_WRAPPERS, locations=['replk_mm.engine.optim']
+    'optim_wrapper', scope=SCOPE, parent=mmengine_registry.OPTIM_WRAPPERS, locations=['replk_mm.engine.optim']
 )
 
 #: Optimizer constructors, such as layer-wise learning-rate decay.
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     scope=SCOPE,
-    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    parent=mmengine_registry.OPTIM_WRAPPER_CONSTRUCTORS,
     locations=['replk_mm.engine.optim'],
 )
 
@@ -75,17 +70,17 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 HOOKS = Registry(
     'hook',
     scope=SCOPE,
-    parent=MMENGINE_HOOKS,
+    parent=mmengine_registry.HOOKS,
     locations=['replk_mm.engine.hooks', 'replk_mm.engine.nonfinite', 'replk_mm.engine.preflight'],
 )
 
 #: Training loops.
-LOOPS = Registry('loop', scope=SCOPE, parent=MMENGINE_LOOPS, locations=['replk_mm.engine.loops'])
+LOOPS = Registry('loop', scope=SCOPE, parent=mmengine_registry.LOOPS, locations=['replk_mm.engine.loops'])
 
 #: Metrics. Building one imports mmseg or mmdet.
 METRICS = LazyRegistry(
     'metric',
     scope=SCOPE,
-    parent=MMENGINE_METRICS,
+    parent=mmengine_registry.METRICS,
     modules={'replk_mm.evaluation.iou_metric': ('IoUMetric',), 'replk_mm.evaluation.coco_metric': ('CocoMetric',)},
 )

@@ -102,36 +102,21 @@ def format_metrics(metrics: Mapping[str, Any], absent: Sequence[str] = ()) -> st
     return text + (f' ({len(absent)} classes have no ground truth: {format_list(absent)})' if absent else '')
 
 
-def replace_block(text: str, name: str, content: str, page: str) -> str:
-    """Replace the content of a block in the text of a page.
-
-    Args:
-        text: Text of the page.
-        name: Name of the block, which starts with ``<!-- NAME:begin -->`` and ends with ``<!-- NAME:end -->``.
-        content: New content.
-        page: Name of the page for error messages.
-
-    Returns:
-        The new text.
-
-    Raises:
-        UserError: If the page does not have exactly one block of that name.
-    """
-    begin, end = f'<!-- {name}:begin -->', f'<!-- {name}:end -->'
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise UserError(f'{page}: expected one block from {begin} to {end}\nAdd both lines where the table belongs.')
-    return f'{text.partition(begin)[0]}{begin}\n{content}{end}{text.partition(end)[2]}'
-
-
 def update_page(page: Path, name: str, content: str) -> None:
-    """Replace the content of a block in a page; see :func:`replace_block`.
+    """Replace the content of a block in a page, from ``<!-- NAME:begin -->`` to ``<!-- NAME:end -->``.
 
     Raises:
         UserError: If the page cannot be read or written, or does not have exactly one block of that name.
     """
+    begin, end = f'<!-- {name}:begin -->', f'<!-- {name}:end -->'
     try:
         text = page.read_text(encoding='utf-8')
-        write_atomic(page.resolve(), replace_block(text, name, content, str(page)))
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise UserError(
+                f'{page}: expected one block from {begin} to {end}\nAdd both lines where the table belongs.'
+            )
+        new = f'{text.partition(begin)[0]}{begin}\n{content}{end}{text.partition(end)[2]}'
+        write_atomic(page.resolve(), new)
     except OSError as error:
         raise UserError(f'{page}: {error.strerror or error}') from error
     except UnicodeDecodeError as error:

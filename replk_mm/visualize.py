@@ -1,10 +1,15 @@
 """Draw label maps, detected objects, legends and grids of images."""
 
 import colorsys
+import io
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+
+from replk_mm.files import write_output
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
@@ -83,11 +88,7 @@ def color_legend(entries: Sequence[tuple[Sequence[int], str]], height: int) -> n
 
 
 def draw_instances(
-    image: np.ndarray,
-    objects: Sequence[dict],
-    classes: Sequence[str],
-    palette: Sequence[Sequence[int]],
-    opacity: float = 0.45,
+    image: np.ndarray, objects: Sequence[dict], classes: Sequence[str], palette: Sequence[Sequence[int]]
 ) -> np.ndarray:
     """Draw masks, boxes, and above each box its class with the score in percent.
 
@@ -96,14 +97,13 @@ def draw_instances(
         objects: From :func:`replk_mm.engine.predict.select_instances`, highest score first.
         classes: Class names.
         palette: RGB of each class.
-        opacity: Opacity of the masks.
     """
     picture = image.copy()
     for instance in reversed(objects):  # highest score on top
         color = [int(c) for c in palette[instance['label']][::-1]]
         if 'mask' in instance:
             inside = instance['mask']
-            picture[inside] = ((1 - opacity) * picture[inside] + opacity * np.asarray(color)).astype(np.uint8)
+            picture[inside] = (0.55 * picture[inside] + 0.45 * np.asarray(color)).astype(np.uint8)
         left, top, right, bottom = (round(v) for v in instance['box'])
         cv2.rectangle(picture, (left, top), (right, bottom), color, 1)
     for instance in reversed(objects):  # labels above all boxes
@@ -134,3 +134,13 @@ def image_grid(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], gap:
             y, x = top + r * (height + gap), gap + column * (width + gap)
             canvas[y : y + height, x : x + width] = picture
     return canvas
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 110) -> None:
+    """Write a figure of matplotlib; the suffix sets the format.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    figure.savefig(picture := io.BytesIO(), dpi=dpi, format=path.suffix[1:])
+    write_output(path, picture.getvalue())

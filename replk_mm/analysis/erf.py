@@ -18,8 +18,6 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from pydantic import BaseModel, NonNegativeInt, PositiveInt
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from replk_mm.analysis.benchmark.case import randomize_constants
@@ -44,6 +42,7 @@ from replk_mm.engine.process import select_device
 from replk_mm.engine.record import environment_info, write_record
 from replk_mm.errors import UserError, command_line, explain_errors
 from replk_mm.files import sha256, write_output
+from replk_mm.logs import show_progress
 
 KIND = 'effective receptive field'
 _VERSION = 1
@@ -188,19 +187,13 @@ class Erf(BaseModel):
             record = json.loads(path.read_text(encoding='utf-8'))
             if (record['kind'], record['version']) != (KIND, _VERSION):
                 raise ValueError(f'kind {record["kind"]!r}, version {record["version"]!r}')
-            matrix = path.with_name(str(record['matrix']))
-            if matrix.exists() and not matrix.is_file():  # a pipe would never end
-                raise ValueError(f'{matrix.name} is not a regular file')
-            size = record['size']
-            with np.load(matrix) as stored:
-                arrays = {
-                    name: _read_array(stored, name, shape)
-                    for name, shape in dict(scores=(size, size), profiles=(record['images'], size)).items()
-                    if name == 'scores' or name in stored  # the first version has no profiles
-                }
+            with np.load(path.with_name(str(record['matrix']))) as stored:
+                arrays = {name: stored[name].astype(float) for name in stored}  # the first version has no profiles
+            shapes = dict(scores=(record['size'], record['size']), profiles=(record['images'], record['size']))
+            for name, array in arrays.items():
+                if array.shape != shapes[name] or not np.isfinite(array).all() or array.min() < 0:
+                    raise ValueError(f'{name} must have the shape {shapes[name]}, be finite and nowhere negative')
             erf = cls.model_validate({**record, **arrays})
-            if not all(np.isfinite(array).all() and array.min() >= 0 for array in arrays.values()):
-                raise ValueError('its matrix must be finite and nowhere negative')
         except FileNotFoundError as error:
             raise UserError(f'{error.filename}: no such file\n{advice}') from error
         except Exception as error:  # a damaged archive raises one of a dozen types
@@ -208,16 +201,6 @@ class Erf(BaseModel):
                 f'{path}: not an effective receptive field: {type(error).__name__}: {error}\n{advice}'
             ) from error
         return erf
-
-
-def _read_array(stored: Any, name: str, expected: tuple[int, int]) -> np.ndarray:
-    """An array of an open ``.npz``. Its header is read first: a small file can hold an array of any size."""
-    with stored.zip.open(f'{name}.npy') as entry:
-        np.lib.format.read_magic(entry)
-        shape, _, kind = np.lib.format.read_array_header_1_0(entry)
-    if shape != expected or np.prod(shape) > MAX_SIZE**2 or kind.kind != 'f':
-        raise ValueError(f'its matrix is {kind} of shape {shape}, not {expected}')
-    return stored[name].astype(float)
 
 
 def measure_erf(
@@ -233,7 +216,6 @@ def measure_erf(
     pretrained: str | None = None,
     seed: int = 0,
     randomize: bool = False,
-    progress: bool = False,
     position: tuple[float, float] = CENTER,
 ) -> Erf:
     """Measure the effective receptive field of a config's backbone, and write ``erf.json`` and ``erf.npz``.
@@ -251,7 +233,6 @@ def measure_erf(
         seed: Seed of random weights.
         randomize: Also randomize norms and layer scales, see
             :func:`replk_mm.analysis.benchmark.case.randomize_constants`.
-        progress: Show a progress bar on standard error.
         position: Of the map, as fractions of its height and width. Defaults to the center.
 
     Raises:
@@ -271,7 +252,7 @@ def measure_erf(
 
     def load_images() -> Iterator[Tensor]:
         nonlocal path
-        for path in track(files, 'images', console=Console(stderr=True), disable=not progress):
+        for path in show_progress(files, 'images'):
             yield read_image(path, size, mean, std, rgb).to(target)
 
     with explain_errors(f'{config}: {name} fails on an image of {size}x{size}', 'Try another --size.'):
@@ -439,7 +420,4 @@ def image_files(folder: Path, count: int) -> list[Path]:
 
 def hash_images(files: Sequence[Path]) -> str:
     """SHA-256 of the contents of images in their order, independent of their names."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(bytes.fromhex(sha256(path)))
-    return digest.hexdigest()
+    return hashlib.sha256(b''.join(bytes.fromhex(sha256(path)) for path in files)).hexdigest()

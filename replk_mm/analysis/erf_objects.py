@@ -73,7 +73,6 @@ def measure_objects(
     dataset = DATASETS.build(next(datasets_of(cfg, ('test',))))
     counts = np.zeros((2, len(classes)))
     found: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
     for i in range(min(count, len(dataset))):
         data = dataset[i]
         predicted = label_map(model.test_step(pseudo_collate([data]))[0])
@@ -91,33 +90,24 @@ def measure_objects(
         for item, pixel, score in zip(objects, pixels, scores, strict=True):
             if score.any():
                 found.append(dict(item, image=str(i), profile=ring_profile(score / score.sum(), tuple(pixel))))
-    for k, name in enumerate(classes):
-        if of_class := [o for o in found if o['label'] == k]:
-            rows.append(dict(_summarize(name, of_class), iou=100 * counts[0, k] / counts[1, k]))
-    least = 0.0
-    for name, most in _SIZES.items():
+    rows = [
+        _summarize(name, of_class, counts[0, k] / counts[1, k])
+        for k, name in enumerate(classes)
+        if (of_class := [o for o in found if o['label'] == k])
+    ]
+    for (name, most), least in zip(_SIZES.items(), (0, *_SIZES.values()), strict=False):
         if of_size := [o for o in found if least <= o['area'] < most]:
-            rows.append(
-                dict(_summarize(f'{name} objects', of_size), iou=100 * float(np.mean([o['iou'] for o in of_size])))
-            )
-        least = most
+            rows.append(_summarize(f'{name} objects', of_size, float(np.mean([o['iou'] for o in of_size]))))
     write_record(dict(kind='receptive fields of objects', config=str(cfg.filename), rows=rows), out / 'objects.json')
     return rows
 
 
-def _summarize(name: str, objects: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summarize(name: str, objects: Sequence[dict[str, Any]], iou: float) -> dict[str, Any]:
     images = sorted({o['image'] for o in objects})
     profiles = np.zeros((len(images), max(len(o['profile']) for o in objects)))
     for o in objects:
         profiles[images.index(o['image']), : len(o['profile'])] += o['profile']
     side = interval([ImageShares(tuple(images), profiles)])
     area = float(np.mean([o['area'] for o in objects]))
-    return dict(
-        name=name,
-        objects=len(objects),
-        images=len(images),
-        mean_area=area,
-        side=side.value,
-        low=side.low,
-        high=side.high,
-    )
+    numbers = dict(objects=len(objects), images=len(images), mean_area=area, iou=100 * iou)
+    return dict(name=name, **numbers, side=side.value, low=side.low, high=side.high)

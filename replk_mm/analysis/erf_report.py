@@ -17,6 +17,7 @@ from replk_mm.analysis.receptive_field import CENTER, SHARES, areas, paper_scale
 from replk_mm.errors import UserError
 from replk_mm.files import write_output
 from replk_mm.text import markdown_text
+from replk_mm.visualize import write_figure
 
 #: Lower end of the heat map of the scores, relative to the largest score.
 _FLOOR = 1e-4
@@ -103,8 +104,7 @@ def draw_lines(path: Path, x: str, y: str, lines: Mapping[str, Sequence[tuple]])
             axes.vlines(at, *ends, color=line.get_color())
     axes.set(xlabel=x, ylabel=y, ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(png := io.BytesIO(), dpi=110)
-    write_output(path, png.getvalue())
+    write_figure(path, figure)
 
 
 def draw_training(found: Sequence[Erf], path: Path) -> None:

@@ -4,7 +4,6 @@ The ordinary test runs once for each condition, on the same images. See docs/rob
 """
 
 import copy
-import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,8 +29,8 @@ from replk_mm.engine.runner import explain_failures
 from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import require_ground_truth
 from replk_mm.evaluation.per_image import PerImageScores
-from replk_mm.files import write_output
 from replk_mm.logs import announce
+from replk_mm.visualize import write_figure
 
 #: Part of the protocol of records: only results with the same text are compared.
 DEFINITION = (
@@ -133,8 +132,7 @@ def measure_robustness(
         environment=environment_info(),
     )
     write_record(record, out / 'robustness.json')
-    draw_profile(values).savefig(memory := io.BytesIO(), dpi=110)
-    write_output(out / 'robustness.png', memory.getvalue())
+    write_figure(out / 'robustness.png', draw_profile(values))
     return record
 
 

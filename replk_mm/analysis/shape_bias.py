@@ -7,7 +7,6 @@ classifier. Here it is the class that most pixels of an object are predicted as,
 """
 
 import copy
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from mmengine.config import Config
@@ -33,8 +31,7 @@ from replk_mm.data.scenes.cue_conflict import (
 from replk_mm.engine.predict import is_segmentor, label_map, load_for_prediction, predict
 from replk_mm.engine.record import environment_info, write_record
 from replk_mm.errors import UserError
-from replk_mm.files import write_output
-from replk_mm.visualize import overlay
+from replk_mm.visualize import overlay, write_figure
 
 #: Part of the protocol of records: only results with the same text are compared.
 DEFINITION = (
@@ -237,7 +234,6 @@ def _draw_decisions(
     columns = min(_COLUMNS, len(ordered))
     rows = -(-len(ordered) // columns)
     figure = Figure(figsize=(3.1 * columns + 0.3, 2.05 * rows + 1.3), layout='constrained')
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis('off')
@@ -266,8 +262,7 @@ def _draw_decisions(
         + ('' if agreeing is None else f'\ncues agree: {100 * agreeing:.0f} % correct'),
         fontsize=10,
     )
-    figure.savefig(picture := io.BytesIO(), dpi=110)
-    write_output(path, picture.getvalue())
+    write_figure(path, figure)
 
 
 def _crop(image: np.ndarray, item: CueConflictObject) -> np.ndarray:

@@ -67,7 +67,6 @@ class Interval:
         value: Mean over the seeds of the metric on all images.
         low: Lower end; None if a single image, or a metric that is undefined without some image, allows no interval.
         high: Upper end.
-        level: Confidence level.
         seeds: Number of trainings.
         images: Number of test images.
         covers_seeds: Whether the interval covers other training seeds. If not, it is about these checkpoints only.
@@ -76,7 +75,6 @@ class Interval:
     value: float
     low: float | None
     high: float | None
-    level: float
     seeds: int
     images: int
     covers_seeds: bool
@@ -208,7 +206,7 @@ class _Estimate:
         margin, ends = self.error.row_margin(1 - level) if margin is None else margin, (None, None)
         if math.isfinite(self.value + margin):
             ends = np.clip([self.value - self.bias - margin, self.value - self.bias + margin], *self.bounds).tolist()
-        return Interval(self.value, *ends, level, self.seeds, len(self.images), bool(self.seed_freedom > 0))
+        return Interval(self.value, *ends, self.seeds, len(self.images), bool(self.seed_freedom > 0))
 
     def difference(self, level: float, first: str, second: str) -> Difference:
         found = self.interval(level, float(self.error.margin(1 - level)))
@@ -294,9 +292,7 @@ def interval(row: Sequence[Scores], level: float = 0.95) -> Interval:
     return _estimate({'': row})[''].interval(level)
 
 
-def paired_difference(
-    a: Sequence[Scores], b: Sequence[Scores], level: float = 0.95, names: tuple[str, str] = ('A', 'B')
-) -> Difference:
+def paired_difference(a: Sequence[Scores], b: Sequence[Scores], level: float = 0.95) -> Difference:
     """The difference of two rows, ``a`` minus ``b``, on the same images.
 
     Trainings count as independent. This is conservative if equal seeds share more than the images, such as a subset of
@@ -305,7 +301,7 @@ def paired_difference(
     Raises:
         ValueError: If the scores are of different images, or there are none.
     """
-    return _differences(_estimate(dict(zip(names, (a, b), strict=True))), level)[0]
+    return _differences(_estimate(dict(A=a, B=b)), level)[0]
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:

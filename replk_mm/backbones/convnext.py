@@ -130,9 +130,6 @@ class ConvNeXt(Backbone):
         norm_eval, out_memory_format: See :class:`Backbone`. Default to False and ``'contiguous_format'``.
         init_cfg: Initialization. ``Pretrained`` loads the authors', mmpretrain's, timm's and our checkpoints. Defaults
             to a truncated normal with standard deviation 0.02 and zero biases.
-
-    Raises:
-        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
     #: Optional key of ``arch``: hidden channels of a block relative to its channels.
@@ -193,24 +190,10 @@ class ConvNeXt(Backbone):
             self.add_module(f'norm{i}', build_norm(norm_cfg, channels[i]))
         self._freeze()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features of a batch of images.
-
-        Args:
-            x: ``(N, in_channels, H, W)``.
-
-        Returns:
-            One ``(N, C_i, H / s_i, W / s_i)``, rounded down, for each of ``out_indices``, with strides 4, 8, 16 and 32.
-            With ``gap_before_final_norm``, one ``(N, C_i)`` each.
-        """
-        x = self._to_compute_format(x)
-        outs = []
-        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
-            x = stage(downsample(x))
-            if i in self.out_indices:
-                norm = getattr(self, f'norm{i}')
-                outs.append(norm(x.mean((2, 3), keepdim=True)).flatten(1) if self.gap_before_final_norm else norm(x))
-        return self._to_output_format(outs)
+    def _normalize(self, i: int, x: Tensor) -> Tensor:
+        if not self.gap_before_final_norm:
+            return super()._normalize(i, x)
+        return super()._normalize(i, x.mean((2, 3), keepdim=True)).flatten(1)
 
 
 ConvNeXt.arch_settings = {

@@ -106,9 +106,6 @@ class InceptionNeXt(Backbone):
         norm_eval, out_memory_format: See :class:`Backbone`. Default to False and ``'contiguous_format'``.
         init_cfg: Initialization. ``Pretrained`` loads the authors', timm's and our checkpoints. Defaults to a truncated
             normal with standard deviation 0.02 and zero biases.
-
-    Raises:
-        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
     arch_settings = {
@@ -157,14 +154,7 @@ class InceptionNeXt(Backbone):
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features of a batch of images.
-
-        Args:
-            x: ``(N, in_channels, H, W)``.
-
-        Returns:
-            One ``(N, C_i, H / s_i, W / s_i)``, rounded down, for each of ``out_indices``.
-        """
+        """Compute the features of images as :meth:`Backbone.forward` does. Sides round down."""
         x, features = self.stem(self._to_compute_format(x)), []
         for i, stage in enumerate(self.stages):
             x = stage(x)

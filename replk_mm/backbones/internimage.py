@@ -141,9 +141,6 @@ class InternImage(Backbone):
         init_cfg: Initialization. ``Pretrained`` loads the authors' and our checkpoints. Defaults to that of the
             authors: linear layers with a truncated normal with standard deviation 0.02, those of :class:`DCNv3` with
             zeros and Xavier's uniform distribution, zero biases.
-
-    Raises:
-        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
     arch_settings = {
@@ -223,14 +220,7 @@ class InternImage(Backbone):
         return self.levels
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features of a batch of images.
-
-        Args:
-            x: ``(N, in_channels, H, W)``.
-
-        Returns:
-            One ``(N, C_i, H / s_i, W / s_i)``, rounded up, for each of ``out_indices``, with strides 4, 8, 16 and 32.
-        """
+        """Compute the features of images as :meth:`Backbone.forward` does. Sides round up."""
         x = self.patch_embed(self._to_compute_format(x))
         features = []
         for level in self.levels:

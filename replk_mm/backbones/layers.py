@@ -148,8 +148,8 @@ class Backbone(BaseModule):
         channels_last: Compute in channels-last memory on CPUs, where most layers are fastest. Values stay the same.
 
     Raises:
-        ValueError: If a value is out of range, ``depths`` and ``channels`` differ in length, or ``out_indices`` is
-            empty or repeats a stage.
+        ValueError: If a value is out of range, ``arch`` of a subclass is unknown or incomplete, ``depths`` and
+            ``channels`` differ in length, or ``out_indices`` is empty or repeats a stage.
     """
 
     init_cfg: Any
@@ -247,8 +247,12 @@ class Backbone(BaseModule):
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = stage(downsample(x))
             if i in self.out_indices:
-                outs.append(getattr(self, f'norm{i}')(x))
+                outs.append(self._normalize(i, x))
         return self._to_output_format(outs)
+
+    def _normalize(self, i: int, x: Tensor) -> Tensor:
+        """The returned features of stage ``i``."""
+        return getattr(self, f'norm{i}')(x)
 
     def init_weights(self) -> None:
         """Initialize the weights at random, then load the ``Pretrained`` checkpoint of ``init_cfg``."""
@@ -407,14 +411,7 @@ class PatchEmbedBackbone(Backbone):
         return self._layers(self.blocks_name)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features of a batch of images.
-
-        Args:
-            x: ``(N, in_channels, H, W)``.
-
-        Returns:
-            One ``(N, C_i, H / s_i, W / s_i)``, rounded up, for each of ``out_indices``, with strides 4, 8, 16 and 32.
-        """
+        """Compute the features of images as :meth:`Backbone.forward` does. Sides round up."""
         x, features = self._to_compute_format(x), []
         layers = zip(self._layers('patch_embed'), self.stages, self._layers('norm'), strict=True)
         for i, (embed, stage, norm) in enumerate(layers):

@@ -150,9 +150,6 @@ class MogaNet(PatchEmbedBackbone):
         with_cp: See :class:`Stage`. Defaults to False.
         init_cfg: Initialization. ``Pretrained`` loads the authors' and our checkpoints. By default, convolutions have
             normal weights of standard deviation ``sqrt(2 / fan_out)`` and zero biases.
-
-    Raises:
-        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
     blocks_name = 'blocks'

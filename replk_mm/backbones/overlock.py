@@ -293,9 +293,6 @@ class OverLoCK(Backbone):
         norm_eval, out_memory_format: See :class:`Backbone`. Default to False and ``'contiguous_format'``.
         init_cfg: Initialization. ``Pretrained`` loads the authors' and our checkpoints, into ``deploy=True`` the merged
             ones. Defaults to a truncated normal with standard deviation 0.02 and zero biases.
-
-    Raises:
-        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
     arch_settings = {
@@ -376,14 +373,7 @@ class OverLoCK(Backbone):
         return [getattr(self, blocks) for _, blocks in _STAGES]
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features of a batch of images.
-
-        Args:
-            x: ``(N, in_channels, H, W)``.
-
-        Returns:
-            One ``(N, C_i, H / s_i, W / s_i)``, rounded up, for each of ``out_indices``.
-        """
+        """Compute the features of images as :meth:`Backbone.forward` does. Sides round up."""
         blocks1, blocks2, blocks3, blocks4, focus3, focus4 = self.stages
         embed1, embed2, embed3, embed4 = (getattr(self, f'patch_embed{i}') for i in range(1, 5))
         first = blocks1(embed1(self._to_compute_format(x)))

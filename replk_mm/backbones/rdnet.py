@@ -118,9 +118,6 @@ class RDNet(Backbone):
         with_cp: See :class:`Stage`. Defaults to False.
         init_cfg: Initialization. ``Pretrained`` loads the authors', timm's and our checkpoints. Defaults to Kaiming
             normal and zero biases.
-
-    Raises:
-        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
     arch_settings = {
@@ -185,14 +182,7 @@ class RDNet(Backbone):
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features of a batch of images.
-
-        Args:
-            x: ``(N, in_channels, H, W)``.
-
-        Returns:
-            One ``(N, C_i, H / s_i, W / s_i)``, rounded down, for each of ``out_indices``, with strides 4, 8, 16 and 32.
-        """
+        """Compute the features of images as :meth:`Backbone.forward` does. Sides round down."""
         x = self.stem(self._to_compute_format(x))
         features = []
         for i, (start, end) in enumerate(pairwise([0, *self.ends])):

@@ -231,9 +231,6 @@ class RepLKNet(Backbone):
             returns a pair, its features and the normalized ones. Defaults to False.
         init_cfg: Initialization. ``Pretrained`` loads the authors', mmpretrain's and our checkpoints, merged or not,
             but not folded ones. Defaults to torch's initialization, as in the authors' code.
-
-    Raises:
-        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
     min_frozen_stages = -1
@@ -310,14 +307,7 @@ class RepLKNet(Backbone):
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features of a batch of images.
-
-        Args:
-            x: ``(N, in_channels, H, W)`` of any size; sizes that 32 divides lose nothing at the borders.
-
-        Returns:
-            One ``(N, C_i, H / s_i, W / s_i)``, rounded up, for each of ``out_indices``, with strides 4, 8, 16 and 32.
-        """
+        """Compute the features of images as :meth:`Backbone.forward` does. Sides round up."""
         x = self._to_compute_format(x)
         for layer in self.stem:
             x = layer(x)

@@ -111,9 +111,6 @@ class SLaK(Backbone):
         norm_eval, out_memory_format: See :class:`Backbone`. Default to False and ``'contiguous_format'``.
         init_cfg: Initialization. ``Pretrained`` loads the authors' and our checkpoints. Defaults to a truncated normal
             with standard deviation 0.02 and zero biases.
-
-    Raises:
-        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
     arch_settings = {

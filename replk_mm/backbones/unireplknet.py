@@ -178,9 +178,6 @@ class UniRepLKNet(Backbone):
         with_cp: See :class:`Stage`. Defaults to False.
         init_cfg: Initialization. ``Pretrained`` loads the authors' and our checkpoints, into ``deploy=True`` the
             merged ones. Defaults to a truncated normal with standard deviation 0.02 and zero biases.
-
-    Raises:
-        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
     def __init__(

@@ -147,9 +147,6 @@ class VAN(PatchEmbedBackbone):
         with_cp: See :class:`Stage`. Defaults to False.
         init_cfg: Initialization. ``Pretrained`` loads the authors' checkpoints and those of other libraries. By
             default, weights of convolutions are normal with variance ``2 / fan_out``, and biases zero.
-
-    Raises:
-        ValueError: If a value is out of range, or ``arch`` is unknown or incomplete.
     """
 
     gating: type[nn.Module] = LargeKernelAttention

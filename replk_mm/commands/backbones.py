@@ -10,9 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-
 from replk_mm import cli
 from replk_mm.analysis.complexity import count_complexity, reparameterize_on_meta
 from replk_mm.backbones.adapters import require
@@ -31,6 +28,7 @@ from replk_mm.bench.report.field import read_rows, render_field
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.errors import UserError, command
 from replk_mm.files import write_atomic
+from replk_mm.logs import show_progress
 from replk_mm.published import METRICS
 from replk_mm.registry import MODELS
 from replk_mm.text import text_table, update_page
@@ -216,7 +214,7 @@ def main() -> None:
     absent: list[CatalogueEntry] = []  # their lines in a page stay
     found: list[dict] = []
     table: list[tuple[str, ...]] = [HEAD]
-    for entry in track(known, 'backbones', console=Console(stderr=True), disable=not sys.stderr.isatty()):
+    for entry in show_progress(known, 'backbones'):
         if entry.package and find_spec(entry.package) is None:
             absent.append(entry)
             table += [row for row in written if row[0].partition('.')[0] == entry.name]

@@ -5,7 +5,6 @@ warnings and notes), 1 with errors, 2 for a mistake in the command.
 """
 
 import argparse
-import io
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -27,6 +25,7 @@ from replk_mm.engine.config import load_config, set_data_root
 from replk_mm.engine.process import prepare_work_dir
 from replk_mm.errors import UserError, command, printable
 from replk_mm.files import GENERATOR, check_outputs, write_output
+from replk_mm.visualize import write_figure
 
 #: Version of the JSON format. It increases when a key is removed or changes its meaning.
 FORMAT = 2
@@ -149,7 +148,6 @@ def plot(result: Audit, path: Path, crop: tuple[int, int] | None = None) -> bool
             totals[name][dataset.split] += count
     names = sorted((name for name in totals if any(totals[name].values())), key=lambda name: sum(totals[name].values()))
     figure = Figure(figsize=(11, max(5, 1.5 + 0.16 * len(names))), layout='constrained')
-    FigureCanvasAgg(figure)
     frequencies, sizes = figure.subplots(1, 2)
     for split in dict.fromkeys(dataset.split for dataset in datasets):
         colour, marker = _STYLES[split]
@@ -169,8 +167,7 @@ def plot(result: Audit, path: Path, crop: tuple[int, int] | None = None) -> bool
         panel.legend(fontsize=8)
     inspected = 'every file' if result.full else 'a sample of the images'
     figure.suptitle(f'{printable(Path(result.config).stem)}: {inspected} inspected')
-    figure.savefig(picture := io.BytesIO(), dpi=130, format=path.suffix[1:])
-    write_output(path, picture.getvalue())
+    write_figure(path, figure, dpi=130)
     return True
 
 
@@ -200,7 +197,7 @@ def _plot_sizes(panel: Axes, datasets: list[DatasetReport], crop: tuple[int, int
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Reject outputs that cannot be written, before the long check."""
-    suffixes = FigureCanvasAgg(Figure()).get_supported_filetypes()
+    suffixes = Figure().canvas.get_supported_filetypes()
     if args.picture and args.picture.suffix.lower().removeprefix('.') not in suffixes:
         raise UserError(
             f'--picture {args.picture}: unknown picture format {args.picture.suffix!r}\n'

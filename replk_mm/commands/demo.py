@@ -211,7 +211,7 @@ def write_scenes(out: Path, seed: int, layout: str) -> Path:
     found = json.loads((data / META).read_text()) if (data / META).is_file() else {}
     wanted = dict(seed=seed, scenes=dict(train=TRAIN_SCENES, val=VAL_SCENES), layout=layout)
     if {key: found.get(key) for key in wanted} != wanted:
-        write_demo_data(data, layout, train=TRAIN_SCENES, val=VAL_SCENES, seed=seed, overwrite=True, progress=True)
+        write_demo_data(data, layout, train=TRAIN_SCENES, val=VAL_SCENES, seed=seed, overwrite=True)
     return data
 
 

@@ -150,7 +150,6 @@ def main() -> None:
         pretrained=args.pretrained,
         seed=args.seed,
         randomize=args.randomize,
-        progress=True,
         position=tuple(args.position),
     )
     draw_heat_maps([found], Path(args.out, 'erf.png'))

@@ -2,14 +2,11 @@
 
 import argparse
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmengine.config import Config
-from rich.console import Console
-from rich.progress import track
 
 from replk_mm import cli, published
 from replk_mm.analysis.complexity import build_on_meta, count_parameters
@@ -17,6 +14,7 @@ from replk_mm.backbones.catalogue import weights_by_url
 from replk_mm.engine.backbone import METHODS
 from replk_mm.errors import UserError, command
 from replk_mm.files import check_outputs, write_output
+from replk_mm.logs import show_progress
 
 COMMAND = 'python tools/list_configs.py --write docs/configs.md'
 
@@ -116,8 +114,7 @@ def read_configs(folder: Path) -> list[ConfigRow]:
         raise UserError(f'{folder}: no configs\nRun this at the root of the repository, or use --configs DIR.')
     order = {result.config: i for i, result in enumerate(published.results())}
     paths.sort(key=lambda p: order.get(p.name, math.inf))
-    console = Console(stderr=True)
-    return [read_config(path) for path in track(paths, 'configs', console=console, disable=not sys.stderr.isatty())]
+    return [read_config(path) for path in show_progress(paths, 'configs')]
 
 
 def to_markdown(rows: Iterable[ConfigRow], link_to: str = 'configs') -> str:

@@ -41,9 +41,7 @@ def main() -> None:
     args = parse_args()
     kind, layout = SCENES[args.scenes], LAYOUTS[args.format]
     size = args.size[0], args.size[1]
-    meta = write_demo_data(
-        args.out, args.format, args.train, args.val, args.seed, size, args.overwrite, progress=True, kind=kind
-    )
+    meta = write_demo_data(args.out, args.format, args.train, args.val, args.seed, size, args.overwrite, kind)
     scenes = ', '.join(f'{count} {split}' for split, count in meta['scenes'].items())
     print(f'{len(meta["classes"])} classes: {", ".join(meta["classes"])}')
     print(f'written: {args.out} ({scenes} scenes of {size[0]}x{size[1]} pixels, {args.format} layout)')

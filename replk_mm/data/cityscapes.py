@@ -5,7 +5,6 @@ Understanding, CVPR 2016): 34 ids, of which 19 have a trainId.
 """
 
 import functools
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from replk_mm.data.files import IGNORE_INDEX
 from replk_mm.errors import UserError, format_list
 from replk_mm.files import write_atomic
+from replk_mm.logs import show_progress
 
 #: Ids of the classes, in the order of their trainIds 0..18: road, sidewalk, building, wall, fence, pole, traffic light,
 #: traffic sign, vegetation, terrain, sky, person, rider, car, truck, bus, train, motorcycle, bicycle.
@@ -43,7 +41,7 @@ def to_train_ids(labels: np.ndarray) -> np.ndarray:
     return _TABLE[labels]
 
 
-def convert_labels(root: str | Path, jobs: int | None = None, force: bool = False, progress: bool = True) -> Conversion:
+def convert_labels(root: str | Path, jobs: int | None = None, force: bool = False) -> Conversion:
     """Write a ``*_labelTrainIds.png`` beside every ``*_labelIds.png`` of a Cityscapes tree.
 
     Existing maps are compared. Correct ones are kept, so that an interrupted run continues; others are an error unless
@@ -53,7 +51,6 @@ def convert_labels(root: str | Path, jobs: int | None = None, force: bool = Fals
         root: Folder that contains ``gtFine``, or any folder with these files.
         jobs: Number of threads. Defaults to a few per core.
         force: Whether to replace maps that differ. Defaults to False.
-        progress: Whether to show a progress bar on standard error. Defaults to True.
 
     Raises:
         UserError: If there is nothing to convert.
@@ -66,15 +63,8 @@ def convert_labels(root: str | Path, jobs: int | None = None, force: bool = Fals
             what += f'; those that end with {TRAIN_SUFFIX} need no conversion'
         raise UserError(f'{root}: {what}\nName the folder that contains gtFine (of gtFine_trainvaltest.zip, unpacked).')
     with ThreadPoolExecutor(jobs) as pool:
-        outcomes = list(
-            track(
-                pool.map(functools.partial(_convert, force=force), files),
-                'label maps',
-                len(files),
-                console=Console(stderr=True),
-                disable=not (progress and sys.stderr.isatty()),
-            )
-        )
+        converted = pool.map(functools.partial(_convert, force=force), files)
+        outcomes = list(show_progress(converted, 'label maps', len(files)))
     errors = [outcome for outcome in outcomes if outcome not in ('written', 'kept')]
     return Conversion(outcomes.count('written'), outcomes.count('kept'), errors)
 

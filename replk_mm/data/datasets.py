@@ -1,7 +1,9 @@
 """Find the data sets and metrics in a config, their types and their arguments."""
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -88,6 +90,14 @@ def dataset_option(dataset: dict, builder: type, key: str, fallback):
         if key in given:
             return fallback if given[key].default is inspect.Parameter.empty else given[key].default
     return fallback
+
+
+def images_root(cfg: Config) -> str:
+    """The folder of all test images; predictions are written to the same subfolders."""
+    return os.path.commonpath(
+        Path(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img_path') or '').resolve()
+        for dataset in datasets_of(cfg, ('test',))
+    )
 
 
 def is_coco_style(dataset: dict, scope: str) -> bool:

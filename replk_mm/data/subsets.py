@@ -66,6 +66,13 @@ def nested_subsets(presence: np.ndarray, percents: Sequence[int], seed: int) -> 
     return [np.flatnonzero(part <= last) for last in range(len(percents))]
 
 
+def split_hold_out(presence: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of :data:`KEPT` percent of images ``(images, classes)`` to train on, and of the others, at least one."""
+    share = min(KEPT, 100 * (len(presence) - 1) // len(presence))
+    chosen, everything = nested_subsets(presence, (share, 100), seed)
+    return chosen, np.setdiff1d(everything, chosen)
+
+
 def class_presence(dataset: dict, scope: str) -> tuple[np.ndarray, list[str]]:
     """Which classes each image of a data set has, ``(images, classes)``, and the path of each image.
 
@@ -124,10 +131,9 @@ def use_subset(cfg: Config, percent: int, seed: int, hold_out: bool = False) -> 
         present, names = class_presence(dataset, scope)
         kept = nested_subsets(present, FRACTIONS, seed)[FRACTIONS.index(percent)]
         if hold_out:
-            share = min(KEPT, 100 * (len(kept) - 1) // len(kept))  # at least one image is held out
-            chosen = kept[nested_subsets(present[kept], (share, 100), seed)[0]]
-            _validate_on(cfg, dataset, np.setdiff1d(kept, chosen))
-            kept = chosen
+            chosen, held = split_hold_out(present[kept], seed)
+            _validate_on(cfg, dataset, kept[held])
+            kept = kept[chosen]
         dataset['indices'] = kept.tolist()
         digest = hashlib.sha256('\n'.join(sorted(names[i] for i in kept)).encode()).hexdigest()
         described.append(dict(images=len(kept), of=len(names), names_sha256=digest))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
@@ -97,8 +98,8 @@ def compare_networks(
         for a, b in zip(*results, strict=True) if same_shapes else ():
             gap = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
             scale = a.double().abs().max().item() if a.numel() else 1.0
-            absolute = _max_or_nan(absolute, gap)
-            relative = _max_or_nan(relative, gap / scale if scale else gap)
+            absolute = float(np.maximum(absolute, gap))  # NaN, if one of them is
+            relative = float(np.maximum(relative, gap / scale if scale else gap))
         not_compared = [name for name, _ in named_batch_norms(before) if name not in ran]
         differences.append(NetworkDifference(dtype, absolute, relative, tolerance, not_compared))
     return differences
@@ -109,11 +110,7 @@ def named_batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm))
 
 
-def _max_or_nan(a: float, b: float) -> float:
-    return a if math.isnan(a) or a >= b else b
-
-
-def network_outputs(model: Any, image: Tensor, boxes: int = 4, masks: int = 4) -> list:
+def network_outputs(model: Any, image: Tensor) -> list:
     """Compute the features, the outputs of dense heads and those of RoI heads, without selecting boxes.
 
     The last bit of a score can change which boxes a detector proposes. RoI heads therefore get random features of the
@@ -122,8 +119,6 @@ def network_outputs(model: Any, image: Tensor, boxes: int = 4, masks: int = 4) -
     Args:
         model: A segmentor, detector or backbone.
         image: ``(N, C, H, W)``.
-        boxes: Number of regions for each box head.
-        masks: Number of regions for each mask head.
 
     Returns:
         A nest of tensors.
@@ -150,8 +145,7 @@ def network_outputs(model: Any, image: Tensor, boxes: int = 4, masks: int = 4) -
                     continue
                 size = part.roi_feat_size if isinstance(part.roi_feat_size, tuple) else (part.roi_feat_size,) * 2
                 generator = torch.Generator().manual_seed(1)
-                number = masks if 'MaskHead' in kind else boxes
-                outputs.append(part(torch.randn(number, part.in_channels, *size, generator=generator).to(image)))
+                outputs.append(part(torch.randn(4, part.in_channels, *size, generator=generator).to(image)))
     return outputs
 
 

@@ -1,6 +1,5 @@
 """Evaluate a checkpoint."""
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from mmengine.config import Config, ConfigDict
 
 from replk_mm.checkpoints.io import fetch_checkpoint
 from replk_mm.data.checks.classes import check_heads, compare_with_checkpoint
-from replk_mm.data.datasets import datasets_of, is_coco_style, named_metrics
+from replk_mm.data.datasets import datasets_of, images_root, is_coco_style, named_metrics
 from replk_mm.deploy.reparameterize import Changes
 from replk_mm.engine.backbone import backbone_notes
 from replk_mm.engine.config import build_model, fit_to_machine
@@ -175,10 +174,6 @@ def prepare_test(
 
 def _export_predictions(cfg: Config, folder: Path) -> list[str]:
     """Configure the metrics to write predictions: label maps as PNG, boxes and masks as ``instances.*.json``."""
-    roots = [
-        Path(dataset.get('data_root') or '', (dataset.get('data_prefix') or {}).get('img_path') or '').resolve()
-        for dataset in datasets_of(cfg, ('test',))
-    ]
     notes = []
     detections = 0
     for place, metric in named_metrics(cfg, 'test').items():
@@ -186,7 +181,7 @@ def _export_predictions(cfg: Config, folder: Path) -> list[str]:
         if kind == 'IoUMetric':
             metric['output_dir'] = str(folder)
             if scope == 'replk_mm':
-                metric['images_root'] = os.path.commonpath(roots)
+                metric['images_root'] = images_root(cfg)
         elif kind == 'CocoMetric':
             detections += 1
             metric['outfile_prefix'] = str(folder / ('instances' if detections == 1 else f'instances_{detections}'))

@@ -1,6 +1,5 @@
 """Hooks: checkpoints, progress, agreement between processes, and the table of parameter groups."""
 
-import io
 import json
 import time
 from collections import deque
@@ -15,15 +14,13 @@ from mmengine.hooks import Hook, LoggerHook
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
-from rich.console import Console
-from rich.table import Table
 
 from replk_mm.engine.resuming import former_run
 from replk_mm.errors import UserError
 from replk_mm.evaluation.gather import absent_classes
 from replk_mm.files import write_atomic
 from replk_mm.registry import HOOKS
-from replk_mm.text import format_duration, format_metrics
+from replk_mm.text import format_duration, format_metrics, text_table
 from replk_mm.wrappers import named_unwrapped_parameters, optim_wrappers, unwrap_model
 
 #: Message hub key: the checkpoint written after a signal. The next regular checkpoint replaces it.
@@ -118,29 +115,16 @@ class ProgressHook(Hook):
             parts.append(f'eta {format_duration(hub.get_info("eta", 0))}')
         print('  '.join(parts), flush=True)
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Begin to count."""
-        self._begin()
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        """Begin to count."""
-        self._begin()
-
-    def _begin(self) -> None:
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
         self.started = self.printed = time.monotonic()
 
     @master_only
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Print the remaining time, measured without the first batch, in which everything warms up."""
-        self._print_progress('validation', batch_idx + 1, len(runner.val_dataloader))
-
-    @master_only
-    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Print the remaining time, measured without the first batch, in which everything warms up."""
-        self._print_progress('test', batch_idx + 1, len(runner.test_dataloader))
-
-    def _print_progress(self, name: str, done: int, total: int) -> None:
-        now = time.monotonic()
+    def _after_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None, mode: str = 'test'
+    ) -> None:
+        """Print the remaining time of a validation or test, without the first batch, in which everything warms up."""
+        name, loader = ('test', runner.test_dataloader) if mode == 'test' else ('validation', runner.val_dataloader)
+        done, total, now = batch_idx + 1, len(loader), time.monotonic()
         if done == 1:
             self.started = now
             return
@@ -260,11 +244,6 @@ def write_parameter_groups(optim_wrapper: OptimWrapper, model: nn.Module, path: 
         path: The table's file; the other has the suffix ``.json``.
     """
     rows = parameter_groups(optim_wrapper, model)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, justify='left' if column in ('group', 'first', 'last') else 'right', no_wrap=True)
-    for row in rows:
-        table.add_row(*(f'{value:.6g}' if isinstance(value, float) else str(value) for value in row.values()))
-    Console(file=(text := io.StringIO()), width=1000).print(table)
-    write_atomic(path, text.getvalue())
+    cells = [[f'{value:.6g}' if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    write_atomic(path, text_table([COLUMNS, *cells], left=(0, 5, 6)) + '\n')
     write_atomic(Path(path).with_suffix('.json'), json.dumps(rows, indent=1) + '\n')

@@ -9,7 +9,6 @@ import copy
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -36,7 +33,7 @@ from replk_mm.backbones.catalogue import measure_features
 from replk_mm.checkpoints.io import save_checkpoint
 from replk_mm.data.checks.classes import check_heads
 from replk_mm.data.datasets import as_list, datasets_of
-from replk_mm.data.subsets import KEPT, nested_subsets, use_subset
+from replk_mm.data.subsets import split_hold_out, use_subset
 from replk_mm.data.transforms import check_loading
 from replk_mm.engine.backbone import backbone_notes, task_of
 from replk_mm.engine.config import build_model, fit_to_machine
@@ -48,7 +45,7 @@ from replk_mm.engine.stopping import ignore_signals_in_workers
 from replk_mm.errors import UserError
 from replk_mm.files import GENERATOR, check_outputs, sha256, write_atomic, write_output
 from replk_mm.heads.linear import LinearHead, cell_cross_entropy, count_labels
-from replk_mm.logs import announce, log_notes
+from replk_mm.logs import announce, log_notes, show_progress
 from replk_mm.ops import prepack
 from replk_mm.text import format_duration
 
@@ -176,10 +173,9 @@ def probe(cfg: Config, notes: list[str], settings: ProbeSettings, device: str = 
     scores: dict[float, float] = {}
     if len(rates) > 1:
         present = np.stack([(labels.sum(0) > 0).numpy() for _, labels in read(range(count))])
-        share = min(KEPT, 100 * (count - 1) // count)  # at least one image is held out
-        tried = nested_subsets(present, (share, 100), settings.seed)[0].tolist()
-        held = [i for i in np.setdiff1d(range(count), tried).tolist() if present[i].any()]
-        if not held or not tried:
+        tried, held = (part.tolist() for part in split_hold_out(present, settings.seed))
+        held = [i for i in held if present[i].any()]
+        if not tried or not held:
             raise UserError(f'--learning-rates: {count} training images are too few to choose a rate\nGive only one.')
         scores = dict(zip(rates, _mean_iou(fit(tried, rates)[0], read(held), device), strict=True))
         rates = [max(rates, key=lambda rate: scores[rate])]
@@ -273,7 +269,7 @@ def _fill_cache(paths: Sequence[Path], read: Reader, settings: ProbeSettings) ->
         announce(f'features: all {len(paths)} images are in {folder}')
         return None
     start, written = time.perf_counter(), 0
-    cells = _progress(read(missing), 'features', len(missing))
+    cells = show_progress(read(missing), 'features', len(missing))
     for done, (index, found) in enumerate(zip(missing, cells, strict=True), 1):
         data = safetensors.torch.save(dict(zip(('features', 'labels'), found, strict=True)))
         needed, free = round((written + len(data)) / done * len(missing)), shutil.disk_usage(folder).free + written
@@ -333,7 +329,7 @@ def _fit(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps)
     generator = torch.Generator().manual_seed(settings.seed)
     start = time.perf_counter()
-    for _ in _progress(range(settings.epochs), f'epochs, {len(rates)} learning rates', settings.epochs):
+    for _ in show_progress(range(settings.epochs), f'epochs, {len(rates)} learning rates', settings.epochs):
         order = torch.randperm(len(images), generator=generator)
         cells = read([images[i] for i in order])
         for batch in order.tensor_split(steps):  # of equal sizes, but for one image
@@ -359,7 +355,3 @@ def _mean_iou(layers: _Layers, cells: Iterable[Cells], device: str) -> list[floa
     overlap, truth = confusion.diagonal(dim1=1, dim2=2), confusion.sum(1)
     iou = (overlap / (confusion.sum(2) + truth - overlap))[:, truth[0] > 0]
     return (100 * iou.mean(1)).tolist()
-
-
-def _progress(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
-    return track(items, what, total, console=Console(stderr=True), disable=not sys.stderr.isatty())

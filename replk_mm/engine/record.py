@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import re
 from pathlib import Path
 
 import psutil
@@ -52,12 +53,8 @@ def environment_info() -> dict:
 
 def _cpu_name() -> str:
     info = Path('/proc/cpuinfo')
-    names = (
-        [line.split(':', 1)[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
+    found = re.search(r'^model name\s*: (.+)$', info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1].strip() if found else platform.processor()
 
 
 def evaluation_record(

@@ -14,6 +14,13 @@ from replk_mm.files import write_output
 from replk_mm.registry import METRICS
 
 
+def image_name(path: str, root: str | None) -> Path:
+    """The path of an image below a folder, without suffix; its name if it is elsewhere, also by a link."""
+    folder, base = Path(path).resolve().parent, Path(root or '').resolve()
+    inside = root is not None and folder.is_relative_to(base)
+    return (folder.relative_to(base) if inside else Path()) / Path(path).stem
+
+
 @METRICS.register_module()
 class IoUMetric(GatheringMetric, MMSegIoUMetric):
     """mmseg's IoU metric, which also reports ``mIoU_present`` and per-class scores.
@@ -43,23 +50,17 @@ class IoUMetric(GatheringMetric, MMSegIoUMetric):
         super().process(data_batch, data_samples)
         self.output_dir = folder
         if not self.format_only:
-            names = [str(self._name(sample)) for sample in data_samples]
+            names = [str(image_name(sample.get('img_path') or '', self.images_root)) for sample in data_samples]
             self.results[before:] = zip(self.results[before:], names, strict=True)
         if folder is not None:
             for sample in data_samples:
                 self._write(sample, Path(folder))
 
-    def _name(self, sample: dict) -> Path:
-        """The image's path below ``images_root``, without suffix; its name if it is elsewhere."""
-        path = Path(sample.get('img_path') or '')
-        folder, root = path.resolve().parent, Path(self.images_root or '').resolve()
-        inside = self.images_root is not None and folder.is_relative_to(root)
-        return (folder.relative_to(root) if inside else Path()) / path.stem
-
     def _write(self, sample: dict, folder: Path) -> None:
         # Undo reduce_zero_label, as mmseg does.
         labels = sample['pred_sem_seg']['data'].squeeze().cpu().numpy() + int(sample.get('reduce_zero_label', False))
-        write_output(folder / f'{self._name(sample)}.png', cv2.imencode('.png', labels.astype(np.uint8))[1].tobytes())
+        name = image_name(sample.get('img_path') or '', self.images_root)
+        write_output(folder / f'{name}.png', cv2.imencode('.png', labels.astype(np.uint8))[1].tobytes())
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Metrics in percent from the histograms of all images."""

@@ -1,14 +1,10 @@
 """Effective receptive fields against closed forms, finite differences and areas by brute force; files and command."""
 
-import contextlib
 import copy
 import importlib
 import io
 import json
-import os
 import re
-import tracemalloc
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -448,43 +444,18 @@ def saved(**arrays) -> bytes:
         (dict(matrix='gone.npz'), None, r'gone\.npz'),
         (dict(map_size=3), None, 'map_size'),
         (dict(map_size=[0, 2]), None, 'map_size'),
-        (dict(size=10**9), None, '1000000000'),
+        (dict(size=9), None, r'\(9, 9\)'),
         ({}, saved(scores=np.eye(8))[:-30], 'BadZipFile'),
         ({}, saved(x=np.eye(8)), 'KeyError'),
         ({}, saved(scores=-np.eye(8)), 'negative'),
         ({}, saved(scores=np.full((8, 8), np.nan)), 'finite'),
-        ({}, saved(scores=np.array([[None] * 8] * 8, object)), 'is object'),
+        ({}, saved(scores=np.array([[None] * 8] * 8, object)), 'allow_pickle'),
     ],
 )
 def test_records_and_matrices_that_do_not_fit(tmp_path, changes, matrix, fragment):
     assert load(tmp_path, READABLE).scores.sum() == 8
     with pytest.raises(UserError, match=fragment):
         load(tmp_path, {**READABLE, **changes}, matrix)
-
-
-def test_a_pipe_is_not_read(tmp_path):
-    os.mkfifo(tmp_path / 'pipe.npz')
-    with pytest.raises(UserError, match=r'pipe\.npz is not a regular file'):
-        load(tmp_path, {**READABLE, 'matrix': 'pipe.npz'})
-
-
-@pytest.mark.parametrize('size', [8, 1500, 10**6])
-def test_matrices_are_as_large_as_the_images_and_bounded(tmp_path, size):
-    """A file of 18 kB holds a matrix of 18 MB; a header can claim any size."""
-    matrix = saved(scores=np.zeros((1500, 1500)))
-    if size == 10**6:  # the numbers of bytes and the checksum follow the content
-        matrix = io.BytesIO()
-        with zipfile.ZipFile(matrix, 'w') as archive, archive.open('scores.npy', 'w') as entry:
-            header = dict(descr='<f8', fortran_order=False, shape=(size, size))
-            np.lib.format.write_array_header_1_0(entry, header)
-        matrix = matrix.getvalue()
-    tracemalloc.start()
-    try:
-        with contextlib.nullcontext() if size == 1500 else pytest.raises(UserError, match='its matrix is float64 of'):
-            load(tmp_path, {**READABLE, 'size': size}, matrix)
-        assert (tracemalloc.get_traced_memory()[1] > 2**24) == (size == 1500)
-    finally:
-        tracemalloc.stop()
 
 
 def test_names_stay_text_in_the_table():

@@ -133,12 +133,12 @@ def test_unequal_groups_of_a_mean_have_its_variance(rng):
 def test_difference_is_the_paired_t_test(rng):
     a = rng.normal(40, 10, 25)
     b = a - 1 + rng.normal(0, 2, 25)
-    found = paired_difference(seeds(a), seeds(b), names=('x', 'y'))
+    found = paired_difference(seeds(a), seeds(b))
     paired = stats.ttest_rel(a, b)
     freedom = welch((a - b - (a - b).mean()) ** 2, 1)
     assert found.p == pytest.approx(2 * stats.t.sf(abs(paired.statistic), freedom))
     assert (found.low > 0) == (found.p < 0.05)
-    assert (found.first, found.second, found.value) == ('x', 'y', pytest.approx((a - b).mean()))
+    assert (found.first, found.second, found.value) == ('A', 'B', pytest.approx((a - b).mean()))
     mirrored = paired_difference(seeds(b), seeds(a))
     assert (mirrored.low, mirrored.high, mirrored.p) == pytest.approx((-found.high, -found.low, found.p))
 

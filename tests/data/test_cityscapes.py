@@ -53,7 +53,7 @@ def root(tmp_path) -> Path:
 
 
 def convert(root: Path, **options) -> cityscapes.Conversion:
-    return cityscapes.convert_labels(root, progress=False, **options)
+    return cityscapes.convert_labels(root, **options)
 
 
 def pixels(path: Path) -> np.ndarray:

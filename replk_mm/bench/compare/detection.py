@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,6 @@ import numpy as np
 from pycocotools import mask as masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from rich.console import Console
-from rich.progress import track
 
 from replk_mm.analysis.statistics import MeanScores
 from replk_mm.bench.compare.results import DataSource, Result, load_result_config
@@ -24,6 +21,7 @@ from replk_mm.data.classes import annotation_file
 from replk_mm.data.coco_dataset import CocoIndex
 from replk_mm.data.datasets import datasets_of
 from replk_mm.errors import UserError, command_line, format_list
+from replk_mm.logs import show_progress
 
 #: IoU from which a detection is right.
 IOU = 0.5
@@ -243,7 +241,7 @@ def match(objects: Objects, detections: COCO, ids: Sequence[int | str], kind: st
     """
     found: dict[int | str, Matches] = {i: Matches() for i in ids}
     starts = range(0, len(ids), _CHUNK)
-    for start in track(starts, 'images', console=Console(stderr=True), disable=not sys.stderr.isatty()):
+    for start in show_progress(starts, 'images'):
         evaluation = COCOeval(objects.api, detections, kind)
         evaluation.params.imgIds = ids[start : start + _CHUNK]
         evaluation.params.iouThrs, evaluation.params.areaRng = np.array([IOU]), [[0, 1e10]]

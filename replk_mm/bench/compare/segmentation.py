@@ -1,8 +1,6 @@
 """Two segmentation results, image by image: labels and predictions as the test read them."""
 
 import io
-import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +9,16 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from replk_mm.bench.compare.results import DataSource, Result, load_result_config
 from replk_mm.bench.records import read_inside
 from replk_mm.data.checks.audit import check_data
-from replk_mm.data.datasets import as_list, dataset_class, datasets_of
+from replk_mm.data.datasets import as_list, dataset_class, datasets_of, images_root
 from replk_mm.data.files import IGNORE_INDEX
 from replk_mm.errors import UserError
+from replk_mm.evaluation.iou_metric import image_name
 from replk_mm.evaluation.per_image import SegmentationCounts, count_pixels
+from replk_mm.logs import show_progress
 
 
 class SegmentationImages:
@@ -59,8 +57,7 @@ class SegmentationImages:
         shape = self.count, len(self.classes)
         self.labelled = np.zeros(shape, np.int64)
         self.predicted, self.intersection = np.zeros((2, *shape), np.int64), np.zeros((2, *shape), np.int64)
-        images = range(self.count)
-        for i in track(images, 'images', console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        for i in show_progress(range(self.count), 'images'):
             self._count_pixels(i)
         #: Of A and B.
         self.statistics = tuple(
@@ -100,7 +97,8 @@ class SegmentationImages:
             m for m in as_list(cfg.get('test_evaluator')) if str(m.get('type')).endswith('IoUMetric')
         )
         meta = datasets[0].metainfo
-        self.names = _exported_names([info['img_path'] for info, _ in self._entries], cfg)
+        root = images_root(cfg)
+        self.names = [str(image_name(info['img_path'], root)) for info, _ in self._entries]
         self.classes = list(meta['classes'])
         self.palette = [list(color) for color in meta['palette']]
         self.ignore_index = next(metrics, dict()).get('ignore_index', IGNORE_INDEX)
@@ -203,20 +201,6 @@ class SegmentationImages:
                 if not labelled[c] and predicted[:, c].any()
             ]
         )
-
-
-def _exported_names(images: list[str], cfg: Config) -> list[str]:
-    # As `export_predictions` and `IoUMetric` name them; an image may be a link to somewhere else.
-    roots = [
-        Path(part.get('data_root') or '', (part.get('data_prefix') or {}).get('img_path') or '').resolve()
-        for part in datasets_of(cfg, ('test',))
-    ]
-    root = Path(os.path.commonpath(roots))
-    folders = [Path(image).resolve().parent for image in images]
-    return [
-        str(Path(folder.relative_to(root) if folder.is_relative_to(root) else '', Path(image).stem))
-        for image, folder in zip(images, folders, strict=True)
-    ]
 
 
 def _loading_step(cfg: Config, dataset: dict) -> dict:

@@ -301,7 +301,6 @@ def _data_of(suite: Suite, row: SuiteRow, cfg: Config, options: SuiteOptions) ->
                 val=wanted['val'],
                 seed=wanted['seed'],
                 size=tuple(wanted['size']),
-                progress=True,
                 kind=kind,
             )
     return str(folder), wanted

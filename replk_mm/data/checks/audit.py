@@ -2,7 +2,6 @@
 
 import multiprocessing
 import signal
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,8 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from mmengine.config import Config
-from rich.console import Console
-from rich.progress import track
 
 from replk_mm.data.checks import images
 from replk_mm.data.checks.classes import check_classes
@@ -36,6 +33,7 @@ from replk_mm.data.files import pick_evenly
 from replk_mm.data.findings import Finding, Occurrence, raise_for_errors, summarize
 from replk_mm.errors import UserError
 from replk_mm.files import sha256
+from replk_mm.logs import show_progress
 
 SPLITS = ('train', 'val', 'test')
 #: Images that a process inspects at a time.
@@ -101,13 +99,7 @@ def audit(cfg: Config, full: bool = False, jobs: int | None = None, splits: tupl
     start = time.monotonic()
     result = Audit(str(cfg.filename), full, _list_datasets(cfg, splits, full))
     work = [(d, sample) for d in result.datasets for sample in (d.samples if full else pick_evenly(d.samples))]
-    inspections = track(
-        _inspect_all(work, full, jobs),
-        'images',
-        len(work),
-        console=Console(stderr=True),
-        disable=not (full and sys.stderr.isatty()),
-    )
+    inspections = show_progress(_inspect_all(work, full, jobs), 'images', len(work), full)
     digests: dict[str, str] = {}
     for (dataset, sample), inspection in zip(work, inspections, strict=True):
         dataset.count(inspection)

@@ -64,14 +64,7 @@ class ContextScene:
 
 
 def make_context_scene(seed: int, split: str, index: int, size: tuple[int, int] = (96, 96)) -> ContextScene:
-    """Describe and draw a scene.
-
-    Args:
-        seed: Seed of the data set, 0 or more.
-        split: 'train' or 'val', which share no scene.
-        index: Index of the scene in the split.
-        size: Height and width in pixels. Defaults to (96, 96).
-    """
+    """Describe and draw a scene; arguments are those of :func:`~replk_mm.data.scenes.spec.describe_scene`."""
     height, width = size
     rng = scene_rng(seed, split, index, 0)
     ground = _colour(rng, (70, 70, 70), (186, 186, 186))

@@ -52,14 +52,7 @@ _OBJECTS = 100
 
 
 def make_cue_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int] = (256, 256)) -> Scene:
-    """Describe and draw one scene.
-
-    Args:
-        seed: Seed of the data set, 0 or more.
-        split: 'train', 'val' or 'conflict'.
-        index: Index of the scene in the split.
-        size: Height and width in pixels. Defaults to (256, 256).
-    """
+    """Describe and draw a scene of split 'train', 'val' or 'conflict'; other arguments as of :func:`describe_scene`."""
     if split != 'conflict':
         return render_scene(_describe(seed, split, index, size))
     spec = _describe(seed, 'val', index // 2, size)

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from replk_mm.data.scenes.kinds import SCENES, SceneKind
 from replk_mm.data.scenes.layouts import (
@@ -28,6 +26,7 @@ from replk_mm.data.scenes.layouts import (
 from replk_mm.data.scenes.render import Scene
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic
+from replk_mm.logs import show_progress
 
 META, PARTIAL_META = 'meta.json', 'meta.partial.json'
 GENERATOR = re.compile(r'replk_mm [a-z]+ scenes')
@@ -47,7 +46,6 @@ def write_demo_data(
     seed: int = 0,
     size: tuple[int, int] = (256, 256),
     overwrite: bool = False,
-    progress: bool = False,
     kind: SceneKind = SCENES['demo'],
 ) -> Meta:
     """Write ``train`` and ``val`` procedural scenes under ``out``.
@@ -60,7 +58,6 @@ def write_demo_data(
         seed: Scenes depend only on seed and size, not on the number of scenes. Defaults to 0.
         size: Height and width of a scene in pixels. Defaults to (256, 256).
         overwrite: Whether to first remove the files of an earlier run, and no others. Defaults to False.
-        progress: Whether to show a progress bar on standard error. Defaults to False.
         kind: The kind of scenes. Defaults to the demo scenes.
 
     Returns:
@@ -74,7 +71,7 @@ def write_demo_data(
     try:
         _prepare(out, meta, overwrite)
         for split in meta['scenes']:
-            _write_split(out, kind, split, meta, progress)
+            _write_split(out, kind, split, meta)
         if kind.list_objects:
             write_atomic(out / LISTING, kind.list_objects(meta))
         (out / PARTIAL_META).replace(out / META)
@@ -83,12 +80,12 @@ def write_demo_data(
     return meta
 
 
-def _write_split(out: Path, kind: SceneKind, split: str, meta: Meta, progress: bool) -> None:
+def _write_split(out: Path, kind: SceneKind, split: str, meta: Meta) -> None:
     count, seed, size = meta['scenes'][split], meta['seed'], (meta['size'][0], meta['size'][1])
     layout = LAYOUTS[meta['layout']]
     annotation_file = layout.annotation_file(split)
     annotations = CocoAnnotations(split, seed) if annotation_file else None
-    for index in track(range(count), f'{split} scenes', console=Console(stderr=True), disable=not progress):
+    for index in show_progress(range(count), f'{split} scenes'):
         files = [out / file for file in layout.files(split, scene_stem(split, index))]
         # Files are written atomically, so that those of an interrupted run are complete.
         absent = not all(file.exists() for file in files)
