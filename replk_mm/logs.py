@@ -15,7 +15,7 @@ from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.progress import track
 
-T = TypeVar('T')
+_T = TypeVar('_T')
 
 #: Packages whose Python warnings concern their developers.
 _UPSTREAM = re.compile(r'[\\/](mmcv|mmdet|mmengine|mmseg|pkg_resources|torch[\\/](autograd|functional|nn))[\\/.]')
@@ -44,7 +44,7 @@ def log_notes(notes: list[str]) -> None:
         MMLogger.get_current_instance().log(level, note, extra={'terminal': isinstance(note, Note)})
 
 
-def show_progress(items: Iterable[T], what: str, total: int | None = None, show: bool = True) -> Iterable[T]:
+def show_progress(items: Iterable[_T], what: str, total: int | None = None, show: bool = True) -> Iterable[_T]:
     """Iterate over ``items`` with a progress bar on standard error, if it is a terminal."""
     return track(items, what, total, console=Console(stderr=True), disable=not (show and sys.stderr.isatty()))
 

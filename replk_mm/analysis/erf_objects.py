@@ -91,13 +91,13 @@ def measure_objects(
             if score.any():
                 found.append(dict(item, image=str(i), profile=ring_profile(score / score.sum(), tuple(pixel))))
     rows = [
-        _summarize(name, of_class, counts[0, k] / counts[1, k])
+        _summarize(name, of_class, 100 * counts[0, k] / counts[1, k])
         for k, name in enumerate(classes)
         if (of_class := [o for o in found if o['label'] == k])
     ]
     for (name, most), least in zip(_SIZES.items(), (0, *_SIZES.values()), strict=False):
         if of_size := [o for o in found if least <= o['area'] < most]:
-            rows.append(_summarize(f'{name} objects', of_size, float(np.mean([o['iou'] for o in of_size]))))
+            rows.append(_summarize(f'{name} objects', of_size, 100 * float(np.mean([o['iou'] for o in of_size]))))
     write_record(dict(kind='receptive fields of objects', config=str(cfg.filename), rows=rows), out / 'objects.json')
     return rows
 
@@ -109,5 +109,5 @@ def _summarize(name: str, objects: Sequence[dict[str, Any]], iou: float) -> dict
         profiles[images.index(o['image']), : len(o['profile'])] += o['profile']
     side = interval([ImageShares(tuple(images), profiles)])
     area = float(np.mean([o['area'] for o in objects]))
-    numbers = dict(objects=len(objects), images=len(images), mean_area=area, iou=100 * iou)
-    return dict(name=name, **numbers, side=side.value, low=side.low, high=side.high)
+    counts = dict(objects=len(objects), images=len(images), mean_area=area)
+    return dict(name=name, **counts, side=side.value, low=side.low, high=side.high, iou=iou)
