@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
+from scipy import special, stats
 
 #: Most groups of images of the jackknife.
 _GROUPS = 200
