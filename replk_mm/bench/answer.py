@@ -177,12 +177,11 @@ def _needed(found: BestGroup, group: ProtocolGroup, rows: Mapping[str, ReportRow
             text = f'About {planned.images:,} test images would distinguish {leader} from {which}; now {tie.images:,}.'
         else:
             continue
-        closer = f'Less than {_points(tie.value)} needs more than that: choose among those rows by cost.' if i else ''
-        return f'{text} {closer}'.strip()
+        return text + ' Smaller differences would need more.' * (i > 0)
     detectable = plan(scores, 1.0).detectable
     return (
         f'These seeds and images distinguish rows from {_points(detectable)} on; {_MOST_SEEDS} seeds or '
-        f'{_MOST_TIMES} times as many images would not suffice either. Choose by cost, or train longer: {command}.'
+        f'{_MOST_TIMES} times as many images would not suffice either. To decide, train longer or on more images.'
     )
 
 
@@ -193,8 +192,8 @@ def _cheapest(rows: list[ReportRow]) -> list[str]:
         known = sorted(_comparable(leader, rows, key), key=lambda row: row.figures[key].value or 0.0)
         if len(known) > 1 and (known[0].figures[key].value or 0.0) <= _CLEARLY * (known[-1].figures[key].value or 0.0):
             more = '' if known[0] is leader else f' instead of {_cost(leader, key)}'
-            found.append(f'{word}: {known[0].label} ({_cost(known[0], key)}{more})')
-    return [f'By cost, {"; ".join(found)}.'] if found else []
+            found.append(f'{word} {known[0].label} ({_cost(known[0], key)}{more})')
+    return [f'Choose by cost: {", ".join(found)}.'] if found else []
 
 
 def _trades(leader: ReportRow, beaten: list[ReportRow], found: BestGroup) -> list[str]:

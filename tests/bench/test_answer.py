@@ -74,9 +74,9 @@ def test_cheaper_rows_of_the_best_group(tmp_path) -> None:
     assert found.take == found.candidates[0] and set(found.candidates) == {'a', 'b'}
     leader, other = found.candidates
     assert f'Not distinguishable from it: {other}. Every other row scores less.' in found.text
-    assert 'fastest: b (20 ms' in found.text and 'least memory: b (20 MiB' in found.text
-    assert 'smallest: b (20 M parameters' in found.text and ' c (' not in found.text
-    assert f'would distinguish {leader} from {other}' in found.text or 'Choose by cost' in found.text
+    assert 'Choose by cost: fastest b (20 ms' in found.text and 'least memory b (20 MiB' in found.text
+    assert 'smallest b (20 M parameters' in found.text and ' c (' not in found.text
+    assert f'would distinguish {leader} from {other}' in found.text or 'would not suffice' in found.text
 
 
 def test_a_faster_row_beyond_the_best_group_and_what_it_costs(tmp_path) -> None:
