@@ -122,21 +122,27 @@ def processes_of(launcher: str) -> tuple[int, int]:
 
 
 def init_gloo(cfg: Config, device: str) -> None:
-    """Initialize the process group of a torchrun run on CPUs.
+    """Initialize the process group of a run on CPUs that torchrun or srun started.
 
     A collective that takes longer than ``env_cfg.dist_cfg.timeout`` seconds ends the process with an error. The default
     is 10 minutes, as for NCCL.
 
     Raises:
-        UserError: If torchrun did not start this process.
+        UserError: If they did not start this process.
     """
     # mmengine 0.10.7 selects a CUDA device for any backend, but keeps an existing process group.
-    if cfg.launcher == 'pytorch' and device == 'cpu' and not torch.distributed.is_initialized():
-        if 'RANK' not in os.environ:
+    starts = dict(pytorch=('RANK', 'torchrun --nproc-per-node N'), slurm=('SLURM_PROCID', 'srun --ntasks N python'))
+    if cfg.launcher in starts and device == 'cpu' and not torch.distributed.is_initialized():
+        name, start = starts[cfg.launcher]
+        if name not in os.environ:
             raise UserError(
-                '--launcher pytorch: no RANK in the environment\n'
-                'Start it with: torchrun --nproc-per-node N -m replk_mm train CONFIG --launcher pytorch'
+                f'--launcher {cfg.launcher}: no {name} in the environment\n'
+                f'Start it with: {start} -m replk_mm train CONFIG --launcher {cfg.launcher}'
             )
+        if cfg.launcher == 'slurm':
+            os.environ.update(RANK=os.environ[name], WORLD_SIZE=os.environ['SLURM_NTASKS'])
+            os.environ.setdefault('MASTER_ADDR', os.environ.get('SLURM_LAUNCH_NODE_IPADDR', 'localhost'))
+            os.environ.setdefault('MASTER_PORT', '29500')
         seconds = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout', 600)
         torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
         atexit.register(_leave)

@@ -195,6 +195,9 @@ class SuiteRunner:
             SUITE_PID: '' if task.launcher == 'slurm' else str(os.getpid()),
             'PYTHONPATH': python_path(),
         }
+        if task.launcher == 'slurm':  # several rows may train on one machine
+            job = int(os.environ.get('SLURM_JOB_ID', 0))
+            environment.setdefault('MASTER_PORT', str(20_000 + (job * 8 + slot) % 10_000))
         if jobs * processes > 1:
             threads = min(usable_cores(), int(os.environ.get('OMP_NUM_THREADS') or 1 << 16))
             environment['OMP_NUM_THREADS'] = str(max(1, threads // (jobs * processes)))
