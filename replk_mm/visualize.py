@@ -98,14 +98,14 @@ def draw_instances(
         classes: Class names.
         palette: RGB of each class.
     """
-    picture = image.copy()
+    picture, line = image.copy(), min(3, 1 + max(image.shape) // 400)
     for instance in reversed(objects):  # highest score on top
         color = [int(c) for c in palette[instance['label']][::-1]]
         if 'mask' in instance:
             inside = instance['mask']
             picture[inside] = (0.55 * picture[inside] + 0.45 * np.asarray(color)).astype(np.uint8)
         left, top, right, bottom = (round(v) for v in instance['box'])
-        cv2.rectangle(picture, (left, top), (right, bottom), color, 1)
+        cv2.rectangle(picture, (left, top), (right, bottom), color, line)
     for instance in reversed(objects):  # labels above all boxes
         left, top = max(round(instance['box'][0]), 0), round(instance['box'][1])
         text = classes[instance['label']] + (f' {100 * instance["score"]:.0f}%' if 'score' in instance else '')

@@ -1,5 +1,6 @@
 """The gallery of a report: test images on which its best rows differ most, with ground truth and predictions."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -38,10 +39,6 @@ class Example:
     predictions: dict[int, Picture] = field(default_factory=dict)
     scores: dict[int, float] = field(default_factory=dict)
 
-    def score_of(self, row: ReportRow, figure: str) -> str:
-        """A row's score with its name; '' if there is none."""
-        return f'{figure} {self.scores[row.number]:.1f}' if figure and row.number in self.scores else ''
-
 
 @dataclass
 class Predictions:
@@ -70,6 +67,7 @@ class Gallery:
         examples: The images.
         figure: What the images were chosen by; '' if they are spread evenly.
         missing: What is missing, with the reason.
+        key: Names and RGB of the classes that label maps show.
     """
 
     rows: list[ReportRow] = field(default_factory=list)
@@ -77,6 +75,7 @@ class Gallery:
     examples: list[Example] = field(default_factory=list)
     figure: str = ''
     missing: list[str] = field(default_factory=list)
+    key: list[tuple[str, Sequence[int]]] = field(default_factory=list)
     least_score = LEAST_SCORE
 
     @property
@@ -92,33 +91,31 @@ def open_gallery(group: ProtocolGroup, album: Album) -> Gallery:
         group: Rows of one protocol.
         album: Of the page.
     """
-    found, shown = Gallery(), []
+    found, shown, why = Gallery(), [], ''
     absent: dict[str, list[str]] = {}
     members = group.comparison.members if group.comparison else ()
     for row in sorted(group.rows, key=lambda row: row.name not in members):
-        why = ''
         for record in row.of('metric'):
             try:
                 shown.append(Predictions(row, record, _predictions_of(record)))
-                why = ''
                 break
             except Exception as error:  # the record may hold anything
                 why = _reason(error)
-        if why:
+        else:
             absent.setdefault(why, []).append(row.label)
         if len(shown) == MOST_ROWS:
             break
     found.missing += [f'Predictions of {format_list(labels)}: {why}' for why, labels in absent.items()]
-    why = ''
     for one in shown:
         try:
             found.data = found.data or album.data_of(one.record)
+        except Exception as error:
+            why = _reason(error)
+        with contextlib.suppress(OSError, ValueError):  # older records have no counts
             scores = read_scores(one.record)
             found.figure = scores.image_figure
             pairs = zip(scores.images, scores.per_image(), strict=True)
             one.scores = {name: float(value) for name, value in pairs if value == value}
-        except Exception as error:  # older records have no counts
-            why = why or _reason(error)
     if found.data is None:
         found.missing += [f'Images and ground truth: {why}'] * bool(shown)
         return found
@@ -166,6 +163,8 @@ def _choose(found: Gallery, rows: Sequence[tuple[Iterable[str], Mapping[str, flo
 
 
 def _add_label_maps(found: Gallery, shown: Sequence[Predictions], data: SplitFiles, album: Album) -> None:
+    names, occurring = dict(enumerate(data.classes, data.first)), set()
+
     def drawn(labels: np.ndarray | Picture, truth: np.ndarray | Picture | None, name: str) -> Picture:
         if isinstance(labels, Picture):
             return labels
@@ -176,7 +175,7 @@ def _add_label_maps(found: Gallery, shown: Sequence[Predictions], data: SplitFil
             words = [f'{100 * right:.0f}\u00a0% of the scored pixels right; ']
         counts = np.array(Image.fromarray(labels).histogram())  # a sort would take seconds
         values = [value for value in np.flatnonzero(counts) if value != data.ignored]
-        names = dict(enumerate(data.classes, data.first))
+        occurring.update(values)
         largest = [
             f'{names.get(int(value), f"label {value}")} {100 * counts[value] / labels.size:.0f}\u00a0%'
             for value in sorted(values, key=lambda value: -counts[value])[:4]
@@ -197,6 +196,7 @@ def _add_label_maps(found: Gallery, shown: Sequence[Predictions], data: SplitFil
             if name in of_image:
                 example.scores[one.row.number] = of_image[name]
         found.examples.append(example)
+    found.key = [(names[i], data.palette[i - data.first]) for i in names if i in occurring]
 
 
 def _add_objects(found: Gallery, shown: Sequence[Predictions], data: SplitFiles, album: Album) -> None:
