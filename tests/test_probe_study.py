@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +48,26 @@ def test_the_report_ranks_networks_and_counts_the_points_that_a_pick_loses(study
     study.report(tmp_path, page)
     assert page.read_text().startswith(f'# Page\n\n{study.SECTION}\n\n{study.BEGIN}| Network')
     assert (tmp_path / 'images' / 'probe_study.png').stat().st_size > 5000
+
+
+def test_the_pick_and_its_judgement_are_of_other_scenes_and_of_the_same_pretraining(study, tmp_path, monkeypatch):
+    starts, tested = [], []
+
+    def prepare(cfg, options):
+        starts.append(cfg.model.backbone.init_cfg.checkpoint)
+
+    def evaluate(cfg, checkpoint, options):
+        tested.append(set(cfg.test_dataloader.dataset.indices))
+        return SimpleNamespace(metrics=dict(mIoU=1.0))
+
+    functions = dict(prepare_probe=prepare, prepare_training=prepare, evaluate=evaluate, train=lambda *_, **__: 'x.pth')
+    functions['probe'] = lambda *_: SimpleNamespace(config=study.CONFIG, checkpoint='x.pth')
+    for name, function in functions.items():
+        monkeypatch.setattr(study, name, function)
+    assert study.linear_probe('van-b0', 0, tmp_path, 0) == study.fine_tune('van-b0', 0, tmp_path, 0) == 1.0
+    assert starts == [str(tmp_path / 'pretrained/van-b0/backbone.pth')] * 2
+    pick, judgement = tested
+    assert pick and judgement and not pick & judgement and pick | judgement == set(range(study.VAL))
 
 
 def test_finished_steps_are_not_repeated_and_none_begins_after_the_deadline(study, tmp_path, monkeypatch):

@@ -122,6 +122,26 @@ def test_a_wrong_path_of_the_other_data_set_costs_no_test(monkeypatch, tmp_path)
     assert tested == ['there']
 
 
+def test_the_record_averages_the_corrupted_tests_only(monkeypatch, tmp_path):
+    def found(cfg, checkpoint, options, conditions, settings):
+        first = 100 if options.data_root == 'there' else 0
+        return 'mIoU', [counts(first + i) for i in range(len(conditions))], []
+
+    for name, function in dict(_test=found, fetch_checkpoint=Path, hash_checkpoint=str).items():
+        monkeypatch.setattr(robustness, name, function)
+    settings = RobustnessSettings(
+        corruptions=['fog', 'snow'], severities=[2, 4], scales=[0.5, 1.0], shifted_root='there'
+    )
+    values = measure_robustness(Config(), 'x.pth', RunOptions(), settings, tmp_path)['values']
+    score = [counts(i).score()[0] for i in range(6)]  # clean, fog 2 and 4, snow 2 and 4, half the size
+    cells = [[values['corruptions'][name][s]['value'] for s in ('2', '4')] for name in ('fog', 'snow')]
+    assert np.ravel(cells) == pytest.approx(score[1:5])
+    assert values['mean_under_corruption']['value'] == pytest.approx(np.mean(score[1:5]))
+    assert values['relative']['value'] == pytest.approx(100 * np.mean(score[1:5]) / score[0])
+    assert [values['sizes'][size]['value'] for size in ('1', '0.5')] == pytest.approx([score[0], score[5]])
+    assert values['shifted']['value'] == pytest.approx(counts(100).score()[0])
+
+
 def test_a_profile_draws_zeros():
     zero, clean = dict(value=0.0, low=0.0, high=4.0), dict(value=30.0, low=20.0, high=None)
     values = dict(metric='mIoU', images=9, clean=clean, corruptions=dict(fog={'1': zero, '5': dict(zero, value=None)}))
