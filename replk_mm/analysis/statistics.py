@@ -42,17 +42,11 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class MeanScores:
-    """A value per image, whose mean is the metric.
+    """A value per image, whose mean is the metric."""
 
-    Attributes:
-        images: Names of the images, or of other independent units.
-        values: ``(images,)``.
-        bounds: Least and largest possible mean.
-    """
-
-    images: tuple[str, ...]
-    values: Sequence[float] | NDArray
-    bounds: tuple[float, float] = (-math.inf, math.inf)
+    images: tuple[str, ...]  #: names of the images, or of other independent units
+    values: Sequence[float] | NDArray  #: ``(images,)``
+    bounds: tuple[float, float] = (-math.inf, math.inf)  #: least and largest possible mean
 
     def score(self, weights: NDArray | None = None) -> NDArray[np.float64]:
         weights = np.ones((1, len(self.images))) if weights is None else weights
@@ -61,73 +55,47 @@ class MeanScores:
 
 @dataclass(frozen=True)
 class Interval:
-    """A metric and its confidence interval.
+    """A metric and its confidence interval."""
 
-    Attributes:
-        value: Mean over the seeds of the metric on all images.
-        low: Lower end; None if a single image, or a metric that is undefined without some image, allows no interval.
-        high: Upper end.
-        seeds: Number of trainings.
-        images: Number of test images.
-        covers_seeds: Whether the interval covers other training seeds. If not, it is about these checkpoints only.
-    """
-
-    value: float
+    value: float  #: mean over the seeds of the metric on all images
+    #: lower end; None if a single image, or a metric that is undefined without some image, allows no interval
     low: float | None
-    high: float | None
-    seeds: int
-    images: int
-    covers_seeds: bool
+    high: float | None  #: upper end
+    seeds: int  #: number of trainings
+    images: int  #: number of test images
+    covers_seeds: bool  #: whether the interval covers other training seeds. If not, it is about these checkpoints only
 
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """The difference of two rows on the same images; ``seeds`` is the smaller number of the two.
+    """The difference of two rows on the same images; ``seeds`` is the smaller number of the two."""
 
-    Attributes:
-        first: Name of the row with the minuend.
-        second: Name of the other row.
-        p: Two-sided p-value of no difference; None where there is no interval.
-        p_adjusted: ``p`` after Holm's correction over all pairs of the table.
-    """
-
-    first: str
-    second: str
-    p: float | None
-    p_adjusted: float | None
+    first: str  #: name of the row with the minuend
+    second: str  #: name of the other row
+    p: float | None  #: two-sided p-value of no difference; None where there is no interval
+    p_adjusted: float | None  #: ``p`` after Holm's correction over all pairs of the table
 
 
 @dataclass(frozen=True, kw_only=True)
 class BestGroup:
-    """The rows of a table that are not distinguishable from the best.
+    """The rows of a table that are not distinguishable from the best."""
 
-    Attributes:
-        leader: The row with the highest value.
-        members: The leader, and every row whose difference from it is not significant after Holm's correction; the
-            highest value first. All rows, if no row has two seeds: that says nothing about other trainings.
-        intervals: Of each row.
-        differences: Of the leader from each other row, the smallest first.
-    """
-
-    leader: str
+    leader: str  #: the row with the highest value
+    #: the leader, and every row whose difference from it is not significant after Holm's correction; the highest value
+    #: first. All rows, if no row has two seeds: that says nothing about other trainings
     members: tuple[str, ...]
-    intervals: dict[str, Interval]
-    differences: tuple[Difference, ...]
+    intervals: dict[str, Interval]  #: of each row
+    differences: tuple[Difference, ...]  #: of the leader from each other row, the smallest first
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What it takes to distinguish two rows of a table after Holm's correction.
+    """What it takes to distinguish two rows of a table after Holm's correction."""
 
-    Attributes:
-        seeds: Seeds of each row that suffice on as many images; None if more than 100, or if no row has two seeds.
-        images: Images that suffice with as many seeds; None if more than 1000 times as many.
-        detectable: The difference, in points, that the present seeds and images distinguish with the same power.
-    """
-
+    #: seeds of each row that suffice on as many images; None if more than 100, or if no row has two seeds
     seeds: int | None
-    images: int | None
-    detectable: float
+    images: int | None  #: images that suffice with as many seeds; None if more than 1000 times as many
+    detectable: float  #: the difference, in points, that the present seeds and images distinguish with the same power
 
 
 @dataclass(frozen=True)
@@ -161,27 +129,21 @@ class _Error:
 
 @dataclass(frozen=True)
 class _Estimate:
-    """The metric of a row, or a difference of two.
-
-    Attributes:
-        influence: ``(groups,)``, scaled so that its squares add up to the variance from the choice of images.
-        between: Variance between trainings on these images.
-        interaction: The part of the squares of ``influence`` that ``seed_variance`` has too: trainings that differ on
-            the chosen images.
-        seed_variance: Of ``value``, from the choice of seeds.
-        seed_freedom: Its degrees of freedom; 0 if it is unknown.
-    """
+    """The metric of a row, or a difference of two."""
 
     value: float
     bias: float
+    #: ``(groups,)``, scaled so that its squares add up to the variance from the choice of images
     influence: NDArray[np.float64]
     seeds: int
     images: list[str]
     bounds: tuple[float, float]
-    between: float = 0.0
+    between: float = 0.0  #: variance between trainings on these images
+    #: the part of the squares of ``influence`` that ``seed_variance`` has too: trainings that differ on the chosen
+    #: images
     interaction: float = 0.0
-    seed_variance: float = 0.0
-    seed_freedom: float = 0.0
+    seed_variance: float = 0.0  #: of ``value``, from the choice of seeds
+    seed_freedom: float = 0.0  #: its degrees of freedom; 0 if it is unknown
 
     def __sub__(self, other: '_Estimate') -> '_Estimate':
         return replace(

@@ -390,12 +390,9 @@ class PatchEmbedBackbone(Backbone):
 
     Each norm is in the trunk: its output is the feature of the stage, and the input of the next stage. Arguments are
     those of :class:`Backbone`.
-
-    Attributes:
-        blocks_name: Name of the blocks of a stage, without its number.
     """
 
-    blocks_name: str = 'block'
+    blocks_name: str = 'block'  #: name of the blocks of a stage, without its number
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -35,19 +35,13 @@ _CLASSIFIER = re.compile(r'((conv_)?head|fc|classifier|norm)\.')
 
 @dataclass(frozen=True)
 class KeyFormat:
-    """Names that a library gives to the weights of a family.
+    """Names that a library gives to the weights of a family."""
 
-    Attributes:
-        family: Class name of the backbone.
-        name: The library.
-        anchor: A weight of the first block, whose name occurs in no later format. The prefix is the text before it.
-        rules: Regular expressions and replacements, applied in order to each name without its prefix. They give our
-            names; ``{last}`` in a replacement is the number of the last stage.
-    """
-
-    family: str
-    name: str
-    anchor: str
+    family: str  #: class name of the backbone
+    name: str  #: the library
+    anchor: str  #: a weight of the first block, whose name occurs in no later format. The prefix is the text before it
+    #: regular expressions and replacements, applied in order to each name without its prefix. They give our names;
+    #: ``{last}`` in a replacement is the number of the last stage
     rules: tuple[tuple[str, str], ...] = ()
 
     def rename(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,25 +168,18 @@ _PRECEDENCE = (*FORMATS, _OWN)
 
 @dataclass
 class FoundWeights:
-    """Weights of a backbone in a checkpoint.
+    """Weights of a backbone in a checkpoint."""
 
-    Attributes:
-        backbone: Weights with our names, without prefix.
-        rest: Other weights of a whole model, such as ``decode_head.*``, with their own names.
-        family: Class name of the backbone, or ``''`` if unknown.
-        format: Name of the key format, or ``''`` if unknown.
-        prefix: What precedes the backbone's names, such as ``'state_dict.backbone.'``, without parts of wrappers.
-        unused: Weights under the prefix that are in no module of the backbone, such as a classifier.
-        matched: Number of weights that fit the network.
-    """
-
-    backbone: dict[str, Tensor]
+    backbone: dict[str, Tensor]  #: weights with our names, without prefix
+    #: other weights of a whole model, such as ``decode_head.*``, with their own names
     rest: dict[str, Tensor] = field(default_factory=dict)
-    family: str = ''
-    format: str = ''
+    family: str = ''  #: class name of the backbone, or ``''`` if unknown
+    format: str = ''  #: name of the key format, or ``''`` if unknown
+    #: what precedes the backbone's names, such as ``'state_dict.backbone.'``, without parts of wrappers
     prefix: str = ''
+    #: weights under the prefix that are in no module of the backbone, such as a classifier
     unused: list[str] = field(default_factory=list)
-    matched: int = 0
+    matched: int = 0  #: number of weights that fit the network
 
     @property
     def merged(self) -> bool:

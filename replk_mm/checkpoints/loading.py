@@ -33,22 +33,15 @@ RESIZE_KERNELS = ('pad', 'interpolate')
 
 @dataclass
 class LoadReport:
-    """How the weights of a checkpoint fit a model.
+    """How the weights of a checkpoint fit a model."""
 
-    Attributes:
-        total: Number of weights in each top-level part of the model.
-        matched: Number of weights in each part that the checkpoint set.
-        missing: Keys of the model that the checkpoint lacks.
-        unexpected: Keys of the checkpoint that the model lacks.
-        mismatched: Key, the model's shape and the checkpoint's shape.
-        resized: Sizes of depthwise kernels in the checkpoint and in the model, and how they were resized, with counts.
-    """
-
-    total: dict[str, int] = field(default_factory=dict)
-    matched: dict[str, int] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
+    total: dict[str, int] = field(default_factory=dict)  #: number of weights in each top-level part of the model
+    matched: dict[str, int] = field(default_factory=dict)  #: number of weights in each part that the checkpoint set
+    missing: list[str] = field(default_factory=list)  #: keys of the model that the checkpoint lacks
+    unexpected: list[str] = field(default_factory=list)  #: keys of the checkpoint that the model lacks
+    #: key, the model's shape and the checkpoint's shape
     mismatched: list[tuple[str, tuple, tuple]] = field(default_factory=list)
+    #: sizes of depthwise kernels in the checkpoint and in the model, and how they were resized, with counts
     resized: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> str:

@@ -132,27 +132,17 @@ def _detector_call(model: Any, data: Path) -> Call:
 
 @dataclass(frozen=True)
 class DemoTask:
-    """What a demo trains, and how the result is measured.
+    """What a demo trains, and how the result is measured."""
 
-    Attributes:
-        config: Config of the network.
-        layout: Layout of the scenes on disk.
-        metrics: Functions of a test's result that return percentages, by the metric's name in the table.
-        tolerance: Largest accepted difference between the two forms, in percentage points.
-        inference: Function of a model and the data folder that returns the call to time.
-        draw: Function of a model, the data folder and a file that writes the picture.
-        own_data: Arguments of the ``train`` command for the reader's own photographs.
-        note: Explanation of the figures.
-    """
-
-    config: str
-    layout: str
+    config: str  #: config of the network
+    layout: str  #: layout of the scenes on disk
+    #: functions of a test's result that return percentages, by the metric's name in the table
     metrics: Mapping[str, Callable[[Evaluation], float]]
-    tolerance: float
-    inference: Callable[[Any, Path], Call]
-    draw: Callable[[Any, Path, Path], None]
-    own_data: Sequence[str]
-    note: str = ''
+    tolerance: float  #: largest accepted difference between the two forms, in percentage points
+    inference: Callable[[Any, Path], Call]  #: function of a model and the data folder that returns the call to time
+    draw: Callable[[Any, Path, Path], None]  #: function of a model, the data folder and a file that writes the picture
+    own_data: Sequence[str]  #: arguments of the ``train`` command for the reader's own photographs
+    note: str = ''  #: explanation of the figures
 
 
 TASKS = {
@@ -186,23 +176,14 @@ TASKS = {
 # -- the demo
 @dataclass
 class DemoRow:
-    """The network in one form.
+    """The network in one form."""
 
-    Attributes:
-        form: ``'trained'`` or ``'reparameterized'``.
-        metrics: Percentages by name.
-        parameters: Number of parameters that inference uses.
-        macs: Multiply-accumulates of one scene.
-        milliseconds: Time of one scene, measured in turns with the other form.
-        unreliable: Why that time is not reliable; empty if it is.
-    """
-
-    form: str
-    metrics: dict[str, float]
-    parameters: int
-    macs: int
-    milliseconds: Timing
-    unreliable: str = ''
+    form: str  #: ``'trained'`` or ``'reparameterized'``
+    metrics: dict[str, float]  #: percentages by name
+    parameters: int  #: number of parameters that inference uses
+    macs: int  #: multiply-accumulates of one scene
+    milliseconds: Timing  #: time of one scene, measured in turns with the other form
+    unreliable: str = ''  #: why that time is not reliable; empty if it is
 
 
 def write_scenes(out: Path, seed: int, layout: str) -> Path:

@@ -21,20 +21,13 @@ TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 @dataclass
 class NetworkDifference:
-    """Largest difference between the outputs of two networks in one precision.
+    """Largest difference between the outputs of two networks in one precision."""
 
-    Attributes:
-        dtype: Precision of both networks.
-        absolute: Largest absolute difference.
-        relative: Largest difference relative to the largest magnitude of the same output.
-        tolerance: Upper limit for ``relative``.
-        not_compared: BatchNorm layers that did not run, so that no output depends on them.
-    """
-
-    dtype: torch.dtype
-    absolute: float
-    relative: float
-    tolerance: float
+    dtype: torch.dtype  #: precision of both networks
+    absolute: float  #: largest absolute difference
+    relative: float  #: largest difference relative to the largest magnitude of the same output
+    tolerance: float  #: upper limit for ``relative``
+    #: BatchNorm layers that did not run, so that no output depends on them
     not_compared: list[str] = field(default_factory=list)
 
     @property

@@ -58,18 +58,13 @@ _NORM_FIRST: tuple[tuple[type[nn.Module], str, str, type[nn.Module]], ...] = (
 
 @dataclass
 class Changes:
-    """Changes made by :func:`reparameterize`, as module paths.
+    """Changes made by :func:`reparameterize`, as module paths."""
 
-    Attributes:
-        merged: Modules whose parallel branches became one convolution; for UniRepLKNet its blocks, for OverLoCK the
-            sequences with them.
-        folded: BatchNorm layers folded into a convolution.
-        left: BatchNorm layers whose folding is not known to be exact.
-    """
-
+    #: modules whose parallel branches became one convolution; for UniRepLKNet its blocks, for OverLoCK the sequences
+    #: with them
     merged: list[str] = field(default_factory=list)
-    folded: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    folded: list[str] = field(default_factory=list)  #: BatchNorm layers folded into a convolution
+    left: list[str] = field(default_factory=list)  #: BatchNorm layers whose folding is not known to be exact
 
     def __str__(self) -> str:
         names = ', '.join(self.left[:4])

@@ -26,33 +26,20 @@ from replk_mm.wrappers import unwrap_model
 
 @dataclass
 class Evaluation:
-    """Result of a test.
+    """Result of a test."""
 
-    Attributes:
-        metrics: Scores, under the names of the config's evaluators.
-        per_class: Scores of every class in the ground truth. Only ``replk_mm.IoUMetric`` and
-            ``replk_mm.CocoMetric`` report them.
-        absent: Classes without ground truth; of these metrics.
-        changes: Changes by ``--reparam``; None without it.
-        meta: Metadata of the checkpoint.
-        load: Number of weights that the checkpoint set, for each part.
-        images: Number of images.
-        seconds: Duration, including data loading.
-        image: Path of the first image; None if the data set does not tell.
-        notes: Changes of the config, one line each.
-        statistics: What the scores are made of, image by image, by the name of the score; of the same two metrics.
-    """
-
-    metrics: dict[str, float]
+    metrics: dict[str, float]  #: scores, under the names of the config's evaluators
+    #: scores of every class in the ground truth. Only ``replk_mm.IoUMetric`` and ``replk_mm.CocoMetric`` report them
     per_class: dict[str, dict[str, float]]
-    absent: list[str]
-    changes: Changes | None
-    meta: dict
-    load: str
-    images: int
-    seconds: float
-    image: str | None
-    notes: list[str] = field(default_factory=list)
+    absent: list[str]  #: classes without ground truth; of these metrics
+    changes: Changes | None  #: changes by ``--reparam``; None without it
+    meta: dict  #: metadata of the checkpoint
+    load: str  #: number of weights that the checkpoint set, for each part
+    images: int  #: number of images
+    seconds: float  #: duration, including data loading
+    image: str | None  #: path of the first image; None if the data set does not tell
+    notes: list[str] = field(default_factory=list)  #: changes of the config, one line each
+    #: what the scores are made of, image by image, by the name of the score; of the same two metrics
     statistics: dict[str, PerImageScores] = field(default_factory=dict)
 
 

@@ -111,19 +111,13 @@ def load_model(
 
 @dataclass(frozen=True)
 class Inference:
-    """A network in evaluation mode, and how it was built.
+    """A network in evaluation mode, and how it was built."""
 
-    Attributes:
-        model: In evaluation mode, on its device.
-        meta: Metadata of the checkpoint; empty for random weights.
-        report: Number of weights that the checkpoint set, for each part; None for random weights.
-        changes: Changes by reparameterization; None without it.
-    """
-
-    model: nn.Module
-    meta: dict = field(default_factory=dict)
+    model: nn.Module  #: in evaluation mode, on its device
+    meta: dict = field(default_factory=dict)  #: metadata of the checkpoint; empty for random weights
+    #: number of weights that the checkpoint set, for each part; None for random weights
     report: LoadReport | None = None
-    changes: Changes | None = None
+    changes: Changes | None = None  #: changes by reparameterization; None without it
 
 
 def build_for_inference(

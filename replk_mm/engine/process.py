@@ -25,37 +25,22 @@ from replk_mm.logs import limit_terminal, log_python_warnings
 
 @dataclass
 class RunOptions:
-    """Command-line options of a run.
+    """Command-line options of a run."""
 
-    Attributes:
-        data_root: Folder of the data set; None keeps that of the config.
-        classes: Names of the classes, see :func:`replk_mm.data.classes.use_classes`; None keeps those of the config.
-        work_dir: Folder for logs and checkpoints; None means ``work_dirs/CONFIG``.
-        max_iters: Number of iterations; None keeps the schedule of the config.
-        resume: ``'auto'`` for the last checkpoint of the work dir, or a path; None starts a new run.
-        pretrained: Checkpoint for the backbone, ``'none'`` for random weights, None for the config's.
-        amp: ``'bf16'``, ``'fp16'`` or None.
-        device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for a GPU if there is one.
-        seed: Random seed; None draws and records one.
-        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
-        overwrite: Whether a new training replaces the one in ``work_dir``.
-        fraction: Percentage of the training images, see :func:`replk_mm.data.subsets.use_subset`.
-        hold_out: Whether to validate on held-out training images instead of the validation images.
-    """
-
-    data_root: str | None = None
+    data_root: str | None = None  #: folder of the data set; None keeps that of the config
+    #: names of the classes, see :func:`replk_mm.data.classes.use_classes`; None keeps those of the config
     classes: str | None = None
-    work_dir: str | None = None
-    max_iters: int | None = None
-    resume: str | None = None
-    pretrained: str | None = None
-    amp: str | None = None
-    device: str | None = None
-    seed: int | None = None
-    launcher: str = 'none'
-    overwrite: bool = False
-    fraction: int = 100
-    hold_out: bool = False
+    work_dir: str | None = None  #: folder for logs and checkpoints; None means ``work_dirs/CONFIG``
+    max_iters: int | None = None  #: number of iterations; None keeps the schedule of the config
+    resume: str | None = None  #: ``'auto'`` for the last checkpoint of the work dir, or a path; None starts a new run
+    pretrained: str | None = None  #: checkpoint for the backbone, ``'none'`` for random weights, None for the config's
+    amp: str | None = None  #: ``'bf16'``, ``'fp16'`` or None
+    device: str | None = None  #: ``'cpu'``, ``'cuda'``, ``'cuda:N'``, or None for a GPU if there is one
+    seed: int | None = None  #: random seed; None draws and records one
+    launcher: str = 'none'  #: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``
+    overwrite: bool = False  #: whether a new training replaces the one in ``work_dir``
+    fraction: int = 100  #: percentage of the training images, see :func:`replk_mm.data.subsets.use_subset`
+    hold_out: bool = False  #: whether to validate on held-out training images instead of the validation images
 
 
 def select_device(name: str | None) -> str:

@@ -23,14 +23,11 @@ class GatheringMetric(BaseMetric):
     Args:
         collect_device: As in mmengine's metrics: ``'gpu'`` uses the process group of the run, with any backend;
             ``'cpu'`` uses files in ``collect_dir``.
-
-    Attributes:
-        per_class: Scores of every class on rank 0; see the subclass.
-        statistics: What the scores are made of, image by image, on rank 0, by the name of the score.
     """
 
     results: list
-    per_class: dict[str, dict[str, float]]
+    per_class: dict[str, dict[str, float]]  #: scores of every class on rank 0; see the subclass
+    #: what the scores are made of, image by image, on rank 0, by the name of the score
     statistics: dict[str, PerImageScores]
 
     def __init__(self, *args, collect_device: str = 'gpu', **kwargs) -> None:

@@ -46,17 +46,11 @@ def count_pixels(prediction: NDArray, label: NDArray, classes: int, ignore_index
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PerImageScores(ABC):
-    """A metric of one checkpoint, as sums over the images of a data set.
+    """A metric of one checkpoint, as sums over the images of a data set."""
 
-    Attributes:
-        images: Names of the images.
-        classes: Names of the classes.
-        image_figure: What :meth:`per_image` returns.
-    """
-
-    image_figure: ClassVar[str]
-    images: tuple[str, ...]
-    classes: tuple[str, ...]
+    image_figure: ClassVar[str]  #: what :meth:`per_image` returns
+    images: tuple[str, ...]  #: names of the images
+    classes: tuple[str, ...]  #: names of the classes
 
     def score(self, weights: NDArray | None = None) -> NDArray[np.float64]:
         """The metric of weighted images, averaged over the classes that they have; NaN if they have none.
@@ -131,17 +125,12 @@ class SegmentationCounts(PerImageScores):
 
     The arrays take 12 bytes per image and class: 3.6 MB for ADE20K's 2,000 images and 150 classes, and about a tenth of
     that in a file.
-
-    Attributes:
-        intersection: Correctly predicted pixels, ``(images, classes)``, uint32.
-        predicted: Predicted pixels with a label.
-        label: Labelled pixels.
     """
 
     image_figure = 'mIoU'
-    intersection: NDArray[np.integer]
-    predicted: NDArray[np.integer]
-    label: NDArray[np.integer]
+    intersection: NDArray[np.integer]  #: correctly predicted pixels, ``(images, classes)``, uint32
+    predicted: NDArray[np.integer]  #: predicted pixels with a label
+    label: NDArray[np.integer]  #: labelled pixels
 
     def __post_init__(self) -> None:
         shape = len(self.images), len(self.classes)
@@ -175,23 +164,19 @@ class DetectionMatches(PerImageScores):
     scores, which it orders by the copies.
 
     The arrays take 8 bytes per detection and 4 per object: 4 MB for 100 detections on each of COCO's 5,000 images.
-
-    Attributes:
-        detection_image: Index of the image of each detection, ``(detections,)``; by class, then by falling score.
-        matched: Bit ``t`` is set if the detection matches an object at IoU ``0.5 + 0.05 * t``; uint16.
-        ignored: Bit ``t`` is set if it counts neither as right nor as false, as one that matches a crowd; uint16.
-        detection_bounds: Where the detections of each class begin and the last ends, ``(classes + 1,)``.
-        object_image: Index of the image of each object that is not a crowd, ``(objects,)``; by class.
-        object_bounds: The same of the objects.
     """
 
     image_figure = 'R-precision'
+    #: index of the image of each detection, ``(detections,)``; by class, then by falling score
     detection_image: NDArray[np.int32]
+    #: bit ``t`` is set if the detection matches an object at IoU ``0.5 + 0.05 * t``; uint16
     matched: NDArray[np.uint16]
+    #: bit ``t`` is set if it counts neither as right nor as false, as one that matches a crowd; uint16
     ignored: NDArray[np.uint16]
+    #: where the detections of each class begin and the last ends, ``(classes + 1,)``
     detection_bounds: NDArray[np.int64]
-    object_image: NDArray[np.int32]
-    object_bounds: NDArray[np.int64]
+    object_image: NDArray[np.int32]  #: index of the image of each object that is not a crowd, ``(objects,)``; by class
+    object_bounds: NDArray[np.int64]  #: the same of the objects
 
     def __post_init__(self) -> None:
         for image, bounds in ((self.detection_image, self.detection_bounds), (self.object_image, self.object_bounds)):

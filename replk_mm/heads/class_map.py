@@ -27,17 +27,11 @@ _DOUBLE = torch.empty(0, dtype=torch.float64, device='cpu')  # independent of to
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows along one axis of the network's input.
+    """Windows along one axis of the network's input."""
 
-    Attributes:
-        starts: Start of each window, ascending.
-        length: Length of a window.
-        size: Length of the axis.
-    """
-
-    starts: tuple[int, ...]
-    length: int
-    size: int
+    starts: tuple[int, ...]  #: start of each window, ascending
+    length: int  #: length of a window
+    size: int  #: length of the axis
 
     @classmethod
     def whole(cls, size: int) -> 'Windows':
@@ -73,15 +67,10 @@ class Windows:
 
 
 class Taps(NamedTuple):
-    """Input rows and interpolation weights of some rows of a result.
+    """Input rows and interpolation weights of some rows of a result."""
 
-    Attributes:
-        rows: ``(row of windows, first, last)``: ranges of rows of the windows' logits.
-        matrix: Weight of each of these rows in each row of the result.
-    """
-
-    rows: list[tuple[int, int, int]]
-    matrix: Tensor
+    rows: list[tuple[int, int, int]]  #: ``(row of windows, first, last)``: ranges of rows of the windows' logits
+    matrix: Tensor  #: weight of each of these rows in each row of the result
 
 
 class LogitRows:

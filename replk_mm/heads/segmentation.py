@@ -180,15 +180,10 @@ def _pixel_data(data: Tensor) -> PixelData:
 
 
 class ImageLogits(NamedTuple):
-    """Logits of one image at its original size.
+    """Logits of one image at its original size."""
 
-    Attributes:
-        rows: Logits of a few rows at a time, for :func:`replk_mm.heads.class_map.class_map`.
-        large: Function that computes all logits at once, ``(K, H, W)``.
-    """
-
-    rows: LogitRows
-    large: Callable[[], Tensor]
+    rows: LogitRows  #: logits of a few rows at a time, for :func:`replk_mm.heads.class_map.class_map`
+    large: Callable[[], Tensor]  #: function that computes all logits at once, ``(K, H, W)``
 
 
 @MODELS.register_module()

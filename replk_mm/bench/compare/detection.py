@@ -32,36 +32,22 @@ _CHUNK = 100
 
 @dataclass
 class Objects:
-    """The annotated objects of a config's test data.
+    """The annotated objects of a config's test data."""
 
-    Attributes:
-        api: Their index in pycocotools, with ids counted from 1.
-        images: Entries of the annotation file, by id.
-        folder: Of the images.
-        classes: Names of the file's categories by id.
-    """
-
-    api: COCO
-    images: dict[int | str, dict]
-    folder: Path
-    classes: dict[int, str]
+    api: COCO  #: their index in pycocotools, with ids counted from 1
+    images: dict[int | str, dict]  #: entries of the annotation file, by id
+    folder: Path  #: of the images
+    classes: dict[int, str]  #: names of the file's categories by id
 
 
 @dataclass
 class Matches:
-    """The matched objects and detections of one image.
+    """The matched objects and detections of one image."""
 
-    Attributes:
-        found: Ids of objects that were found.
-        missed: Ids of objects that were not; crowds are in neither.
-        false: Detections that match nothing, entries as COCO has them.
-        right: Detections that match an object.
-    """
-
-    found: set[int] = field(default_factory=set)
-    missed: set[int] = field(default_factory=set)
-    false: list[dict] = field(default_factory=list)
-    right: list[dict] = field(default_factory=list)
+    found: set[int] = field(default_factory=set)  #: ids of objects that were found
+    missed: set[int] = field(default_factory=set)  #: ids of objects that were not; crowds are in neither
+    false: list[dict] = field(default_factory=list)  #: detections that match nothing, entries as COCO has them
+    right: list[dict] = field(default_factory=list)  #: detections that match an object
 
 
 class DetectionImages:

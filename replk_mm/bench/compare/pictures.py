@@ -29,21 +29,15 @@ PER_SHEET = 8
 
 @dataclass
 class Sheet:
-    """Content of a sheet.
+    """Content of a sheet."""
 
-    Attributes:
-        key: Meaning of the colours (RGB).
-        classes: Class names.
-        palette: RGB of each class; empty if colours do not stand for classes.
-        rows: Five pictures ``(H, W, 3)`` BGR for each image, with captions.
-        occurring: Indices of the classes in each row.
-    """
-
-    key: list[tuple[Sequence[int], str]]
-    classes: list[str] = field(default_factory=list)
+    key: list[tuple[Sequence[int], str]]  #: meaning of the colours (RGB)
+    classes: list[str] = field(default_factory=list)  #: class names
+    #: RGB of each class; empty if colours do not stand for classes
     palette: list[list[int]] = field(default_factory=list)
+    #: five pictures ``(H, W, 3)`` BGR for each image, with captions
     rows: list[list[tuple[np.ndarray, str]]] = field(default_factory=list)
-    occurring: list[np.ndarray] = field(default_factory=list)
+    occurring: list[np.ndarray] = field(default_factory=list)  #: indices of the classes in each row
 
 
 def _gray(image: np.ndarray) -> np.ndarray:

@@ -40,17 +40,11 @@ class MetricsFile(BaseModel):
 
 @dataclass(frozen=True)
 class Result:
-    """One result.
+    """One result."""
 
-    Attributes:
-        letter: ``'A'`` or ``'B'``.
-        file: Its metrics.json.
-        record: That file's content.
-    """
-
-    letter: str
-    file: Path
-    record: MetricsFile
+    letter: str  #: ``'A'`` or ``'B'``
+    file: Path  #: its metrics.json
+    record: MetricsFile  #: that file's content
 
     @property
     def predictions(self) -> Path:
@@ -89,19 +83,12 @@ class Result:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Places of data and classes, if they differ from those that the results state.
+    """Places of data and classes, if they differ from those that the results state."""
 
-    Attributes:
-        data_root: Folder of the data set.
-        config: Config file for both results.
-        classes: As ``--classes`` of the tests.
-        options: As ``--cfg-options`` of the tests.
-    """
-
-    data_root: str | None = None
-    config: str | None = None
-    classes: str | None = None
-    options: dict | None = None
+    data_root: str | None = None  #: folder of the data set
+    config: str | None = None  #: config file for both results
+    classes: str | None = None  #: as ``--classes`` of the tests
+    options: dict | None = None  #: as ``--cfg-options`` of the tests
 
 
 def read_result(path: str, letter: str) -> Result:

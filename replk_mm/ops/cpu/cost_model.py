@@ -35,17 +35,11 @@ _forced: ContextVar[str | None] = ContextVar('replk_mm_depthwise', default=None)
 
 
 class Plan(NamedTuple):
-    """Names of the chosen implementations.
+    """Names of the chosen implementations."""
 
-    Attributes:
-        forward: Implementation for the output.
-        grad_input: Implementation for the gradient of the input.
-        grad_weight: Implementation for the gradient of the weight.
-    """
-
-    forward: str
-    grad_input: str
-    grad_weight: str
+    forward: str  #: implementation for the output
+    grad_input: str  #: implementation for the gradient of the input
+    grad_weight: str  #: implementation for the gradient of the weight
 
     def __str__(self) -> str:
         return f'forward {self.forward}, input gradient {self.grad_input}, weight gradient {self.grad_weight}'

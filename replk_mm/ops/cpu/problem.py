@@ -12,31 +12,18 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class DepthwiseProblem:
-    """Shapes, dtype, layout and threads of a depthwise convolution.
+    """Shapes, dtype, layout and threads of a depthwise convolution."""
 
-    Attributes:
-        batch: Number of images.
-        channels: Channels of input and output.
-        size: Height and width of the input in pixels.
-        kernel: Height and width of the kernels in pixels.
-        stride: Strides in pixels.
-        padding: Zeros on both sides of each axis in pixels.
-        dilation: Dilation in pixels.
-        dtype: Data type of input and weight.
-        channels_last: Whether the input is in channels-last memory.
-        threads: Number of threads of torch.
-    """
-
-    batch: int
-    channels: int
-    size: Pair
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    dtype: torch.dtype
-    channels_last: bool
-    threads: int
+    batch: int  #: number of images
+    channels: int  #: channels of input and output
+    size: Pair  #: height and width of the input in pixels
+    kernel: Pair  #: height and width of the kernels in pixels
+    stride: Pair  #: strides in pixels
+    padding: Pair  #: zeros on both sides of each axis in pixels
+    dilation: Pair  #: dilation in pixels
+    dtype: torch.dtype  #: data type of input and weight
+    channels_last: bool  #: whether the input is in channels-last memory
+    threads: int  #: number of threads of torch
 
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> 'DepthwiseProblem':
