@@ -1,7 +1,6 @@
 """Costs on another device: the output of ``tools/benchmark.py --json`` there, as speed and memory of rows here."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,23 +40,8 @@ class _Benchmark(BaseModel):
     environment: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class DeviceCost:
-    """What a network costs on a device.
-
-    Attributes:
-        file: The output of the benchmark.
-        network: Name in the catalogue, or else of the config, and options that change the backbone.
-        protocol: Conditions, as of ``speed``, and ``timed``: the backbone alone, or which model.
-        facts: The file, and the share of the CPUs that other processes used.
-        values: Of its records, by measurement.
-    """
-
-    file: str
-    network: tuple[str, str]
-    protocol: dict[str, Any]
-    facts: dict[str, Any]
-    values: dict[str, dict[str, Any]]
+#: By network, its name and the options that change its backbone: fields of its records, by measurement.
+Costs = dict[tuple[str, str], dict[str, dict[str, Any]]]
 
 
 def _network(config: str, options: Mapping[str, Any]) -> tuple[str, str]:
@@ -65,21 +49,24 @@ def _network(config: str, options: Mapping[str, Any]) -> tuple[str, str]:
     return str(name), str(sorted((k, v) for k, v in options.items() if k.startswith('model.backbone')))
 
 
-def read_costs(paths: Iterable[str | Path]) -> list[DeviceCost]:
+def read_costs(paths: Iterable[str | Path]) -> Costs:
     """Read outputs of ``tools/benchmark.py backbone`` or ``model``, a file for each network.
 
     Raises:
         UserError: If a file is something else, has several sizes or batches, or repeats a network.
     """
-    found: dict[tuple[str, str], DeviceCost] = {}
-    for cost in map(_read, paths):
-        if other := found.get(cost.network):
-            raise UserError(f'{cost.file}: {cost.network[0]} is also in {other.file}\nName one of the two files.')
-        found[cost.network] = cost
-    return list(found.values())
+    found: Costs = {}
+    for path in paths:
+        network, fields = _read(path)
+        if network in found:
+            raise UserError(
+                f'{path}: {network[0]} is also in {found[network]["speed"]["facts"]["costs"]}\nName one of the files.'
+            )
+        found[network] = fields
+    return found
 
 
-def _read(path: str | Path) -> DeviceCost:
+def _read(path: str | Path) -> tuple[tuple[str, str], dict[str, dict[str, Any]]]:
     options = ('--backbone', 'NAME', '--shape', 'H', 'W', '--mode', 'inference', '--json')
     again = f'Write it there with: {command_line("benchmark", "model", "CONFIG", *options)}'
     try:
@@ -109,30 +96,27 @@ def _read(path: str | Path) -> DeviceCost:
     values: dict[str, dict] = dict(speed=dict(forms={point.form: times}, batch=point.batch))
     if row.memory_bytes:
         values['memory'] = dict(inference_bytes=row.memory_bytes)
-    facts = dict(load=point.load, costs=str(path))
-    return DeviceCost(str(path), _network(content.config, content.cfg_options), protocol, facts, values)
+    shared = dict(status='done', reason=None, checkpoint=None, files={}, protocol=protocol)
+    shared['facts'] = dict(load=point.load, costs=str(path))
+    fields = {name: dict(shared, measurement=name, values=one) for name, one in values.items()}
+    return _network(content.config, content.cfg_options), fields
 
 
-def replace_costs(found: Sequence[StoredRecord], costs: Sequence[DeviceCost]) -> tuple[list[StoredRecord], list[str]]:
+def replace_costs(found: Sequence[StoredRecord], costs: Costs) -> tuple[list[StoredRecord], list[str]]:
     """Replace speed and memory of the rows whose networks were measured on another device; others keep theirs.
 
     Returns:
         The records, and a line for each cost of a network that no row has.
     """
-    by_network = {cost.network: cost for cost in costs}
     kept, used = [], set()
     for record in found:
         network = _network(str(record['config'].get('path')), record['config'].get('options') or {})
-        cost, row, of_cost = by_network.get(network), (record['suite'], record['row']), ('speed', 'memory')
-        asked = [name for name in record.get('asked') or () if not cost or name not in of_cost]
-        if not cost or record['measurement'] not in of_cost:
+        of_device, row, old = costs.get(network, {}), (record['suite'], record['row']), ('speed', 'memory')
+        asked = [name for name in record.get('asked') or () if not of_device or name not in old]
+        if not of_device or record['measurement'] not in old:
             kept.append(StoredRecord({**record, 'asked': asked}, record.folder))
-        if cost and row not in used:  # a device measures a network, not its seeds
-            done = dict(status='done', reason=None, asked=asked, checkpoint=None, files={}, protocol=cost.protocol)
-            for name, values in cost.values.items():
-                one = dict(record, **done, measurement=name, values=values, facts=cost.facts)
-                kept.append(StoredRecord(one, record.folder))
-            used.add(row)
-        used.add(network)
-    unused = [cost for cost in costs if cost.network not in used]
-    return kept, [f'{cost.file}: no row has its network, {cost.network[0]}' for cost in unused]
+        for fields in of_device.values() if row not in used else ():  # a device measures a network, not its seeds
+            kept.append(StoredRecord(dict(record, asked=asked, **fields), record.folder))
+        used |= {row, network}
+    unused = costs.keys() - used
+    return kept, [f'{costs[n]["speed"]["facts"]["costs"]}: no row has its network, {n[0]}' for n in sorted(unused)]

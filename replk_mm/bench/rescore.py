@@ -84,18 +84,15 @@ def _score_label_maps(result: Rescored, data: SplitFiles, folder: Path) -> PerIm
     counts = {}
     for path in sorted(folder.rglob('*.png')):
         name = path.relative_to(folder).as_posix()
-        maps = album.read(path, folder, mode=None), album.read(data.label_of(name), *data.folders, mode=None)
-        problems = [
-            f'{what} of {name}: {m.words}'
-            for what, m in zip(('prediction', 'labels'), maps, strict=True)
-            if isinstance(m, Picture)
-        ]
-        if not problems and maps[0].shape != maps[1].shape:
-            problems = [f'prediction of {name}: {maps[0].shape} pixels, the labels {maps[1].shape}']
+        prediction: Any = album.read(path, folder, mode=None)
+        label: Any = album.read(data.label_of(name), *data.folders, mode=None)
+        both = dict(prediction=prediction, labels=label).items()
+        problems = [f'{what} of {name}: {found.words}' for what, found in both if isinstance(found, Picture)]
+        if not problems and prediction.shape != label.shape:
+            problems = [f'prediction of {name}: {prediction.shape} pixels, the labels {label.shape}']
         if not problems:
-            counts[name.removesuffix('.png')] = count_pixels(
-                maps[0] - np.uint8(first), meaning[maps[1]], len(classes), 255
-            )
+            pixels = count_pixels(prediction - np.uint8(first), meaning[label], len(classes), 255)
+            counts[name.removesuffix('.png')] = pixels
         result.differences += problems
     if not counts:
         raise ValueError(f'{folder}: no predictions with labels')
@@ -169,7 +166,7 @@ def _compare(result: Rescored, scores: PerImageScores) -> Iterator[str]:
         # A record may have other metrics, and classes may have more figures.
         compared = both if place.startswith('metrics') else place.rpartition('.')[2] in figures
         if compared and not _equal(number(old, place), number(new, place)):
-            yield f'{place}: {new.get(place, "none")} recomputed, {old.get(place, "none")} recorded'
+            yield f'{place}: {number(new, place)!r:.13} recomputed, {number(old, place)!r:.13} recorded'
     if 'statistics' in record['files'] or record['facts'].get('statistics'):  # unlike in older records
         try:
             then, now = (

@@ -65,8 +65,7 @@ def pack(paths: Sequence[str | Path], archive: Path) -> int:
             _check(file.infolist())
         part.replace(archive)
     except (OSError, ValueError) as error:
-        why = getattr(error, 'strerror', None) or error
-        raise UserError(f'{path}: {why}\n{archive} was not written.') from error
+        raise UserError(f'{path}: {getattr(error, "strerror", None) or error}\n{archive} was not written.') from error
     finally:
         part.unlink(missing_ok=True)
     return len(content) + 1

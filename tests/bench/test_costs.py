@@ -70,8 +70,9 @@ def test_costs_replace_speed_and_memory_of_their_row(tmp_path) -> None:
 
 def test_conditions_of_a_gpu_and_of_a_backbone_alone(tmp_path) -> None:
     environment = dict(cpu='A board', gpu='A small GPU', threads=4, torch='2.0')
-    [cost] = read_costs([benchmark(tmp_path / 'a.json', what='backbone', environment=environment)])
-    assert cost.protocol['device'] == 'A small GPU' and cost.protocol['timed'] == 'backbone alone'
+    [cost] = read_costs([benchmark(tmp_path / 'a.json', what='backbone', environment=environment)]).values()
+    assert cost['memory']['protocol']['device'] == 'A small GPU'
+    assert cost['speed']['protocol']['timed'] == 'backbone alone'
 
 
 def changed(path: Path, place: list, value: object) -> Path:

@@ -78,14 +78,14 @@ def save(path: Path, labels: np.ndarray) -> None:
 PNG = f'{RUN}/predictions/002.png'
 DAMAGE = {
     'prediction': (lambda d: save(d / PNG, label_map(2, 5)), ['metrics.mIoU: ', 'other predictions or labels: 002']),
-    'missing': (lambda d: (d / PNG).unlink(), ['images: 3 recomputed, 4 recorded', 'no prediction or labels of: 002']),
+    'missing': (lambda d: (d / PNG).unlink(), ['images: 3.0 recomputed', 'no prediction or labels of: 002']),
     'unreadable': (lambda d: (d / PNG).write_bytes(b'PNG'), ['prediction of 002.png: not a readable picture']),
     'size': (lambda d: save(d / PNG, label_map(2)[:9]), ['prediction of 002.png: (9, 96) pixels, the labels (72, 96)']),
     'more': (lambda d: save(d / f'{RUN}/predictions/x.png', label_map(2)), ['labels of x.png: not a readable picture']),
     'metric': (lambda d: edit_record(d, 'values', 'metrics', 'mIoU', value=99.0), ['metrics.mIoU: ', '99.0 recorded']),
     'no metric': (lambda d: edit_record(d, 'values', 'metrics', 'mAcc', value=None), ['mAcc: ', 'None recorded']),
     'class': (lambda d: edit_record(d, 'values', 'per_class', 'sky', 'IoU', value=99.0), ['per_class.sky.IoU: ']),
-    'images': (lambda d: edit_record(d, 'values', 'images', value=5), ['images: 4 recomputed, 5 recorded']),
+    'images': (lambda d: edit_record(d, 'values', 'images', value=5), ['images: 4.0 recomputed, 5.0 recorded']),
     'labels': (
         lambda d: save(d / DATA / 'annotations/validation/001.png', label_map(1, 1)),
         ['per_class.sky.pixels: ', 'other predictions or labels: 001'],
@@ -96,7 +96,7 @@ DAMAGE = {
     ),
     'class unknown': (
         lambda d: edit_record(d, 'values', 'per_class', 'cat', value=dict(IoU=9.0)),
-        ['per_class.cat.IoU: none recomputed, 9.0 recorded'],
+        ['per_class.cat.IoU: None recomputed, 9.0 recorded'],
     ),
     'no data': (lambda d: (d / DATA).rename(d / 'elsewhere'), ['not rescored: data root']),
     'no predictions': (lambda d: edit_record(d, 'files', value={}), ['not rescored: the record names no predictions']),

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from replk_mm.analysis.statistics import BestGroup, best_group
 from replk_mm.analysis.timing import MAX_LOAD, MAX_SPREAD
 from replk_mm.bench import records, submission
-from replk_mm.bench.costs import DeviceCost, replace_costs
+from replk_mm.bench.costs import Costs, replace_costs
 from replk_mm.bench.report.tables import (
     BY_KEY,
     COLUMNS,
@@ -290,7 +290,7 @@ def protocol_of(record: Record) -> Mapping[str, Any]:
     return record['protocol']
 
 
-def load_report(paths: Sequence[str | Path], costs: Sequence[DeviceCost] = ()) -> Report:
+def load_report(paths: Sequence[str | Path], costs: Costs | None = None) -> Report:
     """Read and arrange results.
 
     Args:
@@ -301,7 +301,7 @@ def load_report(paths: Sequence[str | Path], costs: Sequence[DeviceCost] = ()) -
         UserError: If there are none.
     """
     found, complaints = read_results(paths)
-    found, unused = replace_costs(found, costs)
+    found, unused = replace_costs(found, costs or {})
     by_suite: dict[str, list[Record]] = {}
     for record in found:
         by_suite.setdefault(record['suite'], []).append(record)
