@@ -179,11 +179,9 @@ class SegmentationImages:
         pixels = self.labelled.sum(1)
         if not pixels.any():
             raise UserError('no image has a labelled pixel\nName data with labels: --data-root DIR.')
-        scores = []
+        scores, miou = [], [counts.per_image() for counts in self.statistics]
         for i in np.flatnonzero(pixels):
-            union = self.labelled[i] + self.predicted[:, i] - self.intersection[:, i]
-            present = union > 0
-            a, b = (float(100 * np.mean(self.intersection[j, i][present[j]] / union[j][present[j]])) for j in (0, 1))
+            a, b = (float(of[i]) for of in miou)
             accuracy_a, accuracy_b = map(float, 100 * self.intersection[:, i].sum(1) / pixels[i])
             scores.append(
                 dict(image=self.names[i], index=int(i), a=a, b=b, difference=b - a)

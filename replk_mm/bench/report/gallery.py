@@ -42,14 +42,7 @@ class Example:
 
 @dataclass
 class Predictions:
-    """The predictions of a row.
-
-    Attributes:
-        row: The row.
-        record: Of the metric, of the first seed that has predictions.
-        folder: Of the predictions.
-        scores: Of the images in percent, by their names; empty if the record has no counts per image.
-    """
+    """Predictions of a row's first seed that has some, and scores of images in percent, if it has counts per image."""
 
     row: ReportRow
     record: Record
@@ -210,7 +203,9 @@ def _add_objects(found: Gallery, shown: Sequence[Predictions], data: SplitFiles,
     order = sorted(classes)
     colours = [data.palette[i % len(data.palette)] for i in range(len(order))]
 
-    def drawn(pixels: np.ndarray, things: Sequence[dict], name: str) -> Picture:
+    def drawn(pixels: np.ndarray | Picture, things: Sequence[dict], name: str) -> Picture:
+        if isinstance(pixels, Picture):
+            return pixels
         shown = Image.fromarray(pixels)
         shown.thumbnail((WIDTH, 4 * WIDTH))
         surest = sorted(things, key=lambda thing: -thing.get('score', 1.0))[:MOST_OBJECTS]
@@ -237,9 +232,6 @@ def _add_objects(found: Gallery, shown: Sequence[Predictions], data: SplitFiles,
     ]
     for name in _choose(found, names):
         pixels = album.read(data.root / data.images / name, *data.folders)
-        if isinstance(pixels, Picture):
-            found.examples.append(Example(name, pixels, pixels, {one.row.number: pixels for one in shown}))
-            continue
         example = Example(name, album.add(pixels, Path(name).name, name, WIDTH), Picture(), dict(failed))
         example.truth = album.attempt(f'ground truth of {name}', drawn, pixels, truths.get(ids[name], []))
         example.scores = {number: of[name] for number, of in scores.items() if name in of}
