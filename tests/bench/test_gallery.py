@@ -106,6 +106,17 @@ def test_what_is_missing_is_one_line(change, said, tmp_path) -> None:
     assert said in line and '<b>' not in line and 'class="zoom"' not in page
 
 
+def test_galleries_of_other_protocols_are_folded(tmp_path) -> None:
+    scenes(tmp_path / 'data', IMAGES)
+    records = [measured(tmp_path, row, dict.fromkeys(range(IMAGES), shift)) for shift, row in enumerate('abc')]
+    records[0]['protocol'] = {**records[0]['protocol'], 'iterations': 7}
+    page = render_html(load_report([write(tmp_path, records)]))
+    part = page[page.index('<h3>Gallery') :].partition('<section>')[0]
+    opened, _, folded = part.partition('<details><summary>Protocol ')
+    assert '1 b<' in opened and '2 c<' in opened and '3 a<' in folded and '<h4>' not in part
+    assert opened.count('class="example"') == folded.count('class="example"') == 5
+
+
 def test_names_are_text_and_pictures_have_a_limit(tmp_path) -> None:
     hostile = '<img src=x onerror=alert(1)>'
     data = scenes(tmp_path / 'data', IMAGES)

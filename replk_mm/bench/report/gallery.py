@@ -1,6 +1,5 @@
 """The gallery of a report: test images on which its best rows differ most, with ground truth and predictions."""
 
-import contextlib
 import gzip
 import io
 import json
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from replk_mm.bench.records import MAX_FILE_BYTES, read_inside, resolve_inside
-from replk_mm.bench.report.load import ProtocolGroup, Record, ReportRow, read_scores
+from replk_mm.bench.report.load import ProtocolGroup, Record, ReportRow
 from replk_mm.bench.report.pictures import Album, Picture, SplitFiles
 from replk_mm.errors import format_list
 from replk_mm.visualize import colorize, draw_instances
@@ -88,9 +87,13 @@ def open_gallery(group: ProtocolGroup, album: Album) -> Gallery:
     absent: dict[str, list[str]] = {}
     members = group.comparison.members if group.comparison else ()
     for row in sorted(group.rows, key=lambda row: row.name not in members):
-        for record in row.of('metric'):
+        for i, record in enumerate(row.of('metric')):
             try:
                 shown.append(Predictions(row, record, _predictions_of(record)))
+                if row.name in group.scores:
+                    counts = group.scores[row.name][i]
+                    pairs = zip(counts.images, counts.per_image(), strict=True)
+                    found.figure, shown[-1].scores = counts.image_figure, {k: float(v) for k, v in pairs if v == v}
                 break
             except Exception as error:  # the record may hold anything
                 why = _reason(error)
@@ -104,11 +107,6 @@ def open_gallery(group: ProtocolGroup, album: Album) -> Gallery:
             found.data = found.data or album.data_of(one.record)
         except Exception as error:
             why = _reason(error)
-        with contextlib.suppress(OSError, ValueError):  # older records have no counts
-            scores = read_scores(one.record)
-            found.figure = scores.image_figure
-            pairs = zip(scores.images, scores.per_image(), strict=True)
-            one.scores = {name: float(value) for name, value in pairs if value == value}
     if found.data is None:
         found.missing += [f'Images and ground truth: {why}'] * bool(shown)
         return found
