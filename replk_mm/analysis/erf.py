@@ -245,7 +245,7 @@ def measure_erf(
     cfg = copy.deepcopy(cfg)
     node = cfg.model.get('backbone') or cfg.model
     mean, std, rgb = _normalization(cfg.model.get('data_preprocessor'), node.get('in_channels', 3))
-    size_of = next((node[key] for key in ('arch', 'depth') if isinstance(node.get(key), (str, int))), '')
+    size_of = next((node[key] for key in ('arch', 'depth', 'model_name') if isinstance(node.get(key), (str, int))), '')
     name, config = f'{str(node.type).rpartition(".")[2]} {size_of}'.strip(), Path(str(cfg.filename)).stem
     backbone, weights, iteration = _load_backbone(cfg, node, checkpoint, pretrained, seed, randomize, target)
     path = files[0]

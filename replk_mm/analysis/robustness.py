@@ -222,7 +222,7 @@ def draw_profile(values: Mapping[str, Any]) -> Figure:
     for x, found in sizes:
         right.vlines(x, np.float64(found['low']), np.float64(found['high']), color='#0072B2')
     right.plot([x for x, _ in sizes], [found['value'] for _, found in sizes], marker='o', color='#0072B2')
-    right.set(xlabel='test size, factor (lines: 95 % interval)', ylabel=values['metric'])
+    right.set(xlabel='test size, factor\n(lines: 95 % interval)', ylabel=values['metric'])
     words = [f'{values["metric"]} of {values["images"]} images: clean {clean:.1f}']
     texts = dict(mean_under_corruption='corrupted {:.1f}', relative='{:.0f} % of clean', shifted='other data {:.1f}')
     words += [text.format(np.float64(values[name]['value'])) for name, text in texts.items() if name in values]

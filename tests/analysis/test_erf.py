@@ -36,7 +36,7 @@ THREE_TIMES_THREE = np.array([1, 3, 6, 7, 6, 3, 1])
 class Ones(nn.Module):
     """3x3 convolutions whose weights are all one."""
 
-    def __init__(self, strides=(1, 1, 1)):
+    def __init__(self, strides=(1, 1, 1), model_name=''):
         super().__init__()
         self.layers = nn.ModuleList(
             nn.Conv2d(1 if i else 3, 1, 3, stride, 1, bias=False) for i, stride in enumerate(strides)
@@ -194,7 +194,8 @@ def test_side_and_stride_of_a_map_are_along_its_height(tmp_path, white):
 
 def test_average_includes_images_without_contribution(tmp_path):
     folder = paint(tmp_path / 'images', 255, 0, 0)  # black is below ImageNet's mean: ReLU lets nothing through
-    found = measure_erf(config(type='test_erf_ones'), None, folder, 33, 50, tmp_path / 'out')
+    found = measure_erf(config(type='test_erf_ones', model_name='a'), None, folder, 33, 50, tmp_path / 'out')
+    assert found.backbone == 'test_erf_ones a'  # as of networks of timm
     assert (found.images, found.silent) == (3, 2)
     assert found.scores[16, 16] == pytest.approx(3 * 49 / 3)
     assert any('2 of 3 images' in note for note in found.notes())

@@ -144,7 +144,12 @@ def test_the_record_averages_the_corrupted_tests_only(monkeypatch, tmp_path):
 
 def test_a_profile_draws_zeros():
     zero, clean = dict(value=0.0, low=0.0, high=4.0), dict(value=30.0, low=20.0, high=None)
-    values = dict(metric='mIoU', images=9, clean=clean, corruptions=dict(fog={'1': zero, '5': dict(zero, value=None)}))
+    values = dict(
+        metric='mIoU',
+        images=9,
+        clean=clean,
+        corruptions=dict(elastic_transform={'1': zero, '5': dict(zero, value=None)}),
+    )
     values |= dict(sizes={'1': clean, '2': zero}, mean_under_corruption=zero, relative=zero, shifted=zero)
     figure = robustness.draw_profile(values)
     assert figure.get_suptitle().endswith('clean 30.0, corrupted 0.0, 0 % of clean, other data 0.0')
@@ -152,6 +157,10 @@ def test_a_profile_draws_zeros():
     assert [text.get_text() for text in left.texts] == ['0.0', 'nan']
     segments = [line.get_segments()[0].tolist() for line in right.collections]
     assert segments == [[], [[2.0, 0.0], [2.0, 4.0]]]
+    figure.draw_without_rendering()
+    for label in (left.xaxis.label, right.xaxis.label):  # within the picture
+        box = label.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
     robustness.draw_profile(values | dict(clean=zero))
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import cv2
 import pytest
+import safetensors.torch
 import torch
 from mmengine.config import Config
 from tiny import tiny  # noqa: F401
@@ -193,12 +194,40 @@ def test_clearing_the_cache_and_damaged_files(tiny, done, tmp_path):
 
 
 @pytest.mark.parametrize('limit', ['max_cache', 'disk'])
-def test_a_cache_without_room_is_rejected_before_it_is_written(limit, tiny, tmp_path, monkeypatch):
-    settings = dict(max_cache=1e-6) if limit == 'max_cache' else {}
-    monkeypatch.setattr(module.shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**50 if settings else 2**30))
-    with pytest.raises(UserError, match=r'GiB for 4 images.*\n.*--max-cache'):
-        run(tiny, tmp_path, **settings)
-    assert not [*(tmp_path / 'cache').iterdir()]
+@pytest.mark.parametrize('lacking', [0, 1])
+def test_a_cache_is_bounded_and_its_size_known_before_it_is_written(limit, lacking, tmp_path, monkeypatch):
+    cells = torch.rand(8, 16), torch.ones(16, 3, dtype=torch.int32)
+    size = len(safetensors.torch.save(dict(zip(('features', 'labels'), cells, strict=True))))
+    (tmp_path / f'{0:032}.safetensors').write_bytes(bytes(100))  # of another backbone
+    free, most = 2**30 + 3 * size - lacking, 100 + 3 * size - lacking
+    settings = ProbeSettings(cache=tmp_path, max_cache=(most if limit == 'max_cache' else 2**40) / 2**30)
+    usage = SimpleNamespace(free=free if limit == 'disk' else 2**50)
+    steps: list[str] = []
+    monkeypatch.setattr(module.shutil, 'disk_usage', lambda path: usage)
+    monkeypatch.setattr(module, 'announce', steps.append)
+    monkeypatch.setattr(module, 'write_atomic', lambda path, data: steps.append(path.name))
+    paths = [tmp_path / f'{i:032}.safetensors' for i in (1, 2, 3)]
+    if lacking:
+        with pytest.raises(UserError, match=r'GiB for 3 images.*\n.*--max-cache'):
+            module._fill_cache(paths, lambda indices: iter([cells] * len(indices)), settings)
+        assert not steps
+    else:
+        module._fill_cache(paths, lambda indices: iter([cells] * len(indices)), settings)
+        assert 'GiB for 3 images' in steps[0] and steps[1:4] == [path.name for path in paths]
+
+
+def test_features_are_in_memory_if_they_take_less_than_half_of_what_is_free(tmp_path, monkeypatch):
+    paths = [tmp_path / str(i) for i in range(3)]
+    for i, path in enumerate(paths):
+        safetensors.torch.save_file(dict(features=torch.full((2, 4), float(i)), labels=torch.ones(4, 3)), path)
+    size, loads, load = sum(path.stat().st_size for path in paths), [], module._load
+    monkeypatch.setattr(module, '_load', lambda path: loads.append(path) or load(path))
+    for available, count in ((2 * size, 3), (2 * size - 1, 4)):
+        monkeypatch.setattr(module.psutil, 'virtual_memory', lambda: SimpleNamespace(available=available))  # noqa: B023
+        loads.clear()
+        read = module._cache_reader(paths)
+        assert [features.mean() for indices in ([2, 0], [1, 1]) for features, _ in read(indices)] == [2, 0, 1, 1]
+        assert len(loads) == count
 
 
 def test_labels_of_padded_images_stay_at_their_pixels(tiny, tmp_path):
