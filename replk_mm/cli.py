@@ -109,13 +109,9 @@ def add_run_arguments(p: argparse.ArgumentParser, distributed: bool = True) -> N
         p.add_argument('--local_rank', '--local-rank', type=int, help=argparse.SUPPRESS)  # older launchers pass it
 
 
-def add_pretrained(p: argparse.ArgumentParser) -> None:
-    """Initial weights."""
+def add_training(p: argparse.ArgumentParser) -> None:
+    """Initial weights, and the share of the images to train on."""
     p.add_argument('--pretrained', metavar='FILE', help="initial weights of the backbone, or 'none' for random weights")
-
-
-def add_fraction(p: argparse.ArgumentParser) -> None:
-    """A part of the training images."""
     p.add_argument(
         '--fraction', type=int, choices=FRACTIONS, default=100, help='percentage of the training images; see --seed'
     )

@@ -16,8 +16,7 @@ def main() -> None:
     )
     p.add_argument('config', help='config of a segmentor; a linear layer replaces its heads')
     cli.add_run_arguments(p, distributed=False)
-    cli.add_pretrained(p)
-    cli.add_fraction(p)
+    cli.add_training(p)
     cli.add_overwrite(p)
     p.add_argument('--features', choices=['last', 'all'], default='all', help='feature maps to use (default: all)')
     p.add_argument(

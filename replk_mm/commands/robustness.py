@@ -19,7 +19,7 @@ def main() -> None:
     p = cli.parser(__doc__, 'robustness configs/upernet_replk-nano_ade20k.py x.pth --data-root data/ade --out out')
     p.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
     p.add_argument('checkpoint', help='trained checkpoint, merged or not: file or URL')
-    cli.add_run_arguments(p)
+    cli.add_run_arguments(p, distributed=False)
     cli.add_out(p, 'folder for robustness.json, robustness.png and logs')
     p.add_argument('--images', type=int, metavar='N', help='test images, a seeded choice (default: 50)')
     p.add_argument('--corruptions', nargs='*', metavar='NAME', help='such as fog (default: all)')
@@ -34,8 +34,6 @@ def main() -> None:
     except ValidationError as error:
         first = error.errors()[0]
         p.error(f'argument --{first["loc"][0]}: {first["msg"].removeprefix("Value error, ")}')
-    if args.launcher != 'none':
-        p.error('argument --launcher: robustness is measured in one process')
     out = cli.prepare_out(args, 'robustness.json', 'robustness.png')
     args.work_dir = args.work_dir or str(out / 'logs')
     cfg = load_config(args.config, args.cfg_options)

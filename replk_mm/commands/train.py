@@ -30,11 +30,10 @@ def main() -> None:
         help='continue from a checkpoint (default: the last one of the work dir)',
     )
     former.add_argument('--overwrite', action='store_true', help='replace the run in the work dir')
-    cli.add_pretrained(p)
+    cli.add_training(p)
     p.add_argument(
         '--freeze-backbone', action='store_true', help='train the heads only, on the features of a fixed backbone'
     )
-    cli.add_fraction(p)
     p.add_argument('--amp', choices=['bf16', 'fp16'], help='mixed precision (CPUs: bf16)')
     p.add_argument('--seed', type=cli.seed, metavar='N', help='random seed (default: drawn and recorded)')
     p.add_argument(

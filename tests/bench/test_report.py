@@ -466,6 +466,8 @@ def test_differences_name_the_place() -> None:
     ]
     assert protocol_differences(one, dict(reversed(one.items()))) == []
     assert protocol_differences(dict(a=True), dict(a=1)) == ['a: yes instead of 1']
+    few = ['protocol: head instead of finetune', 'fraction: 10 instead of 100']
+    assert protocol_differences(dict(protocol='head', fraction=10), {}) == few
     long = protocol_differences(dict(a='x' * 500 + 'left'), dict(a='x' * 500 + 'right'))[0]
     assert 'left' in long and 'right' in long and len(long) < 300
 

@@ -68,6 +68,9 @@ _SUMMARY = (
     *('pretraining', 'precision', 'recipe'),
 )
 
+#: What a protocol that does not state them has.
+_UNSTATED = dict(protocol='finetune', fraction=100)
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -132,7 +135,7 @@ def _name(measurement: str, index: int) -> str:
 
 def protocol_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """What differs in ``one`` from ``other``, a phrase for each place: ``'data.images: 40 instead of 80'``."""
-    ours, theirs = dict(leaves(one)), dict(leaves(other))
+    ours, theirs = ({**_UNSTATED, **dict(leaves(part))} for part in (one, other))
     found = []
     for place in {**theirs, **ours}:
         here, there = (format_value(part[place]) if place in part else 'not stated' for part in (ours, theirs))
