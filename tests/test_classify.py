@@ -75,7 +75,17 @@ def test_it_learns_and_an_interrupted_training_continues_bit_by_bit(tmp_path):
     assert fit(tmp_path / 'parts') == whole == fit(tmp_path / 'parts')
     states = [read_checkpoint(tmp_path / name / 'backbone.pth')['state_dict'] for name in ('whole', 'parts')]
     assert states[0].keys() == Tiny().state_dict().keys()
+    assert states[0]['body.1.num_batches_tracked'] == 3 * 5  # each step is in training mode
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_labels_are_smoothed(tmp_path):
+    model, lines = tiny(), []
+    model.head.weight.data.zero_()
+    model.head.bias.data = torch.tensor([0.0, 60.0, 0.0])
+    fit(tmp_path, Recipe(epochs=1, label_smoothing=0.1), model, lines.append, batch=40)
+    # 27 of 40 images are of another class than the second; a tenth of each label is shared by all three.
+    assert f'loss {60 * (0.9 * 27 / 40 + 0.1 * 2 / 3):.3f}' in lines[0]
 
 
 def test_only_matrices_and_kernels_decay(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from replk_mm.analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from replk_mm.analysis.corruptions import CORRUPTIONS, SEVERITIES, _fractal, corrupt
 
 GOLDEN = json.loads((Path(__file__).resolve().parents[1] / 'data/golden/corruptions.json').read_text())['corruptions']
 #: Those that draw no random numbers.
@@ -43,6 +43,34 @@ def test_with_random_numbers_the_statistics_agree(name):
         theirs = {key: np.array(value) for key, value in GOLDEN[name][severity - 1].items()}
         # Standard error of the difference of two means of 24 and RUNS runs; 5 of them are exceeded once in 10^6.
         assert (np.abs(ours.mean(0) - theirs['mean']) <= 5 * theirs['deviation'] * (1 / 24 + 1 / RUNS) ** 0.5).all()
+
+
+@pytest.mark.parametrize(('name', 'angles'), [('motion_blur', (-45, 45)), ('snow', (-135, -45))])
+def test_directions_are_drawn_from_the_published_ranges(name, angles):
+    drawn = []
+
+    class Recording(np.random.Generator):
+        def uniform(self, *ends):
+            drawn.append(ends)
+            return super().uniform(*ends)
+
+    function, parameters = CORRUPTIONS[name]
+    function(picture() / np.float32(255), Recording(np.random.PCG64(0)), *parameters[0])
+    assert drawn == [angles]
+
+
+@pytest.mark.parametrize('decay', [1.4, 2.0])
+def test_the_noise_of_fog_falls_by_the_square_of_the_decay(decay):
+    """From one scale to the next: what the center of a square differs from the mean of its corners by."""
+    field = _fractal((256, 256), decay, np.random.default_rng(0))
+
+    def noise(step: int) -> float:
+        corners = field[::step, ::step]
+        rows = corners + np.roll(corners, -1, 0)
+        return float(np.std(field[step // 2 :: step, step // 2 :: step] - (rows + np.roll(rows, -1, 1)) / 4))
+
+    assert noise(4) / noise(2) == pytest.approx(decay**2, rel=0.05)
+    assert noise(8) / noise(4) == pytest.approx(decay**2, rel=0.1)
 
 
 @pytest.mark.parametrize(('severity', 'kept', 'added'), [(1, 1, 0.4), (2, 0.8, 0.6), (3, 0.7, 0.7), (5, 0.6, 0.75)])

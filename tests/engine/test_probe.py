@@ -240,6 +240,14 @@ def test_labels_of_padded_images_stay_at_their_pixels(tiny, tmp_path):
     assert (counts.sum(1) > 0).tolist() == [True, True, False] * 2 + [False] * 3
 
 
+@pytest.mark.extras('timm')
+def test_no_new_layer_is_between_a_vision_transformer_and_the_probe(tiny):
+    vit = dict(type='replk_mm.TimmBackbone', model_name='vit_tiny_patch16_224', img_size=64, _delete_=True)
+    module.use_linear_head(cfg := tiny.cfg({'model.backbone': vit}))
+    assert not [*module.build_model(cfg, 'meta').backbone.neck.parameters()]
+    assert cfg.model.decode_head.in_channels == [192] * 4
+
+
 def random_cells(*cells: int, classes: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Features of three channels, and pixels of all classes but the last."""
     counts = [torch.randint(0, 5, (n, classes)) * (torch.arange(classes) < classes - 1) for n in cells]
