@@ -139,6 +139,17 @@ class CatalogueEntry:
         return self.weights[0]
 
 
+def licence_of(entry: CatalogueEntry, weights: Weights | None) -> str:
+    """The licence that a user of the weights finds; of the code where the weights have none of their own."""
+    code = entry.licence or 'not stated'
+    return (weights.licence or f'not stated (code: {code})') if weights else f'no weights (code: {code})'
+
+
+def is_permissive(entry: CatalogueEntry, weights: Weights | None) -> bool:
+    """Whether nothing is known that forbids commercial use."""
+    return ((weights and weights.licence) or entry.licence) in PERMISSIVE
+
+
 #: Makes the entry of a name such as ``timm/NAME`` or ``mmseg.NAME``, by what is before the slash or dot.
 ADAPTERS: dict[str, Callable[[str], CatalogueEntry]] = {}
 _ENTRIES: dict[str, CatalogueEntry] = {}

@@ -71,8 +71,7 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
         if is_folder:
             return _weights_in_folder(path)
         raise CheckpointNotFoundError(f'{path}: no such checkpoint{why}')
-    cached = f'{hashlib.sha256(name.encode()).hexdigest()[:16]}-{PurePosixPath(name.split("?")[0]).name}'
-    path = Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / cached
+    path = download_path(name, folder)
     timeout = socket.getdefaulttimeout()
     try:
         if path.is_file():
@@ -97,6 +96,12 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
     finally:
         socket.setdefaulttimeout(timeout)
     return path
+
+
+def download_path(url: str, folder: str | Path | None = None) -> Path:
+    """Where :func:`fetch_checkpoint` keeps the download of a URL."""
+    cached = f'{hashlib.sha256(url.encode()).hexdigest()[:16]}-{PurePosixPath(url.split("?")[0]).name}'
+    return Path(folder or Path(torch.hub.get_dir()) / 'checkpoints') / cached
 
 
 def local_files(checkpoint: str | Path) -> list[Path]:

@@ -15,10 +15,10 @@ from replk_mm.analysis.complexity import count_complexity, reparameterize_on_met
 from replk_mm.backbones.adapters import require
 from replk_mm.backbones.catalogue import (
     ADAPTERS,
-    PERMISSIVE,
     CatalogueEntry,
-    Weights,
     find_backbone,
+    is_permissive,
+    licence_of,
     list_backbones,
     measure_features,
     recipe_of,
@@ -81,17 +81,6 @@ def describe(entry: CatalogueEntry) -> Iterator[dict[str, Any]]:
                 for row in found
             ],
         )
-
-
-def licence_of(entry: CatalogueEntry, weights: Weights | None) -> str:
-    """The licence that a user of the weights finds; of the code where the weights have none of their own."""
-    code = entry.licence or 'not stated'
-    return (weights.licence or f'not stated (code: {code})') if weights else f'no weights (code: {code})'
-
-
-def is_permissive(entry: CatalogueEntry, weights: Weights | None) -> bool:
-    """Whether nothing is known that forbids commercial use."""
-    return ((weights and weights.licence) or entry.licence) in PERMISSIVE
 
 
 def cells(found: dict[str, Any], licence: str) -> tuple[str, ...]:

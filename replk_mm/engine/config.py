@@ -1,5 +1,6 @@
 """Read a config, apply the command line, and fit it to this machine. Every change is logged in one line."""
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -96,7 +97,7 @@ def _override(cfg: Config, options: dict, path: str) -> None:
             if not isinstance(node := node.get(key), dict):
                 break
     try:
-        cfg.merge_from_dict(options)
+        cfg.merge_from_dict({option: _like_old(cfg, option, value) for option, value in options.items()})
     except Exception as error:  # mmengine raises several types
         raise UserError(f'--cfg-options {options!s:.500}: does not fit {path}: {error}') from error
     for key in ('model', 'train_dataloader', 'val_dataloader', 'test_dataloader', 'optim_wrapper'):
@@ -105,6 +106,15 @@ def _override(cfg: Config, options: dict, path: str) -> None:
                 f'--cfg-options {key}={cfg[key]!r}: {key} of {path} is a dict\n'
                 f'Set a field of it: --cfg-options {key}.FIELD=VALUE.'
             )
+
+
+def _like_old(node: Any, option: str, value: Any) -> Any:
+    """A list that replaces a tuple as a tuple: YAML has none, and transforms tell a scale from a list of scales."""
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        for key in option.split('.'):
+            node = node[int(key)] if isinstance(node, (list, tuple)) else node[key]
+        return tuple(value) if isinstance(node, tuple) and isinstance(value, list) else value
+    return value
 
 
 def resolve_config_path(path: str) -> Path:

@@ -28,6 +28,7 @@ TOOLS = [
     'probe',
     'shape_bias',
     'robustness',
+    'choose',
     'suite',
     'report',
 ]

@@ -121,6 +121,14 @@ def test_overrides_reach_the_config():
     assert (cfg.model.backbone.arch, cfg.param_scheduler[0].end, cfg.my_own) == ('31B', 7, 3)
 
 
+def test_a_list_of_yaml_replaces_a_tuple():
+    """mmcv takes a list for several scales."""
+    scale = 'test_dataloader.dataset.pipeline.1.scale'
+    cfg = load_config(NANO, {scale: [480, 360], 'model.decode_head.in_channels': [1, 2, 3, 4]})
+    assert cfg.test_dataloader.dataset.pipeline[1].scale == (480, 360)
+    assert cfg.model.decode_head.in_channels == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ('options', 'named'),
     [

@@ -114,13 +114,14 @@ def draw(rows: Sequence[FieldRow], metric: str, axis: str, numbers: Mapping[str,
     return figure
 
 
-def render_field(rows: Sequence[FieldRow], machine: str, command: str) -> str:
+def render_field(rows: Sequence[FieldRow], machine: str, command: str, answer: Sequence[str] = ()) -> str:
     """The page: plots of each facet with at least two rows, and a table of all rows.
 
     Args:
         rows: From :func:`read_rows`.
         machine: Where the latencies were measured; ``''`` if there are none.
         command: That writes the page.
+        answer: Sentences for a box at the top.
     """
     numbers = {family: i for i, family in enumerate(dict.fromkeys(row.result.family for row in rows), 1)}
 
@@ -147,4 +148,5 @@ def render_field(rows: Sequence[FieldRow], machine: str, command: str) -> str:
         colours=plots.css_colours(),
         machine=machine,
         command=command,
+        answer=answer,
     )
