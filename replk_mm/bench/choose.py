@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,25 +24,20 @@ from replk_mm.data.classes import set_classes, use_classes
 from replk_mm.data.findings import raise_for_errors, summarize
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine, load_config, set_data_root
-from replk_mm.engine.probe import ProbeSettings, use_linear_head
 from replk_mm.errors import UserError, format_list
 from replk_mm.files import write_atomic
 from replk_mm.ops import prepack
 
 #: A spread of the catalogue by size, from 3 to 78 million parameters; the extra ``weights`` has the first three.
 BACKBONES = (
-    *(f'efficientnet-lite{size}.in1k' for size in range(3)),
-    *('moganet-xtiny.in1k', 'moganet-tiny.in1k', 'convnext-tiny.in1k', 'unireplknet-t.in1k'),
-    *('unireplknet-s.in1k', 'replknet-31b.in1k'),
+    *('efficientnet-lite0.in1k', 'efficientnet-lite1.in1k', 'efficientnet-lite2.in1k', 'moganet-xtiny.in1k'),
+    *('moganet-tiny.in1k', 'convnext-tiny.in1k', 'unireplknet-t.in1k', 'unireplknet-s.in1k', 'replknet-31b.in1k'),
 )
+_SWIN = 'mmsegmentation/v0.5/pretrain/swin/swin_tiny_patch4_window7_224_20220317-1cdeb081.pth'
 #: Well-known networks beside them, with the address of their ImageNet-1K weights.
 CONTROLS = {
     'resnet-50': ('mmseg.ResNet(depth=50)', 'https://download.pytorch.org/models/resnet50-0676ba61.pth'),
-    'swin-tiny': (
-        'mmseg.SwinTransformer',
-        'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/swin/'
-        'swin_tiny_patch4_window7_224_20220317-1cdeb081.pth',
-    ),
+    'swin-tiny': ('mmseg.SwinTransformer', f'https://download.openmmlab.com/{_SWIN}'),
 }
 #: Learning rates that fine-tuning tries.
 RATES = (2e-4, 1e-3)
@@ -58,6 +52,9 @@ _PRIOR: dict[str, tuple[tuple, str, str]] = {
     'segmentation': (('UperNet', 'ADE20K', 'ImageNet-1K', '160k iterations', 512), 'miou_ss', 'single-scale mIoU'),
     'detection': (('Cascade Mask R-CNN', 'COCO', 'ImageNet-1K', '36 epochs', None), 'ap_box', 'box AP'),
 }
+
+#: As in a suite file.
+Row = dict[str, Any]
 
 
 class Layout(NamedTuple):
@@ -75,14 +72,12 @@ LAYOUTS = (
     Layout(
         'detection',
         'annotations/instances_train2017.json',
-        'cascade-mask-rcnn_replk-nano_coco.py',
-        'cascade-mask-rcnn_convnext-tiny_coco.py',
+        *(f'cascade-mask-rcnn_{name}_coco.py' for name in ('replk-nano', 'convnext-tiny')),
     ),
 )
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """A checked data set."""
 
     root: Path
@@ -131,17 +126,9 @@ def read_data(root: Path, task: str | None = None, classes: str = 'auto') -> Dat
         notes = [f'classes: {root} has no classes.txt: {len(names)} of {train.type} occur: {format_list(names, 20)}']
     size = test.sizes.most_common(1)[0][0]
     scale = min(max(min(size), _SIDES[0]), _SIDES[1]) / min(size)
-    return Data(
-        root.resolve(),
-        layouts[0],
-        given,
-        names,
-        (round(size[1] * scale), round(size[0] * scale)),
-        len(train.samples),
-        len(test.samples),
-        cfg.train_cfg.max_iters,
-        [*map(str, checked.datasets), *notes, *summarize(findings)],
-    )
+    shape, images = (round(size[1] * scale), round(size[0] * scale)), (len(train.samples), len(test.samples))
+    notes = [*map(str, checked.datasets), *notes, *summarize(findings)]
+    return Data(root.resolve(), layouts[0], given, names, shape, *images, cfg.train_cfg.max_iters, notes)
 
 
 def slug(name: str) -> str:
@@ -151,7 +138,7 @@ def slug(name: str) -> str:
 
 def find_weights(
     names: Sequence[str], licence: str | None = None, scratch: bool = False
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+) -> tuple[list[Row], dict[str, str]]:
     """Rows of a suite for backbones whose weights are here or can be downloaded, and how to get those of the others.
 
     Args:
@@ -159,13 +146,11 @@ def find_weights(
         licence: ``'permissive'`` leaves out weights that are known to forbid commercial use.
         scratch: Whether random weights will do.
     """
-    rows: list[dict[str, Any]] = []
-    missing: dict[str, str] = {}
-    unreachable = set()  # hosts; each is asked once
+    rows, missing, unreachable = list[Row](), dict[str, str](), set()  # each host is asked once
     for name in names:
         backbone, address = CONTROLS.get(name, (name, None))
         entry, weights = find_backbone(backbone)
-        row: dict[str, Any] = dict(name=name, label=name, backbone=backbone)
+        row: Row = dict(name=name, label=name, backbone=backbone)
         try:
             if address is None:
                 weights = weights if scratch else weights or entry.require_weights()
@@ -194,22 +179,11 @@ def find_weights(
 def suite_content(data: Data, protocol: str, rows: Sequence[Mapping[str, Any]], **keys: Any) -> dict[str, Any]:
     """The content of a suite file: rows of one protocol, with further defaults such as ``seeds``."""
     scale = max(data.shape), min(data.shape)
-    return dict(
-        name='choose',
-        question=f'Which backbone for {data.root.name}?',
-        data=dict(root=str(data.root)),
-        defaults=dict(
-            config=f'replk_mm::{data.layout.config}',
-            classes=data.classes,
-            protocol=protocol,
-            recipe='common',
-            shape=list(data.shape),
-            options={f'{split}_dataloader.dataset.pipeline.1.scale': list(scale) for split in ('val', 'test')},
-            preflight=False,
-            **keys,
-        ),
-        rows=list(rows),
-    )
+    options = {f'{split}_dataloader.dataset.pipeline.1.scale': list(scale) for split in ('val', 'test')}
+    common = dict(config=f'replk_mm::{data.layout.config}', classes=data.classes, protocol=protocol, recipe='common')
+    defaults = {**common, 'shape': list(data.shape), 'options': options, 'preflight': False, **keys}
+    question, root = f'Which backbone for {data.root.name}?', dict(root=str(data.root))
+    return dict(name='choose', question=question, data=root, defaults=defaults, rows=list(rows))
 
 
 def write_suite(path: Path, content: Mapping[str, Any]) -> Suite:
@@ -219,14 +193,13 @@ def write_suite(path: Path, content: Mapping[str, Any]) -> Suite:
     return read_suite(path)
 
 
-@dataclass(frozen=True)
-class RowCost:
-    """Seconds that a row of a suite takes."""
+class RowCost(NamedTuple):
+    """Seconds that a row of a suite takes: once, for each seed, and for each iteration of training."""
 
     name: str
-    once: float  #: whatever the number of seeds
-    each_seed: float  #: of a seed, without iterations
-    iteration: float  #: of training; 0 without one
+    once: float
+    each_seed: float
+    iteration: float
 
     def seconds(self, seeds: int, iterations: int) -> float:
         """Of the whole row."""
@@ -244,12 +217,12 @@ def row_cost(name: str, protocol: str, image: float, data: Data, start_up: float
 
 
 class Plan(NamedTuple):
-    """What to run."""
+    """Rows to run, seeds of each, iterations of each training (0 for linear probes), and the estimated seconds."""
 
     rows: list[str]
     seeds: int
-    iterations: int  #: of each training; 0 for linear probes
-    seconds: float  #: estimated
+    iterations: int
+    seconds: float
 
 
 def fit_budget(costs: Sequence[RowCost], budget: float, keep: Sequence[str] = (), most: int = 0) -> Plan:
@@ -262,7 +235,7 @@ def fit_budget(costs: Sequence[RowCost], budget: float, keep: Sequence[str] = ()
         costs: Of the rows.
         budget: In seconds.
         keep: Names of rows that are left out last.
-        most: Iterations of the whole schedule; 0 for rows without iterations.
+        most: Iterations of the whole schedule; 0 without iterations.
     """
     least = min(most, _LEAST)
     left = sorted(costs, key=lambda cost: (cost.name in keep, -cost.seconds(2, least)))
@@ -281,6 +254,8 @@ def fit_budget(costs: Sequence[RowCost], budget: float, keep: Sequence[str] = ()
 
 def time_row(row: SuiteRow, data: Data, device: str) -> tuple[float, int, float]:
     """Seconds of inference of an image, parameters as deployed, and seconds to fit a linear probe; random weights."""
+    from replk_mm.engine.probe import ProbeSettings, use_linear_head  # imports mmseg
+
     cfg = load_config(row.config, row.options)
     set_classes(cfg, data.names, are_ids=data.classes == 'auto')
     if linear := row.protocol == 'linear':
@@ -326,8 +301,8 @@ def published_rows(data: Data, device: str, budget: float, licence: str | None =
         image = torch.randn(1, 3, *data.shape, device=device)
         with torch.no_grad():
             timed = time_interleaved({'': partial(net, image)}, 10, 1, 4.0).summary('').median
-        size, terms = sum(p.numel() for p in net.parameters()) / 1e6, licence_of(entry, weights)
-        rows.append(FieldRow(len(rows), result, data.shape, None, size, timed, terms, is_permissive(entry, weights)))
+        size, free = sum(p.numel() for p in net.parameters()) / 1e6, is_permissive(entry, weights)
+        rows.append(FieldRow(len(rows), result, data.shape, None, size, timed, licence_of(entry, weights), free))
     return rows
 
 

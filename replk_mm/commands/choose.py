@@ -21,7 +21,7 @@ from replk_mm.bench import choose, records
 from replk_mm.bench.answer import Limits, answer
 from replk_mm.bench.costs import read_costs
 from replk_mm.bench.report.field import render_field
-from replk_mm.bench.report.load import load_report
+from replk_mm.bench.report.load import METRICS, load_report
 from replk_mm.bench.report.render import render_html, render_markdown
 from replk_mm.bench.schema import Suite, read_suite
 from replk_mm.bench.suites import plan
@@ -29,7 +29,7 @@ from replk_mm.bench.suites.runner import Settings, SuiteRunner
 from replk_mm.bench.suites.task import Task, results_file
 from replk_mm.engine.process import prepare_work_dir, select_device
 from replk_mm.engine.record import environment_info
-from replk_mm.errors import UserError, command, command_line
+from replk_mm.errors import UserError, command, command_line, printable
 from replk_mm.files import write_output
 from replk_mm.text import format_duration, text_table
 
@@ -51,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument('--task', choices=['segmentation', 'detection'], help='default: what the labels are for')
     cli.add_classes(p)
     p.add_argument('--backbones', nargs='+', metavar='NAME', help='default: a spread of the catalogue by size')
+    p.add_argument('--metric', metavar='NAME', help='a class, mIoU, AP, AP_small, ... (default: mIoU or AP)')
     p.add_argument('--budget', type=duration, default='10min', metavar='TIME', help='such as 2h (default: %(default)s)')
     p.add_argument('--scratch', action='store_true', help='train from random weights instead')
     p.add_argument('--max-latency', type=float, metavar='MS', help='of an image')
@@ -73,11 +74,8 @@ def make_suite(args: argparse.Namespace, data: choose.Data) -> Suite | None:
     names = dict.fromkeys([*(args.backbones or choose.BACKBONES), *choose.CONTROLS])
     rows, missing = choose.find_weights(list(names), args.licence, args.scratch)
     if missing:
-        say(
-            'left out without weights here; to add them, get',
-            *(f'{n}: {how}' for n, how in missing.items()),
-            sep='\n  ',
-        )
+        lines = (f'{name}: {how}' for name, how in missing.items())
+        say('left out without weights here; to add them, get', *lines, sep='\n  ')
     if len(rows) < 2:
         return None
     protocol = 'scratch' if args.scratch else 'head' if data.layout.task == 'detection' else 'linear'
@@ -86,14 +84,12 @@ def make_suite(args: argparse.Namespace, data: choose.Data) -> Suite | None:
     say(f'timing {len(rows)} backbones at {data.shape[0]}x{data.shape[1]}')
     costs = []
     for row in Suite.model_validate(choose.suite_content(data, protocol, rows, **keys, **trains)).rows:
-        image, parameters, fit = choose.time_row(row, data, args.device)
+        image, parameters, fit = choose.time_row(row, data, args.kind)
         slowest = args.max_latency if args.max_latency and not args.costs else math.inf
         if image * 1e3 / 1.5 <= slowest and parameters / 1e6 <= (args.max_params or math.inf):  # a first look
             costs.append(choose.row_cost(row.name, protocol, image, data, args.start_up, fit))
     if len(costs) < 2:
-        raise UserError(
-            f'{len(costs)} of {len(rows)} backbones are within the limits\nAllow more, or name --backbones.'
-        )
+        raise UserError(f'{len(costs)} of {len(rows)} backbones are within the limits\nRaise them, or use --backbones.')
     planned = choose.fit_budget(costs, args.budget, list(choose.CONTROLS), data.schedule if trains else 0)
     show_plan(planned, costs, args.budget)
     keys |= dict(seeds=list(range(planned.seeds)), **(dict(iterations=planned.iterations) if trains else {}))
@@ -125,7 +121,7 @@ def run_rows(suite: Suite, args: argparse.Namespace) -> list[tuple[Task, str]]:
 
 def add_finalists(suite: Suite, args: argparse.Namespace, data: choose.Data) -> Suite:
     """Plan the fine-tuning of two or three of the best linear probes, if the rest of the budget allows it."""
-    report = load_report([args.work_dir], read_costs(args.costs)).suites[0]
+    report = load_report([args.work_dir], read_costs(args.costs), args.metric).suites[0]
     found = answer(report, args.limits)
     rows = [r for r in (found.group.rows if found.group else ()) if r.figures['metric'].value is not None]
     rows = [r for r in rows if not args.limits.problem(r)][: min(3, max(2, len(found.candidates)))]
@@ -154,49 +150,45 @@ def add_finalists(suite: Suite, args: argparse.Namespace, data: choose.Data) -> 
 def answer_without_weights(args: argparse.Namespace, data: choose.Data, out: Path) -> list[str]:
     """Write a page of published results with latencies measured here; returns the sentences of the answer."""
     say(f'timing backbones with published results at {data.shape[0]}x{data.shape[1]}')
-    rows = choose.published_rows(data, args.device, args.budget / 2, args.licence)
+    rows = choose.published_rows(data, args.kind, args.budget / 2, args.licence)
     slowest, largest = args.max_latency or math.inf, args.max_params or math.inf
     within = [row for row in rows if (row.milliseconds or 0) <= slowest and (row.parameters or 0) <= largest]
     machine = environment_info()
-    where = (
-        f'{machine["gpu"] if args.device != "cpu" else machine["cpu"]}, 1x3x{data.shape[0]}x{data.shape[1]}, float32'
-    )
+    device = machine['cpu' if args.kind == 'cpu' else 'gpu']
+    where = f'{device}, 1x3x{data.shape[0]}x{data.shape[1]}, float32'
     sentences = choose.prior_answer(data.layout.task, within, f'on {where}')
-    write_output(
-        out / 'index.html', render_field(rows, where, command_line('choose', '--data-root', args.data_root), sentences)
-    )
+    again = command_line('choose', '--data-root', args.data_root)
+    write_output(out / 'index.html', render_field(rows, where, again, sentences))
     return sentences
 
 
 def train_command(name: str, args: argparse.Namespace, data: choose.Data) -> str:
     """The command that trains the backbone of a row in full."""
     row = next(row for row in read_suite(args.suite).rows if row.name == name)
-    words = [
-        'configs/' + (data.layout.config if args.device == 'cpu' else data.layout.full),
-        '--backbone',
-        row.backbone,
-    ]
+    words = ['configs/' + (data.layout.config if args.kind == 'cpu' else data.layout.full), '--backbone', row.backbone]
     words += ['--pretrained', row.pretrained] if row.pretrained else []
-    if args.device == 'cpu' and row.protocol != 'scratch':  # the small config's rate is for random weights
+    if args.kind == 'cpu' and row.protocol != 'scratch':  # the small config's rate is for random weights
         done = records.latest_records(results_file(args.work_dir, name, row.seeds[0])).get('train', {})
         tried = [score for score in done.get('facts', {}).get('learning_rates') or () if score['value'] is not None]
         best = max(tried, key=lambda score: score['value'])['learning_rate'] if tried else choose.RATES[0]
         words += ['--cfg-options', 'recipe=common', f'optim_wrapper.optimizer.lr={best:g}']
     classes = data.classes if isinstance(data.classes, str) else ','.join(data.classes)
-    return command_line(
-        'train', *words, '--data-root', data.root, '--classes', classes, '--work-dir', args.work_dir / 'full'
-    )
+    words += ['--data-root', data.root, '--classes', classes, '--work-dir', args.work_dir / 'full']
+    return command_line('train', *words)
 
 
 @command
 def main() -> int:
     args = parse_args()
-    args.device = select_device(args.device)
+    args.kind = select_device(args.device)
     if args.suite.exists() and not args.resume:
         raise UserError(f'{args.suite}: exists already\nContinue with --resume, or choose another --work-dir DIR.')
     out = prepare_work_dir(args.work_dir / 'report', option='--work-dir')
     data = choose.read_data(args.data_root, args.task, args.classes or 'auto')
-    say(*data.notes, sep='\n')
+    say(*map(printable, data.notes), sep='\n')
+    known = [*data.names, *(METRICS if data.layout.task == 'detection' else ['mIoU'])]
+    if args.metric and args.metric not in known:
+        raise UserError(f'--metric {args.metric}: neither a class nor a metric\nKnown: {", ".join(known)}.')
     suite = read_suite(args.suite) if args.suite.exists() else make_suite(args, data)
     if suite is None:
         say('', *answer_without_weights(args, data, out), f'report: {out / "index.html"}', sep='\n')
@@ -205,17 +197,14 @@ def main() -> int:
     if all(row.protocol == 'linear' for row in suite.rows):
         suite = add_finalists(suite, args, data)
         failed += run_rows(suite, args)
-    found = load_report([args.work_dir], read_costs(args.costs))
-    for name, text in (
-        ('index.html', render_html(found, [str(data.root)], args.limits)),
-        ('report.md', render_markdown(found, args.limits)),
-    ):
-        write_output(out / name, text)
+    found = load_report([args.work_dir], read_costs(args.costs), args.metric)
+    write_output(out / 'index.html', render_html(found, [str(data.root)], args.limits))
+    write_output(out / 'report.md', render_markdown(found, args.limits))
     for task, reason in failed:
         say(f'failed: {task.name}: {reason.splitlines()[0]} ({task.log})')
     again = command_line('choose', *(part for part in sys.argv[1:] if part != '--resume'), '--resume')
     result = answer(found.suites[0], args.limits, f'add seeds in {args.suite} and run {again}')
-    say('', result.verdict, *result.sentences, sep='\n')
+    say('', *map(printable, (result.verdict, *result.sentences)), sep='\n')
     if result.candidates:
         say(f'train it in full: {train_command(result.candidates[0], args, data)}')
     say(f'report: {out / "index.html"}; suite: {args.suite}')

@@ -9,7 +9,7 @@ import io
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,6 +78,10 @@ class PerImageScores(ABC):
     def per_image(self) -> NDArray[np.float64]:
         """A score of each image for itself, ``(images,)``, in percent; NaN where nothing is labelled or predicted."""
 
+    @abstractmethod
+    def only(self, name: str) -> 'PerImageScores':
+        """The scores of one class."""
+
     def _check_weights(self, weights: NDArray | None) -> NDArray[np.float64]:
         found = np.ones((1, len(self.images))) if weights is None else np.asarray(weights, np.float64)
         if found.ndim != 2 or found.shape[1] != len(self.images):
@@ -139,6 +143,11 @@ class SegmentationCounts(PerImageScores):
             if found.shape != shape:
                 raise ValueError(f'{name} {found.shape} is not (images, classes) {shape}')
             object.__setattr__(self, name, found.astype(np.uint32))
+
+    def only(self, name: str) -> 'SegmentationCounts':
+        chosen = [self.classes.index(name)]
+        counts = {key: getattr(self, key)[:, chosen] for key in ('intersection', 'predicted', 'label')}
+        return replace(self, classes=(name,), **counts)
 
     def per_class(self, weights: NDArray | None = None) -> NDArray[np.float64]:
         weights = self._check_weights(weights)
@@ -224,6 +233,13 @@ class DetectionMatches(PerImageScores):
             object_image=np.concatenate(objects).astype(np.int32),
             object_bounds=bounds[1],
         )
+
+    def only(self, name: str) -> 'DetectionMatches':
+        k = self.classes.index(name)
+        (a, b), (c, d) = self.detection_bounds[k : k + 2], self.object_bounds[k : k + 2]
+        detections = {key: getattr(self, key)[a:b] for key in ('detection_image', 'matched', 'ignored')}
+        bounds = dict(detection_bounds=np.array([0, b - a]), object_bounds=np.array([0, d - c]))
+        return replace(self, classes=(name,), object_image=self.object_image[c:d], **detections, **bounds)
 
     def per_class(self, weights: NDArray | None = None) -> NDArray[np.float64]:
         weights = self._check_weights(weights)

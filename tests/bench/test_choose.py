@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from mmseg.datasets import ADE20KDataset, CityscapesDataset
 from PIL import Image
+from report_records import counted, record, write
 
 from replk_mm.bench import choose
 from replk_mm.bench.report.field import FieldRow
+from replk_mm.bench.report.load import load_report
 from replk_mm.checkpoints.io import DownloadError
 from replk_mm.data.scenes.spec import DEMO_CLASSES, THING_CLASSES
 from replk_mm.data.scenes.writer import META, write_demo_data
@@ -144,3 +146,32 @@ def test_prior_evidence_is_labelled_and_names_the_front() -> None:
     assert 'Big (50.0, 90 ms) is the best of 4' in text and 'Small (40.0, 9 ms)' in text
     assert 'Slow' not in text and 'Tie' not in text and 'on a machine' in text
     assert 'within your limits' in ' '.join(choose.prior_answer('detection', [], 'on a machine'))
+
+
+def test_a_class_ranks_rows_with_its_interval(tmp_path) -> None:
+    expected = {}
+    for name, quality in (('x', 0.6), ('y', 0.9)):
+        found = [counted(tmp_path, name, seed, quality) for seed in range(2)]
+        ious = []
+        for one in found:
+            with np.load(tmp_path / one['files']['statistics']) as counts:
+                right, predicted, label = (counts[key].sum(0) for key in ('intersection', 'predicted', 'label'))
+            ious.append(100 * right / (predicted + label - right))
+            one['values']['per_class'] = {c: dict(IoU=ious[-1][i]) for i, c in enumerate('ab')}
+        expected[name] = float(np.mean(ious, 0)[1])
+        write(tmp_path, found)
+    [group] = load_report([tmp_path], metric='b').suites[0].groups
+    figures = {row.name: row.figures['metric'] for row in group.rows}
+    assert group.metric == 'b' and list(figures) == ['y', 'x']
+    for name, value in expected.items():
+        assert figures[name].value == pytest.approx(value)
+        assert figures[name].low < value < figures[name].high
+
+
+def test_ap_of_a_size_ranks_rows_without_an_interval(tmp_path) -> None:
+    names = {'coco/bbox_mAP': 40.0, 'coco/bbox_mAP_s': 12.0}
+    values = dict(primary='coco/bbox_mAP', unit='AP', metrics=names, per_class={})
+    write(tmp_path, [record('x', 0, 'metric', values)])
+    [group] = load_report([tmp_path], metric='AP_small').suites[0].groups
+    figure = group.rows[0].figures['metric']
+    assert (figure.value, figure.low) == (12.0, None)

@@ -83,6 +83,8 @@ def test_ap_of_repeated_images(scene, iou_type):
     precision = truth[3].eval['precision'][:, :, :, 0, -1]
     by_class = [100 * of.mean() if (of >= 0).any() else np.nan for of in np.moveaxis(precision, 2, 0)]
     assert matches.per_class(weights[2:3])[0] == pytest.approx(by_class, abs=1e-9, nan_ok=True)
+    alone = [matches.only(name).score(weights[2:3])[0] for name in matches.classes]
+    assert alone == pytest.approx(by_class, abs=1e-9, nan_ok=True)
 
 
 def test_ap_without_detections_or_images_with_objects(scene):
@@ -132,6 +134,8 @@ def test_miou_of_repeated_images():
             union = ((label == c) | (prediction == c)).sum()
             iou.append(100 * ((label == c) & (prediction == c)).sum() / union if union else np.nan)
         assert by_class == pytest.approx(iou, nan_ok=True) and score == pytest.approx(np.nanmean(iou))
+        alone = [found.only(name).score(times[None])[0] for name in found.classes]
+        assert alone == pytest.approx(iou, nan_ok=True)
     assert found.score(weights / 3) == pytest.approx(found.score(weights))
     assert np.isnan(found.score(np.zeros((1, IMAGES)))).all()
 

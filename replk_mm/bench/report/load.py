@@ -43,6 +43,8 @@ from replk_mm.text import clean, text_table
 
 Record = records.StoredRecord
 
+#: Names of the metrics of detection for ``load_report``.
+METRICS = {'AP': 'coco/bbox_mAP', **{f'AP_{size}': f'coco/bbox_mAP_{size[0]}' for size in ('small', 'medium', 'large')}}
 #: Longest label of a row, in characters.
 LONGEST_LABEL = 100
 #: Rows of a protocol that are compared, the first, as each pair of them is a comparison; and protocols of a suite.
@@ -290,18 +292,20 @@ def protocol_of(record: Record) -> Mapping[str, Any]:
     return record['protocol']
 
 
-def load_report(paths: Sequence[str | Path], costs: Costs | None = None) -> Report:
+def load_report(paths: Sequence[str | Path], costs: Costs | None = None, metric: str | None = None) -> Report:
     """Read and arrange results.
 
     Args:
         paths: Work dirs of suites, folders of results, or files.
         costs: On another device, which replace speed and memory of the rows with these networks.
+        metric: That ranks rows: a class, for its IoU or AP, or one of :data:`METRICS`. Defaults to the recorded one.
 
     Raises:
         UserError: If there are none.
     """
     found, complaints = read_results(paths)
     found, unused = replace_costs(found, costs or {})
+    found = [rank_by(record, metric) if metric else record for record in found]
     by_suite: dict[str, list[Record]] = {}
     for record in found:
         by_suite.setdefault(record['suite'], []).append(record)
@@ -310,6 +314,19 @@ def load_report(paths: Sequence[str | Path], costs: Costs | None = None) -> Repo
         for row in (row for suite in suites for row in suite.rows):
             row.source = _source(row.records)
     return Report(suites, complaints + unused)
+
+
+def rank_by(record: Record, metric: str) -> Record:
+    """A record of the metric with another one in the first place; see :func:`load_report`. Others are unchanged."""
+    values, name = record['values'], METRICS.get(metric, metric)
+    if record['measurement'] != 'metric' or record['status'] != 'done' or values.get('primary') == name:
+        return record
+    of_class = values['per_class'].get(metric, {})
+    value = of_class.get('IoU', of_class.get('bbox_mAP')) if of_class else values['metrics'].get(name)
+    counts = (record['facts'].get('statistics') or {}).get(values['primary']) if of_class else None
+    stated = {metric: {**counts, 'only': metric}} if counts else {}
+    new = {**values, 'primary': metric, 'metrics': {**values['metrics'], metric: value}}
+    return Record({**record, 'values': new, 'facts': {**record['facts'], 'statistics': stated}}, record.folder)
 
 
 def read_results(paths: Sequence[str | Path]) -> tuple[list[Record], list[str]]:
@@ -514,6 +531,7 @@ def read_scores(record: Record) -> PerImageScores:
         raise ValueError(f'{path} is not the file that was recorded')
     try:
         found = PerImageScores.load(content)
+        found = found.only(str(of_metric['only'])) if 'only' in of_metric else found
     except UserError as error:
         raise ValueError(f'{path} is damaged') from error
     if not abs(found.score()[0] - (value_of(BY_KEY['metric'], record) or 0.0)) < 1e-6:
