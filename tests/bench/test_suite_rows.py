@@ -18,6 +18,7 @@ from PIL import Image
 from tiny import CONFIG, ROOT, make_data, run_tool, tiny, tool_environment, trained  # noqa: F401
 
 from replk_mm.bench import records
+from replk_mm.bench.rescore import rescore
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import inputs, measurements, plan, progress, training
 from replk_mm.bench.suites.worker import run_task
@@ -39,7 +40,8 @@ def _a_process_of_its_own(monkeypatch):
         cfg.experiment_name = cfg.visualizer.name = f'row{next(_count)}'
         return cfg
 
-    monkeypatch.setattr(measurements, 'load_task_config', named)
+    for module in (measurements, training):
+        monkeypatch.setattr(module, 'load_task_config', named)
 
 
 def task_of(folder: Path, tiny, **row):  # noqa: F811
@@ -53,6 +55,14 @@ def task_of(folder: Path, tiny, **row):  # noqa: F811
     )
     [task] = plan.remaining_tasks(read_suite(path), plan.SuiteOptions(folder / 'w', resume=True, device='cpu'))
     return task
+
+
+def test_the_layout_states_which_classes_are_used():
+    """Cityscapes has 19 classes, of which road is the first and car the 14th."""
+    dataset = dict(type='CityscapesDataset', data_root='d', metainfo=dict(classes=('car', 'road')))
+    found = inputs.dataset_layout(dataset, 'mmseg')
+    assert found['label_map'] == {**dict.fromkeys(range(19), 255), 0: 1, 13: 0}
+    assert 'label_map' not in inputs.dataset_layout({**dataset, 'metainfo': {}}, 'mmseg')
 
 
 @pytest.mark.slow
@@ -275,6 +285,9 @@ def test_resumed_training_has_a_gapless_curve(tiny, tmp_path, monkeypatch):  # n
     assert found['metric']['checkpoint']['trained'] is True and found['metric']['checkpoint']['iteration'] == 4
     assert found['metric']['protocol']['samples_seen'] == 8 and found['metric']['protocol']['crop'] == [64, 64]
     assert found['curve']['protocol'] == found['metric']['protocol']
+    machine = {name: found['train']['protocol'][name] for name in ('device', 'threads', 'processes')}
+    assert machine == dict(device='cpu', threads=torch.get_num_threads(), processes=1)
+    assert [one.differences for one in rescore(found.values(), [tiny.data])] == [[]]
     recipe = found['metric']['protocol']['recipe']
     assert recipe['origin'] == 'common' and recipe['lr'] > 0 and recipe == found['train']['facts']['recipe']
 
