@@ -121,7 +121,8 @@ def _score_objects(result: Rescored, data: SplitFiles, folder: Path) -> PerImage
     from replk_mm.data.coco_dataset import CocoIndex
     from replk_mm.evaluation.coco_metric import STATS
 
-    written: Any = coco.read_annotations(resolve_inside(data.root / str(data.annotations), *data.folders))
+    file = coco.annotation_path(data.root / str(data.annotations))
+    written: Any = coco.read_annotations(resolve_inside(file, *data.folders))
     classes = {category['id']: category['name'] for category in written['categories']}
     objects = Objects(CocoIndex(written), {i['id']: i for i in written['images']}, data.root / data.images, classes)
     result.labels = len(objects.images)
