@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from replk_mm.backbones import SLaK
+from replk_mm.engine import hooks
 from replk_mm.engine.hooks import SparsityHook
 from replk_mm.errors import UserError
 
@@ -38,3 +39,17 @@ def test_zeros_stay_zero():
         for name, weight in weights.items():
             assert torch.equal(weight != 0, masks[name] != 0), name
     assert (model.backbone.norm1.bias != 0).all()
+
+
+@pytest.mark.parametrize('mode', ['val', 'test'])
+def test_progress_counts_the_time_after_the_first_batch(mode, monkeypatch, capsys):
+    times = iter([0.0, 100.0, 120.0, 121.0, 140.0])  # the first batch takes 100 s, the others 20
+    monkeypatch.setattr(hooks, 'time', SimpleNamespace(monotonic=lambda: next(times)))
+    hook, runner = hooks.ProgressHook(), SimpleNamespace(val_dataloader=range(4), test_dataloader=range(31))
+    getattr(hook, f'before_{mode}_epoch')(runner)
+    for batch in range(4):
+        getattr(hook, f'after_{mode}_iter')(runner, batch, None, None)
+    name, total, left = ('validation', 4, '40 s') if mode == 'val' else ('test', 31, '9 min 40 s')
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == f'{name}: 2 of {total} batches, about {left} left'
+    assert len(others) == 1 and others[0].startswith(f'{name}: 4 of {total}')  # not the third: a second later
