@@ -67,13 +67,16 @@ CONF
 }
 
 stop() {
-    scancel --me 2>/dev/null || true
+    if running slurmctld; then # a daemon waits for its jobs, and they may save a checkpoint first
+        scancel --user="$(id -un)" || true
+        for _ in $(seq 60); do squeue -h | grep -q . || break; sleep 1; done
+    fi
     for program in slurmd slurmctld munged; do
         if running "$program"; then
             kill "$(cat "$dir/$program.pid")"
-            for _ in $(seq 50); do running "$program" || break; sleep 0.2; done
+            for _ in $(seq 75); do running "$program" || continue 2; sleep 0.2; done
+            kill -KILL "$(cat "$dir/$program.pid")"
         fi
-        rm -f "$dir/$program.pid"
     done
 }
 
