@@ -53,7 +53,8 @@ SECTION = """## Does the order by linear probe predict the order by fine-tuning?
 
 `python scripts/probe_study.py` pretrains small networks on generated patches, and probes and fine-tunes them on
 generated scenes. *Regret* is what the network with the highest predictor has less mIoU than the best one after
-fine-tuning. Intervals are percentiles of a bootstrap over networks and seeds: they are for other networks too."""
+fine-tuning. Intervals are percentiles of a bootstrap over networks and seeds: they are for other networks too.
+Two networks are left out because their short pretraining stayed at chance: convnext-atto and moganet-xtiny."""
 BEGIN, END = '<!-- probe_study:begin -->\n', '<!-- probe_study:end -->'
 SEEDS = (0, 1, 2)
 SCALE = dict(layer_scale_init_value=1.0)  # a small initial scale is for trainings of many epochs
@@ -65,7 +66,6 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     'replknet-nano-3': ('replknet-nano', dict(arch={**SMALL, 'large_kernel_sizes': [3, 3, 3, 3]}), {}),
     'mscan-t': ('mscan-t', {}, {}),
     'inceptionnext-atto': ('inceptionnext-atto', {}, SCALE),
-    'moganet-xtiny': ('moganet-xtiny', {}, SCALE),
     'replknet-nano-13': ('replknet-nano', dict(arch={**SMALL, 'large_kernel_sizes': [13, 13, 13, 13]}), {}),
     'van-b0': ('van-b0', {}, {}),
     'unireplknet-a': ('unireplknet-a', {}, SCALE),
@@ -75,7 +75,7 @@ PATCH_SEED, PATCHES, VAL_PATCHES, SIDE = 1000, 3200, 480, 64
 BATCH, PRETRAINING = 16, Recipe(epochs=3, lr=1e-3, label_smoothing=0.0)
 #: Target task: training scenes, and validation scenes. One half picks a network, the other half judges the pick.
 TRAIN, VAL, SCENE_SIDE = 200, 120, 128
-ITERATIONS, LR, PROBE_EPOCHS = 80, 1e-3, 20
+ITERATIONS, LR, PROBE_EPOCHS = 240, 1e-3, 20
 #: Of the bootstrap.
 DRAWS = 5000
 

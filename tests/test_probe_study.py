@@ -33,10 +33,10 @@ def test_the_report_ranks_networks_and_counts_the_points_that_a_pick_loses(study
     scores = {'resnet-18': (30, 60), 'van-b0': (20, 64), 'mscan-t': (10, 40), 'unireplknet-a': (5, 20)}
     write(study, tmp_path, scores)
     with (tmp_path / 'results.jsonl').open('a') as file:  # unfinished networks are left out
-        file.write(json.dumps(dict(step='pretrain', network='moganet-xtiny', seed=0, score=99)) + '\n')
+        file.write(json.dumps(dict(step='pretrain', network='inceptionnext-atto', seed=0, score=99)) + '\n')
     study.report(tmp_path, page)
     text = page.read_text()
-    assert text.startswith('before\n') and text.endswith('after\n') and 'old' not in text and 'moganet' not in text
+    assert text.startswith('before\n') and text.endswith('after\n') and 'old' not in text and 'inception' not in text
     order = [line.split(' | ')[0].strip('| ') for line in text.splitlines() if '(' in line and line.startswith('|')]
     assert order[:4] == ['van-b0', 'resnet-18', 'mscan-t', 'unireplknet-a']
     assert '| van-b0 | 51.0 | 20.0 (19.0, 20.0, 21.0) | 64.0 (63.0, 64.0, 65.0) |' in text
