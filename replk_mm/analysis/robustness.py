@@ -71,10 +71,10 @@ class _Mean:
     def __init__(self, parts: Sequence[Any], relative_to: Any = None) -> None:
         self.parts, self.relative_to, self.images = parts, relative_to, parts[0].images
         self.bounds = (0.0, math.inf if relative_to else 100.0)
-        self._known: dict[bytes, NDArray] = {}  # each metric is part of several means
+        self._known: dict[int, NDArray] = {}  # each metric is part of several means
 
     def score(self, weights: NDArray | None = None) -> NDArray[np.float64]:
-        key = b'' if weights is None else weights.tobytes()
+        key = 0 if weights is None else hash(weights.tobytes())
         if key not in self._known:
             found = np.mean([part.score(weights) for part in self.parts], axis=0)
             with np.errstate(divide='ignore', invalid='ignore'):
