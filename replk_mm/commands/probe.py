@@ -19,9 +19,7 @@ def main() -> None:
     cli.add_training(p)
     cli.add_overwrite(p)
     p.add_argument('--features', choices=['last', 'all'], default='all', help='feature maps to use (default: all)')
-    p.add_argument(
-        '--learning-rates', nargs='+', type=float, metavar='LR', help='to try (default: 4 from 0.001 to 0.03)'
-    )
+    p.add_argument('--learning-rates', nargs='+', type=float, metavar='LR', help='to try (default: 0.001 to 0.03)')
     p.add_argument('--epochs', type=cli.positive_int, metavar='N', help='default: 50')
     p.add_argument('--seed', type=cli.seed, metavar='N', help='random seed (default: 0)')
     p.add_argument('--cache', type=Path, metavar='DIR', help='folder for features (default: work_dirs/features)')

@@ -45,9 +45,7 @@ def main() -> None:
         if name in values:
             print(f'{name.replace("_", " ")}: {_text(values[name], True)}{" % of clean" * (name == "relative")}')
     print('\n'.join(f'size x {size}: {_text(one, True)}' for size, one in values['sizes'].items()))
-    print(
-        f'{values["metric"]} of {values["images"]} images, in percent [95 % interval over images, of this checkpoint]'
-    )
+    print(f'{values["metric"]} of {values["images"]} images, in percent [95 % interval over images, not trainings]')
     print(f'written: {out / "robustness.json"}, {out / "robustness.png"}')
 
 
