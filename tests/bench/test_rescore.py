@@ -13,13 +13,19 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from report_records import CLASSES, facts, files_of, label_map, metric, scenes, write
+from tiny_detector import detector, trained_detector  # noqa: F401 (fixtures)
 
 from replk_mm.bench.records import read_records
 from replk_mm.bench.rescore import Rescored, rescore
+from replk_mm.bench.suites import inputs, measurements
 from replk_mm.commands import report as command
+from replk_mm.data.datasets import datasets_of
+from replk_mm.engine.evaluate import evaluate
+from replk_mm.engine.record import write_statistics
 from replk_mm.evaluation.per_image import SegmentationCounts
 from replk_mm.files import sha256
 
+# ruff: noqa: F811 (fixtures that come from another file)
 COUNT, RUN, DATA = 4, 'runs/a/0/test', 'data/scenes'
 
 
@@ -166,6 +172,25 @@ def test_objects(tmp_path) -> None:
     assert 'does not have: 77' in str(check(tmp_path))
     (folder / 'instances.bbox.json').write_text(json.dumps(found[1:]))
     assert 'metrics.coco/bbox_mAP: ' in str(check(tmp_path)) and 'per_class.cat.bbox_mAP: ' in str(check(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_real_test_of_a_detector(detector, trained_detector, tmp_path) -> None:
+    """Boxes and masks, with classes that the annotations lack, and counts per image."""
+    cfg, folder = detector.cfg(), tmp_path / RUN
+    predictions = dict(predictions=folder / 'predictions')
+    found = evaluate(cfg, str(trained_detector), detector.options(tmp_path / 'work'), **predictions)
+    values = dict(
+        metrics=measurements._finite(found.metrics),
+        per_class={name: measurements._finite(of) for name, of in found.per_class.items()},
+        **dict(images=found.images, primary='coco/bbox_mAP', unit='AP'),
+    )
+    data = inputs.dataset_layout(next(datasets_of(cfg, ('test',))), 'mmdet')
+    statistics = write_statistics(found, folder)
+    files = dict(predictions=f'{RUN}/predictions', statistics=f'{RUN}/statistics.npz')
+    one = metric('a', 0, 0.0, files=files, facts=dict(data=data, statistics=statistics))
+    result = check(write(tmp_path, [{**one, 'values': values}]), Path(data['root']))
+    assert not result.differences and {'coco/segm_mAP', 'coco/bbox_mAP_50'} <= result.values['metrics'].keys()
 
 
 def test_command(tmp_path, monkeypatch, capsys) -> None:
