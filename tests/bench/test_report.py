@@ -518,7 +518,7 @@ def test_the_command(run, suite, tmp_path, capsys) -> None:
     assert f'error: {tmp_path / "taken" / "index.html"}: is not a regular file' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run('--help')
-    assert re.search(r'^ +3 +written, .*skipped', capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r'^ +3 +as 0, .*skipped', capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize('name, said', [('no', 'no such results'), ('empty', 'no results in it')])
