@@ -173,7 +173,7 @@ def train_command(name: str, args: argparse.Namespace, data: choose.Data) -> str
         best = max(tried, key=lambda score: score['value'])['learning_rate'] if tried else choose.RATES[0]
         words += ['--cfg-options', 'recipe=common', f'optim_wrapper.optimizer.lr={best:g}']
     classes = data.classes if isinstance(data.classes, str) else ','.join(data.classes)
-    words += ['--data-root', data.root, '--classes', classes, '--work-dir', args.work_dir / 'full']
+    words += ['--data-root', str(data.root), '--classes', classes, '--work-dir', str(args.work_dir / 'full')]
     return command_line('train', *words)
 
 

@@ -146,7 +146,7 @@ class SegmentationCounts(PerImageScores):
 
     def only(self, name: str) -> 'SegmentationCounts':
         chosen = [self.classes.index(name)]
-        counts = {key: getattr(self, key)[:, chosen] for key in ('intersection', 'predicted', 'label')}
+        counts: Any = {key: getattr(self, key)[:, chosen] for key in ('intersection', 'predicted', 'label')}
         return replace(self, classes=(name,), **counts)
 
     def per_class(self, weights: NDArray | None = None) -> NDArray[np.float64]:
@@ -237,7 +237,7 @@ class DetectionMatches(PerImageScores):
     def only(self, name: str) -> 'DetectionMatches':
         k = self.classes.index(name)
         (a, b), (c, d) = self.detection_bounds[k : k + 2], self.object_bounds[k : k + 2]
-        detections = {key: getattr(self, key)[a:b] for key in ('detection_image', 'matched', 'ignored')}
+        detections: Any = {key: getattr(self, key)[a:b] for key in ('detection_image', 'matched', 'ignored')}
         bounds = dict(detection_bounds=np.array([0, b - a]), object_bounds=np.array([0, d - c]))
         return replace(self, classes=(name,), object_image=self.object_image[c:d], **detections, **bounds)
 
