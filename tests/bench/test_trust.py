@@ -16,9 +16,10 @@ from PIL import Image
 from report_records import facts, files_of, metric, record, scenes, speed, write
 
 from replk_mm.bench import records
-from replk_mm.bench.report import load, pictures, render
+from replk_mm.bench.report import gallery, load, pictures, render
+from replk_mm.bench.report.gallery import WIDTH
 from replk_mm.bench.report.load import load_report, render_text
-from replk_mm.bench.report.pictures import MOST_SIDE, WIDTH
+from replk_mm.bench.report.pictures import MOST_SIDE
 from replk_mm.bench.report.render import render_html, render_markdown
 from replk_mm.commands import report as command
 
@@ -246,7 +247,9 @@ def test_pictures_run_no_program(tmp_path, monkeypatch) -> None:
 
 def test_images_are_chosen_quickly(alarm) -> None:
     names = [f'{i}.jpg' for i in range(60_000)]
-    assert len(pictures._choose([names, names])) == 6 and pictures._choose([[], []]) == []
+    found = gallery.Gallery()
+    assert len(gallery._choose(found, [(names, {}), (names, {})])) == gallery.MOST_IMAGES
+    assert gallery._choose(found, [([], {}), ([], {})]) == []
 
 
 def test_objects_that_fail_cost_one_picture(tmp_path) -> None:
