@@ -144,7 +144,8 @@ def _choose(found: Gallery, rows: Sequence[tuple[Iterable[str], Mapping[str, flo
         rows: Names of the images of each row, and their scores.
     """
     counts = Counter(name for names, _ in rows for name in names)
-    common = sorted(name for name, count in counts.items() if count == max(counts.values()))
+    most = max(counts.values(), default=0)
+    common = sorted(name for name, count in counts.items() if count == most)
     scores = {name: [of[name] for _, of in rows if name in of] or [0.0] for name in common}
     spread = {name: max(values) - min(values) for name, values in scores.items()}
     if any(spread.values()):
