@@ -16,7 +16,7 @@ from PIL import Image
 from report_records import facts, files_of, metric, record, scenes, speed, write
 
 from replk_mm.bench import records
-from replk_mm.bench.report import gallery, load, pictures, render
+from replk_mm.bench.report import gallery, load, render
 from replk_mm.bench.report.gallery import WIDTH
 from replk_mm.bench.report.load import load_report, render_text
 from replk_mm.bench.report.pictures import MOST_SIDE
