@@ -109,11 +109,12 @@ def _override(cfg: Config, options: dict, path: str) -> None:
 
 
 def _like_old(node: Any, option: str, value: Any) -> Any:
-    """A list that replaces a tuple as a tuple: YAML has none, and transforms tell a scale from a list of scales."""
+    """A list of numbers that replaces a tuple as a tuple: YAML has none, and transforms read a list as many scales."""
     with contextlib.suppress(LookupError, TypeError, ValueError):
         for key in option.split('.'):
             node = node[int(key)] if isinstance(node, (list, tuple)) else node[key]
-        return tuple(value) if isinstance(node, tuple) and isinstance(value, list) else value
+        numbers = isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)
+        return tuple(value) if isinstance(node, tuple) and numbers else value
     return value
 
 

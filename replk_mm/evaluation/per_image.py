@@ -238,7 +238,7 @@ class DetectionMatches(PerImageScores):
         k = self.classes.index(name)
         (a, b), (c, d) = self.detection_bounds[k : k + 2], self.object_bounds[k : k + 2]
         detections: Any = {key: getattr(self, key)[a:b] for key in ('detection_image', 'matched', 'ignored')}
-        bounds = dict(detection_bounds=np.array([0, b - a]), object_bounds=np.array([0, d - c]))
+        bounds: Any = dict(detection_bounds=np.array([0, b - a]), object_bounds=np.array([0, d - c]))
         return replace(self, classes=(name,), object_image=self.object_image[c:d], **detections, **bounds)
 
     def per_class(self, weights: NDArray | None = None) -> NDArray[np.float64]:

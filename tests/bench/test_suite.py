@@ -413,7 +413,7 @@ def test_classes_of_a_row(tmp_path, plainly_written_configs, row, option, expect
     [task] = plan.remaining_tasks(suite, plan.SuiteOptions(tmp_path / 'w', classes=option), build=False)
     cfg = load_config(task.config, task.row.options)
     assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == len(expected)
-    assert ''.join(cfg.val_dataloader.dataset.metainfo.classes) == expected and cfg.crop_size == [32, 32]
+    assert ''.join(cfg.val_dataloader.dataset.metainfo.classes) == expected and cfg.crop_size == (32, 32)
     assert cfg.test_dataloader.dataset.data_root == str(tmp_path)
     assert task.shared['config']['options'] == row['options']
 
