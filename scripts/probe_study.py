@@ -54,6 +54,7 @@ SECTION = """## Does the order by linear probe predict the order by fine-tuning?
 `python scripts/probe_study.py` pretrains small networks on generated patches, and probes and fine-tunes them on
 generated scenes. *Regret* is what the network with the highest predictor has less mIoU than the best one after
 fine-tuning. Intervals are percentiles of a bootstrap over networks and seeds: they are for other networks too.
+Pretraining and fine-tuning take minutes, and scores are low: long trainings may give another order.
 Two networks are left out because their short pretraining stayed at chance: convnext-atto and moganet-xtiny."""
 BEGIN, END = '<!-- probe_study:begin -->\n', '<!-- probe_study:end -->'
 SEEDS = (0, 1, 2)
