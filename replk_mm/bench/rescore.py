@@ -77,10 +77,6 @@ def _score_label_maps(result: Rescored, data: SplitFiles, folder: Path) -> PerIm
     classes, first, album = data.classes, data.first, Album()
     if not 0 < len(classes) <= 256:
         raise ValueError(f'{len(classes)} classes; label maps have 8 bits')
-    meaning = np.arange(256, dtype=np.uint8) - np.uint8(first)  # of the values in label files; 255 is not scored
-    meaning[[255 if data.ignored is None else data.ignored, 255]] = 255
-    for old, new in data.label_map.items():
-        meaning[old + first] = new
     counts = {}
     for path in sorted(folder.rglob('*.png')):
         name = path.relative_to(folder).as_posix()
@@ -91,7 +87,7 @@ def _score_label_maps(result: Rescored, data: SplitFiles, folder: Path) -> PerIm
         if not problems and prediction.shape != label.shape:
             problems = [f'prediction of {name}: {prediction.shape} pixels, the labels {label.shape}']
         if not problems:
-            pixels = count_pixels(prediction - np.uint8(first), meaning[label], len(classes), 255)
+            pixels = count_pixels(prediction - np.uint8(first), data.classes_of_values[label], len(classes), 255)
             counts[name.removesuffix('.png')] = pixels
         result.differences += problems
     if not counts:

@@ -69,6 +69,21 @@ def test_images_on_which_rows_differ_most_come_first(tmp_path) -> None:
     assert 'furthest apart in mIoU' in page and '<small>mIoU 100.0</small>' in page
 
 
+def test_a_selection_of_the_classes(tmp_path) -> None:
+    """Predictions number the selected classes anew, so that right ones differ from the label files."""
+    scenes(tmp_path / 'data', IMAGES)
+    record = measured(tmp_path, 'a', {})
+    record['facts']['data'].update(classes=['water', 'sky'], label_map={0: 1, 1: 255, 2: 0})
+    for i in range(IMAGES):
+        path = tmp_path / record['files']['predictions'] / f'{i:03}.png'
+        Image.fromarray(np.array([0, 2, 1, 1], np.uint8)[label_map(i)]).save(path)
+    found, _ = opened(tmp_path, [record])
+    for example in found.examples:
+        shown, truth = example.predictions[1], example.truth
+        assert shown.words.startswith('100\u00a0% of the scored pixels right; ') and 'label' not in truth.words
+    assert [name for name, _ in found.key] == ['water', 'sky']
+
+
 def test_without_counts_the_images_are_spread_evenly(tmp_path) -> None:
     scenes(tmp_path / 'data', IMAGES)
     records = [measured(tmp_path, 'a', {4: 1}), measured(tmp_path, 'b', {4: 9})]

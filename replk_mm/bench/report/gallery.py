@@ -179,6 +179,8 @@ def _add_label_maps(found: Gallery, shown: Sequence[Predictions], data: SplitFil
     scores = [{f'{name}.png': value for name, value in one.scores.items()} for one in shown]
     for name in _choose(found, list(zip(files, scores, strict=True))):
         truth = album.read(data.label_of(name), *data.folders, mode=None) if data.labels else Picture()
+        if isinstance(truth, np.ndarray):  # to the labels of predictions
+            truth = data.classes_of_values[truth] + np.uint8(data.first)
         image = album.add(album.read(data.image_of(name), *data.folders), data.image_of(name).name, name, WIDTH)
         example = Example(name.removesuffix('.png'), image, drawn(truth, None, f'ground truth of {name}'))
         for one, of_row, of_image in zip(shown, files, scores, strict=True):

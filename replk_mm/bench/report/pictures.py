@@ -75,6 +75,15 @@ class SplitFiles(BaseModel):
         """Label of the first class in label files."""
         return 1 if self.ignored == 0 else 0
 
+    @property
+    def classes_of_values(self) -> np.ndarray:
+        """Class of each value, ``(256,)``, of label files; 255 is not scored."""
+        classes = np.arange(256, dtype=np.uint8) - np.uint8(self.first)
+        classes[[255 if self.ignored is None else self.ignored, 255]] = 255
+        for old, new in self.label_map.items():
+            classes[old + self.first] = new
+        return classes
+
     def image_of(self, prediction: str) -> Path:
         """The image of a prediction, both below their folders; predictions end with ``.png`` whatever images do."""
         return self.root / self.images / f'{prediction.removesuffix(".png")}.{self.image_suffix.rpartition(".")[2]}'
