@@ -121,14 +121,15 @@ def run_rows(suite: Suite, args: argparse.Namespace) -> list[tuple[Task, str]]:
 
 def add_finalists(suite: Suite, args: argparse.Namespace, data: choose.Data) -> Suite:
     """Plan the fine-tuning of two or three of the best linear probes, if the rest of the budget allows it."""
-    report = load_report([args.work_dir], read_costs(args.costs), args.metric).suites[0]
+    here = {row.name: row for row in load_report([args.work_dir]).suites[0].rows}  # times of this machine
+    report = load_report([args.work_dir], args.other_costs, args.metric).suites[0]
     found = answer(report, args.limits)
     rows = [r for r in (found.group.rows if found.group else ()) if r.figures['metric'].value is not None]
     rows = [r for r in rows if not args.limits.problem(r)][: min(3, max(2, len(found.candidates)))]
     left = args.budget - sum(record['seconds'] for record in records.read_records([args.work_dir])[0])
     costs = []
     for row in rows:
-        image = sum(r['values']['forms']['reparameterized']['median_ms'] for r in row.of('speed')[:1]) / 1e3
+        image = sum(r['values']['forms']['reparameterized']['median_ms'] for r in here[row.name].of('speed')[:1]) / 1e3
         costs.append(choose.row_cost(f'{row.name}-finetuned', 'finetune', image, data, args.start_up))
     if len(rows) < 2:
         return suite
@@ -180,7 +181,7 @@ def train_command(name: str, args: argparse.Namespace, data: choose.Data) -> str
 @command
 def main() -> int:
     args = parse_args()
-    args.kind = select_device(args.device)
+    args.kind, args.other_costs = select_device(args.device), read_costs(args.costs)
     if args.suite.exists() and not args.resume:
         raise UserError(f'{args.suite}: exists already\nContinue with --resume, or choose another --work-dir DIR.')
     out = prepare_work_dir(args.work_dir / 'report', option='--work-dir')
@@ -197,7 +198,7 @@ def main() -> int:
     if all(row.protocol == 'linear' for row in suite.rows):
         suite = add_finalists(suite, args, data)
         failed += run_rows(suite, args)
-    found = load_report([args.work_dir], read_costs(args.costs), args.metric)
+    found = load_report([args.work_dir], args.other_costs, args.metric)
     write_output(out / 'index.html', render_html(found, [str(data.root)], args.limits))
     write_output(out / 'report.md', render_markdown(found, args.limits))
     for task, reason in failed:
