@@ -144,11 +144,11 @@ def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ..
         return Answer(verdict, (f'{top}. {why}', *remarks, needed), None, found.members, group)
     best = f'{leader.label}: {_score(group, leader)}'
     if not beaten:
-        verdict = f'Not decided: the {len(ties) + 1} rows cannot be told apart with {conditions}.'
+        verdict = f'Not decided: the {len(ties) + 1} rows cannot be distinguished with {conditions}.'
         cheaper = _cheapest([leader, *ties])
         return Answer(verdict, (f'{top}.', *cheaper, *remarks, needed), None, found.members, group)
     if ties:
-        verdict = f'Take {best}, or one of {len(ties)} that cannot be told apart from it.'
+        verdict = f'Take {best}, or one of {len(ties)} that cannot be distinguished from it.'
         same = f'Not distinguishable from it: {format_list([row.label for row in ties], 6)}.'
         sentences = (f'{same} Every other row scores less.', *_cheapest([leader, *ties]), *remarks, needed)
     else:
@@ -186,7 +186,7 @@ def _needed(found: BestGroup, group: ProtocolGroup, rows: Mapping[str, ReportRow
 
 
 def _cheapest(rows: list[ReportRow]) -> list[str]:
-    """Of rows that cannot be told apart, the leader first, those with the lowest costs, where the costs differ."""
+    """Of rows that cannot be distinguished, the leader first, those with the lowest costs, where the costs differ."""
     leader, found = rows[0], []
     for key, word in _COSTS.items():
         known = sorted(_comparable(leader, rows, key), key=lambda row: row.figures[key].value or 0.0)

@@ -45,7 +45,7 @@ def test_planted_ties_cannot_be_told_apart(tmp_path, monkeypatch) -> None:
     """A 95 % family-wise level allows one wrong winner in 20 tables of equal rows."""
     monkeypatch.setattr('replk_mm.bench.answer.plan', lambda scores, points: Plan(seeds=5, images=9, detectable=1.0))
     found = simulated(tmp_path, None)
-    tied = [one for one in found if one.take is None and 'the 3 rows cannot be told apart' in one.verdict]
+    tied = [one for one in found if one.take is None and 'the 3 rows cannot be distinguished' in one.verdict]
     assert len(tied) >= 19 and all(set(one.candidates) == set(ROWS) for one in tied)
 
 

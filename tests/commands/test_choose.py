@@ -111,7 +111,7 @@ def test_the_rest_of_a_larger_budget_fine_tunes_the_best(data, pretend, monkeypa
     tuned = {row.name: row for row in read_suite(suite).rows[3:]}
     assert set(tuned) == {'moganet-xtiny.in1k-finetuned', 'resnet-50-finetuned'}
     assert tuned['resnet-50-finetuned'].pretrained and tuned['resnet-50-finetuned'].iterations > 100
-    assert 'cannot be told apart' in capsys.readouterr().out  # planted ties
+    assert 'cannot be distinguished' in capsys.readouterr().out  # planted ties
     done = len(ran)
     content = yaml.safe_load(suite.read_text())
     content['defaults']['seeds'] = [0, 1, 2, 3]  # as the answer advises
