@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from replk_mm.analysis.statistics import BestGroup, best_group, plan
-from replk_mm.bench.report.load import ProtocolGroup, ReportRow, SuiteReport
+from replk_mm.bench.report.structures import ProtocolGroup, ReportRow, SuiteReport
 from replk_mm.bench.report.tables import BY_KEY
 from replk_mm.errors import command_line, format_list
 

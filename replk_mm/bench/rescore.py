@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from replk_mm.bench.records import StoredRecord, read_inside, resolve_inside
-from replk_mm.bench.report.load import read_scores
+from replk_mm.bench.report.comparison import read_scores
 from replk_mm.bench.report.pictures import Album, Picture, SplitFiles
 from replk_mm.bench.report.tables import leaves, number, primary_metric
 from replk_mm.errors import format_list

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from replk_mm import cli
 from replk_mm.bench.answer import answer
-from replk_mm.bench.report.load import load_report, render_text
+from replk_mm.bench.report.load import load_report
+from replk_mm.bench.report.render import render_text
 from replk_mm.bench.schema import Suite, read_suite
 from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.runner import Settings, SuiteRunner

@@ -8,8 +8,9 @@ from report_records import PROTOCOL, SPEED, counted, metric, record, speed, writ
 
 from replk_mm.analysis.statistics import Plan
 from replk_mm.bench.answer import Answer, Limits, answer
-from replk_mm.bench.report.load import SuiteReport, load_report
+from replk_mm.bench.report.load import load_report
 from replk_mm.bench.report.render import render_html, render_markdown
+from replk_mm.bench.report.structures import SuiteReport
 
 ROWS = ('a', 'b', 'c')
 

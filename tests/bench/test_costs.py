@@ -7,7 +7,8 @@ import pytest
 from report_records import SPEED, metric, record, speed, write
 
 from replk_mm.bench.costs import read_costs
-from replk_mm.bench.report.load import Report, ReportRow, load_report
+from replk_mm.bench.report.load import load_report
+from replk_mm.bench.report.structures import Report, ReportRow
 from replk_mm.errors import UserError
 
 

@@ -21,8 +21,9 @@ from report_records import (
     write,
 )
 
-from replk_mm.bench.report.load import SKIPPED_STATUS, ReportRow, load_report, render_text
-from replk_mm.bench.report.render import render_html, render_markdown
+from replk_mm.bench.report.load import SKIPPED_STATUS, load_report
+from replk_mm.bench.report.render import render_html, render_markdown, render_text
+from replk_mm.bench.report.structures import ReportRow
 from replk_mm.bench.report.tables import BY_KEY, number, protocol_differences
 from replk_mm.errors import UserError
 from replk_mm.files import sha256
@@ -325,7 +326,7 @@ def test_a_row_without_sound_counts_has_no_interval(change, why, tmp_path) -> No
 
 
 def test_few_rows_of_a_protocol_are_compared(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr('replk_mm.bench.report.load.MOST_COMPARED', 2)
+    monkeypatch.setattr('replk_mm.bench.report.comparison._MOST_COMPARED', 2)
     records = [counted(tmp_path, row, 0, quality) for row, quality in (('a', 0.9), ('b', 0.8), ('c', 0.3))]
     (group,) = load_report([write(tmp_path, records)]).suites[0].groups
     assert [row.figures['metric'].low is not None for row in group.rows] == [True, True, False]

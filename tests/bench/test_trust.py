@@ -18,9 +18,9 @@ from report_records import facts, files_of, metric, record, scenes, speed, write
 from replk_mm.bench import records
 from replk_mm.bench.report import gallery, load, render
 from replk_mm.bench.report.gallery import WIDTH
-from replk_mm.bench.report.load import load_report, render_text
+from replk_mm.bench.report.load import load_report
 from replk_mm.bench.report.pictures import MOST_SIDE
-from replk_mm.bench.report.render import render_html, render_markdown
+from replk_mm.bench.report.render import render_html, render_markdown, render_text
 from replk_mm.commands import report as command
 
 #: Color and label of the reader's own pictures.

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from replk_mm.bench.report.load import Report, load_report
+from replk_mm.bench.report.load import load_report
 from replk_mm.bench.report.render import render_html
+from replk_mm.bench.report.structures import Report
 from replk_mm.evaluation.per_image import SegmentationCounts
 from replk_mm.files import sha256
 

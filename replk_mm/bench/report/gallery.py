@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from replk_mm.bench.records import MAX_FILE_BYTES, read_inside, resolve_inside
-from replk_mm.bench.report.load import ProtocolGroup, Record, ReportRow
 from replk_mm.bench.report.pictures import Album, Picture, SplitFiles
+from replk_mm.bench.report.structures import ProtocolGroup, Record, ReportRow
 from replk_mm.errors import format_list
 from replk_mm.visualize import colorize, draw_instances
 

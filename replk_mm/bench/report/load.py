@@ -4,33 +4,27 @@ Rows that were measured under different protocols are never ranked together. Wha
 zero.
 """
 
-import hashlib
 import os
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from replk_mm.analysis.statistics import BestGroup, best_group
-from replk_mm.analysis.timing import MAX_LOAD, MAX_SPREAD
+from replk_mm.analysis.timing import MAX_SPREAD
 from replk_mm.bench import records, submission
 from replk_mm.bench.costs import Costs, replace_costs
+from replk_mm.bench.report.comparison import compare, pareto_front
+from replk_mm.bench.report.structures import ProtocolGroup, Record, Report, ReportRow, SuiteReport, protocol_of
 from replk_mm.bench.report.tables import (
-    BY_KEY,
     COLUMNS,
-    METRIC_TITLES,
     NOT_MEASURED,
     Column,
     Figure,
     Protocol,
     compare_with_published,
-    format_value,
     name_protocols,
-    number,
     primary_metric,
     protocol_key,
     timing_problem,
@@ -38,258 +32,16 @@ from replk_mm.bench.report.tables import (
 )
 from replk_mm.bench.schema import MEASUREMENTS
 from replk_mm.errors import UserError, command_line, format_list
-from replk_mm.evaluation.per_image import PerImageScores
-from replk_mm.text import clean, text_table
-
-Record = records.StoredRecord
+from replk_mm.text import clean
 
 #: Names of the metrics of detection for ``load_report``.
 METRICS = {'AP': 'coco/bbox_mAP', **{f'AP_{size}': f'coco/bbox_mAP_{size[0]}' for size in ('small', 'medium', 'large')}}
 #: Longest label of a row, in characters.
 LONGEST_LABEL = 100
-#: Rows of a protocol that are compared, the first, as each pair of them is a comparison; and protocols of a suite.
-MOST_COMPARED, MOST_GROUPS = 40, 24
+#: Protocols of a suite whose rows are compared.
+MOST_GROUPS = 24
 #: Exit status of a report that skips some records.
 SKIPPED_STATUS = 3
-GROUP = (
-    'A metric is the mean over seeds with its 95 % confidence interval. "Best group" marks the rows of a protocol that '
-    'are not distinguishable from its best (Holm-adjusted p above 0.05), where others are. The method: '
-    'docs/statistics.md.'
-)
-FRONT = (
-    '"Front" marks the Pareto front of the metric against a cost: no row of the protocol has as high a metric for '
-    'less. It compares the figures as they are, without their intervals.'
-)
-UNRELIABLE = (
-    f'A time with "?" is not reliable and not ranked: other processes used more than {MAX_LOAD:.0%} of the CPUs, or '
-    f'its quartiles, or mean plus and minus one standard deviation, are more than {MAX_SPREAD:.0%} apart.'
-)
-SEVERAL_SEEDS = 'With several seeds, figures without an interval are the mean ± the standard deviation of the sample.'
-
-
-@dataclass
-class ReportRow:
-    """A row of the table: seeds of one row of a suite under one protocol.
-
-    Attributes:
-        name: Name in the suite.
-        label: Label in the report.
-        records: All its records, done or failed.
-        number: Number within the suite, which names the row in plots.
-        figures: By the key of their column.
-        state: Text such as ``'done, 3 seeds'``.
-        problems: Failures and missing records, with the reason.
-        source: Its folders, and the seeds of each; '' if the report has one folder.
-    """
-
-    name: str
-    label: str
-    records: list[Record]
-    number: int = 0
-    figures: dict[str, Figure] = field(default_factory=dict)
-    state: str = ''
-    problems: list[str] = field(default_factory=list)
-    source: str = ''
-
-    @property
-    def failed(self) -> bool:
-        """Whether something of it failed."""
-        return any(record['status'] == 'failed' for record in self.records)
-
-    @property
-    def schedule(self) -> str:
-        """Length of its training: ``'120 iterations, 20 % of the schedule'``; ``''`` if unknown."""
-        for record in self.of('train'):
-            iterations, notes = number(record['values'], 'iterations'), record['facts'].get('notes')
-            whole = re.search(r'schedule: \d+ iterations instead of (\d+) iterations', format_value(notes))
-            if iterations:
-                share = f', {100 * iterations / float(whole[1]):.0f} % of the schedule' if whole else ''
-                return f'{iterations:,.0f} iterations{share}'
-        return ''
-
-    def of(self, measurement: str) -> list[Record]:
-        """Its records of a measurement that is done, by seed."""
-        return sorted(
-            (r for r in self.records if r['measurement'] == measurement and r['status'] == 'done'),
-            key=lambda r: r['seed'],
-        )
-
-
-@dataclass
-class ProtocolGroup:
-    """Rows that may be ranked by the metric.
-
-    Attributes:
-        protocol: Of the metric; None of rows without one.
-        metric: Its name.
-        unit: Its unit.
-        rows: The best first, those without a metric last.
-        comparison: Of the metrics of its rows, by their names; None if fewer than two have counts per image.
-        remarks: What the intervals do not cover, and which rows have none.
-        scores: Per image, of each seed, by the names of the rows that have them.
-    """
-
-    protocol: Protocol | None
-    metric: str
-    unit: str
-    rows: list[ReportRow]
-    comparison: BestGroup | None = None
-    remarks: list[str] = field(default_factory=list)
-    scores: dict[str, list[PerImageScores]] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        """The metric's name and unit for a reader; '' of rows without one."""
-        return METRIC_TITLES.get(self.metric, f'{self.metric}, {self.unit}'.strip(', '))
-
-    @property
-    def name(self) -> str:
-        """The protocol's name; '' of rows without a metric."""
-        return self.protocol.name if self.protocol else ''
-
-    @property
-    def heading(self) -> str:
-        """The group's heading in the table."""
-        if self.protocol is None:
-            return 'Rows without a metric: not ranked'
-        return f'Protocol {self.name} ({self.title}): {self.protocol.summary}'
-
-    @property
-    def conditions(self) -> str:
-        """How its rows were trained, such as ``'linear probe, 120 iterations, no pretraining'``."""
-        content = self.protocol.content if self.protocol else {}
-        share, pretraining = content.get('fraction', 100), content.get('pretraining')
-        parts = [
-            dict(linear='linear probe', head='fixed backbone').get(str(content.get('protocol')), ''),
-            f'{share} % of the training images' if share != 100 else '',
-            next((row.schedule for row in self.rows if row.schedule), ''),
-            'no pretraining' if pretraining in (None, 'none') else f'pretraining {pretraining}',
-        ]
-        return clean(', '.join(filter(None, parts)), 200)
-
-    @property
-    def recipe(self) -> str:
-        """The recipe of its rows; ``''`` if it is not stated."""
-        found = self.protocol.content.get('recipe') if self.protocol else None
-        if isinstance(found, Mapping):
-            found = f'{found.get("origin")} recipe, learning rate {found.get("lr")}'
-        return clean(found or '', 80)
-
-    @property
-    def differences(self) -> list[tuple[ReportRow, str, str, str]]:
-        """Rows with what they lack to the leader: points, their interval, and the adjusted p-value."""
-        rows, metric = {row.name: row for row in self.rows}, BY_KEY['metric']
-        return [
-            (
-                rows[d.second],
-                metric.text(d.value),
-                '–' if d.low is None or d.high is None else f'[{metric.text(d.low)}, {metric.text(d.high)}]',
-                '–' if d.p_adjusted is None else f'{d.p_adjusted:.3f}' if d.p_adjusted >= 0.001 else '< 0.001',
-            )
-            for d in (self.comparison.differences if self.comparison else ())
-        ]
-
-
-@dataclass
-class SuiteReport:
-    """A suite's results.
-
-    Attributes:
-        name: Name in the suite file.
-        question: What it asks.
-        groups: The largest first.
-        protocols: Of every measurement, the most frequent first.
-    """
-
-    name: str
-    question: str
-    groups: list[ProtocolGroup]
-    protocols: dict[str, list[Protocol]]
-
-    @property
-    def rows(self) -> list[ReportRow]:
-        """Of all groups."""
-        return [row for group in self.groups for row in group.rows]
-
-    @property
-    def columns(self) -> list[Column]:
-        """The columns that have figures, or reasons why a requested measurement has none."""
-        found = {c: [row.figures[c.key] for row in self.rows] for c in COLUMNS}
-        filled = {c.key: c.measurement for c, of in found.items() if any(f.value is not None for f in of)}
-        if 'difference' not in filled:
-            filled.pop('published', None)
-        return [
-            c
-            for c, figures in found.items()
-            if c.key in filled
-            or c.measurement not in ('', *filled.values())
-            and any(f.why not in ('', NOT_MEASURED) for f in figures)
-        ]
-
-    @property
-    def notes(self) -> list[str]:
-        """Remarks on the columns and the marks."""
-        columns = self.columns
-        ranked = [FRONT] * any(c.cost for c in columns)
-        timed = [UNRELIABLE] * any(c.measurement == 'speed' for c in columns)
-        return [GROUP, *ranked, *timed, *(c.note for c in columns if c.note), SEVERAL_SEEDS]
-
-    @property
-    def differing(self) -> list[str]:
-        """Differences between the protocols of each measurement, except those of the metric, which the groups state."""
-        return [
-            f'{p.name} ({measurement.replace("_", " ")}) differs from {protocols[0].name} and is not ranked '
-            f'with it: {clean("; ".join(p.differences))}'
-            for measurement, protocols in self.protocols.items()
-            if measurement != 'metric'
-            for p in protocols[1:]
-        ]
-
-    def heading(self, column: Column) -> str:
-        """The title of a column; the metric's is its name if all rows have the same."""
-        names = {group.title for group in self.groups if group.title}
-        return names.pop() if column.key == 'metric' and len(names) == 1 else column.title
-
-    def shows_protocol(self, column: Column) -> bool:
-        """Whether the figures of a column carry the names of their protocols."""
-        return column.measurement != 'metric' and len(self.protocols.get(column.measurement, ())) > 1
-
-    def protocol_name(self, record: Record) -> str:
-        """Of a record; '' if it has none."""
-        return self._protocol_names.get((record['measurement'], protocol_key(protocol_of(record))), '')
-
-    @cached_property
-    def _protocol_names(self) -> dict[tuple[str, str], str]:
-        return {(name, protocol_key(p.content)): p.name for name, found in self.protocols.items() for p in found}
-
-
-@dataclass
-class Report:
-    """The content of a report.
-
-    Attributes:
-        suites: In the order in which they were found.
-        complaints: Skipped records, with the reason.
-        outside: Data sets outside of the work dirs, of which the page shows no images; filled by ``render_html``.
-    """
-
-    suites: list[SuiteReport]
-    complaints: list[str]
-    outside: set[Path] = field(default_factory=set)
-
-    def data_roots(self) -> list[str]:
-        """Data sets of its records that are outside of their work dirs."""
-        stated = (r['facts'].get('data') for suite in self.suites for row in suite.rows for r in row.of('metric'))
-        return sorted({d['root'] for d in stated if isinstance(d, Mapping) and str(d.get('root')).startswith('/')})
-
-
-def protocol_of(record: Record) -> Mapping[str, Any]:
-    """A record's protocol, with the metric's name and unit; of the time of a training, the machine."""
-    if record['measurement'] == 'metric' and record['status'] == 'done':
-        return {**record['protocol'], 'metric': ', '.join(filter(None, primary_metric(record)))}
-    if record['measurement'] == 'train':
-        return {key: record['environment'].get(key) for key in ('cpu', 'gpu', 'threads')}
-    return record['protocol']
 
 
 def load_report(paths: Sequence[str | Path], costs: Costs | None = None, metric: str | None = None) -> Report:
@@ -392,7 +144,7 @@ def _suite(name: str, found: Sequence[Record]) -> SuiteReport:
             for row in pareto_front(column, group.rows) if column.cost else ():
                 row.figures[column.key] = replace(row.figures[column.key], mark='front')
     for group in groups[:MOST_GROUPS]:
-        _compare(group)
+        compare(group)
     suite = SuiteReport(
         name, found[-1]['question'], groups, {key: list(part.values()) for key, part in protocols.items()}
     )
@@ -456,89 +208,6 @@ def _absence(column: Column, row: ReportRow) -> str:
     return 'not recorded yet' if column.measurement in _requested(row.records) else NOT_MEASURED
 
 
-def pareto_front(column: Column, rows: Sequence[ReportRow]) -> list[ReportRow]:
-    """The rows of each protocol of a cost that no other row beats in metric and cost; none of a single row."""
-    by_protocol: dict[str, list[tuple[float, float, ReportRow]]] = {}
-    for row in rows:
-        metric, cost = row.figures['metric'].value, row.figures[column.key]
-        if metric is not None and cost.value is not None and not cost.unreliable:
-            by_protocol.setdefault(cost.protocol, []).append((-metric, cost.value, row))
-    return [
-        row
-        for members in by_protocol.values()
-        for loss, cost, row in members
-        if len(members) > 1 and not any(x <= loss and y <= cost and (x, y) != (loss, cost) for x, y, _ in members)
-    ]
-
-
-def _compare(group: ProtocolGroup) -> None:
-    """Set the intervals, the best group and the differences of the metric of a group's first rows."""
-    measured = [row for row in group.rows if row.figures['metric'].value is not None]
-    scores = group.scores
-    absent: dict[str, list[str]] = {}
-    for row in measured[:MOST_COMPARED]:
-        try:
-            of_row = [read_scores(record) for record in row.of('metric')]
-            first = next(iter(scores.values()), of_row)[0]
-            if any(sorted(one.images) != sorted(first.images) for one in of_row):
-                raise ValueError('tested on other images than the rows above')
-            scores[row.name] = of_row
-        except (OSError, ValueError) as error:
-            absent.setdefault(getattr(error, 'strerror', None) or str(error), []).append(row.label)
-    group.remarks = [f'No interval for {format_list(labels, 5)}: {reason}.' for reason, labels in absent.items()]
-    if len(measured) > MOST_COMPARED:
-        group.remarks.append(f'Only the first {MOST_COMPARED} of {len(measured):,} rows have intervals.')
-    if not scores:
-        return
-    compared = best_group(scores)
-    distinguished = len(compared.members) < len(scores)
-    for row in (row for row in measured if row.name in scores):
-        found = compared.intervals[row.name]
-        row.figures['metric'] = replace(
-            row.figures['metric'],
-            low=found.low,
-            high=found.high,
-            mark='best group' if distinguished and row.name in compared.members else '',
-            images_only=not found.covers_seeds,
-        )
-    if len(scores) > 1:
-        group.comparison = compared
-    if not all(found.covers_seeds for found in compared.intervals.values()):
-        group.remarks.append(
-            'One seed per row: intervals and p-values are about these checkpoints on other test images, not about '
-            'other trainings, so that no row is called better.'
-        )
-    elif group.comparison:
-        members = [row.label for row in measured if row.name in compared.members]
-        which = f'Not distinguishable from the best: {format_list(members, len(members))}.'
-        others = 'here' if len(scores) == len(measured) else 'with an interval'
-        group.remarks.insert(0, which if len(members) > 1 else f'{members[0]} is better than every other row {others}.')
-
-
-def read_scores(record: Record) -> PerImageScores:
-    """The counts per image of a record of the metric.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If the record has none, or they are not what was recorded.
-    """
-    name, stated = primary_metric(record)[0], record['facts'].get('statistics')
-    path, of_metric = record['files'].get('statistics'), stated.get(name) if isinstance(stated, Mapping) else None
-    if not isinstance(path, str) or not isinstance(of_metric, Mapping):
-        raise ValueError('recorded without counts per image; run its metric again')
-    content = records.read_inside(record.folder / path, record.folder / 'runs')
-    if hashlib.sha256(content).hexdigest() != of_metric.get('sha256'):
-        raise ValueError(f'{path} is not the file that was recorded')
-    try:
-        found = PerImageScores.load(content)
-        found = found.only(str(of_metric['only'])) if 'only' in of_metric else found
-    except UserError as error:
-        raise ValueError(f'{path} is damaged') from error
-    if not abs(found.score()[0] - (value_of(BY_KEY['metric'], record) or 0.0)) < 1e-6:
-        raise ValueError(f'{path} has another {name} than the record')
-    return found
-
-
 def _state(found: Sequence[Record]) -> tuple[str, list[str]]:
     """The state of a row, and by seed: failures, missing records, and records of different weights."""
     seeds = sorted({record['seed'] for record in found})
@@ -571,18 +240,3 @@ def _requested(found: Sequence[Record]) -> list[Any]:
     # Early records do not state them: then all seeds should have the measurements that one seed has.
     latest = max(found, key=lambda record: record['started'])
     return latest.get('asked') or [record['measurement'] for record in found]
-
-
-def render_text(suite: SuiteReport) -> str:
-    """The tables of a suite for a terminal: the columns that have figures, without remarks."""
-    columns, tables = suite.columns, []
-    for group in suite.groups:
-        head = ['row', *(f'{suite.heading(c)}{f", {c.unit}" if c.unit else ""}' for c in columns), 'state']
-        rows = []
-        for row in group.rows:
-            figures = [(c, row.figures[c.key]) for c in columns]
-            state = '; '.join(filter(None, (row.state, row.source)))
-            rows.append([row.label, *('-' if f.value is None else c.shown(f) for c, f in figures), state])
-        heading = [group.heading] if len(suite.groups) > 1 else []
-        tables.append('\n'.join([*heading, text_table([head, *rows], left=(0, len(columns) + 1)), *group.remarks]))
-    return '\n\n'.join(tables)

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from replk_mm.bench.records import read_inside
-from replk_mm.bench.report.load import Record
+from replk_mm.bench.report.structures import Record
 from replk_mm.visualize import make_palette
 
 #: Of all pictures of a page together, in bytes as they stand in it.

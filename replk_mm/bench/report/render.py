@@ -14,8 +14,8 @@ from markupsafe import Markup
 from replk_mm.bench.answer import Limits, answer
 from replk_mm.bench.report import pictures, plots
 from replk_mm.bench.report.gallery import open_gallery
-from replk_mm.bench.report.load import ProtocolGroup, Record, Report, ReportRow, SuiteReport
 from replk_mm.bench.report.pictures import MOST_ROWS, Album
+from replk_mm.bench.report.structures import ProtocolGroup, Record, Report, ReportRow, SuiteReport
 from replk_mm.bench.report.tables import (
     COLUMNS,
     FIGURE_NAMES,
@@ -28,7 +28,7 @@ from replk_mm.bench.report.tables import (
     number,
     protocol_key,
 )
-from replk_mm.text import clean, in_percent, markdown_text
+from replk_mm.text import clean, in_percent, markdown_text, text_table
 
 _HERE = Path(__file__).parent
 #: Points of a curve before neighbours are averaged; plots of a section, protocols with examples.
@@ -316,3 +316,18 @@ def _origin(row: ReportRow) -> str:
         f'{", ".join(filter(None, hashes)) or "none"}; commit {_commit(last)}; {machine}; {dates[0]} to '
         f'{dates[-1]}'
     )
+
+
+def render_text(suite: SuiteReport) -> str:
+    """The tables of a suite for a terminal: the columns that have figures, without remarks."""
+    columns, tables = suite.columns, []
+    for group in suite.groups:
+        head = ['row', *(f'{suite.heading(c)}{f", {c.unit}" if c.unit else ""}' for c in columns), 'state']
+        rows = []
+        for row in group.rows:
+            figures = [(c, row.figures[c.key]) for c in columns]
+            state = '; '.join(filter(None, (row.state, row.source)))
+            rows.append([row.label, *('-' if f.value is None else c.shown(f) for c, f in figures), state])
+        heading = [group.heading] if len(suite.groups) > 1 else []
+        tables.append('\n'.join([*heading, text_table([head, *rows], left=(0, len(columns) + 1)), *group.remarks]))
+    return '\n\n'.join(tables)
