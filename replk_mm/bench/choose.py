@@ -97,8 +97,10 @@ def read_data(root: Path, task: str | None = None, classes: str = 'auto') -> Dat
     Without a file that names the classes, ``'auto'`` takes those that occur.
 
     Raises:
-        UserError: If the layout is unknown or the check finds errors.
+        UserError: If there is no such folder, the layout is unknown, or the check finds errors.
     """
+    if not root.is_dir():
+        raise UserError(f'--data-root {root}: no such folder')
     known = [layout for layout in LAYOUTS if task in (None, layout.task)]
     layouts = [layout for layout in known if Path(root, layout.labels).exists()]
     if len(layouts) != 1:

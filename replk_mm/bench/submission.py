@@ -65,7 +65,8 @@ def pack(paths: Sequence[str | Path], archive: Path) -> int:
             _check(file.infolist())
         part.replace(archive)
     except (OSError, ValueError) as error:
-        raise UserError(f'{path}: {getattr(error, "strerror", None) or error}\n{archive} was not written.') from error
+        where = (error.filename or archive) if isinstance(error, OSError) else path
+        raise UserError(f'{where}: {getattr(error, "strerror", None) or error}\n{archive} was not written.') from error
     finally:
         part.unlink(missing_ok=True)
     return len(content) + 1

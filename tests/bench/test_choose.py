@@ -52,6 +52,8 @@ def test_small_and_large_images_are_resized(size, shape, tmp_path) -> None:
 
 
 def test_an_unclear_layout_is_an_error(tmp_path) -> None:
+    with pytest.raises(UserError, match='no such folder'):
+        choose.read_data(tmp_path / 'missing')
     with pytest.raises(UserError, match='annotations/training') as info:
         choose.read_data(tmp_path)
     assert str(tmp_path) in str(info.value).splitlines()[0]

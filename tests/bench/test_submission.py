@@ -99,6 +99,11 @@ def test_what_cannot_be_packed(damage, tmp_path) -> None:
     assert not [path for path in tmp_path.iterdir() if 'a.zip' in path.name]
 
 
+def test_an_archive_that_cannot_be_written_is_named(tmp_path) -> None:
+    with pytest.raises(UserError, match=r'^\S*/missing/\.a\.zip\.part: No such file'):
+        pack([work_dir(tmp_path / 'w')], tmp_path / 'missing' / 'a.zip')
+
+
 # -- archives of strangers --------------------------------------------------------------------------------------------
 def archive(path: Path, *entries: tuple) -> Path:
     """An archive of names, contents and changes of their entries."""
