@@ -209,13 +209,14 @@ class RowCost(NamedTuple):
 
 
 def row_cost(name: str, protocol: str, image: float, data: Data, start_up: float, fit: float = 0.0) -> RowCost:
-    """Estimate a row from the seconds of inference of an image, of the start of a process, and to fit a probe."""
-    costs = min(200 * image, 30.0) + 2 * start_up  # speed, in two forms; memory, in two processes
+    """Estimate a row from the seconds of inference of an image, of the imports of a process, and to fit a probe."""
+    costs = min(200 * image, 15.0) + 2 * start_up  # speed, in two forms; memory, in its own process
+    each = 4 * start_up  # imports, and as long again to build networks and to open the data for training and test
     if protocol == 'linear':
-        return RowCost(name, data.train * image + costs, start_up + fit + data.test * image, 0.0)
+        return RowCost(name, data.train * image + costs, each + fit + data.test * image, 0.0)
     trainings = 1 + (len(RATES) if protocol == 'finetune' else 0)
     step = 3 * image * _STEP_PIXELS / math.prod(data.shape)
-    return RowCost(name, costs, start_up + (2 + trainings) * data.test * image, trainings * step)
+    return RowCost(name, costs + 2 * start_up, each + (2 + trainings) * data.test * image, trainings * step)
 
 
 class Plan(NamedTuple):
@@ -269,7 +270,8 @@ def time_row(row: SuiteRow, data: Data, device: str) -> tuple[float, int, float]
     prepack(net)
     set_input_size([net], data.shape)
     call = SyntheticBatch(cfg, net, 1, data.shape, device).inference_call(net)
-    image = time_interleaved({'': call}, repeats=3, warmup=1, seconds=10.0).summary('').median / 1e3
+    timed = time_interleaved({'': call}, repeats=10, warmup=1, seconds=10.0)
+    image = min(timed.milliseconds['']) / 1e3  # other programs only add to it
     fit = 0.0
     if linear:  # forward and backward products of each cell of stride 16, at a third of the machine's peak
         settings, cells = ProbeSettings(), data.train * math.prod(data.shape) / 16**2

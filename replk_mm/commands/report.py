@@ -55,9 +55,10 @@ def main() -> int:
         metavar='DIR',
         help='also show images, or read labels, of this data set; repeatable (default: only data in the work dirs)',
     )
+    p.add_argument('--metric', metavar='NAME', help='rank rows by it: a class, AP_small, ... (default: mIoU or AP)')
     cli.add_costs(p)
     args = p.parse_args()
-    unused = dict(out=(), rescore=('page', 'costs'), pack=('page', 'costs', 'data_root'))
+    unused = dict(out=(), rescore=('page', 'costs', 'metric'), pack=('page', 'costs', 'metric', 'data_root'))
     for option in next(names for name, names in unused.items() if getattr(args, name)):
         if getattr(args, option):
             p.error(f'--{option.replace("_", "-")} is for the page of --out')
@@ -90,7 +91,7 @@ def rescore_results(args: argparse.Namespace) -> int:
 
 
 def write_report(args: argparse.Namespace) -> int:
-    found = load_report(args.results, read_costs(args.costs))
+    found = load_report(args.results, read_costs(args.costs), args.metric)
     out = cli.prepare_out(args, 'index.html', 'report.md')
     for name, text in (('index.html', render_html(found, args.data_root)), ('report.md', render_markdown(found))):
         write_output(Path(out, name), text)

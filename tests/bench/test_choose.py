@@ -177,3 +177,5 @@ def test_ap_of_a_size_ranks_rows_without_an_interval(tmp_path) -> None:
     [group] = load_report([tmp_path], metric='AP_small').suites[0].groups
     figure = group.rows[0].figures['metric']
     assert (figure.value, figure.low) == (12.0, None)
+    with pytest.raises(UserError, match=r"'AP_tiny'\nKnown: .*AP_small"):
+        load_report([tmp_path], metric='AP_tiny')

@@ -324,7 +324,7 @@ def test_without_a_finite_training_there_is_no_learning_rate(monkeypatch):
 @pytest.mark.slow
 def test_a_linear_row_measures_the_linear_network(tiny, tmp_path):  # noqa: F811
     row = dict(protocol='linear', fraction=25, data_root=str(make_data(tmp_path / 'data', train=20)))
-    task = task_of(tmp_path, tiny, **row, measure=['metric', 'complexity'])
+    task = task_of(tmp_path, tiny, **row, measure=['metric', 'complexity', 'memory'])
     assert run_task(task, measurements.TABLE, {})
     found = {one['measurement']: one for one in records.read_records([tmp_path / 'w'])[0]}
     protocol = found['metric']['protocol']
@@ -334,6 +334,8 @@ def test_a_linear_row_measures_the_linear_network(tiny, tmp_path):  # noqa: F811
     parts = {part['name']: part['parameters'] for part in found['complexity']['values']['parts']}
     classes, channels = 8, 8 + 16 + 32 + 64
     assert parts['decode_head'] == classes * (channels + 1) and 'auxiliary_head' not in parts
+    memory = found['memory']['values']
+    assert memory['inference_bytes'] > 0 and memory['training_bytes'] is None  # a probe trains on cached features
 
 
 def test_curve_of_epochs_and_repeated_iterations(tmp_path):

@@ -53,11 +53,17 @@ def load_report(paths: Sequence[str | Path], costs: Costs | None = None, metric:
         metric: That ranks rows: a class, for its IoU or AP, or one of :data:`METRICS`. Defaults to the recorded one.
 
     Raises:
-        UserError: If there are none.
+        UserError: If there are none, or none has the metric.
     """
     found, complaints = read_results(paths)
     found, unused = replace_costs(found, costs or {})
-    found = [rank_by(record, metric) if metric else record for record in found]
+    if metric:
+        tested = [r['values'] for r in found if r['measurement'] == 'metric' and r['status'] == 'done']
+        known = dict.fromkeys(name for values in tested for name in (*values['per_class'], *values['metrics']))
+        if tested and METRICS.get(metric, metric) not in known:
+            known |= dict.fromkeys(name for name, key in METRICS.items() if key in known)
+            raise UserError(f'no result has the metric {metric!r}\nKnown: {format_list(known, 40)}.')
+        found = [rank_by(record, metric) for record in found]
     by_suite: dict[str, list[Record]] = {}
     for record in found:
         by_suite.setdefault(record['suite'], []).append(record)

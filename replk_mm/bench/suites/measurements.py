@@ -51,7 +51,7 @@ from replk_mm.ops import prepack
 from replk_mm.text import in_percent
 
 #: Time limit in seconds of a speed measurement; slow networks take longer.
-_SECONDS = 30.0
+_SECONDS = 15.0
 #: Largest number of rounds: of a small network, 15 would take a tenth of a second.
 _ROUNDS = 100
 #: Images of an effective receptive field, as in the paper.
@@ -229,10 +229,15 @@ def speed(task: Task) -> MeasurementResult:
 
 
 def memory(task: Task) -> MeasurementResult:
-    """Peak bytes of inference and of a training step beyond the loaded network, each in its own process."""
+    """Peak bytes of inference and of a training step beyond the loaded network, each in its own process.
+
+    A linear probe trains on cached features; its rows have no training step.
+    """
     case, cfg = _case(task)
     values: dict[str, int | None] = dict(inference_bytes=_memory(case), training_bytes=None)
     facts: dict[str, Any] = {}
+    if task.row.protocol == 'linear':
+        return MeasurementResult(values, _machine(case), {})
     batch = task.row.batch or min_batch_size(build_on_meta(cfg), 'train')
     try:
         values['training_bytes'] = _memory(replace(case, mode='train', form='training', checkpoint=None, batch=batch))
