@@ -7,6 +7,7 @@ from replk_mm.backbones.convnext import ConvNeXt
 from replk_mm.backbones.inceptionnext import InceptionNeXt
 from replk_mm.backbones.internimage import InternImage
 from replk_mm.backbones.layers import LayerNorm2d
+from replk_mm.backbones.mobilenetv2 import MobileNetV2
 from replk_mm.backbones.moganet import MogaNet
 from replk_mm.backbones.mscan import MSCAN
 from replk_mm.backbones.overlock import OverLoCK
@@ -24,6 +25,7 @@ __all__ = [
     'InternImage',
     'LayerNorm2d',
     'MSCAN',
+    'MobileNetV2',
     'MogaNet',
     'RDNet',
     'OverLoCK',

@@ -75,13 +75,23 @@ class ReparamLargeKernelConv(nn.Module):
         dilation: Dilation of the large kernel in pixels; more than 1 requires ``small_kernel=None``.
         merged: Build the deployed form, a single convolution with bias.
         norm_cfg: Normalization layer of both branches.
+        stride: Stride in pixels. Defaults to 1.
+        atrous_rate: Factor on the dilation of both kernels. Defaults to 1.
 
     Raises:
         ValueError: If a kernel is even, the small one is the larger, or ``dilation`` does not fit.
     """
 
     def __init__(
-        self, channels: int, kernel_size: int, small_kernel: int | None, dilation: int, merged: bool, norm_cfg: dict
+        self,
+        channels: int,
+        kernel_size: int,
+        small_kernel: int | None,
+        dilation: int,
+        merged: bool,
+        norm_cfg: dict,
+        stride: int = 1,
+        atrous_rate: int = 1,
     ) -> None:
         super().__init__()
         if small_kernel is not None and small_kernel > kernel_size:
@@ -95,12 +105,12 @@ class ReparamLargeKernelConv(nn.Module):
                 f'and small_kernel must be None if it is larger'
             )
         if merged:
-            self.lkb_reparam = DepthwiseConv2d(channels, kernel_size, dilation=dilation)
+            self.lkb_reparam = DepthwiseConv2d(channels, kernel_size, stride, dilation=dilation * atrous_rate)
             return
-        depthwise = partial(ConvNorm, channels, channels, depthwise=True, norm_cfg=norm_cfg)
-        self.lkb_origin = depthwise(kernel_size, dilation=dilation)
+        depthwise = partial(ConvNorm, channels, channels, stride=stride, depthwise=True, norm_cfg=norm_cfg)
+        self.lkb_origin = depthwise(kernel_size, dilation=dilation * atrous_rate)
         if small_kernel is not None:
-            self.small_conv = depthwise(small_kernel)
+            self.small_conv = depthwise(small_kernel, dilation=atrous_rate)
 
     @property
     def merged(self) -> bool:
@@ -117,7 +127,7 @@ class ReparamLargeKernelConv(nn.Module):
         return out if activation is None else activation(out)
 
 
-def _add_shortcut(layer: ConvNorm, x: Tensor, shortcut: Tensor, drop_path: DropPath) -> Tensor:
+def add_shortcut(layer: nn.Module, x: Tensor, shortcut: Tensor, drop_path: DropPath) -> Tensor:
     """Compute ``shortcut + drop_path(layer(x))``."""
     if not drop_path.training or drop_path.drop_prob == 0:
         return layer(x, shortcut=shortcut)
@@ -166,7 +176,7 @@ class RepLKBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.pw1(self.prelkb_bn(x))
         out = self.large_kernel(out, self.lk_nonlinear)
-        return _add_shortcut(self.pw2, out, x, self.drop_path) if self.shortcut else self.pw2(out)
+        return add_shortcut(self.pw2, out, x, self.drop_path) if self.shortcut else self.pw2(out)
 
 
 class ConvFFN(nn.Module):
@@ -190,7 +200,7 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.pw1(self.preffn_bn(x), self.nonlinear)
-        return _add_shortcut(self.pw2, out, x, self.drop_path)
+        return add_shortcut(self.pw2, out, x, self.drop_path)
 
 
 class RepLKNetStage(nn.Module):

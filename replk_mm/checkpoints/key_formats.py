@@ -120,6 +120,34 @@ _VAN_TRANSFORMERS = (
     (r'\.depth_wise_dilated\.', '.conv_spatial.'),
     (r'\.point_wise\.', '.conv1.'),
 )
+# Layer and block of the 17 blocks of MobileNetV2, which torchvision numbers consecutively.
+_MOBILENETV2_BLOCKS = [f'layer{i}.{j}.' for i, depth in enumerate((1, 2, 3, 4, 3, 3, 1), 1) for j in range(depth)]
+_MOBILENETV2_TORCHVISION = (
+    *((rf'^features\.{i}\.(?=conv)', block) for i, block in enumerate(_MOBILENETV2_BLOCKS, 1)),
+    (r'^features\.0\.0\.', 'conv1.conv.'),
+    (r'^features\.0\.1\.', 'conv1.bn.'),
+    (r'^features\.18\.0\.', 'conv2.conv.'),
+    (r'^features\.18\.1\.', 'conv2.bn.'),
+    (r'\.conv\.(\d)\.0\.', r'.conv.\1.conv.'),
+    (r'\.conv\.(\d)\.1\.', r'.conv.\1.bn.'),
+    # The last convolution and its norm are not in a module of their own; the first block has no expansion.
+    (r'^(layer1\.0\.conv\.)1\.(?=weight)', r'\g<1>1.conv.'),
+    (r'^(layer1\.0\.conv\.)2\.', r'\g<1>1.bn.'),
+    (r'\.conv\.2\.(?=weight)', '.conv.2.conv.'),
+    (r'\.conv\.3\.', '.conv.2.bn.'),
+)
+_MOBILENETV2_TIMM = (
+    (r'^conv_stem\.', 'conv1.conv.'),
+    (r'^bn1\.', 'conv1.bn.'),
+    (r'^conv_head\.', 'conv2.conv.'),
+    (r'^bn2\.', 'conv2.bn.'),
+    (r'^blocks\.0\.(\d+)\.conv_dw\.', r'layer1.\1.conv.0.conv.'),
+    (r'^blocks\.0\.(\d+)\.conv_pw\.', r'layer1.\1.conv.1.conv.'),
+    *((rf'^blocks\.0\.(\d+)\.bn{i + 1}\.', rf'layer1.\1.conv.{i}.bn.') for i in range(2)),
+    *((rf'^blocks\.{i}\.', f'layer{i + 1}.') for i in range(1, 7)),
+    *((rf'\.{name}\.', f'.conv.{i}.conv.') for i, name in enumerate(('conv_pw', 'conv_dw', 'conv_pwl'))),
+    *((rf'^(layer\d\.\d+)\.bn{i + 1}\.', rf'\1.conv.{i}.bn.') for i in range(3)),
+)
 _RDNET_STEM = (r'^stem\.', 'stem.stem.')
 #: Key names in circulation. A new family or library is one entry.
 FORMATS = (
@@ -150,6 +178,9 @@ FORMATS = (
     ),
     KeyFormat('MSCAN', 'mmsegmentation', 'block1.0.mlp.dwconv.weight', ((r'\.mlp\.dwconv\.', '.mlp.dwconv.dwconv.'),)),
     KeyFormat('MSCAN', 'official', 'block1.0.attn.spatial_gating_unit.conv0_1.weight'),
+    KeyFormat('MobileNetV2', 'mmpretrain', 'layer1.0.conv.1.conv.weight'),
+    KeyFormat('MobileNetV2', 'torchvision', 'features.1.conv.1.weight', _MOBILENETV2_TORCHVISION),
+    KeyFormat('MobileNetV2', 'timm', 'blocks.0.0.conv_pw.weight', _MOBILENETV2_TIMM),
     KeyFormat('InternImage', 'official', 'levels.0.blocks.0.dcn.dw_conv.0.weight'),
     KeyFormat('ConvNeXt', 'mmpretrain', 'stages.0.0.depthwise_conv.weight', (_FINAL_NORM,)),
     # DINOv3 stores the final norm as norm and as norms.3.

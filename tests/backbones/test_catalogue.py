@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import yaml
 from mmengine.config import Config
+from mmengine.runner.checkpoint import get_mmcls_models
 
 from replk_mm import published
 from replk_mm.analysis.benchmark.case import randomize_constants
@@ -50,6 +51,7 @@ def test_names():
     assert list_backbones('moganet') == [f'moganet-{v}' for v in ('xtiny', 'tiny', 'small', 'base', 'large', 'xlarge')]
     assert list_backbones('rdnet') == [f'rdnet-{v}' for v in ('tiny', 'small', 'base', 'large')]
     assert list_backbones('overlock') == [f'overlock-{v}' for v in ('xt', 't', 's', 'b')]
+    assert list_backbones('mobilenetv2') == [f'mobilenetv2-{v}' for v in ('nano', '100', '100-k9', '100-k13')]
     assert list_backbones('slak') == ['slak-tiny', 'slak-small', 'slak-base']
     assert list_backbones('internimage') == [f'internimage-{v}' for v in ('t', 's', 'b', 'l', 'xl')]
     v1 = ['atto', 'nano', 'tiny', 'small', 'base', 'large', 'xlarge']
@@ -90,8 +92,9 @@ def published_urls() -> set[str]:
 
 def test_weights_are_those_of_the_authors():
     known = published_urls()
+    libraries = {get_mmcls_models()['mobilenet_v2'], 'https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth'}
     for url, (_, weights) in weights_by_url().items():
-        assert url is None or url in known or url.startswith('package:efficientnet')
+        assert url is None or url in known | libraries or url.startswith('package:efficientnet')
         digits = re.search(r'-([0-9a-f]{8})\.pth$', url or '')
         assert weights.sha256 == (digits and digits[1])
     families = (
