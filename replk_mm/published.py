@@ -64,6 +64,25 @@ def table(name: str) -> Any:
     return _tables()[name]
 
 
+@dataclass(frozen=True)
+class Quote:
+    """A published table of a study."""
+
+    caption: str
+    headings: list[str]
+    rows: list[list[Any]]
+
+
+def quote(name: str) -> Quote:
+    """A table that ``quotes`` of ``published.yaml`` names, such as ``'guidelines.shortcut'``."""
+    stated = table('quotes')[name]
+    group, _, study = name.partition('.')
+    rows = table(group)[study] if study else table(group)
+    return Quote(
+        stated['caption'], [*stated['headings'].values()], [[row[k] for k in stated['headings']] for row in rows]
+    )
+
+
 def _result(task: str, row: Mapping[str, Any]) -> PublishedResult:
     source = table('sources')[row['source']]
     schedule = f'{row["iters"] // 1000}k iterations' if 'iters' in row else f'{row["epochs"]} epochs'

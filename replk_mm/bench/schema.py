@@ -18,8 +18,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from replk_mm import published
 from replk_mm.analysis.corruptions import RobustnessSettings
-from replk_mm.errors import UserError, did_you_mean
+from replk_mm.errors import UserError, did_you_mean, format_list
 from replk_mm.text import update_page
 
 VERSION = 1
@@ -221,6 +222,7 @@ class Suite(_Strict):
     path: Path = Field(Path(), exclude=True)
     name: str = Field(description='names the work dir, `work_dirs/suites/NAME`')
     question: str = Field('', description='what the suite answers, a line for the report')
+    quotes: list[str] = Field([], description='published tables that the report shows, such as `guidelines.shortcut`')
     data: SuiteData = Field(
         SuiteData(), description="of all rows; default: each config's own. `--data-root DIR` overrides it"
     )
@@ -247,6 +249,16 @@ class Suite(_Strict):
     @classmethod
     def _one_line(cls, question: str) -> str:
         return ' '.join(question.split())
+
+    @field_validator('quotes')
+    @classmethod
+    def _published(cls, quotes: list[str]) -> list[str]:
+        known = published.table('quotes')
+        if unknown := set(quotes) - set(known):
+            raise ValueError(
+                f'{format_list(sorted(unknown))} is no published table\nKnown tables: {format_list(known)}.'
+            )
+        return quotes
 
     @field_validator('rows')
     @classmethod
@@ -383,6 +395,7 @@ class Record(BaseModel):
     seconds: float = Field(description='that the measurement took')
     files: dict[str, Any] = Field(description='paths relative to the work dir, by what they are')
     key: str = Field(description='identifies what was measured, for `--resume`')
+    quotes: list[str] = Field([], description='published tables of the suite; absent in older records')
     asked: list[Any] = Field([], description='all measurements of the row; absent in older records')
 
     @model_validator(mode='after')

@@ -452,6 +452,26 @@ def test_a_crop_is_the_published_one_if_both_sides_are(tmp_path) -> None:
     assert not any(published(tmp_path / str(crop), crop=crop)['difference'].why for crop in (None, 512, [512, 512]))
 
 
+def test_published_tables_of_a_suite(tmp_path) -> None:
+    """Also of records whose table is not known here."""
+    folder = write(tmp_path, [metric('a', 0, 50.0, quotes=['guidelines.shortcut', 'of another version'])])
+    markdown, page = render_markdown(load_report([folder])), render_html(load_report([folder]))
+    title = 'MobileNetV2 on ImageNet-1K, RepLKNet paper (arXiv:2203.06717), guideline 2'
+    block = markdown.partition(title)[2].split('\n\n')[1]
+    assert block.splitlines() == [
+        '| Kernel | Shortcut | Top-1, % |',
+        '| ---: | ---: | ---: |',
+        '| 3 | yes | 71.76 |',
+        '| 3 | no | 68.67 |',
+        '| 13 | yes | 72.53 |',
+        '| 13 | no | 53.98 |',
+    ]
+    assert f'<caption>{title}</caption>' in page and '<td>53.98</td>' in page
+    assert 'Published, not measured here' not in render_html(
+        load_report([write(tmp_path / 'b', [metric('a', 0, 5.0)])])
+    )
+
+
 def test_nothing_published(found) -> None:
     assert found.suites[0].rows[0].figures['published'].why == 'nothing is published for this config'
 

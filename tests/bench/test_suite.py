@@ -100,7 +100,11 @@ UNTRAINED = dict(name='a', config='c.py')
         (rows(erf=dict(side=5)), 'rows[0] (a): erf: side: unknown key\nDid you mean size? Known keys: count, size.'),
         (rows(robustness=dict(corruptions=['frost'])), 'rows[0] (a): robustness: corruptions: unknown: frost\n'),
         (rows(robustness=dict(sizes=[1])), 'rows[0] (a): robustness: sizes: unknown key\n'),
-        (dict(row=[]), 'row: unknown key\nDid you mean rows? Known keys: data, defaults, name, question, rows.'),
+        (
+            dict(row=[]),
+            'row: unknown key\nDid you mean rows? Known keys: data, defaults, name, question, quotes, rows.',
+        ),
+        (dict(quotes=['guidelines.none']), 'quotes: guidelines.none is no published table\nKnown tables: guidelines.'),
         (dict(rows=[dict(TRAINED, name='a')] * 2), "rows: 'a' names 2 rows"),
         (rows(name='A b'), "rows[0] (A b): name: 'A b' cannot name files\nUse lower-case"),
         (rows(name='12'), 'not digits alone, which number rows for --only'),

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from replk_mm import published
 from replk_mm.analysis.statistics import BestGroup
 from replk_mm.analysis.timing import MAX_LOAD, MAX_SPREAD
 from replk_mm.bench import records
@@ -186,6 +187,12 @@ class SuiteReport:
     def rows(self) -> list[ReportRow]:
         """Of all groups."""
         return [row for group in self.groups for row in group.rows]
+
+    @property
+    def quotes(self) -> list[published.Quote]:
+        """The published tables that the suite names."""
+        names = dict.fromkeys(name for row in self.rows for record in row.records for name in record.get('quotes', ()))
+        return [published.quote(name) for name in names if name in published.table('quotes')]
 
     @property
     def columns(self) -> list[Column]:

@@ -181,6 +181,7 @@ def _tasks_of(
             input=paper.input and list(paper.input),
             source=paper.source,
         ),
+        quotes=suite.quotes,
         config=dict(path=row.config, sha256=sha256, options=row.options),
     )
     for seed in seeds:
