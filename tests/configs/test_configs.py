@@ -32,7 +32,11 @@ from replk_mm.engine.config import fit_to_machine, set_data_root, shorten_schedu
 from replk_mm.engine.config_errors import walk_dicts
 
 CLASSES = {'ade20k': 150, 'cityscapes': 19, 'coco': 80}
-UNPUBLISHED = ['upernet_convnext-base_cityscapes.py']
+UNPUBLISHED = [
+    'deeplabv3plus_mobilenetv2-k13_cityscapes.py',
+    'deeplabv3plus_mobilenetv2_cityscapes.py',
+    'upernet_convnext-base_cityscapes.py',
+]
 
 
 # ---- the files
@@ -103,6 +107,9 @@ TINY = {
     'replk_mm.OverLoCK': dict(
         depths=[1] * 4, focus_depths=[1, 1], channels=[8, 16, 24, 40], heads=[2, 4], kernel_sizes=[7] * 4
     ),
+    'replk_mm.MobileNetV2': dict(
+        stem_channels=8, depths=[[1, 1], [1], [1, 1], [1]], channels=[[8, 8], [16], [24, 24], [40]]
+    ),
     'replk_mm.RDNet': dict(stem_channels=16, growth_rates=[[8], [12], [8], [24]]),
 }
 #: Smaller values for all settings with these keys.
@@ -149,7 +156,11 @@ def tiny_on_cpu(name: str) -> Config:
             _shrink(model.get(part), {inner: 32})
     else:
         model.data_preprocessor.size = (64, 64)
-        model.decode_head.in_channels = [width[c] for c in model.decode_head.in_channels]
+        head = model.decode_head
+        several = isinstance(head.in_channels, list)
+        head.in_channels = [width[c] for c in head.in_channels] if several else width[head.in_channels]
+        if 'c1_in_channels' in head:
+            head.c1_in_channels = width[head.c1_in_channels]
         if 'auxiliary_head' in model:
             model.auxiliary_head.in_channels = width[model.auxiliary_head.in_channels]
         for head in ('decode_head', 'auxiliary_head'):
