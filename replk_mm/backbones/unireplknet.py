@@ -75,7 +75,7 @@ class DilatedReparamBlock(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the branches are merged into one convolution."""
-        return self.lk_origin.bias is not None
+        return len(self._modules) == 1
 
     def branches(self) -> list[tuple[Any, Any]]:
         """Return convolution and norm of each branch, the largest kernel first."""

@@ -11,10 +11,11 @@ the RepLKNet paper (arXiv:2203.06717, guideline 3). In evaluation mode BatchNorm
 """
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterator
+import inspect
+import sys
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,18 +23,16 @@ import torch.fx
 import torch.nn as nn
 from mmcv.cnn import ConvModule
 from mmcv.cnn.bricks import wrappers
+from mmcv.cnn.bricks.conv2d_adaptive_padding import Conv2dAdaptivePadding
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
 
 from replk_mm.backbones.convnext import GlobalResponseNorm
-from replk_mm.backbones.inceptionnext import InceptionNeXtBlock
 from replk_mm.backbones.layers import Backbone
-from replk_mm.backbones.moganet import ChannelAggregationFFN, MogaBlock
-from replk_mm.backbones.replknet import ConvFFN, ConvNorm, ReparamLargeKernelConv, RepLKBlock
+from replk_mm.backbones.replknet import ConvNorm, ReparamLargeKernelConv
 from replk_mm.backbones.slak import DecomposedLargeKernelConv
 from replk_mm.backbones.sync_norm import SyncBatchNorm
 from replk_mm.backbones.unireplknet import DilatedReparamBlock, UniRepLKNetBlock
-from replk_mm.backbones.van import ConvMLP, VANBlock
 from replk_mm.checkpoints.key_formats import FOLDED
 from replk_mm.deploy.equivalence import named_batch_norms
 from replk_mm.errors import UserError
@@ -46,14 +45,6 @@ from replk_mm.wrappers import unwrap_model
 _PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, wrappers.Conv2d, wrappers.Conv3d, DepthwiseConv2d)
 # The forward methods that are an affine map in evaluation mode; a subclass may override them.
 _PLAIN_NORMS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
-# Blocks that run a norm before the first convolution of another module: norm, convolution, class of that module.
-_NORM_FIRST: tuple[tuple[type[nn.Module], str, str, type[nn.Module]], ...] = (
-    (RepLKBlock, 'prelkb_bn', 'pw1.conv', ConvNorm),
-    (ConvFFN, 'preffn_bn', 'pw1.conv', ConvNorm),
-    (InceptionNeXtBlock, 'norm', 'mlp.fc1', nn.Sequential),
-    (VANBlock, 'norm2', 'mlp.fc1', ConvMLP),  # norm1 also feeds the shortcut of the attention
-    (MogaBlock, 'norm2', 'mlp.fc1', ChannelAggregationFFN),
-)
 
 
 @dataclass
@@ -73,13 +64,15 @@ class Changes:
 
 
 def reparameterize(
-    model: nn.Module, merge: bool = True, fold: bool = True, inplace: bool = False
+    model: nn.Module, merge: bool = True, fold: bool = True, inplace: bool = False, keep: Collection[str] = ()
 ) -> tuple[nn.Module, Changes]:
     """Merge parallel kernels and fold BatchNorm wherever that is exact in evaluation mode.
 
-    Works on any module tree, including whole segmentors and detectors. A second call changes nothing. A norm is folded
-    if the class that runs it after its convolution is known (``ConvModule``, blocks of RepLKNet), or if both are in an
-    ``nn.Sequential`` that its owner calls as a whole, which tracing by :mod:`torch.fx` shows.
+    Works on any module tree, including whole segmentors and detectors. A second call changes nothing. Tracing the
+    forward methods by :mod:`torch.fx` shows what each convolution and each norm takes and feeds. A norm is folded if
+    it takes the output of one convolution only, or feeds one only, and no other operation reads what is between them.
+    Where the forward method of a module cannot be traced, that of each of its children is assumed to be the only one
+    that calls the child's own children; those of an ``nn.Sequential`` are left alone.
 
     Args:
         model: Any module.
@@ -87,6 +80,7 @@ def reparameterize(
             do, with their norms. Defaults to True.
         fold: Fold BatchNorm layers into convolutions. Defaults to True.
         inplace: Change ``model`` itself instead of a copy. Defaults to False.
+        keep: Paths of BatchNorm layers that are not folded. Defaults to none.
 
     Returns:
         The network in evaluation mode, without wrappers such as DDP and ``torch.compile``, and the list of changes.
@@ -117,17 +111,23 @@ def reparameterize(
                     if _runs_as(module, cls) and merge_into_one(module, uses):
                         changes.merged.append(name)
         if fold:
-            calls = cache(partial(_calls, model))
-            for name, conv_path, norm_path, norm_first in list(_pairs(model)):
-                norm, conv = model.get_submodule(norm_path), model.get_submodule(conv_path)
-                if uses[id(conv)] > 1 or not _foldable(norm, conv, norm_first):
-                    continue
-                if _is_private(model, name, (conv_path, norm_path), calls):
-                    model.set_submodule(conv_path, _fold(norm, conv, norm_first))
-                    model.set_submodule(norm_path, nn.Identity().eval())
-                    if isinstance(owner := model.get_submodule(name), ConvModule):
+            inputs, users = _data_flow(model)
+            for name, norm in list(named_batch_norms(model)):
+                for norm_first, ahead, behind in ((False, inputs, users), (True, users, inputs)):
+                    path = next(iter(ahead[name]), None)
+                    if name in keep or len(ahead[name]) > 1 or not isinstance(path, str) or behind[path] != {name}:
+                        continue
+                    conv = model.get_submodule(path)
+                    if uses[id(conv)] > 1 or uses[id(norm)] > 1 or not _foldable(norm, conv, norm_first):
+                        continue
+                    model.set_submodule(path, _fold(norm, conv, norm_first))
+                    # timm's norms run dropout and an activation after the affine map.
+                    rest = nn.Sequential(OrderedDict(norm.named_children())) if norm._modules else nn.Identity()
+                    model.set_submodule(name, rest.eval())
+                    if isinstance(owner := model.get_submodule(path.rpartition('.')[0]), ConvModule):
                         owner.turn_on_efficient_conv_bn_eval(False)  # it needs the norm
-                    changes.folded.append(norm_path)
+                    changes.folded.append(name)
+                    break
         for module in model.modules() if changes.folded else ():
             if isinstance(module, Backbone):
                 module.register_buffer(FOLDED, torch.tensor(True))
@@ -135,89 +135,99 @@ def reparameterize(
     return model, changes
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[str, str, str, bool]]:
-    """Yield convolutions and norms that one module runs one after the other.
-
-    Each is a tuple of the paths of that module, of the convolution and of the norm, and whether the norm comes first.
-    """
-    for name, module in model.named_modules():
-        found: list[tuple[str, str, bool]] = []
-        if _runs_as(module, ConvModule):
-            if module.with_norm and module.order[:2] == ('conv', 'norm'):
-                found = [('conv', module.norm_name, False)]
-        elif _runs_as(module, ConvNorm):
-            found = [('conv', 'bn', False)]
-        elif _runs_as(module, nn.Sequential):
-            children = [
-                f'{path}.lk_origin' if _runs_as(layer, DilatedReparamBlock) and layer.merged else path
-                for path, layer in module._modules.items()
-            ]
-            pairs = list(zip(children, children[1:], strict=False))
-            found = [(first, second, False) for first, second in pairs] + [(conv, norm, True) for norm, conv in pairs]
-        for cls, norm, conv, of in _NORM_FIRST:
-            if _runs_as(module, cls):
-                owner = module.get_submodule(conv.rpartition('.')[0])
-                if _runs_as(owner, of) and not has_hooks(owner):
-                    found = [(conv, norm, True)]
-        prefix = f'{name}.' if name else ''
-        yield from ((name, prefix + conv, prefix + norm, first) for conv, norm, first in found)
-
-
 def _runs_as(module: Any, cls: type[nn.Module]) -> bool:
     """Return whether ``module`` runs the forward method of ``cls``, which a subclass or an instance may replace."""
     return type(module).forward is cls.forward and 'forward' not in vars(module)
 
 
-class _Features(torch.fx.Proxy):
-    """Stands for a tensor or a list of tensors, whose items forward may replace."""
+class _Tracer(torch.fx.Tracer):
+    """Traces through submodules. Norms, modules without children, with hooks, or that cannot be traced are calls."""
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def __init__(self) -> None:
+        super().__init__()
+        self.inlined: list[str] = []  # paths of the submodules that the graph shows from inside
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        path, nodes, inlined = self.path_of_module(m), len(self.graph.nodes), len(self.inlined)
+        if m._modules and not isinstance(m, _BatchNorm) and not has_hooks(m):
+            try:
+                out = forward(*args, **kwargs)
+                self.inlined.append(path)
+                return out
+            except Exception:  # control flow that depends on values, or whatever else proxies cannot do
+                del self.inlined[inlined:]
+                for node in list(self.graph.nodes)[: nodes - 1 : -1]:
+                    if node.op != 'get_attr':  # these are reused
+                        self.graph.erase_node(node)
+        return self.create_proxy('call_module', path, args, kwargs)
 
 
-def _calls(model: nn.Module, path: str) -> list[str]:
-    """Return the paths of the modules and tensors that a module's forward uses; none if it cannot be traced."""
-    module = model.get_submodule(path)
-    tracer: Any = torch.fx.Tracer()
-    tracer.is_leaf_module = lambda *_: True
-    tracer.proxy = lambda node: _Features(node, tracer)
-    try:  # with a copy, in which forward may store something
-        nodes: Any = [] if 'forward' in vars(module) else tracer.trace(copy.copy(module)).nodes
-    except Exception:  # control flow that depends on values, or whatever else proxies cannot do
-        return []
-    used = [node for node in nodes if node.op in ('call_module', 'get_attr')]
-    # ConvModule can be called without its norm.
-    names = [f'{node.target}.conv' if node.kwargs.get('norm') is False else node.target for node in used]
-    return [f'{path}.{name}' if path else name for name in names]
+def _data_flow(model: nn.Module) -> tuple[dict[str, set], dict[str, set]]:
+    """Trace the forward methods of a network's modules.
+
+    Returns:
+        For the path of each called module, the sources of its input and the users of its output. Each is a path, or a
+        node of another operation; reading a parameter counts as both.
+    """
+    inputs, users = defaultdict[str, set](set), defaultdict[str, set](set)
+    # forward may store proxies in the modules. The tensors are shared.
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    shown, called = set[str](), {''}
+    for module in model.modules():
+        if isinstance(module, ConvModule):
+            module.turn_on_efficient_conv_bn_eval(False)  # it would hide the norm
+    for root, module in model.named_modules():  # parents first
+        prefix = f'{root}.' if root else ''
+        # Anything may call the members of an nn.Sequential, unless the trace of its owner shows a call of the whole.
+        if root in shown or 'forward' in vars(module) or (_runs_as(module, nn.Sequential) and root not in called):
+            continue
+        if not any(child is not module for _, child in named_batch_norms(module)):
+            continue
+        parameters = inspect.signature(type(module).forward).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        tracer = _Tracer()
+        try:
+            nodes = tracer.trace(module, defaults).nodes
+        except Exception:
+            continue
+        shown |= {prefix + path for path in tracer.inlined}
+        paths: dict[Any, str] = {node: prefix + node.target for node in nodes if node.op == 'call_module'}
+        called |= set(paths.values())
+        for node, path in paths.items():
+            inputs[path] |= {paths.get(source, source) for source in node.all_input_nodes}
+            users[path] |= {paths.get(user, user) for user in node.users}
+        for node in nodes:
+            if node.op == 'get_attr' and node.users:
+                owner = prefix + node.target.rpartition('.')[0]
+                inputs[owner].add(node)
+                users[owner].add(node)
+    return inputs, users
 
 
-def _is_private(model: nn.Module, name: str, members: tuple[str, ...], calls: Callable) -> bool:
-    """Return whether only the module at ``name`` uses its ``members``, as far as the forward methods can be traced."""
-    parts = name.split('.') if name else []
-    # The members of an nn.Sequential are public: the trace of its owner must show that it is called as a whole.
-    public = _runs_as(model.get_submodule(name), nn.Sequential)
-    for path in ('.'.join(parts[:i]) for i in reversed(range(len(parts)))):
-        module, used = model.get_submodule(path), calls(path)
-        if any(f'{call}.'.startswith(f'{member}.') for call in used for member in members):
-            return False
-        if public and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            if not any(f'{name}.'.startswith(f'{call}.') for call in used):
-                return False
-            public = _runs_as(module, nn.Sequential)
-    return True
+def _timm(name: str) -> Any:
+    return getattr(sys.modules.get('timm.layers'), name, None)
 
 
 def _is_affine(norm: Any) -> bool:
-    if not isinstance(norm, _BatchNorm) or type(norm).forward not in _PLAIN_NORMS or 'forward' in vars(norm):
+    """Return whether a norm is an affine map in evaluation mode."""
+    return type(norm).forward in _PLAIN_NORMS and _has_statistics(norm)
+
+
+def _has_statistics(norm: Any) -> bool:
+    if not isinstance(norm, _BatchNorm) or 'forward' in vars(norm):
         return False
     return norm.running_mean is not None and not has_hooks(norm)
 
 
 def _foldable(norm: Any, conv: Any, norm_first: bool) -> bool:
-    if not _is_affine(norm) or type(conv) not in _PLAIN_CONVOLUTIONS or 'forward' in vars(conv) or has_hooks(conv):
+    if 'forward' in vars(conv) or has_hooks(conv):
         return False
     if norm_first:
-        return all(p == 0 for p in conv.padding) and conv.in_channels == norm.num_features
-    return conv.out_channels == norm.num_features
+        plain = _is_affine(norm) and type(conv) in _PLAIN_CONVOLUTIONS and all(p == 0 for p in conv.padding)
+        return plain and conv.in_channels == norm.num_features
+    affine = _is_affine(norm) or (type(norm) is _timm('BatchNormAct2d') and _has_statistics(norm))
+    plain = type(conv) in (*_PLAIN_CONVOLUTIONS, Conv2dAdaptivePadding, _timm('Conv2dSame'))
+    return affine and plain and conv.out_channels == norm.num_features
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
@@ -281,7 +291,9 @@ def _sum_branches(branches: list[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
 def _mergeable(block: nn.Module, parts: list[nn.Module], branches: list[tuple[Any, Any]], uses: Counter[int]) -> bool:
     """Return whether only ``block`` uses its ``parts``, no hook sees them, and the sum of the branches is affine."""
     shared = any(uses[id(part)] > uses[id(block)] for part in parts)
-    foldable = all(isinstance(norm, nn.Identity) or _foldable(norm, conv, False) for conv, norm in branches)
+    foldable = all(
+        isinstance(norm, nn.Identity) or (_is_affine(norm) and _foldable(norm, conv, False)) for conv, norm in branches
+    )
     return foldable and not shared and not has_hooks(*parts)
 
 

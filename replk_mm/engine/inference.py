@@ -77,10 +77,12 @@ def load_model(
     backbone = getattr(model, 'backbone', model)
     found = find_weights(loaded, backbone, str(checkpoint))
     how = get_reparameterization(loaded, found.backbone)
-    if how and not training:
-        reparameterize(model, **how, inplace=True)
     weights = weights_for_training(backbone, found, loaded, str(checkpoint)) if training else found.backbone
     weights = {f'backbone.{key}': value for key, value in weights.items()} if whole else weights
+    if how and not training:
+        # Files of earlier versions have norms that are folded now.
+        norms = [key.rpartition('.')[0] for key in [*weights, *found.rest] if key.endswith('.running_var')]
+        reparameterize(model, **how, inplace=True, keep=norms)
     report = copy_weights(model, {**weights, **found.rest}, whole, resize_kernels)
     optional = () if training else TRAINING_ONLY
     report.missing = [

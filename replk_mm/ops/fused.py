@@ -153,6 +153,7 @@ def has_hooks(*modules: nn.Module | None) -> bool:
 def _can_fuse(conv: nn.Module, activation: nn.Module | None, shortcut: Tensor | None, x: Tensor) -> bool:
     if (
         is_traced()
+        or not isinstance(x, Tensor)  # a proxy of torch.fx
         or not isinstance(conv, nn.Conv2d)
         or type(conv) not in (nn.Conv2d, DepthwiseConv2d)
         or 'forward' in vars(conv)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from mmengine.runner import load_checkpoint
 from norms import randomize_norms
-from reparam_cases import BN, CHANNELS, FCN_HEAD, REPLK, SEGMENTOR, UNIREPLKNET, build, norms
+from reparam_cases import BN, CHANNELS, FCN_HEAD, REPLK, SEGMENTOR, UNIREPLKNET, build, largest_gap, norms
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from replk_mm.deploy.equivalence import compare_networks, network_outputs
 from replk_mm.deploy.reparameterize import reparameterize
@@ -33,6 +34,65 @@ CASCADE = dict(
         ),
     ],
 )
+
+
+#: Networks of other libraries, of which every norm follows a convolution.
+BACKBONES = {
+    'mmseg': [
+        dict(type='mmseg.ResNet', depth=50),
+        dict(type='mmseg.ResNetV1c', depth=18, style='caffe'),
+        dict(type='mmseg.MobileNetV2'),
+        dict(type='mmdet.RegNet', arch='regnetx_400mf'),
+    ],
+    'mmpretrain': [
+        dict(type='mmpretrain.ResNet', depth=50),
+        dict(type='mmpretrain.EfficientNet', arch='b0'),
+        dict(type='mmpretrain.MobileNetV3', arch='small'),
+    ],
+    'torchvision': ['resnet18', 'mobilenet_v3_small', 'efficientnet_b0', 'shufflenet_v2_x0_5'],
+    'timm': [
+        'resnet50',
+        'tf_efficientnet_lite0',
+        'efficientnet_lite0',
+        'efficientnet_b0',
+        'regnety_002',
+        'mobilenetv3_small_050',
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    'library, network',
+    [
+        pytest.param(library, network, marks=[pytest.mark.extras(library)] * (library != 'mmseg'))
+        for library, networks in BACKBONES.items()
+        for network in networks
+    ],
+    ids=str,
+)
+def test_backbones_of_other_libraries(library, network):
+    if library == 'timm':
+        model = pytest.importorskip('timm').create_model(network, features_only=True)
+    elif library == 'torchvision':
+        model = pytest.importorskip('torchvision').models.get_model(network)
+    else:
+        pytest.importorskip(library)
+        model = build(network, library)
+    randomize_norms(model).double().eval()
+    after, changes = reparameterize(model)
+    assert len(changes.folded) == len(norms(model)) and norms(after) == changes.left == []
+    x = torch.randn(1, 3, 65, 96, dtype=torch.float64)
+    with torch.no_grad():
+        assert largest_gap(tree_leaves(model(x)), tree_leaves(after(x))) <= 1e-10
+
+
+def test_checkpointed_blocks_are_left_alone():
+    """They depend on whether the input needs a gradient."""
+    pytest.importorskip('mmseg')
+    model = build(dict(type='mmseg.ResNet', depth=18, with_cp=True), 'mmseg')
+    after, changes = reparameterize(model)
+    assert changes.folded == ['bn1'] and changes.left == [name for name in norms(model) if name != 'bn1']
+    assert all(d.ok for d in compare_networks(model, after))
 
 
 def test_segmentor():

@@ -349,6 +349,18 @@ def test_reparameterized_whole_model(merge, fold, trained, tmp_path):
     assert torch.equal(model.decode_head(model.extract_feat(x)), after.decode_head(after.extract_feat(x)))
 
 
+def test_merged_file_with_a_norm_that_is_folded_now(trained, tmp_path):
+    source = segmentor()
+    load_model(source, trained)
+    kept = ['backbone.stages.0.blocks.1.preffn_bn']
+    after, changes = reparameterize(source, keep=kept)
+    assert changes.left == kept
+    record = {'replk_mm': {'reparameterized': {'merge': True, 'fold': True}}}
+    model = segmentor(seed=5)
+    load_model(model, write(tmp_path / 'a.pth', {'meta': record, 'state_dict': after.state_dict()}))
+    assert_same(model, after.state_dict())
+
+
 def test_merged_backbone_of_the_authors_in_a_whole_model(tmp_path):
     """No record in the file: the key names tell."""
     after, _ = reparameterize(segmentor(seed=3), fold=False)

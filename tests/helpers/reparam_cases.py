@@ -65,7 +65,9 @@ def randomized(model):
 def build(cfg, scope):
     with DefaultScope.overwrite_default_scope(scope):
         torch.manual_seed(0)
-        return randomize_norms(MODELS.build(ConfigDict(copy.deepcopy(cfg)))).eval()
+        model = randomize_norms(MODELS.build(ConfigDict(copy.deepcopy(cfg))))
+        model.eval()  # the backbones of mmseg and mmdet return None
+        return model
 
 
 REPLK = dict(type='replk_mm.RepLKNet', arch=TINY)
