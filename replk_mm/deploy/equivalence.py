@@ -76,7 +76,8 @@ def compare_networks(
         results: list[list[Tensor]] = []
         ran: set[str] = set()
         for model in (before, after):
-            model = copy.deepcopy(model).cpu().eval().to(dtype)
+            model = copy.deepcopy(model).cpu().to(dtype)
+            model.eval()  # mmdet's and mmseg's backbones return None
             if not results:
                 for name, norm in named_batch_norms(model):
                     norm.register_forward_hook(lambda *_, name=name, ran=ran: ran.add(name))
