@@ -188,7 +188,7 @@ def main() -> None:
             sys.exit(1)
     choices = {'torch': chosen, 'extras': extras, 'installed': venv.installed()}
     venv.stamp.write_text(json.dumps({**choices, 'fingerprint': venv.fingerprint(torch, mmcv, extras)}))
-    print(f'{args.venv} is ready. Check it: {args.venv}/bin/replk doctor')
+    print(f'{args.venv} is ready. Activate it: source {args.venv}/bin/activate; check it: replk doctor')
 
 
 if __name__ == '__main__':

@@ -84,13 +84,13 @@ def answer(suite: SuiteReport, limits: Limits | None = None, command: str = '') 
     measured = [(group, rows) for group, rows in groups if rows]
     if not measured:
         return Answer('Not decided: no row has a score yet.', (f'To decide: {command}.',))
-    group, rows = max(measured, key=lambda found: _weight(*found))
-    left_out = [f'{row.label} ({problem})' for row in rows if (problem := limits.problem(row))]
-    rows = [row for row in rows if not limits.problem(row)]
+    within = [(group, [row for row in rows if not limits.problem(row)]) for group, rows in measured]
+    (group, rows), (_, all_rows) = max(zip(within, measured, strict=True), key=lambda found: _weight(*found[0]))
+    left_out = [f'{row.label} ({problem})' for row in all_rows if (problem := limits.problem(row))]
     remarks = []
     if left_out:
         remarks.append(f'Beyond your limits: {format_list(left_out)}.')
-    others = [_summary(other, part) for other, part in measured if other is not group]
+    others = [_summary(other, part) for other, part in within if other is not group and part]
     if others:
         remarks.append(f'Rows of other protocols are not compared with these; the best there: {"; ".join(others)}.')
     if not rows:
@@ -128,6 +128,8 @@ def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ..
     if len(scores) < 2 or first.name not in scores:
         again = f'Measure their metric again: {command}.'
         verdict = f'Not decided: no confidence interval for {format_list(lacking)}.'
+        if group.metric.startswith('AP_'):
+            again = 'The AP of a size has no interval: rank by AP or by a class.'
         return Answer(verdict, (f'{top}.', *remarks, again), None, names, group)
     if lacking:
         remarks += (f'Without an interval, and not compared: {format_list(lacking)}.',)
@@ -143,16 +145,20 @@ def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ..
         why = 'One training of each row cannot say which is better.'
         return Answer(verdict, (f'{top}. {why}', *remarks, needed), None, found.members, group)
     best = f'{leader.label}: {_score(group, leader)}'
+    every = 'every other row with an interval' if lacking else 'every other row'
     if not beaten:
         verdict = f'Not decided: the {len(ties) + 1} rows cannot be distinguished with {conditions}.'
         cheaper = _cheapest([leader, *ties])
         return Answer(verdict, (f'{top}.', *cheaper, *remarks, needed), None, found.members, group)
     if ties:
         verdict = f'Take {best}, or one of {len(ties)} that cannot be distinguished from it.'
-        same = f'Not distinguishable from it: {format_list([row.label for row in ties], 6)}.'
-        sentences = (f'{same} Every other row scores less.', *_cheapest([leader, *ties]), *remarks, needed)
+        same = (
+            f'Not distinguishable from it: {format_list([row.label for row in ties], 6)}; it scores more than {every}.'
+        )
+        cheaper = [*_cheapest([leader, *ties]), *_trades(leader, beaten, found)]
+        sentences = (same, *cheaper, *remarks, needed)
     else:
-        verdict = f'Take {best}, more than every other row.'
+        verdict = f'Take {best}, more than {every}.'
         behind = next(d for d in found.differences if d.second == beaten[0].name)
         lead = f'{beaten[0].label} is next, {_points(behind.value, behind.low, behind.high)} behind.'
         sentences = (lead, *_trades(leader, beaten, found), *remarks)
@@ -190,7 +196,10 @@ def _cheapest(rows: list[ReportRow]) -> list[str]:
     leader, found = rows[0], []
     for key, word in _COSTS.items():
         known = sorted(_comparable(leader, rows, key), key=lambda row: row.figures[key].value or 0.0)
-        if len(known) > 1 and (known[0].figures[key].value or 0.0) <= _CLEARLY * (known[-1].figures[key].value or 0.0):
+        if len(known) < 2:
+            continue
+        rival = known[1] if known[0] is leader else leader
+        if (known[0].figures[key].value or 0.0) <= _CLEARLY * (rival.figures[key].value or 0.0):
             more = '' if known[0] is leader else f' instead of {_cost(leader, key)}'
             found.append(f'{word} {known[0].label} ({_cost(known[0], key)}{more})')
     return [f'Choose by cost: {", ".join(found)}.'] if found else []

@@ -105,7 +105,8 @@ def read_data(root: Path, task: str | None = None, classes: str = 'auto') -> Dat
     layouts = [layout for layout in known if Path(root, layout.labels).exists()]
     if len(layouts) != 1:
         what = 'labels of several layouts' if layouts else 'no labels'
-        advice = 'Choose one with --task.' if layouts else 'docs/data.md describes the folders.'
+        others = dict.fromkeys(layout.task for layout in LAYOUTS if Path(root, layout.labels).exists())
+        advice = 'docs/data.md describes the folders.' if not others else f'Choose --task {" or ".join(others)}.'
         raise UserError(f'{root}: {what} ({", ".join(layout.labels for layout in known)})\n{advice}')
     cfg = load_config(f'replk_mm::{layouts[0].config}')
     set_data_root(cfg, str(root))
@@ -161,7 +162,7 @@ def find_weights(
                 if licence and not is_permissive(entry, weights):
                     raise UserError(f'the licence is {licence_of(entry, weights)}')
             host = urlsplit(address or '').hostname
-            if host in unreachable:
+            if host and host in unreachable:
                 raise DownloadError()
             if address is None and not scratch:
                 build_backbone(backbone, pretrained=True)  # by timm or transformers
@@ -171,7 +172,7 @@ def find_weights(
                 require(entry.package, name)
             rows.append(row)
         except DownloadError:
-            missing[name] = f'{address}\n    as {download_path(str(address))}'
+            missing[name] = f'{address}\n    as {download_path(str(address))}' if host else 'a download'
             unreachable.add(host)
         except UserError as error:
             missing[name] = str(error).splitlines()[-1]
@@ -231,17 +232,17 @@ class Plan(NamedTuple):
 def fit_budget(costs: Sequence[RowCost], budget: float, keep: Sequence[str] = (), most: int = 0) -> Plan:
     """Choose rows, seeds and iterations that fit a budget.
 
-    All rows with three seeds come first, then two seeds, since one decides nothing; then the slowest row is left out,
-    down to two rows, which are planned even if they take longer.
+    All rows with three seeds come first, then two seeds, since one decides nothing. Then the slowest row is left out,
+    and so on, down to two rows, which are planned even if they take longer.
 
     Args:
         costs: Of the rows.
         budget: In seconds.
-        keep: Names of rows that are left out last.
+        keep: Names of controls, which are left out once two other rows remain.
         most: Iterations of the whole schedule; 0 without iterations.
     """
     least = min(most, _LEAST)
-    left = sorted(costs, key=lambda cost: (cost.name in keep, -cost.seconds(2, least)))
+    left = list(costs)
     while True:
         for seeds in (3, 2):
             free = budget - sum(cost.seconds(seeds, 0) for cost in left)
@@ -252,7 +253,9 @@ def fit_budget(costs: Sequence[RowCost], budget: float, keep: Sequence[str] = ()
                 iterations = max(iterations, least)
                 seconds = sum(cost.seconds(seeds, iterations) for cost in left)
                 return Plan([cost.name for cost in costs if cost in left], seeds, iterations, seconds)
-        left.pop(0)
+        controls = [cost for cost in left if cost.name in keep]
+        others = [cost for cost in left if cost.name not in keep]
+        left.remove(max(others if len(others) > 2 else controls or others, key=lambda cost: cost.seconds(2, least)))
 
 
 def time_row(row: SuiteRow, data: Data, device: str) -> tuple[float, int, float]:
@@ -325,7 +328,7 @@ def prior_answer(task: str, rows: Sequence[FieldRow], conditions: str) -> list[s
         'Not decided on your images: fewer than two backbones have pretrained weights here, and random weights cannot '
         'rank backbones by probing.',
         f'Prior evidence on other data ({title} of {method} on {dataset}, pretraining {pretraining}, published): '
-        + (f'{shown(front[0])} is the best of {len(rows)}.' if front else 'none within your limits.'),
+        + (f'{shown(front[0])} is the best of {len(rows)} timed here.' if front else 'none within your limits.'),
         *([f'Faster, with lower scores: {"; ".join(map(shown, front[1:]))}.'] if front[1:] else []),
         f'Scores are of one training each, without intervals. Times are of the backbone alone, {conditions}.',
         'To decide on your images, get two or more of the weights and run the command again.',

@@ -44,7 +44,7 @@ class Rescored:
     def __str__(self) -> str:
         name, metric = f'{self.record["row"]}, seed {self.record["seed"]}', primary_metric(self.record)[0]
         if self.differences:
-            return '\n  '.join([f'{name}: DIFFERENT', *self.differences])
+            return '\n  '.join([f'{name}: {"DIFFERENT" if self.values else "NOT CHECKED"}', *self.differences])
         value, images = self.values['metrics'][metric], self.values['images']
         part = f' (of {self.labels:,} that have labels there)' if images != self.labels else ''
         return f'{name}: {metric} {value:.2f} reproduced from {images:,} images{part}, labels in {self.root}'
@@ -69,7 +69,7 @@ def rescore(found: Iterable[StoredRecord], data_roots: Iterable[str | Path] = ()
                 result.differences += _compare(result, compute(result, data, folder))
             except Exception as error:  # the files of other people may hold anything
                 why = 'the record names no predictions' if isinstance(error, KeyError) else str(error)
-                result.differences.append(f'not rescored: {why or type(error).__name__}')
+                result.differences.append(f'{why or type(error).__name__}')
             yield result
 
 

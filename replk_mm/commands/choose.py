@@ -65,7 +65,8 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     args.work_dir = args.work_dir or Path('work_dirs', 'choose', choose.slug(args.data_root.resolve().name) or 'data')
     args.suite, args.limits = args.work_dir / 'suite.yaml', Limits(args.max_latency, args.max_memory, args.max_params)
-    args.start_up = time.time() - psutil.Process().create_time()
+    args.begin = psutil.Process().create_time()
+    args.start_up = time.time() - args.begin
     return args
 
 
@@ -90,11 +91,22 @@ def make_suite(args: argparse.Namespace, data: choose.Data) -> Suite | None:
             costs.append(choose.row_cost(row.name, protocol, image, data, args.start_up, fit))
     if len(costs) < 2:
         raise UserError(f'{len(costs)} of {len(rows)} backbones are within the limits\nRaise them, or use --backbones.')
-    planned = choose.fit_budget(costs, args.budget, list(choose.CONTROLS), data.schedule if trains else 0)
-    show_plan(planned, costs, args.budget)
+    left = args.budget - (time.time() - args.begin)
+    planned = choose.fit_budget(costs, left, list(choose.CONTROLS), data.schedule if trains else 0)
+    show_plan(planned, costs, left)
     keys |= dict(seeds=list(range(planned.seeds)), **(dict(iterations=planned.iterations) if trains else {}))
     chosen = [row for row in rows if row['name'] in planned.rows]
     return choose.write_suite(args.suite, choose.suite_content(data, protocol, chosen, **keys))
+
+
+def continue_suite(args: argparse.Namespace, data: choose.Data) -> Suite:
+    """Read the suite of an earlier run, whose rows stay."""
+    suite = read_suite(args.suite)
+    if Path(suite.data.root or '').resolve() != data.root:
+        raise UserError(f'{args.suite}: compares backbones for {suite.data.root}\nChoose another --work-dir DIR.')
+    if ignored := [name for name in ('backbones', 'classes', 'licence', 'scratch') if getattr(args, name)]:
+        say(f'the rows of {args.suite} stay as they are: --{", --".join(ignored)} ignored')
+    return suite
 
 
 def show_plan(planned: choose.Plan, costs: list[choose.RowCost], budget: float) -> None:
@@ -103,8 +115,10 @@ def show_plan(planned: choose.Plan, costs: list[choose.RowCost], budget: float) 
     shown = [[name, took if name in planned.rows else 'not within the budget'] for name, took in times.items()]
     say(text_table([['row', 'estimated time'], *shown]))
     each = f' of {planned.iterations} iterations' if planned.iterations else ''
-    total = f'about {format_duration(planned.seconds)} of {format_duration(budget)}'
+    total = f'about {format_duration(planned.seconds)} of {format_duration(max(0.0, budget))} left'
     say(f'{len(planned.rows)} rows, {planned.seeds} trainings each{each}: {total}; after a stop, --resume continues')
+    if planned.seconds > budget:
+        say('the budget is too small for a comparison: this is the least, two rows with two trainings each')
 
 
 def run_rows(suite: Suite, args: argparse.Namespace) -> list[tuple[Task, str]]:
@@ -135,8 +149,8 @@ def add_finalists(suite: Suite, args: argparse.Namespace, data: choose.Data) -> 
         return suite
     planned = choose.fit_budget(costs, left, most=data.schedule)
     if planned.seconds > left:
-        minutes = (args.budget - left + planned.seconds) / 60
-        say(f'fine-tuning the best is not within the budget; to add it: --resume --budget {minutes:.0f}min')
+        minutes = math.ceil((args.budget - left + planned.seconds) / 60)
+        say(f'fine-tuning the best is not within the budget; to add it: --resume --budget {minutes}min')
         return suite
     show_plan(planned, costs, left)
     content = yaml.safe_load(args.suite.read_text(encoding='utf-8'))
@@ -159,7 +173,8 @@ def answer_without_weights(args: argparse.Namespace, data: choose.Data, out: Pat
     where = f'{device}, 1x3x{data.shape[0]}x{data.shape[1]}, float32'
     sentences = choose.prior_answer(data.layout.task, within, f'on {where}')
     again = command_line('choose', '--data-root', args.data_root)
-    write_output(out / 'index.html', render_field(rows, where, again, sentences))
+    title = f'Which backbone for {data.root.name}?'
+    write_output(out / 'index.html', render_field(within, where, again, sentences, title))
     return sentences
 
 
@@ -190,7 +205,7 @@ def main() -> int:
     known = [*data.names, *(METRICS if data.layout.task == 'detection' else ['mIoU'])]
     if args.metric and args.metric not in known:
         raise UserError(f'--metric {args.metric}: neither a class nor a metric\nKnown: {", ".join(known)}.')
-    suite = read_suite(args.suite) if args.suite.exists() else make_suite(args, data)
+    suite = continue_suite(args, data) if args.suite.exists() else make_suite(args, data)
     if suite is None:
         say('', *answer_without_weights(args, data, out), f'report: {out / "index.html"}', sep='\n')
         return 0

@@ -312,10 +312,12 @@ class _Layers(nn.Module):
         self.bn = copy.deepcopy(head.bn)
         self.convs = nn.ModuleList(copy.deepcopy(head.conv_seg) for _ in range(count))
 
-    def forward(self, features: Tensor) -> list[Tensor]:
-        """Logits ``(cells, classes)`` of each layer for features ``(channels, cells)``."""
-        x = self.bn(features[None, :, :, None])
-        return [conv(x)[0, :, :, 0].t() for conv in self.convs]
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits ``(layers, classes, cells)`` for features ``(channels, cells)``; one product for all layers."""
+        x = self.bn(features[None, :, :, None])[0, :, :, 0]
+        weight = torch.cat([conv.weight[:, :, 0, 0] for conv in self.convs])
+        bias = torch.cat([conv.bias for conv in self.convs])
+        return torch.addmm(bias[:, None], weight, x).unflatten(0, (len(self.convs), -1))
 
 
 def _fit(
@@ -335,9 +337,9 @@ def _fit(
         for batch in order.tensor_split(steps):  # of equal sizes, but for one image
             features, counts = zip(*(next(cells) for _ in batch), strict=True)
             logits = layers(torch.cat(features, 1).to(device))
-            labels = torch.cat(counts).to(device)
+            labels = torch.cat(counts).to(device).t()
             optimizer.zero_grad()
-            torch.stack([cell_cross_entropy(x, labels) for x in logits]).sum().backward()
+            cell_cross_entropy(logits, labels).sum().backward()
             optimizer.step()
             schedule.step()
     return layers.eval(), (time.perf_counter() - start) / settings.epochs
@@ -350,7 +352,7 @@ def _mean_iou(layers: _Layers, cells: Iterable[Cells], device: str) -> list[floa
     for features, labels in cells:
         counts = labels.double()
         empty = counts.new_zeros(counts.shape[1], counts.shape[1])
-        predicted = [logits.argmax(1).cpu() for logits in layers(features.to(device))]
+        predicted = layers(features.to(device)).argmax(1).cpu()
         confusion += torch.stack([empty.index_add(0, rows, counts) for rows in predicted])
     overlap, truth = confusion.diagonal(dim1=1, dim2=2), confusion.sum(1)
     iou = (overlap / (confusion.sum(2) + truth - overlap))[:, truth[0] > 0]

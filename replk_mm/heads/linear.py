@@ -36,8 +36,16 @@ def count_labels(labels: Tensor, size: Sequence[int], num_classes: int, ignore_i
 
 
 def cell_cross_entropy(logits: Tensor, counts: Tensor) -> Tensor:
-    """Mean cross-entropy of the counted pixels, each with the logits of its cell; both are ``(cells, classes)``."""
-    return -(counts * logits.log_softmax(1)).sum() / counts.sum().clamp(min=1)
+    """Mean cross-entropy of the counted pixels, each with the logits of its cell.
+
+    Args:
+        logits: ``(..., classes, cells)``.
+        counts: Pixels of each class in each cell, ``(classes, cells)``.
+
+    Returns:
+        The loss, of shape ``(...)``.
+    """
+    return -(counts * logits.log_softmax(-2)).sum((-2, -1)) / counts.sum().clamp(min=1)
 
 
 @MODELS.register_module()
@@ -91,7 +99,7 @@ class LinearHead(BaseDecodeHead):
         """Compute the loss of logits ``(N, K, h, w)``, see :func:`cell_cross_entropy`."""
         labels = self._stack_batch_gt(batch_data_samples).squeeze(1)
         counts = [count_labels(x, seg_logits.shape[2:], self.num_classes, self.ignore_index) for x in labels]
-        return dict(loss_ce=cell_cross_entropy(seg_logits.permute(0, 2, 3, 1).flatten(0, 2), torch.cat(counts)))
+        return dict(loss_ce=cell_cross_entropy(seg_logits.flatten(2).transpose(0, 1).flatten(1), torch.cat(counts).t()))
 
 
 def _resize(x: Tensor, size: torch.Size) -> Tensor:

@@ -74,7 +74,7 @@ def test_cheaper_rows_of_the_best_group(tmp_path) -> None:
     found = answer(priced(tmp_path, dict(a=(0.9, 3), b=(0.898, 2), c=(0.5, 1))), command='run X')
     assert found.take == found.candidates[0] and set(found.candidates) == {'a', 'b'}
     leader, other = found.candidates
-    assert f'Not distinguishable from it: {other}. Every other row scores less.' in found.text
+    assert f'Not distinguishable from it: {other}; it scores more than every other row.' in found.text
     assert 'Choose by cost: fastest b (20 ms' in found.text and 'least memory b (20 MiB' in found.text
     assert 'smallest b (20 M parameters' in found.text and ' c (' not in found.text
     assert f'would distinguish {leader} from {other}' in found.text or 'would not suffice' in found.text
@@ -105,6 +105,25 @@ def test_limits(limits, take, said, tmp_path) -> None:
     found = answer(priced(tmp_path, dict(a=(0.9, 3), b=(0.8, 2), c=(0.7, 1))), Limits(**limits))
     assert found.take == take and said in found.text
     assert take is None or found.candidates == (take,)
+
+
+def test_limits_apply_before_the_protocol_is_chosen(tmp_path) -> None:
+    records = []
+    for end, cost, protocol in (('', 1, dict(protocol='linear')), ('-finetuned', 3, {})):
+        for row, quality in (('a', 0.9), ('b', 0.7)):
+            name = row + end
+            records.append(record(name, 0, 'complexity', dict(merged_parameters=1e6 * cost)))
+            seeds = range(3)
+            records += [counted(tmp_path, name, s, quality, 20, protocol={**PROTOCOL, **protocol}) for s in seeds]
+    suite = load_report([write(tmp_path, records)]).suites[0]
+    assert answer(suite).take == 'a-finetuned'
+    found = answer(suite, Limits(max_params=2.0))
+    assert found.take == 'a' and 'finetuned' not in found.text
+
+
+def test_a_cost_is_compared_with_that_of_the_leader(tmp_path) -> None:
+    found = answer(priced(tmp_path, dict(a=(0.9, 1), b=(0.8999, 0.95), c=(0.8, 2)), seeds=2))
+    assert set(found.candidates) >= {'a', 'b'} and 'fastest' not in found.text
 
 
 def test_a_cost_that_was_not_measured_is_beyond_a_limit(tmp_path) -> None:

@@ -111,9 +111,12 @@ def test_rows_and_seeds_fit_the_budget(found, budget, expected) -> None:
     assert choose.fit_budget(found, budget) == expected
 
 
-def test_controls_are_left_out_last() -> None:
+def test_controls_are_left_out_once_two_other_rows_remain() -> None:
     assert choose.fit_budget(costs(5, 1, 1), 12.0).rows == ['1', '2']
-    assert choose.fit_budget(costs(4, 1, 1), 15.0, keep=['0']).rows == ['0', '2']
+    assert choose.fit_budget(costs(4, 1, 1), 15.0, keep=['0']).rows == ['1', '2']
+    assert choose.fit_budget(costs(4, 1, 2, 3), 24.0, keep=['0']).rows == ['0', '1', '2']
+    assert choose.fit_budget(costs(30, 60, 70, 80), 1.0, keep=['2', '3']).rows == ['0', '1']
+    assert choose.fit_budget(costs(9, 7, 8), 1.0, keep=['1', '2']).rows == ['0', '1']
 
 
 def test_iterations_use_the_rest_of_the_budget() -> None:
@@ -145,7 +148,7 @@ def test_prior_evidence_is_labelled_and_names_the_front() -> None:
     rows = [row('Big', 50.0, 90.0), row('Slow', 45.0, 99.0), row('Small', 40.0, 9.0), row('Tie', 50.0, 95.0)]
     text = ' '.join(choose.prior_answer('segmentation', rows, 'on a machine'))
     assert 'Not decided on your images' in text and 'Prior evidence on other data' in text and 'ADE20K' in text
-    assert 'Big (50.0, 90 ms) is the best of 4' in text and 'Small (40.0, 9 ms)' in text
+    assert 'Big (50.0, 90 ms) is the best of 4 timed here' in text and 'Small (40.0, 9 ms)' in text
     assert 'Slow' not in text and 'Tie' not in text and 'on a machine' in text
     assert 'within your limits' in ' '.join(choose.prior_answer('detection', [], 'on a machine'))
 

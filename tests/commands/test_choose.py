@@ -1,6 +1,7 @@
 """The command ``choose``, with rows that are recorded instead of run."""
 
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -118,6 +119,11 @@ def test_the_rest_of_a_larger_budget_fine_tunes_the_best(data, pretend, monkeypa
     suite.write_text(yaml.safe_dump(content))
     assert run(data, '--resume', monkeypatch=monkeypatch) == 0
     assert {seed for _, seed, _ in ran[done:]} == {3}
+    assert run(data, '--resume', '--licence', 'permissive', monkeypatch=monkeypatch) == 0
+    assert 'stay as they are: --licence ignored' in capsys.readouterr().out
+    other = shutil.copytree(data, data.parent / 'other')
+    assert run(other, '--resume', '--work-dir', str(suite.parent), monkeypatch=monkeypatch) == 2
+    assert str(data.resolve()) in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -114,7 +114,13 @@ def draw(rows: Sequence[FieldRow], metric: str, axis: str, numbers: Mapping[str,
     return figure
 
 
-def render_field(rows: Sequence[FieldRow], machine: str, command: str, answer: Sequence[str] = ()) -> str:
+def render_field(
+    rows: Sequence[FieldRow],
+    machine: str,
+    command: str,
+    answer: Sequence[str] = (),
+    title: str = 'The field: backbones for dense prediction',
+) -> str:
     """The page: plots of each facet with at least two rows, and a table of all rows.
 
     Args:
@@ -122,6 +128,7 @@ def render_field(rows: Sequence[FieldRow], machine: str, command: str, answer: S
         machine: Where the latencies were measured; ``''`` if there are none.
         command: That writes the page.
         answer: Sentences for a box at the top.
+        title: Of the page.
     """
     numbers = {family: i for i, family in enumerate(dict.fromkeys(row.result.family for row in rows), 1)}
 
@@ -149,4 +156,5 @@ def render_field(rows: Sequence[FieldRow], machine: str, command: str, answer: S
         machine=machine,
         command=command,
         answer=answer,
+        title=title,
     )
