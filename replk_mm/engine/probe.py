@@ -315,9 +315,10 @@ class _Layers(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits ``(layers, classes, cells)`` for features ``(channels, cells)``; one product for all layers."""
         x = self.bn(features[None, :, :, None])[0, :, :, 0]
-        weight = torch.cat([conv.weight[:, :, 0, 0] for conv in self.convs])
-        bias = torch.cat([conv.bias for conv in self.convs])
-        return torch.addmm(bias[:, None], weight, x).unflatten(0, (len(self.convs), -1))
+        convs: Any = self.convs
+        weight = torch.cat([conv.weight[:, :, 0, 0] for conv in convs])
+        bias = torch.cat([conv.bias for conv in convs])
+        return torch.addmm(bias[:, None], weight, x).unflatten(0, (len(convs), -1))
 
 
 def _fit(
