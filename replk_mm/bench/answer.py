@@ -92,7 +92,7 @@ def answer(suite: SuiteReport, limits: Limits | None = None, command: str = '') 
         remarks.append(f'Beyond your limits: {format_list(left_out)}.')
     others = [_summary(other, part) for other, part in within if other is not group and part]
     if others:
-        remarks.append(f'Rows of other protocols are not compared with these; the best there: {"; ".join(others)}.')
+        remarks.append(f'Under other protocols, and not compared with these: {"; ".join(others)}.')
     if not rows:
         return Answer('No row is within your limits.', tuple(remarks), None, (), group)
     if len(rows) == 1:
@@ -116,7 +116,8 @@ def _weight(group: ProtocolGroup, rows: list[ReportRow]) -> tuple[bool, bool, fl
 def _summary(group: ProtocolGroup, rows: list[ReportRow]) -> str:
     """A protocol and its best group."""
     members = [row.label for row in rows if row.figures['metric'].mark]
-    return f'{group.name}, {format_list(members, 3) or "undecided"}'
+    which = f'the best of protocol {group.name}' if members else f'protocol {group.name}, not decided'
+    return f'{format_list(members or [row.label for row in rows], 3)} ({which})'
 
 
 def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ...], command: str) -> Answer:
@@ -143,7 +144,7 @@ def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ..
     if not all(one.covers_seeds for one in found.intervals.values()):
         verdict = f'Not decided: {conditions}.'
         why = 'One training of each row cannot say which is better.'
-        return Answer(verdict, (f'{top}. {why}', *remarks, needed), None, found.members, group)
+        return Answer(verdict, (f'{top}. {why}', *_cheapest(rows), *remarks, needed), None, found.members, group)
     best = f'{leader.label}: {_score(group, leader)}'
     every = 'every other row with an interval' if lacking else 'every other row'
     if not beaten:

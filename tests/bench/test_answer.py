@@ -64,7 +64,8 @@ def priced(folder: Path, rows: dict[str, tuple[float, float]], seeds: int = 3, *
 
 
 def test_one_seed_decides_nothing(tmp_path) -> None:
-    found = answer(priced(tmp_path, dict(a=(0.9, 1), b=(0.5, 1)), seeds=1), command='run X')
+    found = answer(priced(tmp_path, dict(a=(0.9, 2), b=(0.5, 1)), seeds=1), command='run X')
+    assert 'fastest b (10 ms instead of 20 ms)' in found.text
     assert found.take is None and found.candidates == ('a', 'b')
     assert found.verdict == 'Not decided: one seed, 20 test images, no pretraining.'
     assert 'a has the highest score, mIoU ' in found.text and 'at least 3 times: run X.' in found.text
@@ -142,7 +143,8 @@ def test_whole_networks_count_before_probes_and_more_rows(tmp_path) -> None:
     ]
     found = answer(load_report([write(tmp_path, records)]).suites[0])
     assert found.take == 'a' and found.candidates == ('a',)
-    assert 'the best there: ' in found.text and 'a-probe' in found.text and 'a-few' in found.text
+    assert 'not compared with these: ' in found.text
+    assert 'a-probe (the best of protocol ' in found.text and 'a-few (the best of protocol ' in found.text
 
 
 @pytest.mark.parametrize(
