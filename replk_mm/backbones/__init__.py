@@ -4,6 +4,7 @@ import replk_mm.backbones.efficientnet_lite  # noqa: F401 (variants of the catal
 from replk_mm.backbones.adapters import HFBackbone, TimmBackbone
 from replk_mm.backbones.catalogue import build_backbone, list_backbones
 from replk_mm.backbones.convnext import ConvNeXt
+from replk_mm.backbones.convnext_roadmap import ConvNeXtRoadmap
 from replk_mm.backbones.inceptionnext import InceptionNeXt
 from replk_mm.backbones.internimage import InternImage
 from replk_mm.backbones.layers import LayerNorm2d
@@ -20,6 +21,7 @@ from replk_mm.backbones.van import VAN
 
 __all__ = [
     'ConvNeXt',
+    'ConvNeXtRoadmap',
     'HFBackbone',
     'InceptionNeXt',
     'InternImage',

@@ -17,7 +17,7 @@ from mmengine.runner.checkpoint import get_mmcls_models
 from replk_mm import published
 from replk_mm.analysis.benchmark.case import randomize_constants
 from replk_mm.analysis.complexity import count_complexity, reparameterize_on_meta
-from replk_mm.backbones import RepLKNet, build_backbone, list_backbones
+from replk_mm.backbones import ConvNeXtRoadmap, RepLKNet, build_backbone, list_backbones
 from replk_mm.backbones.catalogue import find_backbone, measure_features, recipe_of, weights_by_url
 from replk_mm.checkpoints.io import DownloadError
 from replk_mm.checkpoints.key_formats import to_official
@@ -54,6 +54,7 @@ def test_names():
     assert list_backbones('mobilenetv2') == [f'mobilenetv2-{v}' for v in ('nano', '100', '100-k9', '100-k13')]
     assert list_backbones('slak') == ['slak-tiny', 'slak-small', 'slak-base']
     assert list_backbones('internimage') == [f'internimage-{v}' for v in ('t', 's', 'b', 'l', 'xl')]
+    assert list_backbones('roadmap') == [f'roadmap-{a}' for a in ConvNeXtRoadmap.arch_settings if a[:3] != '200']
     v1 = ['atto', 'nano', 'tiny', 'small', 'base', 'large', 'xlarge']
     assert list_backbones('convnext-*') == [f'convnext-{arch}' for arch in v1]
     v2 = ['atto', 'femto', 'pico', 'nano', 'tiny', 'base', 'large', 'huge']
