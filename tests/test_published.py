@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from replk_mm import published
+from replk_mm.backbones import ConvNeXtRoadmap
 from replk_mm.backbones.catalogue import recipe_of
 from replk_mm.commands import list_configs
 from replk_mm.errors import UserError
@@ -61,6 +62,19 @@ def test_rows_equal_the_source(facts, more_facts, task):
 @pytest.mark.parametrize('name', ['kernel_size_study', 'guidelines', 'effective_receptive_field'])
 def test_tables_equal_the_source(facts, name):
     assert published.table(name) == facts[name]
+
+
+def test_steps_of_convnext_equal_the_source(more_facts):
+    ours = published.table('convnext_modernization')
+    assert {
+        regime: [{key: value for key, value in row.items() if key != 'arch'} for row in rows]
+        for regime, rows in ours.items()
+    } == more_facts['convnext_modernization']
+    for regime, rows in ours.items():
+        archs = [row['arch'] for row in rows if 'arch' in row]
+        assert archs[0] == archs[1]  # trained by two recipes
+        number = regime.removeprefix('resnet').removesuffix('_regime')
+        assert archs[1:] == [arch for arch in ConvNeXtRoadmap.arch_settings if arch.startswith(f'{number}-')]
 
 
 def test_recipes_equal_the_source(facts):

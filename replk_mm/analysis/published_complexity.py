@@ -127,7 +127,55 @@ def count_published(pattern: str | None = None, progress: Callable[[str], object
         notes=list(notes),
         rows=rows,
         errata=[] if pattern else count_errata(rows),
+        roadmap=[] if pattern else count_roadmap(),
     )
+
+
+def count_roadmap(pattern: str | None = None) -> list[dict[str, Any]]:
+    """The steps of the ConvNeXt roadmap as classifiers of 224x224 pixels, beside the printed figures.
+
+    Args:
+        pattern: Regular expression to search for in the names of the networks. Defaults to None: all.
+
+    Returns:
+        The rows of ``convnext_modernization`` that have a network, with its ``parameters``, its ``macs`` and whether it
+        ``agrees``: its MACs round to ``gflops``.
+    """
+    rows = []
+    for row in (row for regime in published.table('convnext_modernization').values() for row in regime):
+        if 'arch' in row and re.search(pattern or '', row['arch']):
+            with torch.device('meta'):
+                model: Any = build_backbone('roadmap-50-resnet', arch=row['arch'], out_indices=(3,))
+            size, channels = count_complexity(model, (224, 224)), model.feature_info[-1]['num_chs']
+            macs = size.macs + 1000 * channels
+            rows.append(
+                dict(
+                    row,
+                    parameters=size.parameters + 1000 * (channels + 1),
+                    macs=macs,
+                    agrees=abs(macs / 1e9 - row['gflops']) <= 0.005,
+                )
+            )
+    return rows
+
+
+def format_roadmap(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of :func:`count_roadmap`."""
+    lines = [
+        '| Step | Network | Top-1, %: published | MACs, G: published | ours | Params, M: ours |',
+        f'|{" --- |" * 6}',
+    ]
+    for row in rows:
+        cells = (
+            row['step'] + (', tried only' if row.get('kept') is False else ''),
+            f'`{row["arch"]}`',
+            f'{row["top1"]:.2f}',
+            f'{row["gflops"]:.2f}',
+            f'{row["macs"] / 1e9:.3f}' + ('' if row['agrees'] else ' ([differs](errata.md))'),
+            f'{row["parameters"] / 1e6:.1f}',
+        )
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines) + '\n'
 
 
 def count_errata(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -331,6 +379,7 @@ def render_page(record: Mapping[str, Any], page: str = 'complexity', tables_only
         tables_only=tables_only,
         ours=OURS,
         format_count=format_count,
+        format_roadmap=format_roadmap,
         agreement=_agreement,
         families=families,
         authors_of={family: rows[0]['authors']['counting'] for family, rows in families.items()},

@@ -2,7 +2,8 @@
 
 CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is installed with a package
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). No weights are allocated and no image is read.
---published counts the networks of all published rows beside the published figures.
+--published counts the networks of all published rows beside the published figures, --roadmap the steps of the
+ConvNeXt paper from ResNet-50 to ConvNeXt-T.
 """
 
 import json
@@ -20,7 +21,13 @@ from replk_mm.analysis.complexity import (
     config_complexity,
     library_versions,
 )
-from replk_mm.analysis.published_complexity import count_published, render_page, write_pages
+from replk_mm.analysis.published_complexity import (
+    count_published,
+    count_roadmap,
+    format_roadmap,
+    render_page,
+    write_pages,
+)
 from replk_mm.errors import UserError, command, command_line
 from replk_mm.text import text_table
 
@@ -104,7 +111,10 @@ def main() -> None:
     )
     p.add_argument('--json', action='store_true', help='print JSON only')
     p.add_argument('--published', action='store_true', help='count all published rows (minutes)')
-    p.add_argument('--rows', metavar='REGEX', help='only published rows whose config, backbone or method matches')
+    p.add_argument('--roadmap', action='store_true', help='count the steps from ResNet to ConvNeXt')
+    p.add_argument(
+        '--rows', metavar='REGEX', help='only published rows whose config, backbone or method matches; steps'
+    )
     p.add_argument('--out', type=Path, metavar='DIR', help='write complexity.md, complexity.json and errata.md there')
     cli.add_config_options(p)
     args = p.parse_args()
@@ -114,8 +124,12 @@ def main() -> None:
         if args.out:
             write_pages(record, args.out)
         return
+    if args.roadmap:
+        steps = count_roadmap(args.rows)
+        print(json.dumps(steps, indent=2) if args.json else format_roadmap(steps), end='')
+        return
     if not args.config:
-        raise UserError('CONFIG: is missing\nName a config, or use --published.')
+        raise UserError('CONFIG: is missing\nName a config, or use --published or --roadmap.')
     found = config_complexity(args.config, tuple(args.shape) if args.shape else None, args.cfg_options)
     if args.json:
         print(json.dumps(found.to_dict(), indent=2))

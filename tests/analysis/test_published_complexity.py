@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.nn as nn
 from tiny import ROOT
 
 from replk_mm import published
 from replk_mm.analysis import published_complexity
-from replk_mm.backbones import build_backbone
+from replk_mm.analysis.complexity import count_complexity
+from replk_mm.backbones import ConvNeXtRoadmap, build_backbone
 from replk_mm.commands import complexity
 from replk_mm.errors import UserError
 from replk_mm.ops import DepthwiseConv2d
@@ -177,3 +179,54 @@ def test_errata_contradict_the_recomputed_figures() -> None:
             if row[key]
         ]
         assert not off or max(off) > 0.03, entry['title']
+
+
+def test_roadmap_has_the_printed_macs() -> None:
+    """Convolutions and the classifier; the last digit is from a sum over layers by hand."""
+    steps = {row['arch']: row for row in RECORD['roadmap']}
+    known = {
+        '50': '4.089 4.526 4.418 2.350 5.268 4.644 4.065 4.097 4.146 4.210 4.291' + 4 * ' 4.146' + ' 4.456',
+        '200': '15.007 14.518 14.376 7.234 16.764 15.679 14.627 14.699 14.807 14.950 15.130'
+        + 4 * ' 14.807'
+        + ' 15.355',
+    }
+    for regime, macs in known.items():
+        archs = [arch for arch in ConvNeXtRoadmap.arch_settings if arch.startswith(f'{regime}-')]
+        for arch, expected in zip(archs, macs.split(), strict=True):
+            assert f'{steps[arch]["macs"] / 1e9:.3f}' == expected, arch
+    printed = [row for regime in published.table('convnext_modernization').values() for row in regime if 'arch' in row]
+    assert len(printed) == len(RECORD['roadmap']) == 34
+    differing = [row['arch'] for row in RECORD['roadmap'] if abs(row['macs'] / 1e9 - row['gflops']) > 0.005]
+    assert differing == ['50-layernorm', '50-separate-downsampling']
+    assert differing == [row['arch'] for row in RECORD['roadmap'] if not row['agrees']]
+    # ConvNeXt-T and -B have 28.589 and 88.591 million parameters, of which the layer scales are not in the last step.
+    scales = [
+        sum(n * c for n, c in zip((3, 3, third, 3), widths, strict=True))
+        for third, widths in ((9, (96, 192, 384, 768)), (27, (128, 256, 512, 1024)))
+    ]
+    for arch, published_count, scale in zip(('50', '200'), (28_589_128, 88_591_464), scales, strict=True):
+        assert steps[f'{arch}-separate-downsampling']['parameters'] == published_count - scale
+    assert steps['50-resnet']['parameters'] == 25_557_032
+
+
+def test_recount_of_the_roadmap_equals_the_docs(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, 'argv', ['x.py', '--roadmap', '--rows', '^50-(resnet|inv|layer|sep)'])
+    assert complexity.main() == 0
+    rows = [row for row in RECORD['roadmap'] if row['arch'].startswith(('50-resnet', '50-inv', '50-layer', '50-sep'))]
+    assert capsys.readouterr().out == published_complexity.format_roadmap(rows) and len(rows) == 5
+    assert published_complexity.format_roadmap(RECORD['roadmap']) in (DOCS / 'complexity.md').read_text()
+
+
+def test_elementwise_operations_do_not_explain_the_roadmap() -> None:
+    """The numbers of the erratum."""
+    elements = []
+    for arch in ('50-layernorm', '50-separate-downsampling', '200-separate-downsampling'):
+        with torch.device('meta'):
+            found = count_complexity(ConvNeXtRoadmap(arch, out_indices=(3,)), (224, 224)).uncounted
+        elements.append({operator.name: operator.elements for operator in found})
+    layernorm, tiny, base = elements
+    (norm,) = (name for name in tiny if 'layer_norm' in name)
+    # A block that downsamples normalizes its incoming width.
+    assert layernorm[norm] == 3136 * 96 * (3 + (3 - 0.5) / 2 + (9 - 0.5) / 4 + (3 - 0.5) / 8)
+    assert (4.46e9 - RECORD['roadmap'][14]['macs']) / layernorm[norm] == pytest.approx(156, abs=0.5)
+    assert tiny.keys() == base.keys() and all(base[name] / tiny[name] >= 4 / 3 - 0.01 for name in tiny)
