@@ -7,6 +7,7 @@ import torch
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
+from replk_mm import published
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import plan
 from replk_mm.engine.config import build_model, fit_to_machine, load_config
@@ -68,3 +69,12 @@ def test_rows_of_a_question_differ_in_nothing_else():
                 rates.add((cfg.optim_wrapper.optimizer.lr, cfg.train_dataloader.batch_size))
         assert len(rates) <= 1
         assert len({(row.iterations, tuple(row.seeds)) for row in suite.rows}) == 1
+
+
+def test_the_roadmap_has_the_steps_of_its_quoted_table():
+    suite = read_suite(SUITES / 'convnext_roadmap.yaml')
+    (name,) = suite.quotes
+    group, _, regime = name.partition('.')
+    steps = [row['arch'].removeprefix('50-') for row in published.table(group)[regime][1:] if 'arch' in row]
+    assert [row.backbone for row in suite.rows] == [f'roadmap-nano-{step}' for step in steps]
+    assert published.quote(name).rows[4] == ['depthwise conv', 78.28, 2.35]
