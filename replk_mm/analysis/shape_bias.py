@@ -1,15 +1,19 @@
-"""Shape bias of a segmentation network: does it decide by shape or by texture, on objects whose cues conflict?
+"""Shape bias: does a network decide by shape or by texture, where the two cues conflict?
 
 Geirhos, Rubisch, Michaelis, Bethge, Wichmann, Brendel, "ImageNet-trained CNNs are biased towards texture; increasing
 shape bias improves accuracy and robustness", ICLR 2019, arXiv:1811.12231, define shape bias: among decisions for the
-class of the shape or that of the texture, the share of decisions for the shape. There a decision is the prediction of a
-classifier. Here it is the class that most pixels of an object are predicted as, among the classes of objects.
+class of the shape or that of the texture, the share of decisions for the shape. A decision is the prediction of a
+classifier (``shape_bias_images.py``), or of a segmentor the class that most pixels of an object are predicted as, among
+the classes of objects.
+
+The share hides how often a network uses either cue: 1 decision by shape, none by texture and 999 others give a shape
+bias of 1. So the accuracies by shape and by texture, of all decisions, stand beside it.
 """
 
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,7 @@ from mmengine.config import Config
 from torch import nn
 
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
-from replk_mm.data.scenes.cue_conflict import (
-    CueConflictDataset,
-    CueConflictObject,
-    CueConflictScene,
-    read_cue_conflict,
-    read_label_map,
-)
+from replk_mm.data.scenes.cue_conflict import CueConflictDataset, CueConflictScene, read_cue_conflict, read_label_map
 from replk_mm.engine.predict import is_segmentor, label_map, load_for_prediction, predict
 from replk_mm.engine.record import environment_info, write_record
 from replk_mm.errors import UserError
@@ -42,22 +40,24 @@ DEFINITION = (
 )
 #: Largest number of objects in the picture and in one of its rows; side of each in pixels.
 _SHOWN, _COLUMNS, _SIDE = 12, 4, 144
-# Colors of Okabe and Ito, distinct for color-blind readers.
-_COLORS = {'shape': '#0072B2', 'texture': '#D55E00', 'other': '#555555'}
+#: Colors of Okabe and Ito, distinct for color-blind readers.
+COLORS = {'shape': '#0072B2', 'texture': '#D55E00', 'other': '#555555'}
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The decision of a network about an object."""
+    """The decision of a network about an object or an image."""
 
-    scene: CueConflictScene
-    item: CueConflictObject
-    decided: str | None  #: a class of objects; None for a tie, or if no pixel has a class of objects
+    image: str  #: name of the image
+    shape: str  #: class of the shape
+    texture: str  #: class of the texture
+    decided: str | None  #: a class; None for a tie, or if no pixel has a class of objects
+    box: tuple[int, int, int, int] | None = None  #: of the object, in pixels; None for the whole image
 
     @property
     def cue(self) -> str:
         """The cue whose class was decided for: ``'shape'``, ``'texture'`` or ``'other'``."""
-        cues = {self.item.texture: 'texture', self.item.shape: 'shape'}  # agreeing cues count as shape
+        cues = {self.texture: 'texture', self.shape: 'shape'}  # agreeing cues count as shape
         return cues.get(self.decided or '', 'other')
 
 
@@ -65,39 +65,45 @@ class Decision:
 class ShapeBias:
     """All decisions of a network."""
 
-    conflict: Sequence[Decision]  #: about objects whose shape and texture are of different classes
-    agreeing: Sequence[Decision]  #: about objects whose shape and texture are of one class
-    scenes: Mapping[str, Any]  #: identity of the data set
+    conflict: Sequence[Decision]  #: where shape and texture are of different classes
+    agreeing: Sequence[Decision]  #: where they are of one class
+    data: Mapping[str, Any]  #: the settings that comparable results share
 
     def values(self) -> dict[str, Any]:
-        """Numbers of decisions, ``shape_bias`` from 0 (texture) to 1 (shape), and both by class of the shape.
+        """Numbers and shares of decisions, in all and by class of the shape.
 
-        ``agreeing_accuracy`` is the share of correct decisions where the cues agree. Shares of no objects are None.
+        ``shape_bias`` is from 0 (texture) to 1 (shape), over the decisions of all classes; ``mean_over_classes`` is the
+        mean of the shape biases of the classes. ``agreeing_accuracy`` is the share of correct decisions where the cues
+        agree. Shares of nothing are None.
         """
+        per_class = {
+            name: _bias_of([d for d in self.conflict if d.shape == name])
+            for name in sorted({d.shape for d in self.conflict})
+        }
+        biases = [row['shape_bias'] for row in per_class.values() if row['shape_bias'] is not None]
         correct = sum(d.cue == 'shape' for d in self.agreeing)
         return dict(
             **_bias_of(self.conflict),
-            per_class={
-                name: _bias_of([d for d in self.conflict if d.item.shape == name])
-                for name in sorted({d.item.shape for d in self.conflict})
-            },
-            agreeing_accuracy=correct / len(self.agreeing) if self.agreeing else None,
+            mean_over_classes=_share(sum(biases), len(biases)),
+            per_class=per_class,
+            agreeing_accuracy=_share(correct, len(self.agreeing)),
             agreeing_objects=len(self.agreeing),
         )
 
-    def protocol(self) -> dict[str, Any]:
-        """The settings that comparable results share."""
-        return dict(scenes=dict(self.scenes), definition=DEFINITION)
+
+def _share(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def _bias_of(decisions: Sequence[Decision]) -> dict[str, Any]:
     count = Counter(d.cue for d in decisions)
-    either = count['shape'] + count['texture']
     return dict(
         shape_decisions=count['shape'],
         texture_decisions=count['texture'],
         other=count['other'],
-        shape_bias=count['shape'] / either if either else None,
+        shape_accuracy=_share(count['shape'], len(decisions)),
+        texture_accuracy=_share(count['texture'], len(decisions)),
+        shape_bias=_share(count['shape'], count['shape'] + count['texture']),
     )
 
 
@@ -139,37 +145,35 @@ def measure_shape_bias(
     shown, panels, conflict = _select_objects(dataset.conflict), [], []
     for decision, image, predicted in _decisions(model, dataset, dataset.conflict, classes):
         conflict.append(decision)
-        if (decision.scene, decision.item) in shown:
+        if (decision.image, decision.box) in shown:
             panels.append((decision, image, predicted))
     agreeing = [decision for decision, _, _ in _decisions(model, dataset, dataset.agreeing, classes)]
-    bias = ShapeBias(
-        conflict,
-        agreeing,
-        dict(**dataset.about, sha256=dataset.sha256, conflict=len(dataset.conflict), agreeing=len(dataset.agreeing)),
+    scenes = dict(
+        **dataset.about, sha256=dataset.sha256, conflict=len(dataset.conflict), agreeing=len(dataset.agreeing)
     )
+    bias = ShapeBias(conflict, agreeing, dict(scenes=scenes, definition=DEFINITION))
     _draw_decisions(panels, bias.values(), classes, model.dataset_meta['palette'], out / 'shape_bias.png')
     path = fetch_checkpoint(checkpoint)
+    write_decisions(bias, out, config=str(cfg.filename), checkpoint=dict(path=str(path), sha256=hash_checkpoint(path)))
+    return bias
+
+
+def write_decisions(bias: ShapeBias, out: Path, **network: Any) -> None:
+    """Write ``shape_bias.json``: values, protocol, the network and all decisions.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
     write_record(
         dict(
             values=bias.values(),
-            protocol=bias.protocol(),
-            config=str(cfg.filename),
-            checkpoint=dict(path=str(path), sha256=hash_checkpoint(path)),
-            decisions=[
-                dict(
-                    image=d.scene.name,
-                    box=list(d.item.box),
-                    shape=d.item.shape,
-                    texture=d.item.texture,
-                    decided=d.decided,
-                )
-                for d in (*conflict, *agreeing)
-            ],
+            protocol=dict(bias.data),
+            **network,
+            decisions=[asdict(decision) for decision in (*bias.conflict, *bias.agreeing)],
             environment=environment_info(),
         ),
         out / 'shape_bias.json',
     )
-    return bias
 
 
 def _object_classes(model: Any, dataset: CueConflictDataset, cfg: Config) -> dict[str, int]:
@@ -194,15 +198,16 @@ def _object_classes(model: Any, dataset: CueConflictDataset, cfg: Config) -> dic
     return {name: classes.index(name) for name in dataset.object_classes if name in classes}
 
 
-def _select_objects(scenes: Sequence[CueConflictScene]) -> set[tuple[CueConflictScene, CueConflictObject]]:
-    """Objects for the picture: the first of each pair of classes, then the second of each pair, and so on."""
+def _select_objects(scenes: Sequence[CueConflictScene]) -> set[tuple[str, tuple[int, int, int, int]]]:
+    """Image and box of the objects in the picture: the first of each pair of classes, then the second of each pair."""
     pairs = [(scene, item) for scene in scenes for item in scene.objects]
     turns = Counter[tuple[str, str]]()
     order = []
     for _, item in pairs:
         order.append(turns[item.shape, item.texture])
         turns[item.shape, item.texture] += 1
-    return {pairs[i] for i in sorted(range(len(pairs)), key=order.__getitem__)[:_SHOWN]}
+    chosen = sorted(range(len(pairs)), key=order.__getitem__)[:_SHOWN]
+    return {(scene.name, item.box) for scene, item in (pairs[i] for i in chosen)}
 
 
 def _decisions(
@@ -218,8 +223,8 @@ def _decisions(
                 f'{predicted.shape[0]}x{predicted.shape[1]}\nGenerate the data set again.'
             )
         for item in scene.objects:
-            mask = dataset.mask(scene, item, labels)
-            yield Decision(scene, item, majority_class(predicted, mask, classes)), image, predicted
+            decided = majority_class(predicted, dataset.mask(scene, item, labels), classes)
+            yield Decision(scene.name, item.shape, item.texture, decided, item.box), image, predicted
 
 
 def _draw_decisions(
@@ -230,7 +235,7 @@ def _draw_decisions(
     path: Path,
 ) -> None:
     """Draw each object beside its prediction, with the decision as title."""
-    ordered = sorted(panels, key=lambda panel: (panel[0].item.shape, panel[0].item.texture))
+    ordered = sorted(panels, key=lambda panel: (panel[0].shape, panel[0].texture))
     columns = min(_COLUMNS, len(ordered))
     rows = -(-len(ordered) // columns)
     figure = Figure(figsize=(3.1 * columns + 0.3, 2.05 * rows + 1.3), layout='constrained')
@@ -238,14 +243,14 @@ def _draw_decisions(
     for axis in axes:
         axis.axis('off')
     for axis, (decision, image, predicted) in zip(axes, ordered, strict=False):
-        item = decision.item
         # Only classes of objects are colored, since others do not count for the decision.
         painted = overlay(image, np.where(np.isin(predicted, list(classes.values())), predicted, 255), palette)
-        axis.imshow(np.hstack([_crop(image, item), _crop(painted, item)])[:, :, ::-1])
+        axis.imshow(np.hstack([_crop(image, decision), _crop(painted, decision)])[:, :, ::-1])
         axis.set_title(
-            f'shape {item.shape}, texture {item.texture}\ndecided: {decision.decided or "nothing"} ({decision.cue})',
+            f'shape {decision.shape}, texture {decision.texture}\n'
+            f'decided: {decision.decided or "nothing"} ({decision.cue})',
             fontsize=8.5,
-            color=_COLORS[decision.cue],
+            color=COLORS[decision.cue],
         )
     used = [name for name, index in classes.items() if any((predicted == index).any() for _, _, predicted in ordered)]
     figure.legend(
@@ -255,19 +260,27 @@ def _draw_decisions(
         frameon=False,
         fontsize=8.5,
     )
-    bias, agreeing = values['shape_bias'], values['agreeing_accuracy']
-    figure.suptitle(
-        f'shape bias {"-" if bias is None else f"{bias:.2f}"}: {values["shape_decisions"]} by shape, '
-        f'{values["texture_decisions"]} by texture, {values["other"]} other'
-        + ('' if agreeing is None else f'\ncues agree: {100 * agreeing:.0f} % correct'),
-        fontsize=10,
-    )
+    figure.suptitle(summary(values), fontsize=10)
     write_figure(path, figure)
 
 
-def _crop(image: np.ndarray, item: CueConflictObject) -> np.ndarray:
+def summary(values: Mapping[str, Any]) -> str:
+    """The figures of :meth:`ShapeBias.values` in two lines, for pictures and terminals."""
+    decisions = sum(values[key] for key in ('shape_decisions', 'texture_decisions', 'other'))
+    shares = ', '.join(
+        f'{100 * values[key] / max(decisions, 1):.1f} % {text}'
+        for key, text in (('shape_decisions', 'by shape'), ('texture_decisions', 'by texture'), ('other', 'other'))
+    )
+    bias, agreeing = (
+        '-' if values[key] is None else f'{values[key]:.3f}' for key in ('shape_bias', 'agreeing_accuracy')
+    )
+    return f'{decisions} decisions: {shares}\nshape bias {bias}; accuracy where the cues agree {agreeing}'
+
+
+def _crop(image: np.ndarray, decision: Decision) -> np.ndarray:
     """A square around the object, resized to :data:`_SIDE` pixels; pixels outside the image are white."""
-    left, top, right, bottom = item.box
+    assert decision.box
+    left, top, right, bottom = decision.box
     half = round(0.7 * max(right - left, bottom - top))
     x, y = (left + right) // 2, (top + bottom) // 2
     padded = cv2.copyMakeBorder(image, half, half, half, half, cv2.BORDER_CONSTANT, value=(255, 255, 255))

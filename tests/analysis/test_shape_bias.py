@@ -69,30 +69,34 @@ def network(data, tmp_path, monkeypatch):
 
 def bias(shape: int, texture: int, other: int) -> dict:
     share = shape / (shape + texture) if shape + texture else None
-    return dict(shape_decisions=shape, texture_decisions=texture, other=other, shape_bias=share)
+    total = shape + texture + other
+    accuracies = dict(shape_accuracy=shape / total, texture_accuracy=texture / total)
+    return dict(shape_decisions=shape, texture_decisions=texture, other=other, shape_bias=share, **accuracies)
 
 
 # -- networks of known bias -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ('answer', 'counts', 'per_class', 'agreeing'),
+    ('answer', 'counts', 'per_class', 'mean', 'agreeing'),
     [
-        (lambda item: item['shape'], (18, 0, 0), dict(disc=(6, 0, 0), square=(6, 0, 0), star=(6, 0, 0)), 1.0),
-        (lambda item: item['texture'], (0, 18, 0), dict(disc=(0, 6, 0), square=(0, 6, 0), star=(0, 6, 0)), 1.0),
-        (lambda item: 'disc', (6, 6, 6), dict(disc=(6, 0, 0), square=(0, 3, 3), star=(0, 3, 3)), 1 / 3),
-        (lambda item: 'ground', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), 0.0),
-        (lambda item: 'triangle_h', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), 0.0),
+        (lambda item: item['shape'], (18, 0, 0), dict(disc=(6, 0, 0), square=(6, 0, 0), star=(6, 0, 0)), 1.0, 1.0),
+        (lambda item: item['texture'], (0, 18, 0), dict(disc=(0, 6, 0), square=(0, 6, 0), star=(0, 6, 0)), 0.0, 1.0),
+        (lambda item: 'disc', (6, 6, 6), dict(disc=(6, 0, 0), square=(0, 3, 3), star=(0, 3, 3)), 1 / 3, 1 / 3),
+        (lambda item: 'ground', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), None, 0.0),
+        (lambda item: 'triangle_h', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), None, 0.0),
         (
             lambda item: item['texture' if item['shape'] == 'square' else 'shape'],
             (12, 6, 0),
             dict(disc=(6, 0, 0), square=(0, 6, 0), star=(6, 0, 0)),
+            2 / 3,
             1.0,
         ),
     ],
 )
-def test_networks_of_known_bias(network, answer, counts, per_class, agreeing):
+def test_networks_of_known_bias(network, answer, counts, per_class, mean, agreeing):
     values = network(lambda item: DEMO_CLASSES.index(answer(item)))
     assert values == dict(
         **bias(*counts),
+        mean_over_classes=mean if mean is None else pytest.approx(mean),
         per_class={name: bias(*each) for name, each in per_class.items()},
         agreeing_accuracy=pytest.approx(agreeing),
         agreeing_objects=9,
@@ -100,12 +104,19 @@ def test_networks_of_known_bias(network, answer, counts, per_class, agreeing):
 
 
 def test_shares_of_no_objects_are_none():
-    scene = CueConflictScene('', Path(), Path(), ())
     decided = {('disc', 'star'): 'disc', ('disc', 'square'): 'star', ('star', 'disc'): 'disc', ('star', 'square'): None}
-    conflict = [Decision(scene, CueConflictObject(*cues, (0, 0, 1, 1)), name) for cues, name in decided.items()]
-    values = ShapeBias(conflict, [], {}).values()
+    values = ShapeBias([Decision('', *cues, name) for cues, name in decided.items()], [], {}).values()
     per_class = dict(disc=bias(1, 0, 1), star=bias(0, 1, 1))
-    assert values == bias(1, 1, 2) | dict(per_class=per_class, agreeing_accuracy=None, agreeing_objects=0)
+    expected = dict(per_class=per_class, mean_over_classes=0.5, agreeing_accuracy=None, agreeing_objects=0)
+    assert values == bias(1, 1, 2) | expected
+    empty = ShapeBias([], [], {}).values()
+    assert empty['shape_bias'] is empty['shape_accuracy'] is empty['mean_over_classes'] is None
+
+
+def test_share_of_a_rarely_used_cue_is_beside_the_ratio():
+    rare = [Decision('', 'disc', 'star', 'disc'), *[Decision('', 'disc', 'star', None)] * 999]
+    values = ShapeBias(rare, [], {}).values()
+    assert (values['shape_bias'], values['shape_accuracy'], values['texture_accuracy']) == (1.0, 0.001, 0.0)
 
 
 # -- the decision -----------------------------------------------------------------------------------------------------
@@ -174,8 +185,11 @@ def test_command(tiny, trained, data, tmp_path, monkeypatch, capsys):  # noqa: F
     total = next(line for line in printed.splitlines() if line.startswith('all '))
     keys = ('shape_decisions', 'texture_decisions', 'other')
     assert list(map(int, total.split()[1:4])) == [values[key] for key in keys]
+    assert [float(x) for x in total.split()[4:6]] == pytest.approx(
+        [100 * values[f'{key}_accuracy'] for key in ('shape', 'texture')], abs=0.051
+    )
     assert 'by shape / (by shape + by texture)' in printed and 'Geirhos' in record['protocol']['definition']
-    assert record['protocol']['scenes']['seed'] == 1 and record['protocol']['scenes']['conflict'] == 2 * VAL
+    assert record['protocol']['scenes']['seed'] == 1 and record['protocol']['scenes']['conflict'] == 6 * VAL
     assert len(record['decisions']) == 9 * VAL
     by_shape = [d for d in record['decisions'] if d['shape'] == d['decided'] != d['texture']]
     assert len(by_shape) == values['shape_decisions']

@@ -325,8 +325,11 @@ COLUMNS = (
         'shape_bias',
         (('shape_bias',),),
         digits=3,
-        note='Shape bias: of the decisions for the shape or for the texture, the share of those for the shape.',
+        note='Shape bias: of the decisions for the shape or for the texture, the share of those for the shape. It '
+        'hides how often either cue is used, so By shape and By texture are shares of all decisions.',
     ),
+    Column('shape_accuracy', 'By shape', '%', 'shape_bias', (('shape_accuracy',),), 100, 1),
+    Column('texture_accuracy', 'By texture', '%', 'shape_bias', (('texture_accuracy',),), 100, 1),
     Column(
         'robustness',
         'Corrupted',

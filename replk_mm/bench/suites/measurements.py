@@ -309,7 +309,7 @@ def shape_bias(task: Task) -> MeasurementResult:
     root = str(next(datasets_of(cfg, ('test',))).get('data_root'))
     found = shape_bias.measure_shape_bias(cfg, checkpoint, Path(root), out, task.device)
     return MeasurementResult(
-        found.values(), found.protocol(), {}, dict(picture=out / 'shape_bias.png', decisions=out / 'shape_bias.json')
+        found.values(), dict(found.data), {}, dict(picture=out / 'shape_bias.png', decisions=out / 'shape_bias.json')
     )
 
 
