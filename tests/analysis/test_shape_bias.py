@@ -189,7 +189,7 @@ def test_command(tiny, trained, data, tmp_path, monkeypatch, capsys):  # noqa: F
         [100 * values[f'{key}_accuracy'] for key in ('shape', 'texture')], abs=0.051
     )
     assert 'by shape / (by shape + by texture)' in printed and 'Geirhos' in record['protocol']['definition']
-    assert record['protocol']['scenes']['seed'] == 1 and record['protocol']['scenes']['conflict'] == 6 * VAL
+    assert record['protocol']['scenes']['seed'] == 1 and record['protocol']['scenes']['conflict'] == 2 * VAL
     assert len(record['decisions']) == 9 * VAL
     by_shape = [d for d in record['decisions'] if d['shape'] == d['decided'] != d['texture']]
     assert len(by_shape) == values['shape_decisions']
