@@ -20,6 +20,14 @@ def test_fast_input_gradients_of_full_convolutions(side):
     assert direct.input_gradient_problem(problem((2, 4, 12, 12), side, side - 1)).padding == (0, 0)
 
 
+@pytest.fixture
+def avx512(monkeypatch) -> None:
+    """The limits of oneDNN's kernels with AVX-512, on any CPU."""
+    monkeypatch.setattr(direct, 'PADDING_LIMIT', 6)
+    monkeypatch.setattr(direct, '_WIDENED', range(12, 15))
+
+
+@pytest.mark.usefixtures('avx512')
 @pytest.mark.parametrize('side, fast', [(11, 11), (12, 14), (13, 15), (15, 15)])
 def test_kernels_are_widened_to_the_fast_ones(side, fast):
     """oneDNN's better kernel for channels-last memory starts at a padding of 7."""
@@ -28,6 +36,7 @@ def test_kernels_are_widened_to_the_fast_ones(side, fast):
     assert padding == ((side // 2 + (fast - side) // 2),) * 2 and (fast == side or min(padding) == 7)
 
 
+@pytest.mark.usefixtures('avx512')
 @pytest.mark.parametrize('height, width, fast', [(5, 13, 15), (51, 13, 15), (13, 5, 5), (5, 11, 11), (5, 51, 51)])
 def test_strips_are_widened_by_their_width(height, width, fast):
     given = problem((2, 3, 60, 60), width, width // 2, height=height)
