@@ -172,7 +172,7 @@ def find_weights(
                 require(entry.package, name)
             rows.append(row)
         except DownloadError:
-            missing[name] = f'{address}\n    as {download_path(str(address))}' if host else 'a download'
+            missing[name] = f'{address}\n    as {download_path(str(address))}' if host else 'a network connection'
             unreachable.add(host)
         except UserError as error:
             missing[name] = str(error).splitlines()[-1]
