@@ -1,7 +1,7 @@
 """Answer in plain language which backbone to take, from the statistics of a suite's report and from nothing else."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from replk_mm.analysis.statistics import BestGroup, best_group, plan
 from replk_mm.bench.report.structures import ProtocolGroup, ReportRow, SuiteReport
@@ -24,24 +24,27 @@ class Limits:
         max_latency: Of one batch, in milliseconds.
         max_memory: Of inference, in MiB.
         max_params: In millions.
-        excluded: Names of rows that are left out for another reason, such as their licence, with the reason.
+        other_device: Whether the limits are of the device of ``--costs``: figures of this machine do not count then.
     """
 
     max_latency: float | None = None
     max_memory: float | None = None
     max_params: float | None = None
-    excluded: Mapping[str, str] = field(default_factory=dict)
+    other_device: bool = False
 
     def problem(self, row: ReportRow) -> str:
         """Why a row is left out; ``''`` if it is not. A cost that was not measured exceeds every limit."""
         limits = dict(milliseconds=self.max_latency, memory=self.max_memory, parameters=self.max_params)
         for key, limit in limits.items():
-            value = row.figures[key].value
+            value, column = row.figures[key].value, BY_KEY[key]
             if limit is not None and value is None:
-                return f'{BY_KEY[key].title.lower()} not measured'
+                return f'{column.title.lower()} not measured'
+            here = key != 'parameters' and not any('costs' in record['facts'] for record in row.of(column.measurement))
+            if limit is not None and self.other_device and here:
+                return f'{column.title.lower()} not measured on the other device'
             if limit is not None and value is not None and value > limit:
                 return _cost(row, key)
-        return self.excluded.get(row.name, '')
+        return ''
 
 
 @dataclass(frozen=True)
@@ -137,9 +140,10 @@ def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ..
     found = best_group(scores)
     leader, *ties = (by_name[name] for name in found.members)
     beaten = [by_name[d.second] for d in found.differences if d.second not in found.members]
-    seeds = min(len(row) for row in scores.values())
+    counts = sorted({len(row) for row in scores.values()})
+    seeds = 'one seed' if counts == [1] else f'{" to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))} seeds'
     images = len(next(iter(scores.values()))[0].images)
-    conditions = f'{"one seed" if seeds == 1 else f"{seeds} seeds"}, {images:,} test images, {group.conditions}'
+    conditions = f'{seeds}, {images:,} test images, {group.conditions}'
     needed = _needed(found, group, by_name, command)
     if not all(one.covers_seeds for one in found.intervals.values()):
         verdict = f'Not decided: {conditions}.'

@@ -64,7 +64,10 @@ def parse_args() -> argparse.Namespace:
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: a GPU if there is one)')
     args = p.parse_args()
     args.work_dir = args.work_dir or Path('work_dirs', 'choose', choose.slug(args.data_root.resolve().name) or 'data')
-    args.suite, args.limits = args.work_dir / 'suite.yaml', Limits(args.max_latency, args.max_memory, args.max_params)
+    args.suite, args.limits = (
+        args.work_dir / 'suite.yaml',
+        Limits(args.max_latency, args.max_memory, args.max_params, bool(args.costs)),
+    )
     args.begin = psutil.Process().create_time()
     args.start_up = time.time() - args.begin
     return args
@@ -106,6 +109,8 @@ def continue_suite(args: argparse.Namespace, data: choose.Data) -> Suite:
         raise UserError(f'{args.suite}: compares backbones for {suite.data.root}\nChoose another --work-dir DIR.')
     if ignored := [name for name in ('backbones', 'classes', 'licence', 'scratch') if getattr(args, name)]:
         say(f'the rows of {args.suite} stay as they are: --{", --".join(ignored)} ignored')
+    if suite.rows[0].protocol != 'linear':
+        say('a larger --budget adds nothing to these trainings: for longer ones, choose another --work-dir')
     return suite
 
 
@@ -158,12 +163,18 @@ def add_finalists(suite: Suite, args: argparse.Namespace, data: choose.Data) -> 
     for row in content['rows'][:]:
         if f'{row["name"]}-finetuned' in planned.rows:
             names = dict(name=f'{row["name"]}-finetuned', label=f'{row["label"]}, fine-tuned')
-            content['rows'].append({**row, **names, **training, 'seeds': list(range(planned.seeds))})
+            seeds = list(range(planned.seeds))  # of its own only if they differ: who adds seeds adds them to all rows
+            own = {} if seeds == content['defaults']['seeds'] else dict(seeds=seeds)
+            content['rows'].append({**row, **names, **training, **own})
     return choose.write_suite(args.suite, content)
 
 
 def answer_without_weights(args: argparse.Namespace, data: choose.Data, out: Path) -> list[str]:
     """Write a page of published results with latencies measured here; returns the sentences of the answer."""
+    if ignored := [
+        f'--{name.replace("_", "-")}' for name in ('backbones', 'max_memory', 'costs') if getattr(args, name)
+    ]:
+        say(f'published results of the catalogue answer: {", ".join(ignored)} ignored')
     say(f'timing backbones with published results at {data.shape[0]}x{data.shape[1]}')
     rows = choose.published_rows(data, args.kind, args.budget / 2, args.licence)
     slowest, largest = args.max_latency or math.inf, args.max_params or math.inf

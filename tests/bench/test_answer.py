@@ -96,7 +96,10 @@ def test_a_faster_row_beyond_the_best_group_and_what_it_costs(tmp_path) -> None:
         (dict(max_memory=25.0), 'b', 'Beyond your limits: a (30 MiB).'),
         (dict(max_params=15.0), 'c', 'c: it is the only row within your limits (mIoU '),
         (dict(max_latency=1.0), None, 'No row is within your limits.'),
-        (dict(excluded=dict(a='licence CC-BY-NC-4.0')), 'b', 'Beyond your limits: a (licence CC-BY-NC-4.0).'),
+        (dict(max_latency=30.0, max_memory=30.0, max_params=30.0), 'a', 'Take a: mIoU '),
+        (dict(max_latency=29.9), 'b', 'Beyond your limits: a (30 ms).'),
+        (dict(max_memory=99.0, other_device=True), None, 'a (memory not measured on the other device)'),
+        (dict(max_params=25.0, other_device=True), 'b', 'Beyond your limits: a (30 M parameters).'),
         ({}, 'a', 'Take a: mIoU '),
     ],
     ids=str,
@@ -175,8 +178,98 @@ def test_a_leader_without_interval_and_a_single_image_leave_it_open(tmp_path) ->
 
 def test_the_answer_is_in_page_and_text_and_its_names_are_text(tmp_path) -> None:
     evil = [{**one, 'label': '<b>|x'} for one in (metric('a', 0, 50.0), metric('b', 0, 40.0))]
+    evil.append({**record('a', 0, 'complexity', dict(merged_parameters=9e5)), 'label': '<b>|x'})
     report = load_report([write(tmp_path, evil)])
     page, text = render_html(report), render_markdown(report)
     assert page.index('class="verdict">Not decided: ') < page.index('class="results"') and '<b>' not in page
     assert '**Not decided: no confidence interval for' in text
-    assert '&lt;b&gt;|x: it is the only row' in render_html(report, limits=Limits(excluded=dict(b='no')))
+    assert '&lt;b&gt;|x: it is the only row' in render_html(report, limits=Limits(max_params=1.0))
+
+
+def plans(monkeypatch, by_points: dict[float, Plan]) -> list[float]:
+    """Plans instead of computed ones, by the rounded difference to detect; returns the differences asked for."""
+    asked = []
+
+    def planned(scores, points: float) -> Plan:
+        asked.append(points)
+        return by_points[min(by_points, key=lambda known: abs(known - points))]
+
+    monkeypatch.setattr('replk_mm.bench.answer.plan', planned)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ('plan', 'said'),
+    [
+        (Plan(seeds=20, images=None, detectable=3.0), 'About 20 seeds of each row would distinguish'),
+        (Plan(seeds=21, images=400, detectable=3.0), 'About 400 test images would distinguish'),
+        (Plan(seeds=None, images=400, detectable=3.0), 'About 400 test images would distinguish'),
+        (Plan(seeds=21, images=401, detectable=3.0), 'distinguish rows from 3.0 points on; 20 seeds or 20 times'),
+        (Plan(seeds=None, images=None, detectable=3.0), 'distinguish rows from 3.0 points on; 20 seeds or 20 times'),
+    ],
+)
+def test_seeds_and_images_that_would_decide_are_bounded(plan, said, tmp_path, monkeypatch) -> None:
+    """At most 20 seeds, or 20 times the 20 test images."""
+    asked = plans(monkeypatch, {0.0: plan})
+    found = answer(priced(tmp_path, dict(a=(0.70, 1), b=(0.698, 2)), seeds=2), command='run X')
+    assert found.take is None and said in found.text and asked
+    assert 'Smaller differences' not in found.text and 'those below it' not in found.text
+
+
+def test_the_closest_row_for_which_something_decides_is_named(tmp_path, monkeypatch) -> None:
+    suite = priced(
+        tmp_path, {name: (quality, 1) for name, quality in zip('abcd', (0.7, 0.69, 0.68, 0.67), strict=True)}, 2
+    )
+    first, *others = suite.groups[0].rows
+    behind = [first.figures['metric'].value - row.figures['metric'].value for row in others]
+    never, soon = Plan(seeds=None, images=None, detectable=1.0), Plan(seeds=7, images=None, detectable=1.0)
+    for place, words in enumerate(('', ' and those below it', '')):
+        plans(monkeypatch, {value: soon if i >= place else never for i, value in enumerate(behind)})
+        text = answer(suite, command='run X').text
+        assert (
+            f'About 7 seeds of each row would distinguish {first.label} from {others[place].label}{words}: run X.'
+            in text
+        )
+        assert ('Smaller differences would need more.' in text) == (place > 0)
+
+
+def test_a_row_without_interval_is_named_beside_the_others(tmp_path) -> None:
+    records = [counted(tmp_path, row, seed, of, 20) for row, of in (('b', 0.9), ('c', 0.6)) for seed in (0, 1, 2)]
+    found = answer(load_report([write(tmp_path, [*records, metric('a', 0, 1.0)])]).suites[0])
+    assert found.take == 'b' and found.candidates == ('b',)
+    assert 'Without an interval, and not compared: a.' in found.text
+    assert 'more than every other row with an interval.' in found.verdict
+
+
+def test_seeds_that_differ_by_row_are_counted(tmp_path) -> None:
+    counts = dict(a=3, b=2)
+    records = [counted(tmp_path, row, seed, 0.7, 20) for row, many in counts.items() for seed in range(many)]
+    assert 'with 2 to 3 seeds, 20 test images' in answer(load_report([write(tmp_path, records)]).suites[0]).verdict
+
+
+def test_a_larger_group_of_probes_counts_before_one_whole_network(tmp_path) -> None:
+    records = [counted(tmp_path, 'alone', seed, 0.9, 20) for seed in range(2)]
+    probe = {**PROTOCOL, 'protocol': 'linear'}
+    records += [
+        counted(tmp_path, row, seed, of, 20, protocol=probe) for row, of in (('a', 0.9), ('b', 0.6)) for seed in (0, 1)
+    ]
+    assert answer(load_report([write(tmp_path, records)]).suites[0]).candidates == ('a',)
+
+
+@pytest.mark.parametrize('where', ['missing', 'busy machine', 'other conditions'])
+@pytest.mark.parametrize('row', ['a', 'b'])
+def test_costs_that_cannot_be_compared_are_not(where, row, tmp_path) -> None:
+    """Of the leader, or of the other row."""
+    records = []
+    for name, ms in (('a', 20.0), ('b', 10.0)):
+        records += [counted(tmp_path, name, seed, 0.7, 20) for seed in range(2)]
+        changes = {}
+        if name == row:
+            changes = {
+                'busy machine': dict(facts=dict(load=0.9)),
+                'other conditions': dict(protocol={**SPEED, 'threads': 1}),
+            }
+        if name != row or where != 'missing':
+            records.append(speed(name, 0, ms, **changes.get(where, {})))
+    found = answer(load_report([write(tmp_path, records)]).suites[0])
+    assert set(found.candidates) == {'a', 'b'} and 'fastest' not in found.text

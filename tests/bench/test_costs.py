@@ -67,6 +67,8 @@ def test_costs_replace_speed_and_memory_of_their_row(tmp_path) -> None:
     expected = dict(device='cpu', cpu='A phone', threads=4, torch='2.0', shape=[96, 128], batch=2, precision='float32')
     assert found == expected | dict(timed='model of upernet_replk-nano_demo.py')
     assert [row.state for row in report.suites[0].rows] == ['done, 2 seeds'] * 2
+    # a device measures a network, not its seeds
+    assert len(rows_of(report)['convnext-atto'].of('speed')) == len(rows_of(report)['convnext-atto'].of('memory')) == 1
 
 
 def test_conditions_of_a_gpu_and_of_a_backbone_alone(tmp_path) -> None:
@@ -74,6 +76,12 @@ def test_conditions_of_a_gpu_and_of_a_backbone_alone(tmp_path) -> None:
     [cost] = read_costs([benchmark(tmp_path / 'a.json', what='backbone', environment=environment)]).values()
     assert cost['memory']['protocol']['device'] == 'A small GPU'
     assert cost['speed']['protocol']['timed'] == 'backbone alone'
+
+
+def test_times_of_a_busy_device_are_not_reliable(tmp_path) -> None:
+    path = changed(tmp_path / 'a.json', ['points', 0, 'load'], 0.9)
+    figures = rows_of(load_report([results(tmp_path)], read_costs([path])))['convnext-atto'].figures
+    assert figures['milliseconds'].unreliable and not figures['memory'].unreliable
 
 
 def changed(path: Path, place: list, value: object) -> Path:

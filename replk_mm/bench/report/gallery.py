@@ -156,6 +156,7 @@ def _choose(found: Gallery, rows: Sequence[tuple[Iterable[str], Mapping[str, flo
 
 def _add_label_maps(found: Gallery, shown: Sequence[Predictions], data: SplitFiles, album: Album) -> None:
     names, occurring = dict(enumerate(data.classes, data.first)), set()
+    unlabelled = False
 
     def drawn(labels: np.ndarray | Picture, truth: np.ndarray | Picture | None, name: str) -> Picture:
         if isinstance(labels, Picture):
@@ -181,6 +182,7 @@ def _add_label_maps(found: Gallery, shown: Sequence[Predictions], data: SplitFil
         truth = album.read(data.label_of(name), *data.folders, mode=None) if data.labels else Picture()
         if isinstance(truth, np.ndarray):  # to the labels of predictions
             truth = data.classes_of_values[truth] + np.uint8(data.first)
+            unlabelled |= bool((truth == data.ignored).any())
         image = album.add(album.read(data.image_of(name), *data.folders), data.image_of(name).name, name, WIDTH)
         example = Example(name.removesuffix('.png'), image, drawn(truth, None, f'ground truth of {name}'))
         for one, of_row, of_image in zip(shown, files, scores, strict=True):
@@ -191,6 +193,7 @@ def _add_label_maps(found: Gallery, shown: Sequence[Predictions], data: SplitFil
                 example.scores[one.row.number] = of_image[name]
         found.examples.append(example)
     found.key = [(names[i], data.palette[i - data.first]) for i in names if i in occurring]
+    found.key += [('not labelled', (0, 0, 0))] * unlabelled
 
 
 def _add_objects(found: Gallery, shown: Sequence[Predictions], data: SplitFiles, album: Album) -> None:

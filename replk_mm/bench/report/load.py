@@ -235,6 +235,16 @@ def _state(found: Sequence[Record]) -> tuple[str, list[str]]:
         if len(weights) > 1:
             parts = '; '.join(f'{", ".join(names)} of {digest}' for digest, names in weights.items())
             problems.append(f'seed {seed}: measured of different weights: {parts}')
+    trained: dict[str, list[int]] = {}
+    for record in found:
+        digest = (record['checkpoint'] or {}).get('sha256')
+        if record['measurement'] == 'metric' and record['status'] == 'done' and digest:
+            trained.setdefault(str(digest), []).append(record['seed'])
+    problems += [
+        f'seeds {format_list(sorted(same))}: one training, with the weights {digest[:12]}: its interval is too narrow'
+        for digest, same in trained.items()
+        if len(same) > 1
+    ]
     counted = f'{len(seeds)} seed{"s" * (len(seeds) != 1)}'
     if bad:
         return f'failed, {len(bad)} of {counted}', problems

@@ -40,6 +40,7 @@ class ProgressFileHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Write the file."""
         self._seconds_before = records.read_json(self.path).get('seconds', 0.0)
+        self._started = time.monotonic()
         self._write(runner.iter, runner.max_iters)
 
     def after_train_iter(

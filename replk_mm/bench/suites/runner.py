@@ -1,6 +1,7 @@
 """Run the remaining rows of a suite, each row and seed in a process of its own, so that a crash affects no other."""
 
 import contextlib
+import math
 import os
 import queue
 import signal
@@ -91,7 +92,7 @@ class SuiteRunner:
         self._lock, self._interrupted = threading.Lock(), False
         self._stages: list[tuple[int, list[Task]]] = []  # with the tasks that have not ended
         self._ended = self._count = 0
-        self._announced = False  # the time left
+        self._announce = math.inf  # when the time left is printed: the first iterations are slow
 
     def run(self, tasks: Sequence[Task]) -> list[tuple[Task, str]]:
         """Run tasks to their end.
@@ -106,7 +107,7 @@ class SuiteRunner:
             KeyboardInterrupt: On Ctrl-C or SIGTERM, after all processes have ended.
         """
         failed: list[tuple[Task, str]] = []
-        self._stages = schedule(tasks, self.settings)
+        self._stages, self._announce = schedule(tasks, self.settings), time.monotonic() + 60
         self._count = sum(len(part) for _, part in self._stages)
         self._overall = self.progress.add_task('all rows', total=self._count)
         with _sigterm_interrupts(), self.progress:
@@ -141,9 +142,9 @@ class SuiteRunner:
         left = self._time_left()
         if left:
             self.progress.update(self._overall, description=f'all rows, {left}')
-            if not self._announced:
-                self._announced = True
-                self._print(f'{left}, measured on the first iterations')
+            if time.monotonic() > self._announce:
+                self._announce = math.inf
+                self._print(left)
 
     def _time_left(self) -> str:
         stages = [(jobs, list(part)) for jobs, part in self._stages]
