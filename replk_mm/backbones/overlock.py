@@ -97,17 +97,25 @@ class RepConvBlock(nn.Module):
         layer_scale: Scale the shortcut.
         deploy: Build the deployed form, see :class:`DilatedReparamBlock`.
         norm_cfg: Normalization layers, apart from one :class:`LayerNorm2d`.
+        branches: Sides and dilations of the kernels beside the large one.
         drop_path: Drop path rate.
     """
 
     def __init__(
-        self, channels: int, kernel_size: int, layer_scale: bool, deploy: bool, norm_cfg: dict, drop_path: float
+        self,
+        channels: int,
+        kernel_size: int,
+        layer_scale: bool,
+        deploy: bool,
+        norm_cfg: dict,
+        branches: Sequence[tuple[int, int]],
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.dwconv = ResidualDepthwiseConv2d(channels)
         self.proj = nn.Sequential(
             LayerNorm2d(channels),
-            DilatedReparamBlock(channels, kernel_size, deploy, norm_cfg, DILATED_BRANCHES[kernel_size]),
+            DilatedReparamBlock(channels, kernel_size, deploy, norm_cfg, branches),
             build_norm(norm_cfg, channels),
             SEModule(channels),
             *build_ffn(channels, 4 * channels),
@@ -212,6 +220,7 @@ class DynamicConvBlock(nn.Module):
         first: Build the first block, which gets the initial context as its own.
         deploy: Build the deployed form, see :class:`DilatedReparamBlock`.
         norm_cfg: Normalization layers, apart from two :class:`LayerNorm2d`.
+        branches: Sides and dilations of the kernels beside the large one.
         drop_path: Drop path rate.
     """
 
@@ -224,6 +233,7 @@ class DynamicConvBlock(nn.Module):
         first: bool,
         deploy: bool,
         norm_cfg: dict,
+        branches: Sequence[tuple[int, int]],
         drop_path: float,
     ) -> None:
         super().__init__()
@@ -243,7 +253,7 @@ class DynamicConvBlock(nn.Module):
         self.weight_key = nn.Sequential(nn.AdaptiveAvgPool2d(REGIONS), conv(context_channels, half), norm(half))
         self.weight_proj: Any = nn.Conv2d(REGIONS**2, SMALL_KERNEL**2 + kernel_size**2, 1)
         self.dyconv_proj = nn.Sequential(conv(channels, channels), norm(channels))
-        reparam = DilatedReparamBlock(channels, kernel_size, deploy, norm_cfg, DILATED_BRANCHES[kernel_size])
+        reparam = DilatedReparamBlock(channels, kernel_size, deploy, norm_cfg, branches)
         self.lepe = nn.Sequential(reparam, norm(channels))
         self.se_layer = SEModule(channels)
         self.gate = nn.Sequential(conv(channels, channels), norm(channels), nn.SiLU())
@@ -284,6 +294,7 @@ class OverLoCK(Backbone):
         detection: Add the overview to the last feature map, as the authors do for detection. Defaults to False.
         in_channels: Channels of the image. Defaults to 3.
         drop_path_rate: Drop path rate of the last block; it grows linearly from 0 at the first. Defaults to 0.
+        dilated_branches: Train with dilated kernels beside each large one. Defaults to True.
         deploy: Build the deployed form, with dilated kernels merged into the large ones. Defaults to False.
         norm_cfg: Normalization layers where the authors have BatchNorm. Defaults to ``dict(type='BN')``.
         out_indices: Stages whose features are returned, at strides 4, 8, 16 and 32, each after its own norm. Defaults
@@ -309,6 +320,7 @@ class OverLoCK(Backbone):
         detection: bool = False,
         in_channels: int = 3,
         drop_path_rate: float = 0.0,
+        dilated_branches: bool = True,
         deploy: bool = False,
         norm_cfg: dict = dict(type='BN'),  # noqa: B006 (as in RepLKNet)
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
@@ -350,14 +362,15 @@ class OverLoCK(Backbone):
         self.high_level_proj = nn.Conv2d(channels[3], context, 1)
         x_proj, h_proj = nn.Sequential(*halve(*channels[2:])), nn.Sequential(*halve(context, context))
         self.patch_embedx = nn.ModuleDict(dict(x_proj=x_proj, h_proj=h_proj))
-        rates, options = self.drop_path_rates(drop_path_rate), (deploy, norm_cfg)
+        rates = self.drop_path_rates(drop_path_rate)
+        options = [(deploy, norm_cfg, DILATED_BRANCHES[kernel] if dilated_branches else ()) for kernel in kernels]
         for i, (width, kernel, depth) in enumerate(zip(channels, kernels, depths, strict=True)):
-            base = [RepConvBlock(width, kernel, i > 1, *options, next(rates)) for _ in range(depth)]
+            base = [RepConvBlock(width, kernel, i > 1, *options[i], next(rates)) for _ in range(depth)]
             self.add_module(f'blocks{i + 1}', Stage(*base, with_cp=with_cp))
         for i in range(2):
             sizes = channels[i + 2], context, kernels[i + 2], heads[i]
             first = [i == 0 and j == 0 for j in range(focus_depths[i])]
-            focus = [DynamicConvBlock(*sizes, is_first, *options, next(rates)) for is_first in first]
+            focus = [DynamicConvBlock(*sizes, is_first, *options[i + 2], next(rates)) for is_first in first]
             self.add_module(f'sub_blocks{i + 3}', Stage(*focus, with_cp=with_cp))
         norms = {str(i): LayerNorm2d(outputs[i]) for i in sorted({1, *self.out_indices})}  # the second is in the trunk
         self.h_proj = None

@@ -33,9 +33,12 @@ class DecomposedLargeKernelConv(nn.Module):
         small_kernel: Short side of the strips, and side of the square, in pixels; odd and smaller.
         merged: Build the deployed form.
         norm_cfg: Normalization layer of each branch.
+        square: Add the square.
     """
 
-    def __init__(self, channels: int, kernel_size: int, small_kernel: int, merged: bool, norm_cfg: dict) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int, small_kernel: int, merged: bool, norm_cfg: dict, square: bool = True
+    ) -> None:
         super().__init__()
         vertical, horizontal = (kernel_size, small_kernel), (small_kernel, kernel_size)
         if merged:
@@ -43,7 +46,8 @@ class DecomposedLargeKernelConv(nn.Module):
             self.lkb_reparam: Any = nn.ModuleDict(strips)
             return
         depthwise = partial(ConvNorm, channels, channels, depthwise=True, norm_cfg=norm_cfg)
-        self.LoRA1, self.LoRA2, self.small_conv = map(depthwise, (vertical, horizontal, small_kernel))
+        self.LoRA1, self.LoRA2 = depthwise(vertical), depthwise(horizontal)
+        self.small_conv = depthwise(small_kernel) if square else None
 
     @property
     def merged(self) -> bool:
@@ -55,7 +59,8 @@ class DecomposedLargeKernelConv(nn.Module):
         if self.merged:
             first, second = self.lkb_reparam.values()
             return fused_conv2d(second, x, shortcut=fused_conv2d(first, x))
-        return self.small_conv(x, shortcut=self.LoRA2(x, shortcut=self.LoRA1(x)))
+        out = self.LoRA2(x, shortcut=self.LoRA1(x))
+        return out if self.small_conv is None else self.small_conv(x, shortcut=out)
 
 
 class SLaKBlock(nn.Module):
@@ -97,6 +102,7 @@ class SLaK(Backbone):
         small_kernel: Short side of the strips, and side of the parallel square kernel, odd. Defaults to 5.
         decomposed: Decompose each large kernel into two strips. Otherwise it is dense, as in RepLKNet. Defaults to
             True.
+        square: Add the parallel square kernel. Defaults to True.
         small_kernel_merged: Build the deployed form, with the small kernels merged into the large ones. Defaults to
             False.
         in_channels: Channels of the image. Defaults to 3.
@@ -124,6 +130,7 @@ class SLaK(Backbone):
         kernel_size: int | Sequence[int] = (51, 49, 47, 13),
         small_kernel: int = 5,
         decomposed: bool = True,
+        square: bool = True,
         small_kernel_merged: bool = False,
         in_channels: int = 3,
         norm_cfg: dict = dict(type='BN'),  # noqa: B006 (as in RepLKNet)
@@ -153,11 +160,15 @@ class SLaK(Backbone):
         )
         for width, following in zip(channels, channels[1:], strict=False):
             self.downsample_layers.append(nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, following, 2, 2)))
-        large_kernel = DecomposedLargeKernelConv if decomposed else partial(ReparamLargeKernelConv, dilation=1)
+        large_kernel = (
+            partial(DecomposedLargeKernelConv, small_kernel=small_kernel, square=square)
+            if decomposed
+            else partial(ReparamLargeKernelConv, small_kernel=small_kernel if square else None, dilation=1)
+        )
         rates = self.drop_path_rates(drop_path_rate)
         self.stages: Any = nn.ModuleList()
         for depth, width, kernel in zip(depths, channels, kernels, strict=True):
-            build = partial(large_kernel, width, kernel, small_kernel, merged=small_kernel_merged, norm_cfg=norm_cfg)
+            build = partial(large_kernel, width, kernel, merged=small_kernel_merged, norm_cfg=norm_cfg)
             blocks = (SLaKBlock(width, build(), next(rates), layer_scale_init_value) for _ in range(depth))
             self.stages.append(Stage(*blocks, with_cp=with_cp))
         for i in self.out_indices:

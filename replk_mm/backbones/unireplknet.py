@@ -67,7 +67,7 @@ class DilatedReparamBlock(nn.Module):
         if deploy:
             return
         self.origin_bn = build_norm(norm_cfg, channels)
-        for side, dilation in branches or DILATED_BRANCHES[kernel_size]:
+        for side, dilation in DILATED_BRANCHES[kernel_size] if branches is None else branches:
             conv = DepthwiseConv2d(channels, side, dilation=dilation, bias=False)
             self.add_module(f'dil_conv_k{side}_{dilation}', conv)
             self.add_module(f'dil_bn_k{side}_{dilation}', build_norm(norm_cfg, channels))
@@ -119,6 +119,7 @@ class UniRepLKNetBlock(nn.Module):
         deploy: Build the deployed form, without norms, layer scale, and shift of the response norm.
         norm_cfg: Normalization layers.
         layer_scale_init_value: Initial value of the layer scale; 0 for no layer scale.
+        dilated_branches: Add the dilated kernels beside a large one.
     """
 
     def __init__(
@@ -129,11 +130,12 @@ class UniRepLKNetBlock(nn.Module):
         deploy: bool,
         norm_cfg: dict,
         layer_scale_init_value: float,
+        dilated_branches: bool,
     ) -> None:
         super().__init__()
         width = 4 * channels
         self.dwconv: Any = (
-            DilatedReparamBlock(channels, kernel_size, deploy, norm_cfg)
+            DilatedReparamBlock(channels, kernel_size, deploy, norm_cfg, None if dilated_branches else ())
             if kernel_size in DILATED_BRANCHES
             else DepthwiseConv2d(channels, kernel_size, bias=deploy)
         )
@@ -168,6 +170,7 @@ class UniRepLKNet(Backbone):
         in_channels: Channels of the image. Defaults to 3.
         drop_path_rate: Drop path rate of the last block; it grows linearly from 0 at the first. Defaults to 0.
         layer_scale_init_value: Initial value of the layer scale; 0 for no layer scale. Defaults to 1e-6.
+        dilated_branches: Train with dilated kernels beside each large one. Defaults to True.
         deploy: Build the deployed form: dilated kernels merged into the large ones, all norms of the blocks, layer
             scale and the shift of the response norm folded. Defaults to False.
         norm_cfg: Normalization layers of the blocks; stem, downsampling layers and outputs have
@@ -186,6 +189,7 @@ class UniRepLKNet(Backbone):
         in_channels: int = 3,
         drop_path_rate: float = 0.0,
         layer_scale_init_value: float = 1e-6,
+        dilated_branches: bool = True,
         deploy: bool = False,
         norm_cfg: dict = dict(type='BN'),  # noqa: B006 (as in RepLKNet)
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
@@ -221,7 +225,11 @@ class UniRepLKNet(Backbone):
         )
         rates = self.drop_path_rates(drop_path_rate)
         block = partial(
-            UniRepLKNetBlock, deploy=deploy, norm_cfg=norm_cfg, layer_scale_init_value=layer_scale_init_value
+            UniRepLKNetBlock,
+            deploy=deploy,
+            norm_cfg=norm_cfg,
+            layer_scale_init_value=layer_scale_init_value,
+            dilated_branches=dilated_branches,
         )
         self.stages: Any = nn.ModuleList(
             Stage(*(block(width, side, next(rates)) for side in islice(cycle(stage), depth)), with_cp=with_cp)

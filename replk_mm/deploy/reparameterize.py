@@ -310,9 +310,9 @@ def _merge_branches(block: Any, uses: Counter[int]) -> bool:
         del block._modules[name]
     first, *others = branches
     if isinstance(block, DecomposedLargeKernelConv):
-        strip, small = others  # no strip holds the other
+        strip, *square = others  # no strip holds the other
         second = _with_weights(strip[0], *_sum_branches([strip]))
-        merged = dict(LoRA1=_with_weights(first[0], *_sum_branches([first, small])), LoRA2=second)
+        merged = dict(LoRA1=_with_weights(first[0], *_sum_branches([first, *square])), LoRA2=second)
         block.lkb_reparam = nn.ModuleDict(merged).eval()
     else:
         block.lkb_reparam = _with_weights(first[0], *_sum_branches(branches))

@@ -62,6 +62,7 @@ class TestOverLoCK(BackboneContract):
         detection=True,
         in_channels=4,
         drop_path_rate=0.2,
+        dilated_branches=False,
         deploy=True,
         norm_cfg=dict(type='BN', eps=1e-2),
         out_indices=(0, 3),
@@ -81,9 +82,11 @@ class TestOverLoCK(BackboneContract):
             self.check_argument(argument, self.others[argument])
         assert argument in self.others
 
+    @pytest.mark.parametrize('dilated_branches', [True, False])
     @pytest.mark.parametrize('fold', [False, True])
-    def test_merged(self, fold):
-        model = self.build()
+    def test_merged(self, fold, dilated_branches):
+        model = self.build(dilated_branches=dilated_branches)
+        assert any('dil_conv' in name for name, _ in model.named_parameters()) == dilated_branches
         merged, changes = reparameterize(model, fold=fold)
         assert len(changes.merged) == 4 + 2 and (changes.left == []) == fold
         self.assert_equal(merged(self.image()), model(self.image()), 1e-5)

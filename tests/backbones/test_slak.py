@@ -53,6 +53,7 @@ class TestSLaK(BackboneContract):
         kernel_size=9,
         small_kernel=3,
         decomposed=False,
+        square=False,
         small_kernel_merged=True,
         in_channels=4,
         norm_cfg=dict(type='BN', eps=1e-2),
@@ -72,10 +73,13 @@ class TestSLaK(BackboneContract):
             self.check_argument(argument, self.others[argument])
         assert argument in self.others
 
+    @pytest.mark.parametrize('square', [True, False])
     @pytest.mark.parametrize('decomposed', [True, False])
     @pytest.mark.parametrize('fold', [True, False])
-    def test_merged(self, decomposed, fold):
-        model = self.build(decomposed=decomposed)
+    def test_merged(self, decomposed, square, fold):
+        model = self.build(decomposed=decomposed, square=square)
+        sides = {p.shape[2:] for name, p in model.named_parameters() if 'small_conv.conv' in name}
+        assert sides == ({(5, 5)} if square else set())
         merged, changes = reparameterize(model, fold=fold)
         assert len(changes.merged) == 7 and changes.left == []
         assert all(difference.ok for difference in compare_networks(model, merged))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from replk_mm.analysis.complexity import count_complexity
 from replk_mm.backbones import UniRepLKNet
 from replk_mm.backbones.unireplknet import UniRepLKNetBlock
+from replk_mm.deploy.reparameterize import reparameterize
 
 FACTS = Path(__file__).parents[1] / 'data' / 'facts'
 TINY = dict(depths=[1, 1, 4, 1], channels=[8, 12, 16, 24], kernel_sizes=[3, 7, [9, 5], 13])
@@ -60,6 +61,7 @@ class TestUniRepLKNet(BackboneContract):
         in_channels=4,
         drop_path_rate=0.2,
         layer_scale_init_value=0.0,
+        dilated_branches=False,
         deploy=True,
         norm_cfg=dict(type='BN', eps=1e-2),
         out_indices=(0, 3),
@@ -75,6 +77,15 @@ class TestUniRepLKNet(BackboneContract):
         if argument not in ('with_cp', 'init_cfg', 'out_memory_format'):  # these have tests of their own
             self.check_argument(argument, self.others[argument])
         assert argument in self.others
+
+    @pytest.mark.parametrize('dilated_branches', [True, False])
+    def test_merged(self, dilated_branches):
+        model = self.build(dilated_branches=dilated_branches)
+        assert any('dil_conv' in name for name, _ in model.named_parameters()) == dilated_branches
+        merged, changes = reparameterize(model)
+        assert changes.merged and changes.left == []
+        self.assert_equal(merged(self.image()), model(self.image()), 1e-5)
+        self.build(deploy=True).load_state_dict(merged.state_dict())
 
     def test_initial_weights(self):
         """Truncated normal weights, zero biases, and a response norm that starts as the identity."""
