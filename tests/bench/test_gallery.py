@@ -81,7 +81,7 @@ def test_a_selection_of_the_classes(tmp_path) -> None:
     for example in found.examples:
         shown, truth = example.predictions[1], example.truth
         assert shown.words.startswith('100\u00a0% of the scored pixels right; ') and 'label' not in truth.words
-    assert [name for name, _ in found.key] == ['water', 'sky']
+    assert [name for name, _ in found.key] == ['water', 'sky', 'not labelled'] and found.key[-1][1] == (0, 0, 0)
 
 
 def test_without_counts_the_images_are_spread_evenly(tmp_path) -> None:

@@ -138,22 +138,26 @@ def test_requested_but_missing_measurements_are_unfinished(tmp_path) -> None:
     assert missing == dict(begun='not recorded yet', fewer='not measured', bad='training failed: no')
 
 
-def test_figures_of_different_weights_are_marked(tmp_path) -> None:
-    other = dict(sha256='f' * 64)
+def test_figures_of_different_weights_and_seeds_of_the_same_are_marked(tmp_path) -> None:
+    first, other = dict(sha256='e' * 64), dict(sha256='f' * 64)
     rows = rows_of(
         tmp_path,
         [
-            metric('mixed', 0, 50.0),
+            metric('mixed', 0, 50.0, checkpoint=first),
             speed('mixed', 0, 9.0, checkpoint=other),
             record('mixed', 0, 'complexity', {}, checkpoint=None),
-            metric('alike', 0, 50.0),
+            metric('alike', 0, 50.0, checkpoint=first),
             metric('alike', 1, 51.0, checkpoint=other),
+            *(metric('copied', seed, 50.0, checkpoint=first if seed else other) for seed in (2, 0, 1)),
         ],
     )
     assert rows['mixed'].problems == [
         f'seed 0: measured of different weights: metric of {"e" * 12}; speed of {"f" * 12}'
     ]
     assert rows['alike'].problems == []
+    assert rows['copied'].problems == [
+        f'seeds 1, 2: one training, with the weights {"e" * 12}: its interval is too narrow'
+    ]
 
 
 def test_seeds_of_two_protocols_are_two_rows(tmp_path) -> None:
