@@ -22,7 +22,7 @@ from replk_mm.data.scenes.writer import write_demo_data
 from replk_mm.engine.predict import load_for_prediction
 from replk_mm.errors import UserError
 
-VAL = 3  # scenes, so that there are 6 conflict scenes, 18 objects in them, 3 of each ordered pair
+VAL = 6  # scenes of one object, so that there are 12 conflict scenes, 2 of each ordered pair
 GROUND = DEMO_CLASSES.index('ground')
 
 
@@ -78,15 +78,15 @@ def bias(shape: int, texture: int, other: int) -> dict:
 @pytest.mark.parametrize(
     ('answer', 'counts', 'per_class', 'mean', 'agreeing'),
     [
-        (lambda item: item['shape'], (18, 0, 0), dict(disc=(6, 0, 0), square=(6, 0, 0), star=(6, 0, 0)), 1.0, 1.0),
-        (lambda item: item['texture'], (0, 18, 0), dict(disc=(0, 6, 0), square=(0, 6, 0), star=(0, 6, 0)), 0.0, 1.0),
-        (lambda item: 'disc', (6, 6, 6), dict(disc=(6, 0, 0), square=(0, 3, 3), star=(0, 3, 3)), 1 / 3, 1 / 3),
-        (lambda item: 'ground', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), None, 0.0),
-        (lambda item: 'triangle_h', (0, 0, 18), dict(disc=(0, 0, 6), square=(0, 0, 6), star=(0, 0, 6)), None, 0.0),
+        (lambda item: item['shape'], (12, 0, 0), dict(disc=(4, 0, 0), square=(4, 0, 0), star=(4, 0, 0)), 1.0, 1.0),
+        (lambda item: item['texture'], (0, 12, 0), dict(disc=(0, 4, 0), square=(0, 4, 0), star=(0, 4, 0)), 0.0, 1.0),
+        (lambda item: 'disc', (4, 4, 4), dict(disc=(4, 0, 0), square=(0, 2, 2), star=(0, 2, 2)), 1 / 3, 1 / 3),
+        (lambda item: 'ground', (0, 0, 12), dict(disc=(0, 0, 4), square=(0, 0, 4), star=(0, 0, 4)), None, 0.0),
+        (lambda item: 'triangle_h', (0, 0, 12), dict(disc=(0, 0, 4), square=(0, 0, 4), star=(0, 0, 4)), None, 0.0),
         (
             lambda item: item['texture' if item['shape'] == 'square' else 'shape'],
-            (12, 6, 0),
-            dict(disc=(6, 0, 0), square=(0, 6, 0), star=(6, 0, 0)),
+            (8, 4, 0),
+            dict(disc=(4, 0, 0), square=(0, 4, 0), star=(4, 0, 0)),
             2 / 3,
             1.0,
         ),
@@ -99,7 +99,7 @@ def test_networks_of_known_bias(network, answer, counts, per_class, mean, agreei
         mean_over_classes=mean if mean is None else pytest.approx(mean),
         per_class={name: bias(*each) for name, each in per_class.items()},
         agreeing_accuracy=pytest.approx(agreeing),
-        agreeing_objects=9,
+        agreeing_objects=6,
     )
 
 
@@ -160,7 +160,7 @@ def test_trained_checkpoint_by_mmsegs_inference(tiny, trained, data, tmp_path): 
     for scene in listing['conflict']:
         predicted = inference_model(model, str(data / scene['image'])).pred_sem_seg.data[0].numpy()
         labels = np.array(Image.open(data / scene['labels']))
-        for item in scene['objects']:  # each shape occurs once
+        for item in scene['objects']:
             inside = predicted[labels == DEMO_CLASSES.index(item['shape']) + 1]
             votes = [(inside == k).sum() if k > 2 else 0 for k in range(len(DEMO_CLASSES))]
             top = [DEMO_CLASSES[k] for k in range(len(votes)) if votes[k] == max(votes) > 0]
@@ -171,7 +171,7 @@ def test_trained_checkpoint_by_mmsegs_inference(tiny, trained, data, tmp_path): 
     values = measure_shape_bias(cfg, str(trained), data, tmp_path / 'out').values()
     assert str(cfg) == before
     assert [values[f'{key}_decisions'] for key in ('shape', 'texture')] + [values['other']] == list(count.values())
-    assert sum(count.values()) == 6 * VAL
+    assert sum(count.values()) == 2 * VAL
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_command(tiny, trained, data, tmp_path, monkeypatch, capsys):  # noqa: F
     )
     assert 'by shape / (by shape + by texture)' in printed and 'Geirhos' in record['protocol']['definition']
     assert record['protocol']['scenes']['seed'] == 1 and record['protocol']['scenes']['conflict'] == 2 * VAL
-    assert len(record['decisions']) == 9 * VAL
+    assert len(record['decisions']) == 3 * VAL
     by_shape = [d for d in record['decisions'] if d['shape'] == d['decided'] != d['texture']]
     assert len(by_shape) == values['shape_decisions']
     picture = cv2.imread(str(tmp_path / 'out/shape_bias.png'))

@@ -1,25 +1,27 @@
 """Scenes with a cue conflict between shape and texture, after Geirhos et al., ICLR 2019, arXiv:1811.12231.
 
-The texture of the demo scenes (``spec.py``) does not depend on the class. Here each of three classes has its own
-texture besides its shape (:data:`TEXTURE_OF`):
+A scene has one bright object on a dark ground. Either cue alone reveals its class:
 
-- In the splits 'train' and 'val', shape and texture of an object belong to the same class.
-- Scenes ``2 i`` and ``2 i + 1`` of the split 'conflict' are scene ``i`` of 'val' with exchanged textures, in the two
-  ways that leave no texture in place. Nothing else differs. The label is the class of the shape.
+- Shape: a large disc, square or star. A threshold at :data:`THRESHOLD` separates object and ground, so that a network
+  can recognize silhouettes without any texture.
+- Texture: rows, columns or both (:data:`TEXTURE_OF`), of random period and phase. It fills the object, but it is faint
+  (:data:`AMPLITUDE`) and noisy (:data:`GRAIN`). A small patch of it suffices.
 
-A validation scene has one object of each class. So the conflict scenes contain every ordered pair (class of the shape,
-class of the texture) equally often. A training scene has three objects with independent shapes. Colour, depth of the
-texture, area, angle and position do not depend on the class.
+In the splits 'train' and 'val', shape and texture of an object belong to the same class. Scenes ``2 i`` and ``2 i + 1``
+of the split 'conflict' are scene ``i`` of 'val' with other textures, in the two ways that leave no texture in place.
+Nothing else differs. The label is the class of the shape. Successive validation scenes take turns at the shapes. So the
+conflict scenes contain every ordered pair (class of the shape, class of the texture) equally often.
 
-All textures have two brightness levels of equal area, in different arrangements. They are deeper than in the demo
-scenes, to survive downsampling. The beacon of the demo scenes has no meaning here, and no score.
+Shapes of training scenes are independent. Colour, depth and period of the texture, area, angle and position do not
+depend on the class. All arithmetic uses integers. Sizes are in pixels of a scene whose shorter side is 256.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,38 +29,54 @@ from pydantic import BaseModel, Field, NonNegativeInt, StrictInt, ValidationErro
 from pydantic.dataclasses import dataclass
 
 from replk_mm.data.scenes.layouts import LAYOUTS, LISTING, Meta, scene_stem
-from replk_mm.data.scenes.render import Scene, render_scene
-from replk_mm.data.scenes.spec import (
-    DEMO_CLASSES,
-    SHAPES,
-    THING_CLASSES,
-    ObjectSpec,
-    SceneSpec,
-    describe_scene,
-    place_object,
-    scene_rng,
-)
+from replk_mm.data.scenes.render import Instance, shape_mask, soften
+from replk_mm.data.scenes.spec import CIRCUMRADIUS, DEMO_CLASSES, SHAPES, THING_CLASSES, ObjectSpec, scaled, scene_rng
 from replk_mm.errors import UserError, command_line
 from replk_mm.files import sha256
 
 #: Increases whenever a seed gives other scenes than before.
-CUE_CONFLICT_VERSION = 1
-#: The texture of each class.
-TEXTURE_OF: dict[str, str] = {'disc': 'speckle', 'square': 'blotch', 'star': 'check'}
+CUE_CONFLICT_VERSION = 2
+#: The texture of each class. They have the same periods, so that only the direction of the changes differs.
+TEXTURE_OF: dict[str, str] = {'disc': 'rows', 'square': 'columns', 'star': 'check'}
 #: Smallest and largest depth of the textures, grey levels.
-AMPLITUDE = (40, 56)
-# The random stream of the objects; demo scenes do not use it.
-_OBJECTS = 100
+AMPLITUDE = (12, 24)
+#: Largest noise of a pixel, grey levels.
+GRAIN = 12
+#: Grey level between those of any ground and any object, in each channel.
+THRESHOLD = 128
+_GROUND, _OBJECT = (30, 90), (168, 216)  # colours, each channel
+_SIDE, _ANGLE = (132, 148), (-15, 15)  # square root of the area of an object; degrees
+_CELL = (8, 12)  # width of a row or column
 
 
-def make_cue_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int] = (256, 256)) -> Scene:
+class CueConflictImage(NamedTuple):
+    """A drawn scene: ``image`` (H, W, 3) RGB and ``label`` (H, W), both uint8, and its objects."""
+
+    image: np.ndarray
+    label: np.ndarray
+    instances: tuple[Instance, ...]
+
+
+def make_cue_conflict_scene(seed: int, split: str, index: int, size: tuple[int, int] = (96, 96)) -> CueConflictImage:
     """Describe and draw a scene of split 'train', 'val' or 'conflict'; other arguments as of :func:`describe_scene`."""
-    if split != 'conflict':
-        return render_scene(_describe(seed, split, index, size))
-    spec = _describe(seed, 'val', index // 2, size)
-    step = 1 + index % 2
-    textures = {shape: TEXTURE_OF[SHAPES[(k + step) % len(SHAPES)]] for k, shape in enumerate(SHAPES)}
-    return render_scene(replace(spec, objects=tuple(replace(o, texture=textures[o.shape]) for o in spec.objects)))
+    step = 1 + index % 2 if split == 'conflict' else 0
+    source = ('val', index // 2) if split == 'conflict' else (split, index)
+    rng = scene_rng(seed, *source, 0)
+    image = np.empty((*size, 3), np.int16)
+    image[:] = rng.integers(*_GROUND, 3)
+    label = np.full(size, DEMO_CLASSES.index('ground') + 1, np.uint8)
+    item = _describe_object(rng, *source, size)
+    texture = TEXTURE_OF[SHAPES[(SHAPES.index(item.shape) + step) % len(SHAPES)]]
+    item = replace(item, texture=texture)
+    mask = shape_mask(item, 0, 0, size)
+    brightness = _draw_texture(scene_rng(seed, *source, 1), item, size)
+    image[mask] = (np.array(item.colour) + brightness[:, :, None])[mask]
+    label[mask] = DEMO_CLASSES.index(item.shape) + 1
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    grain = scene_rng(seed, *source, 2).integers(-GRAIN, GRAIN + 1, image.shape)
+    instance = Instance(int(label[mask][0]), mask, box, item)
+    return CueConflictImage((soften(image) + grain).astype(np.uint8), label, (instance,))
 
 
 def texture_class(item: ObjectSpec) -> str:
@@ -66,22 +84,26 @@ def texture_class(item: ObjectSpec) -> str:
     return next(name for name, texture in TEXTURE_OF.items() if texture == item.texture)
 
 
-def _describe(seed: int, split: str, index: int, size: tuple[int, int]) -> SceneSpec:
-    """A scene whose objects have shape and texture of one class."""
-    spec = describe_scene(seed, split, index, size)
-    rng = scene_rng(seed, split, index, _OBJECTS)
-    shapes = rng.permutation(len(SHAPES)) if split == 'val' else rng.integers(len(SHAPES), size=len(SHAPES))
-    while True:  # until there is room for all, nearly always at once
-        occupied, objects = [spec.cue.circle], []
-        for shape in (SHAPES[k] for k in shapes.tolist()):
-            # Depth first: the depth of an object must not depend on how often the one before was placed.
-            depth = int(rng.integers(AMPLITUDE[0], AMPLITUDE[1] + 1))
-            item = place_object(rng, size, shape, 0, occupied, spec.backdrop)
-            if item is not None:
-                objects.append(replace(item, texture=TEXTURE_OF[shape], amplitude=depth))
-                occupied.append(item.circle)
-        if len(objects) == len(shapes):
-            return replace(spec, objects=tuple(objects))
+def _describe_object(rng: np.random.Generator, split: str, index: int, size: tuple[int, int]) -> ObjectSpec:
+    """An object with the texture of its shape."""
+    shape = SHAPES[rng.integers(len(SHAPES)) if split == 'train' else index % len(SHAPES)]
+    side, angle, amplitude = (int(rng.integers(low, high + 1)) for low, high in (_SIDE, _ANGLE, AMPLITUDE))
+    side = scaled(side, size)
+    red, green, blue = rng.integers(*_OBJECT, 3).tolist()
+    # Leave room for the widest shape, so that the position does not depend on the shape.
+    room = math.ceil(side * max(CIRCUMRADIUS[name] for name in SHAPES))
+    y, x = (int(rng.integers(room, length - room)) for length in size)
+    return ObjectSpec(shape, x, y, side, angle, TEXTURE_OF[shape], amplitude, (red, green, blue))
+
+
+def _draw_texture(rng: np.random.Generator, item: ObjectSpec, size: tuple[int, int]) -> np.ndarray:
+    """Brightness (H, W) to add to the colour of an object: its amplitude, or that with a negative sign."""
+    cell = int(rng.integers(scaled(_CELL[0], size), scaled(_CELL[1], size) + 1))
+    y, x = rng.integers(2 * cell, size=2)
+    rows = (np.arange(size[0])[:, None] + y) // cell % 2
+    columns = (np.arange(size[1])[None, :] + x) // cell % 2
+    bright = {'rows': rows, 'columns': columns, 'check': rows ^ columns}[item.texture]
+    return np.broadcast_to(item.amplitude * (2 * bright - 1), size)
 
 
 def list_objects(meta: Meta) -> str:

@@ -64,7 +64,7 @@ def render_scene(spec: SceneSpec) -> Scene:
         masks.append(_draw_object(rng, spec, item, image, label))
     _draw_cue(spec.cue, image, label)
     instances = _instances(spec, masks, label)
-    image = _soften(image)
+    image = soften(image)
     noise = spec.backdrop.noise
     grain = scene_rng(spec.seed, spec.split, spec.index, 3).integers(-noise, noise + 1, image.shape, dtype=np.int8)
     return Scene(np.clip(image + grain, 0, 255).astype(np.uint8), label, instances, spec)
@@ -146,7 +146,7 @@ def _draw_object(
     """Draw ``item`` into ``image`` and ``label``, in place. Return its mask (H, W)."""
     x0, y0 = max(0, item.x - item.radius - 1), max(0, item.y - item.radius - 1)
     window = np.s_[y0 : item.y + item.radius + 2, x0 : item.x + item.radius + 2]
-    patch = _shape_mask(item, x0, y0, label[window].shape)
+    patch = shape_mask(item, x0, y0, label[window].shape)
     colours = np.array(item.colour, np.int16) + _texture(rng, item, patch.shape, spec.size)[:, :, None]
     image[window][patch] = colours[patch]
     label[window][patch] = _label_of(spec, item)
@@ -185,7 +185,7 @@ def _outline(item: ObjectSpec) -> list[tuple[int, int]]:
     return points
 
 
-def _shape_mask(item: ObjectSpec, x0: int, y0: int, shape: tuple[int, ...]) -> np.ndarray:
+def shape_mask(item: ObjectSpec, x0: int, y0: int, shape: tuple[int, ...]) -> np.ndarray:
     """The mask of an object in a window of ``shape`` with the corner (x0, y0)."""
     x = (np.arange(shape[1])[None, :] + x0 - item.x) * SUBPIXEL
     y = (np.arange(shape[0])[:, None] + y0 - item.y) * SUBPIXEL
@@ -225,7 +225,7 @@ def _draw_cue(cue: Cue, image: np.ndarray, label: np.ndarray) -> None:
     label[y0:y1, x0:x1] = 0
 
 
-def _soften(image: np.ndarray) -> np.ndarray:
+def soften(image: np.ndarray) -> np.ndarray:
     """Blur (H, W, 3) with weights 1-2-1 along both axes, as a lens does."""
     for axis in (0, 1):
         padded = np.pad(image, [(1, 1) if a == axis else (0, 0) for a in range(3)], mode='edge')
