@@ -39,12 +39,12 @@ CUE_CONFLICT_VERSION = 2
 #: The texture of each class. They have the same periods, so that only the direction of the changes differs.
 TEXTURE_OF: dict[str, str] = {'disc': 'rows', 'square': 'columns', 'star': 'check'}
 #: Smallest and largest depth of the textures, grey levels.
-AMPLITUDE = (12, 24)
+AMPLITUDE = (20, 32)
 #: Largest noise of a pixel, grey levels.
 GRAIN = 12
 #: Grey level between those of any ground and any object, in each channel.
 THRESHOLD = 128
-_GROUND, _OBJECT = (30, 90), (168, 216)  # colours, each channel
+_GROUND, _OBJECT = (30, 90), (176, 212)  # colours, each channel
 _SIDE, _ANGLE = (132, 148), (-15, 15)  # square root of the area of an object; degrees
 _CELL = (8, 12)  # width of a row or column
 
