@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
         __doc__,
         'make_demo_data data/demo --train 200 --val 40',
         'make_demo_data data/demo --format coco --train 500 --val 100 --seed 1 --size 256 512 --overwrite',
-        'make_demo_data data/conflict --scenes conflict --train 400 --val 40 --size 160 160',
+        'make_demo_data data/conflict --scenes conflict --train 400 --val 60 --size 96 96',
     )
     p.add_argument('out', type=Path, metavar='OUT', help='folder to write: new, empty, or of an interrupted run')
     p.add_argument('--scenes', choices=sorted(SCENES), default='demo', help='kind of scenes (default: demo)')
