@@ -13,21 +13,23 @@ import yaml
 
 DATA = Path(__file__).with_name('published.yaml')
 
+#: Tasks, in the order of the tables.
+TASKS = ('segmentation', 'detection', 'classification')
 #: Metrics that a row may have, in the order of the columns of a table.
-METRICS = ('miou_ss', 'miou_ms', 'ap_box', 'ap_mask')
+METRICS = ('miou_ss', 'miou_ms', 'ap_box', 'ap_mask', 'top1')
 
 
 @dataclass(frozen=True)
 class PublishedResult:
     """One published row: a backbone, its training, and its metrics."""
 
-    task: str  #: ``'segmentation'`` or ``'detection'``
+    task: str  #: one of :data:`TASKS`
     backbone: str  #: name in the paper, such as ``'RepLKNet-31B'``
     pretraining: str  #: data of the pretraining
     dataset: str  #: data of training and evaluation
     method: str  #: ``'UperNet'``, ``'Cascade Mask R-CNN'`` ...
     schedule: str  #: length of the training, as text
-    crop: int | None  #: side of the training crop in pixels; None for detection
+    crop: int | None  #: side of the training crop, or of a classifier's images, in pixels; None for detection
     metrics: Mapping[str, float]  #: in percent, by name; without those that the source does not report
     params_m: float | None  #: parameters of the whole model, in millions; None if not stated
     flops_g: float | None  #: multiply-accumulates at ``input``, in billions; None if not stated
@@ -85,7 +87,13 @@ def quote(name: str) -> Quote:
 
 def _result(task: str, row: Mapping[str, Any]) -> PublishedResult:
     source = table('sources')[row['source']]
-    schedule = f'{row["iters"] // 1000}k iterations' if 'iters' in row else f'{row["epochs"]} epochs'
+    schedule = (
+        f'{row["iters"] // 1000}k iterations'
+        if 'iters' in row
+        else f'{row["epochs"]} epochs'
+        if row['epochs']
+        else 'not stated'
+    )
     schedule += f', batch {row["batch"]}' if 'batch' in row else ''
     return PublishedResult(
         task=task,
@@ -103,8 +111,8 @@ def _result(task: str, row: Mapping[str, Any]) -> PublishedResult:
 
 @lru_cache(maxsize=1)
 def results() -> tuple[PublishedResult, ...]:
-    """Every published row, segmentation first, in the order of ``published.yaml``."""
-    return tuple(_result(task, row) for task in ('segmentation', 'detection') for row in table(task))
+    """Every published row, by task, in the order of ``published.yaml``."""
+    return tuple(_result(task, row) for task in TASKS for row in table(task))
 
 
 def for_config(config: str | Path) -> PublishedResult | None:

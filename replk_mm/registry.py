@@ -77,10 +77,14 @@ HOOKS = Registry(
 #: Training loops.
 LOOPS = Registry('loop', scope=SCOPE, parent=mmengine_registry.LOOPS, locations=['replk_mm.engine.loops'])
 
-#: Metrics. Building one imports mmseg or mmdet.
+#: Metrics. Building one imports mmseg, mmdet or mmpretrain.
 METRICS = LazyRegistry(
     'metric',
     scope=SCOPE,
     parent=mmengine_registry.METRICS,
-    modules={'replk_mm.evaluation.iou_metric': ('IoUMetric',), 'replk_mm.evaluation.coco_metric': ('CocoMetric',)},
+    modules={
+        'replk_mm.evaluation.iou_metric': ('IoUMetric',),
+        'replk_mm.evaluation.coco_metric': ('CocoMetric',),
+        'replk_mm.evaluation.accuracy': ('Accuracy',),
+    },
 )

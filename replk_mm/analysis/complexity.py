@@ -149,6 +149,24 @@ def _parts(owner: nn.Module, prefix: str = '') -> Iterator[tuple[str, nn.Module]
             yield f'{prefix}{name}', child
 
 
+class LinearClassifier(nn.Module):
+    """A backbone, global average pooling and a linear layer: mmpretrain's classifier without mmpretrain.
+
+    Args:
+        backbone: Returns feature maps, or pooled features.
+        head: Takes the features of its last stage.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``(N, classes)`` of images ``(N, 3, H, W)``."""
+        x = self.backbone(image)[-1]
+        return self.head(x.mean((2, 3)) if x.dim() == 4 else x)
+
+
 class ForwardPass(nn.Module):
     """Runs a function of a model and an image as a forward pass, so that all module names have the same prefix."""
 
@@ -255,7 +273,7 @@ def forward(model: Any, image: Tensor) -> list[str]:
             'not run: resizing the class scores to the image and the argmax; sliding windows and scales of a test '
             'recipe multiply the whole'
         ]
-    return ['not run: decoding of boxes and non-maximum suppression (NMS)']
+    return ['not run: decoding of boxes and non-maximum suppression (NMS)'] if hasattr(model, 'bbox_head') else []
 
 
 def forward_auxiliary(model: Any, image: Tensor) -> list[str]:
@@ -387,9 +405,13 @@ def count_model(model: nn.Module, config: str, shape: tuple[int, int], shape_fro
 
 
 def build_on_meta(cfg: Config) -> Any:
-    """Build the config's model on the meta device, without weights."""
+    """Build the config's model on the meta device, without weights; a linear classifier also without mmpretrain."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the libraries' warnings concern training
+        backbone, head = (cfg.model.get(key) or {} for key in ('backbone', 'head'))
+        if head.get('type') == 'LinearClsHead' and str(backbone.get('type')).startswith('replk_mm.'):
+            built = build_model(Config(dict(model=backbone), filename=cfg.filename), 'meta')
+            return LinearClassifier(built, nn.Linear(head.in_channels, head.num_classes, device='meta'))
         return build_model(cfg, 'meta')
 
 

@@ -23,7 +23,6 @@ from replk_mm.analysis.complexity import (
     ForwardPass,
     ShapeOfSamples,
     build_on_meta,
-    count_complexity,
     count_inference_parameters,
     count_model,
     count_parameters,
@@ -32,7 +31,7 @@ from replk_mm.analysis.complexity import (
     on_meta,
     reparameterize_on_meta,
 )
-from replk_mm.backbones import RepLKNet, build_backbone, list_backbones
+from replk_mm.backbones import RepLKNet, list_backbones
 from replk_mm.backbones.catalogue import find_backbone
 from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError
@@ -50,6 +49,7 @@ BASES = {
     'RetinaNet': 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
     'Mask R-CNN': 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
     'Cascade Mask R-CNN': 'replk_mm::cascade-mask-rcnn_convnext-tiny_coco.py',
+    'classification': 'replk_mm::convnext-tiny_imagenet.py',
     'Cascade Mask R-CNN (plain heads)': 'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
 }
 #: Height and width where the source does not state them: those of most other rows.
@@ -214,8 +214,6 @@ def _try_to_count(
     name = _names().get(backbone)
     if not config and name is None:
         return None, 'no such backbone here'
-    if method == 'classification':
-        return _count_classifier(str(name), size), None
     if not config and method not in BASES:
         return None, 'no such method here'
     options: dict[str, Any] = {'model.decode_head.num_classes': 19} if dataset == 'Cityscapes' and not config else {}
@@ -227,17 +225,6 @@ def _try_to_count(
         return _count_network(cfg, path, backbone, size), None
     except UserError as error:
         return None, str(error).splitlines()[0]
-
-
-def _count_classifier(name: str, size: tuple[int, int]) -> dict[str, Any]:
-    """A backbone with a linear classifier of ImageNet-1K."""
-    with torch.device('meta'):
-        model: Any = build_backbone(name, out_indices=(3,))
-    size_of = count_complexity(reparameterize_on_meta(model)[0], size)
-    channels = model.feature_info[-1]['num_chs']
-    return dict(
-        counts=dict(training=dict(parameters=size_of.parameters + 1000 * channels, macs=size_of.macs + 1000 * channels))
-    )
 
 
 def _count_network(cfg: Config, path: str, backbone: str, size: tuple[int, int]) -> dict[str, Any]:

@@ -86,7 +86,10 @@ def parse_args() -> argparse.Namespace:
     op.add_argument(
         '--implementations', nargs='+', default=[], metavar='NAME', help='also measure each of these implementations'
     )
-    for what, text in (('backbone', "a config's backbone"), ('model', "a config's whole segmentor or detector")):
+    for what, text in (
+        ('backbone', "a config's backbone"),
+        ('model', "a config's whole segmentor, detector or classifier"),
+    ):
         net = sub.add_parser(what, parents=[common], help=text)
         net.add_argument('config', help='config file, or PACKAGE::NAME.py (replk_mm::, mmseg::, ...)')
         net.add_argument('--checkpoint', metavar='FILE', help='weights (default: random ones)')

@@ -1,6 +1,6 @@
 """Count parameters and multiply-accumulates (MACs, in papers FLOPs) by part, before and after reparameterization.
 
-CONFIG is a segmentor, a detector or a bare backbone: a file, or one that is installed with a package
+CONFIG is a segmentor, a detector, a classifier or a bare backbone: a file, or one that is installed with a package
 (mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py). No weights are allocated and no image is read.
 --published counts the networks of all published rows beside the published figures, --roadmap the steps of the
 ConvNeXt paper from ResNet-50 to ConvNeXt-T.

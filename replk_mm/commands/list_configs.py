@@ -32,6 +32,7 @@ class TaskTable:
 TASKS = {
     'mmseg': TaskTable('Segmentation', {'mIoU ss': 'miou_ss', 'ms': 'miou_ms'}, 'Crop'),
     'mmdet': TaskTable('Detection', {'AP box': 'ap_box', 'mask': 'ap_mask'}, 'Method'),
+    'mmpretrain': TaskTable('Classification', {'top-1': 'top1'}, 'Size'),
 }
 
 #: Data sets by the last part of a config's name.
@@ -41,11 +42,13 @@ DATA = {
     'coco': 'COCO',
     'demo': 'demo scenes',
     'context': 'context scenes',
+    'imagenet': 'ImageNet-1K',
+    'patches': 'generated patches',
 }
 
 NOTES = """\
-- mIoU (single-scale / multi-scale with flips) and AP (val2017) are **quoted** from the papers and their repositories;
-  nobody reproduced them with this project.
+- mIoU (single-scale / multi-scale with flips), AP (val2017) and top-1 accuracy are **quoted** from the papers and
+  their repositories; nobody reproduced them with this project.
 - "Params" counts the model that the config builds for training, in millions: all heads, with the parallel small kernels
   and, for segmentation, the auxiliary head. The authors of RepLKNet and UniRepLKNet count the deployed model: kernels
   merged, no auxiliary head. The ConvNeXt authors count the auxiliary head in. Detectors have none; there merging saves
@@ -61,7 +64,7 @@ class ConfigRow:
     """The cells of one config."""
 
     path: Path
-    scope: str  #: default scope, ``'mmseg'`` or ``'mmdet'``
+    scope: str  #: default scope, a key of :data:`TASKS`
     backbone: str
     pretraining: str
     data: str
@@ -82,14 +85,14 @@ def read_config(path: Path) -> ConfigRow:
     length = cfg.train_cfg.get('max_iters')
     schedule = f'{length / 1000:g}k iterations' if length else f'{cfg.train_cfg.max_epochs} epochs'
     data = path.stem.rpartition('_')[2].partition('-')[0]
-    is_segmentor = cfg.default_scope == 'mmseg'
+    is_detector = cfg.default_scope == 'mmdet'
     return ConfigRow(
         path=path,
         scope=cfg.default_scope,
         backbone=(entry and entry.paper_name) or _backbone_name(backbone),
         pretraining=result.pretraining if result else weights.pretraining if weights else 'none',
         data=DATA.get(data, data),
-        variant=str(cfg.crop_size[0]) if is_segmentor else METHODS.get(cfg.model.type, cfg.model.type),
+        variant=METHODS.get(cfg.model.type, cfg.model.type) if is_detector else str(cfg.crop_size[0]),
         schedule=f'{schedule}, batch {cfg.auto_scale_lr.base_batch_size}',
         result=result,
         params_m=count_parameters(build_on_meta(cfg)) / 1e6,

@@ -5,6 +5,7 @@ from pathlib import Path
 from mmengine.dist import get_rank
 
 from replk_mm import cli
+from replk_mm.data.datasets import task_of
 from replk_mm.engine.config import load_config
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.record import evaluation_record, write_record, write_statistics
@@ -41,7 +42,7 @@ def main() -> None:
     if result.per_class:
         print(class_table(result.per_class, result.absent))
     elif result.metrics:
-        print('no table of classes: only replk_mm.IoUMetric and replk_mm.CocoMetric report single classes')
+        print('no table of classes: only replk_mm.IoUMetric, CocoMetric and Accuracy report single classes')
     if result.changes:
         print(f'reparameterized: {result.changes}')
     scores = format_metrics(result.metrics, result.absent)
@@ -51,5 +52,7 @@ def main() -> None:
         write_record(evaluation_record(cfg, args.checkpoint, result, args.tta, statistics), out / 'metrics.json')
         names = ['metrics.json', *(one['file'] for one in statistics.values())]
         print(f'written: {", ".join(str(out / name) for name in names)}, and predictions in {out / "predictions"}')
+    if task_of(cfg) == 'classification':  # there is nothing to draw
+        return
     pictures = Path(out or cfg.work_dir, 'pictures')
     print(f'next: {cli.follow_up("predict", args, args.checkpoint, result.image or "IMAGE", "--out", pictures)}')

@@ -8,7 +8,7 @@ from replk_mm.data.datasets import as_list
 from replk_mm.errors import UserError
 
 #: Keys of heads, or lists of heads, that predict all classes.
-HEADS = ('decode_head', 'auxiliary_head', 'bbox_head', 'mask_head')
+HEADS = ('decode_head', 'auxiliary_head', 'bbox_head', 'mask_head', 'head')
 #: Parts with other classes.
 _OTHERS = ('backbone', 'rpn_head', 'semantic_head')
 #: Heads that predict boundaries or objects of any class; the RPN of mmdet alone has it as ``bbox_head``.

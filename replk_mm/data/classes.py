@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import DATASETS
 
 from replk_mm.data import class_heads
 from replk_mm.data.coco import annotation_path, category_counts, read_annotations
-from replk_mm.data.datasets import dataset_class, dataset_option, named_datasets
+from replk_mm.data.datasets import dataset_class, dataset_option, is_classification, named_datasets
 from replk_mm.errors import UserError, format_list
 from replk_mm.logs import Note
 from replk_mm.visualize import make_palette
@@ -57,8 +58,8 @@ def use_classes(cfg: Config, text: str | Sequence[str], splits: tuple[str, ...])
     Args:
         cfg: Changed in place.
         text: The names, or see :func:`parse_classes`. ``'auto'`` takes the categories of the annotation file (of the
-            training data, if it exists); for label maps, ``classes.txt`` or the ``meta.json`` of a demo in the data
-            root.
+            training data, if it exists); for classification, the folders; for label maps, ``classes.txt`` or the
+            ``meta.json`` of a demo in the data root.
         splits: Data sets that exist.
 
     Returns:
@@ -90,6 +91,8 @@ def _find_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str,
                 return names, str(file), False
             tried.append(file)
             continue
+        if folders := _class_folders(dataset, cfg.get('default_scope', 'mmengine')):
+            return folders, str(root), True
         listing, demo = root / CLASSES_FILE, root / 'meta.json'
         tried += [listing, demo]
         if listing.is_file():
@@ -103,6 +106,16 @@ def _find_classes(cfg: Config, splits: tuple[str, ...]) -> tuple[list[str], str,
         f'--classes auto: no file names the classes; tried {", ".join(map(str, dict.fromkeys(tried)))}\n'
         f'Name them: --classes NAME,NAME,... or --classes FILE with one name per line; or keep those of the config.'
     )
+
+
+def _class_folders(dataset: dict, scope: str) -> list[str]:
+    """Names of the folders of a classification data set that has one for each class, in its order; else none."""
+    if not is_classification(dataset, scope):
+        return []
+    config = {**dataset, 'pipeline': [], 'metainfo': dict(classes=None)}
+    with contextlib.suppress(Exception), DATASETS.switch_scope_and_registry(scope) as registry:  # other checks name it
+        return list(registry.build(config).folder_to_idx)
+    return []
 
 
 def set_classes(cfg: Config, names: Sequence[str], are_ids: bool = False) -> list[str]:

@@ -11,6 +11,14 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from replk_mm.errors import UserError
 
+#: What models of a library do, by the default scope of their configs.
+TASKS = {'mmseg': 'segmentation', 'mmdet': 'detection', 'mmpretrain': 'classification'}
+
+
+def task_of(cfg: Config) -> str:
+    """One of :data:`TASKS`; ``'segmentation'`` for configs of other scopes."""
+    return TASKS.get(cfg.get('default_scope', ''), 'segmentation')
+
 
 def datasets_of(cfg: Config, splits: tuple[str, ...] = ('train', 'val', 'test')) -> Iterator[ConfigDict]:
     """The data sets of the data loaders, without wrappers (repeat, concatenate)."""
@@ -118,6 +126,11 @@ def is_coco_style(dataset: dict, scope: str) -> bool:
 def has_own_index(dataset: dict, scope: str) -> bool:
     """Whether a data set in COCO's style reads its file with :func:`replk_mm.data.coco.read_annotations`."""
     return dataset_class(dataset, scope).COCOAPI.__module__.startswith('replk_mm.')  # type: ignore[attr-defined]
+
+
+def is_classification(dataset: dict, scope: str) -> bool:
+    """Whether the images of a data set have a class each, as those of mmpretrain."""
+    return hasattr(dataset_class(dataset, scope), 'get_gt_labels')
 
 
 def crop_of(cfg: Config) -> tuple[int, int] | None:

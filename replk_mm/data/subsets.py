@@ -93,6 +93,8 @@ def class_presence(dataset: dict, scope: str) -> tuple[np.ndarray, list[str]]:
         info = built.get_data_info(i)
         if 'instances' in info:
             present[i, [one['bbox_label'] for one in info['instances'] if not one.get('ignore_flag')]] = True
+        elif 'gt_label' in info:
+            present[i, info['gt_label']] = True
         elif info.get('seg_map_path'):
             with explain_errors(info['seg_map_path'], 'Replace the file, or remove it and its image.'):
                 labels = read(info)['gt_seg_map']

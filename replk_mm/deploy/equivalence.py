@@ -111,7 +111,7 @@ def network_outputs(model: Any, image: Tensor) -> list:
     shape that they expect.
 
     Args:
-        model: A segmentor, detector or backbone.
+        model: A segmentor, detector, classifier or backbone.
         image: ``(N, C, H, W)``.
 
     Returns:
@@ -121,7 +121,7 @@ def network_outputs(model: Any, image: Tensor) -> list:
         return [model(image)]
     features = model.extract_feat(image)
     outputs = [features]
-    for name in ('decode_head', 'auxiliary_head', 'rpn_head', 'bbox_head', 'mask_head'):
+    for name in ('decode_head', 'auxiliary_head', 'rpn_head', 'bbox_head', 'mask_head', 'head'):
         head = getattr(model, name, None)
         heads = list(head) if isinstance(head, nn.ModuleList) else [head] if isinstance(head, nn.Module) else []
         for i, part in enumerate(heads):

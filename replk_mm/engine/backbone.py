@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 
 from replk_mm import published
 from replk_mm.backbones.catalogue import CatalogueEntry, Recipe, Weights, find_backbone, measure_features, recipe_of
-from replk_mm.data.datasets import as_list, crop_of, datasets_of
+from replk_mm.data.datasets import as_list, crop_of, datasets_of, task_of
 from replk_mm.engine.config_errors import walk_dicts
 from replk_mm.errors import UserError
 from replk_mm.logs import Note
@@ -24,6 +24,7 @@ METHODS = {
     'RetinaNet': 'RetinaNet',
     'FPNHead': 'Semantic FPN',
     'LightHamHead': 'SegNeXt',
+    'ImageClassifier': 'classification',
 }
 #: Arguments of a backbone that do not depend on its family.
 _KEPT = ('in_channels', 'out_indices', 'drop_path_rate', 'with_cp', 'out_memory_format')
@@ -32,7 +33,7 @@ _LAYER_DECAY = 'replk_mm.LayerDecayOptimizerConstructor'
 
 
 def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
-    """Exchange the backbone of a segmentor or detector.
+    """Exchange the backbone of a segmentor, detector or classifier.
 
     Channels of heads and neck, normalization of images, pretrained weights, drop path, learning rate and its decay
     follow from the catalogue. ``cfg.catalogue`` then has the full name, the pretraining, the recipe and its source, and
@@ -53,7 +54,7 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
     model = cfg.model
     old = model.get('backbone')
     if not isinstance(old, dict):
-        raise UserError(f'{cfg.filename}: has no model.backbone to exchange for {name}\nUse a segmentor or a detector.')
+        raise UserError(f'{cfg.filename}: has no model.backbone to exchange for {name}\nUse another config.')
     cls: Any = MODELS.get(entry.config['type'])
     accepted = dict(inspect.signature(cls).parameters)
     if hasattr(cls, 'accepts') and cls.accepts(entry.config['model_name'], 'drop_path_rate'):  # timm, transformers
@@ -65,12 +66,17 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
     indices, levels = as_list(old.get('out_indices')), as_list(neck[0].get('in_channels') if neck else None)
     if 'out_indices' in accepted and (max(indices, default=0) > 3 or (not indices and 1 < len(levels) < 4)):
         new.out_indices = tuple(range(4 - len(indices or levels), 4))  # the old backbone counts other stages
+    if task_of(cfg) == 'classification':
+        model.neck = ConfigDict(type='GlobalAveragePooling')  # those of the catalogue return maps
+        if 'out_indices' in accepted:
+            new.out_indices = (3,)
     features = measure_features(new)
     _fit_heads(cfg, entry.name, features)
     for preprocessor in (model.get('data_preprocessor'), cfg.get('data_preprocessor')):
         if preprocessor and len(preprocessor.get('mean') or entry.mean) == 3 == new.get('in_channels', 3):
             preprocessor.pop('rgb_to_bgr', None)
-            preprocessor.update(mean=list(entry.mean), std=list(entry.std), bgr_to_rgb=not entry.bgr)
+            preprocessor.update(mean=list(entry.mean), std=list(entry.std))
+            preprocessor['to_rgb' if task_of(cfg) == 'classification' else 'bgr_to_rgb'] = not entry.bgr
 
     initial = next((c for c in as_list(old.get('init_cfg')) if c.get('type') == 'Pretrained'), None)
     if weights is None and entry.weights and (model.pop('pretrained', None) or initial):
@@ -121,7 +127,8 @@ def _fit_heads(cfg: Config, name: str, features: list[dict[str, int]]) -> None:
                 f'{cfg.filename}: model.neck: is for features of stride 4, 8, 16, 32; {name} has strides {strides}\n'
                 f'Use a backbone with these strides.'
             )
-    places = ('neck',) if neck else ('decode_head', 'auxiliary_head', 'panoptic_head', 'bbox_head')
+    neck = [part for part in neck if 'in_channels' in part]  # pooling has none
+    places = ('neck',) if neck else ('decode_head', 'auxiliary_head', 'panoptic_head', 'bbox_head', 'head')
     for place in places:
         for part in as_list(model.get(place))[: 1 if neck else None]:
             _fit(f'{cfg.filename}: model.{place}', part, channels, name)
@@ -164,11 +171,6 @@ def _likeness(row: PublishedResult, cfg: Config) -> tuple[bool, bool, bool, bool
         row.crop is not None and crop_of(cfg) == (row.crop, row.crop),
         row.schedule.partition(',')[0] in length,
     )
-
-
-def task_of(cfg: Config) -> str:
-    """``'detection'`` or ``'segmentation'``."""
-    return 'detection' if cfg.get('default_scope') == 'mmdet' else 'segmentation'
 
 
 def published_result(cfg: Config, config: str) -> PublishedResult | None:

@@ -378,7 +378,7 @@ def _check_channels(cfg: Config, model: Any) -> None:
     try:
         with torch.no_grad(), torch.device('meta'):
             maps += as_list(model.backbone(image))
-            if any(x.dim() == 2 for x in maps):
+            if any(x.dim() == 2 for x in maps) and not hasattr(model, 'head'):  # a classifier takes them
                 gap = (
                     'gap_before_final_norm=False' if hasattr(model.backbone, 'gap_before_final_norm') else 'out_indices'
                 )

@@ -29,7 +29,7 @@ class Evaluation:
     """Result of a test."""
 
     metrics: dict[str, float]  #: scores, under the names of the config's evaluators
-    #: scores of every class in the ground truth. Only ``replk_mm.IoUMetric`` and ``replk_mm.CocoMetric`` report them
+    #: scores of every class in the ground truth. Only the metrics of ``replk_mm`` report them
     per_class: dict[str, dict[str, float]]
     absent: list[str]  #: classes without ground truth; of these metrics
     changes: Changes | None  #: changes by ``--reparam``; None without it
@@ -39,7 +39,7 @@ class Evaluation:
     seconds: float  #: duration, including data loading
     image: str | None  #: path of the first image; None if the data set does not tell
     notes: list[str] = field(default_factory=list)  #: changes of the config, one line each
-    #: what the scores are made of, image by image, by the name of the score; of the same two metrics
+    #: what the scores are made of, image by image, by the name of the score; of the same metrics
     statistics: dict[str, PerImageScores] = field(default_factory=dict)
 
 

@@ -32,10 +32,10 @@ from replk_mm import __version__
 from replk_mm.backbones.catalogue import measure_features
 from replk_mm.checkpoints.io import save_checkpoint
 from replk_mm.data.checks.classes import check_heads
-from replk_mm.data.datasets import as_list, datasets_of
+from replk_mm.data.datasets import as_list, datasets_of, task_of
 from replk_mm.data.subsets import split_hold_out, use_subset
 from replk_mm.data.transforms import check_loading
-from replk_mm.engine.backbone import backbone_notes, task_of
+from replk_mm.engine.backbone import backbone_notes
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.engine.config_errors import explain_build_errors
 from replk_mm.engine.inference import load_model

@@ -2,7 +2,7 @@
 
 An interval, a difference or a resampling needs the metric of a data set in which image ``i`` occurs ``weights[i]``
 times. mIoU and AP are not means over images, so the counts behind them are kept instead: :class:`SegmentationCounts`
-and :class:`DetectionMatches`.
+and :class:`DetectionMatches`. :class:`ClassificationScores` keeps the result of each image.
 """
 
 import io
@@ -163,6 +163,39 @@ class SegmentationCounts(PerImageScores):
         union = self.predicted + self.label - self.intersection
         with np.errstate(invalid='ignore'):
             return 100 * (self.intersection / np.maximum(union, 1)).sum(1) / (union > 0).sum(1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClassificationScores(PerImageScores):
+    """Class and result of each image, for top-1 accuracy over all images."""
+
+    image_figure = 'top-1 accuracy'
+    label: NDArray[np.integer]  #: index of the class, ``(images,)``; -1 if the image is not scored
+    correct: NDArray[np.bool_]  #: whether the prediction is right, ``(images,)``
+
+    def __post_init__(self) -> None:
+        if not len(self.images) == len(self.label) == len(self.correct):
+            raise ValueError('an image lacks its class or its result')
+
+    def score(self, weights: NDArray | None = None) -> NDArray[np.float64]:
+        """Accuracy of weighted images, ``(draws,)``, in percent; the mean over images, not over classes."""
+        weights = self._check_weights(weights)[:, self.label >= 0]
+        with np.errstate(invalid='ignore'):
+            return 100 * weights @ self.correct[self.label >= 0] / weights.sum(1)
+
+    def per_class(self, weights: NDArray | None = None) -> NDArray[np.float64]:
+        scored, count = self.label >= 0, len(self.classes)
+        label, correct, weights = self.label[scored], self.correct[scored], self._check_weights(weights)[:, scored]
+        with np.errstate(invalid='ignore'):
+            draws = [np.bincount(label, w * correct, count) / np.bincount(label, w, count) for w in weights]
+        return 100 * np.reshape(draws, (-1, count))
+
+    def per_image(self) -> NDArray[np.float64]:
+        """100 where the prediction is right, and 0 elsewhere."""
+        return np.where(self.label >= 0, 100.0 * self.correct, np.nan)
+
+    def only(self, name: str) -> 'ClassificationScores':
+        return replace(self, classes=(name,), label=np.where(self.label == self.classes.index(name), 0, -1))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from replk_mm.errors import UserError
-from replk_mm.evaluation.per_image import DetectionMatches, PerImageScores, SegmentationCounts
+from replk_mm.evaluation.per_image import ClassificationScores, DetectionMatches, PerImageScores, SegmentationCounts
 
 IMAGES, CLASSES = 9, 4
 
@@ -200,3 +200,24 @@ def test_a_damaged_file_is_a_user_error(tmp_path, monkeypatch):
 def test_weights_are_of_draws_and_images(weights):
     with pytest.raises(ValueError, match='draws'):
         counts(np.random.default_rng(6))[0].score(weights)
+
+
+def test_accuracy_of_repeated_images_is_a_count(tmp_path):
+    rng = np.random.default_rng(2)
+    label, predicted = rng.integers(0, CLASSES, (2, 40))
+    label[label == 1] = 0  # a class without images
+    times = rng.integers(0, 4, (3, 40))
+    scores = ClassificationScores(
+        images=tuple(map(str, range(40))), classes=tuple('abcd'), label=label, correct=predicted == label
+    )
+    scores.save(tmp_path / 'scores.npz')
+    scores = PerImageScores.load(tmp_path / 'scores.npz')
+    for draw, total, per_class in zip(times, scores.score(times), scores.per_class(times), strict=True):
+        pairs = [pair for pair, n in zip(zip(label, predicted, strict=True), draw, strict=True) for _ in range(n)]
+        assert total == pytest.approx(100 * sum(a == b for a, b in pairs) / len(pairs))
+        assert np.isnan(per_class[1])
+        for c in (0, 2, 3):
+            of_class = [a == b for a, b in pairs if a == c]
+            expected = pytest.approx(100 * sum(of_class) / len(of_class))
+            assert per_class[c] == expected and scores.only('abcd'[c]).score(draw[None])[0] == expected
+    assert scores.score()[0] == pytest.approx(scores.per_image().mean())

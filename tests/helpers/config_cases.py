@@ -13,8 +13,13 @@ from mmengine.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / 'configs'
-# Without the configs for generated scenes.
-LEAVES = sorted(p.name for p in CONFIGS.glob('*.py') if not p.stem.endswith(('_demo', '_context')))
+# Segmentors and detectors without the configs for generated scenes; classifiers of ImageNet.
+LEAVES = sorted(
+    p.name
+    for p in CONFIGS.glob('*.py')
+    if not p.stem.endswith(('_demo', '_context', '_patches')) and '_imagenet' not in p.stem
+)
+CLASSIFIERS = sorted(p.name for p in CONFIGS.glob('*_imagenet*.py'))
 NANO = [name for name in LEAVES if '-nano_' in name]
 
 # The published rows by name of their config, read without the package's reader.

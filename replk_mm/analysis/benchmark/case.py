@@ -18,7 +18,7 @@ from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_
 from replk_mm.analysis.timing import memory_growth
 from replk_mm.backbones.layers import Backbone, LayerNorm2d
 from replk_mm.backbones.sync_norm import find_pooled_batch_norm
-from replk_mm.data.datasets import crop_of
+from replk_mm.data.datasets import crop_of, task_of
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine, load_config
 from replk_mm.engine.config_errors import explain_build_errors
@@ -203,6 +203,8 @@ def load_case_config(case: BenchmarkCase) -> tuple[Config, list[str]]:
     cfg = load_config(case.config, case.options)
     for split in ('train', 'val', 'test'):
         cfg.pop(f'{split}_dataloader', None)  # no data is read
+    if task_of(cfg) == 'classification':
+        cfg.model.pop('train_cfg', None)  # Mixup and CutMix draw random numbers, which differ between the networks
     return cfg, fit_to_machine(cfg, None, case.device, 1)
 
 

@@ -49,7 +49,7 @@ class SyntheticBatch:
         self.kind = model_kind(net)
         if self.kind == 'unknown':
             raise UserError(
-                f'{cfg.filename}: {type(net).__name__} is neither a segmentor nor a detector\n'
+                f'{cfg.filename}: {type(net).__name__} is no segmentor, detector or classifier\n'
                 f'Measure its backbone alone: {command_line("benchmark", "backbone", cfg.filename)}'
             )
         pixels = torch.stack([_random_image((input_channels(net), *shape), generator) for _ in range(batch)])
@@ -181,6 +181,8 @@ class SyntheticBatch:
         )
         if self.kind == 'segmentor':
             from mmseg.structures import SegDataSample as Sample
+        elif self.kind == 'classifier':
+            from mmpretrain.structures import DataSample as Sample
         else:
             from mmdet.structures import DetDataSample as Sample
         samples = []
@@ -202,6 +204,8 @@ class SyntheticBatch:
             labels = F.interpolate(patches.float(), size=self.shape)[0].long()
             labels[torch.rand(labels.shape, generator=generator) < 0.02] = 255
             return {'gt_sem_seg': PixelData(data=labels)}
+        if self.kind == 'classifier':
+            return {'gt_label': torch.randint(0, net.head.num_classes, (1,), generator=generator)}
         from mmdet.structures.mask import BitmapMasks
         from mmengine.structures import InstanceData
 
@@ -245,9 +249,11 @@ def _random_image(shape: tuple[int, int, int], generator: torch.Generator) -> Te
 
 
 def model_kind(net: Any) -> str:
-    """Kind of a network: ``'backbone'``, ``'segmentor'``, ``'detector'`` or ``'unknown'``."""
+    """Kind of a network: ``'backbone'``, ``'segmentor'``, ``'detector'``, ``'classifier'`` or ``'unknown'``."""
     if not hasattr(net, 'data_preprocessor'):
         return 'backbone'
     if hasattr(net, 'decode_head'):
         return 'segmentor'
+    if hasattr(net, 'head'):
+        return 'classifier'
     return 'detector' if hasattr(net, 'roi_head') or hasattr(net, 'bbox_head') else 'unknown'

@@ -39,7 +39,7 @@ from replk_mm.bench.suites.progress import add_progress_hook
 from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.training import PRIMARY_METRICS, describe_machine, read_curve, train
 from replk_mm.bench.suites.worker import Measure, MeasurementResult
-from replk_mm.data.datasets import as_list, datasets_of
+from replk_mm.data.datasets import as_list, datasets_of, task_of
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine.evaluate import Evaluation, evaluate
 from replk_mm.engine.inference import build_for_inference
@@ -147,7 +147,7 @@ def metric_protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, 
         if 'Resize' in str(step.get('type'))
     ]
     return dict(
-        task='detection' if cfg.get('default_scope') == 'mmdet' else 'segmentation',
+        task=task_of(cfg),
         data=data,
         mode=test_cfg.get('mode', 'whole'),
         **{key: list(test_cfg[key]) for key in ('crop_size', 'stride') if key in test_cfg},

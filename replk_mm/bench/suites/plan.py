@@ -19,7 +19,7 @@ from replk_mm.bench.schema import Suite, SuiteRow, fingerprint
 from replk_mm.bench.suites.task import Task, results_file
 from replk_mm.bench.suites.worker import in_suite_terms
 from replk_mm.data.classes import use_classes
-from replk_mm.data.datasets import datasets_of
+from replk_mm.data.datasets import datasets_of, task_of
 from replk_mm.data.scenes.kinds import SCENES
 from replk_mm.data.scenes.writer import META, write_demo_data
 from replk_mm.engine.backbone import published_result
@@ -308,8 +308,8 @@ def _data_of(suite: Suite, row: SuiteRow, cfg: Config, options: SuiteOptions) ->
 
 
 def _layout_of(cfg: Config) -> str:
-    if cfg.get('default_scope') == 'mmdet':
-        return 'coco'
+    if task_of(cfg) != 'segmentation':
+        return {'detection': 'coco', 'classification': 'imagenet'}[task_of(cfg)]
     types = [str(dataset.get('type')) for dataset in datasets_of(cfg, ('test',))]
     return 'cityscapes' if types and types[0].endswith('CityscapesDataset') else 'ade20k'
 

@@ -29,7 +29,7 @@ from replk_mm.errors import UserError
 from replk_mm.text import in_percent
 
 #: The metric that ranks rows, with its unit: the first that a test reports.
-PRIMARY_METRICS = {'mIoU': '%', 'coco/bbox_mAP': 'AP'}
+PRIMARY_METRICS = {'mIoU': '%', 'coco/bbox_mAP': 'AP', 'accuracy/top1': '%'}
 #: Prefixes of checkpoints of ImageNet-1K classifiers.
 _IMAGENET = ('torchvision://', 'open-mmlab://resnet')
 

@@ -25,10 +25,10 @@ from replk_mm.data.checks.dataset import (
     check_absent_classes,
     check_reduce_zero_label,
 )
-from replk_mm.data.checks.pairs import check_folders, check_pairs
+from replk_mm.data.checks.pairs import check_folders, check_image_classes, check_pairs
 from replk_mm.data.class_heads import classes_per_head
 from replk_mm.data.coco import invalidate_cache
-from replk_mm.data.datasets import dataset_class, is_coco_style, named_datasets, named_metrics
+from replk_mm.data.datasets import dataset_class, is_classification, is_coco_style, named_datasets, named_metrics
 from replk_mm.data.files import pick_evenly
 from replk_mm.data.findings import Finding, Occurrence, raise_for_errors, summarize
 from replk_mm.errors import UserError
@@ -135,6 +135,8 @@ def _list_datasets(cfg: Config, splits: Sequence[str], full: bool) -> list[Datas
             has_labels = hasattr(kind, 'get_label_map') and (dataset.get('data_prefix') or {}).get('seg_map_path')
             if is_coco and not missing & {'data-root-missing', 'annotation-file-missing'}:
                 check_annotations(report, dataset, scope, metrics, full)
+            elif is_classification(dataset, scope) and not missing:
+                check_image_classes(report, dataset, scope)
             elif has_labels and not missing:
                 check_pairs(report, dataset, scope, counts[-1] if counts else None)
                 report.is_used &= metrics is None or not all(metric.get('format_only') for metric in metrics)

@@ -10,7 +10,14 @@ from mmengine.config import Config
 from replk_mm.data.class_heads import classes_per_head
 from replk_mm.data.classes import annotation_file, classes_of
 from replk_mm.data.coco import category_counts, read_annotations
-from replk_mm.data.datasets import as_list, dataset_class, has_own_index, is_coco_style, named_datasets
+from replk_mm.data.datasets import (
+    as_list,
+    dataset_class,
+    has_own_index,
+    is_classification,
+    is_coco_style,
+    named_datasets,
+)
 from replk_mm.data.findings import Finding, raise_for_errors
 from replk_mm.errors import UserError, did_you_mean, format_list
 
@@ -62,8 +69,9 @@ def _check_heads(cfg: Config, counts: Mapping[str, int], splits: Sequence[str]) 
     findings = []
     for key, dataset in named_datasets(cfg, tuple(splits)):
         names, has_label_maps = classes_of(dataset, scope), hasattr(dataset_class(dataset, scope), 'get_label_map')
+        known = has_label_maps or is_coco_style(dataset, scope) or is_classification(dataset, scope)
         # Panoptic data sets, for example, have classes that are not for these heads.
-        if not names or not (is_coco_style(dataset, scope) or has_label_maps):
+        if not names or not known:
             continue
         if has_label_maps and 1 in counts.values() and 'loss_cls' not in str(cfg.model):  # MaskFormer has "no object"
             message = (

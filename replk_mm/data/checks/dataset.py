@@ -56,7 +56,9 @@ class DatasetReport:
     label_format: LabelFormat = LabelFormat()  #: valid label ids
     class_names: dict[int, str] = field(default_factory=dict)  #: class names by label id
     is_used: bool = True  #: whether its labels are trained or scored as they are in the files
-    object_counts: dict[str, int] | None = None  #: number of objects of every class (annotations); None for label maps
+    #: number of objects (annotations) or images (classification) of every class; None for label maps
+    object_counts: dict[str, int] | None = None
+    counted: str = 'objects'  #: what ``object_counts`` counts
     inspected: int = 0  #: number of images inspected
     pixel_counts: Counter[int] = field(default_factory=Counter)  #: pixels of every label id
     map_counts: Counter[int] = field(default_factory=Counter)  #: number of label maps that contain an id
@@ -80,10 +82,10 @@ class DatasetReport:
     @property
     def unit(self) -> str:
         """The unit of :meth:`class_counts`."""
-        return 'pixels' if self.object_counts is None else 'objects'
+        return 'pixels' if self.object_counts is None else self.counted
 
     def class_counts(self) -> dict[str, int]:
-        """Pixels or objects of every class."""
+        """Pixels, objects or images of every class."""
         if self.object_counts is not None:
             return self.object_counts
         names = self.class_names or {i: f'id {i}' for i in sorted(self.pixel_counts) if i != IGNORE_INDEX}

@@ -1,6 +1,7 @@
 """Check the folders of a data set, and its pairs of images and label maps, without opening the files."""
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ _FULL_ADE = ('index_ade20k.*', 'ADE20K_*', 'images/ADE', 'images/training/*/*', 
 
 
 def image_key(prefix: dict) -> str:
-    """The key of the image folder in a ``data_prefix`` of mmsegmentation or mmdetection."""
+    """The key of the image folder in a ``data_prefix``."""
     return 'img_path' if 'img_path' in prefix else 'img'
 
 
 def check_folders(report: DatasetReport, dataset: dict) -> None:
     """Report a data root, annotation file or folder that does not exist."""
     root, prefix = Path(report.root), dataset.get('data_prefix') or {}
+    prefix = dict(img_path=prefix) if isinstance(prefix, str) else prefix
     if not root.is_dir():
         report.add('data-root-missing', root, 'no such folder (the data root)')
         return
@@ -99,6 +101,27 @@ def check_pairs(report: DatasetReport, dataset: dict, scope: str, num_classes: i
         for info in infos
         if info['img_path'] in existing
     ]
+
+
+def check_image_classes(report: DatasetReport, dataset: dict, scope: str) -> None:
+    """List the images of a data set of mmpretrain whose folders exist, and count those of each class."""
+    try:
+        built, infos = _build(dataset, scope)
+    except Exception as error:  # data sets of any package
+        fix = 'If the data have other classes than the config, name them: --classes auto.'
+        report.add('dataset-invalid', report.key, f'{type(error).__name__}: {error}', fix=fix)
+        return
+    names, folders = list(built.metainfo.get('classes') or ()), list(getattr(built, 'folder_to_idx', ()))
+    report.labels_at = str(built.ann_file or built.img_prefix)
+    if names != folders and set(names) == set(folders):
+        message = f'folders have their classes in alphabetical order, the config has {format_list(names)}'
+        report.add('classes-order', report.labels_at, message, severity='error', fix='Name them in this order.')
+    labels = Counter(info['gt_label'] for info in infos)
+    report.class_names = dict(enumerate(names))
+    report.object_counts, report.counted = {name: labels[i] for i, name in enumerate(names)}, 'images'
+    absent = [info['img_path'] for info in infos if not Path(info['img_path']).is_file()]
+    _report_files(report, 'image-missing', report.root, absent, f'of {len(infos):,} do not exist', 'no such file')
+    report.samples = [Sample(info['img_path']) for info in infos if Path(info['img_path']).is_file()]
 
 
 def _build(dataset: dict, scope: str) -> tuple[Any, list[dict]]:

@@ -1,4 +1,4 @@
-"""Layouts of procedural scenes on disk: those of ADE20K, COCO and Cityscapes."""
+"""Layouts of procedural scenes on disk: those of ADE20K, COCO, Cityscapes and ImageNet."""
 
 import json
 from collections.abc import Mapping
@@ -26,17 +26,19 @@ class Layout:
     """A layout of the files of a data set."""
 
     folders: Mapping[str, str]  #: folder of each split
-    image: str  #: path of an image below the data root, with ``{folder}`` and ``{stem}``. The suffix sets the format
+    #: path of an image below the data root, with ``{folder}``, ``{name}`` (the class) and ``{stem}``. The suffix sets
+    #: the format
+    image: str
     label: str | None  #: path of a label map; None if the layout has none
     annotations: str | None  #: path of the COCO annotation file of a split; None if the layout has none
     values: tuple[int, ...]  #: pixel values of the label maps for the labels of a scene, 0 ("other") first
     meta: Mapping[str, Any]  #: entries of ``meta.json`` about the classes
     config: str  #: a config for this layout
 
-    def files(self, split: str, stem: str) -> list[str]:
-        """The files of one scene: its image and, if the layout has them, its label map."""
+    def files(self, split: str, stem: str, name: str = '') -> list[str]:
+        """The files of one scene of class ``name``: its image and, if the layout has them, its label map."""
         paths = [self.image, *([self.label] if self.label else [])]
-        return [path.format(folder=self.folders[split], stem=stem) for path in paths]
+        return [path.format(folder=self.folders[split], stem=stem, name=name) for path in paths]
 
     def annotation_file(self, split: str) -> str | None:
         """The annotation file of a split; None if the layout has none."""
@@ -125,6 +127,15 @@ LAYOUTS: dict[str, Layout] = {
         values=(IGNORE_INDEX, *CITYSCAPES_IDS),
         meta=dict(**_classes, train_ids=dict(zip(DEMO_CLASSES, CITYSCAPES_IDS, strict=True)), reduce_zero_label=False),
         config='upernet_replk-nano_cityscapes.py',
+    ),
+    'imagenet': Layout(
+        folders=dict(train='train', val='val'),
+        image='{folder}/{name}/{stem}.jpg',
+        label=None,
+        annotations=None,
+        values=(),
+        meta=dict(jpeg_quality=JPEG_QUALITY),
+        config='replk-nano_patches.py',
     ),
 }
 

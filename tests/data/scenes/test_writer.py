@@ -11,6 +11,7 @@ from trees import tree
 
 from replk_mm.commands import make_demo_data
 from replk_mm.data.scenes.kinds import SCENES
+from replk_mm.data.scenes.patches import PATCH_CLASSES, make_patch
 from replk_mm.data.scenes.render import make_scene
 from replk_mm.data.scenes.spec import DEMO_CLASSES
 from replk_mm.data.scenes.writer import write_demo_data
@@ -44,6 +45,25 @@ def test_ade20k_layout(tmp_path, monkeypatch, capsys):
             assert np.abs(np.array(pixels, int) - scene.image).mean() < 4
 
 
+@pytest.mark.parametrize('choice', [('--format', 'imagenet'), ('--scenes', 'patches')])
+def test_imagenet_layout(tmp_path, monkeypatch, capsys, choice):
+    out = tmp_path / 'd'
+    assert run_command(monkeypatch, out, *choice, '--train', 20, '--val', 16, '--seed', 4, '--size', 64, 64) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f'next: python tools/train.py configs/replk-nano_patches.py --data-root {out} --classes auto'
+    )
+    meta = json.loads((out / 'meta.json').read_text())
+    for split, count in (('train', 20), ('val', 16)):
+        # torchvision's and mmpretrain's folders of images number the classes in alphabetical order
+        assert sorted(path.name for path in (out / split).iterdir()) == meta['classes'] and len(meta['classes']) == 16
+        images = sorted((out / split).rglob('*.jpg'), key=lambda path: path.name)
+        assert len(images) == count
+        for index, path in enumerate(images):
+            pixels, label = make_patch(4, split, index, 64)
+            assert path.parent.name == PATCH_CLASSES[label]
+            assert np.abs(np.array(Image.open(path), int) - pixels).mean() < 4
+
+
 def test_larger_data_set_starts_with_the_smaller_one(tmp_path):
     write_demo_data(tmp_path / 'a', train=2, val=1, size=(64, 64))
     write_demo_data(tmp_path / 'b', train=4, val=2, size=(64, 64))
@@ -52,7 +72,8 @@ def test_larger_data_set_starts_with_the_smaller_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'layout'), [('demo', 'ade20k'), ('demo', 'coco'), ('demo', 'cityscapes'), ('conflict', 'ade20k')]
+    ('kind', 'layout'),
+    [('demo', 'ade20k'), ('demo', 'coco'), ('demo', 'cityscapes'), ('conflict', 'ade20k'), ('patches', 'imagenet')],
 )
 def test_interrupted_run_resumes_to_the_same_files(tmp_path, kind, layout):
     finished, resumed = [], []
@@ -77,7 +98,9 @@ def test_interrupted_run_resumes_to_the_same_files(tmp_path, kind, layout):
     assert layout == 'coco' or not set(finished) & set(resumed), 'finished scenes are not drawn again'
 
 
-@pytest.mark.parametrize(('kind', 'layout'), [('demo', 'ade20k'), ('demo', 'cityscapes'), ('conflict', 'ade20k')])
+@pytest.mark.parametrize(
+    ('kind', 'layout'), [('demo', 'ade20k'), ('demo', 'cityscapes'), ('conflict', 'ade20k'), ('patches', 'imagenet')]
+)
 def test_overwrite_removes_only_the_files_of_earlier_runs(tmp_path, kind, layout):
     out = tmp_path / 'd'
     write_demo_data(out, layout, **SMALL, kind=SCENES[kind])
@@ -110,6 +133,8 @@ def test_folder_of_other_files_is_rejected_even_with_overwrite(tmp_path):
         (('--size', '64', '512'), 'size'),
         (('--size', '9999', '9999'), 'size'),
         (('--scenes', 'context', '--format', 'coco'), 'layout'),
+        (('--scenes', 'demo', '--format', 'imagenet'), 'layout'),
+        (('--format', 'imagenet', '--size', '64', '96'), 'size'),
     ],
 )
 def test_invalid_settings_write_nothing(tmp_path, monkeypatch, capsys, args, argument):
