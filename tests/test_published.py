@@ -59,6 +59,25 @@ def test_rows_equal_the_source(facts, more_facts, task):
         assert result.note or 'note' not in row
 
 
+def test_rows_of_classification_equal_the_source(more_facts):
+    ours = {
+        (r.backbone, r.pretraining if r.pretraining not in ('none', 'ImageNet-1K') else None, r.crop): r
+        for r in published.results()
+        if r.task == 'classification'
+    }
+    theirs = {
+        (row['model'], row['pretraining'], row['resolution']): row
+        for row in more_facts['classification']
+        if re.fullmatch(r'(RepLKNet|ConvNeXt)-\w+', row['model'])
+    }
+    assert set(ours) == set(theirs) and len(ours) == 22
+    for key, result in ours.items():
+        row = theirs[key]
+        assert result.metrics == {'top1': row['top1']} and result.input == (row['resolution'],) * 2
+        assert (result.params_m, result.flops_g) == (row['params_m'], row['flops_g'])
+        assert f'{result.where}' in row['source'] and (result.note or 'note' not in row)
+
+
 @pytest.mark.parametrize('name', ['kernel_size_study', 'guidelines', 'effective_receptive_field'])
 def test_tables_equal_the_source(facts, name):
     assert published.table(name) == facts[name]
