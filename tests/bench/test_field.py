@@ -18,12 +18,12 @@ def record() -> dict:
     """Counts that tell rows apart: the number of the row."""
     counts = [dict(deployed=dict(macs=n * 1e9, parameters=n * 1e6)) for n in range(1, 143)]
     counts[0] = None
-    return dict(
-        rows=[
-            dict({key: getattr(row, key) for key in KEYS}, input=[512, 2048], counts=found)
-            for row, found in zip(published.results(), counts, strict=True)
-        ]
-    )
+    dense = [row for row in published.results() if row.task != 'classification']
+    rows = [
+        dict({key: getattr(row, key) for key in KEYS}, input=[512, 2048], counts=found)
+        for row, found in zip(dense, counts, strict=True)
+    ]
+    return dict(rows=[*rows, dict(method='classification')])  # whose accuracy the page does not show
 
 
 @pytest.fixture(scope='module')

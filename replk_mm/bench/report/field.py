@@ -60,7 +60,7 @@ def read_rows(
         UserError: If the record has other rows than the published ones.
     """
     results = [result for result in published.results() if result.task != 'classification']
-    found = [row for row in record['rows'] if row['task'] != 'classification']
+    found = [row for row in record['rows'] if row['method'] != 'classification']
     keys = ('backbone', 'pretraining', 'dataset', 'method', 'schedule', 'crop')
     if [[row.get(key) for key in keys] for row in found] != [[getattr(r, k) for k in keys] for r in results]:
         raise UserError('the record of complexity has other rows than published.yaml\nCount again with --published.')
