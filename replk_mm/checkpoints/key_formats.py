@@ -317,7 +317,8 @@ def _candidates(nest: str, weights: dict[str, Tensor], own: Mapping[str, Tensor]
         outer = re.sub(r'(^|\.)backbone\..*', r'\1', prefix)
         others = {key: value for key, value in weights.items() if not key.startswith(prefix)}
         others = {key.removeprefix(outer): value for key, value in others.items() if key.startswith(outer)}
-        rest = {key: value for key, value in others.items() if not _CLASSIFIER.match(key)}
+        # A network may be a classifier; without one, a classifier is of the pretraining.
+        rest = {key: value for key, value in others.items() if own or not _CLASSIFIER.match(key)}
         backbone = {key: value for key, value in backbone.items() if key not in unused}
         yield FoundWeights(backbone, rest, form.family, form.name, nest + prefix, unused, matched)
 
