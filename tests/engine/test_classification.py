@@ -136,4 +136,7 @@ def test_benchmark_of_a_merged_classifier(tmp_path, monkeypatch, capsys):
     out = ['--out', str(tmp_path / 'out'), '--repeats', '3', '--warmup', '0', '--no-memory', '--seconds', '1']
     monkeypatch.setattr(sys, 'argv', ['x.py', 'model', str(path), '--batch', '2', *out])
     assert benchmark.main() == 0
-    assert 'images' in capsys.readouterr().out.lower()
+    assert 'images/s' in capsys.readouterr().out
+    points = json.loads((tmp_path / 'out' / 'benchmark.json').read_text())['points']
+    assert [point['mode'] for point in points] == ['inference', 'train']
+    assert all(row['equal'] for point in points for row in point['rows'])

@@ -136,7 +136,7 @@ def _format_head(record: dict) -> str:
 
 
 def _network_table(point: dict) -> str:
-    rows = [('', 'ms, median (quartiles)', 'times as fast', 'memory MiB', 'difference', 'pixels')]
+    rows = [('', 'ms, median (quartiles)', 'images/s', 'times as fast', 'memory MiB', 'difference', 'pixels')]
     for row in point['rows']:
         name = f'{row["name"]} ({row["how"]})' if row['how'] in ('autocast', 'converted') else row['name']
         memory, pixels = row['memory_bytes'], row['differing_pixels']
@@ -144,6 +144,7 @@ def _network_table(point: dict) -> str:
             (
                 name,
                 _milliseconds(row),
+                f'{1e3 * point["batch"] / row["milliseconds"]["median"]:.3g}',
                 _ratio(row, point['rows'][0]),
                 '-' if memory is None else f'{memory / 2**20:.0f}',
                 _difference(row),
