@@ -46,7 +46,12 @@ def data(tmp_path_factory):
 
 
 def config(network: str, **more) -> Config:
-    options = {'model.backbone.arch': dict(TINY[network], _delete_=True), 'model.head.in_channels': 32, **LOADER, **more}
+    options = {
+        'model.backbone.arch': dict(TINY[network], _delete_=True),
+        'model.head.in_channels': 32,
+        **LOADER,
+        **more,
+    }
     return load_config(str(ROOT / 'configs' / f'{network}_patches.py'), options)
 
 
