@@ -408,7 +408,8 @@ def build_on_meta(cfg: Config) -> Any:
     """Build the config's model on the meta device, without weights; a linear classifier also without mmpretrain."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the libraries' warnings concern training
-        backbone, head = (cfg.model.get(key) or {} for key in ('backbone', 'head'))
+        backbone: Any = cfg.model.get('backbone') or {}
+        head: Any = cfg.model.get('head') or {}
         if head.get('type') == 'LinearClsHead' and str(backbone.get('type')).startswith('replk_mm.'):
             built = build_model(Config(dict(model=backbone), filename=cfg.filename), 'meta')
             return LinearClassifier(built, nn.Linear(head.in_channels, head.num_classes, device='meta'))

@@ -31,9 +31,9 @@ class Accuracy(GatheringMetric, MMPretrainAccuracy):
         """Accuracy in percent over all images."""
         names = tuple(self.dataset_meta['classes'])
         label = np.array([int(result['gt_label']) for result in results])
-        right = [int(r['pred_score'].argmax() if 'pred_score' in r else r['pred_label']) for r in results] == label
+        found = [int(r['pred_score'].argmax() if 'pred_score' in r else r['pred_label']) for r in results]
         images = tuple(result['image'] for result in results)
-        scores = ClassificationScores(images=images, classes=names, label=label, correct=right)
+        scores = ClassificationScores(images=images, classes=names, label=label, correct=np.array(found) == label)
         key, counts = self.key('top1'), np.bincount(label, minlength=len(names))
         self.statistics[key] = scores
         self.per_class = {
