@@ -39,6 +39,7 @@ def main() -> None:
     )
     if get_rank() != 0:
         return
+    is_classifier = task_of(cfg) == 'classification'
     if result.per_class:
         print(class_table(result.per_class, result.absent))
     elif result.metrics:
@@ -51,8 +52,9 @@ def main() -> None:
         statistics = write_statistics(result, out)
         write_record(evaluation_record(cfg, args.checkpoint, result, args.tta, statistics), out / 'metrics.json')
         names = ['metrics.json', *(one['file'] for one in statistics.values())]
-        print(f'written: {", ".join(str(out / name) for name in names)}, and predictions in {out / "predictions"}')
-    if task_of(cfg) == 'classification':  # there is nothing to draw
+        predictions = '' if is_classifier else f', and predictions in {out / "predictions"}'
+        print(f'written: {", ".join(str(out / name) for name in names)}{predictions}')
+    if is_classifier:  # there is nothing to draw
         return
     pictures = Path(out or cfg.work_dir, 'pictures')
     print(f'next: {cli.follow_up("predict", args, args.checkpoint, result.image or "IMAGE", "--out", pictures)}')

@@ -1,6 +1,6 @@
 """Patches with one object, for image classification: the class is the combination of shape and texture.
 
-Objects and backdrops are those of the demo scenes (``spec.py``), with the deeper textures of ``cue_conflict.py``.
+Objects and backdrops are those of the demo scenes (``spec.py``), with deeper textures.
 Colour, area, angle and depth of the texture do not depend on the class. A patch has three eighths of the side of its
 scene: just room for the largest object. Patch ``index`` of a split depends only on (seed, split, index, side), and
 classes take turns.
@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from replk_mm.data.scenes.cue_conflict import AMPLITUDE
 from replk_mm.data.scenes.render import render_scene
 from replk_mm.data.scenes.spec import SHAPES, TEXTURES, describe_scene, place_object, scene_rng
 
 #: Increases whenever a seed gives other patches than before.
 PATCH_VERSION = 1
+#: Smallest and largest depth of the textures, grey levels.
+AMPLITUDE = (40, 56)
 PATCH_SHAPES = (*SHAPES, 'triangle')
 PATCH_CLASSES: tuple[str, ...] = tuple(f'{shape}_{texture}' for shape in PATCH_SHAPES for texture in TEXTURES)
 # The random stream of the object and its patch; scenes do not use it.
