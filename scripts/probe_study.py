@@ -34,12 +34,11 @@ from filelock import FileLock  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from numpy.typing import ArrayLike, NDArray  # noqa: E402
-from patches import PatchDataset  # noqa: E402
+from patches import PATCH_CLASSES, PatchDataset  # noqa: E402
 from scipy import stats  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from replk_mm.backbones.catalogue import build_backbone  # noqa: E402
-from replk_mm.data.scenes.patches import PATCH_CLASSES  # noqa: E402
 from replk_mm.data.scenes.writer import META, write_demo_data  # noqa: E402
 from replk_mm.engine.config import load_config  # noqa: E402
 from replk_mm.engine.evaluate import evaluate  # noqa: E402

@@ -1,16 +1,14 @@
-"""Generated patches: reproducible, balanced, with the whole object of the class that they name."""
+"""scripts/patches.py: reproducible, balanced, with the whole object of the class that they name."""
 
 import hashlib
 from collections import Counter
 
 import numpy as np
+import patches
 import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from patches import PatchDataset
-
-from replk_mm.data.scenes import patches
-from replk_mm.data.scenes.patches import PATCH_CLASSES, make_patch
+from patches import PATCH_CLASSES, PatchDataset, make_patch
 
 
 def test_pixels_are_those_of_this_generator_version():

@@ -43,7 +43,7 @@ DATA = {
     'demo': 'demo scenes',
     'context': 'context scenes',
     'imagenet': 'ImageNet-1K',
-    'patches': 'generated patches',
+    'shapes': 'generated shapes',
 }
 
 NOTES = """\

@@ -4,7 +4,7 @@ Kinds of scenes, and the cues for their classes:
     demo       shape and a distant cue, never colour
     context    a cue 36 to 64 pixels away, and nothing else
     conflict   shape and texture, which contradict each other in an additional test split
-    patches    shape and texture of one object, for image classification
+    shapes     shape and texture of one object, for image classification
 Run the same command again to resume an interrupted run.
 """
 
@@ -24,12 +24,12 @@ def parse_args() -> argparse.Namespace:
         'make_demo_data data/demo --train 200 --val 40',
         'make_demo_data data/demo --format coco --train 500 --val 100 --seed 1 --size 256 512 --overwrite',
         'make_demo_data data/conflict --scenes conflict --train 400 --val 60 --size 96 96',
-        'make_demo_data data/patches --format imagenet --train 3200 --val 480 --size 64 64',
+        'make_demo_data data/shapes --scenes shapes --train 1600 --val 150 --size 64 64',
     )
     p.add_argument('out', type=Path, metavar='OUT', help='folder to write: new, empty, or of an interrupted run')
-    p.add_argument('--scenes', choices=sorted(SCENES), help='kind of scenes (default: demo; of imagenet: patches)')
+    p.add_argument('--scenes', choices=sorted(SCENES), help='kind of scenes (default: demo; of imagenet: shapes)')
     p.add_argument(
-        '--format', choices=sorted(LAYOUTS), help='layout of the files (default: ade20k; of patches: imagenet)'
+        '--format', choices=sorted(LAYOUTS), help='layout of the files (default: ade20k; of shapes: imagenet)'
     )
     p.add_argument('--train', type=int, default=200, metavar='N', help='training scenes (default: 200)')
     p.add_argument('--val', type=int, default=40, metavar='N', help='validation scenes (default: 40)')

@@ -197,7 +197,7 @@ def test_exchanged_backbone_of_a_classifier():
 
 
 @pytest.mark.extras('mmpretrain')
-@pytest.mark.parametrize('name', ['replk-nano_patches.py', 'convnext-atto_patches.py'])
+@pytest.mark.parametrize('name', ['replk-nano_shapes.py', 'convnext-atto_shapes.py'])
 def test_count_equals_mmpretrains_classifier(name):
     from mmengine.registry import MODELS, init_default_scope
 
@@ -224,4 +224,4 @@ def test_page_has_every_classifier():
         line = lines[name.removesuffix('.py')]
         assert f'| {row["backbone"]} | {row["pretraining"]} | ImageNet-1K | {row["crop"]} |' in line
         assert f'| {row["top1"]} | {row["params_m"]} |' in line
-    assert 'generated patches' in lines['convnext-atto_patches'] and list_configs.TASKS['mmpretrain'].title
+    assert 'generated shapes' in lines['convnext-atto_shapes'] and list_configs.TASKS['mmpretrain'].title

@@ -17,7 +17,7 @@ CONFIGS = ROOT / 'configs'
 LEAVES = sorted(
     p.name
     for p in CONFIGS.glob('*.py')
-    if not p.stem.endswith(('_demo', '_context', '_patches')) and '_imagenet' not in p.stem
+    if not p.stem.endswith(('_demo', '_context', '_shapes')) and '_imagenet' not in p.stem
 )
 CLASSIFIERS = sorted(p.name for p in CONFIGS.glob('*_imagenet*.py'))
 NANO = [name for name in LEAVES if '-nano_' in name]

@@ -61,11 +61,9 @@ def make_cue_conflict_scene(seed: int, split: str, index: int, size: tuple[int, 
     """Describe and draw a scene of split 'train', 'val' or 'conflict'; other arguments as of :func:`describe_scene`."""
     step = 1 + index % 2 if split == 'conflict' else 0
     source = ('val', index // 2) if split == 'conflict' else (split, index)
-    rng = scene_rng(seed, *source, 0)
     image = np.empty((*size, 3), np.int16)
-    image[:] = rng.integers(*_GROUND, 3)
+    image[:], item = _describe(seed, *source, size)
     label = np.full(size, DEMO_CLASSES.index('ground') + 1, np.uint8)
-    item = _describe_object(rng, *source, size)
     texture = TEXTURE_OF[SHAPES[(SHAPES.index(item.shape) + step) % len(SHAPES)]]
     item = replace(item, texture=texture)
     mask = shape_mask(item, 0, 0, size)
@@ -79,13 +77,20 @@ def make_cue_conflict_scene(seed: int, split: str, index: int, size: tuple[int, 
     return CueConflictImage((soften(image) + grain).astype(np.uint8), label, (instance,))
 
 
+def shape_of(seed: int, split: str, index: int, size: tuple[int, int]) -> str:
+    """The class of the shape in a scene of split 'train' or 'val'."""
+    return _describe(seed, split, index, size)[1].shape
+
+
 def texture_class(item: ObjectSpec) -> str:
     """The class of an object's texture."""
     return next(name for name, texture in TEXTURE_OF.items() if texture == item.texture)
 
 
-def _describe_object(rng: np.random.Generator, split: str, index: int, size: tuple[int, int]) -> ObjectSpec:
-    """An object with the texture of its shape."""
+def _describe(seed: int, split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray, ObjectSpec]:
+    """Colour of the ground, and an object with the texture of its shape."""
+    rng = scene_rng(seed, split, index, 0)
+    ground = rng.integers(*_GROUND, 3)
     shape = SHAPES[rng.integers(len(SHAPES)) if split == 'train' else index % len(SHAPES)]
     side, angle, amplitude = (int(rng.integers(low, high + 1)) for low, high in (_SIDE, _ANGLE, AMPLITUDE))
     side = scaled(side, size)
@@ -93,7 +98,7 @@ def _describe_object(rng: np.random.Generator, split: str, index: int, size: tup
     # Leave room for the widest shape, so that the position does not depend on the shape.
     room = math.ceil(side * max(CIRCUMRADIUS[name] for name in SHAPES))
     y, x = (int(rng.integers(room, length - room)) for length in size)
-    return ObjectSpec(shape, x, y, side, angle, TEXTURE_OF[shape], amplitude, (red, green, blue))
+    return ground, ObjectSpec(shape, x, y, side, angle, TEXTURE_OF[shape], amplitude, (red, green, blue))
 
 
 def _draw_texture(rng: np.random.Generator, item: ObjectSpec, size: tuple[int, int]) -> np.ndarray:

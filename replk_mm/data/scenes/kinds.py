@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from replk_mm.data.scenes.context import CONTEXT_CLASSES, CONTEXT_PALETTE, CONTEXT_VERSION, make_context_scene
-from replk_mm.data.scenes.cue_conflict import CUE_CONFLICT_VERSION, list_objects, make_cue_conflict_scene
+from replk_mm.data.scenes.cue_conflict import CUE_CONFLICT_VERSION, list_objects, make_cue_conflict_scene, shape_of
 from replk_mm.data.scenes.layouts import Meta
-from replk_mm.data.scenes.patches import PATCH_CLASSES, PATCH_VERSION, class_of_patch, make_patch_scene
 from replk_mm.data.scenes.render import make_scene
-from replk_mm.data.scenes.spec import GENERATOR_VERSION
+from replk_mm.data.scenes.spec import GENERATOR_VERSION, SHAPES
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,8 @@ class SceneKind:
     extra_splits: Mapping[str, int] = field(default_factory=dict)
     #: gives the content of :data:`LISTING`, from that of ``meta.json``
     list_objects: Callable[[Meta], str] | None = None
-    #: gives the class of a scene from its index, for layouts with a folder for each class
-    class_of: Callable[[int], str] | None = None
-    square: bool = False  #: whether height and width have to be equal
+    #: gives the class of a scene from the same arguments, for layouts with a folder for each class
+    class_of: Callable[[int, str, int, tuple[int, int]], str] | None = None
     #: entries of ``meta.json`` that replace those of the layout
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -39,13 +37,12 @@ _KINDS = (
     SceneKind('context', CONTEXT_VERSION, make_context_scene, ('ade20k',), meta=_CONTEXT_META),
     SceneKind('conflict', CUE_CONFLICT_VERSION, make_cue_conflict_scene, ('ade20k',), {'conflict': 2}, list_objects),
     SceneKind(
-        'patches',
-        PATCH_VERSION,
-        make_patch_scene,
+        'shapes',
+        CUE_CONFLICT_VERSION,
+        make_cue_conflict_scene,
         ('imagenet',),
-        class_of=class_of_patch,
-        square=True,
-        meta=dict(classes=sorted(PATCH_CLASSES)),  # data sets of folders number them in this order
+        class_of=shape_of,
+        meta=dict(classes=sorted(SHAPES)),  # data sets of folders number them in this order
     ),
 )
 #: All kinds, by the name that commands and suites use.

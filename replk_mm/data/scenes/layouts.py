@@ -135,7 +135,7 @@ LAYOUTS: dict[str, Layout] = {
         annotations=None,
         values=(),
         meta=dict(jpeg_quality=JPEG_QUALITY),
-        config='replk-nano_patches.py',
+        config='replk-nano_shapes.py',
     ),
 }
 

@@ -86,7 +86,7 @@ def _write_split(out: Path, kind: SceneKind, split: str, meta: Meta) -> None:
     annotation_file = layout.annotation_file(split)
     annotations = CocoAnnotations(split, seed) if annotation_file else None
     for index in show_progress(range(count), f'{split} scenes'):
-        name = kind.class_of(index) if kind.class_of else ''
+        name = kind.class_of(seed, split, index, size) if kind.class_of else ''
         files = [out / file for file in layout.files(split, scene_stem(split, index), name)]
         # Files are written atomically, so that those of an interrupted run are complete.
         absent = not all(file.exists() for file in files)
@@ -118,8 +118,6 @@ def _describe(kind: SceneKind, layout: str, train: int, val: int, seed: int, siz
             f'size: must be height and width, each {MIN_SIDE} to {MAX_SIDE} pixels and neither over twice '
             f'the other, not {" ".join(map(str, size))}'
         )
-    if kind.square and size[0] != size[1]:
-        raise UserError(f'size: {kind.name} are square, not {size[0]}x{size[1]}')
     return {
         'generator': f'replk_mm {kind.name} scenes',
         'generator_version': kind.version,

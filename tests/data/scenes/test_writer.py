@@ -10,8 +10,8 @@ from PIL import Image
 from trees import tree
 
 from replk_mm.commands import make_demo_data
+from replk_mm.data.scenes.cue_conflict import make_cue_conflict_scene
 from replk_mm.data.scenes.kinds import SCENES
-from replk_mm.data.scenes.patches import PATCH_CLASSES, make_patch
 from replk_mm.data.scenes.render import make_scene
 from replk_mm.data.scenes.spec import DEMO_CLASSES
 from replk_mm.data.scenes.writer import write_demo_data
@@ -45,23 +45,23 @@ def test_ade20k_layout(tmp_path, monkeypatch, capsys):
             assert np.abs(np.array(pixels, int) - scene.image).mean() < 4
 
 
-@pytest.mark.parametrize('choice', [('--format', 'imagenet'), ('--scenes', 'patches')])
+@pytest.mark.parametrize('choice', [('--format', 'imagenet'), ('--scenes', 'shapes')])
 def test_imagenet_layout(tmp_path, monkeypatch, capsys, choice):
     out = tmp_path / 'd'
     assert run_command(monkeypatch, out, *choice, '--train', 20, '--val', 16, '--seed', 4, '--size', 64, 64) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f'next: python tools/train.py configs/replk-nano_patches.py --data-root {out} --classes auto'
+        f'next: python tools/train.py configs/replk-nano_shapes.py --data-root {out} --classes auto'
     )
     meta = json.loads((out / 'meta.json').read_text())
     for split, count in (('train', 20), ('val', 16)):
         # torchvision's and mmpretrain's folders of images number the classes in alphabetical order
-        assert sorted(path.name for path in (out / split).iterdir()) == meta['classes'] and len(meta['classes']) == 16
+        assert sorted(path.name for path in (out / split).iterdir()) == meta['classes'] == ['disc', 'square', 'star']
         images = sorted((out / split).rglob('*.jpg'), key=lambda path: path.name)
         assert len(images) == count
         for index, path in enumerate(images):
-            pixels, label = make_patch(4, split, index, 64)
-            assert path.parent.name == PATCH_CLASSES[label]
-            assert np.abs(np.array(Image.open(path), int) - pixels).mean() < 4
+            scene = make_cue_conflict_scene(4, split, index, (64, 64))
+            assert path.parent.name == scene.instances[0].spec.shape
+            assert np.abs(np.array(Image.open(path), int) - scene.image).mean() < 4
 
 
 def test_larger_data_set_starts_with_the_smaller_one(tmp_path):
@@ -73,7 +73,7 @@ def test_larger_data_set_starts_with_the_smaller_one(tmp_path):
 
 @pytest.mark.parametrize(
     ('kind', 'layout'),
-    [('demo', 'ade20k'), ('demo', 'coco'), ('demo', 'cityscapes'), ('conflict', 'ade20k'), ('patches', 'imagenet')],
+    [('demo', 'ade20k'), ('demo', 'coco'), ('demo', 'cityscapes'), ('conflict', 'ade20k'), ('shapes', 'imagenet')],
 )
 def test_interrupted_run_resumes_to_the_same_files(tmp_path, kind, layout):
     finished, resumed = [], []
@@ -99,7 +99,7 @@ def test_interrupted_run_resumes_to_the_same_files(tmp_path, kind, layout):
 
 
 @pytest.mark.parametrize(
-    ('kind', 'layout'), [('demo', 'ade20k'), ('demo', 'cityscapes'), ('conflict', 'ade20k'), ('patches', 'imagenet')]
+    ('kind', 'layout'), [('demo', 'ade20k'), ('demo', 'cityscapes'), ('conflict', 'ade20k'), ('shapes', 'imagenet')]
 )
 def test_overwrite_removes_only_the_files_of_earlier_runs(tmp_path, kind, layout):
     out = tmp_path / 'd'
@@ -134,7 +134,6 @@ def test_folder_of_other_files_is_rejected_even_with_overwrite(tmp_path):
         (('--size', '9999', '9999'), 'size'),
         (('--scenes', 'context', '--format', 'coco'), 'layout'),
         (('--scenes', 'demo', '--format', 'imagenet'), 'layout'),
-        (('--format', 'imagenet', '--size', '64', '96'), 'size'),
     ],
 )
 def test_invalid_settings_write_nothing(tmp_path, monkeypatch, capsys, args, argument):

@@ -1,11 +1,9 @@
-# Patches of `tools/make_demo_data.py --format imagenet`: 16 combinations of shape and texture. No crops, no scaling.
+# Scenes of `tools/make_demo_data.py --scenes shapes`: one object in each, a disc, a square or a star. No crops, no scaling.
 crop_size = (64, 64)
-shapes, textures = ('disc', 'square', 'star', 'triangle'), ('blotch', 'check', 'plain', 'speckle')
-metainfo = dict(classes=[f'{shape}_{texture}' for shape in shapes for texture in textures])
 load = dict(type='LoadImageFromFile')
 train_pipeline = [load, dict(type='RandomFlip', prob=0.5), dict(type='PackInputs')]
 test_pipeline = [load, dict(type='PackInputs')]
-dataset = dict(type='CustomDataset', data_root='data/patches', metainfo=metainfo)
+dataset = dict(type='CustomDataset', data_root='data/shapes', metainfo=dict(classes=['disc', 'square', 'star']))
 train_dataloader = dict(
     batch_size=16,
     num_workers=2,

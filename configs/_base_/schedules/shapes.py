@@ -1,4 +1,4 @@
-# Training from scratch on one CPU: three epochs of AdamW, short warm-up, a cosine to zero.
+# Training from scratch on one CPU: two epochs of AdamW, short warm-up, a cosine to zero.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
@@ -7,7 +7,7 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=30),
-    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=3, convert_to_iter_based=True),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=2, convert_to_iter_based=True),
 ]
-train_cfg = dict(type='replk_mm.EpochBasedTrainLoop', max_epochs=3, val_interval=1)
+train_cfg = dict(type='replk_mm.EpochBasedTrainLoop', max_epochs=2, val_interval=1)
 auto_scale_lr = dict(enable=False, base_batch_size=16)
