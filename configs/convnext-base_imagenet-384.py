@@ -16,8 +16,8 @@ model = dict(
         drop_path_rate=0.8,
         init_cfg=dict(type='Pretrained', checkpoint='https://dl.fbaipublicfiles.com/convnext/convnext_base_1k_224.pth'),
     ),
-    # the recipe scales the initial head by 1e-3
-    head=dict(in_channels=1024, init_cfg=dict(std=2e-5)),
+    # the authors' head starts from that of the pretraining, ours from random weights
+    head=dict(in_channels=1024),
 )
 train_dataloader = dict(batch_size=32)
 optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.7))

@@ -13,8 +13,8 @@ _base_ = [
 ]
 model = dict(
     backbone=dict(arch='large', drop_path_rate=0.95),
-    # the recipe scales the initial head by 1e-3
-    head=dict(in_channels=1536, init_cfg=dict(std=2e-5)),
+    # the authors' head starts from that of the pretraining, ours from random weights
+    head=dict(in_channels=1536),
 )
 train_dataloader = dict(batch_size=32)
 optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.7))

@@ -23,4 +23,4 @@ model = dict(
 )
 train_dataloader = dict(batch_size=8)
 # tested on averaged weights
-custom_hooks = [dict(type='EMAHook', momentum=1e-4, priority='ABOVE_NORMAL')]
+custom_hooks = [dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL')]

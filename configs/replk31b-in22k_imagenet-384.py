@@ -33,4 +33,4 @@ param_scheduler = [
     ),
 ]
 # tested on averaged weights
-custom_hooks = [dict(type='EMAHook', momentum=1e-4, priority='ABOVE_NORMAL')]
+custom_hooks = [dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL')]

@@ -20,6 +20,7 @@ model = dict(
             prefix='backbone.',
         ),
     ),
+    # the authors' head starts from that of the pretraining, ours from random weights
     head=dict(in_channels=1024),
 )
 train_dataloader = dict(batch_size=32)
@@ -31,5 +32,5 @@ param_scheduler = [
     ),
 ]
 # tested on averaged weights
-custom_hooks = [dict(type='EMAHook', momentum=1e-4, priority='ABOVE_NORMAL')]
+custom_hooks = [dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL')]
 auto_scale_lr = dict(base_batch_size=1024)

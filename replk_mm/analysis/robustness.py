@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from replk_mm.analysis import statistics
 from replk_mm.analysis.corruptions import LEAST_SIDE, RobustnessSettings, corrupt
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
-from replk_mm.data.datasets import datasets_of
+from replk_mm.data.datasets import datasets_of, task_of
 from replk_mm.data.transforms import datasets_with_pipeline
 from replk_mm.engine.evaluate import prepare_test
 from replk_mm.engine.process import RunOptions
@@ -100,8 +100,10 @@ def measure_robustness(
         factor; ``mean_under_corruption`` is the mean over all corruptions, ``relative`` that in percent of ``clean``.
 
     Raises:
-        UserError: If data or checkpoint do not fit, or the metric keeps no counts per image.
+        UserError: If data or checkpoint do not fit, the metric keeps no counts per image, or the model is a classifier.
     """
+    if task_of(cfg) == 'classification':
+        raise UserError(f'{cfg.filename}: a classifier\nUse the config of a segmentor or a detector.')
     conditions = [Condition(name, severity) for name in settings.corruptions for severity in settings.severities]
     conditions = [Condition(), *conditions, *(Condition(scale=scale) for scale in settings.scales if scale != 1)]
     there = replace(options, data_root=settings.shifted_root)  # first, as its path may be wrong

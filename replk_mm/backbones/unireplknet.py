@@ -130,7 +130,7 @@ class UniRepLKNetBlock(nn.Module):
         deploy: bool,
         norm_cfg: dict,
         layer_scale_init_value: float,
-        dilated_branches: bool,
+        dilated_branches: bool = True,
     ) -> None:
         super().__init__()
         width = 4 * channels

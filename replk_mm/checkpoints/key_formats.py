@@ -204,6 +204,7 @@ class FoundWeights:
     backbone: dict[str, Tensor]  #: weights with our names, without prefix
     #: other weights of a whole model, such as ``decode_head.*``, with their own names
     rest: dict[str, Tensor] = field(default_factory=dict)
+    classifier: dict[str, Tensor] = field(default_factory=dict)  #: weights of a classifier beside the backbone
     family: str = ''  #: class name of the backbone, or ``''`` if unknown
     format: str = ''  #: name of the key format, or ``''`` if unknown
     #: what precedes the backbone's names, such as ``'state_dict.backbone.'``, without parts of wrappers
@@ -317,10 +318,10 @@ def _candidates(nest: str, weights: dict[str, Tensor], own: Mapping[str, Tensor]
         outer = re.sub(r'(^|\.)backbone\..*', r'\1', prefix)
         others = {key: value for key, value in weights.items() if not key.startswith(prefix)}
         others = {key.removeprefix(outer): value for key, value in others.items() if key.startswith(outer)}
-        # A network may be a classifier; without one, a classifier is of the pretraining.
-        rest = {key: value for key, value in others.items() if own or not _CLASSIFIER.match(key)}
+        rest = {key: value for key, value in others.items() if not _CLASSIFIER.match(key)}
         backbone = {key: value for key, value in backbone.items() if key not in unused}
-        yield FoundWeights(backbone, rest, form.family, form.name, nest + prefix, unused, matched)
+        classifier = {key: value for key, value in others.items() if key not in rest}
+        yield FoundWeights(backbone, rest, classifier, form.family, form.name, nest + prefix, unused, matched)
 
 
 def _count(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:

@@ -47,11 +47,7 @@ MIN_SCORE = 0.5
 # -- pictures
 def find_images(data: Path) -> list[Path]:
     """Images of the validation scenes, in the layout of ADE20K or COCO."""
-    return sorted(
-        path
-        for layout in LAYOUTS.values()
-        for path in data.glob(layout.image.format(folder=layout.folders['val'], stem='*'))
-    )
+    return sorted(path for name in ('ade20k', 'coco') for path in data.glob(LAYOUTS[name].files('val', '*')[0]))
 
 
 def draw_segmentation(model: Any, data: Path, out: Path) -> None:

@@ -89,7 +89,7 @@ def read_config(path: Path) -> ConfigRow:
     return ConfigRow(
         path=path,
         scope=cfg.default_scope,
-        backbone=(entry and entry.paper_name) or _backbone_name(backbone),
+        backbone=(entry and entry.paper_name) or (result.backbone if result else _backbone_name(backbone)),
         pretraining=result.pretraining if result else weights.pretraining if weights else 'none',
         data=DATA.get(data, data),
         variant=METHODS.get(cfg.model.type, cfg.model.type) if is_detector else str(cfg.crop_size[0]),

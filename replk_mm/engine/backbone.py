@@ -29,6 +29,8 @@ METHODS = {
 #: Arguments of a backbone that do not depend on its family.
 _KEPT = ('in_channels', 'out_indices', 'drop_path_rate', 'with_cp', 'out_memory_format')
 _BATCH_NORMS = ('BN', 'SyncBN', 'MMSyncBN', 'replk_mm.SyncBN')
+#: Arguments of the backbones of classifiers: the last map, pooled before its norm or normalized before the pooling.
+_CLASSIFIER: dict = dict(out_indices=(3,), gap_before_final_norm=True, norm_intermediate_features=True)
 _LAYER_DECAY = 'replk_mm.LayerDecayOptimizerConstructor'
 
 
@@ -67,10 +69,17 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
     if 'out_indices' in accepted and (max(indices, default=0) > 3 or (not indices and 1 < len(levels) < 4)):
         new.out_indices = tuple(range(4 - len(indices or levels), 4))  # the old backbone counts other stages
     if task_of(cfg) == 'classification':
-        model.neck = ConfigDict(type='GlobalAveragePooling')  # those of the catalogue return maps
-        if 'out_indices' in accepted:
-            new.out_indices = (3,)
-    features = measure_features(new)
+        # The networks of the catalogue are for dense prediction.
+        new.update({key: value for key, value in _CLASSIFIER.items() if key in accepted})
+        if new.get('layer_scale_init_value') == 1.0:
+            new.pop('layer_scale_init_value')
+        model.pop('neck', None)
+        if 'gap_before_final_norm' not in accepted:
+            model.neck = ConfigDict(type='GlobalAveragePooling')
+    # pooled features have the same channels
+    features = measure_features(
+        {**new, **({'gap_before_final_norm': False} if new.get('gap_before_final_norm') else {})}
+    )
     _fit_heads(cfg, entry.name, features)
     for preprocessor in (model.get('data_preprocessor'), cfg.get('data_preprocessor')):
         if preprocessor and len(preprocessor.get('mean') or entry.mean) == 3 == new.get('in_channels', 3):

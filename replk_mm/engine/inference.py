@@ -76,14 +76,16 @@ def load_model(
     whole = hasattr(model, 'backbone')
     backbone = getattr(model, 'backbone', model)
     found = find_weights(loaded, backbone, str(checkpoint))
+    own = model.state_dict().keys()
+    rest = {**found.rest, **{key: value for key, value in found.classifier.items() if key in own}}
     how = get_reparameterization(loaded, found.backbone)
     weights = weights_for_training(backbone, found, loaded, str(checkpoint)) if training else found.backbone
     weights = {f'backbone.{key}': value for key, value in weights.items()} if whole else weights
     if how and not training:
         # Files of earlier versions have norms that are folded now.
-        norms = [key.rpartition('.')[0] for key in [*weights, *found.rest] if key.endswith('.running_var')]
+        norms = [key.rpartition('.')[0] for key in [*weights, *rest] if key.endswith('.running_var')]
         reparameterize(model, **how, inplace=True, keep=norms)
-    report = copy_weights(model, {**weights, **found.rest}, whole, resize_kernels)
+    report = copy_weights(model, {**weights, **rest}, whole, resize_kernels)
     optional = () if training else TRAINING_ONLY
     report.missing = [
         key
@@ -93,8 +95,7 @@ def load_model(
     # The file may have heads that only training uses.
     keys = [*report.missing, *report.unexpected, *(key for key, *_ in report.mismatched)]
     misfits = needed = [key for key in keys if not key.startswith(optional)]
-    own = model.state_dict().keys()
-    if training and (not own.isdisjoint(found.rest) or not whole and any('.backbone.' in key for key in own)):
+    if training and (not own.isdisjoint(rest) or not whole and any('.backbone.' in key for key in own)):
         needed = [key for key in misfits if 'backbone' in key.split('.')]  # of a student and a teacher too
     if needed:
         raise UserError(

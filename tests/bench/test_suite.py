@@ -192,7 +192,9 @@ def test_shipped_suites_can_be_read(path):
 def test_the_published_suite_has_the_published_rows():
     rows = read_suite(ROOT / 'configs' / 'suites' / 'published.yaml').rows
     own = [row for row in rows if '::' not in row.config and not row.backbone]
-    assert sorted(row.config for row in own) == sorted(r.config for r in published.results() if r.config)
+    assert sorted(row.config for row in own) == sorted(
+        r.config for r in published.results() if r.config and r.task != 'classification'
+    )
     exchanged = [row for row in rows if row.backbone]
     others = [row for row in rows if '::' in row.config and not row.backbone]
     assert len(others) == 5 and all(published.for_config(row.config.rpartition('::')[2]) is None for row in others)

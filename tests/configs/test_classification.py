@@ -5,6 +5,7 @@ import json
 import re
 from typing import NamedTuple
 
+import cv2
 import pytest
 import torch
 from config_cases import CLASSIFIERS, CONFIGS, PUBLISHED, ROOT, load, params_m
@@ -194,6 +195,54 @@ def test_exchanged_backbone_of_a_classifier():
     assert (cfg.model.neck.type, cfg.model.head.in_channels) == ('GlobalAveragePooling', 256)
     assert cfg.model.data_preprocessor.to_rgb is True and 'bgr_to_rgb' not in cfg.model.data_preprocessor
     assert params_m(build_on_meta(cfg)) == pytest.approx(4.1, abs=0.05)  # as published for the classifier
+
+
+@pytest.mark.parametrize(
+    ('config', 'backbone'),
+    [('convnext-tiny', 'convnext-small'), ('convnext-tiny', 'replknet-31b'), ('replk31b', 'convnext-base')],
+)
+def test_exchanged_classifier_is_the_published_one(config, backbone):
+    name = {'convnext-small': 'convnext-small', 'replknet-31b': 'replk31b', 'convnext-base': 'convnext-base'}[backbone]
+    found = load_config(str(CONFIGS / f'{config}_imagenet.py'), dict(backbone=backbone), needs=('model',))
+    exchanged, published = build_on_meta(found), build_on_meta(load(f'{name}_imagenet.py'))
+    shapes = {key: value.shape for key, value in published.state_dict().items()}
+    assert {key: value.shape for key, value in exchanged.state_dict().items()} == shapes
+    assert found.model.get('neck') == load(f'{name}_imagenet.py').model.get('neck')
+    assert found.model.backbone.get('layer_scale_init_value', 1e-6) == 1e-6
+
+
+@pytest.mark.extras('mmpretrain')
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name', [name for name in CLASSIFIERS if 'large' not in name and 'xl' not in name and '31l' not in name]
+)
+def test_mmpretrain_builds_the_parts_of_a_published_config(name, tmp_path):
+    """Pipelines, hooks, optimizer and schedule of a config run on one image."""
+    import numpy as np
+    from mmengine.registry import DATASETS, HOOKS, MODELS, TRANSFORMS, init_default_scope
+
+    cfg = copy.deepcopy(load(name))
+    init_default_scope('mmpretrain')
+    side = cfg.crop_size[0]
+    cv2.imwrite(str(tmp_path / 'x.jpg'), np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8))
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        steps = [TRANSFORMS.build(step) for step in loader.dataset.pipeline]
+        data = dict(img_path=str(tmp_path / 'x.jpg'), gt_label=3)
+        for _ in range(4):  # some steps are random
+            packed = data
+            for step in steps:
+                packed = step(packed)
+            assert packed['inputs'].shape == (3, side, side) and packed['data_samples'].gt_label.item() == 3
+    with DATASETS.switch_scope_and_registry('mmpretrain') as registry:
+        assert registry.get(cfg.train_dataloader.dataset.type)
+    cfg.model.backbone.pop('init_cfg', None)
+    model = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        inputs = model.data_preprocessor(dict(inputs=packed['inputs'][None], data_samples=[packed['data_samples']]))
+        (found,) = model(**inputs, mode='predict')
+    assert found.pred_score.shape == (1000,) and found.pred_score.sum().item() == pytest.approx(1, abs=1e-4)
+    for hook in cfg.get('custom_hooks', []):
+        assert hook['update_buffers'] is True and HOOKS.build(hook)  # timm averages BatchNorm statistics too
 
 
 @pytest.mark.extras('mmpretrain')

@@ -129,6 +129,33 @@ def test_other_classes_than_the_folders_are_rejected(data, classes, message):
         prepare_data(cfg, RunOptions(str(data), classes=classes), ('train', 'val'))
 
 
+def test_labels_beyond_the_classes(data, tmp_path):
+    """As in lists that number the classes from 1."""
+    files = sorted((data / 'train').rglob('*.jpg'))
+    (tmp_path / 'train.txt').write_text(
+        ''.join(f'{file.relative_to(data)} {1 + i % 3}\n' for i, file in enumerate(files))
+    )
+    cfg = config('replk-nano')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.update(ann_file=str(tmp_path / 'train.txt'), data_prefix=dict(img_path=''))
+    with pytest.raises(UserError, match=r'labels 3: the 3 names are for 0 to 2'):
+        prepare_data(cfg, RunOptions(str(data)), ('train', 'val'))
+
+
+def test_commands_for_other_tasks_reject_classifiers(data, tmp_path):
+    from replk_mm.analysis.corruptions import RobustnessSettings
+    from replk_mm.analysis.robustness import measure_robustness
+    from replk_mm.bench.compare.results import read_result
+
+    with pytest.raises(UserError, match='a classifier'):
+        measure_robustness(config('replk-nano'), 'x.pth', RunOptions(str(data)), RobustnessSettings(), tmp_path)
+    record = dict(metrics={'accuracy/top1': 50.0}, per_class=dict(disc={'accuracy/top1': 50.0, 'instances': 2}))
+    others = dict(config='x.py', checkpoint={}, protocol={}, data={}, environment={})
+    (tmp_path / 'metrics.json').write_text(json.dumps(record | others))
+    with pytest.raises(UserError, match='result of a classifier'):
+        read_result(str(tmp_path), 'A')
+
+
 def test_missing_split(data, tmp_path):
     with pytest.raises(UserError, match='no such folder'):
         prepare_data(config('replk-nano'), RunOptions(str(data / 'train')), ('train',))

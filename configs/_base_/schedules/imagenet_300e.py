@@ -18,7 +18,7 @@ param_scheduler = [
     ),
 ]
 train_cfg = dict(type='replk_mm.EpochBasedTrainLoop', max_epochs=300, val_interval=1)
-custom_hooks = [dict(type='EMAHook', momentum=1e-4, priority='ABOVE_NORMAL')]
+custom_hooks = [dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL')]
 # Mixup or CutMix, each for half of the batches; the train_cfg of a model
 mixup = dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)])
 auto_scale_lr = dict(enable=True, base_batch_size=4096)

@@ -111,7 +111,7 @@ def read_result(path: str, letter: str) -> Result:
             f'or a row and seed of a suite (runs/ROW/SEED).'
         )
     try:
-        return Result(letter, file, MetricsFile.model_validate_json(file.read_bytes()))
+        found = Result(letter, file, MetricsFile.model_validate_json(file.read_bytes()))
     except ValidationError as error:
         first = error.errors()[0]
         place = '.'.join(map(str, first['loc'])) or 'the file'
@@ -119,6 +119,11 @@ def read_result(path: str, letter: str) -> Result:
             f'{file}: not the result of a test with labels: {place}: {first["msg"]}\n'
             f'Test again: {command_line("test", "CONFIG", "CHECKPOINT", "--out", file.parent)}'
         ) from error
+    if any('accuracy/top1' in figures for figures in found.record.per_class.values()):
+        raise UserError(
+            f'{file}: result of a classifier\nCompare segmentors or detectors; a report has classifiers too.'
+        )
+    return found
 
 
 def check_comparable(a: Result, b: Result) -> None:

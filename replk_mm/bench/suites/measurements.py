@@ -81,7 +81,9 @@ def metric(task: Task) -> MeasurementResult:
         per_class={name: _finite(of) for name, of in found.per_class.items()},
     )
     out, statistics = task.folder / 'test', {}
-    files = dict(predictions=out / 'predictions', metrics=out / 'metrics.json')
+    files = dict(metrics=out / 'metrics.json')
+    if (out / 'predictions').is_dir():  # a classifier has none
+        files['predictions'] = out / 'predictions'
     if get_rank() == 0:
         statistics = write_statistics(found, out)
         write_record(evaluation_record(cfg, checkpoint, found, False, statistics), out / 'metrics.json')

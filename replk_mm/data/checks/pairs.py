@@ -107,6 +107,7 @@ def check_image_classes(report: DatasetReport, dataset: dict, scope: str) -> Non
     """List the images of a data set of mmpretrain whose folders exist, and count those of each class."""
     try:
         built, infos = _build(dataset, scope)
+        labels = Counter(int(info['gt_label']) for info in infos)
     except Exception as error:  # data sets of any package
         fix = 'If the data have other classes than the config, name them: --classes auto.'
         report.add('dataset-invalid', report.key, f'{type(error).__name__}: {error}', fix=fix)
@@ -116,7 +117,9 @@ def check_image_classes(report: DatasetReport, dataset: dict, scope: str) -> Non
     if names != folders and set(names) == set(folders):
         message = f'folders have their classes in alphabetical order, the config has {format_list(names)}'
         report.add('classes-order', report.labels_at, message, severity='error', fix='Name them in this order.')
-    labels = Counter(info['gt_label'] for info in infos)
+    if unknown := sorted(labels.keys() - set(range(len(names)))):
+        message = f'labels {format_list(map(str, unknown))}: the {len(names)} names are for 0 to {len(names) - 1}'
+        report.add('label-out-of-range', report.labels_at, message)
     report.class_names = dict(enumerate(names))
     report.object_counts, report.counted = {name: labels[i] for i, name in enumerate(names)}, 'images'
     absent = [info['img_path'] for info in infos if not Path(info['img_path']).is_file()]
