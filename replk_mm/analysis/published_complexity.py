@@ -223,22 +223,24 @@ def _try_to_count(
     path = f'replk_mm::{config}' if config else BASES[method].format(name=name)
     try:
         cfg = load_config(path, options if config else {**options, 'backbone': name}, needs=('model',))
-        return _count_network(cfg, path, backbone, size), None
+        return _count_network(cfg, path, backbone, method, size), None
     except UserError as error:
         return None, str(error).splitlines()[0]
 
 
-def _count_network(cfg: Config, path: str, backbone: str, size: tuple[int, int]) -> dict[str, Any]:
+def _count_network(cfg: Config, path: str, backbone: str, method: str, size: tuple[int, int]) -> dict[str, Any]:
     model = build_on_meta(cfg)
     forms = count_model(model, path, size, 'the published row')
     training, deployed = forms.training, forms.deployed
     family, kernels = backbone.split('-')[0], AUTHORS_KERNELS.get(backbone)
     counting = AUTHORS.get(family, 'mmcv_training')
-    authors = _count_as_authors(model, counting, size)
+    if (family, method) == ('RepLKNet', 'classification'):  # as ours: the released network, merged, by torch's counter
+        counting, kernels = 'deployed', None
     counts = dict(
         deployed=dict(parameters=deployed.inference_parameters, macs=deployed.macs),
         training=dict(parameters=training.parameters, macs=training.macs),
     )
+    authors = counts['deployed'] if counting == 'deployed' else _count_as_authors(model, counting, size)
     if kernels:
         counts['released'] = authors
         arch = {**RepLKNet.arch_settings[cfg.model.backbone.arch], 'large_kernel_sizes': kernels}
