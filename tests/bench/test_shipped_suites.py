@@ -55,6 +55,14 @@ def test_kernels_match_the_labels(side):
     assert f'{side}x{side}' in found.label
 
 
+def test_an_anchor_sees_patches_only():
+    model, row = model_of('shape_bias', 'patches')
+    image = torch.randn(1, 3, 96, 96, requires_grad=True)
+    model.eval().backbone(image)[0][0, :, 12, 12].sum().backward()
+    seen = image.grad.abs().sum((0, 1)) > 0
+    assert seen.any(0).sum() == seen.any(1).sum() == 11 and '11x11' in row.label
+
+
 @pytest.mark.slow
 def test_rows_of_a_question_differ_in_nothing_else():
     """Same data, budget, seeds and learning rate, for the networks of one family."""
