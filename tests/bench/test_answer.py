@@ -241,10 +241,13 @@ def test_a_row_without_interval_is_named_beside_the_others(tmp_path) -> None:
     assert 'more than every other row with an interval.' in found.verdict
 
 
-def test_seeds_that_differ_by_row_are_counted(tmp_path) -> None:
-    counts = dict(a=3, b=2)
+@pytest.mark.parametrize(
+    ('counts', 'said'),
+    [(dict(a=3, b=2), 'with 2 to 3 seeds, 20 test images'), (dict(a=2, b=1), '1 to 2 seeds, 20 test')],
+)
+def test_seeds_that_differ_by_row_are_counted(counts, said, tmp_path) -> None:
     records = [counted(tmp_path, row, seed, 0.7, 20) for row, many in counts.items() for seed in range(many)]
-    assert 'with 2 to 3 seeds, 20 test images' in answer(load_report([write(tmp_path, records)]).suites[0]).verdict
+    assert said in answer(load_report([write(tmp_path, records)]).suites[0]).verdict
 
 
 def test_a_larger_group_of_probes_counts_before_one_whole_network(tmp_path) -> None:
@@ -273,3 +276,10 @@ def test_costs_that_cannot_be_compared_are_not(where, row, tmp_path) -> None:
             records.append(speed(name, 0, ms, **changes.get(where, {})))
     found = answer(load_report([write(tmp_path, records)]).suites[0])
     assert set(found.candidates) == {'a', 'b'} and 'fastest' not in found.text
+
+
+def test_a_time_of_a_busy_machine_is_no_reason_for_a_faster_row(tmp_path) -> None:
+    records = [counted(tmp_path, row, seed, of, 20) for row, of in (('a', 0.9), ('b', 0.6)) for seed in range(2)]
+    records += [speed('a', 0, 20.0, facts=dict(load=0.9)), speed('b', 0, 10.0)]
+    found = answer(load_report([write(tmp_path, records)]).suites[0])
+    assert found.take == 'a' and 'Faster' not in found.text
