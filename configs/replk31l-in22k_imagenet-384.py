@@ -9,7 +9,7 @@
 _base_ = [
     './_base_/models/classifier_replknet.py',
     './_base_/datasets/imagenet_384.py',
-    './_base_/schedules/imagenet_30e.py',
+    './_base_/schedules/imagenet_30e_replknet.py',
     './_base_/runtimes/classification.py',
 ]
 model = dict(
@@ -25,12 +25,4 @@ model = dict(
     head=dict(in_channels=1536),
 )
 train_dataloader = dict(batch_size=16)
-optim_wrapper = dict(optimizer=dict(lr=4e-4), paramwise_cfg=dict(decay_rate=0.7))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=True, begin=0, end=1, convert_to_iter_based=True),
-    dict(
-        type='CosineAnnealingLR', eta_min_ratio=3e-4 / 4e-4, by_epoch=True, begin=1, end=30, convert_to_iter_based=True
-    ),
-]
-# tested on averaged weights
-custom_hooks = [dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL')]
+param_scheduler = [_base_.warmup, dict(**_base_.cosine, eta_min_ratio=3e-4 / 4e-4)]

@@ -398,12 +398,8 @@ def _normalization(node: ConfigDict | None, channels: int) -> tuple[tuple[float,
     node = node or ConfigDict()
     found = (tuple(map(float, node.get(key) or (default,))) for key, default in (('mean', 0), ('std', 1)))
     mean, std = (values * channels if len(values) == 1 else values for values in found)
-    swaps = (
-        'bgr_to_rgb',
-        'rgb_to_bgr',
-        'to_rgb',
-    )  # of mmseg and mmdet, and of mmpretrain: all swap those of BGR images
-    return mean, std, any(map(node.get, swaps))
+    # Of mmseg and mmdet, and of mmpretrain: all swap the channels of BGR images.
+    return mean, std, any(node.get(key) for key in ('bgr_to_rgb', 'rgb_to_bgr', 'to_rgb'))
 
 
 def image_files(folder: Path, count: int) -> list[Path]:

@@ -36,13 +36,15 @@ class Limits:
         """Why a row is left out; ``''`` if it is not. A cost that was not measured exceeds every limit."""
         limits = dict(milliseconds=self.max_latency, memory=self.max_memory, parameters=self.max_params)
         for key, limit in limits.items():
+            if limit is None:
+                continue
             value, column = row.figures[key].value, BY_KEY[key]
-            if limit is not None and value is None:
+            if value is None:
                 return f'{column.title.lower()} not measured'
-            here = key != 'parameters' and not any('costs' in record['facts'] for record in row.of(column.measurement))
-            if limit is not None and self.other_device and here:
+            there = any('costs' in record['facts'] for record in row.of(column.measurement))
+            if self.other_device and key != 'parameters' and not there:
                 return f'{column.title.lower()} not measured on the other device'
-            if limit is not None and value is not None and value > limit:
+            if value > limit:
                 return _cost(row, key)
         return ''
 
@@ -140,8 +142,9 @@ def _compare(group: ProtocolGroup, rows: list[ReportRow], remarks: tuple[str, ..
     found = best_group(scores)
     leader, *ties = (by_name[name] for name in found.members)
     beaten = [by_name[d.second] for d in found.differences if d.second not in found.members]
-    counts = sorted({len(row) for row in scores.values()})
-    seeds = 'one seed' if counts == [1] else f'{" to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))} seeds'
+    counts = [len(row) for row in scores.values()]
+    least, most = min(counts), max(counts)
+    seeds = f'{least} to {most} seeds' if least < most else 'one seed' if most == 1 else f'{most} seeds'
     images = len(next(iter(scores.values()))[0].images)
     conditions = f'{seeds}, {images:,} test images, {group.conditions}'
     needed = _needed(found, group, by_name, command)

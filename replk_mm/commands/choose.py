@@ -64,10 +64,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: a GPU if there is one)')
     args = p.parse_args()
     args.work_dir = args.work_dir or Path('work_dirs', 'choose', choose.slug(args.data_root.resolve().name) or 'data')
-    args.suite, args.limits = (
-        args.work_dir / 'suite.yaml',
-        Limits(args.max_latency, args.max_memory, args.max_params, bool(args.costs)),
-    )
+    args.suite = args.work_dir / 'suite.yaml'
+    args.limits = Limits(args.max_latency, args.max_memory, args.max_params, bool(args.costs))
     args.begin = psutil.Process().create_time()
     args.start_up = time.time() - args.begin
     return args

@@ -77,9 +77,8 @@ def use_backbone(cfg: Config, name: str, recipe: str | None = None) -> None:
         if 'gap_before_final_norm' not in accepted:
             model.neck = ConfigDict(type='GlobalAveragePooling')
     # pooled features have the same channels
-    features = measure_features(
-        {**new, **({'gap_before_final_norm': False} if new.get('gap_before_final_norm') else {})}
-    )
+    pooled = new.get('gap_before_final_norm')
+    features = measure_features({**new, 'gap_before_final_norm': False} if pooled else new)
     _fit_heads(cfg, entry.name, features)
     for preprocessor in (model.get('data_preprocessor'), cfg.get('data_preprocessor')):
         if preprocessor and len(preprocessor.get('mean') or entry.mean) == 3 == new.get('in_channels', 3):
