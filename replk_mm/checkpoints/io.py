@@ -46,7 +46,8 @@ def fetch_checkpoint(checkpoint: str | Path, folder: str | Path | None = None, p
 
     Args:
         checkpoint: Path, URL, ``hf-hub:OWNER/NAME`` with an optional ``@REVISION``, ``package:MODULE/PATH`` for a file
-            of an installed package, or a folder with the weights of one model. For sharded weights, the index file.
+            of an installed package, or a folder with the weights of one model. For sharded weights, the index file; for
+            the folder of an exported network, its manifest.
         folder: Where downloads go. Defaults to torch's cache.
         progress: Show a progress bar. Defaults to True.
 
@@ -128,8 +129,11 @@ _HUB = ('hf-hub:', 'hf_hub:')  # the prefixes of timm
 _REMOTE = ('http://', 'https://', *_HUB)
 _PACKAGE = 'package:'
 _INDEX = '.index.json'
+#: Describes the exported network in a folder, see :mod:`replk_mm.deploy.artefact`.
+MANIFEST = 'manifest.json'
 #: Weights in a folder: the only file of the first pattern that matches.
 _WEIGHTS = (
+    MANIFEST,
     *(f'{name}{end}' for name in ('model.safetensors', 'pytorch_model.bin') for end in ('', _INDEX)),
     *('*.safetensors', '*.bin', '*.pth', '*.pt'),
 )
@@ -195,6 +199,17 @@ def _read_shards(index: Path, map_location: Any, trust: bool) -> dict:
     return {'state_dict': weights}
 
 
+def _read_manifest(path: Path) -> dict:
+    """Classes of an exported network, as ``meta`` of a checkpoint without weights."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        dataset = {key: manifest[key] for key in ('classes', 'palette')}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: is no manifest of an exported network ({error!r:.200})\nExport it again.') from error
+    meta = {'dataset_meta': dataset, 'replk_mm': {'reparameterized': {'merge': True, 'fold': True}}}
+    return {'meta': _validated_meta(meta, path), 'state_dict': {}}
+
+
 def hash_checkpoint(path: Path) -> str:
     """SHA-256 of a checkpoint, in hexadecimal; for an index, of the hashes of its shards in order of name."""
     if not path.name.endswith(_INDEX):
@@ -214,6 +229,8 @@ def read_checkpoint(checkpoint: str | Path, map_location: Any = 'cpu', trust: bo
         UserError: If the file does not exist, is damaged, would run code, or does not contain a dict.
     """
     path = fetch_checkpoint(checkpoint)
+    if path.name == MANIFEST:
+        return _read_manifest(path)
     loaded = (_read_shards if path.name.endswith(_INDEX) else safe_load)(path, map_location, trust)
     if not isinstance(loaded, Mapping):
         raise UserError(f'{path}: contains a {type(loaded).__name__}\nA checkpoint is a dict of tensors.')

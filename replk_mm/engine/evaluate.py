@@ -56,7 +56,7 @@ def evaluate(
 
     Args:
         cfg: Changed in place.
-        checkpoint: Path or URL. For a merged checkpoint, the model is merged too.
+        checkpoint: Path or URL; for a merged checkpoint, the model is merged too. Or the folder of an exported network.
         options: Device, data root, launcher and work dir are used.
         reparam: Merge and fold before evaluating.
         tta: Evaluate with the config's test-time augmentation.
@@ -79,14 +79,13 @@ def evaluate(
             per_class.setdefault(name, {}).update(of_class)
         statistics |= getattr(metric, 'statistics', {})
     dataset = runner.test_dataloader.dataset
-    assert built.report is not None
     return Evaluation(
         figures,
         per_class,
         absent_classes(runner.test_evaluator.metrics),
         built.changes,
         built.meta,
-        built.report.summary(),
+        built.report.summary() if built.report else 'exported network',
         len(dataset),
         seconds,
         dataset.get_data_info(0).get('img_path'),

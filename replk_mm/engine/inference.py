@@ -21,8 +21,10 @@ from replk_mm.checkpoints.loading import (
 from replk_mm.data.checks.classes import checkpoint_classes, classes_advice
 from replk_mm.data.classes import classes_of, set_classes
 from replk_mm.data.datasets import datasets_of
+from replk_mm.deploy.artefact import is_artefact
 from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.reparameterize import Changes, reparameterize
+from replk_mm.engine.artefact_model import load_artefact
 from replk_mm.engine.config import build_model, fit_to_machine
 from replk_mm.errors import UserError, format_list
 from replk_mm.files import GENERATOR, check_outputs
@@ -118,7 +120,7 @@ class Inference:
 
     model: nn.Module  #: in evaluation mode, on its device
     meta: dict = field(default_factory=dict)  #: metadata of the checkpoint; empty for random weights
-    #: number of weights that the checkpoint set, for each part; None for random weights
+    #: number of weights that the checkpoint set, for each part; None for random weights and exported networks
     report: LoadReport | None = None
     changes: Changes | None = None  #: changes by reparameterization; None without it
 
@@ -159,7 +161,12 @@ def build_for_inference(
 def load_for_inference(
     model: nn.Module, checkpoint: str | Path | None, reparam: bool = False, resize_kernels: str | None = None
 ) -> Inference:
-    """Load a checkpoint into a model, which changes in place; None keeps its weights."""
+    """Load a checkpoint into a model, which changes in place; None keeps its weights.
+
+    For the folder of an exported network, this becomes the network of the model.
+    """
+    if checkpoint and is_artefact(checkpoint):
+        return Inference(model, load_artefact(model, checkpoint, reparam))
     report, meta = load_model(model, checkpoint, resize_kernels=resize_kernels) if checkpoint else (None, {})
     return Inference(model, meta, report, reparameterize(model, inplace=True)[1] if reparam else None)
 

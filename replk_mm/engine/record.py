@@ -13,6 +13,7 @@ from mmengine.config import Config
 from replk_mm import __version__
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.data.datasets import datasets_of
+from replk_mm.deploy.artefact import is_artefact, read_manifest
 from replk_mm.engine.evaluate import Evaluation
 from replk_mm.files import GENERATOR, sha256, write_output
 
@@ -62,6 +63,7 @@ def evaluation_record(
 ) -> dict:
     """The scores of a test with their conditions, as JSON data without NaN; ``statistics`` names its counts."""
     path = fetch_checkpoint(checkpoint)
+    exported = read_manifest(checkpoint) if is_artefact(checkpoint) else None
     roots = dict.fromkeys(str(dataset.get('data_root')) for dataset in datasets_of(cfg, ('test',)))
     merged = result.meta.get('replk_mm', {}).get('reparameterized')
     return replace_non_finite(
@@ -76,6 +78,7 @@ def evaluation_record(
                 path=str(path), sha256=hash_checkpoint(path), iteration=result.meta.get('iter'), loaded=result.load
             ),
             reparameterized=str(result.changes) if result.changes else ('in the checkpoint' if merged else None),
+            **({'artefact': {'format': exported.format, 'precision': exported.precision}} if exported else {}),
             protocol=describe_protocol(cfg, tta),
             data=dict(root=', '.join(roots), images=result.images),
             seconds=round(result.seconds, 3),

@@ -1,0 +1,361 @@
+"""Export a trained checkpoint: merge it, write the network, and compare its outputs with those of torch."""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, init_default_scope
+from torch import Tensor
+
+from replk_mm.checkpoints.io import MANIFEST, fetch_checkpoint, hash_checkpoint, local_files
+from replk_mm.data.classes import classes_of
+from replk_mm.data.datasets import crop_of, dataset_class, datasets_of
+from replk_mm.deploy.artefact import Artefact, Comparison, Manifest, TensorInfo, fit_image
+from replk_mm.deploy.equivalence import compare_networks
+from replk_mm.deploy.export import check_format, smallest_size, trace, write_network
+from replk_mm.deploy.exportable import exportable
+from replk_mm.deploy.operators import OPSET
+from replk_mm.deploy.parity import TOLERANCES, compare_classes, compare_objects
+from replk_mm.deploy.reparameterize import reparameterize
+from replk_mm.engine.artefact_model import count_classes, normalization_of, task_of_model, use_artefact
+from replk_mm.engine.inference import build_for_inference
+from replk_mm.engine.prepare import prepare_data
+from replk_mm.engine.process import RunOptions
+from replk_mm.engine.record import environment_info, replace_non_finite
+from replk_mm.errors import UserError
+from replk_mm.files import GENERATOR, check_outputs, sha256, write_output
+from replk_mm.logs import announce, log_notes
+from replk_mm.wrappers import input_channels
+
+#: What each input and output is, in the manifest.
+_MEANING = {
+    'image': 'images, normalized and padded',
+    'size': 'height and width of each image without its padding, pixels',
+    'logits': 'scores before the softmax; of segmentors at the stride of the head: interpolate (bilinear), then argmax',
+    'labels': 'class of each pixel of the input, or of each object; -1 for objects that were not found',
+    'boxes': 'left, top, right, bottom, pixels of the input',
+    'scores': 'score of each object, highest first; 0 for objects that were not found',
+    'masks': 'probability of the object within its box: resize to the box',
+}
+_DIMENSIONS = ('batch', 'channels', 'height', 'width')
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export."""
+
+    format: str = 'onnx'  #: a name in :data:`replk_mm.deploy.artefact.FORMATS`
+    precision: str = 'fp32'  #: a name in :data:`replk_mm.deploy.artefact.PRECISIONS`
+    shape: tuple[int, int] | None = None  #: height and width in pixels; None for the config's
+    dynamic: bool | None = None  #: any number of images of any size; None if the config's images differ in size
+    batch: int = 1  #: number of images, if it is fixed
+    labels: bool = False  #: segmentors also return label maps
+    images: int = 4  #: number of test images to compare
+    calibration: int = 32  #: number of training images that set the ranges of int8
+    tolerance: float | None = None  #: largest share of pixels or objects that differ; None for that of the precision
+    data_root: str | None = None  #: folder of the data set; None for the config's
+
+
+def export_checkpoint(
+    cfg: Config, checkpoint: str, out: str | Path, options: ExportOptions, overwrite: bool = False
+) -> Manifest:
+    """Export a trained checkpoint as a folder with a network and its manifest.
+
+    Args:
+        cfg: The config it was trained with; changed in place.
+        checkpoint: Path or URL, merged or not.
+        out: The folder. Nothing is left there if the outputs differ.
+        options: How to export.
+        overwrite: Whether to replace files at ``out`` that this function did not write. Defaults to False.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: If the model cannot be exported as asked, a package is missing, the outputs differ from torch's
+            beyond the tolerance, or ``out`` cannot be written.
+    """
+    check_format(options.format, options.precision)
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f'{out}: is a file; the export writes a folder\nChoose another path.')
+    check_outputs(
+        [out / MANIFEST, *(path for path in out.glob('network.*') if path.is_file())],
+        inputs=local_files(checkpoint),
+        overwrite=overwrite,
+    )
+    built = build_for_inference(cfg, checkpoint, packed=False)
+    model, changes = reparameterize(built.model)
+    differences = compare_networks(built.model, model, (1, input_channels(model), 64, 64))
+    if not all(d.ok for d in differences):
+        raise UserError(
+            f'{checkpoint}: the outputs of the merged network differ; nothing was written\n'
+            + '\n'.join(map(str, differences))
+        )
+    announce(f'{changes}; {"; ".join(map(str, differences))}')
+    data = _Data(cfg, model, options)
+    module = exportable(copy.deepcopy(model), options.labels)
+    dynamic, shape = data.dynamic, data.shape
+    example = _random_inputs(model, 2 if dynamic else options.batch, shape, module.inputs, seed=0)
+    announce(f'tracing {len(example[0])} x {shape[0]} x {shape[1]} pixels{" for any size" if dynamic else ""}')
+    program = trace(module, example, dynamic)
+    calibration = data.inputs('train', options.calibration) if options.precision == 'int8' else []
+    if options.precision == 'int8':
+        announce(f'calibrating with {len(calibration)} training images')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix='.export-') as scratch:
+        folder = Path(scratch)
+        announce(f'writing {options.format}, {options.precision}')
+        network = write_network(program, module, folder, options.format, options.precision, calibration)
+        spec = [
+            TensorInfo(name=name, dtype='float32', shape=_shape(x, dynamic), meaning=_MEANING[name])
+            for name, x in zip(module.inputs, example, strict=True)
+        ]
+        with torch.no_grad():
+            results = module(*example)
+        manifest = Manifest(
+            generator=GENERATOR['generator'],
+            format=options.format,
+            precision=options.precision,
+            network=network.name,
+            files={path.name: sha256(path) for path in sorted(folder.iterdir())},
+            opset=OPSET if options.format == 'onnx' else None,
+            task=task_of_model(model),
+            model=type(model).__name__,
+            inputs=spec,
+            outputs=[
+                TensorInfo(
+                    name=name,
+                    dtype=str(x.dtype).removeprefix('torch.'),
+                    shape=_output_shape(name, x, dynamic),
+                    meaning=_MEANING[name],
+                )
+                for name, x in zip(module.outputs, results, strict=True)
+            ],
+            smallest_size=smallest_size(program),
+            normalization=normalization_of(model),
+            **_classes(cfg, model, built.meta),
+            config=str(cfg.filename),
+            checkpoint=dict(name=Path(str(checkpoint)).name, sha256=hash_checkpoint(fetch_checkpoint(checkpoint))),
+            reparameterization=str(changes),
+            comparisons=[],
+            calibration_images=len(calibration) or None,
+            postprocessing=_postprocessing(model),
+            environment=environment_info(),
+        )
+        write_output(folder / MANIFEST, manifest.model_dump_json(indent=2) + '\n')
+        announce('comparing its outputs with those of torch')
+        comparisons = _compare(model, Artefact(folder), data, options)
+        for comparison in comparisons:
+            announce(f'  {comparison}')
+        if not all(comparison.ok for comparison in comparisons):
+            raise UserError(
+                f'{checkpoint}: the exported network differs from torch; nothing was written\n'
+                + '\n'.join(map(str, comparisons))
+                + '\nUse another --precision or --format, or accept a larger --tolerance.'
+            )
+        manifest = manifest.model_copy(update=dict(comparisons=comparisons))
+        write_output(folder / MANIFEST, manifest.model_dump_json(indent=2) + '\n')
+        out.mkdir(exist_ok=True)
+        for former in out.glob('network.*'):
+            former.unlink()
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):  # the manifest last
+            shutil.move(path, out / path.name)
+    return manifest
+
+
+class _Data:
+    """Sizes of the network's inputs, and inputs made of the images of the data set.
+
+    Args:
+        cfg: Changed in place.
+        model: The merged model.
+        options: How to export.
+
+    Raises:
+        UserError: If an asked size does not fit, or int8 has no data to calibrate with.
+    """
+
+    def __init__(self, cfg: Config, model: Any, options: ExportOptions) -> None:
+        self.cfg, self.model = cfg, model
+        self.scope = cfg.get('default_scope', 'mmengine')
+        self.windows = self._windows()
+        self.dynamic, self.shape = self._size(options)
+        self.splits: dict[str, Any] = {}
+        wanted = ('test', 'train') if options.precision == 'int8' else ('test',)
+        try:
+            log_notes(prepare_data(cfg, RunOptions(data_root=options.data_root), wanted))
+        except UserError as error:
+            if options.precision == 'int8' or options.data_root:
+                raise
+            announce(f'no test images to compare: {str(error).splitlines()[0]}\n  --data-root names their folder')
+            return
+        test = next(datasets_of(cfg, ('test',)))
+        for split in wanted:
+            dataset = copy.deepcopy(next(datasets_of(cfg, (split,))))
+            dataset.update(pipeline=copy.deepcopy(test.pipeline), test_mode=True)
+            init_default_scope(self.scope)
+            self.splits[split] = DATASETS.build(dataset)
+
+    def _windows(self) -> tuple[int, int] | None:
+        test = self.model.test_cfg if task_of_model(self.model) == 'segmentation' else None
+        if not test or test.get('mode') != 'slide':
+            return None
+        return test['crop_size'][0], test['crop_size'][1]
+
+    def _size(self, options: ExportOptions) -> tuple[bool, tuple[int, int]]:
+        usual = self.windows or crop_of(self.cfg) or (224, 224)
+        divisor = normalization_of(self.model).pad_size_divisor
+        height, width = (-(-side // divisor) * divisor for side in usual)
+        if options.shape:
+            if any(side % divisor for side in options.shape):
+                raise UserError(
+                    f'--shape {options.shape[0]} {options.shape[1]}: the config pads images to multiples of {divisor}\n'
+                    f'Use {-(-options.shape[0] // divisor) * divisor} {-(-options.shape[1] // divisor) * divisor}.'
+                )
+            return False, options.shape
+        dynamic = options.dynamic
+        if dynamic is None:
+            dynamic = not (self.windows or self._resizes_to_one_size() or task_of_model(self.model) == 'classification')
+        # Small images trace faster, and show the same operators.
+        return dynamic, (min(height, 256), min(width, 320)) if dynamic else (height, width)
+
+    def _resizes_to_one_size(self) -> bool:
+        pipeline = next(datasets_of(self.cfg, ('test',))).get('pipeline', [])
+        resizing = [step for step in pipeline if 'Resize' in str(step.get('type'))]
+        return bool(resizing) and not any(step.get('keep_ratio', True) for step in resizing)
+
+    def inputs(self, split: str, count: int) -> list[tuple[Tensor, ...]]:
+        """Inputs of the network for evenly spaced images of a split."""
+        return [inputs for inputs, _ in self.samples(split, count)]
+
+    def samples(self, split: str, count: int) -> list[tuple[tuple[Tensor, ...], Any]]:
+        """Inputs as in :meth:`inputs`, with the data sample of each image."""
+        dataset = self.splits.get(split)
+        if dataset is None or not count:
+            return []
+        count, found = min(count, len(dataset)), []
+        for i in range(count):
+            batch = self.model.data_preprocessor(pseudo_collate([dataset[i * len(dataset) // count]]), False)
+            image, sample = torch.as_tensor(batch['inputs']), batch['data_samples'][0]
+            if self.windows:
+                image = image[..., : self.windows[0], : self.windows[1]]
+            before = image.shape[2:]
+            image = image if self.dynamic else fit_image(image, self.shape)
+            size = torch.tensor([sample.metainfo['img_shape'][:2]], dtype=torch.float32)
+            size = size * torch.tensor(image.shape[2:]) / torch.tensor(before)
+            found.append(((image, size)[: 1 + (task_of_model(self.model) == 'detection')], sample))
+        return found
+
+
+def _random_inputs(model: Any, batch: int, shape: Sequence[int], names: Sequence[str], seed: int) -> tuple[Tensor, ...]:
+    """Smooth random images with noise: the statistics of noise alone are the same everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = input_channels(model)
+    coarse = torch.randn(batch, channels, -(-shape[0] // 32) + 1, -(-shape[1] // 32) + 1, generator=generator)
+    image = fit_image(coarse, shape) + 0.3 * torch.randn(batch, channels, *shape, generator=generator)
+    size = torch.tensor([[shape[0], shape[1]]] * batch, dtype=torch.float32)
+    return (image, size)[: len(names)]
+
+
+def _compare(model: Any, artefact: Artefact, data: _Data, options: ExportOptions) -> list[Comparison]:
+    """Compare random images of several sizes and numbers, and images of the test set."""
+    tolerance = TOLERANCES[options.precision]
+    if options.tolerance is not None:
+        tolerance = replace(tolerance, pixels=options.tolerance, objects=options.tolerance)
+    height, width = data.shape
+    divisor = normalization_of(model).pad_size_divisor
+    cases: list[tuple[str, tuple[Tensor, ...]]] = []
+    # Int8 has ranges for real images only.
+    if options.precision != 'int8':
+        batches = (1, 4) if data.dynamic else (options.batch,)
+        sizes = [(height, width)]
+        if data.dynamic:
+            sizes.append((height + 3 * divisor, width + 5 * divisor))  # odd, if it may be
+        names = [tensor.name for tensor in artefact.manifest.inputs]
+        for seed, (batch, size) in enumerate(zip(batches, sizes, strict=False), 1):
+            inputs = _random_inputs(model, batch, size, names, seed)
+            cases.append((f'{batch} random, {size[0]}x{size[1]}', inputs))
+    real = data.inputs('test', options.images)
+    cases += [(f'test image {i}', inputs) for i, inputs in enumerate(real, 1)]
+    comparisons = []
+    for images, inputs in cases:
+        if artefact.manifest.task == 'detection':
+            comparisons += _compare_detections(images, model, artefact, inputs, tolerance)
+        else:
+            head = model.decode_head if artefact.manifest.task == 'segmentation' else model.head
+            with torch.no_grad():
+                reference = head(model.extract_feat(inputs[0]))
+            comparisons += compare_classes(images, reference, artefact(*inputs)['logits'], tolerance)
+    return comparisons
+
+
+def _compare_detections(
+    images: str, model: Any, artefact: Artefact, inputs: tuple[Tensor, ...], tolerance: Any
+) -> list[Comparison]:
+    from mmdet.structures import DetDataSample
+
+    image, size = inputs
+    predicted = []
+    exported = copy.copy(model)  # shares the layers, which use_artefact does not change
+    exported._modules = dict(model._modules)
+    use_artefact(exported, artefact)
+    for network in (model, exported):
+        samples = []
+        for height, width in size.round().int().tolist():
+            meta = dict(img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0))
+            samples.append(DetDataSample(metainfo={**meta, 'batch_input_shape': tuple(image.shape[2:])}))
+        with torch.no_grad():
+            found = network.predict(image, samples, rescale=True)
+        predicted.append([sample.pred_instances for sample in found])
+    return compare_objects(images, predicted[0], predicted[1], tolerance)
+
+
+def _shape(x: Tensor, dynamic: bool) -> list[int | str]:
+    if not dynamic:
+        return list(x.shape)
+    return [n if i == 1 else name for i, (n, name) in enumerate(zip(x.shape, _DIMENSIONS, strict=False))]
+
+
+def _output_shape(name: str, x: Tensor, dynamic: bool) -> list[int | str]:
+    shape: list[int | str] = list(x.shape)
+    if dynamic:
+        shape[0] = 'batch'
+        if name == 'logits' and len(shape) == 4:
+            shape[2:] = ['height of the head', 'width of the head']
+        elif name == 'labels' and len(shape) == 3:
+            shape[1:] = ['height', 'width']
+    return shape
+
+
+def _classes(cfg: Config, model: Any, meta: dict) -> dict[str, Any]:
+    scope = cfg.get('default_scope', 'mmengine')
+    dataset = next(datasets_of(cfg, ('test',)))
+    stored = {key.lower(): value for key, value in (meta.get('dataset_meta') or {}).items()}
+    known = {**getattr(dataset_class(dataset, scope), 'METAINFO', {}), **stored}
+    names = [str(name) for name in classes_of(dataset, scope) or known.get('classes') or ()]
+    names += [f'class {i}' for i in range(len(names), count_classes(model))]
+    palette = (dataset.get('metainfo') or {}).get('palette') or known.get('palette') or []
+    return dict(classes=names, palette=[list(map(int, color)) for color in palette])
+
+
+def _postprocessing(model: Any) -> dict[str, Any]:
+    if task_of_model(model) == 'segmentation':
+        head = model.decode_head
+        found = dict(model.test_cfg or {}, align_corners=bool(model.align_corners))
+        if head.out_channels == 1:
+            found['threshold'] = head.threshold
+        return replace_non_finite(found)
+    if task_of_model(model) == 'detection':
+        test = model.test_cfg
+        test = test.get('rcnn', test)
+        kept = ('score_thr', 'max_per_img', 'mask_thr_binary')
+        return replace_non_finite({key: test[key] for key in kept if key in test})
+    return {}

@@ -1,0 +1,88 @@
+"""Comparisons of outputs: planted differences are found, and counted as by hand."""
+
+import pytest
+import torch
+from mmengine.structures import InstanceData
+
+from replk_mm.deploy.parity import TOLERANCES, Tolerance, box_iou, compare_classes, compare_objects
+
+TOLERANCE = Tolerance(1e-4, 0.1, 0.1, 0.9, 0.01)
+
+
+def test_equal_logits_are_equal() -> None:
+    logits = torch.randn(2, 5, 8, 8)
+    relative, classes = compare_classes('', logits, logits + 1e-7, TOLERANCE)
+    assert relative.ok and classes.ok and classes.difference == 0
+
+
+def test_other_classes_are_counted() -> None:
+    reference = torch.zeros(1, 3, 4, 5)
+    reference[:, 1] = 1.0
+    changed = reference.clone()
+    changed[0, 2, 0, :3] = 2.0  # 3 of 20 pixels
+    relative, classes = compare_classes('', reference, changed, TOLERANCE)
+    assert classes.difference == pytest.approx(3 / 20) and not classes.ok
+    assert relative.difference == pytest.approx(2.0) and not relative.ok
+
+
+def test_one_channel_is_compared_by_its_sign() -> None:
+    reference = torch.tensor([-1.0, 1.0, 2.0, -3.0]).view(1, 1, 2, 2)
+    assert compare_classes('', reference, -reference, TOLERANCE)[1].difference == 1.0
+    assert compare_classes('', reference, 2 * reference, TOLERANCE)[1].difference == 0.0
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_values_that_are_not_finite_are_different(value) -> None:
+    logits = torch.randn(1, 3, 4, 4)
+    broken = logits.clone()
+    broken[0, 0, 0, 0] = value
+    assert not any(found.ok for found in compare_classes('', logits, broken, TOLERANCES['int8']))
+
+
+def objects(*found: tuple, masks: torch.Tensor | None = None) -> InstanceData:
+    boxes, scores, labels = zip(*found, strict=True) if found else ((), (), ())
+    data = dict(
+        bboxes=torch.tensor(boxes).float().view(-1, 4), scores=torch.tensor(scores), labels=torch.tensor(labels).long()
+    )
+    return InstanceData(**data, **({} if masks is None else dict(masks=masks)))
+
+
+A, B = [0, 0, 10, 10], [20, 20, 40, 40]
+
+
+@pytest.mark.parametrize(
+    ('found', 'share'),
+    [
+        ([(A, 0.9, 0), (B, 0.8, 1)], 0.0),
+        ([(B, 0.805, 1), (A, 0.9, 0)], 0.0),  # in another order
+        ([(A, 0.9, 0)], 1 / 3),  # one is missing: 1 of 2 + 1
+        ([(A, 0.9, 1), (B, 0.8, 1)], 2 / 4),  # another class
+        ([([5, 0, 15, 10], 0.9, 0), (B, 0.8, 1)], 2 / 4),  # another box
+        ([(A, 0.5, 0), (B, 0.8, 1)], 2 / 4),  # another score
+        ([(A, 0.9, 0), (A, 0.9, 0), (B, 0.8, 1)], 1 / 5),  # found twice
+        ([(A, 0.9, 0), (B, 0.8, 1), (B, 0.01, 2)], 0.0),  # below the least score
+        ([], 1.0),
+    ],
+)
+def test_objects_without_a_counterpart_are_counted(found, share) -> None:
+    reference = objects((A, 0.9, 0), (B, 0.8, 1))
+    [result] = compare_objects('', [reference], [objects(*found)], TOLERANCE)
+    assert result.difference == pytest.approx(share)
+    assert result.ok is (share <= TOLERANCE.objects)
+
+
+def test_images_without_objects_are_equal() -> None:
+    assert compare_objects('', [objects()], [objects()], TOLERANCE)[0].ok
+
+
+def test_masks_are_compared_where_either_is() -> None:
+    one, other = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    one[0, :4], other[0, :4, :6] = True, True  # 32 pixels, 8 of which are missing
+    pair = [objects((A, 0.9, 0), masks=mask) for mask in (one, other)]
+    masks = compare_objects('', pair[:1], pair[1:], TOLERANCE)[1]
+    assert masks.difference == pytest.approx(8 / 32) and not masks.ok
+
+
+def test_overlap_of_boxes() -> None:
+    found = box_iou(torch.tensor([A, B]).float(), torch.tensor([[0, 5, 10, 15], [50, 50, 60, 60]]).float())
+    assert found.tolist() == [[pytest.approx(50 / 150), 0.0], [0.0, 0.0]]
