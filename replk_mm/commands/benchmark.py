@@ -18,6 +18,7 @@ from replk_mm.analysis.benchmark import network_benchmark, operator_benchmark, r
 from replk_mm.analysis.benchmark.case import BenchmarkCase, default_shape
 from replk_mm.analysis.benchmark.inference_engines import ENGINES
 from replk_mm.analysis.timing import MIN_ROUNDS, print_progress
+from replk_mm.deploy.artefact import is_artefact
 from replk_mm.engine.process import keep_freed_memory, select_device
 from replk_mm.errors import command
 from replk_mm.ops.cpu.direct import FLOAT32_INSTEAD, has_bfloat16_instructions
@@ -36,6 +37,13 @@ def list_of(*choices: str) -> Callable[[str], list[str]]:
         return list(dict.fromkeys(names))
 
     return parse
+
+
+def compared(text: str) -> list[str]:
+    """A type for argparse: what to compare with, separated by commas."""
+    folders = [name for name in text.split(',') if is_artefact(name)]
+    others = ','.join(name for name in text.split(',') if name not in folders)
+    return folders + (list_of(CHANNELS_LAST, *ENGINES)(others) if others or not folders else [])
 
 
 def parse_args() -> argparse.Namespace:
@@ -135,11 +143,16 @@ def parse_args() -> argparse.Namespace:
         )
         net.add_argument(
             '--compare',
-            type=list_of(CHANNELS_LAST, *ENGINES),
+            type=compared,
             default=[],
             metavar='NAMES',
-            help=f'also measure {CHANNELS_LAST} (plain torch in this memory layout) or engines: {",".join(ENGINES)}',
+            help=f'also measure {CHANNELS_LAST} (plain torch in this memory layout), engines ({",".join(ENGINES)}), or '
+            'folders of the command export',
         )
+        if what == 'model':
+            net.add_argument(
+                '--image', metavar='FILE', help='inference: from this file to the result, with the test pipeline'
+            )
         net.add_argument('--no-memory', dest='memory', action='store_false', help='do not measure memory')
         net.add_argument(
             '--same-allocator',
@@ -173,6 +186,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
             args.what == 'model',
             form=args.form,
             options=args.cfg_options,
+            image=getattr(args, 'image', None),
             checkpoint=args.checkpoint,
             device=device,
             threads=torch.get_num_threads(),
@@ -183,7 +197,8 @@ def run_benchmark(args: argparse.Namespace) -> dict:
             args.warmup,
             args.seconds or 60.0,
             args.memory,
-            [name for name in args.compare if name != CHANNELS_LAST],
+            [name for name in args.compare if name in ENGINES],
+            [name for name in args.compare if is_artefact(name)],
             CHANNELS_LAST in args.compare,
             args.same_allocator,
         )

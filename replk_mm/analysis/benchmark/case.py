@@ -18,7 +18,7 @@ from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_
 from replk_mm.analysis.timing import memory_growth
 from replk_mm.backbones.layers import Backbone, LayerNorm2d
 from replk_mm.backbones.sync_norm import find_pooled_batch_norm
-from replk_mm.data.datasets import crop_of, task_of
+from replk_mm.data.datasets import crop_of, datasets_of, task_of
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine, load_config
 from replk_mm.engine.config_errors import explain_build_errors
@@ -58,8 +58,8 @@ def build_networks(
     if whole_model:
         build_model(cfg, 'meta')  # rejects parts that do not fit together
     torch.manual_seed(_SEED)
-    ours = _build(cfg, cfg.model, whole_model)
-    plain = _build(cfg, _with_library_heads(cfg.model, cfg.get('default_scope', 'mmengine')), whole_model)
+    ours = build_part(cfg, cfg.model, whole_model)
+    plain = build_part(cfg, _with_library_heads(cfg.model, cfg.get('default_scope', 'mmengine')), whole_model)
     if checkpoint:
         resize = cfg.get('resize_kernels')
         meta = load_model(ours, checkpoint, resize_kernels=resize)[1]
@@ -88,7 +88,8 @@ def build_networks(
     return networks, changes
 
 
-def _build(cfg: Config, model: ConfigDict, whole_model: bool) -> nn.Module:
+def build_part(cfg: Config, model: ConfigDict, whole_model: bool) -> nn.Module:
+    """Build the whole model, or its backbone, with random weights."""
     part = Config(
         dict(model=copy.deepcopy(model), default_scope=cfg.get('default_scope', 'mmengine')), filename=cfg.filename
     )
@@ -193,6 +194,7 @@ class BenchmarkCase:
     batch: int = 0  #: number of images; 0 for the smallest that the mode allows
     shape: tuple[int, int] = (0, 0)  #: height and width in pixels
     options: dict | None = None  #: overrides of config fields
+    image: str | None = None  #: file that inference of a whole model reads; None for random pixels in memory
     checkpoint: str | None = None  #: path of the weights; None for random ones
     device: str = 'cpu'  #: ``'cpu'`` or ``'cuda'``
     threads: int = 1  #: threads of torch and of other engines
@@ -201,6 +203,9 @@ class BenchmarkCase:
 def load_case_config(case: BenchmarkCase) -> tuple[Config, list[str]]:
     """The config of a case, fitted to this machine, and one line per change."""
     cfg = load_config(case.config, case.options)
+    if case.image:
+        steps = next(datasets_of(cfg, ('test',))).get('pipeline', [])
+        cfg.image_pipeline = [step for step in steps if 'LoadAnnotations' not in str(step.get('type'))]
     for split in ('train', 'val', 'test'):
         cfg.pop(f'{split}_dataloader', None)  # no data is read
     if task_of(cfg) == 'classification':

@@ -6,8 +6,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -20,6 +20,7 @@ from replk_mm.analysis.benchmark.case import (
     PLAIN_TRAINING,
     BenchmarkCase,
     build_networks,
+    build_part,
     load_case_config,
     min_batch_size,
     peak_memory,
@@ -36,6 +37,9 @@ from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_
 from replk_mm.analysis.complexity import count_parameters
 from replk_mm.analysis.energy import energy_per_call
 from replk_mm.analysis.timing import Call, print_progress, time_interleaved, trim_heap
+from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
+from replk_mm.deploy.artefact import Artefact, Manifest
+from replk_mm.engine.artefact_model import use_artefact
 from replk_mm.engine.process import keep_freed_memory
 from replk_mm.errors import UserError, explain_errors, first_line
 from replk_mm.wrappers import input_channels
@@ -55,6 +59,7 @@ class BenchmarkSettings:
     seconds: float = 60.0  #: time budget of a measurement, see :func:`replk_mm.analysis.timing.time_interleaved`
     memory: bool = True  #: measure memory too, each network in a process of its own
     engines: Sequence[str] = ()  #: names in :data:`replk_mm.analysis.benchmark.inference_engines.ENGINES`
+    artefacts: Sequence[str] = ()  #: folders of exported networks
     channels_last: bool = False  #: measure plain torch in channels-last memory too
     #: let plain torch keep freed memory too, which otherwise only this project's commands do
     same_allocator: bool = False
@@ -73,7 +78,7 @@ class BenchmarkRow:
     @property
     def dtype(self) -> str:
         """Precision of the layers."""
-        return 'float32' if self.precision == 'float32' else 'bfloat16'
+        return 'bfloat16' if self.precision in ('autocast', 'converted') else self.precision
 
 
 class NetworkBenchmark:
@@ -154,7 +159,7 @@ class NetworkBenchmark:
             f'{case.config}: {case.mode} of {size} fails', 'Try another --shape or a smaller --batch.'
         )
         with failing, tempfile.TemporaryDirectory() as folder:
-            synthetic = SyntheticBatch(self.cfg, self.networks[OURS], case.batch, shape, case.device)
+            synthetic = SyntheticBatch(self.cfg, self.networks[OURS], case.batch, shape, case.device, case.image)
             rows = (
                 self._inference_rows(synthetic, Path(folder))
                 if case.mode == 'inference'
@@ -166,7 +171,7 @@ class NetworkBenchmark:
                     self.settings.repeats,
                     self.settings.warmup,
                     self.settings.seconds,
-                    _PAUSE if self.settings.engines else 0.0,
+                    _PAUSE if self.settings.engines or self.settings.artefacts else 0.0,
                     before=self._allocator_changes(rows),
                 )
             finally:
@@ -232,7 +237,7 @@ class NetworkBenchmark:
                 call = synthetic.inference_call(net, precision)
                 row = BenchmarkRow(f'{OURS}, bfloat16{suffix}', call, None, OURS, precision)
                 rows += self._compared_bfloat16(row, functools.partial(compare, net, precision))
-        return rows + self._engine_rows(synthetic, reference, folder)
+        return rows + self._engine_rows(synthetic, reference, folder) + self._artefact_rows(synthetic, reference)
 
     def _training_rows(self, synthetic: SyntheticBatch) -> list[BenchmarkRow]:
         plain, net = self.networks[PLAIN], self.networks[OURS]
@@ -261,10 +266,10 @@ class NetworkBenchmark:
         return [row]
 
     def _engine_rows(self, synthetic: SyntheticBatch, reference: dict[str, Tensor], folder: Path) -> list[BenchmarkRow]:
-        def infer(call: engines.EngineCall) -> list[np.ndarray]:  # from image to result, as in the other rows
+        def infer(call: engines.EngineCall) -> list[Tensor]:  # from image to result, as in the other rows
             return call(synthetic.normalized(plain))
 
-        rows, plain, path = list[BenchmarkRow](), self.networks[PLAIN], folder / 'network.onnx'
+        rows, plain = list[BenchmarkRow](), self.networks[PLAIN]
         names = [CLASS_MAP] if model_kind(plain) == 'segmentor' else list(reference)
         for engine in self.settings.engines:
             if missing := engines.missing_distributions(engine):
@@ -273,19 +278,49 @@ class NetworkBenchmark:
             if self.case.device != 'cpu':
                 self.note(f'{engine}: compared on CPUs only')
                 continue
+            if self.case.image:
+                self.note(f'{engine}: reads no files; compare the folder of an exported network')
+                continue
             try:
-                if not path.exists():
-                    print_progress('  exporting')
-                    engines.export_onnx(plain, synthetic.normalized(plain), path)
                 for dtype in ('float32', *(dtype for dtype in self.settings.dtypes if dtype != 'float32')):
-                    call = engines.load_engine(engine, path, self.case.threads, dtype)
-                    outputs = dict(zip(names, map(torch.from_numpy, infer(call)), strict=True))
+                    print_progress(f'  exporting for {engine}')
+                    net, image = copy.deepcopy(plain), synthetic.normalized(plain)
+                    call = engines.load_engine(net, image, folder, engine, self.case.threads, dtype)
+                    outputs = dict(zip(names, infer(call), strict=True))
                     difference = compare_outputs({name: reference[name] for name in names}, outputs)
                     name = engine if dtype == 'float32' else f'{engine}, {dtype}'
                     rows.append(BenchmarkRow(name, functools.partial(infer, call), difference, precision=dtype))
             except Exception as error:  # from an exporter or an engine; the other rows are measured nevertheless
                 self.note(f'{engine}: {first_line(error)}')
         return rows
+
+    def _artefact_rows(self, synthetic: SyntheticBatch, reference: dict[str, Tensor]) -> list[BenchmarkRow]:
+        """Exported networks, each from the image to class map or objects as the other rows."""
+        rows = []
+        for folder in self.settings.artefacts:
+            try:
+                artefact = Artefact(folder, self.case.threads)
+                model = build_part(self.cfg, self.cfg.model, True)
+                use_artefact(model, artefact)
+                call = synthetic.inference_call(model)
+                samples: Any = call()
+            except UserError as error:  # the other rows are measured nevertheless
+                self.note(f'{folder}: {first_line(error)}')
+                continue
+            manifest, difference = artefact.manifest, None
+            precision = {'fp32': 'float32', 'bf16': 'bfloat16'}.get(manifest.precision, manifest.precision)
+            if not self._same_weights(manifest):
+                self.note(f'{folder}: exported from another checkpoint; the outputs are not compared')
+            elif CLASS_MAP in reference:
+                found = {CLASS_MAP: torch.stack([sample.pred_sem_seg.data[0] for sample in samples])}
+                difference = compare_outputs({CLASS_MAP: reference[CLASS_MAP]}, found)
+            name = f'{Path(folder).name} ({manifest.format}, {manifest.precision})'
+            rows.append(BenchmarkRow(name, call, difference, precision=precision))
+        return rows
+
+    def _same_weights(self, manifest: Manifest) -> bool:
+        checkpoint = self.case.checkpoint
+        return bool(checkpoint) and manifest.checkpoint['sha256'] == hash_checkpoint(fetch_checkpoint(str(checkpoint)))
 
     def _memory(self, case: BenchmarkCase, row: BenchmarkRow) -> int | None:
         if not self.settings.memory or not row.network:
@@ -332,6 +367,8 @@ def benchmark_networks(
         "plain torch: the same network and weights in float32, with torch's own depthwise convolutions, torch's "
         "default memory layout, activations not in place and the libraries' own heads",
     ]
+    if case.image:
+        notes.append(f'inference: from the file {case.image} to the result, with the test pipeline of the config')
     points = []
     for mode in modes:
         form = case.form if mode == 'inference' else 'training'

@@ -16,6 +16,8 @@ CLASS_MAP = 'class map'
 TOLERANCES = {
     ('inference', 'float32'): 1e-3,
     ('inference', 'bfloat16'): 0.3,
+    ('inference', 'fp16'): 1e-2,  # of the weights
+    ('inference', 'int8'): 0.3,
     ('train', 'float32'): 1e-2,
     ('train', 'bfloat16'): 0.8,
 }

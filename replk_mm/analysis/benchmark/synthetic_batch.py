@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor
@@ -38,13 +39,18 @@ class SyntheticBatch:
         batch: Number of images.
         shape: Height and width in pixels.
         device: ``'cpu'`` or ``'cuda'``.
+        file: Image that each call of :meth:`inference_call` reads and prepares as ``cfg.image_pipeline`` says, in place
+            of random pixels in memory. Defaults to none.
 
     Raises:
         UserError: If ``net`` is a model of unknown kind.
     """
 
-    def __init__(self, cfg: Config, net: Any, batch: int, shape: tuple[int, int], device: str = 'cpu') -> None:
-        self.cfg, self.shape, self.device = cfg, shape, device
+    def __init__(
+        self, cfg: Config, net: Any, batch: int, shape: tuple[int, int], device: str = 'cpu', file: str | None = None
+    ) -> None:
+        self.cfg, self.shape, self.device, self.file = cfg, shape, device, file
+        self._prepare = Compose(cfg.image_pipeline) if file else None
         generator = torch.Generator().manual_seed(0)
         self.kind = model_kind(net)
         if self.kind == 'unknown':
@@ -170,6 +176,8 @@ class SyntheticBatch:
         return wrapper
 
     def _batch(self, training: bool) -> dict:
+        if self._prepare and not training:
+            return pseudo_collate([self._prepare(dict(img_path=self.file, img_id=0)) for _ in self._pixels])
         # A new batch for each call: models write into the samples.
         height, width = self.shape
         meta = dict(

@@ -11,7 +11,7 @@ import torch.nn as nn
 from tiny import tiny  # noqa: F401 (a fixture)
 
 from replk_mm.analysis import timing
-from replk_mm.analysis.benchmark import inference_engines, network_benchmark, report
+from replk_mm.analysis.benchmark import network_benchmark, report
 from replk_mm.analysis.benchmark.case import (
     OURS,
     PLAIN,
@@ -29,6 +29,7 @@ from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
 from replk_mm.backbones import ConvNeXt
 from replk_mm.backbones.overlock import ResidualDepthwiseConv2d
 from replk_mm.bench import costs
+from replk_mm.deploy import artefact
 from replk_mm.engine.inference import reparameterize_checkpoint
 from replk_mm.errors import UserError
 from replk_mm.ops import DepthwiseConv2d
@@ -290,7 +291,7 @@ def test_detector(tmp_path) -> None:
 
 # -- other engines -----------------------------------------------------------------------------------------------------
 def test_missing_engines_are_noted(convnext, monkeypatch) -> None:
-    monkeypatch.setattr(inference_engines.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(artefact.importlib.util, 'find_spec', lambda name: None)
     settings = replace(QUICK, engines=['openvino', 'onnxruntime'])
     found = benchmark_networks(BenchmarkCase(convnext, False), settings, ['inference'], [(32, 32)], [1])
     assert [line.partition('pip install ')[2] for line in found['notes'] if 'pip install' in line] == [
