@@ -67,11 +67,12 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 )
 
 #: Hooks of training.
-HOOKS = Registry(
+HOOKS = LazyRegistry(
     'hook',
     scope=SCOPE,
     parent=mmengine_registry.HOOKS,
     locations=['replk_mm.engine.hooks', 'replk_mm.engine.nonfinite', 'replk_mm.engine.preflight'],
+    modules={'replk_mm.bench.suites.progress': ('ProgressFileHook',)},  # in the saved configs of a suite
 )
 
 #: Training loops.

@@ -66,7 +66,7 @@ for name in ('RepLKNet', 'ConvNeXt', 'LN2d'):
 
 @pytest.mark.extras('mmpretrain')
 def test_scope_of_mmpretrain(root):
-    """Its own registry, without custom_imports. The first import is for transformers 5, beside which mmpretrain fails."""
+    """Its own registry, without custom_imports. Beside transformers 5, mmpretrain needs our import."""
     run(
         root,
         f"""

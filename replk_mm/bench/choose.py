@@ -16,12 +16,14 @@ from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
 from replk_mm.analysis.timing import matmul_gflops, time_interleaved
 from replk_mm.backbones.adapters import require
 from replk_mm.backbones.catalogue import build_backbone, find_backbone, is_permissive, licence_of, list_backbones
+from replk_mm.bench import records
 from replk_mm.bench.report.field import FieldRow
 from replk_mm.bench.schema import Suite, SuiteRow, read_suite
 from replk_mm.checkpoints.io import DownloadError, download_path, fetch_checkpoint
 from replk_mm.data.checks.audit import SPLITS, audit
 from replk_mm.data.classes import set_classes, use_classes
 from replk_mm.data.findings import raise_for_errors, summarize
+from replk_mm.deploy.artefact import read_manifest
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine.config import build_model, fit_to_machine, load_config, set_data_root
 from replk_mm.errors import UserError, format_list
@@ -194,6 +196,43 @@ def write_suite(path: Path, content: Mapping[str, Any]) -> Suite:
     text = yaml.safe_dump(dict(content), sort_keys=False, width=120, default_flow_style=None)
     write_atomic(path, f'# Written by the command choose; its --resume reads what you change, such as seeds.\n{text}')
     return read_suite(path)
+
+
+def artefact_rows(suite: Suite, work_dir: Path, folders: Sequence[Path]) -> list[Row]:
+    """Rows of a suite for networks exported from its checkpoints; rows that it has already are left out.
+
+    Raises:
+        UserError: If a folder holds no exported network, or one of another checkpoint.
+    """
+    known = {
+        record['checkpoint']['sha256']: record
+        for record in records.read_records([work_dir])[0]
+        if record['measurement'] == 'metric' and record['status'] == 'done' and record['checkpoint']
+    }
+    rows = []
+    for folder in folders:
+        manifest = read_manifest(folder)
+        source = known.get(manifest.checkpoint['sha256'])
+        if source is None:
+            raise UserError(
+                f'--artefacts {folder}: was not exported from a checkpoint of {work_dir}\n'
+                f'Export one of those in {work_dir}/runs, with the config.py beside its folder.'
+            )
+        run = work_dir / 'runs' / source['row'] / str(source['seed'])
+        name, label = f'{source["row"]}-{slug(folder.resolve().name)}', source['label'] or source['row']
+        rows.append(
+            dict(
+                name=name,
+                label=f'{label}, {manifest.format} {manifest.precision}',
+                config=str(run / 'config.py'),
+                protocol='finetune',
+                checkpoint=str(folder),
+                seeds=[source['seed']],
+                measure=['metric', 'complexity', 'speed'],
+                published=False,
+            )
+        )
+    return [row for row in rows if row['name'] not in {known.name for known in suite.rows}]
 
 
 class RowCost(NamedTuple):

@@ -110,7 +110,11 @@ class Defaults(_Strict):
     seeds: list[Seed] = Field([0], min_length=1, description='one training each; default: `[0]`')
     iterations: PositiveInt | None = Field(None, description='train this long, warm-up and decay in proportion')
     schedule: Literal['full'] | None = Field(None, description='`full`: train as the config says')
-    checkpoint: str | None = Field(None, description='trained weights; `{row}`, `{seed}` and `{backbone}` are replaced')
+    checkpoint: str | None = Field(
+        None,
+        description='trained weights, or the folder of an exported network; `{row}`, `{seed}` and `{backbone}` are '
+        'replaced',
+    )
     measure: list[Requested] = Field(
         ['complexity', 'metric', 'speed', 'memory'],
         description='see below; default: `metric`, `complexity`, `speed` and `memory`',

@@ -59,6 +59,14 @@ def parse_args() -> argparse.Namespace:
     p.add_argument('--max-params', type=float, metavar='M', help='of the whole network as deployed, in millions')
     p.add_argument('--licence', choices=['permissive'], help='leave out weights that forbid commercial use')
     cli.add_costs(p)
+    p.add_argument(
+        '--artefacts',
+        nargs='+',
+        type=Path,
+        default=[],
+        metavar='DIR',
+        help='with --resume: also compare folders of the command export, made from checkpoints of this run',
+    )
     p.add_argument('--work-dir', type=Path, metavar='DIR', help='default: work_dirs/choose/NAME, after the data')
     p.add_argument('--resume', action='store_true', help='continue an interrupted run')
     p.add_argument('--device', metavar='D', help='cpu or cuda (default: a GPU if there is one)')
@@ -138,11 +146,14 @@ def run_rows(suite: Suite, args: argparse.Namespace) -> list[tuple[Task, str]]:
 
 def add_finalists(suite: Suite, args: argparse.Namespace, data: choose.Data) -> Suite:
     """Plan the fine-tuning of two or three of the best linear probes, if the rest of the budget allows it."""
+    suite_rows = {row.name for row in suite.rows if row.trains}
     here = {row.name: row for row in load_report([args.work_dir]).suites[0].rows}  # times of this machine
     report = load_report([args.work_dir], args.other_costs, args.metric).suites[0]
     found = answer(report, args.limits)
     rows = [r for r in (found.group.rows if found.group else ()) if r.figures['metric'].value is not None]
-    rows = [r for r in rows if not args.limits.problem(r)][: min(3, max(2, len(found.candidates)))]
+    rows = [r for r in rows if not args.limits.problem(r) and r.name in suite_rows][
+        : min(3, max(2, len(found.candidates)))
+    ]
     left = args.budget - sum(record['seconds'] for record in records.read_records([args.work_dir])[0])
     costs = []
     for row in rows:
@@ -164,6 +175,13 @@ def add_finalists(suite: Suite, args: argparse.Namespace, data: choose.Data) -> 
             seeds = list(range(planned.seeds))  # of its own only if they differ: who adds seeds adds them to all rows
             own = {} if seeds == content['defaults']['seeds'] else dict(seeds=seeds)
             content['rows'].append({**row, **names, **training, **own})
+    return choose.write_suite(args.suite, content)
+
+
+def add_artefacts(suite: Suite, args: argparse.Namespace) -> Suite:
+    """Add rows for the exported networks of ``--artefacts``."""
+    content = yaml.safe_load(args.suite.read_text(encoding='utf-8'))
+    content['rows'] += choose.artefact_rows(suite, args.work_dir, args.artefacts)
     return choose.write_suite(args.suite, content)
 
 
@@ -206,6 +224,8 @@ def train_command(name: str, args: argparse.Namespace, data: choose.Data) -> str
 def main() -> int:
     args = parse_args()
     args.kind, args.other_costs = select_device(args.device), read_costs(args.costs)
+    if args.artefacts and not args.resume:
+        raise UserError('--artefacts: compares networks exported from an earlier run\nAdd --resume and its --work-dir.')
     if args.suite.exists() and not args.resume:
         raise UserError(f'{args.suite}: exists already\nContinue with --resume, or choose another --work-dir DIR.')
     out = prepare_work_dir(args.work_dir / 'report', option='--work-dir')
@@ -222,6 +242,9 @@ def main() -> int:
     if all(row.protocol == 'linear' for row in suite.rows):
         suite = add_finalists(suite, args, data)
         failed += run_rows(suite, args)
+    if args.artefacts:
+        suite = add_artefacts(suite, args)
+        failed += run_rows(suite, args)
     found = load_report([args.work_dir], args.other_costs, args.metric)
     write_output(out / 'index.html', render_html(found, [str(data.root)], args.limits))
     write_output(out / 'report.md', render_markdown(found, args.limits))
@@ -230,7 +253,9 @@ def main() -> int:
     again = command_line('choose', *(part for part in sys.argv[1:] if part != '--resume'), '--resume')
     result = answer(found.suites[0], args.limits, f'add seeds in {args.suite} and run {again}')
     say('', *map(printable, (result.verdict, *result.sentences)), sep='\n')
-    if result.candidates and result.candidates[0] in {row.name for row in suite.rows}:  # the file may be edited
-        say(f'train it in full: {train_command(result.candidates[0], args, data)}')
+    chosen = next((row for row in suite.rows if row.name in result.candidates[:1]), None)  # the file may be edited
+    if chosen:
+        trains = f'train it in full: {train_command(chosen.name, args, data)}' if chosen.trains else None
+        say(trains or f'it is in {chosen.checkpoint}')
     say(f'report: {out / "index.html"}; suite: {args.suite}')
     return 1 if failed else 0

@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from tiny import CONFIG, ROOT, make_data, run_tool, tiny, tool_environment, trained  # noqa: F401
 
-from replk_mm.bench import records
+from replk_mm.bench import choose, records
 from replk_mm.bench.rescore import rescore
 from replk_mm.bench.schema import read_suite
 from replk_mm.bench.suites import inputs, measurements, plan, progress, training
 from replk_mm.bench.suites.worker import run_task
 from replk_mm.engine.config import set_data_root
 from replk_mm.engine.evaluate import Evaluation
+from replk_mm.engine.export import ExportOptions, export_checkpoint
 from replk_mm.errors import UserError
 from replk_mm.evaluation.per_image import PerImageScores
 from replk_mm.files import sha256
@@ -443,3 +444,35 @@ def test_two_processes_of_torchrun_train_and_test_together(tmp_path):
     assert found['train']['facts']['processes'] == 2 and found['train']['values']['samples_seen'] == 4 * 2 * 2
     assert found['metric']['values']['images'] == 4
     assert len((tmp_path / 'w' / 'results' / 'a.0.jsonl').read_text().splitlines()) == 3  # by one of the two
+
+
+@pytest.mark.slow
+def test_an_exported_network_is_a_row_under_the_protocol_of_its_training(tiny, tmp_path):  # noqa: F811
+    row = dict(iterations=2, preflight=False, measure=['metric', 'speed'])
+    task = task_of(tmp_path, tiny, **row)
+    assert run_task(task, measurements.TABLE, {})
+    before = records.latest_records(task.results)
+    options = ExportOptions('torch', images=0, dynamic=True, data_root=str(tiny.data))
+    export_checkpoint(tiny.cfg(), before['metric']['checkpoint']['path'], tmp_path / 'out', options)
+    [new] = choose.artefact_rows(read_suite(tmp_path / 'suite.yaml'), task.work_dir, [tmp_path / 'out'])
+    assert new['name'] == 'a-out' and new['label'] == 'a, torch fp32' and new['seeds'] == [0]
+    new |= dict(config=str(tiny.config), measure=['metric', 'speed', 'memory'])
+    path = tmp_path / 'suite.yaml'
+    rows = [{'name': 'a', 'config': str(tiny.config), **row}, new]
+    path.write_text(json.dumps(dict(name='s', data=dict(root=str(tiny.data)), rows=rows)))
+    [task] = plan.remaining_tasks(read_suite(path), plan.SuiteOptions(task.work_dir, resume=True, device='cpu'))
+    assert run_task(task, measurements.TABLE, {})
+    after = records.latest_records(task.results)
+    for name in ('metric', 'speed'):
+        assert after[name]['protocol'] == before[name]['protocol']
+    assert after['metric']['values']['metrics']['mIoU'] == pytest.approx(
+        before['metric']['values']['metrics']['mIoU'], abs=0.1
+    )
+    assert after['speed']['facts']['engine'] == 'torch, fp32' and before['speed']['facts']['engine'] is None
+    assert after['speed']['values']['forms']['reparameterized']['median_ms'] > 0
+    assert after['memory']['values']['inference_bytes'] is None
+    assert after['metric']['checkpoint']['sha256'] == sha256(tmp_path / 'out' / 'manifest.json')
+    assert not task.unfinished()
+    assert choose.artefact_rows(read_suite(path), task.work_dir, [tmp_path / 'out']) == []
+    with pytest.raises(UserError, match='was not exported from a checkpoint of'):
+        choose.artefact_rows(read_suite(path), tmp_path / 'elsewhere', [tmp_path / 'out'])

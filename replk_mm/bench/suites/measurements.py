@@ -40,6 +40,7 @@ from replk_mm.bench.suites.task import Task
 from replk_mm.bench.suites.training import PRIMARY_METRICS, describe_machine, read_curve, train
 from replk_mm.bench.suites.worker import Measure, MeasurementResult
 from replk_mm.data.datasets import as_list, datasets_of, task_of
+from replk_mm.deploy.artefact import is_artefact, read_manifest
 from replk_mm.deploy.reparameterize import reparameterize
 from replk_mm.engine.evaluate import Evaluation, evaluate
 from replk_mm.engine.inference import build_for_inference
@@ -113,7 +114,7 @@ def metric(task: Task) -> MeasurementResult:
 
 def _test(task: Task, checkpoint: str, reparam: bool) -> tuple[Config, Evaluation]:
     cfg = load_task_config(task)
-    add_progress_hook(cfg, task.folder / 'test' / 'progress.json')
+    add_progress_hook(cfg, task.folder / 'test' / 'progress.json', 'test')
     options = RunOptions(
         data_root=task.data_root, work_dir=str(task.folder / 'test_logs'), launcher=task.launcher, device=task.device
     )
@@ -139,7 +140,7 @@ def metric_protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, 
         cfg: Its config as it was tested.
         data: From :func:`describe_split`.
     """
-    trained = records.latest_records(task.results).get('train', {}).get('protocol', {})
+    trained = _training_of(task).get('protocol', {})
     test_cfg = cfg.model.get('test_cfg') or {}
     iteration = None if task.row.trains else (describe_weights(task) or {}).get('iteration')
     steps = [step.get('load', step) for step in as_list(next(datasets_of(cfg, ('test',))).get('pipeline', []))]
@@ -163,7 +164,29 @@ def metric_protocol(task: Task, cfg: Config, data: dict[str, Any]) -> dict[str, 
         precision=trained.get('precision'),
         recipe=trained.get('recipe'),
         **{key: value for key, value in task.row.training_keys().items() if key in ('protocol', 'fraction')},
+        **{key: value for key, value in _exported_from(task).items() if key in ('protocol', 'fraction')},
     )
+
+
+def _training_of(task: Task) -> Mapping[str, Any]:
+    """The record of a row's training; of an exported network, that of the row with its checkpoint."""
+    if task.row.trains or not is_artefact(task.checkpoint or ''):
+        return records.latest_records(task.results).get('train', {})
+    source = _exported_from(task)
+    found = records.read_records([task.work_dir])[0]
+    same = (record for record in found if record['row'] == source.get('row') and record['seed'] == source.get('seed'))
+    return next((record for record in same if record['measurement'] == 'train'), {})
+
+
+def _exported_from(task: Task) -> Mapping[str, Any]:
+    """Row, seed and protocol of the weights that an exported network was made of, if they are of this suite."""
+    if task.row.trains or not is_artefact(task.checkpoint or ''):
+        return {}
+    weights = read_manifest(str(task.checkpoint)).checkpoint['sha256']
+    for record in records.read_records([task.work_dir])[0]:
+        if record['measurement'] == 'metric' and (record['checkpoint'] or {}).get('sha256') == weights:
+            return {**record['protocol'], 'row': record['row'], 'seed': record['seed']}
+    return {}
 
 
 def curve(task: Task) -> MeasurementResult:
@@ -222,11 +245,14 @@ def speed(task: Task) -> MeasurementResult:
         )
     if energy:
         forms['reparameterized']['joules'] = energy[0]
+    # An exported network is ranked by its own time: the conditions are those of the images, not of its arithmetic.
+    exported = read_manifest(str(case.checkpoint)) if is_artefact(case.checkpoint or '') else None
+    engine = f'{exported.format}, {exported.precision}' if exported else None
     faster = None if merged else asdict(found.speedup('reparameterized', 'training'))
     return MeasurementResult(
         dict(forms=forms, times_as_fast=faster, batch=case.batch),
         _machine(case),
-        dict(rounds=found.rounds, warmup=found.warmup, load=found.load, energy=energy and energy[1]),
+        dict(rounds=found.rounds, warmup=found.warmup, load=found.load, energy=energy and energy[1], engine=engine),
     )
 
 
@@ -236,6 +262,9 @@ def memory(task: Task) -> MeasurementResult:
     A linear probe trains on cached features; its rows have no training step.
     """
     case, cfg = _case(task)
+    if is_artefact(case.checkpoint or ''):
+        reason = dict(memory='not measured for exported networks')
+        return MeasurementResult(dict(inference_bytes=None, training_bytes=None), _machine(case), reason)
     values: dict[str, int | None] = dict(inference_bytes=_memory(case), training_bytes=None)
     facts: dict[str, Any] = {}
     if task.row.protocol == 'linear':
@@ -280,6 +309,8 @@ def erf(task: Task) -> MeasurementResult:
     from replk_mm.analysis.erf_report import draw_heat_maps  # imports matplotlib
 
     cfg, out = load_task_config(task), task.folder / 'erf'
+    if is_artefact(find_weights(task) or ''):
+        raise UserError('erf needs gradients, which exported networks do not have\nRemove erf from measure.')
     of = dataset_layout(next(datasets_of(cfg, ('test',))), cfg.get('default_scope', 'mmengine'))
     size = task.row.erf.size or max(default_shape(task.config, task.row.options))
     found = measure_erf(

@@ -28,12 +28,13 @@ class ProgressFileHook(Hook):
 
     Args:
         path: JSON file with ``iteration``, ``iterations`` and ``seconds``; the seconds of resumed trainings add up.
+        loop: ``'train'`` or ``'test'``. A training saves its config, which may serve for other runs.
     """
 
     priority = 'NORMAL'
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str, loop: str) -> None:
+        self.path, self.loop = Path(path), loop
         self._seconds_before = 0.0
         self._started = self._written = time.monotonic()
 
@@ -56,7 +57,7 @@ class ProgressFileHook(Hook):
 
     def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Write the file once a second."""
-        if time.monotonic() - self._written >= 1:
+        if self.loop == 'test' and time.monotonic() - self._written >= 1:
             self._write(batch_idx + 1, len(runner.test_dataloader))
 
     def _write(self, iteration: int, iterations: int) -> None:
@@ -66,9 +67,10 @@ class ProgressFileHook(Hook):
             records.write_json(self.path, dict(iteration=iteration, iterations=iterations, seconds=seconds))
 
 
-def add_progress_hook(cfg: Config, path: Path) -> None:
-    """Let the run of a config write its progress to a file."""
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='replk_mm.ProgressFileHook', path=str(path))]
+def add_progress_hook(cfg: Config, path: Path, loop: str) -> None:
+    """Let the ``'train'`` or ``'test'`` loop of a config write its progress to a file."""
+    hook = dict(type='replk_mm.ProgressFileHook', path=str(path), loop=loop)
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
 
 
 def read_progress(task: Task, measurement: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _prepare(task: Task, folder: Path, rate: float | None, hold_out: bool) -> tu
         # mmengine logs all runs of one name to the folder of the first.
         cfg.experiment_name = f'{cfg.get("experiment_name", task.name)} {folder.name}'
         cfg.visualizer = {**(cfg.get('visualizer') or {}), 'name': cfg.experiment_name}
-    add_progress_hook(cfg, folder / 'progress.json')
+    add_progress_hook(cfg, folder / 'progress.json', 'train')
     begun = last_checkpoint(folder) if folder.is_dir() else None
     notes = prepare_training(
         cfg,
