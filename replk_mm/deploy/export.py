@@ -57,13 +57,13 @@ def trace(module: ExportableModel, example: Sequence[Tensor], dynamic: bool) -> 
     Raises:
         UserError: If torch.export cannot trace it.
     """
-    shapes: Any = None
-    if dynamic:
-        changes = torch.export.Dim.DYNAMIC
-        shapes = [{0: changes, 2: changes, 3: changes} if x.dim() == 4 else {0: changes} for x in example]
     try:
+        shapes: Any = None
+        if dynamic:
+            changes = torch.export.Dim.DYNAMIC  # torch 2.6 and newer
+            shapes = tuple({0: changes, 2: changes, 3: changes} if x.dim() == 4 else {0: changes} for x in example)
         with _quiet(), torch.no_grad():
-            return torch.export.export(module, tuple(example), dynamic_shapes=shapes and tuple(shapes), strict=False)
+            return torch.export.export(module, tuple(example), dynamic_shapes=shapes, strict=False)
     except UserError:
         raise
     except Exception as error:

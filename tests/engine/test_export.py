@@ -146,6 +146,17 @@ def test_a_manifest_that_does_not_fit_the_config_is_an_error(options, message, e
         use_artefact(model, Artefact(exported))
 
 
+@pytest.mark.extras('onnx', 'onnxscript')
+def test_an_operator_that_onnx_lacks_is_named(tiny, trained, tmp_path, monkeypatch) -> None:
+    def forward(self, inputs):
+        return self.cls_seg(torch.special.bessel_j0(self._forward_feature(inputs)))
+
+    monkeypatch.setattr('replk_mm.heads.segmentation.UPerHead.forward', forward, raising=False)
+    with pytest.raises(UserError, match='EncoderDecoder: has no form in ONNX: .*bessel_j0'):
+        export_checkpoint(tiny.cfg(), str(trained), tmp_path / 'out', ExportOptions(shape=(64, 64), images=0))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_merging_an_export_is_an_error(exported, tiny, tmp_path) -> None:
     with pytest.raises(UserError, match='is merged already\nOmit --reparam'):
         scores(tiny, exported, tmp_path, reparam=True)

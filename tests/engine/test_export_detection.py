@@ -2,7 +2,9 @@
 
 import pytest
 import tiny_detector
+import torch
 
+from replk_mm.deploy.artefact import Artefact
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.export import ExportOptions, export_checkpoint
 
@@ -10,7 +12,7 @@ pytestmark = pytest.mark.slow
 detector, trained_detector = tiny_detector.detector, tiny_detector.trained_detector  # fixtures
 
 
-@pytest.mark.parametrize(
+FORMATS = pytest.mark.parametrize(
     ('format', 'dynamic'),
     [
         ('torch', True),
@@ -18,6 +20,9 @@ detector, trained_detector = tiny_detector.detector, tiny_detector.trained_detec
         pytest.param('openvino', False, marks=pytest.mark.extras('onnx', 'onnxscript', 'openvino')),
     ],
 )
+
+
+@FORMATS
 def test_boxes_and_masks_keep_their_ap(format, dynamic, detector, trained_detector, tmp_path) -> None:
     options = ExportOptions(format, dynamic=dynamic, images=3, data_root=str(detector.data))
     manifest = export_checkpoint(detector.cfg(), str(trained_detector), tmp_path / 'out', options)
@@ -28,3 +33,16 @@ def test_boxes_and_masks_keep_their_ap(format, dynamic, detector, trained_detect
         found.append(evaluate(detector.cfg(), str(checkpoint), detector.options(tmp_path / name)).metrics)
     assert found[0]['coco/bbox_mAP'] > 0.01
     assert found[1] == pytest.approx(found[0], abs=1e-3, nan_ok=True)
+
+
+@FORMATS
+def test_an_image_without_objects(format, dynamic, detector, trained_detector, tmp_path) -> None:
+    cfg = detector.cfg({'model.test_cfg.rcnn.score_thr': 1.1})
+    options = ExportOptions(format, dynamic=dynamic, images=1, data_root=str(detector.data))
+    manifest = export_checkpoint(cfg, str(trained_detector), tmp_path / 'out', options)
+    assert all(comparison.difference == 0 for comparison in manifest.comparisons)
+    count = 4 if dynamic else 1
+    image = torch.zeros(count, 3, 96, 128 if dynamic else 96)
+    found = Artefact(tmp_path / 'out')(image, torch.tensor([[90.0, 96.0]] * count))
+    assert (found['scores'] == 0).all() and (found['labels'] == -1).all() and (found['boxes'] == 0).all()
+    assert found['masks'].shape[:2] == (count, 20)
