@@ -188,6 +188,14 @@ def seed(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'{value} is not in 0..1')
+    return value
+
+
 def kernel_size(text: str) -> tuple[int, int]:
     """An argparse type: height and width of a kernel, from ``31`` or ``51x5``."""
     sides = [positive_int(side) for side in text.split('x')]

@@ -219,7 +219,8 @@ def artefact_rows(suite: Suite, work_dir: Path, folders: Sequence[Path]) -> list
                 f'Export one of those in {work_dir}/runs, with the config.py beside its folder.'
             )
         run = work_dir / 'runs' / source['row'] / str(source['seed'])
-        name, label = f'{source["row"]}-{slug(folder.resolve().name)}', source['label'] or source['row']
+        kind, label = f'{manifest.format}-{manifest.precision}', source['label'] or source['row']
+        name = f'{source["row"]}-{slug(folder.resolve().name)}-{kind}'
         rows.append(
             dict(
                 name=name,

@@ -133,13 +133,23 @@ _INDEX = '.index.json'
 MANIFEST = 'manifest.json'
 #: Weights in a folder: the only file of the first pattern that matches.
 _WEIGHTS = (
-    MANIFEST,
     *(f'{name}{end}' for name in ('model.safetensors', 'pytorch_model.bin') for end in ('', _INDEX)),
     *('*.safetensors', '*.bin', '*.pth', '*.pt'),
 )
 
 
+def is_export(folder: Path) -> bool:
+    """Whether a folder has the manifest of an exported network; other programs write files of this name too."""
+    try:
+        found = json.loads(Path(folder, MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {'generator', 'schema_version', 'network'} <= found.keys()
+
+
 def _weights_in_folder(folder: Path) -> Path:
+    if is_export(folder):
+        return folder / MANIFEST
     files = next((files for pattern in _WEIGHTS if (files := sorted(folder.glob(pattern)))), [])
     if len(files) != 1:
         raise CheckpointNotFoundError(

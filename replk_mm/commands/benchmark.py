@@ -20,7 +20,7 @@ from replk_mm.analysis.benchmark.inference_engines import ENGINES
 from replk_mm.analysis.timing import MIN_ROUNDS, print_progress
 from replk_mm.deploy.artefact import is_artefact
 from replk_mm.engine.process import keep_freed_memory, select_device
-from replk_mm.errors import command
+from replk_mm.errors import UserError, command
 from replk_mm.ops.cpu.direct import FLOAT32_INSTEAD, has_bfloat16_instructions
 
 #: Name of plain torch's other memory layout in ``--compare``.
@@ -42,6 +42,8 @@ def list_of(*choices: str) -> Callable[[str], list[str]]:
 def compared(text: str) -> list[str]:
     """A type for argparse: what to compare with, separated by commas."""
     folders = [name for name in text.split(',') if is_artefact(name)]
+    if missing := [name for name in text.split(',') if '/' in name and name not in folders]:
+        raise argparse.ArgumentTypeError(f'{missing[0]} is no folder of an exported network')
     others = ','.join(name for name in text.split(',') if name not in folders)
     return folders + (list_of(CHANNELS_LAST, *ENGINES)(others) if others or not folders else [])
 
@@ -163,6 +165,21 @@ def parse_args() -> argparse.Namespace:
     return p.parse_args()
 
 
+def check_options(args: argparse.Namespace) -> None:
+    """Reject options that would have no effect.
+
+    Raises:
+        UserError: For the first one.
+    """
+    if args.what == 'backbone' and (folders := [name for name in args.compare if is_artefact(name)]):
+        raise UserError(f'--compare {folders[0]}: is an exported model, not a backbone\nUse benchmark model.')
+    image = getattr(args, 'image', None)
+    if image and args.mode != ['inference']:
+        raise UserError('--image: training reads no image file\nAdd --mode inference.')
+    if image and not Path(image).is_file():
+        raise UserError(f'--image {image}: no such file')
+
+
 def run_benchmark(args: argparse.Namespace) -> dict:
     device, kept, notes = select_device(args.device), keep_freed_memory(), []
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -209,6 +226,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
 @command
 def main() -> int:
     args = parse_args()
+    check_options(args)
     name = 'op'
     if args.what != 'op':
         exchanged = f'-{args.backbone.replace("/", "-")}' if args.backbone else ''

@@ -1,7 +1,7 @@
 """Export a trained checkpoint to ONNX, OpenVINO or torch.export, and compare its outputs with those of torch.
 
 Parallel kernels are merged and BatchNorm is folded first. OUT becomes a folder with the network and manifest.json. The
-commands test, predict, benchmark and choose take it in place of a checkpoint; the network runs without this package.
+commands test and predict take it in place of a checkpoint, benchmark --compare and choose --artefacts beside others.
 """
 
 import copy
@@ -51,15 +51,15 @@ def main() -> None:
     p.add_argument(
         '--calibration',
         type=cli.positive_int,
-        default=32,
         metavar='N',
         help='training images that set the ranges of int8 (default: 32)',
     )
     p.add_argument(
         '--tolerance',
-        type=float,
+        type=cli.share,
         metavar='SHARE',
-        help='largest share of pixels or objects that may differ (default: by precision, see docs/export.md)',
+        help='largest share of pixels or objects that may differ, 0 to 1; logits are then not limited (default: by '
+        'precision, see docs/export.md)',
     )
     p.add_argument(
         '--no-score', dest='score', action='store_false', help='int8: do not compare the scores on the test set'
@@ -67,6 +67,9 @@ def main() -> None:
     cli.add_overwrite(p)
     cli.add_config_options(p)
     args = p.parse_args()
+    if args.precision != 'int8' and (args.calibration or not args.score):
+        p.error(f'--calibration and --no-score are for --precision int8, not {args.precision}')
+    args.calibration = args.calibration or ExportOptions.calibration
     cfg = load_config(args.config, args.cfg_options)
     options = ExportOptions(
         **{name: value for name, value in vars(args).items() if name in ExportOptions.__dataclass_fields__}

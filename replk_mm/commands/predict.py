@@ -1,6 +1,5 @@
 """Predict images with a trained segmentor or detector; draw and write label maps, or boxes and masks."""
 
-import argparse
 import itertools
 import json
 from pathlib import Path
@@ -16,14 +15,6 @@ from replk_mm.files import write_output
 from replk_mm.visualize import class_legend, draw_instances, overlay
 
 
-def score(text: str) -> float:
-    """An argparse type: a score."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'{value} is not in 0..1')
-    return value
-
-
 @command
 def main() -> None:
     p = cli.parser(__doc__, 'predict configs/upernet_replk-nano_ade20k.py iter_1300.pth street.jpg --out out')
@@ -32,7 +23,11 @@ def main() -> None:
     p.add_argument('images', nargs='+', metavar='IMAGE', help='image files')
     cli.add_out(p, 'folder for NAME_overlay.png with NAME_labels.png (class indices from 0) or NAME_objects.json')
     p.add_argument(
-        '--score', type=score, default=0.3, metavar='S', help='minimum score of detected objects, 0 to 1 (default: 0.3)'
+        '--score',
+        type=cli.share,
+        default=0.3,
+        metavar='S',
+        help='minimum score of detected objects, 0 to 1 (default: 0.3)',
     )
     p.add_argument('--device', metavar='D', help='cpu, cuda or cuda:N (default: a GPU if there is one)')
     p.add_argument('--reparam', action='store_true', help='merge parallel kernels and fold BatchNorm first')

@@ -4,8 +4,8 @@
 outputs are from those of torch.
 """
 
-import contextlib
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from replk_mm.checkpoints.io import MANIFEST
+from replk_mm.checkpoints.io import MANIFEST, is_export
 from replk_mm.errors import UserError, first_line, format_list
 from replk_mm.files import sha256
 
@@ -25,6 +25,8 @@ PRECISIONS = ('fp32', 'fp16', 'bf16', 'int8')
 NETWORK_FILES = {'onnx': 'network.onnx', 'openvino': 'network.xml', 'torch': 'network.pt2'}
 #: Packages that each format needs, to export and to run.
 PACKAGES = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'openvino': ('onnx', 'onnxscript', 'openvino'), 'torch': ()}
+#: Environment variable that allows to load format ``torch``.
+TRUST = 'REPLK_MM_TRUST_EXPORTS'
 RUNTIMES = {'onnx': 'onnxruntime', 'openvino': 'openvino', 'torch': 'torch'}
 #: Runs a network: one tensor for each input to one for each output.
 Session = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -61,6 +63,7 @@ class Comparison(_Strict):
     difference: float  #: of segmentors and detectors, share of pixels or objects that differ; else relative difference
     tolerance: float
     unit: Literal['relative', 'share']
+    count: int  #: number of values, pixels, images or objects that were compared
 
     @property
     def ok(self) -> bool:
@@ -68,11 +71,11 @@ class Comparison(_Strict):
         return self.difference <= self.tolerance  # False for NaN
 
     def __str__(self) -> str:
-        unit = 'of the largest value' if self.unit == 'relative' else 'differ'
+        unit = 'values, relative to the largest' if self.unit == 'relative' else 'differ'
         verdict = 'equal' if self.ok else 'DIFFERENT'
         value = f'{self.difference:.1e}' if self.unit == 'relative' else f'{self.difference:.3%}'
         limit = f'{self.tolerance:.0e}' if self.unit == 'relative' else f'{self.tolerance:.2%}'
-        return f'{self.images}: {self.output}: {value} {unit} (tolerance {limit}) {verdict}'
+        return f'{self.images}: {self.output}: {value} of {self.count:,} {unit} (tolerance {limit}) {verdict}'
 
 
 class Manifest(_Strict):
@@ -98,21 +101,15 @@ class Manifest(_Strict):
     reparameterization: str  #: what was merged and folded
     comparisons: list[Comparison]
     calibration_images: int | None = None  #: number of images that set the ranges of int8
-    postprocessing: dict[str, Any]  #: settings that apply to the outputs, such as the threshold of masks
+    #: of detectors, the test settings that are part of the network; else those that apply to its outputs
+    postprocessing: dict[str, Any]
+    weights: str  #: SHA-256 of the names and shapes of the weights of the model before merging
     environment: dict[str, Any]
-
-    @property
-    def fixed_shape(self) -> tuple[int, ...] | None:
-        """Shape ``(N, C, H, W)`` of the input; None if a part of it may change."""
-        shape = self.inputs[0].shape
-        return tuple(n for n in shape if isinstance(n, int)) if all(isinstance(n, int) for n in shape) else None
 
 
 def is_artefact(path: str | Path) -> bool:
     """Whether a path is the folder of an exported network."""
-    with contextlib.suppress(OSError):
-        return Path(path, MANIFEST).is_file()
-    return False
+    return is_export(Path(path))
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -145,13 +142,19 @@ class Artefact:
     Args:
         folder: The folder that the export wrote.
         threads: Threads of the engine. Defaults to torch's.
+        trust: Load format ``torch``, which can run any code. By default, only if the environment has :data:`TRUST`.
 
     Raises:
-        UserError: If the folder is damaged, or the engine is not installed or cannot run the network.
+        UserError: If the folder is damaged or not trusted, or the engine is not installed or cannot run the network.
     """
 
-    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+    def __init__(self, folder: str | Path, threads: int | None = None, trust: bool = False) -> None:
         self.folder, self.manifest = Path(folder), read_manifest(folder)
+        if self.manifest.format == 'torch' and not (trust or os.environ.get(TRUST) == '1'):
+            raise UserError(
+                f'{folder}: torch.export.load runs code that a file of format torch may contain\n'
+                f'If you trust its author, set {TRUST}=1; formats onnx and openvino need no trust.'
+            )
         found = self.manifest
         inputs, outputs = ([tensor.name for tensor in tensors] for tensors in (found.inputs, found.outputs))
         path = self.folder / found.network
@@ -161,12 +164,13 @@ class Artefact:
         """Run the network on any number of images.
 
         Args:
-            *inputs: One tensor for each input of the manifest. A network for a fixed number of images runs as often
-                as needed, the last time with repeated images.
+            *inputs: One tensor for each input of the manifest, on any device. A network for a fixed number of images
+                runs as often as needed, the last time with repeated images.
 
         Raises:
             UserError: If it was exported for images of another size.
         """
+        device = inputs[0].device
         inputs = tuple(x.detach().cpu().float().contiguous() for x in inputs)
         self._check_shape(inputs[0])
         batch = self.manifest.inputs[0].shape[0]
@@ -179,7 +183,10 @@ class Artefact:
                 part = [torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) for x in part]
             results.append(self._session(part))
         names = [output.name for output in self.manifest.outputs]
-        return {name: torch.cat(parts)[:count] for name, parts in zip(names, zip(*results, strict=True), strict=True)}
+        return {
+            name: torch.cat(parts)[:count].to(device)
+            for name, parts in zip(names, zip(*results, strict=True), strict=True)
+        }
 
     def __deepcopy__(self, memo: dict) -> 'Artefact':
         return self  # an engine cannot be copied

@@ -176,8 +176,12 @@ class _Detector(ExportableModel):
         return _rows(boxes, index) * found[..., None], scores.clamp(min=0), index
 
     def _check_nms(self, nms: Any) -> None:
-        if nms.get('type', 'nms') != 'nms':
-            raise _not_exportable(self.model, f'{nms["type"]} has no form in ONNX; use nms in model.test_cfg')
+        kind, known = (nms or {}).get('type', 'nms'), {'type', 'iou_threshold', 'class_agnostic', 'split_thr'}
+        if kind != 'nms':
+            raise _not_exportable(self.model, f'{kind} has no form in ONNX; use nms in model.test_cfg')
+        if 'iou_threshold' not in (nms or {}) or (others := nms.keys() - known):
+            wrong = 'no iou_threshold' if 'iou_threshold' not in (nms or {}) else ', '.join(sorted(others))
+            raise _not_exportable(self.model, f'nms in model.test_cfg has {wrong}')
 
 
 class ExportableOneStageDetector(_Detector):
@@ -192,6 +196,10 @@ class ExportableOneStageDetector(_Detector):
             if getattr(head, name, None) is not getattr(BaseDenseHead, name):
                 raise _not_exportable(model, f'{head.__name__} has a {name} of its own')
         self._check_nms(model.test_cfg['nms'])
+        if model.test_cfg.get('min_bbox_size', -1) > 0:
+            raise _not_exportable(model, 'min_bbox_size in model.test_cfg is in pixels of the original image')
+        if getattr(model.bbox_head.loss_cls, 'custom_cls_channels', False):
+            raise _not_exportable(model, f'{type(model.bbox_head.loss_cls).__name__} has an activation of its own')
 
     def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
         head, cfg = self.model.bbox_head, self.model.test_cfg
@@ -206,9 +214,20 @@ class ExportableTwoStageDetector(_Detector):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         from mmdet.models.dense_heads import RPNHead
+        from mmdet.models.detectors import TwoStageDetector
         from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+        from mmdet.models.roi_heads.bbox_heads import BBoxHead
+        from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 
         roi = model.roi_head
+        if type(model).predict is not TwoStageDetector.predict or getattr(roi, 'with_shared_head', False):
+            raise _not_exportable(model, 'it has other parts than two stages of heads')
+        heads = [(head, BBoxHead) for head in _as_list(roi.bbox_head)]
+        heads += [(head, FCNMaskHead) for head in (_as_list(roi.mask_head) if roi.with_mask else ())]
+        for head, usual in heads:
+            other = any(getattr(type(head), name) is not getattr(usual, name) for name in _PREDICTION)
+            if other or getattr(head, 'custom_activation', False) or not getattr(head, 'with_reg', True):
+                raise _not_exportable(model, f'{type(head).__name__} predicts in a way of its own')
         if type(model.rpn_head) is not RPNHead or type(roi) not in (StandardRoIHead, CascadeRoIHead):
             raise _not_exportable(model, f'{type(model.rpn_head).__name__} with {type(roi).__name__}')
         self.rpn_cfg, self.cfg = model.test_cfg['rpn'], model.test_cfg['rcnn']
@@ -304,6 +323,10 @@ def _pool(extractor: Any, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
         int(first.output_size[0]),
         int(first.sampling_ratio),
     )
+
+
+#: What a head of boxes or masks must share with that of mmdet.
+_PREDICTION = ('predict_by_feat', '_predict_by_feat_single')
 
 
 class PooledByMatrices(nn.Module):

@@ -1,9 +1,11 @@
 """Compare the outputs of an exported network with those of torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,61 +33,87 @@ TOLERANCES = {
 }
 
 
-def compare_classes(images: str, reference: Tensor, logits: Tensor, tolerance: Tolerance) -> list[Comparison]:
-    """Compare logits ``(N, K, ...)``, and the classes that follow from them."""
-    logits = logits.double()
-    gap = (reference.double() - logits).abs().max() / reference.double().abs().max().clamp(min=1e-30)
-    binary = reference.shape[1] == 1
-    before, after = (x[:, 0] > 0 if binary else x.argmax(1) for x in (reference, logits))
-    share = (before != after).double().mean().item()
-    if not torch.isfinite(logits).all():
-        gap, share = torch.tensor(torch.nan), torch.nan
+def compare_classes(
+    images: str, pairs: Sequence[tuple[Tensor, Tensor]], tolerance: Tolerance, threshold: float = 0.5
+) -> list[Comparison]:
+    """Compare logits ``(N, K, ...)``, and the classes that follow from them.
+
+    Args:
+        images: Which images, for the report.
+        pairs: Logits of torch and of the exported network.
+        tolerance: Largest differences.
+        threshold: Probability from which a pixel belongs to the class of a single channel. Defaults to 0.5.
+    """
+    largest, differing, values, total = 0.0, 0, 0, 0
+    for reference, logits in pairs:
+        gap = (reference.double() - logits.double()).abs().max() / reference.double().abs().max().clamp(min=1e-30)
+        largest = float(np.maximum(largest, gap.item()))  # NaN, if one of them is
+        before, after = (x[:, 0].sigmoid() > threshold if x.shape[1] == 1 else x.argmax(1) for x in (reference, logits))
+        differing += int((before != after).sum())
+        values, total = values + logits.numel(), total + before.numel()
+    finite = all(torch.isfinite(logits).all() for _, logits in pairs)
     return [
-        Comparison(images=images, output='logits', difference=gap, tolerance=tolerance.relative, unit='relative'),
-        Comparison(images=images, output='classes', difference=share, tolerance=tolerance.pixels, unit='share'),
+        _relative(images, 'logits', largest, tolerance.relative, values),
+        _share(images, 'classes', differing if finite else math.nan, total, tolerance.pixels),
     ]
 
 
+def compare_labels(images: str, pairs: Sequence[tuple[Tensor, Tensor]], tolerance: Tolerance) -> Comparison:
+    """Compare label maps of torch and of the exported network, ``(N, H, W)`` each."""
+    differing = sum(int((before != after).sum()) for before, after in pairs)
+    return _share(images, 'labels', differing, sum(after.numel() for _, after in pairs), tolerance.pixels)
+
+
 def compare_objects(
-    images: str, reference: Sequence[Any], found: Sequence[Any], tolerance: Tolerance, least_score: float = 0.05
+    images: str, pairs: Sequence[tuple[Any, Any]], tolerance: Tolerance, least_score: float = 0.05
 ) -> list[Comparison]:
     """Compare detected objects: each should have a counterpart of the same class, box, mask and score.
 
     Args:
         images: Which images, for the report.
-        reference: ``pred_instances`` of torch for each image: ``bboxes``, ``scores``, ``labels``, perhaps ``masks``.
-        found: Those of the exported network.
+        pairs: ``pred_instances`` of torch and of the exported network for each image: ``bboxes``, ``scores``,
+            ``labels``, perhaps ``masks``.
         tolerance: Largest differences.
-        least_score: Objects of lower scores are not compared.
+        least_score: Objects of lower scores need no counterpart, but may be one.
     """
     total = unmatched = pixels = differing = 0
-    for before, after in zip(reference, found, strict=True):
-        before, after = (x[x.scores >= least_score] for x in (before, after))
-        total += len(before) + len(after)
-        free = torch.ones(len(after), dtype=torch.bool)
-        overlap = box_iou(before.bboxes, after.bboxes)
-        for i in range(len(before)):
-            same = free & (after.labels == before.labels[i]) & (overlap[i] >= tolerance.iou)
-            same &= (after.scores - before.scores[i]).abs() <= tolerance.score
-            if not same.any():
-                unmatched += 1
-                continue
-            j = int(torch.where(same, overlap[i], -1.0).argmax())
-            free[j] = False
-            if 'masks' in before:
-                pixels += int((before.masks[i] | after.masks[j]).sum())
-                differing += int((before.masks[i] ^ after.masks[j]).sum())
-        unmatched += int(free.sum())
-    share = unmatched / total if total else 0.0
-    comparisons = [
-        Comparison(images=images, output='objects', difference=share, tolerance=tolerance.objects, unit='share')
-    ]
+    for before, after in pairs:
+        found = _match(before, after, tolerance)
+        for objects, matched in ((before, set(found)), (after, set(found.values()))):
+            counted = [i for i, score in enumerate(objects.scores.tolist()) if score >= least_score]
+            total += len(counted)
+            unmatched += sum(i not in matched for i in counted)
+        for i, j in found.items() if 'masks' in before else ():
+            pixels += int((before.masks[i] | after.masks[j]).sum())
+            differing += int((before.masks[i] ^ after.masks[j]).sum())
+    comparisons = [_share(images, 'objects', unmatched, total, tolerance.objects)]
     if pixels:
-        share = differing / pixels
-        comparisons.append(
-            Comparison(images=images, output='masks', difference=share, tolerance=tolerance.objects, unit='share')
-        )
+        comparisons.append(_share(images, 'pixels of masks', differing, pixels, tolerance.objects))
     return comparisons
+
+
+def _match(before: Any, after: Any, tolerance: Tolerance) -> dict[int, int]:
+    """Indices of the counterparts of objects, those of high scores first."""
+    overlap, free = box_iou(before.bboxes, after.bboxes), torch.ones(len(after.scores), dtype=torch.bool)
+    found = {}
+    for i in before.scores.argsort(descending=True).tolist():
+        same = free & (after.labels == before.labels[i]) & (overlap[i] >= tolerance.iou)
+        same &= (after.scores - before.scores[i]).abs() <= tolerance.score
+        if same.any():
+            found[i] = int(torch.where(same, overlap[i], -1.0).argmax())
+            free[found[i]] = False
+    return found
+
+
+def _relative(images: str, output: str, difference: float, tolerance: float, count: int) -> Comparison:
+    return Comparison(
+        images=images, output=output, difference=difference, tolerance=tolerance, unit='relative', count=count
+    )
+
+
+def _share(images: str, output: str, differing: float, count: int, tolerance: float) -> Comparison:
+    share = differing / count if count else 0.0
+    return Comparison(images=images, output=output, difference=share, tolerance=tolerance, unit='share', count=count)
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

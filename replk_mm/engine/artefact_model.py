@@ -1,5 +1,7 @@
 """A config's model whose network is an exported one: the same data, windows, test-time augmentation and metrics."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ def use_artefact(model: Any, artefact: Artefact) -> None:
     """
     _check_fit(model, artefact)
     if artefact.manifest.task == 'detection':
-        model.predict = _DetectorPrediction(model, artefact)
+        model.predict = DetectorPrediction(model, artefact)
     else:
         # Everything between the normalized image and the logits; the head keeps what it does with them.
         model.extract_feat = lambda image, **_: artefact(image)['logits']
@@ -35,7 +37,7 @@ def use_artefact(model: Any, artefact: Artefact) -> None:
             setattr(model, name, nn.Identity())  # its random weights would only take memory
 
 
-class _DetectorPrediction:
+class DetectorPrediction:
     """``predict`` of a detector whose boxes, scores, labels and masks come from an exported network."""
 
     def __init__(self, model: Any, artefact: Artefact) -> None:
@@ -79,16 +81,41 @@ def normalization_of(model: Any) -> Normalization:
     """What a model's data preprocessor does to an image at inference."""
     part = model.data_preprocessor
     mean, std = (getattr(part, name, None) for name in ('mean', 'std'))
+    # Images are loaded as BGR; both directions swap red and blue.
     converts = any(getattr(part, name, False) for name in ('channel_conversion', '_channel_conversion', 'to_rgb'))
     values = (getattr(part, 'test_cfg', None) or {}) if hasattr(part, 'channel_conversion') else vars(part)
+    if values.get('size'):
+        raise UserError(
+            'model.data_preprocessor.test_cfg.size: pads all images to one size, which is not supported\n'
+            'Use size_divisor, or a Resize in the test pipeline.'
+        )
     return Normalization(
-        # mmcv and cv2 load BGR.
         channel_order='as loaded' if mean is not None and len(mean) != 3 else 'RGB' if converts else 'BGR',
         mean=[0.0] if mean is None else [round(v, 6) for v in mean.flatten().tolist()],
         std=[1.0] if std is None else [round(v, 6) for v in std.flatten().tolist()],
         pad_size_divisor=values.get('pad_size_divisor') or values.get('size_divisor') or 1,
         pad_value=float(getattr(part, 'pad_value', getattr(part, 'pad_val', 0)) or 0),
     )
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of the names and shapes of a model's weights, in hexadecimal; without those that only training uses."""
+    shapes = {
+        name: list(value.shape)
+        for name, value in model.state_dict().items()
+        if not name.startswith('auxiliary_head.') and not name.endswith('num_batches_tracked')
+    }
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+
+
+def test_settings(model: Any) -> dict[str, Any]:
+    """Test settings of a model as plain data, with what else the interpretation of its outputs needs."""
+    found = dict(getattr(model, 'test_cfg', None) or {})
+    if task_of_model(model) == 'segmentation':
+        found['align_corners'] = bool(model.align_corners)
+        if model.decode_head.out_channels == 1:
+            found['threshold'] = model.decode_head.threshold
+    return json.loads(json.dumps(found, default=str))
 
 
 def count_classes(model: Any) -> int:
@@ -118,6 +145,9 @@ def _check_fit(model: Any, artefact: Artefact) -> None:
     if pairs['task'][0] == pairs['task'][1]:
         pairs['number of classes'] = (len(manifest.classes), count_classes(model))
         pairs['masks'] = (any(output.name == 'masks' for output in manifest.outputs), masks)
+        pairs['weights'] = (manifest.weights[:8], fingerprint(model)[:8])
+    if manifest.task == 'detection':  # they are a part of the network
+        pairs['test_cfg'] = (manifest.postprocessing, test_settings(model))
     if differing := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
         text = '; '.join(
             f'{name}: {first} there, {second} in the config' for name, (first, second) in differing.items()

@@ -1,6 +1,8 @@
 """Export a trained checkpoint: merge it, write the network, and compare its outputs with those of torch."""
 
 import copy
+import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -17,18 +19,35 @@ from torch import Tensor
 from replk_mm.checkpoints.io import MANIFEST, fetch_checkpoint, hash_checkpoint, local_files
 from replk_mm.data.classes import classes_of
 from replk_mm.data.datasets import crop_of, dataset_class, datasets_of
-from replk_mm.deploy.artefact import Artefact, Comparison, Manifest, TensorInfo, fit_image
+from replk_mm.deploy.artefact import (
+    NETWORK_FILES,
+    Artefact,
+    Comparison,
+    Manifest,
+    TensorInfo,
+    fit_image,
+    is_artefact,
+    read_manifest,
+)
 from replk_mm.deploy.equivalence import compare_networks
 from replk_mm.deploy.export import check_format, smallest_size, trace, write_network
 from replk_mm.deploy.exportable import exportable
 from replk_mm.deploy.operators import OPSET
-from replk_mm.deploy.parity import TOLERANCES, compare_classes, compare_objects
+from replk_mm.deploy.parity import TOLERANCES, compare_classes, compare_labels, compare_objects
 from replk_mm.deploy.reparameterize import reparameterize
-from replk_mm.engine.artefact_model import count_classes, normalization_of, task_of_model, use_artefact
+from replk_mm.engine.artefact_model import (
+    DetectorPrediction,
+    count_classes,
+    fingerprint,
+    normalization_of,
+    task_of_model,
+    test_settings,
+)
+from replk_mm.engine.config import build_model
 from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.prepare import prepare_data
 from replk_mm.engine.process import RunOptions
-from replk_mm.engine.record import environment_info, replace_non_finite
+from replk_mm.engine.record import environment_info
 from replk_mm.errors import UserError
 from replk_mm.files import GENERATOR, check_outputs, sha256, write_output
 from replk_mm.logs import announce, log_notes
@@ -86,12 +105,14 @@ def export_checkpoint(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f'{out}: is a file; the export writes a folder\nChoose another path.')
-    check_outputs(
-        [out / MANIFEST, *(path for path in out.glob('network.*') if path.is_file())],
-        inputs=local_files(checkpoint),
-        overwrite=overwrite,
-    )
+    former = sorted(read_manifest(out).files) if is_artefact(out) else []
+    written = {NETWORK_FILES[options.format], *former, MANIFEST}
+    check_outputs((out / name for name in sorted(written)), inputs=local_files(checkpoint), overwrite=overwrite)
+    if options.precision == 'int8' and not options.images:
+        raise UserError('--images 0: int8 is compared on test images only\nUse --images 4.')
     built = build_for_inference(cfg, checkpoint, packed=False)
+    if options.labels and task_of_model(built.model) != 'segmentation':
+        raise UserError(f'--labels: {type(built.model).__name__} is no segmentor\nOmit --labels.')
     model, changes = reparameterize(built.model)
     differences = compare_networks(built.model, model, (1, input_channels(model), 64, 64))
     if not all(d.ok for d in differences):
@@ -147,25 +168,26 @@ def export_checkpoint(
             reparameterization=str(changes),
             comparisons=[],
             calibration_images=len(calibration) or None,
-            postprocessing=_postprocessing(model),
+            postprocessing=test_settings(model),
+            weights=fingerprint(build_model(cfg, 'meta')),
             environment=environment_info(),
         )
         write_output(folder / MANIFEST, manifest.model_dump_json(indent=2) + '\n')
         announce('comparing its outputs with those of torch')
-        comparisons = _compare(model, Artefact(folder), data, options)
+        comparisons = _compare(model, Artefact(folder, trust=True), data, options)
         for comparison in comparisons:
             announce(f'  {comparison}')
         if not all(comparison.ok for comparison in comparisons):
             raise UserError(
                 f'{checkpoint}: the exported network differs from torch; nothing was written\n'
                 + '\n'.join(map(str, comparisons))
-                + '\nUse another --precision or --format, or accept a larger --tolerance.'
+                + '\nUse another --precision or --format, or accept more with --tolerance.'
             )
         manifest = manifest.model_copy(update=dict(comparisons=comparisons))
         write_output(folder / MANIFEST, manifest.model_dump_json(indent=2) + '\n')
         out.mkdir(exist_ok=True)
-        for former in out.glob('network.*'):
-            former.unlink()
+        for name in former:
+            (out / name).unlink(missing_ok=True)
         for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):  # the manifest last
             shutil.move(path, out / path.name)
     return manifest
@@ -211,26 +233,35 @@ class _Data:
         return test['crop_size'][0], test['crop_size'][1]
 
     def _size(self, options: ExportOptions) -> tuple[bool, tuple[int, int]]:
-        usual = self.windows or crop_of(self.cfg) or (224, 224)
+        """Whether the size may change, and height and width: those to trace, or the fixed ones."""
         divisor = normalization_of(self.model).pad_size_divisor
+        one_size = self.windows or self._resized()
+        if task_of_model(self.model) == 'classification':
+            one_size = one_size or crop_of(self.cfg)
+        dynamic = not options.shape and (one_size is None if options.dynamic is None else options.dynamic)
+        if dynamic and options.batch != 1:
+            raise UserError(f'--batch {options.batch}: the number of images is not fixed\nAdd --shape H W.')
+        usual = options.shape or one_size or crop_of(self.cfg) or (224, 224)
         height, width = (-(-side // divisor) * divisor for side in usual)
-        if options.shape:
-            if any(side % divisor for side in options.shape):
-                raise UserError(
-                    f'--shape {options.shape[0]} {options.shape[1]}: the config pads images to multiples of {divisor}\n'
-                    f'Use {-(-options.shape[0] // divisor) * divisor} {-(-options.shape[1] // divisor) * divisor}.'
-                )
-            return False, options.shape
-        dynamic = options.dynamic
-        if dynamic is None:
-            dynamic = not (self.windows or self._resizes_to_one_size() or task_of_model(self.model) == 'classification')
+        if options.shape and (height, width) != tuple(options.shape):
+            raise UserError(
+                f'--shape {options.shape[0]} {options.shape[1]}: the config pads images to multiples of {divisor}\n'
+                f'Use --shape {height} {width}.'
+            )
+        if options.shape and self.windows and (height, width) != self.windows:
+            raise UserError(
+                f'--shape {height} {width}: the config tests windows of {self.windows[0]}x{self.windows[1]}\n'
+                f'Use that shape, or set model.test_cfg with --cfg-options, in tests too.'
+            )
         # Small images trace faster, and show the same operators.
         return dynamic, (min(height, 256), min(width, 320)) if dynamic else (height, width)
 
-    def _resizes_to_one_size(self) -> bool:
-        pipeline = next(datasets_of(self.cfg, ('test',))).get('pipeline', [])
-        resizing = [step for step in pipeline if 'Resize' in str(step.get('type'))]
-        return bool(resizing) and not any(step.get('keep_ratio', True) for step in resizing)
+    def _resized(self) -> tuple[int, int] | None:
+        """Height and width to which the test pipeline resizes all images; None if they differ."""
+        steps = list(next(datasets_of(self.cfg, ('test',))).get('pipeline', []))
+        scale: dict = next((step for step in reversed(steps) if str(step.get('type')).endswith('Resize')), {})
+        size = scale.get('scale')
+        return None if scale.get('keep_ratio', False) or not isinstance(size, (tuple, list)) else (size[1], size[0])
 
     def inputs(self, split: str, count: int) -> list[tuple[Tensor, ...]]:
         """Inputs of the network for evenly spaced images of a split."""
@@ -241,13 +272,18 @@ class _Data:
         dataset = self.splits.get(split)
         if dataset is None or not count:
             return []
-        count, found = min(count, len(dataset)), []
+        count, found = min(count, len(dataset)), list[tuple[tuple[Tensor, ...], Any]]()
         for i in range(count):
             batch = self.model.data_preprocessor(pseudo_collate([dataset[i * len(dataset) // count]]), False)
             image, sample = torch.as_tensor(batch['inputs']), batch['data_samples'][0]
             if self.windows:
                 image = image[..., : self.windows[0], : self.windows[1]]
             before = image.shape[2:]
+            if not self.dynamic and tuple(before) != tuple(self.shape) and not found:
+                announce(
+                    f'note: {split} images are {before[0]}x{before[1]}, and are resized for the comparison; the test '
+                    f'command needs images of {self.shape[0]}x{self.shape[1]}'
+                )
             image = image if self.dynamic else fit_image(image, self.shape)
             size = torch.tensor([sample.metainfo['img_shape'][:2]], dtype=torch.float32)
             size = size * torch.tensor(image.shape[2:]) / torch.tensor(before)
@@ -269,53 +305,58 @@ def _compare(model: Any, artefact: Artefact, data: _Data, options: ExportOptions
     """Compare random images of several sizes and numbers, and images of the test set."""
     tolerance = TOLERANCES[options.precision]
     if options.tolerance is not None:
-        tolerance = replace(tolerance, pixels=options.tolerance, objects=options.tolerance)
+        tolerance = replace(tolerance, relative=math.inf, pixels=options.tolerance, objects=options.tolerance)
     height, width = data.shape
     divisor = normalization_of(model).pad_size_divisor
-    cases: list[tuple[str, tuple[Tensor, ...]]] = []
+    cases: dict[str, list[tuple[Tensor, ...]]] = {}
     # Int8 has ranges for real images only.
     if options.precision != 'int8':
-        batches = (1, 4) if data.dynamic else (options.batch,)
-        sizes = [(height, width)]
+        sizes = [(1 if data.dynamic else options.batch, height, width)]
         if data.dynamic:
-            sizes.append((height + 3 * divisor, width + 5 * divisor))  # odd, if it may be
+            sizes.append((4, height + 3 * divisor, width + 5 * divisor))  # odd, if it may be
         names = [tensor.name for tensor in artefact.manifest.inputs]
-        for seed, (batch, size) in enumerate(zip(batches, sizes, strict=False), 1):
-            inputs = _random_inputs(model, batch, size, names, seed)
-            cases.append((f'{batch} random, {size[0]}x{size[1]}', inputs))
-    real = data.inputs('test', options.images)
-    cases += [(f'test image {i}', inputs) for i, inputs in enumerate(real, 1)]
+        for seed, (batch, *size) in enumerate(sizes, 1):
+            cases[f'{batch} random, {size[0]}x{size[1]}'] = [_random_inputs(model, batch, size, names, seed)]
+    if real := data.inputs('test', options.images):
+        cases[f'{len(real)} of the test set'] = real
     comparisons = []
-    for images, inputs in cases:
+    for images, inputs in cases.items():
         if artefact.manifest.task == 'detection':
-            comparisons += _compare_detections(images, model, artefact, inputs, tolerance)
-        else:
-            head = model.decode_head if artefact.manifest.task == 'segmentation' else model.head
+            pairs = [pair for each in inputs for pair in _objects(model, artefact, each)]
+            comparisons += compare_objects(images, pairs, tolerance)
+            continue
+        head = model.decode_head if artefact.manifest.task == 'segmentation' else model.head
+        with torch.no_grad():
+            expected = [head(model.extract_feat(image)) for (image,) in inputs]
+        found = [artefact(*each) for each in inputs]
+        pairs = list(zip(expected, (outputs['logits'] for outputs in found), strict=True))
+        threshold = getattr(head, 'threshold', None) or 0.5
+        comparisons += compare_classes(images, pairs, tolerance, threshold)
+        if 'labels' in found[0]:
             with torch.no_grad():
-                reference = head(model.extract_feat(inputs[0]))
-            comparisons += compare_classes(images, reference, artefact(*inputs)['logits'], tolerance)
+                maps = [torch.cat([s.pred_sem_seg.data for s in model.predict(image)]) for (image,) in inputs]
+            pairs = list(zip(maps, (outputs['labels'] for outputs in found), strict=True))
+            comparisons.append(compare_labels(images, pairs, tolerance))
+    if not any(comparison.count for comparison in comparisons):
+        announce('warning: the network finds no object in these images, so that nothing was compared', logging.WARNING)
     return comparisons
 
 
-def _compare_detections(
-    images: str, model: Any, artefact: Artefact, inputs: tuple[Tensor, ...], tolerance: Any
-) -> list[Comparison]:
+def _objects(model: Any, artefact: Artefact, inputs: tuple[Tensor, ...]) -> list[tuple[Any, Any]]:
+    """What torch and the exported network find in each image."""
     from mmdet.structures import DetDataSample
 
     image, size = inputs
     predicted = []
-    exported = copy.copy(model)  # shares the layers, which use_artefact does not change
-    exported._modules = dict(model._modules)
-    use_artefact(exported, artefact)
-    for network in (model, exported):
+    for predict in (model.predict, DetectorPrediction(model, artefact)):
         samples = []
         for height, width in size.round().int().tolist():
             meta = dict(img_shape=(height, width), ori_shape=(height, width), scale_factor=(1.0, 1.0))
             samples.append(DetDataSample(metainfo={**meta, 'batch_input_shape': tuple(image.shape[2:])}))
         with torch.no_grad():
-            found = network.predict(image, samples, rescale=True)
+            found = predict(image, samples, rescale=True)
         predicted.append([sample.pred_instances for sample in found])
-    return compare_objects(images, predicted[0], predicted[1], tolerance)
+    return list(zip(*predicted, strict=True))
 
 
 def _shape(x: Tensor, dynamic: bool) -> list[int | str]:
@@ -344,18 +385,3 @@ def _classes(cfg: Config, model: Any, meta: dict) -> dict[str, Any]:
     names += [f'class {i}' for i in range(len(names), count_classes(model))]
     palette = (dataset.get('metainfo') or {}).get('palette') or known.get('palette') or []
     return dict(classes=names, palette=[list(map(int, color)) for color in palette])
-
-
-def _postprocessing(model: Any) -> dict[str, Any]:
-    if task_of_model(model) == 'segmentation':
-        head = model.decode_head
-        found = dict(model.test_cfg or {}, align_corners=bool(model.align_corners))
-        if head.out_channels == 1:
-            found['threshold'] = head.threshold
-        return replace_non_finite(found)
-    if task_of_model(model) == 'detection':
-        test = model.test_cfg
-        test = test.get('rcnn', test)
-        kept = ('score_thr', 'max_per_img', 'mask_thr_binary')
-        return replace_non_finite({key: test[key] for key in kept if key in test})
-    return {}

@@ -133,6 +133,7 @@ def build_for_inference(
     reparam: bool = False,
     classes: bool = True,
     packed: bool = True,
+    exported: bool = False,
 ) -> Inference:
     """Build the model of a config and load a trained checkpoint into it.
 
@@ -142,11 +143,14 @@ def build_for_inference(
         device: ``'cpu'`` or ``'cuda'``.
         reparam: Merge parallel kernels and fold BatchNorm.
         classes: Whether to use the classes of the checkpoint.
+        exported: Whether ``checkpoint`` may be the folder of an exported network, whose layers do not exist here.
         packed: Keep the weights of convolutions in the form that CPUs compute with, see :func:`replk_mm.ops.prepack`.
 
     Raises:
         UserError: If the model cannot be built or the checkpoint does not fit.
     """
+    if checkpoint and is_artefact(checkpoint) and not exported:
+        raise UserError(f'{checkpoint}: is an exported network\nUse the checkpoint that it was exported from.')
     log_notes(adopt_classes(cfg, checkpoint) if checkpoint and classes else [])
     log_notes(fit_to_machine(cfg, None, device, 1))
     if 'backbone' in cfg.model:

@@ -33,7 +33,7 @@ def load_for_prediction(cfg: Config, checkpoint: str, device: str | None = None,
     Raises:
         UserError: If the checkpoint does not fit, or the model is neither.
     """
-    built = build_for_inference(cfg, checkpoint, device=select_device(device), reparam=reparam)
+    built = build_for_inference(cfg, checkpoint, device=select_device(device), reparam=reparam, exported=True)
     model = built.model
     if not (is_segmentor(model) or hasattr(model, 'bbox_head') or hasattr(model, 'roi_head')):
         raise UserError(f'{cfg.filename}: {cfg.model.type} is neither a segmentor nor a detector')

@@ -447,7 +447,8 @@ def test_two_processes_of_torchrun_train_and_test_together(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_exported_network_is_a_row_under_the_protocol_of_its_training(tiny, tmp_path):  # noqa: F811
+def test_an_exported_network_is_a_row_under_the_protocol_of_its_training(tiny, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv('REPLK_MM_TRUST_EXPORTS', '1')
     row = dict(iterations=2, preflight=False, measure=['metric', 'speed'])
     task = task_of(tmp_path, tiny, **row)
     assert run_task(task, measurements.TABLE, {})
@@ -455,7 +456,7 @@ def test_an_exported_network_is_a_row_under_the_protocol_of_its_training(tiny, t
     options = ExportOptions('torch', images=0, dynamic=True, data_root=str(tiny.data))
     export_checkpoint(tiny.cfg(), before['metric']['checkpoint']['path'], tmp_path / 'out', options)
     [new] = choose.artefact_rows(read_suite(tmp_path / 'suite.yaml'), task.work_dir, [tmp_path / 'out'])
-    assert new['name'] == 'a-out' and new['label'] == 'a, torch fp32' and new['seeds'] == [0]
+    assert new['name'] == 'a-out-torch-fp32' and new['label'] == 'a, torch fp32' and new['seeds'] == [0]
     new |= dict(config=str(tiny.config), measure=['metric', 'speed', 'memory'])
     path = tmp_path / 'suite.yaml'
     rows = [{'name': 'a', 'config': str(tiny.config), **row}, new]

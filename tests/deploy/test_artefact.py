@@ -50,10 +50,16 @@ def write(folder: Path, batch: int | str = 2) -> Path:
         reparameterization='',
         comparisons=[],
         postprocessing={},
+        weights='0',
         environment={},
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json())
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _trusted(monkeypatch):
+    monkeypatch.setenv(artefact.TRUST, '1')
 
 
 @pytest.fixture(scope='module')
@@ -83,6 +89,21 @@ def test_another_size_is_an_error(fixed) -> None:
 def test_a_size_that_was_not_traced_is_an_error(tmp_path) -> None:
     with pytest.raises(UserError, match='images of at least 4x4, this one has 7x3'):
         Artefact(write(tmp_path / 'out', 'batch'))(torch.randn(1, 3, 7, 3))
+
+
+def test_format_torch_needs_trust(fixed, monkeypatch) -> None:
+    """``torch.export.load`` unpickles."""
+    monkeypatch.delenv(artefact.TRUST)
+    monkeypatch.setattr(torch.export, 'load', lambda path: pytest.fail('was loaded'))
+    with pytest.raises(UserError, match=f'format torch may contain\n.*set {artefact.TRUST}=1'):
+        Artefact(fixed)
+
+
+def test_manifests_of_other_programs_do_not_hide_weights(tmp_path) -> None:
+    (tmp_path / MANIFEST).write_text('{"name": "an app"}')
+    (tmp_path / 'model.safetensors').write_bytes(b'')
+    assert not is_artefact(tmp_path)
+    assert fetch_checkpoint(tmp_path) == tmp_path / 'model.safetensors'
 
 
 def test_it_stands_for_a_checkpoint_with_its_classes(fixed, tmp_path) -> None:

@@ -7,6 +7,7 @@ from mmengine.config import ConfigDict
 from norms import randomize_norms
 
 from replk_mm.deploy.exportable import PooledByMatrices, exportable
+from replk_mm.engine.artefact_model import DetectorPrediction
 from replk_mm.errors import UserError
 
 pytest.importorskip('mmdet')
@@ -109,19 +110,28 @@ DETECTORS = {
 def test_a_detector_finds_what_mmdet_finds(name) -> None:
     model = build(DETECTORS[name])
     image, sizes = torch.randn(2, 3, 96, 128), [(96, 128), (90, 101)]  # the second is padded
+    originals = [(48, 32), (30, 50)]  # scaled by other factors along x and y
     metas = [
-        dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), batch_input_shape=(96, 128)) for size in sizes
+        dict(img_shape=new, ori_shape=old, scale_factor=(new[1] / old[1], new[0] / old[0]), batch_input_shape=(96, 128))
+        for new, old in zip(sizes, originals, strict=True)
     ]
     expected = model.predict(image, [DetDataSample(metainfo=meta) for meta in metas], rescale=True)
     module = exportable(model)
     found = dict(zip(module.outputs, module(image, torch.tensor(sizes).float()), strict=True))
+    pasted = DetectorPrediction(model, lambda *inputs: {key: value.clone() for key, value in found.items()})
+    again = pasted(image, [DetDataSample(metainfo=meta) for meta in metas], rescale=True)
     assert all(len(sample.pred_instances) for sample in expected) is (name != 'without objects')
     for i, sample in enumerate(expected):
         objects = sample.pred_instances
         count = len(objects)
         torch.testing.assert_close(found['scores'][i, :count], objects.scores)
-        torch.testing.assert_close(found['boxes'][i, :count], objects.bboxes)
+        scale = torch.tensor(metas[i]['scale_factor']).repeat(2)
+        torch.testing.assert_close(found['boxes'][i, :count] / scale, objects.bboxes)
         assert torch.equal(found['labels'][i, :count], objects.labels)
+        torch.testing.assert_close(again[i].pred_instances.bboxes, objects.bboxes)
+        if 'masks' in objects:
+            assert again[i].pred_instances.masks.shape == objects.masks.shape
+            assert int((again[i].pred_instances.masks != objects.masks).sum()) <= 1e-4 * objects.masks.numel()
         # The rest is marked as missing.
         assert (found['scores'][i, count:] == 0).all() and (found['labels'][i, count:] == -1).all()
     assert ('masks' in found) is hasattr(model.roi_head if 'fcos' not in name else model, 'mask_head')
@@ -204,6 +214,26 @@ def test_a_segmentor_returns_the_logits_of_its_head_and_the_label_map() -> None:
 )
 def test_other_suppressions_have_no_form(config) -> None:
     with pytest.raises(UserError, match='soft_nms has no form in ONNX; use nms in model.test_cfg'):
+        exportable(build(config))
+
+
+@pytest.mark.parametrize(
+    ('config', 'why'),
+    [
+        (fcos(nms=dict(NMS, score_threshold=0.5)), 'nms in model.test_cfg has score_threshold'),
+        (fcos(nms=dict(type='nms', iou_thr=0.5)), 'nms in model.test_cfg has no iou_threshold'),
+        (fcos(min_bbox_size=8), 'min_bbox_size'),
+    ],
+)
+def test_settings_with_another_meaning_are_named(config, why) -> None:
+    with pytest.raises(UserError, match=why):
+        exportable(build(config))
+
+
+def test_other_activations_are_named() -> None:
+    config = two_stage(False, False)
+    config['roi_head']['bbox_head']['loss_cls'] = dict(type='SeesawLoss', num_classes=3)
+    with pytest.raises(UserError, match='Shared2FCBBoxHead predicts in a way of its own'):
         exportable(build(config))
 
 

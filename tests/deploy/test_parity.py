@@ -4,14 +4,14 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 
-from replk_mm.deploy.parity import TOLERANCES, Tolerance, box_iou, compare_classes, compare_objects
+from replk_mm.deploy.parity import TOLERANCES, Tolerance, box_iou, compare_classes, compare_labels, compare_objects
 
 TOLERANCE = Tolerance(1e-4, 0.1, 0.1, 0.9, 0.01)
 
 
 def test_equal_logits_are_equal() -> None:
     logits = torch.randn(2, 5, 8, 8)
-    relative, classes = compare_classes('', logits, logits + 1e-7, TOLERANCE)
+    relative, classes = compare_classes('', [(logits, logits + 1e-7)], TOLERANCE)
     assert relative.ok and classes.ok and classes.difference == 0
 
 
@@ -20,15 +20,15 @@ def test_other_classes_are_counted() -> None:
     reference[:, 1] = 1.0
     changed = reference.clone()
     changed[0, 2, 0, :3] = 2.0  # 3 of 20 pixels
-    relative, classes = compare_classes('', reference, changed, TOLERANCE)
+    relative, classes = compare_classes('', [(reference, changed)], TOLERANCE)
     assert classes.difference == pytest.approx(3 / 20) and not classes.ok
     assert relative.difference == pytest.approx(2.0) and not relative.ok
 
 
 def test_one_channel_is_compared_by_its_sign() -> None:
     reference = torch.tensor([-1.0, 1.0, 2.0, -3.0]).view(1, 1, 2, 2)
-    assert compare_classes('', reference, -reference, TOLERANCE)[1].difference == 1.0
-    assert compare_classes('', reference, 2 * reference, TOLERANCE)[1].difference == 0.0
+    assert compare_classes('', [(reference, -reference)], TOLERANCE)[1].difference == 1.0
+    assert compare_classes('', [(reference, 2 * reference)], TOLERANCE)[1].difference == 0.0
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
@@ -36,7 +36,7 @@ def test_values_that_are_not_finite_are_different(value) -> None:
     logits = torch.randn(1, 3, 4, 4)
     broken = logits.clone()
     broken[0, 0, 0, 0] = value
-    assert not any(found.ok for found in compare_classes('', logits, broken, TOLERANCES['int8']))
+    assert not any(found.ok for found in compare_classes('', [(logits, logits), (logits, broken)], TOLERANCES['int8']))
 
 
 def objects(*found: tuple, masks: torch.Tensor | None = None) -> InstanceData:
@@ -66,21 +66,47 @@ A, B = [0, 0, 10, 10], [20, 20, 40, 40]
 )
 def test_objects_without_a_counterpart_are_counted(found, share) -> None:
     reference = objects((A, 0.9, 0), (B, 0.8, 1))
-    [result] = compare_objects('', [reference], [objects(*found)], TOLERANCE)
+    [result] = compare_objects('', [(reference, objects(*found))], TOLERANCE)
     assert result.difference == pytest.approx(share)
     assert result.ok is (share <= TOLERANCE.objects)
 
 
+def test_a_score_on_either_side_of_the_limit_is_no_difference() -> None:
+    pair = (objects((A, 0.0500004, 0)), objects((A, 0.0499999, 0)))
+    [found] = compare_objects('', [pair], TOLERANCE)
+    assert found.difference == 0 and found.count == 1
+
+
+def test_shares_are_of_all_images() -> None:
+    same, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert compare_classes('', [(same, same)] * 9 + [(same, other)], TOLERANCE)[1].difference == pytest.approx(0.1)
+    one, none = objects((A, 0.9, 0)), objects()
+    assert compare_objects('', [(one, one), (one, none)], TOLERANCE)[0].difference == pytest.approx(1 / 3)
+
+
+def test_the_threshold_of_one_channel_decides() -> None:
+    logits = torch.tensor([0.2, 0.4]).logit().view(2, 1, 1)
+    assert compare_classes('', [(logits, logits.flip(0))], TOLERANCE)[1].difference == 0.0
+    assert compare_classes('', [(logits, logits.flip(0))], TOLERANCE, threshold=0.3)[1].difference == 1.0
+
+
+def test_label_maps_are_compared() -> None:
+    labels = torch.tensor([[[0, 1], [2, 3]]])
+    found = compare_labels('', [(labels, labels), (labels, labels.flip(2))], TOLERANCE)
+    assert found.difference == pytest.approx(0.5) and found.count == 8 and not found.ok
+
+
 def test_images_without_objects_are_equal() -> None:
-    assert compare_objects('', [objects()], [objects()], TOLERANCE)[0].ok
+    [found] = compare_objects('', [(objects(), objects())], TOLERANCE)
+    assert found.ok and found.count == 0
 
 
 def test_masks_are_compared_where_either_is() -> None:
     one, other = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     one[0, :4], other[0, :4, :6] = True, True  # 32 pixels, 8 of which are missing
-    pair = [objects((A, 0.9, 0), masks=mask) for mask in (one, other)]
-    masks = compare_objects('', pair[:1], pair[1:], TOLERANCE)[1]
-    assert masks.difference == pytest.approx(8 / 32) and not masks.ok
+    pair = (objects((A, 0.9, 0), masks=one), objects((A, 0.9, 0), masks=other))
+    masks = compare_objects('', [pair], TOLERANCE)[1]
+    assert masks.difference == pytest.approx(8 / 32) and not masks.ok and masks.count == 32
 
 
 def test_overlap_of_boxes() -> None:

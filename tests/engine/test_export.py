@@ -14,7 +14,7 @@ from mmseg.structures import SegDataSample
 from tiny import run_tool
 
 from replk_mm.deploy import export as formats
-from replk_mm.deploy.artefact import MANIFEST, read_manifest
+from replk_mm.deploy.artefact import MANIFEST, TRUST, read_manifest
 from replk_mm.engine import export
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.export import ExportOptions, export_checkpoint
@@ -29,6 +29,11 @@ EXTRAS = {
     'onnx': pytest.mark.extras('onnx', 'onnxscript', 'onnxruntime'),
     'openvino': pytest.mark.extras('onnx', 'onnxscript', 'openvino', 'nncf'),
 }
+
+
+@pytest.fixture(autouse=True)
+def _trusted(monkeypatch):
+    monkeypatch.setenv(TRUST, '1')
 
 
 def with_format(name: str, *values: object):
@@ -111,14 +116,15 @@ def test_nothing_is_written_if_the_outputs_differ(tiny, trained, tmp_path, monke
 
 def test_other_files_are_kept_and_own_ones_replaced(tiny, trained, exported, tmp_path) -> None:
     folder = Path(shutil.copytree(exported, tmp_path / 'out'))
-    (folder / 'notes.txt').write_text('mine')
+    for name in ('notes.txt', 'network.pth'):
+        (folder / name).write_text('mine')
     (folder / MANIFEST).unlink()
     with pytest.raises(UserError, match='network.pt2: exists, and is not marked as written by replk_mm'):
         export_checkpoint(tiny.cfg(), str(trained), folder, ExportOptions('torch', images=0))
     shutil.copy(exported / MANIFEST, folder)
     export_checkpoint(tiny.cfg(), str(trained), folder, ExportOptions('torch', shape=(64, 32), images=0))
-    assert (folder / 'notes.txt').read_text() == 'mine'
-    assert read_manifest(folder).fixed_shape == (1, 3, 64, 32)
+    assert (folder / 'notes.txt').read_text() == (folder / 'network.pth').read_text() == 'mine'
+    assert read_manifest(folder).inputs[0].shape == [1, 3, 64, 32]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +135,7 @@ def test_other_files_are_kept_and_own_ones_replaced(tiny, trained, exported, tmp
             'number of classes: 8 there, 3 in',
         ),
         ({'model.data_preprocessor.mean': [0.0, 0.0, 0.0]}, 'normalization: .* there'),
+        ({'model.backbone.arch.layers': [1, 1, 2, 1]}, 'weights: '),
         ({'model.type': 'mmseg.EncoderDecoder', 'model.keep_logits': None}, None),
     ],
 )
@@ -162,13 +169,31 @@ def test_merging_an_export_is_an_error(exported, tiny, tmp_path) -> None:
         scores(tiny, exported, tmp_path, reparam=True)
 
 
+def test_other_commands_ask_for_the_checkpoint(exported, tiny) -> None:
+    with pytest.raises(UserError, match='is an exported network\nUse the checkpoint that it was exported from'):
+        build_for_inference(tiny.cfg(), str(exported))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(batch=2, dynamic=True), '--batch 2: the number of images is not fixed'),
+        (dict(precision='int8', images=0), '--images 0: int8 is compared on test images only'),
+    ],
+)
+def test_options_without_effect_are_errors(options, message, tiny, trained, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(export, 'check_format', lambda *_: None)
+    with pytest.raises(UserError, match=message):
+        export_checkpoint(tiny.cfg(), str(trained), tmp_path / 'out', ExportOptions('torch', **options))
+
+
 def test_int8_without_training_images_is_an_error(tiny, trained, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(export, 'check_format', lambda *_: None)
     with pytest.raises(UserError, match='nowhere'):
         export_checkpoint(tiny.cfg(), str(trained), tmp_path / 'out', ExportOptions('onnx', 'int8'))
 
 
-def test_commands_take_the_folder(exported, tiny, trained, tmp_path) -> None:
+def test_commands_take_the_folder(tiny, trained, tmp_path) -> None:
     cfg = tmp_path / 'tiny.py'
     cfg.write_text(f'_base_ = {str(tiny.config)!r}\n')
     done = run_tool(

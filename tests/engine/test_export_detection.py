@@ -4,12 +4,18 @@ import pytest
 import tiny_detector
 import torch
 
-from replk_mm.deploy.artefact import Artefact
+from replk_mm.deploy.artefact import TRUST, Artefact
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.export import ExportOptions, export_checkpoint
+from replk_mm.errors import UserError
 
 pytestmark = pytest.mark.slow
 detector, trained_detector = tiny_detector.detector, tiny_detector.trained_detector  # fixtures
+
+
+@pytest.fixture(autouse=True)
+def _trusted(monkeypatch):
+    monkeypatch.setenv(TRUST, '1')
 
 
 FORMATS = pytest.mark.parametrize(
@@ -33,6 +39,9 @@ def test_boxes_and_masks_keep_their_ap(format, dynamic, detector, trained_detect
         found.append(evaluate(detector.cfg(), str(checkpoint), detector.options(tmp_path / name)).metrics)
     assert found[0]['coco/bbox_mAP'] > 0.01
     assert found[1] == pytest.approx(found[0], abs=1e-3, nan_ok=True)
+    changed = detector.cfg({'model.test_cfg.rcnn.score_thr': 0.3})  # is a part of the network
+    with pytest.raises(UserError, match='does not fit the config: test_cfg'):
+        evaluate(changed, str(tmp_path / 'out'), detector.options(tmp_path / 'c'))
 
 
 @FORMATS

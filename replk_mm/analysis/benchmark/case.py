@@ -271,7 +271,7 @@ def _memory_of_three_calls(
         cfg, _ = load_case_config(case)
         net = build_networks(cfg, case.whole_model, case.form, case.checkpoint)[0][network].to(case.device)
         set_input_size([net], case.shape)
-        batch = SyntheticBatch(cfg, net, case.batch, case.shape, case.device)
+        batch = SyntheticBatch(cfg, net, case.batch, case.shape, case.device, case.image)
         if precision == 'converted':
             convert_to_bfloat16(net)
         call = batch.inference_call(net, precision) if case.mode == 'inference' else batch.training_call(net, precision)

@@ -196,6 +196,9 @@ class NetworkBenchmark:
                     equal=row.difference and difference.within(TOLERANCES[case.mode, row.dtype]),
                 )
             )
+        if case.image:  # the pipeline decides
+            height, width = synthetic.normalized(self.networks[OURS]).shape[2:]
+            shape = height, width
         return dict(
             mode=case.mode,
             form=case.form,
@@ -298,6 +301,9 @@ class NetworkBenchmark:
         """Exported networks, each from the image to class map or objects as the other rows."""
         rows = []
         for folder in self.settings.artefacts:
+            if self.case.device != 'cpu':
+                self.note(f'{folder}: exported networks are compared on CPUs only')
+                continue
             try:
                 artefact = Artefact(folder, self.case.threads)
                 model = build_part(self.cfg, self.cfg.model, True)
@@ -310,7 +316,8 @@ class NetworkBenchmark:
             manifest, difference = artefact.manifest, None
             precision = {'fp32': 'float32', 'bf16': 'bfloat16'}.get(manifest.precision, manifest.precision)
             if not self._same_weights(manifest):
-                self.note(f'{folder}: exported from another checkpoint; the outputs are not compared')
+                other = 'another checkpoint' if self.case.checkpoint else 'a checkpoint: name it with --checkpoint'
+                self.note(f'{folder}: exported from {other}; the outputs are not compared')
             elif CLASS_MAP in reference:
                 found = {CLASS_MAP: torch.stack([sample.pred_sem_seg.data[0] for sample in samples])}
                 difference = compare_outputs({CLASS_MAP: reference[CLASS_MAP]}, found)

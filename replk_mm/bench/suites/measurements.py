@@ -219,7 +219,7 @@ def complexity(task: Task) -> MeasurementResult:
 def speed(task: Task) -> MeasurementResult:
     """Milliseconds and joules of inference, from image to result, before and after reparameterization, in turns."""
     case, cfg = _case(task)
-    built = build_for_inference(cfg, case.checkpoint, device=case.device, classes=False, packed=False)
+    built = build_for_inference(cfg, case.checkpoint, device=case.device, classes=False, packed=False, exported=True)
     net: Any = built.model
     if not case.checkpoint:
         randomize_constants(net, task.seed)
@@ -293,7 +293,7 @@ def _case(task: Task) -> tuple[BenchmarkCase, Config]:
         options=task.row.options,
         checkpoint=find_weights(task),
         shape=(height, width),
-        device=select_device(task.device),
+        device='cpu' if is_artefact(task.checkpoint or '') else select_device(task.device),
         threads=torch.get_num_threads(),
     )
     return case, load_case_config(case)[0]
@@ -309,8 +309,6 @@ def erf(task: Task) -> MeasurementResult:
     from replk_mm.analysis.erf_report import draw_heat_maps  # imports matplotlib
 
     cfg, out = load_task_config(task), task.folder / 'erf'
-    if is_artefact(find_weights(task) or ''):
-        raise UserError('erf needs gradients, which exported networks do not have\nRemove erf from measure.')
     of = dataset_layout(next(datasets_of(cfg, ('test',))), cfg.get('default_scope', 'mmengine'))
     size = task.row.erf.size or max(default_shape(task.config, task.row.options))
     found = measure_erf(
