@@ -24,7 +24,7 @@ PRECISIONS = ('fp32', 'fp16', 'bf16', 'int8')
 #: The file of the network in each format. Its weights may be in other files beside it.
 NETWORK_FILES = {'onnx': 'network.onnx', 'openvino': 'network.xml', 'torch': 'network.pt2'}
 #: Packages that each format needs, to export and to run.
-PACKAGES = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'openvino': ('onnx', 'onnxscript', 'openvino'), 'torch': ()}
+PACKAGES = {'onnx': ('onnxruntime', 'onnx', 'onnxscript'), 'openvino': ('openvino', 'onnx', 'onnxscript'), 'torch': ()}
 #: Environment variable that allows to load format ``torch``.
 TRUST = 'REPLK_MM_TRUST_EXPORTS'
 RUNTIMES = {'onnx': 'onnxruntime', 'openvino': 'openvino', 'torch': 'torch'}

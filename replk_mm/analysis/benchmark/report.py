@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from replk_mm.analysis.benchmark.case import PLAIN
 from replk_mm.analysis.benchmark.operator_benchmark import format_kernel
 from replk_mm.engine.record import environment_info, replace_non_finite
 from replk_mm.environment import describe_machine, git_state
@@ -191,7 +192,7 @@ def _operator_tables(record: dict) -> list[str]:
 
 def _difference(row: dict) -> str:
     if row['equal'] is None:
-        return 'reference'
+        return 'reference' if row['name'] == PLAIN else '-'  # of an exported detector, nothing is compared
     found = '-' if row['difference'] is None else f'{row["difference"]:.1e}'
     return found if row['equal'] else f'{found} DIFFERENT'
 
