@@ -4,28 +4,13 @@
 #            python tools/train.py configs/fcos_replk-nano_demo.py
 # Recipe:    1 CPU x 4 images (global batch 4), 1,500 iterations, from scratch
 # Published: none. Measured: box AP 17.4 (seed 0)
-_base_ = ['./_base_/datasets/coco_nano.py', './_base_/schedules/nano_coco.py']
-crop_size = (160, 160)
-classes = ('disc', 'square', 'star', 'triangle_h', 'triangle_v')
-data_root = 'demo/detection/data'
+_base_ = './cascade-mask-rcnn_replk-nano_demo.py'  # data and optimizer
 norm_cfg = dict(type='BN', requires_grad=True)
 width = 64
-resize = dict(type='Resize', scale=crop_size, keep_ratio=False)
-train_pipeline = [_base_.load[0], dict(type='LoadAnnotations', with_bbox=True)]
-train_pipeline += [resize, dict(type='RandomFlip', prob=0.5), dict(type='PackDetInputs')]
-test_pipeline = [_base_.load[0], resize, dict(type='LoadAnnotations', with_bbox=True), _base_.test_pipeline[3]]
-dataset = dict(
-    data_root=data_root,
-    metainfo=dict(
-        classes=classes, palette=[(230, 80, 60), (245, 190, 50), (170, 75, 190), (30, 170, 150), (250, 130, 190)]
-    ),
-)
-train_dataloader = dict(dataset=dict(**dataset, pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(**dataset, pipeline=test_pipeline))
-test_dataloader = val_dataloader
-val_evaluator = dict(metric='bbox', ann_file=f'{data_root}/annotations/instances_val2017.json')
+val_evaluator = dict(metric='bbox')
 test_evaluator = val_evaluator
 model = dict(
+    _delete_=True,
     type='FCOS',
     data_preprocessor=dict(
         type='DetDataPreprocessor',
@@ -38,7 +23,7 @@ model = dict(
     neck=dict(type='FPN', in_channels=[32, 64, 128, 256], out_channels=width, num_outs=4, norm_cfg=norm_cfg),
     bbox_head=dict(
         type='FCOSHead',
-        num_classes=len(classes),
+        num_classes=len(_base_.classes),
         in_channels=width,
         feat_channels=width,
         stacked_convs=2,

@@ -27,6 +27,7 @@ from replk_mm.bench.schema import Suite, read_suite
 from replk_mm.bench.suites import plan
 from replk_mm.bench.suites.runner import Settings, SuiteRunner
 from replk_mm.bench.suites.task import Task, results_file
+from replk_mm.deploy.artefact import read_manifest
 from replk_mm.engine.process import prepare_work_dir, select_device
 from replk_mm.engine.record import environment_info
 from replk_mm.errors import UserError, command, command_line, printable
@@ -224,8 +225,10 @@ def train_command(name: str, args: argparse.Namespace, data: choose.Data) -> str
 def main() -> int:
     args = parse_args()
     args.kind, args.other_costs = select_device(args.device), read_costs(args.costs)
-    if args.artefacts and not args.resume:
+    if args.artefacts and not (args.resume and args.suite.exists()):
         raise UserError('--artefacts: compares networks exported from an earlier run\nAdd --resume and its --work-dir.')
+    for folder in args.artefacts:
+        read_manifest(folder)  # before the work begins
     if args.suite.exists() and not args.resume:
         raise UserError(f'{args.suite}: exists already\nContinue with --resume, or choose another --work-dir DIR.')
     out = prepare_work_dir(args.work_dir / 'report', option='--work-dir')

@@ -82,5 +82,4 @@ def main() -> None:
         for name, checkpoint in (('torch', args.checkpoint), ('int8', args.out)):
             result = evaluate(copy.deepcopy(whole), checkpoint, cli.run_options(args))
             print(f'{name}: {format_metrics(result.metrics, result.absent)}, {result.images} images')
-    args.device = None
     print(f'next: {cli.follow_up("test", args, args.out)}')

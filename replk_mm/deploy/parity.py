@@ -94,7 +94,9 @@ def compare_objects(
 
 def _match(before: Any, after: Any, tolerance: Tolerance) -> dict[int, int]:
     """Indices of the counterparts of objects, those of high scores first."""
-    overlap, free = box_iou(before.bboxes, after.bboxes), torch.ones(len(after.scores), dtype=torch.bool)
+    from mmdet.structures.bbox import bbox_overlaps
+
+    overlap, free = bbox_overlaps(before.bboxes, after.bboxes), torch.ones(len(after.scores), dtype=torch.bool)
     found = {}
     for i in before.scores.argsort(descending=True).tolist():
         same = free & (after.labels == before.labels[i]) & (overlap[i] >= tolerance.iou)
@@ -114,11 +116,3 @@ def _relative(images: str, output: str, difference: float, tolerance: float, cou
 def _share(images: str, output: str, differing: float, count: int, tolerance: float) -> Comparison:
     share = differing / count if count else 0.0
     return Comparison(images=images, output=output, difference=share, tolerance=tolerance, unit='share', count=count)
-
-
-def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Overlap of boxes ``(M, 4)`` and ``(N, 4)``: ``(M, N)``."""
-    corner = torch.maximum(a[:, None, :2], b[None, :, :2])
-    inner = (torch.minimum(a[:, None, 2:], b[None, :, 2:]) - corner).clamp(min=0).prod(2)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).clamp(min=0).prod(1) for x in (a, b))
-    return inner / (area_a[:, None] + area_b[None] - inner).clamp(min=1e-9)

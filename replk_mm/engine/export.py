@@ -46,7 +46,7 @@ from replk_mm.engine.artefact_model import (
 from replk_mm.engine.config import build_model
 from replk_mm.engine.inference import build_for_inference
 from replk_mm.engine.prepare import prepare_data
-from replk_mm.engine.process import RunOptions
+from replk_mm.engine.process import RunOptions, prepare_work_dir
 from replk_mm.engine.record import environment_info
 from replk_mm.errors import UserError
 from replk_mm.files import GENERATOR, check_outputs, sha256, write_output
@@ -105,6 +105,7 @@ def export_checkpoint(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f'{out}: is a file; the export writes a folder\nChoose another path.')
+    prepare_work_dir(out.absolute().parent, option='--out')
     former = sorted(read_manifest(out).files) if is_artefact(out) else []
     written = {NETWORK_FILES[options.format], *former, MANIFEST}
     check_outputs((out / name for name in sorted(written)), inputs=local_files(checkpoint), overwrite=overwrite)
@@ -128,9 +129,9 @@ def export_checkpoint(
     announce(f'tracing {len(example[0])} x {shape[0]} x {shape[1]} pixels{" for any size" if dynamic else ""}')
     program = trace(module, example, dynamic)
     calibration = data.inputs('train', options.calibration) if options.precision == 'int8' else []
-    if options.precision == 'int8':
+    if calibration:
         announce(f'calibrating with {len(calibration)} training images')
-    out.parent.mkdir(parents=True, exist_ok=True)
+        calibration = [tuple(x.repeat(options.batch, *[1] * (x.dim() - 1)) for x in inputs) for inputs in calibration]
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.export-') as scratch:
         folder = Path(scratch)
         announce(f'writing {options.format}, {options.precision}')
@@ -264,15 +265,11 @@ class _Data:
         return None if scale.get('keep_ratio', False) or not isinstance(size, (tuple, list)) else (size[1], size[0])
 
     def inputs(self, split: str, count: int) -> list[tuple[Tensor, ...]]:
-        """Inputs of the network for evenly spaced images of a split."""
-        return [inputs for inputs, _ in self.samples(split, count)]
-
-    def samples(self, split: str, count: int) -> list[tuple[tuple[Tensor, ...], Any]]:
-        """Inputs as in :meth:`inputs`, with the data sample of each image."""
+        """Inputs of the network for evenly spaced images of a split, one image each."""
         dataset = self.splits.get(split)
         if dataset is None or not count:
             return []
-        count, found = min(count, len(dataset)), list[tuple[tuple[Tensor, ...], Any]]()
+        count, found = min(count, len(dataset)), list[tuple[Tensor, ...]]()
         for i in range(count):
             batch = self.model.data_preprocessor(pseudo_collate([dataset[i * len(dataset) // count]]), False)
             image, sample = torch.as_tensor(batch['inputs']), batch['data_samples'][0]
@@ -287,7 +284,7 @@ class _Data:
             image = image if self.dynamic else fit_image(image, self.shape)
             size = torch.tensor([sample.metainfo['img_shape'][:2]], dtype=torch.float32)
             size = size * torch.tensor(image.shape[2:]) / torch.tensor(before)
-            found.append(((image, size)[: 1 + (task_of_model(self.model) == 'detection')], sample))
+            found.append((image, size)[: 1 + (task_of_model(self.model) == 'detection')])
         return found
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 
-from replk_mm.deploy.parity import TOLERANCES, Tolerance, box_iou, compare_classes, compare_labels, compare_objects
+from replk_mm.deploy.parity import TOLERANCES, Tolerance, compare_classes, compare_labels, compare_objects
 
 TOLERANCE = Tolerance(1e-4, 0.1, 0.1, 0.9, 0.01)
 
@@ -107,8 +107,3 @@ def test_masks_are_compared_where_either_is() -> None:
     pair = (objects((A, 0.9, 0), masks=one), objects((A, 0.9, 0), masks=other))
     masks = compare_objects('', [pair], TOLERANCE)[1]
     assert masks.difference == pytest.approx(8 / 32) and not masks.ok and masks.count == 32
-
-
-def test_overlap_of_boxes() -> None:
-    found = box_iou(torch.tensor([A, B]).float(), torch.tensor([[0, 5, 10, 15], [50, 50, 60, 60]]).float())
-    assert found.tolist() == [[pytest.approx(50 / 150), 0.0], [0.0, 0.0]]
