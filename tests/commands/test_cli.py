@@ -1,5 +1,6 @@
 """Arguments that several commands share."""
 
+import argparse
 import ast
 import importlib
 import re
@@ -28,6 +29,13 @@ def test_values():
         'e': (0.5, 1),
         'f': 'x=y',
     }
+
+
+def test_share_is_a_number_from_0_to_1():
+    assert [cli.share(text) for text in ('0', '0.3', '1')] == [0, 0.3, 1]
+    for text in ('2', '-0.1', 'nan'):
+        with pytest.raises(argparse.ArgumentTypeError, match='not in 0..1'):
+            cli.share(text)
 
 
 def test_dict_in_braces():

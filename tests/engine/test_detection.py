@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import shutil
-from argparse import ArgumentTypeError
 from collections import Counter
 
 import cv2
@@ -22,7 +21,6 @@ from pycocotools.cocoeval import COCOeval
 from tiny import run_tool
 from tiny_detector import CLASSES, detector, trained_detector, write_coco  # noqa: F401
 
-from replk_mm.commands import predict as predict_command
 from replk_mm.data.datasets import crop_of
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.inference import reparameterize_checkpoint
@@ -345,5 +343,3 @@ def test_predict_draws_and_describes_objects(detector, trained_detector, tmp_pat
     assert json.loads((tmp_path / '000_objects.json').read_text()) == []
     assert cv2.imread(str(tmp_path / '000_overlay.png')).shape == (96, 96, 3)
     assert isinstance(json.loads((tmp_path / '000_objects.json').read_text()), list)
-    with pytest.raises(ArgumentTypeError, match='not in 0..1'):
-        predict_command.score('2')
