@@ -182,11 +182,11 @@ class _Adapter(nn.Module):
                 f'{self.name}: position embeddings are for {size[0]}x{size[1]} images, not for {height}x{width}\n'
                 f'Set img_size={(height, width)} of the backbone, or test in windows of this size (test_cfg.mode).'
             )
-        rows, columns = (-n % m for n, m in zip((height, width), self.probe.multiple or size, strict=True))
+        rows, columns = ((m - n % m) % m for n, m in zip((height, width), self.probe.multiple or size, strict=True))
         maps = _feature_maps(self.net, F.pad(x, (0, columns, 0, rows)) if rows or columns else x)
         strides = [info['reduction'] for info in self.feature_info]
         return tuple(
-            neck(maps[i])[..., : -(-height // s), : -(-width // s)].contiguous()
+            neck(maps[i])[..., : (height + s - 1) // s, : (width + s - 1) // s].contiguous()
             for neck, i, s in zip(self.neck, self.maps, strides, strict=True)
         )
 

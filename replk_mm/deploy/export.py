@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from replk_mm.deploy.artefact import FORMATS, NETWORK_FILES, PACKAGES, openvino_has_bfloat16, require_packages
-from replk_mm.deploy.exportable import ExportableModel
+from replk_mm.deploy.exportable import AdaptivePoolingByMatrices, ExportableModel
 from replk_mm.deploy.operators import OPSET, onnx_translations
 from replk_mm.errors import UserError, first_line
 
@@ -62,7 +62,7 @@ def trace(module: ExportableModel, example: Sequence[Tensor], dynamic: bool) -> 
         if dynamic:
             changes = torch.export.Dim.DYNAMIC  # torch 2.6 and newer
             shapes = tuple({0: changes, 2: changes, 3: changes} if x.dim() == 4 else {0: changes} for x in example)
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), AdaptivePoolingByMatrices():
             return torch.export.export(module, tuple(example), dynamic_shapes=shapes, strict=False)
     except UserError:
         raise

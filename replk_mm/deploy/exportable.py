@@ -12,8 +12,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from replk_mm.deploy.operators import nms_mask, roi_align_levels
+from replk_mm.deploy.operators import conv2d_same, nms_mask, roi_align_levels
 from replk_mm.errors import UserError
 
 
@@ -21,15 +22,15 @@ def exportable(model: Any, labels: bool = False) -> 'ExportableModel':
     """The network of a model as a module that torch.export can trace.
 
     Args:
-        model: A segmentor, detector or classifier in evaluation mode. The result shares its layers; the adaptive
-            pooling of the heads is replaced in place.
+        model: A segmentor, detector or classifier in evaluation mode. The result shares its layers; timm's
+            convolutions with the padding ``SAME`` are replaced in place.
         labels: Segmentors also return the label map at the size of the input.
 
     Raises:
         UserError: If this kind of model cannot be exported.
     """
     model.eval()
-    _replace_adaptive_pooling(model)
+    _replace_same_padding(model)
     if hasattr(model, 'decode_head'):
         return ExportableSegmentor(model, labels)
     if hasattr(model, 'roi_head'):
@@ -329,40 +330,57 @@ def _pool(extractor: Any, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
 _PREDICTION = ('predict_by_feat', '_predict_by_feat_single')
 
 
-class PooledByMatrices(nn.Module):
-    """``nn.AdaptiveAvgPool2d`` as products with two matrices.
+class AdaptivePoolingByMatrices(TorchFunctionMode):
+    """Replaces adaptive average pooling by products with two matrices.
 
     Exporters turn adaptive pooling into pooling with windows of the size at which they trace, which is another
     operation at any other size.
-
-    Args:
-        size: Height and width of the result.
     """
 
-    def __init__(self, size: tuple[int, int]) -> None:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.adaptive_avg_pool2d:
+            return pool_by_matrices(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def pool_by_matrices(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
+    """:func:`torch.nn.functional.adaptive_avg_pool2d` of ``(N, C, H, W)``."""
+    sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    if tuple(sizes) == (1, 1):
+        return input.mean((2, 3), keepdim=True)
+    rows, columns = (
+        _averages(length if count is None else count, length).to(input)
+        for count, length in zip(sizes, input.shape[2:], strict=True)
+    )
+    return rows @ input @ columns.t()
+
+
+def _averages(count: int, length: int) -> Tensor:
+    """The mean of the samples of each of ``count`` windows, ``(count, length)``."""
+    window, sample = torch.arange(count)[:, None], torch.arange(length)
+    first, last = window * length // count, ((window + 1) * length + count - 1) // count
+    inside = ((sample >= first) & (sample < last)).float()
+    return inside / inside.sum(1, keepdim=True)
+
+
+class SameConv2d(nn.Module):
+    """A ``Conv2dSame`` of timm as one operator.
+
+    Args:
+        conv: The convolution.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
-        self.size = size
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, C, *size)``."""
-        if self.size == (1, 1):
-            return x.mean((2, 3), keepdim=True)
-        rows, columns = (self._averages(count, length) for count, length in zip(self.size, x.shape[2:], strict=True))
-        return rows.to(x) @ x @ columns.to(x).t()
-
-    @staticmethod
-    def _averages(count: int, length: int) -> Tensor:
-        """The mean of the samples of each of ``count`` windows, ``(count, length)``."""
-        window, sample = torch.arange(count)[:, None], torch.arange(length)
-        first, last = window * length // count, ((window + 1) * length + count - 1) // count
-        inside = ((sample >= first) & (sample < last)).float()
-        return inside / inside.sum(1, keepdim=True)
+        """``(N, C, H, W)`` to ``(N, K, ceil(H / stride), ceil(W / stride))``."""
+        return conv2d_same(x, self.weight, self.bias, self.stride, self.dilation, self.groups)
 
 
-def _replace_adaptive_pooling(model: nn.Module) -> None:
+def _replace_same_padding(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
-        if type(module) is nn.AdaptiveAvgPool2d:
-            size = module.output_size
-            height, width = size if isinstance(size, (tuple, list)) else (size, size)
-            if height and width:
-                model.set_submodule(name, PooledByMatrices((height, width)))
+        if isinstance(module, nn.Conv2d) and type(module).__name__ == 'Conv2dSame':
+            model.set_submodule(name, SameConv2d(module))

@@ -1,13 +1,14 @@
-"""Operators of detectors with shapes that do not depend on values, and their form in ONNX.
+"""Operators whose outputs have simple shapes, and their form in ONNX: two of detectors, and a convolution.
 
 torch.export traces each of them as one operator. Importing this module registers them as ``torch.ops.replk_mm``; a
-program that runs a network of format ``torch`` with detectors needs this import.
+program that runs a network of format ``torch`` with one of them needs this import.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -75,6 +76,41 @@ def _(
     return features[0].new_empty(rois.shape[0], features[0].shape[1], size, size)
 
 
+@torch.library.custom_op('replk_mm::conv2d_same', mutates_args=())
+def conv2d_same(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    """Convolution with the padding ``SAME`` of TensorFlow, which depends on the size of the input.
+
+    With the padding written out, the size of each layer is a formula of that before, and torch.export takes longer
+    than anybody waits for the formulas of a whole network.
+
+    Args:
+        x: ``(N, C, H, W)``.
+        weight: ``(K, C / groups, kernel height, kernel width)``.
+        bias: ``(K,)``, or None.
+        stride: Of rows and columns.
+        dilation: Of rows and columns.
+        groups: As of :func:`torch.nn.functional.conv2d`.
+
+    Returns:
+        ``(N, K, ceil(H / stride), ceil(W / stride))``.
+    """
+    padding = list[int]()
+    for side, kernel, step, spread in zip(x.shape[2:], weight.shape[2:], stride, dilation, strict=True):
+        total = max((-(-side // step) - 1) * step + (kernel - 1) * spread + 1 - side, 0)
+        padding = [total // 2, total - total // 2, *padding]  # columns first
+    return F.conv2d(F.pad(x, padding), weight, bias, list(stride), 0, list(dilation), groups)
+
+
+@conv2d_same.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> Tensor:
+    sides = [(side + step - 1) // step for side, step in zip(x.shape[2:], stride, strict=True)]
+    return x.new_empty(x.shape[0], weight.shape[0], *sides)
+
+
 #: Opset of the ONNX operators: RoiAlign has ``coordinate_transformation_mode`` from 16 on.
 OPSET = 18
 
@@ -123,4 +159,12 @@ def onnx_translations() -> dict[Callable, Callable]:
             pooled = op.ScatterND(pooled, op.Transpose(where, perm=[1, 0]), of_level)
         return pooled
 
-    return {torch.ops.replk_mm.nms_mask.default: nms, torch.ops.replk_mm.roi_align_levels.default: roi_align}
+    def same(x: Any, weight: Any, bias: Any, stride: Sequence[int], dilation: Sequence[int], groups: int) -> Any:
+        return op.Conv(x, weight, bias, strides=stride, dilations=dilation, group=groups, auto_pad='SAME_UPPER')
+
+    operators = torch.ops.replk_mm
+    return {
+        operators.nms_mask.default: nms,
+        operators.roi_align_levels.default: roi_align,
+        operators.conv2d_same.default: same,
+    }

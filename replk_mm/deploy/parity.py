@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from replk_mm.deploy.artefact import Comparison
+from replk_mm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,17 @@ def compare_classes(
         pairs: Logits of torch and of the exported network.
         tolerance: Largest differences.
         threshold: Probability from which a pixel belongs to the class of a single channel. Defaults to 0.5.
+
+    Raises:
+        UserError: If the exported network returns another size than torch.
     """
     largest, differing, values, total = 0.0, 0, 0, 0
     for reference, logits in pairs:
+        if reference.shape != logits.shape:
+            raise UserError(
+                f'{images}: the exported network returns logits of shape {tuple(logits.shape)}, torch '
+                f'{tuple(reference.shape)}; nothing was written\nExport for one size: --shape H W.'
+            )
         gap = (reference.double() - logits.double()).abs().max() / reference.double().abs().max().clamp(min=1e-30)
         largest = float(np.maximum(largest, gap.item()))  # NaN, if one of them is
         before, after = (x[:, 0].sigmoid() > threshold if x.shape[1] == 1 else x.argmax(1) for x in (reference, logits))

@@ -34,7 +34,7 @@ from replk_mm.deploy.export import check_format, smallest_size, trace, write_net
 from replk_mm.deploy.exportable import exportable
 from replk_mm.deploy.operators import OPSET
 from replk_mm.deploy.parity import TOLERANCES, compare_classes, compare_labels, compare_objects
-from replk_mm.deploy.reparameterize import reparameterize
+from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.artefact_model import (
     DetectorPrediction,
     count_classes,
@@ -102,46 +102,29 @@ def export_checkpoint(
             beyond the tolerance, or ``out`` cannot be written.
     """
     check_format(options.format, options.precision)
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f'{out}: is a file; the export writes a folder\nChoose another path.')
-    prepare_work_dir(out.absolute().parent, option='--out')
-    former = sorted(read_manifest(out).files) if is_artefact(out) else []
-    written = {NETWORK_FILES[options.format], *former, MANIFEST}
-    check_outputs((out / name for name in sorted(written)), inputs=local_files(checkpoint), overwrite=overwrite)
     if options.precision == 'int8' and not options.images:
         raise UserError('--images 0: int8 is compared on test images only\nUse --images 4.')
+    out = Path(out)
+    former = _prepare_out(out, checkpoint, options, overwrite)
     built = build_for_inference(cfg, checkpoint, packed=False)
     if options.labels and task_of_model(built.model) != 'segmentation':
         raise UserError(f'--labels: {type(built.model).__name__} is no segmentor\nOmit --labels.')
-    model, changes = reparameterize(built.model)
-    differences = compare_networks(built.model, model, (1, input_channels(model), 64, 64))
-    if not all(d.ok for d in differences):
-        raise UserError(
-            f'{checkpoint}: the outputs of the merged network differ; nothing was written\n'
-            + '\n'.join(map(str, differences))
-        )
-    announce(f'{changes}; {"; ".join(map(str, differences))}')
+    model, changes = _merge(built.model, checkpoint)
     data = _Data(cfg, model, options)
     module = exportable(copy.deepcopy(model), options.labels)
-    dynamic, shape = data.dynamic, data.shape
-    example = _random_inputs(model, 2 if dynamic else options.batch, shape, module.inputs, seed=0)
-    announce(f'tracing {len(example[0])} x {shape[0]} x {shape[1]} pixels{" for any size" if dynamic else ""}')
-    program = trace(module, example, dynamic)
+    example = _random_inputs(model, 2 if data.dynamic else options.batch, data.shape, module.inputs, seed=0)
+    announce(
+        f'tracing {len(example[0])} x {data.shape[0]} x {data.shape[1]} pixels{" for any size" if data.dynamic else ""}'
+    )
+    program = trace(module, example, data.dynamic)
     calibration = data.inputs('train', options.calibration) if options.precision == 'int8' else []
     if calibration:
         announce(f'calibrating with {len(calibration)} training images')
         calibration = [tuple(x.repeat(options.batch, *[1] * (x.dim() - 1)) for x in inputs) for inputs in calibration]
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix='.export-') as scratch:
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix='.export-') as scratch:
         folder = Path(scratch)
         announce(f'writing {options.format}, {options.precision}')
         network = write_network(program, module, folder, options.format, options.precision, calibration)
-        spec = [
-            TensorInfo(name=name, dtype='float32', shape=_shape(x, dynamic), meaning=_MEANING[name])
-            for name, x in zip(module.inputs, example, strict=True)
-        ]
-        with torch.no_grad():
-            results = module(*example)
         manifest = Manifest(
             generator=GENERATOR['generator'],
             format=options.format,
@@ -151,16 +134,7 @@ def export_checkpoint(
             opset=OPSET if options.format == 'onnx' else None,
             task=task_of_model(model),
             model=type(model).__name__,
-            inputs=spec,
-            outputs=[
-                TensorInfo(
-                    name=name,
-                    dtype=str(x.dtype).removeprefix('torch.'),
-                    shape=_output_shape(name, x, dynamic),
-                    meaning=_MEANING[name],
-                )
-                for name, x in zip(module.outputs, results, strict=True)
-            ],
+            **_tensors(module, example, data.dynamic),
             smallest_size=smallest_size(program),
             normalization=normalization_of(model),
             **_classes(cfg, model, built.meta),
@@ -192,6 +166,30 @@ def export_checkpoint(
         for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):  # the manifest last
             shutil.move(path, out / path.name)
     return manifest
+
+
+def _prepare_out(out: Path, checkpoint: str, options: ExportOptions, overwrite: bool) -> list[str]:
+    """Check that the folder can be written, and return the files of the export that is there."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f'{out}: is a file; the export writes a folder\nChoose another path.')
+    prepare_work_dir(out.absolute().parent, option='OUT')
+    former = sorted(read_manifest(out).files) if is_artefact(out) else []
+    written = {NETWORK_FILES[options.format], *former, MANIFEST}
+    check_outputs((out / name for name in sorted(written)), inputs=local_files(checkpoint), overwrite=overwrite)
+    return former
+
+
+def _merge(model: Any, checkpoint: str) -> tuple[Any, Changes]:
+    """The reparameterized model, whose outputs must be those of the model."""
+    merged, changes = reparameterize(model)
+    differences = compare_networks(model, merged, (1, input_channels(merged), 64, 64))
+    if not all(d.ok for d in differences):
+        raise UserError(
+            f'{checkpoint}: the outputs of the merged network differ; nothing was written\n'
+            + '\n'.join(map(str, differences))
+        )
+    announce(f'{changes}; {"; ".join(map(str, differences))}')
+    return merged, changes
 
 
 class _Data:
@@ -354,6 +352,21 @@ def _objects(model: Any, artefact: Artefact, inputs: tuple[Tensor, ...]) -> list
             found = predict(image, samples, rescale=True)
         predicted.append([sample.pred_instances for sample in found])
     return list(zip(*predicted, strict=True))
+
+
+def _tensors(module: Any, example: tuple[Tensor, ...], dynamic: bool) -> dict[str, list[TensorInfo]]:
+    """The inputs and outputs of the network, for the manifest."""
+    with torch.no_grad():
+        results = module(*example)
+    inputs = [(name, x, _shape(x, dynamic)) for name, x in zip(module.inputs, example, strict=True)]
+    outputs = [(name, x, _output_shape(name, x, dynamic)) for name, x in zip(module.outputs, results, strict=True)]
+    return {
+        key: [
+            TensorInfo(name=name, dtype=str(x.dtype).removeprefix('torch.'), shape=shape, meaning=_MEANING[name])
+            for name, x, shape in tensors
+        ]
+        for key, tensors in (('inputs', inputs), ('outputs', outputs))
+    }
 
 
 def _shape(x: Tensor, dynamic: bool) -> list[int | str]:

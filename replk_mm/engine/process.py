@@ -155,26 +155,24 @@ def prepare_work_dir(path: str | Path, needed: int = 0, option: str = '--work-di
     Args:
         path: The folder.
         needed: Required free bytes.
-        option: Command-line option of the folder, for messages.
+        option: The folder's name on the command line, for messages.
 
     Raises:
         UserError: If the folder cannot be used.
     """
     folder = Path(path)
-    what = f'{option[2:].replace("-", " ")} {folder}'
+    what = f'{option} {folder}'
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b'0')
     except OSError as error:
-        raise UserError(
-            f'{what}: cannot be written to ({error.strerror})\nChoose another folder with {option} DIR.'
-        ) from error
+        raise UserError(f'{what}: cannot be written to ({error.strerror})\nChoose another folder.') from error
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f'{what}: {free / 2**30:.2f} GiB free; a checkpoint takes {needed / 2**30:.2f} GiB\n'
-            f'Free disk space, or choose another folder with {option} DIR.'
+            'Free disk space, or choose another folder.'
         )
     return folder
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from mmengine.config import ConfigDict
 from norms import randomize_norms
 
-from replk_mm.deploy.exportable import PooledByMatrices, exportable
+from replk_mm.deploy.exportable import exportable, pool_by_matrices
 from replk_mm.engine.artefact_model import DetectorPrediction
 from replk_mm.errors import UserError
 
@@ -16,7 +16,9 @@ pytest.importorskip('mmseg')
 from mmdet.structures import DetDataSample  # noqa: E402
 from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 
-from replk_mm.deploy.operators import nms_mask, roi_align_levels  # noqa: E402
+from replk_mm.deploy.export import trace  # noqa: E402
+from replk_mm.deploy.exportable import ExportableModel  # noqa: E402
+from replk_mm.deploy.operators import conv2d_same, nms_mask, roi_align_levels  # noqa: E402
 
 NMS = dict(type='nms', iou_threshold=0.5)
 BACKBONE = dict(
@@ -178,7 +180,81 @@ def test_regions_are_pooled_from_their_level() -> None:
 @pytest.mark.parametrize('shape', [(7, 12), (6, 6), (3, 2), (17, 31)])
 def test_pooling_by_matrices_is_adaptive_pooling(size, shape) -> None:
     x = torch.randn(2, 3, *shape, dtype=torch.float64)
-    torch.testing.assert_close(PooledByMatrices(size)(x), F.adaptive_avg_pool2d(x, size), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(pool_by_matrices(x, size), F.adaptive_avg_pool2d(x, size), rtol=1e-6, atol=1e-6)
+
+
+class PooledTo(ExportableModel):
+    """Pools an image to the size of a strided map, as heads do."""
+
+    outputs = ('pooled',)
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor]:
+        size = self.model(image).shape[2:]
+        return (F.adaptive_avg_pool2d(image, size) + F.adaptive_avg_pool2d(image, 1),)
+
+
+def test_a_trace_pools_images_of_any_size_as_torch() -> None:
+    net = PooledTo(torch.nn.Conv2d(3, 1, 3, stride=3, padding=1)).eval()
+    program = trace(net, (torch.randn(2, 3, 32, 32),), dynamic=True)
+    for shape in ((3, 3, 32, 32), (1, 3, 37, 50), (4, 3, 64, 41)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program.module()(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'side, kernel, stride, dilation, padding',  # as TensorFlow documents: the odd pixel is added at the end
+    [
+        (5, 3, 1, 1, (1, 1)),
+        (5, 3, 2, 1, (1, 1)),
+        (6, 3, 2, 1, (0, 1)),
+        (8, 5, 2, 1, (1, 2)),
+        (7, 5, 2, 1, (2, 2)),
+        (9, 2, 1, 1, (0, 1)),
+        (7, 1, 2, 1, (0, 0)),
+        (9, 3, 2, 2, (2, 2)),
+        (10, 3, 2, 2, (1, 2)),
+    ],
+)
+def test_same_padding(side, kernel, stride, dilation, padding) -> None:
+    x, weight, bias = (
+        torch.randn(2, 4, side, 9).double(),
+        torch.randn(6, 2, kernel, 1).double(),
+        torch.randn(6).double(),
+    )
+    found = conv2d_same(x, weight, bias, [stride, 1], [dilation, 1], 2)
+    padded = F.pad(x, (0, 0, *padding))
+    expected = F.conv2d(padded, weight, bias, (stride, 1), 0, (dilation, 1), 2)
+    assert found.shape == (2, 6, -(-side // stride), 9)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    columns = conv2d_same(x.mT, weight.mT, bias, [1, stride], [1, dilation], 2)
+    torch.testing.assert_close(columns.mT, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.extras('timm')
+def test_convolutions_of_timm_with_same_padding_are_traced_for_any_size() -> None:
+    from timm.layers import Conv2dSame
+
+    class Net(ExportableModel):
+        outputs = ('features',)
+
+        def extract_feat(self, image: torch.Tensor) -> torch.Tensor:
+            return self.model.head(image)
+
+        def forward(self, image: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.extract_feat(image),)
+
+    layers = [
+        Conv2dSame(3 if i == 0 else 8, 8, 3, stride=2, groups=1 if i < 2 else 8, bias=i % 2 == 0) for i in range(5)
+    ]
+    net = torch.nn.Module()
+    net.head = torch.nn.Sequential(*layers)
+    images = [torch.randn(shape) for shape in ((3, 3, 64, 64), (1, 3, 67, 70), (2, 3, 99, 65))]
+    expected = [net.head(x) for x in images]
+    exportable(net)  # replaces them in place
+    assert not any(isinstance(module, Conv2dSame) for module in net.modules())
+    program = trace(Net(net), (torch.randn(2, 3, 64, 64),), dynamic=True)
+    for x, features in zip(images, expected, strict=True):
+        torch.testing.assert_close(program.module()(x)[0], features, rtol=1e-5, atol=1e-6)
 
 
 def segmentor(**changes: object) -> dict:

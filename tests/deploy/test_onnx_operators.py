@@ -1,18 +1,24 @@
-"""The operators of detectors in ONNX against torch."""
+"""Our operators in ONNX against torch."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from replk_mm.deploy.operators import OPSET, nms_mask, onnx_translations, roi_align_levels
+from replk_mm.deploy.operators import OPSET, conv2d_same, nms_mask, onnx_translations, roi_align_levels
 
 pytestmark = pytest.mark.extras('onnx', 'onnxscript', 'onnxruntime')
 
 
-def run_onnx(module: torch.nn.Module, inputs: tuple[Tensor, ...], folder) -> Tensor:
+def run_onnx(module: torch.nn.Module, inputs: tuple[Tensor, ...], folder, traced: Tensor | None = None) -> Tensor:
+    """Run the ONNX form, traced for any size if ``traced`` is the image to trace."""
     import onnxruntime
 
-    program = torch.export.export(module, inputs)
+    changes = torch.export.Dim.DYNAMIC
+    program = (
+        torch.export.export(module, inputs)
+        if traced is None
+        else torch.export.export(module, (traced,), dynamic_shapes=({0: changes, 2: changes, 3: changes},))
+    )
     path, names = folder / 'operator.onnx', [f'x{i}' for i in range(len(inputs))]
     table = onnx_translations()
     found = torch.onnx.export(
@@ -55,3 +61,21 @@ def test_regions(sampling_ratio, levels, tmp_path) -> None:
     inputs = (torch.randn(2, 4, 16, 16), torch.randn(2, 4, 8, 8), rois, torch.tensor(levels))
     found = run_onnx(Pool(sampling_ratio), inputs, tmp_path)
     torch.testing.assert_close(found, Pool(sampling_ratio)(*inputs), rtol=1e-4, atol=1e-5)
+
+
+class Same(torch.nn.Module):
+    def __init__(self, kernel: int, stride: int, groups: int, bias: bool) -> None:
+        super().__init__()
+        self.weight, self.stride, self.groups = torch.randn(4, 4 // groups, kernel, kernel), [stride, stride], groups
+        self.bias = torch.randn(4) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d_same(x, self.weight, self.bias, self.stride, [1, 1], self.groups)
+
+
+@pytest.mark.parametrize('size', [(16, 16), (17, 22), (19, 13)])
+@pytest.mark.parametrize('kernel, stride, groups, bias', [(3, 2, 1, True), (5, 2, 4, False), (2, 3, 2, True)])
+def test_same_padding(kernel, stride, groups, bias, size, tmp_path) -> None:
+    module, x = Same(kernel, stride, groups, bias), torch.randn(3, 4, *size)
+    found = run_onnx(module, (x,), tmp_path, torch.randn(2, 4, 16, 16))
+    torch.testing.assert_close(found, module(x), rtol=1e-5, atol=1e-5)

@@ -5,6 +5,7 @@ import torch
 from mmengine.structures import InstanceData
 
 from replk_mm.deploy.parity import TOLERANCES, Tolerance, compare_classes, compare_labels, compare_objects
+from replk_mm.errors import UserError
 
 TOLERANCE = Tolerance(1e-4, 0.1, 0.1, 0.9, 0.01)
 
@@ -107,3 +108,8 @@ def test_masks_are_compared_where_either_is() -> None:
     pair = (objects((A, 0.9, 0), masks=one), objects((A, 0.9, 0), masks=other))
     masks = compare_objects('', [pair], TOLERANCE)[1]
     assert masks.difference == pytest.approx(8 / 32) and not masks.ok and masks.count == 32
+
+
+def test_another_size_is_named() -> None:
+    with pytest.raises(UserError, match=r'\(1, 2, 16, 16\), torch \(1, 2, 17, 16\)'):
+        compare_classes('4 random', [(torch.zeros(1, 2, 17, 16), torch.zeros(1, 2, 16, 16))], TOLERANCES['fp32'])
