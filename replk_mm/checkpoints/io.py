@@ -151,6 +151,11 @@ def _weights_in_folder(folder: Path) -> Path:
     if is_export(folder):
         return folder / MANIFEST
     files = next((files for pattern in _WEIGHTS if (files := sorted(folder.glob(pattern)))), [])
+    if not files and (Path(folder, MANIFEST).exists() or list(folder.glob('network.*'))):
+        raise UserError(
+            f'{folder / MANIFEST}: is missing or damaged, so that this is no exported network\n'
+            f'Copy the whole folder, or export the network again.'
+        )
     if len(files) != 1:
         raise CheckpointNotFoundError(
             f'{folder}: no such checkpoint (a folder with {format_list(file.name for file in files) or "no weights"})\n'
@@ -216,7 +221,11 @@ def _read_manifest(path: Path) -> dict:
         dataset = {key: manifest[key] for key in ('classes', 'palette')}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path}: is no manifest of an exported network ({error!r:.200})\nExport it again.') from error
-    meta = {'dataset_meta': dataset, 'replk_mm': {'reparameterized': {'merge': True, 'fold': True}}}
+    meta = {
+        'dataset_meta': dataset,
+        'iter': manifest.get('iteration'),
+        'replk_mm': {'reparameterized': {'merge': True, 'fold': True}},
+    }
     return {'meta': _validated_meta(meta, path), 'state_dict': {}}
 
 

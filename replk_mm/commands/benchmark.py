@@ -18,7 +18,7 @@ from replk_mm.analysis.benchmark import network_benchmark, operator_benchmark, r
 from replk_mm.analysis.benchmark.case import BenchmarkCase, default_shape
 from replk_mm.analysis.benchmark.inference_engines import ENGINES
 from replk_mm.analysis.timing import MIN_ROUNDS, print_progress
-from replk_mm.deploy.artefact import is_artefact
+from replk_mm.deploy.artefact import is_artefact, read_manifest
 from replk_mm.engine.process import keep_freed_memory, select_device
 from replk_mm.errors import UserError, command
 from replk_mm.ops.cpu.direct import FLOAT32_INSTEAD, has_bfloat16_instructions
@@ -171,7 +171,10 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         UserError: For the first one.
     """
-    if args.what == 'backbone' and (folders := [name for name in args.compare if is_artefact(name)]):
+    folders = [name for name in getattr(args, 'compare', ()) if is_artefact(name)]
+    for folder in folders:
+        read_manifest(folder)
+    if args.what == 'backbone' and folders:
         raise UserError(f'--compare {folders[0]}: is an exported model, not a backbone\nUse benchmark model.')
     image = getattr(args, 'image', None)
     if image and args.mode != ['inference']:

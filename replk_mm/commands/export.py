@@ -7,10 +7,11 @@ commands test and predict take it in place of a checkpoint, benchmark --compare 
 import copy
 
 from replk_mm import cli
-from replk_mm.deploy.artefact import FORMATS, PRECISIONS
+from replk_mm.deploy.artefact import FORMATS, PRECISIONS, TRUST
 from replk_mm.engine.config import load_config
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.export import ExportOptions, export_checkpoint
+from replk_mm.engine.inference import adopt_classes
 from replk_mm.errors import command
 from replk_mm.text import format_metrics
 
@@ -69,6 +70,8 @@ def main() -> None:
     args = p.parse_args()
     if args.precision != 'int8' and (args.calibration or not args.score):
         p.error(f'--calibration and --no-score are for --precision int8, not {args.precision}')
+    if args.dynamic and args.batch != 1:
+        p.error(f'--batch {args.batch}: --dynamic takes any number of images')
     args.calibration = args.calibration or ExportOptions.calibration
     cfg = load_config(args.config, args.cfg_options)
     options = ExportOptions(
@@ -78,8 +81,10 @@ def main() -> None:
     manifest = export_checkpoint(cfg, args.checkpoint, args.out, options, args.overwrite)
     shape = ' x '.join(str(n) for n in manifest.inputs[0].shape)
     print(f'written: {args.out}: {manifest.format}, {manifest.precision}, images {shape}')
+    args.classes = ','.join(manifest.classes) if adopt_classes(copy.deepcopy(whole), args.checkpoint) else None
     if manifest.precision == 'int8' and args.score:
         for name, checkpoint in (('torch', args.checkpoint), ('int8', args.out)):
             result = evaluate(copy.deepcopy(whole), checkpoint, cli.run_options(args))
             print(f'{name}: {format_metrics(result.metrics, result.absent)}, {result.images} images')
-    print(f'next: {cli.follow_up("test", args, args.out)}')
+    trust = f'{TRUST}=1 ' if manifest.format == 'torch' else ''
+    print(f'next: {trust}{cli.follow_up("test", args, args.out)}')

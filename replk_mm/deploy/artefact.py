@@ -4,7 +4,7 @@
 outputs are from those of torch.
 """
 
-import importlib.util
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,10 +72,10 @@ class Comparison(_Strict):
 
     def __str__(self) -> str:
         unit = 'values, relative to the largest' if self.unit == 'relative' else 'differ'
-        verdict = 'equal' if self.ok else 'DIFFERENT'
+        verdict = 'within' if self.ok else 'BEYOND'
         value = f'{self.difference:.1e}' if self.unit == 'relative' else f'{self.difference:.3%}'
         limit = f'{self.tolerance:.0e}' if self.unit == 'relative' else f'{self.tolerance:.2%}'
-        return f'{self.images}: {self.output}: {value} of {self.count:,} {unit} (tolerance {limit}) {verdict}'
+        return f'{self.images}: {self.output}: {value} of {self.count:,} {unit}, {verdict} the tolerance of {limit}'
 
 
 class Manifest(_Strict):
@@ -98,6 +98,9 @@ class Manifest(_Strict):
     palette: list[list[int]]  #: colour of each class, RGB
     config: str
     checkpoint: dict[str, str | None]  #: name and SHA-256
+    iteration: int | None = None  #: iterations of its training, if it states them
+    #: how the test pipeline of the config resizes images: width and height, and whether it keeps their ratio
+    resize: dict[str, Any] | None = None
     reparameterization: str  #: what was merged and folded
     comparisons: list[Comparison]
     calibration_images: int | None = None  #: number of images that set the ranges of int8
@@ -122,10 +125,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:
-        where = '.'.join(map(str, error.errors()[0]['loc'])) if isinstance(error, ValidationError) else ''
+        why = first_line(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            why = f'{".".join(map(str, first["loc"]))}: {first["msg"]}'
         raise UserError(
-            f'{path}: cannot be read: {f"{where}: " if where else ""}{first_line(error):.200}\n'
-            f'Export the network again.'
+            f'{path}: cannot be read: {why:.200}\nExport the network again, or use the release that wrote it.'
         ) from error
     for name, expected in {manifest.network: '', **manifest.files}.items():
         file = Path(folder, name)
@@ -194,22 +199,30 @@ class Artefact:
     def _check_shape(self, image: Tensor) -> None:
         expected = self.manifest.inputs[0].shape
         smallest = self.manifest.smallest_size
-        if any(given < least for given, least in zip(image.shape[2:], smallest, strict=True)):
-            raise UserError(
-                f'{self.folder}: exported for images of at least {smallest[0]}x{smallest[1]}, this one has '
-                f'{image.shape[2]}x{image.shape[3]} (height, width)\nExport with --shape of these images.'
-            )
         if any(isinstance(n, int) and n != given for n, given in zip(expected[1:], image.shape[1:], strict=True)):
             raise UserError(
                 f'{self.folder}: exported for images of {"x".join(map(str, expected[1:]))}, this one has '
                 f'{"x".join(map(str, image.shape[1:]))} (channels, height, width)\n'
                 f'Export with --dynamic, or with --shape of the images that the config makes.'
             )
+        if any(given < least for given, least in zip(image.shape[2:], smallest, strict=True)):
+            raise UserError(
+                f'{self.folder}: exported for images of at least {smallest[0]}x{smallest[1]}, this one has '
+                f'{image.shape[2]}x{image.shape[3]} (height, width)\nExport with --shape of these images.'
+            )
 
 
 def missing_packages(names: Sequence[str]) -> list[str]:
-    """Those of the packages that are not installed."""
-    return [name for name in names if importlib.util.find_spec(name) is None]
+    """Those of the packages that cannot be imported."""
+    return [name for name in names if not _is_importable(name)]
+
+
+def _is_importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def require_packages(names: Sequence[str], what: str) -> None:
@@ -221,7 +234,7 @@ def require_packages(names: Sequence[str], what: str) -> None:
     if missing := missing_packages(names):
         extra = 'openvino,onnx' if {'openvino', 'nncf'} & {*names} else 'onnx'
         raise UserError(
-            f'{what}: not installed: {format_list(missing)}\n'
+            f'{what}: cannot be imported: {format_list(missing)}\n'
             f'Run make setup EXTRAS={extra}, or pip install {" ".join(missing)}.'
         )
 

@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from replk_mm.checkpoints.io import MANIFEST, read_checkpoint
+from replk_mm.data.checks.classes import classes_option
 from replk_mm.deploy.artefact import Artefact, Normalization
 from replk_mm.errors import UserError
 
@@ -137,10 +138,10 @@ def task_of_model(model: Any) -> str:
 def _check_fit(model: Any, artefact: Artefact) -> None:
     manifest = artefact.manifest
     masks = bool(getattr(getattr(model, 'roi_head', None), 'with_mask', False))
-    pairs = {
+    pairs: dict[str, tuple[Any, Any]] = {
         'model': (manifest.model, type(model).__name__),
         'task': (manifest.task, task_of_model(model)),
-        'normalization': (manifest.normalization, normalization_of(model)),
+        'normalization': (manifest.normalization.model_dump(), normalization_of(model).model_dump()),
     }
     if pairs['task'][0] == pairs['task'][1]:
         pairs['number of classes'] = (len(manifest.classes), count_classes(model))
@@ -148,14 +149,21 @@ def _check_fit(model: Any, artefact: Artefact) -> None:
         pairs['weights'] = (manifest.weights[:8], fingerprint(model)[:8])
     if manifest.task == 'detection':  # they are a part of the network
         pairs['test_cfg'] = (manifest.postprocessing, test_settings(model))
-    if differing := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
-        text = '; '.join(
-            f'{name}: {first} there, {second} in the config' for name, (first, second) in differing.items()
-        )
-        raise UserError(
-            f'{artefact.folder / MANIFEST}: does not fit the config: {text}\n'
-            f'It was exported with {manifest.config}: use that config, or export again.'
-        )
+    differing = [line for name, pair in pairs.items() for line in _differences(name, *pair)]
+    if differing:
+        advice = f'It was exported with {manifest.config}: use that config with the same options, or export again.'
+        there, here = pairs.get('number of classes', (0, 0))
+        if there != here:
+            advice = f'It has {len(manifest.classes)} classes; use them: {classes_option(manifest.classes)}'
+        raise UserError(f'{artefact.folder / MANIFEST}: does not fit the config: {"; ".join(differing)}\n{advice}')
+
+
+def _differences(name: str, there: Any, here: Any) -> list[str]:
+    """One line for each value that differs; dicts are compared by key."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [*there, *(key for key in here if key not in there)]
+        return [line for key in keys for line in _differences(f'{name}.{key}', there.get(key), here.get(key))]
+    return [] if there == here else [f'{name}: {there} there, {here} in the config']
 
 
 def load_artefact(model: Any, folder: str | Path, reparam: bool = False) -> dict:

@@ -140,6 +140,8 @@ def export_checkpoint(
             **_classes(cfg, model, built.meta),
             config=str(cfg.filename),
             checkpoint=dict(name=Path(str(checkpoint)).name, sha256=hash_checkpoint(fetch_checkpoint(checkpoint))),
+            iteration=built.meta.get('iter'),
+            resize=data.resize,
             reparameterization=str(changes),
             comparisons=[],
             calibration_images=len(calibration) or None,
@@ -155,7 +157,7 @@ def export_checkpoint(
         if not all(comparison.ok for comparison in comparisons):
             raise UserError(
                 f'{checkpoint}: the exported network differs from torch; nothing was written\n'
-                + '\n'.join(map(str, comparisons))
+                + '\n'.join(str(comparison) for comparison in comparisons if not comparison.ok)
                 + '\nUse another --precision or --format, or accept more with --tolerance.'
             )
         manifest = manifest.model_copy(update=dict(comparisons=comparisons))
@@ -208,6 +210,7 @@ class _Data:
         self.cfg, self.model = cfg, model
         self.scope = cfg.get('default_scope', 'mmengine')
         self.windows = self._windows()
+        self.resize = self._resize()
         self.dynamic, self.shape = self._size(options)
         self.splits: dict[str, Any] = {}
         wanted = ('test', 'train') if options.precision == 'int8' else ('test',)
@@ -255,12 +258,19 @@ class _Data:
         # Small images trace faster, and show the same operators.
         return dynamic, (min(height, 256), min(width, 320)) if dynamic else (height, width)
 
+    def _resize(self) -> dict[str, Any] | None:
+        """How the test pipeline resizes images; None if it does not, or in another way."""
+        steps = list(next(datasets_of(self.cfg, ('test',))).get('pipeline', []))
+        step: dict = next((step for step in reversed(steps) if str(step.get('type')).endswith('Resize')), {})
+        size = step.get('scale')
+        if not isinstance(size, (tuple, list)):
+            return None
+        return dict(size=list(size), keep_ratio=step.get('keep_ratio', False))
+
     def _resized(self) -> tuple[int, int] | None:
         """Height and width to which the test pipeline resizes all images; None if they differ."""
-        steps = list(next(datasets_of(self.cfg, ('test',))).get('pipeline', []))
-        scale: dict = next((step for step in reversed(steps) if str(step.get('type')).endswith('Resize')), {})
-        size = scale.get('scale')
-        return None if scale.get('keep_ratio', False) or not isinstance(size, (tuple, list)) else (size[1], size[0])
+        found = self.resize
+        return None if found is None or found['keep_ratio'] else (found['size'][1], found['size'][0])
 
     def inputs(self, split: str, count: int) -> list[tuple[Tensor, ...]]:
         """Inputs of the network for evenly spaced images of a split, one image each."""

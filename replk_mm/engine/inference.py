@@ -100,9 +100,11 @@ def load_model(
     if training and (not own.isdisjoint(rest) or not whole and any('.backbone.' in key for key in own)):
         needed = [key for key in misfits if 'backbone' in key.split('.')]  # of a student and a teacher too
     if needed:
+        stored = loaded.get('meta') or {}
+        same = len(checkpoint_classes(stored)) in {getattr(module, 'num_classes', None) for module in model.modules()}
         raise UserError(
             f'{checkpoint}: does not fit this config: {report.summary()}\n{report.details()}\n'
-            f'{guess_cause(report, found, whole)}{classes_advice(loaded.get("meta") or {})}'
+            f'{guess_cause(report, found, whole)}{"" if same else classes_advice(stored)}'
         )
     text = f'{checkpoint}: {found.describe()}{", folded" if how and how["fold"] else ""}; {report.summary()}'
     if misfits:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,11 @@ def test_another_size_is_an_error(fixed) -> None:
         Artefact(fixed)(torch.randn(1, 3, 8, 9))
 
 
+def test_a_smaller_image_than_the_fixed_size_is_an_error(fixed) -> None:
+    with pytest.raises(UserError, match='exported for images of 3x8x8, this one has 3x4x8'):
+        Artefact(fixed)(torch.randn(1, 3, 4, 8))
+
+
 def test_a_size_that_was_not_traced_is_an_error(tmp_path) -> None:
     with pytest.raises(UserError, match='images of at least 4x4, this one has 7x3'):
         Artefact(write(tmp_path / 'out', 'batch'))(torch.randn(1, 3, 7, 3))
@@ -111,6 +117,8 @@ def test_it_stands_for_a_checkpoint_with_its_classes(fixed, tmp_path) -> None:
     path = fetch_checkpoint(fixed)
     assert path == fixed / MANIFEST and hash_checkpoint(path) == sha256(path)
     loaded = read_checkpoint(fixed)
+    edit(Path(shutil.copytree(fixed, tmp_path / 'copy')), iteration=300)
+    assert read_checkpoint(tmp_path / 'copy')['meta']['iter'] == 300
     assert loaded['state_dict'] == {} and loaded['meta']['dataset_meta']['classes'] == ['a', 'b', 'c']
 
 
@@ -120,9 +128,12 @@ def test_it_stands_for_a_checkpoint_with_its_classes(fixed, tmp_path) -> None:
         (lambda f: (f / 'network.pt2').write_bytes(b'other'), 'is not the file that was exported'),
         (lambda f: (f / 'network.pt2').unlink(), 'network.pt2: is missing'),
         (lambda f: (f / MANIFEST).write_text('{'), 'manifest.json: cannot be read'),
-        (lambda f: edit(f, schema_version=2), 'manifest.json: cannot be read: schema_version'),
+        (
+            lambda f: edit(f, schema_version=2),
+            'cannot be read: schema_version: Input should be 1\n.*the release that wrote',
+        ),
         (lambda f: edit(f, network='../network.pt2'), 'is missing'),
-        (lambda f: edit(f, unknown=1), 'manifest.json: cannot be read: unknown'),
+        (lambda f: edit(f, unknown=1), 'manifest.json: cannot be read: unknown: Extra inputs'),
     ],
 )
 def test_damaged_folders_are_errors(damage, message, fixed, tmp_path) -> None:
@@ -130,6 +141,14 @@ def test_damaged_folders_are_errors(damage, message, fixed, tmp_path) -> None:
     damage(folder)
     with pytest.raises(UserError, match=message):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize('content', ['{"generator": "replk', '[]', None])
+def test_a_damaged_manifest_is_named_where_a_checkpoint_is_expected(content, fixed, tmp_path) -> None:
+    folder = Path(shutil.copytree(fixed, tmp_path / 'copy'))
+    (folder / MANIFEST).unlink() if content is None else (folder / MANIFEST).write_text(content)
+    with pytest.raises(UserError, match='manifest.json: is missing or damaged'):
+        read_checkpoint(folder)
 
 
 def edit(folder: Path, **changes) -> None:
@@ -147,12 +166,13 @@ def test_a_file_that_no_engine_can_load(fixed, tmp_path) -> None:
 
 @pytest.mark.parametrize(('format', 'extra'), [('onnx', 'EXTRAS=onnx,'), ('openvino', 'EXTRAS=openvino,onnx,')])
 def test_missing_engines_are_named(format, extra, fixed, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(artefact.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(UserError, match=f'not installed: .*\n.*{extra}'):
+    for name in ('onnxruntime', 'openvino', 'onnx', 'onnxscript'):
+        monkeypatch.setitem(sys.modules, name, None)  # Python's way to forbid an import
+    with pytest.raises(UserError, match=f'cannot be imported: .*\n.*{extra}'):
         check_format(format, 'fp32')
     folder = Path(shutil.copytree(fixed, tmp_path / 'copy'))
     edit(folder, format=format)
-    with pytest.raises(UserError, match=f'not installed: .*\n.*{extra}'):
+    with pytest.raises(UserError, match=f'cannot be imported: .*\n.*{extra}'):
         Artefact(folder)
 
 

@@ -1,9 +1,11 @@
 """Export of trained checkpoints: the folder is tested, predicted with and compared in place of the checkpoint."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,13 @@ import pytest
 import tiny as segmentors
 import torch
 from mmseg.structures import SegDataSample
-from tiny import run_tool
+from tiny import ROOT, run_tool
 
+from replk_mm.commands import export as export_command
 from replk_mm.deploy import export as formats
 from replk_mm.deploy.artefact import MANIFEST, TRUST, read_manifest
 from replk_mm.engine import export
+from replk_mm.engine.config import load_config
 from replk_mm.engine.evaluate import evaluate
 from replk_mm.engine.export import ExportOptions, export_checkpoint
 from replk_mm.engine.inference import build_for_inference
@@ -109,7 +113,7 @@ def test_nothing_is_written_if_the_outputs_differ(tiny, trained, tmp_path, monke
         return trace(module, example, dynamic)
 
     monkeypatch.setattr(export, 'trace', broken)
-    with pytest.raises(UserError, match='differs from torch; nothing was written\n.*logits.*DIFFERENT'):
+    with pytest.raises(UserError, match='differs from torch; nothing was written\n.*logits.*BEYOND the tolerance'):
         export_checkpoint(tiny.cfg(), str(trained), tmp_path / 'out', ExportOptions('torch', data_root=str(tiny.data)))
     assert list(tmp_path.iterdir()) == []
 
@@ -132,9 +136,12 @@ def test_other_files_are_kept_and_own_ones_replaced(tiny, trained, exported, tmp
     [
         (
             {'model.decode_head.num_classes': 3, 'model.auxiliary_head.num_classes': 3},
-            'number of classes: 8 there, 3 in',
+            'number of classes: 8 there, 3 in .*\n.* use them: --classes sky,',
         ),
-        ({'model.data_preprocessor.mean': [0.0, 0.0, 0.0]}, 'normalization: .* there'),
+        (
+            {'model.data_preprocessor.mean': [0.0, 0.0, 0.0]},
+            'normalization.mean: .* there, \\[0.0, 0.0, 0.0\\] in the config\n.*use that config with the same options',
+        ),
         ({'model.backbone.arch.layers': [1, 1, 2, 1]}, 'weights: '),
         ({'model.type': 'mmseg.EncoderDecoder', 'model.keep_logits': None}, None),
     ],
@@ -200,7 +207,8 @@ def test_commands_take_the_folder(tiny, trained, tmp_path) -> None:
         'export', cfg, trained, tmp_path / 'out', '--format', 'torch', '--data-root', tiny.data, '--dynamic'
     )
     assert done.returncode == 0, done.stderr
-    assert f'next: python {Path("tools/test.py")}' in done.stdout.replace(str(Path(__file__).parents[2]) + '/', '')
+    assert f'next: {TRUST}=1 python {Path("tools/test.py")}' in done.stdout.replace(f'{ROOT}/', '')
+    assert '--classes' not in done.stdout
     where = ['--data-root', tiny.data, '--work-dir', tmp_path / 'w', '--device', 'cpu']
     done = run_tool('test', cfg, tmp_path / 'out', *where, '--out', tmp_path / 'scores')
     assert done.returncode == 0, done.stderr
@@ -212,6 +220,28 @@ def test_commands_take_the_folder(tiny, trained, tmp_path) -> None:
         assert done.returncode == 0, done.stderr
     labels = [(tmp_path / name / f'{image.stem}_labels.png').read_bytes() for name in ('torch', 'exported')]
     assert labels[0] == labels[1] and np.frombuffer(labels[0], np.uint8).size
+
+
+def test_the_next_command_names_the_classes_of_the_checkpoint(tiny, trained, tmp_path, monkeypatch, capsys) -> None:
+    cfg = tmp_path / 'other.py'
+    head = dict(num_classes=9)
+    classes = dict(dataset=dict(metainfo=dict(classes=tuple('abcdefghi'), palette=[[0, 0, 0]] * 9)))
+    cfg.write_text(
+        f'_base_ = {str(tiny.config)!r}\nmodel = dict(decode_head={head}, auxiliary_head={head})\n'
+        f'test_dataloader = {classes}\nval_dataloader = {classes}\ntrain_dataloader = {classes}\n'
+    )
+    words = ['export', cfg, trained, tmp_path / 'out', '--format', 'torch', '--data-root', tiny.data, '--images', 0]
+    monkeypatch.setattr(sys, 'argv', list(map(str, words)))
+    assert export_command.main() == 0
+    trust, _, tool, *words = shlex.split(capsys.readouterr().out.rpartition('next: ')[2])
+    assert trust == f'{TRUST}=1' and tool == 'test'
+    classes = words[words.index('--classes') + 1]
+    assert classes.split(',') == list(tiny.cfg().test_dataloader.dataset.metainfo.classes)
+    options = tiny.options(tmp_path)
+    found = evaluate(load_config(str(cfg)), words[1], replace(options, classes=classes))
+    assert found.metrics == scores(tiny, trained, tmp_path)
+    with pytest.raises(UserError, match='use them: --classes sky,'):
+        evaluate(load_config(str(cfg)), words[1], options)
 
 
 def test_the_benchmark_times_the_folder(exported, tiny, trained, tmp_path) -> None:

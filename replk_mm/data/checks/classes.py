@@ -108,7 +108,7 @@ def _check_categories(key: str, dataset: dict, scope: str, counts: Mapping[str, 
     else:
         message += f'; {sum(unknown.values()):,} of {sum(found.values()):,} objects would be ignored'
         all_names = list(dict.fromkeys(name for other in counts.values() for name in other))
-        severity, fix = '', f'Use the categories of the annotation files as classes: {_classes_option(all_names)}'
+        severity, fix = '', f'Use the categories of the annotation files as classes: {classes_option(all_names)}'
     return [Finding('classes-mismatch', str(annotation_file(dataset)), message, severity=severity, fix=fix)]
 
 
@@ -134,7 +134,7 @@ def _check_order(key: str, dataset: dict, scope: str, found: Mapping[str, int]) 
     return [Finding('classes-order', str(annotation_file(dataset)), message)]
 
 
-def _classes_option(names: Sequence[str]) -> str:
+def classes_option(names: Sequence[str]) -> str:
     """The command-line option that sets these classes."""
     if len(names) > _MAX_NAMES or any(',' in name or name != name.strip() for name in names):
         return f'--classes FILE, with these {len(names)} names, one per line: {format_list(names)}'
@@ -152,7 +152,7 @@ def checkpoint_classes(meta: Mapping) -> list[str]:
 def classes_advice(meta: Mapping) -> str:
     """A line with the option that sets the classes of a checkpoint; empty if its metadata has none."""
     names = checkpoint_classes(meta)
-    return f'\nIt was trained on {len(names)} classes; use them: {_classes_option(names)}' if names else ''
+    return f'\nIt was trained on {len(names)} classes; use them: {classes_option(names)}' if names else ''
 
 
 def compare_with_checkpoint(cfg: Config, meta: Mapping, checkpoint: str, splits: tuple[str, ...] = ('test',)) -> None:
