@@ -56,6 +56,12 @@ def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> s
     return '\n'.join(line.rstrip() for line in text.get().splitlines())
 
 
+def markdown_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """The same table in Markdown, after an empty line; see :func:`text_table`."""
+    rule = ['---' if i in left else '---:' for i in range(len(rows[0]))]
+    return '\n'.join(['', *(f'| {" | ".join(row)} |' for row in (rows[0], rule, *rows[1:]))])
+
+
 def format_duration(seconds: float) -> str:
     """A duration in its two largest units: ``'0.4 s'``, ``'24 s'``, ``'3 min 20 s'``, ``'2 h 5 min'``."""
     if seconds < 10:

@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     if not torch.cuda.is_available():
         for item in items:
-            if 'gpu' in item.keywords:
+            if item.get_closest_marker('gpu'):  # among the keywords are also the names of folders
                 item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
-    slow = Counter(item.path for item in items if 'slow' in item.keywords)
+    slow = Counter(item.path for item in items if item.get_closest_marker('slow'))
     items.sort(key=lambda item: -slow[item.path])

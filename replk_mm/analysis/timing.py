@@ -23,6 +23,11 @@ MAX_SPREAD = 0.2
 MAX_LOAD = 0.1
 #: Seconds in which that share is measured at least, or the budget if it is smaller: the system's ticks are 10 ms.
 _LOAD_SECONDS = 0.5
+#: Clocks of a measurement.
+WALL_TIME, CUDA_EVENTS = 'wall time', 'CUDA events'
+#: Bytes to write before a call that CUDA events time: more than the L2 cache of any GPU, and as this takes longer than
+#: most launches from Python, the GPU does not wait for the call's first kernel.
+_FLUSHED_BYTES = 2**29
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Timings:
     milliseconds: dict[str, list[float]]  #: of each call, by name; equal indices belong to the same round
     warmup: int  #: number of warm-up rounds, which are not among ``milliseconds``
     load: float = 0.0  #: share of the usable CPUs that other processes used, 0 to 1
+    clock: str = WALL_TIME  #: or :data:`CUDA_EVENTS`
 
     @property
     def rounds(self) -> int:
@@ -90,6 +96,8 @@ def time_interleaved(
     pause: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
     before: Mapping[str, Call] | None = None,
+    device: str = 'cpu',
+    events: bool = False,
 ) -> Timings:
     """Time several calls in turns, so that other load on the machine affects all of them alike.
 
@@ -102,12 +110,31 @@ def time_interleaved(
         pause: Seconds to sleep before each call, in which threads of other libraries become idle.
         clock: Returns seconds.
         before: Untimed calls to make before each call, by name.
+        device: ``'cpu'``, or the CUDA device that the calls run on: a call ends when the device has finished.
+        events: Time the work on the CUDA device by its own events, in place of the wall time. Each call starts with an
+            empty L2 cache.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begin, longest, warmed, done, load = clock(), 0.0, 0, 0, _LoadMeter()
+    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device) if events else None
 
     def fits(share: float) -> bool:
         return seconds is None or clock() - begin + longest <= share * seconds
+
+    def time_call(call: Call) -> float:
+        if flushed is None:
+            called = clock()
+            call()
+            if device != 'cpu':
+                torch.cuda.synchronize()
+            return 1e3 * (clock() - called)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flushed.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
 
     def one_round() -> dict[str, float]:
         nonlocal longest
@@ -118,11 +145,7 @@ def time_interleaved(
                 before[name]()
             if pause:
                 time.sleep(pause)
-            called = clock()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name] = 1e3 * (clock() - called)
+            times[name] = time_call(call)
         longest = max(longest, clock() - start)
         return times
 
@@ -133,7 +156,8 @@ def time_interleaved(
         for name, milliseconds in one_round().items():
             samples[name].append(milliseconds)
         done += 1
-    return Timings(samples, warmed, load.read(_LOAD_SECONDS if seconds is None else min(seconds, _LOAD_SECONDS)))
+    measured = load.read(_LOAD_SECONDS if seconds is None else min(seconds, _LOAD_SECONDS))
+    return Timings(samples, warmed, measured, CUDA_EVENTS if events else WALL_TIME)
 
 
 class _LoadMeter:
@@ -153,11 +177,20 @@ class _LoadMeter:
 
 
 def matmul_gflops(dtype: torch.dtype, device: str = 'cpu') -> float:
-    """GFLOP/s of the product of two 2048x2048 matrices: the roofline of the current number of threads."""
-    side = 2048
+    """GFLOP/s of the product of two 2048x2048 matrices, on GPUs 8192x8192: the roofline of arithmetic."""
+    side = 2048 if device == 'cpu' else 8192
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    timings = time_interleaved({'product': lambda: a @ b}, repeats=50, seconds=1.0)
+    timings = time_interleaved({'product': lambda: a @ b}, 50, seconds=1.0, device=device, events=device != 'cpu')
     return 2 * side**3 / timings.summary('product').median / 1e6
+
+
+def copy_gbytes(device: str = 'cpu') -> float:
+    """GB/s of a copy of 256 MiB, read and written: the roofline of memory."""
+    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    calls = {'copy': lambda: target.copy_(source)}
+    timings = time_interleaved(calls, 50, seconds=1.0, device=device, events=device != 'cpu')
+    return 2 * source.numel() / timings.summary('copy').median / 1e6
 
 
 def print_progress(line: str) -> None:
@@ -174,7 +207,6 @@ def memory_growth(call: Call, device: str = 'cpu') -> int | None:
     Returns:
         None where the system does not report it, or if the growth is too small to measure.
     """
-    gc.collect()
     if device != 'cpu':
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -183,6 +215,7 @@ def memory_growth(call: Call, device: str = 'cpu') -> int | None:
         return torch.cuda.max_memory_allocated() - before or None
     if not Path('/proc/self/clear_refs').exists():
         return None
+    gc.collect()
     trim_heap()
     Path('/proc/self/clear_refs').write_text('5')  # resets the peak
     before, peak = _resident_memory()

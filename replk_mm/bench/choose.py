@@ -313,7 +313,7 @@ def time_row(row: SuiteRow, data: Data, device: str) -> tuple[float, int, float]
     prepack(net)
     set_input_size([net], data.shape)
     call = SyntheticBatch(cfg, net, 1, data.shape, device).inference_call(net)
-    timed = time_interleaved({'': call}, repeats=10, warmup=1, seconds=10.0)
+    timed = time_interleaved({'': call}, repeats=10, warmup=1, seconds=10.0, device=device)
     image = min(timed.milliseconds['']) / 1e3  # other programs only add to it
     fit = 0.0
     if linear:  # forward and backward products of each cell of stride 16, at a third of the machine's peak
@@ -347,7 +347,7 @@ def published_rows(data: Data, device: str, budget: float, licence: str | None =
         prepack(net)
         image = torch.randn(1, 3, *data.shape, device=device)
         with torch.no_grad():
-            timed = time_interleaved({'': partial(net, image)}, 10, 1, 4.0).summary('').median
+            timed = time_interleaved({'': partial(net, image)}, 10, 1, 4.0, device=device).summary('').median
         size, free = sum(p.numel() for p in net.parameters()) / 1e6, is_permissive(entry, weights)
         rows.append(FieldRow(len(rows), result, data.shape, None, size, timed, licence_of(entry, weights), free))
     return rows

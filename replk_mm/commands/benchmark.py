@@ -7,7 +7,7 @@ run in turns in one process, and their results are compared: exit status 1 if th
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from replk_mm import cli
 from replk_mm.analysis.benchmark import network_benchmark, operator_benchmark, report
 from replk_mm.analysis.benchmark.case import BenchmarkCase, default_shape
 from replk_mm.analysis.benchmark.inference_engines import ENGINES
+from replk_mm.analysis.gpu import DTYPES, GPU_PRECISIONS, describe_gpu
 from replk_mm.analysis.timing import MIN_ROUNDS, print_progress
 from replk_mm.deploy.artefact import is_artefact, read_manifest
 from replk_mm.engine.process import keep_freed_memory, select_device
@@ -92,7 +93,13 @@ def parse_args() -> argparse.Namespace:
             help=f'default: {" ".join(map(str, default))}',
         )
     op.add_argument('--stride', type=cli.positive_int, default=1, metavar='S')
-    op.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32', help='precision, of plain torch too')
+    op.add_argument(
+        '--dtype',
+        nargs='+',
+        choices=list(DTYPES),
+        default=['float32'],
+        help='precision, of plain torch too; tf32 and float16 on GPUs only (default: float32)',
+    )
     op.add_argument(
         '--implementations', nargs='+', default=[], metavar='NAME', help='also measure each of these implementations'
     )
@@ -139,9 +146,10 @@ def parse_args() -> argparse.Namespace:
         net.add_argument(
             '--dtype',
             nargs='+',
-            choices=['float32', 'bfloat16'],
+            choices=list(DTYPES),
             default=['float32'],
-            help='precision of our network; plain torch runs in float32 (default: float32)',
+            help='precision of our network; plain torch runs in float32, on GPUs in all of them; tf32 and float16 on '
+            'GPUs only (default: float32)',
         )
         net.add_argument(
             '--compare',
@@ -183,13 +191,27 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f'--image {image}: no such file')
 
 
+def check_precisions(dtypes: Iterable[str], device: str) -> None:
+    """Reject precisions that a device does not have.
+
+    Raises:
+        UserError: For the first one.
+    """
+    if rejected := [dtype for dtype in dtypes if device == 'cpu' and dtype in GPU_PRECISIONS]:
+        raise UserError(
+            f'--dtype {rejected[0]}: is measured on GPUs only; the device is cpu\nUse --dtype float32 or bfloat16.'
+        )
+
+
 def run_benchmark(args: argparse.Namespace) -> dict:
     device, kept, notes = select_device(args.device), keep_freed_memory(), []
+    check_precisions(args.dtype, device)
+    gpu = None if device == 'cpu' else describe_gpu()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if device == 'cpu' and 'bfloat16' in args.dtype and not has_bfloat16_instructions():
         notes.append(f'--dtype bfloat16: {FLOAT32_INSTEAD}')
         print_progress(notes[0])
-        args.dtype = 'float32' if args.what == 'op' else ['float32']
+        args.dtype = ['float32']
     if args.what == 'op':
         points = [
             operator_benchmark.LayerShape(kernel, size, channels, batch, args.stride)
@@ -223,7 +245,7 @@ def run_benchmark(args: argparse.Namespace) -> dict:
             args.same_allocator,
         )
         record = network_benchmark.benchmark_networks(case, settings, args.mode, shapes, args.batch)
-    return {**record, 'notes': notes + record['notes'], 'environment': report.describe_environment(kept)}
+    return {**record, 'notes': notes + record['notes'], 'environment': report.describe_environment(kept, gpu)}
 
 
 @command

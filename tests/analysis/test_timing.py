@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,34 @@ def test_pauses_and_preparations_are_not_timed(monkeypatch) -> None:
         clock=clock,
     )
     assert found.milliseconds == {'a': [1000] * 3} and clock.calls == ['prepare', 'a'] * 4
+
+
+def test_events_start_after_the_flush_and_end_after_the_call(monkeypatch) -> None:
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append('event')
+
+        def synchronize(self) -> None:
+            log.append('synchronize')
+
+        def elapsed_time(self, end: 'Event') -> float:
+            return 7.0 if end is not self else 0.0
+
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(timing.torch, 'empty', lambda size, **_: SimpleNamespace(zero_=lambda: log.append(size)))
+    found = timing.time_interleaved({'a': lambda: log.append('a')}, 3, 0, 0.0, device='cuda', events=True)
+    assert log == 3 * [2**29, 'event', 'a', 'event', 'synchronize']
+    assert found.milliseconds == {'a': 3 * [7.0]} and found.clock == timing.CUDA_EVENTS
+
+
+def test_a_copy_reads_and_writes(monkeypatch) -> None:
+    monkeypatch.setattr(timing, 'time_interleaved', lambda *args, **options: timing.Timings({'copy': [4.0] * 3}, 0))
+    assert timing.copy_gbytes() == pytest.approx(2 * 2**28 / 4e-3 / 1e9)
 
 
 def test_a_multiply_add_of_the_roofline_is_two_operations(monkeypatch) -> None:
@@ -122,3 +151,12 @@ def test_memory_growth_is_the_peak() -> None:
     if growth is None:
         pytest.skip('this system does not tell of its peak memory')
     assert 90 * mib < growth < 130 * mib
+
+
+@pytest.mark.gpu
+def test_a_product_on_a_gpu() -> None:
+    """Times are positive, and the peak of memory is the output."""
+    a = torch.randn(2048, 2048, device='cuda')
+    assert min(timing.time_interleaved({'': lambda: a @ a}, 3, 1, device='cuda', events=True).milliseconds['']) > 0
+    assert timing.memory_growth(lambda: a + 1, 'cuda') == a.nbytes
+    assert timing.matmul_gflops(torch.float16, 'cuda') > 0 and timing.copy_gbytes('cuda') > 0

@@ -42,6 +42,8 @@ def run(monkeypatch, tmp_path):
         ('op --kernels 2', '--kernels 2'),
         ('op --kernels 5x4', '--kernels 5x4'),
         ('op --implementations winograd', 'channels_last'),
+        ('op --dtype float32 tf32', 'tf32'),
+        ('backbone CONVNEXT --shape 32 32 --dtype float16', 'float16'),
     ],
 )
 def test_user_errors(run, arguments, fragment, capsys) -> None:

@@ -14,7 +14,8 @@ import torch.nn as nn
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 
-from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_to_bfloat16
+from replk_mm.analysis.benchmark.synthetic_batch import Precision, SyntheticBatch, convert_weights
+from replk_mm.analysis.gpu import DTYPES, matmul_precision
 from replk_mm.analysis.timing import memory_growth
 from replk_mm.backbones.layers import Backbone, LayerNorm2d
 from replk_mm.backbones.sync_norm import find_pooled_batch_norm
@@ -238,7 +239,7 @@ def min_batch_size(net: nn.Module, mode: str) -> int:
     return 2 if mode == 'train' and find_pooled_batch_norm(net) else 1
 
 
-def peak_memory(case: BenchmarkCase, network: str, precision: str, keep_freed: bool) -> int | None | str:
+def peak_memory(case: BenchmarkCase, network: str, precision: Precision, keep_freed: bool) -> int | None | str:
     """Peak memory of the first three calls of a network beyond the loaded network, in bytes.
 
     Runs in a new process, because memory that another network has freed would be reused without being counted.
@@ -246,7 +247,7 @@ def peak_memory(case: BenchmarkCase, network: str, precision: str, keep_freed: b
     Args:
         case: With batch and shape.
         network: A name from :func:`replk_mm.analysis.benchmark.case.build_networks`.
-        precision: See :class:`SyntheticBatch`.
+        precision: Of the computation.
         keep_freed: See :func:`replk_mm.engine.process.keep_freed_memory`.
 
     Returns:
@@ -261,7 +262,7 @@ def peak_memory(case: BenchmarkCase, network: str, precision: str, keep_freed: b
 
 
 def _memory_of_three_calls(
-    case: BenchmarkCase, network: str, precision: str, keep_freed: bool, gpu: int | None
+    case: BenchmarkCase, network: str, precision: Precision, keep_freed: bool, gpu: int | None
 ) -> int | None:
     if gpu is not None:
         torch.cuda.set_device(gpu)
@@ -272,7 +273,8 @@ def _memory_of_three_calls(
         net = build_networks(cfg, case.whole_model, case.form, case.checkpoint)[0][network].to(case.device)
         set_input_size([net], case.shape)
         batch = SyntheticBatch(cfg, net, case.batch, case.shape, case.device, case.image)
-        if precision == 'converted':
-            convert_to_bfloat16(net)
+        if precision.how == 'converted':
+            convert_weights(net, DTYPES[precision.dtype])
         call = batch.inference_call(net, precision) if case.mode == 'inference' else batch.training_call(net, precision)
-        return memory_growth(lambda: [call() for _ in range(3)], case.device)
+        with matmul_precision(precision.dtype):
+            return memory_growth(lambda: [call() for _ in range(3)], case.device)

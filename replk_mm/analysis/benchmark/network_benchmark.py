@@ -33,10 +33,11 @@ from replk_mm.analysis.benchmark.numerical_difference import (
     compare_gradients,
     compare_outputs,
 )
-from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch, convert_to_bfloat16, model_kind
+from replk_mm.analysis.benchmark.synthetic_batch import FLOAT32, Precision, SyntheticBatch, convert_weights, model_kind
 from replk_mm.analysis.complexity import count_parameters
 from replk_mm.analysis.energy import energy_per_call
-from replk_mm.analysis.timing import Call, print_progress, time_interleaved, trim_heap
+from replk_mm.analysis.gpu import DTYPES, PRECISION_NOTE, matmul_precision
+from replk_mm.analysis.timing import CUDA_EVENTS, WALL_TIME, Call, print_progress, time_interleaved, trim_heap
 from replk_mm.checkpoints.io import fetch_checkpoint, hash_checkpoint
 from replk_mm.deploy.artefact import Artefact, Manifest
 from replk_mm.engine.artefact_model import use_artefact
@@ -52,7 +53,8 @@ _PAUSE = 0.01
 class BenchmarkSettings:
     """Settings of all measurements of a run."""
 
-    #: precisions of our network, of ``'float32'`` and ``'bfloat16'``; plain torch always runs in float32
+    #: precisions of our network, in :data:`replk_mm.analysis.gpu.DTYPES`; on GPUs also of further rows of plain torch,
+    #: which otherwise runs in float32
     dtypes: Sequence[str] = ('float32',)
     repeats: int = 15  #: largest number of measured rounds
     warmup: int = 2  #: largest number of warm-up rounds
@@ -73,12 +75,7 @@ class BenchmarkRow:
     call: Call  #: the call to time
     difference: NumericalDifference | None = None  #: from plain torch; None for plain torch itself
     network: str = ''  #: name in :func:`replk_mm.analysis.benchmark.case.build_networks`; empty for other engines
-    precision: str = 'float32'  #: see :class:`SyntheticBatch`; for another engine its dtype
-
-    @property
-    def dtype(self) -> str:
-        """Precision of the layers."""
-        return 'bfloat16' if self.precision in ('autocast', 'converted') else self.precision
+    precision: Precision = FLOAT32  #: precision of the computation
 
 
 class NetworkBenchmark:
@@ -129,6 +126,7 @@ class NetworkBenchmark:
         if line not in self.notes:
             self.notes.append(line)
 
+    @matmul_precision('float32')  # rows in TF32 switch it on for their own calls
     def measure(self, batch: int, shape: tuple[int, int]) -> dict:
         """Measure the networks at one shape.
 
@@ -173,6 +171,8 @@ class NetworkBenchmark:
                     self.settings.seconds,
                     _PAUSE if self.settings.engines or self.settings.artefacts else 0.0,
                     before=self._allocator_changes(rows),
+                    device=case.device,
+                    events=case.device != 'cpu' and not case.whole_model,  # part of a model's work is on the CPU
                 )
             finally:
                 keep_freed_memory()
@@ -183,8 +183,8 @@ class NetworkBenchmark:
             measured.append(
                 dict(
                     name=row.name,
-                    dtype=row.dtype,
-                    how=row.precision,
+                    dtype=row.precision.dtype,
+                    how=row.precision.how or row.precision.dtype,
                     milliseconds=asdict(timings.summary(row.name)),
                     unreliable=timings.problem(row.name),
                     times_as_fast=asdict(timings.speedup(row.name, PLAIN)),
@@ -193,7 +193,7 @@ class NetworkBenchmark:
                     joules=energy and energy[0],
                     difference=difference.relative,
                     differing_pixels=difference.pixels,
-                    equal=row.difference and difference.within(TOLERANCES[case.mode, row.dtype]),
+                    equal=row.difference and difference.within(TOLERANCES[case.mode, row.precision.dtype]),
                 )
             )
         if case.image:  # the pipeline decides
@@ -208,6 +208,7 @@ class NetworkBenchmark:
             rounds=timings.rounds,
             warmup=timings.warmup,
             load=timings.load,
+            clock=timings.clock,
             rows=measured,
         )
 
@@ -223,48 +224,63 @@ class NetworkBenchmark:
         return before
 
     def _inference_rows(self, synthetic: SyntheticBatch, folder: Path) -> list[BenchmarkRow]:
-        def compare(net: nn.Module, precision: str) -> NumericalDifference:
+        def compare(net: nn.Module, precision: Precision = FLOAT32) -> NumericalDifference:
             return compare_outputs(reference, synthetic.outputs(net, precision))
 
         reference = synthetic.outputs(self.networks[PLAIN])
-        rows, ours = [], self.networks[OURS]
+        rows = []
         for name, net in self.networks.items():
             if name != OURS or 'float32' in self.settings.dtypes:
-                difference = None if name == PLAIN else compare(net, 'float32')
+                difference = None if name == PLAIN else compare(net)
                 rows.append(BenchmarkRow(name, synthetic.inference_call(net), difference, name))
-        if 'bfloat16' in self.settings.dtypes:
-            converted = copy.deepcopy(ours)
-            convert_to_bfloat16(converted)
-            # Which one is faster depends on the network and the machine.
-            for precision, net, suffix in (('autocast', ours, ''), ('converted', converted, ' weights')):
-                call = synthetic.inference_call(net, precision)
-                row = BenchmarkRow(f'{OURS}, bfloat16{suffix}', call, None, OURS, precision)
-                rows += self._compared_bfloat16(row, functools.partial(compare, net, precision))
+        # Whether autocast or converted weights are faster depends on the network and the machine.
+        for name, precision in self._other_precisions(('autocast', 'converted')):
+            net, suffix = self.networks[name], ''
+            if precision.how == 'converted':
+                net, suffix = copy.deepcopy(net), ' weights'
+                convert_weights(net, DTYPES[precision.dtype])
+            call = synthetic.inference_call(net, precision)
+            row = BenchmarkRow(f'{name}, {precision.dtype}{suffix}', call, None, name, precision)
+            rows += self._compared_row(row, functools.partial(compare, net, precision))
         return rows + self._engine_rows(synthetic, reference, folder) + self._artefact_rows(synthetic, reference)
 
     def _training_rows(self, synthetic: SyntheticBatch) -> list[BenchmarkRow]:
-        plain, net = self.networks[PLAIN], self.networks[OURS]
+        def compare(net: nn.Module, precision: Precision) -> NumericalDifference:
+            return compare_gradients(reference, synthetic.gradients(net, precision), as_one_vector=True)
+
+        plain = self.networks[PLAIN]
         reference = synthetic.gradients(plain)
         rows = [BenchmarkRow(PLAIN, synthetic.training_call(plain), network=PLAIN)]
         for name, other in self.networks.items():
             if name == PLAIN_CHANNELS_LAST or (name == OURS and 'float32' in self.settings.dtypes):
                 difference = compare_gradients(reference, synthetic.gradients(other))
                 rows.append(BenchmarkRow(name, synthetic.training_call(other), difference, name))
-        if 'bfloat16' in self.settings.dtypes:
-            call = synthetic.training_call(net, 'autocast')
-            row = BenchmarkRow(f'{OURS}, bfloat16', call, None, OURS, 'autocast')
-            rows += self._compared_bfloat16(
-                row, lambda: compare_gradients(reference, synthetic.gradients(net, 'autocast'), as_one_vector=True)
-            )
+        for name, precision in self._other_precisions(('autocast',)):
+            net = self.networks[name]
+            call = synthetic.training_call(net, precision)
+            row = BenchmarkRow(f'{name}, {precision.dtype}', call, None, name, precision)
+            rows += self._compared_row(row, functools.partial(compare, net, precision))
         return rows
 
-    def _compared_bfloat16(self, row: BenchmarkRow, compare: Callable[[], NumericalDifference]) -> list[BenchmarkRow]:
-        """The row with its difference, or no row and a note if a layer does not support bfloat16."""
+    def _other_precisions(self, ways: Sequence[str]) -> list[tuple[str, Precision]]:
+        """Networks with each further precision in which to measure them, in these ways."""
+        return [
+            (name, Precision(dtype, how))
+            for dtype in self.settings.dtypes
+            if dtype != 'float32'
+            for name in ([OURS] if self.case.device == 'cpu' else [PLAIN, OURS])
+            for how in ([''] if dtype == 'tf32' else ways)
+        ]
+
+    def _compared_row(self, row: BenchmarkRow, compare: Callable[[], NumericalDifference]) -> list[BenchmarkRow]:
+        """The row with its difference, or no row and a note if a layer does not support its precision."""
+        in_precision = matmul_precision(row.precision.dtype)  # as a decorator
+        row.call = in_precision(row.call)
         try:
-            row.difference = compare()
+            row.difference = in_precision(compare)()
             row.call()
         except (RuntimeError, TypeError) as error:
-            self.note(f'{self.case.mode}, {row.name} {row.precision}: not possible: {first_line(error)}')
+            self.note(f'{self.case.mode}, {row.name} {row.precision.how}: not possible: {first_line(error)}')
             return []
         return [row]
 
@@ -292,7 +308,9 @@ class NetworkBenchmark:
                     outputs = dict(zip(names, infer(call), strict=True))
                     difference = compare_outputs({name: reference[name] for name in names}, outputs)
                     name = engine if dtype == 'float32' else f'{engine}, {dtype}'
-                    rows.append(BenchmarkRow(name, functools.partial(infer, call), difference, precision=dtype))
+                    rows.append(
+                        BenchmarkRow(name, functools.partial(infer, call), difference, precision=Precision(dtype))
+                    )
             except Exception as error:  # from an exporter or an engine; the other rows are measured nevertheless
                 self.note(f'{engine}: {first_line(error)}')
         return rows
@@ -322,7 +340,7 @@ class NetworkBenchmark:
                 found = {CLASS_MAP: torch.stack([sample.pred_sem_seg.data[0] for sample in samples])}
                 difference = compare_outputs({CLASS_MAP: reference[CLASS_MAP]}, found)
             name = f'{Path(folder).name} ({manifest.format}, {manifest.precision})'
-            rows.append(BenchmarkRow(name, call, difference, precision=precision))
+            rows.append(BenchmarkRow(name, call, difference, precision=Precision(precision)))
         return rows
 
     def _same_weights(self, manifest: Manifest) -> bool:
@@ -374,6 +392,8 @@ def benchmark_networks(
         "plain torch: the same network and weights in float32, with torch's own depthwise convolutions, torch's "
         "default memory layout, activations not in place and the libraries' own heads",
     ]
+    if case.device != 'cpu':
+        notes += [f'clock: {f"{WALL_TIME}, up to the result" if case.whole_model else CUDA_EVENTS}', PRECISION_NOTE]
     if case.image:
         notes.append(f'inference: from the file {case.image} to the result, with the test pipeline of the config')
     points = []

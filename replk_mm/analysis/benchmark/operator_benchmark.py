@@ -2,17 +2,28 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from replk_mm.analysis.benchmark.case import OURS, PLAIN
+from replk_mm.analysis.benchmark.case import OURS, PLAIN, PLAIN_CHANNELS_LAST
 from replk_mm.analysis.benchmark.numerical_difference import TOLERANCES, compare_outputs
-from replk_mm.analysis.timing import Call, matmul_gflops, print_progress, time_interleaved
+from replk_mm.analysis.gpu import DTYPES, PRECISION_NOTE, matmul_precision
+from replk_mm.analysis.timing import (
+    CUDA_EVENTS,
+    Call,
+    copy_gbytes,
+    matmul_gflops,
+    memory_growth,
+    print_progress,
+    time_interleaved,
+)
 from replk_mm.errors import UserError
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d, DepthwiseProblem
 from replk_mm.ops.cpu.cost_model import choose_plan
@@ -47,34 +58,47 @@ class LayerShape:
         convolution = 2 * self.batch * self.channels * self.out_size**2 * math.prod(self.kernel)
         return COMPUTATIONS[computation] * convolution / 1e9
 
+    def gbytes(self, computation: str, itemsize: int) -> float:
+        """10^9 bytes that a computation needs to move if each convolution reads or writes each of its tensors once.
+
+        Every convolution moves three tensors: input, output (or their gradients) and weight, of ``itemsize`` bytes per
+        element.
+        """
+        maps = self.batch * (self.size**2 + self.out_size**2)
+        return COMPUTATIONS[computation] * itemsize * self.channels * (maps + math.prod(self.kernel)) / 1e9
+
     def __str__(self) -> str:
         return f'{format_kernel(self.kernel)} on {self.batch}x{self.channels}x{self.size}x{self.size}'
 
 
 def benchmark_operator(
     shapes: Sequence[LayerShape],
-    dtype: str = 'float32',
+    dtypes: Sequence[str] = ('float32',),
     implementations: Sequence[str] = (),
     device: str = 'cpu',
     repeats: int = 15,
     warmup: int = 2,
     seconds: float = 2.0,
+    limit: float = math.inf,
+    save: Callable[[dict], object] = lambda record: None,
 ) -> dict:
     """Measure the depthwise convolution at several shapes.
 
     Args:
         shapes: Layers and inputs.
-        dtype: ``'float32'`` or ``'bfloat16'``, of plain torch too.
+        dtypes: Precisions in :data:`replk_mm.analysis.gpu.DTYPES`, of plain torch too.
         implementations: Names in :data:`replk_mm.ops.IMPLEMENTATIONS` to measure in rows of their own, where they
             apply.
         device: ``'cpu'`` or ``'cuda'``.
         repeats: Largest number of measured rounds.
         warmup: Largest number of warm-up rounds.
-        seconds: Time budget of each shape and computation.
+        seconds: Time budget of each shape, precision and computation.
+        limit: Seconds after which no further shape starts.
+        save: Called with the unfinished result after each shape and precision.
 
     Returns:
-        Plain data: the speed of a matrix product, and a point for each shape and computation with one row per
-        implementation.
+        Plain data: the speed of a matrix product and of a copy, and a point for each shape, precision and computation
+        with one row per implementation. Shapes that do not fit into the memory of the GPU are among the notes.
 
     Raises:
         UserError: If an implementation does not exist, or a kernel is even.
@@ -98,67 +122,115 @@ def benchmark_operator(
     if implementations and device != 'cpu':
         notes.append("--implementations: on CPUs only; elsewhere all of them are torch's own")
         implementations = ()
-    print_progress(f'matrix product, {dtype}')
-    roofline = matmul_gflops(getattr(torch, dtype), device)
-    points = []
-    for shape in shapes:
-        print_progress(str(shape))
-        layers = dict(_build_layers(shape, dtype, implementations, device))
-        x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=torch.Generator().manual_seed(1))
-        inputs = {name: _to_layout(x.to(device, getattr(torch, dtype)), name) for name in layers}
-        outputs = {name: _outputs_and_gradients(layer, inputs[name]) for name, layer in layers.items()}
-        for computation in COMPUTATIONS:
-            calls = {
-                name: _computation_call(layer, inputs[name], computation)
-                for name, layer in layers.items()
-                if _uses_its_implementation(layer, inputs[name], computation)
-            }
-            timings = time_interleaved(calls, repeats, warmup, seconds)
-            parts = [part for part in COMPUTATIONS if part != 'step' and computation in (part, 'step')]
-            reference = {part: outputs[PLAIN][part] for part in parts}
-            rows = []
-            for name, samples in timings.milliseconds.items():
-                difference = None if name == PLAIN else compare_outputs(reference, outputs[name])
-                gflops = 1e3 * shape.gflop(computation) / timings.summary(name).median
-                rows.append(
-                    dict(
-                        name=name,
-                        milliseconds=asdict(timings.summary(name)),
-                        samples=samples,
-                        unreliable=timings.problem(name),
-                        times_as_fast=asdict(timings.speedup(name, PLAIN)),
-                        gflops=gflops,
-                        of_matrix_product=gflops / roofline,
-                        difference=difference and difference.relative,
-                        equal=difference and difference.within(TOLERANCES['inference', dtype]),
-                    )
-                )
-            points.append(
-                dict(
-                    asdict(shape),
-                    computation=computation,
-                    gflop=shape.gflop(computation),
-                    rounds=timings.rounds,
-                    warmup=timings.warmup,
-                    load=timings.load,
-                    rows=rows,
-                    chosen=str(choose_plan(_problem(layers[OURS], inputs[OURS]))) if device == 'cpu' else None,
-                )
-            )
-    return dict(
+    if device != 'cpu':
+        notes += [f'clock: {CUDA_EVENTS}; each call finds an empty L2 cache', PRECISION_NOTE]
+    begin, rooflines = time.monotonic(), dict[str, float]()
+    for dtype in dtypes:
+        print_progress(f'matrix product, {dtype}')
+        with matmul_precision(dtype):
+            rooflines[dtype] = matmul_gflops(DTYPES[dtype], device)
+    copied = copy_gbytes(device)
+    record: dict[str, Any] = dict(
         what='op',
-        dtype=dtype,
-        matrix_product_gflops=roofline,
+        device=device,
+        dtype=dtypes[0],
+        dtypes=list(dtypes),
+        matrix_product_gflops=rooflines[dtypes[0]],
+        matrix_products_gflops=rooflines,
+        copy_gbytes_per_second=copied,
         notes=notes,
-        points=points,
+        points=[],
         settings=dict(repeats=repeats, warmup=warmup, seconds=seconds, implementations=list(implementations)),
     )
+    for i, (shape, dtype) in enumerate(product(shapes, dtypes)):
+        if time.monotonic() - begin > limit:
+            notes.append(
+                f'{len(shapes) * len(dtypes) - i} not measured for lack of time: {shape}, {dtype} and all after it'
+            )
+            break
+        print_progress(f'{shape}, {dtype}')
+        try:
+            with matmul_precision(dtype):
+                points = _measure_layer(shape, dtype, implementations, device, repeats, warmup, seconds)
+        except torch.cuda.OutOfMemoryError:
+            notes.append(f'{shape}, {dtype}: not measured: out of memory')
+            points = []
+        for point in points:
+            for row in point['rows']:
+                row['of_matrix_product'] = row['gflops'] / rooflines[dtype]
+                row['of_copy'] = row['gbytes_per_second'] / copied
+        record['points'] += points
+        save(record)
+    return record
+
+
+def _measure_layer(
+    shape: LayerShape,
+    dtype: str,
+    implementations: Sequence[str],
+    device: str,
+    repeats: int,
+    warmup: int,
+    seconds: float,
+) -> list[dict]:
+    """A point for each computation."""
+    points = []
+    layers = dict(_build_layers(shape, dtype, implementations, device))
+    generator = torch.Generator(device).manual_seed(1)
+    x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=generator, device=device)
+    inputs = {name: _to_layout(x.to(DTYPES[dtype]), name) for name in layers}
+    outputs = {name: _outputs_and_gradients(layer, inputs[name]) for name, layer in layers.items()}
+    for computation in COMPUTATIONS:
+        calls = {
+            name: _computation_call(layer, inputs[name], computation)
+            for name, layer in layers.items()
+            if _uses_its_implementation(layer, inputs[name], computation)
+        }
+        timings = time_interleaved(calls, repeats, warmup, seconds, device=device, events=device != 'cpu')
+        parts = [part for part in COMPUTATIONS if part != 'step' and computation in (part, 'step')]
+        reference = {part: outputs[PLAIN][part] for part in parts}
+        gflop, gbytes = shape.gflop(computation), shape.gbytes(computation, DTYPES[dtype].itemsize)
+        rows = []
+        for name, samples in timings.milliseconds.items():
+            difference = None if name == PLAIN else compare_outputs(reference, outputs[name])
+            median = timings.summary(name).median
+            rows.append(
+                dict(
+                    name=name,
+                    milliseconds=asdict(timings.summary(name)),
+                    samples=samples,
+                    unreliable=timings.problem(name),
+                    times_as_fast=asdict(timings.speedup(name, PLAIN)),
+                    gflops=1e3 * gflop / median,
+                    gbytes_per_second=1e3 * gbytes / median,
+                    # On CPUs this would need a process of its own.
+                    memory_bytes=None if device == 'cpu' else memory_growth(calls[name], device),
+                    difference=difference and difference.relative,
+                    equal=difference and difference.within(TOLERANCES['inference', dtype]),
+                )
+            )
+        points.append(
+            dict(
+                asdict(shape),
+                dtype=dtype,
+                computation=computation,
+                gflop=gflop,
+                gbytes=gbytes,
+                rounds=timings.rounds,
+                warmup=timings.warmup,
+                load=timings.load,
+                clock=timings.clock,
+                rows=rows,
+                chosen=str(choose_plan(_problem(layers[OURS], inputs[OURS]))) if device == 'cpu' else None,
+            )
+        )
+    return points
 
 
 def _build_layers(
     shape: LayerShape, dtype: str, implementations: Sequence[str], device: str
 ) -> Iterator[tuple[str, nn.Conv2d]]:
-    """torch's layer, ours, and ours with each forced implementation; all share one weight."""
+    """torch's layer, on GPUs for both layouts, ours, and ours with each forced implementation; all share one weight."""
     torch.manual_seed(0)
     plain = nn.Conv2d(
         shape.channels,
@@ -168,8 +240,10 @@ def _build_layers(
         (shape.kernel[0] // 2, shape.kernel[1] // 2),
         groups=shape.channels,
         bias=False,
-    ).to(device, getattr(torch, dtype))
+    ).to(device, DTYPES[dtype])
     yield PLAIN, plain
+    if device != 'cpu':
+        yield PLAIN_CHANNELS_LAST, plain
     for name in (None, *implementations):
         ours = DepthwiseConv2d(shape.channels, shape.kernel, shape.stride, bias=False, implementation=name)
         ours.weight = plain.weight
@@ -177,8 +251,8 @@ def _build_layers(
 
 
 def _to_layout(x: Tensor, name: str) -> Tensor:
-    """Default layout for plain torch and on GPUs, channels-last for ours on CPUs."""
-    channels_last = name != PLAIN and x.device.type == 'cpu'
+    """Default layout for plain torch and for ours on GPUs, channels-last otherwise."""
+    channels_last = name == PLAIN_CHANNELS_LAST or (name != PLAIN and x.device.type == 'cpu')
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
@@ -218,6 +292,7 @@ def _outputs_and_gradients(layer: nn.Conv2d, x: Tensor) -> dict[str, Tensor]:
     """Output and both gradients by name of the computation, for comparison."""
     x = x.detach().requires_grad_()
     out = layer(x)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    generator = torch.Generator(x.device).manual_seed(2)
+    grad = torch.randn(out.shape, generator=generator, device=x.device).to(out)
     grad_input, grad_weight = torch.autograd.grad(out, (x, layer.weight), grad)
     return {'forward': out.detach(), 'grad_input': grad_input, 'grad_weight': grad_weight}

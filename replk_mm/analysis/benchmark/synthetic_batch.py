@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from replk_mm.analysis.benchmark.numerical_difference import CLASS_MAP
+from replk_mm.analysis.gpu import DTYPES
 from replk_mm.deploy.equivalence import network_outputs
 from replk_mm.engine.config import fit_to_machine
 from replk_mm.engine.config_errors import explain_build_errors
@@ -28,6 +29,18 @@ from replk_mm.wrappers import input_channels, num_classes_of
 
 #: Number of objects in a synthetic image for detectors.
 _OBJECTS = 8
+#: Factor of the loss of which float16 gradients are computed: those of a large map underflow otherwise.
+_LOSS_SCALE = 2.0**16
+
+
+class Precision(NamedTuple):
+    """Precision of a network."""
+
+    dtype: str = 'float32'  #: a name in :data:`replk_mm.analysis.gpu.DTYPES`, or the precision of another engine
+    how: str = ''  #: ``'autocast'``, ``'converted'`` by :func:`convert_weights`, or empty for float32 tensors
+
+
+FLOAT32 = Precision()
 
 
 class SyntheticBatch:
@@ -64,12 +77,12 @@ class SyntheticBatch:
         self.image = ((pixels.float() - 128) / 64).to(device)
         self._targets = [self._target(net, generator) for _ in range(batch)] if self.kind != 'backbone' else []
 
-    def inference_call(self, net: Any, precision: str = 'float32') -> Callable[[], object]:
+    def inference_call(self, net: Any, precision: Precision = FLOAT32) -> Callable[[], object]:
         """A call that runs inference: a backbone up to its features, a model up to class maps or boxes.
 
         Args:
             net: Set to evaluation mode.
-            precision: ``'float32'``, ``'autocast'`` to bfloat16, or ``'converted'`` by :func:`convert_to_bfloat16`.
+            precision: Of the computation.
         """
         net.eval()
 
@@ -79,14 +92,14 @@ class SyntheticBatch:
 
         return infer
 
-    def training_call(self, net: Any, precision: str = 'float32') -> Callable[[], object]:
+    def training_call(self, net: Any, precision: Precision = FLOAT32) -> Callable[[], object]:
         """A call that runs a training step: forward, loss, backward, and for a model the config's optimizer.
 
         The learning rate is 0, so that weights do not change.
 
         Args:
             net: Set to training mode.
-            precision: ``'float32'``, or ``'autocast'`` to bfloat16.
+            precision: Of the computation, by autocast if tensors are not in float32.
         """
         net.train()
         if self.kind == 'backbone':
@@ -99,7 +112,7 @@ class SyntheticBatch:
         wrapper = self._optimizer(net, precision)
         return lambda: net.train_step(self._batch(True), wrapper)
 
-    def outputs(self, net: Any, precision: str = 'float32') -> dict[str, Tensor]:
+    def outputs(self, net: Any, precision: Precision = FLOAT32) -> dict[str, Tensor]:
         """Every dense output of inference, and the class maps of a segmentor, by name.
 
         Args:
@@ -107,7 +120,7 @@ class SyntheticBatch:
             precision: See :meth:`inference_call`.
         """
         net.eval()
-        image = self.image.to(torch.bfloat16) if precision == 'converted' else self.image
+        image = self.image.to(DTYPES[precision.dtype]) if precision.how == 'converted' else self.image
         with torch.no_grad(), self._autocast(precision):
             # The last bit decides which boxes a detector selects, so only dense outputs are comparable.
             outputs = {f'output {i}': output.float() for i, output in enumerate(_dense_outputs(net, image))}
@@ -116,7 +129,7 @@ class SyntheticBatch:
                 outputs[CLASS_MAP] = torch.stack([sample.pred_sem_seg.data[0] for sample in samples]).long()
         return outputs
 
-    def gradients(self, net: nn.Module, precision: str = 'float32') -> dict[str, Tensor]:
+    def gradients(self, net: nn.Module, precision: Precision = FLOAT32) -> dict[str, Tensor]:
         """The training loss and the gradients of all parameters, by name, for a comparison of networks.
 
         Gradients are computed with fixed statistics of BatchNorm and without dropout. Through batch statistics of a
@@ -138,27 +151,28 @@ class SyntheticBatch:
         for module in net.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
-        (self._mean_squares(net, precision) if is_detector else self._loss(net, precision)).backward()
-        return loss | {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        scale = _LOSS_SCALE if precision.dtype == 'float16' else 1.0
+        (scale * (self._mean_squares(net, precision) if is_detector else self._loss(net, precision))).backward()
+        return loss | {name: p.grad / scale for name, p in net.named_parameters() if p.grad is not None}
 
     def normalized(self, net: Any) -> Tensor:
         """The images after the data preprocessor of ``net``, ``(batch, C, H, W)``."""
         return self.image if self.kind == 'backbone' else net.data_preprocessor(self._batch(False), False)['inputs']
 
-    def _loss(self, net: Any, precision: str) -> Tensor:
+    def _loss(self, net: Any, precision: Precision) -> Tensor:
         if self.kind == 'backbone':
             return self._mean_squares(net, precision)
         with self._autocast(precision):
             return net.parse_losses(net(**net.data_preprocessor(self._batch(True), True), mode='loss'))[0]
 
-    def _mean_squares(self, net: Any, precision: str) -> Tensor:
+    def _mean_squares(self, net: Any, precision: Precision) -> Tensor:
         with self._autocast(precision):
             return torch.stack([output.float().square().mean() for output in _dense_outputs(net, self.image)]).sum()
 
-    def _autocast(self, precision: str) -> Any:
-        return torch.autocast(self.device, torch.bfloat16) if precision == 'autocast' else nullcontext()
+    def _autocast(self, precision: Precision) -> Any:
+        return torch.autocast(self.device, DTYPES[precision.dtype]) if precision.how == 'autocast' else nullcontext()
 
-    def _optimizer(self, net: nn.Module, precision: str) -> OptimWrapper:
+    def _optimizer(self, net: nn.Module, precision: Precision) -> OptimWrapper:
         if not self.cfg.get('optim_wrapper'):
             raise UserError(
                 f"{self.cfg.filename}: the config has no 'optim_wrapper' to train with\nUse --mode inference."
@@ -168,7 +182,7 @@ class SyntheticBatch:
             cfg.optim_wrapper.type = 'OptimWrapper'
             for key in ('dtype', 'loss_scale'):
                 cfg.optim_wrapper.pop(key, None)
-        fit_to_machine(cfg, 'bf16' if precision == 'autocast' else None, self.device, 1)
+        fit_to_machine(cfg, {'bfloat16': 'bf16', 'float16': 'fp16'}.get(precision.dtype), self.device, 1)
         with explain_build_errors(cfg, 'optim_wrapper'):
             wrapper = build_optim_wrapper(net, cfg.optim_wrapper)
         for group in wrapper.optimizer.param_groups:
@@ -230,13 +244,13 @@ class SyntheticBatch:
         return {'gt_instances': InstanceData(bboxes=boxes, labels=labels, masks=BitmapMasks(masks, height, width))}
 
 
-def convert_to_bfloat16(net: Any) -> None:
-    """Convert the weights of ``net`` to bfloat16 in place; it then accepts float32 images too."""
+def convert_weights(net: Any, dtype: torch.dtype) -> None:
+    """Convert the weights of ``net`` to ``dtype`` in place; it then accepts float32 images too."""
     is_model = model_kind(net) != 'backbone'
     for name, part in net.named_children() if is_model else [('', net)]:
         if name != 'data_preprocessor':  # needs float32
-            part.to(torch.bfloat16)
-    (net.backbone if is_model else net).register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16),))
+            part.to(dtype)
+    (net.backbone if is_model else net).register_forward_pre_hook(lambda module, args: (args[0].to(dtype),))
     prepack(net)
 
 

@@ -23,7 +23,7 @@ from replk_mm.analysis.benchmark.case import (
     randomize_constants,
     set_input_size,
 )
-from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
+from replk_mm.analysis.benchmark.synthetic_batch import FLOAT32, SyntheticBatch
 from replk_mm.analysis.complexity import build_on_meta, config_complexity, reparameterize_on_meta
 from replk_mm.analysis.energy import energy_per_call
 from replk_mm.analysis.timing import time_interleaved
@@ -231,7 +231,7 @@ def speed(task: Task) -> MeasurementResult:
     set_input_size(nets.values(), case.shape)
     work = SyntheticBatch(cfg, net, case.batch, case.shape, case.device)
     calls = {form: work.inference_call(each) for form, each in nets.items()}
-    found = time_interleaved(calls, repeats=_ROUNDS, seconds=_SECONDS)
+    found = time_interleaved(calls, repeats=_ROUNDS, seconds=_SECONDS, device=case.device)
     energy = energy_per_call(calls['reparameterized'], case.device)
     forms: dict[str, dict[str, Any]] = {}
     for form in nets:
@@ -278,7 +278,7 @@ def memory(task: Task) -> MeasurementResult:
 
 
 def _memory(case: BenchmarkCase) -> int | None:
-    grown = peak_memory(case, OURS, 'float32', True)
+    grown = peak_memory(case, OURS, FLOAT32, True)
     if isinstance(grown, str):
         raise UserError(f'memory of {case.mode}: {grown}')
     return grown

@@ -25,7 +25,7 @@ from replk_mm.analysis.benchmark.case import (
     use_plain_torch,
 )
 from replk_mm.analysis.benchmark.network_benchmark import BenchmarkSettings, NetworkBenchmark, benchmark_networks
-from replk_mm.analysis.benchmark.synthetic_batch import SyntheticBatch
+from replk_mm.analysis.benchmark.synthetic_batch import FLOAT32, Precision, SyntheticBatch
 from replk_mm.backbones import ConvNeXt
 from replk_mm.backbones.overlock import ResidualDepthwiseConv2d
 from replk_mm.bench import costs
@@ -212,6 +212,34 @@ def test_record_of_a_segmentor(record) -> None:
     assert record['parameters'] > 0 and record['backbone'] == 'replk_mm.RepLKNet'
 
 
+def test_precisions_of_gpus(convnext, monkeypatch) -> None:
+    """Rows of float16 and TF32, whose setting holds for their calls alone; on GPUs of plain torch too."""
+    settings = replace(QUICK, dtypes=('tf32', 'float16'))
+    seen = []
+    for mode, ways in (('inference', ['autocast', 'converted']), ('train', ['autocast'])):
+        form = 'training' if mode == 'train' else 'reparameterized'
+        benchmark = NetworkBenchmark(BenchmarkCase(convnext, False, mode, form), settings)
+        on_gpu = replace(benchmark.case, device='cuda')
+        monkeypatch.setattr(benchmark, 'case', on_gpu)
+        assert benchmark._other_precisions(ways) == [
+            (name, Precision(dtype, how))
+            for dtype, hows in (('tf32', ['']), ('float16', ways))
+            for name in (PLAIN, OURS)
+            for how in hows
+        ]
+        monkeypatch.setattr(benchmark, 'case', replace(on_gpu, device='cpu'))
+        for net in benchmark.networks.values():
+            net.register_forward_pre_hook(lambda *args: seen.append(torch.backends.cuda.matmul.allow_tf32))
+        rows = benchmark.measure(1, (32, 32))['rows']
+        weights = [f'{OURS}, float16 weights'] if mode == 'inference' else []
+        assert [row['name'] for row in rows] == [PLAIN, f'{OURS}, tf32', f'{OURS}, float16', *weights]
+        assert [row['how'] for row in rows] == ['float32', 'tf32', *ways]
+        assert [row['equal'] for row in rows] == [None] + [True] * (len(rows) - 1)
+        assert rows[2]['difference'] > 0 and (mode == 'train' or rows[2]['difference'] < 2**-6)
+    # Of five calls in each mode, comparison, trial and three rounds, that in TF32; gradients run a copy twice.
+    assert sum(seen) >= 10 and not all(seen)
+
+
 def test_written_record(record, tmp_path) -> None:
     [cost] = costs.read_costs([report.write_record(record, tmp_path)[1]]).values()
     [form] = cost['speed']['values']['forms'].values()
@@ -271,7 +299,7 @@ def test_default_shape(tiny, tmp_path, convnext) -> None:
 
 @pytest.mark.slow
 def test_peak_memory_of_a_process_of_its_own(convnext) -> None:
-    found = peak_memory(BenchmarkCase(convnext, False, batch=1, shape=(256, 256)), OURS, 'float32', True)
+    found = peak_memory(BenchmarkCase(convnext, False, batch=1, shape=(256, 256)), OURS, FLOAT32, True)
     # At least the outputs of stem and norm, 8 x 64 x 64 floats each; None where the system does not report memory.
     assert found is None or found > 2 * 4 * 8 * 64 * 64
 
@@ -316,3 +344,16 @@ def test_engines_compute_the_same(engine, whole_model, tiny, convnext) -> None:
     row = row_of(NetworkBenchmark(case, replace(QUICK, engines=[engine])).measure(1, (64, 64)), engine)
     assert row['equal'] is True
     assert row['differing_pixels'] == 0.0 if whole_model else row['difference'] < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('whole_model', [True, False])
+def test_gpu(whole_model, tiny) -> None:
+    case = BenchmarkCase(str(tiny.config), whole_model, device='cuda')
+    settings = replace(QUICK, dtypes=('float32', 'tf32', 'float16', 'bfloat16'), channels_last=True)
+    found = benchmark_networks(case, settings, ['inference', 'train'], [(64, 64)], [2])
+    assert report.all_equal(found) and not any('not possible' in note for note in found['notes'])
+    for point in found['points']:
+        assert point['clock'] == (timing.WALL_TIME if whole_model else timing.CUDA_EVENTS)
+        assert {row['dtype'] for row in point['rows']} == set(settings.dtypes)
+        assert all(min(row['samples']) > 0 for row in point['rows'])

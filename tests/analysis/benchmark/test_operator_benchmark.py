@@ -1,6 +1,7 @@
 """The benchmark of the depthwise convolution: its arithmetic, its record, and the detection of wrong results."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,16 +9,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from replk_mm.analysis import gpu
 from replk_mm.analysis.benchmark import operator_benchmark, report
-from replk_mm.analysis.benchmark.case import OURS, PLAIN
+from replk_mm.analysis.benchmark.case import OURS, PLAIN, PLAIN_CHANNELS_LAST
 from replk_mm.analysis.benchmark.operator_benchmark import COMPUTATIONS, LayerShape, benchmark_operator
 from replk_mm.ops import IMPLEMENTATIONS, DepthwiseConv2d
 
 
 @pytest.fixture(autouse=True)
 def _no_roofline(monkeypatch) -> None:
-    """A known speed of the matrix product, whose measurement takes a second."""
+    """A known speed of the matrix product and of a copy, whose measurements take a second."""
     monkeypatch.setattr(operator_benchmark, 'matmul_gflops', lambda dtype, device: 100.0)
+    monkeypatch.setattr(operator_benchmark, 'copy_gbytes', lambda device: 10.0)
 
 
 @pytest.fixture
@@ -45,6 +48,13 @@ def test_gflop_equals_torchs_count(shape) -> None:
         assert 1e9 * shape.gflop('grad_input') == pytest.approx(backward.get_total_flops())
 
 
+def test_bytes_are_those_of_each_tensor_once() -> None:
+    """4 bytes for each element of input (2x4x8x8), output (2x4x4x4) and weight (4x1x3x5)."""
+    shape = LayerShape((3, 5), 8, 4, 2, stride=2)
+    assert {shape.gbytes(name, 4) for name in ('forward', 'grad_input', 'grad_weight')} == {4 * (512 + 128 + 60) / 1e9}
+    assert shape.gbytes('step', 2) == pytest.approx(3 * 2 * 700 / 1e9)
+
+
 def test_record(record, tmp_path) -> None:
     assert len(record['points']) == 4 * len(COMPUTATIONS)
     for point in record['points']:
@@ -58,6 +68,8 @@ def test_record(record, tmp_path) -> None:
             assert len(row['samples']) == point['rounds'] == 3
             assert row['gflops'] == pytest.approx(1e3 * point['gflop'] / row['milliseconds']['median'])
             assert row['of_matrix_product'] == pytest.approx(row['gflops'] / 100)
+            assert row['gbytes_per_second'] == pytest.approx(1e3 * point['gbytes'] / row['milliseconds']['median'])
+            assert row['of_copy'] == pytest.approx(row['gbytes_per_second'] / 10)
             assert row['equal'] is (None if row['name'] == PLAIN else True)
     assert report.all_equal(record)
     report.write_record(record, tmp_path)
@@ -97,3 +109,62 @@ def test_memory_layouts() -> None:
     assert operator_benchmark._to_layout(x.contiguous(memory_format=torch.channels_last), PLAIN).is_contiguous()
     assert operator_benchmark._to_layout(x, OURS).is_contiguous(memory_format=torch.channels_last)
     assert type(layers[PLAIN]) is nn.Conv2d and layers[PLAIN].weight is layers[OURS].weight
+
+
+def test_precisions_memory_and_time(monkeypatch) -> None:
+    """A shape that does not fit into memory gets a note, and none starts after the limit. The rest is measured."""
+    measured, times = [], iter([0.0, 1.0, 2.0, 9.0])
+    right = operator_benchmark._measure_layer
+
+    def measure_layer(shape, dtype, *args):
+        if shape.size == 9 and dtype == 'float32':
+            raise torch.cuda.OutOfMemoryError('CUDA out of memory.')
+        return right(shape, dtype, *args)
+
+    monkeypatch.setattr(operator_benchmark, '_measure_layer', measure_layer)
+    monkeypatch.setattr(operator_benchmark, 'time', SimpleNamespace(monotonic=lambda: next(times)))
+    shapes = [LayerShape((3, 3), size, 4, 1) for size in (9, 8)]
+    found = benchmark_operator(
+        shapes,
+        ['float32', 'bfloat16'],
+        repeats=3,
+        warmup=0,
+        seconds=0.0,
+        limit=5.0,
+        save=lambda record: measured.append(len(record['points'])),
+    )
+    assert [(p['size'], p['dtype']) for p in found['points']] == [(9, 'bfloat16')] * 4 and measured == [0, 4]
+    notes = ' '.join(found['notes'])
+    assert 'on 1x4x9x9, float32: not measured: out of memory' in notes and '2 not measured for lack of time' in notes
+    assert all(row['equal'] in (None, True) for point in found['points'] for row in point['rows'])
+
+
+def test_tables_of_gpus(record) -> None:
+    """2 ms, 1 MiB, 1 % of the product and half of the copy; clocks where nvidia-smi states them."""
+    for row in (row for point in record['points'] for row in point['rows']):
+        row.update(milliseconds=dict(median=2.0, low=1.5, high=2.5), memory_bytes=2**20, gflops=1200.0)
+        row['unreliable'] = ''
+        row.update(of_matrix_product=0.01, gbytes_per_second=50.0, of_copy=0.5, times_as_fast=dict(row['milliseconds']))
+    state = dict(capability='9.0', memory_gib=139.8, cudnn=91300, cudnn_benchmark=False)
+    stated = {**state, **dict.fromkeys(gpu._FIELDS, '77')}
+    environment = {**record['environment'], 'gpu': 'NVIDIA H200', 'gpu_before': state, 'gpu_after': stated}
+    gpu_record = {**record, 'device': 'cuda', 'environment': environment}
+    text = report.format_record(gpu_record, markdown=True)
+    cells = (
+        '| 3x3 | 8 | forward | plain torch | 2.000 (1.500-2.500) | 1.20 | 1.0% | 50 | 50% | 1 | 2.00 (1.50-2.50) | ref'
+    )
+    assert cells in text and '\n\n| kernel |' in text and text.count(PLAIN + ' |') == len(record['points'])
+    assert 'a copy at 10 GB/s' in text and 'NVIDIA H200' in text and 'compute capability 9.0' in text
+    assert 'before: clocks and power not stated' in text and 'after: 77 of 77 MHz' in text
+    lines = report.format_record(gpu_record).splitlines()
+    assert any(line.split()[:5] == ['3x3', '8', 'forward', 'plain', 'torch'] for line in lines)
+
+
+@pytest.mark.gpu
+def test_gpu() -> None:
+    shapes = [LayerShape((7, 7), 16, 32, 2), LayerShape((51, 5), 16, 32, 2)]
+    found = benchmark_operator(shapes, list(gpu.DTYPES), device='cuda', repeats=3, warmup=1, seconds=0.1)
+    assert len(found['points']) == len(shapes) * len(gpu.DTYPES) * len(COMPUTATIONS) and report.all_equal(found)
+    for point in found['points']:
+        assert [row['name'] for row in point['rows']] == [PLAIN, PLAIN_CHANNELS_LAST, OURS]
+        assert all(row['memory_bytes'] > 0 and min(row['samples']) > 0 for row in point['rows'])
