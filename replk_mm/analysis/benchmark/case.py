@@ -138,6 +138,10 @@ def use_plain_torch(net: nn.Module, memory_format: torch.memory_format = torch.c
             module.__class__ = PlainConv2d
         elif isinstance(module, Backbone):
             module.channels_last = channels_last
+            if channels_last:  # backbones themselves convert images on CPUs only
+                module.register_forward_pre_hook(
+                    lambda module, args: (args[0].contiguous(memory_format=memory_format),)
+                )
             for part in module.modules():
                 if isinstance(part, nn.ReLU):
                     part.inplace = False  # as in the authors' code
