@@ -22,11 +22,11 @@ from mmengine.config import Config
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from replk_mm import published
+from replk_mm.backbones.catalogue import ShapeOfSamples
 from replk_mm.data.datasets import crop_of
 from replk_mm.deploy.reparameterize import Changes, reparameterize
 from replk_mm.engine.config import build_model, load_config
@@ -176,15 +176,6 @@ class ForwardPass(nn.Module):
 
     def forward(self, image: Tensor) -> list[str]:
         return self.run(self.model, image)
-
-
-class ShapeOfSamples(TorchDispatchMode):
-    """Only the shape of ``grid_sample`` on meta, where torch runs a hundred operators in Python for it."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten.grid_sampler_2d.default and args[0].is_meta:
-            return args[0].new_empty(*args[0].shape[:2], *args[1].shape[1:3])
-        return func(*args, **(kwargs or {}))
 
 
 class _CountedPass(ShapeOfSamples):

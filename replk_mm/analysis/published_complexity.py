@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from replk_mm import published
 from replk_mm.analysis.complexity import (
     ForwardPass,
-    ShapeOfSamples,
     build_on_meta,
     count_complexity,
     count_inference_parameters,
@@ -33,7 +32,7 @@ from replk_mm.analysis.complexity import (
     reparameterize_on_meta,
 )
 from replk_mm.backbones import RepLKNet, list_backbones
-from replk_mm.backbones.catalogue import build_backbone, find_backbone
+from replk_mm.backbones.catalogue import ShapeOfSamples, build_backbone, find_backbone
 from replk_mm.engine.config import load_config
 from replk_mm.errors import UserError
 from replk_mm.files import write_atomic

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from mmengine.logging import MMLogger
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from replk_mm import published
 from replk_mm.checkpoints.io import sha256_in_name
@@ -266,10 +267,19 @@ def _initialize(model: Any) -> None:
         logger.setLevel(level)
 
 
+class ShapeOfSamples(TorchDispatchMode):
+    """Only the shape of ``grid_sample`` on meta, where torch runs a hundred operators in Python for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten.grid_sampler_2d.default and args[0].is_meta:
+            return args[0].new_empty(*args[0].shape[:2], *args[1].shape[1:3])
+        return func(*args, **(kwargs or {}))
+
+
 def run_on_meta(function: Callable[[], Any]) -> Any:
     """Call a function that builds a network, on the meta device; on the CPU if it reads values, which meta lacks."""
     try:
-        with torch.device('meta'):
+        with torch.device('meta'), ShapeOfSamples():
             return function()
     except Exception:  # networks fail in any way where there are no values
         with torch.device('cpu'):

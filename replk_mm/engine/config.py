@@ -19,6 +19,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from replk_mm.backbones.catalogue import ShapeOfSamples
 from replk_mm.data.datasets import as_list, crop_of, datasets_of, named_metrics
 from replk_mm.deploy.equivalence import network_outputs
 from replk_mm.engine.backbone import use_backbone
@@ -376,7 +377,7 @@ def _check_channels(cfg: Config, model: Any) -> None:
     image = torch.empty(1, input_channels(model), *(crop_of(cfg) or (128, 128)), device='meta')
     maps: list[Tensor] = []
     try:
-        with torch.no_grad(), torch.device('meta'):
+        with torch.no_grad(), torch.device('meta'), ShapeOfSamples():
             maps += as_list(model.backbone(image))
             if any(x.dim() == 2 for x in maps) and not hasattr(model, 'head'):  # a classifier takes them
                 gap = (
