@@ -154,9 +154,17 @@ def test_advice_names_options_that_exist():
         path.stem: set(re.findall(r"'(--[a-z][\w-]+)'", path.read_text()))
         for path in (package / 'cli.py', *package.glob('commands/*.py'))
     }
-    # Of git, pip, torchrun and Slurm.
+    # Of git, pip, torchrun, Slurm and nvidia-smi.
     others = {'--help', '--no-optional-locks', '--force-reinstall', '--no-deps', '--show-toplevel', '--porcelain'}
-    others |= {'--nproc-per-node', '--standalone', '--ntasks', '--kill-on-bad-exit', '--no-use-ema'}
+    others |= {
+        '--nproc-per-node',
+        '--standalone',
+        '--ntasks',
+        '--kill-on-bad-exit',
+        '--no-use-ema',
+        '--id',
+        '--query-gpu',
+    }
     known, strange = set().union(others, *options.values(), {'--kernels'}), []
     for path in package.rglob('*.py'):
         for node in ast.walk(ast.parse(path.read_text())):
