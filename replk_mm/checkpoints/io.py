@@ -151,7 +151,9 @@ def _weights_in_folder(folder: Path) -> Path:
     if is_export(folder):
         return folder / MANIFEST
     files = next((files for pattern in _WEIGHTS if (files := sorted(folder.glob(pattern)))), [])
-    if not files and (Path(folder, MANIFEST).exists() or list(folder.glob('network.*'))):
+    # OpenVINO's network.bin looks like weights.
+    exported = any(Path(folder, f'network.{end}').exists() for end in ('onnx', 'xml', 'pt2'))
+    if exported or (not files and Path(folder, MANIFEST).exists()):
         raise UserError(
             f'{folder / MANIFEST}: is missing or damaged, so that this is no exported network\n'
             f'Copy the whole folder, or export the network again.'

@@ -51,6 +51,14 @@ def test_user_errors(run, arguments, fragment, capsys) -> None:
     assert fragment in capsys.readouterr().err
 
 
+def test_a_damaged_export_is_an_error_before_anything_is_measured(run, tmp_path: Path, capsys) -> None:
+    folder = tmp_path / 'exported'
+    folder.mkdir()
+    (folder / 'manifest.json').write_text('{"generator": "replk_mm", "schema_version": 1, "network": "network.onnx"}')
+    assert run(f'model CONVNEXT --compare {folder}') == 2
+    assert 'manifest.json: cannot be read: format: Field required' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('kernel', ['5x5x5', 'x5', '0x5', 'five'])
 def test_kernels_that_are_none(run, kernel, capsys) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -151,6 +151,13 @@ def test_a_damaged_manifest_is_named_where_a_checkpoint_is_expected(content, fix
         read_checkpoint(folder)
 
 
+def test_the_weights_of_an_openvino_network_are_no_checkpoint(tmp_path) -> None:
+    for name in ('network.xml', 'network.bin'):
+        (tmp_path / name).write_bytes(b'')
+    with pytest.raises(UserError, match='manifest.json: is missing or damaged'):
+        fetch_checkpoint(tmp_path)
+
+
 def edit(folder: Path, **changes) -> None:
     content = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**content, **changes}))
